@@ -1,0 +1,124 @@
+"""The hook table: the numbered places at which a packet is observed.
+
+Numbers are part of the ABI and of every capture file: append, never renumber.
+`LOST` is not a hook but a marker in the stream: the ring lost records here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+
+class Hook(IntEnum):
+    """Identifier of an observation point (u8 in records)."""
+
+    INVALID = 0
+    NET_DEV_QUEUE = 1
+    NET_DEV_START_XMIT = 2
+    NETIF_RX = 3
+    NETIF_RECEIVE_SKB = 4
+    NAPI_GRO_RECEIVE_ENTRY = 5
+    SKB_COPY_DATAGRAM_IOVEC = 6
+    CONSUME_SKB = 7
+    KFREE_SKB = 8
+    LOST = 255
+
+
+class Way(IntEnum):
+    """Which way a packet is going when the hook sees it."""
+
+    TRANSMIT = 1
+    """Down, into a device; the kernel's length includes the link-layer header."""
+    RECEIVE = 2
+    """Up, out of a device; the kernel's length does not include the link-layer header."""
+    DELIVERY = 3
+    """Copied to a socket's reader. No device."""
+    END = 4
+    """The kernel buffer is freed. No device."""
+
+
+@dataclass(frozen=True, slots=True)
+class HookInfo:
+    """One row of the hook table."""
+
+    hook: Hook
+    letter: str
+    """How a path is written in one word, as in `QX eth0 · rR vethc0`."""
+    tracepoint: str
+    way: Way
+    meaning: str
+
+    @property
+    def name(self) -> str:
+        """User name: the tracepoint's own."""
+        return self.tracepoint.partition(":")[2]
+
+    @property
+    def has_device(self) -> bool:
+        """Whether the record names a device."""
+        return self.way in (Way.TRANSMIT, Way.RECEIVE)
+
+
+HOOKS: Final[tuple[HookInfo, ...]] = (
+    HookInfo(
+        Hook.NET_DEV_QUEUE,
+        "Q",
+        "net:net_dev_queue",
+        Way.TRANSMIT,
+        "The stack hands the packet to the device's queueing discipline.",
+    ),
+    HookInfo(
+        Hook.NET_DEV_START_XMIT,
+        "X",
+        "net:net_dev_start_xmit",
+        Way.TRANSMIT,
+        "The device's driver is called to send the packet.",
+    ),
+    HookInfo(
+        Hook.NETIF_RX,
+        "r",
+        "net:netif_rx",
+        Way.RECEIVE,
+        "The packet is put on a CPU's backlog; on a veth this is inside the peer's transmit.",
+    ),
+    HookInfo(
+        Hook.NETIF_RECEIVE_SKB,
+        "R",
+        "net:netif_receive_skb",
+        Way.RECEIVE,
+        "The stack takes the packet from the device.",
+    ),
+    HookInfo(
+        Hook.NAPI_GRO_RECEIVE_ENTRY,
+        "G",
+        "net:napi_gro_receive_entry",
+        Way.RECEIVE,
+        "The driver's NAPI poll offers the packet to receive offload, before the stack.",
+    ),
+    HookInfo(
+        Hook.SKB_COPY_DATAGRAM_IOVEC,
+        "D",
+        "skb:skb_copy_datagram_iovec",
+        Way.DELIVERY,
+        "A reader copies the packet's data out of a socket.",
+    ),
+    HookInfo(
+        Hook.CONSUME_SKB,
+        "c",
+        "skb:consume_skb",
+        Way.END,
+        "The kernel buffer is freed in the normal course of things.",
+    ),
+    HookInfo(
+        Hook.KFREE_SKB,
+        "k",
+        "skb:kfree_skb",
+        Way.END,
+        "The kernel buffer is freed because the packet is dropped; the record has the reason.",
+    ),
+)
+
+BY_HOOK: Final[dict[Hook, HookInfo]] = {info.hook: info for info in HOOKS}
+BY_TRACEPOINT: Final[dict[str, HookInfo]] = {info.tracepoint: info for info in HOOKS}

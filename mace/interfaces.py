@@ -1,0 +1,102 @@
+"""What a source and a sink promise. Small on purpose; the lifecycle is part of the contract.
+
+A stream is one `StreamHeader`, then `Topology` and `Batch` items in time order: records never go back in time
+from one batch to the next, and a topology precedes every record it applies to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from mace.clock import ClockPair
+from mace.records import Batch
+from mace.schema import Results
+from mace.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHeader:
+    """How a stream came to be: all that is needed to read it later and elsewhere."""
+
+    source: str
+    """Name of the source that captured it (`ftrace`, `kmod`, ...); a replay keeps it."""
+    host: str
+    run: str
+    """Identifies the capture among those of its host; a replay keeps it."""
+    kernel: str
+    boot_id: str
+    cpus: int
+    clock: ClockPair
+    hooks: tuple[str, ...]
+    """Tracepoints that were enabled."""
+    mace_version: str
+    command: tuple[str, ...] = ()
+
+
+StreamItem = Topology | Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Whether a part can run here; if not, why and what to do. `detail` says what was found."""
+
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+class Source(Protocol):
+    """Kernel, file or network -> stream.
+
+    `open` is called once, first; `items` once after it; `request_stop` at any time from the event loop: the
+    source then gives out what the kernel still holds and ends. `aclose` is called once, last, also after an
+    error or a cancelled `items`, and leaves nothing behind on the machine.
+    """
+
+    async def open(self) -> StreamHeader:
+        """Acquire everything; raises `Unavailable` if it cannot run here."""
+        ...
+
+    def items(self) -> AsyncIterator[StreamItem]:
+        """The stream, in order, until it ends or is stopped."""
+        ...
+
+    def request_stop(self) -> None:
+        """Ask the stream to end after what has already happened."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release everything."""
+        ...
+
+    @property
+    def discarded(self) -> int:
+        """Records that the source itself had to throw away; never those lost in the ring."""
+        ...
+
+
+class Sink(Protocol):
+    """Results -> somewhere. Single caller: `open`, `write`..., `aclose`, never at the same time.
+
+    When `write` returns the results are the sink's to keep: a store has them where a crash cannot take them, or
+    has them in a buffer that it flushes at most `flush_interval_s` later. No retry, no queue: that is the
+    caller's (or the running sink's) business. `aclose` flushes.
+    """
+
+    async def open(self, header: StreamHeader) -> None: ...
+
+    async def write(self, results: Results) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class StreamSink(Protocol):
+    """The raw stream -> somewhere (a capture file, a broker). Same lifecycle as `Sink`."""
+
+    async def open(self, header: StreamHeader) -> None: ...
+
+    async def write(self, item: StreamItem) -> None: ...
+
+    async def aclose(self) -> None: ...

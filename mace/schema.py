@@ -1,0 +1,170 @@
+"""Rows after correlation: delays and windows. What sinks get and the embedded store keeps.
+
+`SCHEMA_VERSION` changes when a column changes its meaning or goes; a new column at the end is no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from typing import Any, ClassVar, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mace.ledger import Ledger
+from mace.topology import Device
+
+SCHEMA_VERSION: Final = 1
+
+
+class Direction(IntEnum):
+    """Which way the packet goes, seen from the container."""
+
+    UNKNOWN = 0
+    EGRESS = 1
+    """Out of the container."""
+    INGRESS = 2
+    """Into the container."""
+
+
+class Segment(IntEnum):
+    """Which stretch of a packet's way a delay is of."""
+
+    DEVICE = 1
+    """Crossing of one device between the inner and the outer device: part of the overhead."""
+    OUTSIDE = 2
+    """Crossing of one device that a host process's packet would cross as well: the outer device, and beyond it."""
+    DELIVERY = 3
+    """From the inner device's `netif_receive_skb` to the copy to the reader."""
+    OVERHEAD = 4
+    """The whole of it. Egress: `net_dev_queue` inner to outer. Ingress: `netif_receive_skb` outer to inner.
+    To the nanosecond the sum of the packet's `DEVICE` delays."""
+
+
+class Grade(IntEnum):
+    """On what ground two records are said to be of the same packet."""
+
+    AMBIGUOUS = 0
+    BUFFER = 1
+    """Same kernel buffer in one life, devices in an order that can be."""
+    CONTENT = 2
+    """Same content key. Needs a source that gives one."""
+    EXACT = 3
+    """Both."""
+
+
+class Outcome(IntEnum):
+    """How the packet's life ended, as far as it was seen."""
+
+    OPEN = 0
+    """No end was seen: its buffer was used again, or nothing more came."""
+    CONSUMED = 1
+    DROPPED = 2
+
+
+class _Columns:
+    """Columns of equal length; subclasses declare them with `_DTYPES`."""
+
+    __slots__ = ()
+    _DTYPES: ClassVar[dict[str, str]]
+
+    def __len__(self) -> int:
+        first: npt.NDArray[Any] = getattr(self, next(iter(self._DTYPES)))
+        return len(first)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """One after the other; no rows for no parts."""
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return cls.empty()
+        return cls(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in cls._DTYPES})
+
+    @classmethod
+    def empty(cls) -> Self:
+        """No rows."""
+        return cls(**{name: np.zeros(0, dtype) for name, dtype in cls._DTYPES.items()})
+
+    def __getitem__(self, index: slice | npt.NDArray[Any]) -> Self:
+        return type(self)(**{name: getattr(self, name)[index] for name in self._DTYPES})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delays(_Columns):
+    """One row per packet and segment. Enumerations are stored as their numbers (u1)."""
+
+    utc_ns: npt.NDArray[np.int64]
+    """When the segment began."""
+    packet: npt.NDArray[np.uint64]
+    """The same in all rows of one packet's life; says nothing else."""
+    device: npt.NDArray[np.int32]
+    """Index into `Results.devices`. For OVERHEAD: the inner device."""
+    direction: npt.NDArray[np.uint8]
+    segment: npt.NDArray[np.uint8]
+    position: npt.NDArray[np.uint8]
+    """Which hop of the packet's path it is, from 0; 255 for OVERHEAD."""
+    delay_ns: npt.NDArray[np.int64]
+    l3_len: npt.NDArray[np.uint32]
+    """Bytes without link-layer header at the packet's first record."""
+    grade: npt.NDArray[np.uint8]
+    outcome: npt.NDArray[np.uint8]
+
+    _DTYPES: ClassVar[dict[str, str]] = {
+        "utc_ns": "<i8",
+        "packet": "<u8",
+        "device": "<i4",
+        "direction": "u1",
+        "segment": "u1",
+        "position": "u1",
+        "delay_ns": "<i8",
+        "l3_len": "<u4",
+        "grade": "u1",
+        "outcome": "u1",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """All delays of one device, direction and segment that began in one stretch of UTC time. Final when given out."""
+
+    start_utc_ns: int
+    """A multiple of the width."""
+    width_s: int
+    device: int
+    """Index into `Results.devices`."""
+    direction: Direction
+    segment: Segment
+    count: int
+    sum_ns: int
+    min_ns: int
+    max_ns: int
+    p50_ns: int
+    p90_ns: int
+    p99_ns: int
+    p999_ns: int
+    bins: npt.NDArray[np.int64] = field(compare=False)
+    """Ascending bins of `mace.histogram`."""
+    counts: npt.NDArray[np.int64] = field(compare=False)
+    """How many delays are in each; adds up to `count`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What the correlator has to say about one stretch of the stream."""
+
+    upto_utc_ns: int
+    """All records before this time have been looked at."""
+    delays: Delays
+    windows: tuple[Window, ...]
+    ledger: Ledger
+    """Of the whole run so far, not of this stretch."""
+    packets: int
+    """Packets with at least one delay, of the whole run so far."""
+    devices: tuple[Device, ...]
+    """What the rows' `device` points to. Only ever appended during a run."""
+
+
+assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)

@@ -1,0 +1,152 @@
+"""Devices, namespaces and containers: what a device in a record is.
+
+The kernel's own net tracepoints name a device by name only, and `eth0` is in every container. So a record
+carries a *sighting* (what its source could see: a name, or namespace and ifindex), and the topology says which
+devices that can be. Which of several it is, the correlator finds from the path (see `correlator.identity`).
+
+A topology is a whole snapshot with the time from which it holds; it travels in the stream like records do, so
+that a replay resolves exactly as the live run did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from mace.errors import WireError
+
+
+class Role(StrEnum):
+    """What a device is to the containers of the host."""
+
+    INNER = "inner"
+    """The container's own device."""
+    OUTER = "outer"
+    """The host's device towards the network."""
+    HOST = "host"
+    """Any other device of the host's namespace: a bridge, the host's end of a veth."""
+    REMOTE = "remote"
+    """Beyond the outer device, but in this kernel: the lab's far end."""
+    LOOPBACK = "loopback"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Device:
+    """One network device in one network namespace. Identity is (`netns`, `ifindex`)."""
+
+    netns: int
+    """Inode of the network namespace."""
+    ifindex: int
+    name: str
+    kind: str
+    """rtnetlink's link kind (`veth`, `bridge`, `macvlan`, ...); `""` for hardware, `loopback` for lo."""
+    peer_netns: int = 0
+    """veth: the peer's namespace inode. macvlan, ipvlan, vlan, vxlan: the namespace of the lower device."""
+    peer_ifindex: int = 0
+    """veth: the peer. macvlan, ipvlan, vlan, vxlan: the lower device. 0 where there is none."""
+    master_ifindex: int = 0
+    """The bridge or bond, in the same namespace, that this device is a port of; 0 where there is none."""
+    default_route: bool = False
+    """Whether a default route of its namespace leaves through it."""
+    netns_name: str = ""
+    """As in /run/netns, else a made-up one; `host` for the host's."""
+    container: str = ""
+    """Name of the container that the namespace belongs to; `""` for the host's and for the lab's far end."""
+    role: Role = Role.OTHER
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.netns, self.ifindex
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A device as a source's records show it. ftrace: the name alone. Kernel module: namespace and ifindex."""
+
+    name: str
+    netns: int = 0
+    ifindex: int = 0
+
+
+NO_DEVICE: Final = Sighting("")
+"""Sighting 0 of every stream: the hook names no device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """What is known of devices for records from `from_ns` on, until the next topology of the stream.
+
+    In the stream it stands before every record with `ts_ns >= from_ns` and before the first record that uses
+    one of its new sightings. Sightings are only ever appended.
+    """
+
+    from_ns: int
+    """CLOCK_MONOTONIC, ns."""
+    host_netns: int
+    devices: tuple[Device, ...] = ()
+    sightings: tuple[Sighting, ...] = (NO_DEVICE,)
+
+    def candidates(self, sighting: Sighting) -> tuple[Device, ...]:
+        """The devices that a sighting can be. Empty for `NO_DEVICE` and for a device that nobody has listed."""
+        if sighting.ifindex:
+            return tuple(d for d in self.devices if d.key == (sighting.netns, sighting.ifindex))
+        return tuple(d for d in self.devices if d.name == sighting.name)
+
+
+_STACKED: Final = frozenset({"macvlan", "ipvlan", "vlan", "macvtap", "ipvtap"})
+
+
+def assign_roles(
+    devices: Iterable[Device], host_netns: int, outer: Iterable[str] = (), remote_netns: Iterable[str] = ()
+) -> tuple[Device, ...]:
+    """Give each device its role (and take the container name from those beyond the outer device); sorted.
+
+    `outer` names the host's devices towards the network. Without it they are those of the host's namespace that a
+    default route uses, and if there is none, its hardware. A device of another namespace that is paired with, or
+    stacked on, a device of the host is a container's inner device, except beyond an outer device (a veth peer of
+    it) or in a namespace named in `remote_netns`: that is the far end of a test network.
+    """
+    given = sorted(devices)
+    host = [d for d in given if d.netns == host_netns and d.kind != "loopback"]
+    chosen = set(outer)
+    outer_keys = {d.key for d in host if d.name in chosen}
+    if not chosen:
+        outer_keys = {d.key for d in host if d.default_route} or {d.key for d in host if not d.kind}
+    host_keys = {d.key for d in host}
+    far = set(remote_netns)
+
+    remote = {d.netns for d in given if d.netns_name in far} | {
+        d.netns
+        for d in given
+        if d.netns != host_netns and d.kind == "veth" and (d.peer_netns, d.peer_ifindex) in outer_keys
+    }
+
+    def role(d: Device) -> Role:
+        if d.kind == "loopback":
+            return Role.LOOPBACK
+        if d.key in outer_keys:
+            return Role.OUTER
+        if d.netns == host_netns:
+            return Role.HOST
+        if d.netns in remote:
+            return Role.REMOTE
+        if (d.peer_netns, d.peer_ifindex) in host_keys and (d.kind == "veth" or d.kind in _STACKED):
+            return Role.INNER
+        return Role.OTHER
+
+    return tuple(
+        replace(d, role=role(d), container="" if d.netns in remote or d.netns == host_netns else d.container)
+        for d in given
+    )
+
+
+def check(topology: Topology) -> Topology:
+    """The topology, if it can be one; raises `WireError` (a file or a peer may say anything)."""
+    if not topology.sightings or topology.sightings[0] != NO_DEVICE:
+        raise WireError("topology: sighting 0 must be 'no device'")
+    if len({d.key for d in topology.devices}) != len(topology.devices):
+        raise WireError("topology: a device is listed twice")
+    return topology
