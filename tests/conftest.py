@@ -1,0 +1,169 @@
+"""What tests need from the machine, and how they say so.
+
+A test that needs root, a kernel facility or a program declares it:
+
+    @pytest.mark.needs("root", "tracefs")
+    def test_live_capture(): ...
+
+or a whole file at once, `pytestmark = pytest.mark.needs("docker")`, or only when it comes to it, by the fixture:
+
+    def test_all_runtimes(runtime, needs):
+        needs("docker")
+
+Where something is missing the test is skipped, and says what is missing and why it cannot be used. The environment
+variable MACE_REQUIRE turns such a skip into a failure: a comma-separated list of needs, or `all`. CI sets `all`, so
+that a test which silently stopped running is noticed.
+"""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# --- hypothesis ---------------------------------------------------------------------------------
+
+# No deadline: on a shared machine one example may take a hundred times as long as the next.
+settings.register_profile("everyday", deadline=None)
+# A CI run judges one change; it must not fail on an example that was drawn by luck. The everyday
+# runs of the developers do the searching.
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "everyday")
+
+
+# --- needs --------------------------------------------------------------------------------------
+
+
+def _program(name: str, *version_args: str) -> str | None:
+    """None if the program runs, else why not. Some distributions install a stub that only explains itself."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
+    if path is None:
+        return f"the program {name} is not installed"
+    try:
+        done = subprocess.run([path, *version_args], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} cannot be run: {error}"
+    if done.returncode != 0:
+        last_words = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        return f"{path} {' '.join(version_args)} exits {done.returncode}: {last_words[0]}"
+    return None
+
+
+def _first(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else f"not root (effective user id {os.geteuid()})"
+
+
+def _tracefs() -> str | None:
+    places = [Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing")]
+    try:
+        found = next((place for place in places if (place / "events/net/net_dev_queue/format").exists()), None)
+    except PermissionError as error:
+        return f"tracefs is not readable: {error}"
+    if found is None:
+        return f"no tracefs with events/net at {' or '.join(map(str, places))}"
+    # A container often has it read-only.
+    if not os.access(found / "instances", os.W_OK):
+        return f"{found}/instances is not writable"
+    return None
+
+
+def _netns() -> str | None:
+    reason = _first([_root(), _program("ip", "-V"), _program("nft", "--version"), _program("ping", "-V")])
+    if reason is not None:
+        return reason
+    # Root without CAP_SYS_ADMIN may not make a namespace.
+    done = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, timeout=30, check=False)
+    return None if done.returncode == 0 else f"network namespaces cannot be made: {done.stderr.strip()}"
+
+
+def _docker() -> str | None:
+    return _first([_root(), _program("dockerd", "--version"), _program("docker", "--version")])
+
+
+def _bpftrace() -> str | None:
+    reason = _first([_root(), _program("bpftrace", "--version")])
+    if reason is not None:
+        return reason
+    return None if Path("/sys/kernel/btf/vmlinux").exists() else f"kernel {platform.release()} has no BTF"
+
+
+NEEDS: dict[str, Callable[[], str | None]] = {
+    "root": _root,
+    "tracefs": _tracefs,
+    "netns": _netns,
+    "docker": _docker,
+    "bpftrace": _bpftrace,
+    "perf": lambda: _program("perf", "--version"),
+    "tcpdump": lambda: _program("tcpdump", "--version"),
+}
+"""Each need and its check: None where it is met, else the reason, fit to be read after "needs NAME: "."""
+
+
+@functools.cache
+def _reason(name: str) -> str | None:
+    """Whether the need is met; asked once a run, because some checks start programs."""
+    return NEEDS[name]()
+
+
+def _known(names: Iterable[str], said_by: str) -> set[str]:
+    """The names as a set, all of them known; a misspelt need would otherwise never be checked."""
+    unknown = set(names) - NEEDS.keys()
+    if unknown:
+        raise pytest.UsageError(f"{said_by}: unknown need {', '.join(sorted(unknown))}; there are {', '.join(NEEDS)}")
+    return set(names)
+
+
+def _required() -> set[str]:
+    """What MACE_REQUIRE insists on."""
+    names = {name.strip() for name in os.environ.get("MACE_REQUIRE", "").split(",")} - {""}
+    return set(NEEDS) if "all" in names else _known(names, "MACE_REQUIRE")
+
+
+def _insist(names: Iterable[str]) -> None:
+    """Skip the running test, or fail it where MACE_REQUIRE says so, if one of the needs is not met."""
+    for name in names:
+        reason = _reason(name)
+        if reason is None:
+            continue
+        if name in _required():
+            pytest.fail(f"needs {name}: {reason} (MACE_REQUIRE insists on {name})", pytrace=False)
+        pytest.skip(f"needs {name}: {reason}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check MACE_REQUIRE before anything runs; the marker is described here for runs with another configuration."""
+    config.addinivalue_line("markers", "needs(*names): what the test needs from the machine, from NEEDS")
+    _required()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("needs"):
+            _known(mark.args, item.nodeid)
+
+
+# First, so that no fixture touches the machine before it is known to be fit.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        _insist(mark.args)
+
+
+@pytest.fixture
+def needs(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`needs("docker", ...)` inside a test or fixture: skip, or fail, from here on where one is not met."""
+
+    def need(*names: str) -> None:
+        _known(names, request.node.nodeid)
+        _insist(names)
+
+    return need
