@@ -1,0 +1,213 @@
+"""What holds the house together: arrows between modules, names, the lock, the licences, the shell script."""
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TOP_LEVEL = ["mace", "collector", "correlator", "storage"]
+LOCK = (ROOT / "requirements.lock").read_text()
+
+
+def normalized(name: str) -> str:
+    """The name as indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirement_name(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, requirement
+    return normalized(match[0])
+
+
+def direct_requirements() -> list[str]:
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"].values()
+    return [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
+
+
+# --- arrows -------------------------------------------------------------------------------------
+
+
+def lint_imports(config: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("lint-imports")
+    return subprocess.run(
+        [program, "--no-cache", "--no-logo", "--config", config],
+        cwd=cwd, env={"PYTHONPATH": str(cwd), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_import_contracts_hold() -> None:
+    done = lint_imports(ROOT / "pyproject.toml", ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "broken"),
+    [
+        ("correlator/planted.py", "import storage", "stages never import each other"),
+        ("storage/planted.py", "import mace.cli", "contracts below, stages between, composition above"),
+        ("mace/errors.py", "import collector", "contracts below, stages between, composition above"),
+        ("correlator/planted.py", "import pyroute2", "only the collector and the composition talk to the kernel"),
+    ],
+)
+def test_import_contracts_notice(tmp_path: Path, module: str, line: str, broken: str) -> None:
+    for package in TOP_LEVEL:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    done = lint_imports(tmp_path / "pyproject.toml", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"{broken} BROKEN" in " ".join(done.stdout.split())
+
+
+def test_every_module_of_mace_stands_in_one_layer() -> None:
+    layers = next(c["layers"] for c in PROJECT["tool"]["importlinter"]["contracts"] if c["id"] == "layers")
+    placed = re.findall(r"\bmace\.(\w+)", " ".join(layers))
+    assert len(placed) == len(set(placed)), "a module stands in two layers"
+    modules = {path.stem for path in (ROOT / "mace").glob("*.py")}
+    modules |= {path.parent.name for path in (ROOT / "mace").glob("*/__init__.py")}
+    assert modules - {"__init__"} == set(placed), "pyproject.toml, [tool.importlinter], contract `layers`"
+
+
+def test_contracts_at_the_bottom_are_light() -> None:
+    """Whoever reads a capture on a laptop imports the contracts; they may cost numpy and zstandard, not a database."""
+    layers = next(c["layers"] for c in PROJECT["tool"]["importlinter"]["contracts"] if c["id"] == "layers")
+    allowed = {"mace", "numpy", "zstandard", *sys.stdlib_module_names}
+    for name in re.findall(r"\bmace\.(\w+)", layers[-1]):
+        tree = ast.parse((ROOT / "mace" / f"{name}.py").read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {module.split(".")[0] for module in imported} <= allowed, f"mace/{name}.py"
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def test_nobody_else_claims_our_names() -> None:
+    """Our import names are flat, so another distribution with a `collector` would shadow ours, or be shadowed."""
+    claims = importlib.metadata.packages_distributions()
+    for name in TOP_LEVEL:
+        assert set(claims.get(name, [])) <= {"mace"}, f"{name} is also claimed by {claims[name]}"
+
+
+def test_imports_come_from_this_tree() -> None:
+    code = "import sys; [__import__(n) for n in sys.argv[1:]]; print(*(sys.modules[n].__file__ for n in sys.argv[1:]))"
+    # Isolated and elsewhere: only what is installed counts, not the folder we happen to stand in.
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, *TOP_LEVEL], cwd="/", capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == [str(ROOT / name / "__init__.py") for name in TOP_LEVEL]
+
+
+def test_application_not_library() -> None:
+    assert "Private :: Do Not Upload" in PROJECT["project"]["classifiers"]
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="mace")
+    assert [script.value for script in scripts] == ["mace.cli:main"]
+
+
+@pytest.mark.parametrize("package", TOP_LEVEL)
+def test_types_are_shipped(package: str) -> None:
+    assert (ROOT / package / "py.typed").exists()
+
+
+def test_one_version() -> None:
+    import mace
+
+    assert mace.__version__ == PROJECT["project"]["version"]
+
+
+# --- dependencies -------------------------------------------------------------------------------
+
+
+def test_every_dependency_has_both_bounds_or_a_reason() -> None:
+    for requirement in direct_requirements():
+        assert ">=" in requirement, f"{requirement}: no lower bound"
+        # setuptools only builds the one path line; its major number moves several times a year.
+        assert "<" in requirement or requirement.startswith("setuptools"), f"{requirement}: no upper bound"
+
+
+def test_every_dependency_is_explained() -> None:
+    """...and nothing is explained that is gone."""
+    text = (ROOT / "docs/design/002-dependencies.md").read_text()
+    explained = {normalized(name) for name in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)}
+    assert explained == {requirement_name(requirement) for requirement in direct_requirements()}
+
+
+def test_lock_has_every_dependency() -> None:
+    locked = {normalized(name) for name in re.findall(r"^([A-Za-z0-9._-]+)==", LOCK, re.MULTILINE)}
+    missing = {requirement_name(requirement) for requirement in direct_requirements()} - locked
+    assert not missing, "run ./dev lock"
+
+
+def test_lock_has_hashes_and_no_addresses() -> None:
+    entries = re.split(r"\n(?=[A-Za-z0-9])", LOCK.split("\n", 1)[1])
+    assert len(entries) > 20
+    for entry in entries:
+        assert re.match(r"[A-Za-z0-9._-]+==\S+", entry), entry.splitlines()[0]
+        assert "--hash=sha256:" in entry, entry.splitlines()[0]
+    # An address would send every machine to one index, and name it to all who read.
+    assert not re.search(r"://|^\s*(-i|-f|--(extra-)?index-url|--find-links|--trusted-host)\b", LOCK, re.MULTILINE)
+    assert " @ " not in LOCK
+    assert not re.search(r"(?<![\w.])/[\w.-]+/", LOCK), "a path of one machine"
+
+
+def test_environment_is_the_locked_one() -> None:
+    """Otherwise the tests speak of other versions than users get."""
+    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", LOCK, re.MULTILINE):
+        assert importlib.metadata.version(name) == version, f"{name}: run ./dev setup"
+
+
+# --- licences -----------------------------------------------------------------------------------
+
+
+def test_licences() -> None:
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+    # The kernel lets only GPL-compatible modules use the tracepoint interface.
+    kernel_licence = (ROOT / "kmod/LICENSE").read_text()
+    assert "GNU GENERAL PUBLIC LICENSE\n                       Version 2, June 1991" in kernel_licence
+
+
+# --- the front door -----------------------------------------------------------------------------
+
+SCRIPTS = ["dev", ".ci/run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_posix_sh(script: str) -> None:
+    path = ROOT / script
+    assert path.stat().st_mode & 0o111, "not executable"
+    assert path.read_text().startswith("#!/bin/sh\n")
+    # dash is Debian's sh and knows no bashisms.
+    shell = shutil.which("dash") or "/bin/sh"
+    subprocess.run([shell, "-n", path], check=True, timeout=30)
+
+
+def test_dev_help_names_every_command() -> None:
+    text = (ROOT / "dev").read_text()
+    commands = re.search(r"\n    case \$command in\n(.*?)\n    \*\)", text, re.DOTALL)
+    assert commands
+    names = re.findall(r"^    (\w+)(?: \|.*)?\)$", commands[1], re.MULTILINE)
+    assert len(names) >= 8
+    done = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, timeout=30, check=True)
+    for name in names:
+        assert re.search(rf"^  {name}\b", done.stdout, re.MULTILINE), f"./dev help does not name {name}"
+
+
+def test_dev_refuses_unknown_commands() -> None:
+    done = subprocess.run([ROOT / "dev", "tset"], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "unknown command: tset" in done.stderr
+    assert "usage: ./dev" in done.stderr
