@@ -1,0 +1,159 @@
+"""Write capture files (`.mace`): the raw stream, as it was, for a replay.
+
+    open(): signature + HEADER     write(): one frame a call     aclose(): END, fsync
+
+The file only ever grows, by whole frames, each handed to the kernel in one go: what a killed writer leaves is a
+readable capture without its END mark. docs/capture-format.md has the format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import stat
+from pathlib import Path
+from threading import Lock
+from typing import Final, Literal, NoReturn
+
+from mace.errors import StoreError, WireError
+from mace.interfaces import StreamHeader, StreamItem
+from mace.records import Batch
+from mace.wire import FILE_HEAD, MAX_RECORDS, Encoder
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+class CaptureSink:
+    """A `StreamSink` into one file.
+
+    `sync` says when the kernel is asked to bring the file to the disk: `close` (default) once at the end, `frame`
+    after every write, `never`. Without it a killed process loses nothing either; a power failure may cost the
+    last seconds.
+
+    Writing happens in a thread, so that a disk that hangs for a second does not stop the event loop, which has
+    rings to empty.
+    """
+
+    def __init__(
+        self, path: Path | str, *, overwrite: bool = False, sync: Literal["close", "frame", "never"] = "close"
+    ) -> None:
+        self.path: Final = Path(path)
+        self.bytes_written = 0
+        """Bytes of whole frames in the file."""
+        self._overwrite = overwrite
+        self._sync = sync
+        self._encoder = Encoder()
+        self._fd: int | None = None
+        self._regular = True
+        self._failed: str | None = None
+        # A cancelled write goes on in its thread; what comes after it must wait for it.
+        self._lock = Lock()
+
+    @property
+    def records(self) -> int:
+        """Records in the file."""
+        return self._encoder.records
+
+    async def open(self, header: StreamHeader) -> None:
+        """Create the file; raises `StoreError`, also where there is one already and it may not be overwritten."""
+        await asyncio.to_thread(self._open, header)
+
+    async def write(self, item: StreamItem) -> None:
+        """Append; raises `StoreError` (disk full, ...), and `WireError` for an item out of order."""
+        await asyncio.to_thread(self._write, item)
+
+    async def aclose(self) -> None:
+        """Append the END mark, unless a write failed, and close. Safe to call again."""
+        await asyncio.to_thread(self._close)
+
+    def _open(self, header: StreamHeader) -> None:
+        with self._lock:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            try:
+                fd = os.open(self.path, flags | (0 if self._overwrite else os.O_EXCL), 0o644)
+            except FileExistsError:
+                raise StoreError(f"{self.path}: exists already; give another name, or say that it may go") from None
+            except OSError as error:
+                raise StoreError(f"{self.path}: cannot be created: {error.strerror}") from error
+            try:
+                self._empty(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._fd = fd
+            self._append(FILE_HEAD + self._encoder.header(header))
+
+    def _empty(self, fd: int) -> None:
+        try:
+            # Before it is emptied: what is to go may be what another recording is writing.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{self.path}: another recording is writing it") from None
+        except OSError:
+            _LOG.debug("%s: no file locks here", self.path)
+        self._regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        if self._regular:
+            os.ftruncate(fd, 0)
+
+    def _write(self, item: StreamItem) -> None:
+        with self._lock:
+            if self._failed is not None:
+                raise StoreError(self._failed)
+            pieces: list[StreamItem] = [item]
+            if isinstance(item, Batch) and len(item) > MAX_RECORDS:
+                pieces = [item[start : start + MAX_RECORDS] for start in range(0, len(item), MAX_RECORDS)]
+            for piece in pieces:
+                try:
+                    frame = self._encoder.item(piece)
+                except WireError as error:
+                    # Not in the file, so the file must not claim to be complete.
+                    self._failed = f"{self.path}: {error}"
+                    raise
+                self._append(frame)
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._fd is None:
+                return
+            try:
+                if self._failed is None:
+                    self._append(self._encoder.end())
+                    self._flush(self._sync == "close")
+            finally:
+                fd, self._fd = self._fd, None
+                os.close(fd)
+
+    def _append(self, frame: bytes) -> None:
+        if self._fd is None:
+            raise StoreError(f"{self.path}: not open")
+        left = memoryview(frame)
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError as error:
+            self._fail(error)
+        self.bytes_written += len(frame)
+        self._flush(self._sync == "frame")
+
+    def _flush(self, now: bool) -> None:
+        if not now or self._fd is None or not self._regular:
+            return
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> NoReturn:
+        assert self._fd is not None
+        if self._regular:
+            # Back to whole frames. A reader copes with half of one; this only saves it the remark.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self.bytes_written)
+        self._failed = (
+            f"{self.path}: {error.strerror} after {self.bytes_written} bytes; "
+            "what was written up to there can be replayed"
+        )
+        raise StoreError(self._failed) from error
