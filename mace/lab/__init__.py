@@ -1,0 +1,31 @@
+"""The test network: containers on bridges behind NAT, in namespaces of their own, with traffic to measure.
+
+    with running(Spec(containers=2)) as lab:
+        lab.ping("c1", count=100)
+        lab.udp("c2", count=10_000, rate_pps=20_000)
+
+The picture is in docs/lab.md.
+"""
+
+from mace.lab.lifecycle import Lab, LabInfo, attach, down, list_labs, running, up
+from mace.lab.plan import HOST, OUTER_DEVICE, REMOTE, Runtime, Spec
+from mace.lab.traffic import Flow, PingResult, TcpResult, UdpResult
+
+__all__ = [
+    "HOST",
+    "OUTER_DEVICE",
+    "REMOTE",
+    "Flow",
+    "Lab",
+    "LabInfo",
+    "PingResult",
+    "Runtime",
+    "Spec",
+    "TcpResult",
+    "UdpResult",
+    "attach",
+    "down",
+    "list_labs",
+    "running",
+    "up",
+]

@@ -1,0 +1,431 @@
+"""A lab from `up` to `down`.
+
+Clean-up is written for the worst case (the previous run was killed at any instruction) and is the only one there is:
+it needs nothing but the state file, and asks nothing of the processes that it ends. `up` runs it on failure, `down`
+runs it always, and the next `up` runs it on what it finds left over.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mace.errors import LabError, UsageError, nearest
+from mace.lab import netns, network, plan, state
+from mace.lab.plan import HOST, REMOTE, Family, Spec
+from mace.lab.state import Member, State
+from mace.lab.traffic import Traffic
+
+log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LabInfo:
+    """One line of `mace lab list`."""
+
+    name: str
+    status: str
+    """`up`, `starting` or `stopping` (a process is at it now), or `broken` (left over; `down` and `up` remove it)."""
+    runtime: str
+    containers: tuple[str, ...]
+    detail: str = ""
+    """Why it is broken; who holds it."""
+
+
+class Lab(Traffic):
+    """A test network that is up. Get one from `up`, `running` or `attach`."""
+
+    def __init__(self, record: State) -> None:
+        self._state = record
+
+    @property
+    def name(self) -> str:
+        return self._state.spec.name
+
+    @property
+    def spec(self) -> Spec:
+        return self._state.spec
+
+    @property
+    def containers(self) -> tuple[str, ...]:
+        return tuple(name for name in self._state.members if name not in (HOST, REMOTE))
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """`host`, `remote` and the containers."""
+        return tuple(self._state.members)
+
+    @property
+    def docker_socket(self) -> Path | None:
+        """The API socket of the lab's Docker daemon; None for the netns runtime."""
+        return Path(self._state.docker_socket) if self._state.docker_socket else None
+
+    def netns_path(self, member: str) -> Path:
+        """Where the member's network namespace is mounted."""
+        return Path(self._member(member).path)
+
+    def netns_inode(self, member: str) -> int:
+        return self._member(member).inode
+
+    def address(self, member: str, family: Family = 4) -> str:
+        found = self._member(member)
+        return found.ipv4 if family == 4 else found.ipv6
+
+    def command(self, member: str, argv: list[str]) -> list[str]:
+        """The command line that runs `argv` in the member's network namespace (and otherwise on this machine)."""
+        path = self.netns_path(member)
+        if netns.inode(path) != self.netns_inode(member):
+            raise LabError(f"lab {self.name!r}: the namespace of {member} is gone ({path})")
+        return netns.enter_command(path, argv)
+
+    def environment(self) -> dict[str, str]:
+        """Environment that makes a process one of the lab's, to be ended with it."""
+        return self._state.environment()
+
+    def popen(self, member: str, argv: list[str], **options: Any) -> subprocess.Popen[str]:
+        settings: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "env": self.environment(),
+            "start_new_session": True,
+            **options,
+        }
+        return subprocess.Popen(self.command(member, argv), **settings)
+
+    def exec(self, member: str, argv: list[str]) -> int:
+        """Run a command in a member with our own standard streams; returns its exit status.
+
+        It enters the network namespace only, with Docker too: what counts is where the packets go, and so every tool
+        of the machine (tcpdump, this Python) can be used in a container whose image has nothing.
+        """
+        if not argv:
+            raise UsageError("exec: no command")
+        process = subprocess.Popen(self.command(member, argv), env=self.environment())
+        # Ctrl-C goes to the command, which is in our foreground group; whether that ends it is its affair.
+        previous = _set_handler(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return process.wait()
+        finally:
+            _restore_handler(signal.SIGINT, previous)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def add_container(self, name: str) -> None:
+        """Add a container to the running lab, on the lowest place that is free: after a removal, the old addresses."""
+        with self._changing():
+            if name in self._state.members:
+                raise UsageError(f"lab {self.name!r} has a {name} already")
+            taken = {m.slot for m in self._state.members.values()}
+            slot = next(n for n in range(plan.MAX_CONTAINERS + 1) if n not in taken)
+            place = plan.place(self.spec, name, slot)
+            self._state.members[name] = _planned(self._state, place)
+            self._state.save()
+            try:
+                _create_containers(self._state, [place])
+            except BaseException:
+                with _undisturbed():
+                    _remove_member(self._state, name)
+                    self._state.save()
+                raise
+            self._state.save()
+
+    def remove_container(self, name: str) -> None:
+        """Remove a container and what runs in it. Its name and addresses are free again."""
+        with self._changing():
+            if name in (HOST, REMOTE):
+                raise UsageError(f"{name} is no container")
+            self._member(name)
+            _remove_member(self._state, name)
+            self._state.save()
+
+    def close(self) -> None:
+        """Remove everything. Does nothing the second time."""
+        with _undisturbed(), state.locked(self.name):
+            current = state.load(self.name)
+            if current is not None and current.id == self._state.id:
+                _clean(current)
+
+    def _member(self, name: str) -> Member:
+        try:
+            return self._state.members[name]
+        except KeyError:
+            raise UsageError(
+                f"lab {self.name!r} has no member {name!r}{nearest(name, self.members)}: {', '.join(self.members)}"
+            ) from None
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with state.locked(self.name):
+            current = state.load(self.name)
+            if current is None or current.id != self._state.id:
+                raise LabError(f"lab {self.name!r} was taken down")
+            self._state = current
+            yield
+
+
+def up(spec: Spec, *, detached: bool = True) -> Lab:
+    """Make the lab and return it. Removes first what a killed run of the same name left.
+
+    `detached`: it stays until `down`. Else it is a leftover as soon as this process has ended.
+    Raises `Unavailable`, or `LabError` when a lab of that name is up or cannot be made.
+    """
+    with state.locked(spec.name):
+        old = _load_or_forget(spec.name)
+        if old is not None:
+            why = _trouble(old)
+            if not why:
+                held = f", held by process {old.owner.pid}" if old.owner else ""
+                raise LabError(f"lab {spec.name!r} is up already{held}; `mace lab down {spec.name}` removes it")
+            log.warning("lab %r: removing what is left of it (%s)", spec.name, why)
+            _clean(old)
+        _remove_strays(spec.name)
+
+        record = State(spec, owner=None if detached else state.this_process())
+        for member in (HOST, REMOTE):
+            ipv4, ipv6 = plan.wire(member)
+            path = netns.NETNS_DIR / plan.netns_name(spec.name, member)
+            record.members[member] = Member(str(path), ipv4=str(ipv4.ip), ipv6=str(ipv6.ip))
+        places = [plan.place(spec, name, slot) for slot, name in enumerate(plan.container_names(spec))]
+        for place in places:
+            record.members[place.name] = _planned(record, place)
+        record.save()
+        try:
+            _create_host(record)
+            _create_containers(record, places)
+            record.phase = state.UP
+            record.save()
+        except BaseException:
+            with _undisturbed():
+                _clean(record)
+            raise
+        return Lab(record)
+
+
+def attach(name: str = "lab") -> Lab:
+    """The lab of that name, which somebody else has brought up. Raises `LabError` if it is not up."""
+    record = state.load(name)
+    if record is None:
+        known = [info.name for info in list_labs()]
+        raise LabError(f"lab {name!r} is not up{nearest(name, known)}; `mace lab up` makes one")
+    if why := _trouble(record):
+        raise LabError(f"lab {name!r} is broken ({why}); `mace lab down {name}` removes it")
+    return Lab(record)
+
+
+def down(name: str = "lab", *, force: bool = False) -> bool:
+    """Remove a lab, whatever state it is in. False if there was nothing.
+
+    Raises `LabError` for one that a living process holds (`running`), unless `force`.
+    """
+    Spec(name=name)  # the name becomes part of paths
+    if not _exists(name):
+        return False
+    with _undisturbed(), state.locked(name):
+        record = _load_or_forget(name)
+        if record is not None:
+            owner = record.owner
+            if not force and owner is not None and owner.alive() and owner != state.this_process():
+                raise LabError(f"lab {name!r} is held by process {owner.pid}; end that first")
+            _clean(record)
+        return _remove_strays(name) or record is not None
+
+
+def list_labs() -> list[LabInfo]:
+    """All labs of this machine, those left over by killed runs included."""
+    strays = {found[0] for found in map(plan.parse_netns_name, _netns_names()) if found}
+    infos = []
+    for name in sorted({*state.names(), *strays}):
+        try:
+            record = state.load(name)
+        except LabError as error:
+            infos.append(LabInfo(name, "broken", "", (), str(error)))
+            continue
+        if record is None:
+            infos.append(LabInfo(name, "broken", "", (), "no state file"))
+            continue
+        members = tuple(member for member in record.members if member not in (HOST, REMOTE))
+        why = _trouble(record)
+        owner = record.owner
+        status, detail = "up", f"held by process {owner.pid}" if owner and not why else ""
+        if why:
+            busy = state.is_locked(name) and record.phase != state.UP
+            status, detail = (record.phase, "") if busy else ("broken", why)
+        infos.append(LabInfo(name, status, record.spec.runtime.value, members, detail))
+    return infos
+
+
+@contextmanager
+def running(spec: Spec | None = None) -> Iterator[Lab]:
+    """A lab for the length of a `with` block, removed on every way out of it.
+
+    In the main thread SIGTERM ends the block as Ctrl-C does, unless the program has a handler of its own.
+    """
+    with _terminable():
+        lab = up(spec or Spec(), detached=False)
+        try:
+            yield lab
+        finally:
+            lab.close()
+
+
+def _planned(record: State, place: plan.Placement) -> Member:
+    path = netns.NETNS_DIR / plan.netns_name(record.spec.name, place.name)
+    return Member(str(path), slot=place.slot, ipv4=str(place.ipv4.ip), ipv6=str(place.ipv6.ip))
+
+
+def _create_host(record: State) -> None:
+    env = record.environment()
+    names = [plan.netns_name(record.spec.name, member) for member in (HOST, REMOTE)]
+    network.add_namespaces(names, env)
+    _note_inodes(record, (HOST, REMOTE))
+    network.build_wire(record.spec.name, env)
+    network.build_bridges(record.spec, env)
+
+
+def _create_containers(record: State, places: list[plan.Placement]) -> None:
+    env = record.environment()
+    network.add_namespaces([plan.netns_name(record.spec.name, place.name) for place in places], env)
+    _note_inodes(record, [place.name for place in places])
+    for place in places:
+        network.build_container(record.spec, place, env)
+
+
+def _note_inodes(record: State, members: Any) -> None:
+    for member in members:
+        path = Path(record.members[member].path)
+        record.members[member].inode = netns.inode(path)
+        if record.members[member].inode in (0, netns.own_inode()):
+            raise LabError(f"{path}: expected a new network namespace there")
+
+
+def _remove_member(record: State, name: str) -> None:
+    member = record.members[name]
+    path = Path(member.path)
+    _end_processes_in(record, netns.inode(path))
+    _remove_namespace(path, record.environment())
+    del record.members[name]
+
+
+def _end_processes_in(record: State, inode: int) -> None:
+    if inode:
+        state.kill(record.id, in_netns=inode)
+
+
+def _clean(record: State) -> None:
+    """Remove all of a lab: processes, devices, namespaces, files; the state file last."""
+    if record.boot_id != state.boot_id():
+        record = State(record.spec, id=record.id)  # nothing of it survived; what is there now is not ours
+    record.phase = state.STOPPING
+    record.save()
+    env = record.environment()
+    state.kill(record.id)
+    _remove_namespaces(record.spec.name, env)
+    # Once more: an `ip netns add` may have been on its way when its parent, and then itself, was killed.
+    state.kill(record.id)
+    _remove_namespaces(record.spec.name, env)
+    record.forget()
+
+
+def _remove_namespaces(lab: str, env: dict[str, str]) -> bool:
+    found = False
+    names = [name for name in _netns_names() if (plan.parse_netns_name(name) or ("", ""))[0] == lab]
+    # The host's first: with its ends, all pairs go.
+    for name in sorted(names, key=lambda name: not name.endswith("-" + HOST)):
+        found |= _remove_namespace(netns.NETNS_DIR / name, env)
+    return found
+
+
+def _remove_namespace(path: Path, env: dict[str, str]) -> bool:
+    if netns.inode(path) not in (0, netns.own_inode()):
+        network.remove_devices(path, env)
+    return netns.remove(path)
+
+
+def _remove_strays(name: str) -> bool:
+    """Namespaces with this lab's name that no state file knows (somebody removed it)."""
+    return _remove_namespaces(name, State(Spec(name=name)).environment())
+
+
+def _load_or_forget(name: str) -> State | None:
+    """The state; a damaged file counts as none, since what it spoke of is found by name too."""
+    try:
+        return state.load(name)
+    except LabError as error:
+        log.warning("%s", error)
+        State(Spec(name=name)).forget()
+        return None
+
+
+def _trouble(record: State) -> str:
+    """Why a lab is a leftover; empty for one that is fine."""
+    if record.boot_id != state.boot_id():
+        return "the machine was started anew since"
+    if record.phase != state.UP:
+        return f"{'setting up' if record.phase == state.STARTING else 'removing'} it was interrupted"
+    if record.owner is not None and not record.owner.alive():
+        return f"its process {record.owner.pid} has ended"
+    for name, member in record.members.items():
+        if not member.inode or netns.inode(Path(member.path)) != member.inode:
+            return f"the namespace of {name} is missing"
+    return ""
+
+
+def _exists(name: str) -> bool:
+    return name in state.names() or any((plan.parse_netns_name(n) or ("",))[0] == name for n in _netns_names())
+
+
+def _netns_names() -> list[str]:
+    return sorted(p.name for p in netns.NETNS_DIR.iterdir()) if netns.NETNS_DIR.is_dir() else []
+
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM until the block is done: a clean-up must not be cut short by impatience."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP unwind the stack (exit status 128 + signal), where they would end the process."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {s: _set_handler(s, leave) for s in _SIGNALS[1:] if _is_default(s)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            _restore_handler(number, handler)
+
+
+def _is_default(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_DFL
+
+
+def _set_handler(number: signal.Signals, handler: Any) -> Any:
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(number, handler)
+
+
+def _restore_handler(number: signal.Signals, handler: Any) -> None:
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)

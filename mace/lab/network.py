@@ -1,0 +1,214 @@
+"""The lab's devices, addresses, routes and NAT, built with `ip -batch` and `nft`.
+
+What is on the containers' side is only made here for the netns runtime; Docker makes its own bridge, pairs and NAT.
+The outer device and the remote are the same for both.
+
+Two bridges with equal addresses need three things, all in the host namespace, which work for IPv4 and IPv6 alike:
+  - a conntrack zone per bridge for the original direction only (Linux kernel commit deedb59039f1 ("netfilter:
+    nf_conntrack: add direction support for zones"), in v4.3). The reply direction stays in the zone that all share,
+    so that masquerade picks a free port or ICMP id when two containers use the same one;
+  - the connection's mark tells which bridge it came from, and is put on the reply before it is routed;
+  - that mark selects a routing table that knows only that bridge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from mace.errors import LabError
+from mace.lab import netns
+from mace.lab.plan import (
+    HOST,
+    INNER_DEVICE,
+    OUTER_DEVICE,
+    REMOTE,
+    REMOTE_DEVICE,
+    Placement,
+    Spec,
+    bridge_networks,
+    bridges,
+    netns_name,
+    wire,
+)
+
+_MEMBER_SYSCTLS: Final[dict[str, int | str]] = {
+    # New namespaces copy the IPv4 values of the machine's; a distribution's rp_filter must not decide what we measure.
+    "ipv4/conf/all/rp_filter": 0,
+    "ipv4/conf/default/rp_filter": 0,
+    # Addresses are ready at once, and nothing but the traffic asked for (and ARP, ND) is on the wire.
+    "ipv6/conf/all/disable_ipv6": 0,
+    "ipv6/conf/default/disable_ipv6": 0,
+    "ipv6/conf/all/accept_dad": 0,
+    "ipv6/conf/default/accept_dad": 0,
+    "ipv6/conf/default/dad_transmits": 0,
+    "ipv6/conf/default/accept_ra": 0,
+    "ipv6/conf/default/router_solicitations": 0,
+}
+_HOST_SYSCTLS: Final[dict[str, int | str]] = {
+    **_MEMBER_SYSCTLS,
+    "ipv4/ip_forward": 1,
+    "ipv6/conf/all/forwarding": 1,
+    "ipv6/conf/default/forwarding": 1,
+}
+_BRIDGE_NETFILTER: Final[dict[str, int | str]] = {
+    # Bridged frames pass the IP hooks too, as on every host that runs Docker (which loads br_netfilter and relies on
+    # it). It is part of what a container costs, so it is on, and not left to the machine. The files exist only where
+    # br_netfilter is built in or loaded; the lab loads no module for it.
+    "bridge/bridge-nf-call-iptables": 1,
+    "bridge/bridge-nf-call-ip6tables": 1,
+}
+
+_DOOMED: Final = 77
+"""Number of the device group that `remove_devices` makes; any will do, the namespace is the lab's own."""
+
+
+def build_wire(lab: str, env: Mapping[str, str]) -> None:
+    """Host and remote namespaces (which exist), joined by out0 and rem0. The host's default route leaves by out0."""
+    host, remote = _path(lab, HOST), _path(lab, REMOTE)
+    host_sysctls = dict(_HOST_SYSCTLS)
+    if netns.enter(host, lambda: Path("/proc/sys/net/bridge").is_dir()):
+        host_sysctls |= _BRIDGE_NETFILTER
+    netns.write_sysctls(host, host_sysctls)
+    netns.write_sysctls(remote, _MEMBER_SYSCTLS)
+    (host4, host6), (remote4, remote6) = wire(HOST), wire(REMOTE)
+    _batch(
+        lab,
+        HOST,
+        [
+            "link set lo up",
+            f"link add {OUTER_DEVICE} type veth peer name {REMOTE_DEVICE} netns {netns_name(lab, REMOTE)}",
+            f"link set {OUTER_DEVICE} up",
+            f"addr add {host4} dev {OUTER_DEVICE}",
+            f"addr add {host6} dev {OUTER_DEVICE} nodad",
+            f"route add default via {remote4.ip} dev {OUTER_DEVICE}",
+            f"route add default via {remote6.ip} dev {OUTER_DEVICE}",
+        ],
+        env,
+    )
+    _batch(
+        lab,
+        REMOTE,
+        [
+            "link set lo up",
+            f"link set {REMOTE_DEVICE} up",
+            f"addr add {remote4} dev {REMOTE_DEVICE}",
+            f"addr add {remote6} dev {REMOTE_DEVICE} nodad",
+        ],
+        env,
+    )
+
+
+def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:
+    """The bridges, and masquerade (both IP versions, as Docker with ip6tables does) from them out of out0."""
+    commands: list[str] = []
+    for bridge in bridges(spec):
+        # Explicit: with equal addresses only the first bridge may own the main table's route to them.
+        prefix_route = "noprefixroute" if spec.same_addresses else ""
+        commands += [
+            f"link add {bridge.name} address {bridge.mac} type bridge stp_state 0 forward_delay 0",
+            f"link set {bridge.name} up",
+            f"addr add {bridge.ipv4} dev {bridge.name} {prefix_route}",
+            f"addr add {bridge.ipv6} dev {bridge.name} nodad {prefix_route}",
+        ]
+    _batch(spec.name, HOST, commands, env)
+    if spec.same_addresses:
+        for family in ("-4", "-6"):
+            _batch(spec.name, HOST, _routes_by_mark(spec, family), env, family)
+    netns.run(netns.enter_command(_path(spec.name, HOST), ["nft", "-f", "-"]), stdin="\n".join(_ruleset(spec)), env=env)
+
+
+def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
+    """The veth pair of one container (whose namespace exists), its addresses and default routes."""
+    inner = netns_name(spec.name, place.name)
+    container = _path(spec.name, place.name)
+    netns.write_sysctls(container, _MEMBER_SYSCTLS)
+    _batch(
+        spec.name,
+        HOST,
+        [
+            f"link add {place.veth} type veth peer name {INNER_DEVICE} address {place.mac} netns {inner}",
+            f"link set {place.veth} master {place.bridge.name} up",
+        ],
+        env,
+    )
+    _batch(
+        spec.name,
+        place.name,
+        [
+            "link set lo up",
+            f"link set {INNER_DEVICE} up",
+            f"addr add {place.ipv4} dev {INNER_DEVICE}",
+            f"addr add {place.ipv6} dev {INNER_DEVICE} nodad",
+            f"route add default via {place.bridge.ipv4.ip} dev {INNER_DEVICE}",
+            f"route add default via {place.bridge.ipv6.ip} dev {INNER_DEVICE}",
+        ],
+        env,
+    )
+
+
+def add_namespaces(names: Iterable[str], env: Mapping[str, str]) -> None:
+    """Make named namespaces. Fails if one exists."""
+    netns.run(["ip", "-batch", "-"], stdin="".join(f"netns add {name}\n" for name in names), env=env)
+
+
+def remove_devices(path: Path, env: Mapping[str, str]) -> None:
+    """Delete all devices of the namespace at `path`; deleting one end of a pair takes the other with it.
+
+    So none outlives the lab where somebody else's process holds the namespace, and all are gone when we return (the
+    kernel empties namespaces later, by itself). As one group, since each deletion waits for an RCU grace period.
+    """
+    listed = netns.run(netns.enter_command(path, ["ip", "-o", "link", "show"]), env=env)
+    names = [line.split(": ", 2)[1].partition("@")[0] for line in listed.splitlines()]
+    commands = [f"link set {name} group {_DOOMED}\n" for name in names if name != "lo"]
+    if commands:
+        with suppress(LabError):  # something else deletes as well: the end of a process, say
+            argv = netns.enter_command(path, ["ip", "-force", "-batch", "-"])
+            netns.run(argv, stdin="".join([*commands, f"link del group {_DOOMED}\n"]), env=env)
+
+
+def _routes_by_mark(spec: Spec, family: str) -> list[str]:
+    commands = []
+    for bridge in bridges(spec):
+        network = bridge.ipv4.network if family == "-4" else bridge.ipv6.network
+        table = 100 + bridge.mark
+        commands.append(f"rule add fwmark {bridge.mark} lookup {table}")
+        commands.append(f"route add {network} dev {bridge.name} table {table}")
+        if bridge.mark == 1:  # for what the host itself sends to an address that several containers have
+            commands.append(f"route add {network} dev {bridge.name}")
+    return commands
+
+
+def _ruleset(spec: Spec) -> list[str]:
+    net4, net6 = bridge_networks()
+    rules = [
+        "table inet mace_lab {",
+        "  chain nat { type nat hook postrouting priority 100;",
+        f'    oifname "{OUTER_DEVICE}" ip saddr {net4} masquerade',
+        f'    oifname "{OUTER_DEVICE}" ip6 saddr {net6} masquerade',
+        "  }",
+    ]
+    if spec.same_addresses:
+        rules.append("  chain zones { type filter hook prerouting priority -300;")
+        rules += [f'    iifname "{b.name}" ct original zone set {b.mark}' for b in bridges(spec)]
+        rules += ["  }", "  chain marks { type filter hook prerouting priority -150;"]
+        rules += [f'    iifname "{b.name}" ct mark set {b.mark}' for b in bridges(spec)]
+        rules += [
+            f'    iifname "{OUTER_DEVICE}" meta mark set ct mark',
+            "  }",
+            "  chain own { type route hook output priority -150;",  # the host's own replies
+            "    ct mark != 0 meta mark set ct mark",
+            "  }",
+        ]
+    return [*rules, "}"]
+
+
+def _batch(lab: str, member: str, commands: list[str], env: Mapping[str, str], *options: str) -> None:
+    argv = netns.enter_command(_path(lab, member), ["ip", *options, "-batch", "-"])
+    netns.run(argv, stdin="".join(f"{command}\n" for command in commands), env=env)
+
+
+def _path(lab: str, member: str) -> Path:
+    return netns.NETNS_DIR / netns_name(lab, member)

@@ -1,0 +1,187 @@
+"""What a lab is to look like: names and addresses, worked out without touching the machine.
+
+Every lab uses the same addresses; they live in namespaces of their own and never meet. All come from the ranges
+kept for documentation (RFC 5737, RFC 3849), so a packet that strayed could go nowhere.
+
+    198.51.100.0/24, 2001:db8:1::/48     the bridges: cut evenly among them, or all of it on each (same addresses)
+    203.0.113.0/24,  2001:db8:ffff::/64  the wire between the host's out0 (.1) and the remote's rem0 (.2)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface
+from typing import Final, Literal
+
+from mace.errors import UsageError
+
+Family = Literal[4, 6]
+"""IP version."""
+
+HOST: Final = "host"
+REMOTE: Final = "remote"
+OUTER_DEVICE: Final = "out0"
+REMOTE_DEVICE: Final = "rem0"
+INNER_DEVICE: Final = "eth0"
+"""The same name in every container, as it is with every container runtime."""
+
+_BRIDGE_NET4: Final = IPv4Network("198.51.100.0/24")
+_BRIDGE_NET6: Final = IPv6Network("2001:db8:1::/48")
+_WIRE: Final[dict[str, tuple[IPv4Interface, IPv6Interface]]] = {
+    HOST: (IPv4Interface("203.0.113.1/24"), IPv6Interface("2001:db8:ffff::1/64")),
+    REMOTE: (IPv4Interface("203.0.113.2/24"), IPv6Interface("2001:db8:ffff::2/64")),
+}
+
+MAX_BRIDGES: Final = 8
+"""A /24 cut in 8 leaves 29 containers on each."""
+MAX_CONTAINERS: Final = 250
+_LAB_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,22}[a-z0-9])?")
+_MEMBER_NAME: Final = re.compile(r"[a-z][a-z0-9]{0,9}")
+"""No dash, so that the last part of a namespace's name is always the member; and `veth-` in front of it still fits
+the 15 characters of a device name."""
+
+
+class Runtime(StrEnum):
+    """What makes the containers."""
+
+    NETNS = "netns"
+    """Bare network namespaces: all that matters to packets, in a few milliseconds."""
+    DOCKER = "docker"
+    """Real containers of a Docker daemon that runs inside the lab's host namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What is asked for. Raises `UsageError` for what cannot be."""
+
+    name: str = "lab"
+    containers: int = 1
+    bridges: int = 1
+    """Containers are dealt to the bridges in turn: c1 to br0, c2 to br1, c3 to br0, ..."""
+    same_addresses: bool = False
+    """Give every bridge the same subnet, so that containers on different bridges have equal addresses."""
+    runtime: Runtime = Runtime.NETNS
+
+    def __post_init__(self) -> None:
+        if not _LAB_NAME.fullmatch(self.name):
+            raise UsageError(f"lab name {self.name!r}: expected 1 to 24 lower-case letters, digits and inner dashes")
+        if not 1 <= self.bridges <= MAX_BRIDGES:
+            raise UsageError(f"bridges: {self.bridges}, expected 1 to {MAX_BRIDGES}")
+        if not 1 <= self.containers <= capacity(self):
+            raise UsageError(f"containers: {self.containers}, expected 1 to {capacity(self)}")
+        if self.same_addresses and self.bridges < 2:
+            raise UsageError("same addresses need two bridges or more (two containers of one bridge must differ)")
+        if self.runtime is Runtime.DOCKER and self.bridges > 1:
+            raise UsageError("the docker runtime has one bridge, docker0; more need the netns runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """A bridge of the host namespace. `mark` is its conntrack zone, packet mark and routing table number."""
+
+    name: str
+    ipv4: IPv4Interface
+    ipv6: IPv6Interface
+    mac: str
+    mark: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a container goes: one slot, from which all its addresses follow."""
+
+    name: str
+    slot: int
+    bridge: Bridge
+    ipv4: IPv4Interface
+    ipv6: IPv6Interface
+    mac: str
+    veth: str
+    """The host's end of the container's veth pair."""
+
+
+def capacity(spec: Spec) -> int:
+    """How many containers a lab can hold."""
+    usable = _subnet4(spec, 0).num_addresses - 3  # network, gateway, broadcast
+    return min(MAX_CONTAINERS, usable * spec.bridges)
+
+
+def netns_name(lab: str, member: str) -> str:
+    """Name in /run/netns."""
+    return f"mace-{lab}-{member}"
+
+
+def parse_netns_name(name: str) -> tuple[str, str] | None:
+    """(lab, member) of a namespace that a lab made; None for any other."""
+    prefix, _, rest = name.partition("-")
+    lab, _, member = rest.rpartition("-")
+    if prefix != "mace" or not _LAB_NAME.fullmatch(lab) or not _MEMBER_NAME.fullmatch(member):
+        return None
+    return lab, member
+
+
+def container_names(spec: Spec) -> tuple[str, ...]:
+    """Names of the containers that the lab starts with."""
+    return tuple(f"c{n}" for n in range(1, spec.containers + 1))
+
+
+def check_container_name(name: str) -> str:
+    """The name, if a container may have it; raises `UsageError`."""
+    if name in (HOST, REMOTE) or not _MEMBER_NAME.fullmatch(name):
+        raise UsageError(
+            f"container name {name!r}: expected a letter and up to 9 lower-case letters or digits,"
+            f" other than {HOST!r} and {REMOTE!r}"
+        )
+    return name
+
+
+def bridges(spec: Spec) -> tuple[Bridge, ...]:
+    """The bridges of the host namespace."""
+    return tuple(_bridge(spec, number) for number in range(spec.bridges))
+
+
+def place(spec: Spec, name: str, slot: int) -> Placement:
+    """The place of the container in `slot` (from 0). Raises `UsageError` if the lab is full."""
+    if not 0 <= slot < capacity(spec):
+        raise UsageError(f"lab {spec.name!r} is full: {capacity(spec)} containers")
+    number, index = slot % spec.bridges, slot // spec.bridges
+    bridge = _bridge(spec, number)
+    ipv4 = IPv4Interface((bridge.ipv4.ip + 1 + index, bridge.ipv4.network.prefixlen))
+    ipv6 = IPv6Interface((bridge.ipv6.ip + 1 + index, bridge.ipv6.network.prefixlen))
+    return Placement(check_container_name(name), slot, bridge, ipv4, ipv6, _mac(ipv4), f"veth-{name}")
+
+
+def wire(member: str) -> tuple[IPv4Interface, IPv6Interface]:
+    """Addresses of `host` and `remote` on the wire between them."""
+    return _WIRE[member]
+
+
+def bridge_networks() -> tuple[IPv4Network, IPv6Network]:
+    """All that is masqueraded on its way out."""
+    return _BRIDGE_NET4, _BRIDGE_NET6
+
+
+def _subnet4(spec: Spec, number: int) -> IPv4Network:
+    if spec.same_addresses:
+        return _BRIDGE_NET4
+    cut = (spec.bridges - 1).bit_length()  # 1 bridge: /24, 2: /25, 3 and 4: /26, 5 to 8: /27
+    return list(_BRIDGE_NET4.subnets(cut))[number]
+
+
+def _bridge(spec: Spec, number: int) -> Bridge:
+    subnet4 = _subnet4(spec, number)
+    subnet6 = ip_interface(f"2001:db8:1:{0 if spec.same_addresses else number:x}::1/64")
+    assert isinstance(subnet6, IPv6Interface)
+    ipv4 = IPv4Interface((subnet4.network_address + 1, subnet4.prefixlen))
+    return Bridge(f"br{number}", ipv4, subnet6, _mac(ipv4), number + 1)
+
+
+def _mac(ipv4: IPv4Interface) -> str:
+    """From the IPv4 address, as Docker does.
+
+    A container that takes over an address takes over the MAC too, and the neighbours' caches stay right. A bridge's is
+    fixed for the same reason: else it changes with its lowest port.
+    """
+    return "02:42:" + ":".join(f"{byte:02x}" for byte in ipv4.ip.packed)

@@ -1,0 +1,274 @@
+"""What labs there are: one file each, written before anything is created, so that nothing is ever left unknown.
+
+    /run/mace/labs/NAME.json   what the lab is or was to be (an intent log: names stand in it before they exist)
+    /run/mace/labs/NAME.lock   flock: held while a lab is made, changed or removed
+    /run/mace/labs/NAME.d/     files of the lab: the Docker daemon's data, namespace handles
+
+Which processes belong to a lab is not in the file: every process the lab starts carries `MACE_LAB_ID=<id>` in its
+environment, and so do their children. That also finds a process whose parent was killed before it could
+write down the number, and a recycled number never matches. Only the owner, whose environment is not ours to
+change, is known by number and start time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+from mace.errors import LabError, MaceError
+from mace.lab.netns import search_path
+from mace.lab.plan import Runtime, Spec
+
+STATE_DIR: Final = Path("/run/mace/labs")
+VERSION: Final = 1
+ID_VARIABLE: Final = "MACE_LAB_ID"
+LOCK_LIMIT_S: Final = 60.0
+"""Longer than any set-up (a Docker daemon's start is given 20 s)."""
+
+STARTING: Final = "starting"
+UP: Final = "up"
+STOPPING: Final = "stopping"
+
+
+def boot_id() -> str:
+    """Changes with every start of the machine, which no process and no namespace survives."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process for certain: a number alone may come to mean another one."""
+
+    pid: int
+    start_ticks: int
+    """Field 22 of /proc/PID/stat: clock ticks since boot."""
+
+    def alive(self) -> bool:
+        return start_ticks(self.pid) == self.start_ticks
+
+
+@dataclass(slots=True)
+class Member:
+    """A network namespace of the lab: the host, the remote or a container."""
+
+    path: str
+    """Where the namespace is (to be) mounted."""
+    inode: int = 0
+    """0: not made yet."""
+    slot: int = -1
+    """Containers: the place that its addresses follow from."""
+    ipv4: str = ""
+    ipv6: str = ""
+    docker_id: str = ""
+
+
+@dataclass(slots=True)
+class State:
+    """What the state file holds."""
+
+    spec: Spec
+    id: str = field(default_factory=lambda: uuid4().hex)
+    boot_id: str = field(default_factory=boot_id)
+    phase: str = STARTING
+    owner: Process | None = None
+    """The process without which the lab is a leftover; None for a lab that stays until it is taken down."""
+    members: dict[str, Member] = field(default_factory=dict)
+    docker_socket: str = ""
+
+    @property
+    def directory(self) -> Path:
+        return STATE_DIR / f"{self.spec.name}.d"
+
+    def environment(self) -> dict[str, str]:
+        """Environment for the processes of the lab. `LC_ALL=C` because output is read; PATH with sbin."""
+        return {
+            **os.environ,
+            "PATH": search_path(),
+            "LC_ALL": "C",
+            ID_VARIABLE: self.id,
+        }
+
+    def save(self) -> None:
+        path = _file(self.spec.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".json.new")
+        draft.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+        draft.rename(path)
+
+    def forget(self) -> None:
+        _file(self.spec.name).unlink(missing_ok=True)
+        _file(self.spec.name).with_suffix(".json.new").unlink(missing_ok=True)
+
+
+def load(name: str) -> State | None:
+    """The state of a lab; None if there is none. Raises `LabError` for a file that says nothing sensible."""
+    path = _file(name)
+    try:
+        raw: Any = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LabError(f"{path}: {error}") from error
+    try:
+        if raw["version"] != VERSION:
+            raise LabError(f"{path}: version {raw['version']}, expected {VERSION}; use the MACE that made it")
+        spec = Spec(**{**raw["spec"], "runtime": Runtime(raw["spec"]["runtime"])})
+        if spec.name != name or not re.fullmatch(r"[0-9a-f]{32}", raw["id"]):
+            raise LabError(f"{path}: expected the state of lab {name!r}")
+        return State(
+            spec=spec,
+            id=raw["id"],
+            boot_id=raw["boot_id"],
+            phase=raw["phase"],
+            owner=Process(**raw["owner"]) if raw["owner"] else None,
+            members={member: Member(**values) for member, values in raw["members"].items()},
+            docker_socket=raw["docker_socket"],
+        )
+    except MaceError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LabError(f"{path}: not the state of a lab ({error!r})") from error
+
+
+def names() -> list[str]:
+    """Labs that have a state file or a directory."""
+    if not STATE_DIR.is_dir():
+        return []
+    return sorted({p.stem for p in STATE_DIR.iterdir() if p.suffix in (".json", ".d")})
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of lab `name`, made and changed by one process at a time. Raises `LabError` after a minute."""
+    STATE_DIR.mkdir(parents=True, exist_ok=True)
+    path = STATE_DIR / f"{name}.lock"
+    deadline = time.monotonic() + LOCK_LIMIT_S
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who held it may have removed the file: then ours is a lock that nobody else sees.
+            if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
+                break
+        except OSError:
+            pass
+        os.close(fd)
+        if time.monotonic() > deadline:
+            raise LabError(f"lab {name!r}: another process has been changing it for {LOCK_LIMIT_S:.0f} s ({path})")
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        if not _file(name).exists():
+            path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def this_process() -> Process:
+    """Ourselves, for others to look at."""
+    return Process(os.getpid(), start_ticks(os.getpid()))
+
+
+def start_ticks(pid: int) -> int:
+    """When process `pid` started, in clock ticks since boot; -1 if there is none, or only its exit status is left."""
+    try:
+        # The command name, in parentheses, may itself hold blanks and parentheses.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def processes(lab_id: str) -> list[int]:
+    """Processes that carry the lab's id in their environment; never ourselves nor those we descend from."""
+    mark = f"{ID_VARIABLE}={lab_id}".encode()
+    spared = _ancestry()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in spared and _carries(int(entry.name), mark):
+            found.append(int(entry.name))
+    return found
+
+
+def is_locked(name: str) -> bool:
+    """Whether a process is changing the lab right now."""
+    try:
+        fd = os.open(STATE_DIR / f"{name}.lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def kill(lab_id: str, in_netns: int = 0, limit_s: float = 10.0) -> None:
+    """End all processes of a lab (or only those in the network namespace with inode `in_netns`), and wait until they
+    are gone. Raises `LabError`.
+
+    SIGKILL: what they leave behind is removed from outside anyway, and must be, for a run that was itself killed.
+    """
+    mark = f"{ID_VARIABLE}={lab_id}".encode()
+    deadline = time.monotonic() + limit_s
+    while found := [pid for pid in processes(lab_id) if not in_netns or netns_of(pid) == in_netns]:
+        for pid in found:
+            try:
+                fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                # Looked at again, now that the number cannot come to mean another process.
+                if _carries(pid, mark):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                    select.select([fd], [], [], 1.0)
+            except ProcessLookupError:
+                pass
+            finally:
+                os.close(fd)
+        if time.monotonic() > deadline:
+            raise LabError(f"processes {found} do not end")
+
+
+def netns_of(pid: int) -> int:
+    """Inode of a process's network namespace; 0 if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/ns/net").stat().st_ino
+    except OSError:
+        return 0
+
+
+def _carries(pid: int, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _ancestry() -> set[int]:
+    chain = {0}
+    pid = os.getpid()
+    while pid not in chain:
+        chain.add(pid)
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+    return chain
+
+
+def _file(name: str) -> Path:
+    return STATE_DIR / f"{name}.json"
