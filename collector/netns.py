@@ -1,0 +1,174 @@
+"""Finding the network namespaces of the machine, and entering one.
+
+A namespace is known by its inode in nsfs. Those with a process are found in /proc; those without one are bind
+mounts (`ip netns add`, Docker's sandboxes) and stand in mountinfo, of which the kernel says when it changes
+(proc_pid_mountinfo(5): a poll(2) returns POLLPRI), so nothing needs to know the directories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_CLONE_NEWNET: Final = 0x40000000
+_MOUNTED: Final = re.compile(rb"^\S+ \S+ \S+ net:\[(\d+)\] (\S+) .* - nsfs ", re.MULTILINE)
+_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A network namespace and the ways to it."""
+
+    inode: int
+    name: str = ""
+    """As `ip netns` shows it, if it does."""
+    path: str = ""
+    """Where it is mounted, if it is; reachable from this process."""
+    pid: int = 0
+    """The lowest of its processes' ids, if it has one."""
+
+
+class Namespaces:
+    """What the machine has now. Keeps one file open, to be polled for POLLPRI: the mounts changed."""
+
+    def __init__(self) -> None:
+        self._file = Path("/proc/self/mountinfo").open("rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._mounts: dict[int, tuple[str, str]] = {}
+        self._stale = True
+
+    def close(self) -> None:
+        self._file.close()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def mounts_changed(self) -> None:
+        """The next scan reads the mounts again."""
+        self._stale = True
+
+    def scan(self) -> dict[int, Found]:
+        """All namespaces by inode: about 5 µs for each process, and 1 ms for 1000 mounts if they changed."""
+        if self._stale:
+            self._mounts = mounted()
+            self._stale = False
+        processes = occupied()
+        return {
+            inode: Found(inode, *self._mounts.get(inode, ("", "")), processes.get(inode, 0))
+            for inode in self._mounts.keys() | processes.keys()
+        }
+
+
+def occupied() -> dict[int, int]:
+    """Inode of every namespace that has a process → the lowest process id in it.
+
+    Of each process the first thread counts: the others' namespaces are passing states (a runtime at work).
+    """
+    first: dict[int, int] = {}
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - three times as fast, every second
+        if entry.isdigit():
+            inode = inode_of(f"/proc/{entry}/ns/net")
+            if inode is not None:
+                pid = int(entry)
+                first[inode] = min(pid, first.get(inode, pid))
+    return first
+
+
+def mounted() -> dict[int, tuple[str, str]]:
+    """Inode of every namespace that is mounted → (name or "", path).
+
+    Looks in our own mount namespace, then in that of process 1, which is another one where we run in a container.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for root in ("/proc/1/root", ""):
+        if root and (_same_mounts() or not os.access(root, os.R_OK)):
+            continue
+        try:
+            table = Path("/proc/1/mountinfo" if root else "/proc/self/mountinfo").read_bytes()
+        except OSError:
+            continue
+        for inode, escaped in _MOUNTED.findall(table):
+            place = os.fsdecode(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8)]), escaped))
+            name = _name(place)
+            if name or int(inode) not in found:
+                found[int(inode)] = (name, root + place)
+    return found
+
+
+def _same_mounts() -> bool:
+    try:
+        return os.readlink("/proc/1/ns/mnt") == os.readlink("/proc/self/ns/mnt")  # noqa: PTH115 - not a path
+    except OSError:
+        return True
+
+
+def _name(place: str) -> str:
+    """`x` for .../netns/x; nothing for Docker's sandboxes, whose names say nothing, and for other places."""
+    path = Path(place)
+    return path.name if path.parent.name == "netns" and path.parent.parent.name != "docker" else ""
+
+
+def inode_of(path: str) -> int | None:
+    """Inode of the namespace behind /proc/PID/ns/net, None if there is none or it may not be known."""
+    try:
+        return int(os.readlink(path)[5:-1])  # noqa: PTH115 - "net:[4026531840]", not a path
+    except (OSError, ValueError):
+        return None
+
+
+def open_netns(found: Found) -> int | None:
+    """A file descriptor on the namespace (it pins the namespace: close it soon), None if it cannot be reached."""
+    for path in (found.path, f"/proc/{found.pid}/ns/net" if found.pid else ""):
+        if not path:
+            continue
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        # The process or the mount may be another one by now.
+        if os.fstat(fd).st_ino == found.inode:
+            return fd
+        os.close(fd)
+    return None
+
+
+def leave_for_new_netns() -> int:
+    """Move this thread alone into a new, empty network namespace; a file descriptor to return to it.
+
+    Never from the main thread (/proc/self/ns is that of the main thread) nor from one that goes back to a pool.
+    """
+    _own_thread()
+    if _libc.unshare(_CLONE_NEWNET):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "unshare(CLONE_NEWNET)")
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def inside(netns_fd: int, home_fd: int) -> Iterator[None]:
+    """This thread in another network namespace for a moment. Stays pinned until left: be quick."""
+    _own_thread()
+    _setns(netns_fd)
+    try:
+        yield
+    finally:
+        _setns(home_fd)
+
+
+def _setns(fd: int) -> None:
+    # os.setns came with Python 3.12.
+    if _libc.setns(fd, _CLONE_NEWNET):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "setns")
+
+
+def _own_thread() -> None:
+    if threading.current_thread() is threading.main_thread():
+        raise RuntimeError("the main thread must stay in its network namespace")
