@@ -1,0 +1,1 @@
+"""Batches of records -> delays, paths and windows. Imports only what the stages share."""

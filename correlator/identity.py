@@ -1,0 +1,288 @@
+"""Is this the same packet? And which device is this?
+
+A packet on its way through a host is carried by a *kernel buffer* (`struct sk_buff`). From the container's
+device through veth, bridge, routing and NAT to the outer device it stays in one buffer, whose address the
+kernel's tracepoints tell (`skb_id` here, never the address itself). Two things make this less simple than it
+sounds, and this file is about both.
+
+**Buffers are reused at once.** Under load the allocator hands out the same address again within 20 µs, mostly
+to the reply of the very packet that had it. So a buffer has many *lives*, and a life must end where the packet
+does. Most ends are seen (`consume_skb`, `kfree_skb`), but not all: TCP frees what it has read, and pure
+acknowledgements, without a tracepoint (`__kfree_skb`). So every two successive records of one buffer are asked
+whether a packet can have gone *from there to here*. It can
+
+    Q d → X d            on the same device: from the queueing discipline to the driver
+    X d → X d            the driver was busy and is asked again
+    X d → r,G,R peer(d)  through a veth, or round the loopback
+    X d → Q d'           from a bridge to its port, from a macvlan, VLAN or tunnel to the device below
+    r,G d → R d          on the same device: from the backlog or NAPI to the stack
+    R d → R d'           from a bridge's port to the bridge (a macvlan's or VLAN's second look is not traced)
+    R d → r,G d'         out of a tunnel
+    R d → Q d'           routed or bridged within one namespace, its length unchanged; not back out of the
+                         device it came from, except a bridge (hairpin)
+    R,D → D, any → end   copied to a reader; freed
+
+and everything else is the start of a new life. A move also ends a life if it takes longer than the engine's
+timeout, or if the ring lost records meanwhile, on whatever CPU: the missing one may be the very end that we
+wait for. A wrong pair is worse than a missing one.
+
+What this cannot see: a buffer that is freed untraced and comes back *on a path the old packet could have
+taken*, with the same length (a proxy on the host whose acknowledgement leaves by another device just after it
+received one). Only content can tell those apart; hence the grade `BUFFER`, and not `EXACT`.
+
+**Names are not devices.** The kernel's tracepoints name devices by name, and `eth0` is in every container. A
+sighting can therefore be several devices, the *candidates*, and the same table of moves decides: of all pairs of
+candidates only those are left between which the move exists (an `X eth0 → r veth7` is the peer of veth7 and no
+other eth0). Also `X → consumed` is not a veth (that would have handed the buffer on), and a life that starts
+with a reception is not on one. What is left with one candidate is resolved; two or more are *ambiguous*, and
+are counted, not guessed. A device that the topology does not list at all becomes an unknown device of that
+name: its crossings are known, where it belongs is not.
+
+Records that name namespace and ifindex have one candidate from the start; all else is the same for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from correlator.memo import Memo
+from mace.hooks import HOOKS, Hook, Way
+from mace.topology import Device, Role, Sighting, Topology
+
+WAY: Final = np.zeros(256, np.uint8)
+"""`Way` of each hook number."""
+for _info in HOOKS:
+    WAY[_info.hook] = _info.way
+
+TUNNELS: Final = frozenset(
+    {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}
+)
+
+JOIN: Final = 1
+"""Flag of a verdict: the two records are of one life."""
+CROSS: Final = 2
+"""Flag of a verdict: the second record is on another device than the first."""
+SAME_LENGTH: Final = 4
+"""Flag of a verdict: joined only if both records have the same length."""
+
+CODE_BITS: Final = 20
+CODES: Final = 1 << CODE_BITS
+"""Sightings that a stream can have: a million names is far beyond what one boot of a host sees."""
+
+_RECEIVE: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
+_RECEIVE_ORDER: Final = {hook: rank for rank, hook in enumerate(_RECEIVE)}
+
+
+def place(hook: npt.NDArray[np.uint8], dev: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    """Hook and sighting of each record as one number, as `Resolver.moves` wants them. Same shape, int64."""
+    places: npt.NDArray[np.int64] = (hook.astype(np.int64) << CODE_BITS) | dev
+    return places
+
+
+def from_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Device number of each move's first record where the move alone tells it, else -1."""
+    return (moves >> 32) - 1
+
+
+def to_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Device number of each move's second record where the move alone tells it, else -1."""
+    return ((moves >> 8) & 0xFFFFFF) - 1
+
+
+class Resolver:
+    """Knows the devices of one stream by number, and answers what moves between sightings can be.
+
+    Numbers are given once and for all; a device that is gone stays a candidate until `forget_before`, since its
+    last packets are still under way.
+    """
+
+    def __init__(self, keep_ns: int) -> None:
+        self._keep_ns = keep_ns
+        self.devices: list[Device] = []
+        self._number: dict[Device, int] = {}
+        self._gone: dict[int, int] = {}
+        self._live: frozenset[int] = frozenset()
+        self._sightings: tuple[Sighting, ...] = ()
+        self._candidates: list[tuple[int, ...]] = []
+        self._by_key: dict[tuple[int, int], list[int]] = {}
+        self.only = np.full(1, -1, np.int64)
+        """Device number of each sighting; -1 where it is none or may be several."""
+        self.serves = np.zeros(0, np.int64)
+        """By device number: number of the inner device of the container whose packets it carries, or -1."""
+        self.role = np.zeros(0, np.uint8)
+        """By device number: index into `ROLES`."""
+        self._moves = Memo(self._judged)
+
+    def update(self, topology: Topology) -> None:
+        """Use `topology` from now on."""
+        live = frozenset(self._number_of(device) for device in topology.devices)
+        for number in self._live - live:
+            self._gone[number] = topology.from_ns
+        for number in live:
+            self._gone.pop(number, None)
+        for number in [n for n, since in self._gone.items() if since + self._keep_ns < topology.from_ns]:
+            del self._gone[number]
+        self._live = live
+        present = sorted(live | self._gone.keys())
+
+        self._by_key = {}
+        by_name: dict[str, list[int]] = {}
+        for number in present:
+            device = self.devices[number]
+            self._by_key.setdefault(device.key, []).append(number)
+            by_name.setdefault(device.name, []).append(number)
+        self._sightings = topology.sightings
+        self._candidates = [()]
+        for sighting in topology.sightings[1:]:
+            found = (
+                self._by_key.get((sighting.netns, sighting.ifindex), ())
+                if sighting.ifindex
+                else by_name.get(sighting.name, ())
+            )
+            self._candidates.append(self._newest(found) or (self._number_of(_unknown(sighting)),))
+        self.only = np.array([c[0] if len(c) == 1 else -1 for c in self._candidates], np.int64)
+        self._describe()
+        self._moves.forget()
+
+    def _newest(self, numbers: Iterable[int]) -> tuple[int, ...]:
+        """Without what is gone, where the same device is still there under another description."""
+        live_keys = {self.devices[n].key for n in numbers if n in self._live}
+        return tuple(n for n in numbers if n in self._live or self.devices[n].key not in live_keys)
+
+    def _number_of(self, device: Device) -> int:
+        number = self._number.setdefault(device, len(self.devices))
+        if number == len(self.devices):
+            self.devices.append(device)
+        return number
+
+    def _describe(self) -> None:
+        self.role = np.array([ROLES.index(d.role) for d in self.devices], np.uint8)
+        serves = np.full(len(self.devices), -1, np.int64)
+        for number, device in enumerate(self.devices):
+            if device.role is Role.INNER:
+                serves[number] = number
+            elif device.role is Role.HOST and device.kind == "veth":
+                inner = [
+                    n
+                    for n in self._by_key.get((device.peer_netns, device.peer_ifindex), ())
+                    if self.devices[n].role is Role.INNER
+                ]
+                if inner:
+                    serves[number] = inner[-1]
+        self.serves = serves
+
+    @property
+    def ambiguous_names(self) -> bool:
+        """Whether any sighting in use can be several devices."""
+        return bool((self.only[1:] < 0).any())
+
+    def moves(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What each move from one `place` to another is: flags (JOIN, CROSS, SAME_LENGTH) in the lowest bits;
+        `from_device` and `to_device` read the rest. Arrays of one length, int64.
+        """
+        return self._moves((source << (CODE_BITS + 4)) | target)
+
+    def _judged(self, key: int) -> int:
+        source, target = divmod(key, 1 << (CODE_BITS + 4))
+        flags, first, second = self._judge(
+            Hook(source >> CODE_BITS), source & (CODES - 1), Hook(target >> CODE_BITS), target & (CODES - 1)
+        )
+        return ((first + 1) << 32) | ((second + 1) << 8) | flags
+
+    def start(self, dev: int) -> int:
+        """Device number of a sighting at which a life starts with a reception, or -1: not a veth."""
+        return _sole(n for n in self._candidates[dev] if self.devices[n].kind != "veth")
+
+    def _judge(self, hook_p: Hook, code_p: int, hook_n: Hook, code_n: int) -> tuple[int, int, int]:
+        way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
+        if way_p == Way.END:
+            return 0, -1, -1
+        if way_n == Way.END:
+            sent = hook_p is Hook.NET_DEV_START_XMIT and hook_n is Hook.CONSUME_SKB
+            return JOIN, self.start(code_p) if sent else -1, -1
+        if way_n == Way.DELIVERY:
+            return JOIN if hook_p in (Hook.NETIF_RECEIVE_SKB, Hook.SKB_COPY_DATAGRAM_IOVEC) else 0, -1, -1
+        if way_p == Way.DELIVERY:
+            return 0, -1, -1
+        if code_p == code_n and self._stays(hook_p, hook_n):
+            return JOIN, -1, -1
+        pairs = set(self._crossings(hook_p, self._candidates[code_p], hook_n, self._candidates[code_n]))
+        if not pairs:
+            return 0, -1, -1
+        across = 0 if all(a == b for a, b in pairs) else CROSS
+        routed = SAME_LENGTH if way_p == Way.RECEIVE and way_n == Way.TRANSMIT else 0
+        return JOIN | across | routed, _sole(a for a, _ in pairs), _sole(b for _, b in pairs)
+
+    @staticmethod
+    def _stays(hook_p: Hook, hook_n: Hook) -> bool:
+        """Whether the second hook comes after the first one on the same device, whichever device that is."""
+        if hook_n is Hook.NET_DEV_START_XMIT:
+            return hook_p in (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT)
+        return hook_p in _RECEIVE_ORDER and hook_n in _RECEIVE_ORDER and _RECEIVE_ORDER[hook_p] < _RECEIVE_ORDER[hook_n]
+
+    def _crossings(
+        self, hook_p: Hook, sources: Sequence[int], hook_n: Hook, targets: Sequence[int]
+    ) -> Iterable[tuple[int, int]]:
+        """The pairs of candidates between which a packet can go from `hook_p` to `hook_n`."""
+        way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
+        if way_p == Way.TRANSMIT and hook_p is not Hook.NET_DEV_START_XMIT:
+            return
+        if way_p == Way.RECEIVE and hook_p is not Hook.NETIF_RECEIVE_SKB:
+            return
+        if way_n == Way.TRANSMIT and hook_n is not Hook.NET_DEV_QUEUE:
+            return
+        inside = set(targets)
+        for a in sources:
+            device = self.devices[a]
+            if way_p == Way.TRANSMIT and way_n == Way.RECEIVE and device.kind == "veth":
+                related: Iterable[int] = self._by_key.get((device.peer_netns, device.peer_ifindex), ())
+            else:
+                related = targets
+            for b in related:
+                if b in inside and _can_cross(way_p, device, hook_n, self.devices[b]):
+                    yield a, b
+
+
+ROLES: Final = tuple(Role)
+
+
+def _sole(numbers: Iterable[int]) -> int:
+    distinct = set(numbers)
+    return distinct.pop() if len(distinct) == 1 else -1
+
+
+def _unknown(sighting: Sighting) -> Device:
+    return Device(sighting.netns, sighting.ifindex, sighting.name, "unknown")
+
+
+def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
+    """Whether a packet can go from `a`, sent (X) or received (R) there, to `hook_n` on `b`."""
+    way_n = int(WAY[hook_n])
+    same_netns = a.netns == b.netns
+    over = (b.peer_netns, b.peer_ifindex) == a.key and b.kind != "veth"
+    under = (a.peer_netns, a.peer_ifindex) == b.key and a.kind != "veth"
+    if "unknown" in (a.kind, b.kind):
+        # Only the hand-over from a driver to a receiver is certain without knowing the devices.
+        return way_p == Way.TRANSMIT and way_n == Way.RECEIVE
+    if way_p == Way.TRANSMIT:
+        if way_n == Way.RECEIVE:
+            if a.kind == "veth":
+                return (a.peer_netns, a.peer_ifindex) == b.key
+            siblings = (
+                a.kind == b.kind
+                and bool(a.peer_ifindex)
+                and (a.peer_netns, a.peer_ifindex) == (b.peer_netns, b.peer_ifindex)
+            )
+            return (a.kind == "loopback" and a == b) or siblings
+        return a != b and (
+            (same_netns and b.master_ifindex == a.ifindex) or under or (a.kind in TUNNELS and same_netns)
+        )
+    if way_n == Way.TRANSMIT:
+        return same_netns and (a != b or a.kind == "bridge")
+    if hook_n is Hook.NETIF_RECEIVE_SKB:
+        return a != b and ((same_netns and a.master_ifindex == b.ifindex) or over)
+    return a != b and same_netns and b.kind in TUNNELS
