@@ -1,0 +1,1 @@
+"""Delays and windows -> somewhere. Imports the shared part of `mace` only."""

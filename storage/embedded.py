@@ -1,0 +1,431 @@
+"""The embedded store's writer: results in, Parquet segments out. Nothing to install, one directory.
+
+    write() ──→ buffer ──→ encoding thread ──→ segment (temporary name, fsync, rename)
+                  ↑ at most 2 × `flush_rows`        ↓ now and then, at low priority
+                                             merging of small segments, retention
+
+What is in a segment is acknowledged: no crash takes it, no reader sees half of it. What is in the buffer is at
+most `flush_interval_s` old. Segments' names and the directory are explained in `storage.segments`, columns in
+`storage.tables`, and why it is so in docs/design/006-store.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mace.errors import StoreError
+from mace.interfaces import StreamHeader
+from mace.schema import SCHEMA_VERSION, Delays, Results, Window
+from mace.topology import Device
+from storage import segments, tables
+from storage.segments import HOUR_NS, NO_HOUR, Removed, Segment
+
+log = logging.getLogger(__name__)
+
+_MAINTENANCE_INTERVAL_S: Final = 5.0
+_RETENTION_INTERVAL_S: Final = 60.0
+
+
+def check_schema(root: Path) -> bool:
+    """Whether `root` is a store; raises `StoreError` if it is one that this version cannot read."""
+    path = root / "store.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        raise StoreError(f"{path}: {e.strerror}") from e
+    try:
+        version = json.loads(text)["schema"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise StoreError(f"{path}: not a description of a MACE store: {text[:80]!r}") from e
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+        raise StoreError(
+            f"{path}: the store has schema version {version}, this MACE knows 1 to {SCHEMA_VERSION};"
+            " upgrade MACE, or name another directory"
+        )
+    return True
+
+
+class EmbeddedStore:
+    """Sink (`mace.interfaces.Sink`) into a directory of Parquet segments.
+
+    Raises `StoreError` if another writer has the store, if it is of another schema, if it holds the run already,
+    and when rows could not be written (it then says how many; what was acknowledged before stays).
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        rows: bool = True,
+        flush_interval_s: float = 1.0,
+        flush_rows: int = tables.ROW_GROUP_ROWS,
+        fsync: bool = True,
+        max_age_s: float | None = None,
+        max_bytes: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`rows=False` keeps windows and ledger only. `clock` gives UTC seconds, for retention."""
+        self.path = Path(path)
+        self._rows, self._flush_interval_s, self._flush_rows, self._fsync = rows, flush_interval_s, flush_rows, fsync
+        self._max_age_s, self._max_bytes, self._clock = max_age_s, max_bytes, clock
+        self._lock_fd = -1
+        self._header: StreamHeader | None = None
+        self._flush = 1
+        # Buffer, filled by write(), emptied by _submit().
+        self._delays: list[Delays] = []
+        self._windows: list[Window] = []
+        self._latest: Results | None = None
+        self._buffered = 0
+        self._dirty = False
+        # One worker, so that segments appear in the order of writing.
+        self._encoder: ThreadPoolExecutor | None = None
+        self._encoding: asyncio.Future[None] | None = None
+        self._merger: ThreadPoolExecutor | None = None
+        self._merging: asyncio.Future[int] | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._closing = threading.Event()
+        self._failure: StoreError | None = None
+        self._damaged: set[Path] = set()
+        self.rows_stored = 0
+        """Rows of `delays` that are in segments."""
+        self.rows_not_stored = 0
+        """Rows of all tables that could not be written."""
+        self.merged = 0
+        """Segments that merging has made disappear."""
+        self.removed = Removed()
+        """What retention has taken away."""
+
+    # Lifecycle: everything that _acquire takes, _release gives back.
+
+    async def open(self, header: StreamHeader) -> None:
+        """Lock the store, tidy it up, note the run."""
+        self._header = header
+        self._encoder = ThreadPoolExecutor(1, "mace-store")
+        self._merger = ThreadPoolExecutor(1, "mace-merge")
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._encoder, self._acquire, header)
+        except BaseException:
+            self._release()
+            raise
+        self._ticker = asyncio.create_task(self._tick(), name="store-flush")
+
+    async def write(self, results: Results) -> None:
+        """Take results over; waits only while the segment before the last is still being written."""
+        self._raise_failure()
+        if self._rows and len(results.delays):
+            self._delays.append(results.delays)
+            self._buffered += len(results.delays)
+        self._windows.extend(results.windows)
+        # Without its rows: it may be kept for long.
+        self._latest = replace(results, delays=Delays.empty(), windows=())
+        self._dirty = True
+        while self._buffered >= self._flush_rows:
+            await self._submit()
+            self._raise_failure()
+
+    async def aclose(self) -> None:
+        """Flush, say that the run ended, unlock. Raises if anything could not be stored."""
+        if self._lock_fd < 0:
+            return
+        self._closing.set()
+        try:
+            if self._ticker is not None:
+                self._ticker.cancel()
+                await asyncio.gather(self._ticker, return_exceptions=True)
+            await self._submit(closed=True)
+            if self._encoding is not None:
+                await self._encoding
+            if self._merging is not None:
+                await self._merging
+            self._raise_failure()
+        finally:
+            self._release()
+
+    def _acquire(self, header: StreamHeader) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            known = check_schema(self.path)
+            strange = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(("lock", "store.json")))
+            if not known and strange:
+                raise StoreError(f"{self.path}: not a MACE store, and not empty (found {strange[0]!r})")
+            self._lock(header)
+            if not known:
+                about = memoryview(json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode())
+                segments.write_whole(self.path / "store.json", segments.write_bytes(about), fsync=self._fsync)
+            segments.remove_leftovers(self.path)
+            self._flush = segments.next_flush(self.path)
+            self._refuse_known_run(header)
+            run = tables.runs_table(header)
+            self._put("runs", NO_HOUR, run)
+            self._flush += 1
+            self._retain()
+        except OSError as e:
+            raise self._cannot("open the store", e) from e
+
+    def _release(self) -> None:
+        for executor in (self._encoder, self._merger):
+            if executor is not None:
+                executor.shutdown(wait=True)
+        self._encoder = self._merger = None
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _lock(self, header: StreamHeader) -> None:
+        """flock: the kernel lets go of it when the process ends, however it ends."""
+        path = self.path / "lock"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip() or "an unknown process"
+            os.close(fd)
+            raise StoreError(
+                f"{self.path}: {held} is writing to this store, and it takes one writer at a time;"
+                " stop that one, or name another directory"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} (run {header.run})\n".encode(), 0)
+        self._lock_fd = fd
+
+    def _refuse_known_run(self, header: StreamHeader) -> None:
+        """The same capture stored twice would count every packet twice."""
+        for each in segments.listing(self.path, "runs"):
+            try:
+                known = pq.read_table(each.path, columns=["host", "run"], partitioning=None).to_pylist()
+            except (pa.ArrowInvalid, OSError):
+                continue  # readers report it; it must not keep new runs from being stored
+            if {"host": header.host, "run": header.run} in known:
+                raise StoreError(
+                    f"{self.path}: already holds run {header.run} of host {header.host}; its packets would count"
+                    " twice: name another directory"
+                )
+
+    # Flushing.
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        maintained = retained = loop.time()
+        while True:
+            await asyncio.sleep(self._flush_interval_s)
+            await self._submit()
+            now = loop.time()
+            if now - retained >= _RETENTION_INTERVAL_S and self._encoder is not None:
+                retained = now
+                # In the encoding thread: it may remove a directory, which must not be one about to be written to.
+                await loop.run_in_executor(self._encoder, self._retain_quietly)
+            if now - maintained >= _MAINTENANCE_INTERVAL_S and (self._merging is None or self._merging.done()):
+                maintained = now
+                self._merging = loop.run_in_executor(self._merger, self.merge)
+
+    async def _submit(self, *, closed: bool = False) -> None:
+        """Hand the buffer to the encoding thread once that has finished the one before."""
+        while (busy := self._encoding) is not None:
+            # Shielded: a cancelled caller must not cancel what is on its way to the disk. Never raises.
+            await asyncio.shield(busy)
+            if self._encoding is busy:
+                self._encoding = None
+        if self._latest is None or not (self._dirty or closed) or self._encoder is None:
+            return
+        latest, delays, windows = self._latest, self._delays, self._windows
+        self._delays, self._windows, self._buffered, self._dirty = [], [], 0, False
+        loop = asyncio.get_running_loop()
+        self._encoding = loop.run_in_executor(self._encoder, self._store, latest, delays, windows, closed)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _store(self, latest: Results, parts: list[Delays], windows: list[Window], closed: bool) -> None:
+        """Write one flush: ledger, windows, delays. In the encoding thread; leaves errors in `_failure`."""
+        header = self._header
+        assert header is not None
+        try:
+            delays = Delays.concatenate(parts)
+            devices: tuple[Device, ...] = latest.devices
+            starts = np.array([w.start_utc_ns for w in windows], np.int64)
+            not_stored: list[tuple[str, int, OSError | StoreError]] = []
+
+            def put(table: str, hour: int, rows: pa.Table) -> bool:
+                try:
+                    self._put(table, hour, rows)
+                except (OSError, StoreError) as e:
+                    not_stored.append((table, len(rows), e))
+                    if table != "ledger":
+                        self.rows_not_stored += len(rows)
+                    return False
+                return True
+
+            rows_stored = self.rows_stored
+            ledger_hour = latest.upto_utc_ns // HOUR_NS
+
+            def put_ledger() -> None:
+                # Counts the rows of this flush, which follow; if they do not, it is written again.
+                stored = self.rows_stored if not_stored else rows_stored + len(delays)
+                put("ledger", ledger_hour, self._ledger_row(header, latest, stored, closed))
+
+            put_ledger()
+            for hour, chosen in _by_hour(starts):
+                here = windows if chosen is None else [windows[int(i)] for i in np.flatnonzero(chosen)]
+                put("windows", hour, tables.windows_table(header, here, devices))
+            for hour, chosen in _by_hour(delays.utc_ns):
+                part = delays if chosen is None else delays[chosen]
+                if put("delays", hour, tables.delays_table(header, part, devices)):
+                    self.rows_stored += len(part)
+            if not_stored:
+                put_ledger()
+                raise self._cannot(
+                    "write " + ", ".join(f"{rows:,} rows of {table}" for table, rows, _ in not_stored), not_stored[0][2]
+                ) from not_stored[0][2]
+        except StoreError as e:
+            self._failure = e
+        except Exception as e:  # noqa: BLE001 (a defect in this thread must stop the run, like one elsewhere)
+            self.rows_not_stored += sum(map(len, parts)) + len(windows)
+            self._failure = StoreError(f"{self.path}: cannot encode a flush: {type(e).__name__}: {e}")
+            self._failure.__cause__ = e
+        finally:
+            self._flush += 1
+
+    def _ledger_row(self, header: StreamHeader, latest: Results, rows_stored: int, closed: bool) -> pa.Table:
+        return tables.ledger_table(
+            header,
+            latest.upto_utc_ns,
+            self._flush,
+            latest.ledger,
+            packets=latest.packets,
+            rows_stored=rows_stored,
+            rows_not_stored=self.rows_not_stored,
+            closed=closed,
+        )
+
+    def _put(self, table: str, hour: int, rows: pa.Table) -> None:
+        """Make one segment. OSErrors pass."""
+        target = segments.segment(self.path, table, hour, self._flush, self._flush, len(rows))
+        data = memoryview(tables.encode(rows, table))
+        segments.write_whole(target.path, segments.write_bytes(data), fsync=self._fsync)
+
+    def _cannot(self, what: str, e: OSError | StoreError) -> StoreError:
+        why = (e.strerror if isinstance(e, OSError) else None) or str(e)
+        lost = f" ({self.rows_not_stored:,} rows not stored so far)" if self.rows_not_stored else ""
+        return StoreError(
+            f"{self.path}: cannot {what}: {why}{lost}; all segments written before stay readable;"
+            " free space, or limit the store by age or size"
+        )
+
+    # Maintenance.
+
+    def _retain(self) -> None:
+        if self._max_age_s is not None or self._max_bytes is not None:
+            self.removed += segments.retain(self.path, self._clock(), self._max_age_s, self._max_bytes)
+
+    def _retain_quietly(self) -> None:
+        try:
+            self._retain()
+        except OSError as e:
+            log.warning("%s: retention: %s", self.path, e)
+
+    def merge(self) -> int:
+        """Merge small segments; the number of segments that went away. Never raises: nothing is lost without it.
+
+        Holds at most `ROW_GROUP_ROWS` rows in memory (and the last batch read).
+        """
+        gone = 0
+        for table in segments.TABLES:
+            for group in segments.mergeable(segments.listing(self.path, table), self._damaged):
+                if self._closing.is_set():
+                    return gone
+                try:
+                    self._merge(group)
+                except FileNotFoundError:
+                    continue  # retention was faster
+                except (OSError, pa.ArrowInvalid, StoreError) as e:
+                    log.warning("%s: merging %d segments: %s", self.path, len(group), e)
+                    continue
+                gone += len(group) - 1
+        self.merged += gone
+        return gone
+
+    def _merge(self, group: list[Segment]) -> None:
+        first, last = group[0], group[-1]
+        merged = segments.segment(
+            self.path, first.table, first.hour, first.first, last.last, sum(s.rows for s in group)
+        )
+        segments.replace_covered(
+            merged, group, lambda temporary: self._copy(group, temporary, merged.rows), fsync=self._fsync
+        )
+
+    def _copy(self, group: list[Segment], target: Path, rows: int) -> None:
+        """Write the rows of a group to `target`; notes a segment that cannot be read and raises."""
+        schema = tables.SCHEMAS[group[0].table]
+        names = [f.name for f in schema if pa.types.is_dictionary(f.type)]
+        waiting: list[pa.Table] = []
+        waits = written = 0
+
+        def write_out(writer: Any) -> None:
+            nonlocal waits, written
+            if waits:
+                # One dictionary for the row group: with several, Parquet would fall back to plain strings.
+                whole = pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
+                writer.write_table(whole, row_group_size=tables.ROW_GROUP_ROWS)
+                written += waits
+                waiting.clear()
+                waits = 0
+
+        with pq.ParquetWriter(target, schema, **tables.parquet_options(group[0].table)) as writer:
+            for each in group:
+                try:
+                    with pq.ParquetFile(each.path, read_dictionary=names) as file:
+                        batches = file.iter_batches(batch_size=tables.ROW_GROUP_ROWS, use_threads=False)
+                        for batch in batches:
+                            waiting.append(_as_schema(batch, schema))
+                            waits += len(batch)
+                            if waits >= tables.ROW_GROUP_ROWS:
+                                write_out(writer)
+                except FileNotFoundError:
+                    raise
+                except (pa.ArrowInvalid, OSError) as e:
+                    if not isinstance(e, OSError) or e.errno is None:
+                        self._damaged.add(each.path)
+                        raise StoreError(f"{each.path}: damaged: {e}") from e
+                    raise
+            write_out(writer)
+        if written != rows:
+            raise StoreError(f"{target}: {written} rows where the segments' names promise {rows}")
+
+
+def _as_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
+    """The batch with the table's own types (a reader may choose other dictionary indices)."""
+    return pa.Table.from_batches([batch]).cast(schema)
+
+
+def _by_hour(
+    time_ns: np.ndarray[Any, np.dtype[np.int64]],
+) -> list[tuple[int, np.ndarray[Any, np.dtype[np.bool_]] | None]]:
+    """Hours that the times (UTC, ns) fall into, each with the mask of its rows; None if that is all of them."""
+    if not len(time_ns):
+        return []
+    first, last = int(time_ns.min()) // HOUR_NS, int(time_ns.max()) // HOUR_NS
+    if first == last:
+        return [(first, None)]
+    hour = time_ns // HOUR_NS
+    return [(int(h), hour == h) for h in np.unique(hour)]

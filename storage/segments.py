@@ -1,0 +1,331 @@
+"""The directory of a store: segment names, atomic writing, listing, merging and retention.
+
+    STORE/
+    ├── store.json                                      schema version
+    ├── lock                                            flock of the one writer; says who it is
+    ├── runs/FIRST-LAST.ROWS.parquet
+    └── delays|windows|ledger/day=YYYY-MM-DD/hour=HH/FIRST-LAST.ROWS.parquet
+
+A segment is a Parquet file that appears whole (temporary name, fsync, rename) and never changes. FIRST and LAST
+are the flushes it holds: they only grow, so a segment of flushes 3 to 9 makes those of 3, 4-7, 8, 9 in the
+same directory obsolete. That is how several small segments become one without a moment in which a reader, or a
+crash, finds rows twice or not at all: the merged one is renamed into place, covered ones no longer count, and
+are then removed. ROWS stands in the name so that a damaged segment still says how much is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from mace.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+HOUR_NS: Final = 3_600_000_000_000
+NO_HOUR: Final = -1
+"""Hour of tables that are not partitioned by time."""
+PARTITIONED: Final = ("ledger", "windows", "delays")
+"""In the order of writing: the ledger first, so that no reader sees rows whose losses it does not see."""
+TABLES: Final = ("runs", *PARTITIONED)
+
+FULL_ROWS: Final = 1 << 17
+"""A segment of as many rows is not merged again: at 10 bytes a row it is over 1 MB, where the cost of opening a
+file no longer counts."""
+MERGED_ROWS: Final = 1 << 20
+"""Merged segments hold at most as many rows; bounds the time of one merge (about 1 s)."""
+FAN_IN: Final = 32
+"""As many small segments are merged while their hour may still grow: half a minute of 1 s flushes."""
+
+_NAME: Final = re.compile(r"(\d{12})-(\d{12})\.(\d+)\.parquet")
+_TEMPORARY: Final = ".tmp"
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_HOURS: Final = range(int((datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) / timedelta(hours=1)) + 1)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Segment:
+    """One Parquet file of a store, as its name tells."""
+
+    table: str
+    hour: int
+    """Hours since 1970-01-01 UTC; `NO_HOUR` for tables without partitions."""
+    first: int
+    last: int
+    """First and last flush it holds."""
+    rows: int
+    path: Path = field(compare=False)
+
+
+def partition(root: Path, table: str, hour: int) -> Path:
+    """The directory of a table's segments of one hour."""
+    if hour == NO_HOUR:
+        return root / table
+    if hour not in _HOURS:
+        raise StoreError(f"{root}: a row's time is {hour} hours after 1970, outside the calendar: is the clock wrong?")
+    start = _EPOCH + timedelta(hours=hour)
+    return root / table / f"day={start:%Y-%m-%d}" / f"hour={start:%H}"
+
+
+def segment(root: Path, table: str, hour: int, first: int, last: int, rows: int) -> Segment:
+    """The segment of that name, whether it exists or not."""
+    path = partition(root, table, hour) / f"{first:012d}-{last:012d}.{rows}.parquet"
+    return Segment(table, hour, first, last, rows, path)
+
+
+def _names(directory: Path) -> list[str]:
+    """All names in a directory (none if it is not there), as they were at one moment.
+
+    readdir is no snapshot: during a merge it can miss both the new segment and those it covers. Two equal
+    listings in a row cannot: what the first missed, the second has.
+    """
+    before: list[str] | None = None
+    for _ in range(100):
+        try:
+            now = sorted(each.name for each in directory.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            now = []
+        if now == before:
+            return now
+        before = now
+    raise StoreError(f"{directory}: changes faster than it can be listed")
+
+
+def _partitions(root: Path, table: str, first_hour: int, last_hour: int) -> Iterator[tuple[int, Path]]:
+    if table not in PARTITIONED:
+        yield NO_HOUR, root / table
+        return
+    for day in _names(root / table):
+        try:
+            start = datetime.strptime(day, "day=%Y-%m-%d").replace(tzinfo=UTC)
+        except ValueError:
+            continue
+        day_hour = (start - _EPOCH) // timedelta(hours=1)
+        if day_hour + 23 < first_hour or day_hour > last_hour:
+            continue
+        for name in _names(root / table / day):
+            matched = re.fullmatch(r"hour=([01]\d|2[0-3])", name)
+            if matched and first_hour <= (hour := day_hour + int(matched[1])) <= last_hour:
+                yield hour, root / table / day / name
+
+
+def listing(
+    root: Path, table: str, since_ns: int | None = None, until_ns: int | None = None, *, covered: bool = False
+) -> list[Segment]:
+    """A table's live segments, oldest hour first, then in the order of writing.
+
+    `since_ns` <= time < `until_ns` (UTC) leaves out hours that can hold no such row. `covered=True` gives the
+    segments that a merged one has made obsolete instead.
+    """
+    first_hour = 0 if since_ns is None else since_ns // HOUR_NS
+    last_hour = _HOURS[-1] if until_ns is None else (until_ns - 1) // HOUR_NS
+    found: list[Segment] = []
+    for hour, directory in _partitions(root, table, first_hour, last_hour):
+        here = [
+            Segment(table, hour, int(m[1]), int(m[2]), int(m[3]), directory / name)
+            for name in _names(directory)
+            if (m := _NAME.fullmatch(name))
+        ]
+        # Widest first, so that whatever is covered comes after what covers it.
+        here.sort(key=lambda s: (s.first, -s.last))
+        upto = -1
+        for each in here:
+            live = each.last > upto
+            upto = max(upto, each.last)
+            if live != covered:
+                found.append(each)
+    return found
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the directory's entries outlive a power cut."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make_directory(directory: Path, *, fsync: bool) -> None:
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent, fsync=fsync)
+    directory.mkdir(exist_ok=True)
+    if fsync:
+        sync_directory(directory.parent)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], *, fsync: bool) -> None:
+    """Make a file appear at `path` whole or not at all: `write(temporary)` makes it, then it is renamed.
+
+    OSErrors of `write` pass; the temporary file is then gone.
+    """
+    _make_directory(path.parent, fsync=fsync)
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        write(temporary)
+        if fsync:
+            fd = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if fsync:
+        sync_directory(path.parent)
+
+
+def write_bytes(data: memoryview) -> Callable[[Path], object]:
+    """A writer for `write_whole` of bytes that are there already."""
+
+    def write(temporary: Path) -> None:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            left = data
+            while left:
+                # A full disk first shows as a short write, then as an error.
+                left = left[os.write(fd, left) :]
+        finally:
+            os.close(fd)
+
+    return write
+
+
+def remove_leftovers(root: Path) -> int:
+    """Remove temporary files and covered segments that a killed writer left; the number of files. Writer only."""
+    left = [p for table in TABLES for p in (root / table).rglob(f"*{_TEMPORARY}") if p.is_file()]
+    left += [s.path for table in TABLES for s in listing(root, table, covered=True)]
+    for path in left:
+        path.unlink(missing_ok=True)
+    if left:
+        log.info("%s: removed %d files that an interrupted writer left", root, len(left))
+    return len(left)
+
+
+def next_flush(root: Path) -> int:
+    """A flush number above all that the store holds."""
+    return 1 + max((s.last for table in TABLES for s in listing(root, table)), default=0)
+
+
+def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list[list[Segment]]:
+    """Groups of one table's live segments (in the order of `listing`) that are better merged; each at least two.
+
+    A group is consecutive, because a merged segment covers all flushes between its first and its last. The
+    newest hour is left alone until `FAN_IN` small ones have come together.
+    """
+    bad = set(damaged)
+    newest = segments[-1].hour if segments else NO_HOUR
+    groups: list[list[Segment]] = []
+    group: list[Segment] = []
+
+    def close() -> None:
+        if len(group) >= (FAN_IN if group and group[0].hour == newest else 2):
+            groups.append(group)
+
+    for each in segments:
+        small = each.rows < FULL_ROWS and each.path not in bad
+        fits = group and group[0].hour == each.hour and sum(s.rows for s in group) + each.rows <= MERGED_ROWS
+        if not small or not fits:
+            # A group that is full is worth merging, however few it has.
+            if group and small and group[0].hour == each.hour and len(group) > 1:
+                groups.append(group)
+            else:
+                close()
+            group = []
+        if small:
+            group.append(each)
+    close()
+    return groups
+
+
+def replace_covered(
+    merged: Segment, covered: Sequence[Segment], write: Callable[[Path], object], *, fsync: bool
+) -> None:
+    """Put `merged`, made by `write`, in the place of the segments it covers.
+
+    It takes over the newest modification time, which is what retention goes by.
+    """
+    written_ns = max(s.path.stat().st_mtime_ns for s in covered)
+
+    def make(temporary: Path) -> None:
+        write(temporary)
+        os.utime(temporary, ns=(written_ns, written_ns))
+
+    write_whole(merged.path, make, fsync=fsync)
+    for each in covered:
+        each.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What retention has taken away."""
+
+    segments: int = 0
+    rows: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Removed) -> Removed:
+        return Removed(self.segments + other.segments, self.rows + other.rows, self.bytes + other.bytes)
+
+
+def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | None) -> Removed:
+    """Remove whole hours, oldest first, that were written more than `max_age_s` ago or exceed `max_bytes`.
+
+    Age counts from the writing, not from the packets' time: replaying last year's capture must not delete it at
+    once. The newest hour always stays. `runs` stays: one row a run.
+    """
+    hours: dict[int, list[tuple[Segment, int]]] = {}
+    newest_s: dict[int, float] = {}
+    total = 0
+    for table in PARTITIONED:
+        for each in listing(root, table):
+            try:
+                status = each.path.stat()
+            except FileNotFoundError:
+                continue  # merged meanwhile
+            hours.setdefault(each.hour, []).append((each, status.st_size))
+            newest_s[each.hour] = max(newest_s.get(each.hour, 0.0), status.st_mtime)
+            total += status.st_size
+    removed = Removed()
+    for hour in sorted(hours)[:-1]:
+        old = max_age_s is not None and newest_s[hour] < now_s - max_age_s
+        large = max_bytes is not None and total > max_bytes
+        if not (old or large):
+            continue
+        here = Removed(len(hours[hour]), sum(s.rows for s, _ in hours[hour]), sum(size for _, size in hours[hour]))
+        for each, _ in hours[hour]:
+            each.path.unlink(missing_ok=True)
+        for table in PARTITIONED:
+            _remove_empty(partition(root, table, hour))
+        total -= here.bytes
+        removed += here
+        log.info(
+            "%s: retention (%s) removed %s: %d segments, %d rows, %d bytes",
+            root,
+            "age" if old else "size",
+            partition(Path(), "*", hour),
+            here.segments,
+            here.rows,
+            here.bytes,
+        )
+    return removed
+
+
+def _remove_empty(directory: Path) -> None:
+    for each in (directory, directory.parent):
+        try:
+            each.rmdir()
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.EEXIST):
+                raise
+            return

@@ -1,0 +1,296 @@
+"""The stored tables: columns, and `Results` as Arrow tables of them.
+
+Rows are self-contained, so that DuckDB, pandas, Polars or Spark need nothing but the files: names instead of
+numbers, and each row says its host, run, container and device. Such columns have few values and are
+dictionary-encoded; together they cost a fraction of a byte a row (see docs/design/006-store.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mace.interfaces import StreamHeader
+from mace.ledger import Ledger
+from mace.schema import Delays, Direction, Grade, Outcome, Segment, Window
+from mace.summary import ranks
+from mace.topology import Device
+
+_TIME: Final = pa.timestamp("ns", tz="UTC")
+_NAME: Final = pa.dictionary(pa.int16(), pa.string())
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One stored column."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+
+
+_RUN: Final = (
+    Column("host", _NAME, "Host that captured the packets."),
+    Column("run", _NAME, "Capture run, unique on its host."),
+    Column("source", _NAME, "Source that captured them: `ftrace`, `kmod`, ..."),
+)
+_DEVICE: Final = (
+    Column("container", _NAME, "Container the device belongs to; empty for the host's devices and the far end."),
+    Column("netns", _NAME, "Name of the network namespace; `host` for the host's."),
+    Column("device", _NAME, "Name of the network device."),
+    Column("device_id", _NAME, "`INODE:IFINDEX`, of the namespace and in it: tells apart devices of the same names."),
+    Column("kind", _NAME, "Link kind: `veth`, `bridge`, ...; empty for hardware."),
+    Column("role", _NAME, "`inner`, `outer`, `host`, `remote`, `loopback` or `other`."),
+    Column("rank", pa.uint8(), "Where the device stands on the way out of a container, from 0; sorts a path."),
+    Column("direction", _NAME, "`egress`: out of the container, `ingress`: into it, else `unknown`."),
+    Column(
+        "segment",
+        _NAME,
+        "`device`: crossing of a device that only the container's packets cross; `outside`: of one that the host's"
+        " own cross too; `delivery`: from the inner device to the reader; `overhead`: the sum of a packet's"
+        " `device` rows, with the inner device's name.",
+    ),
+)
+
+DELAYS: Final = (
+    Column("time", _TIME, "When the segment began."),
+    Column("packet", pa.uint64(), "The same in all rows of one packet of a run; says nothing else."),
+    *_RUN,
+    *_DEVICE,
+    Column("position", pa.uint8(), "Which hop of the packet's path it is, from 0; 255 for `overhead`."),
+    Column("delay_ns", pa.int64(), "How long it took."),
+    Column("l3_len", pa.uint32(), "Bytes of the packet without link-layer header."),
+    Column("grade", _NAME, "On what ground its records are tied: `ambiguous`, `buffer`, `content`, `exact`."),
+    Column("outcome", _NAME, "How the packet's life ended: `consumed`, `dropped`, `open` (no end seen)."),
+)
+WINDOWS: Final = (
+    Column("time", _TIME, "Start of the window, a multiple of its width."),
+    Column("width_s", pa.uint32(), "Its width, s. Each delay is counted once in each width."),
+    *_RUN,
+    *_DEVICE,
+    Column("count", pa.int64(), "Delays that began in the window."),
+    Column("sum_ns", pa.int64(), "Their sum."),
+    Column("min_ns", pa.int64(), "The smallest."),
+    Column("max_ns", pa.int64(), "The largest."),
+    Column("p50_ns", pa.int64(), "Quantile, read from the histogram; relative error at most 0.4 %."),
+    Column("p90_ns", pa.int64(), "The same."),
+    Column("p99_ns", pa.int64(), "The same."),
+    Column("p999_ns", pa.int64(), "The same."),
+    Column("bins", pa.list_(pa.uint16()), "Bins of `mace.histogram` that are not empty, ascending."),
+    Column("counts", pa.list_(pa.int64()), "Delays in each of them; histograms merge by adding these."),
+)
+LEDGER: Final = (
+    Column("time", _TIME, "All records before it are accounted for in this row."),
+    Column("flush", pa.uint64(), "Grows with each row of a run: the largest is the newest."),
+    *_RUN,
+    *(
+        Column(f.name, pa.int64(), "Records so far in this category of the ledger (`mace.ledger`).")
+        for f in fields(Ledger)
+    ),
+    Column("packets", pa.int64(), "Packets so far with at least one delay."),
+    Column("rows_stored", pa.int64(), "Rows of `delays` so far that are in the store."),
+    Column("rows_not_stored", pa.int64(), "Rows of all tables so far that could not be written (disk full, ...)."),
+    Column("closed", pa.bool_(), "The run's last row: it ended in an orderly way."),
+)
+RUNS: Final = (
+    Column("time", _TIME, "UTC of the clock pair."),
+    *_RUN,
+    Column("kernel", pa.string(), "Kernel release."),
+    Column("boot_id", pa.string(), "Identifies the boot of the host."),
+    Column("cpus", pa.uint32(), "CPUs of the host."),
+    Column("monotonic_ns", pa.int64(), "CLOCK_MONOTONIC of the clock pair."),
+    Column("uncertainty_ns", pa.int64(), "How far off the pair may be."),
+    Column("hooks", pa.list_(pa.string()), "Tracepoints that were enabled."),
+    Column("mace_version", pa.string(), "Version of MACE that captured."),
+    Column("command", pa.list_(pa.string()), "Its command line."),
+)
+COLUMNS: Final = {"delays": DELAYS, "windows": WINDOWS, "ledger": LEDGER, "runs": RUNS}
+
+SCHEMAS: Final = {
+    table: pa.schema([pa.field(c.name, c.type, nullable=False) for c in columns]) for table, columns in COLUMNS.items()
+}
+
+_SKIPPED_BY: Final = ("time", "packet", "delay_ns")
+"""Columns of `delays` that readers look for ranges in."""
+_DELTA: Final = dict.fromkeys(_SKIPPED_BY, "DELTA_BINARY_PACKED")
+ROW_GROUP_ROWS: Final = 1 << 18
+"""Rows that are encoded, merged and decoded at a time: about 20 MB as Arrow."""
+
+
+def parquet_options(table: str) -> dict[str, Any]:
+    """How a table is encoded: keyword arguments of `ParquetWriter` and `write_table`.
+
+    Names as dictionaries, times and delays as deltas, small numbers plain (zstd takes their repetitions faster
+    than a dictionary is built). Statistics only where a reader can skip by them: those of a name column cost more
+    than the column itself. Measured in docs/design/006-store.md.
+    """
+    if table != "delays":
+        return {"compression": "zstd", "compression_level": 1, "version": "2.6"}
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "version": "2.6",
+        "use_dictionary": [c.name for c in DELAYS if c.type == _NAME],
+        "column_encoding": _DELTA,
+        "write_statistics": list(_SKIPPED_BY),
+    }
+
+
+def encode(rows: pa.Table, table: str) -> pa.Buffer:
+    """The Parquet file of some rows of a table."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, row_group_size=ROW_GROUP_ROWS, **parquet_options(table))
+    return sink.getvalue()
+
+
+def _names(enum: type[IntEnum]) -> list[str]:
+    """Lower-case names by number; numbers without one read `unknown`."""
+    names = {int(e): e.name.lower() for e in enum}
+    return [names.get(n, "unknown") for n in range(max(names) + 1)]
+
+
+_DIRECTIONS: Final = _names(Direction)
+_SEGMENTS: Final = _names(Segment)
+_GRADES: Final = _names(Grade)
+_OUTCOMES: Final = _names(Outcome)
+
+
+def _named(codes: npt.NDArray[Any], values: Sequence[str]) -> pa.Array:
+    """A column of names: `codes` index `values`, which are distinct."""
+    if len(codes) and int(codes.max()) >= len(values):
+        raise ValueError(f"row with number {int(codes.max())} where {len(values)} names are known: {values}")
+    narrow = codes.astype(np.int16, copy=False)
+    return pa.DictionaryArray.from_arrays(pa.array(narrow), pa.array(values, pa.string()), safe=False)
+
+
+def _constant(value: str, rows: int) -> pa.Array:
+    return _named(np.zeros(rows, np.int16), [value])
+
+
+def _run_columns(header: StreamHeader, rows: int) -> list[pa.Array]:
+    return [_constant(value, rows) for value in (header.host, header.run, header.source)]
+
+
+def _device_columns(device: npt.NDArray[Any], devices: Sequence[Device], rank: Sequence[int]) -> list[pa.Array]:
+    """The columns of `_DEVICE` up to `rank`. Only devices that the rows name get into the file."""
+    used = np.flatnonzero(np.bincount(device, minlength=len(devices)))
+    if len(used) and int(used[-1]) >= len(devices):
+        raise ValueError(f"row with device {int(used[-1])} where {len(devices)} devices are known")
+    here = [devices[int(i)] for i in used]
+    narrow = np.zeros(len(devices), np.int16)
+    narrow[used] = np.arange(len(used))
+    code = narrow[device]
+
+    def names(values: list[str]) -> pa.Array:
+        distinct = sorted(set(values))
+        number = {v: n for n, v in enumerate(distinct)}
+        if distinct == values:
+            return _named(code, distinct)
+        return _named(np.array([number[v] for v in values], np.int16)[code], distinct)
+
+    return [
+        names([d.container for d in here]),
+        names([d.netns_name for d in here]),
+        names([d.name for d in here]),
+        names([f"{d.netns}:{d.ifindex}" for d in here]),
+        names([d.kind for d in here]),
+        names([d.role.value for d in here]),
+        pa.array(np.array([rank[int(i)] for i in used], np.uint8)[code]),
+    ]
+
+
+def delays_table(header: StreamHeader, delays: Delays, devices: Sequence[Device]) -> pa.Table:
+    """Columns `DELAYS`."""
+    rows = len(delays)
+    return pa.Table.from_arrays(
+        [
+            pa.array(delays.utc_ns).cast(_TIME),
+            pa.array(delays.packet),
+            *_run_columns(header, rows),
+            *_device_columns(delays.device, devices, ranks(devices)),
+            _named(delays.direction, _DIRECTIONS),
+            _named(delays.segment, _SEGMENTS),
+            pa.array(delays.position),
+            pa.array(delays.delay_ns),
+            pa.array(delays.l3_len),
+            _named(delays.grade, _GRADES),
+            _named(delays.outcome, _OUTCOMES),
+        ],
+        schema=SCHEMAS["delays"],
+    )
+
+
+def windows_table(header: StreamHeader, windows: Sequence[Window], devices: Sequence[Device]) -> pa.Table:
+    """Columns `WINDOWS`."""
+    rows = len(windows)
+    numbers = ("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns")
+    offsets = pa.array(np.cumsum([0, *(len(w.bins) for w in windows)]), pa.int32())
+    bins = np.concatenate([w.bins for w in windows]) if windows else np.zeros(0)
+    counts = np.concatenate([w.counts for w in windows]) if windows else np.zeros(0)
+    return pa.Table.from_arrays(
+        [
+            pa.array([w.start_utc_ns for w in windows], pa.int64()).cast(_TIME),
+            pa.array([w.width_s for w in windows], pa.uint32()),
+            *_run_columns(header, rows),
+            *_device_columns(np.array([w.device for w in windows], np.int64), devices, ranks(devices)),
+            _named(np.array([w.direction for w in windows], np.int16), _DIRECTIONS),
+            _named(np.array([w.segment for w in windows], np.int16), _SEGMENTS),
+            *(pa.array([getattr(w, name) for w in windows], pa.int64()) for name in numbers),
+            pa.ListArray.from_arrays(offsets, pa.array(bins.astype(np.uint16))),
+            pa.ListArray.from_arrays(offsets, pa.array(counts.astype(np.int64))),
+        ],
+        schema=SCHEMAS["windows"],
+    )
+
+
+def ledger_table(
+    header: StreamHeader,
+    time_ns: int,
+    flush: int,
+    ledger: Ledger,
+    *,
+    packets: int,
+    rows_stored: int,
+    rows_not_stored: int,
+    closed: bool,
+) -> pa.Table:
+    """Columns `LEDGER`; one row."""
+    return pa.Table.from_arrays(
+        [
+            pa.array([time_ns], pa.int64()).cast(_TIME),
+            pa.array([flush], pa.uint64()),
+            *_run_columns(header, 1),
+            *(pa.array([n], pa.int64()) for n in ledger.as_dict().values()),
+            pa.array([packets], pa.int64()),
+            pa.array([rows_stored], pa.int64()),
+            pa.array([rows_not_stored], pa.int64()),
+            pa.array([closed]),
+        ],
+        schema=SCHEMAS["ledger"],
+    )
+
+
+def runs_table(header: StreamHeader) -> pa.Table:
+    """Columns `RUNS`; one row."""
+    return pa.Table.from_arrays(
+        [
+            pa.array([header.clock.utc_ns], pa.int64()).cast(_TIME),
+            *_run_columns(header, 1),
+            pa.array([header.kernel]),
+            pa.array([header.boot_id]),
+            pa.array([header.cpus], pa.uint32()),
+            pa.array([header.clock.monotonic_ns], pa.int64()),
+            pa.array([header.clock.uncertainty_ns], pa.int64()),
+            pa.array([list(header.hooks)], pa.list_(pa.string())),
+            pa.array([header.mace_version]),
+            pa.array([list(header.command)], pa.list_(pa.string())),
+        ],
+        schema=SCHEMAS["runs"],
+    )

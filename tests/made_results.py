@@ -1,0 +1,145 @@
+"""Results with known contents, for tests and benchmarks of what comes after the correlator."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mace.clock import ClockPair
+from mace.histogram import bins_of, quantiles
+from mace.interfaces import StreamHeader
+from mace.ledger import Ledger
+from mace.schema import Delays, Direction, Results, Segment, Window
+from mace.topology import Device, Role
+
+START_NS = 1_750_000_000_000_000_000
+HEADER = StreamHeader(
+    source="synthetic",
+    host="testhost",
+    run="run-1",
+    kernel="6.1.0",
+    boot_id="00000000-0000-0000-0000-000000000000",
+    cpus=2,
+    clock=ClockPair(1_000, START_NS, 50),
+    hooks=("net:net_dev_queue", "net:netif_receive_skb"),
+    mace_version="0",
+    command=("mace", "run"),
+)
+HOST_NETNS, REMOTE_NETNS = 4026531840, 4026532900
+
+
+def header(run="run-1", **changes):
+    return replace(HEADER, run=run, **changes)
+
+
+def topology(containers=1):
+    """Per container an inner device and its host end, then a bridge, an outer device and the far end."""
+    devices = []
+    for n in range(containers):
+        netns = 4026532000 + n
+        devices += [
+            Device(netns, 2, "eth0", "veth", HOST_NETNS, 10 + n, 0, True, f"c{n}", f"c{n}", Role.INNER),
+            Device(HOST_NETNS, 10 + n, f"vethc{n}", "veth", netns, 2, 3, False, "host", "", Role.HOST),
+        ]
+    devices += [
+        Device(HOST_NETNS, 3, "br0", "bridge", netns_name="host", role=Role.HOST),
+        Device(HOST_NETNS, 4, "out0", "veth", REMOTE_NETNS, 2, 0, True, "host", "", Role.OUTER),
+        Device(REMOTE_NETNS, 2, "rem0", "veth", HOST_NETNS, 4, 0, False, "remote", "", Role.REMOTE),
+    ]
+    return tuple(devices)
+
+
+def hops(devices, container, direction):
+    """(device, segment) of a packet in the order of its path, without OVERHEAD."""
+    inner, host_end = 2 * container, 2 * container + 1
+    bridge, outer, far = len(devices) - 3, len(devices) - 2, len(devices) - 1
+    out = [(d, Segment.DEVICE) for d in (inner, host_end, bridge)] + [(outer, Segment.OUTSIDE), (far, Segment.OUTSIDE)]
+    if direction == Direction.EGRESS:
+        return out
+    return [*reversed(out), (inner, Segment.DELIVERY)]
+
+
+def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packet=0, gap_ns=20_000, scale_ns=900.0):
+    """Rows of `packets` packets, every second one inwards, each with its hops and its OVERHEAD."""
+    rng = np.random.default_rng(seed)
+    devices = topology(containers)
+    begin = start_ns + np.cumsum(rng.integers(gap_ns // 2, gap_ns * 2, packets))
+    container = rng.integers(0, containers, packets)
+    parts, order = [], []
+    for c in range(containers):
+        for direction in (Direction.EGRESS, Direction.INGRESS):
+            mine = np.flatnonzero((container == c) & (np.arange(packets) % 2 == direction - 1))
+            path = hops(devices, c, direction)
+            delay = rng.gamma(2.0, scale_ns, (len(mine), len(path))).astype(np.int64)
+            whole = np.array([s == Segment.DEVICE for _, s in path])
+            overhead = delay[:, whole].sum(1)
+            first = int(np.flatnonzero(whole)[0])
+            starts = begin[mine][:, None] + np.cumsum(delay, 1) - delay
+            rows = len(path) + 1
+
+            def column(per_row, dtype, n=len(mine)):
+                return np.tile(np.array(per_row, dtype), n)
+
+            parts.append(
+                Delays(
+                    utc_ns=np.c_[starts, starts[:, first]].ravel().astype("<i8"),
+                    packet=np.repeat((mine + first_packet + 1).astype("<u8") << np.uint64(20), rows),
+                    device=column([*(d for d, _ in path), 2 * c], "<i4"),
+                    direction=column([direction] * rows, "u1"),
+                    segment=column([*(s for _, s in path), Segment.OVERHEAD], "u1"),
+                    position=column([*range(len(path)), 255], "u1"),
+                    delay_ns=np.c_[delay, overhead].ravel().astype("<i8"),
+                    l3_len=np.repeat(rng.choice(np.array([84, 46, 1500], "<u4"), len(mine)), rows),
+                    grade=column([1] * rows, "u1"),
+                    outcome=column([1] * rows, "u1"),
+                )
+            )
+            order.append(np.repeat(mine, rows))
+    delays = Delays.concatenate(parts)
+    return delays[np.argsort(np.concatenate(order), kind="stable")]
+
+
+def make_windows(delays, width_s=1):
+    """The windows of these rows, the slow way."""
+    width_ns = width_s * 1_000_000_000
+    groups = {}
+    starts = delays.utc_ns // width_ns * width_ns
+    for key in zip(starts, delays.device, delays.direction, delays.segment, delays.delay_ns, strict=True):
+        *rest, delay = map(int, key)
+        groups.setdefault(tuple(rest), []).append(delay)
+    windows = []
+    for (start, device, direction, segment), values in sorted(groups.items()):
+        bins, counts = np.unique(bins_of(np.array(values)), return_counts=True)
+        p50, p90, p99, p999 = (int(v) for v in quantiles(bins, counts))
+        windows.append(
+            Window(
+                start,
+                width_s,
+                device,
+                Direction(direction),
+                Segment(segment),
+                len(values),
+                sum(values),
+                min(values),
+                max(values),
+                p50,
+                p90,
+                p99,
+                p999,
+                bins,
+                counts,
+            )
+        )
+    return tuple(windows)
+
+
+def make_results(delays, *, devices=None, containers=1, windows=(), ledger=None, packets=None, upto_utc_ns=None):
+    """Results around rows; a ledger that balances if none is given."""
+    records = 2 * len(delays)
+    return Results(
+        upto_utc_ns=upto_utc_ns or (int(delays.utc_ns.max()) + 1 if len(delays) else START_NS),
+        delays=delays,
+        windows=tuple(windows),
+        ledger=ledger or Ledger(records=records, matched=records),
+        packets=len(np.unique(delays.packet)) if packets is None else packets,
+        devices=devices or topology(containers),
+    )
