@@ -151,7 +151,7 @@ class Capture:
             if head[: len(wire.SIGNATURE)] != wire.SIGNATURE[: len(head)]:
                 raise WireError(_not_a_capture(bytes(head)))
             if len(head) < len(wire.FILE_HEAD):
-                raise WireError(f"a file of {len(head)} bytes: its writer was stopped before it wrote the header")
+                raise WireError("the file is cut inside its signature" if head else "the file is empty")
             if (version := int.from_bytes(head[len(wire.SIGNATURE) :], "little")) != wire.WIRE_VERSION:
                 raise WireError(wire.unsupported(version))
             self._drop(len(head))
@@ -240,7 +240,7 @@ class Capture:
 def _not_a_capture(head: bytes) -> str:
     if head[:4] == wire.SIGNATURE[:4]:
         return "the file was changed in transfer (line ends): copy it again as a binary file"
-    return f"not a MACE capture: it begins with {head[:8].hex(' ') or 'nothing (the file is empty)'}"
+    return f"not a MACE capture: it begins with {head[:8].hex(' ')}"
 
 
 def read(path: Path | str, *, salvage: bool = False) -> Iterator[StreamItem]:

@@ -65,6 +65,8 @@ _FULL_SIGHTINGS: Final = 4096
 """Up to here a topology repeats all its sightings (some 100 kB), so that it can be read without those before it;
 beyond, only new ones travel, or a month of short-lived veths would cost more each time one more comes."""
 
+_HOOK_IS_KNOWN: Final[npt.NDArray[np.bool_]] = np.isin(np.arange(256), [h for h in Hook if h is not Hook.INVALID])
+
 _LEVEL: Final = 1
 """zstd: level 3 takes a third more time and saves nothing here, negative levels save no time and cost a quarter."""
 
@@ -111,11 +113,11 @@ Decoded: TypeAlias = StreamHeader | Topology | Batch | End
 
 def parse_head(data: bytes | bytearray | memoryview) -> Head:
     """The head in the first `HEAD_SIZE` bytes of `data`; raises `WireError`."""
+    if (found := bytes(data[: len(SYNC)])) != SYNC[: len(found)]:
+        raise WireError(f"found {found.hex(' ')} where a frame should begin ({SYNC.hex(' ')})")
     if len(data) < HEAD_SIZE:
         raise WireError(f"a frame's head has {HEAD_SIZE} bytes, here are {len(data)}")
-    sync, version, message, flags, reserved, stream, stored, sequence, raw, checksum, own = HEAD.unpack_from(data)
-    if sync != SYNC:
-        raise WireError(f"found {sync.hex(' ')} where a frame should begin ({SYNC.hex(' ')})")
+    _, version, message, flags, reserved, stream, stored, sequence, raw, checksum, own = HEAD.unpack_from(data)
     if crc32(bytes(data[: HEAD_SIZE - _HEAD_CRC.size])) != own:
         raise WireError("the frame's head is damaged (checksum)")
     if version != WIRE_VERSION:
@@ -163,6 +165,8 @@ class _Order:
             raise WireError("records go back in time inside a batch")
         if (highest := int(batch.dev.max())) >= self.sightings:
             raise WireError(f"a record of device {highest}, the topology so far has {self.sightings}")
+        if not bool((known := _HOOK_IS_KNOWN[batch.hook]).all()):
+            raise WireError(f"a record with hook {int(batch.hook[~known][0])}, which does not exist")
 
     def took_batch(self, batch: Batch) -> None:
         if len(batch):
@@ -391,7 +395,6 @@ _UNSIGNED: Final[dict[int, np.dtype[Any]]] = {
     4: np.dtype("<u4"),
     8: np.dtype("<u8"),
 }
-_HOOK_IS_KNOWN: Final[npt.NDArray[np.bool_]] = np.isin(np.arange(256), [h for h in Hook if h is not Hook.INVALID])
 
 
 def _width(value: int) -> int:
@@ -472,10 +475,7 @@ def _batch(raw: bytes) -> tuple[Batch, int]:
             columns.append(np.frombuffer(raw, _UNSIGNED[width], count, start).astype(dtype))
         else:
             columns.append(_times(raw, start, width, count))
-    batch = Batch(*columns)
-    if not bool(_HOOK_IS_KNOWN[batch.hook].all()):
-        raise WireError(f"a record with hook {int(batch.hook[~_HOOK_IS_KNOWN[batch.hook]][0])}, which does not exist")
-    return batch, before
+    return Batch(*columns), before
 
 
 def _times(raw: bytes, start: int, width: int, count: int) -> npt.NDArray[np.int64]:
