@@ -1,0 +1,422 @@
+"""The kernel's tracer (ftrace) as a source: its own network events, from a private trace instance.
+
+    per_cpu/cpuN/trace_pipe_raw ──pages──▶ PageDecoder ──records, gaps──▶ Merger ──▶ batches, in time order
+    (one ring per CPU)             every poll interval      markers            devices, as they change, between them
+
+One tick takes all that is in the rings, the page that is being written included; nothing waits for a page to be full.
+A ring that was read at time T and found empty has given all that happened before T: that drives the merge.
+
+The rings overwrite the oldest events when they are full. Of the two modes that ftrace has it is the one that tells in
+the stream where events are missing and how many (docs/design/004-ftrace.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import platform
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+
+from collector import tracefs
+from collector.ftrace_formats import parse_format, parse_header_page
+from collector.ftrace_pages import Decoded, PageDecoder
+from collector.ftrace_rings import MmapRing, PageBuffer, ReadRing, Ring
+from collector.merge import Merger
+from mace import __version__, clock
+from mace.errors import SourceError, Unavailable
+from mace.hooks import BY_TRACEPOINT, HOOKS, Hook
+from mace.interfaces import Status, StreamHeader, StreamItem
+from mace.records import DTYPES, Batch
+from mace.topology import Device, Topology
+
+_log = logging.getLogger(__name__)
+
+CLOCK: Final = "mono"
+"""CLOCK_MONOTONIC, the clock of all records."""
+_NOISE: Final = ("record-cmd", "record-tgid", "event-fork", "function-fork", "markers", "stacktrace", "userstacktrace")
+"""Options that put other things than our events into the rings, or make each event dearer."""
+_CHUNK_PAGES: Final = 512
+"""Pages decoded at once. Measured: 128 cost a third more per event, 1024 no less, and 2 MiB still fit a cache."""
+_BATCH_RECORDS: Final = 1 << 17
+"""Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
+_SETTLE_S: Final = 0.01
+"""Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
+
+
+class DeviceFollower(Protocol):
+    """What the source needs of who follows the devices of this machine."""
+
+    host_netns: int
+
+    async def open(self) -> None: ...
+
+    def poll(self) -> tuple[Device, ...] | None:
+        """All devices, if anything changed since the last call, else None. The first call tells all."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FtraceConfig:
+    """What can be chosen; the defaults suit a busy host."""
+
+    ring_kib_per_cpu: int = 8192
+    """Memory for each CPU's ring, KiB. 8 MiB are about 200,000 events, a third of a second of the heaviest flood."""
+    subbuf_kib: int | None = None
+    """Size of a ring's pages, KiB (Linux 6.8 and later); None leaves the kernel's."""
+    poll_interval_s: float = 0.05
+    hold_back_ms: float = 50
+    """Records are given out this much later than they could be, for what is to stand before them."""
+    reader: Literal["auto", "read", "mmap"] = "auto"
+    """How pages come out of the kernel; auto is read(2), which was measured to be the cheaper."""
+    tracepoints: tuple[str, ...] = field(default_factory=lambda: tuple(info.tracepoint for info in HOOKS))
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("ring_kib_per_cpu", self.ring_kib_per_cpu >= 8, "at least 8"),
+            ("subbuf_kib", self.subbuf_kib is None or self.subbuf_kib >= 4, "at least 4"),
+            ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
+            ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
+            ("reader", self.reader in ("auto", "read", "mmap"), "auto, read or mmap"),
+            (
+                "tracepoints",
+                bool(self.tracepoints) and all(t in BY_TRACEPOINT for t in self.tracepoints),
+                "known hooks",
+            ),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(slots=True)
+class _Cpu:
+    """What we know of one CPU's ring."""
+
+    cpu: int
+    ring: Ring
+    complete_ns: int
+    """All events before this time were taken out of the ring."""
+    last_ns: int
+    """Time of the last record."""
+    told_lost: int = 0
+    """Lost events that markers tell of."""
+    estimated: bool = False
+    """Whether a marker's count was once taken from the kernel's total, which may be ahead of the page."""
+
+
+def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:
+    """Lost events of some gaps in order, where the kernel left some counts out.
+
+    `outstanding` is the kernel's total less all that was told before: never less than the gaps' sum. What the known
+    ones leave goes to the first unknown gap but for one event each for the others. A count given too high before
+    (the total ran ahead of the pages) is made up for by later ones. The sum is at most `outstanding`.
+    """
+    settled = []
+    unknown = sum(count is None for count in counts)
+    rest = max(outstanding - sum(count or 0 for count in counts), 0)
+    left = max(outstanding, 0)
+    for count in counts:
+        if count is None:
+            unknown -= 1
+            count = max(rest - unknown, min(rest, 1))
+            rest -= count
+        settled.append(min(count, left))
+        left -= settled[-1]
+    return settled
+
+
+class FtraceSource:
+    """A `mace.interfaces.Source` over this machine's tracepoints."""
+
+    def __init__(self, config: FtraceConfig | None = None, devices: DeviceFollower | None = None) -> None:
+        self.config = config or FtraceConfig()
+        self._follower = devices
+        self._stop = asyncio.Event()
+        self._instance: tracefs.Instance | None = None
+        self._cpus: dict[int, _Cpu] = {}
+        self._merger = Merger(int(self.config.hold_back_ms * 1e6))
+        self._devices: tuple[Device, ...] = ()
+        self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
+        self._host_netns = 0
+        """Inode of the host's network namespace; 0 where nobody follows devices."""
+        self._sightings_told = 0
+        self._began_ns = 0
+        self.skipped = 0
+        """Events in the rings that are none of our hooks'."""
+
+    # --- lifecycle ------------------------------------------------------------------------------
+
+    @staticmethod
+    def check() -> Status:
+        """Whether this source can run here."""
+        try:
+            root = tracefs.find()
+            events = [i.tracepoint for i in HOOKS if (root / "events" / i.tracepoint.replace(":", "/")).is_dir()]
+            clocks = tracefs.read(root / "trace_clock").replace("[", "").replace("]", "").split()
+        except Unavailable as error:
+            return Status(ok=False, detail=error.why, remedy=error.remedy)
+        except SourceError as error:
+            return Status(ok=False, detail=str(error))
+        if not events:
+            return Status(
+                ok=False, detail=f"{root} has no network events", remedy="a kernel with CONFIG_NET and tracing"
+            )
+        if CLOCK not in clocks:
+            return Status(ok=False, detail=f"no trace clock {CLOCK!r}", remedy="Linux 4.2 or later")
+        missing = [info.tracepoint for info in HOOKS if info.tracepoint not in events]
+        without = f", without {', '.join(missing)}" if missing else ""
+        return Status(ok=True, detail=f"{root}: {len(events)} of {len(HOOKS)} tracepoints{without}")
+
+    async def open(self) -> StreamHeader:
+        """Make the instance, enable the events and begin to record. Raises `Unavailable` or `SourceError`."""
+        root = tracefs.find()
+        for name in tracefs.remove_leftovers(root):
+            _log.warning("ftrace: removed %s, left by a run that was killed", name)
+        self._instance = instance = tracefs.Instance.create(root)
+        # For a program that ends without aclose; what a kill leaves, the next start removes.
+        atexit.register(self._remove)
+        instance.set_clock(CLOCK)
+        instance.set_option("overwrite", on=True)
+        for option in _NOISE:
+            instance.set_option(option, on=False)
+        instance.set_ring_size(self.config.ring_kib_per_cpu, self.config.subbuf_kib)
+        self._layout = parse_header_page(instance.header_page())
+        present = [t for t in self.config.tracepoints if instance.has_event(t)]
+        for absent in sorted(set(self.config.tracepoints) - set(present)):
+            _log.warning("ftrace: this kernel has no tracepoint %s", absent)
+        if not present:
+            raise Unavailable(
+                "ftrace", "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing"
+            )
+        self._decoder = PageDecoder(self._layout, [parse_format(t, instance.event_format(t)) for t in present])
+        self._buffer = PageBuffer(self._layout, max(_CHUNK_PAGES * 4096 // self._layout.page_size, 8))
+        if self._follower is not None:
+            await self._follower.open()
+            self._devices = self._follower.poll() or ()
+            self._host_netns = self._follower.host_netns
+        self._began_ns = time.monotonic_ns()
+        self._open_cpus()
+        for tracepoint in present:
+            instance.enable(tracepoint)
+        pair = clock.measure()
+        instance.record(on=True)
+        return StreamHeader(
+            source="ftrace",
+            host=platform.node(),
+            run=secrets.token_hex(8),
+            kernel=platform.release(),
+            boot_id=_boot_id(),
+            cpus=len(self._cpus),
+            clock=pair,
+            hooks=tuple(present),
+            mace_version=__version__,
+            command=tuple(sys.argv),
+        )
+
+    def request_stop(self) -> None:
+        """Stop recording; `items` ends after what was recorded."""
+        self._stop.set()
+
+    async def aclose(self) -> None:
+        """Close the rings, remove the instance, stop following devices."""
+        try:
+            self._remove()
+        finally:
+            atexit.unregister(self._remove)
+            if self._follower is not None:
+                await self._follower.aclose()
+
+    def _remove(self) -> None:
+        for cpu in self._cpus.values():
+            cpu.ring.close()
+        self._cpus.clear()
+        if self._instance is not None:
+            instance, self._instance = self._instance, None
+            instance.remove()
+
+    @property
+    def discarded(self) -> int:
+        """Records that came after later ones were given out (see `collector.merge`)."""
+        return self._merger.late
+
+    # --- the stream -----------------------------------------------------------------------------
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        """Topology and batches until `request_stop`. A slow reader is felt in the kernel's rings, not here."""
+        yield self._topology(self._began_ns)
+        while not self._stop.is_set():
+            behind = not self._read_all()
+            for item in self._released():
+                yield item
+            if self._follower is not None and (devices := self._follower.poll()) is not None:
+                # New information holds from the latest time that no record was given out for.
+                self._coming.append((time.monotonic_ns() - int(self.config.hold_back_ms * 1e6), devices))
+            if behind:
+                await asyncio.sleep(0)
+            else:
+                await self._pause()
+        assert self._instance is not None
+        self._instance.record(on=False)
+        await asyncio.sleep(_SETTLE_S)
+        while not self._read_all():
+            for item in self._released():
+                yield item
+        self._tell_the_rest()
+        for item in self._released(to_the_end=True):
+            yield item
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(self.config.poll_interval_s):
+                await self._stop.wait()
+        except TimeoutError:
+            pass
+
+    def _topology(self, from_ns: int) -> Topology:
+        sightings = self._decoder.sightings.snapshot()
+        self._sightings_told = len(sightings)
+        return Topology(from_ns, self._host_netns, self._devices, sightings)
+
+    def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
+        watermark = self._merger.watermark_ns
+        if watermark is None:
+            return
+        while self._coming and (to_the_end or self._coming[0][0] <= watermark):
+            from_ns, devices = self._coming.popleft()
+            yield from self._batches(self._merger.take(from_ns))
+            self._devices = devices
+            yield self._topology(from_ns)
+        yield from self._batches(self._merger.flush() if to_the_end else self._merger.take(watermark))
+
+    def _batches(self, batch: Batch) -> Iterator[StreamItem]:
+        if not len(batch):
+            return
+        if len(self._decoder.sightings) > self._sightings_told:
+            yield self._topology(int(batch.ts_ns[0]))
+        for start in range(0, len(batch), _BATCH_RECORDS):
+            yield batch[start : start + _BATCH_RECORDS]
+
+    # --- the rings ------------------------------------------------------------------------------
+
+    def _open_cpus(self) -> None:
+        """Open the ring of each CPU that came online. One that went offline keeps its ring, and so do we."""
+        assert self._instance is not None
+        for number in online_cpus():
+            if number in self._cpus:
+                continue
+            path = self._instance.cpu(number) / "trace_pipe_raw"
+            ring = MmapRing(path, self._layout) if self.config.reader == "mmap" else ReadRing(path, self._layout)
+            since = max(self._began_ns, self._merger.given_ns or 0)
+            self._cpus[number] = _Cpu(number, ring, complete_ns=since, last_ns=since)
+            self._merger.add_cpu(number, since)
+
+    def _read_all(self) -> bool:
+        """Take what is in the rings; whether that is all there was when it began."""
+        self._open_cpus()
+        caught_up = [self._read(cpu) for cpu in self._cpus.values()]
+        return all(caught_up)
+
+    def _read(self, cpu: _Cpu) -> bool:
+        before = time.monotonic_ns()
+        parts: list[Decoded] = []
+        # A full ring at most, so that one CPU under flood cannot keep us from the others.
+        budget = max(self.config.ring_kib_per_cpu * 1024 // self._layout.page_size, 1)
+        complete_ns = cpu.complete_ns
+        while True:
+            taken = cpu.ring.take(self._buffer)
+            if taken.pages:
+                part = self._decoder.decode(self._buffer.bytes, taken.pages, cpu.cpu, taken.skip)
+                self.skipped += part.skipped
+                parts.append(part)
+            newest = int(parts[-1].batch.ts_ns[-1]) if parts and len(parts[-1].batch) else 0
+            if taken.empty or newest >= before:
+                complete_ns = before
+                break
+            budget -= taken.pages
+            if budget <= 0:
+                complete_ns = max(complete_ns, newest)
+                break
+        self._merger.push(cpu.cpu, self._with_markers(cpu, parts))
+        cpu.complete_ns = complete_ns
+        self._merger.complete(cpu.cpu, complete_ns)
+        return complete_ns == before
+
+    def _with_markers(self, cpu: _Cpu, parts: list[Decoded]) -> Batch:
+        """All records of one reading, with a `LOST` marker at each gap."""
+        gaps = [gap for part in parts for gap in part.gaps]
+        lost = iter(self._losses(cpu, [gap.lost for gap in gaps]))
+        pieces = []
+        for part in parts:
+            start = 0
+            for gap in part.gaps:
+                pieces.append(part.batch[start : gap.index])
+                last = int(part.batch.ts_ns[gap.index - 1]) if gap.index else cpu.last_ns
+                after = int(part.batch.ts_ns[gap.index]) if gap.index < len(part.batch) else last
+                pieces.append(_marker(cpu.cpu, min(max(last, cpu.complete_ns), after), next(lost), after))
+                start = gap.index
+            pieces.append(part.batch[start:])
+            if len(part.batch):
+                cpu.last_ns = int(part.batch.ts_ns[-1])
+        return Batch.concatenate(pieces)
+
+    def _losses(self, cpu: _Cpu, counts: list[int | None]) -> list[int]:
+        """How many events each gap lost.
+
+        A page has no room for its count where its last event ends within 8 bytes of its end. Then the kernel's
+        total for this ring tells, as long as nothing was overwritten between that page and now; if something was, a
+        later marker tells as much less, and the sum stays the kernel's.
+        """
+        if not counts:
+            return []
+        if None in counts or cpu.estimated:
+            assert self._instance is not None
+            cpu.estimated = True
+            losses = settle(counts, self._instance.stats(cpu.cpu).lost - cpu.told_lost)
+        else:
+            losses = [count or 0 for count in counts]
+        cpu.told_lost += sum(losses)
+        return losses
+
+    def _tell_the_rest(self) -> None:
+        """At the end, with nothing left in the rings: what the kernel lost and no page told of.
+
+        That is rare: an interrupt that filled the whole ring while it held up a writer ("commit overrun").
+        """
+        assert self._instance is not None
+        for cpu in self._cpus.values():
+            rest = self._instance.stats(cpu.cpu).lost - cpu.told_lost
+            if rest > 0:
+                cpu.told_lost += rest
+                self._merger.push(cpu.cpu, _marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
+
+
+def _marker(cpu: int, ts_ns: int, lost: int, until_ns: int) -> Batch:
+    limits: dict[str, Any] = {"l3_len": min(lost, int(np.iinfo(DTYPES["l3_len"]).max))}
+    one: dict[str, Any] = {"ts_ns": ts_ns, "skb_id": until_ns, "cpu": cpu, "hook": Hook.LOST, **limits}
+    return Batch.of(1, **{name: [value] for name, value in one.items()})
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def online_cpus(text: str | None = None) -> list[int]:
+    """CPU numbers of a list like `0-3,6` (Documentation/admin-guide/cputopology.rst); by default those online."""
+    if text is None:
+        text = Path("/sys/devices/system/cpu/online").read_text(encoding="ascii")
+    cpus: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    return cpus
