@@ -2,7 +2,7 @@
 
 A stream is a sequence of frames, one message each:
 
-    HEADER, then TOPOLOGY and BATCH in stream order, then END where the stream ended cleanly
+    HEADER, then TOPOLOGY, BATCH and PROGRESS in stream order, then END where the stream ended cleanly
 
     frame = head (36 bytes) | payload (`stored` bytes, zstd or as it is)
     head  = sync mark, version, message, flags, stream tag, sizes, sequence, payload CRC, head CRC
@@ -31,7 +31,7 @@ import zstandard
 from mace.clock import ClockPair
 from mace.errors import WireError
 from mace.hooks import Hook
-from mace.interfaces import StreamHeader, StreamItem
+from mace.interfaces import Progress, StreamHeader, StreamItem
 from mace.records import DTYPES, Batch
 from mace.topology import Device, Role, Sighting, Topology, check
 
@@ -78,6 +78,8 @@ class Message(IntEnum):
     TOPOLOGY = 2
     BATCH = 3
     END = 4
+    PROGRESS = 5
+    """Only where someone waits for it: captures have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Head:
     """CRC-32 of the payload as stored."""
 
 
-Decoded: TypeAlias = StreamHeader | Topology | Batch | End
+Decoded: TypeAlias = StreamHeader | StreamItem | End
 
 
 def parse_head(data: bytes | bytearray | memoryview) -> Head:
@@ -151,6 +153,7 @@ class _Order:
 
     def __init__(self) -> None:
         self.last_ns: int | None = None
+        self.upto_ns: int | None = None
         self.topology: Topology | None = None
         self.sightings = 1
 
@@ -161,6 +164,8 @@ class _Order:
         ts = batch.ts_ns
         if self.last_ns is not None and ts[0] < self.last_ns:
             raise WireError(f"records go back in time: {int(ts[0])} ns after {self.last_ns} ns")
+        if self.upto_ns is not None and ts[0] < self.upto_ns:
+            raise WireError(f"a record of {int(ts[0])} ns after progress up to {self.upto_ns} ns")
         if not ascending and bool((ts[1:] < ts[:-1]).any()):
             raise WireError("records go back in time inside a batch")
         if (highest := int(batch.dev.max())) >= self.sightings:
@@ -171,6 +176,9 @@ class _Order:
     def took_batch(self, batch: Batch) -> None:
         if len(batch):
             self.last_ns = int(batch.ts_ns[-1])
+
+    def took_progress(self, progress: Progress) -> None:
+        self.upto_ns = progress.upto_ns if self.upto_ns is None else max(self.upto_ns, progress.upto_ns)
 
     def check_topology(self, new: Topology) -> None:
         old = self.topology
@@ -208,11 +216,19 @@ class Encoder:
         return self._frame(Message.HEADER, payload, compress=False)
 
     def item(self, item: StreamItem) -> bytes:
-        """The frame of a topology or batch; raises `WireError` where it breaks the order of the stream.
+        """The frame of an item; raises `WireError` where it breaks the order of the stream.
 
         A batch has at most `MAX_RECORDS` records.
         """
-        return self.batch(item) if isinstance(item, Batch) else self.topology(item)
+        match item:
+            case Batch():
+                return self.batch(item)
+            case Topology():
+                return self.topology(item)
+            case Progress():
+                frame = self._frame(Message.PROGRESS, _to_json(asdict(item)))
+                self._order.took_progress(item)
+                return frame
 
     def topology(self, topology: Topology, full: bool = False) -> bytes:
         """`full`: with all sightings even where they are many, for a reader who has not seen those before."""
@@ -316,6 +332,9 @@ class Decoder:
                 self._order.took_topology(message)
             case Message.BATCH:
                 message = self._batch(raw)
+            case Message.PROGRESS:
+                message = Progress(_Json(raw, "PROGRESS").number("upto_ns"))
+                self._order.took_progress(message)
             case Message.END:
                 message = self._end(raw)
         self.sequence = head.sequence + 1

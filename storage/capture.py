@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Final, Literal, NoReturn
 
 from mace.errors import StoreError, WireError
-from mace.interfaces import StreamHeader, StreamItem
+from mace.interfaces import Progress, StreamHeader, StreamItem
 from mace.records import Batch
 from mace.wire import FILE_HEAD, MAX_RECORDS, Encoder
 
@@ -62,7 +62,12 @@ class CaptureSink:
         await asyncio.to_thread(self._open, header)
 
     async def write(self, item: StreamItem) -> None:
-        """Append; raises `StoreError` (disk full, ...), and `WireError` for an item out of order."""
+        """Append; raises `StoreError` (disk full, ...), and `WireError` for an item out of order.
+
+        `Progress` is left out: a replay has no one who waits.
+        """
+        if isinstance(item, Progress):
+            return
         await asyncio.to_thread(self._write, item)
 
     async def aclose(self) -> None:

@@ -1,4 +1,4 @@
-"""Made-up streams for the tests of what travels and rests: traffic with the shape of the real one, and frames by hand."""
+"""Made-up streams for the tests of what travels and rests: traffic in the shape of the real one, frames by hand."""
 
 import hashlib
 import json
@@ -75,8 +75,8 @@ _REPLY = ((1, 4), (2, 4), (3, 3), (4, 3), (1, 2), (2, 2), (1, _V), (2, _V), (3, 
 def traffic(count: int, seed: int = 1, buffers: int = 300) -> Batch:
     """`count` records of round trips on two CPUs at once: the columns repeat themselves as much as real ones do.
 
-    The shape of a ping flood in the lab: 20 records a round trip, 0.5-1.5 µs apart, with pauses; buffers come back at once
-    from a free list of a few hundred; few packet sizes; five to fifteen devices.
+    The shape of a ping flood in the lab: 20 records a round trip, 0.5-1.5 µs apart, with pauses; buffers come back at
+    once from a free list of a few hundred; few packet sizes; five to fifteen devices.
     """
     rng = np.random.default_rng(seed)
     steps = _REQUEST + _REPLY

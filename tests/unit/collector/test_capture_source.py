@@ -125,7 +125,7 @@ def test_a_cut_file_is_read_up_to_the_cut(file):
 
 def test_a_file_that_is_cut_in_its_header_is_none(file):
     for size in range(start_of(1)):
-        with pytest.raises(CaptureError, match="is empty|is cut inside its (signature|header)"):
+        with pytest.raises(CaptureError, match=r"is empty|is cut inside its (signature|header)"):
             Capture(file(BYTES[:size]))
 
 

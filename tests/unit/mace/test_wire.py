@@ -10,6 +10,7 @@ import zstandard
 from mace import wire
 from mace.errors import WireError
 from mace.hooks import Hook
+from mace.interfaces import Progress
 from mace.records import DTYPES, Batch
 from mace.topology import Device, Sighting
 from mace.wire import Decoder, Encoder, Message
@@ -123,6 +124,14 @@ def test_names_that_are_no_unicode_are_spelt_out():
     got = decode(encode([replace(TOPOLOGY, devices=(odd,))], replace(HEADER, command=("a\udcffb",))))
     assert got[1].devices[0].name == "veth\\udc80"
     assert got[0].command == ("a\\udcffb",)
+
+
+def test_progress_is_a_promise():
+    batch = traffic(10)
+    upto = Progress(int(batch.ts_ns[0]))
+    assert decode(encode([TOPOLOGY, upto, Progress(5), batch]))[2:4] == [upto, Progress(5)]
+    with pytest.raises(WireError, match="after progress up to"):
+        encode([TOPOLOGY, Progress(upto.upto_ns + 1), batch])
 
 
 # --- sizes ----------------------------------------------------------------------------------------
