@@ -7,7 +7,7 @@
 The picture is in docs/lab.md.
 """
 
-from mace.lab.lifecycle import Lab, LabInfo, attach, down, list_labs, running, up
+from mace.lab.lifecycle import Lab, LabInfo, attach, check, down, list_labs, running, up
 from mace.lab.plan import HOST, OUTER_DEVICE, REMOTE, Runtime, Spec
 from mace.lab.traffic import Flow, PingResult, TcpResult, UdpResult
 
@@ -24,6 +24,7 @@ __all__ = [
     "TcpResult",
     "UdpResult",
     "attach",
+    "check",
     "down",
     "list_labs",
     "running",

@@ -8,6 +8,7 @@ runs it always, and the next `up` runs it on what it finds left over.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import threading
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mace.errors import LabError, UsageError, nearest
-from mace.lab import netns, network, plan, state
-from mace.lab.plan import HOST, REMOTE, Family, Spec
+from mace.errors import LabError, Unavailable, UsageError, nearest
+from mace.lab import docker, netns, network, plan, state
+from mace.lab.plan import HOST, REMOTE, Family, Runtime, Spec
 from mace.lab.state import Member, State
 from mace.lab.traffic import Traffic
 
@@ -173,12 +174,34 @@ class Lab(Traffic):
             yield
 
 
+def check(runtime: Runtime = Runtime.NETNS) -> list[Unavailable]:
+    """Why no lab can be made here; empty if one can. Tries each kind of device in a namespace that has no name."""
+    if os.geteuid() != 0:
+        return [Unavailable("lab", "network namespaces need root", "run it with sudo")]
+    found = [
+        Unavailable("lab", f"the program {program!r} is missing", netns.remedy_for(program))
+        for program in ("ip", "nft", "nsenter", "ping")
+        if netns.find_program(program) is None
+    ]
+    if runtime is Runtime.DOCKER:
+        found += docker.problems()
+    if found:
+        return found
+    env = {**os.environ, "PATH": netns.search_path(), "LC_ALL": "C"}
+    try:
+        return netns.in_new(lambda: network.problems(env))
+    except OSError as error:
+        return [Unavailable("lab", f"no network namespace can be made ({error})", "run it outside of a container")]
+
+
 def up(spec: Spec, *, detached: bool = True) -> Lab:
     """Make the lab and return it. Removes first what a killed run of the same name left.
 
     `detached`: it stays until `down`. Else it is a leftover as soon as this process has ended.
     Raises `Unavailable`, or `LabError` when a lab of that name is up or cannot be made.
     """
+    if found := check(spec.runtime):
+        raise found[0]
     with state.locked(spec.name):
         old = _load_or_forget(spec.name)
         if old is not None:
@@ -198,6 +221,9 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
         places = [plan.place(spec, name, slot) for slot, name in enumerate(plan.container_names(spec))]
         for place in places:
             record.members[place.name] = _planned(record, place)
+        if spec.runtime is Runtime.DOCKER:
+            record.docker_socket = str(record.directory / "docker.sock")
+            record.made_directories = docker.missing_directories()
         record.save()
         try:
             _create_host(record)
@@ -230,6 +256,8 @@ def down(name: str = "lab", *, force: bool = False) -> bool:
     Spec(name=name)  # the name becomes part of paths
     if not _exists(name):
         return False
+    if os.geteuid() != 0:
+        raise Unavailable("lab", "network namespaces need root", "run it with sudo")
     with _undisturbed(), state.locked(name):
         record = _load_or_forget(name)
         if record is not None:
@@ -279,6 +307,8 @@ def running(spec: Spec | None = None) -> Iterator[Lab]:
 
 
 def _planned(record: State, place: plan.Placement) -> Member:
+    if record.spec.runtime is Runtime.DOCKER:  # which gives out addresses itself
+        return Member(str(docker.handle(record, place.name)), slot=place.slot)
     path = netns.NETNS_DIR / plan.netns_name(record.spec.name, place.name)
     return Member(str(path), slot=place.slot, ipv4=str(place.ipv4.ip), ipv6=str(place.ipv6.ip))
 
@@ -289,10 +319,18 @@ def _create_host(record: State) -> None:
     network.add_namespaces(names, env)
     _note_inodes(record, (HOST, REMOTE))
     network.build_wire(record.spec.name, env)
-    network.build_bridges(record.spec, env)
+    if record.spec.runtime is Runtime.DOCKER:
+        docker.start(record)
+    else:
+        network.build_bridges(record.spec, env)
 
 
 def _create_containers(record: State, places: list[plan.Placement]) -> None:
+    if record.spec.runtime is Runtime.DOCKER:
+        for place in places:
+            record.members[place.name] = docker.create(record, place)
+        _note_inodes(record, [place.name for place in places])
+        return
     env = record.environment()
     network.add_namespaces([plan.netns_name(record.spec.name, place.name) for place in places], env)
     _note_inodes(record, [place.name for place in places])
@@ -311,20 +349,19 @@ def _note_inodes(record: State, members: Any) -> None:
 def _remove_member(record: State, name: str) -> None:
     member = record.members[name]
     path = Path(member.path)
-    _end_processes_in(record, netns.inode(path))
-    _remove_namespace(path, record.environment())
-    del record.members[name]
-
-
-def _end_processes_in(record: State, inode: int) -> None:
-    if inode:
+    if inode := netns.inode(path):
         state.kill(record.id, in_netns=inode)
+    if record.spec.runtime is Runtime.DOCKER:
+        docker.remove(record, member)
+    else:
+        _remove_namespace(path, record.environment())
+    del record.members[name]
 
 
 def _clean(record: State) -> None:
     """Remove all of a lab: processes, devices, namespaces, files; the state file last."""
-    if record.boot_id != state.boot_id():
-        record = State(record.spec, id=record.id)  # nothing of it survived; what is there now is not ours
+    if record.boot_id != state.boot_id():  # no process and no mount survived, only names of files
+        record.boot_id, record.id, record.daemon = state.boot_id(), State(record.spec).id, None
     record.phase = state.STOPPING
     record.save()
     env = record.environment()
@@ -333,6 +370,7 @@ def _clean(record: State) -> None:
     # Once more: an `ip netns add` may have been on its way when its parent, and then itself, was killed.
     state.kill(record.id)
     _remove_namespaces(record.spec.name, env)
+    docker.clean(record)
     record.forget()
 
 
@@ -374,6 +412,8 @@ def _trouble(record: State) -> str:
         return f"{'setting up' if record.phase == state.STARTING else 'removing'} it was interrupted"
     if record.owner is not None and not record.owner.alive():
         return f"its process {record.owner.pid} has ended"
+    if record.daemon is not None and not record.daemon.alive():
+        return "its Docker daemon has ended"
     for name, member in record.members.items():
         if not member.inode or netns.inode(Path(member.path)) != member.inode:
             return f"the namespace of {name} is missing"

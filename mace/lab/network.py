@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from mace.errors import LabError
+from mace.errors import LabError, Unavailable
 from mace.lab import netns
 from mace.lab.plan import (
     HOST,
@@ -63,6 +63,27 @@ _BRIDGE_NETFILTER: Final[dict[str, int | str]] = {
 
 _DOOMED: Final = 77
 """Number of the device group that `remove_devices` makes; any will do, the namespace is the lab's own."""
+
+
+def problems(env: Mapping[str, str]) -> list[Unavailable]:
+    """What the kernel refuses of what a lab needs. Run in a namespace that is to be thrown away."""
+    found = []
+    if not Path("/proc/sys/net/ipv6").is_dir():
+        found.append(Unavailable("lab", "the kernel has no IPv6", "boot without ipv6.disable=1"))
+    for kind in ("veth", "bridge"):
+        try:
+            netns.run(["ip", "link", "add", f"try-{kind}", "type", kind], env=env)
+        except LabError as error:
+            remedy = f"modprobe {kind}, or a kernel with it"
+            found.append(Unavailable("lab", f"the kernel makes no {kind} device ({_last_line(error)})", remedy))
+    try:
+        masquerade = "table inet try { chain c { type nat hook postrouting priority 100; masquerade; }; }"
+        netns.run(["nft", "-f", "-"], stdin=masquerade + "\n", env=env)
+    except LabError as error:
+        found.append(
+            Unavailable("lab", f"nft cannot masquerade ({_last_line(error)})", "modprobe nft_masq, or a kernel with it")
+        )
+    return found
 
 
 def build_wire(lab: str, env: Mapping[str, str]) -> None:
@@ -130,7 +151,7 @@ def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> Non
         HOST,
         [
             f"link add {place.veth} type veth peer name {INNER_DEVICE} address {place.mac} netns {inner}",
-            f"link set {place.veth} master {place.bridge.name} up",
+            f"link set {place.veth} master {place.bridge.name} addrgenmode none up",
         ],
         env,
     )
@@ -167,6 +188,10 @@ def remove_devices(path: Path, env: Mapping[str, str]) -> None:
         with suppress(LabError):  # something else deletes as well: the end of a process, say
             argv = netns.enter_command(path, ["ip", "-force", "-batch", "-"])
             netns.run(argv, stdin="".join([*commands, f"link del group {_DOOMED}\n"]), env=env)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).splitlines()[-1]
 
 
 def _routes_by_mark(spec: Spec, family: str) -> list[str]:

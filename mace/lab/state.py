@@ -85,6 +85,10 @@ class State:
     """The process without which the lab is a leftover; None for a lab that stays until it is taken down."""
     members: dict[str, Member] = field(default_factory=dict)
     docker_socket: str = ""
+    daemon: Process | None = None
+    """The Docker daemon, without which the lab is broken."""
+    made_directories: list[str] = field(default_factory=list)
+    """Outside `directory`; removed if empty."""
 
     @property
     def directory(self) -> Path:
@@ -134,6 +138,8 @@ def load(name: str) -> State | None:
             owner=Process(**raw["owner"]) if raw["owner"] else None,
             members={member: Member(**values) for member, values in raw["members"].items()},
             docker_socket=raw["docker_socket"],
+            daemon=Process(**raw["daemon"]) if raw["daemon"] else None,
+            made_directories=raw["made_directories"],
         )
     except MaceError:
         raise
