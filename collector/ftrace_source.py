@@ -35,7 +35,7 @@ from collector.merge import Merger
 from mace import __version__, clock
 from mace.errors import SourceError, Unavailable
 from mace.hooks import BY_TRACEPOINT, HOOKS, Hook
-from mace.interfaces import Status, StreamHeader, StreamItem
+from mace.interfaces import Progress, Status, StreamHeader, StreamItem
 from mace.records import DTYPES, Batch
 from mace.topology import Device, Topology
 
@@ -297,7 +297,10 @@ class FtraceSource:
             yield from self._batches(self._merger.take(from_ns))
             self._devices = devices
             yield self._topology(from_ns)
-        yield from self._batches(self._merger.flush() if to_the_end else self._merger.take(watermark))
+        batch = self._merger.flush() if to_the_end else self._merger.take(watermark)
+        if not len(batch):
+            yield Progress(watermark)
+        yield from self._batches(batch)
 
     def _batches(self, batch: Batch) -> Iterator[StreamItem]:
         if not len(batch):

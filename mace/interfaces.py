@@ -1,7 +1,7 @@
 """What a source and a sink promise. Small on purpose; the lifecycle is part of the contract.
 
-A stream is one `StreamHeader`, then `Topology` and `Batch` items in time order: records never go back in time
-from one batch to the next, and a topology precedes every record it applies to.
+A stream is one `StreamHeader`, then `Topology`, `Batch` and `Progress` items in time order: records never go back
+in time from one batch to the next, and a topology precedes every record it applies to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,18 @@ class StreamHeader:
     command: tuple[str, ...] = ()
 
 
-StreamItem = Topology | Batch
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Nothing to report: no record before `upto_ns` (CLOCK_MONOTONIC) will come any more.
+
+    Given out where no batch says so, so that what is ready does not wait for the next packet. It changes when
+    results come out, not what they are, and is not kept in captures.
+    """
+
+    upto_ns: int
+
+
+StreamItem = Topology | Batch | Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,37 @@
+"""`mace check`: which parts can run on this machine, and if not, why and what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from collector import devices, ftrace_source
+from mace import lab
+from mace.config import Config
+from mace.interfaces import Status
+
+
+def statuses(config: Config) -> dict[str, Status]:
+    """Each source, sink and helper by name, in the order of the pipeline."""
+    return {
+        "source ftrace": ftrace_source.check(),
+        "source capture": Status(True, "reads .mace files"),
+        "device names": devices.check(host_netns=config.capture.host_netns or None),
+        "sink capture": Status(True, "writes .mace files"),
+        "sink store": _store(Path(config.store.path)),
+        "lab netns": lab.check(lab.Runtime.NETNS),
+        "lab docker": lab.check(lab.Runtime.DOCKER),
+    }
+
+
+def _store(path: Path) -> Status:
+    """Whether the embedded store could be made or written at `path`."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        return Status(False, f"{place} is not a directory", "set [store] path, or --store DIR")
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Status(False, f"{place} cannot be written", "set [store] path, or --store DIR")
+    room = os.statvfs(place)
+    return Status(True, f"{path}: {room.f_bavail * room.f_frsize / 2**30:,.1f} GiB free")

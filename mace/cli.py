@@ -1,0 +1,353 @@
+"""The command line: one function a command, and nothing in it that a program could not do without it.
+
+Results go to stdout, everything else to stderr. With `--json` stdout ends with one JSON object on one line. An
+error is one line on stderr and exit status 1, wrong usage 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from mace import __version__, config, demo, lab, report
+from mace.check import statuses
+from mace.errors import MaceError, UsageError
+from mace.hooks import HOOKS
+from mace.session import Session, Until
+from mace.summary import Summary
+from storage.capture import CaptureSink
+
+EXIT_ERROR: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+"""128 + SIGINT, as shells count."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    errors = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=errors, show_path=args.debug, show_time=args.debug)],
+    )
+    try:
+        status: int = args.function(args)
+        sys.stdout.flush()
+    except MaceError as error:
+        if args.debug:
+            raise
+        print(f"mace: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has seen enough; Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    return status
+
+
+# Commands -------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> int:
+    found = statuses(config.load(args.config))
+    if args.json:
+        _print_json({name: asdict(status) for name, status in found.items()})
+        return 0
+    table = _table("part", "can run here", "found", "what to do")
+    for name, status in found.items():
+        table.add_row(name, "[green]yes[/]" if status.ok else "[red]no[/]", status.detail, status.remedy)
+    Console().print(table)
+    return 0
+
+
+def _hooks(args: argparse.Namespace) -> int:
+    if args.json:
+        rows = [{"id": int(i.hook), "name": i.name, "tracepoint": i.tracepoint, "meaning": i.meaning} for i in HOOKS]
+        _print_json({"hooks": rows})
+        return 0
+    table = _table("id", "letter", "tracepoint", "sees the packet", "meaning")
+    for info in HOOKS:
+        table.add_row(str(int(info.hook)), info.letter, info.tracepoint, info.way.name.lower(), info.meaning)
+    Console().print(table)
+    return 0
+
+
+def _lab_up(args: argparse.Namespace) -> int:
+    made = lab.up(_spec(args, args.name))
+    print(f"lab {made.name} is up: {', '.join(made.members)}")
+    return 0
+
+
+def _lab_down(args: argparse.Namespace) -> int:
+    removed = lab.down(args.name, force=args.force)
+    print(f"lab {args.name}: {'removed' if removed else 'there is none'}")
+    return 0
+
+
+def _lab_list(args: argparse.Namespace) -> int:
+    labs = lab.list_labs()
+    if args.json:
+        _print_json({"labs": [asdict(info) for info in labs]})
+        return 0
+    table = _table("lab", "status", "runtime", "containers", "")
+    for info in labs:
+        table.add_row(info.name, info.status, info.runtime, ", ".join(info.containers), info.detail)
+    Console().print(table)
+    return 0
+
+
+def _lab_exec(args: argparse.Namespace) -> int:
+    return lab.attach(args.lab).exec(args.member, args.argv[1:] if args.argv[:1] == ["--"] else args.argv)
+
+
+def _lab_traffic(args: argparse.Namespace) -> int:
+    place = lab.attach(args.lab)
+    shape = {"count": args.count, "size": args.size, "family": 6 if args.ipv6 else 4}
+    result: Any
+    if args.kind == "ping":
+        result = place.ping(args.sender, args.to, interval_s=1 / args.rate, **shape)
+    elif args.kind == "udp":
+        result = place.udp(args.sender, args.to, rate_pps=args.rate, **shape)
+    else:
+        result = place.tcp_requests(args.sender, args.to, rate_pps=args.rate, **shape)
+    _print_json({key: value for key, value in asdict(result).items() if key != "rtts_ns"})
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    with ExitStack() as leaving:
+        place = leaving.enter_context(lab.running(_spec(args, "demo")))
+        store = args.store or Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="mace-demo-")))
+        session = _session(args, place)
+        summary = session.measure(lambda: demo.traffic(place, args.duration, session.say), store=store, tee=_tee(args))
+        _show(summary, args)
+        if not args.json:
+            report.print_typical_paths(store, Console())
+            session.say(
+                f"mace report --store {store} has more" if args.store else "with --store DIR the rows stay, for mace report"
+            )
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    session = _session(args, lab.attach(args.lab) if args.lab else None)
+    store = None if args.no_store else Path(_configured(args).store.path)
+    _show(session.measure(_for(args.duration), store=store, tee=_tee(args)), args)
+    return 0
+
+
+def _record(args: argparse.Namespace) -> int:
+    sink = CaptureSink(args.output, overwrite=args.force)
+    lost = _session(args, lab.attach(args.lab) if args.lab else None).record(_for(args.duration), sink)
+    if args.json:
+        _print_json({"file": str(args.output), "records": sink.records, "lost": lost, "bytes": sink.bytes_written})
+    else:
+        print(f"{args.output}: {sink.records:,} records, {lost:,} lost in the ring, {sink.bytes_written:,} bytes")
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    _show(_session(args, None).replay(args.files, store=args.store, salvage=args.salvage), args)
+    return 0
+
+
+# What commands share --------------------------------------------------------------------------------------
+
+
+def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> config.Config:
+    """The configuration file, then what options say, then what a lab needs."""
+    settings = config.load(args.config)
+    capture, correlate, store = settings.capture, settings.correlate, settings.store
+    if getattr(args, "source", None):
+        capture = replace(capture, source=args.source)
+    if getattr(args, "ring_mib", None):
+        capture = replace(capture, ring_mib=args.ring_mib)
+    if getattr(args, "no_rows", False):
+        correlate = replace(correlate, rows=False)
+    if getattr(args, "store", None):
+        store = replace(store, path=str(args.store))
+    if place is not None:
+        sockets = (str(place.docker_socket),) if place.docker_socket else ()
+        capture = replace(
+            capture,
+            host_netns=str(place.netns_path(lab.HOST)),
+            outer=(lab.OUTER_DEVICE,),
+            remote_netns=(place.netns_path(lab.REMOTE).name,),
+            container_sockets=(*capture.container_sockets, *sockets),
+        )
+    return config.Config(capture, correlate, store)
+
+
+def _session(args: argparse.Namespace, place: lab.Lab | None) -> Session:
+    return Session(_configured(args, place), Console(stderr=True), quiet=args.json)
+
+
+def _spec(args: argparse.Namespace, name: str) -> lab.Spec:
+    return lab.Spec(
+        name=name,
+        containers=args.containers,
+        bridges=args.bridges,
+        same_addresses=args.same_addresses,
+        runtime=lab.Runtime(args.runtime),
+    )
+
+
+def _tee(args: argparse.Namespace) -> CaptureSink | None:
+    return CaptureSink(args.record) if args.record else None
+
+
+def _for(duration_s: float | None) -> Until:
+    return lambda: asyncio.sleep(duration_s) if duration_s else asyncio.Event().wait()
+
+
+def _show(summary: Summary, args: argparse.Namespace) -> None:
+    if args.json:
+        _print_json(summary.as_dict())
+    else:
+        summary.tables(Console())
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, separators=(",", ":")))
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading)
+    return table
+
+
+# Options --------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mace", description="What did a container's virtual network devices add to this packet, device by device?"
+    )
+    parser.add_argument("--version", action="version", version=f"mace {__version__}")
+    parser.add_argument("--debug", action="store_true", help="log more; show tracebacks")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Any, meaning: str, into: Any = commands) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = into.add_parser(name, help=meaning, description=meaning)
+        made.set_defaults(function=function)
+        return made
+
+    def with_json(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing shown meanwhile")
+
+    def with_config(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--config", type=Path, metavar="FILE", help="TOML; docs/configuration.md has the keys")
+
+    def with_capture(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--source", choices=config.SOURCES, help="where live records come from")
+        to.add_argument("--ring-mib", type=_at_least(1, int), metavar="N", help="the kernel's ring, MiB per CPU")
+
+    def with_live(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--lab", metavar="NAME", help="measure this lab instead of the machine")
+        to.add_argument("--duration", type=_at_least(0.1), metavar="S", help="seconds; without it until Ctrl-C")
+
+    def with_tee(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--record", type=Path, metavar="FILE", help="write the raw stream to a capture file as well")
+        to.add_argument("--no-rows", action="store_true", help="keep windows only, no row per packet")
+
+    def with_topology(to: argparse.ArgumentParser, containers: int) -> None:
+        to.add_argument("--containers", type=_at_least(1, int), default=containers, metavar="N", help="how many")
+        to.add_argument("--bridges", type=_at_least(1, int), default=1, metavar="N", help="containers take turns on them")
+        to.add_argument("--same-addresses", action="store_true", help="the same subnet on each of the bridges")
+        to.add_argument("--runtime", choices=[r.value for r in lab.Runtime], default="netns", help="what makes containers")
+
+    one = command("check", _check, "what can run on this machine, and if not, why and what to do")
+    with_config(one)
+    with_json(one)
+
+    one = command("demo", _demo, "make a test network, send traffic, show what its devices add (root)")
+    with_topology(one, containers=2)
+    one.add_argument("--duration", type=_at_least(0.1), default=8.0, metavar="S", help="seconds of traffic (default 8)")
+    one.add_argument("--store", type=Path, metavar="DIR", help="keep the rows here")
+    for group in (with_capture, with_tee, with_config, with_json):
+        group(one)
+
+    labs = commands.add_parser("lab", help="test networks: up, down, list, exec, traffic").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    one = command("up", _lab_up, "make a test network that stays", labs)
+    one.add_argument("name", nargs="?", default="lab", metavar="NAME")
+    with_topology(one, containers=1)
+    one = command("down", _lab_down, "remove a test network, and all that runs in it", labs)
+    one.add_argument("name", nargs="?", default="lab", metavar="NAME")
+    one.add_argument("--force", action="store_true", help="also one that a running process holds")
+    one = command("list", _lab_list, "test networks, those left over by killed runs included", labs)
+    with_json(one)
+    one = command("exec", _lab_exec, "run a command in a container, or in `host` or `remote`", labs)
+    one.add_argument("--lab", default="lab", metavar="NAME")
+    one.add_argument("member", metavar="MEMBER")
+    one.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    one = command("traffic", _lab_traffic, "send bounded traffic; prints what both ends counted", labs)
+    one.add_argument("kind", choices=("ping", "udp", "tcp"), help="tcp: requests and responses over one connection")
+    one.add_argument("--lab", default="lab", metavar="NAME")
+    one.add_argument("--from", dest="sender", default="c1", metavar="MEMBER")
+    one.add_argument("--to", default=lab.REMOTE, metavar="MEMBER")
+    one.add_argument("--count", type=_at_least(1, int), default=100, metavar="N")
+    one.add_argument("--size", type=_at_least(1, int), default=56, metavar="BYTES", help="of payload")
+    one.add_argument("--rate", type=_at_least(0.1), default=100.0, metavar="N", help="a second")
+    one.add_argument("--ipv6", action="store_true")
+
+    one = command("run", _run, "measure: live records to delays, a table and the store (root)")
+    one.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go")
+    one.add_argument("--no-store", action="store_true", help="show only")
+    for group in (with_live, with_capture, with_tee, with_config, with_json):
+        group(one)
+
+    one = command("record", _record, "write live records to a capture file, to replay later or elsewhere (root)")
+    one.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    one.add_argument("--force", action="store_true", help="overwrite the file")
+    for group in (with_live, with_capture, with_config, with_json):
+        group(one)
+
+    one = command("replay", _replay, "capture files to the same answers as live")
+    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    one.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
+    one.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    with_config(one)
+    with_json(one)
+
+    one = command("report", report.run, "tables, paths and pictures of what a store holds")
+    report.add_options(one)
+    with_config(one)
+    with_json(one)
+
+    one = command("hooks", _hooks, "where packets are observed")
+    with_json(one)
+    return parser
+
+
+def _at_least(low: float, kind: type = float) -> Any:
+    def parse(text: str) -> float:
+        value = kind(text)
+        # Written so that nan, which compares false, is refused.
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: expected at least {low:g}")
+        return value  # type: ignore[no-any-return]
+
+    parse.__name__ = kind.__name__
+    return parse

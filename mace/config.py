@@ -1,0 +1,151 @@
+"""Configuration: TOML -> frozen dataclasses, each key with its meaning and its bounds.
+
+    [capture]
+    outer = ["eth1"]
+
+    [store]
+    path = "/var/lib/mace"
+
+Every error names the file, the key, what was found and what was expected, and the nearest known key. The same
+dataclasses are what the command line's options change.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar, get_type_hints
+
+from mace.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+SOURCES: Final = ("auto", "ftrace")
+"""Live sources that can be asked for."""
+
+
+def _key(
+    default: T, meaning: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+) -> T:
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    made: T = field(default=default, metadata=metadata)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureConfig:
+    """`[capture]`: where records come from."""
+
+    source: str = _key("auto", "Source of live records; `auto` takes the best that can run.", choices=SOURCES)
+    ring_mib: int = _key(8, "Memory of the kernel's ring, MiB per CPU.", low=1, high=4096)
+    poll_ms: int = _key(50, "How often the ring is emptied, ms.", low=1, high=1000)
+    hold_back_ms: int = _key(
+        50, "How long records are held, ms, so that news of a device can still come before them.", low=0, high=1000
+    )
+    host_netns: str = _key("", "Network namespace that counts as the host: a name in /run/netns or a path; empty: of process 1.")
+    outer: tuple[str, ...] = _key((), "The host's devices towards the network; empty: those of its default routes.")
+    remote_netns: tuple[str, ...] = _key((), "Namespaces that are the far end of a test network, not containers.")
+    container_sockets: tuple[str, ...] = _key((), "More Docker or Podman API sockets to ask for container names.")
+
+
+@dataclass(frozen=True, slots=True)
+class CorrelateConfig:
+    """`[correlate]`: how records become delays."""
+
+    timeout_ms: int = _key(500, "A packet's next record comes within this, ms, or its life is over.", low=1, high=60_000)
+    rows: bool = _key(True, "Whether to keep a row per packet and segment, not only windows.")
+    open_records: int = _key(
+        4_194_304, "Records of unfinished packets that are kept at most.", low=1000, high=1_000_000_000
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """`[store]`: the embedded store."""
+
+    path: str = _key("mace-store", "Directory of the store.")
+    flush_interval_s: float = _key(1.0, "Rows are in the store at most this long after they came, s.", low=0.05, high=3600)
+    sync: bool = _key(True, "Whether each segment is brought to the disk (fsync) before it counts as stored.")
+    max_age_days: float = _key(0.0, "Remove what is older, days; 0: keep for ever.", low=0)
+    max_size_gib: float = _key(0.0, "Remove the oldest when the store is larger, GiB; 0: no limit.", low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All of it."""
+
+    capture: CaptureConfig = CaptureConfig()
+    correlate: CorrelateConfig = CorrelateConfig()
+    store: StoreConfig = StoreConfig()
+
+
+_TYPES: Final = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def load(path: Path | str | None) -> Config:
+    """The configuration in a file; the defaults for None. Raises `ConfigError`."""
+    if path is None:
+        return Config()
+    try:
+        with Path(path).open("rb") as file:
+            given = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
+    tables = get_type_hints(Config)
+    parts = {}
+    for name, value in given.items():
+        if name not in tables:
+            raise ConfigError(f"{path}: no such table [{name}]{nearest(name, tables)}; known: {', '.join(tables)}")
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: {name} is {_shown(value)}, expected a table [{name}]")
+        parts[name] = _table(str(path), name, tables[name], value)
+    return Config(**parts)
+
+
+def _table(path: str, table: str, kind: type[T], given: dict[str, Any]) -> T:
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    values = {}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{path}: [{table}] has no key {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        values[name] = _value(f"{path}: [{table}] {name}", str(known[name].type), value, known[name].metadata)
+    return kind(**values)
+
+
+def _value(where: str, kind: str, value: Any, bounds: Any) -> Any:
+    if kind == "tuple[str, ...]":
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f"{where} = {_shown(value)}, expected a list of strings")
+        return tuple(value)
+    expected = _TYPES[kind]
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise ConfigError(f"{where} = {_shown(value)}, expected {_NAMES[kind]}")
+    if bounds["choices"] and value not in bounds["choices"]:
+        raise ConfigError(
+            f"{where} = {value!r}, expected one of {', '.join(bounds['choices'])}{nearest(str(value), bounds['choices'])}"
+        )
+    low, high = bounds["low"], bounds["high"]
+    # Written so that nan, which compares false, is refused.
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        raise ConfigError(f"{where} = {value}, expected {_range(low, high)}")
+    return value
+
+
+_NAMES: Final = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

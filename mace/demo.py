@@ -1,0 +1,34 @@
+"""`mace demo`: a lab, its traffic, and what is measured of it, in one go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from mace.lab import Lab
+
+PING_INTERVAL_S = 0.01
+UDP_PPS = 500.0
+TCP_RPS = 400.0
+
+
+async def traffic(lab: Lab, duration_s: float, say: Callable[[str], None]) -> None:
+    """Bounded traffic of every container to the far end for about `duration_s`: ping, UDP and TCP, IPv4 and IPv6.
+
+    Slow enough that each packet meets an idle path: the demonstration is of devices, not of queues.
+    """
+    pings = max(1, round(duration_s / PING_INTERVAL_S))
+    flows = []
+    for container in lab.containers:
+        flows += [
+            lab.start_ping(container, count=pings, interval_s=PING_INTERVAL_S, family=4),
+            lab.start_ping(container, count=pings, interval_s=PING_INTERVAL_S, family=6),
+            lab.start_udp(container, count=max(1, round(duration_s * UDP_PPS)), rate_pps=UDP_PPS, echo=True),
+            lab.start_tcp_requests(container, count=max(1, round(duration_s * TCP_RPS)), rate_pps=TCP_RPS),
+        ]
+    say(f"{len(flows)} flows from {len(lab.containers)} containers for about {duration_s:g} s")
+    try:
+        await asyncio.gather(*(asyncio.to_thread(flow.wait) for flow in flows))
+    finally:
+        for flow in flows:
+            flow.close()

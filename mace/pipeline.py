@@ -1,0 +1,246 @@
+"""Source -> correlator -> sinks, in one task group.
+
+    source ──items──► pump ──channel──► correlate ──channel──► deliver ──► sinks
+                       │                                          └──────► on_results (tables, progress)
+                       └──► tee: a capture file of the raw stream
+
+Built from the sinks back to the source, so that nothing flows before all that it flows into is there; stopped
+from the source forward, so that what has happened is drained through. The channels are short: what waits in them
+has left the kernel's ring, which counts what it cannot hold, and a sink that is slow makes the ring wait.
+
+An error in any task cancels the others; whatever was opened is closed, in the opposite order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from collector.containers import API_SOCKETS
+from collector.devices import DeviceFollower
+from collector.ftrace_source import FtraceConfig, FtraceSource
+from correlator.engine import Engine, EngineConfig
+from correlator.stage import correlate
+from mace.channel import Channel, ClosedError
+from mace.config import CaptureConfig, Config, StoreConfig
+from mace.errors import MaceError, SourceError
+from mace.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
+from mace.schema import Results
+from storage.embedded import EmbeddedStore
+
+_CHANNEL_ITEMS = 4
+"""A source gives out an item every 50 ms or so: this is a fifth of a second of it."""
+
+
+@dataclass(slots=True)
+class Stop:
+    """A wish to stop, from a signal or a timer; `request` may be called before the source is open."""
+
+    drain_s: float = 10.0
+    """What is under way has this long to be drained, then the run is cut off."""
+    _source: Source | None = None
+    _requested: bool = False
+    _cut: asyncio.TimerHandle | None = None
+    _task: asyncio.Task[None] | None = None
+    cut_off: bool = False
+
+    def request(self) -> None:
+        """End the stream after what has already happened. From the event loop; a second call ends it now."""
+        if self._requested:
+            self._cut_off()
+            return
+        self._requested = True
+        if self._source is not None:
+            self._begin(self._source)
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run is to end."""
+        return self._requested
+
+    def attach(self, source: Source, task: asyncio.Task[None]) -> None:
+        """Say what is to be stopped."""
+        self._source, self._task = source, task
+        if self._requested:
+            self._begin(source)
+
+    def release(self) -> None:
+        """The run is over."""
+        if self._cut is not None:
+            self._cut.cancel()
+
+    def _begin(self, source: Source) -> None:
+        source.request_stop()
+        self._cut = asyncio.get_running_loop().call_later(self.drain_s, self._cut_off)
+
+    def _cut_off(self) -> None:
+        self.cut_off = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+async def capture(source: Source, sink: StreamSink, *, stop: Stop, on_item: Callable[[StreamItem], None]) -> StreamHeader:
+    """Source -> file (or broker), nothing computed. Returns the stream's header."""
+    async with AsyncExitStack() as opened:
+        header = await _open_source(source, opened)
+        await sink.open(header)
+        opened.push_async_callback(sink.aclose)
+
+        async def pump() -> None:
+            async for item in source.items():
+                if not isinstance(item, Progress):
+                    await sink.write(item)
+                on_item(item)
+
+        await _supervise(source, stop, [pump()])
+        return header
+
+
+async def run(
+    source: Source,
+    sinks: Sequence[Sink],
+    *,
+    engine: EngineConfig,
+    stop: Stop,
+    tee: StreamSink | None = None,
+    on_results: Callable[[Results], None] = lambda _: None,
+    on_open: Callable[[StreamHeader], None] = lambda _: None,
+) -> StreamHeader:
+    """Source -> correlator -> sinks until the source ends or `stop` is requested. Returns the stream's header.
+
+    Every result has been taken by all sinks before `on_results` sees it.
+    """
+    items: Channel[StreamItem] = Channel(_CHANNEL_ITEMS)
+    results: Channel[Results] = Channel(_CHANNEL_ITEMS)
+
+    async with AsyncExitStack() as opened:
+        # The source opens first only to say who it is: it gives out nothing before `items` is called.
+        header = await _open_source(source, opened)
+        for sink in sinks:
+            await sink.open(header)
+            opened.push_async_callback(sink.aclose)
+        if tee is not None:
+            await tee.open(header)
+            opened.push_async_callback(tee.aclose)
+        on_open(header)
+
+        async def pump() -> None:
+            async for item in source.items():
+                if tee is not None and not isinstance(item, Progress):
+                    await tee.write(item)
+                await items.send(item)
+            await items.close()
+
+        async def deliver() -> None:
+            async for result in results:
+                for sink in sinks:
+                    await sink.write(result)
+                on_results(result)
+
+        correlator = Engine(header.clock.offset_ns, engine)
+        await _supervise(
+            source,
+            stop,
+            [deliver(), correlate(items, correlator, results, lambda: source.discarded), pump()],
+        )
+        return header
+
+
+async def _open_source(source: Source, opened: AsyncExitStack) -> StreamHeader:
+    # aclose comes also after a failed open, which may have got half way.
+    opened.push_async_callback(source.aclose)
+    return await source.open()
+
+
+async def _supervise(source: Source, stop: Stop, work: Sequence[object]) -> None:
+    """Run the coroutines together to their end; the first error that is meant for the user is raised alone."""
+
+    async def all_of_it() -> None:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in work:
+                group.create_task(coroutine)  # type: ignore[arg-type]
+
+    task = asyncio.create_task(all_of_it())
+    stop.attach(source, task)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if stop.cut_off:
+            raise SourceError(f"stopped before all that was captured was worked through (within {stop.drain_s:g} s)") from None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    except BaseExceptionGroup as group:
+        raise _told(group) from group
+    finally:
+        stop.release()
+
+
+def _told(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to tell: ours before others, and a closed channel (a consequence) only if there is nothing else."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending = [*error.exceptions, *pending]
+        else:
+            leaves.append(error)
+    causes = [e for e in leaves if not isinstance(e, ClosedError)] or leaves
+    return next((e for e in causes if isinstance(e, MaceError)), causes[0])
+
+
+@asynccontextmanager
+async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
+    """SIGINT and SIGTERM request a stop for the length of the block."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.request)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def engine_config(config: Config) -> EngineConfig:
+    """The engine's part of the configuration, in its own units."""
+    return EngineConfig(
+        timeout_ns=config.correlate.timeout_ms * 1_000_000,
+        open_records=config.correlate.open_records,
+        rows=config.correlate.rows,
+    )
+
+
+def live_source(config: CaptureConfig) -> Source:
+    """The live source that the configuration asks for, following this machine's devices."""
+    devices = DeviceFollower(
+        host_netns=config.host_netns or None,
+        outer=config.outer,
+        remote_netns=config.remote_netns,
+        docker_sockets=(*API_SOCKETS, *config.container_sockets),
+    )
+    return FtraceSource(
+        FtraceConfig(
+            ring_kib_per_cpu=config.ring_mib * 1024,
+            poll_interval_s=config.poll_ms / 1000,
+            hold_back_ms=config.hold_back_ms,
+        ),
+        devices,
+    )
+
+
+def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedStore:
+    """The embedded store at `path`, as configured."""
+    return EmbeddedStore(
+        path,
+        rows=rows,
+        flush_interval_s=config.flush_interval_s,
+        fsync=config.sync,
+        max_age_s=config.max_age_days * 86_400 or None,
+        max_bytes=int(config.max_size_gib * 2**30) or None,
+    )

@@ -1,0 +1,162 @@
+"""One run for a person at a terminal: measure, record or replay, with what is shown meanwhile.
+
+Everything shown here goes to stderr and vanishes; the caller prints what came out of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from collector.capture_source import CaptureSource, in_time_order
+from mace import pipeline
+from mace.config import Config
+from mace.interfaces import StreamHeader, StreamItem
+from mace.pipeline import Stop
+from mace.records import Batch
+from mace.schema import Results
+from mace.summary import Summary
+from storage.capture import CaptureSink
+
+REPLAY_SLICE_NS: Final = 1_000_000_000
+"""Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
+
+Until = Callable[[], Awaitable[object]]
+"""What a measurement lasts for, begun when the source is open."""
+
+
+class Session:
+    """What the three have in common: the configuration, the terminal, and how a run is stopped."""
+
+    def __init__(self, config: Config, console: Console, *, quiet: bool = False) -> None:
+        self._config = config
+        self._console = console
+        self._quiet = quiet
+        self._stop = Stop()
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if not self._quiet:
+            self._console.print(f"[dim]{text}[/]", highlight=False)
+
+    def measure(self, until: Until, *, store: Path | None, tee: CaptureSink | None) -> Summary:
+        """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
+        summary = Summary()
+        source = pipeline.live_source(self._config.capture)
+        sinks = [pipeline.embedded_store(self._config.store, store, rows=self._config.correlate.rows)] if store else []
+
+        async def work() -> None:
+            opened = asyncio.Event()
+            with self._live() as view:
+
+                def show(results: Results) -> None:
+                    summary.add(results)
+                    if results.windows:
+                        view.update(summary.renderable())
+
+                def begin(header: StreamHeader) -> None:
+                    self.say(f"measuring {header.host}, Linux {header.kernel}, source {header.source}")
+                    opened.set()
+
+                engine = pipeline.engine_config(self._config)
+                async with self._timed(until, opened):
+                    await pipeline.run(
+                        source, sinks, engine=engine, stop=self._stop, tee=tee, on_results=show, on_open=begin
+                    )
+
+        asyncio.run(work())
+        return summary
+
+    def record(self, until: Until, sink: CaptureSink) -> int:
+        """Live records into a file. Returns how many the ring lost."""
+        lost = 0
+
+        async def work() -> None:
+            opened = asyncio.Event()
+            with self._live() as view:
+
+                def count(item: StreamItem) -> None:
+                    nonlocal lost
+                    opened.set()
+                    if isinstance(item, Batch):
+                        lost += item.lost
+                        view.update(f"{sink.path}: {sink.records:,} records, {lost:,} lost, {sink.bytes_written:,} bytes")
+
+                async with self._timed(until, opened):
+                    await pipeline.capture(
+                        pipeline.live_source(self._config.capture), sink, stop=self._stop, on_item=count
+                    )
+
+        asyncio.run(work())
+        return lost
+
+    def replay(self, paths: Sequence[Path], *, store: Path | None, salvage: bool) -> Summary:
+        """Captures, one after the other in time order, into the correlator and the store."""
+        whole = Summary()
+        captures = in_time_order(paths, salvage=salvage)
+        engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        bar = Progress(TextColumn("{task.description}"), *columns, console=self._console, transient=True, disable=self._quiet)
+        task = bar.add_task("replay", total=sum(info.path.stat().st_size for info in captures))
+
+        async def work() -> None:
+            before = 0
+            for info in captures:
+                if self._stop.requested:
+                    break
+                source = CaptureSource(info.path, salvage=salvage)
+                summary = Summary()
+
+                def show(results: Results, source: CaptureSource = source, summary: Summary = summary) -> None:
+                    summary.add(results)
+                    bar.update(task, completed=before + source.bytes_read)
+
+                rows = self._config.correlate.rows
+                sinks = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
+                async with self._timed(None, asyncio.Event()):
+                    await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show)
+                for warning in source.warnings:
+                    self._console.print(f"[yellow]{warning}[/]", highlight=False)
+                whole.merge(summary)
+                before += info.path.stat().st_size
+
+        with bar:
+            asyncio.run(work())
+        return whole
+
+    def _live(self) -> Live:
+        return Live(
+            console=self._console,
+            refresh_per_second=2,
+            transient=True,
+            auto_refresh=self._console.is_terminal and not self._quiet,
+        )
+
+    @asynccontextmanager
+    async def _timed(self, until: Until | None, opened: asyncio.Event) -> AsyncIterator[None]:
+        """Signals request a stop, and so does the end of `until`, which begins once `opened` is set."""
+
+        async def wait(until: Until) -> None:
+            await opened.wait()
+            try:
+                await until()
+            finally:
+                self._stop.request()
+
+        async with pipeline.stopped_by_signals(self._stop):
+            timer = asyncio.create_task(wait(until)) if until is not None else None
+            try:
+                yield
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await timer
