@@ -256,9 +256,8 @@ class Engine:
         finished |= self._overfull(size, ts[ends], finished)
 
         # A single record has no partner. Which kind of "no partner" depends on how long one could have come.
-        waited = idle.copy()
+        waited = ~(freed | reused | last) | (idle & ~reused)
         waited[:-1] |= reused[:-1] & (ts[starts[1:]] - ts[ends[:-1]] > timeout_ns)
-        waited |= ~(freed | reused | last)
         single = finished & (size == 1)
         expired = single & waited & ~freed
         left = single & ~freed & ~reused & ~expired
@@ -330,7 +329,7 @@ class Engine:
         final = np.cumsum(size) - 1
         freed = hook[final]
         if not len(on_device):
-            self._tally["unmatched"] += len(ts)
+            self._tally["matched"] += len(ts)  # copied to a reader and freed: a clone that went nowhere
             return Delays.empty()
 
         # Hops: runs of records on one device. A hop lasts until the next one begins, the last one to its last record.
