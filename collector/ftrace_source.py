@@ -45,8 +45,10 @@ CLOCK: Final = "mono"
 """CLOCK_MONOTONIC, the clock of all records."""
 _NOISE: Final = ("record-cmd", "record-tgid", "event-fork", "function-fork", "markers", "stacktrace", "userstacktrace")
 """Options that put other things than our events into the rings, or make each event dearer."""
-_CHUNK_PAGES: Final = 512
-"""Pages decoded at once. Measured: 128 cost a third more per event, 1024 no less, and 2 MiB still fit a cache."""
+_CHUNK_BYTES: Final = 2 << 20
+"""Pages decoded at once. Measured: a quarter of it costs a third more per event, twice of it no less."""
+_KEPT_BYTES: Final = 24 << 20
+"""glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 _BATCH_RECORDS: Final = 1 << 17
 """Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
 _SETTLE_S: Final = 0.01
@@ -142,6 +144,7 @@ class FtraceSource:
     def __init__(self, config: FtraceConfig | None = None, devices: DeviceFollower | None = None) -> None:
         self.config = config or FtraceConfig()
         self._follower = devices
+        self._follower_open = False
         self._stop = asyncio.Event()
         self._instance: tracefs.Instance | None = None
         self._cpus: dict[int, _Cpu] = {}
@@ -180,29 +183,24 @@ class FtraceSource:
 
     async def open(self) -> StreamHeader:
         """Make the instance, enable the events and begin to record. Raises `Unavailable` or `SourceError`."""
+        try:
+            return await self._acquire()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _acquire(self) -> StreamHeader:
+        _keep_freed_memory()
         root = tracefs.find()
         for name in tracefs.remove_leftovers(root):
             _log.warning("ftrace: removed %s, left by a run that was killed", name)
         self._instance = instance = tracefs.Instance.create(root)
         # For a program that ends without aclose; what a kill leaves, the next start removes.
         atexit.register(self._remove)
-        instance.set_clock(CLOCK)
-        instance.set_option("overwrite", on=True)
-        for option in _NOISE:
-            instance.set_option(option, on=False)
-        instance.set_ring_size(self.config.ring_kib_per_cpu, self.config.subbuf_kib)
-        self._layout = parse_header_page(instance.header_page())
-        present = [t for t in self.config.tracepoints if instance.has_event(t)]
-        for absent in sorted(set(self.config.tracepoints) - set(present)):
-            _log.warning("ftrace: this kernel has no tracepoint %s", absent)
-        if not present:
-            raise Unavailable(
-                "ftrace", "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing"
-            )
-        self._decoder = PageDecoder(self._layout, [parse_format(t, instance.event_format(t)) for t in present])
-        self._buffer = PageBuffer(self._layout, max(_CHUNK_PAGES * 4096 // self._layout.page_size, 8))
+        present = self._prepare(instance)
         if self._follower is not None:
             await self._follower.open()
+            self._follower_open = True
             self._devices = self._follower.poll() or ()
             self._host_netns = self._follower.host_netns
         self._began_ns = time.monotonic_ns()
@@ -224,6 +222,25 @@ class FtraceSource:
             command=tuple(sys.argv),
         )
 
+    def _prepare(self, instance: tracefs.Instance) -> list[str]:
+        """Clock, mode, ring size and formats; the tracepoints that this kernel has."""
+        instance.set_clock(CLOCK)
+        instance.set_option("overwrite", on=True)
+        for option in _NOISE:
+            instance.set_option(option, on=False)
+        instance.set_ring_size(self.config.ring_kib_per_cpu, self.config.subbuf_kib)
+        self._layout = parse_header_page(instance.header_page())
+        present = [t for t in self.config.tracepoints if instance.has_event(t)]
+        for absent in sorted(set(self.config.tracepoints) - set(present)):
+            _log.warning("ftrace: this kernel has no tracepoint %s", absent)
+        if not present:
+            raise Unavailable(
+                "ftrace", "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing"
+            )
+        self._decoder = PageDecoder(self._layout, [parse_format(t, instance.event_format(t)) for t in present])
+        self._buffer = PageBuffer(self._layout, max(_CHUNK_BYTES // self._layout.page_size, 8))
+        return present
+
     def request_stop(self) -> None:
         """Stop recording; `items` ends after what was recorded."""
         self._stop.set()
@@ -234,7 +251,8 @@ class FtraceSource:
             self._remove()
         finally:
             atexit.unregister(self._remove)
-            if self._follower is not None:
+            if self._follower_open and self._follower is not None:
+                self._follower_open = False
                 await self._follower.aclose()
 
     def _remove(self) -> None:
@@ -402,6 +420,15 @@ class FtraceSource:
             if rest > 0:
                 cpu.told_lost += rest
                 self._merger.push(cpu.cpu, _marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed memory instead of giving each large array back to the kernel and asking again.
+
+    The columns of a tick are made anew each time. Measured on a virtual machine, where a page fault is dear: without
+    this a third of all CPU time of a capture went into page faults.
+    """
+    np.empty(_KEPT_BYTES, np.uint8)
 
 
 def _marker(cpu: int, ts_ns: int, lost: int, until_ns: int) -> Batch:
