@@ -1,0 +1,639 @@
+"""Reading a store: live segments through DuckDB, results as types of ours.
+
+A reader takes no lock. It lists the live segments, and if merging or retention takes one away before DuckDB has
+read it, lists again. All quantiles come from bins of `mace.histogram` that are counted in SQL, never from SQL's
+own, so that a report shows the numbers that the live run showed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mace.errors import StoreError, nearest
+from mace.histogram import MAX_NS, SUB_BITS
+from mace.ledger import Ledger
+from mace.schema import Direction, Segment
+from mace.summary import Distribution, Place, Summary
+from storage import segments, tables
+from storage.embedded import check_schema
+
+_T = TypeVar("_T")
+_ATTEMPTS: Final = 10
+_SUB: Final = 1 << SUB_BITS
+TYPICAL_ROWS: Final = 2_000_000
+"""A typical path is read off as many of the newest rows (whole segments): enough for a p99, done in a second."""
+WINDOWS_FROM_ROWS: Final = 200_000_000
+"""Above as many rows, `auto` reads windows instead: the same numbers in a moment, but for the last seconds."""
+
+# The bin of `mace.histogram.bins_of`. log2 of an integer below 2**40 is exact at powers of two, and off by far less
+# than the distance to the next power everywhere else, so its floor is right; a test compares all boundaries.
+_CLAMPED: Final = f"least(greatest(delay_ns, 0), {MAX_NS})"
+_OCTAVE: Final = f"greatest(cast(floor(log2(greatest({_CLAMPED}, 1))) AS BIGINT) - {SUB_BITS}, 0)"
+BIN_SQL: Final = f"({_OCTAVE} * {_SUB} + ({_CLAMPED} >> {_OCTAVE}))"
+
+_PLACE: Final = "host, rank, container, netns, device, device_id, kind, role"
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which rows; everything by default."""
+
+    since_ns: int | None = None
+    """UTC, ns. Segments that began before are left out."""
+    until_ns: int | None = None
+    """UTC, ns. Those that began then or later are left out."""
+    container: str | None = None
+    """Packets of this container, at whatever device."""
+    device: str | None = None
+    direction: Direction | None = None
+    run: str | None = None
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it leaves out parts of runs."""
+        return any(v is not None for v in (self.since_ns, self.until_ns, self.container, self.device, self.direction))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One capture run, and how far it came."""
+
+    host: str
+    run: str
+    source: str
+    started_utc_ns: int
+    kernel: str
+    upto_utc_ns: int
+    """Records before this time are in the ledger; the start, if nothing was written yet."""
+    ledger: Ledger
+    packets: int
+    rows_stored: int
+    rows_not_stored: int
+    closed: bool
+    """It ended in an orderly way; otherwise it is still going, or was killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One row of a packet's path."""
+
+    place: Place
+    direction: Direction
+    segment: Segment
+    position: int
+    start_ns: int
+    """Since the packet's first hop began."""
+    delay_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class PacketPath:
+    """All that is stored of one packet."""
+
+    host: str
+    run: str
+    packet: int
+    utc_ns: int
+    """When its first hop began."""
+    container: str
+    """Of its inner device."""
+    l3_len: int
+    grade: str
+    outcome: str
+    hops: tuple[Hop, ...]
+    """In the order of the path; `DEVICE`, `OUTSIDE` and `DELIVERY`."""
+    overhead_ns: dict[Direction, int]
+
+
+@dataclass(slots=True)
+class TypicalPath:
+    """The devices that packets of one container cross in one direction, in order, each with its delays."""
+
+    host: str
+    container: str
+    netns: str
+    direction: Direction
+    hops: list[tuple[Place, Segment, Distribution]]
+
+
+@dataclass(slots=True)
+class Series:
+    """Overhead over time of one container and direction."""
+
+    container: str
+    direction: Direction
+    utc_ns: list[int]
+    """Starts of stretches that have packets, ascending."""
+    p50_ns: list[int]
+    p99_ns: list[int]
+    width_ns: int
+
+
+From = Literal["auto", "rows", "windows"]
+
+
+@dataclass(slots=True)
+class Store:
+    """A reader. Raises `StoreError` for what is no store, is of another schema, or is damaged.
+
+    `skip_damaged` reads on without damaged segments and counts them in `damaged`.
+    """
+
+    path: Path
+    skip_damaged: bool = False
+    threads: int | None = None
+    damaged: dict[Path, str] = field(default_factory=dict)
+    """Segments that were skipped, and why."""
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)
+        if not self.path.is_dir():
+            raise StoreError(f"{self.path}: no such directory")
+        if not check_schema(self.path):
+            raise StoreError(f"{self.path}: not a MACE store (it has no store.json)")
+
+    def segments(self, table: str, where: Filter = Filter()) -> list[segments.Segment]:
+        """The live segments: what an outside reader should open while a writer is at work."""
+        found = segments.listing(self.path, table, where.since_ns, where.until_ns)
+        return [s for s in found if s.path not in self.damaged]
+
+    def rows_damaged(self) -> int:
+        """Rows of all tables in the segments that were skipped, by the segments' names."""
+        return sum(int(p.name.split(".")[1]) for p in self.damaged)
+
+    # Whole runs.
+
+    def runs(self, where: Filter = Filter()) -> list[Run]:
+        """Runs that overlap with the filter's time, oldest first, each with its newest ledger."""
+        names = ", ".join(f"l.{name}" for name in Ledger().as_dict())
+        rows = self._fetch(
+            f"""
+            WITH l AS (
+                SELECT *, epoch_ns(time) AS upto FROM {{ledger}}
+                QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1
+            )
+            SELECT r.host, r.run, r.source, epoch_ns(r.time), r.kernel, coalesce(l.upto, epoch_ns(r.time)),
+                   l.packets, l.rows_stored, l.rows_not_stored, l.closed, {names}
+            FROM {{runs}} r LEFT JOIN l USING (host, run)
+            WHERE ($run IS NULL OR r.run = $run)
+            ORDER BY r.time, r.host, r.run
+            """,
+            Filter(run=where.run),
+            {"run": where.run},
+        )
+        found = []
+        for host, run, source, start, kernel, upto, packets, stored, not_stored, closed, *ledger in rows:
+            if where.until_ns is not None and start >= where.until_ns:
+                continue
+            if where.since_ns is not None and upto < where.since_ns:
+                continue
+            counts = Ledger(*(n or 0 for n in ledger))
+            found.append(
+                Run(
+                    host,
+                    run,
+                    source,
+                    start,
+                    kernel,
+                    upto,
+                    counts,
+                    packets or 0,
+                    stored or 0,
+                    not_stored or 0,
+                    bool(closed),
+                )
+            )
+        return found
+
+    def ledger(self, where: Filter = Filter()) -> Ledger:
+        """All runs' ledgers added up. Of whole runs: a ledger cannot be cut by time or device."""
+        return sum((r.ledger for r in self.runs(where)), Ledger())
+
+    # Figures.
+
+    def summary(self, where: Filter = Filter(), source: From = "auto") -> Summary:
+        """Distributions per device, direction and segment, and the ledger.
+
+        From rows, or for runs whose rows were not stored from windows (whole ones within the filter's time; their
+        packets cannot be told apart, so a container is then its own devices only).
+        """
+        runs = self.runs(where)
+        from_rows, from_windows = self._split(runs, source, where)
+        found = Summary(
+            ledger=sum((r.ledger for r in runs), Ledger()),
+            packets=sum(r.packets for r in runs),
+            rows_not_stored=sum(r.rows_not_stored for r in runs),
+        )
+        parts: list[tuple[Any, ...]] = []
+        if from_rows:
+            parts += self._fetch(*self._rows_query(where, from_rows))
+        if from_windows:
+            parts += self._fetch(*self._windows_query(where, from_windows, part=bool(from_rows)))
+        for row in parts:
+            place = _place(row[:8])
+            direction, segment = Direction[row[8].upper()], Segment[row[9].upper()]
+            count, sum_ns, min_ns, max_ns, bins, counts = row[10:]
+            found.distribution(place, direction, segment).add(
+                int(count), int(sum_ns), int(min_ns), int(max_ns), np.array(bins, np.int64), np.array(counts, np.int64)
+            )
+        if where.narrows and from_rows:
+            found.packets = self._count_packets(where, from_rows)
+        found.note = self._note(where, from_windows)
+        return found
+
+    def _split(self, runs: Sequence[Run], source: From, where: Filter) -> tuple[list[Run], list[Run]]:
+        if source == "rows":
+            return list(runs), []
+        if source == "windows":
+            return [], list(runs)
+        if sum(s.rows for s in self.segments("delays", where)) > WINDOWS_FROM_ROWS and where.container is None:
+            return [], list(runs)
+        return [r for r in runs if r.rows_stored], [r for r in runs if not r.rows_stored]
+
+    def _note(self, where: Filter, from_windows: Sequence[Run]) -> str:
+        told = []
+        if where.narrows:
+            told.append("The ledger is of whole runs.")
+        if from_windows:
+            names = ", ".join(r.run for r in from_windows[:5]) + (", ..." if len(from_windows) > 5 else "")
+            told.append(f"From windows, not rows: run {names}.")
+        if self.damaged:
+            told.append(f"{len(self.damaged)} damaged segments ({self.rows_damaged():,} rows) were skipped.")
+        return " ".join(told)
+
+    def _rows_query(self, where: Filter, runs: Sequence[Run]) -> tuple[str, Filter, dict[str, Any]]:
+        condition, values = _condition(where, runs)
+        return (
+            f"""
+            WITH b AS (
+                SELECT {_PLACE}, direction, segment, {BIN_SQL} AS bin, count(*) AS n, sum(delay_ns) AS s,
+                       min(delay_ns) AS lo, max(delay_ns) AS hi
+                FROM {{delays}} WHERE {condition} GROUP BY ALL
+            )
+            SELECT {_PLACE}, direction, segment, sum(n), sum(s), min(lo), max(hi),
+                   list(bin ORDER BY bin), list(n ORDER BY bin)
+            FROM b GROUP BY {_PLACE}, direction, segment
+            """,
+            where,
+            values,
+        )
+
+    def _windows_query(self, where: Filter, runs: Sequence[Run], *, part: bool) -> tuple[str, Filter, dict[str, Any]]:
+        condition, values = _condition(where, runs, windows=True, part=part)
+        return (
+            f"""
+            WITH w AS (
+                SELECT * FROM {{windows}} WHERE {condition}
+                QUALIFY width_s = min(width_s) OVER (PARTITION BY host, run)
+            ), u AS (
+                SELECT {_PLACE}, direction, segment, unnest(bins) AS bin, unnest(counts) AS n FROM w
+            ), b AS (
+                SELECT {_PLACE}, direction, segment, bin, sum(n) AS n FROM u GROUP BY ALL
+            ), h AS (
+                SELECT {_PLACE}, direction, segment, list(bin ORDER BY bin) AS bins, list(n ORDER BY bin) AS counts
+                FROM b GROUP BY {_PLACE}, direction, segment
+            ), a AS (
+                SELECT {_PLACE}, direction, segment, sum(count) AS n, sum(sum_ns) AS s, min(min_ns) AS lo,
+                       max(max_ns) AS hi
+                FROM w GROUP BY ALL
+            )
+            SELECT {_PLACE}, direction, segment, n, s, lo, hi, bins, counts
+            FROM a JOIN h USING ({_PLACE}, direction, segment)
+            """,
+            where,
+            values,
+        )
+
+    def _count_packets(self, where: Filter, runs: Sequence[Run]) -> int:
+        condition, values = _condition(where, runs)
+        key = "packet" if len(runs) == 1 else "(host, run, packet)"
+        [(count,)] = self._fetch(f"SELECT count(DISTINCT {key}) FROM {{delays}} WHERE {condition}", where, values)
+        return int(count)
+
+    # Single packets.
+
+    def packet(self, number: int, where: Filter = Filter()) -> list[PacketPath]:
+        """The packet of that number: none, one, or one per run that has such a number."""
+        return self._paths("packet = $packet", {"packet": number}, where)
+
+    def worst(self, limit: int, where: Filter = Filter()) -> list[PacketPath]:
+        """The packets with the largest overhead, worst first; one that has two counts once."""
+        condition, values = _condition(where, self.runs(where))
+        worst = self._fetch(
+            f"""
+            SELECT host, run, packet FROM {{delays}} WHERE segment = 'overhead' AND {condition}
+            ORDER BY delay_ns DESC, host, run, packet LIMIT 2 * $limit
+            """,
+            where,
+            values | {"limit": limit},
+        )
+        worst = list(dict.fromkeys(worst))[:limit]
+        if not worst:
+            return []
+        keys = ", ".join(f"(${i}a, ${i}b, ${i}c)".replace("$", "$k") for i in range(len(worst)))
+        named = {f"k{i}{c}": v for i, row in enumerate(worst) for c, v in zip("abc", row, strict=True)}
+        found = self._paths(f"(host, run, packet) IN ({keys})", named, where)
+        order = {tuple(row): i for i, row in enumerate(worst)}
+        return sorted(found, key=lambda p: order[p.host, p.run, p.packet])
+
+    def _paths(self, condition: str, values: dict[str, Any], where: Filter) -> list[PacketPath]:
+        # Not cut by time: a packet at the edge is shown whole.
+        rows = self._fetch(
+            f"""
+            SELECT {_PLACE}, run, packet, epoch_ns(time), direction, segment, position, delay_ns, l3_len, grade, outcome
+            FROM {{delays}} WHERE {condition} AND ($run IS NULL OR run = $run)
+            ORDER BY host, run, packet, position, epoch_ns(time)
+            """,
+            Filter(),
+            values | {"run": where.run},
+        )
+        grouped: dict[tuple[str, str, int], list[tuple[Any, ...]]] = {}
+        for row in rows:
+            grouped.setdefault((row[0], row[8], row[9]), []).append(row)
+        return [_packet_path(key, group) for key, group in grouped.items()]
+
+    def typical_paths(self, where: Filter = Filter()) -> list[TypicalPath]:
+        """Per container and direction, the devices its packets cross, in order, from the newest `TYPICAL_ROWS` rows."""
+        runs = [r for r in self.runs(where) if r.rows_stored]
+        if not runs:
+            return []
+        condition, values = _condition(where, runs)
+        rows = self._fetch(
+            f"""
+            WITH d AS (SELECT * FROM {{delays}} WHERE {condition}),
+            p AS (
+                SELECT host, run, packet, direction, min(container) AS owner, min(netns) AS owner_netns
+                FROM d WHERE segment = 'overhead' GROUP BY ALL
+            ), b AS (
+                SELECT p.owner, p.owner_netns, d.*, {BIN_SQL} AS bin
+                FROM d JOIN p USING (host, run, packet, direction) WHERE segment != 'overhead'
+            ), g AS (
+                SELECT owner, owner_netns, {_PLACE}, direction, segment, bin, count(*) AS n, sum(delay_ns) AS s,
+                       min(delay_ns) AS lo, max(delay_ns) AS hi, sum(position) AS hop
+                FROM b GROUP BY ALL
+            )
+            SELECT {_PLACE}, direction, segment, sum(n), sum(s), min(lo), max(hi),
+                   list(bin ORDER BY bin), list(n ORDER BY bin), owner, owner_netns, sum(hop) / sum(n)
+            FROM g GROUP BY owner, owner_netns, {_PLACE}, direction, segment
+            ORDER BY host, owner, owner_netns, direction, sum(hop) / sum(n), device_id
+            """,
+            where,
+            values,
+            newest_rows=TYPICAL_ROWS,
+        )
+        found: dict[tuple[str, str, str, str], TypicalPath] = {}
+        for row in rows:
+            place, direction, segment = _place(row[:8]), Direction[row[8].upper()], Segment[row[9].upper()]
+            count, sum_ns, min_ns, max_ns, bins, counts, owner, netns, _ = row[10:]
+            path = found.setdefault((row[0], owner, netns, row[8]), TypicalPath(row[0], owner, netns, direction, []))
+            delays = Distribution()
+            delays.add(
+                int(count), int(sum_ns), int(min_ns), int(max_ns), np.array(bins, np.int64), np.array(counts, np.int64)
+            )
+            path.hops.append((place, segment, delays))
+        return list(found.values())
+
+    def series(self, where: Filter = Filter(), points: int = 240, source: From = "auto") -> list[Series]:
+        """Overhead over time, about `points` stretches of equal width, per container and direction."""
+        runs = self.runs(where)
+        from_rows, from_windows = self._split(runs, source, where)
+        chosen = [
+            (table, *_condition(where, part, windows=table == "windows", part=len(part) < len(runs)))
+            for table, part in (("delays", from_rows), ("windows", from_windows))
+            if part
+        ]
+        spans = [
+            self._fetch(
+                f"SELECT epoch_ns(min(time)), epoch_ns(max(time)) FROM {{{table}}}"
+                f" WHERE segment = 'overhead' AND {condition}",
+                where,
+                values,
+            )[0]
+            for table, condition, values in chosen
+        ]
+        known = [span for span in spans if span[0] is not None]
+        if not known:
+            return []
+        first = min(a for a, _ in known)
+        width_ns = (max(b for _, b in known) - first) // points + 1
+        if from_windows:
+            # No finer than windows are, and whole ones.
+            width_ns = -(-width_ns // 1_000_000_000) * 1_000_000_000
+            first -= first % 1_000_000_000
+        merged: dict[tuple[str, Direction], dict[int, Distribution]] = {}
+        for table, condition, values in chosen:
+            for row in self._fetch(
+                _series_query(table, condition), where, values | {"first": first, "width": width_ns}
+            ):
+                container, direction, at, count, bins, counts = row
+                stretches = merged.setdefault((container, Direction[direction.upper()]), {})
+                stretches.setdefault(int(at), Distribution()).add(
+                    int(count), 0, 0, 0, np.array(bins, np.int64), np.array(counts, np.int64)
+                )
+        found = []
+        for (container, direction), stretches in sorted(merged.items()):
+            ats = sorted(stretches)
+            quantiles_of = [stretches[at].quantiles((0.5, 0.99)) for at in ats]
+            found.append(
+                Series(
+                    container,
+                    direction,
+                    [first + at * width_ns for at in ats],
+                    [q[0] for q in quantiles_of],
+                    [q[1] for q in quantiles_of],
+                    width_ns,
+                )
+            )
+        return found
+
+    def delays(self, where: Filter = Filter(), columns: Sequence[str] = ()) -> pa.Table:
+        """Rows of `delays` as they are stored (columns `storage.tables.DELAYS`, or those named), as Arrow."""
+        known = [c.name for c in tables.DELAYS]
+        for name in columns:
+            if name not in known:
+                raise StoreError(f"no column {name!r} in delays{nearest(name, known)}; there are {', '.join(known)}")
+        condition, values = _condition(where, self.runs(where))
+        return self._query(
+            f"SELECT {', '.join(columns) or '*'} FROM {{delays}} WHERE {condition}",
+            where,
+            values,
+            None,
+            lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+        )
+
+    # DuckDB.
+
+    def _fetch(
+        self, sql: str, where: Filter, values: dict[str, Any], newest_rows: int | None = None
+    ) -> list[tuple[Any, ...]]:
+        return self._query(
+            sql, where, values, newest_rows, lambda connection, sql, values: connection.execute(sql, values).fetchall()
+        )
+
+    def _query(
+        self,
+        sql: str,
+        where: Filter,
+        values: dict[str, Any],
+        newest_rows: int | None,
+        take: Callable[[duckdb.DuckDBPyConnection, str, dict[str, Any]], _T],
+    ) -> _T:
+        """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest that have `newest_rows`)."""
+        used = [table for table in segments.TABLES if "{" + table + "}" in sql]
+        for _ in range(_ATTEMPTS):
+            live = {table: self.segments(table, where) for table in used}
+            if newest_rows is not None:
+                live = {table: _newest(found, newest_rows) for table, found in live.items()}
+            with duckdb.connect(config={"threads": self.threads} if self.threads else {}) as connection:
+                names = {table: _relation(connection, table, found) for table, found in live.items()}
+                try:
+                    return take(connection, sql.format(**names), _used(sql, values))
+                except duckdb.Error as e:
+                    paths = [s.path for found in live.values() for s in found]
+                    if all(path.exists() for path in paths):
+                        self._blame(paths, e)
+        raise StoreError(f"{self.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
+
+    def _blame(self, paths: Sequence[Path], e: duckdb.Error) -> None:
+        """Find the damaged segments that made a query fail. Returns if it is worth trying again without them."""
+        found = {path: why for path in paths if (why := _damage(path))}
+        if not found:
+            raise StoreError(f"{self.path}: query failed: {e}") from e
+        if not self.skip_damaged:
+            path, why = next(iter(found.items()))
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            rows = sum(int(p.name.split(".")[1]) for p in found)
+            raise StoreError(
+                f"{path}: damaged: {why}{more}; skip damaged segments ({rows:,} rows), or remove the file"
+            ) from e
+        self.damaged.update(found)
+
+
+def _used(sql: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Only the parameters that the statement names; DuckDB refuses others."""
+    return {name: value for name, value in values.items() if re.search(rf"\${name}\b", sql)}
+
+
+def _relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[segments.Segment]) -> str:
+    """SQL for the rows of these segments."""
+    if not found:
+        # A name of our own, so that a query over nothing has the columns of one over something.
+        schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
+        connection.register(f"no_{table}", schema.empty_table())
+        return f"no_{table}"
+    quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
+    return f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    return type_.value_type if pa.types.is_dictionary(type_) else type_
+
+
+def _newest(found: Sequence[segments.Segment], rows: int) -> list[segments.Segment]:
+    chosen: list[segments.Segment] = []
+    for each in reversed(found):
+        chosen.append(each)
+        rows -= each.rows
+        if rows <= 0:
+            break
+    return chosen
+
+
+def _damage(path: Path) -> str:
+    """Why a segment cannot be read; empty if it can. Reads all of it."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=tables.ROW_GROUP_ROWS, use_threads=False):
+                del batch
+    except FileNotFoundError:
+        return ""
+    except (pa.ArrowInvalid, OSError) as e:
+        return str(e).splitlines()[0]
+    return ""
+
+
+def _condition(
+    where: Filter, runs: Sequence[Run], *, windows: bool = False, part: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """SQL for a filter, and its parameters. Windows count only if they lie within the time as a whole.
+
+    `runs` are all that the filter lets through, or (`part`) those of them whose windows are wanted.
+    """
+    told: list[str] = []
+    values: dict[str, Any] = {}
+    if where.since_ns is not None:
+        told.append("epoch_ns(time) >= $since")
+        values["since"] = where.since_ns
+    if where.until_ns is not None:
+        end = "epoch_ns(time) + width_s::BIGINT * 1000000000 <= $until" if windows else "epoch_ns(time) < $until"
+        told.append(end)
+        values["until"] = where.until_ns
+    if where.container is not None:
+        values["container"] = where.container
+        # Numbers of packets are unique in their run only; with one run the shorter key is four times as fast.
+        key = "packet" if len(runs) == 1 else "(host, run, packet)"
+        of_packet = f"{key} IN (SELECT {key} FROM {{delays}} WHERE container = $container AND segment = 'overhead')"
+        told.append("container = $container" if windows else of_packet)
+    if where.device is not None:
+        told.append("device = $device")
+        values["device"] = where.device
+    if where.direction is not None:
+        told.append("direction = $direction")
+        values["direction"] = where.direction.name.lower()
+    if where.run is not None:
+        told.append("run = $run")
+        values["run"] = where.run
+    if windows and part:
+        told.append("list_contains($runs, host || '/' || run)")
+        values["runs"] = [f"{r.host}/{r.run}" for r in runs]
+    return " AND ".join(told) or "true", values
+
+
+def _series_query(table: str, condition: str) -> str:
+    at = "(epoch_ns(time) - $first) // $width"
+    counted = (
+        f"SELECT container, direction, {at} AS stretch, {BIN_SQL} AS bin, 1 AS n FROM {{delays}}"
+        if table == "delays"
+        else f"SELECT container, direction, {at} AS stretch, unnest(bins) AS bin, unnest(counts) AS n FROM"
+        " (SELECT * FROM {windows} QUALIFY width_s = min(width_s) OVER (PARTITION BY host, run))"
+    )
+    return f"""
+        WITH c AS ({counted} WHERE segment = 'overhead' AND {condition}),
+        b AS (SELECT container, direction, stretch, bin, sum(n) AS n FROM c GROUP BY ALL)
+        SELECT container, direction, stretch, sum(n), list(bin ORDER BY bin), list(n ORDER BY bin)
+        FROM b GROUP BY container, direction, stretch
+        """
+
+
+def _place(row: Sequence[Any]) -> Place:
+    """From the columns of `_PLACE`."""
+    host, rank, container, netns, device, device_id, kind, role = row
+    inode, _, ifindex = device_id.partition(":")
+    return Place(int(rank), container, netns, int(inode), device, int(ifindex), kind, role, host)
+
+
+def _packet_path(key: tuple[str, str, int], rows: Sequence[tuple[Any, ...]]) -> PacketPath:
+    """From rows of `_PLACE`, run, packet, time, direction, segment, position, delay_ns, l3_len, grade, outcome."""
+    host, run, packet = key
+    start = min(r[10] for r in rows)
+    hops: list[Hop] = []
+    overhead: dict[Direction, int] = {}
+    container = ""
+    for r in rows:
+        place, direction, segment = _place(r[:8]), Direction[r[11].upper()], Segment[r[12].upper()]
+        container = container or place.container
+        if segment is Segment.OVERHEAD:
+            overhead[direction] = overhead.get(direction, 0) + r[14]
+        else:
+            hops.append(Hop(place, direction, segment, r[13], r[10] - start, r[14]))
+    *_, l3_len, grade, outcome = rows[0]
+    return PacketPath(host, run, packet, start, container, l3_len, grade, outcome, tuple(hops), overhead)
