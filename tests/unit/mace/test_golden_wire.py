@@ -1,6 +1,8 @@
 """Captures of every wire version there has been are read as they always were."""
 
 import json
+import struct
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,6 +45,80 @@ def test_a_golden_capture_is_read_as_ever(version):
     assert sum(item.lost for item in items if isinstance(item, Batch)) == expected["lost"]
     assert {name: column.tolist() for name, column in items[-1].columns()} == expected["last_batch"]
     assert digest(items) == expected["columns_sha256"]
+
+
+# --- a second reader, from docs/capture-format.md alone ------------------------------------------
+
+COLUMNS = {"ts_ns": 8, "skb_id": 8, "dev": 4, "l3_len": 4, "cpu": 2, "drop_reason": 2, "gso_segs": 2, "hook": 1}
+
+
+def read_by_the_book(content):
+    """(message, JSON object or columns) of every frame. Shares nothing with `mace.wire`."""
+    assert content[:12] == bytes.fromhex("4d41 4345 0d0a 1a0a 0100 0000")
+    at, number, seen = 12, 0, 0
+    while at < len(content):
+        head = content[at : at + 36]
+        sync, version, message, flags, zero, _, stored, sequence, raw, crc, own = struct.unpack("<4sBBBBIIQIII", head)
+        assert (sync, version, zero, sequence) == (bytes.fromhex("ff4d4346"), 1, 0, number)
+        assert zlib.crc32(head[:32]) == own
+        payload = content[at + 36 : at + 36 + stored]
+        assert zlib.crc32(payload) == crc
+        if flags & 1:
+            payload = zstandard.decompress(payload)
+        assert len(payload) == raw
+        if message == 3:
+            columns = columns_by_the_book(payload, seen)
+            seen += len(columns["hook"])
+            yield message, columns
+        else:
+            yield message, json.loads(payload)
+        at, number = at + 36 + stored, number + 1
+
+
+def columns_by_the_book(payload, seen):
+    def number(start, width, signed=False):
+        return int.from_bytes(payload[start : start + width], "little", signed=signed)
+
+    count, before, *descriptors = struct.unpack_from("<IQ8B", payload)
+    assert before == seen
+    at, columns = 20, {}
+    for name, descriptor in zip(COLUMNS, descriptors, strict=True):
+        encoding, width = divmod(descriptor, 16)
+        if encoding == 0:
+            columns[name] = [number(at, width)] * count
+            at += width
+        elif encoding == 1:
+            columns[name] = [number(at + i * width, width) for i in range(count)]
+            at += width * count
+        else:
+            values, steps = [number(at, 8, signed=True)], count - 1
+            for i in range(steps):
+                step = sum(payload[at + 8 + plane * steps + i] << 8 * plane for plane in range(width))
+                values.append(values[-1] + step)
+            columns[name] = values
+            at += 8 + width * steps
+    assert at == len(payload)
+    return columns
+
+
+def test_the_format_is_as_its_description_says():
+    content = (GOLDEN / "wire-1" / "capture.mace").read_bytes()
+    with Capture(GOLDEN / "wire-1" / "capture.mace") as capture:
+        items = list(capture)
+    (first, header), *frames, (last, end) = read_by_the_book(content)
+    assert (first, last) == (1, 4)
+    assert header["clock"]["utc_ns"] == capture.header.clock.utc_ns
+    assert end == {"records": capture.records, "lost": sum(i.lost for i in items if isinstance(i, Batch))}
+    for (message, found), item in zip(frames, items, strict=True):
+        if isinstance(item, Batch):
+            assert message == 3
+            assert found == {name: column.tolist() for name, column in item.columns()}
+        else:
+            assert message == 2
+            assert found["from_ns"] == item.from_ns
+            names = [sighting.name for sighting in item.sightings[found["first_sighting"] :]]
+            assert [name for name, _, _ in found["sightings"]] == names
+            assert [device["name"] for device in found["devices"]] == [device.name for device in item.devices]
 
 
 def payloads(content):
