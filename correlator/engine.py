@@ -241,8 +241,10 @@ class Engine:
         cross[to_judge] = ((moves & CROSS) != 0) | ~ok
         unsure = number == -1
         if unsure.any():
-            _tell(number, unsure, to_judge[ok], to_device(moves[ok]))
-            _tell(number, unsure, before[ok], from_device(moves[ok]))
+            after = np.flatnonzero(unsure[to_judge] & ok)
+            _tell(number, to_judge[after], to_device(moves[after]))
+            ahead = np.flatnonzero(unsure[before] & ok)
+            _tell(number, before[ahead], from_device(moves[ahead]))
             self._tell_starts(number, np.flatnonzero(unsure & ~joined & ~carried), spot, ts)
 
         starts = np.flatnonzero(~joined)
@@ -349,40 +351,49 @@ class Engine:
         leave[follows] = enter[follows + 1]
 
         known = device >= 0
-        role = np.where(known, self._resolver.role[device], _ROLE[Role.OTHER])
-        serves = np.where(known, self._resolver.serves[device], -1)
+        clear = np.ones(len(head), np.bool_)
+        role, serves = self._resolver.role[device], self._resolver.serves[device]
+        if not known.all():
+            clear = np.logical_and.reduceat(known, head)
+            role[~known], serves[~known] = _ROLE[Role.OTHER], -1
         sent = way[first] == Way.TRANSMIT
         inner = role == _ROLE[Role.INNER]
 
         # Whose packet is it? Sent by a container's own device, or last seen on the way into one.
-        origin = np.where((sent & inner)[head] | (~sent & ~inner)[head], serves[head], -1)
-        target = np.where((~sent & inner)[tail] | (sent & ~inner)[tail], serves[tail], -1)
-        outer = np.minimum.reduceat(np.where(role == _ROLE[Role.OUTER], index, _NEVER), head)
-        both = (origin >= 0) & (target >= 0)
-        turn = np.zeros(len(head), np.int64)
-        if both.any():
-            turn = np.minimum.reduceat(np.where(sent & (index != head[begin]), index, _NEVER), head)
-        clear = np.logical_and.reduceat(known, head)
+        origin = np.where(sent[head] == inner[head], serves[head], -1)
+        target = np.where(sent[tail] != inner[tail], serves[tail], -1)
         ours = clear & ((origin >= 0) | (target >= 0))
+        outer = np.full(len(head), _NEVER)
+        gates = np.flatnonzero(role == _ROLE[Role.OUTER])[::-1]
+        outer[begin[gates]] = gates  # of several the first one, which is written last
 
-        inward = (target[begin] >= 0) & ((origin[begin] < 0) | (index >= turn[begin]))
-        outside = np.where(inward, (index < outer[begin]) & (outer[begin] != _NEVER), index >= outer[begin])
-        outside |= (role != _ROLE[Role.INNER]) & (role != _ROLE[Role.HOST]) & (role != _ROLE[Role.OUTER])
+        # From one container to another: the way in begins where the packet is first sent on.
+        inward = ((target >= 0) & (origin < 0))[begin]
+        if ((origin >= 0) & (target >= 0)).any():
+            turn = np.minimum.reduceat(np.where(sent & (index != head[begin]), index, _NEVER), head)
+            inward |= (target[begin] >= 0) & (index >= turn[begin])
+        # On the way in what comes before the outer device is outside; if it was not seen, nothing is.
+        gate = np.where((target >= 0) & (outer == _NEVER), -1, outer)[begin]
+        outside = (index < gate) == inward
+        outside |= (role == _ROLE[Role.REMOTE]) | (role == _ROLE[Role.OTHER]) | (role == _ROLE[Role.LOOPBACK])
         # A host process would have seen the packet at the outer device's netif_receive_skb: the path starts there.
         received = hook[end] == Hook.NETIF_RECEIVE_SKB
-        enter = np.where(inward & (index == outer[begin]) & received, ts[end], enter)
+        entry = np.flatnonzero((target >= 0) & (origin < 0) & (outer != _NEVER))
+        entry = outer[entry]
+        entry = entry[received[entry]]
+        enter[entry] = ts[end[entry]]
         crossed = (end > first) | (index != tail[begin])
         shown = np.flatnonzero(crossed & ours[begin])
 
         whole = np.full(len(head), -1, np.int64)
         has_outer = np.flatnonzero(outer != _NEVER)
-        gate = outer[has_outer]
+        first_gate = outer[has_outer]
         queued = hook[first] == Hook.NET_DEV_QUEUE
         leaves = (origin >= 0) & (target < 0) & (inner & queued)[head]
         enters = (target >= 0) & (origin < 0) & (inner & received)[tail]
-        out = has_outer[(leaves[has_outer]) & queued[gate]]
+        out = has_outer[leaves[has_outer] & queued[first_gate]]
         whole[out] = ts[first[outer[out]]] - ts[first[head[out]]]
-        into = has_outer[(enters[has_outer]) & received[gate]]
+        into = has_outer[enters[has_outer] & received[first_gate]]
         whole[into] = ts[end[tail[into]]] - ts[end[outer[into]]]
         total = np.flatnonzero((whole >= 0) & ours)
 
@@ -466,15 +477,15 @@ def _by_buffer(skb: npt.NDArray[np.uint64]) -> tuple[Ints, npt.NDArray[np.uint64
     argsort; where two buffers share those bits, rare as it is, the argsort is done after all.
     """
     bits = np.uint64(max(len(skb) - 1, 1).bit_length())
+    low = (np.uint64(1) << bits) - np.uint64(1)
     keys = skb * GOLDEN
-    keys >>= bits
-    keys <<= bits
+    keys &= ~low
     keys |= np.arange(len(skb), dtype=np.uint64)
     keys.sort()
-    order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64)
-    keys >>= bits
+    order = (keys & low).view(np.int64)
     sorted_skb = skb[order]
-    if not np.array_equal(keys[1:] != keys[:-1], sorted_skb[1:] != sorted_skb[:-1]):
+    neighbours = (keys[1:] ^ keys[:-1]) <= low
+    if not np.array_equal(neighbours, sorted_skb[1:] == sorted_skb[:-1]):
         order = np.argsort(skb, kind="stable")
         return order, skb[order]
     return order, sorted_skb
@@ -494,9 +505,9 @@ def _by_time(ts: Ints) -> Ints:
     return order
 
 
-def _tell(number: Ints, unsure: Mask, at: Ints, told: Ints) -> None:
-    """Enter what moves tell of the records that are `unsure`; -2 where two moves of one record disagree."""
-    news = np.flatnonzero(unsure[at] & (told >= 0))
+def _tell(number: Ints, at: Ints, told: Ints) -> None:
+    """Enter the devices that moves tell; -2 where two moves of one record disagree."""
+    news = np.flatnonzero(told >= 0)
     at, told = at[news], told[news]
     current = number[at]
     number[at] = np.where((current == -1) | (current == told), told, -2)

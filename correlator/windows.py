@@ -64,10 +64,12 @@ class Windows:
         """Count `delays` into their windows of one second; wider ones are made of those when they close."""
         if not len(delays):
             return
-        second = delays.utc_ns // _NS
-        first = int(second.min())
+        first = int(delays.utc_ns.min()) // _NS
         rows = int(delays.device.max()) + 1
-        group = ((second - first) * rows + delays.device) << 5
+        group = delays.device.astype(np.int64)
+        if int(delays.utc_ns.max()) // _NS > first:
+            group += (delays.utc_ns // _NS - first) * rows
+        group <<= 5
         group |= (delays.direction << 3) | delays.segment
         groups, member = _ranked(group)
         # One integer says which window and which bin: sorting it is all the grouping there is.
