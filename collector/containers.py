@@ -32,7 +32,7 @@ API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/p
 _API_TIMEOUT_S: Final = 2.0
 _API_ANSWER_BYTES: Final = 64 << 20
 """An inspected container is about 10 kB, a list entry 1 kB: 64 MiB is no container host, but somebody's mistake."""
-_ASK_AGAIN_S: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+_ASK_AGAIN_S: Final = (0.05, 0.05, 0.1, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """A sandbox exists before its container has a process and so a name; after 6 s it is nobody's."""
 
 _IN_CGROUP: Final = re.compile(
@@ -168,6 +168,7 @@ class ContainerApi:
             body += piece
             if len(body) > _API_ANSWER_BYTES or time.monotonic() > deadline:
                 raise ApiError(f"{self._path}: {path}: no end of the answer after {len(body)} bytes")
+        response.close()  # read1 leaves that to us, and the connection is good for the next question only then
         if response.status == http.client.NOT_FOUND and path != "/containers/json":
             return {}  # gone since it was listed
         if response.status != http.client.OK:

@@ -21,7 +21,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Final
 
 from collector.containers import API_SOCKETS, NameService, is_made_up, name_in_lab, name_of_process
-from collector.netns import Found, Namespaces, inode_of, inside, leave_for_new_netns, open_netns
+from collector.netns import Found, Namespaces, hidden, inode_of, inside, leave_for_new_netns, open_netns
 from collector.rtnetlink import (
     RTM_DELNSID,
     RTM_DELROUTE,
@@ -52,6 +52,10 @@ _QUIET_S: Final = 0.002
 _BURST_S: Final = 0.05
 """... but at most this long, so that a machine in constant change is still followed."""
 _ROUNDS: Final = 8
+_SEARCHES: Final = 3
+_SEARCH_S: Final = 0.5
+"""A namespace that the ordinary scan has not found for so long is searched for, a few times (60 ms of CPU time for 1000
+processes with 30 files)."""
 _ONE_BY_ONE: Final = 64
 """More changed links than this in one namespace are asked for all at once."""
 _YOUNG_S: Final = 2.0
@@ -73,6 +77,7 @@ class _Namespace:
     links: dict[int, Link] = field(default_factory=dict)
     default_routes: frozenset[int] = frozenset()
     process_name: str = ""
+    searches: int = 0
 
     @property
     def inode(self) -> int:
@@ -116,6 +121,9 @@ class _Watch:
         """nsid → ifindexes to ask for; 0 stands for all."""
         self._dirty_routes: set[int] = set()
         self._scan_at_s = 0.0
+        self._changed = False
+        """Whether a new snapshot could differ from the last."""
+        self._names_used: Mapping[int, str] = {}
         self._taken: tuple[Device, ...] = ()
 
     def open(self) -> tuple[Device, ...]:
@@ -177,6 +185,8 @@ class _Watch:
         self._wait(max(self._scan_at_s - time.monotonic(), 0))
         self._catch_up()
         self._ask_for_names()
+        if not self._changed and self._names.names is self._names_used:
+            return None
         devices = self._devices()
         if devices == self._taken:
             return None
@@ -259,6 +269,7 @@ class _Watch:
             self._scan_at_s = time.monotonic()
 
     def _forget(self, nsid: int) -> None:
+        self._changed = True
         self._by_nsid.pop(nsid, None)
         self._dirty.pop(nsid, None)
         self._dirty_routes.discard(nsid)
@@ -275,11 +286,38 @@ class _Watch:
             if namespace is None:
                 self._number(place)
                 continue
-            if not namespace.process_name or place.pid != namespace.found.pid or now_s - namespace.since_s < _YOUNG_S:
-                namespace.process_name = name_of_process(place.pid) or namespace.process_name
+            if place.pid != namespace.found.pid or now_s - namespace.since_s < _YOUNG_S:
+                name = name_of_process(place.pid) if place.pid else ""
+                self._changed |= name not in ("", namespace.process_name)
+                namespace.process_name = name or namespace.process_name
+            self._changed |= place.name != namespace.found.name
             namespace.found = place
         # Those known but not found are held by a file somewhere, or about to be reported dead: the kernel says which.
+        for namespace in list(self._by_nsid.values()):
+            if not namespace.found.inode and namespace.searches < _SEARCHES and now_s > namespace.since_s + _SEARCH_S:
+                self._search()
+                break
         self._scan_at_s = now_s + self._rescan_interval_s
+
+    def _search(self) -> None:
+        """Look in every corner for namespaces of which only the number is known."""
+        nameless = {nsid for nsid, namespace in self._by_nsid.items() if not namespace.found.inode}
+        for nsid in nameless:
+            self._by_nsid[nsid].searches += 1
+        known = {namespace.found.inode for namespace in self._by_nsid.values()}
+        for inode, place in hidden().items():
+            fd = open_netns(place) if inode not in known else None
+            if fd is None:
+                continue
+            try:
+                # None for those that nobody has met: another observer's, our own.
+                nsid_or_none = self._queries.number_if_any(fd)
+            except OSError:
+                continue
+            finally:
+                os.close(fd)
+            if nsid_or_none is not None and nsid_or_none in nameless:
+                self._add(nsid_or_none, place)
 
     def _number(self, place: Found) -> None:
         fd = open_netns(place)
@@ -292,27 +330,53 @@ class _Watch:
         finally:
             os.close(fd)
         self._add(nsid, place)
-        self._by_nsid[nsid].process_name = name_of_process(place.pid)
+        self._by_nsid[nsid].process_name = name_of_process(place.pid) if place.pid else ""
 
     def _ask_links(self) -> None:
         while self._dirty:
+            self._changed = True
             nsid, ifindexes = self._dirty.popitem()
             namespace = self._by_nsid[nsid]
+            before = set(namespace.links)
             try:
                 if 0 in ifindexes or len(ifindexes) > _ONE_BY_ONE:
                     namespace.links = self._queries.links(nsid)
-                    continue
-                for ifindex in ifindexes:
-                    link = self._queries.link(nsid, ifindex)
-                    if link is None:
-                        namespace.links.pop(ifindex, None)
-                    else:
-                        namespace.links[ifindex] = link
+                else:
+                    for ifindex in ifindexes:
+                        link = self._queries.link(nsid, ifindex)
+                        if link is None:
+                            namespace.links.pop(ifindex, None)
+                        else:
+                            namespace.links[ifindex] = link
             except NamespaceGone:
                 self._forget(nsid)
+                continue
+            # A link that moves to another namespace leaves its veth peer, or what is stacked on it, without an event.
+            for ifindex in namespace.links.keys() - before:
+                self._ask_peer(namespace, namespace.links[ifindex])
+            gone = before - namespace.links.keys()
+            if gone:
+                self._ask_those_who_point_at(nsid, gone)
+
+    def _ask_peer(self, namespace: _Namespace, link: Link) -> None:
+        """Unless it is unknown still, or points back."""
+        peer_nsid = namespace.nsid if link.link_nsid is None else link.link_nsid
+        other = self._by_nsid.get(peer_nsid)
+        peer = other.links.get(link.link) if other and link.kind == "veth" else None
+        if peer is None:
+            return
+        if (peer_nsid if peer.link_nsid is None else peer.link_nsid, peer.link) != (namespace.nsid, link.ifindex):
+            self._dirty.setdefault(peer_nsid, set()).add(peer.ifindex)
+
+    def _ask_those_who_point_at(self, nsid: int, ifindexes: set[int]) -> None:
+        for other in self._by_nsid.values():
+            for link in other.links.values():
+                if link.link in ifindexes and nsid == (other.nsid if link.link_nsid is None else link.link_nsid):
+                    self._dirty.setdefault(other.nsid, set()).add(link.ifindex)
 
     def _ask_routes(self) -> None:
         while self._dirty_routes:
+            self._changed = True
             namespace = self._by_nsid[self._dirty_routes.pop()]
             fd = open_netns(namespace.found) if namespace.found.inode else None
             if fd is None:
@@ -371,11 +435,13 @@ class _Watch:
         if inode == self._init_netns:
             return name or "init", ""
         own_name = "" if is_made_up(name) else name
-        container = name_in_lab(name) or self._names.names.get(inode) or own_name or namespace.process_name or name
+        container = name_in_lab(name) or self._names_used.get(inode) or own_name or namespace.process_name or name
         # The kernel's own notation where nobody has named it.
         return name or f"net:[{inode}]", container
 
     def _devices(self) -> tuple[Device, ...]:
+        self._changed = False
+        self._names_used = self._names.names
         devices: list[Device] = []
         for namespace in self._by_nsid.values():
             netns = namespace.inode

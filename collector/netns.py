@@ -19,6 +19,7 @@ from typing import Final
 
 _CLONE_NEWNET: Final = 0x40000000
 _MOUNTED: Final = re.compile(rb"^\S+ \S+ \S+ net:\[(\d+)\] (\S+) .* - nsfs ", re.MULTILINE)
+_NAMED: Final = re.compile(r"(?:/var)?/run(?:/user/\d+)?/netns/([^/]+)")
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -72,13 +73,38 @@ def occupied() -> dict[int, int]:
     Of each process the first thread counts: the others' namespaces are passing states (a runtime at work).
     """
     first: dict[int, int] = {}
-    for entry in os.listdir("/proc"):  # noqa: PTH208 - three times as fast, every second
-        if entry.isdigit():
-            inode = inode_of(f"/proc/{entry}/ns/net")
-            if inode is not None:
-                pid = int(entry)
-                first[inode] = min(pid, first.get(inode, pid))
+    for pid in _processes():
+        inode = inode_of(f"/proc/{pid}/ns/net")
+        if inode is not None:
+            first[inode] = min(pid, first.get(inode, pid))
     return first
+
+
+def hidden() -> dict[int, Found]:
+    """Namespaces that an open file of some process keeps, or a mount that only others see.
+
+    Looks at every file of every process (2 µs each): for the rare case that a veth leads to nowhere.
+    """
+    found: dict[int, Found] = {}
+    seen: set[str] = set()
+    for pid in _processes():
+        try:
+            mounts = os.readlink(f"/proc/{pid}/ns/mnt")  # noqa: PTH115 - not a path
+            if mounts not in seen:
+                seen.add(mounts)
+                for inode, place in _mounted_in(str(pid)):
+                    found.setdefault(inode, Found(inode, path=f"/proc/{pid}/root{place}"))
+            for fd in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+                held = inode_of(f"/proc/{pid}/fd/{fd}")
+                if held is not None:
+                    found.setdefault(held, Found(held, path=f"/proc/{pid}/fd/{fd}"))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def _processes() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208 - fast: it is every second
 
 
 def mounted() -> dict[int, tuple[str, str]]:
@@ -87,19 +113,26 @@ def mounted() -> dict[int, tuple[str, str]]:
     Looks in our own mount namespace, then in that of process 1, which is another one where we run in a container.
     """
     found: dict[int, tuple[str, str]] = {}
-    for root in ("/proc/1/root", ""):
+    for process, root in (("1", "/proc/1/root"), ("self", "")):
         if root and (_same_mounts() or not os.access(root, os.R_OK)):
             continue
-        try:
-            table = Path("/proc/1/mountinfo" if root else "/proc/self/mountinfo").read_bytes()
-        except OSError:
-            continue
-        for inode, escaped in _MOUNTED.findall(table):
-            place = os.fsdecode(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8)]), escaped))
+        for inode, place in _mounted_in(process):
             name = _name(place)
-            if name or int(inode) not in found:
-                found[int(inode)] = (name, root + place)
+            if name or inode not in found:
+                found[inode] = (name, root + place)
     return found
+
+
+def _mounted_in(process: str) -> list[tuple[int, str]]:
+    """(inode, place) of each namespace that is mounted where the process is; a place is as the process sees it."""
+    try:
+        table = Path(f"/proc/{process}/mountinfo").read_bytes()
+    except OSError:
+        return []
+    return [
+        (int(inode), os.fsdecode(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8)]), escaped)))
+        for inode, escaped in _MOUNTED.findall(table)
+    ]
 
 
 def _same_mounts() -> bool:
@@ -110,17 +143,18 @@ def _same_mounts() -> bool:
 
 
 def _name(place: str) -> str:
-    """`x` for .../netns/x; nothing for Docker's sandboxes, whose names say nothing, and for other places."""
-    path = Path(place)
-    return path.name if path.parent.name == "netns" and path.parent.parent.name != "docker" else ""
+    """`x` for /run/netns/x, root's or a user's; nothing elsewhere: what Docker calls its sandboxes says nothing."""
+    named = _NAMED.fullmatch(place)
+    return named[1] if named else ""
 
 
 def inode_of(path: str) -> int | None:
-    """Inode of the namespace behind /proc/PID/ns/net, None if there is none or it may not be known."""
+    """Inode of the network namespace behind /proc/PID/ns/net, None if it is none or may not be known."""
     try:
-        return int(os.readlink(path)[5:-1])  # noqa: PTH115 - "net:[4026531840]", not a path
-    except (OSError, ValueError):
+        target = os.readlink(path)  # noqa: PTH115 - "net:[4026531840]", not a path
+    except OSError:
         return None
+    return int(target[5:-1]) if target.startswith("net:[") else None
 
 
 def open_netns(found: Found) -> int | None:

@@ -247,18 +247,23 @@ class LinkQueries(_Socket):
 
     def number(self, netns_fd: int) -> int:
         """The nsid of the namespace behind an open nsfs file; gives it one if it has none."""
-        by_fd = bytes(4) + _attr(_NETNSA_FD, _U32.pack(netns_fd))
         try:
-            self._ask(RTM_NEWNSID, by_fd + _attr(_NETNSA_NSID, _I32.pack(-1)), _NLM_F_ACK)
+            self._ask(RTM_NEWNSID, _by_fd(netns_fd) + _attr(_NETNSA_NSID, _I32.pack(-1)), _NLM_F_ACK)
         except FileExistsError:
             pass  # it has one already: the kernel numbers a veth peer's namespace when it lists the veth
-        for data, start, end in self._ask(_RTM_GETNSID, by_fd):
+        nsid = self.number_if_any(netns_fd)
+        if nsid is None:
+            raise NamespaceGone
+        return nsid
+
+    def number_if_any(self, netns_fd: int) -> int | None:
+        """The nsid of the namespace behind an open nsfs file, None if it has none."""
+        for data, start, end in self._ask(_RTM_GETNSID, _by_fd(netns_fd)):
             for attribute, a, _ in _attributes(data, start + 4, end):
                 if attribute == _NETNSA_NSID:
                     nsid: int = _I32.unpack_from(data, a)[0]
-                    if nsid >= 0:
-                        return nsid
-        raise NamespaceGone
+                    return nsid if nsid >= 0 else None
+        return None
 
     def numbers(self) -> set[int]:
         """All nsids in use."""
@@ -287,6 +292,10 @@ class LinkQueries(_Socket):
                 return None
             raise NamespaceGone from failure
         return parse_link(*answers[0])
+
+
+def _by_fd(netns_fd: int) -> bytes:
+    return bytes(4) + _attr(_NETNSA_FD, _U32.pack(netns_fd))
 
 
 def _link_request(nsid: int, ifindex: int) -> bytes:
