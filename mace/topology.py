@@ -10,9 +10,10 @@ that a replay resolves exactly as the live run did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from operator import attrgetter
 from typing import Final
 
 from mace.errors import WireError
@@ -96,6 +97,7 @@ class Topology:
         return tuple(d for d in self.devices if d.name == sighting.name)
 
 
+_KEY: Final = attrgetter("netns", "ifindex")
 _STACKED: Final = frozenset({"macvlan", "ipvlan", "vlan", "macvtap", "ipvtap"})
 
 
@@ -105,20 +107,19 @@ def assign_roles(
     """Give each device its role (and take the container name from those beyond the outer device); sorted.
 
     `outer` names the host's devices towards the network. Without it they are those of the host's namespace that a
-    default route uses, and if there is none, its hardware. A device of another namespace that is paired with, or
+    default route uses, and if there is none, its hardware. A bridge among them gives way to its hardware ports: they
+    are what bridged containers and routed ones have in common. A device of another namespace that is paired with, or
     stacked on, a device of the host is a container's inner device, except beyond an outer device (a veth peer of
     it) or in a namespace named in `remote_netns`: that is the far end of a test network.
     """
-    given = sorted(devices)
+    given = sorted(devices, key=_KEY)
     host = [d for d in given if d.netns == host_netns and d.kind != "loopback"]
     chosen = set(outer)
-    outer_keys = {d.key for d in host if d.name in chosen}
-    if not chosen:
-        outer_keys = {d.key for d in host if d.default_route} or {d.key for d in host if not d.kind}
+    outer_keys = {d.key for d in host if d.name in chosen} if chosen else _towards_network(host)
     host_keys = {d.key for d in host}
     far = set(remote_netns)
 
-    remote = {d.netns for d in given if d.netns_name in far} | {
+    remote = {d.netns for d in given if d.netns_name in far and d.netns != host_netns} | {
         d.netns
         for d in given
         if d.netns != host_netns and d.kind == "veth" and (d.peer_netns, d.peer_ifindex) in outer_keys
@@ -137,10 +138,25 @@ def assign_roles(
             return Role.INNER
         return Role.OTHER
 
-    return tuple(
-        replace(d, role=role(d), container="" if d.netns in remote or d.netns == host_netns else d.container)
-        for d in given
-    )
+    def assigned(d: Device) -> Device:
+        its_role = role(d)
+        container = "" if d.netns in remote or d.netns == host_netns else d.container
+        if its_role is d.role and container == d.container:
+            return d
+        return replace(d, role=its_role, container=container)
+
+    return tuple(map(assigned, given))
+
+
+def _towards_network(host: Sequence[Device]) -> set[tuple[int, int]]:
+    """Keys of the host's outer devices where nobody has named them."""
+    hardware = {d.key for d in host if not d.kind}
+    keys = set()
+    for d in host:
+        if d.default_route:
+            ports = {p.key for p in host if p.master_ifindex == d.ifindex} & hardware if d.kind == "bridge" else set()
+            keys |= ports or {d.key}
+    return keys or hardware
 
 
 def check(topology: Topology) -> Topology:
