@@ -76,21 +76,18 @@ def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packe
             starts = begin[mine][:, None] + np.cumsum(delay, 1) - delay
             rows = len(path) + 1
 
-            def column(per_row, dtype, n=len(mine)):
-                return np.tile(np.array(per_row, dtype), n)
-
             parts.append(
                 Delays(
                     utc_ns=np.c_[starts, starts[:, first]].ravel().astype("<i8"),
                     packet=np.repeat((mine + first_packet + 1).astype("<u8") << np.uint64(20), rows),
-                    device=column([*(d for d, _ in path), 2 * c], "<i4"),
-                    direction=column([direction] * rows, "u1"),
-                    segment=column([*(s for _, s in path), Segment.OVERHEAD], "u1"),
-                    position=column([*range(len(path)), 255], "u1"),
+                    device=np.tile(np.array([*(d for d, _ in path), 2 * c], "<i4"), len(mine)),
+                    direction=np.full(rows * len(mine), direction, "u1"),
+                    segment=np.tile(np.array([*(s for _, s in path), Segment.OVERHEAD], "u1"), len(mine)),
+                    position=np.tile(np.array([*range(len(path)), 255], "u1"), len(mine)),
                     delay_ns=np.c_[delay, overhead].ravel().astype("<i8"),
                     l3_len=np.repeat(rng.choice(np.array([84, 46, 1500], "<u4"), len(mine)), rows),
-                    grade=column([1] * rows, "u1"),
-                    outcome=column([1] * rows, "u1"),
+                    grade=np.ones(rows * len(mine), "u1"),
+                    outcome=np.ones(rows * len(mine), "u1"),
                 )
             )
             order.append(np.repeat(mine, rows))

@@ -1,0 +1,320 @@
+import asyncio
+import json
+import os
+import resource
+import signal
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mace.errors import StoreError
+from mace.ledger import Ledger
+from mace.schema import Delays
+from storage import segments
+from storage.embedded import EmbeddedStore
+from storage.query import Store
+from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
+
+HOUR_NS = segments.HOUR_NS
+
+
+def store(path, **changes):
+    return EmbeddedStore(path, **({"fsync": False, "flush_interval_s": 60.0} | changes))
+
+
+async def fill(path, results, run="run-1", **changes):
+    sink = store(path, **changes)
+    await sink.open(header(run))
+    for each in results:
+        await sink.write(each)
+    await sink.aclose()
+    return sink
+
+
+def rows_in(path, table="delays"):
+    return sum(pq.read_metadata(s.path).num_rows for s in segments.listing(path, table))
+
+
+def test_all_that_was_written_is_there(tmp_path):
+    delays = make_delays(1000, containers=2)
+    parts = [delays[i : i + 700] for i in range(0, len(delays), 700)]
+    sink = asyncio.run(fill(tmp_path, [make_results(p, containers=2) for p in parts], flush_rows=1000))
+    read = Store(tmp_path).delays()
+    assert len(read) == len(delays) == sink.rows_stored
+    order = np.lexsort((delays.position, delays.packet))
+    read = read.sort_by([("packet", "ascending"), ("position", "ascending")])
+    assert read.column("delay_ns").to_numpy().tolist() == delays.delay_ns[order].tolist()
+    assert read.column("time").cast("int64").to_numpy().tolist() == delays.utc_ns[order].tolist()
+
+
+def test_rows_go_to_their_own_hours(tmp_path):
+    delays = make_delays(500)
+    delays.utc_ns[:] = START_NS + np.arange(len(delays)) * (HOUR_NS // 100)
+    asyncio.run(fill(tmp_path, [make_results(delays)]))
+    found = segments.listing(tmp_path, "delays")
+    assert len(found) == len(delays) // 100 + 1
+    for each in found:
+        hours = pq.read_table(each.path, partitioning=None).column("time").cast("int64").to_numpy() // HOUR_NS
+        assert set(hours) == {each.hour}
+        assert len(hours) == each.rows
+    assert rows_in(tmp_path) == len(delays)
+
+
+def test_what_is_written_appears_within_the_flush_interval(tmp_path):
+    async def run():
+        sink = store(tmp_path, flush_interval_s=0.05)
+        await sink.open(header())
+        await sink.write(make_results(make_delays(10)))
+        while not segments.listing(tmp_path, "delays"):  # noqa: ASYNC110 (a directory has no event)
+            await asyncio.sleep(0.01)
+        seen = Store(tmp_path).summary().packets
+        await sink.aclose()
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == 10
+
+
+def test_results_without_rows_keep_the_ledger_going(tmp_path):
+    empty = make_results(Delays.empty(), ledger=Ledger(records=7, unmatched=7), packets=0)
+    asyncio.run(fill(tmp_path, [empty]))
+    [run] = Store(tmp_path).runs()
+    assert run.ledger == Ledger(records=7, unmatched=7)
+    assert run.closed
+
+
+def test_a_run_without_any_results_is_there(tmp_path):
+    asyncio.run(fill(tmp_path, []))
+    [run] = Store(tmp_path).runs()
+    assert (run.run, run.ledger, run.packets) == ("run-1", Ledger(), 0)
+
+
+def test_windows_alone_can_be_kept(tmp_path):
+    delays = make_delays(200)
+    asyncio.run(fill(tmp_path, [make_results(delays, windows=make_windows(delays))], rows=False))
+    assert segments.listing(tmp_path, "delays") == []
+    assert rows_in(tmp_path, "windows") == len(make_windows(delays))
+
+
+def test_the_buffer_is_bounded(tmp_path):
+    async def run():
+        sink = store(tmp_path, flush_rows=1000)
+        await sink.open(header())
+        most = 0
+        for n in range(50):
+            await sink.write(make_results(make_delays(100, first_packet=100 * n)))
+            most = max(most, sink._buffered)
+        await sink.aclose()
+        return most
+
+    assert asyncio.run(run()) < 1000
+
+
+def test_a_second_writer_learns_who_is_writing(tmp_path):
+    async def run():
+        first, second = store(tmp_path), store(tmp_path)
+        await first.open(header("first"))
+        with pytest.raises(StoreError, match=rf"process {os.getpid()} on .*run first"):
+            await second.open(header("second"))
+        await first.aclose()
+        await second.open(header("second"))
+        await second.aclose()
+
+    asyncio.run(run())
+    assert [r.run for r in Store(tmp_path).runs()] == ["first", "second"]
+
+
+def test_the_same_run_is_not_stored_twice(tmp_path):
+    asyncio.run(fill(tmp_path, [make_results(make_delays(5))]))
+    with pytest.raises(StoreError, match="twice"):
+        asyncio.run(fill(tmp_path, [make_results(make_delays(5))]))
+    # The same name on another host is another run.
+    sink = store(tmp_path)
+
+    async def other():
+        await sink.open(header(host="elsewhere"))
+        await sink.aclose()
+
+    asyncio.run(other())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (json.dumps({"schema": 99}), r"version 99.*knows 1 to 1.*upgrade"),
+        (json.dumps({"schema": "1"}), "version 1"),
+        ("{", "not a description"),
+        ("[]", "not a description"),
+        ("{}", "not a description"),
+    ],
+)
+def test_a_store_of_another_schema_is_refused(tmp_path, text, said):
+    (tmp_path / "store.json").write_text(text)
+    with pytest.raises(StoreError, match=said):
+        asyncio.run(fill(tmp_path, []))
+    with pytest.raises(StoreError, match=said):
+        Store(tmp_path)
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(StoreError, match=r"not empty.*thesis\.tex"):
+        asyncio.run(fill(tmp_path, []))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_a_path_that_cannot_be_a_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        asyncio.run(fill(tmp_path / "file", []))
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    asyncio.run(fill(tmp_path, [make_results(make_delays(5))]))
+    left = segments.listing(tmp_path, "delays")[0].path.with_name("000000000099-000000000099.7.parquet.tmp")
+    left.write_bytes(b"PAR1 and then nothing")
+    assert Store(tmp_path).summary().packets == 5
+    asyncio.run(fill(tmp_path, [], "run-2"))
+    assert not left.exists()
+
+
+def test_merging_changes_the_files_and_not_the_rows(tmp_path):
+    delays = make_delays(3000, containers=3)
+    parts = [delays[i : i + 100] for i in range(0, len(delays), 100)]
+    windows = make_windows(delays)
+    results = [make_results(p, containers=3, windows=windows[i : i + 1]) for i, p in enumerate(parts)]
+    sink = store(tmp_path, flush_rows=100)
+
+    async def run():
+        await sink.open(header())
+        for each in results:
+            await sink.write(each)
+        await sink._submit()
+        before = {t: Store(tmp_path).segments(t) for t in segments.TABLES}
+        summaries = [Store(tmp_path).summary(source=source).as_dict() for source in ("rows", "windows")]
+        assert sink.merge() > 200
+        after = {t: Store(tmp_path).segments(t) for t in segments.TABLES}
+        assert [Store(tmp_path).summary(source=source).as_dict() for source in ("rows", "windows")] == summaries
+        await sink.aclose()
+        return before, after
+
+    before, after = asyncio.run(run())
+    for table in ("delays", "windows", "ledger"):
+        assert sum(s.rows for s in before[table]) == sum(s.rows for s in after[table])
+        assert len(after[table]) < segments.FAN_IN
+    files = [p for p in tmp_path.rglob("*.parquet") if "delays" in p.parts]
+    assert len(files) == len(segments.listing(tmp_path, "delays")), "covered segments are removed"
+    schema = pq.read_schema(after["delays"][0].path)
+    assert str(schema.field("container").type).startswith("dictionary")
+
+
+def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
+    async def run():
+        sink = store(tmp_path, flush_rows=1)
+        await sink.open(header())
+        for n in range(80):
+            await sink.write(make_results(make_delays(3, first_packet=3 * n)))
+        await sink._submit()
+        sink._encoding and await sink._encoding
+        victim = segments.listing(tmp_path, "delays")[40].path
+        victim.write_bytes(victim.read_bytes()[:200])
+        sink.merge()
+        sink.merge()
+        await sink.aclose()
+        return victim
+
+    victim = asyncio.run(run())
+    assert victim.exists()
+    assert len(segments.listing(tmp_path, "delays")) < 60, "the others are merged around it"
+    with pytest.raises(StoreError, match=victim.name):
+        Store(tmp_path).summary(source="rows")
+    read = Store(tmp_path, skip_damaged=True)
+    assert read.delays().num_rows == sum(s.rows for s in read.segments("delays"))
+    assert list(read.damaged) == [victim]
+    assert read.rows_damaged() > 0
+
+
+def test_retention_runs_at_open(tmp_path):
+    delays = make_delays(10)
+    delays.utc_ns[: len(delays) // 2] -= 5 * HOUR_NS
+    asyncio.run(fill(tmp_path, [make_results(delays)]))
+    sink = asyncio.run(fill(tmp_path, [], "run-2", max_bytes=1))
+    assert sink.removed.rows == len(delays) // 2
+    assert len({s.hour for s in segments.listing(tmp_path, "delays")}) == 1
+
+
+class FileTooLarge:
+    """No file may grow beyond `limit` bytes: what a full disk is to one file, without one."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __enter__(self):
+        self.soft, self.hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.hard))
+
+    def __exit__(self, *exc):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.soft, self.hard))
+        signal.signal(signal.SIGXFSZ, self.handler)
+
+
+async def keep_writing(sink):
+    while True:
+        await sink.write(make_results(Delays.empty()))
+        await sink._submit()
+
+
+def test_rows_that_cannot_be_written_are_counted_and_told(tmp_path):
+    small, large = make_delays(20), make_delays(5000, seed=2, first_packet=100)
+
+    async def run():
+        sink = store(tmp_path, flush_rows=1)
+        await sink.open(header())
+        await sink.write(make_results(small))
+        with FileTooLarge(20_000):
+            await sink.write(make_results(large))
+            with pytest.raises(StoreError, match=f"{len(large):,} rows") as told:
+                await keep_writing(sink)
+            assert str(tmp_path) in str(told.value)
+            assert "too large" in str(told.value).lower()
+        await sink.aclose()
+        return sink
+
+    sink = asyncio.run(asyncio.wait_for(run(), 60))
+    assert (sink.rows_stored, sink.rows_not_stored) == (len(small), len(large))
+    assert not list(tmp_path.rglob("*.tmp"))
+    summary = Store(tmp_path).summary()
+    assert Store(tmp_path).delays().num_rows == len(small)
+    assert summary.rows_not_stored == len(large), "a report says so, too"
+    assert any("could not be written" in line for line in summary.losses())
+
+
+def test_a_row_that_makes_no_sense_stops_the_run(tmp_path):
+    broken = make_delays(5)
+    broken.device[0] = 99
+    with pytest.raises(StoreError, match="99"):
+        asyncio.run(fill(tmp_path, [make_results(broken)]))
+
+
+def test_devices_may_be_appended_during_a_run(tmp_path):
+    first, second = make_delays(50), make_delays(50, containers=2, seed=1, first_packet=50)
+    # Container 1's devices come last in a topology that only grows.
+    grown = (*topology(1), *topology(2)[2:4])
+    at = np.array([0, 1, 5, 6, 2, 3, 4], np.int32)
+    second.device[:] = at[second.device]
+    results = [make_results(first), make_results(second, devices=grown)]
+    asyncio.run(fill(tmp_path, results))
+    devices = {(k[0].container, k[0].device) for k, _ in Store(tmp_path).summary().rows()}
+    assert {("c0", "eth0"), ("c1", "eth0"), ("", "vethc1")} <= devices
+
+
+def test_closing_twice_or_unopened_is_harmless(tmp_path):
+    async def run():
+        sink = store(tmp_path)
+        await sink.aclose()
+        await sink.open(header())
+        await sink.aclose()
+        await sink.aclose()
+
+    asyncio.run(run())

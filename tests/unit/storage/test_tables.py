@@ -1,0 +1,85 @@
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mace.schema import Delays
+from storage import tables
+from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
+
+
+def rows_of(table):
+    """Rows as dicts, times as ns (Python's own have no nanoseconds)."""
+    at = table.schema.get_field_index("time")
+    return table.set_column(at, "time", table.column("time").cast(pa.int64())).to_pylist()
+
+
+def test_a_row_says_all_there_is_to_say_of_it():
+    delays = make_delays(50, containers=2)
+    stored = rows_of(tables.delays_table(HEADER, delays, topology(2)))
+    devices = topology(2)
+    assert len(stored) == len(delays)
+    for i in (0, 5, len(delays) - 1):
+        row, device = stored[i], devices[delays.device[i]]
+        assert row["time"] == delays.utc_ns[i]
+        assert (row["host"], row["run"], row["source"]) == ("testhost", "run-1", "synthetic")
+        assert (row["container"], row["netns"], row["device"]) == (device.container, device.netns_name, device.name)
+        assert row["device_id"] == f"{device.netns}:{device.ifindex}"
+        assert (row["kind"], row["role"]) == (device.kind, device.role.value)
+        assert (row["packet"], row["delay_ns"]) == (delays.packet[i], delays.delay_ns[i])
+        assert (row["position"], row["l3_len"]) == (delays.position[i], delays.l3_len[i])
+    assert {r["direction"] for r in stored} == {"egress", "ingress"}
+    assert {r["segment"] for r in stored} == {"device", "outside", "delivery", "overhead"}
+    assert {(r["grade"], r["outcome"]) for r in stored} == {("buffer", "consumed")}
+
+
+@pytest.mark.parametrize("table", tables.COLUMNS)
+def test_the_file_has_the_declared_types(table):
+    delays = make_delays(20)
+    rows = {
+        "delays": lambda: tables.delays_table(HEADER, delays, topology()),
+        "windows": lambda: tables.windows_table(HEADER, make_windows(delays), topology()),
+        "ledger": lambda: tables.ledger_table(
+            HEADER, 5, 1, make_results(delays).ledger, packets=1, rows_stored=2, rows_not_stored=0, closed=False
+        ),
+        "runs": lambda: tables.runs_table(HEADER),
+    }[table]()
+    read = pq.read_table(io.BytesIO(tables.encode(rows, table)))
+    assert read.schema.names == [c.name for c in tables.COLUMNS[table]]
+    assert rows_of(read) == rows_of(rows)
+
+
+def test_only_devices_that_rows_name_are_in_the_file():
+    delays = make_delays(200, containers=1)
+    many = topology(1) + topology(60)[4:-3]
+    names = tables.delays_table(HEADER, delays, many).column("device").combine_chunks().dictionary.to_pylist()
+    assert sorted(names) == ["br0", "eth0", "out0", "rem0", "vethc0"]
+
+
+def test_no_rows_are_a_table_too():
+    assert len(tables.delays_table(HEADER, Delays.empty(), ())) == 0
+    assert len(tables.windows_table(HEADER, (), ())) == 0
+
+
+@pytest.mark.parametrize(("column", "value"), [("device", 99), ("direction", 7), ("segment", 200), ("outcome", 3)])
+def test_a_number_without_a_name_is_a_defect(column, value):
+    delays = make_delays(2)
+    getattr(delays, column)[0] = value
+    with pytest.raises(ValueError, match=str(value)):
+        tables.delays_table(HEADER, delays, topology())
+
+
+def test_a_row_is_small():
+    buffer = tables.encode(tables.delays_table(HEADER, make_delays(20_000, containers=4), topology(4)), "delays")
+    assert buffer.size / len(make_delays(20_000, containers=4)) < 20
+
+
+def test_names_are_dictionaries_and_times_are_deltas():
+    data = tables.encode(tables.delays_table(HEADER, make_delays(500), topology()), "delays")
+    group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    encodings = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
+    assert "DELTA_BINARY_PACKED" in encodings["time"]
+    assert "RLE_DICTIONARY" in encodings["container"]
+    assert np.all([group.column(i).compression == "ZSTD" for i in range(group.num_columns)])
