@@ -108,7 +108,7 @@ class Sightings:
         if code is None:
             raw = (low | high << 64).to_bytes(_NAME_MAX, "little").rstrip(b"\0")
             code = self._codes[key] = len(self._names)
-            self._names.append(Sighting(raw.decode("utf-8", "surrogateescape")))
+            self._names.append(Sighting(raw.decode("utf-8", "replace")))
             self._settle(low, high, code)
         return code
 
