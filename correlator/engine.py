@@ -11,38 +11,21 @@ nothing but when a row comes out. All steps are whole-array ones: a slice costs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from correlator.identity import (
-    CODE_BITS,
-    CODES,
-    CROSS,
-    JOIN,
-    ROLES,
-    SAME_LENGTH,
-    WAY,
-    Resolver,
-    from_device,
-    place,
-    to_device,
-)
-from correlator.memo import GOLDEN, Memo
+from correlator.hops import measure
+from correlator.identity import Resolver
+from correlator.lives import NEVER, Ints, Lives, Mask, Records, join
+from correlator.memo import Memo
 from correlator.windows import Windows
-from mace.hooks import Hook, Way
+from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch
-from mace.schema import Delays, Direction, Grade, Outcome, Results, Segment
-from mace.topology import Device, Role, Topology
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
-_NEVER: Final = np.iinfo(np.int64).max
-_ROLE: Final = {role: np.uint8(number) for number, role in enumerate(ROLES)}
+from mace.schema import Delays, Grade, Results
+from mace.topology import Device, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,40 +44,7 @@ class EngineConfig:
     """Whether to give out a row per packet and segment; windows come in any case."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Records:
-    """Columns that the engine keeps of each record. `number`: device number or -1; `cross`: starts a hop."""
-
-    ts: Ints
-    skb: npt.NDArray[np.uint64]
-    place: Ints
-    length: npt.NDArray[np.uint32]
-    number: Ints
-    cross: Mask
-
-    def __len__(self) -> int:
-        return len(self.ts)
-
-    def take(self, index: Ints) -> _Records:
-        return _Records(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    @classmethod
-    def join(cls, first: _Records, second: _Records) -> _Records:
-        if not len(first):
-            return second
-        return cls(*(np.concatenate([getattr(first, f.name), getattr(second, f.name)]) for f in fields(cls)))
-
-
-def _new(batch: Batch, number: Ints) -> _Records:
-    count = len(batch)
-    return _Records(
-        batch.ts_ns,
-        batch.skb_id,
-        place(batch.hook, batch.dev),
-        batch.l3_len,
-        number,
-        np.ones(count, np.bool_),
-    )
+NO_RECORDS: Final = Records.of(Batch.empty(), Resolver(0))
 
 
 class Engine:
@@ -107,9 +57,9 @@ class Engine:
         self._windows = Windows()
         self._waiting: list[Batch] = []
         self._waiting_records = 0
-        self._slice_end = -_NEVER
-        self._latest = -_NEVER
-        self._open = _new(Batch.empty(), np.zeros(0, np.int64))
+        self._slice_end = -NEVER
+        self._latest = -NEVER
+        self._open = NO_RECORDS
         self._gaps: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
@@ -186,18 +136,19 @@ class Engine:
         if self._began_ns is None and len(batch):
             # What was under way when the capture began looks like what is left after a gap.
             self._began_ns = int(batch.ts_ns[0])
-            self._gaps.insert(0, (-_NEVER, self._began_ns))
+            self._gaps.insert(0, (-NEVER, self._began_ns))
 
-        records = _Records.join(self._open, _new(batch, self._resolver.only[batch.dev]))
-        delays = self._correlate(records, upto_ns, last=last) if len(records) else Delays.empty()
-        self._windows.add(delays)
+        delays = Delays.empty()
+        if len(batch) or len(self._open):
+            new = Records.of(batch, self._resolver)
+            lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
+            delays = self._measure(lives, self._finish(lives, upto_ns, last=last))
         oldest = int(self._open.ts.min()) if len(self._open) else upto_ns
         self._gaps = [gap for gap in self._gaps if gap[1] > min(oldest, upto_ns - self._config.timeout_ns)]
-        windows = self._windows.close(None if last else min(oldest, upto_ns) + self._offset_ns)
         return Results(
             upto_ns + self._offset_ns,
-            delays if self._config.rows else Delays.empty(),
-            windows,
+            delays,
+            self._windows.close(None if last else min(oldest, upto_ns) + self._offset_ns),
             Ledger(**self._tally, in_flight=self._left + len(self._open)),
             self._packets,
             tuple(self._devices),
@@ -208,287 +159,76 @@ class Engine:
         self._gaps += zip(markers.ts_ns.tolist(), markers.skb_id.astype(np.int64).tolist(), strict=True)
         self._gaps.sort()
 
-    def _spans_gap(self, after_ns: Ints, before_ns: Ints) -> Mask:
-        """Whether records were lost somewhere between two times, element by element."""
-        spans = np.zeros(len(after_ns), np.bool_)
-        for start, end in self._gaps:
-            spans |= (start < before_ns) & (end > after_ns)
-        return spans
-
-    def _correlate(self, records: _Records, upto_ns: int, *, last: bool) -> Delays:
-        """Join the records into lives, keep the lives that go on, and measure those that have ended."""
-        timeout_ns = self._config.timeout_ns
-        order, skb = _by_buffer(records.skb)
-        ts, spot, number = records.ts[order], records.place[order], records.number[order]
-        same = np.empty(len(order), np.bool_)
-        same[0] = False
-        np.equal(skb[1:], skb[:-1], out=same[1:])
-        carried = order < len(self._open)
-        cross = np.ones(len(order), np.bool_)
-        cross[carried] = records.cross[order[carried]]
-
-        to_judge = np.flatnonzero(same & ~carried)
-        before = to_judge - 1
-        moves = self._resolver.moves(spot[before], spot[to_judge])
-        ok = (moves & JOIN) != 0
-        by_length = np.flatnonzero(moves & SAME_LENGTH)
-        ok[by_length] &= records.length[order[to_judge[by_length]]] == records.length[order[before[by_length]]]
-        ok &= ts[to_judge] - ts[before] <= timeout_ns
-        if self._gaps:
-            ok &= ~self._spans_gap(ts[before], ts[to_judge])
-        joined = same.copy()
-        joined[to_judge] = ok
-        cross[to_judge] = ((moves & CROSS) != 0) | ~ok
-        unsure = number == -1
-        if unsure.any():
-            after = np.flatnonzero(unsure[to_judge] & ok)
-            _tell(number, to_judge[after], to_device(moves[after]))
-            ahead = np.flatnonzero(unsure[before] & ok)
-            _tell(number, before[ahead], from_device(moves[ahead]))
-            self._tell_starts(number, np.flatnonzero(unsure & ~joined & ~carried), spot, ts)
-
-        starts = np.flatnonzero(~joined)
-        ends = np.append(starts[1:], len(order)) - 1
-        size = ends - starts + 1
-        freed = WAY[spot[ends] >> CODE_BITS] == Way.END
-        reused = np.zeros(len(ends), np.bool_)
-        reused[:-1] = same[ends[:-1] + 1]
-        idle = ts[ends] < upto_ns - timeout_ns
-        finished = freed | reused | idle | last
-        finished |= self._overfull(size, ts[ends], finished)
+    def _finish(self, lives: Lives, upto_ns: int, *, last: bool) -> Mask:
+        """Carry the lives that go on, count those of one record, and say which others have ended."""
+        last_ns, single = lives.ts[lives.ends], lives.starts == lives.ends
+        idle = ~lives.reused & (last_ns < upto_ns - self._config.timeout_ns)
+        ended = lives.freed | lives.reused | idle | last
+        evicted = self._overfull(lives, last_ns, ended)
+        if last:
+            self._open = NO_RECORDS
+        else:
+            self._open = lives.carried_over(~(ended | evicted))
+            self.open_peak = max(self.open_peak, len(self._open))
 
         # A single record has no partner. Which kind of "no partner" depends on how long one could have come.
-        waited = ~(freed | reused | last) | (idle & ~reused)
-        waited[:-1] |= reused[:-1] & (ts[starts[1:]] - ts[ends[:-1]] > timeout_ns)
-        single = finished & (size == 1)
-        expired = single & waited & ~freed
-        left = single & ~freed & ~reused & ~expired
+        expired = single & ~lives.freed & (idle | lives.late | evicted)
+        left = single & ~lives.freed & ~lives.reused & ~expired & last
+        unmatched = single & (ended | evicted) & ~expired & ~left
         self._tally["expired"] += int(expired.sum())
-        self._tally["unmatched"] += int((single & ~expired & ~left).sum())
+        self._tally["unmatched"] += int(unmatched.sum())
         self._left += int(left.sum())
+        measured: Mask = (ended | evicted) & ~single
+        return measured
 
-        life = np.cumsum(~joined) - 1
-        measured = finished & (size > 1)
-        going = ~finished[life]
-        if going.any():
-            back = order[going]
-            by_time = np.argsort(back)
-            kept = records.take(back[by_time])
-            self._open = replace(kept, number=number[going][by_time], cross=cross[going][by_time])
-            self.open_peak = max(self.open_peak, len(kept))
-        else:
-            self._open = _new(Batch.empty(), np.zeros(0, np.int64))
-        if not measured.any():
-            return Delays.empty()
-        index = np.flatnonzero(measured[life])
-        return self._measure(
-            ts[index],
-            (spot[index] >> CODE_BITS).astype(np.uint8),
-            number[index],
-            cross[index],
-            np.repeat(np.arange(int(measured.sum())), size[measured]),
-            size[measured],
-            _packet_ids(skb[starts[measured]], ts[starts[measured]]),
-            records.length[order[starts[measured]]],
-        )
-
-    def _overfull(self, size: Ints, last_ns: Ints, finished: Mask) -> Mask:
+    def _overfull(self, lives: Lives, last_ns: Ints, ended: Mask) -> Mask:
         """The lives to end early, longest idle first, so that no more than the configured records stay open."""
-        chosen = np.zeros(len(size), np.bool_)
-        waiting = np.flatnonzero(~finished)
-        excess = int(size[waiting].sum()) - self._config.open_records
+        chosen = np.zeros(len(ended), np.bool_)
+        waiting = np.flatnonzero(~ended)
+        size = lives.size[waiting]
+        excess = int(size.sum()) - self._config.open_records
         if excess > 0:
-            oldest = waiting[np.argsort(last_ns[waiting], kind="stable")]
-            chosen[oldest[: int(np.searchsorted(np.cumsum(size[oldest]), excess)) + 1]] = True
+            oldest = np.argsort(last_ns[waiting], kind="stable")
+            enough = int(np.searchsorted(np.cumsum(size[oldest]), excess)) + 1
+            chosen[waiting[oldest[:enough]]] = True
         return chosen
 
-    def _tell_starts(self, number: Ints, starts: Ints, spot: Ints, ts: Ints) -> None:
-        """Resolve devices at which a life starts with a reception, unless its beginning may have been lost."""
-        hook = spot[starts] >> CODE_BITS
-        unsure = starts[(number[starts] == -1) & (WAY[hook] == Way.RECEIVE)]
-        unsure = unsure[~self._spans_gap(ts[unsure] - self._config.timeout_ns, ts[unsure])]
-        if len(unsure):
-            codes, member = np.unique(spot[unsure] & (CODES - 1), return_inverse=True)
-            number[unsure] = np.array([self._resolver.start(int(code)) for code in codes], np.int64)[member]
-
-    # Lives to delays ----------------------------------------------------------------------------------
-
-    def _measure(
-        self,
-        ts: Ints,
-        hook: npt.NDArray[np.uint8],
-        number: Ints,
-        cross: Mask,
-        life: Ints,
-        size: Ints,
-        packet: npt.NDArray[np.uint64],
-        length: npt.NDArray[np.uint32],
-    ) -> Delays:
-        """Delays of whole lives. Records lie life after life; per life: `size`, `packet`, `length`."""
-        way = WAY[hook]
-        on_device = np.flatnonzero((way == Way.TRANSMIT) | (way == Way.RECEIVE))
-        lives = len(size)
-        final = np.cumsum(size) - 1
-        freed = hook[final]
-        if not len(on_device):
-            self._tally["matched"] += len(ts)  # copied to a reader and freed: a clone that went nowhere
+    def _measure(self, lives: Lives, ended: Mask) -> Delays:
+        """Count the lives in `ended`, put their delays into windows and give them out as rows."""
+        if not ended.any():
             return Delays.empty()
-
-        # Hops: runs of records on one device. A hop lasts until the next one begins, the last one to its last record.
-        run = np.flatnonzero(cross[on_device])
-        first = on_device[run]
-        end = on_device[np.append(run[1:], len(on_device)) - 1]
-        of = life[first]
-        device = _agreed(number[first], number[end])
-        position_in = np.flatnonzero(np.diff(of, prepend=-1))
-        """Each life's first hop, for lives that have any."""
-        hops = np.diff(position_in, append=len(of))
-        begin = np.repeat(np.arange(len(position_in)), hops)
-        head, tail = position_in, position_in + hops - 1
-        index = np.arange(len(of))
-        enter, leave = ts[first], ts[end]
-        follows = np.flatnonzero(of[1:] == of[:-1])
-        leave[follows] = enter[follows + 1]
-
-        known = device >= 0
-        clear = np.ones(len(head), np.bool_)
-        role, serves = self._resolver.role[device], self._resolver.serves[device]
-        if not known.all():
-            clear = np.logical_and.reduceat(known, head)
-            role[~known], serves[~known] = _ROLE[Role.OTHER], -1
-        sent = way[first] == Way.TRANSMIT
-        inner = role == _ROLE[Role.INNER]
-
-        # Whose packet is it? Sent by a container's own device, or last seen on the way into one.
-        origin = np.where(sent[head] == inner[head], serves[head], -1)
-        target = np.where(sent[tail] != inner[tail], serves[tail], -1)
-        ours = clear & ((origin >= 0) | (target >= 0))
-        outer = np.full(len(head), _NEVER)
-        gates = np.flatnonzero(role == _ROLE[Role.OUTER])[::-1]
-        outer[begin[gates]] = gates  # of several the first one, which is written last
-
-        # From one container to another: the way in begins where the packet is first sent on.
-        inward = ((target >= 0) & (origin < 0))[begin]
-        if ((origin >= 0) & (target >= 0)).any():
-            turn = np.minimum.reduceat(np.where(sent & (index != head[begin]), index, _NEVER), head)
-            inward |= (target[begin] >= 0) & (index >= turn[begin])
-        # On the way in what comes before the outer device is outside; if it was not seen, nothing is.
-        gate = np.where((target >= 0) & (outer == _NEVER), -1, outer)[begin]
-        outside = (index < gate) == inward
-        outside |= (role == _ROLE[Role.REMOTE]) | (role == _ROLE[Role.OTHER]) | (role == _ROLE[Role.LOOPBACK])
-        # A host process would have seen the packet at the outer device's netif_receive_skb: the path starts there.
-        received = hook[end] == Hook.NETIF_RECEIVE_SKB
-        entry = np.flatnonzero((target >= 0) & (origin < 0) & (outer != _NEVER))
-        entry = outer[entry]
-        entry = entry[received[entry]]
-        enter[entry] = ts[end[entry]]
-        crossed = (end > first) | (index != tail[begin])
-        shown = np.flatnonzero(crossed & ours[begin])
-
-        whole = np.full(len(head), -1, np.int64)
-        has_outer = np.flatnonzero(outer != _NEVER)
-        first_gate = outer[has_outer]
-        queued = hook[first] == Hook.NET_DEV_QUEUE
-        leaves = (origin >= 0) & (target < 0) & (inner & queued)[head]
-        enters = (target >= 0) & (origin < 0) & (inner & received)[tail]
-        out = has_outer[leaves[has_outer] & queued[first_gate]]
-        whole[out] = ts[first[outer[out]]] - ts[first[head[out]]]
-        into = has_outer[enters[has_outer] & received[first_gate]]
-        whole[into] = ts[end[tail[into]]] - ts[end[outer[into]]]
-        total = np.flatnonzero((whole >= 0) & ours)
-
-        after = np.minimum(end[tail] + 1, len(ts) - 1)
-        read = (hook[after] == Hook.SKB_COPY_DATAGRAM_IOVEC) & (life[after] == of[tail]) & enters & ours
-        read_at = np.flatnonzero(read)
-
-        dropped = np.zeros(lives, np.bool_)
-        arrived = (role[tail] == _ROLE[Role.INNER]) | (role[tail] == _ROLE[Role.REMOTE])
-        dropped[of[head]] = ~(arrived & received[tail])
-        dropped &= freed == Hook.KFREE_SKB
-        unclear = np.zeros(lives, np.bool_)
-        unclear[of[head]] = ~clear
-        unclear &= ~dropped
+        found = measure(lives, ended, self._resolver)
+        size = lives.size
+        dropped, unclear = found.dropped & ended, found.unclear & ended
         self._tally["dropped"] += int(size[dropped].sum())
         self._tally["ambiguous"] += int(size[unclear].sum())
-        self._tally["matched"] += int(size[~dropped & ~unclear].sum())
-
-        outcome = np.where(
-            dropped,
-            np.uint8(Outcome.DROPPED),
-            np.where(WAY[freed] == Way.END, np.uint8(Outcome.CONSUMED), np.uint8(Outcome.OPEN)),
+        self._tally["matched"] += int(size[ended & ~dropped & ~unclear].sum())
+        self._packets += found.packets
+        utc_ns = found.ts + self._offset_ns
+        device = self._entries((found.device << 32) | found.owner).astype(np.int32)
+        self._windows.add(utc_ns, device, found.direction, found.segment, found.delay)
+        if not self._config.rows:
+            return Delays.empty()
+        by_time = _by_time(utc_ns)
+        life = found.life[by_time]
+        return Delays(
+            utc_ns=utc_ns[by_time],
+            packet=lives.packet()[life],
+            device=device[by_time],
+            direction=found.direction[by_time],
+            segment=found.segment[by_time],
+            position=found.position[by_time],
+            delay_ns=found.delay[by_time],
+            l3_len=lives.length()[life],
+            grade=np.full(len(life), Grade.BUFFER, np.uint8),
+            outcome=found.outcome[life],
         )
-        lane = np.concatenate([begin[shown], total, read_at])
-        """Which of the lives with hops a row is of."""
-        row_life = of[head][lane]
-        into_container = np.concatenate([inward[shown], enters[total], np.ones(len(read_at), np.bool_)])
-        owner = np.where(into_container, target[lane], origin[lane])
-        at = np.concatenate([device[shown], owner[len(shown) : len(shown) + len(total)], device[tail[read_at]]])
-        seen = np.zeros(len(head), np.bool_)
-        seen[lane] = True
-        self._packets += int(seen.sum())
-        delays = Delays(
-            utc_ns=self._offset_ns
-            + np.concatenate(
-                [
-                    enter[shown],
-                    np.where(enters, ts[end[np.minimum(outer, len(end) - 1)]], ts[first[head]])[total],
-                    ts[end[tail[read_at]]],
-                ]
-            ),
-            packet=packet[row_life],
-            device=self._entry(at, owner),
-            direction=np.where(into_container, np.uint8(Direction.INGRESS), np.uint8(Direction.EGRESS)),
-            segment=np.concatenate(
-                [
-                    np.where(outside[shown], np.uint8(Segment.OUTSIDE), np.uint8(Segment.DEVICE)),
-                    np.full(len(total), Segment.OVERHEAD, np.uint8),
-                    np.full(len(read_at), Segment.DELIVERY, np.uint8),
-                ]
-            ),
-            position=np.concatenate(
-                [
-                    np.minimum(index - head[begin], 254)[shown],
-                    np.full(len(total), 255),
-                    np.minimum(hops, 254)[read_at],
-                ]
-            ).astype(np.uint8),
-            delay_ns=np.concatenate([(leave - enter)[shown], whole[total], (ts[after] - ts[end[tail]])[read_at]]),
-            l3_len=length[row_life],
-            grade=np.full(len(lane), Grade.BUFFER, np.uint8),
-            outcome=outcome[row_life],
-        )
-        return delays[_by_time(delays.utc_ns)] if self._config.rows else delays
-
-    def _entry(self, device: Ints, owner: Ints) -> npt.NDArray[np.int32]:
-        """Index into `Results.devices` of each (device, inner device of the container whose packet it is)."""
-        return self._entries((device << 32) | owner).astype(np.int32)
 
     def _new_entry(self, key: int) -> int:
+        """Index into `Results.devices` of a device and the inner device of the container whose packet crosses it."""
         device, owner = (self._resolver.devices[number] for number in divmod(key, 1 << 32))
         self._devices.append(replace(device, container=owner.container))
         return len(self._devices) - 1
-
-
-def _by_buffer(skb: npt.NDArray[np.uint64]) -> tuple[Ints, npt.NDArray[np.uint64]]:
-    """Indices that bring records of one buffer together, each buffer's in the order in which they were given,
-    and the buffers in that order.
-
-    A sort of one integer, upper bits of a hash of the buffer above the index, is three times as fast as an
-    argsort; where two buffers share those bits, rare as it is, the argsort is done after all.
-    """
-    bits = np.uint64(max(len(skb) - 1, 1).bit_length())
-    low = (np.uint64(1) << bits) - np.uint64(1)
-    keys = skb * GOLDEN
-    keys &= ~low
-    keys |= np.arange(len(skb), dtype=np.uint64)
-    keys.sort()
-    order = (keys & low).view(np.int64)
-    sorted_skb = skb[order]
-    neighbours = (keys[1:] ^ keys[:-1]) <= low
-    if not np.array_equal(neighbours, sorted_skb[1:] == sorted_skb[:-1]):
-        order = np.argsort(skb, kind="stable")
-        return order, skb[order]
-    return order, sorted_skb
 
 
 def _by_time(ts: Ints) -> Ints:
@@ -503,27 +243,3 @@ def _by_time(ts: Ints) -> Ints:
     keys.sort()
     order: Ints = keys & ((1 << bits) - 1)
     return order
-
-
-def _tell(number: Ints, at: Ints, told: Ints) -> None:
-    """Enter the devices that moves tell; -2 where two moves of one record disagree."""
-    news = np.flatnonzero(told >= 0)
-    at, told = at[news], told[news]
-    current = number[at]
-    number[at] = np.where((current == -1) | (current == told), told, -2)
-
-
-def _agreed(first: Ints, end: Ints) -> Ints:
-    """The device that a hop's first and last record name (-1 names none); -1 for none, or two.
-
-    These two are enough: what lies between was reached on the same device, and moves tell nothing there.
-    """
-    return np.where((first == end) | (end == -1), first, np.where(first == -1, end, -1)).clip(min=-1)
-
-
-def _packet_ids(skb: npt.NDArray[np.uint64], ts: Ints) -> npt.NDArray[np.uint64]:
-    """A name for each life that depends on nothing but its first record."""
-    mixed = skb ^ (ts.view(np.uint64) * GOLDEN)
-    mixed ^= mixed >> np.uint64(32)
-    ids: npt.NDArray[np.uint64] = mixed * np.uint64(0xD6E8FEB86659FD93)
-    return ids

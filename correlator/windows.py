@@ -6,17 +6,18 @@ delay that belongs to it can come any more.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mace import histogram
-from mace.schema import Delays, Direction, Segment, Window
+from mace.schema import Direction, Segment, Window
 
 WIDTHS_S: Final = (1, 10)
 
 Ints = npt.NDArray[np.int64]
+Column = npt.NDArray[Any]
 
 _NS: Final = 1_000_000_000
 _DENSE: Final = 1 << 18
@@ -60,38 +61,41 @@ class Windows:
     def __init__(self) -> None:
         self._open: dict[tuple[int, int, int, int, int], _Open] = {}
 
-    def add(self, delays: Delays) -> None:
-        """Count `delays` into their windows of one second; wider ones are made of those when they close."""
-        if not len(delays):
+    def add(self, utc_ns: Ints, device: Column, direction: Column, segment: Column, delay_ns: Ints) -> None:
+        """Count delays into their windows of one second; wider ones are made of those when they close.
+
+        Columns as in `mace.schema.Delays`.
+        """
+        if not len(utc_ns):
             return
-        first = int(delays.utc_ns.min()) // _NS
-        rows = int(delays.device.max()) + 1
-        group = delays.device.astype(np.int64)
-        if int(delays.utc_ns.max()) // _NS > first:
-            group += (delays.utc_ns // _NS - first) * rows
+        first = int(utc_ns.min()) // _NS
+        rows = int(device.max()) + 1
+        group = device.astype(np.int64)
+        if int(utc_ns.max()) // _NS > first:
+            group += (utc_ns // _NS - first) * rows
         group <<= 5
-        group |= (delays.direction << 3) | delays.segment
+        group |= (direction << 3) | segment
         groups, member = _ranked(group)
-        # One integer says which window and which bin: sorting it is all the grouping there is.
-        cells = (member << 16) | histogram.bins_of(delays.delay_ns)
-        cells.sort()
-        starts = np.flatnonzero(np.diff(cells, prepend=-1))
-        counts = np.diff(starts, append=len(cells))
-        cells = cells[starts]
-        edges = np.searchsorted(cells >> 16, np.arange(len(groups) + 1))
-        sums = np.zeros(len(groups), np.int64)
+
+        bins = histogram.bins_of(delay_ns)
+        lowest = int(bins.min())
+        span = int(bins.max()) - lowest + 1
+        cells, counts = _counted(member * span + (bins - lowest), len(groups) * span)
+        edges = np.searchsorted(cells, np.arange(len(groups) + 1) * span)
+        cells = cells % span + lowest
+
         low = np.full(len(groups), np.iinfo(np.int64).max)
         high = np.full(len(groups), np.iinfo(np.int64).min)
-        np.add.at(sums, member, delays.delay_ns)
-        np.minimum.at(low, member, delays.delay_ns)
-        np.maximum.at(high, member, delays.delay_ns)
+        np.minimum.at(low, member, delay_ns)
+        np.maximum.at(high, member, delay_ns)
+        sums = _sums(member, delay_ns, len(groups), int(high.max()))
         for i, code in enumerate(groups.tolist()):
-            later, device = divmod(code >> 5, rows)
-            key = ((first + later) * _NS, 1, device, (code >> 3) & 3, code & 7)
+            later, number = divmod(code >> 5, rows)
+            key = ((first + later) * _NS, 1, number, (code >> 3) & 3, code & 7)
             at = slice(edges[i], edges[i + 1])
-            self._open.setdefault(key, _Open()).add(
-                int(sums[i]), int(low[i]), int(high[i]), cells[at] & 0xFFFF, counts[at]
-            )
+            if key not in self._open:
+                self._open[key] = _Open()
+            self._open[key].add(sums[i], int(low[i]), int(high[i]), cells[at], counts[at])
 
     def close(self, before_utc_ns: int | None) -> tuple[Window, ...]:
         """Final windows that end at or before the given time, in order; all of them for None."""
@@ -138,7 +142,7 @@ def _final(key: tuple[int, int, int, int, int], window: _Open, bins: Ints, count
 
 
 def _ranked(codes: Ints) -> tuple[Ints, Ints]:
-    """Distinct codes (>= 0), ascending, and each element's rank among them; fast where codes are small."""
+    """Distinct codes (>= 0), ascending, and each element's rank among them."""
     top = int(codes.max()) + 1
     if top > _DENSE:
         groups, member = np.unique(codes, return_inverse=True)
@@ -147,3 +151,23 @@ def _ranked(codes: Ints) -> tuple[Ints, Ints]:
     rank = np.zeros(top, np.int64)
     rank[groups] = np.arange(len(groups))
     return groups, rank[codes]
+
+
+def _counted(codes: Ints, top: int) -> tuple[Ints, Ints]:
+    """Distinct codes (in [0, top)), ascending, and how often each occurs."""
+    if top > _DENSE:
+        distinct, counts = np.unique(codes, return_counts=True)
+        return distinct, counts.astype(np.int64, copy=False)
+    counts = np.bincount(codes, minlength=top)
+    distinct = np.flatnonzero(counts)
+    return distinct, counts[distinct]
+
+
+def _sums(member: Ints, values: Ints, groups: int, highest: int) -> list[int]:
+    """Exact sums of values (>= 0) by group: bincount adds doubles, which hold every integer below 2**53."""
+    if highest * len(values) < 1 << 53:
+        return [int(total) for total in np.bincount(member, weights=values, minlength=groups).tolist()]
+    sums = [0] * groups
+    for group in range(groups):
+        sums[group] = sum(values[member == group].tolist())
+    return sums

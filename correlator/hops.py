@@ -1,0 +1,192 @@
+"""Lives -> hops -> delays: what a packet's records say about the devices that it crossed.
+
+A *hop* is a run of records on one device. It begins with its first record and lasts until the next hop begins,
+the last one until its last record; so hops follow one another without a gap or an overlap, and their delays add
+up. For a packet to a container through the outer device the path begins, as for a host process, with that device's
+`netif_receive_skb`; so the delays of the hops from there on add up to the overhead of the packet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
+from correlator.lives import NEVER, Ints, Lives, Mask
+from mace.hooks import Hook, Way
+from mace.schema import Direction, Outcome, Segment
+from mace.topology import Role
+
+Bytes = npt.NDArray[np.uint8]
+
+LAST_POSITION: Final = 254
+"""Positions are one byte, and 255 means the whole path."""
+WHOLE_PATH: Final = 255
+_ROLE: Final = {role: np.uint8(number) for number, role in enumerate(ROLES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Rows, one per life and segment, and what became of the lives."""
+
+    life: Ints
+    ts: Ints
+    """When the segment began."""
+    device: Ints
+    """Device number."""
+    owner: Ints
+    """Number of the inner device of the container whose packet it is."""
+    direction: Bytes
+    segment: Bytes
+    position: Bytes
+    delay: Ints
+
+    dropped: Mask
+    """Over all lives: the kernel dropped the packet before it had arrived anywhere."""
+    unclear: Mask
+    """Over all lives: some device on the path could be several."""
+    outcome: Bytes
+    """Over all lives."""
+    packets: int
+    """Lives that have a row."""
+
+
+def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
+    """Rows of the lives in `which`."""
+    ts, count = lives.ts, len(lives.starts)
+    hook = (lives.place >> CODE_BITS).astype(np.uint8)
+    way = WAY[hook]
+    placed = way <= Way.RECEIVE
+
+    first = np.flatnonzero(lives.cross & placed & which[lives.life])
+    of = lives.life[first]
+    # What comes after the last device, a copy to the reader and the end, is not on it.
+    tail_records = np.add.reduceat(~placed, lives.starts)
+    last_placed = lives.ends - tail_records
+    end = np.minimum(np.append(first[1:], len(ts)) - 1, last_placed[of])
+
+    dropped = (hook[lives.ends] == Hook.KFREE_SKB) & which
+    unclear = np.zeros(count, np.bool_)
+    outcome = np.where(lives.freed, np.uint8(Outcome.CONSUMED), np.uint8(Outcome.OPEN))
+    if not len(first):
+        none, no_bytes = np.zeros(0, np.int64), np.zeros(0, np.uint8)
+        outcome[dropped] = Outcome.DROPPED
+        return Measured(none, none, none, none, no_bytes, no_bytes, no_bytes, none, dropped, unclear, outcome, 0)
+
+    # Paths: the hops of one life. `path` says for each hop which it is of, `head` and `tail` where one begins and ends.
+    changes = np.flatnonzero(of[1:] != of[:-1])
+    head = np.append(0, changes + 1)
+    tail = np.append(changes, len(of) - 1)
+    path = np.repeat(np.arange(len(head)), tail - head + 1)
+    index = np.arange(len(of))
+    alive = of[head]
+
+    begin, leave = ts[first], ts[end]
+    leave[:-1] = np.where(path[1:] == path[:-1], begin[1:], leave[:-1])
+
+    device = _agreed(lives.number[first], lives.number[end])
+    role, serves = resolver.role[device], resolver.serves[device]
+    known = device >= 0
+    clear = np.ones(len(head), np.bool_)
+    if not known.all():
+        clear = np.logical_and.reduceat(known, head)
+        role[~known], serves[~known] = _ROLE[Role.OTHER], -1
+    sent = way[first] == Way.TRANSMIT
+    inner = role == _ROLE[Role.INNER]
+
+    # Whose packet is it? Sent by a container's own device, or last seen on the way into one.
+    origin = np.where(sent[head] == inner[head], serves[head], -1)
+    target = np.where(sent[tail] != inner[tail], serves[tail], -1)
+    entering = (target >= 0) & (origin < 0)
+    leaving = (origin >= 0) & (target < 0)
+    ours = clear & ((origin >= 0) | (target >= 0))
+    outer = np.full(len(head), NEVER)
+    gates = np.flatnonzero(role == _ROLE[Role.OUTER])[::-1]
+    outer[path[gates]] = gates  # of several the first one, which is written last
+
+    inward = entering[path]
+    between = (origin >= 0) & (target >= 0)
+    if between.any():
+        # From one container to another: the way in begins where the packet is first sent on.
+        turn = np.minimum.reduceat(np.where(sent & (index != head[path]), index, NEVER), head)
+        inward |= between[path] & (index >= turn[path])
+    # On the way in what comes before the outer device is outside; if that was not seen, nothing is.
+    gate = np.where((target >= 0) & (outer == NEVER), -1, outer)[path]
+    outside = (index < gate) == inward
+    outside |= (role == _ROLE[Role.REMOTE]) | (role == _ROLE[Role.OTHER]) | (role == _ROLE[Role.LOOPBACK])
+    queued = hook[first] == Hook.NET_DEV_QUEUE
+    received = hook[end] == Hook.NETIF_RECEIVE_SKB
+    entry = outer[entering & (outer != NEVER)]
+    entry = entry[received[entry]]
+    begin[entry] = ts[end[entry]]
+    shown = np.flatnonzero(((end > first) | (index != tail[path])) & ours[path])
+
+    whole = np.full(len(head), -1, np.int64)
+    at = np.flatnonzero(leaving & ours & (outer != NEVER) & (inner & queued)[head])
+    at = at[queued[outer[at]]]
+    whole[at] = begin[outer[at]] - begin[head[at]]
+    at = np.flatnonzero(entering & ours & (outer != NEVER) & (inner & received)[tail])
+    at = at[received[outer[at]]]
+    whole[at] = ts[end[tail[at]]] - begin[outer[at]]
+    total = np.flatnonzero(whole >= 0)
+    total_begin = begin[np.where(entering[total], outer[total], head[total])]
+
+    after = np.minimum(end[tail] + 1, len(ts) - 1)
+    read = np.flatnonzero(
+        entering
+        & ours
+        & (inner & received)[tail]
+        & (hook[after] == Hook.SKB_COPY_DATAGRAM_IOVEC)
+        & (lives.life[after] == alive)
+    )
+
+    arrived = received[tail] & (inner[tail] | (role[tail] == _ROLE[Role.REMOTE]))
+    dropped[alive[arrived]] = False
+    outcome[dropped] = Outcome.DROPPED
+    unclear[alive] = ~clear
+    unclear &= ~dropped
+
+    row_path = np.concatenate([path[shown], total, read])
+    into = np.concatenate([inward[shown], entering[total], np.ones(len(read), np.bool_)])
+    owner = np.where(into, target[row_path], origin[row_path])
+    has_row = np.zeros(len(head), np.bool_)
+    has_row[row_path] = True
+    return Measured(
+        life=alive[row_path],
+        ts=np.concatenate([begin[shown], total_begin, ts[end[tail[read]]]]),
+        device=np.concatenate([device[shown], owner[len(shown) : len(shown) + len(total)], device[tail[read]]]),
+        owner=owner,
+        direction=np.where(into, np.uint8(Direction.INGRESS), np.uint8(Direction.EGRESS)),
+        segment=np.concatenate(
+            [
+                np.where(outside[shown], np.uint8(Segment.OUTSIDE), np.uint8(Segment.DEVICE)),
+                np.full(len(total), Segment.OVERHEAD, np.uint8),
+                np.full(len(read), Segment.DELIVERY, np.uint8),
+            ]
+        ),
+        position=np.concatenate(
+            [
+                np.minimum(index - head[path], LAST_POSITION)[shown].astype(np.uint8),
+                np.full(len(total), WHOLE_PATH, np.uint8),
+                np.minimum(tail - head + 1, LAST_POSITION)[read].astype(np.uint8),
+            ]
+        ),
+        delay=np.concatenate([(leave - begin)[shown], whole[total], (ts[after] - ts[end[tail]])[read]]),
+        dropped=dropped,
+        unclear=unclear,
+        outcome=outcome,
+        packets=int(has_row.sum()),
+    )
+
+
+def _agreed(first: Ints, end: Ints) -> Ints:
+    """The device that a hop's first and last record name (-1 names none); -1 for none, or two.
+
+    These two are enough: what lies between was reached on the same device, and moves tell nothing there.
+    """
+    if np.array_equal(first, end) and (len(first) == 0 or int(first.min()) >= -1):
+        return first
+    return np.where((first == end) | (end == -1), first, np.where(first == -1, end, -1)).clip(min=-1)

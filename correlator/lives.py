@@ -1,0 +1,212 @@
+"""Records -> lives of kernel buffers: which records are of one packet, by the moves of `correlator.identity`.
+
+Records are brought into buffer order (all of one buffer together, in the order of time); a life is then a run of
+them, and everything is said by arrays over records and over lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from correlator.identity import CODE_BITS, CODES, CROSS, JOIN, SAME_LENGTH, WAY, Resolver, from_device, place, to_device
+from correlator.memo import GOLDEN
+from mace.hooks import Way
+from mace.records import Batch
+
+Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
+Gaps = Sequence[tuple[int, int]]
+"""Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
+
+NEVER: Final = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What the engine keeps of each record, in the order of time."""
+
+    ts: Ints
+    skb: Ids
+    place: Ints
+    """Hook and sighting, as `correlator.identity.place` packs them."""
+    length: npt.NDArray[np.uint32]
+    number: Ints
+    """Device number; -1: none, or not known yet; -2: moves disagree."""
+    cross: Mask
+    """Whether the record is the first on its device."""
+
+    def __len__(self) -> int:
+        return len(self.ts)
+
+    @classmethod
+    def of(cls, batch: Batch, resolver: Resolver) -> Records:
+        """The records of a batch (no markers), before anything is known of them."""
+        number = resolver.only[batch.dev]
+        return cls(
+            batch.ts_ns, batch.skb_id, place(batch.hook, batch.dev), batch.l3_len, number, np.ones(len(batch), np.bool_)
+        )
+
+    def __add__(self, later: Records) -> Records:
+        if not len(self):
+            return later
+        return Records(*(np.concatenate([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Lives:
+    """Lives, one after the other. Arrays over records, in buffer order, then arrays over lives."""
+
+    records: Records
+    """As they came: `order` leads there."""
+    order: Ints
+    ts: Ints
+    place: Ints
+    number: Ints
+    cross: Mask
+    life: Ints
+    """Which life each record is of."""
+
+    starts: Ints
+    ends: Ints
+    """Index of the last record."""
+    freed: Mask
+    """The last record is the buffer's end."""
+    reused: Mask
+    """Another life of the same buffer follows."""
+    late: Mask
+    """It follows after the timeout: a partner could not have come any more."""
+
+    @property
+    def size(self) -> Ints:
+        """Records of each life."""
+        return self.ends - self.starts + 1
+
+    def packet(self) -> Ids:
+        """A name for each life that depends on nothing but its first record."""
+        first = self.order[self.starts]
+        mixed = self.records.skb[first] ^ (self.records.ts[first].view(np.uint64) * GOLDEN)
+        mixed ^= mixed >> np.uint64(32)
+        names: Ids = mixed * np.uint64(0xD6E8FEB86659FD93)
+        return names
+
+    def length(self) -> npt.NDArray[np.uint32]:
+        """Length at each life's first record, bytes."""
+        return self.records.length[self.order[self.starts]]
+
+    def carried_over(self, which: Mask) -> Records:
+        """The records of the lives in `which`, back in the order of time, with what was found out about them."""
+        kept = np.flatnonzero(which[self.life])
+        kept = kept[np.argsort(self.order[kept])]
+        at, given = self.order[kept], self.records
+        return Records(
+            given.ts[at], given.skb[at], given.place[at], given.length[at], self.number[kept], self.cross[kept]
+        )
+
+
+def join(carried: Records, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
+    """Cut the records of each buffer into lives.
+
+    `carried` are the records of lives that had not ended, which stay joined; `new` ones come after them in time. At
+    least one record in all.
+    """
+    records = carried + new
+    order, same = _by_buffer(records.skb)
+    ts, places, number = records.ts[order], records.place[order], records.number[order]
+    old = order < len(carried)
+    judged = same & ~old
+
+    # Places of 0 are a move that no record makes.
+    moves = np.zeros(len(order), np.int64)
+    np.copyto(moves[1:], resolver.moves(places[:-1] * judged[1:], places[1:] * judged[1:]))
+    joined = (moves & JOIN) != 0
+    routed = np.flatnonzero(moves & SAME_LENGTH)
+    joined[routed] &= records.length[order[routed]] == records.length[order[routed - 1]]
+    joined[1:] &= ts[1:] - ts[:-1] <= timeout_ns
+    if gaps:
+        joined[1:] &= ~spans_gap(gaps, ts[:-1], ts[1:])
+    cross = ((moves & CROSS) != 0) | ~joined
+    joined |= same & old
+    cross[old] = records.cross[order[old]]
+
+    unsure = number == -1
+    if unsure.any():
+        told = np.flatnonzero(unsure & joined & judged)
+        _tell(number, told, to_device(moves[told]))
+        told = np.flatnonzero(unsure[:-1] & joined[1:] & judged[1:])
+        _tell(number, told, from_device(moves[told + 1]))
+        _tell_starts(number, np.flatnonzero(unsure & ~joined & ~old), places, ts, resolver, gaps, timeout_ns)
+
+    starts = np.flatnonzero(~joined)
+    ends = np.append(starts[1:], len(order)) - 1
+    reused = np.append(same[starts[1:]], False)
+    waited = np.append(ts[starts[1:]] - ts[ends[:-1]] > timeout_ns, False)
+    return Lives(
+        records=records,
+        order=order,
+        ts=ts,
+        place=places,
+        number=number,
+        cross=cross,
+        life=np.cumsum(~joined) - 1,
+        starts=starts,
+        ends=ends,
+        freed=WAY[places[ends] >> CODE_BITS] == Way.END,
+        reused=reused,
+        late=reused & waited,
+    )
+
+
+def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
+    """Whether records were lost somewhere between two times, element by element."""
+    spans = np.zeros(len(after_ns), np.bool_)
+    for start, end in gaps:
+        spans |= (start < before_ns) & (end > after_ns)
+    return spans
+
+
+def _by_buffer(skb: Ids) -> tuple[Ints, Mask]:
+    """Indices that bring records of one buffer together, each buffer's in the order in which they were given; and
+    whether each record is of the same buffer as the one before it.
+
+    A sort of one integer, upper bits of a hash of the buffer above the index, is three times as fast as an
+    argsort; where two buffers share those bits, rare as it is, the argsort is done after all.
+    """
+    low = np.uint64((1 << max(len(skb) - 1, 1).bit_length()) - 1)
+    keys = skb * GOLDEN
+    keys &= ~low
+    keys |= np.arange(len(skb), dtype=np.uint64)
+    keys.sort()
+    order = (keys & low).view(np.int64)
+    same = np.zeros(len(skb), np.bool_)
+    in_order = skb[order]
+    np.equal(in_order[1:], in_order[:-1], out=same[1:])
+    if not np.array_equal((keys[1:] ^ keys[:-1]) <= low, same[1:]):
+        order = np.argsort(skb, kind="stable")
+        in_order = skb[order]
+        np.equal(in_order[1:], in_order[:-1], out=same[1:])
+    return order, same
+
+
+def _tell(number: Ints, at: Ints, told: Ints) -> None:
+    """Enter the devices that moves tell; -2 where two moves of one record disagree."""
+    news = np.flatnonzero(told >= 0)
+    at, told = at[news], told[news]
+    current = number[at]
+    number[at] = np.where((current == -1) | (current == told), told, -2)
+
+
+def _tell_starts(
+    number: Ints, starts: Ints, places: Ints, ts: Ints, resolver: Resolver, gaps: Gaps, timeout_ns: int
+) -> None:
+    """Resolve devices at which a life starts with a reception, unless its beginning may have been lost."""
+    unsure = starts[(number[starts] == -1) & (WAY[places[starts] >> CODE_BITS] == Way.RECEIVE)]
+    unsure = unsure[~spans_gap(gaps, ts[unsure] - timeout_ns, ts[unsure])]
+    if len(unsure):
+        codes, member = np.unique(places[unsure] & (CODES - 1), return_inverse=True)
+        number[unsure] = np.array([resolver.start(int(code)) for code in codes], np.int64)[member]
