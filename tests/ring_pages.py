@@ -24,18 +24,22 @@ EVENTS = {
     "net:net_dev_queue": (2304, "void * skbaddr, unsigned int len, __data_loc char[] name"),
     "net:net_dev_start_xmit": (
         2307,
-        "__data_loc char[] name, u16 queue_mapping, void * skbaddr, bool vlan_tagged, u16 vlan_proto, u16 vlan_tci, "
-        "u16 protocol, u8 ip_summed, unsigned int len, unsigned int data_len, int network_offset, "
-        "bool transport_offset_valid, int transport_offset, u8 tx_flags, u16 gso_size, u16 gso_segs, u16 gso_type",
+        (
+            "__data_loc char[] name, u16 queue_mapping, void * skbaddr, bool vlan_tagged, u16 vlan_proto, "
+            "u16 vlan_tci, u16 protocol, u8 ip_summed, unsigned int len, unsigned int data_len, int network_offset, "
+            "bool transport_offset_valid, int transport_offset, u8 tx_flags, u16 gso_size, u16 gso_segs, u16 gso_type"
+        ),
     ),
     "net:netif_rx": (2302, "void * skbaddr, unsigned int len, __data_loc char[] name"),
     "net:netif_receive_skb": (2303, "void * skbaddr, unsigned int len, __data_loc char[] name"),
     "net:napi_gro_receive_entry": (
         2300,
-        "__data_loc char[] name, unsigned int napi_id, u16 queue_mapping, void * skbaddr, bool vlan_tagged, "
-        "u16 vlan_proto, u16 vlan_tci, u16 protocol, u8 ip_summed, u32 hash, bool l4_hash, unsigned int len, "
-        "unsigned int data_len, unsigned int truesize, bool mac_header_valid, int mac_header, u8 nr_frags, u16 gso_size, "
-        "u16 gso_type",
+        (
+            "__data_loc char[] name, unsigned int napi_id, u16 queue_mapping, void * skbaddr, bool vlan_tagged, "
+            "u16 vlan_proto, u16 vlan_tci, u16 protocol, u8 ip_summed, u32 hash, bool l4_hash, unsigned int len, "
+            "unsigned int data_len, unsigned int truesize, bool mac_header_valid, int mac_header, u8 nr_frags, "
+            "u16 gso_size, u16 gso_type"
+        ),
     ),
     "skb:skb_copy_datagram_iovec": (2308, "void * skbaddr, int len"),
     "skb:consume_skb": (2309, "void * skbaddr, void * location"),

@@ -1,4 +1,4 @@
-"""However records are cut into batches and CPUs are read in turn, one stream comes out: time, CPU, place in the ring."""
+"""However records are cut into batches and CPUs are read, one stream comes out: by time, CPU, place in the ring."""
 
 import random
 
