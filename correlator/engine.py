@@ -36,8 +36,8 @@ class EngineConfig:
     """A packet's next record comes within this, or its life is over."""
     slice_ns: int = 100_000_000
     """Stretch of time that is worked on at once; changes when rows come out, not what they are."""
-    slice_records: int = 1 << 17
-    """A slice is cut here if it gets larger: memory and cache."""
+    slice_records: int = 1 << 16
+    """A slice is cut here if it gets larger: the columns of this many records still fit a cache."""
     open_records: int = 1 << 22
     """Records of open lives that are kept at most; beyond it the oldest lives are ended early."""
     rows: bool = True
