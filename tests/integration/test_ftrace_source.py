@@ -1,0 +1,367 @@
+"""The trace source on the running kernel.
+
+Other tracers and other traffic may be about: what is counted to the last event is filtered, in the kernel, to the
+devices that a test made for itself, in a network namespace that ends with the process in it.
+"""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collector import tracefs
+from collector.ftrace_source import FtraceConfig, FtraceSource
+from mace.hooks import BY_HOOK, Hook
+from mace.records import Batch
+from mace.topology import Topology
+
+pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+
+ROOT = Path(__file__).parents[2]
+STEP = 1400
+"""Datagram n carries n modulo this many bytes: its length tells which it is."""
+ETH, IP_UDP = 14, 28
+DEVICES = ("net:net_dev_queue", "net:net_dev_start_xmit", "net:netif_rx", "net:netif_receive_skb")
+
+SENDER = """
+    import os, socket, subprocess, sys
+    name, count, cpu = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True)
+    # One end is enough: nothing has to arrive at an address, and nothing answers.
+    ip("link", "add", name + "a", "type", "veth", "peer", "name", name + "b")
+    for end in "ab":
+        with open(f"/proc/sys/net/ipv6/conf/{name}{end}/disable_ipv6", "w") as file:
+            file.write("1")
+        ip("link", "set", name + end, "up")
+    ip("addr", "add", "198.51.100.1/24", "dev", name + "a")
+    ip("neigh", "add", "198.51.100.2", "lladdr", "02:00:00:00:00:02", "dev", name + "a", "nud", "permanent")
+    os.sched_setaffinity(0, {cpu})
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    body = bytes(1400)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for n in range(count):
+        sock.sendto(body[: n % 1400], ("198.51.100.2", 9))
+    print("sent", flush=True)
+    sys.stdin.readline()
+"""
+
+
+class Sender:
+    """Numbered datagrams through a veth in a namespace of their own, from one CPU."""
+
+    def __init__(self, name, count, cpu=0):
+        self.name = name
+        self.process = subprocess.Popen(
+            ["unshare", "--net", sys.executable, "-c", textwrap.dedent(SENDER), name, str(count), str(cpu)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._expect("ready")
+
+    def _expect(self, word):
+        line = self.process.stdout.readline().strip()
+        assert line == word, f"sender says {line!r}"
+
+    def _go_on(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    async def send(self):
+        self._go_on()
+        await asyncio.to_thread(self._expect, "sent")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+
+class FilteredSource(FtraceSource):
+    """Sees only the devices of one sender, from the first event on."""
+
+    def __init__(self, config, device):
+        super().__init__(config)
+        self._device = device
+
+    def _prepare(self, instance):
+        present = super()._prepare(instance)
+        only(instance, self.config.tracepoints, self._device)
+        return present
+
+
+def only(instance, tracepoints, device):
+    for tracepoint in tracepoints:
+        tracefs.write(instance.path / "events" / tracepoint.replace(":", "/") / "filter", f'name ~ "{device}*"')
+
+
+def cpu_choice():
+    """A CPU to send from, preferably not the one everything else is on."""
+    return max(os.sched_getaffinity(0))
+
+
+async def capture(source, traffic):
+    """All records of a run around `traffic`, its last topology, and the kernel's counts at the end."""
+    await source.open()
+    try:
+        work = asyncio.create_task(traffic)
+        work.add_done_callback(lambda _: source.request_stop())
+        batches, topology = [], None
+        async for item in source.items():
+            if isinstance(item, Batch):
+                batches.append(item)
+            elif isinstance(item, Topology):
+                topology = item
+        await work
+        stats = {cpu: source._instance.stats(cpu) for cpu in source._cpus}
+    finally:
+        await source.aclose()
+    return Batch.concatenate(batches), topology, stats
+
+
+def config(**given):
+    return FtraceConfig(**({"tracepoints": DEVICES} | given))
+
+
+READERS = ("read", "mmap")
+
+
+@pytest.fixture(params=READERS)
+def reader(request):
+    if request.param == "mmap" and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (6, 10):
+        pytest.skip("trace rings can be mapped since Linux 6.10")
+    return request.param
+
+
+@pytest.mark.parametrize("subbuf_kib", [None, 16, 64])
+def test_every_event_is_read_once(reader, subbuf_kib):
+    if subbuf_kib and not (tracefs.find() / "buffer_subbuf_size_kb").exists():
+        pytest.skip("sub-buffers have one size before Linux 6.8")
+    count = 20_000
+    before = time.monotonic_ns()
+    with Sender("mfta", count, cpu_choice()) as sender:
+        source = FilteredSource(config(reader=reader, subbuf_kib=subbuf_kib), "mfta")
+        batch, topology, stats = asyncio.run(capture(source, sender.send()))
+    after = time.monotonic_ns()
+    assert batch.lost == 0
+    assert len(batch) == sum(s.read for s in stats.values())
+    assert sum(s.entries for s in stats.values()) == 0
+    assert (np.diff(batch.ts_ns) >= 0).all()
+    assert before < batch.ts_ns[0] <= batch.ts_ns[-1] < after
+    names = [s.name for s in topology.sightings]
+    queued = batch[(batch.hook == Hook.NET_DEV_QUEUE) & (batch.dev == names.index("mftaa"))]
+    assert queued.l3_len.tolist() == [IP_UDP + n % STEP for n in range(count)]
+    # The same packets at the hooks behind it: same buffer, same length, one each.
+    for hook, device in (
+        (Hook.NET_DEV_START_XMIT, "mftaa"),
+        (Hook.NETIF_RX, "mftab"),
+        (Hook.NETIF_RECEIVE_SKB, "mftab"),
+    ):
+        there = batch[(batch.hook == hook) & (batch.dev == names.index(device))]
+        assert there.l3_len.tolist() == queued.l3_len.tolist(), hook
+        assert there.skb_id.tolist() == queued.skb_id.tolist(), hook
+
+
+LINE = re.compile(
+    r"\[(\d+)\].*?: (net_dev_queue|net_dev_start_xmit|netif_rx|netif_receive_skb): dev=(\S+) .*?\blen=(\d+)"
+)
+
+
+def test_text_of_the_same_events_says_the_same():
+    root = tracefs.find()
+    witness = tracefs.Instance.create(root)
+    try:
+        witness.set_clock("mono")
+        witness.set_ring_size(16384)
+        only(witness, DEVICES, "mftb")
+        for tracepoint in DEVICES:
+            witness.enable(tracepoint)
+        witness.record(on=True)
+        with Sender("mftb", 3000, cpu_choice()) as sender:
+            batch, topology, _ = asyncio.run(capture(FilteredSource(config(), "mftb"), sender.send()))
+        witness.record(on=False)
+        text = tracefs.read(witness.path / "trace")
+    finally:
+        witness.remove()
+    expected = {}
+    for cpu, event, device, length in LINE.findall(text):
+        taken = ETH if event in ("net_dev_queue", "net_dev_start_xmit") else 0
+        expected.setdefault(int(cpu), []).append((event, device, int(length) - taken))
+    # The witness may have begun before and ended after us, but the sender did not: the same events, CPU by CPU.
+    names = [s.name for s in topology.sightings]
+    seen = {}
+    for cpu, hook, dev, length in zip(batch.cpu, batch.hook, batch.dev, batch.l3_len, strict=True):
+        seen.setdefault(int(cpu), []).append((BY_HOOK[Hook(hook)].name, names[dev], int(length)))
+    assert sum(map(len, seen.values())) >= 12_000
+    assert seen == expected
+
+
+def test_gaps_are_exact_in_place_and_number(reader):
+    count = 60_000
+    with Sender("mftc", count, cpu_choice()) as sender:
+        # A ring of a few pages that is emptied far too seldom.
+        tiny = config(reader=reader, ring_kib_per_cpu=32, poll_interval_s=0.03, tracepoints=("net:net_dev_queue",))
+        batch, _, stats = asyncio.run(capture(FilteredSource(tiny, "mftc"), sender.send()))
+    assert batch.lost == sum(s.lost for s in stats.values()) > 0
+    assert len(batch) - (batch.hook == Hook.LOST).sum() == sum(s.read for s in stats.values())
+    assert len(set(batch.cpu.tolist())) == 1
+    at, previous_ns = -1, 0
+    pending = 0
+    for i in range(len(batch)):
+        if batch.hook[i] == Hook.LOST:
+            pending += int(batch.l3_len[i])
+            assert previous_ns <= batch.ts_ns[i] <= batch.skb_id[i] == batch.ts_ns[i + 1]
+            continue
+        at += 1 + pending
+        pending = 0
+        previous_ns = batch.ts_ns[i]
+        assert batch.l3_len[i] == IP_UDP + at % STEP
+    # The last is never lost: what a full ring overwrites is the oldest.
+    assert at == count - 1
+
+
+def test_a_flood_of_all_hooks_accounts_for_every_event(reader):
+    """Without a filter: whatever else happens on this machine is counted too."""
+    with Sender("mftd", 40_000, 0) as one, Sender("mfte", 40_000, cpu_choice()) as two:
+
+        async def both():
+            await asyncio.gather(one.send(), two.send())
+
+        tiny = FtraceConfig(reader=reader, ring_kib_per_cpu=64)
+        source = FtraceSource(tiny)
+        batch, _, stats = asyncio.run(capture(source, both()))
+    markers = batch.hook == Hook.LOST
+    told = Counter()
+    for cpu, lost in zip(batch.cpu[markers], batch.l3_len[markers], strict=True):
+        told[int(cpu)] += int(lost)
+    assert {cpu: told[cpu] for cpu in stats} == {cpu: s.lost for cpu, s in stats.items()}
+    assert (~markers).sum() + source.discarded + source.skipped == sum(s.read for s in stats.values())
+    assert sum(told.values()) > 0
+
+
+def test_both_readers_give_the_same():
+    with Sender("mftf", 5000, cpu_choice()) as sender:
+
+        async def both():
+            ready = asyncio.Event()
+            running = 0
+
+            async def traffic():
+                nonlocal running
+                running += 1
+                if running == 2:
+                    await sender.send()
+                    ready.set()
+                await ready.wait()
+
+            sources = [FilteredSource(config(reader=reader), "mftf") for reader in READERS]
+            return await asyncio.gather(*(capture(source, traffic()) for source in sources))
+
+        (first, names, _), (second, other_names, _) = asyncio.run(both())
+    assert names.sightings == other_names.sightings
+    assert len(first) == len(second) >= 20_000
+    for column in ("hook", "dev", "l3_len", "cpu", "gso_segs", "drop_reason"):
+        assert (getattr(first, column) == getattr(second, column)).all(), column
+    # Each run has its own key for skb_id: the same buffers under other numbers.
+    pairs = set(zip(first.skb_id.tolist(), second.skb_id.tolist(), strict=True))
+    assert len(pairs) == len(np.unique(first.skb_id)) == len(np.unique(second.skb_id))
+
+
+def instances():
+    return {p.name for p in (tracefs.find() / "instances").iterdir()}
+
+
+OPEN = """
+    import asyncio, signal, sys
+    sys.path.insert(0, {root!r})
+    from collector.ftrace_source import FtraceConfig, FtraceSource
+    async def main():
+        source = FtraceSource(FtraceConfig(reader={reader!r}, ring_kib_per_cpu=256))
+        await source.open()
+        print(source._instance.path.name, flush=True)
+        {then}
+    asyncio.run(main())
+"""
+
+
+def start(reader, then):
+    script = textwrap.dedent(OPEN).format(root=str(ROOT), reader=reader, then=then)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_what_a_kill_leaves_the_next_start_removes(reader):
+    process, name = start(reader, "signal.pause()")
+    try:
+        assert name in instances()
+        # A live run's instance is safe from a start beside it.
+        asyncio.run(capture(FtraceSource(config()), asyncio.sleep(0)))
+        assert name in instances()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert name in instances()
+    asyncio.run(capture(FtraceSource(config()), asyncio.sleep(0)))
+    assert name not in instances()
+
+
+@pytest.mark.parametrize("then", ["sys.exit(3)", "raise RuntimeError", "return"])
+def test_a_program_that_ends_without_closing_leaves_nothing(then):
+    process, name = start("read", then)
+    process.communicate()
+    assert name.startswith("mace-")
+    assert name not in instances()
+
+
+def test_the_instance_is_as_it_must_be():
+    async def look():
+        source = FtraceSource()
+        header = await source.open()
+        try:
+            path = source._instance.path
+            clock = tracefs.read(path / "trace_clock")
+            options = tracefs.read(path / "trace_options").split()
+            return header, clock, options, source.check()
+        finally:
+            await source.aclose()
+
+    header, clock, options, status = asyncio.run(look())
+    assert "[mono]" in clock
+    assert "overwrite" in options
+    assert "norecord-cmd" in options
+    assert status.ok
+    assert "net:netif_receive_skb" in header.hooks
+    assert abs(header.clock.utc_ns - time.time_ns()) < 60e9
+    assert not [n for n in instances() if n.startswith(f"mace-{os.getpid()}-")]
+
+
+def test_tracefs_is_mounted_where_it_is_not():
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from collector import tracefs
+        from pathlib import Path
+        mounts = Path("/proc/self/mounts").read_text
+        assert tracefs.mounted(mounts()) is None
+        assert tracefs.find() == tracefs.DEFAULT_MOUNT == tracefs.mounted(mounts())
+    """
+    umount = "while umount /sys/kernel/tracing 2>/dev/null; do :; done; umount -R /sys/kernel/debug 2>/dev/null; exec "
+    subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", umount + '"$@"', "sh", sys.executable, "-c",
+         textwrap.dedent(script)],
+        check=True,
+    )  # fmt: skip
