@@ -70,6 +70,9 @@ _NAME_MASK: Final = np.array([(1 << 8 * min(max(n - 1, 0), 8)) - 1 for n in rang
 _NAME_MASK_HIGH: Final = np.array([(1 << 8 * min(max(n - 9, 0), 8)) - 1 for n in range(_NAME_MAX + 1)], np.uint64)
 """The same for the second 8 bytes."""
 
+_HEAD: Final = 256
+"""New names are looked for in so many events at a time."""
+
 _ETH_HLEN: Final = 14
 """Bytes of an Ethernet header (include/uapi/linux/if_ether.h): taken off where the event does not tell better."""
 
@@ -125,30 +128,44 @@ class Sightings:
 
     def codes(self, low: U64, high: U64) -> npt.NDArray[np.uint32]:
         """The codes of many names."""
+        while True:
+            found, missing = self._look_up(low, high)
+            # Names that are not in the tables are new, at first; the new ones come with few events each.
+            known = len(self)
+            head = missing[:_HEAD]
+            for pair in zip(low[head].tolist(), high[head].tolist(), strict=True):
+                self.code(*pair)
+            if len(self) == known:
+                break
+        if len(missing):
+            pairs, inverse = np.unique(np.stack([low[missing], high[missing]], axis=1), axis=0, return_inverse=True)
+            # By first appearance, not by name: codes must not depend on how the stream is cut.
+            first = np.full(len(pairs), len(missing))
+            np.minimum.at(first, inverse.ravel(), np.arange(len(missing)))
+            code_of = np.zeros(len(pairs), np.uint32)
+            for i in np.argsort(first):
+                code_of[i] = self.code(int(pairs[i, 0]), int(pairs[i, 1]))
+            found[missing] = code_of[inverse.ravel()]
+        return found
+
+    def _look_up(self, low: U64, high: U64) -> tuple[npt.NDArray[np.uint32], Index]:
+        """Codes out of the tables, and where there was none."""
         found: npt.NDArray[np.uint32] = np.zeros(len(low), np.uint32)
-        where: Index | None = None
+        missing: Index | None = None
         for (lows, highs, codes), multiplier in zip(self._tables, self._multipliers, strict=True):
             slots = self._slots(low, high, multiplier).view(np.int64)
             code = codes.take(slots)
             miss = np.flatnonzero((lows.take(slots) != low) | (highs.take(slots) != high))
-            if where is None:
-                found = code
+            if missing is None:
+                found, missing = code, miss
             else:
-                found[where] = code
+                found[missing] = code
+                missing = missing[miss]
             if not len(miss):
-                return found
-            where = miss if where is None else where[miss]
+                break
             low, high = low[miss], high[miss]
-        pairs = np.stack([low, high], axis=1)
-        unique, inverse = np.unique(pairs, axis=0, return_inverse=True)
-        # By first appearance, not by name: codes must not depend on how the stream is cut.
-        first = np.full(len(unique), len(pairs))
-        np.minimum.at(first, inverse.ravel(), np.arange(len(pairs)))
-        code_of = np.zeros(len(unique), np.uint32)
-        for i in np.argsort(first):
-            code_of[i] = self.code(int(unique[i, 0]), int(unique[i, 1]))
-        found[where] = code_of[inverse.ravel()]
-        return found
+        assert missing is not None
+        return found, missing
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,7 @@ class FtraceSource:
             raise
 
     async def _acquire(self) -> StreamHeader:
-        _keep_freed_memory()
+        keep_freed_memory()
         root = tracefs.find()
         for name in tracefs.remove_leftovers(root):
             _log.warning("ftrace: removed %s, left by a run that was killed", name)
@@ -422,7 +422,7 @@ class FtraceSource:
                 self._merger.push(cpu.cpu, _marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the C library keep freed memory instead of giving each large array back to the kernel and asking again.
 
     The columns of a tick are made anew each time. Measured on a virtual machine, where a page fault is dear: without
