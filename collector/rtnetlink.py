@@ -6,8 +6,9 @@ nothing: it is taken back, with an `RTM_DELNSID` event, when the other namespace
 `unhash_nsids`). So two sockets in one otherwise unused namespace see every link of the machine, and no container
 lives a moment longer because it is watched. docs/design/005-devices.md has the reasons and the alternatives.
 
-Messages are read here with `struct` rather than by pyroute2: its sockets know neither of the two features' control
-messages, and its decoder takes 420 µs for a link of which four attributes are wanted (here: 10 µs).
+Messages are read here with `struct` rather than by pyroute2, which knows neither `IFLA_TARGET_NETNSID` nor the control
+message that says which namespace an event is from, and takes 450 µs for a link of which five attributes are wanted
+(here 25 µs, the kernel's share included). The tests compare the two.
 
 Numbers are from include/uapi/linux/{netlink,rtnetlink,if_link,net_namespace}.h; they are ABI.
 """

@@ -20,6 +20,7 @@ from collector.devices import DeviceFollower, check, snapshot
 from collector.netns import inode_of, leave_for_new_netns
 from collector.rtnetlink import LinkEvents
 from mace.errors import Unavailable
+from mace.lab import Lab, Runtime, Spec, running
 from mace.topology import Device, Role
 
 pytestmark = pytest.mark.needs("root", "netns")
@@ -594,3 +595,47 @@ async def _many(machine: Machine) -> None:
 
 def test_a_thousand_veths_cost_little(machine: Machine) -> None:
     asyncio.run(_many(machine))
+
+
+@pytest.mark.parametrize(
+    "runtime", [Runtime.NETNS, pytest.param(Runtime.DOCKER, marks=[pytest.mark.needs("docker"), pytest.mark.slow])]
+)
+def test_the_lab_s_containers_have_their_names(runtime: Runtime) -> None:
+    with running(Spec(name=f"t{uuid.uuid4().hex[:8]}", containers=2, runtime=runtime)) as lab:
+        sockets = [str(lab.docker_socket)] if lab.docker_socket else []
+        found = snapshot(host_netns=lab.netns_inode("host"), docker_sockets=sockets)
+        inner = {d.netns: d.container for d in found if d.role is Role.INNER}
+        assert inner == {lab.netns_inode("c1"): "c1", lab.netns_inode("c2"): "c2"}
+        assert [(d.netns, d.name) for d in found if d.role is Role.OUTER] == [(lab.netns_inode("host"), "out0")]
+        assert {d.netns for d in found if d.role is Role.REMOTE} == {lab.netns_inode("remote")}
+
+
+async def _docker_restart(lab: Lab) -> None:
+    follower = DeviceFollower(host_netns=lab.netns_inode("host"), docker_sockets=[str(lab.docker_socket)])
+    devices: tuple[Device, ...] = ()
+
+    async def until(condition: Callable[[set[tuple[int, str]]], bool]) -> None:
+        nonlocal devices
+        end_s = time.monotonic() + 10
+        while not condition({(d.netns, d.container) for d in devices if d.role is Role.INNER}):
+            assert time.monotonic() < end_s, [d for d in devices if d.role is Role.INNER]
+            await asyncio.sleep(0.01)
+            devices = follower.poll() or devices
+
+    try:
+        await follower.open()
+        old = lab.netns_inode("c1")
+        await until(lambda inner: inner == {(old, "c1")})
+        await asyncio.to_thread(lab.remove_container, "c1")
+        await until(lambda inner: not inner)
+        await asyncio.to_thread(lab.add_container, "c1")
+        await until(lambda inner: inner == {(lab.netns_inode("c1"), "c1")})
+    finally:
+        await follower.aclose()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("docker")
+def test_a_docker_container_that_takes_a_dead_one_s_name() -> None:
+    with running(Spec(name=f"t{uuid.uuid4().hex[:8]}", containers=1, runtime=Runtime.DOCKER)) as lab:
+        asyncio.run(_docker_restart(lab))
