@@ -22,13 +22,14 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from mace.errors import LabError, Unavailable
-from mace.lab import netns
+from mace.lab import netns, state
 from mace.lab.plan import HOST, Placement, Spec, bridges
-from mace.lab.state import ID_VARIABLE, Member, Process, State, start_ticks
+from mace.lab.state import ID_VARIABLE, MEMBER_VARIABLE, Member, Process, State, start_ticks
 
 PROGRAMS: Final = ("dockerd", "containerd", "runc", "iptables", "unshare", "mount", "busybox", "ldd")
 IMAGE: Final = "mace-lab"
@@ -74,9 +75,24 @@ def cgroup_parent(lab: str) -> str:
     return f"mace-lab-{lab}"
 
 
-def missing_directories() -> list[str]:
-    """Directories that have to be made, because something is mounted on them, and removed again."""
-    return [path for path in _COVERED if not Path(path).is_dir()]
+def directories_to_make(lab: str) -> list[str]:
+    """Directories that are missing, because only a Docker of the machine makes them, or that another lab has made.
+
+    Something is mounted on them in the daemons' mount namespaces, and they are to be removed after the last lab.
+    """
+    made = {path for other in _others(lab) for path in other.made_directories}
+    return [path for path in _COVERED if path in made or not Path(path).is_dir()]
+
+
+def _others(lab: str) -> list[State]:
+    """The other labs that have a Docker daemon."""
+    found = []
+    for name in state.names():
+        with suppress(LabError):  # a damaged file says nothing of it
+            other = state.load(name)
+            if name != lab and other is not None and other.docker_socket:
+                found.append(other)
+    return found
 
 
 def start(record: State) -> None:
@@ -112,8 +128,8 @@ def start(record: State) -> None:
     deadline = time.monotonic() + READY_LIMIT_S
     while not _answers(record):
         if daemon.poll() is not None or time.monotonic() > deadline:
-            state = f"exit status {daemon.returncode}" if daemon.returncode is not None else "no answer"
-            raise LabError(f"dockerd: {state}; {_complaint(directory)}")
+            what = f"exit status {daemon.returncode}" if daemon.returncode is not None else "no answer"
+            raise LabError(f"dockerd: {what}; {_complaint(directory)}")
         time.sleep(0.02)
     _request(record, "POST", f"/images/create?fromSrc=-&repo={IMAGE}&tag=latest", _image(), "application/x-tar")
 
@@ -125,7 +141,7 @@ def create(record: State, place: Placement) -> Member:
         "Cmd": ["/bin/sleep", "2147483647"],
         "Hostname": place.name,
         # So that its processes are known as the lab's, those of `docker exec` included.
-        "Env": [f"{ID_VARIABLE}={record.id}", "PATH=/bin"],
+        "Env": [f"{ID_VARIABLE}={record.id}", f"{MEMBER_VARIABLE}={place.name}", "PATH=/bin"],
         "HostConfig": {"NetworkMode": "bridge"},
     }
     number = _request(record, "POST", f"/containers/create?name={place.name}", json.dumps(body).encode())["Id"]
@@ -177,9 +193,10 @@ def clean(record: State, limit_s: float = 5.0) -> None:
         if time.monotonic() > deadline:
             raise LabError(f"cannot remove {', '.join(map(str, left))}")
         time.sleep(0.01)  # the kernel empties cgroups after the end of their processes
-    for made in record.made_directories:
-        if Path(made).is_dir() and not any(Path(made).iterdir()):
-            Path(made).rmdir()
+    # Removing a directory takes away what is mounted on it in any mount namespace, so not under another lab's daemon.
+    if not _others(record.spec.name):
+        for made in record.made_directories:
+            _try_rmdir(Path(made))
 
 
 def _left(record: State) -> list[Path]:
@@ -201,7 +218,7 @@ def _remove_tree(path: Path) -> None:
 def _try_rmdir(path: Path) -> None:
     try:
         path.rmdir()
-    except OSError:  # tried again until the time is over
+    except OSError:  # not empty or, a cgroup, not yet: that is tried again until the time is over
         return
 
 

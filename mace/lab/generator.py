@@ -27,6 +27,7 @@ BUFFER_BYTES = 64 << 20
 """Receive buffer. A sender outruns a receiver for as long as both share a CPU; a lab must not lose packets to that."""
 CHUNK_BYTES = 256 << 10
 MAX_RTTS = 1_000_000
+NAP_S = 0.1
 
 stop = False
 finish_at: int | None = None
@@ -138,13 +139,15 @@ def udp_client(
     while sent < count and not stop:
         if interval_ns or end_ns or echo:
             t = now()
-            if end_ns and t >= end_ns:
+            due = start_ns + sent * interval_ns
+            if end_ns and max(t, due) >= end_ns:
                 break
-            ahead = start_ns + sent * interval_ns - t
+            ahead = due - t
             if interval_ns and ahead > 0:
                 # Sleep for the long part only: a timer is late by some 60 us, and a late start must not lower the rate.
+                # Never for long, since a stop is noticed only in between.
                 if ahead > 200_000:
-                    time.sleep((ahead - 100_000) / 1e9)
+                    time.sleep(min((ahead - 100_000) / 1e9, NAP_S))
                     continue
                 while now() < t + ahead:
                     pass
@@ -218,10 +221,14 @@ def tcp_client(
     else:
         end_ns = start_ns + duration_ns if duration_ns else 0
         request = bytearray(size)
-        while sent < count and not stop and not (end_ns and time.monotonic_ns() >= end_ns):
-            ahead = start_ns + sent * interval_ns - time.monotonic_ns()
-            if ahead > 0:
-                time.sleep(ahead / 1e9)
+        while sent < count and not stop:
+            due = start_ns + sent * interval_ns
+            if end_ns and max(due, time.monotonic_ns()) >= end_ns:
+                break
+            if (ahead := due - time.monotonic_ns()) > 0:
+                time.sleep(min(ahead / 1e9, NAP_S))
+                if ahead > NAP_S * 1e9:
+                    continue
             before = time.monotonic_ns()
             sock.sendall(request)
             sent += 1

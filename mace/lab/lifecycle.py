@@ -12,8 +12,8 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +45,8 @@ class Lab(Traffic):
 
     def __init__(self, record: State) -> None:
         self._state = record
+        self._children: list[subprocess.Popen[str]] = []
+        """Started by us and perhaps running: their exit status is ours to take."""
 
     @property
     def name(self) -> str:
@@ -86,9 +88,9 @@ class Lab(Traffic):
             raise LabError(f"lab {self.name!r}: the namespace of {member} is gone ({path})")
         return netns.enter_command(path, argv)
 
-    def environment(self) -> dict[str, str]:
-        """Environment that makes a process one of the lab's, to be ended with it."""
-        return self._state.environment()
+    def environment(self, member: str) -> dict[str, str]:
+        """Environment that makes a process one of the member's, to be ended with it."""
+        return self._state.environment(member)
 
     def popen(self, member: str, argv: list[str], **options: Any) -> subprocess.Popen[str]:
         settings: dict[str, Any] = {
@@ -96,11 +98,14 @@ class Lab(Traffic):
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
             "text": True,
-            "env": self.environment(),
+            "env": self.environment(member),
             "start_new_session": True,
             **options,
         }
-        return subprocess.Popen(self.command(member, argv), **settings)
+        self._children = [child for child in self._children if child.poll() is None]
+        process: subprocess.Popen[str] = subprocess.Popen(self.command(member, argv), **settings)
+        self._children.append(process)
+        return process
 
     def exec(self, member: str, argv: list[str]) -> int:
         """Run a command in a member with our own standard streams; returns its exit status.
@@ -110,16 +115,15 @@ class Lab(Traffic):
         """
         if not argv:
             raise UsageError("exec: no command")
-        process = subprocess.Popen(self.command(member, argv), env=self.environment())
-        # Ctrl-C goes to the command, which is in our foreground group; whether that ends it is its affair.
-        previous = _set_handler(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return process.wait()
-        finally:
-            _restore_handler(signal.SIGINT, previous)
-            if process.poll() is None:
+        # Ctrl-C goes to the command too, which is in our foreground group; whether that ends it is its affair.
+        with (
+            _handlers(lambda *_: None, (signal.default_int_handler,), (signal.SIGINT,)),
+            subprocess.Popen(self.command(member, argv), env=self.environment(member)) as process,
+        ):
+            try:
+                return process.wait()
+            finally:
                 process.kill()
-                process.wait()
 
     def add_container(self, name: str) -> None:
         """Add a container to the running lab, on the lowest place that is free: after a removal, the old addresses."""
@@ -155,6 +159,13 @@ class Lab(Traffic):
             current = state.load(self.name)
             if current is not None and current.id == self._state.id:
                 _clean(current)
+            for child in self._children:
+                child.wait()
+                for pipe in (child.stdin, child.stdout, child.stderr):
+                    if pipe is not None:
+                        with suppress(BrokenPipeError):
+                            pipe.close()
+            self._children.clear()
 
     def _member(self, name: str) -> Member:
         try:
@@ -202,7 +213,7 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
     """
     if found := check(spec.runtime):
         raise found[0]
-    with state.locked(spec.name):
+    with _terminable(), state.locked(spec.name):
         old = _load_or_forget(spec.name)
         if old is not None:
             why = _trouble(old)
@@ -223,7 +234,7 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
             record.members[place.name] = _planned(record, place)
         if spec.runtime is Runtime.DOCKER:
             record.docker_socket = str(record.directory / "docker.sock")
-            record.made_directories = docker.missing_directories()
+            record.made_directories = docker.directories_to_make(spec.name)
         record.save()
         try:
             _create_host(record)
@@ -255,6 +266,7 @@ def down(name: str = "lab", *, force: bool = False) -> bool:
     """
     Spec(name=name)  # the name becomes part of paths
     if not _exists(name):
+        state.tidy(name)
         return False
     if os.geteuid() != 0:
         raise Unavailable("lab", "network namespaces need root", "run it with sudo")
@@ -349,8 +361,7 @@ def _note_inodes(record: State, members: Any) -> None:
 def _remove_member(record: State, name: str) -> None:
     member = record.members[name]
     path = Path(member.path)
-    if inode := netns.inode(path):
-        state.kill(record.id, in_netns=inode)
+    state.kill(record.id, name)
     if record.spec.runtime is Runtime.DOCKER:
         docker.remove(record, member)
     else:
@@ -431,41 +442,43 @@ def _netns_names() -> list[str]:
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def _leave(number: int, _frame: object) -> None:
+    """Unwind the stack with the exit status that a shell shows for this signal."""
+    raise SystemExit(128 + number)
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM until the block is done: a clean-up must not be cut short by impatience."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
+    """Hold back Ctrl-C and SIGTERM until the block is done: a clean-up must not be cut short by impatience.
+
+    Handlers, not a signal mask: that is each thread's own, and Python runs its handlers in the main thread whichever
+    thread the signal came to. A program's own handlers stay: they do not raise, as a rule.
+    """
+    pending: list[int] = []
+    raising = (signal.SIG_DFL, signal.default_int_handler, _leave)
+    with _handlers(lambda number, _frame: pending.append(number), raising, _SIGNALS):
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in pending[:1]:
+        signal.raise_signal(number)
+
+
+def _terminable() -> AbstractContextManager[None]:
+    """Make SIGTERM and SIGHUP unwind the stack, where they would end the process."""
+    return _handlers(_leave, (signal.SIG_DFL,), _SIGNALS[1:])
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind the stack (exit status 128 + signal), where they would end the process."""
-
-    def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = {s: _set_handler(s, leave) for s in _SIGNALS[1:] if _is_default(s)}
+def _handlers(
+    handler: Callable[[int, Any], object], instead_of: tuple[object, ...], signals: tuple[signal.Signals, ...]
+) -> Iterator[None]:
+    """Set a handler where one of `instead_of` is in force, for the length of the block; only in the main thread."""
+    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in signals:
+            if signal.getsignal(number) in instead_of:
+                previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            _restore_handler(number, handler)
-
-
-def _is_default(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_DFL
-
-
-def _set_handler(number: signal.Signals, handler: Any) -> Any:
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(number, handler)
-
-
-def _restore_handler(number: signal.Signals, handler: Any) -> None:
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -181,11 +181,11 @@ def remove_devices(path: Path, env: Mapping[str, str]) -> None:
     So none outlives the lab where somebody else's process holds the namespace, and all are gone when we return (the
     kernel empties namespaces later, by itself). As one group, since each deletion waits for an RCU grace period.
     """
-    listed = netns.run(netns.enter_command(path, ["ip", "-o", "link", "show"]), env=env)
-    names = [line.split(": ", 2)[1].partition("@")[0] for line in listed.splitlines()]
-    commands = [f"link set {name} group {_DOOMED}\n" for name in names if name != "lo"]
-    if commands:
-        with suppress(LabError):  # something else deletes as well: the end of a process, say
+    with suppress(LabError):  # somebody else deletes as well: the end of a process, the user
+        listed = netns.run(netns.enter_command(path, ["ip", "-o", "link", "show"]), env=env)
+        names = [line.split(": ", 2)[1].partition("@")[0] for line in listed.splitlines()]
+        commands = [f"link set {name} group {_DOOMED}\n" for name in names if name != "lo"]
+        if commands:
             argv = netns.enter_command(path, ["ip", "-force", "-batch", "-"])
             netns.run(argv, stdin="".join([*commands, f"link del group {_DOOMED}\n"]), env=env)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface
 from typing import Final, Literal
 
@@ -170,6 +171,7 @@ def _subnet4(spec: Spec, number: int) -> IPv4Network:
     return list(_BRIDGE_NET4.subnets(cut))[number]
 
 
+@lru_cache
 def _bridge(spec: Spec, number: int) -> Bridge:
     subnet4 = _subnet4(spec, number)
     subnet6 = ip_interface(f"2001:db8:1:{0 if spec.same_addresses else number:x}::1/64")

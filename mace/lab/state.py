@@ -33,6 +33,7 @@ from mace.lab.plan import Runtime, Spec
 STATE_DIR: Final = Path("/run/mace/labs")
 VERSION: Final = 1
 ID_VARIABLE: Final = "MACE_LAB_ID"
+MEMBER_VARIABLE: Final = "MACE_LAB_MEMBER"
 LOCK_LIMIT_S: Final = 60.0
 """Longer than any set-up (a Docker daemon's start is given 20 s)."""
 
@@ -94,13 +95,18 @@ class State:
     def directory(self) -> Path:
         return STATE_DIR / f"{self.spec.name}.d"
 
-    def environment(self) -> dict[str, str]:
-        """Environment for the processes of the lab. `LC_ALL=C` because output is read; PATH with sbin."""
+    def environment(self, member: str = "") -> dict[str, str]:
+        """Environment for the processes of the lab. `LC_ALL=C` because output is read; PATH with sbin.
+
+        The member counts where a container is removed, and not the namespace that a process is in: one that has just
+        been started is not in it yet.
+        """
         return {
             **os.environ,
             "PATH": search_path(),
             "LC_ALL": "C",
             ID_VARIABLE: self.id,
+            MEMBER_VARIABLE: member,
         }
 
     def save(self) -> None:
@@ -181,6 +187,13 @@ def locked(name: str) -> Iterator[None]:
         os.close(fd)
 
 
+def tidy(name: str) -> None:
+    """Remove the lock file of a lab that is none: its maker was killed before the first word."""
+    if (STATE_DIR / f"{name}.lock").exists():
+        with locked(name):  # removes it at the end
+            pass
+
+
 def this_process() -> Process:
     """Ourselves, for others to look at."""
     return Process(os.getpid(), start_ticks(os.getpid()))
@@ -196,15 +209,15 @@ def start_ticks(pid: int) -> int:
     return -1 if fields[0] in "ZX" else int(fields[19])
 
 
-def processes(lab_id: str) -> list[int]:
-    """Processes that carry the lab's id in their environment; never ourselves nor those we descend from."""
-    mark = f"{ID_VARIABLE}={lab_id}".encode()
+def processes(lab_id: str, member: str = "") -> list[int]:
+    """Processes that carry the lab's id (and the member's name) in their environment.
+
+    Never ourselves nor those we descend from.
+    """
+    marks = _marks(lab_id, member)
     spared = _ancestry()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) not in spared and _carries(int(entry.name), mark):
-            found.append(int(entry.name))
-    return found
+    numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in numbers if pid not in spared and _carries(pid, marks)]
 
 
 def is_locked(name: str) -> bool:
@@ -222,15 +235,14 @@ def is_locked(name: str) -> bool:
     return False
 
 
-def kill(lab_id: str, in_netns: int = 0, limit_s: float = 10.0) -> None:
-    """End all processes of a lab (or only those in the network namespace with inode `in_netns`), and wait until they
-    are gone. Raises `LabError`.
+def kill(lab_id: str, member: str = "", limit_s: float = 10.0) -> None:
+    """End all processes of a lab, or only a member's, and wait until they are gone. Raises `LabError`.
 
     SIGKILL: what they leave behind is removed from outside anyway, and must be, for a run that was itself killed.
     """
-    mark = f"{ID_VARIABLE}={lab_id}".encode()
+    marks = _marks(lab_id, member)
     deadline = time.monotonic() + limit_s
-    while found := [pid for pid in processes(lab_id) if not in_netns or netns_of(pid) == in_netns]:
+    while found := processes(lab_id, member):
         for pid in found:
             try:
                 fd = os.pidfd_open(pid)
@@ -238,7 +250,7 @@ def kill(lab_id: str, in_netns: int = 0, limit_s: float = 10.0) -> None:
                 continue
             try:
                 # Looked at again, now that the number cannot come to mean another process.
-                if _carries(pid, mark):
+                if _carries(pid, marks):
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
                     select.select([fd], [], [], 1.0)
             except ProcessLookupError:
@@ -249,17 +261,14 @@ def kill(lab_id: str, in_netns: int = 0, limit_s: float = 10.0) -> None:
             raise LabError(f"processes {found} do not end")
 
 
-def netns_of(pid: int) -> int:
-    """Inode of a process's network namespace; 0 if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/ns/net").stat().st_ino
-    except OSError:
-        return 0
+def _marks(lab_id: str, member: str) -> set[bytes]:
+    values = {ID_VARIABLE: lab_id} | ({MEMBER_VARIABLE: member} if member else {})
+    return {f"{key}={value}".encode() for key, value in values.items()}
 
 
-def _carries(pid: int, mark: bytes) -> bool:
+def _carries(pid: int, marks: set[bytes]) -> bool:
     try:
-        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return marks <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     except OSError:
         return False
 

@@ -29,7 +29,7 @@ _GENERATOR: Final = Path(__file__).with_name("generator.py")
 MAX_COUNT: Final = 1_000_000_000
 MAX_LIMIT_S: Final = 24 * 3600.0
 _SLOWEST_PPS: Final = 5_000
-"""What even a busy machine sends, for the time limit of a run whose pace is not given."""
+"""What even a busy machine sends, for the time limit of a run."""
 _MARGIN_S: Final = 30.0
 
 
@@ -414,7 +414,7 @@ def _check(what: str, *, count: int, size: int, largest: int) -> None:
 def _limit_s(count: int, rate_pps: float, duration_s: float) -> float:
     if rate_pps < 0 or duration_s < 0:
         raise UsageError("rate and duration cannot be negative")
-    expected_s = count / min(rate_pps or _SLOWEST_PPS, _SLOWEST_PPS if rate_pps > _SLOWEST_PPS else MAX_COUNT)
+    expected_s = count / min(rate_pps or _SLOWEST_PPS, _SLOWEST_PPS)
     return min(MAX_LIMIT_S, (min(duration_s, expected_s) if duration_s else expected_s) + _MARGIN_S)
 
 
