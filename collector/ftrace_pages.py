@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -177,15 +177,21 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Pages of one CPU, one after the other in a buffer and in the ring."""
+
+    cpu: int
+    pages: int
+    skip: int = 0
+    """Bytes of the first page's data that were decoded before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
-    """What some pages of one CPU hold, in the ring's order."""
+    """What the pages of a stretch hold, in the ring's order."""
 
     batch: Batch
     gaps: tuple[Gap, ...]
-    skipped: int
-    """Events of other kinds than the hooks'."""
-    last_page_used: int
-    """Bytes of data in the last page: of a full ring it is nearly all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +285,7 @@ def page_buffer(layout: PageLayout, pages: int) -> Bytes:
 
 
 class PageDecoder:
-    """Decodes pages of one machine's kernel. Keeps the sightings and the key of skb_id; no state between calls."""
+    """Decodes pages of one machine's kernel. Keeps the sightings and the key of skb_id, and no other state."""
 
     def __init__(
         self,
@@ -292,6 +298,8 @@ class PageDecoder:
             raise SourceError("trace pages are read on little-endian machines only")
         self.layout = layout
         self.sightings = Sightings() if sightings is None else sightings
+        self.skipped = 0
+        """Events of other kinds than the hooks'."""
         self._events = _Events(formats)
         # A bijection on 64 bits (xor, odd multiplications, xor-shift), so that no two buffers share an id, with
         # constants of this run, so that no kernel address leaves the machine.
@@ -309,41 +317,49 @@ class PageDecoder:
         addresses ^= addresses >> half
         return addresses
 
-    def decode(self, buffer: Bytes, pages: int, cpu: int, skip: int = 0) -> Decoded:
-        """The records of the first `pages` pages of a `page_buffer`, which is scribbled on.
+    def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[Decoded]:
+        """The records of each stretch; they lie one after the other in a `page_buffer`, which is scribbled on.
 
-        The first `skip` bytes of the first page's data were decoded before. Raises `SourceError` naming the page
-        where a page is not one.
+        Many CPUs with a few events each cost hardly more than one of them, if they are decoded together.
+        Raises `SourceError` naming the page where a page is not one.
         """
         layout = self.layout
         words: Words = buffer.view(np.uint32)
         page_words = layout.page_size // 4
+        counts = [stretch.pages for stretch in stretches]
+        cpus = np.repeat(np.array([stretch.cpu for stretch in stretches], np.uint16), counts)
+        pages = len(cpus)
         words[pages * page_words : pages * page_words + _SLACK_WORDS] = _STOP
         heads = words[: pages * page_words].reshape(pages, page_words)
         stamp = layout.timestamp_offset // 4
         times = heads[:, stamp].astype(np.int64) | heads[:, stamp + 1].astype(np.int64) << 32
         commit = heads[:, layout.commit_offset // 4].astype(np.int64)
         used = commit & ~MISSED
-        self._complain(cpu, (used > layout.data_size) | (used & 3 != 0), "says it holds {} bytes", used)
+        self._complain(
+            cpus, np.flatnonzero((used > layout.data_size) | (used & 3 != 0)), "holds no such number of bytes"
+        )
 
         begin = np.arange(pages, dtype=np.int64) * layout.page_size + layout.data_offset
         end = begin + used
-        missed = [
-            (int(page), self._stored_loss(words, int(end[page]), int(commit[page]), int(used[page])))
+        missed = {
+            int(page): self._stored_loss(words, int(end[page]), int(commit[page]), int(used[page]))
             for page in np.flatnonzero(commit & _MISSED_EVENTS)
-        ]
+        }
         words[end >> 2] = _STOP
-        at = self._walk(buffer, words, begin, end, cpu)
+        at = self._walk(buffer, words, begin, end, cpus)
 
         first = np.searchsorted(at, begin >> 2)
         head = words.take(at, mode="clip")
         kind = head & np.uint32(31)
         ts = self._times(words, at, head, kind, first, times)
-        is_data = kind < _PADDING
-        if skip:
-            is_data &= at >= (layout.data_offset + skip) >> 2
-        if not is_data.all():
-            keep = np.flatnonzero(is_data)
+        wanted = kind < _PADDING
+        page = 0
+        for stretch in stretches:
+            if stretch.skip:
+                wanted[first[page] : np.searchsorted(at, (begin[page] + stretch.skip) >> 2)] = False
+            page += stretch.pages
+        if not wanted.all():
+            keep = np.flatnonzero(wanted)
             at, ts, kind = at[keep], ts[keep], kind[keep]
         size = kind << np.uint32(2)
         at += 1
@@ -352,22 +368,27 @@ class PageDecoder:
             size[long] = words[at[long]] - np.uint32(4)
             at[long] += 1
         hook = self._events.hook_of_id.take(words.take(at, mode="clip") & np.uint32(0xFFFF), mode="clip")
-        skipped = 0
         if not hook.all():
             keep = np.flatnonzero(hook)
-            skipped = len(hook) - len(keep)
+            self.skipped += len(hook) - len(keep)
             at, ts, size, hook = at[keep], ts[keep], size[keep], hook[keep]
-        batch = self._columns(words, at, ts, size, hook, cpu)
-        gaps = tuple(Gap(int(np.searchsorted(at, begin[page] >> 2)), lost) for page, lost in missed)
-        return Decoded(batch, gaps, skipped, int(used[-1]) if pages else 0)
 
-    def _complain(self, cpu: int, wrong: npt.NDArray[np.bool_], what: str, values: Index | None = None) -> None:
-        if wrong.any():
-            page = int(np.flatnonzero(wrong)[0])
-            said = what.format(int(values[page]) if values is not None else "")
+        first = np.searchsorted(at, np.append(begin, pages * layout.page_size) >> 2)
+        batch = self._columns(words, at, ts, size, hook, np.repeat(cpus, np.diff(first)))
+        decoded, page = [], 0
+        for stretch in stretches:
+            start, page_after = int(first[page]), page + stretch.pages
+            gaps = tuple(Gap(int(first[p]) - start, missed[p]) for p in range(page, page_after) if p in missed)
+            decoded.append(Decoded(batch[start : int(first[page_after])], gaps))
+            page = page_after
+        return decoded
+
+    def _complain(self, cpus: npt.NDArray[np.uint16], wrong: Index, what: str) -> None:
+        """Refuse the first of the pages (or events) `wrong`, indexes into `cpus`."""
+        if len(wrong):
             raise SourceError(
-                f"ring of CPU {cpu}: page {page} of this read {said}; expected up to {self.layout.data_size} bytes of "
-                "whole events"
+                f"ring of CPU {cpus[wrong[0]]}: a page {what}; expected up to {self.layout.data_size} bytes of whole "
+                "events in the format that the kernel tells"
             )
 
     def _stored_loss(self, words: Words, end: int, commit: int, used: int) -> int | None:
@@ -376,7 +397,7 @@ class PageDecoder:
             return None
         return int(words[end // 4]) | (int(words[end // 4 + 1]) << 32 if size == 8 else 0)
 
-    def _walk(self, buffer: Bytes, words: Words, begin: Index, end: Index, cpu: int) -> Index:
+    def _walk(self, buffer: Bytes, words: Words, begin: Index, end: Index, cpus: npt.NDArray[np.uint16]) -> Index:
         """Word indexes of all event headers in ring order, without padding."""
         collected: list[Index] = []
         longest = self.layout.data_size // 8 + 1
@@ -388,20 +409,19 @@ class PageDecoder:
             moved = walked[:, :-1] != walked[:, 1:]
             collected.append(walked[:, :-1].ravel().compress(moved.ravel()) >> 2)
             head = words.take(last >> 2, mode="clip")
-            self._complain(cpu, last > until, "has an event that reaches over its end")
-            halted = (last < until) & (head != _STOP)
-            if not halted.any():
-                break
+            self._complain(cpus, np.flatnonzero(last > until), "has an event that reaches over its end")
+            halted = np.flatnonzero((last < until) & (head != _STOP))
             # Events that say themselves how long they are: type 0, and padding (a discarded event, or the rest of
             # a page in its full length).
-            current, until, head = last[halted], until[halted], head[halted]
+            current, until, head, cpus = last[halted], until[halted], head[halted], cpus[halted]
             length = words.take((current >> 2) + 1, mode="clip").astype(np.int64)
             following = current + 4 + length
-            self._complain(
-                cpu, (length < 4) | (length & 3 != 0) | (following > until), "has an event of no valid length"
-            )
+            wrong = (length < 4) | (length & 3 != 0) | (following > until)
+            self._complain(cpus, np.flatnonzero(wrong), "has an event of no valid length")
             # A discarded event counts as time passed; the padding that ends a page has no event after it.
-            collected.append(current[((head & 31) == 0) | (following < until)] >> 2)
+            kept = np.flatnonzero(((head & 31) == 0) | (following < until))
+            if len(kept):
+                collected.append(current[kept] >> 2)
             current = following
         if len(collected) == 1:
             return collected[0]
@@ -450,13 +470,15 @@ class PageDecoder:
         delta[start] += base - np.concatenate([[0], base[:-1] + sums[:-1]])
         return np.cumsum(delta)
 
-    def _columns(self, words: Words, at: Index, ts: Index, size: Words, hook: Bytes, cpu: int) -> Batch:
+    def _columns(
+        self, words: Words, at: Index, ts: Index, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
+    ) -> Batch:
         known = self._events
         count = len(at)
         if not count:
             return Batch.empty()
-        if (size < known.fixed_size.take(hook, mode="clip")).any():
-            raise SourceError(f"ring of CPU {cpu}: an event is shorter than its format says")
+        short = size < known.fixed_size.take(hook, mode="clip")
+        self._complain(cpus, np.flatnonzero(short), "has an event that is shorter than its format")
         address = known.skb.take(hook, mode="clip")
         address += at
         skb: U64 = words.take(address, mode="clip").astype(np.uint64)
@@ -487,15 +509,17 @@ class PageDecoder:
         return Batch(
             ts_ns=ts,
             skb_id=self.skb_ids(skb),
-            dev=self._devices(words, at, size, hook, cpu),
+            dev=self._devices(words, at, size, hook, cpus),
             l3_len=length,
-            cpu=np.full(count, cpu, np.uint16),
+            cpu=cpus,
             drop_reason=reason,
             gso_segs=segments,
             hook=hook,
         )
 
-    def _devices(self, words: Words, at: Index, size: Words, hook: Bytes, cpu: int) -> npt.NDArray[np.uint32]:
+    def _devices(
+        self, words: Words, at: Index, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
+    ) -> npt.NDArray[np.uint32]:
         known = self._events
         address = known.name.take(hook, mode="clip")
         address += at
@@ -503,8 +527,10 @@ class PageDecoder:
         place &= known.name_mask.take(hook, mode="clip")  # no device: offset 0, length 0, and so the empty name
         offset = place & np.uint32(0xFFFF)
         length = place >> np.uint32(16)
-        if (length > _NAME_MAX).any() or (offset + length > size).any():
-            raise SourceError(f"ring of CPU {cpu}: a device name is longer than {_NAME_MAX} bytes or outside its event")
+        wrong = (length > _NAME_MAX) | (offset + length > size)
+        self._complain(
+            cpus, np.flatnonzero(wrong), f"has a device name of more than {_NAME_MAX} bytes or outside its event"
+        )
         start = at + (offset >> np.uint32(2))
         low: U64 = words.take(start, mode="clip").astype(np.uint64)
         start += 1

@@ -47,8 +47,11 @@ class Taken:
 class Ring(Protocol):
     """One CPU's ring. `close` is called once, last."""
 
-    def take(self, into: PageBuffer) -> Taken:
-        """Move pages out of the ring, the one that is being written as far as it is written. Raises `SourceError`."""
+    def take(self, into: PageBuffer, start: int = 0) -> Taken:
+        """Move pages out of the ring into the buffer, from its page `start` on.
+
+        The page that is being written is taken as far as it is written. Raises `SourceError`.
+        """
         ...
 
     def close(self) -> None: ...
@@ -69,14 +72,14 @@ class ReadRing:
         self._size = layout.page_size
         self._fd = _open(path)
 
-    def take(self, into: PageBuffer) -> Taken:
-        done = 0
-        for upto in (self._FIRST, into.pages):
-            if done < upto:
-                done += self._readv(into.views[done:upto])
-            if done < min(upto, into.pages):
-                return Taken(done, empty=True)
-        return Taken(done, empty=False)
+    def take(self, into: PageBuffer, start: int = 0) -> Taken:
+        at = start
+        for upto in (min(start + self._FIRST, into.pages), into.pages):
+            if at < upto:
+                at += self._readv(into.views[at:upto])
+            if at < upto:
+                return Taken(at - start, empty=True)
+        return Taken(at - start, empty=False)
 
     def _readv(self, views: list[memoryview]) -> int:
         try:
@@ -167,9 +170,9 @@ class MmapRing:
         self._page = self._meta.reader_id
         self._read = self._meta.reader_read
 
-    def take(self, into: PageBuffer) -> Taken:
-        done = skip = 0
-        while done < into.pages:
+    def take(self, into: PageBuffer, start: int = 0) -> Taken:
+        at, skip = start, 0
+        while at < into.pages:
             try:
                 fcntl.ioctl(self._fd, _GET_READER)
             except OSError as error:
@@ -177,16 +180,16 @@ class MmapRing:
             page, read = self._meta.reader_id, self._meta.reader_read
             same = page == self._page
             if same and read == self._read:
-                return Taken(done, empty=True, skip=skip)
-            if same and done:
+                return Taken(at - start, empty=True, skip=skip)
+            if same and at > start:
                 # The writer is on this page and went on while we copied it: it has nothing behind it.
-                self._copy(into, done - 1, page, read)
-                return Taken(done, empty=True, skip=skip)
+                self._copy(into, at - 1, page, read)
+                return Taken(at - start, empty=True, skip=skip)
             if same:
                 skip = self._read
-            self._copy(into, done, page, read)
-            done += 1
-        return Taken(done, empty=False, skip=skip)
+            self._copy(into, at, page, read)
+            at += 1
+        return Taken(at - start, empty=False, skip=skip)
 
     def _copy(self, into: PageBuffer, slot: int, page: int, read: int) -> None:
         into.matrix[slot] = self._pages[page]

@@ -29,7 +29,7 @@ import numpy as np
 
 from collector import tracefs
 from collector.ftrace_formats import parse_format, parse_header_page
-from collector.ftrace_pages import Decoded, PageDecoder
+from collector.ftrace_pages import Decoded, PageDecoder, Stretch
 from collector.ftrace_rings import MmapRing, PageBuffer, ReadRing, Ring
 from collector.merge import Merger
 from mace import __version__, clock
@@ -117,6 +117,22 @@ class _Cpu:
     """Whether a marker's count was once taken from the kernel's total, which may be ahead of the page."""
 
 
+@dataclass(slots=True)
+class _Reading:
+    """One CPU's part of a tick."""
+
+    cpu: _Cpu
+    began_ns: int
+    caught_up: bool = False
+    """Whether all events from before `began_ns` were taken."""
+    parts: list[Decoded] = field(default_factory=list)
+
+    @property
+    def newest_ns(self) -> int:
+        """Time of the last record that was decoded."""
+        return next((int(part.batch.ts_ns[-1]) for part in reversed(self.parts) if len(part.batch)), 0)
+
+
 def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:
     """Lost events of some gaps in order, where the kernel left some counts out.
 
@@ -155,8 +171,9 @@ class FtraceSource:
         """Inode of the host's network namespace; 0 where nobody follows devices."""
         self._sightings_told = 0
         self._began_ns = 0
-        self.skipped = 0
-        """Events in the rings that are none of our hooks'."""
+        self._gathered: list[tuple[_Reading, Stretch]] = []
+        self._filled = 0
+        """Pages in the buffer that wait to be decoded: those of `_gathered`."""
 
     # --- lifecycle ------------------------------------------------------------------------------
 
@@ -264,6 +281,11 @@ class FtraceSource:
             instance.remove()
 
     @property
+    def skipped(self) -> int:
+        """Events in the rings that are none of our hooks'."""
+        return self._decoder.skipped
+
+    @property
     def discarded(self) -> int:
         """Records that came after later ones were given out (see `collector.merge`)."""
         return self._merger.late
@@ -343,35 +365,48 @@ class FtraceSource:
             self._merger.add_cpu(number, since)
 
     def _read_all(self) -> bool:
-        """Take what is in the rings; whether that is all there was when it began."""
-        self._open_cpus()
-        caught_up = [self._read(cpu) for cpu in self._cpus.values()]
-        return all(caught_up)
+        """Take what is in the rings; whether that is all there was when it began.
 
-    def _read(self, cpu: _Cpu) -> bool:
-        before = time.monotonic_ns()
-        parts: list[Decoded] = []
+        Pages of all CPUs are gathered and decoded together, so that many CPUs with little to tell cost little.
+        """
+        self._open_cpus()
+        readings = [_Reading(cpu, time.monotonic_ns()) for cpu in self._cpus.values()]
+        for reading in readings:
+            self._read(reading)
+        self._decode()
+        for reading in readings:
+            cpu = reading.cpu
+            if reading.parts:
+                self._merger.push(cpu.cpu, self._with_markers(cpu, reading.parts))
+            cpu.complete_ns = max(cpu.complete_ns, reading.began_ns if reading.caught_up else reading.newest_ns)
+            self._merger.complete(cpu.cpu, cpu.complete_ns)
+        return all(reading.caught_up for reading in readings)
+
+    def _read(self, reading: _Reading) -> None:
+        """Take what is in one ring; decode when the buffer is full."""
+        reading.began_ns = time.monotonic_ns()
         # A full ring at most, so that one CPU under flood cannot keep us from the others.
         budget = max(self.config.ring_kib_per_cpu * 1024 // self._layout.page_size, 1)
-        complete_ns = cpu.complete_ns
-        while True:
-            taken = cpu.ring.take(self._buffer)
+        while budget > 0 and not reading.caught_up:
+            taken = reading.cpu.ring.take(self._buffer, self._filled)
             if taken.pages:
-                part = self._decoder.decode(self._buffer.bytes, taken.pages, cpu.cpu, taken.skip)
-                self.skipped += part.skipped
-                parts.append(part)
-            newest = int(parts[-1].batch.ts_ns[-1]) if parts and len(parts[-1].batch) else 0
-            if taken.empty or newest >= before:
-                complete_ns = before
-                break
-            budget -= taken.pages
-            if budget <= 0:
-                complete_ns = max(complete_ns, newest)
-                break
-        self._merger.push(cpu.cpu, self._with_markers(cpu, parts))
-        cpu.complete_ns = complete_ns
-        self._merger.complete(cpu.cpu, complete_ns)
-        return complete_ns == before
+                self._gathered.append((reading, Stretch(reading.cpu.cpu, taken.pages, taken.skip)))
+                self._filled += taken.pages
+                budget -= taken.pages
+            reading.caught_up = taken.empty
+            if not taken.empty:
+                self._decode()
+                # A writer as fast as we are never lets us find the ring empty.
+                reading.caught_up = reading.newest_ns >= reading.began_ns
+
+    def _decode(self) -> None:
+        """Decode what was gathered."""
+        if self._gathered:
+            decoded = self._decoder.decode(self._buffer.bytes, [stretch for _, stretch in self._gathered])
+            for (reading, _), part in zip(self._gathered, decoded, strict=True):
+                reading.parts.append(part)
+        self._gathered.clear()
+        self._filled = 0
 
     def _with_markers(self, cpu: _Cpu, parts: list[Decoded]) -> Batch:
         """All records of one reading, with a `LOST` marker at each gap."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from collector import tracefs
 from collector.ftrace_formats import EventFormat, PageLayout, parse_format, parse_header_page
-from collector.ftrace_pages import Bytes, PageDecoder, page_buffer
+from collector.ftrace_pages import Bytes, PageDecoder, Stretch, page_buffer
 from collector.ftrace_rings import MmapRing, PageBuffer, ReadRing
 from collector.ftrace_source import FtraceSource, keep_freed_memory, online_cpus
 from mace.errors import MaceError
@@ -103,7 +103,7 @@ def _decode_rates(
         for at in range(0, len(pages) - chunk + 1, chunk):
             buffer[: chunk * layout.page_size] = pages[at : at + chunk].ravel()
             start = time.perf_counter()
-            events += len(decoder.decode(buffer, chunk, 0).batch)
+            events += len(decoder.decode(buffer, [Stretch(0, chunk)])[0].batch)
             spent += time.perf_counter() - start
         rates.append(events / spent)
     return rates[1:], events  # the first touches memory and code for the first time

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.ftrace_pages import Gap, PageDecoder, Sightings, page_buffer
+from collector.ftrace_pages import Gap, PageDecoder, Sightings, Stretch, page_buffer
 from mace.errors import SourceError
 from mace.hooks import BY_TRACEPOINT, Hook, Way
 from tests.ring_pages import EVENTS, Page, formats, layout, payload, simple_decode
@@ -26,7 +26,9 @@ def decode(pages, cpu=3, skip=0, with_=None):
     raw = b"".join(page.bytes() if isinstance(page, Page) else page for page in pages)
     buffer = page_buffer(where, len(pages))
     buffer[: len(raw)] = np.frombuffer(raw, np.uint8)
-    return (with_ or decoder(where.page_size)).decode(buffer, len(pages), cpu, skip)
+    real = with_ or decoder(where.page_size)
+    (decoded,) = real.decode(buffer, [Stretch(cpu, len(pages), skip)])
+    return decoded
 
 
 def rx(skb=0xFFFF888000001000, length=84, name=b"eth0"):
@@ -172,8 +174,9 @@ def test_other_events_are_skipped_and_counted():
     page.event(struct.pack("<H", 1) + b"x" * 40)
     page.event(rx())
     page.event(struct.pack("<H", 60000) + b"x" * 40)
-    decoded = decode([page])
-    assert (len(decoded.batch), decoded.skipped) == (1, 2)
+    real = decoder()
+    assert len(decode([page], with_=real).batch) == 1
+    assert real.skipped == 2
 
 
 def test_gaps_stand_before_the_page_that_tells_them():
@@ -210,6 +213,26 @@ def test_a_page_read_in_two_goes():
     assert second.batch.ts_ns.tolist() == [105 + (1 << 30), 110 + (1 << 30)]
 
 
+@given(rings(), rings(), st.integers(0, 200))
+def test_cpus_decoded_together_are_as_decoded_apart(one, two, skip):
+    if one[0].layout != two[0].layout:
+        return
+    skip = min(4 * skip, len(two[0].data))
+    where = one[0].layout
+    raw = b"".join(page.bytes() for page in one + two)
+    buffer = page_buffer(where, len(one) + len(two))
+    buffer[: len(raw)] = np.frombuffer(raw, np.uint8)
+    real = decoder(where.page_size)
+    together = real.decode(buffer, [Stretch(1, len(one)), Stretch(0, 0), Stretch(9, len(two), skip)])
+    apart = [decode(one, cpu=1, with_=real), None, decode(two, cpu=9, skip=skip, with_=real)]
+    assert len(together[1].batch) == 0
+    for got, expected in zip(together, apart, strict=True):
+        if expected is not None:
+            assert got.gaps == expected.gaps
+            for name, column in got.batch.columns():
+                assert column.tolist() == getattr(expected.batch, name).tolist(), name
+
+
 def test_nothing_in_nothing_out():
     decoded = decode([Page(layout(), 100), Page(layout(), 200)])
     assert (len(decoded.batch), decoded.gaps) == (0, ())
@@ -242,8 +265,8 @@ def test_noise_is_no_page(seed, commit):
 @pytest.mark.parametrize(
     ("head", "why"),
     [
-        (struct.pack("<QQ", 0, 4088), "says it holds 4088 bytes"),
-        (struct.pack("<QQ", 0, 10), "says it holds 10 bytes"),
+        (struct.pack("<QQ", 0, 4088), "no such number of bytes"),
+        (struct.pack("<QQ", 0, 10), "no such number of bytes"),
         (struct.pack("<QQI", 0, 16, 20), "reaches over its end"),
         (struct.pack("<QQII", 0, 16, 0, 0), "no valid length"),
         (struct.pack("<QQII", 0, 16, 0, 0xFFFFFFFC), "no valid length"),
