@@ -296,6 +296,7 @@ class FtraceSource:
         """Topology and batches until `request_stop`. A slow reader is felt in the kernel's rings, not here."""
         yield self._topology(self._began_ns)
         while not self._stop.is_set():
+            began = time.monotonic()
             behind = not self._read_all()
             for item in self._released():
                 yield item
@@ -305,7 +306,9 @@ class FtraceSource:
             if behind:
                 await asyncio.sleep(0)
             else:
-                await self._pause()
+                # A tick every interval, not an interval between ticks: decoding, and what those who read us do
+                # meanwhile, must not add to the latency.
+                await self._pause(max(began + self.config.poll_interval_s - time.monotonic(), 0))
         assert self._instance is not None
         self._instance.record(on=False)
         await asyncio.sleep(_SETTLE_S)
@@ -316,9 +319,9 @@ class FtraceSource:
         for item in self._released(to_the_end=True):
             yield item
 
-    async def _pause(self) -> None:
+    async def _pause(self, duration_s: float) -> None:
         try:
-            async with asyncio.timeout(self.config.poll_interval_s):
+            async with asyncio.timeout(duration_s):
                 await self._stop.wait()
         except TimeoutError:
             pass

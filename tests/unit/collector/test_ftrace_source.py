@@ -144,7 +144,7 @@ def run(source, kernel, ticks):
         header = await source.open()
         got = []
 
-        async def pause():
+        async def pause(duration_s):
             nonlocal ticks
             ticks -= 1
             kernel.now_ns += 50 * MS
