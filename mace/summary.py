@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, Final, Self
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +24,13 @@ from mace.topology import Device, Role
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
 _RANK_ELSE: Final = 6
+COUNTS_AS: Final = {
+    Segment.DEVICE: "overhead",
+    Segment.OUTSIDE: "outside",
+    Segment.DELIVERY: "delivery",
+    Segment.OVERHEAD: "whole",
+}
+"""What people read for a segment."""
 _PENDING_BINS: Final = 1 << 14
 """Bins that may wait to be merged, per histogram: bounds memory, and makes merging rare."""
 
@@ -191,6 +198,17 @@ class Summary:
             found = of_width[key] = Distribution()
         return found
 
+    def merge(self, other: Summary) -> None:
+        """Take in another run's."""
+        self.ledger += other.ledger
+        self.packets += other.packets
+        self.rows_not_stored += other.rows_not_stored
+        self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
+        for width_s, of_width in other._by_width.items():
+            for key, distribution in of_width.items():
+                mine = self.distribution(*key, width_s)
+                mine += distribution
+
     def rows(self, *segments: Segment) -> list[tuple[Key, Distribution]]:
         """All distributions of these segments (of all, if none is named), in the order of `path_order`.
 
@@ -242,16 +260,16 @@ class Summary:
 
     def tables(self, console: Console) -> None:
         """For people: what the containers added, device by device, and the ledger."""
-        self.print_losses(console)
-        console.print(self._overhead_table())
-        console.print(self._device_table())
-        self.print_ledger(console)
+        console.print(self.renderable())
 
-    def print_losses(self, console: Console) -> None:
-        """A panel if anything is missing from the figures; nothing otherwise."""
-        text = "\n".join(self.losses())
-        if text:
-            console.print(Panel(Text(text), title="not everything was seen", border_style="bold red", expand=False))
+    def renderable(self) -> Group:
+        """What `tables` prints, for a live display."""
+        return Group(*self.losses_panel(), self.overhead_table(), "", self.device_table(), "", self.ledger_line())
+
+    def losses_panel(self) -> list[Panel]:
+        """A panel if anything is missing from the figures; none otherwise."""
+        text = Text("\n".join(self.losses()))
+        return [Panel(text, title="not everything was seen", border_style="bold red", expand=False)] if text else []
 
     def losses(self) -> list[str]:
         """A sentence for each way in which the figures do not cover everything; none if they do."""
@@ -266,12 +284,11 @@ class Summary:
             told.append(f"{self.ledger.imbalance:,} records are in no category of the ledger: a defect, please report.")
         return told
 
-    def print_ledger(self, console: Console) -> None:
-        """Packets and the whole ledger, also when all of it is zero."""
-        bad = bool(self.losses())
-        console.print(Text(f"packets {self.packets:,} · {self.ledger.line()}", style="bold red" if bad else "dim"))
-        if self.note:
-            console.print(Text(self.note, style="dim"))
+    def ledger_line(self) -> Text:
+        """Packets and the whole ledger, also when all of it is zero; and where the figures come from."""
+        line = f"packets {self.packets:,} · {self.ledger.line()}"
+        style = "bold red" if self.losses() else "dim"
+        return Text("\n".join(t for t in (line, self.note) if t), style=style)
 
     def _several_hosts(self) -> bool:
         return len({k[0].host for k, _ in self.rows()}) > 1
@@ -280,32 +297,33 @@ class Summary:
         owner = place.container or place.netns
         return f"{place.host}/{owner}" if self._several_hosts() else owner
 
-    def _overhead_table(self) -> Table:
-        table = _table("What the container path added to each packet, µs", ("container", "direction"), "packets")
+    def overhead_table(self) -> Table:
+        """Per container and direction."""
+        table = _table(
+            "What the container path added to each packet, µs", ("container", "direction"), "packets", "mean"
+        )
         for (place, direction, _), distribution in self.overhead():
             table.add_row(self._owner(place), direction.name.lower(), *figures(distribution))
         return table
 
-    def _device_table(self) -> Table:
+    def device_table(self) -> Table:
+        """Per device and direction, in the order of the path."""
         rows = self.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
         labels = labels_of([k[0] for k, _ in rows])
         table = _table(
-            "Device by device, in the order of the path, µs",
-            ("direction", "device", "of", "kind", "counts as"),
-            "packets",
+            "Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets"
         )
         for direction, group in groupby(rows, key=lambda r: r[0][1]):
+            table.add_row(direction.name.lower(), style="bold")
             for (place, _, segment), distribution in group:
                 table.add_row(
-                    direction.name.lower(),
                     labels[place],
                     self._owner(place),
                     place.kind or "hardware",
-                    {Segment.DEVICE: "overhead"}.get(segment, segment.name.lower()),
-                    *figures(distribution),
+                    COUNTS_AS[segment],
+                    *figures(distribution)[:-1],
                     style="dim" if segment is Segment.OUTSIDE else "",
                 )
-            table.add_section()
         return table
 
 
@@ -334,13 +352,20 @@ def figures(distribution: Distribution) -> list[str]:
     return [f"{distribution.count:,}", *(microseconds(v) for v in shown)]
 
 
-def _table(title: str, names: Sequence[str], counted: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+def _table(title: str, names: Sequence[str], counted: str, *more: str) -> Table:
+    table = plain_table(title)
     for name in names:
         table.add_column(name, overflow="fold")
-    for name in (counted, "p50", "p90", "p99", "max", "mean"):
+    for name in (counted, "p50", "p90", "p99", "max", *more):
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def plain_table(title: str) -> Table:
+    """A table without frames: 80 columns must do for a path with its figures. Names fold before figures do."""
+    return Table(
+        title=title, title_justify="left", title_style="bold", header_style="underline", box=None, pad_edge=False
+    )
 
 
 def _entry(row: tuple[Key, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:
