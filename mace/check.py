@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from collector import devices, ftrace_source
+from collector import devices
+from collector.ftrace_source import FtraceSource
 from mace import lab
 from mace.config import Config
 from mace.interfaces import Status
@@ -14,14 +15,21 @@ from mace.interfaces import Status
 def statuses(config: Config) -> dict[str, Status]:
     """Each source, sink and helper by name, in the order of the pipeline."""
     return {
-        "source ftrace": ftrace_source.check(),
+        "source ftrace": FtraceSource.check(),
         "source capture": Status(True, "reads .mace files"),
         "device names": devices.check(host_netns=config.capture.host_netns or None),
         "sink capture": Status(True, "writes .mace files"),
         "sink store": _store(Path(config.store.path)),
-        "lab netns": lab.check(lab.Runtime.NETNS),
-        "lab docker": lab.check(lab.Runtime.DOCKER),
+        "lab netns": _lab(lab.Runtime.NETNS, "containers are bare network namespaces"),
+        "lab docker": _lab(lab.Runtime.DOCKER, "containers are Docker's"),
     }
+
+
+def _lab(runtime: lab.Runtime, detail: str) -> Status:
+    problems = lab.check(runtime)
+    if not problems:
+        return Status(True, detail)
+    return Status(False, "; ".join(p.why for p in problems), "; ".join(dict.fromkeys(p.remedy for p in problems)))
 
 
 def _store(path: Path) -> Status:

@@ -33,6 +33,8 @@ from storage.capture import CaptureSink
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
+WIDTH: Final = 120
+"""Of tables that do not go to a terminal, in characters."""
 EXIT_INTERRUPTED: Final = 130
 """128 + SIGINT, as shells count."""
 
@@ -74,7 +76,7 @@ def _check(args: argparse.Namespace) -> int:
     table = _table("part", "can run here", "found", "what to do")
     for name, status in found.items():
         table.add_row(name, "[green]yes[/]" if status.ok else "[red]no[/]", status.detail, status.remedy)
-    Console().print(table)
+    _stdout().print(table)
     return 0
 
 
@@ -86,7 +88,7 @@ def _hooks(args: argparse.Namespace) -> int:
     table = _table("id", "letter", "tracepoint", "sees the packet", "meaning")
     for info in HOOKS:
         table.add_row(str(int(info.hook)), info.letter, info.tracepoint, info.way.name.lower(), info.meaning)
-    Console().print(table)
+    _stdout().print(table)
     return 0
 
 
@@ -110,7 +112,7 @@ def _lab_list(args: argparse.Namespace) -> int:
     table = _table("lab", "status", "runtime", "containers", "")
     for info in labs:
         table.add_row(info.name, info.status, info.runtime, ", ".join(info.containers), info.detail)
-    Console().print(table)
+    _stdout().print(table)
     return 0
 
 
@@ -140,9 +142,11 @@ def _demo(args: argparse.Namespace) -> int:
         summary = session.measure(lambda: demo.traffic(place, args.duration, session.say), store=store, tee=_tee(args))
         _show(summary, args)
         if not args.json:
-            report.print_typical_paths(store, Console())
+            report.print_typical_paths(store, _stdout())
             session.say(
-                f"mace report --store {store} has more" if args.store else "with --store DIR the rows stay, for mace report"
+                f"mace report --store {store} has more"
+                if args.store
+                else "with --store DIR the rows stay, for mace report"
             )
     return 0
 
@@ -222,7 +226,12 @@ def _show(summary: Summary, args: argparse.Namespace) -> None:
     if args.json:
         _print_json(summary.as_dict())
     else:
-        summary.tables(Console())
+        summary.tables(_stdout())
+
+
+def _stdout() -> Console:
+    """Where results go; a pipe or a file has no width of its own, and nothing of a table should be cut there."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
 def _print_json(value: object) -> None:
@@ -272,9 +281,13 @@ def _parser() -> argparse.ArgumentParser:
 
     def with_topology(to: argparse.ArgumentParser, containers: int) -> None:
         to.add_argument("--containers", type=_at_least(1, int), default=containers, metavar="N", help="how many")
-        to.add_argument("--bridges", type=_at_least(1, int), default=1, metavar="N", help="containers take turns on them")
+        to.add_argument(
+            "--bridges", type=_at_least(1, int), default=1, metavar="N", help="containers take turns on them"
+        )
         to.add_argument("--same-addresses", action="store_true", help="the same subnet on each of the bridges")
-        to.add_argument("--runtime", choices=[r.value for r in lab.Runtime], default="netns", help="what makes containers")
+        to.add_argument(
+            "--runtime", choices=[r.value for r in lab.Runtime], default="netns", help="what makes containers"
+        )
 
     one = command("check", _check, "what can run on this machine, and if not, why and what to do")
     with_config(one)

@@ -44,7 +44,9 @@ class CaptureConfig:
     hold_back_ms: int = _key(
         50, "How long records are held, ms, so that news of a device can still come before them.", low=0, high=1000
     )
-    host_netns: str = _key("", "Network namespace that counts as the host: a name in /run/netns or a path; empty: of process 1.")
+    host_netns: str = _key(
+        "", "Network namespace that counts as the host: a name in /run/netns or a path; empty: of process 1."
+    )
     outer: tuple[str, ...] = _key((), "The host's devices towards the network; empty: those of its default routes.")
     remote_netns: tuple[str, ...] = _key((), "Namespaces that are the far end of a test network, not containers.")
     container_sockets: tuple[str, ...] = _key((), "More Docker or Podman API sockets to ask for container names.")
@@ -54,7 +56,9 @@ class CaptureConfig:
 class CorrelateConfig:
     """`[correlate]`: how records become delays."""
 
-    timeout_ms: int = _key(500, "A packet's next record comes within this, ms, or its life is over.", low=1, high=60_000)
+    timeout_ms: int = _key(
+        500, "A packet's next record comes within this, ms, or its life is over.", low=1, high=60_000
+    )
     rows: bool = _key(True, "Whether to keep a row per packet and segment, not only windows.")
     open_records: int = _key(
         4_194_304, "Records of unfinished packets that are kept at most.", low=1000, high=1_000_000_000
@@ -66,7 +70,9 @@ class StoreConfig:
     """`[store]`: the embedded store."""
 
     path: str = _key("mace-store", "Directory of the store.")
-    flush_interval_s: float = _key(1.0, "Rows are in the store at most this long after they came, s.", low=0.05, high=3600)
+    flush_interval_s: float = _key(
+        1.0, "Rows are in the store at most this long after they came, s.", low=0.05, high=3600
+    )
     sync: bool = _key(True, "Whether each segment is brought to the disk (fsync) before it counts as stored.")
     max_age_days: float = _key(0.0, "Remove what is older, days; 0: keep for ever.", low=0)
     max_size_gib: float = _key(0.0, "Remove the oldest when the store is larger, GiB; 0: no limit.", low=0)
@@ -113,7 +119,8 @@ def _table(path: str, table: str, kind: type[T], given: dict[str, Any]) -> T:
     values = {}
     for name, value in given.items():
         if name not in known:
-            raise ConfigError(f"{path}: [{table}] has no key {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+            hint = nearest(name, known)
+            raise ConfigError(f"{path}: [{table}] has no key {name!r}{hint}; known: {', '.join(known)}")
         values[name] = _value(f"{path}: [{table}] {name}", str(known[name].type), value, known[name].metadata)
     return kind(**values)
 
@@ -129,9 +136,8 @@ def _value(where: str, kind: str, value: Any, bounds: Any) -> Any:
     if type(value) is not expected:
         raise ConfigError(f"{where} = {_shown(value)}, expected {_NAMES[kind]}")
     if bounds["choices"] and value not in bounds["choices"]:
-        raise ConfigError(
-            f"{where} = {value!r}, expected one of {', '.join(bounds['choices'])}{nearest(str(value), bounds['choices'])}"
-        )
+        hint = nearest(str(value), bounds["choices"])
+        raise ConfigError(f"{where} = {value!r}, expected one of {', '.join(bounds['choices'])}{hint}")
     low, high = bounds["low"], bounds["high"]
     # Written so that nan, which compares false, is refused.
     if (low is not None and not value >= low) or (high is not None and not value <= high):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
-from mace.lab import Lab
+from mace.lab import Flow, Lab
 
 PING_INTERVAL_S = 0.01
 UDP_PPS = 500.0
@@ -18,7 +19,7 @@ async def traffic(lab: Lab, duration_s: float, say: Callable[[str], None]) -> No
     Slow enough that each packet meets an idle path: the demonstration is of devices, not of queues.
     """
     pings = max(1, round(duration_s / PING_INTERVAL_S))
-    flows = []
+    flows: list[Flow[Any]] = []
     for container in lab.containers:
         flows += [
             lab.start_ping(container, count=pings, interval_s=PING_INTERVAL_S, family=4),

@@ -83,7 +83,9 @@ class Stop:
             self._task.cancel()
 
 
-async def capture(source: Source, sink: StreamSink, *, stop: Stop, on_item: Callable[[StreamItem], None]) -> StreamHeader:
+async def capture(
+    source: Source, sink: StreamSink, *, stop: Stop, on_item: Callable[[StreamItem], None]
+) -> StreamHeader:
     """Source -> file (or broker), nothing computed. Returns the stream's header."""
     async with AsyncExitStack() as opened:
         header = await _open_source(source, opened)
@@ -170,7 +172,9 @@ async def _supervise(source: Source, stop: Stop, work: Sequence[object]) -> None
         await task
     except asyncio.CancelledError:
         if stop.cut_off:
-            raise SourceError(f"stopped before all that was captured was worked through (within {stop.drain_s:g} s)") from None
+            raise SourceError(
+                f"stopped before all that was captured was worked through (within {stop.drain_s:g} s)"
+            ) from None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         raise

@@ -88,7 +88,8 @@ class Session:
                     opened.set()
                     if isinstance(item, Batch):
                         lost += item.lost
-                        view.update(f"{sink.path}: {sink.records:,} records, {lost:,} lost, {sink.bytes_written:,} bytes")
+                        size = f"{sink.records:,} records, {lost:,} lost, {sink.bytes_written:,} bytes"
+                        view.update(f"{sink.path}: {size}")
 
                 async with self._timed(until, opened):
                     await pipeline.capture(
@@ -104,29 +105,35 @@ class Session:
         captures = in_time_order(paths, salvage=salvage)
         engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        bar = Progress(TextColumn("{task.description}"), *columns, console=self._console, transient=True, disable=self._quiet)
+        bar = Progress(
+            TextColumn("{task.description}"), *columns, console=self._console, transient=True, disable=self._quiet
+        )
         task = bar.add_task("replay", total=sum(info.path.stat().st_size for info in captures))
+        done = 0
+
+        async def one(path: Path) -> Summary:
+            source = CaptureSource(path, salvage=salvage)
+            summary = Summary()
+
+            def show(results: Results) -> None:
+                summary.add(results)
+                bar.update(task, completed=done + source.bytes_read)
+
+            rows = self._config.correlate.rows
+            sinks = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
+            async with self._timed(None, asyncio.Event()):
+                await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show)
+            for warning in source.warnings:
+                self._console.print(f"[yellow]{warning}[/]", highlight=False)
+            return summary
 
         async def work() -> None:
-            before = 0
+            nonlocal done
             for info in captures:
                 if self._stop.requested:
                     break
-                source = CaptureSource(info.path, salvage=salvage)
-                summary = Summary()
-
-                def show(results: Results, source: CaptureSource = source, summary: Summary = summary) -> None:
-                    summary.add(results)
-                    bar.update(task, completed=before + source.bytes_read)
-
-                rows = self._config.correlate.rows
-                sinks = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
-                async with self._timed(None, asyncio.Event()):
-                    await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show)
-                for warning in source.warnings:
-                    self._console.print(f"[yellow]{warning}[/]", highlight=False)
-                whole.merge(summary)
-                before += info.path.stat().st_size
+                whole.merge(await one(info.path))
+                done += info.path.stat().st_size
 
         with bar:
             asyncio.run(work())
