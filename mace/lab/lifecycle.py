@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from mace.errors import LabError, Unavailable, UsageError, nearest
 from mace.lab import docker, netns, network, plan, state
@@ -46,7 +46,7 @@ class Lab(Traffic):
     def __init__(self, record: State) -> None:
         self._state = record
         self._children: list[subprocess.Popen[str]] = []
-        """Started by us and perhaps running: their exit status is ours to take."""
+        """Started by us: their exit status is ours to take, and their pipes to close at the end."""
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class Lab(Traffic):
             "start_new_session": True,
             **options,
         }
-        self._children = [child for child in self._children if child.poll() is None]
+        self._children = [c for c in self._children if c.poll() is None or any(not p.closed for p in _pipes(c))]
         process: subprocess.Popen[str] = subprocess.Popen(self.command(member, argv), **settings)
         self._children.append(process)
         return process
@@ -161,10 +161,9 @@ class Lab(Traffic):
                 _clean(current)
             for child in self._children:
                 child.wait()
-                for pipe in (child.stdin, child.stdout, child.stderr):
-                    if pipe is not None:
-                        with suppress(BrokenPipeError):
-                            pipe.close()
+                for pipe in _pipes(child):
+                    with suppress(BrokenPipeError):
+                        pipe.close()
             self._children.clear()
 
     def _member(self, name: str) -> Member:
@@ -316,6 +315,10 @@ def running(spec: Spec | None = None) -> Iterator[Lab]:
             yield lab
         finally:
             lab.close()
+
+
+def _pipes(process: subprocess.Popen[str]) -> list[IO[str]]:
+    return [pipe for pipe in (process.stdin, process.stdout, process.stderr) if pipe is not None]
 
 
 def _planned(record: State, place: plan.Placement) -> Member:

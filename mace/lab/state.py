@@ -36,6 +36,9 @@ ID_VARIABLE: Final = "MACE_LAB_ID"
 MEMBER_VARIABLE: Final = "MACE_LAB_MEMBER"
 LOCK_LIMIT_S: Final = 60.0
 """Longer than any set-up (a Docker daemon's start is given 20 s)."""
+_PF_KTHREAD: Final = 0x0020_0000
+"""Bit of field 9 of /proc/PID/stat (include/linux/sched.h)."""
+_LOOKS: Final = 10
 
 STARTING: Final = "starting"
 UP: Final = "up"
@@ -217,7 +220,16 @@ def processes(lab_id: str, member: str = "") -> list[int]:
     marks = _marks(lab_id, member)
     spared = _ancestry()
     numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [pid for pid in numbers if pid not in spared and _carries(pid, marks)]
+    environments = {pid: _environment(pid) for pid in numbers if pid not in spared}
+    # Amid execve a process has no environment to show for some 100 us, and that is just when Popen returns. Those that
+    # have none for good (`env -i`) are few.
+    for _ in range(_LOOKS):
+        blank = [pid for pid, found in environments.items() if not found and _in_user_space(pid)]
+        if not blank:
+            break
+        time.sleep(0.001)
+        environments |= {pid: _environment(pid) for pid in blank}
+    return [pid for pid, found in environments.items() if marks <= found]
 
 
 def is_locked(name: str) -> bool:
@@ -250,7 +262,7 @@ def kill(lab_id: str, member: str = "", limit_s: float = 10.0) -> None:
                 continue
             try:
                 # Looked at again, now that the number cannot come to mean another process.
-                if _carries(pid, marks):
+                if marks <= _environment(pid):
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
                     select.select([fd], [], [], 1.0)
             except ProcessLookupError:
@@ -266,11 +278,20 @@ def _marks(lab_id: str, member: str) -> set[bytes]:
     return {f"{key}={value}".encode() for key, value in values.items()}
 
 
-def _carries(pid: int, marks: set[bytes]) -> bool:
+def _environment(pid: int) -> set[bytes]:
+    """`KEY=value` of a process; empty for one that has ended or belongs to the kernel."""
     try:
-        return marks <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")) - {b""}
+    except OSError:
+        return set()
+
+
+def _in_user_space(pid: int) -> bool:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return False
+    return fields[0] not in "ZX" and not int(fields[6]) & _PF_KTHREAD
 
 
 def _ancestry() -> set[int]:
