@@ -24,7 +24,7 @@ from mace.schema import Direction, Segment
 from mace.summary import COUNTS_AS, microseconds, plain_table
 from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
 
-_BAR_WIDTH: Final = 28
+_BAR_WIDTH: Final = 22
 _WIDTH_OF_A_PIPE: Final = 120
 _MAX_PATHS: Final = 8
 """As many typical paths are printed; a host may have hundreds of containers."""

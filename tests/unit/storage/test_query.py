@@ -1,0 +1,297 @@
+import asyncio
+import threading
+from itertools import pairwise
+
+import duckdb
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mace.errors import StoreError
+from mace.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
+from mace.ledger import Ledger
+from mace.schema import Delays, Direction, Segment
+from mace.summary import Summary
+from storage import query, segments
+from storage.embedded import EmbeddedStore
+from storage.query import Filter, Store
+from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
+from tests.unit.storage.stored import fill
+
+
+def naive(delays, devices):
+    """{(device, direction, segment): (count, sum, min, max, quantiles)}, the slow way."""
+    found = {}
+    for key in zip(delays.device, delays.direction, delays.segment, delays.delay_ns, strict=True):
+        device, direction, segment, delay = map(int, key)
+        found.setdefault((devices[device].key, Direction(direction), Segment(segment)), []).append(delay)
+    figures = {}
+    for key, values in found.items():
+        bins, counts = np.unique(bins_of(np.array(values)), return_counts=True)
+        figures[key] = (len(values), sum(values), min(values), max(values), quantiles(bins, counts).tolist())
+    return figures
+
+
+def told(summary):
+    return {
+        ((place.netns_id, place.ifindex), direction, segment): (d.count, d.sum_ns, d.min_ns, d.max_ns, d.quantiles())
+        for (place, direction, segment), d in summary.rows()
+    }
+
+
+def test_sql_bins_as_python_does():
+    edges = lower_bounds(np.arange(BINS))
+    values = np.unique(np.concatenate([edges, edges - 1, edges + 1, [-5, MAX_NS, MAX_NS + 1, 2**62], [-(2**62)]]))
+    powers = np.array([2**n + d for n in range(41) for d in (-1, 0, 1)])
+    values = np.concatenate([values, powers])
+    with duckdb.connect() as connection:
+        connection.execute("CREATE TABLE t AS SELECT unnest($values) AS delay_ns", {"values": values.tolist()})
+        got = connection.execute(f"SELECT {query.BIN_SQL} FROM t").fetchnumpy()
+    assert next(iter(got.values())).tolist() == bins_of(values).tolist()
+
+
+@st.composite
+def stretches(draw):
+    """Rows in several flushes, of extreme delays, some devices, one or two hours; and where they are cut."""
+    rows = draw(st.integers(1, 120))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    largest = draw(st.sampled_from([1, 200, 10**5, 10**9, 2**41]))
+    delays = Delays(
+        utc_ns=START_NS + rng.integers(0, draw(st.sampled_from([10**9, 4 * 10**12])), rows),
+        packet=rng.integers(1, 40, rows).astype("<u8"),
+        device=rng.integers(0, 7, rows).astype("<i4"),
+        direction=rng.integers(0, 3, rows).astype("u1"),
+        segment=rng.integers(1, 5, rows).astype("u1"),
+        position=rng.integers(0, 6, rows).astype("u1"),
+        delay_ns=rng.integers(-2, largest, rows),
+        l3_len=rng.integers(20, 1500, rows).astype("<u4"),
+        grade=rng.integers(0, 4, rows).astype("u1"),
+        outcome=rng.integers(0, 3, rows).astype("u1"),
+    )
+    cuts = sorted(draw(st.lists(st.integers(0, rows), max_size=4)))
+    return delays, [0, *cuts, rows]
+
+
+@settings(max_examples=25)
+@given(stretches(), st.booleans())
+def test_what_is_stored_is_what_is_reported(tmp_path_factory, stretch, windows_only):
+    delays, cuts = stretch
+    path = tmp_path_factory.mktemp("store")
+    live = Summary()
+    results = []
+    for first, last in pairwise(cuts):
+        part = delays[first:last]
+        results.append(make_results(part, containers=2, windows=(*make_windows(part), *make_windows(part, 10))))
+        live.add(results[-1])
+    fill(path, results, rows=not windows_only, flush_rows=30)
+    store = Store(path)
+    expected = naive(delays, topology(2))
+    summary = store.summary()
+    assert told(summary) == expected
+    assert told(live) == expected
+    assert summary.as_dict()["devices"] == live.as_dict()["devices"]
+    assert summary.ledger == live.ledger == results[-1].ledger
+    if not windows_only:
+        assert told(store.summary(source="windows")) == expected
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store")
+    delays = make_delays(2000, containers=3, seed=7)
+    fill(path, [make_results(delays, containers=3, windows=make_windows(delays))], flush_rows=2000)
+    return Store(path), delays
+
+
+def test_filters_choose_rows(stored):
+    store, delays = stored
+    middle = int(np.median(delays.utc_ns))
+    devices = topology(3)
+    assert told(store.summary(Filter(since_ns=middle))) == naive(delays[delays.utc_ns >= middle], devices)
+    assert told(store.summary(Filter(until_ns=middle))) == naive(delays[delays.utc_ns < middle], devices)
+    out = delays[delays.direction == Direction.EGRESS]
+    found = store.summary(Filter(direction=Direction.EGRESS))
+    assert told(found) == naive(out, devices)
+    assert found.packets == len(np.unique(out.packet))
+    bridge = delays[delays.device == len(devices) - 3]
+    assert told(store.summary(Filter(device="br0"))) == naive(bridge, devices)
+
+
+def test_a_container_means_its_packets_at_all_devices(stored):
+    store, delays = stored
+    mine = delays.packet[(delays.device == 2) & (delays.segment == Segment.OVERHEAD)]
+    chosen = delays[np.isin(delays.packet, mine)]
+    found = store.summary(Filter(container="c1"))
+    assert told(found) == naive(chosen, topology(3))
+    assert found.packets == len(mine)
+    assert {k[0].device for k, _ in found.rows()} == {"eth0", "vethc1", "br0", "out0", "rem0"}
+
+
+def test_a_filter_by_time_leaves_the_ledger_whole_and_says_so(stored):
+    store, delays = stored
+    found = store.summary(Filter(since_ns=int(delays.utc_ns.max())))
+    assert found.ledger.records == 2 * len(delays)
+    assert "whole runs" in found.note
+
+
+def test_a_packet_hop_by_hop(stored):
+    store, delays = stored
+    number = int(delays.packet[len(delays) // 2])
+    [path] = store.packet(number)
+    mine = delays[delays.packet == number]
+    hops = mine[mine.segment != Segment.OVERHEAD]
+    hops = hops[np.argsort(hops.position)]
+    assert [h.delay_ns for h in path.hops] == hops.delay_ns.tolist()
+    assert [h.start_ns for h in path.hops] == (hops.utc_ns - hops.utc_ns.min()).tolist()
+    assert [h.place.device for h in path.hops] == [topology(3)[d].name for d in hops.device]
+    [overhead] = path.overhead_ns.values()
+    assert overhead == sum(h.delay_ns for h in path.hops if h.segment is Segment.DEVICE)
+    assert store.packet(12345) == []
+
+
+def test_the_worst_packets_come_first(stored):
+    store, delays = stored
+    whole = delays[delays.segment == Segment.OVERHEAD]
+    largest = whole.packet[np.lexsort((whole.packet, -whole.delay_ns))][:5]
+    assert [p.packet for p in store.worst(5)] == largest.tolist()
+
+
+def test_a_typical_path_is_in_the_order_of_the_hops(stored):
+    store, delays = stored
+    paths = store.typical_paths()
+    assert [(p.container, p.direction.name) for p in paths] == [
+        (f"c{c}", direction) for c in range(3) for direction in ("EGRESS", "INGRESS")
+    ]
+    out, back = paths[2:4]
+    assert [h[0].device for h in out.hops] == ["eth0", "vethc1", "br0", "out0", "rem0"]
+    assert [h[0].device for h in back.hops] == ["rem0", "out0", "br0", "vethc1", "eth0", "eth0"]
+    assert back.hops[-1][1] is Segment.DELIVERY
+    mine = delays[(delays.device == 2) & (delays.direction == 1) & (delays.segment == Segment.DEVICE)]
+    assert out.hops[0][2].count == len(mine)
+    assert out.hops[0][2].sum_ns == mine.delay_ns.sum()
+
+
+@pytest.mark.parametrize("source", ["rows", "windows"])
+def test_series_count_every_overhead_once(stored, source):
+    store, _ = stored
+    series = store.series(points=20, source=source)
+    assert {(s.container, s.direction.name) for s in series} == {
+        (f"c{c}", d) for c in range(3) for d in ("EGRESS", "INGRESS")
+    }
+    for each in series:
+        assert each.utc_ns == sorted(each.utc_ns)
+        assert len(each.utc_ns) == len(each.p50_ns) == len(each.p99_ns) <= 21
+        assert all(a <= b for a, b in zip(each.p50_ns, each.p99_ns, strict=True))
+
+
+def test_rows_as_arrow(stored):
+    store, delays = stored
+    assert store.delays(columns=["packet", "delay_ns"]).column("delay_ns").to_numpy().sum() == delays.delay_ns.sum()
+    with pytest.raises(StoreError, match="did you mean 'delay_ns'"):
+        store.delays(columns=["delay_nss"])
+
+
+def test_runs_and_their_ledgers_add_up(tmp_path):
+    one, two = Ledger(records=10, matched=10), Ledger(records=7, matched=4, unmatched=3, lost=9)
+    fill(tmp_path, [make_results(make_delays(5), ledger=one)], "a")
+    later = make_delays(5, start_ns=START_NS + 10**12)
+    fill(tmp_path, [make_results(later, ledger=two)], head=header("b", source="kmod"))
+    store = Store(tmp_path)
+    assert [(r.run, r.source, r.ledger, r.closed) for r in store.runs()] == [
+        ("a", "synthetic", one, True),
+        ("b", "kmod", two, True),
+    ]
+    assert store.ledger() == one + two
+    assert store.ledger(Filter(run="b")) == two
+    assert store.summary().packets == 10
+    # Packet numbers are those of a run: the same number in two runs is two packets.
+    assert store.summary(Filter(direction=Direction.EGRESS)).packets == 6
+    assert store.summary(Filter(run="b")).packets == 5
+    assert len(store.packet(1 << 20)) == 2
+    assert "lost" in " ".join(store.summary().losses())
+
+
+def test_rows_of_one_run_and_windows_of_another(tmp_path):
+    first, second = make_delays(100), make_delays(150, seed=3, start_ns=START_NS + 10**12)
+    fill(tmp_path, [make_results(first, windows=make_windows(first))], "a")
+    fill(tmp_path, [make_results(second, windows=make_windows(second))], "b", rows=False)
+    summary = Store(tmp_path).summary()
+    assert told(summary) == naive(Delays.concatenate([first, second]), topology())
+    assert "run b" in summary.note
+
+
+def test_devices_of_the_same_names_are_told_apart(tmp_path):
+    """A container that dies, and another that takes its name."""
+    before = topology()
+    after = tuple(
+        d if d.name != "eth0" else type(d)(**{f: getattr(d, f) for f in d.__slots__} | {"netns": 99}) for d in before
+    )
+    delays = make_delays(40)
+    later = make_delays(40, first_packet=40)
+    later.device[:] += len(before)
+    fill(tmp_path, [make_results(delays), make_results(later, devices=before + after)])
+    summary = Store(tmp_path).summary()
+    inner = [(k[0].netns_id, d.count) for k, d in summary.rows(Segment.OVERHEAD) if k[1] is Direction.EGRESS]
+    assert inner == [(99, 20), (4026532000, 20)]
+    assert len([o for o in summary.as_dict()["overhead"] if o["direction"] == "egress"]) == 2
+
+
+def test_what_is_no_store(tmp_path):
+    with pytest.raises(StoreError, match="no such directory"):
+        Store(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="not a MACE store"):
+        Store(tmp_path)
+
+
+def test_an_empty_store_has_an_empty_summary(tmp_path):
+    fill(tmp_path, [])
+    store = Store(tmp_path)
+    summary = store.summary()
+    assert (summary.rows(), summary.ledger, summary.packets) == ([], Ledger(), 0)
+    assert store.typical_paths() == store.series() == store.worst(3) == []
+    assert store.delays().num_rows == 0
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "overwritten"])
+def test_a_damaged_segment_is_named(tmp_path, how):
+    fill(tmp_path, [make_results(make_delays(50, first_packet=50 * n)) for n in range(3)], flush_rows=1)
+    victim = segments.listing(tmp_path, "delays")[1]
+    data = victim.path.read_bytes()
+    half = len(data) // 2
+    victim.path.write_bytes({"truncated": data[:half], "empty": b"", "overwritten": b"\0" * len(data)}[how])
+    with pytest.raises(StoreError, match=rf"{victim.path.name}.*damaged.*{victim.rows} rows"):
+        Store(tmp_path).summary()
+    store = Store(tmp_path, skip_damaged=True)
+    summary = store.summary()
+    assert sum(d.count for _, d in summary.rows()) == sum(s.rows for s in store.segments("delays"))
+    assert f"1 damaged segments ({victim.rows:,} rows) were skipped" in summary.note
+
+
+def test_a_reader_outlives_merging_and_retention(tmp_path):
+    """Segments are taken away under a reader's eyes, again and again; it sees all rows at every moment."""
+    flushes, rows = 120, len(make_delays(2))
+    seen, stop = [], threading.Event()
+
+    def read():
+        store = Store(tmp_path)
+        while not stop.is_set():
+            seen.append(store.delays(columns=["delay_ns"]).num_rows)
+
+    async def write():
+        sink = EmbeddedStore(tmp_path, fsync=False, flush_interval_s=60, flush_rows=1)
+        await sink.open(header())
+        reader = threading.Thread(target=read)
+        reader.start()
+        for n in range(flushes):
+            await sink.write(make_results(make_delays(2, first_packet=2 * n)))
+            if n % 40 == 39:
+                await asyncio.to_thread(sink.merge)
+        await sink.aclose()
+        stop.set()
+        await asyncio.to_thread(reader.join)
+
+    asyncio.run(write())
+    assert seen == sorted(seen)
+    assert all(n % rows == 0 for n in seen)
+    assert Store(tmp_path).delays().num_rows == flushes * rows
