@@ -193,7 +193,7 @@ def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> confi
         capture = replace(
             capture,
             host_netns=str(place.netns_path(lab.HOST)),
-            outer=(lab.OUTER_DEVICE,),
+            outer=(place.outer_device,),
             remote_netns=(place.netns_path(lab.REMOTE).name,),
             container_sockets=(*capture.container_sockets, *sockets),
         )

@@ -8,12 +8,11 @@ The picture is in docs/lab.md.
 """
 
 from mace.lab.lifecycle import Lab, LabInfo, attach, check, down, list_labs, running, up
-from mace.lab.plan import HOST, OUTER_DEVICE, REMOTE, Runtime, Spec
+from mace.lab.plan import HOST, REMOTE, Runtime, Spec
 from mace.lab.traffic import Flow, PingResult, TcpResult, UdpResult
 
 __all__ = [
     "HOST",
-    "OUTER_DEVICE",
     "REMOTE",
     "Flow",
     "Lab",

@@ -66,6 +66,11 @@ class Lab(Traffic):
         return tuple(self._state.members)
 
     @property
+    def outer_device(self) -> str:
+        """The host's device towards the remote."""
+        return plan.outer_device(self.name)
+
+    @property
     def docker_socket(self) -> Path | None:
         """The API socket of the lab's Docker daemon; None for the netns runtime."""
         return Path(self._state.docker_socket) if self._state.docker_socket else None

@@ -23,14 +23,14 @@ from mace.lab import netns
 from mace.lab.plan import (
     HOST,
     INNER_DEVICE,
-    OUTER_DEVICE,
     REMOTE,
-    REMOTE_DEVICE,
     Placement,
     Spec,
     bridge_networks,
     bridges,
     netns_name,
+    outer_device,
+    remote_device,
     wire,
 )
 
@@ -87,8 +87,9 @@ def problems(env: Mapping[str, str]) -> list[Unavailable]:
 
 
 def build_wire(lab: str, env: Mapping[str, str]) -> None:
-    """Host and remote namespaces (which exist), joined by out0 and rem0. The host's default route leaves by out0."""
+    """Host and remote namespaces (which exist), joined by a veth pair. The host's default route leaves by it."""
     host, remote = _path(lab, HOST), _path(lab, REMOTE)
+    outer, far = outer_device(lab), remote_device(lab)
     host_sysctls = dict(_HOST_SYSCTLS)
     if netns.enter(host, lambda: Path("/proc/sys/net/bridge").is_dir()):
         host_sysctls |= _BRIDGE_NETFILTER
@@ -100,12 +101,12 @@ def build_wire(lab: str, env: Mapping[str, str]) -> None:
         HOST,
         [
             "link set lo up",
-            f"link add {OUTER_DEVICE} type veth peer name {REMOTE_DEVICE} netns {netns_name(lab, REMOTE)}",
-            f"link set {OUTER_DEVICE} up",
-            f"addr add {host4} dev {OUTER_DEVICE}",
-            f"addr add {host6} dev {OUTER_DEVICE} nodad",
-            f"route add default via {remote4.ip} dev {OUTER_DEVICE}",
-            f"route add default via {remote6.ip} dev {OUTER_DEVICE}",
+            f"link add {outer} type veth peer name {far} netns {netns_name(lab, REMOTE)}",
+            f"link set {outer} up",
+            f"addr add {host4} dev {outer}",
+            f"addr add {host6} dev {outer} nodad",
+            f"route add default via {remote4.ip} dev {outer}",
+            f"route add default via {remote6.ip} dev {outer}",
         ],
         env,
     )
@@ -114,16 +115,16 @@ def build_wire(lab: str, env: Mapping[str, str]) -> None:
         REMOTE,
         [
             "link set lo up",
-            f"link set {REMOTE_DEVICE} up",
-            f"addr add {remote4} dev {REMOTE_DEVICE}",
-            f"addr add {remote6} dev {REMOTE_DEVICE} nodad",
+            f"link set {far} up",
+            f"addr add {remote4} dev {far}",
+            f"addr add {remote6} dev {far} nodad",
         ],
         env,
     )
 
 
 def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:
-    """The bridges, and masquerade (both IP versions, as Docker with ip6tables does) from them out of out0."""
+    """The bridges, and masquerade (both IP versions, as Docker with ip6tables does) from them to the outer device."""
     commands: list[str] = []
     for bridge in bridges(spec):
         # Explicit: with equal addresses only the first bridge may own the main table's route to them.
@@ -208,11 +209,12 @@ def _routes_by_mark(spec: Spec, family: str) -> list[str]:
 
 def _ruleset(spec: Spec) -> list[str]:
     net4, net6 = bridge_networks()
+    outer = outer_device(spec.name)
     rules = [
         "table inet mace_lab {",
         "  chain nat { type nat hook postrouting priority 100;",
-        f'    oifname "{OUTER_DEVICE}" ip saddr {net4} masquerade',
-        f'    oifname "{OUTER_DEVICE}" ip6 saddr {net6} masquerade',
+        f'    oifname "{outer}" ip saddr {net4} masquerade',
+        f'    oifname "{outer}" ip6 saddr {net6} masquerade',
         "  }",
     ]
     if spec.same_addresses:
@@ -221,7 +223,7 @@ def _ruleset(spec: Spec) -> list[str]:
         rules += ["  }", "  chain marks { type filter hook prerouting priority -150;"]
         rules += [f'    iifname "{b.name}" ct mark set {b.mark}' for b in bridges(spec)]
         rules += [
-            f'    iifname "{OUTER_DEVICE}" meta mark set ct mark',
+            f'    iifname "{outer}" meta mark set ct mark',
             "  }",
             "  chain own { type route hook output priority -150;",  # the host's own replies
             "    ct mark != 0 meta mark set ct mark",

@@ -4,7 +4,10 @@ Every lab uses the same addresses; they live in namespaces of their own and neve
 kept for documentation (RFC 5737, RFC 3849), so a packet that strayed could go nowhere.
 
     198.51.100.0/24, 2001:db8:1::/48     the bridges: cut evenly among them, or all of it on each (same addresses)
-    203.0.113.0/24,  2001:db8:ffff::/64  the wire between the host's out0 (.1) and the remote's rem0 (.2)
+    203.0.113.0/24,  2001:db8:ffff::/64  the wire between the host's outer device (.1) and the remote's (.2)
+
+Devices outside the containers are called differently in every lab: the kernel's tracepoints name a device by its name
+alone, so of two labs with equal names nothing could be told apart.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface
 from typing import Final, Literal
+from zlib import crc32
 
 from mace.errors import UsageError
 
@@ -23,8 +27,6 @@ Family = Literal[4, 6]
 
 HOST: Final = "host"
 REMOTE: Final = "remote"
-OUTER_DEVICE: Final = "out0"
-REMOTE_DEVICE: Final = "rem0"
 INNER_DEVICE: Final = "eth0"
 """The same name in every container, as it is with every container runtime."""
 
@@ -39,9 +41,11 @@ MAX_BRIDGES: Final = 8
 """A /24 cut in 8 leaves 29 containers on each."""
 MAX_CONTAINERS: Final = 250
 _LAB_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,22}[a-z0-9])?")
-_MEMBER_NAME: Final = re.compile(r"[a-z][a-z0-9]{0,9}")
-"""No dash, so that the last part of a namespace's name is always the member; and `veth-` in front of it still fits
-the 15 characters of a device name."""
+_MEMBER_NAME: Final = re.compile(r"[a-z][a-z0-9]{0,6}")
+"""No dash, so that the last part of a namespace's name is always the member; and `veth`, the lab's tag and a dash in
+front of it still fit the 15 characters of a device name."""
+_TAGS: Final = {"lab": "0", "demo": "1"}
+_TAG_LETTERS: Final = "abcdefghijklmnopqrstuvwxyz234567"
 
 
 class Runtime(StrEnum):
@@ -60,7 +64,7 @@ class Spec:
     name: str = "lab"
     containers: int = 1
     bridges: int = 1
-    """Containers are dealt to the bridges in turn: c1 to br0, c2 to br1, c3 to br0, ..."""
+    """Containers are dealt to the bridges in turn: c1, c3, ... to the first of two, c2, c4, ... to the second."""
     same_addresses: bool = False
     """Give every bridge the same subnet, so that containers on different bridges have equal addresses."""
     runtime: Runtime = Runtime.NETNS
@@ -114,6 +118,27 @@ def netns_name(lab: str, member: str) -> str:
     return f"mace-{lab}-{member}"
 
 
+def device_tag(lab: str) -> str:
+    """What distinguishes the names of a lab's devices: a digit for the usual labs, else three letters.
+
+    The letters are a hash of the name, one of 26 * 32**2, so that no list of labs has to be kept.
+    """
+    if lab in _TAGS:
+        return _TAGS[lab]
+    number = crc32(lab.encode())
+    return "abcdefghijklmnopqrstuvwxyz"[number % 26] + "".join(_TAG_LETTERS[number >> shift & 31] for shift in (8, 16))
+
+
+def outer_device(lab: str) -> str:
+    """The host's device towards the remote."""
+    return f"out{device_tag(lab)}"
+
+
+def remote_device(lab: str) -> str:
+    """The remote's device."""
+    return f"rem{device_tag(lab)}"
+
+
 def parse_netns_name(name: str) -> tuple[str, str] | None:
     """(lab, member) of a namespace that a lab made; None for any other."""
     prefix, _, rest = name.partition("-")
@@ -132,7 +157,7 @@ def check_container_name(name: str) -> str:
     """The name, if a container may have it; raises `UsageError`."""
     if name in (HOST, REMOTE) or not _MEMBER_NAME.fullmatch(name):
         raise UsageError(
-            f"container name {name!r}: expected a letter and up to 9 lower-case letters or digits,"
+            f"container name {name!r}: expected a letter and up to 6 lower-case letters or digits,"
             f" other than {HOST!r} and {REMOTE!r}"
         )
     return name
@@ -151,7 +176,8 @@ def place(spec: Spec, name: str, slot: int) -> Placement:
     bridge = _bridge(spec, number)
     ipv4 = IPv4Interface((bridge.ipv4.ip + 1 + index, bridge.ipv4.network.prefixlen))
     ipv6 = IPv6Interface((bridge.ipv6.ip + 1 + index, bridge.ipv6.network.prefixlen))
-    return Placement(check_container_name(name), slot, bridge, ipv4, ipv6, _mac(ipv4), f"veth-{name}")
+    veth = f"veth{device_tag(spec.name)}-{name}"
+    return Placement(check_container_name(name), slot, bridge, ipv4, ipv6, _mac(ipv4), veth)
 
 
 def wire(member: str) -> tuple[IPv4Interface, IPv6Interface]:
@@ -177,7 +203,8 @@ def _bridge(spec: Spec, number: int) -> Bridge:
     subnet6 = ip_interface(f"2001:db8:1:{0 if spec.same_addresses else number:x}::1/64")
     assert isinstance(subnet6, IPv6Interface)
     ipv4 = IPv4Interface((subnet4.network_address + 1, subnet4.prefixlen))
-    return Bridge(f"br{number}", ipv4, subnet6, _mac(ipv4), number + 1)
+    name = f"br{device_tag(spec.name)}"
+    return Bridge(f"{name}-{number + 1}" if number else name, ipv4, subnet6, _mac(ipv4), number + 1)
 
 
 def _mac(ipv4: IPv4Interface) -> str:

@@ -152,7 +152,7 @@ def test_every_containers_device_is_called_eth0_and_the_outer_one_carries_the_de
         for container in lab.containers:
             inside = lab.popen(container, ["ip", "-o", "link", "show", "type", "veth"]).communicate()[0]
             assert inside.split(": ")[1].partition("@")[0] == "eth0"
-        assert " dev out0" in lab.popen("host", ["ip", "route", "show", "default"]).communicate()[0]
+        assert f" dev {lab.outer_device}" in lab.popen("host", ["ip", "route", "show", "default"]).communicate()[0]
         inodes = {lab.netns_inode(member) for member in lab.members}
         assert len(inodes) == 5
         assert netns.own_inode() not in inodes
