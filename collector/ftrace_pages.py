@@ -257,12 +257,14 @@ class _Events:
                 raise SourceError(f"{form.event}: field 'name' is {name.type!r}, expected a __data_loc")
             self.name[hook] = name.offset // 4
             self.name_mask[hook] = 0xFFFFFFFF
+            used.append(name)
+        if info.has_device or info.way is Way.DELIVERY:
             length = form.field("len")
             if length.size != 4 or length.offset % 4:
                 raise SourceError(f"{form.event}: field 'len' has {length.size} bytes at {length.offset}, expected 4")
             self.len[hook] = length.offset // 4
             self.len_mask[hook] = 0xFFFFFFFF
-            used += [name, length]
+            used.append(length)
             if info.way is Way.TRANSMIT:
                 self.header[hook] = _ETH_HLEN
         # Fields that not every kernel has, each with its table.

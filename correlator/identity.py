@@ -20,7 +20,8 @@ whether a packet can have gone *from there to here*. It can
     R d → r,G d'         out of a tunnel
     R d → Q d'           routed or bridged within one namespace, its length unchanged; not back out of the
                          device it came from, except a bridge (hairpin)
-    R,D → D, any → end   copied to a reader; freed
+    R d → D              copied to a reader, from behind the packet's headers to its end
+    any → end            freed
 
 and everything else is the start of a new life. A move also ends a life if it takes longer than the engine's
 timeout, or if the ring lost records meanwhile, on whatever CPU: the missing one may be the very end that we
@@ -68,6 +69,12 @@ CROSS: Final = 2
 """Flag of a verdict: the second record is on another device than the first."""
 SAME_LENGTH: Final = 4
 """Flag of a verdict: joined only if both records have the same length."""
+WHOLE_COPY: Final = 8
+"""Flag of a verdict: joined only if the bytes copied are all of the packet's but for headers."""
+COPIED_BEHIND: Final = (20, 28, 40, 48, 52, 60, 72)
+"""Headers that a reader is not given, bytes: IPv4 or IPv6 (20, 40) alone for ping sockets, with UDP (8), or with TCP
+without options or with timestamps (20, 32). Sockets of all kinds copy through this hook, so a copy of any other length
+is as likely one of a local message in the same, freed buffer, and is taken for that."""
 
 CODE_BITS: Final = 20
 CODES: Final = 1 << CODE_BITS
@@ -181,7 +188,7 @@ class Resolver:
         return bool((self.only[1:] < 0).any())
 
     def moves(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """What each move from one `place` to another is: flags (JOIN, CROSS, SAME_LENGTH) in the lowest bits;
+        """What each move from one `place` to another is: flags (JOIN, CROSS, ...) in the lowest bits;
         `from_device` and `to_device` read the rest. Arrays of one length, int64.
         """
         return self._moves((source << (CODE_BITS + 4)) | target)
@@ -205,7 +212,7 @@ class Resolver:
             sent = hook_p is Hook.NET_DEV_START_XMIT and hook_n is Hook.CONSUME_SKB
             return JOIN, self.start(code_p) if sent else -1, -1
         if way_n == Way.DELIVERY:
-            return JOIN if hook_p in (Hook.NETIF_RECEIVE_SKB, Hook.SKB_COPY_DATAGRAM_IOVEC) else 0, -1, -1
+            return JOIN | WHOLE_COPY if hook_p is Hook.NETIF_RECEIVE_SKB else 0, -1, -1
         if way_p == Way.DELIVERY:
             return 0, -1, -1
         if code_p == code_n and self._stays(hook_p, hook_n):

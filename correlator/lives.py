@@ -13,7 +13,20 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from correlator.identity import CODE_BITS, CODES, CROSS, JOIN, SAME_LENGTH, WAY, Resolver, from_device, place, to_device
+from correlator.identity import (
+    CODE_BITS,
+    CODES,
+    COPIED_BEHIND,
+    CROSS,
+    JOIN,
+    SAME_LENGTH,
+    WAY,
+    WHOLE_COPY,
+    Resolver,
+    from_device,
+    place,
+    to_device,
+)
 from correlator.memo import GOLDEN
 from mace.hooks import Way
 from mace.records import Batch
@@ -127,6 +140,9 @@ def join(carried: Records, new: Records, resolver: Resolver, gaps: Gaps, timeout
     joined = (moves & JOIN) != 0
     routed = np.flatnonzero(moves & SAME_LENGTH)
     joined[routed] &= records.length[order[routed]] == records.length[order[routed - 1]]
+    copied = np.flatnonzero(moves & WHOLE_COPY)
+    headers = records.length[order[copied - 1]].astype(np.int64) - records.length[order[copied]]
+    joined[copied] &= np.isin(headers, COPIED_BEHIND)
     joined[1:] &= ts[1:] - ts[:-1] <= timeout_ns
     if gaps:
         joined[1:] &= ~spans_gap(gaps, ts[:-1], ts[1:])

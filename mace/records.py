@@ -48,7 +48,7 @@ class Batch:
     dev: npt.NDArray[np.uint32]
     """Index into the stream's sightings (`mace.topology.Topology.sightings`); 0 where the hook has no device."""
     l3_len: npt.NDArray[np.uint32]
-    """Bytes without the link-layer header; 0 where the hook does not tell."""
+    """Bytes without the link-layer header; at a copy to a reader the bytes copied; 0 where the hook does not tell."""
     cpu: npt.NDArray[np.uint16]
     drop_reason: npt.NDArray[np.uint16]
     """The kernel's `enum skb_drop_reason` at `kfree_skb`, else 0."""
