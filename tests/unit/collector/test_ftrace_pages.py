@@ -37,7 +37,7 @@ def rx(skb=0xFFFF888000001000, length=84, name=b"eth0"):
 
 def expected_length(event):
     hook = BY_TRACEPOINT[event.form.event]
-    if not hook.has_device:
+    if hook.way is Way.END:
         return 0
     header = 0
     if hook.way is Way.TRANSMIT:
@@ -131,7 +131,7 @@ def test_each_field_by_name():
     page.event(payload(FORMS["skb:kfree_skb"], skbaddr=2, reason=0x1_0005), 1)
     batch = compare([page]).batch
     assert batch.ts_ns.tolist() == [1005, 1005, 1006, 1008, 1009, 1010]
-    assert batch.l3_len.tolist() == [84, 80, 84, 84, 0, 0]
+    assert batch.l3_len.tolist() == [84, 80, 84, 84, 64, 0]
     assert batch.gso_segs.tolist() == [0, 3, 0, 0, 0, 0]
     assert batch.drop_reason.tolist() == [0, 0, 0, 0, 0, 5]
     assert batch.dev.tolist() == [1, 1, 1, 2, 0, 0]
