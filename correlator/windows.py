@@ -121,7 +121,8 @@ class Windows:
 
 def _final(key: tuple[int, int, int, int, int], window: _Open, bins: Ints, counts: Ints) -> Window:
     start, width, device, direction, segment = key
-    p50, p90, p99, p999 = histogram.quantiles(bins, counts).tolist()
+    # The middle of a bin may lie beyond what was ever seen.
+    p50, p90, p99, p999 = histogram.quantiles(bins, counts).clip(window.min_ns, window.max_ns).tolist()
     return Window(
         start,
         width,

@@ -126,7 +126,8 @@ class Distribution:
 
     def quantiles(self, q: tuple[float, ...] = QUANTILES) -> list[int]:
         """Delays, ns, at the given quantiles."""
-        return [int(v) for v in quantiles(*self.histogram(), q)]
+        # The middle of a bin may lie beyond what was ever seen.
+        return [int(v) for v in quantiles(*self.histogram(), q).clip(self.min_ns, self.max_ns)]
 
     @property
     def mean_ns(self) -> float:

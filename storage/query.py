@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mace.errors import StoreError, nearest
-from mace.histogram import MAX_NS, SUB_BITS
+from mace.histogram import MAX_NS, SUB_BITS, middles
 from mace.ledger import Ledger
 from mace.schema import Direction, Segment
 from mace.summary import Distribution, Place, Summary
@@ -434,10 +434,12 @@ class Store:
             for row in self._fetch(
                 _series_query(table, condition), where, values | {"first": first, "width": width_ns}
             ):
-                container, direction, at, count, bins, counts = row
+                container, direction, at, count = row[:4]
+                bins, counts = np.array(row[4], np.int64), np.array(row[5], np.int64)
+                low, high = middles(bins[[0, -1]]).tolist()
                 stretches = merged.setdefault((container, Direction[direction.upper()]), {})
                 stretches.setdefault(int(at), Distribution()).add(
-                    int(count), 0, 0, 0, np.array(bins, np.int64), np.array(counts, np.int64)
+                    int(count), 0, low, high, bins, counts
                 )
         found = []
         for (container, direction), stretches in sorted(merged.items()):

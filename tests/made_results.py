@@ -106,7 +106,7 @@ def make_windows(delays, width_s=1):
     windows = []
     for (start, device, direction, segment), values in sorted(groups.items()):
         bins, counts = np.unique(bins_of(np.array(values)), return_counts=True)
-        p50, p90, p99, p999 = (int(v) for v in quantiles(bins, counts))
+        p50, p90, p99, p999 = (int(v) for v in quantiles(bins, counts).clip(min(values), max(values)))
         windows.append(
             Window(
                 start,

@@ -29,7 +29,8 @@ def naive(delays, devices):
     figures = {}
     for key, values in found.items():
         bins, counts = np.unique(bins_of(np.array(values)), return_counts=True)
-        figures[key] = (len(values), sum(values), min(values), max(values), quantiles(bins, counts).tolist())
+        within = quantiles(bins, counts).clip(min(values), max(values)).tolist()
+        figures[key] = (len(values), sum(values), min(values), max(values), within)
     return figures
 
 
