@@ -12,13 +12,12 @@ nothing but when a row comes out. All steps are whole-array ones: a slice costs 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
 
 import numpy as np
 
 from correlator.hops import measure
 from correlator.identity import Resolver
-from correlator.lives import NEVER, Ints, Lives, Mask, Records, join
+from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
 from correlator.windows import Windows
 from mace.hooks import Hook
@@ -36,15 +35,12 @@ class EngineConfig:
     """A packet's next record comes within this, or its life is over."""
     slice_ns: int = 100_000_000
     """Stretch of time that is worked on at once; changes when rows come out, not what they are."""
-    slice_records: int = 1 << 16
-    """A slice is cut here if it gets larger: the columns of this many records still fit a cache."""
+    slice_records: int = 1 << 17
+    """A slice is cut here if it gets larger: memory."""
     open_records: int = 1 << 22
     """Records of open lives that are kept at most; beyond it the oldest lives are ended early."""
     rows: bool = True
     """Whether to give out a row per packet and segment; windows come in any case."""
-
-
-NO_RECORDS: Final = Records.of(Batch.empty(), Resolver(0))
 
 
 class Engine:
@@ -59,7 +55,7 @@ class Engine:
         self._waiting_records = 0
         self._slice_end = -NEVER
         self._latest = -NEVER
-        self._open = NO_RECORDS
+        self._open = NOTHING_OPEN
         self._gaps: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
@@ -140,10 +136,10 @@ class Engine:
 
         delays = Delays.empty()
         if len(batch) or len(self._open):
-            new = Records.of(batch, self._resolver)
+            new = Records.of(batch)
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
             delays = self._measure(lives, self._finish(lives, upto_ns, last=last))
-        oldest = int(self._open.ts.min()) if len(self._open) else upto_ns
+        oldest = int(self._open.records.ts.min()) if len(self._open) else upto_ns
         self._gaps = [gap for gap in self._gaps if gap[1] > min(oldest, upto_ns - self._config.timeout_ns)]
         return Results(
             upto_ns + self._offset_ns,
@@ -166,9 +162,9 @@ class Engine:
         ended = lives.freed | lives.reused | idle | last
         evicted = self._overfull(lives, last_ns, ended)
         if last:
-            self._open = NO_RECORDS
+            self._open = NOTHING_OPEN
         else:
-            self._open = lives.carried_over(~(ended | evicted))
+            self._open = lives.still_open(~(ended | evicted))
             self.open_peak = max(self.open_peak, len(self._open))
 
         # A single record has no partner. Which kind of "no partner" depends on how long one could have come.

@@ -169,7 +169,7 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
         ),
         position=np.concatenate(
             [
-                np.minimum(index - head[path], LAST_POSITION)[shown].astype(np.uint8),
+                np.minimum(shown - head[path[shown]], LAST_POSITION).astype(np.uint8),
                 np.full(len(total), WHOLE_PATH, np.uint8),
                 np.minimum(tail - head + 1, LAST_POSITION)[read].astype(np.uint8),
             ]
@@ -187,6 +187,8 @@ def _agreed(first: Ints, end: Ints) -> Ints:
 
     These two are enough: what lies between was reached on the same device, and moves tell nothing there.
     """
-    if np.array_equal(first, end) and (len(first) == 0 or int(first.min()) >= -1):
-        return first
-    return np.where((first == end) | (end == -1), first, np.where(first == -1, end, -1)).clip(min=-1)
+    device = first.copy()
+    differ = np.flatnonzero(first != end)
+    one, other = first[differ], end[differ]
+    device[differ] = np.where(one == -1, other, np.where(other == -1, one, -1))
+    return np.maximum(device, -1, out=device)

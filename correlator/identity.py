@@ -187,11 +187,14 @@ class Resolver:
         """Whether any sighting in use can be several devices."""
         return bool((self.only[1:] < 0).any())
 
-    def moves(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """What each move from one `place` to another is: flags (JOIN, CROSS, ...) in the lowest bits;
-        `from_device` and `to_device` read the rest. Arrays of one length, int64.
+    def moves(
+        self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64]:
+        """What each move from one `place` to another is: flags (JOIN, CROSS, ...) in the lowest bits; `from_device`
+        and `to_device` read the rest. 0 where not `asked`. Arrays of one length, int64.
         """
-        return self._moves((source << (CODE_BITS + 4)) | target)
+        # Places of 0 are a move that no record makes.
+        return self._moves(((source << (CODE_BITS + 4)) | target) * asked)
 
     def _judged(self, key: int) -> int:
         source, target = divmod(key, 1 << (CODE_BITS + 4))

@@ -49,26 +49,36 @@ class Records:
     place: Ints
     """Hook and sighting, as `correlator.identity.place` packs them."""
     length: npt.NDArray[np.uint32]
-    number: Ints
-    """Device number; -1: none, or not known yet; -2: moves disagree."""
-    cross: Mask
-    """Whether the record is the first on its device."""
 
     def __len__(self) -> int:
         return len(self.ts)
 
     @classmethod
-    def of(cls, batch: Batch, resolver: Resolver) -> Records:
-        """The records of a batch (no markers), before anything is known of them."""
-        number = resolver.only[batch.dev]
-        return cls(
-            batch.ts_ns, batch.skb_id, place(batch.hook, batch.dev), batch.l3_len, number, np.ones(len(batch), np.bool_)
-        )
+    def of(cls, batch: Batch) -> Records:
+        """The records of a batch (no markers)."""
+        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, batch.dev), batch.l3_len)
 
     def __add__(self, later: Records) -> Records:
         if not len(self):
             return later
         return Records(*(np.concatenate([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Records of lives that have not ended, with what was found out about them."""
+
+    records: Records
+    number: Ints
+    """As in `Lives`."""
+    cross: Mask
+    """As in `Lives`."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+NOTHING_OPEN: Final = Open(Records.of(Batch.empty()), np.zeros(0, np.int64), np.zeros(0, np.bool_))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,9 @@ class Lives:
     ts: Ints
     place: Ints
     number: Ints
+    """Device number; -1: none, or not known; -2: moves disagree."""
     cross: Mask
+    """Whether the record is the first on its device."""
     life: Ints
     """Which life each record is of."""
 
@@ -112,43 +124,45 @@ class Lives:
         """Length at each life's first record, bytes."""
         return self.records.length[self.order[self.starts]]
 
-    def carried_over(self, which: Mask) -> Records:
-        """The records of the lives in `which`, back in the order of time, with what was found out about them."""
+    def still_open(self, which: Mask) -> Open:
+        """The records of the lives in `which`, back in the order of time."""
         kept = np.flatnonzero(which[self.life])
+        if not len(kept):
+            return NOTHING_OPEN
         kept = kept[np.argsort(self.order[kept])]
         at, given = self.order[kept], self.records
-        return Records(
-            given.ts[at], given.skb[at], given.place[at], given.length[at], self.number[kept], self.cross[kept]
+        return Open(
+            Records(given.ts[at], given.skb[at], given.place[at], given.length[at]), self.number[kept], self.cross[kept]
         )
 
 
-def join(carried: Records, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
+def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
     """Cut the records of each buffer into lives.
 
-    `carried` are the records of lives that had not ended, which stay joined; `new` ones come after them in time. At
-    least one record in all.
+    The records of `carried` stay joined as they are; `new` ones come after them in time. At least one in all.
     """
-    records = carried + new
+    records = carried.records + new
     order, same = _by_buffer(records.skb)
-    ts, places, number = records.ts[order], records.place[order], records.number[order]
+    ts, places = records.ts[order], records.place[order]
+    number = resolver.only[places & (CODES - 1)]
     old = order < len(carried)
     judged = same & ~old
 
-    # Places of 0 are a move that no record makes.
     moves = np.zeros(len(order), np.int64)
-    np.copyto(moves[1:], resolver.moves(places[:-1] * judged[1:], places[1:] * judged[1:]))
+    moves[1:] = resolver.moves(places[:-1], places[1:], judged[1:])
     joined = (moves & JOIN) != 0
-    routed = np.flatnonzero(moves & SAME_LENGTH)
-    joined[routed] &= records.length[order[routed]] == records.length[order[routed - 1]]
-    copied = np.flatnonzero(moves & WHOLE_COPY)
-    headers = records.length[order[copied - 1]].astype(np.int64) - records.length[order[copied]]
-    joined[copied] &= np.isin(headers, COPIED_BEHIND)
+    by_length = np.flatnonzero(moves & (SAME_LENGTH | WHOLE_COPY))
+    less = records.length[order[by_length - 1]].astype(np.int64) - records.length[order[by_length]]
+    routed = (moves[by_length] & SAME_LENGTH) != 0
+    joined[by_length] &= np.where(routed, less == 0, np.isin(less, COPIED_BEHIND))
     joined[1:] &= ts[1:] - ts[:-1] <= timeout_ns
     if gaps:
         joined[1:] &= ~spans_gap(gaps, ts[:-1], ts[1:])
     cross = ((moves & CROSS) != 0) | ~joined
-    joined |= same & old
-    cross[old] = records.cross[order[old]]
+    if len(carried):
+        joined |= same & old
+        at = np.flatnonzero(old)
+        number[at], cross[at] = carried.number[order[at]], carried.cross[order[at]]
 
     unsure = number == -1
     if unsure.any():

@@ -38,8 +38,9 @@ class Memo:
         """The answers, int64, same shape (one dimension)."""
         slots = ((keys.view(np.uint64) * GOLDEN) >> np.uint64(64 - self._SLOT_BITS)).view(np.int64)
         values = self._values[slots]
-        missing = np.flatnonzero(self._keys[slots] != keys)
-        if len(missing):
+        known = self._keys[slots] == keys
+        if not known.all():
+            missing = np.flatnonzero(~known)
             distinct, inverse = np.unique(keys[missing], return_inverse=True)
             values[missing] = np.array([self._ask(key) for key in distinct.tolist()], np.int64)[inverse]
             self._keys[slots[missing]] = keys[missing]

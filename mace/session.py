@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from collector.capture_source import CaptureSource, in_time_order
+from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
 from mace.interfaces import StreamHeader, StreamItem
@@ -41,6 +42,7 @@ class Session:
         self._console = console
         self._quiet = quiet
         self._stop = Stop()
+        keep_freed_memory()
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
