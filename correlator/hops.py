@@ -59,7 +59,7 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
     ts, count = lives.ts, len(lives.starts)
     hook = (lives.place >> CODE_BITS).astype(np.uint8)
     way = WAY[hook]
-    placed = way <= Way.RECEIVE
+    placed = (way == Way.TRANSMIT) | (way == Way.RECEIVE)
 
     first = np.flatnonzero(lives.cross & placed & which[lives.life])
     of = lives.life[first]
@@ -114,7 +114,8 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
         turn = np.minimum.reduceat(np.where(sent & (index != head[path]), index, NEVER), head)
         inward |= between[path] & (index >= turn[path])
     # On the way in what comes before the outer device is outside; if that was not seen, nothing is.
-    gate = np.where((target >= 0) & (outer == NEVER), -1, outer)[path]
+    gate = outer[path]
+    gate[inward & (gate == NEVER)] = -1
     outside = (index < gate) == inward
     outside |= (role == _ROLE[Role.REMOTE]) | (role == _ROLE[Role.OTHER]) | (role == _ROLE[Role.LOOPBACK])
     queued = hook[first] == Hook.NET_DEV_QUEUE

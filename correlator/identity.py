@@ -63,6 +63,11 @@ TUNNELS: Final = frozenset(
     {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}
 )
 
+UNKNOWN: Final = "unknown"
+"""Kind of a device that the topology does not list."""
+ROLES: Final = tuple(Role)
+"""Roles by the number that arrays hold."""
+
 JOIN: Final = 1
 """Flag of a verdict: the two records are of one life."""
 CROSS: Final = 2
@@ -198,6 +203,8 @@ class Resolver:
 
     def _judged(self, key: int) -> int:
         source, target = divmod(key, 1 << (CODE_BITS + 4))
+        if not WAY[source >> CODE_BITS] or not WAY[target >> CODE_BITS]:
+            return 0  # no hook that is known
         flags, first, second = self._judge(
             Hook(source >> CODE_BITS), source & (CODES - 1), Hook(target >> CODE_BITS), target & (CODES - 1)
         )
@@ -249,15 +256,20 @@ class Resolver:
         for a in sources:
             device = self.devices[a]
             if way_p == Way.TRANSMIT and way_n == Way.RECEIVE and device.kind == "veth":
-                related: Iterable[int] = self._by_key.get((device.peer_netns, device.peer_ifindex), ())
+                related: Iterable[int] = self._by_key.get((device.peer_netns, device.peer_ifindex), targets)
             else:
                 related = targets
             for b in related:
-                if b in inside and _can_cross(way_p, device, hook_n, self.devices[b]):
+                if b in inside and self._can_cross(way_p, device, hook_n, self.devices[b]):
                     yield a, b
 
-
-ROLES: Final = tuple(Role)
+    def _can_cross(self, way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
+        if UNKNOWN in (a.kind, b.kind):
+            # Only veths hand over from driver to receiver; and neither end's peer may be a device that is known.
+            ends = [d for d in (a, b) if d.kind != UNKNOWN]
+            free = all(d.kind == "veth" and (d.peer_netns, d.peer_ifindex) not in self._by_key for d in ends)
+            return way_p == Way.TRANSMIT and WAY[hook_n] == Way.RECEIVE and free
+        return _can_cross(way_p, a, hook_n, b)
 
 
 def _sole(numbers: Iterable[int]) -> int:
@@ -266,7 +278,7 @@ def _sole(numbers: Iterable[int]) -> int:
 
 
 def _unknown(sighting: Sighting) -> Device:
-    return Device(sighting.netns, sighting.ifindex, sighting.name, "unknown")
+    return Device(sighting.netns, sighting.ifindex, sighting.name, UNKNOWN)
 
 
 def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
@@ -275,9 +287,6 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
     same_netns = a.netns == b.netns
     over = (b.peer_netns, b.peer_ifindex) == a.key and b.kind != "veth"
     under = (a.peer_netns, a.peer_ifindex) == b.key and a.kind != "veth"
-    if "unknown" in (a.kind, b.kind):
-        # Only the hand-over from a driver to a receiver is certain without knowing the devices.
-        return way_p == Way.TRANSMIT and way_n == Way.RECEIVE
     if way_p == Way.TRANSMIT:
         if way_n == Way.RECEIVE:
             if a.kind == "veth":

@@ -1,0 +1,197 @@
+"""The correlator against `tests.reference`, however the records are cut."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from correlator.engine import Engine, EngineConfig
+from mace.records import Batch
+from mace.schema import Delays, Direction, Segment
+from mace.topology import Device
+from tests.reference import Reference
+from tests.traffic import ACROSS, DEVICES, ELSEWHERE, NAMES, REPLY, REQUEST, Tape, topology
+
+# Names that one device each has: c1's eth0 alone.
+PLAIN = tuple(d for d in DEVICES if d.name != "eth0" or d.container == "c1")
+TIMEOUT_NS = 10_000
+PATHS = [
+    REQUEST,
+    REPLY + " c",
+    REPLY,
+    REPLY + " D c",
+    REPLY + " k",
+    REQUEST.rsplit(" ", 3)[0] + " k",
+    ACROSS.replace(" r:eth0 R:eth0", ""),
+    "Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0 c",
+    "Q:out0 X:out0 X:out0 r:rem0 R:rem0",
+    "r:out0 R:out0 D c",
+    "R:veth1 R:br0 Q:br0 X:br0 Q:veth2 X:veth2",
+    "X:gone0 r:gone0 R:gone0",
+    "Q:vx0 X:vx0 Q:out0 X:out0 r:rem0",
+    "c",
+    "k",
+    "D",
+]
+
+
+def resolved():
+    by_name = {d.name: d for d in topology(devices=PLAIN).devices}
+    return {code: by_name.get(name, Device(0, 0, name, "unknown")) for code, name in enumerate(NAMES)}
+
+
+@st.composite
+def tapes(draw):
+    """Packets that overlap, in few buffers, some cut short or with records missing, and gaps."""
+    tape = Tape()
+    for _ in range(draw(st.integers(0, 12))):
+        words = draw(st.sampled_from(PATHS)).format(n=1).split()
+        words = words[draw(st.integers(0, 2)) :] if draw(st.booleans()) else words
+        words = [w for w in words if draw(st.integers(0, 15))]
+        if words:
+            tape.packet(
+                " ".join(words),
+                draw(st.integers(0, 60_000)),
+                skb=draw(st.integers(1, 4)),
+                step=draw(st.sampled_from([0, 1, 7, 100, 3_000, TIMEOUT_NS, TIMEOUT_NS + 1])),
+                length=draw(st.sampled_from([84, 84, 52])),
+            )
+    for _ in range(draw(st.integers(0, 30)) if draw(st.booleans()) else 0):
+        tape.add(
+            draw(st.integers(0, 60_000)),
+            draw(st.integers(1, 8)),
+            draw(st.sampled_from(NAMES[1:])),
+            draw(st.integers(1, 4)),
+            draw(st.sampled_from([0, 52, 56, 84])),
+        )
+    for _ in range(draw(st.integers(0, 2))):
+        start = draw(st.integers(0, 60_000))
+        tape.gap(start, start + draw(st.integers(0, 5_000)), lost=draw(st.integers(0, 9)))
+    return tape.batch()
+
+
+def correlate(batch, cuts=(), *, devices=PLAIN, **config):
+    engine = Engine(0, EngineConfig(timeout_ns=TIMEOUT_NS, **config))
+    results = engine.feed(topology(devices=devices))
+    edges = [0, *sorted(cut % (len(batch) + 1) for cut in cuts), len(batch)]
+    for a, b in itertools.pairwise(edges):
+        results += engine.feed(batch[a:b])
+    results.append(engine.finish())
+    assert all(result.ledger.imbalance == 0 for result in results)
+    return results
+
+
+def all_rows(results):
+    """Every row, as tuples that do not depend on how devices are numbered."""
+    rows = Delays.concatenate([result.delays for result in results])
+    devices = results[-1].devices
+    columns = [
+        getattr(rows, name).tolist()
+        for name in ("utc_ns", "packet", "direction", "segment", "position", "delay_ns", "l3_len", "outcome")
+    ]
+    return Counter(zip([devices[d] for d in rows.device], *columns, strict=True))
+
+
+def all_windows(results):
+    devices = results[-1].devices
+    return Counter(
+        (
+            devices[w.device],
+            w.start_utc_ns,
+            w.width_s,
+            w.direction,
+            w.segment,
+            w.count,
+            w.sum_ns,
+            w.min_ns,
+            w.max_ns,
+            w.p50_ns,
+            w.p90_ns,
+            w.p99_ns,
+            w.p999_ns,
+            tuple(w.bins),
+            tuple(w.counts),
+        )
+        for result in results
+        for w in result.windows
+    )
+
+
+@settings(max_examples=150)
+@given(tapes())
+def test_the_engine_says_what_the_reference_says(batch):
+    results = correlate(batch)
+    wanted = Reference(resolved(), TIMEOUT_NS).run(batch)
+    ways = {Direction.EGRESS: "out", Direction.INGRESS: "in"}
+    rows, devices = Delays.concatenate([r.delays for r in results]), results[-1].devices
+    found = Counter(
+        (devices[d].name, devices[d].container, ways[way], Segment(segment).name.lower(), begin, delay)
+        for d, way, segment, begin, delay in zip(
+            rows.device, rows.direction, rows.segment, rows.utc_ns.tolist(), rows.delay_ns.tolist(), strict=True
+        )
+    )
+    assert found == Counter(row[1:] for row in wanted.rows)
+    ledger = results[-1].ledger.as_dict()
+    assert ledger == wanted.ledger | {"discarded": 0}
+    assert results[-1].packets == wanted.packets
+
+
+@settings(max_examples=60)
+@given(
+    tapes(),
+    st.lists(st.integers(0, 10_000), max_size=6),
+    st.sampled_from([1, 100, 7_777, 1 << 40]),
+    st.integers(1, 64),
+    st.booleans(),
+)
+def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, ambiguous):
+    devices = DEVICES if ambiguous else PLAIN
+    whole = correlate(batch, devices=devices, slice_ns=1 << 40)
+    cut = correlate(batch, cuts, devices=devices, slice_ns=slice_ns, slice_records=slice_records)
+    assert all_rows(cut) == all_rows(whole)
+    assert all_windows(cut) == all_windows(whole)
+    assert cut[-1].ledger == whole[-1].ledger
+    assert cut[-1].packets == whole[-1].packets
+
+
+@settings(max_examples=60)
+@given(tapes())
+def test_device_delays_add_up_to_the_overhead(batch):
+    parts, whole = Counter(), {}
+    for result in correlate(batch):
+        rows = result.delays
+        for packet, segment, delay in zip(rows.packet.tolist(), rows.segment, rows.delay_ns.tolist(), strict=True):
+            if segment == Segment.DEVICE:
+                parts[packet] += delay
+            elif segment == Segment.OVERHEAD:
+                whole[packet] = delay
+    assert {packet: parts[packet] for packet in whole} == whole
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(*(st.integers(0, 40_000), st.integers(0, 9), st.integers(0, 8), st.integers(1, 5))), max_size=60)
+)
+def test_no_stream_is_too_wild(rows):
+    """Any hooks (0 and 9 do not exist) on any devices in any order, with every name doubtful: all is accounted for."""
+    rows = sorted(rows)
+    columns = np.array(rows).reshape(-1, 4).T
+    batch = Batch.of(len(rows), ts_ns=columns[0], hook=columns[1], dev=columns[2], skb_id=columns[3])
+    results = correlate(batch, devices=(*DEVICES, Device(ELSEWHERE, 7, "veth1", "veth", ELSEWHERE, 8)), slice_ns=5_000)
+    assert results[-1].ledger.records == len(rows)
+
+
+def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
+    tape = Tape()
+    for i in range(3_000):
+        tape.packet("Q:eth0 X:eth0", i * 10, skb=i + 1, step=1)
+    engine = Engine(0, EngineConfig(timeout_ns=1 << 40, slice_ns=1_000, open_records=500))
+    engine.feed(topology(devices=PLAIN))
+    results = engine.feed(tape.batch())
+    assert engine.open_peak <= 500
+    results.append(engine.finish())
+    ledger = results[-1].ledger
+    assert (ledger.records, ledger.matched, ledger.imbalance) == (6_000, 6_000, 0)
+    assert sum(len(result.delays) for result in results) == 3_000

@@ -1,0 +1,187 @@
+"""What the correlator should say, worked out record by record, by someone who has read its essay and not its code.
+
+One dictionary of open lives, one Python loop. Devices have to be nameable without doubt (one candidate for each
+name): how names are resolved is tested by examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mace.hooks import BY_HOOK, Hook, Way
+from mace.topology import Role
+from tests.traffic import Q, R, X, c, k
+
+BEHIND = (20, 28, 40, 48, 52, 60, 72)
+
+
+@dataclass
+class Life:
+    first_ts: int
+    length: int
+    hops: list = field(default_factory=list)  # [device, [(ts, hook), ...]]
+    rest: list = field(default_factory=list)  # copies and the end
+    last: tuple = ()
+
+    @property
+    def size(self):
+        return sum(len(records) for _, records in self.hops) + len(self.rest)
+
+
+class Reference:
+    def __init__(self, devices_by_code, timeout_ns):
+        self.devices, self.timeout_ns = devices_by_code, timeout_ns
+        self.open, self.gaps, self.rows = {}, [], []
+        self.ledger = dict.fromkeys(
+            ("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "in_flight", "lost"), 0
+        )
+        self.packets = 0
+
+    def run(self, batch):
+        for i in range(len(batch)):
+            ts, skb, hook = int(batch.ts_ns[i]), int(batch.skb_id[i]), Hook(int(batch.hook[i]))
+            if hook is Hook.LOST:
+                self.gaps.append((ts, skb))
+                self.ledger["lost"] += int(batch.l3_len[i])
+                continue
+            self.ledger["records"] += 1
+            record = (ts, hook, int(batch.dev[i]), int(batch.l3_len[i]))
+            life = self.open.get(skb)
+            if life is not None and not self.follows(life.last, record):
+                self.close(self.open.pop(skb), next_ts=ts)
+                life = None
+            if life is None:
+                life = self.open[skb] = Life(ts, record[3])
+            self.append(life, record)
+            if BY_HOOK[hook].way is Way.END:
+                self.close(self.open.pop(skb))
+        self.end_ns = int(batch.ts_ns[-1]) if len(batch) else 0
+        for skb in list(self.open):
+            self.close(self.open.pop(skb), at_end=True)
+        return self
+
+    def follows(self, before, now):
+        (ts, hook, dev, length), (ts2, hook2, dev2, length2) = before, now
+        if ts2 - ts > self.timeout_ns or any(a < ts2 and b > ts for a, b in self.gaps):
+            return False
+        way, way2 = BY_HOOK[hook].way, BY_HOOK[hook2].way
+        if way2 is Way.END:
+            return True
+        if way2 is Way.DELIVERY:
+            return hook is R and length - length2 in BEHIND
+        if way is Way.DELIVERY:
+            return False
+        order = [Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, R]
+        if dev == dev2 and hook2 is X and hook in (Q, X):
+            return True
+        if dev == dev2 and hook in order and hook2 in order and order.index(hook) < order.index(hook2):
+            return True
+        a, b = self.devices[dev], self.devices[dev2]
+        if hook is X and way2 is Way.RECEIVE:
+            if "unknown" in (a.kind, b.kind):
+                keys = {d.key for d in self.devices.values() if d.kind != "unknown"}
+                known = [d for d in (a, b) if d.kind != "unknown"]
+                return all(d.kind == "veth" and (d.peer_netns, d.peer_ifindex) not in keys for d in known)
+            return a.kind == "veth" and (a.peer_netns, a.peer_ifindex) == b.key
+        if "unknown" in (a.kind, b.kind):
+            return False
+        if hook is X and hook2 is Q:
+            port = b.master_ifindex == a.ifindex
+            return a != b and a.netns == b.netns and (port or a.kind == "vxlan")
+        if hook is R and hook2 is Q:
+            return a.netns == b.netns and (a != b or a.kind == "bridge") and length == length2
+        if hook is R and hook2 is R:
+            return a.netns == b.netns and a.master_ifindex == b.ifindex
+        return hook is R and way2 is Way.RECEIVE and a.netns == b.netns and a != b and b.kind == "vxlan"
+
+    def append(self, life, record):
+        ts, hook, dev, _ = record
+        if BY_HOOK[hook].has_device:
+            same = life.hops and life.last[2] == dev and not self.leaves(life.last, record)
+            if not same:
+                life.hops.append([self.devices[dev], []])
+            life.hops[-1][1].append((ts, hook))
+        else:
+            life.rest.append((ts, hook))
+        life.last = record
+
+    def leaves(self, before, now):
+        """X d -> r d only exists between two devices of one unknown name."""
+        return before[1] is X and BY_HOOK[now[1]].way is Way.RECEIVE
+
+    def close(self, life, next_ts=None, at_end=False):
+        ended = bool(life.rest) and life.rest[-1][1] in (c, k)
+        if life.size == 1:
+            late = next_ts is not None and next_ts - life.last[0] > self.timeout_ns
+            idle = at_end and life.last[0] < self.end_ns - self.timeout_ns
+            kind = "unmatched" if ended else "expired" if late or idle else "in_flight" if at_end else "unmatched"
+            self.ledger[kind] += 1
+            return
+        last_role = life.hops[-1][0].role if life.hops else None
+        arrived = last_role in (Role.INNER, Role.REMOTE) and life.hops[-1][1][-1][1] is R
+        dropped = ended and life.rest[-1][1] is k and not arrived
+        self.ledger["dropped" if dropped else "matched"] += life.size
+        rows = self.measure(life)
+        self.packets += bool(rows)
+        self.rows += [(life.first_ts, *row) for row in rows]
+
+    def measure(self, life):
+        hops = life.hops
+        if not hops:
+            return []
+        owner = {d.netns: d.container for d in self.devices.values() if d.role is Role.INNER}
+
+        def serves(d):
+            return owner.get(d.netns if d.role is Role.INNER else d.peer_netns if d.kind == "veth" else 0, "")
+
+        sent = [BY_HOOK[records[0][1]].way is Way.TRANSMIT for _, records in hops]
+        inner = [d.role is Role.INNER for d, _ in hops]
+        origin = serves(hops[0][0]) if sent[0] == inner[0] and hops[0][0].role in (Role.INNER, Role.HOST) else ""
+        target = serves(hops[-1][0]) if sent[-1] != inner[-1] and hops[-1][0].role in (Role.INNER, Role.HOST) else ""
+        if not origin and not target:
+            return []
+        outer = next((i for i, (d, _) in enumerate(hops) if d.role is Role.OUTER), None)
+        turn = next((i for i in range(1, len(hops)) if sent[i]), len(hops)) if origin and target else 0
+        rows = []
+        for i, (d, records) in enumerate(hops):
+            into = bool(target) and (not origin or i >= turn)
+            begin = records[0][0]
+            if target and not origin and i == outer and records[-1][1] is R:
+                begin = records[-1][0]
+            if i + 1 < len(hops):
+                leave = hops[i + 1][1][0][0]
+            elif len(records) > 1:
+                leave = records[-1][0]
+            else:
+                continue
+            outside = outer is not None and i < outer if into else outer is not None and i >= outer
+            outside |= d.role in (Role.REMOTE, Role.OTHER, Role.LOOPBACK)
+            rows.append(
+                (
+                    d.name,
+                    target if into else origin,
+                    "in" if into else "out",
+                    "outside" if outside else "device",
+                    begin,
+                    leave - begin,
+                )
+            )
+        first, last = hops[0], hops[-1]
+        if outer is not None and origin and not target and inner[0] and first[1][0][1] is Q:
+            gate = hops[outer][1][0]
+            if gate[1] is Q:
+                rows.append((first[0].name, origin, "out", "overhead", first[1][0][0], gate[0] - first[1][0][0]))
+        if outer is not None and target and not origin and inner[-1] and last[1][-1][1] is R:
+            gate = hops[outer][1][-1]
+            if gate[1] is R:
+                rows.append((last[0].name, target, "in", "overhead", gate[0], last[1][-1][0] - gate[0]))
+        if (
+            target
+            and not origin
+            and inner[-1]
+            and last[1][-1][1] is R
+            and life.rest
+            and life.rest[0][1] is Hook.SKB_COPY_DATAGRAM_IOVEC
+        ):
+            rows.append((last[0].name, target, "in", "delivery", last[1][-1][0], life.rest[0][0] - last[1][-1][0]))
+        return rows
