@@ -33,6 +33,8 @@ class EngineConfig:
 
     timeout_ns: int = 500_000_000
     """A packet's next record comes within this, or its life is over."""
+    linger_ns: int = 100_000_000
+    """A device that is gone can still be meant by records this long after: news of it may be dated that much early."""
     slice_ns: int = 100_000_000
     """Stretch of time that is worked on at once; changes when rows come out, not what they are."""
     slice_records: int = 1 << 17
@@ -49,7 +51,7 @@ class Engine:
     def __init__(self, utc_offset_ns: int, config: EngineConfig = EngineConfig()) -> None:
         self._config = config
         self._offset_ns = utc_offset_ns
-        self._resolver = Resolver(keep_ns=2 * config.timeout_ns)
+        self._resolver = Resolver(config.linger_ns)
         self._windows = Windows()
         self._waiting: list[Batch] = []
         self._waiting_records = 0
@@ -95,7 +97,9 @@ class Engine:
         while len(batch):
             if self._waiting_records == 0:
                 first = int(batch.ts_ns[0])
-                self._slice_end = first - first % size + size
+                if first >= self._resolver.changes_at_ns:
+                    self._resolver.forget(first)
+                self._slice_end = min(first - first % size + size, self._resolver.changes_at_ns)
             inside = (
                 len(batch) if batch.ts_ns[-1] < self._slice_end else int(np.searchsorted(batch.ts_ns, self._slice_end))
             )

@@ -63,6 +63,7 @@ TUNNELS: Final = frozenset(
     {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}
 )
 
+NEVER_NS: Final = np.iinfo(np.int64).max
 UNKNOWN: Final = "unknown"
 """Kind of a device that the topology does not list."""
 ROLES: Final = tuple(Role)
@@ -108,8 +109,8 @@ def to_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 class Resolver:
     """Knows the devices of one stream by number, and answers what moves between sightings can be.
 
-    Numbers are given once and for all; a device that is gone stays a candidate until `forget_before`, since its
-    last packets are still under way.
+    Numbers are given once and for all. A device that is gone stays a candidate for `keep_ns`: its last packets are
+    still under way, and the news of its end may be dated a little too early.
     """
 
     def __init__(self, keep_ns: int) -> None:
@@ -136,20 +137,30 @@ class Resolver:
             self._gone[number] = topology.from_ns
         for number in live:
             self._gone.pop(number, None)
-        for number in [n for n, since in self._gone.items() if since + self._keep_ns < topology.from_ns]:
-            del self._gone[number]
         self._live = live
-        present = sorted(live | self._gone.keys())
+        self._sightings = topology.sightings
+        self._look_up()
 
+    @property
+    def changes_at_ns(self) -> int:
+        """When the next device that is gone is to be forgotten; records from then on need `forget`."""
+        return min(self._gone.values(), default=NEVER_NS - self._keep_ns) + self._keep_ns
+
+    def forget(self, at_ns: int) -> None:
+        """No longer count with devices that were gone `keep_ns` before."""
+        self._gone = {number: since for number, since in self._gone.items() if since + self._keep_ns > at_ns}
+        self._look_up()
+
+    def _look_up(self) -> None:
+        present = sorted(self._live | self._gone.keys())
         self._by_key = {}
         by_name: dict[str, list[int]] = {}
         for number in present:
             device = self.devices[number]
             self._by_key.setdefault(device.key, []).append(number)
             by_name.setdefault(device.name, []).append(number)
-        self._sightings = topology.sightings
         self._candidates = [()]
-        for sighting in topology.sightings[1:]:
+        for sighting in self._sightings[1:]:
             found = (
                 self._by_key.get((sighting.netns, sighting.ifindex), ())
                 if sighting.ifindex
@@ -174,6 +185,7 @@ class Resolver:
     def _describe(self) -> None:
         self.role = np.array([ROLES.index(d.role) for d in self.devices], np.uint8)
         serves = np.full(len(self.devices), -1, np.int64)
+        serves[: len(self.serves)] = self.serves  # also of one whose peer is gone
         for number, device in enumerate(self.devices):
             if device.role is Role.INNER:
                 serves[number] = number
@@ -186,11 +198,6 @@ class Resolver:
                 if inner:
                     serves[number] = inner[-1]
         self.serves = serves
-
-    @property
-    def ambiguous_names(self) -> bool:
-        """Whether any sighting in use can be several devices."""
-        return bool((self.only[1:] < 0).any())
 
     def moves(
         self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_]
