@@ -1,0 +1,106 @@
+"""Equal names and addresses everywhere, containers that come, go and take each other's name: told apart."""
+
+import time
+from collections import Counter
+
+import pytest
+
+from mace.lab import Spec, running
+from tests.measuring import measured
+
+pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+
+
+def by_netns(measurement, length):
+    """{(container, netns inode of its eth0): packets sent} of echo requests of one length."""
+    rows = measurement.rows(device="eth0", direction="egress", segment="device", l3_len=length)
+    return Counter((row["container"], int(row["device_id"].split(":")[0])) for row in rows)
+
+
+def test_containers_with_equal_addresses_on_two_bridges(tmp_path):
+    spec = Spec(name="twins", containers=2, bridges=2, same_addresses=True)
+    with running(spec) as lab:
+        assert lab.address("c1") == lab.address("c2")
+        for container in lab.containers:
+            lab.ping(container, count=2)
+        with measured(lab, tmp_path) as measurement:
+            flows = [lab.start_ping(container, count=300, size=111) for container in lab.containers]
+            assert [flow.wait().received for flow in flows] == [300, 300]
+        wanted = {(container, lab.netns_inode(container)): 300 for container in lab.containers}
+    assert by_netns(measurement, 139) == wanted
+    overhead = {(row["container"], row["direction"]): row["count"] for row in measurement.found["overhead"]}
+    assert all(overhead[container, way] >= 300 for container in ("c1", "c2") for way in ("egress", "ingress"))
+
+
+def test_two_labs_at_once(tmp_path):
+    with running(Spec(name="one")) as one, running(Spec(name="two")) as two:
+        for lab in (one, two):
+            lab.ping("c1", count=2)
+        with measured(one, tmp_path) as measurement:
+            flows = [lab.start_ping("c1", count=200, size=112) for lab in (one, two)]
+            assert [flow.wait().received for flow in flows] == [200, 200]
+        assert by_netns(measurement, 140)["c1", one.netns_inode("c1")] == 200
+    assert measurement.found["ledger"]["ambiguous"] == 0
+
+
+def test_a_container_dies_and_a_new_one_takes_its_name(tmp_path):
+    with running(Spec(name="heirs", containers=2)) as lab:
+        lab.ping("c1", count=2)
+        first = lab.netns_inode("c1")
+        with measured(lab, tmp_path) as measurement:
+            assert lab.ping("c1", count=100, size=113).received == 100
+            lab.remove_container("c1")
+            lab.add_container("c1")
+            second = lab.netns_inode("c1")
+            assert first != second
+            # Two seconds are more than a container's own start takes; then all is known of it.
+            time.sleep(2)
+            assert lab.ping("c1", count=150, size=113).received == 150
+        assert by_netns(measurement, 141) == {("c1", first): 100, ("c1", second): 150}
+
+
+def test_a_container_that_comes_while_measuring_is_followed(tmp_path):
+    with running(Spec(name="guests")) as lab:
+        with measured(lab, tmp_path) as measurement:
+            lab.add_container("late")
+            time.sleep(1)
+            assert lab.ping("late", count=100, size=114).received == 100
+        assert by_netns(measurement, 142) == {("late", lab.netns_inode("late")): 100}
+
+
+def test_churn_under_traffic_leaves_the_rest_exact(tmp_path):
+    with running(Spec(name="churn", containers=2)) as lab:
+        lab.ping("c1", count=2)
+        with measured(lab, tmp_path) as measurement:
+            steady = lab.start_ping("c1", count=500, size=115, interval_s=0.01)
+            for _ in range(8):
+                lab.add_container("guest")
+                flow = lab.start_udp("guest", count=100_000, rate_pps=2_000, duration_s=0.3, size=99)
+                time.sleep(0.2)
+                # Its devices vanish in the middle of its packets' way.
+                flow.close()
+                lab.remove_container("guest")
+            assert steady.wait().received == 500
+        assert by_netns(measurement, 143) == {("c1", lab.netns_inode("c1")): 500}
+    ledger = measurement.found["ledger"]
+    named = ("matched", "unmatched", "ambiguous", "expired", "dropped", "in_flight")
+    assert ledger["records"] == sum(ledger[name] for name in named)
+    assert ledger["lost"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.needs("docker")
+def test_real_docker_containers(tmp_path):
+    from mace.lab import Runtime
+
+    with running(Spec(name="dock", containers=2, runtime=Runtime.DOCKER)) as lab:
+        for container in lab.containers:
+            lab.ping(container, count=2)
+        with measured(lab, tmp_path) as measurement:
+            time.sleep(1)
+            flows = [lab.start_ping(container, count=200, size=116) for container in lab.containers]
+            assert [flow.wait().received for flow in flows] == [200, 200]
+        found = by_netns(measurement, 144)
+        assert sorted(found.values()) == [200, 200]
+        assert {netns for _, netns in found} == {lab.netns_inode(container) for container in lab.containers}
+        assert {name for name, _ in found} == set(lab.containers)
