@@ -150,6 +150,7 @@ _PACKAGES: Final = {
     "runc": "docker.io",
     "iptables": "iptables",
     "busybox": "busybox-static",
+    "ldd": "libc-bin",
 }
 
 
