@@ -203,9 +203,9 @@ class EmbeddedStore:
                 f"{self.path}: {held} is writing to this store, and it takes one writer at a time;"
                 " stop that one, or name another directory"
             ) from None
+        self._lock_fd = fd  # released also if the disk has no room for what follows
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} (run {header.run})\n".encode(), 0)
-        self._lock_fd = fd
 
     def _refuse_known_run(self, header: StreamHeader) -> None:
         """The same capture stored twice would count every packet twice."""

@@ -1,0 +1,88 @@
+"""The command line without a kernel: help, usage, errors, replays."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mace.cli import main
+from tests.measuring import mace
+
+COMMANDS = ["check", "demo", "lab", "run", "record", "replay", "report", "hooks"]
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in COMMANDS), *(["lab", c] for c in ("up", "down", "list", "exec", "traffic"))]
+)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert "usage: mace" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nosuch"],
+        ["record"],
+        ["run", "--duration", "0"],
+        ["run", "--duration", "nan"],
+        ["run", "--source", "kmodd"],
+        ["lab", "up", "--containers", "0"],
+    ],
+)
+def test_wrong_usage(argv):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+
+
+def test_usage_that_only_the_parts_can_judge(capsys):
+    assert main(["lab", "up", "../x"]) == 2
+    assert capsys.readouterr().err.startswith("mace: ")
+
+
+def test_hooks(capsys):
+    assert main(["hooks", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["hooks"]
+    assert found[0] == {"id": 1, "name": "net_dev_queue", "tracepoint": "net:net_dev_queue"} | {
+        "meaning": found[0]["meaning"]
+    }
+
+
+def test_check_names_every_part(capsys):
+    assert main(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"source ftrace", "sink store", "lab netns", "lab docker", "device names"} <= set(found)
+    assert all(part["ok"] or (part["detail"] and part["remedy"]) for part in found.values())
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    (tmp_path / "x.mace").write_bytes(b"not a capture at all")
+    for argv in (
+        ["replay", str(tmp_path / "no.mace")],
+        ["replay", str(tmp_path / "x.mace")],
+        ["report", "--store", str(tmp_path / "nothing")],
+        ["check", "--config", str(tmp_path / "no.toml")],
+    ):
+        assert main(argv) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("mace: ")
+        assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = mace("--debug", "replay", tmp_path / "no.mace", check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_leaves_early():
+    with subprocess.Popen(
+        [sys.executable, "-m", "mace", "hooks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as done:
+        done.stdout.close()
+        assert b"Traceback" not in done.stderr.read()

@@ -1,0 +1,75 @@
+"""Every error names the file, the key, what was found and what was expected."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mace import config
+from mace.errors import ConfigError
+
+
+def load(tmp_path, text):
+    path = tmp_path / "mace.toml"
+    path.write_text(text)
+    return config.load(path)
+
+
+def test_defaults_without_a_file_and_from_an_empty_one(tmp_path):
+    assert config.load(None) == load(tmp_path, "") == config.Config()
+
+
+def test_all_of_it(tmp_path):
+    found = load(tmp_path, '[capture]\nouter = ["eth1"]\nring_mib = 64\n[store]\nflush_interval_s = 2\nsync = false\n')
+    assert found.capture.outer == ("eth1",)
+    assert found.capture.ring_mib == 64
+    assert found.store.flush_interval_s == 2.0
+    assert found.store.sync is False
+    assert found.correlate == config.CorrelateConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[capture", "not TOML"),
+        ("[captur]\n", "no such table [captur] (did you mean 'capture'?)"),
+        ("capture = 3\n", "capture is 3, expected a table [capture]"),
+        ("[capture]\nring_mb = 3\n", "[capture] has no key 'ring_mb' (did you mean 'ring_mib'?)"),
+        ("[capture]\nring_mib = '3'\n", "[capture] ring_mib = '3', expected a whole number"),
+        ("[capture]\nring_mib = true\n", "[capture] ring_mib = True, expected a whole number"),
+        ("[capture]\nring_mib = 0\n", "[capture] ring_mib = 0, expected 1 to 4096"),
+        ("[capture]\nsource = 'ftrac'\n", "expected one of auto, ftrace (did you mean 'ftrace'?)"),
+        ("[capture]\nouter = 'eth1'\n", "[capture] outer = 'eth1', expected a list of strings"),
+        ("[store]\nflush_interval_s = nan\n", "[store] flush_interval_s = nan, expected 0.05 to 3600"),
+        ("[store]\nmax_age_days = -1\n", "[store] max_age_days = -1.0, expected at least 0"),
+        ("[store]\nsync = 1\n", "[store] sync = 1, expected true or false"),
+    ],
+)
+def test_errors(tmp_path, text, said):
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text)
+    assert said in str(error.value)
+    assert str(tmp_path / "mace.toml") in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        config.load(tmp_path / "no.toml")
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not TOML"):
+        config.load(tmp_path / "x.toml")
+
+
+def test_the_page_has_every_key_with_its_default():
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| (.*) \|$", page, re.MULTILINE))
+    wanted = {}
+    for table in fields(config.Config):
+        for key in fields(getattr(config.Config(), table.name)):
+            shown = {True: "true", False: "false", (): "[]"}.get(key.default, repr(key.default).replace("'", '"'))
+            wanted[f"{table.name}.{key.name}"] = f"`{shown}` | {key.metadata['meaning']}"
+    assert rows == wanted
