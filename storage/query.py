@@ -438,9 +438,7 @@ class Store:
                 bins, counts = np.array(row[4], np.int64), np.array(row[5], np.int64)
                 low, high = middles(bins[[0, -1]]).tolist()
                 stretches = merged.setdefault((container, Direction[direction.upper()]), {})
-                stretches.setdefault(int(at), Distribution()).add(
-                    int(count), 0, low, high, bins, counts
-                )
+                stretches.setdefault(int(at), Distribution()).add(int(count), 0, low, high, bins, counts)
         found = []
         for (container, direction), stretches in sorted(merged.items()):
             ats = sorted(stretches)

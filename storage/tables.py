@@ -42,7 +42,7 @@ _RUN: Final = (
     Column("source", _NAME, "Source that captured them: `ftrace`, `kmod`, ..."),
 )
 _DEVICE: Final = (
-    Column("container", _NAME, "Container the device belongs to; empty for the host's devices and the far end."),
+    Column("container", _NAME, "Container whose packet it is, at each device of the packet's path."),
     Column("netns", _NAME, "Name of the network namespace; `host` for the host's."),
     Column("device", _NAME, "Name of the network device."),
     Column("device_id", _NAME, "`INODE:IFINDEX`, of the namespace and in it: tells apart devices of the same names."),

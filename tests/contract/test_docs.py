@@ -1,0 +1,30 @@
+"""Pages that repeat what the code says, held to it."""
+
+import re
+from pathlib import Path
+
+from mace.hooks import HOOKS
+from storage import tables
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_every_hook_is_on_its_page():
+    page = (DOCS / "hooks.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\w) \| `(\S+)` \| (\w+) \| (.*) \|$", page, re.MULTILINE)
+    assert rows == [(str(int(i.hook)), i.letter, i.tracepoint, i.way.name.lower(), i.meaning) for i in HOOKS]
+
+
+def test_every_stored_column_is_on_its_page():
+    sections = re.split(r"^## `(\w+)`$", (DOCS / "store.md").read_text(), flags=re.MULTILINE)
+    found = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert list(found) == ["delays", "windows", "ledger", "runs"]
+    for name, text in found.items():
+        rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", text, re.MULTILINE)
+        assert rows == [(column.name, column.meaning) for column in getattr(tables, name.upper())]
+
+
+def test_links_lead_somewhere():
+    for page in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
