@@ -1,0 +1,71 @@
+"""`./dev bench [NAME...]`: one JSON object a line on stdout; names are those of the figures or of their groups.
+
+Each figure has name, value, unit, peer, peer_value, ratio, n, spread. The first line is the machine. A figure that
+cannot be had here is a line with an `error`, and the exit status is 1.
+"""
+
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mace.errors import MaceError, nearest
+from tests.benchmark import ftrace_decode, live, offline, versus, wire
+
+GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "wire": wire.run,
+    "ftrace_decode": ftrace_decode.run,
+    "capture_to_windows": offline.capture_to_windows,
+    "capture_to_rows": offline.capture_to_rows,
+    "vs_netdev_times": versus.netdev_times,
+    "vs_bpftrace_text": versus.bpftrace_text,
+    "live_flood": live.under_flood,
+    "visibility": live.visibility,
+    "live_soak": live.soak,
+}
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {
+        "name": "machine",
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        print(f"bench: no {unknown[0]!r}{nearest(unknown[0], GROUPS)}; there are {', '.join(GROUPS)}", file=sys.stderr)
+        return 2
+    print(json.dumps(machine()), flush=True)
+    status = 0
+    for name in names or GROUPS:
+        print(f"bench: {name}", file=sys.stderr)
+        try:
+            for figure in GROUPS[name]():
+                print(json.dumps(figure), flush=True)
+        except MaceError as error:
+            print(json.dumps({"name": name, "error": str(error)}), flush=True)
+            status = 1
+        except Exception as error:  # noqa: BLE001 - the other figures are still wanted
+            traceback.print_exc()
+            print(json.dumps({"name": name, "error": repr(error)}), flush=True)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

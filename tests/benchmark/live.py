@@ -1,0 +1,116 @@
+"""The whole pipeline on live traffic: flood, soak, and how soon a packet can be seen by a reader."""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from mace.lab import Spec, running
+from storage.query import Filter, Store
+from tests.benchmark.figures import MACE, ROOT, figure, flood, folder
+
+FLOOD_S = 30
+SOAK_S = float(os.environ.get("MACE_BENCH_SOAK_S", "600"))
+SOAK_PPS = 5_000.0
+"""From each of two containers; ten events a datagram: 100,000 events/s."""
+PROBES = 40
+PAGE_MIB = resource.getpagesize() / 2**20
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def _start(lab: str, store: Path, *options: str) -> subprocess.Popen[str]:
+    argv = [*MACE, "run", "--lab", lab, "--store", str(store), "--json", *options]
+    started = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    while not (store / "runs").is_dir() and started.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    return started
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
+def _rss_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_MIB
+
+
+def _peak_mib(pid: int) -> float:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmHWM"))
+
+
+def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
+    run.terminate()
+    out, _ = run.communicate()
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def under_flood() -> list[dict[str, Any]]:
+    """30 s of what the machine gives, 8 MiB per CPU; targets: nothing lost, under one core, under 300 MiB."""
+    with folder() as place, running(Spec(name="flood", containers=2)) as lab:
+        run = _start("flood", place / "store", "--ring-mib", "8")
+        cpu, begin = _cpu_s(run.pid), time.monotonic()
+        flood(lab, FLOOD_S)
+        seconds = time.monotonic() - begin
+        cores, peak = (_cpu_s(run.pid) - cpu) / seconds, _peak_mib(run.pid)
+        ledger = _end(run)["ledger"]
+    return [
+        figure("live_flood", "events/s", [ledger["records"] / seconds]),
+        figure("live_flood_lost", "events", [ledger["lost"] + ledger["discarded"]]),
+        figure("live_flood_cpu", "cores", [cores]),
+        figure("live_flood_rss", "MiB", [peak]),
+    ]
+
+
+def soak() -> list[dict[str, Any]]:
+    """100,000 events/s for ten minutes; target: memory is flat. The slope is of the last nine tenths."""
+    with folder() as place, running(Spec(name="soak", containers=2)) as lab:
+        run = _start("soak", place / "store")
+        flows = [
+            lab.start_udp(name, count=100_000_000, rate_pps=SOAK_PPS, duration_s=SOAK_S, size=18)
+            for name in lab.containers
+        ]
+        begin, samples = time.monotonic(), []
+        while any(flow.running for flow in flows):
+            samples.append((time.monotonic() - begin, _rss_mib(run.pid)))
+            time.sleep(min(5, SOAK_S / 20))
+        for flow in flows:
+            flow.close()
+        ledger = _end(run)["ledger"]
+    late = [sample for sample in samples if sample[0] > SOAK_S / 10]
+    slope, _ = statistics.linear_regression(*zip(*late, strict=True))
+    return [
+        figure("live_soak", "events/s", [ledger["records"] / SOAK_S]),
+        figure("live_soak_lost", "events", [ledger["lost"] + ledger["discarded"]]),
+        figure("live_soak_rss", "MiB", [rss for _, rss in late]),
+        figure("live_soak_rss_slope", "MiB/min", [slope * 60]),
+    ]
+
+
+def visibility() -> list[dict[str, Any]]:
+    """From a packet to the first reader that can see its row; target: 2 s at most. One ping at a time."""
+    waits = []
+    with folder() as place, running(Spec(name="seen")) as lab:
+        run = _start("seen", place / "store")
+        store = Store(place / "store")
+        for probe in range(PROBES):
+            size = 200 + probe
+            sent = time.monotonic()
+            lab.ping("c1", count=1, size=size)
+            while not _seen(store, size + 28):
+                time.sleep(0.02)
+            waits.append(time.monotonic() - sent)
+        _end(run)
+    return [figure("visibility", "s", waits), figure("visibility_max", "s", [max(waits)])]
+
+
+def _seen(store: Store, length: int) -> bool:
+    rows = store.delays(Filter(container="c1"), columns=["l3_len"])
+    return length in set(rows["l3_len"].to_pylist())

@@ -1,0 +1,136 @@
+"""The same packets, by other means: perf's netdev-times.py, and bpftrace with a script that parses its text.
+
+Each peer watches the very flood that we record, in the same run; what is compared is the time per event from its own
+recording to per-packet delays. For the peer that is `perf script` with the script (or parsing the text); for us
+`.mace` to rows. The flood is short, since the peers are slow.
+"""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from collector.capture_source import Capture
+from correlator.engine import Engine, EngineConfig
+from mace.errors import Unavailable
+from mace.lab import Spec, running
+from mace.records import Batch
+from tests.benchmark.figures import MACE, ROOT, figure, folder, one_core
+
+DATAGRAMS = 20_000
+EVENTS = (
+    "net:net_dev_queue",
+    "net:net_dev_xmit",
+    "net:netif_receive_skb",
+    "net:netif_rx",
+    "net:napi_gro_receive_entry",
+)
+IRQ = ("irq:irq_handler_entry", "irq:irq_handler_exit", "irq:softirq_entry", "irq:softirq_exit", "irq:softirq_raise")
+SKB = ("skb:consume_skb", "skb:kfree_skb", "skb:skb_copy_datagram_iovec")
+
+
+def _ours(capture: Path) -> tuple[float, int]:
+    """(seconds, records) from capture to rows; the best of three."""
+    best, records = 1e9, 0
+    for _ in range(3):
+        begin, records = time.perf_counter(), 0
+        with Capture(capture) as source:
+            engine = Engine(source.header.clock.offset_ns, EngineConfig())
+            for item in source:
+                records += len(item) if isinstance(item, Batch) else 0
+                engine.feed(item)
+            engine.finish()
+        best = min(best, time.perf_counter() - begin)
+    return best, records
+
+
+def _side_by_side(place: Path, peer: list[str], *, settle_s: float) -> Path:
+    """Record one flood with the peer and with us; returns our capture."""
+    capture = place / "ours.mace"
+    with running(Spec(name="versus")) as lab:
+        lab.ping("c1", count=2)
+        argv = [*MACE, "record", "--lab", "versus", "-o", str(capture), "--ring-mib", "64", "--json"]
+        mine = subprocess.Popen([*argv, "--duration", "60"], stdout=subprocess.PIPE, cwd=ROOT)
+        other = subprocess.Popen(peer, stderr=subprocess.PIPE)
+        try:
+            time.sleep(settle_s)
+            lab.udp("c1", count=DATAGRAMS, size=18, rate_pps=10_000)
+            time.sleep(1)
+        finally:
+            other.terminate()
+            other.communicate()
+            mine.terminate()
+            mine.communicate()
+    return capture
+
+
+def netdev_times() -> list[dict[str, Any]]:
+    """ns/event, ours and perf script with netdev-times.py; target: 20 times faster."""
+    found = sorted(Path("/usr").glob("l*/**/netdev-times.py")) or sorted(Path("/usr").glob("share/**/netdev-times.py"))
+    if not found:
+        raise Unavailable("vs_netdev_times", "perf's netdev-times.py is not installed", "apt-get install linux-perf")
+    with folder() as place:
+        data = place / "perf.data"
+        argv = ["perf", "record", "-q", "-k", "mono", "-m", "8M", "-a", "-o", str(data)]
+        argv += [word for event in (*EVENTS, *IRQ, *SKB) for word in ("-e", event)]
+        capture = _side_by_side(place, argv, settle_s=4)
+        with one_core():
+            begin = time.perf_counter()
+            done = subprocess.run(
+                ["perf", "script", "-i", str(data), "-s", str(found[0])], capture_output=True, check=False
+            )
+            theirs_s = time.perf_counter() - begin
+            if done.returncode:
+                raise Unavailable("vs_netdev_times", done.stderr.decode(errors="replace").strip()[-300:])
+            count = subprocess.run(["perf", "script", "-i", str(data), "-F", "event"], capture_output=True, check=True)
+            events = count.stdout.count(b"\n")
+            ours_s, records = _ours(capture)
+    ours, theirs = ours_s / records * 1e9, theirs_s / events * 1e9
+    made = figure("vs_netdev_times", "ns/event", [ours], "perf script + netdev-times.py", theirs)
+    return [made | {"ratio": float(f"{theirs / ours:.3g}"), "n": records, "peer_events": events}]
+
+
+def bpftrace_text() -> list[dict[str, Any]]:
+    """ns/event, ours and a Python script that parses bpftrace's text; target: 20 times faster."""
+    with folder() as place:
+        text = place / "bpftrace.txt"
+        with_device = ("net_dev_queue", "net_dev_start_xmit", "netif_rx", "netif_receive_skb")
+        say = r'{ printf("%%llu %s %%p %%s %%d\n", nsecs, args->skbaddr, str(args->name), args->len); }'
+        end = r'{ printf("%%llu %s %%p\n", nsecs, args->skbaddr); }'
+        program = "\n".join(f"tracepoint:net:{event} {say % event}" for event in with_device)
+        program += "\n" + "\n".join(f"tracepoint:{event} {end % event}" for event in SKB[:2])
+        argv = ["env", "BPFTRACE_PERF_RB_PAGES=4096", "bpftrace", "-B", "full", "-o", str(text), "-e", program]
+        capture = _side_by_side(place, argv, settle_s=5)
+        with one_core():
+            begin = time.perf_counter()
+            events, pairs = _parse(text)
+            theirs_s = time.perf_counter() - begin
+            ours_s, records = _ours(capture)
+    ours, theirs = ours_s / records * 1e9, theirs_s / max(events, 1) * 1e9
+    made = figure("vs_bpftrace_text", "ns/event", [ours], "bpftrace text + Python", theirs)
+    return [made | {"ratio": float(f"{theirs / ours:.3g}"), "n": records, "peer_events": events, "peer_pairs": pairs}]
+
+
+def _parse(text: Path) -> tuple[int, int]:
+    """What a user's script does: a dictionary by buffer address, a delay at each next device."""
+    pattern = re.compile(r"(\d+) (\S+) (0x[0-9a-f]+)(?: (\S+) (\d+))?")
+    seen: dict[str, tuple[int, str]] = {}
+    delays: dict[tuple[str, str], list[int]] = {}
+    events = 0
+    with text.open() as lines:
+        for line in lines:
+            match = pattern.match(line)
+            if match is None:
+                continue
+            events += 1
+            ts, _, skb, name, _ = match.groups()
+            if name is None:
+                seen.pop(skb, None)
+                continue
+            before = seen.get(skb)
+            if before is not None and before[1] != name:
+                delays.setdefault((before[1], name), []).append(int(ts) - before[0])
+            if before is None or before[1] != name:
+                seen[skb] = (int(ts), name)
+    return events, sum(map(len, delays.values()))
