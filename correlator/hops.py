@@ -61,11 +61,14 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
     way = WAY[hook]
     placed = (way == Way.TRANSMIT) | (way == Way.RECEIVE)
 
-    first = np.flatnonzero(lives.cross & placed & which[lives.life])
+    first = np.flatnonzero(lives.cross & placed)
     of = lives.life[first]
-    # What comes after the last device, a copy to the reader and the end, is not on it.
-    tail_records = np.add.reduceat(~placed, lives.starts)
-    last_placed = lives.ends - tail_records
+    ended = which[of]
+    if not ended.all():
+        first, of = first[ended], of[ended]
+    # What comes after the last device is not on it: a copy to the reader, at most one, and the end.
+    last_placed = lives.ends - ~placed[lives.ends]
+    last_placed -= ~placed[last_placed] & (last_placed >= lives.starts)
     end = np.minimum(np.append(first[1:], len(ts)) - 1, last_placed[of])
 
     dropped = (hook[lives.ends] == Hook.KFREE_SKB) & which

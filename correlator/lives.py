@@ -126,9 +126,10 @@ class Lives:
 
     def still_open(self, which: Mask) -> Open:
         """The records of the lives in `which`, back in the order of time."""
-        kept = np.flatnonzero(which[self.life])
-        if not len(kept):
+        first, size = self.starts[which], self.size[which]
+        if not len(first):
             return NOTHING_OPEN
+        kept = np.arange(int(size.sum())) + np.repeat(first - (np.cumsum(size) - size), size)
         kept = kept[np.argsort(self.order[kept])]
         at, given = self.order[kept], self.records
         return Open(
