@@ -7,7 +7,7 @@ import pytest
 from mace.lab import Spec, running
 from tests.measuring import measured, paths
 
-pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
 COUNT = 10_000
 

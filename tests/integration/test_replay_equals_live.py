@@ -10,7 +10,7 @@ from mace.records import Batch
 from tests.measuring import mace, measured
 from tests.property.test_engine_reference import all_rows, all_windows
 
-pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

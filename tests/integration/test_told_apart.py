@@ -8,7 +8,7 @@ import pytest
 from mace.lab import Spec, running
 from tests.measuring import measured
 
-pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
 
 def by_netns(measurement, length):
@@ -91,7 +91,6 @@ def test_churn_under_traffic_leaves_the_rest_exact(tmp_path):
     assert ledger["lost"] == 0
 
 
-@pytest.mark.slow
 @pytest.mark.needs("docker")
 def test_real_docker_containers(tmp_path):
     from mace.lab import Runtime

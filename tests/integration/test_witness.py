@@ -16,7 +16,7 @@ import pytest
 from mace.lab import Spec, running
 from tests.measuring import measured, wait_for
 
-pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow, pytest.mark.timeout(180)]
 
 COUNT = 500
 SIZE = 111
