@@ -494,6 +494,8 @@ class Store:
             if newest_rows is not None:
                 live = {table: _newest(found, newest_rows) for table, found in live.items()}
             with duckdb.connect(config={"threads": self.threads} if self.threads else {}) as connection:
+                # It would draw into the standard output, in the middle of a table or of JSON, after two seconds.
+                connection.execute("SET enable_progress_bar = false")
                 names = {table: _relation(connection, table, found) for table, found in live.items()}
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))

@@ -296,3 +296,19 @@ def test_a_reader_outlives_merging_and_retention(tmp_path):
     assert seen == sorted(seen)
     assert all(n % rows == 0 for n in seen)
     assert Store(tmp_path).delays().num_rows == flushes * rows
+
+
+def test_a_long_query_draws_nothing_into_the_output(stored, monkeypatch):
+    """DuckDB shows its progress on stdout by itself, where JSON goes."""
+    store, _ = stored
+    settings = []
+    relation = query._relation
+
+    def watched(connection, table, found):
+        settings.append(connection.execute("SELECT current_setting('enable_progress_bar')").fetchone()[0])
+        return relation(connection, table, found)
+
+    monkeypatch.setattr(query, "_relation", watched)
+    store.runs()
+    assert settings
+    assert not any(settings)
