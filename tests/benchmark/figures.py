@@ -1,15 +1,20 @@
 """How a figure is written down, and the flood that several of them are about."""
 
+import ctypes
+import gc
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mace.errors import LabError
 from mace.lab import Lab, Spec, running
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +35,7 @@ def figure(
         "ratio": None if not peer_value else _short(value / peer_value),
         "n": len(values),
         "spread": [_short(min(values)), _short(max(values))],
+        "spread_is": "smallest and largest",
     }
 
 
@@ -39,13 +45,49 @@ def _short(value: float) -> float:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """This process and what it starts run on one core, the last one."""
+    """All threads of this process, and what it starts, run on one core, the last one.
+
+    All threads: pools of libraries live on from one benchmark to the next, and the affinity is each thread's own.
+    """
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})
+    _confine({max(before)})
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        _confine(before)
+
+
+def _confine(cores: set[int]) -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(thread.name), cores)
+        except ProcessLookupError:  # it has just ended
+            pass
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    _libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+@contextmanager
+def beside(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that runs beside the block and ends with it, or with us, whatever happens to us."""
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "cwd": ROOT, "preexec_fn": _end_with_parent, **options}
+    process = subprocess.Popen(argv, **settings)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
 @contextmanager
@@ -64,14 +106,29 @@ def recorded_flood(target: Path, seconds: float) -> None:
     """A capture of such a flood, with pings and TCP among it."""
     with running(Spec(name="bench", containers=2)) as lab:
         argv = [*MACE, "record", "--lab", "bench", "-o", str(target), "--ring-mib", "64", "--json"]
-        record = subprocess.Popen([*argv, "--duration", str(seconds + 2)], stdout=subprocess.PIPE, cwd=ROOT)
-        pings = lab.start_ping("c1", count=int(seconds * 100))
-        flood(lab, seconds)
-        lab.tcp("c2", size=50_000_000)
-        pings.close()
-        record.communicate()
+        with beside(argv):
+            wait_for(target)
+            pings = lab.start_ping("c1", count=int(seconds * 100))
+            flood(lab, seconds)
+            lab.tcp("c2", size=50_000_000)
+            pings.close()
+            time.sleep(0.5)
+
+
+def wait_for(path: Path, limit_s: float = 30) -> None:
+    """Until a process that measures has begun to write, which it does when all else is open, and a moment more."""
+    end = time.monotonic() + limit_s
+    while not (path.exists() and path.stat().st_size):
+        if time.monotonic() > end:
+            raise LabError(f"{path}: nothing was measured within {limit_s:g} s")
+        time.sleep(0.05)
+    time.sleep(0.3)
 
 
 def rounds(work: Callable[[], float], count: int) -> list[float]:
-    work()
-    return [work() for _ in range(count)]
+    """What `work` returns, `count` times; a first time, which touches memory and code, is left out."""
+    found = []
+    for _ in range(count + 1):
+        gc.collect()
+        found.append(work())
+    return found[1:]

@@ -510,6 +510,7 @@ def test_nothing_can_be_done_in_the_machines_own_namespace():
 
 @pytest.mark.needs("docker")
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_docker_containers_reach_the_remote_and_leave_nothing(name):
     assert check(Runtime.DOCKER) == []
     with running(Spec(name, containers=2, runtime=Runtime.DOCKER)) as lab:

@@ -61,6 +61,7 @@ def writer(path, run):
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_survives_kill_9(tmp_path):
     """Killed again and again at random moments, also amid merging: every row once, no half segment."""
     chance = random.Random(1)

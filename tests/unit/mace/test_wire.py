@@ -449,6 +449,7 @@ def test_topologies_that_lie(match, change):
         decoder.frame(forge(Message.TOPOLOGY, raw, stream=tag, sequence=2))
 
 
+@pytest.mark.slow
 def test_the_worst_json_takes_bounded_memory():
     raw = b'{"devices":[' + b"[]," * ((wire.MAX_JSON_BYTES - 100) // 3) + b"[]]}"
     decoder, tag = begun()
