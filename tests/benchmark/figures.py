@@ -22,11 +22,11 @@ MACE = (sys.executable, "-m", "mace")
 
 
 def figure(
-    name: str, unit: str, values: Sequence[float], peer: str = "", peer_value: float | None = None
+    name: str, unit: str, values: Sequence[float], peer: str = "", peer_value: float | None = None, **more: Any
 ) -> dict[str, Any]:
     """The median of several rounds; `spread` is the smallest and the largest of them."""
     value = statistics.median(values)
-    return {
+    made = {
         "name": name,
         "value": _short(value),
         "unit": unit,
@@ -37,6 +37,7 @@ def figure(
         "spread": [_short(min(values)), _short(max(values))],
         "spread_is": "smallest and largest",
     }
+    return made | {name: _short(v) if isinstance(v, float) else v for name, v in more.items()}
 
 
 def _short(value: float) -> float:
@@ -132,3 +133,20 @@ def rounds(work: Callable[[], float], count: int) -> list[float]:
         gc.collect()
         found.append(work())
     return found[1:]
+
+
+def rates(work: Callable[[], int], count: int) -> tuple[list[float], float]:
+    """Of what `work` counts: by the clock, each of `count` rounds, and by CPU time, the median.
+
+    Both, because on a core that others use as well only the second says what the work itself takes.
+    """
+    by_cpu = []
+
+    def once() -> float:
+        begin, cpu = time.perf_counter(), time.process_time()
+        done = work()
+        by_cpu.append(done / (time.process_time() - cpu))
+        return done / (time.perf_counter() - begin)
+
+    by_clock = rounds(once, count)
+    return by_clock, statistics.median(by_cpu[1:])
