@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_type_hints
 
@@ -139,8 +140,8 @@ def _value(where: str, kind: str, value: Any, bounds: Any) -> Any:
         hint = nearest(str(value), bounds["choices"])
         raise ConfigError(f"{where} = {value!r}, expected one of {', '.join(bounds['choices'])}{hint}")
     low, high = bounds["low"], bounds["high"]
-    # Written so that nan, which compares false, is refused.
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    # Written so that nan, which compares false, is refused. TOML knows inf as well: no bound of ours means it.
+    if (low is not None and not low <= value < inf) or (high is not None and not value <= high):
         raise ConfigError(f"{where} = {value}, expected {_range(low, high)}")
     return value
 
