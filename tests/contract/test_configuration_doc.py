@@ -1,0 +1,72 @@
+"""The table in docs/configuration.md is what mace.config says: every key, its default, its bounds, its meaning.
+
+After a change of mace.config, `python -m tests.contract.test_configuration_doc` writes the table anew.
+"""
+
+import json
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+from mace import config
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+HEAD = "| key | default | allowed | meaning |\n|---|---|---|---|\n"
+TABLE = re.compile(r"^\| key .*\n(?:\|.*\n)*", re.MULTILINE)
+KINDS = {"str": "string", "int": "whole number", "float": "number", "bool": "`true`, `false`"}
+
+
+def keys():
+    """(table, key) of all that can be configured."""
+    return [(table.name, key) for table in fields(config.Config) for key in fields(table.default)]
+
+
+def toml(value):
+    """A default as TOML writes it. JSON writes strings, numbers, booleans and lists of strings alike."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def allowed(key):
+    low, high, choices = (key.metadata[name] for name in ("low", "high", "choices"))
+    if choices:
+        return ", ".join(f"`{toml(choice)}`" for choice in choices)
+    if low is not None:
+        return f"{KINDS[key.type]}, {f'at least {low}' if high is None else f'{low} to {high}'}"
+    return KINDS.get(key.type, "list of strings")
+
+
+def table():
+    rows = (
+        f"| `{name}.{key.name}` | `{toml(key.default)}` | {allowed(key)} | {key.metadata['meaning']} |\n"
+        for name, key in keys()
+    )
+    return HEAD + "".join(rows)
+
+
+def test_the_table_is_the_code():
+    found = TABLE.findall(PAGE.read_text())
+    assert found == [table()], "python -m tests.contract.test_configuration_doc writes it anew"
+
+
+def test_the_defaults_on_the_page_are_the_defaults(tmp_path):
+    """All of them put into a file give what no file gives: the page's values are of the right type, too."""
+    text = ""
+    for name in dict.fromkeys(name for name, _ in keys()):
+        rows = re.findall(rf"^\| `{name}\.(\w+)` \| `([^`]*)` \|", PAGE.read_text(), re.MULTILINE)
+        text += f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in rows)
+    (tmp_path / "all.toml").write_text(text)
+    assert sum(map(len, tomllib.loads(text).values())) == len(keys())
+    assert repr(config.load(tmp_path / "all.toml")) == repr(config.Config())
+
+
+def test_the_examples_on_the_page_can_be_read(tmp_path):
+    examples = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert examples
+    for number, example in enumerate(examples):
+        (tmp_path / f"{number}.toml").write_text(example)
+        config.load(tmp_path / f"{number}.toml")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text()))
