@@ -141,7 +141,7 @@ def _value(where: str, kind: str, value: Any, bounds: Any) -> Any:
         raise ConfigError(f"{where} = {value!r}, expected one of {', '.join(bounds['choices'])}{hint}")
     low, high = bounds["low"], bounds["high"]
     # Written so that nan, which compares false, is refused. TOML knows inf as well: no bound of ours means it.
-    if (low is not None and not low <= value < inf) or (high is not None and not value <= high):
+    if (low is not None and not value >= low) or (high is not None and not value <= high) or value == inf:
         raise ConfigError(f"{where} = {value}, expected {_range(low, high)}")
     return value
 
