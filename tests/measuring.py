@@ -10,10 +10,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.dataset as ds
+import duckdb
+
+from mace.ledger import Ledger
 
 MACE = (sys.executable, "-m", "mace")
 ROOT = Path(__file__).parents[1]
+TRACE_INSTANCES = Path("/sys/kernel/tracing/instances")
 
 
 def mace(*argv, check=True, **options):
@@ -25,19 +28,29 @@ def mace(*argv, check=True, **options):
     return done
 
 
+def start(*argv):
+    """Start a command; whoever starts it ends it."""
+    return subprocess.Popen(
+        [*MACE, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def trace_instances(pid):
+    """Names of the trace instances that a process has made and not removed."""
+    return [path.name for path in TRACE_INSTANCES.glob(f"mace-{pid}-*")]
+
+
 class Measurement:
     """A `mace run` that is running; `stop` ends it as Ctrl-C does and gives its JSON."""
 
     def __init__(self, lab, folder, *options):
         self.store, self.capture = folder / "store", folder / "stream.mace"
-        argv = ["run", "--lab", lab.name, "--store", self.store, "--record", self.capture, "--json", *options]
-        self.process = subprocess.Popen(
-            [*MACE, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        self.process = start(
+            "run", "--lab", lab.name, "--store", self.store, "--record", self.capture, "--json", *options
         )
         self.found = None
         # The capture's header is written when all is open, so the tracer is on by then.
         wait_for(lambda: (self.capture.exists() and self.capture.stat().st_size > 0) or self.process.poll() is not None)
-        time.sleep(0.2)
 
     def stop(self):
         self.process.send_signal(signal.SIGINT)
@@ -46,13 +59,38 @@ class Measurement:
         self.found = json.loads(out)
         return self.found
 
+    def query(self, sql):
+        """Rows as tuples, of SQL over the tables `delays`, `windows`, `ledger` and `runs`."""
+        return query(self.store, sql).fetchall()
+
     def rows(self, **equal):
-        """Rows of the store as a list of dicts, those whose columns have the given values."""
-        table = ds.dataset(self.store / "delays", format="parquet", partitioning=None).to_table()
+        """Rows of `delays` as a list of dicts, those whose columns have the given values."""
+        where = " AND ".join(f"{name} = '{value}'" for name, value in equal.items()) or "true"
         # As an integer: Python's datetime has no nanoseconds.
-        table = table.set_column(0, "utc_ns", table["time"].cast("int64"))
-        rows = table.to_pylist()
-        return [row for row in rows if all(row[name] == value for name, value in equal.items())]
+        found = query(self.store, f"SELECT * EXCLUDE time, epoch_ns(time) AS utc_ns FROM delays WHERE {where}")
+        names = [column[0] for column in found.description]
+        return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+
+def query(store, sql):
+    """What DuckDB says about the Parquet files of a store, with none of our own reader between."""
+    database = duckdb.connect()
+    for table in ("delays", "windows", "ledger", "runs"):
+        if any((store / table).rglob("*.parquet")):
+            database.execute(f"CREATE VIEW {table} AS SELECT * FROM {files(store, table)}")
+    return database.execute(sql)
+
+
+def files(store, table):
+    """A store's table, to be named in SQL."""
+    return f"read_parquet('{store / table}/**/*.parquet', hive_partitioning = false)"
+
+
+PATHS = """
+SELECT packet, direction, l3_len, container, list(device ORDER BY position) AS devices
+FROM delays WHERE segment IN ('device', 'outside') GROUP BY packet, direction, l3_len, container
+"""
+"""Each packet's devices in order; for use inside another query."""
 
 
 @contextmanager
@@ -77,10 +115,8 @@ def wait_for(true, limit_s=30.0, what="it"):
         time.sleep(0.02)
 
 
-def paths(rows):
-    """{packet: [row, ...]}: hops in order, without the row of the whole path and the delivery."""
-    found = {}
-    for row in rows:
-        if row["segment"] in ("device", "outside"):
-            found.setdefault(row["packet"], []).append(row)
-    return {packet: sorted(hops, key=lambda row: row["position"]) for packet, hops in found.items()}
+def balanced(found):
+    """The ledger of a command's JSON, once it adds up."""
+    ledger = Ledger(**found["ledger"])
+    assert ledger.imbalance == 0, ledger.line()
+    return ledger
