@@ -1,9 +1,12 @@
 """Independent witnesses of the same packets: bpftrace and perf compute the same delays from the same tracepoints.
 
-Counts are equal. Medians are not equal to the nanosecond: each observer stamps at another place of the probe's
-list and every probe before it costs its time (about 0.2 µs for ftrace, 0.3 for bpftrace, 0.9 for perf), once or twice
-between the two stamps of a delay and at each of the devices in between. The bound is 3 µs or a third, whichever is
-more: a wrong device or a wrong pair would be off by a whole crossing or a whole interval.
+Counts are equal. Medians are not equal to the nanosecond: the observers stamp one after the other in the list of the
+tracepoint's probes, so that at each hook the second one's time is later by what the first one's probe costs (0.2 µs for
+ftrace, 0.3 for bpftrace, 0.9 for perf). Where the costs at both ends of a delay are equal, they cancel out: ingress
+medians were found within 0.16 µs. On egress the first end is the first thing that happens to a packet, with cold
+caches if packets are rare, and there the second observer is later by more: 0.5 µs at 500 packets/s, 1.5 to
+6.2 µs, 12 % of the delay at most, at 100 packets/s. Hence the bound: 1 µs or a quarter of the delay, whichever is more.
+A wrong device or a wrong pair would be off by a whole crossing or a whole interval.
 """
 
 import re
@@ -18,24 +21,28 @@ from tests.measuring import measured, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow, pytest.mark.timeout(180)]
 
-COUNT = 500
-SIZE = 111
+COUNT = 300
+SIZE = 1217
 """Payload of the pings; their length on each device tells them from all other traffic."""
 
 
 def agree(ours, theirs):
+    """Both in the order of the packets, in ns."""
     assert len(ours) == len(theirs) == COUNT
     a, b = statistics.median(ours), statistics.median(theirs)
-    assert abs(a - b) <= max(3_000, max(a, b) / 3), f"medians: ours {a} ns, theirs {b} ns"
+    bound = max(1_000, min(a, b) / 4)
+    assert abs(a - b) <= bound, f"medians: ours {a} ns, theirs {b} ns"
+    # The same packet by packet, which a median of other packets would not be.
+    assert statistics.median(abs(x - y) for x, y in zip(ours, theirs, strict=True)) <= bound
 
 
 def overheads(measurement, direction):
     rows = measurement.rows(container="c1", segment="overhead", direction=direction, l3_len=SIZE + 28)
-    return [row["delay_ns"] for row in rows]
+    return [row["delay_ns"] for row in sorted(rows, key=lambda row: row["utc_ns"])]
 
 
 @pytest.mark.needs("bpftrace")
-@pytest.mark.parametrize("interval_s", [0.01, 0.002])
+@pytest.mark.parametrize("interval_s", [pytest.param(0.01, marks=pytest.mark.slow), 0.002])
 def test_bpftrace(tmp_path, interval_s):
     with running(Spec(name="wit")) as lab:
         lab.ping("c1", count=2)
@@ -48,14 +55,16 @@ tracepoint:net:net_dev_queue /args->len == {tx} && {name} == "{outer}" && @egres
 tracepoint:net:netif_receive_skb /args->len == {rx} && {name} == "{outer}"/ {{ @ingress[args->skbaddr] = nsecs; }}
 tracepoint:net:netif_receive_skb /args->len == {rx} && {name} == "eth0" && @ingress[args->skbaddr]/ {{
   printf("ingress %lu\\n", nsecs - @ingress[args->skbaddr]); delete(@ingress[args->skbaddr]); }}
+interval:ms:100 {{ printf("on\\n"); }}
 """
         said = tmp_path / "bpftrace.txt"
         with measured(lab, tmp_path) as measurement:
-            witness = subprocess.Popen(["bpftrace", "-o", said, "-e", program])
+            # Not with -o, which keeps it all until the end.
+            with said.open("wb") as file:
+                witness = subprocess.Popen(["bpftrace", "-B", "line", "-e", program], stdout=file)
             try:
-                # Its first line, "Attaching N probes...", comes before they are on.
-                wait_for(lambda: said.exists() and "Attaching" in said.read_text(), what="bpftrace")
-                time.sleep(2)
+                # "Attaching N probes..." comes before they are on; what the last of them says, after.
+                wait_for(lambda: said.exists() and "\non\n" in said.read_text(), what="bpftrace")
                 assert lab.ping("c1", count=COUNT, size=SIZE, interval_s=interval_s).received == COUNT
                 time.sleep(0.5)
             finally:
@@ -74,6 +83,7 @@ def _name_argument():
     return "str(args->name)" if "name" in listed else "str(args->data_loc_name)"
 
 
+@pytest.mark.slow
 @pytest.mark.needs("perf")
 def test_perf_script(tmp_path):
     events = ("net:net_dev_queue", "net:netif_receive_skb")
