@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mace.lab import Flow, Lab
@@ -28,8 +29,12 @@ async def traffic(lab: Lab, duration_s: float, say: Callable[[str], None]) -> No
             lab.start_tcp_requests(container, count=max(1, round(duration_s * TCP_RPS)), rate_pps=TCP_RPS),
         ]
     say(f"{len(flows)} flows from {len(lab.containers)} containers for about {duration_s:g} s")
+    # Threads of their own: asyncio's shared ones are few, and whoever writes a capture file needs one of them.
+    threads = ThreadPoolExecutor(len(flows), "flow")
     try:
-        await asyncio.gather(*(asyncio.to_thread(flow.wait) for flow in flows))
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(threads, flow.wait) for flow in flows))
     finally:
         for flow in flows:
             flow.close()
+        threads.shutdown()
