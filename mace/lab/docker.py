@@ -3,7 +3,8 @@
 Nothing of a Docker that the machine runs is used or touched: the daemon and its containerd are separate processes with
 their own sockets, data and cgroup parent. They run in a mount namespace of their own, in which the few paths that are
 fixed in their code are covered. So all their mounts end with their processes, and clean-up after a kill is: end the
-processes, remove the cgroups, remove the directory.
+processes, remove the cgroups, remove the directory. A process of a container that is still being made (`runc init`) has
+an environment of runc's, without the lab's mark: it is found in the lab's cgroups.
 
 `nsenter`, not `ip netns exec`: the latter mounts a new /sys, where the daemon finds no cgroups.
 
@@ -15,8 +16,10 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tarfile
@@ -189,6 +192,8 @@ def clean(record: State, limit_s: float = 5.0) -> None:
     deadline = time.monotonic() + limit_s
     while left := _left(record):
         for path in left:
+            if _CGROUPS in path.parents:
+                _end_processes(path)
             _remove_tree(path)
         if time.monotonic() > deadline:
             raise LabError(f"cannot remove {', '.join(map(str, left))}")
@@ -203,6 +208,19 @@ def _left(record: State) -> list[Path]:
     name = cgroup_parent(record.spec.name)
     places = [record.directory, _CGROUPS / name, *_CGROUPS.glob(f"*/{name}")]
     return [path for path in places if path.is_dir()]
+
+
+def _end_processes(cgroup: Path) -> None:
+    """Kill what runs in a cgroup and in those below, also where runc was killed between freezing and thawing."""
+    for inside in (cgroup, *cgroup.rglob("*/")):
+        for control, thawed in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
+            with suppress(OSError):  # no such control in this hierarchy, or the cgroup has just gone
+                (inside / control).write_text(thawed)
+        with suppress(OSError):
+            for line in (inside / "cgroup.procs").read_text().split():
+                # 0 stands for a process of another PID namespace; it must never be given to kill().
+                if (pid := int(line)) > 0:
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _remove_tree(path: Path) -> None:

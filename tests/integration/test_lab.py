@@ -549,6 +549,29 @@ def test_docker_killed_with_9_is_tidied_by_the_next(name, moment_s):
     assert leftovers(name) == []
 
 
+@pytest.mark.needs("docker")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_process_of_a_container_in_the_making_ends_with_the_lab(name, frozen):
+    # `runc init`, whose parent was killed: no mark in its environment, and in the container's cgroup.
+    up(Spec(name, runtime=Runtime.DOCKER))
+    cgroup, control, word = next(
+        (path, control, word)
+        for control, word in (("freezer.state", "FROZEN"), ("cgroup.freeze", "1"))
+        for path in Path("/sys/fs/cgroup").glob(f"**/mace-lab-{name}")
+        if (path / control).exists()
+    )
+    inner = cgroup / "in-the-making"
+    inner.mkdir()
+    with subprocess.Popen(["/bin/sleep", "1000"], env={}) as stray:
+        (inner / "cgroup.procs").write_text(str(stray.pid))
+        if frozen:
+            (inner / control).write_text(word)
+        assert down(name)
+        assert stray.wait(timeout=10) == -signal.SIGKILL
+    assert leftovers(name) == []
+
+
 @pytest.mark.slow
 @pytest.mark.needs("docker")
 @pytest.mark.timeout(240)
