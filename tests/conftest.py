@@ -26,6 +26,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from collector import tracefs
+from mace.errors import Unavailable
+
 # --- hypothesis ---------------------------------------------------------------------------------
 
 # No deadline: on a shared machine one example may take a hundred times as long as the next.
@@ -63,16 +66,15 @@ def _root() -> str | None:
 
 
 def _tracefs() -> str | None:
-    places = [Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing")]
     try:
-        found = next((place for place in places if (place / "events/net/net_dev_queue/format").exists()), None)
-    except PermissionError as error:
-        return f"tracefs is not readable: {error}"
-    if found is None:
-        return f"no tracefs with events/net at {' or '.join(map(str, places))}"
+        root = tracefs.find()  # mounts it where nothing has yet, as MACE itself does
+    except Unavailable as error:
+        return f"{error.why}: {error.remedy}"
+    if not (root / "events/net/net_dev_queue/format").exists():
+        return f"{root} has no events/net"
     # A container often has it read-only.
-    if not os.access(found / "instances", os.W_OK):
-        return f"{found}/instances is not writable"
+    if not os.access(root / "instances", os.W_OK):
+        return f"{root}/instances is not writable"
     return None
 
 
