@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What can be told of a packet by reading it. */
+#ifndef _MACE_PACKET_H
+#define _MACE_PACKET_H
+
+#include <linux/skbuff.h>
+
+#include "uapi/mace.h"
+
+#define MACE_VXLAN_PORTS_MAX 4
+
+extern unsigned short mace_vxlan_ports[MACE_VXLAN_PORTS_MAX];
+extern unsigned int mace_vxlan_port_count;
+
+void mace_packet_read_device(const struct sk_buff *skb, int l3_offset, struct mace_record *record);
+void mace_packet_read_any(const struct sk_buff *skb, struct mace_record *record);
+
+#endif

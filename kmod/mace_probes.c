@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Probes: one small function per hook, one table that names them, one function that does the work.
+ *
+ * A probe runs wherever the kernel touches a packet: in tasks, softirqs and interrupts, on any
+ * CPU. It has interrupts off from beginning to end, so that nothing on its CPU comes between, and
+ * is in an RCU read-side section of its own: tracepoints no longer see to that on the newest
+ * kernels. It takes no lock but that of a ring, and it neither sleeps nor allocates nor prints,
+ * nor touches user memory.
+ *
+ * Where a packet is, its device tells, never the task that happens to run. At the hooks where it
+ * is delivered or freed skb->dev may dangle, so there the module recalls where it last saw this
+ * buffer: a table of some thousand entries, by the buffer's identity, checked against the packet's
+ * content. An entry that was overwritten is no harm: the place is then unknown, and only sessions
+ * that see everything get the record.
+ */
+#include <linux/cache.h>
+#include <linux/err.h>
+#include <linux/irqflags.h>
+#include <linux/log2.h>
+#include <linux/netdevice.h>
+#include <linux/percpu.h>
+#include <linux/random.h>
+#include <linux/rculist.h>
+#include <linux/siphash.h>
+#include <linux/skbuff.h>
+#include <linux/string.h>
+#include <linux/timekeeping.h>
+#include <linux/tracepoint.h>
+#include <linux/vmalloc.h>
+#include <net/sock.h>
+#include <trace/events/net.h>
+#include <trace/events/skb.h>
+
+#include "mace_compat.h"
+#include "mace_packet.h"
+#include "mace_probes.h"
+#include "mace_session.h"
+
+#define MACE_RECALL_BITS 15 /* 32768 buffers under way at once, 1 MiB */
+
+static const u32 mace_placeless_hooks = BIT(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC) |
+					BIT(MACE_HOOK_CONSUME_SKB) | BIT(MACE_HOOK_KFREE_SKB);
+
+/* --- the place where a buffer was seen last --------------------------------------- */
+
+/*
+ * Written and read without a lock; @check holds the words together, so that a torn entry matches
+ * nothing.
+ */
+struct mace_recall {
+	u64 check;
+	u64 place;
+	u64 inode;
+	u64 unused;
+};
+
+static struct mace_recall *mace_recalls;
+static unsigned int mace_recall_users;
+static siphash_key_t mace_skb_key __read_mostly;
+
+static u64 mace_recall_check(const struct mace_record *record, u64 place, u64 inode)
+{
+	/* Odd factors (the first is 2^64 / golden ratio): a change of one word changes the sum. */
+	return record->skb_id ^
+	       (record->packet_key + place * 0x9e3779b97f4a7c15ULL + inode * 0xc2b2ae3d27d4eb4fULL);
+}
+
+static void mace_remember(const struct mace_record *record, struct mace_place at)
+{
+	struct mace_recall *entry = &mace_recalls[record->skb_id >> (64 - MACE_RECALL_BITS)];
+	u64 place = (u64)at.serial << 32 | at.ifindex;
+
+	/* Only what mace_packet_read_any() reads again has a key to be checked. */
+	if (!record->ip_version)
+		return;
+	WRITE_ONCE(entry->check, mace_recall_check(record, place, record->netns));
+	WRITE_ONCE(entry->place, place);
+	WRITE_ONCE(entry->inode, record->netns);
+}
+
+static struct mace_place mace_recall(struct mace_record *record)
+{
+	const struct mace_recall *entry = &mace_recalls[record->skb_id >> (64 - MACE_RECALL_BITS)];
+	u64 check = READ_ONCE(entry->check), place = READ_ONCE(entry->place),
+	    inode = READ_ONCE(entry->inode);
+	struct mace_place at = {};
+
+	if (!record->ip_version || check != mace_recall_check(record, place, inode))
+		return at;
+	at.serial = place >> 32;
+	at.ifindex = place;
+	record->netns = inode;
+	record->ifindex = at.ifindex;
+	record->flags |= MACE_FLAG_RECALLED;
+	return at;
+}
+
+/* --- the work of a probe ---------------------------------------------------------- */
+
+struct mace_cost_cpu {
+	u64 calls[MACE_HOOK_SLOTS];
+	u64 timed[MACE_HOOK_SLOTS];
+	u64 timed_ns[MACE_HOOK_SLOTS];
+};
+
+static DEFINE_PER_CPU(struct mace_cost_cpu, mace_costs);
+unsigned int mace_cost_every = 64;
+
+static bool mace_is_at(const struct mace_session *session, struct mace_place at)
+{
+	u32 i;
+
+	if (session->serial_count) {
+		for (i = 0; i < session->serial_count; i++)
+			if (session->serials[i] == at.serial)
+				break;
+		if (i == session->serial_count)
+			return false;
+	}
+	if (session->place_count) {
+		for (i = 0; i < session->place_count; i++)
+			if (session->places[i].serial == at.serial &&
+			    session->places[i].ifindex == at.ifindex)
+				break;
+		if (i == session->place_count)
+			return false;
+	}
+	return true;
+}
+
+static bool mace_is_wanted(const struct mace_session *session, const struct mace_record *record)
+{
+	if (session->l4_filtered &&
+	    !(session->l4_protos[record->l4_proto / 64] & 1ULL << record->l4_proto % 64))
+		return false;
+	/* What has no key belongs to no sample. */
+	return !session->sample_mask ||
+	       (record->packet_key && !(record->packet_key & session->sample_mask));
+}
+
+static void mace_record_to(struct mace_session *session, const struct mace_record *record)
+{
+	struct mace_ring *ring = session->rings[record->cpu];
+
+	if (!ring)
+		atomic64_inc(&session->lost[record->hook]);
+	else if (mace_ring_write(ring, record) >= session->watermark)
+		irq_work_queue(&session->wake);
+}
+
+/**
+ * struct mace_seen - what a probe tells of the packet
+ * @skb: the packet
+ * @dev: the device it is at; NULL where the hook has none
+ * @l3_offset: where its network layer begins, from skb->data, if @dev
+ * @bytes: for mace_record.l3_len, if not @dev
+ * @reason: for mace_record.drop_reason
+ */
+struct mace_seen {
+	const struct sk_buff *skb;
+	const struct net_device *dev;
+	int l3_offset;
+	u32 bytes;
+	u32 reason;
+};
+
+static void mace_describe(const struct mace_seen *seen, struct mace_place *at,
+			  struct mace_record *record)
+{
+	const struct sk_buff *skb = seen->skb;
+
+	record->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
+	record->drop_reason = seen->reason;
+	if (seen->dev) {
+		record->netns = dev_net(seen->dev)->ns.inum;
+		record->ifindex = seen->dev->ifindex;
+		mace_packet_read_device(skb, seen->l3_offset, record);
+	} else {
+		mace_packet_read_any(skb, record);
+		record->l3_len = seen->bytes;
+		*at = mace_recall(record);
+		/* Queued at a socket, charged to it: it lives, where its reader does. */
+		if (!at->serial && skb->sk && skb->destructor == sock_rfree) {
+			at->serial = mace_netns_serial(sock_net(skb->sk));
+			record->netns = sock_net(skb->sk)->ns.inum;
+		}
+	}
+	if (skb_is_gso(skb))
+		record->gso_segs = skb_shinfo(skb)->gso_segs;
+	if (skb_cloned(skb))
+		record->flags |= MACE_FLAG_CLONED;
+}
+
+static void mace_observe(enum mace_hook hook, const struct mace_seen *seen)
+{
+	struct mace_session *session;
+	struct mace_cost_cpu *cost;
+	struct mace_record record;
+	struct mace_place at = {};
+	bool described = false, recorded = false, timed;
+	unsigned long irq;
+	u64 now_ns;
+
+	local_irq_save(irq);
+	rcu_read_lock();
+	now_ns = ktime_get_mono_fast_ns();
+	cost = this_cpu_ptr(&mace_costs);
+	timed = !(cost->calls[hook]++ & (mace_cost_every - 1));
+	if (seen->dev) {
+		at.serial = mace_netns_serial(dev_net(seen->dev));
+		at.ifindex = seen->dev->ifindex;
+	}
+	hlist_for_each_entry_rcu(session, &mace_running, node) {
+		if (!(session->hooks & BIT(hook)) || (seen->dev && !mace_is_at(session, at)))
+			continue;
+		if (!described) {
+			memset(&record, 0, sizeof(record));
+			record.ts_ns = now_ns;
+			record.hook = hook;
+			record.cpu = smp_processor_id();
+			mace_describe(seen, &at, &record);
+			described = true;
+		}
+		if (mace_is_at(session, at) && mace_is_wanted(session, &record)) {
+			mace_record_to(session, &record);
+			recorded = true;
+		}
+	}
+	if (recorded && seen->dev && READ_ONCE(mace_recall_users))
+		mace_remember(&record, at);
+	if (timed) {
+		cost->timed[hook]++;
+		cost->timed_ns[hook] += ktime_get_mono_fast_ns() - now_ns;
+	}
+	rcu_read_unlock();
+	local_irq_restore(irq);
+}
+
+/* --- the probes ------------------------------------------------------------------- */
+
+/* The way down: the network header is set. The way up: it may not be, but the data begins there. */
+
+static void mace_probe_net_dev_queue(void *data, struct sk_buff *skb)
+{
+	mace_observe(MACE_HOOK_NET_DEV_QUEUE,
+		     &(struct mace_seen){
+			     .skb = skb, .dev = skb->dev, .l3_offset = skb_network_offset(skb) });
+}
+
+static void mace_probe_net_dev_start_xmit(void *data, const struct sk_buff *skb,
+					  const struct net_device *dev)
+{
+	mace_observe(MACE_HOOK_NET_DEV_START_XMIT,
+		     &(struct mace_seen){
+			     .skb = skb, .dev = dev, .l3_offset = skb_network_offset(skb) });
+}
+
+static void mace_probe_netif_rx(void *data, struct sk_buff *skb)
+{
+	mace_observe(MACE_HOOK_NETIF_RX, &(struct mace_seen){ .skb = skb, .dev = skb->dev });
+}
+
+static void mace_probe_netif_receive_skb(void *data, struct sk_buff *skb)
+{
+	mace_observe(MACE_HOOK_NETIF_RECEIVE_SKB,
+		     &(struct mace_seen){ .skb = skb, .dev = skb->dev });
+}
+
+static void mace_probe_napi_gro_receive_entry(void *data, const struct sk_buff *skb)
+{
+	mace_observe(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY,
+		     &(struct mace_seen){ .skb = skb, .dev = skb->dev });
+}
+
+static void mace_probe_skb_copy_datagram_iovec(void *data, const struct sk_buff *skb, int bytes)
+{
+	mace_observe(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC,
+		     &(struct mace_seen){ .skb = skb, .bytes = bytes });
+}
+
+MACE_DEFINE_CONSUME_SKB(mace_probe_consume_skb, skb)
+{
+	mace_observe(MACE_HOOK_CONSUME_SKB, &(struct mace_seen){ .skb = skb });
+}
+
+MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
+{
+	mace_observe(MACE_HOOK_KFREE_SKB,
+		     &(struct mace_seen){ .skb = skb, .reason = MACE_DROP_REASON() });
+}
+
+/**
+ * struct mace_probe - a row of the table of probes
+ * @name: the tracepoint's
+ * @function: our function on it
+ * @tracepoint: found when the module is loaded; NULL if this kernel has none of that name
+ * @users: running sessions that want it; mace_running_lock
+ */
+struct mace_probe {
+	const char *name;
+	void *function;
+	struct tracepoint *tracepoint;
+	unsigned int users;
+};
+
+#define MACE_PROBE(tracepoint_name)                                                \
+	{                                                                          \
+		.name = #tracepoint_name, .function = mace_probe_##tracepoint_name \
+	}
+
+static struct mace_probe mace_probes[MACE_HOOK_COUNT] = {
+	[MACE_HOOK_NET_DEV_QUEUE] = MACE_PROBE(net_dev_queue),
+	[MACE_HOOK_NET_DEV_START_XMIT] = MACE_PROBE(net_dev_start_xmit),
+	[MACE_HOOK_NETIF_RX] = MACE_PROBE(netif_rx),
+	[MACE_HOOK_NETIF_RECEIVE_SKB] = MACE_PROBE(netif_receive_skb),
+	[MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY] = MACE_PROBE(napi_gro_receive_entry),
+	[MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC] = MACE_PROBE(skb_copy_datagram_iovec),
+	[MACE_HOOK_CONSUME_SKB] = MACE_PROBE(consume_skb),
+	[MACE_HOOK_KFREE_SKB] = MACE_PROBE(kfree_skb),
+};
+
+/* The table holds void pointers; here the compiler says whether they fit their tracepoints. */
+static void __maybe_unused mace_check_probes(void)
+{
+	check_trace_callback_type_net_dev_queue(mace_probe_net_dev_queue);
+	check_trace_callback_type_net_dev_start_xmit(mace_probe_net_dev_start_xmit);
+	check_trace_callback_type_netif_rx(mace_probe_netif_rx);
+	check_trace_callback_type_netif_receive_skb(mace_probe_netif_receive_skb);
+	check_trace_callback_type_napi_gro_receive_entry(mace_probe_napi_gro_receive_entry);
+	check_trace_callback_type_skb_copy_datagram_iovec(mace_probe_skb_copy_datagram_iovec);
+	check_trace_callback_type_consume_skb(mace_probe_consume_skb);
+	check_trace_callback_type_kfree_skb(mace_probe_kfree_skb);
+}
+
+static void mace_find_tracepoint(struct tracepoint *tracepoint, void *unused)
+{
+	int hook;
+
+	for (hook = 0; hook < MACE_HOOK_COUNT; hook++)
+		if (mace_probes[hook].name && !strcmp(mace_probes[hook].name, tracepoint->name))
+			mace_probes[hook].tracepoint = tracepoint;
+}
+
+/**
+ * mace_probes_available() - the hooks that this kernel has
+ *
+ * Return: bit n: hook n.
+ */
+u32 mace_probes_available(void)
+{
+	u32 hooks = 0;
+	int hook;
+
+	for (hook = 0; hook < MACE_HOOK_COUNT; hook++)
+		if (mace_probes[hook].tracepoint)
+			hooks |= BIT(hook);
+	return hooks;
+}
+
+static void mace_probe_put(int hook)
+{
+	struct mace_probe *probe = &mace_probes[hook];
+
+	if (!--probe->users)
+		tracepoint_probe_unregister(probe->tracepoint, probe->function, NULL);
+}
+
+/**
+ * mace_probes_get() - one more user of some hooks
+ * @hooks: bit n: hook n; all available
+ *
+ * Context: may sleep; mace_running_lock is held. Return: 0, or what registering a probe returned:
+ * then nothing is got.
+ */
+int mace_probes_get(u32 hooks)
+{
+	int hook, error = 0;
+
+	for (hook = 0; hook < MACE_HOOK_COUNT; hook++) {
+		struct mace_probe *probe = &mace_probes[hook];
+
+		if (!(hooks & BIT(hook)))
+			continue;
+		if (!probe->users)
+			error = tracepoint_probe_register(probe->tracepoint, probe->function, NULL);
+		if (error)
+			goto unwind;
+		probe->users++;
+	}
+	if (hooks & mace_placeless_hooks)
+		WRITE_ONCE(mace_recall_users, mace_recall_users + 1);
+	return 0;
+unwind:
+	while (--hook >= 0)
+		if (hooks & BIT(hook))
+			mace_probe_put(hook);
+	return error;
+}
+
+/**
+ * mace_probes_put() - undo one mace_probes_get()
+ * @hooks: the same
+ *
+ * Context: may sleep; mace_running_lock is held. Probes may still run when it returns:
+ * tracepoint_synchronize_unregister().
+ */
+void mace_probes_put(u32 hooks)
+{
+	int hook;
+
+	for (hook = 0; hook < MACE_HOOK_COUNT; hook++)
+		if (hooks & BIT(hook))
+			mace_probe_put(hook);
+	if (hooks & mace_placeless_hooks)
+		WRITE_ONCE(mace_recall_users, mace_recall_users - 1);
+}
+
+/**
+ * mace_probes_cost() - what the probes cost up to now
+ * @cost: set
+ */
+void mace_probes_cost(struct mace_cost *cost)
+{
+	int cpu, hook;
+
+	memset(cost, 0, sizeof(*cost));
+	cost->every = mace_cost_every;
+	for_each_possible_cpu(cpu) {
+		const struct mace_cost_cpu *each = per_cpu_ptr(&mace_costs, cpu);
+
+		for (hook = 0; hook < MACE_HOOK_SLOTS; hook++) {
+			cost->calls[hook] += READ_ONCE(each->calls[hook]);
+			cost->timed[hook] += READ_ONCE(each->timed[hook]);
+			cost->timed_ns[hook] += READ_ONCE(each->timed_ns[hook]);
+		}
+	}
+}
+
+int __init mace_probes_init(void)
+{
+	mace_cost_every = roundup_pow_of_two(clamp(mace_cost_every, 1U, 1U << 20));
+	get_random_bytes(&mace_skb_key, sizeof(mace_skb_key));
+	mace_recalls = vzalloc(sizeof(*mace_recalls) << MACE_RECALL_BITS);
+	if (!mace_recalls)
+		return -ENOMEM;
+	for_each_kernel_tracepoint(mace_find_tracepoint, NULL);
+	return 0;
+}
+
+void mace_probes_exit(void)
+{
+	/* No session, so no probe is registered; those that were may still be running. */
+	tracepoint_synchronize_unregister();
+	vfree(mace_recalls);
+}

@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Sessions: rights, filters, rings, and the list of those that run.
+ *
+ * Locks, in the order in which they are taken:
+ *
+ *	session->lock		the state of one session; held by its calls from user space
+ *	mace_running_lock	mace_running, and the users of each probe
+ *	mace_open_lock		mace_open
+ *
+ * Probes walk mace_running under RCU and take no lock but a ring's. A session is taken out of the
+ * list, and a grace period passes, before anything of it is freed.
+ *
+ * Rights. A session belongs to the network namespace that its opener was in at open(), as a socket
+ * does. It may see every namespace if that one is the first and its opener has CAP_SYS_ADMIN over
+ * the machine: the host's root. Any other opener needs CAP_NET_RAW over its namespace, as for a
+ * packet socket, and sees what is at devices of this namespace. Rights are those of the open file,
+ * whoever has it now.
+ */
+#include <linux/atomic.h>
+#include <linux/capability.h>
+#include <linux/cpumask.h>
+#include <linux/err.h>
+#include <linux/log2.h>
+#include <linux/mm.h>
+#include <linux/nsproxy.h>
+#include <linux/rculist.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <net/net_namespace.h>
+#include <net/netns/generic.h>
+
+#include "mace_probes.h"
+#include "mace_session.h"
+
+#define MACE_SUBBUF_BYTES_MAX (4U << 20)
+#define MACE_FLUSH_MS_MAX 10000U
+
+struct hlist_head mace_running = HLIST_HEAD_INIT;
+unsigned int mace_max_ring_mib = 64;
+unsigned int mace_max_total_mib = 1024;
+unsigned int mace_max_sessions = 16;
+
+static DEFINE_MUTEX(mace_running_lock);
+static DEFINE_MUTEX(mace_open_lock);
+static LIST_HEAD(mace_open);
+static unsigned int mace_open_count;
+static atomic_long_t mace_ring_pages = ATOMIC_LONG_INIT(0);
+
+/* --- network namespaces ----------------------------------------------------------- */
+
+static unsigned int mace_net_id __read_mostly;
+static atomic_t mace_last_serial = ATOMIC_INIT(0);
+
+/**
+ * mace_netns_serial() - number of a namespace, never given to another one
+ * @net: any that is alive
+ *
+ * Return: the number, not 0.
+ */
+u32 mace_netns_serial(const struct net *net)
+{
+	const struct mace_netns *netns = net_generic(net, mace_net_id);
+
+	return netns->serial;
+}
+
+static int __net_init mace_netns_init(struct net *net)
+{
+	struct mace_netns *netns = net_generic(net, mace_net_id);
+
+	netns->serial = atomic_inc_return(&mace_last_serial);
+	return 0;
+}
+
+static void __net_exit mace_netns_exit(struct net *net)
+{
+	u32 serial = mace_netns_serial(net);
+	struct mace_session *each;
+
+	mutex_lock(&mace_open_lock);
+	list_for_each_entry(each, &mace_open, link) {
+		if (each->own_serial == serial) {
+			WRITE_ONCE(each->gone, true);
+			wake_up_interruptible(&each->wait);
+		}
+	}
+	mutex_unlock(&mace_open_lock);
+}
+
+static struct pernet_operations mace_netns_operations = {
+	.init = mace_netns_init,
+	.exit = mace_netns_exit,
+	.id = &mace_net_id,
+	.size = sizeof(struct mace_netns),
+};
+
+int __init mace_sessions_init(void)
+{
+	return register_pernet_subsys(&mace_netns_operations);
+}
+
+void mace_sessions_exit(void)
+{
+	unregister_pernet_subsys(&mace_netns_operations);
+}
+
+/* --- open and close --------------------------------------------------------------- */
+
+static void mace_session_unmake_rings(struct mace_session *session)
+{
+	unsigned int cpu;
+
+	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
+		if (session->rings[cpu])
+			mace_ring_free(session->rings[cpu]);
+		session->rings[cpu] = NULL;
+	}
+	atomic_long_sub(session->pages, &mace_ring_pages);
+	session->pages = 0;
+}
+
+static void mace_session_wake(struct irq_work *work)
+{
+	struct mace_session *session = container_of(work, struct mace_session, wake);
+
+	wake_up_interruptible(&session->wait);
+}
+
+static void mace_session_flush(struct work_struct *work)
+{
+	struct mace_session *session =
+		container_of(to_delayed_work(work), struct mace_session, flush);
+	unsigned int cpu;
+
+	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
+		if (session->rings[cpu] && mace_ring_has_records(session->rings[cpu])) {
+			WRITE_ONCE(session->flush_due, true);
+			wake_up_interruptible(&session->wait);
+			break;
+		}
+	}
+	schedule_delayed_work(&session->flush, msecs_to_jiffies(session->flush_ms));
+}
+
+/**
+ * mace_session_open() - a session for the calling task
+ *
+ * Context: may sleep. Return: it, or an error pointer: -EPERM, -EBUSY (too many), -ENOMEM.
+ */
+struct mace_session *mace_session_open(void)
+{
+	struct net *net = current->nsproxy->net_ns;
+	struct mace_session *session;
+	bool all = net_eq(net, &init_net) && capable(CAP_SYS_ADMIN);
+
+	if (!all && !ns_capable(net->user_ns, CAP_NET_RAW))
+		return ERR_PTR(-EPERM);
+	session = kzalloc(sizeof(*session), GFP_KERNEL_ACCOUNT);
+	if (!session)
+		return ERR_PTR(-ENOMEM);
+	session->rings = kcalloc(nr_cpu_ids, sizeof(*session->rings), GFP_KERNEL_ACCOUNT);
+	if (!session->rings) {
+		kfree(session);
+		return ERR_PTR(-ENOMEM);
+	}
+	mutex_init(&session->lock);
+	init_waitqueue_head(&session->wait);
+	init_irq_work(&session->wake, mace_session_wake);
+	INIT_DELAYED_WORK(&session->flush, mace_session_flush);
+	session->all = all;
+	session->own_serial = mace_netns_serial(net);
+	session->own_inode = net->ns.inum;
+
+	mutex_lock(&mace_open_lock);
+	if (mace_open_count >= READ_ONCE(mace_max_sessions)) {
+		mutex_unlock(&mace_open_lock);
+		kfree(session->rings);
+		kfree(session);
+		return ERR_PTR(-EBUSY);
+	}
+	mace_open_count++;
+	list_add(&session->link, &mace_open);
+	mutex_unlock(&mace_open_lock);
+	return session;
+}
+
+/**
+ * mace_session_close() - stop it and free all of it
+ * @session: nobody else has it any more
+ *
+ * Context: may sleep.
+ */
+void mace_session_close(struct mace_session *session)
+{
+	mutex_lock(&session->lock);
+	mace_session_stop(session);
+	mutex_unlock(&session->lock);
+
+	mutex_lock(&mace_open_lock);
+	list_del(&session->link);
+	mace_open_count--;
+	mutex_unlock(&mace_open_lock);
+
+	mace_session_unmake_rings(session);
+	kfree(session->rings);
+	mutex_destroy(&session->lock);
+	kfree(session);
+}
+
+/* --- setup ------------------------------------------------------------------------ */
+
+/* The serial of the namespace behind a file descriptor, or why this session may not see it. */
+static s64 mace_session_netns(const struct mace_session *session, int fd)
+{
+	struct net *net;
+	u32 serial;
+
+	if (fd == -1)
+		return session->own_serial;
+	net = get_net_ns_by_fd(fd);
+	if (IS_ERR(net))
+		return PTR_ERR(net);
+	serial = mace_netns_serial(net);
+	put_net(net);
+	if (!session->all && serial != session->own_serial)
+		return -EPERM;
+	return serial;
+}
+
+static int mace_session_filter(struct mace_session *session, const struct mace_filter *filter)
+{
+	u32 available = mace_probes_available();
+	s64 serial;
+	u32 i;
+
+	if (filter->netns_count > MACE_MAX_NETNS || filter->device_count > MACE_MAX_DEVICES ||
+	    filter->sample_shift > MACE_MAX_SAMPLE_SHIFT)
+		return -EINVAL;
+	if (filter->hooks & ~available)
+		return -EOPNOTSUPP;
+	session->hooks = filter->hooks ?: available;
+	session->sample_mask = (1ULL << filter->sample_shift) - 1;
+	memcpy(session->l4_protos, filter->l4_protos, sizeof(session->l4_protos));
+	session->l4_filtered = memchr_inv(filter->l4_protos, 0, sizeof(filter->l4_protos));
+	for (i = 0; i < filter->netns_count; i++) {
+		serial = mace_session_netns(session, filter->netns_fd[i]);
+		if (serial < 0)
+			return serial;
+		session->serials[i] = serial;
+	}
+	session->serial_count = filter->netns_count;
+	if (!session->all && !session->serial_count) {
+		session->serials[0] = session->own_serial;
+		session->serial_count = 1;
+	}
+	for (i = 0; i < filter->device_count; i++) {
+		serial = mace_session_netns(session, filter->device[i].netns_fd);
+		if (serial < 0)
+			return serial;
+		if (!filter->device[i].ifindex)
+			return -EINVAL;
+		session->places[i].serial = serial;
+		session->places[i].ifindex = filter->device[i].ifindex;
+	}
+	session->place_count = filter->device_count;
+	return 0;
+}
+
+static int mace_session_rings(struct mace_session *session, struct mace_setup *setup)
+{
+	unsigned long pages = setup->ring_bytes >> PAGE_SHIFT;
+	unsigned long limit = (unsigned long)READ_ONCE(mace_max_total_mib) << (20 - PAGE_SHIFT);
+	struct mace_ring *ring;
+	unsigned int cpu;
+
+	setup->cpu_count = 0;
+	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
+		if (!cpu_online(cpu))
+			continue;
+		if (atomic_long_add_return(pages, &mace_ring_pages) > limit) {
+			atomic_long_sub(pages, &mace_ring_pages);
+			return -ENOMEM;
+		}
+		session->pages += pages;
+		ring = mace_ring_make(cpu, setup->subbuf_bytes, setup->subbufs);
+		if (IS_ERR(ring))
+			return PTR_ERR(ring);
+		session->rings[cpu] = ring;
+		setup->cpu_count++;
+	}
+	return 0;
+}
+
+/**
+ * mace_session_setup() - filter and rings, once
+ * @session: @session->lock is held
+ * @setup: what the caller asked for; its results are set
+ *
+ * Context: may sleep. Return: 0, or -EPROTO (another ABI), -EBUSY (done before), -EINVAL, -EPERM
+ * (a namespace that the session may not see), -EOPNOTSUPP (a hook that this kernel has not),
+ * -EBADF, -ENOMEM. After an error it may be tried again.
+ */
+int mace_session_setup(struct mace_session *session, struct mace_setup *setup)
+{
+	u64 ring_bytes = (u64)setup->subbuf_bytes * setup->subbufs;
+	int error;
+
+	if (setup->abi_major != MACE_ABI_MAJOR)
+		return -EPROTO;
+	if (session->ready)
+		return -EBUSY;
+	if (setup->pad || setup->pad2 || setup->pad3 || setup->ring_bytes || setup->cpu_count)
+		return -EINVAL;
+	if (!is_power_of_2(setup->subbuf_bytes) || setup->subbuf_bytes < PAGE_SIZE ||
+	    setup->subbuf_bytes > MACE_SUBBUF_BYTES_MAX || setup->subbufs < 2 ||
+	    ring_bytes > (u64)READ_ONCE(mace_max_ring_mib) << 20)
+		return -EINVAL;
+	if (!setup->watermark || setup->watermark > setup->subbufs)
+		return -EINVAL;
+	if (!setup->flush_ms || setup->flush_ms > MACE_FLUSH_MS_MAX)
+		return -EINVAL;
+	error = mace_session_filter(session, &setup->filter);
+	if (error)
+		return error;
+	setup->ring_bytes = ring_bytes;
+	error = mace_session_rings(session, setup);
+	if (error) {
+		mace_session_unmake_rings(session);
+		return error;
+	}
+	session->watermark = setup->watermark;
+	session->flush_ms = setup->flush_ms;
+	/* Pairs with mace_session_readable(), which has no lock. */
+	smp_store_release(&session->ready, true);
+	return 0;
+}
+
+/* --- running ---------------------------------------------------------------------- */
+
+/**
+ * mace_session_start() - record from now on
+ * @session: @session->lock is held
+ *
+ * Context: may sleep. Return: 0, -EINVAL before SETUP, -EBUSY if it runs, or what registering a
+ * probe returned.
+ */
+int mace_session_start(struct mace_session *session)
+{
+	int error;
+
+	if (!session->ready)
+		return -EINVAL;
+	if (session->running)
+		return -EBUSY;
+	mutex_lock(&mace_running_lock);
+	error = mace_probes_get(session->hooks);
+	if (!error) {
+		hlist_add_head_rcu(&session->node, &mace_running);
+		session->running = true;
+	}
+	mutex_unlock(&mace_running_lock);
+	if (!error)
+		schedule_delayed_work(&session->flush, msecs_to_jiffies(session->flush_ms));
+	return error;
+}
+
+/**
+ * mace_session_stop() - record no more; nothing is written after it returns
+ * @session: @session->lock is held
+ *
+ * Context: may sleep.
+ */
+void mace_session_stop(struct mace_session *session)
+{
+	if (!session->running)
+		return;
+	mutex_lock(&mace_running_lock);
+	hlist_del_rcu(&session->node);
+	session->running = false;
+	mace_probes_put(session->hooks);
+	mutex_unlock(&mace_running_lock);
+	synchronize_rcu();
+	irq_work_sync(&session->wake);
+	cancel_delayed_work_sync(&session->flush);
+}
+
+/**
+ * mace_session_stats() - what was written and lost
+ * @session: @session->lock is held
+ * @stats: cpu says of which CPU; the counts are set
+ *
+ * Return: 0, -EINVAL before SETUP, -ENXIO for a CPU without a ring.
+ */
+int mace_session_stats(struct mace_session *session, struct mace_stats *stats)
+{
+	bool all = stats->cpu == MACE_ALL_CPUS;
+	unsigned int cpu;
+	int hook;
+
+	if (!session->ready)
+		return -EINVAL;
+	if (!all && (stats->cpu >= nr_cpu_ids || !session->rings[stats->cpu]))
+		return -ENXIO;
+	memset(stats->written, 0, sizeof(stats->written));
+	memset(stats->lost, 0, sizeof(stats->lost));
+	for (cpu = 0; cpu < nr_cpu_ids; cpu++)
+		if (session->rings[cpu] && (all || cpu == stats->cpu))
+			mace_ring_stats(session->rings[cpu], stats);
+	for (hook = 0; all && hook < MACE_HOOK_SLOTS; hook++)
+		stats->lost[hook] += atomic64_read(&session->lost[hook]);
+	return 0;
+}
+
+/**
+ * mace_session_readable() - whether it is worth a reader's while
+ * @session: any
+ *
+ * Return: whether a ring has as many full sub-buffers as wished for, or records have waited long
+ * enough.
+ */
+bool mace_session_readable(const struct mace_session *session)
+{
+	unsigned int cpu;
+
+	/* Pairs with mace_session_setup(): the rings are there. */
+	if (!smp_load_acquire(&session->ready))
+		return false;
+	if (READ_ONCE(session->flush_due))
+		return true;
+	for (cpu = 0; cpu < nr_cpu_ids; cpu++)
+		if (session->rings[cpu] &&
+		    mace_ring_full(session->rings[cpu]) >= session->watermark)
+			return true;
+	return false;
+}

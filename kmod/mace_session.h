@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Sessions: who reads what. One for every open file of /dev/mace. */
+#ifndef _MACE_SESSION_H
+#define _MACE_SESSION_H
+
+#include <linux/irq_work.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+#include <net/net_namespace.h>
+
+#include "mace_ring.h"
+
+/**
+ * struct mace_netns - what we know of a network namespace
+ *
+ * @serial: unlike an inode never given out again (2^32 namespaces at 1000 a second are 49 days of
+ *	nothing else);
+ *	never 0
+ */
+struct mace_netns {
+	u32 serial;
+};
+
+/**
+ * struct mace_place - a device as filters know it
+ *
+ * @serial: its namespace
+ * @ifindex: its index there
+ */
+struct mace_place {
+	u32 serial;
+	u32 ifindex;
+};
+
+/**
+ * struct mace_session - one reader
+ *
+ * What probes read (@hooks to @rings) does not change while the session is in the list of running
+ * ones.
+ *
+ * @node: in the list of running sessions; RCU
+ * @link: in the list of open sessions
+ * @lock: state, and all calls from user space but poll()
+ * @ready: whether SETUP was done
+ * @running: whether @node is in the list
+ * @all: whether it may see every network namespace
+ * @gone: whether its own namespace has died
+ * @own_serial: namespace of the opener
+ * @own_inode: its inode
+ * @hooks: bit n: hook n
+ * @sample_mask: the bits of packet_key that must be 0
+ * @serial_count: namespaces in @serials; 0: all
+ * @serials: namespaces to be seen
+ * @place_count: devices in @places; 0: all
+ * @places: devices to be seen
+ * @l4_filtered: whether @l4_protos counts
+ * @l4_protos: bit map of IP protocols
+ * @pages: memory of all @rings
+ * @rings: by CPU number; NULL for a CPU that was offline at SETUP
+ * @lost: records of CPUs without a ring, by hook
+ * @watermark: full sub-buffers that make it readable
+ * @flush_ms: or records that have waited this long
+ * @flush_due: whether they have
+ * @wait: readers in poll()
+ * @wake: wakes them from a probe's context
+ * @flush: looks every @flush_ms whether records wait
+ */
+struct mace_session {
+	struct hlist_node node;
+	struct list_head link;
+	struct mutex lock; /* state, and all calls of user space but poll() */
+	bool ready;
+	bool running;
+	bool all;
+	bool gone;
+	u32 own_serial;
+	u32 own_inode;
+	u32 hooks;
+	u64 sample_mask;
+	u32 serial_count;
+	u32 serials[MACE_MAX_NETNS];
+	u32 place_count;
+	struct mace_place places[MACE_MAX_DEVICES];
+	bool l4_filtered;
+	u64 l4_protos[4];
+	unsigned long pages;
+	struct mace_ring **rings;
+	atomic64_t lost[MACE_HOOK_SLOTS];
+	u32 watermark;
+	u32 flush_ms;
+	bool flush_due;
+	wait_queue_head_t wait;
+	struct irq_work wake;
+	struct delayed_work flush;
+};
+
+extern struct hlist_head mace_running;
+extern unsigned int mace_max_ring_mib;
+extern unsigned int mace_max_total_mib;
+extern unsigned int mace_max_sessions;
+
+u32 mace_netns_serial(const struct net *net);
+
+struct mace_session *mace_session_open(void);
+void mace_session_close(struct mace_session *session);
+int mace_session_setup(struct mace_session *session, struct mace_setup *setup);
+int mace_session_start(struct mace_session *session);
+void mace_session_stop(struct mace_session *session);
+int mace_session_stats(struct mace_session *session, struct mace_stats *stats);
+bool mace_session_readable(const struct mace_session *session);
+
+int mace_sessions_init(void);
+void mace_sessions_exit(void);
+
+#endif
