@@ -106,6 +106,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),
     "tcpdump": lambda: _program("tcpdump", "--version"),
+    "cc": lambda: _program("cc", "--version"),
 }
 """Each need and its check: None where it is met, else the reason, fit to be read after "needs NAME: "."""
 

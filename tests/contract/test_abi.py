@@ -1,0 +1,123 @@
+"""mace/abi.py is what the C compiler makes of kmod/uapi/mace.h: every field, constant and request, both ways."""
+
+import re
+import subprocess
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mace import abi
+from mace.hooks import Hook
+
+HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mace.h"
+TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+TYPES = {"__u64": "<u8", "__u32": "<u4", "__s32": "<i4", "__u16": "<u2", "__u8": "u1"}
+ENUMS = {"MACE_FLAG_": abi.Flag, "MACE_HELLO_": abi.HelloFlag, "MACE_TAKE_": abi.TakeFlag, "MACE_IOC_": abi.Ioctl}
+OF_THE_HEADER_ONLY = {"MACE_STATIC_ASSERT", "MACE_HOOK_COUNT"}
+
+
+def structs():
+    """Struct -> {field: C type}, as the header says it."""
+    found = {}
+    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", TEXT, re.MULTILINE | re.DOTALL):
+        fields = re.findall(r"^\t(.+?) (\w+)(?:\[\w+\])?;$", body, re.MULTILINE)
+        assert len(fields) == body.count(";"), f"struct {name} is written in a way that this test does not read"
+        found[name] = {field: kind for kind, field in fields}
+    return found
+
+
+def constants():
+    """Names of all that has a value: defines and enumerators."""
+    defines = re.findall(r"^#define (MACE_\w+)(?:\(|[ \t]+\S)", TEXT, re.MULTILINE)
+    enumerators = re.findall(r"^\t(MACE_\w+)(?: = \d+)?,?$", TEXT, re.MULTILINE)
+    return sorted({*defines, *enumerators} - OF_THE_HEADER_ONLY)
+
+
+def compiled(tmp_path, lines):
+    """What a program prints that has the header and these statements."""
+    source, program = tmp_path / "abi.c", tmp_path / "abi"
+    source.write_text(
+        '#include <stddef.h>\n#include <stdio.h>\n#include "mace.h"\nint main(void)\n{\n'
+        + "".join(f"\t{line}\n" for line in lines)
+        + "\treturn 0;\n}\n"
+    )
+    compiler = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{HEADER.parent}"]
+    done = subprocess.run([*compiler, "-o", program, source], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = subprocess.run([program], capture_output=True, text=True, timeout=10, check=True).stdout
+    return [line.split() for line in printed.splitlines()]
+
+
+def mirrored(name):
+    """The value that Python has for a constant of the header."""
+    if name in {"MACE_HOOK_SLOTS", "MACE_IOC_MAGIC"}:
+        return getattr(abi, name.removeprefix("MACE_"))
+    if name.startswith("MACE_HOOK_"):
+        return Hook[name.removeprefix("MACE_HOOK_")]
+    for prefix, enum in ENUMS.items():
+        if name.startswith(prefix):
+            return enum[name.removeprefix(prefix)]
+    return getattr(abi, name.removeprefix("MACE_"))
+
+
+def test_the_structs_are_the_same():
+    assert list(abi.STRUCTS) == list(structs())
+    for name, fields in structs().items():
+        assert list(abi.STRUCTS[name].names) == list(fields), f"fields of struct {name}"
+
+
+@pytest.mark.needs("cc")
+def test_every_field_is_where_the_compiler_puts_it(tmp_path):
+    asked = [(struct, field) for struct, fields in structs().items() for field in fields]
+    got = compiled(
+        tmp_path,
+        [
+            f'printf("%zu %zu\\n", offsetof(struct {s}, {f}), sizeof(((struct {s} *)0)->{f}));' for s, f in asked
+        ] + [f'printf("%zu\\n", sizeof(struct {s}));' for s in structs()],
+    )  # fmt: skip
+    for (struct, field), (offset, size) in zip(asked, got, strict=False):
+        mirror, at = abi.STRUCTS[struct].fields[field]
+        assert (at, mirror.itemsize) == (int(offset), int(size)), f"struct {struct}, {field}"
+    for struct, (size,) in zip(structs(), got[len(asked) :], strict=True):
+        assert abi.STRUCTS[struct].itemsize == int(size), f"struct {struct}"
+
+
+def test_every_field_has_its_type():
+    for struct, fields in structs().items():
+        for field, kind in fields.items():
+            base = abi.STRUCTS[struct].fields[field][0].base
+            if kind == "char":
+                assert base.kind == "S", f"struct {struct}, {field}"
+            elif kind.startswith("struct "):
+                assert base == abi.STRUCTS[kind.removeprefix("struct ")], f"struct {struct}, {field}"
+            else:
+                assert base == np.dtype(TYPES[kind]), f"struct {struct}, {field}"
+
+
+@pytest.mark.needs("cc")
+def test_every_constant_has_its_value(tmp_path):
+    numbers = [name for name in constants() if name != "MACE_DEVICE_NAME"]
+    got = compiled(tmp_path, [f'printf("%llu\\n", (unsigned long long){name});' for name in numbers])
+    for name, (value,) in zip(numbers, got, strict=True):
+        assert mirrored(name) == int(value), name
+    assert compiled(tmp_path, ["puts(MACE_DEVICE_NAME);"]) == [[abi.DEVICE_NAME]]
+
+
+def test_python_has_no_constant_that_the_header_has_not():
+    known = set(constants())
+    for prefix, enum in (*ENUMS.items(), ("MACE_HOOK_", [hook for hook in Hook if hook is not Hook.LOST])):
+        for member in enum:
+            assert isinstance(member, Enum)
+            assert f"{prefix}{member.name}" in known, f"{prefix}{member.name}"
+    for name, value in vars(abi).items():
+        if name.isupper() and not name.startswith("_") and isinstance(value, int | str):
+            assert f"MACE_{name}" in known, name
+
+
+def test_a_place_is_namespace_and_index_in_one_number():
+    record = np.zeros(1, abi.RECORD)
+    record["netns"], record["ifindex"], record["drop_reason"] = 0xF0000001, 7, 0x00030002
+    seen = record.view(abi.PLACE)[0]
+    assert (seen["place"], seen["reason_low"], seen["reason_high"]) == (0xF0000001 | 7 << 32, 2, 3)
