@@ -24,10 +24,16 @@
 #endif
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
-/* Linux kernel commit c53795d48ee8 ("net: add rx_sk to trace_kfree_skb") (in v6.11) */
+/*
+ * Linux kernel commit c53795d48ee8 ("net: add rx_sk to trace_kfree_skb") (in v6.11). In 6.12 rx_sk
+ * is no pointer to const, in 7.3 it is; Kbuild looks at the header.
+ */
+#ifndef MACE_RX_SK_CONST
+#define MACE_RX_SK_CONST
+#endif
 #define MACE_DEFINE_KFREE_SKB(name, skb)                                  \
 	static void name(void *data, struct sk_buff *skb, void *location, \
-			 enum skb_drop_reason mace_reason, struct sock *rx_sk)
+			 enum skb_drop_reason mace_reason, MACE_RX_SK_CONST struct sock *rx_sk)
 #define MACE_DROP_REASON() ((u32)mace_reason)
 #elif LINUX_VERSION_CODE >= KERNEL_VERSION(5, 17, 0)
 /* Linux kernel commit c504e5c2f964 ("net: skb: introduce kfree_skb_reason()") (in v5.17) */
