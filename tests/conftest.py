@@ -98,6 +98,12 @@ def _bpftrace() -> str | None:
     return None if Path("/sys/kernel/btf/vmlinux").exists() else f"kernel {platform.release()} has no BTF"
 
 
+def _qemu() -> str | None:
+    from tests.kernel import vm  # here, because only one test asks
+
+    return vm.missing()
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -106,6 +112,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),
     "tcpdump": lambda: _program("tcpdump", "--version"),
+    "qemu": _qemu,
     "cc": lambda: _program("cc", "--version"),
 }
 """Each need and its check: None where it is met, else the reason, fit to be read after "needs NAME: "."""

@@ -1,0 +1,359 @@
+"""A virtual machine that runs one command on one of the kernels, with the host's files as its own, and ends.
+
+    host /    -- virtiofsd, in a mount namespace where all is read-only -->  lower half of the guest's root, an overlay
+    (RAM of the guest)                                                       upper half
+    exchange  -- virtiofsd, writable -->  /run/exchange: the command in, its output and results out
+    serial line  -->  the kernel's words, and the exit status at the end
+
+So the guest has the host's Python, its environment and its tools, and whatever it does to them is gone with it.
+
+QEMU emulates in software: where there is no usable KVM that is the only way, and it is the same everywhere. Three of
+its arguments are not taste (measured on QEMU 7.2; without them kernels crash that have no module of ours loaded):
+
+- clearcpuid=cx16: the emulation of cmpxchg16b crashes 6.12 in 11 boots of 12. The CPU model must be `max`, and keep
+  cx16, because numpy insists on what such a CPU has.
+- tcg,thread=single: with a thread for each CPU, tracepoints toggled under traffic crash the guest.
+- q35: microvm hangs in one boot of three.
+
+QEMU exits with 0 whatever happened inside, so the end is a marker on the serial line, and the kernel's complaints are
+looked for there.
+"""
+
+import lzma
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import zstandard
+
+from tests.kernel.kernels import KERNELS, KEYRING, Kernel, KernelUnavailable, fetched, mirror
+
+GUEST_INIT = Path(__file__).with_name("guest_init.sh")
+EXCHANGE = Path("/run/exchange")  # where the guest sees its exchange directory
+VIRTIOFSD = (Path("/usr/lib/qemu/virtiofsd"),)  # the C one of QEMU 7; Rust's, elsewhere, takes other options
+
+MEMORY = "1G"  # pytest, numpy and the rings take 300 MB, the overlay's upper what is left
+MODULES = ("virtio_pci", "virtio_rng", "virtiofs", "overlay")  # and what they depend on
+MARKER = re.compile(r"mace-guest: exit status (\d+)")
+
+COMPLAINT = re.compile(
+    r"\bOops\b|\bBUG\b|\bWARNING: |Kernel panic|INFO: task |INFO: rcu|rcu: INFO|unregister_netdevice: waiting"
+    r"|possible circular|possible recursive|inconsistent lock state|suspicious RCU|KASAN|UBSAN|kmemleak"
+    r"|general protection fault|unable to handle|refcount_t:|Bad page|(list_add|list_del) corruption|DEBUG_LOCKS"
+    r"|mace-guest: (no|cannot) "
+)
+"""What a kernel says when something is wrong with it, and what guest_init.sh says."""
+
+
+class MachineFailed(Exception):
+    """The machine could not be started, hung, or ended without saying how: with the end of its serial log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a command in a machine."""
+
+    release: str  # of the kernel
+    exit_status: int
+    output: str  # of the command, both streams
+    complaints: tuple[str, ...]  # lines of the serial log
+    serial: str
+    boot_s: float  # until the command was started
+    seconds: float  # until the machine was off
+
+    @property
+    def good(self) -> bool:
+        return self.exit_status == 0 and not self.complaints
+
+    def report(self) -> str:
+        """All that one wants to read after a failure."""
+        parts = [self.output.rstrip()]
+        if self.complaints:
+            first = self.serial.index(self.complaints[0])
+            around = self.serial[first:].splitlines()[:60]
+            parts += ["--- the kernel complains:", *self.complaints, "--- from the first on:", *around]
+        return "\n".join([*parts, f"--- exit status {self.exit_status}"])
+
+
+def missing() -> str | None:
+    """Why no machine can be started here; None if one can."""
+    for program in (
+        "qemu-system-x86_64",
+        "busybox",
+        "setpriv",
+        "unshare",
+        "apt-get",
+        "depmod",
+        "make",
+        "gcc",
+        "debootstrap",
+    ):
+        if shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin") is None:
+            return f"the program {program} is not installed"
+    if _virtiofsd() is None:
+        return f"there is no {' or '.join(map(str, VIRTIOFSD))} (Debian 12: qemu-system-common)"
+    if os.uname().machine != "x86_64":
+        return f"the kernels are for x86_64, this is {os.uname().machine}"
+    if not all(fetched(name) for name in KERNELS):
+        try:
+            mirror()
+        except KernelUnavailable as error:
+            return str(error)
+        if not KEYRING.exists():
+            return f"there is no {KEYRING} (package debian-archive-keyring)"
+    return None
+
+
+def _virtiofsd() -> Path | None:
+    return next((path for path in VIRTIOFSD if path.exists()), None)
+
+
+def boot(
+    kernel: Kernel,
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 300,
+    results: Path | None = None,
+    stop: threading.Event | None = None,
+) -> Result:
+    """Run `command` in a machine of its own and wait for the end of both.
+
+    `env` is added to the guest's environment; MACE_GUEST_RESULTS there names a directory whose files are kept in
+    `results`, if that is given. `stop`, when set by another thread, ends the machine. Whatever happens, no process
+    is left behind. Raises MachineFailed.
+    """
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mace-vm-", ignore_cleanup_errors=True)))
+        exchange = work / "exchange"
+        (exchange / "results").mkdir(parents=True)
+        (exchange / "modules_dir").write_text(f"{kernel.modules_dir}\n")
+        (exchange / "command.sh").write_text(_command(command, cwd, env or {}))
+        (exchange / "output.txt").touch()
+        machine = _Machine(kernel, work, exchange)
+        stack.callback(machine.end)
+        machine.start()
+        try:
+            machine.wait(timeout_s, stop or threading.Event())
+        finally:
+            if results is not None:
+                results.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(exchange / "results", results, dirs_exist_ok=True)
+                shutil.copyfile(exchange / "output.txt", results / "output.txt")
+                (results / "serial.txt").write_text(machine.serial())
+        return machine.result()
+
+
+def _command(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> str:
+    told = {
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "MACE_GUEST": "1",
+        "MACE_GUEST_RESULTS": str(EXCHANGE / "results"),
+        **env,
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in told.items()]
+    # When the command began, for the host: a file's time would be the guest's clock.
+    return "\n".join([*lines, f": >{EXCHANGE}/started", f"cd {shlex.quote(str(cwd))} || exit", shlex.join(command), ""])
+
+
+class _Machine:
+    """QEMU and the two servers of files, from start to end."""
+
+    def __init__(self, kernel: Kernel, work: Path, exchange: Path):
+        self.kernel = kernel
+        self.work = work
+        self.exchange = exchange
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.began_s = time.monotonic()
+        self.boot_s = 0.0
+
+    def start(self) -> None:
+        initramfs = self.work / "initramfs.cpio"
+        initramfs.write_bytes(_initramfs(self.kernel, self.work / "initramfs"))
+        # Files are not looked at again once they are known: nobody changes them during a test.
+        host = self._serve("host", Path("/"), "always", read_only=True)
+        exchange = self._serve("exchange", self.exchange, "none", read_only=False)
+        log = (self.work / "qemu.log").open("wb")
+        with log:
+            self.qemu = self._spawn(
+                [
+                    *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+                    *("-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=single"),
+                    *("-cpu", "max", "-smp", "2"),
+                    *("-m", MEMORY, "-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on"),
+                    *("-nic", "none", "-device", "virtio-rng-pci"),
+                    *("-serial", f"file:{self.work / 'serial.txt'}"),
+                    *("-chardev", f"socket,id=host,path={host}"),
+                    *("-device", "vhost-user-fs-pci,chardev=host,tag=host"),
+                    *("-chardev", f"socket,id=exchange,path={exchange}"),
+                    *("-device", "vhost-user-fs-pci,chardev=exchange,tag=exchange"),
+                    *("-kernel", str(self.kernel.vmlinuz), "-initrd", str(initramfs)),
+                    # Warnings and worse on the console. A panic ends QEMU, an oops does not: what comes after it is
+                    # worth reading. The watchdogs are patient, because the host may be busy.
+                    *("-append", "console=ttyS0 loglevel=5 panic=-1 clearcpuid=cx16 watchdog_thresh=60"),
+                ],
+                log=log,
+            )
+
+    def _serve(self, name: str, folder: Path, cache: str, *, read_only: bool) -> Path:
+        """Export a folder; the address of the socket to reach it by."""
+        virtiofsd = _virtiofsd()
+        if virtiofsd is None:
+            raise MachineFailed(missing() or "no virtiofsd")
+        path = self.work / f"{name}.sock"
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening,
+            (self.work / f"{name}.log").open("wb") as log,
+        ):
+            # We listen, not virtiofsd: so QEMU never comes too early, and virtiofsd needs no place to write.
+            listening.bind(str(path))
+            listening.listen(1)
+            options = f"source={folder},sandbox=chroot,cache={cache},log_level=warn"
+            command = [str(virtiofsd), f"--fd={listening.fileno()}", "-f", "-o", options]
+            if read_only:
+                # The guest's root could mount it writable; here even virtiofsd cannot write. Mounts that refuse
+                # (some of the kernel's own) are not files of anybody's.
+                remount = "mount -o remount,bind,ro / && cut -d' ' -f5 /proc/self/mountinfo | while read -r place; do"
+                remount += ' mount -o remount,bind,ro "$place" 2>/dev/null || :; done; exec "$@"'
+                command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", remount, "sh", *command]
+            self._spawn(command, log=log, keep=[listening.fileno()])
+        return path
+
+    def _spawn(self, command: Sequence[str], *, log: IO[bytes], keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        # setpriv: also when we are killed, nobody stays behind. A group of its own: Ctrl-C is ours to handle.
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=keep,
+            process_group=0,
+        )
+        self.processes.append(process)
+        return process
+
+    def wait(self, timeout_s: float, stop: threading.Event) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while self.qemu.poll() is None:
+            if not self.boot_s and (self.exchange / "started").exists():
+                self.boot_s = time.monotonic() - self.began_s
+            if time.monotonic() > deadline_s:
+                raise MachineFailed(self._failure(f"hung: killed after {timeout_s:.0f} s"))
+            if stop.wait(0.1):
+                raise MachineFailed(f"kernel {self.kernel.name}: stopped")
+        self.seconds = time.monotonic() - self.began_s
+
+    def end(self) -> None:
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    def serial(self) -> str:
+        path = self.work / "serial.txt"
+        return path.read_bytes().decode(errors="replace").replace("\r", "") if path.exists() else ""
+
+    def result(self) -> Result:
+        serial = self.serial()
+        marker = MARKER.search(serial)
+        if marker is None:
+            raise MachineFailed(self._failure(f"ended without an exit status (QEMU exits {self.qemu.returncode})"))
+        return Result(
+            release=self.kernel.release,
+            exit_status=int(marker[1]),
+            output=self._output(),
+            complaints=tuple(line for line in serial.splitlines() if COMPLAINT.search(line)),
+            serial=serial,
+            boot_s=self.boot_s,
+            seconds=self.seconds,
+        )
+
+    def _output(self) -> str:
+        return (self.exchange / "output.txt").read_bytes().decode(errors="replace")
+
+    def _failure(self, why: str) -> str:
+        parts = [f"the machine with kernel {self.kernel.name} ({self.kernel.release}) {why}"]
+        logs = {path.name: path.read_text(errors="replace") for path in sorted(self.work.glob("*.log"))}
+        for name, text in {**logs, "output": self._output(), "serial": self.serial()}.items():
+            if text.strip():
+                parts += [f"--- end of {name}:", *text.rstrip().splitlines()[-60:]]
+        return "\n".join(parts)
+
+
+# --- initramfs ----------------------------------------------------------------------------------
+
+
+def _initramfs(kernel: Kernel, folder: Path) -> bytes:
+    """busybox, guest_init.sh and the modules without which the guest sees no root."""
+    (folder / "bin").mkdir(parents=True)
+    busybox = shutil.which("busybox")
+    assert busybox is not None, missing()
+    if b"/ld-linux" in Path(busybox).read_bytes():
+        raise MachineFailed(f"{busybox} is linked with libraries, which the initramfs has not: install busybox-static")
+    shutil.copy(busybox, folder / "bin/busybox")
+    shutil.copy(GUEST_INIT, folder / "init")
+    # The kernel starts /init through its first line, so there is a /bin/sh.
+    (folder / "bin/sh").symlink_to("busybox")
+    names = []
+    for module in _with_dependencies(kernel):
+        name, data = _module(module)
+        (folder / name).write_bytes(data)
+        names.append(name)
+    (folder / "modules").write_text("".join(f"{name}\n" for name in names))
+    paths = b"".join(bytes(path.relative_to(folder)) + b"\n" for path in sorted(folder.rglob("*")))
+    packed = subprocess.run(
+        ["busybox", "cpio", "-o", "-H", "newc"], input=paths, cwd=folder, capture_output=True, check=False, timeout=60
+    )
+    if packed.returncode != 0:
+        raise MachineFailed(f"the initramfs: {packed.stderr.decode(errors='replace')}")
+    return packed.stdout
+
+
+def _with_dependencies(kernel: Kernel) -> list[Path]:
+    """Files of MODULES and of what they need, each after what it needs; built-in ones have no file."""
+    needs: dict[Path, list[Path]] = {}
+    for line in (kernel.modules_dir / "modules.dep").read_text().splitlines():
+        module, _, rest = line.partition(":")
+        # modules.dep names the one to be loaded first last.
+        needs[Path(module)] = [Path(word) for word in reversed(rest.split())]
+    builtin = {_name(Path(line)) for line in (kernel.modules_dir / "modules.builtin").read_text().split()}
+    by_name = {_name(path): path for path in needs}
+    chosen: list[Path] = []
+    for name in MODULES:
+        if name in by_name:
+            chosen += [path for path in (*needs[by_name[name]], by_name[name]) if path not in chosen]
+        elif name not in builtin:
+            raise MachineFailed(f"kernel {kernel.release} has no module {name}")
+    return [kernel.modules_dir / path for path in chosen]
+
+
+def _name(path: Path) -> str:
+    # virtio-rng.ko.xz is the module virtio_rng.
+    return path.name.split(".")[0].replace("-", "_")
+
+
+def _module(path: Path) -> tuple[str, bytes]:
+    """Name and content of the uncompressed module, because not every kernel here can unpack it by itself."""
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        data = lzma.decompress(data)
+    elif path.suffix == ".zst":
+        data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    return f"{_name(path)}.ko", data
