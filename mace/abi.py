@@ -7,6 +7,7 @@ header and compares. Names are the header's without `mace_` and `MACE_`; hooks a
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import IntEnum, IntFlag
 from typing import Any, Final
 
@@ -74,7 +75,7 @@ RECORD: Final[np.dtype[Any]] = np.dtype(
 )
 """struct mace_record: one packet at one hook; 64 bytes."""
 
-_LAYOUT: Final = RECORD.fields or {}
+_LAYOUT: Final[Mapping[str, Any]] = RECORD.fields or {}
 _REASON: Final = _LAYOUT["drop_reason"][1]
 PLACE: Final[np.dtype[Any]] = np.dtype(
     {

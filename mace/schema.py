@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.topology import Device
 
@@ -149,6 +150,24 @@ class Window:
     """Ascending bins of `mace.histogram`."""
     counts: npt.NDArray[np.int64] = field(compare=False)
     """How many delays are in each; adds up to `count`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HookCost:
+    """What observing packets at one hook cost the machine, as measured by the source itself."""
+
+    hook: Hook
+    calls: int
+    """Calls of the probe, of all packets: those that were not recorded cost as well."""
+    timed: int
+    """Those of them that were timed."""
+    timed_ns: int
+    """Time spent in these, ns, the reading of the clock included."""
+
+    @property
+    def ns_per_call(self) -> float:
+        """Mean of the timed calls; 0 if there is none."""
+        return self.timed_ns / self.timed if self.timed else 0.0
 
 
 @dataclass(frozen=True, slots=True)
