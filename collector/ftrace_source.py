@@ -231,7 +231,7 @@ class FtraceSource:
             host=platform.node(),
             run=secrets.token_hex(8),
             kernel=platform.release(),
-            boot_id=_boot_id(),
+            boot_id=boot_id(),
             cpus=len(self._cpus),
             clock=pair,
             hooks=tuple(present),
@@ -475,7 +475,8 @@ def _marker(cpu: int, ts_ns: int, lost: int, until_ns: int) -> Batch:
     return Batch.of(1, **{name: [value] for name, value in one.items()})
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Identifies this boot of the machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 

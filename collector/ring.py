@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.device import Taken
-from mace.abi import RECORD, SUBBUF
+from mace.abi import COLUMNS, RECORD, SUBBUF
 from mace.errors import SourceError
 
 Records = npt.NDArray[Any]
-"""One-dimensional, of dtype `mace.abi.RECORD`."""
+"""One-dimensional, of dtype `mace.abi.COLUMNS`: the module's records, seen as columns of a batch."""
 
 
 class Take(Protocol):
@@ -59,7 +59,7 @@ class Subbuf:
         if self._held:
             # As whole numbers: numpy copies structs member by member, four times as slowly.
             words = self.records.view(np.uint64).reshape(-1, RECORD.itemsize // 8)
-            self.records = words.copy().view(RECORD).reshape(-1)
+            self.records = words.copy().view(COLUMNS).reshape(-1)
             self._held = False
 
 
@@ -76,7 +76,7 @@ class CpuRing:
         self._heads: Records = np.ndarray((subbufs,), SUBBUF, memory, 0, (subbuf_bytes,))
         self._records: list[Records] = []
         for i in range(subbufs):
-            one: Records = np.ndarray((self._capacity,), RECORD, memory, i * subbuf_bytes + SUBBUF.itemsize)
+            one: Records = np.ndarray((self._capacity,), COLUMNS, memory, i * subbuf_bytes + SUBBUF.itemsize)
             one.flags.writeable = False
             self._records.append(one)
         self._unreleased: deque[Subbuf] = deque()

@@ -75,17 +75,19 @@ RECORD: Final[np.dtype[Any]] = np.dtype(
 )
 """struct mace_record: one packet at one hook; 64 bytes."""
 
-_LAYOUT: Final[Mapping[str, Any]] = RECORD.fields or {}
-_REASON: Final = _LAYOUT["drop_reason"][1]
-PLACE: Final[np.dtype[Any]] = np.dtype(
+_FIELDS: Final[Mapping[str, Any]] = RECORD.fields or {}
+COLUMNS: Final[np.dtype[Any]] = np.dtype(
     {
-        "names": ["place", "reason_low", "reason_high"],
-        "formats": ["<u8", "<u2", "<u2"],
-        "offsets": [_LAYOUT["netns"][1], _REASON, _REASON + 2],
+        "names": ["ts_ns", "skb_id", "place", "l3_len", "drop_reason", "gso_segs", "cpu", "hook"],
+        "formats": ["<i8", "<u8", "<u8", "<u4", "<u4", "<u2", "<u2", "u1"],
+        "offsets": [
+            _FIELDS[name][1]
+            for name in ("ts_ns", "skb_id", "netns", "l3_len", "drop_reason", "gso_segs", "cpu", "hook")
+        ],
         "itemsize": RECORD.itemsize,
     }
 )
-"""Another view of a record: `netns | ifindex << 32` as one number, and the halves of the drop reason."""
+"""A record seen as the columns that a batch is made of; `place` is `netns | ifindex << 32`."""
 
 SUBBUF: Final[np.dtype[Any]] = np.dtype(
     [

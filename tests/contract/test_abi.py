@@ -10,6 +10,7 @@ import pytest
 
 from mace import abi
 from mace.hooks import Hook
+from mace.records import DTYPES
 
 HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mace.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
@@ -116,8 +117,13 @@ def test_python_has_no_constant_that_the_header_has_not():
             assert f"MACE_{name}" in known, name
 
 
-def test_a_place_is_namespace_and_index_in_one_number():
+def test_the_view_for_batches_shows_the_records_fields():
     record = np.zeros(1, abi.RECORD)
-    record["netns"], record["ifindex"], record["drop_reason"] = 0xF0000001, 7, 0x00030002
-    seen = record.view(abi.PLACE)[0]
-    assert (seen["place"], seen["reason_low"], seen["reason_high"]) == (0xF0000001 | 7 << 32, 2, 3)
+    for value, name in enumerate(abi.RECORD.names, 1):
+        record[name] = value
+    seen = record.view(abi.COLUMNS)[0]
+    assert seen["place"] == int(record["netns"][0]) | int(record["ifindex"][0]) << 32
+    for name in set(abi.COLUMNS.names) - {"place"}:
+        assert seen[name] == record[name][0], name
+        # Reasons are wider in the kernel than in a batch.
+        assert abi.COLUMNS.fields[name][0] == ("<u4" if name == "drop_reason" else DTYPES[name]), name

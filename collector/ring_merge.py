@@ -1,0 +1,276 @@
+"""The module's rings -> batches in time order, with one copy from the ring to the batch.
+
+Of what waits only views of the rings are kept. The order is found from the times alone; then each column is written
+once, from the ring to where it stands in the batch. Batches are made of some thousand records at a time, so that the
+second and later columns of a record come out of the processor's cache.
+
+When a record may be given out, and what becomes of one that is late, is as in `collector.merge`; so is the order: time,
+then CPU, then place in the ring, however the rings were read. A ring gives its own records in order of time (the
+module sees to it), so nothing is sorted here but runs that are sorted in themselves.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.ring import Records, Subbuf
+from mace.abi import COLUMNS
+from mace.errors import SourceError
+from mace.hooks import HOOKS, Hook
+from mace.records import DTYPES, Batch
+from mace.topology import NO_DEVICE, Sighting
+
+ROUND_RECORDS: Final = 1 << 14
+"""Records merged at once, about: 1 MiB in the rings. Measured: half of it and twice of it are 5 % slower."""
+_NEVER: Final = int(np.iinfo(np.int64).max)
+_DIRECT: Final = ("skb_id", "l3_len", "hook")
+"""Columns that are in a batch what they are in a record."""
+_MOSTLY_ZERO: Final = ("drop_reason", "gso_segs")
+"""Those of which a look whether there is anything is cheaper than writing them."""
+_NO_REASON: Final = int(np.iinfo(DTYPES["drop_reason"]).max)
+"""Stands for a drop reason that the column cannot hold: one of a subsystem's own, with its number in the upper half
+(SKB_DROP_REASON_SUBSYS_MASK, include/net/dropreason.h). The segments of a buffer never reach it."""
+
+_HAS_DEVICE: Final = np.zeros(256, np.uint64)
+_HAS_DEVICE[[info.hook for info in HOOKS if info.has_device]] = 1
+_IS_HOOK: Final = np.zeros(256, np.bool_)
+_IS_HOOK[[Hook.LOST, *(info.hook for info in HOOKS)]] = True
+
+
+class Places:
+    """(namespace, ifindex) -> codes of sightings, in order of appearance.
+
+    Found by a hash in a direct-mapped table; what is not where it is looked for, in a sorted one. `name_of` says what
+    a device is called when it is first seen, or "".
+    """
+
+    _BITS: Final = 16
+    _MULTIPLIER: Final = np.uint64(0x9E3779B97F4A7C15)
+    """2**64 divided by the golden ratio."""
+
+    def __init__(self, name_of: Callable[[int, int], str] = lambda _netns, _ifindex: "") -> None:
+        self._name_of = name_of
+        self._sightings = [NO_DEVICE]
+        # No key hashes elsewhere than 0 does, so an empty slot (0, code 0) is right about itself: no device.
+        self._slot_keys = np.zeros(1 << self._BITS, np.uint64)
+        self._slot_codes = np.zeros(1 << self._BITS, np.uint32)
+        self._keys = np.zeros(1, np.uint64)
+        self._codes = np.zeros(1, np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._sightings)
+
+    def snapshot(self) -> tuple[Sighting, ...]:
+        """All sightings so far; index is code."""
+        return tuple(self._sightings)
+
+    def codes(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+        """The codes (uint32) of places, each `netns | ifindex << 32`; 0 for 0. New ones get new codes."""
+        slots = self._slots(keys)
+        found = self._slot_codes.take(slots)
+        strange = np.flatnonzero(self._slot_keys.take(slots) != keys)
+        if len(strange):
+            found[strange] = self._search(keys[strange])
+        return found
+
+    def _slots(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        hashed = keys * self._MULTIPLIER
+        hashed >>= np.uint64(64 - self._BITS)
+        return hashed.view(np.int64)
+
+    def _search(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+        known = np.isin(keys, self._keys)
+        if not known.all():
+            fresh, first = np.unique(keys[~known], return_index=True)
+            self._learn(fresh[np.argsort(first)])
+        found: npt.NDArray[np.uint32] = self._codes[np.searchsorted(self._keys, keys)]
+        return found
+
+    def _learn(self, fresh: npt.NDArray[np.uint64]) -> None:
+        """New keys, in order of appearance."""
+        codes = np.arange(len(self), len(self) + len(fresh), dtype=np.uint32)
+        for key in fresh.tolist():
+            netns, ifindex = key & 0xFFFFFFFF, key >> 32
+            self._sightings.append(Sighting(self._name_of(netns, ifindex), netns, ifindex))
+        keys, all_codes = np.append(self._keys, fresh), np.append(self._codes, codes)
+        order = np.argsort(keys)
+        self._keys, self._codes = keys[order], all_codes[order]
+        # Of two that share a slot the later one gets it: what is new is what packets are of.
+        slots = self._slots(fresh)
+        self._slot_keys[slots], self._slot_codes[slots] = fresh, codes
+
+
+class Marker(Subbuf):
+    """Of one record: `cpu` lost so many records after `ts_ns` and before `until_ns` (see `mace.records`)."""
+
+    __slots__ = ()
+
+    def __init__(self, cpu: int, ts_ns: int, lost: int, until_ns: int) -> None:
+        made = np.zeros(1, COLUMNS)
+        made["ts_ns"], made["skb_id"], made["cpu"], made["hook"] = ts_ns, max(until_ns, ts_ns), cpu, Hook.LOST
+        made["l3_len"] = min(lost, int(np.iinfo(DTYPES["l3_len"]).max))
+        super().__init__(made, held=False)
+
+    def move_to(self, ts_ns: int) -> None:
+        """Say "after this time" instead: it stays true when what was before has been given out."""
+        self.records["ts_ns"] = ts_ns
+        self.records["skb_id"] = np.maximum(self.records["skb_id"], np.uint64(ts_ns))
+
+
+class RingMerger:
+    """Holds views of what cannot be given out yet. Raises `SourceError` for records that no ring of ours can hold."""
+
+    def __init__(self, hold_back_ns: int, places: Places, round_records: int = ROUND_RECORDS) -> None:
+        if hold_back_ns < 0:
+            raise ValueError(f"hold_back_ns is {hold_back_ns}, expected 0 or more")
+        self._hold_back_ns = hold_back_ns
+        self._places = places
+        self._round_records = round_records
+        self._waiting: dict[int, deque[Subbuf]] = {}
+        self._complete: dict[int, int] = {}
+        self.given_ns: int | None = None
+        """All records before this time were given out; later `take`s give none before it. None at first."""
+        self.late = 0
+        """Records that came after their time was given out."""
+
+    def __len__(self) -> int:
+        return sum(len(subbuf.records) for waiting in self._waiting.values() for subbuf in waiting)
+
+    @property
+    def watermark_ns(self) -> int | None:
+        """Up to this time, exclusively, records can be given out; None while some CPU has told nothing."""
+        return min(self._complete.values()) - self._hold_back_ns if self._complete else None
+
+    def add_cpu(self, cpu: int, complete_ns: int) -> None:
+        """Wait for this CPU from now on; it has no record before `complete_ns`."""
+        self._waiting[cpu] = deque()
+        self._complete[cpu] = complete_ns
+        # In order of CPU, as records of equal time stand.
+        self._waiting = dict(sorted(self._waiting.items()))
+
+    def complete(self, cpu: int, until_ns: int) -> None:
+        """All records of `cpu` with a time before `until_ns` were pushed."""
+        self._complete[cpu] = max(self._complete[cpu], until_ns)
+
+    def push(self, cpu: int, subbuf: Subbuf) -> None:
+        """Take a sub-buffer of one CPU, which follows in its ring those pushed before."""
+        ts = subbuf.records["ts_ns"]
+        if self.given_ns is not None and len(ts) and ts[0] < self.given_ns:
+            if isinstance(subbuf, Marker):
+                subbuf.move_to(self.given_ns)
+            else:
+                late = bisect_left(ts, self.given_ns)
+                self.late += late
+                subbuf.given(late)
+        if len(subbuf.records):
+            self._waiting[cpu].append(subbuf)
+
+    def take(self, until_ns: int) -> Iterator[Batch]:
+        """All records before `until_ns`, in order, in batches of at most about `ROUND_RECORDS` records.
+
+        `until_ns` is at most the watermark, except at the end. What a batch holds was given out by its sub-buffer.
+        """
+        while True:
+            round_ns = self._round(until_ns)
+            runs = self._runs(round_ns)
+            if runs:
+                yield self._merged(runs)
+            self.given_ns = round_ns if self.given_ns is None else max(self.given_ns, round_ns)
+            if round_ns >= until_ns:
+                return
+
+    def flush(self) -> Iterator[Batch]:
+        """All that is left, at the end of the stream."""
+        return self.take(_NEVER)
+
+    def clear(self) -> None:
+        """Forget what waits, so that nothing looks into a ring any more."""
+        self._waiting.clear()
+
+    # --- one round --------------------------------------------------------------------------------
+
+    def _round(self, until_ns: int) -> int:
+        """Until when to merge next, so that no CPU gives more than its share of a round."""
+        share = max(self._round_records // max(sum(map(bool, self._waiting.values())), 1), 1)
+        for waiting in self._waiting.values():
+            room = share
+            for subbuf in waiting:
+                if len(subbuf.records) >= room:
+                    # All of this time: equal ones must not be torn apart.
+                    until_ns = min(until_ns, int(subbuf.records["ts_ns"][room - 1]) + 1)
+                    break
+                room -= len(subbuf.records)
+        return until_ns
+
+    def _runs(self, until_ns: int) -> list[tuple[int, list[Records]]]:
+        """Per CPU, in order, what is to be given out now; each CPU's is in order of time."""
+        runs = []
+        for cpu, waiting in self._waiting.items():
+            run: list[Records] = []
+            while waiting:
+                subbuf = waiting[0]
+                ts = subbuf.records["ts_ns"]
+                count = len(ts) if ts[-1] < until_ns else bisect_left(ts, until_ns)
+                if count:
+                    run.append(subbuf.records[:count])
+                    subbuf.given(count)
+                if len(subbuf.records):
+                    break
+                waiting.popleft()
+            if run:
+                runs.append((cpu, run))
+        return runs
+
+    def _merged(self, runs: list[tuple[int, list[Records]]]) -> Batch:
+        lengths = [sum(map(len, run)) for _, run in runs]
+        pieces = [piece for _, run in runs for piece in run]
+        ts = np.concatenate([piece["ts_ns"] for piece in pieces])
+        order = self._order(ts, [cpu for cpu, _ in runs], lengths)
+        cpus = np.repeat(np.array([cpu for cpu, _ in runs], DTYPES["cpu"]), lengths)
+        columns: dict[str, npt.NDArray[Any]] = {name: np.empty(len(ts), DTYPES[name]) for name in _DIRECT}
+        columns |= {name: np.zeros(len(ts), DTYPES[name]) for name in _MOSTLY_ZERO}
+        place = np.empty(len(ts), np.uint64)
+        at: npt.NDArray[np.int64] | None = None
+        if order is not None:
+            ts, cpus = ts.take(order), cpus.take(order)
+            at = np.empty(len(ts), np.int64)
+            at[order] = np.arange(len(ts))
+        # Piece by piece, all of its columns: so it comes from memory once.
+        start = 0
+        for piece in pieces:
+            here = slice(start, start + len(piece)) if at is None else at[start : start + len(piece)]
+            for name in _DIRECT:
+                columns[name][here] = piece[name]
+            place[here] = piece["place"]
+            for name in _MOSTLY_ZERO:
+                if np.count_nonzero(piece[name]):
+                    columns[name][here] = np.minimum(piece[name], _NO_REASON)
+            start += len(piece)
+        hook = columns["hook"]
+        if not _IS_HOOK.take(hook).all():
+            raise SourceError(
+                f"the module's rings: a record of hook {hook[~_IS_HOOK[hook]][0]}, which was not asked for: a defect of"
+                " the module, please report"
+            )
+        place *= _HAS_DEVICE.take(hook)
+        return Batch(ts_ns=ts, dev=self._places.codes(place), cpu=cpus, **columns)
+
+    def _order(self, ts: npt.NDArray[np.int64], cpus: list[int], lengths: list[int]) -> npt.NDArray[np.int64] | None:
+        """Indices that bring runs that stand one after the other in order of time; None if they are."""
+        back = ts[1:] < ts[:-1]
+        steps = int(np.count_nonzero(back))
+        starts = [0, *np.cumsum(lengths).tolist()]
+        between = sum(bool(back[start - 1]) for start in starts[1:-1])
+        if steps > between or (self.given_ns is not None and min(ts[s] for s in starts[:-1]) < self.given_ns):
+            raise SourceError(
+                f"the module's rings: time goes back in a ring of CPUs {', '.join(map(str, cpus))}: a defect of the"
+                " module, please report"
+            )
+        # Sorted runs one after the other are what a merge sort has halfway, and numpy's stable sort finds them.
+        return np.argsort(ts, kind="stable") if between else None
