@@ -56,7 +56,7 @@ def build(kernel: Kernel, source: Path = SOURCE, extra: Mapping[str, str] | None
         variables["CC"] = "gcc"  # on another distribution than Debian 12; extra may have said otherwise
         variables |= extra or {}
     place = cache_dir() / "builds" / _digest(kernel, source, variables)
-    with locked(f"build-{place.name}"):
+    with locked(f"build-{kernel.release}"):
         if not (place / "mace.ko").exists():
             _build(kernel, source, variables, place)
         os.utime(place)
@@ -81,7 +81,7 @@ def _digest(kernel: Kernel, source: Path, variables: Mapping[str, str]) -> str:
 def _prune(builds: Path) -> None:
     for old in builds.iterdir():
         if old.stat().st_mtime < time.time() - KEPT_S:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # another process may be at it
 
 
 def _build(kernel: Kernel, source: Path, variables: Mapping[str, str], place: Path) -> None:

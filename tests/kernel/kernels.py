@@ -71,7 +71,7 @@ class Kernel:
 
     @property
     def vmlinuz(self) -> Path:
-        inside = self.modules_dir / "vmlinuz"  # since 7.2 or so there is no /boot in the package
+        inside = self.modules_dir / "vmlinuz"  # 7.3's packages have no /boot
         return inside if inside.exists() else self.root / "boot" / f"vmlinuz-{self.release}"
 
     @property
@@ -113,6 +113,9 @@ def locked(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def scratch(prefix: str) -> Iterator[Path]:
     """A directory on the cache's file system: what is complete is renamed out of it, the rest goes."""
+    for left in cache_dir().glob(".*-*/"):  # by who was killed
+        if left.stat().st_mtime < time.time() - 86400:
+            shutil.rmtree(left, ignore_errors=True)
     path = Path(tempfile.mkdtemp(prefix=f".{prefix}-", dir=cache_dir()))
     try:
         path.chmod(0o755)

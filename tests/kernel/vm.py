@@ -58,6 +58,11 @@ COMPLAINT = re.compile(
 """What a kernel says when something is wrong with it, and what guest_init.sh says."""
 
 
+def complaints(serial: str) -> tuple[str, ...]:
+    """The lines of a serial log that say that something is wrong."""
+    return tuple(line for line in serial.splitlines() if COMPLAINT.search(line))
+
+
 class MachineFailed(Exception):
     """The machine could not be started, hung, or ended without saying how: with the end of its serial log."""
 
@@ -280,7 +285,7 @@ class _Machine:
             release=self.kernel.release,
             exit_status=int(marker[1]),
             output=self._output(),
-            complaints=tuple(line for line in serial.splitlines() if COMPLAINT.search(line)),
+            complaints=complaints(serial),
             serial=serial,
             boot_s=self.boot_s,
             seconds=self.seconds,
@@ -295,6 +300,8 @@ class _Machine:
         for name, text in {**logs, "output": self._output(), "serial": self.serial()}.items():
             if text.strip():
                 parts += [f"--- end of {name}:", *text.rstrip().splitlines()[-60:]]
+        if found := complaints(self.serial()):
+            parts += ["--- the kernel complains:", *found]
         return "\n".join(parts)
 
 
