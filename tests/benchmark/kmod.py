@@ -1,0 +1,143 @@
+"""The module beside ftrace and beside nothing: what does observing add to a round trip?
+
+In one lab on one kernel, a flood of pings from a container, in rounds of random order: nothing observes; ftrace records
+the eight events of the hook table; the module records the same. Nobody reads the rings meanwhile, so that what is seen
+is what a probe costs the packet, on both sides. Where modules can be loaded it is done here; elsewhere in a virtual
+machine, whose times are an emulator's: there only ratios mean something.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+from collector import tracefs
+from mace.errors import Unavailable
+from mace.hooks import HOOKS
+from mace.lab import Spec, running
+from tests.benchmark.figures import ROOT, figure
+from tests.kernel import build, kernels, vm
+from tests.kernel.guest.reader import Session
+
+ROUNDS = 16
+PINGS = 400
+KERNEL = "6.12"
+"""Of the virtual machine."""
+SEED = 20
+
+
+class _Ftrace:
+    """The same events by ftrace, into rings that hold a round."""
+
+    def __enter__(self) -> Self:
+        self._instance = tracefs.Instance.create(tracefs.find())
+        self._instance.set_clock("mono")
+        self._instance.set_ring_size(16 * 1024, None)
+        for info in HOOKS:
+            self._instance.enable(info.tracepoint)
+        self._instance.record(on=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._instance.record(on=False)
+        self._instance.remove()
+
+
+class _Module:
+    """The module, every packet at every hook."""
+
+    records = 0
+    timed = 0
+    timed_ns = 0
+
+    def __enter__(self) -> Self:
+        self._session = Session().setup(subbufs=256, watermark=256, flush_ms=10_000)
+        self._before = self._session.cost()
+        self._session.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.stop()
+        stats, cost = self._session.stats(), self._session.cost()
+        self._session.close()
+        if stats["lost"].any():
+            raise RuntimeError("the ring is too small for a round")
+        _Module.records += int(stats["written"].sum())
+        _Module.timed += int(cost["timed"].sum() - self._before["timed"].sum())
+        _Module.timed_ns += int(cost["timed_ns"].sum() - self._before["timed_ns"].sum())
+
+
+def rounds() -> dict[str, Any]:
+    """Mean round trip of each round, ns, by what observed; the module's own count of its cost."""
+    kinds: dict[str, type[_Ftrace | _Module | nullcontext[None]]] = {
+        "none": nullcontext,
+        "ftrace": _Ftrace,
+        "module": _Module,
+    }
+    order = random.Random(SEED)
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with running(Spec(name="rounds")) as lab:
+        lab.ping("c1", count=100, flood=True)
+        for _ in range(ROUNDS):
+            for kind in order.sample(list(kinds), len(kinds)):
+                observed: AbstractContextManager[Any] = kinds[kind]()
+                with observed:
+                    found[kind].append(lab.ping("c1", count=PINGS, flood=True).mean_rtt_ns)
+    return {
+        "rtt_ns": found,
+        "kernel": platform.release(),
+        "records_per_ping": _Module.records / ROUNDS / PINGS,
+        "own_ns": _Module.timed_ns / _Module.timed,
+    }
+
+
+def _rounds_somewhere() -> tuple[dict[str, Any], str]:
+    if Path("/proc/modules").exists():
+        if not Path("/dev/mace").exists():
+            raise Unavailable("kmod", "the module is not loaded", "mace module build, mace module load")
+        return rounds(), "bare metal or this machine's hypervisor"
+    if (why := vm.missing()) is not None:
+        raise Unavailable("kmod", why, "./dev test-kernel installs it")
+    kernel = kernels.fetch(KERNEL)
+    built = build.build(kernel)
+    with tempfile.TemporaryDirectory(prefix="mace-bench-") as place:
+        script = f"insmod {built.module} && exec {sys.executable} -m tests.benchmark.kmod"
+        done = vm.boot(kernel, ["sh", "-c", script], cwd=ROOT, timeout_s=600, results=Path(place))
+        if not done.good:
+            raise RuntimeError(done.report())
+        return json.loads((Path(place) / "rounds.json").read_text()), "emulated (QEMU, software)"
+
+
+def versus_ftrace() -> list[dict[str, Any]]:
+    """Target: the module adds at most half of what ftrace adds."""
+    found, where = _rounds_somewhere()
+    rtt = found["rtt_ns"]
+    bare = statistics.median(rtt["none"])
+    module = [value - bare for value in rtt["module"]]
+    ftrace = [value - bare for value in rtt["ftrace"]]
+    on = {"kernel": found["kernel"], "machine": where}
+    of_ftrace = statistics.median(ftrace)
+    return [
+        figure("kmod_vs_ftrace", "ns added to a round trip", module, "ftrace", of_ftrace) | on,
+        figure("kmod_rtt_bare", "ns", rtt["none"]) | on,
+        figure(
+            "kmod_record_cost",
+            "ns per record, by difference",
+            [value / found["records_per_ping"] for value in module],
+            "ftrace",
+            of_ftrace / found["records_per_ping"],
+        )
+        | on,
+        figure("kmod_record_own_cost", "ns per record, by the module's own count", [found["own_ns"]]) | on,
+    ]
+
+
+if __name__ == "__main__":
+    results = Path(os.environ.get("MACE_GUEST_RESULTS", "."))
+    (results / "rounds.json").write_text(json.dumps(rounds()))

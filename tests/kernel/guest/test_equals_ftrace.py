@@ -1,0 +1,255 @@
+"""The module's records are those that ftrace shows of the same packets at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from collector import devices
+from collector.ftrace_source import FtraceConfig, FtraceSource
+from mace import abi
+from mace.hooks import Hook
+from mace.lab import Lab
+from mace.records import Batch
+from mace.topology import Topology
+from tests.kernel.guest.conftest import load, unload
+from tests.kernel.guest.reader import Session
+
+QUIET_S = 0.6
+"""Before the traffic and after it: somewhere in it is a moment when no packet is between two hooks."""
+APART_NS = 50_000
+"""Between the two probes of an event, of 95 in a hundred: they run one after the other. The rest is when the emulator
+ran the other CPU, or nothing, in between, for as long as its host liked."""
+
+
+class Both:
+    """Records of a stretch of time, from both sources."""
+
+    def __init__(self, ftrace: Batch, names: tuple[str, ...], module: npt.NDArray[Any]) -> None:
+        self.ftrace = ftrace
+        self.names = names
+        self.module = module
+
+
+async def capture(lab: Lab, seconds: list[float]) -> Both:
+    source = FtraceSource(FtraceConfig(ring_kib_per_cpu=32768))
+    batches: list[Batch] = []
+    names: tuple[str, ...] = ()
+    parts: list[npt.NDArray[Any]] = []
+    with Session() as session:
+        session.setup(subbufs=512, watermark=64).start()
+        await source.open()
+
+        async def read() -> None:
+            nonlocal names
+            async for item in source.items():
+                if isinstance(item, Batch):
+                    batches.append(item)
+                elif isinstance(item, Topology):
+                    names = tuple(sighting.name for sighting in item.sightings)
+
+        async def read_module() -> None:
+            while True:
+                parts.append(session.read())
+                await asyncio.sleep(0.2)
+
+        reading = asyncio.create_task(read())
+        reading_module = asyncio.create_task(read_module())
+        try:
+            await asyncio.to_thread(traffic, lab, seconds)
+        finally:
+            reading_module.cancel()
+            source.request_stop()
+            await reading
+            await source.aclose()
+        session.stop()
+        parts.append(session.read())
+        stats = session.stats()
+        assert stats["lost"].sum() == 0
+        assert not session.gaps
+        assert stats["written"].sum() == sum(map(len, parts))
+    batch = Batch.concatenate(batches)
+    assert batch.lost == 0
+    return Both(batch, names, np.concatenate(parts))
+
+
+def traffic(lab: Lab, seconds: list[float]) -> None:
+    """Everything that the two must agree about; `seconds` gets when it began and ended."""
+    time.sleep(QUIET_S)
+    seconds.append(time.monotonic())
+    lab.ping("c1", count=50, flood=True)
+    lab.ping("c1", count=20, flood=True, size=4000)  # fragments
+    lab.ping("c2", count=50, flood=True, family=6)
+    both = [lab.start_ping(name, count=30, interval_s=0.01) for name in lab.containers]
+    for flow in both:
+        flow.wait()
+    ping_by_socket(lab)
+    lab.udp("c1", count=300, echo=True)
+    lab.udp("c2", count=300, family=6, echo=True)
+    lab.udp("c1", count=20, size=3000)  # fragments
+    lab.tcp("c1", size=2_000_000)
+    lab.tcp("c2", size=500_000, family=6, reverse=True)
+    seconds.append(time.monotonic())
+    time.sleep(QUIET_S)
+
+
+def ping_by_socket(lab: Lab) -> None:
+    """As ping without privileges does: an ICMP socket, whose identifier the kernel chooses."""
+    script = (
+        "import socket\n"
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)\n"
+        "s.settimeout(5)\n"
+        f"s.connect(({lab.address('remote')!r}, 1))\n"
+        "for n in range(20):\n"
+        "    s.send(bytes([8, 0, 0, 0, 0, 0, 0, n]) + bytes(56))\n"
+        "    s.recv(100)\n"
+    )
+    assert lab.exec("c1", ["sysctl", "-qw", "net.ipv4.ping_group_range=0 0"]) == 0
+    assert lab.exec("c1", ["python3", "-c", script]) == 0
+
+
+@pytest.fixture(scope="module")
+def both(lab: Lab) -> Any:
+    load()
+    try:
+        seconds: list[float] = []
+        both = asyncio.run(capture(lab, seconds))
+    finally:
+        unload()
+    begin, end = (int(second * 1e9) for second in seconds)
+    first, last = (
+        quiet_moment(both, begin - int(QUIET_S * 1e9), begin),
+        quiet_moment(both, end, end + int(QUIET_S * 1e9)),
+    )
+    kept = (both.ftrace.ts_ns > first) & (both.ftrace.ts_ns < last)
+    module = both.module[(both.module["ts_ns"] > first) & (both.module["ts_ns"] < last)]
+    return Both(both.ftrace[kept], both.names, module)
+
+
+def quiet_moment(both: Both, begin: int, end: int) -> int:
+    """The middle of the longest time in which nothing happened."""
+    times = np.concatenate([both.ftrace.ts_ns, both.module["ts_ns"].astype(np.int64)])
+    times = np.sort(times[(times > begin) & (times < end)])
+    times = np.concatenate([[begin], times, [end]])
+    longest = int(np.argmax(np.diff(times)))
+    return int(times[longest] + times[longest + 1]) // 2
+
+
+def tuples(both: Both) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """(CPU, hook, device by name, time, position) of the records of each source, as sorted structures."""
+    by_index = device_names(both)
+    sides = []
+    ftrace_names = np.array([code_of(name) for name in both.names], np.int64)
+    for cpu, hook, name, ts in (
+        (both.ftrace.cpu, both.ftrace.hook, ftrace_names[both.ftrace.dev], both.ftrace.ts_ns),
+        (
+            both.module["cpu"],
+            both.module["hook"],
+            np.array([code_of(by_index.get(key, "")) for key in both.module[["netns", "ifindex"]].tolist()]),
+            both.module["ts_ns"],
+        ),
+    ):
+        side = np.zeros(len(cpu), [("cpu", "i8"), ("hook", "i8"), ("name", "i8"), ("ts", "i8"), ("at", "i8")])
+        placeless = np.isin(hook, (Hook.SKB_COPY_DATAGRAM_IOVEC, Hook.CONSUME_SKB, Hook.KFREE_SKB))
+        side["cpu"], side["hook"], side["ts"], side["at"] = cpu, hook, ts, np.arange(len(cpu))
+        side["name"] = np.where(placeless, 0, name)
+        sides.append(np.sort(side, order=["cpu", "hook", "name", "ts", "at"]))
+    return sides[0], sides[1]
+
+
+_codes: dict[str, int] = {}
+
+
+def code_of(name: str) -> int:
+    return _codes.setdefault(name, len(_codes) + 1)
+
+
+def device_names(both: Both) -> dict[tuple[int, int], str]:
+    """(namespace, index) -> name, from the kernel."""
+    return {device.key: device.name for device in devices.snapshot(docker_sockets=())}
+
+
+def test_no_record_is_missing_and_none_is_more(both: Both) -> None:
+    ftrace, module = tuples(both)
+    counted = []
+    for side in (ftrace, module):
+        keys, counts = np.unique(side[["cpu", "hook", "name"]], return_counts=True)
+        counted.append({tuple(key): int(count) for key, count in zip(keys.tolist(), counts, strict=True)})
+    names = {code: name for name, code in _codes.items()}
+    differences = {
+        (cpu, Hook(hook).name, names.get(name)): (counted[0].get((cpu, hook, name)), counted[1].get((cpu, hook, name)))
+        for cpu, hook, name in counted[0].keys() | counted[1].keys()
+        if counted[0].get((cpu, hook, name)) != counted[1].get((cpu, hook, name))
+    }
+    assert differences == {}
+    assert len(module) > 10_000
+    assert {Hook(hook) for hook in np.unique(module["hook"])} == {
+        Hook.NET_DEV_QUEUE,
+        Hook.NET_DEV_START_XMIT,
+        Hook.NETIF_RX,
+        Hook.NETIF_RECEIVE_SKB,
+        Hook.SKB_COPY_DATAGRAM_IOVEC,
+        Hook.CONSUME_SKB,
+        Hook.KFREE_SKB,
+    } | ({Hook.NAPI_GRO_RECEIVE_ENTRY} & {Hook(hook) for hook in np.unique(module["hook"])})
+
+
+def test_same_times_lengths_and_buffers(both: Both) -> None:
+    ftrace, module = tuples(both)
+    apart = module["ts"] - ftrace["ts"]
+    print(
+        f"module less ftrace: median {np.median(apart):,.0f} ns, 5 to 95 %"
+        f" {np.percentile(apart, 5):,.0f} to {np.percentile(apart, 95):,.0f} ns, {len(apart):,} records"
+    )
+    assert np.percentile(np.abs(apart), 95) < APART_NS
+    a, b = both.ftrace[ftrace["at"]], both.module[module["at"]]
+    # One to one: the same buffer here is the same buffer there.
+    pairs = np.unique(np.stack([a.skb_id, b["skb_id"]], axis=1), axis=0)
+    assert len(pairs) == len(np.unique(a.skb_id)) == len(np.unique(b["skb_id"]))
+    told = (a.l3_len > 0) & (b["l3_len"] > 0)
+    assert told.sum() > len(a) // 3
+    assert np.array_equal(a.l3_len[told], b["l3_len"][told])
+    reasons = a.hook == Hook.KFREE_SKB
+    assert np.array_equal(a.drop_reason[reasons], b["drop_reason"][reasons])
+
+
+def test_same_hops_in_the_same_order(both: Both) -> None:
+    """Of each kernel buffer the two tell the same sequence of hooks and devices."""
+    ftrace, module = tuples(both)
+    sequences = []
+    for side, skb in ((ftrace, both.ftrace.skb_id), (module, both.module["skb_id"])):
+        order = np.lexsort((side["at"], side["ts"], skb[side["at"]]))
+        one = side[order]
+        ids = skb[one["at"]]
+        cuts = np.flatnonzero(np.diff(ids)) + 1
+        steps = np.split(one["hook"] * 1000 + one["name"], cuts)
+        sequences.append(sorted(tuple(step.tolist()) for step in steps))
+    assert sequences[0] == sequences[1]
+
+
+def test_no_address_of_the_kernel_leaves_it(both: Both) -> None:
+    # Kernel addresses of x86-64 and arm64 have their upper 16 bits set (or 0xff..): hashes rarely.
+    high = both.module["skb_id"] >> np.uint64(48)
+    assert (high == 0xFFFF).mean() < 0.01
+    assert not np.isin(both.module["skb_id"], both.ftrace.skb_id).any()
+    assert not (both.module["pad"] != 0).any()
+
+
+def test_one_key_for_a_packet_on_its_whole_way(both: Both) -> None:
+    """Through NAT and all devices, echo requests of both containers keep the key that they began with."""
+    echo = both.module[
+        (both.module["ip_version"] == 4)
+        & (both.module["l4_proto"] == 1)
+        & (both.module["l4_bits"] == 8)
+        & (both.module["flags"] & abi.Flag.FRAGMENT == 0)
+        & np.isin(both.module["hook"], (Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB))
+    ]
+    _, counts = np.unique(echo["packet_key"], return_counts=True)
+    # Q eth0, R veth, R br, Q out, R rem
+    assert set(counts.tolist()) == {5}
+    assert len(counts) == 50 + 2 * 30 + 20

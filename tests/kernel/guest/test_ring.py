@@ -1,0 +1,312 @@
+"""The ring: nothing is lost that is not counted, and a loss is seen where it happened."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mace import abi
+from mace.hooks import Hook
+from mace.lab import Lab
+from tests.kernel.guest.reader import SUBBUF_BYTES, Session, refused
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.mark.usefixtures("module")
+def test_overflow_is_counted_by_cpu_and_hook_and_shown_as_gaps(lab: Lab) -> None:
+    """A witness with a large ring tells what a small one that is seldom read should have had."""
+    with Session() as small, Session() as witness:
+        witness.setup(subbufs=512, watermark=64, hooks=[Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB])
+        small.setup(subbuf_bytes=PAGE, subbufs=2, hooks=[Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB])
+        witness.start()
+        small.start()
+        read = []
+        flow = lab.start_udp("c1", count=6000)
+        for _ in range(8):
+            time.sleep(0.1)
+            read.append(small.read())
+        flow.wait()
+        small.stop()
+        witness.stop()
+        read += [small.read(), small.read()]
+        everything = witness.read()
+        records = np.concatenate(read)
+        for cpu in range(os.cpu_count() or 1):
+            stats, truth = small.stats(cpu), witness.stats(cpu)
+            of_cpu = records[records["cpu"] == cpu]
+            assert stats["written"].sum() == len(of_cpu)
+            for hook in (Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB):
+                assert stats["written"][hook] == (of_cpu["hook"] == hook).sum()
+            # The witness began a moment earlier and ended a moment later.
+            assert truth["lost"].sum() == 0
+            assert 0 <= truth["written"].sum() - (stats["written"] + stats["lost"]).sum() < 50
+            told = sum(lost for gap_cpu, lost in small.gaps if gap_cpu == cpu)
+            # What was lost after the last record is in the counts alone.
+            assert told <= stats["lost"].sum()
+        assert small.stats()["lost"].sum() > 1000
+        assert sum(lost for _, lost in small.gaps) > 0
+        # What was kept is what happened: every record that was read is one of the witness's.
+        columns = ["ts_ns", "skb_id", "packet_key", "ifindex", "hook", "cpu"]
+        ours, theirs = (set(map(tuple, part[columns].tolist())) for part in (records, everything))
+        assert ours <= theirs
+
+
+@pytest.mark.usefixtures("module")
+def test_gaps_lie_where_records_are_missing(lab: Lab) -> None:
+    with Session() as session:
+        session.setup(subbuf_bytes=PAGE, subbufs=4, hooks=[Hook.NETIF_RECEIVE_SKB]).start()
+        lab.udp("c1", count=3000)
+        first = session.read()
+        lost = session.stats()["lost"].sum()
+        assert lost > 0
+        assert session.gaps == []
+        lab.udp("c1", count=10)
+        session.stop()
+        second = session.read()
+        assert len(second) > 0
+        for cpu, told in session.gaps:
+            assert told > 0
+            assert first["ts_ns"][first["cpu"] == cpu].max() <= second["ts_ns"][second["cpu"] == cpu].min()
+        assert sum(told for _, told in session.gaps) == session.stats()["lost"].sum()
+        assert session.stats()["lost"].sum() == lost
+
+
+@pytest.mark.usefixtures("module")
+def test_sub_buffers_that_were_handed_over_do_not_change_until_released(lab: Lab) -> None:
+    with Session() as session:
+        session.setup(subbuf_bytes=PAGE, subbufs=4).start()
+        lab.udp("c1", count=500)
+        before = {}
+        for cpu in range(os.cpu_count() or 1):
+            taken = session.take(cpu)
+            assert taken["ready"] <= 4
+            before[cpu] = (int(taken["ready"]), bytes(session.map(cpu)))
+        lab.udp("c1", count=500)
+        for cpu, (ready, memory) in before.items():
+            if ready == 4:  # all of it is with us
+                assert bytes(session.map(cpu)) == memory
+            again = session.take(cpu, flags=0)
+            assert again["ready"] >= ready
+        assert any(ready == 4 for ready, _ in before.values())
+        session.stop()
+
+
+@pytest.mark.usefixtures("module")
+def test_poll_wakes_at_the_watermark_and_at_the_flush_interval(lab: Lab) -> None:
+    with Session() as session:
+        session.setup(subbuf_bytes=PAGE, subbufs=64, watermark=4, flush_ms=10_000).start()
+        session.read()
+        assert not session.readable(0.3)
+        began = time.monotonic()
+        flow = lab.start_udp("c1", count=2000, rate_pps=2000)
+        assert session.readable(5)
+        assert time.monotonic() - began < 9  # not by the flush
+        assert max(int(session.take(cpu, flags=0)["ready"]) for cpu in range(os.cpu_count() or 1)) >= 4
+        flow.wait()
+    with Session() as session:
+        session.setup(subbufs=8, watermark=8, flush_ms=200).start()
+        session.read()
+        lab.ping("c1", count=1)
+        assert session.readable(10)  # a few records, far from the watermark
+        assert len(session.read()) > 0
+
+
+@pytest.mark.usefixtures("module")
+def test_sizes_and_memory_are_bounded() -> None:
+    with Session() as session:
+        most = int(session.hello()["ring_bytes_max"])
+        for wrong in (
+            {"subbuf_bytes": 0},
+            {"subbuf_bytes": PAGE // 2},
+            {"subbuf_bytes": PAGE + 64},
+            {"subbuf_bytes": 8 << 20},
+            {"subbuf_bytes": 1 << 31},
+            {"subbufs": 0},
+            {"subbufs": 1},
+            {"subbufs": 0xFFFFFFFF},
+            {"subbufs": most // SUBBUF_BYTES + 1},
+            {"watermark": 0},
+            {"watermark": 65},
+            {"flush_ms": 0},
+            {"flush_ms": 10_001},
+            {"sample_shift": 32},
+            {"pad": 1},
+            {"pad2": 1},
+            {"pad3": 1},
+            {"ring_bytes": 1},
+            {"cpu_count": 1},
+        ):
+            refused(errno.EINVAL, session.setup, **wrong)
+        refused(errno.EPROTO, session.setup, abi_major=abi.ABI_MAJOR + 1)
+        refused(errno.EOPNOTSUPP, session.setup, hooks=[0])
+        refused(errno.EOPNOTSUPP, session.setup, hooks=[15])
+        refused(errno.EBADF, session.setup, netns_fds=[1000])
+        refused(errno.EINVAL, session.setup, netns_fds=[0])
+        refused(errno.EINVAL, session.start)
+        refused(errno.EINVAL, session.stats)
+        refused(errno.EINVAL, session.take, 0)
+        # After all that it can still be set up, once.
+        session.setup()
+        refused(errno.EBUSY, session.setup)
+        session.start()
+        refused(errno.EBUSY, session.start)
+        refused(errno.EINVAL, session.take, 0, release=1)
+        refused(errno.EINVAL, session.take, 0, flags=2)
+        refused(errno.ENXIO, session.take, 1000)
+        refused(errno.ENXIO, session.stats, 1000)
+        session.stop()
+        session.stop()
+
+
+def test_parameters_bound_all_sessions_together(load_module: Callable[..., None]) -> None:
+    load_module("max_total_mib=16", "max_sessions=3", "max_ring_mib=8")
+    with Session() as first, Session() as second, Session() as third:
+        refused(errno.EBUSY, Session)
+        first.setup(subbufs=64)  # 4 MiB for each of two CPUs
+        refused(errno.ENOMEM, second.setup, subbufs=96)
+        refused(errno.EINVAL, second.setup, subbufs=129)
+        second.setup(subbufs=64)
+        refused(errno.ENOMEM, third.setup, subbufs=2)
+        second.close()
+        third.setup(subbufs=64)
+    with Session() as again:
+        again.setup(subbufs=128)
+
+
+@pytest.mark.usefixtures("module")
+def test_memory_is_charged_to_who_asked_for_it() -> None:
+    """Rings count against the memory cgroup of the opener: a container cannot take the host's memory with them."""
+    group = Path("/sys/fs/cgroup/mace-charged")
+    Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
+    group.mkdir()
+    try:
+        child = os.fork()
+        if child == 0:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            before = int((group / "memory.current").read_text())
+            with Session() as session:
+                session.setup(subbufs=128)  # 8 MiB for each CPU
+                charged = int((group / "memory.current").read_text()) - before
+                (group / "memory.max").write_text(str(24 << 20))
+                with Session() as more:
+                    try:
+                        more.setup(subbufs=512)
+                        os._exit(2)
+                    except OSError as error:
+                        os._exit(0 if error.errno == errno.ENOMEM and charged >= 16 << 20 else 3)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == 0  # -9: killed for want of memory, instead of being refused it
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.usefixtures("module")
+def test_a_mapping_cannot_be_written_or_grown() -> None:
+    with Session() as session:
+        refused(errno.ENXIO, mmap.mmap, session.fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
+        session.setup()
+        size = session.ring_bytes
+        refused(errno.EACCES, mmap.mmap, session.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        refused(errno.EACCES, mmap.mmap, session.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC)
+        for length in (PAGE, size - PAGE, size + PAGE, 2 * size):
+            refused(errno.EINVAL, mmap.mmap, session.fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
+        refused(errno.ENXIO, mmap.mmap, session.fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=PAGE)
+        refused(errno.ENXIO, mmap.mmap, session.fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=1000 * size)
+        mapped = session.map(0)
+        # /proc tells the flags of the mapping: "mw" is that it may be made writable.
+        flags = Path("/proc/self/smaps").read_text().partition("/dev/mace")[2].partition("VmFlags:")[2].splitlines()[0]
+        assert "mw" not in flags.split()
+        assert "me" not in flags.split()
+        assert len(mapped) == size
+
+
+@pytest.mark.usefixtures("module")
+def test_mapped_memory_outlives_the_module_being_asked_to_go() -> None:
+    """An open file, or a mapping alone, pins the module."""
+    session = Session().setup()
+    mapped = session.map(0)
+    os.close(session.fd)
+    session.fd = -1
+    done = subprocess.run(["rmmod", "mace"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert mapped[:64] == bytes(64)
+    session.close()
+
+
+@pytest.mark.usefixtures("module")
+def test_a_cpu_that_was_offline_at_setup_loses_its_records_openly(lab: Lab) -> None:
+    online = Path("/sys/devices/system/cpu/cpu1/online")
+    online.write_text("0")
+    try:
+        session = Session().setup(hooks=[Hook.NETIF_RECEIVE_SKB])
+    finally:
+        online.write_text("1")
+    with session:
+        session.start()
+        here = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, {1})
+            lab.ping("c1", count=20, interval_s=0.01)
+        finally:
+            os.sched_setaffinity(0, here)
+        session.stop()
+        refused(errno.ENXIO, session.take, 1)
+        refused(errno.ENXIO, session.map, 1)
+        taken = session.take(0)
+        assert (taken["ready"] > 0) == (session.stats(0)["written"].sum() > 0)
+        total = session.stats()
+        assert total["lost"][Hook.NETIF_RECEIVE_SKB] > 20
+        # 20 requests and 20 replies, received 3 or 4 times each
+        assert (total["written"] + total["lost"]).sum() >= 120
+
+
+@pytest.mark.usefixtures("module")
+def test_own_cost_is_counted(lab: Lab) -> None:
+    with Session() as session:
+        before = session.cost()
+        session.setup(subbufs=512).start()
+        lab.ping("c1", count=200, flood=True)
+        session.stop()
+        after = session.cost()
+        written = session.stats()["written"]
+    calls = after["calls"] - before["calls"]
+    assert after["every"] == 64
+    assert np.array_equal(calls[: len(written)], written)  # no filter: every call is a record
+    timed = after["timed"] - before["timed"]
+    assert (timed <= calls // 64 + 2).all()  # of each of two CPUs one may be over
+    assert timed[Hook.NETIF_RECEIVE_SKB] > 0
+    spent = after["timed_ns"] - before["timed_ns"]
+    assert (spent[timed > 0] > 0).all()
+
+
+def test_nothing_is_registered_while_nobody_reads(load_module: Callable[..., None], lab: Lab) -> None:
+    load_module("cost_every=1")
+    with Session() as session:
+        lab.ping("c1", count=10, flood=True)
+        assert session.cost()["calls"].sum() == 0
+        session.setup(hooks=[Hook.NETIF_RX]).start()
+        lab.ping("c1", count=10, flood=True)
+        session.stop()
+        calls = session.cost()["calls"]
+        assert calls[Hook.NETIF_RX] > 0
+        assert calls.sum() == calls[Hook.NETIF_RX]
+        lab.ping("c1", count=10, flood=True)
+        assert np.array_equal(session.cost()["calls"], calls)
+
+
+@pytest.mark.usefixtures("module")
+def test_poll_without_records_does_not_hang_up() -> None:
+    with Session() as session:
+        poll = select.poll()
+        poll.register(session.fd, select.POLLIN)
+        assert poll.poll(10) == []
