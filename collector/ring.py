@@ -92,6 +92,11 @@ class CpuRing:
         """The share of the ring that the reader holds, 0 to 1."""
         return sum(subbuf.held for subbuf in self._unreleased) / self._subbufs
 
+    @property
+    def releasable(self) -> float:
+        """The share of the ring that the next `take` releases, 0 to 1."""
+        return self._done() / self._subbufs
+
     def take(self, *, flush: bool) -> tuple[list[Subbuf], int]:
         """Release what was given out, and learn what is new: sub-buffers in order, and until when that is all (ns).
 

@@ -101,6 +101,11 @@ class MadeDevice:
         self.lost_elsewhere = 0
         self.calls = 0
         self.log = []
+        self.now_ns = 0
+
+    def write(self, cpu, *args, **more):
+        """A record on a CPU; whether there was room for it."""
+        return self.rings[cpu].write(record(*args, cpu=cpu, **more))
 
     def setup(self, *, subbuf_bytes, subbufs, watermark, flush_ms, wanted):
         self.wanted = wanted
@@ -118,6 +123,7 @@ class MadeDevice:
         self.log.append("stop")
 
     def take(self, cpu, *, release=0, flush=False):
+        self.rings[cpu].now_ns = self.now_ns
         return self.rings[cpu].take(release=release, flush=flush)
 
     def stats(self, cpu=None):
