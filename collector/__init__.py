@@ -1,1 +1,28 @@
 """Kernel, file or network -> batches of records. Imports only what the stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from collector import ftrace_source, kmod_source
+from collector.ftrace_source import DeviceFollower
+from mace.config import CaptureConfig
+from mace.interfaces import Source, Status
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSource:
+    """How to ask for a source of this machine's records, and how to get it."""
+
+    check: Callable[[], Status]
+    make: Callable[[CaptureConfig, DeviceFollower], Source]
+    """Raises `Unavailable` where the configuration asks for what this source cannot do."""
+
+
+SOURCES: Final[dict[str, LiveSource]] = {
+    "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured),
+    "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured),
+}
+"""Live sources by name, the best first: `auto` takes the first that can run."""

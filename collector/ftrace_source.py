@@ -33,6 +33,7 @@ from collector.ftrace_pages import Decoded, PageDecoder, Stretch
 from collector.ftrace_rings import MmapRing, PageBuffer, ReadRing, Ring
 from collector.merge import Merger
 from mace import __version__, clock
+from mace.config import CaptureConfig
 from mace.errors import SourceError, Unavailable
 from mace.hooks import BY_TRACEPOINT, HOOKS, Hook
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
@@ -458,6 +459,25 @@ class FtraceSource:
             if rest > 0:
                 cpu.told_lost += rest
                 self._merger.push(cpu.cpu, _marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
+
+
+def configured(config: CaptureConfig, devices: DeviceFollower) -> FtraceSource:
+    """The source that `[capture]` describes. Raises `Unavailable` if it asks for a filter."""
+    asked = [name for name in ("sample_shift", "netns", "devices", "protocols") if getattr(config, name)]
+    if asked:
+        raise Unavailable(
+            "ftrace",
+            f"it records everything, and [capture] {', '.join(asked)} asks for less",
+            "leave that out, or use the kernel module (--source kmod)",
+        )
+    return FtraceSource(
+        FtraceConfig(
+            ring_kib_per_cpu=config.ring_mib * 1024,
+            poll_interval_s=config.poll_ms / 1000,
+            hold_back_ms=config.hold_back_ms,
+        ),
+        devices,
+    )
 
 
 def keep_freed_memory() -> None:

@@ -19,6 +19,7 @@ import logging
 import mmap
 import platform
 import secrets
+import socket
 import sys
 import time
 from collections import deque
@@ -27,12 +28,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
 
-from collector.device import Filter, Hello, MaceDevice, Stats, Taken
+from collector.device import DeviceInNetns, Filter, Hello, MaceDevice, Stats, Taken
 from collector.ftrace_source import DeviceFollower, boot_id, keep_freed_memory, online_cpus
 from collector.ring import CpuRing, Subbuf
 from collector.ring_merge import Marker, Places, RingMerger
 from mace import __version__, clock
-from mace.errors import MaceError, SourceError, Unavailable
+from mace.config import CaptureConfig
+from mace.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
 from mace.hooks import BY_HOOK
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
 from mace.records import Batch
@@ -422,3 +424,63 @@ class KmodSource:
 
 def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
     return int(subbuf.records["ts_ns"][0]) if len(subbuf.records) else otherwise_ns
+
+
+_PROTOCOLS: Final = {
+    "icmp": 1,
+    "igmp": 2,
+    "tcp": 6,
+    "udp": 17,
+    "gre": 47,
+    "esp": 50,
+    "icmpv6": 58,
+    "sctp": 132,
+}
+"""IP protocol numbers by name (IANA, Assigned Internet Protocol Numbers); any other goes by its number."""
+
+
+def configured(config: CaptureConfig, devices: DeviceFollower) -> KmodSource:
+    """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
+    return KmodSource(
+        KmodConfig(
+            ring_kib_per_cpu=config.ring_mib * 1024,
+            poll_interval_s=config.poll_ms / 1000,
+            hold_back_ms=config.hold_back_ms,
+            wanted=wanted(config),
+        ),
+        devices,
+    )
+
+
+def wanted(config: CaptureConfig) -> Filter:
+    """The filter keys of `[capture]`: namespaces by name or path, devices of this one by name, protocols."""
+    try:
+        return Filter(
+            netns=tuple(name if "/" in name else f"/run/netns/{name}" for name in config.netns),
+            devices=tuple(DeviceInNetns(_index(name)) for name in config.devices),
+            l4_protocols=tuple(map(_protocol, config.protocols)),
+            sample_shift=config.sample_shift,
+        )
+    except ValueError as error:
+        raise ConfigError(f"[capture] {error}") from error
+
+
+def _index(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError as error:
+        known = [known for _, known in socket.if_nameindex()]
+        raise ConfigError(
+            f"[capture] devices: no device {name!r} in this network namespace{nearest(name, known)}"
+        ) from error
+
+
+def _protocol(name: str) -> int:
+    if name.isdecimal():
+        return int(name)
+    if name.lower() not in _PROTOCOLS:
+        raise ConfigError(
+            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(_PROTOCOLS)}"
+            f"{nearest(name.lower(), _PROTOCOLS)}"
+        )
+    return _PROTOCOLS[name.lower()]

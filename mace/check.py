@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from collector import devices
-from collector.ftrace_source import FtraceSource
+from collector import SOURCES, devices
 from mace import lab
 from mace.config import Config
 from mace.interfaces import Status
@@ -15,7 +14,7 @@ from mace.interfaces import Status
 def statuses(config: Config) -> dict[str, Status]:
     """Each source, sink and helper by name, in the order of the pipeline."""
     return {
-        "source ftrace": FtraceSource.check(),
+        **{f"source {name}": source.check() for name, source in SOURCES.items()},
         "source capture": Status(True, "reads .mace files"),
         "device names": devices.check(host_netns=config.capture.host_netns or None),
         "sink capture": Status(True, "writes .mace files"),

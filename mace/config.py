@@ -23,7 +23,7 @@ from mace.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
-SOURCES: Final = ("auto", "ftrace")
+SOURCES: Final = ("auto", "kmod", "ftrace")
 """Live sources that can be asked for."""
 
 
@@ -51,6 +51,16 @@ class CaptureConfig:
     outer: tuple[str, ...] = _key((), "The host's devices towards the network; empty: those of its default routes.")
     remote_netns: tuple[str, ...] = _key((), "Namespaces that are the far end of a test network, not containers.")
     container_sockets: tuple[str, ...] = _key((), "More Docker or Podman API sockets to ask for container names.")
+    sample_shift: int = _key(
+        0, "Of all packets one in 2 to the power of this, the same ones at every hook; `kmod` only.", low=0, high=31
+    )
+    netns: tuple[str, ...] = _key(
+        (), "Only what happens in these namespaces (names in /run/netns or paths, at most 16); `kmod` only."
+    )
+    devices: tuple[str, ...] = _key(
+        (), "Only what happens at these devices of the own namespace (at most 16); `kmod` only."
+    )
+    protocols: tuple[str, ...] = _key((), "Only these IP protocols, by name or number (`udp`, `17`); `kmod` only.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from collector import SOURCES
 from collector.containers import API_SOCKETS
 from collector.devices import DeviceFollower
-from collector.ftrace_source import FtraceConfig, FtraceSource
 from correlator.engine import Engine, EngineConfig
 from correlator.stage import correlate
 from mace.channel import Channel, ClosedError
@@ -220,22 +220,30 @@ def engine_config(config: Config) -> EngineConfig:
     )
 
 
+def chosen_source(config: CaptureConfig) -> tuple[str, str]:
+    """The name of the live source to use, and for `auto` why no better one ("" if there is none)."""
+    if config.source != "auto":
+        return config.source, ""
+    why_not: list[str] = []
+    for name, source in SOURCES.items():
+        status = source.check()
+        if status.ok:
+            return name, "; ".join(why_not)
+        why_not.append(f"not {name}: {status.detail}" + (f" ({status.remedy})" if status.remedy else ""))
+    # None can: the one that needs least says why when it is opened.
+    return next(reversed(SOURCES)), "; ".join(why_not)
+
+
 def live_source(config: CaptureConfig) -> Source:
     """The live source that the configuration asks for, following this machine's devices."""
+    name, _ = chosen_source(config)
     devices = DeviceFollower(
         host_netns=config.host_netns or None,
         outer=config.outer,
         remote_netns=config.remote_netns,
         docker_sockets=(*API_SOCKETS, *config.container_sockets),
     )
-    return FtraceSource(
-        FtraceConfig(
-            ring_kib_per_cpu=config.ring_mib * 1024,
-            poll_interval_s=config.poll_ms / 1000,
-            hold_back_ms=config.hold_back_ms,
-        ),
-        devices,
-    )
+    return SOURCES[name].make(config, devices)
 
 
 def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedStore:

@@ -20,7 +20,7 @@ from collector.capture_source import CaptureSource, in_time_order
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
-from mace.interfaces import StreamHeader, StreamItem
+from mace.interfaces import Source, StreamHeader, StreamItem
 from mace.pipeline import Stop
 from mace.records import Batch
 from mace.schema import Results
@@ -52,7 +52,7 @@ class Session:
     def measure(self, until: Until, *, store: Path | None, tee: CaptureSink | None) -> Summary:
         """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
         summary = Summary()
-        source = pipeline.live_source(self._config.capture)
+        source = self._source()
         sinks = [pipeline.embedded_store(self._config.store, store, rows=self._config.correlate.rows)] if store else []
 
         async def work() -> None:
@@ -80,6 +80,7 @@ class Session:
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
         lost = 0
+        source = self._source()
 
         async def work() -> None:
             opened = asyncio.Event()
@@ -94,9 +95,7 @@ class Session:
                         view.update(f"{sink.path}: {size}")
 
                 async with self._timed(until, opened):
-                    await pipeline.capture(
-                        pipeline.live_source(self._config.capture), sink, stop=self._stop, on_item=count
-                    )
+                    await pipeline.capture(source, sink, stop=self._stop, on_item=count)
 
         asyncio.run(work())
         return lost
@@ -140,6 +139,11 @@ class Session:
         with bar:
             asyncio.run(work())
         return whole
+
+    def _source(self) -> Source:
+        name, why = pipeline.chosen_source(self._config.capture)
+        self.say(f"source {name}" + (f" ({why})" if why else ""))
+        return pipeline.live_source(replace(self._config.capture, source=name))
 
     def _live(self) -> Live:
         return Live(

@@ -1,0 +1,68 @@
+"""Which live source is taken, and what it is told."""
+
+import socket
+
+import pytest
+
+from collector import SOURCES, LiveSource, ftrace_source, kmod_source
+from collector.device import DeviceInNetns, Filter
+from mace import config, pipeline
+from mace.config import CaptureConfig
+from mace.errors import ConfigError, Unavailable
+from mace.interfaces import Status
+
+
+def test_every_source_can_be_asked_for():
+    assert list(config.SOURCES) == ["auto", *SOURCES]
+
+
+@pytest.mark.parametrize(
+    ("kmod", "ftrace", "name", "why"),
+    [
+        (Status(True, "x"), Status(True, "y"), "kmod", ""),
+        (Status(False, "the module is not loaded", "load it"), Status(True, "y"), "ftrace", "(load it)"),
+        (Status(False, "a"), Status(False, "b"), "ftrace", "not kmod: a; not ftrace: b"),
+    ],
+)
+def test_auto_takes_the_best_and_says_why_not_a_better_one(monkeypatch, kmod, ftrace, name, why):
+    monkeypatch.setitem(SOURCES, "kmod", LiveSource(lambda: kmod, kmod_source.configured))
+    monkeypatch.setitem(SOURCES, "ftrace", LiveSource(lambda: ftrace, ftrace_source.configured))
+    found, reason = pipeline.chosen_source(CaptureConfig())
+    assert found == name
+    assert why in reason
+    assert bool(reason) == (name != "kmod")
+    assert type(pipeline.live_source(CaptureConfig())).__name__.lower() == f"{name}source"
+    assert pipeline.chosen_source(CaptureConfig(source="kmod")) == ("kmod", "")
+
+
+def test_the_module_gets_the_filter():
+    capture = CaptureConfig(
+        sample_shift=3, netns=("blue", "/proc/1/ns/net"), devices=("lo",), protocols=("udp", "255"), ring_mib=4
+    )
+    source = kmod_source.configured(capture, None)
+    assert source.config.ring_kib_per_cpu == 4096
+    assert source.config.wanted == Filter(
+        netns=("/run/netns/blue", "/proc/1/ns/net"),
+        devices=(DeviceInNetns(socket.if_nametoindex("lo")),),
+        l4_protocols=(17, 255),
+        sample_shift=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"protocols": ("udpp",)}, "did you mean 'udp'"),
+        ({"protocols": ("256",)}, "0 to 255"),
+        ({"devices": ("nosuch0",)}, "no device 'nosuch0'"),
+        ({"netns": ("x",) * 17}, "at most 16"),
+    ],
+)
+def test_names_that_nobody_has(wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        kmod_source.wanted(CaptureConfig(**wrong))
+
+
+def test_a_filter_is_not_silently_forgotten():
+    with pytest.raises(Unavailable, match=r"\[capture\] sample_shift asks for less"):
+        ftrace_source.configured(CaptureConfig(sample_shift=1), None)
