@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, live, offline, versus, wire
+from tests.benchmark import ftrace_decode, live, offline, ring_drain, versus, wire
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
     "ftrace_decode": ftrace_decode.run,
+    "ring_drain": ring_drain.run,
     "capture_to_windows": offline.capture_to_windows,
     "capture_to_rows": offline.capture_to_rows,
     "vs_netdev_times": versus.netdev_times,
