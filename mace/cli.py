@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, demo, lab, report
+from mace import __version__, config, demo, lab, module, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -131,6 +131,31 @@ def _lab_traffic(args: argparse.Namespace) -> int:
     else:
         result = place.tcp_requests(args.sender, args.to, rate_pps=args.rate, **shape)
     _print_json({key: value for key, value in asdict(result).items() if key != "rtts_ns"})
+    return 0
+
+
+def _module_build(args: argparse.Namespace) -> int:
+    print(f"built: {module.build(kdir=args.kdir)}")
+    return 0
+
+
+def _module_load(args: argparse.Namespace) -> int:
+    print(f"module {module.NAME}: {module.load(args.parameters)}")
+    return 0
+
+
+def _module_unload(args: argparse.Namespace) -> int:
+    del args
+    print(f"module {module.NAME}: {module.unload()}")
+    return 0
+
+
+def _module_status(args: argparse.Namespace) -> int:
+    found = module.status()
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        print(f"module {module.NAME}: {module.show(found)}")
     return 0
 
 
@@ -324,6 +349,17 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--size", type=_at_least(1, int), default=56, metavar="BYTES", help="of payload")
     one.add_argument("--rate", type=_at_least(0.1), default=100.0, metavar="N", help="a second")
     one.add_argument("--ipv6", action="store_true")
+
+    modules = commands.add_parser("module", help="the kernel module: build, load, unload, status").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    one = command("build", _module_build, "compile it, by DKMS where that is installed", modules)
+    one.add_argument("--kdir", type=Path, metavar="DIR", help="another kernel's build directory")
+    one = command("load", _module_load, "put it into the kernel (root)", modules)
+    one.add_argument("parameters", nargs="*", metavar="NAME=VALUE")
+    command("unload", _module_unload, "take it out of the kernel (root)", modules)
+    one = command("status", _module_status, "whether it is loaded, its version, parameters and own cost", modules)
+    with_json(one)
 
     one = command("run", _run, "measure: live records to delays, a table and the store (root)")
     one.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go")

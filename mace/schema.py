@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from mace.hooks import Hook
+from mace.hooks import BY_HOOK, Hook
 from mace.ledger import Ledger
 from mace.topology import Device
 
@@ -168,6 +168,16 @@ class HookCost:
     def ns_per_call(self) -> float:
         """Mean of the timed calls; 0 if there is none."""
         return self.timed_ns / self.timed if self.timed else 0.0
+
+    def as_dict(self) -> dict[str, str | int | float]:
+        """hook (its name), calls, timed, timed_ns, ns_per_call."""
+        return {
+            "hook": BY_HOOK[self.hook].name,
+            "calls": self.calls,
+            "timed": self.timed,
+            "timed_ns": self.timed_ns,
+            "ns_per_call": round(self.ns_per_call, 1),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 from mace.cli import main
 from tests.measuring import mace
 
-COMMANDS = ["check", "demo", "lab", "run", "record", "replay", "report", "hooks"]
+COMMANDS = ["check", "demo", "lab", "module", "run", "record", "replay", "report", "hooks"]
 
 
 @pytest.mark.parametrize(
