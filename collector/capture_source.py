@@ -22,6 +22,7 @@ from mace import wire
 from mace.errors import CaptureError, Unavailable, WireError
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
+from mace.schema import HookCost
 
 _READ_BYTES: Final = 1 << 20
 """One read: some 400,000 records, far more than a system call costs, far less than anyone's memory."""
@@ -286,6 +287,11 @@ class CaptureSource:
     def discarded(self) -> int:
         """Records that salvage had to skip."""
         return self.capture.discarded if self.capture else 0
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """Nothing: a capture does not hold it."""
+        return ()
 
     @property
     def bytes_total(self) -> int:

@@ -38,6 +38,7 @@ from mace.errors import SourceError, Unavailable
 from mace.hooks import BY_TRACEPOINT, HOOKS, Hook
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
 from mace.records import DTYPES, Batch
+from mace.schema import HookCost
 from mace.topology import Device, Topology
 
 _log = logging.getLogger(__name__)
@@ -290,6 +291,11 @@ class FtraceSource:
     def discarded(self) -> int:
         """Records that came after later ones were given out (see `collector.merge`)."""
         return self._merger.late
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """Nothing: the kernel does not time its tracer."""
+        return ()
 
     # --- the stream -----------------------------------------------------------------------------
 

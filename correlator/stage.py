@@ -9,19 +9,24 @@ from dataclasses import replace
 from correlator.engine import Engine
 from mace.channel import Channel
 from mace.interfaces import Progress, StreamItem
-from mace.schema import Results
+from mace.schema import HookCost, Results
 
 
 async def correlate(
-    items: AsyncIterable[StreamItem], engine: Engine, results: Channel[Results], discarded: Callable[[], int]
+    items: AsyncIterable[StreamItem],
+    engine: Engine,
+    results: Channel[Results],
+    discarded: Callable[[], int],
+    cost: Callable[[], tuple[HookCost, ...]] = lambda: (),
 ) -> None:
     """Feed the stream to the engine until it ends, send on what comes out, and close the channel.
 
     `discarded` tells how many records the source has thrown away; the ledger carries it from here on.
+    `cost` tells what observing has cost; the results carry it.
     """
 
     async def send(result: Results) -> None:
-        await results.send(replace(result, ledger=replace(result.ledger, discarded=discarded())))
+        await results.send(replace(result, ledger=replace(result.ledger, discarded=discarded()), cost=cost()))
 
     async for item in items:
         for result in engine.advance(item.upto_ns) if isinstance(item, Progress) else engine.feed(item):

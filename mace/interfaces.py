@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mace.clock import ClockPair
 from mace.records import Batch
-from mace.schema import Results
+from mace.schema import HookCost, Results
 from mace.topology import Topology
 
 
@@ -85,6 +85,11 @@ class Source(Protocol):
     @property
     def discarded(self) -> int:
         """Records that the source itself had to throw away; never those lost in the ring."""
+        ...
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """What observing has cost the machine since `open`, per hook; empty where the source cannot tell."""
         ...
 
 

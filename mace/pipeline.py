@@ -147,7 +147,7 @@ async def run(
         await _supervise(
             source,
             stop,
-            [deliver(), correlate(items, correlator, results, lambda: source.discarded), pump()],
+            [deliver(), correlate(items, correlator, results, lambda: source.discarded, lambda: source.cost), pump()],
         )
         return header
 

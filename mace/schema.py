@@ -194,6 +194,8 @@ class Results:
     """Packets with at least one delay, of the whole run so far."""
     devices: tuple[Device, ...]
     """What the rows' `device` points to. Only ever appended during a run."""
+    cost: tuple[HookCost, ...] = ()
+    """What observing has cost so far, per hook; empty where the source cannot tell."""
 
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)

@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mace.histogram import QUANTILES, Ints, merge, quantiles
+from mace.hooks import BY_HOOK, Hook
 from mace.ledger import Ledger
-from mace.schema import Direction, Results, Segment
+from mace.schema import Direction, HookCost, Results, Segment
 from mace.topology import Device, Role
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
@@ -174,6 +175,8 @@ class Summary:
     packets: int = 0
     rows_not_stored: int = 0
     """Rows that the store could not write; 0 where nothing is stored."""
+    cost: tuple[HookCost, ...] = ()
+    """What observing has cost, per hook; empty where the source could not tell."""
     note: str = ""
     """What a reader must know of where the figures come from."""
     _by_width: dict[int, dict[Key, Distribution]] = field(default_factory=dict)
@@ -182,7 +185,7 @@ class Summary:
 
     def add(self, results: Results) -> None:
         """Take in what the correlator says next. Windows of several widths count each delay once per width."""
-        self.ledger, self.packets = results.ledger, results.packets
+        self.ledger, self.packets, self.cost = results.ledger, results.packets, results.cost
         if results.devices != self._devices:
             self._devices = results.devices
             self._places = [Place.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
@@ -204,6 +207,7 @@ class Summary:
         self.ledger += other.ledger
         self.packets += other.packets
         self.rows_not_stored += other.rows_not_stored
+        self.cost = added(self.cost, other.cost)
         self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
         for width_s, of_width in other._by_width.items():
             for key, distribution in of_width.items():
@@ -243,7 +247,8 @@ class Summary:
         with container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`),
         count, min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored` and `note` appear where there is something to say.
+        `rows_not_stored`, `note` and `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call) appear where there is
+        something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -255,6 +260,8 @@ class Summary:
         }
         if self.rows_not_stored:
             found["rows_not_stored"] = self.rows_not_stored
+        if self.cost:
+            found["cost"] = [cost.as_dict() for cost in self.cost]
         if self.note:
             found["note"] = self.note
         return found
@@ -289,7 +296,12 @@ class Summary:
         """Packets and the whole ledger, also when all of it is zero; and where the figures come from."""
         line = f"packets {self.packets:,} · {self.ledger.line()}"
         style = "bold red" if self.losses() else "dim"
-        return Text("\n".join(t for t in (line, self.note) if t), style=style)
+        return Text("\n".join(t for t in (line, self._cost_line(), self.note) if t), style=style)
+
+    def _cost_line(self) -> str:
+        told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)
+        line = " · ".join(told)
+        return f"own cost: {line}" if line else ""
 
     def _several_hosts(self) -> bool:
         return len({k[0].host for k, _ in self.rows()}) > 1
@@ -326,6 +338,15 @@ class Summary:
                     style="dim" if segment is Segment.OUTSIDE else "",
                 )
         return table
+
+
+def added(first: Iterable[HookCost], second: Iterable[HookCost]) -> tuple[HookCost, ...]:
+    """Costs of two runs, hook by hook."""
+    sums: dict[Hook, HookCost] = {}
+    for c in (*first, *second):
+        s = sums.get(c.hook, HookCost(c.hook, 0, 0, 0))
+        sums[c.hook] = HookCost(c.hook, s.calls + c.calls, s.timed + c.timed, s.timed_ns + c.timed_ns)
+    return tuple(sums[hook] for hook in sorted(sums))
 
 
 def labels_of(places: Iterable[Place]) -> dict[Place, str]:

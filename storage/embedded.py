@@ -285,6 +285,8 @@ class EmbeddedStore:
                 put("ledger", ledger_hour, self._ledger_row(header, latest, stored, closed))
 
             put_ledger()
+            if closed and latest.cost:
+                put("cost", NO_HOUR, tables.cost_table(header, latest.upto_utc_ns, latest.cost))
             for hour, chosen in _by_hour(starts):
                 here = windows if chosen is None else [windows[int(i)] for i in np.flatnonzero(chosen)]
                 put("windows", hour, tables.windows_table(header, here, devices))

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from mace.errors import StoreError, nearest
 from mace.histogram import MAX_NS, SUB_BITS, middles
+from mace.hooks import HOOKS
 from mace.ledger import Ledger
-from mace.schema import Direction, Segment
+from mace.schema import Direction, HookCost, Segment
 from mace.summary import Distribution, Place, Summary
 from storage import segments, tables
 from storage.embedded import check_schema
@@ -218,6 +219,20 @@ class Store:
         """All runs' ledgers added up. Of whole runs: a ledger cannot be cut by time or device."""
         return sum((r.ledger for r in self.runs(where)), Ledger())
 
+    def cost(self, where: Filter = Filter()) -> tuple[HookCost, ...]:
+        """What observing has cost, per hook, all runs of `runs` added up; of whole runs that have ended."""
+        rows = self._fetch(
+            """
+            SELECT hook, sum(calls), sum(timed), sum(timed_ns) FROM {cost}
+            WHERE list_contains($runs, host || '/' || run) GROUP BY hook
+            """,
+            Filter(),
+            {"runs": [f"{r.host}/{r.run}" for r in self.runs(where)]},
+        )
+        by_name = {info.name: info.hook for info in HOOKS}
+        found = [HookCost(by_name[hook], *map(int, numbers)) for hook, *numbers in rows if hook in by_name]
+        return tuple(sorted(found, key=lambda c: c.hook))
+
     # Figures.
 
     def summary(self, where: Filter = Filter(), source: From = "auto") -> Summary:
@@ -232,6 +247,7 @@ class Store:
             ledger=sum((r.ledger for r in runs), Ledger()),
             packets=sum(r.packets for r in runs),
             rows_not_stored=sum(r.rows_not_stored for r in runs),
+            cost=self.cost(where),
         )
         parts: list[tuple[Any, ...]] = []
         if from_rows:

@@ -3,7 +3,7 @@
     STORE/
     ├── store.json                                      schema version
     ├── lock                                            flock of the one writer; says who it is
-    ├── runs/FIRST-LAST.ROWS.parquet
+    ├── runs|cost/FIRST-LAST.ROWS.parquet
     └── delays|windows|ledger/day=YYYY-MM-DD/hour=HH/FIRST-LAST.ROWS.parquet
 
 A segment is a Parquet file that appears whole (temporary name, fsync, rename) and never changes. FIRST and LAST
@@ -34,7 +34,7 @@ NO_HOUR: Final = -1
 """Hour of tables that are not partitioned by time."""
 PARTITIONED: Final = ("ledger", "windows", "delays")
 """In the order of writing: the ledger first, so that no reader sees rows whose losses it does not see."""
-TABLES: Final = ("runs", *PARTITIONED)
+TABLES: Final = ("runs", "cost", *PARTITIONED)
 
 FULL_ROWS: Final = 1 << 17
 """A segment of as many rows is not merged again: at 10 bytes a row it is over 1 MB, where the cost of opening a

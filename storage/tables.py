@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mace.hooks import BY_HOOK
 from mace.interfaces import StreamHeader
 from mace.ledger import Ledger
-from mace.schema import Delays, Direction, Grade, Outcome, Segment, Window
+from mace.schema import Delays, Direction, Grade, HookCost, Outcome, Segment, Window
 from mace.summary import ranks
 from mace.topology import Device
 
@@ -111,7 +112,15 @@ RUNS: Final = (
     Column("mace_version", pa.string(), "Version of MACE that captured."),
     Column("command", pa.list_(pa.string()), "Its command line."),
 )
-COLUMNS: Final = {"delays": DELAYS, "windows": WINDOWS, "ledger": LEDGER, "runs": RUNS}
+COST: Final = (
+    Column("time", _TIME, "All calls before it are counted, those of a whole run."),
+    *_RUN,
+    Column("hook", _NAME, "Observation point."),
+    Column("calls", pa.int64(), "Calls of its probe, for packets that were not recorded too."),
+    Column("timed", pa.int64(), "Those that were timed."),
+    Column("timed_ns", pa.int64(), "Time spent in these; a call costs `timed_ns / timed`."),
+)
+COLUMNS: Final = {"delays": DELAYS, "windows": WINDOWS, "ledger": LEDGER, "runs": RUNS, "cost": COST}
 
 SCHEMAS: Final = {
     table: pa.schema([pa.field(c.name, c.type, nullable=False) for c in columns]) for table, columns in COLUMNS.items()
@@ -274,6 +283,20 @@ def ledger_table(
             pa.array([closed]),
         ],
         schema=SCHEMAS["ledger"],
+    )
+
+
+def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> pa.Table:
+    """Columns `COST`; a row per hook."""
+    rows = len(cost)
+    return pa.Table.from_arrays(
+        [
+            pa.array([time_ns] * rows, pa.int64()).cast(_TIME),
+            *_run_columns(header, rows),
+            _named(np.arange(rows), [BY_HOOK[c.hook].name for c in cost]),
+            *(pa.array([getattr(c, name) for c in cost], pa.int64()) for name in ("calls", "timed", "timed_ns")),
+        ],
+        schema=SCHEMAS["cost"],
     )
 
 

@@ -1,12 +1,14 @@
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 from rich.console import Console
 
 from mace.histogram import bins_of, quantiles
+from mace.hooks import Hook
 from mace.ledger import Ledger
-from mace.schema import Direction, Segment
+from mace.schema import Direction, HookCost, Segment
 from mace.summary import Distribution, Summary, ranks
 from mace.topology import Device, Role
 from tests.made_results import START_NS, make_delays, make_results, make_windows, topology
@@ -97,6 +99,19 @@ def test_as_dict_has_what_is_promised():
     assert {d["segment"] for d in found["devices"]} == {"device", "outside"}
     assert {d["segment"] for d in found["delivery"]} == {"delivery"}
     assert "rows_not_stored" not in found
+
+
+def test_what_observing_cost_is_told():
+    results = replace(make_results(make_delays(10)), cost=(HookCost(Hook.NETIF_RX, 1234, 10, 850),))
+    first, second = Summary(), Summary()
+    first.add(results)
+    assert "cost: netif_rx 85 ns × 1,234" in first.ledger_line().plain
+    assert first.as_dict()["cost"] == [
+        {"hook": "netif_rx", "calls": 1234, "timed": 10, "timed_ns": 850, "ns_per_call": 85.0}
+    ]
+    second.add(replace(results, cost=(HookCost(Hook.NET_DEV_QUEUE, 5, 1, 9), HookCost(Hook.NETIF_RX, 6, 0, 0))))
+    first.merge(second)
+    assert first.cost == (HookCost(Hook.NET_DEV_QUEUE, 5, 1, 9), HookCost(Hook.NETIF_RX, 1240, 10, 850))
 
 
 def test_devices_come_in_the_order_of_the_path():

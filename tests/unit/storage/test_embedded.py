@@ -3,17 +3,19 @@ import json
 import os
 import resource
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from mace.errors import StoreError
+from mace.hooks import Hook
 from mace.ledger import Ledger
-from mace.schema import Delays
+from mace.schema import Delays, HookCost
 from storage import segments
 from storage.embedded import EmbeddedStore
-from storage.query import Store
+from storage.query import Filter, Store
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
 
 HOUR_NS = segments.HOUR_NS
@@ -87,6 +89,32 @@ def test_a_run_without_any_results_is_there(tmp_path):
     asyncio.run(fill(tmp_path, []))
     [run] = Store(tmp_path).runs()
     assert (run.run, run.ledger, run.packets) == ("run-1", Ledger(), 0)
+
+
+def test_what_observing_cost_is_kept_when_a_run_ends(tmp_path):
+    """The last that was said of it, once a run, whatever the number of flushes; runs add up."""
+    for run, times in (("first", 1), ("second", 2)):
+        said = [
+            replace(
+                make_results(make_delays(10)),
+                cost=(HookCost(Hook.NETIF_RX, n * times * 100, n, n * 50), HookCost(Hook.KFREE_SKB, n, 0, 0)),
+            )
+            for n in (1, 2, 3)
+        ]
+        asyncio.run(fill(tmp_path, said, run=run, flush_rows=10))
+    store_ = Store(tmp_path)
+    assert [s.rows for s in store_.segments("cost")] == [2, 2]
+    netif_rx, kfree_skb = store_.summary().cost
+    assert netif_rx == HookCost(Hook.NETIF_RX, 300 + 600, 6, 300)
+    assert kfree_skb == HookCost(Hook.KFREE_SKB, 6, 0, 0)
+    assert store_.cost(Filter(run="second"))[0].calls == 600
+
+
+def test_a_source_that_cannot_tell_its_cost_leaves_none(tmp_path):
+    asyncio.run(fill(tmp_path, [make_results(make_delays(10))]))
+    assert not (tmp_path / "cost").exists()
+    assert Store(tmp_path).summary().cost == ()
+    assert "cost" not in Store(tmp_path).summary().as_dict()
 
 
 def test_windows_alone_can_be_kept(tmp_path):

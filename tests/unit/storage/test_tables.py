@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mace.schema import Delays
+from mace.hooks import Hook
+from mace.schema import Delays, HookCost
 from storage import tables
 from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
 
@@ -45,6 +46,7 @@ def test_the_file_has_the_declared_types(table):
             HEADER, 5, 1, make_results(delays).ledger, packets=1, rows_stored=2, rows_not_stored=0, closed=False
         ),
         "runs": lambda: tables.runs_table(HEADER),
+        "cost": lambda: tables.cost_table(HEADER, 5, [HookCost(Hook.NETIF_RX, 9, 3, 700)]),
     }[table]()
     read = pq.read_table(io.BytesIO(tables.encode(rows, table)))
     assert read.schema.names == [c.name for c in tables.COLUMNS[table]]

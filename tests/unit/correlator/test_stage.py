@@ -1,0 +1,39 @@
+"""What the stage adds to what the engine says: what the source has thrown away, and what observing cost."""
+
+import asyncio
+
+from correlator.engine import Engine, EngineConfig
+from correlator.stage import correlate
+from mace.channel import Channel
+from mace.hooks import Hook
+from mace.interfaces import Progress
+from mace.records import Batch
+from mace.schema import HookCost
+from mace.topology import Topology
+
+
+def test_every_result_carries_what_the_source_counts_at_that_time():
+    calls = iter(range(1, 100))
+
+    async def stream():
+        yield Topology(0, 1)
+        for second in (1, 2, 3):
+            ts = second * 10**9
+            yield Batch.of(1, ts_ns=[ts], skb_id=[second], hook=[Hook.NETIF_RX])
+            yield Progress(ts + 999_999_999)
+
+    async def main():
+        results = Channel(100)
+        await correlate(
+            stream(),
+            Engine(0, EngineConfig()),
+            results,
+            lambda: 7,
+            lambda: (HookCost(Hook.NETIF_RX, next(calls), 0, 0),),
+        )
+        return [result async for result in results]
+
+    found = asyncio.run(main())
+    assert len(found) > 1
+    assert [result.ledger.discarded for result in found] == [7] * len(found)
+    assert [result.cost[0].calls for result in found] == list(range(1, len(found) + 1))
