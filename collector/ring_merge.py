@@ -27,7 +27,7 @@ from mace.records import DTYPES, Batch
 from mace.topology import NO_DEVICE, Sighting
 
 ROUND_RECORDS: Final = 1 << 14
-"""Records merged at once, about: 1 MiB in the rings. A quarter of it was measured a third slower, four times a tenth."""
+"""Records merged at once, about: 1 MiB in the rings. A quarter of it was a third slower, four times of it a tenth."""
 _NEVER: Final = int(np.iinfo(np.int64).max)
 _DIRECT: Final = ("skb_id", "l3_len", "hook")
 """Columns that are in a batch what they are in a record."""
