@@ -114,6 +114,11 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "tcpdump": lambda: _program("tcpdump", "--version"),
     "qemu": _qemu,
     "cc": lambda: _program("cc", "--version"),
+    "c++": lambda: _program("c++", "--version"),
+    "clang-format": lambda: _program("clang-format", "--version"),
+    "sparse": lambda: _program("sparse", "--version"),
+    # The kernel's scripts want more than perl-base, which every Debian has.
+    "perl": lambda: _program("perl", "-MTerm::ANSIColor", "-MEncode", "-e", "1"),
 }
 """Each need and its check: None where it is met, else the reason, fit to be read after "needs NAME: "."""
 

@@ -291,3 +291,33 @@ def _unpack(kernel: Kernel, packages: Sequence[Path]) -> None:
     if not lib.exists():
         lib.symlink_to("usr/lib")
     run(["depmod", "--basedir", kernel.root, kernel.release], what=f"{what}: depmod")
+
+
+# --- the kernel's own checkers ------------------------------------------------------------------
+
+SCRIPTS = ("checkpatch.pl", "spelling.txt", "const_structs.checkpatch", "kernel-doc")
+
+
+def source_scripts() -> Path:
+    """A directory with SCRIPTS of the kernel's source, which no smaller package has: 130 MB to fetch, once.
+
+    Raises KernelUnavailable.
+    """
+    place = cache_dir() / "scripts"
+    with locked("scripts"):
+        if not place.is_dir():
+            with scratch("scripts") as folder:
+                apt = _apt(folder / "apt", KERNELS["6.1"].suites)
+                apt("apt-get", "download", "linux-source-6.1")
+                _unpack_scripts(next(apt.home.glob("*.deb")), folder)
+                (folder / "scripts").rename(place)
+    return place
+
+
+def _unpack_scripts(package: Path, folder: Path) -> None:
+    run(["dpkg", "-x", package, folder / "root"], what=f"unpacking {package.name}")
+    source = next((folder / "root/usr/src").glob("linux-source-*.tar.xz"))
+    (folder / "scripts").mkdir()
+    names = [f"linux-source-6.1/scripts/{name}" for name in SCRIPTS]
+    strip = ["--strip-components=2", "--no-same-owner", "-C", folder / "scripts"]
+    run(["tar", "-xf", source, *strip, *names], what=f"unpacking {source.name}")
