@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +21,17 @@ def load(*parameters: str) -> None:
 
 def unload() -> None:
     subprocess.run(["rmmod", "mace"], check=True, capture_output=True, text=True)
+
+
+def lab_ifindex(lab: Lab, container: str) -> int:
+    """Index of a container's device in its namespace."""
+    shown = subprocess.run(
+        ["ip", "-n", lab.netns_path(container).name, "-j", "link", "show", "dev", "eth0"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(json.loads(shown.stdout)[0]["ifindex"])
 
 
 @pytest.fixture

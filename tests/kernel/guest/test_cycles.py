@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mace.hooks import Hook
 from mace.lab import Lab
-from tests.kernel.guest.conftest import KO, load, unload
-from tests.kernel.guest.reader import Session
+from tests.kernel.guest.conftest import KO, lab_ifindex, load, unload
+from tests.kernel.guest.reader import Session, netns_fd
 
 LOADS = 500
 OPENS = 10_000
@@ -48,10 +50,10 @@ def flood(lab: Lab) -> Iterator[None]:
 
     def send() -> None:
         while not stop.is_set():
-            lab.udp("c1", count=2000, rate_pps=2000)
+            lab.udp("c1", count=500, rate_pps=500)
 
     thread = threading.Thread(target=send)
-    ping = lab.start_ping("c2", count=60_000, interval_s=0.01)
+    ping = lab.start_ping("c2", count=60_000, interval_s=0.02)
     thread.start()
     try:
         yield
@@ -76,7 +78,7 @@ def test_loads_uses_and_unloads_under_flood(lab: Lab) -> None:
     """With a session that runs and is full each time, so that every probe is taken off while it fires."""
     before = unreclaimable_kib()
     with flood(lab):
-        for _ in range(20):
+        for _ in range(10):
             load()
             with Session() as session:
                 session.setup(subbuf_bytes=4096, subbufs=2).start()
@@ -103,9 +105,9 @@ def test_opens_maps_and_closes(module: None) -> None:
 
 
 def test_starts_and_stops_under_flood_count_exactly(module: None, lab: Lab) -> None:
-    """produced = read + lost, whenever it is stopped and however small the ring."""
+    """Whenever it is stopped and however small the ring: what was written is read, to the last record."""
     with flood(lab):
-        for number in range(40):
+        for number in range(30):
             with Session() as session:
                 session.setup(subbuf_bytes=4096, subbufs=2 + number % 3 * 6)
                 before = session.cost()["calls"].sum()
@@ -118,13 +120,39 @@ def test_starts_and_stops_under_flood_count_exactly(module: None, lab: Lab) -> N
                 stats = session.stats()
                 after = session.cost()["calls"].sum()
                 assert stats["written"].sum() == sum(map(len, records))
-                assert after - before == (stats["written"] + stats["lost"]).sum()
+                # Every call is a record or a loss, but for those while the session came and went.
+                assert (stats["written"] + stats["lost"]).sum() <= after - before
+
+
+def test_produced_is_read_and_lost_exactly(module: None, lab: Lab) -> None:
+    """So many datagrams were sent through one device, so many records were read or counted as lost."""
+    index = lab_ifindex(lab, "c2")
+    with flood(lab):
+        for subbufs in (2, 4, 256):
+            fd = netns_fd(lab.netns_path("c2").name)
+            with Session() as session:
+                session.setup(
+                    subbuf_bytes=4096,
+                    subbufs=subbufs,
+                    hooks=[Hook.NET_DEV_QUEUE],
+                    devices=[(fd, index)],
+                    l4_protos=[socket.IPPROTO_UDP],
+                )
+                os.close(fd)
+                session.start()
+                sent = lab.udp("c2", count=1500).sent
+                session.stop()
+                stats = session.stats()
+                assert sent == 1500
+                assert (stats["written"] + stats["lost"]).sum() == sent
+                assert stats["written"].sum() == len(session.read())
+                assert (stats["lost"].sum() > 0) == (subbufs < 256)
 
 
 def test_readers_that_are_killed_leave_nothing(module: None, lab: Lab) -> None:
     mapped = modules_mappings()
     with flood(lab):
-        for _ in range(20):
+        for _ in range(10):
             child = os.fork()
             if child == 0:
                 session = Session().setup(subbuf_bytes=4096, subbufs=8).start()
@@ -139,7 +167,7 @@ def test_readers_that_are_killed_leave_nothing(module: None, lab: Lab) -> None:
 
 def test_namespaces_come_and_go_while_everything_runs(module: None, lab: Lab) -> None:
     script = (
-        "i=0; while [ $i -lt 60 ]; do"
+        "i=0; while [ $i -lt 12 ]; do"
         " ip netns add storm$i && ip link add s$i type veth peer name eth0 netns storm$i"
         " && ip link set s$i up && ip -n storm$i link set eth0 up && ip -n storm$i link set lo up"
         " && ip netns del storm$i || exit 1; i=$((i+1)); done"
@@ -157,7 +185,7 @@ def test_namespaces_come_and_go_while_everything_runs(module: None, lab: Lab) ->
     records = np.concatenate(read)
     assert stats["written"].sum() == len(records)
     assert sum(lost for _, lost in session.gaps) <= stats["lost"].sum()
-    assert len(np.unique(records["netns"])) > 5
+    assert len(np.unique(records["netns"])) > 3
 
 
 def test_sessions_come_and_go_beside_each_other(module: None, lab: Lab) -> None:
@@ -167,7 +195,7 @@ def test_sessions_come_and_go_beside_each_other(module: None, lab: Lab) -> None:
     def work(seed: int) -> None:
         random = np.random.default_rng(seed)
         try:
-            for _ in range(25):
+            for _ in range(12):
                 with Session() as session:
                     session.setup(subbuf_bytes=4096, subbufs=int(random.integers(2, 9))).start()
                     records = [session.read_for(float(random.uniform(0, 0.03)))]

@@ -32,8 +32,8 @@ def test_overflow_is_counted_by_cpu_and_hook_and_shown_as_gaps(lab: Lab) -> None
         small.start()
         read = []
         flow = lab.start_udp("c1", count=6000)
-        for _ in range(8):
-            time.sleep(0.1)
+        while flow.running:
+            time.sleep(0.02)
             read.append(small.read())
         flow.wait()
         small.stop()
@@ -265,9 +265,9 @@ def test_a_cpu_that_was_offline_at_setup_loses_its_records_openly(lab: Lab) -> N
         taken = session.take(0)
         assert (taken["ready"] > 0) == (session.stats(0)["written"].sum() > 0)
         total = session.stats()
-        assert total["lost"][Hook.NETIF_RECEIVE_SKB] > 20
-        # 20 requests and 20 replies, received 3 or 4 times each
-        assert (total["written"] + total["lost"]).sum() >= 120
+        assert total["lost"][Hook.NETIF_RECEIVE_SKB] >= 20
+        # 20 requests, received on three devices, and as many replies, on two
+        assert (total["written"] + total["lost"]).sum() >= 100
 
 
 @pytest.mark.usefixtures("module")

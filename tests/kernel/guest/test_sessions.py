@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 from mace import abi
 from mace.hooks import Hook
 from mace.lab import Lab
+from tests.kernel.guest.conftest import lab_ifindex
 from tests.kernel.guest.reader import DEVICE, Session, enter_netns, netns_fd, refused
 
 pytestmark = pytest.mark.usefixtures("module")
@@ -113,10 +113,7 @@ def test_only_the_namespaces_asked_for(lab: Lab) -> None:
 
 def test_only_the_devices_asked_for(lab: Lab) -> None:
     fd = netns_fd(lab.netns_path("c2").name)
-    shown = subprocess.run(
-        ["ip", "-n", lab.netns_path("c2").name, "-j", "link", "show", "dev", "eth0"], check=True, capture_output=True
-    )
-    index = json.loads(shown.stdout)[0]["ifindex"]
+    index = lab_ifindex(lab, "c2")
     with Session() as session:
         records = recorded(session.setup(devices=[(fd, index)]), lambda: some_traffic(lab))
     os.close(fd)
