@@ -10,6 +10,13 @@
 #include <linux/skbuff.h>
 #include <linux/version.h>
 
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+/* Linux kernel commit 5f60d5f6bbc1 ("move asm/unaligned.h to linux/unaligned.h") (in v6.12) */
+#include <linux/unaligned.h>
+#else
+#include <asm/unaligned.h>
+#endif
+
 /*
  * Probes whose tracepoint has more arguments in newer kernels. Each macro begins the definition of
  * the probe @name with the argument @skb; MACE_DROP_REASON() is the reason, where there is one.

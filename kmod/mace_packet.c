@@ -36,11 +36,20 @@
 #include <net/ip.h>
 #include <net/ipv6.h>
 
+#include "mace_compat.h"
 #include "mace_packet.h"
+
+/*
+ * Buffers and structures here are __uninitialized where the compiler would fill them with zeroes
+ * (CONFIG_INIT_STACK_ALL_ZERO) for every packet: they are written before they are read.
+ */
 
 /* Enough for any that hosts send; a hostile chain is cut here. */
 #define MACE_EXTENSION_HEADERS_MAX 6
 #define MACE_PAYLOAD_BYTES 16
+/* IPv6, TCP with timestamps and 16 bytes of payload are 88. */
+#define MACE_LAST_BYTES 96
+#define MACE_CONTENT_FLAGS (MACE_FLAG_KEY | MACE_FLAG_FLOW | MACE_FLAG_FRAGMENT)
 
 unsigned short mace_vxlan_ports[MACE_VXLAN_PORTS_MAX] = { 4789, 8472 };
 unsigned int mace_vxlan_port_count = 2;
@@ -60,13 +69,31 @@ struct mace_ip {
 	u16 length;
 	u16 l4_src;
 	u16 l4_dst;
+	u16 fragment_offset;
 	u32 l4_seq;
 	u32 l4_ack;
-	u16 fragment_offset;
 	int end; /* offset of the first byte after the packet */
 	int inner; /* offset of an Ethernet frame in VXLAN, or 0 */
+	int used; /* offset of the first byte that nothing here depends on, or 0 */
 	u64 payload[MACE_PAYLOAD_BYTES / sizeof(u64)];
 };
+
+/*
+ * The last packet that was read on a CPU. Mostly it is there again at the next hook, and if all the
+ * bytes that matter are the same, so is what they say: a comparison of some words instead of
+ * reading headers and hashing.
+ */
+struct mace_last {
+	u64 bytes[MACE_LAST_BYTES / sizeof(u64)];
+	u32 words; /* in use of @bytes; 0: nothing is remembered */
+	__be16 protocol;
+	struct mace_record record; /* what they say */
+	/* What was hashed last: NAT changes the bytes above but not these. */
+	u64 hashed[4];
+	u64 hash;
+};
+
+static DEFINE_PER_CPU(struct mace_last, mace_last);
 
 /*
  * @len bytes at @offset from skb->data, which may be negative: in place, or copied to @buffer.
@@ -85,7 +112,7 @@ static const void *mace_peek(const struct sk_buff *skb, int offset, int len, voi
 
 static void mace_read_payload(const struct sk_buff *skb, int offset, int bytes, struct mace_ip *ip)
 {
-	u8 buffer[MACE_PAYLOAD_BYTES];
+	u8 buffer[MACE_PAYLOAD_BYTES] __uninitialized;
 	const void *payload;
 
 	/* Bytes behind the packet's end are padding of the link layer, which comes and goes. */
@@ -93,13 +120,20 @@ static void mace_read_payload(const struct sk_buff *skb, int offset, int bytes, 
 	if (bytes <= 0)
 		return;
 	payload = mace_peek(skb, offset, bytes, buffer);
-	if (payload)
+	if (!payload) {
+		ip->used = 0;
+		return;
+	}
+	ip->used = max(ip->used, offset + bytes);
+	if (bytes == MACE_PAYLOAD_BYTES)
+		memcpy(ip->payload, payload, MACE_PAYLOAD_BYTES); /* two words, and no call */
+	else
 		memcpy(ip->payload, payload, bytes);
 }
 
 static void mace_read_tcp(const struct sk_buff *skb, int offset, struct mace_ip *ip)
 {
-	struct tcphdr buffer;
+	struct tcphdr buffer __uninitialized;
 	const struct tcphdr *tcp = mace_peek(skb, offset, sizeof(buffer), &buffer);
 
 	if (!tcp)
@@ -110,6 +144,7 @@ static void mace_read_tcp(const struct sk_buff *skb, int offset, struct mace_ip 
 	ip->l4_ack = ntohl(tcp->ack_seq);
 	ip->l4_bits = ((const u8 *)tcp)[13];
 	ip->flow = true;
+	ip->used = offset + sizeof(*tcp);
 	mace_read_payload(skb, offset + tcp->doff * 4, MACE_PAYLOAD_BYTES, ip);
 }
 
@@ -129,7 +164,7 @@ static void mace_read_udp(const struct sk_buff *skb, int offset, struct mace_ip 
 		struct udphdr udp;
 		__be32 vxlan_flags;
 		__be32 vxlan_vni;
-	} buffer;
+	} buffer __uninitialized;
 	const struct udphdr *udp = mace_peek(skb, offset, sizeof(*udp), &buffer);
 	const __be32 *vxlan;
 
@@ -140,6 +175,7 @@ static void mace_read_udp(const struct sk_buff *skb, int offset, struct mace_ip 
 	ip->l4_seq = ntohs(udp->len);
 	ip->flow = true;
 	offset += sizeof(*udp);
+	ip->used = offset;
 	/* RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set. */
 	if (mace_is_vxlan_port(ip->l4_dst) && !ip->fragment) {
 		vxlan = mace_peek(skb, offset, 8, &buffer);
@@ -151,7 +187,7 @@ static void mace_read_udp(const struct sk_buff *skb, int offset, struct mace_ip 
 
 static void mace_read_icmp(const struct sk_buff *skb, int offset, struct mace_ip *ip)
 {
-	struct icmphdr buffer;
+	struct icmphdr buffer __uninitialized;
 	const struct icmphdr *icmp = mace_peek(skb, offset, sizeof(buffer), &buffer);
 	bool echo;
 
@@ -161,6 +197,7 @@ static void mace_read_icmp(const struct sk_buff *skb, int offset, struct mace_ip
 				  icmp->type == 128 || icmp->type == 129; /* RFC 4443, section 4 */
 	ip->l4_bits = icmp->type;
 	ip->l4_code = icmp->code;
+	ip->used = offset + sizeof(*icmp);
 	if (echo) {
 		ip->l4_src = ntohs(icmp->un.echo.id);
 		ip->l4_dst = ntohs(icmp->un.echo.sequence);
@@ -176,7 +213,7 @@ static void mace_read_sctp(const struct sk_buff *skb, int offset, struct mace_ip
 		__be16 dest;
 		__be32 tag;
 		__be32 checksum;
-	} buffer;
+	} buffer __uninitialized;
 	/* RFC 9260, section 3.1 */
 	const typeof(buffer) *sctp = mace_peek(skb, offset, sizeof(buffer), &buffer);
 
@@ -186,6 +223,7 @@ static void mace_read_sctp(const struct sk_buff *skb, int offset, struct mace_ip
 	ip->l4_dst = ntohs(sctp->dest);
 	ip->l4_seq = ntohl(sctp->tag);
 	ip->flow = true;
+	ip->used = offset + sizeof(buffer);
 	mace_read_payload(skb, offset + sizeof(buffer), MACE_PAYLOAD_BYTES, ip);
 }
 
@@ -217,7 +255,7 @@ static void mace_read_l4(const struct sk_buff *skb, int offset, struct mace_ip *
 
 static bool mace_read_ipv4(const struct sk_buff *skb, int offset, struct mace_ip *ip)
 {
-	struct iphdr buffer;
+	struct iphdr buffer __uninitialized;
 	const struct iphdr *header = mace_peek(skb, offset, sizeof(buffer), &buffer);
 	u16 fragment;
 
@@ -238,9 +276,9 @@ static bool mace_read_ipv4(const struct sk_buff *skb, int offset, struct mace_ip
 
 static bool mace_read_ipv6(const struct sk_buff *skb, int offset, struct mace_ip *ip)
 {
-	struct ipv6hdr buffer;
+	struct ipv6hdr buffer __uninitialized;
 	const struct ipv6hdr *header = mace_peek(skb, offset, sizeof(buffer), &buffer);
-	struct frag_hdr extension_buffer;
+	struct frag_hdr extension_buffer __uninitialized;
 	/* The longest of them; all begin with the next header's number. */
 	const struct frag_hdr *extension;
 	int i, bytes;
@@ -280,7 +318,7 @@ static bool mace_read_ipv6(const struct sk_buff *skb, int offset, struct mace_ip
 
 static bool mace_read_ip(const struct sk_buff *skb, int offset, __be16 protocol, struct mace_ip *ip)
 {
-	memset(ip, 0, sizeof(*ip));
+	mace_clear(ip, sizeof(*ip));
 	if (protocol == htons(ETH_P_IP))
 		return mace_read_ipv4(skb, offset, ip);
 	if (protocol == htons(ETH_P_IPV6))
@@ -290,8 +328,18 @@ static bool mace_read_ip(const struct sk_buff *skb, int offset, __be16 protocol,
 
 static u64 mace_hash(u64 first, u64 second, u64 third, u64 fourth)
 {
-	/* 0 stands for "unknown". */
-	return siphash_4u64(first, second, third, fourth, &mace_content_key) ?: 1;
+	struct mace_last *last = this_cpu_ptr(&mace_last);
+
+	if (last->hashed[0] != first || last->hashed[1] != second || last->hashed[2] != third ||
+	    last->hashed[3] != fourth) {
+		last->hashed[0] = first;
+		last->hashed[1] = second;
+		last->hashed[2] = third;
+		last->hashed[3] = fourth;
+		last->hash = siphash_4u64(first, second, third, fourth, &mace_content_key);
+	}
+	/* 0 stands for "unknown"; words that are all 0, as before the first packet, are no packet's. */
+	return last->hash ?: 1;
 }
 
 static u64 mace_ip_key(const struct mace_ip *ip)
@@ -309,7 +357,7 @@ static u64 mace_ip_key(const struct mace_ip *ip)
 
 static u64 mace_other_key(const struct sk_buff *skb, int offset, __be16 protocol)
 {
-	u64 buffer[3];
+	u64 buffer[3] __uninitialized;
 	const void *start = mace_peek(skb, offset, sizeof(buffer), buffer);
 
 	if (!start)
@@ -323,7 +371,7 @@ static u64 mace_other_key(const struct sk_buff *skb, int offset, __be16 protocol
 static int mace_skip_vlan(const struct sk_buff *skb, int offset, __be16 *protocol,
 			  struct mace_record *record)
 {
-	struct vlan_hdr buffer;
+	struct vlan_hdr buffer __uninitialized;
 	const struct vlan_hdr *tag;
 	int i;
 
@@ -342,9 +390,9 @@ static int mace_skip_vlan(const struct sk_buff *skb, int offset, __be16 *protoco
 static u64 mace_inner_key(const struct sk_buff *skb, int offset)
 {
 	struct mace_record unused = {};
-	struct ethhdr buffer;
+	struct ethhdr buffer __uninitialized;
 	const struct ethhdr *frame = mace_peek(skb, offset, sizeof(buffer), &buffer);
-	struct mace_ip ip;
+	struct mace_ip ip __uninitialized;
 	__be16 protocol;
 
 	if (!frame)
@@ -356,37 +404,91 @@ static u64 mace_inner_key(const struct sk_buff *skb, int offset)
 	return mace_other_key(skb, offset, protocol);
 }
 
+static void mace_copy_content(struct mace_record *to, const struct mace_record *from)
+{
+	to->packet_key = from->packet_key;
+	to->l4_src = from->l4_src;
+	to->l4_dst = from->l4_dst;
+	to->l4_seq = from->l4_seq;
+	to->ip_id = from->ip_id;
+	to->ip_version = from->ip_version;
+	to->l4_proto = from->l4_proto;
+	to->l4_bits = from->l4_bits;
+	to->flags &= ~MACE_CONTENT_FLAGS;
+	to->flags |= from->flags & MACE_CONTENT_FLAGS;
+}
+
+/* Whether the packet is the one that was read last on this CPU; then @record says so too. */
+static bool mace_read_again(const struct sk_buff *skb, int offset, __be16 protocol,
+			    struct mace_record *record)
+{
+	const struct mace_last *last = this_cpu_ptr(&mace_last);
+	const u64 *bytes = (const u64 *)(skb->data + offset);
+	u32 i;
+
+	if (protocol != last->protocol || !last->words || offset < -(int)skb_headroom(skb) ||
+	    offset + (int)(last->words * sizeof(u64)) > (int)skb_headlen(skb))
+		return false;
+	for (i = 0; i < last->words; i++)
+		if (get_unaligned(bytes + i) != last->bytes[i])
+			return false;
+	mace_copy_content(record, &last->record);
+	return true;
+}
+
+static void mace_remember_read(const struct sk_buff *skb, int offset, __be16 protocol,
+			       const struct mace_ip *ip, const struct mace_record *record)
+{
+	struct mace_last *last = this_cpu_ptr(&mace_last);
+	int bytes = ALIGN(ip->used - offset, sizeof(u64));
+	u32 i;
+
+	last->words = 0;
+	/* Not what depends on the length of the buffer, or on bytes outside its linear part. */
+	if (!ip->used || !ip->length || ip->inner || bytes > MACE_LAST_BYTES ||
+	    offset + bytes > (int)skb_headlen(skb))
+		return;
+	for (i = 0; i < bytes / sizeof(u64); i++)
+		last->bytes[i] = get_unaligned((const u64 *)(skb->data + offset) + i);
+	last->words = i;
+	last->protocol = protocol;
+	mace_copy_content(&last->record, record);
+}
+
 static void mace_read(const struct sk_buff *skb, int offset, __be16 protocol,
 		      struct mace_record *record)
 {
-	struct mace_ip ip;
-	u64 inner_key;
+	struct mace_ip ip __uninitialized;
 
+	if (mace_read_again(skb, offset, protocol, record))
+		return;
 	if (!mace_read_ip(skb, offset, protocol, &ip)) {
 		record->packet_key = mace_other_key(skb, offset, protocol);
-	} else {
-		record->ip_version = ip.version;
-		record->l4_proto = ip.l4_proto;
-		record->ip_id = ip.version == 4 ? ip.id : 0;
-		record->l4_src = ip.l4_src;
-		record->l4_dst = ip.l4_dst;
-		record->l4_seq = ip.fragment_offset;
-		record->l4_bits = ip.l4_bits;
-		if (ip.l4_proto == IPPROTO_TCP || ip.l4_proto == IPPROTO_SCTP)
-			record->l4_seq = ip.flow ? ip.l4_seq : ip.fragment_offset;
-		if (ip.flow)
-			record->flags |= MACE_FLAG_FLOW;
-		if (ip.fragment)
-			record->flags |= MACE_FLAG_FRAGMENT;
-		record->packet_key = mace_ip_key(&ip);
-		inner_key = ip.inner ? mace_inner_key(skb, ip.inner) : 0;
-		if (inner_key) {
-			record->flags |= MACE_FLAG_TUNNEL;
-			record->packet_key = inner_key;
-		}
+		if (record->packet_key)
+			record->flags |= MACE_FLAG_KEY;
+		return;
 	}
+	record->ip_version = ip.version;
+	record->l4_proto = ip.l4_proto;
+	record->ip_id = ip.version == 4 ? ip.id : 0;
+	record->l4_src = ip.l4_src;
+	record->l4_dst = ip.l4_dst;
+	record->l4_seq = ip.fragment_offset;
+	record->l4_bits = ip.l4_bits;
+	if (ip.flow && (ip.l4_proto == IPPROTO_TCP || ip.l4_proto == IPPROTO_SCTP))
+		record->l4_seq = ip.l4_seq;
+	if (ip.flow)
+		record->flags |= MACE_FLAG_FLOW;
+	if (ip.fragment)
+		record->flags |= MACE_FLAG_FRAGMENT;
+	if (ip.inner)
+		record->packet_key = mace_inner_key(skb, ip.inner);
 	if (record->packet_key)
-		record->flags |= MACE_FLAG_KEY;
+		record->flags |= MACE_FLAG_TUNNEL;
+	else
+		record->packet_key = mace_ip_key(&ip);
+	record->flags |= MACE_FLAG_KEY;
+	mace_remember_read(skb, offset, protocol, &ip, record);
 }
 
 /**
@@ -398,7 +500,7 @@ static void mace_read(const struct sk_buff *skb, int offset, __be16 protocol,
 void mace_packet_read_device(const struct sk_buff *skb, int l3_offset, struct mace_record *record)
 {
 	__be16 protocol = skb->protocol;
-	struct vlan_hdr buffer;
+	struct vlan_hdr buffer __uninitialized;
 	const struct vlan_hdr *tag;
 
 	/* An offset of nobody's making, as of a packet socket's frame that was never parsed. */

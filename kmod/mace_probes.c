@@ -4,9 +4,9 @@
  *
  * A probe runs wherever the kernel touches a packet: in tasks, softirqs and interrupts, on any
  * CPU. It has interrupts off from beginning to end, so that nothing on its CPU comes between, and
- * is in an RCU read-side section of its own: tracepoints no longer see to that on the newest
- * kernels. It takes no lock but that of a ring, and it neither sleeps nor allocates nor prints,
- * nor touches user memory.
+ * so is a reader of RCU's too: the newest kernels' tracepoints no longer see to that. It takes no
+ * lock but that of a ring, and it neither sleeps nor allocates nor prints, nor touches user
+ * memory.
  *
  * Where a packet is, its device tells, never the task that happens to run. At the hooks where it
  * is delivered or freed skb->dev may dangle, so there the module recalls where it last saw this
@@ -149,91 +149,103 @@ static void mace_record_to(struct mace_session *session, const struct mace_recor
 		irq_work_queue(&session->wake);
 }
 
-/**
- * struct mace_seen - what a probe tells of the packet
- * @skb: the packet
- * @dev: the device it is at; NULL where the hook has none
- * @l3_offset: where its network layer begins, from skb->data, if @dev
- * @bytes: for mace_record.l3_len, if not @dev
- * @reason: for mace_record.drop_reason
- */
-struct mace_seen {
+/* The last buffer that was identified on a CPU, as with mace_last_hashed. */
+struct mace_identified {
 	const struct sk_buff *skb;
-	const struct net_device *dev;
-	int l3_offset;
-	u32 bytes;
-	u32 reason;
+	u64 skb_id;
 };
 
-static void mace_describe(const struct mace_seen *seen, struct mace_place *at,
-			  struct mace_record *record)
-{
-	const struct sk_buff *skb = seen->skb;
+static DEFINE_PER_CPU(struct mace_identified, mace_last_identified);
 
-	record->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
-	record->drop_reason = seen->reason;
-	if (seen->dev) {
-		record->netns = dev_net(seen->dev)->ns.inum;
-		record->ifindex = seen->dev->ifindex;
-		mace_packet_read_device(skb, seen->l3_offset, record);
-	} else {
-		mace_packet_read_any(skb, record);
-		record->l3_len = seen->bytes;
-		*at = mace_recall(record);
-		/* Queued at a socket, charged to it: it lives, where its reader does. */
-		if (!at->serial && skb->sk && skb->destructor == sock_rfree) {
-			at->serial = mace_netns_serial(sock_net(skb->sk));
-			record->netns = sock_net(skb->sk)->ns.inum;
-		}
+static u64 mace_skb_id(const struct sk_buff *skb)
+{
+	struct mace_identified *last = this_cpu_ptr(&mace_last_identified);
+
+	if (last->skb != skb) {
+		last->skb = skb;
+		last->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
 	}
-	if (skb_is_gso(skb))
-		record->gso_segs = skb_shinfo(skb)->gso_segs;
-	if (skb_cloned(skb))
-		record->flags |= MACE_FLAG_CLONED;
+	return last->skb_id;
 }
 
-static void mace_observe(enum mace_hook hook, const struct mace_seen *seen)
+static void mace_describe_at_device(const struct sk_buff *skb, const struct net_device *dev,
+				    int l3_offset, struct mace_record *record)
+{
+	record->netns = dev_net(dev)->ns.inum;
+	record->ifindex = dev->ifindex;
+	mace_packet_read_device(skb, l3_offset, record);
+}
+
+static void mace_describe_elsewhere(const struct sk_buff *skb, u32 detail, struct mace_place *at,
+				    struct mace_record *record)
+{
+	if (record->hook == MACE_HOOK_KFREE_SKB)
+		record->drop_reason = detail;
+	mace_packet_read_any(skb, record);
+	record->l3_len = record->hook == MACE_HOOK_KFREE_SKB ? 0 : detail;
+	*at = mace_recall(record);
+	/* Queued at a socket, charged to it: it lives, where its reader does. */
+	if (!at->serial && skb->sk && skb->destructor == sock_rfree) {
+		at->serial = mace_netns_serial(sock_net(skb->sk));
+		record->netns = sock_net(skb->sk)->ns.inum;
+	}
+}
+
+/*
+ * @dev: the device that the packet is at, or NULL
+ * @l3_offset: where its network layer begins, from skb->data, if @dev
+ * @detail: bytes copied at MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, the reason at MACE_HOOK_KFREE_SKB
+ */
+static void mace_observe(enum mace_hook hook, const struct sk_buff *skb,
+			 const struct net_device *dev, int l3_offset, u32 detail)
 {
 	struct mace_session *session;
 	struct mace_cost_cpu *cost;
-	struct mace_record record;
+	struct mace_record record __uninitialized; /* cleared when it is needed */
 	struct mace_place at = {};
 	bool described = false, recorded = false, timed;
 	unsigned long irq;
 	u64 now_ns;
 
+	/* With interrupts off we are a reader of RCU's as well (since v5.0, whatisRCU.rst). */
 	local_irq_save(irq);
-	rcu_read_lock();
 	now_ns = ktime_get_mono_fast_ns();
 	cost = this_cpu_ptr(&mace_costs);
 	timed = !(cost->calls[hook]++ & (mace_cost_every - 1));
-	if (seen->dev) {
-		at.serial = mace_netns_serial(dev_net(seen->dev));
-		at.ifindex = seen->dev->ifindex;
+	if (dev) {
+		at.serial = mace_netns_serial(dev_net(dev));
+		at.ifindex = dev->ifindex;
 	}
-	hlist_for_each_entry_rcu(session, &mace_running, node) {
-		if (!(session->hooks & BIT(hook)) || (seen->dev && !mace_is_at(session, at)))
+	hlist_for_each_entry_rcu(session, &mace_running, node, irqs_disabled()) {
+		if (!(session->hooks & BIT(hook)) || (dev && !mace_is_at(session, at)))
 			continue;
 		if (!described) {
-			memset(&record, 0, sizeof(record));
+			mace_clear(&record, sizeof(record));
 			record.ts_ns = now_ns;
 			record.hook = hook;
 			record.cpu = smp_processor_id();
-			mace_describe(seen, &at, &record);
+			record.skb_id = mace_skb_id(skb);
+			if (skb_is_gso(skb))
+				record.gso_segs = skb_shinfo(skb)->gso_segs;
+			if (skb_cloned(skb))
+				record.flags = MACE_FLAG_CLONED;
+			if (dev)
+				mace_describe_at_device(skb, dev, l3_offset, &record);
+			else
+				mace_describe_elsewhere(skb, detail, &at, &record);
 			described = true;
 		}
-		if (mace_is_at(session, at) && mace_is_wanted(session, &record)) {
+		if ((dev || mace_is_at(session, at)) && mace_is_wanted(session, &record)) {
 			mace_record_to(session, &record);
 			recorded = true;
 		}
 	}
-	if (recorded && seen->dev && READ_ONCE(mace_recall_users))
+	if (recorded && dev && READ_ONCE(mace_recall_users))
 		mace_remember(&record, at);
 	if (timed) {
 		cost->timed[hook]++;
 		cost->timed_ns[hook] += ktime_get_mono_fast_ns() - now_ns;
 	}
-	rcu_read_unlock();
 	local_irq_restore(irq);
 }
 
@@ -243,51 +255,43 @@ static void mace_observe(enum mace_hook hook, const struct mace_seen *seen)
 
 static void mace_probe_net_dev_queue(void *data, struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NET_DEV_QUEUE,
-		     &(struct mace_seen){
-			     .skb = skb, .dev = skb->dev, .l3_offset = skb_network_offset(skb) });
+	mace_observe(MACE_HOOK_NET_DEV_QUEUE, skb, skb->dev, skb_network_offset(skb), 0);
 }
 
 static void mace_probe_net_dev_start_xmit(void *data, const struct sk_buff *skb,
 					  const struct net_device *dev)
 {
-	mace_observe(MACE_HOOK_NET_DEV_START_XMIT,
-		     &(struct mace_seen){
-			     .skb = skb, .dev = dev, .l3_offset = skb_network_offset(skb) });
+	mace_observe(MACE_HOOK_NET_DEV_START_XMIT, skb, dev, skb_network_offset(skb), 0);
 }
 
 static void mace_probe_netif_rx(void *data, struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NETIF_RX, &(struct mace_seen){ .skb = skb, .dev = skb->dev });
+	mace_observe(MACE_HOOK_NETIF_RX, skb, skb->dev, 0, 0);
 }
 
 static void mace_probe_netif_receive_skb(void *data, struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NETIF_RECEIVE_SKB,
-		     &(struct mace_seen){ .skb = skb, .dev = skb->dev });
+	mace_observe(MACE_HOOK_NETIF_RECEIVE_SKB, skb, skb->dev, 0, 0);
 }
 
 static void mace_probe_napi_gro_receive_entry(void *data, const struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY,
-		     &(struct mace_seen){ .skb = skb, .dev = skb->dev });
+	mace_observe(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY, skb, skb->dev, 0, 0);
 }
 
 static void mace_probe_skb_copy_datagram_iovec(void *data, const struct sk_buff *skb, int bytes)
 {
-	mace_observe(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC,
-		     &(struct mace_seen){ .skb = skb, .bytes = bytes });
+	mace_observe(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, NULL, 0, bytes);
 }
 
 MACE_DEFINE_CONSUME_SKB(mace_probe_consume_skb, skb)
 {
-	mace_observe(MACE_HOOK_CONSUME_SKB, &(struct mace_seen){ .skb = skb });
+	mace_observe(MACE_HOOK_CONSUME_SKB, skb, NULL, 0, 0);
 }
 
 MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
 {
-	mace_observe(MACE_HOOK_KFREE_SKB,
-		     &(struct mace_seen){ .skb = skb, .reason = MACE_DROP_REASON() });
+	mace_observe(MACE_HOOK_KFREE_SKB, skb, NULL, 0, MACE_DROP_REASON());
 }
 
 /**

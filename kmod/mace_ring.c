@@ -107,6 +107,7 @@ static void mace_ring_open_subbuf(struct mace_ring *ring)
 	ring->lost_pending = 0;
 	ring->lost_from_ns = 0;
 	ring->fill = 0;
+	ring->next = (struct mace_record *)(subbuf + 1);
 	WRITE_ONCE(ring->filling, true);
 }
 
@@ -142,7 +143,7 @@ u32 mace_ring_write(struct mace_ring *ring, const struct mace_record *record)
 		}
 		mace_ring_open_subbuf(ring);
 	}
-	slot = (struct mace_record *)(mace_ring_subbuf(ring, ring->at) + 1) + ring->fill;
+	slot = ring->next++;
 	*slot = *record;
 	/* The clock's fast accessor may step back a little when it is adjusted (timekeeping.c). */
 	if (slot->ts_ns < ring->last_ns)

@@ -27,6 +27,7 @@
  * @capacity: records in a sub-buffer
  * @at: sub-buffer of @head
  * @fill: records in it, if @filling
+ * @next: where the next one goes, if @filling
  * @filling: whether @head has been opened
  * @head: see above
  * @handed: see above
@@ -49,6 +50,7 @@ struct mace_ring {
 	u32 at;
 	u32 fill;
 	bool filling;
+	struct mace_record *next;
 	u64 head;
 	u64 handed;
 	u64 tail;

@@ -56,11 +56,12 @@ static atomic_t mace_last_serial = ATOMIC_INIT(0);
  * mace_netns_serial() - number of a namespace, never given to another one
  * @net: any that is alive
  *
- * Return: the number, not 0.
+ * Context: a reader of RCU's, or one who holds @net. Return: the number, not 0.
  */
 u32 mace_netns_serial(const struct net *net)
 {
-	const struct mace_netns *netns = net_generic(net, mace_net_id);
+	/* As net_generic(), without its lock. */
+	const struct mace_netns *netns = rcu_dereference_raw(net->gen)->ptr[mace_net_id];
 
 	return netns->serial;
 }
