@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, live, offline, ring_drain, versus, wire
+from tests.benchmark import ftrace_decode, kmod, live, offline, ring_drain, versus, wire
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -29,6 +29,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "live_flood": live.under_flood,
     "visibility": live.visibility,
     "live_soak": live.soak,
+    "kmod_vs_ftrace": kmod.versus_ftrace,
 }
 
 

@@ -5,105 +5,100 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mace.lab import Lab
-from storage.query import Store
 from tests.kernel.guest.conftest import KO, load, unload
+from tests.measuring import PATHS, ROOT, balanced, mace, measured, query
 
-ROOT = Path(__file__).parents[3]
-MACE = (sys.executable, "-m", "mace")
-
-
-def mace(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*MACE, *arguments], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0 or not check, done.stderr
-    return done
-
-
-def last_object(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+PACKETS = 100
+# Length of each kind's packets, by which its rows are found: payload and headers.
+LENGTHS = {"ping": 101 + 28, "ping6": 102 + 48, "udp": 203 + 28}
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A demo run with the module: its capture and its last line."""
+def run(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One measurement of some traffic, with all stages and a recording."""
     load()
     try:
-        capture = tmp_path_factory.mktemp("demo") / "demo.mace"
-        done = mace(
-            "demo", "--source", "kmod", "--json", "--store", str(capture.parent / "store"), "--record", str(capture)
-        )
-        return capture, last_object(done)
+        with measured(lab, tmp_path_factory.mktemp("run"), "--source", "kmod") as measurement:
+            lab.ping("c1", count=PACKETS, flood=True, size=101)
+            lab.ping("c1", count=PACKETS, flood=True, size=102, family=6)
+            lab.udp("c1", count=PACKETS, echo=True, size=203)
+            lab.tcp("c2", size=300_000)
     finally:
         unload()
+    return measurement
 
 
-def test_the_demo_runs_on_the_module(recorded: tuple[Path, dict[str, Any]]) -> None:
-    _, found = recorded
-    ledger = found["ledger"]
-    assert ledger["lost"] == ledger["discarded"] == 0
-    assert ledger["records"] == sum(
-        ledger[name] for name in ("matched", "unmatched", "ambiguous", "expired", "dropped", "in_flight")
-    )
-    assert ledger["matched"] > 0.8 * ledger["records"]
-    # Namespace and ifindex leave nothing to guess.
-    assert ledger["ambiguous"] == 0
-    kinds = {(device["kind"], device["direction"]) for device in found["devices"]}
-    assert {("veth", "egress"), ("bridge", "egress"), ("veth", "ingress")} <= kinds
-    assert {row["direction"] for row in found["overhead"]} == {"egress", "ingress"}
-    assert all(row["p50_ns"] > 0 for row in found["overhead"])
+def test_every_packet_has_its_whole_path_in_both_directions(run: Any, lab: Lab) -> None:
+    ledger = balanced(run.found)
+    assert ledger.lost == ledger.discarded == 0
+    assert ledger.ambiguous == 0  # namespace and ifindex leave nothing to guess
+    tag = lab.outer_device[3:]
+    out = ("eth0", f"veth{tag}-c1", f"br{tag}", f"out{tag}", f"rem{tag}")
+    for length in LENGTHS.values():
+        found = run.query(
+            f"SELECT direction, devices, count(*) FROM ({PATHS})"
+            f" WHERE container = 'c1' AND l3_len = {length} GROUP BY ALL"
+        )
+        assert {(direction, tuple(devices)): count for direction, devices, count in found} == {
+            ("egress", out): PACKETS,
+            ("ingress", out[::-1]): PACKETS,
+        }
 
 
-def test_its_replay_gives_the_same(recorded: tuple[Path, dict[str, Any]]) -> None:
-    capture, found = recorded
-    again = last_object(mace("replay", str(capture), "--json"))
+def test_the_runs_source_and_delays_are_told(run: Any) -> None:
+    assert run.query("SELECT DISTINCT source FROM runs") == [("kmod",)]
+    assert {(row["container"], row["direction"]) for row in run.found["overhead"]} >= {
+        ("c1", "egress"),
+        ("c1", "ingress"),
+        ("c2", "egress"),
+        ("c2", "ingress"),
+    }
+    assert all(row["p50_ns"] > 0 for row in run.found["overhead"])
+
+
+def test_its_replay_gives_the_same(run: Any) -> None:
+    again = json.loads(mace("replay", run.capture, "--json").stdout)
     for part in ("ledger", "packets", "devices", "overhead"):
-        assert again[part] == found[part]
+        assert again[part] == run.found[part]
 
 
-def test_cost_is_stored_with_the_run_and_reported(recorded: tuple[Path, dict[str, Any]]) -> None:
-    capture, found = recorded
-    report = last_object(mace("report", "--store", str(capture.parent / "store"), "--json"))
+def test_cost_is_stored_with_the_run_and_reported(run: Any) -> None:
+    report = json.loads(mace("report", "--store", run.store, "--json").stdout)
     costs = {row["hook"]: row for row in report["cost"]}
     assert costs.keys() >= {"net_dev_queue", "netif_receive_skb"}
-    assert sum(row["calls"] for row in costs.values()) >= found["ledger"]["records"]
+    assert sum(row["calls"] for row in costs.values()) >= run.found["ledger"]["records"]
     assert all(row["timed_ns"] > 0 for row in costs.values() if row["timed"])
 
 
 def test_auto_takes_the_module_where_it_is(lab: Lab, tmp_path: Path) -> None:
-    arguments = ("run", "--lab", "vm", "--duration", "1", "--json", "--store")
-    done = mace(*arguments, str(tmp_path / "without"))
-    assert "kmod" in done.stderr  # why not
+    arguments = ("run", "--lab", lab.name, "--duration", "1", "--json", "--store")
+    without = json.loads(mace(*arguments, tmp_path / "without").stdout)
+    assert "the module is not loaded" in without["note"]
     load()
     try:
-        mace(*arguments, str(tmp_path / "with"))
-        check = json.loads(mace("check", "--json").stdout)
+        mace(*arguments, tmp_path / "with")
+        check = json.loads(mace("check", "--json").stdout)["source kmod"]
     finally:
         unload()
-    assert sources(tmp_path / "without") == {"ftrace"}
-    assert sources(tmp_path / "with") == {"kmod"}
-    assert check["source kmod"]["ok"], check["source kmod"]
-    assert "1.0" in check["source kmod"]["detail"]
-
-
-def sources(store: Path) -> set[str]:
-    return {run.source for run in Store(store).runs()}
+    assert query(tmp_path / "without", "SELECT source FROM runs").fetchall() == [("ftrace",)]
+    assert query(tmp_path / "with", "SELECT source FROM runs").fetchall() == [("kmod",)]
+    assert check["ok"], check
+    assert "1.0" in check["detail"]
 
 
 def test_module_commands() -> None:
     assert "not loaded" in mace("module", "status", check=False).stdout
     shutil.copy(KO, ROOT / "kmod/mace.ko")  # as `mace module build` leaves it
-    mace("module", "load")
+    mace("module", "load", "max_sessions=2")
     try:
-        status = mace("module", "status").stdout
-        assert "1.0" in status
+        assert Path("/sys/module/mace/parameters/max_sessions").read_text() == "2\n"
+        assert "1.0" in mace("module", "status").stdout
         with Path("/dev/mace").open("rb"):
             busy = mace("module", "unload", check=False)
             assert busy.returncode == 1
@@ -114,7 +109,8 @@ def test_module_commands() -> None:
 
 
 def test_a_kernel_without_headers_is_told_which_package_it_wants() -> None:
-    Path(f"/lib/modules/{os.uname().release}/build").unlink(missing_ok=True)
+    release = os.uname().release
+    assert not Path(f"/lib/modules/{release}/build/Makefile").exists()
     done = mace("module", "build", check=False)
     assert done.returncode == 1
-    assert f"linux-headers-{os.uname().release}" in done.stderr
+    assert f"linux-headers-{release}" in done.stderr
