@@ -51,27 +51,25 @@ static int mace_mmap(struct file *file, struct vm_area_struct *vma)
 	struct mace_session *session = file->private_data;
 	struct mace_ring *ring;
 	unsigned long cpu;
-	int error = -ENXIO;
 
 	if (vma->vm_flags & (VM_WRITE | VM_EXEC))
 		return -EACCES;
-	mutex_lock(&session->lock);
-	if (!session->ready)
-		goto out;
+	/*
+	 * Without session->lock: mmap_lock is held here, and a page fault in an ioctl takes it under
+	 * session->lock. The rings are there once the session is ready, and as long as its file.
+	 */
+	if (!mace_session_ready(session))
+		return -ENXIO;
 	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
 		ring = session->rings[cpu];
 		if (!ring || vma->vm_pgoff != cpu * ring->page_count)
 			continue;
-		error = -EINVAL;
 		if (vma_pages(vma) != ring->page_count)
-			break;
+			return -EINVAL;
 		vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE | VM_MAYEXEC);
-		error = vm_map_pages_zero(vma, ring->pages, ring->page_count);
-		break;
+		return vm_map_pages_zero(vma, ring->pages, ring->page_count);
 	}
-out:
-	mutex_unlock(&session->lock);
-	return error;
+	return -ENXIO;
 }
 
 static int mace_ioctl_hello(struct mace_session *session, void __user *argument)

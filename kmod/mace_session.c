@@ -332,7 +332,7 @@ int mace_session_setup(struct mace_session *session, struct mace_setup *setup)
 	}
 	session->watermark = setup->watermark;
 	session->flush_ms = setup->flush_ms;
-	/* Pairs with mace_session_readable(), which has no lock. */
+	/* Pairs with mace_session_ready(). */
 	smp_store_release(&session->ready, true);
 	return 0;
 }
@@ -414,6 +414,18 @@ int mace_session_stats(struct mace_session *session, struct mace_stats *stats)
 }
 
 /**
+ * mace_session_ready() - whether it has rings
+ * @session: any, also without its lock
+ *
+ * Return: whether SETUP was done; then the rings stay until the session is closed.
+ */
+bool mace_session_ready(const struct mace_session *session)
+{
+	/* Pairs with mace_session_setup(): the rings are there. */
+	return smp_load_acquire(&session->ready);
+}
+
+/**
  * mace_session_readable() - whether it is worth a reader's while
  * @session: any
  *
@@ -424,8 +436,7 @@ bool mace_session_readable(const struct mace_session *session)
 {
 	unsigned int cpu;
 
-	/* Pairs with mace_session_setup(): the rings are there. */
-	if (!smp_load_acquire(&session->ready))
+	if (!mace_session_ready(session))
 		return false;
 	if (READ_ONCE(session->flush_due))
 		return true;

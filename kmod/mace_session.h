@@ -42,7 +42,7 @@ struct mace_place {
  *
  * @node: in the list of running sessions; RCU
  * @link: in the list of open sessions
- * @lock: state, and all calls from user space but poll()
+ * @lock: state, and all calls from user space but poll() and mmap()
  * @ready: whether SETUP was done
  * @running: whether @node is in the list
  * @all: whether it may see every network namespace
@@ -70,7 +70,7 @@ struct mace_place {
 struct mace_session {
 	struct hlist_node node;
 	struct list_head link;
-	struct mutex lock; /* state, and all calls of user space but poll() */
+	struct mutex lock; /* state, and all calls of user space but poll() and mmap() */
 	bool ready;
 	bool running;
 	bool all;
@@ -109,6 +109,7 @@ int mace_session_setup(struct mace_session *session, struct mace_setup *setup);
 int mace_session_start(struct mace_session *session);
 void mace_session_stop(struct mace_session *session);
 int mace_session_stats(struct mace_session *session, struct mace_stats *stats);
+bool mace_session_ready(const struct mace_session *session);
 bool mace_session_readable(const struct mace_session *session);
 
 int mace_sessions_init(void);
