@@ -55,8 +55,8 @@ static int mace_mmap(struct file *file, struct vm_area_struct *vma)
 	if (vma->vm_flags & (VM_WRITE | VM_EXEC))
 		return -EACCES;
 	/*
-	 * Without session->lock: mmap_lock is held here, and a page fault in an ioctl takes it under
-	 * session->lock. The rings are there once the session is ready, and as long as its file.
+	 * Without session->lock: mmap_lock is held here, and a page fault in an ioctl takes it
+	 * under session->lock. The rings are there once the session is ready, as long as its file.
 	 */
 	if (!mace_session_ready(session))
 		return -ENXIO;

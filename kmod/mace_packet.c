@@ -338,7 +338,7 @@ static u64 mace_hash(u64 first, u64 second, u64 third, u64 fourth)
 		last->hashed[3] = fourth;
 		last->hash = siphash_4u64(first, second, third, fourth, &mace_content_key);
 	}
-	/* 0 stands for "unknown"; words that are all 0, as before the first packet, are no packet's. */
+	/* 0 stands for "unknown". No packet has the words that are there at first, all 0. */
 	return last->hash ?: 1;
 }
 
