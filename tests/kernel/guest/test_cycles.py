@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mace.hooks import Hook
 from mace.lab import Lab
@@ -63,6 +64,7 @@ def flood(lab: Lab) -> Iterator[None]:
         ping.stop()
 
 
+@pytest.mark.timeout(1200)
 def test_loads_and_unloads_under_flood(lab: Lab) -> None:
     load()
     unload()
@@ -90,6 +92,7 @@ def test_loads_uses_and_unloads_under_flood(lab: Lab) -> None:
     assert unreclaimable_kib() - before < LEAK_KIB
 
 
+@pytest.mark.timeout(1200)
 def test_opens_maps_and_closes(module: None) -> None:
     mapped = modules_mappings()
     before = unreclaimable_kib()
