@@ -52,7 +52,7 @@ class Session:
     def measure(self, until: Until, *, store: Path | None, tee: CaptureSink | None) -> Summary:
         """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
         summary = Summary()
-        source = self._source()
+        source, chosen = self._source()
         sinks = [pipeline.embedded_store(self._config.store, store, rows=self._config.correlate.rows)] if store else []
 
         async def work() -> None:
@@ -65,7 +65,7 @@ class Session:
                         view.update(summary.renderable())
 
                 def begin(header: StreamHeader) -> None:
-                    self.say(f"measuring {header.host}, Linux {header.kernel}, source {header.source}")
+                    self.say(f"measuring {header.host}, Linux {header.kernel}, {chosen}")
                     opened.set()
 
                 engine = pipeline.engine_config(self._config)
@@ -80,7 +80,7 @@ class Session:
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
         lost = 0
-        source = self._source()
+        source, chosen = self._source()
 
         async def work() -> None:
             opened = asyncio.Event()
@@ -88,7 +88,9 @@ class Session:
 
                 def count(item: StreamItem) -> None:
                     nonlocal lost
-                    opened.set()
+                    if not opened.is_set():
+                        self.say(chosen)
+                        opened.set()
                     if isinstance(item, Batch):
                         lost += item.lost
                         size = f"{sink.records:,} records, {lost:,} lost, {sink.bytes_written:,} bytes"
@@ -140,10 +142,11 @@ class Session:
             asyncio.run(work())
         return whole
 
-    def _source(self) -> Source:
+    def _source(self) -> tuple[Source, str]:
+        """The live source, and which one it is and why: to be said once it is open, so that an error stands alone."""
         name, why = pipeline.chosen_source(self._config.capture)
-        self.say(f"source {name}" + (f" ({why})" if why else ""))
-        return pipeline.live_source(replace(self._config.capture, source=name))
+        source = pipeline.live_source(replace(self._config.capture, source=name))
+        return source, f"source {name}" + (f" ({why})" if why else "")
 
     def _live(self) -> Live:
         return Live(

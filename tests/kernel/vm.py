@@ -7,7 +7,7 @@
 
 So the guest has the host's Python, its environment and its tools, and whatever it does to them is gone with it.
 
-QEMU emulates in software: where there is no usable KVM that is the only way, and it is the same everywhere. Some of
+QEMU emulates in software where no KVM runs the kernel: that is the same everywhere. Some of
 its arguments are not taste (measured on QEMU 7.2; without them kernels crash that have no module of ours loaded):
 
 - clearcpuid=cx16: the emulation of cmpxchg16b crashes 6.12 in 11 boots of 12. The CPU model must be `max`, and keep
@@ -61,6 +61,12 @@ NO_AVX = {
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2",
 }
 """Environment of the command: see above."""
+
+EMULATED = ("-accel", "tcg,thread=single", "-cpu", "max")
+KVM = ("-accel", "kvm", "-cpu", "host")
+KVM_PROBE_S = 20
+"""A kernel boots in two or three seconds there. A /dev/kvm of a hypervisor that cannot do it ends in an internal error
+at once, or crawls."""
 
 MARKER = re.compile(r"mace-guest: exit status (\d+)")
 
@@ -141,6 +147,27 @@ def _virtiofsd() -> Path | None:
     return next((path for path in VIRTIOFSD if path.exists()), None)
 
 
+_kvm_lock = threading.Lock()
+_kvm: dict[str, bool] = {}
+
+
+def kvm_works(kernel: Kernel) -> bool:
+    """Whether this machine's KVM runs the kernel, unmodified: found out by doing it, once for each kernel."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    with _kvm_lock:
+        # One kernel that does not run is enough to leave it alone.
+        if not all(_kvm.values()):
+            return False
+        if kernel.release not in _kvm:
+            try:
+                found = boot(kernel, ["true"], cwd=Path("/"), timeout_s=KVM_PROBE_S, kvm=True)
+                _kvm[kernel.release] = found.good
+            except MachineFailed:
+                _kvm[kernel.release] = False
+        return _kvm[kernel.release]
+
+
 def boot(
     kernel: Kernel,
     command: Sequence[str],
@@ -151,14 +178,17 @@ def boot(
     results: Path | None = None,
     stop: threading.Event | None = None,
     counted: bool = False,
+    kvm: bool | None = None,
 ) -> Result:
     """Run `command` in a machine of its own and wait for the end of both.
 
     `env` is added to the guest's environment; MACE_GUEST_RESULTS there names a directory whose files are kept in
     `results`, if that is given. `stop`, when set by another thread, ends the machine. With `counted` the guest's clocks
-    count instructions, one a nanosecond, and its kernel does not look for misused memory: for benchmarks. Whatever
-    happens, no process is left behind. Raises MachineFailed.
+    count instructions, one a nanosecond, and its kernel does not look for misused memory: for benchmarks. `kvm`
+    None: where it works, and nothing is counted. Whatever happens, no process is left behind. Raises MachineFailed.
     """
+    if kvm is None:
+        kvm = not counted and kvm_works(kernel)
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mace-vm-", ignore_cleanup_errors=True)))
         exchange = work / "exchange"
@@ -166,7 +196,7 @@ def boot(
         (exchange / "modules_dir").write_text(f"{kernel.modules_dir}\n")
         (exchange / "command.sh").write_text(_command(command, cwd, env or {}))
         (exchange / "output.txt").touch()
-        machine = _Machine(kernel, work, exchange, counted=counted)
+        machine = _Machine(kernel, work, exchange, counted=counted, kvm=kvm)
         stack.callback(machine.end)
         machine.start()
         try:
@@ -200,11 +230,12 @@ def _command(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> str:
 class _Machine:
     """QEMU and the two servers of files, from start to end."""
 
-    def __init__(self, kernel: Kernel, work: Path, exchange: Path, *, counted: bool):
+    def __init__(self, kernel: Kernel, work: Path, exchange: Path, *, counted: bool, kvm: bool):
         self.kernel = kernel
         self.work = work
         self.exchange = exchange
         self.counted = counted
+        self.kvm = kvm
         self.processes: list[subprocess.Popen[bytes]] = []
         self.began_s = time.monotonic()
         self.boot_s = 0.0
@@ -220,8 +251,8 @@ class _Machine:
             self.qemu = self._spawn(
                 [
                     *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-                    *("-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=single"),
-                    *("-cpu", "max", "-smp", "2"),
+                    *("-machine", "q35,memory-backend=memory", "-smp", "2"),
+                    *(KVM if self.kvm else EMULATED),
                     *("-m", MEMORY, "-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on"),
                     *("-nic", "none", "-device", "virtio-rng-pci"),
                     *("-serial", f"file:{self.work / 'serial.txt'}"),
