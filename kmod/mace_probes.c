@@ -149,7 +149,7 @@ static void mace_record_to(struct mace_session *session, const struct mace_recor
 		irq_work_queue(&session->wake);
 }
 
-/* The last buffer that was identified on a CPU, as with mace_last_hashed. */
+/* The last buffer that was identified on a CPU: mostly it is there again at the next hook. */
 struct mace_identified {
 	const struct sk_buff *skb;
 	u64 skb_id;

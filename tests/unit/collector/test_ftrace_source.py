@@ -16,6 +16,7 @@ from mace.hooks import HOOKS, Hook
 from mace.interfaces import Progress
 from mace.records import Batch
 from mace.topology import Device, Topology
+from tests.made_devices import MadeFollower
 from tests.ring_pages import EVENTS, Page, format_text, formats, layout, payload
 
 FORMS = {form.event: form for form in formats()}
@@ -121,22 +122,6 @@ def kernel(monkeypatch):
     return FakeKernel(monkeypatch)
 
 
-class FakeFollower:
-    def __init__(self, *polls):
-        self.host_netns = 4026531840
-        self.polls = deque(polls)
-        self.state = "new"
-
-    async def open(self):
-        self.state = "open"
-
-    def poll(self):
-        return self.polls.popleft() if self.polls else None
-
-    async def aclose(self):
-        self.state = "closed"
-
-
 def run(source, kernel, ticks):
     """All items of a run of so many ticks, 50 ms apart; the header first."""
 
@@ -218,7 +203,7 @@ def test_news_of_devices_holds_for_what_was_held_back(kernel):
     old, new = Device(1, 2, "eth0", "veth"), Device(7, 2, "eth0", "veth")
     # At the second tick, t + 50 ms, the follower has news; they hold from t on (50 ms back).
     kernel.rings[0].extend([[], [page((t + 5 * MS, "eth0"), (t + 20 * MS, "eth0"))], [page((t + 60 * MS, "eth0"))]])
-    follower = FakeFollower((old,), None, (new,))
+    follower = MadeFollower((old,), None, (new,))
     _, items = run(FtraceSource(devices=follower), kernel, 6)
     check_stream(items)
     assert follower.state == "closed"
@@ -238,7 +223,7 @@ def test_a_batch_is_cut_where_news_begin(kernel):
     t = kernel.now_ns
     new = Device(7, 2, "eth0", "veth")
     kernel.rings[0].extend([[], [], [page((t + 40 * MS, "eth0"), (t + 60 * MS, "eth0"))], [], []])
-    follower = FakeFollower((), None, None, (new,))  # the third tick, at t + 100 ms: from t + 50 ms on
+    follower = MadeFollower((), None, None, (new,))  # the third tick, at t + 100 ms: from t + 50 ms on
     _, items = run(FtraceSource(devices=follower), kernel, 6)
     check_stream(items)
     order = [i.devices if isinstance(i, Topology) else i.ts_ns.tolist() for i in items if not isinstance(i, Progress)]
@@ -325,7 +310,7 @@ def test_tracepoints_that_this_kernel_lacks_are_told(kernel, caplog):
 
 def test_no_tracepoint_at_all(kernel):
     kernel.absent = {h.tracepoint for h in HOOKS}
-    follower = FakeFollower()
+    follower = MadeFollower()
     with pytest.raises(Unavailable, match="none of the tracepoints"):
         run(FtraceSource(devices=follower), kernel, 1)
     assert kernel.log == ["create", "remove"]

@@ -16,28 +16,12 @@ from mace.hooks import HOOKS, Hook
 from mace.interfaces import Progress
 from mace.records import Batch
 from mace.topology import Device, Topology
+from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
 
 MS = 1_000_000
 BEGAN = 1000 * MS
-NETNS = 4026531840
 CONFIG = KmodConfig(ring_kib_per_cpu=64, hold_back_ms=50)
-
-
-class FakeFollower:
-    def __init__(self, *polls):
-        self.host_netns = NETNS
-        self.polls = deque(polls)
-        self.state = "new"
-
-    async def open(self):
-        self.state = "open"
-
-    def poll(self):
-        return self.polls.popleft() if self.polls else None
-
-    async def aclose(self):
-        self.state = "closed"
 
 
 class Kernel:
@@ -118,11 +102,11 @@ def nothing(module):
 
 def test_records_come_merged_with_their_sightings_before_them(kernel):
     def traffic(module):
-        module.write(0, BEGAN + 10, Hook.NET_DEV_QUEUE, NETNS + 1, 2, skb_id=7, l3_len=84, gso_segs=2)
-        module.write(1, BEGAN + 20, Hook.NETIF_RX, NETNS, 5)
-        module.write(0, BEGAN + 30, Hook.KFREE_SKB, NETNS, 5, drop_reason=77, flags=abi.Flag.RECALLED)
+        module.write(0, BEGAN + 10, Hook.NET_DEV_QUEUE, HOST_NETNS + 1, 2, skb_id=7, l3_len=84, gso_segs=2)
+        module.write(1, BEGAN + 20, Hook.NETIF_RX, HOST_NETNS, 5)
+        module.write(0, BEGAN + 30, Hook.KFREE_SKB, HOST_NETNS, 5, drop_reason=77, flags=abi.Flag.RECALLED)
 
-    items = kernel.run(traffic, nothing, follower=FakeFollower((Device(NETNS, 5, "br0", "bridge"),)))
+    items = kernel.run(traffic, nothing, follower=MadeFollower((Device(HOST_NETNS, 5, "br0", "bridge"),)))
     check_stream(items)
     batch = records(items)
     assert batch.ts_ns.tolist() == [BEGAN + 10, BEGAN + 20, BEGAN + 30]
@@ -130,7 +114,7 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
     assert (batch.skb_id[0], batch.l3_len[0], batch.gso_segs[0], batch.drop_reason[2]) == (7, 84, 2, 77)
     last = [i for i in items if isinstance(i, Topology)][-1]
     seen = [last.sightings[c] for c in batch.dev]
-    assert [(s.name, s.netns, s.ifindex) for s in seen] == [("", NETNS + 1, 2), ("br0", NETNS, 5), ("", 0, 0)]
+    assert [(s.name, s.netns, s.ifindex) for s in seen] == [("", HOST_NETNS + 1, 2), ("br0", HOST_NETNS, 5), ("", 0, 0)]
     header = kernel.header
     assert (header.source, header.cpus) == ("kmod", 2)
     assert header.hooks == tuple(h.tracepoint for h in HOOKS)
@@ -159,12 +143,12 @@ def test_records_wait_for_the_hold_back(kernel):
 
 
 def test_a_batch_is_cut_where_news_of_devices_begin(kernel):
-    new = Device(NETNS, 2, "eth0", "veth")
-    follower = FakeFollower((), None, None, (new,))  # the third tick, at 100 ms: from 50 ms on
+    new = Device(HOST_NETNS, 2, "eth0", "veth")
+    follower = MadeFollower((), None, None, (new,))  # the third tick, at 100 ms: from 50 ms on
 
     def traffic(module):
-        module.write(0, BEGAN + 40 * MS, Hook.NETIF_RX, NETNS, 2)
-        module.write(0, BEGAN + 60 * MS, Hook.NETIF_RX, NETNS, 2)
+        module.write(0, BEGAN + 40 * MS, Hook.NETIF_RX, HOST_NETNS, 2)
+        module.write(0, BEGAN + 60 * MS, Hook.NETIF_RX, HOST_NETNS, 2)
 
     items = kernel.run(nothing, nothing, traffic, nothing, nothing, follower=follower)
     check_stream(items)
