@@ -17,40 +17,25 @@ from collections import deque
 
 import numpy as np
 
+from collector.watermark import Watermark
 from mace.hooks import Hook
 from mace.records import Batch
 
 
-class Merger:
+class Merger(Watermark):
     """Holds what cannot be given out yet: memory is the rate times hold-back and pace of reading."""
 
     def __init__(self, hold_back_ns: int) -> None:
-        if hold_back_ns < 0:
-            raise ValueError(f"hold_back_ns is {hold_back_ns}, expected 0 or more")
-        self._hold_back_ns = hold_back_ns
+        super().__init__(hold_back_ns)
         self._waiting: dict[int, deque[Batch]] = {}
-        self._complete: dict[int, int] = {}
-        self.given_ns: int | None = None
-        """All records before this time were given out; later `take`s give none before it. None at first."""
-        self.late = 0
-        """Records that came after their time was given out."""
 
     def __len__(self) -> int:
         return sum(len(batch) for waiting in self._waiting.values() for batch in waiting)
 
-    @property
-    def watermark_ns(self) -> int | None:
-        """Up to this time, exclusively, records can be given out; None while some CPU has told nothing."""
-        return min(self._complete.values()) - self._hold_back_ns if self._complete else None
-
     def add_cpu(self, cpu: int, complete_ns: int) -> None:
         """Wait for this CPU from now on; it has no record before `complete_ns`."""
+        super().add_cpu(cpu, complete_ns)
         self._waiting[cpu] = deque()
-        self._complete[cpu] = complete_ns
-
-    def complete(self, cpu: int, until_ns: int) -> None:
-        """All records of `cpu` with a time before `until_ns` were pushed."""
-        self._complete[cpu] = max(self._complete[cpu], until_ns)
 
     def push(self, cpu: int, batch: Batch) -> None:
         """Take records of one CPU, which follow those pushed before in its ring."""

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.ring import Records, Subbuf
+from collector.watermark import Watermark
 from mace.abi import COLUMNS
 from mace.errors import SourceError
 from mace.hooks import HOOKS, Hook
@@ -123,40 +124,24 @@ class Marker(Subbuf):
         self.records["skb_id"] = np.maximum(self.records["skb_id"], np.uint64(ts_ns))
 
 
-class RingMerger:
+class RingMerger(Watermark):
     """Holds views of what cannot be given out yet. Raises `SourceError` for records that no ring of ours can hold."""
 
     def __init__(self, hold_back_ns: int, places: Places, round_records: int = ROUND_RECORDS) -> None:
-        if hold_back_ns < 0:
-            raise ValueError(f"hold_back_ns is {hold_back_ns}, expected 0 or more")
-        self._hold_back_ns = hold_back_ns
+        super().__init__(hold_back_ns)
         self._places = places
         self._round_records = round_records
         self._waiting: dict[int, deque[Subbuf]] = {}
-        self._complete: dict[int, int] = {}
-        self.given_ns: int | None = None
-        """All records before this time were given out; later `take`s give none before it. None at first."""
-        self.late = 0
-        """Records that came after their time was given out."""
 
     def __len__(self) -> int:
         return sum(len(subbuf.records) for waiting in self._waiting.values() for subbuf in waiting)
 
-    @property
-    def watermark_ns(self) -> int | None:
-        """Up to this time, exclusively, records can be given out; None while some CPU has told nothing."""
-        return min(self._complete.values()) - self._hold_back_ns if self._complete else None
-
     def add_cpu(self, cpu: int, complete_ns: int) -> None:
         """Wait for this CPU from now on; it has no record before `complete_ns`."""
+        super().add_cpu(cpu, complete_ns)
         self._waiting[cpu] = deque()
-        self._complete[cpu] = complete_ns
         # In order of CPU, as records of equal time stand.
         self._waiting = dict(sorted(self._waiting.items()))
-
-    def complete(self, cpu: int, until_ns: int) -> None:
-        """All records of `cpu` with a time before `until_ns` were pushed."""
-        self._complete[cpu] = max(self._complete[cpu], until_ns)
 
     def push(self, cpu: int, subbuf: Subbuf) -> None:
         """Take a sub-buffer of one CPU, which follows in its ring those pushed before."""
