@@ -48,8 +48,9 @@
 #define MACE_EXTENSION_HEADERS_MAX 6
 #define MACE_PAYLOAD_BYTES 16
 /* IPv6, TCP with timestamps and 16 bytes of payload are 88. */
-#define MACE_LAST_BYTES 96
-#define MACE_CONTENT_FLAGS (MACE_FLAG_KEY | MACE_FLAG_FLOW | MACE_FLAG_FRAGMENT)
+#define MACE_KNOWN_BYTES 96
+/* A UDP datagram of 4 bytes. */
+#define MACE_KNOWN_BYTES_MIN 32
 
 unsigned short mace_vxlan_ports[MACE_VXLAN_PORTS_MAX] = { 4789, 8472 };
 unsigned int mace_vxlan_port_count = 2;
@@ -72,6 +73,7 @@ struct mace_ip {
 	u16 fragment_offset;
 	u32 l4_seq;
 	u32 l4_ack;
+	int l4; /* offset of the transport layer's header, or 0 if that was not read */
 	int end; /* offset of the first byte after the packet */
 	int inner; /* offset of an Ethernet frame in VXLAN, or 0 */
 	int used; /* offset of the first byte that nothing here depends on, or 0 */
@@ -79,21 +81,33 @@ struct mace_ip {
 };
 
 /*
- * The last packet that was read on a CPU. Mostly it is there again at the next hook, and if all the
- * bytes that matter are the same, so is what they say: a comparison of some words instead of
- * reading headers and hashing.
+ * A packet that was read on a CPU. Mostly it is there again at the next hook, and if all bytes that
+ * matter are the same, so is what they say: a comparison of some words instead of reading headers
+ * and hashing. Those that NAT and routing rewrite do not matter; but ports and identifiers, which a
+ * record tells, are read anew.
+ *
+ * Words lie one after the other from the network layer's header on; the last one ends where the
+ * bytes end, so that it may overlap the one before.
  */
-struct mace_last {
-	u64 bytes[MACE_LAST_BYTES / sizeof(u64)];
-	u32 words; /* in use of @bytes; 0: nothing is remembered */
+struct mace_known {
+	struct mace_word {
+		u64 bytes;
+		u64 mask; /* which of them are compared */
+	} words[MACE_KNOWN_BYTES / sizeof(u64)];
+	int bytes; /* that are compared, at least MACE_KNOWN_BYTES_MIN; 0: nothing is known */
+	int ports; /* offset of l4_src and l4_dst, or 0 */
 	__be16 protocol;
-	struct mace_record record; /* what they say */
-	/* What was hashed last: NAT changes the bytes above but not these. */
-	u64 hashed[4];
-	u64 hash;
+	u8 flags; /* what the bytes tell of mace_record.flags */
+	struct mace_record record; /* what else they tell; all other fields are a probe's */
 };
 
-static DEFINE_PER_CPU(struct mace_last, mace_last);
+struct mace_known_cpu {
+	struct mace_known packets[2]; /* a request and its reply are handled in turn */
+	unsigned int latest; /* which of them was seen last */
+	struct mace_record nothing; /* of a buffer that is no packet */
+};
+
+static DEFINE_PER_CPU(struct mace_known_cpu, mace_known);
 
 /*
  * @len bytes at @offset from skb->data, which may be negative: in place, or copied to @buffer.
@@ -233,6 +247,7 @@ static void mace_read_l4(const struct sk_buff *skb, int offset, struct mace_ip *
 		mace_read_payload(skb, offset, MACE_PAYLOAD_BYTES, ip);
 		return;
 	}
+	ip->l4 = offset;
 	switch (ip->l4_proto) {
 	case IPPROTO_TCP:
 		mace_read_tcp(skb, offset, ip);
@@ -328,18 +343,8 @@ static bool mace_read_ip(const struct sk_buff *skb, int offset, __be16 protocol,
 
 static u64 mace_hash(u64 first, u64 second, u64 third, u64 fourth)
 {
-	struct mace_last *last = this_cpu_ptr(&mace_last);
-
-	if (last->hashed[0] != first || last->hashed[1] != second || last->hashed[2] != third ||
-	    last->hashed[3] != fourth) {
-		last->hashed[0] = first;
-		last->hashed[1] = second;
-		last->hashed[2] = third;
-		last->hashed[3] = fourth;
-		last->hash = siphash_4u64(first, second, third, fourth, &mace_content_key);
-	}
-	/* 0 stands for "unknown". No packet has the words that are there at first, all 0. */
-	return last->hash ?: 1;
+	/* 0 stands for "unknown". */
+	return siphash_4u64(first, second, third, fourth, &mace_content_key) ?: 1;
 }
 
 static u64 mace_ip_key(const struct mace_ip *ip)
@@ -367,9 +372,8 @@ static u64 mace_other_key(const struct sk_buff *skb, int offset, __be16 protocol
 	return mace_hash(ntohs(protocol), buffer[0], buffer[1], buffer[2]);
 }
 
-/* The offset and the protocol of what VLAN tags in the packet's data carry. */
-static int mace_skip_vlan(const struct sk_buff *skb, int offset, __be16 *protocol,
-			  struct mace_record *record)
+/* The offset and the protocol of what VLAN tags in the packet's data carry; the last one's @tci. */
+static int mace_skip_vlan(const struct sk_buff *skb, int offset, __be16 *protocol, int *tci)
 {
 	struct vlan_hdr buffer __uninitialized;
 	const struct vlan_hdr *tag;
@@ -379,8 +383,7 @@ static int mace_skip_vlan(const struct sk_buff *skb, int offset, __be16 *protoco
 		tag = mace_peek(skb, offset, sizeof(buffer), &buffer);
 		if (!tag)
 			break;
-		record->flags |= MACE_FLAG_VLAN;
-		record->vlan = ntohs(tag->h_vlan_TCI);
+		*tci = ntohs(tag->h_vlan_TCI);
 		*protocol = tag->h_vlan_encapsulated_proto;
 		offset += sizeof(*tag);
 	}
@@ -389,84 +392,122 @@ static int mace_skip_vlan(const struct sk_buff *skb, int offset, __be16 *protoco
 
 static u64 mace_inner_key(const struct sk_buff *skb, int offset)
 {
-	struct mace_record unused = {};
 	struct ethhdr buffer __uninitialized;
 	const struct ethhdr *frame = mace_peek(skb, offset, sizeof(buffer), &buffer);
 	struct mace_ip ip __uninitialized;
 	__be16 protocol;
+	int tci;
 
 	if (!frame)
 		return 0;
 	protocol = frame->h_proto;
-	offset = mace_skip_vlan(skb, offset + sizeof(*frame), &protocol, &unused);
+	offset = mace_skip_vlan(skb, offset + sizeof(*frame), &protocol, &tci);
 	if (mace_read_ip(skb, offset, protocol, &ip))
 		return mace_ip_key(&ip);
 	return mace_other_key(skb, offset, protocol);
 }
 
-static void mace_copy_content(struct mace_record *to, const struct mace_record *from)
+static __always_inline u64 mace_differs(const struct mace_word *word, const void *bytes)
 {
-	to->packet_key = from->packet_key;
-	to->l4_src = from->l4_src;
-	to->l4_dst = from->l4_dst;
-	to->l4_seq = from->l4_seq;
-	to->ip_id = from->ip_id;
-	to->ip_version = from->ip_version;
-	to->l4_proto = from->l4_proto;
-	to->l4_bits = from->l4_bits;
-	to->flags &= ~MACE_CONTENT_FLAGS;
-	to->flags |= from->flags & MACE_CONTENT_FLAGS;
+	return (get_unaligned((const u64 *)bytes) ^ word->bytes) & word->mask;
 }
 
-/* Whether the packet is the one that was read last on this CPU; then @record says so too. */
-static bool mace_read_again(const struct sk_buff *skb, int offset, __be16 protocol,
-			    struct mace_record *record)
+static __always_inline bool mace_is_known(const struct mace_known *known, const struct sk_buff *skb,
+					  int offset, __be16 protocol)
 {
-	const struct mace_last *last = this_cpu_ptr(&mace_last);
-	const u64 *bytes = (const u64 *)(skb->data + offset);
-	u32 i;
+	const unsigned char *at = skb->data + offset;
+	const unsigned char *last = at + known->bytes - sizeof(u64);
+	const struct mace_word *word = known->words + 3;
+	u64 differs;
 
-	if (protocol != last->protocol || !last->words || offset < -(int)skb_headroom(skb) ||
-	    offset + (int)(last->words * sizeof(u64)) > (int)skb_headlen(skb))
+	if (!known->bytes || protocol != known->protocol || at < skb->head ||
+	    offset + known->bytes > (int)skb_headlen(skb))
 		return false;
-	for (i = 0; i < last->words; i++)
-		if (get_unaligned(bytes + i) != last->bytes[i])
-			return false;
-	mace_copy_content(record, &last->record);
-	return true;
+	differs = mace_differs(known->words, at) | mace_differs(known->words + 1, at + 8) |
+		  mace_differs(known->words + 2, at + 16);
+	for (at += 24; at < last; at += sizeof(u64))
+		differs |= mace_differs(word++, at);
+	return !(differs | mace_differs(word, last));
 }
 
-static void mace_remember_read(const struct sk_buff *skb, int offset, __be16 protocol,
-			       const struct mace_ip *ip, const struct mace_record *record)
+/* What of @mask's bytes, from the network layer's header on, NAT and routing rewrite. */
+static void mace_leave_out(u8 *mask, const struct mace_ip *ip, int l4)
 {
-	struct mace_last *last = this_cpu_ptr(&mace_last);
-	int bytes = ALIGN(ip->used - offset, sizeof(u64));
-	u32 i;
-
-	last->words = 0;
-	/* Not what depends on the length of the buffer, or on bytes outside its linear part. */
-	if (!ip->used || !ip->length || ip->inner || bytes > MACE_LAST_BYTES ||
-	    offset + bytes > (int)skb_headlen(skb))
+	if (ip->version == 4) {
+		mask[8] = 0; /* TTL */
+		memset(mask + 10, 0, 2 + 4 + 4); /* checksum, addresses */
+	} else {
+		mask[7] = 0; /* hop limit */
+		memset(mask + 8, 0, 16 + 16); /* addresses */
+	}
+	if (!ip->flow)
 		return;
-	for (i = 0; i < bytes / sizeof(u64); i++)
-		last->bytes[i] = get_unaligned((const u64 *)(skb->data + offset) + i);
-	last->words = i;
-	last->protocol = protocol;
-	mace_copy_content(&last->record, record);
+	switch (ip->l4_proto) {
+	case IPPROTO_TCP:
+		memset(mask + l4, 0, 4); /* ports */
+		memset(mask + l4 + 16, 0, 2); /* checksum */
+		break;
+	case IPPROTO_UDP:
+	case IPPROTO_UDPLITE:
+		/* The destination says whether to look for VXLAN. */
+		memset(mask + l4, 0, 2);
+		memset(mask + l4 + 6, 0, 2);
+		break;
+	case IPPROTO_SCTP:
+		memset(mask + l4, 0, 4);
+		memset(mask + l4 + 8, 0, 4);
+		break;
+	default: /* an echo's checksum and identifier */
+		memset(mask + l4 + 2, 0, 2 + 2);
+	}
 }
 
-static void mace_read(const struct sk_buff *skb, int offset, __be16 protocol,
-		      struct mace_record *record)
+/* @known's record was read from @ip, which is at @offset: know it again, if that is possible. */
+static void mace_know(struct mace_known *known, const struct sk_buff *skb, int offset,
+		      __be16 protocol, const struct mace_ip *ip)
 {
+	u64 buffer[MACE_KNOWN_BYTES / sizeof(u64)] __uninitialized;
+	int at, from, bytes = ip->used - offset, l4 = ip->l4 - offset;
+	const u8 *start = skb->data + offset;
+	u8 *mask = (u8 *)buffer;
+
+	/* Not what depends on the length of the buffer, or on bytes outside its linear part. */
+	if (!ip->used || !ip->length || ip->inner || bytes < MACE_KNOWN_BYTES_MIN ||
+	    bytes > MACE_KNOWN_BYTES || offset + bytes > (int)skb_headlen(skb))
+		return;
+	for (at = 0; at < bytes; at += sizeof(u64))
+		buffer[at / sizeof(u64)] = ~0ULL;
+	mace_leave_out(mask, ip, l4);
+	for (at = 0; at < bytes; at += sizeof(u64)) {
+		from = min_t(int, at, bytes - sizeof(u64));
+		known->words[at / sizeof(u64)].bytes = get_unaligned((const u64 *)(start + from));
+		known->words[at / sizeof(u64)].mask = get_unaligned((const u64 *)(mask + from));
+	}
+	known->protocol = protocol;
+	known->ports = 0;
+	if (ip->flow)
+		known->ports = ip->l4_proto == IPPROTO_ICMP || ip->l4_proto == IPPROTO_ICMPV6 ?
+				       l4 + offsetof(struct icmphdr, un.echo.id) :
+				       l4;
+	known->bytes = bytes;
+}
+
+static noinline struct mace_known *mace_read_anew(const struct sk_buff *skb, int offset,
+						  __be16 protocol)
+{
+	struct mace_known_cpu *cpu = this_cpu_ptr(&mace_known);
+	struct mace_known *known = &cpu->packets[cpu->latest ^= 1];
+	struct mace_record *record = &known->record;
 	struct mace_ip ip __uninitialized;
 
-	if (mace_read_again(skb, offset, protocol, record))
-		return;
+	known->bytes = 0;
+	known->flags = 0;
+	mace_clear(record, sizeof(*record));
 	if (!mace_read_ip(skb, offset, protocol, &ip)) {
 		record->packet_key = mace_other_key(skb, offset, protocol);
 		if (record->packet_key)
-			record->flags |= MACE_FLAG_KEY;
-		return;
+			known->flags = MACE_FLAG_KEY;
+		return known;
 	}
 	record->ip_version = ip.version;
 	record->l4_proto = ip.l4_proto;
@@ -477,81 +518,128 @@ static void mace_read(const struct sk_buff *skb, int offset, __be16 protocol,
 	record->l4_bits = ip.l4_bits;
 	if (ip.flow && (ip.l4_proto == IPPROTO_TCP || ip.l4_proto == IPPROTO_SCTP))
 		record->l4_seq = ip.l4_seq;
+	known->flags = MACE_FLAG_KEY;
 	if (ip.flow)
-		record->flags |= MACE_FLAG_FLOW;
+		known->flags |= MACE_FLAG_FLOW;
 	if (ip.fragment)
-		record->flags |= MACE_FLAG_FRAGMENT;
+		known->flags |= MACE_FLAG_FRAGMENT;
 	if (ip.inner)
 		record->packet_key = mace_inner_key(skb, ip.inner);
 	if (record->packet_key)
-		record->flags |= MACE_FLAG_TUNNEL;
+		known->flags |= MACE_FLAG_TUNNEL;
 	else
 		record->packet_key = mace_ip_key(&ip);
-	record->flags |= MACE_FLAG_KEY;
-	mace_remember_read(skb, offset, protocol, &ip, record);
+	mace_know(known, skb, offset, protocol, &ip);
+	return known;
+}
+
+static __always_inline struct mace_known *mace_read(const struct sk_buff *skb, int offset,
+						    __be16 protocol)
+{
+	struct mace_known_cpu *cpu = this_cpu_ptr(&mace_known);
+	struct mace_known *known = &cpu->packets[cpu->latest];
+
+	if (!mace_is_known(known, skb, offset, protocol)) {
+		known = &cpu->packets[cpu->latest ^ 1];
+		if (!mace_is_known(known, skb, offset, protocol))
+			return mace_read_anew(skb, offset, protocol);
+		cpu->latest ^= 1;
+	}
+	if (known->ports) {
+		const u8 *ports = skb->data + offset + known->ports;
+
+		known->record.l4_src = get_unaligned_be16(ports);
+		known->record.l4_dst = get_unaligned_be16(ports + 2);
+	}
+	return known;
+}
+
+/*
+ * A packet whose protocol is a VLAN's. The network header of one whose tag was put into its data on
+ * the way to the driver (validate_xmit_vlan) is that behind the tag. Else the tag is what comes
+ * next.
+ */
+static noinline int mace_find_vlan(const struct sk_buff *skb, int offset, __be16 *protocol,
+				   int *tci)
+{
+	struct vlan_hdr buffer __uninitialized;
+	const struct vlan_hdr *tag = NULL;
+
+	if (offset >= ETH_HLEN + VLAN_HLEN)
+		tag = mace_peek(skb, offset - VLAN_HLEN, VLAN_HLEN, &buffer);
+	if (!tag)
+		return mace_skip_vlan(skb, offset, protocol, tci);
+	*tci = ntohs(tag->h_vlan_TCI);
+	*protocol = tag->h_vlan_encapsulated_proto;
+	return offset;
+}
+
+static noinline struct mace_record *mace_read_vlan(const struct sk_buff *skb, int offset)
+{
+	int tci = skb_vlan_tag_present(skb) ? skb_vlan_tag_get(skb) : -1;
+	__be16 protocol = skb->protocol;
+	struct mace_known *known;
+
+	if (eth_type_vlan(protocol))
+		offset = mace_find_vlan(skb, offset, &protocol, &tci);
+	known = mace_read(skb, offset, protocol);
+	known->record.l3_len = max_t(int, (int)skb->len - offset, 0);
+	known->record.vlan = tci < 0 ? 0 : tci;
+	known->record.flags = known->flags | (tci < 0 ? 0 : MACE_FLAG_VLAN);
+	return &known->record;
 }
 
 /**
  * mace_packet_read_device() - read a packet that is at a device
  * @skb: the packet
  * @l3_offset: where the network layer begins, from skb->data
- * @record: gets l3_len and all that the packet's bytes tell
+ *
+ * Context: interrupts off. Return: a record, until the next call on this CPU. Its l3_len, vlan and
+ * flags are set, and all that the packet's bytes tell; other fields are what they were.
  */
-void mace_packet_read_device(const struct sk_buff *skb, int l3_offset, struct mace_record *record)
+struct mace_record *mace_packet_read_device(const struct sk_buff *skb, int l3_offset)
 {
-	__be16 protocol = skb->protocol;
-	struct vlan_hdr buffer __uninitialized;
-	const struct vlan_hdr *tag;
+	struct mace_known *known;
 
 	/* An offset of nobody's making, as of a packet socket's frame that was never parsed. */
-	if (l3_offset < 0 || l3_offset > (int)skb->len)
+	if (unlikely((unsigned int)l3_offset > skb->len))
 		l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
-	if (skb_vlan_tag_present(skb)) {
-		record->flags |= MACE_FLAG_VLAN;
-		record->vlan = skb_vlan_tag_get(skb);
-	}
-	if (eth_type_vlan(protocol)) {
-		/*
-		 * The network header of a packet whose tag was put into its data on the way to the
-		 * driver (validate_xmit_vlan) is that behind the tag. Else the tag is what comes
-		 * next.
-		 */
-		tag = l3_offset >= ETH_HLEN + VLAN_HLEN ?
-			      mace_peek(skb, l3_offset - VLAN_HLEN, VLAN_HLEN, &buffer) :
-			      NULL;
-		if (tag) {
-			record->flags |= MACE_FLAG_VLAN;
-			record->vlan = ntohs(tag->h_vlan_TCI);
-			protocol = tag->h_vlan_encapsulated_proto;
-		} else {
-			l3_offset = mace_skip_vlan(skb, l3_offset, &protocol, record);
-		}
-	}
-	record->l3_len = max_t(int, (int)skb->len - l3_offset, 0);
-	mace_read(skb, l3_offset, protocol, record);
+	if (unlikely(skb_vlan_tag_present(skb) || eth_type_vlan(skb->protocol)))
+		return mace_read_vlan(skb, l3_offset);
+	known = mace_read(skb, l3_offset, skb->protocol);
+	known->record.l3_len = skb->len - l3_offset;
+	known->record.vlan = 0;
+	known->record.flags = known->flags;
+	return &known->record;
 }
 
 /**
  * mace_packet_read_any() - read a kernel buffer that may be a packet
  * @skb: a buffer that is delivered or freed: headers may have been pulled, and it may never have
  *	been a packet
- * @record: gets what the bytes tell, if they are of an IP packet
  *
  * skb->dev is not looked at: it may dangle, and in a UDP socket's queue it is no device
  * (skb->dev_scratch).
+ *
+ * Context: interrupts off. Return: as mace_packet_read_device(), with l3_len and vlan 0; with no
+ * ip_version if it is not an IP packet, and then with nothing else.
  */
-void mace_packet_read_any(const struct sk_buff *skb, struct mace_record *record)
+struct mace_record *mace_packet_read_any(const struct sk_buff *skb)
 {
-	int offset;
+	struct mace_known *known;
+	struct mace_record *nothing;
 
-	if (!skb->head || (skb->protocol != htons(ETH_P_IP) && skb->protocol != htons(ETH_P_IPV6)))
-		return;
-	offset = skb_network_offset(skb);
-	if (skb->network_header == 0 || offset > (int)skb_headlen(skb))
-		return;
-	mace_read(skb, offset, skb->protocol, record);
-	if (!record->ip_version) {
-		record->flags &= ~MACE_FLAG_KEY;
-		record->packet_key = 0;
+	if (skb->head && skb->network_header && skb_network_offset(skb) <= (int)skb_headlen(skb) &&
+	    (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6))) {
+		known = mace_read(skb, skb_network_offset(skb), skb->protocol);
+		if (known->record.ip_version) {
+			known->record.l3_len = 0;
+			known->record.vlan = 0;
+			known->record.flags = known->flags;
+			return &known->record;
+		}
 	}
+	nothing = &this_cpu_ptr(&mace_known)->nothing;
+	mace_clear(nothing, sizeof(*nothing));
+	return nothing;
 }

@@ -26,7 +26,7 @@ static __always_inline void mace_clear(void *memory, size_t bytes)
 		WRITE_ONCE(words[i], 0);
 }
 
-void mace_packet_read_device(const struct sk_buff *skb, int l3_offset, struct mace_record *record);
-void mace_packet_read_any(const struct sk_buff *skb, struct mace_record *record);
+struct mace_record *mace_packet_read_device(const struct sk_buff *skb, int l3_offset);
+struct mace_record *mace_packet_read_any(const struct sk_buff *skb);
 
 #endif

@@ -107,7 +107,7 @@ struct mace_cost_cpu {
 static DEFINE_PER_CPU(struct mace_cost_cpu, mace_costs);
 unsigned int mace_cost_every = 64;
 
-static bool mace_is_at(const struct mace_session *session, struct mace_place at)
+static noinline bool mace_is_among(const struct mace_session *session, struct mace_place at)
 {
 	u32 i;
 
@@ -129,7 +129,13 @@ static bool mace_is_at(const struct mace_session *session, struct mace_place at)
 	return true;
 }
 
-static bool mace_is_wanted(const struct mace_session *session, const struct mace_record *record)
+static bool mace_is_at(const struct mace_session *session, struct mace_place at)
+{
+	return !(session->serial_count | session->place_count) || mace_is_among(session, at);
+}
+
+static __always_inline bool mace_is_wanted(const struct mace_session *session,
+					   const struct mace_record *record)
 {
 	if (session->l4_filtered &&
 	    !(session->l4_protos[record->l4_proto / 64] & 1ULL << record->l4_proto % 64))
@@ -139,7 +145,8 @@ static bool mace_is_wanted(const struct mace_session *session, const struct mace
 	       (record->packet_key && !(record->packet_key & session->sample_mask));
 }
 
-static void mace_record_to(struct mace_session *session, const struct mace_record *record)
+static __always_inline void mace_record_to(struct mace_session *session,
+					   const struct mace_record *record)
 {
 	struct mace_ring *ring = session->rings[record->cpu];
 
@@ -149,104 +156,153 @@ static void mace_record_to(struct mace_session *session, const struct mace_recor
 		irq_work_queue(&session->wake);
 }
 
-/* The last buffer that was identified on a CPU: mostly it is there again at the next hook. */
+/* Buffers that were identified on a CPU: mostly one of them is there at the next hook. */
+#define MACE_IDENTIFIED_BITS 4
+
 struct mace_identified {
 	const struct sk_buff *skb;
 	u64 skb_id;
 };
 
-static DEFINE_PER_CPU(struct mace_identified, mace_last_identified);
+static DEFINE_PER_CPU(struct mace_identified[1 << MACE_IDENTIFIED_BITS], mace_identified);
 
 static u64 mace_skb_id(const struct sk_buff *skb)
 {
-	struct mace_identified *last = this_cpu_ptr(&mace_last_identified);
+	/* Buffers are 256 bytes apart, a little more or less. */
+	unsigned int slot = (unsigned long)skb >> 8 & ((1 << MACE_IDENTIFIED_BITS) - 1);
+	struct mace_identified *known = this_cpu_ptr(&mace_identified[slot]);
 
-	if (last->skb != skb) {
-		last->skb = skb;
-		last->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
+	if (known->skb != skb) {
+		known->skb = skb;
+		known->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
 	}
-	return last->skb_id;
+	return known->skb_id;
 }
 
-static void mace_describe_at_device(const struct sk_buff *skb, const struct net_device *dev,
-				    int l3_offset, struct mace_record *record)
+/* All that is the same at every hook. */
+static __always_inline void mace_describe(struct mace_record *record, enum mace_hook hook,
+					  const struct sk_buff *skb, u64 now_ns)
 {
+	record->ts_ns = now_ns;
+	record->skb_id = mace_skb_id(skb);
+	record->gso_segs = skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
+	record->cpu = smp_processor_id();
+	record->hook = hook;
+	if (skb_cloned(skb))
+		record->flags |= MACE_FLAG_CLONED;
+}
+
+static struct mace_record *mace_describe_at_device(enum mace_hook hook, const struct sk_buff *skb,
+						   const struct net_device *dev, int l3_offset,
+						   u64 now_ns)
+{
+	struct mace_record *record = mace_packet_read_device(skb, l3_offset);
+
+	mace_describe(record, hook, skb, now_ns);
 	record->netns = dev_net(dev)->ns.inum;
 	record->ifindex = dev->ifindex;
-	mace_packet_read_device(skb, l3_offset, record);
+	record->drop_reason = 0;
+	return record;
 }
 
-static void mace_describe_elsewhere(const struct sk_buff *skb, u32 detail, struct mace_place *at,
-				    struct mace_record *record)
+static struct mace_record *mace_describe_elsewhere(enum mace_hook hook, const struct sk_buff *skb,
+						   u32 detail, u64 now_ns, struct mace_place *at)
 {
-	if (record->hook == MACE_HOOK_KFREE_SKB)
-		record->drop_reason = detail;
-	mace_packet_read_any(skb, record);
-	record->l3_len = record->hook == MACE_HOOK_KFREE_SKB ? 0 : detail;
+	struct mace_record *record = mace_packet_read_any(skb);
+	bool dropped = hook == MACE_HOOK_KFREE_SKB;
+
+	mace_describe(record, hook, skb, now_ns);
+	record->drop_reason = dropped ? detail : 0;
+	record->l3_len = dropped ? 0 : detail;
+	record->netns = 0;
+	record->ifindex = 0;
 	*at = mace_recall(record);
 	/* Queued at a socket, charged to it: it lives, where its reader does. */
 	if (!at->serial && skb->sk && skb->destructor == sock_rfree) {
 		at->serial = mace_netns_serial(sock_net(skb->sk));
 		record->netns = sock_net(skb->sk)->ns.inum;
 	}
+	return record;
+}
+
+/* The first session from @node on that wants this hook, and this place if that is known. */
+static __always_inline struct mace_session *
+mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mace_place *at)
+{
+	struct mace_session *session;
+
+	for (; node; node = rcu_dereference_raw(hlist_next_rcu(node))) {
+		session = hlist_entry(node, struct mace_session, node);
+		if ((session->hooks & BIT(hook)) && (!at || mace_is_at(session, *at)))
+			return session;
+	}
+	return NULL;
 }
 
 /*
+ * Inlined into its two callers, so that neither pays for what only the other one does.
+ *
  * @dev: the device that the packet is at, or NULL
  * @l3_offset: where its network layer begins, from skb->data, if @dev
  * @detail: bytes copied at MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, the reason at MACE_HOOK_KFREE_SKB
  */
-static void mace_observe(enum mace_hook hook, const struct sk_buff *skb,
-			 const struct net_device *dev, int l3_offset, u32 detail)
+static __always_inline void mace_observe(enum mace_hook hook, const struct sk_buff *skb,
+					 const struct net_device *dev, int l3_offset, u32 detail)
 {
+	struct mace_place at = {};
+	const struct mace_place *where = dev ? &at : NULL;
 	struct mace_session *session;
 	struct mace_cost_cpu *cost;
-	struct mace_record record __uninitialized; /* cleared when it is needed */
-	struct mace_place at = {};
-	bool described = false, recorded = false, timed;
+	struct mace_record *record;
+	struct hlist_node *node;
+	bool recorded = false;
 	unsigned long irq;
 	u64 now_ns;
 
 	/* With interrupts off we are a reader of RCU's as well (since v5.0, whatisRCU.rst). */
 	local_irq_save(irq);
 	now_ns = ktime_get_mono_fast_ns();
-	cost = this_cpu_ptr(&mace_costs);
-	timed = !(cost->calls[hook]++ & (mace_cost_every - 1));
 	if (dev) {
 		at.serial = mace_netns_serial(dev_net(dev));
 		at.ifindex = dev->ifindex;
 	}
-	hlist_for_each_entry_rcu(session, &mace_running, node, irqs_disabled()) {
-		if (!(session->hooks & BIT(hook)) || (dev && !mace_is_at(session, at)))
-			continue;
-		if (!described) {
-			mace_clear(&record, sizeof(record));
-			record.ts_ns = now_ns;
-			record.hook = hook;
-			record.cpu = smp_processor_id();
-			record.skb_id = mace_skb_id(skb);
-			if (skb_is_gso(skb))
-				record.gso_segs = skb_shinfo(skb)->gso_segs;
-			if (skb_cloned(skb))
-				record.flags = MACE_FLAG_CLONED;
-			if (dev)
-				mace_describe_at_device(skb, dev, l3_offset, &record);
-			else
-				mace_describe_elsewhere(skb, detail, &at, &record);
-			described = true;
-		}
-		if ((dev || mace_is_at(session, at)) && mace_is_wanted(session, &record)) {
-			mace_record_to(session, &record);
-			recorded = true;
-		}
+	node = rcu_dereference_raw(hlist_first_rcu(&mace_running));
+	session = mace_next_session(node, hook, where);
+	if (session) {
+		record = dev ? mace_describe_at_device(hook, skb, dev, l3_offset, now_ns) :
+			       mace_describe_elsewhere(hook, skb, detail, now_ns, &at);
+		do {
+			if ((dev || mace_is_at(session, at)) && mace_is_wanted(session, record)) {
+				mace_record_to(session, record);
+				recorded = true;
+			}
+			node = rcu_dereference_raw(hlist_next_rcu(&session->node));
+			session = mace_next_session(node, hook, where);
+		} while (session);
+		if (recorded && dev && READ_ONCE(mace_recall_users))
+			mace_remember(record, at);
 	}
-	if (recorded && dev && READ_ONCE(mace_recall_users))
-		mace_remember(&record, at);
-	if (timed) {
+	cost = this_cpu_ptr(&mace_costs);
+	if (!(cost->calls[hook]++ & (mace_cost_every - 1))) {
 		cost->timed[hook]++;
 		cost->timed_ns[hook] += ktime_get_mono_fast_ns() - now_ns;
 	}
 	local_irq_restore(irq);
+}
+
+static noinline void mace_observe_elsewhere(enum mace_hook hook, const struct sk_buff *skb,
+					    u32 detail)
+{
+	mace_observe(hook, skb, NULL, 0, detail);
+}
+
+static noinline void mace_observe_at_device(enum mace_hook hook, const struct sk_buff *skb,
+					    const struct net_device *dev, int l3_offset)
+{
+	if (dev)
+		mace_observe(hook, skb, dev, l3_offset, 0);
+	else
+		mace_observe_elsewhere(hook, skb, 0);
 }
 
 /* --- the probes ------------------------------------------------------------------- */
@@ -255,43 +311,43 @@ static void mace_observe(enum mace_hook hook, const struct sk_buff *skb,
 
 static void mace_probe_net_dev_queue(void *data, struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NET_DEV_QUEUE, skb, skb->dev, skb_network_offset(skb), 0);
+	mace_observe_at_device(MACE_HOOK_NET_DEV_QUEUE, skb, skb->dev, skb_network_offset(skb));
 }
 
 static void mace_probe_net_dev_start_xmit(void *data, const struct sk_buff *skb,
 					  const struct net_device *dev)
 {
-	mace_observe(MACE_HOOK_NET_DEV_START_XMIT, skb, dev, skb_network_offset(skb), 0);
+	mace_observe_at_device(MACE_HOOK_NET_DEV_START_XMIT, skb, dev, skb_network_offset(skb));
 }
 
 static void mace_probe_netif_rx(void *data, struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NETIF_RX, skb, skb->dev, 0, 0);
+	mace_observe_at_device(MACE_HOOK_NETIF_RX, skb, skb->dev, 0);
 }
 
 static void mace_probe_netif_receive_skb(void *data, struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NETIF_RECEIVE_SKB, skb, skb->dev, 0, 0);
+	mace_observe_at_device(MACE_HOOK_NETIF_RECEIVE_SKB, skb, skb->dev, 0);
 }
 
 static void mace_probe_napi_gro_receive_entry(void *data, const struct sk_buff *skb)
 {
-	mace_observe(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY, skb, skb->dev, 0, 0);
+	mace_observe_at_device(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY, skb, skb->dev, 0);
 }
 
 static void mace_probe_skb_copy_datagram_iovec(void *data, const struct sk_buff *skb, int bytes)
 {
-	mace_observe(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, NULL, 0, bytes);
+	mace_observe_elsewhere(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, bytes);
 }
 
 MACE_DEFINE_CONSUME_SKB(mace_probe_consume_skb, skb)
 {
-	mace_observe(MACE_HOOK_CONSUME_SKB, skb, NULL, 0, 0);
+	mace_observe_elsewhere(MACE_HOOK_CONSUME_SKB, skb, 0);
 }
 
 MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
 {
-	mace_observe(MACE_HOOK_KFREE_SKB, skb, NULL, 0, MACE_DROP_REASON());
+	mace_observe_elsewhere(MACE_HOOK_KFREE_SKB, skb, MACE_DROP_REASON());
 }
 
 /**

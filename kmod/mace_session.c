@@ -49,22 +49,8 @@ static atomic_long_t mace_ring_pages = ATOMIC_LONG_INIT(0);
 
 /* --- network namespaces ----------------------------------------------------------- */
 
-static unsigned int mace_net_id __read_mostly;
+unsigned int mace_net_id __read_mostly;
 static atomic_t mace_last_serial = ATOMIC_INIT(0);
-
-/**
- * mace_netns_serial() - number of a namespace, never given to another one
- * @net: any that is alive
- *
- * Context: a reader of RCU's, or one who holds @net. Return: the number, not 0.
- */
-u32 mace_netns_serial(const struct net *net)
-{
-	/* As net_generic(), without its lock. */
-	const struct mace_netns *netns = rcu_dereference_raw(net->gen)->ptr[mace_net_id];
-
-	return netns->serial;
-}
 
 static int __net_init mace_netns_init(struct net *net)
 {

@@ -469,3 +469,39 @@ def test_every_cut_and_every_flip_does_no_harm(wire: tuple[socket.socket, list[i
     # The same bytes, read at both ends of the wire.
     assert np.array_equal(queued["packet_key"], received["packet_key"])
     assert np.array_equal(queued["l3_len"], received["l3_len"])
+
+
+CONTENT = ("packet_key", "l4_src", "l4_dst", "l4_seq", "ip_id", "ip_version", "l4_proto", "l4_bits", "l3_len", "flags")
+
+
+def test_a_byte_makes_the_same_difference_beside_the_packet_that_was_read_before(
+    wire: tuple[socket.socket, list[int]],
+) -> None:
+    """What was read is recognised by comparing bytes; which bytes those are must not change what a record says."""
+    others = [CASES["gre"].frame, CASES["icmp error"].frame]
+    frames: list[bytes] = []
+    changed = 0
+    for name in (
+        "udp",
+        "tcp",
+        "icmp echo",
+        "sctp",
+        "first fragment",
+        "ipv6 udp",
+        "icmpv6 echo",
+        "neighbour solicitation",
+    ):
+        frame = CASES[name].frame
+        for at in range(14, min(len(frame), 14 + 100)):
+            other = bytearray(frame)
+            other[at] ^= 0x11
+            frames += [frame, bytes(other), *others, bytes(other)]
+            changed += 1
+    load()
+    try:
+        for records in sent(wire, frames):
+            seen = records[list(CONTENT)].reshape(changed, 2 + len(others) + 1)
+            assert (seen[:, 1] == seen[:, -1]).all()
+            assert 0 < (seen["packet_key"][:, 0] == seen["packet_key"][:, 1]).sum() < changed
+    finally:
+        unload()
