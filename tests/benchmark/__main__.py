@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, offline, ring_drain, versus, wire
+from tests.benchmark import ftrace_decode, kmod, live, offline, ring_drain, rows, versus, wire
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -24,6 +24,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "ring_drain": ring_drain.run,
     "capture_to_windows": offline.capture_to_windows,
     "capture_to_rows": offline.capture_to_rows,
+    "store": rows.run,
     "vs_netdev_times": versus.netdev_times,
     "vs_bpftrace_text": versus.bpftrace_text,
     "live_flood": live.under_flood,
