@@ -1,4 +1,6 @@
-"""What a packet socket sees of UDP datagrams on one device: an observer that knows nothing of MACE, and each by its payload.
+"""UDP datagrams on one device, as a packet socket sees them: an observer that knows nothing of MACE.
+
+It knows each by a number in its payload.
 
     observer.py DEVICE        inside the device's namespace; the standard library only
 
