@@ -56,8 +56,11 @@ from mace.topology import Device, Role, Sighting, Topology
 
 WAY: Final = np.zeros(256, np.uint8)
 """`Way` of each hook number."""
+HAS_DEVICE: Final = np.zeros(256, np.bool_)
+"""Whether a record of each hook number names a device that the packet is at."""
 for _info in HOOKS:
     WAY[_info.hook] = _info.way
+    HAS_DEVICE[_info.hook] = _info.has_device
 
 TUNNELS: Final = frozenset(
     {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}

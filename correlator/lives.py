@@ -18,6 +18,7 @@ from correlator.identity import (
     CODES,
     COPIED_BEHIND,
     CROSS,
+    HAS_DEVICE,
     JOIN,
     SAME_LENGTH,
     WAY,
@@ -56,7 +57,11 @@ class Records:
     @classmethod
     def of(cls, batch: Batch) -> Records:
         """The records of a batch (no markers)."""
-        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, batch.dev), batch.l3_len)
+        dev = batch.dev
+        if batch.content is not None:
+            # The device that a packet was at before it was delivered or freed is not where it is now.
+            dev = dev * HAS_DEVICE.take(batch.hook)
+        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), batch.l3_len)
 
     def __add__(self, later: Records) -> Records:
         if not len(self):
