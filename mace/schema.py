@@ -81,6 +81,10 @@ class Grades:
         """ambiguous, buffer, content, exact, told_apart."""
         return asdict(self)
 
+    def line(self) -> str:
+        """All of it in one line for people."""
+        return "grades: " + " · ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in self.as_dict().items())
+
 
 class Outcome(IntEnum):
     """How the packet's life ended, as far as it was seen."""
