@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from correlator.engine import Engine, EngineConfig
-from mace.records import Batch, Flag
+from mace.records import Batch, Content, Flag
 from mace.schema import Delays, Direction, Grade, Segment
 from mace.topology import Device
 from tests.reference import Reference
@@ -200,13 +200,24 @@ def test_device_delays_add_up_to_the_overhead(batch):
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.tuples(*(st.integers(0, 40_000), st.integers(0, 9), st.integers(0, 8), st.integers(1, 5))), max_size=60)
+    st.lists(
+        st.tuples(
+            *(st.integers(0, 40_000), st.integers(0, 9), st.integers(0, 8), st.integers(1, 5)),
+            *(st.integers(0, 3), st.integers(0, 255), st.integers(0, 3)),
+        ),
+        max_size=60,
+    ),
+    st.booleans(),
 )
-def test_no_stream_is_too_wild(rows):
-    """Any hooks (0 and 9 do not exist) on any devices in any order, with every name doubtful: all is accounted for."""
+def test_no_stream_is_too_wild(rows, read):
+    """Any hooks (0 and 9 do not exist) on any devices in any order, with every name doubtful and any content: all is
+    accounted for.
+    """
     rows = sorted(rows)
-    columns = np.array(rows).reshape(-1, 4).T
-    batch = Batch.of(len(rows), ts_ns=columns[0], hook=columns[1], dev=columns[2], skb_id=columns[3])
+    columns = np.array(rows).reshape(-1, 7).T
+    content = Content.of(len(rows), packet_key=columns[4], flags=columns[5]) if read else None
+    names = dict(zip(("ts_ns", "hook", "dev", "skb_id"), columns, strict=False))
+    batch = Batch.of(len(rows), content, **names, gso_segs=columns[6])
     results = correlate(batch, devices=(*DEVICES, Device(ELSEWHERE, 7, "veth1", "veth", ELSEWHERE, 8)), slice_ns=5_000)
     assert results[-1].ledger.records == len(rows)
 

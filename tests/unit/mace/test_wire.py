@@ -2,6 +2,7 @@ import json
 import struct
 import tracemalloc
 from dataclasses import asdict, replace
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -416,6 +417,37 @@ def test_the_largest_batch_takes_bounded_memory():
     assert peak < 64 << 20
 
 
+def as_version_1(payload_of_2):
+    """A batch's payload as version 1 had it: eight columns, and no word about how many."""
+    return payload_of_2[:12] + payload_of_2[13:]
+
+
+def version_1(*payloads):
+    header = to_json({"wire": 1} | asdict(HEADER))
+    frames = [(Message.HEADER, header), *((Message.BATCH, raw) for raw in payloads)]
+    tag = crc32(header)
+    return [forge(message, raw, stream=tag, sequence=n, version=1) for n, (message, raw) in enumerate(frames)]
+
+
+def test_a_stream_of_version_1_is_read():
+    one = payload(1, TIMES, *[0] * 6, 1, columns=bytes(8) + HOOK_OK)
+    decoder = Decoder()
+    header, batch = (decoder.frame(frame) for frame in version_1(as_version_1(one)))
+    assert (header, decoder.version) == (HEADER, 1)
+    assert same(batch, Batch.of(1, hook=[Hook.NETIF_RX]))
+    with pytest.raises(WireError, match="wire version 2 in a stream of version 1"):
+        decoder.frame(forge(Message.BATCH, one, stream=stream_tag(version_1()[0]), sequence=2))
+
+
+@pytest.mark.parametrize("size", [0, 3, 11, 12, 13, 19])
+def test_batches_of_version_1_that_are_cut(size):
+    decoder = Decoder()
+    header, batch = version_1(as_version_1(payload(0, *[0] * 8))[:size])
+    decoder.frame(header)
+    with pytest.raises(WireError, match=r"a BATCH of|a batch of"):
+        decoder.frame(batch)
+
+
 HEADER_FIELDS = {"wire": wire.WIRE_VERSION} | asdict(HEADER)
 TOPOLOGY_FIELDS = {"from_ns": 1, "host_netns": 1, "devices": [], "first_sighting": 0, "sightings": [["", 0, 0]]}
 DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
@@ -452,8 +484,6 @@ DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
     ],
 )
 def test_headers_that_lie(match, raw):
-    from zlib import crc32
-
     with pytest.raises(WireError, match=match):
         Decoder().frame(forge(Message.HEADER, raw, stream=crc32(raw), sequence=0))
 
@@ -511,7 +541,5 @@ def test_ends_that_lie(raw):
 
 
 def test_keys_from_the_future_are_passed_over():
-    from zlib import crc32
-
     raw = json.dumps(HEADER_FIELDS | {"colour": "blue"}).encode()
     assert Decoder().frame(forge(Message.HEADER, raw, stream=crc32(raw), sequence=0)) == HEADER
