@@ -153,12 +153,14 @@ class Capture:
                 raise WireError(_not_a_capture(bytes(head)))
             if len(head) < len(wire.FILE_HEAD):
                 raise WireError("the file is cut inside its signature" if head else "the file is empty")
-            if (version := int.from_bytes(head[len(wire.SIGNATURE) :], "little")) != wire.WIRE_VERSION:
-                raise WireError(wire.unsupported(version))
+            version = int.from_bytes(head[len(wire.SIGNATURE) :], "little")
+            wire.check_version(version)
             self._drop(len(head))
             message = self._next()
             if not isinstance(message, StreamHeader):
                 raise WireError("the file is cut inside its header")
+            if self._decoder.version != version:
+                raise WireError(f"a file of wire version {version} whose frames are of {self._decoder.version}")
         except CaptureError:
             raise
         except WireError as error:

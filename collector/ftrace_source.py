@@ -498,7 +498,8 @@ def keep_freed_memory() -> None:
 def _marker(cpu: int, ts_ns: int, lost: int, until_ns: int) -> Batch:
     limits: dict[str, Any] = {"l3_len": min(lost, int(np.iinfo(DTYPES["l3_len"]).max))}
     one: dict[str, Any] = {"ts_ns": ts_ns, "skb_id": until_ns, "cpu": cpu, "hook": Hook.LOST, **limits}
-    return Batch.of(1, **{name: [value] for name, value in one.items()})
+    columns: dict[str, Any] = {name: [value] for name, value in one.items()}
+    return Batch.of(1, **columns)
 
 
 def boot_id() -> str:

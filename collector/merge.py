@@ -14,6 +14,7 @@ read: ordered by time, then CPU, then place in the ring.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
@@ -55,13 +56,7 @@ class Merger(Watermark):
             return batch
         # A marker says "after this time": it stays true when the time moves up to what was given out.
         marker = batch.hook == Hook.LOST
-        moved = Batch.of(
-            len(batch),
-            **{
-                name: np.where(marker, np.maximum(column, self.given_ns), column) if name == "ts_ns" else column
-                for name, column in batch.columns()
-            },
-        )
+        moved = replace(batch, ts_ns=np.where(marker, np.maximum(batch.ts_ns, self.given_ns), batch.ts_ns))
         keep = moved.ts_ns >= self.given_ns
         self.late += int(len(keep) - keep.sum())
         return _sorted(moved[keep])

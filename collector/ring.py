@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.device import Taken
-from mace.abi import COLUMNS, RECORD, SUBBUF
+from mace.abi import COLUMNS, RECORD, SUBBUF, WORDS
 from mace.errors import SourceError
 
 Records = npt.NDArray[Any]
@@ -58,8 +58,7 @@ class Subbuf:
         """Keep the records elsewhere, so that the ring can go on."""
         if self._held:
             # As whole numbers: numpy copies structs member by member, four times as slowly.
-            words = self.records.view(np.uint64).reshape(-1, RECORD.itemsize // 8)
-            self.records = words.copy().view(COLUMNS).reshape(-1)
+            self.records = self.records.view(WORDS).copy().view(COLUMNS).reshape(-1)
             self._held = False
 
 

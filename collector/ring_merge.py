@@ -1,8 +1,9 @@
-"""The module's rings -> batches in time order, with one copy from the ring to the batch.
+"""The module's rings -> batches in time order, whole records at a time.
 
-Of what waits only views of the rings are kept. The order is found from the times alone; then each column is written
-once, from the ring to where it stands in the batch. Batches are made of some thousand records at a time, so that the
-second and later columns of a record come out of the processor's cache.
+Of what waits only views of the rings are kept. The order is found from the times alone; then whole records are brought
+into it, a cache line each, and their words set apart: all first words, all second words, and so on. A column of a batch
+is a view of one such row of words. Batches are made of some thousand records at a time, so that all after the first
+step comes out of the processor's cache.
 
 When a record may be given out, and what becomes of one that is late, is as in `collector.merge`; so is the order: time,
 then CPU, then place in the ring, however the rings were read. A ring gives its own records in order of time (the
@@ -14,32 +15,30 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from collector.ring import Records, Subbuf
 from collector.watermark import Watermark
-from mace.abi import COLUMNS
+from mace import abi
 from mace.errors import SourceError
 from mace.hooks import HOOKS, Hook
-from mace.records import DTYPES, Batch
+from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content, Flag
 from mace.topology import NO_DEVICE, Sighting
 
 ROUND_RECORDS: Final = 1 << 14
 """Records merged at once, about: 1 MiB in the rings. A quarter of it was a third slower, four times of it a tenth."""
 _NEVER: Final = int(np.iinfo(np.int64).max)
-_DIRECT: Final = ("skb_id", "l3_len", "hook")
-"""Columns that are in a batch what they are in a record."""
-_MOSTLY_ZERO: Final = ("drop_reason", "gso_segs")
-"""Those of which a look whether there is anything is cheaper than writing them."""
 _NO_REASON: Final = int(np.iinfo(DTYPES["drop_reason"]).max)
 """Stands for a drop reason that the column cannot hold: one of a subsystem's own, with its number in the upper half
 (SKB_DROP_REASON_SUBSYS_MASK, include/net/dropreason.h). The segments of a buffer never reach it."""
 
-_HAS_DEVICE: Final = np.zeros(256, np.uint64)
-_HAS_DEVICE[[info.hook for info in HOOKS if info.has_device]] = 1
+_WHOLE: Final = np.dtype(f"V{abi.RECORD.itemsize}")
+
+_HAS_DEVICE: Final = np.zeros(256, np.bool_)
+_HAS_DEVICE[[info.hook for info in HOOKS if info.has_device]] = True
 _IS_HOOK: Final = np.zeros(256, np.bool_)
 _IS_HOOK[[Hook.LOST, *(info.hook for info in HOOKS)]] = True
 
@@ -113,7 +112,7 @@ class Marker(Subbuf):
     __slots__ = ()
 
     def __init__(self, cpu: int, ts_ns: int, lost: int, until_ns: int) -> None:
-        made = np.zeros(1, COLUMNS)
+        made = np.zeros(1, abi.COLUMNS)
         made["ts_ns"], made["skb_id"], made["cpu"], made["hook"] = ts_ns, max(until_ns, ts_ns), cpu, Hook.LOST
         made["l3_len"] = min(lost, int(np.iinfo(DTYPES["l3_len"]).max))
         super().__init__(made, held=False)
@@ -216,35 +215,31 @@ class RingMerger(Watermark):
         lengths = [sum(map(len, run)) for _, run in runs]
         pieces = [piece for _, run in runs for piece in run]
         ts = np.concatenate([piece["ts_ns"] for piece in pieces])
+        words = np.concatenate([piece.view(abi.WORDS) for piece in pieces])
         order = self._order(ts, [cpu for cpu, _ in runs], lengths)
-        cpus = np.repeat(np.array([cpu for cpu, _ in runs], DTYPES["cpu"]), lengths)
-        columns: dict[str, npt.NDArray[Any]] = {name: np.empty(len(ts), DTYPES[name]) for name in _DIRECT}
-        columns |= {name: np.zeros(len(ts), DTYPES[name]) for name in _MOSTLY_ZERO}
-        place = np.empty(len(ts), np.uint64)
-        at: npt.NDArray[np.int64] | None = None
         if order is not None:
-            ts, cpus = ts.take(order), cpus.take(order)
-            at = np.empty(len(ts), np.int64)
-            at[order] = np.arange(len(ts))
-        # Piece by piece, all of its columns: so it comes from memory once.
-        start = 0
-        for piece in pieces:
-            here = slice(start, start + len(piece)) if at is None else at[start : start + len(piece)]
-            for name in _DIRECT:
-                columns[name][here] = piece[name]
-            place[here] = piece["place"]
-            for name in _MOSTLY_ZERO:
-                if np.count_nonzero(piece[name]):
-                    columns[name][here] = np.minimum(piece[name], _NO_REASON)
-            start += len(piece)
-        hook = columns["hook"]
+            # As items without parts: numpy takes each in one go.
+            words = words.view(_WHOLE).reshape(-1).take(order).view(abi.WORDS)
+        columns = abi.columns(np.ascontiguousarray(words.T))
+        hook, flags, place = columns["hook"], columns["flags"], columns["place"]
         if not _IS_HOOK.take(hook).all():
             raise SourceError(
                 f"the module's rings: a record of hook {hook[~_IS_HOOK[hook]][0]}, which was not asked for: a defect of"
                 " the module, please report"
             )
-        place *= _HAS_DEVICE.take(hook)
-        return Batch(ts_ns=ts, dev=self._places.codes(place), cpu=cpus, **columns)
+        # Where there is no device a record can still name the namespace of a socket.
+        place *= _HAS_DEVICE.take(hook) | ((flags & Flag.RECALLED) != 0)
+        return Batch(
+            ts_ns=columns["ts_ns"],
+            skb_id=columns["skb_id"],
+            dev=self._places.codes(place),
+            l3_len=columns["l3_len"],
+            cpu=columns["cpu"],
+            drop_reason=_reasons(columns["drop_reason"]),
+            gso_segs=columns["gso_segs"],
+            hook=hook,
+            content=Content(*(columns[name] for name in CONTENT_DTYPES)),
+        )
 
     def _order(self, ts: npt.NDArray[np.int64], cpus: list[int], lengths: list[int]) -> npt.NDArray[np.int64] | None:
         """Indices that bring runs that stand one after the other in order of time; None if they are."""
@@ -259,3 +254,10 @@ class RingMerger(Watermark):
             )
         # Sorted runs one after the other are what a merge sort has halfway, and numpy's stable sort finds them.
         return np.argsort(ts, kind="stable") if between else None
+
+
+def _reasons(told: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
+    """Drop reasons in the column's own type. Mostly there are none, and a look is cheaper than a conversion."""
+    if not np.count_nonzero(told):
+        return np.zeros(len(told), DTYPES["drop_reason"])
+    return np.minimum(told, _NO_REASON).astype(DTYPES["drop_reason"])

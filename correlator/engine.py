@@ -23,7 +23,7 @@ from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch
-from mace.schema import Delays, Grade, Results
+from mace.schema import Delays, Grade, Grades, Results
 from mace.topology import Device, Topology
 
 
@@ -61,7 +61,7 @@ class Engine:
         self._gaps: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
-        self._packets = 0
+        self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
         self._left = 0
         """Single records that were still waiting when the stream ended."""
@@ -142,7 +142,9 @@ class Engine:
         if len(batch) or len(self._open):
             new = Records.of(batch)
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
+            self._grades["told_apart"] += lives.told_apart
             delays = self._measure(lives, self._finish(lives, upto_ns, last=last))
+        grades = Grades(**self._grades)
         oldest = int(self._open.records.ts.min()) if len(self._open) else upto_ns
         self._gaps = [gap for gap in self._gaps if gap[1] > min(oldest, upto_ns - self._config.timeout_ns)]
         return Results(
@@ -150,8 +152,9 @@ class Engine:
             delays,
             self._windows.close(None if last else min(oldest, upto_ns) + self._offset_ns),
             Ledger(**self._tally, in_flight=self._left + len(self._open)),
-            self._packets,
+            grades.packets,
             tuple(self._devices),
+            grades=grades,
         )
 
     def _note_gaps(self, markers: Batch) -> None:
@@ -203,7 +206,9 @@ class Engine:
         self._tally["dropped"] += int(size[dropped].sum())
         self._tally["ambiguous"] += int(size[unclear].sum())
         self._tally["matched"] += int(size[ended & ~dropped & ~unclear].sum())
-        self._packets += found.packets
+        self._grades["ambiguous"] += int(unclear.sum())
+        for grade, count in zip(Grade, np.bincount(lives.grade[found.packets], minlength=len(Grade)), strict=True):
+            self._grades[grade.name.lower()] += int(count)
         utc_ns = found.ts + self._offset_ns
         device = self._entries((found.device << 32) | found.owner).astype(np.int32)
         self._windows.add(utc_ns, device, found.direction, found.segment, found.delay)
@@ -220,7 +225,7 @@ class Engine:
             position=found.position[by_time],
             delay_ns=found.delay[by_time],
             l3_len=lives.length()[life],
-            grade=np.full(len(life), Grade.BUFFER, np.uint8),
+            grade=lives.grade[life],
             outcome=found.outcome[life],
         )
 

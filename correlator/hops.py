@@ -50,7 +50,7 @@ class Measured:
     """Over all lives: some device on the path could be several."""
     outcome: Bytes
     """Over all lives."""
-    packets: int
+    packets: Ints
     """Lives that have a row."""
 
 
@@ -77,7 +77,7 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
     if not len(first):
         none, no_bytes = np.zeros(0, np.int64), np.zeros(0, np.uint8)
         outcome[dropped] = Outcome.DROPPED
-        return Measured(none, none, none, none, no_bytes, no_bytes, no_bytes, none, dropped, unclear, outcome, 0)
+        return Measured(none, none, none, none, no_bytes, no_bytes, no_bytes, none, dropped, unclear, outcome, none)
 
     # Paths: the hops of one life. `path` says for each hop which it is of, `head` and `tail` where one begins and ends.
     changes = np.flatnonzero(of[1:] != of[:-1])
@@ -182,7 +182,7 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
         dropped=dropped,
         unclear=unclear,
         outcome=outcome,
-        packets=int(has_row.sum()),
+        packets=alive[has_row],
     )
 
 

@@ -29,7 +29,39 @@ wait for. A wrong pair is worse than a missing one.
 
 What this cannot see: a buffer that is freed untraced and comes back *on a path the old packet could have
 taken*, with the same length (a proxy on the host whose acknowledgement leaves by another device just after it
-received one). Only content can tell those apart; hence the grade `BUFFER`, and not `EXACT`.
+received one). Only content can tell those apart.
+
+**The content key parts what the moves would join.** A source that reads packets gives each record a key: a hash of
+what NAT, routing and bridging leave alone (not addresses, ports, TTL or checksums; kmod/mace_packet.c has the list).
+Within a life the key does not change, because nothing between two hooks changes what it is made of. So a record whose
+key is another than the last one known in its life begins a new life, whatever the moves say, and `told_apart` counts
+it. The end of a buffer is no exception: a drop with another key is the drop of another packet, which was never seen.
+A record without a key (what is not IP, where it is freed) says nothing and is passed over.
+
+There are three places where the kernel makes another packet in the same buffer and goes on with it. There the key may
+change, the life goes on, and the buffer alone vouches for it:
+
+    G d → R d, R of several segments     receive offload (GRO) has put other packets behind this one
+    Q d → X d, Q of several, X of one    a list of segments is taken apart (skb_segment_list): one keeps the buffer
+    into or out of a tunnel              the outer packet is another one. Not so VXLAN whose inner packet was read (flag
+                                         TUNNEL): its key is the inner packet's, so it has to stay the same
+
+And there are those where a packet ends although something goes on in its buffer; its life ends there too:
+
+- *Fragments.* A reassembled packet lives on in the buffer of the fragment that came last. It is another packet: what
+  the fragments crossed before is theirs, what it crosses afterwards, and its end, are its own.
+- *Software segmentation* (GSO) puts each segment into a new buffer. The large one ends where it is cut; the segments'
+  lives begin there. Large buffers that stay whole are one packet.
+- *Rewriting.* NAT helpers (FTP, SIP) change payload and, behind it, TCP sequence numbers; tc or BPF may change what
+  they like. The packet's life is cut in two, each half of which is right; what it needed between them is not measured.
+  Nothing distinguishes it from a reused buffer, and a wrong pair is worse than a missing one.
+- *Clones* have a buffer of their own and the key of their original. Nothing joins lives of different buffers here.
+
+Two packets with one key in one buffer, one right after the other on a path that one could have taken, are not told
+apart: repeated acknowledgements without payload (IPv6, or IPv4 with identification 0) can be such.
+
+**Grades.** `EXACT`: at least two records of the life have a key, and all that have one agree. `BUFFER`: the buffer
+alone holds, because there are no keys or because the key changed where it may. `AMBIGUOUS`: given up, as below.
 
 **Names are not devices.** The kernel's tracepoints name devices by name, and `eth0` is in every container. A
 sighting can therefore be several devices, the *candidates*, and the same table of moves decides: of all pairs of
@@ -56,8 +88,11 @@ from mace.topology import Device, Role, Sighting, Topology
 
 WAY: Final = np.zeros(256, np.uint8)
 """`Way` of each hook number."""
+HAS_DEVICE: Final = np.zeros(256, np.bool_)
+"""Whether a record of each hook number names a device that the packet is at."""
 for _info in HOOKS:
     WAY[_info.hook] = _info.way
+    HAS_DEVICE[_info.hook] = _info.has_device
 
 TUNNELS: Final = frozenset(
     {"vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "ipip", "sit", "ip6tnl", "wireguard"}
@@ -77,6 +112,8 @@ SAME_LENGTH: Final = 4
 """Flag of a verdict: joined only if both records have the same length."""
 WHOLE_COPY: Final = 8
 """Flag of a verdict: joined only if the bytes copied are all of the packet's but for headers."""
+OTHER_CONTENT: Final = 16
+"""Flag of a verdict: the move leads into a tunnel or out of one, so that the content may be another."""
 COPIED_BEHIND: Final = (20, 28, 40, 48, 52, 60, 72)
 """Headers that a reader is not given, bytes: IPv4 or IPv6 (20, 40) alone for ping sockets, with UDP (8), or with TCP
 without options or with timestamps (20, 32). Sockets of all kinds copy through this hook, so a copy of any other length
@@ -239,7 +276,13 @@ class Resolver:
             return 0, -1, -1
         across = 0 if all(a == b for a, b in pairs) else CROSS
         routed = SAME_LENGTH if way_p == Way.RECEIVE and way_n == Way.TRANSMIT else 0
+        if any(self._is_through_tunnel(way_p, a, way_n, b) for a, b in pairs):
+            across |= OTHER_CONTENT
         return JOIN | across | routed, _sole(a for a, _ in pairs), _sole(b for _, b in pairs)
+
+    def _is_through_tunnel(self, way_p: int, a: int, way_n: int, b: int) -> bool:
+        """Whether the move wraps the packet or unwraps it; being routed into a tunnel's device does not yet."""
+        return way_p == way_n and self.devices[a if way_p == Way.TRANSMIT else b].kind in TUNNELS
 
     @staticmethod
     def _stays(hook_p: Hook, hook_n: Hook) -> bool:

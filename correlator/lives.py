@@ -7,17 +7,19 @@ them, and everything is said by arrays over records and over lives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Final
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from correlator.content import changes, explained, keys, traits
 from correlator.identity import (
     CODE_BITS,
     CODES,
     COPIED_BEHIND,
     CROSS,
+    HAS_DEVICE,
     JOIN,
     SAME_LENGTH,
     WAY,
@@ -30,6 +32,7 @@ from correlator.identity import (
 from correlator.memo import GOLDEN
 from mace.hooks import Way
 from mace.records import Batch
+from mace.schema import Grade
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]
@@ -38,6 +41,8 @@ Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
 
 NEVER: Final = np.iinfo(np.int64).max
+_OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8}
+"""The last columns of `Records`, which it may not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,10 @@ class Records:
     place: Ints
     """Hook and sighting, as `correlator.identity.place` packs them."""
     length: npt.NDArray[np.uint32]
+    key: Ids | None = None
+    """Content keys, 0 where none is known; None if no record has one."""
+    trait: npt.NDArray[np.uint8] | None = None
+    """What else `correlator.content` asks of a record; None where `key` is."""
 
     def __len__(self) -> int:
         return len(self.ts)
@@ -56,12 +65,30 @@ class Records:
     @classmethod
     def of(cls, batch: Batch) -> Records:
         """The records of a batch (no markers)."""
-        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, batch.dev), batch.l3_len)
+        dev = batch.dev
+        if batch.content is not None:
+            # The device that a packet was at before it was delivered or freed is not where it is now.
+            dev = dev * HAS_DEVICE.take(batch.hook)
+        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), batch.l3_len, keys(batch), traits(batch))
 
     def __add__(self, later: Records) -> Records:
         if not len(self):
             return later
-        return Records(*(np.concatenate([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)))
+        if self.key is None and later.key is None:
+            names = [f.name for f in fields(self)[: -len(_OF_CONTENT)]]
+            return Records(*(np.concatenate([getattr(self, name), getattr(later, name)]) for name in names))
+        both = [self._with_content(), later._with_content()]
+        return Records(*(np.concatenate([getattr(one, f.name) for one in both]) for f in fields(self)))
+
+    def __getitem__(self, index: Ints) -> Records:
+        """The records at `index`."""
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Records(**{name: column[index] for name, column in given if column is not None})
+
+    def _with_content(self) -> Records:
+        if self.key is not None:
+            return self
+        return replace(self, **{name: np.zeros(len(self), dtype) for name, dtype in _OF_CONTENT.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +133,10 @@ class Lives:
     """Another life of the same buffer follows."""
     late: Mask
     """It follows after the timeout: a partner could not have come any more."""
+    grade: npt.NDArray[np.uint8]
+    """`mace.schema.Grade`: EXACT or BUFFER."""
+    told_apart: int
+    """Lives that their key alone ended, of those that were decided about now."""
 
     @property
     def size(self) -> Ints:
@@ -131,10 +162,7 @@ class Lives:
             return NOTHING_OPEN
         kept = np.arange(int(size.sum())) + np.repeat(first - (np.cumsum(size) - size), size)
         kept = kept[np.argsort(self.order[kept])]
-        at, given = self.order[kept], self.records
-        return Open(
-            Records(given.ts[at], given.skb[at], given.place[at], given.length[at]), self.number[kept], self.cross[kept]
-        )
+        return Open(self.records[self.order[kept]], self.number[kept], self.cross[kept])
 
 
 def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
@@ -159,9 +187,11 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
     joined[1:] &= ts[1:] - ts[:-1] <= timeout_ns
     if gaps:
         joined[1:] &= ~spans_gap(gaps, ts[:-1], ts[1:])
-    cross = ((moves & CROSS) != 0) | ~joined
     if len(carried):
         joined |= same & old
+    told_apart, other_content = _part(records, order, joined, judged, places, moves)
+    cross = ((moves & CROSS) != 0) | ~joined
+    if len(carried):
         at = np.flatnonzero(old)
         number[at], cross[at] = carried.number[order[at]], carried.cross[order[at]]
 
@@ -177,6 +207,7 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
     ends = np.append(starts[1:], len(order)) - 1
     reused = np.append(same[starts[1:]], False)
     waited = np.append(ts[starts[1:]] - ts[ends[:-1]] > timeout_ns, False)
+    life = np.cumsum(~joined) - 1
     return Lives(
         records=records,
         order=order,
@@ -184,13 +215,36 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
         place=places,
         number=number,
         cross=cross,
-        life=np.cumsum(~joined) - 1,
+        life=life,
         starts=starts,
         ends=ends,
         freed=WAY[places[ends] >> CODE_BITS] == Way.END,
         reused=reused,
         late=reused & waited,
+        grade=_graded(records, order, starts, life[other_content]),
+        told_apart=told_apart,
     )
+
+
+def _part(records: Records, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints) -> tuple[int, Ints]:
+    """Clear `joined` where the key says that it is another packet: how often, and where a key changed otherwise."""
+    if records.key is None or records.trait is None:
+        return 0, np.zeros(0, np.int64)
+    at = changes(records.key[order], joined)
+    # What was carried has been judged: where the key changes inside it, that was explained then.
+    same_packet = ~judged[at] | explained(at, places, moves, records.trait[order])
+    joined[at[~same_packet]] = False
+    return len(at) - int(same_packet.sum()), at[same_packet]
+
+
+def _graded(records: Records, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
+    """Grades of the lives that begin at `starts`; in those of `other_content` the key changed, for a known reason."""
+    grade = np.full(len(starts), Grade.BUFFER, np.uint8)
+    if records.key is not None:
+        keyed = np.add.reduceat(records.key[order] != 0, starts, dtype=np.int64)
+        grade[keyed > 1] = Grade.EXACT
+        grade[other_content] = Grade.BUFFER
+    return grade
 
 
 def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:

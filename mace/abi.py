@@ -1,7 +1,8 @@
 """The kernel module's ABI as numpy and Python see it: the only file of ours that knows byte offsets.
 
 Written by hand after `kmod/uapi/mace.h`, which says what each field means; `tests/contract/test_abi.py` compiles that
-header and compares. Names are the header's without `mace_` and `MACE_`; hooks are those of `mace.hooks`.
+header and compares. Names are the header's without `mace_` and `MACE_`; hooks are those of `mace.hooks`, the flags of
+records those of `mace.records`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from enum import IntEnum, IntFlag
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
+
+from mace import records
 
 ABI_MAJOR: Final = 1
 ABI_MINOR: Final = 0
@@ -24,16 +28,8 @@ MAX_SAMPLE_SHIFT: Final = 31
 ALL_CPUS: Final = 0xFFFFFFFF
 
 
-class Flag(IntFlag):
-    """Bits of `RECORD["flags"]`."""
-
-    KEY = 0x01
-    FRAGMENT = 0x02
-    TUNNEL = 0x04
-    VLAN = 0x08
-    CLONED = 0x10
-    RECALLED = 0x20
-    FLOW = 0x40
+Flag = records.Flag
+"""Bits of `RECORD["flags"]`."""
 
 
 class HelloFlag(IntFlag):
@@ -76,18 +72,42 @@ RECORD: Final[np.dtype[Any]] = np.dtype(
 """struct mace_record: one packet at one hook; 64 bytes."""
 
 _FIELDS: Final[Mapping[str, Any]] = RECORD.fields or {}
+_SEEN: Final[dict[str, tuple[str, Any]]] = {
+    "ts_ns": ("ts_ns", "<i8"),
+    "skb_id": ("skb_id", "<u8"),
+    "place": ("netns", "<u8"),
+    "l3_len": ("l3_len", "<u4"),
+    "drop_reason": ("drop_reason", "<u4"),
+    "gso_segs": ("gso_segs", "<u2"),
+    "cpu": ("cpu", "<u2"),
+    "hook": ("hook", "u1"),
+    **{name: (name, dtype) for name, dtype in records.CONTENT_DTYPES.items()},
+}
+"""Columns of a batch: where in a record each begins, and as what it is read."""
 COLUMNS: Final[np.dtype[Any]] = np.dtype(
     {
-        "names": ["ts_ns", "skb_id", "place", "l3_len", "drop_reason", "gso_segs", "cpu", "hook"],
-        "formats": ["<i8", "<u8", "<u8", "<u4", "<u4", "<u2", "<u2", "u1"],
-        "offsets": [
-            _FIELDS[name][1]
-            for name in ("ts_ns", "skb_id", "netns", "l3_len", "drop_reason", "gso_segs", "cpu", "hook")
-        ],
+        "names": list(_SEEN),
+        "formats": [dtype for _, dtype in _SEEN.values()],
+        "offsets": [_FIELDS[field][1] for field, _ in _SEEN.values()],
         "itemsize": RECORD.itemsize,
     }
 )
-"""A record seen as the columns that a batch is made of; `place` is `netns | ifindex << 32`."""
+"""A record seen as the columns that a batch and its content are made of; `place` is `netns | ifindex << 32`."""
+WORDS: Final[np.dtype[Any]] = np.dtype(("<u8", (RECORD.itemsize // 8,)))
+"""A record seen as words of eight bytes: n records, contiguous, are an array of (n, 8)."""
+
+
+def columns(words: npt.NDArray[np.uint64]) -> dict[str, npt.NDArray[Any]]:
+    """The fields of `COLUMNS` as views of records whose words stand apart.
+
+    `words` is (8, n) uint64 and contiguous: row i holds the i-th word of each record, as in the transpose of `WORDS`.
+    """
+    found = {}
+    for name, (dtype, offset, *_) in (COLUMNS.fields or {}).items():
+        number, inside = divmod(offset, 8)
+        found[name] = words[number].view(dtype)[inside // dtype.itemsize :: 8 // dtype.itemsize]
+    return found
+
 
 SUBBUF: Final[np.dtype[Any]] = np.dtype(
     [

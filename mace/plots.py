@@ -69,7 +69,8 @@ def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Seri
         _draw_series(whole.add_subplot(grid[0, :]), series)
         _draw_distributions(whole.add_subplot(grid[1, 0]), _rows_shown(summary, shown))
         _draw_waterfall(whole.add_subplot(grid[1, 1]), shown)
-        told = [f"packets {summary.packets:,} · {summary.ledger.line()}", *summary.losses(), summary.note]
+        counted = f"packets {summary.packets:,} · {summary.ledger.line()}"
+        told = [counted, summary.grades.line(), *summary.losses(), summary.note]
         whole.supxlabel(
             "\n".join(t for t in told if t),
             x=0.01,

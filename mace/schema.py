@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Final, Self
 
@@ -45,15 +45,45 @@ class Segment(IntEnum):
 
 
 class Grade(IntEnum):
-    """On what ground two records are said to be of the same packet."""
+    """On what ground the records of a packet are said to be of one packet."""
 
     AMBIGUOUS = 0
+    """Several devices or packets fit: given up, and without delays."""
     BUFFER = 1
-    """Same kernel buffer in one life, devices in an order that can be."""
+    """Same kernel buffer in one life, devices in an order that can be; content says nothing, or cannot."""
     CONTENT = 2
     """Same content key. Needs a source that gives one."""
     EXACT = 3
-    """Both."""
+    """Both: all records that have a key agree, and two at least have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grades:
+    """Packets by grade, of a whole run so far."""
+
+    ambiguous: int = 0
+    buffer: int = 0
+    content: int = 0
+    exact: int = 0
+    told_apart: int = 0
+    """Times that the key alone said that a buffer had become another packet's. Not packets, and in no other count."""
+
+    @property
+    def packets(self) -> int:
+        """Those with at least one delay."""
+        return self.buffer + self.content + self.exact
+
+    def __add__(self, other: Grades) -> Grades:
+        mine, theirs = asdict(self), asdict(other)
+        return Grades(**{name: mine[name] + theirs[name] for name in mine})
+
+    def as_dict(self) -> dict[str, int]:
+        """ambiguous, buffer, content, exact, told_apart."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """All of it in one line for people."""
+        return "grades: " + " · ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in self.as_dict().items())
 
 
 class Outcome(IntEnum):
@@ -196,6 +226,8 @@ class Results:
     """What the rows' `device` points to. Only ever appended during a run."""
     cost: tuple[HookCost, ...] = ()
     """What observing has cost so far, per hook; empty where the source cannot tell."""
+    grades: Grades = Grades()
+    """Of the whole run so far; its `packets` are these."""
 
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)

@@ -20,7 +20,7 @@ from rich.text import Text
 from mace.histogram import QUANTILES, Ints, merge, quantiles
 from mace.hooks import BY_HOOK, Hook
 from mace.ledger import Ledger
-from mace.schema import Direction, HookCost, Results, Segment
+from mace.schema import Direction, Grades, HookCost, Results, Segment
 from mace.topology import Device, Role
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
@@ -173,6 +173,8 @@ class Summary:
 
     ledger: Ledger = field(default_factory=Ledger)
     packets: int = 0
+    grades: Grades = field(default_factory=Grades)
+    """What the packets' records are tied by; of whole runs, as the ledger."""
     rows_not_stored: int = 0
     """Rows that the store could not write; 0 where nothing is stored."""
     cost: tuple[HookCost, ...] = ()
@@ -186,6 +188,7 @@ class Summary:
     def add(self, results: Results) -> None:
         """Take in what the correlator says next. Windows of several widths count each delay once per width."""
         self.ledger, self.packets, self.cost = results.ledger, results.packets, results.cost
+        self.grades = results.grades
         if results.devices != self._devices:
             self._devices = results.devices
             self._places = [Place.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
@@ -206,6 +209,7 @@ class Summary:
         """Take in another run's."""
         self.ledger += other.ledger
         self.packets += other.packets
+        self.grades += other.grades
         self.rows_not_stored += other.rows_not_stored
         self.cost = added(self.cost, other.cost)
         self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
@@ -243,9 +247,10 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """For machines, one JSON object.
 
-        `ledger`: the categories of `mace.ledger`. `packets`. `devices`: a list in the order of the path of objects
-        with container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`),
-        count, min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
+        `ledger`: the categories of `mace.ledger`. `packets`. `grades`: ambiguous, buffer, content, exact (packets) and
+        told_apart (see `mace.schema.Grades`). `devices`: a list in the order of the path of objects with container,
+        netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count, min_ns,
+        mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
         `rows_not_stored`, `note` and `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call) appear where there is
         something to say.
@@ -254,6 +259,7 @@ class Summary:
         found: dict[str, Any] = {
             "ledger": self.ledger.as_dict(),
             "packets": self.packets,
+            "grades": self.grades.as_dict(),
             "devices": [_entry(r, several) for r in self.rows(Segment.DEVICE, Segment.OUTSIDE)],
             "overhead": [_entry(r, several, whole=True) for r in self.overhead()],
             "delivery": [_entry(r, several) for r in self.rows(Segment.DELIVERY)],
@@ -293,10 +299,10 @@ class Summary:
         return told
 
     def ledger_line(self) -> Text:
-        """Packets and the whole ledger, also when all of it is zero; and where the figures come from."""
+        """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""
         line = f"packets {self.packets:,} · {self.ledger.line()}"
         style = "bold red" if self.losses() else "dim"
-        return Text("\n".join(t for t in (line, self._cost_line(), self.note) if t), style=style)
+        return Text("\n".join(t for t in (line, self.grades.line(), self._cost_line(), self.note) if t), style=style)
 
     def _cost_line(self) -> str:
         told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)

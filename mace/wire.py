@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any, Final, NoReturn, TypeAlias, TypeVar
@@ -32,11 +33,12 @@ from mace.clock import ClockPair
 from mace.errors import WireError
 from mace.hooks import Hook
 from mace.interfaces import Progress, StreamHeader, StreamItem
-from mace.records import DTYPES, Batch
+from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content
 from mace.topology import Device, Role, Sighting, Topology, check
 
-WIRE_VERSION: Final = 1
-"""Raised when an older reader would misread a frame. JSON keys may be added without: what is unknown is ignored."""
+WIRE_VERSION: Final = 2
+"""Raised when an older reader would misread a frame. JSON keys may be added without: what is unknown is ignored. All
+versions from 1 on are read (`_FIXUPS`); this one is written."""
 
 SIGNATURE: Final = b"MACE\r\n\x1a\n"
 """First bytes of a capture file. Line ends and DOS's end of file show a transfer that took it for text, as in PNG."""
@@ -53,11 +55,14 @@ assert HEAD_SIZE == 36
 COMPRESSED: Final = 0x01
 """Flag: the payload is one zstd frame. Without it the payload is stored as it is."""
 
+_COLUMNS: Final = DTYPES | CONTENT_DTYPES
+"""In the order in which they travel. A batch without content has the first ones only, those of `DTYPES`."""
 MAX_RECORDS: Final = 1 << 20
-"""Records in one batch: 31 MiB of columns in memory, some 50 times what a live source hands over at once."""
-_PREFIX: Final = struct.Struct("<IQ8B")
-"""Start of a BATCH payload: records, records of the stream before it, then one descriptor a column."""
-MAX_BATCH_BYTES: Final = _PREFIX.size + MAX_RECORDS * sum(dtype.itemsize for dtype in DTYPES.values())
+"""Records in one batch: 31 MiB of columns in memory (55 with content), some 50 times what a live source hands over at
+once."""
+_PREFIX: Final = struct.Struct("<IQB")
+"""Start of a BATCH payload: records, records of the stream before it, columns; then one descriptor a column."""
+MAX_BATCH_BYTES: Final = _PREFIX.size + len(_COLUMNS) + MAX_RECORDS * sum(dtype.itemsize for dtype in _COLUMNS.values())
 MAX_JSON_BYTES: Final = 8 << 20
 """A device takes some 200 bytes of JSON: 40,000 devices. The worst JSON parses to 26 times its size: 210 MiB."""
 
@@ -96,6 +101,8 @@ class End:
 class Head:
     """A frame's head, its checksum and its limits verified."""
 
+    version: int
+    """Of the wire, 1 to `WIRE_VERSION`."""
     message: Message
     compressed: bool
     stream: int
@@ -122,8 +129,7 @@ def parse_head(data: bytes | bytearray | memoryview) -> Head:
     _, version, message, flags, reserved, stream, stored, sequence, raw, checksum, own = HEAD.unpack_from(data)
     if crc32(bytes(data[: HEAD_SIZE - _HEAD_CRC.size])) != own:
         raise WireError("the frame's head is damaged (checksum)")
-    if version != WIRE_VERSION:
-        raise WireError(unsupported(version))
+    check_version(version)
     if flags & ~COMPRESSED or reserved:
         raise WireError(f"unknown frame flags {flags:#04x} {reserved:#04x}")
     try:
@@ -137,12 +143,15 @@ def parse_head(data: bytes | bytearray | memoryview) -> Head:
     compressed = bool(flags & COMPRESSED)
     if stored >= raw if compressed else stored != raw:
         raise WireError(f"a payload of {raw} bytes cannot be stored in {stored}")
-    return Head(kind, compressed, stream, stored, sequence, raw, checksum)
+    return Head(version, kind, compressed, stream, stored, sequence, raw, checksum)
 
 
-def unsupported(version: int) -> str:
-    """Why a wire version cannot be read, and what to do."""
-    return f"wire version {version}, this MACE reads {WIRE_VERSION}: use the MACE that wrote it, or a newer one"
+def check_version(version: int) -> None:
+    """Raises `WireError` for a wire version that cannot be read."""
+    if not 1 <= version <= WIRE_VERSION:
+        raise WireError(
+            f"wire version {version}, this MACE reads 1 to {WIRE_VERSION}: use the MACE that wrote it, or a newer one"
+        )
 
 
 class _Order:
@@ -240,7 +249,7 @@ class Encoder:
         return frame
 
     def batch(self, batch: Batch) -> bytes:
-        """Records as columns; about 2 to 3 bytes a record on container traffic."""
+        """Records as columns; about 2 to 3 bytes a record on container traffic, and as much for their content."""
         if len(batch) > MAX_RECORDS:
             raise WireError(f"a batch of {len(batch)} records, at most {MAX_RECORDS} are allowed")
         self._order.check_batch(batch)
@@ -281,6 +290,8 @@ class Decoder:
 
     def __init__(self, gaps: bool = False) -> None:
         self.header: StreamHeader | None = None
+        self.version = 0
+        """Of the stream's wire; 0 before the HEADER."""
         self.end: End | None = None
         self.sequence = 0
         """Of the frame expected next."""
@@ -308,6 +319,8 @@ class Decoder:
             raise WireError(f"a {head.message.name} {'before' if self.header is None else 'after'} the HEADER")
         if self.header is not None and head.stream != self._stream:
             raise WireError("a frame of another stream")
+        if self.header is not None and head.version != self.version:
+            raise WireError(f"a frame of wire version {head.version} in a stream of version {self.version}")
         if head.sequence != self.sequence and not (self._gaps and head.sequence > self.sequence and self.header):
             raise WireError(f"frame {head.sequence} where {self.sequence} should be: some are missing or out of order")
         return head
@@ -319,13 +332,16 @@ class Decoder:
         if crc32(stored) != head.checksum:
             raise WireError("the frame's payload is damaged (checksum)")
         raw = self._decompress(stored, head.raw) if head.compressed else stored
+        tag = crc32(raw) if head.message is Message.HEADER else head.stream
+        for version in range(head.version, WIRE_VERSION):
+            raw = _FIXUPS[version](head.message, raw)
         message: Decoded
         match head.message:
             case Message.HEADER:
-                if head.stream != crc32(raw):
+                if head.stream != tag:
                     raise WireError("a HEADER that is not its own stream's")
-                message = self.header = _header(raw)
-                self._stream = head.stream
+                message = self.header = _header(raw, head.version)
+                self.version, self._stream = head.version, head.stream
             case Message.TOPOLOGY:
                 message = _topology(raw, self._order.topology)
                 self._order.check_topology(message)
@@ -430,7 +446,8 @@ def _batch_payload(batch: Batch, before: int) -> bytes:
     descriptors: list[int] = []
     parts: list[bytes] = []
     count = len(batch)
-    for name, column in batch.columns():
+    columns = [*batch.columns(), *(batch.content.columns() if batch.content is not None else ())]
+    for name, column in columns:
         if not count:
             descriptors.append(_CONSTANT << 4)
         elif name == "ts_ns":
@@ -453,20 +470,25 @@ def _batch_payload(batch: Batch, before: int) -> bytes:
                 width = _room(width)
                 descriptors.append(_PLAIN << 4 | width)
                 parts.append(column.astype(_UNSIGNED[width], copy=False).tobytes())
-    return b"".join((_PREFIX.pack(count, before, *descriptors), *parts))
+    return b"".join((_PREFIX.pack(count, before, len(columns)), bytes(descriptors), *parts))
 
 
 def _batch(raw: bytes) -> tuple[Batch, int]:
     """The batch of a payload, and the records of the stream before it."""
     if len(raw) < _PREFIX.size:
         raise WireError(f"a BATCH of {len(raw)} bytes, at least {_PREFIX.size} are needed")
-    count, before, *descriptors = _PREFIX.unpack_from(raw)
+    count, before, given = _PREFIX.unpack_from(raw)
     if count > MAX_RECORDS:
         raise WireError(f"a batch of {count} records, at most {MAX_RECORDS} are allowed")
+    if given not in (len(DTYPES), len(_COLUMNS)):
+        raise WireError(f"a batch of {given} columns, expected {len(DTYPES)}, or {len(_COLUMNS)} with content")
+    at = _PREFIX.size + given
+    descriptors = raw[_PREFIX.size : at]
+    if len(descriptors) < given:
+        raise WireError(f"a BATCH of {len(raw)} bytes, at least {at} are needed")
     # Sizes first, memory afterwards.
     plan: list[tuple[np.dtype[Any], int, int, int]] = []
-    at = _PREFIX.size
-    for (name, dtype), descriptor in zip(DTYPES.items(), descriptors, strict=True):
+    for (name, dtype), descriptor in zip(list(_COLUMNS.items())[:given], descriptors, strict=True):
         encoding, width = descriptor >> 4, descriptor & 15
         is_time = name == "ts_ns"
         size = -1
@@ -494,7 +516,8 @@ def _batch(raw: bytes) -> tuple[Batch, int]:
             columns.append(np.frombuffer(raw, _UNSIGNED[width], count, start).astype(dtype))
         else:
             columns.append(_times(raw, start, width, count))
-    return Batch(*columns), before
+    content = Content(*columns[len(DTYPES) :]) if given > len(DTYPES) else None
+    return Batch(*columns[: len(DTYPES)], content=content), before
 
 
 def _times(raw: bytes, start: int, width: int, count: int) -> npt.NDArray[np.int64]:
@@ -517,6 +540,21 @@ def _times(raw: bytes, start: int, width: int, count: int) -> npt.NDArray[np.int
     if ts[-1] < first or (room == 8 and bool((ts[1:] < ts[:-1]).any())):
         raise WireError("times that do not fit 64 bits")
     return ts
+
+
+# --- older versions ----------------------------------------------------------------------------------------------
+
+
+def _from_1(message: Message, raw: bytes) -> bytes:
+    """Version 2 says how many columns a batch has; there were eight."""
+    if message is not Message.BATCH:
+        return raw
+    at = _PREFIX.size - 1
+    return b"".join((raw[:at], bytes([8]), raw[at:]))
+
+
+_FIXUPS: Final[dict[int, Callable[[Message, bytes], bytes]]] = {1: _from_1}
+"""From each version that there was, how a payload of it is made to look like one of the next. Append only."""
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------
@@ -610,10 +648,11 @@ def _storable(text: str, where: str) -> str:
     return text
 
 
-def _header(raw: bytes) -> StreamHeader:
+def _header(raw: bytes, version: int) -> StreamHeader:
     given = _Json(raw, "HEADER")
-    if (version := given.number("wire")) != WIRE_VERSION:
-        raise WireError(unsupported(version))
+    if (told := given.number("wire")) != version:
+        check_version(told)
+        raise WireError(f"a HEADER that tells of wire version {told}, in a frame of version {version}")
     clock = given.object("clock")
     return StreamHeader(
         source=given.text("source"),

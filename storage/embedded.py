@@ -315,6 +315,7 @@ class EmbeddedStore:
             self._flush,
             latest.ledger,
             packets=latest.packets,
+            grades=latest.grades,
             rows_stored=rows_stored,
             rows_not_stored=self.rows_not_stored,
             closed=closed,
@@ -399,7 +400,7 @@ class EmbeddedStore:
                     with pq.ParquetFile(each.path, read_dictionary=names) as file:
                         batches = file.iter_batches(batch_size=tables.ROW_GROUP_ROWS, use_threads=False)
                         for batch in batches:
-                            waiting.append(_as_schema(batch, schema))
+                            waiting.append(tables.grown(pa.Table.from_batches([batch]), group[0].table))
                             waits += len(batch)
                             if waits >= tables.ROW_GROUP_ROWS:
                                 write_out(writer)
@@ -413,11 +414,6 @@ class EmbeddedStore:
             write_out(writer)
         if written != rows:
             raise StoreError(f"{target}: {written} rows where the segments' names promise {rows}")
-
-
-def _as_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
-    """The batch with the table's own types (a reader may choose other dictionary indices)."""
-    return pa.Table.from_batches([batch]).cast(schema)
 
 
 def _by_hour(

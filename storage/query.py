@@ -22,7 +22,7 @@ from mace.errors import StoreError, nearest
 from mace.histogram import MAX_NS, SUB_BITS, middles
 from mace.hooks import HOOKS
 from mace.ledger import Ledger
-from mace.schema import Direction, HookCost, Segment
+from mace.schema import Direction, Grades, HookCost, Segment
 from mace.summary import Distribution, Place, Summary
 from storage import segments, tables
 from storage.embedded import check_schema
@@ -77,6 +77,7 @@ class Run:
     """Records before this time are in the ledger; the start, if nothing was written yet."""
     ledger: Ledger
     packets: int
+    grades: Grades
     rows_stored: int
     rows_not_stored: int
     closed: bool
@@ -176,6 +177,11 @@ class Store:
     def runs(self, where: Filter = Filter()) -> list[Run]:
         """Runs that overlap with the filter's time, oldest first, each with its newest ledger."""
         names = ", ".join(f"l.{name}" for name in Ledger().as_dict())
+        # A run of before there were grades: all by the buffer.
+        graded = ", ".join(
+            f"coalesce(l.{column}, {'l.packets' if name == 'buffer' else 0}, 0)"
+            for name, column in tables.GRADES.items()
+        )
         rows = self._fetch(
             f"""
             WITH l AS (
@@ -183,7 +189,7 @@ class Store:
                 QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1
             )
             SELECT r.host, r.run, r.source, epoch_ns(r.time), r.kernel, coalesce(l.upto, epoch_ns(r.time)),
-                   l.packets, l.rows_stored, l.rows_not_stored, l.closed, {names}
+                   l.packets, l.rows_stored, l.rows_not_stored, l.closed, {graded}, {names}
             FROM {{runs}} r LEFT JOIN l USING (host, run)
             WHERE ($run IS NULL OR r.run = $run)
             ORDER BY r.time, r.host, r.run
@@ -192,12 +198,12 @@ class Store:
             {"run": where.run},
         )
         found = []
-        for host, run, source, start, kernel, upto, packets, stored, not_stored, closed, *ledger in rows:
+        for host, run, source, start, kernel, upto, packets, stored, not_stored, closed, *counts in rows:
             if where.until_ns is not None and start >= where.until_ns:
                 continue
             if where.since_ns is not None and upto < where.since_ns:
                 continue
-            counts = Ledger(*(n or 0 for n in ledger))
+            grades, ledger = Grades(*counts[: len(tables.GRADES)]), counts[len(tables.GRADES) :]
             found.append(
                 Run(
                     host,
@@ -206,8 +212,9 @@ class Store:
                     start,
                     kernel,
                     upto,
-                    counts,
+                    Ledger(*(n or 0 for n in ledger)),
                     packets or 0,
+                    grades,
                     stored or 0,
                     not_stored or 0,
                     bool(closed),
@@ -246,6 +253,7 @@ class Store:
         found = Summary(
             ledger=sum((r.ledger for r in runs), Ledger()),
             packets=sum(r.packets for r in runs),
+            grades=sum((r.grades for r in runs), Grades()),
             rows_not_stored=sum(r.rows_not_stored for r in runs),
             cost=self.cost(where),
         )
@@ -278,7 +286,7 @@ class Store:
     def _note(self, where: Filter, from_windows: Sequence[Run]) -> str:
         told = []
         if where.narrows:
-            told.append("The ledger is of whole runs.")
+            told.append("The ledger and the grades are of whole runs.")
         if from_windows:
             names = ", ".join(r.run for r in from_windows[:5]) + (", ..." if len(from_windows) > 5 else "")
             told.append(f"From windows, not rows: run {names}.")
@@ -543,13 +551,17 @@ def _used(sql: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[segments.Segment]) -> str:
     """SQL for the rows of these segments."""
-    if not found:
-        # A name of our own, so that a query over nothing has the columns of one over something.
+    # A name of our own, so that a query over nothing has the columns of one over something, and one over files of an
+    # older MACE those that came later.
+    nothing = f"no_{table}"
+    if not found or table == "ledger":
         schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
-        connection.register(f"no_{table}", schema.empty_table())
-        return f"no_{table}"
+        connection.register(nothing, schema.empty_table())
+    if not found:
+        return nothing
     quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
-    return f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
+    stored = f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
+    return stored if table != "ledger" else f"(FROM {stored} UNION ALL BY NAME FROM {nothing})"
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from mace.hooks import BY_HOOK
 from mace.interfaces import StreamHeader
 from mace.ledger import Ledger
-from mace.schema import Delays, Direction, Grade, HookCost, Outcome, Segment, Window
+from mace.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment, Window
 from mace.summary import ranks
 from mace.topology import Device
 
@@ -99,7 +99,14 @@ LEDGER: Final = (
     Column("rows_stored", pa.int64(), "Rows of `delays` so far that are in the store."),
     Column("rows_not_stored", pa.int64(), "Rows of all tables so far that could not be written (disk full, ...)."),
     Column("closed", pa.bool_(), "The run's last row: it ended in an orderly way."),
+    Column("packets_ambiguous", pa.int64(), "Packets so far that were given up: several devices or packets fit."),
+    Column("packets_buffer", pa.int64(), "Of `packets` those that the kernel buffer alone holds together."),
+    Column("packets_content", pa.int64(), "Those that their content key alone does."),
+    Column("packets_exact", pa.int64(), "Those that both do."),
+    Column("told_apart", pa.int64(), "Times that the key alone said that a buffer had become another packet's."),
 )
+GRADES: Final = {f.name: f.name if f.name == "told_apart" else f"packets_{f.name}" for f in fields(Grades)}
+"""Column of `ledger` for each field of `mace.schema.Grades`."""
 RUNS: Final = (
     Column("time", _TIME, "UTC of the clock pair."),
     *_RUN,
@@ -266,6 +273,7 @@ def ledger_table(
     ledger: Ledger,
     *,
     packets: int,
+    grades: Grades,
     rows_stored: int,
     rows_not_stored: int,
     closed: bool,
@@ -281,9 +289,23 @@ def ledger_table(
             pa.array([rows_stored], pa.int64()),
             pa.array([rows_not_stored], pa.int64()),
             pa.array([closed]),
+            *(pa.array([grades.as_dict()[name]], pa.int64()) for name in GRADES),
         ],
         schema=SCHEMAS["ledger"],
     )
+
+
+def grown(rows: pa.Table, table: str) -> pa.Table:
+    """Rows of a table as some version stored them, with the columns and types of today's `SCHEMAS`.
+
+    A ledger of before there were grades gets those that it would have had: all by the buffer.
+    """
+    schema = SCHEMAS[table]
+    for field in schema:
+        if field.name not in rows.column_names:
+            told = rows["packets"] if field.name == GRADES["buffer"] else pa.array([0] * len(rows), field.type)
+            rows = rows.append_column(field.name, told)
+    return rows.select(schema.names).cast(schema)
 
 
 def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> pa.Table:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from mace import wire
 from mace.clock import ClockPair
 from mace.interfaces import StreamHeader, StreamItem
-from mace.records import Batch
+from mace.records import Batch, Column, Content, Flag
 from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
 
 HEADER = StreamHeader(
@@ -72,7 +72,7 @@ _REQUEST = ((1, 1), (2, 1), (3, _V), (4, _V), (4, 2), (1, 3), (2, 3), (3, 4), (4
 _REPLY = ((1, 4), (2, 4), (3, 3), (4, 3), (1, 2), (2, 2), (1, _V), (2, _V), (3, 1), (4, 1), (7, 0))
 
 
-def traffic(count: int, seed: int = 1, buffers: int = 300) -> Batch:
+def traffic(count: int, seed: int = 1, buffers: int = 300, *, content: bool = False) -> Batch:
     """`count` records of round trips on two CPUs at once: the columns repeat themselves as much as real ones do.
 
     The shape of a ping flood in the lab: 20 records a round trip, 0.5-1.5 µs apart, with pauses; buffers come back at
@@ -98,7 +98,29 @@ def traffic(count: int, seed: int = 1, buffers: int = 300) -> Batch:
     ts_ns = TOPOLOGY.from_ns + np.cumsum(gaps) + np.where(cpu == 1, 15_000, 0)
     order = np.lexsort((cpu, ts_ns))[:count]
     columns = {"ts_ns": ts_ns, "skb_id": skb_id.ravel(), "dev": dev.ravel(), "l3_len": l3_len.ravel(), "cpu": cpu}
-    return Batch.of(count, **{name: column[order] for name, column in columns.items()}, hook=hook[order])
+    read = _content(trips, seed)[order] if content else None
+    return Batch.of(count, read, **{name: column[order] for name, column in columns.items()}, hook=hook[order])
+
+
+def _content(trips: int, seed: int) -> Content:
+    """What the module would read of these round trips: UDP and echo requests, from some ports in order of number."""
+    rng = np.random.default_rng((seed, trips))
+    steps = len(_REQUEST + _REPLY)
+    packet = np.repeat(np.arange(2 * trips), np.tile([len(_REQUEST), len(_REPLY)], trips))
+    echo = np.repeat(rng.random(trips) < 0.5, steps)
+    number = np.repeat(np.arange(trips) & 0xFFFF, steps)
+    port = np.repeat(rng.integers(32_768, 60_999, 16)[rng.integers(0, 16, trips)], steps)
+    return Content.of(
+        trips * steps,
+        packet_key=rng.integers(1, 1 << 64, 2 * trips, dtype="u8")[packet],
+        l4_src=port,
+        l4_dst=np.where(echo, number, 4_000),
+        ip_id=rng.integers(0, 1 << 16, 2 * trips)[packet],
+        ip_version=np.full(len(packet), 4),
+        l4_proto=np.where(echo, 1, 17),
+        l4_bits=np.where(echo & (packet % 2 == 0), 8, 0),
+        flags=np.full(len(packet), Flag.KEY | Flag.FLOW),
+    )
 
 
 def batches(records: Batch, size: int) -> list[Batch]:
@@ -121,9 +143,18 @@ def capture_bytes(items: Iterable[StreamItem], header: StreamHeader = HEADER, en
 def same(one: StreamItem, other: StreamItem) -> bool:
     """Equality, also of batches."""
     if isinstance(one, Batch) and isinstance(other, Batch):
-        mine, theirs = dict(one.columns()), dict(other.columns())
-        return all(mine[n].dtype == theirs[n].dtype and np.array_equal(mine[n], theirs[n]) for n in mine)
+        mine, theirs = dict(all_columns(one)), dict(all_columns(other))
+        return mine.keys() == theirs.keys() and all(
+            mine[n].dtype == theirs[n].dtype and np.array_equal(mine[n], theirs[n]) for n in mine
+        )
     return one == other
+
+
+def all_columns(batch: Batch) -> Iterator[tuple[str, Column]]:
+    """Names and arrays, those of the content last."""
+    yield from batch.columns()
+    if batch.content is not None:
+        yield from batch.content.columns()
 
 
 def same_stream(one: Sequence[StreamItem], other: Sequence[StreamItem]) -> bool:
@@ -136,7 +167,7 @@ def digest(items: Iterable[StreamItem]) -> str:
     sha = hashlib.sha256()
     for item in items:
         if isinstance(item, Batch):
-            for name, column in item.columns():
+            for name, column in all_columns(item):
                 sha.update(f"{name} {column.dtype.str} {len(column)}\n".encode())
                 sha.update(column.tobytes())
     return sha.hexdigest()

@@ -8,7 +8,7 @@ from mace.clock import ClockPair
 from mace.histogram import bins_of, quantiles
 from mace.interfaces import StreamHeader
 from mace.ledger import Ledger
-from mace.schema import Delays, Direction, Results, Segment, Window
+from mace.schema import Delays, Direction, Grades, Results, Segment, Window
 from mace.topology import Device, Role
 
 START_NS = 1_750_000_000_000_000_000
@@ -132,11 +132,13 @@ def make_windows(delays, width_s=1):
 def make_results(delays, *, devices=None, containers=1, windows=(), ledger=None, packets=None, upto_utc_ns=None):
     """Results around rows; a ledger that balances if none is given."""
     records = 2 * len(delays)
+    packets = len(np.unique(delays.packet)) if packets is None else packets
     return Results(
         upto_utc_ns=upto_utc_ns or (int(delays.utc_ns.max()) + 1 if len(delays) else START_NS),
         delays=delays,
         windows=tuple(windows),
         ledger=ledger or Ledger(records=records, matched=records),
-        packets=len(np.unique(delays.packet)) if packets is None else packets,
+        packets=packets,
         devices=devices or topology(containers),
+        grades=Grades(buffer=packets),
     )

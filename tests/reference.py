@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mace.hooks import BY_HOOK, Hook, Way
+from mace.records import Flag
 from mace.topology import Role
-from tests.traffic import Q, R, X, c, k
+from tests.traffic import G, Q, R, X, c, k
 
 BEHIND = (20, 28, 40, 48, 52, 60, 72)
 
@@ -22,6 +23,9 @@ class Life:
     hops: list = field(default_factory=list)  # [device, [(ts, hook), ...]]
     rest: list = field(default_factory=list)  # copies and the end
     last: tuple = ()
+    key: int = 0  # the last one known
+    keyed: int = 0
+    other_content: bool = False
 
     @property
     def size(self):
@@ -35,7 +39,7 @@ class Reference:
         self.ledger = dict.fromkeys(
             ("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "in_flight", "lost"), 0
         )
-        self.packets = 0
+        self.grades = dict.fromkeys(("ambiguous", "buffer", "content", "exact", "told_apart"), 0)
 
     def run(self, batch):
         for i in range(len(batch)):
@@ -45,9 +49,12 @@ class Reference:
                 self.ledger["lost"] += int(batch.l3_len[i])
                 continue
             self.ledger["records"] += 1
-            record = (ts, hook, int(batch.dev[i]), int(batch.l3_len[i]))
+            read = batch.content
+            key, flags = (int(read.packet_key[i]), int(read.flags[i])) if read is not None else (0, 0)
+            dev = int(batch.dev[i]) if BY_HOOK[hook].has_device else 0
+            record = (ts, hook, dev, int(batch.l3_len[i]), key, flags, int(batch.gso_segs[i]))
             life = self.open.get(skb)
-            if life is not None and not self.follows(life.last, record):
+            if life is not None and not (self.follows(life.last, record) and self.same_packet(life, record)):
                 self.close(self.open.pop(skb), next_ts=ts)
                 life = None
             if life is None:
@@ -61,7 +68,7 @@ class Reference:
         return self
 
     def follows(self, before, now):
-        (ts, hook, dev, length), (ts2, hook2, dev2, length2) = before, now
+        (ts, hook, dev, length, *_), (ts2, hook2, dev2, length2, *_) = before, now
         if ts2 - ts > self.timeout_ns or any(a < ts2 and b > ts for a, b in self.gaps):
             return False
         way, way2 = BY_HOOK[hook].way, BY_HOOK[hook2].way
@@ -94,8 +101,32 @@ class Reference:
             return a.netns == b.netns and a.master_ifindex == b.ifindex
         return hook is R and way2 is Way.RECEIVE and a.netns == b.netns and a != b and b.kind == "vxlan"
 
+    def same_packet(self, life, now):
+        if not life.key or not now[4] or life.key == now[4]:
+            return True
+        if self.explained(life.last, now):
+            life.other_content = True
+            return True
+        self.grades["told_apart"] += 1
+        return False
+
+    def explained(self, before, now):
+        (_, hook, dev, *_, flags, segs), (_, hook2, dev2, *_, flags2, segs2) = before, now
+        if (hook, hook2) == (G, R) and segs2 > 1:
+            return True
+        if (hook, hook2) == (Q, X) and segs > 1 >= segs2:
+            return True
+        if hook is X and hook2 is Q:
+            tunnel, outer, inner = self.devices[dev], flags2, flags
+        elif hook is R and BY_HOOK[hook2].way is Way.RECEIVE:
+            tunnel, outer, inner = self.devices[dev2], flags, flags2
+        else:
+            return False
+        return tunnel.kind == "vxlan" and not (outer & Flag.TUNNEL and not inner & Flag.TUNNEL)
+
     def append(self, life, record):
-        ts, hook, dev, _ = record
+        ts, hook, dev, _, key, *_ = record
+        life.key, life.keyed = key or life.key, life.keyed + bool(key)
         if BY_HOOK[hook].has_device:
             same = life.hops and life.last[2] == dev and not self.leaves(life.last, record)
             if not same:
@@ -122,8 +153,9 @@ class Reference:
         dropped = ended and life.rest[-1][1] is k and not arrived
         self.ledger["dropped" if dropped else "matched"] += life.size
         rows = self.measure(life)
-        self.packets += bool(rows)
-        self.rows += [(life.first_ts, *row) for row in rows]
+        grade = "exact" if life.keyed > 1 and not life.other_content else "buffer"
+        self.grades[grade] += bool(rows)
+        self.rows += [(life.first_ts, *row, grade) for row in rows]
 
     def measure(self, life):
         hops = life.hops

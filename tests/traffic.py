@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from mace.hooks import Hook
-from mace.records import Batch
+from mace.records import Batch, Content, Flag
 from mace.topology import NO_DEVICE, Device, Sighting, Topology, assign_roles
 
 HOST, C1, C2, FAR, ELSEWHERE = 1, 11, 12, 20, 99
@@ -53,25 +53,38 @@ class Tape:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, ts, hook, name="", skb=1, length=84, cpu=0, reason=0):
+    def add(self, ts, hook, name="", skb=1, length=84, cpu=0, reason=0, key=0, flags=0, segs=0):
         copied = 0 if hook in (c, k) else length
-        self.rows.append((ts, len(self.rows), int(hook), CODE[name], skb, copied, cpu, reason))
+        self.rows.append((ts, len(self.rows), int(hook), CODE[name], skb, copied, cpu, reason, key, flags, segs))
 
-    def packet(self, path, ts, *, skb=1, step=100, length=84, cpu=0, n=1, reason=0):
-        """Records of one packet, `step` ns apart (or at the listed offsets); returns the time of the last."""
-        for i, word in enumerate(path.format(n=n).split()):
+    def packet(self, path, ts, *, skb=1, step=100, length=84, cpu=0, n=1, reason=0, key=0, flags=0, segs=0):
+        """Records of one packet, `step` ns apart (or at the listed offsets); returns the time of the last.
+
+        `key`, `flags` and `segs` are those of all its records, or a list of each one's.
+        """
+        words = path.format(n=n).split()
+        content = [[one] * len(words) if isinstance(one, int) else one for one in (key, flags, segs)]
+        for i, word in enumerate(words):
             letter, _, name = word.partition(":")
             at = ts + (i * step if isinstance(step, int) else step[i])
             own = length - 28 if letter == "D" else length
-            self.add(at, LETTERS[letter], name, skb, own, cpu, reason if letter == "k" else 0)
+            told = [one[i] for one in content]
+            self.add(at, LETTERS[letter], name, skb, own, cpu, reason if letter == "k" else 0, *told)
         return at
 
     def gap(self, start, end, lost=1, cpu=0):
-        self.rows.append((start, -1, int(Hook.LOST), 0, end, lost, cpu, 0))
+        self.rows.append((start, -1, int(Hook.LOST), 0, end, lost, cpu, 0, 0, 0, 0))
 
     def batch(self):
+        """All of it; with content if a record has some."""
         rows = sorted(self.rows)
         if not rows:
             return Batch.empty()
-        ts, _, hook, dev, skb, length, cpu, reason = (np.array(column) for column in zip(*rows, strict=True))
-        return Batch.of(len(rows), ts_ns=ts, hook=hook, dev=dev, skb_id=skb, l3_len=length, cpu=cpu, drop_reason=reason)
+        ts, _, hook, dev, skb, length, cpu, reason, key, flags, segs = (
+            np.array(column) for column in zip(*rows, strict=True)
+        )
+        content = None
+        if key.any() or flags.any():
+            content = Content.of(len(rows), packet_key=key, flags=flags | np.where(key, Flag.KEY, 0))
+        columns = {"ts_ns": ts, "hook": hook, "dev": dev, "skb_id": skb, "l3_len": length, "cpu": cpu}
+        return Batch.of(len(rows), content, **columns, drop_reason=reason, gso_segs=segs)

@@ -6,7 +6,8 @@
 
 Two CPUs' rings in memory of ours, laid out and checked as the module's are; each pass takes 32 MiB of sub-buffers out
 of them, again and again. The records are those of a flood: bursts of eight hooks of a packet some 100 ns apart,
-packets of both CPUs in between one another. Time is this thread's on the CPU, as others may have it meanwhile.
+packets of both CPUs in between one another. What comes out has content. Time is this thread's on the CPU, as others may
+have it meanwhile.
 """
 
 import time
@@ -21,7 +22,7 @@ from collector.ring import CpuRing
 from collector.ring_merge import Places, RingMerger
 from mace import abi
 from mace.hooks import Hook
-from mace.records import DTYPES, Batch
+from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content, Flag
 from tests.benchmark.figures import figure, one_core
 
 CPUS = 2
@@ -70,6 +71,9 @@ class _Ring:
         records["hook"], records["ifindex"], records["cpu"] = _HOOKS[step], _IFINDEX[step], cpu
         records["netns"] = np.where(step < 2, 4026532000 + cpu, 4026531840)
         records["l3_len"] = 46
+        records["packet_key"], records["flags"] = ids[np.arange(total) // len(_HOOKS)] + 1, Flag.KEY | Flag.FLOW
+        records["ip_version"], records["l4_proto"], records["l4_src"] = 4, 17, 40_000 + cpu
+        records["ip_id"] = np.arange(total) // len(_HOOKS)
         for n in range(count):
             head = np.ndarray((), abi.SUBBUF, self.memory, n * size)
             head["sequence"], head["records"], head["cpu"] = n, capacity, cpu
@@ -120,7 +124,8 @@ def _naive(rings: list[_Ring]) -> tuple[int, float]:
         records = np.concatenate(parts)
         records = records[np.argsort(records["ts_ns"], kind="stable")]
         columns = {name: records[name].astype(dtype) for name, dtype in DTYPES.items() if name != "dev"}
-        count += len(Batch.of(len(records), **columns))
+        content = Content(*(records[name].astype(dtype) for name, dtype in CONTENT_DTYPES.items()))
+        count += len(Batch.of(len(records), content, **columns))
         spent += time.thread_time() - began
     return count, spent
 

@@ -2,6 +2,7 @@
 
     wire_encode, wire_decode     records/s, batches <-> frames in memory, one thread
     wire_bytes_per_record        all frames of the stream
+    wire_content_...             the same of batches with content, without a peer
     capture_read                 records/s, a file in the page cache -> batches
     wire_small_encode, ..._decode  frames/s, batches of 20 records (a quiet host that is flushed often)
 
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from collector.capture_source import read
 from mace import wire
 from mace.records import Batch
+from tests.benchmark.figures import figure
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
 RECORDS = 1_000_000
@@ -101,7 +103,7 @@ def _decode(frames: Sequence[bytes]) -> list[wire.Decoded]:
 
 
 def run() -> list[dict[str, Any]]:
-    """One row a figure; rates are medians of rounds, `spread` is (max - min) / median."""
+    """One row a figure; rates are medians of rounds, `spread` is (max - min) / median, or both if there is no peer."""
     whole = traffic(RECORDS)
     stream = batches(whole, BATCH)
     frames, tables = _encode(stream), _tables(stream)
@@ -139,6 +141,13 @@ def run() -> list[dict[str, Any]]:
             [len(arrow) / RECORDS],
             RECORDS,
         ),
+    ]
+    read_too = batches(traffic(RECORDS, content=True), BATCH)
+    read_frames = _encode(read_too)
+    rows += [
+        figure("wire_content_encode", "records/s", _rates(lambda: _encode(read_too), RECORDS)),
+        figure("wire_content_decode", "records/s", _rates(lambda: _decode(read_frames), RECORDS)),
+        figure("wire_content_bytes_per_record", "bytes", [sum(map(len, read_frames)) / RECORDS]),
     ]
     with tempfile.TemporaryDirectory() as directory:
         ours, theirs = Path(directory) / "a.mace", Path(directory) / "a.parquet"

@@ -10,7 +10,7 @@ import pytest
 
 from mace import abi
 from mace.hooks import Hook
-from mace.records import DTYPES
+from mace.records import CONTENT_DTYPES, DTYPES
 
 HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mace.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
@@ -118,12 +118,17 @@ def test_python_has_no_constant_that_the_header_has_not():
 
 
 def test_the_view_for_batches_shows_the_records_fields():
-    record = np.zeros(1, abi.RECORD)
+    records = np.zeros(3, abi.RECORD)
     for value, name in enumerate(abi.RECORD.names, 1):
-        record[name] = value
-    seen = record.view(abi.COLUMNS)[0]
-    assert seen["place"] == int(record["netns"][0]) | int(record["ifindex"][0]) << 32
-    for name in set(abi.COLUMNS.names) - {"place"}:
-        assert seen[name] == record[name][0], name
-        # Reasons are wider in the kernel than in a batch.
-        assert abi.COLUMNS.fields[name][0] == ("<u4" if name == "drop_reason" else DTYPES[name]), name
+        records[name] = np.arange(value, value + 3).reshape(3, *[1] * (records[name].ndim - 1))
+    seen = records.view(abi.COLUMNS)
+    apart = abi.columns(np.ascontiguousarray(records.view(abi.WORDS).T))
+    assert seen["place"].tolist() == [int(r["netns"]) | int(r["ifindex"]) << 32 for r in records]
+    assert apart.keys() == set(abi.COLUMNS.names) == (DTYPES.keys() | CONTENT_DTYPES.keys() | {"place"}) - {"dev"}
+    for name, column in apart.items():
+        assert np.array_equal(column, seen[name]), name
+        if name != "place":
+            assert np.array_equal(column, records[name]), name
+            # Reasons are wider in the kernel than in a batch.
+            wanted = "<u4" if name == "drop_reason" else (DTYPES | CONTENT_DTYPES)[name]
+            assert seen[name].dtype == column.dtype == wanted, name

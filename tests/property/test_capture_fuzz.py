@@ -38,7 +38,10 @@ _LATER = Topology(
     devices=TOPOLOGY.devices[:-1],
     sightings=(*TOPOLOGY.sightings, Sighting("late0")),
 )
-ITEMS = [TOPOLOGY, *batches(traffic(600)[:300], 100), _LATER, *batches(traffic(600)[300:], 50)]
+ITEMS = [
+    *(TOPOLOGY, *batches(traffic(600)[:300], 100), _LATER, *batches(traffic(600)[300:500], 50)),
+    *batches(traffic(600, content=True)[500:], 50),
+]
 FRAMES = encode(ITEMS)
 BYTES = capture_bytes(ITEMS)
 STARTS = [len(FILE_HEAD) + sum(map(len, FRAMES[:n])) for n in range(len(FRAMES) + 1)]
@@ -184,7 +187,7 @@ def hostile_payloads(draw):
     raw = bytearray(raw)
     for _ in range(draw(st.integers(1, 4))):
         # The first bytes of a batch say how the others are read.
-        at = draw(st.integers(0, min(len(raw), 28)) | st.integers(0, len(raw)))
+        at = draw(st.integers(0, min(len(raw), 40)) | st.integers(0, len(raw)))
         match draw(st.sampled_from(["set", "flip", "delete", "insert"])):
             case "set" if at < len(raw):
                 raw[at] = draw(st.integers(0, 255))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from correlator.engine import Engine, EngineConfig
-from mace.records import Batch
-from mace.schema import Delays, Direction, Segment
+from mace.records import Batch, Content, Flag
+from mace.schema import Delays, Direction, Grade, Segment
 from mace.topology import Device
 from tests.reference import Reference
 from tests.traffic import ACROSS, DEVICES, ELSEWHERE, NAMES, REPLY, REQUEST, Tape, topology
@@ -17,6 +17,7 @@ from tests.traffic import ACROSS, DEVICES, ELSEWHERE, NAMES, REPLY, REQUEST, Tap
 # Names that one device each has: c1's eth0 alone.
 PLAIN = tuple(d for d in DEVICES if d.name != "eth0" or d.container == "c1")
 TIMEOUT_NS = 10_000
+GRADES = [grade.name.lower() for grade in Grade]
 PATHS = [
     REQUEST,
     REPLY + " c",
@@ -31,6 +32,7 @@ PATHS = [
     "R:veth1 R:br0 Q:br0 X:br0 Q:veth2 X:veth2",
     "X:gone0 r:gone0 R:gone0",
     "Q:vx0 X:vx0 Q:out0 X:out0 r:rem0",
+    "G:out0 R:out0 r:vx0 R:vx0 Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0 c",
     "c",
     "k",
     "D",
@@ -44,8 +46,29 @@ def resolved():
 
 @st.composite
 def tapes(draw):
-    """Packets that overlap, in few buffers, some cut short or with records missing, and gaps."""
+    """Packets that overlap, in few buffers, some cut short or with records missing, and gaps; with content or without.
+
+    Keys are few; on the way some change for good, some for a record, and some are missing.
+    """
     tape = Tape()
+    read = draw(st.booleans())
+    flags = st.sampled_from([0, 0, Flag.TUNNEL, Flag.FRAGMENT])
+
+    def content(count):
+        if not read:
+            return {}
+        key = draw(st.integers(1, 3))
+        keys = [key] * count
+        if draw(st.booleans()):
+            change = draw(st.integers(0, count))
+            keys[change:] = [key + 1] * (count - change)
+        if draw(st.booleans()):
+            keys[draw(st.integers(0, count - 1))] = draw(st.sampled_from([0, key + 1]))
+        several = draw(st.integers(0, count))
+        segs = [2] * several + [0] * (count - several)
+        told = draw(st.lists(flags, min_size=count, max_size=count)) if draw(st.booleans()) else [0] * count
+        return {"key": keys, "flags": told, "segs": segs if draw(st.booleans()) else segs[::-1]}
+
     for _ in range(draw(st.integers(0, 12))):
         words = draw(st.sampled_from(PATHS)).format(n=1).split()
         words = words[draw(st.integers(0, 2)) :] if draw(st.booleans()) else words
@@ -57,6 +80,7 @@ def tapes(draw):
                 skb=draw(st.integers(1, 4)),
                 step=draw(st.sampled_from([0, 1, 7, 100, 3_000, TIMEOUT_NS, TIMEOUT_NS + 1])),
                 length=draw(st.sampled_from([84, 84, 52])),
+                **content(len(words)),
             )
     for _ in range(draw(st.integers(0, 30)) if draw(st.booleans()) else 0):
         tape.add(
@@ -65,6 +89,7 @@ def tapes(draw):
             draw(st.sampled_from(NAMES[1:])),
             draw(st.integers(1, 4)),
             draw(st.sampled_from([0, 52, 56, 84])),
+            **{name: values[0] for name, values in content(1).items()},
         )
     for _ in range(draw(st.integers(0, 2))):
         start = draw(st.integers(0, 60_000))
@@ -89,7 +114,7 @@ def all_rows(results):
     devices = results[-1].devices
     columns = [
         getattr(rows, name).tolist()
-        for name in ("utc_ns", "packet", "direction", "segment", "position", "delay_ns", "l3_len", "outcome")
+        for name in ("utc_ns", "packet", "direction", "segment", "position", "delay_ns", "l3_len", "outcome", "grade")
     ]
     return Counter(zip([devices[d] for d in rows.device], *columns, strict=True))
 
@@ -127,15 +152,17 @@ def test_the_engine_says_what_the_reference_says(batch):
     ways = {Direction.EGRESS: "out", Direction.INGRESS: "in"}
     rows, devices = Delays.concatenate([r.delays for r in results]), results[-1].devices
     found = Counter(
-        (devices[d].name, devices[d].container, ways[way], Segment(segment).name.lower(), begin, delay)
-        for d, way, segment, begin, delay in zip(
-            rows.device, rows.direction, rows.segment, rows.utc_ns.tolist(), rows.delay_ns.tolist(), strict=True
+        (devices[d].name, devices[d].container, ways[way], Segment(segment).name.lower(), begin, delay, GRADES[grade])
+        for d, way, segment, begin, delay, grade in zip(
+            *(rows.device, rows.direction, rows.segment, rows.utc_ns.tolist(), rows.delay_ns.tolist(), rows.grade),
+            strict=True,
         )
     )
     assert found == Counter(row[1:] for row in wanted.rows)
     ledger = results[-1].ledger.as_dict()
     assert ledger == wanted.ledger | {"discarded": 0}
-    assert results[-1].packets == wanted.packets
+    assert results[-1].grades.as_dict() == wanted.grades
+    assert results[-1].packets == results[-1].grades.packets
 
 
 @settings(max_examples=60)
@@ -154,6 +181,7 @@ def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, ambiguous):
     assert all_windows(cut) == all_windows(whole)
     assert cut[-1].ledger == whole[-1].ledger
     assert cut[-1].packets == whole[-1].packets
+    assert cut[-1].grades == whole[-1].grades
 
 
 @settings(max_examples=60)
@@ -172,13 +200,24 @@ def test_device_delays_add_up_to_the_overhead(batch):
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.tuples(*(st.integers(0, 40_000), st.integers(0, 9), st.integers(0, 8), st.integers(1, 5))), max_size=60)
+    st.lists(
+        st.tuples(
+            *(st.integers(0, 40_000), st.integers(0, 9), st.integers(0, 8), st.integers(1, 5)),
+            *(st.integers(0, 3), st.integers(0, 255), st.integers(0, 3)),
+        ),
+        max_size=60,
+    ),
+    st.booleans(),
 )
-def test_no_stream_is_too_wild(rows):
-    """Any hooks (0 and 9 do not exist) on any devices in any order, with every name doubtful: all is accounted for."""
+def test_no_stream_is_too_wild(rows, read):
+    """Any hooks (0 and 9 do not exist) on any devices in any order, with every name doubtful and any content: all is
+    accounted for.
+    """
     rows = sorted(rows)
-    columns = np.array(rows).reshape(-1, 4).T
-    batch = Batch.of(len(rows), ts_ns=columns[0], hook=columns[1], dev=columns[2], skb_id=columns[3])
+    columns = np.array(rows).reshape(-1, 7).T
+    content = Content.of(len(rows), packet_key=columns[4], flags=columns[5]) if read else None
+    names = dict(zip(("ts_ns", "hook", "dev", "skb_id"), columns, strict=False))
+    batch = Batch.of(len(rows), content, **names, gso_segs=columns[6])
     results = correlate(batch, devices=(*DEVICES, Device(ELSEWHERE, 7, "veth1", "veth", ELSEWHERE, 8)), slice_ns=5_000)
     assert results[-1].ledger.records == len(rows)
 

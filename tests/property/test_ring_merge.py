@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from collector.ring import CpuRing
 from collector.ring_merge import Places, RingMerger
 from mace.hooks import HOOKS, Hook
-from mace.records import DTYPES, Batch
+from mace.records import CONTENT_DTYPES, DTYPES, Batch, Flag
 from tests.made_rings import MadeRing, record
 
 NETNS = 4026531840
@@ -36,6 +36,10 @@ def rings(draw):
                     cpu=cpu,
                     gso_segs=i % 3,
                     drop_reason=(i % 7) << (16 if hook == Hook.KFREE_SKB and i % 2 else 0),
+                    **{
+                        name: (i + n) * 0x9E3779B97F4A7C15 & int(np.iinfo(dtype).max)
+                        for n, (name, dtype) in enumerate(CONTENT_DTYPES.items())
+                    },
                 )
                 for i, (ts, (hook, device)) in enumerate(zip(times, kinds, strict=True))
             ]
@@ -49,8 +53,10 @@ def naive(rings_):
     rows = []
     for cpu, ring in enumerate(rings_):
         for i, r in enumerate(ring):
-            place = (int(r["netns"]), int(r["ifindex"])) if int(r["hook"]) in with_device else (0, 0)
-            values = [int(r[name]) for name in ("skb_id", "l3_len", "cpu", "drop_reason", "gso_segs", "hook")]
+            placed = int(r["hook"]) in with_device or int(r["flags"]) & Flag.RECALLED
+            place = (int(r["netns"]), int(r["ifindex"])) if placed else (0, 0)
+            names = ("skb_id", "l3_len", "cpu", "drop_reason", "gso_segs", "hook", *CONTENT_DTYPES)
+            values = [int(r[name]) for name in names]
             values[3] = min(values[3], 65535)
             rows.append((int(r["ts_ns"]), cpu, i, place, values))
     return [(ts, place, values) for ts, _, _, place, values in sorted(rows)]
@@ -103,8 +109,11 @@ def test_the_merge_is_the_naive_one_whatever_the_cuts(rings_, seed, hold_back_ns
     whole = Batch.concatenate(batches)
     for name, dtype in DTYPES.items():
         assert getattr(whole, name).dtype == dtype
+    content = {} if whole.content is None else dict(whole.content.columns())
+    assert {name: column.dtype for name, column in content.items()} == (CONTENT_DTYPES if batches else {})
     sightings = places.snapshot()
     columns = [getattr(whole, name).tolist() for name in ("skb_id", "l3_len", "cpu", "drop_reason", "gso_segs", "hook")]
+    columns += [column.tolist() for column in content.values()]
     where = [(sightings[dev].netns, sightings[dev].ifindex) for dev in whole.dev]
     got = [(ts, at, list(row)) for ts, at, *row in zip(whole.ts_ns.tolist(), where, *columns, strict=True)]
     assert got == naive(rings_)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from mace.clock import ClockPair
 from mace.hooks import Hook
 from mace.interfaces import StreamHeader
-from mace.records import DTYPES, Batch
+from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content
 from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
 from mace.wire import MAX_RECORDS, Decoder, End
 from tests.made_capture import encode, same_stream
@@ -24,10 +24,9 @@ signed64 = st.integers(int(I64.min), int(I64.max))
 
 @st.composite
 def columns(draw, count, sightings=1):
-    """Columns of random, narrow, constant and extreme values; times in order."""
+    """Columns of random, narrow, constant and extreme values, with content or without; times in order."""
 
-    def column(name):
-        dtype = DTYPES[name]
+    def column(name, dtype):
         if name == "hook":
             return draw(hnp.arrays(dtype, count, elements=st.sampled_from(HOOKS)))
         high = int(np.iinfo(dtype).max) if name != "dev" else sightings - 1
@@ -43,7 +42,11 @@ def columns(draw, count, sightings=1):
         start = draw(st.integers(-(2**62), 2**61))
         return start + np.cumsum(draw(hnp.arrays("<i8", count, elements=steps)))
 
-    return Batch.of(count, ts_ns=times(), **{name: column(name) for name in DTYPES if name != "ts_ns"})
+    content = None
+    if draw(st.booleans()):
+        content = Content.of(count, **{name: column(name, dtype) for name, dtype in CONTENT_DTYPES.items()})
+    drawn = {name: column(name, dtype) for name, dtype in DTYPES.items() if name != "ts_ns"}
+    return Batch.of(count, content, ts_ns=times(), **drawn)
 
 
 @given(st.data(), st.integers(0, 300))

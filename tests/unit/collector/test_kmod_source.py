@@ -10,11 +10,10 @@ import pytest
 from collector import kmod_source
 from collector.device import Filter
 from collector.kmod_source import KmodConfig, KmodSource
-from mace import abi
 from mace.errors import SourceError, Unavailable
 from mace.hooks import HOOKS, Hook
 from mace.interfaces import Progress
-from mace.records import Batch
+from mace.records import Batch, Flag
 from mace.topology import Device, Topology
 from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
@@ -104,17 +103,21 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
     def traffic(module):
         module.write(0, BEGAN + 10, Hook.NET_DEV_QUEUE, HOST_NETNS + 1, 2, skb_id=7, l3_len=84, gso_segs=2)
         module.write(1, BEGAN + 20, Hook.NETIF_RX, HOST_NETNS, 5)
-        module.write(0, BEGAN + 30, Hook.KFREE_SKB, HOST_NETNS, 5, drop_reason=77, flags=abi.Flag.RECALLED)
+        module.write(0, BEGAN + 30, Hook.KFREE_SKB, HOST_NETNS, 5, drop_reason=77, flags=Flag.RECALLED | Flag.KEY)
+        module.write(0, BEGAN + 40, Hook.CONSUME_SKB, HOST_NETNS, 0)
 
     items = kernel.run(traffic, nothing, follower=MadeFollower((Device(HOST_NETNS, 5, "br0", "bridge"),)))
     check_stream(items)
     batch = records(items)
-    assert batch.ts_ns.tolist() == [BEGAN + 10, BEGAN + 20, BEGAN + 30]
-    assert batch.cpu.tolist() == [0, 1, 0]
+    assert batch.ts_ns.tolist() == [BEGAN + 10, BEGAN + 20, BEGAN + 30, BEGAN + 40]
+    assert batch.cpu.tolist() == [0, 1, 0, 0]
+    assert batch.content.flags.tolist() == [0, 0, Flag.RECALLED | Flag.KEY, 0]
     assert (batch.skb_id[0], batch.l3_len[0], batch.gso_segs[0], batch.drop_reason[2]) == (7, 84, 2, 77)
     last = [i for i in items if isinstance(i, Topology)][-1]
     seen = [last.sightings[c] for c in batch.dev]
-    assert [(s.name, s.netns, s.ifindex) for s in seen] == [("", HOST_NETNS + 1, 2), ("br0", HOST_NETNS, 5), ("", 0, 0)]
+    # The dropped packet's last device; a socket's namespace alone is no device.
+    br0 = ("br0", HOST_NETNS, 5)
+    assert [(s.name, s.netns, s.ifindex) for s in seen] == [("", HOST_NETNS + 1, 2), br0, br0, ("", 0, 0)]
     header = kernel.header
     assert (header.source, header.cpus) == ("kmod", 2)
     assert header.hooks == tuple(h.tracepoint for h in HOOKS)

@@ -13,7 +13,7 @@ from collector.capture_source import Capture
 from mace.records import Batch
 from mace.topology import Topology
 from mace.wire import FILE_HEAD, HEAD_SIZE, WIRE_VERSION, parse_head
-from tests.made_capture import capture_bytes, digest
+from tests.made_capture import all_columns, capture_bytes, digest
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -43,23 +43,27 @@ def test_a_golden_capture_is_read_as_ever(version):
     assert [f"Batch {len(i)}" if isinstance(i, Batch) else "Topology" for i in items] == expected["items"]
     assert sum(len(item) for item in items if isinstance(item, Batch)) == expected["records"]
     assert sum(item.lost for item in items if isinstance(item, Batch)) == expected["lost"]
-    assert {name: column.tolist() for name, column in items[-1].columns()} == expected["last_batch"]
+    with_content = [isinstance(item, Batch) and item.content is not None for item in items]
+    assert with_content == expected.get("with_content", [False] * len(items))  # version 1 had none
+    assert {name: column.tolist() for name, column in all_columns(items[-1])} == expected["last_batch"]
     assert digest(items) == expected["columns_sha256"]
 
 
 # --- a second reader, from docs/capture-format.md alone ------------------------------------------
 
-COLUMNS = {"ts_ns": 8, "skb_id": 8, "dev": 4, "l3_len": 4, "cpu": 2, "drop_reason": 2, "gso_segs": 2, "hook": 1}
+COLUMNS = ("ts_ns", "skb_id", "dev", "l3_len", "cpu", "drop_reason", "gso_segs", "hook")
+CONTENT = ("packet_key", "l4_seq", "l4_src", "l4_dst", "ip_id", "vlan", "ip_version", "l4_proto", "l4_bits", "flags")
 
 
 def read_by_the_book(content):
     """(message, JSON object or columns) of every frame. Shares nothing with `mace.wire`."""
-    assert content[:12] == bytes.fromhex("4d41 4345 0d0a 1a0a 0100 0000")
+    assert content[:8] == bytes.fromhex("4d41 4345 0d0a 1a0a")
+    wire = int.from_bytes(content[8:12], "little")
     at, number, seen = 12, 0, 0
     while at < len(content):
         head = content[at : at + 36]
         sync, version, message, flags, zero, _, stored, sequence, raw, crc, own = struct.unpack("<4sBBBBIIQIII", head)
-        assert (sync, version, zero, sequence) == (bytes.fromhex("ff4d4346"), 1, 0, number)
+        assert (sync, version, zero, sequence) == (bytes.fromhex("ff4d4346"), wire, 0, number)
         assert zlib.crc32(head[:32]) == own
         payload = content[at + 36 : at + 36 + stored]
         assert zlib.crc32(payload) == crc
@@ -67,7 +71,7 @@ def read_by_the_book(content):
             payload = zstandard.decompress(payload)
         assert len(payload) == raw
         if message == 3:
-            columns = columns_by_the_book(payload, seen)
+            columns = columns_by_the_book(payload, seen, wire)
             seen += len(columns["hook"])
             yield message, columns
         else:
@@ -75,14 +79,16 @@ def read_by_the_book(content):
         at, number = at + 36 + stored, number + 1
 
 
-def columns_by_the_book(payload, seen):
+def columns_by_the_book(payload, seen, wire):
     def number(start, width, signed=False):
         return int.from_bytes(payload[start : start + width], "little", signed=signed)
 
-    count, before, *descriptors = struct.unpack_from("<IQ8B", payload)
+    count, before = struct.unpack_from("<IQ", payload)
     assert before == seen
-    at, columns = 20, {}
-    for name, descriptor in zip(COLUMNS, descriptors, strict=True):
+    at, there = (12, 8) if wire == 1 else (13, payload[12])
+    names = {8: COLUMNS, 18: COLUMNS + CONTENT}[there]
+    descriptors, at, columns = payload[at : at + there], at + there, {}
+    for name, descriptor in zip(names, descriptors, strict=True):
         encoding, width = divmod(descriptor, 16)
         if encoding == 0:
             columns[name] = [number(at, width)] * count
@@ -101,9 +107,10 @@ def columns_by_the_book(payload, seen):
     return columns
 
 
-def test_the_format_is_as_its_description_says():
-    content = (GOLDEN / "wire-1" / "capture.mace").read_bytes()
-    with Capture(GOLDEN / "wire-1" / "capture.mace") as capture:
+@pytest.mark.parametrize("version", range(1, WIRE_VERSION + 1))
+def test_the_format_is_as_its_description_says(version):
+    content = (GOLDEN / f"wire-{version}" / "capture.mace").read_bytes()
+    with Capture(GOLDEN / f"wire-{version}" / "capture.mace") as capture:
         items = list(capture)
     (first, header), *frames, (last, end) = read_by_the_book(content)
     assert (first, last) == (1, 4)
@@ -112,7 +119,7 @@ def test_the_format_is_as_its_description_says():
     for (message, found), item in zip(frames, items, strict=True):
         if isinstance(item, Batch):
             assert message == 3
-            assert found == {name: column.tolist() for name, column in item.columns()}
+            assert found == {name: column.tolist() for name, column in all_columns(item)}
         else:
             assert message == 2
             assert found["from_ns"] == item.from_ns

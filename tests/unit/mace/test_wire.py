@@ -2,6 +2,7 @@ import json
 import struct
 import tracemalloc
 from dataclasses import asdict, replace
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from mace import wire
 from mace.errors import WireError
 from mace.hooks import Hook
 from mace.interfaces import Progress
-from mace.records import DTYPES, Batch
+from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content
 from mace.topology import Device, Sighting
 from mace.wire import Decoder, Encoder, Message
 from tests.made_capture import (
     HEADER,
     TOPOLOGY,
+    all_columns,
     batches,
     encode,
     forge,
@@ -43,7 +45,7 @@ def begun(gaps=False):
 
 
 def payload(count, *descriptors, before=0, columns=b""):
-    return struct.pack("<IQ8B", count, before, *descriptors) + columns
+    return struct.pack("<IQB", count, before, len(descriptors)) + bytes(descriptors) + columns
 
 
 # --- what goes in comes out -----------------------------------------------------------------------
@@ -57,9 +59,20 @@ def test_a_stream_comes_back_as_it_was():
     assert end == wire.End(records=5_000, lost=0)
 
 
+@pytest.mark.parametrize("content", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2, 200_000])
-def test_batches_of_every_size(count):
-    assert same(decode(encode([TOPOLOGY, traffic(count)]))[2], traffic(count))
+def test_batches_of_every_size(count, content):
+    batch = traffic(count, content=content)
+    assert same(decode(encode([TOPOLOGY, batch]))[2], batch)
+
+
+def test_batches_with_content_and_without_can_take_turns():
+    pieces = batches(traffic(40, content=True), 10)
+    pieces[1] = replace(pieces[1], content=None)
+    assert same_stream(decode(encode([TOPOLOGY, *pieces]))[2:-1], pieces)
+    whole = Batch.concatenate(pieces)
+    assert same(whole[:10], pieces[0])
+    assert all(not column.any() for _, column in whole[10:20].content.columns())
 
 
 def test_extremes_of_every_column():
@@ -75,18 +88,28 @@ def test_extremes_of_every_column():
             assert same(decode(encode([batch]))[1], batch), (name, values)
 
 
+def test_extremes_of_every_column_of_content():
+    for name, dtype in CONTENT_DTYPES.items():
+        high = np.iinfo(dtype).max
+        for values in ([high, 0], [high, high], [0, 0], [high, 1, 0]):
+            content = Content.of(len(values), **{name: np.array(values, dtype)})
+            batch = Batch.of(len(values), content, hook=np.full(len(values), Hook.NETIF_RX))
+            assert same(decode(encode([batch]))[1], batch), (name, values)
+
+
 def test_strided_columns_of_a_ring_are_taken():
-    ring = np.zeros(100, dtype=[(name, dtype) for name, dtype in DTYPES.items()] + [("pad", "V33")])
+    ring = np.zeros(100, dtype=[*DTYPES.items(), *CONTENT_DTYPES.items(), ("pad", "V9")])
     ring["ts_ns"] = np.arange(100) ** 2
     ring["hook"] = Hook.NETIF_RX
     ring["skb_id"] = np.arange(100) % 7
-    view = Batch(*(ring[name] for name in DTYPES))
-    assert same(decode(encode([view]))[1], Batch(*(column.copy() for _, column in view.columns())))
+    ring["packet_key"] = np.arange(100) % 11
+    view = Batch(*(ring[name] for name in DTYPES), content=Content(*(ring[name] for name in CONTENT_DTYPES)))
+    assert same(decode(encode([view]))[1], view[np.arange(100)])
 
 
 def test_decoded_columns_can_be_written_to_and_pin_no_buffer():
-    batch = decode(encode([TOPOLOGY, traffic(100)]))[2]
-    for _, column in batch.columns():
+    batch = decode(encode([TOPOLOGY, traffic(100, content=True)]))[2]
+    for _, column in all_columns(batch):
         assert column.flags.writeable
         assert column.flags.c_contiguous
         assert column.base is None
@@ -145,6 +168,13 @@ def test_bytes_per_record_of_container_traffic():
 def test_a_tiny_batch_is_a_small_message():
     for seed in range(20):
         assert len(encode([TOPOLOGY, traffic(5, seed)])[2]) <= 150
+
+
+def test_content_that_is_not_there_takes_a_byte():
+    frames = [encode([TOPOLOGY, traffic(2_000, content=content)]) for content in (False, True)]
+    assert len(frames[1][2]) > len(frames[0][2]) + 1_000
+    empty = replace(traffic(2_000), content=Content.of(2_000))
+    assert len(encode([TOPOLOGY, empty])[2]) <= len(frames[0][2]) + 20  # and if it is all zero, one more a column
 
 
 def test_the_header_can_be_read_without_mace():
@@ -270,7 +300,9 @@ def test_no_way_back_with_gaps_either():
 @pytest.mark.parametrize(
     ("match", "how"),
     [
-        ("wire version 2", {"version": 2}),
+        ("wire version 3, this MACE reads 1 to 2", {"version": 3}),
+        ("wire version 0", {"version": 0}),
+        ("wire version 1 in a stream of version 2", {"version": 1}),
         ("flags 0x02", {"flags": 2}),
         ("flags 0x00 0x01", {"reserved": 1}),
         ("unknown message 9", {"message": 9}),
@@ -324,6 +356,15 @@ TIMES, PLAIN = 2 << 4, 1 << 4
     ("match", "raw"),
     [
         ("a BATCH of 3 bytes", b"abc"),
+        ("a BATCH of 20 bytes, at least 21", payload(0, *[0] * 8)[:-1]),
+        ("a BATCH of 21 bytes, at least 31", payload(0, *[0] * 8).replace(b"\x08", b"\x12", 1)),
+        ("a batch of 0 columns", payload(0)),
+        ("a batch of 9 columns, expected 8, or 18", payload(0, *[0] * 9)),
+        ("column flags: no encoding 0 of 2", payload(1, TIMES, *[0] * 6, 1, *[0] * 9, 2, columns=bytes(11))),
+        (
+            "column packet_key: no encoding 1 of 3",
+            payload(1, TIMES, *[0] * 6, 1, PLAIN | 3, *[0] * 9, columns=bytes(12)),
+        ),
         ("a batch of 4294967295 records", payload(0xFFFFFFFF, *[0] * 8)),
         ("a batch of 1048577 records", payload((1 << 20) + 1, TIMES, *[0] * 6, 1, columns=bytes(8) + HOOK_OK)),
         ("whose columns take", payload(1 << 20, TIMES | 8, *[PLAIN | 1] * 7)),
@@ -366,7 +407,7 @@ def test_batches_that_lie(match, raw):
 def test_the_largest_batch_takes_bounded_memory():
     # The dearest message there is: a few bytes that stand for 2^20 records.
     decoder, tag = begun()
-    raw = payload(1 << 20, TIMES | 1, *[0] * 6, 1, columns=bytes(8) + bytes((1 << 20) - 1) + HOOK_OK)
+    raw = payload(1 << 20, TIMES | 1, *[0] * 6, 1, *[0] * 10, columns=bytes(8) + bytes((1 << 20) - 1) + HOOK_OK)
     frame = forge(Message.BATCH, raw, stored=compressed(raw), stream=tag, sequence=2)
     assert len(frame) < 200
     tracemalloc.start()
@@ -376,7 +417,38 @@ def test_the_largest_batch_takes_bounded_memory():
     assert peak < 64 << 20
 
 
-HEADER_FIELDS = {"wire": 1} | asdict(HEADER)
+def as_version_1(payload_of_2):
+    """A batch's payload as version 1 had it: eight columns, and no word about how many."""
+    return payload_of_2[:12] + payload_of_2[13:]
+
+
+def version_1(*payloads):
+    header = to_json({"wire": 1} | asdict(HEADER))
+    frames = [(Message.HEADER, header), *((Message.BATCH, raw) for raw in payloads)]
+    tag = crc32(header)
+    return [forge(message, raw, stream=tag, sequence=n, version=1) for n, (message, raw) in enumerate(frames)]
+
+
+def test_a_stream_of_version_1_is_read():
+    one = payload(1, TIMES, *[0] * 6, 1, columns=bytes(8) + HOOK_OK)
+    decoder = Decoder()
+    header, batch = (decoder.frame(frame) for frame in version_1(as_version_1(one)))
+    assert (header, decoder.version) == (HEADER, 1)
+    assert same(batch, Batch.of(1, hook=[Hook.NETIF_RX]))
+    with pytest.raises(WireError, match="wire version 2 in a stream of version 1"):
+        decoder.frame(forge(Message.BATCH, one, stream=stream_tag(version_1()[0]), sequence=2))
+
+
+@pytest.mark.parametrize("size", [0, 3, 11, 12, 13, 19])
+def test_batches_of_version_1_that_are_cut(size):
+    decoder = Decoder()
+    header, batch = version_1(as_version_1(payload(0, *[0] * 8))[:size])
+    decoder.frame(header)
+    with pytest.raises(WireError, match=r"a BATCH of|a batch of"):
+        decoder.frame(batch)
+
+
+HEADER_FIELDS = {"wire": wire.WIRE_VERSION} | asdict(HEADER)
 TOPOLOGY_FIELDS = {"from_ns": 1, "host_netns": 1, "devices": [], "first_sighting": 0, "sightings": [["", 0, 0]]}
 DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
 
@@ -395,6 +467,7 @@ DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
         ("expected a JSON object, found int", b"1"),
         ("wire: expected int, found nothing", b"{}"),
         ("wire version 3", to_json(HEADER_FIELDS | {"wire": 3})),
+        ("tells of wire version 1, in a frame of version 2", to_json(HEADER_FIELDS | {"wire": 1})),
         ("cpus: 0 is not in 1..65536", to_json(HEADER_FIELDS | {"cpus": 0})),
         ("cpus: 70000 is not in", to_json(HEADER_FIELDS | {"cpus": 70000})),
         ("cpus: expected int, found True", to_json(HEADER_FIELDS | {"cpus": True})),
@@ -411,8 +484,6 @@ DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
     ],
 )
 def test_headers_that_lie(match, raw):
-    from zlib import crc32
-
     with pytest.raises(WireError, match=match):
         Decoder().frame(forge(Message.HEADER, raw, stream=crc32(raw), sequence=0))
 
@@ -470,7 +541,5 @@ def test_ends_that_lie(raw):
 
 
 def test_keys_from_the_future_are_passed_over():
-    from zlib import crc32
-
     raw = json.dumps(HEADER_FIELDS | {"colour": "blue"}).encode()
     assert Decoder().frame(forge(Message.HEADER, raw, stream=crc32(raw), sequence=0)) == HEADER

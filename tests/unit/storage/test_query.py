@@ -1,9 +1,11 @@
 import asyncio
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,9 +13,9 @@ from hypothesis import strategies as st
 from mace.errors import StoreError
 from mace.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
 from mace.ledger import Ledger
-from mace.schema import Delays, Direction, Segment
+from mace.schema import Delays, Direction, Grades, Segment
 from mace.summary import Summary
-from storage import query, segments
+from storage import query, segments, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
@@ -298,6 +300,44 @@ def test_a_reader_outlives_merging_and_retention(tmp_path):
     assert Store(tmp_path).delays().num_rows == flushes * rows
 
 
+def test_grades_are_stored_with_the_ledger(tmp_path):
+    graded = Grades(ambiguous=1, buffer=2, content=3, exact=4, told_apart=5)
+    for run, start in (("a", START_NS), ("b", START_NS + 10**12)):
+        results = replace(make_results(make_delays(9, start_ns=start)), grades=graded)
+        fill(tmp_path, [results], run)
+    store = Store(tmp_path)
+    assert [run.grades for run in store.runs()] == [graded, graded]
+    found = store.summary()
+    assert found.grades == graded + graded
+    assert found.as_dict()["grades"] == {"ambiguous": 2, "buffer": 4, "content": 6, "exact": 8, "told_apart": 10}
+    assert "grades: ambiguous 2 · buffer 4 · content 6 · exact 8 · told apart 10" in found.ledger_line().plain
+
+
+def test_a_ledger_of_before_there_were_grades(tmp_path):
+    """All packets were graded by the buffer: what reads such files says so, and so does what merges them."""
+    fill(tmp_path, [make_results(make_delays(9))], "a")
+    for each in segments.listing(tmp_path, "ledger"):
+        rows = pq.read_table(each.path, partitioning=None)
+        pq.write_table(rows.drop_columns(list(tables.GRADES.values())), each.path)
+    assert [run.grades for run in Store(tmp_path).runs()] == [Grades(buffer=9)]
+    later = [make_results(make_delays(3, start_ns=START_NS + 1_000_000 * n)) for n in range(2 * segments.FAN_IN)]
+
+    async def more():
+        sink = EmbeddedStore(tmp_path, fsync=False, flush_interval_s=60.0, flush_rows=1)
+        await sink.open(header("b"))
+        for each in later:
+            await sink.write(replace(each, grades=Grades(exact=3)))
+        await sink._submit()
+        merged = sink.merge()
+        await sink.aclose()
+        return merged
+
+    assert asyncio.run(more()) > 10
+    assert [run.grades for run in Store(tmp_path).runs()] == [Grades(buffer=9), Grades(exact=3)]
+    assert all("packets_exact" in pq.read_schema(s.path).names for s in segments.listing(tmp_path, "ledger"))
+    assert len(segments.listing(tmp_path, "ledger")) < segments.FAN_IN
+
+
 def test_a_long_query_draws_nothing_into_the_output(stored, monkeypatch):
     """DuckDB shows its progress on stdout by itself, where JSON goes."""
     store, _ = stored
@@ -305,7 +345,7 @@ def test_a_long_query_draws_nothing_into_the_output(stored, monkeypatch):
     relation = query._relation
 
     def watched(connection, table, found):
-        settings.append(connection.execute("SELECT current_setting('enable_progress_bar')").fetchone()[0])
+        settings.append(connection.execute("SELECT current_setting('enable_progress_bar')").fetchall()[0][0])
         return relation(connection, table, found)
 
     monkeypatch.setattr(query, "_relation", watched)

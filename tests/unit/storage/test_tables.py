@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mace.hooks import Hook
-from mace.schema import Delays, HookCost
+from mace.schema import Delays, Grades, HookCost
 from storage import tables
 from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
 
@@ -43,7 +43,12 @@ def test_the_file_has_the_declared_types(table):
         "delays": lambda: tables.delays_table(HEADER, delays, topology()),
         "windows": lambda: tables.windows_table(HEADER, make_windows(delays), topology()),
         "ledger": lambda: tables.ledger_table(
-            HEADER, 5, 1, make_results(delays).ledger, packets=1, rows_stored=2, rows_not_stored=0, closed=False
+            *(HEADER, 5, 1, make_results(delays).ledger),
+            packets=1,
+            grades=Grades(exact=1),
+            rows_stored=2,
+            rows_not_stored=0,
+            closed=False,
         ),
         "runs": lambda: tables.runs_table(HEADER),
         "cost": lambda: tables.cost_table(HEADER, 5, [HookCost(Hook.NETIF_RX, 9, 3, 700)]),

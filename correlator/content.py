@@ -1,0 +1,77 @@
+"""Does the buffer still carry the same packet? What the content keys of a life's records say about it.
+
+The moves of `correlator.identity` join records into a life; here the keys may part it again. See the essay there.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from correlator.identity import CODE_BITS, OTHER_CONTENT
+from mace.hooks import Hook
+from mace.records import Batch, Flag
+
+Bytes = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+SEGMENTS: Final = 0x80
+"""Bit of a record's traits: the buffer holds several segments of what will be packets, or were."""
+assert all(flag < SEGMENTS for flag in Flag)
+
+
+def keys(batch: Batch) -> Ids | None:
+    """The content keys of a batch, uint64, 0 where none is known; None if the source gives none."""
+    return None if batch.content is None else batch.content.packet_key
+
+
+def traits(batch: Batch) -> Bytes | None:
+    """What else counts of each record's content: `mace.records.Flag`s and `SEGMENTS`, uint8; None if there is none."""
+    if batch.content is None:
+        return None
+    if not batch.gso_segs.any():
+        return batch.content.flags
+    several: Bytes = batch.content.flags | ((batch.gso_segs > 1) * np.uint8(SEGMENTS))
+    return several
+
+
+def changes(key: Ids, joined: Mask) -> Ints:
+    """Indices of the records whose key is another than the last one of their life before them.
+
+    Both arrays are in buffer order; `joined` says whether a record is of one life with the one before it. Records
+    without a key say nothing and are passed over.
+    """
+    at: Ints = np.flatnonzero(joined[1:] & (key[1:] != 0) & (key[1:] != key[:-1])) + 1
+    passed_over = np.flatnonzero(key[at - 1] == 0)
+    if not len(passed_over):
+        return at
+    life, keyed = np.cumsum(~joined), np.flatnonzero(key)
+    here = at[passed_over]
+    # The first keyed record of all gets the last one, which is of no life before its own.
+    before = keyed[np.searchsorted(keyed, here) - 1]
+    agree = (before >= here) | (life[before] != life[here]) | (key[before] == key[here])
+    return np.delete(at, passed_over[agree])
+
+
+def explained(at: Ints, places: Ints, moves: Ints, trait: Bytes) -> Mask:
+    """At which of these records the key has changed because of what the kernel does to a packet in its buffer there.
+
+    `places` and `moves` (the one into each record) are as of `correlator.identity`, `trait` as of `traits`, all in
+    buffer order.
+    """
+    hook, hook_before = places[at] >> CODE_BITS, places[at - 1] >> CODE_BITS
+    now, then = trait[at], trait[at - 1]
+    # The highest bit, so a comparison tells.
+    several, were_several = now >= SEGMENTS, then >= SEGMENTS
+    joined_up = (hook_before == Hook.NAPI_GRO_RECEIVE_ENTRY) & (hook == Hook.NETIF_RECEIVE_SKB) & several
+    taken_apart = (hook_before == Hook.NET_DEV_QUEUE) & (hook == Hook.NET_DEV_START_XMIT) & were_several & ~several
+    packed = hook == Hook.NET_DEV_QUEUE
+    outer, inner = np.where(packed, now, then), np.where(packed, then, now)
+    readable = ((outer & Flag.TUNNEL) != 0) & ((inner & Flag.TUNNEL) == 0)
+    through_tunnel = ((moves[at] & OTHER_CONTENT) != 0) & ~readable
+    known: Mask = joined_up | taken_apart | through_tunnel
+    return known

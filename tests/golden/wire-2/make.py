@@ -1,0 +1,95 @@
+"""How the golden capture of wire version 2 was made. Ran once; it is here to be read, not to be run again.
+
+PYTHONPATH=. python tests/golden/wire-2/make.py
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from mace.hooks import Hook
+from mace.interfaces import StreamHeader, StreamItem
+from mace.records import Batch, Content, Flag
+from mace.topology import Sighting, Topology
+from tests.made_capture import HEADER, TOPOLOGY, all_columns, batches, capture_bytes, digest, traffic
+
+HERE = Path(__file__).parent
+
+
+def stream() -> tuple[StreamHeader, list[StreamItem]]:
+    """Every message, every column encoding and width, content and none, both topologies' forms, and a gap."""
+    whole = traffic(2_000, content=True)
+    first, last = whole[:1_500], whole[1_500:]
+    bare = replace(last[:200], content=None)
+    end_ns = int(last.ts_ns[-1])
+    later = replace(
+        TOPOLOGY,
+        from_ns=int(first.ts_ns[-1]) + 1,
+        devices=TOPOLOGY.devices[:-1],
+        sightings=(*TOPOLOGY.sightings, Sighting("eth0", 4026532003, 2)),
+    )
+    many = replace(later, from_ns=end_ns + 1, sightings=(*later.sightings, *(Sighting(f"v{n}") for n in range(4_100))))
+    more = replace(many, sightings=(*many.sightings, Sighting("last0")))
+    lost = Batch.of(1, Content.of(1), ts_ns=[end_ns + 5], skb_id=[end_ns + 900], l3_len=[77], cpu=[1], hook=[Hook.LOST])
+    hooks = [hook for hook in Hook if hook not in (Hook.INVALID, Hook.LOST)]
+    content = Content.of(
+        8,
+        packet_key=np.array([2**64 - 1, 1, 2**16, 2**32, 2**63, 7, 7, 0], "u8"),
+        l4_seq=[2**32 - 1, 1, 0, 0, 0, 1480, 0, 0],
+        l4_src=[65_535, 1, 2, 3, 4, 5, 6, 0],
+        l4_dst=[53, 80, 443, 4789, 8, 7, 6, 0],
+        ip_id=[0, 1, 255, 256, 65_535, 0, 0, 0],
+        vlan=[0, 0, 0, 100, 0, 0, 0, 0],
+        ip_version=[4, 6, 4, 4, 4, 4, 6, 0],
+        l4_proto=[6, 6, 17, 17, 1, 17, 58, 0],
+        l4_bits=[0x18, 0x02, 0, 0, 8, 0, 128, 0],
+        flags=[
+            Flag.KEY | Flag.FLOW,
+            Flag.KEY | Flag.FLOW | Flag.CLONED,
+            Flag.KEY | Flag.FLOW,
+            Flag.KEY | Flag.FLOW | Flag.TUNNEL | Flag.VLAN,
+            Flag.KEY | Flag.FLOW,
+            Flag.KEY | Flag.FRAGMENT,
+            Flag.KEY | Flag.FLOW | Flag.RECALLED,
+            0,
+        ],
+    )
+    wide = Batch.of(
+        8,
+        content,
+        ts_ns=end_ns + np.cumsum([1_000, 0, 1, 2**8, 2**16, 2**33, 2**44, 2**60]),
+        skb_id=np.array([0, 1, 2**16, 2**32, 2**63, 2**64 - 1, 5, 5], "u8"),
+        dev=[0, 4_000, 0, 4_110, 1, 1, 1, 0],
+        l3_len=[0, 2**32 - 1, 1, 2, 3, 4, 5, 6],
+        cpu=[0, 1, 1, 0, 65_535, 0, 256, 0],
+        drop_reason=[0, 0, 0, 0, 0, 0, 0, 300],
+        gso_segs=[45] * 8,
+        hook=hooks,
+    )
+    nothing = Batch.of(0, Content.of(0))
+    return HEADER, [
+        *(TOPOLOGY, *batches(first, 700), Batch.empty(), nothing),
+        *(later, bare, last[200:], many, more, lost, wide),
+    ]
+
+
+if __name__ == "__main__":
+    header, items = stream()
+    content = capture_bytes(items, header)
+    (HERE / "capture.mace").write_bytes(content)
+    expected = {
+        "bytes": len(content),
+        "items": [f"Batch {len(item)}" if isinstance(item, Batch) else "Topology" for item in items],
+        "with_content": [isinstance(item, Batch) and item.content is not None for item in items],
+        "records": sum(len(item) for item in items if isinstance(item, Batch)),
+        "lost": sum(item.lost for item in items if isinstance(item, Batch)),
+        "columns_sha256": digest(items),
+        "header": asdict(header),
+        "topologies": [asdict(item) for item in items if isinstance(item, Topology) and len(item.sightings) < 100],
+        "sightings": [len(item.sightings) for item in items if isinstance(item, Topology)],
+        "last_sighting": "last0",
+        "last_batch": {name: column.tolist() for name, column in all_columns(items[-1])},
+    }
+    (HERE / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")
