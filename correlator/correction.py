@@ -406,21 +406,23 @@ class _Keys:
 
     @classmethod
     def of(cls, samples: Samples, egress: Crossings, ingress: Crossings) -> _Keys:
-        by_content = _all_told(samples.l4_proto) and any((c.l4_proto != NOT_TOLD).any() for c in (egress, ingress))
-        icmp = by_content and bool(np.isin(samples.l4_proto, _ICMP).all())
+        answered = samples.rtt_ns != NOT_TOLD
+        protocols = samples.l4_proto[answered]
+        by_content = _all_told(protocols) and any((c.l4_proto != NOT_TOLD).any() for c in (egress, ingress))
+        icmp = by_content and bool(np.isin(protocols, _ICMP).all())
         keys, exact = [], by_content
         for crossings, length, ident in (
             (egress, samples.request_len, egress.l4_src),
             # ICMP echo has one identifier, the same both ways; ports change sides.
             (ingress, samples.reply_len, ingress.l4_src if icmp else ingress.l4_dst),
         ):
-            ours = np.isin(crossings.l4_proto, samples.l4_proto) if by_content else np.ones(len(crossings), np.bool_)
+            ours = np.isin(crossings.l4_proto, protocols) if by_content else np.ones(len(crossings), np.bool_)
             columns: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = [(length, crossings.l3_len)]
             if by_content:
                 columns += [(samples.l4_proto, crossings.l4_proto), (samples.l4_id, ident)]
             if icmp:
                 columns += [(samples.l4_seq, crossings.l4_dst)]
-            usable = [_all_told(said) and bool((seen[ours] != NOT_TOLD).all()) for said, seen in columns]
+            usable = [_all_told(said[answered]) and bool((seen[ours] != NOT_TOLD).all()) for said, seen in columns]
             exact &= all(usable[1:])
             used = [column for column, use in zip(columns, usable, strict=True) if use]
             keys.append(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mace.schema import NOT_TOLD, Columns
-
-_WRAP: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,19 +66,6 @@ class Samples(Columns):
             value = np.asarray(given.get(name, empty.get(name, NOT_TOLD)))
             columns[name] = np.broadcast_to(value, (length,)).astype(dtype)
         return cls(**columns)
-
-
-def unwrapped(seq: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """16-bit sequence numbers, as they came in, continued beyond 65535. int64, same shape (one dimension).
-
-    Each is taken for the nearest to the one before it, so up to 32,767 lost in a row, or as much disorder, are told
-    right.
-    """
-    told = np.asarray(seq, np.int64)
-    steps = np.diff(told, prepend=told[:1])
-    steps = (steps + _WRAP // 2) % _WRAP - _WRAP // 2
-    going: npt.NDArray[np.int64] = np.cumsum(steps) + (told[0] if len(told) else 0)
-    return going
 
 
 assert tuple(f.name for f in fields(Samples)) == tuple(Samples._DTYPES)
