@@ -2,8 +2,11 @@
 
 For a request and its response that were both seen over the whole path (`mace.schema.Crossings`):
 
-    host RTT = tool RTT - (outer - inner of the request) - (inner - outer of the response)
-    NIC RTT  = edge of the response at the outer device - edge of the request there
+    host RTT = tool RTT - egress - ingress
+    egress   = net_dev_queue of the request, outer - inner device
+    ingress  = of the response, inner - outer device: netif_receive_skb, where the tool looks at the clock after it;
+               the kernel's stamp, where the tool takes that: what the packet waits behind it is not in the tool's RTT
+    NIC RTT  = at the outer device, first hook of the response - net_dev_start_xmit of the request
 
 Which request and which response? A sample says little: a time, a length, a number, a round trip time. A packet's
 crossing says when it was where, how long it is and, from a source that looks into packets, whose it is. A wrong pair
@@ -100,7 +103,7 @@ class Corrections(Columns):
     egress_ns: npt.NDArray[np.int64]
     """Overhead of the request."""
     ingress_ns: npt.NDArray[np.int64]
-    """Overhead of the response."""
+    """Overhead of the response, up to where the tool's clock is read."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "reason": "u1",
@@ -122,7 +125,7 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
     `crossings`: of one container, in any order, strangers' packets included. A row for every sample comes back.
     """
     egress = _sorted(crossings, Direction.EGRESS)
-    ingress = _sorted(crossings, Direction.INGRESS, edge=stamps.receive_clock is ReceiveClock.KERNEL)
+    ingress = _sorted(crossings, Direction.INGRESS, stamp=stamps.receive_clock is ReceiveClock.KERNEL)
     reason = np.full(len(samples), Reason.NO_REPLY, np.uint8)
     request, response = pair(samples, egress, ingress, stamps, gaps_utc_ns, reason)
 
@@ -130,7 +133,9 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
     out, back = egress[request[rows]], ingress[response[rows]]
     columns = {name: np.zeros(len(samples), dtype) for name, dtype in Corrections._DTYPES.items()}
     columns["reason"] = reason
-    added, removed = out.outer_utc_ns - out.inner_utc_ns, back.inner_utc_ns - back.outer_utc_ns
+    stamped = stamps.receive_clock is ReceiveClock.KERNEL
+    added = out.outer_utc_ns - out.inner_utc_ns
+    removed = _arrivals(back, stamp=stamped) - (back.outer_stamp_utc_ns if stamped else back.outer_utc_ns)
     tool = samples.rtt_ns[rows]
     found: dict[str, npt.NDArray[Any]] = {
         "grade": np.minimum(out.grade, back.grade),
@@ -180,7 +185,7 @@ class _Places:
     """Of the request at the inner device."""
     sent_before: Ints
     arrived_after: Ints
-    """Of the response at the inner device: its edge or its `netif_receive_skb`, as the tool's clock has it."""
+    """Of the response at the inner device: the kernel's stamp or `netif_receive_skb`, as the tool's clock has it."""
     arrived_before: Ints
     shortest: Ints
     """From the one to the other, ns."""
@@ -242,7 +247,7 @@ def pair(
     """
     places, keys = _Places.of(samples, stamps), _Keys.of(samples, egress, ingress)
     requests = _Packets(egress.inner_utc_ns, keys.egress)
-    replies = _Packets(_arrivals(ingress, edge=stamps.receive_clock is ReceiveClock.KERNEL), keys.ingress)
+    replies = _Packets(_arrivals(ingress, stamp=stamps.receive_clock is ReceiveClock.KERNEL), keys.ingress)
     sent, left = requests.times.tolist(), egress.outer_edge_utc_ns.tolist()
     shortest, longest = places.shortest.tolist(), places.longest.tolist()
     arrived_after, arrived_before = places.arrived_after.tolist(), places.arrived_before.tolist()
@@ -445,13 +450,13 @@ def _all_told(column: npt.NDArray[Any]) -> bool:
     return bool(len(column)) and bool((column != NOT_TOLD).all())
 
 
-def _sorted(crossings: Crossings, direction: Direction, *, edge: bool = False) -> Crossings:
+def _sorted(crossings: Crossings, direction: Direction, *, stamp: bool = False) -> Crossings:
     chosen = crossings[crossings.direction == direction]
-    return chosen[np.argsort(_arrivals(chosen, edge=edge), kind="stable")]
+    return chosen[np.argsort(_arrivals(chosen, stamp=stamp), kind="stable")]
 
 
-def _arrivals(crossings: Crossings, *, edge: bool) -> Ints:
-    return crossings.inner_edge_utc_ns if edge else crossings.inner_utc_ns
+def _arrivals(crossings: Crossings, *, stamp: bool) -> Ints:
+    return crossings.inner_stamp_utc_ns if stamp else crossings.inner_utc_ns
 
 
 def _overlap(gaps: Gaps, after: Ints, before: Ints) -> Mask:

@@ -65,7 +65,8 @@ class Crossed:
     direction: Bytes
     inner: Ints
     outer: Ints
-    inner_edge: Ints
+    inner_stamp: Ints
+    outer_stamp: Ints
     outer_edge: Ints
 
 
@@ -174,13 +175,15 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
     sent_on = (hook[end[near]] == Hook.NET_DEV_START_XMIT) & (hook[end[far]] == Hook.NET_DEV_START_XMIT)
     seen = np.flatnonzero(way_in | sent_on)
     near, far, way_in = near[seen], far[seen], way_in[seen]
+    stamp = np.where(hook[first] == Hook.NETIF_RX, first, end)
     crossed = Crossed(
         life=alive[total[seen]],
         owner=np.where(way_in, target[total[seen]], origin[total[seen]]),
         direction=np.where(way_in, np.uint8(Direction.INGRESS), np.uint8(Direction.EGRESS)),
         inner=np.where(way_in, ts[end[near]], begin[near]),
         outer=begin[far],
-        inner_edge=np.where(way_in, ts[first[near]], ts[end[near]]),
+        inner_stamp=np.where(way_in, ts[stamp[near]], ts[end[near]]),
+        outer_stamp=np.where(way_in, ts[stamp[far]], ts[end[far]]),
         outer_edge=np.where(way_in, ts[first[far]], ts[end[far]]),
     )
 

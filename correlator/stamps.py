@@ -6,7 +6,7 @@ A round trip time is a difference of two stamps, and neither is taken at a devic
     stack           └─ Q inner ─ ... ─ Q outer ─ X outer ~~ r outer ─ R outer ─ ... ─ r inner ─ R inner
                                                                                  └ R (kernel clock)
 
-Q is `net_dev_queue`, X `net_dev_start_xmit`, r the first reception at a device, R `netif_receive_skb`.
+Q is `net_dev_queue`, X `net_dev_start_xmit`, r `netif_rx`, R `netif_receive_skb`.
 
 **Sending (S).** All tools here read the user's clock right before the system call that sends. From there to
 Q inner it takes the system call, routing and the container's own netfilter rules: 2 to 20 µs, more when the cache is
@@ -26,9 +26,10 @@ stamp to Q outer; so nothing is taken off for it, and what the two spend differe
   in net/core/dev.c, in `netif_rx_internal` right before the tracepoint `netif_rx`, or in `netif_receive_skb_internal`
   for a device with NAPI; not when the reader is woken. A stamp that the outer device gave is wiped where the packet is
   forwarded (`skb_clear_tstamp` in net/ipv4/ip_forward.c and net/bridge/br_forward.c) and where it enters another
-  namespace (`skb_scrub_packet`). So R is at the first reception *at the inner device*, in a host process at the outer
-  one; what is taken off, R inner - R outer, differs from r inner - r outer by how long the two waited for their
-  softirq, some 100 ns.
+  namespace (`skb_scrub_packet`). So R is at r *of the inner device*, of a host process at r of the outer one, and what
+  is taken off is r inner - r outer. (`netif_receive_skb` inner - outer would take off the wait for the softirq at the
+  inner device too, which is behind the stamp: 0.1 µs as a rule, but 80 µs now and then in a flood, and a host RTT below
+  zero.)
 - *iputils ping -U* and tools that read the clock when their `recv` returns: the user's clock. Between R inner and the
   stamp lie the socket, the wake-up and the scheduler, 5 to 50 µs on an idle machine and any time on a busy one. A host
   process has the same wait, so it stays in the host RTT; its scatter goes into the interval.
@@ -41,11 +42,10 @@ stamp to Q outer; so nothing is taken off for it, and what the two spend differe
 system call; normally 20 to 100 µs after R, but there may be a scheduler between. `fping -D` prints R itself, with five
 digits after the point. CSV has the time of sending.
 
-What the model leaves in the host RTT, then: stamp to Q (a container's stack against the host's), the softirq wait
-above, the cost of tracing outside the two overheads, and the work that both do but at different places: a host
-process's packet passes the host's output and postrouting rules too, and that part of the overhead is taken off although
-it would have been paid. All of it together is a few µs at most where nothing waits. docs/correction.md has measured
-values.
+What the model leaves in the host RTT, then: stamp to Q (a container's stack against the host's), the cost of tracing
+outside the two overheads, and the work that both do but at different places: a host process's packet passes the host's
+output and postrouting rules too, and that part of the overhead is taken off although it would have been paid. All of it
+together is a few µs where nothing waits. docs/correction.md has measured values.
 """
 
 from __future__ import annotations

@@ -136,9 +136,9 @@ class Crossings(Columns):
     """One row per packet that was seen over the whole of a container's path: what a tool's sample is corrected with.
 
     `inner` is the container's own device, `outer` the host's towards the network. A packet passes inner before outer on
-    egress, outer before inner on ingress. A device's *edge* is where the packet leaves the host's stack for the
-    wire's side or comes from it: the driver's `net_dev_start_xmit` on egress (the last, if the driver was busy), the
-    first of `napi_gro_receive_entry`, `netif_rx` and `netif_receive_skb` on ingress.
+    egress, outer before inner on ingress. A device's *stamp* is where the kernel takes software time stamps of packets:
+    at `net_dev_start_xmit` on egress (the last, if the driver was busy), at `netif_rx` on ingress, or, if the device
+    does without, at `netif_receive_skb`.
 
     The `l4_` columns are what tells one packet from another, as it is at the inner device (NAT rewrites some of it);
     `NOT_TOLD` where the source does not look into packets.
@@ -153,8 +153,10 @@ class Crossings(Columns):
     """`net_dev_queue` (egress) or `netif_receive_skb` (ingress) at the inner device."""
     outer_utc_ns: npt.NDArray[np.int64]
     """The same hook at the outer device. The two differ by the packet's overhead."""
-    inner_edge_utc_ns: npt.NDArray[np.int64]
+    inner_stamp_utc_ns: npt.NDArray[np.int64]
+    outer_stamp_utc_ns: npt.NDArray[np.int64]
     outer_edge_utc_ns: npt.NDArray[np.int64]
+    """Nearest to the wire: `net_dev_start_xmit` on egress, the first hook of any kind at that device on ingress."""
     l3_len: npt.NDArray[np.uint32]
     """Bytes without link-layer header at the packet's first record."""
     grade: npt.NDArray[np.uint8]
@@ -173,7 +175,8 @@ class Crossings(Columns):
         "direction": "u1",
         "inner_utc_ns": "<i8",
         "outer_utc_ns": "<i8",
-        "inner_edge_utc_ns": "<i8",
+        "inner_stamp_utc_ns": "<i8",
+        "outer_stamp_utc_ns": "<i8",
         "outer_edge_utc_ns": "<i8",
         "l3_len": "<u4",
         "grade": "u1",

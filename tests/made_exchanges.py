@@ -23,29 +23,31 @@ class Path:
         """Queued at the inner device at that time; returns (name, when it left the outer device)."""
         proto, ident, seq = content
         edges = queued + 1_000, queued + overhead + 2_000
-        self.rows.append((Direction.EGRESS, queued, queued + overhead, *edges, length, proto, ident, seq))
+        times = (queued, queued + overhead, edges[0], edges[1], edges[1])
+        self.rows.append((Direction.EGRESS, *times, length, proto, ident, seq))
         return len(self.rows), edges[1]
 
     def ingress(self, arrived, *, length=LENGTH, overhead=8_000, wait=700, content=(NOT_TOLD,) * 3):
-        """At the inner device's edge at that time; returns (name, its `netif_receive_skb` there)."""
+        """Stamped at the inner device at that time; returns (name, its `netif_receive_skb` there)."""
         proto, ident, seq = content
         inner = arrived + wait
-        self.rows.append(
-            (Direction.INGRESS, inner, inner - overhead, arrived, inner - overhead - 500, length, proto, ident, seq)
-        )
+        outer = arrived - overhead + 500
+        times = (inner, outer, arrived, outer - 400, outer - 500)
+        self.rows.append((Direction.INGRESS, *times, length, proto, ident, seq))
         return len(self.rows), inner
 
     def crossings(self) -> Crossings:
-        columns = np.array(self.rows, np.int64).reshape(-1, 9).T
+        columns = np.array(self.rows, np.int64).reshape(-1, 10).T
         count = len(self.rows)
-        direction, inner, outer, inner_edge, outer_edge, length, proto, ident, seq = columns
+        direction, inner, outer, inner_stamp, outer_stamp, outer_edge, length, proto, ident, seq = columns
         found = Crossings(
             packet=np.arange(1, count + 1, dtype=np.uint64),
             device=np.zeros(count, np.int32),
             direction=direction.astype(np.uint8),
             inner_utc_ns=inner,
             outer_utc_ns=outer,
-            inner_edge_utc_ns=inner_edge,
+            inner_stamp_utc_ns=inner_stamp,
+            outer_stamp_utc_ns=outer_stamp,
             outer_edge_utc_ns=outer_edge,
             l3_len=length.astype(np.uint32),
             grade=np.full(count, Grade.BUFFER, np.uint8),

@@ -73,7 +73,7 @@ def naive_pairs(run, stamps):
     """Requests, then replies, each by trying all orders; for a few samples with times and without further replies."""
     c = run.crossings
     packets = list(zip(c.packet.tolist(), c.direction.tolist(), c.inner_utc_ns.tolist(),
-                       c.inner_edge_utc_ns.tolist(), c.outer_edge_utc_ns.tolist(), strict=True))  # fmt: skip
+                       c.inner_stamp_utc_ns.tolist(), c.outer_edge_utc_ns.tolist(), strict=True))  # fmt: skip
     out = sorted((inner, name, edge) for name, d, inner, _, edge in packets if d == Direction.EGRESS)
     back = sorted((edge, name) for name, d, _, edge, _ in packets if d == Direction.INGRESS)
     s = run.samples
@@ -185,7 +185,9 @@ def test_records_that_were_lost_make_no_wrong_pairs(seed, pace_ns, ident_told):
     crossings = run.crossings
     begin = START + int(rng.integers(0, int(80 * pace_ns)))
     end = begin + int(rng.integers(0, int(20 * pace_ns)))
-    gone = (crossings.inner_utc_ns >= begin) & (crossings.inner_edge_utc_ns <= end) & (rng.random(len(crossings)) < 0.7)
+    gone = (
+        (crossings.inner_utc_ns >= begin) & (crossings.inner_stamp_utc_ns <= end) & (rng.random(len(crossings)) < 0.7)
+    )
     found = correct(run.samples, crossings[~gone], PING, [(begin, end)])
     assert wrong(run, found) == []
     if not gone.any() or ident_told:
@@ -217,7 +219,7 @@ def test_what_is_settled_comes_out_the_same_at_the_end(seed, pace_ns, step):
         known = run.samples[done:stop]
         upto = int(known.stamp_utc_ns.max(initial=0))
         ready = settled(known, PING, upto)
-        early = correct(known[:ready], crossings[crossings.inner_edge_utc_ns < upto], PING)
+        early = correct(known[:ready], crossings[crossings.inner_stamp_utc_ns < upto], PING)
         for name in ("reason", "request", "response"):
             assert getattr(early, name).tolist() == getattr(whole, name)[done : done + ready].tolist()
         done += ready
@@ -240,9 +242,13 @@ def test_figures_of_one_exchange():
     assert pairs(found) == [(request, response)]
     assert found.tool_rtt_ns == 90_000
     assert found.egress_ns == 20_000
-    assert found.ingress_ns == 9_000
-    assert found.host_rtt_ns == 61_000
-    assert found.nic_rtt_ns == (inner - 9_000 - 500) - left
+    # From stamp to stamp: outer at 90 - 9 + 0.5 µs, its stamp 0.4 before that, what is nearest to the wire 0.5.
+    assert found.ingress_ns == 8_900
+    assert found.host_rtt_ns == 61_100
+    assert found.nic_rtt_ns == START + 81_000 - left
+    by_user = correct(samples, path.crossings(), PING_USER)
+    assert by_user.ingress_ns == inner - (START + 81_500)
+    assert by_user.host_rtt_ns == 70_000 - by_user.ingress_ns
     assert found.sent_utc_ns == START + 5_000
 
 

@@ -29,16 +29,18 @@ def one_exchange():
     return tape.batch()
 
 
-def test_times_at_both_devices_and_their_edges():
+def test_times_at_both_devices_and_where_the_kernel_stamps():
     found = crossings(correlate(one_exchange()))
     rows = {Direction(d): i for i, d in enumerate(found.direction)}
     request, reply = found[rows[Direction.EGRESS] :][:1], found[rows[Direction.INGRESS] :][:1]
     since = 10_000 + OFFSET_NS
-    assert (request.inner_utc_ns - since, request.inner_edge_utc_ns - since) == (0, 3)
-    assert (request.outer_utc_ns - since, request.outer_edge_utc_ns - since) == (100, 140)
+    assert (request.inner_utc_ns - since, request.inner_stamp_utc_ns - since) == (0, 3)
+    assert (request.outer_utc_ns - since, request.outer_stamp_utc_ns - since) == (100, 140)
+    assert request.outer_edge_utc_ns - since == 140
     since = 20_000 + OFFSET_NS
-    assert (reply.outer_edge_utc_ns - since, reply.outer_utc_ns - since) == (50, 57)
-    assert (reply.inner_edge_utc_ns - since, reply.inner_utc_ns - since) == (120, 128)
+    assert (reply.outer_stamp_utc_ns - since, reply.outer_utc_ns - since) == (50, 57)
+    assert (reply.inner_stamp_utc_ns - since, reply.inner_utc_ns - since) == (120, 128)
+    assert reply.outer_edge_utc_ns - since == 50
     assert set(found.l3_len) == {84}
     assert all((getattr(found, name) == -1).all() for name in ("l4_proto", "l4_src", "l4_dst", "l4_seq"))
 
@@ -48,6 +50,15 @@ def test_a_driver_that_was_busy_sent_it_when_it_was_asked_last():
     tape.packet("Q:eth0 X:eth0 r:veth1 R:veth1 R:br0 Q:out0 X:out0 X:out0 r:rem0 R:rem0 c", 0, step=10)
     found = crossings(correlate(tape.batch()))
     assert found.outer_edge_utc_ns - OFFSET_NS == 70
+
+
+def test_devices_that_offer_packets_to_gro_have_them_stamped_afterwards():
+    tape = Tape()
+    tape.packet("G:out0 R:out0 Q:br0 X:br0 Q:veth1 X:veth1 G:eth0 R:eth0 c", 1_000, step=10)
+    found = crossings(correlate(tape.batch()))
+    assert found.outer_edge_utc_ns - OFFSET_NS == 1_000
+    assert found.outer_stamp_utc_ns == found.outer_utc_ns == OFFSET_NS + 1_010
+    assert found.inner_stamp_utc_ns == found.inner_utc_ns == OFFSET_NS + 1_070
 
 
 def test_a_packet_that_the_outer_driver_never_got_has_not_crossed():
