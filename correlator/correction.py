@@ -21,7 +21,9 @@ is worse than a missing one, so a sample is paired only if *everything that is k
    strictly increasing, and such assignments form a lattice) the earliest and the latest are found by going through the
    samples forwards and backwards. Where the two agree there is one possibility; where they do not, the sample is
    *ambiguous*. Content, where there is any, only makes the sets of candidates smaller.
-3. **Where it cannot be done.** If no assignment exists for samples that compete for the same packets, somebody's packet
+3. **Waits.** First a process may have been interrupted for long wherever it can be. What is left ambiguous then is
+   judged once more with ordinary waits, with what is certain in its place.
+4. **Where it cannot be done.** If no assignment exists for samples that compete for the same packets, somebody's packet
    is missing and all of them are ambiguous. If records were lost where a sample's packets would have to be, the right
    one may be the one that was lost: the sample is not paired.
 
@@ -245,63 +247,106 @@ def pair(
     `egress` in the order of `inner_utc_ns`, `ingress` in that of the arrival that the tool's clock sees. Int64, as long
     as the samples.
     """
-    places, keys = _Places.of(samples, stamps), _Keys.of(samples, egress, ingress)
+    keys = _Keys.of(samples, egress, ingress)
     requests = _Packets(egress.inner_utc_ns, keys.egress)
     replies = _Packets(_arrivals(ingress, stamp=stamps.receive_clock is ReceiveClock.KERNEL), keys.ingress)
-    sent, left = requests.times.tolist(), egress.outer_edge_utc_ns.tolist()
-    shortest, longest = places.shortest.tolist(), places.longest.tolist()
-    arrived_after, arrived_before = places.arrived_after.tolist(), places.arrived_before.tolist()
-    sent_after, sent_before = places.sent_after.tolist(), places.sent_before.tolist()
-
-    def responses(k: int, j: int) -> Span:
-        """The replies that fit sample `k` if its request is packet `j`."""
-        after = max(sent[j] + shortest[k], left[j], arrived_after[k])
-        return replies.between(keys.response[k], after, min(sent[j] + longest[k], arrived_before[k]))
-
-    def one_fits(k: int, near: Span) -> bool:
-        """Whether any of the packets has a reply that fits sample `k`."""
-        if any(responses(k, j) for j in near.first(_FEW)):
-            return True
-        rest = np.array(near.items[near.start + _FEW : near.stop], np.int64)
-        times = np.array(replies.times_of.get(keys.response[k], ()), np.int64)
-        after = np.maximum(requests.times[rest] + shortest[k], egress.outer_edge_utc_ns[rest]).clip(arrived_after[k])
-        before = np.minimum(requests.times[rest] + longest[k], arrived_before[k])
-        return bool((np.searchsorted(times, after, "left") < np.searchsorted(times, before, "right")).any())
-
-    missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
-    if keys.exact:
-        missing &= samples.stamp_utc_ns == NOT_TOLD
     first, further = _by_request(samples, stamps)
-    near = {k: requests.between(keys.request[k], sent_after[k], sent_before[k]) for k in first}
-    kept = []
-    for k in first:
-        if missing[k]:
-            reason[k] = Reason.LOST
-        elif not near[k]:
-            reason[k] = Reason.NO_REQUEST
-        elif not one_fits(k, near[k]):
-            reason[k] = Reason.NO_RESPONSE
-        else:
-            reason[k] = Reason.AMBIGUOUS
-            kept.append(k)
     request = np.full(len(samples), -1, np.int64)
-    request[kept] = only_increasing([near[k] for k in kept], lambda n, j: bool(responses(kept[n], j)))
-
+    response = request.copy()
+    for patient, model in ((True, stamps.patient()), (False, stamps)):
+        fit = _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns)
+        spans: dict[int, Span] = {}
+        for k in first:
+            near = fit.near(k) if request[k] < 0 else Span([int(request[k])], 0, 1)
+            why = Reason.AMBIGUOUS if request[k] >= 0 else fit.why_not(k, near)
+            if why is Reason.AMBIGUOUS:
+                spans[k] = near
+            if patient or reason[k] == Reason.LOST:
+                reason[k] = why
+        _choose(request, spans, fit)
     for k, original in further:
-        reason[k] = Reason.LOST if missing[k] else reason[original]
-        request[k] = request[original]
-    told, spans = [], []
-    for k in np.flatnonzero((request >= 0) & (reason == Reason.AMBIGUOUS)).tolist():
-        span = responses(k, int(request[k]))
-        if span:
-            told.append(k)
-            spans.append(span)
-        else:
-            reason[k] = Reason.NO_RESPONSE
-    response = np.full(len(samples), -1, np.int64)
-    response[told] = only_increasing(spans)
+        reason[k], request[k] = reason[original], request[original]
+    for patient, model in ((True, stamps.patient()), (False, stamps)):
+        fit = _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns)
+        spans = {}
+        for k in np.flatnonzero((request >= 0) & ((reason == Reason.AMBIGUOUS) | (reason == Reason.LOST))).tolist():
+            near = fit.responses(k, int(request[k])) if response[k] < 0 else Span([int(response[k])], 0, 1)
+            why = Reason.AMBIGUOUS if near else Reason.NO_RESPONSE
+            if fit.missing[k] and response[k] < 0:
+                why = Reason.LOST
+            elif near:
+                spans[k] = near
+            if patient or reason[k] == Reason.LOST:
+                reason[k] = why
+        _choose(response, spans)
     reason[response >= 0] = Reason.PAIRED
     return request, response
+
+
+def _choose(chosen: Ints, spans: dict[int, Span], fit: _Fit | None = None) -> None:
+    """Enter what `only_increasing` finds, in the order of the spans; what is there already stays."""
+    rows = list(spans)
+
+    def fits(n: int, item: int) -> bool:
+        return fit is None or chosen[rows[n]] == item or bool(fit.responses(rows[n], item))
+
+    found = only_increasing(list(spans.values()), fits)
+    chosen[rows] = np.where(chosen[rows] >= 0, chosen[rows], found)
+
+
+class _Fit:
+    """Which packets can be a sample's, with the waits of one model."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        stamps: StampModel,
+        keys: _Keys,
+        requests: _Packets,
+        replies: _Packets,
+        egress: Crossings,
+        gaps_utc_ns: Gaps,
+    ) -> None:
+        places = _Places.of(samples, stamps)
+        self.missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
+        """Records were lost where its packets must be: they may be among them, unless a key names no others."""
+        if keys.exact:
+            self.missing &= samples.stamp_utc_ns == NOT_TOLD
+        self._keys, self._requests, self._replies = keys, requests, replies
+        self._sent, self._left = requests.times.tolist(), egress.outer_edge_utc_ns.tolist()
+        self._egress = egress
+        self._shortest, self._longest = places.shortest.tolist(), places.longest.tolist()
+        self._arrived_after, self._arrived_before = places.arrived_after.tolist(), places.arrived_before.tolist()
+        self._sent_after, self._sent_before = places.sent_after.tolist(), places.sent_before.tolist()
+
+    def near(self, k: int) -> Span:
+        """Packets that are where the request of sample `k` must be."""
+        return self._requests.between(self._keys.request[k], self._sent_after[k], self._sent_before[k])
+
+    def responses(self, k: int, j: int) -> Span:
+        """The replies that fit sample `k` if its request is packet `j`."""
+        after = max(self._sent[j] + self._shortest[k], self._left[j], self._arrived_after[k])
+        before = min(self._sent[j] + self._longest[k], self._arrived_before[k])
+        return self._replies.between(self._keys.response[k], after, before)
+
+    def why_not(self, k: int, near: Span) -> Reason:
+        """AMBIGUOUS if one of the packets can be the request of sample `k`, else why none is."""
+        if self.missing[k]:
+            return Reason.LOST
+        if not near:
+            return Reason.NO_REQUEST
+        return Reason.AMBIGUOUS if self._any(k, near) else Reason.NO_RESPONSE
+
+    def _any(self, k: int, near: Span) -> bool:
+        """Whether any of the packets has a reply that fits sample `k`."""
+        if any(self.responses(k, j) for j in near.first(_FEW)):
+            return True
+        rest = np.array(near.items[near.start + _FEW : near.stop], np.int64)
+        times = np.array(self._replies.times_of.get(self._keys.response[k], ()), np.int64)
+        sent, left = self._requests.times[rest], self._egress.outer_edge_utc_ns[rest]
+        after = np.maximum(sent + self._shortest[k], left).clip(self._arrived_after[k])
+        before = np.minimum(sent + self._longest[k], self._arrived_before[k])
+        return bool((np.searchsorted(times, after, "left") < np.searchsorted(times, before, "right")).any())
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,15 +89,19 @@ def ping_run(
     content=False,
     stamped=True,
     ident_told=False,
+    held_up=-1,
 ):
-    """As iputils ping -D: microseconds, the line's time that of printing. `strangers` exchanges of others beside it."""
+    """As iputils ping -D: microseconds, the line's time that of printing. `strangers` exchanges of others beside it.
+
+    Sample `held_up` is queued only 4 ms after its stamp.
+    """
     path = Path()
     lines = []
     sent = START
     for number in range(count):
         seq = (first_seq + number) % 65536
         own = (1, 77, seq) if content else (NOT_TOLD,) * 3
-        queued = sent + int(rng.integers(1_000, 60_000))
+        queued = sent + int(rng.integers(1_000, 60_000)) + (4_000_000 if number == held_up else 0)
         name, left = path.egress(queued, overhead=int(rng.integers(5_000, 40_000)), content=own)
         if rng.random() >= loss:
             for copy in range(1 + (rng.random() < duplicates)):
