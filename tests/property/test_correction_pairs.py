@@ -80,9 +80,9 @@ def naive_pairs(run, stamps):
     out = sorted((inner, name, left) for name, d, inner, _, left in packets if d == Direction.EGRESS)
     back = sorted((arrived, name) for name, d, _, arrived, _ in packets if d == Direction.INGRESS)
     s = run.samples
-    unsure = 1_000 + stamps.clock_slack_ns
 
     def replies(k, i, waits):
+        unsure = 1_000 + waits.clock_slack_ns
         queued, _, left = out[i]
         rtt, stamp = int(s.rtt_ns[k]), int(s.stamp_utc_ns[k])
         return [
@@ -92,7 +92,7 @@ def naive_pairs(run, stamps):
         ]  # fmt: skip
 
     def requests(k, waits):
-        begun = int(s.stamp_utc_ns[k] - s.rtt_ns[k])
+        begun, unsure = int(s.stamp_utc_ns[k] - s.rtt_ns[k]), 1_000 + waits.clock_slack_ns
         early, late = begun - waits.print_wait_ns - 1_000 - unsure, begun + 1_000 + unsure + waits.send_wait_ns
         return [i for i, (queued, _, _) in enumerate(out) if early <= queued <= late and replies(k, i, waits)]
 
@@ -276,17 +276,17 @@ def test_figures_of_one_exchange():
     ("model", "stamp_ns", "rtt_ns", "paired"),
     [
         (PING, 150_000, 90_000, True),
-        (PING, 85_000, 90_000, False),  # printed before it arrived
+        (PING, -15_000, 90_000, False),  # printed before it arrived
         (PING, 5_200_000, 90_000, True),  # printed late: the process was interrupted
         (PING, 50_200_000, 90_000, False),  # printed later than anything would be
-        (PING, 150_000, 80_000, False),  # over before the reply was there
+        (PING, 150_000, 80_000, True),  # the kernel was interrupted between its stamp and the hook
         (PING, 150_000, 1_200_000, True),  # queued late
         (PING, 150_000, 50_200_000, False),  # queued later than anything would be
         (PING_USER, 150_000, 130_000, True),
         (FPING, 90_000, 90_000, True),
-        (FPING, 200_000, 90_000, False),  # the line has the reply's own time
+        (FPING, 300_000, 90_000, False),  # the line has the reply's own time
         (REQUEST_RESPONSE, 0, 130_000, True),
-        (REQUEST_RESPONSE, 20_000, 130_000, False),  # sent after its packet was
+        (REQUEST_RESPONSE, 120_000, 130_000, False),  # sent after its packet was
     ],
 )
 def test_what_each_tool_means_by_its_times(model, stamp_ns, rtt_ns, paired):
@@ -295,6 +295,15 @@ def test_what_each_tool_means_by_its_times(model, stamp_ns, rtt_ns, paired):
     path.ingress(START + 90_000)
     samples = Samples.of(1, stamp_utc_ns=START + stamp_ns, rtt_ns=rtt_ns)
     assert (correct(samples, path.crossings(), model).reason == Reason.PAIRED) == paired
+
+
+def test_a_round_trip_cannot_be_over_before_the_reply_is_there():
+    path = Path()
+    path.egress(START + 5_000)
+    path.ingress(START + 290_000)
+    samples = Samples.of(2, stamp_utc_ns=START + 300_000, rtt_ns=[180_000, 190_000])
+    assert correct(samples[:1], path.crossings(), PING).reason == Reason.NO_RESPONSE
+    assert correct(samples[1:], path.crossings(), PING).reason == Reason.PAIRED
 
 
 def test_packets_of_another_length_are_nobodys():
