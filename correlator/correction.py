@@ -21,8 +21,10 @@ is worse than a missing one, so a sample is paired only if *everything that is k
    strictly increasing, and such assignments form a lattice) the earliest and the latest are found by going through the
    samples forwards and backwards. Where the two agree there is one possibility; where they do not, the sample is
    *ambiguous*. Content, where there is any, only makes the sets of candidates smaller.
-3. **Waits.** First a process may have been interrupted for long wherever it can be. What is left ambiguous then is
-   judged once more with ordinary waits, with what is certain in its place.
+3. **Waits.** A process can be interrupted anywhere, and for long. So at first long waits are allowed, and a pair that
+   they leave as the only one is kept if ordinary waits would do for it, or if it stands between such pairs with exactly
+   as many packets between them as samples. What is left is judged once more with ordinary waits, with these in their
+   places.
 4. **Where it cannot be done.** If no assignment exists for samples that compete for the same packets, somebody's packet
    is missing and all of them are ambiguous. If records were lost where a sample's packets would have to be, the right
    one may be the one that was lost: the sample is not paired.
@@ -35,7 +37,7 @@ that changed), while a stranger's packet of the same length had, in the same mil
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Final
@@ -137,8 +139,13 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
     columns["reason"] = reason
     stamped = stamps.receive_clock is ReceiveClock.KERNEL
     added = out.outer_utc_ns - out.inner_utc_ns
-    removed = _arrivals(back, stamp=stamped) - (back.outer_stamp_utc_ns if stamped else back.outer_utc_ns)
     tool = samples.rtt_ns[rows]
+    removed = back.inner_utc_ns - back.outer_utc_ns
+    if stamped:
+        # The kernel may be interrupted between its stamp and the hook. But the request was stamped before it was
+        # queued, so the response was at most a round trip after that.
+        latest = out.inner_utc_ns + tool + samples.resolution_ns[rows]
+        removed = np.minimum(back.inner_stamp_utc_ns, latest) - back.outer_stamp_utc_ns
     found: dict[str, npt.NDArray[Any]] = {
         "grade": np.minimum(out.grade, back.grade),
         "request": out.packet,
@@ -226,6 +233,13 @@ class _Packets:
         self.times = times
         self.times_of = {key: times[index].tolist() for key, index in self.at.items()}
 
+    def rank(self, keys: Iterable[Key]) -> Ints:
+        """Of each packet, how many up to it have one of these keys."""
+        ours = np.zeros(len(self.times), np.int64)
+        for key in set(keys):
+            ours[self.at.get(key, [])] = 1
+        return np.cumsum(ours)
+
     def between(self, key: Key, after: int, before: int) -> Span:
         """The key's packets between two times, inclusive; their indices."""
         times = self.times_of.get(key)
@@ -253,45 +267,76 @@ def pair(
     first, further = _by_request(samples, stamps)
     request = np.full(len(samples), -1, np.int64)
     response = request.copy()
-    for patient, model in ((True, stamps.patient()), (False, stamps)):
-        fit = _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns)
-        spans: dict[int, Span] = {}
+    relaxed, ordinary = (
+        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns) for model in (stamps.patient(), stamps)
+    )
+    answered = samples.rtt_ns != NOT_TOLD
+    numbered = bool((samples.seq[first] != NOT_TOLD).all())
+    number = samples.seq if numbered else np.full(len(samples), -1, np.int64)
+    if not numbered:
+        number[first] = np.arange(len(first))
+    spans: dict[int, Span] = {}
+
+    for fit in (relaxed, ordinary):
+        spans = {}
         for k in first:
             near = fit.near(k) if request[k] < 0 else Span([int(request[k])], 0, 1)
-            why = Reason.AMBIGUOUS if request[k] >= 0 else fit.why_not(k, near)
-            if why is Reason.AMBIGUOUS:
+            reason[k] = Reason.AMBIGUOUS if request[k] >= 0 else fit.why_not(k, near)
+            if reason[k] == Reason.AMBIGUOUS:
                 spans[k] = near
-            if patient or reason[k] == Reason.LOST:
-                reason[k] = why
-        _choose(request, spans, fit)
+        rows = np.array(list(spans), np.int64)
+        found = _choose(spans, request, fit)
+        if fit is relaxed and not keys.exact:
+            fitting = [j >= 0 and ordinary.accepts(k, j) for k, j in zip(spans, found.tolist(), strict=True)]
+            found = _borne_out(found, np.array(fitting, np.bool_), requests.rank(keys.request), number[rows])
+        request[rows] = np.where(request[rows] >= 0, request[rows], found)
+
     for k, original in further:
         reason[k], request[k] = reason[original], request[original]
-    for patient, model in ((True, stamps.patient()), (False, stamps)):
-        fit = _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns)
+    line = np.cumsum(answered)
+    for fit in (relaxed, ordinary):
         spans = {}
-        for k in np.flatnonzero((request >= 0) & ((reason == Reason.AMBIGUOUS) | (reason == Reason.LOST))).tolist():
+        for k in np.flatnonzero(request >= 0).tolist():
             near = fit.responses(k, int(request[k])) if response[k] < 0 else Span([int(response[k])], 0, 1)
-            why = Reason.AMBIGUOUS if near else Reason.NO_RESPONSE
-            if fit.missing[k] and response[k] < 0:
-                why = Reason.LOST
-            elif near:
+            missing = fit.missing[k] and response[k] < 0
+            reason[k] = Reason.LOST if missing else Reason.AMBIGUOUS if near else Reason.NO_RESPONSE
+            if reason[k] == Reason.AMBIGUOUS:
                 spans[k] = near
-            if patient or reason[k] == Reason.LOST:
-                reason[k] = why
-        _choose(response, spans)
+        rows = np.array(list(spans), np.int64)
+        found = _choose(spans, response)
+        if fit is relaxed and not keys.exact:
+            fitting = [
+                i >= 0 and i in ordinary.responses(k, int(request[k])) for k, i in zip(spans, found, strict=True)
+            ]
+            found = _borne_out(found, np.array(fitting, np.bool_), replies.rank(keys.response), line[rows])
+        response[rows] = np.where(response[rows] >= 0, response[rows], found)
     reason[response >= 0] = Reason.PAIRED
     return request, response
 
 
-def _choose(chosen: Ints, spans: dict[int, Span], fit: _Fit | None = None) -> None:
-    """Enter what `only_increasing` finds, in the order of the spans; what is there already stays."""
+def _choose(spans: dict[int, Span], chosen: Ints, fit: _Fit | None = None) -> Ints:
+    """What `only_increasing` finds for each span; those of `fit` fit a reply, and what is chosen already does."""
     rows = list(spans)
 
     def fits(n: int, item: int) -> bool:
         return fit is None or chosen[rows[n]] == item or bool(fit.responses(rows[n], item))
 
-    found = only_increasing(list(spans.values()), fits)
-    chosen[rows] = np.where(chosen[rows] >= 0, chosen[rows], found)
+    return only_increasing(list(spans.values()), fits)
+
+
+def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints) -> Ints:
+    """What was found with long waits, -1 where only long waits would explain it.
+
+    Unless it stands between two that fit with ordinary waits, with exactly as many packets between as there are
+    samples: then it is the only one left. `rank`: of each packet among those that could be a sample's; `number`: of
+    each sample among all, those without a packet included.
+    """
+    kept = np.where(fitting, found, -1)
+    sure = np.flatnonzero(fitting)
+    for before, after in zip(sure[:-1].tolist(), sure[1:].tolist(), strict=True):
+        if after - before > 1 and rank[found[after]] - rank[found[before]] == number[after] - number[before]:
+            kept[before + 1 : after] = found[before + 1 : after]
+    return kept
 
 
 class _Fit:
@@ -329,6 +374,10 @@ class _Fit:
         before = min(self._sent[j] + self._longest[k], self._arrived_before[k])
         return self._replies.between(self._keys.response[k], after, before)
 
+    def accepts(self, k: int, j: int) -> bool:
+        """Whether packet `j` can be the request of sample `k`."""
+        return j in self.near(k) and bool(self.responses(k, j))
+
     def why_not(self, k: int, near: Span) -> Reason:
         """AMBIGUOUS if one of the packets can be the request of sample `k`, else why none is."""
         if self.missing[k]:
@@ -359,6 +408,10 @@ class Span:
 
     def __bool__(self) -> bool:
         return self.start < self.stop
+
+    def __contains__(self, item: int) -> bool:
+        at = bisect_left(self.items, item, self.start, self.stop)
+        return at < self.stop and self.items[at] == item
 
     def first(self, count: int) -> list[int]:
         """At most so many items from its beginning."""

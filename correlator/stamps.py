@@ -28,7 +28,7 @@ stamp to Q outer; so nothing is taken off for it, and what the two spend differe
   forwarded (`skb_clear_tstamp` in net/ipv4/ip_forward.c and net/bridge/br_forward.c) and where it enters another
   namespace (`skb_scrub_packet`). So R is at r *of the inner device*, of a host process at r of the outer one, and what
   is taken off is r inner - r outer. (`netif_receive_skb` inner - outer would take off the wait for the softirq at the
-  inner device too, which is behind the stamp: 0.1 µs as a rule, but 80 µs now and then in a flood, and a host RTT below
+  inner device too, which is behind the stamp: 0.6 µs as a rule, but 80 µs now and then in a flood, and a host RTT below
   zero.)
 - *iputils ping -U* and tools that read the clock when their `recv` returns: the user's clock. Between R inner and the
   stamp lie the socket, the wake-up and the scheduler, 5 to 50 µs on an idle machine and any time on a busy one. A host
@@ -95,12 +95,12 @@ class StampModel:
     """From R inner to R, for a user's clock."""
     print_wait_ns: int = 5_000_000
     """From R to the line's time, for a line that is stamped when printed. Measured: 4 to 50 µs, 4.2 ms at most."""
-    longest_wait_ns: int = 50_000_000
-    """Of any of them: a dozen time slices."""
+    longest_wait_ns: int = 1_000_000_000
+    """Of any of them. Measured: 188 ms, with six busy processes on two cores."""
     clock_slack_ns: int = 5_000
-    """Records' and the kernel's stamps are of the same clock, but read one after the other: 0.3 µs, or an interrupt."""
+    """Records' and the kernel's stamps are of one clock, read one after the other, maybe with an interrupt between."""
     longest_slack_ns: int = 100_000
-    """For several interrupts, or a virtual machine that is halted there. Measured: 3.7 µs at most in 16,000."""
+    """For several interrupts, or a virtual machine that is halted there. Measured: 4 µs twice in 20,000, and 75 µs."""
 
     def patient(self) -> StampModel:
         """The same with the longest wait, and the longest slack, for each."""

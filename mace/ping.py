@@ -4,9 +4,9 @@
         │                                                                    ├──► pairs ──► lines, statistics
         └────────► records ──► correlator ──► crossings ─────────────────────┘
 
-A line comes out when nothing that could still come would change it: some 200 ms after ping has printed it, and at
-the end for a pace at which lines compete for the same packets. At the end everything is paired once more, all at once;
-should a line that was shown come out otherwise then, this is said.
+A line comes out when nothing that could still come would change it: some 200 ms after ping has printed it. From the
+first on that cannot be told apart so early, as in a flood, they come at the end. Then everything is paired once more,
+all at once; should a line that was shown come out otherwise, this is said.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 from collector import devices
 from collector.containers import API_SOCKETS
 from collector.netns import Namespaces, open_netns
-from correlator.correction import Corrections, correct, settled
+from correlator.correction import Corrections, Reason, correct, settled
 from mace import lab
 from mace.config import CaptureConfig
 from mace.corrected import Corrected, Observed, line
@@ -161,6 +161,8 @@ class Ping:
         self._shown: list[Corrections] = []
         self._done = 0
         """Samples that have been shown."""
+        self._held = False
+        """No more lines before the end."""
         self.status = 0
         """ping's exit status."""
         self._trouble: MaceError | None = None
@@ -227,12 +229,18 @@ class Ping:
     def _take(self, results: Results) -> None:
         observed, stamps = self._observed, self._reader.stamps
         observed.add(results)
+        if self._held:
+            return
         pending = self._reader.samples(self._done)
         ready = settled(pending, stamps, observed.settled_utc_ns) if len(pending) else 0
         if ready:
             longest = int(pending.rtt_ns.max())
             since = int(pending.stamp_utc_ns.min()) - longest - _KEPT_NS
             found = correct(pending[:ready], observed.crossings(self._netns, since), stamps, observed.gaps_utc_ns)
+            if (found.reason == Reason.AMBIGUOUS).any():
+                # With the others around them they may be told apart, but those that were shown are not among them.
+                self._held = True
+                return
             self._shown.append(found)
             self._show(found)
 
