@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from correlator.hops import measure
+from correlator.hops import Crossed, measure
 from correlator.identity import Resolver
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
@@ -23,7 +23,7 @@ from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch
-from mace.schema import Delays, Grade, Grades, Results
+from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Results
 from mace.topology import Device, Topology
 
 
@@ -43,6 +43,8 @@ class EngineConfig:
     """Records of open lives that are kept at most; beyond it the oldest lives are ended early."""
     rows: bool = True
     """Whether to give out a row per packet and segment; windows come in any case."""
+    crossings: bool = False
+    """Whether to give out `Results.crossings`, for the correction of a tool's samples."""
 
 
 class Engine:
@@ -59,6 +61,7 @@ class Engine:
         self._latest = -NEVER
         self._open = NOTHING_OPEN
         self._gaps: list[tuple[int, int]] = []
+        self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
         self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "told_apart"), 0)
@@ -138,28 +141,36 @@ class Engine:
             self._began_ns = int(batch.ts_ns[0])
             self._gaps.insert(0, (-NEVER, self._began_ns))
 
-        delays = Delays.empty()
+        delays, crossings = Delays.empty(), Crossings.empty()
         if len(batch) or len(self._open):
             new = Records.of(batch)
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
             self._grades["told_apart"] += lives.told_apart
-            delays = self._measure(lives, self._finish(lives, upto_ns, last=last))
+            delays, crossings = self._measure(lives, self._finish(lives, upto_ns, last=last))
         grades = Grades(**self._grades)
         oldest = int(self._open.records.ts.min()) if len(self._open) else upto_ns
         self._gaps = [gap for gap in self._gaps if gap[1] > min(oldest, upto_ns - self._config.timeout_ns)]
+        settled_ns = min(oldest, upto_ns)
+        told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
+        self._gaps_to_tell = []
         return Results(
             upto_ns + self._offset_ns,
             delays,
-            self._windows.close(None if last else min(oldest, upto_ns) + self._offset_ns),
+            self._windows.close(None if last else settled_ns + self._offset_ns),
             Ledger(**self._tally, in_flight=self._left + len(self._open)),
             grades.packets,
             tuple(self._devices),
             grades=grades,
+            crossings=crossings,
+            settled_utc_ns=settled_ns + self._offset_ns,
+            gaps_utc_ns=told,
         )
 
     def _note_gaps(self, markers: Batch) -> None:
         self._tally["lost"] += markers.lost
-        self._gaps += zip(markers.ts_ns.tolist(), markers.skb_id.astype(np.int64).tolist(), strict=True)
+        gaps = list(zip(markers.ts_ns.tolist(), markers.skb_id.astype(np.int64).tolist(), strict=True))
+        self._gaps_to_tell += gaps
+        self._gaps += gaps
         self._gaps.sort()
 
     def _finish(self, lives: Lives, upto_ns: int, *, last: bool) -> Mask:
@@ -196,10 +207,10 @@ class Engine:
             chosen[waiting[oldest[:enough]]] = True
         return chosen
 
-    def _measure(self, lives: Lives, ended: Mask) -> Delays:
+    def _measure(self, lives: Lives, ended: Mask) -> tuple[Delays, Crossings]:
         """Count the lives in `ended`, put their delays into windows and give them out as rows."""
         if not ended.any():
-            return Delays.empty()
+            return Delays.empty(), Crossings.empty()
         found = measure(lives, ended, self._resolver)
         size = lives.size
         dropped, unclear = found.dropped & ended, found.unclear & ended
@@ -212,11 +223,14 @@ class Engine:
         utc_ns = found.ts + self._offset_ns
         device = self._entries((found.device << 32) | found.owner).astype(np.int32)
         self._windows.add(utc_ns, device, found.direction, found.segment, found.delay)
+        crossings = Crossings.empty()
+        if self._config.crossings and found.crossed is not None:
+            crossings = self._crossings(lives, found.crossed)
         if not self._config.rows:
-            return Delays.empty()
+            return Delays.empty(), crossings
         by_time = _by_time(utc_ns)
         life = found.life[by_time]
-        return Delays(
+        delays = Delays(
             utc_ns=utc_ns[by_time],
             packet=lives.packet()[life],
             device=device[by_time],
@@ -227,6 +241,28 @@ class Engine:
             l3_len=lives.length()[life],
             grade=lives.grade[life],
             outcome=found.outcome[life],
+        )
+        return delays, crossings
+
+    def _crossings(self, lives: Lives, crossed: Crossed) -> Crossings:
+        by_time = _by_time(crossed.inner)
+        life, count = crossed.life[by_time], len(by_time)
+        owner = crossed.owner[by_time]
+        return Crossings(
+            packet=lives.packet()[life],
+            device=self._entries((owner << 32) | owner).astype(np.int32),
+            direction=crossed.direction[by_time],
+            inner_utc_ns=crossed.inner[by_time] + self._offset_ns,
+            outer_utc_ns=crossed.outer[by_time] + self._offset_ns,
+            inner_stamp_utc_ns=crossed.inner_stamp[by_time] + self._offset_ns,
+            outer_stamp_utc_ns=crossed.outer_stamp[by_time] + self._offset_ns,
+            outer_edge_utc_ns=crossed.outer_edge[by_time] + self._offset_ns,
+            l3_len=lives.length()[life],
+            grade=lives.grade[life],
+            l4_proto=np.full(count, NOT_TOLD, np.int16),
+            l4_src=np.full(count, NOT_TOLD, np.int32),
+            l4_dst=np.full(count, NOT_TOLD, np.int32),
+            l4_seq=np.full(count, NOT_TOLD, np.int64),
         )
 
     def _new_entry(self, key: int) -> int:

@@ -52,6 +52,22 @@ class Measured:
     """Over all lives."""
     packets: Ints
     """Lives that have a row."""
+    crossed: Crossed | None = None
+    """Those that were seen over the whole of a container's path; None if there are no rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossed:
+    """One row per life with a whole path: when it was at the inner and the outer device, as in `schema.Crossings`."""
+
+    life: Ints
+    owner: Ints
+    direction: Bytes
+    inner: Ints
+    outer: Ints
+    inner_stamp: Ints
+    outer_stamp: Ints
+    outer_edge: Ints
 
 
 def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
@@ -153,6 +169,24 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
     unclear[alive] = ~clear
     unclear &= ~dropped
 
+    # Of an egress packet that the outer driver was not called for, nobody knows whether it left.
+    way_in = entering[total]
+    near, far = np.where(way_in, tail[total], head[total]), outer[total]
+    sent_on = (hook[end[near]] == Hook.NET_DEV_START_XMIT) & (hook[end[far]] == Hook.NET_DEV_START_XMIT)
+    seen = np.flatnonzero(way_in | sent_on)
+    near, far, way_in = near[seen], far[seen], way_in[seen]
+    stamp = np.where(hook[first] == Hook.NETIF_RX, first, end)
+    crossed = Crossed(
+        life=alive[total[seen]],
+        owner=np.where(way_in, target[total[seen]], origin[total[seen]]),
+        direction=np.where(way_in, np.uint8(Direction.INGRESS), np.uint8(Direction.EGRESS)),
+        inner=np.where(way_in, ts[end[near]], begin[near]),
+        outer=begin[far],
+        inner_stamp=np.where(way_in, ts[stamp[near]], ts[end[near]]),
+        outer_stamp=np.where(way_in, ts[stamp[far]], ts[end[far]]),
+        outer_edge=np.where(way_in, ts[first[far]], ts[end[far]]),
+    )
+
     row_path = np.concatenate([path[shown], total, read])
     into = np.concatenate([inward[shown], entering[total], np.ones(len(read), np.bool_)])
     owner = np.where(into, target[row_path], origin[row_path])
@@ -183,6 +217,7 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
         unclear=unclear,
         outcome=outcome,
         packets=alive[has_row],
+        crossed=crossed,
     )
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, demo, lab, module, report
+from mace import __version__, config, correct, demo, lab, module, ping, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -41,7 +41,11 @@ EXIT_INTERRUPTED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others and not hasattr(args, "others"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.others = others
     errors = Console(stderr=True)
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.WARNING,
@@ -196,6 +200,32 @@ def _record(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     _show(_session(args, None).replay(args.files, store=args.store, salvage=args.salvage), args)
     return 0
+
+
+def _correct(args: argparse.Namespace) -> int:
+    found = correct.corrected(args, _session(args, None))
+    if args.json:
+        _print_json(found.as_dict())
+        return 0
+    correct.print_samples(found)
+    found.tables(_stdout())
+    return 0
+
+
+def _ping(args: argparse.Namespace) -> int:
+    argv, user_clock, stamps_shown = ping.arguments(args.others)
+    place = lab.attach(args.lab) if args.lab else None
+    netns_fd = ping.open_namespace(args, _configured(args, place).capture)
+    try:
+        run = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=args.json)
+        found = run.measure(_session(args, place), _tee(args))
+    finally:
+        os.close(netns_fd)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        found.tables(_stdout())
+    return run.status
 
 
 # What commands share --------------------------------------------------------------------------------------
@@ -377,6 +407,21 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")
     one.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
     one.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    with_config(one)
+    with_json(one)
+
+    one = command(
+        "ping", _ping, "ping in a container, each round trip corrected to what a host process would see (root)"
+    )
+    one.allow_abbrev = False
+    one.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"
+    ping.add_options(one)
+    one.set_defaults(others=[])
+    for group in (with_capture, with_config, with_json):
+        group(one)
+
+    one = command("correct", _correct, "the same for what a tool has printed, with a capture file of that time")
+    correct.add_options(one)
     with_config(one)
     with_json(one)
 

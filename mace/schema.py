@@ -95,7 +95,7 @@ class Outcome(IntEnum):
     DROPPED = 2
 
 
-class _Columns:
+class Columns:
     """Columns of equal length; subclasses declare them with `_DTYPES`."""
 
     __slots__ = ()
@@ -124,7 +124,7 @@ class _Columns:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Delays(_Columns):
+class Delays(Columns):
     """One row per packet and segment. Enumerations are stored as their numbers (u1)."""
 
     utc_ns: npt.NDArray[np.int64]
@@ -154,6 +154,66 @@ class Delays(_Columns):
         "l3_len": "<u4",
         "grade": "u1",
         "outcome": "u1",
+    }
+
+
+NOT_TOLD: Final = -1
+"""In columns of what a packet or a sample says about itself: it does not say."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Crossings(Columns):
+    """One row per packet that was seen over the whole of a container's path: what a tool's sample is corrected with.
+
+    `inner` is the container's own device, `outer` the host's towards the network. A packet passes inner before outer on
+    egress, outer before inner on ingress. A device's *stamp* is where the kernel takes software time stamps of packets:
+    at `net_dev_start_xmit` on egress (the last, if the driver was busy), at `netif_rx` on ingress, or, if the device
+    does without, at `netif_receive_skb`.
+
+    The `l4_` columns are what tells one packet from another, as it is at the inner device (NAT rewrites some of it);
+    `NOT_TOLD` where the source does not look into packets.
+    """
+
+    packet: npt.NDArray[np.uint64]
+    """As in `Delays`."""
+    device: npt.NDArray[np.int32]
+    """The inner device: index into `Results.devices`."""
+    direction: npt.NDArray[np.uint8]
+    inner_utc_ns: npt.NDArray[np.int64]
+    """`net_dev_queue` (egress) or `netif_receive_skb` (ingress) at the inner device."""
+    outer_utc_ns: npt.NDArray[np.int64]
+    """The same hook at the outer device. The two differ by the packet's overhead."""
+    inner_stamp_utc_ns: npt.NDArray[np.int64]
+    outer_stamp_utc_ns: npt.NDArray[np.int64]
+    outer_edge_utc_ns: npt.NDArray[np.int64]
+    """Nearest to the wire: `net_dev_start_xmit` on egress, the first hook of any kind at that device on ingress."""
+    l3_len: npt.NDArray[np.uint32]
+    """Bytes without link-layer header at the packet's first record."""
+    grade: npt.NDArray[np.uint8]
+    l4_proto: npt.NDArray[np.int16]
+    """IP protocol number."""
+    l4_src: npt.NDArray[np.int32]
+    """Source port; of ICMP and ICMPv6 echo the identifier."""
+    l4_dst: npt.NDArray[np.int32]
+    """Destination port; of ICMP and ICMPv6 echo the sequence number."""
+    l4_seq: npt.NDArray[np.int64]
+    """TCP sequence number."""
+
+    _DTYPES: ClassVar[dict[str, str]] = {
+        "packet": "<u8",
+        "device": "<i4",
+        "direction": "u1",
+        "inner_utc_ns": "<i8",
+        "outer_utc_ns": "<i8",
+        "inner_stamp_utc_ns": "<i8",
+        "outer_stamp_utc_ns": "<i8",
+        "outer_edge_utc_ns": "<i8",
+        "l3_len": "<u4",
+        "grade": "u1",
+        "l4_proto": "<i2",
+        "l4_src": "<i4",
+        "l4_dst": "<i4",
+        "l4_seq": "<i8",
     }
 
 
@@ -228,6 +288,13 @@ class Results:
     """What observing has cost so far, per hook; empty where the source cannot tell."""
     grades: Grades = Grades()
     """Of the whole run so far; its `packets` are these."""
+    crossings: Crossings = field(default_factory=Crossings.empty)
+    """Of the packets whose delays these are, where they were asked for."""
+    settled_utc_ns: int = 0
+    """All packets whose first record is before this time have been given out."""
+    gaps_utc_ns: tuple[tuple[int, int], ...] = ()
+    """Stretches of time, (start, end), in which some CPU's ring lost records; those told of since the last results."""
 
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)
+assert tuple(f.name for f in fields(Crossings)) == tuple(Crossings._DTYPES)

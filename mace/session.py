@@ -77,6 +77,39 @@ class Session:
         asyncio.run(work())
         return summary
 
+    def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
+        """Live records into the correlator, which tells of crossings too; `on_results` sees all that comes of them."""
+        source, chosen = self._source()
+
+        async def work() -> None:
+            opened = asyncio.Event()
+
+            def begin(_: StreamHeader) -> None:
+                self.say(chosen)
+                opened.set()
+
+            engine = replace(pipeline.engine_config(self._config), crossings=True, rows=False)
+            async with self._timed(until, opened):
+                await pipeline.run(
+                    source, [], engine=engine, stop=self._stop, tee=tee, on_results=on_results, on_open=begin
+                )
+
+        asyncio.run(work())
+
+    def observed(self, path: Path, on_results: Callable[[Results], None], *, salvage: bool) -> None:
+        """The same of a capture."""
+        source = CaptureSource(path, salvage=salvage)
+        config = pipeline.engine_config(self._config)
+        engine = replace(config, crossings=True, rows=False, slice_ns=REPLAY_SLICE_NS)
+
+        async def work() -> None:
+            async with self._timed(None, asyncio.Event()):
+                await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
+
+        asyncio.run(work())
+        for warning in source.warnings:
+            self._console.print(f"[yellow]{warning}[/]", highlight=False)
+
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
         lost = 0

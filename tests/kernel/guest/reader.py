@@ -149,8 +149,8 @@ class Session:
         return np.concatenate(parts)
 
     def read_for(self, duration_s: float) -> npt.NDArray[Any]:
-        """What comes within a time."""
-        parts = []
+        """What comes within a time; one look at least, however late it is."""
+        parts = [self.read()]
         deadline = time.monotonic() + duration_s
         while (left := deadline - time.monotonic()) > 0:
             self.readable(min(left, 0.1))

@@ -1,0 +1,567 @@
+"""A tool's round trip times in a container -> what they would have been without the container's devices.
+
+For a request and its response that were both seen over the whole path (`mace.schema.Crossings`):
+
+    host RTT = tool RTT - egress - ingress
+    egress   = net_dev_queue of the request, outer - inner device
+    ingress  = of the response, inner - outer device: netif_receive_skb, where the tool looks at the clock after it;
+               the kernel's stamp, where the tool takes that: what the packet waits behind it is not in the tool's RTT
+    NIC RTT  = at the outer device, first hook of the response - net_dev_start_xmit of the request
+
+Which request and which response? A sample says little: a time, a length, a number, a round trip time. A packet's
+crossing says when it was where, how long it is and, from a source that looks into packets, whose it is. A wrong pair
+is worse than a missing one, so a sample is paired only if *everything that is known leaves one possibility*:
+
+1. **Candidates.** The request is a packet out of the container with the sample's length and, where both tell, its
+   protocol, identifier and sequence number. It was queued where the tool's stamp model puts it (`correlator.stamps`),
+   and there is a packet into the container, with the response's length and content, that arrived so long after it as
+   the round trip time says, give or take what the model allows.
+2. **Order.** A tool sends its requests in the order of their numbers, so the packets of successive samples follow one
+   another; and replies are told of in the order in which they arrived. Of all assignments that keep the order (each is
+   strictly increasing, and such assignments form a lattice) the earliest and the latest are found by going through the
+   samples forwards and backwards. Where the two agree there is one possibility; where they do not, the sample is
+   *ambiguous*. Content, where there is any, only makes the sets of candidates smaller.
+3. **Waits.** A process can be interrupted anywhere, and for long. So at first long waits are allowed, and a pair that
+   they leave as the only one is kept if ordinary waits would do for it, or if it stands between such pairs with exactly
+   as many packets between them as samples. What is left is judged once more with ordinary waits, with these in their
+   places.
+4. **Where it cannot be done.** If no assignment exists for samples that compete for the same packets, somebody's packet
+   is missing and all of them are ambiguous. If records were lost where a sample's packets would have to be, the right
+   one may be the one that was lost: the sample is not paired.
+
+So lost replies, further replies, replies out of order and sequence numbers that wrap need no rules of their own. What
+cannot be seen: a sample whose own packet was missed although no record was lost (a path that is ambiguous, a buffer
+that changed), while a stranger's packet of the same length had, in the same milliseconds, the same round trip time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from correlator.samples import Samples
+from correlator.stamps import LineTime, ReceiveClock, StampModel
+from mace.schema import NOT_TOLD, Columns, Crossings, Direction
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+Gaps = Sequence[tuple[int, int]]
+"""Stretches of time, (start, end) in UTC ns, in which records were lost."""
+Key = tuple[int, ...]
+
+_ICMP: Final = (1, 58)
+_EVER: Final = 1 << 62
+"""Beyond every time, and with room for sums."""
+_FEW: Final = 64
+"""So many candidates are looked at one by one; more are faster as arrays."""
+
+
+class Reason(IntEnum):
+    """Whether a sample is paired, and if not, why."""
+
+    PAIRED = 0
+    NO_REPLY = 1
+    """The tool saw no reply."""
+    NO_REQUEST = 2
+    """No packet out of the container is where the request must have been."""
+    NO_RESPONSE = 3
+    """There is one, or more, but no packet into the container that fits the round trip time."""
+    AMBIGUOUS = 4
+    """Several packets fit and none can be told to be the right one."""
+    LOST = 5
+    """The ring lost records while the sample was under way: its packets may be among them."""
+
+
+REASONS: Final = {
+    Reason.PAIRED: "paired",
+    Reason.NO_REPLY: "no reply: the tool saw none",
+    Reason.NO_REQUEST: "no request: no packet out of the container is where it must have been",
+    Reason.NO_RESPONSE: "no response: no packet into the container fits the round trip time",
+    Reason.AMBIGUOUS: "ambiguous: several packets fit",
+    Reason.LOST: "lost: the ring lost records while it was under way",
+}
+"""What people read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corrections(Columns):
+    """One row per sample, in the same order. Where `reason` is not PAIRED all else is 0."""
+
+    reason: npt.NDArray[np.uint8]
+    grade: npt.NDArray[np.uint8]
+    """The lower of the two packets' (`mace.schema.Grade`)."""
+    request: npt.NDArray[np.uint64]
+    """`Crossings.packet`."""
+    response: npt.NDArray[np.uint64]
+    sent_utc_ns: npt.NDArray[np.int64]
+    """`net_dev_queue` of the request at the inner device."""
+    tool_rtt_ns: npt.NDArray[np.int64]
+    host_rtt_ns: npt.NDArray[np.int64]
+    nic_rtt_ns: npt.NDArray[np.int64]
+    egress_ns: npt.NDArray[np.int64]
+    """Overhead of the request."""
+    ingress_ns: npt.NDArray[np.int64]
+    """Overhead of the response, up to where the tool's clock is read."""
+
+    _DTYPES: ClassVar[dict[str, str]] = {
+        "reason": "u1",
+        "grade": "u1",
+        "request": "<u8",
+        "response": "<u8",
+        "sent_utc_ns": "<i8",
+        "tool_rtt_ns": "<i8",
+        "host_rtt_ns": "<i8",
+        "nic_rtt_ns": "<i8",
+        "egress_ns": "<i8",
+        "ingress_ns": "<i8",
+    }
+
+
+def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc_ns: Gaps = ()) -> Corrections:
+    """Pair one tool's samples with one container's packets, and take off what its devices added.
+
+    `crossings`: of one container, in any order, strangers' packets included. A row for every sample comes back.
+    """
+    egress = _sorted(crossings, Direction.EGRESS)
+    ingress = _sorted(crossings, Direction.INGRESS, stamp=stamps.receive_clock is ReceiveClock.KERNEL)
+    reason = np.full(len(samples), Reason.NO_REPLY, np.uint8)
+    request, response = pair(samples, egress, ingress, stamps, gaps_utc_ns, reason)
+
+    rows = np.flatnonzero(reason == Reason.PAIRED)
+    out, back = egress[request[rows]], ingress[response[rows]]
+    columns = {name: np.zeros(len(samples), dtype) for name, dtype in Corrections._DTYPES.items()}
+    columns["reason"] = reason
+    stamped = stamps.receive_clock is ReceiveClock.KERNEL
+    added = out.outer_utc_ns - out.inner_utc_ns
+    tool = samples.rtt_ns[rows]
+    removed = back.inner_utc_ns - back.outer_utc_ns
+    if stamped:
+        # The kernel may be interrupted between its stamp and the hook. But the request was stamped before it was
+        # queued, so the response was at most a round trip after that.
+        latest = out.inner_utc_ns + tool + samples.resolution_ns[rows]
+        removed = np.minimum(back.inner_stamp_utc_ns, latest) - back.outer_stamp_utc_ns
+    found: dict[str, npt.NDArray[Any]] = {
+        "grade": np.minimum(out.grade, back.grade),
+        "request": out.packet,
+        "response": back.packet,
+        "sent_utc_ns": out.inner_utc_ns,
+        "tool_rtt_ns": tool,
+        "host_rtt_ns": tool - added - removed,
+        "nic_rtt_ns": back.outer_edge_utc_ns - out.outer_edge_utc_ns,
+        "egress_ns": added,
+        "ingress_ns": removed,
+    }
+    for name, values in found.items():
+        columns[name][rows] = values
+    return Corrections(**columns)
+
+
+def settled(samples: Samples, stamps: StampModel, upto_utc_ns: int) -> int:
+    """How many of the first samples can be paired for good, now that everything before `upto_utc_ns` is known.
+
+    Everything: the packets that began, and the samples with a line's time, before it. The samples that are settled
+    compete for no packet with any behind them; nor with those still to come, unless one of these has a round trip time
+    that is longer than all so far and was sent within milliseconds of a settled one.
+    """
+    answered = samples.rtt_ns != NOT_TOLD
+    if not answered.any():
+        return len(samples)
+    places = _Places.of(samples, stamps)
+    longest = int(samples.rtt_ns.max()) + stamps.send_wait_ns + stamps.line_resolution_ns + stamps.clock_slack_ns
+    to_come = upto_utc_ns - (0 if stamps.line_time is LineTime.SENT else longest + stamps.print_wait_ns)
+    done_by = np.where(answered, np.maximum(places.sent_before, places.arrived_before), -_EVER)
+    last = np.maximum.accumulate(np.where(answered, places.sent_before, -_EVER))
+    ahead = np.where(answered, places.sent_after, _EVER)
+    ahead = np.append(np.minimum.accumulate(ahead[::-1])[::-1], to_come)[1:].clip(max=to_come)
+    cuts = np.flatnonzero((np.maximum.accumulate(done_by) < upto_utc_ns) & (last < ahead))
+    return int(cuts[-1]) + 1 if len(cuts) else 0
+
+
+# Pairing --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where in time each sample's packets can be: bounds, UTC ns, inclusive; ± `_EVER` where there is none."""
+
+    sent_after: Ints
+    """Of the request at the inner device."""
+    sent_before: Ints
+    arrived_after: Ints
+    """Of the response at the inner device: the kernel's stamp or `netif_receive_skb`, as the tool's clock has it."""
+    arrived_before: Ints
+    shortest: Ints
+    """From the one to the other, ns."""
+    longest: Ints
+
+    @classmethod
+    def of(cls, samples: Samples, stamps: StampModel) -> _Places:
+        timed = samples.stamp_utc_ns != NOT_TOLD
+        rtt, unsure = samples.rtt_ns, samples.resolution_ns + stamps.clock_slack_ns
+        wake = stamps.wake_wait_ns if stamps.receive_clock is ReceiveClock.USER else 0
+        early, late = samples.stamp_utc_ns - stamps.line_resolution_ns, samples.stamp_utc_ns + stamps.line_resolution_ns
+        if stamps.line_time is LineTime.SENT:
+            sent_after, sent_before = early, late
+            arrived_after, arrived_before = early, late + stamps.send_wait_ns + rtt
+        else:
+            printing = stamps.print_wait_ns if stamps.line_time is LineTime.PRINTED else 0
+            arrived_after, arrived_before = early - printing, late
+            sent_after, sent_before = arrived_after - rtt, arrived_before - rtt
+        return cls(
+            np.where(timed, sent_after - unsure, -_EVER),
+            np.where(timed, sent_before + stamps.send_wait_ns + unsure, _EVER),
+            np.where(timed, arrived_after - wake - unsure, -_EVER),
+            np.where(timed, arrived_before + unsure, _EVER),
+            rtt - stamps.send_wait_ns - wake - unsure,
+            rtt + unsure,
+        )
+
+
+class _Packets:
+    """Packets of one direction by key, each key's in the order of their times."""
+
+    def __init__(self, times: Ints, keys: list[Key]) -> None:
+        self.at: dict[Key, list[int]] = {}
+        for index, key in enumerate(keys):
+            self.at.setdefault(key, []).append(index)
+        self.times = times
+        self.times_of = {key: times[index].tolist() for key, index in self.at.items()}
+
+    def rank(self, keys: Iterable[Key]) -> Ints:
+        """Of each packet, how many up to it have one of these keys."""
+        ours = np.zeros(len(self.times), np.int64)
+        for key in set(keys):
+            ours[self.at.get(key, [])] = 1
+        return np.cumsum(ours)
+
+    def between(self, key: Key, after: int, before: int) -> Span:
+        """The key's packets between two times, inclusive; their indices."""
+        times = self.times_of.get(key)
+        if times is None:
+            return Span([], 0, 0)
+        return Span(self.at[key], bisect_left(times, after), bisect_right(times, before))
+
+
+def pair(
+    samples: Samples,
+    egress: Crossings,
+    ingress: Crossings,
+    stamps: StampModel,
+    gaps_utc_ns: Gaps,
+    reason: npt.NDArray[np.uint8],
+) -> tuple[Ints, Ints]:
+    """Rows of `egress` and `ingress` for each sample, valid where `reason`, which is filled in, says PAIRED.
+
+    `egress` in the order of `inner_utc_ns`, `ingress` in that of the arrival that the tool's clock sees. Int64, as long
+    as the samples.
+    """
+    keys = _Keys.of(samples, egress, ingress)
+    requests = _Packets(egress.inner_utc_ns, keys.egress)
+    replies = _Packets(_arrivals(ingress, stamp=stamps.receive_clock is ReceiveClock.KERNEL), keys.ingress)
+    first, further = _by_request(samples, stamps)
+    request = np.full(len(samples), -1, np.int64)
+    response = request.copy()
+    relaxed, ordinary = (
+        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns) for model in (stamps.patient(), stamps)
+    )
+    answered = samples.rtt_ns != NOT_TOLD
+    numbered = bool((samples.seq[first] != NOT_TOLD).all())
+    number = samples.seq if numbered else np.full(len(samples), -1, np.int64)
+    if not numbered:
+        number[first] = np.arange(len(first))
+    spans: dict[int, Span] = {}
+
+    for fit in (relaxed, ordinary):
+        spans = {}
+        for k in first:
+            near = fit.near(k) if request[k] < 0 else Span([int(request[k])], 0, 1)
+            reason[k] = Reason.AMBIGUOUS if request[k] >= 0 else fit.why_not(k, near)
+            if reason[k] == Reason.AMBIGUOUS:
+                spans[k] = near
+        rows = np.array(list(spans), np.int64)
+        found = _choose(spans, request, fit)
+        if fit is relaxed and not keys.exact:
+            fitting = [j >= 0 and ordinary.accepts(k, j) for k, j in zip(spans, found.tolist(), strict=True)]
+            found = _borne_out(found, np.array(fitting, np.bool_), requests.rank(keys.request), number[rows])
+        request[rows] = np.where(request[rows] >= 0, request[rows], found)
+
+    for k, original in further:
+        reason[k], request[k] = reason[original], request[original]
+    line = np.cumsum(answered)
+    for fit in (relaxed, ordinary):
+        spans = {}
+        for k in np.flatnonzero(request >= 0).tolist():
+            near = fit.responses(k, int(request[k])) if response[k] < 0 else Span([int(response[k])], 0, 1)
+            missing = fit.missing[k] and response[k] < 0
+            reason[k] = Reason.LOST if missing else Reason.AMBIGUOUS if near else Reason.NO_RESPONSE
+            if reason[k] == Reason.AMBIGUOUS:
+                spans[k] = near
+        rows = np.array(list(spans), np.int64)
+        found = _choose(spans, response)
+        if fit is relaxed and not keys.exact:
+            fitting = [
+                i >= 0 and i in ordinary.responses(k, int(request[k])) for k, i in zip(spans, found, strict=True)
+            ]
+            found = _borne_out(found, np.array(fitting, np.bool_), replies.rank(keys.response), line[rows])
+        response[rows] = np.where(response[rows] >= 0, response[rows], found)
+    reason[response >= 0] = Reason.PAIRED
+    return request, response
+
+
+def _choose(spans: dict[int, Span], chosen: Ints, fit: _Fit | None = None) -> Ints:
+    """What `only_increasing` finds for each span; those of `fit` fit a reply, and what is chosen already does."""
+    rows = list(spans)
+
+    def fits(n: int, item: int) -> bool:
+        return fit is None or chosen[rows[n]] == item or bool(fit.responses(rows[n], item))
+
+    return only_increasing(list(spans.values()), fits)
+
+
+def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints) -> Ints:
+    """What was found with long waits, -1 where only long waits would explain it.
+
+    Unless it stands between two that fit with ordinary waits, with exactly as many packets between as there are
+    samples: then it is the only one left. `rank`: of each packet among those that could be a sample's; `number`: of
+    each sample among all, those without a packet included.
+    """
+    kept = np.where(fitting, found, -1)
+    sure = np.flatnonzero(fitting)
+    for before, after in zip(sure[:-1].tolist(), sure[1:].tolist(), strict=True):
+        if after - before > 1 and rank[found[after]] - rank[found[before]] == number[after] - number[before]:
+            kept[before + 1 : after] = found[before + 1 : after]
+    return kept
+
+
+class _Fit:
+    """Which packets can be a sample's, with the waits of one model."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        stamps: StampModel,
+        keys: _Keys,
+        requests: _Packets,
+        replies: _Packets,
+        egress: Crossings,
+        gaps_utc_ns: Gaps,
+    ) -> None:
+        places = _Places.of(samples, stamps)
+        self.missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
+        """Records were lost where its packets must be: they may be among them, unless a key names no others."""
+        if keys.exact:
+            self.missing &= samples.stamp_utc_ns == NOT_TOLD
+        self._keys, self._requests, self._replies = keys, requests, replies
+        self._sent, self._left = requests.times.tolist(), egress.outer_edge_utc_ns.tolist()
+        self._egress = egress
+        self._shortest, self._longest = places.shortest.tolist(), places.longest.tolist()
+        self._arrived_after, self._arrived_before = places.arrived_after.tolist(), places.arrived_before.tolist()
+        self._sent_after, self._sent_before = places.sent_after.tolist(), places.sent_before.tolist()
+
+    def near(self, k: int) -> Span:
+        """Packets that are where the request of sample `k` must be."""
+        return self._requests.between(self._keys.request[k], self._sent_after[k], self._sent_before[k])
+
+    def responses(self, k: int, j: int) -> Span:
+        """The replies that fit sample `k` if its request is packet `j`."""
+        after = max(self._sent[j] + self._shortest[k], self._left[j], self._arrived_after[k])
+        before = min(self._sent[j] + self._longest[k], self._arrived_before[k])
+        return self._replies.between(self._keys.response[k], after, before)
+
+    def accepts(self, k: int, j: int) -> bool:
+        """Whether packet `j` can be the request of sample `k`."""
+        return j in self.near(k) and bool(self.responses(k, j))
+
+    def why_not(self, k: int, near: Span) -> Reason:
+        """AMBIGUOUS if one of the packets can be the request of sample `k`, else why none is."""
+        if self.missing[k]:
+            return Reason.LOST
+        if not near:
+            return Reason.NO_REQUEST
+        return Reason.AMBIGUOUS if self._any(k, near) else Reason.NO_RESPONSE
+
+    def _any(self, k: int, near: Span) -> bool:
+        """Whether any of the packets has a reply that fits sample `k`."""
+        if any(self.responses(k, j) for j in near.first(_FEW)):
+            return True
+        rest = np.array(near.items[near.start + _FEW : near.stop], np.int64)
+        times = np.array(self._replies.times_of.get(self._keys.response[k], ()), np.int64)
+        sent, left = self._requests.times[rest], self._egress.outer_edge_utc_ns[rest]
+        after = np.maximum(sent + self._shortest[k], left).clip(self._arrived_after[k])
+        before = np.minimum(sent + self._longest[k], self._arrived_before[k])
+        return bool((np.searchsorted(times, after, "left") < np.searchsorted(times, before, "right")).any())
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of an ascending list; false if it is empty."""
+
+    items: list[int]
+    start: int
+    stop: int
+
+    def __bool__(self) -> bool:
+        return self.start < self.stop
+
+    def __contains__(self, item: int) -> bool:
+        at = bisect_left(self.items, item, self.start, self.stop)
+        return at < self.stop and self.items[at] == item
+
+    def first(self, count: int) -> list[int]:
+        """At most so many items from its beginning."""
+        return self.items[self.start : min(self.stop, self.start + count)]
+
+
+def only_increasing(spans: Sequence[Span], fits: Callable[[int, int], bool] = lambda _n, _item: True) -> Ints:
+    """Of each span (none empty) the one item that all strictly increasing choices agree on; -1 where they do not.
+
+    A choice takes of each span `n` an item with `fits(n, item)`. Spans that share no stretch with any other are judged
+    by themselves, so that where there is no choice at all only those that compete are given up.
+    """
+    chosen = np.full(len(spans), -1, np.int64)
+    if not spans:
+        return chosen
+    low = np.array([s.items[s.start] for s in spans])
+    high = np.array([s.items[s.stop - 1] for s in spans])
+    ahead = np.append(np.minimum.accumulate(low[::-1])[::-1], _EVER)[1:]
+    cuts = np.flatnonzero(np.maximum.accumulate(high) < ahead) + 1
+    start = 0
+    for stop in cuts.tolist():
+        earliest = _earliest(spans, start, stop, fits)
+        if earliest is not None:
+            latest = _latest(spans, start, stop, fits)
+            chosen[start:stop] = np.where(earliest == latest, earliest, -1)
+        start = stop
+    return chosen
+
+
+def _earliest(spans: Sequence[Span], start: int, stop: int, fits: Callable[[int, int], bool]) -> Ints | None:
+    """The earliest strictly increasing choice; None if there is none."""
+    taken = np.empty(stop - start, np.int64)
+    before = -_EVER
+    for n in range(start, stop):
+        span = spans[n]
+        at = bisect_right(span.items, before, span.start, span.stop)
+        while at < span.stop and not fits(n, span.items[at]):
+            at += 1
+        if at == span.stop:
+            return None
+        before = taken[n - start] = span.items[at]
+    return taken
+
+
+def _latest(spans: Sequence[Span], start: int, stop: int, fits: Callable[[int, int], bool]) -> Ints:
+    """The latest strictly increasing choice, of which it is known that there is one."""
+    taken = np.empty(stop - start, np.int64)
+    behind = _EVER
+    for n in range(stop - 1, start - 1, -1):
+        span = spans[n]
+        at = bisect_left(span.items, behind, span.start, span.stop) - 1
+        while not fits(n, span.items[at]):
+            at -= 1
+        behind = taken[n - start] = span.items[at]
+    return taken
+
+
+def _by_request(samples: Samples, stamps: StampModel) -> tuple[list[int], list[tuple[int, int]]]:
+    """Rows of the first replies, in the order of sending, and (row, row of the first reply) of further ones.
+
+    A further reply to a request that has no first one, or that has no number, is left out of both.
+    """
+    answered = np.flatnonzero(samples.rtt_ns != NOT_TOLD)
+    numbered = bool(len(answered)) and bool((samples.seq[answered] != NOT_TOLD).all())
+    if not numbered:
+        rows = answered[~samples.duplicate[answered]]
+        begun = samples.stamp_utc_ns[rows]
+        if len(rows) and (begun != NOT_TOLD).all():
+            begun = begun if stamps.line_time is LineTime.SENT else begun - samples.rtt_ns[rows]
+            rows = rows[np.argsort(begun, kind="stable")]
+        return rows.tolist(), []
+    first: dict[int, int] = {}
+    further = []
+    for row, seq in zip(answered.tolist(), samples.seq[answered].tolist(), strict=True):
+        if first.setdefault(seq, row) != row:
+            further.append((row, first[seq]))
+    return [first[seq] for seq in sorted(first)], further
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """What must be equal for a packet to be a sample's.
+
+    A column that one of the samples, or one of the packets of its protocol, does not tell is left out for all.
+    """
+
+    request: list[Key]
+    """Of each sample."""
+    response: list[Key]
+    egress: list[Key]
+    """Of each packet."""
+    ingress: list[Key]
+    exact: bool
+    """Whether a key names one exchange, for as long as its numbers do not wrap."""
+
+    @classmethod
+    def of(cls, samples: Samples, egress: Crossings, ingress: Crossings) -> _Keys:
+        answered = samples.rtt_ns != NOT_TOLD
+        protocols = samples.l4_proto[answered]
+        by_content = _all_told(protocols) and any((c.l4_proto != NOT_TOLD).any() for c in (egress, ingress))
+        icmp = by_content and bool(np.isin(protocols, _ICMP).all())
+        keys, exact = [], by_content
+        for crossings, length, ident in (
+            (egress, samples.request_len, egress.l4_src),
+            # ICMP echo has one identifier, the same both ways; ports change sides.
+            (ingress, samples.reply_len, ingress.l4_src if icmp else ingress.l4_dst),
+        ):
+            ours = np.isin(crossings.l4_proto, protocols) if by_content else np.ones(len(crossings), np.bool_)
+            columns: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = [(length, crossings.l3_len)]
+            if by_content:
+                columns += [(samples.l4_proto, crossings.l4_proto), (samples.l4_id, ident)]
+            if icmp:
+                columns += [(samples.l4_seq, crossings.l4_dst)]
+            usable = [_all_told(said[answered]) and bool((seen[ours] != NOT_TOLD).all()) for said, seen in columns]
+            exact &= all(usable[1:])
+            used = [column for column, use in zip(columns, usable, strict=True) if use]
+            keys.append(
+                (
+                    _tuples([said for said, _ in used], len(samples)),
+                    _tuples([seen for _, seen in used], len(crossings)),
+                )
+            )
+        (request, out), (response, back) = keys
+        return cls(request, response, out, back, exact)
+
+
+def _tuples(columns: list[npt.NDArray[Any]], count: int) -> list[Key]:
+    if not columns:
+        return [()] * count
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _all_told(column: npt.NDArray[Any]) -> bool:
+    return bool(len(column)) and bool((column != NOT_TOLD).all())
+
+
+def _sorted(crossings: Crossings, direction: Direction, *, stamp: bool = False) -> Crossings:
+    chosen = crossings[crossings.direction == direction]
+    return chosen[np.argsort(_arrivals(chosen, stamp=stamp), kind="stable")]
+
+
+def _arrivals(crossings: Crossings, *, stamp: bool) -> Ints:
+    return crossings.inner_stamp_utc_ns if stamp else crossings.inner_utc_ns
+
+
+def _overlap(gaps: Gaps, after: Ints, before: Ints) -> Mask:
+    hit = np.zeros(len(after), np.bool_)
+    for start, end in gaps:
+        hit |= (after <= end) & (before >= start)
+    return hit
+
+
+assert tuple(f.name for f in fields(Corrections)) == tuple(Corrections._DTYPES)

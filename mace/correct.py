@@ -1,0 +1,65 @@
+"""`mace correct`: what a tool has printed, and a capture of the time when it ran, to corrected round trip times."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from mace.corrected import Corrected, Observed, line
+from mace.errors import Unavailable, UsageError, nearest
+from mace.session import Session
+from mace.tooloutput import READERS, read
+
+STDIN: Final = Path("-")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `mace correct` but `--config` and `--json`."""
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="what the tool printed; `-`: standard input")
+    parser.add_argument("capture", type=Path, metavar="FILE", help="a capture file of that time")
+    parser.add_argument("--container", metavar="NAME", help="where the tool ran; needed where there are several")
+    parser.add_argument("--tool", choices=READERS, help="which tool it was, if its first line does not tell")
+    parser.add_argument("--salvage", action="store_true", help="skip damaged parts of the capture")
+
+
+def corrected(args: argparse.Namespace, session: Session) -> Corrected:
+    """The samples in `args.output`, corrected by the packets in `args.capture`."""
+    samples, reader = read(_lines(args.output), READERS[args.tool]() if args.tool else None)
+    observed = Observed()
+    session.observed(args.capture, observed.add, salvage=args.salvage)
+    unknown = (reader.unknown.count, reader.unknown.first)
+    return Corrected.of(samples, observed, reader.stamps, _netns(observed, args.container), unknown)
+
+
+def print_samples(found: Corrected) -> None:
+    """A line for each sample, in the order in which the tool told of them."""
+    for row in range(len(found.samples)):
+        rtt_ns = int(found.samples.rtt_ns[row])
+        tool = f"tool={rtt_ns / 1000:,.1f} " if rtt_ns >= 0 else ""
+        print(f"seq={int(found.samples.seq[row])} {tool}{line(found.corrections, row)}")
+
+
+def _lines(path: Path) -> Iterable[str]:
+    if path == STDIN:
+        return sys.stdin
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise Unavailable(str(path), error.strerror or str(error), "name a file with what the tool printed") from error
+
+
+def _netns(observed: Observed, container: str | None) -> int:
+    """Inode of the namespace whose packets to take. Raises `UsageError`."""
+    found = observed.containers()
+    names = {name: netns for netns, (name, _) in found.items()}
+    known = ", ".join(f"{name} ({count:,} packets)" for name, count in sorted(found.values()))
+    if not found:
+        raise UsageError("the capture has no packet that was seen over the whole path of a container")
+    if container is None and len(found) > 1:
+        raise UsageError(f"the capture has several containers: {known}; --container says in which the tool ran")
+    if container is not None and container not in names:
+        raise UsageError(f"the capture has no container {container!r}{nearest(container, names)}; it has {known}")
+    return next(iter(found)) if container is None else names[container]

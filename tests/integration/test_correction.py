@@ -1,0 +1,150 @@
+"""ping in a real container, corrected: live, from a recording, and against ping on the host itself."""
+
+import json
+import re
+import signal
+import statistics
+import time
+
+import pytest
+
+from mace.lab import HOST, Spec, running
+from tests.measuring import balanced, mace, start, trace_instances, wait_for
+
+pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+
+COUNT = 200
+SHOWN = re.compile(
+    r"icmp_seq=(\d+) ttl=\d+ time=([0-9.]+) ms"
+    r" · host=([0-9.,-]+) nic=([0-9.,]+) egress=([0-9.]+) ingress=([0-9.]+) µs buffer$"
+)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with running(Spec(name="corrected", containers=2)) as place:
+        for family in (4, 6):
+            for member in (*place.containers, HOST):
+                place.ping(member, count=3, family=family)
+        yield place
+
+
+def ping(lab, *argv, **options):
+    return mace("ping", "--lab", lab.name, "--container", "c1", *argv, lab.address("remote"), **options)
+
+
+@pytest.fixture(scope="module")
+def run(lab, tmp_path_factory):
+    """What `mace ping` printed, with a neighbour that pings at the same pace; and the capture of it."""
+    capture = tmp_path_factory.mktemp("corrected") / "run.mace"
+    with lab.start_ping("c2", count=4 * COUNT, interval_s=0.01) as neighbour:
+        done = ping(lab, "--record", capture, "-D", "-c", COUNT, "-i", "0.01")
+        neighbour.stop()
+    return done.stdout, capture
+
+
+def as_ping_said(shown):
+    """ping's own lines."""
+    return re.sub(r" · .*", "", shown.split("\nc1: ", 1)[0]) + "\n"
+
+
+def test_all_pings_are_paired(run):
+    shown, _ = run
+    found = [SHOWN.search(line) for line in shown.splitlines() if " bytes from " in line]
+    assert [int(match[1]) for match in found] == list(range(1, COUNT + 1))
+    assert f"c1: {COUNT} of {COUNT} samples paired" in shown
+    assert "unpaired" not in shown
+    assert "not understood" not in shown
+    assert f"{COUNT} packets transmitted, {COUNT} received" in shown
+    assert "lost 0 · discarded 0" in re.sub(r"\s+", " ", shown)
+
+
+def test_figures_add_up(run):
+    for line in run[0].splitlines():
+        if match := SHOWN.search(line):
+            tool, host, nic, egress, ingress = (float(match[i].replace(",", "")) for i in range(2, 7))
+            # Each is rounded to 0.1 µs.
+            assert abs(tool * 1000 - egress - ingress - host) < 0.2
+            assert 0 < nic < host
+
+
+def test_a_recording_says_the_same(run, tmp_path):
+    shown, capture = run
+    said = tmp_path / "said.txt"
+    said.write_text(as_ping_said(shown))
+    found = json.loads(mace("correct", said, capture, "--container", "c1", "--json").stdout)
+    figures = ("host_rtt_ns", "nic_rtt_ns", "egress_ns", "ingress_ns")
+    later = {row["seq"]: [f"{row[name] / 1000:,.1f}" for name in figures] for row in found["samples"]}
+    live = {int(m[1]): [m[i] for i in range(3, 7)] for m in map(SHOWN.search, shown.splitlines()) if m}
+    assert live == later
+    assert found["not_understood"] == 0
+    balanced(found)
+
+
+def test_without_times_order_is_enough(run, tmp_path):
+    shown, capture = run
+    said = tmp_path / "said.txt"
+    said.write_text(re.sub(r"^\[[0-9.]+\] ", "", as_ping_said(shown), flags=re.MULTILINE))
+    found = json.loads(mace("correct", said, capture, "--container", "c1", "--json").stdout)
+    assert found["paired"] == COUNT
+    # The neighbour's packets do not fit: it was sending before and after, and their times say nothing.
+    other = json.loads(mace("correct", said, capture, "--container", "c2", "--json").stdout)
+    assert other["paired"] == 0
+
+
+def test_corrected_is_nearer_to_the_host_than_the_container_is(lab, tmp_path):
+    """All in one capture, so that tracing costs all the same; as fast as replies come, so that caches are warm."""
+    remote, capture = lab.address("remote"), tmp_path / "run.mace"
+    recording = start("record", "--lab", lab.name, "-o", capture, "--ring-mib", "32")
+    try:
+        wait_for(lambda: capture.exists() and capture.stat().st_size > 0)
+
+        def said(member, count):
+            return lab.popen(member, ["ping", "-D", "-c", str(count), "-i", "0", remote]).communicate(timeout=60)[0]
+
+        before, inside, after = said(HOST, 1500), said("c1", 3000), said(HOST, 1500)
+    finally:
+        recording.send_signal(signal.SIGINT)
+        recording.communicate(timeout=60)
+    (tmp_path / "said.txt").write_text(inside)
+    found = json.loads(mace("correct", tmp_path / "said.txt", capture, "--json").stdout)
+    assert found["paired"] == 3000
+    bare_ns = statistics.median(float(ms) * 1e6 for ms in re.findall(r"time=([0-9.]+) ms", before + after))
+    tool_ns, host_ns = (found["statistics"][name]["median"]["estimate"] for name in ("tool_rtt_ns", "host_rtt_ns"))
+    assert tool_ns - bare_ns > 3_000
+    # 0.2 µs on the machine this was written on; ping itself counts in whole microseconds.
+    assert abs(host_ns - bare_ns) < (tool_ns - bare_ns) / 2
+
+
+def test_other_ways_to_ping(lab):
+    found = json.loads(ping(lab, "--json", "-U", "-s", "500", "-c", "20", "-i", "0.01").stdout)
+    assert (found["tool"], found["paired"]) == ("ping -U", 20)
+    argv = ("ping", "--lab", lab.name, "--netns", lab.netns_path("c1"), "--json", "-6", "-c", "20", "-i", "0.01")
+    found = json.loads(mace(*argv, lab.address("remote", 6)).stdout)
+    assert (found["container"], found["paired"]) == ("c1", 20)
+
+
+def test_no_reply_is_said_and_pings_status_is_ours(lab):
+    done = mace("ping", "--lab", lab.name, "--container", "c1", "-c", "2", "-i", "0.1", "-W", "0.3",
+                lab.address("remote").rsplit(".", 1)[0] + ".77", check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert "unpaired 2 · no reply: the tool saw none (seq 1, 2)" in done.stdout
+
+
+def test_interrupted_it_says_what_it_has(lab):
+    process = start("ping", "--lab", lab.name, "--container", "c1", "-i", "0.02", lab.address("remote"))
+    lines = [process.stdout.readline() for _ in range(6)]
+    assert SHOWN.search(lines[5].rstrip())
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "ping statistics" in rest
+    assert "samples paired" in rest
+    assert trace_instances(process.pid) == []
+
+
+def test_an_unknown_container_is_an_error_at_once(lab):
+    done = mace("ping", "--lab", lab.name, "--container", "c9", "203.0.113.2", check=False)
+    assert done.returncode == 2
+    assert "no member 'c9'" in done.stderr

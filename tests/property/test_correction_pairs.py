@@ -1,0 +1,403 @@
+"""Which packets are a sample's: never wrong ones, and all that can be told; against a reference that tries all."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from correlator.correction import Reason, Span, correct, only_increasing, settled
+from correlator.samples import Samples
+from correlator.stamps import FPING, PING, PING_USER, REQUEST_RESPONSE
+from mace.schema import NOT_TOLD, Direction
+from tests.made_exchanges import LENGTH, START, Path, ping_run
+
+
+def pairs(found):
+    """(request, response) of each sample, None where it is not paired."""
+    rows = zip(found.reason, found.request.tolist(), found.response.tolist(), strict=True)
+    return [(request, response) if reason == Reason.PAIRED else None for reason, request, response in rows]
+
+
+def wrong(run, found):
+    return [(row, pair) for row, pair in enumerate(pairs(found)) if pair is not None and pair != run.truth[row]]
+
+
+# One choice out of many ------------------------------------------------------------------------------------
+
+
+def naive_increasing(sets):
+    """By trying every choice; sets that all of those before them lie below are judged apart from these."""
+    chosen, start = [], 0
+    for stop in range(1, len(sets) + 1):
+        before, after = sets[start:stop], sets[stop:]
+        if after and max(map(max, before)) >= min(map(min, after)):
+            continue
+        choices = [c for c in itertools.product(*before) if all(a < b for a, b in itertools.pairwise(c))]
+        for options in zip(*choices, strict=True) if choices else [()] * len(before):
+            chosen.append(options[0] if len(set(options)) == 1 else -1)
+        start = stop
+    return chosen
+
+
+@given(st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), max_size=6))
+def test_what_all_increasing_choices_agree_on(sets):
+    spans = [Span(sorted(s), 0, len(s)) for s in sets]
+    assert only_increasing(spans).tolist() == naive_increasing(sets)
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 5), st.integers(0, 7)), max_size=6))
+def test_the_same_where_some_items_do_not_fit(windows):
+    items = list(range(12))
+    spans = [Span(items, start, start + size) for start, size, _ in windows]
+    fitting = [[i for i in items[s : s + n] if i == s or i % 3 != unfit % 3] for s, n, unfit in windows]
+    found = only_increasing(spans, lambda n, item: item in fitting[n])
+    # Stretches are told apart by the spans, not by what fits in them: the reference must see the same ones.
+    apart, start = [], 0
+    for stop in range(1, len(spans) + 1):
+        if stop == len(spans) or max(s.stop - 1 for s in spans[start:stop]) < min(s.start for s in spans[stop:]):
+            choices = [
+                c for c in itertools.product(*fitting[start:stop]) if all(a < b for a, b in itertools.pairwise(c))
+            ]
+            columns = list(zip(*choices, strict=True)) or [()] * (stop - start)
+            apart += [options[0] if len(set(options)) == 1 else -1 for options in columns]
+            start = stop
+    assert found.tolist() == apart
+
+
+# The whole of it against a reference -----------------------------------------------------------------------
+
+
+def naive_pairs(run, stamps):
+    """Requests, then replies, each by trying all orders, with long waits and then with ordinary ones.
+
+    For a few samples with times and without further replies.
+    """
+    c = run.crossings
+    packets = list(zip(c.packet.tolist(), c.direction.tolist(), c.inner_utc_ns.tolist(),
+                       c.inner_stamp_utc_ns.tolist(), c.outer_edge_utc_ns.tolist(), strict=True))  # fmt: skip
+    out = sorted((inner, name, left) for name, d, inner, _, left in packets if d == Direction.EGRESS)
+    back = sorted((arrived, name) for name, d, _, arrived, _ in packets if d == Direction.INGRESS)
+    s = run.samples
+
+    def replies(k, i, waits):
+        unsure = 1_000 + waits.clock_slack_ns
+        queued, _, left = out[i]
+        rtt, stamp = int(s.rtt_ns[k]), int(s.stamp_utc_ns[k])
+        return [
+            n for n, (arrived, _) in enumerate(back)
+            if -unsure <= rtt - (arrived - queued) <= waits.send_wait_ns + unsure and arrived >= left
+            and -unsure - 1_000 <= stamp - arrived <= waits.print_wait_ns + 1_000 + unsure
+        ]  # fmt: skip
+
+    def requests(k, waits):
+        begun, unsure = int(s.stamp_utc_ns[k] - s.rtt_ns[k]), 1_000 + waits.clock_slack_ns
+        early, late = begun - waits.print_wait_ns - 1_000 - unsure, begun + 1_000 + unsure + waits.send_wait_ns
+        return [i for i, (queued, _, _) in enumerate(out) if early <= queued <= late and replies(k, i, waits)]
+
+    def tried(rows, candidates, number):
+        """Row -> the item that is certain."""
+        certain = {}
+        for waits in (stamps.patient(), stamps):
+            sets = {k: [certain[k]] if k in certain else candidates(k, waits) for k in rows}
+            sets = {k: items for k, items in sets.items() if items}
+            chosen = dict(zip(sets, naive_increasing(list(sets.values())), strict=True))
+            if waits is not stamps:
+                ordinary = {k: item for k, item in chosen.items() if item in candidates(k, stamps)}
+                for k in list(chosen):
+                    before = [o for o in ordinary if number[o] <= number[k]]
+                    after = [o for o in ordinary if number[o] >= number[k]]
+                    between = before and after and (max(before, key=number.get), min(after, key=number.get))
+                    if (
+                        not between
+                        or chosen[between[1]] - chosen[between[0]] != number[between[1]] - number[between[0]]
+                    ):
+                        del chosen[k]
+            certain |= {k: item for k, item in chosen.items() if item >= 0 and k not in certain}
+        return certain
+
+    answered = [k for k in np.argsort(s.seq, kind="stable").tolist() if s.rtt_ns[k] != NOT_TOLD]
+    request = tried(answered, requests, {k: int(s.seq[k]) for k in answered})
+    lines = {k: n for n, k in enumerate(sorted(answered))}
+    response = tried(sorted(request), lambda k, waits: replies(k, request[k], waits), lines)
+    return [(out[request[k]][1], back[response[k]][1]) if k in response else None for k in range(len(s))]
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 1 << 32), st.integers(1, 5), st.sampled_from([3e4, 1e6, 4e6, 3e7]), st.integers(0, 3))
+def test_as_by_trying_everything(seed, count, pace_ns, strangers):
+    rng = np.random.default_rng(seed)
+    jitter_ns = int(rng.choice([10_000, 10**7]))
+    run = ping_run(rng, count, pace_ns=pace_ns, loss=0.2, strangers=strangers, jitter_ns=jitter_ns)
+    found = correct(run.samples, run.crossings, PING)
+    # Stretches are told apart by what fits in them there, here by a wider look: more may be given up, nothing else.
+    by_trial = naive_pairs(run, PING)
+    assert all(mine in (None, other) for mine, other in zip(pairs(found), by_trial, strict=True))
+    if strangers == 0 and (found.reason != Reason.NO_RESPONSE).all():
+        assert pairs(found) == by_trial
+    assert wrong(run, found) == []
+
+
+# Against the truth -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1 << 32), st.sampled_from([2e4, 3e5, 2e6, 1e7, 5e7]), st.booleans(), st.integers(0, 20))
+def test_never_a_wrong_pair(seed, pace_ns, content, strangers):
+    rng = np.random.default_rng(seed)
+    run = ping_run(
+        rng, 60, pace_ns=pace_ns, loss=rng.choice([0, 0.1, 0.5]), duplicates=rng.choice([0, 0.2]),
+        first_seq=int(rng.choice([1, 65_500])), jitter_ns=int(rng.choice([10_000, 30_000_000])),
+        strangers=strangers, content=content, stamped=bool(rng.integers(0, 2)), ident_told=bool(rng.integers(0, 2)),
+    )  # fmt: skip
+    found = correct(run.samples, run.crossings, PING)
+    assert wrong(run, found) == []
+    unanswered = np.array([pair is None for pair in run.truth])
+    assert ((found.reason == Reason.NO_REPLY) == unanswered).all()
+
+
+@pytest.mark.parametrize("duplicates", [0.0, 0.3])
+@pytest.mark.parametrize("loss", [0.0, 0.3])
+@pytest.mark.parametrize("pace_ns", [10_000_000, 100_000_000])
+def test_all_of_a_calm_run_are_paired(pace_ns, loss, duplicates):
+    run = ping_run(np.random.default_rng(5), 200, pace_ns=pace_ns, loss=loss, duplicates=duplicates, first_seq=65_450)
+    assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+def test_all_of_a_flood_are_paired_by_their_order():
+    run = ping_run(np.random.default_rng(6), 5_000, pace_ns=150_000, rtt_ns=10_000, jitter_ns=1_000)
+    assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+def test_one_sample_of_a_flood_that_waited_for_long_spoils_nothing():
+    run = ping_run(np.random.default_rng(6), 500, pace_ns=150_000, rtt_ns=10_000, jitter_ns=1_000, held_up=250)
+    assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+def test_times_are_not_needed_where_every_request_has_its_reply():
+    run = ping_run(np.random.default_rng(7), 2_000, pace_ns=10_000_000, stamped=False)
+    assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+def test_without_times_one_stranger_leaves_nothing_certain_around_it():
+    run = ping_run(np.random.default_rng(8), 50, pace_ns=10_000_000, stamped=False, strangers=1, jitter_ns=0)
+    found = correct(run.samples, run.crossings, PING)
+    assert wrong(run, found) == []
+    assert (found.reason == Reason.AMBIGUOUS).any()
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1 << 32), st.sampled_from([2e5, 1e7]))
+def test_content_finds_all_whatever_is_beside_it(seed, pace_ns):
+    run = ping_run(
+        np.random.default_rng(seed), 100, pace_ns=pace_ns, loss=0.2, duplicates=0.2, first_seq=65_480, strangers=50,
+        jitter_ns=30_000_000, content=True, ident_told=True,
+    )  # fmt: skip
+    assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+def test_wrapped_numbers_are_told_apart_by_order():
+    run = ping_run(np.random.default_rng(9), 70_000, pace_ns=100_000, rtt_ns=10_000, content=True, stamped=False)
+    assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+# What is lost ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 1 << 32), st.sampled_from([2e5, 3e6, 1e7]), st.booleans())
+def test_records_that_were_lost_make_no_wrong_pairs(seed, pace_ns, ident_told):
+    rng = np.random.default_rng(seed)
+    run = ping_run(
+        rng, 80, pace_ns=pace_ns, loss=0.2, strangers=20, content=ident_told, ident_told=ident_told, jitter_ns=100_000
+    )
+    crossings = run.crossings
+    begin = START + int(rng.integers(0, int(80 * pace_ns)))
+    end = begin + int(rng.integers(0, int(20 * pace_ns)))
+    gone = (
+        (crossings.inner_utc_ns >= begin) & (crossings.inner_stamp_utc_ns <= end) & (rng.random(len(crossings)) < 0.7)
+    )
+    found = correct(run.samples, crossings[~gone], PING, [(begin, end)])
+    assert wrong(run, found) == []
+    if not gone.any() or ident_told:
+        return
+    missing = set(crossings.packet[gone].tolist())
+    for reason, truth in zip(found.reason, run.truth, strict=True):
+        if truth and missing & set(truth):
+            assert reason != Reason.PAIRED
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 1 << 32), st.sampled_from([2e5, 3e6, 1e7, 1e8]), st.booleans())
+def test_anothers_packets_are_no_pairs(seed, pace_ns, stamped):
+    """The right times, the right length, nearly the right round trips; but not in the same milliseconds."""
+    run = ping_run(np.random.default_rng(seed), 80, pace_ns=pace_ns, loss=0.1, stamped=True)
+    late = Path([(row[0], *(t + 20_000_000 for t in row[1:6]), *row[6:]) for row in run.path.rows])
+    found = correct(run.samples, late.crossings(), PING)
+    assert (found.reason != Reason.PAIRED).all() or pace_ns < 2e7
+
+
+def test_far_from_what_was_lost_nothing_changes():
+    run = ping_run(np.random.default_rng(3), 100, pace_ns=10_000_000)
+    gap = (START + 500_000_000, START + 501_000_000)
+    found = correct(run.samples, run.crossings, PING, [gap])
+    assert 1 <= (found.reason == Reason.LOST).sum() <= 3
+    assert (found.reason == Reason.PAIRED).sum() == 100 - (found.reason == Reason.LOST).sum()
+
+
+# Piece by piece --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1 << 32), st.sampled_from([2e5, 6e6, 2e7]), st.integers(1, 30))
+def test_what_is_settled_is_not_told_otherwise_at_the_end(seed, pace_ns, step):
+    run = ping_run(np.random.default_rng(seed), 60, pace_ns=pace_ns, loss=0.2, strangers=5)
+    whole = correct(run.samples, run.crossings, PING)
+    done, crossings = 0, run.crossings
+    for stop in range(step, 60 + step, step):
+        known = run.samples[done:stop]
+        upto = int(known.stamp_utc_ns.max(initial=0))
+        ready = settled(known, PING, upto)
+        early = correct(known[:ready], crossings[crossings.inner_stamp_utc_ns < upto], PING)
+        # With what comes later more may become certain, but nothing else.
+        shown, last = pairs(early), pairs(whole)[done : done + ready]
+        assert all(now in (None, then) for now, then in zip(shown, last, strict=True))
+        assert (early.reason == Reason.NO_REPLY).tolist() == (whole.reason[done : done + ready] == 1).tolist()
+        done += ready
+
+
+def test_a_calm_run_is_settled_as_it_goes():
+    run = ping_run(np.random.default_rng(4), 60, pace_ns=20_000_000)
+    assert settled(run.samples, PING, START + 600_000_000) in range(25, 31)
+
+
+# Figures and models ----------------------------------------------------------------------------------------
+
+
+def test_figures_of_one_exchange():
+    path = Path()
+    request, left = path.egress(START + 5_000, overhead=20_000)
+    response, inner = path.ingress(START + 90_000, overhead=9_000, wait=600)
+    samples = Samples.of(1, stamp_utc_ns=START + 150_000, seq=1, rtt_ns=90_000, request_len=LENGTH, reply_len=LENGTH)
+    found = correct(samples, path.crossings(), PING)
+    assert pairs(found) == [(request, response)]
+    assert found.tool_rtt_ns == 90_000
+    assert found.egress_ns == 20_000
+    # From stamp to stamp: outer at 90 - 9 + 0.5 µs, its stamp 0.4 before that, what is nearest to the wire 0.5.
+    assert found.ingress_ns == 8_900
+    assert found.host_rtt_ns == 61_100
+    assert found.nic_rtt_ns == START + 81_000 - left
+    by_user = correct(samples, path.crossings(), PING_USER)
+    assert by_user.ingress_ns == inner - (START + 81_500)
+    assert by_user.host_rtt_ns == 70_000 - by_user.ingress_ns
+    assert found.sent_utc_ns == START + 5_000
+
+
+@pytest.mark.parametrize(
+    ("model", "stamp_ns", "rtt_ns", "paired"),
+    [
+        (PING, 150_000, 90_000, True),
+        (PING, -15_000, 90_000, False),  # printed before it arrived
+        (PING, 5_200_000, 90_000, False),  # printed late: not without neighbours that bear it out
+        (PING, 150_000, 78_000, False),  # over before the reply was there
+        (PING, 150_000, 1_200_000, False),  # queued late
+        (PING_USER, 150_000, 130_000, True),
+        (FPING, 90_000, 90_000, True),
+        (FPING, 300_000, 90_000, False),  # the line has the reply's own time
+        (REQUEST_RESPONSE, 0, 130_000, True),
+        (REQUEST_RESPONSE, 120_000, 130_000, False),  # sent after its packet was
+    ],
+)
+def test_what_each_tool_means_by_its_times(model, stamp_ns, rtt_ns, paired):
+    path = Path()
+    path.egress(START + 5_000)
+    path.ingress(START + 90_000)
+    samples = Samples.of(1, stamp_utc_ns=START + stamp_ns, rtt_ns=rtt_ns)
+    assert (correct(samples, path.crossings(), model).reason == Reason.PAIRED) == paired
+
+
+def three(between, **columns):
+    """Exchanges 10 ms apart, of which the second is `between(path, begin)`; its `columns` are as given."""
+    path = Path()
+    for n in range(3):
+        begin = START + 10_000_000 * n
+        if n == 1:
+            between(path, begin)
+        else:
+            path.egress(begin + 5_000)
+            path.ingress(begin + 90_000)
+    stamps = [START + 150_000 + 10_000_000 * n for n in range(3)]
+    return path, Samples.of(3, **{"stamp_utc_ns": stamps, "seq": [1, 2, 3], "rtt_ns": [90_000] * 3, **columns})
+
+
+def ordinary(path, begin):
+    path.egress(begin + 5_000)
+    path.ingress(begin + 90_000)
+
+
+@pytest.mark.parametrize(
+    ("columns", "paired"),
+    [
+        ({"stamp_utc_ns": [START + 150_000, START + 16_000_000, START + 20_150_000]}, True),  # printed late
+        ({"stamp_utc_ns": [START + 150_000, START + 900_000_000, START + 900_150_000]}, False),  # and the next one, too
+        ({"rtt_ns": [90_000, 3_000_000, 90_000]}, True),  # queued late
+        ({"rtt_ns": [90_000, 60_000, 90_000]}, True),  # interrupted behind the kernel's stamp
+        ({"rtt_ns": [90_000, -20_000, 90_000]}, False),
+        ({"seq": [1, 3, 4], "rtt_ns": [90_000, 3_000_000, 90_000]}, False),  # then a packet is missing
+    ],
+)
+def test_long_waits_are_borne_out_by_neighbours(columns, paired):
+    path, samples = three(ordinary, **columns)
+    found = correct(samples, path.crossings(), PING)
+    assert pairs(found)[0] == (1, 2)
+    assert pairs(found)[1] == ((3, 4) if paired else None)
+
+
+def test_what_was_interrupted_behind_the_kernels_stamp_is_not_taken_off():
+    def interrupted(path, begin):
+        path.egress(begin + 5_000, overhead=20_000)
+        path.ingress(begin + 170_000, overhead=90_000)
+
+    path, samples = three(interrupted, resolution_ns=1_000)
+    found = correct(samples, path.crossings(), PING)
+    # The outer device's stamp is at 80.1 µs; the tool's can be at 5 + 90 + 1 at the latest.
+    assert found.ingress_ns[1] == 96_000 - 80_100
+    assert found.host_rtt_ns[1] == 90_000 - 20_000 - found.ingress_ns[1]
+
+
+def test_packets_of_another_length_are_nobodys():
+    path = Path()
+    path.egress(START + 5_000, length=LENGTH + 4)
+    path.ingress(START + 90_000)
+    samples = Samples.of(1, stamp_utc_ns=START + 150_000, rtt_ns=90_000, request_len=LENGTH)
+    assert correct(samples, path.crossings(), PING).reason == Reason.NO_REQUEST
+    path.egress(START + 5_000)
+    assert correct(samples, path.crossings(), PING).reason == Reason.PAIRED
+    other = Samples.of(1, stamp_utc_ns=START + 150_000, rtt_ns=90_000, request_len=LENGTH, reply_len=60)
+    assert correct(other, path.crossings(), PING).reason == Reason.NO_RESPONSE
+
+
+def test_ports_change_sides():
+    path = Path()
+    for port in (40_001, 40_002):
+        path.egress(START + 5_000, content=(17, port, 53))
+        path.ingress(START + 90_000, content=(17, 53, port))
+    samples = Samples.of(2, rtt_ns=130_000, l4_proto=17, l4_id=[40_001, 40_002], stamp_utc_ns=START)
+    assert pairs(correct(samples, path.crossings(), REQUEST_RESPONSE)) == [(1, 2), (3, 4)]
+
+
+def test_requests_without_a_reply_tell_nothing_and_need_not():
+    run = ping_run(np.random.default_rng(2), 20, pace_ns=10_000_000, content=True, ident_told=True, strangers=5)
+    samples = Samples.concatenate([run.samples, Samples.of(2, seq=[21, 22])])
+    found = correct(samples, run.crossings, PING)
+    assert pairs(found) == [*run.truth, None, None]
+    assert found.reason[-2:].tolist() == [Reason.NO_REPLY, Reason.NO_REPLY]
+
+
+def test_nothing_at_all():
+    none = Samples.of(0)
+    assert len(correct(none, Path().crossings(), PING)) == 0
+    assert settled(none, PING, START) == 0
+    assert settled(Samples.of(3), PING, START) == 3
+    assert correct(Samples.of(1, rtt_ns=5), Path().crossings(), PING).reason == Reason.NO_REQUEST

@@ -1,0 +1,124 @@
+"""What the correlator tells of packets that were seen over a container's whole path, and of gaps."""
+
+import numpy as np
+import pytest
+
+from correlator.engine import Engine, EngineConfig
+from mace.schema import Crossings, Delays, Direction, Segment
+from tests.traffic import REPLY, REQUEST, Tape, topology
+
+OFFSET_NS = 1_000_000_000_000
+
+
+def correlate(batch, *, size=0, **config):
+    engine = Engine(OFFSET_NS, EngineConfig(**{"crossings": True, **config}))
+    results = engine.feed(topology())
+    for start in range(0, len(batch), size or len(batch)):
+        results += engine.feed(batch[start : start + (size or len(batch))])
+    return [*results, engine.finish()]
+
+
+def crossings(results):
+    return Crossings.concatenate([result.crossings for result in results])
+
+
+def one_exchange():
+    tape = Tape()
+    tape.packet(REQUEST, 10_000, skb=1, step=[0, 3, 10, 20, 30, 100, 140, 160, 170, 180])
+    tape.packet(REPLY + " c", 20_000, skb=2, step=[0, 5, 50, 57, 80, 90, 100, 110, 120, 128, 130])
+    return tape.batch()
+
+
+def test_times_at_both_devices_and_where_the_kernel_stamps():
+    found = crossings(correlate(one_exchange()))
+    rows = {Direction(d): i for i, d in enumerate(found.direction)}
+    request, reply = found[rows[Direction.EGRESS] :][:1], found[rows[Direction.INGRESS] :][:1]
+    since = 10_000 + OFFSET_NS
+    assert (request.inner_utc_ns - since, request.inner_stamp_utc_ns - since) == (0, 3)
+    assert (request.outer_utc_ns - since, request.outer_stamp_utc_ns - since) == (100, 140)
+    assert request.outer_edge_utc_ns - since == 140
+    since = 20_000 + OFFSET_NS
+    assert (reply.outer_stamp_utc_ns - since, reply.outer_utc_ns - since) == (50, 57)
+    assert (reply.inner_stamp_utc_ns - since, reply.inner_utc_ns - since) == (120, 128)
+    assert reply.outer_edge_utc_ns - since == 50
+    assert set(found.l3_len) == {84}
+    assert all((getattr(found, name) == -1).all() for name in ("l4_proto", "l4_src", "l4_dst", "l4_seq"))
+
+
+def test_a_driver_that_was_busy_sent_it_when_it_was_asked_last():
+    tape = Tape()
+    tape.packet("Q:eth0 X:eth0 r:veth1 R:veth1 R:br0 Q:out0 X:out0 X:out0 r:rem0 R:rem0 c", 0, step=10)
+    found = crossings(correlate(tape.batch()))
+    assert found.outer_edge_utc_ns - OFFSET_NS == 70
+
+
+def test_devices_that_offer_packets_to_gro_have_them_stamped_afterwards():
+    tape = Tape()
+    tape.packet("G:out0 R:out0 Q:br0 X:br0 Q:veth1 X:veth1 G:eth0 R:eth0 c", 1_000, step=10)
+    found = crossings(correlate(tape.batch()))
+    assert found.outer_edge_utc_ns - OFFSET_NS == 1_000
+    assert found.outer_stamp_utc_ns == found.outer_utc_ns == OFFSET_NS + 1_010
+    assert found.inner_stamp_utc_ns == found.inner_utc_ns == OFFSET_NS + 1_070
+
+
+def test_a_packet_that_the_outer_driver_never_got_has_not_crossed():
+    tape = Tape()
+    tape.packet("Q:eth0 X:eth0 r:veth1 R:veth1 R:br0 Q:out0 k", 0)
+    assert len(crossings(correlate(tape.batch()))) == 0
+
+
+def test_they_differ_by_the_overhead_of_the_same_packet():
+    tape = Tape()
+    for i in range(50):
+        tape.packet(REQUEST, 1_000_000 * i, skb=i % 7 + 1, step=100 + i)
+        tape.packet(REPLY + " c", 1_000_000 * i + 50_000, skb=i % 5 + 10, step=90 + i)
+    results = correlate(tape.batch())
+    rows = Delays.concatenate([result.delays for result in results])
+    rows = rows[rows.segment == Segment.OVERHEAD]
+    found = crossings(results)
+    assert len(found) == 100
+    delay = np.abs(found.outer_utc_ns - found.inner_utc_ns)
+    assert dict(zip(found.packet.tolist(), delay.tolist(), strict=True)) == dict(
+        zip(rows.packet.tolist(), rows.delay_ns.tolist(), strict=True)
+    )
+    assert all(results[-1].devices[number].name == "eth0" for number in found.device)
+
+
+@pytest.mark.parametrize("size", [1, 3, 17])
+def test_cuts_change_nothing(size):
+    tape = Tape()
+    for i in range(20):
+        tape.packet(REQUEST, 1_000_000 * i, skb=1)
+        tape.packet(REPLY + " c", 1_000_000 * i + 50_000, skb=2)
+    whole, cut = (
+        crossings(correlate(tape.batch(), size=n, slice_ns=3_000_000, slice_records=s))
+        for n, s in ((0, 1 << 17), (size, 7))
+    )
+    for name in Crossings._DTYPES:
+        order, other = np.argsort(whole.packet), np.argsort(cut.packet)
+        assert getattr(whole, name)[order].tolist() == getattr(cut, name)[other].tolist()
+
+
+def test_what_is_settled_comes_no_more():
+    tape = Tape()
+    for i in range(200):
+        tape.packet(REQUEST, 7_000_000 * i, skb=i % 9 + 1, step=100 if i % 3 else 2_000_000)
+    seen = OFFSET_NS
+    for result in correlate(tape.batch(), slice_ns=20_000_000):
+        assert (result.crossings.inner_utc_ns >= seen).all()
+        assert result.settled_utc_ns >= seen or result.settled_utc_ns == 0
+        seen = result.settled_utc_ns
+
+
+def test_they_come_only_when_asked_for():
+    assert len(crossings(correlate(one_exchange(), crossings=False))) == 0
+    assert len(crossings(correlate(one_exchange(), rows=False))) == 2
+
+
+def test_gaps_are_told_once():
+    tape = Tape()
+    tape.packet(REQUEST, 1_000)
+    tape.gap(5_000, 6_000, lost=3)
+    tape.packet(REQUEST, 300_000_000)
+    told = [gap for result in correlate(tape.batch()) for gap in result.gaps_utc_ns]
+    assert told == [(5_000 + OFFSET_NS, 6_000 + OFFSET_NS)]
