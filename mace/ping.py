@@ -205,8 +205,10 @@ class Ping:
             self.status = await process.wait()
         except asyncio.CancelledError:
             with suppress(TimeoutError, ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+                # Not process.send_signal, which looks whether it has ended, so that asyncio does not hear how.
+                os.kill(process.pid, signal.SIGINT)
                 await asyncio.wait_for(self._read(lines), _LAST_WORDS_S)
+                self.status = await asyncio.wait_for(process.wait(), _LAST_WORDS_S)
             raise
         finally:
             transport.close()
