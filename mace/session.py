@@ -20,11 +20,13 @@ from collector.capture_source import CaptureSource, in_time_order
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
-from mace.interfaces import Source, StreamHeader, StreamItem
+from mace.interfaces import Sink, Source, StreamHeader, StreamItem
 from mace.pipeline import Stop
 from mace.records import Batch
 from mace.schema import Results
 from mace.summary import Summary
+from mace.vitals import Vitals
+from storage import wanted_sinks
 from storage.capture import CaptureSink
 
 REPLAY_SLICE_NS: Final = 1_000_000_000
@@ -53,7 +55,8 @@ class Session:
         """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
         summary = Summary()
         source, chosen = self._source()
-        sinks = [pipeline.embedded_store(self._config.store, store, rows=self._config.correlate.rows)] if store else []
+        vitals = Vitals()
+        sinks = self._sinks(store, vitals)
 
         async def work() -> None:
             opened = asyncio.Event()
@@ -71,10 +74,18 @@ class Session:
                 engine = pipeline.engine_config(self._config)
                 async with self._timed(until, opened):
                     await pipeline.run(
-                        source, sinks, engine=engine, stop=self._stop, tee=tee, on_results=show, on_open=begin
+                        source,
+                        sinks,
+                        engine=engine,
+                        stop=self._stop,
+                        tee=tee,
+                        on_results=show,
+                        on_open=begin,
+                        vitals=vitals,
                     )
 
         asyncio.run(work())
+        summary.sinks = vitals.accounts
         return summary
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
@@ -155,10 +166,11 @@ class Session:
                 summary.add(results)
                 bar.update(task, completed=done + source.bytes_read)
 
-            rows = self._config.correlate.rows
-            sinks = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
+            vitals = Vitals(live=False)
+            sinks = self._sinks(store, vitals)
             async with self._timed(None, asyncio.Event()):
-                await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show)
+                await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show, vitals=vitals)
+            summary.sinks = vitals.accounts
             for warning in source.warnings:
                 self._console.print(f"[yellow]{warning}[/]", highlight=False)
             return summary
@@ -174,6 +186,12 @@ class Session:
         with bar:
             asyncio.run(work())
         return whole
+
+    def _sinks(self, store: Path | None, vitals: Vitals) -> list[Sink]:
+        """The embedded store, if there is to be one, then those that the configuration asks for."""
+        rows = self._config.correlate.rows
+        embedded: list[Sink] = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
+        return [*embedded, *wanted_sinks(self._config, vitals)]
 
     def _source(self) -> tuple[Source, str]:
         """The live source, and which one it is and why: to be said once it is open, so that an error stands alone."""
