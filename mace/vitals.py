@@ -76,10 +76,9 @@ class Account:
         latest = {
             name: getattr(other, name) for name in ("waiting", "spool_bytes", "series", "delivery_ns", "connected")
         }
-        both |= latest | {
-            "taken": both["taken"] - self.waiting,
-            "buffer_peak": max(self.buffer_peak, other.buffer_peak),
-        }
+        both |= latest
+        both["taken"] -= self.waiting
+        both["buffer_peak"] = max(self.buffer_peak, other.buffer_peak)
         return Account(**both, reasons=self.reasons + other.reasons, trouble=other.trouble)
 
     def why(self) -> str:
