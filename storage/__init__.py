@@ -1,7 +1,8 @@
 """Delays and windows -> somewhere. Imports the shared part of `mace` only.
 
 `SINKS` are those that the configuration asks for by `[sinks.NAME]`, besides the embedded store. Their libraries are
-extras, so each is imported when it is wanted.
+extras, so each is imported when it is wanted. A run of one stream takes `wanted_sinks`; who stores the streams of many
+hosts makes each `SharedSink` once and gives every stream a `stream()` of it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from mace.config import Config
 from mace.errors import MissingExtra
 from mace.interfaces import Sink, Status
 from mace.vitals import Vitals
+from storage.shared import Alone, SharedSink
 
 
 @dataclass(frozen=True, slots=True)
 class SinkKind:
-    """How to ask for a sink, and how to get it. Its module has `check(config)` and `make(config, vitals)`."""
+    """How to ask for a sink, and how to get it. Its module has `check(config)` and `make(config, vitals)`.
+
+    `make` returns a `storage.shared.SharedSink`.
+    """
 
     module: str
     extra: str
@@ -37,9 +42,9 @@ class SinkKind:
             return Status(False, error.why, error.remedy)
         return status
 
-    def make(self, config: Config, vitals: Vitals) -> Sink:
+    def make(self, config: Config, vitals: Vitals) -> SharedSink:
         """The sink, not open yet. Raises `MissingExtra`, and `ConfigError` for what makes no sense together."""
-        made: Sink = self._loaded().make(config, vitals)
+        made: SharedSink = self._loaded().make(config, vitals)
         return made
 
     def _loaded(self) -> Any:
@@ -57,5 +62,5 @@ SINKS: Final[dict[str, SinkKind]] = {
 
 
 def wanted_sinks(config: Config, vitals: Vitals) -> list[Sink]:
-    """All sinks that the configuration asks for, not open yet."""
-    return [kind.make(config, vitals) for kind in SINKS.values() if kind.wanted(config)]
+    """All sinks that the configuration asks for, not open yet, for one stream that has them for itself."""
+    return [Alone(kind.make(config, vitals)) for kind in SINKS.values() if kind.wanted(config)]

@@ -1,7 +1,7 @@
 """Results -> InfluxDB line protocol, by columns: some six million lines a second, where a formatted string each is one.
 
-    device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,dropped=0i,position=1i 1750000000000000000
-    └────────── one of few prefixes ──────────────────┘└──┘└──────── one of few middles ──────────────┘└── time ──┘
+    device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,dropped=0i,position=1i 1750000000000000
+    └────────── one of few prefixes ────────────────────────┘└──┘└────────── one of few middles ─────┘└──── time ────┘
 
 A packet's line is four pieces: two are looked up, two are numbers. Names and order are those of `mace.metrics`.
 
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from mace.interfaces import StreamHeader
 from mace.metrics import MEASUREMENTS
-from mace.schema import Delays, Direction, Grade, Outcome, Segment, Window
+from mace.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
 from mace.topology import Device
 
 Ints = npt.NDArray[np.int64]
@@ -39,6 +39,7 @@ _SEEN_NS: Final = 10_000_000_000
 _RUN_SLOT: Final = 100
 """Slots from here on say where in the window its run began; below, they count devices that look alike."""
 _S: Final = 1_000_000_000
+_RTT_FIELDS: Final = tuple(field.name for field in MEASUREMENTS["rtt"].fields)
 _UNKNOWN: Final = -1
 _OVER_BUDGET: Final = -2
 
@@ -66,6 +67,11 @@ def line(series: str, fields: dict[str, int | str], time_ns: int) -> str:
     """One line, ended. Numbers are written as integers, text in quotes (it has none of its own)."""
     told = ",".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}i" for name, v in fields.items())
     return f"{series} {told} {time_ns}\n"
+
+
+def _told(fields: dict[str, int]) -> dict[str, int | str]:
+    """Without those that say nothing; a line needs one field at least."""
+    return {name: value for name, value in fields.items() if value != NOT_TOLD} or {"seq": NOT_TOLD}
 
 
 class Budget:
@@ -321,6 +327,37 @@ class StreamLines:
                 self._middles.append(text)
             index = self._middle_of[code]
         return index
+
+    # Round trips.
+
+    def round_trips(self, trips: RoundTrips) -> Iterator[str]:
+        """`rtt` lines, of samples that have a time."""
+        rows = trips.rows
+        taken: dict[tuple[str, int], int] = {}
+        for i in range(len(rows)):
+            time_ns, reason = int(rows.utc_ns[i]), int(rows.reason[i])
+            if time_ns == NOT_TOLD:
+                self.left_out += 1
+                continue
+            tags = {
+                "host": self._header.host,
+                "container": trips.container,
+                "netns": trips.netns,
+                "tool": trips.tool,
+                "source": self._header.source,
+                "grade": "" if reason else Grade(int(rows.grade[i])).name.lower(),
+                "reason": trips.reasons[reason],
+            }
+            series = key("rtt", tags)
+            if not self._budget.admits(series):
+                self.over_budget += 1
+                continue
+            # Further replies to one request have its time.
+            slot = taken.get((series, time_ns), 0)
+            taken[series, time_ns] = slot + 1
+            told = ("seq", "tool_rtt_ns") if reason else _RTT_FIELDS
+            fields = {name: int(getattr(rows, name)[i]) for name in told}
+            yield line(series + (f",slot={slot}" if slot else ""), _told(fields), time_ns)
 
     # Windows.
 

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Final, Generic, Protocol, TypeVar
 
 from mace.config import RunningConfig
-from mace.interfaces import StreamHeader
 from mace.vitals import Account
 from storage.spool import Frame, Spool
 
@@ -74,7 +73,7 @@ class Target(Protocol[T_contra]):
     what may pass, and gets the same frame again, also in another process: delivering twice must be as good as once.
     """
 
-    async def open(self, header: StreamHeader) -> None: ...
+    async def open(self) -> None: ...
 
     def rows(self, item: T_contra) -> int:
         """About how many rows the item will be: bounds the buffer."""
@@ -90,7 +89,7 @@ class Target(Protocol[T_contra]):
 
 
 class RunningSink(Generic[T]):
-    """A `Sink` (for `T` = `Results`) or a `StreamSink` (`StreamItem`) in front of a `Target`.
+    """Items -> a `Target`, with the lifecycle of a `Sink`. `storage.shared` makes sinks of it, one for each stream.
 
     Raises `Unavailable` and `StoreError` from `open` if the spool cannot be used; never because the server cannot.
     `aclose` gives the server `close_s` to take what waits, from its last success on; the rest stays in the spool, or,
@@ -124,7 +123,7 @@ class RunningSink(Generic[T]):
         self._success_s = 0.0
         self._told_s = 0.0
 
-    async def open(self, header: StreamHeader) -> None:
+    async def open(self) -> None:
         """Take hold of the spool and begin to deliver what is in it."""
         found = await asyncio.get_running_loop().run_in_executor(self._disk, self._spool.open)
         self.account.taken += found
@@ -134,7 +133,7 @@ class RunningSink(Generic[T]):
             _LOG.warning(
                 "sink %s: %d rows of an earlier run are in the spool, and are delivered first", self.name, found
             )
-        await self._target.open(header)
+        await self._target.open()
         self._tasks = [
             asyncio.create_task(self._encode(), name=f"{self.name}-encode"),
             asyncio.create_task(self._deliver(), name=f"{self.name}-deliver"),
