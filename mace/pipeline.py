@@ -135,6 +135,7 @@ async def run(
         on_open(header)
         vitals.got_on(items=items.peak, results=results.peak)
         vitals.running = True
+        opened.callback(vitals.ended)
 
         async def pump() -> None:
             async for item in source.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -23,11 +23,12 @@ from mace.config import Config
 from mace.interfaces import Sink, Source, StreamHeader, StreamItem
 from mace.pipeline import Stop
 from mace.records import Batch
-from mace.schema import Results
+from mace.schema import Results, RoundTrips
 from mace.summary import Summary
 from mace.vitals import Vitals
-from storage import wanted_sinks
+from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
+from storage.shared import Alone
 
 REPLAY_SLICE_NS: Final = 1_000_000_000
 """Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
@@ -44,6 +45,8 @@ class Session:
         self._console = console
         self._quiet = quiet
         self._stop = Stop()
+        self._header: StreamHeader | None = None
+        """Of what was observed last."""
         keep_freed_memory()
 
     def say(self, text: str) -> None:
@@ -101,7 +104,7 @@ class Session:
 
             engine = replace(pipeline.engine_config(self._config), crossings=True, rows=False)
             async with self._timed(until, opened):
-                await pipeline.run(
+                self._header = await pipeline.run(
                     source, [], engine=engine, stop=self._stop, tee=tee, on_results=on_results, on_open=begin
                 )
 
@@ -115,11 +118,32 @@ class Session:
 
         async def work() -> None:
             async with self._timed(None, asyncio.Event()):
-                await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
+                self._header = await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
 
         asyncio.run(work())
         for warning in source.warnings:
             self._console.print(f"[yellow]{warning}[/]", highlight=False)
+
+    def deliver(self, trips: RoundTrips) -> None:
+        """Round trips of what was observed last, to the sink that takes them, if it is configured."""
+        if self._header is None or not SINKS["influxdb"].wanted(self._config):
+            return
+        header, influx = self._header, self._config.sinks.influxdb
+        # A spool of its own: that of a measurement that goes on meanwhile is that one's.
+        influx = replace(influx, spool=str(Path(influx.spool) / "round-trips") if influx.spool else "")
+        vitals = Vitals(live=False)
+        sinks = replace(self._config.sinks, influxdb=influx)
+        sink = Alone(SINKS["influxdb"].make(replace(self._config, sinks=sinks), vitals))
+
+        async def work() -> None:
+            async with AsyncExitStack() as opened:
+                opened.push_async_callback(sink.aclose)
+                await sink.open(header)
+                await sink.write(trips)
+
+        asyncio.run(work())
+        for name, account in vitals.accounts.items():
+            self.say(f"{name}: {account.line()}")
 
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""

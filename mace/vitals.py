@@ -117,6 +117,10 @@ class Vitals:
         self.accounts[sink] = account = Account()
         return account
 
+    def ended(self) -> None:
+        """Nothing is measured any more."""
+        self.running = False
+
     def got_on(self, **peaks: int) -> None:
         """Results came through; how full the channels have been."""
         self.last_results_s = time.monotonic()

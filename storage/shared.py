@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from mace.interfaces import Sink, StreamHeader
+from mace.interfaces import StreamHeader
 from mace.schema import Results, RoundTrips
 from storage.running_sink import RunningSink
 
@@ -22,12 +22,22 @@ class HostResults:
     results: Results | RoundTrips | None
 
 
+class StreamOfSink(Protocol):
+    """A `Sink` that takes round trips too."""
+
+    async def open(self, header: StreamHeader) -> None: ...
+
+    async def write(self, results: Results | RoundTrips) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
 class SharedSink(Protocol):
     """`open` once, first; a `stream` for each stream; `aclose` once, when all of these are closed."""
 
     async def open(self) -> None: ...
 
-    def stream(self) -> Sink: ...
+    def stream(self) -> StreamOfSink: ...
 
     async def aclose(self) -> None: ...
 
@@ -86,7 +96,7 @@ class Alone:
         await self._shared.open()
         await self._stream.open(header)
 
-    async def write(self, results: Results) -> None:
+    async def write(self, results: Results | RoundTrips) -> None:
         """Hand over."""
         await self._stream.write(results)
 
