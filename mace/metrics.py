@@ -85,7 +85,7 @@ TAGS: Final = {
 _DEVICE: Final = ("host", "container", "netns", "device", "kind")
 _PACKET: Final = (
     Field("l3_len", Kind.SAMPLE, "Bytes of the packet without link-layer header."),
-    Field("dropped", Kind.SAMPLE, "1 if the kernel dropped the packet later on, else 0."),
+    Field("dropped", Kind.SAMPLE, "1 if the kernel dropped the packet later on; else the row has no such field."),
 )
 
 

@@ -343,5 +343,6 @@ def make(config: Config, vitals: Vitals) -> SharedRunningSink:
     influx = config.sinks.influxdb
     checked(influx)
     target = InfluxTarget(influx, vitals)
-    running = RunningSink[HostResults](NAME, target, influx, vitals.account(NAME), patient=not vitals.live)
+    account = vitals.account(NAME)
+    running = RunningSink[HostResults](NAME, target, influx, account, patient=not vitals.live, senders=influx.senders)
     return SharedRunningSink(running)

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
@@ -87,7 +87,8 @@ def clogged_prometheus(place):
             while not stop.wait(0.05):
                 client = clients.enter_context(socket.socket())
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-                if client.connect_ex(("127.0.0.1", port)) == 0:
+                with suppress(OSError):  # it is not there yet, or no longer
+                    client.connect(("127.0.0.1", port))
                     client.send(b"GET /metrics HTTP/1.0\r\n\r\n")
 
         thread = threading.Thread(target=pester)

@@ -36,8 +36,9 @@ def naive(delays, devices):
         fields = {
             "overhead_ns" if whole else "delay_ns": delays.delay_ns[row],
             "l3_len": delays.l3_len[row],
-            "dropped": int(delays.outcome[row] == Outcome.DROPPED),
         }
+        if delays.outcome[row] == Outcome.DROPPED:
+            fields["dropped"] = 1
         if not whole:
             fields["position"] = delays.position[row]
         name = "overhead" if whole else "device_delay"
