@@ -81,7 +81,7 @@ def publisher(settings: Config) -> StreamPublisher:
     kept = settings.publish
     return StreamPublisher(
         Broker(settings.mqtt),
-        Path(kept.spool),
+        Path(kept.spool) / "publish",
         max_bytes=kept.spool_mib << 20,
         interval_s=kept.interval_s,
         drain_s=kept.drain_s,
