@@ -119,6 +119,8 @@ class Ingest:
         """File of the journal with the last COMMIT."""
         self.counts = Counts()
         self.queue_peak = 0
+        self.listening = asyncio.Event()
+        """Subscribed at the broker, since the last connection."""
 
     @property
     def hosts(self) -> int:
@@ -203,6 +205,7 @@ class Ingest:
             except MqttError as error:
                 level = logging.WARNING if attempt == 0 else logging.DEBUG
                 _LOG.log(level, "%s: %s; the hosts keep what they measure", self._broker.address, error)
+            self.listening.clear()
             attempt += 1
             await asyncio.sleep(retry_after_s(attempt, random.random()))
 
@@ -213,6 +216,7 @@ class Ingest:
         if refused:
             _LOG.error("the broker does not let us subscribe to %s (and %d more)", refused[0], len(refused) - 1)
         _LOG.info("%s: shard %s, listening", self._broker.address, self._shard)
+        self.listening.set()
         work = [asyncio.create_task(self._receive(client)), asyncio.create_task(self._tell_now_and_then(client))]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -333,8 +337,10 @@ class Ingest:
         if len(results.delays):
             part.delays.append(results.delays)
         part.windows.extend(results.windows)
+        # An engine that never saw a record does not know of any time.
+        upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
         ledger = replace(results.ledger, discarded=known.stream.missing)
-        part.latest = replace(results, delays=Delays.empty(), windows=(), ledger=ledger)
+        part.latest = replace(results, upto_utc_ns=upto_ns, delays=Delays.empty(), windows=(), ledger=ledger)
 
     # Journal, store. ------------------------------------------------------------------------------------------
 
