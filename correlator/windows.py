@@ -22,6 +22,8 @@ Column = npt.NDArray[Any]
 _NS: Final = 1_000_000_000
 _DENSE: Final = 1 << 18
 """Codes below this are counted in a table (2 MiB, in the cache); others are sorted."""
+_SPARSE: Final = 32
+"""Few codes are sorted, too, before a table of so many times their number is gone through."""
 
 
 _START, _CODE, _COUNT, _SUM, _LOW, _HIGH = range(6)
@@ -214,7 +216,7 @@ def _ranked(codes: Ints) -> tuple[Ints, Ints]:
 
 def _counted(codes: Ints, top: int) -> tuple[Ints, Ints]:
     """Distinct codes (in [0, top)), ascending, and how often each occurs."""
-    if top > _DENSE:
+    if top > min(_DENSE, _SPARSE * len(codes)):
         distinct, counts = np.unique(codes, return_counts=True)
         return distinct, counts.astype(np.int64, copy=False)
     counts = np.bincount(codes, minlength=top)
