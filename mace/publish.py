@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mace import config
+from mace import config, sinks
 from mace.config import Config, MqttConfig
 from mace.errors import UsageError
 from mace.interfaces import StreamHeader, StreamItem, StreamSink
@@ -53,6 +53,7 @@ def add_ingest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go; one for each process")
     parser.add_argument("--shard", metavar="I/N", default="1/1", help="the I-th of N parts of the hosts")
     parser.add_argument("--no-rows", action="store_true", help="keep windows only, no row per packet")
+    sinks.add_options(parser, endpoint=True)
     add_connection_options(parser)
 
 
@@ -135,6 +136,7 @@ def run_ingest(args: argparse.Namespace) -> int:
     settings = configured(args, settings, args.broker)
     if args.no_rows:
         settings = replace(settings, correlate=replace(settings.correlate, rows=False))
+    settings = replace(settings, sinks=sinks.configured(args, settings.sinks))
     shard = Shard.parse(args.shard)
     from mace import ingest  # noqa: PLC0415 (an extra)
     from mace.broker import Broker  # noqa: PLC0415
@@ -144,5 +146,6 @@ def run_ingest(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, separators=(",", ":")))
     else:
-        print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items()))
+        told = {name: value for name, value in found.items() if name != "sinks"}
+        print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items()))
     return 0
