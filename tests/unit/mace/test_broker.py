@@ -1,10 +1,13 @@
 """What is configured of a broker: clear errors, and no secret where everyone can see it."""
 
+import socket
+
 import pytest
 
+from mace import publish
 from mace.broker import Broker, retry_after_s
 from mace.cli import main
-from mace.config import MqttConfig
+from mace.config import Config, MqttConfig
 from mace.errors import ConfigError
 
 
@@ -45,6 +48,16 @@ def test_retries_wait_longer_each_time_and_not_all_at_once():
     assert waits == sorted(waits)
     assert waits[-1] == 5.0
     assert retry_after_s(3, 1.0) == retry_after_s(3, 0.0) / 2
+
+
+def test_check_says_whether_the_broker_answers():
+    assert publish.check(Config()).detail == "not configured"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = f"mqtt://127.0.0.1:{server.getsockname()[1]}"
+        assert publish.check(Config(mqtt=MqttConfig(broker=there))).ok
+    found = publish.check(Config(mqtt=MqttConfig(broker=there)))
+    assert (found.ok, found.remedy) == (False, "start the broker, or see [mqtt] broker")
+    assert not publish.check(Config(mqtt=MqttConfig(broker="b.example"))).ok
 
 
 @pytest.mark.parametrize(
