@@ -104,6 +104,22 @@ def _qemu() -> str | None:
     return vm.missing()
 
 
+def _compose() -> str | None:
+    from tests import images  # here, because few tests ask
+    from tests.kernel import kernels
+
+    try:
+        return _program(str(images.compose()), "version")
+    except kernels.KernelUnavailable as error:
+        return str(error)
+
+
+def _image() -> str | None:
+    from tests import images
+
+    return _first([_docker(), images.missing("python3-venv", "ca-certificates")])
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -117,6 +133,10 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "c++": lambda: _program("c++", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
+    "npm": lambda: _first([_program("npm", "--version"), _program("node", "--version")]),
+    "systemd-analyze": lambda: _program("systemd-analyze", "--version"),
+    "compose": _compose,
+    "image": _image,
     # The kernel's scripts want more than perl-base, which every Debian has.
     "perl": lambda: _program("perl", "-MTerm::ANSIColor", "-MEncode", "-e", "1"),
 }

@@ -1,7 +1,10 @@
 """Container images without a registry: a base image out of the machine's own Debian packages, and wheels for it.
 
+And Docker Compose as it is today: Debian 12 has only its predecessor, which refuses files that are in order.
+
     base_image("python3-venv")   a tar archive of the packages' files, with all that they depend on
     wheelhouse()                 the wheels of deploy/requirements.lock, in a cache outside the repository
+    compose()                    the program docker-compose of Debian 13, in the same cache
 
 The base is what `docker import` makes an image of; the Dockerfile takes it by its argument BASE. So the Dockerfile that
 users build from a registry's image is built here without one, step by step the same.
@@ -24,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What only installs and configures packages; no program that a container runs needs it.
 LEFT_OUT = {
-    "adduser", "debconf", "dpkg", "dpkg-dev", "init-system-helpers", "install-info", "lsb-base", "mailcap", "mime-support",
-    "perl", "perl-base", "sysvinit-utils", "tar", "tzdata", "ucf", "udev", "systemd",
+    "adduser", "debconf", "dpkg", "dpkg-dev", "init-system-helpers", "install-info", "lsb-base", "mailcap",
+    "mime-support", "perl", "perl-base", "sysvinit-utils", "tar", "tzdata", "ucf", "udev", "systemd",
 }  # fmt: skip
-NOT_NEEDED = re.compile(r"/usr/share/(doc|man|info|locale|lintian|bash-completion)(/|$)|/etc/(init\.d|cron|default)(/|$)")
+NOT_NEEDED = re.compile(r"/(usr/share/(doc|man|info|locale|lintian|bash-completion)|etc/(init\.d|cron|default))(/|$)")
 
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
 GROUP = "root:x:0:\nnogroup:x:65534:\n"
@@ -126,7 +129,8 @@ def wheelhouse(lock: Path = ROOT / "deploy/requirements.lock") -> Path:
         ["/usr/bin/python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
         capture_output=True, text=True, timeout=60, check=True,
     ).stdout.strip()  # fmt: skip
-    place = kernels.cache_dir().parent / "wheels" / hashlib.sha256(lock.read_bytes() + version.encode()).hexdigest()[:16]
+    key = hashlib.sha256(lock.read_bytes() + version.encode()).hexdigest()[:16]
+    place = kernels.cache_dir().parent / "wheels" / key
     with kernels.locked("wheels"):
         if not place.is_dir():
             place.parent.mkdir(exist_ok=True)
@@ -139,3 +143,17 @@ def wheelhouse(lock: Path = ROOT / "deploy/requirements.lock") -> Path:
                 )  # fmt: skip
                 (folder / "wheels").rename(place)
     return place
+
+
+def compose() -> Path:
+    """Docker Compose, a single program. Raises `kernels.KernelUnavailable`."""
+    place = kernels.cache_dir().parent / "compose"
+    with kernels.locked("compose"):
+        if not place.is_dir():
+            with kernels.scratch("compose") as folder:
+                apt = kernels.Apt(folder / "apt", ["trixie"])
+                apt("apt-get", "download", "docker-compose")
+                package = next(apt.home.glob("*.deb"))
+                kernels.run(["dpkg", "-x", package, folder / "root"], what=f"unpacking {package.name}")
+                (folder / "root").rename(place)
+    return place / "usr/libexec/docker/cli-plugins/docker-compose"

@@ -173,7 +173,7 @@ def _source(suite: str) -> str:
     return f"deb [arch=amd64 signed-by={KEYRING}] {address} {suite} main\n"
 
 
-class _Apt:
+class Apt:
     """apt with lists, sources and preferences of its own in `home`; the host's network settings stay in force."""
 
     def __init__(self, home: Path, suites: Sequence[str]):
@@ -221,14 +221,14 @@ class _Apt:
         return seen - set(metapackages)
 
 
-def _apt(home: Path, suites: Sequence[str]) -> _Apt:
+def _apt(home: Path, suites: Sequence[str]) -> Apt:
     """apt over all suites, or if the mirror has dropped one of them, over the first that it still has."""
     try:
-        return _Apt(home / "all", suites)
+        return Apt(home / "all", suites)
     except KernelUnavailable:
         for suite in suites if len(suites) > 1 else ():
             with contextlib.suppress(KernelUnavailable):
-                return _Apt(home / suite, [suite])
+                return Apt(home / suite, [suite])
         raise
 
 
