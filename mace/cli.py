@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, lab, module, ping, report
+from mace import __version__, config, correct, demo, lab, module, ping, report, sinks
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -203,7 +203,9 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _correct(args: argparse.Namespace) -> int:
-    found = correct.corrected(args, _session(args, None))
+    session = _session(args, None)
+    found = correct.corrected(args, session)
+    session.deliver(found.round_trips())
     if args.json:
         _print_json(found.as_dict())
         return 0
@@ -218,9 +220,11 @@ def _ping(args: argparse.Namespace) -> int:
     netns_fd = ping.open_namespace(args, _configured(args, place).capture)
     try:
         run = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=args.json)
-        found = run.measure(_session(args, place), _tee(args))
+        session = _session(args, place)
+        found = run.measure(session, _tee(args))
     finally:
         os.close(netns_fd)
+    session.deliver(found.round_trips())
     if args.json:
         _print_json(found.as_dict())
     else:
@@ -252,7 +256,8 @@ def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> confi
             remote_netns=(place.netns_path(lab.REMOTE).name,),
             container_sockets=(*capture.container_sockets, *sockets),
         )
-    return config.Config(capture, correlate, store)
+    found = sinks.configured(args, settings.sinks)
+    return replace(settings, capture=capture, correlate=correlate, store=store, sinks=found)
 
 
 def _session(args: argparse.Namespace, place: lab.Lab | None) -> Session:
@@ -394,6 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     one = command("run", _run, "measure: live records to delays, a table and the store (root)")
     one.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go")
     one.add_argument("--no-store", action="store_true", help="show only")
+    sinks.add_options(one, endpoint=True)
     for group in (with_live, with_capture, with_tee, with_config, with_json):
         group(one)
 
@@ -407,6 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")
     one.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
     one.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    sinks.add_options(one, endpoint=False)
     with_config(one)
     with_json(one)
 
@@ -416,12 +423,14 @@ def _parser() -> argparse.ArgumentParser:
     one.allow_abbrev = False
     one.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"
     ping.add_options(one)
+    sinks.add_options(one, endpoint=False)
     one.set_defaults(others=[])
     for group in (with_capture, with_config, with_json):
         group(one)
 
     one = command("correct", _correct, "the same for what a tool has printed, with a capture file of that time")
     correct.add_options(one)
+    sinks.add_options(one, endpoint=False)
     with_config(one)
     with_json(one)
 

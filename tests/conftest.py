@@ -120,6 +120,12 @@ def _image() -> str | None:
     return _first([_docker(), images.missing("python3-venv", "ca-certificates")])
 
 
+def _victoria() -> str | None:
+    from tests import servers  # here, because only few tests ask
+
+    return servers.missing_victoria()
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -137,6 +143,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "systemd-analyze": lambda: _program("systemd-analyze", "--version"),
     "compose": _compose,
     "image": _image,
+    "influxd": lambda: _program("influxd", "version"),
+    "victoria-metrics": _victoria,
     # The kernel's scripts want more than perl-base, which every Debian has.
     "perl": lambda: _program("perl", "-MTerm::ANSIColor", "-MEncode", "-e", "1"),
 }

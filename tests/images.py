@@ -147,13 +147,4 @@ def wheelhouse(lock: Path = ROOT / "deploy/requirements.lock") -> Path:
 
 def compose() -> Path:
     """Docker Compose, a single program. Raises `kernels.KernelUnavailable`."""
-    place = kernels.cache_dir().parent / "compose"
-    with kernels.locked("compose"):
-        if not place.is_dir():
-            with kernels.scratch("compose") as folder:
-                apt = kernels.Apt(folder / "apt", ["trixie"])
-                apt("apt-get", "download", "docker-compose")
-                package = next(apt.home.glob("*.deb"))
-                kernels.run(["dpkg", "-x", package, folder / "root"], what=f"unpacking {package.name}")
-                (folder / "root").rename(place)
-    return place / "usr/libexec/docker/cli-plugins/docker-compose"
+    return kernels.unpacked("docker-compose", ("trixie",)) / "usr/libexec/docker/cli-plugins/docker-compose"

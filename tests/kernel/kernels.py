@@ -173,7 +173,7 @@ def _source(suite: str) -> str:
     return f"deb [arch=amd64 signed-by={KEYRING}] {address} {suite} main\n"
 
 
-class Apt:
+class _Apt:
     """apt with lists, sources and preferences of its own in `home`; the host's network settings stay in force."""
 
     def __init__(self, home: Path, suites: Sequence[str]):
@@ -221,14 +221,14 @@ class Apt:
         return seen - set(metapackages)
 
 
-def _apt(home: Path, suites: Sequence[str]) -> Apt:
+def _apt(home: Path, suites: Sequence[str]) -> _Apt:
     """apt over all suites, or if the mirror has dropped one of them, over the first that it still has."""
     try:
-        return Apt(home / "all", suites)
+        return _Apt(home / "all", suites)
     except KernelUnavailable:
         for suite in suites if len(suites) > 1 else ():
             with contextlib.suppress(KernelUnavailable):
-                return Apt(home / suite, [suite])
+                return _Apt(home / suite, [suite])
         raise
 
 
@@ -291,6 +291,20 @@ def _unpack(kernel: Kernel, packages: Sequence[Path]) -> None:
     if not lib.exists():
         lib.symlink_to("usr/lib")
     run(["depmod", "--basedir", kernel.root, kernel.release], what=f"{what}: depmod")
+
+
+def unpacked(package: str, suites: Sequence[str]) -> Path:
+    """What a Debian package holds, without what it depends on, in the cache. Raises KernelUnavailable."""
+    place = cache_dir() / "packages" / package
+    with locked(package):
+        if not place.is_dir():
+            with scratch(package) as folder:
+                apt = _apt(folder / "apt", suites)
+                apt("apt-get", "download", package)
+                run(["dpkg", "-x", next(apt.home.glob("*.deb")), folder / "root"], what=f"unpacking {package}")
+                place.parent.mkdir(exist_ok=True)
+                (folder / "root").rename(place)
+    return place
 
 
 # --- the kernel's own checkers ------------------------------------------------------------------
