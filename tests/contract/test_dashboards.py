@@ -5,7 +5,6 @@ Every query is run on a real InfluxDB by tests/integration/test_dashboards.py.
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,9 @@ from dashboards.__main__ import DASHBOARDS, text
 from mace.metrics import MEASUREMENTS, Kind
 from tests import influxql
 from tests.influxql import ALL, FILES, Asked, Parts, take_apart
-from tests.kernel import kernels
+from tests.typescript import GRAFANA, dashboards_held_to
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("@grafana/schema@11.6.0", "ts-json-schema-generator@2.4.0", "ajv@8.20.0")
-"""The first is what dashboards are held to: the same Grafana as the SDK's schema and the image in docker-compose.yml."""
 
 
 def test_committed_json_is_what_the_code_makes():
@@ -31,7 +28,7 @@ def test_committed_json_is_what_the_code_makes():
 
 @pytest.mark.needs("npm")
 def test_grafana_s_own_types_accept_them(tmp_path):
-    found = held_to_types(FILES)
+    found = dashboards_held_to(FILES)
     assert found == {str(path): [] for path in FILES}
     # ... and they do refuse what is wrong: each of these was a mistake of the kind that Grafana passes over in silence.
     content = json.loads(FILES[0].read_text())
@@ -42,27 +39,8 @@ def test_grafana_s_own_types_accept_them(tmp_path):
     }
     for name, wrong in broken.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(wrong))
-    refused = held_to_types([tmp_path / f"{name}.json" for name in broken])
+    refused = dashboards_held_to([tmp_path / f"{name}.json" for name in broken])
     assert all(refused.values()), refused
-
-
-def held_to_types(files: list[Path]) -> dict[str, list[str]]:
-    place = kernels.cache_dir().parent / "grafana-schema" / re.sub(r"[^\w.-]+", "-", "-".join(PACKAGES))
-    with kernels.locked("grafana-schema"):
-        if not place.is_dir():
-            place.parent.mkdir(exist_ok=True)
-            with kernels.scratch("npm") as folder:
-                # No scripts: none of the three needs one, and a package's script may do anything.
-                kernels.run(
-                    ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", folder, *PACKAGES],
-                    what="Grafana's types",
-                )
-                (folder / "node_modules").rename(place)
-    done = subprocess.run(
-        ["node", ROOT / "tests/contract/dashboard_schema.cjs", place, *files],
-        capture_output=True, text=True, timeout=240, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
 
 
 # --- the catalogue ------------------------------------------------------------------------------
@@ -216,4 +194,4 @@ def test_provisioning_points_at_what_is_there():
     source = yaml.safe_load((folder / "datasources/mace.yaml").read_text())["datasources"][0]
     assert source["type"] == "influxdb"
     assert source["jsonData"]["version"] == "InfluxQL"
-    assert f"grafana:{PACKAGES[0].rpartition('@')[2]}" in compose["services"]["grafana"]["image"]
+    assert f"grafana:{GRAFANA}" in compose["services"]["grafana"]["image"]
