@@ -108,15 +108,22 @@ class Broker:
 
 def retry_after_s(attempt: int, chance: float) -> float:
     """How long to wait before connecting again: doubling from 0.1 s, and by `chance` (0 to 1) up to half of it less, so
-    that a fleet does not come back at one moment."""
+    that a fleet does not come back at one moment.
+    """
     return min(0.1 * 2.0 ** min(attempt, 10), _RECONNECT_MAX_S) * (1 - chance / 2)
 
 
 def properties(**given: str) -> Properties:
     """User properties of a publish."""
-    made = Properties(PacketTypes.PUBLISH)
+    made = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     made.UserProperty = list(given.items())
     return made
+
+
+def payload_of(message: Message) -> bytes:
+    """A message's payload; aiomqtt's types allow for others than what a broker can send."""
+    payload: Any = message.payload
+    return payload if isinstance(payload, bytes) else b""
 
 
 def user_property(message: Message, name: str) -> str:

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, lab, module, ping, report, sinks
+from mace import __version__, config, correct, demo, lab, module, ping, publish, report, sinks
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
+from mace.interfaces import StreamSink
 from mace.session import Session, Until
 from mace.summary import Summary
 from storage.capture import CaptureSink
@@ -182,8 +183,16 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     session = _session(args, lab.attach(args.lab) if args.lab else None)
-    store = None if args.no_store else Path(_configured(args).store.path)
-    _show(session.measure(_for(args.duration), store=store, tee=_tee(args)), args)
+    settings = _configured(args)
+    store = None if args.no_store else Path(settings.store.path)
+    tee: StreamSink | None = _tee(args)
+    publisher = None
+    if args.publish is not None:
+        publisher = publish.publisher(publish.configured(args, settings, args.publish))
+        tee = publisher if tee is None else publish.Both([tee, publisher])
+    _show(session.measure(_for(args.duration), store=store, tee=tee), args)
+    if publisher is not None:
+        print(publish.line(publisher), file=sys.stderr)
     return 0
 
 
@@ -400,6 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go")
     one.add_argument("--no-store", action="store_true", help="show only")
     sinks.add_options(one, endpoint=True)
+    publish.add_publish_options(one)
     for group in (with_live, with_capture, with_tee, with_config, with_json):
         group(one)
 
@@ -408,6 +418,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--force", action="store_true", help="overwrite the file")
     for group in (with_live, with_capture, with_config, with_json):
         group(one)
+
+    one = command("ingest", publish.run_ingest, "many hosts' streams from a MQTT broker to delays and one store")
+    publish.add_ingest_options(one)
+    one.add_argument("--duration", type=_at_least(0.1), metavar="S", help="seconds; without it until Ctrl-C")
+    with_config(one)
+    with_json(one)
 
     one = command("replay", _replay, "capture files to the same answers as live")
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")

@@ -57,6 +57,12 @@ def _program(name: str, *version_args: str) -> str | None:
     return None
 
 
+def _installed(name: str) -> str | None:
+    """As `_program`, for those that have no argument with which they do nothing and exit 0."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
+    return None if found else f"the program {name} is not installed"
+
+
 def _first(reasons: Iterable[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -135,6 +141,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "perf": lambda: _program("perf", "--version"),
     "tcpdump": lambda: _program("tcpdump", "--version"),
     "qemu": _qemu,
+    "mosquitto": lambda: _first([_installed("mosquitto"), _installed("mosquitto_passwd")]),
+    "openssl": lambda: _program("openssl", "version"),
     "cc": lambda: _program("cc", "--version"),
     "c++": lambda: _program("c++", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
