@@ -42,7 +42,7 @@ _LOG: Final = logging.getLogger(__name__)
 
 ACK_INTERVAL_S: Final = 0.25
 """How often the journal is brought to the disk, and hosts are told."""
-_SLICE_NS: Final = 900_000_000
+_SLICE_NS: Final = 1900000000
 """An engine works on what has come when it spans this much of the stream's own time ..."""
 _SLICE_RECORDS: Final = 1 << 14
 """... or is so many records: where a slice's fixed cost of a millisecond or two no longer counts."""

@@ -316,10 +316,9 @@ class EmbeddedStore:
             self._flush += 1
 
     def _ledger_row(self, header: StreamHeader, latest: Results, rows_stored: int, closed: bool) -> pa.Table:
-        return tables.ledger_table(
+        row = tables.LedgerRow(
             header,
             latest.upto_utc_ns,
-            self._flush,
             latest.ledger,
             packets=latest.packets,
             grades=latest.grades,
@@ -327,6 +326,7 @@ class EmbeddedStore:
             rows_not_stored=self.rows_not_stored,
             closed=closed,
         )
+        return tables.ledger_table([row], self._flush)
 
     def _put(self, table: str, hour: int, rows: pa.Table) -> None:
         """Make one segment. OSErrors pass."""

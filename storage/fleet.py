@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from mace.errors import StoreError
 from mace.interfaces import StreamHeader
 from mace.schema import Delays, Results, Window
+from mace.summary import ranks
 from storage import segments, tables
 from storage.embedded import EmbeddedStore
 from storage.segments import HOUR_NS, NO_HOUR, Segment
@@ -139,35 +140,42 @@ class FleetStore(EmbeddedStore):
     def _write_parts(self, parts: Sequence[RunPart]) -> None:
         begun = [tables.runs_table(part.header) for part in parts if part.begins]
         if begun:
-            self._put("runs", NO_HOUR, _together(begun))
-        ledgers = [
-            tables.ledger_table(
+            self._put("runs", NO_HOUR, pa.concat_tables(begun).unify_dictionaries().combine_chunks())
+        told = [part for part in parts if part.latest is not None]
+        if not told:
+            return
+        rows = [
+            tables.LedgerRow(
                 part.header,
-                part.latest.upto_utc_ns,
-                self._flush,
-                part.latest.ledger,
-                packets=part.latest.packets,
-                grades=part.latest.grades,
+                latest.upto_utc_ns,
+                latest.ledger,
+                packets=latest.packets,
+                grades=latest.grades,
                 rows_stored=part.rows_stored,
                 rows_not_stored=0,
                 closed=part.closed,
             )
-            for part in parts
-            if part.latest is not None
+            for part in told
+            if (latest := part.latest) is not None
         ]
-        windows = [
-            tables.windows_table(part.header, part.windows, part.latest.devices)
-            for part in parts
-            if part.latest is not None and part.windows
-        ]
-        delays = [
-            tables.delays_table(part.header, part.delays, part.latest.devices)
-            for part in parts
-            if part.latest is not None and len(part.delays)
-        ]
-        for table, rows in (("ledger", ledgers), ("windows", windows), ("delays", delays)):
-            if rows:
-                self._put_by_hour(table, _together(rows))
+        self._put_by_hour("ledger", tables.ledger_table(rows, self._flush))
+        # One table of all runs: some twenty columns for each would cost a millisecond a run.
+        of_run = [part.latest.devices if part.latest is not None else () for part in told]
+        devices = [device for some in of_run for device in some]
+        rank = [number for some in of_run for number in ranks(some)]
+        first = np.cumsum([0, *map(len, of_run)])[:-1]
+        windows = [window for part in told for window in part.windows]
+        if windows:
+            counts = [len(part.windows) for part in told]
+            device = np.array([window.device for window in windows], np.int64) + np.repeat(first, counts)
+            runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
+            self._put_by_hour("windows", tables.windows_table(runs, windows, devices, rank, device))
+        delays = Delays.concatenate([part.delays for part in told])
+        if len(delays):
+            counts = [len(part.delays) for part in told]
+            delays = replace(delays, device=(delays.device + np.repeat(first, counts)).astype(np.int32))
+            runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
+            self._put_by_hour("delays", tables.delays_table(runs, delays, devices, rank))
 
     def _put_by_hour(self, table: str, rows: pa.Table) -> None:
         hours = rows["time"].cast(pa.int64()).to_numpy() // HOUR_NS
@@ -197,8 +205,3 @@ def _few_enough(parts: Sequence[RunPart]) -> list[Sequence[RunPart]]:
             pieces.append(parts[start:index])
             start, devices = index, of_part
     return [*pieces, parts[start:]] if parts else []
-
-
-def _together(rows: list[pa.Table]) -> pa.Table:
-    """One table, each name column with one dictionary: with several, Parquet would fall back to plain strings."""
-    return pa.concat_tables(rows).unify_dictionaries().combine_chunks()
