@@ -15,6 +15,7 @@ import os
 import re
 import ssl
 import zlib
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,6 +170,8 @@ class InfluxTarget:
             if answer.no_such_path and self._config.api == "auto" and not self._v1:
                 self._v1 = True
                 answer = await self._post_v1(body)
+        except TimeoutError as error:
+            raise TryLaterError(f"{self._config.url}: no answer within {self._config.timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise TryLaterError(f"{self._config.url}: {str(error) or type(error).__name__}") from error
         if answer.ok or answer.status in _ABOUT_THE_ROWS:
@@ -198,10 +201,10 @@ class InfluxTarget:
         database, _, policy = self._config.bucket.partition("/")
         query = {"db": database, "precision": "ns"} | ({"rp": policy} if policy else {})
         headers = {"Content-Encoding": "gzip", "Content-Type": "text/plain; charset=utf-8"}
-        user, _, password = self._token.partition(":")
-        auth = aiohttp.BasicAuth(user, password) if user else None
+        if self._token:  # USER:PASSWORD
+            headers["Authorization"] = f"Basic {b64encode(self._token.encode()).decode()}"
         url = f"{self._config.url.rstrip('/')}/write"
-        async with self._session.post(url, params=query, data=body, headers=headers, auth=auth) as response:
+        async with self._session.post(url, params=query, data=body, headers=headers) as response:
             return _Answer(response.status, await response.text(errors="replace"), response.headers)
 
     def _remedy(self, answer: _Answer) -> str:

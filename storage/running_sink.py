@@ -20,7 +20,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,8 @@ class Target(Protocol[T_contra]):
 
     `encode` is called in a thread of its own, in the order of the items, never twice at a time; it must not touch what
     `deliver` uses. `deliver` is called for one frame at a time, and may be cancelled. It raises `TryLaterError` for
-    what may pass, and gets the same frame again, also in another process: delivering twice must be as good as once.
+    what may pass, `TimeoutError` where there is no answer within `timeout_s`, and gets the same frame again, also in
+    another process: delivering twice must be as good as once.
     """
 
     async def open(self) -> None: ...
@@ -117,11 +118,15 @@ class RunningSink(Generic[T]):
         self._changed = asyncio.Condition()
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._acknowledging: asyncio.Future[None] | None = None
         self._disk = ThreadPoolExecutor(1, f"{name}-encode")
         self._given_up = 0
         """Rows that the spool has given up, as far as they are in the account."""
         self._success_s = 0.0
-        self._told_s = 0.0
+        self._too_late = False
+        """The server had its time at the end: nothing waits for it any more."""
+        self._told_s: dict[str, float] = {}
+        """When each kind of trouble was last told of."""
 
     async def open(self) -> None:
         """Take hold of the spool and begin to deliver what is in it."""
@@ -149,7 +154,9 @@ class RunningSink(Generic[T]):
             if not self._patient:
                 self.account.taken += rows
                 self.account.dropped_buffer += rows
-                self._remind(f"the buffer of {self._config.buffer_rows:,} rows is full: newest rows are dropped")
+                self._remind(
+                    "buffer", f"the buffer of {self._config.buffer_rows:,} rows is full: newest rows are dropped"
+                )
                 return
             async with self._changed:
                 await self._changed.wait_for(
@@ -167,13 +174,18 @@ class RunningSink(Generic[T]):
         try:
             if self._tasks:
                 await self._tell()
+                await self._until(self._tasks[0].done)
+                self._too_late = not self._tasks[0].done()
+                await self._tell()
                 await self._tasks[0]
-                await self._last_deliveries()
+                await self._until(lambda: not self.account.waiting + self._spool.frames or self._tasks[1].done())
         finally:
             for task in self._tasks:
                 task.cancel()
             ends = await asyncio.gather(*self._tasks, return_exceptions=True)
             self._tasks = []
+            if self._acknowledging is not None:
+                await self._acknowledging
             await self._target.aclose()
             lost = await asyncio.get_running_loop().run_in_executor(self._disk, self._spool.close)
             self._disk.shutdown(wait=True)
@@ -193,9 +205,9 @@ class RunningSink(Generic[T]):
             if isinstance(end, Exception):
                 raise end
 
-    async def _last_deliveries(self) -> None:
-        """Until nothing waits, or the server has not taken anything for `close_s`."""
-        while self._spool.frames and not self._tasks[1].done():
+    async def _until(self, done: Callable[[], bool]) -> None:
+        """Wait for it, or until the server has taken nothing for `close_s`."""
+        while not done():
             left = self._success_s + self._config.close_s - time.monotonic()
             if left <= 0:
                 return
@@ -244,9 +256,9 @@ class RunningSink(Generic[T]):
 
     async def _room(self, frame: Frame) -> None:
         """Patient: wait until the spool has room; else it makes room itself."""
-        if self._patient and not self._ending:
+        if self._patient:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._ending or not self._spool.full(len(frame.payload)))
+                await self._changed.wait_for(lambda: self._too_late or not self._spool.full(len(frame.payload)))
 
     # Spool to server.
 
@@ -263,7 +275,7 @@ class RunningSink(Generic[T]):
             self.account.attempts += 1
             begin = time.monotonic()
             try:
-                said = await asyncio.wait_for(self._target.deliver(frame), self._config.timeout_s)
+                said = await self._target.deliver(frame)
             except TryLaterError as error:
                 failures += 1
                 await self._later(error.why, error.after_s, failures)
@@ -277,22 +289,25 @@ class RunningSink(Generic[T]):
             else:
                 failures = 0
                 self.account.delivery_ns = int((time.monotonic() - begin) * 1e9)
-                await loop.run_in_executor(None, self._spool.acknowledge)
                 self._succeeded(frame, said)
+                # Also if this task is cancelled now: what is counted as stored must not be in the spool.
+                self._acknowledging = loop.run_in_executor(None, self._spool.acknowledge)
+                await asyncio.shield(self._acknowledging)
+                self._count()
                 await self._tell()
 
     def _succeeded(self, frame: Frame, said: Delivered) -> None:
         account = self.account
         if not account.connected and account.trouble:
-            _LOG.warning("sink %s: delivers again; %s rows wait", self.name, f"{account.waiting:,}")
-        account.connected, account.trouble, self._told_s = 1, "", 0.0
+            _LOG.warning("sink %s: delivers again; %s rows wait", self.name, f"{account.waiting - frame.rows:,}")
+        account.connected, account.trouble = 1, ""
+        self._told_s.pop("failure", None)
         account.waiting -= frame.rows
         account.stored += frame.rows - said.refused
         account.refused += said.refused
         if said.refused and account.note(f"refused: {said.reason}", said.refused):
             _LOG.warning("sink %s: %d rows refused: %s", self.name, said.refused, said.reason)
         self._success_s = time.monotonic()
-        self._count()
 
     async def _later(self, why: str, after_s: float | None, failures: int) -> None:
         """Wait before the next attempt: twice as long each time, or as long as the server says, and never in step."""
@@ -300,7 +315,7 @@ class RunningSink(Generic[T]):
         account.connected, account.trouble = 0, why
         account.retries += 1
         account.note(f"retried: {why}")
-        self._remind(f"{why}; {account.waiting:,} rows wait")
+        self._remind("failure", f"{why}; {account.waiting:,} rows wait")
         longest = self._config.retry_max_s
         pause = min(_RETRY_MIN_S * 2.0 ** min(failures - 1, 16), longest) if after_s is None else min(after_s, longest)
         # Full jitter over the upper half: many hosts that lost one server do not come back in one moment.
@@ -321,13 +336,13 @@ class RunningSink(Generic[T]):
             account.dropped_spool += new
             account.waiting -= new
             account.note("given up: the spool was full, or damaged", new)
-            self._remind(spool.trouble or "the spool is full: oldest rows are dropped")
+            self._remind("spool", spool.trouble or "the spool is full: oldest rows are dropped")
         account.spool_bytes = spool.bytes
 
-    def _remind(self, text: str) -> None:
+    def _remind(self, kind: str, text: str) -> None:
         now = time.monotonic()
-        if not self._told_s or now - self._told_s > _REMIND_S:
-            self._told_s = now
+        if now - self._told_s.get(kind, -_REMIND_S) >= _REMIND_S:
+            self._told_s[kind] = now
             _LOG.warning("sink %s: %s", self.name, text)
 
     async def _tell(self) -> None:

@@ -147,7 +147,6 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "c++": lambda: _program("c++", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
-    "openssl": lambda: _program("openssl", "version"),
     "npm": lambda: _first([_program("npm", "--version"), _program("node", "--version")]),
     "systemd-analyze": lambda: _program("systemd-analyze", "--version"),
     "compose": _compose,

@@ -106,6 +106,7 @@ class Influx(Server):
         values = {"rpc": free_port(), "port": port, "place": place, "auth": str(auth).lower()}
         config.write_text(INFLUX_CONFIG.format(**values, fsync_delay=fsync_delay))
         super().__init__([shutil.which("influxd", path=_PATH), "-config", config], place, port, "/ping")
+        self.credentials = None
 
     def start(self, database="mace"):
         super().start()
@@ -115,7 +116,8 @@ class Influx(Server):
 
     def query(self, text, *, database="mace", post=False):
         """Series of the answer: a list of dicts with name, tags, columns, values."""
-        query = urllib.parse.urlencode({"q": text, "db": database, "epoch": "ns"})
+        login = dict(zip("up", self.credentials, strict=True)) if self.credentials else {}
+        query = urllib.parse.urlencode({"q": text, "db": database, "epoch": "ns"} | login)
         request = urllib.request.Request(f"{self.url}/query?{query}", method="POST" if post else "GET")
         with urllib.request.urlopen(request, timeout=60) as response:
             result = json.load(response)["results"][0]
@@ -171,8 +173,8 @@ def missing_victoria():
 
 
 @contextmanager
-def running(server):
-    server.start()
+def running(server, **options):
+    server.start(**options)
     try:
         yield server
     finally:
