@@ -37,7 +37,8 @@ def _lab(runtime: lab.Runtime, detail: str) -> Status:
 def _store(path: Path) -> Status:
     """Whether the embedded store could be made or written at `path`."""
     place = path.absolute()
-    while not place.exists():
+    # Not Path.exists(), which raises where a directory on the way may not be entered.
+    while not os.path.exists(place):  # noqa: PTH110
         place = place.parent
     if not place.is_dir():
         return Status(False, f"{place} is not a directory", "set [store] path, or --store DIR")

@@ -110,6 +110,22 @@ def _qemu() -> str | None:
     return vm.missing()
 
 
+def _compose() -> str | None:
+    from tests import images  # here, because few tests ask
+    from tests.kernel import kernels
+
+    try:
+        return _program(str(images.compose()), "version")
+    except kernels.KernelUnavailable as error:
+        return str(error)
+
+
+def _image() -> str | None:
+    from tests import images
+
+    return _first([_docker(), images.missing("python3-venv", "ca-certificates")])
+
+
 def _victoria() -> str | None:
     from tests import servers  # here, because only few tests ask
 
@@ -131,6 +147,10 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "c++": lambda: _program("c++", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
+    "npm": lambda: _first([_program("npm", "--version"), _program("node", "--version")]),
+    "systemd-analyze": lambda: _program("systemd-analyze", "--version"),
+    "compose": _compose,
+    "image": _image,
     "influxd": lambda: _program("influxd", "version"),
     "victoria-metrics": _victoria,
     # The kernel's scripts want more than perl-base, which every Debian has.
