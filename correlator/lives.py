@@ -145,11 +145,7 @@ class Lives:
 
     def packet(self) -> Ids:
         """A name for each life that depends on nothing but its first record."""
-        first = self.order[self.starts]
-        mixed = self.records.skb[first] ^ (self.records.ts[first].view(np.uint64) * GOLDEN)
-        mixed ^= mixed >> np.uint64(32)
-        names: Ids = mixed * np.uint64(0xD6E8FEB86659FD93)
-        return names
+        return named(self.records[self.order[self.starts]])
 
     def length(self) -> npt.NDArray[np.uint32]:
         """Length at each life's first record, bytes."""
@@ -163,6 +159,14 @@ class Lives:
         kept = np.arange(int(size.sum())) + np.repeat(first - (np.cumsum(size) - size), size)
         kept = kept[np.argsort(self.order[kept])]
         return Open(self.records[self.order[kept]], self.number[kept], self.cross[kept])
+
+
+def named(first: Records) -> Ids:
+    """The name of the life that begins with each of these records."""
+    mixed = first.skb ^ (first.ts.view(np.uint64) * GOLDEN)
+    mixed ^= mixed >> np.uint64(32)
+    names: Ids = mixed * np.uint64(0xD6E8FEB86659FD93)
+    return names
 
 
 def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
