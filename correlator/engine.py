@@ -12,9 +12,11 @@ nothing but when a row comes out. All steps are whole-array ones: a slice costs 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
+from correlator.content import ports, sequence
 from correlator.hops import Crossed, measure
 from correlator.identity import Resolver
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
@@ -22,9 +24,12 @@ from correlator.memo import Memo
 from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
-from mace.records import Batch
+from mace.records import Batch, Flag
 from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Results
 from mace.topology import Device, Topology
+
+IPPROTO_TCP: Final = 6
+"""IANA's number of TCP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +148,7 @@ class Engine:
 
         delays, crossings = Delays.empty(), Crossings.empty()
         if len(batch) or len(self._open):
-            new = Records.of(batch)
+            new = Records.of(batch, flows=self._config.crossings)
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
             self._grades["told_apart"] += lives.told_apart
             delays, crossings = self._measure(lives, self._finish(lives, upto_ns, last=last))
@@ -246,8 +251,9 @@ class Engine:
 
     def _crossings(self, lives: Lives, crossed: Crossed) -> Crossings:
         by_time = _by_time(crossed.inner)
-        life, count = crossed.life[by_time], len(by_time)
+        life = crossed.life[by_time]
         owner = crossed.owner[by_time]
+        proto, src, dst, seq = _told(lives.records[lives.order[crossed.at[by_time]]])
         return Crossings(
             packet=lives.packet()[life],
             device=self._entries((owner << 32) | owner).astype(np.int32),
@@ -259,10 +265,10 @@ class Engine:
             outer_edge_utc_ns=crossed.outer_edge[by_time] + self._offset_ns,
             l3_len=lives.length()[life],
             grade=lives.grade[life],
-            l4_proto=np.full(count, NOT_TOLD, np.int16),
-            l4_src=np.full(count, NOT_TOLD, np.int32),
-            l4_dst=np.full(count, NOT_TOLD, np.int32),
-            l4_seq=np.full(count, NOT_TOLD, np.int64),
+            l4_proto=proto.astype(np.int16),
+            l4_src=src.astype(np.int32),
+            l4_dst=dst.astype(np.int32),
+            l4_seq=seq,
         )
 
     def _new_entry(self, key: int) -> int:
@@ -270,6 +276,18 @@ class Engine:
         device, owner = (self._resolver.devices[number] for number in divmod(key, 1 << 32))
         self._devices.append(replace(device, container=owner.container))
         return len(self._devices) - 1
+
+
+def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:
+    """What records say of their flows: IP protocol, source, destination, TCP sequence number; `NOT_TOLD` if nothing."""
+    if records.flow is None or records.proto is None or records.trait is None:
+        nothing = np.full(len(records), NOT_TOLD, np.int64)
+        return nothing, nothing, nothing, nothing
+    proto = records.proto.astype(np.int64)
+    read = (records.trait & Flag.FLOW) != 0
+    src, dst = (np.where(read, column, NOT_TOLD) for column in ports(records.flow))
+    seq = np.where(read & (proto == IPPROTO_TCP), sequence(records.flow), NOT_TOLD)
+    return np.where(proto == 0, NOT_TOLD, proto), src, dst, seq
 
 
 def _by_time(ts: Ints) -> Ints:

@@ -7,12 +7,13 @@ them, and everything is said by arrays over records and over lives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from correlator import content
 from correlator.content import changes, explained, keys, traits
 from correlator.identity import (
     CODE_BITS,
@@ -41,8 +42,8 @@ Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
 
 NEVER: Final = np.iinfo(np.int64).max
-_OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8}
-"""The last columns of `Records`, which it may not have."""
+_OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8, "flow": np.uint64, "proto": np.uint8}
+"""The columns of `Records` that it may not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +59,42 @@ class Records:
     """Content keys, 0 where none is known; None if no record has one."""
     trait: npt.NDArray[np.uint8] | None = None
     """What else `correlator.content` asks of a record; None where `key` is."""
+    flow: Ids | None = None
+    """`correlator.content.flows`; None where it is not asked for, or `key` is None."""
+    proto: npt.NDArray[np.uint8] | None = None
+    """IP protocol number, 0 if none; None where `flow` is."""
 
     def __len__(self) -> int:
         return len(self.ts)
 
     @classmethod
-    def of(cls, batch: Batch) -> Records:
-        """The records of a batch (no markers)."""
+    def of(cls, batch: Batch, *, flows: bool = False) -> Records:
+        """The records of a batch (no markers). `flows`: with what tells one flow's packets from another's."""
         dev = batch.dev
         if batch.content is not None:
             # The device that a packet was at before it was delivered or freed is not where it is now.
             dev = dev * HAS_DEVICE.take(batch.hook)
-        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), batch.l3_len, keys(batch), traits(batch))
+        told = (keys(batch), traits(batch), *(content.flows(batch) if flows else ()))
+        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), batch.l3_len, *told)
 
     def __add__(self, later: Records) -> Records:
         if not len(self):
             return later
-        if self.key is None and later.key is None:
-            names = [f.name for f in fields(self)[: -len(_OF_CONTENT)]]
-            return Records(*(np.concatenate([getattr(self, name), getattr(later, name)]) for name in names))
-        both = [self._with_content(), later._with_content()]
-        return Records(*(np.concatenate([getattr(one, f.name) for one in both]) for f in fields(self)))
+        names = [f.name for f in fields(self)]
+        absent = [name for name in _OF_CONTENT if getattr(self, name) is None and getattr(later, name) is None]
+        return Records(
+            **{name: np.concatenate([self._column(name), later._column(name)]) for name in names if name not in absent}
+        )
 
     def __getitem__(self, index: Ints) -> Records:
         """The records at `index`."""
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
         return Records(**{name: column[index] for name, column in given if column is not None})
 
-    def _with_content(self) -> Records:
-        if self.key is not None:
-            return self
-        return replace(self, **{name: np.zeros(len(self), dtype) for name, dtype in _OF_CONTENT.items()})
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        """A column, zeros if it is not there."""
+        column = getattr(self, name)
+        return np.zeros(len(self), _OF_CONTENT[name]) if column is None else column
 
 
 @dataclass(frozen=True, slots=True)
