@@ -52,7 +52,7 @@ class Grade(IntEnum):
     BUFFER = 1
     """Same kernel buffer in one life, devices in an order that can be; content says nothing, or cannot."""
     CONTENT = 2
-    """Same content key. Needs a source that gives one."""
+    """Same content key in two buffers. Needs a source that gives one."""
     EXACT = 3
     """Both: all records that have a key agree, and two at least have one."""
 

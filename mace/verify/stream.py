@@ -20,7 +20,7 @@ from mace.records import Batch
 from mace.schema import Delays, Grades
 from mace.topology import Device, Topology
 
-BLOCK_RECORDS = 64
+BLOCK_RECORDS = 32
 """A full ring loses stretches of records, not single ones. This long, they cut some packets and spare others."""
 
 
@@ -95,8 +95,10 @@ def worked(stream: Stream, config: EngineConfig) -> Worked:
 def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.NDArray[np.bool_]]:
     """The stream without some blocks of each CPU's records, as if its ring had had no room; and which were left out.
 
-    What is left out depends on the seed alone. The second array is over all records of the stream, in its order.
+    Of every 1 / `share` blocks of a CPU one is left out, chosen by the seed. The second array is over all records of
+    the stream, in its order.
     """
+    period = round(1 / share) if share else 0
     taken_away: list[npt.NDArray[np.bool_]] = []
     counts: dict[int, int] = {}
     last_ns: dict[int, int] = {}
@@ -109,7 +111,7 @@ def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.ND
         for i, (ts, cpu) in enumerate(zip(batch.ts_ns.tolist(), batch.cpu.tolist(), strict=True)):
             number = counts.get(cpu, 0)
             counts[cpu] = number + 1
-            if _drawn(seed, cpu, number // BLOCK_RECORDS) < share:
+            if period and _is_drawn(number // BLOCK_RECORDS, period, seed, cpu):
                 gone[i] = True
                 open_gaps.setdefault(cpu, [last_ns.get(cpu, ts - 1), 0])[1] += 1
                 continue
@@ -155,9 +157,9 @@ def _with_markers(batch: Batch, markers: list[tuple[int, int, int, int]], first_
     return both[np.argsort(both.ts_ns, kind="stable")]
 
 
-def _drawn(seed: int, cpu: int, block: int) -> float:
-    """A number in [0, 1) that depends on its arguments alone (splitmix64)."""
-    x = (seed * 0x9E3779B97F4A7C15 + cpu * 0xBF58476D1CE4E5B9 + block * 0x94D049BB133111EB) & ((1 << 64) - 1)
+def _is_drawn(block: int, period: int, seed: int, cpu: int) -> bool:
+    """Whether it is the one of its `period` blocks, by a hash (splitmix64) of all the rest."""
+    x = (seed * 0x9E3779B97F4A7C15 + cpu * 0xBF58476D1CE4E5B9 + block // period * 0x94D049BB133111EB) & ((1 << 64) - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
-    return ((x ^ (x >> 31)) >> 11) / (1 << 53)
+    return block % period == (x ^ (x >> 31)) % period

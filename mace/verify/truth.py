@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -29,7 +30,7 @@ from mace.topology import Device, Role
 CLOCKS_NS: Final = 500
 """How exactly the observer's clock (UTC) and the tracer's (monotonic) are known from one another, with room."""
 UNBOUNDED_NS: Final = 1_000_000
-"""Where no record bounds a stamp on one side, it is within this: what was before is missing, or the buffer ended."""
+"""Where the record before a stamp is missing, the stamp is at most this long before the one behind it."""
 UNNUMBERED_BYTES: Final = 100
 """IPv6 and TCP headers at their longest. Numbered packets are longer, but for the last bytes of a write to TCP."""
 
@@ -37,7 +38,9 @@ Sight = tuple[int, bool, str]
 """Of an observer: UTC in ns, whether it was sent, the number (see `observer.py`)."""
 Packet = tuple[str, int]
 """A number, and which of the packets that have it: a retransmission has it too."""
-Span = tuple[int, int]
+Span = tuple[int, int | None]
+"""Two times; None: nothing bounds it, and what comes first is meant (a buffer that is cut ends before its segments are
+sent, and the first of them has its number)."""
 _WAYS: Final = ((Direction.EGRESS, True), (Direction.INGRESS, False))
 
 
@@ -50,7 +53,7 @@ class Row:
     direction: Direction
     l3_len: int
     delay_ns: int
-    between: Span
+    between: tuple[int, int]
     """When the stretch that the delay is of began and ended, UTC: times of records."""
     inner: Span
     """Between which times the stamp at the inner device must be, UTC."""
@@ -118,7 +121,7 @@ def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
 def _out(hops: Mapping[int, tuple[int, int, Device]], role: Role, queued_ns: int) -> Span:
     """Between which times the stamp at the device of this role is, of a packet that was queued there."""
     at = (hop for hop in hops.values() if hop[2].role is role and hop[0] == queued_ns)
-    return next(at, (queued_ns, queued_ns + UNBOUNDED_NS))[:2]
+    return next(((begin, end) for begin, end, _ in at), (queued_ns, None))
 
 
 def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: int) -> Span:
@@ -145,8 +148,7 @@ def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Seq
             mine = [row for row in found if row.container == container and row.direction is way]
             fitting = []
             for row in mine:
-                here, there = inner_places.within(row.inner), outer_places.within(row.outer)
-                fitting.append(here & there & both)
+                fitting.append(inner_places.within(row.inner, both) & outer_places.within(row.outer, both))
             taken = assigned(fitting)
             for row, packet in zip(mine, taken, strict=True):
                 if packet is not None:
@@ -177,10 +179,14 @@ class _Places:
             self._stamps.append(at_ns)
             self._packets.append(packet)
 
-    def within(self, span: Span) -> set[Packet]:
-        """Numbered packets whose stamps are within it."""
-        first = bisect_left(self._stamps, span[0] - CLOCKS_NS)
-        return set(self._packets[first : bisect_right(self._stamps, span[1] + CLOCKS_NS)])
+    def within(self, span: Span, wanted: Container[Packet]) -> set[Packet]:
+        """The wanted packets whose stamps are within it."""
+        begin, end = span
+        first = bisect_left(self._stamps, begin - CLOCKS_NS)
+        if end is None:
+            return set(islice((packet for packet in islice(self._packets, first, None) if packet in wanted), 1))
+        inside = self._packets[first : bisect_right(self._stamps, end + CLOCKS_NS)]
+        return {packet for packet in inside if packet in wanted}
 
 
 def assigned(fitting: Sequence[set[Packet]]) -> list[Packet | None]:
