@@ -259,9 +259,18 @@ def _graded(records: Records, order: Ints, starts: Ints, other_content: Ints) ->
 
 def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
     """Whether records were lost somewhere between two times, element by element."""
-    spans = np.zeros(len(after_ns), np.bool_)
-    for start, end in gaps:
-        spans |= (start < before_ns) & (end > after_ns)
+    if not gaps:
+        return np.zeros(len(after_ns), np.bool_)
+    merged: list[list[int]] = []
+    for start, end in sorted(gaps):
+        if merged and start < merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    # They follow one another now, so only the first that ends later than `after_ns` is asked.
+    starts, ends = np.array(merged, np.int64).T
+    first = np.searchsorted(ends, after_ns, "right")
+    spans: Mask = (first < len(ends)) & (starts[np.minimum(first, len(ends) - 1)] < before_ns)
     return spans
 
 
