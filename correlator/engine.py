@@ -26,7 +26,7 @@ from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch, Flag
-from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Results
+from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
 from mace.topology import Device, Topology
 
 IPPROTO_TCP: Final = 6
@@ -262,6 +262,7 @@ class Engine:
             l3_len=lives.length()[life],
             grade=lives.grade[life],
             outcome=found.outcome[life],
+            drop_reason=np.where(found.outcome == Outcome.DROPPED, lives.drop_reason(), np.uint16(0))[life],
         )
         return delays, crossings
 

@@ -31,7 +31,7 @@ from correlator.identity import (
     to_device,
 )
 from correlator.memo import GOLDEN
-from mace.hooks import Way
+from mace.hooks import Hook, Way
 from mace.records import Batch
 from mace.schema import Grade
 
@@ -55,6 +55,7 @@ class Records:
     place: Ints
     """Hook and sighting, as `correlator.identity.place` packs them."""
     length: npt.NDArray[np.uint32]
+    """Bytes; where a packet is dropped, why (`Batch.drop_reason`): nobody asks how long it is then."""
     key: Ids | None = None
     """Content keys, 0 where none is known; None if no record has one."""
     trait: npt.NDArray[np.uint8] | None = None
@@ -74,8 +75,11 @@ class Records:
         if batch.content is not None:
             # The device that a packet was at before it was delivered or freed is not where it is now.
             dev = dev * HAS_DEVICE.take(batch.hook)
+        length = batch.l3_len
+        if batch.drop_reason.any():
+            length = np.where(batch.hook == Hook.KFREE_SKB, batch.drop_reason, length)
         told = (keys(batch), traits(batch), *(content.flows(batch) if flows else ()))
-        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), batch.l3_len, *told)
+        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), length, *told)
 
     def __add__(self, later: Records) -> Records:
         if not len(self):
@@ -156,6 +160,10 @@ class Lives:
     def length(self) -> npt.NDArray[np.uint32]:
         """Length at each life's first record, bytes."""
         return self.records.length[self.order[self.starts]]
+
+    def drop_reason(self) -> npt.NDArray[np.uint16]:
+        """Why each life's packet was dropped at its end, if it was; else meaningless."""
+        return self.records.length[self.order[self.ends]].astype(np.uint16)
 
     def still_open(self, which: Mask) -> Open:
         """The records of the lives in `which`, back in the order of time."""

@@ -142,6 +142,8 @@ class Delays(Columns):
     """Bytes without link-layer header at the packet's first record."""
     grade: npt.NDArray[np.uint8]
     outcome: npt.NDArray[np.uint8]
+    drop_reason: npt.NDArray[np.uint16]
+    """The running kernel's `enum skb_drop_reason` where the outcome is DROPPED, else 0."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -154,6 +156,7 @@ class Delays(Columns):
         "l3_len": "<u4",
         "grade": "u1",
         "outcome": "u1",
+        "drop_reason": "<u2",
     }
 
 

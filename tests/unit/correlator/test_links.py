@@ -136,6 +136,7 @@ def test_one_that_goes_on_and_is_dropped_there_is_dropped():
     tape.packet("Q:out0 k", 2_000, skb=2, key=7, reason=3)
     rows, last = correlate(tape)
     assert set(rows.outcome) == {Outcome.DROPPED}
+    assert set(rows.drop_reason) == {3}
     assert last.ledger.dropped == 6
 
 
