@@ -30,6 +30,7 @@ from mace.hooks import HOOKS
 from mace.interfaces import StreamSink
 from mace.session import Session, Until
 from mace.summary import Summary
+from mace.verify import command as verify
 from storage.capture import CaptureSink
 
 EXIT_ERROR: Final = 1
@@ -241,6 +242,10 @@ def _ping(args: argparse.Namespace) -> int:
     return run.status
 
 
+def _verify(args: argparse.Namespace) -> int:
+    return verify.run(args, _configured(args))
+
+
 # What commands share --------------------------------------------------------------------------------------
 
 
@@ -257,14 +262,7 @@ def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> confi
     if getattr(args, "store", None):
         store = replace(store, path=str(args.store))
     if place is not None:
-        sockets = (str(place.docker_socket),) if place.docker_socket else ()
-        capture = replace(
-            capture,
-            host_netns=str(place.netns_path(lab.HOST)),
-            outer=(place.outer_device,),
-            remote_netns=(place.netns_path(lab.REMOTE).name,),
-            container_sockets=(*capture.container_sockets, *sockets),
-        )
+        capture = lab.capture_of(capture, place)
     found = sinks.configured(args, settings.sinks)
     return replace(settings, capture=capture, correlate=correlate, store=store, sinks=found)
 
@@ -454,6 +452,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_options(one)
     with_config(one)
     with_json(one)
+
+    one = command("verify", _verify, "play scenarios with numbered packets: how often the matching is right (root)")
+    verify.add_options(one)
+    one.add_argument("--source", choices=config.SOURCES, help="where live records come from")
+    with_config(one)
+    one.add_argument("--json", action="store_true", help="one JSON object a scenario on stdout")
 
     one = command("hooks", _hooks, "where packets are observed")
     with_json(one)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, mqtt, offline, ring_drain, rows, sinks, versus, wire
+from tests.benchmark import ftrace_decode, graded, kmod, live, mqtt, offline, ring_drain, rows, sinks, versus, wire
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -36,6 +36,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "victoria_write": sinks.victoria_write,
     "mqtt_ingest": mqtt.through,
     "fleet": mqtt.fleet,
+    "graded_correlation": graded.run,
 }
 
 
