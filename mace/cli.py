@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, lab, module, ping, report
+from mace import __version__, config, correct, demo, experiment, lab, module, ping, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -228,6 +228,20 @@ def _ping(args: argparse.Namespace) -> int:
     return run.status
 
 
+def _experiment(args: argparse.Namespace) -> int:
+    experiment.check(args)
+    args.ring_mib = args.ring_mib or experiment.RING_MIB
+    with lab.running(experiment.spec(args)) as place:
+        found = experiment.measure(args, place, _session(args, place))
+    if args.png:
+        experiment.draw(found, args.png)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        found.tables(_stdout())
+    return 0
+
+
 # What commands share --------------------------------------------------------------------------------------
 
 
@@ -424,6 +438,11 @@ def _parser() -> argparse.ArgumentParser:
     correct.add_options(one)
     with_config(one)
     with_json(one)
+
+    one = command("experiment", _experiment, "ping on the host, in a container and corrected, side by side (root)")
+    experiment.add_options(one)
+    for group in (with_capture, with_config, with_json):
+        group(one)
 
     one = command("report", report.run, "tables, paths and pictures of what a store holds")
     report.add_options(one)

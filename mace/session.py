@@ -35,7 +35,10 @@ Until = Callable[[], Awaitable[object]]
 
 
 class Session:
-    """What the three have in common: the configuration, the terminal, and how a run is stopped."""
+    """What the three have in common: the configuration, the terminal, and how a run is stopped.
+
+    Each call is a run by itself, to be stopped anew.
+    """
 
     def __init__(self, config: Config, console: Console, *, quiet: bool = False) -> None:
         self._config = config
@@ -51,6 +54,7 @@ class Session:
 
     def measure(self, until: Until, *, store: Path | None, tee: CaptureSink | None) -> Summary:
         """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
+        self._stop = Stop()
         summary = Summary()
         source, chosen = self._source()
         sinks = [pipeline.embedded_store(self._config.store, store, rows=self._config.correlate.rows)] if store else []
@@ -79,6 +83,7 @@ class Session:
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
         """Live records into the correlator, which tells of crossings too; `on_results` sees all that comes of them."""
+        self._stop = Stop()
         source, chosen = self._source()
 
         async def work() -> None:
@@ -98,6 +103,7 @@ class Session:
 
     def observed(self, path: Path, on_results: Callable[[Results], None], *, salvage: bool) -> None:
         """The same of a capture."""
+        self._stop = Stop()
         source = CaptureSource(path, salvage=salvage)
         config = pipeline.engine_config(self._config)
         engine = replace(config, crossings=True, rows=False, slice_ns=REPLAY_SLICE_NS)
@@ -112,6 +118,7 @@ class Session:
 
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
+        self._stop = Stop()
         lost = 0
         source, chosen = self._source()
 
@@ -137,6 +144,7 @@ class Session:
 
     def replay(self, paths: Sequence[Path], *, store: Path | None, salvage: bool) -> Summary:
         """Captures, one after the other in time order, into the correlator and the store."""
+        self._stop = Stop()
         whole = Summary()
         captures = in_time_order(paths, salvage=salvage)
         engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
