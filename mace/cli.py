@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, experiment, lab, module, ping, report
+from mace import __version__, compare, config, correct, demo, experiment, lab, module, ping, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -242,6 +242,24 @@ def _experiment(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    compare.chosen(args)
+    with lab.running(compare.spec(args)) if args.lab is None else nullcontext(lab.attach(args.lab)) as place:
+
+        def session(source: str) -> Session:
+            args.source = source
+            return _session(args, place)
+
+        found = compare.measure(args, place, session)
+    if args.png:
+        compare.draw(found, args.png)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        found.tables(_stdout())
+    return 0
+
+
 # What commands share --------------------------------------------------------------------------------------
 
 
@@ -443,6 +461,11 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_options(one)
     for group in (with_capture, with_config, with_json):
         group(one)
+
+    one = command("compare", _compare, "sources side by side on the same traffic, and what each of them costs (root)")
+    compare.add_options(one)
+    with_config(one)
+    with_json(one)
 
     one = command("report", report.run, "tables, paths and pictures of what a store holds")
     report.add_options(one)

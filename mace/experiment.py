@@ -367,7 +367,7 @@ def draw(found: Figures, path: Path) -> None:
     """Distributions and differences as a picture. Raises `MissingExtra` without matplotlib."""
     # matplotlib is an extra, and takes longer to import than most commands to run.
     from mace.plots import write_png  # noqa: PLC0415
-    from mace.plots_rounds import Bar, Curve, Panel, draw  # noqa: PLC0415
+    from mace.plots_rounds import Bar, Curve, Panel, drawn  # noqa: PLC0415
 
     panels, bars = [], []
     for row in found.rows():
@@ -387,7 +387,7 @@ def draw(found: Figures, path: Path) -> None:
         ):
             low, high = row[interval] or (row[value], row[value])
             bars.append(Bar(where, row[value], low, high, group))
-    drawn = draw(
+    picture = drawn(
         panels,
         bars,
         title="Round trips of a host process, of a container, and of a container corrected",
@@ -395,7 +395,7 @@ def draw(found: Figures, path: Path) -> None:
         bars_title="Difference of medians to ping on the host, with 95 % intervals",
         note=f"{machine_text(found.machine)}\n{found.ledger.line()}",
     )
-    write_png(drawn, path)
+    write_png(picture, path)
 
 
 # For people -----------------------------------------------------------------------------------------------

@@ -26,17 +26,16 @@ of the container: it is measured, to be told beside the result, and is not part 
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mace.hooks import Hook
+from mace.lab import probing
 from mace.records import Batch
 from mace.topology import Topology
 
@@ -52,15 +51,11 @@ ANSWER: Final = "answer"
 _ARRIVALS: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
 _LATEST_NS: Final = 5_000_000
 """A probe's first record comes this soon, or it is left out."""
-_SCRIPT: Final = Path(__file__).parent / "lab" / "prober.py"
-_LIMIT_S: Final = 30
 
 
 def probe_command(address: str, count: int, interval_ns: int) -> list[str]:
     """The command line that sends probes to an IPv4 address, to be run in the host's or a container's namespace."""
-    limit_s = int(count * interval_ns / 1e9 * 2) + _LIMIT_S
-    words = (address, count, interval_ns, PAYLOAD_BYTES, limit_s)
-    return [sys.executable, "-I", "-S", str(_SCRIPT), *map(str, words)]
+    return probing.command("probes", address, count, interval_ns, PAYLOAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

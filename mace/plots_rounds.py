@@ -53,7 +53,7 @@ class Bar:
     group: str
 
 
-def draw(panels: Sequence[Panel], bars: Sequence[Bar], *, title: str, what: str, bars_title: str, note: str) -> Figure:
+def drawn(panels: Sequence[Panel], bars: Sequence[Bar], *, title: str, what: str, bars_title: str, note: str) -> Figure:
     """Cumulative distributions, a panel each, three in a row; below them the bars, as points with whiskers."""
     columns = min(3, max(1, len(panels)))
     rows = -(-len(panels) // columns)
