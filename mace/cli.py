@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, compare, config, correct, demo, experiment, lab, module, ping, report
+from mace import __version__, compare, config, correct, demo, experiment, lab, module, ping, report, wrap
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -226,6 +226,21 @@ def _ping(args: argparse.Namespace) -> int:
     else:
         found.tables(_stdout())
     return run.status
+
+
+def _wrap(args: argparse.Namespace) -> int:
+    place = lab.attach(args.lab) if args.lab else None
+    netns_fd = ping.open_namespace(args, _configured(args, place).capture)
+    try:
+        found, status = wrap.measure(args, netns_fd, _session(args, place), _tee(args))
+    finally:
+        os.close(netns_fd)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        correct.print_samples(found)
+        found.tables(_stdout())
+    return status
 
 
 def _experiment(args: argparse.Namespace) -> int:
@@ -456,6 +471,12 @@ def _parser() -> argparse.ArgumentParser:
     correct.add_options(one)
     with_config(one)
     with_json(one)
+
+    one = command("wrap", _wrap, "the same for a tool that is run in a container now: fping, dig, curl (root)")
+    ping.add_options(one)
+    wrap.add_options(one)
+    for group in (with_capture, with_config, with_json):
+        group(one)
 
     one = command("experiment", _experiment, "ping on the host, in a container and corrected, side by side (root)")
     experiment.add_options(one)
