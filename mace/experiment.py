@@ -18,7 +18,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -308,27 +308,40 @@ def _edges(seen: Records, outer: str) -> Ints:
 
 def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
     rounds = len(cell.bare)
+    known: dict[bytes, dict[str, float]] = {}
 
-    def of(parts: Sequence[Any], drawn: Ints) -> list[Any]:
-        return [parts[n] for n in drawn]
+    def medians(drawn: Ints) -> dict[str, float]:
+        """Of all that the figures are made of, µs. Kept: intervals of several figures draw the same rounds."""
+        found = known.get(drawn.tobytes())
+        if found is None:
 
-    def term_us(drawn: Ints, names: Iterable[str] = STRETCHES) -> float:
-        return hostpath.term_ns(of(cell.host_probes, drawn), of(cell.container_probes, drawn), names) / 1000
+            def of(parts: Sequence[Any]) -> list[Any]:
+                return [parts[n] for n in drawn]
 
-    def difference_us(drawn: Ints) -> float:
-        return median_us(of(cell.plain, drawn)) + term_us(drawn) - median_us(of(cell.bare, drawn))
+            found = {"bare": median_us(of(cell.bare)), "plain": median_us(of(cell.plain))}
+            host, container = of(cell.host_probes), of(cell.container_probes)
+            for name in (*STRETCHES, hostpath.ANSWER):
+                found[name] = hostpath.term_ns(host, container, [name]) / 1000
+            known[drawn.tobytes()] = found
+        return found
 
-    def plain_difference_us(drawn: Ints) -> float:
-        return median_us(of(cell.plain, drawn)) - median_us(of(cell.bare, drawn))
+    def term_us(drawn: Ints) -> float:
+        return sum(medians(drawn)[name] for name in STRETCHES)
 
     def answer_us(drawn: Ints) -> float:
-        return term_us(drawn, [hostpath.ANSWER])
+        return medians(drawn)[hostpath.ANSWER]
+
+    def plain_difference_us(drawn: Ints) -> float:
+        return medians(drawn)["plain"] - medians(drawn)["bare"]
+
+    def difference_us(drawn: Ints) -> float:
+        return plain_difference_us(drawn) + term_us(drawn)
 
     def same_answer_us(drawn: Ints) -> float:
         return difference_us(drawn) + answer_us(drawn)
 
     every = np.arange(rounds)
-    plain_us, terms = median_us(cell.plain), {name: term_us(every, [name]) for name in STRETCHES}
+    plain_us, terms = median_us(cell.plain), {name: medians(every)[name] for name in STRETCHES}
     row: dict[str, Any] = {
         "pace": pace,
         "flood_containers": flood,
