@@ -215,16 +215,23 @@ def _correct(args: argparse.Namespace) -> int:
 def _ping(args: argparse.Namespace) -> int:
     argv, user_clock, stamps_shown = ping.arguments(args.others)
     place = lab.attach(args.lab) if args.lab else None
-    netns_fd = ping.open_namespace(args, _configured(args, place).capture)
+    capture = _configured(args, place).capture
+    netns_fd = ping.open_namespace(args, capture)
+    term = None
     try:
+        if args.host_path:
+            term = ping.probing(args, argv, netns_fd, capture.host_netns).measure(_session(args, place))
         run = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=args.json)
         found = run.measure(_session(args, place), _tee(args))
     finally:
         os.close(netns_fd)
+    host_rtt = found.statistics()["host_rtt_ns"]["median"]
     if args.json:
-        _print_json(found.as_dict())
+        _print_json(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
     else:
         found.tables(_stdout())
+        if term:
+            print(term.line(host_rtt))
     return run.status
 
 
@@ -246,8 +253,11 @@ def _wrap(args: argparse.Namespace) -> int:
 def _experiment(args: argparse.Namespace) -> int:
     experiment.check(args)
     args.ring_mib = args.ring_mib or experiment.RING_MIB
-    with lab.running(experiment.spec(args)) as place:
-        found = experiment.measure(args, place, _session(args, place))
+    if args.again:
+        found = experiment.again(args.again, _session(args, None))
+    else:
+        with lab.running(experiment.spec(args)) as place:
+            found = experiment.measure(args, place, _session(args, place))
     if args.png:
         experiment.draw(found, args.png)
     if args.json:
@@ -463,6 +473,9 @@ def _parser() -> argparse.ArgumentParser:
     one.allow_abbrev = False
     one.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"
     ping.add_options(one)
+    one.add_argument(
+        "--host-path", type=_at_least(1, int), metavar="N", help="before, measure the host path term with N probes"
+    )
     one.set_defaults(others=[])
     for group in (with_capture, with_config, with_json):
         group(one)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from correlator.correction import Reason, correct
 from correlator.samples import Samples
 from mace import hostpath
 from mace.corrected import Observed
-from mace.errors import LabError, UsageError
+from mace.errors import LabError, Unavailable, UsageError
 from mace.hooks import Hook
 from mace.hostpath import STRETCHES, Records, Seen, Stretches
 from mace.interfaces import Progress
@@ -64,6 +64,8 @@ RING_MIB: Final = 64
 """Of each CPU, unless told: two floods and the measured one write 60 MB a second between them."""
 _SETTLE_S: Final = 0.2
 """From the start of a flood until it is measured beside."""
+_CAPTURE, _BLOCKS = "run.mace", "blocks.json"
+"""Files of a kept experiment."""
 _KINDS: Final = ("bare", "container", "host probes", "container probes")
 
 
@@ -139,7 +141,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paces", default=",".join(PACES), metavar="LIST", help="of flood, 10ms (both)")
     parser.add_argument("--cpu", type=int, metavar="N", help="pin what is measured to this CPU")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the order (1)")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="keep the capture")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the capture and what the tools said in there")
+    parser.add_argument("--again", type=Path, metavar="DIR", help="measure nothing: the figures of what was kept")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
 
 
@@ -162,14 +165,28 @@ def spec(args: argparse.Namespace) -> Spec:
 def measure(args: argparse.Namespace, lab: Lab, session: Session) -> Figures:
     """Run all blocks, then compute."""
     paces = check(args)
-    with tempfile.TemporaryDirectory(prefix="mace-experiment-") as place:
-        path = args.record or Path(place) / "run.mace"
+    with tempfile.TemporaryDirectory(prefix="mace-experiment-") as temporary:
+        place = args.keep or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
         blocks: list[Block] = []
-        session.record(lambda: _Schedule(args, lab, session, Path(place)).run(paces, blocks), CaptureSink(path))
+        schedule = _Schedule(args, lab, session, Path(temporary))
+        session.record(lambda: schedule.run(paces, blocks), CaptureSink(place / _CAPTURE))
         wanted = args.rounds * len(paces) * (args.flood + 1) * len(_KINDS)
         if len(blocks) < wanted:
             raise UsageError(f"interrupted: {len(blocks)} of {wanted} blocks are measured, which tells nothing yet")
-        return figures(blocks, path, session, lab.outer_device)
+        told = {"outer": lab.outer_device, "machine": machine(), "blocks": [asdict(block) for block in blocks]}
+        (place / _BLOCKS).write_text(json.dumps(told))
+        return again(place, session)
+
+
+def again(place: Path, session: Session) -> Figures:
+    """The figures of what `--keep` has kept. Raises `Unavailable`, `CaptureError`."""
+    try:
+        told = json.loads((place / _BLOCKS).read_text())
+    except (OSError, ValueError) as error:
+        raise Unavailable(str(place), f"{_BLOCKS}: {error}", "name a directory that --keep has filled") from error
+    blocks = [Block(**block) for block in told["blocks"]]
+    return figures(blocks, place / _CAPTURE, session, told["outer"], told["machine"])
 
 
 class _Schedule:
@@ -229,7 +246,7 @@ class _Schedule:
 # From blocks to figures -----------------------------------------------------------------------------------
 
 
-def figures(blocks: Sequence[Block], path: Path, session: Session, outer: str) -> Figures:
+def figures(blocks: Sequence[Block], path: Path, session: Session, outer: str, facts: dict[str, Any]) -> Figures:
     """Pair and correct the samples of all blocks with the packets in the capture at `path`."""
     observed = Observed()
 
@@ -252,7 +269,7 @@ def figures(blocks: Sequence[Block], path: Path, session: Session, outer: str) -
         cell = cells.setdefault((block.pace, block.flood_containers), Cell())
         if block.kind.endswith("probes"):
             sent = json.loads(block.said)
-            first = inner if block.kind.startswith("container") else outer
+            first = inner if block.kind.startswith("container") else None
             found = hostpath.stretches(sent, probes.between(block.begin_ns, block.end_ns), first, outer)
             (cell.container_probes if block.kind.startswith("container") else cell.host_probes).append(found)
             continue
@@ -274,7 +291,7 @@ def figures(blocks: Sequence[Block], path: Path, session: Session, outer: str) -
             if count and reason is not Reason.PAIRED:
                 name = reason.name.lower()
                 cell.unpaired[name] = cell.unpaired.get(name, 0) + count
-    return Figures(cells, observed.summary.ledger, machine())
+    return Figures(cells, observed.summary.ledger, facts)
 
 
 def _raw(path: Path) -> tuple[int, Records, Records]:

@@ -117,10 +117,10 @@ class Records:
         return Records(self.ts_ns[a:b], self.hook[a:b], self.skb_id[a:b], self.device[a:b])
 
 
-def stretches(sent_ns: Sequence[int], seen: Records, first: str, outer: str) -> Stretches:
+def stretches(sent_ns: Sequence[int], seen: Records, inner: str | None, outer: str) -> Stretches:
     """How long the probes took over each stretch; those of which a record is missing are left out.
 
-    `first`: the device that a probe is sent by: the container's own, or for the host's `outer` itself. `seen`: records
+    `inner`: the container's own device; None for probes of the host, which begin at `outer`. `seen`: records
     of the probes' length from before the first to after the last of them.
     """
     rows: list[tuple[int, int, int]] = []
@@ -129,7 +129,8 @@ def stretches(sent_ns: Sequence[int], seen: Records, first: str, outer: str) -> 
     buffers, devices = seen.skb_id.tolist(), seen.device.tolist()
     for k, sent in enumerate(sent_ns):
         until = min(sent + _LATEST_NS, sent_ns[k + 1] if k + 1 < len(sent_ns) else sent + _LATEST_NS)
-        row = _way_out(times, hooks, buffers, devices, (sent, until, first, outer))
+        probe = (sent, until, inner or outer, outer)
+        row = _way_out(times, hooks, buffers, devices, probe, crossing=inner is not None)
         if row is None:
             continue
         *found, last = row
@@ -154,24 +155,34 @@ def _first(
 
 
 def _way_out(
-    times: list[int], hooks: list[int], buffers: list[int], devices: list[str], probe: tuple[int, int, str, str]
+    times: list[int],
+    hooks: list[int],
+    buffers: list[int],
+    devices: list[str],
+    probe: tuple[int, int, str, str],
+    *,
+    crossing: bool,
 ) -> tuple[int, int, int, int] | None:
-    """(send, device, beyond) of one probe, ns, and the time of the last record of its way out."""
+    """(send, device, beyond) of one probe, ns, and the time of the last record of its way out.
+
+    `crossing`: it comes to the outer device from another, which may have the same name.
+    """
     sent, until, first, outer = probe
     at = _first(times, hooks, devices, (sent, until), first, (Hook.NET_DEV_QUEUE,))
     if at is None:
         return None
-    begin, queued, left, last = times[at], None, None, None
-    for i in range(at, len(times)):
+    begin, left, last = times[at], None, None
+    queued = None if crossing else begin
+    for i in range(at + 1, len(times)):
         if times[i] > begin + _LATEST_NS:
             break
         if buffers[i] != buffers[at]:
             continue
-        if i > at and hooks[i] == Hook.NET_DEV_QUEUE and devices[i] == first:
-            break  # the buffer was used again
-        if devices[i] == outer and hooks[i] == Hook.NET_DEV_QUEUE:
+        if hooks[i] == Hook.NET_DEV_QUEUE and devices[i] in (first, outer):
+            if devices[i] != outer or queued is not None:
+                break  # the buffer was used again
             queued = times[i]
-        elif devices[i] == outer and hooks[i] == Hook.NET_DEV_START_XMIT:
+        elif hooks[i] == Hook.NET_DEV_START_XMIT and devices[i] == outer and queued is not None:
             left = last = times[i]
         elif left is not None:
             last = times[i]

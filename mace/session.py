@@ -101,6 +101,23 @@ class Session:
 
         asyncio.run(work())
 
+    def watch(self, until: Until, on_item: Callable[[StreamItem], None]) -> None:
+        """Live records to whoever looks at each item as it comes; nothing is computed or kept."""
+        self._stop = Stop()
+        source, _ = self._source()
+
+        async def work() -> None:
+            opened = asyncio.Event()
+
+            def look(item: StreamItem) -> None:
+                on_item(item)
+                opened.set()
+
+            async with self._timed(until, opened):
+                await pipeline.capture(source, _Nowhere(), stop=self._stop, on_item=look)
+
+        asyncio.run(work())
+
     def observed(self, path: Path, on_results: Callable[[Results], None], *, salvage: bool) -> None:
         """The same of a capture."""
         self._stop = Stop()
@@ -217,3 +234,16 @@ class Session:
                     timer.cancel()
                     with suppress(asyncio.CancelledError):
                         await timer
+
+
+class _Nowhere:
+    """A sink for a stream of which each item has been looked at."""
+
+    async def open(self, header: StreamHeader) -> None:
+        """Nothing to do."""
+
+    async def write(self, item: StreamItem) -> None:
+        """Nothing to do."""
+
+    async def aclose(self) -> None:
+        """Nothing to do."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mace.lab import Spec, running
 from tests.measuring import balanced, mace
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
@@ -17,7 +18,8 @@ PNG = b"\x89PNG\r\n"
 def test_an_experiment(tmp_path):
     picture = tmp_path / "experiment.png"
     argv = ("experiment", "--flood", "1", "--rounds", ROUNDS, "--count", "15", "--flood-count", FLOOD_COUNT)
-    found = json.loads(mace(*argv, "--json", "--png", picture, timeout=150).stdout)
+    found = json.loads(mace(*argv, "--json", "--png", picture, "--keep", tmp_path / "kept", timeout=150).stdout)
+    assert json.loads(mace("experiment", "--again", tmp_path / "kept", "--json").stdout) == found
     balanced(found)
     assert picture.read_bytes().startswith(PNG)
     rows = {(row["pace"], row["flood_containers"]): row for row in found["rows"]}
@@ -60,3 +62,20 @@ def test_a_comparison(tmp_path):
         parts = [row["ftrace"]["p50_us"] for row in found["devices"]
                  if (row["direction"], row["segment"]) == (direction, "device")]  # fmt: skip
         assert 0 < sum(parts) < 2 * ftrace[f"overhead_{direction}"]["p50_us"]
+
+
+def test_ping_with_the_host_path_term():
+    with running(Spec(name="termed")) as lab:
+        argv = ("ping", "--lab", lab.name, "--container", "c1", "--host-path", "40", "--json", "-c", "40", "-i", "0.01")
+        found = json.loads(mace(*argv, lab.address("remote")).stdout)
+        refused = mace(*argv, "remote.example", check=False)
+    term, median = found["host_path"], found["statistics"]["host_rtt_ns"]["median"]
+    assert term["probes"] == [40, 40]
+    assert term["ci95_ns"][0] <= term["term_ns"] <= term["ci95_ns"][1]
+    assert abs(term["send_ns"] + term["device_ns"] + term["beyond_ns"] - term["term_ns"]) <= 2
+    assert abs(term["host_rtt_p50_ns"] - median["estimate"] - term["term_ns"]) <= 1
+    low, high = term["host_rtt_ci95_ns"]
+    # Wider than that of the samples alone.
+    assert high - low >= median["high"] - median["low"]
+    assert refused.returncode == 2
+    assert "probes want an IPv4 address" in refused.stderr

@@ -52,3 +52,8 @@ def test_the_machine_is_told():
 def test_what_makes_no_sense_is_refused_at_once(argv, why, capsys):
     assert main(argv) == 2
     assert why in capsys.readouterr().err
+
+
+def test_an_experiment_that_nobody_kept(tmp_path, capsys):
+    assert main(["experiment", "--again", str(tmp_path)]) == 1
+    assert "a directory that --keep has filled" in capsys.readouterr().err
