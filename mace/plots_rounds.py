@@ -99,4 +99,4 @@ def _points(axes: Any, bars: Sequence[Bar], title: str) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlabel("µs")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.62 / (0.8 + 0.17 * len(bars))), ncols=len(groups))
