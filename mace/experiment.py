@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import tempfile
 import time
@@ -139,7 +140,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=30, metavar="N", help="pings of a round at 10 ms (30)")
     parser.add_argument("--flood-count", type=int, default=300, metavar="N", help="and as fast as replies come (300)")
     parser.add_argument("--paces", default=",".join(PACES), metavar="LIST", help="of flood, 10ms (both)")
-    parser.add_argument("--cpu", type=int, metavar="N", help="pin what is measured to this CPU")
+    parser.add_argument("--cpu", type=int, metavar="N", help="pin what is measured to it, and floods to the others")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the order (1)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the capture and what the tools said in there")
     parser.add_argument("--again", type=Path, metavar="DIR", help="measure nothing: the figures of what was kept")
@@ -154,6 +155,8 @@ def check(args: argparse.Namespace) -> list[str]:
             raise UsageError(f"--paces: no {word!r}; there are {', '.join(PACES)}")
     if not paces or args.rounds < 1 or args.count < 1 or args.flood_count < 1 or not 0 <= args.flood <= 16:
         raise UsageError("--paces, --rounds, --count and --flood-count want one at least, --flood 0 to 16")
+    if args.cpu is not None and args.cpu not in os.sched_getaffinity(0):
+        raise UsageError(f"--cpu: no {args.cpu} here; there are {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
     return paces
 
 
@@ -195,6 +198,8 @@ class _Schedule:
     def __init__(self, args: argparse.Namespace, lab: Lab, session: Session, place: Path) -> None:
         self._args, self._lab, self._session, self._place = args, lab, session, place
         self._order = random.Random(args.seed)
+        self._others = os.sched_getaffinity(0) - {args.cpu} if args.cpu is not None else set()
+        """CPUs for what floods; empty: any."""
 
     async def run(self, paces: Sequence[str], blocks: list[Block]) -> None:
         for member in (HOST, *self._lab.containers):  # addresses are resolved, the path has been used once
@@ -207,6 +212,8 @@ class _Schedule:
                     for name in self._lab.containers[1 : flood + 1]:
                         flow = self._lab.start_ping(name, count=_MOST_FLOOD, size=_FLOOD_PAYLOAD, flood=True)
                         leaving.callback(flow.close)
+                        if self._others:
+                            os.sched_setaffinity(flow.pid, self._others)
                     await asyncio.sleep(_SETTLE_S)
                     for pace in self._order.sample(list(paces), len(paces)):
                         for kind in self._order.sample(_KINDS, len(_KINDS)):

@@ -44,6 +44,7 @@ def test_the_machine_is_told():
         (("experiment", "--paces", "floor"), "no 'floor'; there are flood, 10ms"),
         (("experiment", "--rounds", "0"), "want one at least"),
         (("experiment", "--flood", "17"), "0 to 16"),
+        (("experiment", "--cpu", "4096"), "no 4096 here"),
         (("compare", "--sources", "ftrase"), "no 'ftrase' (did you mean 'ftrace'?)"),
         (("compare", "--sources", "none"), "one at least beside none"),
         (("compare", "--count", "0"), "want one at least"),
