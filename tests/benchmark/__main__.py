@@ -16,7 +16,20 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, graded, kmod, live, mqtt, offline, ring_drain, rows, sinks, versus, wire
+from tests.benchmark import (
+    ftrace_decode,
+    graded,
+    kmod,
+    live,
+    matching,
+    mqtt,
+    offline,
+    ring_drain,
+    rows,
+    sinks,
+    versus,
+    wire,
+)
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -37,6 +50,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "mqtt_ingest": mqtt.through,
     "fleet": mqtt.fleet,
     "graded_correlation": graded.run,
+    "matching": matching.run,
 }
 
 
