@@ -198,11 +198,37 @@ class Spool:
             self._leave()
             return None
 
-    def acknowledge(self, taken: Taken) -> None:
-        """It is delivered."""
+    def first(self) -> Frame | None:
+        """The oldest frame, for who has one under way at a time; None if there is none. Asked again it is the same."""
         with self._lock:
-            taken.entry.delivered = True
-            self._leave()
+            while self._entries:
+                entry = self._entries[0]
+                entry.taken = True
+                found = entry.frame or self._read(entry)
+                if found is not None:
+                    return found
+                self.damaged_rows += entry.rows
+                entry.delivered = True
+                self._leave()
+            return None
+
+    def ahead(self, index: int) -> Frame | None:
+        """The frame behind `index` others, to be sent before those are acknowledged; None if there is none, or none
+        that can be read. It may still be dropped.
+        """
+        with self._lock:
+            if index >= len(self._entries):
+                return None
+            entry = self._entries[index]
+            return entry.frame or self._read(entry)
+
+    def acknowledge(self, taken: Taken | None = None) -> None:
+        """It is delivered; without a name the one that `first` gave."""
+        with self._lock:
+            entry = taken.entry if taken is not None else next((e for e in self._entries if e.taken), None)
+            if entry is not None:
+                entry.delivered = True
+                self._leave()
 
     def _leave(self) -> None:
         """Take the oldest frames out for good, as far as they are delivered.
