@@ -144,7 +144,8 @@ class Spool:
     def close(self) -> int:
         """Let go of it. Returns how many rows waited that are in memory only, and so are lost now."""
         with self._lock:
-            for entry in self._entries:
+            # A copy: in a full spool each takes the place of the oldest, and those given up have no frame any more.
+            for entry in list(self._entries):
                 if entry.segment == 0 and entry.frame is not None and self._directory is not None:
                     self._store(entry, entry.frame)
             lost = sum(entry.rows for entry in self._entries if entry.segment == 0)

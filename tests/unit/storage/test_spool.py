@@ -194,6 +194,23 @@ def test_in_memory_only():
     assert some.close() == 90
 
 
+def test_what_is_in_memory_goes_to_the_disk_at_the_end(tmp_path):
+    """Also where the spool is full: the newest stay, and what made room for them is counted."""
+    some = spool(tmp_path / "spool", max_bytes=20_000)
+    for n in range(40):
+        some.append(frame(n))
+        # The disk was full at some moments, so that every third is in memory only.
+        entry = some._entries[-1]
+        entry.segment = 0 if n % 3 == 0 else entry.segment
+    before = some.rows + some.dropped_rows
+    assert before == 400
+    assert some.close() == 0
+    assert some.rows + some.dropped_rows == 400
+    again = spool(tmp_path / "spool")
+    assert again.rows >= some.rows
+    again.close()
+
+
 @pytest.mark.needs("root")
 def test_a_full_disk(tmp_path):
     """Rows wait in memory, within bounds, and go to the disk again when there is room."""
