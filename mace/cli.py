@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, lab, module, ping, report
+from mace import __version__, config, correct, demo, lab, module, ping, replay, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -198,7 +198,7 @@ def _record(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    _show(_session(args, None).replay(args.files, store=args.store, salvage=args.salvage), args)
+    _show(_session(args, None).replay(replay.recordings(args), store=args.store), args)
     return 0
 
 
@@ -404,9 +404,7 @@ def _parser() -> argparse.ArgumentParser:
         group(one)
 
     one = command("replay", _replay, "capture files to the same answers as live")
-    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    one.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
-    one.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    replay.add_options(one)
     with_config(one)
     with_json(one)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from collector.files import FileOptions, recording
 from mace.corrected import Corrected, Observed, line
 from mace.errors import Unavailable, UsageError, nearest
 from mace.session import Session
@@ -29,7 +30,7 @@ def corrected(args: argparse.Namespace, session: Session) -> Corrected:
     """The samples in `args.output`, corrected by the packets in `args.capture`."""
     samples, reader = read(_lines(args.output), READERS[args.tool]() if args.tool else None)
     observed = Observed()
-    session.observed(args.capture, observed.add, salvage=args.salvage)
+    session.observed(recording(args.capture, FileOptions(salvage=args.salvage)), observed.add)
     unknown = (reader.unknown.count, reader.unknown.first)
     return Corrected.of(samples, observed, reader.stamps, _netns(observed, args.container), unknown)
 

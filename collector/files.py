@@ -1,0 +1,160 @@
+"""Files that hold a stream: which format each is of, when it was captured, and the source that reads it.
+
+`FORMATS` is the table. A file is of the first format that knows its first bytes; from there on every format replays
+through the same engine. `Recording` is what a replay is made of: plain data, so that it can be sent to another process,
+which opens it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from collector import capture_source
+from mace import wire
+from mace.errors import CaptureError, Unavailable
+from mace.interfaces import Source, StreamHeader
+
+HEAD_BYTES: Final = 1 << 16
+"""How much of a file's beginning a format is recognised by, at most. Text may begin with a long comment."""
+
+
+class FileSource(Source, Protocol):
+    """A `Source` over a file; the properties hold from `open` on, `warnings` at the end."""
+
+    @property
+    def bytes_total(self) -> int:
+        """What there is to read, for a progress bar; 0 if that is not known."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """How far reading has come, at most `bytes_total`."""
+        ...
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the user should know after reading, one line each: damage, a missing end, what cannot be told."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """What can be asked of the reader of any format."""
+
+    salvage: bool = False
+    """Skip damaged parts, counting what they held, instead of raising `CaptureError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a file says of itself."""
+
+    header: StreamHeader
+    first_utc_ns: int
+    """UTC of the first record; of the header where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFormat:
+    """One row of the table. All callables are functions of modules: rows are found by name in other processes."""
+
+    name: str
+    """As users say it: `mace`, `trace.dat`, ..."""
+    meaning: str
+    """What it is, for lists and errors."""
+    recognises: Callable[[bytes], bool]
+    """Whether the first `HEAD_BYTES` of a file (all of a shorter one) are of this format. Cheap; never raises."""
+    describe: Callable[[Sequence[Path], FileOptions], Description]
+    """Reads as little as it takes. Raises `Unavailable` or `CaptureError`."""
+    source: Callable[[Sequence[Path], FileOptions], FileSource]
+    """Does not open anything yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A file (or several that are one stream) whose format is known."""
+
+    paths: tuple[Path, ...]
+    format: str
+    """Name of the row in `FORMATS`."""
+    options: FileOptions
+    header: StreamHeader
+    first_utc_ns: int
+    bytes_total: int
+
+    @property
+    def name(self) -> str:
+        """For a person: the paths."""
+        return " + ".join(map(str, self.paths))
+
+    def source(self) -> FileSource:
+        """A new source over it, not yet open."""
+        return BY_NAME[self.format].source(self.paths, self.options)
+
+
+def sniff(path: Path | str) -> FileFormat:
+    """The format of a file. Raises `Unavailable` where there is none and `CaptureError` where none knows it."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise Unavailable(
+            str(path), error.strerror or str(error), "name a file that `mace record` or another tracer made"
+        ) from error
+    for form in FORMATS:
+        if form.recognises(head):
+            return form
+    said = f"it begins with {head[:8].hex(' ')}" if head else "the file is empty"
+    raise CaptureError(path, 0, f"no format that can be replayed: {said}; these can: {', '.join(BY_NAME)}")
+
+
+def recording(path: Path | str, options: FileOptions | None = None) -> Recording:
+    """One file as a recording. Raises `Unavailable` or `CaptureError`."""
+    return recording_of(sniff(path), (Path(path),), options)
+
+
+def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions | None = None) -> Recording:
+    """Files that are one stream of a given format. Raises `Unavailable` or `CaptureError`."""
+    options = options or FileOptions()
+    told = form.describe(paths, options)
+    size = sum(path.stat().st_size for path in paths)
+    return Recording(tuple(paths), form.name, options, told.header, told.first_utc_ns, size)
+
+
+def in_time_order(paths: Iterable[Path | str], options: FileOptions | None = None) -> list[Recording]:
+    """Recordings by the UTC time of their first record: monotonic clocks of two boots do not compare."""
+    return ordered(recording(path, options) for path in paths)
+
+
+def ordered(recordings: Iterable[Recording]) -> list[Recording]:
+    """The same of recordings that are there already."""
+    return sorted(recordings, key=lambda one: (one.first_utc_ns, one.name))
+
+
+# The formats, each with its adapters. Order matters only where two could know the same bytes.
+
+
+def _is_mace(head: bytes) -> bool:
+    # Also one that was changed or cut in transfer, and an empty one: the reader says what happened to it.
+    return head[:4] == wire.SIGNATURE[: min(len(head), 4)]
+
+
+def _describe_mace(paths: Sequence[Path], options: FileOptions) -> Description:
+    info = capture_source.describe(paths[0], salvage=options.salvage)
+    return Description(info.header, info.first_utc_ns)
+
+
+def _mace_source(paths: Sequence[Path], options: FileOptions) -> FileSource:
+    return capture_source.CaptureSource(paths[0], salvage=options.salvage)
+
+
+FORMATS: Final[tuple[FileFormat, ...]] = (
+    FileFormat("mace", "capture files of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_source),
+)
+"""Formats that replay."""
+
+BY_NAME: Final[dict[str, FileFormat]] = {form.name: form for form in FORMATS}

@@ -1,0 +1,20 @@
+"""`mace replay`: what is replayed. Files of any format that `collector.files` knows, in time order."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from collector.files import BY_NAME, FileOptions, Recording, in_time_order
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `mace replay` but `--config` and `--json`."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"of any of these: {', '.join(BY_NAME)}")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
+    parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+
+
+def recordings(args: argparse.Namespace) -> list[Recording]:
+    """What the arguments name, in time order. Raises `Unavailable` or `CaptureError`."""
+    return in_time_order(args.files, FileOptions(salvage=args.salvage))
