@@ -106,10 +106,10 @@ class _Reader:
         decoder = PageDecoder(layout_of(file, info), formats, self.sightings, key)
         self.decoders.append(decoder)
         # The kernel's counters are in the file without the buffer's name, so only where there is one they are clear.
-        lost = losses_by_cpu(frame.stats) if len([one for one in frame.buffers if one.cpus]) == 1 else None
+        lost = losses_by_cpu(frame.stats) if len([one for one in frame.buffers if one.cpus]) == 1 else {}
         pages = max(_PIECE_PAGES * 4 // max(len(info.cpus), 4), _PIECE_PAGES_MIN)
         for data in info.cpus:
-            total = None if lost is None else lost.get(data.cpu, 0)
+            total = lost.get(data.cpu)
             self.cpus.append(CpuReader(file, info, data, decoder, clock, formats, pages=pages, lost_total=total))
 
     @property
@@ -281,7 +281,7 @@ class _HooksSeen:
                 continue
             name = self._of.setdefault(hook, self._names[key])
             if name != self._names[key]:
-                names = " and ".join(repr(one or "top") for one in sorted((name, self._names[key])))
+                names = " and ".join(repr(one or "top") for one in sorted((name, self._names[key]), reverse=True))
                 raise CaptureError(
                     self._path, 0, f"the buffers {names} both have {Hook(hook).name.lower()}: choose one with --buffer"
                 )
