@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from collector import capture_source, pcap_file, pcap_source, tracecmd_source
+from collector import capture_source, pcap_file, pcap_source, text_source, tracecmd_source
 from collector.file_options import Description, FileOptions, FileSource
 from mace import wire
 from mace.errors import CaptureError, Unavailable
@@ -143,6 +143,13 @@ FORMATS: Final[tuple[FileFormat, ...]] = (
         tracecmd_source.recognises,
         tracecmd_source.describe,
         tracecmd_source.source,
+    ),
+    FileFormat(
+        "text",
+        "what ftrace's trace and trace_pipe, `trace-cmd report` and `perf script` print",
+        text_source.recognises,
+        text_source.describe,
+        text_source.source,
     ),
     FileFormat(
         "pcap",
