@@ -22,7 +22,6 @@ from correlator.engine import Engine, EngineConfig
 from mace.hooks import HOOKS
 from mace.interfaces import Progress
 from mace.lab import HOST, Spec, running
-from mace.records import Batch
 from mace.schema import Delays, Direction, Segment
 from storage.capture import CaptureSink
 from tests.made_tracedat import Made
@@ -195,9 +194,7 @@ def close(run_rows, live_rows, within_ns, *, worst_ns=None):
         assert len(live_utc) >= count
         assert len(np.unique(near)) == len(near)
         apart = np.abs(delay[near] - live_delay)
-        print(
-            f"{Direction(way).name}: {np.median(apart):.0f} ns apart in the median, {np.percentile(apart, 95):.0f} at 95 %"
-        )
+        print(f"{way.name}: {np.median(apart):.0f} ns apart in the median, {np.percentile(apart, 95):.0f} at 95 %")
         assert np.median(apart) <= within_ns
         assert np.percentile(apart, 80) <= (worst_ns or 4 * within_ns)
 

@@ -35,7 +35,7 @@ BASES = {
     "golden": (GOLDEN / "v7-buffers.dat").read_bytes(),
 }
 MEMORY_MAX = 150 << 20
-EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EVERY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read(path, *, salvage=False):
