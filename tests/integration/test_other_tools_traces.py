@@ -6,6 +6,7 @@ kernel makes text; and tcpdump in the container and at the outer device.
 """
 
 import asyncio
+import platform
 import subprocess
 import time
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def run(tmp_path_factory):
         patch.undo()
         if instance is not None:
             instance.remove()
-    made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd")
+    machine = platform.uname()
+    uname = f"Linux {machine.node} {machine.release} {machine.machine}\0".encode()
+    made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd", options=((5, uname),))
     (place / "pages.dat").write_bytes(made.content())
     return Run(
         *(place / n for n in ("live.mace", "pages.dat", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap"))
@@ -184,6 +187,11 @@ def test_the_very_same_records_give_the_very_same_rows(run, live):
     assert results[-1].ledger.lost == 0
 
 
+def in_mono(run):
+    """Neither text nor what is extracted of an instance tells that this was its clock."""
+    return FileOptions(topology=run.live, clock="mono")
+
+
 def close(run_rows, live_rows, within_ns, *, worst_ns=None):
     """Whether the packets are the same and their delays differ by no more than what lies between the stamps."""
     for way, count in ((Direction.EGRESS, PINGS + DATAGRAMS), (Direction.INGRESS, PINGS)):
@@ -201,16 +209,15 @@ def close(run_rows, live_rows, within_ns, *, worst_ns=None):
 
 def test_what_trace_cmd_extracted(run, live):
     """Another instance: each event has a stamp of its own, some hundred ns from ours."""
-    header, rows, _ = replayed(recording(run.extracted, FileOptions(topology=run.live)))
+    header, rows, _ = replayed(recording(run.extracted, in_mono(run)))
     assert header.clock == live[0].clock
     close(rows, live[1], 2_000)
 
 
 def test_the_text_of_the_same_records(run):
     """Text and trace.dat of one instance: the same but for what text cuts off, and addresses that are hashes."""
-    options = FileOptions(topology=run.live, clock="mono")
-    _, rows, results = replayed(recording(run.extracted, FileOptions(topology=run.live)))
-    _, text, text_results = replayed(recording(run.text, options))
+    _, rows, results = replayed(recording(run.extracted, in_mono(run)))
+    _, text, text_results = replayed(recording(run.text, in_mono(run)))
     assert text_results[-1].ledger.records == results[-1].ledger.records
     for way in (Direction.EGRESS, Direction.INGRESS):
         delay, text_delay = overheads(rows, way)[1], overheads(text, way)[1]

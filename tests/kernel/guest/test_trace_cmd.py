@@ -35,8 +35,8 @@ pytestmark = pytest.mark.skipif(
 
 PINGS, DATAGRAMS = 30, 60
 APART_NS = 60_000
-"""Delays of four in five packets differ by less: in the emulator a stamp of one tracer is a few µs from that of another,
-and the other CPU may run in between."""
+"""Delays of four in five packets differ by less: in the emulator the stamps of two tracers in one event are a few µs
+apart, and the other CPU may run in between."""
 
 Stream = tuple[StreamHeader, list[StreamItem]]
 

@@ -238,7 +238,7 @@ def test_other_clocks_are_told_of(file, clock):
 def test_a_file_that_does_not_say_its_clock_takes_the_users_word(file):
     path = file(Made(PAGES, clock=""))
     assert any("does not say which clock" in line for line in replayed(path)[3].warnings)
-    assert not any("clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
+    assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
     with pytest.raises(CaptureError, match="recorded with the clock 'boot', not 'mono' as asked for"):
         replayed(file(Made(PAGES, clock="boot")), FileOptions(clock="mono"))
 
@@ -273,3 +273,9 @@ def test_an_empty_recording(file):
 def test_all_columns_have_their_types(file):
     _, batch, _, _ = replayed(file(Made(PAGES)))
     assert {name: column.dtype for name, column in batch.columns()} == DTYPES
+
+
+def test_an_instance_whose_clock_is_told_wrongly(file):
+    path = file(Made({"": {}, "packets": {0: traffic(0, 2)}}, clock="local"))
+    assert any("says local of every instance" in line for line in replayed(path)[3].warnings)
+    assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
