@@ -17,7 +17,7 @@ from mace.topology import Topology
 from tests.made_capture import TOPOLOGY, batches, capture_bytes
 from tests.made_capture import traffic as mace_traffic
 from tests.made_tracedat import FORMS, Made, event, to_big, traffic
-from tests.ring_pages import EVENTS, Page, layout, simple_decode
+from tests.ring_pages import EVENTS, Page, formats, layout, payload, simple_decode
 
 PAGES = {"": {0: traffic(0, 7), 1: traffic(1, 4), 5: traffic(5, 1)}}
 
@@ -279,3 +279,23 @@ def test_an_instance_whose_clock_is_told_wrongly(file):
     path = file(Made({"": {}, "packets": {0: traffic(0, 2)}}, clock="local"))
     assert any("says local of every instance" in line for line in replayed(path)[3].warnings)
     assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
+
+
+def test_fields_in_another_order_and_events_with_other_numbers(file):
+    """As another kernel has them: nothing but the names of fields is taken for granted."""
+    events = {
+        "net:net_dev_queue": (17, "__data_loc char[] name, unsigned int len, void * skbaddr"),
+        "net:netif_receive_skb": (903, "u16 more, void * skbaddr, u8 other, __data_loc char[] name, unsigned int len"),
+    }
+    forms = {form.event: form for form in formats(events)}
+    page = Page(layout(), 10**12)
+    page.event(payload(forms["net:net_dev_queue"], name=b"eth0", skbaddr=256, len=98), 5)
+    page.event(payload(forms["net:netif_receive_skb"], name=b"veth-of-somebody"[:15], skbaddr=256, len=84, more=7), 5)
+    for big in (False, True):
+        raw = to_big(page.bytes(), layout(), list(forms.values())) if big else page.bytes()
+        _, batch, topologies, _ = replayed(file(Made({"": {3: [raw]}}, events=events, big=big)))
+        assert batch.hook.tolist() == [Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB]
+        assert batch.l3_len.tolist() == [84, 84]
+        assert batch.skb_id[0] == batch.skb_id[1]
+        assert batch.cpu.tolist() == [3, 3]
+        assert [topologies[-1].sightings[dev].name for dev in batch.dev] == ["eth0", "veth-of-somebod"]
