@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, lab, module, ping, replay, report
+from mace import __version__, config, correct, demo, export, lab, module, ping, replay, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -425,6 +425,14 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("report", report.run, "tables, paths and pictures of what a store holds")
     report.add_options(one)
+    with_config(one)
+    with_json(one)
+
+    exports = commands.add_parser("export", help="what others can look at: perfetto").add_subparsers(
+        metavar="FORMAT", required=True
+    )
+    one = command("perfetto", export.run, "recordings to a Perfetto trace, a timeline of packets", exports)
+    export.add_options(one)
     with_config(one)
     with_json(one)
 

@@ -104,6 +104,12 @@ def _qemu() -> str | None:
     return vm.missing()
 
 
+def _trace_processor() -> str | None:
+    from tests import trace_processor  # here, because few tests ask
+
+    return trace_processor.missing()
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -113,6 +119,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "perf": lambda: _program("perf", "--version"),
     "tcpdump": lambda: _program("tcpdump", "--version"),
     "qemu": _qemu,
+    "trace_processor": _trace_processor,
     "cc": lambda: _program("cc", "--version"),
     "c++": lambda: _program("c++", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
