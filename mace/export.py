@@ -34,7 +34,7 @@ from mace.report import instant_ns
 from mace.schema import NOT_TOLD, Direction, Results
 from mace.session import REPLAY_SLICE_NS
 from mace.summary import Summary
-from mace.timeline import Follower, Packets, Settled
+from mace.timeline import Follower, Settled
 from storage.perfetto import TOLD_BY, PerfettoTrace, Told
 
 Mask = npt.NDArray[np.bool_]
@@ -213,7 +213,7 @@ def export(
         if packets or worst:
             choice = _Choice(wanted, set(packets or ()), worst or 0)
             for recording in recordings:
-                _follow(recording, engine, lambda header: Follower(header), choice.look)
+                _follow(recording, engine, Follower, choice.look)
             chosen = choice.chosen()
         for recording in recordings:
             writer = _Writer(trace, wanted, chosen, found, records=records)
@@ -372,10 +372,8 @@ class _Writer:
     def write(self, settled: Settled) -> None:
         packets, rows = settled.packets, settled.rows
         self.tracks.devices(settled.devices)
-        if self._chosen is None:
-            mask = self._wanted.packets(settled)
-        else:
-            mask = np.isin(packets.seen.packet, self._chosen)
+        chosen = self._chosen
+        mask = self._wanted.packets(settled) if chosen is None else np.isin(packets.seen.packet, chosen)
         self._found.packets += int(mask.sum())
         for number, count in enumerate(np.bincount(packets.told_by[mask], minlength=len(TOLD_BY)).tolist()):
             if number:

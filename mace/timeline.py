@@ -1,8 +1,9 @@
 """The raw stream and what the correlator made of it, brought together again: which records are of which packet.
 
 The correlator says of a packet when it was where, and calls it by a hash of its first record. The records themselves
-have what it has no use for: the processor, the reason of a drop, ports. So records wait here until the packets that began
-before them are known (`Results.settled_utc_ns`), and find their packets by the name of the first record and the buffer.
+have what it has no use for: the processor, the reason of a drop, ports. So records wait here until the packets that
+began before them are known (`Results.settled_utc_ns`), and find their packets by the name of the first record and the
+buffer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lanes: which of several tracks of a device each hop is drawn on, so that no two on one lane overlap.
 
-Slices on one Perfetto track must nest, but packets overtake one another: two CPUs send through one bridge at once, and a
-thousand packets may wait in one queue. Each hop gets the first lane of its device that is free when it begins. Mostly
+Slices on one Perfetto track must nest, but packets overtake one another: two CPUs send through one bridge at once, and
+a thousand packets may wait in one queue. Each hop gets the first lane of its device that is free when it begins. Mostly
 that is lane 0, which whole arrays find out; only where hops do overlap they are looked at one by one.
 """
 

@@ -11,8 +11,8 @@
     ├── ledger              where the records went: counters
     └── records, CPU 0      every record as it was seen
 
-A flow joins the slices of one packet, and those of its reply where the caller knows it. The file is written as it comes:
-what is kept is a few numbers for each track. docs/design/018-perfetto.md has the reasons.
+A flow joins the slices of one packet, and those of its reply where the caller knows it. The file is written as it
+comes: what is kept is a few numbers for each track. docs/design/018-perfetto.md has the reasons.
 """
 
 from __future__ import annotations
