@@ -96,7 +96,7 @@ class Bundle:
 
     @classmethod
     def parse(cls, offset: int, data: bytes, *, most: int = 1 << 62) -> Bundle:
-        """Find the events, or the first `most` of them. What is damaged is told by `wrong`; those before it are good."""
+        """Find the events, or the first `most` of them. `wrong` tells of damage; those before it are good."""
         bundle = cls(offset, data)
         starts, ends = bundle.starts, bundle.ends
         at, size = 0, len(data)

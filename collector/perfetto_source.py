@@ -242,6 +242,14 @@ class PerfettoSource:
             if watermark is not None and watermark > -_HOLD_BACK_NS:
                 yield self._once(self._merger.take(watermark), several=several)
         self._uncounted = losses.uncounted
+        for stream, state in streams.items():
+            if state.lost:
+                end = state.last_ns or self._opened.first_ns
+                self._merger.push(keys[stream], marker(stream[1], end, state.lost, end))
+        for cpu, lost in losses.rest().items():
+            self._merger.add_cpu(len(keys) + cpu, -_NEVER_NS)
+            end = self._merger.given_ns or self._opened.first_ns
+            self._merger.push(len(keys) + cpu, marker(cpu, end, lost, end))
         yield self._once(self._merger.flush(), several=several)
 
     def _pieces(self) -> Iterator[list[tuple[Stream, Bundle, bool]]]:
@@ -280,17 +288,21 @@ class PerfettoSource:
         if decoded.why:
             self._packets.refuse(bundle.offset, f"events of CPU {bundle.cpu}: {decoded.why}")
             self._discarded += decoded.damaged
+        if bundle.lost:
+            state.lost += losses.settle(bundle.cpu)
+        state.lost += dropped
         state.gap = state.gap or bundle.lost or dropped or bool(decoded.why)
-        state.told = state.told or bundle.lost or dropped
+        if not state.begun:
+            state.lost += losses.at_the_start(bundle.cpu)
         batch = decoded.batch
         if not len(batch):
             return
         ts = self._monotonic_of(bundle, batch.ts_ns)
         first = int(ts.min())
-        if state.gap or (losses.outstanding(bundle.cpu) and state.last_ns is None):
-            lost = losses.settle(bundle.cpu) if state.told or state.last_ns is None else 0
-            yield marker(bundle.cpu, min(first if state.last_ns is None else state.last_ns, first), lost, first)
-            state.gap = state.told = False
+        if state.gap or state.lost:
+            yield marker(bundle.cpu, min(first if state.last_ns is None else state.last_ns, first), state.lost, first)
+            state.gap, state.lost = False, 0
+        state.begun = True
         state.last_ns = int(ts.max())
         yield Batch(ts, *(column for name, column in batch.columns() if name != "ts_ns"))
 
@@ -337,9 +349,11 @@ class _StreamState:
     """Packets with events."""
     last_ns: int | None = None
     gap: bool = False
-    """Something was lost since the last record."""
-    told: bool = False
-    """... by the ring or a buffer, not by salvage."""
+    """Something was lost, or could not be read, since the last record."""
+    lost: int = 0
+    """... so many, by the ring or a buffer."""
+    begun: bool = False
+    """It has had a record."""
 
     def __post_init__(self) -> None:
         # No packet from here on begins before this.
@@ -356,16 +370,22 @@ class _Losses:
 
     def __init__(self, found: Survey) -> None:
         self._left = dict(found.lost)
+        self._gaps = dict(found.flagged)
         self.uncounted = 0
 
-    def outstanding(self, cpu: int) -> int:
-        """Lost events that no gap has been given yet."""
-        return self._left.get(cpu, 0)
-
     def settle(self, cpu: int) -> int:
-        """What the next gap lost: all that is left, at least one."""
+        """What the next gap of a CPU lost: all that is left but one for each gap that is to come; at least one."""
+        gaps = self._gaps.get(cpu, 1)
         left = self._left.get(cpu, 0)
+        lost = max(settle([None] * gaps, left)[0], 1)
+        self._gaps[cpu], self._left[cpu] = gaps - 1, max(left - lost, 0)
         self.uncounted += 1
-        lost = settle([None], left)[0] if left else 1
-        self._left[cpu] = left - min(lost, left)
         return lost
+
+    def at_the_start(self, cpu: int) -> int:
+        """What a CPU lost of which no gap is told: before its first packet, since that may be where it was."""
+        return self._left.pop(cpu, 0) if not self._gaps.get(cpu) else 0
+
+    def rest(self) -> dict[int, int]:
+        """By CPU: what was lost of which no packet tells anything."""
+        return {cpu: left for cpu, left in self._left.items() if left}

@@ -37,6 +37,8 @@ class Survey:
     """Of each packet of a stream that has events: the time of its first one, in its own clock."""
     lost: dict[int, int] = field(default_factory=dict)
     """By CPU: what the kernel says it lost while the trace was made; empty where nothing is said."""
+    flagged: dict[int, int] = field(default_factory=dict)
+    """By CPU: packets that say that events were lost before them."""
     kernel: str = ""
     run: str = ""
     cpus: int = 0
@@ -83,6 +85,8 @@ def _take(packet: Packet, found: Survey, snapshots: list[dict[int, int]], stats:
             return
         bundle = Bundle.parse(packet.offset, raw, most=FIRST_EVENTS)
         found.cpus = max(found.cpus, bundle.cpu + 1)
+        if bundle.lost:
+            found.flagged[bundle.cpu] = found.flagged.get(bundle.cpu, 0) + 1
         first = bundle.first_ns()
         if first is not None:
             found.clock_kinds.add(bundle.clock)

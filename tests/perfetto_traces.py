@@ -59,8 +59,8 @@ def make(
 ):
     """A trace (bytes) of a batch. `sightings`: device names by code.
 
-    `form`: `generic` events name their fields, `described` ones have descriptors. With `numbers` the addresses of buffers
-    are numbers of the bundle where traced makes them so; `xmit_done` puts net_dev_xmit behind each
+    `form`: `generic` events name their fields, `described` ones have descriptors. With `numbers` the addresses of
+    buffers are numbers of the bundle where traced makes them so; `xmit_done` puts net_dev_xmit behind each
     net_dev_start_xmit. `lost`: numbers of bundles that say that events were lost before them. `stats`: (cpu, overrun).
     """
     packets = []
@@ -78,7 +78,7 @@ def make(
         sequence=sequence,
         clock=clock,
     )
-    packets += [process_tree(), *_stats(stats)]
+    packets += [process_tree(), *stats_packets(stats)]
     return joined(packets, compress)
 
 
@@ -120,7 +120,7 @@ def process_tree():
     return packet
 
 
-def _stats(stats):
+def stats_packets(stats):
     for phase in (1, 2) if stats else ():
         packet = protos.TracePacket(trusted_packet_sequence_id=SEQUENCE)
         packet.ftrace_stats.phase = phase
