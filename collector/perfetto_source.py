@@ -221,6 +221,7 @@ class PerfettoSource:
 
     def _merged(self) -> Iterator[Batch]:
         assert self._opened is not None
+        assert self._packets is not None
         found = self._opened.survey
         streams = {stream: _StreamState(stream, times) for stream, times in found.first_ns.items()}
         keys = {stream: number for number, stream in enumerate(streams)}
@@ -232,9 +233,12 @@ class PerfettoSource:
             for (stream, bundle, dropped), decoded in zip(
                 piece, self.decoder.decode([bundle for _, bundle, _ in piece]), strict=True
             ):
+                if decoded.why:
+                    self._packets.refuse(bundle.offset, f"events of CPU {bundle.cpu}: {decoded.why}")
+                    self._discarded += decoded.damaged
                 state = streams.get(stream)
                 if state is None:
-                    continue
+                    continue  # none of its events has a time
                 for batch in self._finished(state, bundle, decoded, losses, dropped=dropped):
                     self._merger.push(keys[stream], batch)
                 self._merger.complete(keys[stream], self._monotonic(bundle, state.complete_ns()))
@@ -282,12 +286,8 @@ class PerfettoSource:
         self, state: _StreamState, bundle: Bundle, decoded: Decoded, losses: _Losses, *, dropped: bool
     ) -> Iterator[Batch]:
         """The records of a bundle on CLOCK_MONOTONIC, after a marker for what was lost before them."""
-        assert self._packets is not None
         if bundle.first_ns() is not None:
             state.seen += 1
-        if decoded.why:
-            self._packets.refuse(bundle.offset, f"events of CPU {bundle.cpu}: {decoded.why}")
-            self._discarded += decoded.damaged
         if bundle.lost:
             state.lost += losses.settle(bundle.cpu)
         state.lost += dropped
