@@ -15,6 +15,7 @@ arrow is better than a wrong one.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from enum import IntEnum
@@ -95,13 +96,16 @@ class Replies:
 
     def __init__(self, began_ns: int) -> None:
         self._began_ns = began_ns
+        self._gaps: list[tuple[int, int]] = []
         self._echoes: OrderedDict[tuple[int, ...], tuple[int, int, int]] = OrderedDict()
         self._turns: OrderedDict[tuple[int, ...], _Turns] = OrderedDict()
 
-    def forget(self, upto_ns: int) -> None:
-        """Packets before this time may have been missed: who asks must show itself anew."""
-        self._turns.clear()
-        self._began_ns = max(self._began_ns, upto_ns)
+    def lost(self, after_ns: int, upto_ns: int) -> None:
+        """Packets between these times may have been missed: who asks must show itself anew.
+
+        Told before packets from `after_ns` on come to `match`.
+        """
+        insort(self._gaps, (after_ns, upto_ns))
 
     def match(self, seen: Seen) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
         """For each packet the one that it answers (0: none is known), and how that is known (`ToldBy`)."""
@@ -111,6 +115,9 @@ class Replies:
         for row, (packet, container, way, begin, length, dropped, proto, near, far, bits) in enumerate(
             zip(*columns, strict=True)
         ):
+            while self._gaps and self._gaps[0][0] <= begin:
+                self._began_ns = max(self._began_ns, self._gaps.pop(0)[1])
+                self._turns.clear()
             if container == NOT_TOLD:
                 continue
             if (proto, bits) in _ASKS:

@@ -24,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from collector.files import BY_NAME, FileOptions, Recording, in_time_order
+from collector.files import BY_NAME, Recording, in_time_order
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
 from mace import config, pipeline
 from mace.errors import UsageError, nearest
 from mace.interfaces import StreamHeader, StreamItem
+from mace.replay import add_file_options, file_options
 from mace.report import instant_ns
 from mace.schema import NOT_TOLD, Direction, Results
 from mace.session import REPLAY_SLICE_NS
@@ -69,14 +70,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="packets that begin in between: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
     )
     parser.add_argument("--no-records", action="store_true", help="leave out the raw records")
-    parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    add_file_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """`mace export perfetto` with parsed options; its exit status."""
     if args.worst is not None and not 1 <= args.worst <= _MOST_CHOSEN:
         raise UsageError(f"--worst {args.worst}: 1 to {_MOST_CHOSEN}")
-    recordings = in_time_order(args.files, FileOptions(salvage=args.salvage))
+    recordings = in_time_order(args.files, file_options(args))
     wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
     engine = replace(pipeline.engine_config(config.load(args.config)), slice_ns=REPLAY_SLICE_NS, rows=True)
     found = export(

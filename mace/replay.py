@@ -12,6 +12,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace replay` but `--config` and `--json`."""
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"of any of these: {', '.join(BY_NAME)}")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
+    add_file_options(parser)
+
+
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of the readers of files."""
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
     group = parser.add_argument_group("files of other tools")
     group.add_argument(
@@ -23,4 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def recordings(args: argparse.Namespace) -> list[Recording]:
     """What the arguments name, in time order. Raises `Unavailable` or `CaptureError`."""
-    return in_time_order(args.files, FileOptions(args.salvage, args.topology, args.buffer, args.clock))
+    return in_time_order(args.files, file_options(args))
+
+
+def file_options(args: argparse.Namespace) -> FileOptions:
+    """What `add_file_options` has asked."""
+    return FileOptions(args.salvage, args.topology, args.buffer, args.clock)

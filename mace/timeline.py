@@ -156,8 +156,8 @@ class Follower:
         )[in_time]
         if self._replies is None:
             self._replies = Replies(results.upto_utc_ns)
-        for _, until in results.gaps_utc_ns:
-            self._replies.forget(until)
+        for gap in results.gaps_utc_ns:
+            self._replies.lost(*gap)
         request, told_by = self._replies.match(seen)
         packets = Packets(
             seen, end[in_time], whole[in_time], request, told_by, np.where(dropped, drop_reason, 0)[in_time]
