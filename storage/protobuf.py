@@ -125,14 +125,11 @@ def interleaved(parts: list[tuple[npt.NDArray[np.int64], list[Bytes]]], count: i
     if len(parts) == 1:
         _, pieces = parts[0]
         return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)).tobytes()
-    length = np.zeros(count, np.int64)
-    for rows, pieces in parts:
-        length[rows] = sum(piece.shape[1] for piece in pieces)
-    start = np.cumsum(length) - length
-    out = np.empty(int(length.sum()), np.uint8)
-    for rows, pieces in parts:
-        at = start[rows][:, None]
-        for piece in pieces:
-            out[at + np.arange(piece.shape[1])] = piece
-            at = at + piece.shape[1]
-    return out.tobytes()
+    # Cut into one bytes object a row: putting single bytes into place takes three times as long.
+    raws: list[bytes] = []
+    for _, pieces in parts:
+        whole = np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1))
+        raws += whole.view(f"V{whole.shape[1]}").ravel().tolist()
+    order = np.empty(count, np.int64)
+    order[np.concatenate([rows for rows, _ in parts])] = np.arange(count)
+    return b"".join(map(raws.__getitem__, order.tolist()))
