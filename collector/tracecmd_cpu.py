@@ -26,13 +26,21 @@ _CPU_NUMBER: Final = re.compile(r"^CPU:?\s*(\d{1,9})\s*$", re.MULTILINE)
 
 
 def losses_by_cpu(stats: Sequence[str]) -> dict[int, int]:
-    """Events that the kernel counted as lost, by CPU, out of its `stats` files."""
+    """Events that the kernel counted as lost, by CPU, out of its `stats` files.
+
+    A file has those of all instances one after the other and without names: where a CPU is told of twice, nothing is
+    known of it.
+    """
     lost: dict[int, int] = {}
+    twice: set[int] = set()
     for text in stats:
         number = _CPU_NUMBER.search(text)
         if number:
-            lost[int(number[1])] = sum(map(int, _LOSSES.findall(text)))
-    return lost
+            cpu = int(number[1])
+            if cpu in lost:
+                twice.add(cpu)
+            lost[cpu] = sum(map(int, _LOSSES.findall(text)))
+    return {cpu: count for cpu, count in lost.items() if cpu not in twice}
 
 
 @dataclass(frozen=True, slots=True)

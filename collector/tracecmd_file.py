@@ -72,6 +72,7 @@ class BufferInfo:
     page_size: int
     compressed: bool
     cpus: tuple[CpuData, ...]
+    """Those with pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ class TraceFile:
         self.path: Final = Path(path)
         self.salvage: Final = salvage
         self._algorithm = "none"
+        self._zstd = zstandard.ZstdDecompressor()
         self.warnings: list[str] = []
         """What salvage left out, one line each."""
         try:
@@ -188,7 +190,7 @@ class TraceFile:
                 if told not in (zstandard.CONTENTSIZE_UNKNOWN, size):
                     raise CaptureError(self.path, at, f"a part of {size} bytes whose zstd frame has {told}")
                 # Where the frame does not tell its size, this is how much it may be; the library stops there.
-                raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
+                raw = self._zstd.decompress(packed, max_output_size=size)
             else:
                 raw = zlib.decompressobj().decompress(packed, size + 1)
         except (zlib.error, zstandard.ZstdError) as error:
@@ -272,7 +274,7 @@ class TraceFile:
             CpuData(cpu, parts.number(8, "the offset of a CPU's pages"), parts.number(8, "the size of a CPU's pages"))
             for cpu in range(cpus)
         ]
-        return BufferInfo(name, frame.clock, frame.page_size, False, tuple(where))
+        return BufferInfo(name, frame.clock, frame.page_size, False, tuple(one for one in where if one.size))
 
     def _version_7(self, frame: Frame, offset: int) -> None:
         seen: set[int] = set()
@@ -335,8 +337,9 @@ class TraceFile:
         for one in where:
             if one.cpu >= CPUS_MAX:
                 raise data.refuse(f"CPU {one.cpu}; expected less than {CPUS_MAX}")
-        compressed = self._section(offset, _OPTION_BUFFER)[1] if where and self.size > offset else False
-        return BufferInfo(name, clock, page_size, compressed, tuple(where))
+        filled = tuple(one for one in where if one.size)
+        compressed = self._section(offset, _OPTION_BUFFER)[1] if filled else False
+        return BufferInfo(name, clock, page_size, compressed, filled)
 
     # --- what both versions have ----------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from collector import known_topology
 from collector.file_options import Description, FileOptions, FileSource
 from collector.ftrace_pages import PageDecoder, Sightings
 from collector.ftrace_source import keep_freed_memory
-from collector.known_topology import NAMES_ONLY, TopologyTeller
+from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.merge import Merger
 from collector.tracecmd_clock import clock_of
 from collector.tracecmd_cpu import CpuReader, Part, losses_by_cpu
@@ -45,7 +45,6 @@ _HOLD_BACK_NS: Final = 50_000_000
 _NEVER_NS: Final = 1 << 62
 _DATE_UNCERTAINTY_NS: Final = 1_000_000
 """`trace-cmd record --date` reads the wall clock between two marks that it writes; microseconds are all it keeps."""
-_DAY_NS: Final = 86_400 * 10**9
 
 
 def recognises(head: bytes) -> bool:
@@ -98,7 +97,7 @@ class _Reader:
             raise CaptureError(
                 file.path, 0, f"none of the network events that are measured was recorded; {_events_told(frame)}"
             )
-        clock = clock_of(file.path, frame, info.clock, asked_clock)
+        clock = clock_of(file.path, frame, info, asked_clock)
         if clock.warning and (line := f"{file.path}: {clock.warning}") not in self.warnings:
             self.warnings.append(line)
         self._monotonic = self._monotonic and clock.is_monotonic
@@ -106,10 +105,10 @@ class _Reader:
         decoder = PageDecoder(layout_of(file, info), formats, self.sightings, key)
         self.decoders.append(decoder)
         # The kernel's counters are in the file without the buffer's name, so only where there is one they are clear.
-        lost = losses_by_cpu(frame.stats) if len([one for one in frame.buffers if one.cpus]) == 1 else None
+        lost = losses_by_cpu(frame.stats) if len([one for one in frame.buffers if one.cpus]) == 1 else {}
         pages = max(_PIECE_PAGES * 4 // max(len(info.cpus), 4), _PIECE_PAGES_MIN)
         for data in info.cpus:
-            total = None if lost is None else lost.get(data.cpu, 0)
+            total = lost.get(data.cpu)
             self.cpus.append(CpuReader(file, info, data, decoder, clock, formats, pages=pages, lost_total=total))
 
     @property
@@ -132,11 +131,8 @@ class _Reader:
         elif frame.date_offset_ns is not None:
             clock = ClockPair(self.first_ns, self.first_ns + frame.date_offset_ns, _DATE_UNCERTAINTY_NS)
         else:
-            clock = ClockPair(self.first_ns, path.stat().st_mtime_ns, _DAY_NS)
-            self.warnings.append(
-                f"{path}: it does not tell the time of day, so its first record is dated by when the file was last "
-                "written (`trace-cmd record --date` would tell; so does a capture given as --topology)"
-            )
+            clock = dated_by_file(path, self.first_ns)
+            self.warnings.append(f"{path}: {NO_DATE}")
         return StreamHeader(
             source=NAME,
             host=host or "unknown",
@@ -281,7 +277,7 @@ class _HooksSeen:
                 continue
             name = self._of.setdefault(hook, self._names[key])
             if name != self._names[key]:
-                names = " and ".join(repr(one or "top") for one in sorted((name, self._names[key])))
+                names = " and ".join(repr(one or "top") for one in sorted((name, self._names[key]), reverse=True))
                 raise CaptureError(
                     self._path, 0, f"the buffers {names} both have {Hook(hook).name.lower()}: choose one with --buffer"
                 )

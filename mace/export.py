@@ -24,13 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from collector.files import BY_NAME, Recording, in_time_order
+from collector.files import FORMATS, Recording
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
-from mace import config, pipeline
+from mace import config, pipeline, replay
 from mace.errors import UsageError, nearest
 from mace.interfaces import StreamHeader, StreamItem
-from mace.replay import add_file_options, file_options
 from mace.report import instant_ns
 from mace.schema import NOT_TOLD, Direction, Results
 from mace.session import REPLAY_SLICE_NS
@@ -52,7 +51,8 @@ assert tuple(told.name.lower() for told in ToldBy)[1:] == TOLD_BY[1:]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace export perfetto` but `--config` and `--json`."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"of any of these: {', '.join(BY_NAME)}")
+    formats = ", ".join(form.name for form in FORMATS)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"of any of these: {formats}")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument(
@@ -70,14 +70,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="packets that begin in between: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
     )
     parser.add_argument("--no-records", action="store_true", help="leave out the raw records")
-    add_file_options(parser)
+    replay.add_file_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """`mace export perfetto` with parsed options; its exit status."""
     if args.worst is not None and not 1 <= args.worst <= _MOST_CHOSEN:
         raise UsageError(f"--worst {args.worst}: 1 to {_MOST_CHOSEN}")
-    recordings = in_time_order(args.files, file_options(args))
+    recordings = replay.recordings(args)
     wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
     engine = replace(pipeline.engine_config(config.load(args.config)), slice_ns=REPLAY_SLICE_NS, rows=True)
     found = export(

@@ -16,7 +16,23 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, offline, perfetto, ring_drain, rows, versus, wire
+from tests.benchmark import (
+    ftrace_decode,
+    graded,
+    kmod,
+    live,
+    matching,
+    mqtt,
+    offline,
+    pcap_pairs,
+    perfetto,
+    ring_drain,
+    rows,
+    sinks,
+    tracedat,
+    versus,
+    wire,
+)
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -33,6 +49,15 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "kmod_vs_ftrace": kmod.versus_ftrace,
     "perfetto_read": perfetto.read,
     "perfetto_write": perfetto.write,
+    "encode": sinks.encode,
+    "influx_write": sinks.influx_write,
+    "victoria_write": sinks.victoria_write,
+    "mqtt_ingest": mqtt.through,
+    "fleet": mqtt.fleet,
+    "graded_correlation": graded.run,
+    "matching": matching.run,
+    "tracedat_read": tracedat.read,
+    "pcap_pairs": pcap_pairs.read,
 }
 
 
