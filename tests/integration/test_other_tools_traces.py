@@ -80,7 +80,11 @@ def second_instance():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    place = tmp_path_factory.mktemp("tools")
+    return record(tmp_path_factory.mktemp("tools"), PINGS, DATAGRAMS)
+
+
+def record(place, pings, datagrams):
+    """One run in the lab, by all means at once."""
     KeepingRing.kept.clear()
     patch = pytest.MonkeyPatch()
     patch.setattr(ftrace_source, "ReadRing", KeepingRing)
@@ -93,7 +97,7 @@ def run(tmp_path_factory):
                 tcpdump(lab, HOST, lab.outer_device, place / "outer.pcap"),
             ]
             instance = second_instance()
-            formats = asyncio.run(recorded(lab, place / "live.mace"))
+            formats = asyncio.run(recorded(lab, place / "live.mace", pings, datagrams))
             time.sleep(0.5)
             instance.record(on=False)
             for dump in dumps:
@@ -110,12 +114,11 @@ def run(tmp_path_factory):
     uname = f"Linux {machine.node} {machine.release} {machine.machine}\0".encode()
     made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd", options=((5, uname),))
     (place / "pages.dat").write_bytes(made.content())
-    return Run(
-        *(place / n for n in ("live.mace", "pages.dat", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap"))
-    )
+    names = ("live.mace", "pages.dat", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap")
+    return Run(*(place / name for name in names))
 
 
-async def recorded(lab, target):
+async def recorded(lab, target, pings, datagrams):
     """Live capture of some traffic into a file; the formats of its events."""
     follower = DeviceFollower(
         host_netns=str(lab.netns_path(HOST)), outer=(lab.outer_device,), remote_netns=(lab.netns_path("remote").name,)
@@ -131,7 +134,7 @@ async def recorded(lab, target):
     reading = asyncio.create_task(read())
     await asyncio.sleep(0.3)
     formats = {info.tracepoint: source._instance.event_format(info.tracepoint) for info in HOOKS}
-    await asyncio.to_thread(traffic, lab)
+    await asyncio.to_thread(traffic, lab, pings, datagrams)
     await asyncio.sleep(0.3)
     source.request_stop()
     await reading
@@ -140,9 +143,9 @@ async def recorded(lab, target):
     return formats
 
 
-def traffic(lab):
-    lab.ping("c1", count=PINGS, interval_s=0.005)
-    lab.udp("c1", count=DATAGRAMS, size=100, rate_pps=2000)
+def traffic(lab, pings, datagrams):
+    lab.ping("c1", count=pings, interval_s=0.005)
+    lab.udp("c1", count=datagrams, size=100, rate_pps=2000)
 
 
 def replayed(one):

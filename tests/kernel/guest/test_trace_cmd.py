@@ -38,6 +38,7 @@ APART_NS = 60_000
 """Delays of four in five packets differ by less: in the emulator the stamps of two tracers in one event are a few µs
 apart, and the other CPU may run in between."""
 
+LAST_EVENT = Path("/sys/kernel/tracing/events") / HOOKS[-1].tracepoint.replace(":", "/") / "enable"
 Stream = tuple[StreamHeader, list[StreamItem]]
 
 
@@ -45,6 +46,16 @@ def follower(lab: Lab) -> DeviceFollower:
     return DeviceFollower(
         host_netns=str(lab.netns_path(HOST)), outer=(lab.outer_device,), remote_netns=(lab.netns_path("remote").name,)
     )
+
+
+def wait_until_recording(process: subprocess.Popen[str], place: Path) -> None:
+    """Until the last event is enabled and each CPU has its file; what it says comes only when it ends."""
+    deadline = time.monotonic() + 120
+    while LAST_EVENT.read_text().strip() != "1" or not list(place.glob("trace.dat.cpu*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "trace-cmd did not begin"
+        time.sleep(0.2)
+    time.sleep(1)
 
 
 async def both(lab: Lab, target: Path) -> list[Stream]:
@@ -100,11 +111,7 @@ def seen(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Delays
     argv = ["trace-cmd", "record", "-C", "mono", *events, "-o", str(place / "trace.dat")]
     process = subprocess.Popen(argv, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "Hit Ctrl^C" in line:
-                break
-        time.sleep(0.5)
+        wait_until_recording(process, place)
         ftrace, module = asyncio.run(both(lab, place / "live.mace"))
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)

@@ -1,6 +1,7 @@
 """Pairs of packet captures: which packet is which, how long it took, and what is not clear is left alone."""
 
 import asyncio
+import itertools
 import struct
 
 import numpy as np
@@ -279,4 +280,4 @@ def test_keys_that_differ_in_their_last_bits_only():
     many[1_000:2_000] = many[:1_000]
     order = _by_key(many)
     assert many[order].tolist() == sorted(many.tolist())
-    assert all(b > a for a, b in zip(order, order[1:], strict=False) if many[a] == many[b])
+    assert all(b > a for a, b in itertools.pairwise(order) if many[a] == many[b])
