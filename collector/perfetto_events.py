@@ -22,15 +22,17 @@ with one another, and those that name a device are counted in `unresolved`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from collector.ftrace_pages import Sightings
-from collector.perfetto_wire import BYTES, FIXED32, FIXED64, VARINT, fields, varint
+from collector.perfetto_bundle import Bundle
+from collector.perfetto_walk import TEXT_MASK, Buffer, walk
+from collector.perfetto_wire import BYTES, fields
 from mace.errors import WireError
 from mace.hooks import BY_HOOK, HOOKS, Hook, Way
 from mace.records import Batch
@@ -46,10 +48,7 @@ _TYPED: Final = {
     367: (Hook.KFREE_SKB, {3: "skbaddr"}),
 }
 """Field of FtraceEvent -> hook (None: net_dev_xmit, which is none but tells addresses) and what its fields are."""
-FIRST_EVENTS: Final = 16
-"""One of so many events of a bundle has a time, or the bundle has no place in time."""
 _GENERIC: Final = 327
-_DESCRIBED_FROM: Final = 65536
 _XMIT_DONE: Final = 254
 """Stands for net_dev_xmit among the hooks here."""
 
@@ -58,7 +57,6 @@ _COLUMNS: Final = ("skbaddr", "len", "name", "network_offset", "gso_segs", "reas
 _NAME: Final = _COLUMNS.index("name")
 _NUMBERS: Final = 64
 """Fields of a described event beyond this number are not looked at: no event has as many."""
-_MOST_FIELDS: Final = 256
 _BY_NAME: Final = {info.name: info.hook for info in HOOKS}
 _KNOWN: Final = {name: int(hook) for name, hook in _BY_NAME.items()} | {"net_dev_xmit": _XMIT_DONE}
 _TRANSMIT: Final = np.isin(np.arange(256), [info.hook for info in HOOKS if info.way is Way.TRANSMIT])
@@ -68,101 +66,7 @@ _ETH_HLEN: Final = 14
 """Bytes of an Ethernet header: taken off where the event does not tell better, as in collector.ftrace_pages."""
 _KERNEL_HALF: Final = 1 << 47
 """Addresses of the kernel have their upper bits set, on every 64-bit machine; anything below this is a number."""
-_SLACK: Final = 64
 _U: Final = np.uint64
-_MSB: Final = _U(0x8080808080808080)
-
-
-@dataclass(slots=True, eq=False)
-class Bundle:
-    """The events of one CPU in one packet."""
-
-    offset: int
-    """Byte of the packet in the file."""
-    data: bytes
-    cpu: int = 0
-    clock: int = 0
-    """FtraceClock."""
-    ftrace_ns: int = 0
-    boot_ns: int = 0
-    """The same instant as `ftrace_ns`, where the clock is not boot time."""
-    lost: bool = False
-    starts: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    descriptors: dict[int, bytes] = field(default_factory=dict)
-    """Field of FtraceEvent -> DescriptorProto."""
-    wrong: str = ""
-    """What is wrong with it, from the last of `ends` on."""
-
-    @classmethod
-    def parse(cls, offset: int, data: bytes, *, most: int = 1 << 62) -> Bundle:
-        """Find the events, or the first `most` of them. `wrong` tells of damage; those before it are good."""
-        bundle = cls(offset, data)
-        starts, ends = bundle.starts, bundle.ends
-        at, size = 0, len(data)
-        try:
-            while at < size:
-                if data[at] == 0x12:  # event
-                    length = data[at + 1]
-                    start = at + 2
-                    if length > 127:
-                        # Nearly all are of one byte or of two.
-                        second = data[start]
-                        if second < 128:
-                            length += (second - 1) * 128
-                            start += 1
-                        else:
-                            length, start = varint(data, at + 1, size)
-                    at = start + length
-                    if at > size:
-                        raise WireError(f"an event of {length} bytes, of which {size - start} are there")
-                    if most:
-                        starts.append(start)
-                        ends.append(at)
-                        most -= 1
-                    continue
-                at = bundle._other(at)
-        except IndexError:
-            bundle.wrong = "it ends inside an event"
-        except WireError as error:
-            bundle.wrong = str(error)
-        return bundle
-
-    def _other(self, at: int) -> int:
-        """A field that is no event; where it ends."""
-        found = next(fields(self.data, at))
-        if found.wire == VARINT:
-            match found.number:
-                case 1:
-                    self.cpu = found.value & 0xFFFF
-                case 3:
-                    self.lost = bool(found.value)
-                case 5:
-                    self.clock = found.value
-                case 6:
-                    self.ftrace_ns = found.value
-                case 7:
-                    self.boot_ns = found.value
-        elif found.wire == BYTES and found.number == 11:
-            number, described = 0, b""
-            for one in fields(self.data, found.start, found.end):
-                if one.number == 1:
-                    number = one.value
-                elif one.number == 2:
-                    described = self.data[one.start : one.end]
-            self.descriptors[number] = described
-        return found.end
-
-    def first_ns(self) -> int | None:
-        """Time of the first event, in the bundle's clock."""
-        for start, end in zip(self.starts[:FIRST_EVENTS], self.ends[:FIRST_EVENTS], strict=True):
-            try:
-                for one in fields(self.data, start, end):
-                    if one.number == 1 and one.wire == VARINT:
-                        return one.value
-            except WireError:
-                pass
-        return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,58 +77,6 @@ class Decoded:
     damaged: int
     """Events that could not be read."""
     why: str
-
-
-class _Buffer:
-    """Bytes of many bundles, and vectors of numbers out of them."""
-
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self.size = sum(map(len, pieces))
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(b"".join([*pieces, bytes(_SLACK)]), np.uint8)
-        # Eight bytes from anywhere: the rows overlap.
-        self.words: U64 = np.ndarray((len(self.bytes) - 8,), "<u8", self.bytes, strides=(1,))
-
-    def clip(self, at: Index) -> Index:
-        return np.minimum(at, self.size + _SLACK // 2)
-
-    def varints(self, at: Index) -> tuple[U64, Index]:
-        """Numbers, and where they end; one of more than ten bytes ends beyond all bytes."""
-        at = self.clip(at)
-        word = self.words[at]
-        stop = ~word & _MSB
-        lowest = stop & (~stop + _U(1))
-        taken = (np.bitwise_count(lowest - _U(1)).astype(np.int64) + 1) >> 3
-        word &= (lowest << _U(1)) - _U(1)
-        value = _packed(word)
-        long = np.flatnonzero(stop == 0)
-        if len(long):
-            more = self.words[at[long] + 8]
-            ninth, tenth = more & _U(0xFF), more >> _U(8) & _U(0xFF)
-            value[long] = _packed(self.words[at[long]]) | (ninth & _U(0x7F)) << _U(56)
-            two = ninth > 127
-            value[long] |= np.where(two, (tenth & _U(1)) << _U(63), _U(0))
-            taken[long] = np.where(two, np.where(tenth > 127, self.size + 2 * _SLACK, 10), 9)
-        return value, at + taken
-
-    def text(self, start: Index, length: Index) -> tuple[U64, U64]:
-        """The first 16 bytes as two words, little-endian; zero behind the text's end."""
-        start = self.clip(start)
-        low, high = self.words[start], self.words[self.clip(start + 8)]
-        return low & _TEXT_MASK.take(length, mode="clip"), high & _TEXT_MASK.take(
-            np.maximum(length - 8, 0), mode="clip"
-        )
-
-
-_TEXT_MASK: Final = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
-
-
-def _packed(word: U64) -> U64:
-    """Seven bits of each byte, put together (the last step of a varint)."""
-    word = word & _U(0x7F7F7F7F7F7F7F7F)
-    word = (word & _U(0x007F007F007F007F)) | ((word & _U(0x7F007F007F007F00)) >> _U(1))
-    word = (word & _U(0x00003FFF00003FFF)) | ((word & _U(0x3FFF00003FFF0000)) >> _U(2))
-    packed: U64 = (word & _U(0x000000000FFFFFFF)) | ((word & _U(0x0FFFFFFF00000000)) >> _U(4))
-    return packed
 
 
 class EventDecoder:
@@ -241,7 +93,7 @@ class EventDecoder:
 
     def decode(self, bundles: Sequence[Bundle]) -> list[Decoded]:
         """The records of each bundle."""
-        buffer = _Buffer([bundle.data for bundle in bundles])
+        buffer = Buffer([bundle.data for bundle in bundles])
         base = np.cumsum([0, *(len(bundle.data) for bundle in bundles)])
         counts = [len(bundle.starts) for bundle in bundles]
         of = np.repeat(np.arange(len(bundles)), counts)
@@ -283,7 +135,7 @@ class EventDecoder:
         hook: npt.NDArray[np.uint8],
         table: U64,
         names: Index,
-        buffer: _Buffer,
+        buffer: Buffer,
         bad: Mask,
     ) -> list[Decoded]:
         mine = of[rows]
@@ -334,14 +186,14 @@ class EventDecoder:
         return mixed ^ mixed >> _U(32)
 
 
-def _outer(buffer: _Buffer, start: Index, end: Index) -> tuple[U64, Index, Index, Index, Mask]:
+def _outer(buffer: Buffer, start: Index, end: Index) -> tuple[U64, Index, Index, Index, Mask]:
     """Of each FtraceEvent: time, field and place of its payload, and whether it is none."""
     count = len(start)
     ts = np.zeros(count, np.uint64)
     kind = np.zeros(count, np.int64)
     at, until = np.zeros(count, np.int64), np.zeros(count, np.int64)
     bad = np.zeros(count, np.bool_)
-    for step in _walk(buffer, np.arange(count), start, end, bad):
+    for step in walk(buffer, np.arange(count), start, end, bad):
         if len(step.varints):
             first = step.varints[step.number[step.varints] == 1]
             ts[step.rows[first]] = step.value[first]
@@ -352,59 +204,10 @@ def _outer(buffer: _Buffer, start: Index, end: Index) -> tuple[U64, Index, Index
     return ts, kind, at, until, bad
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Step:
-    """The next field of each of some messages."""
-
-    rows: Index
-    number: Index
-    value: U64
-    """Of those in `varints`."""
-    at: Index
-    """Where the bytes of those in `payloads` begin."""
-    after: Index
-    varints: Index
-    payloads: Index
-
-
-def _walk(buffer: _Buffer, rows: Index, at: Index, end: Index, bad: Mask) -> Iterator[_Step]:
-    """Steps through the fields of messages; `bad` is set for the rows of those that are none."""
-    for _ in range(_MOST_FIELDS):
-        if not len(rows):
-            return
-        tag, value_at = buffer.varints(at)
-        wire = (tag & _U(7)).astype(np.int64)
-        value, after = buffer.varints(value_at)
-        start = after
-        is_bytes = wire == BYTES
-        # Sizes beyond the buffer must not overflow when they are added.
-        size = np.where(is_bytes, np.minimum(value, _U(1 << 40)).astype(np.int64), 0)
-        after = after + size
-        odd = (wire == FIXED64) | (wire == FIXED32)
-        if odd.any():
-            after = np.where(odd, value_at + np.where(wire == FIXED64, 8, 4), after)
-        number = np.minimum(tag >> _U(3), _U(1 << 30)).astype(np.int64)
-        wrong = (after > end) | ((wire != VARINT) & ~is_bytes & ~odd) | (number == 0)
-        if wrong.any():
-            bad[rows[wrong]] = True
-            keep = ~wrong
-            rows, number, value, start, after, end = (
-                column[keep] for column in (rows, number, value, start, after, end)
-            )
-            wire, is_bytes = wire[keep], is_bytes[keep]
-        yield _Step(rows, number, value, start, after, np.flatnonzero(wire == VARINT), np.flatnonzero(is_bytes))
-        going_on = after < end
-        if going_on.all():
-            at = after
-        else:
-            rows, at, end = rows[going_on], after[going_on], end[going_on]
-    bad[rows] = True
-
-
 class _Wanted:
     """Fills in what is looked for, event kind by event kind."""
 
-    def __init__(self, buffer: _Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Index, bad: Mask) -> None:
+    def __init__(self, buffer: Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Index, bad: Mask) -> None:
         self._buffer, self._hook, self._table, self._names, self._bad = buffer, hook, table, names, bad
 
     def numbered(self, rows: Index, at: Index, end: Index, hook: int, meaning: dict[int, str]) -> None:
@@ -415,7 +218,7 @@ class _Wanted:
         column = np.full(_NUMBERS, -1, np.int64)
         for number, name in meaning.items():
             column[number] = _COLUMNS.index(name)
-        for step in _walk(self._buffer, rows, at, end, self._bad):
+        for step in walk(self._buffer, rows, at, end, self._bad):
             which = column[np.minimum(step.number, _NUMBERS - 1)]
             told = step.varints[which[step.varints] >= 0]
             self._table[step.rows[told], which[told]] = step.value[told]
@@ -433,7 +236,7 @@ class _Wanted:
         regular = (buffer.bytes[buffer.clip(at)] == 0x0A) & (length < 128) & (at + 2 + length <= end)
         start = at + 2
         low, high = buffer.text(start, np.minimum(length, 16))
-        third = buffer.words[buffer.clip(start + 16)] & _TEXT_MASK.take(np.maximum(length - 16, 0), mode="clip")
+        third = buffer.words[buffer.clip(start + 16)] & TEXT_MASK.take(np.maximum(length - 16, 0), mode="clip")
         for name, hook in _KNOWN.items():
             words = np.frombuffer(name.encode().ljust(24, b"\0"), "<u8")
             mine = regular & (length == len(name)) & (low == words[0]) & (high == words[1]) & (third == words[2])

@@ -25,8 +25,9 @@ from collector.ftrace_source import keep_freed_memory
 from collector.gaps import marker, settle
 from collector.known_topology import NAMES_ONLY, TopologyTeller
 from collector.merge import Merger
+from collector.perfetto_bundle import Bundle
 from collector.perfetto_clock import UNKNOWN_UNCERTAINTY_NS, FtraceClock
-from collector.perfetto_events import Bundle, Decoded, EventDecoder
+from collector.perfetto_events import Decoded, EventDecoder
 from collector.perfetto_survey import BUNDLE, DROPPED, FIRST, MACHINE, SEQUENCE, Stream, Survey, survey
 from collector.perfetto_wire import PacketReader
 from mace import __version__

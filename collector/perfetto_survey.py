@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from collector.perfetto_bundle import FIRST_EVENTS, Bundle
 from collector.perfetto_clock import Clocks
-from collector.perfetto_events import FIRST_EVENTS, Bundle
 from collector.perfetto_wire import BYTES, VARINT, Packet, PacketReader, fields
 from mace.errors import WireError
 from mace.hooks import HOOKS

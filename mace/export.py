@@ -35,7 +35,8 @@ from mace.schema import NOT_TOLD, Direction, Results
 from mace.session import REPLAY_SLICE_NS
 from mace.summary import Summary
 from mace.timeline import Follower, Settled
-from storage.perfetto import TOLD_BY, PerfettoTrace, Told
+from storage.perfetto import TOLD_BY, HostTracks, Told
+from storage.perfetto_file import PerfettoTrace
 
 Mask = npt.NDArray[np.bool_]
 
@@ -367,7 +368,7 @@ class _Writer:
         self._ends: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
     def begin(self, header: StreamHeader) -> Follower:
-        self.tracks = self._trace.host(header)
+        self.tracks = HostTracks(self._trace, header)
         return Follower(header)
 
     def write(self, settled: Settled) -> None:

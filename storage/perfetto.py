@@ -17,17 +17,13 @@ comes: what is kept is a few numbers for each track. docs/design/018-perfetto.md
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from mace.errors import StoreError
 from mace.hooks import BY_HOOK, Hook
 from mace.interfaces import StreamHeader
 from mace.ledger import Ledger
@@ -35,148 +31,15 @@ from mace.records import Batch, Flag
 from mace.schema import Delays, Direction, Grade, Outcome, Segment, Window
 from mace.summary import COUNTS_AS, ranks
 from mace.topology import Device, Role, Sighting
+from storage import perfetto_events
 from storage.lanes import Lanes
-from storage.protobuf import Bytes, Part, Template, field, fixed64, hole, interleaved, message
+from storage.perfetto_file import UNIT_COUNT, UNIT_NS, PerfettoTrace
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]
 
-# Field numbers of protos/perfetto/trace/perfetto_trace.proto, by the names that they have there.
-_TRACE_PACKET: Final = 1
-_TIMESTAMP, _SEQUENCE_ID, _SEQUENCE_FLAGS, _INTERNED_DATA = 8, 10, 13, 12
-_CLOCK_SNAPSHOT, _TRACK_EVENT, _TRACK_DESCRIPTOR, _COMPRESSED_PACKETS = 6, 11, 60, 50
-_STATE_CLEARED, _NEEDS_STATE = 1, 2
-_REALTIME, _MONOTONIC = 1, 3
-_SLICE_BEGIN, _SLICE_END, _INSTANT, _COUNTER = 1, 2, 3, 4
-_EXPLICIT_ORDER: Final = 3
-_UNIT_NS, _UNIT_COUNT = 1, 2
-_CATEGORIES, _EVENT_NAMES, _ANNOTATION_NAMES, _STRINGS = 1, 2, 3, 29
-"""Fields of InternedData."""
-
-_SEQUENCE: Final = 1
-_CHUNK_BYTES: Final = 1 << 20
-"""Packets are compressed in pieces of this size: larger ones save nothing, readers inflate one at a time."""
 _ROWS: Final = 4096
 """Slices encoded at once: less than a megabyte, which stays in the processor's cache."""
-_LEVEL: Final = 1
-"""zlib: level 6 takes four times as long and saves a fifth of the bytes."""
-
-ANNOTATIONS: Final = (
-    "packet",
-    "delay_ns",
-    "direction",
-    "container",
-    "counts_as",
-    "hop",
-    "grade",
-    "l3_len",
-    "outcome",
-    "drop_reason",
-    "request",
-    "told_by",
-    "device",
-    "skb_id",
-    "l4_proto",
-    "l4_src",
-    "l4_dst",
-    "l4_seq",
-)
-"""Names of arguments; `debug.` before each in SQL."""
-_ARGUMENT: Final = {name: number for number, name in enumerate(ANNOTATIONS, 1)}
-
-
-def _number(name: str, bits: int = 64) -> list[Part]:
-    return message(4, [field(1, _ARGUMENT[name]), *hole(3, name, bits)])
-
-
-def _signed(name: str, bits: int = 63) -> list[Part]:
-    return message(4, [field(1, _ARGUMENT[name]), *hole(4, name, bits)])
-
-
-def _text(name: str) -> list[Part]:
-    return message(4, [field(1, _ARGUMENT[name]), *hole(17, name, 21)])
-
-
-def _identity(name: str) -> list[Part]:
-    """As a pointer: people see it in hexadecimal."""
-    return message(4, [field(1, _ARGUMENT[name]), *hole(7, name)])
-
-
-def _event(kind: int, time: str, parts: list[Part]) -> Template:
-    event = message(_TRACK_EVENT, [field(9, kind), *hole(11, "track", 63), *parts])
-    head: list[Part] = [field(_SEQUENCE_ID, _SEQUENCE), field(_SEQUENCE_FLAGS, _NEEDS_STATE)]
-    return Template(message(_TRACE_PACKET, [*hole(_TIMESTAMP, time, 63), *head, *event]))
-
-
-_NAMED: Final[list[Part]] = [*hole(3, "category", 7), *hole(10, "name", 21)]
-_HOP: Final[list[Part]] = [
-    *_NAMED,
-    *_identity("packet"),
-    *_signed("delay_ns"),
-    *_text("direction"),
-    *_text("container"),
-    *_text("counts_as"),
-    *_number("hop", 8),
-    *_text("grade"),
-    *_number("l3_len", 32),
-    *_text("outcome"),
-]
-_ARROW: Final = fixed64(47, "flow")
-_DROP: Final = _number("drop_reason", 16)
-_REPLY: Final = [*_identity("request"), *_text("told_by")]
-_RECORD: Final[list[Part]] = [*_NAMED, *_text("device"), *_identity("skb_id"), *_number("l3_len", 32)]
-_OWNED: Final = _identity("packet")
-_FLOW: Final = [
-    *_number("l4_proto", 8),
-    *_number("l4_src", 16),
-    *_number("l4_dst", 16),
-    *_number("l4_seq", 32),
-]
-_HOPS: Final = {
-    (dropped, reply, whole): _event(
-        _SLICE_BEGIN,
-        "begin",
-        # The whole path is beside the hops, and no step of the way from one to the next.
-        [*_HOP, *(_DROP if dropped else []), *(_REPLY if reply else []), *([] if whole else _ARROW)],
-    )
-    for dropped in (False, True)
-    for reply in (False, True)
-    for whole in (False, True)
-}
-_RECORDS: Final = {
-    (owned, flow, dropped): _event(
-        _INSTANT,
-        "begin",
-        [*_RECORD, *(_OWNED if owned else []), *(_FLOW if flow else []), *(_DROP if dropped else [])],
-    )
-    for owned in (False, True)
-    for flow in (False, True)
-    for dropped in (False, True)
-}
-_END: Final = _event(_SLICE_END, "end", [])
-_PLAIN: Final = _event(_SLICE_BEGIN, "begin", _NAMED)
-_COUNT: Final = _event(_COUNTER, "begin", hole(30, "value", 63))
-
-
-class _Interned:
-    """Text that is written once and then called by a number, from 1; several kinds of it with numbers of their own."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, str], int] = {}
-        self._count: dict[int, int] = {}
-        self._new: list[bytes] = []
-
-    def number(self, kind: int, text: str) -> int:
-        found = self._known.get((kind, text))
-        if found is None:
-            found = self._known[kind, text] = self._count[kind] = self._count.get(kind, 0) + 1
-            self._new.append(field(kind, field(1, found) + field(2, text)))
-        return found
-
-    def pending(self) -> bytes:
-        """What was not written yet, as the content of an InternedData."""
-        new, self._new = b"".join(self._new), []
-        return new
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,119 +60,6 @@ TOLD_BY: Final = ("", "echo", "ports", "turns")
 """How a reply is known: echo identifier and number; ports, taking turns; lengths alone, taking turns."""
 
 
-class PerfettoTrace:
-    """One trace file. `host` for each stream, then its methods in any order, then `close`; not for several threads.
-
-    The file is there when it is whole: until `close` it has another name, which `abort` removes. Raises `StoreError`.
-    """
-
-    def __init__(self, path: Path | str, *, overwrite: bool = False) -> None:
-        self.path: Final = Path(path)
-        self.slices = 0
-        """Hops and whole paths written."""
-        self.instants = 0
-        """Records written."""
-        self.bytes_written = 0
-        self._names = _Interned()
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
-        self._hosts = 0
-        self._partial: Final = self.path.with_name(self.path.name + ".part")
-        if self.path.exists() and not overwrite:
-            raise StoreError(f"{self.path}: exists already; give another name, or say that it may go")
-        try:
-            self._file: BinaryIO = self._partial.open("wb")
-        except OSError as error:
-            raise StoreError(f"{self._partial}: cannot be created: {error.strerror}") from error
-        for name in ANNOTATIONS:
-            self._names.number(_ANNOTATION_NAMES, name)
-        self._put_packet(
-            field(_SEQUENCE_ID, _SEQUENCE)
-            + field(_SEQUENCE_FLAGS, _STATE_CLEARED)
-            + field(_INTERNED_DATA, self._names.pending())
-        )
-
-    def host(self, header: StreamHeader) -> HostTracks:
-        """Tracks for a stream of a host."""
-        if not self._hosts:
-            # Times are UTC, so that hosts stand side by side. The monotonic clock of the first one is told as well.
-            clocks = [(_REALTIME, header.clock.utc_ns), (_MONOTONIC, header.clock.monotonic_ns)]
-            told = b"".join(field(1, field(1, clock) + field(2, time)) for clock, time in clocks)
-            self._put_packet(field(_SEQUENCE_ID, _SEQUENCE) + field(_CLOCK_SNAPSHOT, told + field(2, _REALTIME)))
-        self._hosts += 1
-        return HostTracks(self, header, self._hosts)
-
-    def close(self) -> None:
-        """Write what is waiting and give the file its name. Safe to call again."""
-        if self._file.closed:
-            return
-        try:
-            self._flush()
-            self._file.close()
-            self._partial.replace(self.path)
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be written: {error.strerror}") from error
-
-    def abort(self) -> None:
-        """Leave nothing behind. Does nothing after `close`."""
-        if not self._file.closed:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-
-    # For HostTracks ---------------------------------------------------------------------------------------
-
-    def text(self, value: str) -> int:
-        """Number of a value of an argument."""
-        return self._names.number(_STRINGS, value)
-
-    def name(self, value: str) -> int:
-        """Number of a slice's name."""
-        return self._names.number(_EVENT_NAMES, value)
-
-    def category(self, value: str) -> int:
-        """Number of a category."""
-        return self._names.number(_CATEGORIES, value)
-
-    def track(self, key: str, name: str, *, parent: int = 0, rank: int = 0, unit: int = 0) -> int:
-        """Describe a track; returns its uuid, which depends on `key` alone. With a unit it is a counter."""
-        # 62 bits: uuids are to be unique among all traces that are ever opened together.
-        uuid = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()) >> 2
-        told = field(1, uuid) + field(2, name) + field(11, _EXPLICIT_ORDER) + field(12, rank)
-        if parent:
-            told += field(5, parent)
-        if unit:
-            told += field(8, field(3, unit))
-        self._put_packet(field(_SEQUENCE_ID, _SEQUENCE) + field(_TRACK_DESCRIPTOR, told))
-        return uuid
-
-    def put(self, packets: bytes) -> None:
-        """Encoded packets; raises `StoreError`."""
-        if new := self._names.pending():
-            self._put_packet(
-                field(_SEQUENCE_ID, _SEQUENCE) + field(_SEQUENCE_FLAGS, _NEEDS_STATE) + field(_INTERNED_DATA, new)
-            )
-        self._waiting.append(packets)
-        self._waiting_bytes += len(packets)
-        if self._waiting_bytes >= _CHUNK_BYTES:
-            self._flush()
-
-    def _put_packet(self, packet: bytes) -> None:
-        raw = field(_TRACE_PACKET, packet)
-        self._waiting.append(raw)
-        self._waiting_bytes += len(raw)
-
-    def _flush(self) -> None:
-        """Whole packets only are in `_waiting`, so that a piece may be of any size."""
-        packed = zlib.compress(b"".join(self._waiting), _LEVEL)
-        raw = field(_TRACE_PACKET, field(_COMPRESSED_PACKETS, packed))
-        self._waiting, self._waiting_bytes = [], 0
-        try:
-            self._file.write(raw)
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self.bytes_written += len(raw)
-
-
 @dataclass(slots=True)
 class _Entry:
     """What is written of one entry of `Results.devices`."""
@@ -325,11 +75,11 @@ class _Entry:
 class HostTracks:
     """The tracks of one stream. Rows may come in any order; device numbers are those of `devices`."""
 
-    def __init__(self, trace: PerfettoTrace, header: StreamHeader, number: int) -> None:
+    def __init__(self, trace: PerfettoTrace, header: StreamHeader) -> None:
         self._trace = trace
         self._key = f"{header.boot_id}/{header.host}/{header.run}"
         self.offset_ns = header.clock.offset_ns
-        self._root = trace.track(self._key, f"host {header.host}", rank=number)
+        self._root = trace.track(self._key, f"host {header.host}", rank=trace.add_host(header))
         self._devices: tuple[Device, ...] = ()
         self._entries: list[_Entry] = []
         self._tracks: dict[str, int] = {}
@@ -374,7 +124,7 @@ class HostTracks:
         group = groups[rows.device] + whole
         end = rows.utc_ns + rows.delay_ns
         track = self._track_of(group, self._lanes.place(group, rows.utc_ns, end))
-        columns: dict[str, npt.NDArray[np.generic]] = {
+        columns: dict[str, npt.NDArray[Any]] = {
             "begin": rows.utc_ns,
             "end": end,
             "track": track,
@@ -398,7 +148,9 @@ class HostTracks:
         self._trace.slices += len(rows)
         for start in range(0, len(rows), _ROWS):
             piece = slice(start, start + _ROWS)
-            self._trace.put(_slices(variant[piece], {name: column[piece] for name, column in columns.items()}))
+            self._trace.put(
+                perfetto_events.slices(variant[piece], {name: column[piece] for name, column in columns.items()})
+            )
 
     def records(self, batch: Batch, packet: Ids, sightings: Sequence[Sighting]) -> None:
         """An instant for each record; `packet` says whose it is, 0 where that is not known."""
@@ -414,7 +166,7 @@ class HostTracks:
         texts = np.zeros(int(batch.dev.max()) + 1, np.int64)
         for code in np.unique(batch.dev).tolist():
             texts[code] = self._trace.text(_sighted(sightings[code], self._devices))
-        columns: dict[str, npt.NDArray[np.generic]] = {
+        columns: dict[str, npt.NDArray[Any]] = {
             "begin": batch.ts_ns + self.offset_ns,
             "track": tracks[batch.cpu],
             "category": np.full(len(batch), self._categories["record"]),
@@ -432,7 +184,9 @@ class HostTracks:
                 columns[name] = getattr(batch.content, name)
         for start in range(0, len(batch), _ROWS):
             piece = slice(start, start + _ROWS)
-            self._trace.put(_instants(variant[piece], {name: column[piece] for name, column in columns.items()}))
+            self._trace.put(
+                perfetto_events.instants(variant[piece], {name: column[piece] for name, column in columns.items()})
+            )
         self._trace.instants += len(batch)
 
     def windows(self, windows: Iterable[Window]) -> None:
@@ -460,7 +214,7 @@ class HostTracks:
                 points.append(
                     (
                         upto_utc_ns,
-                        self._named(f"ledger/{name}", name.replace("_", " "), folder, rank, _UNIT_COUNT),
+                        self._named(f"ledger/{name}", name.replace("_", " "), folder, rank, UNIT_COUNT),
                         count,
                     )
                 )
@@ -474,15 +228,14 @@ class HostTracks:
         begin, end = (np.array(times, np.int64) for times in zip(*sorted(gaps_utc_ns), strict=True))
         end = np.maximum(begin, end)
         groups = np.full(len(begin), group)
-        columns: dict[str, npt.NDArray[np.generic]] = {
+        columns: dict[str, npt.NDArray[Any]] = {
             "begin": begin,
             "end": end,
             "track": self._track_of(groups, self._lanes.place(groups, begin, end)),
             "category": np.full(len(begin), self._categories["lost"]),
             "name": np.full(len(begin), self._trace.name("records lost")),
         }
-        pieces = [_PLAIN.rows(len(begin), columns), _END.rows(len(begin), columns)]
-        self._trace.put(interleaved([(np.arange(len(begin)), pieces)], len(begin)))
+        self._trace.put(perfetto_events.plain(columns))
 
     def finish(self) -> None:
         """There will be no more windows: the counters go back to 0."""
@@ -558,7 +311,7 @@ class HostTracks:
         )
         found = []
         rank = 1000 * (segment != Segment.OVERHEAD) + 100 * direction + 3 * min(number, 30)
-        for place, (name, unit) in enumerate((("p50", _UNIT_NS), ("p99", _UNIT_NS), ("packets", _UNIT_COUNT))):
+        for place, (name, unit) in enumerate((("p50", UNIT_NS), ("p99", UNIT_NS), ("packets", UNIT_COUNT))):
             key = f"delays/{number}/{direction}/{segment}/{name}"
             found.append(self._named(key, f"{what} {way} {name}", folder, rank + place, unit))
         return tuple(found)
@@ -566,27 +319,7 @@ class HostTracks:
     def _points(self, points: Sequence[tuple[int, int, int]]) -> None:
         if points:
             begin, track, value = (np.array(column, np.int64) for column in zip(*points, strict=True))
-            self._trace.put(_COUNT.rows(len(begin), {"begin": begin, "track": track, "value": value}).tobytes())
-
-
-def _slices(variant: Ints, columns: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
-    """Begin and end of each slice; `variant` is the number of its template."""
-    parts: list[tuple[Ints, list[Bytes]]] = []
-    for number in np.unique(variant).tolist():
-        at = np.flatnonzero(variant == number)
-        of = {name: column[at] for name, column in columns.items()}
-        template = _HOPS[bool(number & 1), bool(number & 2), bool(number & 4)]
-        parts.append((at, [template.rows(len(at), of), _END.rows(len(at), of)]))
-    return interleaved(parts, len(variant))
-
-
-def _instants(variant: Ints, columns: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
-    parts: list[tuple[Ints, list[Bytes]]] = []
-    for number in np.unique(variant).tolist():
-        at = np.flatnonzero(variant == number)
-        template = _RECORDS[bool(number & 1), bool(number & 2), bool(number & 4)]
-        parts.append((at, [template.rows(len(at), {name: column[at] for name, column in columns.items()})]))
-    return interleaved(parts, len(variant))
+            self._trace.put(perfetto_events.counts({"begin": begin, "track": track, "value": value}))
 
 
 def _sighted(sighting: Sighting, devices: Iterable[Device]) -> str:

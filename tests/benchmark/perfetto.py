@@ -19,7 +19,8 @@ from correlator.engine import EngineConfig
 from mace.export import Wanted, export
 from mace.records import Batch
 from mace.session import REPLAY_SLICE_NS
-from storage.perfetto import PerfettoTrace, Told
+from storage.perfetto import HostTracks, Told
+from storage.perfetto_file import PerfettoTrace
 from tests import perfetto_traces as traces
 from tests.benchmark.figures import figure, folder, one_core
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
@@ -122,7 +123,7 @@ def _export(capture: Path, path: Path, *, records: bool) -> int:
 
 def _write(path: Path, rows: Any) -> int:
     trace = PerfettoTrace(path, overwrite=True)
-    host = trace.host(RESULTS_HEADER)
+    host = HostTracks(trace, RESULTS_HEADER)
     host.devices(topology(2))
     for start in range(0, len(rows), PIECE_ROWS):
         piece = rows[start : start + PIECE_ROWS]
