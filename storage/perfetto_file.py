@@ -31,7 +31,7 @@ _CATEGORIES, _EVENT_NAMES, _ANNOTATION_NAMES, _STRINGS = 1, 2, 3, 29
 _CHUNK_BYTES: Final = 1 << 20
 """Packets are compressed in pieces of this size: larger ones save nothing, readers inflate one at a time."""
 _LEVEL: Final = 1
-"""zlib: level 6 takes four times as long and saves a fifth of the bytes."""
+"""zlib: level 6 takes three times as long and saves a fifth of the bytes."""
 
 
 class _Interned:
