@@ -18,8 +18,8 @@ CHUNK_MAX: Final = 16 << 20
 RATIO_MAX: Final = 4096
 """How much smaller a piece may have become. Pages with a single event shrink to a hundredth."""
 _PIECE_HEAD: Final = 8
-_KEPT_BYTES: Final = 4 << 20
-"""A larger buffer is given back while other CPUs are read."""
+_PAGES_KEPT: Final = 128
+"""Where pieces are smaller than this there are many CPUs, and their buffers are not kept from piece to piece."""
 
 
 def layout_of(file: TraceFile, info: BufferInfo) -> PageLayout:
@@ -123,25 +123,32 @@ def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> 
                 raise
             file.warn(at, f"{error.why}; left out")
             raw = b""
-        if filled and (filled + len(raw) > room or not raw):
-            yield Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)
-            filled, done, missing = 0, 0, 0
-            if room > _KEPT_BYTES:
-                # Of many CPUs one piece each would wait here, of a file that is made for it as large as can be.
-                buffer, room = page_buffer(layout, 0), 0
+        at += _PIECE_HEAD + stored
+        done += _PIECE_HEAD + stored
         if not raw:
+            if filled:
+                yield Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)
+                filled, done, missing = 0, 0, 0
             missing += max(whole // size, 1)
-        if not filled:
-            begun = at
+            continue
         if filled + len(raw) > room:
-            room = max(len(raw), min(pages * size, 2 * room or 4 * len(raw)))
+            room = max(filled + len(raw), min(pages * size, 2 * room))
             larger = page_buffer(layout, room // size)
             larger[:filled] = buffer[:filled]
             buffer = larger
+        if not filled:
+            begun = at - stored - _PIECE_HEAD
         buffer[filled : filled + len(raw)] = np.frombuffer(raw, np.uint8)
         filled += len(raw)
-        at += _PIECE_HEAD + stored
-        done += _PIECE_HEAD + stored
+        if filled + len(raw) > pages * size:
+            del raw
+            given = [Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)]
+            if pages < _PAGES_KEPT:
+                # Of each of many CPUs a buffer would wait here, of a file that is made for it as large as can be.
+                buffer = larger = page_buffer(layout, 0)
+                room = 0
+            filled, done, missing = 0, 0, 0
+            yield given.pop()
     if filled or missing:
         yield Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)
 

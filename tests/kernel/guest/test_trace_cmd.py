@@ -70,8 +70,10 @@ async def both(lab: Lab, target: Path) -> list[Stream]:
 
     async def read(source: Source, items: list[StreamItem], tee: CaptureSink | None) -> None:
         async for item in source.items():
+            if isinstance(item, Progress):
+                continue
             items.append(item)
-            if tee is not None and not isinstance(item, Progress):
+            if tee is not None:
                 await tee.write(item)
 
     reading = [
@@ -98,7 +100,8 @@ def traffic(lab: Lab) -> None:
 def rows(stream: Stream) -> Delays:
     header, items = stream
     engine = Engine(header.clock.offset_ns, EngineConfig())
-    results = [one for item in items for one in engine.feed(item)] + [engine.finish()]
+    results = [one for item in items if not isinstance(item, Progress) for one in engine.feed(item)]
+    results.append(engine.finish())
     assert results[-1].ledger.lost == 0
     return Delays.concatenate([one.delays for one in results])
 

@@ -299,3 +299,25 @@ def test_fields_in_another_order_and_events_with_other_numbers(file):
         assert batch.skb_id[0] == batch.skb_id[1]
         assert batch.cpu.tolist() == [3, 3]
         assert [topologies[-1].sightings[dev].name for dev in batch.dev] == ["eth0", "veth-of-somebod"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (b"flyrecord\0", b"latency  \0", "the text of a latency tracer, no events"),
+        (b"tracing6\0", b"tracing8\0", "version '8'; this MACE reads versions 6 and 7"),
+        (b"header_page\0", b"header_pagf\0", "here header_page should begin"),
+        (b"field: u64 timestamp", b"field: u64 timestimp", "no field 'timestamp'"),
+    ],
+)
+def test_frames_that_are_not_understood(file, old, new, why):
+    content = Made(PAGES, version=6).content()
+    assert old in content
+    with pytest.raises(CaptureError, match=why):
+        replayed(file(content.replace(old, new)))
+
+
+def test_a_compression_that_is_not_known(file):
+    content = Made(PAGES, algorithm="zstd").content().replace(b"zstd\x001", b"lzma\x001")
+    with pytest.raises(CaptureError, match="compressed with 'lzma'; known are none, zlib, zstd"):
+        replayed(file(content))
