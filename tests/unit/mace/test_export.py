@@ -38,6 +38,11 @@ SLICES = """
     from slice s join track t on s.track_id = t.id left join track p on t.parent_id = p.id order by s.ts, s.id
 """
 FLOWS = "select slice_out, slice_in from flow order by id"
+FOLLOWING = """
+    select s.id, count(*) as following from slice s join following_flow(s.id) f
+    where s.category = 'device' and extract_arg(s.arg_set_id, 'debug.hop') = 0
+      and extract_arg(s.arg_set_id, 'debug.direction') = 'egress' group by s.id
+"""
 COUNTERS = """
     select c.ts, c.value, t.name as track, p.name as parent from counter c join track t on c.track_id = t.id
     left join track p on t.parent_id = p.id order by c.ts, t.name
@@ -95,10 +100,9 @@ def engine_results(batch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Errors, slices, flows, counters of the whole scene."""
+    """Errors, slices, flows, counters of the whole scene, and how many slices follow each packet's first."""
     path = write(tmp_path_factory.mktemp("export"), scene())
-    errors, slices, flows, counters = trace_processor.ask(export(path), ERRORS, SLICES, FLOWS, COUNTERS)
-    return errors, slices, flows, counters
+    return trace_processor.ask(export(path), ERRORS, SLICES, FLOWS, COUNTERS, FOLLOWING)
 
 
 def test_the_trace_processor_has_nothing_to_complain_of(made):
@@ -106,7 +110,7 @@ def test_the_trace_processor_has_nothing_to_complain_of(made):
 
 
 def test_each_delay_is_a_slice_with_its_figures(made):
-    _, slices, _, _ = made
+    _, slices, *_ = made
     _, delays = engine_results(scene())
     found = sorted(
         (s["ts"], s["dur"], s["delay_ns"], int(s["packet"]) & (1 << 64) - 1, s["hop"], s["l3_len"])
@@ -120,7 +124,7 @@ def test_each_delay_is_a_slice_with_its_figures(made):
 
 
 def test_a_track_for_host_container_and_device(made):
-    _, slices, _, _ = made
+    _, slices, *_ = made
     tracks = {(s["parent"], s["track"]) for s in slices}
     host = f"host {HEADER.host}"
     assert tracks >= {
@@ -135,7 +139,7 @@ def test_a_track_for_host_container_and_device(made):
 
 
 def test_slices_on_one_track_never_overlap(made):
-    _, slices, _, _ = made
+    _, slices, *_ = made
     # At 1.3 s two packets are at br0 at once; they are on tracks of one name.
     at_bridge = [s for s in slices if s["track"] == "br0"]
     overlapping = [
@@ -149,7 +153,7 @@ def test_slices_on_one_track_never_overlap(made):
 
 
 def test_an_arrow_follows_each_packet_and_comes_back_with_the_reply(made):
-    _, slices, flows, _ = made
+    _, slices, flows, _, following = made
     by_id = {s["id"]: s for s in slices}
     after = {f["slice_out"]: f["slice_in"] for f in flows}
     assert len(after) == len(flows)
@@ -166,10 +170,12 @@ def test_an_arrow_follows_each_packet_and_comes_back_with_the_reply(made):
     expected = [[(d, name.format(v)) for d, name in out + back] for v in ["veth1"] * 11 + ["veth2"] * 2]
     expected.append([("egress", "eth0"), ("egress", "veth2")])  # the one that was dropped
     assert sorted(ways) == sorted(expected)
+    # What the UI asks for a slice that is selected.
+    assert sorted(row["following"] for row in following) == sorted(len(way) - 1 for way in expected)
 
 
 def test_replies_name_their_requests(made):
-    _, slices, _, _ = made
+    _, slices, *_ = made
     hops = [s for s in slices if s["category"] in HOPS]
     told = {s["packet"]: (s["request"], s["told_by"], s["direction"]) for s in hops}
     replies = {packet: one for packet, one in told.items() if one[0] is not None}
@@ -180,7 +186,7 @@ def test_replies_name_their_requests(made):
 
 
 def test_a_dropped_packet_has_its_reason(made):
-    _, slices, _, _ = made
+    _, slices, *_ = made
     dropped = [s for s in slices if s["outcome"] == "dropped"]
     assert {s["track"] for s in dropped} == {"eth0", "veth2"}
     assert {s["drop_reason"] for s in dropped} == {6}
@@ -188,7 +194,7 @@ def test_a_dropped_packet_has_its_reason(made):
 
 
 def test_every_record_is_an_instant_of_its_cpu_and_packet(made):
-    _, slices, _, _ = made
+    _, slices, *_ = made
     batch = scene()
     instants = [s for s in slices if s["category"] == "record"]
     assert [s["ts"] for s in instants] == (batch.ts_ns + OFFSET_NS).tolist()
@@ -206,13 +212,13 @@ def test_every_record_is_an_instant_of_its_cpu_and_packet(made):
 
 
 def test_lost_records_are_a_slice(made):
-    _, slices, _, _ = made
+    _, slices, *_ = made
     (gap,) = [s for s in slices if s["category"] == "lost"]
     assert (gap["ts"] - OFFSET_NS - START_NS, gap["dur"]) == (1_600 * MS, 100 * MS)
 
 
 def test_counters_have_the_windows_and_the_ledger(made):
-    *_, counters = made
+    *_, counters, _ = made
     results, _ = engine_results(scene())
     windows: list[Window] = [w for one in results for w in one.windows if w.width_s == 1]
     overheads = sorted(
