@@ -17,6 +17,7 @@ those of types 0 and 29, that need a closer look: a walk that no longer moves ha
 
 from __future__ import annotations
 
+import functools
 import secrets
 import sys
 from collections.abc import Iterable, Sequence
@@ -320,6 +321,12 @@ def page_buffer(layout: PageLayout, pages: int) -> Bytes:
     return buffer
 
 
+@functools.cache
+def process_key() -> tuple[int, int, int]:
+    """What kernel addresses are hashed with: drawn once, so that a file that is read twice names its packets alike."""
+    return secrets.randbits(64), secrets.randbits(64), secrets.randbits(64)
+
+
 class PageDecoder:
     """Decodes pages of one machine's kernel. Keeps the sightings and the key of skb_id, and no other state."""
 
@@ -338,8 +345,8 @@ class PageDecoder:
         """Events of other kinds than the hooks'."""
         self._events = _Events(formats)
         # A bijection on 64 bits (xor, odd multiplications, xor-shift), so that no two buffers share an id, with
-        # constants of this run, so that no kernel address leaves the machine.
-        self.key: Final = key or (secrets.randbits(64), secrets.randbits(64), secrets.randbits(64))
+        # constants of this process, so that no kernel address leaves the machine.
+        self.key: Final = key or process_key()
         xor, first, second = self.key
         self._key = np.uint64(xor), np.uint64(first | 1), np.uint64(second | 1)
 

@@ -10,7 +10,6 @@ A trace knows devices by name only. What they are is taken from a capture of the
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from collector import known_topology
 from collector.file_options import Description, FileOptions, FileSource
-from collector.ftrace_pages import Sightings
+from collector.ftrace_pages import Sightings, process_key
 from collector.ftrace_source import keep_freed_memory
 from collector.gaps import marker, settle
 from collector.known_topology import NAMES_ONLY, TopologyTeller
@@ -131,9 +130,7 @@ class PerfettoSource:
         self._uncounted = 0
         self._offset: int | None = None
         self.sightings: Final = Sightings()
-        self.decoder: Final = EventDecoder(
-            self.sightings, (secrets.randbits(64), secrets.randbits(64), secrets.randbits(64))
-        )
+        self.decoder: Final = EventDecoder(self.sightings, process_key())
 
     async def open(self) -> StreamHeader:
         """Look through the trace. Raises `Unavailable` or `CaptureError`."""

@@ -391,6 +391,16 @@ def test_a_trace_of_traced_goes_in_and_a_timeline_comes_out(tmp_path):
     assert list(pings.values()).count("turns") == 10
 
 
+@pytest.mark.parametrize("name", ["perfetto-1/generic.pftrace", "perfetto-1/generic.mace"])
+def test_the_worst_of_any_file_are_found_again_when_it_is_read_a_second_time(tmp_path, name):
+    path = GOLDEN.parent / name
+    topology = [] if path.suffix == ".mace" else ["--topology", str(path.with_suffix(".mace"))]
+    hops, instants = read_by_protos(export(path, "--worst", "2", *topology, out=tmp_path / "worst.pftrace"))
+    packets = {s["packet"] for s in hops}
+    assert len(packets) == 4
+    assert {s["packet"] for s in instants} == packets
+
+
 def test_what_waits_for_its_packets_is_bounded():
     """Batches that no result settles are given out in time, without packets."""
     from mace import timeline
