@@ -323,7 +323,7 @@ def page_buffer(layout: PageLayout, pages: int) -> Bytes:
 
 @functools.cache
 def process_key() -> tuple[int, int, int]:
-    """What kernel addresses are hashed with: drawn once, so that a file that is read twice names its packets alike."""
+    """For files: drawn once in a process, so that one that is read twice names its packets alike."""
     return secrets.randbits(64), secrets.randbits(64), secrets.randbits(64)
 
 
@@ -345,8 +345,8 @@ class PageDecoder:
         """Events of other kinds than the hooks'."""
         self._events = _Events(formats)
         # A bijection on 64 bits (xor, odd multiplications, xor-shift), so that no two buffers share an id, with
-        # constants of this process, so that no kernel address leaves the machine.
-        self.key: Final = key or process_key()
+        # constants of this run, so that no kernel address leaves the machine.
+        self.key: Final = key or (secrets.randbits(64), secrets.randbits(64), secrets.randbits(64))
         xor, first, second = self.key
         self._key = np.uint64(xor), np.uint64(first | 1), np.uint64(second | 1)
 
