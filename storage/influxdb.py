@@ -169,9 +169,10 @@ class InfluxTarget:
         return Delivered(refused, reason)
 
     async def _post(self, body: bytes) -> _Answer:
+        v1 = self._v1  # another request under way may find out meanwhile
         try:
-            answer = await (self._post_v1(body) if self._v1 else self._post_v2(body))
-            if answer.no_such_path and self._config.api == "auto" and not self._v1:
+            answer = await (self._post_v1(body) if v1 else self._post_v2(body))
+            if answer.no_such_path and self._config.api == "auto" and not v1:
                 self._v1 = True
                 answer = await self._post_v1(body)
         except TimeoutError as error:
