@@ -95,9 +95,12 @@ class Engine:
             return []
         return self._take(item)
 
-    def advance(self, upto_ns: int) -> list[Results]:
-        """Told that no record before `upto_ns` will come any more: finish what that completes."""
-        return self._advance(upto_ns) if upto_ns >= self._slice_end else []
+    def advance(self, upto_ns: int, *, at_once: bool = False) -> list[Results]:
+        """Told that no record before `upto_ns` will come any more: finish what that completes.
+
+        `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time.
+        """
+        return self._advance(upto_ns) if at_once or upto_ns >= self._slice_end else []
 
     def finish(self) -> Results:
         """The stream has ended: all that is left. Buffers of which one record is known stay in flight."""
