@@ -22,6 +22,7 @@ from correlator.identity import Resolver
 from correlator.links import Links
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
+from correlator.neighbours import Asked
 from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
@@ -72,10 +73,11 @@ class Engine:
         self._open = NOTHING_OPEN
         self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
         self._gaps: list[tuple[int, int]] = []
+        self._asked = Asked()
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
-        self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "told_apart"), 0)
+        self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "waited", "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
         self._left = 0
         """Single records that were still waiting when the stream ended."""
@@ -155,6 +157,7 @@ class Engine:
             self._began_ns = int(batch.ts_ns[0])
             self._gaps.insert(0, (-NEVER, self._began_ns))
 
+        self._asked.note(batch)
         found: list[tuple[Delays, Crossings]] = []
         if len(batch) or len(self._open):
             new = Records.of(batch, flows=self._config.crossings)
@@ -170,6 +173,7 @@ class Engine:
         crossings = Crossings.concatenate([rows for _, rows in found])
         grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
         settled_ns = min(settled_ns, self._links.oldest_ns)
+        self._asked.forget(min(settled_ns, upto_ns - self._config.timeout_ns))
         self._gaps = [gap for gap in self._gaps if gap[1] > min(settled_ns, upto_ns - self._config.timeout_ns)]
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
@@ -242,11 +246,20 @@ class Engine:
         self._tally["ambiguous"] += int(size[unclear].sum())
         self._tally["matched"] += int(size[ended & ~dropped & ~unclear].sum())
         self._grades["ambiguous"] += int(unclear.sum())
+        waited = self._asked.waited(lives, ended)
+        self._grades["waited"] += int(waited[found.packets].sum())
         for grade, count in zip(Grade, np.bincount(lives.grade[found.packets], minlength=len(Grade)), strict=True):
             self._grades[grade.name.lower()] += int(count)
         utc_ns = found.ts + self._offset_ns
         device = self._entries((found.device << 32) | found.owner).astype(np.int32)
-        self._windows.add(utc_ns, device, found.direction, found.segment, found.delay)
+        counted = ~waited[found.life] if waited.any() else slice(None)
+        self._windows.add(
+            utc_ns[counted],
+            device[counted],
+            found.direction[counted],
+            found.segment[counted],
+            found.delay[counted],
+        )
         crossings = Crossings.empty()
         if self._config.crossings and found.crossed is not None:
             crossings = self._crossings(lives, found.crossed)
@@ -266,6 +279,7 @@ class Engine:
             grade=lives.grade[life],
             outcome=found.outcome[life],
             drop_reason=np.where(found.outcome == Outcome.DROPPED, lives.drop_reason(), np.uint16(0))[life],
+            waited=waited[life],
         )
         return delays, crossings
 

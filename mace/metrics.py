@@ -113,6 +113,7 @@ LEDGER_FIELDS: Final = (
     _counter("packets_content", "Packets that their content key alone does."),
     _counter("packets_exact", "Packets that both do."),
     _counter("told_apart", "Times that the key alone said that a buffer had become another packet's."),
+    _counter("packets_waited", "Packets that waited for a neighbour's address (ARP, ND), and are in no window."),
 )
 SINK_FIELDS: Final = (
     _counter("taken", "Rows that the sink was given, and found in its spool when it began."),

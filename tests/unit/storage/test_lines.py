@@ -93,7 +93,7 @@ def test_any_rows_in_any_batches(batches):
             device=device.astype("i4"), direction=direction.astype("u1"), segment=segment.astype("u1"),
             position=np.where(segment == Segment.OVERHEAD, 255, position).astype("u1"),
             delay_ns=delay.astype("i8"), l3_len=l3_len.astype("u4"), grade=grade.astype("u1"),
-            outcome=outcome.astype("u1"), drop_reason=np.zeros(len(batch), "<u2"),
+            outcome=outcome.astype("u1"), drop_reason=np.zeros(len(batch), "u2"), waited=np.zeros(len(batch), "?"),
         )  # fmt: skip
         text += encoded(lines, delays, most=5)
         expected += naive(delays, DEVICES)
