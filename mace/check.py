@@ -9,6 +9,7 @@ from collector import SOURCES, devices
 from mace import lab
 from mace.config import Config
 from mace.interfaces import Status
+from storage import SINKS
 
 
 def statuses(config: Config) -> dict[str, Status]:
@@ -19,6 +20,7 @@ def statuses(config: Config) -> dict[str, Status]:
         "device names": devices.check(host_netns=config.capture.host_netns or None),
         "sink capture": Status(True, "writes .mace files"),
         "sink store": _store(Path(config.store.path)),
+        **{f"sink {name}": kind.check(config) for name, kind in SINKS.items()},
         "lab netns": _lab(lab.Runtime.NETNS, "containers are bare network namespaces"),
         "lab docker": _lab(lab.Runtime.DOCKER, "containers are Docker's"),
     }

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, compare, config, correct, demo, experiment, lab, module, ping, report, wrap
+from mace import __version__, compare, config, correct, demo, experiment, lab, module, ping, report, sinks, wrap
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -203,7 +203,9 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _correct(args: argparse.Namespace) -> int:
-    found = correct.corrected(args, _session(args, None))
+    session = _session(args, None)
+    found = correct.corrected(args, session)
+    session.deliver(found.round_trips())
     if args.json:
         _print_json(found.as_dict())
         return 0
@@ -222,9 +224,11 @@ def _ping(args: argparse.Namespace) -> int:
         if args.host_path:
             term = ping.probing(args, argv, netns_fd, capture.host_netns).measure(_session(args, place))
         run = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=args.json)
-        found = run.measure(_session(args, place), _tee(args))
+        session = _session(args, place)
+        found = run.measure(session, _tee(args))
     finally:
         os.close(netns_fd)
+    session.deliver(found.round_trips())
     host_rtt = found.statistics()["host_rtt_ns"]["median"]
     if args.json:
         _print_json(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
@@ -239,9 +243,11 @@ def _wrap(args: argparse.Namespace) -> int:
     place = lab.attach(args.lab) if args.lab else None
     netns_fd = ping.open_namespace(args, _configured(args, place).capture)
     try:
-        found, status = wrap.measure(args, netns_fd, _session(args, place), _tee(args))
+        session = _session(args, place)
+        found, status = wrap.measure(args, netns_fd, session, _tee(args))
     finally:
         os.close(netns_fd)
+    session.deliver(found.round_trips())
     if args.json:
         _print_json(found.as_dict())
     else:
@@ -273,7 +279,9 @@ def _compare(args: argparse.Namespace) -> int:
 
         def session(source: str) -> Session:
             args.source = source
-            return _session(args, place)
+            # Its figures are of this comparison; nobody's database wants them among those of measurements.
+            settings = replace(_configured(args, place), sinks=config.SinksConfig())
+            return Session(settings, Console(stderr=True), quiet=args.json)
 
         found = compare.measure(args, place, session)
     if args.png:
@@ -309,7 +317,8 @@ def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> confi
             remote_netns=(place.netns_path(lab.REMOTE).name,),
             container_sockets=(*capture.container_sockets, *sockets),
         )
-    return config.Config(capture, correlate, store)
+    found = sinks.configured(args, settings.sinks)
+    return replace(settings, capture=capture, correlate=correlate, store=store, sinks=found)
 
 
 def _session(args: argparse.Namespace, place: lab.Lab | None) -> Session:
@@ -451,6 +460,7 @@ def _parser() -> argparse.ArgumentParser:
     one = command("run", _run, "measure: live records to delays, a table and the store (root)")
     one.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go")
     one.add_argument("--no-store", action="store_true", help="show only")
+    sinks.add_options(one, endpoint=True)
     for group in (with_live, with_capture, with_tee, with_config, with_json):
         group(one)
 
@@ -464,6 +474,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")
     one.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
     one.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    sinks.add_options(one, endpoint=False)
     with_config(one)
     with_json(one)
 
@@ -476,18 +487,21 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--host-path", type=_at_least(1, int), metavar="N", help="before, measure the host path term with N probes"
     )
+    sinks.add_options(one, endpoint=False)
     one.set_defaults(others=[])
     for group in (with_capture, with_config, with_json):
         group(one)
 
     one = command("correct", _correct, "the same for what a tool has printed, with a capture file of that time")
     correct.add_options(one)
+    sinks.add_options(one, endpoint=False)
     with_config(one)
     with_json(one)
 
     one = command("wrap", _wrap, "the same for a tool that is run in a container now: fping, dig, curl (root)")
     ping.add_options(one)
     wrap.add_options(one)
+    sinks.add_options(one, endpoint=False)
     for group in (with_capture, with_config, with_json):
         group(one)
 

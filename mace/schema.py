@@ -217,6 +217,49 @@ class Crossings(Columns):
     }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundTripRows(Columns):
+    """One row per sample of a tool. Of a sample that is not paired all but its time, number and tool RTT is 0."""
+
+    utc_ns: npt.NDArray[np.int64]
+    """When the request came to the container's device; not paired: the tool's own time."""
+    seq: npt.NDArray[np.int64]
+    """Number of the request; `NOT_TOLD` where the tool has none."""
+    tool_rtt_ns: npt.NDArray[np.int64]
+    """`NOT_TOLD`: it saw no reply."""
+    host_rtt_ns: npt.NDArray[np.int64]
+    nic_rtt_ns: npt.NDArray[np.int64]
+    egress_ns: npt.NDArray[np.int64]
+    ingress_ns: npt.NDArray[np.int64]
+    grade: npt.NDArray[np.uint8]
+    reason: npt.NDArray[np.uint8]
+    """Index into `RoundTrips.reasons`; 0 is `paired`."""
+
+    _DTYPES: ClassVar[dict[str, str]] = {
+        "utc_ns": "<i8",
+        "seq": "<i8",
+        "tool_rtt_ns": "<i8",
+        "host_rtt_ns": "<i8",
+        "nic_rtt_ns": "<i8",
+        "egress_ns": "<i8",
+        "ingress_ns": "<i8",
+        "grade": "u1",
+        "reason": "u1",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTrips:
+    """Round trips of one tool in one container, corrected."""
+
+    tool: str
+    container: str
+    netns: str
+    reasons: tuple[str, ...]
+    """Names, in small letters: `paired`, then why a sample is not."""
+    rows: RoundTripRows
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """All delays of one device, direction and segment that began in one stretch of UTC time. Final when given out."""
@@ -298,3 +341,4 @@ class Results:
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)
 assert tuple(f.name for f in fields(Crossings)) == tuple(Crossings._DTYPES)
+assert tuple(f.name for f in fields(RoundTripRows)) == tuple(RoundTripRows._DTYPES)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -20,12 +20,15 @@ from collector.capture_source import CaptureSource, in_time_order
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
-from mace.interfaces import Source, StreamHeader, StreamItem
+from mace.interfaces import Sink, Source, StreamHeader, StreamItem
 from mace.pipeline import Stop
 from mace.records import Batch
-from mace.schema import Results
+from mace.schema import Results, RoundTrips
 from mace.summary import Summary
+from mace.vitals import Vitals
+from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
+from storage.shared import Alone
 
 REPLAY_SLICE_NS: Final = 1_000_000_000
 """Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
@@ -45,6 +48,8 @@ class Session:
         self._console = console
         self._quiet = quiet
         self._stop = Stop()
+        self._header: StreamHeader | None = None
+        """Of what was observed last."""
         keep_freed_memory()
 
     def say(self, text: str) -> None:
@@ -57,7 +62,8 @@ class Session:
         self._stop = Stop()
         summary = Summary()
         source, chosen = self._source()
-        sinks = [pipeline.embedded_store(self._config.store, store, rows=self._config.correlate.rows)] if store else []
+        vitals = Vitals()
+        sinks = self._sinks(store, vitals)
 
         async def work() -> None:
             opened = asyncio.Event()
@@ -75,10 +81,18 @@ class Session:
                 engine = pipeline.engine_config(self._config)
                 async with self._timed(until, opened):
                     await pipeline.run(
-                        source, sinks, engine=engine, stop=self._stop, tee=tee, on_results=show, on_open=begin
+                        source,
+                        sinks,
+                        engine=engine,
+                        stop=self._stop,
+                        tee=tee,
+                        on_results=show,
+                        on_open=begin,
+                        vitals=vitals,
                     )
 
         asyncio.run(work())
+        summary.sinks = vitals.accounts
         return summary
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
@@ -95,7 +109,7 @@ class Session:
 
             engine = replace(pipeline.engine_config(self._config), crossings=True, rows=False)
             async with self._timed(until, opened):
-                await pipeline.run(
+                self._header = await pipeline.run(
                     source, [], engine=engine, stop=self._stop, tee=tee, on_results=on_results, on_open=begin
                 )
 
@@ -127,11 +141,32 @@ class Session:
 
         async def work() -> None:
             async with self._timed(None, asyncio.Event()):
-                await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
+                self._header = await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
 
         asyncio.run(work())
         for warning in source.warnings:
             self._console.print(f"[yellow]{warning}[/]", highlight=False)
+
+    def deliver(self, trips: RoundTrips) -> None:
+        """Round trips of what was observed last, to the sink that takes them, if it is configured."""
+        if self._header is None or not SINKS["influxdb"].wanted(self._config):
+            return
+        header, influx = self._header, self._config.sinks.influxdb
+        # A spool of its own: that of a measurement that goes on meanwhile is that one's.
+        influx = replace(influx, spool=str(Path(influx.spool) / "round-trips") if influx.spool else "")
+        vitals = Vitals(live=False)
+        sinks = replace(self._config.sinks, influxdb=influx)
+        sink = Alone(SINKS["influxdb"].make(replace(self._config, sinks=sinks), vitals))
+
+        async def work() -> None:
+            async with AsyncExitStack() as opened:
+                opened.push_async_callback(sink.aclose)
+                await sink.open(header)
+                await sink.write(trips)
+
+        asyncio.run(work())
+        for name, account in vitals.accounts.items():
+            self.say(f"{name}: {account.line()}")
 
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
@@ -180,10 +215,11 @@ class Session:
                 summary.add(results)
                 bar.update(task, completed=done + source.bytes_read)
 
-            rows = self._config.correlate.rows
-            sinks = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
+            vitals = Vitals(live=False)
+            sinks = self._sinks(store, vitals)
             async with self._timed(None, asyncio.Event()):
-                await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show)
+                await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show, vitals=vitals)
+            summary.sinks = vitals.accounts
             for warning in source.warnings:
                 self._console.print(f"[yellow]{warning}[/]", highlight=False)
             return summary
@@ -199,6 +235,12 @@ class Session:
         with bar:
             asyncio.run(work())
         return whole
+
+    def _sinks(self, store: Path | None, vitals: Vitals) -> list[Sink]:
+        """The embedded store, if there is to be one, then those that the configuration asks for."""
+        rows = self._config.correlate.rows
+        embedded: list[Sink] = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
+        return [*embedded, *wanted_sinks(self._config, vitals)]
 
     def _source(self) -> tuple[Source, str]:
         """The live source, and which one it is and why: to be said once it is open, so that an error stands alone."""

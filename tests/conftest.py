@@ -104,6 +104,12 @@ def _qemu() -> str | None:
     return vm.missing()
 
 
+def _victoria() -> str | None:
+    from tests import servers  # here, because only few tests ask
+
+    return servers.missing_victoria()
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -120,6 +126,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "c++": lambda: _program("c++", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
+    "influxd": lambda: _program("influxd", "version"),
+    "victoria-metrics": _victoria,
     # The kernel's scripts want more than perl-base, which every Debian has.
     "perl": lambda: _program("perl", "-MTerm::ANSIColor", "-MEncode", "-e", "1"),
 }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, matching, offline, ring_drain, rows, versus, wire
+from tests.benchmark import ftrace_decode, kmod, live, matching, offline, ring_drain, rows, sinks, versus, wire
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -32,6 +32,9 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "live_soak": live.soak,
     "kmod_vs_ftrace": kmod.versus_ftrace,
     "matching": matching.run,
+    "encode": sinks.encode,
+    "influx_write": sinks.influx_write,
+    "victoria_write": sinks.victoria_write,
 }
 
 
