@@ -23,12 +23,28 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, compare, config, correct, demo, experiment, lab, module, ping, report, sinks, wrap
+from mace import (
+    __version__,
+    compare,
+    config,
+    correct,
+    demo,
+    experiment,
+    lab,
+    module,
+    ping,
+    publish,
+    report,
+    sinks,
+    wrap,
+)
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
+from mace.interfaces import StreamSink
 from mace.session import Session, Until
 from mace.summary import Summary
+from mace.verify import command as verify
 from storage.capture import CaptureSink
 
 EXIT_ERROR: Final = 1
@@ -182,8 +198,16 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     session = _session(args, lab.attach(args.lab) if args.lab else None)
-    store = None if args.no_store else Path(_configured(args).store.path)
-    _show(session.measure(_for(args.duration), store=store, tee=_tee(args)), args)
+    settings = _configured(args)
+    store = None if args.no_store else Path(settings.store.path)
+    tee: StreamSink | None = _tee(args)
+    publisher = None
+    if args.publish is not None:
+        publisher = publish.publisher(publish.configured(args, settings, args.publish))
+        tee = publisher if tee is None else publish.Both([tee, publisher])
+    _show(session.measure(_for(args.duration), store=store, tee=tee), args)
+    if publisher is not None:
+        print(publish.line(publisher), file=sys.stderr)
     return 0
 
 
@@ -293,6 +317,10 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    return verify.run(args, _configured(args))
+
+
 # What commands share --------------------------------------------------------------------------------------
 
 
@@ -309,14 +337,7 @@ def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> confi
     if getattr(args, "store", None):
         store = replace(store, path=str(args.store))
     if place is not None:
-        sockets = (str(place.docker_socket),) if place.docker_socket else ()
-        capture = replace(
-            capture,
-            host_netns=str(place.netns_path(lab.HOST)),
-            outer=(place.outer_device,),
-            remote_netns=(place.netns_path(lab.REMOTE).name,),
-            container_sockets=(*capture.container_sockets, *sockets),
-        )
+        capture = lab.capture_of(capture, place)
     found = sinks.configured(args, settings.sinks)
     return replace(settings, capture=capture, correlate=correlate, store=store, sinks=found)
 
@@ -461,6 +482,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go")
     one.add_argument("--no-store", action="store_true", help="show only")
     sinks.add_options(one, endpoint=True)
+    publish.add_publish_options(one)
     for group in (with_live, with_capture, with_tee, with_config, with_json):
         group(one)
 
@@ -469,6 +491,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--force", action="store_true", help="overwrite the file")
     for group in (with_live, with_capture, with_config, with_json):
         group(one)
+
+    one = command("ingest", publish.run_ingest, "many hosts' streams from a MQTT broker to delays and one store")
+    publish.add_ingest_options(one)
+    one.add_argument("--duration", type=_at_least(0.1), metavar="S", help="seconds; without it until Ctrl-C")
+    with_config(one)
+    with_json(one)
 
     one = command("replay", _replay, "capture files to the same answers as live")
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")
@@ -484,10 +512,10 @@ def _parser() -> argparse.ArgumentParser:
     one.allow_abbrev = False
     one.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"
     ping.add_options(one)
+    sinks.add_options(one, endpoint=False)
     one.add_argument(
         "--host-path", type=_at_least(1, int), metavar="N", help="before, measure the host path term with N probes"
     )
-    sinks.add_options(one, endpoint=False)
     one.set_defaults(others=[])
     for group in (with_capture, with_config, with_json):
         group(one)
@@ -519,6 +547,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_options(one)
     with_config(one)
     with_json(one)
+
+    one = command("verify", _verify, "play scenarios with numbered packets: how often the matching is right (root)")
+    verify.add_options(one)
+    one.add_argument("--source", choices=config.SOURCES, help="where live records come from")
+    with_config(one)
+    one.add_argument("--json", action="store_true", help="one JSON object a scenario on stdout")
 
     one = command("hooks", _hooks, "where packets are observed")
     with_json(one)

@@ -156,6 +156,42 @@ class SinksConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MqttConfig:
+    """`[mqtt]`: the broker, for publishing and for the ingest alike."""
+
+    broker: str = _key("", "`mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` for TLS.")
+    username: str = _key("", "User name at the broker; empty: the certificate's, or none.")
+    password_file: str = _key(
+        "", "File whose first line is the password; empty: the environment's `MACE_MQTT_PASSWORD`, if set."
+    )
+    ca_file: str = _key("", "Certificates that the broker's must lead to (PEM); empty: the system's.")
+    cert_file: str = _key("", "Our own certificate (PEM), where the broker asks for one.")
+    key_file: str = _key("", "Its private key (PEM).")
+
+
+@dataclass(frozen=True, slots=True)
+class PublishConfig:
+    """`[publish]`: the raw stream to a broker."""
+
+    interval_s: float = _key(1.0, "Records travel at most this long after they came, s.", low=0.05, high=60)
+    spool: str = _key("mace-spool", "Directory in which what has not arrived yet is kept, in a folder `publish`.")
+    spool_mib: int = _key(1024, "Size of it, MiB; beyond, the oldest records are discarded and counted.", low=1)
+    drain_s: float = _key(5.0, "At the end of a run, how long to wait until all has arrived, s.", low=0, high=3600)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestConfig:
+    """`[ingest]`: many hosts' streams from a broker into one store."""
+
+    open_records: int = _key(
+        262_144, "Records of unfinished packets that are kept at most, per host.", low=1000, high=1_000_000_000
+    )
+    queue_messages: int = _key(
+        10_000, "Messages that wait to be worked on at most; what comes beyond is asked for again.", low=100
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of it."""
 
@@ -163,6 +199,9 @@ class Config:
     correlate: CorrelateConfig = CorrelateConfig()
     store: StoreConfig = StoreConfig()
     sinks: SinksConfig = SinksConfig()
+    mqtt: MqttConfig = MqttConfig()
+    publish: PublishConfig = PublishConfig()
+    ingest: IngestConfig = IngestConfig()
 
 
 _TYPES: Final = {"str": str, "int": int, "float": float, "bool": bool}

@@ -139,7 +139,7 @@ async def run(
 
         async def pump() -> None:
             async for item in source.items():
-                if tee is not None and not isinstance(item, Progress):
+                if tee is not None:
                     await tee.write(item)
                 await items.send(item)
             await items.close()

@@ -20,7 +20,7 @@ from collector.capture_source import CaptureSource, in_time_order
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
-from mace.interfaces import Sink, Source, StreamHeader, StreamItem
+from mace.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
 from mace.pipeline import Stop
 from mace.records import Batch
 from mace.schema import Results, RoundTrips
@@ -62,7 +62,7 @@ class Session:
         if not self._quiet:
             self._console.print(f"[dim]{text}[/]", highlight=False)
 
-    def measure(self, until: Until, *, store: Path | None, tee: CaptureSink | None) -> Summary:
+    def measure(self, until: Until, *, store: Path | None, tee: StreamSink | None) -> Summary:
         """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
         self._stop = Stop()
         summary = Summary()

@@ -161,23 +161,30 @@ class EmbeddedStore:
             self._release()
 
     def _acquire(self, header: StreamHeader) -> None:
+        self._take_hold(f"run {header.run}")
+        try:
+            self._refuse_known_run(header)
+            run = tables.runs_table(header)
+            self._put("runs", NO_HOUR, run)
+            self._flush += 1
+            self._retain()
+        except OSError as e:
+            raise self._cannot("open the store", e) from e
+
+    def _take_hold(self, who: str) -> None:
+        """Make the store if there is none, lock it, tidy it up."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             known = check_schema(self.path)
             strange = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(("lock", "store.json")))
             if not known and strange:
                 raise StoreError(f"{self.path}: not a MACE store, and not empty (found {strange[0]!r})")
-            self._lock(header)
+            self._lock(who)
             if not known:
                 about = memoryview(json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode())
                 segments.write_whole(self.path / "store.json", segments.write_bytes(about), fsync=self._fsync)
             segments.remove_leftovers(self.path)
             self._flush = segments.next_flush(self.path)
-            self._refuse_known_run(header)
-            run = tables.runs_table(header)
-            self._put("runs", NO_HOUR, run)
-            self._flush += 1
-            self._retain()
         except OSError as e:
             raise self._cannot("open the store", e) from e
 
@@ -190,7 +197,7 @@ class EmbeddedStore:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _lock(self, header: StreamHeader) -> None:
+    def _lock(self, who: str) -> None:
         """flock: the kernel lets go of it when the process ends, however it ends."""
         path = self.path / "lock"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -205,7 +212,7 @@ class EmbeddedStore:
             ) from None
         self._lock_fd = fd  # released also if the disk has no room for what follows
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} (run {header.run})\n".encode(), 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} ({who})\n".encode(), 0)
 
     def _refuse_known_run(self, header: StreamHeader) -> None:
         """The same capture stored twice would count every packet twice."""
@@ -309,10 +316,9 @@ class EmbeddedStore:
             self._flush += 1
 
     def _ledger_row(self, header: StreamHeader, latest: Results, rows_stored: int, closed: bool) -> pa.Table:
-        return tables.ledger_table(
+        row = tables.LedgerRow(
             header,
             latest.upto_utc_ns,
-            self._flush,
             latest.ledger,
             packets=latest.packets,
             grades=latest.grades,
@@ -320,6 +326,7 @@ class EmbeddedStore:
             rows_not_stored=self.rows_not_stored,
             closed=closed,
         )
+        return tables.ledger_table([row], self._flush)
 
     def _put(self, table: str, hour: int, rows: pa.Table) -> None:
         """Make one segment. OSErrors pass."""
@@ -354,7 +361,7 @@ class EmbeddedStore:
         """
         gone = 0
         for table in segments.TABLES:
-            for group in segments.mergeable(segments.listing(self.path, table), self._damaged):
+            for group in self.mergeable(table):
                 if self._closing.is_set():
                     return gone
                 try:
@@ -367,6 +374,10 @@ class EmbeddedStore:
                 gone += len(group) - 1
         self.merged += gone
         return gone
+
+    def mergeable(self, table: str) -> list[list[Segment]]:
+        """Groups of a table's segments that are better merged."""
+        return segments.mergeable(segments.listing(self.path, table), self._damaged)
 
     def _merge(self, group: list[Segment]) -> None:
         first, last = group[0], group[-1]

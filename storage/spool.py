@@ -178,6 +178,16 @@ class Spool:
                 self._leave(entry)
             return None
 
+    def ahead(self, index: int) -> Frame | None:
+        """The frame behind `index` others, to be sent before those are acknowledged; None if there is none, or none
+        that can be read. It may still be dropped.
+        """
+        with self._lock:
+            if index >= len(self._entries):
+                return None
+            entry = self._entries[index]
+            return entry.frame or self._read(entry)
+
     def acknowledge(self) -> None:
         """The frame that `first` gave last is delivered."""
         with self._lock:
