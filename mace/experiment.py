@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from collector.capture_source import Capture
+from collector.files import recording
 from correlator import intervals
 from correlator.correction import Reason, correct
 from correlator.samples import Samples
@@ -277,7 +278,7 @@ def figures(
             crossings = crossings[np.array(chosen, np.bool_)[crossings.device]]
         observed.add(replace(results, crossings=crossings))
 
-    session.observed(path, ours, salvage=False)
+    session.observed(recording(path), ours)
     if session.stopped:
         raise UsageError("interrupted while computing; where --keep has kept what was measured, --again computes it")
     offset_ns, pings, probes = _raw(path)
