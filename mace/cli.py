@@ -269,9 +269,11 @@ def _wrap(args: argparse.Namespace) -> int:
     place = lab.attach(args.lab) if args.lab else None
     netns_fd = ping.open_namespace(args, _configured(args, place).capture)
     try:
-        found, status = wrap.measure(args, netns_fd, _session(args, place), _tee(args))
+        session = _session(args, place)
+        found, status = wrap.measure(args, netns_fd, session, _tee(args))
     finally:
         os.close(netns_fd)
+    session.deliver(found.round_trips())
     if args.json:
         _print_json(found.as_dict())
     else:
@@ -303,7 +305,9 @@ def _compare(args: argparse.Namespace) -> int:
 
         def session(source: str) -> Session:
             args.source = source
-            return _session(args, place)
+            # Its figures are of this comparison; nobody's database wants them among those of measurements.
+            settings = replace(_configured(args, place), sinks=config.SinksConfig())
+            return Session(settings, Console(stderr=True), quiet=args.json)
 
         found = compare.measure(args, place, session)
     if args.png:
@@ -525,6 +529,7 @@ def _parser() -> argparse.ArgumentParser:
     one = command("wrap", _wrap, "the same for a tool that is run in a container now: fping, dig, curl (root)")
     ping.add_options(one)
     wrap.add_options(one)
+    sinks.add_options(one, endpoint=False)
     for group in (with_capture, with_config, with_json):
         group(one)
 
