@@ -11,9 +11,11 @@ import asyncio
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +44,24 @@ ROUNDS = 5
 AHEAD = 1_000_000
 """Records that the publisher is given beyond what has arrived: the ring's part, which waits."""
 
-HOSTS, RATE, SECONDS = 1_000, 1_000, 25
+HOSTS, RATE, SECONDS = 1_000, 1_000, 15
 LEAD_S = 6
 """From the first connection to the first record."""
 BROKER = ("allow_anonymous true", "sys_interval 1", "max_queued_messages 0", "max_connections -1")
+
+
+@contextmanager
+def stopped_with_us() -> Iterator[None]:
+    """SIGTERM (of `timeout`, say) is an exception, so that servers and processes started here end with this one."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -105,7 +121,7 @@ async def one_round(broker: Broker, spool: Path, run: str, whole: Batch) -> floa
 def through() -> list[dict[str, Any]]:
     whole = traffic(1_000_000)
     found = []
-    with folder() as where, mosquitto(where / "broker", *BROKER) as server:
+    with stopped_with_us(), folder() as where, mosquitto(where / "broker", *BROKER) as server:
         broker = Broker(MqttConfig(broker=server.url))
         for name, args in (("mqtt_ingest", ["--no-rows"]), ("mqtt_ingest_rows", [])):
             store = where / name
@@ -228,7 +244,7 @@ def simulate(url: str) -> None:
 
 
 def fleet() -> list[dict[str, Any]]:
-    with folder() as where, mosquitto(where / "broker", *BROKER) as server:
+    with stopped_with_us(), folder() as where, mosquitto(where / "broker", *BROKER) as server:
         stores = [where / "1", where / "2"]
         with ingest(server, stores[0], "--shard", "1/2") as one, ingest(server, stores[1], "--shard", "2/2") as two:
             argv = [sys.executable, "-c", f"from tests.benchmark import mqtt; mqtt.simulate({server.url!r})"]
