@@ -60,6 +60,11 @@ class Connection(aiomqtt.Client):
                 _LOG.error("the broker refuses what we publish: %s; its access list does not let us", reason_code)
         super()._on_publish(client, userdata, mid, reason_code, properties)
 
+    def _on_disconnect(self, *args: Any, **kwargs: Any) -> None:
+        # A connection that was given up before the broker answered: aiomqtt 2.5 would ask a cancelled future.
+        if not self._connected.cancelled():
+            super()._on_disconnect(*args, **kwargs)
+
 
 class Broker:
     """Where the broker is and who we are there. Reads files and environment once; raises `ConfigError`."""
