@@ -394,7 +394,7 @@ def test_frames_that_the_ingest_lets_fall_are_asked_for_again(tmp_path):
             def forgetful(message):
                 nonlocal seen
                 seen += 1
-                if seen % 7:
+                if seen % 11:
                     real(message)
 
             ingest.message = forgetful
