@@ -284,10 +284,13 @@ class Ingest:
                 await client.publish(ack_topic(host), word.to_bytes(), qos=0)
 
     async def _flush_now_and_then(self) -> None:
-        while not self._ending.is_set():
+        ended = False
+        while not ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._config.store.flush_interval_s):
                     await self._ending.wait()
+            # Asked before the flush: what came while one was under way needs another one.
+            ended = self._ending.is_set()
             await self._flush()
 
     async def _flush(self) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -259,6 +260,9 @@ def simulate(url: str) -> None:
 
 
 def fleet() -> list[dict[str, Any]]:
+    # A descriptor a host, here and in the broker; what is started here inherits it.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with stopped_with_us(), folder() as where, mosquitto(where / "broker", *BROKER) as server:
         stores = [where / "1", where / "2"]
         with ingest(server, stores[0], "--shard", "1/2") as one, ingest(server, stores[1], "--shard", "2/2") as two:
