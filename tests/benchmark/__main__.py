@@ -24,9 +24,11 @@ from tests.benchmark import (
     matching,
     mqtt,
     offline,
+    pcap_pairs,
     ring_drain,
     rows,
     sinks,
+    tracedat,
     versus,
     wire,
 )
@@ -51,6 +53,8 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "fleet": mqtt.fleet,
     "graded_correlation": graded.run,
     "matching": matching.run,
+    "tracedat_read": tracedat.read,
+    "pcap_pairs": pcap_pairs.read,
 }
 
 
