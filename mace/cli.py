@@ -199,14 +199,16 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    session = _session(args, lab.attach(args.lab) if args.lab else None)
-    settings = _configured(args)
-    store = None if args.no_store else Path(settings.store.path)
+    settings = _configured(args, lab.attach(args.lab) if args.lab else None)
     tee: StreamSink | None = _tee(args)
     publisher = None
     if args.publish is not None:
-        publisher = publish.publisher(publish.configured(args, settings, args.publish))
-        tee = publisher if tee is None else publish.Both([tee, publisher])
+        settings = publish.configured(args, settings, args.publish)
+        if args.publish_as == "records":
+            publisher = publish.publisher(settings)
+            tee = publisher if tee is None else publish.Both([tee, publisher])
+    session = Session(settings, Console(stderr=True), quiet=args.json)
+    store = None if args.no_store else Path(settings.store.path)
     _show(session.measure(_for(args.duration), store=store, tee=tee), args)
     if publisher is not None:
         print(publish.line(publisher), file=sys.stderr)

@@ -149,11 +149,21 @@ class PrometheusConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MqttRowsConfig(RunningConfig):
+    """`[sinks.mqtt]`: results to the broker of `[mqtt]`, for whoever subscribes."""
+
+    publish: str = _key(
+        "", "What to publish: `windows`, or `delays` for those and a row per packet.", choices=("", "windows", "delays")
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class SinksConfig:
     """`[sinks.NAME]`: sinks besides the embedded store. Each key is the name of one in `storage.SINKS`."""
 
     influxdb: InfluxConfig = InfluxConfig()
     prometheus: PrometheusConfig = PrometheusConfig()
+    mqtt: MqttRowsConfig = MqttRowsConfig()
 
 
 @dataclass(frozen=True, slots=True)
