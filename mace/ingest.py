@@ -1,6 +1,7 @@
 """`mace ingest`: many hosts' streams from a broker into one store.
 
     broker ──► judge ──► journal ──► engine of the host ──► flush ──► store ──► commit ──► journal
+                            │                                                       └────► sinks of the configuration
                             └──► acknowledgement to the host, once it is on the disk
 
 Each host has an engine of its own, with bounded memory. A frame is acknowledged when the journal has it on the disk, so
@@ -29,6 +30,7 @@ from mace import __version__
 from mace.broker import Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
 from mace.config import Config
 from mace.errors import StoreError, WireError
+from mace.handover import Handover
 from mace.interfaces import Progress, StreamHeader
 from mace.records import Batch
 from mace.schema import Delays, Results, Window
@@ -117,6 +119,8 @@ class Ingest:
         self._zstd = zstandard.ZstdCompressor(level=1)
         self._committed_in = 0
         """File of the journal with the last COMMIT."""
+        self._sinks = Handover(config)
+        self._flushing: asyncio.Task[None] | None = None
         self.counts = Counts()
         self.queue_peak = 0
         self.listening = asyncio.Event()
@@ -138,6 +142,7 @@ class Ingest:
         """Until `stop` is set; then what has come is stored and acknowledged."""
         newest = await self._store.hold(f"ingest of shard {self._shard}")
         try:
+            await self._sinks.open()
             await self._recover(newest)
             tasks = [
                 asyncio.create_task(self._stay_connected(), name="ingest-receive"),
@@ -153,10 +158,13 @@ class Ingest:
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
+            if self._flushing is not None:
+                await self._flushing
             await self._flush()
         finally:
             self._journal.close()
             await self._store.let_go()
+            await self._sinks.aclose()
 
     async def _recover(self, newest: int) -> None:
         """Put the store back to its last commit, and work through what the journal has behind it."""
@@ -366,7 +374,10 @@ class Ingest:
     async def _flush_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(self._config.store.flush_interval_s)
-            await self._flush()
+            # Cut off in the middle, it would drop what it has taken over: at the end it is waited for.
+            self._flushing = asyncio.create_task(self._flush(), name="ingest-flush-once")
+            await asyncio.shield(self._flushing)
+            self._sinks.got_on(self.queue_peak)
 
     async def _flush(self) -> None:
         """Store what came out, note that in the journal, and let go of what no crash would need any more."""
@@ -376,7 +387,15 @@ class Ingest:
         snapshots = self._snapshots()
         upto = self._journal.place
         await self._sync()
-        flush = await asyncio.shield(self._store.flush([part.part() for part in parts.values()]))
+        ready = {run: part.part() for run, part in parts.items()}
+        flush = await self._store.flush(list(ready.values()))
+        for run, part in ready.items():
+            # Before the commit: a crash between the two sends the same rows once more, which changes nothing.
+            if part.latest is not None:
+                results = replace(part.latest, delays=part.delays, windows=part.windows)
+                await self._sinks.take(run, part.header, results)
+            if part.closed:
+                await self._sinks.end(run)
         self._journal.commit(flush, upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
