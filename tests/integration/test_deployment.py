@@ -26,6 +26,7 @@ NAME = "measured.example"
 PINGS = 300
 POWERS = {12: "NET_ADMIN", 11: "NET_BROADCAST", 19: "SYS_PTRACE", 21: "SYS_ADMIN"}  # capability.h
 READY_S = 120
+BROKER = ["/usr/sbin/mosquitto", "-c", "/mosquitto/config/mosquitto.conf"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +54,17 @@ def deployed(tmp_path_factory):
         call("docker", "import", "-", "mace-base:test", given=images.base_image("python3-venv", "ca-certificates"))
         call("docker", "build", "--network", "none", "--build-arg", "BASE=mace-base:test", "--tag", "mace", ".")
         up = SimpleNamespace(folder=folder, place=place, call=call, compose=functools.partial(call, images.compose()))
-        yield up
+        try:
+            yield up
+        finally:
+            # A gigabyte of layers: the lab's own clean-up has a few seconds for all that it finds.
+            for name in ("mace", "mace-base:test", "eclipse-mosquitto:2.0"):
+                subprocess.run(
+                    ["docker", "rmi", "--force", name],
+                    env=os.environ | {"DOCKER_HOST": f"unix://{place.docker_socket}"}, capture_output=True, timeout=120,
+                    check=False,
+                )  # fmt: skip
+            call("docker", "image", "prune", "--force")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +137,7 @@ def state(up, service: str) -> dict:
 def wait_for(holds, up) -> None:
     until = time.monotonic() + READY_S
     while not holds():
-        assert time.monotonic() < until, up.compose("logs", "--tail", "30")
+        assert time.monotonic() < until, up.compose("logs", "--no-color", "--tail", "30") + up.compose("ps")
         time.sleep(0.5)
 
 
