@@ -12,19 +12,25 @@ nothing but when a row comes out. All steps are whole-array ones: a slice costs 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
+from correlator.content import ports, sequence
 from correlator.hops import Crossed, measure
 from correlator.identity import Resolver
+from correlator.links import Links
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
 from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
-from mace.records import Batch
-from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Results
+from mace.records import Batch, Flag
+from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
 from mace.topology import Device, Topology
+
+IPPROTO_TCP: Final = 6
+"""IANA's number of TCP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,9 @@ class EngineConfig:
 
     timeout_ns: int = 500_000_000
     """A packet's next record comes within this, or its life is over."""
+    link_ns: int = 100_000_000
+    """A packet's first record in another buffer comes within this: reassembly waits for the last fragment, which is
+    sent at once. Packets with one content key this near to one another could be confused, and are not linked."""
     linger_ns: int = 100_000_000
     """A device that is gone can still be meant by records this long after: news of it may be dated that much early."""
     slice_ns: int = 100_000_000
@@ -40,7 +49,8 @@ class EngineConfig:
     slice_records: int = 1 << 17
     """A slice is cut here if it gets larger: memory."""
     open_records: int = 1 << 22
-    """Records of open lives that are kept at most; beyond it the oldest lives are ended early."""
+    """Records of open lives that are kept at most; beyond it the oldest lives are ended early. A quarter as many
+    besides are kept of lives that have ended and wait to be linked to others (`correlator.links`)."""
     rows: bool = True
     """Whether to give out a row per packet and segment; windows come in any case."""
     crossings: bool = False
@@ -60,6 +70,7 @@ class Engine:
         self._slice_end = -NEVER
         self._latest = -NEVER
         self._open = NOTHING_OPEN
+        self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
         self._gaps: list[tuple[int, int]] = []
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
@@ -122,7 +133,7 @@ class Engine:
         return results
 
     def _advance(self, upto_ns: int) -> list[Results]:
-        if not self._waiting_records and not len(self._open):
+        if not self._waiting_records and not len(self._open) and not len(self._links):
             return []
         return [self._slice(max(upto_ns, self._latest))]
 
@@ -144,23 +155,29 @@ class Engine:
             self._began_ns = int(batch.ts_ns[0])
             self._gaps.insert(0, (-NEVER, self._began_ns))
 
-        delays, crossings = Delays.empty(), Crossings.empty()
+        found: list[tuple[Delays, Crossings]] = []
         if len(batch) or len(self._open):
-            new = Records.of(batch)
+            new = Records.of(batch, flows=self._config.crossings)
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
             self._grades["told_apart"] += lives.told_apart
-            delays, crossings = self._measure(lives, self._finish(lives, upto_ns, last=last))
-        grades = Grades(**self._grades)
+            ended = self._finish(lives, upto_ns, last=last)
+            found.append(self._measure(lives, ended & ~self._links.take(lives, ended)))
         oldest = int(self._open.records.ts.min()) if len(self._open) else upto_ns
-        self._gaps = [gap for gap in self._gaps if gap[1] > min(oldest, upto_ns - self._config.timeout_ns)]
         settled_ns = min(oldest, upto_ns)
+        if (linked := self._links.release(None if last else settled_ns, self._gaps)) is not None:
+            found.append(self._measure(linked, np.ones(len(linked.starts), np.bool_)))
+        delays = Delays.concatenate([rows for rows, _ in found])
+        crossings = Crossings.concatenate([rows for _, rows in found])
+        grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
+        settled_ns = min(settled_ns, self._links.oldest_ns)
+        self._gaps = [gap for gap in self._gaps if gap[1] > min(settled_ns, upto_ns - self._config.timeout_ns)]
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
         return Results(
             upto_ns + self._offset_ns,
             delays,
             self._windows.close(None if last else settled_ns + self._offset_ns),
-            Ledger(**self._tally, in_flight=self._left + len(self._open)),
+            self._ledger(),
             grades.packets,
             tuple(self._devices),
             grades=grades,
@@ -168,6 +185,10 @@ class Engine:
             settled_utc_ns=settled_ns + self._offset_ns,
             gaps_utc_ns=told,
         )
+
+    def _ledger(self) -> Ledger:
+        tally = self._tally | {"matched": self._tally["matched"] + self._links.spare}
+        return Ledger(**tally, in_flight=self._left + len(self._open) + len(self._links))
 
     def _note_gaps(self, markers: Batch) -> None:
         self._tally["lost"] += markers.lost
@@ -244,13 +265,15 @@ class Engine:
             l3_len=lives.length()[life],
             grade=lives.grade[life],
             outcome=found.outcome[life],
+            drop_reason=np.where(found.outcome == Outcome.DROPPED, lives.drop_reason(), np.uint16(0))[life],
         )
         return delays, crossings
 
     def _crossings(self, lives: Lives, crossed: Crossed) -> Crossings:
         by_time = _by_time(crossed.inner)
-        life, count = crossed.life[by_time], len(by_time)
+        life = crossed.life[by_time]
         owner = crossed.owner[by_time]
+        proto, src, dst, seq = _told(lives.records[lives.order[crossed.at[by_time]]])
         return Crossings(
             packet=lives.packet()[life],
             device=self._entries((owner << 32) | owner).astype(np.int32),
@@ -262,10 +285,10 @@ class Engine:
             outer_edge_utc_ns=crossed.outer_edge[by_time] + self._offset_ns,
             l3_len=lives.length()[life],
             grade=lives.grade[life],
-            l4_proto=np.full(count, NOT_TOLD, np.int16),
-            l4_src=np.full(count, NOT_TOLD, np.int32),
-            l4_dst=np.full(count, NOT_TOLD, np.int32),
-            l4_seq=np.full(count, NOT_TOLD, np.int64),
+            l4_proto=proto.astype(np.int16),
+            l4_src=src.astype(np.int32),
+            l4_dst=dst.astype(np.int32),
+            l4_seq=seq,
         )
 
     def _new_entry(self, key: int) -> int:
@@ -273,6 +296,18 @@ class Engine:
         device, owner = (self._resolver.devices[number] for number in divmod(key, 1 << 32))
         self._devices.append(replace(device, container=owner.container))
         return len(self._devices) - 1
+
+
+def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:
+    """What records say of their flows: IP protocol, source, destination, TCP sequence number; `NOT_TOLD` if nothing."""
+    if records.flow is None or records.proto is None or records.trait is None:
+        nothing = np.full(len(records), NOT_TOLD, np.int64)
+        return nothing, nothing, nothing, nothing
+    proto = records.proto.astype(np.int64)
+    read = (records.trait & Flag.FLOW) != 0
+    src, dst = (np.where(read, column, NOT_TOLD) for column in ports(records.flow))
+    seq = np.where(read & (proto == IPPROTO_TCP), sequence(records.flow), NOT_TOLD)
+    return np.where(proto == 0, NOT_TOLD, proto), src, dst, seq
 
 
 def _by_time(ts: Ints) -> Ints:

@@ -192,11 +192,11 @@ def _final(width_s: int, windows: Ints, cells: Ints) -> list[Window]:
             sum_ns,
             low,
             high,
-            *quantiles,
+            *(p50, p90, p99, p999),
             bins[at[i] : at[i + 1]],
             counts[at[i] : at[i + 1]],
         )
-        for i, ((start, code, count, sum_ns, low, high), quantiles) in enumerate(
+        for i, ((start, code, count, sum_ns, low, high), (p50, p90, p99, p999)) in enumerate(
             zip(windows.T.tolist(), found.tolist(), strict=True)
         )
     ]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from collector import SOURCES, devices
-from mace import lab
+from mace import lab, publish
 from mace.config import Config
 from mace.interfaces import Status
 from storage import SINKS
@@ -21,6 +21,7 @@ def statuses(config: Config) -> dict[str, Status]:
         "sink capture": Status(True, "writes .mace files"),
         "sink store": _store(Path(config.store.path)),
         **{f"sink {name}": kind.check(config) for name, kind in SINKS.items()},
+        "broker": publish.check(config),
         "lab netns": _lab(lab.Runtime.NETNS, "containers are bare network namespaces"),
         "lab docker": _lab(lab.Runtime.DOCKER, "containers are Docker's"),
     }

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,13 +23,28 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, lab, module, ping, publish, report, sinks
+from mace import (
+    __version__,
+    compare,
+    config,
+    correct,
+    demo,
+    experiment,
+    lab,
+    module,
+    ping,
+    publish,
+    report,
+    sinks,
+    wrap,
+)
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
 from mace.interfaces import StreamSink
 from mace.session import Session, Until
 from mace.summary import Summary
+from mace.verify import command as verify
 from storage.capture import CaptureSink
 
 EXIT_ERROR: Final = 1
@@ -226,19 +241,80 @@ def _correct(args: argparse.Namespace) -> int:
 def _ping(args: argparse.Namespace) -> int:
     argv, user_clock, stamps_shown = ping.arguments(args.others)
     place = lab.attach(args.lab) if args.lab else None
-    netns_fd = ping.open_namespace(args, _configured(args, place).capture)
+    capture = _configured(args, place).capture
+    netns_fd = ping.open_namespace(args, capture)
+    term = None
     try:
+        if args.host_path:
+            term = ping.probing(args, argv, netns_fd, capture.host_netns).measure(_session(args, place))
         run = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=args.json)
         session = _session(args, place)
         found = run.measure(session, _tee(args))
     finally:
         os.close(netns_fd)
     session.deliver(found.round_trips())
+    host_rtt = found.statistics()["host_rtt_ns"]["median"]
+    if args.json:
+        _print_json(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
+    else:
+        found.tables(_stdout())
+        if term:
+            print(term.line(host_rtt))
+    return run.status
+
+
+def _wrap(args: argparse.Namespace) -> int:
+    place = lab.attach(args.lab) if args.lab else None
+    netns_fd = ping.open_namespace(args, _configured(args, place).capture)
+    try:
+        found, status = wrap.measure(args, netns_fd, _session(args, place), _tee(args))
+    finally:
+        os.close(netns_fd)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        correct.print_samples(found)
+        found.tables(_stdout())
+    return status
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    experiment.check(args)
+    args.ring_mib = args.ring_mib or experiment.RING_MIB
+    if args.again:
+        found = experiment.again(args.again, _session(args, None))
+    else:
+        with lab.running(experiment.spec(args)) as place:
+            found = experiment.measure(args, place, _session(args, place))
+    if args.png:
+        experiment.draw(found, args.png)
     if args.json:
         _print_json(found.as_dict())
     else:
         found.tables(_stdout())
-    return run.status
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    compare.chosen(args)
+    with lab.running(compare.spec(args)) if args.lab is None else nullcontext(lab.attach(args.lab)) as place:
+
+        def session(source: str) -> Session:
+            args.source = source
+            return _session(args, place)
+
+        found = compare.measure(args, place, session)
+    if args.png:
+        compare.draw(found, args.png)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        found.tables(_stdout())
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    return verify.run(args, _configured(args))
 
 
 # What commands share --------------------------------------------------------------------------------------
@@ -257,14 +333,7 @@ def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> confi
     if getattr(args, "store", None):
         store = replace(store, path=str(args.store))
     if place is not None:
-        sockets = (str(place.docker_socket),) if place.docker_socket else ()
-        capture = replace(
-            capture,
-            host_netns=str(place.netns_path(lab.HOST)),
-            outer=(place.outer_device,),
-            remote_netns=(place.netns_path(lab.REMOTE).name,),
-            container_sockets=(*capture.container_sockets, *sockets),
-        )
+        capture = lab.capture_of(capture, place)
     found = sinks.configured(args, settings.sinks)
     return replace(settings, capture=capture, correlate=correlate, store=store, sinks=found)
 
@@ -440,6 +509,9 @@ def _parser() -> argparse.ArgumentParser:
     one.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"
     ping.add_options(one)
     sinks.add_options(one, endpoint=False)
+    one.add_argument(
+        "--host-path", type=_at_least(1, int), metavar="N", help="before, measure the host path term with N probes"
+    )
     one.set_defaults(others=[])
     for group in (with_capture, with_config, with_json):
         group(one)
@@ -450,10 +522,32 @@ def _parser() -> argparse.ArgumentParser:
     with_config(one)
     with_json(one)
 
+    one = command("wrap", _wrap, "the same for a tool that is run in a container now: fping, dig, curl (root)")
+    ping.add_options(one)
+    wrap.add_options(one)
+    for group in (with_capture, with_config, with_json):
+        group(one)
+
+    one = command("experiment", _experiment, "ping on the host, in a container and corrected, side by side (root)")
+    experiment.add_options(one)
+    for group in (with_capture, with_config, with_json):
+        group(one)
+
+    one = command("compare", _compare, "sources side by side on the same traffic, and what each of them costs (root)")
+    compare.add_options(one)
+    with_config(one)
+    with_json(one)
+
     one = command("report", report.run, "tables, paths and pictures of what a store holds")
     report.add_options(one)
     with_config(one)
     with_json(one)
+
+    one = command("verify", _verify, "play scenarios with numbered packets: how often the matching is right (root)")
+    verify.add_options(one)
+    one.add_argument("--source", choices=config.SOURCES, help="where live records come from")
+    with_config(one)
+    one.add_argument("--json", action="store_true", help="one JSON object a scenario on stdout")
 
     one = command("hooks", _hooks, "where packets are observed")
     with_json(one)

@@ -1,7 +1,6 @@
 """`mace ingest`: many hosts' streams from a broker into one store.
 
     broker ──► judge ──► journal ──► engine of the host ──► flush ──► store ──► commit ──► journal
-                            │                                                       └────► sinks of the configuration
                             └──► acknowledgement to the host, once it is on the disk
 
 Each host has an engine of its own, with bounded memory. A frame is acknowledged when the journal has it on the disk, so
@@ -17,6 +16,7 @@ import logging
 import pickle
 import random
 import signal
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -30,15 +30,17 @@ from mace import __version__
 from mace.broker import Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
 from mace.config import Config
 from mace.errors import StoreError, WireError
-from mace.handover import Handover
 from mace.interfaces import Progress, StreamHeader
 from mace.records import Batch
 from mace.schema import Delays, Results, Window
 from mace.topics import OLDEST, ROOT, Ack, Shard, ack_topic, host_of_stream
 from mace.topology import Topology
+from mace.vitals import Vitals
 from mace.wire import parse_head
+from storage import SINKS
 from storage.fleet import FleetStore, RunPart
 from storage.journal import Commit, Entry, Journal, Kind, Place
+from storage.shared import StreamOfSink
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -82,10 +84,12 @@ class _Waiting:
     rows: int = 0
     begins: bool = False
     closed: bool = False
+    ended: bool = False
 
     def part(self) -> RunPart:
+        flags = {"begins": self.begins, "closed": self.closed, "ended": self.ended}
         delays = Delays.concatenate(self.delays)
-        return RunPart(self.header, delays, tuple(self.windows), self.latest, self.rows, self.begins, self.closed)
+        return RunPart(self.header, delays, tuple(self.windows), self.latest, self.rows, **flags)
 
 
 class Ingest:
@@ -117,12 +121,17 @@ class Ingest:
             slice_ns=1 << 60,  # cut by _SLICE_NS and _SLICE_RECORDS
         )
         self._zstd = zstandard.ZstdCompressor(level=1)
+        self.vitals = Vitals()
+        self._sinks = [kind.make(config, self.vitals) for kind in SINKS.values() if kind.wanted(config)]
+        self._streams: dict[tuple[str, int], list[StreamOfSink]] = {}
+        """Each run's stream of each sink."""
         self._committed_in = 0
         """File of the journal with the last COMMIT."""
-        self._sinks = Handover(config)
         self._flushing: asyncio.Task[None] | None = None
         self.counts = Counts()
         self.queue_peak = 0
+        self.read_again = 0
+        """Frames that were worked through once more at the start."""
         self.listening = asyncio.Event()
         """Subscribed at the broker, since the last connection."""
 
@@ -141,9 +150,14 @@ class Ingest:
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set; then what has come is stored and acknowledged."""
         newest = await self._store.hold(f"ingest of shard {self._shard}")
+        opened = AsyncExitStack()
         try:
-            await self._sinks.open()
             await self._recover(newest)
+            for sink in self._sinks:
+                opened.push_async_callback(sink.aclose)
+                await sink.open()
+            self.vitals.running = True
+            opened.callback(self.vitals.ended)
             tasks = [
                 asyncio.create_task(self._stay_connected(), name="ingest-receive"),
                 asyncio.create_task(self._flush_now_and_then(), name="ingest-flush"),
@@ -163,8 +177,12 @@ class Ingest:
             await self._flush()
         finally:
             self._journal.close()
-            await self._store.let_go()
-            await self._sinks.aclose()
+            try:
+                for stream in [stream for streams in self._streams.values() for stream in streams]:
+                    opened.push_async_callback(stream.aclose)
+                await opened.aclose()
+            finally:
+                await self._store.let_go()
 
     async def _recover(self, newest: int) -> None:
         """Put the store back to its last commit, and work through what the journal has behind it."""
@@ -172,14 +190,13 @@ class Ingest:
         commit, bases = _last_commit(self._journal)
         commit = commit or Commit(newest, (0, 0))
         gone = self._store.put_back(commit.flush)
-        frames = 0
         for entry in self._journal.read():
             base = bases.get(entry.host)
             if entry.kind is Kind.COMMIT or (base is not None and entry.place < base):
                 continue
             stored = entry.place < commit.upto
             if entry.kind is Kind.FRAME:
-                frames += 1
+                self.read_again += 1
                 self._work(entry.host, entry.payload, again=stored)
             elif entry.place == base:
                 self._hosts[entry.host] = _restored(entry)
@@ -189,7 +206,8 @@ class Ingest:
             await asyncio.sleep(0)
         self.counts = Counts()
         if earlier:
-            _LOG.info("%d hosts, %d frames worked through again, %d segments put back", len(self._hosts), frames, gone)
+            found = len(self._hosts), self.read_again, gone
+            _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
         self._journal.commit(commit.flush, commit.upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
@@ -331,6 +349,7 @@ class Ingest:
         if known.engine is not None:
             self._add(known, known.engine.finish())
             self._part(known).closed = closed
+            self._part(known).ended = True
             known.engine = None
 
     def _part(self, known: _Host) -> _Waiting:
@@ -377,25 +396,21 @@ class Ingest:
             # Cut off in the middle, it would drop what it has taken over: at the end it is waited for.
             self._flushing = asyncio.create_task(self._flush(), name="ingest-flush-once")
             await asyncio.shield(self._flushing)
-            self._sinks.got_on(self.queue_peak)
 
     async def _flush(self) -> None:
         """Store what came out, note that in the journal, and let go of what no crash would need any more."""
+        self.vitals.got_on(messages=self.queue_peak)
         if not self._parts:
             return
-        parts, self._parts = self._parts, {}
+        parts = {key: waiting.part() for key, waiting in self._parts.items()}
+        self._parts = {}
         snapshots = self._snapshots()
         upto = self._journal.place
         await self._sync()
-        ready = {run: part.part() for run, part in parts.items()}
-        flush = await self._store.flush(list(ready.values()))
-        for run, part in ready.items():
-            # Before the commit: a crash between the two sends the same rows once more, which changes nothing.
-            if part.latest is not None:
-                results = replace(part.latest, delays=part.delays, windows=part.windows)
-                await self._sinks.take(run, part.header, results)
-            if part.closed:
-                await self._sinks.end(run)
+        flush = await asyncio.shield(self._store.flush(list(parts.values())))
+        # Before the commit: after a crash a sink gets some results twice rather than not at all, and they are the same.
+        for key, part in parts.items():
+            await self._deliver(key, part)
         self._journal.commit(flush, upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
@@ -407,6 +422,22 @@ class Ingest:
                 buffer = self._journal.taken()
                 await asyncio.shield(asyncio.to_thread(self._journal.sync, buffer))
                 self._journal.rotate()
+
+    async def _deliver(self, key: tuple[str, int], part: RunPart) -> None:
+        """Hand a run's results to the sinks besides the store; they buffer, and never wait for a server."""
+        if not self._sinks:
+            return
+        if key not in self._streams:
+            self._streams[key] = [sink.stream() for sink in self._sinks]
+            for stream in self._streams[key]:
+                await stream.open(part.header)
+        if part.latest is not None:
+            results = replace(part.latest, delays=part.delays, windows=part.windows)
+            for stream in self._streams[key]:
+                await stream.write(results)
+        if part.closed or part.ended:
+            for stream in self._streams.pop(key):
+                await stream.aclose()
 
     def _snapshots(self) -> dict[str, int]:
         """Of some hosts that have none in the newest file; hosts and files."""
@@ -494,6 +525,7 @@ def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s:
             **asdict(ingest.counts),
             "rows_stored": ingest.rows_stored,
             "queue_peak": ingest.queue_peak,
+            "sinks": {name: account.as_dict() for name, account in ingest.vitals.accounts.items()},
         }
 
     return asyncio.run(work())

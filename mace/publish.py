@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mace import config
+from mace import config, sinks
 from mace.config import Config, MqttConfig
-from mace.errors import UsageError
-from mace.interfaces import StreamHeader, StreamItem, StreamSink
+from mace.errors import ConfigError, MissingExtra, UsageError
+from mace.interfaces import Status, StreamHeader, StreamItem, StreamSink
 from mace.topics import Shard
 
 if TYPE_CHECKING:
     from storage.mqtt import StreamPublisher
 
+_CHECK_S: Final = 2.0
 _FILES: Final = ("password_file", "ca_file", "cert_file", "key_file")
 
 
@@ -53,6 +55,7 @@ def add_ingest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go; one for each process")
     parser.add_argument("--shard", metavar="I/N", default="1/1", help="the I-th of N parts of the hosts")
     parser.add_argument("--no-rows", action="store_true", help="keep windows only, no row per packet")
+    sinks.add_options(parser, endpoint=True)
     add_connection_options(parser)
 
 
@@ -86,6 +89,25 @@ def publisher(settings: Config) -> StreamPublisher:
         interval_s=kept.interval_s,
         drain_s=kept.drain_s,
     )
+
+
+def check(settings: Config) -> Status:
+    """Whether a broker that is configured can be reached from here."""
+    if not settings.mqtt.broker:
+        return Status(True, "not configured")
+    try:
+        from mace.broker import Broker  # noqa: PLC0415 (an extra)
+
+        broker = Broker(settings.mqtt)
+    except MissingExtra as error:
+        return Status(False, error.why, error.remedy)
+    except ConfigError as error:
+        return Status(False, str(error), "see docs/mqtt.md")
+    try:
+        with socket.create_connection((broker.host, broker.port), _CHECK_S):
+            return Status(True, f"{broker.address} answers")
+    except OSError as error:
+        return Status(False, f"{broker.address}: {error.strerror or error}", "start the broker, or see [mqtt] broker")
 
 
 def line(sink: StreamPublisher) -> str:
@@ -135,6 +157,7 @@ def run_ingest(args: argparse.Namespace) -> int:
     settings = configured(args, settings, args.broker)
     if args.no_rows:
         settings = replace(settings, correlate=replace(settings.correlate, rows=False))
+    settings = replace(settings, sinks=sinks.configured(args, settings.sinks))
     shard = Shard.parse(args.shard)
     from mace import ingest  # noqa: PLC0415 (an extra)
     from mace.broker import Broker  # noqa: PLC0415
@@ -144,5 +167,6 @@ def run_ingest(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, separators=(",", ":")))
     else:
-        print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items()))
+        told = {name: value for name, value in found.items() if name != "sinks"}
+        print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items()))
     return 0

@@ -52,7 +52,7 @@ class Grade(IntEnum):
     BUFFER = 1
     """Same kernel buffer in one life, devices in an order that can be; content says nothing, or cannot."""
     CONTENT = 2
-    """Same content key. Needs a source that gives one."""
+    """Same content key in two buffers. Needs a source that gives one."""
     EXACT = 3
     """Both: all records that have a key agree, and two at least have one."""
 
@@ -142,6 +142,8 @@ class Delays(Columns):
     """Bytes without link-layer header at the packet's first record."""
     grade: npt.NDArray[np.uint8]
     outcome: npt.NDArray[np.uint8]
+    drop_reason: npt.NDArray[np.uint16]
+    """The running kernel's `enum skb_drop_reason` where the outcome is DROPPED, else 0."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -154,6 +156,7 @@ class Delays(Columns):
         "l3_len": "<u4",
         "grade": "u1",
         "outcome": "u1",
+        "drop_reason": "<u2",
     }
 
 

@@ -38,7 +38,10 @@ Until = Callable[[], Awaitable[object]]
 
 
 class Session:
-    """What the three have in common: the configuration, the terminal, and how a run is stopped."""
+    """What the three have in common: the configuration, the terminal, and how a run is stopped.
+
+    Each call is a run by itself, to be stopped anew.
+    """
 
     def __init__(self, config: Config, console: Console, *, quiet: bool = False) -> None:
         self._config = config
@@ -56,6 +59,7 @@ class Session:
 
     def measure(self, until: Until, *, store: Path | None, tee: StreamSink | None) -> Summary:
         """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
+        self._stop = Stop()
         summary = Summary()
         source, chosen = self._source()
         vitals = Vitals()
@@ -93,6 +97,7 @@ class Session:
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
         """Live records into the correlator, which tells of crossings too; `on_results` sees all that comes of them."""
+        self._stop = Stop()
         source, chosen = self._source()
 
         async def work() -> None:
@@ -110,8 +115,26 @@ class Session:
 
         asyncio.run(work())
 
+    def watch(self, until: Until, on_item: Callable[[StreamItem], None]) -> None:
+        """Live records to whoever looks at each item as it comes; nothing is computed or kept."""
+        self._stop = Stop()
+        source, _ = self._source()
+
+        async def work() -> None:
+            opened = asyncio.Event()
+
+            def look(item: StreamItem) -> None:
+                on_item(item)
+                opened.set()
+
+            async with self._timed(until, opened):
+                await pipeline.capture(source, _Nowhere(), stop=self._stop, on_item=look)
+
+        asyncio.run(work())
+
     def observed(self, path: Path, on_results: Callable[[Results], None], *, salvage: bool) -> None:
         """The same of a capture."""
+        self._stop = Stop()
         source = CaptureSource(path, salvage=salvage)
         config = pipeline.engine_config(self._config)
         engine = replace(config, crossings=True, rows=False, slice_ns=REPLAY_SLICE_NS)
@@ -147,6 +170,7 @@ class Session:
 
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
+        self._stop = Stop()
         lost = 0
         source, chosen = self._source()
 
@@ -172,6 +196,7 @@ class Session:
 
     def replay(self, paths: Sequence[Path], *, store: Path | None, salvage: bool) -> Summary:
         """Captures, one after the other in time order, into the correlator and the store."""
+        self._stop = Stop()
         whole = Summary()
         captures = in_time_order(paths, salvage=salvage)
         engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
@@ -251,3 +276,16 @@ class Session:
                     timer.cancel()
                     with suppress(asyncio.CancelledError):
                         await timer
+
+
+class _Nowhere:
+    """A sink for a stream of which each item has been looked at."""
+
+    async def open(self, header: StreamHeader) -> None:
+        """Nothing to do."""
+
+    async def write(self, item: StreamItem) -> None:
+        """Nothing to do."""
+
+    async def aclose(self) -> None:
+        """Nothing to do."""

@@ -45,8 +45,11 @@ class RunPart:
     """Ledger, grades and devices of now; None if there are no results yet."""
     rows_stored: int
     """Rows of `delays` of this run that are stored, these included."""
-    begins: bool
-    closed: bool
+    begins: bool = False
+    closed: bool = False
+    """Its END has come."""
+    ended: bool = False
+    """Nothing will follow, with an END or without."""
 
 
 class FleetStore(EmbeddedStore):

@@ -70,6 +70,7 @@ DELAYS: Final = (
     Column("l3_len", pa.uint32(), "Bytes of the packet without link-layer header."),
     Column("grade", _NAME, "On what ground its records are tied: `ambiguous`, `buffer`, `content`, `exact`."),
     Column("outcome", _NAME, "How the packet's life ended: `consumed`, `dropped`, `open` (no end seen)."),
+    Column("drop_reason", pa.uint16(), "If it was dropped: the kernel's `enum skb_drop_reason`, else 0."),
 )
 WINDOWS: Final = (
     Column("time", _TIME, "Start of the window, a multiple of its width."),
@@ -252,6 +253,7 @@ def delays_table(
             pa.array(delays.l3_len),
             _named(delays.grade, _GRADES),
             _named(delays.outcome, _OUTCOMES),
+            pa.array(delays.drop_reason),
         ],
         schema=SCHEMAS["delays"],
     )

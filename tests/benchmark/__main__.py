@@ -16,7 +16,21 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, mqtt, offline, ring_drain, rows, sinks, sizing, versus, wire
+from tests.benchmark import (
+    ftrace_decode,
+    graded,
+    kmod,
+    live,
+    matching,
+    mqtt,
+    offline,
+    ring_drain,
+    rows,
+    sinks,
+    sizing,
+    versus,
+    wire,
+)
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -31,12 +45,14 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "visibility": live.visibility,
     "live_soak": live.soak,
     "kmod_vs_ftrace": kmod.versus_ftrace,
-    "mqtt_ingest": mqtt.through,
-    "fleet": mqtt.fleet,
     "sizing": sizing.run,
     "encode": sinks.encode,
     "influx_write": sinks.influx_write,
     "victoria_write": sinks.victoria_write,
+    "mqtt_ingest": mqtt.through,
+    "fleet": mqtt.fleet,
+    "graded_correlation": graded.run,
+    "matching": matching.run,
 }
 
 

@@ -15,13 +15,14 @@ import pytest
 from collector.capture_source import CaptureSource
 from mace import pipeline
 from mace.broker import Broker
-from mace.config import Config, MqttConfig, StoreConfig
+from mace.config import Config, InfluxConfig, MqttConfig, SinksConfig, StoreConfig
 from mace.ingest import Ingest
 from mace.topics import Shard, bucket, stream_topic
-from storage import segments
+from storage import journal, segments
 from storage.embedded import EmbeddedStore
 from storage.mqtt import StreamPublisher
 from storage.query import Store
+from tests import servers
 from tests.brokers import Authority, documented_acl, mosquitto, passwords
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, encode, traffic
 
@@ -222,6 +223,55 @@ def test_ingest_killed_again_and_again(tmp_path):
         sink = asyncio.run(work(broker))
     assert (sink.arrived, sink.waiting, sink.discarded) == (RECORDS, 0, 0)
     assert content(tmp_path / "store", HEADER.host) == direct(tmp_path / "direct", items, HEADER)
+
+
+def test_an_ingest_goes_on_from_its_snapshots(tmp_path, monkeypatch):
+    """Journal files of a few frames, so that each start finds snapshots, and most frames are never read again."""
+    monkeypatch.setattr(journal, "FILE_BYTES", 20_000)
+    items = stream(80_000)
+
+    async def work(broker):
+        sink = publisher(broker, tmp_path / "spool")
+        publishing = asyncio.create_task(publish(sink, items, header(), pause_s=0.05))
+        read_again = []
+        for round_ in range(4):
+            ingest = Ingest(Broker(settings(broker=broker.url).mqtt), tmp_path / "store", settings(), ALL)
+            running = asyncio.create_task(ingest.run(asyncio.Event()))
+            await until(lambda round_=round_: sink.arrived > round_ * 15_000)
+            await until(lambda ingest=ingest: ingest.rows_stored > 0)
+            read_again.append(ingest.read_again)
+            # As if killed: nothing more is stored.
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        async with ingesting(broker, tmp_path / "store"):
+            await publishing
+        return read_again
+
+    with mosquitto(tmp_path / "broker") as broker:
+        read_again = asyncio.run(work(broker))
+    assert read_again[0] == 0
+    assert sum(read_again) < len(items)
+    assert len(list((tmp_path / "store" / "ingest").iterdir())) < 10
+    assert content(tmp_path / "store", HEADER.host) == direct(tmp_path / "direct", items, HEADER)
+
+
+@pytest.mark.needs("influxd")
+def test_the_other_sinks_get_what_the_store_gets(tmp_path):
+    items = stream(8_000)
+    hosts = [header(f"host-{n}", f"run-{n}") for n in range(2)]
+
+    async def work(broker, influx):
+        sinks = SinksConfig(influxdb=InfluxConfig(url=influx.url, spool=str(tmp_path / "influx"), flush_interval_s=0.1))
+        config = replace(settings(broker=broker.url), sinks=sinks)
+        async with ingesting(broker, tmp_path / "store", config=config):
+            made = [publisher(broker, tmp_path / of.host) for of in hosts]
+            await asyncio.gather(*(publish(s, items, of) for s, of in zip(made, hosts, strict=True)))
+
+    with mosquitto(tmp_path / "broker") as broker, servers.running(servers.Influx(tmp_path / "db")) as influx:
+        asyncio.run(work(broker, influx))
+        written = influx.count("device_window", "count")
+    rows = [len(content(tmp_path / "store", of.host)["windows"]) for of in hosts]
+    assert written == sum(rows) > 0
 
 
 def test_an_ingest_that_comes_late_gets_all_that_waited(tmp_path):
