@@ -182,7 +182,7 @@ def test_it_measures_what_containers_of_the_host_do(running):
 def stored(running) -> dict[str, dict[str, int]]:
     """Packets by container and direction, as the report says that the ingest has them."""
     code = (
-        "import duckdb, json, glob; g = '/var/lib/mace/store/**/delays/**/*.parquet';"
+        "import duckdb, json, glob; g = '/var/lib/mace/store/delays/**/*.parquet';"
         "print(json.dumps(duckdb.sql(f\"SELECT container, direction, count(*) FROM read_parquet('{g}') WHERE"
         " segment = 'overhead' GROUP BY ALL\").fetchall() if glob.glob(g, recursive=True) else []))"
     )
