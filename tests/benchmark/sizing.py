@@ -31,10 +31,10 @@ from tests.brokers import mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, traffic
 from tests.servers import Influx
 
-SECONDS = 20
+SECONDS = 10
 CASES = ((1_000, 100), (10_000, 0), (10_000, 100), (10_000, 1), (100_000, 0), (100_000, 100), (100_000, 1))
 STEP_S = 0.1
-COMPACT_S = 6
+COMPACT_S = 4
 """Until the server has written its cache to a file: it does so when nothing has come for a second."""
 
 
