@@ -70,14 +70,14 @@ def one(rate: int, sample: int) -> Iterator[dict[str, Any]]:
         broker = Broker(MqttConfig(broker=server.url))
         with ingest(server, where / "store", "--config", str(config)) as process:
             before = asyncio.run(received(broker))
-            of_influx = usage(influx.process)[1]
+            of_influx, of_ingest = usage(influx.process)[1], usage(process)[1]
             begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
             asyncio.run(publish(broker, where / "publish", rate))
             took_s = time.perf_counter() - begin_s
             measured["publish_cores"] = (time.process_time() - begin_cpu_s) / took_s
             measured["mqtt_bytes"] = (asyncio.run(received(broker)) - before) / SECONDS
             memory_mib, cpu_s = usage(process)
-            measured["ingest_cores"], measured["ingest_mib"] = cpu_s / took_s, memory_mib
+            measured["ingest_cores"], measured["ingest_mib"] = (cpu_s - of_ingest) / took_s, memory_mib
         memory_mib, cpu_s = usage(influx.process)
         measured["influx_cores"], measured["influx_mib"] = (cpu_s - of_influx) / took_s, memory_mib
         measured["influx_points"] = sum(influx.rows().values()) / SECONDS
