@@ -1,7 +1,7 @@
 """Read capture files (`.mace`): a recorded stream, exactly as it was.
 
-`Capture` reads one file, plainly and synchronously; `CaptureSource` is the same as a `Source`; `in_time_order`
-sorts several files for a replay one after the other (each is a stream of its own).
+`Capture` reads one file, plainly and synchronously; `CaptureSource` is the same as a `Source`. `collector.files` puts
+it beside the other formats.
 
 A capture whose writer was killed has no END mark and may end in the middle of a frame. That is told
 (`Capture.truncated`) and is no error: everything before is intact. Anything else that is not as it was written
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -332,10 +332,3 @@ def describe(path: Path | str, *, salvage: bool = False) -> CaptureInfo:
         first = next((int(item.ts_ns[0]) for item in capture if isinstance(item, Batch) and len(item)), None)
         clock = capture.header.clock
         return CaptureInfo(capture.path, capture.header, clock.utc_ns if first is None else first + clock.offset_ns)
-
-
-def in_time_order(paths: Iterable[Path | str], *, salvage: bool = False) -> list[CaptureInfo]:
-    """Captures by the UTC time of their first record: monotonic clocks of two boots do not compare."""
-    return sorted(
-        (describe(path, salvage=salvage) for path in paths), key=lambda one: (one.first_utc_ns, str(one.path))
-    )

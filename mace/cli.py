@@ -34,6 +34,7 @@ from mace import (
     module,
     ping,
     publish,
+    replay,
     report,
     sinks,
     wrap,
@@ -222,7 +223,7 @@ def _record(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    _show(_session(args, None).replay(args.files, store=args.store, salvage=args.salvage), args)
+    _show(_session(args, None).replay(replay.recordings(args), store=args.store), args)
     return 0
 
 
@@ -495,9 +496,7 @@ def _parser() -> argparse.ArgumentParser:
     with_json(one)
 
     one = command("replay", _replay, "capture files to the same answers as live")
-    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    one.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
-    one.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    replay.add_options(one)
     sinks.add_options(one, endpoint=False)
     with_config(one)
     with_json(one)

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from collector.capture_source import Capture
+from collector.files import recording
 from correlator import intervals
 from correlator.correction import Reason, correct
 from correlator.samples import Samples
@@ -265,7 +266,7 @@ def figures(blocks: Sequence[Block], path: Path, session: Session, outer: str, f
             crossings = crossings[np.array(chosen, np.bool_)[crossings.device]]
         observed.add(replace(results, crossings=crossings))
 
-    session.observed(path, ours, salvage=False)
+    session.observed(recording(path), ours)
     offset_ns, pings, probes = _raw(path)
     crossings = observed.crossings()
     crossings = crossings[np.argsort(crossings.inner_utc_ns, kind="stable")]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from collector.capture_source import CaptureSource, in_time_order
+from collector.files import Recording
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
@@ -132,10 +132,10 @@ class Session:
 
         asyncio.run(work())
 
-    def observed(self, path: Path, on_results: Callable[[Results], None], *, salvage: bool) -> None:
-        """The same of a capture."""
+    def observed(self, recording: Recording, on_results: Callable[[Results], None]) -> None:
+        """The same of a recording."""
         self._stop = Stop()
-        source = CaptureSource(path, salvage=salvage)
+        source = recording.source()
         config = pipeline.engine_config(self._config)
         engine = replace(config, crossings=True, rows=False, slice_ns=REPLAY_SLICE_NS)
 
@@ -194,21 +194,20 @@ class Session:
         asyncio.run(work())
         return lost
 
-    def replay(self, paths: Sequence[Path], *, store: Path | None, salvage: bool) -> Summary:
-        """Captures, one after the other in time order, into the correlator and the store."""
+    def replay(self, recordings: Sequence[Recording], *, store: Path | None) -> Summary:
+        """Recordings, one after the other as given, into the correlator and the store."""
         self._stop = Stop()
         whole = Summary()
-        captures = in_time_order(paths, salvage=salvage)
         engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         bar = Progress(
             TextColumn("{task.description}"), *columns, console=self._console, transient=True, disable=self._quiet
         )
-        task = bar.add_task("replay", total=sum(info.path.stat().st_size for info in captures))
+        task = bar.add_task("replay", total=sum(one.bytes_total for one in recordings))
         done = 0
 
-        async def one(path: Path) -> Summary:
-            source = CaptureSource(path, salvage=salvage)
+        async def one(recording: Recording) -> Summary:
+            source = recording.source()
             summary = Summary()
 
             def show(results: Results) -> None:
@@ -226,11 +225,11 @@ class Session:
 
         async def work() -> None:
             nonlocal done
-            for info in captures:
+            for recording in recordings:
                 if self._stop.requested:
                     break
-                whole.merge(await one(info.path))
-                done += info.path.stat().st_size
+                whole.merge(await one(recording))
+                done += recording.bytes_total
 
         with bar:
             asyncio.run(work())

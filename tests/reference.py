@@ -26,6 +26,7 @@ class Life:
     key: int = 0  # the last one known
     keyed: int = 0
     other_content: bool = False
+    no_buffer: bool = False  # the source gave the key for one
     placed: list = field(default_factory=list)  # (ts, hook, dev, key) of the records on a device
     grade: str = ""
 
@@ -61,7 +62,7 @@ class Reference:
                 self.close(self.open.pop(skb), next_ts=ts)
                 life = None
             if life is None:
-                life = self.open[skb] = Life(ts, record[3])
+                life = self.open[skb] = Life(ts, record[3], no_buffer=key != 0 and key == skb)
             self.append(life, record)
             if BY_HOOK[hook].way is Way.END:
                 self.close(self.open.pop(skb))
@@ -154,7 +155,8 @@ class Reference:
             kind = "unmatched" if ended else "expired" if late or idle else "in_flight" if at_end else "unmatched"
             self.ledger[kind] += 1
             return
-        life.grade = "exact" if life.keyed > 1 and not life.other_content else "buffer"
+        exact = "content" if life.no_buffer else "exact"
+        life.grade = exact if life.keyed > 1 and not life.other_content else "buffer"
         self.closed.append(life)
 
     def linked(self, lives):

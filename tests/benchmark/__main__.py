@@ -24,10 +24,12 @@ from tests.benchmark import (
     matching,
     mqtt,
     offline,
+    pcap_pairs,
     ring_drain,
     rows,
     sinks,
     sizing,
+    tracedat,
     versus,
     wire,
 )
@@ -53,6 +55,8 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "fleet": mqtt.fleet,
     "graded_correlation": graded.run,
     "matching": matching.run,
+    "tracedat_read": tracedat.read,
+    "pcap_pairs": pcap_pairs.read,
 }
 
 

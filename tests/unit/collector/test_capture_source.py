@@ -2,13 +2,11 @@ import asyncio
 import errno
 import os
 import threading
-from dataclasses import replace
 
 import pytest
 
-from collector.capture_source import Capture, CaptureSource, describe, in_time_order, read
+from collector.capture_source import Capture, CaptureSource, read
 from mace import wire
-from mace.clock import ClockPair
 from mace.errors import CaptureError, Unavailable
 from mace.hooks import Hook
 from mace.interfaces import Source
@@ -273,17 +271,3 @@ def test_a_pipe_can_be_read(tmp_path):
         assert same_stream(list(capture), ITEMS)
         assert capture.bytes_total == 0
     writer.join()
-
-
-def test_files_are_sorted_by_wall_clock(file):
-    # The second boot's monotonic clock is behind the first's.
-    early = file(BYTES, "z-early.mace")
-    late_clock = ClockPair(HEADER.clock.monotonic_ns, HEADER.clock.utc_ns + 10**15, 5)
-    late = file(capture_bytes(ITEMS, replace(HEADER, clock=late_clock)), "a-late.mace")
-    empty = file(capture_bytes([], replace(HEADER, clock=ClockPair(0, 5, 0))), "empty.mace")
-    infos = in_time_order([late, early, empty])
-    assert [info.path for info in infos] == [empty, early, late]
-    assert infos[0].first_utc_ns == 5
-    first_ns = int(traffic(2_000).ts_ns[0])
-    assert infos[1].first_utc_ns == first_ns + HEADER.clock.offset_ns
-    assert describe(late).header.clock == late_clock

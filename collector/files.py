@@ -1,0 +1,169 @@
+"""Files that hold a stream: which format each is of, when it was captured, and the source that reads it.
+
+`FORMATS` is the table. A file is of the first format that knows its first bytes; from there on every format replays
+through the same engine. `Recording` is what a replay is made of: plain data, so that it can be sent to another process,
+which opens it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from collector import capture_source, pcap_file, pcap_source, text_source, tracecmd_source
+from collector.file_options import Description, FileOptions, FileSource
+from mace import wire
+from mace.errors import CaptureError, Unavailable
+from mace.interfaces import StreamHeader
+
+__all__ = [
+    "BY_NAME",
+    "FORMATS",
+    "PCAP_PAIR",
+    "Description",
+    "FileFormat",
+    "FileOptions",
+    "FileSource",
+    "Recording",
+    "in_time_order",
+    "ordered",
+    "recording",
+    "recording_of",
+    "sniff",
+]
+
+HEAD_BYTES: Final = 1 << 16
+"""How much of a file's beginning a format is recognised by, at most. Text may begin with a long comment."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFormat:
+    """One row of the table. All callables are functions of modules: rows are found by name in other processes."""
+
+    name: str
+    """As users say it: `mace`, `trace.dat`, ..."""
+    meaning: str
+    """What it is, for lists and errors."""
+    recognises: Callable[[bytes], bool]
+    """Whether the first `HEAD_BYTES` of a file (all of a shorter one) are of this format. Cheap; never raises."""
+    describe: Callable[[Sequence[Path], FileOptions], Description]
+    """Reads as little as it takes. Raises `Unavailable` or `CaptureError`."""
+    source: Callable[[Sequence[Path], FileOptions], FileSource]
+    """Does not open anything yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A file (or several that are one stream) whose format is known."""
+
+    paths: tuple[Path, ...]
+    format: str
+    """Name of the row in `FORMATS`."""
+    options: FileOptions
+    header: StreamHeader
+    first_utc_ns: int
+    bytes_total: int
+
+    @property
+    def name(self) -> str:
+        """For a person: the paths."""
+        return " + ".join(map(str, self.paths))
+
+    def source(self) -> FileSource:
+        """A new source over it, not yet open."""
+        return BY_NAME[self.format].source(self.paths, self.options)
+
+
+def sniff(path: Path | str) -> FileFormat:
+    """The format of a file. Raises `Unavailable` where there is none and `CaptureError` where none knows it."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise Unavailable(
+            str(path), error.strerror or str(error), "name a file that `mace record` or another tracer made"
+        ) from error
+    for form in FORMATS:
+        if form.recognises(head):
+            return form
+    said = f"it begins with {head[:8].hex(' ')}" if head else "the file is empty"
+    raise CaptureError(
+        path, 0, f"no format that can be replayed: {said}; these can: {', '.join(one.name for one in FORMATS)}"
+    )
+
+
+def recording(path: Path | str, options: FileOptions | None = None) -> Recording:
+    """One file as a recording. Raises `Unavailable` or `CaptureError`."""
+    return recording_of(sniff(path), (Path(path),), options)
+
+
+def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions | None = None) -> Recording:
+    """Files that are one stream of a given format. Raises `Unavailable` or `CaptureError`."""
+    options = options or FileOptions()
+    told = form.describe(paths, options)
+    size = sum(path.stat().st_size for path in paths)
+    return Recording(tuple(paths), form.name, options, told.header, told.first_utc_ns, size)
+
+
+def in_time_order(paths: Iterable[Path | str], options: FileOptions | None = None) -> list[Recording]:
+    """Recordings by the UTC time of their first record: monotonic clocks of two boots do not compare."""
+    return ordered(recording(path, options) for path in paths)
+
+
+def ordered(recordings: Iterable[Recording]) -> list[Recording]:
+    """The same of recordings that are there already."""
+    return sorted(recordings, key=lambda one: (one.first_utc_ns, one.name))
+
+
+# The formats, each with its adapters. Order matters only where two could know the same bytes.
+
+
+def _is_mace(head: bytes) -> bool:
+    # Also one that was changed or cut in transfer, and an empty one: the reader says what happened to it.
+    return head[:4] == wire.SIGNATURE[: min(len(head), 4)]
+
+
+def _describe_mace(paths: Sequence[Path], options: FileOptions) -> Description:
+    info = capture_source.describe(paths[0], salvage=options.salvage)
+    return Description(info.header, info.first_utc_ns)
+
+
+def _mace_source(paths: Sequence[Path], options: FileOptions) -> FileSource:
+    return capture_source.CaptureSource(paths[0], salvage=options.salvage)
+
+
+FORMATS: Final[tuple[FileFormat, ...]] = (
+    FileFormat("mace", "captures of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_source),
+    FileFormat(
+        "trace.dat",
+        "files of `trace-cmd record` and `trace-cmd extract`, versions 6 and 7",
+        tracecmd_source.recognises,
+        tracecmd_source.describe,
+        tracecmd_source.source,
+    ),
+    FileFormat(
+        "text",
+        "what ftrace's trace and trace_pipe, `trace-cmd report` and `perf script` print",
+        text_source.recognises,
+        text_source.describe,
+        text_source.source,
+    ),
+    FileFormat(
+        "pcap",
+        "packet captures, pcap and pcapng: two of them, `--inner FILE --outer FILE`",
+        pcap_file.is_pcap,
+        pcap_source.alone,
+        pcap_source.alone,
+    ),
+)
+"""Formats that replay."""
+
+PCAP_PAIR: Final = FileFormat(
+    "pcap pair", "an inner and an outer packet capture", lambda _: False, pcap_source.describe, pcap_source.source
+)
+"""Not one file, so no file is recognised as one: `recording_of(PCAP_PAIR, (inner, outer))`."""
+
+BY_NAME: Final[dict[str, FileFormat]] = {form.name: form for form in (*FORMATS, PCAP_PAIR)}
