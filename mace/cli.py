@@ -30,6 +30,7 @@ from mace import (
     correct,
     demo,
     experiment,
+    export,
     lab,
     module,
     ping,
@@ -539,6 +540,14 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("report", report.run, "tables, paths and pictures of what a store holds")
     report.add_options(one)
+    with_config(one)
+    with_json(one)
+
+    exports = commands.add_parser("export", help="what others can look at: perfetto").add_subparsers(
+        metavar="FORMAT", required=True
+    )
+    one = command("perfetto", export.run, "recordings to a Perfetto trace, a timeline of packets", exports)
+    export.add_options(one)
     with_config(one)
     with_json(one)
 

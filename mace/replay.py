@@ -19,6 +19,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"of any of these: {', '.join(form.name for form in FORMATS)}",
     )
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep rows and windows here")
+    add_file_options(parser)
+
+
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of the readers of files."""
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
     group = parser.add_argument_group("files of other tools")
     group.add_argument(
