@@ -131,7 +131,7 @@ def _compose() -> str | None:
 def _image() -> str | None:
     from tests import images
 
-    return _first([_docker(), images.missing("python3-venv", "ca-certificates")])
+    return _first([_docker(), images.missing("python3-venv", "ca-certificates", "mosquitto", "mosquitto-clients")])
 
 
 def _victoria() -> str | None:
