@@ -153,7 +153,9 @@ def _mace_source(paths: Sequence[Path], options: FileOptions) -> FileSource:
 
 
 FORMATS: Final[tuple[FileFormat, ...]] = (
-    FileFormat("mace", "capture files of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_source),
+    FileFormat(
+        "mace", "capture files of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_source
+    ),
 )
 """Formats that replay."""
 

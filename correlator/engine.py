@@ -19,11 +19,12 @@ from correlator.hops import Crossed, measure
 from correlator.identity import Resolver
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
+from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch
-from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Results
+from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Results, Window
 from mace.topology import Device, Topology
 
 
@@ -50,7 +51,10 @@ class EngineConfig:
 class Engine:
     """One stream's correlator. Feed it the stream's items in order, then `finish`."""
 
-    def __init__(self, utc_offset_ns: int, config: EngineConfig = EngineConfig()) -> None:
+    def __init__(
+        self, utc_offset_ns: int, config: EngineConfig = EngineConfig(), state: EngineState | None = None
+    ) -> None:
+        """With `state` it goes on where another one stopped; what it counts begins at zero."""
         self._config = config
         self._offset_ns = utc_offset_ns
         self._resolver = Resolver(config.linger_ns)
@@ -64,6 +68,7 @@ class Engine:
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
+        self._owners: set[int] = set()
         self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
         self._left = 0
@@ -71,6 +76,10 @@ class Engine:
         self._began_ns: int | None = None
         self.open_peak = 0
         """The most records of open lives that were carried."""
+        if state is not None:
+            self._resolver.restore(state.resolver)
+            self._open, self._gaps = state.open, list(state.gaps)
+            self._latest = self._began_ns = state.latest_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
         """Take the next item of the stream; what it completes comes back, in order."""
@@ -85,6 +94,20 @@ class Engine:
     def advance(self, upto_ns: int) -> list[Results]:
         """Told that no record before `upto_ns` will come any more: finish what that completes."""
         return self._advance(upto_ns) if upto_ns >= self._slice_end else []
+
+    def stop_at(self, upto_ns: int) -> list[Results]:
+        """As `advance`, and work on all that waits: there is a cut, and another engine goes on with `state`."""
+        return self._advance(upto_ns)
+
+    def state(self, upto_ns: int) -> EngineState:
+        """What it carries at a cut. The caller has fed all records before `upto_ns`, then called `stop_at(upto_ns)`."""
+        assert not self._waiting_records, "stop_at() first"
+        resolver, new = self._resolver.state(upto_ns, self._open.number)
+        return EngineState(resolver, with_numbers(self._open, new), self._still_parting(upto_ns), self._latest)
+
+    def close_windows(self) -> tuple[Window, ...]:
+        """All windows that are still open, as they are at a cut: the rest of them is in the other engine's."""
+        return self._windows.close(None)
 
     def finish(self) -> Results:
         """The stream has ended: all that is left. Buffers of which one record is known stay in flight."""
@@ -147,24 +170,36 @@ class Engine:
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
             self._grades["told_apart"] += lives.told_apart
             delays, crossings = self._measure(lives, self._finish(lives, upto_ns, last=last))
-        grades = Grades(**self._grades)
-        oldest = int(self._open.records.ts.min()) if len(self._open) else upto_ns
-        self._gaps = [gap for gap in self._gaps if gap[1] > min(oldest, upto_ns - self._config.timeout_ns)]
-        settled_ns = min(oldest, upto_ns)
+        self._gaps = self._still_parting(upto_ns)
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
+        windows = self._windows.close(None if last else self._settled(upto_ns) + self._offset_ns)
+        return replace(self.so_far(upto_ns), delays=delays, windows=windows, crossings=crossings, gaps_utc_ns=told)
+
+    def so_far(self, upto_ns: int) -> Results:
+        """The counts of the whole run, with no rows and no windows."""
+        grades = Grades(**self._grades)
         return Results(
             upto_ns + self._offset_ns,
-            delays,
-            self._windows.close(None if last else settled_ns + self._offset_ns),
+            Delays.empty(),
+            (),
             Ledger(**self._tally, in_flight=self._left + len(self._open)),
             grades.packets,
             tuple(self._devices),
             grades=grades,
-            crossings=crossings,
-            settled_utc_ns=settled_ns + self._offset_ns,
-            gaps_utc_ns=told,
+            settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
         )
+
+    def _oldest(self, upto_ns: int) -> int:
+        """Time of the oldest record of a life that is open, or of the end of what was looked at."""
+        return int(self._open.records.ts.min()) if len(self._open) else upto_ns
+
+    def _settled(self, upto_ns: int) -> int:
+        return min(self._oldest(upto_ns), upto_ns)
+
+    def _still_parting(self, upto_ns: int) -> list[tuple[int, int]]:
+        """Gaps that can still lie between two records of one life."""
+        return [gap for gap in self._gaps if gap[1] > min(self._oldest(upto_ns), upto_ns - self._config.timeout_ns)]
 
     def _note_gaps(self, markers: Batch) -> None:
         self._tally["lost"] += markers.lost
@@ -267,8 +302,16 @@ class Engine:
 
     def _new_entry(self, key: int) -> int:
         """Index into `Results.devices` of a device and the inner device of the container whose packet crosses it."""
-        device, owner = (self._resolver.devices[number] for number in divmod(key, 1 << 32))
-        self._devices.append(replace(device, container=owner.container))
+        number, owner = divmod(key, 1 << 32)
+        if owner not in self._owners:
+            # Where a device stands on a path is told by these two (`mace.summary.ranks`): with them from the beginning
+            # it does not depend on which packets came first.
+            self._owners.add(owner)
+            for other in (owner, *self._resolver.beside(owner)):
+                if other != number:
+                    self._entries.of((other << 32) | owner)
+        device, container = self._resolver.devices[number], self._resolver.devices[owner].container
+        self._devices.append(replace(device, container=container))
         return len(self._devices) - 1
 
 

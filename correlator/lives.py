@@ -77,7 +77,7 @@ class Records:
         if self.key is None and later.key is None:
             names = [f.name for f in fields(self)[: -len(_OF_CONTENT)]]
             return Records(*(np.concatenate([getattr(self, name), getattr(later, name)]) for name in names))
-        both = [self._with_content(), later._with_content()]
+        both = [self.with_content(), later.with_content()]
         return Records(*(np.concatenate([getattr(one, f.name) for one in both]) for f in fields(self)))
 
     def __getitem__(self, index: Ints) -> Records:
@@ -85,7 +85,8 @@ class Records:
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
         return Records(**{name: column[index] for name, column in given if column is not None})
 
-    def _with_content(self) -> Records:
+    def with_content(self) -> Records:
+        """The same, with zeros where there is no content."""
         if self.key is not None:
             return self
         return replace(self, **{name: np.zeros(len(self), dtype) for name, dtype in _OF_CONTENT.items()})

@@ -6,6 +6,7 @@ delay that belongs to it can come any more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -117,6 +118,16 @@ class Windows:
                     )
                 done.append(_final(key, window, bins, counts))
         return tuple(done)
+
+
+def joined(pieces: Sequence[Window]) -> Window:
+    """One window of pieces of it (same time, width, direction and segment; the first one's device), at least one."""
+    whole = _Open()
+    for piece in pieces:
+        whole.add(piece.sum_ns, piece.min_ns, piece.max_ns, piece.bins, piece.counts)
+    first = pieces[0]
+    key = (first.start_utc_ns, first.width_s, first.device, int(first.direction), int(first.segment))
+    return _final(key, whole, *whole.merged())
 
 
 def _final(key: tuple[int, int, int, int, int], window: _Open, bins: Ints, counts: Ints) -> Window:

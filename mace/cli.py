@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from collector.files import FileOptions
 from mace import __version__, config, correct, demo, lab, module, ping, replay, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
@@ -198,7 +199,13 @@ def _record(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    _show(_session(args, None).replay(replay.recordings(args), store=args.store), args)
+    session = _session(args, None)
+    if args.store is None and args.cluster is None:
+        _show(session.replay(replay.recordings(args)), args)
+        return 0
+    files = replay.recorded_files(args.files, FileOptions(salvage=args.salvage))
+    how: replay.How = {"resume": args.resume, "cluster": args.cluster, "part_bytes": int(args.part_mib * 2**20)}
+    _show(session.replay_into(None if args.store is None else str(args.store), files, **how), args)
     return 0
 
 

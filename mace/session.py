@@ -10,19 +10,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Unpack
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from collector.files import Recording
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
 from mace.interfaces import Source, StreamHeader, StreamItem
+from mace.part import RecordedFile
 from mace.pipeline import Stop
 from mace.records import Batch
+from mace.replay import How, asked_to_stop, bar, into_store
 from mace.schema import Results
 from mace.summary import Summary
 from storage.capture import CaptureSink
@@ -107,8 +108,7 @@ class Session:
                 await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
 
         asyncio.run(work())
-        for warning in source.warnings:
-            self._console.print(f"[yellow]{warning}[/]", highlight=False)
+        self._warn(source.warnings)
 
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
@@ -135,44 +135,45 @@ class Session:
         asyncio.run(work())
         return lost
 
-    def replay(self, recordings: Sequence[Recording], *, store: Path | None) -> Summary:
-        """Recordings, one after the other as given, into the correlator and the store."""
+    def replay(self, recordings: Sequence[Recording]) -> Summary:
+        """Recordings, one after the other as given, into the correlator; nothing is kept."""
         whole = Summary()
         engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        bar = Progress(
-            TextColumn("{task.description}"), *columns, console=self._console, transient=True, disable=self._quiet
-        )
-        task = bar.add_task("replay", total=sum(one.bytes_total for one in recordings))
         done = 0
 
-        async def one(recording: Recording) -> Summary:
+        async def one(recording: Recording, told: Callable[[int, int], None]) -> Summary:
             source = recording.source()
             summary = Summary()
 
             def show(results: Results) -> None:
                 summary.add(results)
-                bar.update(task, completed=done + source.bytes_read)
+                told(done + source.bytes_read, total)
 
-            rows = self._config.correlate.rows
-            sinks = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
             async with self._timed(None, asyncio.Event()):
-                await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show)
-            for warning in source.warnings:
-                self._console.print(f"[yellow]{warning}[/]", highlight=False)
+                await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=show)
+            self._warn(source.warnings)
             return summary
 
-        async def work() -> None:
-            nonlocal done
-            for recording in recordings:
+        total = sum(each.bytes_total for each in recordings)
+        with bar(self._console, quiet=self._quiet) as told:
+            for each in recordings:
                 if self._stop.requested:
                     break
-                whole.merge(await one(recording))
-                done += recording.bytes_total
-
-        with bar:
-            asyncio.run(work())
+                whole.merge(asyncio.run(one(each, told)))
+                done += each.bytes_total
         return whole
+
+    def replay_into(self, store: str | None, files: Sequence[RecordedFile], **how: Unpack[How]) -> Summary:
+        """The same into a store, or on a cluster: in parts, so that it can be stopped and gone on with."""
+        engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
+        with asked_to_stop() as stop, bar(self._console, quiet=self._quiet) as told:
+            summary, warnings = into_store(files, store, engine, self._config.store, told=told, stop=stop, **how)
+        self._warn(warnings)
+        return summary
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            self._console.print(f"[yellow]{warning}[/]", highlight=False)
 
     def _source(self) -> tuple[Source, str]:
         """The live source, and which one it is and why: to be said once it is open, so that an error stands alone."""

@@ -1,13 +1,17 @@
 """The correlator against `tests.reference`, however the records are cut."""
 
 import itertools
+import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from correlator.engine import Engine, EngineConfig
+from correlator.windows import joined
+from mace.checkpoint import state_from_json, state_to_json
 from mace.records import Batch, Content, Flag
 from mace.schema import Delays, Direction, Grade, Segment
 from mace.topology import Device
@@ -234,3 +238,46 @@ def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
     ledger = results[-1].ledger
     assert (ledger.records, ledger.matched, ledger.imbalance) == (6_000, 6_000, 0)
     assert sum(len(result.delays) for result in results) == 3_000
+
+
+@settings(max_examples=80)
+@given(tapes(), st.lists(st.integers(0, 80_000), min_size=1, max_size=4), st.booleans())
+def test_an_engine_goes_on_where_another_stopped(batch, times, ambiguous):
+    """All counts, rows and windows are those of one engine, and what was supposed from far enough back is the state."""
+    devices = DEVICES if ambiguous else PLAIN
+    whole = correlate(batch, devices=devices)
+    config = EngineConfig(timeout_ns=TIMEOUT_NS)
+    state, parts, pieces, counts = None, [], [], Counter()
+    edges = [-(1 << 61), *sorted(t for t in times if len(batch) and batch.ts_ns[0] < t <= batch.ts_ns[-1]), 1 << 61]
+    for begin, end in itertools.pairwise(edges):
+        engine = Engine(0, config, state)
+        inside = batch[int(batch.ts_ns.searchsorted(begin)) : int(batch.ts_ns.searchsorted(end))]
+        results = [] if state is not None else engine.feed(topology(devices=devices))
+        results += engine.feed(inside)
+        if end == edges[-1]:
+            results.append(engine.finish())
+        else:
+            results += engine.stop_at(end)
+            state = engine.state(end)
+            results.append(replace(engine.so_far(end), windows=engine.close_windows()))
+            again = Engine(0, config)
+            again.feed(topology(devices=devices))
+            again.feed(batch[: int(batch.ts_ns.searchsorted(end))])
+            again.stop_at(end)
+            assert again.state(end).digest() == state.digest()
+            assert state_from_json(json.loads(json.dumps(state_to_json(state)))).digest() == state.digest()
+        parts.append(all_rows(results))
+        devices_of = results[-1].devices
+        pieces += [(devices_of[w.device], w) for r in results for w in r.windows]
+        ledger = results[-1].ledger.as_dict()
+        if end != edges[-1]:
+            ledger.pop("in_flight")
+        counts.update(ledger | results[-1].grades.as_dict())
+    assert sum(parts, Counter()) == all_rows(whole)
+    assert counts == Counter(whole[-1].ledger.as_dict() | whole[-1].grades.as_dict())
+    by_key = {}
+    for device, w in pieces:
+        by_key.setdefault((device, w.start_utc_ns, w.width_s, w.direction, w.segment), []).append(w)
+    numbered = list(dict.fromkeys(key[0] for key in by_key))
+    one = [replace(joined(v), device=numbered.index(key[0])) for key, v in by_key.items()]
+    assert all_windows([replace(whole[-1], windows=tuple(one), devices=tuple(numbered))]) == all_windows(whole)
