@@ -114,7 +114,11 @@ class Assembly:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._unlock()
+        try:
+            if self._place is not None and not self.parts_committed:
+                self._place.remove(UNFINISHED)  # nothing that could be gone on with
+        finally:
+            self._unlock()
 
     # How far it is ------------------------------------------------------------------------------------
 

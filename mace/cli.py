@@ -24,7 +24,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from collector.files import FileOptions
-from mace import __version__, config, correct, demo, lab, module, ping, replay, report
+from mace import __version__, config, correct, demo, lab, module, ping, query, replay, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
@@ -432,6 +432,11 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("report", report.run, "tables, paths and pictures of what a store holds")
     report.add_options(one)
+    with_config(one)
+    with_json(one)
+
+    one = command("query", query.run, "SQL over what a store holds")
+    query.add_options(one)
     with_config(one)
     with_json(one)
 

@@ -49,8 +49,16 @@ def replay(assembly: Assembly, address: str, told: Callable[[int, int], None], s
         log.info("%d of %d parts were done again with the state before them", work.repeated, assembly.parts_total)
 
 
+def _hush() -> None:
+    """Dask tells at length what it does; here only faults are wanted, and all of it with `--debug`."""
+    if not logging.root.isEnabledFor(logging.DEBUG):
+        for name in [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "distributed"]:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def _client(address: str) -> Iterator[Client]:
+    _hush()
     if address.startswith(LOCAL):
         count = address.removeprefix(LOCAL)
         if not count.isdecimal() or not int(count):
@@ -65,8 +73,9 @@ def _client(address: str) -> Iterator[Client]:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
-                silence_logs=40,
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                silence_logs=logging.ERROR,
             ) as cluster,
             Client(cluster) as client,
         ):

@@ -199,7 +199,7 @@ def bar(console: Console, *, quiet: bool) -> Iterator[Callable[[int, int], None]
         column,
         console=console,
         transient=True,
-        disable=quiet,
+        disable=quiet or not console.is_terminal,
     )
     task = shown.add_task("replay", total=None)
 

@@ -520,7 +520,7 @@ class Store:
             with duckdb.connect(config={"threads": self.threads} if self.threads else {}) as connection:
                 # It would draw into the standard output, in the middle of a table or of JSON, after two seconds.
                 connection.execute("SET enable_progress_bar = false")
-                names = {table: _relation(connection, table, found) for table, found in live.items()}
+                names = {table: relation(connection, table, found) for table, found in live.items()}
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))
                 except duckdb.Error as e:
@@ -549,7 +549,7 @@ def _used(sql: str, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if re.search(rf"\${name}\b", sql)}
 
 
-def _relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[segments.Segment]) -> str:
+def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[segments.Segment]) -> str:
     """SQL for the rows of these segments."""
     # A name of our own, so that a query over nothing has the columns of one over something, and one over files of an
     # older MACE those that came later.
