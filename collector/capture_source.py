@@ -1,7 +1,7 @@
 """Read capture files (`.mace`): a recorded stream, exactly as it was.
 
-`Capture` reads one file, plainly and synchronously; `CaptureSource` is the same as a `Source`. `collector.files` puts it
-beside the other formats.
+`Capture` reads one file, plainly and synchronously; `CaptureSource` is the same as a `Source`. `collector.files` puts
+it beside the other formats.
 
 A capture whose writer was killed has no END mark and may end in the middle of a frame. That is told
 (`Capture.truncated`) and is no error: everything before is intact. Anything else that is not as it was written

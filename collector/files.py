@@ -10,51 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from collector import capture_source
+from collector import capture_source, tracecmd_source
+from collector.file_options import Description, FileOptions, FileSource
 from mace import wire
 from mace.errors import CaptureError, Unavailable
-from mace.interfaces import Source, StreamHeader
+from mace.interfaces import StreamHeader
+
+__all__ = [
+    "BY_NAME",
+    "FORMATS",
+    "Description",
+    "FileFormat",
+    "FileOptions",
+    "FileSource",
+    "Recording",
+    "in_time_order",
+    "ordered",
+    "recording",
+    "recording_of",
+    "sniff",
+]
 
 HEAD_BYTES: Final = 1 << 16
 """How much of a file's beginning a format is recognised by, at most. Text may begin with a long comment."""
-
-
-class FileSource(Source, Protocol):
-    """A `Source` over a file; the properties hold from `open` on, `warnings` at the end."""
-
-    @property
-    def bytes_total(self) -> int:
-        """What there is to read, for a progress bar; 0 if that is not known."""
-        ...
-
-    @property
-    def bytes_read(self) -> int:
-        """How far reading has come, at most `bytes_total`."""
-        ...
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What the user should know after reading, one line each: damage, a missing end, what cannot be told."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FileOptions:
-    """What can be asked of the reader of any format."""
-
-    salvage: bool = False
-    """Skip damaged parts, counting what they held, instead of raising `CaptureError`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What a file says of itself."""
-
-    header: StreamHeader
-    first_utc_ns: int
-    """UTC of the first record; of the header where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +133,13 @@ def _mace_source(paths: Sequence[Path], options: FileOptions) -> FileSource:
 
 
 FORMATS: Final[tuple[FileFormat, ...]] = (
+    FileFormat("mace", "captures of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_source),
     FileFormat(
-        "mace", "capture files of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_source
+        "trace.dat",
+        "files of `trace-cmd record` and `trace-cmd extract`, versions 6 and 7",
+        tracecmd_source.recognises,
+        tracecmd_source.describe,
+        tracecmd_source.source,
     ),
 )
 """Formats that replay."""

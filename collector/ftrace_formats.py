@@ -32,6 +32,8 @@ class Field:
     offset: int
     size: int
     signed: bool
+    is_array: bool = False
+    """Whether it is declared with brackets; a `__data_loc` always is."""
 
     @property
     def is_data_loc(self) -> bool:
@@ -80,10 +82,18 @@ def _parse_field(where: str, number: int, line: str) -> Field:
     if match is None:
         raise SourceError(f"{where}: line {number} is not a field description: {line.strip()!r}")
     # `char name[16]`, `const void * skbaddr`, `__data_loc char[] name`: the name is the last word.
-    type_name, _, name = _ARRAY.sub("", match["declaration"]).strip().rpartition(" ")
+    bare = _ARRAY.sub("", match["declaration"])
+    type_name, _, name = bare.strip().rpartition(" ")
     if not name or not type_name:
         raise SourceError(f"{where}: line {number} declares no field: {line.strip()!r}")
-    return Field(name, type_name.strip(), int(match["offset"]), int(match["size"]), match["signed"] == "1")
+    return Field(
+        name,
+        type_name.strip(),
+        int(match["offset"]),
+        int(match["size"]),
+        match["signed"] == "1",
+        "[" in match["declaration"],
+    )
 
 
 def parse_header_page(text: str) -> PageLayout:

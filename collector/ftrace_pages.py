@@ -194,6 +194,40 @@ class Decoded:
     gaps: tuple[Gap, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Located:
+    """Where the events of some pages are; all arrays but those of the pages have one length."""
+
+    words: Words
+    """The buffer."""
+    at: Index
+    """First word of each event's payload, ascending."""
+    ts: Index
+    """Its time, ns."""
+    size: Words
+    """Bytes of its payload; up to three at the end are nobody's."""
+    begin: Index
+    """Byte where each page's data begins, and one past the last page."""
+    cpus: npt.NDArray[np.uint16]
+    """CPU of each page."""
+    missed: dict[int, int | None]
+    """Events lost right before a page; None where it does not say how many."""
+
+    @property
+    def first(self) -> Index:
+        """Number of the first event of each page, and of all events."""
+        return np.searchsorted(self.at, self.begin >> 2)
+
+    def ids(self) -> Words:
+        """`common_type` of each event."""
+        return self.words.take(self.at, mode="clip") & np.uint32(0xFFFF)
+
+    def __getitem__(self, index: Index) -> Located:
+        """Some of the events."""
+        at, ts, size = self.at[index], self.ts[index], self.size[index]
+        return Located(self.words, at, ts, size, self.begin, self.cpus, self.missed)
+
+
 @dataclass(frozen=True, slots=True)
 class _Value:
     """How to get an integer field of at most 4 bytes out of the word that it lies in."""
@@ -305,7 +339,8 @@ class PageDecoder:
         self._events = _Events(formats)
         # A bijection on 64 bits (xor, odd multiplications, xor-shift), so that no two buffers share an id, with
         # constants of this run, so that no kernel address leaves the machine.
-        xor, first, second = key or (secrets.randbits(64), secrets.randbits(64), secrets.randbits(64))
+        self.key: Final = key or (secrets.randbits(64), secrets.randbits(64), secrets.randbits(64))
+        xor, first, second = self.key
         self._key = np.uint64(xor), np.uint64(first | 1), np.uint64(second | 1)
 
     def skb_ids(self, addresses: U64) -> U64:
@@ -325,6 +360,26 @@ class PageDecoder:
         Many CPUs with a few events each cost hardly more than one of them, if they are decoded together.
         Raises `SourceError` naming the page where a page is not one.
         """
+        found = self.locate(buffer, stretches)
+        hook = self._events.hook_of_id.take(found.ids(), mode="clip")
+        if not hook.all():
+            keep = np.flatnonzero(hook)
+            self.skipped += len(hook) - len(keep)
+            found, hook = found[keep], hook[keep]
+
+        first = found.first
+        cpus = np.repeat(found.cpus, np.diff(first))
+        batch = self._columns(found.words, found.at, found.ts, found.size, hook, cpus)
+        decoded, page, missed = [], 0, found.missed
+        for stretch in stretches:
+            start, page_after = int(first[page]), page + stretch.pages
+            gaps = tuple(Gap(int(first[p]) - start, missed[p]) for p in range(page, page_after) if p in missed)
+            decoded.append(Decoded(batch[start : int(first[page_after])], gaps))
+            page = page_after
+        return decoded
+
+    def locate(self, buffer: Bytes, stretches: Sequence[Stretch]) -> Located:
+        """All events of all kinds, as `decode` finds them."""
         layout = self.layout
         words: Words = buffer.view(np.uint32)
         page_words = layout.page_size // 4
@@ -369,21 +424,7 @@ class PageDecoder:
             long = np.flatnonzero(kind == 0)
             size[long] = words[at[long]] - np.uint32(4)
             at[long] += 1
-        hook = self._events.hook_of_id.take(words.take(at, mode="clip") & np.uint32(0xFFFF), mode="clip")
-        if not hook.all():
-            keep = np.flatnonzero(hook)
-            self.skipped += len(hook) - len(keep)
-            at, ts, size, hook = at[keep], ts[keep], size[keep], hook[keep]
-
-        first = np.searchsorted(at, np.append(begin, pages * layout.page_size) >> 2)
-        batch = self._columns(words, at, ts, size, hook, np.repeat(cpus, np.diff(first)))
-        decoded, page = [], 0
-        for stretch in stretches:
-            start, page_after = int(first[page]), page + stretch.pages
-            gaps = tuple(Gap(int(first[p]) - start, missed[p]) for p in range(page, page_after) if p in missed)
-            decoded.append(Decoded(batch[start : int(first[page_after])], gaps))
-            page = page_after
-        return decoded
+        return Located(words, at, ts, size, np.append(begin, pages * layout.page_size), cpus, missed)
 
     def _complain(self, cpus: npt.NDArray[np.uint16], wrong: Index, what: str) -> None:
         """Refuse the first of the pages (or events) `wrong`, indexes into `cpus`."""

@@ -20,10 +20,10 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 
@@ -31,13 +31,14 @@ from collector import tracefs
 from collector.ftrace_formats import parse_format, parse_header_page
 from collector.ftrace_pages import Decoded, PageDecoder, Stretch
 from collector.ftrace_rings import MmapRing, PageBuffer, ReadRing, Ring
+from collector.gaps import marker, settle
 from collector.merge import Merger
 from mace import __version__, clock
 from mace.config import CaptureConfig
 from mace.errors import SourceError, Unavailable
-from mace.hooks import BY_TRACEPOINT, HOOKS, Hook
+from mace.hooks import BY_TRACEPOINT, HOOKS
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
-from mace.records import DTYPES, Batch
+from mace.records import Batch
 from mace.schema import HookCost
 from mace.topology import Device, Topology
 
@@ -133,27 +134,6 @@ class _Reading:
     def newest_ns(self) -> int:
         """Time of the last record that was decoded."""
         return next((int(part.batch.ts_ns[-1]) for part in reversed(self.parts) if len(part.batch)), 0)
-
-
-def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:
-    """Lost events of some gaps in order, where the kernel left some counts out.
-
-    `outstanding` is the kernel's total less all that was told before: never less than the gaps' sum. What the known
-    ones leave goes to the first unknown gap but for one event each for the others. A count given too high before
-    (the total ran ahead of the pages) is made up for by later ones. The sum is at most `outstanding`.
-    """
-    settled = []
-    unknown = sum(count is None for count in counts)
-    rest = max(outstanding - sum(count or 0 for count in counts), 0)
-    left = max(outstanding, 0)
-    for count in counts:
-        if count is None:
-            unknown -= 1
-            count = max(rest - unknown, min(rest, 1))
-            rest -= count
-        settled.append(min(count, left))
-        left -= settled[-1]
-    return settled
 
 
 class FtraceSource:
@@ -429,7 +409,7 @@ class FtraceSource:
                 pieces.append(part.batch[start : gap.index])
                 last = int(part.batch.ts_ns[gap.index - 1]) if gap.index else cpu.last_ns
                 after = int(part.batch.ts_ns[gap.index]) if gap.index < len(part.batch) else last
-                pieces.append(_marker(cpu.cpu, min(max(last, cpu.complete_ns), after), next(lost), after))
+                pieces.append(marker(cpu.cpu, min(max(last, cpu.complete_ns), after), next(lost), after))
                 start = gap.index
             pieces.append(part.batch[start:])
             if len(part.batch):
@@ -464,7 +444,7 @@ class FtraceSource:
             rest = self._instance.stats(cpu.cpu).lost - cpu.told_lost
             if rest > 0:
                 cpu.told_lost += rest
-                self._merger.push(cpu.cpu, _marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
+                self._merger.push(cpu.cpu, marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
 
 
 def configured(config: CaptureConfig, devices: DeviceFollower) -> FtraceSource:
@@ -493,13 +473,6 @@ def keep_freed_memory() -> None:
     this a third of all CPU time of a capture went into page faults.
     """
     np.empty(_KEPT_BYTES, np.uint8)
-
-
-def _marker(cpu: int, ts_ns: int, lost: int, until_ns: int) -> Batch:
-    limits: dict[str, Any] = {"l3_len": min(lost, int(np.iinfo(DTYPES["l3_len"]).max))}
-    one: dict[str, Any] = {"ts_ns": ts_ns, "skb_id": until_ns, "cpu": cpu, "hook": Hook.LOST, **limits}
-    columns: dict[str, Any] = {name: [value] for name, value in one.items()}
-    return Batch.of(1, **columns)
 
 
 def boot_id() -> str:

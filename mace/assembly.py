@@ -374,7 +374,7 @@ class Assembly:
                 "bytes": c.file.bytes_total,
                 "host": c.file.header.host,
                 "run": c.file.header.run,
-                "salvage": c.file.options.salvage,
+                "options": {name: str(value) for name, value in asdict(c.file.options).items()},
                 "cuts": [cut_to_json(cut) for cut in c.cuts],
             }
             for c in self._captures
@@ -442,7 +442,7 @@ def _difference(plan: dict[str, Any], now: dict[str, Any]) -> str:
     if plan.get("engine") != now["engine"]:
         return "other correlator settings"
     for then, this in zip(plan.get("captures", []), now["captures"], strict=False):
-        for name in ("files", "run", "bytes", "salvage"):
+        for name in ("files", "run", "bytes", "options"):
             if then.get(name) != this[name]:
                 return f"{name}: {then.get(name)}, now {this[name]}"
     return f"{len(plan.get('captures', []))} files, now {len(now['captures'])}"

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from collector.files import FileOptions
 from mace import __version__, config, correct, demo, lab, module, ping, query, replay, report
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
@@ -200,12 +199,12 @@ def _record(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace) -> int:
     session = _session(args, None)
-    if args.store is None and args.cluster is None:
-        _show(session.replay(replay.recordings(args)), args)
-        return 0
-    files = replay.recorded_files(args.files, FileOptions(salvage=args.salvage))
-    how: replay.How = {"resume": args.resume, "cluster": args.cluster, "part_bytes": int(args.part_mib * 2**20)}
-    _show(session.replay_into(None if args.store is None else str(args.store), files, **how), args)
+    if replay.in_parts(args):
+        store = None if args.store is None else str(args.store)
+        found = session.replay_into(store, replay.recorded_files(args), **replay.how(args))
+    else:
+        found = session.replay(replay.recordings(args))
+    _show(found, args)
     return 0
 
 

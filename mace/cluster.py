@@ -19,8 +19,8 @@ from typing import Any, Final
 
 from mace.assembly import Assembly
 from mace.errors import MissingExtra, SourceError, UsageError
+from mace.into_store import stopped
 from mace.part import PartDone, PartTask, run_part
-from mace.replay import stopped
 
 try:
     from dask import config as dask_config

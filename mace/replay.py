@@ -1,37 +1,16 @@
-"""`mace replay`: what is replayed, and how it gets into a store: in parts, here or on workers.
-
-Without a store nothing has to be gone on with, and the recordings pass through the pipeline as a live stream does.
-"""
+"""`mace replay`: what is replayed. Files of any format that `collector.files` knows, in time order."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, TypedDict
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
-
-from collector.capture_source import describe
-from collector.files import BY_NAME, FileOptions, Recording, in_time_order, recording
-from collector.opening import is_url, open_binary
-from mace import remaining
-from mace.assembly import PART_BYTES, Assembly
-from mace.config import StoreConfig
-from mace.errors import Stopped
-from mace.part import MACE_FORMAT, PartDone, RecordedFile, here, run_part
-from mace.summary import Summary
-
-if TYPE_CHECKING:
-    from correlator.engine import EngineConfig
+from collector.files import BY_NAME, FileOptions, Recording, in_time_order
+from collector.opening import is_url
+from mace import into_store
+from mace.assembly import PART_BYTES
+from mace.part import RecordedFile
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +31,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="size of the parts that captures are cut into (default %(default)g)",
     )
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    group = parser.add_argument_group("files of other tools")
+    group.add_argument(
+        "--topology", type=Path, metavar="FILE", help="a capture file of the same host, which tells what devices are"
+    )
+    group.add_argument("--buffer", default="", metavar="NAME", help="which trace instance; the top one is `top`")
+    group.add_argument("--clock", default="", metavar="NAME", help="the trace clock of a file that does not say it")
 
 
 def location(text: str) -> Path | str:
@@ -67,147 +52,27 @@ def _mebibytes(text: str) -> float:
 
 
 def recordings(args: argparse.Namespace) -> list[Recording]:
-    """What the arguments name, in time order. Raises `Unavailable` or `CaptureError`."""
-    return in_time_order(args.files, FileOptions(salvage=args.salvage))
+    """What the arguments name, in time order; no URLs. Raises `Unavailable` or `CaptureError`."""
+    paths = [each for each in args.files if isinstance(each, Path)]
+    return in_time_order(paths, _options(args))
 
 
-def recorded_files(locations: Sequence[Path | str], options: FileOptions) -> list[RecordedFile]:
-    """The same where some are URLs."""
-    found = [recorded_at(each, options) if isinstance(each, str) else _recorded(each, options) for each in locations]
-    return sorted(found, key=lambda one: (one.first_utc_ns, one.name))
+def recorded_files(args: argparse.Namespace) -> list[RecordedFile]:
+    """The same for a replay in parts, URLs as well."""
+    found = [into_store.recorded(each) for each in recordings(args)]
+    found += [into_store.recorded_at(each, _options(args)) for each in args.files if isinstance(each, str)]
+    return into_store.in_time_order(found)
 
 
-def _recorded(path: Path, options: FileOptions) -> RecordedFile:
-    one = recording(path, options)
-    # Absolute: a worker is somewhere else.
-    paths = tuple(str(each.absolute()) for each in one.paths)
-    return RecordedFile(paths, one.format, one.options, one.header, one.first_utc_ns, one.bytes_total)
+def in_parts(args: argparse.Namespace) -> bool:
+    """Whether it is a replay in parts: into a store, on a cluster, or from elsewhere."""
+    return args.store is not None or args.cluster is not None or any(isinstance(each, str) for each in args.files)
 
 
-def recorded_at(url: str, options: FileOptions) -> RecordedFile:
-    """A file at a URL. Captures are read where they lie, other formats are fetched to be looked at."""
-    file, size = open_binary(url)
-    with file:
-        head = file.read(4)
-    if head and BY_NAME[MACE_FORMAT].recognises(head):
-        info = describe(url, salvage=options.salvage)
-        return RecordedFile((url,), MACE_FORMAT, options, info.header, info.first_utc_ns, size)
-    with here((url,)) as paths:
-        one = recording(paths[0], options)
-    return RecordedFile((url,), one.format, options, one.header, one.first_utc_ns, size)
+def how(args: argparse.Namespace) -> into_store.How:
+    """The options of that."""
+    return {"resume": args.resume, "cluster": args.cluster, "part_bytes": int(args.part_mib * 2**20)}
 
 
-class How(TypedDict, total=False):
-    """Options of `into_store` that the command line passes on."""
-
-    resume: bool
-    cluster: str | None
-    part_bytes: int
-
-
-def into_store(
-    files: Sequence[RecordedFile],
-    store: str | None,
-    engine: EngineConfig,
-    config: StoreConfig,
-    *,
-    resume: bool = False,
-    cluster: str | None = None,
-    part_bytes: int = PART_BYTES,
-    told: Callable[[int, int], None] = lambda _done, _total: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[Summary, list[str]]:
-    """Replay into a store (or to nothing but figures), in parts. Returns what came of it, and warnings.
-
-    `told(bytes done, bytes in all)` now and then; `stop()` ends it with `Stopped`, after which `resume` goes on.
-    """
-    with Assembly(files, store, engine, config, resume=resume, part_bytes=part_bytes) as assembly:
-        told(assembly.bytes_committed, assembly.bytes_total)
-        if cluster is not None:
-            from mace import cluster as workers  # noqa: PLC0415 (an extra, and slow to import)
-
-            workers.replay(assembly, cluster, told, stop)
-        else:
-            _in_turn(assembly, told, stop)
-        assembly.finish()
-        return assembly.summary(), assembly.warnings
-
-
-def _in_turn(assembly: Assembly, told: Callable[[int, int], None], stop: Callable[[], bool]) -> None:
-    """One part after the other, in this process, each with the state of the one before it."""
-    for task in assembly.tasks():
-        before = assembly.bytes_committed
-
-        def reading(read: int, _records: int, before: int = before) -> None:
-            if stop():
-                raise stopped(assembly)
-            told(before + read, assembly.bytes_total)
-
-        done: PartDone = run_part(replace(task, overlap=True), reading)
-        assembly.commit(done)
-        told(assembly.bytes_committed, assembly.bytes_total)
-
-
-def stopped(assembly: Assembly) -> Stopped:
-    """The error that says how far it came."""
-    return Stopped(
-        f"stopped after {assembly.parts_committed} of {assembly.parts_total} parts;"
-        " the same command with --resume goes on"
-    )
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come since; a second one ends the process as if nobody listened."""
-    asked = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        del frame
-        asked = True
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _TimeLeft(ProgressColumn):
-    """The estimate of `mace.remaining`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left: remaining.Remaining | None = None
-
-    def render(self, task: Task) -> Text:
-        del task
-        seconds = self.left.seconds(time.monotonic()) if self.left is not None else None
-        return Text(f"{remaining.told(seconds)} left", style="progress.remaining")
-
-
-@contextmanager
-def bar(console: Console, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as `told` of `into_store`."""
-    column = _TimeLeft()
-    shown = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        column,
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
-    task = shown.add_task("replay", total=None)
-
-    def told(done: int, total: int) -> None:
-        if column.left is None:
-            column.left = remaining.Remaining(total, done, time.monotonic())
-        column.left.update(done, time.monotonic())
-        shown.update(task, completed=done, total=total)
-
-    with shown:
-        yield told
+def _options(args: argparse.Namespace) -> FileOptions:
+    return FileOptions(args.salvage, args.topology, args.buffer, args.clock)

@@ -20,10 +20,10 @@ from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
 from mace.interfaces import Source, StreamHeader, StreamItem
+from mace.into_store import How, asked_to_stop, bar, into_store
 from mace.part import RecordedFile
 from mace.pipeline import Stop
 from mace.records import Batch
-from mace.replay import How, asked_to_stop, bar, into_store
 from mace.schema import Results
 from mace.summary import Summary
 from storage.capture import CaptureSink

@@ -1,7 +1,7 @@
 """Writes the rows of one part of a replay into Parquet files: segments, once it is committed.
 
-Nobody reads them where they lie; an attempt that was given up leaves nothing but its folder. Memory is bounded by two row
-groups, one that is filled and one that is encoded.
+Nobody reads them where they lie; an attempt that was given up leaves nothing but its folder. Memory is bounded by two
+row groups, one that is filled and one that is encoded.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, offline, ring_drain, rows, versus, wire
+from tests.benchmark import ftrace_decode, kmod, live, offline, ring_drain, rows, tracedat, versus, wire
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -31,6 +31,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "visibility": live.visibility,
     "live_soak": live.soak,
     "kmod_vs_ftrace": kmod.versus_ftrace,
+    "tracedat_read": tracedat.read,
 }
 
 

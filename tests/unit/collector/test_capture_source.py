@@ -2,13 +2,11 @@ import asyncio
 import errno
 import os
 import threading
-from dataclasses import replace
 
 import pytest
 
 from collector.capture_source import Capture, CaptureSource, read
 from mace import wire
-from mace.clock import ClockPair
 from mace.errors import CaptureError, Unavailable
 from mace.hooks import Hook
 from mace.interfaces import Source

@@ -10,7 +10,8 @@ import pytest
 
 from collector import ftrace_source, tracefs
 from collector.ftrace_rings import Taken
-from collector.ftrace_source import FtraceConfig, FtraceSource, online_cpus, settle
+from collector.ftrace_source import FtraceConfig, FtraceSource, online_cpus
+from collector.gaps import settle
 from mace.errors import SourceError, Unavailable
 from mace.hooks import HOOKS, Hook
 from mace.interfaces import Progress

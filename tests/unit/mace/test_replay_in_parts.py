@@ -16,8 +16,8 @@ from correlator.engine import EngineConfig
 from mace.assembly import Assembly
 from mace.config import StoreConfig
 from mace.errors import CaptureError, Stopped, StoreError, Unavailable
+from mace.into_store import files_at, into_store
 from mace.part import run_part
-from mace.replay import into_store, recorded_files
 from storage.embedded import EmbeddedStore
 from storage.places import LocalPlace
 from storage.query import Store
@@ -43,7 +43,7 @@ def reference(capture, tmp_path_factory):
 
 
 def files(*paths, salvage=False):
-    return recorded_files(paths, FileOptions(salvage=salvage))
+    return files_at(paths, FileOptions(salvage=salvage))
 
 
 def replayed(capture, store, **how):

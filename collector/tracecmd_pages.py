@@ -1,0 +1,136 @@
+"""The pages of one CPU in a trace.dat file, piece by piece, as the page decoder wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from collector.ftrace_formats import PageLayout
+from collector.ftrace_pages import Bytes, page_buffer
+from collector.tracecmd_file import PAGE_MAX, BufferInfo, CpuData, TraceFile
+from mace.errors import CaptureError
+
+CHUNK_MAX: Final = 16 << 20
+"""Bytes of a compressed piece, unpacked. trace-cmd makes them of 10 pages."""
+RATIO_MAX: Final = 4096
+"""How much smaller a piece may have become. Pages with a single event shrink to a hundredth."""
+_PIECE_HEAD: Final = 8
+
+
+def layout_of(file: TraceFile, info: BufferInfo) -> PageLayout:
+    """Where the parts of this buffer's pages lie: as the kernel said, but of the size that the buffer has."""
+    said = file.frame.layout
+    if said is None:
+        raise CaptureError(file.path, 0, "the file does not tell how the kernel's pages are laid out")
+    size = info.page_size
+    ends = (said.timestamp_offset + 8, said.commit_offset + said.commit_size)
+    if said.timestamp_offset % 4 or said.commit_offset % 4 or max(ends) > said.data_offset:
+        raise CaptureError(file.path, 0, f"a page with these parts cannot be: {said}")
+    if size % 4 or not said.data_offset + 8 <= size <= PAGE_MAX:
+        raise CaptureError(
+            file.path, 0, f"pages of {size} bytes; expected {said.data_offset + 8} to {PAGE_MAX}, in whole words"
+        )
+    return replace(said, data_size=size - said.data_offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some pages in a `page_buffer`."""
+
+    buffer: Bytes
+    pages: int
+    offset: int
+    """Where the first of them lies in the file; of a compressed piece, where the piece does."""
+    packed: bool
+    """Whether all of them came out of one compressed piece."""
+    done: int
+    """Bytes of the file that were read for it."""
+
+    def offset_of(self, page: int, page_size: int) -> int:
+        """Where in the file a page of it lies."""
+        return self.offset if self.packed else self.offset + page * page_size
+
+
+def pieces(file: TraceFile, info: BufferInfo, cpu: CpuData, pages: int) -> Iterator[Piece]:
+    """All pages of one CPU, `pages` at a time; compressed ones as they were packed, but for as many.
+
+    The buffer is used again for the next piece. Raises `CaptureError`; with `file.salvage` what cannot be unpacked is
+    left out and told in `file.warnings`.
+    """
+    layout = layout_of(file, info)
+    if info.compressed:
+        yield from _unpacked(file, cpu, layout, pages)
+        return
+    end = min(cpu.offset + cpu.size, file.size)
+    size = layout.page_size
+    buffer = page_buffer(layout, pages)
+    at = cpu.offset
+    while at < end:
+        wanted = min(pages * size, end - at)
+        got = file.read_into(at, buffer.data[:wanted])
+        whole = got // size
+        if got < wanted or got % size:
+            _lacking(file, at + whole * size, f"a page of {size} bytes is cut")
+        if whole:
+            yield Piece(buffer, whole, at, packed=False, done=got)
+        if got < wanted:
+            return
+        at += got
+
+
+def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> Iterator[Piece]:
+    if not cpu.size:
+        return
+    # The size that is told is that of the pieces; their number stands before them.
+    end = min(cpu.offset + 4 + cpu.size, file.size)
+    order = "big" if file.frame.big_endian else "little"
+    if cpu.offset + 4 > end:
+        _lacking(file, cpu.offset, "the number of compressed pieces is cut")
+        return
+    count = int.from_bytes(file.bytes_at(cpu.offset, 4, "the number of pieces"), order)  # type: ignore[arg-type]
+    at, size = cpu.offset + 4, layout.page_size
+    buffer, room, filled, begun, done = page_buffer(layout, pages), pages * size, 0, at, 4
+    for _ in range(count):
+        if at + _PIECE_HEAD > end:
+            _lacking(file, at, "fewer compressed pieces than the file says")
+            break
+        head = file.bytes_at(at, _PIECE_HEAD, "a compressed piece")
+        stored, whole = int.from_bytes(head[:4], order), int.from_bytes(head[4:], order)  # type: ignore[arg-type]
+        if whole > CHUNK_MAX or whole > RATIO_MAX * stored or not whole:
+            _lacking(file, at, f"a piece of {stored} bytes that should become {whole}, which no recording does")
+            break
+        if at + _PIECE_HEAD + stored > end:
+            _lacking(file, at, f"a compressed piece of {stored} bytes is cut")
+            break
+        try:
+            raw = file.unpack(at, file.bytes_at(at + _PIECE_HEAD, stored, "a piece"), whole)
+            if whole % size:
+                raise CaptureError(file.path, at, f"a piece of {whole} bytes, which are no whole pages of {size}")
+        except CaptureError as error:
+            if not file.salvage:
+                raise
+            file.warn(at, f"{error.why}; left out")
+            raw = b""
+        if filled and filled + len(raw) > room:
+            yield Piece(buffer, filled // size, begun, packed=True, done=done)
+            filled, done = 0, 0
+        if not filled:
+            begun = at
+        if len(raw) > room:
+            buffer, room = page_buffer(layout, len(raw) // size), len(raw)
+        buffer[filled : filled + len(raw)] = np.frombuffer(raw, np.uint8)
+        filled += len(raw)
+        at += _PIECE_HEAD + stored
+        done += _PIECE_HEAD + stored
+    if filled:
+        yield Piece(buffer, filled // size, begun, packed=True, done=done)
+
+
+def _lacking(file: TraceFile, offset: int, why: str) -> None:
+    """Something is not there: an error, or with salvage a warning."""
+    if not file.salvage:
+        raise CaptureError(file.path, offset, why)
+    file.warn(offset, f"{why}; what is there is used")

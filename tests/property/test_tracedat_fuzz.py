@@ -1,0 +1,209 @@
+"""Hostile trace.dat files: a clear error or the good part, never a crash, within bounded time and memory.
+
+Anything that is wrong ends in a `CaptureError` that names a byte of the file. With salvage the same files give what can
+be read, and what they give is a part of what the whole file gives.
+"""
+
+import asyncio
+import struct
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from collector.file_options import FileOptions
+from collector.tracecmd import TraceDat
+from collector.tracecmd_source import TraceCmdSource
+from mace.errors import CaptureError
+from mace.hooks import Hook
+from mace.records import Batch
+from tests.made_tracedat import FORMS, Made, to_big, traffic
+from tests.ring_pages import layout
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tracecmd"
+PAGES = {0: traffic(0, 5), 1: traffic(1, 2)}
+BIG = {cpu: [to_big(page, layout(), list(FORMS.values())) for page in pages] for cpu, pages in PAGES.items()}
+BASES = {
+    "v6": Made({"": PAGES}, version=6).content(),
+    "v7": Made({"": PAGES}).content(),
+    "zstd": Made({"": PAGES}, algorithm="zstd").content(),
+    "zlib": Made({"": PAGES}, algorithm="zlib").content(),
+    "big": Made({"": BIG}, big=True).content(),
+    "golden": (GOLDEN / "v7-buffers.dat").read_bytes(),
+}
+MEMORY_MAX = 150 << 20
+EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read(path, *, salvage=False):
+    """(records, lines of warning) of a file; raises what the source raises."""
+
+    async def run():
+        source = TraceCmdSource(path, FileOptions(salvage=salvage))
+        try:
+            await source.open()
+            batches = [item async for item in source.items() if isinstance(item, Batch)]
+            return Batch.concatenate(batches), source
+        finally:
+            await source.aclose()
+
+    return asyncio.run(run())
+
+
+def survives(path, content):
+    """Read it both ways and by the other interface; only the errors that are meant for users come out."""
+    path.write_bytes(content)
+    whole = None
+    try:
+        whole, _ = read(path)
+    except CaptureError:
+        pass
+    try:
+        kept, _ = read(path, salvage=True)
+        if whole is not None:
+            assert len(kept) == len(whole)
+    except CaptureError:
+        assert whole is None
+    try:
+        with TraceDat(path) as trace:
+            for event in trace.events[:8]:
+                for _ in trace.blocks(event):
+                    pass
+    except CaptureError:
+        pass
+
+
+@EVERY
+@given(base=st.sampled_from(sorted(BASES)), data=st.data())
+def test_flipped_bits(tmp_path, base, data):
+    raw = bytearray(BASES[base])
+    # Half of the places are in the frame, which is small beside the pages.
+    for _ in range(data.draw(st.integers(1, 8))):
+        limit = data.draw(st.sampled_from((2500, len(raw))))
+        at = data.draw(st.integers(0, min(limit, len(raw)) - 1))
+        raw[at] ^= 1 << data.draw(st.integers(0, 7))
+    survives(tmp_path / "trace.dat", bytes(raw))
+
+
+@EVERY
+@given(base=st.sampled_from(sorted(BASES)), data=st.data())
+def test_lying_numbers(tmp_path, base, data):
+    raw = bytearray(BASES[base])
+    code, values = data.draw(
+        st.sampled_from([("I", (0, 1, 2**31, 2**32 - 1, 4095)), ("Q", (0, 2**32, 2**63, 2**64 - 1, len(raw)))])
+    )
+    at = data.draw(st.integers(12, len(raw) - 8))
+    struct.pack_into("<" + code, raw, at, data.draw(st.sampled_from(values)))
+    survives(tmp_path / "trace.dat", bytes(raw))
+
+
+@EVERY
+@given(base=st.sampled_from(sorted(BASES)), data=st.data())
+def test_cut_files(tmp_path, base, data):
+    raw = BASES[base]
+    survives(tmp_path / "trace.dat", raw[: data.draw(st.integers(0, len(raw)))])
+
+
+@EVERY
+@given(base=st.sampled_from(sorted(BASES)), data=st.data())
+def test_pieces_put_together_otherwise(tmp_path, base, data):
+    raw = BASES[base]
+    first, second = sorted(data.draw(st.tuples(*[st.integers(0, len(raw))] * 2)))
+    survives(tmp_path / "trace.dat", raw[:first] + raw[second:] + raw[first:second])
+
+
+def test_the_good_part_is_salvaged_and_the_rest_counted(tmp_path):
+    path = tmp_path / "trace.dat"
+    path.write_bytes(BASES["v7"])
+    whole, _ = read(path)
+    raw = bytearray(BASES["v7"])
+    at = raw.find(PAGES[0][2])
+    struct.pack_into("<I", raw, at + 16, 0)  # the header of its first event: of type 0, and of no length
+    struct.pack_into("<I", raw, at + 20, 2)
+    path.write_bytes(raw)
+    with pytest.raises(CaptureError, match="event of no valid length") as error:
+        read(path)
+    assert error.value.offset == at
+    kept, source = read(path, salvage=True)
+    assert len(whole) - len(kept) < 120
+    assert len(whole) > len(kept) > len(whole) * 0.8
+    assert abs(source.discarded - (len(whole) - len(kept))) < 60
+    # Matching begins anew where it is.
+    assert (kept.hook == Hook.LOST).sum() == 1
+    assert any(f"at byte {at}: " in line and "left out" in line for line in source.warnings)
+
+
+def test_a_piece_that_cannot_be_decompressed(tmp_path):
+    path = tmp_path / "trace.dat"
+    raw = bytearray(BASES["zstd"])
+    at = [i for i in range(len(raw) - 4) if raw[i : i + 4] == b"\x28\xb5\x2f\xfd"][-2]
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CaptureError, match="cannot be decompressed"):
+        read(path)
+    kept, source = read(path, salvage=True)
+    assert len(kept) > 100
+    assert any("cannot be decompressed" in line for line in source.warnings)
+
+
+def test_a_cut_file(tmp_path):
+    path = tmp_path / "trace.dat"
+    path.write_bytes(BASES["v6"])
+    whole, _ = read(path)
+    path.write_bytes(BASES["v6"][:-5000])
+    with pytest.raises(CaptureError, match="it is cut"):
+        read(path)
+    kept, source = read(path, salvage=True)
+    assert 0 < len(kept) < len(whole)
+    assert any("what is there is used" in line for line in source.warnings)
+
+
+def bomb():
+    """A part of 60 KB that says it will be 2 GB, and is."""
+    return zstandard.ZstdCompressor(write_content_size=False).compress(bytes(64 << 20))
+
+
+@pytest.mark.parametrize("told", [4096, 16 << 20, 64 << 20, 2**32 - 4096])
+def test_a_bomb_goes_off_in_bounded_memory(tmp_path, told):
+    packed = bomb()
+    made = Made({"": {0: PAGES[0][:1]}}, algorithm="zstd")
+    made.packed = lambda body: packed if len(body) == 4096 else Made.packed(made, body)
+    raw = bytearray(made.content())
+    at = raw.rfind(struct.pack("<II", len(packed), 4096))
+    struct.pack_into("<I", raw, at + 4, told)
+    path = tmp_path / "trace.dat"
+    path.write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CaptureError):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < MEMORY_MAX
+    finally:
+        tracemalloc.stop()
+
+
+def test_options_that_lead_in_a_circle(tmp_path):
+    raw = bytearray(BASES["v7"])
+    (first,) = struct.unpack_from("<Q", raw, raw.find(b"none\x001\0") + 7)
+    # The first section's last option tells where the next is.
+    size = struct.unpack_from("<Q", raw, first + 8)[0]
+    struct.pack_into("<Q", raw, first + 16 + size - 8, first)
+    path = tmp_path / "trace.dat"
+    path.write_bytes(raw)
+    with pytest.raises(CaptureError, match="lead in a circle"):
+        read(path)
+
+
+def test_pages_that_all_cpus_claim(tmp_path):
+    made = Made({"": {0: PAGES[0], 1: PAGES[0]}})
+    raw = bytearray(made.content())
+    first, second = (raw.find(struct.pack("<I", cpu) + struct.pack("<Q", raw.find(PAGES[0][0]))) for cpu in (0, 0))
+    assert first == second > 0
+    raw[first + 20 + 4 : first + 20 + 12] = raw[first + 4 : first + 12]
+    path = tmp_path / "trace.dat"
+    path.write_bytes(raw)
+    with pytest.raises(CaptureError, match="begin inside those of another"):
+        read(path)
