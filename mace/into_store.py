@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ from rich.text import Text
 
 from collector.capture_source import describe
 from collector.files import BY_NAME, FileOptions, Recording, recording
-from collector.opening import open_binary
-from mace import remaining
+from collector.opening import is_url, open_binary
+from mace import pipeline, remaining
 from mace.assembly import PART_BYTES, Assembly
-from mace.config import StoreConfig
+from mace.config import Config, StoreConfig
 from mace.errors import Stopped
 from mace.part import MACE_FORMAT, PartDone, RecordedFile, here, run_part
 from mace.summary import Summary
@@ -181,3 +182,24 @@ def bar(console: Console, *, quiet: bool) -> Iterator[Callable[[int, int], None]
 
     with shown:
         yield told
+
+
+def location(text: str) -> Path | str:
+    """A path, or a URL as it is; for arguments of commands."""
+    return text if is_url(text) else Path(text)
+
+
+@contextmanager
+def replayed(locations: Sequence[Path | str], options: FileOptions, settings: Config, *, quiet: bool) -> Iterator[Path]:
+    """A store of recordings for the length of the block, with a progress bar while it is made."""
+    console = Console(stderr=True)
+    engine = replace(pipeline.engine_config(settings), rows=True, slice_ns=pipeline.REPLAY_SLICE_NS)
+    with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
+        with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
+            # Named after the first: it is what a report is headed with.
+            made = Path(folder) / str(locations[0]).rsplit("/", 1)[-1]
+            store = StoreConfig(sync=False)
+            _, warnings = into_store(files_at(locations, options), str(made), engine, store, told=told, stop=stop)
+        for warning in warnings:
+            console.print(f"[yellow]{warning}[/]", highlight=False)
+        yield made

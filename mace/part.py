@@ -134,7 +134,7 @@ def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartD
     folder = f"{task.folder}/{task.capture:05d}-{task.part:06d}-{uuid.uuid4().hex}"
 
     with ExitStack() as stack:
-        reader = stack.enter_context(_reading(task))
+        reader = stack.enter_context(reading(task))
         writer = None
         if task.store is not None:
             place = place_at(task.store)
@@ -275,7 +275,8 @@ async def _next(stream: object) -> StreamItem | None:
 
 
 @contextmanager
-def _reading(task: PartTask) -> Iterator[_CaptureReader | _SourceReader]:
+def reading(task: PartTask) -> Iterator[_CaptureReader | _SourceReader]:
+    """The task's file, open: `items`, once, and what there is to say of it. Raises `Unavailable` or `CaptureError`."""
     file = task.file
     if file.format == MACE_FORMAT:
         with Capture(file.locations[0], salvage=file.options.salvage) as capture:

@@ -7,16 +7,17 @@ import math
 from pathlib import Path
 
 from collector.files import BY_NAME, FileOptions, Recording, in_time_order
-from collector.opening import is_url
 from mace import into_store
 from mace.assembly import PART_BYTES
+from mace.into_store import location
 from mace.part import RecordedFile
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace replay` but `--config` and `--json`."""
+    formats = ", ".join(BY_NAME)
     parser.add_argument(
-        "files", nargs="+", type=location, metavar="FILE", help=f"path or URL, of any of these: {', '.join(BY_NAME)}"
+        "files", nargs="+", type=location, metavar="FILE", help=f"path or URL, of any of these: {formats}"
     )
     parser.add_argument("--store", type=location, metavar="DIR", help="keep rows and windows here; path or URL")
     parser.add_argument("--resume", action="store_true", help="go on with a replay into this store that was stopped")
@@ -30,6 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="size of the parts that captures are cut into (default %(default)g)",
     )
+    add_file_options(parser)
+
+
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """Those that are about reading files; `file_options` takes them."""
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
     group = parser.add_argument_group("files of other tools")
     group.add_argument(
@@ -37,11 +43,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--buffer", default="", metavar="NAME", help="which trace instance; the top one is `top`")
     group.add_argument("--clock", default="", metavar="NAME", help="the trace clock of a file that does not say it")
-
-
-def location(text: str) -> Path | str:
-    """A path, or a URL as it is."""
-    return text if is_url(text) else Path(text)
 
 
 def _mebibytes(text: str) -> float:
@@ -54,13 +55,13 @@ def _mebibytes(text: str) -> float:
 def recordings(args: argparse.Namespace) -> list[Recording]:
     """What the arguments name, in time order; no URLs. Raises `Unavailable` or `CaptureError`."""
     paths = [each for each in args.files if isinstance(each, Path)]
-    return in_time_order(paths, _options(args))
+    return in_time_order(paths, file_options(args))
 
 
 def recorded_files(args: argparse.Namespace) -> list[RecordedFile]:
     """The same for a replay in parts, URLs as well."""
     found = [into_store.recorded(each) for each in recordings(args)]
-    found += [into_store.recorded_at(each, _options(args)) for each in args.files if isinstance(each, str)]
+    found += [into_store.recorded_at(each, file_options(args)) for each in args.files if isinstance(each, str)]
     return into_store.in_time_order(found)
 
 
@@ -74,5 +75,6 @@ def how(args: argparse.Namespace) -> into_store.How:
     return {"resume": args.resume, "cluster": args.cluster, "part_bytes": int(args.part_mib * 2**20)}
 
 
-def _options(args: argparse.Namespace) -> FileOptions:
+def file_options(args: argparse.Namespace) -> FileOptions:
+    """What `add_file_options` was given."""
     return FileOptions(args.salvage, args.topology, args.buffer, args.clock)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Unpack
+from typing import Unpack
 
 from rich.console import Console
 from rich.live import Live
@@ -27,9 +27,6 @@ from mace.records import Batch
 from mace.schema import Results
 from mace.summary import Summary
 from storage.capture import CaptureSink
-
-REPLAY_SLICE_NS: Final = 1_000_000_000
-"""Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
 
 Until = Callable[[], Awaitable[object]]
 """What a measurement lasts for, begun when the source is open."""
@@ -101,7 +98,7 @@ class Session:
         """The same of a recording."""
         source = recording.source()
         config = pipeline.engine_config(self._config)
-        engine = replace(config, crossings=True, rows=False, slice_ns=REPLAY_SLICE_NS)
+        engine = replace(config, crossings=True, rows=False, slice_ns=pipeline.REPLAY_SLICE_NS)
 
         async def work() -> None:
             async with self._timed(None, asyncio.Event()):
@@ -138,7 +135,7 @@ class Session:
     def replay(self, recordings: Sequence[Recording]) -> Summary:
         """Recordings, one after the other as given, into the correlator; nothing is kept."""
         whole = Summary()
-        engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
+        engine = replace(pipeline.engine_config(self._config), slice_ns=pipeline.REPLAY_SLICE_NS)
         done = 0
 
         async def one(recording: Recording, told: Callable[[int, int], None]) -> Summary:
@@ -165,7 +162,7 @@ class Session:
 
     def replay_into(self, store: str | None, files: Sequence[RecordedFile], **how: Unpack[How]) -> Summary:
         """The same into a store, or on a cluster: in parts, so that it can be stopped and gone on with."""
-        engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
+        engine = replace(pipeline.engine_config(self._config), slice_ns=pipeline.REPLAY_SLICE_NS)
         with asked_to_stop() as stop, bar(self._console, quiet=self._quiet) as told:
             summary, warnings = into_store(files, store, engine, self._config.store, told=told, stop=stop, **how)
         self._warn(warnings)
