@@ -49,12 +49,13 @@ class Recording:
         """Options as those of `mace replay`. Raises `Unavailable` or `CaptureError`."""
         options = FileOptions(salvage, Path(topology) if topology is not None else None, buffer, clock)
         [self._file] = files_at([str(location) if is_url(location) else Path(location)], options)
+        self._told = str(location)
         self.warnings: list[str] = []
         """What the last complete reading had to say: damage, a missing end."""
 
     def __repr__(self) -> str:
         header = self.header
-        return f"<mace.Recording {self._file.name}: {self.format}, {header.source} on {header.host}, run {header.run}>"
+        return f"<mace.Recording {self._told}: {self.format}, {header.source} on {header.host}, run {header.run}>"
 
     @property
     def format(self) -> str:

@@ -93,10 +93,10 @@ class Assembly:
         part_bytes: int = PART_BYTES,
         warm_up_ns: int | None = None,
     ) -> None:
-        """`store`: path or URL; None computes windows and counts alone. `warm_up_ns`: four timeouts, if not given."""
+        """`store`: path or URL; None computes windows and counts alone. `warm_up_ns`: two timeouts, if not given."""
         self._files, self._engine, self._config, self._resume = files, engine, config, resume
         self._part_bytes = part_bytes
-        self._warm_up_ns = 4 * engine.timeout_ns if warm_up_ns is None else warm_up_ns
+        self._warm_up_ns = 2 * engine.timeout_ns if warm_up_ns is None else warm_up_ns
         self._place: Place | None = place_at(store, fsync=config.sync) if store is not None else None
         self._local = (
             Path(self._place.location) if self._place is not None and not is_url(self._place.location) else None

@@ -179,7 +179,8 @@ def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartD
             ledger=last.ledger,
             grades=last.grades,
             rows=rows,
-            upto_utc_ns=last.upto_utc_ns,
+            # Of a file without records nothing is known but when it began.
+            upto_utc_ns=last.upto_utc_ns if last.ledger.records or task.begin else task.file.header.clock.utc_ns,
             settled_utc_ns=last.settled_utc_ns,
             edges=tuple(edges),
             devices=last.devices,

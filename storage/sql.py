@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from mace.errors import StoreError, UsageError, nearest
 from storage import segments, tables
-from storage.query import Store, relation
+from storage.query import Store, connected, relation
 
 _MISSING: Final = re.compile(r"(?:Table with name|Referenced column|Referenced table) \"?([\w.]+)\"?", re.IGNORECASE)
 _ATTEMPTS: Final = 10
@@ -30,8 +30,7 @@ def rows(store: Store, sql: str) -> Iterator[pa.RecordBatchReader]:
     """
     for _ in range(_ATTEMPTS):
         live = {table: store.segments(table) for table in segments.TABLES}
-        with duckdb.connect(config={"threads": store.threads} if store.threads else {}) as connection:
-            connection.execute("SET enable_progress_bar = false")
+        with connected(store.threads) as connection:
             for table, found in live.items():
                 connection.execute(f"CREATE TEMP VIEW {table} AS FROM {relation(connection, table, found)}")
             connection.execute("SET allowed_directories = [$path]", {"path": str(store.path.absolute())})

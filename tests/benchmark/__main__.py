@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, offline, ring_drain, rows, tracedat, versus, wire
+from tests.benchmark import ftrace_decode, kmod, live, offline, replaying, ring_drain, rows, tracedat, versus, wire
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -32,6 +32,8 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "live_soak": live.soak,
     "kmod_vs_ftrace": kmod.versus_ftrace,
     "tracedat_read": tracedat.read,
+    "replay_10gb": replaying.replay_10gb,
+    "dask_scaling": replaying.dask_scaling,
 }
 
 
