@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from collector import capture_source, tracecmd_source
+from collector import capture_source, pcap_file, pcap_source, text_source, tracecmd_source
 from collector.file_options import Description, FileOptions, FileSource
 from mace import wire
 from mace.errors import CaptureError, Unavailable
@@ -21,6 +21,7 @@ from mace.interfaces import StreamHeader
 __all__ = [
     "BY_NAME",
     "FORMATS",
+    "PCAP_PAIR",
     "Description",
     "FileFormat",
     "FileOptions",
@@ -89,7 +90,9 @@ def sniff(path: Path | str) -> FileFormat:
         if form.recognises(head):
             return form
     said = f"it begins with {head[:8].hex(' ')}" if head else "the file is empty"
-    raise CaptureError(path, 0, f"no format that can be replayed: {said}; these can: {', '.join(BY_NAME)}")
+    raise CaptureError(
+        path, 0, f"no format that can be replayed: {said}; these can: {', '.join(one.name for one in FORMATS)}"
+    )
 
 
 def recording(path: Path | str, options: FileOptions | None = None) -> Recording:
@@ -141,7 +144,26 @@ FORMATS: Final[tuple[FileFormat, ...]] = (
         tracecmd_source.describe,
         tracecmd_source.source,
     ),
+    FileFormat(
+        "text",
+        "what ftrace's trace and trace_pipe, `trace-cmd report` and `perf script` print",
+        text_source.recognises,
+        text_source.describe,
+        text_source.source,
+    ),
+    FileFormat(
+        "pcap",
+        "packet captures, pcap and pcapng: two of them, `--inner FILE --outer FILE`",
+        pcap_file.is_pcap,
+        pcap_source.alone,
+        pcap_source.alone,
+    ),
 )
 """Formats that replay."""
 
-BY_NAME: Final[dict[str, FileFormat]] = {form.name: form for form in FORMATS}
+PCAP_PAIR: Final = FileFormat(
+    "pcap pair", "an inner and an outer packet capture", lambda _: False, pcap_source.describe, pcap_source.source
+)
+"""Not one file, so no file is recognised as one: `recording_of(PCAP_PAIR, (inner, outer))`."""
+
+BY_NAME: Final[dict[str, FileFormat]] = {form.name: form for form in (*FORMATS, PCAP_PAIR)}

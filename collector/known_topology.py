@@ -16,6 +16,7 @@ import numpy as np
 
 from collector.capture_source import Capture
 from collector.ftrace_pages import Sightings
+from mace.clock import ClockPair
 from mace.interfaces import StreamHeader
 from mace.records import Batch
 from mace.topology import Device, Topology
@@ -25,6 +26,18 @@ NAMES_ONLY: Final = (
     "host as --topology (`mace record --duration 1 -o host.mace`)"
 )
 """What to tell where none is given."""
+
+
+NO_DATE: Final = (
+    "it does not tell the time of day, so its first record is dated by when the file was last written (`trace-cmd "
+    "record --date` would tell; so does a capture given as --topology, if both have CLOCK_MONOTONIC)"
+)
+_DAY_NS: Final = 86_400 * 10**9
+
+
+def dated_by_file(path: Path, first_ns: int) -> ClockPair:
+    """A guess where a file does not tell: its first record is from when it was last written. Say so (`NO_DATE`)."""
+    return ClockPair(first_ns, path.stat().st_mtime_ns, _DAY_NS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from collector import known_topology
 from collector.file_options import Description, FileOptions, FileSource
 from collector.ftrace_pages import PageDecoder, Sightings
 from collector.ftrace_source import keep_freed_memory
-from collector.known_topology import NAMES_ONLY, TopologyTeller
+from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.merge import Merger
 from collector.tracecmd_clock import clock_of
 from collector.tracecmd_cpu import CpuReader, Part, losses_by_cpu
@@ -45,7 +45,6 @@ _HOLD_BACK_NS: Final = 50_000_000
 _NEVER_NS: Final = 1 << 62
 _DATE_UNCERTAINTY_NS: Final = 1_000_000
 """`trace-cmd record --date` reads the wall clock between two marks that it writes; microseconds are all it keeps."""
-_DAY_NS: Final = 86_400 * 10**9
 
 
 def recognises(head: bytes) -> bool:
@@ -132,11 +131,8 @@ class _Reader:
         elif frame.date_offset_ns is not None:
             clock = ClockPair(self.first_ns, self.first_ns + frame.date_offset_ns, _DATE_UNCERTAINTY_NS)
         else:
-            clock = ClockPair(self.first_ns, path.stat().st_mtime_ns, _DAY_NS)
-            self.warnings.append(
-                f"{path}: it does not tell the time of day, so its first record is dated by when the file was last "
-                "written (`trace-cmd record --date` would tell; so does a capture given as --topology)"
-            )
+            clock = dated_by_file(path, self.first_ns)
+            self.warnings.append(f"{path}: {NO_DATE}")
         return StreamHeader(
             source=NAME,
             host=host or "unknown",

@@ -244,6 +244,9 @@ def _graded(records: Records, order: Ints, starts: Ints, other_content: Ints) ->
     if records.key is not None:
         keyed = np.add.reduceat(records.key[order] != 0, starts, dtype=np.int64)
         grade[keyed > 1] = Grade.EXACT
+        # A source that knows no buffers says so by giving the content's key for one.
+        of_content = records.skb[order[starts]] == records.key[order[starts]]
+        grade[(keyed > 1) & of_content] = Grade.CONTENT
         grade[other_content] = Grade.BUFFER
     return grade
 

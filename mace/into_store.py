@@ -190,16 +190,16 @@ def location(text: str) -> Path | str:
 
 
 @contextmanager
-def replayed(locations: Sequence[Path | str], options: FileOptions, settings: Config, *, quiet: bool) -> Iterator[Path]:
+def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
     """A store of recordings for the length of the block, with a progress bar while it is made."""
     console = Console(stderr=True)
     engine = replace(pipeline.engine_config(settings), rows=True, slice_ns=pipeline.REPLAY_SLICE_NS)
     with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
         with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
             # Named after the first: it is what a report is headed with.
-            made = Path(folder) / str(locations[0]).rsplit("/", 1)[-1]
+            made = Path(folder) / files[0].name.rsplit("/", 1)[-1]
             store = StoreConfig(sync=False)
-            _, warnings = into_store(files_at(locations, options), str(made), engine, store, told=told, stop=stop)
+            _, warnings = into_store(files, str(made), engine, store, told=told, stop=stop)
         for warning in warnings:
             console.print(f"[yellow]{warning}[/]", highlight=False)
         yield made

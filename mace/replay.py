@@ -6,19 +6,17 @@ import argparse
 import math
 from pathlib import Path
 
-from collector.files import BY_NAME, FileOptions, Recording, in_time_order
+from collector.files import FORMATS, PCAP_PAIR, FileOptions, Recording, ordered, recording, recording_of
 from mace import into_store
 from mace.assembly import PART_BYTES
+from mace.errors import UsageError
 from mace.into_store import location
 from mace.part import RecordedFile
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace replay` but `--config` and `--json`."""
-    formats = ", ".join(BY_NAME)
-    parser.add_argument(
-        "files", nargs="+", type=location, metavar="FILE", help=f"path or URL, of any of these: {formats}"
-    )
+    add_file_options(parser, f"path or URL, of any of these: {', '.join(form.name for form in FORMATS)}")
     parser.add_argument("--store", type=location, metavar="DIR", help="keep rows and windows here; path or URL")
     parser.add_argument("--resume", action="store_true", help="go on with a replay into this store that was stopped")
     parser.add_argument(
@@ -31,16 +29,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="size of the parts that captures are cut into (default %(default)g)",
     )
-    add_file_options(parser)
 
 
-def add_file_options(parser: argparse.ArgumentParser) -> None:
-    """Those that are about reading files; `file_options` takes them."""
+def add_file_options(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """The files, and options that are about reading them."""
+    parser.add_argument("files", nargs="*", type=location, metavar="FILE", help=meaning)
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
     group = parser.add_argument_group("files of other tools")
     group.add_argument(
         "--topology", type=Path, metavar="FILE", help="a capture file of the same host, which tells what devices are"
     )
+    group.add_argument("--inner", type=Path, metavar="FILE", help="a packet capture made at the container's device")
+    group.add_argument("--outer", type=Path, metavar="FILE", help="and one made at the host's, of the same time")
     group.add_argument("--buffer", default="", metavar="NAME", help="which trace instance; the top one is `top`")
     group.add_argument("--clock", default="", metavar="NAME", help="the trace clock of a file that does not say it")
 
@@ -54,14 +54,21 @@ def _mebibytes(text: str) -> float:
 
 def recordings(args: argparse.Namespace) -> list[Recording]:
     """What the arguments name, in time order; no URLs. Raises `Unavailable` or `CaptureError`."""
-    paths = [each for each in args.files if isinstance(each, Path)]
-    return in_time_order(paths, file_options(args))
+    options = _options(args)
+    found = [recording(path, options) for path in args.files if isinstance(path, Path)]
+    if (args.inner is None) != (args.outer is None):
+        raise UsageError("--inner and --outer go together: two packet captures of one host")
+    if args.inner is not None:
+        found.append(recording_of(PCAP_PAIR, (args.inner, args.outer), options))
+    if not found and not args.files:
+        raise UsageError("nothing to replay: name files, or two packet captures with --inner and --outer")
+    return ordered(found)
 
 
 def recorded_files(args: argparse.Namespace) -> list[RecordedFile]:
     """The same for a replay in parts, URLs as well."""
     found = [into_store.recorded(each) for each in recordings(args)]
-    found += [into_store.recorded_at(each, file_options(args)) for each in args.files if isinstance(each, str)]
+    found += [into_store.recorded_at(each, _options(args)) for each in args.files if isinstance(each, str)]
     return into_store.in_time_order(found)
 
 
@@ -75,6 +82,5 @@ def how(args: argparse.Namespace) -> into_store.How:
     return {"resume": args.resume, "cluster": args.cluster, "part_bytes": int(args.part_mib * 2**20)}
 
 
-def file_options(args: argparse.Namespace) -> FileOptions:
-    """What `add_file_options` was given."""
+def _options(args: argparse.Namespace) -> FileOptions:
     return FileOptions(args.salvage, args.topology, args.buffer, args.clock)

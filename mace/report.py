@@ -21,8 +21,8 @@ from rich.text import Text
 
 from mace import config
 from mace.errors import UsageError, nearest
-from mace.into_store import location, replayed
-from mace.replay import add_file_options, file_options
+from mace.into_store import replayed
+from mace.replay import add_file_options, recorded_files
 from mace.schema import Direction, Segment
 from mace.summary import COUNTS_AS, microseconds, plain_table
 from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
@@ -36,13 +36,7 @@ _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace report` but `--config` and `--json`."""
-    parser.add_argument(
-        "files",
-        nargs="*",
-        type=location,
-        metavar="FILE",
-        help="recordings instead of a store, as for `mace replay`",
-    )
+    add_file_options(parser, "recordings instead of a store, as for `mace replay`")
     parser.add_argument("--store", type=Path, metavar="DIR", help="the store to read")
     parser.add_argument(
         "--since", metavar="WHEN", help="from then on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d ago"
@@ -61,15 +55,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-damaged", action="store_true", help="go on without damaged segments, saying how many")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
     parser.add_argument("--html", type=Path, metavar="FILE", help="the same with the tables, one page by itself")
-    add_file_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """`mace report` with parsed options; its exit status."""
-    if args.files and args.store:
+    named = bool(args.files or args.inner or args.outer)
+    if named and args.store:
         raise UsageError("a store or files, not both")
     settings = config.load(args.config)
-    with replayed(args.files, file_options(args), settings, quiet=args.json) if args.files else nullcontext() as made:
+    with replayed(recorded_files(args), settings, quiet=args.json) if named else nullcontext() as made:
         store = Store(made or args.store or Path(settings.store.path), skip_damaged=args.skip_damaged)
         _report(store, args)
     return 0

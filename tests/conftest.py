@@ -39,6 +39,8 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "everyday")
 
 
+GOLDEN_TRACE = Path(__file__).parent / "golden" / "tracecmd" / "v6.dat"
+
 # --- needs --------------------------------------------------------------------------------------
 
 
@@ -112,6 +114,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),
     "tcpdump": lambda: _program("tcpdump", "--version"),
+    # It says its version, and then exits as if it had been misused.
+    "trace-cmd": lambda: _program("trace-cmd", "report", str(GOLDEN_TRACE)),
     "qemu": _qemu,
     "cc": lambda: _program("cc", "--version"),
     "c++": lambda: _program("c++", "--version"),

@@ -40,6 +40,8 @@ class Made:
     options: Sequence[tuple[int, bytes]] = ((5, UNAME),)
     events: Mapping[str, tuple[int, str]] = field(default_factory=lambda: EVENTS)
     sections_compressed: bool = True
+    texts: Mapping[str, str] | None = None
+    """Formats as a kernel told them, instead of those of `events`."""
 
     def number(self, code: str, value: int) -> bytes:
         return struct.pack((">" if self.big else "<") + code, value)
@@ -58,8 +60,9 @@ class Made:
 
     def _formats(self) -> bytes:
         systems: dict[str, list[bytes]] = {}
-        for event, what in self.events.items():
-            systems.setdefault(event.partition(":")[0], []).append(format_text(event, *what).encode() + b"\n")
+        texts = self.texts or {event: format_text(event, *what) + "\n" for event, what in self.events.items()}
+        for event, text in texts.items():
+            systems.setdefault(event.partition(":")[0], []).append(text.encode())
         raw = self.number("I", len(systems))
         for system, texts in systems.items():
             raw += system.encode() + b"\0" + self.number("I", len(texts))

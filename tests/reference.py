@@ -26,6 +26,7 @@ class Life:
     key: int = 0  # the last one known
     keyed: int = 0
     other_content: bool = False
+    no_buffer: bool = False  # the source gave the key for one
 
     @property
     def size(self):
@@ -58,7 +59,7 @@ class Reference:
                 self.close(self.open.pop(skb), next_ts=ts)
                 life = None
             if life is None:
-                life = self.open[skb] = Life(ts, record[3])
+                life = self.open[skb] = Life(ts, record[3], no_buffer=key != 0 and key == skb)
             self.append(life, record)
             if BY_HOOK[hook].way is Way.END:
                 self.close(self.open.pop(skb))
@@ -153,7 +154,7 @@ class Reference:
         dropped = ended and life.rest[-1][1] is k and not arrived
         self.ledger["dropped" if dropped else "matched"] += life.size
         rows = self.measure(life)
-        grade = "exact" if life.keyed > 1 and not life.other_content else "buffer"
+        grade = "buffer" if life.keyed < 2 or life.other_content else "content" if life.no_buffer else "exact"
         self.grades[grade] += bool(rows)
         self.rows += [(life.first_ts, *row, grade) for row in rows]
 

@@ -1,0 +1,287 @@
+"""Two packet captures, at a container's inner and at the host's outer device, as a source.
+
+Without root on the host there is no tracer, but there may be two captures: one made in the container, one where
+somebody may capture on the host. Matched by what the packets carry they tell how long each packet took from the one
+device to the other, and nothing of what is between: the inner device stands for the whole path.
+
+Records are as if the two places were hooks. tcpdump sees a packet that is sent right before the driver is called
+(dev_queue_xmit_nit, net/core/dev.c) and one that is received right after netif_receive_skb, so the path is
+from driver to driver on egress, where live capture counts from queue to queue. `skb_id` is the content key: there is
+no kernel buffer to be told, and the correlator grades such packets as CONTENT. A packet without a partner is a buffer
+that ends (`consume_skb`) and was never anywhere. Times are UTC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.file_options import Description, FileOptions, FileSource
+from collector.pcap_file import PacketColumns, PcapFile
+from collector.pcap_pairs import EVERYTHING_NS, INNER, OUTER, Paired, Pairing
+from mace import __version__
+from mace.clock import ClockPair
+from mace.errors import CaptureError
+from mace.hooks import BY_HOOK, Hook
+from mace.interfaces import StreamHeader, StreamItem
+from mace.records import Batch
+from mace.schema import HookCost
+from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
+
+NAME: Final = "pcap"
+WITHIN_NS: Final = 500_000_000
+"""A packet that takes longer from one device of a host to the other is not looked for."""
+_BATCH_RECORDS: Final = 1 << 17
+_HOST, _CONTAINER = 1, 2
+"""Made-up inodes of namespaces, and indices of devices: a capture tells none."""
+_DEVICES: Final = (
+    # "Stacked" on the outer device: that a packet comes from the one to the other is all that is known.
+    Device(_CONTAINER, 2, "inner", "pcap", _HOST, 1, netns_name="inner", container="inner", role=Role.INNER),
+    Device(_HOST, 1, "outer", "", netns_name="host", role=Role.OUTER),
+)
+_SIGHTINGS: Final = (NO_DEVICE, Sighting("inner", _CONTAINER, 2), Sighting("outer", _HOST, 1))
+_SINGLE: Final = np.uint64(0x9E3779B97F4A7C15)
+"""Makes ids of packets without a partner, which must not be anybody else's: an odd number, the golden ratio's."""
+
+
+def describe(paths: Sequence[Path], options: FileOptions) -> Description:
+    """Header, and the time of the first packet. Raises `Unavailable` or `CaptureError`."""
+    first: list[int] = []
+    for path in paths:
+        with PcapFile(path, salvage=options.salvage) as file:
+            first += [int(piece.utc_ns[0]) for piece in _some(file)]
+    return Description(_header(paths), min(first, default=0))
+
+
+def source(paths: Sequence[Path], options: FileOptions) -> FileSource:
+    """The source over a pair: inner, outer."""
+    return PcapPairSource(paths[0], paths[1], options)
+
+
+def alone(paths: Sequence[Path], _: FileOptions) -> Any:
+    """One capture tells nothing. Raises `CaptureError`."""
+    raise CaptureError(
+        paths[0], 0, "one packet capture has every packet once; give two: `mace replay --inner FILE --outer FILE`"
+    )
+
+
+def _some(file: PcapFile) -> Iterator[PacketColumns]:
+    piece = next(file.pieces(), None)
+    if piece is not None:
+        yield piece
+
+
+def _header(paths: Sequence[Path]) -> StreamHeader:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 16))
+    return StreamHeader(
+        source=NAME,
+        host="unknown",
+        run=digest.hexdigest()[:16],
+        kernel="",
+        boot_id="",
+        cpus=1,
+        clock=ClockPair(0, 0, 0),
+        hooks=tuple(
+            BY_HOOK[hook].tracepoint for hook in (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB)
+        ),
+        mace_version=__version__,
+    )
+
+
+class PcapPairSource:
+    """Two captures as a `FileSource`."""
+
+    def __init__(self, inner: Path | str, outer: Path | str, options: FileOptions | None = None) -> None:
+        self._paths = (Path(inner), Path(outer))
+        self._options = options or FileOptions()
+        self._files: list[PcapFile] = []
+        self._pairing = Pairing(WITHIN_NS)
+        self._stop = False
+        self._way: dict[int, int] = {}
+        """By sender at the inner device: how many more of its packets came there first than last."""
+        self._single = 0
+        self._ties = 0
+        self.packets = 0
+        """In both files."""
+        self.pairs = 0
+        """Found in both."""
+
+    async def open(self) -> StreamHeader:
+        """Open both. Raises `Unavailable` or `CaptureError`."""
+        for path in self._paths:
+            self._files.append(PcapFile(path, salvage=self._options.salvage))
+        return _header(self._paths)
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        """A topology of two devices, and batches; raises `CaptureError`. Gives way to other tasks after each."""
+        for item in self.read():
+            yield item
+            await asyncio.sleep(0)
+            if self._stop:
+                return
+
+    def request_stop(self) -> None:
+        """End after the current item."""
+        self._stop = True
+
+    async def aclose(self) -> None:
+        """Close both."""
+        for file in self._files:
+            file.close()
+
+    @property
+    def discarded(self) -> int:
+        """Packets that stood in their file far behind younger ones."""
+        return self._pairing.late
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """Nothing: captures do not tell."""
+        return ()
+
+    @property
+    def bytes_total(self) -> int:
+        """Of both files."""
+        return sum(file.bytes_total for file in self._files)
+
+    @property
+    def bytes_read(self) -> int:
+        """How far reading has come."""
+        return sum(file.bytes_read for file in self._files)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know, one line each."""
+        told = [line for file in self._files for line in file.warnings]
+        names = " and ".join(map(str, self._paths))
+        if self._pairing.ambiguous:
+            told.append(
+                f"{names}: {self._pairing.ambiguous} packets had others with the same content so near in time that "
+                "which is which is not clear; they are among the unmatched"
+            )
+        if self._ties:
+            told.append(
+                f"{names}: {self._ties} packets have the same time in both, and nothing tells which way they went; "
+                "they are among the unmatched"
+            )
+        return told
+
+    def read(self) -> Iterator[StreamItem]:
+        """The stream without the asyncio shell; after `open`."""
+        begun = False
+        for paired in self._decided():
+            batch = self._records(paired)
+            if not begun:
+                begun = True
+                yield Topology(int(batch.ts_ns[0]), _HOST, _DEVICES, _SIGHTINGS)
+            for start in range(0, len(batch), _BATCH_RECORDS):
+                yield batch[start : start + _BATCH_RECORDS]
+        if not begun:
+            yield Topology(0, _HOST, _DEVICES, _SIGHTINGS)
+
+    def _decided(self) -> Iterator[Paired]:
+        pieces = [file.pieces() for file in self._files]
+        never = EVERYTHING_NS
+        newest = [-never, -never]
+        while True:
+            file = min((INNER, OUTER), key=lambda one: newest[one])
+            if newest[file] == never:
+                return
+            piece = next(pieces[file], None)
+            if piece is None:
+                newest[file] = never
+            else:
+                self.packets += len(piece)
+                newest[file] = max(newest[file], int(piece.utc_ns.max()))
+                self._pairing.push(file, piece)
+            # Packets stand nearly in the order of time: each CPU hands its own over.
+            found = self._pairing.take(min(newest))
+            if found is not None:
+                yield found
+
+    def _records(self, found: Paired) -> Batch:
+        """Records of the packets, those of one packet that is sent twice: at the queue and at the driver."""
+        inner, ts = found.file == INNER, found.packets.utc_ns
+        # Positive: the other file saw it later.
+        ahead = found.partner_ns - ts
+        towards_network = np.where(inner, ahead > 0, ahead < 0)
+        tied = found.paired & (ahead == 0)
+        if tied.any():
+            towards_network, unclear = self._by_sender(found, towards_network, tied)
+        else:
+            unclear = np.zeros(len(found), np.bool_)
+            self._learn(found, towards_network)
+        paired = found.paired & ~unclear
+        self.pairs += int((paired & inner).sum())
+        key = found.packets.content.packet_key
+        single = np.flatnonzero(~paired)
+        ids = key.copy()
+        numbers = np.arange(self._single + 1, self._single + 1 + len(single), dtype=np.uint64)
+        self._single += len(single)
+        ids[single] = key[single] ^ (numbers * _SINGLE)
+        sent = paired & towards_network
+        twice = sent & inner
+        hook = np.where(sent, np.uint8(Hook.NET_DEV_QUEUE), np.uint8(Hook.NETIF_RECEIVE_SKB))
+        # Nothing more will be heard of it: so the ledger has it as unmatched at once, not as under way.
+        hook[~paired] = Hook.CONSUME_SKB
+        index = np.repeat(np.arange(len(found)), 1 + twice)
+        again = np.append(False, index[1:] == index[:-1])
+        columns: dict[str, npt.NDArray[Any]] = {
+            "ts_ns": ts[index],
+            "skb_id": ids[index],
+            "dev": np.where(paired, np.where(inner, np.uint32(1), np.uint32(2)), np.uint32(0))[index],
+            "l3_len": found.packets.length[index],
+            "hook": np.where(again, np.uint8(Hook.NET_DEV_START_XMIT), hook[index]),
+        }
+        batch = Batch.of(len(index), found.packets.content[index], **columns)
+        if not tied.any():
+            return batch
+        # Of equal times, the one comes first that the packet came to first.
+        rank = np.where(towards_network == inner, 0, 1)[index]
+        return batch[np.lexsort((rank, batch.ts_ns))]
+
+    def _learn(self, found: Paired, towards_network: npt.NDArray[np.bool_]) -> None:
+        """Which way packets go that a sender sends."""
+        of = np.flatnonzero(found.paired & (found.file == INNER) & (found.partner_ns != found.packets.utc_ns))
+        senders, place = np.unique(found.packets.sender[of], return_inverse=True)
+        if len(senders) > _SENDERS_MAX:
+            return
+        ways = np.bincount(place, weights=np.where(towards_network[of], 1, -1), minlength=len(senders))
+        for sender, way in zip(senders.tolist(), ways.tolist(), strict=True):
+            if sender and len(self._way) < _SENDERS_MAX:
+                self._way[sender] = self._way.get(sender, 0) + int(way)
+
+    def _by_sender(
+        self, found: Paired, towards_network: npt.NDArray[np.bool_], tied: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """The ways of packets that have the same time in both files: those of others of their sender."""
+        self._learn(found, towards_network)
+        key, inner = found.packets.content.packet_key, found.file == INNER
+        seen = np.flatnonzero(tied & inner)
+        ways = np.array([self._way.get(sender, 0) for sender in found.packets.sender[seen].tolist()], np.int64)
+        way_of = dict(zip(zip(key[seen].tolist(), found.packets.utc_ns[seen].tolist(), strict=True), ways, strict=True))
+        at = np.flatnonzero(tied)
+        way = np.array(
+            [way_of.get(one, 0) for one in zip(key[at].tolist(), found.packets.utc_ns[at].tolist(), strict=True)],
+            np.int64,
+        )
+        towards_network = towards_network.copy()
+        towards_network[at] = way > 0
+        unclear = np.zeros(len(found), np.bool_)
+        unclear[at[way == 0]] = True
+        self._ties += int((unclear & inner).sum())
+        return towards_network, unclear
+
+
+_SENDERS_MAX: Final = 1 << 14
+"""Hardware addresses on one link that are remembered."""
+assert (INNER, OUTER) == (0, 1)

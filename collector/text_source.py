@@ -1,0 +1,222 @@
+"""What tracers print, as a source.
+
+Text is what people have who had no better tool, and it says less: times are cut to microseconds (but for `perf script
+--ns` and `trace-cmd report -t`), drop reasons are names and not kept, and addresses may be hashes: the kernel prints
+`%p` as 32 bits of a hash whose key is drawn at boot (lib/vsprintf.c, Linux kernel commit ad67b74d2469 ("printk: hash
+addresses printed with %p") (in v4.15)). One buffer has one hash as long as the machine runs, so packets can be
+followed; two buffers of some thousands that are in use at once share one now and then, and then only moves that cannot
+be part them. Binary recordings (trace.dat, live capture) and `options/hash-ptr=0` have no such doubt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from collector import known_topology
+from collector.file_options import Description, FileOptions, FileSource
+from collector.ftrace_formats import PageLayout
+from collector.ftrace_pages import PageDecoder, Sightings
+from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
+from collector.merge import Merger
+from collector.text_lines import LINE_MAX, LineReader, chunks, has_events
+from mace import __version__
+from mace.clock import ClockPair
+from mace.errors import CaptureError, Unavailable
+from mace.hooks import HOOKS
+from mace.interfaces import StreamHeader, StreamItem
+from mace.records import Batch
+from mace.schema import HookCost
+
+NAME: Final = "text"
+_READ_BYTES: Final = 1 << 20
+_HOLD_BACK_NS: Final = 50_000_000
+_BATCH_RECORDS: Final = 1 << 17
+_NO_LAYOUT: Final = PageLayout(0, 8, 8, 16, 4080)
+"""Text has no pages; the decoder is there for the ids of buffers."""
+
+
+def recognises(head: bytes) -> bool:
+    """Whether a file that begins so is text with an event that is measured, or begins as ftrace's text does."""
+    if b"\0" in head:
+        return False
+    return head.startswith((b"# tracer:", b"# ========")) or has_events(head[: head.rfind(b"\n") + 1])
+
+
+def describe(paths: Sequence[Path], options: FileOptions) -> Description:
+    """Header, and the time of the first event. Raises `Unavailable` or `CaptureError`."""
+    opened = _Opened(paths[0], options)
+    opened.file.close()
+    return Description(opened.header, opened.first_ns + opened.header.clock.offset_ns)
+
+
+def source(paths: Sequence[Path], options: FileOptions) -> FileSource:
+    """The source over one file."""
+    return TextSource(paths[0], options)
+
+
+class _Opened:
+    """An open file, and what is known before it is read."""
+
+    def __init__(self, path: Path, options: FileOptions) -> None:
+        try:
+            self.file: BinaryIO = path.open("rb", buffering=0)
+        except OSError as error:
+            raise Unavailable(str(path), error.strerror or str(error), "name a file with a tracer's text") from error
+        try:
+            self.size: Final = path.stat().st_size
+            self.warnings: list[str] = []
+            self.sightings: Final = Sightings()
+            self.decoder: Final = PageDecoder(_NO_LAYOUT, (), self.sightings)
+            self.first_ns: Final = self._first_ns(path)
+            known = known_topology.read(options.topology)
+            same_clock = known is not None and options.clock == "mono"
+            self.teller: Final = TopologyTeller(known, self.sightings, same_clock=same_clock)
+            clock, boot_id = dated_by_file(path, self.first_ns), ""
+            if same_clock and known is not None:
+                clock, boot_id = known.header.clock, known.header.boot_id
+            else:
+                self.warnings.append(f"{path}: {NO_DATE}")
+            if known is None:
+                self.warnings.append(f"{path}: {NAMES_ONLY}")
+            if not options.clock:
+                self.warnings.append(f"{path}: text does not say which clock it has (if it was mono, say --clock mono)")
+            self.header: Final = self._header(known.header if known else None, clock, boot_id)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _first_ns(self, path: Path) -> int:
+        """Time of the first event; the file is back at its beginning afterwards."""
+        reader = LineReader(self.sightings, self.decoder)
+        digest = hashlib.sha256()
+        for text in chunks(path, iter(lambda: self.file.read(LINE_MAX), b"")):
+            digest.update(text)
+            batch = reader.read(text)
+            if len(batch):
+                self.run = digest.hexdigest()[:16]
+                self.file.seek(0)
+                return int(batch.ts_ns[0])
+        raise CaptureError(path, 0, "no line of it is a network event that is measured")
+
+    def _header(self, known: StreamHeader | None, clock: ClockPair, boot_id: str) -> StreamHeader:
+        return StreamHeader(
+            source=NAME,
+            host=known.host if known else "unknown",
+            run=self.run,
+            kernel=known.kernel if known else "",
+            boot_id=boot_id,
+            cpus=1,
+            clock=clock,
+            hooks=tuple(info.tracepoint for info in HOOKS),
+            mace_version=__version__,
+        )
+
+
+class TextSource:
+    """A text as a `FileSource`."""
+
+    def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
+        self.path: Final = Path(path)
+        self._options = options or FileOptions()
+        self._opened: _Opened | None = None
+        self._reader: LineReader | None = None
+        self._merger = Merger(_HOLD_BACK_NS)
+        self._bytes_read = 0
+        self._stop = False
+
+    async def open(self) -> StreamHeader:
+        """Open the file and find the first event. Raises `Unavailable` or `CaptureError`."""
+        self._opened = opened = _Opened(self.path, self._options)
+        self._reader = LineReader(opened.sightings, opened.decoder)
+        return opened.header
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        """Topologies and batches; raises `CaptureError`. Gives way to other tasks after each."""
+        for item in self.read():
+            yield item
+            await asyncio.sleep(0)
+            if self._stop:
+                return
+
+    def request_stop(self) -> None:
+        """End after the current item."""
+        self._stop = True
+
+    async def aclose(self) -> None:
+        """Close the file."""
+        if self._opened is not None:
+            self._opened.file.close()
+
+    @property
+    def discarded(self) -> int:
+        """Records that stood behind ones far younger, and lines without a buffer's address."""
+        return self._merger.late + (self._reader.unreadable if self._reader else 0)
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """Nothing: text does not tell."""
+        return ()
+
+    @property
+    def bytes_total(self) -> int:
+        """Size of the file."""
+        return self._opened.size if self._opened else 0
+
+    @property
+    def bytes_read(self) -> int:
+        """How far reading has come."""
+        return self._bytes_read
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know, one line each."""
+        if self._opened is None or self._reader is None:
+            return []
+        told = list(self._opened.warnings)
+        if self._reader.hashed:
+            told.append(
+                f"{self.path}: its addresses are hashes of 32 bits: two buffers that are in use at once can share one"
+            )
+        if self._reader.unreadable:
+            told.append(f"{self.path}: {self._reader.unreadable} lines do not tell the buffer's address; left out")
+        if self._reader.uncounted:
+            told.append(f"{self.path}: {self._reader.uncounted} losses do not say how many events; told as one each")
+        return told
+
+    def read(self) -> Iterator[StreamItem]:
+        """The stream without the asyncio shell; after `open`."""
+        assert self._opened is not None, "open() first"
+        for batch in self._merged():
+            for item in self._opened.teller.around(batch):
+                if not isinstance(item, Batch):
+                    yield item
+                    continue
+                for start in range(0, len(item), _BATCH_RECORDS):
+                    yield item[start : start + _BATCH_RECORDS]
+
+    def _merged(self) -> Iterator[Batch]:
+        assert self._opened is not None
+        assert self._reader is not None
+        merger, newest = self._merger, self._opened.first_ns
+        merger.add_cpu(0, newest)
+        for text in chunks(self.path, iter(self._read_block, b"")):
+            batch = self._reader.read(text)
+            self._bytes_read += len(text)
+            if len(batch):
+                merger.push(0, batch)
+                newest = max(newest, int(batch.ts_ns.max()))
+                merger.complete(0, newest)
+                yield merger.take(newest - _HOLD_BACK_NS)
+        merger.push(0, self._reader.rest())
+        yield merger.flush()
+
+    def _read_block(self) -> bytes:
+        assert self._opened is not None
+        try:
+            return self._opened.file.read(_READ_BYTES)
+        except OSError as error:
+            raise CaptureError(self.path, self._bytes_read, error.strerror or str(error)) from error

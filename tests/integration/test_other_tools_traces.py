@@ -1,0 +1,229 @@
+"""One answer: the same packets, live and out of the files of other tools.
+
+One run in the lab: our own live capture, which keeps the pages that it takes out of the kernel, so that a trace.dat can
+be made of the very same records; a second trace instance, of which `trace-cmd extract` makes a trace.dat and the
+kernel makes text; and tcpdump in the container and at the outer device.
+"""
+
+import asyncio
+import subprocess
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from collector import ftrace_source, tracefs
+from collector.devices import DeviceFollower
+from collector.files import PCAP_PAIR, FileOptions, recording, recording_of
+from collector.ftrace_rings import ReadRing
+from collector.ftrace_source import FtraceConfig, FtraceSource
+from correlator.engine import Engine, EngineConfig
+from mace.hooks import HOOKS
+from mace.interfaces import Progress
+from mace.lab import HOST, Spec, running
+from mace.records import Batch
+from mace.schema import Delays, Direction, Segment
+from storage.capture import CaptureSink
+from tests.made_tracedat import Made
+
+pytestmark = pytest.mark.needs("root", "tracefs", "netns", "tcpdump", "trace-cmd")
+
+PINGS, DATAGRAMS = 60, 400
+
+
+@dataclass
+class Run:
+    """What was recorded."""
+
+    live: object
+    pages: object
+    extracted: object
+    text: object
+    inner: object
+    outer: object
+
+
+class KeepingRing(ReadRing):
+    """A ring whose pages are kept as they came out of the kernel."""
+
+    kept = {}  # noqa: RUF012 - CPU -> pages, for the one run of this module
+
+    def __init__(self, path, layout):
+        super().__init__(path, layout)
+        self._pages = self.kept.setdefault(int(path.parent.name.removeprefix("cpu")), [])
+
+    def take(self, into, start=0):
+        taken = super().take(into, start)
+        self._pages += [page.tobytes() for page in into.matrix[start : start + taken.pages]]
+        return taken
+
+
+def tcpdump(lab, member, device, target):
+    argv = ["tcpdump", "-i", device, "-w", str(target), "-U", "--time-stamp-precision=nano", "-B", "8192", "ip"]
+    process = lab.popen(member, argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stderr:
+        if "listening on" in line:
+            return process
+    raise AssertionError("tcpdump did not begin")
+
+
+def second_instance():
+    instance = tracefs.Instance.create(tracefs.find())
+    instance.set_clock("mono")
+    instance.set_ring_size(8192)
+    for info in HOOKS:
+        instance.enable(info.tracepoint)
+    instance.record(on=True)
+    return instance
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tools")
+    KeepingRing.kept.clear()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ftrace_source, "ReadRing", KeepingRing)
+    instance = None
+    try:
+        with running(Spec(name="tools", containers=1)) as lab:
+            lab.ping("c1", count=2)
+            dumps = [
+                tcpdump(lab, "c1", "eth0", place / "inner.pcap"),
+                tcpdump(lab, HOST, lab.outer_device, place / "outer.pcap"),
+            ]
+            instance = second_instance()
+            formats = asyncio.run(recorded(lab, place / "live.mace"))
+            time.sleep(0.5)
+            instance.record(on=False)
+            for dump in dumps:
+                dump.terminate()
+                dump.communicate(timeout=30)
+            (place / "trace.txt").write_bytes((instance.path / "trace").read_bytes())
+            argv = ["trace-cmd", "extract", "-B", instance.path.name, "-o", str(place / "extracted.dat")]
+            subprocess.run(argv, check=True, capture_output=True)
+    finally:
+        patch.undo()
+        if instance is not None:
+            instance.remove()
+    made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd")
+    (place / "pages.dat").write_bytes(made.content())
+    return Run(
+        *(place / n for n in ("live.mace", "pages.dat", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap"))
+    )
+
+
+async def recorded(lab, target):
+    """Live capture of some traffic into a file; the formats of its events."""
+    follower = DeviceFollower(
+        host_netns=str(lab.netns_path(HOST)), outer=(lab.outer_device,), remote_netns=(lab.netns_path("remote").name,)
+    )
+    source, sink = FtraceSource(FtraceConfig(hold_back_ms=500), follower), CaptureSink(target)
+    await sink.open(await source.open())
+
+    async def read():
+        async for item in source.items():
+            if not isinstance(item, Progress):
+                await sink.write(item)
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(0.3)
+    formats = {info.tracepoint: source._instance.event_format(info.tracepoint) for info in HOOKS}
+    await asyncio.to_thread(traffic, lab)
+    await asyncio.sleep(0.3)
+    source.request_stop()
+    await reading
+    await sink.aclose()
+    await source.aclose()
+    return formats
+
+
+def traffic(lab):
+    lab.ping("c1", count=PINGS, interval_s=0.005)
+    lab.udp("c1", count=DATAGRAMS, size=100, rate_pps=2000)
+
+
+def replayed(one):
+    """All rows of a recording, and the last results."""
+
+    async def work():
+        source = one.source()
+        try:
+            header = await source.open()
+            engine = Engine(header.clock.offset_ns, EngineConfig())
+            results = []
+            async for item in source.items():
+                results += engine.feed(item)
+            results.append(engine.finish())
+        finally:
+            await source.aclose()
+        return header, results
+
+    header, results = asyncio.run(work())
+    return header, Delays.concatenate([r.delays for r in results]), results
+
+
+def overheads(rows, way):
+    whole = (rows.segment == Segment.OVERHEAD) & (rows.direction == way)
+    order = np.argsort(rows.utc_ns[whole], kind="stable")
+    return rows.utc_ns[whole][order], rows.delay_ns[whole][order]
+
+
+@pytest.fixture(scope="module")
+def live(run):
+    return replayed(recording(run.live))
+
+
+def test_the_very_same_records_give_the_very_same_rows(run, live):
+    """Pages of the live capture's own ring, as a trace.dat: identical, to the nanosecond."""
+    _, rows, results = live
+    _, again, results_again = replayed(recording(run.pages, FileOptions(topology=run.live)))
+    assert len(rows) == len(again) > 5 * (PINGS + DATAGRAMS)
+    for name in ("utc_ns", "direction", "segment", "position", "delay_ns", "l3_len", "grade", "outcome"):
+        assert np.array_equal(getattr(rows, name), getattr(again, name)), name
+    assert results_again[-1].ledger == results[-1].ledger
+    assert results[-1].ledger.lost == 0
+
+
+def close(run_rows, live_rows, within_ns, *, worst_ns=None):
+    """Whether the packets are the same and their delays differ by no more than what lies between the stamps."""
+    for way, count in ((Direction.EGRESS, PINGS + DATAGRAMS), (Direction.INGRESS, PINGS)):
+        utc, delay = overheads(run_rows, way)
+        live_utc, live_delay = overheads(live_rows, way)
+        # The other tool was running a little longer.
+        near = np.abs(utc[:, None] - live_utc[None, :]).argmin(axis=0)
+        assert len(live_utc) >= count
+        assert len(np.unique(near)) == len(near)
+        apart = np.abs(delay[near] - live_delay)
+        print(
+            f"{Direction(way).name}: {np.median(apart):.0f} ns apart in the median, {np.percentile(apart, 95):.0f} at 95 %"
+        )
+        assert np.median(apart) <= within_ns
+        assert np.percentile(apart, 80) <= (worst_ns or 4 * within_ns)
+
+
+def test_what_trace_cmd_extracted(run, live):
+    """Another instance: each event has a stamp of its own, some hundred ns from ours."""
+    header, rows, _ = replayed(recording(run.extracted, FileOptions(topology=run.live)))
+    assert header.clock == live[0].clock
+    close(rows, live[1], 2_000)
+
+
+def test_the_text_of_the_same_records(run):
+    """Text and trace.dat of one instance: the same but for what text cuts off, and addresses that are hashes."""
+    options = FileOptions(topology=run.live, clock="mono")
+    _, rows, results = replayed(recording(run.extracted, FileOptions(topology=run.live)))
+    _, text, text_results = replayed(recording(run.text, options))
+    assert text_results[-1].ledger.records == results[-1].ledger.records
+    for way in (Direction.EGRESS, Direction.INGRESS):
+        delay, text_delay = overheads(rows, way)[1], overheads(text, way)[1]
+        assert len(delay) == len(text_delay)
+        # Both ends of a delay are cut to 1 us.
+        assert np.abs(delay - text_delay).max() <= 1_000
+
+
+def test_two_packet_captures(run, live):
+    """tcpdump's stamps are the driver's and the stack's: another place, microseconds away, and the same packets."""
+    _, rows, results = replayed(recording_of(PCAP_PAIR, (run.inner, run.outer)))
+    assert results[-1].grades.content == results[-1].packets > PINGS + DATAGRAMS
+    close(rows, live[1], 25_000, worst_ns=100_000)
