@@ -23,7 +23,6 @@ from mace.into_store import stopped
 from mace.part import PartDone, PartTask, run_part
 
 try:
-    from dask import config as dask_config
     from distributed import Client, KilledWorker, LocalCluster, wait
 except ImportError as _error:
     raise MissingExtra("cluster", _error.name or "distributed") from _error
@@ -36,7 +35,10 @@ _AHEAD: Final = 4
 part is done again, few enough that what is staged stays small."""
 _LOOK_S: Final = 0.5
 """How often a wish to stop is looked at while nothing comes."""
+_WORKER_STARTS_WITH: Final = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+"""Ctrl-C goes to all processes of a terminal, and is meant for the one that commits."""
 _CONNECT_S: Final = 10
+"""A scheduler that does not answer within this is taken for none."""
 
 
 def replay(assembly: Assembly, address: str, told: Callable[[int, int], None], stop: Callable[[], bool]) -> None:
@@ -56,6 +58,20 @@ def _hush() -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _local_workers(count: int) -> LocalCluster:
+    """Processes of this machine, a thread each."""
+    return LocalCluster(
+        n_workers=count,
+        threads_per_worker=1,
+        processes=True,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        scheduler_kwargs={"dashboard": False},
+        silence_logs=logging.ERROR,
+        preload=[_WORKER_STARTS_WITH],
+    )
+
+
 @contextlib.contextmanager
 def _client(address: str) -> Iterator[Client]:
     _hush()
@@ -65,20 +81,7 @@ def _client(address: str) -> Iterator[Client]:
             raise UsageError(
                 f"--cluster {address}: expected local:N, with a number of processes, or a scheduler's address"
             )
-        settings = {"distributed.comm.timeouts.connect": f"{_CONNECT_S}s"}
-        with (
-            dask_config.set(settings),
-            LocalCluster(
-                n_workers=int(count),
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                scheduler_kwargs={"dashboard": False},
-                silence_logs=logging.ERROR,
-            ) as cluster,
-            Client(cluster) as client,
-        ):
+        with _local_workers(int(count)) as cluster, Client(cluster) as client:
             yield client
         return
     try:

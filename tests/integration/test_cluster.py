@@ -34,8 +34,18 @@ def reference(capture, tmp_path_factory):
 
 
 def test_two_local_workers(capture, reference, tmp_path):
+    """Interrupted as by Ctrl-C in a terminal, which all processes get, and gone on with."""
     argv = ("replay", capture, "--part-mib", PART_MIB, "--json")
-    done = mace(*argv, "--store", tmp_path / "store", "--cluster", "local:2")
+    on_cluster = (*argv, "--store", tmp_path / "store", "--cluster", "local:2")
+    first = start(*on_cluster, start_new_session=True)
+    wait_for((tmp_path / "store" / "replay" / "00000.json").exists, 120)
+    os.killpg(first.pid, signal.SIGINT)
+    _, told = first.communicate(timeout=120)
+    assert first.returncode == 1
+    assert told.startswith("mace: stopped after")
+    assert len(told.splitlines()) == 1
+
+    done = mace(*on_cluster, "--resume")
     assert differences(reference, tmp_path / "store") == {}
     assert count_rows(tmp_path / "store", "ledger") > 5, "not cut into parts"
     assert done.stdout == mace(*argv, "--store", tmp_path / "alone").stdout
@@ -56,7 +66,7 @@ def scheduler(tmp_path):
         )
     ]
     try:
-        wait_for(lambda: about.exists() and about.read_text().endswith("}"))
+        wait_for(lambda: about.exists() and about.read_text().endswith("}"), 120)
         for _ in range(2):
             argv = ["--scheduler-file", str(about), "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path)]
             started.append(subprocess.Popen([*dask[:2], "distributed.cli.dask_worker", *local, *argv], **quiet))
@@ -73,7 +83,7 @@ def test_a_worker_that_is_killed_changes_nothing(capture, reference, tmp_path, s
     replay = start("replay", capture, "--store", store, "--part-mib", PART_MIB, "--json", "--cluster", address)
     try:
         # A part is in the making: its files lie there, uncommitted.
-        wait_for(lambda: replay.poll() is not None or any((store / "replay").glob("staged/*/*")))
+        wait_for(lambda: replay.poll() is not None or any((store / "replay").glob("staged/*/*")), 120)
         assert replay.poll() is None, replay.communicate()
         os.kill(workers[0].pid, signal.SIGKILL)
         out, err = replay.communicate(timeout=120)

@@ -231,7 +231,7 @@ def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
         note = tmp_path / "store" / "replay" / "00000.json"
         before = note.read_bytes() if note.exists() else b""
         # Something new was committed, and it is at work on what comes next.
-        wait_for(lambda: process.poll() is not None or (note.exists() and note.read_bytes() != before))  # noqa: B023
+        wait_for(lambda: process.poll() is not None or (note.exists() and note.read_bytes() != before), 120)  # noqa: B023
         assert process.poll() is None, "done too soon"
         process.send_signal(how)
         _, told = process.communicate(timeout=60)
