@@ -65,7 +65,10 @@ _YOUNG_S: Final = 2.0
 """For so long a new namespace's first process may still be a runtime that is about to become something else."""
 _FIRST_NAMES_S: Final = 0.5
 """The first snapshot waits so long for container names. A daemon in good health needs some 10 ms."""
-_REMEDY: Final = "run as root (it needs CAP_SYS_ADMIN and CAP_NET_ADMIN to see other network namespaces)"
+_REMEDY: Final = (
+    "run as root (to see other network namespaces it needs CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_NET_ADMIN and"
+    " CAP_NET_BROADCAST)"
+)
 
 
 @dataclass(slots=True, eq=False)

@@ -39,6 +39,29 @@ def traits(batch: Batch) -> Bytes | None:
     return several
 
 
+def flows(batch: Batch) -> tuple[Ids | None, Bytes | None]:
+    """What each record says of its flow, as one number (`ports` and `sequence` read it), and its IP protocol.
+
+    uint64 and uint8, 0 where nothing is known; None if the source does not read packets.
+    """
+    told = batch.content
+    if told is None:
+        return None, None
+    packed = (told.l4_src.astype(np.uint64) << np.uint64(48)) | (told.l4_dst.astype(np.uint64) << np.uint64(32))
+    return packed | told.l4_seq, told.l4_proto
+
+
+def ports(flow: Ids) -> tuple[Ints, Ints]:
+    """Source and destination: ports, or identifier and sequence number of an ICMP echo."""
+    both = (flow >> np.uint64(32)).astype(np.int64)
+    return both >> 16, both & 0xFFFF
+
+
+def sequence(flow: Ids) -> Ints:
+    """TCP sequence number."""
+    return (flow & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
 def changes(key: Ids, joined: Mask) -> Ints:
     """Indices of the records whose key is another than the last one of their life before them.
 

@@ -12,20 +12,26 @@ nothing but when a row comes out. All steps are whole-array ones: a slice costs 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
+from correlator.content import ports, sequence
 from correlator.hops import Crossed, measure
 from correlator.identity import Resolver
+from correlator.links import Links
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
-from mace.records import Batch
-from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Results, Window
+from mace.records import Batch, Flag
+from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results, Window
 from mace.topology import Device, Topology
+
+IPPROTO_TCP: Final = 6
+"""IANA's number of TCP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,9 @@ class EngineConfig:
 
     timeout_ns: int = 500_000_000
     """A packet's next record comes within this, or its life is over."""
+    link_ns: int = 100_000_000
+    """A packet's first record in another buffer comes within this: reassembly waits for the last fragment, which is
+    sent at once. Packets with one content key this near to one another could be confused, and are not linked."""
     linger_ns: int = 100_000_000
     """A device that is gone can still be meant by records this long after: news of it may be dated that much early."""
     slice_ns: int = 100_000_000
@@ -41,7 +50,8 @@ class EngineConfig:
     slice_records: int = 1 << 17
     """A slice is cut here if it gets larger: memory."""
     open_records: int = 1 << 22
-    """Records of open lives that are kept at most; beyond it the oldest lives are ended early."""
+    """Records of open lives that are kept at most; beyond it the oldest lives are ended early. A quarter as many
+    besides are kept of lives that have ended and wait to be linked to others (`correlator.links`)."""
     rows: bool = True
     """Whether to give out a row per packet and segment; windows come in any case."""
     crossings: bool = False
@@ -64,6 +74,7 @@ class Engine:
         self._slice_end = -NEVER
         self._latest = -NEVER
         self._open = NOTHING_OPEN
+        self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
         self._gaps: list[tuple[int, int]] = []
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
@@ -79,6 +90,7 @@ class Engine:
         if state is not None:
             self._resolver.restore(state.resolver)
             self._open, self._gaps = state.open, list(state.gaps)
+            self._links.waiting = state.waiting
             self._latest = self._began_ns = state.latest_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
@@ -91,9 +103,12 @@ class Engine:
             return []
         return self._take(item)
 
-    def advance(self, upto_ns: int) -> list[Results]:
-        """Told that no record before `upto_ns` will come any more: finish what that completes."""
-        return self._advance(upto_ns) if upto_ns >= self._slice_end else []
+    def advance(self, upto_ns: int, *, at_once: bool = False) -> list[Results]:
+        """Told that no record before `upto_ns` will come any more: finish what that completes.
+
+        `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time.
+        """
+        return self._advance(upto_ns) if at_once or upto_ns >= self._slice_end else []
 
     def stop_at(self, upto_ns: int) -> list[Results]:
         """As `advance`, and work on all that waits: there is a cut, and another engine goes on with `state`."""
@@ -102,8 +117,15 @@ class Engine:
     def state(self, upto_ns: int) -> EngineState:
         """What it carries at a cut. The caller has fed all records before `upto_ns`, then called `stop_at(upto_ns)`."""
         assert not self._waiting_records, "stop_at() first"
-        resolver, new = self._resolver.state(upto_ns, self._open.number)
-        return EngineState(resolver, with_numbers(self._open, new), self._still_parting(upto_ns), self._latest)
+        waiting = self._links.waiting
+        resolver, new = self._resolver.state(upto_ns, np.concatenate([self._open.number, waiting.number]))
+        return EngineState(
+            resolver,
+            with_numbers(self._open, new),
+            with_numbers(waiting, new),
+            self._still_parting(upto_ns),
+            self._latest,
+        )
 
     def close_windows(self) -> tuple[Window, ...]:
         """All windows that are still open, as they are at a cut: the rest of them is in the other engine's."""
@@ -142,7 +164,7 @@ class Engine:
         return results
 
     def _advance(self, upto_ns: int) -> list[Results]:
-        if not self._waiting_records and not len(self._open):
+        if not self._waiting_records and not len(self._open) and not len(self._links):
             return []
         return [self._slice(max(upto_ns, self._latest))]
 
@@ -164,12 +186,18 @@ class Engine:
             self._began_ns = int(batch.ts_ns[0])
             self._gaps.insert(0, (-NEVER, self._began_ns))
 
-        delays, crossings = Delays.empty(), Crossings.empty()
+        found: list[tuple[Delays, Crossings]] = []
         if len(batch) or len(self._open):
-            new = Records.of(batch)
+            new = Records.of(batch, flows=self._config.crossings)
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
             self._grades["told_apart"] += lives.told_apart
-            delays, crossings = self._measure(lives, self._finish(lives, upto_ns, last=last))
+            ended = self._finish(lives, upto_ns, last=last)
+            found.append(self._measure(lives, ended & ~self._links.take(lives, ended)))
+        nothing_before = None if last else min(self._oldest_open(upto_ns), upto_ns)
+        if (linked := self._links.release(nothing_before, self._gaps)) is not None:
+            found.append(self._measure(linked, np.ones(len(linked.starts), np.bool_)))
+        delays = Delays.concatenate([rows for rows, _ in found])
+        crossings = Crossings.concatenate([rows for _, rows in found])
         self._gaps = self._still_parting(upto_ns)
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
@@ -178,28 +206,33 @@ class Engine:
 
     def so_far(self, upto_ns: int) -> Results:
         """The counts of the whole run, with no rows and no windows."""
-        grades = Grades(**self._grades)
+        grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
         return Results(
             upto_ns + self._offset_ns,
             Delays.empty(),
             (),
-            Ledger(**self._tally, in_flight=self._left + len(self._open)),
+            self._ledger(),
             grades.packets,
             tuple(self._devices),
             grades=grades,
             settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
         )
 
-    def _oldest(self, upto_ns: int) -> int:
+    def _oldest_open(self, upto_ns: int) -> int:
         """Time of the oldest record of a life that is open, or of the end of what was looked at."""
         return int(self._open.records.ts.min()) if len(self._open) else upto_ns
 
     def _settled(self, upto_ns: int) -> int:
-        return min(self._oldest(upto_ns), upto_ns)
+        """All lives that begin before it have been given out."""
+        return min(self._oldest_open(upto_ns), upto_ns, self._links.oldest_ns)
 
     def _still_parting(self, upto_ns: int) -> list[tuple[int, int]]:
-        """Gaps that can still lie between two records of one life."""
-        return [gap for gap in self._gaps if gap[1] > min(self._oldest(upto_ns), upto_ns - self._config.timeout_ns)]
+        """Gaps that can still lie between two records of one packet."""
+        return [gap for gap in self._gaps if gap[1] > min(self._settled(upto_ns), upto_ns - self._config.timeout_ns)]
+
+    def _ledger(self) -> Ledger:
+        tally = self._tally | {"matched": self._tally["matched"] + self._links.spare}
+        return Ledger(**tally, in_flight=self._left + len(self._open) + len(self._links))
 
     def _note_gaps(self, markers: Batch) -> None:
         self._tally["lost"] += markers.lost
@@ -276,13 +309,15 @@ class Engine:
             l3_len=lives.length()[life],
             grade=lives.grade[life],
             outcome=found.outcome[life],
+            drop_reason=np.where(found.outcome == Outcome.DROPPED, lives.drop_reason(), np.uint16(0))[life],
         )
         return delays, crossings
 
     def _crossings(self, lives: Lives, crossed: Crossed) -> Crossings:
         by_time = _by_time(crossed.inner)
-        life, count = crossed.life[by_time], len(by_time)
+        life = crossed.life[by_time]
         owner = crossed.owner[by_time]
+        proto, src, dst, seq = _told(lives.records[lives.order[crossed.at[by_time]]])
         return Crossings(
             packet=lives.packet()[life],
             device=self._entries((owner << 32) | owner).astype(np.int32),
@@ -294,10 +329,10 @@ class Engine:
             outer_edge_utc_ns=crossed.outer_edge[by_time] + self._offset_ns,
             l3_len=lives.length()[life],
             grade=lives.grade[life],
-            l4_proto=np.full(count, NOT_TOLD, np.int16),
-            l4_src=np.full(count, NOT_TOLD, np.int32),
-            l4_dst=np.full(count, NOT_TOLD, np.int32),
-            l4_seq=np.full(count, NOT_TOLD, np.int64),
+            l4_proto=proto.astype(np.int16),
+            l4_src=src.astype(np.int32),
+            l4_dst=dst.astype(np.int32),
+            l4_seq=seq,
         )
 
     def _new_entry(self, key: int) -> int:
@@ -313,6 +348,18 @@ class Engine:
         device, container = self._resolver.devices[number], self._resolver.devices[owner].container
         self._devices.append(replace(device, container=container))
         return len(self._devices) - 1
+
+
+def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:
+    """What records say of their flows: IP protocol, source, destination, TCP sequence number; `NOT_TOLD` if nothing."""
+    if records.flow is None or records.proto is None or records.trait is None:
+        nothing = np.full(len(records), NOT_TOLD, np.int64)
+        return nothing, nothing, nothing, nothing
+    proto = records.proto.astype(np.int64)
+    read = (records.trait & Flag.FLOW) != 0
+    src, dst = (np.where(read, column, NOT_TOLD) for column in ports(records.flow))
+    seq = np.where(read & (proto == IPPROTO_TCP), sequence(records.flow), NOT_TOLD)
+    return np.where(proto == 0, NOT_TOLD, proto), src, dst, seq
 
 
 def _by_time(ts: Ints) -> Ints:

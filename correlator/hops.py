@@ -61,6 +61,8 @@ class Crossed:
     """One row per life with a whole path: when it was at the inner and the outer device, as in `schema.Crossings`."""
 
     life: Ints
+    at: Ints
+    """The record at the inner device: index in buffer order."""
     owner: Ints
     direction: Bytes
     inner: Ints
@@ -178,6 +180,7 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
     stamp = np.where(hook[first] == Hook.NETIF_RX, first, end)
     crossed = Crossed(
         life=alive[total[seen]],
+        at=np.where(way_in, end[near], first[near]),
         owner=np.where(way_in, target[total[seen]], origin[total[seen]]),
         direction=np.where(way_in, np.uint8(Direction.INGRESS), np.uint8(Direction.EGRESS)),
         inner=np.where(way_in, ts[end[near]], begin[near]),

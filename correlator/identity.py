@@ -49,19 +49,30 @@ change, the life goes on, and the buffer alone vouches for it:
 And there are those where a packet ends although something goes on in its buffer; its life ends there too:
 
 - *Fragments.* A reassembled packet lives on in the buffer of the fragment that came last. It is another packet: what
-  the fragments crossed before is theirs, what it crosses afterwards, and its end, are its own.
-- *Software segmentation* (GSO) puts each segment into a new buffer. The large one ends where it is cut; the segments'
-  lives begin there. Large buffers that stay whole are one packet.
+  the fragments crossed before is theirs, what it crosses afterwards, and its end, are its own. Cut again, it leaves in
+  the fragments' own buffers, but the first fragment in the last one's.
+- *Software segmentation* (GSO) puts each segment into a new buffer. The large one ends where it is cut, by when its
+  overhead is known; the segments' lives begin at the driver. Large buffers that stay whole are one packet.
 - *Rewriting.* NAT helpers (FTP, SIP) change payload and, behind it, TCP sequence numbers; tc or BPF may change what
   they like. The packet's life is cut in two, each half of which is right; what it needed between them is not measured.
   Nothing distinguishes it from a reused buffer, and a wrong pair is worse than a missing one.
-- *Clones* have a buffer of their own and the key of their original. Nothing joins lives of different buffers here.
+- *Clones* have a buffer of their own and the key of their original, and pass no device of its path: what a capture
+  socket or a raw socket's reader does with one is unmatched, or matched among itself.
+
+**The content key also joins what buffers part** (`correlator.links`). A life that ends inside the host, received from
+a device of it, and one that begins there, queued for a device, are one packet's if they have one key: so a fragment
+that was reassembled and cut again, or a packet that was copied, has its whole path. Both must be the only ones: if
+within `link_ns` another life ends or begins there with that key (a bridge that floods, two containers' packets of equal
+content, repeated acknowledgements), nothing is joined, and each life that ended counts as *ambiguous*. Nor is anything
+joined across lost records, which may have been another candidate's, or between devices that no packet passes between.
+Where the source gives no keys, nothing is joined at all.
 
 Two packets with one key in one buffer, one right after the other on a path that one could have taken, are not told
 apart: repeated acknowledgements without payload (IPv6, or IPv4 with identification 0) can be such.
 
 **Grades.** `EXACT`: at least two records of the life have a key, and all that have one agree. `BUFFER`: the buffer
-alone holds, because there are no keys or because the key changed where it may. `AMBIGUOUS`: given up, as below.
+alone holds, because there are no keys or because the key changed where it may. `CONTENT`: lives of two buffers, joined
+by their key. `AMBIGUOUS`: given up, as above and below.
 
 **Names are not devices.** The kernel's tracepoints name devices by name, and `eth0` is in every container. A
 sighting can therefore be several devices, the *candidates*, and the same table of moves decides: of all pairs of

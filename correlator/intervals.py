@@ -22,6 +22,7 @@ a correlation of r between neighbours: three times, for r = 0.8. So whole *block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -31,9 +32,11 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 FEWEST: Final = 10
 """With fewer values there is no interval: three blocks of three tell nothing."""
+FEWEST_ROUNDS: Final = 3
 LEVEL: Final = 0.95
 _REPLICATES: Final = 2000
 """The 2.5 % percentile is then the 50th value: known to ± 7 of its neighbours."""
@@ -82,6 +85,24 @@ def median(values: npt.NDArray[Any], level: float = LEVEL) -> Interval | None:
     low, high, block = _deviations(below, level)
     bounds = np.quantile(series, np.clip([0.5 + low, 0.5 + high], 0.0, 1.0))
     return Interval(middle, min(float(bounds[0]), middle), max(float(bounds[1]), middle), block)
+
+
+def of_rounds(statistic: Callable[[Ints], float], rounds: int, level: float = LEVEL) -> Interval | None:
+    """Any figure of an experiment in rounds, and its interval; None for fewer than three rounds.
+
+    Rounds are the blocks: what is measured in one shares what the machine was up to, and a comparison draws both of
+    its sides from the same ones. `statistic` gets the numbers of the rounds to be taken, some of them several times.
+    Widened as in 3. above: of eight rounds the 95 % are 1.29 times as wide as percentiles alone would have them.
+    """
+    if rounds < FEWEST_ROUNDS:
+        return None
+    middle = statistic(np.arange(rounds))
+    random = np.random.default_rng(_SEED)
+    drawn = np.array([statistic(random.integers(0, rounds, rounds)) for _ in range(_REPLICATES)])
+    tail = (1 - level) / 2
+    wider = student_t(1 - tail, rounds - 1) / NormalDist().inv_cdf(1 - tail) * np.sqrt(rounds / (rounds - 1))
+    low, high = (np.quantile(drawn, [tail, 1 - tail]) - middle) * wider
+    return Interval(middle, middle + min(float(low), 0.0), middle + max(float(high), 0.0), 1)
 
 
 def block_length(series: Floats) -> int:

@@ -7,12 +7,13 @@ them, and everything is said by arrays over records and over lives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from correlator import content
 from correlator.content import changes, explained, keys, traits
 from correlator.identity import (
     CODE_BITS,
@@ -30,7 +31,7 @@ from correlator.identity import (
     to_device,
 )
 from correlator.memo import GOLDEN
-from mace.hooks import Way
+from mace.hooks import Hook, Way
 from mace.records import Batch
 from mace.schema import Grade
 
@@ -41,8 +42,8 @@ Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
 
 NEVER: Final = np.iinfo(np.int64).max
-_OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8}
-"""The last columns of `Records`, which it may not have."""
+_OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8, "flow": np.uint64, "proto": np.uint8}
+"""The columns of `Records` that it may not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,42 +55,50 @@ class Records:
     place: Ints
     """Hook and sighting, as `correlator.identity.place` packs them."""
     length: npt.NDArray[np.uint32]
+    """Bytes; where a packet is dropped, why (`Batch.drop_reason`): nobody asks how long it is then."""
     key: Ids | None = None
     """Content keys, 0 where none is known; None if no record has one."""
     trait: npt.NDArray[np.uint8] | None = None
     """What else `correlator.content` asks of a record; None where `key` is."""
+    flow: Ids | None = None
+    """`correlator.content.flows`; None where it is not asked for, or `key` is None."""
+    proto: npt.NDArray[np.uint8] | None = None
+    """IP protocol number, 0 if none; None where `flow` is."""
 
     def __len__(self) -> int:
         return len(self.ts)
 
     @classmethod
-    def of(cls, batch: Batch) -> Records:
-        """The records of a batch (no markers)."""
+    def of(cls, batch: Batch, *, flows: bool = False) -> Records:
+        """The records of a batch (no markers). `flows`: with what tells one flow's packets from another's."""
         dev = batch.dev
         if batch.content is not None:
             # The device that a packet was at before it was delivered or freed is not where it is now.
             dev = dev * HAS_DEVICE.take(batch.hook)
-        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), batch.l3_len, keys(batch), traits(batch))
+        length = batch.l3_len
+        if batch.drop_reason.any():
+            length = np.where(batch.hook == Hook.KFREE_SKB, batch.drop_reason, length)
+        told = (keys(batch), traits(batch), *(content.flows(batch) if flows else ()))
+        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), length, *told)
 
     def __add__(self, later: Records) -> Records:
         if not len(self):
             return later
-        if self.key is None and later.key is None:
-            names = [f.name for f in fields(self)[: -len(_OF_CONTENT)]]
-            return Records(*(np.concatenate([getattr(self, name), getattr(later, name)]) for name in names))
-        both = [self.with_content(), later.with_content()]
-        return Records(*(np.concatenate([getattr(one, f.name) for one in both]) for f in fields(self)))
+        names = [f.name for f in fields(self)]
+        absent = [name for name in _OF_CONTENT if getattr(self, name) is None and getattr(later, name) is None]
+        return Records(
+            **{name: np.concatenate([self.column(name), later.column(name)]) for name in names if name not in absent}
+        )
 
     def __getitem__(self, index: Ints) -> Records:
         """The records at `index`."""
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
         return Records(**{name: column[index] for name, column in given if column is not None})
 
-    def with_content(self) -> Records:
-        """The same, with zeros where there is no content."""
-        if self.key is not None:
-            return self
-        return replace(self, **{name: np.zeros(len(self), dtype) for name, dtype in _OF_CONTENT.items()})
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column, zeros if it is not there."""
+        column = getattr(self, name)
+        return np.zeros(len(self), _OF_CONTENT[name]) if column is None else column
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +155,15 @@ class Lives:
 
     def packet(self) -> Ids:
         """A name for each life that depends on nothing but its first record."""
-        first = self.order[self.starts]
-        mixed = self.records.skb[first] ^ (self.records.ts[first].view(np.uint64) * GOLDEN)
-        mixed ^= mixed >> np.uint64(32)
-        names: Ids = mixed * np.uint64(0xD6E8FEB86659FD93)
-        return names
+        return named(self.records[self.order[self.starts]])
 
     def length(self) -> npt.NDArray[np.uint32]:
         """Length at each life's first record, bytes."""
         return self.records.length[self.order[self.starts]]
+
+    def drop_reason(self) -> npt.NDArray[np.uint16]:
+        """Why each life's packet was dropped at its end, if it was; else meaningless."""
+        return self.records.length[self.order[self.ends]].astype(np.uint16)
 
     def still_open(self, which: Mask) -> Open:
         """The records of the lives in `which`, back in the order of time."""
@@ -164,6 +173,14 @@ class Lives:
         kept = np.arange(int(size.sum())) + np.repeat(first - (np.cumsum(size) - size), size)
         kept = kept[np.argsort(self.order[kept])]
         return Open(self.records[self.order[kept]], self.number[kept], self.cross[kept])
+
+
+def named(first: Records) -> Ids:
+    """The name of the life that begins with each of these records."""
+    mixed = first.skb ^ (first.ts.view(np.uint64) * GOLDEN)
+    mixed ^= mixed >> np.uint64(32)
+    names: Ids = mixed * np.uint64(0xD6E8FEB86659FD93)
+    return names
 
 
 def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
@@ -253,9 +270,18 @@ def _graded(records: Records, order: Ints, starts: Ints, other_content: Ints) ->
 
 def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
     """Whether records were lost somewhere between two times, element by element."""
-    spans = np.zeros(len(after_ns), np.bool_)
-    for start, end in gaps:
-        spans |= (start < before_ns) & (end > after_ns)
+    if not gaps:
+        return np.zeros(len(after_ns), np.bool_)
+    merged: list[list[int]] = []
+    for start, end in sorted(gaps):
+        if merged and start < merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    # They follow one another now, so only the first that ends later than `after_ns` is asked.
+    starts, ends = np.array(merged, np.int64).T
+    first = np.searchsorted(ends, after_ns, "right")
+    spans: Mask = (first < len(ends)) & (starts[np.minimum(first, len(ends) - 1)] < before_ns)
     return spans
 
 

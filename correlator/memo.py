@@ -34,6 +34,14 @@ class Memo:
         self._known.clear()
         self._keys.fill(-1)
 
+    def __getstate__(self) -> tuple[Callable[[int], int], dict[int, int]]:
+        """Without the table: it holds nothing that `_known` does not, and is mostly empty."""
+        return self._answer, self._known
+
+    def __setstate__(self, state: tuple[Callable[[int], int], dict[int, int]]) -> None:
+        self.__init__(state[0])  # type: ignore[misc] # the same as a new one's ...
+        self._known = state[1]
+
     def __call__(self, keys: Ints) -> Ints:
         """The answers, int64, same shape (one dimension)."""
         slots = ((keys.view(np.uint64) * GOLDEN) >> np.uint64(64 - self._SLOT_BITS)).view(np.int64)

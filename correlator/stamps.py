@@ -16,6 +16,10 @@ stamp to Q outer; so nothing is taken off for it, and what the two spend differe
 - *iputils ping* (`ping/ping.c`, `ping4_send_probe`; `ping/ping6_common.c`, `ping6_send_probe`): `gettimeofday` into the
   payload, then `sendto`. Whole microseconds, cut off.
 - *fping* 5 (`src/fping.c`, `send_ping`): `clock_gettime(CLOCK_REALTIME)`, nanoseconds, then `sendto`.
+- *dig* 9 (`bin/dig/dighost.c`, `send_udp`): with `-u` `TIME_NOW_HIRES`, CLOCK_REALTIME to the nanosecond, then
+  `isc_nm_send`, which sends at once or, if it is busy, from its loop.
+- *curl* (`lib/progress.c`, `Curl_pgrsTime`): a connection's time is `time_connect` - `time_namelookup`. The latter is
+  stamped by CLOCK_MONOTONIC when the address is known; then come `socket`, its options, and `connect`, which sends.
 - *anything else* that says when it sent: taken to be stamped like this. A tool that stamps after the system call has
   returned (its packet may be at the outer device by then) does not fit this model, and its samples come out unpaired.
 
@@ -33,10 +37,12 @@ stamp to Q outer; so nothing is taken off for it, and what the two spend differe
 - *iputils ping -U* and tools that read the clock when their `recv` returns: the user's clock. Between R inner and the
   stamp lie the socket, the wake-up and the scheduler, 5 to 50 µs on an idle machine and any time on a busy one. A host
   process has the same wait, so it stays in the host RTT; its scatter goes into the interval.
+- *dig* 9 (`recv_done`) and *curl* (`time_connect`, when `poll` has said that the socket can be written to): the user's
+  clock, too. A SYN-ACK is never read by anybody; what curl waits for is the wake-up from it.
 - Hardware stamps are not modelled: no tool that prints them is read here.
 
 **What is printed** is coarser than what was measured: ping prints microseconds below 1 ms and three digits above
-(`gather_statistics`), fping three digits (`sprint_tm`). `Samples.resolution_ns` carries it.
+(`gather_statistics`), fping three digits (`sprint_tm`), dig and curl microseconds. `Samples.resolution_ns` carries it.
 
 **The time of a line.** `ping -D` prints the time of *printing* (`print_timestamp`), after reception and before the next
 system call; normally 20 to 100 µs after R, but there may be a scheduler between. `fping -D` prints R itself, with five
@@ -117,5 +123,9 @@ FPING: Final = StampModel("fping", LineTime.RECEIVED, ReceiveClock.KERNEL, line_
 """fping 5.0 and later, where it was built with SO_TIMESTAMPNS (on Linux)."""
 REQUEST_RESPONSE: Final = StampModel("request and response", LineTime.SENT, ReceiveClock.USER, line_resolution_ns=0)
 """Any tool that tells when it sent and how long the answer took, both by the user's clock."""
+DIG: Final = StampModel("dig", LineTime.PRINTED, ReceiveClock.USER)
+"""dig 9 over UDP. It prints the time in whole seconds, of which no use is made: order decides, and content."""
+CURL: Final = StampModel("curl connect", LineTime.PRINTED, ReceiveClock.USER)
+"""curl's connect time. It prints no time of day."""
 
-MODELS: Final = {model.name: model for model in (PING, PING_USER, FPING, REQUEST_RESPONSE)}
+MODELS: Final = {model.name: model for model in (PING, PING_USER, FPING, REQUEST_RESPONSE, DIG, CURL)}

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from correlator.identity import ResolverState
-from correlator.lives import Gaps, Ints, Open
+from correlator.links import Waiting
+from correlator.lives import Gaps, Ints, Open, Records
+
+_Carried = TypeVar("_Carried", Open, Waiting)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +29,8 @@ class EngineState:
     resolver: ResolverState
     open: Open
     """Records of lives that have not ended. `number` counts the resolver's devices."""
+    waiting: Waiting
+    """Lives that have ended and may go on in another buffer. `number` as in `open`."""
     gaps: Gaps
     """Those that can still part two records."""
     latest_ns: int
@@ -35,13 +42,18 @@ class EngineState:
         `latest_ns` is left out: it is known from the cut itself.
         """
         resolver, rank = self.resolver.canonical()
-        told = hashlib.sha256(repr((resolver, tuple(self.gaps), len(self.open))).encode())
-        records = self.open.records.with_content()
-        for field in fields(records):
-            told.update(np.ascontiguousarray(getattr(records, field.name)).tobytes())
-        told.update(renumbered(self.open.number, rank).tobytes())
-        told.update(np.ascontiguousarray(self.open.cross).tobytes())
+        waiting = self.waiting.sorted()
+        told = hashlib.sha256(repr((resolver, tuple(self.gaps), len(self.open), len(waiting.size))).encode())
+        for carried in (self.open, waiting):
+            _tell(told, [carried.records.column(f.name) for f in fields(Records)])
+            _tell(told, [renumbered(carried.number, rank), carried.cross])
+        _tell(told, [getattr(waiting, name) for name in ("size", "key", "at_ns", "head", "end", "freed", "grade")])
         return told.hexdigest()
+
+
+def _tell(told: hashlib._Hash, columns: list[npt.NDArray[Any]]) -> None:
+    for column in columns:
+        told.update(np.ascontiguousarray(column).tobytes())
 
 
 def renumbered(numbers: Ints, new: Ints) -> Ints:
@@ -52,6 +64,6 @@ def renumbered(numbers: Ints, new: Ints) -> Ints:
     return changed
 
 
-def with_numbers(carried: Open, new: Ints) -> Open:
-    """The same open lives, their devices renumbered."""
+def with_numbers(carried: _Carried, new: Ints) -> _Carried:
+    """The same lives, their devices renumbered."""
     return replace(carried, number=renumbered(carried.number, new))

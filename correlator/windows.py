@@ -23,44 +23,87 @@ Column = npt.NDArray[Any]
 _NS: Final = 1_000_000_000
 _DENSE: Final = 1 << 18
 """Codes below this are counted in a table (2 MiB, in the cache); others are sorted."""
+_SPARSE: Final = 32
+"""Few codes are sorted, too, before a table of so many times their number is gone through."""
 
 
-class _Open:
-    """One window while delays still come: exact sum and extremes, and histogram pieces to be merged."""
+_START, _CODE, _COUNT, _SUM, _LOW, _HIGH = range(6)
+"""Rows of a table of windows: start (ns); device, direction and segment in one number; and what was added up."""
+_BIN, _CELL_COUNT = 2, 3
+"""Rows of a table of histogram cells, after `_START` and `_CODE`."""
+_UNMERGED: Final = 1 << 18
+"""Cells that may wait to be merged: 8 MiB."""
+_DIRECTIONS: Final = {int(d): d for d in Direction}
+_SEGMENTS: Final = {int(s): s for s in Segment}
 
-    __slots__ = ("bins", "count", "counts", "max_ns", "min_ns", "pieces", "sum_ns")
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.sum_ns = 0
-        self.min_ns = np.iinfo(np.int64).max
-        self.max_ns = np.iinfo(np.int64).min
-        self.bins: list[Ints] = []
-        self.counts: list[Ints] = []
-        self.pieces = 0
+class _Pending:
+    """Windows of one width to which delays still come. All at once, as tables: a host has some hundred a second."""
 
-    def add(self, sum_ns: int, min_ns: int, max_ns: int, bins: Ints, counts: Ints) -> None:
-        self.count += int(counts.sum())
-        self.sum_ns += sum_ns
-        self.min_ns = min(self.min_ns, min_ns)
-        self.max_ns = max(self.max_ns, max_ns)
-        self.bins.append(bins)
-        self.counts.append(counts)
-        self.pieces += len(bins)
-        if self.pieces > 2 * histogram.BINS:
-            self.merged()
+    def __init__(self, width_s: int) -> None:
+        self.width_s = width_s
+        self.windows: list[Ints] = []
+        """(6, n) each; the same window can be in several."""
+        self.cells: list[Ints] = []
+        """(4, n) each; those of one window in the order of `windows`."""
+        self.first_ns: int | None = None
+        self._unmerged = 0
 
-    def merged(self) -> tuple[Ints, Ints]:
-        bins, counts = histogram.merge(np.concatenate(self.bins), np.concatenate(self.counts))
-        self.bins, self.counts, self.pieces = [bins], [counts], len(bins)
-        return bins, counts
+    def add(self, windows: Ints, cells: Ints) -> None:
+        self.windows.append(windows)
+        self.cells.append(cells)
+        start = int(windows[_START].min())
+        self.first_ns = start if self.first_ns is None else min(self.first_ns, start)
+        self._unmerged += cells.shape[1]
+        if self._unmerged > _UNMERGED:
+            self._keep(*self._merged())
+
+    def take(self, before_ns: int | None) -> tuple[Ints, Ints] | None:
+        """Those that end at or before this time (all for None), each once and in order; None if there are none."""
+        width_ns = self.width_s * _NS
+        if self.first_ns is None or (before_ns is not None and self.first_ns + width_ns > before_ns):
+            return None
+        windows, cells = self._merged()
+        # Ordered by start, so the ready ones come first.
+        ready = (
+            len(windows[0])
+            if before_ns is None
+            else int(np.searchsorted(windows[_START], before_ns - width_ns, "right"))
+        )
+        of_ready = (
+            len(cells[0]) if before_ns is None else int(np.searchsorted(cells[_START], before_ns - width_ns, "right"))
+        )
+        self._keep(windows[:, ready:], cells[:, of_ready:])
+        return windows[:, :ready], cells[:, :of_ready]
+
+    def _keep(self, windows: Ints, cells: Ints) -> None:
+        left = windows.shape[1] > 0
+        self.windows, self.cells = ([windows], [cells]) if left else ([], [])
+        self.first_ns = int(windows[_START, 0]) if left else None
+        self._unmerged = 0
+
+    def _merged(self) -> tuple[Ints, Ints]:
+        """Each window, and each of its cells, once; by start, device, direction, segment and bin."""
+        windows, cells = np.concatenate(self.windows, axis=1), np.concatenate(self.cells, axis=1)
+        windows = windows[:, np.lexsort((windows[_CODE], windows[_START]))]
+        first = _changes(windows[: _CODE + 1])
+        merged = windows[:, first]
+        merged[_COUNT] = np.add.reduceat(windows[_COUNT], first)
+        merged[_SUM] = np.add.reduceat(windows[_SUM], first)
+        merged[_LOW] = np.minimum.reduceat(windows[_LOW], first)
+        merged[_HIGH] = np.maximum.reduceat(windows[_HIGH], first)
+        cells = cells[:, np.lexsort((cells[_BIN], cells[_CODE], cells[_START]))]
+        first = _changes(cells[: _BIN + 1])
+        merged_cells = cells[:, first]
+        merged_cells[_CELL_COUNT] = np.add.reduceat(cells[_CELL_COUNT], first)
+        return merged, merged_cells
 
 
 class Windows:
     """All open windows of one run. `utc_ns` of the delays may go back, but never before `close`'s last time."""
 
     def __init__(self) -> None:
-        self._open: dict[tuple[int, int, int, int, int], _Open] = {}
+        self._pending = [_Pending(width_s) for width_s in WIDTHS_S]
 
     def add(self, utc_ns: Ints, device: Column, direction: Column, segment: Column, delay_ns: Ints) -> None:
         """Count delays into their windows of one second; wider ones are made of those when they close.
@@ -82,75 +125,99 @@ class Windows:
         lowest = int(bins.min())
         span = int(bins.max()) - lowest + 1
         cells, counts = _counted(member * span + (bins - lowest), len(groups) * span)
-        edges = np.searchsorted(cells, np.arange(len(groups) + 1) * span)
-        cells = cells % span + lowest
+        of_group = cells // span
 
-        low = np.full(len(groups), np.iinfo(np.int64).max)
-        high = np.full(len(groups), np.iinfo(np.int64).min)
-        np.minimum.at(low, member, delay_ns)
-        np.maximum.at(high, member, delay_ns)
-        sums = _sums(member, delay_ns, len(groups), int(high.max()))
-        for i, code in enumerate(groups.tolist()):
-            later, number = divmod(code >> 5, rows)
-            key = ((first + later) * _NS, 1, number, (code >> 3) & 3, code & 7)
-            at = slice(edges[i], edges[i + 1])
-            if key not in self._open:
-                self._open[key] = _Open()
-            self._open[key].add(sums[i], int(low[i]), int(high[i]), cells[at], counts[at])
+        windows = np.empty((6, len(groups)), np.int64)
+        second, number = np.divmod(groups >> 5, rows)
+        windows[_START] = (first + second) * _NS
+        windows[_CODE] = number << 5 | groups & 31
+        windows[_COUNT] = np.bincount(member, minlength=len(groups))
+        windows[_LOW] = np.iinfo(np.int64).max
+        windows[_HIGH] = np.iinfo(np.int64).min
+        np.minimum.at(windows[_LOW], member, delay_ns)
+        np.maximum.at(windows[_HIGH], member, delay_ns)
+        windows[_SUM] = _sums(member, delay_ns, len(groups), int(windows[_HIGH].max()))
+        table = np.empty((4, len(cells)), np.int64)
+        table[: _CODE + 1] = windows[: _CODE + 1, of_group]
+        table[_BIN] = cells - of_group * span + lowest
+        table[_CELL_COUNT] = counts
+        self._pending[0].add(windows, table)
 
     def close(self, before_utc_ns: int | None) -> tuple[Window, ...]:
         """Final windows that end at or before the given time, in order; all of them for None."""
         done: list[Window] = []
-        for width in WIDTHS_S:
-            ready = sorted(
-                key
-                for key in self._open
-                if key[1] == width and (before_utc_ns is None or key[0] + width * _NS <= before_utc_ns)
-            )
-            wider = next((w for w in WIDTHS_S if w > width), None)
-            for key in ready:
-                window = self._open.pop(key)
-                bins, counts = window.merged()
-                if wider is not None:
-                    start = key[0] - key[0] % (wider * _NS)
-                    self._open.setdefault((start, wider, *key[2:]), _Open()).add(
-                        window.sum_ns, window.min_ns, window.max_ns, bins, counts
-                    )
-                done.append(_final(key, window, bins, counts))
+        for pending, wider in zip(self._pending, [*self._pending[1:], None], strict=True):
+            taken = pending.take(before_utc_ns)
+            if taken is None:
+                continue
+            if wider is not None:
+                wider.add(*(_started(table, wider.width_s) for table in taken))
+            done += _final(pending.width_s, *taken)
         return tuple(done)
 
 
-def joined(pieces: Sequence[Window]) -> Window:
-    """One window of pieces of it (same time, width, direction and segment; the first one's device), at least one."""
-    whole = _Open()
-    for piece in pieces:
-        whole.add(piece.sum_ns, piece.min_ns, piece.max_ns, piece.bins, piece.counts)
-    first = pieces[0]
-    key = (first.start_utc_ns, first.width_s, first.device, int(first.direction), int(first.segment))
-    return _final(key, whole, *whole.merged())
+def joined(pieces: Sequence[Window]) -> tuple[Window, ...]:
+    """Windows of pieces of them: those of one time, width, device, direction and segment become one. In order."""
+    found: list[Window] = []
+    for width_s in WIDTHS_S:
+        pending = _Pending(width_s)
+        for w in pieces:
+            if w.width_s == width_s:
+                code = w.device << 5 | w.direction << 3 | w.segment
+                cells = np.empty((4, len(w.bins)), np.int64)
+                cells[_START], cells[_CODE], cells[_BIN], cells[_CELL_COUNT] = w.start_utc_ns, code, w.bins, w.counts
+                table = np.array([w.start_utc_ns, code, w.count, w.sum_ns, w.min_ns, w.max_ns], np.int64)
+                pending.add(table[:, None], cells)
+        if (taken := pending.take(None)) is not None:
+            found += _final(width_s, *taken)
+    return tuple(found)
 
 
-def _final(key: tuple[int, int, int, int, int], window: _Open, bins: Ints, counts: Ints) -> Window:
-    start, width, device, direction, segment = key
+def _changes(rows: Ints) -> Ints:
+    """Where a column differs from the one before; the first one always."""
+    differs = np.ones(rows.shape[1], np.bool_)
+    differs[1:] = (rows[:, 1:] != rows[:, :-1]).any(axis=0)
+    return np.flatnonzero(differs)
+
+
+def _started(table: Ints, width_s: int) -> Ints:
+    """The table with the starts of windows of that width."""
+    moved = table.copy()
+    moved[_START] -= moved[_START] % (width_s * _NS)
+    return moved
+
+
+def _final(width_s: int, windows: Ints, cells: Ints) -> list[Window]:
+    """The windows of merged tables, which have each once, in one order."""
+    bins, counts = cells[_BIN].copy(), cells[_CELL_COUNT].copy()
+    edges = np.append(_changes(cells[: _CODE + 1]), len(bins))
+    # As `histogram.quantiles`, for all windows at once: ranks go on from one to the next.
+    ranks = np.cumsum(counts)
+    before = ranks[edges[1:] - 1] - windows[_COUNT]
+    wanted = np.maximum(np.ceil(np.outer(windows[_COUNT], histogram.QUANTILES)), 1) + before[:, None]
+    found = histogram.middles(bins[np.searchsorted(ranks, wanted)])
     # The middle of a bin may lie beyond what was ever seen.
-    p50, p90, p99, p999 = histogram.quantiles(bins, counts).clip(window.min_ns, window.max_ns).tolist()
-    return Window(
-        start,
-        width,
-        device,
-        Direction(direction),
-        Segment(segment),
-        window.count,
-        window.sum_ns,
-        window.min_ns,
-        window.max_ns,
-        p50,
-        p90,
-        p99,
-        p999,
-        bins,
-        counts,
-    )
+    found = found.clip(windows[_LOW, :, None], windows[_HIGH, :, None])
+    at = edges.tolist()
+    return [
+        Window(
+            start,
+            width_s,
+            code >> 5,
+            _DIRECTIONS[(code >> 3) & 3],
+            _SEGMENTS[code & 7],
+            count,
+            sum_ns,
+            low,
+            high,
+            *(p50, p90, p99, p999),
+            bins[at[i] : at[i + 1]],
+            counts[at[i] : at[i + 1]],
+        )
+        for i, ((start, code, count, sum_ns, low, high), (p50, p90, p99, p999)) in enumerate(
+            zip(windows.T.tolist(), found.tolist(), strict=True)
+        )
+    ]
 
 
 def _ranked(codes: Ints) -> tuple[Ints, Ints]:
@@ -167,7 +234,7 @@ def _ranked(codes: Ints) -> tuple[Ints, Ints]:
 
 def _counted(codes: Ints, top: int) -> tuple[Ints, Ints]:
     """Distinct codes (in [0, top)), ascending, and how often each occurs."""
-    if top > _DENSE:
+    if top > min(_DENSE, _SPARSE * len(codes)):
         distinct, counts = np.unique(codes, return_counts=True)
         return distinct, counts.astype(np.int64, copy=False)
     counts = np.bincount(codes, minlength=top)

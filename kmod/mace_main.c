@@ -40,6 +40,7 @@ static int __init mace_init(void)
 {
 	int error;
 
+	mace_packet_init();
 	error = mace_probes_init();
 	if (error)
 		return error;

@@ -47,10 +47,6 @@
 /* Enough for any that hosts send; a hostile chain is cut here. */
 #define MACE_EXTENSION_HEADERS_MAX 6
 #define MACE_PAYLOAD_BYTES 16
-/* IPv6, TCP with timestamps and 16 bytes of payload are 88. */
-#define MACE_KNOWN_BYTES 96
-/* A UDP datagram of 4 bytes. */
-#define MACE_KNOWN_BYTES_MIN 32
 
 unsigned short mace_vxlan_ports[MACE_VXLAN_PORTS_MAX] = { 4789, 8472 };
 unsigned int mace_vxlan_port_count = 2;
@@ -80,51 +76,32 @@ struct mace_ip {
 	u64 payload[MACE_PAYLOAD_BYTES / sizeof(u64)];
 };
 
-/*
- * A packet that was read on a CPU. Mostly it is there again at the next hook, and if all bytes that
- * matter are the same, so is what they say: a comparison of some words instead of reading headers
- * and hashing. Those that NAT and routing rewrite do not matter; but ports and identifiers, which a
- * record tells, are read anew.
- *
- * Words lie one after the other from the network layer's header on; the last one ends where the
- * bytes end, so that it may overlap the one before.
- */
-struct mace_known {
-	struct mace_word {
-		u64 bytes;
-		u64 mask; /* which of them are compared */
-	} words[MACE_KNOWN_BYTES / sizeof(u64)];
-	int bytes; /* that are compared, at least MACE_KNOWN_BYTES_MIN; 0: nothing is known */
-	int ports; /* offset of l4_src and l4_dst, or 0 */
-	__be16 protocol;
-	u8 flags; /* what the bytes tell of mace_record.flags */
-	struct mace_record record; /* what else they tell; all other fields are a probe's */
-};
+DEFINE_PER_CPU(struct mace_known_cpu, mace_known);
 
-struct mace_known_cpu {
-	struct mace_known packets[2]; /* a request and its reply are handled in turn */
-	unsigned int latest; /* which of them was seen last */
-	struct mace_record nothing; /* of a buffer that is no packet */
-};
-
-static DEFINE_PER_CPU(struct mace_known_cpu, mace_known);
-
-/*
- * @len bytes at @offset from skb->data, which may be negative: in place, or copied to @buffer.
- * NULL if there are no such bytes.
- */
-static const void *mace_peek(const struct sk_buff *skb, int offset, int len, void *buffer)
+static noinline const void *mace_peek_slowly(const struct sk_buff *skb, int offset, int len,
+					     void *buffer)
 {
-	if (offset < -(int)skb_headroom(skb))
-		return NULL;
-	if (offset + len <= (int)skb_headlen(skb))
-		return skb->data + offset;
 	if (offset < 0 || skb_copy_bits(skb, offset, buffer, len))
 		return NULL;
 	return buffer;
 }
 
-static void mace_read_payload(const struct sk_buff *skb, int offset, int bytes, struct mace_ip *ip)
+/*
+ * @len bytes at @offset from skb->data, which may be negative: in place, or copied to @buffer.
+ * NULL if there are no such bytes.
+ */
+static __always_inline const void *mace_peek(const struct sk_buff *skb, int offset, int len,
+					     void *buffer)
+{
+	if (unlikely(offset < -(int)skb_headroom(skb)))
+		return NULL;
+	if (likely(offset + len <= (int)skb_headlen(skb)))
+		return skb->data + offset;
+	return mace_peek_slowly(skb, offset, len, buffer);
+}
+
+static noinline void mace_read_part_of_payload(const struct sk_buff *skb, int offset, int bytes,
+					       struct mace_ip *ip)
 {
 	u8 buffer[MACE_PAYLOAD_BYTES] __uninitialized;
 	const void *payload;
@@ -139,10 +116,23 @@ static void mace_read_payload(const struct sk_buff *skb, int offset, int bytes, 
 		return;
 	}
 	ip->used = max(ip->used, offset + bytes);
-	if (bytes == MACE_PAYLOAD_BYTES)
-		memcpy(ip->payload, payload, MACE_PAYLOAD_BYTES); /* two words, and no call */
-	else
-		memcpy(ip->payload, payload, bytes);
+	memcpy(ip->payload, payload, bytes);
+}
+
+/* @bytes of what the headers before @offset carry, at most MACE_PAYLOAD_BYTES. */
+static __always_inline void mace_read_payload(const struct sk_buff *skb, int offset, int bytes,
+					      struct mace_ip *ip)
+{
+	int end = offset + MACE_PAYLOAD_BYTES;
+
+	/* Behind headers that were read in place, so that it cannot begin before the buffer. */
+	if (bytes != MACE_PAYLOAD_BYTES || end > ip->end || end > (int)skb_headlen(skb) ||
+	    offset < 0) {
+		mace_read_part_of_payload(skb, offset, bytes, ip);
+		return;
+	}
+	ip->used = max(ip->used, end);
+	memcpy(ip->payload, skb->data + offset, MACE_PAYLOAD_BYTES);
 }
 
 static void mace_read_tcp(const struct sk_buff *skb, int offset, struct mace_ip *ip)
@@ -241,7 +231,7 @@ static void mace_read_sctp(const struct sk_buff *skb, int offset, struct mace_ip
 	mace_read_payload(skb, offset + sizeof(buffer), MACE_PAYLOAD_BYTES, ip);
 }
 
-static void mace_read_l4(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+static __always_inline void mace_read_l4(const struct sk_buff *skb, int offset, struct mace_ip *ip)
 {
 	if (ip->fragment_offset) {
 		mace_read_payload(skb, offset, MACE_PAYLOAD_BYTES, ip);
@@ -268,7 +258,8 @@ static void mace_read_l4(const struct sk_buff *skb, int offset, struct mace_ip *
 	}
 }
 
-static bool mace_read_ipv4(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+static __always_inline bool mace_read_ipv4(const struct sk_buff *skb, int offset,
+					   struct mace_ip *ip)
 {
 	struct iphdr buffer __uninitialized;
 	const struct iphdr *header = mace_peek(skb, offset, sizeof(buffer), &buffer);
@@ -289,7 +280,7 @@ static bool mace_read_ipv4(const struct sk_buff *skb, int offset, struct mace_ip
 	return true;
 }
 
-static bool mace_read_ipv6(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+static noinline bool mace_read_ipv6(const struct sk_buff *skb, int offset, struct mace_ip *ip)
 {
 	struct ipv6hdr buffer __uninitialized;
 	const struct ipv6hdr *header = mace_peek(skb, offset, sizeof(buffer), &buffer);
@@ -347,7 +338,7 @@ static u64 mace_hash(u64 first, u64 second, u64 third, u64 fourth)
 	return siphash_4u64(first, second, third, fourth, &mace_content_key) ?: 1;
 }
 
-static u64 mace_ip_key(const struct mace_ip *ip)
+static __always_inline u64 mace_ip_key(const struct mace_ip *ip)
 {
 	u64 first = (u64)ip->version << 56 | (u64)ip->l4_proto << 48 | (u64)ip->l4_bits << 40 |
 		    (u64)ip->l4_code << 32 | (u64)ip->length << 16 | ip->id;
@@ -407,29 +398,6 @@ static u64 mace_inner_key(const struct sk_buff *skb, int offset)
 	return mace_other_key(skb, offset, protocol);
 }
 
-static __always_inline u64 mace_differs(const struct mace_word *word, const void *bytes)
-{
-	return (get_unaligned((const u64 *)bytes) ^ word->bytes) & word->mask;
-}
-
-static __always_inline bool mace_is_known(const struct mace_known *known, const struct sk_buff *skb,
-					  int offset, __be16 protocol)
-{
-	const unsigned char *at = skb->data + offset;
-	const unsigned char *last = at + known->bytes - sizeof(u64);
-	const struct mace_word *word = known->words + 3;
-	u64 differs;
-
-	if (!known->bytes || protocol != known->protocol || at < skb->head ||
-	    offset + known->bytes > (int)skb_headlen(skb))
-		return false;
-	differs = mace_differs(known->words, at) | mace_differs(known->words + 1, at + 8) |
-		  mace_differs(known->words + 2, at + 16);
-	for (at += 24; at < last; at += sizeof(u64))
-		differs |= mace_differs(word++, at);
-	return !(differs | mace_differs(word, last));
-}
-
 /* What of @mask's bytes, from the network layer's header on, NAT and routing rewrite. */
 static void mace_leave_out(u8 *mask, const struct mace_ip *ip, int l4)
 {
@@ -462,52 +430,65 @@ static void mace_leave_out(u8 *mask, const struct mace_ip *ip, int l4)
 	}
 }
 
-/* @known's record was read from @ip, which is at @offset: know it again, if that is possible. */
-static void mace_know(struct mace_known *known, const struct sk_buff *skb, int offset,
-		      __be16 protocol, const struct mace_ip *ip)
+static void mace_set_masks(struct mace_known *known, const struct mace_ip *ip, int l4, int bytes)
 {
-	u64 buffer[MACE_KNOWN_BYTES / sizeof(u64)] __uninitialized;
-	int at, from, bytes = ip->used - offset, l4 = ip->l4 - offset;
-	const u8 *start = skb->data + offset;
-	u8 *mask = (u8 *)buffer;
+	u64 mask[MACE_KNOWN_BYTES / sizeof(u64)] __uninitialized;
+	int i;
+
+	for (i = 0; i < MACE_KNOWN_BYTES / sizeof(u64); i++)
+		WRITE_ONCE(mask[i], ~0ULL);
+	mace_leave_out((u8 *)mask, ip, l4);
+	for (i = 0; i < MACE_KNOWN_BYTES / sizeof(u64); i++)
+		known->words[i].mask = mask[i];
+	known->last.mask = get_unaligned((const u64 *)((u8 *)mask + bytes - sizeof(u64)));
+}
+
+/* @known's record was read from @ip, which is at @offset: know it again, if that is possible. */
+static __always_inline void mace_know(struct mace_known *known, const struct sk_buff *skb,
+				      int offset, __be16 protocol, const struct mace_ip *ip)
+{
+	int bytes = ip->used - offset, l4 = ip->l4 - offset;
+	const u8 *at = skb->data + offset, *last = at + bytes - sizeof(u64);
+	struct mace_word *word = known->words;
+	u32 shape;
 
 	/* Not what depends on the length of the buffer, or on bytes outside its linear part. */
 	if (!ip->used || !ip->length || ip->inner || bytes < MACE_KNOWN_BYTES_MIN ||
 	    bytes > MACE_KNOWN_BYTES || offset + bytes > (int)skb_headlen(skb))
 		return;
-	for (at = 0; at < bytes; at += sizeof(u64))
-		buffer[at / sizeof(u64)] = ~0ULL;
-	mace_leave_out(mask, ip, l4);
-	for (at = 0; at < bytes; at += sizeof(u64)) {
-		from = min_t(int, at, bytes - sizeof(u64));
-		known->words[at / sizeof(u64)].bytes = get_unaligned((const u64 *)(start + from));
-		known->words[at / sizeof(u64)].mask = get_unaligned((const u64 *)(mask + from));
+	/* All that the masks depend on, each with bits of its own; never 0. */
+	shape = ip->version | ip->l4_proto << 8 | bytes << 16 | (ip->flow ? l4 << 24 : 0);
+	if (unlikely(known->shape != shape)) {
+		mace_set_masks(known, ip, l4, bytes);
+		known->shape = shape;
 	}
-	known->protocol = protocol;
-	known->ports = 0;
+	for (; at < last; at += sizeof(u64), word++)
+		word->bytes = get_unaligned((const u64 *)at);
+	known->last.bytes = get_unaligned((const u64 *)last);
+	known->bytes = bytes;
+	known->protocol = (__force u16)protocol;
 	if (ip->flow)
 		known->ports = ip->l4_proto == IPPROTO_ICMP || ip->l4_proto == IPPROTO_ICMPV6 ?
 				       l4 + offsetof(struct icmphdr, un.echo.id) :
 				       l4;
-	known->bytes = bytes;
 }
 
-static noinline struct mace_known *mace_read_anew(const struct sk_buff *skb, int offset,
-						  __be16 protocol)
+static void mace_read_anew(struct mace_known *known, const struct sk_buff *skb, int offset,
+			   __be16 protocol)
 {
-	struct mace_known_cpu *cpu = this_cpu_ptr(&mace_known);
-	struct mace_known *known = &cpu->packets[cpu->latest ^= 1];
 	struct mace_record *record = &known->record;
 	struct mace_ip ip __uninitialized;
 
-	known->bytes = 0;
+	known->protocol = MACE_KNOWN_NOTHING;
+	known->ports = 0;
 	known->flags = 0;
+	known->skb = NULL;
 	mace_clear(record, sizeof(*record));
 	if (!mace_read_ip(skb, offset, protocol, &ip)) {
 		record->packet_key = mace_other_key(skb, offset, protocol);
 		if (record->packet_key)
 			known->flags = MACE_FLAG_KEY;
-		return known;
+		return;
 	}
 	record->ip_version = ip.version;
 	record->l4_proto = ip.l4_proto;
@@ -530,27 +511,33 @@ static noinline struct mace_known *mace_read_anew(const struct sk_buff *skb, int
 	else
 		record->packet_key = mace_ip_key(&ip);
 	mace_know(known, skb, offset, protocol, &ip);
-	return known;
 }
 
+static bool mace_is_known(const struct mace_known *known, const struct sk_buff *skb, int offset,
+			  __be16 protocol)
+{
+	const unsigned char *at = skb->data + offset;
+
+	return (__force u16)protocol == known->protocol && at >= skb->head &&
+	       offset + (int)known->bytes <= (int)skb_headlen(skb) && mace_is_same(known, at);
+}
+
+/* Whichever packet it is: the one that was seen last, the one before, or another. */
 static __always_inline struct mace_known *mace_read(const struct sk_buff *skb, int offset,
 						    __be16 protocol)
 {
 	struct mace_known_cpu *cpu = this_cpu_ptr(&mace_known);
-	struct mace_known *known = &cpu->packets[cpu->latest];
+	struct mace_known *known = cpu->latest;
 
 	if (!mace_is_known(known, skb, offset, protocol)) {
-		known = &cpu->packets[cpu->latest ^ 1];
+		known = known == cpu->packets ? cpu->packets + 1 : cpu->packets;
+		/* The compiler would rather calculate the address at each use. */
+		OPTIMIZER_HIDE_VAR(known);
+		cpu->latest = known;
 		if (!mace_is_known(known, skb, offset, protocol))
-			return mace_read_anew(skb, offset, protocol);
-		cpu->latest ^= 1;
+			mace_read_anew(known, skb, offset, protocol);
 	}
-	if (known->ports) {
-		const u8 *ports = skb->data + offset + known->ports;
-
-		known->record.l4_src = get_unaligned_be16(ports);
-		known->record.l4_dst = get_unaligned_be16(ports + 2);
-	}
+	mace_read_ports(known, skb, offset);
 	return known;
 }
 
@@ -574,60 +561,40 @@ static noinline int mace_find_vlan(const struct sk_buff *skb, int offset, __be16
 	return offset;
 }
 
-static noinline struct mace_record *mace_read_vlan(const struct sk_buff *skb, int offset)
+/**
+ * mace_packet_read_other() - mace_packet_read_device() for a packet that it does not know
+ * @skb: the packet
+ * @l3_offset: where the network layer begins, from skb->data
+ *
+ * Context: interrupts off. Return: as there.
+ */
+struct mace_known *mace_packet_read_other(const struct sk_buff *skb, int l3_offset)
 {
 	int tci = skb_vlan_tag_present(skb) ? skb_vlan_tag_get(skb) : -1;
 	__be16 protocol = skb->protocol;
 	struct mace_known *known;
 
-	if (eth_type_vlan(protocol))
-		offset = mace_find_vlan(skb, offset, &protocol, &tci);
-	known = mace_read(skb, offset, protocol);
-	known->record.l3_len = max_t(int, (int)skb->len - offset, 0);
-	known->record.vlan = tci < 0 ? 0 : tci;
-	known->record.flags = known->flags | (tci < 0 ? 0 : MACE_FLAG_VLAN);
-	return &known->record;
-}
-
-/**
- * mace_packet_read_device() - read a packet that is at a device
- * @skb: the packet
- * @l3_offset: where the network layer begins, from skb->data
- *
- * Context: interrupts off. Return: a record, until the next call on this CPU. Its l3_len, vlan and
- * flags are set, and all that the packet's bytes tell; other fields are what they were.
- */
-struct mace_record *mace_packet_read_device(const struct sk_buff *skb, int l3_offset)
-{
-	struct mace_known *known;
-
 	/* An offset of nobody's making, as of a packet socket's frame that was never parsed. */
 	if (unlikely((unsigned int)l3_offset > skb->len))
 		l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
-	if (unlikely(skb_vlan_tag_present(skb) || eth_type_vlan(skb->protocol)))
-		return mace_read_vlan(skb, l3_offset);
-	known = mace_read(skb, l3_offset, skb->protocol);
-	known->record.l3_len = skb->len - l3_offset;
-	known->record.vlan = 0;
-	known->record.flags = known->flags;
-	return &known->record;
+	if (unlikely(eth_type_vlan(protocol)))
+		l3_offset = mace_find_vlan(skb, l3_offset, &protocol, &tci);
+	known = mace_read(skb, l3_offset, protocol);
+	known->record.l3_len = max_t(int, (int)skb->len - l3_offset, 0);
+	known->record.vlan = tci < 0 ? 0 : tci;
+	known->record.flags = known->flags | (tci < 0 ? 0 : MACE_FLAG_VLAN);
+	return known;
 }
 
 /**
- * mace_packet_read_any() - read a kernel buffer that may be a packet
- * @skb: a buffer that is delivered or freed: headers may have been pulled, and it may never have
- *	been a packet
+ * mace_packet_read_buffer() - mace_packet_read_any() for a buffer that it does not know
+ * @skb: as there
  *
- * skb->dev is not looked at: it may dangle, and in a UDP socket's queue it is no device
- * (skb->dev_scratch).
- *
- * Context: interrupts off. Return: as mace_packet_read_device(), with l3_len and vlan 0; with no
- * ip_version if it is not an IP packet, and then with nothing else.
+ * Context: interrupts off. Return: as there.
  */
-struct mace_record *mace_packet_read_any(const struct sk_buff *skb)
+struct mace_known *mace_packet_read_buffer(const struct sk_buff *skb)
 {
 	struct mace_known *known;
-	struct mace_record *nothing;
 
 	if (skb->head && skb->network_header && skb_network_offset(skb) <= (int)skb_headlen(skb) &&
 	    (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6))) {
@@ -636,10 +603,24 @@ struct mace_record *mace_packet_read_any(const struct sk_buff *skb)
 			known->record.l3_len = 0;
 			known->record.vlan = 0;
 			known->record.flags = known->flags;
-			return &known->record;
+			return known;
 		}
 	}
-	nothing = &this_cpu_ptr(&mace_known)->nothing;
-	mace_clear(nothing, sizeof(*nothing));
-	return nothing;
+	known = this_cpu_ptr(&mace_known.nothing);
+	known->skb = NULL;
+	mace_clear(&known->record, sizeof(known->record));
+	return known;
+}
+
+void __init mace_packet_init(void)
+{
+	int cpu;
+
+	for_each_possible_cpu(cpu) {
+		struct mace_known_cpu *known = per_cpu_ptr(&mace_known, cpu);
+
+		known->packets[0].protocol = MACE_KNOWN_NOTHING;
+		known->packets[1].protocol = MACE_KNOWN_NOTHING;
+		known->latest = known->packets;
+	}
 }

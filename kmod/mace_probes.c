@@ -5,8 +5,7 @@
  * A probe runs wherever the kernel touches a packet: in tasks, softirqs and interrupts, on any
  * CPU. It has interrupts off from beginning to end, so that nothing on its CPU comes between, and
  * so is a reader of RCU's too: the newest kernels' tracepoints no longer see to that. It takes no
- * lock but that of a ring, and it neither sleeps nor allocates nor prints, nor touches user
- * memory.
+ * lock, and it neither sleeps nor allocates nor prints, nor touches user memory.
  *
  * Where a packet is, its device tells, never the task that happens to run. At the hooks where it
  * is delivered or freed skb->dev may dangle, so there the module recalls where it last saw this
@@ -61,9 +60,8 @@ static siphash_key_t mace_skb_key __read_mostly;
 
 static u64 mace_recall_check(const struct mace_record *record, u64 place, u64 inode)
 {
-	/* Odd factors (the first is 2^64 / golden ratio): a change of one word changes the sum. */
-	return record->skb_id ^
-	       (record->packet_key + place * 0x9e3779b97f4a7c15ULL + inode * 0xc2b2ae3d27d4eb4fULL);
+	/* An odd factor (2^64 / golden ratio): a change of one word changes the whole. */
+	return record->skb_id ^ inode ^ (record->packet_key + place * 0x9e3779b97f4a7c15ULL);
 }
 
 static void mace_remember(const struct mace_record *record, struct mace_place at)
@@ -106,6 +104,7 @@ struct mace_cost_cpu {
 
 static DEFINE_PER_CPU(struct mace_cost_cpu, mace_costs);
 unsigned int mace_cost_every = 64;
+static u64 mace_cost_mask __read_mostly;
 
 static noinline bool mace_is_among(const struct mace_session *session, struct mace_place at)
 {
@@ -129,13 +128,13 @@ static noinline bool mace_is_among(const struct mace_session *session, struct ma
 	return true;
 }
 
-static bool mace_is_at(const struct mace_session *session, struct mace_place at)
+static __always_inline bool mace_is_at(const struct mace_session *session, struct mace_place at)
 {
-	return !(session->serial_count | session->place_count) || mace_is_among(session, at);
+	return !(session->filters & MACE_FILTER_PLACE) || mace_is_among(session, at);
 }
 
-static __always_inline bool mace_is_wanted(const struct mace_session *session,
-					   const struct mace_record *record)
+static noinline bool mace_is_content_wanted(const struct mace_session *session,
+					    const struct mace_record *record)
 {
 	if (session->l4_filtered &&
 	    !(session->l4_protos[record->l4_proto / 64] & 1ULL << record->l4_proto % 64))
@@ -145,14 +144,20 @@ static __always_inline bool mace_is_wanted(const struct mace_session *session,
 	       (record->packet_key && !(record->packet_key & session->sample_mask));
 }
 
-static __always_inline void mace_record_to(struct mace_session *session,
+static __always_inline bool mace_is_wanted(const struct mace_session *session,
+					   const struct mace_record *record)
+{
+	return !(session->filters & MACE_FILTER_CONTENT) || mace_is_content_wanted(session, record);
+}
+
+static __always_inline void mace_record_to(struct mace_session *session, enum mace_hook hook,
 					   const struct mace_record *record)
 {
 	struct mace_ring *ring = session->rings[record->cpu];
 
-	if (!ring)
-		atomic64_inc(&session->lost[record->hook]);
-	else if (mace_ring_write(ring, record) >= session->watermark)
+	if (unlikely(!ring))
+		atomic64_inc(&session->lost[hook]);
+	else if (unlikely(mace_ring_write(ring, hook, record) >= session->watermark))
 		irq_work_queue(&session->wake);
 }
 
@@ -166,7 +171,7 @@ struct mace_identified {
 
 static DEFINE_PER_CPU(struct mace_identified[1 << MACE_IDENTIFIED_BITS], mace_identified);
 
-static u64 mace_skb_id(const struct sk_buff *skb)
+static noinline u64 mace_skb_id(const struct sk_buff *skb)
 {
 	/* Buffers are 256 bytes apart, a little more or less. */
 	unsigned int slot = (unsigned long)skb >> 8 & ((1 << MACE_IDENTIFIED_BITS) - 1);
@@ -180,38 +185,46 @@ static u64 mace_skb_id(const struct sk_buff *skb)
 }
 
 /* All that is the same at every hook. */
-static __always_inline void mace_describe(struct mace_record *record, enum mace_hook hook,
-					  const struct sk_buff *skb, u64 now_ns)
+static __always_inline struct mace_record *
+mace_describe(struct mace_known *known, enum mace_hook hook, const struct sk_buff *skb, u64 now_ns)
 {
+	struct mace_record *record = &known->record;
+
+	if (known->skb != skb) {
+		known->skb = skb;
+		record->skb_id = mace_skb_id(skb);
+	}
 	record->ts_ns = now_ns;
-	record->skb_id = mace_skb_id(skb);
 	record->gso_segs = skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
 	record->cpu = smp_processor_id();
 	record->hook = hook;
 	if (skb_cloned(skb))
 		record->flags |= MACE_FLAG_CLONED;
+	return record;
 }
 
-static struct mace_record *mace_describe_at_device(enum mace_hook hook, const struct sk_buff *skb,
-						   const struct net_device *dev, int l3_offset,
-						   u64 now_ns)
+static __always_inline struct mace_record *
+mace_describe_at_device(enum mace_hook hook, const struct sk_buff *skb, const struct net *net,
+			u32 ifindex, int l3_offset, u64 now_ns)
 {
-	struct mace_record *record = mace_packet_read_device(skb, l3_offset);
+	struct mace_known *known = mace_packet_read_device(skb, l3_offset);
+	struct mace_record *record = mace_describe(known, hook, skb, now_ns);
 
-	mace_describe(record, hook, skb, now_ns);
-	record->netns = dev_net(dev)->ns.inum;
-	record->ifindex = dev->ifindex;
+	record->netns = net->ns.inum;
+	record->ifindex = ifindex;
 	record->drop_reason = 0;
 	return record;
 }
 
-static struct mace_record *mace_describe_elsewhere(enum mace_hook hook, const struct sk_buff *skb,
-						   u32 detail, u64 now_ns, struct mace_place *at)
+static __always_inline struct mace_record *mace_describe_elsewhere(enum mace_hook hook,
+								   const struct sk_buff *skb,
+								   u32 detail, u64 now_ns,
+								   struct mace_place *at)
 {
-	struct mace_record *record = mace_packet_read_any(skb);
+	struct mace_known *known = mace_packet_read_any(skb);
+	struct mace_record *record = mace_describe(known, hook, skb, now_ns);
 	bool dropped = hook == MACE_HOOK_KFREE_SKB;
 
-	mace_describe(record, hook, skb, now_ns);
 	record->drop_reason = dropped ? detail : 0;
 	record->l3_len = dropped ? 0 : detail;
 	record->netns = 0;
@@ -240,7 +253,8 @@ mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mac
 }
 
 /*
- * Inlined into its two callers, so that neither pays for what only the other one does.
+ * Inlined into every probe, so that none pays for what only another one does; what happens seldom
+ * is in functions of its own.
  *
  * @dev: the device that the packet is at, or NULL
  * @l3_offset: where its network layer begins, from skb->data, if @dev
@@ -251,8 +265,8 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 {
 	struct mace_place at = {};
 	const struct mace_place *where = dev ? &at : NULL;
+	const struct net *net = NULL;
 	struct mace_session *session;
-	struct mace_cost_cpu *cost;
 	struct mace_record *record;
 	struct hlist_node *node;
 	bool recorded = false;
@@ -263,46 +277,46 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 	local_irq_save(irq);
 	now_ns = ktime_get_mono_fast_ns();
 	if (dev) {
-		at.serial = mace_netns_serial(dev_net(dev));
+		net = dev_net(dev);
+		at.serial = mace_netns_serial(net);
 		at.ifindex = dev->ifindex;
 	}
 	node = rcu_dereference_raw(hlist_first_rcu(&mace_running));
 	session = mace_next_session(node, hook, where);
 	if (session) {
-		record = dev ? mace_describe_at_device(hook, skb, dev, l3_offset, now_ns) :
+		record = dev ? mace_describe_at_device(hook, skb, net, at.ifindex, l3_offset,
+						       now_ns) :
 			       mace_describe_elsewhere(hook, skb, detail, now_ns, &at);
 		do {
 			if ((dev || mace_is_at(session, at)) && mace_is_wanted(session, record)) {
-				mace_record_to(session, record);
+				mace_record_to(session, hook, record);
 				recorded = true;
 			}
 			node = rcu_dereference_raw(hlist_next_rcu(&session->node));
 			session = mace_next_session(node, hook, where);
 		} while (session);
-		if (recorded && dev && READ_ONCE(mace_recall_users))
+		if (dev && likely(recorded && READ_ONCE(mace_recall_users)))
 			mace_remember(record, at);
 	}
-	cost = this_cpu_ptr(&mace_costs);
-	if (!(cost->calls[hook]++ & (mace_cost_every - 1))) {
-		cost->timed[hook]++;
-		cost->timed_ns[hook] += ktime_get_mono_fast_ns() - now_ns;
+	if (unlikely(!(__this_cpu_inc_return(mace_costs.calls[hook]) & mace_cost_mask))) {
+		__this_cpu_inc(mace_costs.timed[hook]);
+		__this_cpu_add(mace_costs.timed_ns[hook], ktime_get_mono_fast_ns() - now_ns);
 	}
 	local_irq_restore(irq);
 }
 
-static noinline void mace_observe_elsewhere(enum mace_hook hook, const struct sk_buff *skb,
-					    u32 detail)
+static noinline void mace_observe_nowhere(enum mace_hook hook, const struct sk_buff *skb)
 {
-	mace_observe(hook, skb, NULL, 0, detail);
+	mace_observe(hook, skb, NULL, 0, 0);
 }
 
-static noinline void mace_observe_at_device(enum mace_hook hook, const struct sk_buff *skb,
-					    const struct net_device *dev, int l3_offset)
+static __always_inline void mace_observe_at_device(enum mace_hook hook, const struct sk_buff *skb,
+						   const struct net_device *dev, int l3_offset)
 {
-	if (dev)
+	if (likely(dev))
 		mace_observe(hook, skb, dev, l3_offset, 0);
 	else
-		mace_observe_elsewhere(hook, skb, 0);
+		mace_observe_nowhere(hook, skb);
 }
 
 /* --- the probes ------------------------------------------------------------------- */
@@ -337,17 +351,17 @@ static void mace_probe_napi_gro_receive_entry(void *data, const struct sk_buff *
 
 static void mace_probe_skb_copy_datagram_iovec(void *data, const struct sk_buff *skb, int bytes)
 {
-	mace_observe_elsewhere(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, bytes);
+	mace_observe(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, NULL, 0, bytes);
 }
 
 MACE_DEFINE_CONSUME_SKB(mace_probe_consume_skb, skb)
 {
-	mace_observe_elsewhere(MACE_HOOK_CONSUME_SKB, skb, 0);
+	mace_observe(MACE_HOOK_CONSUME_SKB, skb, NULL, 0, 0);
 }
 
 MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
 {
-	mace_observe_elsewhere(MACE_HOOK_KFREE_SKB, skb, MACE_DROP_REASON());
+	mace_observe(MACE_HOOK_KFREE_SKB, skb, NULL, 0, MACE_DROP_REASON());
 }
 
 /**
@@ -500,6 +514,7 @@ void mace_probes_cost(struct mace_cost *cost)
 int __init mace_probes_init(void)
 {
 	mace_cost_every = roundup_pow_of_two(clamp(mace_cost_every, 1U, 1U << 20));
+	mace_cost_mask = mace_cost_every - 1;
 	get_random_bytes(&mace_skb_key, sizeof(mace_skb_key));
 	mace_recalls = vzalloc(sizeof(*mace_recalls) << MACE_RECALL_BITS);
 	if (!mace_recalls)

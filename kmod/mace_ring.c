@@ -2,10 +2,10 @@
 /*
  * The ring: whole sub-buffers from probes to a reader.
  *
- * A spinlock of the ring's own, and no lock-free scheme: only this CPU's probes and this session's
- * reader take it, the reader a few times a second and for a few instructions. A probe has
- * interrupts off, so that nothing on its CPU can come between (tracepoints of the network are not
- * reached in NMIs).
+ * A ring is changed on its own CPU only, with interrupts off, so that nothing can come between:
+ * by probes (tracepoints of the network are not reached in NMIs), and for the session's reader by
+ * a function that the CPU is called to run, a few times a second and for a few instructions. A CPU
+ * that is offline runs no probe, and is kept so meanwhile.
  *
  * Memory is single pages, charged to the memory cgroup of who opened the session, mapped into the
  * kernel, and read-only into the reader. Only a sub-buffer's header and records are ever written
@@ -13,9 +13,11 @@
  */
 #include <linux/cpu.h>
 #include <linux/gfp.h>
+#include <linux/irqflags.h>
 #include <linux/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/smp.h>
 #include <linux/string.h>
 #include <linux/timekeeping.h>
 #include <linux/topology.h>
@@ -49,7 +51,6 @@ struct mace_ring *mace_ring_make(u32 cpu, u32 subbuf_bytes, u32 subbufs)
 	ring = kzalloc_node(sizeof(*ring), GFP_KERNEL_ACCOUNT, node);
 	if (!ring)
 		return ERR_PTR(-ENOMEM);
-	raw_spin_lock_init(&ring->lock);
 	ring->cpu = cpu;
 	ring->subbuf_bytes = subbuf_bytes;
 	ring->subbufs = subbufs;
@@ -95,10 +96,23 @@ void mace_ring_free(struct mace_ring *ring)
 	kfree(ring);
 }
 
-static void mace_ring_open_subbuf(struct mace_ring *ring)
+/**
+ * mace_ring_open_subbuf() - begin the next filling, or lose a record
+ * @ring: of this CPU, not filling
+ * @record: the one that is to be written
+ *
+ * Context: interrupts off. Return: whether there is room; if not, the record is counted as lost.
+ */
+bool mace_ring_open_subbuf(struct mace_ring *ring, const struct mace_record *record)
 {
 	struct mace_subbuf *subbuf = mace_ring_subbuf(ring, ring->at);
 
+	if (ring->head - ring->tail == ring->subbufs) {
+		ring->lost[record->hook]++;
+		if (!ring->lost_pending++)
+			ring->lost_from_ns = record->ts_ns;
+		return false;
+	}
 	memset(subbuf, 0, sizeof(*subbuf));
 	subbuf->sequence = ring->head;
 	subbuf->cpu = ring->cpu;
@@ -106,77 +120,62 @@ static void mace_ring_open_subbuf(struct mace_ring *ring)
 	subbuf->lost_from_ns = ring->lost_from_ns;
 	ring->lost_pending = 0;
 	ring->lost_from_ns = 0;
-	ring->fill = 0;
 	ring->next = (struct mace_record *)(subbuf + 1);
+	ring->end = ring->next + ring->capacity;
 	WRITE_ONCE(ring->filling, true);
+	return true;
 }
 
-static void mace_ring_close_subbuf(struct mace_ring *ring)
+/**
+ * mace_ring_close_subbuf() - end the filling, full or not
+ * @ring: of this CPU, filling
+ *
+ * Context: interrupts off. Return: full sub-buffers that wait to be handed over.
+ */
+u32 mace_ring_close_subbuf(struct mace_ring *ring)
 {
-	mace_ring_subbuf(ring, ring->at)->records = ring->fill;
+	struct mace_subbuf *subbuf = mace_ring_subbuf(ring, ring->at);
+
+	subbuf->records = ring->next - (struct mace_record *)(subbuf + 1);
+	ring->end = ring->next;
 	WRITE_ONCE(ring->filling, false);
 	if (++ring->at == ring->subbufs)
 		ring->at = 0;
 	WRITE_ONCE(ring->head, ring->head + 1);
+	return ring->head - ring->handed;
 }
 
-/**
- * mace_ring_write() - a record into the ring, or into the count of those lost
- * @ring: of this CPU
- * @record: with all but its time in order: a clock that went back a little is held
- *
- * Context: interrupts off. Return: full sub-buffers that wait, if this record made one full, else
- * 0.
- */
-u32 mace_ring_write(struct mace_ring *ring, const struct mace_record *record)
-{
-	struct mace_record *slot;
-	u32 full = 0;
-
-	raw_spin_lock(&ring->lock);
-	if (!ring->filling) {
-		if (ring->head - ring->tail == ring->subbufs) {
-			ring->lost[record->hook]++;
-			if (!ring->lost_pending++)
-				ring->lost_from_ns = record->ts_ns;
-			goto out;
-		}
-		mace_ring_open_subbuf(ring);
-	}
-	slot = ring->next++;
-	*slot = *record;
-	/* The clock's fast accessor may step back a little when it is adjusted (timekeeping.c). */
-	if (slot->ts_ns < ring->last_ns)
-		slot->ts_ns = ring->last_ns;
-	ring->last_ns = slot->ts_ns;
-	ring->written[record->hook]++;
-	ring->fill++;
-	if (ring->fill == ring->capacity) {
-		mace_ring_close_subbuf(ring);
-		full = ring->head - ring->handed;
-	}
-out:
-	raw_spin_unlock(&ring->lock);
-	return full;
-}
-
-/**
- * mace_ring_take() - release sub-buffers, and hand over those that are full
- * @ring: any CPU's
- * @take: see there
- *
- * Context: any but NMI. Return: 0, or -EINVAL if more is released than was handed over.
- */
-int mace_ring_take(struct mace_ring *ring, struct mace_take *take)
+/* Run @function on the ring's CPU with interrupts off. */
+static void mace_ring_call(const struct mace_ring *ring, smp_call_func_t function, void *argument)
 {
 	unsigned long irq;
-	int error = 0;
+
+	cpus_read_lock();
+	if (smp_call_function_single(ring->cpu, function, argument, 1)) {
+		/* It is offline, so that nobody but us is at its ring. */
+		local_irq_save(irq);
+		function(argument);
+		local_irq_restore(irq);
+	}
+	cpus_read_unlock();
+}
+
+struct mace_ring_taking {
+	struct mace_ring *ring;
+	struct mace_take *take;
+	int error;
+};
+
+static void mace_ring_take_here(void *argument)
+{
+	struct mace_ring_taking *taking = argument;
+	struct mace_ring *ring = taking->ring;
+	struct mace_take *take = taking->take;
 	u32 first;
 
-	raw_spin_lock_irqsave(&ring->lock, irq);
 	if (take->release > ring->handed - ring->tail) {
-		error = -EINVAL;
-		goto out;
+		taking->error = -EINVAL;
+		return;
 	}
 	ring->tail += take->release;
 	if ((take->flags & MACE_TAKE_FLUSH) && ring->filling)
@@ -187,9 +186,38 @@ int mace_ring_take(struct mace_ring *ring, struct mace_take *take)
 	/* ready <= subbufs; @at follows the last one that is ready. */
 	first = ring->at + ring->subbufs - take->ready;
 	take->first = first >= ring->subbufs ? first - ring->subbufs : first;
-out:
-	raw_spin_unlock_irqrestore(&ring->lock, irq);
-	return error;
+}
+
+/**
+ * mace_ring_take() - release sub-buffers, and hand over those that are full
+ * @ring: any CPU's
+ * @take: see there
+ *
+ * Context: may sleep; one caller at a time. Return: 0, or -EINVAL if more is released than was
+ * handed over.
+ */
+int mace_ring_take(struct mace_ring *ring, struct mace_take *take)
+{
+	struct mace_ring_taking taking = { .ring = ring, .take = take };
+
+	mace_ring_call(ring, mace_ring_take_here, &taking);
+	return taking.error;
+}
+
+struct mace_ring_counting {
+	const struct mace_ring *ring;
+	struct mace_stats *stats;
+};
+
+static void mace_ring_stats_here(void *argument)
+{
+	struct mace_ring_counting *counting = argument;
+	int hook;
+
+	for (hook = 0; hook < MACE_HOOK_SLOTS; hook++) {
+		counting->stats->written[hook] += counting->ring->written[hook];
+		counting->stats->lost[hook] += counting->ring->lost[hook];
+	}
 }
 
 /**
@@ -197,19 +225,13 @@ out:
  * @ring: any CPU's
  * @stats: counts are added
  *
- * Context: any but NMI.
+ * Context: may sleep.
  */
 void mace_ring_stats(struct mace_ring *ring, struct mace_stats *stats)
 {
-	unsigned long irq;
-	int hook;
+	struct mace_ring_counting counting = { .ring = ring, .stats = stats };
 
-	raw_spin_lock_irqsave(&ring->lock, irq);
-	for (hook = 0; hook < MACE_HOOK_SLOTS; hook++) {
-		stats->written[hook] += ring->written[hook];
-		stats->lost[hook] += ring->lost[hook];
-	}
-	raw_spin_unlock_irqrestore(&ring->lock, irq);
+	mace_ring_call(ring, mace_ring_stats_here, &counting);
 }
 
 /**

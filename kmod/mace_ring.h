@@ -1,10 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* One CPU's ring of one session. */
+/*
+ * One CPU's ring of one session.
+ *
+ * No lock: whatever changes a ring runs on its CPU with interrupts off. Probes do so by nature, a
+ * reader has the CPU called.
+ */
 #ifndef _MACE_RING_H
 #define _MACE_RING_H
 
+#include <linux/compiler.h>
 #include <linux/mm_types.h>
-#include <linux/spinlock.h>
 
 #include "uapi/mace.h"
 
@@ -16,8 +21,6 @@
  * @handed) are with the reader, [@handed, @head) are full, and @head is being filled if @filling,
  * else it is next.
  *
- * @lock: all that changes. Taken by probes, which have interrupts off, and by readers, for a few
- *	instructions
  * @pages: the ring's memory, @page_count of them
  * @page_count: pages of the ring
  * @memory: the same, mapped into the kernel
@@ -26,8 +29,8 @@
  * @subbufs: how many there are
  * @capacity: records in a sub-buffer
  * @at: sub-buffer of @head
- * @fill: records in it, if @filling
- * @next: where the next one goes, if @filling
+ * @next: where the next record goes
+ * @end: where that sub-buffer ends; equal to @next if not @filling
  * @filling: whether @head has been opened
  * @head: see above
  * @handed: see above
@@ -39,7 +42,6 @@
  * @lost: records lost, by hook
  */
 struct mace_ring {
-	raw_spinlock_t lock;
 	struct page **pages;
 	unsigned long page_count;
 	void *memory;
@@ -48,9 +50,9 @@ struct mace_ring {
 	u32 subbufs;
 	u32 capacity;
 	u32 at;
-	u32 fill;
 	bool filling;
 	struct mace_record *next;
+	struct mace_record *end;
 	u64 head;
 	u64 handed;
 	u64 tail;
@@ -64,12 +66,42 @@ struct mace_ring {
 struct mace_ring *mace_ring_make(u32 cpu, u32 subbuf_bytes, u32 subbufs);
 void mace_ring_free(struct mace_ring *ring);
 
-u32 mace_ring_write(struct mace_ring *ring, const struct mace_record *record);
 int mace_ring_take(struct mace_ring *ring, struct mace_take *take);
 void mace_ring_stats(struct mace_ring *ring, struct mace_stats *stats);
 
-/* Both without the lock: a hint to whoever waits. */
+/* Both from any CPU: a hint to whoever waits. */
 u32 mace_ring_full(const struct mace_ring *ring);
 bool mace_ring_has_records(const struct mace_ring *ring);
+
+/* What mace_ring_write() does only now and then. */
+bool mace_ring_open_subbuf(struct mace_ring *ring, const struct mace_record *record);
+u32 mace_ring_close_subbuf(struct mace_ring *ring);
+
+/**
+ * mace_ring_write() - a record into the ring, or into the count of those lost
+ * @ring: of this CPU
+ * @hook: the record's, where the compiler may know it
+ * @record: with all but its time in order: a clock that went back a little is held
+ *
+ * Context: interrupts off. Return: full sub-buffers that wait, if this record made one full, else
+ * 0.
+ */
+static __always_inline u32 mace_ring_write(struct mace_ring *ring, enum mace_hook hook,
+					   const struct mace_record *record)
+{
+	struct mace_record *slot;
+
+	if (unlikely(ring->next == ring->end) && !mace_ring_open_subbuf(ring, record))
+		return 0;
+	slot = ring->next;
+	*slot = *record;
+	/* The clock's fast accessor may step back a little when it is adjusted (timekeeping.c). */
+	if (unlikely(slot->ts_ns < ring->last_ns))
+		slot->ts_ns = ring->last_ns;
+	ring->last_ns = slot->ts_ns;
+	ring->written[hook]++;
+	ring->next = slot + 1;
+	return unlikely(ring->next == ring->end) ? mace_ring_close_subbuf(ring) : 0;
+}
 
 #endif

@@ -8,7 +8,7 @@
  *	mace_running_lock	mace_running, and the users of each probe
  *	mace_open_lock		mace_open
  *
- * Probes walk mace_running under RCU and take no lock but a ring's. A session is taken out of the
+ * Probes walk mace_running under RCU and take no lock. A session is taken out of the
  * list, and a grace period passes, before anything of it is freed.
  *
  * Rights. A session belongs to the network namespace that its opener was in at open(), as a socket
@@ -251,6 +251,8 @@ static int mace_session_filter(struct mace_session *session, const struct mace_f
 		session->places[i].ifindex = filter->device[i].ifindex;
 	}
 	session->place_count = filter->device_count;
+	session->filters = (session->serial_count || session->place_count ? MACE_FILTER_PLACE : 0) |
+			   (session->l4_filtered || session->sample_mask ? MACE_FILTER_CONTENT : 0);
 	return 0;
 }
 

@@ -35,6 +35,10 @@ struct mace_place {
 	u32 ifindex;
 };
 
+/* Bits of mace_session.filters. */
+#define MACE_FILTER_PLACE 0x1 /* namespaces or devices */
+#define MACE_FILTER_CONTENT 0x2 /* protocols or a sample */
+
 /**
  * struct mace_session - one reader
  *
@@ -51,6 +55,7 @@ struct mace_place {
  * @own_serial: namespace of the opener
  * @own_inode: its inode
  * @hooks: bit n: hook n
+ * @filters: MACE_FILTER_*: what of the filters below there is
  * @sample_mask: the bits of packet_key that must be 0
  * @serial_count: namespaces in @serials; 0: all
  * @serials: namespaces to be seen
@@ -79,6 +84,7 @@ struct mace_session {
 	u32 own_serial;
 	u32 own_inode;
 	u32 hooks;
+	u32 filters;
 	u64 sample_mask;
 	u32 serial_count;
 	u32 serials[MACE_MAX_NETNS];

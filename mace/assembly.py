@@ -234,10 +234,9 @@ class Assembly:
         flush = capture.first_flush + _FLUSHES_A_PART * done.part
         if done.part == 0:
             self._put("runs", NO_HOUR, flush, tables.runs_table(header))
-        ledger = tables.ledger_table(
+        entry = tables.LedgerRow(
             header,
             done.upto_utc_ns,
-            flush,
             now.ledger,
             packets=now.grades.packets,
             grades=now.grades,
@@ -245,7 +244,7 @@ class Assembly:
             rows_not_stored=0,
             closed=last,
         )
-        self._put("ledger", done.upto_utc_ns // HOUR_NS, flush, ledger)
+        self._put("ledger", done.upto_utc_ns // HOUR_NS, flush, tables.ledger_table([entry], flush))
         by_hour: dict[int, list[Window]] = {}
         for window in final:
             by_hour.setdefault(window.start_utc_ns // HOUR_NS, []).append(window)

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from collector import SOURCES, devices
-from mace import lab
+from mace import lab, publish
 from mace.config import Config
 from mace.interfaces import Status
+from storage import SINKS
 
 
 def statuses(config: Config) -> dict[str, Status]:
@@ -19,6 +20,8 @@ def statuses(config: Config) -> dict[str, Status]:
         "device names": devices.check(host_netns=config.capture.host_netns or None),
         "sink capture": Status(True, "writes .mace files"),
         "sink store": _store(Path(config.store.path)),
+        **{f"sink {name}": kind.check(config) for name, kind in SINKS.items()},
+        "broker": publish.check(config),
         "lab netns": _lab(lab.Runtime.NETNS, "containers are bare network namespaces"),
         "lab docker": _lab(lab.Runtime.DOCKER, "containers are Docker's"),
     }
@@ -34,7 +37,8 @@ def _lab(runtime: lab.Runtime, detail: str) -> Status:
 def _store(path: Path) -> Status:
     """Whether the embedded store could be made or written at `path`."""
     place = path.absolute()
-    while not place.exists():
+    # Not Path.exists(), which raises where a directory on the way may not be entered.
+    while not os.path.exists(place):  # noqa: PTH110
         place = place.parent
     if not place.is_dir():
         return Status(False, f"{place} is not a directory", "set [store] path, or --store DIR")

@@ -9,26 +9,50 @@ from typing import Any
 import numpy as np
 
 from correlator.identity import ResolverState
+from correlator.links import Waiting
 from correlator.lives import Open, Records
 from correlator.state import EngineState
 from mace.topology import Device, Role, Sighting
 
-_COLUMNS = {"ts": "<i8", "skb": "<u8", "place": "<i8", "length": "<u4", "key": "<u8", "trait": "u1"}
+_COLUMNS = {
+    "ts": "<i8",
+    "skb": "<u8",
+    "place": "<i8",
+    "length": "<u4",
+    "key": "<u8",
+    "trait": "u1",
+    "flow": "<u8",
+    "proto": "u1",
+}
+
+_WAITING = {
+    "number": "<i8",
+    "cross": "?",
+    "size": "<i8",
+    "key": "<u8",
+    "at_ns": "<i8",
+    "first_ns": "<i8",
+    "head": "?",
+    "end": "<i8",
+    "freed": "?",
+    "grade": "u1",
+}
 
 
 def state_to_json(state: EngineState) -> dict[str, Any]:
     """Plain values; arrays as base64 of their little-endian bytes."""
-    records, resolver = state.open.records, state.resolver
-    columns = {name: getattr(records, name) for name in _COLUMNS}
+    resolver, waiting = state.resolver, state.waiting
     return {
         "devices": [device_to_json(device) for device in resolver.devices],
         "serves": list(resolver.serves),
         "live": sorted(resolver.live),
         "gone": [list(pair) for pair in resolver.gone],
         "sightings": [[s.name, s.netns, s.ifindex] for s in resolver.sightings],
-        "records": {n: _packed(c, _COLUMNS[n]) for n, c in columns.items() if c is not None},
+        "records": _records_to_json(state.open.records),
         "number": _packed(state.open.number, "<i8"),
         "cross": _packed(state.open.cross, "?"),
+        "waiting": {name: _packed(getattr(waiting, name), dtype) for name, dtype in _WAITING.items()},
+        "waiting_records": _records_to_json(waiting.records),
         "gaps": [list(gap) for gap in state.gaps],
         "latest_ns": state.latest_ns,
     }
@@ -36,7 +60,7 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
 
 def state_from_json(given: dict[str, Any]) -> EngineState:
     """The state again. KeyError, TypeError or ValueError where it is none."""
-    columns = {name: _unpacked(text, _COLUMNS[name]) for name, text in given["records"].items()}
+    waiting = {name: _unpacked(given["waiting"][name], dtype) for name, dtype in _WAITING.items()}
     return EngineState(
         ResolverState(
             devices=tuple(device_from_json(device) for device in given["devices"]),
@@ -45,10 +69,20 @@ def state_from_json(given: dict[str, Any]) -> EngineState:
             gone=tuple((number, since) for number, since in given["gone"]),
             sightings=tuple(Sighting(*each) for each in given["sightings"]),
         ),
-        Open(Records(**columns), _unpacked(given["number"], "<i8"), _unpacked(given["cross"], "?")),
+        Open(_records_from_json(given["records"]), _unpacked(given["number"], "<i8"), _unpacked(given["cross"], "?")),
+        Waiting(_records_from_json(given["waiting_records"]), **waiting),
         [(start, end) for start, end in given["gaps"]],
         given["latest_ns"],
     )
+
+
+def _records_to_json(records: Records) -> dict[str, str]:
+    columns = {name: getattr(records, name) for name in _COLUMNS}
+    return {name: _packed(column, _COLUMNS[name]) for name, column in columns.items() if column is not None}
+
+
+def _records_from_json(given: dict[str, str]) -> Records:
+    return Records(**{name: _unpacked(text, _COLUMNS[name]) for name, text in given.items()})
 
 
 def device_to_json(device: Device) -> dict[str, Any]:

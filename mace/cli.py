@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,12 +23,30 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from mace import __version__, config, correct, demo, lab, module, ping, query, replay, report
+from mace import (
+    __version__,
+    compare,
+    config,
+    correct,
+    demo,
+    experiment,
+    lab,
+    module,
+    ping,
+    publish,
+    query,
+    replay,
+    report,
+    sinks,
+    wrap,
+)
 from mace.check import statuses
 from mace.errors import MaceError, UsageError
 from mace.hooks import HOOKS
+from mace.interfaces import StreamSink
 from mace.session import Session, Until
 from mace.summary import Summary
+from mace.verify import command as verify
 from storage.capture import CaptureSink
 
 EXIT_ERROR: Final = 1
@@ -182,8 +200,16 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     session = _session(args, lab.attach(args.lab) if args.lab else None)
-    store = None if args.no_store else Path(_configured(args).store.path)
-    _show(session.measure(_for(args.duration), store=store, tee=_tee(args)), args)
+    settings = _configured(args)
+    store = None if args.no_store else Path(settings.store.path)
+    tee: StreamSink | None = _tee(args)
+    publisher = None
+    if args.publish is not None:
+        publisher = publish.publisher(publish.configured(args, settings, args.publish))
+        tee = publisher if tee is None else publish.Both([tee, publisher])
+    _show(session.measure(_for(args.duration), store=store, tee=tee), args)
+    if publisher is not None:
+        print(publish.line(publisher), file=sys.stderr)
     return 0
 
 
@@ -199,7 +225,10 @@ def _record(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace) -> int:
     session = _session(args, None)
-    if replay.in_parts(args):
+    if session.has_servers:
+        # Servers are written to in one go: what they have taken cannot be taken back, or be skipped.
+        found = session.replay(replay.recordings(args), store=replay.local_store(args))
+    elif replay.in_parts(args):
         store = None if args.store is None else str(args.store)
         found = session.replay_into(store, replay.recorded_files(args), **replay.how(args))
     else:
@@ -209,7 +238,9 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _correct(args: argparse.Namespace) -> int:
-    found = correct.corrected(args, _session(args, None))
+    session = _session(args, None)
+    found = correct.corrected(args, session)
+    session.deliver(found.round_trips())
     if args.json:
         _print_json(found.as_dict())
         return 0
@@ -221,17 +252,80 @@ def _correct(args: argparse.Namespace) -> int:
 def _ping(args: argparse.Namespace) -> int:
     argv, user_clock, stamps_shown = ping.arguments(args.others)
     place = lab.attach(args.lab) if args.lab else None
+    capture = _configured(args, place).capture
+    netns_fd = ping.open_namespace(args, capture)
+    term = None
+    try:
+        if args.host_path:
+            term = ping.probing(args, argv, netns_fd, capture.host_netns).measure(_session(args, place))
+        run = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=args.json)
+        session = _session(args, place)
+        found = run.measure(session, _tee(args))
+    finally:
+        os.close(netns_fd)
+    session.deliver(found.round_trips())
+    host_rtt = found.statistics()["host_rtt_ns"]["median"]
+    if args.json:
+        _print_json(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
+    else:
+        found.tables(_stdout())
+        if term:
+            print(term.line(host_rtt))
+    return run.status
+
+
+def _wrap(args: argparse.Namespace) -> int:
+    place = lab.attach(args.lab) if args.lab else None
     netns_fd = ping.open_namespace(args, _configured(args, place).capture)
     try:
-        run = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=args.json)
-        found = run.measure(_session(args, place), _tee(args))
+        found, status = wrap.measure(args, netns_fd, _session(args, place), _tee(args))
     finally:
         os.close(netns_fd)
     if args.json:
         _print_json(found.as_dict())
     else:
+        correct.print_samples(found)
         found.tables(_stdout())
-    return run.status
+    return status
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    experiment.check(args)
+    args.ring_mib = args.ring_mib or experiment.RING_MIB
+    if args.again:
+        found = experiment.again(args.again, _session(args, None))
+    else:
+        with lab.running(experiment.spec(args)) as place:
+            found = experiment.measure(args, place, _session(args, place))
+    if args.png:
+        experiment.draw(found, args.png)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        found.tables(_stdout())
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    compare.chosen(args)
+    with lab.running(compare.spec(args)) if args.lab is None else nullcontext(lab.attach(args.lab)) as place:
+
+        def session(source: str) -> Session:
+            args.source = source
+            return _session(args, place)
+
+        found = compare.measure(args, place, session)
+    if args.png:
+        compare.draw(found, args.png)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        found.tables(_stdout())
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    return verify.run(args, _configured(args))
 
 
 # What commands share --------------------------------------------------------------------------------------
@@ -250,15 +344,9 @@ def _configured(args: argparse.Namespace, place: lab.Lab | None = None) -> confi
     if getattr(args, "store", None):
         store = replace(store, path=str(args.store))
     if place is not None:
-        sockets = (str(place.docker_socket),) if place.docker_socket else ()
-        capture = replace(
-            capture,
-            host_netns=str(place.netns_path(lab.HOST)),
-            outer=(place.outer_device,),
-            remote_netns=(place.netns_path(lab.REMOTE).name,),
-            container_sockets=(*capture.container_sockets, *sockets),
-        )
-    return config.Config(capture, correlate, store)
+        capture = lab.capture_of(capture, place)
+    found = sinks.configured(args, settings.sinks)
+    return replace(settings, capture=capture, correlate=correlate, store=store, sinks=found)
 
 
 def _session(args: argparse.Namespace, place: lab.Lab | None) -> Session:
@@ -400,6 +488,8 @@ def _parser() -> argparse.ArgumentParser:
     one = command("run", _run, "measure: live records to delays, a table and the store (root)")
     one.add_argument("--store", type=Path, metavar="DIR", help="where rows and windows go")
     one.add_argument("--no-store", action="store_true", help="show only")
+    sinks.add_options(one, endpoint=True)
+    publish.add_publish_options(one)
     for group in (with_live, with_capture, with_tee, with_config, with_json):
         group(one)
 
@@ -409,8 +499,15 @@ def _parser() -> argparse.ArgumentParser:
     for group in (with_live, with_capture, with_config, with_json):
         group(one)
 
+    one = command("ingest", publish.run_ingest, "many hosts' streams from a MQTT broker to delays and one store")
+    publish.add_ingest_options(one)
+    one.add_argument("--duration", type=_at_least(0.1), metavar="S", help="seconds; without it until Ctrl-C")
+    with_config(one)
+    with_json(one)
+
     one = command("replay", _replay, "capture files to the same answers as live")
     replay.add_options(one)
+    sinks.add_options(one, endpoint=False)
     with_config(one)
     with_json(one)
 
@@ -420,12 +517,33 @@ def _parser() -> argparse.ArgumentParser:
     one.allow_abbrev = False
     one.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"
     ping.add_options(one)
+    sinks.add_options(one, endpoint=False)
+    one.add_argument(
+        "--host-path", type=_at_least(1, int), metavar="N", help="before, measure the host path term with N probes"
+    )
     one.set_defaults(others=[])
     for group in (with_capture, with_config, with_json):
         group(one)
 
     one = command("correct", _correct, "the same for what a tool has printed, with a capture file of that time")
     correct.add_options(one)
+    sinks.add_options(one, endpoint=False)
+    with_config(one)
+    with_json(one)
+
+    one = command("wrap", _wrap, "the same for a tool that is run in a container now: fping, dig, curl (root)")
+    ping.add_options(one)
+    wrap.add_options(one)
+    for group in (with_capture, with_config, with_json):
+        group(one)
+
+    one = command("experiment", _experiment, "ping on the host, in a container and corrected, side by side (root)")
+    experiment.add_options(one)
+    for group in (with_capture, with_config, with_json):
+        group(one)
+
+    one = command("compare", _compare, "sources side by side on the same traffic, and what each of them costs (root)")
+    compare.add_options(one)
     with_config(one)
     with_json(one)
 
@@ -438,6 +556,12 @@ def _parser() -> argparse.ArgumentParser:
     query.add_options(one)
     with_config(one)
     with_json(one)
+
+    one = command("verify", _verify, "play scenarios with numbered packets: how often the matching is right (root)")
+    verify.add_options(one)
+    one.add_argument("--source", choices=config.SOURCES, help="where live records come from")
+    with_config(one)
+    one.add_argument("--json", action="store_true", help="one JSON object a scenario on stdout")
 
     one = command("hooks", _hooks, "where packets are observed")
     with_json(one)

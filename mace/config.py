@@ -6,6 +6,9 @@
     [store]
     path = "/var/lib/mace"
 
+    [sinks.influxdb]
+    url = "http://db.example:8086"
+
 Every error names the file, the key, what was found and what was expected, and the nearest known key. The same
 dataclasses are what the command line's options change.
 """
@@ -13,7 +16,7 @@ dataclasses are what the command line's options change.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_type_hints
@@ -90,12 +93,115 @@ class StoreConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RunningConfig:
+    """What every sink with a server has: how it buffers, sends, tries again and spools (`storage.running_sink`)."""
+
+    flush_interval_s: float = _key(
+        1.0, "Rows are on their way at most this long after they came, s.", low=0.05, high=3600
+    )
+    batch_rows: int = _key(20_000, "Rows in a request, at most.", low=1, high=1_000_000)
+    buffer_rows: int = _key(
+        2_000_000, "Rows that may wait in memory to be encoded; beyond it the newest are dropped.", low=1000
+    )
+    timeout_s: float = _key(30.0, "A request that takes longer has failed, s.", low=0.1, high=3600)
+    retry_max_s: float = _key(
+        30.0, "Failed requests are made again after 0.5 s, 1 s, ... at most this.", low=0.1, high=3600
+    )
+    close_s: float = _key(
+        5.0, "At the end the server has this long to answer; what is left stays in the spool, s.", low=0, high=3600
+    )
+    spool: str = _key(
+        "mace-spool", "Directory in which the sink keeps what is not delivered, in a folder of its name; empty: none."
+    )
+    spool_mib: int = _key(1024, "Size of the spool; when it is full the oldest is dropped, MiB.", low=1)
+    spool_sync: bool = _key(False, "Whether what is spooled is brought to the disk at once (fsync).")
+    memory_mib: int = _key(64, "Memory for encoded rows where the spool takes none, MiB.", low=1)
+
+
+@dataclass(frozen=True, slots=True)
+class InfluxConfig(RunningConfig):
+    """`[sinks.influxdb]`: InfluxDB, or what speaks its write API."""
+
+    url: str = _key("", "Address of the server, `http://HOST:8086`; empty: no such sink.")
+    bucket: str = _key("mace", "Bucket; a 1.x server's database, or DATABASE/POLICY.")
+    org: str = _key("", "Organization; not for 1.x.")
+    token: str = _key("", "Token; for 1.x USER:PASSWORD.")
+    token_file: str = _key("", "File with the token; without either the environment variable INFLUXDB_V2_TOKEN.")
+    ca_file: str = _key("", "Certificates to trust, PEM; empty: the system's.")
+    api: str = _key(
+        "auto", "Which API to write to; `auto` takes `v1` if the server has no `v2`.", choices=("auto", "v2", "v1")
+    )
+    sample: int = _key(1, "Of all packets one in this many gets rows of its own; 0: none, windows only.", low=0)
+    series_budget: int = _key(10_000, "Series that may be begun; rows beyond are refused and counted.", low=1)
+
+
+@dataclass(frozen=True, slots=True)
+class PrometheusConfig:
+    """`[sinks.prometheus]`: an endpoint for Prometheus and for orchestrators."""
+
+    listen: str = _key("", "ADDRESS:PORT for `/metrics`, `/healthz` and `/readyz`; empty: no such sink.")
+    stalled_s: float = _key(
+        15.0,
+        "Without results for so long it is no longer ready, and without a turn of its loop no longer alive, s.",
+        low=1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SinksConfig:
+    """`[sinks.NAME]`: sinks besides the embedded store. Each key is the name of one in `storage.SINKS`."""
+
+    influxdb: InfluxConfig = InfluxConfig()
+    prometheus: PrometheusConfig = PrometheusConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class MqttConfig:
+    """`[mqtt]`: the broker, for publishing and for the ingest alike."""
+
+    broker: str = _key("", "`mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` for TLS.")
+    username: str = _key("", "User name at the broker; empty: the certificate's, or none.")
+    password_file: str = _key(
+        "", "File whose first line is the password; empty: the environment's `MACE_MQTT_PASSWORD`, if set."
+    )
+    ca_file: str = _key("", "Certificates that the broker's must lead to (PEM); empty: the system's.")
+    cert_file: str = _key("", "Our own certificate (PEM), where the broker asks for one.")
+    key_file: str = _key("", "Its private key (PEM).")
+
+
+@dataclass(frozen=True, slots=True)
+class PublishConfig:
+    """`[publish]`: the raw stream to a broker."""
+
+    interval_s: float = _key(1.0, "Records travel at most this long after they came, s.", low=0.05, high=60)
+    spool: str = _key("mace-spool", "Directory in which what has not arrived yet is kept, in a folder `publish`.")
+    spool_mib: int = _key(1024, "Size of it, MiB; beyond, the oldest records are discarded and counted.", low=1)
+    drain_s: float = _key(5.0, "At the end of a run, how long to wait until all has arrived, s.", low=0, high=3600)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestConfig:
+    """`[ingest]`: many hosts' streams from a broker into one store."""
+
+    open_records: int = _key(
+        262_144, "Records of unfinished packets that are kept at most, per host.", low=1000, high=1_000_000_000
+    )
+    queue_messages: int = _key(
+        10_000, "Messages that wait to be worked on at most; what comes beyond is asked for again.", low=100
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of it."""
 
     capture: CaptureConfig = CaptureConfig()
     correlate: CorrelateConfig = CorrelateConfig()
     store: StoreConfig = StoreConfig()
+    sinks: SinksConfig = SinksConfig()
+    mqtt: MqttConfig = MqttConfig()
+    publish: PublishConfig = PublishConfig()
+    ingest: IngestConfig = IngestConfig()
 
 
 _TYPES: Final = {"str": str, "int": int, "float": float, "bool": bool}
@@ -114,15 +220,36 @@ def load(path: Path | str | None) -> Config:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
-    tables = get_type_hints(Config)
+    return _tables(str(path), "", Config, given)
+
+
+def tables(kind: type[Any] = Config, within: str = "") -> dict[str, type[Any]]:
+    """Every table that holds keys by its full name (`capture`, `sinks.influxdb`), in the order of the dataclasses."""
+    found: dict[str, type[Any]] = {}
+    for name, of in get_type_hints(kind).items():
+        found |= tables(of, f"{within}{name}.") if _holds_tables(of) else {within + name: of}
+    return found
+
+
+def _holds_tables(kind: type[Any]) -> bool:
+    return all(is_dataclass(of) for of in get_type_hints(kind).values())
+
+
+def _tables(path: str, within: str, kind: type[T], given: dict[str, Any]) -> T:
+    known = get_type_hints(kind)
     parts = {}
     for name, value in given.items():
-        if name not in tables:
-            raise ConfigError(f"{path}: no such table [{name}]{nearest(name, tables)}; known: {', '.join(tables)}")
+        full = within + name
+        if name not in known:
+            names = ", ".join(within + other for other in known)
+            raise ConfigError(f"{path}: no such table [{full}]{nearest(name, known)}; known: {names}")
         if not isinstance(value, dict):
-            raise ConfigError(f"{path}: {name} is {_shown(value)}, expected a table [{name}]")
-        parts[name] = _table(str(path), name, tables[name], value)
-    return Config(**parts)
+            raise ConfigError(f"{path}: {full} is {_shown(value)}, expected a table [{full}]")
+        if _holds_tables(known[name]):
+            parts[name] = _tables(path, f"{full}.", known[name], value)
+        else:
+            parts[name] = _table(path, full, known[name], value)
+    return kind(**parts)
 
 
 def _table(path: str, table: str, kind: type[T], given: dict[str, Any]) -> T:

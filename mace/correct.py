@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
 from collector.files import FileOptions, recording
+from correlator.correction import Corrections, correct
+from correlator.samples import Samples
+from correlator.stamps import REQUEST_RESPONSE, StampModel
+from mace.config import Config, load
 from mace.corrected import Corrected, Observed, line
 from mace.errors import Unavailable, UsageError, nearest
 from mace.session import Session
@@ -33,6 +41,32 @@ def corrected(args: argparse.Namespace, session: Session) -> Corrected:
     session.observed(recording(args.capture, FileOptions(salvage=args.salvage)), observed.add)
     unknown = (reader.unknown.count, reader.unknown.first)
     return Corrected.of(samples, observed, reader.stamps, _netns(observed, args.container), unknown)
+
+
+def arrays(
+    capture: Path | str,
+    rtt_ns: npt.ArrayLike,
+    *,
+    container: str | None = None,
+    stamps: StampModel = REQUEST_RESPONSE,
+    config: Config | None = None,
+    **columns: npt.ArrayLike,
+) -> Corrections:
+    """Round trip times in arrays, corrected by the packets in a capture file. For programs.
+
+    `rtt_ns` is int64, `NOT_TOLD` (-1) where there was no reply, in the order in which the replies arrived. `columns`
+    are any others of `correlator.samples.Samples`: arrays of the same length, or one value for all. `stamps` says how
+    the tool looks at the clock (`correlator.stamps.MODELS`); as it is, `stamp_utc_ns` is the time of sending.
+    `container` is needed where the capture has several. A row for each sample comes back, in the same order.
+
+    Raises `UsageError`, `Unavailable` and `CaptureError`, and for `columns` what `Samples.of` does.
+    """
+    rtt = np.asarray(rtt_ns, np.int64)
+    samples = Samples.of(len(rtt), rtt_ns=rtt, **columns)
+    observed = Observed()
+    Session(config or load(None), Console(stderr=True), quiet=True).observed(recording(capture), observed.add)
+    crossings = observed.crossings(_netns(observed, container))
+    return correct(samples, crossings, stamps, observed.gaps_utc_ns)
 
 
 def print_samples(found: Corrected) -> None:

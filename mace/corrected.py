@@ -21,7 +21,7 @@ from correlator import intervals
 from correlator.correction import REASONS, Corrections, Reason, correct
 from correlator.samples import Samples
 from correlator.stamps import StampModel
-from mace.schema import NOT_TOLD, Crossings, Grade, Results
+from mace.schema import NOT_TOLD, Crossings, Grade, Results, RoundTripRows, RoundTrips
 from mace.summary import Summary, microseconds, plain_table
 from mace.topology import Device, Role
 
@@ -95,6 +95,8 @@ class Corrected:
     summary: Summary
     packets: int
     """The container's packets that were seen over the whole path, both ways."""
+    netns: str = ""
+    """Name of its network namespace."""
 
     @classmethod
     def of(
@@ -107,7 +109,25 @@ class Corrected:
         crossings = observed.crossings(netns)
         corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns)
         name = observed.containers().get(netns, ("", 0))[0]
-        return cls(stamps.name, name, samples, corrections, *unknown, observed.summary, len(crossings))
+        namespace = next((d.netns_name for d in observed.devices if d.netns == netns), "")
+        return cls(stamps.name, name, samples, corrections, *unknown, observed.summary, len(crossings), namespace)
+
+    def round_trips(self) -> RoundTrips:
+        """All samples as rows for a database."""
+        found, samples = self.corrections, self.samples
+        paired = found.reason == Reason.PAIRED
+        rows = RoundTripRows(
+            utc_ns=np.where(paired, found.sent_utc_ns, samples.stamp_utc_ns),
+            seq=samples.seq,
+            tool_rtt_ns=samples.rtt_ns,
+            host_rtt_ns=found.host_rtt_ns,
+            nic_rtt_ns=found.nic_rtt_ns,
+            egress_ns=found.egress_ns,
+            ingress_ns=found.ingress_ns,
+            grade=found.grade,
+            reason=found.reason,
+        )
+        return RoundTrips(self.tool, self.container, self.netns, tuple(r.name.lower() for r in Reason), rows)
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """By name of the figure: count, min, median, mean, max (ns); median and mean with interval, None if too few.

@@ -41,13 +41,12 @@ class Committed:
         """With one more part; the windows that are final now, and the devices that these point to."""
         devices = list(dict.fromkeys((*self.devices, *done.devices)))
         number = {device: n for n, device in enumerate(devices)}
-        pieces: dict[tuple[int, ...], list[Window]] = {}
-        for of, windows in ((self.devices, self.pending), (done.devices, done.edges)):
-            for window in windows:
-                at = number[of[window.device]]
-                key = (window.start_utc_ns, window.width_s, at, window.direction, window.segment)
-                pieces.setdefault(key, []).append(replace(window, device=at))
-        whole = [joined(pieces[key]) for key in sorted(pieces)]
+        pieces = [
+            replace(window, device=number[of[window.device]])
+            for of, windows in ((self.devices, self.pending), (done.devices, done.edges))
+            for window in windows
+        ]
+        whole = joined(pieces)
         settled = [last or w.start_utc_ns + w.width_s * 1_000_000_000 <= done.settled_utc_ns for w in whole]
         # Before: what was in flight then is in some other category now.
         ledger = replace(self.ledger, in_flight=0) + replace(done.ledger, discarded=done.discarded)

@@ -34,6 +34,7 @@ from mace import lab
 from mace.config import CaptureConfig
 from mace.corrected import Corrected, Observed, line
 from mace.errors import MaceError, Unavailable, UsageError, nearest
+from mace.hostprobes import Probing
 from mace.schema import Results
 from mace.session import Session
 from mace.tooloutput import PingOutput
@@ -60,6 +61,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--pid", type=int, metavar="N", help="or in that of a process")
     parser.add_argument("--lab", metavar="NAME", help="the container is one of this lab's")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the raw stream to a capture file as well")
+
+
+def probing(args: argparse.Namespace, argv: Sequence[str], netns_fd: int, host_netns: str) -> Probing:
+    """What `--host-path` asks for: probes to ping's destination, at ping's pace. Raises `UsageError`."""
+    options, hosts = getopt.gnu_getopt(list(argv), _OPTIONS)
+    told = dict(options)
+    if "-A" in told or "-l" in told:
+        raise UsageError("--host-path: ping -A and -l have no pace of their own; -i gives one")
+    try:
+        interval_s = float(told.get("-i", "1").replace(",", "."))
+    except ValueError:
+        raise UsageError(f"ping: -i {told['-i']}: no number of seconds") from None
+    return Probing(hosts[-1], args.host_path, interval_s, netns_fd, host_netns)
 
 
 def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:

@@ -31,6 +31,7 @@ from mace.config import CaptureConfig, Config, StoreConfig
 from mace.errors import MaceError, SourceError
 from mace.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
 from mace.schema import Results
+from mace.vitals import Vitals
 from storage.embedded import EmbeddedStore
 
 _CHANNEL_ITEMS = 4
@@ -116,11 +117,14 @@ async def run(
     tee: StreamSink | None = None,
     on_results: Callable[[Results], None] = lambda _: None,
     on_open: Callable[[StreamHeader], None] = lambda _: None,
+    vitals: Vitals | None = None,
 ) -> StreamHeader:
     """Source -> correlator -> sinks until the source ends or `stop` is requested. Returns the stream's header.
 
-    Every result has been taken by all sinks before `on_results` sees it.
+    Every result has been taken by all sinks before `on_results` sees it. `vitals` hears how it goes; sinks that tell of
+    that were made with the same ones.
     """
+    vitals = vitals or Vitals()
     items: Channel[StreamItem] = Channel(_CHANNEL_ITEMS)
     results: Channel[Results] = Channel(_CHANNEL_ITEMS)
 
@@ -134,16 +138,20 @@ async def run(
             await tee.open(header)
             opened.push_async_callback(tee.aclose)
         on_open(header)
+        vitals.got_on(items=items.peak, results=results.peak)
+        vitals.running = True
+        opened.callback(vitals.ended)
 
         async def pump() -> None:
             async for item in source.items():
-                if tee is not None and not isinstance(item, Progress):
+                if tee is not None:
                     await tee.write(item)
                 await items.send(item)
             await items.close()
 
         async def deliver() -> None:
             async for result in results:
+                vitals.got_on(items=items.peak, results=results.peak)
                 for sink in sinks:
                     await sink.write(result)
                 on_results(result)

@@ -31,7 +31,7 @@ try:
 except ModuleNotFoundError as e:
     raise MissingExtra("plot", "matplotlib") from e
 
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """Told apart also by the colour-blind: Okabe and Ito 2008, "Color Universal Design"."""
 _OF_SEGMENT: Final = {Segment.DEVICE: "#0072B2", Segment.OUTSIDE: "#BBBBBB", Segment.DELIVERY: "#CC79A7"}
 _MEANING: Final = {
@@ -41,7 +41,7 @@ _MEANING: Final = {
 }
 _DASHES: Final[dict[Direction, Any]] = {Direction.EGRESS: "-", Direction.INGRESS: "--", Direction.UNKNOWN: ":"}
 _MAX_SERIES: Final = 8
-_STYLE: Final[Any] = {
+STYLE: Final[Any] = {
     "font.size": 9.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -60,7 +60,7 @@ _STYLE: Final[Any] = {
 
 def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Series], *, title: str) -> Figure:
     """All three pictures, with the ledger under them; 13 × 9.5 inches."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         whole = Figure(figsize=(13, 9.5), layout="constrained")
         FigureCanvasAgg(whole)
         whole.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
@@ -91,7 +91,7 @@ def write_png(drawn: Figure, path: Path) -> None:
 def write_html(drawn: Figure, summary: Summary, path: Path, *, title: str) -> None:
     """One page that needs nothing else: the figure as SVG and the tables. Raises `MaceError`."""
     data = io.StringIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawn.savefig(data, format="svg", metadata={"Date": None})
     svg = data.getvalue()
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="truecolor")
@@ -141,7 +141,7 @@ def _rows_shown(summary: Summary, shown: Sequence[TypicalPath]) -> list[tuple[Ke
 
 
 def _colours() -> Iterator[str]:
-    return cycle(_COLOURS)
+    return cycle(COLOURS)
 
 
 def _nothing(axes: Any) -> None:

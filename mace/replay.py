@@ -77,6 +77,14 @@ def in_parts(args: argparse.Namespace) -> bool:
     return args.store is not None or args.cluster is not None or any(isinstance(each, str) for each in args.files)
 
 
+def local_store(args: argparse.Namespace) -> Path | None:
+    """The store of a replay in one go. Raises `UsageError` for what only a replay in parts can."""
+    if args.resume or args.cluster is not None or any(isinstance(each, str) for each in (args.store, *args.files)):
+        raise UsageError("--resume, --cluster and URLs go with the embedded store alone, not with other sinks")
+    store: Path | None = args.store
+    return store
+
+
 def how(args: argparse.Namespace) -> into_store.How:
     """The options of that."""
     return {"resume": args.resume, "cluster": args.cluster, "part_bytes": int(args.part_mib * 2**20)}

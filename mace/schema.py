@@ -52,7 +52,7 @@ class Grade(IntEnum):
     BUFFER = 1
     """Same kernel buffer in one life, devices in an order that can be; content says nothing, or cannot."""
     CONTENT = 2
-    """Same content key. Needs a source that gives one."""
+    """Same content key in two buffers. Needs a source that gives one."""
     EXACT = 3
     """Both: all records that have a key agree, and two at least have one."""
 
@@ -142,6 +142,8 @@ class Delays(Columns):
     """Bytes without link-layer header at the packet's first record."""
     grade: npt.NDArray[np.uint8]
     outcome: npt.NDArray[np.uint8]
+    drop_reason: npt.NDArray[np.uint16]
+    """The running kernel's `enum skb_drop_reason` where the outcome is DROPPED, else 0."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -154,6 +156,7 @@ class Delays(Columns):
         "l3_len": "<u4",
         "grade": "u1",
         "outcome": "u1",
+        "drop_reason": "<u2",
     }
 
 
@@ -215,6 +218,49 @@ class Crossings(Columns):
         "l4_dst": "<i4",
         "l4_seq": "<i8",
     }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundTripRows(Columns):
+    """One row per sample of a tool. Of a sample that is not paired all but its time, number and tool RTT is 0."""
+
+    utc_ns: npt.NDArray[np.int64]
+    """When the request came to the container's device; not paired: the tool's own time."""
+    seq: npt.NDArray[np.int64]
+    """Number of the request; `NOT_TOLD` where the tool has none."""
+    tool_rtt_ns: npt.NDArray[np.int64]
+    """`NOT_TOLD`: it saw no reply."""
+    host_rtt_ns: npt.NDArray[np.int64]
+    nic_rtt_ns: npt.NDArray[np.int64]
+    egress_ns: npt.NDArray[np.int64]
+    ingress_ns: npt.NDArray[np.int64]
+    grade: npt.NDArray[np.uint8]
+    reason: npt.NDArray[np.uint8]
+    """Index into `RoundTrips.reasons`; 0 is `paired`."""
+
+    _DTYPES: ClassVar[dict[str, str]] = {
+        "utc_ns": "<i8",
+        "seq": "<i8",
+        "tool_rtt_ns": "<i8",
+        "host_rtt_ns": "<i8",
+        "nic_rtt_ns": "<i8",
+        "egress_ns": "<i8",
+        "ingress_ns": "<i8",
+        "grade": "u1",
+        "reason": "u1",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTrips:
+    """Round trips of one tool in one container, corrected."""
+
+    tool: str
+    container: str
+    netns: str
+    reasons: tuple[str, ...]
+    """Names, in small letters: `paired`, then why a sample is not."""
+    rows: RoundTripRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,3 +344,4 @@ class Results:
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)
 assert tuple(f.name for f in fields(Crossings)) == tuple(Crossings._DTYPES)
+assert tuple(f.name for f in fields(RoundTripRows)) == tuple(RoundTripRows._DTYPES)

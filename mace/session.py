@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -19,27 +19,35 @@ from collector.files import Recording
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
-from mace.interfaces import Source, StreamHeader, StreamItem
+from mace.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
 from mace.into_store import How, asked_to_stop, bar, into_store
 from mace.part import RecordedFile
 from mace.pipeline import Stop
 from mace.records import Batch
-from mace.schema import Results
+from mace.schema import Results, RoundTrips
 from mace.summary import Summary
+from mace.vitals import Vitals
+from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
+from storage.shared import Alone
 
 Until = Callable[[], Awaitable[object]]
 """What a measurement lasts for, begun when the source is open."""
 
 
 class Session:
-    """What the three have in common: the configuration, the terminal, and how a run is stopped."""
+    """What the three have in common: the configuration, the terminal, and how a run is stopped.
+
+    Each call is a run by itself, to be stopped anew.
+    """
 
     def __init__(self, config: Config, console: Console, *, quiet: bool = False) -> None:
         self._config = config
         self._console = console
         self._quiet = quiet
         self._stop = Stop()
+        self._header: StreamHeader | None = None
+        """Of what was observed last."""
         keep_freed_memory()
 
     def say(self, text: str) -> None:
@@ -47,11 +55,13 @@ class Session:
         if not self._quiet:
             self._console.print(f"[dim]{text}[/]", highlight=False)
 
-    def measure(self, until: Until, *, store: Path | None, tee: CaptureSink | None) -> Summary:
+    def measure(self, until: Until, *, store: Path | None, tee: StreamSink | None) -> Summary:
         """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
+        self._stop = Stop()
         summary = Summary()
         source, chosen = self._source()
-        sinks = [pipeline.embedded_store(self._config.store, store, rows=self._config.correlate.rows)] if store else []
+        vitals = Vitals()
+        sinks = self._sinks(store, vitals)
 
         async def work() -> None:
             opened = asyncio.Event()
@@ -69,14 +79,23 @@ class Session:
                 engine = pipeline.engine_config(self._config)
                 async with self._timed(until, opened):
                     await pipeline.run(
-                        source, sinks, engine=engine, stop=self._stop, tee=tee, on_results=show, on_open=begin
+                        source,
+                        sinks,
+                        engine=engine,
+                        stop=self._stop,
+                        tee=tee,
+                        on_results=show,
+                        on_open=begin,
+                        vitals=vitals,
                     )
 
         asyncio.run(work())
+        summary.sinks = vitals.accounts
         return summary
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
         """Live records into the correlator, which tells of crossings too; `on_results` sees all that comes of them."""
+        self._stop = Stop()
         source, chosen = self._source()
 
         async def work() -> None:
@@ -88,27 +107,67 @@ class Session:
 
             engine = replace(pipeline.engine_config(self._config), crossings=True, rows=False)
             async with self._timed(until, opened):
-                await pipeline.run(
+                self._header = await pipeline.run(
                     source, [], engine=engine, stop=self._stop, tee=tee, on_results=on_results, on_open=begin
                 )
 
         asyncio.run(work())
 
+    def watch(self, until: Until, on_item: Callable[[StreamItem], None]) -> None:
+        """Live records to whoever looks at each item as it comes; nothing is computed or kept."""
+        self._stop = Stop()
+        source, _ = self._source()
+
+        async def work() -> None:
+            opened = asyncio.Event()
+
+            def look(item: StreamItem) -> None:
+                on_item(item)
+                opened.set()
+
+            async with self._timed(until, opened):
+                await pipeline.capture(source, _Nowhere(), stop=self._stop, on_item=look)
+
+        asyncio.run(work())
+
     def observed(self, recording: Recording, on_results: Callable[[Results], None]) -> None:
         """The same of a recording."""
+        self._stop = Stop()
         source = recording.source()
         config = pipeline.engine_config(self._config)
         engine = replace(config, crossings=True, rows=False, slice_ns=pipeline.REPLAY_SLICE_NS)
 
         async def work() -> None:
             async with self._timed(None, asyncio.Event()):
-                await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
+                self._header = await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
 
         asyncio.run(work())
         self._warn(source.warnings)
 
+    def deliver(self, trips: RoundTrips) -> None:
+        """Round trips of what was observed last, to the sink that takes them, if it is configured."""
+        if self._header is None or not SINKS["influxdb"].wanted(self._config):
+            return
+        header, influx = self._header, self._config.sinks.influxdb
+        # A spool of its own: that of a measurement that goes on meanwhile is that one's.
+        influx = replace(influx, spool=str(Path(influx.spool) / "round-trips") if influx.spool else "")
+        vitals = Vitals(live=False)
+        sinks = replace(self._config.sinks, influxdb=influx)
+        sink = Alone(SINKS["influxdb"].make(replace(self._config, sinks=sinks), vitals))
+
+        async def work() -> None:
+            async with AsyncExitStack() as opened:
+                opened.push_async_callback(sink.aclose)
+                await sink.open(header)
+                await sink.write(trips)
+
+        asyncio.run(work())
+        for name, account in vitals.accounts.items():
+            self.say(f"{name}: {account.line()}")
+
     def record(self, until: Until, sink: CaptureSink) -> int:
         """Live records into a file. Returns how many the ring lost."""
+        self._stop = Stop()
         lost = 0
         source, chosen = self._source()
 
@@ -132,8 +191,9 @@ class Session:
         asyncio.run(work())
         return lost
 
-    def replay(self, recordings: Sequence[Recording]) -> Summary:
-        """Recordings, one after the other as given, into the correlator; nothing is kept."""
+    def replay(self, recordings: Sequence[Recording], *, store: Path | None = None) -> Summary:
+        """Recordings, one after the other as given, into the correlator and the sinks, as a live stream."""
+        self._stop = Stop()
         whole = Summary()
         engine = replace(pipeline.engine_config(self._config), slice_ns=pipeline.REPLAY_SLICE_NS)
         done = 0
@@ -146,8 +206,11 @@ class Session:
                 summary.add(results)
                 told(done + source.bytes_read, total)
 
+            vitals = Vitals(live=False)
+            sinks = self._sinks(store, vitals)
             async with self._timed(None, asyncio.Event()):
-                await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=show)
+                await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show, vitals=vitals)
+            summary.sinks = vitals.accounts
             self._warn(source.warnings)
             return summary
 
@@ -168,9 +231,20 @@ class Session:
         self._warn(warnings)
         return summary
 
+    @property
+    def has_servers(self) -> bool:
+        """Whether the configuration asks for sinks beside the embedded store."""
+        return any(sink.wanted(self._config) for sink in SINKS.values())
+
     def _warn(self, warnings: Sequence[str]) -> None:
         for warning in warnings:
             self._console.print(f"[yellow]{warning}[/]", highlight=False)
+
+    def _sinks(self, store: Path | None, vitals: Vitals) -> list[Sink]:
+        """The embedded store, if there is to be one, then those that the configuration asks for."""
+        rows = self._config.correlate.rows
+        embedded: list[Sink] = [pipeline.embedded_store(self._config.store, store, rows=rows)] if store else []
+        return [*embedded, *wanted_sinks(self._config, vitals)]
 
     def _source(self) -> tuple[Source, str]:
         """The live source, and which one it is and why: to be said once it is open, so that an error stands alone."""
@@ -206,3 +280,16 @@ class Session:
                     timer.cancel()
                     with suppress(asyncio.CancelledError):
                         await timer
+
+
+class _Nowhere:
+    """A sink for a stream of which each item has been looked at."""
+
+    async def open(self, header: StreamHeader) -> None:
+        """Nothing to do."""
+
+    async def write(self, item: StreamItem) -> None:
+        """Nothing to do."""
+
+    async def aclose(self) -> None:
+        """Nothing to do."""

@@ -22,6 +22,7 @@ from mace.hooks import BY_HOOK, Hook
 from mace.ledger import Ledger
 from mace.schema import Direction, Grades, HookCost, Results, Segment
 from mace.topology import Device, Role
+from mace.vitals import Account
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
 _RANK_ELSE: Final = 6
@@ -181,6 +182,8 @@ class Summary:
     """What observing has cost, per hook; empty where the source could not tell."""
     note: str = ""
     """What a reader must know of where the figures come from."""
+    sinks: dict[str, Account] = field(default_factory=dict)
+    """Where the rows went that were for sinks with a server."""
     _by_width: dict[int, dict[Key, Distribution]] = field(default_factory=dict)
     _devices: tuple[Device, ...] = ()
     _places: list[Place] = field(default_factory=list)
@@ -219,6 +222,8 @@ class Summary:
         self.rows_not_stored += other.rows_not_stored
         self.cost = added(self.cost, other.cost)
         self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
+        for name, account in other.sinks.items():
+            self.sinks[name] = self.sinks[name] + account if name in self.sinks else account
         for width_s, key, distribution in other.distributions():
             mine = self.distribution(*key, width_s)
             mine += distribution
@@ -257,8 +262,8 @@ class Summary:
         netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count, min_ns,
         mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored`, `note` and `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call) appear where there is
-        something to say.
+        `rows_not_stored`, `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name,
+        the counts of `mace.vitals.Account`) appear where there is something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -275,6 +280,8 @@ class Summary:
             found["cost"] = [cost.as_dict() for cost in self.cost]
         if self.note:
             found["note"] = self.note
+        if self.sinks:
+            found["sinks"] = {name: account.as_dict() for name, account in self.sinks.items()}
         return found
 
     def tables(self, console: Console) -> None:
@@ -299,6 +306,9 @@ class Summary:
             told.append(f"{self.ledger.discarded:,} records were discarded by a full buffer of our own.")
         if self.rows_not_stored:
             told.append(f"{self.rows_not_stored:,} rows could not be written to the store.")
+        for name, account in self.sinks.items():
+            if account.not_stored:
+                told.append(f"{account.not_stored:,} rows are not in {name} and will not be: {account.why()}.")
         if self.ledger.imbalance:
             told.append(f"{self.ledger.imbalance:,} records are in no category of the ledger: a defect, please report.")
         return told
@@ -307,7 +317,9 @@ class Summary:
         """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""
         line = f"packets {self.packets:,} · {self.ledger.line()}"
         style = "bold red" if self.losses() else "dim"
-        return Text("\n".join(t for t in (line, self.grades.line(), self._cost_line(), self.note) if t), style=style)
+        sinks = [f"{name}: {account.line()}" for name, account in self.sinks.items()]
+        lines = (line, self.grades.line(), self._cost_line(), *sinks, self.note)
+        return Text("\n".join(t for t in lines if t), style=style)
 
     def _cost_line(self) -> str:
         told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)

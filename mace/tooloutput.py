@@ -1,4 +1,4 @@
-"""Reading what measurement tools print: ping, fping, and a CSV of anybody's samples.
+"""Reading what measurement tools print: ping, fping, and a CSV of anybody's samples; dig and curl are elsewhere.
 
 Strict: a line that is not understood is kept and counted, never skipped in silence; whoever shows results says how
 many there were. Times are parsed as decimals, not as floats, which would lose nanoseconds.
@@ -11,78 +11,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import InvalidOperation
 from ipaddress import ip_address
-from typing import Final, Protocol
+from typing import Final
 
 from correlator.samples import Samples
-from correlator.stamps import FPING, PING, PING_USER, REQUEST_RESPONSE, StampModel
+from correlator.stamps import FPING, PING, PING_USER, REQUEST_RESPONSE
 from mace.errors import UsageError, nearest
 from mace.schema import NOT_TOLD
+from mace.toolrequests import CurlOutput, DigOutput
+from mace.toolsamples import ICMP, ICMPV6, IP_HEADER, TCP, UDP, Reader, Replies, Unknown, decimal_ns
 
-ICMP: Final = 1
-ICMPV6: Final = 58
-PROTOCOLS: Final = {"icmp": ICMP, "tcp": 6, "udp": 17, "icmpv6": ICMPV6}
+PROTOCOLS: Final = {"icmp": ICMP, "tcp": TCP, "udp": UDP, "icmpv6": ICMPV6}
 
-_IP_HEADER: Final = {4: 20, 6: 40}
 _ICMP_HEADER: Final = 8
-_KEPT: Final = 5
-"""As many of the lines that are not understood are kept, to be shown."""
 _MOST_REQUESTS: Final = 10_000_000
 """More without a reply would be a mistake in the file, or a day of a flood into nowhere."""
-
-
-class Reader(Protocol):
-    """What a tool prints, line by line."""
-
-    stamps: StampModel
-    unknown: Unknown
-
-    def line(self, text: str) -> int | None:
-        """Take one line; the number of the sample that it tells of (its row in `samples`), None if it tells of none."""
-        ...
-
-    def samples(self, since: int = 0) -> Samples:
-        """The replies so far, from that row on, in the order of the lines."""
-        ...
-
-    def finish(self) -> Samples:
-        """The same when there are no more lines, and behind them the requests that had no reply."""
-        ...
-
-
-@dataclass(slots=True)
-class Unknown:
-    """Lines that were not understood."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, text: str) -> None:
-        """Count a line, and keep it if it is one of the first."""
-        self.count += 1
-        if len(self.first) < _KEPT:
-            self.first.append(text)
-
-
-@dataclass(slots=True)
-class _Replies:
-    """Columns of `Samples` that grow."""
-
-    columns: dict[str, list[int]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.columns.get("rtt_ns", ()))
-
-    def add(self, **values: int) -> int:
-        """One more row, always with the same columns; its number."""
-        for name, value in values.items():
-            self.columns.setdefault(name, []).append(value)
-        return len(self) - 1
-
-    def samples(self, since: int) -> Samples:
-        return Samples.of(len(self) - since, **{name: column[since:] for name, column in self.columns.items()})
 
 
 # ping -----------------------------------------------------------------------------------------------------
@@ -112,7 +56,7 @@ class PingOutput:
     def __init__(self, *, user_clock: bool = False) -> None:
         self.stamps = PING_USER if user_clock else PING
         self.unknown = Unknown()
-        self._replies = _Replies()
+        self._replies = Replies()
         self._began = False
         self._overhead = 0
         """Bytes of headers around the payload, as the first line tells; 0: not known."""
@@ -151,11 +95,11 @@ class PingOutput:
         if seq > 0xFFFF:
             self.unknown.add(text)
             return None
-        ours = self._overhead or _IP_HEADER[family] + _ICMP_HEADER
-        rtt_ns, unit_ns = _decimal_ns(reply["time"], 1_000_000)
+        ours = self._overhead or IP_HEADER[family] + _ICMP_HEADER
+        rtt_ns, unit_ns = decimal_ns(reply["time"], 1_000_000)
         self._seq = seq if self._seq == NOT_TOLD else continued(self._seq, seq)
         return self._replies.add(
-            stamp_utc_ns=_decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
+            stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
             seq=self._seq,
             rtt_ns=rtt_ns,
             # Two stamps cut to microseconds; and above a millisecond what is printed is rounded.
@@ -214,7 +158,7 @@ class FpingOutput:
     def __init__(self) -> None:
         self.stamps = FPING
         self.unknown = Unknown()
-        self._replies = _Replies()
+        self._replies = Replies()
         self._last = NOT_TOLD
         self._host = ""
 
@@ -222,11 +166,11 @@ class FpingOutput:
         if reply := _FPING_REPLY.match(text):
             self._one_host(reply["host"])
             self._last = max(self._last, int(reply["index"]))
-            rtt_ns, unit_ns = _decimal_ns(reply["time"], 1_000_000)
-            headers = _IP_HEADER.get(_family_of_address(reply["host"]), 0)
+            rtt_ns, unit_ns = decimal_ns(reply["time"], 1_000_000)
+            headers = IP_HEADER.get(_family_of_address(reply["host"]), 0)
             size = int(reply["size"]) + headers if headers else NOT_TOLD
             return self._replies.add(
-                stamp_utc_ns=_decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
+                stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
                 seq=int(reply["index"]),
                 rtt_ns=rtt_ns,
                 resolution_ns=unit_ns // 2,
@@ -275,7 +219,7 @@ class CsvOutput:
     def __init__(self) -> None:
         self.stamps = REQUEST_RESPONSE
         self.unknown = Unknown()
-        self._replies = _Replies()
+        self._replies = Replies()
         self._columns: list[str] = []
 
     def line(self, text: str) -> int | None:
@@ -314,9 +258,9 @@ def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
     protocol = told.get("protocol", "").lower()
     proto = NOT_TOLD if not protocol else int(protocol) if protocol.isdigit() else PROTOCOLS[protocol]
     seq = int(told.get("seq", NOT_TOLD))
-    rtt_ns, unit_ns = _decimal_ns(told["rtt_ms"], 1_000_000) if "rtt_ms" in told else (NOT_TOLD, 0)
+    rtt_ns, unit_ns = decimal_ns(told["rtt_ms"], 1_000_000) if "rtt_ms" in told else (NOT_TOLD, 0)
     row = {
-        "stamp_utc_ns": _decimal_ns(told["sent_utc_s"], 1_000_000_000)[0] if "sent_utc_s" in told else NOT_TOLD,
+        "stamp_utc_ns": decimal_ns(told["sent_utc_s"], 1_000_000_000)[0] if "sent_utc_s" in told else NOT_TOLD,
         "seq": seq,
         "rtt_ns": rtt_ns,
         "resolution_ns": unit_ns,
@@ -339,6 +283,8 @@ READERS: Final[dict[str, Callable[[], Reader]]] = {
     "ping-U": lambda: PingOutput(user_clock=True),
     "fping": FpingOutput,
     "csv": CsvOutput,
+    "dig": DigOutput,
+    "curl": CurlOutput,
 }
 """Tools by name; the name is what the user gives."""
 
@@ -349,6 +295,10 @@ def reader_for(first_line: str) -> Reader:
         return PingOutput()
     if _FPING_REPLY.match(first_line) or _FPING_TIMEOUT.match(first_line):
         return FpingOutput()
+    if DigOutput.begins(first_line):
+        return DigOutput()
+    if CurlOutput.begins(first_line):
+        return CurlOutput()
     if {cell.strip() for cell in first_line.split(",")} & set(_COLUMNS):
         return CsvOutput()
     raise UsageError(
@@ -387,12 +337,3 @@ def _with_unanswered(replies: Samples, first: int, last: int, answered: set[int]
     if not missing:
         return replies
     return Samples.concatenate([replies, Samples.of(len(missing), seq=missing)])
-
-
-def _decimal_ns(text: str, unit_ns: int) -> tuple[int, int]:
-    """A decimal number of units in ns, and its last digit's unit, ns. Raises `InvalidOperation`, `ValueError`."""
-    number = Decimal(text)
-    if not number.is_finite():
-        raise ValueError(text)
-    digits = len(text.partition(".")[2])
-    return int((number * unit_ns).to_integral_value()), max(1, unit_ns // 10**digits)

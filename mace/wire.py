@@ -259,6 +259,10 @@ class Encoder:
         self.lost += batch.lost
         return frame
 
+    def skip(self, records: int) -> None:
+        """Records that had to be thrown away before they were encoded: a reader sees a gap of as many."""
+        self.records += records
+
     def end(self) -> bytes:
         """The last frame: this is all there was."""
         return self._frame(Message.END, _to_json(asdict(End(self.records, self.lost))))
@@ -325,6 +329,14 @@ class Decoder:
     def stands_alone(self, head: Head, stored: bytes) -> bool:
         """Whether a TOPOLOGY can be read without those before it."""
         return _Json(self._raw(head, stored), "TOPOLOGY").number("first_sighting", 0) == 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the decompressor, which remembers nothing: a reader can be put aside and go on later."""
+        return {name: value for name, value in self.__dict__.items() if name != "_zstd"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._zstd = zstandard.ZstdDecompressor()
 
     def frame(self, frame: bytes) -> Decoded:
         """The message of one whole frame (a MQTT payload); raises `WireError`."""

@@ -63,7 +63,7 @@ def check_schema(root: Path) -> bool:
     return True
 
 
-def lock_store(root: Path, run: str) -> int:
+def lock_store(root: Path, who: str) -> int:
     """Be the one writer of a store until the file descriptor is closed, and say who that is.
 
     flock: the kernel lets go of it when the process ends, however it ends. Raises `StoreError` if another has it.
@@ -72,7 +72,7 @@ def lock_store(root: Path, run: str) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} (run {run})\n".encode(), 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} ({who})\n".encode(), 0)
     except BlockingIOError:
         held = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip() or "an unknown process"
         os.close(fd)
@@ -184,13 +184,25 @@ class EmbeddedStore:
             self._release()
 
     def _acquire(self, header: StreamHeader) -> None:
+        self._take_hold(f"run {header.run}")
+        try:
+            self._refuse_known_run(header)
+            run = tables.runs_table(header)
+            self._put("runs", NO_HOUR, run)
+            self._flush += 1
+            self._retain()
+        except OSError as e:
+            raise self._cannot("open the store", e) from e
+
+    def _take_hold(self, who: str) -> None:
+        """Make the store if there is none, lock it, tidy it up."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             known = check_schema(self.path)
             strange = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(("lock", "store.json")))
             if not known and strange:
                 raise StoreError(f"{self.path}: not a MACE store, and not empty (found {strange[0]!r})")
-            self._lock_fd = lock_store(self.path, header.run)
+            self._lock_fd = lock_store(self.path, who)
             if (self.path / segments.UNFINISHED / "plan.json").exists():
                 raise StoreError(
                     f"{self.path}: a replay was stopped here; finish it with `mace replay --resume`, or name another"
@@ -201,11 +213,6 @@ class EmbeddedStore:
                 segments.write_whole(self.path / "store.json", segments.write_bytes(about), fsync=self._fsync)
             segments.remove_leftovers(self.path)
             self._flush = segments.next_flush(self.path)
-            self._refuse_known_run(header)
-            run = tables.runs_table(header)
-            self._put("runs", NO_HOUR, run)
-            self._flush += 1
-            self._retain()
         except OSError as e:
             raise self._cannot("open the store", e) from e
 
@@ -320,10 +327,9 @@ class EmbeddedStore:
             self._flush += 1
 
     def _ledger_row(self, header: StreamHeader, latest: Results, rows_stored: int, closed: bool) -> pa.Table:
-        return tables.ledger_table(
+        row = tables.LedgerRow(
             header,
             latest.upto_utc_ns,
-            self._flush,
             latest.ledger,
             packets=latest.packets,
             grades=latest.grades,
@@ -331,6 +337,7 @@ class EmbeddedStore:
             rows_not_stored=self.rows_not_stored,
             closed=closed,
         )
+        return tables.ledger_table([row], self._flush)
 
     def _put(self, table: str, hour: int, rows: pa.Table) -> None:
         """Make one segment. OSErrors pass."""
@@ -365,7 +372,7 @@ class EmbeddedStore:
         """
         gone = 0
         for table in segments.TABLES:
-            for group in segments.mergeable(segments.listing(self.path, table), self._damaged):
+            for group in self.mergeable(table):
                 if self._closing.is_set():
                     return gone
                 try:
@@ -378,6 +385,10 @@ class EmbeddedStore:
                 gone += len(group) - 1
         self.merged += gone
         return gone
+
+    def mergeable(self, table: str) -> list[list[Segment]]:
+        """Groups of a table's segments that are better merged."""
+        return segments.mergeable(segments.listing(self.path, table), self._damaged)
 
     def _merge(self, group: list[Segment]) -> None:
         first, last = group[0], group[-1]

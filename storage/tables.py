@@ -70,6 +70,7 @@ DELAYS: Final = (
     Column("l3_len", pa.uint32(), "Bytes of the packet without link-layer header."),
     Column("grade", _NAME, "On what ground its records are tied: `ambiguous`, `buffer`, `content`, `exact`."),
     Column("outcome", _NAME, "How the packet's life ended: `consumed`, `dropped`, `open` (no end seen)."),
+    Column("drop_reason", pa.uint16(), "If it was dropped: the kernel's `enum skb_drop_reason`, else 0."),
 )
 WINDOWS: Final = (
     Column("time", _TIME, "Start of the window, a multiple of its width."),
@@ -190,8 +191,20 @@ def _constant(value: str, rows: int) -> pa.Array:
     return _named(np.zeros(rows, np.int16), [value])
 
 
-def _run_columns(header: StreamHeader, rows: int) -> list[pa.Array]:
-    return [_constant(value, rows) for value in (header.host, header.run, header.source)]
+Runs = StreamHeader | Sequence[tuple[StreamHeader, int]]
+"""Whose rows these are: all of one run, or so many of each of several, in turn."""
+
+
+def _run_columns(runs: Runs, rows: int) -> list[pa.Array]:
+    if isinstance(runs, StreamHeader):
+        return [_constant(value, rows) for value in (runs.host, runs.run, runs.source)]
+    counts = [count for _, count in runs]
+    columns = []
+    for values in ([h.host for h, _ in runs], [h.run for h, _ in runs], [h.source for h, _ in runs]):
+        number = {value: n for n, value in enumerate(dict.fromkeys(values))}
+        codes = np.repeat(np.array([number[value] for value in values], np.int16), counts)
+        columns.append(_named(codes, list(number)))
+    return columns
 
 
 def _device_columns(device: npt.NDArray[Any], devices: Sequence[Device], rank: Sequence[int]) -> list[pa.Array]:
@@ -222,15 +235,17 @@ def _device_columns(device: npt.NDArray[Any], devices: Sequence[Device], rank: S
     ]
 
 
-def delays_table(header: StreamHeader, delays: Delays, devices: Sequence[Device]) -> pa.Table:
-    """Columns `DELAYS`."""
+def delays_table(
+    header: Runs, delays: Delays, devices: Sequence[Device], rank: Sequence[int] | None = None
+) -> pa.Table:
+    """Columns `DELAYS`. `rank` of each device, where they are those of several runs."""
     rows = len(delays)
     return pa.Table.from_arrays(
         [
             pa.array(delays.utc_ns).cast(_TIME),
             pa.array(delays.packet),
             *_run_columns(header, rows),
-            *_device_columns(delays.device, devices, ranks(devices)),
+            *_device_columns(delays.device, devices, ranks(devices) if rank is None else rank),
             _named(delays.direction, _DIRECTIONS),
             _named(delays.segment, _SEGMENTS),
             pa.array(delays.position),
@@ -238,14 +253,23 @@ def delays_table(header: StreamHeader, delays: Delays, devices: Sequence[Device]
             pa.array(delays.l3_len),
             _named(delays.grade, _GRADES),
             _named(delays.outcome, _OUTCOMES),
+            pa.array(delays.drop_reason),
         ],
         schema=SCHEMAS["delays"],
     )
 
 
-def windows_table(header: StreamHeader, windows: Sequence[Window], devices: Sequence[Device]) -> pa.Table:
-    """Columns `WINDOWS`."""
+def windows_table(
+    header: Runs,
+    windows: Sequence[Window],
+    devices: Sequence[Device],
+    rank: Sequence[int] | None = None,
+    device: npt.NDArray[np.int64] | None = None,
+) -> pa.Table:
+    """Columns `WINDOWS`. `rank` as in `delays_table`; `device` where it is not what the windows say."""
     rows = len(windows)
+    if device is None:
+        device = np.array([w.device for w in windows], np.int64)
     numbers = ("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns")
     offsets = pa.array(np.cumsum([0, *(len(w.bins) for w in windows)]), pa.int32())
     bins = np.concatenate([w.bins for w in windows]) if windows else np.zeros(0)
@@ -255,7 +279,7 @@ def windows_table(header: StreamHeader, windows: Sequence[Window], devices: Sequ
             pa.array([w.start_utc_ns for w in windows], pa.int64()).cast(_TIME),
             pa.array([w.width_s for w in windows], pa.uint32()),
             *_run_columns(header, rows),
-            *_device_columns(np.array([w.device for w in windows], np.int64), devices, ranks(devices)),
+            *_device_columns(device, devices, ranks(devices) if rank is None else rank),
             _named(np.array([w.direction for w in windows], np.int16), _DIRECTIONS),
             _named(np.array([w.segment for w in windows], np.int16), _SEGMENTS),
             *(pa.array([getattr(w, name) for w in windows], pa.int64()) for name in numbers),
@@ -266,30 +290,34 @@ def windows_table(header: StreamHeader, windows: Sequence[Window], devices: Sequ
     )
 
 
-def ledger_table(
-    header: StreamHeader,
-    time_ns: int,
-    flush: int,
-    ledger: Ledger,
-    *,
-    packets: int,
-    grades: Grades,
-    rows_stored: int,
-    rows_not_stored: int,
-    closed: bool,
-) -> pa.Table:
-    """Columns `LEDGER`; one row."""
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """What the ledger of one run says at one time."""
+
+    header: StreamHeader
+    time_ns: int
+    ledger: Ledger
+    packets: int
+    grades: Grades
+    rows_stored: int
+    rows_not_stored: int
+    closed: bool
+
+
+def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:
+    """Columns `LEDGER`; a row for each entry."""
+    ledgers, grades = [e.ledger.as_dict() for e in entries], [e.grades.as_dict() for e in entries]
     return pa.Table.from_arrays(
         [
-            pa.array([time_ns], pa.int64()).cast(_TIME),
-            pa.array([flush], pa.uint64()),
-            *_run_columns(header, 1),
-            *(pa.array([n], pa.int64()) for n in ledger.as_dict().values()),
-            pa.array([packets], pa.int64()),
-            pa.array([rows_stored], pa.int64()),
-            pa.array([rows_not_stored], pa.int64()),
-            pa.array([closed]),
-            *(pa.array([grades.as_dict()[name]], pa.int64()) for name in GRADES),
+            pa.array([e.time_ns for e in entries], pa.int64()).cast(_TIME),
+            pa.array([flush] * len(entries), pa.uint64()),
+            *_run_columns([(e.header, 1) for e in entries], len(entries)),
+            *(pa.array([each[f.name] for each in ledgers], pa.int64()) for f in fields(Ledger)),
+            pa.array([e.packets for e in entries], pa.int64()),
+            pa.array([e.rows_stored for e in entries], pa.int64()),
+            pa.array([e.rows_not_stored for e in entries], pa.int64()),
+            pa.array([e.closed for e in entries]),
+            *(pa.array([each[name] for each in grades], pa.int64()) for name in GRADES),
         ],
         schema=SCHEMAS["ledger"],
     )

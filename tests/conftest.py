@@ -59,6 +59,12 @@ def _program(name: str, *version_args: str) -> str | None:
     return None
 
 
+def _installed(name: str) -> str | None:
+    """As `_program`, for those that have no argument with which they do nothing and exit 0."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
+    return None if found else f"the program {name} is not installed"
+
+
 def _first(reasons: Iterable[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -106,6 +112,28 @@ def _qemu() -> str | None:
     return vm.missing()
 
 
+def _compose() -> str | None:
+    from tests import images  # here, because few tests ask
+    from tests.kernel import kernels
+
+    try:
+        return _program(str(images.compose()), "version")
+    except kernels.KernelUnavailable as error:
+        return str(error)
+
+
+def _image() -> str | None:
+    from tests import images
+
+    return _first([_docker(), images.missing("python3-venv", "ca-certificates")])
+
+
+def _victoria() -> str | None:
+    from tests import servers  # here, because only few tests ask
+
+    return servers.missing_victoria()
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -116,11 +144,22 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "tcpdump": lambda: _program("tcpdump", "--version"),
     # It says its version, and then exits as if it had been misused.
     "trace-cmd": lambda: _program("trace-cmd", "report", str(GOLDEN_TRACE)),
+    "fping": lambda: _program("fping", "--version"),
+    "dig": lambda: _program("dig", "-v"),
+    "curl": lambda: _program("curl", "--version"),
     "qemu": _qemu,
+    "mosquitto": lambda: _first([_installed("mosquitto"), _installed("mosquitto_passwd")]),
+    "openssl": lambda: _program("openssl", "version"),
     "cc": lambda: _program("cc", "--version"),
     "c++": lambda: _program("c++", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
+    "npm": lambda: _first([_program("npm", "--version"), _program("node", "--version")]),
+    "systemd-analyze": lambda: _program("systemd-analyze", "--version"),
+    "compose": _compose,
+    "image": _image,
+    "influxd": lambda: _program("influxd", "version"),
+    "victoria-metrics": _victoria,
     # The kernel's scripts want more than perl-base, which every Debian has.
     "perl": lambda: _program("perl", "-MTerm::ANSIColor", "-MEncode", "-e", "1"),
 }

@@ -88,6 +88,7 @@ def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packe
                     l3_len=np.repeat(rng.choice(np.array([84, 46, 1500], "<u4"), len(mine)), rows),
                     grade=np.ones(rows * len(mine), "u1"),
                     outcome=np.ones(rows * len(mine), "u1"),
+                    drop_reason=np.zeros(rows * len(mine), "u2"),
                 )
             )
             order.append(np.repeat(mine, rows))

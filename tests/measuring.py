@@ -48,8 +48,15 @@ class Measurement:
             "run", "--lab", lab.name, "--store", self.store, "--record", self.capture, "--json", *options
         )
         self.found = None
-        # The capture's header is written when all is open, so the tracer is on by then.
-        wait_for(lambda: (self.capture.exists() and self.capture.stat().st_size > 0) or self.process.poll() is not None)
+        # The capture's header is written when all is open, so the tracer is on by then. An emulator takes its time.
+        try:
+            wait_for(lambda: self._begun() or self.process.poll() is not None, limit_s=120)
+        except AssertionError:
+            self.kill()
+            raise
+
+    def _begun(self):
+        return self.capture.exists() and self.capture.stat().st_size > 0
 
     def stop(self):
         self.process.send_signal(signal.SIGINT)
@@ -57,6 +64,12 @@ class Measurement:
         assert self.process.returncode == 0, err
         self.found = json.loads(out)
         return self.found
+
+    def kill(self):
+        """End it, if it still runs, whatever it is doing."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
 
     def query(self, sql):
         """Rows as tuples, of SQL over the tables `delays`, `windows`, `ledger` and `runs`."""
@@ -101,9 +114,7 @@ def measured(lab, folder, *options):
         yield measurement
         measurement.stop()
     finally:
-        if measurement.process.poll() is None:
-            measurement.process.kill()
-            measurement.process.communicate()
+        measurement.kill()
 
 
 def wait_for(true, limit_s=30.0, what="it"):

@@ -27,6 +27,8 @@ class Life:
     keyed: int = 0
     other_content: bool = False
     no_buffer: bool = False  # the source gave the key for one
+    placed: list = field(default_factory=list)  # (ts, hook, dev, key) of the records on a device
+    grade: str = ""
 
     @property
     def size(self):
@@ -34,8 +36,9 @@ class Life:
 
 
 class Reference:
-    def __init__(self, devices_by_code, timeout_ns):
-        self.devices, self.timeout_ns = devices_by_code, timeout_ns
+    def __init__(self, devices_by_code, timeout_ns, link_ns):
+        self.devices, self.timeout_ns, self.link_ns = devices_by_code, timeout_ns, link_ns
+        self.closed = []
         self.open, self.gaps, self.rows = {}, [], []
         self.ledger = dict.fromkeys(
             ("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "in_flight", "lost"), 0
@@ -66,6 +69,8 @@ class Reference:
         self.end_ns = int(batch.ts_ns[-1]) if len(batch) else 0
         for skb in list(self.open):
             self.close(self.open.pop(skb), at_end=True)
+        for life in self.linked(self.closed):
+            self.count(life)
         return self
 
     def follows(self, before, now):
@@ -133,6 +138,7 @@ class Reference:
             if not same:
                 life.hops.append([self.devices[dev], []])
             life.hops[-1][1].append((ts, hook))
+            life.placed.append((ts, hook, dev, key))
         else:
             life.rest.append((ts, hook))
         life.last = record
@@ -149,14 +155,57 @@ class Reference:
             kind = "unmatched" if ended else "expired" if late or idle else "in_flight" if at_end else "unmatched"
             self.ledger[kind] += 1
             return
+        whole = "content" if life.no_buffer else "exact"
+        life.grade = whole if life.keyed > 1 and not life.other_content else "buffer"
+        self.closed.append(life)
+
+    def linked(self, lives):
+        """The lives, those of one packet in two buffers joined."""
+        ends = sorted(
+            (end for end in map(self.inner_end, lives) if end), key=lambda end: (end[0], end[1], end[2])
+        )  # (key, at, is a head, device, life)
+        groups = []
+        for end in ends:
+            if groups and groups[-1][-1][0] == end[0] and end[1] - groups[-1][-1][1] <= self.link_ns:
+                groups[-1].append(end)
+            else:
+                groups.append([end])
+        gone = set()
+        for group in groups:
+            heads = [end[2] for end in group]
+            if heads == [False, True]:
+                (_, left, _, a, tail), (_, came, _, b, head) = group
+                lost = any(start < came and end > left for start, end in self.gaps)
+                if a.netns == b.netns and (a != b or a.kind == "bridge") and not lost:
+                    gone |= {id(tail), id(head)}
+                    self.ledger["matched"] += len(tail.rest)
+                    both = Life(tail.first_ts, tail.length, tail.hops + head.hops, head.rest, grade="content")
+                    lives = [*lives, both]
+            elif len(group) > 2 and True in heads:
+                self.grades["ambiguous"] += heads.count(False)
+        return [life for life in lives if id(life) not in gone]
+
+    def inner_end(self, life):
+        if not life.placed:
+            return None
+        (first_ts, first_hook, first_dev, first_key), (ts, hook, dev, key) = life.placed[0], life.placed[-1]
+        first, last = self.devices[first_dev], self.devices[dev]
+        on_host = (Role.HOST, Role.OUTER)
+        if life.hops[0][1][0] == (life.first_ts, Q) and first_hook is Q and first.role in on_host:
+            return (first_key, first_ts, True, first, life) if first_key else None
+        if hook is R and last.role in on_host and [each[1] for each in life.rest] in ([], [c]) and key:
+            return key, ts, False, last, life
+        return None
+
+    def count(self, life):
+        ended = bool(life.rest) and life.rest[-1][1] in (c, k)
         last_role = life.hops[-1][0].role if life.hops else None
         arrived = last_role in (Role.INNER, Role.REMOTE) and life.hops[-1][1][-1][1] is R
         dropped = ended and life.rest[-1][1] is k and not arrived
         self.ledger["dropped" if dropped else "matched"] += life.size
         rows = self.measure(life)
-        grade = "buffer" if life.keyed < 2 or life.other_content else "content" if life.no_buffer else "exact"
-        self.grades[grade] += bool(rows)
-        self.rows += [(life.first_ts, *row, grade) for row in rows]
+        self.grades[life.grade] += bool(rows)
+        self.rows += [(life.first_ts, *row, life.grade) for row in rows]
 
     def measure(self, life):
         hops = life.hops

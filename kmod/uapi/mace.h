@@ -275,8 +275,7 @@ struct mace_setup {
  * @ready: set by the call: sub-buffers handed over, from @first on, round the ring's end
  * @pad: 0
  * @now_ns: set by the call: CLOCK_MONOTONIC, nanoseconds. With MACE_TAKE_FLUSH every record from
- *	before it has been
- *	handed over, but for one whose probe was running just then on @cpu
+ *	before it has been handed over
  */
 struct mace_take {
 	__u32 cpu;

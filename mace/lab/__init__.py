@@ -7,7 +7,7 @@
 The picture is in docs/lab.md.
 """
 
-from mace.lab.lifecycle import Lab, LabInfo, attach, check, down, list_labs, running, up
+from mace.lab.lifecycle import Lab, LabInfo, attach, capture_of, check, down, list_labs, running, up
 from mace.lab.plan import HOST, REMOTE, Runtime, Spec
 from mace.lab.traffic import Flow, PingResult, TcpResult, UdpResult
 
@@ -23,6 +23,7 @@ __all__ = [
     "TcpResult",
     "UdpResult",
     "attach",
+    "capture_of",
     "check",
     "down",
     "list_labs",

@@ -14,10 +14,11 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
+from mace.config import CaptureConfig
 from mace.errors import LabError, Unavailable, UsageError, nearest
 from mace.lab import docker, netns, network, plan, state
 from mace.lab.plan import HOST, REMOTE, Family, Runtime, Spec
@@ -250,6 +251,18 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
                 _clean(record)
             raise
         return Lab(record)
+
+
+def capture_of(capture: CaptureConfig, place: Lab) -> CaptureConfig:
+    """The `[capture]` configuration, changed to measure this lab."""
+    sockets = (str(place.docker_socket),) if place.docker_socket else ()
+    return replace(
+        capture,
+        host_netns=str(place.netns_path(plan.HOST)),
+        outer=(place.outer_device,),
+        remote_netns=(place.netns_path(plan.REMOTE).name,),
+        container_sockets=(*capture.container_sockets, *sockets),
+    )
 
 
 def attach(name: str = "lab") -> Lab:

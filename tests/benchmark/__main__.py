@@ -16,7 +16,22 @@ from typing import Any
 import numpy as np
 
 from mace.errors import MaceError, nearest
-from tests.benchmark import ftrace_decode, kmod, live, offline, replaying, ring_drain, rows, tracedat, versus, wire
+from tests.benchmark import (
+    ftrace_decode,
+    graded,
+    kmod,
+    live,
+    matching,
+    mqtt,
+    offline,
+    replaying,
+    ring_drain,
+    rows,
+    sinks,
+    tracedat,
+    versus,
+    wire,
+)
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "wire": wire.run,
@@ -34,6 +49,13 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "tracedat_read": tracedat.read,
     "replay_10gb": replaying.replay_10gb,
     "dask_scaling": replaying.dask_scaling,
+    "encode": sinks.encode,
+    "influx_write": sinks.influx_write,
+    "victoria_write": sinks.victoria_write,
+    "mqtt_ingest": mqtt.through,
+    "fleet": mqtt.fleet,
+    "graded_correlation": graded.run,
+    "matching": matching.run,
 }
 
 

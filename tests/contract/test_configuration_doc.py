@@ -5,7 +5,6 @@ After a change of mace.config, `python -m tests.contract.test_configuration_doc`
 
 import json
 import re
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +18,7 @@ KINDS = {"str": "string", "int": "whole number", "float": "number", "bool": "`tr
 
 def keys():
     """(table, key) of all that can be configured."""
-    return [(table.name, key) for table in fields(config.Config) for key in fields(table.default)]
+    return [(name, key) for name, table in config.tables().items() for key in fields(table)]
 
 
 def toml(value):
@@ -53,10 +52,10 @@ def test_the_defaults_on_the_page_are_the_defaults(tmp_path):
     """All of them put into a file give what no file gives: the page's values are of the right type, too."""
     text = ""
     for name in dict.fromkeys(name for name, _ in keys()):
-        rows = re.findall(rf"^\| `{name}\.(\w+)` \| `([^`]*)` \|", PAGE.read_text(), re.MULTILINE)
+        rows = re.findall(rf"^\| `{re.escape(name)}\.(\w+)` \| `([^`]*)` \|", PAGE.read_text(), re.MULTILINE)
         text += f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in rows)
     (tmp_path / "all.toml").write_text(text)
-    assert sum(map(len, tomllib.loads(text).values())) == len(keys())
+    assert text.count(" = ") == len(keys())
     assert repr(config.load(tmp_path / "all.toml")) == repr(config.Config())
 
 

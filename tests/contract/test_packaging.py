@@ -192,7 +192,7 @@ def test_licences() -> None:
 
 # --- the front door -----------------------------------------------------------------------------
 
-SCRIPTS = ["dev", ".ci/run"]
+SCRIPTS = ["dev", ".ci/run", "deploy/make-secrets", "deploy/influxdb/10-users.sh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -293,6 +293,20 @@ def _unpack(kernel: Kernel, packages: Sequence[Path]) -> None:
     run(["depmod", "--basedir", kernel.root, kernel.release], what=f"{what}: depmod")
 
 
+def unpacked(package: str, suites: Sequence[str]) -> Path:
+    """What a Debian package holds, without what it depends on, in the cache. Raises KernelUnavailable."""
+    place = cache_dir() / "packages" / package
+    with locked(package):
+        if not place.is_dir():
+            with scratch(package) as folder:
+                apt = _apt(folder / "apt", suites)
+                apt("apt-get", "download", package)
+                run(["dpkg", "-x", next(apt.home.glob("*.deb")), folder / "root"], what=f"unpacking {package}")
+                place.parent.mkdir(exist_ok=True)
+                (folder / "root").rename(place)
+    return place
+
+
 # --- the kernel's own checkers ------------------------------------------------------------------
 
 SCRIPTS = ("checkpatch.pl", "spelling.txt", "const_structs.checkpatch", "kernel-doc")

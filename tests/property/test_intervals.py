@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from correlator.intervals import FEWEST, block_length, mean, median, student_t
+from correlator.intervals import FEWEST, FEWEST_ROUNDS, block_length, mean, median, of_rounds, student_t
 
 SERIES = 300
 LENGTH = 400
@@ -103,3 +103,30 @@ def test_bounds_enclose_the_estimate_and_stay_among_the_values(values):
 )
 def test_students_t(probability, freedom, expected):
     assert student_t(probability, freedom) == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_rounds_covers_a_difference_of_medians():
+    """Rounds that share a common shift, larger than the difference: both sides are drawn from the same ones."""
+    random = np.random.default_rng(5)
+    rounds, hits, tries = 8, 0, 60
+    for _ in range(tries):
+        shift = random.normal(0, 30, rounds)
+        one = [random.normal(50 + s, 3, 40) for s in shift]
+        other = [random.normal(47 + s, 3, 40) for s in shift]
+
+        medians = np.median(one, axis=1) - np.median(other, axis=1)
+
+        def difference(drawn, medians=medians):
+            return float(medians[drawn].mean())
+
+        found = of_rounds(difference, rounds)
+        assert found.low <= found.estimate <= found.high
+        assert found.high - found.low < 10
+        hits += found.low <= 3 <= found.high
+    assert hits >= 0.9 * tries
+
+
+def test_of_rounds_takes_three():
+    assert of_rounds(lambda drawn: float(drawn.sum()), FEWEST_ROUNDS - 1) is None
+    same = of_rounds(lambda drawn: 7.0, FEWEST_ROUNDS)
+    assert (same.low, same.estimate, same.high) == (7.0, 7.0, 7.0)

@@ -1,9 +1,12 @@
 """What the correlator tells of packets that were seen over a container's whole path, and of gaps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from correlator.engine import Engine, EngineConfig
+from mace.records import Content, Flag
 from mace.schema import Crossings, Delays, Direction, Segment
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
@@ -122,3 +125,37 @@ def test_gaps_are_told_once():
     tape.packet(REQUEST, 300_000_000)
     told = [gap for result in correlate(tape.batch()) for gap in result.gaps_utc_ns]
     assert told == [(5_000 + OFFSET_NS, 6_000 + OFFSET_NS)]
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_what_the_packet_says_of_itself_at_the_inner_device(size):
+    tape = Tape()
+    tape.packet(REQUEST, 10_000, skb=1, key=7, flags=Flag.FLOW)
+    tape.packet(REPLY + " c", 20_000, skb=1, key=8, flags=Flag.FLOW)
+    batch = tape.batch()
+    n = np.arange(len(batch))
+    # NAT gives the request another source port behind its fourth record, and the reply its own before its ninth.
+    ports = np.where((n < 4) | (n >= 18), 40_000, 1_024)
+    told = Content.of(
+        len(batch),
+        packet_key=batch.content.packet_key,
+        flags=batch.content.flags,
+        l4_seq=np.full(len(n), 1 << 31),
+        l4_proto=np.full(len(n), 6),
+        l4_src=np.where(n < 10, ports, 53),
+        l4_dst=np.where(n < 10, 53, ports),
+    )
+    found = crossings(correlate(replace(batch, content=told), size=size, slice_ns=300))
+    rows = {Direction(d): found[i : i + 1] for i, d in enumerate(found.direction)}
+    request, reply = rows[Direction.EGRESS], rows[Direction.INGRESS]
+    assert (request.l4_proto, request.l4_src, request.l4_dst, request.l4_seq) == (6, 40_000, 53, 1 << 31)
+    assert (reply.l4_proto, reply.l4_src, reply.l4_dst, reply.l4_seq) == (6, 53, 40_000, 1 << 31)
+
+
+def test_what_was_not_read_is_not_told():
+    tape = Tape()
+    tape.packet(REQUEST, 10_000, skb=1, key=7)
+    batch = tape.batch()
+    told = replace(batch.content, l4_proto=np.full(len(batch), 17, np.uint8), l4_seq=np.full(len(batch), 8, np.uint32))
+    found = crossings(correlate(replace(batch, content=told)))
+    assert (found.l4_proto, found.l4_src, found.l4_dst, found.l4_seq) == (17, -1, -1, -1)

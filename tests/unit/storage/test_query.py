@@ -71,6 +71,7 @@ def stretches(draw):
         l3_len=rng.integers(20, 1500, rows).astype("<u4"),
         grade=rng.integers(0, 4, rows).astype("u1"),
         outcome=rng.integers(0, 3, rows).astype("u1"),
+        drop_reason=np.zeros(rows, "u2"),
     )
     cuts = sorted(draw(st.lists(st.integers(0, rows), max_size=4)))
     return delays, [0, *cuts, rows]

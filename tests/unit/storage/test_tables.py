@@ -43,12 +43,17 @@ def test_the_file_has_the_declared_types(table):
         "delays": lambda: tables.delays_table(HEADER, delays, topology()),
         "windows": lambda: tables.windows_table(HEADER, make_windows(delays), topology()),
         "ledger": lambda: tables.ledger_table(
-            *(HEADER, 5, 1, make_results(delays).ledger),
-            packets=1,
-            grades=Grades(exact=1),
-            rows_stored=2,
-            rows_not_stored=0,
-            closed=False,
+            [
+                tables.LedgerRow(
+                    *(HEADER, 5, make_results(delays).ledger),
+                    packets=1,
+                    grades=Grades(exact=1),
+                    rows_stored=2,
+                    rows_not_stored=0,
+                    closed=False,
+                )
+            ],
+            1,
         ),
         "runs": lambda: tables.runs_table(HEADER),
         "cost": lambda: tables.cost_table(HEADER, 5, [HookCost(Hook.NETIF_RX, 9, 3, 700)]),

@@ -1,0 +1,98 @@
+"""One container's packets, hop by hop."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard as build
+
+from dashboards.panels import EXACT, bars, dashboard, ledger, lines, losses, rows
+from dashboards.query import VARIABLES, by, select, where
+
+_MEAN = {"mean": 'sum("sum_ns") / sum("count")'}
+
+
+def make() -> build.Dashboard:
+    """The dashboard."""
+    made = dashboard(
+        "path",
+        "packet path",
+        "The devices that a container's packets cross, in their order. Choose one container and one direction.",
+        VARIABLES,
+    )
+    for panel in ledger(VARIABLES):
+        made.with_panel(panel)
+    made.with_panel(
+        rows(
+            "Hop by hop",
+            "Rank is the device's place on the way out of the container. Mean, largest delay and count are exact over"
+            " the chosen time. Quantiles cannot be averaged: of those of the windows of 10 s the largest is shown.",
+            select(
+                {
+                    **_MEAN,
+                    "worst p50": 'max("p50_ns")',
+                    "worst p99": 'max("p99_ns")',
+                    "max": 'max("max_ns")',
+                    "packets": 'sum("count")',
+                },
+                "device_window",
+                chosen=VARIABLES,
+                tags=("host", "container", "direction", "rank", "device", "kind", "role", "segment"),
+                width_s="10",
+            ),
+            units=dict.fromkeys(("mean", "worst p50", "worst p99", "max"), "ns"),
+            sort_by=[("direction", False), ("rank", False)],
+            height=10,
+        )
+    )
+    for direction, what in (("egress", "out of the container"), ("ingress", "into the container")):
+        made.with_panel(
+            bars(
+                f"Median of each device, {what}",
+                EXACT,
+                select(
+                    {"p50": 'percentile("delay_ns", 50)'},
+                    "device_delay",
+                    chosen=VARIABLES,
+                    tags=("host", "container", "device", "segment"),
+                    direction=direction,
+                ),
+                unit="ns",
+                alias="$tag_container $tag_device ($tag_segment)",
+            )
+        )
+    for direction, what in (("egress", "out of the container"), ("ingress", "into the container")):
+        made.with_panel(
+            lines(
+                f"Mean of each device, stacked, {what}",
+                "The means of the devices between the container's and the outer one add up to the mean overhead."
+                " Sum of all delays by their count, so that it is exact for any step.",
+                [
+                    select(
+                        _MEAN,
+                        "device_window",
+                        chosen=VARIABLES,
+                        tags=("host", "container", "rank", "device"),
+                        every=True,
+                        segment="device",
+                        direction=direction,
+                        width_s="10",
+                    )
+                ],
+                unit="ns",
+                alias="$tag_rank $tag_device $tag_container",
+                stacked=True,
+            )
+        )
+    made.with_panel(
+        rows(
+            "Newest packets",
+            "The last 200 crossings that were stored, one row for each device. Position is the hop's number in that"
+            " packet's own path.",
+            'SELECT "delay_ns", "position", "l3_len", "dropped", "host", "container", "device", "direction", "segment",'
+            f' "grade", "source" FROM "device_delay" WHERE {where(VARIABLES)}{by(())} ORDER BY time DESC LIMIT 200',
+            units={"delay_ns": "ns", "l3_len": "bytes"},
+            height=10,
+            time=True,
+        )
+    )
+    made.with_panel(losses(VARIABLES))
+    return made

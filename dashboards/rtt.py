@@ -1,0 +1,96 @@
+"""Round trips of tools in containers, and what they would have been without the containers' devices."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard as build
+
+from dashboards.panels import dashboard, ledger, lines, losses, rows
+from dashboards.query import select
+
+_CHOSEN = ("host", "container", "source")
+_RTTS = {"tool": "tool_rtt_ns", "host": "host_rtt_ns", "NIC": "nic_rtt_ns"}
+_SAMPLES = (
+    "Exact quantiles of the round trips in the chosen time. Only those that could be corrected (reason `paired`)."
+)
+
+
+def make() -> build.Dashboard:
+    """The dashboard."""
+    made = dashboard(
+        "rtt",
+        "round trips",
+        "What the tool says, what a process of the host would have said, and what passed between leaving the host's"
+        " outer device and coming back to it.",
+        ("host", "source", "container"),
+    )
+    for panel in ledger(_CHOSEN):
+        made.with_panel(panel)
+    columns = {
+        f"{name} {quantile}": f'percentile("{field}", {percent})'
+        for quantile, percent in (("p50", 50), ("p99", 99))
+        for name, field in _RTTS.items()
+    }
+    made.with_panel(
+        rows(
+            "Tool, host and NIC",
+            _SAMPLES,
+            select(
+                {**columns, "samples": 'count("tool_rtt_ns")'},
+                "rtt",
+                chosen=_CHOSEN,
+                tags=("host", "container", "tool", "source"),
+                reason="paired",
+            ),
+            units=dict.fromkeys(columns, "ns"),
+            height=7,
+        )
+    )
+    for quantile, percent in (("Median", 50), ("99th percentile", 99)):
+        made.with_panel(
+            lines(
+                f"{quantile} of tool, host and NIC",
+                f"{_SAMPLES} Of the round trips that began in a step.",
+                [
+                    select(
+                        {name: f'percentile("{field}", {percent})' for name, field in _RTTS.items()},
+                        "rtt",
+                        chosen=_CHOSEN,
+                        tags=("host", "container", "tool"),
+                        every=True,
+                        reason="paired",
+                    )
+                ],
+                unit="ns",
+                alias="$tag_container $tag_tool $col",
+            )
+        )
+    made.with_panel(
+        lines(
+            "Overhead of request and response",
+            "Medians of what the container's devices added on the way out and on the way in.",
+            [
+                select(
+                    {"egress": 'percentile("egress_ns", 50)', "ingress": 'percentile("ingress_ns", 50)'},
+                    "rtt",
+                    chosen=_CHOSEN,
+                    tags=("host", "container", "tool"),
+                    every=True,
+                    reason="paired",
+                )
+            ],
+            unit="ns",
+            alias="$tag_container $tag_tool $col",
+        )
+    )
+    made.with_panel(
+        rows(
+            "Samples by reason",
+            "All that the tool reported: `paired`, or why a sample could not be corrected. None is left out.",
+            select({"samples": 'count("seq")'}, "rtt", chosen=_CHOSEN, tags=("host", "container", "tool", "reason")),
+            units={},
+            span=12,
+            height=8,
+        )
+    )
+    made.with_panel(losses(_CHOSEN))
+    return made

@@ -1,0 +1,157 @@
+"""One connection to a MQTT broker, as configured: address, TLS, who we are.
+
+The only module that knows aiomqtt. MQTT 5 throughout: only there does a broker say that it refused a publish.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from mace.config import MqttConfig
+from mace.errors import ConfigError, MissingExtra
+
+try:
+    import aiomqtt
+    from paho.mqtt.packettypes import PacketTypes
+    from paho.mqtt.properties import Properties
+except ModuleNotFoundError as error:
+    raise MissingExtra("mqtt", str(error.name)) from error
+
+_LOG: Final = logging.getLogger(__name__)
+
+MqttError = aiomqtt.MqttError
+Message = aiomqtt.Message
+PASSWORD_VARIABLE: Final = "MACE_MQTT_PASSWORD"  # noqa: S105 (the name of a variable, not a password)
+KEEPALIVE_S: Final = 15
+"""A broker that has vanished is noticed, and the last will given out, after one and a half of these."""
+IN_FLIGHT: Final = 20
+"""Publishes without the broker's acknowledgement at once; mosquitto's own default for a receiver."""
+_PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
+_RECONNECT_MAX_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Will:
+    """What the broker says for us when we are gone without a word; retained, QoS 1."""
+
+    topic: str
+    payload: bytes
+
+
+class Connection(aiomqtt.Client):
+    """One session at the broker. An async context manager; `refused` counts publishes that the broker denied."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.refused = 0
+        self.pending_calls_threshold = 2 * IN_FLIGHT
+
+    def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
+        # aiomqtt takes every PUBACK for a success; in MQTT 5 it can say "not authorized".
+        if reason_code.is_failure:
+            self.refused += 1
+            if self.refused == 1:
+                _LOG.error("the broker refuses what we publish: %s; its access list does not let us", reason_code)
+        super()._on_publish(client, userdata, mid, reason_code, properties)
+
+
+class Broker:
+    """Where the broker is and who we are there. Reads files and environment once; raises `ConfigError`."""
+
+    def __init__(self, config: MqttConfig) -> None:
+        url = urlsplit(config.broker)
+        try:
+            port = url.port
+        except ValueError as error:
+            raise ConfigError(f"broker {config.broker!r}: {error}") from None
+        if url.scheme not in _PORTS or not url.hostname or url.path not in ("", "/") or url.query or url.fragment:
+            raise ConfigError(f"broker {config.broker!r}: expected mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS")
+        if url.username is not None or url.password is not None:
+            raise ConfigError(
+                "broker: a name or password in the address is seen by every user of this machine;"
+                f" set [mqtt] username, and password_file or {PASSWORD_VARIABLE}"
+            )
+        self.host: Final = url.hostname
+        self.port: Final = port or _PORTS[url.scheme]
+        self.address: Final = f"{url.scheme}://{self.host}:{self.port}"
+        self._tls = _tls(config) if url.scheme == "mqtts" else None
+        if self._tls is None and (config.ca_file or config.cert_file or config.key_file):
+            raise ConfigError(f"broker {config.broker!r}: certificates are for mqtts://, this is not encrypted")
+        self._username = config.username or None
+        self._password = _password(config)
+        if self._password is not None and self._username is None:
+            raise ConfigError("[mqtt]: a password without username")
+
+    def connection(self, identifier: str | None = None, will: Will | None = None, queue: int = 1000) -> Connection:
+        """A new session, not yet connected. `queue` is how many incoming messages may wait; more are let fall."""
+        return Connection(
+            self.host,
+            self.port,
+            username=self._username,
+            password=self._password,
+            identifier=identifier,
+            protocol=aiomqtt.ProtocolVersion.V5,
+            clean_start=True,
+            keepalive=KEEPALIVE_S,
+            will=aiomqtt.Will(will.topic, will.payload, 1, retain=True) if will is not None else None,
+            tls_context=self._tls,
+            max_queued_incoming_messages=queue,
+            max_inflight_messages=IN_FLIGHT,
+        )
+
+
+def retry_after_s(attempt: int, chance: float) -> float:
+    """How long to wait before connecting again: doubling from 0.1 s, and by `chance` (0 to 1) up to half of it less, so
+    that a fleet does not come back at one moment.
+    """
+    return min(0.1 * 2.0 ** min(attempt, 10), _RECONNECT_MAX_S) * (1 - chance / 2)
+
+
+def properties(**given: str) -> Properties:
+    """User properties of a publish."""
+    made = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    made.UserProperty = list(given.items())
+    return made
+
+
+def payload_of(message: Message) -> bytes:
+    """A message's payload; aiomqtt's types allow for others than what a broker can send."""
+    payload: Any = message.payload
+    return payload if isinstance(payload, bytes) else b""
+
+
+def user_property(message: Message, name: str) -> str:
+    """A message's user property, empty if it has none of that name."""
+    given: list[tuple[str, str]] = getattr(message.properties, "UserProperty", [])
+    return next((value for key, value in given if key == name), "")
+
+
+def _tls(config: MqttConfig) -> ssl.SSLContext:
+    if bool(config.cert_file) != bool(config.key_file):
+        raise ConfigError("[mqtt]: cert_file and key_file belong together")
+    try:
+        context = ssl.create_default_context(cafile=config.ca_file or None)
+        if config.cert_file:
+            context.load_cert_chain(config.cert_file, config.key_file)
+    except OSError as error:  # SSLError is one
+        files = ", ".join(filter(None, (config.ca_file, config.cert_file, config.key_file)))
+        raise ConfigError(f"[mqtt]: {files}: {error.strerror or error}") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def _password(config: MqttConfig) -> str | None:
+    if not config.password_file:
+        return os.environ.get(PASSWORD_VARIABLE)
+    try:
+        text = Path(config.password_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"[mqtt] password_file {config.password_file}: {why}") from error
+    return text.split("\n", 1)[0].rstrip("\r")

@@ -1,0 +1,526 @@
+"""`mace ingest`: many hosts' streams from a broker into one store.
+
+    broker ──► judge ──► journal ──► engine of the host ──► flush ──► store ──► commit ──► journal
+                            └──► acknowledgement to the host, once it is on the disk
+
+Each host has an engine of its own, with bounded memory. A frame is acknowledged when the journal has it on the disk, so
+a crash loses nothing that was acknowledged; what comes out of a crash is the store up to its last commit and the
+journal behind it, from which the same rows are made once more, and only once (`storage.journal`). All in one event
+loop: what waits for the disk does so in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import random
+import signal
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import zstandard
+
+from collector.ftrace_source import keep_freed_memory
+from collector.remote import Counts, HostStream, Verdict
+from correlator.engine import Engine, EngineConfig
+from mace import __version__
+from mace.broker import Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
+from mace.config import Config
+from mace.errors import StoreError, WireError
+from mace.interfaces import Progress, StreamHeader
+from mace.records import Batch
+from mace.schema import Delays, Results, Window
+from mace.topics import OLDEST, ROOT, Ack, Shard, ack_topic, host_of_stream
+from mace.topology import Topology
+from mace.vitals import Vitals
+from mace.wire import parse_head
+from storage import SINKS
+from storage.fleet import FleetStore, RunPart
+from storage.journal import Commit, Entry, Journal, Kind, Place
+from storage.shared import StreamOfSink
+
+_LOG: Final = logging.getLogger(__name__)
+
+ACK_INTERVAL_S: Final = 0.25
+"""How often the journal is brought to the disk, and hosts are told."""
+_SLICE_NS: Final = 1900000000
+"""An engine works on what has come when it spans this much of the stream's own time ..."""
+_SLICE_RECORDS: Final = 1 << 14
+"""... or is so many records: where a slice's fixed cost of a millisecond or two no longer counts."""
+_AGAIN_S: Final = 1.0
+"""A host is asked at most this often to send again: what is on its way meanwhile would be asked for twice."""
+_SNAPSHOTS: Final = 16
+"""Of the hosts that have one in an old file only, this part gets a new one at each flush."""
+_TROUBLE_TOLD: Final = 20
+"""Refused messages that are logged; more are counted."""
+
+
+@dataclass(slots=True)
+class _Host:
+    """All that is known of one host. Pickled into snapshots, but for what is said to be of this process."""
+
+    stream: HostStream
+    engine: Engine | None = None
+    """None before the first stream and after the end of the last."""
+    sliced_ns: int = 0
+    """Up to here (the stream's time) the engine has worked."""
+    waiting: int = 0
+    """Records since then."""
+    rows: int = 0
+    """Rows of `delays` of this run so far."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What a host's run adds to the next flush."""
+
+    header: StreamHeader
+    delays: list[Delays] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    latest: Results | None = None
+    rows: int = 0
+    begins: bool = False
+    closed: bool = False
+    ended: bool = False
+
+    def part(self) -> RunPart:
+        flags = {"begins": self.begins, "closed": self.closed, "ended": self.ended}
+        delays = Delays.concatenate(self.delays)
+        return RunPart(self.header, delays, tuple(self.windows), self.latest, self.rows, **flags)
+
+
+class Ingest:
+    """One ingest process. Raises `StoreError` when the store or the journal cannot go on."""
+
+    def __init__(self, broker: Broker, store: Path, config: Config, shard: Shard) -> None:
+        self._broker, self._config, self._shard = broker, config, shard
+        kept = config.store
+        self._store = FleetStore(
+            store,
+            fsync=kept.sync,
+            max_age_s=kept.max_age_days * 86_400 or None,
+            max_bytes=int(kept.max_size_gib * 2**30) or None,
+        )
+        self._journal = Journal(store / "ingest", fsync=kept.sync)
+        self._writing = asyncio.Lock()
+        """Of the journal."""
+        self._hosts: dict[str, _Host] = {}
+        self._base: dict[str, int] = {}
+        """File of the journal from which on a host's entries are still needed."""
+        self._due: dict[str, tuple[int, bool]] = {}
+        """Hosts to be told which frame is expected next: the stream, and whether frames are missing."""
+        self._asked: dict[str, float] = {}
+        self._parts: dict[tuple[str, int], _Waiting] = {}
+        self._engine = EngineConfig(
+            timeout_ns=config.correlate.timeout_ms * 1_000_000,
+            open_records=config.ingest.open_records,
+            rows=config.correlate.rows,
+            slice_ns=1 << 60,  # cut by _SLICE_NS and _SLICE_RECORDS
+        )
+        self._zstd = zstandard.ZstdCompressor(level=1)
+        self.vitals = Vitals()
+        self._sinks = [kind.make(config, self.vitals) for kind in SINKS.values() if kind.wanted(config)]
+        self._streams: dict[tuple[str, int], list[StreamOfSink]] = {}
+        """Each run's stream of each sink."""
+        self._committed_in = 0
+        """File of the journal with the last COMMIT."""
+        self.counts = Counts()
+        self.queue_peak = 0
+        self.read_again = 0
+        """Frames that were worked through once more at the start."""
+        self.listening = asyncio.Event()
+        """Subscribed at the broker, since the last connection."""
+
+    @property
+    def hosts(self) -> int:
+        """Hosts that are known."""
+        return len(self._hosts)
+
+    @property
+    def rows_stored(self) -> int:
+        """Rows of `delays` that this process has stored."""
+        return self._store.rows_stored
+
+    # Life. ----------------------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set; then what has come is stored and acknowledged."""
+        newest = await self._store.hold(f"ingest of shard {self._shard}")
+        opened = AsyncExitStack()
+        try:
+            await self._recover(newest)
+            for sink in self._sinks:
+                opened.push_async_callback(sink.aclose)
+                await sink.open()
+            self.vitals.running = True
+            opened.callback(self.vitals.ended)
+            tasks = [
+                asyncio.create_task(self._stay_connected(), name="ingest-receive"),
+                asyncio.create_task(self._flush_now_and_then(), name="ingest-flush"),
+            ]
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait((*tasks, stopping), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (*tasks, stopping):
+                    task.cancel()
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+            for error in ended:
+                if isinstance(error, Exception):
+                    raise error
+            await self._flush()
+        finally:
+            self._journal.close()
+            try:
+                for stream in [stream for streams in self._streams.values() for stream in streams]:
+                    opened.push_async_callback(stream.aclose)
+                await opened.aclose()
+            finally:
+                await self._store.let_go()
+
+    async def _recover(self, newest: int) -> None:
+        """Put the store back to its last commit, and work through what the journal has behind it."""
+        earlier = self._journal.open()
+        commit, bases = _last_commit(self._journal)
+        commit = commit or Commit(newest, (0, 0))
+        gone = self._store.put_back(commit.flush)
+        for entry in self._journal.read():
+            base = bases.get(entry.host)
+            if entry.kind is Kind.COMMIT or (base is not None and entry.place < base):
+                continue
+            stored = entry.place < commit.upto
+            if entry.kind is Kind.FRAME:
+                self.read_again += 1
+                self._work(entry.host, entry.payload, again=stored)
+            elif entry.place == base:
+                self._hosts[entry.host] = _restored(entry)
+            self._base.setdefault(entry.host, entry.place[0])
+            if stored:
+                self._forget_results(entry.host)
+            await asyncio.sleep(0)
+        self.counts = Counts()
+        if earlier:
+            found = len(self._hosts), self.read_again, gone
+            _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
+        self._journal.commit(commit.flush, commit.upto)
+        self._committed_in = self._journal.place[0]
+        await self._sync()
+        self._due = {host: (known.stream.tag or 0, True) for host, known in self._hosts.items()}
+
+    def _forget_results(self, host: str) -> None:
+        """What came out so far is in the store already."""
+        for key in [key for key in self._parts if key[0] == host]:
+            del self._parts[key]
+
+    # Broker -> journal, engines. ------------------------------------------------------------------------------
+
+    async def _stay_connected(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                connection = self._broker.connection(queue=self._config.ingest.queue_messages)
+                async with connection as client:
+                    attempt = 0
+                    await self._serve(client)
+            except MqttError as error:
+                level = logging.WARNING if attempt == 0 else logging.DEBUG
+                _LOG.log(level, "%s: %s; the hosts keep what they measure", self._broker.address, error)
+            self.listening.clear()
+            attempt += 1
+            await asyncio.sleep(retry_after_s(attempt, random.random()))
+
+    async def _serve(self, client: Connection) -> None:
+        filters = [(name, 1) for name in self._shard.filters()]
+        answers = await client.subscribe([*filters, (f"{ROOT}/+/status", 0)])
+        refused = [name for (name, _), answer in zip(filters, answers, strict=False) if _is_failure(answer)]
+        if refused:
+            _LOG.error("the broker does not let us subscribe to %s (and %d more)", refused[0], len(refused) - 1)
+        _LOG.info("%s: shard %s, listening", self._broker.address, self._shard)
+        self.listening.set()
+        work = [asyncio.create_task(self._receive(client)), asyncio.create_task(self._tell_now_and_then(client))]
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    async def _receive(self, client: Connection) -> None:
+        messages = client.messages
+        async for message in messages:
+            self.queue_peak = max(self.queue_peak, len(messages))
+            self.message(message)
+            # What waits is given out without waiting: other tasks must get their turn.
+            await asyncio.sleep(0)
+
+    def message(self, message: Message) -> None:
+        """Take a message from the broker."""
+        topic = str(message.topic)
+        payload = payload_of(message)
+        if topic.endswith("/status"):
+            self._greet(topic, payload)
+            return
+        try:
+            host = host_of_stream(topic)
+            if not self._shard.owns(host):
+                raise WireError(f"host {host} is not of shard {self._shard}")
+            head = parse_head(payload)
+            oldest = user_property(message, OLDEST)
+            self._judged(host, payload, head, int(oldest) if oldest.isascii() and oldest.isdigit() else 0)
+        except WireError as error:
+            self._refuse(topic, error)
+
+    def _judged(self, host: str, frame: bytes, head: Any, oldest: int) -> None:
+        known = self._hosts.get(host)
+        stream = known.stream if known is not None else HostStream(host)
+        match stream.judge(head, oldest):
+            case Verdict.KNOWN:
+                self.counts.duplicates += 1
+                self._due.setdefault(host, (head.stream, False))
+            case Verdict.GAP | Verdict.UNKNOWN:
+                self.counts.repeats += 1
+                self._ask_again(host, head.stream)
+            case Verdict.NEW | Verdict.BEGIN:
+                self._work(host, frame)
+                place = self._journal.append(Kind.FRAME, host, frame)
+                self._base.setdefault(host, place[0])
+                self._due[host] = (head.stream, False)
+
+    def _greet(self, topic: str, payload: bytes) -> None:
+        """A host that is there may not know that we are."""
+        parts = topic.split("/")
+        host = parts[2] if len(parts) == 4 else ""
+        if host and host not in self._hosts and self._shard.owns(host) and b'"online"' in payload:
+            self._due.setdefault(host, (0, True))
+
+    def _ask_again(self, host: str, stream: int) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._asked.get(host, -_AGAIN_S) >= _AGAIN_S:
+            self._asked[host] = now
+            self._due[host] = (stream, True)
+
+    def _refuse(self, topic: str, error: WireError) -> None:
+        self.counts.refused += 1
+        if self.counts.refused <= _TROUBLE_TOLD:
+            _LOG.warning("%s: refused: %s", topic[:200], error)
+
+    def _work(self, host: str, frame: bytes, *, again: bool = False) -> None:
+        """A frame that is the host's next: engine and results. Raises `WireError` for one that cannot be.
+
+        `again` where what comes of it is in the store already.
+        """
+        known = self._hosts.get(host)
+        if known is None:
+            known = _Host(HostStream(host))
+        stream = known.stream
+        if parse_head(frame).stream != stream.tag:
+            header = stream.look(frame)
+            if not again and self._store.knows(header):
+                raise WireError(f"run {header.run} is in the store already, and the journal does not know it")
+            self._finish(known, closed=False)
+            stream.begin(frame)
+            self._hosts[host] = known
+            known.engine = Engine(header.clock.offset_ns, self._engine)
+            known.sliced_ns = known.waiting = known.rows = 0
+            self._part(known).begins = True
+            return
+        missing = stream.missing
+        item = stream.take(frame)
+        self.counts.frames += 1
+        if stream.missing != missing:
+            self.counts.gaps += 1
+            self.counts.missing += stream.missing - missing
+        if item is None:
+            self._finish(known, closed=True)
+        elif known.engine is not None:
+            self.counts.records += len(item) if isinstance(item, Batch) else 0
+            for results in _fed(known, known.engine, item):
+                self._add(known, results)
+
+    def _finish(self, known: _Host, *, closed: bool) -> None:
+        if known.engine is not None:
+            self._add(known, known.engine.finish())
+            self._part(known).closed = closed
+            self._part(known).ended = True
+            known.engine = None
+
+    def _part(self, known: _Host) -> _Waiting:
+        assert known.stream.tag is not None
+        assert known.stream.header is not None
+        return self._parts.setdefault((known.stream.host, known.stream.tag), _Waiting(known.stream.header))
+
+    def _add(self, known: _Host, results: Results) -> None:
+        part = self._part(known)
+        known.rows += len(results.delays)
+        part.rows = known.rows
+        if len(results.delays):
+            part.delays.append(results.delays)
+        part.windows.extend(results.windows)
+        # An engine that never saw a record does not know of any time.
+        upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
+        ledger = replace(results.ledger, discarded=known.stream.missing)
+        part.latest = replace(results, upto_utc_ns=upto_ns, delays=Delays.empty(), windows=(), ledger=ledger)
+
+    # Journal, store. ------------------------------------------------------------------------------------------
+
+    async def _sync(self) -> None:
+        async with self._writing:
+            buffer = self._journal.taken()
+            if buffer:
+                # Shielded: a cancelled caller must not leave a write behind that nobody waits for.
+                await asyncio.shield(asyncio.to_thread(self._journal.sync, buffer))
+
+    async def _tell_now_and_then(self, client: Connection) -> None:
+        while True:
+            await asyncio.sleep(ACK_INTERVAL_S)
+            due, self._due = self._due, {}
+            words = [
+                (host, Ack(stream, self._hosts[host].stream.next_of(stream) if host in self._hosts else 0, again))
+                for host, (stream, again) in due.items()
+            ]
+            await self._sync()
+            for host, word in words:
+                await client.publish(ack_topic(host), word.to_bytes(), qos=0)
+
+    async def _flush_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.store.flush_interval_s)
+            await self._flush()
+
+    async def _flush(self) -> None:
+        """Store what came out, note that in the journal, and let go of what no crash would need any more."""
+        self.vitals.got_on(messages=self.queue_peak)
+        if not self._parts:
+            return
+        parts = {key: waiting.part() for key, waiting in self._parts.items()}
+        self._parts = {}
+        snapshots = self._snapshots()
+        upto = self._journal.place
+        await self._sync()
+        flush = await asyncio.shield(self._store.flush(list(parts.values())))
+        # Before the commit: after a crash a sink gets some results twice rather than not at all, and they are the same.
+        for key, part in parts.items():
+            await self._deliver(key, part)
+        self._journal.commit(flush, upto)
+        self._committed_in = self._journal.place[0]
+        await self._sync()
+        self._store.settled(flush)
+        self._base |= snapshots
+        self._journal.forget_before(min([*self._base.values(), self._committed_in]))
+        if self._journal.is_full:
+            async with self._writing:
+                buffer = self._journal.taken()
+                await asyncio.shield(asyncio.to_thread(self._journal.sync, buffer))
+                self._journal.rotate()
+
+    async def _deliver(self, key: tuple[str, int], part: RunPart) -> None:
+        """Hand a run's results to the sinks besides the store; they buffer, and never wait for a server."""
+        if not self._sinks:
+            return
+        if key not in self._streams:
+            self._streams[key] = [sink.stream() for sink in self._sinks]
+            for stream in self._streams[key]:
+                await stream.open(part.header)
+        if part.latest is not None:
+            results = replace(part.latest, delays=part.delays, windows=part.windows)
+            for stream in self._streams[key]:
+                await stream.write(results)
+        if part.closed or part.ended:
+            for stream in self._streams.pop(key):
+                await stream.aclose()
+
+    def _snapshots(self) -> dict[str, int]:
+        """Of some hosts that have none in the newest file; hosts and files."""
+        newest = self._journal.place[0]
+        old = sorted((file, host) for host, file in self._base.items() if file < newest)
+        chosen = [host for _, host in old[: len(self._hosts) // _SNAPSHOTS + 1]]
+        return {host: self._snapshot(host) for host in chosen}
+
+    def _snapshot(self, host: str) -> int:
+        packed = self._zstd.compress(pickle.dumps(self._hosts[host], pickle.HIGHEST_PROTOCOL))
+        return self._journal.append(Kind.SNAPSHOT, host, __version__.encode() + b"\n" + packed)[0]
+
+
+def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress) -> list[Results]:
+    """What comes out of an item. The engine works when enough has come: a slice has a fixed cost."""
+    if isinstance(item, Topology):
+        return engine.feed(item)
+    results: list[Results] = []
+    upto_ns = known.sliced_ns
+    if isinstance(item, Progress):
+        upto_ns = item.upto_ns
+    elif len(item):
+        if not known.sliced_ns:
+            known.sliced_ns = int(item.ts_ns[0])
+        results = engine.feed(item)
+        known.waiting += len(item)
+        upto_ns = int(item.ts_ns[-1])
+    if upto_ns - known.sliced_ns >= _SLICE_NS or known.waiting >= _SLICE_RECORDS:
+        results += engine.advance(upto_ns, at_once=True)
+        known.sliced_ns, known.waiting = upto_ns, 0
+    return results
+
+
+def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
+    """The last COMMIT, and each host's last snapshot before the place that it tells."""
+    commit: Commit | None = None
+    snapshots: list[tuple[str, Place]] = []
+    for entry in journal.read():
+        if entry.kind is Kind.COMMIT:
+            commit = Commit.parse(entry.payload)
+        elif entry.kind is Kind.SNAPSHOT:
+            snapshots.append((entry.host, entry.place))
+    if commit is None:
+        return None, {}
+    return commit, {host: place for host, place in snapshots if place < commit.upto}
+
+
+def _restored(entry: Entry) -> _Host:
+    version, _, packed = entry.payload.partition(b"\n")
+    try:
+        known = pickle.loads(zstandard.decompress(packed))  # noqa: S301 (our own journal, readable for its owner only)
+    except Exception as error:
+        raise StoreError(
+            f"the journal was written by MACE {version.decode(errors='replace')} and cannot be read by {__version__}"
+            f" ({error}): let that version run until the hosts' runs have ended, or move the journal (ingest/) away"
+            " and begin those runs anew"
+        ) from error
+    assert isinstance(known, _Host)
+    return known
+
+
+def _is_failure(answer: Any) -> bool:
+    return bool(getattr(answer, "is_failure", False))
+
+
+# The command. -----------------------------------------------------------------------------------------------------
+
+
+def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s: float | None) -> dict[str, Any]:
+    """Run until a signal, or for a time; what was counted."""
+    keep_freed_memory()
+
+    async def work() -> dict[str, Any]:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        if duration_s is not None:
+            loop.call_later(duration_s, stop.set)
+        ingest = Ingest(broker, store, config, shard)
+        await ingest.run(stop)
+        return {
+            "shard": str(shard),
+            "hosts": ingest.hosts,
+            **asdict(ingest.counts),
+            "rows_stored": ingest.rows_stored,
+            "queue_peak": ingest.queue_peak,
+            "sinks": {name: account.as_dict() for name, account in ingest.vitals.accounts.items()},
+        }
+
+    return asyncio.run(work())

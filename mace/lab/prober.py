@@ -1,0 +1,79 @@
+"""Sends ICMP echo requests and says when, or how long the replies took: run as a file, inside a member's namespace.
+
+    prober.py MODE ADDRESS COUNT INTERVAL_NS PAYLOAD_BYTES LIMIT_S
+
+Only the standard library, as in `generator.py`. It ends with one JSON list:
+
+    probes   CLOCK_MONOTONIC in ns before each `send`; nobody reads the replies. An interval of 0 sends one right after
+             the other.
+    trips    the round trip of each request in ns, by the user's clock, -1 where no reply came within a second. An
+             interval of 0 sends the next as soon as there is a reply.
+"""
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+
+WAIT_S = 1.0
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071, of an even number of bytes."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total >> 16) + (total & 0xFFFF)
+    return ~(total + (total >> 16)) & 0xFFFF
+
+
+def request(number: int, payload: bytes) -> bytes:
+    """RFC 792: type 8, code 0, checksum, identifier, sequence number."""
+    identifier = os.getpid() & 0xFFFF
+    head = struct.pack("!BBHHH", 8, 0, 0, identifier, number & 0xFFFF)
+    return struct.pack("!BBHHH", 8, 0, checksum(head + payload), identifier, number & 0xFFFF) + payload
+
+
+def round_trip(sock: socket.socket, sent: bytes, begin_ns: int) -> int:
+    """ns until the reply to what was sent; -1 if there is none."""
+    while time.monotonic_ns() - begin_ns < WAIT_S * 1e9:
+        try:
+            reply = sock.recv(2048)
+        except TimeoutError:
+            break
+        taken_ns = time.monotonic_ns() - begin_ns
+        # Behind the IPv4 header: type 0, and our identifier and number.
+        if reply[20] == 0 and reply[24:28] == sent[4:8]:
+            return taken_ns
+    return -1
+
+
+def main(mode: str, address: str, count: int, interval_ns: int, payload_bytes: int, limit_s: int) -> None:
+    """Send them all, then print."""
+    signal.alarm(limit_s)
+    sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    if mode == "probes":
+        # The kernel's least: the replies are dropped at once instead of being queued.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    sock.settimeout(WAIT_S)
+    sock.connect((address, 0))
+    requests = [request(number, bytes(payload_bytes + payload_bytes % 2)) for number in range(count)]
+    told = []
+    due = time.monotonic_ns()
+    for each in requests:
+        if interval_ns:
+            due += interval_ns
+            time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
+        begin_ns = time.monotonic_ns()
+        if mode == "probes":
+            told.append(begin_ns)
+            sock.send(each)
+        else:
+            sock.send(each)
+            told.append(round_trip(sock, each, begin_ns))
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], *(int(word) for word in sys.argv[3:7]))

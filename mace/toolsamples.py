@@ -1,0 +1,81 @@
+"""What readers of tools' output have in common: what a reader is, the samples as they grow, and decimals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Final, Protocol
+
+from correlator.samples import Samples
+from correlator.stamps import StampModel
+
+ICMP: Final = 1
+ICMPV6: Final = 58
+TCP: Final = 6
+UDP: Final = 17
+
+IP_HEADER: Final = {4: 20, 6: 40}
+"""Bytes, without options and extensions."""
+_KEPT: Final = 5
+"""As many of the lines that are not understood are kept, to be shown."""
+
+
+class Reader(Protocol):
+    """What a tool prints, line by line."""
+
+    stamps: StampModel
+    unknown: Unknown
+
+    def line(self, text: str) -> int | None:
+        """Take one line; the number of the sample that it tells of (its row in `samples`), None if it tells of none."""
+        ...
+
+    def samples(self, since: int = 0) -> Samples:
+        """The replies so far, from that row on, in the order of the lines."""
+        ...
+
+    def finish(self) -> Samples:
+        """The same when there are no more lines, and behind them the requests that had no reply."""
+        ...
+
+
+@dataclass(slots=True)
+class Unknown:
+    """Lines that were not understood."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        """Count a line, and keep it if it is one of the first."""
+        self.count += 1
+        if len(self.first) < _KEPT:
+            self.first.append(text)
+
+
+@dataclass(slots=True)
+class Replies:
+    """Columns of `Samples` that grow."""
+
+    columns: dict[str, list[int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.columns.get("rtt_ns", ()))
+
+    def add(self, **values: int) -> int:
+        """One more row, always with the same columns; its number."""
+        for name, value in values.items():
+            self.columns.setdefault(name, []).append(value)
+        return len(self) - 1
+
+    def samples(self, since: int) -> Samples:
+        return Samples.of(len(self) - since, **{name: column[since:] for name, column in self.columns.items()})
+
+
+def decimal_ns(text: str, unit_ns: int) -> tuple[int, int]:
+    """A decimal number of units in ns, and its last digit's unit, ns. Raises `InvalidOperation`, `ValueError`."""
+    number = Decimal(text)
+    if not number.is_finite():
+        raise ValueError(text)
+    digits = len(text.partition(".")[2])
+    return int((number * unit_ns).to_integral_value()), max(1, unit_ns // 10**digits)

@@ -1,0 +1,210 @@
+"""The embedded store for many runs at once: the same directory and tables, many hosts' rows in a segment.
+
+A store for each of a thousand hosts would be some thousand files a second. Here a flush is made of what all hosts have
+to say since the last; it is in the store when the caller says so (`settled`), and what is above that is removed at the
+next start: a crash leaves whole flushes only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mace.errors import StoreError
+from mace.interfaces import StreamHeader
+from mace.schema import Delays, Results, Window
+from mace.summary import ranks
+from storage import segments, tables
+from storage.embedded import EmbeddedStore
+from storage.segments import HOUR_NS, NO_HOUR, Segment
+
+_LOG: Final = logging.getLogger(__name__)
+_MAINTENANCE_S: Final = 5.0
+_RETENTION_S: Final = 60.0
+_DEVICES: Final = 30_000
+"""Of all hosts in a segment: 2^15 names at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPart:
+    """What one run adds to a flush."""
+
+    header: StreamHeader
+    delays: Delays
+    windows: tuple[Window, ...]
+    latest: Results | None
+    """Ledger, grades and devices of now; None if there are no results yet."""
+    rows_stored: int
+    """Rows of `delays` of this run that are stored, these included."""
+    begins: bool = False
+    closed: bool = False
+    """Its END has come."""
+    ended: bool = False
+    """Nothing will follow, with an END or without."""
+
+
+class FleetStore(EmbeddedStore):
+    """Many runs' writer. `hold`, `put_back`, then `flush` and `settled` in turn, at last `let_go`."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fsync: bool = True,
+        max_age_s: float | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        super().__init__(path, fsync=fsync, max_age_s=max_age_s, max_bytes=max_bytes)
+        self._settled = 0
+        self._known: set[tuple[str, str]] = set()
+        self._maintained = self._retained = 0.0
+
+    async def hold(self, who: str) -> int:
+        """Lock the store and tidy it up; its newest flush. Raises `StoreError`."""
+        self._encoder = ThreadPoolExecutor(1, "mace-store")
+        self._merger = ThreadPoolExecutor(1, "mace-merge")
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._encoder, self._take_hold, who)
+        except BaseException:
+            self._release()
+            raise
+        self._maintained = self._retained = loop.time()
+        self._settled = self._flush - 1
+        return self._settled
+
+    def put_back(self, flush: int) -> int:
+        """Remove what is newer than this flush; the number of segments. Before the first `flush`."""
+        gone = 0
+        for table in segments.TABLES:
+            for each in segments.listing(self.path, table):
+                if each.last > flush:
+                    each.path.unlink()
+                    gone += 1
+        self._flush, self._settled = flush + 1, flush
+        self._known = self._stored_runs()
+        return gone
+
+    def knows(self, header: StreamHeader) -> bool:
+        """Whether the store holds this run already."""
+        return (header.host, header.run) in self._known
+
+    async def flush(self, parts: Sequence[RunPart]) -> int:
+        """Write what the runs add; the flush's number. Raises `StoreError`; what is written then does not count."""
+        assert self._encoder is not None
+        self._known |= {(part.header.host, part.header.run) for part in parts if part.begins}
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, self._write_flush, parts)
+
+    def settled(self, flush: int) -> None:
+        """The caller's journal says that this flush is in the store: it may be merged, and never removed at a start."""
+        self._settled = flush
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if now - self._retained >= _RETENTION_S and self._encoder is not None:
+            self._retained = now
+            loop.run_in_executor(self._encoder, self._retain_quietly)
+        if now - self._maintained >= _MAINTENANCE_S and (self._merging is None or self._merging.done()):
+            self._maintained = now
+            self._merging = loop.run_in_executor(self._merger, self.merge)
+
+    async def let_go(self) -> None:
+        """Wait for the threads and unlock."""
+        self._closing.set()
+        try:
+            if self._merging is not None:
+                await self._merging
+        finally:
+            self._release()
+
+    def mergeable(self, table: str) -> list[list[Segment]]:
+        """Of what is settled only: a merged segment could not be put back."""
+        old = [each for each in segments.listing(self.path, table) if each.last <= self._settled]
+        return segments.mergeable(old, self._damaged)
+
+    def _write_flush(self, parts: Sequence[RunPart]) -> int:
+        try:
+            for some in _few_enough(parts):
+                self._write_parts(some)
+                self._flush += 1
+        except OSError as error:
+            raise self._cannot("write a flush", error) from error
+        self.rows_stored += sum(len(part.delays) for part in parts)
+        return self._flush - 1
+
+    def _write_parts(self, parts: Sequence[RunPart]) -> None:
+        begun = [tables.runs_table(part.header) for part in parts if part.begins]
+        if begun:
+            self._put("runs", NO_HOUR, pa.concat_tables(begun).unify_dictionaries().combine_chunks())
+        told = [part for part in parts if part.latest is not None]
+        if not told:
+            return
+        rows = [
+            tables.LedgerRow(
+                part.header,
+                latest.upto_utc_ns,
+                latest.ledger,
+                packets=latest.packets,
+                grades=latest.grades,
+                rows_stored=part.rows_stored,
+                rows_not_stored=0,
+                closed=part.closed,
+            )
+            for part in told
+            if (latest := part.latest) is not None
+        ]
+        self._put_by_hour("ledger", tables.ledger_table(rows, self._flush))
+        # One table of all runs: some twenty columns for each would cost a millisecond a run.
+        of_run = [part.latest.devices if part.latest is not None else () for part in told]
+        devices = [device for some in of_run for device in some]
+        rank = [number for some in of_run for number in ranks(some)]
+        first = np.cumsum([0, *map(len, of_run)])[:-1]
+        windows = [window for part in told for window in part.windows]
+        if windows:
+            counts = [len(part.windows) for part in told]
+            device = np.array([window.device for window in windows], np.int64) + np.repeat(first, counts)
+            runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
+            self._put_by_hour("windows", tables.windows_table(runs, windows, devices, rank, device))
+        delays = Delays.concatenate([part.delays for part in told])
+        if len(delays):
+            counts = [len(part.delays) for part in told]
+            delays = replace(delays, device=(delays.device + np.repeat(first, counts)).astype(np.int32))
+            runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
+            self._put_by_hour("delays", tables.delays_table(runs, delays, devices, rank))
+
+    def _put_by_hour(self, table: str, rows: pa.Table) -> None:
+        hours = rows["time"].cast(pa.int64()).to_numpy() // HOUR_NS
+        for hour in np.unique(hours):
+            chosen = rows if hours[0] == hour and (hours == hour).all() else rows.filter(pa.array(hours == hour))
+            self._put(table, int(hour), chosen)
+
+    def _stored_runs(self) -> set[tuple[str, str]]:
+        found: set[tuple[str, str]] = set()
+        for each in segments.listing(self.path, "runs"):
+            try:
+                rows = pq.read_table(each.path, columns=["host", "run"], partitioning=None).to_pylist()
+            except (pa.ArrowInvalid, OSError) as error:
+                raise StoreError(f"{each.path}: cannot be read: {error}") from error
+            found |= {(row["host"], row["run"]) for row in rows}
+        return found
+
+
+def _few_enough(parts: Sequence[RunPart]) -> list[Sequence[RunPart]]:
+    """Cut so that the devices of each piece can be numbered by 16 bits, as the tables' name columns are."""
+    pieces: list[Sequence[RunPart]] = []
+    start = devices = 0
+    for index, part in enumerate(parts):
+        of_part = len(part.latest.devices) if part.latest is not None else 0
+        devices += of_part
+        if devices > _DEVICES and index > start:
+            pieces.append(parts[start:index])
+            start, devices = index, of_part
+    return [*pieces, parts[start:]] if parts else []

@@ -1,0 +1,199 @@
+"""What an ingest has taken over, in the order in which it came: the ground on which nothing is lost or stored twice.
+
+    DIRECTORY/0000000007.journal, 0000000008.journal, ...   entries back to back
+
+    entry  = kind, length of the host's name, size of the payload, checksum | name | payload
+    FRAME     a host's frame, as it was received
+    SNAPSHOT  all that the ingest knows of a host, at this place: what is before it need not be read again for this host
+    COMMIT    the store's flush F holds the results of all that is before a place P
+
+A frame counts as taken over when the file it is in was brought to the disk. After a crash, the store is put back to the
+last COMMIT; from each host's last snapshot before P its frames are worked through again, and what comes out of those
+after P goes to the store: the same rows that the crash took, because the same records give the same answers. A
+half-written entry at the end was never taken over. Files in which no host has anything to be read again are removed.
+
+Append, sync and read are for one thread at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Final
+from zlib import crc32
+
+from mace.errors import StoreError
+
+FILE_BYTES: Final = 64 << 20
+"""A new file is begun beyond: some 20 M records, half a minute at a million a second."""
+_ENTRY: Final = struct.Struct("<BBxxII")
+_COMMIT: Final = struct.Struct("<QQQ")
+_NAME: Final = re.compile(r"(\d{10})\.journal")
+
+Place = tuple[int, int]
+"""Number of the file and offset in it; places compare in the order of writing."""
+
+
+class Kind(IntEnum):
+    """What an entry is (u8). Append only."""
+
+    FRAME = 1
+    SNAPSHOT = 2
+    COMMIT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry, read back."""
+
+    place: Place
+    kind: Kind
+    host: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The store's flush up to `flush` holds the results of all entries before `upto`."""
+
+    flush: int
+    upto: Place
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Commit:
+        flush, file, offset = _COMMIT.unpack(payload)
+        return cls(flush, (file, offset))
+
+
+class Journal:
+    """The journal of one ingest. OSErrors of `sync` become `StoreError`."""
+
+    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
+        self._directory, self._fsync = directory, fsync
+        self._fd = -1
+        self._file = 0
+        self._offset = 0
+        self._buffer: list[bytes] = []
+        self._kept_from = 0
+
+    def open(self) -> int:
+        """Begin a new file behind those that are there; their number."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            numbers = self._numbers()
+            self._kept_from = numbers[0] if numbers else 1
+            self._begin(numbers[-1] + 1 if numbers else 1)
+        except OSError as error:
+            raise self._cannot(error) from error
+        return len(numbers)
+
+    @property
+    def place(self) -> Place:
+        """Of the next entry."""
+        return self._file, self._offset
+
+    def append(self, kind: Kind, host: str, payload: bytes) -> Place:
+        """Add an entry, in memory until `sync`; its place."""
+        name = host.encode()
+        place = self.place
+        checksum = crc32(payload, crc32(name))
+        self._buffer += (_ENTRY.pack(kind, len(name), len(payload), checksum), name, payload)
+        self._offset += _ENTRY.size + len(name) + len(payload)
+        return place
+
+    def commit(self, flush: int, upto: Place) -> None:
+        """Note what the store holds."""
+        self.append(Kind.COMMIT, "", _COMMIT.pack(flush, *upto))
+
+    def taken(self) -> list[bytes]:
+        """What was appended since the last call, to be given to `sync`."""
+        buffer, self._buffer = self._buffer, []
+        return buffer
+
+    def sync(self, buffer: list[bytes]) -> None:
+        """Bring it to the disk."""
+        try:
+            left = memoryview(b"".join(buffer))
+            while left:
+                left = left[os.write(self._fd, left) :]
+            if self._fsync:
+                os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time for a new file."""
+        return self._offset >= FILE_BYTES
+
+    def rotate(self) -> None:
+        """Begin a new file; everything was synced."""
+        assert not self._buffer
+        try:
+            self._begin(self._file + 1)
+        except OSError as error:
+            raise self._cannot(error) from error
+
+    def forget_before(self, file: int) -> None:
+        """No file before this one is needed any more."""
+        for number in range(self._kept_from, file):
+            self._path(number).unlink(missing_ok=True)
+        self._kept_from = max(self._kept_from, file)
+
+    def close(self) -> None:
+        """Close the file; what was not synced is gone."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self) -> Iterator[Entry]:
+        """All whole entries of the files before the one that is written now, in order.
+
+        Of a file only what is before its first damage: what follows it was not yet taken over, or is lost.
+        """
+        for number in self._numbers():
+            if number < self._file:
+                yield from _entries(number, self._path(number).read_bytes())
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(m[1]) for m in (_NAME.fullmatch(path.name) for path in self._directory.iterdir()) if m)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number:010d}.journal"
+
+    def _begin(self, number: int) -> None:
+        self.close()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._fd = os.open(self._path(number), flags, 0o600)
+        self._file, self._offset = number, 0
+        if self._fsync:
+            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+    def _cannot(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"{self._directory}: cannot write the journal: {error.strerror}; nothing that was acknowledged is lost:"
+            " free space and start again"
+        )
+
+
+def _entries(number: int, data: bytes) -> Iterator[Entry]:
+    at = 0
+    kinds = {kind.value: kind for kind in Kind}
+    while at + _ENTRY.size <= len(data):
+        kind, name_bytes, size, checksum = _ENTRY.unpack_from(data, at)
+        start = at + _ENTRY.size
+        name, end = data[start : start + name_bytes], start + name_bytes + size
+        payload = data[start + name_bytes : end]
+        if end > len(data) or kind not in kinds or crc32(payload, crc32(name)) != checksum:
+            return
+        yield Entry((number, at), kinds[kind], name.decode(), payload)
+        at = end

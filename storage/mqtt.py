@@ -1,0 +1,421 @@
+"""The raw stream to a MQTT broker: a `StreamSink` that never waits for it.
+
+    write() ──► pending ──► frames ──► spool ──► window ──► broker ──► ingest
+                  every `interval_s`     ▲                               │
+                                         └──── gone when it says so ◄────┘  mace/v1/HOST/ack
+
+A frame stays in the spool until the *ingest* says that it has it where a crash cannot take it; what the broker
+acknowledges can still be lost with the broker. So neither broker nor ingest need to keep anything for us: whatever of
+them is killed or restarted, what is missing is sent again, and what came twice has its number. Up to `_WINDOW_MOST`
+frames are under way at once, few at the beginning and after a loss, so that a fleet that comes back does not flood the
+broker. docs/mqtt.md has topics and messages, docs/design/015-mqtt.md the reasons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from mace.broker import IN_FLIGHT, Broker, Connection, MqttError, Will, payload_of, properties, retry_after_s
+from mace.errors import StoreError, WireError
+from mace.interfaces import Progress, StreamHeader, StreamItem
+from mace.records import Batch
+from mace.topics import Ack, ack_topic, status_topic, stream_topic
+from mace.topology import Topology
+from mace.wire import Encoder, parse_head
+from storage.context import Contexts
+from storage.spool import Frame, Spool
+
+_LOG: Final = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BATCH_RECORDS: Final = 1 << 16
+"""Of one message at most: some 200 kB, and so no broker's limit."""
+_PENDING_RECORDS: Final = 1 << 22
+"""Wait for a disk that hangs; beyond, the newest are discarded. 130 MB of columns (230 with content)."""
+_MEMORY_BYTES: Final = 16 << 20
+"""Frames that are kept in memory besides, so that sending seldom reads the disk; all there is if the disk is full."""
+_WINDOW_LEAST: Final = 4
+_WINDOW_MOST: Final = 256
+_WINDOW_BYTES: Final = 8 << 20
+"""Under way at once; at 2.7 bytes a record 3 M records."""
+RESEND_S: Final = 3.0
+"""An ingest that has got a frame says so within a second. One that does not is asked again, and so found when it
+comes back, by a few frames every so often."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Skipped:
+    """Records that were discarded before they were encoded, at this place of the stream."""
+
+    records: int
+
+
+@dataclass(slots=True)
+class _Way:
+    """What is under way to the ingest."""
+
+    stream: int = -1
+    next: int = 0
+    """Number of the frame to be sent next."""
+    run_from: int = 0
+    """From this frame on all up to the next were sent, one after the other."""
+    bytes: int = 0
+    """Sent and not known to have arrived."""
+    window: int = _WINDOW_LEAST
+    restart: bool = True
+    """Begin again with the oldest frame that is there, HEADER and topology first."""
+
+
+class StreamPublisher:
+    """A `StreamSink`. `discarded` says how many records had to be given up because the spool was full.
+
+    `open` raises `StoreError` or `Unavailable` where the spool cannot be used, `WireError` where the host's name cannot
+    be part of a topic; a broker that is away is no error, now or later.
+    """
+
+    def __init__(
+        self, broker: Broker, spool: Path, *, max_bytes: int, interval_s: float = 1.0, drain_s: float = 5.0
+    ) -> None:
+        self._broker, self._interval_s, self._drain_s = broker, interval_s, drain_s
+        self._spool = Spool(spool, max_bytes=max_bytes, memory_bytes=_MEMORY_BYTES)
+        self._contexts = Contexts(spool / "streams")
+        self._encoder = Encoder()
+        self._host = self._run = ""
+        self._pending: list[StreamItem | _Skipped] = []
+        self._pending_records = 0
+        self._progress: Progress | None = None
+        self._failure: StoreError | WireError | None = None
+        # All that touches encoder, spool and contexts happens in this one thread, in the order of asking.
+        self._thread = ThreadPoolExecutor(1, "mace-publish")
+        self._full = asyncio.Event()
+        self._news = asyncio.Event()
+        """Something to send, or a word from the ingest."""
+        self._emptier = asyncio.Event()
+        """Something has arrived."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._way = _Way()
+        self._acknowledged = 0
+        """Frames."""
+        self.records = 0
+        """Taken over."""
+        self.arrived = 0
+        """Records of which the ingest says that it has them, those of earlier runs included."""
+        self.skipped = 0
+        """Records discarded before they came to the spool."""
+        self.left_before = 0
+        """Records that an earlier run had left in the spool."""
+        self.sent_bytes = 0
+        """Of payload, repetitions included."""
+        self.restarts = 0
+        """Times that sending began again with the oldest frame: connections, and losses on the way."""
+        self.refused = 0
+        """Publishes that the broker denied."""
+
+    @property
+    def discarded(self) -> int:
+        """Records that had to be given up, for want of room or because they were damaged on the disk."""
+        return self._spool.dropped_rows + self._spool.damaged_rows + self.skipped
+
+    @property
+    def waiting(self) -> int:
+        """Records that have not arrived yet."""
+        return self._spool.rows + self._pending_records
+
+    # The sink. ------------------------------------------------------------------------------------------------
+
+    async def open(self, header: StreamHeader) -> None:
+        """Find what an earlier run has left, begin the stream, and connect in the background."""
+        self._host, self._run = header.host, header.run
+        stream_topic(self._host)  # raises for a name that cannot be part of one
+        await self._do(lambda: self._begin(header))
+        self._tasks = [
+            asyncio.create_task(self._flush_now_and_then(), name="publish-flush"),
+            asyncio.create_task(self._stay_connected(), name="publish-send"),
+        ]
+
+    async def write(self, item: StreamItem) -> None:
+        """Take an item over; never waits. Raises if an earlier one broke the order of the stream."""
+        if self._failure is not None:
+            raise self._failure
+        if isinstance(item, Progress):
+            self._progress = item
+            return
+        if isinstance(item, Batch):
+            self.records += len(item)
+            if self._pending_records + len(item) > _PENDING_RECORDS:
+                if not self.skipped:
+                    _LOG.warning("publishing does not keep up (does the spool's disk hang?): records are discarded")
+                self.skipped += len(item)
+                self._pending.append(_Skipped(len(item)))
+                return
+            self._pending_records += len(item)
+        self._pending.append(item)
+        if self._pending_records >= BATCH_RECORDS:
+            self._full.set()
+
+    async def aclose(self) -> None:
+        """End the stream, and wait up to `drain_s` until all has arrived; what has not stays in the spool."""
+        try:
+            if self._tasks:
+                await self._finish()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._tasks:
+                self._tasks = []
+                await self._do(self._end)
+            self._thread.shutdown(wait=True)
+
+    async def _finish(self) -> None:
+        self._tasks[0].cancel()
+        await asyncio.gather(self._tasks[0], return_exceptions=True)
+        await self._flush(last=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                while self._spool.frames:
+                    self._emptier.clear()
+                    await self._emptier.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _do(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    # Stream -> spool. -----------------------------------------------------------------------------------------
+
+    def _begin(self, header: StreamHeader) -> None:
+        try:
+            self.left_before = self._spool.open()
+            self._contexts.open(keep=self._spool.frames > 0)
+            self._contexts.begin(self._encoder.header(header))
+        except OSError as error:
+            raise StoreError(f"the spool for publishing cannot be used: {error}") from error
+
+    def _end(self) -> None:
+        self._contexts.close(keep=bool(self._spool.frames))
+        lost = self._spool.close()
+        if lost:
+            _LOG.warning("%d records were in memory only, and are lost: the spool's disk takes no more", lost)
+            self.skipped += lost
+
+    async def _flush_now_and_then(self) -> None:
+        while True:
+            # Not wait_for: before Python 3.12 it can swallow the cancellation of whoever waits.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval_s):
+                    await self._full.wait()
+            self._full.clear()
+            await self._flush()
+
+    async def _flush(self, *, last: bool = False) -> None:
+        items, self._pending, self._pending_records = self._pending, [], 0
+        progress, self._progress = self._progress, None
+        if items or progress is not None or last:
+            # Shielded: what was taken must get into the spool, whoever is cancelled.
+            await asyncio.shield(self._do(lambda: self._encode(items, progress, last=last)))
+            self._news.set()
+
+    def _encode(self, items: list[StreamItem | _Skipped], progress: Progress | None, *, last: bool) -> None:
+        """One frame for all batches up to the next topology, or several if they are large."""
+        together: list[Batch] = []
+
+        def put_batches() -> None:
+            batch = Batch.concatenate(together)
+            together.clear()
+            for start in range(0, len(batch), BATCH_RECORDS):
+                part = batch[start : start + BATCH_RECORDS]
+                self._spool.append(Frame(self._encoder.batch(part), len(part)))
+
+        try:
+            for item in items:
+                if isinstance(item, Batch):
+                    together.append(item)
+                    continue
+                put_batches()
+                if isinstance(item, Topology):
+                    frame = self._encoder.topology(item, full=True)
+                    self._contexts.add(frame)
+                    self._spool.append(Frame(frame, 0))
+                elif isinstance(item, _Skipped):
+                    self._encoder.skip(item.records)
+            put_batches()
+            if progress is not None and not items:
+                self._spool.append(Frame(self._encoder.item(progress), 0))
+            if last:
+                self._spool.append(Frame(self._encoder.end(), 0))
+        except WireError as error:
+            # The stream's own order is broken: no reader would take what follows.
+            self._failure = error
+        except OSError as error:
+            self._failure = StoreError(f"the spool for publishing: {error}")
+
+    # Spool -> broker. -----------------------------------------------------------------------------------------
+
+    async def _stay_connected(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                async with self._broker.connection(f"mace-{self._host}", self._will()) as client:
+                    _LOG.info("%s: connected", self._broker.address)
+                    attempt = 0
+                    await self._serve(client)
+            except MqttError as error:
+                # Once an outage, not once an attempt: it can last for days.
+                level = logging.WARNING if attempt == 0 else logging.DEBUG
+                _LOG.log(level, "%s: %s; what is measured waits in the spool", self._broker.address, error)
+            attempt += 1
+            await asyncio.sleep(retry_after_s(attempt, random.random()))
+
+    def _will(self) -> Will:
+        return Will(status_topic(self._host), self._status("offline"))
+
+    def _status(self, state: str) -> bytes:
+        return json.dumps({"state": state, "host": self._host, "run": self._run}).encode()
+
+    async def _serve(self, client: Connection) -> None:
+        """Until the connection breaks (`MqttError`) or the task is cancelled."""
+        self._way = _Way()
+        refused = self.refused
+        await client.subscribe(ack_topic(self._host), qos=0)
+        await client.publish(status_topic(self._host), self._status("online"), qos=1, retain=True)
+        hearing = asyncio.create_task(self._hear(client))
+        sending = asyncio.create_task(self._send(client))
+        try:
+            done, _ = await asyncio.wait((hearing, sending), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self.refused = refused + client.refused
+            for task in (hearing, sending):
+                task.cancel()
+            await asyncio.gather(hearing, sending, return_exceptions=True)
+            with contextlib.suppress(MqttError, TimeoutError):
+                # Only where we go in peace; otherwise the broker gives out the last will.
+                async with asyncio.timeout(1):
+                    await client.publish(status_topic(self._host), self._status("offline"), qos=1, retain=True)
+
+    async def _hear(self, client: Connection) -> None:
+        async for message in client.messages:
+            try:
+                ack = Ack.parse(payload_of(message))
+            except WireError as error:
+                _LOG.warning("%s: %s", message.topic, error)
+                continue
+            await self._do(partial(self._take, ack))
+            self._news.set()
+            self._emptier.set()
+
+    def _take(self, ack: Ack) -> None:
+        """What has arrived leaves the spool; what is missing is sent again."""
+        way = self._way
+        gone = 0
+        while (frame := self._oldest()) is not None:
+            head = parse_head(frame.payload)
+            if head.stream != ack.stream or head.sequence >= ack.next:
+                break
+            self._spool.first()
+            self._spool.acknowledge()
+            self.arrived += frame.rows
+            way.bytes = max(way.bytes - len(frame.payload), 0)
+            gone += 1
+        if frame is not None:
+            head = parse_head(frame.payload)
+            self._contexts.needed_from(head.stream, head.sequence)
+            if gone and head.stream != ack.stream:
+                self._contexts.forget(ack.stream)
+        self._acknowledged += gone
+        way.window = min(way.window + gone, _WINDOW_MOST)
+        if ack.again and (ack.stream == way.stream or ack.next == 0):
+            way.restart = True
+
+    def _oldest(self) -> Frame | None:
+        """The oldest frame in the spool, without keeping it from being dropped."""
+        # Where that is damaged, `first` counts and removes it.
+        return self._spool.ahead(0) or self._spool.first()
+
+    async def _send(self, client: Connection) -> None:
+        topic = stream_topic(self._host)
+        heard = asyncio.get_running_loop().time()
+        acknowledged = -1
+        while True:
+            self._news.clear()
+            parts = await self._do(self._next_frames)
+            if parts:
+                await asyncio.gather(
+                    *(client.publish(topic, data, qos=1, properties=properties(oldest=str(o))) for data, o in parts)
+                )
+                self.sent_bytes += sum(len(data) for data, _ in parts)
+                if self.refused != client.refused:
+                    self.refused = client.refused
+                continue
+            now = asyncio.get_running_loop().time()
+            waiting = self._spool.frames > 0
+            if self._acknowledged != acknowledged or not waiting:
+                acknowledged, heard = self._acknowledged, now
+            if waiting and now - heard >= RESEND_S:
+                self._way.restart, heard = True, now
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESEND_S / 4):
+                    await self._news.wait()
+
+    def _next_frames(self) -> list[tuple[bytes, int]]:
+        """Some frames to be sent now, each with the number of the oldest that can still come before it."""
+        oldest = self._oldest()
+        while oldest is not None and self._contexts.of(parse_head(oldest.payload).stream) is None:
+            # Without its HEADER no one can read it.
+            self.skipped += oldest.rows
+            self._spool.first()
+            self._spool.acknowledge()
+            oldest = self._oldest()
+        if oldest is None:
+            return []
+        head = parse_head(oldest.payload)
+        context = self._contexts.of(head.stream)
+        assert context is not None
+        parts: list[tuple[bytes, int]] = []
+        way = self._way
+        if way.restart or way.stream != head.stream:
+            self.restarts += way.restart
+            self._way = way = _Way(head.stream, head.sequence, head.sequence, restart=False)
+            topology = context.before(head.sequence)
+            parts = [(frame, head.sequence) for frame in (context.header, topology) if frame is not None]
+        index = self._index(way.next, head.sequence)
+        while len(parts) < IN_FLIGHT and index < way.window and way.bytes < _WINDOW_BYTES:
+            frame = self._spool.ahead(index)
+            if frame is None or (found := parse_head(frame.payload)).stream != way.stream:
+                # The next stream's turn comes when all of this one has arrived.
+                break
+            if found.sequence != way.next:
+                way.run_from = found.sequence
+            parts.append((frame.payload, way.run_from))
+            way.bytes += len(frame.payload)
+            way.next = found.sequence + 1
+            index += 1
+        return parts
+
+    def _index(self, sequence: int, oldest: int) -> int:
+        """Where in the spool the first frame of the stream under way is that has this number or a later one."""
+        index = max(sequence - oldest, 0)
+        # Nearer, if frames between are gone.
+        while index and not self._is_before(index - 1, sequence):
+            index -= 1
+        return index
+
+    def _is_before(self, index: int, sequence: int) -> bool:
+        frame = self._spool.ahead(index)
+        if frame is None:
+            return index < self._spool.frames  # damaged: it will be found out when it is the oldest
+        head = parse_head(frame.payload)
+        return head.stream == self._way.stream and head.sequence < sequence

@@ -1,0 +1,360 @@
+"""An endpoint for Prometheus, and for orchestrators: `/metrics`, `/healthz`, `/readyz`.
+
+    mace_device_delay_seconds   histogram by host, container, netns, device, kind, direction, segment, source
+    mace_records_total          the ledger's records by host, source and category
+    mace_packets_total          packets by host, source and grade
+    mace_probe_calls_total, mace_probe_timed_calls_total, mace_probe_seconds_total   own cost by host, source and hook
+    mace_sink_rows_total        rows by sink and what became of them; mace_sink_rows_waiting and others beside it
+    mace_queue_peak             the most items that ever waited in a channel
+
+The histograms are made of the bins of `mace.histogram` and are exact: their buckets end where bins do. Windows of one
+second are added up, so a delay is in them a second or two after it happened, and counted once. Classic buckets: the
+text formats know no native histograms.
+
+`/healthz` is 200 while the event loop turns: else the process is to be started anew. `/readyz` is 200 while results
+come out. A database that is away changes neither: the spool is there for that. Both answer with JSON that says more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import AF_INET6
+from typing import Any, Final
+
+import numpy as np
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import CollectorRegistry
+
+from mace.config import Config, PrometheusConfig
+from mace.errors import ConfigError, Unavailable
+from mace.histogram import BINS, Ints, lower_bounds
+from mace.hooks import BY_HOOK
+from mace.interfaces import Status, StreamHeader
+from mace.schema import Delays, Results, RoundTrips
+from mace.topology import Device
+from mace.vitals import Vitals, process_figures
+from storage.shared import StreamOfSink
+
+_LOG: Final = logging.getLogger(__name__)
+
+NAME: Final = "prometheus"
+_WIDTH_S: Final = 1
+"""Of the windows that are added up; wider ones hold the same delays again."""
+_OCTAVES: Final = range(8, 35)
+"""Buckets end at 2**8 ns = 256 ns, then at every power of two up to 17 s."""
+_EDGE_BINS: Final = np.searchsorted(lower_bounds(np.arange(BINS)), [1 << octave for octave in _OCTAVES])
+"""First bin beyond each bucket."""
+_EDGES_S: Final = [f"{((1 << octave) - 1) / 1e9:.9g}" for octave in _OCTAVES]
+"""Delays are whole nanoseconds, so "less than 2**n" is "at most 2**n - 1"."""
+_BEAT_S: Final = 0.5
+_LABELS: Final = ("host", "container", "netns", "device", "kind", "direction", "segment", "source")
+_CATEGORIES: Final = ("matched", "unmatched", "ambiguous", "expired", "dropped", "lost", "discarded")
+"""Of the ledger, those that only grow; `in_flight` is a gauge."""
+_FATES: Final = ("stored", "refused", "over_budget", "dropped_buffer", "dropped_spool", "left_out")
+
+_MOST_SERIES: Final = 10_000
+"""Histograms, each of which is some thirty series for Prometheus. Devices that come and go would add up for ever."""
+
+Labels = tuple[str, ...]
+Stream = tuple[str, str]
+"""Host and source. When its next run begins, its counters begin anew, as after any restart."""
+
+
+class _Distribution:
+    __slots__ = ("counts", "sum_ns")
+
+    def __init__(self) -> None:
+        self.sum_ns = 0
+        self.counts: Ints = np.zeros(len(_OCTAVES) + 1, np.int64)
+        """Per bucket, not cumulative; the last one has no end."""
+
+
+class Endpoint:
+    """A `SharedSink` that keeps sums, and serves them. Raises `Unavailable` from `open` if it cannot listen."""
+
+    def __init__(self, config: PrometheusConfig, vitals: Vitals) -> None:
+        self._config, self._vitals = config, vitals
+        self._address = address(config.listen)
+        self._lock = threading.Lock()
+        """Around what the streams write and the requests' threads read."""
+        self._delays: dict[Labels, _Distribution] = {}
+        self._not_shown = 0
+        """Delays of series beyond `_MOST_SERIES`."""
+        self._latest: dict[Stream, Results] = {}
+        self._server: ThreadingHTTPServer | None = None
+        self._thread: threading.Thread | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self._beat_s = time.monotonic()
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    @property
+    def port(self) -> int:
+        """Where it listens; the one that was found if 0 was asked for."""
+        assert self._server is not None
+        return int(self._server.server_address[1])
+
+    async def open(self) -> None:
+        """Listen, and answer from now on."""
+        try:
+            self._server = _Server(self._address, self)
+        except OSError as error:
+            raise Unavailable(
+                "sink prometheus", f"{self._config.listen}: {error.strerror}", "set [sinks.prometheus] listen"
+            ) from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="prometheus", daemon=True)
+        self._thread.start()
+        self._heart = asyncio.create_task(self._beats(), name="prometheus-heart")
+
+    def stream(self) -> StreamOfSink:
+        """For one stream."""
+        return _Stream(self)
+
+    async def aclose(self) -> None:
+        """Answer no more."""
+        if self._heart is not None:
+            self._heart.cancel()
+            await asyncio.gather(self._heart, return_exceptions=True)
+            self._heart = None
+        if self._server is not None:
+            await asyncio.to_thread(self._server.shutdown)
+            self._server.server_close()
+            self._server = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    async def _beats(self) -> None:
+        while True:
+            self._beat_s = time.monotonic()
+            await asyncio.sleep(_BEAT_S)
+
+    def add(self, header: StreamHeader, results: Results) -> None:
+        """Take in a stream's results."""
+        with self._lock:
+            # Without its rows: it is kept until the next.
+            self._latest[header.host, header.source] = replace(results, delays=Delays.empty(), windows=())
+            for w in results.windows:
+                if w.width_s != _WIDTH_S:
+                    continue
+                labels = _labels(header, results.devices[w.device], w.direction.name, w.segment.name)
+                found = self._delays.get(labels)
+                if found is None:
+                    if len(self._delays) >= _MOST_SERIES:
+                        self._not_shown += w.count
+                        continue
+                    found = self._delays[labels] = _Distribution()
+                found.sum_ns += w.sum_ns
+                found.counts += _bucketed(w.bins, w.counts)
+
+    # What a request gets.
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """Exposition in the format that `accept` (a header) prefers, and its content type."""
+        encoder, content_type = choose_encoder(accept)
+        text: bytes = encoder(self._registry)
+        return text, content_type
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it as prometheus_client's families; called by its registry."""
+        with self._lock:
+            delays = [(labels, d.sum_ns, d.counts.copy()) for labels, d in self._delays.items()]
+            latest = list(self._latest.items())
+            not_shown = self._not_shown
+        yield _histogram(delays)
+        about = f"Delays that are in no histogram, because there are {_MOST_SERIES} already."
+        yield CounterMetricFamily("mace_delays_not_shown", about, value=not_shown)
+        yield from _ledgers(latest)
+        yield from _costs(latest)
+        yield from self._sinks()
+        yield from self._process()
+
+    def _sinks(self) -> Iterator[Metric]:
+        rows = CounterMetricFamily("mace_sink_rows", "Rows by what became of them.", labels=("sink", "fate"))
+        waiting = GaugeMetricFamily("mace_sink_rows_waiting", "Rows in buffer, spool or under way.", labels=("sink",))
+        retries = CounterMetricFamily("mace_sink_retries", "Requests that failed.", labels=("sink",))
+        spool = GaugeMetricFamily("mace_sink_spool_bytes", "Bytes that the spool takes on the disk.", labels=("sink",))
+        connected = GaugeMetricFamily("mace_sink_connected", "Whether the last request succeeded.", labels=("sink",))
+        for name, account in list(self._vitals.accounts.items()):
+            for fate in _FATES:
+                rows.add_metric((name, fate), getattr(account, fate))
+            waiting.add_metric((name,), account.waiting)
+            retries.add_metric((name,), account.retries)
+            spool.add_metric((name,), account.spool_bytes)
+            connected.add_metric((name,), account.connected)
+        yield from (rows, waiting, retries, spool, connected)
+
+    def _process(self) -> Iterator[Metric]:
+        peaks = GaugeMetricFamily("mace_queue_peak", "The most items that ever waited.", labels=("queue",))
+        for name, peak in list(self._vitals.queues.items()):
+            peaks.add_metric((name,), peak)
+        yield peaks
+        figures = process_figures()
+        yield CounterMetricFamily("process_cpu_seconds", "Processor time.", value=figures["cpu_ns"] / 1e9)
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Memory.", value=figures["resident_bytes"])
+        yield GaugeMetricFamily("process_open_fds", "File descriptors.", value=figures["open_files"])
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the process works, and what is known of it."""
+        silent_s = time.monotonic() - self._beat_s
+        return silent_s < self._config.stalled_s, {"event_loop_silent_s": round(silent_s, 1)}
+
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Whether it measures and results come out, and how the sinks are doing."""
+        vitals = self._vitals
+        since_s = time.monotonic() - vitals.last_results_s if vitals.last_results_s else None
+        on_time = vitals.running and since_s is not None and since_s < self._config.stalled_s
+        told_of = ("connected", "waiting", "not_stored", "trouble")
+        sinks = {name: {k: getattr(a, k) for k in told_of} for name, a in list(vitals.accounts.items())}
+        why = "" if on_time else "no results" if vitals.running else "not measuring yet, or no longer"
+        told = {"why": why, "since_results_s": since_s and round(since_s, 1), "sinks": sinks}
+        return on_time and self.health()[0], told
+
+
+class _Stream:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._header: StreamHeader | None = None
+
+    async def open(self, header: StreamHeader) -> None:
+        self._header = header
+
+    async def write(self, results: Results | RoundTrips) -> None:
+        assert self._header is not None
+        if isinstance(results, Results):
+            self._endpoint.add(self._header, results)
+
+    async def aclose(self) -> None:
+        self._header = None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, where: tuple[str, int], endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        if ":" in where[0]:
+            self.address_family = AF_INET6
+        super().__init__(where, _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = 10
+    """For a client that connects and says nothing."""
+
+    def do_GET(self) -> None:
+        """One of the three pages."""
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            body, content_type = self.server.endpoint.metrics(self.headers.get("Accept", ""))
+            self._answer(200, body, content_type)
+        elif path in {"/healthz", "/readyz"}:
+            endpoint = self.server.endpoint
+            ok, told = endpoint.health() if path == "/healthz" else endpoint.readiness()
+            self._answer(200 if ok else 503, json.dumps({"ok": ok} | told).encode() + b"\n", "application/json")
+        else:
+            self._answer(404, b"there are /metrics, /healthz and /readyz\n", "text/plain; charset=utf-8")
+
+    def _answer(self, status: int, body: bytes, content_type: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the class above has it
+        _LOG.debug(format, *args)
+
+
+def address(listen: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT` or `[HOST]:PORT`. Raises `ConfigError`."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"[sinks.prometheus] listen = {listen!r}, expected ADDRESS:PORT such as 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
+
+
+def _labels(header: StreamHeader, device: Device, direction: str, segment: str) -> Labels:
+    place = (header.host, device.container, device.netns_name, device.name, device.kind)
+    return (*place, direction.lower(), segment.lower(), header.source)
+
+
+def _bucketed(bins: Ints, counts: Ints) -> Ints:
+    """Counts by bucket of a sparse histogram."""
+    bucket = np.searchsorted(_EDGE_BINS, bins, side="right")
+    return np.bincount(bucket, weights=counts, minlength=len(_OCTAVES) + 1).astype(np.int64)
+
+
+def _histogram(delays: Sequence[tuple[Labels, int, Ints]]) -> Metric:
+    family = HistogramMetricFamily(
+        "mace_device_delay_seconds", "How long packets took to cross a device.", labels=_LABELS
+    )
+    for labels, sum_ns, counts in delays:
+        upto = np.cumsum(counts).tolist()
+        buckets = [*zip(_EDGES_S, upto, strict=False), ("+Inf", upto[-1])]
+        family.add_metric(labels, buckets, sum_value=sum_ns / 1e9)
+    return family
+
+
+def _ledgers(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:
+    records = CounterMetricFamily(
+        "mace_records", "Records by category of the ledger.", labels=("host", "source", "category")
+    )
+    in_flight = GaugeMetricFamily(
+        "mace_records_in_flight", "Records of packets whose life has not ended.", labels=("host", "source")
+    )
+    packets = CounterMetricFamily(
+        "mace_packets", "Packets by what holds their records together.", labels=("host", "source", "grade")
+    )
+    for of, results in latest:
+        for category in _CATEGORIES:
+            records.add_metric((*of, category), getattr(results.ledger, category))
+        in_flight.add_metric(of, results.ledger.in_flight)
+        for grade in ("ambiguous", "buffer", "content", "exact"):
+            packets.add_metric((*of, grade), getattr(results.grades, grade))
+    yield from (records, in_flight, packets)
+
+
+def _costs(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:
+    names = ("host", "source", "hook")
+    calls = CounterMetricFamily("mace_probe_calls", "Calls of a hook's probe.", labels=names)
+    timed = CounterMetricFamily("mace_probe_timed_calls", "Those of them that were timed.", labels=names)
+    spent = CounterMetricFamily("mace_probe_seconds", "Time spent in the timed calls.", labels=names)
+    for stream, results in latest:
+        for cost in results.cost:
+            of = (*stream, BY_HOOK[cost.hook].name)
+            calls.add_metric(of, cost.calls)
+            timed.add_metric(of, cost.timed)
+            spent.add_metric(of, cost.timed_ns / 1e9)
+    yield from (calls, timed, spent)
+
+
+def check(config: Config) -> Status:
+    """Whether the address can be listened on."""
+    listen = config.sinks.prometheus.listen
+    try:
+        with _Server(address(listen), Endpoint(config.sinks.prometheus, Vitals())):
+            return Status(True, f"would serve http://{listen}/metrics")
+    except ConfigError as error:
+        return Status(False, str(error), "see docs/configuration.md")
+    except OSError as error:
+        return Status(False, f"{listen}: {error.strerror}", "name another with [sinks.prometheus] listen")
+
+
+def make(config: Config, vitals: Vitals) -> Endpoint:
+    """The endpoint as configured. Raises `ConfigError`."""
+    return Endpoint(config.sinks.prometheus, vitals)

@@ -1,0 +1,350 @@
+"""What every sink with a server needs, once: buffer, batch, flush, spool, retry, partial writes, counters.
+
+    write() ──► buffer ──► encode, in a thread ──► spool ──► deliver ──► acknowledged
+                  │ full: newest dropped               │ full: oldest dropped
+                  └── counted                          └── counted        ↺ again, later and later, with jitter
+
+`write` never waits for the server nor for the disk, so a dead database cannot reach the ring (`patient`, for replays,
+turns that round: nobody loses anything by waiting). What is encoded is in the spool before it is sent, and leaves it
+when the server has acknowledged it; the same bytes are sent again until then. At most `flush_interval_s` of rows are in
+memory only.
+
+A `Target` knows the server: how rows are encoded, how one frame is delivered, and which answers are worth another try.
+docs/design/014-remote-sinks.md says why it is so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Generic, Protocol, TypeVar
+
+from mace.config import RunningConfig
+from mace.vitals import Account
+from storage.spool import Frame, Spool
+
+_LOG: Final = logging.getLogger(__name__)
+
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+_RETRY_MIN_S: Final = 0.5
+_REMIND_S: Final = 60.0
+"""The same trouble is told of again after this."""
+
+
+class TryLaterError(Exception):
+    """The server did not take the frame, for a reason that may pass: away, busy, full, not allowed yet."""
+
+    def __init__(self, why: str, after_s: float | None = None) -> None:
+        self.why, self.after_s = why, after_s
+        super().__init__(why)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Frames made of items, and the rows that are in none of them."""
+
+    frames: Sequence[Frame]
+    left_out: int = 0
+    over_budget: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What the server said to a frame. `refused`: rows that it will never take, and what it says of them."""
+
+    refused: int = 0
+    reason: str = ""
+
+
+class Target(Protocol[T_contra]):
+    """A server. `open` once, first, before anything is known of it; `aclose` once, last.
+
+    `encode` is called in a thread of its own, in the order of the items, never twice at a time; it must not touch what
+    `deliver` uses. `deliver` is called for one frame at a time, and may be cancelled. It raises `TryLaterError` for
+    what may pass, `TimeoutError` where there is no answer within `timeout_s`, and gets the same frame again, also in
+    another process: delivering twice must be as good as once.
+    """
+
+    async def open(self) -> None: ...
+
+    def rows(self, item: T_contra) -> int:
+        """About how many rows the item will be: bounds the buffer."""
+        ...
+
+    def encode(self, items: Sequence[T_contra], *, last: bool) -> Encoded:
+        """The items as frames. `last`: nothing follows them; there may be none."""
+        ...
+
+    async def deliver(self, frame: Frame) -> Delivered: ...
+
+    async def aclose(self) -> None: ...
+
+
+class RunningSink(Generic[T]):
+    """Items -> a `Target`, with the lifecycle of a `Sink`. `storage.shared` makes sinks of it, one for each stream.
+
+    Raises `Unavailable` and `StoreError` from `open` if the spool cannot be used; never because the server cannot.
+    `aclose` gives the server `close_s` to take what waits, from its last success on; the rest stays in the spool, or,
+    where there is none, is counted as dropped.
+    """
+
+    def __init__(
+        self, name: str, target: Target[T], config: RunningConfig, account: Account, *, patient: bool = False
+    ) -> None:
+        self.name: Final = name
+        self.account: Final = account
+        self._target = target
+        self._config = config
+        self._patient = patient
+        directory = Path(config.spool) / name if config.spool else None
+        self._spool = Spool(
+            directory,
+            max_bytes=config.spool_mib << 20,
+            memory_bytes=config.memory_mib << 20,
+            sync=config.spool_sync,
+        )
+        self._buffer: deque[T] = deque()
+        self._buffered = 0
+        """Rows in the buffer and being encoded."""
+        self._changed = asyncio.Condition()
+        self._ending = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._acknowledging: asyncio.Future[None] | None = None
+        self._disk = ThreadPoolExecutor(1, f"{name}-encode")
+        self._given_up = 0
+        """Rows that the spool has given up, as far as they are in the account."""
+        self._success_s = 0.0
+        self._too_late = False
+        """The server had its time at the end: nothing waits for it any more."""
+        self._told_s: dict[str, float] = {}
+        """When each kind of trouble was last told of."""
+
+    async def open(self) -> None:
+        """Take hold of the spool and begin to deliver what is in it."""
+        found = await asyncio.get_running_loop().run_in_executor(self._disk, self._spool.open)
+        self.account.taken += found
+        self.account.waiting += found
+        self._count()
+        if found:
+            _LOG.warning(
+                "sink %s: %d rows of an earlier run are in the spool, and are delivered first", self.name, found
+            )
+        await self._target.open()
+        self._tasks = [
+            asyncio.create_task(self._encode(), name=f"{self.name}-encode"),
+            asyncio.create_task(self._deliver(), name=f"{self.name}-deliver"),
+        ]
+
+    async def write(self, item: T) -> None:
+        """Take an item over, or drop and count it if the buffer is full (`patient`: wait)."""
+        for task in self._tasks:
+            if task.done():
+                task.result()  # a defect of ours: its traceback, not silence
+        rows = self._target.rows(item)
+        if self._buffered and self._buffered + rows > self._config.buffer_rows:
+            if not self._patient:
+                self.account.taken += rows
+                self.account.dropped_buffer += rows
+                self._remind(
+                    "buffer", f"the buffer of {self._config.buffer_rows:,} rows is full: newest rows are dropped"
+                )
+                return
+            async with self._changed:
+                await self._changed.wait_for(
+                    lambda: not self._buffered or self._buffered + rows <= self._config.buffer_rows
+                )
+        self._buffer.append(item)
+        self._buffered += rows
+        self.account.buffer_peak = max(self.account.buffer_peak, self._buffered)
+        await self._tell()
+
+    async def aclose(self) -> None:
+        """Encode what is in the buffer, give the server its time, let go of everything."""
+        self._ending = True
+        self._success_s = time.monotonic()
+        try:
+            if self._tasks:
+                await self._tell()
+                await self._until(self._tasks[0].done)
+                self._too_late = not self._tasks[0].done()
+                await self._tell()
+                await self._tasks[0]
+                await self._until(lambda: not self.account.waiting + self._spool.frames or self._tasks[1].done())
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            ends = await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._tasks = []
+            if self._acknowledging is not None:
+                await self._acknowledging
+            await self._target.aclose()
+            lost = await asyncio.get_running_loop().run_in_executor(self._disk, self._spool.close)
+            self._disk.shutdown(wait=True)
+            self._count()
+            self.account.dropped_spool += lost
+            self.account.waiting -= lost
+            if lost:
+                self.account.note("not delivered at the end, and no spool to keep it", lost)
+            if self.account.waiting:
+                _LOG.warning(
+                    "sink %s: %d rows are not delivered and stay in the spool: %s",
+                    self.name,
+                    self.account.waiting,
+                    self.account.trouble,
+                )
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def _until(self, done: Callable[[], bool]) -> None:
+        """Wait for it, or until the server has taken nothing for `close_s`."""
+        while not done():
+            left = self._success_s + self._config.close_s - time.monotonic()
+            if left <= 0:
+                return
+            async with self._changed:
+                try:
+                    await asyncio.wait_for(self._changed.wait(), min(left, 0.2))
+                except TimeoutError:
+                    pass  # looked again, for a failing server tells nobody
+
+    # Buffer to spool.
+
+    async def _encode(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._batch()
+            items, rows = list(self._buffer), self._buffered
+            self._buffer.clear()
+            ending = self._ending
+            encoded = await loop.run_in_executor(self._disk, lambda: self._target.encode(items, last=ending))  # noqa: B023
+            self.account.left_out += encoded.left_out
+            self.account.over_budget += encoded.over_budget
+            self.account.taken += encoded.left_out + encoded.over_budget
+            for frame in encoded.frames:
+                await self._room(frame)
+                self.account.taken += frame.rows
+                self.account.waiting += frame.rows
+                await loop.run_in_executor(self._disk, self._spool.append, frame)
+                self._count()
+                await self._tell()
+            self._buffered -= rows
+            await self._tell()
+            if ending:
+                return
+
+    async def _batch(self) -> None:
+        """Wait until there is a batch, or something that has waited long enough."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._buffer or self._ending)
+            try:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._ending or self._buffered >= self._config.batch_rows),
+                    self._config.flush_interval_s,
+                )
+            except TimeoutError:
+                pass  # long enough
+
+    async def _room(self, frame: Frame) -> None:
+        """Patient: wait until the spool has room; else it makes room itself."""
+        if self._patient:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._too_late or not self._spool.full(len(frame.payload)))
+
+    # Spool to server.
+
+    async def _deliver(self) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._spool.frames)
+            frame = await loop.run_in_executor(None, self._spool.first)
+            self._count()
+            if frame is None:
+                continue
+            self.account.attempts += 1
+            begin = time.monotonic()
+            try:
+                said = await self._target.deliver(frame)
+            except TryLaterError as error:
+                failures += 1
+                await self._later(error.why, error.after_s, failures)
+            except TimeoutError:
+                failures += 1
+                await self._later(f"no answer within {self._config.timeout_s:g} s", None, failures)
+            except Exception as error:  # noqa: BLE001 - a defect here or in a library is no reason to stop measuring
+                failures += 1
+                _LOG.debug("sink %s", self.name, exc_info=error)
+                await self._later(repr(error), None, failures)
+            else:
+                failures = 0
+                self.account.delivery_ns = int((time.monotonic() - begin) * 1e9)
+                self._succeeded(frame, said)
+                # Also if this task is cancelled now: what is counted as stored must not be in the spool.
+                self._acknowledging = loop.run_in_executor(None, self._spool.acknowledge)
+                await asyncio.shield(self._acknowledging)
+                self._count()
+                await self._tell()
+
+    def _succeeded(self, frame: Frame, said: Delivered) -> None:
+        account = self.account
+        if not account.connected and account.trouble:
+            _LOG.warning("sink %s: delivers again; %s rows wait", self.name, f"{account.waiting - frame.rows:,}")
+        account.connected, account.trouble = 1, ""
+        self._told_s.pop("failure", None)
+        account.waiting -= frame.rows
+        account.stored += frame.rows - said.refused
+        account.refused += said.refused
+        if said.refused and account.note(f"refused: {said.reason}", said.refused):
+            _LOG.warning("sink %s: %d rows refused: %s", self.name, said.refused, said.reason)
+        self._success_s = time.monotonic()
+
+    async def _later(self, why: str, after_s: float | None, failures: int) -> None:
+        """Wait before the next attempt: twice as long each time, or as long as the server says, and never in step."""
+        account = self.account
+        account.connected, account.trouble = 0, why
+        account.retries += 1
+        account.note(f"retried: {why}")
+        self._remind("failure", f"{why}; {account.waiting:,} rows wait")
+        longest = self._config.retry_max_s
+        pause = min(_RETRY_MIN_S * 2.0 ** min(failures - 1, 16), longest) if after_s is None else min(after_s, longest)
+        # Full jitter over the upper half: many hosts that lost one server do not come back in one moment.
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+
+    # Counters.
+
+    def _count(self) -> None:
+        """Bring the spool's figures into the account.
+
+        `waiting` is counted here, not asked of the spool, which another thread works on: so it always balances.
+        """
+        spool, account = self._spool, self.account
+        given_up = spool.dropped_rows + spool.damaged_rows
+        if given_up > self._given_up:
+            new = given_up - self._given_up
+            self._given_up = given_up
+            account.dropped_spool += new
+            account.waiting -= new
+            account.note("given up: the spool was full, or damaged", new)
+            self._remind("spool", spool.trouble or "the spool is full: oldest rows are dropped")
+        account.spool_bytes = spool.bytes
+
+    def _remind(self, kind: str, text: str) -> None:
+        now = time.monotonic()
+        if now - self._told_s.get(kind, -_REMIND_S) >= _REMIND_S:
+            self._told_s[kind] = now
+            _LOG.warning("sink %s: %s", self.name, text)
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,45 @@
+"""Something to ask, in a lab's far end: answering.py dns|http ADDRESS, the standard library only.
+
+`dns` answers each question with one address record over UDP; `http` answers each request with an empty page. Says
+`ready`, and ends when its standard input does.
+"""
+
+import socket
+import struct
+import sys
+import threading
+
+
+def dns_answer(query: bytes) -> bytes:
+    """RFC 1035: the question again, and 192.0.2.7 for its name, without the additional records."""
+    identifier, flags, *_ = struct.unpack("!HHHHHH", query[:12])
+    end = 12
+    while query[end]:
+        end += query[end] + 1
+    question = query[12 : end + 5]
+    head = struct.pack("!HHHHHH", identifier, 0x8400 | (flags & 0x0100), 1, 1, 0, 0)
+    return head + question + struct.pack("!HHHIH", 0xC00C, 1, 1, 60, 4) + socket.inet_aton("192.0.2.7")
+
+
+def dns(address: str) -> None:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((address, 53))
+    print("ready", flush=True)
+    while True:
+        query, sender = sock.recvfrom(4096)
+        sock.sendto(dns_answer(query), sender)
+
+
+def http(address: str) -> None:
+    listening = socket.create_server((address, 80), backlog=64)
+    print("ready", flush=True)
+    while True:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.0 204 No Content\r\n\r\n")
+
+
+if __name__ == "__main__":
+    threading.Thread(target={"dns": dns, "http": http}[sys.argv[1]], args=(sys.argv[2],), daemon=True).start()
+    sys.stdin.read()

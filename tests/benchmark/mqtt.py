@@ -1,0 +1,272 @@
+"""The way over a broker: mosquitto, publisher and `mace ingest` as processes on one machine, over loopback.
+
+mqtt_ingest                records/s, written by one publisher -> worked through by the ingest, in its journal on the
+disk, acknowledged; QoS 1, no rows
+mqtt_ingest_rows           the same, with a row per packet and segment stored
+mqtt_bytes_per_record      received by the broker, all in all: frames, topics, acknowledgements
+fleet_...                  1,000 simulated hosts of 1,000 records/s each, two shards, for some seconds
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mace import clock
+from mace.broker import Broker, MqttError, properties
+from mace.config import MqttConfig
+from mace.records import Batch
+from mace.topics import Ack, ack_topic, stream_topic
+from mace.wire import HEAD, HEAD_SIZE, Encoder, parse_head
+from storage import segments
+from storage.mqtt import StreamPublisher
+from storage.query import Store
+from tests.benchmark.figures import MACE, ROOT, figure, folder
+from tests.brokers import Mosquitto, mosquitto
+from tests.made_capture import HEADER, TOPOLOGY, traffic
+
+RECORDS = 4_000_000
+BATCH = 50_000
+ROUNDS = 5
+AHEAD = 1_000_000
+"""Records that the publisher is given beyond what has arrived: the ring's part, which waits."""
+
+HOSTS, RATE, SECONDS = 1_000, 1_000, 25
+LEAD_S = 6
+"""From the first connection to the first record."""
+BROKER = ("allow_anonymous true", "sys_interval 1", "max_queued_messages 0", "max_connections -1")
+
+
+@contextmanager
+def ingest(broker: Mosquitto, store: Path, *args: str):
+    argv = [*MACE, "ingest", "--broker", broker.url, "--store", str(store), "--json", *args]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(120)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def usage(process: subprocess.Popen[Any]) -> tuple[float, float]:
+    """Peak of the memory, MiB, and CPU time so far, s."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    times = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return peak / 1024, (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def received(broker: Broker) -> int:
+    """Bytes that the broker says it has received."""
+    async with broker.connection() as client:
+        await client.subscribe("$SYS/broker/bytes/received")
+        messages = client.messages
+        # The first is the last one's count; the next is of now.
+        await anext(messages)
+        return int((await anext(messages)).payload)
+
+
+# One host, as fast as it goes. -------------------------------------------------------------------------------------
+
+
+async def one_round(broker: Broker, spool: Path, run: str, whole: Batch) -> float:
+    sink = StreamPublisher(broker, spool, max_bytes=1 << 30, interval_s=0.05, drain_s=120)
+    await sink.open(replace(HEADER, run=run))
+    span = int(whole.ts_ns[-1] - whole.ts_ns[0]) + 1_000_000
+    start = time.perf_counter()
+    try:
+        await sink.write(TOPOLOGY)
+        for turn in range(RECORDS // len(whole)):
+            moved = replace(whole, ts_ns=whole.ts_ns + turn * span)
+            for first in range(0, len(moved), BATCH):
+                await sink.write(moved[first : first + BATCH])
+                await asyncio.sleep(0)
+                while sink.records - sink.arrived > AHEAD:  # noqa: ASYNC110 (as a source waits for its poll)
+                    await asyncio.sleep(0.002)
+    finally:
+        await sink.aclose()
+    assert (sink.arrived, sink.discarded) == (RECORDS, 0), (sink.arrived, sink.discarded)
+    return RECORDS / (time.perf_counter() - start)
+
+
+def through() -> list[dict[str, Any]]:
+    whole = traffic(1_000_000)
+    found = []
+    with folder() as where, mosquitto(where / "broker", *BROKER) as server:
+        broker = Broker(MqttConfig(broker=server.url))
+        for name, args in (("mqtt_ingest", ["--no-rows"]), ("mqtt_ingest_rows", [])):
+            store = where / name
+            rates = []
+            with ingest(server, store, *args):
+                before = asyncio.run(received(broker))
+                for turn in range(ROUNDS + 1):
+                    rates.append(asyncio.run(one_round(broker, where / "spool", f"{name}-{turn}", whole)))
+                size = (asyncio.run(received(broker)) - before) / RECORDS / (ROUNDS + 1)
+            ledger = Store(store).ledger()
+            assert (ledger.records, ledger.discarded, ledger.imbalance) == (RECORDS * (ROUNDS + 1), 0, 0), ledger
+            found.append(figure(name, "records/s", rates[1:]))
+        found.append(figure("mqtt_bytes_per_record", "bytes", [size]))
+    return found
+
+
+# A fleet. ----------------------------------------------------------------------------------------------------------
+
+
+class SimulatedHost:
+    """A host's side of the protocol with frames that are there already, each due at its time (CLOCK_MONOTONIC, s).
+
+    All hosts have the same records by clocks of their own: the HEADER says when a clock's time was.
+    """
+
+    def __init__(self, number: int, frames: list[bytes], start: clock.ClockPair) -> None:
+        self.name = f"host-{number:04d}"
+        # Hosts do not publish all at the same moment.
+        phase_ns = (number * 618_033_989) % 1_000_000_000
+        pair = clock.ClockPair(TOPOLOGY.from_ns, start.utc_ns + phase_ns, start.uncertainty_ns)
+        header = replace(HEADER, host=self.name, run=f"fleet-{start.utc_ns}", clock=pair)
+        self.header = Encoder().header(header)
+        self.stream = parse_head(self.header).stream
+        self.frames = frames
+        first_s = (start.monotonic_ns + phase_ns) / 1e9
+        self.due_s = [0.0, 0.0, *(first_s + turn + 1 for turn in range(SECONDS)), first_s + SECONDS]
+        self.arrived = self.next = 0
+        self.repeated = 0
+        self.news = asyncio.Event()
+
+    def frame(self, number: int) -> bytes:
+        """As this host's stream has it."""
+        if not number:
+            return self.header
+        frame = self.frames[number]
+        fields = HEAD.unpack_from(frame)
+        head = HEAD.pack(*fields[:5], self.stream, *fields[6:])[:-4]
+        return head + crc32(head).to_bytes(4, "little") + frame[HEAD_SIZE:]
+
+    async def run(self, broker: Broker) -> None:
+        async with broker.connection(f"mace-{self.name}") as client:
+            await client.subscribe(ack_topic(self.name))
+            hearing = asyncio.create_task(self.hear(client))
+            told = time.monotonic()
+            while self.arrived < len(self.frames):
+                while self.next < len(self.frames) and self.due_s[self.next] <= time.monotonic():
+                    frame = self.frame(self.next)
+                    self.next += 1
+                    await client.publish(stream_topic(self.name), frame, qos=1, properties=properties(oldest="0"))
+                    told = time.monotonic()
+                if self.next > self.arrived and time.monotonic() - told > 10:
+                    self.repeated += 1
+                    self.next, told = self.arrived, time.monotonic()
+                wait = self.due_s[self.next] - time.monotonic() if self.next < len(self.frames) else 1.0
+                self.news.clear()
+                try:
+                    async with asyncio.timeout(max(wait, 0.001)):
+                        await self.news.wait()
+                except TimeoutError:
+                    pass
+            hearing.cancel()
+
+    async def hear(self, client: Any) -> None:
+        try:
+            async for message in client.messages:
+                ack = Ack.parse(message.payload)
+                self.arrived = max(self.arrived, ack.next)
+                if ack.again and self.next > ack.next:
+                    self.repeated += 1
+                    self.next = ack.next
+                self.news.set()
+        except MqttError:
+            return
+
+
+def one_second() -> Batch:
+    """`RATE` records: round trips spread over a second, times from 0."""
+    made = traffic(RATE)
+    trip = np.arange(RATE) // 20
+    ts_ns = trip * (20 * 1_000_000_000 // RATE) + (made.ts_ns - made.ts_ns[0]) % 20_000
+    return replace(made, ts_ns=np.sort(ts_ns))
+
+
+def frames_of_a_host() -> list[bytes]:
+    second = one_second()
+    encoder = Encoder()
+    moved = [replace(second, ts_ns=second.ts_ns + (TOPOLOGY.from_ns + n * 1_000_000_000)) for n in range(SECONDS)]
+    return [encoder.header(HEADER), encoder.topology(TOPOLOGY), *map(encoder.batch, moved), encoder.end()]
+
+
+def simulate(url: str) -> None:
+    """All hosts in this process; a line of JSON when all has arrived."""
+    frames = frames_of_a_host()
+    now = clock.measure()
+    lead_ns = LEAD_S * 1_000_000_000
+    start = clock.ClockPair(now.monotonic_ns + lead_ns, now.utc_ns + lead_ns, now.uncertainty_ns)
+    hosts = [SimulatedHost(number, frames, start) for number in range(HOSTS)]
+
+    async def work() -> None:
+        broker = Broker(MqttConfig(broker=url))
+        async with asyncio.TaskGroup() as group:
+            for host in hosts:
+                group.create_task(host.run(broker))
+                await asyncio.sleep(0)
+
+    asyncio.run(work())
+    took_s = (time.monotonic_ns() - start.monotonic_ns) / 1e9
+    size, repeated = HOSTS * sum(map(len, frames)), sum(host.repeated for host in hosts)
+    print(json.dumps({"took_s": took_s, "bytes": size, "repeated": repeated}))
+
+
+def fleet() -> list[dict[str, Any]]:
+    with folder() as where, mosquitto(where / "broker", *BROKER) as server:
+        stores = [where / "1", where / "2"]
+        with ingest(server, stores[0], "--shard", "1/2") as one, ingest(server, stores[1], "--shard", "2/2") as two:
+            argv = [sys.executable, "-c", f"from tests.benchmark import mqtt; mqtt.simulate({server.url!r})"]
+            done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=400)
+            told = json.loads(done.stdout)
+            used = [usage(process) for process in (one, two)]
+            broker_peak, broker_cpu_s = usage(server.process)
+        ledgers = [Store(store).ledger() for store in stores]
+        waits = np.concatenate([wait_s(store) for store in stores])
+    records = sum(ledger.records for ledger in ledgers)
+    published = HOSTS * RATE * SECONDS
+    lost = published - records + sum(ledger.discarded for ledger in ledgers)
+    p50, p99, worst = np.quantile(waits, [0.5, 0.99, 1.0])
+    return [
+        figure("fleet_records_lost", "records", [lost]),
+        figure("fleet_rate", "records/s", [published / told["took_s"]]),
+        figure("fleet_queryable_p50", "s", [p50]),
+        figure("fleet_queryable_p99", "s", [p99]),
+        figure("fleet_queryable_max", "s", [worst]),
+        figure("fleet_behind", "s", [told["took_s"] - SECONDS]),
+        figure("fleet_ingest_rss", "MiB", [peak for peak, _ in used]),
+        figure("fleet_ingest_cpu", "s per s", [cpu_s / told["took_s"] for _, cpu_s in used]),
+        figure("fleet_broker_rss", "MiB", [broker_peak]),
+        figure("fleet_broker_cpu", "s per s", [broker_cpu_s / told["took_s"]]),
+        figure("fleet_bytes_per_record", "bytes", [told["bytes"] / published]),
+        figure("fleet_repeats", "requests", [told["repeated"]]),
+    ]
+
+
+def wait_s(store: Path) -> np.ndarray[Any, Any]:
+    """From each row's packet to the moment when its segment could be read."""
+    found = []
+    for each in segments.listing(store, "delays"):
+        rows = pq.read_table(each.path, columns=["time"], partitioning=None)
+        # A rename changes the inode: that is when readers see it.
+        found.append((each.path.stat().st_ctime_ns - rows["time"].cast("int64").to_numpy()) / 1e9)
+    return np.concatenate(found)
+
+
+def run() -> list[dict[str, Any]]:
+    return list(itertools.chain(through(), fleet()))

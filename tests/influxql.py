@@ -1,0 +1,86 @@
+"""The queries of the dashboards, taken out of Grafana's JSON and taken apart: what a test needs to know of InfluxQL."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[1] / "dashboards/json"
+FILES = sorted(FOLDER.glob("*.json"))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One query of a panel, or of a variable."""
+
+    where: str
+    text: str
+    panel: dict[str, Any]
+    is_variable: bool = False
+
+
+def asked(path: Path) -> Iterator[Asked]:
+    """All queries of a dashboard."""
+    content = json.loads(path.read_text())
+    for panel in content["panels"]:
+        for target in panel["targets"]:
+            yield Asked(f"{path.stem}: {panel['title']} {target['refId']}", target["query"], panel)
+    for variable in content["templating"]["list"]:
+        if variable["type"] == "query":
+            yield Asked(f"{path.stem}: ${variable['name']}", variable["query"], variable, is_variable=True)
+
+
+ALL = [one for path in FILES for one in asked(path)]
+
+
+@dataclass
+class Parts:
+    """A query without its subqueries: identifiers by the place where they stand."""
+
+    measurement: str
+    fields: list[tuple[str, str]]
+    """(function or "", name) in the SELECT."""
+    aliases: list[str]
+    tags: list[str]
+    """In WHERE and GROUP BY."""
+    fixed: dict[str, str]
+    inner: "Parts | None" = None
+
+
+_QUERY = re.compile(
+    r'SELECT (?P<values>.*?) FROM (?:"(?P<measurement>\w+)"|\((?P<inner>.*)\))'
+    r"(?: WHERE (?P<where>.*?))?(?: GROUP BY (?P<by>.*?))?(?: fill\(none\))?(?P<tail> ORDER BY time DESC LIMIT \d+)?"
+)
+
+
+def take_apart(text: str) -> Parts:
+    """Raises `ValueError` for what does not look like our queries."""
+    match = _QUERY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not understood: {text}")
+    values = match["values"]
+    aliases = re.findall(r' AS "([^"]+)"', values)
+    without = re.sub(r' AS "[^"]+"', "", values)
+    fields = re.findall(r'(?:(\w+)\()?"(\w+)"', without)
+    condition = match["where"] or ""
+    return Parts(
+        measurement=match["measurement"] or "",
+        fields=fields,
+        aliases=aliases,
+        tags=re.findall(r'"(\w+)" =', condition) + re.findall(r'"(\w+)"', match["by"] or ""),
+        fixed=dict(re.findall(r"\"(\w+)\" = '([^']*)'", condition)),
+        inner=take_apart(match["inner"]) if match["inner"] else None,
+    )
+
+
+def as_grafana_would(text: str, *, interval_s: int, since_ns: int, until_ns: int, chosen: dict[str, str]) -> str:
+    """The query as Grafana sends it: macros and variables replaced."""
+    text = text.replace("$timeFilter", f"time >= {since_ns} AND time <= {until_ns}")
+    text = text.replace("$__interval_ms", str(interval_s * 1000)).replace("$__interval", f"{interval_s}s")
+    for name, value in chosen.items():
+        text = re.sub(rf"\${name}\b", lambda _, value=value: value, text)
+    if "$" in text.replace("$/", ""):
+        raise ValueError(f"something is left for Grafana to replace: {text}")
+    return text

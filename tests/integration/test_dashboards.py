@@ -1,0 +1,194 @@
+"""Every query of every dashboard, on a real InfluxDB that the real pipeline has filled.
+
+Two captures of the same traffic, by the module and by ftrace (tests/golden/both-sources), and a live run, which alone
+has a health to tell of.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import duckdb
+import pytest
+
+from mace import lab
+from tests.influxql import ALL, Asked, as_grafana_would
+from tests.servers import Influx
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden/both-sources"
+STEP_S = 10
+
+pytestmark = [pytest.mark.slow, pytest.mark.needs("influxd", "root", "tracefs", "netns")]
+
+
+def mace(*args: object) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "mace", *map(str, args)], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """The server, with the times of the captures (`then`) and of the live run (`now`)."""
+    place = tmp_path_factory.mktemp("influx")
+    influx = Influx(place / "server").start()
+    try:
+        for source in ("kmod", "ftrace"):
+            told = ("replay", GOLDEN / f"{source}.mace", "--store", place / source, "--influxdb", influx.url, "--json")
+            mace(*told, "--config", config(place, source))
+        said, capture = GOLDEN / "ping.txt", GOLDEN / "kmod.mace"
+        mace("correct", said, capture, "--container", "c1", "--influxdb", influx.url, "--config", config(place, "rtt"))
+        then = span(influx)
+        live(influx, place)
+        whole = span(influx)
+        yield SimpleNamespace(influx=influx, place=place, then=then, now=(then[1] + 1, whole[1]))
+    finally:
+        influx.stop()
+
+
+def config(place: Path, name: str) -> Path:
+    path = place / f"{name}.toml"
+    path.write_text(f'[sinks.influxdb]\nspool = "{place / name}-spool"\n')
+    return path
+
+
+def live(influx: Influx, place: Path) -> None:
+    with lab.running(lab.Spec("dashboards")) as made:
+        name = made.name
+        traffic = threading.Thread(target=lambda: made.ping("c1", "remote", count=1500, interval_s=0.004))
+        traffic.start()
+        try:
+            mace(
+                *("run", "--lab", name, "--source", "ftrace", "--duration", 5, "--store", place / "live", "--json"),
+                *("--influxdb", influx.url, "--config", config(place, "live")),
+            )
+        finally:
+            traffic.join()
+
+
+def span(influx: Influx) -> tuple[int, int]:
+    """The first and the last time of all rows, ns."""
+    ends = []
+    for order in ("ASC", "DESC"):
+        times = []
+        for name, field in (("device_window", "count"), ("mace_internal", "records"), ("rtt", "seq")):
+            for one in influx.query(f'SELECT "{field}" FROM "{name}" ORDER BY time {order} LIMIT 1'):
+                times.append(one["values"][0][0])
+        ends.append(min(times) if order == "ASC" else max(times))
+    return ends[0], ends[1]
+
+
+EVERYTHING = dict.fromkeys(("host", "container", "device", "direction", "source"), ".*")
+
+
+def rows(database, one: Asked, chosen: dict[str, str], when: tuple[int, int]) -> list[dict]:
+    text = as_grafana_would(one.text, interval_s=STEP_S, since_ns=when[0], until_ns=when[1], chosen=chosen)
+    found = database.influx.query(text)
+    assert all(series["values"] for series in found)
+    return found
+
+
+@pytest.mark.parametrize("one", ALL, ids=lambda one: one.where)
+def test_every_query_has_rows(database, one: Asked):
+    found = [series for when in (database.then, database.now) for series in rows(database, one, EVERYTHING, when)]
+    assert found, one.text
+    if one.is_variable:
+        return
+    # Not only nulls, in any of the columns that a panel shows.
+    for column in range(1, len(found[0]["columns"])):
+        values = [row[column] for series in found for row in series["values"]]
+        assert any(value is not None for value in values), f"{found[0]['columns'][column]} is always empty"
+
+
+@pytest.fixture(scope="module")
+def values_of_variables(database) -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for one in ALL:
+        if one.is_variable:
+            for series in rows(database, one, EVERYTHING, database.then):
+                found.setdefault(one.panel["name"], set()).update(value for _, value in series["values"])
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def test_variables_offer_what_there_is(values_of_variables):
+    assert values_of_variables["direction"] == ["egress", "ingress"]
+    assert values_of_variables["source"] == ["ftrace", "kmod"]
+    assert {"c1", "c2"} <= set(values_of_variables["container"])
+    assert "eth0" in values_of_variables["device"]
+    assert len(values_of_variables["host"]) == 2, "the machine of the captures, and this one"
+
+
+def test_what_is_chosen_is_what_is_shown(database, values_of_variables):
+    """As Grafana writes a choice: one value as it is, several as (a|b), both escaped."""
+    several = {name: f"({'|'.join(map(re.escape, values))})" for name, values in values_of_variables.items()}
+    nobody = dict.fromkeys(EVERYTHING, "nobody")
+    for one in ALL:
+        variables = set(re.findall(r"/\^\$(\w+)\$/", one.text))
+        if one.is_variable or not variables:
+            continue
+        assert rows(database, one, EVERYTHING | nobody, database.then) == []
+        if rows(database, one, EVERYTHING, database.then) and "container" not in variables:
+            assert rows(database, one, several, database.then), one.where
+    overview = next(one for one in ALL if one.where.startswith("overview: What the container path added"))
+    found = rows(database, overview, EVERYTHING | {"container": "c2", "source": "kmod"}, database.then)
+    assert {series["tags"]["container"] for series in found} == {"c2"}
+    assert {series["tags"]["direction"] for series in found} == {"egress", "ingress"}
+
+
+def test_figures_are_those_of_the_store(database):
+    """The exact quantiles of the dashboards, by InfluxDB, are those of the rows in the embedded store, by sorting."""
+    overview = next(one for one in ALL if one.where.startswith("overview: What the container path added"))
+    compared = 0
+    for source in ("kmod", "ftrace"):
+        for series in rows(database, overview, EVERYTHING | {"source": source}, database.then):
+            tags = series["tags"]
+            delays = [
+                row[0]
+                for row in duckdb.sql(
+                    f"SELECT delay_ns FROM read_parquet('{database.place}/{source}/delays/**/*.parquet') WHERE"
+                    f" container = '{tags['container']}' AND direction = '{tags['direction']}' AND segment = 'overhead'"
+                    " ORDER BY delay_ns"
+                ).fetchall()
+            ]
+            found = dict(zip(series["columns"], series["values"][0], strict=True))
+            assert found["packets"] == len(delays) > 50
+            assert found["max"] == delays[-1]
+            for name, percent in (("p50", 50), ("p99", 99), ("p99.9", 99.9)):
+                # InfluxDB's rank: the nearest one, halves upwards.
+                assert found[name] == delays[int(len(delays) * percent / 100 + 0.5) - 1], name
+            compared += 1
+    assert compared == 8, "two sources, two containers, two directions"
+
+
+def test_devices_add_up_on_the_screen(database):
+    """The stacked means of the path dashboard are the mean of the overhead, as its description says."""
+    path = [one for one in ALL if one.where.startswith("path: Hop by hop")]
+    chosen = EVERYTHING | {"source": "kmod", "container": "c1"}
+    for direction in ("egress", "ingress"):
+        sums = {"device": 0.0, "overhead": 0.0}
+        for series in rows(database, path[0], chosen | {"direction": direction}, database.then):
+            found = dict(zip(series["columns"], series["values"][0], strict=True))
+            if series["tags"]["segment"] in sums:
+                sums[series["tags"]["segment"]] += found["mean"] * found["packets"]
+        assert sums["overhead"] > 0
+        # A packet that was not seen at the other end of the path has devices and no overhead.
+        assert sums["device"] == pytest.approx(sums["overhead"], rel=0.05)
+
+
+def test_a_loss_is_on_the_first_screen(database):
+    """What the ledger says of the captures is what the three panels that stand first say."""
+    expected: dict[str, int] = {}
+    for source in ("kmod", "ftrace"):
+        ledger = json.loads(mace("replay", GOLDEN / f"{source}.mace", "--json"))["ledger"]
+        for name, count in ledger.items():
+            expected[name] = expected.get(name, 0) + count
+    for title in ("Records that are missing", "Records without a delay"):
+        one = next(one for one in ALL if one.where.startswith(f"overview: {title}"))
+        (series,) = rows(database, one, EVERYTHING, database.then)
+        found = dict(zip(series["columns"], series["values"][0], strict=True))
+        shown = {name: found[name] for name in found if name != "time"}
+        assert shown == {name: expected[name] for name in shown}

@@ -1,0 +1,234 @@
+"""The project's own image and Compose file, for real: built, started by Docker Compose on the lab's Docker, measuring.
+
+Nothing can be pulled here, so what the file names is made of the machine's own packages under the same names: a base
+for the Dockerfile, and mosquitto. InfluxDB 2.7 and Grafana cannot be had; the rest runs as it is written.
+"""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mace import lab
+from mace.lab import Runtime, Spec
+from tests import images
+from tests.typescript import CONTRACT
+
+ROOT = CONTRACT.parents[1]
+GOLDEN = ROOT / "tests/golden/both-sources"
+NAME = "measured.example"
+PINGS = 300
+POWERS = {12: "NET_ADMIN", 11: "NET_BROADCAST", 19: "SYS_PTRACE", 21: "SYS_ADMIN"}  # capability.h
+READY_S = 120
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.needs("image", "compose", "tracefs", "netns", "openssl", "mosquitto"),
+]
+
+# Only addresses that are meant for documentation, as everywhere in the lab.
+NETWORKS = """
+networks:
+  broker: {{ipam: {{config: [{{subnet: 192.0.2.0/27}}]}}}}
+  store: {{ipam: {{config: [{{subnet: 192.0.2.32/27}}]}}}}
+services:
+  mosquitto: {{ports: !override ["127.0.0.1:{port}:8883"]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """A lab with Docker, the image built, and broker, ingest and collector up."""
+    folder = tmp_path_factory.mktemp("deployment")
+    copy_tree(folder)
+    with lab.running(Spec("deployed", containers=1, runtime=Runtime.DOCKER)) as place:
+        call = functools.partial(run, folder=folder, place=place)
+        call("docker", "import", "-", "mace-base:test", given=images.base_image("python3-venv", "ca-certificates"))
+        call("docker", "build", "--network", "none", "--build-arg", "BASE=mace-base:test", "--tag", "mace", ".")
+        up = SimpleNamespace(folder=folder, place=place, call=call, compose=functools.partial(call, images.compose()))
+        yield up
+
+
+@pytest.fixture(scope="module")
+def running(deployed):
+    """... and what the Compose file has up, with the broker and without the database."""
+    call, place = deployed.call, deployed.place
+    call(
+        *(
+            "docker",
+            "import",
+            "--change",
+            'ENTRYPOINT ["/usr/sbin/mosquitto", "-c", "/mosquitto/config/mosquitto.conf"]',
+        ),
+        *("-", "eclipse-mosquitto:2.0"),
+        given=images.base_image("mosquitto", "mosquitto-clients"),
+    )
+    # The lab's host is another than the machine's: the one thing that a real deployment does not say.
+    daemon = (place.docker_socket.parent / "docker.pid").read_text().strip()
+    settings = deployed.folder / "deploy/mace/collector.toml"
+    capture = f'[capture]\nhost_netns = "/proc/{daemon}/ns/net"\nouter = ["{place.outer_device}"]'
+    settings.write_text(settings.read_text().replace("[capture]", capture))
+    call("./deploy/make-secrets", NAME)
+    (deployed.folder / ".env").write_text(f"MACE_HOST={NAME}\n")
+    (deployed.folder / "override.yml").write_text(NETWORKS.format(port=free_port()))
+    deployed.compose = functools.partial(deployed.compose, "-f", "docker-compose.yml", "-f", "override.yml")
+    deployed.compose("up", "--detach", "--no-deps", "--no-build", "mosquitto", "ingest", "collector")
+    try:
+        for service in ("mosquitto", "ingest", "collector"):
+            wait_for(lambda service=service: state(deployed, service)["Health"]["Status"] == "healthy", deployed)
+        yield deployed
+    finally:
+        deployed.compose("down", "--volumes", "--timeout", "10")
+
+
+def copy_tree(folder: Path) -> None:
+    """What a clone of the repository has, and the wheels."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, timeout=60, check=True,
+    ).stdout.decode()  # fmt: skip
+    for name in listed.rstrip("\0").split("\0"):
+        if name.split("/")[0] not in {"tests", "kmod", "docs"} and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(images.wheelhouse(), folder / "deploy/wheelhouse")
+
+
+def run(*argv, folder: Path, place, given: bytes | None = None) -> str:
+    # The legacy builder: what Docker 20.10 has without a plugin.
+    env = os.environ | {"DOCKER_HOST": f"unix://{place.docker_socket}", "DOCKER_BUILDKIT": "0"}
+    done = subprocess.run(
+        [str(word) for word in argv], cwd=folder, env=env, input=given, capture_output=True, timeout=300, check=False
+    )
+    said = done.stdout.decode() + done.stderr.decode()
+    assert done.returncode == 0, f"{argv}: exit {done.returncode}\n{said[-3000:]}"
+    return done.stdout.decode()
+
+
+def free_port() -> int:
+    from tests.servers import free_port as found
+
+    return found()
+
+
+def state(up, service: str) -> dict:
+    number = up.compose("ps", "--all", "--quiet", service).strip()
+    return json.loads(up.call("docker", "inspect", number))[0]["State"]
+
+
+def wait_for(holds, up) -> None:
+    until = time.monotonic() + READY_S
+    while not holds():
+        assert time.monotonic() < until, up.compose("logs", "--tail", "30")
+        time.sleep(0.5)
+
+
+def test_the_image_is_small_and_needs_no_rights(deployed):
+    (found,) = json.loads(deployed.call("docker", "inspect", "mace"))
+    assert found["Config"]["User"] == "10001:10001"
+    # Arrow, DuckDB and numpy are 240 MB of it, the base of the test 70.
+    assert found["Size"] < 420e6
+    bare = ("--rm", "--pull", "never", "--network", "none", "--read-only", "--cap-drop", "ALL")
+    hardened = ("docker", "run", *bare, "--security-opt", "no-new-privileges", "--tmpfs", "/tmp")
+    assert "Name: pip" not in deployed.call(
+        *hardened, "--entrypoint", "sh", "mace", "-c", "python -m pip show pip 2>&1 || true"
+    )
+    volume = ("--volume", f"{GOLDEN}:/captures:ro")
+    for source in ("kmod", "ftrace"):
+        inside = deployed.call(
+            *hardened, *volume, "mace", "replay", f"/captures/{source}.mace", "--store", "/tmp/store", "--json"
+        )
+        outside = subprocess.run(
+            [ROOT / ".venv/bin/mace", "replay", GOLDEN / f"{source}.mace", "--json"],
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stdout  # fmt: skip
+        assert json.loads(inside)["overhead"] == json.loads(outside)["overhead"]
+        assert json.loads(inside)["packets"] > 100
+
+
+def test_it_measures_what_containers_of_the_host_do(running):
+    place = running.place
+    before = stored(running)
+    replied = place.ping("c1", "remote", count=PINGS, interval_s=0.005).received
+    container = json.loads(running.call("docker", "inspect", "c1"))[0]["Id"][:12]
+
+    def arrived() -> bool:
+        counts = stored(running).get(container, {})
+        return min(counts.get("egress", 0), counts.get("ingress", 0)) >= replied
+
+    assert before.get(container) is None
+    assert replied == PINGS
+    wait_for(arrived, running)
+
+
+def stored(running) -> dict[str, dict[str, int]]:
+    """Packets by container and direction, as the report says that the ingest has them."""
+    code = (
+        "import duckdb, json, glob; g = '/var/lib/mace/store/**/delays/**/*.parquet';"
+        "print(json.dumps(duckdb.sql(f\"SELECT container, direction, count(*) FROM read_parquet('{g}') WHERE"
+        " segment = 'overhead' GROUP BY ALL\").fetchall() if glob.glob(g, recursive=True) else []))"
+    )
+    found: dict[str, dict[str, int]] = {}
+    for container, direction, count in json.loads(running.compose("exec", "-T", "ingest", "python", "-c", code)):
+        found.setdefault(container, {})[direction] = count
+    return found
+
+
+@pytest.mark.parametrize(("service", "user", "powers"), [("collector", 0, set(POWERS)), ("ingest", 10001, set())])
+def test_a_container_has_the_rights_that_it_needs_and_no_other(running, service, user, powers):
+    pid = state(running, service)["Pid"]
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    for kind in ("CapEff", "CapPrm", "CapBnd"):
+        held = int(status[kind], 16)
+        assert {bit for bit in range(64) if held >> bit & 1} <= powers, kind
+    assert {bit for bit in range(64) if int(status["CapEff"], 16) >> bit & 1} == powers
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert int(status["Uid"].split()[0]) == user
+    root = [line.split() for line in Path(f"/proc/{pid}/mounts").read_text().splitlines() if line.split()[1] == "/"]
+    assert "ro" in root[-1][3].split(",")
+    text = json.dumps(json.loads(running.call("docker", "inspect", running.compose("ps", "-q", service).strip())))
+    for secret in (running.folder / "deploy/secrets").iterdir():
+        if secret.suffix in {"", ".key"}:
+            assert secret.read_text().strip() not in text, f"{secret.name} can be read by docker inspect"
+
+
+def test_the_broker_lets_nobody_speak_for_others(running):
+    secrets = running.folder / "deploy/secrets"
+
+    def publish(who: str, topic: str) -> str:
+        # Into the container with it: the broker's network is no other's.
+        script = (
+            f"umask 077; mkdir -p /tmp/k; cat >/tmp/k/all; mosquitto_pub -V 5 -d -q 1 -h localhost -p 8883 --cafile"
+            f" /run/secrets/ca_certificate --cert /tmp/k/all --key /tmp/k/all -t {topic} -m x 2>&1 || true"
+        )
+        both = (secrets / f"{who}.crt").read_bytes() + (secrets / f"{who}.key").read_bytes()
+        container = running.compose("ps", "-q", "mosquitto").strip()
+        mounted = ("--volumes-from", container, "--network", f"container:{container}")
+        image = ("--rm", "-i", "--pull", "never", "--entrypoint", "sh", "eclipse-mosquitto:2.0", "-c", script)
+        return running.call("docker", "run", *mounted, *image, given=both)
+
+    assert "Not authorized" in publish("health", f"mace/v1/{NAME}/status")
+    assert "Not authorized" in publish(f"host-{NAME}", "mace/v1/other.example/status")
+    assert "Not authorized" not in (said := publish(f"host-{NAME}", f"mace/v1/{NAME}/status")), said
+    assert "PUBACK" in said
+
+
+def test_after_a_restart_of_the_broker_all_is_there(running):
+    """Hosts keep what has not arrived: nothing is lost, and the health check comes back."""
+    container = json.loads(running.call("docker", "inspect", "c1"))[0]["Id"][:12]
+    before = stored(running).get(container, {}).get("egress", 0)
+    running.compose("kill", "mosquitto")
+    assert running.place.ping("c1", "remote", count=100, interval_s=0.005).received == 100
+    running.compose("start", "mosquitto")
+    wait_for(lambda: stored(running)[container]["egress"] >= before + 100, running)
+    assert stored(running)[container]["egress"] == before + 100, "once each"

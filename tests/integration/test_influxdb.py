@@ -1,0 +1,303 @@
+"""The InfluxDB sink against a real server: what is stored, and that it is what the account says, whatever happens.
+
+The long forms (ten minutes of each) are `./dev soak`.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mace.metrics import MEASUREMENTS
+from mace.schema import Segment
+from storage import SINKS
+from tests import servers
+from tests.database_proxy import proxied
+from tests.fed import DEVICES, STEP_S, batches, feed, influx
+
+pytestmark = [pytest.mark.needs("influxd"), pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/golden/wire-2/capture.mace"
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory):
+    with servers.running(servers.Influx(tmp_path_factory.mktemp("influx"))) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server):
+    shared_server.query('DROP DATABASE "mace"', post=True)
+    shared_server.query('CREATE DATABASE "mace"', post=True)
+    return shared_server
+
+
+@pytest.fixture(params=["1.x /write", "v2 API"])
+def address(request, server):
+    """Where to write: 1.6.7 itself, or behind the proxy, which serves the v2 API that influxdb-client speaks."""
+    with proxied(server) as proxy:
+        yield server.url if request.param == "1.x /write" else proxy.url
+        assert proxy.writes == 0 or request.param == "v2 API"
+
+
+def delay_rows(results):
+    return sum(int((each.delays.segment != Segment.OVERHEAD).sum()) for each in results)
+
+
+def check(server, account, results):
+    """All rows are in the database, none twice, but for those that the account says are not."""
+    rows = server.rows()
+    assert account.imbalance == 0
+    assert account.waiting == 0
+    assert sum(rows.values()) == account.stored
+    assert account.stored == account.taken - account.not_stored - account.left_out
+    if not account.not_stored + account.left_out:
+        assert rows["device_delay"] == delay_rows(results)
+        assert rows["overhead"] == sum(len(each.delays) for each in results) - rows["device_delay"]
+        assert rows["device_window"] == sum(len(each.windows) for each in results)
+    return rows
+
+
+def test_every_row_arrives_with_its_tags_fields_and_time(server, address, tmp_path):
+    results = list(batches(30_000, 30))
+    config = influx(address, tmp_path)
+    account = feed(config, results, pace=False)["influxdb"]
+    check(server, account, results)
+    assert account.not_stored == 0
+    delays = results[3].delays
+    row = int((delays.segment == Segment.DELIVERY).argmax())
+    device = DEVICES[delays.device[row]]
+    where = f"time = {delays.utc_ns[row]} AND device = '{device.name}'"
+    (found,) = server.query(f"SELECT * FROM device_delay WHERE {where}")
+    stored = dict(zip(found["columns"], found["values"][0], strict=True))
+    assert stored.pop("slot", None) is None  # the column is there if any row has one
+    assert stored == {
+        "time": int(delays.utc_ns[row]), "host": "testhost", "container": device.container, "netns": device.netns_name,
+        "device": device.name, "kind": "veth", "direction": "ingress", "segment": "delivery", "source": "synthetic",
+        "grade": "buffer", "delay_ns": int(delays.delay_ns[row]), "l3_len": int(delays.l3_len[row]), "dropped": 0,
+        "position": int(delays.position[row]),
+    }  # fmt: skip
+    # The last row of the ledger is the final one.
+    (ledger,) = server.query("SELECT last(records), matched, packets FROM mace_internal WHERE part = 'ledger'")
+    last = results[-1]
+    assert ledger["values"][0][1:] == [last.ledger.records, last.ledger.matched, last.packets]
+
+
+def test_what_is_stored_is_in_the_catalogue(server, tmp_path):
+    feed(influx(server.url, tmp_path), batches(3000, 3), pace=False)
+    for series in server.query("SHOW FIELD KEYS"):
+        known = {f.name: f for f in MEASUREMENTS[series["name"]].fields}
+        for name, kind in series["values"]:
+            assert kind == ("string" if known[name].kind == "histogram" else "integer"), name
+        missing = known.keys() - {name for name, _ in series["values"]}
+        assert series["name"] == "mace_internal" or not missing
+    for series in server.query("SHOW TAG KEYS"):
+        assert {name for (name,) in series["values"]} <= set(MEASUREMENTS[series["name"]].tags)
+
+
+def test_written_again_changes_nothing(server, tmp_path):
+    """A replay into the same database, or a spool whose acknowledgements a crash took."""
+    results = list(batches(20_000, 20))
+    first = feed(influx(server.url, tmp_path / "a"), results, pace=False, live=False)["influxdb"]
+    before = server.rows()
+    again = feed(influx(server.url, tmp_path / "b", batch_rows=3000), results, pace=False, live=False)["influxdb"]
+    assert again.stored == first.stored == sum(before.values())
+    assert server.rows() == before
+
+
+FAULTS = [None, 429, 500, None, "cut", "lost", 503, "hang", None, "lost", None, 502]
+
+
+def test_all_faults_in_turn(server, tmp_path, caplog):
+    """429, 500, silence, cut connections, lost answers, and lines that the server refuses."""
+    results = list(batches(100_000, 80))
+    bad = [str(results[n].delays.utc_ns[n]).encode() for n in (5, 40, 77)]
+    with proxied(server, lambda number: FAULTS[number % len(FAULTS)] if number < 24 else None) as proxy:
+        proxy.spoiled = tuple(b" " + time for time in bad)
+        spoiled = sum(int((each.delays.utc_ns == int(time)).sum()) for each in results for time in bad)
+        account = feed(influx(proxy.url, tmp_path, timeout_s=0.7, batch_rows=2000), results)["influxdb"]
+        assert {str(fault) for fault in FAULTS} == {str(what) for what in proxy.met}
+    rows = check(server, account, results)
+    assert (account.refused, account.not_stored) == (spoiled, spoiled)
+    assert account.reasons["refused: 400 unable to parse '…': missing fields"] == spoiled
+    assert rows["device_delay"] + rows["overhead"] == sum(len(each.delays) for each in results) - spoiled
+    assert account.retries > 12
+    assert "made up" in "".join(account.reasons)
+
+
+def test_a_server_that_is_killed_again_and_again(tmp_path):
+    """SIGKILL at random moments while rows come in; the account and the disk agree afterwards."""
+    server = servers.Influx(tmp_path / "influx")
+    results = list(batches(200_000, 160))
+    chance = random.Random(5)
+
+    async def kill_and_start():
+        for _ in range(3):
+            await asyncio.sleep(chance.uniform(0.7, 1.5))
+            server.kill()
+            await asyncio.sleep(chance.uniform(0, 0.5))
+            await asyncio.to_thread(server.start)
+
+    with servers.running(server):
+        account = feed(influx(server.url, tmp_path / "spool"), results, during=kill_and_start)["influxdb"]
+        check(server, account, results)
+    assert account.not_stored == 0
+    assert account.retries > 0
+
+
+@pytest.mark.needs("root")
+def test_a_disk_that_is_full(tmp_path):
+    """The server's disk: it says 500 until there is room again, and nothing is lost by it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    with tmpfs(place, "96m"):
+        server = servers.Influx(place / "influx")
+        results = list(batches(150_000, 80))
+
+        async def fill():
+            await asyncio.sleep(1)
+            await asyncio.to_thread(until_full, place / "filler")
+            await asyncio.sleep(80 * STEP_S)
+            (place / "filler").unlink()
+            # What a full disk does to its log of writes only a new start mends.
+            await asyncio.to_thread(server.stop)
+            await asyncio.to_thread(server.start)
+
+        with servers.running(server):
+            account = feed(influx(server.url, tmp_path / "spool"), results, during=fill)["influxdb"]
+            check(server, account, results)
+    assert account.retries > 0
+    assert account.not_stored == 0
+
+
+def until_full(path):
+    with path.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(65536))
+            file.flush()
+
+
+@contextmanager
+def tmpfs(place, size):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_sink_that_is_away_is_no_reason_to_lose_or_to_wait(server, tmp_path):
+    """The run ends while the server is away; the next run delivers what is in the spool, then its own."""
+    results = list(batches(20_000, 20))
+    dead = f"http://127.0.0.1:{servers.free_port()}"
+    first = feed(influx(dead, tmp_path, close_s=0.2), results[:10], pace=False, live=False)["influxdb"]
+    assert (first.stored, first.waiting, first.not_stored) == (0, first.taken, 0)
+    second = feed(influx(server.url, tmp_path), results[10:], pace=False, live=False)["influxdb"]
+    check(server, first + second, results)
+
+
+def test_the_budget_holds_in_the_database(server, tmp_path):
+    results = list(batches(5000, 5))
+    config = influx(server.url, tmp_path, series_budget=7)
+    account = feed(config, results, pace=False, live=False)["influxdb"]
+    check(server, account, results)
+    assert account.over_budget > 0
+    assert account.series == 7
+    found = server.query("SHOW SERIES FROM device_delay, overhead, device_window")
+    assert len([name for (name,) in found[0]["values"] if ",slot=" not in name]) == 7
+    assert any(reason.startswith("series budget of 7 is used up, first by ") for reason in account.reasons)
+
+
+def test_a_wrong_token_can_be_put_right_later(server, tmp_path):
+    results = list(batches(2000, 2))
+    with proxied(server, token="right") as proxy:
+        wrong = influx(proxy.url, tmp_path, token="wrong", close_s=0.3)
+        status = SINKS["influxdb"].check(wrong)
+        assert not status.ok
+        assert "401 unauthorized access; is the token right" in status.detail
+        first = feed(wrong, results, pace=False, live=False)["influxdb"]
+        assert first.waiting == first.taken > 0
+        second = feed(influx(proxy.url, tmp_path, token="right"), [], pace=False, live=False)["influxdb"]
+        check(server, first + second, results)
+
+
+def test_names_and_passwords_of_a_1x_server(tmp_path):
+    server = servers.Influx(tmp_path / "influx", auth=True)
+    with servers.running(server, database=""):
+        server.query("CREATE USER admin WITH PASSWORD 'p:w' WITH ALL PRIVILEGES", post=True)
+        server.credentials = ("admin", "p:w")
+        server.query('CREATE DATABASE "mace"', post=True)
+        results = list(batches(2000, 2))
+        (tmp_path / "token").write_text("admin:p:w\n")
+        config = influx(server.url, tmp_path / "spool", token_file=str(tmp_path / "token"))
+        assert SINKS["influxdb"].check(config).ok
+        check(server, feed(config, results, pace=False)["influxdb"], results)
+        none = influx(server.url, "", close_s=0.2)
+        assert "401" in SINKS["influxdb"].check(none).detail
+
+
+def test_what_check_says(server, tmp_path):
+    def said(url, **changes):
+        status = SINKS["influxdb"].check(influx(url, tmp_path, **changes))
+        return status.ok, status.detail
+
+    assert said("") == (True, "not configured")
+    assert said(server.url) == (True, f"{server.url} takes rows for mace")
+    ok, detail = said(server.url, bucket="other")
+    assert not ok
+    assert detail.endswith('404 database not found: "other"; make it: CREATE DATABASE "other"')
+    ok, detail = said("127.0.0.1:8086")
+    assert (ok, detail) == (
+        False, "[sinks.influxdb] url = '127.0.0.1:8086', expected http://HOST:PORT or https://HOST:PORT",
+    )  # fmt: skip
+    ok, detail = said(f"http://127.0.0.1:{servers.free_port()}")
+    assert not ok
+    assert "Cannot connect" in detail
+
+
+def mace(*argv, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "mace", *map(str, argv)],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_command_line_replays_into_it(server, tmp_path):
+    """The same answers as the tables: windows in the database add up to what the replay says, and twice is once."""
+    config = tmp_path / "mace.toml"
+    config.write_text(f'[sinks.influxdb]\nspool = "{tmp_path}/spool"\n')
+    argv = ("replay", GOLDEN, "--influxdb", server.url, "--config", config, "--json")
+    said = json.loads(mace(*argv).stdout)
+    account = said["sinks"]["influxdb"]
+    before = server.rows()
+    assert sum(before.values()) == account["stored"] == account["taken"] > 0
+    packets = server.query("SELECT sum(count) FROM device_window WHERE segment = 'overhead' AND width_s = '1'")
+    assert packets[0]["values"][0][1] == sum(each["count"] for each in said["overhead"])
+    assert before["overhead"] == sum(each["count"] for each in said["overhead"])
+    assert json.loads(mace(*argv).stdout)["sinks"]["influxdb"] | {"delivery_ns": 0} == account | {"delivery_ns": 0}
+    assert server.rows() == before
+    assert "influxdb: taken" in mace(*argv[:-1]).stdout
+
+
+@pytest.mark.needs("victoria-metrics")
+def test_victoria_metrics_speaks_the_v2_api_for_real(tmp_path):
+    """Written by influxdb-client, all of it; times are cut to milliseconds there."""
+    with servers.running(servers.Victoria(tmp_path / "victoria")) as server:
+        results = list(batches(20_000, 20))
+        account = feed(influx(server.url, tmp_path / "spool"), results, pace=False)["influxdb"]
+        assert (account.waiting, account.not_stored, account.retries) == (0, 0, 0)
+        assert server.samples("device_delay_delay_ns") == delay_rows(results)
+        assert server.samples("overhead_overhead_ns") == sum(len(each.delays) for each in results) - delay_rows(results)
+        server.kill()
+        account = feed(influx(server.url, tmp_path / "spool", close_s=0.2), results[:2], pace=False)["influxdb"]
+        assert account.waiting == account.taken > 0

@@ -1,0 +1,113 @@
+"""fping, dig and curl, as the distribution has them, in a container: their samples are found among the packets."""
+
+import json
+import statistics
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from correlator.correction import Reason
+from correlator.stamps import MODELS
+from mace.correct import arrays
+from mace.lab import REMOTE, Spec, running
+from tests.measuring import balanced, mace
+
+pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with running(Spec(name="asking", containers=2)) as place:
+        for container in place.containers:
+            place.ping(container, count=2)
+        yield place
+
+
+@contextmanager
+def answering(lab, what):
+    script = Path(__file__).parents[1] / "answering.py"
+    server = lab.popen(REMOTE, [sys.executable, str(script), what, lab.address(REMOTE)])
+    try:
+        assert server.stdout.readline() == "ready\n"
+        yield
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def wrapped(lab, *argv):
+    """What `mace wrap` makes of a tool in c1, while a neighbour pings."""
+    with lab.start_ping("c2", count=2000, interval_s=0.01) as neighbour:
+        done = mace("wrap", "--lab", lab.name, "--container", "c1", "--json", "--", *argv)
+        neighbour.stop()
+    found = json.loads(done.stdout)
+    balanced(found)
+    for row in found["samples"]:
+        if row["reason"] == "paired":
+            assert 0 < row["nic_rtt_ns"] < row["host_rtt_ns"] < row["tool_rtt_ns"]
+            assert row["host_rtt_ns"] + row["egress_ns"] + row["ingress_ns"] == row["tool_rtt_ns"]
+    return found
+
+
+@pytest.mark.needs("fping")
+def test_fping(lab):
+    found = wrapped(lab, "fping", "-D", "-c", str(COUNT), "-p", "10", lab.address(REMOTE))
+    assert (found["tool"], found["paired"], found["not_understood"]) == ("fping", COUNT, 0)
+
+
+@pytest.mark.needs("dig")
+def test_dig(lab):
+    """All questions of one run, one after the other; each answer is as long as its question's name makes it."""
+    names = [f"host{'x' * (n % 7)}.example" for n in range(COUNT)]
+    with answering(lab, "dns"):
+        found = wrapped(lab, "dig", "-u", "+noedns", f"@{lab.address(REMOTE)}", *names)
+    assert (found["tool"], found["paired"], found["not_understood"]) == ("dig", COUNT, 0)
+
+
+@pytest.mark.needs("curl")
+def test_the_connect_times_of_curl(lab):
+    url = f"http://{lab.address(REMOTE)}/"
+    command = f"for n in $(seq {COUNT}); do curl -s -o /dev/null -w '%{{json}}\\n' {url}; done"
+    with answering(lab, "http"):
+        found = wrapped(lab, "sh", "-c", command)
+    assert (found["tool"], found["paired"], found["not_understood"]) == ("curl connect", COUNT, 0)
+    # Nobody listens any more: there is no connection, so there is no time to correct.
+    done = mace(
+        "wrap", "--lab", lab.name, "--container", "c1", "--", "curl", "-s", "-w", "%{json}\\n", url, check=False
+    )
+    assert done.returncode == 7
+    assert "unpaired 1 · no reply" in done.stdout
+
+
+def test_arrays_of_a_program(lab, tmp_path):
+    """The library call says the same as the command line: here of what ping said, with ping's stamp model."""
+    capture = tmp_path / "run.mace"
+    argv = ("ping", "--lab", lab.name, "--container", "c1", "--record", capture, "--json")
+    found = json.loads(mace(*argv, "-c", COUNT, "-i", "0.01", lab.address(REMOTE)).stdout)
+    rows = found["samples"]
+    columns = {name: np.array([row[name] for row in rows]) for name in ("stamp_utc_ns", "seq")}
+    tool_ns = np.array([row["tool_rtt_ns"] for row in rows])
+    made = arrays(
+        capture,
+        tool_ns,
+        container="c1",
+        stamps=MODELS["ping"],
+        resolution_ns=1000,
+        request_len=84,
+        reply_len=84,
+        **columns,
+    )
+    assert (made.reason == Reason.PAIRED).all()
+    assert made.host_rtt_ns.tolist() == [row["host_rtt_ns"] for row in rows]
+    assert statistics.median(made.host_rtt_ns.tolist()) < statistics.median(tool_ns.tolist())
+
+
+def test_a_tool_that_nobody_knows_is_an_error(lab):
+    done = mace("wrap", "--lab", lab.name, "--container", "c1", "--", "echo", "hello", check=False)
+    assert done.returncode == 2
+    assert "'hello' is what no known tool prints first" in done.stderr

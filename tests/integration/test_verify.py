@@ -1,0 +1,51 @@
+"""`mace verify` on this kernel: every row is of one packet, and every packet that can have one has its row."""
+
+import json
+
+import pytest
+
+from mace.verify.scenarios import BY_NAME, SCENARIOS
+from tests.measuring import mace
+
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow, pytest.mark.timeout(240)]
+
+PACKETS = 400
+HERE = [scenario.name for scenario in SCENARIOS if not scenario.sample_shift]
+KEYS = ("scenario", "packets", "precision", "recall", "delay_error_p50_ns", "delay_error_p99_ns")
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    done = mace("verify", "--source", "ftrace", "--packets", PACKETS, "--json", check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {verdict["scenario"]: verdict for verdict in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_no_row_is_wrong_and_none_is_missing(verdicts, name):
+    found = verdicts[name]
+    assert tuple(found)[: len(KEYS)] == KEYS
+    assert found["packets"] >= PACKETS
+    assert (found["precision"], found["wrong"]) == (1.0, 0)
+    assert found["recall"] == found["recall_bound"]
+    if BY_NAME[name].loss:
+        assert found["lost"] > 0
+        assert 0 < found["recall"] < 1
+    elif not BY_NAME[name].partial:
+        assert (found["recall"], found["lost"]) == (1.0, 0)
+
+
+def test_what_the_source_cannot_record_is_said():
+    done = mace("verify", "--source", "ftrace", "sampling_8", "--json")
+    assert done.stdout == ""
+    assert "sampling_8: not with ftrace" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["vlxan"], "no scenario 'vlxan' (did you mean 'vxlan'?)"), (["nat", "--packets", "0"], "expected 1 to 20000")],
+)
+def test_what_cannot_be_asked_for(arguments, told):
+    done = mace("verify", *arguments, check=False)
+    assert done.returncode == 2
+    assert told in done.stderr

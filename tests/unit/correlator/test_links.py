@@ -1,0 +1,161 @@
+"""Packets that go on in another buffer: which lives are joined by content, and which are not."""
+
+import numpy as np
+import pytest
+
+from correlator.engine import Engine, EngineConfig
+from mace.schema import Delays, Direction, Grade, Outcome, Segment
+from tests.traffic import Tape, topology
+
+LINK_NS = 10_000
+OUT = "Q:eth0 X:eth0 r:veth1 R:veth1"
+ON = "Q:out0 X:out0 r:rem0 R:rem0 c"
+IN = "Q:rem0 X:rem0 r:out0 R:out0"
+HOME = "Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0"
+
+
+def correlate(tape, **config):
+    engine = Engine(0, EngineConfig(**{"link_ns": LINK_NS, "timeout_ns": 100_000, **config}))
+    batch = tape.batch()
+    results = engine.feed(topology())
+    for i in range(len(batch)):
+        results += engine.feed(batch[i : i + 1])
+    results.append(engine.finish())
+    assert all(result.ledger.imbalance == 0 for result in results)
+    return Delays.concatenate([result.delays for result in results]), results[-1]
+
+
+def path(rows, devices, packet):
+    mine = rows[rows.packet == packet]
+    return [devices[d].name for d in mine[np.argsort(mine.position, kind="stable")].device]
+
+
+def wholes(rows):
+    return rows[rows.segment == Segment.OVERHEAD]
+
+
+def test_a_fragment_that_was_cut_again_has_its_whole_path():
+    tape = Tape()
+    tape.packet(OUT, 0, skb=1, key=7)
+    tape.packet(ON, 2_000, skb=2, key=7)
+    rows, last = correlate(tape)
+    whole = wholes(rows)
+    assert (whole.delay_ns.tolist(), whole.grade.tolist()) == ([2_000], [Grade.CONTENT])
+    assert path(rows, last.devices, whole.packet[0]) == ["eth0", "veth1", "out0", "rem0", "eth0"]
+    parts = rows[rows.segment == Segment.DEVICE]
+    assert parts.delay_ns.sum() == 2_000
+    assert set(rows.outcome) == {Outcome.CONSUMED}
+    assert (last.grades.content, last.packets, last.ledger.matched) == (1, 1, 9)
+
+
+def test_the_same_on_the_way_in():
+    tape = Tape()
+    tape.packet(IN + " c", 0, skb=1, key=7)
+    tape.packet(HOME, 2_000, skb=2, key=7)
+    rows, last = correlate(tape)
+    whole = wholes(rows)
+    assert whole.direction.tolist() == [Direction.INGRESS]
+    assert whole.delay_ns.tolist() == [2_500 - 300]
+    assert last.grades.content == 1
+    assert last.ledger.matched == 11  # the end of the first buffer as well
+
+
+def test_three_fragments_in_each_others_buffers():
+    """What connection tracking does: the last one's buffer goes on with the first one's content."""
+    tape = Tape()
+    for i, (key, length) in enumerate(((7, 1500), (8, 1500), (9, 1500))):
+        tape.packet(OUT, i * 1_000, skb=i + 1, key=key, length=length)
+    for i, (skb, key, length) in enumerate(((3, 7, 1500), (2, 8, 1500), (4, 9, 1500))):
+        tape.packet(ON, 10_000 + i * 1_000, skb=skb, key=key, length=length)
+    rows, last = correlate(tape)
+    whole = wholes(rows)
+    assert sorted(whole.delay_ns.tolist()) == [10_000] * 3
+    # The second one's stayed its own.
+    assert sorted(whole.grade.tolist()) == [Grade.CONTENT, Grade.CONTENT, Grade.EXACT]
+    assert last.grades.told_apart == 1
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_two_that_could_go_on_are_not_guessed_between(order):
+    """As when a bridge floods: one came, two copies leave."""
+    tape = Tape()
+    tape.packet(OUT, 0, skb=5, key=7)
+    for n in order:
+        tape.packet(f"Q:veth{n} X:veth{n} r:eth0 R:eth0", 1_000 * n, skb=n, key=7)
+    rows, last = correlate(tape)
+    assert Grade.CONTENT not in rows.grade
+    assert (last.grades.content, last.grades.ambiguous) == (0, 1)
+
+
+def test_two_that_could_have_come_are_not_guessed_between():
+    """Two containers' packets of equal content at the same time."""
+    tape = Tape()
+    tape.packet(OUT, 0, skb=1, key=7)
+    tape.packet(OUT.replace("veth1", "veth2"), 500, skb=2, key=7)
+    tape.packet(ON, 2_000, skb=3, key=7)
+    _, last = correlate(tape)
+    assert (last.grades.content, last.grades.ambiguous) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("what", "path", "key", "after"),
+    [
+        ("another packet", ON, 8, 2_000),
+        ("too late", ON, 7, 300 + LINK_NS + 1),
+        ("before it", ON, 7, -2_000),
+        ("from another namespace", IN, 7, 2_000),
+    ],
+)
+def test_what_is_not_its_continuation(what, path, key, after):
+    tape = Tape()
+    tape.packet(OUT, 10_000, skb=1, key=7)
+    tape.packet(path, 10_000 + after, skb=2, key=key)
+    assert Grade.CONTENT not in correlate(tape)[0].grade, what
+
+
+def test_nothing_is_linked_across_lost_records():
+    tape = Tape()
+    tape.packet(OUT, 0, skb=1, key=7)
+    tape.gap(400, 900)
+    tape.packet(ON, 2_000, skb=2, key=7)
+    assert Grade.CONTENT not in correlate(tape)[0].grade
+
+
+def test_a_dropped_packet_does_not_go_on():
+    tape = Tape()
+    tape.packet(OUT + " k", 0, skb=1, key=7, reason=3)
+    tape.packet(ON, 2_000, skb=2, key=7)
+    rows, last = correlate(tape)
+    assert Grade.CONTENT not in rows.grade
+    assert last.ledger.dropped == 5
+
+
+def test_one_that_goes_on_and_is_dropped_there_is_dropped():
+    tape = Tape()
+    tape.packet(OUT, 0, skb=1, key=7)
+    tape.packet("Q:out0 k", 2_000, skb=2, key=7, reason=3)
+    rows, last = correlate(tape)
+    assert set(rows.outcome) == {Outcome.DROPPED}
+    assert set(rows.drop_reason) == {3}
+    assert last.ledger.dropped == 6
+
+
+def test_without_content_nothing_is_linked():
+    tape = Tape()
+    tape.packet(OUT, 0, skb=1)
+    tape.packet(ON, 2_000, skb=2)
+    assert len(wholes(correlate(tape)[0])) == 0
+
+
+def test_what_waits_is_bounded():
+    """Packets that end on the host, without end: the oldest go, measured as they are."""
+    tape = Tape()
+    for i in range(4_000):
+        tape.packet(OUT + " c", i * 1_000, skb=i + 1, key=i + 1)
+    engine = Engine(0, EngineConfig(link_ns=1 << 40, timeout_ns=10_000, slice_ns=50_000, open_records=2_000))
+    waiting = []
+    for item in (topology(), tape.batch()):
+        waiting += [result.ledger.in_flight for result in engine.feed(item)]
+    last = engine.finish()
+    assert max(waiting) <= 2_000 // 4 + 300
+    assert (last.ledger.matched, last.ledger.in_flight, last.ledger.imbalance) == (20_000, 0, 0)

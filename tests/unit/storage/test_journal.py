@@ -1,0 +1,94 @@
+"""The journal: what was synced is read back, in order, and nothing that is half there."""
+
+import pytest
+
+from mace.errors import StoreError
+from storage import journal
+from storage.journal import Commit, Journal, Kind
+
+
+def written(path, *entries):
+    kept = Journal(path, fsync=False)
+    kept.open()
+    places = [kept.append(*entry) for entry in entries]
+    kept.sync(kept.taken())
+    kept.close()
+    return places
+
+
+def read(path):
+    """As the next process does."""
+    kept = Journal(path, fsync=False)
+    kept.open()
+    found = list(kept.read())
+    kept.close()
+    return found
+
+
+def test_entries_come_back_in_order_over_several_files(tmp_path):
+    first = written(tmp_path, (Kind.FRAME, "a", b"1"), (Kind.SNAPSHOT, "naïve", b""))
+    second = written(tmp_path, (Kind.FRAME, "a", b"2"))
+    found = read(tmp_path)
+    assert [(e.kind, e.host, e.payload) for e in found] == [
+        (Kind.FRAME, "a", b"1"),
+        (Kind.SNAPSHOT, "naïve", b""),
+        (Kind.FRAME, "a", b"2"),
+    ]
+    assert [e.place for e in found] == [*first, *second]
+    assert first + second == sorted(first + second)
+
+
+def test_a_commit_says_flush_and_place(tmp_path):
+    kept = Journal(tmp_path, fsync=False)
+    kept.open()
+    kept.commit(7, (3, 1 << 40))
+    kept.sync(kept.taken())
+    kept.close()
+    (entry,) = read(tmp_path)
+    assert Commit.parse(entry.payload) == Commit(7, (3, 1 << 40))
+
+
+@pytest.mark.parametrize("cut", range(1, 18))
+def test_a_half_written_entry_was_never_there(tmp_path, cut):
+    written(tmp_path, (Kind.FRAME, "a", b"whole"), (Kind.FRAME, "b", b"half!"))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [e.host for e in read(tmp_path)] == ["a"]
+
+
+def test_a_damaged_entry_ends_what_is_believed(tmp_path):
+    places = written(tmp_path, *((Kind.FRAME, name, b"payload") for name in "abc"))
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[places[2][1] - 1] ^= 1
+    path.write_bytes(data)
+    assert [e.host for e in read(tmp_path)] == ["a"]
+
+
+def test_what_was_not_synced_is_not_there(tmp_path):
+    kept = Journal(tmp_path, fsync=False)
+    kept.open()
+    kept.append(Kind.FRAME, "a", b"1")
+    kept.close()
+    assert read(tmp_path) == []
+
+
+def test_files_go_when_nobody_needs_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "FILE_BYTES", 50)
+    kept = Journal(tmp_path, fsync=False)
+    kept.open()
+    for n in range(6):
+        kept.append(Kind.FRAME, "a", b"%d" % n * 30)
+        kept.sync(kept.taken())
+        if kept.is_full:
+            kept.rotate()
+    newest = kept.place[0]
+    kept.forget_before(newest - 1)
+    kept.close()
+    assert [int(path.stem) for path in sorted(tmp_path.iterdir())] == [newest - 1, newest]
+
+
+def test_a_journal_that_cannot_be_is_an_error_of_the_store(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write the journal"):
+        Journal(tmp_path / "file" / "ingest").open()

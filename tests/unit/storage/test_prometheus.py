@@ -1,0 +1,244 @@
+"""The Prometheus endpoint: what it serves, read by prometheus_client's own parser; health."""
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from mace.config import Config, PrometheusConfig, SinksConfig
+from mace.errors import ConfigError, Unavailable
+from mace.hooks import Hook
+from mace.ledger import Ledger
+from mace.schema import Direction, HookCost, Segment
+from mace.vitals import Vitals
+from storage import SINKS
+from storage import prometheus as endpoint
+from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
+
+DELAYS = make_delays(400, containers=2)
+LEDGER = Ledger(records=120, matched=100, unmatched=10, in_flight=10, lost=7)
+
+
+def serving(**changes):
+    settings = PrometheusConfig(**({"listen": "127.0.0.1:0"} | changes))
+    return endpoint.make(Config(sinks=SinksConfig(prometheus=settings)), Vitals())
+
+
+def get(server, path, accept="text/plain"):
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers={"Accept": accept})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.headers["Content-Type"], response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers["Content-Type"], error.read().decode()
+
+
+def during(server, work, *streams):
+    """Open it, write each stream's results, call `work` in a thread, close."""
+
+    async def run():
+        await server.open()
+        try:
+            for of, results in streams:
+                stream = server.stream()
+                await stream.open(of)
+                for each in results:
+                    await stream.write(each)
+                await stream.aclose()
+            return await asyncio.to_thread(work)
+        finally:
+            await server.aclose()
+
+    return asyncio.run(run())
+
+
+def results():
+    windows = [w for width in (1, 10) for w in make_windows(DELAYS, width)]
+    cost = (HookCost(Hook.NET_DEV_QUEUE, 1000, 100, 25_000),)
+    half = len(windows) // 2
+    made = make_results(DELAYS, containers=2, ledger=LEDGER)
+    return [replace(made, windows=tuple(windows[:half])), replace(made, windows=tuple(windows[half:]), cost=cost)]
+
+
+def samples(text):
+    return {
+        (s.name, tuple(sorted(s.labels.items()))): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+def test_histograms_are_exact():
+    """Counts up to each bucket's end, sum and count, by a naive computation from the delays."""
+    server = serving()
+    _, _, text = during(server, lambda: get(server, "/metrics"), (HEADER, results()))
+    found = samples(text)
+    groups = {}
+    for device, direction, segment, delay in zip(
+        DELAYS.device, DELAYS.direction, DELAYS.segment, DELAYS.delay_ns, strict=True
+    ):
+        groups.setdefault((int(device), int(direction), int(segment)), []).append(int(delay))
+    name = "mace_device_delay_seconds"
+    seen = 0
+    for (number, direction, segment), delays in groups.items():
+        device = topology(2)[number]
+        labels = {
+            "host": HEADER.host, "container": device.container, "netns": device.netns_name, "device": device.name,
+            "kind": device.kind, "direction": Direction(direction).name.lower(),
+            "segment": Segment(segment).name.lower(), "source": HEADER.source,
+        }  # fmt: skip
+
+        def value(suffix, labels=labels, **more):
+            return found[name + suffix, tuple(sorted((labels | more).items()))]
+
+        assert value("_count") == len(delays)
+        assert value("_sum") == pytest.approx(sum(delays) / 1e9)
+        assert value("_bucket", le="+Inf") == len(delays)
+        for octave in range(8, 35):
+            edge_ns = 2**octave - 1
+            assert value("_bucket", le=f"{edge_ns / 1e9:.9g}") == sum(d <= edge_ns for d in delays), octave
+        seen += 1
+    assert seen == sum(key[0] == f"{name}_count" for key in found)
+
+
+def test_the_ledger_and_the_cost_are_counters():
+    server = serving()
+    _, content_type, text = during(server, lambda: get(server, "/metrics"), (HEADER, results()))
+    assert content_type.startswith("text/plain")
+    found = samples(text)
+
+    def of(name, **labels):
+        return found[name, tuple(sorted(({"host": HEADER.host, "source": HEADER.source} | labels).items()))]
+
+    for category, count in LEDGER.as_dict().items():
+        if category not in {"records", "in_flight"}:
+            assert of("mace_records_total", category=category) == count
+    assert of("mace_records_in_flight") == 10
+    assert of("mace_packets_total", grade="buffer") == 400
+    assert of("mace_probe_calls_total", hook="net_dev_queue") == 1000
+    assert of("mace_probe_seconds_total", hook="net_dev_queue") == pytest.approx(25e-6)
+    assert found["mace_delays_not_shown_total", ()] == 0
+    assert found["process_resident_memory_bytes", ()] > 1 << 20
+
+
+def test_openmetrics_is_served_to_those_who_ask_for_it():
+    server = serving()
+    accept = "application/openmetrics-text; version=1.0.0"
+    _, content_type, text = during(server, lambda: get(server, "/metrics", accept), (HEADER, results()))
+    assert content_type.startswith("application/openmetrics-text")
+    families = {f.name: f.type for f in openmetrics.text_string_to_metric_families(text)}
+    assert families["mace_device_delay_seconds"] == "histogram"
+    assert families["mace_records"] == "counter"
+
+
+def test_hosts_stand_side_by_side_and_a_new_run_begins_anew():
+    server = serving()
+    other = replace(HEADER, host="other", run="x")
+    again = replace(HEADER, run="run-2")
+    less = [make_results(DELAYS, containers=2, ledger=Ledger(records=5, matched=5))]
+    streams = ((HEADER, results()), (other, results()), (again, less))
+    _, _, text = during(server, lambda: get(server, "/metrics"), *streams)
+    matched = {dict(k[1])["host"]: v for k, v in samples(text).items() if ("category", "matched") in k[1]}
+    assert matched == {HEADER.host: 5, "other": 100}
+
+
+def test_series_are_bounded(monkeypatch):
+    monkeypatch.setattr(endpoint, "_MOST_SERIES", 3)
+    server = serving()
+    _, _, text = during(server, lambda: get(server, "/metrics"), (HEADER, results()))
+    found = samples(text)
+    counts = [v for k, v in found.items() if k[0] == "mace_device_delay_seconds_count"]
+    assert len(counts) == 3
+    assert sum(counts) + found["mace_delays_not_shown_total", ()] == len(DELAYS)
+
+
+def test_ready_while_results_come_out():
+    server = serving(stalled_s=1.0)
+    vitals = server._vitals
+
+    def look():
+        told = []
+        told.append(get(server, "/readyz"))
+        vitals.running = True
+        vitals.got_on(items=1)
+        told.append(get(server, "/readyz"))
+        vitals.last_results_s -= 30
+        told.append(get(server, "/readyz"))
+        vitals.ended()
+        told.append(get(server, "/readyz"))
+        return told
+
+    told = during(server, look)
+    assert [status for status, _, _ in told] == [503, 200, 503, 503]
+    why = [json.loads(text)["why"] for _, _, text in told]
+    assert why == ["not measuring yet, or no longer", "", "no results", "not measuring yet, or no longer"]
+
+
+def test_alive_while_the_loop_turns():
+    server = serving(stalled_s=1.0)
+
+    async def run():
+        await server.open()
+        try:
+            first = await asyncio.to_thread(get, server, "/healthz")
+            asked = asyncio.get_running_loop().run_in_executor(None, later)
+            time.sleep(3)  # noqa: ASYNC251 - that is the fault
+            return first[0], await asked
+        finally:
+            await server.aclose()
+
+    def later():
+        time.sleep(2)
+        status, _, text = get(server, "/healthz")
+        return status, json.loads(text)["event_loop_silent_s"]
+
+    first, (status, silent_s) = asyncio.run(run())
+    assert first == 200
+    assert status == 503
+    assert silent_s >= 1
+
+
+def test_other_pages():
+    server = serving()
+    status, _, text = during(server, lambda: get(server, "/"))
+    assert (status, text) == (404, "there are /metrics, /healthz and /readyz\n")
+
+
+@pytest.mark.parametrize("listen", ["9464", ":9464", "host:", "host:http", "h:70000"])
+def test_addresses_that_are_none(listen):
+    with pytest.raises(ConfigError, match="expected ADDRESS:PORT such as"):
+        endpoint.address(listen)
+    assert endpoint.address("[::1]:80") == ("::1", 80)
+    status = SINKS["prometheus"].check(Config(sinks=SinksConfig(prometheus=PrometheusConfig(listen=listen))))
+    assert not status.ok
+
+
+def test_an_address_in_use():
+    server = serving()
+
+    def other():
+        return f"127.0.0.1:{server.port}"
+
+    async def run():
+        await server.open()
+        listen = other()
+        with pytest.raises(Unavailable, match=f"{listen}: Address already in use"):
+            await serving(listen=listen).open()
+        config = Config(sinks=SinksConfig(prometheus=PrometheusConfig(listen=listen)))
+        assert not SINKS["prometheus"].check(config).ok
+        await server.aclose()
+        assert SINKS["prometheus"].check(config).ok
+
+    asyncio.run(run())
+
+
+def test_buckets_hold_every_bin():
+    bins = np.array([0, 127, 128, 255, 256, 4351])
+    assert endpoint._bucketed(bins, np.ones(6, np.int64)).sum() == 6

@@ -1,0 +1,217 @@
+"""The spool: order, bounds, what a crash and a full disk leave."""
+
+import os
+import struct
+import subprocess
+
+import pytest
+
+from mace.errors import StoreError, Unavailable
+from storage.spool import Frame, Spool
+
+MIB = 1 << 20
+
+
+def spool(place, *, max_bytes=MIB, memory_bytes=MIB):
+    made = Spool(place, max_bytes=max_bytes, memory_bytes=memory_bytes)
+    made.open()
+    return made
+
+
+def frame(number, size=1000):
+    return Frame(number.to_bytes(4, "big") + bytes(size - 4), rows=10, label=f"n{number}")
+
+
+def number(found):
+    assert found is not None
+    assert found.label == f"n{int.from_bytes(found.payload[:4], 'big')}"
+    return int.from_bytes(found.payload[:4], "big")
+
+
+def taken(some):
+    """All that is in it, in order; it is empty then."""
+    numbers = []
+    while (found := some.first()) is not None:
+        numbers.append(number(found))
+        some.acknowledge()
+    return numbers
+
+
+def left(place):
+    """What a process that was killed, and so did not close, leaves for the next: read from a copy of the files."""
+    copy = place.with_name("copy")
+    subprocess.run(["rm", "-rf", copy], check=True)
+    subprocess.run(["cp", "-r", place, copy], check=True)
+    some = spool(copy)
+    numbers = taken(some)
+    some.close()
+    return numbers
+
+
+@pytest.mark.parametrize("memory_bytes", [MIB, 0], ids=["kept in memory too", "from the disk"])
+def test_first_in_first_out(tmp_path, memory_bytes):
+    some = spool(tmp_path, memory_bytes=memory_bytes)
+    for n in range(50):
+        some.append(frame(n))
+    assert some.rows == 500
+    assert number(some.first()) == 0
+    assert number(some.first()) == 0, "it stays until it is acknowledged"
+    assert taken(some) == list(range(50))
+    assert (some.rows, some.frames, some.dropped_rows) == (0, 0, 0)
+    some.close()
+
+
+def test_what_is_not_acknowledged_is_there_after_a_crash(tmp_path):
+    place = tmp_path / "spool"
+    some = spool(place)
+    for n in range(20):
+        some.append(frame(n))
+        if n % 4 == 3:
+            assert number(some.first()) == n // 4
+            some.acknowledge()
+        assert left(place) == list(range((n + 1) // 4, n + 1))
+    some.close()
+    again = spool(place)
+    again.append(frame(20))
+    assert taken(again) == list(range(5, 21))
+    again.close()
+    assert left(place) == []
+
+
+def test_what_is_delivered_takes_no_room(tmp_path):
+    some = spool(tmp_path, max_bytes=64 * MIB)
+    for n in range(40):
+        some.append(frame(n, 300_000))
+        assert taken(some) == [n]
+    assert some.bytes < 5 * MIB
+    assert sum(p.stat().st_size for p in tmp_path.glob("*.frames")) == some.bytes
+    some.close()
+
+
+def test_a_full_spool_drops_the_oldest_and_counts_them(tmp_path):
+    some = spool(tmp_path, max_bytes=200_000)
+    for n in range(500):
+        some.append(frame(n))
+        assert sum(p.stat().st_size for p in tmp_path.glob("*.frames")) <= 200_000
+    kept = some.frames
+    assert 150 < kept < 200
+    assert some.dropped_rows == 10 * (500 - kept)
+    assert taken(some) == list(range(500 - kept, 500))
+    some.close()
+
+
+def test_what_is_under_way_is_not_dropped(tmp_path):
+    """It may be stored already, and would be counted twice. So its file stays, with what else is in it."""
+    some = spool(tmp_path, max_bytes=100_000)
+    some.append(frame(0))
+    assert number(some.first()) == 0
+    for n in range(1, 300):
+        some.append(frame(n))
+    some.acknowledge()
+    kept = some.frames
+    numbers = taken(some)
+    beside = [n for n in numbers if n < 10]
+    assert 0 < len(beside) < 7
+    assert numbers == [*range(1, 1 + len(beside)), *range(300 - kept + len(beside), 300)]
+    assert some.dropped_rows == 10 * (299 - kept)
+    some.close()
+
+
+@pytest.mark.parametrize("cut", [1, 500, 1000, 1030])
+def test_half_a_frame_at_the_end_is_cut_off(tmp_path, cut):
+    some = spool(tmp_path)
+    for n in range(3):
+        some.append(frame(n))
+    some.close()
+    (path,) = tmp_path.glob("*.frames")
+    os.truncate(path, path.stat().st_size - cut)
+    again = spool(tmp_path)
+    again.append(frame(7))
+    assert taken(again) == [0, 1, 7] if cut < 1026 else [0, 7]
+    again.close()
+
+
+def test_a_damaged_frame_is_skipped_and_counted(tmp_path):
+    some = spool(tmp_path)
+    for n in range(3):
+        some.append(frame(n))
+    some.close()
+    (path,) = tmp_path.glob("*.frames")
+    data = bytearray(path.read_bytes())
+    data[1500] ^= 1  # in the payload of the second
+    path.write_bytes(data)
+    again = spool(tmp_path)
+    assert taken(again) == [0, 2]
+    assert again.damaged_rows == 10
+    again.close()
+
+
+def test_a_lost_acknowledgement_delivers_again(tmp_path):
+    some = spool(tmp_path)
+    for n in range(3):
+        some.append(frame(n))
+    assert number(some.first()) == 0
+    some.acknowledge()
+    some.close()
+    (tmp_path / "acknowledged").write_bytes(struct.pack("<QQI", 1, 2, 3))
+    again = spool(tmp_path)
+    assert taken(again) == [0, 1, 2]
+    again.close()
+
+
+def test_one_process_at_a_time(tmp_path):
+    some = spool(tmp_path)
+    with pytest.raises(Unavailable, match=rf"process {os.getpid()} is using it; .*\[sinks.NAME\] spool"):
+        spool(tmp_path)
+    some.close()
+    spool(tmp_path).close()
+
+
+def test_where_it_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="the spool cannot be used: Not a directory"):
+        spool(tmp_path / "file" / "spool")
+
+
+def test_in_memory_only():
+    some = spool(None, memory_bytes=10_000)
+    for n in range(25):
+        some.append(frame(n))
+    assert number(some.first()) == 15
+    for n in range(25, 30):
+        some.append(frame(n))
+    # 15 is under way, so 16 to 20 had to go.
+    some.acknowledge()
+    assert some.dropped_rows == 200
+    assert number(some.first()) == 21
+    assert some.close() == 90
+
+
+@pytest.mark.needs("root")
+def test_a_full_disk(tmp_path):
+    """Rows wait in memory, within bounds, and go to the disk again when there is room."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
+    try:
+        (tmp_path / "somebody's").write_bytes(bytes(100_000))
+        place = tmp_path / "spool"
+        some = spool(place, max_bytes=MIB, memory_bytes=50_000)
+        for n in range(300):
+            some.append(frame(n))
+        assert "No space left on device" in some.trouble
+        on_disk = left_count(place)
+        assert 100 < on_disk < 170
+        assert some.frames == on_disk + 50
+        assert some.dropped_rows == 10 * (300 - some.frames)
+        (tmp_path / "somebody's").unlink()
+        some.append(frame(300))
+        assert not some.trouble
+        numbers = taken(some)
+        assert numbers == [*range(on_disk), *range(300 - (len(numbers) - on_disk - 1), 301)]
+        some.close()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def left_count(place):
+    """Whole frames in the files: each is 24 + 4 bytes of head and label around 1000."""
+    return sum(p.stat().st_size // 1025 for p in place.glob("*.frames"))
