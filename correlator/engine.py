@@ -91,7 +91,7 @@ class Engine:
             self._resolver.restore(state.resolver)
             self._open, self._gaps = state.open, list(state.gaps)
             self._links.waiting = state.waiting
-            self._latest = self._began_ns = state.latest_ns
+            self._latest, self._began_ns = state.latest_ns, state.began_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
         """Take the next item of the stream; what it completes comes back, in order."""
@@ -125,6 +125,7 @@ class Engine:
             with_numbers(waiting, new),
             self._still_parting(upto_ns),
             self._latest,
+            self._began_ns,
         )
 
     def close_windows(self) -> tuple[Window, ...]:

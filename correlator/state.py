@@ -34,16 +34,20 @@ class EngineState:
     gaps: Gaps
     """Those that can still part two records."""
     latest_ns: int
-    """Time of the last record."""
+    """Time of the last record, or marker."""
+    began_ns: int | None
+    """Time of the first record; None if there was none but markers."""
 
     def digest(self) -> str:
         """The same for two states from which the same follows, whatever their devices' numbers are; SHA-256, hex.
 
-        `latest_ns` is left out: it is known from the cut itself.
+        `latest_ns` and when it began are left out: the one is known from the cut itself, the other asked for no more.
         """
         resolver, rank = self.resolver.canonical()
         waiting = self.waiting.sorted()
-        told = hashlib.sha256(repr((resolver, tuple(self.gaps), len(self.open), len(waiting.size))).encode())
+        told = hashlib.sha256(
+            repr((resolver, tuple(self.gaps), len(self.open), len(waiting.size), self.began_ns is None)).encode()
+        )
         for carried in (self.open, waiting):
             _tell(told, [carried.records.column(f.name) for f in fields(Records)])
             _tell(told, [renumbered(carried.number, rank), carried.cross])

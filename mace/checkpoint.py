@@ -55,6 +55,7 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
         "waiting_records": _records_to_json(waiting.records),
         "gaps": [list(gap) for gap in state.gaps],
         "latest_ns": state.latest_ns,
+        "began_ns": state.began_ns,
     }
 
 
@@ -73,6 +74,7 @@ def state_from_json(given: dict[str, Any]) -> EngineState:
         Waiting(_records_from_json(given["waiting_records"]), **waiting),
         [(start, end) for start, end in given["gaps"]],
         given["latest_ns"],
+        given["began_ns"],
     )
 
 
