@@ -22,6 +22,8 @@ Mask = npt.NDArray[np.bool_]
 
 EVERYTHING_NS: Final = 1 << 62
 """Later than any time: both files are at their end."""
+_ENOUGH: Final = 1 << 20
+"""Packets that are enough at once: some 70 MB."""
 INNER: Final = 0
 OUTER: Final = 1
 
@@ -74,8 +76,9 @@ class Pairing:
         """What is decided when both files have given all before `complete_ns`; None if nothing is."""
         fresh = sum(len(part) for parts in self._waiting for part in parts)
         kept = 0 if self._kept is None else len(self._kept)
-        if not fresh + kept or (2 * fresh < kept and complete_ns < EVERYTHING_NS):
-            # What is kept is gone through again each time: it has to be worth it.
+        # What is kept is gone through again each time: it has to be worth it.
+        enough = min(2 * kept, max(kept // 2, _ENOUGH))
+        if not fresh + kept or (fresh < enough and complete_ns < EVERYTHING_NS):
             return None
         # A partner may be so far away, and what is nearer to that partner as far again.
         until_ns = complete_ns - 2 * self._within_ns
@@ -121,7 +124,7 @@ class Pairing:
         partner, unclear = np.full(n, -1, np.int64), np.zeros(n, np.bool_)
         if n < 2:
             return partner, unclear
-        order = np.argsort(key, kind="stable")
+        order = _by_key(key)
         sorted_key, sorted_ts, sorted_file = key[order], ts[order], both.file[order]
         same = (sorted_key[1:] == sorted_key[:-1]) & (sorted_key[1:] != 0)
         gap = np.where(same, sorted_ts[1:] - sorted_ts[:-1], EVERYTHING_NS)
@@ -135,3 +138,21 @@ class Pairing:
         reached[order[:-1][other]] = True
         reached[order[1:][other]] = True
         return partner, reached & (partner < 0)
+
+
+def _by_key(key: npt.NDArray[np.uint64]) -> Ints:
+    """Indices that bring equal keys together, each in the order in which they were given.
+
+    A sort of one integer, the key's upper bits above the index, takes a third of the time of an argsort. Where two keys
+    differ in the lower bits only, which is once in a million times a million, it is done the slow way.
+    """
+    n = len(key)
+    mask = np.uint64((1 << n.bit_length()) - 1)
+    packed = key & ~mask
+    packed |= np.arange(n, dtype=np.uint64)
+    packed.sort()
+    order: Ints = (packed & mask).astype(np.int64)
+    sorted_key = key[order]
+    if ((sorted_key[1:] & ~mask == sorted_key[:-1] & ~mask) & (sorted_key[1:] != sorted_key[:-1])).any():
+        return np.argsort(key, kind="stable")
+    return order

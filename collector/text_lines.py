@@ -24,18 +24,22 @@ from mace.hooks import BY_HOOK, HOOKS, Hook, Way
 from mace.records import DTYPES, Batch
 
 _HOOK_OF: Final = {info.name.encode(): info.hook for info in HOOKS}
-_TIME: Final = rb"\[(\d{1,5})\] .*?(\d{1,10})\.(\d{6}|\d{9}): "
+# Bounded everywhere: a line that is made for it would otherwise be gone through over and over. A task's name has 15
+# bytes (TASK_COMM_LEN), numbers and flags a few more; trace-cmd puts the buffer's name before all.
+_HEAD: Final = rb"^[^\n#]{0,96}?"
+_TIME: Final = rb"\[(\d{1,5})\] [^\n]{0,24}?(\d{1,10})\.(\d{6}|\d{9}): {1,24}"
 _LINE: Final = re.compile(
-    rb"^[^\n#]*?"
+    _HEAD
     + _TIME
-    + rb"+(?:\w+:)?("
+    + rb"(?:\w{1,32}:)?("
     + b"|".join(sorted(_HOOK_OF, reverse=True))
     + rb"): ([^\n]*)$"
-    + rb"|^[^\n]*?CPU:(\d{1,5}) \[(?:LOST )?(\d{1,18})? ?EVENTS(?: DROPPED)?\][^\n]*$"
-    + rb"|^[^\n#]*?"
+    + rb"|^[^\n]{0,64}?CPU:(\d{1,5}) \[(?:LOST )?(\d{1,18})? ?EVENTS(?: DROPPED)?\][^\n]*$"
+    + rb"|"
+    + _HEAD
     + _TIME
-    + rb"+PERF_RECORD_LOST lost (\d{1,18})[^\n]*$"
-    + rb"|^#[^\n]*entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})[^\n]*$",
+    + rb"PERF_RECORD_LOST lost (\d{1,18})[^\n]*$"
+    + rb"|^# {0,8}entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})[^\n]*$",
     re.MULTILINE,
 )
 _BUFFER: Final = re.compile(rb"\bskbaddr=(?:0x)?([0-9a-fA-F]{1,16})\b")

@@ -133,7 +133,7 @@ class TraceDat:
                 yield from self._blocks(info, data, decoder, form)
 
     def _clock(self, info: BufferInfo) -> Any:
-        return clock_of(self.path, self._file.frame, info.clock, self._asked_clock)
+        return clock_of(self.path, self._file.frame, info, self._asked_clock)
 
     def _blocks(self, info: BufferInfo, data: CpuData, decoder: PageDecoder, form: EventFormat) -> Iterator[Columns]:
         clock = self._clock(info)

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.tracecmd_file import Frame, Tsc
+from collector.tracecmd_file import BufferInfo, Frame, Tsc
 from mace.errors import CaptureError, nearest
 
 MONO: Final = "mono"
@@ -67,12 +67,12 @@ class FileClock:
         return ts + self.offset_ns if self.offset_ns else ts
 
 
-def clock_of(path: Path, frame: Frame, name: str, asked: str = "") -> FileClock:
+def clock_of(path: Path, frame: Frame, info: BufferInfo, asked: str = "") -> FileClock:
     """The clock of a buffer. `asked` is the user's word for a file that does not say. Raises `CaptureError`."""
-    named = {one for one in (name, frame.clock) if one}
-    if named and asked and asked not in named:
-        raise CaptureError(path, 0, f"recorded with the clock {name!r}, not {asked!r} as asked for")
-    # trace-cmd 3.1 writes `local` for every instance, also where it set another clock, and the right one elsewhere.
+    named = {one for one in (info.clock, frame.clock) if one}
+    # Of an instance trace-cmd 3.1 says `local` whatever it was: there the user knows better.
+    if named and asked and asked not in named and not info.name:
+        raise CaptureError(path, 0, f"recorded with the clock {info.clock!r}, not {asked!r} as asked for")
     said = asked or (named.pop() if len(named) == 1 else "")
     if said in _CYCLES and frame.tsc is not None:
         if not 0 <= frame.tsc.shift <= 63:
@@ -86,4 +86,7 @@ def clock_of(path: Path, frame: Frame, name: str, asked: str = "") -> FileClock:
         says = f"says both {' and '.join(sorted(named))} for the clock" if named else "does not say which clock it has"
         warning = f"the file {says} (if it was mono, say --clock mono)"
         return FileClock("", None, frame.offset_ns, warning)
-    return FileClock(said, None, frame.offset_ns, CLOCKS[said] and f"its clock {said} {CLOCKS[said]}")
+    warning = CLOCKS[said] and f"its clock {said} {CLOCKS[said]}"
+    if said == "local" and info.name and not asked:
+        warning += " (trace-cmd 3.1 says local of every instance: if it was mono, say --clock mono)"
+    return FileClock(said, None, frame.offset_ns, warning)

@@ -26,13 +26,21 @@ _CPU_NUMBER: Final = re.compile(r"^CPU:?\s*(\d{1,9})\s*$", re.MULTILINE)
 
 
 def losses_by_cpu(stats: Sequence[str]) -> dict[int, int]:
-    """Events that the kernel counted as lost, by CPU, out of its `stats` files."""
+    """Events that the kernel counted as lost, by CPU, out of its `stats` files.
+
+    A file has those of all instances one after the other and without names: where a CPU is told of twice, nothing is
+    known of it.
+    """
     lost: dict[int, int] = {}
+    twice: set[int] = set()
     for text in stats:
         number = _CPU_NUMBER.search(text)
         if number:
-            lost[int(number[1])] = sum(map(int, _LOSSES.findall(text)))
-    return lost
+            cpu = int(number[1])
+            if cpu in lost:
+                twice.add(cpu)
+            lost[cpu] = sum(map(int, _LOSSES.findall(text)))
+    return {cpu: count for cpu, count in lost.items() if cpu not in twice}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +85,15 @@ class CpuReader:
     def parts(self) -> Iterator[Part]:
         """All that this CPU recorded, in its ring's order. Raises `CaptureError`."""
         for piece in pieces(self._file, self._info, self.data, self._pages):
+            done = piece.done
             newest_ns = self._newest_page_ns(piece)
-            batch = self._with_markers(self._decoded(piece))
+            batch = self._with_markers([*self._not_there(piece), *self._decoded(piece)])
             if len(batch):
                 self._last_ns = max(self._last_ns or 0, int(batch.ts_ns[-1]))
             self._complete_ns = max(self._complete_ns, newest_ns, self._last_ns or 0)
-            yield Part(batch, self._complete_ns, piece.done)
+            # The piece's memory is not held while other CPUs are read.
+            del piece
+            yield Part(batch, self._complete_ns, done)
         rest = (self._lost_total or 0) - self._told_lost
         if rest > 0:
             # What was lost and no page tells of: a ring that kept the oldest events, or its very last ones.
@@ -113,7 +124,20 @@ class CpuReader:
         times = self._page_times(piece)
         return int(times[-1]) if len(times) else 0
 
+    def _not_there(self, piece: Piece) -> list[Decoded]:
+        """A gap for pages that salvage could not read."""
+        if not piece.missing:
+            return []
+        self.discarded += piece.missing * self._events_a_page
+        return [Decoded(Batch.empty(), (Gap(0, 0),))]
+
+    @property
+    def _events_a_page(self) -> int:
+        return max(self._decoder.layout.data_size // _EVENT_BYTES, 1)
+
     def _decoded(self, piece: Piece) -> list[Decoded]:
+        if not piece.pages:
+            return []
         size = self._decoder.layout.page_size
         # Decoding writes into the buffer: to look for the bad page, the good ones are needed as they were.
         spare = piece.buffer[: piece.pages * size].copy() if self._file.salvage else None
@@ -159,7 +183,7 @@ class CpuReader:
                 yield from self._salvaged(piece, spare, middle, after)
                 return
             self._file.warn(piece.offset_of(first, size), f"{error}; left out")
-            self.discarded += max(layout.data_size // _EVENT_BYTES, 1)
+            self.discarded += self._events_a_page
             yield Decoded(Batch.empty(), (Gap(0, 0),))
 
     # --- what was lost --------------------------------------------------------------------------

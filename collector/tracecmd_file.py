@@ -27,6 +27,8 @@ ALGORITHMS: Final = ("none", "zlib", "zstd")
 
 METADATA_MAX: Final = 64 << 20
 """Bytes of one part of the frame, unpacked. All event formats of a kernel are 2 MB."""
+_STATS_BYTES: Final = 1024
+"""Of a CPU's `stats`, which are 200."""
 CPUS_MAX: Final = 1 << 16
 """The kernel's NR_CPUS is at most 8192; a record's CPU is 16 bits."""
 EVENTS_MAX: Final = 1 << 16
@@ -361,10 +363,14 @@ class TraceFile:
             parts.skip(parts.number(8, "the size of a format"), "a format")
 
     def _event_formats(self, frame: Frame, parts: _Window) -> None:
+        total = 0
         for _ in self._counted(parts.number(4, "the number of event systems"), parts):
             system = parts.string("a system's name")
             for _ in self._counted(parts.number(4, "the number of events"), parts):
                 text = parts.text(parts.number(8, "the size of a format"), "a format")
+                total += len(text)
+                if total > METADATA_MAX:
+                    raise parts.refuse(f"formats of more than {METADATA_MAX} bytes")
                 name = text.partition("name:")[2].partition("\n")[0].strip()
                 frame.formats[f"{system}:{name}"] = text
 
@@ -376,8 +382,8 @@ class TraceFile:
             frame.date_offset_ns = self._signed(text, at, "the date") * 1000
         elif option == _OPTION_OFFSET:
             frame.offset_ns += self._signed(text, at, "the time offset")
-        elif option == _OPTION_CPUSTAT:
-            frame.stats.append(text)
+        elif option == _OPTION_CPUSTAT and len(frame.stats) < CPUS_MAX:
+            frame.stats.append(text[:_STATS_BYTES])
         elif option == _OPTION_TRACECLOCK:
             frame.clock = _chosen_clock(text) or frame.clock
         elif option == _OPTION_UNAME:

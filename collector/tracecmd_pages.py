@@ -18,6 +18,8 @@ CHUNK_MAX: Final = 16 << 20
 RATIO_MAX: Final = 4096
 """How much smaller a piece may have become. Pages with a single event shrink to a hundredth."""
 _PIECE_HEAD: Final = 8
+_PAGES_KEPT: Final = 128
+"""Where pieces are smaller than this there are many CPUs, and their buffers are not kept from piece to piece."""
 
 
 def layout_of(file: TraceFile, info: BufferInfo) -> PageLayout:
@@ -48,6 +50,8 @@ class Piece:
     """Whether all of them came out of one compressed piece."""
     done: int
     """Bytes of the file that were read for it."""
+    missing: int = 0
+    """Pages right before it that are not there or could not be unpacked (with salvage)."""
 
     def offset_of(self, page: int, page_size: int) -> int:
         """Where in the file a page of it lies."""
@@ -57,8 +61,8 @@ class Piece:
 def pieces(file: TraceFile, info: BufferInfo, cpu: CpuData, pages: int) -> Iterator[Piece]:
     """All pages of one CPU, `pages` at a time; compressed ones as they were packed, but for as many.
 
-    The buffer is used again for the next piece. Raises `CaptureError`; with `file.salvage` what cannot be unpacked is
-    left out and told in `file.warnings`.
+    A piece is to be done with when the next is asked for. Raises `CaptureError`; with `file.salvage` what cannot be
+    read or unpacked is left out, told in `file.warnings` and counted in `Piece.missing`.
     """
     layout = layout_of(file, info)
     if info.compressed:
@@ -66,19 +70,23 @@ def pieces(file: TraceFile, info: BufferInfo, cpu: CpuData, pages: int) -> Itera
         return
     end = min(cpu.offset + cpu.size, file.size)
     size = layout.page_size
-    buffer = page_buffer(layout, pages)
+    buffer = page_buffer(layout, min(pages, -(-cpu.size // size)))
     at = cpu.offset
+    lacking = -(-(cpu.offset + cpu.size - max(end, at)) // size)
     while at < end:
         wanted = min(pages * size, end - at)
         got = file.read_into(at, buffer.data[:wanted])
         whole = got // size
         if got < wanted or got % size:
             _lacking(file, at + whole * size, f"a page of {size} bytes is cut")
+            lacking += got % size > 0
         if whole:
             yield Piece(buffer, whole, at, packed=False, done=got)
-        if got < wanted:
-            return
         at += got
+        if got < wanted:
+            break
+    if lacking > 0:
+        yield Piece(buffer, 0, at, packed=False, done=0, missing=lacking)
 
 
 def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> Iterator[Piece]:
@@ -92,7 +100,8 @@ def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> 
         return
     count = int.from_bytes(file.bytes_at(cpu.offset, 4, "the number of pieces"), order)  # type: ignore[arg-type]
     at, size = cpu.offset + 4, layout.page_size
-    buffer, room, filled, begun, done = page_buffer(layout, pages), pages * size, 0, at, 4
+    buffer = page_buffer(layout, 0)
+    room, filled, begun, done, missing = 0, 0, at, 4, 0
     for _ in range(count):
         if at + _PIECE_HEAD > end:
             _lacking(file, at, "fewer compressed pieces than the file says")
@@ -114,19 +123,34 @@ def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> 
                 raise
             file.warn(at, f"{error.why}; left out")
             raw = b""
-        if filled and filled + len(raw) > room:
-            yield Piece(buffer, filled // size, begun, packed=True, done=done)
-            filled, done = 0, 0
-        if not filled:
-            begun = at
-        if len(raw) > room:
-            buffer, room = page_buffer(layout, len(raw) // size), len(raw)
-        buffer[filled : filled + len(raw)] = np.frombuffer(raw, np.uint8)
-        filled += len(raw)
         at += _PIECE_HEAD + stored
         done += _PIECE_HEAD + stored
-    if filled:
-        yield Piece(buffer, filled // size, begun, packed=True, done=done)
+        if not raw:
+            if filled:
+                yield Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)
+                filled, done, missing = 0, 0, 0
+            missing += max(whole // size, 1)
+            continue
+        if filled + len(raw) > room:
+            room = max(filled + len(raw), min(pages * size, 2 * room))
+            larger = page_buffer(layout, room // size)
+            larger[:filled] = buffer[:filled]
+            buffer = larger
+        if not filled:
+            begun = at - stored - _PIECE_HEAD
+        buffer[filled : filled + len(raw)] = np.frombuffer(raw, np.uint8)
+        filled += len(raw)
+        if filled + len(raw) > pages * size:
+            del raw
+            given = [Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)]
+            if pages < _PAGES_KEPT:
+                # Of each of many CPUs a buffer would wait here, of a file that is made for it as large as can be.
+                buffer = larger = page_buffer(layout, 0)
+                room = 0
+            filled, done, missing = 0, 0, 0
+            yield given.pop()
+    if filled or missing:
+        yield Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)
 
 
 def _lacking(file: TraceFile, offset: int, why: str) -> None:

@@ -97,7 +97,7 @@ class _Reader:
             raise CaptureError(
                 file.path, 0, f"none of the network events that are measured was recorded; {_events_told(frame)}"
             )
-        clock = clock_of(file.path, frame, info.clock, asked_clock)
+        clock = clock_of(file.path, frame, info, asked_clock)
         if clock.warning and (line := f"{file.path}: {clock.warning}") not in self.warnings:
             self.warnings.append(line)
         self._monotonic = self._monotonic and clock.is_monotonic

@@ -28,17 +28,20 @@ STDIN: Final = Path("-")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace correct` but `--config` and `--json`."""
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="what the tool printed; `-`: standard input")
-    parser.add_argument("capture", type=Path, metavar="FILE", help="a capture file of that time")
+    parser.add_argument("capture", type=Path, metavar="FILE", help="a capture file of that time, or a trace.dat")
     parser.add_argument("--container", metavar="NAME", help="where the tool ran; needed where there are several")
     parser.add_argument("--tool", choices=READERS, help="which tool it was, if its first line does not tell")
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts of the capture")
+    parser.add_argument(
+        "--topology", type=Path, metavar="CAPTURE", help="for another tool's trace: a capture file of the same host"
+    )
 
 
 def corrected(args: argparse.Namespace, session: Session) -> Corrected:
     """The samples in `args.output`, corrected by the packets in `args.capture`."""
     samples, reader = read(_lines(args.output), READERS[args.tool]() if args.tool else None)
     observed = Observed()
-    session.observed(recording(args.capture, FileOptions(salvage=args.salvage)), observed.add)
+    session.observed(recording(args.capture, FileOptions(args.salvage, args.topology)), observed.add)
     unknown = (reader.unknown.count, reader.unknown.first)
     return Corrected.of(samples, observed, reader.stamps, _netns(observed, args.container), unknown)
 

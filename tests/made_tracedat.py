@@ -112,6 +112,7 @@ class Made:
             for cpu, pages in cpus.items():
                 body = self._data(pages)
                 told = len(body) - (4 if self.algorithm != "none" else 0)
+                data += b"\0" * (-(at + 16 + len(data)) % self.page_size)
                 table += self.number("I", cpu) + self.number("Q", at + 16 + len(data)) + self.number("Q", told)
                 data += body
             raw += self.number("H", 3) + self.number("H", self.algorithm != "none") + self.number("I", 0)

@@ -155,8 +155,8 @@ class Reference:
             kind = "unmatched" if ended else "expired" if late or idle else "in_flight" if at_end else "unmatched"
             self.ledger[kind] += 1
             return
-        whole = "content" if life.no_buffer else "exact"
-        life.grade = whole if life.keyed > 1 and not life.other_content else "buffer"
+        exact = "content" if life.no_buffer else "exact"
+        life.grade = exact if life.keyed > 1 and not life.other_content else "buffer"
         self.closed.append(life)
 
     def linked(self, lives):

@@ -24,6 +24,7 @@ from tests.benchmark import (
     matching,
     mqtt,
     offline,
+    pcap_pairs,
     replaying,
     ring_drain,
     rows,
@@ -46,9 +47,6 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "visibility": live.visibility,
     "live_soak": live.soak,
     "kmod_vs_ftrace": kmod.versus_ftrace,
-    "tracedat_read": tracedat.read,
-    "replay_10gb": replaying.replay_10gb,
-    "dask_scaling": replaying.dask_scaling,
     "encode": sinks.encode,
     "influx_write": sinks.influx_write,
     "victoria_write": sinks.victoria_write,
@@ -56,6 +54,10 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "fleet": mqtt.fleet,
     "graded_correlation": graded.run,
     "matching": matching.run,
+    "tracedat_read": tracedat.read,
+    "pcap_pairs": pcap_pairs.read,
+    "replay_10gb": replaying.replay_10gb,
+    "dask_scaling": replaying.dask_scaling,
 }
 
 

@@ -6,6 +6,7 @@ kernel makes text; and tcpdump in the container and at the outer device.
 """
 
 import asyncio
+import platform
 import subprocess
 import time
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from correlator.engine import Engine, EngineConfig
 from mace.hooks import HOOKS
 from mace.interfaces import Progress
 from mace.lab import HOST, Spec, running
-from mace.records import Batch
 from mace.schema import Delays, Direction, Segment
 from storage.capture import CaptureSink
 from tests.made_tracedat import Made
@@ -80,7 +80,11 @@ def second_instance():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    place = tmp_path_factory.mktemp("tools")
+    return record(tmp_path_factory.mktemp("tools"), PINGS, DATAGRAMS)
+
+
+def record(place, pings, datagrams):
+    """One run in the lab, by all means at once."""
     KeepingRing.kept.clear()
     patch = pytest.MonkeyPatch()
     patch.setattr(ftrace_source, "ReadRing", KeepingRing)
@@ -93,7 +97,7 @@ def run(tmp_path_factory):
                 tcpdump(lab, HOST, lab.outer_device, place / "outer.pcap"),
             ]
             instance = second_instance()
-            formats = asyncio.run(recorded(lab, place / "live.mace"))
+            formats = asyncio.run(recorded(lab, place / "live.mace", pings, datagrams))
             time.sleep(0.5)
             instance.record(on=False)
             for dump in dumps:
@@ -106,14 +110,15 @@ def run(tmp_path_factory):
         patch.undo()
         if instance is not None:
             instance.remove()
-    made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd")
+    machine = platform.uname()
+    uname = f"Linux {machine.node} {machine.release} {machine.machine}\0".encode()
+    made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd", options=((5, uname),))
     (place / "pages.dat").write_bytes(made.content())
-    return Run(
-        *(place / n for n in ("live.mace", "pages.dat", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap"))
-    )
+    names = ("live.mace", "pages.dat", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap")
+    return Run(*(place / name for name in names))
 
 
-async def recorded(lab, target):
+async def recorded(lab, target, pings, datagrams):
     """Live capture of some traffic into a file; the formats of its events."""
     follower = DeviceFollower(
         host_netns=str(lab.netns_path(HOST)), outer=(lab.outer_device,), remote_netns=(lab.netns_path("remote").name,)
@@ -129,7 +134,7 @@ async def recorded(lab, target):
     reading = asyncio.create_task(read())
     await asyncio.sleep(0.3)
     formats = {info.tracepoint: source._instance.event_format(info.tracepoint) for info in HOOKS}
-    await asyncio.to_thread(traffic, lab)
+    await asyncio.to_thread(traffic, lab, pings, datagrams)
     await asyncio.sleep(0.3)
     source.request_stop()
     await reading
@@ -138,9 +143,9 @@ async def recorded(lab, target):
     return formats
 
 
-def traffic(lab):
-    lab.ping("c1", count=PINGS, interval_s=0.005)
-    lab.udp("c1", count=DATAGRAMS, size=100, rate_pps=2000)
+def traffic(lab, pings, datagrams):
+    lab.ping("c1", count=pings, interval_s=0.005)
+    lab.udp("c1", count=datagrams, size=100, rate_pps=2000)
 
 
 def replayed(one):
@@ -185,6 +190,11 @@ def test_the_very_same_records_give_the_very_same_rows(run, live):
     assert results[-1].ledger.lost == 0
 
 
+def in_mono(run):
+    """Neither text nor what is extracted of an instance tells that this was its clock."""
+    return FileOptions(topology=run.live, clock="mono")
+
+
 def close(run_rows, live_rows, within_ns, *, worst_ns=None):
     """Whether the packets are the same and their delays differ by no more than what lies between the stamps."""
     for way, count in ((Direction.EGRESS, PINGS + DATAGRAMS), (Direction.INGRESS, PINGS)):
@@ -195,25 +205,22 @@ def close(run_rows, live_rows, within_ns, *, worst_ns=None):
         assert len(live_utc) >= count
         assert len(np.unique(near)) == len(near)
         apart = np.abs(delay[near] - live_delay)
-        print(
-            f"{Direction(way).name}: {np.median(apart):.0f} ns apart in the median, {np.percentile(apart, 95):.0f} at 95 %"
-        )
+        print(f"{way.name}: {np.median(apart):.0f} ns apart in the median, {np.percentile(apart, 95):.0f} at 95 %")
         assert np.median(apart) <= within_ns
         assert np.percentile(apart, 80) <= (worst_ns or 4 * within_ns)
 
 
 def test_what_trace_cmd_extracted(run, live):
     """Another instance: each event has a stamp of its own, some hundred ns from ours."""
-    header, rows, _ = replayed(recording(run.extracted, FileOptions(topology=run.live)))
+    header, rows, _ = replayed(recording(run.extracted, in_mono(run)))
     assert header.clock == live[0].clock
     close(rows, live[1], 2_000)
 
 
 def test_the_text_of_the_same_records(run):
     """Text and trace.dat of one instance: the same but for what text cuts off, and addresses that are hashes."""
-    options = FileOptions(topology=run.live, clock="mono")
-    _, rows, results = replayed(recording(run.extracted, FileOptions(topology=run.live)))
-    _, text, text_results = replayed(recording(run.text, options))
+    _, rows, results = replayed(recording(run.extracted, in_mono(run)))
+    _, text, text_results = replayed(recording(run.text, in_mono(run)))
     assert text_results[-1].ledger.records == results[-1].ledger.records
     for way in (Direction.EGRESS, Direction.INGRESS):
         delay, text_delay = overheads(rows, way)[1], overheads(text, way)[1]

@@ -17,7 +17,7 @@ from mace.topology import Topology
 from tests.made_capture import TOPOLOGY, batches, capture_bytes
 from tests.made_capture import traffic as mace_traffic
 from tests.made_tracedat import FORMS, Made, event, to_big, traffic
-from tests.ring_pages import EVENTS, Page, layout, simple_decode
+from tests.ring_pages import EVENTS, Page, formats, layout, payload, simple_decode
 
 PAGES = {"": {0: traffic(0, 7), 1: traffic(1, 4), 5: traffic(5, 1)}}
 
@@ -238,7 +238,7 @@ def test_other_clocks_are_told_of(file, clock):
 def test_a_file_that_does_not_say_its_clock_takes_the_users_word(file):
     path = file(Made(PAGES, clock=""))
     assert any("does not say which clock" in line for line in replayed(path)[3].warnings)
-    assert not any("clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
+    assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
     with pytest.raises(CaptureError, match="recorded with the clock 'boot', not 'mono' as asked for"):
         replayed(file(Made(PAGES, clock="boot")), FileOptions(clock="mono"))
 
@@ -273,3 +273,51 @@ def test_an_empty_recording(file):
 def test_all_columns_have_their_types(file):
     _, batch, _, _ = replayed(file(Made(PAGES)))
     assert {name: column.dtype for name, column in batch.columns()} == DTYPES
+
+
+def test_an_instance_whose_clock_is_told_wrongly(file):
+    path = file(Made({"": {}, "packets": {0: traffic(0, 2)}}, clock="local"))
+    assert any("says local of every instance" in line for line in replayed(path)[3].warnings)
+    assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
+
+
+def test_fields_in_another_order_and_events_with_other_numbers(file):
+    """As another kernel has them: nothing but the names of fields is taken for granted."""
+    events = {
+        "net:net_dev_queue": (17, "__data_loc char[] name, unsigned int len, void * skbaddr"),
+        "net:netif_receive_skb": (903, "u16 more, void * skbaddr, u8 other, __data_loc char[] name, unsigned int len"),
+    }
+    forms = {form.event: form for form in formats(events)}
+    page = Page(layout(), 10**12)
+    page.event(payload(forms["net:net_dev_queue"], name=b"eth0", skbaddr=256, len=98), 5)
+    page.event(payload(forms["net:netif_receive_skb"], name=b"veth-of-somebody"[:15], skbaddr=256, len=84, more=7), 5)
+    for big in (False, True):
+        raw = to_big(page.bytes(), layout(), list(forms.values())) if big else page.bytes()
+        _, batch, topologies, _ = replayed(file(Made({"": {3: [raw]}}, events=events, big=big)))
+        assert batch.hook.tolist() == [Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB]
+        assert batch.l3_len.tolist() == [84, 84]
+        assert batch.skb_id[0] == batch.skb_id[1]
+        assert batch.cpu.tolist() == [3, 3]
+        assert [topologies[-1].sightings[dev].name for dev in batch.dev] == ["eth0", "veth-of-somebod"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (b"flyrecord\0", b"latency  \0", "the text of a latency tracer, no events"),
+        (b"tracing6\0", b"tracing8\0", "version '8'; this MACE reads versions 6 and 7"),
+        (b"header_page\0", b"header_pagf\0", "here header_page should begin"),
+        (b"field: u64 timestamp", b"field: u64 timestimp", "no field 'timestamp'"),
+    ],
+)
+def test_frames_that_are_not_understood(file, old, new, why):
+    content = Made(PAGES, version=6).content()
+    assert old in content
+    with pytest.raises(CaptureError, match=why):
+        replayed(file(content.replace(old, new)))
+
+
+def test_a_compression_that_is_not_known(file):
+    content = Made(PAGES, algorithm="zstd").content().replace(b"zstd\x001", b"lzma\x001")
+    with pytest.raises(CaptureError, match="compressed with 'lzma'; known are none, zlib, zstd"):
+        replayed(file(content))

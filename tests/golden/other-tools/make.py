@@ -1,0 +1,62 @@
+"""How the files here were made: one run in the lab, by all means at once. Ran once; it is here to be read.
+
+PYTHONPATH=. python tests/golden/other-tools/make.py      (root)
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from collector.files import PCAP_PAIR, FileOptions, recording, recording_of
+from mace.schema import Direction
+from tests.integration.test_other_tools_traces import overheads, record, replayed
+
+HERE = Path(__file__).parent
+KEPT = ("live.mace", "pages.dat", "trace.txt", "inner.pcap", "outer.pcap")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as work:
+        record(Path(work), 5, 12)
+        for name in KEPT:
+            shutil.copy(Path(work) / name, HERE / name)
+    shorten(HERE / "trace.txt")
+    (HERE / "expected.json").write_text(json.dumps(told(HERE), indent=1) + "\n")
+
+
+def shorten(path: Path) -> None:
+    """Leave out the lines of buffers that were never at one of the lab's devices: the machine's own traffic."""
+    lines = path.read_text().splitlines(keepends=True)
+    buffers = [re.search(r"skbaddr=(\w+)", line) for line in lines]
+    ours = {b[1] for b, line in zip(buffers, lines, strict=True) if b and re.search(r"dev=(?!lo\b)", line)}
+    path.write_text("".join(x for b, x in zip(buffers, lines, strict=True) if not b or b[1] in ours))
+
+
+def told(place: Path) -> dict[str, object]:
+    """What must come out of each: packets by direction with their delays, and the ledger's records."""
+    topology = place / "live.mace"
+    found: dict[str, object] = {}
+    for name, one in (
+        ("live.mace", recording(topology)),
+        ("pages.dat", recording(place / "pages.dat", FileOptions(topology=topology))),
+        ("trace.txt", recording(place / "trace.txt", FileOptions(topology=topology, clock="mono"))),
+        ("pcap", recording_of(PCAP_PAIR, (place / "inner.pcap", place / "outer.pcap"))),
+    ):
+        _, rows, results = replayed(one)
+        found[name] = {
+            "records": results[-1].ledger.records,
+            "lost": results[-1].ledger.lost,
+            **{
+                way.name.lower(): np.asarray(overheads(rows, way)[1]).tolist()
+                for way in (Direction.EGRESS, Direction.INGRESS)
+            },
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Hostile packet captures and texts: a clear error or the good part, within bounded time and memory."""
+
+import asyncio
+import struct
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from collector.file_options import FileOptions
+from collector.pcap_source import PcapPairSource
+from collector.text_source import TextSource
+from mace.errors import CaptureError
+from mace.hooks import Hook
+from mace.records import Batch
+from tests.made_pcap import Frame, pcap, pcapng, through_nat, udp_frames, written
+from tests.unit.collector.test_text_source import FTRACE, PERF
+
+FRAMES, TIMES = udp_frames(60)
+ROWS = [Frame(int(t), frame.tobytes()) for frame, t in zip(FRAMES, TIMES, strict=True)]
+OUTER = written(through_nat(FRAMES), TIMES + 9_000)
+CAPTURES = {
+    "pcap": pcap(ROWS),
+    "big": pcap(ROWS, order=">", unit="us"),
+    "pcapng": pcapng(ROWS, interfaces=2),
+    "big pcapng": pcapng(ROWS, order=">"),
+}
+TEXT = (FTRACE + PERF.replace("77.000000", "1234.900000")).encode()
+EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def records(source):
+    async def run():
+        try:
+            await source.open()
+            return Batch.concatenate([item async for item in source.items() if isinstance(item, Batch)])
+        finally:
+            await source.aclose()
+
+    return asyncio.run(run())
+
+
+def survives(make):
+    """Only the error that is meant for users comes out; what is read with salvage is all that was read without."""
+    whole = None
+    try:
+        whole = records(make(FileOptions()))
+    except CaptureError:
+        pass
+    try:
+        kept = records(make(FileOptions(salvage=True)))
+        assert whole is None or len(kept) == len(whole)
+    except CaptureError:
+        assert whole is None
+
+
+def mutated(data, raw):
+    """Bytes flipped, numbers replaced, parts cut out or moved."""
+    raw = bytearray(raw)
+    for _ in range(data.draw(st.integers(1, 4))):
+        kind = data.draw(st.sampled_from(("flip", "number", "cut", "move")))
+        at = data.draw(st.integers(0, max(len(raw) - 5, 0)))
+        if kind == "flip" and raw:
+            raw[at] ^= 1 << data.draw(st.integers(0, 7))
+        elif kind == "number" and len(raw) > 8:
+            order = data.draw(st.sampled_from("<>"))
+            struct.pack_into(order + "I", raw, at, data.draw(st.sampled_from((0, 1, 13, 2**20, 2**31, 2**32 - 1))))
+        elif kind == "cut":
+            del raw[at : at + data.draw(st.integers(1, 200))]
+        else:
+            piece = raw[at : at + 50]
+            raw[at // 2 : at // 2] = piece
+    return bytes(raw)
+
+
+@EVERY
+@given(base=st.sampled_from(sorted(CAPTURES)), data=st.data())
+def test_packet_captures(tmp_path, base, data):
+    inner, outer = tmp_path / "inner", tmp_path / "outer"
+    inner.write_bytes(mutated(data, CAPTURES[base]))
+    outer.write_bytes(OUTER)
+    survives(lambda options: PcapPairSource(inner, outer, options))
+
+
+@EVERY
+@given(data=st.data())
+def test_texts(tmp_path, data):
+    path = tmp_path / "trace"
+    path.write_bytes(mutated(data, TEXT))
+    survives(lambda options: TextSource(path, options))
+
+
+@pytest.mark.parametrize("line", [b"[0] 1.000000: " * 4000, b"CPU:0 [LOST " * 5000, b"-1 [001] " * 7000])
+def test_lines_that_could_be_read_for_ever(tmp_path, line):
+    """A pattern that backtracks would take hours over some of these."""
+    path = tmp_path / "trace"
+    path.write_bytes(FTRACE.encode() + line + b"\n" + PERF.encode())
+    kept = records(TextSource(path, FileOptions()))
+    assert (kept.hook != Hook.LOST).sum() == 8
