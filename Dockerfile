@@ -24,7 +24,7 @@ COPY collector/ /opt/mace/app/collector/
 COPY correlator/ /opt/mace/app/correlator/
 COPY storage/ /opt/mace/app/storage/
 # The root file system is read-only later, so that a container could never keep what it compiles.
-RUN python3 -m compileall -q /opt/mace
+RUN python3 -m compileall -q -j 0 /opt/mace
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="mace" \

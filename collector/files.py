@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from collector import capture_source, pcap_file, pcap_source, text_source, tracecmd_source
+from collector import (
+    capture_source,
+    pcap_file,
+    pcap_source,
+    perfetto_source,
+    perfetto_wire,
+    text_source,
+    tracecmd_source,
+)
 from collector.file_options import Description, FileOptions, FileSource
 from mace import wire
 from mace.errors import CaptureError, Unavailable
@@ -143,6 +151,13 @@ FORMATS: Final[tuple[FileFormat, ...]] = (
         tracecmd_source.recognises,
         tracecmd_source.describe,
         tracecmd_source.source,
+    ),
+    FileFormat(
+        "perfetto",
+        "Perfetto traces with network events of traced",
+        perfetto_wire.recognises,
+        perfetto_source.describe,
+        perfetto_source.source,
     ),
     FileFormat(
         "text",

@@ -17,6 +17,7 @@ those of types 0 and 29, that need a closer look: a walk that no longer moves ha
 
 from __future__ import annotations
 
+import functools
 import secrets
 import sys
 from collections.abc import Iterable, Sequence
@@ -318,6 +319,12 @@ def page_buffer(layout: PageLayout, pages: int) -> Bytes:
     buffer = np.zeros(pages * layout.page_size + _SLACK_WORDS * 4, np.uint8)
     buffer[-_SLACK_WORDS * 4 :].view(np.uint32)[:] = _STOP
     return buffer
+
+
+@functools.cache
+def process_key() -> tuple[int, int, int]:
+    """For files: drawn once in a process, so that one that is read twice names its packets alike."""
+    return secrets.randbits(64), secrets.randbits(64), secrets.randbits(64)
 
 
 class PageDecoder:

@@ -19,7 +19,7 @@ from typing import BinaryIO, Final
 from collector import known_topology
 from collector.file_options import Description, FileOptions, FileSource
 from collector.ftrace_formats import PageLayout
-from collector.ftrace_pages import PageDecoder, Sightings
+from collector.ftrace_pages import PageDecoder, Sightings, process_key
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.merge import Merger
 from collector.text_lines import LINE_MAX, LineReader, chunks, has_events
@@ -70,7 +70,7 @@ class _Opened:
             self.size: Final = path.stat().st_size
             self.warnings: list[str] = []
             self.sightings: Final = Sightings()
-            self.decoder: Final = PageDecoder(_NO_LAYOUT, (), self.sightings)
+            self.decoder: Final = PageDecoder(_NO_LAYOUT, (), self.sightings, process_key())
             self.first_ns: Final = self._first_ns(path)
             known = known_topology.read(options.topology)
             same_clock = known is not None and options.clock == "mono"

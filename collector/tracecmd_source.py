@@ -19,7 +19,7 @@ import numpy as np
 
 from collector import known_topology
 from collector.file_options import Description, FileOptions, FileSource
-from collector.ftrace_pages import PageDecoder, Sightings
+from collector.ftrace_pages import PageDecoder, Sightings, process_key
 from collector.ftrace_source import keep_freed_memory
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.merge import Merger
@@ -101,7 +101,7 @@ class _Reader:
         if clock.warning and (line := f"{file.path}: {clock.warning}") not in self.warnings:
             self.warnings.append(line)
         self._monotonic = self._monotonic and clock.is_monotonic
-        key = self.decoders[0].key if self.decoders else None
+        key = process_key()
         decoder = PageDecoder(layout_of(file, info), formats, self.sightings, key)
         self.decoders.append(decoder)
         # The kernel's counters are in the file without the buffer's name, so only where there is one they are clear.

@@ -22,6 +22,7 @@ from correlator.identity import Resolver
 from correlator.links import Links
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
+from correlator.neighbours import Asked
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 from mace.hooks import Hook
@@ -76,11 +77,12 @@ class Engine:
         self._open = NOTHING_OPEN
         self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
         self._gaps: list[tuple[int, int]] = []
+        self._asked = Asked()
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
         self._owners: set[int] = set()
-        self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "told_apart"), 0)
+        self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "waited", "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
         self._left = 0
         """Single records that were still waiting when the stream ended."""
@@ -90,7 +92,7 @@ class Engine:
         if state is not None:
             self._resolver.restore(state.resolver)
             self._open, self._gaps = state.open, list(state.gaps)
-            self._links.waiting = state.waiting
+            self._links.waiting, self._asked = state.waiting, state.asked.since(-NEVER)
             self._latest, self._began_ns = state.latest_ns, state.began_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
@@ -124,6 +126,7 @@ class Engine:
             with_numbers(self._open, new),
             with_numbers(waiting, new),
             self._still_parting(upto_ns),
+            self._asked.since(self._nothing_before(upto_ns)),
             self._latest,
             self._began_ns,
         )
@@ -187,6 +190,7 @@ class Engine:
             self._began_ns = int(batch.ts_ns[0])
             self._gaps.insert(0, (-NEVER, self._began_ns))
 
+        self._asked.note(batch)
         found: list[tuple[Delays, Crossings]] = []
         if len(batch) or len(self._open):
             new = Records.of(batch, flows=self._config.crossings)
@@ -200,6 +204,7 @@ class Engine:
         delays = Delays.concatenate([rows for rows, _ in found])
         crossings = Crossings.concatenate([rows for _, rows in found])
         self._gaps = self._still_parting(upto_ns)
+        self._asked.forget(self._nothing_before(upto_ns))
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
         windows = self._windows.close(None if last else self._settled(upto_ns) + self._offset_ns)
@@ -229,7 +234,11 @@ class Engine:
 
     def _still_parting(self, upto_ns: int) -> list[tuple[int, int]]:
         """Gaps that can still lie between two records of one packet."""
-        return [gap for gap in self._gaps if gap[1] > min(self._settled(upto_ns), upto_ns - self._config.timeout_ns)]
+        return [gap for gap in self._gaps if gap[1] > self._nothing_before(upto_ns)]
+
+    def _nothing_before(self, upto_ns: int) -> int:
+        """What happened before it can no longer matter to any packet."""
+        return min(self._settled(upto_ns), upto_ns - self._config.timeout_ns)
 
     def _ledger(self) -> Ledger:
         tally = self._tally | {"matched": self._tally["matched"] + self._links.spare}
@@ -287,11 +296,20 @@ class Engine:
         self._tally["ambiguous"] += int(size[unclear].sum())
         self._tally["matched"] += int(size[ended & ~dropped & ~unclear].sum())
         self._grades["ambiguous"] += int(unclear.sum())
+        waited = self._asked.waited(lives, ended)
+        self._grades["waited"] += int(waited[found.packets].sum())
         for grade, count in zip(Grade, np.bincount(lives.grade[found.packets], minlength=len(Grade)), strict=True):
             self._grades[grade.name.lower()] += int(count)
         utc_ns = found.ts + self._offset_ns
         device = self._entries((found.device << 32) | found.owner).astype(np.int32)
-        self._windows.add(utc_ns, device, found.direction, found.segment, found.delay)
+        counted = ~waited[found.life] if waited.any() else slice(None)
+        self._windows.add(
+            utc_ns[counted],
+            device[counted],
+            found.direction[counted],
+            found.segment[counted],
+            found.delay[counted],
+        )
         crossings = Crossings.empty()
         if self._config.crossings and found.crossed is not None:
             crossings = self._crossings(lives, found.crossed)
@@ -311,6 +329,7 @@ class Engine:
             grade=lives.grade[life],
             outcome=found.outcome[life],
             drop_reason=np.where(found.outcome == Outcome.DROPPED, lives.drop_reason(), np.uint16(0))[life],
+            waited=waited[life],
         )
         return delays, crossings
 

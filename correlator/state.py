@@ -18,6 +18,7 @@ import numpy.typing as npt
 from correlator.identity import ResolverState
 from correlator.links import Waiting
 from correlator.lives import Gaps, Ints, Open, Records
+from correlator.neighbours import Asked
 
 _Carried = TypeVar("_Carried", Open, Waiting)
 
@@ -33,6 +34,8 @@ class EngineState:
     """Lives that have ended and may go on in another buffer. `number` as in `open`."""
     gaps: Gaps
     """Those that can still part two records."""
+    asked: Asked
+    """Requests for neighbours that packets can have waited for."""
     latest_ns: int
     """Time of the last record, or marker."""
     began_ns: int | None
@@ -51,6 +54,7 @@ class EngineState:
         for carried in (self.open, waiting):
             _tell(told, [carried.records.column(f.name) for f in fields(Records)])
             _tell(told, [renumbered(carried.number, rank), carried.cross])
+        _tell(told, [self.asked.dev, self.asked.ts])
         _tell(told, [getattr(waiting, name) for name in ("size", "key", "at_ns", "head", "end", "freed", "grade")])
         return told.hexdigest()
 

@@ -77,12 +77,14 @@ def make() -> build.Dashboard:
         rows(
             "What a probe costs",
             "Mean time of the timed calls in each hook's probe, measured by the source itself; the reading of the clock"
-            " is in it. ftrace cannot tell its own cost, so only the module has rows here.",
+            " is in it. ftrace cannot tell its own cost, so only the module has rows here; a hook of which no call was"
+            " timed has none.",
             select(
                 {"mean": 'last("timed_ns") / last("timed")', "calls": 'last("calls")'},
                 "mace_internal",
                 chosen=_OF_A_RUN,
                 tags=("host", "source", "hook"),
+                above_0="timed",
                 part="cost",
             ),
             units={"mean": "ns"},

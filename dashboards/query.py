@@ -41,11 +41,16 @@ def select(
     chosen: Sequence[str] = (),
     tags: Sequence[str] = (),
     every: bool = False,
+    above_0: str = "",
     **fixed: str,
 ) -> str:
-    """One query; `values` are expressions by the name that they are shown under."""
+    """One query; `values` are expressions by the name that they are shown under.
+
+    `above_0` is a field by which is divided: InfluxQL says 0 where nothing is divided by nothing.
+    """
     shown = ", ".join(f'{expression} AS "{name}"' for name, expression in values.items())
-    return f'SELECT {shown} FROM "{measurement}" WHERE {where(chosen, **fixed)}{by(tags, every=every)}'
+    condition = where(chosen, **fixed) + (f' AND "{above_0}" > 0' if above_0 else "")
+    return f'SELECT {shown} FROM "{measurement}" WHERE {condition}{by(tags, every=every)}'
 
 
 def quantiles(field: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ The only module that knows aiomqtt. MQTT 5 throughout: only there does a broker 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import ssl
@@ -32,6 +33,11 @@ KEEPALIVE_S: Final = 15
 """A broker that has vanished is noticed, and the last will given out, after one and a half of these."""
 IN_FLIGHT: Final = 20
 """Publishes without the broker's acknowledgement at once; mosquitto's own default for a receiver."""
+QUEUE_BYTES: Final = 256 << 20
+"""Of messages that wait to be worked on; some 90 M records."""
+_CLIENTS_LOG: Final = logging.getLogger(f"{__name__}.client")
+# Each failure is an MqttError as well, which we tell of, once; what a queue lets fall is asked for again, and counted.
+_CLIENTS_LOG.setLevel(logging.CRITICAL)
 _PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 _RECONNECT_MAX_S: Final = 5.0
 
@@ -42,6 +48,26 @@ class Will:
 
     topic: str
     payload: bytes
+
+
+class _Queue(asyncio.Queue[Message]):
+    """Incoming messages, bounded in bytes too: what does not fit is let fall, as aiomqtt does with too many."""
+
+    def __init__(self, maxsize: int = 0) -> None:
+        super().__init__(maxsize)
+        self._bytes = 0
+
+    def put_nowait(self, item: Message) -> None:
+        size = len(payload_of(item))
+        if self._bytes + size > QUEUE_BYTES and not self.empty():
+            raise asyncio.QueueFull
+        super().put_nowait(item)
+        self._bytes += size
+
+    def get_nowait(self) -> Message:
+        item = super().get_nowait()
+        self._bytes -= len(payload_of(item))
+        return item
 
 
 class Connection(aiomqtt.Client):
@@ -59,6 +85,14 @@ class Connection(aiomqtt.Client):
             if self.refused == 1:
                 _LOG.error("the broker refuses what we publish: %s; its access list does not let us", reason_code)
         super()._on_publish(client, userdata, mid, reason_code, properties)
+
+    def _on_disconnect(self, *args: Any, **kwargs: Any) -> None:
+        # A connection that was given up before the broker answered: aiomqtt 2.5 would ask a cancelled future.
+        if not self._connected.cancelled():
+            super()._on_disconnect(*args, **kwargs)
+        if self._disconnected.done() and not self._disconnected.cancelled():
+            # Told by whatever is tried next; where nothing is, asyncio would complain that nobody has asked.
+            self._disconnected.exception()
 
 
 class Broker:
@@ -102,6 +136,8 @@ class Broker:
             will=aiomqtt.Will(will.topic, will.payload, 1, retain=True) if will is not None else None,
             tls_context=self._tls,
             max_queued_incoming_messages=queue,
+            queue_type=_Queue,
+            logger=_CLIENTS_LOG,
             max_inflight_messages=IN_FLIGHT,
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 from correlator.identity import ResolverState
 from correlator.links import Waiting
 from correlator.lives import Open, Records
+from correlator.neighbours import Asked
 from correlator.state import EngineState
 from mace.topology import Device, Role, Sighting
 
@@ -54,6 +55,7 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
         "waiting": {name: _packed(getattr(waiting, name), dtype) for name, dtype in _WAITING.items()},
         "waiting_records": _records_to_json(waiting.records),
         "gaps": [list(gap) for gap in state.gaps],
+        "asked": [_packed(state.asked.dev, "<i8"), _packed(state.asked.ts, "<i8")],
         "latest_ns": state.latest_ns,
         "began_ns": state.began_ns,
     }
@@ -61,6 +63,8 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
 
 def state_from_json(given: dict[str, Any]) -> EngineState:
     """The state again. KeyError, TypeError or ValueError where it is none."""
+    asked = Asked()
+    asked.dev, asked.ts = (_unpacked(text, "<i8") for text in given["asked"])
     waiting = {name: _unpacked(given["waiting"][name], dtype) for name, dtype in _WAITING.items()}
     return EngineState(
         ResolverState(
@@ -73,6 +77,7 @@ def state_from_json(given: dict[str, Any]) -> EngineState:
         Open(_records_from_json(given["records"]), _unpacked(given["number"], "<i8"), _unpacked(given["cross"], "?")),
         Waiting(_records_from_json(given["waiting_records"]), **waiting),
         [(start, end) for start, end in given["gaps"]],
+        asked,
         given["latest_ns"],
         given["began_ns"],
     )

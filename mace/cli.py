@@ -30,6 +30,7 @@ from mace import (
     correct,
     demo,
     experiment,
+    export,
     lab,
     module,
     ping,
@@ -199,14 +200,16 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    session = _session(args, lab.attach(args.lab) if args.lab else None)
-    settings = _configured(args)
-    store = None if args.no_store else Path(settings.store.path)
+    settings = _configured(args, lab.attach(args.lab) if args.lab else None)
     tee: StreamSink | None = _tee(args)
     publisher = None
     if args.publish is not None:
-        publisher = publish.publisher(publish.configured(args, settings, args.publish))
-        tee = publisher if tee is None else publish.Both([tee, publisher])
+        settings = publish.configured(args, settings, args.publish)
+        if args.publish_as == "records":
+            publisher = publish.publisher(settings)
+            tee = publisher if tee is None else publish.Both([tee, publisher])
+    session = Session(settings, Console(stderr=True), quiet=args.json)
+    store = None if args.no_store else Path(settings.store.path)
     _show(session.measure(_for(args.duration), store=store, tee=tee), args)
     if publisher is not None:
         print(publish.line(publisher), file=sys.stderr)
@@ -278,9 +281,11 @@ def _wrap(args: argparse.Namespace) -> int:
     place = lab.attach(args.lab) if args.lab else None
     netns_fd = ping.open_namespace(args, _configured(args, place).capture)
     try:
-        found, status = wrap.measure(args, netns_fd, _session(args, place), _tee(args))
+        session = _session(args, place)
+        found, status = wrap.measure(args, netns_fd, session, _tee(args))
     finally:
         os.close(netns_fd)
+    session.deliver(found.round_trips())
     if args.json:
         _print_json(found.as_dict())
     else:
@@ -312,7 +317,9 @@ def _compare(args: argparse.Namespace) -> int:
 
         def session(source: str) -> Session:
             args.source = source
-            return _session(args, place)
+            # Its figures are of this comparison; nobody's database wants them among those of measurements.
+            settings = replace(_configured(args, place), sinks=config.SinksConfig())
+            return Session(settings, Console(stderr=True), quiet=args.json)
 
         found = compare.measure(args, place, session)
     if args.png:
@@ -534,6 +541,7 @@ def _parser() -> argparse.ArgumentParser:
     one = command("wrap", _wrap, "the same for a tool that is run in a container now: fping, dig, curl (root)")
     ping.add_options(one)
     wrap.add_options(one)
+    sinks.add_options(one, endpoint=False)
     for group in (with_capture, with_config, with_json):
         group(one)
 
@@ -554,6 +562,14 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("query", query.run, "SQL over what a store holds")
     query.add_options(one)
+    with_config(one)
+    with_json(one)
+
+    exports = commands.add_parser("export", help="what others can look at: perfetto").add_subparsers(
+        metavar="FORMAT", required=True
+    )
+    one = command("perfetto", export.run, "recordings to a Perfetto trace, a timeline of packets", exports)
+    export.add_options(one)
     with_config(one)
     with_json(one)
 

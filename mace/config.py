@@ -131,6 +131,7 @@ class InfluxConfig(RunningConfig):
     api: str = _key(
         "auto", "Which API to write to; `auto` takes `v1` if the server has no `v2`.", choices=("auto", "v2", "v1")
     )
+    senders: int = _key(2, "Requests that are under way at once.", low=1, high=64)
     sample: int = _key(1, "Of all packets one in this many gets rows of its own; 0: none, windows only.", low=0)
     series_budget: int = _key(10_000, "Series that may be begun; rows beyond are refused and counted.", low=1)
 
@@ -148,11 +149,21 @@ class PrometheusConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MqttRowsConfig(RunningConfig):
+    """`[sinks.mqtt]`: results to the broker of `[mqtt]`, for whoever subscribes."""
+
+    publish: str = _key(
+        "", "What to publish: `windows`, or `delays` for those and a row per packet.", choices=("", "windows", "delays")
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class SinksConfig:
     """`[sinks.NAME]`: sinks besides the embedded store. Each key is the name of one in `storage.SINKS`."""
 
     influxdb: InfluxConfig = InfluxConfig()
     prometheus: PrometheusConfig = PrometheusConfig()
+    mqtt: MqttRowsConfig = MqttRowsConfig()
 
 
 @dataclass(frozen=True, slots=True)

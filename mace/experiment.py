@@ -178,7 +178,12 @@ def measure(args: argparse.Namespace, lab: Lab, session: Session) -> Figures:
         wanted = args.rounds * len(paces) * (args.flood + 1) * len(_KINDS)
         if len(blocks) < wanted:
             raise UsageError(f"interrupted: {len(blocks)} of {wanted} blocks are measured, which tells nothing yet")
-        told = {"outer": lab.outer_device, "machine": machine(), "blocks": [asdict(block) for block in blocks]}
+        told = {
+            "outer": lab.outer_device,
+            "netns": lab.netns_inode(MEASURED),
+            "machine": machine(),
+            "blocks": [asdict(block) for block in blocks],
+        }
         (place / _BLOCKS).write_text(json.dumps(told))
         return again(place, session)
 
@@ -187,10 +192,11 @@ def again(place: Path, session: Session) -> Figures:
     """The figures of what `--keep` has kept. Raises `Unavailable`, `CaptureError`."""
     try:
         told = json.loads((place / _BLOCKS).read_text())
-    except (OSError, ValueError) as error:
+        blocks = [Block(**block) for block in told["blocks"]]
+        where, facts = (str(told["outer"]), int(told["netns"])), dict(told["machine"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unavailable(str(place), f"{_BLOCKS}: {error}", "name a directory that --keep has filled") from error
-    blocks = [Block(**block) for block in told["blocks"]]
-    return figures(blocks, place / _CAPTURE, session, told["outer"], told["machine"])
+    return figures(blocks, place / _CAPTURE, session, where, facts)
 
 
 class _Schedule:
@@ -254,23 +260,31 @@ class _Schedule:
 # From blocks to figures -----------------------------------------------------------------------------------
 
 
-def figures(blocks: Sequence[Block], path: Path, session: Session, outer: str, facts: dict[str, Any]) -> Figures:
-    """Pair and correct the samples of all blocks with the packets in the capture at `path`."""
+def figures(
+    blocks: Sequence[Block], path: Path, session: Session, place: tuple[str, int], facts: dict[str, Any]
+) -> Figures:
+    """Pair and correct the samples of all blocks with the packets in the capture at `path`.
+
+    `place`: name of the outer device, and inode of the measured container's network namespace.
+    """
     observed = Observed()
+    outer, netns = place
 
     def ours(results: Results) -> None:
         """The flooding containers' packets are many, and nothing to us."""
-        chosen = [d.container == MEASURED and d.role is Role.INNER for d in results.devices]
+        chosen = [d.netns == netns and d.role is Role.INNER for d in results.devices]
         crossings = results.crossings
         if len(crossings):
             crossings = crossings[np.array(chosen, np.bool_)[crossings.device]]
         observed.add(replace(results, crossings=crossings))
 
     session.observed(recording(path), ours)
+    if session.stopped:
+        raise UsageError("interrupted while computing; where --keep has kept what was measured, --again computes it")
     offset_ns, pings, probes = _raw(path)
     crossings = observed.crossings()
     crossings = crossings[np.argsort(crossings.inner_utc_ns, kind="stable")]
-    inner = next((d.name for d in observed.devices if d.container == MEASURED and d.role is Role.INNER), "eth0")
+    inner = next((d.name for d in observed.devices if d.netns == netns and d.role is Role.INNER), "")
 
     cells: dict[tuple[str, int], Cell] = {}
     for block in sorted(blocks, key=lambda b: b.round):

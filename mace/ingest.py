@@ -13,83 +13,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import pickle
 import random
 import signal
-from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
-import zstandard
-
 from collector.ftrace_source import keep_freed_memory
-from collector.remote import Counts, HostStream, Verdict
-from correlator.engine import Engine, EngineConfig
-from mace import __version__
+from collector.remote import Counts, Verdict
+from correlator.engine import EngineConfig
 from mace.broker import Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
 from mace.config import Config
-from mace.errors import StoreError, WireError
-from mace.interfaces import Progress, StreamHeader
-from mace.records import Batch
-from mace.schema import Delays, Results, Window
+from mace.errors import WireError
+from mace.hosts import Hosts, RunKey
 from mace.topics import OLDEST, ROOT, Ack, Shard, ack_topic, host_of_stream
-from mace.topology import Topology
 from mace.vitals import Vitals
-from mace.wire import parse_head
+from mace.wire import Head, parse_head
 from storage import SINKS
 from storage.fleet import FleetStore, RunPart
-from storage.journal import Commit, Entry, Journal, Kind, Place
+from storage.journal import Commit, Journal, Kind, Place
 from storage.shared import StreamOfSink
 
 _LOG: Final = logging.getLogger(__name__)
 
 ACK_INTERVAL_S: Final = 0.25
 """How often the journal is brought to the disk, and hosts are told."""
-_SLICE_NS: Final = 1900000000
-"""An engine works on what has come when it spans this much of the stream's own time ..."""
-_SLICE_RECORDS: Final = 1 << 14
-"""... or is so many records: where a slice's fixed cost of a millisecond or two no longer counts."""
 _AGAIN_S: Final = 1.0
 """A host is asked at most this often to send again: what is on its way meanwhile would be asked for twice."""
 _SNAPSHOTS: Final = 16
 """Of the hosts that have one in an old file only, this part gets a new one at each flush."""
 _TROUBLE_TOLD: Final = 20
 """Refused messages that are logged; more are counted."""
-
-
-@dataclass(slots=True)
-class _Host:
-    """All that is known of one host. Pickled into snapshots, but for what is said to be of this process."""
-
-    stream: HostStream
-    engine: Engine | None = None
-    """None before the first stream and after the end of the last."""
-    sliced_ns: int = 0
-    """Up to here (the stream's time) the engine has worked."""
-    waiting: int = 0
-    """Records since then."""
-    rows: int = 0
-    """Rows of `delays` of this run so far."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """What a host's run adds to the next flush."""
-
-    header: StreamHeader
-    delays: list[Delays] = field(default_factory=list)
-    windows: list[Window] = field(default_factory=list)
-    latest: Results | None = None
-    rows: int = 0
-    begins: bool = False
-    closed: bool = False
-    ended: bool = False
-
-    def part(self) -> RunPart:
-        flags = {"begins": self.begins, "closed": self.closed, "ended": self.ended}
-        delays = Delays.concatenate(self.delays)
-        return RunPart(self.header, delays, tuple(self.windows), self.latest, self.rows, **flags)
 
 
 class Ingest:
@@ -105,29 +61,27 @@ class Ingest:
             max_bytes=int(kept.max_size_gib * 2**30) or None,
         )
         self._journal = Journal(store / "ingest", fsync=kept.sync)
-        self._writing = asyncio.Lock()
-        """Of the journal."""
-        self._hosts: dict[str, _Host] = {}
+        # One thread, so that what is written is written in the order of asking, whoever is cancelled meanwhile.
+        self._disk = ThreadPoolExecutor(1, "mace-journal")
+        self._writing: set[asyncio.Future[None]] = set()
+        self._ending = asyncio.Event()
         self._base: dict[str, int] = {}
         """File of the journal from which on a host's entries are still needed."""
         self._due: dict[str, tuple[int, bool]] = {}
         """Hosts to be told which frame is expected next: the stream, and whether frames are missing."""
         self._asked: dict[str, float] = {}
-        self._parts: dict[tuple[str, int], _Waiting] = {}
-        self._engine = EngineConfig(
+        engine = EngineConfig(
             timeout_ns=config.correlate.timeout_ms * 1_000_000,
             open_records=config.ingest.open_records,
             rows=config.correlate.rows,
-            slice_ns=1 << 60,  # cut by _SLICE_NS and _SLICE_RECORDS
         )
-        self._zstd = zstandard.ZstdCompressor(level=1)
+        self._hosts = Hosts(engine, self._store.knows)
         self.vitals = Vitals()
         self._sinks = [kind.make(config, self.vitals) for kind in SINKS.values() if kind.wanted(config)]
-        self._streams: dict[tuple[str, int], list[StreamOfSink]] = {}
+        self._streams: dict[RunKey, list[StreamOfSink]] = {}
         """Each run's stream of each sink."""
         self._committed_in = 0
         """File of the journal with the last COMMIT."""
-        self.counts = Counts()
         self.queue_peak = 0
         self.read_again = 0
         """Frames that were worked through once more at the start."""
@@ -138,6 +92,11 @@ class Ingest:
     def hosts(self) -> int:
         """Hosts that are known."""
         return len(self._hosts)
+
+    @property
+    def counts(self) -> Counts:
+        """Of all hosts' messages since this process began."""
+        return self._hosts.counts
 
     @property
     def rows_stored(self) -> int:
@@ -157,22 +116,24 @@ class Ingest:
                 await sink.open()
             self.vitals.running = True
             opened.callback(self.vitals.ended)
-            tasks = [
-                asyncio.create_task(self._stay_connected(), name="ingest-receive"),
-                asyncio.create_task(self._flush_now_and_then(), name="ingest-flush"),
-            ]
+            receiving = asyncio.create_task(self._stay_connected(), name="ingest-receive")
+            flushing = asyncio.create_task(self._flush_now_and_then(), name="ingest-flush")
             stopping = asyncio.create_task(stop.wait())
             try:
-                await asyncio.wait((*tasks, stopping), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((receiving, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
+                receiving.cancel()
+                ended = await asyncio.gather(receiving, return_exceptions=True)
+                # Not cancelled: a flush that has begun is brought to its end, then there is a last one.
+                self._ending.set()
+                await flushing
             finally:
-                for task in (*tasks, stopping):
+                for task in (receiving, flushing, stopping):
                     task.cancel()
-                ended = await asyncio.gather(*tasks, return_exceptions=True)
-            for error in ended:
-                if isinstance(error, Exception):
-                    raise error
-            await self._flush()
+                await asyncio.gather(receiving, flushing, stopping, return_exceptions=True)
+            if isinstance(ended[0], Exception):
+                raise ended[0]
         finally:
+            self._disk.shutdown(wait=True)
             self._journal.close()
             try:
                 for stream in [stream for streams in self._streams.values() for stream in streams]:
@@ -194,26 +155,21 @@ class Ingest:
             stored = entry.place < commit.upto
             if entry.kind is Kind.FRAME:
                 self.read_again += 1
-                self._work(entry.host, entry.payload, again=stored)
+                self._hosts.work(entry.host, entry.payload, again=stored)
             elif entry.place == base:
-                self._hosts[entry.host] = _restored(entry)
+                self._hosts.restore(entry.host, entry.payload)
             self._base.setdefault(entry.host, entry.place[0])
             if stored:
-                self._forget_results(entry.host)
+                self._hosts.forget_results(entry.host)
             await asyncio.sleep(0)
-        self.counts = Counts()
+        self._hosts.counts = Counts()
         if earlier:
             found = len(self._hosts), self.read_again, gone
             _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
         self._journal.commit(commit.flush, commit.upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
-        self._due = {host: (known.stream.tag or 0, True) for host, known in self._hosts.items()}
-
-    def _forget_results(self, host: str) -> None:
-        """What came out so far is in the store already."""
-        for key in [key for key in self._parts if key[0] == host]:
-            del self._parts[key]
+        self._due = {host: (stream, True) for host, stream in self._hosts.streams().items()}
 
     # Broker -> journal, engines. ------------------------------------------------------------------------------
 
@@ -275,10 +231,8 @@ class Ingest:
         except WireError as error:
             self._refuse(topic, error)
 
-    def _judged(self, host: str, frame: bytes, head: Any, oldest: int) -> None:
-        known = self._hosts.get(host)
-        stream = known.stream if known is not None else HostStream(host)
-        match stream.judge(head, oldest):
+    def _judged(self, host: str, frame: bytes, head: Head, oldest: int) -> None:
+        match self._hosts.judge(host, head, oldest):
             case Verdict.KNOWN:
                 self.counts.duplicates += 1
                 self._due.setdefault(host, (head.stream, False))
@@ -286,7 +240,7 @@ class Ingest:
                 self.counts.repeats += 1
                 self._ask_again(host, head.stream)
             case Verdict.NEW | Verdict.BEGIN:
-                self._work(host, frame)
+                self._hosts.work(host, frame)
                 place = self._journal.append(Kind.FRAME, host, frame)
                 self._base.setdefault(host, place[0])
                 self._due[host] = (head.stream, False)
@@ -309,100 +263,46 @@ class Ingest:
         if self.counts.refused <= _TROUBLE_TOLD:
             _LOG.warning("%s: refused: %s", topic[:200], error)
 
-    def _work(self, host: str, frame: bytes, *, again: bool = False) -> None:
-        """A frame that is the host's next: engine and results. Raises `WireError` for one that cannot be.
-
-        `again` where what comes of it is in the store already.
-        """
-        known = self._hosts.get(host)
-        if known is None:
-            known = _Host(HostStream(host))
-        stream = known.stream
-        if parse_head(frame).stream != stream.tag:
-            header = stream.look(frame)
-            if not again and self._store.knows(header):
-                raise WireError(f"run {header.run} is in the store already, and the journal does not know it")
-            self._finish(known, closed=False)
-            stream.begin(frame)
-            self._hosts[host] = known
-            known.engine = Engine(header.clock.offset_ns, self._engine)
-            known.sliced_ns = known.waiting = known.rows = 0
-            self._part(known).begins = True
-            return
-        missing = stream.missing
-        item = stream.take(frame)
-        self.counts.frames += 1
-        if stream.missing != missing:
-            self.counts.gaps += 1
-            self.counts.missing += stream.missing - missing
-        if item is None:
-            self._finish(known, closed=True)
-        elif known.engine is not None:
-            self.counts.records += len(item) if isinstance(item, Batch) else 0
-            for results in _fed(known, known.engine, item):
-                self._add(known, results)
-
-    def _finish(self, known: _Host, *, closed: bool) -> None:
-        if known.engine is not None:
-            self._add(known, known.engine.finish())
-            self._part(known).closed = closed
-            self._part(known).ended = True
-            known.engine = None
-
-    def _part(self, known: _Host) -> _Waiting:
-        assert known.stream.tag is not None
-        assert known.stream.header is not None
-        return self._parts.setdefault((known.stream.host, known.stream.tag), _Waiting(known.stream.header))
-
-    def _add(self, known: _Host, results: Results) -> None:
-        part = self._part(known)
-        known.rows += len(results.delays)
-        part.rows = known.rows
-        if len(results.delays):
-            part.delays.append(results.delays)
-        part.windows.extend(results.windows)
-        # An engine that never saw a record does not know of any time.
-        upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
-        ledger = replace(results.ledger, discarded=known.stream.missing)
-        part.latest = replace(results, upto_utc_ns=upto_ns, delays=Delays.empty(), windows=(), ledger=ledger)
-
     # Journal, store. ------------------------------------------------------------------------------------------
 
     async def _sync(self) -> None:
-        async with self._writing:
-            buffer = self._journal.taken()
-            if buffer:
-                # Shielded: a cancelled caller must not leave a write behind that nobody waits for.
-                await asyncio.shield(asyncio.to_thread(self._journal.sync, buffer))
+        """Bring to the disk what was appended so far; a cancelled caller does not stop it."""
+        buffer = self._journal.taken()
+        if buffer:
+            writing = asyncio.get_running_loop().run_in_executor(self._disk, self._journal.sync, buffer)
+            self._writing.add(writing)
+            writing.add_done_callback(self._writing.discard)
+            await asyncio.shield(writing)
 
     async def _tell_now_and_then(self, client: Connection) -> None:
         while True:
             await asyncio.sleep(ACK_INTERVAL_S)
             due, self._due = self._due, {}
-            words = [
-                (host, Ack(stream, self._hosts[host].stream.next_of(stream) if host in self._hosts else 0, again))
-                for host, (stream, again) in due.items()
-            ]
+            words = [(host, Ack(tag, self._hosts.next_of(host, tag), again)) for host, (tag, again) in due.items()]
             await self._sync()
             for host, word in words:
                 await client.publish(ack_topic(host), word.to_bytes(), qos=0)
 
     async def _flush_now_and_then(self) -> None:
-        while True:
-            await asyncio.sleep(self._config.store.flush_interval_s)
+        ended = False
+        while not ended:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._config.store.flush_interval_s):
+                    await self._ending.wait()
+            # Asked before the flush: what came while one was under way needs another one.
+            ended = self._ending.is_set()
             await self._flush()
 
     async def _flush(self) -> None:
         """Store what came out, note that in the journal, and let go of what no crash would need any more."""
         self.vitals.got_on(messages=self.queue_peak)
-        if not self._parts:
+        parts = self._hosts.take_parts()
+        if not parts:
             return
-        parts = {key: waiting.part() for key, waiting in self._parts.items()}
-        self._parts = {}
         snapshots = self._snapshots()
         upto = self._journal.place
         await self._sync()
-        flush = await asyncio.shield(self._store.flush(list(parts.values())))
+        flush = await self._store.flush(list(parts.values()))
         # Before the commit: after a crash a sink gets some results twice rather than not at all, and they are the same.
         for key, part in parts.items():
             await self._deliver(key, part)
@@ -412,13 +312,10 @@ class Ingest:
         self._store.settled(flush)
         self._base |= snapshots
         self._journal.forget_before(min([*self._base.values(), self._committed_in]))
-        if self._journal.is_full:
-            async with self._writing:
-                buffer = self._journal.taken()
-                await asyncio.shield(asyncio.to_thread(self._journal.sync, buffer))
-                self._journal.rotate()
+        if self._journal.is_full and not self._writing and not self._journal.has_unsynced:
+            self._journal.rotate()
 
-    async def _deliver(self, key: tuple[str, int], part: RunPart) -> None:
+    async def _deliver(self, key: RunKey, part: RunPart) -> None:
         """Hand a run's results to the sinks besides the store; they buffer, and never wait for a server."""
         if not self._sinks:
             return
@@ -442,28 +339,7 @@ class Ingest:
         return {host: self._snapshot(host) for host in chosen}
 
     def _snapshot(self, host: str) -> int:
-        packed = self._zstd.compress(pickle.dumps(self._hosts[host], pickle.HIGHEST_PROTOCOL))
-        return self._journal.append(Kind.SNAPSHOT, host, __version__.encode() + b"\n" + packed)[0]
-
-
-def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress) -> list[Results]:
-    """What comes out of an item. The engine works when enough has come: a slice has a fixed cost."""
-    if isinstance(item, Topology):
-        return engine.feed(item)
-    results: list[Results] = []
-    upto_ns = known.sliced_ns
-    if isinstance(item, Progress):
-        upto_ns = item.upto_ns
-    elif len(item):
-        if not known.sliced_ns:
-            known.sliced_ns = int(item.ts_ns[0])
-        results = engine.feed(item)
-        known.waiting += len(item)
-        upto_ns = int(item.ts_ns[-1])
-    if upto_ns - known.sliced_ns >= _SLICE_NS or known.waiting >= _SLICE_RECORDS:
-        results += engine.advance(upto_ns, at_once=True)
-        known.sliced_ns, known.waiting = upto_ns, 0
-    return results
+        return self._journal.append(Kind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
 
 
 def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
@@ -478,20 +354,6 @@ def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
     if commit is None:
         return None, {}
     return commit, {host: place for host, place in snapshots if place < commit.upto}
-
-
-def _restored(entry: Entry) -> _Host:
-    version, _, packed = entry.payload.partition(b"\n")
-    try:
-        known = pickle.loads(zstandard.decompress(packed))  # noqa: S301 (our own journal, readable for its owner only)
-    except Exception as error:
-        raise StoreError(
-            f"the journal was written by MACE {version.decode(errors='replace')} and cannot be read by {__version__}"
-            f" ({error}): let that version run until the hosts' runs have ended, or move the journal (ingest/) away"
-            " and begin those runs anew"
-        ) from error
-    assert isinstance(known, _Host)
-    return known
 
 
 def _is_failure(answer: Any) -> bool:

@@ -85,7 +85,7 @@ TAGS: Final = {
 _DEVICE: Final = ("host", "container", "netns", "device", "kind")
 _PACKET: Final = (
     Field("l3_len", Kind.SAMPLE, "Bytes of the packet without link-layer header."),
-    Field("dropped", Kind.SAMPLE, "1 if the kernel dropped the packet later on, else 0."),
+    Field("dropped", Kind.SAMPLE, "1 if the kernel dropped the packet later on; else the row has no such field."),
 )
 
 
@@ -113,6 +113,7 @@ LEDGER_FIELDS: Final = (
     _counter("packets_content", "Packets that their content key alone does."),
     _counter("packets_exact", "Packets that both do."),
     _counter("told_apart", "Times that the key alone said that a buffer had become another packet's."),
+    _counter("packets_waited", "Packets that waited for a neighbour's address (ARP, ND), and are in no window."),
 )
 SINK_FIELDS: Final = (
     _counter("taken", "Rows that the sink was given, and found in its spool when it began."),

@@ -45,6 +45,12 @@ def add_publish_options(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="publish the raw stream to a MQTT broker (mqtt://HOST, mqtts://HOST), for `mace ingest`",
     )
+    parser.add_argument(
+        "--publish-as",
+        choices=("records", "delays", "windows"),
+        default="records",
+        help="records: the raw stream, for mace ingest (default); the others: what came out of it, for subscribers",
+    )
     parser.add_argument("--spool", type=Path, metavar="DIR", help="what has not arrived there yet waits here")
     add_connection_options(parser)
 
@@ -70,10 +76,12 @@ def configured(args: argparse.Namespace, settings: Config, broker: str | None) -
     mqtt = replace(mqtt, **files)
     if not mqtt.broker:
         raise UsageError("no broker: name one (mqtt://HOST), or set [mqtt] broker in the configuration")
-    publish = settings.publish
+    publish, rows = settings.publish, settings.sinks.mqtt
     if getattr(args, "spool", None):
-        publish = replace(publish, spool=str(args.spool))
-    return replace(settings, mqtt=mqtt, publish=publish)
+        publish, rows = replace(publish, spool=str(args.spool)), replace(rows, spool=str(args.spool))
+    if getattr(args, "publish_as", "records") != "records":
+        rows = replace(rows, publish=args.publish_as)
+    return replace(settings, mqtt=mqtt, publish=publish, sinks=replace(settings.sinks, mqtt=rows))
 
 
 def publisher(settings: Config) -> StreamPublisher:

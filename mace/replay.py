@@ -16,7 +16,10 @@ from mace.part import RecordedFile
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace replay` but `--config` and `--json`."""
-    add_file_options(parser, f"path or URL, of any of these: {', '.join(form.name for form in FORMATS)}")
+    formats = ", ".join(form.name for form in FORMATS)
+    parser.add_argument(
+        "files", nargs="*", type=location, metavar="FILE", help=f"path or URL, of any of these: {formats}"
+    )
     parser.add_argument("--store", type=location, metavar="DIR", help="keep rows and windows here; path or URL")
     parser.add_argument("--resume", action="store_true", help="go on with a replay into this store that was stopped")
     parser.add_argument(
@@ -29,11 +32,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="size of the parts that captures are cut into (default %(default)g)",
     )
+    add_file_options(parser)
 
 
-def add_file_options(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """The files, and options that are about reading them."""
-    parser.add_argument("files", nargs="*", type=location, metavar="FILE", help=meaning)
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of the readers of files."""
     parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
     group = parser.add_argument_group("files of other tools")
     group.add_argument(

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from mace import config
 from mace.errors import UsageError, nearest
-from mace.into_store import replayed
+from mace.into_store import location, replayed
 from mace.replay import add_file_options, recorded_files
 from mace.schema import Direction, Segment
 from mace.summary import COUNTS_AS, microseconds, plain_table
@@ -36,7 +36,10 @@ _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace report` but `--config` and `--json`."""
-    add_file_options(parser, "recordings instead of a store, as for `mace replay`")
+    parser.add_argument(
+        "files", nargs="*", type=location, metavar="FILE", help="recordings instead of a store, as for `mace replay`"
+    )
+    add_file_options(parser)
     parser.add_argument("--store", type=Path, metavar="DIR", help="the store to read")
     parser.add_argument(
         "--since", metavar="WHEN", help="from then on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d ago"

@@ -67,6 +67,8 @@ class Grades:
     exact: int = 0
     told_apart: int = 0
     """Times that the key alone said that a buffer had become another packet's. Not packets, and in no other count."""
+    waited: int = 0
+    """Of the packets those that waited for a neighbour (`Delays.waited`): a flow's first, and in no window."""
 
     @property
     def packets(self) -> int:
@@ -78,7 +80,7 @@ class Grades:
         return Grades(**{name: mine[name] + theirs[name] for name in mine})
 
     def as_dict(self) -> dict[str, int]:
-        """ambiguous, buffer, content, exact, told_apart."""
+        """ambiguous, buffer, content, exact, told_apart, waited."""
         return asdict(self)
 
     def line(self) -> str:
@@ -144,6 +146,9 @@ class Delays(Columns):
     outcome: npt.NDArray[np.uint8]
     drop_reason: npt.NDArray[np.uint16]
     """The running kernel's `enum skb_drop_reason` where the outcome is DROPPED, else 0."""
+    waited: npt.NDArray[np.bool_]
+    """The packet was routed while an ARP request or a neighbour solicitation left by the device that it was sent to.
+    Its delays are not like those of others, and are in no window."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -157,6 +162,7 @@ class Delays(Columns):
         "grade": "u1",
         "outcome": "u1",
         "drop_reason": "<u2",
+        "waited": "?",
     }
 
 

@@ -50,6 +50,11 @@ class Session:
         """Of what was observed last."""
         keep_freed_memory()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the last run was asked to end, by a signal or because what it was for was over."""
+        return self._stop.requested
+
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
         if not self._quiet:

@@ -26,6 +26,9 @@ from mace.vitals import Account
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
 _RANK_ELSE: Final = 6
+INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
+"""Kinds of devices that receive packets past all tracepoints: the lower device's receive handler puts its packet
+on them and goes round again (`another_round` in __netif_receive_skb_core), behind `netif_receive_skb`."""
 COUNTS_AS: Final = {
     Segment.DEVICE: "overhead",
     Segment.OUTSIDE: "outside",
@@ -257,13 +260,13 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """For machines, one JSON object.
 
-        `ledger`: the categories of `mace.ledger`. `packets`. `grades`: ambiguous, buffer, content, exact (packets) and
-        told_apart (see `mace.schema.Grades`). `devices`: a list in the order of the path of objects with container,
-        netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count, min_ns,
-        mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
+        `ledger`: the categories of `mace.ledger`. `packets`. `grades`: ambiguous, buffer, content, exact, waited
+        (packets) and told_apart (see `mace.schema.Grades`). `devices`: a list in the order of the path of objects with
+        container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
+        min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored`, `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name,
-        the counts of `mace.vitals.Account`) appear where there is something to say.
+        `rows_not_stored`, `unseen` (sentences), `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call)
+        and `sinks` (by name, the counts of `mace.vitals.Account`) appear where there is something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -276,6 +279,8 @@ class Summary:
         }
         if self.rows_not_stored:
             found["rows_not_stored"] = self.rows_not_stored
+        if unseen := self.unseen():
+            found["unseen"] = unseen
         if self.cost:
             found["cost"] = [cost.as_dict() for cost in self.cost]
         if self.note:
@@ -306,12 +311,23 @@ class Summary:
             told.append(f"{self.ledger.discarded:,} records were discarded by a full buffer of our own.")
         if self.rows_not_stored:
             told.append(f"{self.rows_not_stored:,} rows could not be written to the store.")
+        told += self.unseen()
         for name, account in self.sinks.items():
             if account.not_stored:
                 told.append(f"{account.not_stored:,} rows are not in {name} and will not be: {account.why()}.")
         if self.ledger.imbalance:
             told.append(f"{self.ledger.imbalance:,} records are in no category of the ledger: a defect, please report.")
         return told
+
+    def unseen(self) -> list[str]:
+        """A sentence for each inner device of which the kernel shows one direction only."""
+        places = {place for (place, _, _), _ in self.rows(Segment.DEVICE) if place.role == Role.INNER}
+        return [
+            f"{place.device} of {self._owner(place)} is a {place.kind}: what it receives passes no tracepoint there, so"
+            f" its ingress is not measured."
+            for place in sorted(places)
+            if place.kind in INGRESS_UNSEEN
+        ]
 
     def ledger_line(self) -> Text:
         """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""

@@ -3,6 +3,7 @@
     mace/v1/HOST/stream/BUCKET   host → ingest   one wire frame a message (`mace.wire`), QoS 1
     mace/v1/HOST/ack             ingest → host   which frame is expected next (`Ack`), QoS 0
     mace/v1/HOST/status          host → all      who publishes, retained; the last will says `offline`
+    mace/v1/HOST/delays|windows|ledger   host → all   rows as Arrow (`storage.mqtt_rows`), QoS 1
 
 A host's name is a level of its topics, so that a broker's access list can hold each host to its own. The bucket is a
 stable hash of that name: a shard of the ingest subscribes to its buckets, and the broker does the choosing.
@@ -50,6 +51,11 @@ def stream_topic(host: str) -> str:
 def ack_topic(host: str) -> str:
     """Where a host is told what has arrived."""
     return f"{ROOT}/{check_host(host)}/ack"
+
+
+def results_topic(host: str, table: str) -> str:
+    """Where a host publishes rows of a table."""
+    return f"{ROOT}/{check_host(host)}/{table}"
 
 
 def status_topic(host: str) -> str:

@@ -57,6 +57,7 @@ class SinkKind:
 SINKS: Final[dict[str, SinkKind]] = {
     "influxdb": SinkKind("storage.influxdb", "influxdb", lambda config: bool(config.sinks.influxdb.url)),
     "prometheus": SinkKind("storage.prometheus", "prometheus", lambda config: bool(config.sinks.prometheus.listen)),
+    "mqtt": SinkKind("storage.mqtt_rows", "mqtt", lambda config: bool(config.sinks.mqtt.publish)),
 }
 """Sinks by name, which is also that of their table in the configuration."""
 

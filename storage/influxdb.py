@@ -46,6 +46,8 @@ _HALVINGS: Final = 400
 _ABOUT_THE_ROWS: Final = (400, 413, 422)
 _COUNTED: Final = re.compile(r"partial write: (?!unable to parse).*\bdropped=(\d+)")
 """1.x and 2.x wrote the rest, and say how many they did not."""
+_LISTED: Final = re.compile(r"unable to parse '")
+"""1.x writes the lines that it can read (`partial write`) and lists all others."""
 _GZIP_LEVEL: Final = 1
 """93 MB of lines to 9.4 MB in 0.4 s; level 9 takes 3 s for little more."""
 
@@ -142,6 +144,8 @@ class InfluxTarget:
         counted = _COUNTED.search(answer.text)
         if counted is not None:
             return Delivered(min(int(counted[1]), frame.rows), answer.told)
+        if "partial write: unable to parse '" in answer.text:
+            return Delivered(min(len(_LISTED.findall(answer.text)), frame.rows), answer.told)
         return await self._halved(zlib.decompress(frame.payload, wbits=31), answer)
 
     async def _halved(self, lines: bytes, answer: _Answer) -> Delivered:
@@ -165,9 +169,10 @@ class InfluxTarget:
         return Delivered(refused, reason)
 
     async def _post(self, body: bytes) -> _Answer:
+        v1 = self._v1  # another request under way may find out meanwhile
         try:
-            answer = await (self._post_v1(body) if self._v1 else self._post_v2(body))
-            if answer.no_such_path and self._config.api == "auto" and not self._v1:
+            answer = await (self._post_v1(body) if v1 else self._post_v2(body))
+            if answer.no_such_path and self._config.api == "auto" and not v1:
                 self._v1 = True
                 answer = await self._post_v1(body)
         except TimeoutError as error:
@@ -343,5 +348,6 @@ def make(config: Config, vitals: Vitals) -> SharedRunningSink:
     influx = config.sinks.influxdb
     checked(influx)
     target = InfluxTarget(influx, vitals)
-    running = RunningSink[HostResults](NAME, target, influx, vitals.account(NAME), patient=not vitals.live)
+    account = vitals.account(NAME)
+    running = RunningSink[HostResults](NAME, target, influx, account, patient=not vitals.live, senders=influx.senders)
     return SharedRunningSink(running)

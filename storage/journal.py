@@ -80,6 +80,7 @@ class Journal:
         self._offset = 0
         self._buffer: list[bytes] = []
         self._kept_from = 0
+        self._failure: StoreError | None = None
 
     def open(self) -> int:
         """Begin a new file behind those that are there; their number."""
@@ -115,8 +116,15 @@ class Journal:
         buffer, self._buffer = self._buffer, []
         return buffer
 
+    @property
+    def has_unsynced(self) -> bool:
+        """Whether something was appended since the last `taken`."""
+        return bool(self._buffer)
+
     def sync(self, buffer: list[bytes]) -> None:
-        """Bring it to the disk."""
+        """Bring it to the disk. After a failure nothing more is: it would stand behind half an entry."""
+        if self._failure is not None:
+            raise self._failure
         try:
             left = memoryview(b"".join(buffer))
             while left:
@@ -124,7 +132,8 @@ class Journal:
             if self._fsync:
                 os.fdatasync(self._fd)
         except OSError as error:
-            raise self._cannot(error) from error
+            self._failure = self._cannot(error)
+            raise self._failure from error
 
     @property
     def is_full(self) -> bool:

@@ -1,7 +1,7 @@
 """Results -> InfluxDB line protocol, by columns: some six million lines a second, where a formatted string each is one.
 
-    device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,dropped=0i,position=1i 1750000000000000
-    └────────── one of few prefixes ────────────────────────┘└──┘└────────── one of few middles ─────┘└──── time ────┘
+    device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,position=1i 1750000000000000000
+    └────────── one of few prefixes ────────────────────────┘└──┘└──── one of few middles ┘└────── time ──────┘
 
 A packet's line is four pieces: two are looked up, two are numbers. Names and order are those of `mace.metrics`.
 
@@ -320,7 +320,7 @@ class StreamLines:
         if index.min() < 0:
             for new in np.unique(code[index == _UNKNOWN]).tolist():
                 row = int(np.flatnonzero(code == new)[0])
-                text = f"i,l3_len={int(length[row])}i,dropped={int(dropped[row])}i"
+                text = f"i,l3_len={int(length[row])}i" + (",dropped=1i" if dropped[row] else "")
                 # Position 255 is that of the overhead, which is no hop.
                 text += " " if int(delays.position[row]) == 255 else f",position={int(delays.position[row])}i "
                 self._middle_of[new] = len(self._middles)

@@ -41,6 +41,8 @@ _CLAMPED: Final = f"least(greatest(delay_ns, 0), {MAX_NS})"
 _OCTAVE: Final = f"greatest(cast(floor(log2(greatest({_CLAMPED}, 1))) AS BIGINT) - {SUB_BITS}, 0)"
 BIN_SQL: Final = f"({_OCTAVE} * {_SUB} + ({_CLAMPED} >> {_OCTAVE}))"
 
+_COUNTED: Final = "NOT coalesce(waited, false)"
+"""Of `delays`: rows that are averaged in; null in files of before there was the column."""
 _PLACE: Final = "host, rank, container, netns, device, device_id, kind, role"
 
 
@@ -301,7 +303,7 @@ class Store:
             WITH b AS (
                 SELECT {_PLACE}, direction, segment, {BIN_SQL} AS bin, count(*) AS n, sum(delay_ns) AS s,
                        min(delay_ns) AS lo, max(delay_ns) AS hi
-                FROM {{delays}} WHERE {condition} GROUP BY ALL
+                FROM {{delays}} WHERE {condition} AND {_COUNTED} GROUP BY ALL
             )
             SELECT {_PLACE}, direction, segment, sum(n), sum(s), min(lo), max(hi),
                    list(bin ORDER BY bin), list(n ORDER BY bin)
@@ -393,7 +395,7 @@ class Store:
         condition, values = _condition(where, runs)
         rows = self._fetch(
             f"""
-            WITH d AS (SELECT * FROM {{delays}} WHERE {condition}),
+            WITH d AS (SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED}),
             p AS (
                 SELECT host, run, packet, direction, min(container) AS owner, min(netns) AS owner_netns
                 FROM d WHERE segment = 'overhead' GROUP BY ALL
@@ -564,14 +566,15 @@ def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[
     # A name of our own, so that a query over nothing has the columns of one over something, and one over files of an
     # older MACE those that came later.
     nothing = f"no_{table}"
-    if not found or table == "ledger":
+    growing = table in ("ledger", "delays")
+    if not found or growing:
         schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
         connection.register(nothing, schema.empty_table())
     if not found:
         return nothing
     quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
     stored = f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
-    return stored if table != "ledger" else f"(FROM {stored} UNION ALL BY NAME FROM {nothing})"
+    return stored if not growing else f"(FROM {stored} UNION ALL BY NAME FROM {nothing})"
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:
@@ -641,7 +644,8 @@ def _condition(
 def _series_query(table: str, condition: str) -> str:
     at = "(epoch_ns(time) - $first) // $width"
     counted = (
-        f"SELECT container, direction, {at} AS stretch, {BIN_SQL} AS bin, 1 AS n FROM {{delays}}"
+        f"SELECT container, direction, {at} AS stretch, {BIN_SQL} AS bin, 1 AS n FROM"
+        f" (FROM {{delays}} WHERE {_COUNTED})"
         if table == "delays"
         else f"SELECT container, direction, {at} AS stretch, unnest(bins) AS bin, unnest(counts) AS n FROM"
         " (SELECT * FROM {windows} QUALIFY width_s = min(width_s) OVER (PARTITION BY host, run))"

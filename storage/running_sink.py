@@ -28,7 +28,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from mace.config import RunningConfig
 from mace.vitals import Account
-from storage.spool import Frame, Spool
+from storage.spool import Frame, Spool, Taken
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ class Target(Protocol[T_contra]):
     """A server. `open` once, first, before anything is known of it; `aclose` once, last.
 
     `encode` is called in a thread of its own, in the order of the items, never twice at a time; it must not touch what
-    `deliver` uses. `deliver` is called for one frame at a time, and may be cancelled. It raises `TryLaterError` for
-    what may pass, `TimeoutError` where there is no answer within `timeout_s`, and gets the same frame again, also in
-    another process: delivering twice must be as good as once.
+    `deliver` uses. `deliver` is called for `senders` frames at a time, and may be cancelled. It raises `TryLaterError`
+    for what may pass, `TimeoutError` where there is no answer within `timeout_s`, and gets the same frame again, also
+    in another process: delivering twice must be as good as once.
     """
 
     async def open(self) -> None: ...
@@ -98,13 +98,22 @@ class RunningSink(Generic[T]):
     """
 
     def __init__(
-        self, name: str, target: Target[T], config: RunningConfig, account: Account, *, patient: bool = False
+        self,
+        name: str,
+        target: Target[T],
+        config: RunningConfig,
+        account: Account,
+        *,
+        patient: bool = False,
+        senders: int = 1,
     ) -> None:
+        """`senders`: frames that are under way at once; with more than one they can arrive out of order."""
         self.name: Final = name
         self.account: Final = account
         self._target = target
         self._config = config
         self._patient = patient
+        self._senders = senders
         directory = Path(config.spool) / name if config.spool else None
         self._spool = Spool(
             directory,
@@ -118,7 +127,7 @@ class RunningSink(Generic[T]):
         self._changed = asyncio.Condition()
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._acknowledging: asyncio.Future[None] | None = None
+        self._acknowledging: set[asyncio.Future[None]] = set()
         self._disk = ThreadPoolExecutor(1, f"{name}-encode")
         self._given_up = 0
         """Rows that the spool has given up, as far as they are in the account."""
@@ -141,7 +150,7 @@ class RunningSink(Generic[T]):
         await self._target.open()
         self._tasks = [
             asyncio.create_task(self._encode(), name=f"{self.name}-encode"),
-            asyncio.create_task(self._deliver(), name=f"{self.name}-deliver"),
+            *(asyncio.create_task(self._deliver(), name=f"{self.name}-deliver-{n}") for n in range(self._senders)),
         ]
 
     async def write(self, item: T) -> None:
@@ -178,14 +187,14 @@ class RunningSink(Generic[T]):
                 self._too_late = not self._tasks[0].done()
                 await self._tell()
                 await self._tasks[0]
-                await self._until(lambda: not self.account.waiting + self._spool.frames or self._tasks[1].done())
+                await self._until(lambda: not self.account.waiting + self._spool.frames or self._stuck())
         finally:
             for task in self._tasks:
                 task.cancel()
             ends = await asyncio.gather(*self._tasks, return_exceptions=True)
             self._tasks = []
-            if self._acknowledging is not None:
-                await self._acknowledging
+            if self._acknowledging:
+                await asyncio.wait(self._acknowledging)
             await self._target.aclose()
             lost = await asyncio.get_running_loop().run_in_executor(self._disk, self._spool.close)
             self._disk.shutdown(wait=True)
@@ -204,6 +213,10 @@ class RunningSink(Generic[T]):
         for end in ends:
             if isinstance(end, Exception):
                 raise end
+
+    def _stuck(self) -> bool:
+        """Nobody delivers any more: a defect, which is raised at the end."""
+        return all(task.done() for task in self._tasks[1:])
 
     async def _until(self, done: Callable[[], bool]) -> None:
         """Wait for it, or until the server has taken nothing for `close_s`."""
@@ -264,14 +277,19 @@ class RunningSink(Generic[T]):
 
     async def _deliver(self) -> None:
         loop = asyncio.get_running_loop()
-        failures = 0
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._spool.frames)
-            frame = await loop.run_in_executor(None, self._spool.first)
+                await self._changed.wait_for(lambda: self._spool.waiting)
+            taken = await loop.run_in_executor(None, self._spool.take)
             self._count()
-            if frame is None:
+            if taken is None:
                 continue
+            await self._delivered(taken)
+
+    async def _delivered(self, taken: Taken) -> None:
+        """Deliver one frame, however often it takes."""
+        loop, frame, failures = asyncio.get_running_loop(), taken.frame, 0
+        while True:
             self.account.attempts += 1
             begin = time.monotonic()
             try:
@@ -287,14 +305,16 @@ class RunningSink(Generic[T]):
                 _LOG.debug("sink %s", self.name, exc_info=error)
                 await self._later(repr(error), None, failures)
             else:
-                failures = 0
                 self.account.delivery_ns = int((time.monotonic() - begin) * 1e9)
                 self._succeeded(frame, said)
                 # Also if this task is cancelled now: what is counted as stored must not be in the spool.
-                self._acknowledging = loop.run_in_executor(None, self._spool.acknowledge)
-                await asyncio.shield(self._acknowledging)
+                acknowledging = loop.run_in_executor(None, self._spool.acknowledge, taken)
+                self._acknowledging.add(acknowledging)
+                acknowledging.add_done_callback(self._acknowledging.discard)
+                await asyncio.shield(acknowledging)
                 self._count()
                 await self._tell()
+                return
 
     def _succeeded(self, frame: Frame, said: Delivered) -> None:
         account = self.account

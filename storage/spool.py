@@ -1,6 +1,6 @@
 """What waits to be delivered, on the disk and in bounds, so that neither a dead server nor a crash loses it.
 
-    append() ──► segment files, whole frames ──► first() ... acknowledge()
+    append() ──► segment files, whole frames ──► take() ... acknowledge()
                  the oldest segment goes when there is no room
 
     DIRECTORY/lock            one writer, by flock
@@ -12,7 +12,7 @@ where the last acknowledgement was. A request under way at the kill is made agai
 A frame that was being written when the process was killed has its header's checksum or its end missing, and is cut off.
 
 Where there is no directory, or the disk takes no more, frames wait in memory, in bounds of their own, and are lost with
-the process. Synchronous; may block on the disk; one caller at a time for `append`, one for `first` and `acknowledge`.
+the process. Synchronous; may block on the disk; for several threads.
 """
 
 from __future__ import annotations
@@ -66,6 +66,17 @@ class _Entry:
     offset: int = 0
     frame: Frame | None = None
     """None: on the disk only."""
+    taken: bool = False
+    """Under way, or delivered: it is not dropped, for it may be stored already."""
+    delivered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A frame that is under way."""
+
+    frame: Frame
+    entry: _Entry
 
 
 class Spool:
@@ -87,8 +98,6 @@ class Spool:
         """Of the newest segment, while it is appended to."""
         self._position_fd = -1
         self._lock_fd = -1
-        self._out: _Entry | None = None
-        """Given out by `first` and not acknowledged: it is not dropped, for it may be stored already."""
         self._memory = 0
         self._lock = RLock()
         self.rows = 0
@@ -99,8 +108,14 @@ class Spool:
 
     @property
     def frames(self) -> int:
-        """Frames that wait."""
+        """Frames that are in it, also those under way."""
         return len(self._entries)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is one to be taken."""
+        with self._lock:
+            return any(not entry.taken for entry in self._entries)
 
     @property
     def bytes(self) -> int:
@@ -129,7 +144,8 @@ class Spool:
     def close(self) -> int:
         """Let go of it. Returns how many rows waited that are in memory only, and so are lost now."""
         with self._lock:
-            for entry in self._entries:
+            # A copy: in a full spool each takes the place of the oldest, and those given up have no frame any more.
+            for entry in list(self._entries):
                 if entry.segment == 0 and entry.frame is not None and self._directory is not None:
                     self._store(entry, entry.frame)
             lost = sum(entry.rows for entry in self._entries if entry.segment == 0)
@@ -165,17 +181,36 @@ class Spool:
             while self._memory > self._memory_bytes and self._drop_from_memory():
                 pass
 
+    def take(self) -> Taken | None:
+        """The oldest frame that is not under way; None if there is none. It stays until it is acknowledged.
+
+        What is damaged on the disk is counted and left out.
+        """
+        with self._lock:
+            for entry in self._entries:
+                if entry.taken:
+                    continue
+                entry.taken = True
+                found = entry.frame or self._read(entry)
+                if found is not None:
+                    return Taken(found, entry)
+                self.damaged_rows += entry.rows
+                entry.delivered = True
+            self._leave()
+            return None
+
     def first(self) -> Frame | None:
-        """The oldest frame, which stays; None if there is none. What is damaged on the disk is counted and skipped."""
+        """The oldest frame, for who has one under way at a time; None if there is none. Asked again it is the same."""
         with self._lock:
             while self._entries:
                 entry = self._entries[0]
-                self._out = entry
+                entry.taken = True
                 found = entry.frame or self._read(entry)
                 if found is not None:
                     return found
                 self.damaged_rows += entry.rows
-                self._leave(entry)
+                entry.delivered = True
+                self._leave()
             return None
 
     def ahead(self, index: int) -> Frame | None:
@@ -188,21 +223,27 @@ class Spool:
             entry = self._entries[index]
             return entry.frame or self._read(entry)
 
-    def acknowledge(self) -> None:
-        """The frame that `first` gave last is delivered."""
+    def acknowledge(self, taken: Taken | None = None) -> None:
+        """It is delivered; without a name the one that `first` gave."""
         with self._lock:
-            if self._out is not None:
-                self._leave(self._out)
+            entry = taken.entry if taken is not None else next((e for e in self._entries if e.taken), None)
+            if entry is not None:
+                entry.delivered = True
+                self._leave()
 
-    def _leave(self, entry: _Entry) -> None:
-        """Take the oldest frame out for good."""
-        assert self._entries[0] is entry
-        self._entries.popleft()
-        self._out = None
-        self._forget(entry)
-        if entry.segment:
-            after = entry.offset + _HEADER_BYTES + entry.size
-            self._write_position(entry.segment, after)
+    def _leave(self) -> None:
+        """Take the oldest frames out for good, as far as they are delivered.
+
+        One behind a frame that is still under way stays: after a crash it would be delivered once more.
+        """
+        position = None
+        while self._entries and self._entries[0].delivered:
+            entry = self._entries.popleft()
+            self._forget(entry)
+            if entry.segment:
+                position = (entry.segment, entry.offset + _HEADER_BYTES + entry.size)
+        if position is not None:
+            self._write_position(*position)
             self._tidy()
 
     def _write_position(self, segment: int, offset: int) -> None:
@@ -223,12 +264,12 @@ class Spool:
     def _drop_from_memory(self) -> bool:
         """Make room in memory: forget copies of what is on the disk, the newest first, then give up the oldest."""
         for entry in reversed(self._entries):
-            if entry.segment and entry.frame is not None and entry is not self._out:
+            if entry.segment and entry.frame is not None and not entry.taken:
                 self._memory -= entry.size
                 entry.frame = None
                 return True
         for entry in self._entries:
-            if entry.segment == 0 and entry is not self._out:
+            if entry.segment == 0 and not entry.taken:
                 self._give_up(entry)
                 return True
         return False
@@ -299,8 +340,8 @@ class Spool:
 
     def _drop_segment(self) -> bool:
         """Remove the oldest segment that nothing under way is in, with the frames that wait in it."""
-        out = self._out.segment if self._out is not None else 0
-        segment = next((s for s in self._sizes if s != out), 0)
+        under_way = {entry.segment for entry in self._entries if entry.taken}
+        segment = next((s for s in self._sizes if s not in under_way), 0)
         if not segment:
             return False
         for entry in [e for e in self._entries if e.segment == segment]:

@@ -71,6 +71,7 @@ DELAYS: Final = (
     Column("grade", _NAME, "On what ground its records are tied: `ambiguous`, `buffer`, `content`, `exact`."),
     Column("outcome", _NAME, "How the packet's life ended: `consumed`, `dropped`, `open` (no end seen)."),
     Column("drop_reason", pa.uint16(), "If it was dropped: the kernel's `enum skb_drop_reason`, else 0."),
+    Column("waited", pa.bool_(), "It waited for a neighbour's address (ARP, ND); such rows are in no window."),
 )
 WINDOWS: Final = (
     Column("time", _TIME, "Start of the window, a multiple of its width."),
@@ -105,6 +106,7 @@ LEDGER: Final = (
     Column("packets_content", pa.int64(), "Those that their content key alone does."),
     Column("packets_exact", pa.int64(), "Those that both do."),
     Column("told_apart", pa.int64(), "Times that the key alone said that a buffer had become another packet's."),
+    Column("packets_waited", pa.int64(), "Of `packets` those that waited for a neighbour's address (ARP, ND)."),
 )
 GRADES: Final = {f.name: f.name if f.name == "told_apart" else f"packets_{f.name}" for f in fields(Grades)}
 """Column of `ledger` for each field of `mace.schema.Grades`."""
@@ -254,6 +256,7 @@ def delays_table(
             _named(delays.grade, _GRADES),
             _named(delays.outcome, _OUTCOMES),
             pa.array(delays.drop_reason),
+            pa.array(delays.waited),
         ],
         schema=SCHEMAS["delays"],
     )

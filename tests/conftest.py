@@ -112,6 +112,12 @@ def _qemu() -> str | None:
     return vm.missing()
 
 
+def _trace_processor() -> str | None:
+    from tests import trace_processor  # here, because few tests ask
+
+    return trace_processor.missing()
+
+
 def _compose() -> str | None:
     from tests import images  # here, because few tests ask
     from tests.kernel import kernels
@@ -125,7 +131,7 @@ def _compose() -> str | None:
 def _image() -> str | None:
     from tests import images
 
-    return _first([_docker(), images.missing("python3-venv", "ca-certificates")])
+    return _first([_docker(), images.missing("python3-venv", "ca-certificates", "mosquitto", "mosquitto-clients")])
 
 
 def _victoria() -> str | None:
@@ -148,6 +154,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "dig": lambda: _program("dig", "-v"),
     "curl": lambda: _program("curl", "--version"),
     "qemu": _qemu,
+    "trace_processor": _trace_processor,
     "mosquitto": lambda: _first([_installed("mosquitto"), _installed("mosquitto_passwd")]),
     "openssl": lambda: _program("openssl", "version"),
     "cc": lambda: _program("cc", "--version"),

@@ -89,6 +89,7 @@ def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packe
                     grade=np.ones(rows * len(mine), "u1"),
                     outcome=np.ones(rows * len(mine), "u1"),
                     drop_reason=np.zeros(rows * len(mine), "u2"),
+                    waited=np.zeros(rows * len(mine), "?"),
                 )
             )
             order.append(np.repeat(mine, rows))

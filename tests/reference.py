@@ -43,7 +43,7 @@ class Reference:
         self.ledger = dict.fromkeys(
             ("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "in_flight", "lost"), 0
         )
-        self.grades = dict.fromkeys(("ambiguous", "buffer", "content", "exact", "told_apart"), 0)
+        self.grades = dict.fromkeys(("ambiguous", "buffer", "content", "exact", "waited", "told_apart"), 0)
 
     def run(self, batch):
         for i in range(len(batch)):

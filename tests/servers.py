@@ -105,7 +105,7 @@ class Influx(Server):
         config = place / "influxdb.conf"
         values = {"rpc": free_port(), "port": port, "place": place, "auth": str(auth).lower()}
         config.write_text(INFLUX_CONFIG.format(**values, fsync_delay=fsync_delay))
-        super().__init__([shutil.which("influxd", path=_PATH), "-config", config], place, port, "/ping")
+        super().__init__([influxd(), "-config", config], place, port, "/ping")
         self.credentials = None
 
     def start(self, database="mace"):
@@ -157,6 +157,11 @@ class Victoria(Server):
         self.flush()
         _, text = get(f"{self.url}/api/v1/export", timeout=120, **{"match[]": f'{{__name__="{metric}"}}'})
         return sum(len(json.loads(each)["values"]) for each in text.splitlines())
+
+
+def influxd():
+    """Path of the program; None where it is not installed."""
+    return shutil.which("influxd", path=_PATH)
 
 
 def victoria_program():

@@ -23,7 +23,7 @@ import pyarrow as pa
 from influxdb_client import InfluxDBClient, Point
 from influxdb_client.client.write_api import SYNCHRONOUS
 
-from mace.schema import Direction, Grade, Outcome, Segment
+from mace.schema import Direction, Grade, Segment
 from storage.lines import Budget, StreamLines
 from tests import servers
 from tests.benchmark.figures import figure, one_core
@@ -35,9 +35,9 @@ CONTAINERS = 4
 BATCH = 65_536
 LINES = 20_000
 """In a request."""
-ENCODED = 2_000_000
-STORED = 1_000_000
-POINTS = 60_000
+ENCODED = 1_000_000
+STORED = 500_000
+POINTS = 30_000
 ROUNDS = 5
 
 
@@ -178,9 +178,9 @@ def points(delays: Any) -> list[Point]:
     made = []
     columns = (
         delays.utc_ns, delays.device, delays.direction, delays.segment, delays.position, delays.delay_ns,
-        delays.l3_len, delays.grade, delays.outcome,
+        delays.l3_len, delays.grade,
     )  # fmt: skip
-    for utc_ns, number, direction, segment, position, delay_ns, l3_len, grade, outcome in zip(
+    for utc_ns, number, direction, segment, position, delay_ns, l3_len, grade in zip(
         *(column.tolist() for column in columns), strict=True
     ):
         device = devices[number]
@@ -197,7 +197,6 @@ def points(delays: Any) -> list[Point]:
             .tag("grade", Grade(grade).name.lower())
             .field("overhead_ns" if whole else "delay_ns", delay_ns)
             .field("l3_len", l3_len)
-            .field("dropped", int(outcome == Outcome.DROPPED))
             .time(utc_ns)
         )
         if not whole:

@@ -10,16 +10,16 @@ import socket
 import threading
 import time
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from mace.config import Config, InfluxConfig, PrometheusConfig, SinksConfig
+from mace.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, PrometheusConfig, SinksConfig
 from mace.interfaces import Sink
 from mace.vitals import Vitals
 from storage import SINKS, wanted_sinks
 from storage.embedded import EmbeddedStore
-from tests import servers
+from tests import brokers, servers
 from tests.fed import S, batches
 from tests.made_results import START_NS, header, make_delays, make_results
 
@@ -87,7 +87,8 @@ def clogged_prometheus(place):
             while not stop.wait(0.05):
                 client = clients.enter_context(socket.socket())
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-                if client.connect_ex(("127.0.0.1", port)) == 0:
+                with suppress(OSError):  # it is not there yet, or no longer
+                    client.connect(("127.0.0.1", port))
                     client.send(b"GET /metrics HTTP/1.0\r\n\r\n")
 
         thread = threading.Thread(target=pester)
@@ -99,12 +100,38 @@ def clogged_prometheus(place):
             thread.join()
 
 
+@contextmanager
+def mqtt(place):
+    with brokers.mosquitto(place / "broker") as broker, rows_to(broker.url, place, close_s=30.0) as made:
+        yield made
+
+
+@contextmanager
+def clogged_mqtt(place):
+    with (
+        silent_server() as url,
+        rows_to(
+            url.replace("http", "mqtt"), place, spool_mib=1, close_s=0.2, timeout_s=0.5, buffer_rows=20_000
+        ) as made,
+    ):
+        yield made
+
+
+@contextmanager
+def rows_to(url, place, **options):
+    rows = MqttRowsConfig(publish="delays", spool=str(place / "spool"), flush_interval_s=0.05, **options)
+    vitals = Vitals()
+    (sink,) = wanted_sinks(Config(mqtt=MqttConfig(broker=url), sinks=SinksConfig(mqtt=rows)), vitals)
+    yield sink, vitals
+
+
 MAKERS = {
     "store": embedded,
     "influxdb": pytest.param(influxdb, marks=[pytest.mark.needs("influxd"), pytest.mark.slow]),
     "prometheus": prometheus,
+    "mqtt": pytest.param(mqtt, marks=pytest.mark.needs("mosquitto")),
 }
-CLOGGED = {"influxdb": clogged_influxdb, "prometheus": clogged_prometheus}
+CLOGGED = {"influxdb": clogged_influxdb, "prometheus": clogged_prometheus, "mqtt": clogged_mqtt}
 WAITS = {"store"}
 """Lossless by design: its pressure reaches the ring (docs/design/008-pipeline.md)."""
 

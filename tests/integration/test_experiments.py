@@ -55,8 +55,10 @@ def test_a_comparison(tmp_path):
     balanced(ftrace)
     assert ftrace["lost"] == 0
     assert ftrace["cpu_us_per_trip"] > 0
-    first = next((row["device"], row["ftrace"]["count"]) for row in found["devices"] if row["direction"] == "egress")
-    assert first == ("eth0", ROUNDS * 200)
+    egress = {row["device"]: row["ftrace"]["count"] for row in found["devices"] if row["direction"] == "egress"}
+    outer = next(name for name in egress if name.startswith("out"))
+    assert egress[outer] == ROUNDS * 200
+    assert egress["eth0"] >= ROUNDS * 200  # and perhaps an ARP request
     # The devices' medians are parts of the whole path's.
     for direction in ("egress", "ingress"):
         parts = [row["ftrace"]["p50_us"] for row in found["devices"]

@@ -1,8 +1,10 @@
 """fping, dig and curl, as the distribution has them, in a container: their samples are found among the packets."""
 
 import json
+import signal
 import statistics
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from correlator.correction import Reason
 from correlator.stamps import MODELS
 from mace.correct import arrays
 from mace.lab import REMOTE, Spec, running
-from tests.measuring import balanced, mace
+from tests.measuring import balanced, mace, start, wait_for
 
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 
@@ -111,3 +113,19 @@ def test_a_tool_that_nobody_knows_is_an_error(lab):
     done = mace("wrap", "--lab", lab.name, "--container", "c1", "--", "echo", "hello", check=False)
     assert done.returncode == 2
     assert "'hello' is what no known tool prints first" in done.stderr
+
+
+@pytest.mark.needs("fping")
+def test_interrupted_the_tool_says_what_it_has(lab, tmp_path):
+    capture = tmp_path / "run.mace"
+    argv = ("wrap", "--lab", lab.name, "--container", "c1", "--record", capture, "--")
+    process = start(*argv, "fping", "-D", "-l", "-p", "20", lab.address(REMOTE))
+    try:
+        wait_for(lambda: capture.exists() and capture.stat().st_size > 0)
+        time.sleep(2)  # for some pings; how many does not matter
+        process.send_signal(signal.SIGINT)
+        said, complaints = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "samples paired" in said, complaints
+    assert "host=" in said

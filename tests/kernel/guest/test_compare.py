@@ -35,8 +35,11 @@ def test_the_module_beside_ftrace_and_beside_nothing(lab: Lab) -> None:
     assert found["sources"]["kmod"]["own_cost"]
     assert "own_cost" not in found["sources"]["ftrace"]
     assert found["sources"]["kmod"]["grades"]["exact"] >= 2 * TRIPS
-    # Both have seen the same packets at the same devices.
+    # Both have seen the same packets at the same devices; the inner ones may carry an ARP request besides.
     egress = [row for row in found["devices"] if (row["direction"], row["of"]) == ("egress", "c1")]
     assert {row["device"] for row in egress} >= {"eth0", lab.outer_device}
     for row in egress:
-        assert row["kmod"]["count"] == row["ftrace"]["count"] == TRIPS
+        counts = [row[source]["count"] for source in ("kmod", "ftrace")]
+        if row["device"] == lab.outer_device:
+            assert counts == [TRIPS, TRIPS]
+        assert min(counts) >= TRIPS

@@ -38,7 +38,14 @@ def overheads(rows):
 def test_one_key_all_the_way_is_exact():
     rows, last = correlate(of(REQUEST, key=A))
     assert set(rows.grade) == {Grade.EXACT}
-    assert last.grades.as_dict() == {"ambiguous": 0, "buffer": 0, "content": 0, "exact": 1, "told_apart": 0}
+    assert last.grades.as_dict() == {
+        "ambiguous": 0,
+        "buffer": 0,
+        "content": 0,
+        "exact": 1,
+        "told_apart": 0,
+        "waited": 0,
+    }
 
 
 def test_two_keyed_records_are_needed_and_enough():
@@ -66,7 +73,14 @@ def test_a_buffer_that_is_freed_unseen_and_used_again_on_a_path_that_could_be():
     assert overheads(plain) == ["EGRESS"]  # so the buffer alone says
     rows, last = correlate(of(f"{here} {there}", key=[A] * 4 + [B] * 4))
     assert overheads(rows) == []
-    assert last.grades.as_dict() == {"ambiguous": 0, "buffer": 0, "content": 0, "exact": 1, "told_apart": 1}
+    assert last.grades.as_dict() == {
+        "ambiguous": 0,
+        "buffer": 0,
+        "content": 0,
+        "exact": 1,
+        "told_apart": 1,
+        "waited": 0,
+    }
     assert last.ledger.matched == 8
     # The first packet's crossings are measured all the same, up to its last record.
     assert {last.devices[d].name for d in rows.device} == {"eth0", "veth1"}

@@ -1,10 +1,12 @@
 """What is configured of a broker: clear errors, and no secret where everyone can see it."""
 
+import asyncio
 import socket
 
+import aiomqtt
 import pytest
 
-from mace import publish
+from mace import broker, publish
 from mace.broker import Broker, retry_after_s
 from mace.cli import main
 from mace.config import Config, MqttConfig
@@ -48,6 +50,24 @@ def test_retries_wait_longer_each_time_and_not_all_at_once():
     assert waits == sorted(waits)
     assert waits[-1] == 5.0
     assert retry_after_s(3, 1.0) == retry_after_s(3, 0.0) / 2
+
+
+def test_what_waits_is_bounded_in_bytes_and_in_number(monkeypatch):
+    monkeypatch.setattr(broker, "QUEUE_BYTES", 100)
+
+    async def fill(count, size):
+        queue = broker._Queue(10)
+        for n in range(count):
+            queue.put_nowait(aiomqtt.Message("t", bytes(size), 1, False, n, None))
+        got = [await queue.get() for _ in range(count)]
+        queue.put_nowait(got[0])
+        return [message.mid for message in got]
+
+    assert asyncio.run(fill(2, 50)) == [0, 1]
+    assert asyncio.run(fill(1, 500)) == [0], "one that is larger than all is worked on, too"
+    for count, size in ((3, 50), (11, 1)):
+        with pytest.raises(asyncio.QueueFull):
+            asyncio.run(fill(count, size))
 
 
 def test_check_says_whether_the_broker_answers():

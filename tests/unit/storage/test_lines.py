@@ -36,8 +36,9 @@ def naive(delays, devices):
         fields = {
             "overhead_ns" if whole else "delay_ns": delays.delay_ns[row],
             "l3_len": delays.l3_len[row],
-            "dropped": int(delays.outcome[row] == Outcome.DROPPED),
         }
+        if delays.outcome[row] == Outcome.DROPPED:
+            fields["dropped"] = 1
         if not whole:
             fields["position"] = delays.position[row]
         name = "overhead" if whole else "device_delay"
@@ -92,7 +93,7 @@ def test_any_rows_in_any_batches(batches):
             device=device.astype("i4"), direction=direction.astype("u1"), segment=segment.astype("u1"),
             position=np.where(segment == Segment.OVERHEAD, 255, position).astype("u1"),
             delay_ns=delay.astype("i8"), l3_len=l3_len.astype("u4"), grade=grade.astype("u1"),
-            outcome=outcome.astype("u1"),
+            outcome=outcome.astype("u1"), drop_reason=np.zeros(len(batch), "u2"), waited=np.zeros(len(batch), "?"),
         )  # fmt: skip
         text += encoded(lines, delays, most=5)
         expected += naive(delays, DEVICES)

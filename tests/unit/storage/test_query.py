@@ -72,6 +72,7 @@ def stretches(draw):
         grade=rng.integers(0, 4, rows).astype("u1"),
         outcome=rng.integers(0, 3, rows).astype("u1"),
         drop_reason=np.zeros(rows, "u2"),
+        waited=np.zeros(rows, "?"),
     )
     cuts = sorted(draw(st.lists(st.integers(0, rows), max_size=4)))
     return delays, [0, *cuts, rows]
@@ -302,7 +303,7 @@ def test_a_reader_outlives_merging_and_retention(tmp_path):
 
 
 def test_grades_are_stored_with_the_ledger(tmp_path):
-    graded = Grades(ambiguous=1, buffer=2, content=3, exact=4, told_apart=5)
+    graded = Grades(ambiguous=1, buffer=2, content=3, exact=4, waited=6, told_apart=5)
     for run, start in (("a", START_NS), ("b", START_NS + 10**12)):
         results = replace(make_results(make_delays(9, start_ns=start)), grades=graded)
         fill(tmp_path, [results], run)
@@ -310,7 +311,14 @@ def test_grades_are_stored_with_the_ledger(tmp_path):
     assert [run.grades for run in store.runs()] == [graded, graded]
     found = store.summary()
     assert found.grades == graded + graded
-    assert found.as_dict()["grades"] == {"ambiguous": 2, "buffer": 4, "content": 6, "exact": 8, "told_apart": 10}
+    assert found.as_dict()["grades"] == {
+        "ambiguous": 2,
+        "buffer": 4,
+        "content": 6,
+        "exact": 8,
+        "waited": 12,
+        "told_apart": 10,
+    }
     assert "grades: ambiguous 2 · buffer 4 · content 6 · exact 8 · told apart 10" in found.ledger_line().plain
 
 

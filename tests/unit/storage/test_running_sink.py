@@ -30,6 +30,8 @@ class Target:
         self.script = iter(script)
         self.stored = []
         self.encoded_last = False
+        self.release = asyncio.Event()
+        """Ends a delivery that hangs, else after `timeout_s`."""
 
     async def open(self): ...
 
@@ -47,8 +49,7 @@ class Target:
     async def deliver(self, frame):
         what = next(self.script, None)
         if what == "hang":
-            await asyncio.sleep(self.timeout_s)
-            raise TimeoutError
+            await asyncio.wait_for(self.release.wait(), self.timeout_s)
         if isinstance(what, Exception):
             raise what
         numbers = json.loads(frame.payload)
@@ -97,6 +98,24 @@ def test_all_in_order(place):
     assert target.encoded_last
 
 
+def test_several_under_way(place):
+    """Out of order, but all of them once, also where some fail."""
+    target = Target([None, TryLaterError("busy", 0.02), 2, TryLaterError("busy")] * 5)
+    account = Account()
+
+    async def work():
+        sink = RunningSink("test", target, config(place), account, senders=3)
+        await sink.open()
+        for number in range(1000):
+            await sink.write(number)
+        await sink.aclose()
+
+    asyncio.run(work())
+    assert len(target.stored) == len(set(target.stored)) == account.stored
+    assert (account.taken, account.refused, account.waiting, account.imbalance) == (1000, 10, 0, 0)
+    assert account.retries == 10
+
+
 def test_failures_are_tried_again_and_told(place, caplog):
     script = [TryLaterError("busy", 0.01), TryLaterError("away"), RuntimeError("a defect"), "hang", None]
     target = Target(script)
@@ -142,6 +161,7 @@ def test_a_full_spool_drops_the_oldest_and_counts_them(tmp_path):
     async def work():
         account = Account()
         target = Target(["hang"])
+        target.timeout_s = 300
         sink = RunningSink("test", target, config(tmp_path, spool_mib=1, timeout_s=2.0), account)
         sink._spool._max_bytes, sink._spool._segment_bytes = 20_000, 2_000
         await sink.open()
@@ -154,6 +174,7 @@ def test_a_full_spool_drops_the_oldest_and_counts_them(tmp_path):
         assert account.imbalance == 0
         assert account.dropped_spool > 10_000
         assert sum(p.stat().st_size for p in (tmp_path / "test").glob("*.frames")) <= 20_000
+        target.release.set()
         await sink.aclose()
         return account, target
 

@@ -22,8 +22,9 @@ def frame(number, size=1000):
     return Frame(number.to_bytes(4, "big") + bytes(size - 4), rows=10, label=f"n{number}")
 
 
-def number(found):
-    assert found is not None
+def number(taken):
+    assert taken is not None
+    found = taken.frame
     assert found.label == f"n{int.from_bytes(found.payload[:4], 'big')}"
     return int.from_bytes(found.payload[:4], "big")
 
@@ -31,9 +32,9 @@ def number(found):
 def taken(some):
     """All that is in it, in order; it is empty then."""
     numbers = []
-    while (found := some.first()) is not None:
+    while (found := some.take()) is not None:
         numbers.append(number(found))
-        some.acknowledge()
+        some.acknowledge(found)
     return numbers
 
 
@@ -54,9 +55,13 @@ def test_first_in_first_out(tmp_path, memory_bytes):
     for n in range(50):
         some.append(frame(n))
     assert some.rows == 500
-    assert number(some.first()) == 0
-    assert number(some.first()) == 0, "it stays until it is acknowledged"
-    assert taken(some) == list(range(50))
+    first, second = some.take(), some.take()
+    assert (number(first), number(second)) == (0, 1)
+    some.acknowledge(second)
+    assert some.rows == 500, "one that is behind another under way stays for a crash"
+    some.acknowledge(first)
+    assert some.rows == 480
+    assert taken(some) == list(range(2, 50))
     assert (some.rows, some.frames, some.dropped_rows) == (0, 0, 0)
     some.close()
 
@@ -67,8 +72,9 @@ def test_what_is_not_acknowledged_is_there_after_a_crash(tmp_path):
     for n in range(20):
         some.append(frame(n))
         if n % 4 == 3:
-            assert number(some.first()) == n // 4
-            some.acknowledge()
+            under_way = some.take()
+            assert number(under_way) == n // 4
+            some.acknowledge(under_way)
         assert left(place) == list(range((n + 1) // 4, n + 1))
     some.close()
     again = spool(place)
@@ -104,10 +110,11 @@ def test_what_is_under_way_is_not_dropped(tmp_path):
     """It may be stored already, and would be counted twice. So its file stays, with what else is in it."""
     some = spool(tmp_path, max_bytes=100_000)
     some.append(frame(0))
-    assert number(some.first()) == 0
+    under_way = some.take()
+    assert number(under_way) == 0
     for n in range(1, 300):
         some.append(frame(n))
-    some.acknowledge()
+    some.acknowledge(under_way)
     kept = some.frames
     numbers = taken(some)
     beside = [n for n in numbers if n < 10]
@@ -150,8 +157,7 @@ def test_a_lost_acknowledgement_delivers_again(tmp_path):
     some = spool(tmp_path)
     for n in range(3):
         some.append(frame(n))
-    assert number(some.first()) == 0
-    some.acknowledge()
+    some.acknowledge(some.take())
     some.close()
     (tmp_path / "acknowledged").write_bytes(struct.pack("<QQI", 1, 2, 3))
     again = spool(tmp_path)
@@ -177,14 +183,32 @@ def test_in_memory_only():
     some = spool(None, memory_bytes=10_000)
     for n in range(25):
         some.append(frame(n))
-    assert number(some.first()) == 15
+    under_way = some.take()
+    assert number(under_way) == 15
     for n in range(25, 30):
         some.append(frame(n))
     # 15 is under way, so 16 to 20 had to go.
-    some.acknowledge()
+    some.acknowledge(under_way)
     assert some.dropped_rows == 200
-    assert number(some.first()) == 21
+    assert number(some.take()) == 21
     assert some.close() == 90
+
+
+def test_what_is_in_memory_goes_to_the_disk_at_the_end(tmp_path):
+    """Also where the spool is full: the newest stay, and what made room for them is counted."""
+    some = spool(tmp_path / "spool", max_bytes=20_000)
+    for n in range(40):
+        some.append(frame(n))
+        # The disk was full at some moments, so that every third is in memory only.
+        entry = some._entries[-1]
+        entry.segment = 0 if n % 3 == 0 else entry.segment
+    before = some.rows + some.dropped_rows
+    assert before == 400
+    assert some.close() == 0
+    assert some.rows + some.dropped_rows == 400
+    again = spool(tmp_path / "spool")
+    assert again.rows >= some.rows
+    again.close()
 
 
 @pytest.mark.needs("root")

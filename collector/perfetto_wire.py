@@ -1,0 +1,286 @@
+"""The outer shell of a Perfetto trace: packets one after the other, some of them compressed.
+
+A trace is a protobuf message with one repeated field, `packet`; so a file is read packet by packet, and no more of it
+is in memory than one of them. What a packet holds inside is read by others; here it is only cut into its fields.
+
+Nothing is believed: sizes are held against the file before memory is taken, what is compressed may become so many
+times its size and no more, and compressed packets hold no compressed ones. What is wrong is a `CaptureError` at the
+byte where the packet begins; with `salvage` reading goes on at the next place where packets follow one another.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import zstandard
+
+from mace.errors import CaptureError, Unavailable, WireError
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Wire types. 3 and 4 (groups) are in no trace."""
+
+_READ_BYTES: Final = 1 << 20
+_PACKET_TAG: Final = 0x0A
+_COMPRESSED: Final = {50: "deflate", 133: "zstd"}
+"""compressed_packets and zstd_compressed_packets."""
+MAX_PACKET_BYTES: Final = 64 << 20
+"""traced writes packets of some hundred kilobytes; a reader must have room for two."""
+_MOST_TIMES: Final = 200
+"""All that is compressed in a file becomes at most so many times the file's size: traces shrink to a tenth or so, and a
+bomb of deflate is 1,000 times as large."""
+_ALWAYS_ALLOWED: Final = 16 << 20
+_LOOK_AHEAD: Final = 64
+"""Fields that a packet has at most, for salvage to take it for one."""
+_DAMAGE_TOLD: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field: a number, or where its bytes are."""
+
+    number: int
+    wire: int
+    value: int
+    """Of a varint; else 0."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """One TracePacket. Of a field that is there more often the last one counts."""
+
+    offset: int
+    """Byte of the file where it begins, or the compressed one that it was in."""
+    data: bytes
+    fields: dict[int, Field]
+
+    def number(self, number: int, default: int = 0) -> int:
+        """A varint's value."""
+        field = self.fields.get(number)
+        return field.value if field is not None and field.wire == VARINT else default
+
+    def message(self, number: int) -> bytes | None:
+        """A field's bytes, or None where it is not there."""
+        field = self.fields.get(number)
+        return self.data[field.start : field.end] if field is not None and field.wire == BYTES else None
+
+
+def varint(data: bytes | bytearray, at: int, end: int) -> tuple[int, int]:
+    """A number of up to 64 bits, and where it ends. Raises `WireError`."""
+    value = shift = 0
+    while at < end:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value & 0xFFFFFFFFFFFFFFFF, at
+        shift += 7
+        if shift == 70:
+            raise WireError("a number of more than ten bytes")
+    raise WireError("it ends inside a number")
+
+
+def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Field]:
+    """The fields of a message. Raises `WireError`."""
+    at = start
+    end = len(data) if end is None else end
+    while at < end:
+        tag, at = varint(data, at, end)
+        number, wire = tag >> 3, tag & 7
+        if not number:
+            raise WireError("a field of number 0")
+        if wire == VARINT:
+            value, after = varint(data, at, end)
+            yield Field(number, wire, value, at, after)
+            at = after
+            continue
+        if wire == BYTES:
+            size, at = varint(data, at, end)
+        elif wire == FIXED64:
+            size = 8
+        elif wire == FIXED32:
+            size = 4
+        else:
+            raise WireError(f"field {number} of wire type {wire}, which no trace has")
+        if size > end - at:
+            raise WireError(f"field {number} of {size} bytes, of which {end - at} are there")
+        yield Field(number, wire, 0, at, at + size)
+        at += size
+
+
+def recognises(head: bytes) -> bool:
+    """Whether a file that begins so is a Perfetto trace: a packet of whole fields, as far as they can be seen."""
+    count, whole = 0, True
+    if not head or head[0] != _PACKET_TAG:
+        return False
+    try:
+        size, at = varint(head, 1, min(len(head), 11))
+        whole = at + size <= len(head)
+        for _ in fields(head, at, min(at + size, len(head))):
+            count += 1
+    except WireError:
+        return len(head) < 16 or (not whole and count > 0)
+    return count > 0 or size == 0
+
+
+class PacketReader:
+    """The packets of a file, from front to back, once; a context manager is not needed: `close`."""
+
+    def __init__(self, path: Path, *, salvage: bool = False) -> None:
+        self.path: Final = path
+        self.damage: list[str] = []
+        """What salvage skipped, a line each."""
+        self.damaged = 0
+        """Places of damage."""
+        self.bytes_skipped = 0
+        self._salvage = salvage
+        self._window = bytearray()
+        self._offset = 0
+        self._inflated = 0
+        self._zstd = zstandard.ZstdDecompressor()
+        try:
+            self._file: BinaryIO = path.open("rb", buffering=0)
+            self.bytes_total: Final = path.stat().st_size
+        except OSError as error:
+            raise Unavailable(str(path), error.strerror or str(error), "name a Perfetto trace") from error
+
+    def close(self) -> None:
+        """Close the file. Safe to call again."""
+        self._file.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """How far reading has come."""
+        return self._offset
+
+    def refuse(self, offset: int, why: str) -> None:
+        """Raise `CaptureError`, or with salvage note the damage."""
+        if not self._salvage:
+            raise CaptureError(self.path, offset, why)
+        self.damaged += 1
+        if len(self.damage) < _DAMAGE_TOLD:
+            self.damage.append(f"{self.path}: skipped at byte {offset}: {why}")
+
+    def __iter__(self) -> Iterator[Packet]:
+        while self._fill(1):
+            try:
+                size, packet = self._next()
+            except WireError as error:
+                self._refuse_and_skip(str(error))
+                continue
+            offset = self._offset
+            self._drop(size)
+            inner = next((n for n in _COMPRESSED if n in packet.fields), None)
+            if inner is None:
+                yield packet
+            else:
+                yield from self._inside(packet, inner, offset)
+
+    def _next(self) -> tuple[int, Packet]:
+        """Bytes that the packet takes, and it. Raises `WireError`."""
+        window = self._window
+        have = self._fill(11)
+        if window[0] != _PACKET_TAG:
+            raise WireError(f"found {window[0]:#04x} where a packet begins with {_PACKET_TAG:#04x}")
+        size, at = varint(window, 1, have)
+        if size > MAX_PACKET_BYTES:
+            raise WireError(f"a packet of {size} bytes, at most {MAX_PACKET_BYTES} are read")
+        have = self._fill(at + size)
+        if have < at + size:
+            raise WireError(f"a packet of {size} bytes, but the file ends after {have - at} of them")
+        data = bytes(window[at : at + size])
+        return at + size, Packet(self._offset, data, {field.number: field for field in fields(data)})
+
+    def _inside(self, packet: Packet, number: int, offset: int) -> Iterator[Packet]:
+        try:
+            raw = self._inflate(packet.message(number) or b"", _COMPRESSED[number])
+        except WireError as error:
+            self.refuse(offset, str(error))
+            return
+        at = 0
+        while at < len(raw):
+            try:
+                tag, start = varint(raw, at, len(raw))
+                size, start = varint(raw, start, len(raw))
+                if tag != _PACKET_TAG or size > len(raw) - start:
+                    raise WireError("what was compressed are no packets")
+                data = raw[start : start + size]
+                inner = Packet(offset, data, {field.number: field for field in fields(data)})
+                if any(n in inner.fields for n in _COMPRESSED):
+                    raise WireError("compressed packets inside compressed ones")
+            except WireError as error:
+                self.refuse(offset, f"inside a compressed packet, at its byte {at}: {error}")
+                return
+            at = start + size
+            yield inner
+
+    def _inflate(self, packed: bytes, how: str) -> bytes:
+        room = min(_ALWAYS_ALLOWED + _MOST_TIMES * self.bytes_total - self._inflated, MAX_PACKET_BYTES)
+        try:
+            if how == "deflate":
+                inflater = zlib.decompressobj()
+                raw = inflater.decompress(packed, max(room, 1))
+                if inflater.unconsumed_tail:
+                    raise WireError(f"{len(packed)} compressed bytes become more than {room}")
+                if not inflater.eof:
+                    raise WireError("compressed bytes that end too early")
+            else:
+                with self._zstd.stream_reader(packed) as reader:
+                    raw = reader.read(max(room, 0) + 1)
+                if len(raw) > room:
+                    raise WireError(f"{len(packed)} compressed bytes become more than {room}")
+        except (zlib.error, zstandard.ZstdError) as error:
+            raise WireError(f"compressed bytes that cannot be inflated: {error}") from error
+        self._inflated += len(raw)
+        return raw
+
+    def _refuse_and_skip(self, why: str) -> None:
+        start = self._offset
+        self.refuse(start, why)
+        self._drop(1)
+        while self._fill(1):
+            found = self._window.find(_PACKET_TAG)
+            self._drop(found if found >= 0 else len(self._window))
+            if found >= 0:
+                if self._plausible():
+                    break
+                self._drop(1)
+        self.bytes_skipped += self._offset - start
+
+    def _plausible(self) -> bool:
+        """Whether a packet begins here: few fields, which fill it, and another packet or the end behind it."""
+        have = self._fill(1 << 14)
+        size = at = 0
+        try:
+            size, at = varint(self._window, 1, min(have, 11))
+            if size < 2 or size > MAX_PACKET_BYTES or self._fill(at + size) < at + size:
+                return False
+            for count, field in enumerate(fields(bytes(self._window[at : at + min(size, 1 << 14)]))):
+                if count > _LOOK_AHEAD or field.number > 1024:
+                    return False
+        except WireError:
+            # A large packet is seen in part only; what it is too short for is its data.
+            if size <= 1 << 14:
+                return False
+        after = at + size
+        return self._fill(after + 1) <= after or self._window[after] == _PACKET_TAG
+
+    def _fill(self, size: int) -> int:
+        while len(self._window) < size:
+            try:
+                block = self._file.read(_READ_BYTES)
+            except OSError as error:
+                raise CaptureError(self.path, self._offset, error.strerror or str(error)) from error
+            if not block:
+                break
+            self._window += block
+        return min(len(self._window), size)
+
+    def _drop(self, size: int) -> None:
+        del self._window[:size]
+        self._offset += size

@@ -1,0 +1,138 @@
+"""Results to a MQTT broker: rows and windows as Arrow, for whoever subscribes.
+
+    mace/v1/HOST/delays, .../windows, .../ledger     one Arrow IPC stream a message: columns and types of docs/store.md
+
+Each message stands for itself: it names host, run and devices, and any Arrow reads it. The broker's acknowledgement is
+all there is (the raw stream has more, see `storage.mqtt`): what it loses is lost, and what is sent again after an
+outage may come twice. So each message has in its schema's metadata `run` and `number`, which goes up by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from typing import Final
+
+import pyarrow as pa
+
+from mace.broker import Broker, Connection, MqttError
+from mace.config import Config, MqttRowsConfig
+from mace.errors import ConfigError, WireError
+from mace.interfaces import Status, StreamHeader
+from mace.schema import Results
+from mace.topics import results_topic
+from mace.vitals import Vitals
+from storage import tables
+from storage.running_sink import Delivered, Encoded, RunningSink, TryLaterError
+from storage.shared import HostResults, SharedRunningSink
+from storage.spool import Frame
+
+NAME: Final = "mqtt"
+_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
+
+
+class RowsTarget:
+    """The broker's side of the sink (`storage.running_sink.Target`)."""
+
+    def __init__(self, broker: Broker, config: MqttRowsConfig) -> None:
+        self._broker = broker
+        self._rows = config.publish == "delays"
+        self._batch_rows, self._timeout_s = config.batch_rows, config.timeout_s
+        self._numbers: dict[StreamHeader, int] = {}
+        self._flushes = 0
+        self._client: Connection | None = None
+        self._connected = AsyncExitStack()
+
+    def rows(self, item: HostResults) -> int:
+        """Packets' rows and windows."""
+        return len(item.results.delays) + len(item.results.windows) if isinstance(item.results, Results) else 0
+
+    def encode(self, items: Sequence[HostResults], *, last: bool) -> Encoded:
+        """A message for each table and `batch_rows` of an item; round trips are left out."""
+        del last
+        frames: list[Frame] = []
+        left_out = 0
+        for header, results in ((item.header, item.results) for item in items):
+            if results is None:
+                self._numbers.pop(header, None)
+            elif isinstance(results, Results):
+                frames += self._frames(header, results)
+                left_out += 0 if self._rows else len(results.delays)
+            else:
+                left_out += len(results.rows)
+        return Encoded(frames, left_out)
+
+    def _frames(self, header: StreamHeader, results: Results) -> list[Frame]:
+        made = []
+        if results.windows:
+            made.append(self._frame(header, "windows", tables.windows_table(header, results.windows, results.devices)))
+        for start in range(0, len(results.delays) if self._rows else 0, self._batch_rows):
+            part = results.delays[start : start + self._batch_rows]
+            made.append(self._frame(header, "delays", tables.delays_table(header, part, results.devices)))
+        if made:
+            self._flushes += 1
+            row = tables.LedgerRow(
+                header,
+                results.upto_utc_ns,
+                results.ledger,
+                packets=results.packets,
+                grades=results.grades,
+                rows_stored=0,
+                rows_not_stored=0,
+                closed=False,
+            )
+            made.append(self._frame(header, "ledger", tables.ledger_table([row], self._flushes)))
+        return made
+
+    def _frame(self, header: StreamHeader, table: str, rows: pa.Table) -> Frame:
+        number = self._numbers[header] = self._numbers.get(header, 0) + 1
+        told = rows.replace_schema_metadata({"run": header.run, "number": str(number)})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, told.schema, options=_OPTIONS) as writer:
+            writer.write_table(told)
+        return Frame(sink.getvalue().to_pybytes(), len(rows), results_topic(header.host, table))
+
+    async def open(self) -> None:
+        """Nothing is asked of the broker yet: it may be away."""
+
+    async def deliver(self, frame: Frame) -> Delivered:
+        """Publish, and wait for the broker's word."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if self._client is None:
+                    self._client = await self._connected.enter_async_context(self._broker.connection())
+                client, refused = self._client, self._client.refused
+                await client.publish(frame.label, frame.payload, qos=1)
+        except MqttError as error:
+            await self.aclose()
+            raise TryLaterError(f"{self._broker.address}: {error}") from error
+        except (TimeoutError, asyncio.CancelledError):
+            await self.aclose()
+            raise
+        if client.refused != refused:
+            return Delivered(frame.rows, f"{self._broker.address}: not authorized to publish {frame.label}")
+        return Delivered()
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        self._client = None
+        connected, self._connected = self._connected, AsyncExitStack()
+        with suppress(MqttError):
+            await connected.aclose()
+
+
+def check(config: Config) -> Status:
+    """Whether it is configured so that it can work; the broker's own row says whether that answers."""
+    try:
+        Broker(config.mqtt)
+    except (ConfigError, WireError) as error:
+        return Status(False, str(error), "see docs/mqtt.md")
+    return Status(True, f"publishes {config.sinks.mqtt.publish} to {config.mqtt.broker}")
+
+
+def make(config: Config, vitals: Vitals) -> SharedRunningSink:
+    """The sink as configured. Raises `ConfigError`."""
+    own = config.sinks.mqtt
+    target = RowsTarget(Broker(config.mqtt), own)
+    return SharedRunningSink(RunningSink[HostResults](NAME, target, own, vitals.account(NAME), patient=not vitals.live))

@@ -1,0 +1,265 @@
+"""`./dev soak`: hours of a deployment in half an hour, with every fault there is; the account must stay exact.
+
+    made-up results, 100,000 records/s ──► pipeline's sinks ──► faulty proxy ──► InfluxDB 1.6.7
+                                                      └──► Prometheus endpoint
+
+The time is cut into phases, one fault each, in turn: none, the server away, killed by SIGKILL every 5 s, its disk full,
+429, 500, lines that it refuses, silence, cut connections, lost answers. Once a second memory, file descriptors, spool
+and account are noted; at the end the rows in the database are counted and compared. One JSON line a phase, and one with
+the verdict; the exit status is 1 if a row is missing, twice or in no category, or if the sink had to drop any.
+
+    ./dev soak                          30 minutes
+    ./dev soak --minutes 5 --plot soak.png
+
+Not a test: no CI runs it. Needs root for the small disk, and influxd.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from mace.config import Config, InfluxConfig, PrometheusConfig, SinksConfig
+from mace.vitals import Account, Vitals, process_figures
+from storage import wanted_sinks
+from tests import servers
+from tests.database_proxy import Proxy, proxied
+from tests.made_results import HEADER, START_NS, make_delays, make_results, topology
+
+STEP_S = 0.05
+CONTAINERS = 2
+DISK = "1500m"
+ROWS_PER_RECORD = 0.5
+"""A packet of 14 records gives 6 or 7 rows."""
+BLOCKS = 64
+"""Different batches that are made beforehand; each is used again and again, later in time."""
+
+
+class Faults:
+    """What happens in each phase. `work` runs until the phase ends; `plan` is the proxy's."""
+
+    def __init__(self, server: servers.Influx, proxy: Proxy, disk: Path) -> None:
+        self.server, self.proxy, self.disk = server, proxy, disk
+        self.chance = random.Random(1)
+        self.phases: dict[str, Any] = {
+            "none": self.none, "away": self.away, "killed": self.killed, "disk full": self.disk_full,
+            "429": self.answers(429), "500": self.answers(500), "refused lines": self.refused,
+            "silence": self.answers("hang"), "cut": self.answers("cut"), "lost answers": self.answers("lost"),
+        }  # fmt: skip
+
+    async def none(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def away(self, seconds: float) -> None:
+        await asyncio.to_thread(self.server.stop)
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(self.server.start)
+
+    async def killed(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            await asyncio.sleep(self.chance.uniform(0, 5))
+            self.server.kill()
+            await asyncio.to_thread(self.server.start)
+
+    async def disk_full(self, seconds: float) -> None:
+        await asyncio.to_thread(fill, self.disk / "filler")
+        await asyncio.sleep(seconds)
+        (self.disk / "filler").unlink()
+        # What a full disk does to its log of writes only a new start mends.
+        await asyncio.to_thread(self.server.stop)
+        await asyncio.to_thread(self.server.start)
+
+    async def refused(self, seconds: float) -> None:
+        self.proxy.spoiled = (b"7777i,l3_len",)  # one row in ten thousand
+        await asyncio.sleep(seconds)
+        self.proxy.spoiled = ()
+
+    def answers(self, what: int | str) -> Any:
+        async def work(seconds: float) -> None:
+            # Three of four requests: some get through.
+            self.proxy.plan = lambda number: what if number % 4 else None
+            await asyncio.sleep(seconds)
+            self.proxy.plan = lambda number: None
+            self.proxy.release.set()
+            self.proxy.release.clear()
+
+        return work
+
+
+def fill(path: Path) -> None:
+    with path.open("wb") as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+            file.flush()
+
+
+class Feed:
+    """Results at a rate, never slower: how long `write` took is noted."""
+
+    def __init__(self, records_per_s: int) -> None:
+        packets = int(records_per_s * ROWS_PER_RECORD * STEP_S * 2 / 13)
+        self.blocks = [
+            make_delays(packets, containers=CONTAINERS, seed=n, gap_ns=int(STEP_S * 1e9 / packets / 1.6))
+            for n in range(BLOCKS)
+        ]
+        self.devices = topology(CONTAINERS)
+        self.rows = 0
+        self.longest_write_s = 0.0
+        self.late_s = 0.0
+
+    async def run(self, sinks: Any, vitals: Vitals, stop: asyncio.Event) -> None:
+        begin, step = time.monotonic(), 0
+        while not stop.is_set():
+            shift = int(step * STEP_S * 1e9)
+            block = self.blocks[step % BLOCKS]
+            delays = type(block)(
+                **{name: getattr(block, name) for name in block._DTYPES}
+                | {"utc_ns": block.utc_ns + shift, "packet": block.packet + (step << 44)}
+            )
+            results = make_results(
+                delays, devices=self.devices, packets=1, upto_utc_ns=START_NS + shift + int(STEP_S * 1e9)
+            )
+            vitals.got_on(items=1, results=1)
+            before = time.monotonic()
+            for sink in sinks:
+                await sink.write(results)
+            self.longest_write_s = max(self.longest_write_s, time.monotonic() - before)
+            self.rows += len(delays)
+            step += 1
+            self.late_s = max(self.late_s, time.monotonic() - begin - step * STEP_S)
+            await asyncio.sleep(max(begin + step * STEP_S - time.monotonic(), 0))
+
+
+async def soak(args: argparse.Namespace, server: servers.Influx, proxy: Proxy, disk: Path, place: Path) -> Any:
+    config = Config(
+        sinks=SinksConfig(
+            influxdb=InfluxConfig(
+                url=proxy.url, spool=str(place / "spool"), spool_mib=2048, retry_max_s=2.0, timeout_s=5.0, close_s=300.0
+            ),
+            prometheus=PrometheusConfig(listen="127.0.0.1:0"),
+        )
+    )
+    vitals = Vitals()
+    sinks = wanted_sinks(config, vitals)
+    for sink in sinks:
+        await sink.open(HEADER)
+    account = vitals.accounts["influxdb"]
+    feed, stop, notes = Feed(args.records), asyncio.Event(), []
+    faults = Faults(server, proxy, disk)
+    begin = time.monotonic()
+
+    async def note() -> None:
+        while not stop.is_set():
+            assert account.imbalance == 0
+            notes.append({"s": time.monotonic() - begin} | process_figures() | account.as_dict())
+            await asyncio.sleep(1)
+
+    feeding, noting = asyncio.create_task(feed.run(sinks, vitals, stop)), asyncio.create_task(note())
+    each_s = args.minutes * 60 / (2 * len(faults.phases))
+    for name, fault in list(faults.phases.items()) * args.turns:
+        seconds = each_s * 2 / args.turns
+        await fault(seconds / 2)
+        await faults.none(seconds / 2)
+        print(json.dumps(phase(name, account, notes[-1])), flush=True)
+    stop.set()
+    await asyncio.gather(feeding, noting)
+    for sink in reversed(sinks):
+        await sink.aclose()
+    return account, feed, notes
+
+
+def phase(name: str, account: Account, note: dict[str, float]) -> dict[str, Any]:
+    told = ("taken", "stored", "waiting", "refused", "dropped_buffer", "dropped_spool", "retries", "spool_bytes")
+    figures = {name: getattr(account, name) for name in told}
+    memory = {"resident_mib": round(note["resident_bytes"] / 2**20, 1), "open_files": note["open_files"]}
+    return {"phase": name, "s": round(note["s"]), **figures, **memory}
+
+
+def verdict(server: servers.Influx, account: Account, feed: Feed, notes: list[Any]) -> dict[str, Any]:
+    rows = server.rows()
+    stored = sum(rows.values())
+    half = len(notes) // 2
+    memory = [n["resident_bytes"] / 2**20 for n in notes]
+    return {
+        "ok": stored == account.stored and account.imbalance == account.waiting == account.dropped_buffer == 0,
+        "rows_in_database": stored,
+        "stored": account.stored,
+        "given": feed.rows,
+        "refused": account.refused,
+        "not_stored": account.not_stored,
+        "waiting": account.waiting,
+        "imbalance": account.imbalance,
+        "retries": account.retries,
+        "longest_write_ms": round(feed.longest_write_s * 1e3, 1),
+        "feed_late_s": round(feed.late_s, 2),
+        "spool_peak_mib": round(max(n["spool_bytes"] for n in notes) / 2**20, 1),
+        "resident_mib": {"first half": round(max(memory[:half]), 1), "second half": round(max(memory[half:]), 1)},
+        "open_files": {
+            "first half": max(n["open_files"] for n in notes[:half]),
+            "second half": max(n["open_files"] for n in notes[half:]),
+        },
+    }
+
+
+def plot(notes: list[Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    minutes = [n["s"] / 60 for n in notes]
+    figure, axes = plt.subplots(4, 1, sharex=True, figsize=(9, 8))
+    for axis, name, scale, label in (
+        (axes[0], "resident_bytes", 2**20, "memory, MiB"),
+        (axes[1], "open_files", 1, "file descriptors"),
+        (axes[2], "spool_bytes", 2**20, "spool, MiB"),
+    ):
+        axis.plot(minutes, [n[name] / scale for n in notes])
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+    for name in ("taken", "stored", "waiting"):
+        axes[3].plot(minutes, [n[name] / 1e6 for n in notes], label=name)
+    axes[3].set_ylabel("rows, millions")
+    axes[3].set_xlabel("minutes")
+    axes[3].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./dev soak", description="the remote sinks under every fault, for long")
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="N")
+    parser.add_argument("--records", type=int, default=100_000, metavar="N", help="records a second")
+    parser.add_argument("--turns", type=int, default=1, metavar="N", help="times through all faults")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of it")
+    args = parser.parse_args()
+    if os.geteuid() != 0 or servers.influxd() is None:
+        print("soak: needs root and influxd", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="mace-soak-") as name, ExitStack() as leaving:
+        place = Path(name)
+        disk = place / "disk"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk], check=True)
+        leaving.callback(subprocess.run, ["umount", disk], check=True)
+        server = leaving.enter_context(servers.running(servers.Influx(disk / "influx")))
+        proxy = leaving.enter_context(proxied(server))
+        account, feed, notes = asyncio.run(soak(args, server, proxy, disk, place))
+        found = verdict(server, account, feed, notes)
+    print(json.dumps(found), flush=True)
+    if args.plot:
+        plot(notes, args.plot)
+    return 0 if found["ok"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

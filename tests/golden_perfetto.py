@@ -1,0 +1,69 @@
+"""What a trace comes to: for the golden traces, whose answers are kept beside them."""
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+
+from collector.files import FileOptions, recording
+from correlator.engine import Engine, EngineConfig
+from mace.hooks import Hook
+from mace.records import Batch
+from mace.schema import Delays
+
+
+def replayed(path, topology=None, salvage=False):
+    """Stream and results of a file: (header, batches, last results, all delays)."""
+    source = recording(path, FileOptions(salvage=salvage, topology=topology)).source()
+
+    async def go():
+        header = await source.open()
+        engine = Engine(header.clock.offset_ns, EngineConfig())
+        batches, results = [], []
+        try:
+            async for item in source.items():
+                if isinstance(item, Batch):
+                    batches.append(item)
+                results += engine.feed(item)
+        finally:
+            await source.aclose()
+        results.append(engine.finish())
+        return header, batches, results
+
+    header, batches, results = asyncio.run(go())
+    return header, Batch.concatenate(batches), results[-1], Delays.concatenate([one.delays for one in results]), source
+
+
+def rows(delays, devices):
+    """What is said of each delay, without names that differ from one replay to the next."""
+    return [
+        [
+            int(delays.utc_ns[i]),
+            devices[delays.device[i]].name,
+            int(delays.direction[i]),
+            int(delays.segment[i]),
+            int(delays.position[i]),
+            int(delays.delay_ns[i]),
+            int(delays.l3_len[i]),
+            int(delays.grade[i]),
+            int(delays.outcome[i]),
+        ]
+        for i in range(len(delays))
+    ]
+
+
+def summary(trace, topology):
+    """Header, records by hook, ledger and delays of a trace, for comparison."""
+    header, batch, last, delays, source = replayed(trace, topology)
+    told = rows(delays, last.devices)
+    return {
+        "kernel": header.kernel,
+        "run": header.run,
+        "hooks": list(header.hooks),
+        "records": {Hook(hook).name.lower(): count for hook, count in sorted(Counter(batch.hook.tolist()).items())},
+        "unresolved": source.decoder.unresolved,
+        "ledger": last.ledger.as_dict(),
+        "packets": last.packets,
+        "delays": len(told),
+        "delays_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+    }
