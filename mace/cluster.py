@@ -37,7 +37,7 @@ _LOOK_S: Final = 0.5
 """How often a wish to stop is looked at while nothing comes."""
 _WORKER_STARTS_WITH: Final = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 """Ctrl-C goes to all processes of a terminal, and is meant for the one that commits."""
-_CONNECT_S: Final = 10
+_CONNECT_S: Final = 5
 """A scheduler that does not answer within this is taken for none."""
 
 

@@ -226,7 +226,7 @@ def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
     """SIGTERM and SIGKILL, a few times each, and at last nothing comes between."""
     long = write_capture(tmp_path / "long.mace", slower=60)
     argv = ("replay", long, "--store", tmp_path / "store", "--part-mib", "0.04", "--json")
-    for number, how in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)):
+    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = start(*argv, "--resume")
         note = tmp_path / "store" / "replay" / "00000.json"
         before = note.read_bytes() if note.exists() else b""
@@ -238,7 +238,6 @@ def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
         assert process.returncode == (-how if how is signal.SIGKILL else 1), told
         if how is not signal.SIGKILL:
             assert "--resume goes on" in told
-        assert mace(*argv, check=False).returncode == 1, f"after {number}: without --resume"
     done = mace(*argv, "--resume")
     one_engine([long], tmp_path / "reference", EngineConfig(slice_ns=SECOND_NS))
     assert differences(tmp_path / "reference", tmp_path / "store") == {}
