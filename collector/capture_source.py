@@ -18,11 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
+from collector.opening import is_url, open_binary
 from mace import wire
-from mace.errors import CaptureError, Unavailable, WireError
+from mace.errors import CaptureError, WireError
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
 from mace.schema import HookCost
+from mace.topology import Topology
 
 _READ_BYTES: Final = 1 << 20
 """One read: some 400,000 records, far more than a system call costs, far less than anyone's memory."""
@@ -61,6 +63,20 @@ class Damage:
         return f"skipped {self.length} bytes at byte {self.offset}: {self.why}"
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A frame inside a capture at which reading can begin."""
+
+    offset: int
+    """Of the frame's first byte."""
+    sequence: int
+    """Its number."""
+    records: int
+    """Records of the stream before it."""
+    topologies: tuple[tuple[int, int], ...]
+    """Offset and number of the TOPOLOGY frames that must be known by then."""
+
+
 class Capture:
     """One capture file, read once from front to back; a context manager.
 
@@ -69,7 +85,7 @@ class Capture:
     """
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
-        self.path: Final = Path(path)
+        self.path: Final = path if is_url(path) else Path(path)
         self.bytes_total = 0
         """Size of the file at opening; 0 if it is no regular file."""
         self.truncated: Truncated | None = None
@@ -81,14 +97,9 @@ class Capture:
         self._window = bytearray()
         self._offset = 0
         """In the file, of the first byte in the window."""
+        self._file: BinaryIO
+        self._file, self.bytes_total = open_binary(path)
         try:
-            self._file: BinaryIO = self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise Unavailable(
-                str(self.path), error.strerror or str(error), "name a file that `mace record` made"
-            ) from error
-        try:
-            self.bytes_total = self.path.stat().st_size
             self.header: Final = self._read_header()
         except BaseException:
             self.close()
@@ -105,6 +116,30 @@ class Capture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def go_to(self, position: Position) -> None:
+        """Read on from a frame further on, as if all before it had been read. Before the first item only."""
+        for offset, sequence in position.topologies:
+            self._seek(offset)
+            self._decoder.skip_to(sequence, 0)
+            if not isinstance(self._next(), Topology):
+                raise CaptureError(self.path, offset, "no TOPOLOGY is here any more: the file has changed")
+        self._seek(position.offset)
+        self._decoder.skip_to(position.sequence, position.records)
+
+    def _seek(self, offset: int) -> None:
+        self._window.clear()
+        self._offset = self._file.seek(offset)
+
+    @property
+    def topology(self) -> Topology | None:
+        """The last one that was read."""
+        return self._decoder.topology
+
+    @property
+    def end(self) -> wire.End | None:
+        """The END mark, once it has been read."""
+        return self._decoder.end
 
     @property
     def bytes_read(self) -> int:
@@ -256,7 +291,7 @@ class CaptureSource:
     """A capture file as a `Source`, at the speed of the reader."""
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
-        self.path: Final = Path(path)
+        self.path: Final = path
         self.capture: Capture | None = None
         """Open file: `bytes_total`, `bytes_read`, `truncated`, `damage`, `warnings`."""
         self._salvage = salvage
@@ -320,7 +355,7 @@ class CaptureSource:
 class CaptureInfo:
     """What a capture says of itself."""
 
-    path: Path
+    path: Path | str
     header: StreamHeader
     first_utc_ns: int
     """UTC of the first record; of the header where there is none."""

@@ -23,11 +23,12 @@ from correlator.links import Links
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
 from correlator.neighbours import Asked
+from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch, Flag
-from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
+from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results, Window
 from mace.topology import Device, Topology
 
 IPPROTO_TCP: Final = 6
@@ -61,7 +62,10 @@ class EngineConfig:
 class Engine:
     """One stream's correlator. Feed it the stream's items in order, then `finish`."""
 
-    def __init__(self, utc_offset_ns: int, config: EngineConfig = EngineConfig()) -> None:
+    def __init__(
+        self, utc_offset_ns: int, config: EngineConfig = EngineConfig(), state: EngineState | None = None
+    ) -> None:
+        """With `state` it goes on where another one stopped; what it counts begins at zero."""
         self._config = config
         self._offset_ns = utc_offset_ns
         self._resolver = Resolver(config.linger_ns)
@@ -77,6 +81,7 @@ class Engine:
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
+        self._owners: set[int] = set()
         self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "waited", "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
         self._left = 0
@@ -84,6 +89,11 @@ class Engine:
         self._began_ns: int | None = None
         self.open_peak = 0
         """The most records of open lives that were carried."""
+        if state is not None:
+            self._resolver.restore(state.resolver)
+            self._open, self._gaps = state.open, list(state.gaps)
+            self._links.waiting, self._asked = state.waiting, state.asked.since(-NEVER)
+            self._latest, self._began_ns = state.latest_ns, state.began_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
         """Take the next item of the stream; what it completes comes back, in order."""
@@ -101,6 +111,29 @@ class Engine:
         `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time.
         """
         return self._advance(upto_ns) if at_once or upto_ns >= self._slice_end else []
+
+    def stop_at(self, upto_ns: int) -> list[Results]:
+        """As `advance`, and work on all that waits: there is a cut, and another engine goes on with `state`."""
+        return self._advance(upto_ns)
+
+    def state(self, upto_ns: int) -> EngineState:
+        """What it carries at a cut. The caller has fed all records before `upto_ns`, then called `stop_at(upto_ns)`."""
+        assert not self._waiting_records, "stop_at() first"
+        waiting = self._links.waiting
+        resolver, new = self._resolver.state(upto_ns, np.concatenate([self._open.number, waiting.number]))
+        return EngineState(
+            resolver,
+            with_numbers(self._open, new),
+            with_numbers(waiting, new),
+            self._still_parting(upto_ns),
+            self._asked.since(self._nothing_before(upto_ns)),
+            self._latest,
+            self._began_ns,
+        )
+
+    def close_windows(self) -> tuple[Window, ...]:
+        """All windows that are still open, as they are at a cut: the rest of them is in the other engine's."""
+        return self._windows.close(None)
 
     def finish(self) -> Results:
         """The stream has ended: all that is left. Buffers of which one record is known stay in flight."""
@@ -165,30 +198,47 @@ class Engine:
             self._grades["told_apart"] += lives.told_apart
             ended = self._finish(lives, upto_ns, last=last)
             found.append(self._measure(lives, ended & ~self._links.take(lives, ended)))
-        oldest = int(self._open.records.ts.min()) if len(self._open) else upto_ns
-        settled_ns = min(oldest, upto_ns)
-        if (linked := self._links.release(None if last else settled_ns, self._gaps)) is not None:
+        nothing_before = None if last else min(self._oldest_open(upto_ns), upto_ns)
+        if (linked := self._links.release(nothing_before, self._gaps)) is not None:
             found.append(self._measure(linked, np.ones(len(linked.starts), np.bool_)))
         delays = Delays.concatenate([rows for rows, _ in found])
         crossings = Crossings.concatenate([rows for _, rows in found])
-        grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
-        settled_ns = min(settled_ns, self._links.oldest_ns)
-        self._asked.forget(min(settled_ns, upto_ns - self._config.timeout_ns))
-        self._gaps = [gap for gap in self._gaps if gap[1] > min(settled_ns, upto_ns - self._config.timeout_ns)]
+        self._gaps = self._still_parting(upto_ns)
+        self._asked.forget(self._nothing_before(upto_ns))
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
+        windows = self._windows.close(None if last else self._settled(upto_ns) + self._offset_ns)
+        return replace(self.so_far(upto_ns), delays=delays, windows=windows, crossings=crossings, gaps_utc_ns=told)
+
+    def so_far(self, upto_ns: int) -> Results:
+        """The counts of the whole run, with no rows and no windows."""
+        grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
         return Results(
             upto_ns + self._offset_ns,
-            delays,
-            self._windows.close(None if last else settled_ns + self._offset_ns),
+            Delays.empty(),
+            (),
             self._ledger(),
             grades.packets,
             tuple(self._devices),
             grades=grades,
-            crossings=crossings,
-            settled_utc_ns=settled_ns + self._offset_ns,
-            gaps_utc_ns=told,
+            settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
         )
+
+    def _oldest_open(self, upto_ns: int) -> int:
+        """Time of the oldest record of a life that is open, or of the end of what was looked at."""
+        return int(self._open.records.ts.min()) if len(self._open) else upto_ns
+
+    def _settled(self, upto_ns: int) -> int:
+        """All lives that begin before it have been given out."""
+        return min(self._oldest_open(upto_ns), upto_ns, self._links.oldest_ns)
+
+    def _still_parting(self, upto_ns: int) -> list[tuple[int, int]]:
+        """Gaps that can still lie between two records of one packet."""
+        return [gap for gap in self._gaps if gap[1] > self._nothing_before(upto_ns)]
+
+    def _nothing_before(self, upto_ns: int) -> int:
+        """What happened before it can no longer matter to any packet."""
+        return min(self._settled(upto_ns), upto_ns - self._config.timeout_ns)
 
     def _ledger(self) -> Ledger:
         tally = self._tally | {"matched": self._tally["matched"] + self._links.spare}
@@ -307,8 +357,16 @@ class Engine:
 
     def _new_entry(self, key: int) -> int:
         """Index into `Results.devices` of a device and the inner device of the container whose packet crosses it."""
-        device, owner = (self._resolver.devices[number] for number in divmod(key, 1 << 32))
-        self._devices.append(replace(device, container=owner.container))
+        number, owner = divmod(key, 1 << 32)
+        if owner not in self._owners:
+            # Where a device stands on a path is told by these two (`mace.summary.ranks`): with them from the beginning
+            # it does not depend on which packets came first.
+            self._owners.add(owner)
+            for other in (owner, *self._resolver.beside(owner)):
+                if other != number:
+                    self._entries.of((other << 32) | owner)
+        device, container = self._resolver.devices[number], self._resolver.devices[owner].container
+        self._devices.append(replace(device, container=container))
         return len(self._devices) - 1
 
 

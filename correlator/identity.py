@@ -88,6 +88,7 @@ Records that name namespace and ifindex have one candidate from the start; all e
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -154,6 +155,40 @@ def to_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return ((moves >> 8) & 0xFFFFFF) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class ResolverState:
+    """What a resolver knows, by numbers from 0; nothing of devices that no record can mean any more."""
+
+    devices: tuple[Device, ...]
+    """By number."""
+    serves: tuple[int, ...]
+    """By number: as `Resolver.serves`."""
+    live: frozenset[int]
+    gone: tuple[tuple[int, int], ...]
+    """Numbers of those that are gone, and since when, ns."""
+    sightings: tuple[Sighting, ...]
+
+    def canonical(self) -> tuple[tuple[object, ...], npt.NDArray[np.int64]]:
+        """The same told without numbers, and each device's rank in it.
+
+        What numbers decide is which of several devices in one place is the newest; so their order counts there alone.
+        """
+        order = sorted(range(len(self.devices)), key=lambda n: (self.devices[n].key, n))
+        rank = np.zeros(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        gone = dict(self.gone)
+        told = tuple(
+            (
+                self.devices[n],
+                n in self.live,
+                gone.get(n),
+                int(rank[self.serves[n]]) if self.serves[n] >= 0 else -1,
+            )
+            for n in order
+        )
+        return (told, self.sightings), rank
+
+
 class Resolver:
     """Knows the devices of one stream by number, and answers what moves between sightings can be.
 
@@ -177,6 +212,40 @@ class Resolver:
         self.role = np.zeros(0, np.uint8)
         """By device number: index into `ROLES`."""
         self._moves = Memo(self._judged)
+
+    def state(self, upto_ns: int, also: npt.NDArray[np.int64]) -> tuple[ResolverState, npt.NDArray[np.int64]]:
+        """What it knows for records from `upto_ns` on, with the devices numbered `also` in any case; and the number
+        there of each one here, or -1.
+        """
+        gone = {number: since for number, since in self._gone.items() if since + self._keep_ns > upto_ns}
+        kept = self._live | gone.keys() | {int(number) for number in also if number >= 0}
+        kept |= {int(self.serves[number]) for number in kept} - {-1}
+        numbers = sorted(kept)
+        new = np.full(len(self.devices), -1, np.int64)
+        new[numbers] = np.arange(len(numbers))
+        state = ResolverState(
+            devices=tuple(self.devices[n] for n in numbers),
+            serves=tuple(int(new[self.serves[n]]) if self.serves[n] >= 0 else -1 for n in numbers),
+            live=frozenset(int(new[n]) for n in self._live),
+            gone=tuple(sorted((int(new[n]), since) for n, since in gone.items())),
+            sightings=self._sightings,
+        )
+        return state, new
+
+    def restore(self, state: ResolverState) -> None:
+        """Know what another one knew, and nothing else; numbers are those of `state`."""
+        self.devices = list(state.devices)
+        self._number = {device: number for number, device in enumerate(self.devices)}
+        self._live, self._gone, self._sightings = state.live, dict(state.gone), state.sightings
+        self.serves = np.array(state.serves, np.int64)
+        self._look_up()
+
+    def beside(self, number: int) -> tuple[int, ...]:
+        """Numbers of the devices at the other end of this one's cable, where the topology lists any."""
+        device = self.devices[number]
+        if device.kind != "veth":
+            return ()
+        return tuple(self._by_key.get((device.peer_netns, device.peer_ifindex), ()))
 
     def update(self, topology: Topology) -> None:
         """Use `topology` from now on."""

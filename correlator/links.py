@@ -49,6 +49,11 @@ class Waiting:
     freed: Mask
     grade: npt.NDArray[np.uint8]
 
+    def sorted(self) -> Waiting:
+        """The same in an order that does not depend on how the stream was cut."""
+        first = np.cumsum(self.size) - self.size
+        return self[np.lexsort((self.records.skb[first], self.first_ns, self.at_ns, self.key))]
+
     def __getitem__(self, lives: Ints) -> Waiting:
         """These lives, in this order."""
         starts = np.cumsum(self.size) - self.size
@@ -102,19 +107,20 @@ class Links:
         self._resolver = resolver
         self._link_ns = link_ns
         self._most = most_records
-        self._waiting = _nobody()
+        self.waiting = _nobody()
+        """Those that wait."""
         self.ambiguous = 0
         """Tails with a head of their key, where several could have been meant."""
         self.spare = 0
         """Records that are in no life given out: the ends of buffers whose packet went on in another."""
 
     def __len__(self) -> int:
-        return len(self._waiting.records)
+        return len(self.waiting.records)
 
     @property
     def oldest_ns(self) -> int:
         """First record of all that wait; `NEVER` if none does."""
-        return int(self._waiting.first_ns.min()) if len(self._waiting.size) else NEVER
+        return int(self.waiting.first_ns.min()) if len(self.waiting.size) else NEVER
 
     def take(self, lives: Lives, ended: Mask) -> Mask:
         """Keep the tails and heads among the lives in `ended`; says which."""
@@ -143,7 +149,7 @@ class Links:
         kept[which] = True
         size, start = lives.size[which], lives.starts[which]
         index = np.arange(int(size.sum())) + np.repeat(start - (np.cumsum(size) - size), size)
-        self._waiting += Waiting(
+        self.waiting += Waiting(
             records=lives.records[lives.order[index]],
             number=lives.number[index],
             cross=lives.cross[index],
@@ -168,7 +174,7 @@ class Links:
 
         No life that begins before `settled_ns` is still to come; for None none is at all.
         """
-        waiting = self._waiting
+        waiting = self.waiting
         count = len(waiting.size)
         if not count:
             return None
@@ -195,12 +201,12 @@ class Links:
             return None
         alone = leaving.copy()
         alone[tails] = alone[successors] = False
-        self._waiting = waiting[np.flatnonzero(~leaving)]
+        self.waiting = waiting[np.flatnonzero(~leaving)]
         return (waiting[np.flatnonzero(alone)] + self._joined(waiting[tails], waiting[successors])).lives()
 
     def _fits(self, tails: Ints, heads: Ints, gaps: Gaps) -> Mask:
         """Whether the packet can have gone from each tail's last device to its head's first, nothing lost meanwhile."""
-        waiting, devices = self._waiting, self._resolver.devices
+        waiting, devices = self.waiting, self._resolver.devices
         starts = np.cumsum(waiting.size) - waiting.size
         source = waiting.number[(starts + waiting.end)[tails]]
         target = waiting.number[(starts + waiting.end)[heads]]
@@ -236,9 +242,9 @@ class Links:
         """Which lives to let go unlinked, oldest first, because too many records wait."""
         chosen = np.zeros(len(leaving), np.bool_)
         staying = np.flatnonzero(~leaving)
-        size = self._waiting.size[staying]
+        size = self.waiting.size[staying]
         excess = int(size.sum()) - self._most
         if excess > 0:
-            oldest = np.argsort(self._waiting.at_ns[staying], kind="stable")
+            oldest = np.argsort(self.waiting.at_ns[staying], kind="stable")
             chosen[staying[oldest[: int(np.searchsorted(np.cumsum(size[oldest]), excess)) + 1]]] = True
         return chosen

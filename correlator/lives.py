@@ -87,7 +87,7 @@ class Records:
         names = [f.name for f in fields(self)]
         absent = [name for name in _OF_CONTENT if getattr(self, name) is None and getattr(later, name) is None]
         return Records(
-            **{name: np.concatenate([self._column(name), later._column(name)]) for name in names if name not in absent}
+            **{name: np.concatenate([self.column(name), later.column(name)]) for name in names if name not in absent}
         )
 
     def __getitem__(self, index: Ints) -> Records:
@@ -95,7 +95,7 @@ class Records:
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
         return Records(**{name: column[index] for name, column in given if column is not None})
 
-    def _column(self, name: str) -> npt.NDArray[Any]:
+    def column(self, name: str) -> npt.NDArray[Any]:
         """A column, zeros if it is not there."""
         column = getattr(self, name)
         return np.zeros(len(self), _OF_CONTENT[name]) if column is None else column

@@ -50,12 +50,13 @@ class Memo:
         if not known.all():
             missing = np.flatnonzero(~known)
             distinct, inverse = np.unique(keys[missing], return_inverse=True)
-            values[missing] = np.array([self._ask(key) for key in distinct.tolist()], np.int64)[inverse]
+            values[missing] = np.array([self.of(key) for key in distinct.tolist()], np.int64)[inverse]
             self._keys[slots[missing]] = keys[missing]
             self._values[slots[missing]] = values[missing]
         return values
 
-    def _ask(self, key: int) -> int:
+    def of(self, key: int) -> int:
+        """The answer for one key."""
         if key not in self._known:
             self._known[key] = self._answer(key)
         return self._known[key]

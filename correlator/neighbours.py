@@ -32,8 +32,10 @@ class Asked:
     """When requests left by which device."""
 
     def __init__(self) -> None:
-        self._dev = np.zeros(0, np.int64)
-        self._ts = np.zeros(0, np.int64)
+        self.dev = np.zeros(0, np.int64)
+        """Sightings."""
+        self.ts = np.zeros(0, np.int64)
+        """When, ascending."""
 
     def note(self, batch: Batch) -> None:
         """Remember the requests among these records.
@@ -50,19 +52,26 @@ class Asked:
             solicitation = (told.l4_proto[likely] == ICMPV6) & (told.l4_bits[likely] == SOLICITATION)
             likely = likely[arp | solicitation]
         if len(likely):
-            self._dev = np.append(self._dev, batch.dev[likely].astype(np.int64))[-MOST:]
-            self._ts = np.append(self._ts, batch.ts_ns[likely])[-MOST:]
+            self.dev = np.append(self.dev, batch.dev[likely].astype(np.int64))[-MOST:]
+            self.ts = np.append(self.ts, batch.ts_ns[likely])[-MOST:]
+
+    def since(self, from_ns: int) -> Asked:
+        """The same of requests from that time on."""
+        first = int(np.searchsorted(self.ts, from_ns))
+        later = Asked()
+        later.dev, later.ts = self.dev[first:], self.ts[first:]
+        return later
 
     def forget(self, before_ns: int) -> None:
         """Nothing that is still to be asked about waited before that time."""
-        if len(self._ts) and self._ts[0] < before_ns:
-            first = int(np.searchsorted(self._ts, before_ns))
-            self._dev, self._ts = self._dev[first:], self._ts[first:]
+        if len(self.ts) and self.ts[0] < before_ns:
+            first = int(np.searchsorted(self.ts, before_ns))
+            self.dev, self.ts = self.dev[first:], self.ts[first:]
 
     def waited(self, lives: Lives, which: Mask) -> Mask:
         """Which of these lives were routed while a request left by the device that they were sent to."""
         found = np.zeros(len(which), np.bool_)
-        if not len(self._ts):
+        if not len(self.ts):
             return found
         hook = lives.place >> CODE_BITS
         at = 1 + np.flatnonzero(
@@ -72,9 +81,9 @@ class Asked:
             & which[lives.life[1:]]
         )
         dev = lives.place[at] & (CODES - 1)
-        for code in np.unique(self._dev).tolist():
+        for code in np.unique(self.dev).tolist():
             mine = at[dev == code]
-            asked: Ints = self._ts[self._dev == code]
+            asked: Ints = self.ts[self.dev == code]
             between = np.searchsorted(asked, lives.ts[mine], "left") > np.searchsorted(
                 asked, lives.ts[mine - 1], "right"
             )

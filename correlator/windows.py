@@ -6,6 +6,7 @@ delay that belongs to it can come any more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -153,6 +154,23 @@ class Windows:
                 wider.add(*(_started(table, wider.width_s) for table in taken))
             done += _final(pending.width_s, *taken)
         return tuple(done)
+
+
+def joined(pieces: Sequence[Window]) -> tuple[Window, ...]:
+    """Windows of pieces of them: those of one time, width, device, direction and segment become one. In order."""
+    found: list[Window] = []
+    for width_s in WIDTHS_S:
+        pending = _Pending(width_s)
+        for w in pieces:
+            if w.width_s == width_s:
+                code = w.device << 5 | w.direction << 3 | w.segment
+                cells = np.empty((4, len(w.bins)), np.int64)
+                cells[_START], cells[_CODE], cells[_BIN], cells[_CELL_COUNT] = w.start_utc_ns, code, w.bins, w.counts
+                table = np.array([w.start_utc_ns, code, w.count, w.sum_ns, w.min_ns, w.max_ns], np.int64)
+                pending.add(table[:, None], cells)
+        if (taken := pending.take(None)) is not None:
+            found += _final(width_s, *taken)
+    return tuple(found)
 
 
 def _changes(rows: Ints) -> Ints:

@@ -2,6 +2,20 @@
 
 The package holds what the stages share (records, hooks, rows, ledger, wire) and what composes them (pipeline,
 command line, lab). The stages are `collector`, `correlator` and `storage`.
+
+For notebooks and scripts `mace.open`, `mace.store`, `mace.Recording` and `mace.Store` are those of `mace.api`.
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_API = ("Filter", "Recording", "Store", "open", "store")
+
+
+def __getattr__(name: str) -> Any:
+    # Not at the top: whoever imports a contract of this package shall not load a database.
+    if name in _API:
+        return getattr(import_module("mace.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,6 +35,7 @@ from mace import (
     module,
     ping,
     publish,
+    query,
     replay,
     report,
     sinks,
@@ -226,7 +227,16 @@ def _record(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    _show(_session(args, None).replay(replay.recordings(args), store=args.store), args)
+    session = _session(args, None)
+    if session.has_servers:
+        # Servers are written to in one go: what they have taken cannot be taken back, or be skipped.
+        found = session.replay(replay.recordings(args), store=replay.local_store(args))
+    elif replay.in_parts(args):
+        store = None if args.store is None else str(args.store)
+        found = session.replay_into(store, replay.recorded_files(args), **replay.how(args))
+    else:
+        found = session.replay(replay.recordings(args))
+    _show(found, args)
     return 0
 
 
@@ -547,6 +557,11 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("report", report.run, "tables, paths and pictures of what a store holds")
     report.add_options(one)
+    with_config(one)
+    with_json(one)
+
+    one = command("query", query.run, "SQL over what a store holds")
+    query.add_options(one)
     with_config(one)
     with_json(one)
 

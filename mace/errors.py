@@ -8,6 +8,7 @@
     ├── SourceError               a source that was running can go on no longer
     ├── WireError                 bytes that are not a MACE message
     │   └── CaptureError          the same, in a file: path and offset are part of the message
+    ├── Stopped                   a replay was asked to stop; it can be gone on with
     ├── StoreError                the embedded store: locked, full, damaged, wrong schema
     └── LabError                  the test network could not be made or removed
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Self
 
 
 class MaceError(Exception):
@@ -39,12 +41,20 @@ class Unavailable(MaceError):
         self.what, self.why, self.remedy = what, why, remedy
         super().__init__(f"{what}: {why}" + (f"; {remedy}" if remedy else ""))
 
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        # Exceptions travel between processes by their arguments, which here are not the message.
+        return type(self), (self.what, self.why, self.remedy)
+
 
 class MissingExtra(Unavailable):
     """An optional dependency is not installed."""
 
     def __init__(self, extra: str, module: str) -> None:
+        self.extra, self.module = extra, module
         super().__init__(extra, f"the Python module {module} is not installed", f"pip install 'mace[{extra}]'")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        return type(self), (self.extra, self.module)
 
 
 class SourceError(MaceError):
@@ -62,9 +72,16 @@ class CaptureError(WireError):
         self.path, self.offset, self.why = path, offset, why
         super().__init__(f"{path}: at byte {offset}: {why}")
 
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        return type(self), (self.path, self.offset, self.why)
+
 
 class StoreError(MaceError):
     """The embedded store cannot be opened, written or read."""
+
+
+class Stopped(MaceError):
+    """A replay was asked to stop before its end; says how far it came."""
 
 
 class LabError(MaceError):

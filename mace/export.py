@@ -30,9 +30,9 @@ from correlator.replies import ToldBy
 from mace import config, pipeline, replay
 from mace.errors import UsageError, nearest
 from mace.interfaces import StreamHeader, StreamItem
+from mace.pipeline import REPLAY_SLICE_NS
 from mace.report import instant_ns
 from mace.schema import NOT_TOLD, Direction, Results
-from mace.session import REPLAY_SLICE_NS
 from mace.summary import Summary
 from mace.timeline import Follower, Settled
 from storage.perfetto import TOLD_BY, HostTracks, Told

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from collector import SOURCES
 from collector.containers import API_SOCKETS
@@ -35,6 +36,10 @@ from storage.embedded import EmbeddedStore
 
 _CHANNEL_ITEMS = 4
 """A source gives out an item every 50 ms or so: this is a fifth of a second of it."""
+
+
+REPLAY_SLICE_NS: Final = 1_000_000_000
+"""Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
 
 
 @dataclass(slots=True)

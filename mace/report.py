@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,8 @@ from rich.text import Text
 
 from mace import config
 from mace.errors import UsageError, nearest
+from mace.into_store import location, replayed
+from mace.replay import add_file_options, recorded_files
 from mace.schema import Direction, Segment
 from mace.summary import COUNTS_AS, microseconds, plain_table
 from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
@@ -33,6 +36,10 @@ _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `mace report` but `--config` and `--json`."""
+    parser.add_argument(
+        "files", nargs="*", type=location, metavar="FILE", help="recordings instead of a store, as for `mace replay`"
+    )
+    add_file_options(parser)
     parser.add_argument("--store", type=Path, metavar="DIR", help="the store to read")
     parser.add_argument(
         "--since", metavar="WHEN", help="from then on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d ago"
@@ -55,8 +62,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`mace report` with parsed options; its exit status."""
-    path = args.store or Path(config.load(args.config).store.path)
-    store = Store(path, skip_damaged=args.skip_damaged)
+    named = bool(args.files or args.inner or args.outer)
+    if named and args.store:
+        raise UsageError("a store or files, not both")
+    settings = config.load(args.config)
+    with replayed(recorded_files(args), settings, quiet=args.json) if named else nullcontext() as made:
+        store = Store(made or args.store or Path(settings.store.path), skip_damaged=args.skip_damaged)
+        _report(store, args)
+    return 0
+
+
+def _report(store: Store, args: argparse.Namespace) -> None:
     now = datetime.now(UTC)
     where = Filter(
         since_ns=None if args.since is None else instant_ns(args.since, now),
@@ -86,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
             html=args.html,
             console=console,
         )
-    return 0
 
 
 def instant_ns(text: str, now: datetime) -> int:

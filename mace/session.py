@@ -10,17 +10,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Unpack
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from collector.files import Recording
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
 from mace.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
+from mace.into_store import How, asked_to_stop, bar, into_store
+from mace.part import RecordedFile
 from mace.pipeline import Stop
 from mace.records import Batch
 from mace.schema import Results, RoundTrips
@@ -29,9 +30,6 @@ from mace.vitals import Vitals
 from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
 from storage.shared import Alone
-
-REPLAY_SLICE_NS: Final = 1_000_000_000
-"""Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
 
 Until = Callable[[], Awaitable[object]]
 """What a measurement lasts for, begun when the source is open."""
@@ -142,15 +140,14 @@ class Session:
         self._stop = Stop()
         source = recording.source()
         config = pipeline.engine_config(self._config)
-        engine = replace(config, crossings=True, rows=False, slice_ns=REPLAY_SLICE_NS)
+        engine = replace(config, crossings=True, rows=False, slice_ns=pipeline.REPLAY_SLICE_NS)
 
         async def work() -> None:
             async with self._timed(None, asyncio.Event()):
                 self._header = await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
 
         asyncio.run(work())
-        for warning in source.warnings:
-            self._console.print(f"[yellow]{warning}[/]", highlight=False)
+        self._warn(source.warnings)
 
     def deliver(self, trips: RoundTrips) -> None:
         """Round trips of what was observed last, to the sink that takes them, if it is configured."""
@@ -199,46 +196,54 @@ class Session:
         asyncio.run(work())
         return lost
 
-    def replay(self, recordings: Sequence[Recording], *, store: Path | None) -> Summary:
-        """Recordings, one after the other as given, into the correlator and the store."""
+    def replay(self, recordings: Sequence[Recording], *, store: Path | None = None) -> Summary:
+        """Recordings, one after the other as given, into the correlator and the sinks, as a live stream."""
         self._stop = Stop()
         whole = Summary()
-        engine = replace(pipeline.engine_config(self._config), slice_ns=REPLAY_SLICE_NS)
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        bar = Progress(
-            TextColumn("{task.description}"), *columns, console=self._console, transient=True, disable=self._quiet
-        )
-        task = bar.add_task("replay", total=sum(one.bytes_total for one in recordings))
+        engine = replace(pipeline.engine_config(self._config), slice_ns=pipeline.REPLAY_SLICE_NS)
         done = 0
 
-        async def one(recording: Recording) -> Summary:
+        async def one(recording: Recording, told: Callable[[int, int], None]) -> Summary:
             source = recording.source()
             summary = Summary()
 
             def show(results: Results) -> None:
                 summary.add(results)
-                bar.update(task, completed=done + source.bytes_read)
+                told(done + source.bytes_read, total)
 
             vitals = Vitals(live=False)
             sinks = self._sinks(store, vitals)
             async with self._timed(None, asyncio.Event()):
                 await pipeline.run(source, sinks, engine=engine, stop=self._stop, on_results=show, vitals=vitals)
             summary.sinks = vitals.accounts
-            for warning in source.warnings:
-                self._console.print(f"[yellow]{warning}[/]", highlight=False)
+            self._warn(source.warnings)
             return summary
 
-        async def work() -> None:
-            nonlocal done
-            for recording in recordings:
+        total = sum(each.bytes_total for each in recordings)
+        with bar(self._console, quiet=self._quiet) as told:
+            for each in recordings:
                 if self._stop.requested:
                     break
-                whole.merge(await one(recording))
-                done += recording.bytes_total
-
-        with bar:
-            asyncio.run(work())
+                whole.merge(asyncio.run(one(each, told)))
+                done += each.bytes_total
         return whole
+
+    def replay_into(self, store: str | None, files: Sequence[RecordedFile], **how: Unpack[How]) -> Summary:
+        """The same into a store, or on a cluster: in parts, so that it can be stopped and gone on with."""
+        engine = replace(pipeline.engine_config(self._config), slice_ns=pipeline.REPLAY_SLICE_NS)
+        with asked_to_stop() as stop, bar(self._console, quiet=self._quiet) as told:
+            summary, warnings = into_store(files, store, engine, self._config.store, told=told, stop=stop, **how)
+        self._warn(warnings)
+        return summary
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether the configuration asks for sinks beside the embedded store."""
+        return any(sink.wanted(self._config) for sink in SINKS.values())
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            self._console.print(f"[yellow]{warning}[/]", highlight=False)
 
     def _sinks(self, store: Path | None, vitals: Vitals) -> list[Sink]:
         """The embedded store, if there is to be one, then those that the configuration asks for."""

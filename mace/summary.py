@@ -6,7 +6,7 @@ come from the same histogram bins, so they are the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Final, Self
@@ -211,6 +211,12 @@ class Summary:
             found = of_width[key] = Distribution()
         return found
 
+    def distributions(self) -> Iterator[tuple[int, Key, Distribution]]:
+        """All there is, by window width."""
+        for width_s, of_width in self._by_width.items():
+            for key, distribution in of_width.items():
+                yield width_s, key, distribution
+
     def merge(self, other: Summary) -> None:
         """Take in another run's."""
         self.ledger += other.ledger
@@ -221,10 +227,9 @@ class Summary:
         self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
         for name, account in other.sinks.items():
             self.sinks[name] = self.sinks[name] + account if name in self.sinks else account
-        for width_s, of_width in other._by_width.items():
-            for key, distribution in of_width.items():
-                mine = self.distribution(*key, width_s)
-                mine += distribution
+        for width_s, key, distribution in other.distributions():
+            mine = self.distribution(*key, width_s)
+            mine += distribution
 
     def rows(self, *segments: Segment) -> list[tuple[Key, Distribution]]:
         """All distributions of these segments (of all, if none is named), in the order of `path_order`.

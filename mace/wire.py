@@ -303,11 +303,32 @@ class Decoder:
         """Records of the stream up to here: decoded and missing."""
         self.missing = 0
         """Records known to be in frames that never came."""
-        self._lost = 0
+        self._lost: int | None = 0
+        """None if it has not seen them all."""
         self._gaps = gaps
         self._stream = 0
         self._order = _Order()
         self._zstd = zstandard.ZstdDecompressor()
+
+    @property
+    def topology(self) -> Topology | None:
+        """The last one that was decoded."""
+        return self._order.topology
+
+    def skip_to(self, sequence: int, records: int) -> None:
+        """Expect the stream to go on with frame `sequence`, after `records` records. Once the HEADER is known.
+
+        For who has seen the frames between, or knows what is in them; the END's count of lost records is then believed.
+        """
+        self.sequence, self.records, self._lost = sequence, records, None
+
+    def peek(self, head: Head, stored: bytes) -> tuple[Batch, int]:
+        """The batch of a frame by itself, and the records of the stream before it. Its order is not verified."""
+        return _batch(self._raw(head, stored))
+
+    def stands_alone(self, head: Head, stored: bytes) -> bool:
+        """Whether a TOPOLOGY can be read without those before it."""
+        return _Json(self._raw(head, stored), "TOPOLOGY").number("first_sighting", 0) == 0
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the decompressor, which remembers nothing: a reader can be put aside and go on later."""
@@ -339,14 +360,8 @@ class Decoder:
 
     def payload(self, head: Head, stored: bytes) -> Decoded:
         """The message, once `head` was accepted. `stored` is exactly the payload."""
-        if len(stored) != head.stored:
-            raise WireError(f"a payload of {len(stored)} bytes, the head says {head.stored}")
-        if crc32(stored) != head.checksum:
-            raise WireError("the frame's payload is damaged (checksum)")
-        raw = self._decompress(stored, head.raw) if head.compressed else stored
+        raw = self._raw(head, stored)
         tag = crc32(raw) if head.message is Message.HEADER else head.stream
-        for version in range(head.version, WIRE_VERSION):
-            raw = _FIXUPS[version](head.message, raw)
         message: Decoded
         match head.message:
             case Message.HEADER:
@@ -368,6 +383,17 @@ class Decoder:
         self.sequence = head.sequence + 1
         return message
 
+    def _raw(self, head: Head, stored: bytes) -> bytes:
+        """The payload, verified and unpacked, as this version would have written it."""
+        if len(stored) != head.stored:
+            raise WireError(f"a payload of {len(stored)} bytes, the head says {head.stored}")
+        if crc32(stored) != head.checksum:
+            raise WireError("the frame's payload is damaged (checksum)")
+        raw = self._decompress(stored, head.raw) if head.compressed else stored
+        for version in range(head.version, WIRE_VERSION):
+            raw = _FIXUPS[version](head.message, raw)
+        return raw
+
     def _decompress(self, stored: bytes, size: int) -> bytes:
         try:
             # The library allocates what the zstd frame says before it reads on: hold that against our own head.
@@ -388,7 +414,8 @@ class Decoder:
         self._order.check_batch(batch, ascending=True)
         self.missing += missing
         self.records = before + len(batch)
-        self._lost += batch.lost
+        if self._lost is not None:
+            self._lost += batch.lost
         if missing:
             batch = self._mark_gap(batch)
         self._order.took_batch(batch)
@@ -413,9 +440,10 @@ class Decoder:
     def _end(self, raw: bytes) -> End:
         given = _Json(raw, "END")
         end = End(given.number("records", 0), given.number("lost", 0))
-        if end.records < self.records or (not self._gaps and end != End(self.records, self._lost)):
+        lost = end.lost if self._lost is None else self._lost
+        if end.records < self.records or (not self._gaps and end != End(self.records, lost)):
             raise WireError(
-                f"END of {end.records} records and {end.lost} lost, but there were {self.records} and {self._lost}"
+                f"END of {end.records} records and {end.lost} lost, but there were {self.records} and {lost}"
             )
         self.missing += end.records - self.records
         self.records = end.records

@@ -63,6 +63,29 @@ def check_schema(root: Path) -> bool:
     return True
 
 
+def lock_store(root: Path, who: str) -> int:
+    """Be the one writer of a store until the file descriptor is closed, and say who that is.
+
+    flock: the kernel lets go of it when the process ends, however it ends. Raises `StoreError` if another has it.
+    """
+    fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} ({who})\n".encode(), 0)
+    except BlockingIOError:
+        held = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip() or "an unknown process"
+        os.close(fd)
+        raise StoreError(
+            f"{root}: {held} is writing to this store, and it takes one writer at a time;"
+            " stop that one, or name another directory"
+        ) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 class EmbeddedStore:
     """Sink (`mace.interfaces.Sink`) into a directory of Parquet segments.
 
@@ -179,7 +202,12 @@ class EmbeddedStore:
             strange = sorted(p.name for p in self.path.iterdir() if not p.name.startswith(("lock", "store.json")))
             if not known and strange:
                 raise StoreError(f"{self.path}: not a MACE store, and not empty (found {strange[0]!r})")
-            self._lock(who)
+            self._lock_fd = lock_store(self.path, who)
+            if (self.path / segments.UNFINISHED / "plan.json").exists():
+                raise StoreError(
+                    f"{self.path}: a replay was stopped here; finish it with `mace replay --resume`, or name another"
+                    " directory"
+                )
             if not known:
                 about = memoryview(json.dumps({"format": "mace-store", "schema": SCHEMA_VERSION}).encode())
                 segments.write_whole(self.path / "store.json", segments.write_bytes(about), fsync=self._fsync)
@@ -196,23 +224,6 @@ class EmbeddedStore:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
-
-    def _lock(self, who: str) -> None:
-        """flock: the kernel lets go of it when the process ends, however it ends."""
-        path = self.path / "lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip() or "an unknown process"
-            os.close(fd)
-            raise StoreError(
-                f"{self.path}: {held} is writing to this store, and it takes one writer at a time;"
-                " stop that one, or name another directory"
-            ) from None
-        self._lock_fd = fd  # released also if the disk has no room for what follows
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} ({who})\n".encode(), 0)
 
     def _refuse_known_run(self, header: StreamHeader) -> None:
         """The same capture stored twice would count every packet twice."""

@@ -519,10 +519,8 @@ class Store:
             live = {table: self.segments(table, where) for table in used}
             if newest_rows is not None:
                 live = {table: _newest(found, newest_rows) for table, found in live.items()}
-            with duckdb.connect(config={"threads": self.threads} if self.threads else {}) as connection:
-                # It would draw into the standard output, in the middle of a table or of JSON, after two seconds.
-                connection.execute("SET enable_progress_bar = false")
-                names = {table: _relation(connection, table, found) for table, found in live.items()}
+            with connected(self.threads) as connection:
+                names = {table: relation(connection, table, found) for table, found in live.items()}
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))
                 except duckdb.Error as e:
@@ -551,7 +549,19 @@ def _used(sql: str, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if re.search(rf"\${name}\b", sql)}
 
 
-def _relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[segments.Segment]) -> str:
+def connected(threads: int | None) -> duckdb.DuckDBPyConnection:
+    """A database in memory, without DuckDB's progress bar.
+
+    It would draw into the standard output, in the middle of a table or of JSON, after two seconds. Where there is none
+    (in Jupyter without its widgets) it must not be set at all.
+    """
+    connection = duckdb.connect(config={"threads": threads} if threads else {})
+    if connection.execute("SELECT current_setting('enable_progress_bar')").fetchall() != [(False,)]:
+        connection.execute("SET enable_progress_bar = false")
+    return connection
+
+
+def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[segments.Segment]) -> str:
     """SQL for the rows of these segments."""
     # A name of our own, so that a query over nothing has the columns of one over something, and one over files of an
     # older MACE those that came later.

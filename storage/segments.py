@@ -34,6 +34,8 @@ NO_HOUR: Final = -1
 """Hour of tables that are not partitioned by time."""
 PARTITIONED: Final = ("ledger", "windows", "delays")
 """In the order of writing: the ledger first, so that no reader sees rows whose losses it does not see."""
+UNFINISHED: Final = "replay"
+"""Folder in a store where a replay that is not complete keeps what it needs to go on."""
 TABLES: Final = ("runs", "cost", *PARTITIONED)
 
 FULL_ROWS: Final = 1 << 17

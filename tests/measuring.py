@@ -28,11 +28,10 @@ def mace(*argv, check=True, **options):
     return done
 
 
-def start(*argv):
+def start(*argv, **options):
     """Start a command; whoever starts it ends it."""
-    return subprocess.Popen(
-        [*MACE, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
+    return subprocess.Popen([*MACE, *map(str, argv)], **settings)
 
 
 def trace_instances(pid):

@@ -26,6 +26,7 @@ from tests.benchmark import (
     offline,
     pcap_pairs,
     perfetto,
+    replaying,
     ring_drain,
     rows,
     sinks,
@@ -60,6 +61,8 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "matching": matching.run,
     "tracedat_read": tracedat.read,
     "pcap_pairs": pcap_pairs.read,
+    "replay_10gb": replaying.replay_10gb,
+    "dask_scaling": replaying.dask_scaling,
 }
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from collector.ftrace_source import keep_freed_memory
 from correlator.engine import Engine, EngineConfig
 from mace.hooks import Hook
+from mace.pipeline import REPLAY_SLICE_NS
 from mace.records import Batch, Content, Flag
-from mace.session import REPLAY_SLICE_NS
 from mace.verify.stream import Stream, thinned
 from tests.benchmark.figures import figure, one_core
 from tests.made_capture import HEADER, TOPOLOGY, traffic

@@ -21,7 +21,7 @@ from collector.ftrace_source import keep_freed_memory
 from collector.pcap_source import PcapPairSource
 from correlator.engine import Engine, EngineConfig
 from mace.errors import MaceError
-from mace.session import REPLAY_SLICE_NS
+from mace.pipeline import REPLAY_SLICE_NS
 from tests.benchmark.figures import figure, folder, one_core
 from tests.made_pcap import through_nat, udp_frames, written
 

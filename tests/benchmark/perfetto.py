@@ -17,8 +17,8 @@ from collector.ftrace_source import keep_freed_memory
 from collector.perfetto_source import PerfettoSource
 from correlator.engine import EngineConfig
 from mace.export import Wanted, export
+from mace.pipeline import REPLAY_SLICE_NS
 from mace.records import Batch
-from mace.session import REPLAY_SLICE_NS
 from storage.perfetto import HostTracks, Told
 from storage.perfetto_file import PerfettoTrace
 from tests import perfetto_traces as traces

@@ -17,8 +17,8 @@ from collector.capture_source import Capture
 from correlator.engine import Engine, EngineConfig
 from mace.errors import Unavailable
 from mace.lab import Spec, running
+from mace.pipeline import REPLAY_SLICE_NS
 from mace.records import Batch
-from mace.session import REPLAY_SLICE_NS
 from tests.benchmark.figures import MACE, ROOT, figure, folder, one_core
 
 DATAGRAMS = 40_000

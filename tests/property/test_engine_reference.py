@@ -1,13 +1,17 @@
 """The correlator against `tests.reference`, however the records are cut."""
 
 import itertools
+import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from correlator.engine import Engine, EngineConfig
+from correlator.windows import joined
+from mace.checkpoint import state_from_json, state_to_json
 from mace.records import Batch, Content, Flag
 from mace.schema import Delays, Direction, Grade, Segment
 from mace.topology import Device
@@ -264,3 +268,42 @@ def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
     ledger = results[-1].ledger
     assert (ledger.records, ledger.matched, ledger.imbalance) == (6_000, 6_000, 0)
     assert sum(len(result.delays) for result in results) == 3_000
+
+
+@settings(max_examples=80)
+@given(tapes(), st.lists(st.integers(0, 80_000), min_size=1, max_size=4), st.booleans())
+def test_an_engine_goes_on_where_another_stopped(batch, times, ambiguous):
+    """Engines that hand on their state give together what one gives that works on the same stretches, and end alike."""
+    devices = DEVICES if ambiguous else PLAIN
+    config = EngineConfig(timeout_ns=TIMEOUT_NS)
+    one = Engine(0, config)
+    whole, state, parts, pieces, counts = one.feed(topology(devices=devices)), None, [], [], Counter()
+    edges = [-(1 << 61), *sorted(t for t in times if len(batch) and batch.ts_ns[0] < t <= batch.ts_ns[-1]), 1 << 61]
+    for begin, end in itertools.pairwise(edges):
+        inside = batch[int(batch.ts_ns.searchsorted(begin)) : int(batch.ts_ns.searchsorted(end))]
+        engine = Engine(0, config, state)
+        results = [] if state is not None else engine.feed(topology(devices=devices))
+        results += engine.feed(inside)
+        whole += one.feed(inside)
+        if end == edges[-1]:
+            results.append(engine.finish())
+            whole.append(one.finish())
+        else:
+            results += engine.stop_at(end)
+            whole += one.stop_at(end)
+            state = engine.state(end)
+            results.append(replace(engine.so_far(end), windows=engine.close_windows()))
+            assert state.digest() == one.state(end).digest()
+            state = state_from_json(json.loads(json.dumps(state_to_json(state))))
+        parts.append(all_rows(results))
+        devices_of = results[-1].devices
+        pieces += [(devices_of[w.device], w) for r in results for w in r.windows]
+        ledger = results[-1].ledger.as_dict()
+        if end != edges[-1]:
+            ledger.pop("in_flight")
+        counts.update(ledger | results[-1].grades.as_dict())
+    assert sum(parts, Counter()) == all_rows(whole)
+    assert dict(counts) == whole[-1].ledger.as_dict() | whole[-1].grades.as_dict()
+    numbered = list(dict.fromkeys(device for device, _ in pieces))
+    merged = joined([replace(w, device=numbered.index(device)) for device, w in pieces])
+    assert all_windows([replace(whole[-1], windows=merged, devices=tuple(numbered))]) == all_windows(whole)

@@ -351,13 +351,13 @@ def test_a_long_query_draws_nothing_into_the_output(stored, monkeypatch):
     """DuckDB shows its progress on stdout by itself, where JSON goes."""
     store, _ = stored
     settings = []
-    relation = query._relation
+    relation = query.relation
 
     def watched(connection, table, found):
         settings.append(connection.execute("SELECT current_setting('enable_progress_bar')").fetchall()[0][0])
         return relation(connection, table, found)
 
-    monkeypatch.setattr(query, "_relation", watched)
+    monkeypatch.setattr(query, "relation", watched)
     store.runs()
     assert settings
     assert not any(settings)

@@ -1,0 +1,160 @@
+"""Where a dataset lies: a directory of this machine, or anywhere that fsspec knows by a URL.
+
+Few operations, because object stores have few: a file is written whole, read whole, moved, removed. Names are relative,
+with `/` between their parts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from mace.errors import MissingExtra, StoreError
+from storage import segments
+
+
+class Place(Protocol):
+    """A directory, here or elsewhere. Errors of the system pass as OSError."""
+
+    location: str
+    """Path or URL, from which another process makes the same place."""
+
+    def read(self, name: str) -> bytes | None:
+        """All of a file; None if it is not there."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make a file, in the place of one of that name; whole or not at all."""
+        ...
+
+    def sink(self, name: str) -> Any:
+        """A new file to write Parquet to, a context manager; it need not be whole before it is closed."""
+        ...
+
+    def move(self, source: str, target: str) -> None:
+        """Give a file that is closed another name, in the place of one that has it."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a directory with all that is in it, if it is there."""
+        ...
+
+    def names(self) -> list[str]:
+        """What is in it: names of files and directories, not of what is in those."""
+        ...
+
+
+class LocalPlace:
+    """A directory of this machine."""
+
+    def __init__(self, path: Path, *, fsync: bool = True) -> None:
+        self.path = path
+        self.location = str(path)
+        self._fsync = fsync
+
+    def read(self, name: str) -> bytes | None:
+        """See `Place`."""
+        try:
+            return (self.path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `Place`."""
+        segments.write_whole(self.path / name, segments.write_bytes(memoryview(data)), fsync=self._fsync)
+
+    def sink(self, name: str) -> Any:
+        """See `Place`."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+
+    def move(self, source: str, target: str) -> None:
+        """See `Place`."""
+        segments.write_whole(self.path / target, (self.path / source).rename, fsync=self._fsync)
+
+    def remove(self, name: str) -> None:
+        """See `Place`."""
+        path = self.path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """See `Place`."""
+        return sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
+
+
+class RemotePlace:
+    """A URL of fsspec. Moving is the store's own: one step where it has one, a copy and a removal where not."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import fsspec  # noqa: PLC0415 (an extra, and slow to import)
+        except ImportError as error:
+            raise MissingExtra("cluster", "fsspec") from error
+        self.location = url
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"{url}: {error}; extra `s3` is for s3://, others need fsspec's package for them"
+            ) from error
+
+    def _at(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        """See `Place`."""
+        try:
+            found: bytes = self._files.cat_file(self._at(name))
+        except FileNotFoundError:
+            return None
+        return found
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `Place`."""
+        temporary = f"{name}.{uuid.uuid4().hex}.tmp"
+        with self.sink(temporary) as file:
+            file.write(data)
+        self.move(temporary, name)
+
+    def sink(self, name: str) -> Any:
+        """See `Place`."""
+        path = self._at(name)
+        self._files.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120 (a URL's path is no path of ours)
+        return self._files.open(path, "wb")
+
+    def move(self, source: str, target: str) -> None:
+        """See `Place`."""
+        path = self._at(target)
+        self._files.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120 (as above)
+        with suppress(FileNotFoundError):
+            self._files.rm_file(path)
+        self._files.mv(self._at(source), path)
+        self._files.invalidate_cache()
+
+    def remove(self, name: str) -> None:
+        """See `Place`."""
+        with suppress(FileNotFoundError):
+            self._files.rm(self._at(name), recursive=True)
+
+    def names(self) -> list[str]:
+        """See `Place`."""
+        try:
+            listed = self._files.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(each.rstrip("/").rsplit("/", 1)[-1] for each in listed)
+
+
+def place_at(location: str | Path, *, fsync: bool = True) -> Place:
+    """The place of a path or a URL. Raises `StoreError`, and `MissingExtra` for a URL where fsspec is not installed."""
+    if "://" in str(location):
+        return RemotePlace(str(location))
+    return LocalPlace(Path(location).absolute(), fsync=fsync)

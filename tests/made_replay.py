@@ -1,0 +1,126 @@
+"""A capture with all that makes cutting it hard, the store that one engine makes of it, and how to compare stores."""
+
+import asyncio
+from dataclasses import replace
+
+import duckdb
+import numpy as np
+
+from collector.capture_source import CaptureSource
+from correlator.engine import EngineConfig
+from mace import pipeline
+from mace.hooks import Hook
+from mace.records import Batch
+from mace.summary import Summary
+from storage.embedded import EmbeddedStore
+from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
+
+SECOND_NS = 1_000_000_000
+ENGINE = EngineConfig(timeout_ns=50_000_000, slice_ns=SECOND_NS // 4)
+"""Cuts are at quarters of a second."""
+SLOWER = 12
+
+
+def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HEADER):
+    """Traffic over several seconds and the turn of an hour, with losses, a container that goes and comes back, and
+    packets that are under way for long.
+    """
+    made = traffic(count, seed, content=content)
+    start = TOPOLOGY.from_ns
+    # 3 s before the hour, by the header's clock.
+    hour = 3600 * SECOND_NS
+    start += -(start + header.clock.offset_ns) % hour - 3 * SECOND_NS
+    ts = start + (made.ts_ns - TOPOLOGY.from_ns) * slower
+    made = replace(made, ts_ns=ts)
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.integers(ts[0], ts[-1], 5))
+    gaps = Batch.of(
+        5,
+        ts_ns=at,
+        skb_id=(at + 2_000_000).astype("u8"),
+        cpu=np.arange(5) % 2,
+        l3_len=[3, 0, 9, 1, 2],
+        hook=[Hook.LOST] * 5,
+    )
+    # Sent at the container, and the driver busy again and again over the cuts, then on its way.
+    slow = ts[0] + np.arange(1, 800) * 10_000_000
+    slow = slow[slow < ts[-1]]
+    queued = np.full(len(slow), 2)
+    queued[0] = 1
+    late = Batch.of(
+        len(slow),
+        ts_ns=slow,
+        skb_id=np.full(len(slow), 99, "u8"),
+        dev=np.full(len(slow), 1),
+        l3_len=np.full(len(slow), 84),
+        hook=queued,
+    )
+    whole = Batch.concatenate([made, gaps, late])
+    # A marker stands before every record of its gap.
+    whole = whole[np.lexsort((whole.hook != Hook.LOST, whole.ts_ns))]
+    third = ts[0] + (ts[-1] - ts[0]) // 3
+    gone = [d for d in TOPOLOGY.devices if d.container != "naïve-1" and d.name != "veth1"]
+    topologies = [
+        replace(TOPOLOGY, from_ns=int(ts[0]) - 1),
+        replace(TOPOLOGY, from_ns=int(third), devices=tuple(gone)),
+        replace(TOPOLOGY, from_ns=int(third) + 2 * SECOND_NS),
+    ]
+    items = []
+    edges = [int(whole.ts_ns.searchsorted(t.from_ns)) for t in topologies] + [len(whole)]
+    for topology, begin, end in zip(topologies, edges[:-1], edges[1:], strict=True):
+        items += [topology, *batches(whole[begin:end], 2_000)]
+    return items
+
+
+def write_capture(path, header=HEADER, **shape):
+    path.write_bytes(capture_bytes(hard_stream(header=header, **shape), header))
+    return path
+
+
+def one_engine(captures, store, engine=ENGINE):
+    """What the pipeline of a live run makes of captures: the reference."""
+    whole = Summary()
+    for capture in captures:
+        summary = Summary()
+        source = CaptureSource(capture)
+        sinks = [EmbeddedStore(store, rows=engine.rows, fsync=False)]
+        asyncio.run(pipeline.run(source, sinks, engine=engine, stop=pipeline.Stop(), on_results=summary.add))
+        whole.merge(summary)
+    return whole
+
+
+def rows_of(store, table):
+    return f"read_parquet('{store}/{table}/**/*.parquet', hive_partitioning=false)"
+
+
+def differences(one, other):
+    """Rows, over all columns, that one store has and the other has not, by table; the ledger's last rows."""
+    found = {}
+    with duckdb.connect() as connection:
+        connection.execute("SET enable_progress_bar = false")
+
+        def ask(sql):
+            return connection.execute(sql).fetchall()
+
+        for table in ("delays", "windows"):
+            a, b = (f"(SELECT * FROM {rows_of(store, table)})" for store in (one, other))
+            found[table] = ask(f"{a} EXCEPT ALL {b} LIMIT 3") + ask(f"{b} EXCEPT ALL {a} LIMIT 3")
+        last = [
+            ask(
+                f"SELECT * EXCLUDE (flush, time), epoch_ns(time) FROM {rows_of(store, 'ledger')}"
+                " QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1 ORDER BY host, run"
+            )
+            for store in (one, other)
+        ]
+        found["ledger"] = [] if last[0] == last[1] else last
+        runs = [
+            ask(f"SELECT host, run, source, cpus FROM {rows_of(store, 'runs')} ORDER BY ALL") for store in (one, other)
+        ]
+        found["runs"] = [] if runs[0] == runs[1] else runs
+    return {table: rows for table, rows in found.items() if rows}
+
+
+def count_rows(store, table):
+    with duckdb.connect() as connection:
+        [(count,)] = connection.execute(f"SELECT count(*) FROM {rows_of(store, table)}").fetchall()
+    return count
