@@ -27,7 +27,7 @@ from mace.schema import Delays, Direction, Segment
 from storage.capture import CaptureSink
 from tests.made_tracedat import Made
 
-pytestmark = pytest.mark.needs("root", "tracefs", "netns", "tcpdump", "trace-cmd")
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns", "tcpdump", "trace-cmd"), pytest.mark.slow]
 
 PINGS, DATAGRAMS = 60, 400
 
