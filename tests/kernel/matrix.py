@@ -18,7 +18,7 @@ from tests.kernel.kernels import fetch
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernel/guest")
 
 JOBS = 2  # QEMU keeps one core busy each
-TIMEOUT_S = 900  # far more than the guest's tests take on a busy machine; a test of them has its own limit
+TIMEOUT_S = 1500  # far more than the guest's tests take on a busy machine; a test of them has its own limit
 
 # What a run says to the tests, it says to those in the guest too.
 PASSED_ON = ("CI", "MACE_REQUIRE")
