@@ -79,6 +79,16 @@ R = TypeVar("R")
 Process = subprocess.Popen[str]
 
 
+def _heeds(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (proc(5), SigCgt); False too if it is no more."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 class Flow(Generic[R]):
     """Traffic that is running. `wait` or `stop` it once; leaving its `with` block stops it."""
 
@@ -129,9 +139,12 @@ class Flow(Generic[R]):
 
     def stop(self) -> R:
         """End it now and return the result up to here."""
+        # ping takes SIGINT as the wish for its summary; our own generators ignore it and know SIGTERM.
+        wish = signal.SIGTERM if self._server else signal.SIGINT
+        while self.running and not _heeds(self._client.pid, wish) and time.monotonic() < self._deadline:
+            time.sleep(0.01)  # it has just been started: the signal would be its death
         if self.running:
-            # ping takes SIGINT as the wish for its summary; our own generators ignore it and know SIGTERM.
-            self._client.send_signal(signal.SIGTERM if self._server else signal.SIGINT)
+            self._client.send_signal(wish)
         return self.wait()
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ def test_committed_json_is_what_the_code_makes():
         assert (influxql.FOLDER / f"{name}.json").read_text() == made, f"{name}: run python -m dashboards"
 
 
+@pytest.mark.slow
 @pytest.mark.needs("npm")
 def test_grafana_s_own_types_accept_them(tmp_path):
     content = json.loads(FILES[0].read_text())

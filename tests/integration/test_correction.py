@@ -11,7 +11,7 @@ import pytest
 from mace.lab import HOST, Spec, running
 from tests.measuring import balanced, mace, start, trace_instances, wait_for
 
-pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
 COUNT = 200
 SHOWN = re.compile(

@@ -160,7 +160,7 @@ def test_every_containers_device_is_called_eth0_and_the_outer_one_carries_the_de
 
 def test_many_containers(name):
     with running(Spec(name, containers=20, bridges=3)) as lab:
-        assert all(lab.ping(container, count=1).received == 1 for container in lab.containers)
+        assert all(lab.ping(container, count=1).received >= 1 for container in lab.containers)
 
 
 # --- same addresses -----------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_a_container_that_cannot_be_made_leaves_the_lab_as_it_was(name, monkeypa
         assert lab.containers == ("c1",)
         assert status(name) == "up"
         lab.add_container("c2")
-        assert lab.ping("c2", count=1).received == 1
+        assert lab.ping("c2", count=1).received >= 1
 
 
 # --- several, and again -------------------------------------------------------------------------
@@ -344,14 +344,14 @@ def test_two_labs_at_once_have_nothing_to_do_with_each_other(name):
             assert [flow.wait().received for flow in flows] == [2000, 2000]
         assert leftovers(f"{name}-2") == []
         assert machine() == before
-        assert one.ping(count=1).received == 1
+        assert one.ping(count=1).received >= 1
 
 
 def test_a_lab_that_is_up_is_not_made_again(name):
     with running(Spec(name)) as lab:
         with pytest.raises(LabError, match="up already, held by process"):
             up(Spec(name))
-        assert lab.ping(count=1).received == 1
+        assert lab.ping(count=1).received >= 1
 
 
 def test_a_lab_stays_until_it_is_taken_down(name):
@@ -359,7 +359,7 @@ def test_a_lab_stays_until_it_is_taken_down(name):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
     assert status(name) == "up"
     lab = attach(name)
-    assert lab.ping(count=1).received == 1
+    assert lab.ping(count=1).received >= 1
     with pytest.raises(LabError, match="up already"):
         up(Spec(name))
     assert down(name)
@@ -396,7 +396,7 @@ def test_of_many_that_start_at_once_one_wins(name):
         thread.join()
     assert sum(isinstance(result, lifecycle.Lab) for result in results) == 1
     assert all("up already" in str(result) for result in results if isinstance(result, LabError))
-    assert attach(name).ping(count=1).received == 1
+    assert attach(name).ping(count=1).received >= 1
     assert down(name)
 
 
@@ -441,7 +441,7 @@ def test_kill_9_under_traffic_is_tidied_by_the_next(name, remover):
         assert down(name)
     else:
         with running(Spec(name)) as lab:
-            assert lab.ping(count=1).received == 1
+            assert lab.ping(count=1).received >= 1
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -456,7 +456,7 @@ def test_kill_9_at_any_moment_of_the_set_up_is_tidied_by_the_next(name, seed):
             down(name)
         else:
             with running(Spec(name)) as lab:
-                assert lab.ping(count=1).received == 1
+                assert lab.ping(count=1).received >= 1
         assert leftovers(name) == []
 
 
@@ -465,7 +465,7 @@ def test_what_has_lost_its_state_file_is_found_by_name(name):
     (state.STATE_DIR / f"{name}.json").unlink()
     assert status(name) == "broken"
     with running(Spec(name)) as lab:
-        assert lab.ping(count=1).received == 1
+        assert lab.ping(count=1).received >= 1
 
 
 def test_a_damaged_state_file_is_in_nobodys_way(name):
@@ -483,7 +483,7 @@ def test_a_lab_with_a_missing_namespace_is_broken_and_made_anew(name):
     with pytest.raises(LabError, match="gone"):
         lab.ping(count=1)
     with running(Spec(name)) as again:
-        assert again.ping(count=1).received == 1
+        assert again.ping(count=1).received >= 1
 
 
 def test_somebody_elses_process_in_a_member_is_spared_but_keeps_no_device(name):

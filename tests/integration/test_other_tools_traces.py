@@ -27,7 +27,7 @@ from mace.schema import Delays, Direction, Segment
 from storage.capture import CaptureSink
 from tests.made_tracedat import Made
 
-pytestmark = pytest.mark.needs("root", "tracefs", "netns", "tcpdump", "trace-cmd")
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns", "tcpdump", "trace-cmd"), pytest.mark.slow]
 
 PINGS, DATAGRAMS = 60, 400
 
@@ -60,7 +60,8 @@ class KeepingRing(ReadRing):
 
 
 def tcpdump(lab, member, device, target):
-    argv = ["tcpdump", "-i", device, "-w", str(target), "-U", "--time-stamp-precision=nano", "-B", "8192", "ip"]
+    # At once: else what came in the last second is not in the file when it is ended.
+    argv = ["tcpdump", "-i", device, "-w", str(target), "-U", "--immediate-mode", "--time-stamp-precision=nano", "ip"]
     process = lab.popen(member, argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stderr:
         if "listening on" in line:

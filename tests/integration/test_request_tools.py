@@ -17,7 +17,7 @@ from mace.correct import arrays
 from mace.lab import REMOTE, Spec, running
 from tests.measuring import balanced, mace, start, wait_for
 
-pytestmark = pytest.mark.needs("root", "tracefs", "netns")
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
 COUNT = 40
 

@@ -197,6 +197,7 @@ def test_content_finds_all_whatever_is_beside_it(seed, pace_ns):
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
 
 
+@pytest.mark.slow
 def test_wrapped_numbers_are_told_apart_by_order():
     run = ping_run(np.random.default_rng(9), 70_000, pace_ns=100_000, rtt_ns=10_000, content=True, stamped=False)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth

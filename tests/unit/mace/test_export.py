@@ -369,6 +369,7 @@ def test_a_damaged_recording_leaves_no_half_trace(tmp_path, capsys):
     assert "skipped" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_hosts_stand_side_by_side_in_utc(tmp_path):
     other = replace(HEADER, host="second.example", run="other", clock=replace(HEADER.clock, monotonic_ns=7))
     paths = [write(tmp_path, scene()), write(tmp_path, scene(), "other.mace", other)]
@@ -380,6 +381,7 @@ def test_two_hosts_stand_side_by_side_in_utc(tmp_path):
     assert mine[-1] - mine[0] > other.clock.offset_ns - OFFSET_NS
 
 
+@pytest.mark.slow
 def test_a_trace_of_traced_goes_in_and_a_timeline_comes_out(tmp_path):
     out = tmp_path / "golden.pftrace"
     raw = export(GOLDEN / "generic.pftrace", "--topology", str(GOLDEN / "generic.mace"), out=out)

@@ -68,6 +68,7 @@ def test_the_store_reads_like_any_other(capture, reference, tmp_path):
     assert other.runs()[0].closed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm_up_ns", [0, 100_000_000, 10**12])
 def test_parts_that_suppose_their_state(capture, reference, tmp_path, warm_up_ns):
     """With no warm-up most suppose wrongly and are done again; over the whole capture none can be wrong."""
@@ -111,6 +112,7 @@ def stop_after(parts):
     return {"told": told, "stop": lambda: len(asked) > parts * 40}
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_again_and_again(capture, reference, tmp_path):
     store, summary = tmp_path / "store", None
     stops = []
@@ -126,6 +128,7 @@ def test_stopped_and_resumed_again_and_again(capture, reference, tmp_path):
     assert summary.as_dict() == reference[1].as_dict()
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_steps_of_a_commit(capture, reference, tmp_path, monkeypatch):
     """Whatever is missing of a commit, going on makes it whole: the file system says no at the n-th change."""
 

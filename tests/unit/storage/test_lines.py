@@ -161,6 +161,7 @@ def test_two_runs_share_a_window_and_keep_both_parts_of_it():
     assert len(series) == 3 * len(windows)
 
 
+@pytest.mark.slow
 def test_sampling_takes_whole_packets():
     delays = make_delays(2000)
     lines = stream(sample=4)

@@ -78,6 +78,7 @@ def stretches(draw):
     return delays, [0, *cuts, rows]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(stretches(), st.booleans())
 def test_what_is_stored_is_what_is_reported(tmp_path_factory, stretch, windows_only):

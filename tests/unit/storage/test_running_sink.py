@@ -290,6 +290,7 @@ asyncio.run(work())
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_loses_only_what_was_not_flushed(tmp_path):
     """Killed five times and begun anew: everything older than a flush is delivered, in order, none left out."""
     log = tmp_path / "log"
