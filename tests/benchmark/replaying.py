@@ -150,6 +150,7 @@ def dask_scaling() -> list[dict[str, Any]]:
                     seconds = _replay(capture, store, None)
                 shutil.rmtree(store)
                 into.append(records / seconds)
+                print(f"bench: {workers} workers: {seconds:.1f} s", file=sys.stderr)
     scaling = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     return [
         figure("dask_scaling", "times one worker", scaling),
