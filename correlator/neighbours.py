@@ -19,44 +19,48 @@ from mace.records import Batch
 
 ARP_BYTES: Final = 28
 """ARP for IPv4 over Ethernet (RFC 826)."""
-SOLICITATION_BYTES: Final = 72
-"""IPv6 header, neighbour solicitation, and its one option (RFC 4861, 4.3)."""
+PADDED_BYTES: Final = 46
+"""The same as it is received from a wire: least payload of an Ethernet frame (IEEE 802.3, 3.2.7)."""
+ND_BYTES: Final = 72
+"""IPv6 header, neighbour solicitation or advertisement, and its one option (RFC 4861, 4.3 and 4.4)."""
 ICMPV6: Final = 58
 SOLICITATION: Final = 135
-"""ICMPv6 type."""
+ADVERTISEMENT: Final = 136
+"""ICMPv6 types."""
 MOST: Final = 1 << 20
-"""Requests that are remembered; beyond it the oldest are forgotten, and what waited for them is like any other."""
+"""Requests and answers that are remembered; beyond it the oldest are forgotten, and what waited for them is like any
+other."""
 
 
 class Asked:
-    """When requests left by which device."""
+    """When requests left by which device, and when answers came in."""
 
     def __init__(self) -> None:
         self.dev = np.zeros(0, np.int64)
-        """Sightings."""
+        """Sightings of requests; of answers, their complement (negative)."""
         self.ts = np.zeros(0, np.int64)
         """When, ascending."""
 
     def note(self, batch: Batch) -> None:
-        """Remember the requests among these records.
+        """Remember the requests and answers among these records.
 
-        Where the source does not read packets, what has a request's length is taken for one: a packet too many that
-        is not averaged in is better than one too few.
+        Where the source does not read packets, what has their length is taken for one.
         """
         length, told = batch.l3_len, batch.content
-        likely: npt.NDArray[np.intp] = np.flatnonzero(
-            ((length == ARP_BYTES) | (length == SOLICITATION_BYTES)) & (batch.hook == Hook.NET_DEV_QUEUE)
-        )
+        request, answer = batch.hook == Hook.NET_DEV_QUEUE, batch.hook == Hook.NETIF_RECEIVE_SKB
+        arp = (length == ARP_BYTES) | (answer & (length == PADDED_BYTES))
+        likely: npt.NDArray[np.intp] = np.flatnonzero((request | answer) & (arp | (length == ND_BYTES)))
         if told is not None and len(likely):
-            arp = (told.ip_version[likely] == 0) & (length[likely] == ARP_BYTES)
-            solicitation = (told.l4_proto[likely] == ICMPV6) & (told.l4_bits[likely] == SOLICITATION)
-            likely = likely[arp | solicitation]
+            kind = np.where(request[likely], SOLICITATION, ADVERTISEMENT)
+            discovery = (told.l4_proto[likely] == ICMPV6) & (told.l4_bits[likely] == kind)
+            likely = likely[(arp[likely] & (told.ip_version[likely] == 0)) | discovery]
         if len(likely):
-            self.dev = np.append(self.dev, batch.dev[likely].astype(np.int64))[-MOST:]
+            dev = batch.dev[likely].astype(np.int64)
+            self.dev = np.append(self.dev, np.where(request[likely], dev, ~dev))[-MOST:]
             self.ts = np.append(self.ts, batch.ts_ns[likely])[-MOST:]
 
     def since(self, from_ns: int) -> Asked:
-        """The same of requests from that time on."""
+        """The same of what was seen from that time on."""
         first = int(np.searchsorted(self.ts, from_ns))
         later = Asked()
         later.dev, later.ts = self.dev[first:], self.ts[first:]
@@ -69,7 +73,7 @@ class Asked:
             self.dev, self.ts = self.dev[first:], self.ts[first:]
 
     def waited(self, lives: Lives, which: Mask) -> Mask:
-        """Which of these lives were routed while a request left by the device that they were sent to."""
+        """Which of these lives were routed while the device that they were sent to asked, and had an answer."""
         found = np.zeros(len(which), np.bool_)
         if not len(self.ts):
             return found
@@ -81,11 +85,15 @@ class Asked:
             & which[lives.life[1:]]
         )
         dev = lives.place[at] & (CODES - 1)
-        for code in np.unique(self.dev).tolist():
+        for code in np.unique(self.dev[self.dev >= 0]).tolist():
             mine = at[dev == code]
             asked: Ints = self.ts[self.dev == code]
-            between = np.searchsorted(asked, lives.ts[mine], "left") > np.searchsorted(
-                asked, lives.ts[mine - 1], "right"
-            )
+            answered: Ints = self.ts[self.dev == ~code]
+            if not len(mine) or not len(answered):
+                continue
+            # The first request behind the one record, and the last answer before the other.
+            request = asked[np.minimum(np.searchsorted(asked, lives.ts[mine - 1], "right"), len(asked) - 1)]
+            answer = answered[np.maximum(np.searchsorted(answered, lives.ts[mine], "left") - 1, 0)]
+            between = (lives.ts[mine - 1] < request) & (request < answer) & (answer < lives.ts[mine])
             found[lives.life[mine[between]]] = True
         return found

@@ -87,7 +87,7 @@ def make() -> build.Dashboard:
             "Newest packets",
             "The last 200 crossings that were stored, one row for each device. Position is the hop's number in that"
             " packet's own path.",
-            'SELECT "delay_ns", "position", "l3_len", "dropped", "host", "container", "device", "direction", "segment",'
+            'SELECT "delay_ns", "position", "l3_len", "host", "container", "device", "direction", "segment",'
             f' "grade", "source" FROM "device_delay" WHERE {where(VARIABLES)}{by(())} ORDER BY time DESC LIMIT 200',
             units={"delay_ns": "ns", "l3_len": "bytes"},
             height=10,

@@ -25,10 +25,11 @@ def correlate(tape, *, content=None, slice_ns=100_000_000):
     return Delays.concatenate([r.delays for r in results]), results[-1], [w for r in results for w in r.windows]
 
 
-def a_first_packet_and_another(length=28, device="out0", at=500):
+def a_first_packet_and_another(length=28, device="out0", at=500, answer="out0", answer_at=800_000, answer_length=None):
     tape = Tape()
     tape.packet(FIRST, 0, skb=1, step=STEPS)
     tape.packet(f"Q:{device} X:{device}", at, skb=2, step=1, length=length)
+    tape.packet(f"r:{answer} R:{answer}", answer_at, skb=4, step=1, length=answer_length or length)
     tape.packet(FIRST, 2_000_000, skb=3, step=10)
     return tape
 
@@ -50,7 +51,11 @@ def test_the_first_packet_is_flagged_and_in_no_window(length, slice_ns):
         ("asked on another device", {"device": "veth2"}),
         ("asked before", {"at": 35}),
         ("asked after", {"at": 950_000}),
-        ("no request", {"length": 29}),
+        ("no request", {"length": 29, "answer_length": 28}),
+        ("no answer", {"answer_length": 29}),
+        ("answered before it was asked", {"at": 700_000, "answer_at": 600_000}),
+        ("answered after", {"answer_at": 950_000}),
+        ("answered on another device", {"answer": "rem0"}),
     ],
 )
 def test_what_did_not_wait(why, changed):
@@ -71,9 +76,16 @@ def test_what_did_not_wait(why, changed):
 )
 def test_a_source_that_reads_packets_takes_nothing_else_for_a_request(told, length, waited):
     def content(batch):
-        asking = (batch.l3_len == length) & (batch.hook == Q)
-        columns = {name: np.where(asking, value, 4) for name, value in told.items()}
+        mine = batch.l3_len == length
+        columns = {name: np.where(mine, value, 4) for name, value in told.items()}
+        if columns.get("l4_bits") is not None and told["l4_bits"] == 135:
+            columns["l4_bits"] = np.where(mine & (batch.hook != Q), 136, columns["l4_bits"])
         return Content.of(len(batch), packet_key=batch.skb_id, flags=np.full(len(batch), Flag.KEY), **columns)
 
     _, last, _ = correlate(a_first_packet_and_another(length), content=content)
     assert last.grades.waited == waited
+
+
+def test_an_answer_from_a_wire_is_padded():
+    _, last, _ = correlate(a_first_packet_and_another(answer_length=46))
+    assert last.grades.waited == 1
