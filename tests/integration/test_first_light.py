@@ -96,9 +96,10 @@ def test_large_tcp_buffers_stay_whole(tmp_path):
             assert lab.tcp("c1", size=total).received == total
         bytes_by_path = measurement.query(
             f"SELECT devices, sum(l3_len - 52) FROM ({PATHS})"
-            " WHERE container = 'c1' AND direction = 'egress' AND l3_len > 60 GROUP BY ALL"
+            " WHERE container = 'c1' AND direction = 'egress' AND l3_len > 100 GROUP BY ALL"
         )
-        # Without the handshake, every byte was seen, on the same way; the kernel may have sent some twice.
+        # Without the handshake and a new interface's report of multicast groups (96 bytes, when the kernel likes),
+        # every byte was seen, on the same way; the kernel may have sent some twice.
         [(devices, payload)] = bytes_by_path
         assert devices == ways(lab, "c1")["egress"]
         assert total <= payload < 1.01 * total
