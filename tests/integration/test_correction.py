@@ -37,7 +37,7 @@ def ping(lab, *argv, **options):
 def run(lab, tmp_path_factory):
     """What `mace ping` printed, with a neighbour that pings at the same pace; and the capture of it."""
     capture = tmp_path_factory.mktemp("corrected") / "run.mace"
-    with lab.start_ping("c2", count=4 * COUNT, interval_s=0.01) as neighbour:
+    with lab.start_ping("c2", count=4 * COUNT, size=64, interval_s=0.01) as neighbour:
         done = ping(lab, "--record", capture, "-D", "-c", COUNT, "-i", "0.01")
         neighbour.stop()
     return done.stdout, capture
@@ -87,7 +87,7 @@ def test_without_times_order_is_enough(run, tmp_path):
     said.write_text(re.sub(r"^\[[0-9.]+\] ", "", as_ping_said(shown), flags=re.MULTILINE))
     found = json.loads(mace("correct", said, capture, "--container", "c1", "--json").stdout)
     assert found["paired"] == COUNT
-    # The neighbour's packets do not fit: it was sending before and after, and their times say nothing.
+    # The neighbour's packets do not fit: they are longer. At one pace and of one length, only times could tell.
     other = json.loads(mace("correct", said, capture, "--container", "c2", "--json").stdout)
     assert other["paired"] == 0
 
