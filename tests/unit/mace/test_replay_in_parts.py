@@ -50,6 +50,7 @@ def replayed(capture, store, **how):
     return into_store(files(capture), str(store), ENGINE, CONFIG, **{"part_bytes": PART} | how)[0]
 
 
+@pytest.mark.slow
 def test_parts_in_turn(capture, reference, tmp_path):
     summary = replayed(capture, tmp_path / "store")
     assert count_rows(tmp_path / "store", "delays") > 50_000
@@ -60,6 +61,7 @@ def test_parts_in_turn(capture, reference, tmp_path):
     assert not (tmp_path / "store" / "replay").exists()
 
 
+@pytest.mark.slow
 def test_the_store_reads_like_any_other(capture, reference, tmp_path):
     replayed(capture, tmp_path / "store")
     one, other = (Store(path) for path in (reference[0], tmp_path / "store"))
@@ -90,6 +92,7 @@ def test_parts_that_suppose_their_state(capture, reference, tmp_path, warm_up_ns
         assert not again[False]
 
 
+@pytest.mark.slow
 def test_no_rows_and_no_store(capture, reference, tmp_path):
     windows_only = replace(ENGINE, rows=False)
     into_store(files(capture), str(tmp_path / "store"), windows_only, CONFIG, part_bytes=PART)
@@ -214,6 +217,7 @@ def test_damage_ends_it_where_it_is_and_leaves_what_came_before(capture, tmp_pat
     assert json.loads((tmp_path / "salvaged" / "store.json").read_text())["schema"] == 1
 
 
+@pytest.mark.slow
 def test_a_capture_without_an_end_is_told_of(capture, tmp_path):
     (tmp_path / "cut.mace").write_bytes(capture_bytes(hard_stream(), end=False)[:-10])
     store = tmp_path / "store"
@@ -258,6 +262,7 @@ def memory():
     files_there.rm("/", recursive=True)
 
 
+@pytest.mark.slow
 def test_from_a_url_into_a_url(capture, reference, tmp_path, memory):
     memory.pipe("/captures/hard.mace", capture.read_bytes())
     files_there = files("memory://captures/hard.mace")
@@ -283,6 +288,7 @@ def test_from_a_url_into_a_url(capture, reference, tmp_path, memory):
     assert total == polars.concat(frames)["delay_ns"].sum()
 
 
+@pytest.mark.slow
 def test_file_urls_are_this_machine(capture, reference, tmp_path):
     pytest.importorskip("fsspec")
     into_store(files(f"file://{capture}"), f"file://{tmp_path}/store", ENGINE, CONFIG, part_bytes=PART)
