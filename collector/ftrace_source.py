@@ -57,9 +57,9 @@ _KEPT_BYTES: Final = 24 << 20
 """glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 _BATCH_RECORDS: Final = 1 << 17
 """Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
-_FILLED_PERCENT: Final = 12
-"""A ring so full is emptied at once. Of 8 MiB it is 25,000 events, enough for a tick to cost little per event, and what
-the heaviest flood writes until the next look fits into the rest several times."""
+_FILLED_PERCENT: Final = 5
+"""A ring so full is emptied at the next look. Of 8 MiB it is 10,000 events: enough for a tick to cost little per event, and
+so few that under the heaviest flood each look finds them, and batches grow no larger than they would by time alone."""
 _SETTLE_S: Final = 0.01
 """Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
 

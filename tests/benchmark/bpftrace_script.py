@@ -1,13 +1,13 @@
 """What a user would write who has bpftrace's text and wants what MACE gives: a script in plain Python.
 
 A line is `<ns> <event> <buffer> [<device> <length>]`. Per packet it gives the path in order, in either direction, the
-time between a device and the next, the overhead between inner and outer device; of them all a ledger, drops, and windows
-of a second with count, sum, min, max, four quantiles and a histogram that can be merged with others. It is written for
-speed where that costs no line: split() and not a regular expression, no classes, lists that are sorted once.
+time between a device and the next, the overhead between inner and outer device; of them all a ledger, drops, and
+windows of a second with count, sum, min, max, four quantiles and a histogram that can be merged with others. It is
+written for speed where that costs no line: split() and not a regular expression, tuples, lists that are sorted once.
 
-What it does not do, and MACE does: tell devices of one name in two network namespaces apart, see a buffer that was freed
-without an event and used again before it comes to a device it was at, work on a stream that does not end, and store what
-it found.
+What it does not do, and MACE does: tell devices of one name in two network namespaces apart, see a buffer that was
+freed without an event and used again before it comes to a device it was at, work on a stream that does not end, and
+store what it found.
 """
 
 from collections import Counter, defaultdict

@@ -6,7 +6,6 @@ recording to per-packet delays. For the peer that is `perf script` with the scri
 there both ways are also compared from the kernel's ring on, by CPU time. The flood is short, since the peers are slow.
 """
 
-import os
 import re
 import statistics
 import subprocess
@@ -61,7 +60,7 @@ def _ours(capture: Path) -> tuple[float, int]:
 
 def _cpu_s(process: subprocess.Popen[bytes]) -> float:
     """CPU time of a running process so far, of all its threads, in user space and in the kernel."""
-    # clock_getcpuclockid(3), which Python has for threads only: ~pid and CPUCLOCK_SCHED (kernel/time/posix-cpu-timers.c).
+    # clock_getcpuclockid(3), which Python has for threads only: ~pid and CPUCLOCK_SCHED (posix-cpu-timers.c).
     return time.clock_gettime(~process.pid << 3 | 2)
 
 
