@@ -58,8 +58,8 @@ _KEPT_BYTES: Final = 24 << 20
 _BATCH_RECORDS: Final = 1 << 17
 """Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
 _FILLED_PERCENT: Final = 5
-"""A ring so full is emptied at the next look. Of 8 MiB it is 10,000 events: enough for a tick to cost little per event, and
-so few that under the heaviest flood each look finds them, and batches grow no larger than they would by time alone."""
+"""A ring so full is emptied at the next look. Of 8 MiB it is 10,000 events: enough for a tick to cost little per event,
+and so few that under the heaviest flood each look finds them: batches grow no larger than they would by time alone."""
 _SETTLE_S: Final = 0.01
 """Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
 
