@@ -175,6 +175,10 @@ def test_an_unfinished_replay_is_not_written_over(capture, tmp_path):
     other = write_capture(tmp_path / "other.mace", replace(HEADER, run="other"))
     with pytest.raises(StoreError, match=r"another one.*files: "):
         into_store(files(other), str(store), ENGINE, CONFIG, resume=True)
+    plan = json.loads((store / "replay" / "plan.json").read_text())
+    (store / "replay" / "plan.json").write_text(json.dumps(plan | {"mace-replay": 1}))
+    with pytest.raises(StoreError, match=r"another one.*version of MACE"):
+        into_store(files(capture), str(store), ENGINE, CONFIG, resume=True)
 
     with pytest.raises(StoreError, match="a replay was stopped here"):
         asyncio.run(EmbeddedStore(store).open(HEADER))
