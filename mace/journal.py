@@ -148,7 +148,8 @@ def _summary_to_json(summary: Summary) -> list[Any]:
             width,
             [getattr(place, name) for name in Place.__slots__],
             *(int(direction), int(segment)),
-            *(one.count, one.sum_ns, one.min_ns, one.max_ns, *(packed(column, _HISTOGRAM) for column in one.histogram())),
+            *(one.count, one.sum_ns, one.min_ns, one.max_ns),
+            *(packed(column, _HISTOGRAM) for column in one.histogram()),
         ]
         for width, (place, direction, segment), one in summary.distributions()
     ]
