@@ -16,7 +16,7 @@ class FileWindow:
 
     def __init__(self, path: Path | str, file: BinaryIO) -> None:
         self.path, self._file = path, file
-        self.bytes: Final = bytearray()
+        self.bytes = bytearray()
         self.offset = 0
         """In the file, of the first of `bytes`."""
 
