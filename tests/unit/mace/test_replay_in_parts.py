@@ -4,7 +4,9 @@ import asyncio
 import json
 import shutil
 import signal
+import threading
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import duckdb
@@ -178,6 +180,10 @@ def test_an_unfinished_replay_is_not_written_over(capture, tmp_path):
     other = write_capture(tmp_path / "other.mace", replace(HEADER, run="other"))
     with pytest.raises(StoreError, match=r"another one.*files: "):
         into_store(files(other), str(store), ENGINE, CONFIG, resume=True)
+    plan = json.loads((store / "replay" / "plan.json").read_text())
+    (store / "replay" / "plan.json").write_text(json.dumps(plan | {"mace-replay": 1}))
+    with pytest.raises(StoreError, match=r"another one.*version of MACE"):
+        into_store(files(capture), str(store), ENGINE, CONFIG, resume=True)
 
     with pytest.raises(StoreError, match="a replay was stopped here"):
         asyncio.run(EmbeddedStore(store).open(HEADER))
@@ -286,6 +292,48 @@ def test_from_a_url_into_a_url(capture, reference, tmp_path, memory):
     ]
     assert count == count_rows(reference[0], "delays") == sum(map(len, frames))
     assert total == polars.concat(frames)["delay_ns"].sum()
+
+
+@contextmanager
+def served(folder):
+    """The URL of a web server on loopback that gives out a folder, parts of files too, and what it was asked for."""
+    web = pytest.importorskip("aiohttp.web")
+    loop, asked = asyncio.new_event_loop(), []
+
+    @web.middleware
+    async def noting(request, handler):
+        asked.append((request.method, request.path, request.headers.get("Range", "")))
+        return await handler(request)
+
+    async def start():
+        application = web.Application(middlewares=[noting])
+        application.router.add_static("/", folder)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", asked
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_from_a_web_server(capture, reference, tmp_path):
+    """A real server, which is asked for stretches of the capture."""
+    pytest.importorskip("fsspec")
+    with served(capture.parent) as (url, asked):
+        into_store(files(f"{url}/{capture.name}"), str(tmp_path / "store"), ENGINE, CONFIG, part_bytes=PART)
+        with pytest.raises(Unavailable, match=r"none\.mace"):
+            files(f"{url}/none.mace")
+    assert differences(reference[0], tmp_path / "store") == {}
+    assert {ranges.split("-")[0] for method, _, ranges in asked if method == "GET" and ranges} >= {"bytes=0"}
 
 
 @pytest.mark.slow
