@@ -55,7 +55,7 @@ def test_round_trips_are_in_the_database_as_they_were_shown(lab, tmp_path):
 
 @pytest.mark.needs("mosquitto", "openssl")
 def test_what_is_published_live_is_stored_elsewhere_as_here(lab, tmp_path):
-    """Real packets, real broker, two processes: what the ingest stores is what the run itself has stored, to the bit."""
+    """Real packets, real broker, two processes: the ingest stores what the run itself has stored, to the bit."""
     with mosquitto(tmp_path / "broker") as broker:
         served = Served(broker, tmp_path / "elsewhere").start()
         try:
