@@ -34,6 +34,7 @@ import duckdb
 
 from mace.broker import Broker
 from mace.config import MqttConfig
+from mace.errors import UsageError, nearest
 from mace.records import Batch
 from mace.vitals import process_figures
 from storage import segments
@@ -267,8 +268,9 @@ async def soak(args: argparse.Namespace, broker: Mosquitto, place: Path, disks: 
         await sink.write(TOPOLOGY)
         feeding, noting = asyncio.create_task(feed.run(sink, stop)), asyncio.create_task(note())
         faults = Faults(broker, served, link, disks)
-        half_s = args.minutes * 60 / (2 * len(faults.phases) * args.turns)
-        for name, fault in list(faults.phases.items()) * args.turns:
+        phases = chosen(faults.phases, args.fault)
+        half_s = args.minutes * 60 / (2 * len(phases) * args.turns)
+        for name, fault in phases * args.turns:
             await fault(half_s)
             await asyncio.sleep(half_s)
             print(json.dumps(phase(name, notes[-1])), flush=True)
@@ -283,6 +285,14 @@ async def soak(args: argparse.Namespace, broker: Mosquitto, place: Path, disks: 
         served.signal(signal.SIGKILL)
         link.close()
     return verdict(store, sink, feed, notes, status, link), notes
+
+
+def chosen(phases: dict[str, Any], names: list[str]) -> list[tuple[str, Any]]:
+    """The faults that were asked for, or all. Raises `UsageError`."""
+    for name in names:
+        if name not in phases:
+            raise UsageError(f"no fault {name!r}{nearest(name, phases)}; there are {', '.join(phases)}")
+    return [(name, fault) for name, fault in phases.items() if not names or name in names]
 
 
 def phase(name: str, note: dict[str, Any]) -> dict[str, Any]:
