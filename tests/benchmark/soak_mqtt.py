@@ -203,13 +203,17 @@ class Faults:
 
 async def full(disk: Path, seconds: float) -> None:
     """No room on a disk, not even that which is given back meanwhile."""
-    filler, until = disk / "filler", time.monotonic() + seconds
+    await asyncio.to_thread(keep_full, disk / "filler", seconds)
+
+
+def keep_full(filler: Path, seconds: float) -> None:
+    until = time.monotonic() + seconds
     with filler.open("wb", buffering=0) as file:
         while time.monotonic() < until:
             with contextlib.suppress(OSError):
                 while time.monotonic() < until:
                     file.write(bytes(1 << 20))
-            await asyncio.sleep(0.2)
+            time.sleep(0.2)
     filler.unlink()
 
 
