@@ -37,6 +37,10 @@ class Verdict:
     recall: float
     delay_error_p50_ns: int
     delay_error_p99_ns: int
+    round_trips: int
+    """Requests and their echoes, both with a right row."""
+    round_trip_error_p50_ns: int
+    """The same error of a request's and its echo's overhead together."""
     recall_bound: float
     """What the records that there are allow: `mace.verify.bound`."""
     wrong: int
@@ -92,7 +96,8 @@ def table(verdicts: list[Verdict]) -> Table:
         "recall",
         "of at most",
         "error p50",
-        "p99, µs",
+        "p99",
+        "both ways p50, µs",
         "records",
         "lost",
         "grades",
@@ -107,6 +112,7 @@ def table(verdicts: list[Verdict]) -> Table:
             f"{v.recall_bound:.3f}",
             f"{v.delay_error_p50_ns / 1000:.1f}",
             f"{v.delay_error_p99_ns / 1000:.1f}",
+            f"{v.round_trip_error_p50_ns / 1000:.1f}" if v.round_trips else "–",
             f"{v.records:,}",
             f"{v.lost:,}",
             ", ".join(f"{name} {count:,}" for name, count in v.grades.items() if count and name != "told_apart"),
@@ -161,6 +167,8 @@ def judged(scenario: Scenario, stage: Stage, whole: stream.Stream, engine: Engin
         recall=round(score.recall, 6),
         delay_error_p50_ns=score.error_ns(0.5),
         delay_error_p99_ns=score.error_ns(0.99),
+        round_trips=len(score.trip_errors_ns),
+        round_trip_error_p50_ns=score.trip_error_ns(0.5),
         recall_bound=round(possible, 6),
         wrong=score.wrong,
         records=worked.ledger.records,

@@ -72,6 +72,8 @@ class Score:
     """Rows of packets without a number; in no figure."""
     errors_ns: list[int] = field(default_factory=list)
     """MACE's delay less the observers', of every right row."""
+    trip_errors_ns: list[int] = field(default_factory=list)
+    """The same of egress and ingress together, of each number with a right row both ways: a request and its echo."""
     matched: dict[int, Packet] = field(default_factory=dict)
     """By `Delays.packet`: the right rows."""
 
@@ -87,7 +89,15 @@ class Score:
 
     def error_ns(self, quantile: float) -> int:
         """Quantile of the delays' absolute error; 0 if there are none."""
-        return int(np.quantile(np.abs(self.errors_ns), quantile)) if self.errors_ns else 0
+        return _quantile(self.errors_ns, quantile)
+
+    def trip_error_ns(self, quantile: float) -> int:
+        """The same of egress and ingress together."""
+        return _quantile(self.trip_errors_ns, quantile)
+
+
+def _quantile(errors_ns: Sequence[int], quantile: float) -> int:
+    return int(np.quantile(np.abs(errors_ns), quantile)) if errors_ns else 0
 
 
 def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
@@ -139,6 +149,7 @@ def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: in
 def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> Score:
     """Judge rows by what was seen at each container's inner device, by its name, and at the outer one."""
     result = Score()
+    ways_ns: dict[tuple[str, Packet], list[int]] = defaultdict(list)
     for way, sent in _WAYS:
         outer_places = _Places(outer, sent)
         for container, sights in inner.items():
@@ -156,10 +167,12 @@ def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Seq
                     result.matched[row.packet] = packet
                     true_ns = outer_places.at_ns[packet] - inner_places.at_ns[packet]
                     result.errors_ns.append(row.delay_ns - (true_ns if sent else -true_ns))
+                    ways_ns[container, packet].append(result.errors_ns[-1])
                 elif row.l3_len <= UNNUMBERED_BYTES:
                     result.others += 1
                 else:
                     result.wrong += 1
+    result.trip_errors_ns = [sum(both) for both in ways_ns.values() if len(both) == len(_WAYS)]
     return result
 
 
