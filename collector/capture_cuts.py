@@ -131,7 +131,11 @@ class _Scan:
         return self._decoder.peek(head, self._file.read(head.stored))
 
     def _warm(self, from_ns: int) -> Position | None:
-        """The last batch frame that begins no later than `from_ns`, found by looking back in growing steps."""
+        """A batch frame that begins no later than `from_ns`, and not much earlier.
+
+        Looked for from the end, as far back as the pace of the batches in between says, and a fifth further.
+        """
+        newest = (0, 0)
         back = 1
         while True:
             back = min(back, len(self._batches))
@@ -140,9 +144,15 @@ class _Scan:
                 batch, before = self._decode(offset)
             except WireError:
                 return None
-            if back == len(self._batches) or (len(batch) and batch.ts_ns[0] <= from_ns):
+            first = int(batch.ts_ns[0]) if len(batch) else None
+            if back == len(self._batches) or (first is not None and first <= from_ns):
                 return Position(offset, sequence, before, topologies)
-            back += max(back // 4, 1)
+            step = max(back // 4, 1)
+            if first is not None and back > newest[0] > 0 and newest[1] > first:
+                step = max((first - from_ns) * (back - newest[0]) * 6 // ((newest[1] - first) * 5), 1)
+            if first is not None and not newest[0]:
+                newest = (back, first)
+            back += step
 
 
 def stretch(

@@ -10,24 +10,21 @@ is a `CaptureError` at the byte where the frame begins; with `salvage` it is ski
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
+from collector.file_window import FileWindow
 from collector.opening import is_url, open_binary
+from collector.plain_reader import PlainReader
 from mace import wire
 from mace.errors import CaptureError, WireError
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
-from mace.schema import HookCost
 from mace.topology import Topology
-
-_READ_BYTES: Final = 1 << 20
-"""One read: some 400,000 records, far more than a system call costs, far less than anyone's memory."""
 
 _DAMAGE_TOLD: Final = 1000
 """Places of damage that are told apart; the last one then grows. A hostile file has millions."""
@@ -94,11 +91,9 @@ class Capture:
         """What salvage skipped."""
         self._salvage = salvage
         self._decoder = wire.Decoder(gaps=salvage)
-        self._window = bytearray()
-        self._offset = 0
-        """In the file, of the first byte in the window."""
         self._file: BinaryIO
         self._file, self.bytes_total = open_binary(path)
+        self._window = FileWindow(self.path, self._file)
         try:
             self.header: Final = self._read_header()
         except BaseException:
@@ -120,16 +115,12 @@ class Capture:
     def go_to(self, position: Position) -> None:
         """Read on from a frame further on, as if all before it had been read. Before the first item only."""
         for offset, sequence in position.topologies:
-            self._seek(offset)
+            self._window.seek(offset)
             self._decoder.skip_to(sequence, 0)
             if not isinstance(self._next(), Topology):
                 raise CaptureError(self.path, offset, "no TOPOLOGY is here any more: the file has changed")
-        self._seek(position.offset)
+        self._window.seek(position.offset)
         self._decoder.skip_to(position.sequence, position.records)
-
-    def _seek(self, offset: int) -> None:
-        self._window.clear()
-        self._offset = self._file.seek(offset)
 
     @property
     def topology(self) -> Topology | None:
@@ -144,7 +135,7 @@ class Capture:
     @property
     def bytes_read(self) -> int:
         """How far reading has come, for a progress bar."""
-        return self._offset
+        return self._window.offset
 
     @property
     def records(self) -> int:
@@ -172,7 +163,7 @@ class Capture:
                 raise
             except WireError as error:
                 if not self._salvage:
-                    raise CaptureError(self.path, self._offset, str(error)) from error
+                    raise CaptureError(self.path, self._window.offset, str(error)) from error
                 self._skip(str(error))
                 continue
             if message is None:
@@ -182,15 +173,15 @@ class Capture:
 
     def _read_header(self) -> StreamHeader:
         try:
-            self._fill(len(wire.FILE_HEAD) + wire.HEAD_SIZE)
-            head = self._window[: len(wire.FILE_HEAD)]
+            self._window.fill(len(wire.FILE_HEAD) + wire.HEAD_SIZE)
+            head = self._window.bytes[: len(wire.FILE_HEAD)]
             if head[: len(wire.SIGNATURE)] != wire.SIGNATURE[: len(head)]:
                 raise WireError(_not_a_capture(bytes(head)))
             if len(head) < len(wire.FILE_HEAD):
                 raise WireError("the file is cut inside its signature" if head else "the file is empty")
             version = int.from_bytes(head[len(wire.SIGNATURE) :], "little")
             wire.check_version(version)
-            self._drop(len(head))
+            self._window.drop(len(head))
             message = self._next()
             if not isinstance(message, StreamHeader):
                 raise WireError("the file is cut inside its header")
@@ -199,56 +190,56 @@ class Capture:
         except CaptureError:
             raise
         except WireError as error:
-            raise CaptureError(self.path, self._offset, str(error)) from error
+            raise CaptureError(self.path, self._window.offset, str(error)) from error
         return message
 
     def _next(self) -> wire.Decoded | None:
         """The next frame's message; None at the end. A frame that is refused stays where it is."""
-        have = self._fill(wire.HEAD_SIZE)
+        have = self._window.fill(wire.HEAD_SIZE)
         if not have:
             if self._decoder.end is None:
-                self.truncated = Truncated(self._offset, 0)
+                self.truncated = Truncated(self._window.offset, 0)
             return None
         if self._decoder.end is not None:
             raise WireError("the file goes on after its END mark (two captures in one file? replay them one by one)")
-        if have < wire.HEAD_SIZE and self._window[: len(wire.SYNC)] == wire.SYNC[:have]:
-            self.truncated = Truncated(self._offset, have)
-            self._drop(have)
+        if have < wire.HEAD_SIZE and self._window.bytes[: len(wire.SYNC)] == wire.SYNC[:have]:
+            self.truncated = Truncated(self._window.offset, have)
+            self._window.drop(have)
             return None
-        head = self._decoder.head(self._window)
+        head = self._decoder.head(self._window.bytes)
         size = wire.HEAD_SIZE + head.stored
-        have = self._fill(size)
+        have = self._window.fill(size)
         if have < size:
             # The head is intact (it has a checksum of its own), so this is a cut and no lie about the size.
-            self.truncated = Truncated(self._offset, have)
-            self._drop(have)
+            self.truncated = Truncated(self._window.offset, have)
+            self._window.drop(have)
             return None
-        message = self._decoder.payload(head, bytes(self._window[wire.HEAD_SIZE : size]))
-        self._drop(size)
+        message = self._decoder.payload(head, bytes(self._window.bytes[wire.HEAD_SIZE : size]))
+        self._window.drop(size)
         return message
 
     def _skip(self, why: str) -> None:
         """To the next place where a frame may begin, or to the end."""
-        start, size = self._offset, 1
+        start, size = self._window.offset, 1
         with contextlib.suppress(WireError):
             # An intact head tells the size. Looking for frames inside would let a hostile file be read over and over.
-            size = wire.HEAD_SIZE + wire.parse_head(self._window).stored
-        self._drop(self._fill(size))
-        while self._fill(wire.HEAD_SIZE):
-            found = self._window.find(wire.SYNC)
+            size = wire.HEAD_SIZE + wire.parse_head(self._window.bytes).stored
+        self._window.drop(self._window.fill(size))
+        while self._window.fill(wire.HEAD_SIZE):
+            found = self._window.bytes.find(wire.SYNC)
             if found < 0:
                 # All but what may be the first part of a sync mark.
-                self._drop(max(len(self._window) - len(wire.SYNC) + 1, 1))
+                self._window.drop(max(len(self._window.bytes) - len(wire.SYNC) + 1, 1))
                 continue
-            self._drop(found)
-            if self._fill(wire.HEAD_SIZE) < wire.HEAD_SIZE:
+            self._window.drop(found)
+            if self._window.fill(wire.HEAD_SIZE) < wire.HEAD_SIZE:
                 break
             try:
-                wire.parse_head(self._window)
+                wire.parse_head(self._window.bytes)
                 break
             except WireError:
-                self._drop(1)
-        self._tell(Damage(start, self._offset - start, why))
+                self._window.drop(1)
+        self._tell(Damage(start, self._window.offset - start, why))
 
     def _tell(self, damage: Damage) -> None:
         if self.damage:
@@ -257,22 +248,6 @@ class Capture:
                 self.damage[-1] = Damage(last.offset, damage.offset + damage.length - last.offset, last.why)
                 return
         self.damage.append(damage)
-
-    def _fill(self, size: int) -> int:
-        """Read until the window has `size` bytes or the file ends; how many it has, at most `size`."""
-        while len(self._window) < size:
-            try:
-                block = self._file.read(_READ_BYTES)
-            except OSError as error:
-                raise CaptureError(self.path, self._offset, error.strerror or str(error)) from error
-            if not block:
-                break
-            self._window += block
-        return min(len(self._window), size)
-
-    def _drop(self, size: int) -> None:
-        del self._window[:size]
-        self._offset += size
 
 
 def _not_a_capture(head: bytes) -> str:
@@ -287,7 +262,7 @@ def read(path: Path | str, *, salvage: bool = False) -> Iterator[StreamItem]:
         yield from capture
 
 
-class CaptureSource:
+class CaptureSource(PlainReader):
     """A capture file as a `Source`, at the speed of the reader."""
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
@@ -295,25 +270,16 @@ class CaptureSource:
         self.capture: Capture | None = None
         """Open file: `bytes_total`, `bytes_read`, `truncated`, `damage`, `warnings`."""
         self._salvage = salvage
-        self._stop = False
 
     async def open(self) -> StreamHeader:
         """Open the file; raises `Unavailable` or `CaptureError`."""
         self.capture = Capture(self.path, salvage=self._salvage)
         return self.capture.header
 
-    async def items(self) -> AsyncIterator[StreamItem]:
-        """The stream; raises `CaptureError`. Gives way to other tasks after each item."""
+    def read(self) -> Iterator[StreamItem]:
+        """See `PlainReader`."""
         assert self.capture is not None, "open() first"
-        for item in self.capture:
-            yield item
-            await asyncio.sleep(0)
-            if self._stop:
-                return
-
-    def request_stop(self) -> None:
-        """End after the current item."""
-        self._stop = True
+        yield from self.capture
 
     async def aclose(self) -> None:
         """Close the file."""
@@ -324,11 +290,6 @@ class CaptureSource:
     def discarded(self) -> int:
         """Records that salvage had to skip."""
         return self.capture.discarded if self.capture else 0
-
-    @property
-    def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: a capture does not hold it."""
-        return ()
 
     @property
     def bytes_total(self) -> int:

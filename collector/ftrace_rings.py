@@ -54,6 +54,10 @@ class Ring(Protocol):
         """
         ...
 
+    def fileno(self) -> int:
+        """For poll(2), which tells when the ring is filled as far as its instance says."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -91,6 +95,9 @@ class ReadRing:
         if got % self._size:
             raise SourceError(f"{self._path}: a read gave {got} bytes, expected whole pages of {self._size}")
         return got // self._size
+
+    def fileno(self) -> int:
+        return self._fd
 
     def close(self) -> None:
         os.close(self._fd)
@@ -198,6 +205,9 @@ class MmapRing:
         if not into.commits[slot] & MISSED:
             into.commits[slot] = read
         self._page, self._read = page, read
+
+    def fileno(self) -> int:
+        return self._fd
 
     def close(self) -> None:
         del self._pages, self._meta

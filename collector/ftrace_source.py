@@ -1,9 +1,11 @@
 """The kernel's tracer (ftrace) as a source: its own network events, from a private trace instance.
 
     per_cpu/cpuN/trace_pipe_raw ──pages──▶ PageDecoder ──records, gaps──▶ Merger ──▶ batches, in time order
-    (one ring per CPU)             every poll interval      markers            devices, as they change, between them
+    (one ring per CPU)             tick by tick             markers            devices, as they change, between them
 
 One tick takes all that is in the rings, the page that is being written included; nothing waits for a page to be full.
+A tick costs about the same for hundreds of events as for thousands. So records are left in the rings for a while, but
+not when one of them fills or a device changed, which is looked at more often and costs next to nothing.
 A ring that was read at time T and found empty has given all that happened before T: that drives the merge.
 
 The rings overwrite the oldest events when they are full. Of the two modes that ftrace has it is the one that tells in
@@ -17,6 +19,7 @@ import atexit
 import logging
 import platform
 import secrets
+import select
 import sys
 import time
 from collections import deque
@@ -54,6 +57,9 @@ _KEPT_BYTES: Final = 24 << 20
 """glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 _BATCH_RECORDS: Final = 1 << 17
 """Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
+_FILLED_PERCENT: Final = 5
+"""A ring so full is emptied at the next look. Of 8 MiB it is 10,000 events: enough for a tick to cost little per event,
+and so few that under the heaviest flood each look finds them: batches grow no larger than they would by time alone."""
 _SETTLE_S: Final = 0.01
 """Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
 
@@ -81,6 +87,9 @@ class FtraceConfig:
     subbuf_kib: int | None = None
     """Size of a ring's pages, KiB (Linux 6.8 and later); None leaves the kernel's."""
     poll_interval_s: float = 0.05
+    """How often to look whether a ring fills or a device changed."""
+    gather_interval_s: float = 0.25
+    """Records stay in the rings this long if there is no reason to take them earlier."""
     hold_back_ms: float = 50
     """Records are given out this much later than they could be, for what is to stand before them."""
     reader: Literal["auto", "read", "mmap"] = "auto"
@@ -92,6 +101,7 @@ class FtraceConfig:
             ("ring_kib_per_cpu", self.ring_kib_per_cpu >= 8, "at least 8"),
             ("subbuf_kib", self.subbuf_kib is None or self.subbuf_kib >= 4, "at least 4"),
             ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
+            ("gather_interval_s", 0 < self.gather_interval_s <= 10, "more than 0 and at most 10"),
             ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
             ("reader", self.reader in ("auto", "read", "mmap"), "auto, read or mmap"),
             (
@@ -146,6 +156,8 @@ class FtraceSource:
         self._stop = asyncio.Event()
         self._instance: tracefs.Instance | None = None
         self._cpus: dict[int, _Cpu] = {}
+        self._filling = select.poll()
+        """Rings that are filled to `_FILLED_PERCENT`."""
         self._merger = Merger(int(self.config.hold_back_ms * 1e6))
         self._devices: tuple[Device, ...] = ()
         self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
@@ -228,6 +240,7 @@ class FtraceSource:
         for option in _NOISE:
             instance.set_option(option, on=False)
         instance.set_ring_size(self.config.ring_kib_per_cpu, self.config.subbuf_kib)
+        instance.set_readable_at(_FILLED_PERCENT)
         self._layout = parse_header_page(instance.header_page())
         present = [t for t in self.config.tracepoints if instance.has_event(t)]
         for absent in sorted(set(self.config.tracepoints) - set(present)):
@@ -256,6 +269,7 @@ class FtraceSource:
 
     def _remove(self) -> None:
         for cpu in self._cpus.values():
+            self._filling.unregister(cpu.ring.fileno())
             cpu.ring.close()
         self._cpus.clear()
         if self._instance is not None:
@@ -287,15 +301,11 @@ class FtraceSource:
             behind = not self._read_all()
             for item in self._released():
                 yield item
-            if self._follower is not None and (devices := self._follower.poll()) is not None:
-                # New information holds from the latest time that no record was given out for.
-                self._coming.append((time.monotonic_ns() - int(self.config.hold_back_ms * 1e6), devices))
             if behind:
+                self._devices_changed()
                 await asyncio.sleep(0)
             else:
-                # A tick every interval, not an interval between ticks: decoding, and what those who read us do
-                # meanwhile, must not add to the latency.
-                await self._pause(max(began + self.config.poll_interval_s - time.monotonic(), 0))
+                await self._rest(began)
         assert self._instance is not None
         self._instance.record(on=False)
         await asyncio.sleep(_SETTLE_S)
@@ -305,6 +315,30 @@ class FtraceSource:
         self._tell_the_rest()
         for item in self._released(to_the_end=True):
             yield item
+
+    def _devices_changed(self) -> bool:
+        """Look after devices; what is new waits for its place in the stream."""
+        if self._follower is None or (devices := self._follower.poll()) is None:
+            return False
+        # New information holds from the latest time that no record was given out for. A hold-back is longer than
+        # the time between two looks, so that packets of a new device come behind it.
+        self._coming.append((time.monotonic_ns() - int(self.config.hold_back_ms * 1e6), devices))
+        return True
+
+    async def _rest(self, began_s: float) -> None:
+        """Until the next tick: when a ring fills, a device changed, or enough time passed since the last one began.
+
+        A tick every interval, not an interval between ticks: decoding, and what those who read us do meanwhile, must
+        not add to the latency.
+        """
+        due_s = began_s + self.config.gather_interval_s
+        look_s = began_s
+        while not self._stop.is_set():
+            look_s = min(look_s + self.config.poll_interval_s, due_s)
+            await self._pause(max(look_s - time.monotonic(), 0))
+            # Before Linux 6.1 a ring is readable as soon as there is anything in it: then each look is a tick.
+            if self._devices_changed() or time.monotonic() >= due_s or self._filling.poll(0):
+                return
 
     async def _pause(self, duration_s: float) -> None:
         try:
@@ -352,6 +386,7 @@ class FtraceSource:
             ring = MmapRing(path, self._layout) if self.config.reader == "mmap" else ReadRing(path, self._layout)
             since = max(self._began_ns, self._merger.given_ns or 0)
             self._cpus[number] = _Cpu(number, ring, complete_ns=since, last_ns=since)
+            self._filling.register(ring.fileno(), select.POLLIN)
             self._merger.add_cpu(number, since)
 
     def _read_all(self) -> bool:
@@ -460,6 +495,7 @@ def configured(config: CaptureConfig, devices: DeviceFollower) -> FtraceSource:
         FtraceConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
             poll_interval_s=config.poll_ms / 1000,
+            gather_interval_s=config.gather_ms / 1000,
             hold_back_ms=config.hold_back_ms,
         ),
         devices,

@@ -13,9 +13,8 @@ that ends (`consume_skb`) and was never anywhere. Times are UTC.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,13 +24,13 @@ import numpy.typing as npt
 from collector.file_options import Description, FileOptions, FileSource
 from collector.pcap_file import PacketColumns, PcapFile
 from collector.pcap_pairs import EVERYTHING_NS, INNER, OUTER, Paired, Pairing
+from collector.plain_reader import PlainReader
 from mace import __version__
 from mace.clock import ClockPair
 from mace.errors import CaptureError
 from mace.hooks import BY_HOOK, Hook
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
-from mace.schema import HookCost
 from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
 
 NAME: Final = "pcap"
@@ -97,7 +96,7 @@ def _header(paths: Sequence[Path]) -> StreamHeader:
     )
 
 
-class PcapPairSource:
+class PcapPairSource(PlainReader):
     """Two captures as a `FileSource`."""
 
     def __init__(self, inner: Path | str, outer: Path | str, options: FileOptions | None = None) -> None:
@@ -105,7 +104,6 @@ class PcapPairSource:
         self._options = options or FileOptions()
         self._files: list[PcapFile] = []
         self._pairing = Pairing(WITHIN_NS)
-        self._stop = False
         self._way: dict[int, int] = {}
         """By sender at the inner device: how many more of its packets came there first than last."""
         self._single = 0
@@ -121,18 +119,6 @@ class PcapPairSource:
             self._files.append(PcapFile(path, salvage=self._options.salvage))
         return _header(self._paths)
 
-    async def items(self) -> AsyncIterator[StreamItem]:
-        """A topology of two devices, and batches; raises `CaptureError`. Gives way to other tasks after each."""
-        for item in self.read():
-            yield item
-            await asyncio.sleep(0)
-            if self._stop:
-                return
-
-    def request_stop(self) -> None:
-        """End after the current item."""
-        self._stop = True
-
     async def aclose(self) -> None:
         """Close both."""
         for file in self._files:
@@ -142,11 +128,6 @@ class PcapPairSource:
     def discarded(self) -> int:
         """Packets that stood in their file far behind younger ones."""
         return self._pairing.late
-
-    @property
-    def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: captures do not tell."""
-        return ()
 
     @property
     def bytes_total(self) -> int:
@@ -176,7 +157,7 @@ class PcapPairSource:
         return told
 
     def read(self) -> Iterator[StreamItem]:
-        """The stream without the asyncio shell; after `open`."""
+        """See `PlainReader`."""
         begun = False
         for paired in self._decided():
             batch = self._records(paired)

@@ -9,8 +9,7 @@ A trace knows devices by name only. What they are is taken from a capture of the
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -29,13 +28,13 @@ from collector.perfetto_clock import UNKNOWN_UNCERTAINTY_NS, FtraceClock
 from collector.perfetto_events import Decoded, EventDecoder
 from collector.perfetto_survey import BUNDLE, DROPPED, FIRST, MACHINE, SEQUENCE, Stream, Survey, survey
 from collector.perfetto_wire import PacketReader
+from collector.plain_reader import PlainReader
 from mace import __version__
 from mace.clock import ClockPair
 from mace.errors import CaptureError
 from mace.hooks import Hook
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
-from mace.schema import HookCost
 
 NAME: Final = "perfetto"
 _PIECE_EVENTS: Final = 1 << 16
@@ -116,7 +115,7 @@ class _Opened:
         return cls(found, header, first, known, same, warnings)
 
 
-class PerfettoSource:
+class PerfettoSource(PlainReader):
     """A Perfetto trace as a `FileSource`, at the speed of the reader."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
@@ -125,7 +124,6 @@ class PerfettoSource:
         self._opened: _Opened | None = None
         self._packets: PacketReader | None = None
         self._merger = Merger(_HOLD_BACK_NS)
-        self._stop = False
         self._discarded = 0
         self._uncounted = 0
         self._offset: int | None = None
@@ -139,18 +137,6 @@ class PerfettoSource:
         self._packets = PacketReader(self.path, salvage=self._options.salvage)
         return self._opened.header
 
-    async def items(self) -> AsyncIterator[StreamItem]:
-        """Topologies and batches; raises `CaptureError`. Gives way to other tasks after each."""
-        for item in self.read():
-            yield item
-            await asyncio.sleep(0)
-            if self._stop:
-                return
-
-    def request_stop(self) -> None:
-        """End after the current item."""
-        self._stop = True
-
     async def aclose(self) -> None:
         """Close the file."""
         if self._packets is not None:
@@ -160,11 +146,6 @@ class PerfettoSource:
     def discarded(self) -> int:
         """Records that salvage left out, as far as they can be counted, and those that came too late."""
         return self._discarded + self._merger.late
-
-    @property
-    def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: a trace does not tell."""
-        return ()
 
     @property
     def bytes_total(self) -> int:
@@ -202,7 +183,7 @@ class PerfettoSource:
         return told
 
     def read(self) -> Iterator[StreamItem]:
-        """The stream without the asyncio shell; after `open`."""
+        """See `PlainReader`."""
         assert self._opened is not None, "open() first"
         teller = TopologyTeller(self._opened.known, self.sightings, same_clock=self._opened.same_clock)
         begun = False

@@ -18,12 +18,12 @@ from typing import BinaryIO, Final
 
 import zstandard
 
+from collector.file_window import FileWindow
 from mace.errors import CaptureError, Unavailable, WireError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Wire types. 3 and 4 (groups) are in no trace."""
 
-_READ_BYTES: Final = 1 << 20
 _PACKET_TAG: Final = 0x0A
 _COMPRESSED: Final = {50: "deflate", 133: "zstd"}
 """compressed_packets and zstd_compressed_packets."""
@@ -139,8 +139,6 @@ class PacketReader:
         """Places of damage."""
         self.bytes_skipped = 0
         self._salvage = salvage
-        self._window = bytearray()
-        self._offset = 0
         self._inflated = 0
         self._zstd = zstandard.ZstdDecompressor()
         try:
@@ -148,6 +146,7 @@ class PacketReader:
             self.bytes_total: Final = path.stat().st_size
         except OSError as error:
             raise Unavailable(str(path), error.strerror or str(error), "name a Perfetto trace") from error
+        self._window = FileWindow(path, self._file)
 
     def close(self) -> None:
         """Close the file. Safe to call again."""
@@ -156,7 +155,7 @@ class PacketReader:
     @property
     def bytes_read(self) -> int:
         """How far reading has come."""
-        return self._offset
+        return self._window.offset
 
     def refuse(self, offset: int, why: str) -> None:
         """Raise `CaptureError`, or with salvage note the damage."""
@@ -167,14 +166,14 @@ class PacketReader:
             self.damage.append(f"{self.path}: skipped at byte {offset}: {why}")
 
     def __iter__(self) -> Iterator[Packet]:
-        while self._fill(1):
+        while self._window.fill(1):
             try:
                 size, packet = self._next()
             except WireError as error:
                 self._refuse_and_skip(str(error))
                 continue
-            offset = self._offset
-            self._drop(size)
+            offset = self._window.offset
+            self._window.drop(size)
             inner = next((n for n in _COMPRESSED if n in packet.fields), None)
             if inner is None:
                 yield packet
@@ -183,18 +182,18 @@ class PacketReader:
 
     def _next(self) -> tuple[int, Packet]:
         """Bytes that the packet takes, and it. Raises `WireError`."""
-        window = self._window
-        have = self._fill(11)
+        window = self._window.bytes
+        have = self._window.fill(11)
         if window[0] != _PACKET_TAG:
             raise WireError(f"found {window[0]:#04x} where a packet begins with {_PACKET_TAG:#04x}")
         size, at = varint(window, 1, have)
         if size > MAX_PACKET_BYTES:
             raise WireError(f"a packet of {size} bytes, at most {MAX_PACKET_BYTES} are read")
-        have = self._fill(at + size)
+        have = self._window.fill(at + size)
         if have < at + size:
             raise WireError(f"a packet of {size} bytes, but the file ends after {have - at} of them")
         data = bytes(window[at : at + size])
-        return at + size, Packet(self._offset, data, {field.number: field for field in fields(data)})
+        return at + size, Packet(self._window.offset, data, {field.number: field for field in fields(data)})
 
     def _inside(self, packet: Packet, number: int, offset: int) -> Iterator[Packet]:
         try:
@@ -240,27 +239,27 @@ class PacketReader:
         return raw
 
     def _refuse_and_skip(self, why: str) -> None:
-        start = self._offset
+        start = self._window.offset
         self.refuse(start, why)
-        self._drop(1)
-        while self._fill(1):
-            found = self._window.find(_PACKET_TAG)
-            self._drop(found if found >= 0 else len(self._window))
+        self._window.drop(1)
+        while self._window.fill(1):
+            found = self._window.bytes.find(_PACKET_TAG)
+            self._window.drop(found if found >= 0 else len(self._window.bytes))
             if found >= 0:
                 if self._plausible():
                     break
-                self._drop(1)
-        self.bytes_skipped += self._offset - start
+                self._window.drop(1)
+        self.bytes_skipped += self._window.offset - start
 
     def _plausible(self) -> bool:
         """Whether a packet begins here: few fields, which fill it, and another packet or the end behind it."""
-        have = self._fill(1 << 14)
+        have = self._window.fill(1 << 14)
         size = at = 0
         try:
-            size, at = varint(self._window, 1, min(have, 11))
-            if size < 2 or size > MAX_PACKET_BYTES or self._fill(at + size) < at + size:
+            size, at = varint(self._window.bytes, 1, min(have, 11))
+            if size < 2 or size > MAX_PACKET_BYTES or self._window.fill(at + size) < at + size:
                 return False
-            for count, field in enumerate(fields(bytes(self._window[at : at + min(size, 1 << 14)]))):
+            for count, field in enumerate(fields(bytes(self._window.bytes[at : at + min(size, 1 << 14)]))):
                 if count > _LOOK_AHEAD or field.number > 1024:
                     return False
         except WireError:
@@ -268,19 +267,4 @@ class PacketReader:
             if size <= 1 << 14:
                 return False
         after = at + size
-        return self._fill(after + 1) <= after or self._window[after] == _PACKET_TAG
-
-    def _fill(self, size: int) -> int:
-        while len(self._window) < size:
-            try:
-                block = self._file.read(_READ_BYTES)
-            except OSError as error:
-                raise CaptureError(self.path, self._offset, error.strerror or str(error)) from error
-            if not block:
-                break
-            self._window += block
-        return min(len(self._window), size)
-
-    def _drop(self, size: int) -> None:
-        del self._window[:size]
-        self._offset += size
+        return self._window.fill(after + 1) <= after or self._window.bytes[after] == _PACKET_TAG

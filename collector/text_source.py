@@ -10,9 +10,8 @@ be part them. Binary recordings (trace.dat, live capture) and `options/hash-ptr=
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -22,6 +21,7 @@ from collector.ftrace_formats import PageLayout
 from collector.ftrace_pages import PageDecoder, Sightings, process_key
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.merge import Merger
+from collector.plain_reader import PlainReader
 from collector.text_lines import LINE_MAX, LineReader, chunks, has_events
 from mace import __version__
 from mace.clock import ClockPair
@@ -29,7 +29,6 @@ from mace.errors import CaptureError, Unavailable
 from mace.hooks import HOOKS
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
-from mace.schema import HookCost
 
 NAME: Final = "text"
 _READ_BYTES: Final = 1 << 20
@@ -116,7 +115,7 @@ class _Opened:
         )
 
 
-class TextSource:
+class TextSource(PlainReader):
     """A text as a `FileSource`."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
@@ -126,25 +125,12 @@ class TextSource:
         self._reader: LineReader | None = None
         self._merger = Merger(_HOLD_BACK_NS)
         self._bytes_read = 0
-        self._stop = False
 
     async def open(self) -> StreamHeader:
         """Open the file and find the first event. Raises `Unavailable` or `CaptureError`."""
         self._opened = opened = _Opened(self.path, self._options)
         self._reader = LineReader(opened.sightings, opened.decoder)
         return opened.header
-
-    async def items(self) -> AsyncIterator[StreamItem]:
-        """Topologies and batches; raises `CaptureError`. Gives way to other tasks after each."""
-        for item in self.read():
-            yield item
-            await asyncio.sleep(0)
-            if self._stop:
-                return
-
-    def request_stop(self) -> None:
-        """End after the current item."""
-        self._stop = True
 
     async def aclose(self) -> None:
         """Close the file."""
@@ -155,11 +141,6 @@ class TextSource:
     def discarded(self) -> int:
         """Records that stood behind ones far younger, and lines without a buffer's address."""
         return self._merger.late + (self._reader.unreadable if self._reader else 0)
-
-    @property
-    def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: text does not tell."""
-        return ()
 
     @property
     def bytes_total(self) -> int:
@@ -188,7 +169,7 @@ class TextSource:
         return told
 
     def read(self) -> Iterator[StreamItem]:
-        """The stream without the asyncio shell; after `open`."""
+        """See `PlainReader`."""
         assert self._opened is not None, "open() first"
         for batch in self._merged():
             for item in self._opened.teller.around(batch):

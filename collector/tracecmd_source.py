@@ -9,9 +9,8 @@ A file knows devices by name only. What they are is taken from a capture of the 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +22,7 @@ from collector.ftrace_pages import PageDecoder, Sightings, process_key
 from collector.ftrace_source import keep_freed_memory
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.merge import Merger
+from collector.plain_reader import PlainReader
 from collector.tracecmd_clock import clock_of
 from collector.tracecmd_cpu import CpuReader, Part, losses_by_cpu
 from collector.tracecmd_file import MAGIC, BufferInfo, Frame, TraceFile
@@ -33,7 +33,6 @@ from mace.errors import CaptureError, SourceError, nearest
 from mace.hooks import HOOKS, Hook
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
-from mace.schema import HookCost
 
 NAME: Final = "tracecmd"
 _PIECE_PAGES: Final = 512
@@ -147,7 +146,7 @@ class _Reader:
         )
 
 
-class TraceCmdSource:
+class TraceCmdSource(PlainReader):
     """A trace.dat file as a `FileSource`, at the speed of the reader."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
@@ -156,25 +155,12 @@ class TraceCmdSource:
         self._reader: _Reader | None = None
         self._merger = Merger(_HOLD_BACK_NS)
         self._bytes_read = 0
-        self._stop = False
 
     async def open(self) -> StreamHeader:
         """Read the frame. Raises `Unavailable` or `CaptureError`."""
         keep_freed_memory()
         self._reader = _Reader(self.path, self._options)
         return self._reader.header
-
-    async def items(self) -> AsyncIterator[StreamItem]:
-        """Topologies and batches; raises `CaptureError`. Gives way to other tasks after each."""
-        for item in self.read():
-            yield item
-            await asyncio.sleep(0)
-            if self._stop:
-                return
-
-    def request_stop(self) -> None:
-        """End after the current item."""
-        self._stop = True
 
     async def aclose(self) -> None:
         """Close the file."""
@@ -185,11 +171,6 @@ class TraceCmdSource:
     def discarded(self) -> int:
         """Records that salvage left out, about, and those that came later than others wait for them."""
         return self._merger.late + (sum(cpu.discarded for cpu in self._reader.cpus) if self._reader else 0)
-
-    @property
-    def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: the file does not tell."""
-        return ()
 
     @property
     def skipped(self) -> int:
@@ -221,7 +202,7 @@ class TraceCmdSource:
         return told
 
     def read(self) -> Iterator[StreamItem]:
-        """The stream without the asyncio shell; after `open`."""
+        """See `PlainReader`."""
         assert self._reader is not None, "open() first"
         teller, begun = self._reader.teller, False
         for batch in self._merged():

@@ -197,6 +197,11 @@ class Instance:
             write(self.path / "buffer_subbuf_size_kb", str(subbuf_kib))
         write(self.path / "buffer_size_kb", str(per_cpu_kib))
 
+    def set_readable_at(self, percent: int) -> None:
+        """Let poll(2) call a CPU's ring readable when so much of it is filled, where the kernel can (Linux 5.0)."""
+        if (self.path / "buffer_percent").exists():
+            write(self.path / "buffer_percent", str(percent))
+
     def has_event(self, event: str) -> bool:
         return self._event(event).is_dir()
 

@@ -48,6 +48,8 @@ from storage.segments import HOUR_NS, NO_HOUR, UNFINISHED
 PART_BYTES: Final = 64 << 20
 """Some 30 million records, a quarter of a minute's work: what a kill costs at most, and long beside a warm-up."""
 _PLAN: Final = f"{UNFINISHED}/plan.json"
+_NOTES: Final = 2
+"""Version of what is in the notes. A replay that another version has begun is not gone on with."""
 _FLUSHES_A_PART: Final = 2
 """A part's own segments, and those of the windows across its beginning."""
 
@@ -379,7 +381,7 @@ class Assembly:
             for c in self._captures
         ]
         return {
-            "mace-replay": 1,
+            "mace-replay": _NOTES,
             "flush": self._captures[0].first_flush if self._captures else 1,
             "part_bytes": self._part_bytes,
             "warm_up_ns": self._warm_up_ns,
@@ -438,6 +440,8 @@ def _segment_name(table: str, hour: int, flush: int, rows: int) -> str:
 
 def _difference(plan: dict[str, Any], now: dict[str, Any]) -> str:
     """What of a plan is no longer so, for a person."""
+    if plan.get("mace-replay") != now["mace-replay"]:
+        return "begun by another version of MACE"
     if plan.get("engine") != now["engine"]:
         return "other correlator settings"
     for then, this in zip(plan.get("captures", []), now["captures"], strict=False):

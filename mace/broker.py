@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -77,6 +78,13 @@ class Connection(aiomqtt.Client):
         super().__init__(*args, **kwargs)
         self.refused = 0
         self.pending_calls_threshold = 2 * IN_FLIGHT
+
+    def at_hand(self, most: int) -> Iterator[Message]:
+        """Messages that wait already, without the two tasks that aiomqtt makes to wait for each."""
+        for _ in range(most):
+            if self._queue.empty():
+                return
+            yield self._queue.get_nowait()
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
         # aiomqtt takes every PUBACK for a success; in MQTT 5 it can say "not authorized".

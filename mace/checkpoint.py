@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ _COLUMNS = {
     "proto": "u1",
 }
 
+_DEVICE = tuple(each.name for each in fields(Device))
 _WAITING = {
     "number": "<i8",
     "cross": "?",
@@ -50,12 +51,12 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
         "gone": [list(pair) for pair in resolver.gone],
         "sightings": [[s.name, s.netns, s.ifindex] for s in resolver.sightings],
         "records": _records_to_json(state.open.records),
-        "number": _packed(state.open.number, "<i8"),
-        "cross": _packed(state.open.cross, "?"),
-        "waiting": {name: _packed(getattr(waiting, name), dtype) for name, dtype in _WAITING.items()},
+        "number": packed(state.open.number, "<i8"),
+        "cross": packed(state.open.cross, "?"),
+        "waiting": {name: packed(getattr(waiting, name), dtype) for name, dtype in _WAITING.items()},
         "waiting_records": _records_to_json(waiting.records),
         "gaps": [list(gap) for gap in state.gaps],
-        "asked": [_packed(state.asked.dev, "<i8"), _packed(state.asked.ts, "<i8")],
+        "asked": [packed(state.asked.dev, "<i8"), packed(state.asked.ts, "<i8")],
         "latest_ns": state.latest_ns,
         "began_ns": state.began_ns,
     }
@@ -64,8 +65,8 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
 def state_from_json(given: dict[str, Any]) -> EngineState:
     """The state again. KeyError, TypeError or ValueError where it is none."""
     asked = Asked()
-    asked.dev, asked.ts = (_unpacked(text, "<i8") for text in given["asked"])
-    waiting = {name: _unpacked(given["waiting"][name], dtype) for name, dtype in _WAITING.items()}
+    asked.dev, asked.ts = (unpacked(text, "<i8") for text in given["asked"])
+    waiting = {name: unpacked(given["waiting"][name], dtype) for name, dtype in _WAITING.items()}
     return EngineState(
         ResolverState(
             devices=tuple(device_from_json(device) for device in given["devices"]),
@@ -74,7 +75,7 @@ def state_from_json(given: dict[str, Any]) -> EngineState:
             gone=tuple((number, since) for number, since in given["gone"]),
             sightings=tuple(Sighting(*each) for each in given["sightings"]),
         ),
-        Open(_records_from_json(given["records"]), _unpacked(given["number"], "<i8"), _unpacked(given["cross"], "?")),
+        Open(_records_from_json(given["records"]), unpacked(given["number"], "<i8"), unpacked(given["cross"], "?")),
         Waiting(_records_from_json(given["waiting_records"]), **waiting),
         [(start, end) for start, end in given["gaps"]],
         asked,
@@ -85,16 +86,16 @@ def state_from_json(given: dict[str, Any]) -> EngineState:
 
 def _records_to_json(records: Records) -> dict[str, str]:
     columns = {name: getattr(records, name) for name in _COLUMNS}
-    return {name: _packed(column, _COLUMNS[name]) for name, column in columns.items() if column is not None}
+    return {name: packed(column, _COLUMNS[name]) for name, column in columns.items() if column is not None}
 
 
 def _records_from_json(given: dict[str, str]) -> Records:
-    return Records(**{name: _unpacked(text, _COLUMNS[name]) for name, text in given.items()})
+    return Records(**{name: unpacked(text, _COLUMNS[name]) for name, text in given.items()})
 
 
 def device_to_json(device: Device) -> dict[str, Any]:
     """All fields."""
-    return asdict(device) | {"role": device.role.value}
+    return {name: getattr(device, name) for name in _DEVICE} | {"role": device.role.value}
 
 
 def device_from_json(given: dict[str, Any]) -> Device:
@@ -102,9 +103,11 @@ def device_from_json(given: dict[str, Any]) -> Device:
     return Device(**given | {"role": Role(given["role"])})
 
 
-def _packed(column: Any, dtype: str) -> str:
+def packed(column: Any, dtype: str) -> str:
+    """An array as text."""
     return base64.b64encode(np.ascontiguousarray(column, dtype).tobytes()).decode()
 
 
-def _unpacked(text: str, dtype: str) -> Any:
+def unpacked(text: str, dtype: str) -> Any:
+    """The array again. TypeError or ValueError where it is none."""
     return np.frombuffer(base64.b64decode(text), dtype).copy()

@@ -24,8 +24,9 @@ from mace.topology import Topology
 from mace.wire import Head, parse_head
 from storage.fleet import RunPart
 
-_SLICE_NS: Final = 1_900_000_000
-"""An engine works on what has come when it spans this much of the stream's own time: two frames of a second each ..."""
+SLICE_NS: Final = 2_900_000_000
+"""An engine works on what has come when it spans this much of the stream's own time: three frames of a second each, as
+long as rows may wait and be in the store within five seconds ..."""
 _SLICE_RECORDS: Final = 1 << 14
 """... or is so many records: where a slice's fixed cost of a millisecond or two no longer counts."""
 
@@ -71,13 +72,15 @@ class Hosts:
     """All of one ingest. `is_stored` tells whether the store has a run already."""
 
     def __init__(self, engine: EngineConfig, is_stored: Callable[[StreamHeader], bool]) -> None:
-        # Slices are cut here, by _SLICE_NS and _SLICE_RECORDS.
+        # Slices are cut here, by `slice_ns` and _SLICE_RECORDS.
         self._engine = replace(engine, slice_ns=1 << 60)
         self._is_stored = is_stored
         self._known: dict[str, _Host] = {}
         self._parts: dict[RunKey, _Waiting] = {}
         self._zstd = zstandard.ZstdCompressor(level=1)
         self.counts = Counts()
+        self.slice_ns = SLICE_NS
+        """To be changed before the first frame only: after a crash the same frames must give the same results."""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -149,7 +152,7 @@ class Hosts:
             self._finish(known, closed=True)
         elif known.engine is not None:
             self.counts.records += len(item) if isinstance(item, Batch) else 0
-            for results in _fed(known, known.engine, item):
+            for results in _fed(known, known.engine, item, self.slice_ns):
                 self._add(known, results)
 
     def _finish(self, known: _Host, *, closed: bool) -> None:
@@ -177,7 +180,7 @@ class Hosts:
         part.latest = replace(results, upto_utc_ns=upto_ns, delays=Delays.empty(), windows=(), ledger=ledger)
 
 
-def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress) -> list[Results]:
+def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress, slice_ns: int) -> list[Results]:
     """What comes out of an item. The engine works when enough has come: a slice has a fixed cost."""
     if isinstance(item, Topology):
         return engine.feed(item)
@@ -191,7 +194,7 @@ def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress) -> lis
         results = engine.feed(item)
         known.waiting += len(item)
         upto_ns = int(item.ts_ns[-1])
-    if upto_ns - known.sliced_ns >= _SLICE_NS or known.waiting >= _SLICE_RECORDS:
+    if upto_ns - known.sliced_ns >= slice_ns or known.waiting >= _SLICE_RECORDS:
         results += engine.advance(upto_ns, at_once=True)
         known.sliced_ns, known.waiting = upto_ns, 0
     return results

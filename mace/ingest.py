@@ -12,6 +12,7 @@ loop: what waits for the disk does so in threads.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import signal
@@ -27,7 +28,7 @@ from correlator.engine import EngineConfig
 from mace.broker import Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
 from mace.config import Config
 from mace.errors import WireError
-from mace.hosts import Hosts, RunKey
+from mace.hosts import SLICE_NS, Hosts, RunKey
 from mace.topics import OLDEST, ROOT, Ack, Shard, ack_topic, host_of_stream
 from mace.vitals import Vitals
 from mace.wire import Head, parse_head
@@ -44,6 +45,11 @@ _AGAIN_S: Final = 1.0
 """A host is asked at most this often to send again: what is on its way meanwhile would be asked for twice."""
 _SNAPSHOTS: Final = 16
 """Of the hosts that have one in an old file only, this part gets a new one at each flush."""
+_AT_A_TIME: Final = 7
+"""Messages that are worked on between two turns of other tasks, but for one: some ten milliseconds."""
+_COLLECTED: Final = (50_000, 20, 100)
+"""Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
+some at each 700 of them, as by default, takes a tenth of the time."""
 _TROUBLE_TOLD: Final = 20
 """Refused messages that are logged; more are counted."""
 
@@ -63,7 +69,8 @@ class Ingest:
         self._journal = Journal(store / "ingest", fsync=kept.sync)
         # One thread, so that what is written is written in the order of asking, whoever is cancelled meanwhile.
         self._disk = ThreadPoolExecutor(1, "mace-journal")
-        self._writing: set[asyncio.Future[None]] = set()
+        self._writing: asyncio.Future[None] | None = None
+        """The last write that was asked for; all others are done before it."""
         self._ending = asyncio.Event()
         self._base: dict[str, int] = {}
         """File of the journal from which on a host's entries are still needed."""
@@ -133,20 +140,28 @@ class Ingest:
             if isinstance(ended[0], Exception):
                 raise ended[0]
         finally:
-            self._disk.shutdown(wait=True)
-            self._journal.close()
             try:
-                for stream in [stream for streams in self._streams.values() for stream in streams]:
-                    opened.push_async_callback(stream.aclose)
-                await opened.aclose()
+                await self._sync()
             finally:
-                await self._store.let_go()
+                self._disk.shutdown(wait=True)
+                self._journal.close()
+                await self._release(opened)
+
+    async def _release(self, opened: AsyncExitStack) -> None:
+        try:
+            for stream in [stream for streams in self._streams.values() for stream in streams]:
+                opened.push_async_callback(stream.aclose)
+            await opened.aclose()
+        finally:
+            await self._store.let_go()
 
     async def _recover(self, newest: int) -> None:
         """Put the store back to its last commit, and work through what the journal has behind it."""
         earlier = self._journal.open()
         commit, bases = _last_commit(self._journal)
-        commit = commit or Commit(newest, (0, 0))
+        commit = commit or Commit(newest, (0, 0), SLICE_NS)
+        # What was cut in one way before is cut in the same way again, or results would be on the other side of `upto`.
+        self._hosts.slice_ns = commit.slice_ns
         gone = self._store.put_back(commit.flush)
         for entry in self._journal.read():
             base = bases.get(entry.host)
@@ -166,7 +181,7 @@ class Ingest:
         if earlier:
             found = len(self._hosts), self.read_again, gone
             _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
-        self._journal.commit(commit.flush, commit.upto)
+        self._commit(commit.flush, commit.upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
         self._due = {host: (stream, True) for host, stream in self._hosts.streams().items()}
@@ -211,6 +226,8 @@ class Ingest:
         async for message in messages:
             self.queue_peak = max(self.queue_peak, len(messages))
             self.message(message)
+            for another in client.at_hand(_AT_A_TIME):
+                self.message(another)
             # What waits is given out without waiting: other tasks must get their turn.
             await asyncio.sleep(0)
 
@@ -266,13 +283,15 @@ class Ingest:
     # Journal, store. ------------------------------------------------------------------------------------------
 
     async def _sync(self) -> None:
-        """Bring to the disk what was appended so far; a cancelled caller does not stop it."""
+        """Bring to the disk what was appended so far, by whomever; a cancelled caller does not stop it.
+
+        Raises `StoreError` if that failed, or anything before it: also where who asked for it was cancelled.
+        """
         buffer = self._journal.taken()
         if buffer:
-            writing = asyncio.get_running_loop().run_in_executor(self._disk, self._journal.sync, buffer)
-            self._writing.add(writing)
-            writing.add_done_callback(self._writing.discard)
-            await asyncio.shield(writing)
+            self._writing = asyncio.get_running_loop().run_in_executor(self._disk, self._journal.sync, buffer)
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
 
     async def _tell_now_and_then(self, client: Connection) -> None:
         while True:
@@ -306,14 +325,21 @@ class Ingest:
         # Before the commit: after a crash a sink gets some results twice rather than not at all, and they are the same.
         for key, part in parts.items():
             await self._deliver(key, part)
-        self._journal.commit(flush, upto)
+        self._commit(flush, upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
         self._store.settled(flush)
         self._base |= snapshots
         self._journal.forget_before(min([*self._base.values(), self._committed_in]))
-        if self._journal.is_full and not self._writing and not self._journal.has_unsynced:
+        if self._journal.is_full and not self._is_writing and not self._journal.has_unsynced:
             self._journal.rotate()
+
+    def _commit(self, flush: int, upto: Place) -> None:
+        self._journal.commit(Commit(flush, upto, self._hosts.slice_ns))
+
+    @property
+    def _is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
 
     async def _deliver(self, key: RunKey, part: RunPart) -> None:
         """Hand a run's results to the sinks besides the store; they buffer, and never wait for a server."""
@@ -366,6 +392,7 @@ def _is_failure(answer: Any) -> bool:
 def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s: float | None) -> dict[str, Any]:
     """Run until a signal, or for a time; what was counted."""
     keep_freed_memory()
+    gc.set_threshold(*_COLLECTED)
 
     async def work() -> dict[str, Any]:
         stop = asyncio.Event()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import numpy as np
+from typing import Any, Final
 
 from collector.capture_cuts import Cut
 from collector.capture_source import Position
 from correlator.state import EngineState
 from correlator.windows import joined
-from mace.checkpoint import device_from_json, device_to_json, state_from_json, state_to_json
+from mace.checkpoint import device_from_json, device_to_json, packed, state_from_json, state_to_json, unpacked
 from mace.ledger import Ledger
 from mace.part import PartDone
 from mace.schema import Direction, Grades, Segment, Window
 from mace.summary import Place, Summary
 from mace.topology import Device
+
+_HISTOGRAM: Final = "<i8"
+"""Bins and their counts: as a list of numbers they would be most of what a commit costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +131,14 @@ def _window_to_json(window: Window) -> list[Any]:
         *(window.start_utc_ns, window.width_s, window.device, int(window.direction), int(window.segment)),
         *(window.count, window.sum_ns, window.min_ns, window.max_ns),
         *(window.p50_ns, window.p90_ns, window.p99_ns, window.p999_ns),
-        *(window.bins.tolist(), window.counts.tolist()),
+        *(packed(window.bins, _HISTOGRAM), packed(window.counts, _HISTOGRAM)),
     ]
 
 
 def _window_from_json(given: Sequence[Any]) -> Window:
     start, width, device, direction, segment, *figures = given
-    lists = [np.array(figures.pop(-2), np.int64), np.array(figures.pop(), np.int64)]
-    values = [start, width, device, Direction(direction), Segment(segment), *figures, *lists]
-    return Window(*values)
+    histogram = [unpacked(text, _HISTOGRAM) for text in figures[-2:]]
+    return Window(start, width, device, Direction(direction), Segment(segment), *figures[:-2], *histogram)
 
 
 def _summary_to_json(summary: Summary) -> list[Any]:
@@ -148,7 +148,8 @@ def _summary_to_json(summary: Summary) -> list[Any]:
             width,
             [getattr(place, name) for name in Place.__slots__],
             *(int(direction), int(segment)),
-            *(one.count, one.sum_ns, one.min_ns, one.max_ns, *(column.tolist() for column in one.histogram())),
+            *(one.count, one.sum_ns, one.min_ns, one.max_ns),
+            *(packed(column, _HISTOGRAM) for column in one.histogram()),
         ]
         for width, (place, direction, segment), one in summary.distributions()
     ]
@@ -158,5 +159,5 @@ def _summary_from_json(given: Sequence[Any]) -> Summary:
     summary = Summary()
     for width, place, direction, segment, count, sum_ns, min_ns, max_ns, bins, counts in given:
         one = summary.distribution(Place(*place), Direction(direction), Segment(segment), width)
-        one.add(count, sum_ns, min_ns, max_ns, np.array(bins, np.int64), np.array(counts, np.int64))
+        one.add(count, sum_ns, min_ns, max_ns, unpacked(bins, _HISTOGRAM), unpacked(counts, _HISTOGRAM))
     return summary

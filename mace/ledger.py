@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class Ledger:
 
     def as_dict(self) -> dict[str, int]:
         """All categories by name, in the order of the definition."""
-        return asdict(self)
+        # asdict would copy each number by ten calls.
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def line(self) -> str:
         """All of it in one line for people."""

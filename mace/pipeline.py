@@ -35,7 +35,7 @@ from mace.vitals import Vitals
 from storage.embedded import EmbeddedStore
 
 _CHANNEL_ITEMS = 4
-"""A source gives out an item every 50 ms or so: this is a fifth of a second of it."""
+"""A source gives out an item every 50 to 250 ms: this is a second of it at most."""
 
 
 REPLAY_SLICE_NS: Final = 1_000_000_000

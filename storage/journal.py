@@ -31,8 +31,11 @@ from mace.errors import StoreError
 
 FILE_BYTES: Final = 64 << 20
 """A new file is begun beyond: some 20 M records, half a minute at a million a second."""
+FIRST_SLICE_NS: Final = 1_900_000_000
+"""Of the journals whose commits do not say it."""
 _ENTRY: Final = struct.Struct("<BBxxII")
-_COMMIT: Final = struct.Struct("<QQQ")
+_COMMIT: Final = struct.Struct("<QQQQ")
+_FIRST_COMMIT: Final = struct.Struct("<QQQ")
 _NAME: Final = re.compile(r"(\d{10})\.journal")
 
 Place = tuple[int, int]
@@ -63,11 +66,16 @@ class Commit:
 
     flush: int
     upto: Place
+    slice_ns: int
+    """How much of a stream its engine works on at a time: which results are of an entry before `upto` depends on it."""
 
     @classmethod
     def parse(cls, payload: bytes) -> Commit:
-        flush, file, offset = _COMMIT.unpack(payload)
-        return cls(flush, (file, offset))
+        if len(payload) == _FIRST_COMMIT.size:
+            flush, file, offset = _FIRST_COMMIT.unpack(payload)
+            return cls(flush, (file, offset), FIRST_SLICE_NS)
+        flush, file, offset, slice_ns = _COMMIT.unpack(payload)
+        return cls(flush, (file, offset), slice_ns)
 
 
 class Journal:
@@ -107,9 +115,9 @@ class Journal:
         self._offset += _ENTRY.size + len(name) + len(payload)
         return place
 
-    def commit(self, flush: int, upto: Place) -> None:
+    def commit(self, commit: Commit) -> None:
         """Note what the store holds."""
-        self.append(Kind.COMMIT, "", _COMMIT.pack(flush, *upto))
+        self.append(Kind.COMMIT, "", _COMMIT.pack(commit.flush, *commit.upto, commit.slice_ns))
 
     def taken(self) -> list[bytes]:
         """What was appended since the last call, to be given to `sync`."""

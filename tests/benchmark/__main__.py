@@ -46,6 +46,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "vs_netdev_times": versus.netdev_times,
     "vs_bpftrace_text": versus.bpftrace_text,
     "live_flood": live.under_flood,
+    "live_dead_database": live.dead_database,
     "visibility": live.visibility,
     "live_soak": live.soak,
     "kmod_vs_ftrace": kmod.versus_ftrace,

@@ -12,11 +12,14 @@ from typing import Any
 from mace.lab import Spec, running
 from storage.query import Filter, Store
 from tests.benchmark.figures import MACE, ROOT, figure, flood, folder
+from tests.servers import Influx
 
 FLOOD_S = 30
 SOAK_S = float(os.environ.get("MACE_BENCH_SOAK_S", "600"))
 SOAK_PPS = 5_000.0
 """From each of two containers; ten events a datagram: 100,000 events/s."""
+DEAD_S, DEAD_PPS = 60.0, 5_600.0
+"""From each of two containers: somewhat over 100,000 events/s."""
 PROBES = 40
 PAGE_MIB = resource.getpagesize() / 2**20
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -91,6 +94,41 @@ def soak() -> list[dict[str, Any]]:
         figure("live_soak_lost", "events", [ledger["lost"] + ledger["discarded"]]),
         figure("live_soak_rss", "MiB", [rss for _, rss in late]),
         figure("live_soak_rss_slope", "MiB/min", [slope * 60]),
+    ]
+
+
+def dead_database() -> list[dict[str, Any]]:
+    """100,000 events/s for a minute, InfluxDB away for most of it; targets: the ring loses nothing, and each row that
+    waited is in the database afterwards, once.
+    """
+    with folder() as place, running(Spec(name="dead", containers=2)) as lab:
+        server = Influx(place / "influx").start()
+        try:
+            config = place / "mace.toml"
+            config.write_text(f'[sinks.influxdb]\nspool = "{place}/spool"\nspool_mib = 4096\nclose_s = 120\n')
+            run = _start("dead", place / "store", "--influxdb", server.url, "--config", str(config))
+            flows = [
+                lab.start_udp(name, count=100_000_000, rate_pps=DEAD_PPS, duration_s=DEAD_S, size=18)
+                for name in lab.containers
+            ]
+            time.sleep(DEAD_S / 12)
+            server.kill()
+            time.sleep(DEAD_S * 10 / 12)
+            spooled = sum(path.stat().st_size for path in (place / "spool").rglob("*") if path.is_file())
+            server.start()
+            for flow in flows:
+                flow.wait()
+            found = _end(run)
+            account, ledger = found["sinks"]["influxdb"], found["ledger"]
+            rows = sum(server.rows().values())
+        finally:
+            server.stop()
+    assert account["stored"] == account["taken"] == rows, (account, rows)
+    return [
+        figure("live_dead_database", "events/s", [ledger["records"] / DEAD_S]),
+        figure("live_dead_database_lost", "events", [ledger["lost"] + ledger["discarded"]]),
+        figure("live_dead_database_spooled", "MiB", [spooled / 2**20]),
+        figure("live_dead_database_rows", "rows in the database, each once", [rows]),
     ]
 
 

@@ -10,6 +10,8 @@ the verdict; the exit status is 1 if a row is missing, twice or in no category, 
 
     ./dev soak                          30 minutes
     ./dev soak --minutes 5 --plot soak.png
+    ./dev soak --minutes 20 --fault away    ten minutes of one fault, and ten to come back
+    ./dev soak --of mqtt                the way over a broker instead: tests/benchmark/soak_mqtt.py
 
 Not a test: no CI runs it. Needs root for the small disk, and influxd.
 """
@@ -19,6 +21,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from mace.config import Config, InfluxConfig, PrometheusConfig, SinksConfig
+from mace.errors import UsageError
 from mace.vitals import Account, Vitals, process_figures
 from storage import wanted_sinks
 from tests import servers
+from tests.benchmark import soak_mqtt
+from tests.brokers import PATH
 from tests.database_proxy import Proxy, proxied
 from tests.made_results import HEADER, START_NS, make_delays, make_results, topology
 
@@ -164,8 +170,9 @@ async def soak(args: argparse.Namespace, server: servers.Influx, proxy: Proxy, d
             await asyncio.sleep(1)
 
     feeding, noting = asyncio.create_task(feed.run(sinks, vitals, stop)), asyncio.create_task(note())
-    each_s = args.minutes * 60 / (2 * len(faults.phases))
-    for name, fault in list(faults.phases.items()) * args.turns:
+    phases = soak_mqtt.chosen(faults.phases, args.fault)
+    each_s = args.minutes * 60 / (2 * len(phases))
+    for name, fault in phases * args.turns:
         seconds = each_s * 2 / args.turns
         await fault(seconds / 2)
         await faults.none(seconds / 2)
@@ -237,11 +244,18 @@ def plot(notes: list[Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev soak", description="the remote sinks under every fault, for long")
+    parser.add_argument("--of", choices=("influxdb", "mqtt"), default="influxdb", help="what is put to the test")
     parser.add_argument("--minutes", type=float, default=30.0, metavar="N")
     parser.add_argument("--records", type=int, default=100_000, metavar="N", help="records a second")
     parser.add_argument("--turns", type=int, default=1, metavar="N", help="times through all faults")
+    parser.add_argument("--fault", action="append", default=[], metavar="NAME", help="this one only (repeatable)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of it")
     args = parser.parse_args()
+    if args.of == "mqtt":
+        if os.geteuid() != 0 or shutil.which("mosquitto", path=PATH) is None:
+            print("soak: needs root and mosquitto", file=sys.stderr)
+            return 2
+        return soak_mqtt.run(args)
     if os.geteuid() != 0 or servers.influxd() is None:
         print("soak: needs root and influxd", file=sys.stderr)
         return 2
@@ -262,4 +276,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except UsageError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

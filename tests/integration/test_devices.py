@@ -289,6 +289,7 @@ async def _changes(machine: Machine) -> None:
                 }
 
 
+@pytest.mark.slow
 def test_devices_come_change_move_and_go(machine: Machine) -> None:
     asyncio.run(_changes(machine))
 
@@ -600,6 +601,7 @@ async def _many(machine: Machine) -> None:
         pytest.fail(f"CPU time of each second: {costs_s}")
 
 
+@pytest.mark.slow
 def test_a_thousand_veths_cost_little(machine: Machine) -> None:
     asyncio.run(_many(machine))
 

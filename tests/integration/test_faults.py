@@ -56,6 +56,7 @@ def test_without_tracefs():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_run_in_order(tmp_path, number):
     with running(Spec(name="sig")) as lab:
@@ -112,6 +113,7 @@ def test_a_killed_demo_is_tidied_up_by_the_next(tmp_path):
     assert not instances(run.pid)
 
 
+@pytest.mark.slow
 def test_a_device_that_disappears_under_its_packets(tmp_path):
     with running(Spec(name="gone", containers=2)) as lab, measured(lab, tmp_path) as measurement:
         flow = lab.start_udp("c2", count=1_000_000, rate_pps=5_000, duration_s=3)
@@ -124,6 +126,7 @@ def test_a_device_that_disappears_under_its_packets(tmp_path):
     assert ledger["records"] == sum(ledger[name] for name in named) > 10_000
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(tmp_path):
     """The run ends with an error; what was stored before can be read."""
     disk = tmp_path / "disk"
@@ -146,6 +149,7 @@ def test_a_disk_that_fills_up(tmp_path):
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+@pytest.mark.slow
 def test_two_writers_on_one_store(tmp_path):
     with running(Spec(name="pair")) as lab, measured(lab, tmp_path) as measurement:
         second = mace("run", "--lab", "pair", "--store", measurement.store, "--duration", "1", check=False)

@@ -234,6 +234,28 @@ def test_gaps_are_exact_in_place_and_number(reader):
     assert at == count - 1
 
 
+def test_a_ring_that_fills_is_read_before_its_time(reader):
+    slow = config(reader=reader, ring_kib_per_cpu=1024, gather_interval_s=10, hold_back_ms=0)
+
+    async def records_before_the_next_tick(sender):
+        source = FilteredSource(slow, "mftg")
+        await source.open()
+        try:
+            work = asyncio.create_task(sender.send())
+            # The first tick is before the traffic, the next would be 10 s later.
+            async with asyncio.timeout(8):
+                async for item in source.items():
+                    if isinstance(item, Batch):
+                        return len(item)
+        finally:
+            await source.aclose()
+            await work
+
+    # 5,000 datagrams are 20,000 events, nine tenths of a megabyte.
+    with Sender("mftg", 5000, cpu_choice()) as sender:
+        assert asyncio.run(records_before_the_next_tick(sender)) > 0
+
+
 def test_a_flood_of_all_hooks_accounts_for_every_event(reader):
     """Without a filter: whatever else happens on this machine is counted too."""
     with Sender("mftd", 40_000, 0) as one, Sender("mfte", 40_000, cpu_choice()) as two:

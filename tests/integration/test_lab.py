@@ -166,6 +166,7 @@ def test_many_containers(name):
 # --- same addresses -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [4, 6])
 def test_containers_with_equal_addresses_talk_at_the_same_time(name, family):
     with running(Spec(name, containers=4, bridges=2, same_addresses=True)) as lab:
@@ -179,6 +180,7 @@ def test_containers_with_equal_addresses_talk_at_the_same_time(name, family):
         assert all(lab.ping(c, "host", count=2, family=family).received == 2 for c in lab.containers)
 
 
+@pytest.mark.slow
 def test_equal_addresses_with_equal_ports_get_their_own_replies(name):
     """NAT must keep two flows apart whose five words are all the same."""
     server = (
@@ -533,6 +535,7 @@ def test_docker_containers_reach_the_remote_and_leave_nothing(name):
     assert leftovers(name) == []
 
 
+@pytest.mark.slow
 @pytest.mark.needs("docker")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("moment_s", [0.3, 0.8, None])

@@ -114,6 +114,7 @@ async def until(condition):
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_what_arrives_gives_the_same_answers_to_the_bit(tmp_path):
     items = stream()
     hosts = [header(f"host-{n}", f"run-{n}") for n in range(3)]
@@ -135,6 +136,7 @@ def test_what_arrives_gives_the_same_answers_to_the_bit(tmp_path):
     assert (ingest.counts.missing, ingest.counts.refused) == (0, 0)
 
 
+@pytest.mark.slow
 def test_two_shards_share_the_hosts_and_nothing_else(tmp_path):
     items = stream(8_000)
     hosts = [header(f"host-{n}", f"run-{n}") for n in range(6)]
@@ -331,6 +333,7 @@ def test_the_other_sinks_get_what_the_store_gets(tmp_path):
     assert written == sum(rows) > 0
 
 
+@pytest.mark.slow
 def test_an_ingest_that_comes_late_gets_all_that_waited(tmp_path):
     """Nobody listened when it was measured, and the publisher has been killed meanwhile."""
     items = stream()
@@ -408,6 +411,7 @@ def test_frames_that_the_ingest_lets_fall_are_asked_for_again(tmp_path):
     assert content(tmp_path / "store", HEADER.host) == direct(tmp_path / "direct", items, HEADER)
 
 
+@pytest.mark.slow
 def test_tls_certificates_and_the_documented_access_list(tmp_path):
     """A host is its certificate's name, and can publish as nobody else."""
     items = stream(4_000)

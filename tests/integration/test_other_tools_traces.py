@@ -1,8 +1,8 @@
 """One answer: the same packets, live and out of the files of other tools.
 
-One run in the lab: our own live capture, which keeps the pages that it takes out of the kernel, so that a trace.dat can
-be made of the very same records; a second trace instance, of which `trace-cmd extract` makes a trace.dat and the
-kernel makes text; and tcpdump in the container and at the outer device.
+One run in the lab: our own live capture, which keeps the pages that it takes out of the kernel, so that a trace.dat and
+a Perfetto trace can be made of the very same records; a second trace instance, of which `trace-cmd extract` makes a
+trace.dat and the kernel makes text; and tcpdump in the container and at the outer device.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from mace.lab import HOST, Spec, running
 from mace.schema import Delays, Direction, Segment
 from storage.capture import CaptureSink
 from tests.made_tracedat import Made
+from tests.perfetto_from_pages import perfetto_from_pages
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns", "tcpdump", "trace-cmd"), pytest.mark.slow]
 
@@ -38,6 +39,7 @@ class Run:
 
     live: object
     pages: object
+    perfetto: object
     extracted: object
     text: object
     inner: object
@@ -115,7 +117,9 @@ def record(place, pings, datagrams):
     uname = f"Linux {machine.node} {machine.release} {machine.machine}\0".encode()
     made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd", options=((5, uname),))
     (place / "pages.dat").write_bytes(made.content())
-    names = ("live.mace", "pages.dat", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap")
+    offset_ns = recording(place / "live.mace").header.clock.offset_ns
+    (place / "pages.pftrace").write_bytes(perfetto_from_pages(place / "pages.dat", offset_ns))
+    names = ("live.mace", "pages.dat", "pages.pftrace", "extracted.dat", "trace.txt", "inner.pcap", "outer.pcap")
     return Run(*(place / name for name in names))
 
 
@@ -180,10 +184,11 @@ def live(run):
     return replayed(recording(run.live))
 
 
-def test_the_very_same_records_give_the_very_same_rows(run, live):
-    """Pages of the live capture's own ring, as a trace.dat: identical, to the nanosecond."""
+@pytest.mark.parametrize("form", ["pages", "perfetto"])
+def test_the_very_same_records_give_the_very_same_rows(run, live, form):
+    """Pages of the live capture's own ring, as a trace.dat and as Perfetto: identical, to the nanosecond."""
     _, rows, results = live
-    _, again, results_again = replayed(recording(run.pages, FileOptions(topology=run.live)))
+    _, again, results_again = replayed(recording(getattr(run, form), FileOptions(topology=run.live)))
     assert len(rows) == len(again) > 5 * (PINGS + DATAGRAMS)
     for name in ("utc_ns", "direction", "segment", "position", "delay_ns", "l3_len", "grade", "outcome"):
         assert np.array_equal(getattr(rows, name), getattr(again, name)), name

@@ -41,11 +41,13 @@ def again(run, tmp_path_factory):
     return mace("replay", run.capture, "--store", store, "--json").stdout, store
 
 
+@pytest.mark.slow
 def test_the_same_json(run, again):
     assert json.loads(again[0]) == run.found
     assert mace("replay", run.capture, "--json").stdout == again[0], "without a store"
 
 
+@pytest.mark.slow
 def test_the_same_report_from_either_store(run, again):
     reports = [mace("report", "--store", store, "--json").stdout for store in (run.store, again[1])]
     assert reports[0] == reports[1]

@@ -14,6 +14,7 @@ import numpy as np
 from collector.files import PCAP_PAIR, FileOptions, recording, recording_of
 from mace.schema import Direction
 from tests.integration.test_other_tools_traces import overheads, record, replayed
+from tests.perfetto_from_pages import perfetto_from_pages
 
 HERE = Path(__file__).parent
 KEPT = ("live.mace", "pages.dat", "trace.txt", "inner.pcap", "outer.pcap")
@@ -24,8 +25,15 @@ def main() -> None:
         record(Path(work), 5, 12)
         for name in KEPT:
             shutil.copy(Path(work) / name, HERE / name)
+    as_perfetto(HERE)
     shorten(HERE / "trace.txt")
     (HERE / "expected.json").write_text(json.dumps(told(HERE), indent=1) + "\n")
+
+
+def as_perfetto(place: Path) -> None:
+    """The records of pages.dat once more, as traced would have written them."""
+    offset_ns = recording(place / "live.mace").header.clock.offset_ns
+    (place / "pages.pftrace").write_bytes(perfetto_from_pages(place / "pages.dat", offset_ns))
 
 
 def shorten(path: Path) -> None:
@@ -43,6 +51,7 @@ def told(place: Path) -> dict[str, object]:
     for name, one in (
         ("live.mace", recording(topology)),
         ("pages.dat", recording(place / "pages.dat", FileOptions(topology=topology))),
+        ("pages.pftrace", recording(place / "pages.pftrace", FileOptions(topology=topology))),
         ("trace.txt", recording(place / "trace.txt", FileOptions(topology=topology, clock="mono"))),
         ("pcap", recording_of(PCAP_PAIR, (place / "inner.pcap", place / "outer.pcap"))),
     ):

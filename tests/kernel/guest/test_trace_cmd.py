@@ -1,4 +1,5 @@
-"""One answer: the module, our live capture of ftrace and trace-cmd see the same packets at once, with the same delays.
+"""One answer: the module, our live capture of ftrace and trace-cmd see the same packets at once, with the same delays;
+and so does Perfetto, whose trace is made of trace-cmd's records.
 
 On one kernel: it is about the three, not about the kernel.
 """
@@ -28,6 +29,7 @@ from mace.lab import HOST, Lab
 from mace.schema import Delays, Direction, Grade, Segment
 from storage.capture import CaptureSink
 from tests.kernel.guest.conftest import load, unload
+from tests.perfetto_from_pages import perfetto_from_pages
 
 pytestmark = pytest.mark.skipif(
     not platform.release().startswith("6.12."), reason="one kernel is enough: the three are compared, not kernels"
@@ -123,10 +125,13 @@ def seen(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Delays
         process.wait()
         unload()
     options = FileOptions(topology=place / "live.mace")
+    perfetto = perfetto_from_pages(place / "trace.dat", ftrace[0].clock.offset_ns)
+    (place / "trace.pftrace").write_bytes(perfetto)
     return {
         "ftrace": rows(ftrace),
         "module": rows(module),
         "trace-cmd": rows(asyncio.run(read_file(place / "trace.dat", options))),
+        "perfetto": rows(asyncio.run(read_file(place / "trace.pftrace", options))),
     }
 
 
@@ -145,7 +150,7 @@ def crossings(found: Delays, way: Direction) -> tuple[npt.NDArray[Any], npt.NDAr
     return found.utc_ns[whole][order], found.delay_ns[whole][order]
 
 
-@pytest.mark.parametrize("other", ["module", "trace-cmd"])
+@pytest.mark.parametrize("other", ["module", "trace-cmd", "perfetto"])
 @pytest.mark.parametrize("way", [Direction.EGRESS, Direction.INGRESS])
 def test_the_same_packets_take_as_long(seen: dict[str, Delays], other: str, way: Direction) -> None:
     utc, delay = crossings(seen["ftrace"], way)
@@ -159,7 +164,15 @@ def test_the_same_packets_take_as_long(seen: dict[str, Delays], other: str, way:
     assert np.percentile(apart, 80) < APART_NS
 
 
+def test_perfetto_has_what_trace_cmd_has(seen: dict[str, Delays]) -> None:
+    """The same records in another form: the same rows to the nanosecond."""
+    one, other = seen["trace-cmd"], seen["perfetto"]
+    assert len(one) == len(other) > PINGS + DATAGRAMS
+    for name in ("utc_ns", "direction", "segment", "position", "delay_ns", "l3_len", "grade", "outcome"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
 def test_the_module_knows_them_by_content_too(seen: dict[str, Delays]) -> None:
     assert (seen["module"].grade == Grade.EXACT).mean() > 0.9
-    for name in ("ftrace", "trace-cmd"):
+    for name in ("ftrace", "trace-cmd", "perfetto"):
         assert (seen[name].grade == Grade.BUFFER).all()

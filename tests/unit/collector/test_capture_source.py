@@ -175,7 +175,7 @@ def test_what_cannot_be_opened(tmp_path):
 @pytest.mark.parametrize("salvage", [False, True])
 def test_a_disk_that_fails_is_an_error_and_no_damage(file, salvage, monkeypatch):
     with Capture(file(BYTES), salvage=salvage) as capture:
-        capture._window.clear()
+        capture._window.bytes.clear()
         capture._file.close()
 
         class Failing:
@@ -185,7 +185,7 @@ def test_a_disk_that_fails_is_an_error_and_no_damage(file, salvage, monkeypatch)
             def close(self):
                 pass
 
-        monkeypatch.setattr(capture, "_file", Failing())
+        monkeypatch.setattr(capture._window, "_file", Failing())
         with pytest.raises(CaptureError, match="Input/output error"):
             list(capture)
 

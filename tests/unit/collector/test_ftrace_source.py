@@ -1,6 +1,7 @@
 """The source over a kernel made of lists: what it does with losses, late news of devices, and trouble."""
 
 import asyncio
+import os
 from collections import deque
 from itertools import count
 from pathlib import Path
@@ -46,6 +47,10 @@ class FakeKernel:
         self.cpus = [0, 1]
         self.rings = {cpu: deque() for cpu in range(8)}
         """Per CPU: what each reading finds, as lists of pages."""
+        self.filled = True
+        """Whether poll(2) calls the rings readable: then the source takes what is in them at each look."""
+        self.taken = []
+        """CPU and time of each reading."""
         self.lost = dict.fromkeys(range(8), 0)
         self.absent = set()
         self.refuse = ""
@@ -72,6 +77,9 @@ class FakeKernel:
 
             def set_ring_size(self, per_cpu_kib, subbuf_kib):
                 pass
+
+            def set_readable_at(self, percent):
+                assert 0 < percent < 50
 
             def header_page(self):
                 return HEADER_PAGE
@@ -100,14 +108,20 @@ class FakeKernel:
         class Ring:
             def __init__(self, path, where):
                 self.cpu = int(path.parent.name)
+                self.fd = os.eventfd(kernel.filled)
 
             def take(self, into, start=0):
+                kernel.taken.append((self.cpu, kernel.now_ns))
                 found = kernel.rings[self.cpu].popleft() if kernel.rings[self.cpu] else []
                 for i, one in enumerate(found):
                     into.matrix[start + i] = np.frombuffer(one.bytes(), np.uint8)
                 return Taken(len(found), empty=True)
 
+            def fileno(self):
+                return self.fd
+
             def close(self):
+                os.close(self.fd)
                 kernel.log.append(f"close {self.cpu}")
 
         monkeypatch.setattr(tracefs, "Instance", Instance)
@@ -190,6 +204,26 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
     assert source.discarded == source.skipped == 0
 
 
+def test_rings_that_do_not_fill_are_left_alone(kernel):
+    kernel.filled, t = False, kernel.now_ns
+    run(FtraceSource(FtraceConfig(gather_interval_s=10)), kernel, 6)
+    # At the beginning, and what is left at the end.
+    assert kernel.taken == [(0, t), (1, t), (0, t + 300 * MS), (1, t + 300 * MS)]
+
+
+def test_a_device_that_changed_has_the_rings_read_at_once(kernel):
+    kernel.filled, t = False, kernel.now_ns
+    old, new = Device(1, 2, "eth0", "veth"), Device(7, 2, "eth0", "veth")
+    kernel.rings[0].extend([[], [page((t + 20 * MS, "eth0"), (t + 80 * MS, "eth0"), (t + 90 * MS, "eth0"))]])
+    follower = MadeFollower((old,), None, (new,))
+    _, items = run(FtraceSource(FtraceConfig(gather_interval_s=10), devices=follower), kernel, 6)
+    check_stream(items)
+    assert [now_ns - t for cpu, now_ns in kernel.taken if cpu == 0] == [0, 100 * MS, 300 * MS]
+    order = [i.devices if isinstance(i, Topology) else i.ts_ns.tolist() for i in items if not isinstance(i, Progress)]
+    assert order[-2:] == [(new,), [t + 80 * MS, t + 90 * MS]]
+    assert [t + 20 * MS] in order
+
+
 def test_records_wait_for_the_hold_back(kernel):
     t = kernel.now_ns
     kernel.rings[0].extend([[page((t + 1, "eth0"))]])
@@ -202,9 +236,9 @@ def test_records_wait_for_the_hold_back(kernel):
 def test_news_of_devices_holds_for_what_was_held_back(kernel):
     t = kernel.now_ns
     old, new = Device(1, 2, "eth0", "veth"), Device(7, 2, "eth0", "veth")
-    # At the second tick, t + 50 ms, the follower has news; they hold from t on (50 ms back).
+    # Before the second tick, t + 50 ms, the follower has news; they hold from t on (50 ms back).
     kernel.rings[0].extend([[], [page((t + 5 * MS, "eth0"), (t + 20 * MS, "eth0"))], [page((t + 60 * MS, "eth0"))]])
-    follower = MadeFollower((old,), None, (new,))
+    follower = MadeFollower((old,), (new,))
     _, items = run(FtraceSource(devices=follower), kernel, 6)
     check_stream(items)
     assert follower.state == "closed"
@@ -224,7 +258,7 @@ def test_a_batch_is_cut_where_news_begin(kernel):
     t = kernel.now_ns
     new = Device(7, 2, "eth0", "veth")
     kernel.rings[0].extend([[], [], [page((t + 40 * MS, "eth0"), (t + 60 * MS, "eth0"))], [], []])
-    follower = MadeFollower((), None, None, (new,))  # the third tick, at t + 100 ms: from t + 50 ms on
+    follower = MadeFollower((), None, (new,))  # before the third tick, at t + 100 ms: from t + 50 ms on
     _, items = run(FtraceSource(devices=follower), kernel, 6)
     check_stream(items)
     order = [i.devices if isinstance(i, Topology) else i.ts_ns.tolist() for i in items if not isinstance(i, Progress)]
@@ -351,6 +385,7 @@ def test_a_cancelled_stream_leaves_nothing(kernel):
     [
         {"ring_kib_per_cpu": 0},
         {"poll_interval_s": 0},
+        {"gather_interval_s": 0},
         {"hold_back_ms": -1},
         {"reader": "splice"},
         {"tracepoints": ("net:nothing",)},

@@ -96,3 +96,12 @@ def test_refused_writes_say_where_and_what(tmp_path):
 def test_start_time_survives_strange_names():
     assert tracefs._start_time(os.getpid()) > 0
     assert tracefs._start_time(4194305) is None
+
+
+def test_a_kernel_that_cannot_say_when_a_ring_fills_is_left_as_it_is(tmp_path):
+    made = fake_instance(tmp_path)
+    made.set_readable_at(12)
+    assert list(made.path.iterdir()) == []
+    (made.path / "buffer_percent").write_text("50")
+    made.set_readable_at(12)
+    assert (made.path / "buffer_percent").read_text() == "12"

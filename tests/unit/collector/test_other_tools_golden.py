@@ -2,10 +2,15 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from collector.files import FileOptions, recording
+from tests.integration.test_other_tools_traces import replayed
+from tests.perfetto_from_pages import perfetto_from_pages
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "other-tools"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -18,6 +23,13 @@ def maker():
     return module
 
 
+def rows_of(one):
+    """Rows as a sorted list, all that a packet is told by."""
+    _, rows, _ = replayed(one)
+    names = ("utc_ns", "direction", "segment", "position", "delay_ns", "l3_len", "outcome", "grade")
+    return sorted(zip(*(getattr(rows, name).tolist() for name in names), strict=True))
+
+
 @pytest.fixture(scope="module")
 def told():
     return maker().told(GOLDEN)
@@ -28,8 +40,31 @@ def test_what_it_gave_it_gives(told, name):
     assert told[name] == EXPECTED[name]
 
 
-def test_the_same_records_have_the_same_delays():
-    assert EXPECTED["pages.dat"] == EXPECTED["live.mace"]
+@pytest.mark.parametrize("name", ["pages.dat", "pages.pftrace"])
+def test_the_same_records_have_the_same_delays(name):
+    assert EXPECTED[name] == EXPECTED["live.mace"]
+
+
+def test_the_perfetto_trace_is_made_of_the_pages(tmp_path):
+    """And of nothing else: made again, it gives the same rows."""
+    for name in ("live.mace", "pages.dat", "pages.pftrace"):
+        shutil.copy(GOLDEN / name, tmp_path)
+    maker().as_perfetto(tmp_path)
+    assert (tmp_path / "pages.pftrace").stat().st_size > 0
+    options = FileOptions(topology=GOLDEN / "live.mace")
+    made, kept = (rows_of(recording(place / "pages.pftrace", options)) for place in (tmp_path, GOLDEN))
+    assert made == kept == rows_of(recording(GOLDEN / "live.mace"))
+
+
+def test_numbers_in_the_place_of_addresses_never_give_another_delay(tmp_path):
+    """Without net_dev_xmit many buffers stay unknown, and so does where a path began. What is told is right."""
+    live = recording(GOLDEN / "live.mace")
+    path = tmp_path / "numbers.pftrace"
+    path.write_bytes(perfetto_from_pages(GOLDEN / "pages.dat", live.header.clock.offset_ns, numbers=True))
+    found = rows_of(recording(path, FileOptions(topology=live.paths[0])))
+    assert 10 < len(found) < len(rows_of(live))
+    crossings = {(utc, way, delay, length) for utc, way, _, _, delay, length, *_ in rows_of(live)}
+    assert {(utc, way, delay, length) for utc, way, _, _, delay, length, *_ in found} <= crossings
 
 
 @pytest.mark.parametrize(("name", "within_ns"), [("trace.txt", 5_000), ("pcap", 40_000)])

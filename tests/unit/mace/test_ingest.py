@@ -1,16 +1,20 @@
 """What an ingest does with what an earlier one had acknowledged, without any broker."""
 
 import asyncio
+import threading
+from dataclasses import replace
 
 import pytest
 
+from correlator.engine import EngineConfig
 from mace.broker import Broker
 from mace.config import Config, MqttConfig, StoreConfig
 from mace.errors import StoreError
+from mace.hosts import SLICE_NS, Hosts
 from mace.ingest import Ingest
 from mace.topics import Shard
 from storage import segments
-from storage.journal import Journal, Kind
+from storage.journal import FIRST_SLICE_NS, Commit, Journal, Kind
 from storage.query import Store
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, traffic
 
@@ -82,8 +86,91 @@ def test_a_journal_of_an_unreadable_snapshot_says_what_to_do(store):
     journal = Journal(store / "ingest", fsync=False)
     journal.open()
     journal.append(Kind.SNAPSHOT, HEADER.host, b"9.9.9\nno snapshot")
-    journal.commit(0, journal.place)
+    journal.commit(Commit(0, journal.place, SLICE_NS))
     journal.sync(journal.taken())
     journal.close()
     with pytest.raises(StoreError, match=r"written by MACE 9\.9\.9 and cannot be read"):
         run(store)
+
+
+@pytest.mark.parametrize("slice_ns", [FIRST_SLICE_NS, SLICE_NS])
+def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
+    """Killed after a commit: what is of frames before it is in the store, and only the rest may be stored again."""
+    seconds = [batch for n in range(8) for batch in batches(later(traffic(RECORDS), n), RECORDS)]
+    frames = encode([TOPOLOGY, *seconds])
+    # What the killed process had stored, by its own way of cutting: the rows of what came of seven of the frames.
+    before = Hosts(EngineConfig(), lambda header: False)
+    before.slice_ns = slice_ns
+    for frame in frames[:7]:
+        before.work(HEADER.host, frame)
+    (part,) = before.take_parts().values()
+    for frame in frames[7:]:
+        before.work(HEADER.host, frame)
+    (rest,) = before.take_parts().values()
+    journal = Journal(store / "ingest", fsync=False)
+    journal.open()
+    for frame in frames[:7]:
+        journal.append(Kind.FRAME, HEADER.host, frame)
+    # A flush that is in the store, or so it says: only what follows is looked at.
+    journal.commit(Commit(0, journal.place, slice_ns))
+    for frame in frames[7:]:
+        journal.append(Kind.FRAME, HEADER.host, frame)
+    journal.sync(journal.taken())
+    journal.close()
+    assert len(part.delays)
+    assert run(store).rows_stored == len(rest.delays)
+
+
+def later(batch, seconds):
+    return replace(batch, ts_ns=batch.ts_ns + seconds * 1_000_000_000)
+
+
+def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
+    """An acknowledgement must not overtake the disk: not even of frames that another one's write has."""
+    may_end, written = threading.Event(), []
+    sync = Journal.sync
+
+    def slow(self, buffer):
+        may_end.wait(60)
+        sync(self, buffer)
+        written.append(len(buffer))
+
+    async def work():
+        ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), tmp_path, Config(), Shard())
+        ingest._journal.open()
+        monkeypatch.setattr(Journal, "sync", slow)
+        ingest._journal.append(Kind.FRAME, "a", b"1")
+        first = asyncio.create_task(ingest._sync())
+        await asyncio.sleep(0)
+        second = asyncio.create_task(ingest._sync())
+        await asyncio.wait([first, second], timeout=0.05)
+        assert not second.done()
+        first.cancel()
+        may_end.set()
+        await second
+        assert written
+        ingest._disk.shutdown()
+        ingest._journal.close()
+
+    asyncio.run(work())
+
+
+def test_a_write_that_fails_is_told_though_its_caller_was_cancelled(tmp_path, monkeypatch):
+    def full(self, buffer):
+        raise StoreError("no space")
+
+    async def work():
+        ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), tmp_path, Config(), Shard())
+        ingest._journal.open()
+        monkeypatch.setattr(Journal, "sync", full)
+        ingest._journal.append(Kind.FRAME, "a", b"1")
+        first = asyncio.create_task(ingest._sync())
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        with pytest.raises(StoreError, match="no space"):
+            await ingest._sync()
+        ingest._disk.shutdown()
+        ingest._journal.close()
+
+    asyncio.run(work())

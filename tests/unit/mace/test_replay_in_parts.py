@@ -4,7 +4,9 @@ import asyncio
 import json
 import shutil
 import signal
+import threading
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import duckdb
@@ -50,6 +52,7 @@ def replayed(capture, store, **how):
     return into_store(files(capture), str(store), ENGINE, CONFIG, **{"part_bytes": PART} | how)[0]
 
 
+@pytest.mark.slow
 def test_parts_in_turn(capture, reference, tmp_path):
     summary = replayed(capture, tmp_path / "store")
     assert count_rows(tmp_path / "store", "delays") > 50_000
@@ -60,6 +63,7 @@ def test_parts_in_turn(capture, reference, tmp_path):
     assert not (tmp_path / "store" / "replay").exists()
 
 
+@pytest.mark.slow
 def test_the_store_reads_like_any_other(capture, reference, tmp_path):
     replayed(capture, tmp_path / "store")
     one, other = (Store(path) for path in (reference[0], tmp_path / "store"))
@@ -90,6 +94,7 @@ def test_parts_that_suppose_their_state(capture, reference, tmp_path, warm_up_ns
         assert not again[False]
 
 
+@pytest.mark.slow
 def test_no_rows_and_no_store(capture, reference, tmp_path):
     windows_only = replace(ENGINE, rows=False)
     into_store(files(capture), str(tmp_path / "store"), windows_only, CONFIG, part_bytes=PART)
@@ -175,6 +180,10 @@ def test_an_unfinished_replay_is_not_written_over(capture, tmp_path):
     other = write_capture(tmp_path / "other.mace", replace(HEADER, run="other"))
     with pytest.raises(StoreError, match=r"another one.*files: "):
         into_store(files(other), str(store), ENGINE, CONFIG, resume=True)
+    plan = json.loads((store / "replay" / "plan.json").read_text())
+    (store / "replay" / "plan.json").write_text(json.dumps(plan | {"mace-replay": 1}))
+    with pytest.raises(StoreError, match=r"another one.*version of MACE"):
+        into_store(files(capture), str(store), ENGINE, CONFIG, resume=True)
 
     with pytest.raises(StoreError, match="a replay was stopped here"):
         asyncio.run(EmbeddedStore(store).open(HEADER))
@@ -214,6 +223,7 @@ def test_damage_ends_it_where_it_is_and_leaves_what_came_before(capture, tmp_pat
     assert json.loads((tmp_path / "salvaged" / "store.json").read_text())["schema"] == 1
 
 
+@pytest.mark.slow
 def test_a_capture_without_an_end_is_told_of(capture, tmp_path):
     (tmp_path / "cut.mace").write_bytes(capture_bytes(hard_stream(), end=False)[:-10])
     store = tmp_path / "store"
@@ -258,6 +268,7 @@ def memory():
     files_there.rm("/", recursive=True)
 
 
+@pytest.mark.slow
 def test_from_a_url_into_a_url(capture, reference, tmp_path, memory):
     memory.pipe("/captures/hard.mace", capture.read_bytes())
     files_there = files("memory://captures/hard.mace")
@@ -283,6 +294,49 @@ def test_from_a_url_into_a_url(capture, reference, tmp_path, memory):
     assert total == polars.concat(frames)["delay_ns"].sum()
 
 
+@contextmanager
+def served(folder):
+    """The URL of a web server on loopback that gives out a folder, parts of files too, and what it was asked for."""
+    web = pytest.importorskip("aiohttp.web")
+    loop, asked = asyncio.new_event_loop(), []
+
+    @web.middleware
+    async def noting(request, handler):
+        asked.append((request.method, request.path, request.headers.get("Range", "")))
+        return await handler(request)
+
+    async def start():
+        application = web.Application(middlewares=[noting])
+        application.router.add_static("/", folder)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", asked
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_from_a_web_server(capture, reference, tmp_path):
+    """A real server, which is asked for stretches of the capture."""
+    pytest.importorskip("fsspec")
+    with served(capture.parent) as (url, asked):
+        into_store(files(f"{url}/{capture.name}"), str(tmp_path / "store"), ENGINE, CONFIG, part_bytes=PART)
+        with pytest.raises(Unavailable, match=r"none\.mace"):
+            files(f"{url}/none.mace")
+    assert differences(reference[0], tmp_path / "store") == {}
+    assert {ranges.split("-")[0] for method, _, ranges in asked if method == "GET" and ranges} >= {"bytes=0"}
+
+
+@pytest.mark.slow
 def test_file_urls_are_this_machine(capture, reference, tmp_path):
     pytest.importorskip("fsspec")
     into_store(files(f"file://{capture}"), f"file://{tmp_path}/store", ENGINE, CONFIG, part_bytes=PART)

@@ -131,6 +131,7 @@ def test_times_are_utc_unless_they_say_otherwise():
     assert report.instant_ns("0.5s", now) == int(now.timestamp()) * 10**9 - 500_000_000
 
 
+@pytest.mark.slow
 def test_pictures(lossy, tmp_path, capsys):
     png, html = tmp_path / "x.png", tmp_path / "x.html"
     run(lossy, "--png", png, "--html", html)

@@ -206,6 +206,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_merging_changes_the_files_and_not_the_rows(tmp_path):
     delays = make_delays(3000, containers=3)
     parts = [delays[i : i + 100] for i in range(0, len(delays), 100)]

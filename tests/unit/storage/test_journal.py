@@ -4,7 +4,7 @@ import pytest
 
 from mace.errors import StoreError
 from storage import journal
-from storage.journal import Commit, Journal, Kind
+from storage.journal import FIRST_SLICE_NS, Commit, Journal, Kind
 
 
 def written(path, *entries):
@@ -41,11 +41,13 @@ def test_entries_come_back_in_order_over_several_files(tmp_path):
 def test_a_commit_says_flush_and_place(tmp_path):
     kept = Journal(tmp_path, fsync=False)
     kept.open()
-    kept.commit(7, (3, 1 << 40))
+    kept.commit(Commit(7, (3, 1 << 40), 5))
     kept.sync(kept.taken())
     kept.close()
     (entry,) = read(tmp_path)
-    assert Commit.parse(entry.payload) == Commit(7, (3, 1 << 40))
+    assert Commit.parse(entry.payload) == Commit(7, (3, 1 << 40), 5)
+    # As it was written before commits said how streams are cut.
+    assert Commit.parse(entry.payload[:24]) == Commit(7, (3, 1 << 40), FIRST_SLICE_NS)
 
 
 @pytest.mark.parametrize("cut", range(1, 18))

@@ -181,6 +181,7 @@ def test_ready_while_results_come_out():
     assert why == ["not measuring yet, or no longer", "", "no results", "not measuring yet, or no longer"]
 
 
+@pytest.mark.slow
 def test_alive_while_the_loop_turns():
     server = serving(stalled_s=1.0)
 

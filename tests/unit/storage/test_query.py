@@ -274,6 +274,7 @@ def test_a_damaged_segment_is_named(tmp_path, how):
     assert f"1 damaged segments ({victim.rows:,} rows) were skipped" in summary.note
 
 
+@pytest.mark.slow
 def test_a_reader_outlives_merging_and_retention(tmp_path):
     """Segments are taken away under a reader's eyes, again and again; it sees all rows at every moment."""
     flushes, rows = 120, len(make_delays(2))

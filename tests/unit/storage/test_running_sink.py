@@ -126,9 +126,8 @@ def test_failures_are_tried_again_and_told(place, caplog):
         "retried: busy": 1, "retried: away": 1, "retried: RuntimeError('a defect')": 1,
         "retried: no answer within 0.1 s": 1,
     }  # fmt: skip
-    assert [r.message for r in caplog.records] == [
-        "sink test: busy; 30 rows wait", "sink test: delivers again; 20 rows wait",
-    ]  # fmt: skip
+    # How many rows wait by then is a matter of how soon they were given.
+    assert [r.message.partition(";")[0] for r in caplog.records] == ["sink test: busy", "sink test: delivers again"]
 
 
 def test_refused_rows_are_counted_with_the_reason(place):

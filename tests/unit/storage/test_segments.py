@@ -133,6 +133,7 @@ def test_a_damaged_segment_is_not_merged_over():
     assert mergeable([*five, *made([1], HOUR + 1, 9)], [five[2].path]) == [five[:2], five[3:]]
 
 
+@pytest.mark.slow
 def test_merging_repeatedly_ends():
     live = made([100] * 5000) + made([1], HOUR + 1, 9000)
     for _ in range(50):
@@ -172,6 +173,7 @@ def test_retention_by_size_takes_the_oldest_hours_of_all_tables(tmp_path):
     assert len(listing(tmp_path, "runs")) == 1
 
 
+@pytest.mark.slow
 def test_a_reader_sees_every_row_once_while_segments_are_merged(tmp_path):
     """The listing against a writer that merges all the time: flushes 1 to n, each exactly once.
 
