@@ -27,7 +27,7 @@ LAST_POSITION: Final = 254
 WHOLE_PATH: Final = 255
 _ROLE: Final = {role: np.uint8(number) for number, role in enumerate(ROLES)}
 
-# Looked up once: getting at a member of an enumeration costs about what numpy needs for a small array.
+# As numbers: to compare a small array with a member of an enumeration takes 3 µs, with a number of its type 0.5 µs.
 _INNER, _OUTER, _REMOTE = _ROLE[Role.INNER], _ROLE[Role.OUTER], _ROLE[Role.REMOTE]
 _OTHER, _LOOPBACK = _ROLE[Role.OTHER], _ROLE[Role.LOOPBACK]
 _TRANSMIT, _RECEIVE = np.uint8(Way.TRANSMIT), np.uint8(Way.RECEIVE)
