@@ -207,7 +207,8 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
         joined[1:] &= ~spans_gap(gaps, ts[:-1], ts[1:])
     if len(carried):
         joined |= same & old
-    told_apart, other_content = _part(records, order, joined, judged, places, moves)
+    key = None if records.key is None else records.key[order]
+    told_apart, other_content = _part(records, key, order, joined, judged, places, moves)
     cross = ((moves & CROSS) != 0) | ~joined
     if len(carried):
         at = np.flatnonzero(old)
@@ -239,30 +240,41 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
         freed=WAY[places[ends] >> CODE_BITS] == Way.END,
         reused=reused,
         late=reused & waited,
-        grade=_graded(records, order, starts, life[other_content]),
+        grade=_graded(records, key, order, starts, life[other_content]),
         told_apart=told_apart,
     )
 
 
-def _part(records: Records, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints) -> tuple[int, Ints]:
-    """Clear `joined` where the key says that it is another packet: how often, and where a key changed otherwise."""
-    if records.key is None or records.trait is None:
+def _part(
+    records: Records, key: Ids | None, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints
+) -> tuple[int, Ints]:
+    """Clear `joined` where the key says that it is another packet: how often, and where a key changed otherwise.
+
+    `key` is in buffer order.
+    """
+    if key is None or records.trait is None:
         return 0, np.zeros(0, np.int64)
-    at = changes(records.key[order], joined)
+    at = changes(key, joined)
+    if not len(at):
+        return 0, at
     # What was carried has been judged: where the key changes inside it, that was explained then.
     same_packet = ~judged[at] | explained(at, places, moves, records.trait[order])
     joined[at[~same_packet]] = False
     return len(at) - int(same_packet.sum()), at[same_packet]
 
 
-def _graded(records: Records, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
-    """Grades of the lives that begin at `starts`; in those of `other_content` the key changed, for a known reason."""
+def _graded(records: Records, key: Ids | None, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
+    """Grades of the lives that begin at `starts`; in those of `other_content` the key changed, for a known reason.
+
+    `key` is in buffer order.
+    """
     grade = np.full(len(starts), Grade.BUFFER, np.uint8)
-    if records.key is not None:
-        keyed = np.add.reduceat(records.key[order] != 0, starts, dtype=np.int64)
+    if key is not None:
+        # Where nothing is without a key, a life has as many as records: no need to count.
+        keyed = np.diff(starts, append=len(key)) if key.all() else np.add.reduceat(key != 0, starts, dtype=np.int64)
         grade[keyed > 1] = Grade.EXACT
         # A source that knows no buffers says so by giving the content's key for one.
-        of_content = records.skb[order[starts]] == records.key[order[starts]]
+        of_content = records.skb[order[starts]] == key[starts]
         grade[(keyed > 1) & of_content] = Grade.CONTENT
         grade[other_content] = Grade.BUFFER
     return grade

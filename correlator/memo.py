@@ -22,6 +22,9 @@ class Memo:
     """`answer`, elementwise. Keys are >= 0."""
 
     _SLOT_BITS: Final = 14
+    _SAMPLE: Final = 1 << 10
+    """Of many keys that are missing so many are asked first: a new table misses everything, and those few hold nearly
+    all that there is to ask, so that the others need no sort."""
 
     def __init__(self, answer: Callable[[int], int]) -> None:
         self._answer = answer
@@ -49,11 +52,22 @@ class Memo:
         known = self._keys[slots] == keys
         if not known.all():
             missing = np.flatnonzero(~known)
-            distinct, inverse = np.unique(keys[missing], return_inverse=True)
-            values[missing] = np.array([self.of(key) for key in distinct.tolist()], np.int64)[inverse]
-            self._keys[slots[missing]] = keys[missing]
-            self._values[slots[missing]] = values[missing]
+            if len(missing) > self._SAMPLE:
+                self._ask(keys, slots, values, missing[: self._SAMPLE])
+                missing = missing[self._SAMPLE :]
+                values[missing] = self._values[slots[missing]]
+                missing = missing[self._keys[slots[missing]] != keys[missing]]
+            if len(missing):
+                self._ask(keys, slots, values, missing)
         return values
+
+    def _ask(self, keys: Ints, slots: Ints, values: Ints, missing: Ints) -> None:
+        """Fill in the values at `missing`, and the table."""
+        wanted = keys[missing]
+        distinct, inverse = np.unique(wanted, return_inverse=True)
+        values[missing] = np.array([self.of(key) for key in distinct.tolist()], np.int64)[inverse]
+        self._keys[slots[missing]] = wanted
+        self._values[slots[missing]] = values[missing]
 
     def of(self, key: int) -> int:
         """The answer for one key."""
