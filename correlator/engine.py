@@ -28,8 +28,9 @@ from correlator.windows import Windows
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch, Flag
-from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results, Window
+from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
 from mace.topology import Device, Topology
+from mace.windowtable import WindowTable
 
 IPPROTO_TCP: Final = 6
 """IANA's number of TCP."""
@@ -131,7 +132,7 @@ class Engine:
             self._began_ns,
         )
 
-    def close_windows(self) -> tuple[Window, ...]:
+    def close_windows(self) -> WindowTable:
         """All windows that are still open, as they are at a cut: the rest of them is in the other engine's."""
         return self._windows.close(None)
 

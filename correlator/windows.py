@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mace import histogram
-from mace.schema import Direction, Segment, Window
+from mace.schema import Window
+from mace.windowtable import NUMBERS, WindowTable
 
 WIDTHS_S: Final = (1, 10)
 
@@ -31,10 +32,9 @@ _START, _CODE, _COUNT, _SUM, _LOW, _HIGH = range(6)
 """Rows of a table of windows: start (ns); device, direction and segment in one number; and what was added up."""
 _BIN, _CELL_COUNT = 2, 3
 """Rows of a table of histogram cells, after `_START` and `_CODE`."""
+_QUANTILES: Final = np.array(histogram.QUANTILES)
 _UNMERGED: Final = 1 << 18
 """Cells that may wait to be merged: 8 MiB."""
-_DIRECTIONS: Final = {int(d): d for d in Direction}
-_SEGMENTS: Final = {int(s): s for s in Segment}
 
 
 class _Pending:
@@ -84,19 +84,23 @@ class _Pending:
 
     def _merged(self) -> tuple[Ints, Ints]:
         """Each window, and each of its cells, once; by start, device, direction, segment and bin."""
-        windows, cells = np.concatenate(self.windows, axis=1), np.concatenate(self.cells, axis=1)
-        windows = windows[:, _ordered(windows[_START], windows[_CODE])]
-        first = _changes(windows[: _CODE + 1])
-        merged = windows[:, first]
-        merged[_COUNT] = np.add.reduceat(windows[_COUNT], first)
-        merged[_SUM] = np.add.reduceat(windows[_SUM], first)
-        merged[_LOW] = np.minimum.reduceat(windows[_LOW], first)
-        merged[_HIGH] = np.maximum.reduceat(windows[_HIGH], first)
-        cells = cells[:, _ordered(cells[_START], cells[_CODE] * histogram.BINS + cells[_BIN])]
-        first = _changes(cells[: _BIN + 1])
-        merged_cells = cells[:, first]
-        merged_cells[_CELL_COUNT] = np.add.reduceat(cells[_CELL_COUNT], first)
-        return merged, merged_cells
+        windows, cells = _laid_together(self.windows), _laid_together(self.cells)
+        if (found := _groups(windows[_START], windows[_CODE])) is not None:
+            order, first = found
+            windows = windows[:, order]
+            merged = windows[:, first]
+            merged[_COUNT] = np.add.reduceat(windows[_COUNT], first)
+            merged[_SUM] = np.add.reduceat(windows[_SUM], first)
+            merged[_LOW] = np.minimum.reduceat(windows[_LOW], first)
+            merged[_HIGH] = np.maximum.reduceat(windows[_HIGH], first)
+            windows = merged
+        if (found := _groups(cells[_START], cells[_CODE] * histogram.BINS + cells[_BIN])) is not None:
+            order, first = found
+            cells = cells[:, order]
+            merged = cells[:, first]
+            merged[_CELL_COUNT] = np.add.reduceat(cells[_CELL_COUNT], first)
+            cells = merged
+        return windows, cells
 
 
 class Windows:
@@ -143,22 +147,22 @@ class Windows:
         table[_CELL_COUNT] = counts
         self._pending[0].add(windows, table)
 
-    def close(self, before_utc_ns: int | None) -> tuple[Window, ...]:
+    def close(self, before_utc_ns: int | None) -> WindowTable:
         """Final windows that end at or before the given time, in order; all of them for None."""
-        done: list[Window] = []
+        done: list[WindowTable] = []
         for pending, wider in zip(self._pending, [*self._pending[1:], None], strict=True):
             taken = pending.take(before_utc_ns)
             if taken is None:
                 continue
             if wider is not None:
                 wider.add(*(_started(table, wider.width_s) for table in taken))
-            done += _final(pending.width_s, *taken)
-        return tuple(done)
+            done.append(_final(pending.width_s, *taken))
+        return WindowTable.concatenate(done)
 
 
-def joined(pieces: Sequence[Window]) -> tuple[Window, ...]:
+def joined(pieces: Sequence[Window]) -> WindowTable:
     """Windows of pieces of them: those of one time, width, device, direction and segment become one. In order."""
-    found: list[Window] = []
+    found: list[WindowTable] = []
     for width_s in WIDTHS_S:
         pending = _Pending(width_s)
         for w in pieces:
@@ -169,12 +173,17 @@ def joined(pieces: Sequence[Window]) -> tuple[Window, ...]:
                 table = np.array([w.start_utc_ns, code, w.count, w.sum_ns, w.min_ns, w.max_ns], np.int64)
                 pending.add(table[:, None], cells)
         if (taken := pending.take(None)) is not None:
-            found += _final(width_s, *taken)
-    return tuple(found)
+            found.append(_final(width_s, *taken))
+    return WindowTable.concatenate(found)
 
 
-def _ordered(start: Ints, code: Ints) -> Ints:
-    """Stable argsort by start, then code (>= 0).
+def _laid_together(tables: list[Ints]) -> Ints:
+    return tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)
+
+
+def _groups(start: Ints, code: Ints) -> tuple[Ints, Ints] | None:
+    """Order by start (of whole seconds), then code (>= 0), and where in it each pair of both is first; None where each
+    comes once and they are in order.
 
     Most tables are laid end to end, each in order already: of one integer the stable sort finds these runs and only
     merges them, where a lexsort goes over all of it once for each column.
@@ -182,15 +191,22 @@ def _ordered(start: Ints, code: Ints) -> Ints:
     second = (start - start.min()) // _NS
     codes = int(code.max()) + 1
     if (int(second.max()) + 1) * codes >= 1 << 62:
-        return np.lexsort((code, start))
-    return np.argsort(second * codes + code, kind="stable")
+        order = np.lexsort((code, start))
+        return order, np.flatnonzero(_changes(start[order], code[order]))
+    keys = second * codes + code
+    if (keys[1:] > keys[:-1]).all():
+        return None
+    order = np.argsort(keys, kind="stable")
+    return order, np.flatnonzero(_changes(keys[order]))
 
 
-def _changes(rows: Ints) -> Ints:
-    """Where a column differs from the one before; the first one always."""
-    differs = np.ones(rows.shape[1], np.bool_)
-    differs[1:] = (rows[:, 1:] != rows[:, :-1]).any(axis=0)
-    return np.flatnonzero(differs)
+def _changes(*columns: Ints) -> npt.NDArray[np.bool_]:
+    """Whether any column differs from the one before; the first one always."""
+    differs = np.ones(len(columns[0]), np.bool_)
+    np.not_equal(columns[0][1:], columns[0][:-1], out=differs[1:])
+    for column in columns[1:]:
+        differs[1:] |= column[1:] != column[:-1]
+    return differs
 
 
 def _started(table: Ints, width_s: int) -> Ints:
@@ -200,37 +216,24 @@ def _started(table: Ints, width_s: int) -> Ints:
     return moved
 
 
-def _final(width_s: int, windows: Ints, cells: Ints) -> list[Window]:
+def _final(width_s: int, windows: Ints, cells: Ints) -> WindowTable:
     """The windows of merged tables, which have each once, in one order."""
     bins, counts = cells[_BIN].copy(), cells[_CELL_COUNT].copy()
-    edges = np.append(_changes(cells[: _CODE + 1]), len(bins))
+    edges = np.append(np.flatnonzero(_changes(cells[_START], cells[_CODE])), len(bins))
     # As `histogram.quantiles`, for all windows at once: ranks go on from one to the next.
     ranks = np.cumsum(counts)
-    before = ranks[edges[1:] - 1] - windows[_COUNT]
-    wanted = np.maximum(np.ceil(np.outer(windows[_COUNT], histogram.QUANTILES)), 1) + before[:, None]
+    count = windows[_COUNT]
+    before = ranks[edges[1:] - 1] - count
+    wanted = np.maximum(np.ceil(np.multiply.outer(_QUANTILES, count)), 1) + before
     found = histogram.middles(bins[np.searchsorted(ranks, wanted)])
+    numbers = np.empty((len(NUMBERS), len(count)), np.int64)
+    numbers[0], numbers[1], numbers[2] = windows[_START], width_s, windows[_CODE] >> 5
+    numbers[3], numbers[4] = (windows[_CODE] >> 3) & 3, windows[_CODE] & 7
+    numbers[5:9] = windows[_COUNT : _HIGH + 1]
     # The middle of a bin may lie beyond what was ever seen.
-    found = found.clip(windows[_LOW, :, None], windows[_HIGH, :, None])
-    at = edges.tolist()
-    return [
-        Window(
-            start,
-            width_s,
-            code >> 5,
-            _DIRECTIONS[(code >> 3) & 3],
-            _SEGMENTS[code & 7],
-            count,
-            sum_ns,
-            low,
-            high,
-            *(p50, p90, p99, p999),
-            bins[at[i] : at[i + 1]],
-            counts[at[i] : at[i + 1]],
-        )
-        for i, ((start, code, count, sum_ns, low, high), (p50, p90, p99, p999)) in enumerate(
-            zip(windows.T.tolist(), found.tolist(), strict=True)
-        )
-    ]
+    np.maximum(found, windows[_LOW], out=found)
+    np.minimum(found, windows[_HIGH], out=numbers[9:])
+    return WindowTable(numbers, edges, bins, counts)
 
 
 def _ranked(codes: Ints) -> tuple[Ints, Ints]:

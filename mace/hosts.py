@@ -19,8 +19,9 @@ from mace import __version__
 from mace.errors import StoreError, WireError
 from mace.interfaces import Progress, StreamHeader
 from mace.records import Batch
-from mace.schema import Delays, Results, Window
+from mace.schema import Delays, Results
 from mace.topology import Topology
+from mace.windowtable import WindowTable
 from mace.wire import Head, parse_head
 from storage.fleet import RunPart
 
@@ -55,7 +56,7 @@ class _Waiting:
 
     header: StreamHeader
     delays: list[Delays] = field(default_factory=list)
-    windows: list[Window] = field(default_factory=list)
+    windows: list[WindowTable] = field(default_factory=list)
     latest: Results | None = None
     rows: int = 0
     begins: bool = False
@@ -65,7 +66,7 @@ class _Waiting:
     def part(self) -> RunPart:
         flags = {"begins": self.begins, "closed": self.closed, "ended": self.ended}
         delays = Delays.concatenate(self.delays)
-        return RunPart(self.header, delays, tuple(self.windows), self.latest, self.rows, **flags)
+        return RunPart(self.header, delays, WindowTable.concatenate(self.windows), self.latest, self.rows, **flags)
 
 
 class Hosts:
@@ -173,7 +174,8 @@ class Hosts:
         part.rows = known.rows
         if len(results.delays):
             part.delays.append(results.delays)
-        part.windows.extend(results.windows)
+        if len(results.windows):
+            part.windows.append(WindowTable.of(results.windows))
         # An engine that never saw a record does not know of any time.
         upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
         ledger = replace(results.ledger, discarded=known.stream.missing)

@@ -330,7 +330,7 @@ class Results:
     upto_utc_ns: int
     """All records before this time have been looked at."""
     delays: Delays
-    windows: tuple[Window, ...]
+    windows: Sequence[Window]
     ledger: Ledger
     """Of the whole run so far, not of this stretch."""
     packets: int

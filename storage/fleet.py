@@ -23,6 +23,7 @@ from mace.errors import StoreError
 from mace.interfaces import StreamHeader
 from mace.schema import Delays, Results, Window
 from mace.summary import ranks
+from mace.windowtable import WindowTable
 from storage import segments, tables
 from storage.embedded import EmbeddedStore
 from storage.segments import HOUR_NS, NO_HOUR, Segment
@@ -40,7 +41,7 @@ class RunPart:
 
     header: StreamHeader
     delays: Delays
-    windows: tuple[Window, ...]
+    windows: Sequence[Window]
     latest: Results | None
     """Ledger, grades and devices of now; None if there are no results yet."""
     rows_stored: int
@@ -167,10 +168,10 @@ class FleetStore(EmbeddedStore):
         devices = [device for some in of_run for device in some]
         rank = [number for some in of_run for number in ranks(some)]
         first = np.cumsum([0, *map(len, of_run)])[:-1]
-        windows = [window for part in told for window in part.windows]
-        if windows:
+        windows = WindowTable.concatenate([WindowTable.of(part.windows) for part in told])
+        if len(windows):
             counts = [len(part.windows) for part in told]
-            device = np.array([window.device for window in windows], np.int64) + np.repeat(first, counts)
+            device = windows.column("device") + np.repeat(first, counts)
             runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
             self._put_by_hour("windows", tables.windows_table(runs, windows, devices, rank, device))
         delays = Delays.concatenate([part.delays for part in told])

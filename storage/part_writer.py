@@ -6,7 +6,7 @@ row groups, one that is filled and one that is encoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class PartWriter:
             finally:
                 self._place.remove(self._folder)
 
-    def add(self, delays: Delays, windows: tuple[Window, ...], devices: tuple[Device, ...]) -> None:
+    def add(self, delays: Delays, windows: Sequence[Window], devices: tuple[Device, ...]) -> None:
         """Take rows; `devices` is what they point to."""
         self._devices = devices
         if len(delays):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +23,7 @@ from mace.ledger import Ledger
 from mace.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment, Window
 from mace.summary import ranks
 from mace.topology import Device
+from mace.windowtable import WindowTable
 
 _TIME: Final = pa.timestamp("ns", tz="UTC")
 _NAME: Final = pa.dictionary(pa.int16(), pa.string())
@@ -263,11 +263,8 @@ def delays_table(
     )
 
 
-_WINDOW_NUMBERS: Final = (
-    *("start_utc_ns", "width_s", "direction", "segment"),
-    *("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns"),
-)
-_numbers_of: Final = attrgetter(*_WINDOW_NUMBERS)
+_STORED: Final = ("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns")
+"""Columns that the windows have as they are."""
 
 
 def windows_table(
@@ -279,24 +276,21 @@ def windows_table(
 ) -> pa.Table:
     """Columns `WINDOWS`. `rank` as in `delays_table`; `device` where it is not what the windows say."""
     rows = len(windows)
+    told = WindowTable.of(windows)
     if device is None:
-        device = np.array([w.device for w in windows], np.int64)
-    # One pass: by the column, each window would be fetched anew a dozen times.
-    told = np.array([_numbers_of(window) for window in windows], np.int64).reshape(rows, len(_WINDOW_NUMBERS)).T
-    offsets = pa.array(np.cumsum([0, *(len(w.bins) for w in windows)]), pa.int32())
-    bins = np.concatenate([w.bins for w in windows]) if windows else np.zeros(0)
-    counts = np.concatenate([w.counts for w in windows]) if windows else np.zeros(0)
+        device = told.column("device")
+    offsets = pa.array(told.edges.astype(np.int32))
     return pa.Table.from_arrays(
         [
-            pa.array(told[0]).cast(_TIME),
-            pa.array(told[1].astype(np.uint32)),
+            pa.array(told.column("start_utc_ns")).cast(_TIME),
+            pa.array(told.column("width_s").astype(np.uint32)),
             *_run_columns(header, rows),
             *_device_columns(device, devices, ranks(devices) if rank is None else rank),
-            _named(told[2], _DIRECTIONS),
-            _named(told[3], _SEGMENTS),
-            *(pa.array(column) for column in told[4:]),
-            pa.ListArray.from_arrays(offsets, pa.array(bins.astype(np.uint16))),
-            pa.ListArray.from_arrays(offsets, pa.array(counts.astype(np.int64))),
+            _named(told.column("direction"), _DIRECTIONS),
+            _named(told.column("segment"), _SEGMENTS),
+            *(pa.array(told.column(name)) for name in _STORED),
+            pa.ListArray.from_arrays(offsets, pa.array(told.bins.astype(np.uint16))),
+            pa.ListArray.from_arrays(offsets, pa.array(told.counts)),
         ],
         schema=SCHEMAS["windows"],
     )
