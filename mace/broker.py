@@ -34,6 +34,8 @@ KEEPALIVE_S: Final = 15
 """A broker that has vanished is noticed, and the last will given out, after one and a half of these."""
 IN_FLIGHT: Final = 20
 """Publishes without the broker's acknowledgement at once; mosquitto's own default for a receiver."""
+READ_AHEAD: Final = 8
+"""Messages in the queue beyond which no more are read at once."""
 QUEUE_BYTES: Final = 256 << 20
 """Of messages that wait to be worked on; some 90 M records."""
 _CLIENTS_LOG: Final = logging.getLogger(f"{__name__}.client")
@@ -85,6 +87,29 @@ class Connection(aiomqtt.Client):
             if self._queue.empty():
                 return
             yield self._queue.get_nowait()
+
+    def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
+        super()._on_socket_open(client, userdata, sock)
+        # Behind aiomqtt's own reader, which is asked for in the same way, and in its place.
+        self._loop.call_soon_threadsafe(self._loop.add_reader, sock.fileno(), self._read, client)
+
+    def _read(self, client: Any) -> None:
+        """Take what has come off the socket, one packet at least; aiomqtt takes one at each turn of the event loop.
+
+        What there is no use for yet stays in the socket, and the broker waits with more: in the queue it would be let
+        fall at last.
+        """
+        try:
+            while True:
+                waiting = self._queue.qsize()
+                client.loop_read()
+                socket = client.socket()
+                decrypted = socket.pending() if isinstance(socket, ssl.SSLSocket) else 0
+                if not decrypted and not waiting < self._queue.qsize() < READ_AHEAD:
+                    return
+        except Exception as error:  # noqa: BLE001 (as aiomqtt does: whatever it is, the connection has broken)
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
         # aiomqtt takes every PUBACK for a success; in MQTT 5 it can say "not authorized".

@@ -45,8 +45,8 @@ _AGAIN_S: Final = 1.0
 """A host is asked at most this often to send again: what is on its way meanwhile would be asked for twice."""
 _SNAPSHOTS: Final = 16
 """Of the hosts that have one in an old file only, this part gets a new one at each flush."""
-_AT_A_TIME: Final = 7
-"""Messages that are worked on between two turns of other tasks, but for one: some ten milliseconds."""
+_AT_A_TIME: Final = 8
+"""Messages that are worked on between two turns of other tasks: some ten milliseconds."""
 _COLLECTED: Final = (50_000, 20, 100)
 """Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
 some at each 700 of them, as by default, takes a tenth of the time."""
@@ -225,11 +225,14 @@ class Ingest:
         messages = client.messages
         async for message in messages:
             self.queue_peak = max(self.queue_peak, len(messages))
-            self.message(message)
-            for another in client.at_hand(_AT_A_TIME):
-                self.message(another)
-            # What waits is given out without waiting: other tasks must get their turn.
-            await asyncio.sleep(0)
+            at_hand = [message]
+            while at_hand:
+                for each in at_hand:
+                    self.message(each)
+                # What waits is given out without waiting: other tasks must get their turn.
+                await asyncio.sleep(0)
+                self.queue_peak = max(self.queue_peak, len(messages))
+                at_hand = list(client.at_hand(_AT_A_TIME))
 
     def message(self, message: Message) -> None:
         """Take a message from the broker."""
