@@ -34,6 +34,9 @@ from mace.windowtable import WindowTable
 
 IPPROTO_TCP: Final = 6
 """IANA's number of TCP."""
+_GRADES: Final = tuple(grade.name.lower() for grade in Grade)
+_LOST, _DROPPED = int(Hook.LOST), int(Outcome.DROPPED)
+"""To compare an array with a number is faster than with a member (see `correlator.hops`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Engine:
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
         self._owners: set[int] = set()
-        self._grades = dict.fromkeys((*(grade.name.lower() for grade in Grade), "waited", "told_apart"), 0)
+        self._grades = dict.fromkeys((*_GRADES, "waited", "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
         self._left = 0
         """Single records that were still waiting when the stream ended."""
@@ -181,7 +184,7 @@ class Engine:
     # One slice ----------------------------------------------------------------------------------------
 
     def _work(self, batch: Batch, upto_ns: int, *, last: bool = False) -> Results:
-        markers = batch.hook == Hook.LOST
+        markers = batch.hook == _LOST
         if markers.any():
             self._note_gaps(batch[markers])
             batch = batch[~markers]
@@ -299,8 +302,9 @@ class Engine:
         self._grades["ambiguous"] += int(unclear.sum())
         waited = self._asked.waited(lives, ended)
         self._grades["waited"] += int(waited[found.packets].sum())
-        for grade, count in zip(Grade, np.bincount(lives.grade[found.packets], minlength=len(Grade)), strict=True):
-            self._grades[grade.name.lower()] += int(count)
+        counts = np.bincount(lives.grade[found.packets], minlength=len(_GRADES)).tolist()
+        for grade, count in zip(_GRADES, counts, strict=True):
+            self._grades[grade] += count
         utc_ns = found.ts + self._offset_ns
         device = self._entries((found.device << 32) | found.owner).astype(np.int32)
         counted = ~waited[found.life] if waited.any() else slice(None)
@@ -329,7 +333,7 @@ class Engine:
             l3_len=lives.length()[life],
             grade=lives.grade[life],
             outcome=found.outcome[life],
-            drop_reason=np.where(found.outcome == Outcome.DROPPED, lives.drop_reason(), np.uint16(0))[life],
+            drop_reason=np.where(found.outcome == _DROPPED, lives.drop_reason(), np.uint16(0))[life],
             waited=waited[life],
         )
         return delays, crossings

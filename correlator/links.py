@@ -25,6 +25,9 @@ from mace.topology import Role
 
 _ON_THE_HOST: Final = np.array([role in (Role.HOST, Role.OUTER) for role in ROLES])
 
+_DELIVERY, _QUEUE = int(Way.DELIVERY), int(Hook.NET_DEV_QUEUE)
+_RECEIVE_SKB, _CONSUMED = int(Hook.NETIF_RECEIVE_SKB), int(Hook.CONSUME_SKB)
+
 _OF_RECORDS: Final = ("records", "number", "cross")
 """The columns of `Waiting` that are over records."""
 
@@ -130,14 +133,14 @@ class Links:
         which = np.flatnonzero(ended)
         start, last = lives.starts[which], lives.ends[which]
         for _ in range(2):  # behind the last device come a copy to a reader and the end, at most
-            last = last - ((WAY[lives.place[last] >> CODE_BITS] >= Way.DELIVERY) & (last > start))
+            last = last - ((WAY[lives.place[last] >> CODE_BITS] >= _DELIVERY) & (last > start))
         hook = lives.place >> CODE_BITS
-        head = (hook[start] == Hook.NET_DEV_QUEUE) & self._on_the_host(lives.number[start])
+        head = (hook[start] == _QUEUE) & self._on_the_host(lives.number[start])
         tail = (
             ~head
-            & (hook[last] == Hook.NETIF_RECEIVE_SKB)
+            & (hook[last] == _RECEIVE_SKB)
             & self._on_the_host(lives.number[last])
-            & ((last == lives.ends[which]) | (hook[lives.ends[which]] == Hook.CONSUME_SKB))
+            & ((last == lives.ends[which]) | (hook[lives.ends[which]] == _CONSUMED))
             & (lives.ends[which] - last < 2)  # not delivered
         )
         if not (head | tail).any():
@@ -178,6 +181,12 @@ class Links:
         count = len(waiting.size)
         if not count:
             return None
+        if (
+            settled_ns is not None
+            and int(waiting.at_ns.min()) + self._link_ns >= settled_ns
+            and len(waiting.records) <= self._most
+        ):
+            return None  # all must wait on, and may
         order = np.lexsort((waiting.head, waiting.at_ns, waiting.key))
         key, at, head = waiting.key[order], waiting.at_ns[order], waiting.head[order]
         apart = (key[1:] != key[:-1]) | (at[1:] - at[:-1] > self._link_ns)

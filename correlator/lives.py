@@ -42,6 +42,9 @@ Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
 
 NEVER: Final = np.iinfo(np.int64).max
+_END, _RECEIVE, _DROP = int(Way.END), int(Way.RECEIVE), int(Hook.KFREE_SKB)
+_COPIED: Final = np.isin(np.arange(max(COPIED_BEHIND) + 2), COPIED_BEHIND)
+"""Whether a number of bytes is one of COPIED_BEHIND; the last entry stands for all others, at -1 too."""
 _OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8, "flow": np.uint64, "proto": np.uint8}
 """The columns of `Records` that it may not have."""
 
@@ -77,7 +80,7 @@ class Records:
             dev = dev * HAS_DEVICE.take(batch.hook)
         length = batch.l3_len
         if batch.drop_reason.any():
-            length = np.where(batch.hook == Hook.KFREE_SKB, batch.drop_reason, length)
+            length = np.where(batch.hook == _DROP, batch.drop_reason, length)
         told = (keys(batch), traits(batch), *(content.flows(batch) if flows else ()))
         return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), length, *told)
 
@@ -201,7 +204,8 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
     by_length = np.flatnonzero(moves & (SAME_LENGTH | WHOLE_COPY))
     less = records.length[order[by_length - 1]].astype(np.int64) - records.length[order[by_length]]
     routed = (moves[by_length] & SAME_LENGTH) != 0
-    joined[by_length] &= np.where(routed, less == 0, np.isin(less, COPIED_BEHIND))
+    whole = _COPIED[np.maximum(np.minimum(less, len(_COPIED) - 1), -1)]
+    joined[by_length] &= np.where(routed, less == 0, whole)
     joined[1:] &= ts[1:] - ts[:-1] <= timeout_ns
     if gaps:
         joined[1:] &= ~spans_gap(gaps, ts[:-1], ts[1:])
@@ -237,7 +241,7 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
         life=life,
         starts=starts,
         ends=ends,
-        freed=WAY[places[ends] >> CODE_BITS] == Way.END,
+        freed=WAY[places[ends] >> CODE_BITS] == _END,
         reused=reused,
         late=reused & waited,
         grade=_graded(records, key, order, starts, life[other_content]),
@@ -332,7 +336,7 @@ def _tell_starts(
     number: Ints, starts: Ints, places: Ints, ts: Ints, resolver: Resolver, gaps: Gaps, timeout_ns: int
 ) -> None:
     """Resolve devices at which a life starts with a reception, unless its beginning may have been lost."""
-    unsure = starts[(number[starts] == -1) & (WAY[places[starts] >> CODE_BITS] == Way.RECEIVE)]
+    unsure = starts[(number[starts] == -1) & (WAY[places[starts] >> CODE_BITS] == _RECEIVE)]
     unsure = unsure[~spans_gap(gaps, ts[unsure] - timeout_ns, ts[unsure])]
     if len(unsure):
         codes, member = np.unique(places[unsure] & (CODES - 1), return_inverse=True)

@@ -182,10 +182,14 @@ class FleetStore(EmbeddedStore):
             self._put_by_hour("delays", tables.delays_table(runs, delays, devices, rank))
 
     def _put_by_hour(self, table: str, rows: pa.Table) -> None:
-        hours = rows["time"].cast(pa.int64()).to_numpy() // HOUR_NS
+        times = rows["time"].cast(pa.int64()).to_numpy()
+        first, last = int(times.min()) // HOUR_NS, int(times.max()) // HOUR_NS
+        if first == last:
+            self._put(table, first, rows)
+            return
+        hours = times // HOUR_NS
         for hour in np.unique(hours):
-            chosen = rows if hours[0] == hour and (hours == hour).all() else rows.filter(pa.array(hours == hour))
-            self._put(table, int(hour), chosen)
+            self._put(table, int(hour), rows.filter(pa.array(hours == hour)))
 
     def _stored_runs(self) -> set[tuple[str, str]]:
         found: set[tuple[str, str]] = set()
