@@ -136,10 +136,21 @@ def test_a_terminal_shows_a_table_while_it_runs():
     assert out.decode().count("What the container path added") == 1
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_a_terminal_shows_how_far_a_replay_is(tmp_path, stored):
-    argv = [*MACE, "replay", "docs/example.mace", *(["--store", tmp_path / "store"] if stored else [])]
+GOLDEN = "tests/golden/both-sources"
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "times"),
+    [
+        ("replay {file}", "docs/example.mace", 1),
+        ("replay {file} --store {new}", "docs/example.mace", 1),
+        ("export perfetto {file} -o {new} --worst 3", "docs/example.mace", 2),
+        (f"correct {GOLDEN}/ping.txt {{file}} --container c1", f"{GOLDEN}/ftrace.mace", 1),
+    ],
+)
+def test_a_terminal_shows_how_far_long_work_is(tmp_path, command, file, times):
+    argv = [*MACE, *command.format(file=file, new=tmp_path / "new").split()]
     with terminal() as (stderr, told):
         subprocess.run(argv, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT, env=os.environ | TERMINAL, check=True)
-    size = (ROOT / "docs/example.mace").stat().st_size / 1000
+    size = times * (ROOT / file).stat().st_size / 1000
     assert f"{size:.1f}/{size:.1f} kB" in told()
