@@ -62,36 +62,30 @@ def enter(path: Path, action: Callable[[], T]) -> T:
     """
     if inode(path) in (0, own_inode()):
         raise LabError(f"{path}: expected another network namespace than our own, found none")
-    outcome: list[T] = []
-    trouble: list[BaseException] = []
 
-    def body() -> None:
+    def switch() -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                _check(_libc.setns(fd, _CLONE_NEWNET), f"setns {path}")
-            finally:
-                os.close(fd)
-            outcome.append(action())
-        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
-            trouble.append(error)
+            _check(_libc.setns(fd, _CLONE_NEWNET), f"setns {path}")
+        finally:
+            os.close(fd)
 
-    thread = threading.Thread(target=body, name="netns")
-    thread.start()
-    thread.join()
-    if trouble:
-        raise trouble[0]
-    return outcome[0]
+    return _in_thread(switch, action)
 
 
 def in_new(action: Callable[[], T]) -> T:
     """Run `action` in a nameless new network namespace, gone afterwards. Raises `OSError` where that is refused."""
+    return _in_thread(lambda: _check(_libc.unshare(_CLONE_NEWNET), "unshare"), action)
+
+
+def _in_thread(switch: Callable[[], None], action: Callable[[], T]) -> T:
+    """Both in a thread of their own, since a namespace is a thread's; what they raise is raised here."""
     outcome: list[T] = []
     trouble: list[BaseException] = []
 
     def body() -> None:
         try:
-            _check(_libc.unshare(_CLONE_NEWNET), "unshare")
+            switch()
             outcome.append(action())
         except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
             trouble.append(error)
