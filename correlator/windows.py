@@ -87,8 +87,8 @@ class _Pending:
         windows, cells = _laid_together(self.windows), _laid_together(self.cells)
         if (found := _groups(windows[_START], windows[_CODE])) is not None:
             order, first = found
-            windows = windows[:, order]
-            merged = windows[:, first]
+            windows = windows.take(order, axis=1)
+            merged = windows.take(first, axis=1)
             merged[_COUNT] = np.add.reduceat(windows[_COUNT], first)
             merged[_SUM] = np.add.reduceat(windows[_SUM], first)
             merged[_LOW] = np.minimum.reduceat(windows[_LOW], first)
@@ -96,8 +96,8 @@ class _Pending:
             windows = merged
         if (found := _groups(cells[_START], cells[_CODE] * histogram.BINS + cells[_BIN])) is not None:
             order, first = found
-            cells = cells[:, order]
-            merged = cells[:, first]
+            cells = cells.take(order, axis=1)
+            merged = cells.take(first, axis=1)
             merged[_CELL_COUNT] = np.add.reduceat(cells[_CELL_COUNT], first)
             cells = merged
         return windows, cells
@@ -142,7 +142,7 @@ class Windows:
         np.maximum.at(windows[_HIGH], member, delay_ns)
         windows[_SUM] = _sums(member, delay_ns, len(groups), int(windows[_HIGH].max()))
         table = np.empty((4, len(cells)), np.int64)
-        table[: _CODE + 1] = windows[: _CODE + 1, of_group]
+        table[: _CODE + 1] = windows[: _CODE + 1].take(of_group, axis=1)
         table[_BIN] = cells - of_group * span + lowest
         table[_CELL_COUNT] = counts
         self._pending[0].add(windows, table)
