@@ -77,3 +77,13 @@ def test_many_devices_at_once():
     )
     found = [w for w in windows.close(None) if w.width_s == 1]
     assert [(w.device, w.sum_ns) for w in sorted(found, key=lambda w: w.device)] == [(i, i * i) for i in range(count)]
+
+
+def test_windows_far_apart_of_devices_with_large_numbers():
+    """Time and device do not fit into one integer then."""
+    windows = Windows()
+    rows = [(t * SECOND, d, delay) for delay, (t, d) in enumerate([(5, 1 << 30), (4_000_005, 3), (5, 3)] * 2)]
+    for utc_ns, device, delay in rows:
+        add(windows, [utc_ns], [delay], device)
+    found = [(w.start_utc_ns // SECOND, w.device, w.count, w.sum_ns) for w in windows.close(None) if w.width_s == 1]
+    assert found == [(5, 3, 2, 7), (5, 1 << 30, 2, 3), (4_000_005, 3, 2, 5)]
