@@ -17,7 +17,7 @@ from mace.records import Batch
 from mace.schema import Delays
 from tests import perfetto_traces as traces
 from tests.golden_perfetto import replayed, rows
-from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, same, traffic
+from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
 NAMES = [sighting.name for sighting in TOPOLOGY.sightings]
 KERNEL = replace(HEADER, kernel="6.1.0-test")
@@ -232,7 +232,8 @@ def test_a_file_that_is_not_there():
 
 def test_compact_forms_of_other_events_are_passed_over(tmp_path):
     """traced packs the scheduler's events into columns beside the others (`compact_sched`)."""
-    trace = protos.Trace.FromString(traces.make(GIVEN, NAMES))
+    given = records()
+    trace = protos.Trace.FromString(traces.make(given, NAMES))
     packed = 0
     for packet in trace.packet:
         if packet.HasField("ftrace_events"):
@@ -240,6 +241,4 @@ def test_compact_forms_of_other_events_are_passed_over(tmp_path):
             packet.ftrace_events.compact_sched.intern_table.append("net_dev_queue")
             packed += 1
     assert packed > 1
-    _, found = read(write(tmp_path, trace.SerializeToString()))
-    _, plain = read(write(tmp_path, traces.make(GIVEN, NAMES)))
-    assert same(found, plain)
+    same_records(*read(write(tmp_path, trace.SerializeToString())), given)
