@@ -1,6 +1,6 @@
 """Make the corpus: `PYTHONPATH=. python tests/golden/fuzz/make.py` writes the files and what each of them comes to.
 
-Files that are here stay for ever, with the answers they have; new ones are added to `CASES`. Mutations have fixed seeds.
+Files that are here stay for ever, with the answers they have; new ones go into `CASES`. Mutations have fixed seeds.
 """
 
 import json
