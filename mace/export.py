@@ -30,6 +30,7 @@ from correlator.replies import ToldBy
 from mace import config, pipeline, replay
 from mace.errors import UsageError, nearest
 from mace.interfaces import StreamHeader, StreamItem
+from mace.into_store import bar
 from mace.pipeline import REPLAY_SLICE_NS
 from mace.report import instant_ns
 from mace.schema import NOT_TOLD, Direction, Results
@@ -81,16 +82,18 @@ def run(args: argparse.Namespace) -> int:
     recordings = replay.recordings(args)
     wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
     engine = replace(pipeline.engine_config(config.load(args.config)), slice_ns=REPLAY_SLICE_NS, rows=True)
-    found = export(
-        recordings,
-        args.output,
-        engine,
-        wanted,
-        packets=args.packet,
-        worst=args.worst,
-        records=not args.no_records,
-        overwrite=args.force,
-    )
+    with bar(Console(stderr=True), quiet=args.json, what="export") as told:
+        found = export(
+            recordings,
+            args.output,
+            engine,
+            wanted,
+            packets=args.packet,
+            worst=args.worst,
+            records=not args.no_records,
+            overwrite=args.force,
+            told=told,
+        )
     if args.json:
         print(json.dumps(found.as_dict(args.output), separators=(",", ":")))
         return 0
@@ -203,23 +206,27 @@ def export(
     worst: int | None = None,
     records: bool = True,
     overwrite: bool = False,
+    told: Callable[[int, int], None] = lambda *_: None,
 ) -> Exported:
     """Write the packets of recordings that are wanted to a Perfetto trace.
 
-    With `worst` and `packets` only these of them. Raises `StoreError`, `CaptureError`, `Unavailable`, `UsageError`.
+    With `worst` and `packets` only these of them; recordings are read twice then. `told` is called with the bytes that
+    were read and that are to be read. Raises `StoreError`, `CaptureError`, `Unavailable`, `UsageError`.
     """
     found = Exported()
     trace = PerfettoTrace(path, overwrite=overwrite)
     try:
         chosen: npt.NDArray[np.uint64] | None = None
-        if packets or worst:
+        twice = bool(packets or worst)
+        progress = _Progress(told, sum(each.bytes_total for each in recordings) * (1 + twice))
+        if twice:
             choice = _Choice(wanted, set(packets or ()), worst or 0)
             for recording in recordings:
-                _follow(recording, engine, Follower, choice.look)
+                _follow(recording, engine, progress, Follower, choice.look)
             chosen = choice.chosen()
         for recording in recordings:
             writer = _Writer(trace, wanted, chosen, found, records=records)
-            found.warnings += _follow(recording, engine, writer.begin, writer.write, writer.add)
+            found.warnings += _follow(recording, engine, progress, writer.begin, writer.write, writer.add)
             writer.finish()
         trace.close()
     finally:
@@ -228,9 +235,19 @@ def export(
     return found
 
 
+@dataclass(slots=True)
+class _Progress:
+    """How much of all recordings was read; those that are behind us count whole."""
+
+    told: Callable[[int, int], None]
+    total: int
+    behind: int = 0
+
+
 def _follow(
     recording: Recording,
     engine: EngineConfig,
+    progress: _Progress,
     begin: Callable[[StreamHeader], Follower],
     on_settled: Callable[[Settled], None],
     on_results: Callable[[Results], None] = lambda _: None,
@@ -240,11 +257,15 @@ def _follow(
     stop = pipeline.Stop()
     sink = _Sink(begin, on_settled, on_results)
 
+    def show(_: Results) -> None:
+        progress.told(progress.behind + source.bytes_read, progress.total)
+
     async def work() -> None:
         async with pipeline.stopped_by_signals(stop):
-            await pipeline.run(source, [sink], engine=engine, stop=stop, tee=_Tee(sink))
+            await pipeline.run(source, [sink], engine=engine, stop=stop, tee=_Tee(sink), on_results=show)
 
     asyncio.run(work())
+    progress.behind += recording.bytes_total
     sink.finish()
     if stop.requested:
         raise KeyboardInterrupt

@@ -160,8 +160,8 @@ class _TimeLeft(ProgressColumn):
 
 
 @contextmanager
-def bar(console: Console, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as `told` of `into_store`."""
+def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, as `told` of `into_store`; `what` stands before it."""
     column = _TimeLeft()
     shown = Progress(
         TextColumn("{task.description}"),
@@ -172,7 +172,7 @@ def bar(console: Console, *, quiet: bool) -> Iterator[Callable[[int, int], None]
         transient=True,
         disable=quiet or not console.is_terminal,
     )
-    task = shown.add_task("replay", total=None)
+    task = shown.add_task(what, total=None)
 
     def told(done: int, total: int) -> None:
         if column.left is None:

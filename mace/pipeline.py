@@ -213,15 +213,18 @@ def _told(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 @asynccontextmanager
 async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
-    """SIGINT and SIGTERM request a stop for the length of the block."""
+    """SIGINT and SIGTERM request a stop for the length of the block; then they do what they did before."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
         loop.add_signal_handler(number, stop.request)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number, handler in before.items():
+            # asyncio leaves the default behind: SIGTERM would end a program past a lab that is to be removed.
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 def engine_config(config: Config) -> EngineConfig:

@@ -142,11 +142,16 @@ class Session:
         config = pipeline.engine_config(self._config)
         engine = replace(config, crossings=True, rows=False, slice_ns=pipeline.REPLAY_SLICE_NS)
 
-        async def work() -> None:
-            async with self._timed(None, asyncio.Event()):
-                self._header = await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=on_results)
+        async def work(told: Callable[[int, int], None]) -> None:
+            def show(results: Results) -> None:
+                on_results(results)
+                told(source.bytes_read, recording.bytes_total)
 
-        asyncio.run(work())
+            async with self._timed(None, asyncio.Event()):
+                self._header = await pipeline.run(source, [], engine=engine, stop=self._stop, on_results=show)
+
+        with bar(self._console, quiet=self._quiet) as told:
+            asyncio.run(work(told))
         self._warn(source.warnings)
 
     def deliver(self, trips: RoundTrips) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from collector.capture_source import Capture
 from mace.lab import Spec, list_labs, running
-from tests.measuring import MACE, ROOT, mace, measured, wait_for
+from mace.records import Batch
+from tests.measuring import MACE, ROOT, balanced, mace, measured, wait_for
 
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 
@@ -28,17 +30,37 @@ def start(*argv):
     )
 
 
-def test_without_root():
-    """As another user, who has become so once the program was loaded: the tree may lie where only root can read."""
-    program = (
-        "import os, sys; from mace.cli import main; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
-        " sys.exit(main(['run', '--no-store', '--duration', '1']))"
-    )
-    done = subprocess.run([MACE[0], "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("mace: ")
-    assert done.stderr.count("\n") == 1
-    assert "root" in done.stderr
+AS_NOBODY = """
+import contextlib, io, json, os, sys
+from mace.cli import main
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+for command in sys.argv[1:]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(command.split())
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+"""Commands as another user, who has become so once the program was loaded: only root may be able to read the tree."""
+
+
+def test_without_root(tmp_path):
+    live = ["run --no-store", f"record -o {tmp_path}/f.mace", "demo --duration 1", "lab up nobody"]
+    argv = [MACE[0], "-c", AS_NOBODY, *live, "check --json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=ROOT)
+    *ended, (status, checked, _) = map(json.loads, done.stdout.splitlines())
+    assert len(ended) == len(live)
+    for number, out, err in ended:
+        assert (number, out) == (1, "")
+        assert err.startswith("mace: ")
+        assert err.count("\n") == 1
+        assert "root" in err
+    # Who asks what can run here is told, and that is no error.
+    assert status == 0
+    parts = json.loads(checked)
+    for part in (parts["source ftrace"], parts["lab netns"]):
+        assert not part["ok"]
+        assert "root" in part["detail"] + part["remedy"]
+        assert part["remedy"]
 
 
 def test_without_tracefs():
@@ -131,12 +153,13 @@ def test_a_disk_that_fills_up(tmp_path):
     """The run ends with an error; what was stored before can be read."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "mace-test", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "mace-test", disk], check=True)
     try:
         with running(Spec(name="full")) as lab:
             run = start("run", "--lab", "full", "--store", disk / "store", "--duration", "60", "--json")
             wait_for(lambda: instances(run.pid), what="the trace instance")
-            flow = lab.start_udp("c1", count=10_000_000, duration_s=40)
+            # So few that some flushes, a second apart, go in before one does not.
+            flow = lab.start_udp("c1", count=10_000_000, rate_pps=5_000, duration_s=40)
             _, err = run.communicate(timeout=60)
             flow.close()
         assert run.returncode == 1
@@ -144,9 +167,59 @@ def test_a_disk_that_fills_up(tmp_path):
         assert str(disk) in err
         assert not instances(run.pid)
         found = json.loads(mace("report", "--store", disk / "store", "--json").stdout)
-        assert found["packets"] >= 0
+        balanced(found)
+        assert found["packets"] > 0
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def records_in(file):
+    with Capture(file) as capture:
+        return sum(len(item) for item in capture if isinstance(item, Batch))
+
+
+@pytest.mark.slow
+def test_a_recording_that_is_ended_or_killed_can_be_replayed(tmp_path):
+    killed = None
+    with running(Spec(name="tape")) as lab:
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            file = tmp_path / f"{number}.mace"
+            run = start("record", "-o", file, "--lab", "tape", "--json")
+            wait_for(lambda file=file: file.exists() and file.stat().st_size > 0, what="the recording")
+            assert killed is None or not instances(killed), "the next start removes what a kill left"
+            lab.ping("c1", count=50)
+            # Each is seen some twenty times, requests and replies; what others send now and then only adds to it.
+            wait_for(lambda file=file: records_in(file) >= 50 * 18, what="the pings' records")
+            run.send_signal(number)
+            out, err = run.communicate(timeout=60)
+            with Capture(file) as capture:
+                assert all(item is not None for item in capture)
+                assert (capture.truncated is None) == (number == signal.SIGTERM)
+            found = json.loads(mace("replay", file, "--json").stdout)
+            assert balanced(found).records == records_in(file)
+            assert found["packets"] >= 50
+            if number == signal.SIGKILL:
+                killed = run.pid
+                assert len(instances(killed)) == 1
+    assert run.returncode == 0, err
+    assert json.loads(out)["records"] == records_in(file)
+    assert not instances(run.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_demo_at_any_moment(number):
+    """While it makes the lab, while it measures, while it shows: no lab, no trace instance, no rows are left."""
+    stores = set(Path(tempfile.gettempdir()).glob("mace-demo-*"))
+    run = start("demo", "--duration", "0.5")
+    wait_for(lambda: "demo" in {info.name for info in list_labs()}, what="the lab")
+    time.sleep(random.Random(number).uniform(0.0, 1.2))
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode in (0, 128 + number), err
+    assert "demo" not in {info.name for info in list_labs()}
+    assert not instances(run.pid)
+    assert set(Path(tempfile.gettempdir()).glob("mace-demo-*")) <= stores
 
 
 @pytest.mark.slow

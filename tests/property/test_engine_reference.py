@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collector.merge import Merger
 from correlator.engine import Engine, EngineConfig
 from correlator.windows import joined
 from mace.checkpoint import state_from_json, state_to_json
@@ -216,6 +217,35 @@ def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, ambiguous):
     assert cut[-1].ledger == whole[-1].ledger
     assert cut[-1].packets == whole[-1].packets
     assert cut[-1].grades == whole[-1].grades
+
+
+@settings(max_examples=80)
+@given(st.one_of(tapes(), continued()), st.integers(0, 2**32), st.booleans())
+def test_cpus_and_when_they_are_read_change_nothing(batch, seed, ambiguous):
+    """The same records from up to four rings, read in any order and in pieces of any size."""
+    devices = DEVICES if ambiguous else PLAIN
+    rng = np.random.default_rng(seed)
+    # What happens at one instant keeps its order on one CPU only.
+    instants, instant = np.unique(batch.ts_ns, return_inverse=True)
+    spread = replace(batch, cpu=rng.integers(0, 4, len(instants)).astype(batch.cpu.dtype)[instant])
+    rings = [spread[spread.cpu == cpu] for cpu in range(4)]
+    merger, read, merged = Merger(int(rng.integers(0, 2_000))), [0] * 4, []
+    for cpu in range(4):
+        merger.add_cpu(cpu, -(1 << 62))
+    while any(n < len(ring) for n, ring in zip(read, rings, strict=True)):
+        for cpu in rng.permutation(4).tolist():
+            start, end = read[cpu], min(read[cpu] + int(rng.integers(0, 9)), len(rings[cpu]))
+            merger.push(cpu, rings[cpu][start:end])
+            read[cpu] = end
+            merger.complete(cpu, int(rings[cpu].ts_ns[end]) if end < len(rings[cpu]) else 1 << 62)
+        merged.append(merger.take(merger.watermark_ns))
+    merged.append(merger.flush())
+    edges = np.cumsum([len(piece) for piece in merged]).tolist()
+    found = correlate(Batch.concatenate(merged), edges, devices=devices)
+    whole = correlate(batch, devices=devices)
+    assert all_rows(found) == all_rows(whole)
+    assert all_windows(found) == all_windows(whole)
+    assert found[-1].ledger == whole[-1].ledger
 
 
 @settings(max_examples=60)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mace.cli import main
-from tests.measuring import mace
+from tests.measuring import ROOT, balanced, mace
 
 COMMANDS = ["check", "demo", "lab", "module", "run", "record", "replay", "report", "hooks"]
 
@@ -86,3 +86,28 @@ def test_a_reader_that_leaves_early():
     ) as done:
         done.stdout.close()
         assert b"Traceback" not in done.stderr.read()
+
+
+def test_replay_says_what_is_promised_on_its_last_line(capsys):
+    assert main(["replay", str(ROOT / "docs/example.mace"), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("}\n")
+    found = json.loads(out.splitlines()[-1])
+    promised = "records matched unmatched ambiguous expired dropped in_flight lost discarded"
+    assert balanced(found).records > 0
+    assert list(found["ledger"]) == promised.split()
+    assert found["packets"] > 0
+    figures = {"container", "direction", "count", "p50_ns", "p99_ns"}
+    assert found["overhead"]
+    assert all(row.keys() >= figures for row in found["overhead"])
+    assert found["devices"]
+    assert all(row.keys() >= figures | {"netns", "device", "kind", "max_ns"} for row in found["devices"])
+
+
+def test_a_misspelt_key_is_one_line(tmp_path, capsys):
+    file = tmp_path / "mace.toml"
+    file.write_text("[store]\nmax_age_day = 3\n")
+    assert main(["replay", str(ROOT / "docs/example.mace"), "--config", str(file)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"mace: {file}: [store] has no key 'max_age_day' (did you mean 'max_age_days'?)")
+    assert err.count("\n") == 1

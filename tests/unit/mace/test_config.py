@@ -44,6 +44,8 @@ def test_all_of_it(tmp_path):
         ("[store]\nflush_interval_s = '1'\n", "[store] flush_interval_s = '1', expected a number"),
         ("[capture]\nouter = ['eth1', 2]\n", "[capture] outer = ['eth1', 2], expected a list of strings"),
         ("[store]\npath = 3\n", "[store] path = 3, expected a string"),
+        ("[sinks.influx]\n", "no such table [sinks.influx] (did you mean 'influxdb'?)"),
+        ("[sinks.influxdb]\nbuckets = 'x'\n", "[sinks.influxdb] has no key 'buckets' (did you mean 'bucket'?)"),
         ("[store]\nsync = 1\n", "[store] sync = 1, expected true or false"),
     ],
 )

@@ -1,6 +1,9 @@
 """Which live source is taken, and what it is told."""
 
+import asyncio
+import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,3 +69,27 @@ def test_names_that_nobody_has(wrong, told):
 def test_a_filter_is_not_silently_forgotten():
     with pytest.raises(Unavailable, match=r"\[capture\] sample_shift asks for less"):
         ftrace_source.configured(CaptureConfig(sample_shift=1), None)
+
+
+def test_signals_do_afterwards_what_they_did_before():
+    """A lab around a measurement is removed on SIGTERM, also once the measurement is over."""
+    told = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in numbers}
+
+    async def measure(number):
+        asked = asyncio.Event()
+        async with pipeline.stopped_by_signals(SimpleNamespace(request=asked.set)):
+            signal.raise_signal(number)
+            async with asyncio.timeout(30):
+                await asked.wait()
+        assert told == []
+
+    try:
+        for number in numbers:
+            asyncio.run(measure(number))
+            signal.raise_signal(number)
+            assert told.pop() == number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
