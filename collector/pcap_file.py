@@ -118,6 +118,8 @@ class PcapFile:
         self.bytes_read = 0
         self.skipped = 0
         """Bytes that salvage left out."""
+        self.packets = 0
+        """That were read."""
         self._salvage = salvage
         try:
             self._file = self.path.open("rb", buffering=0)
@@ -177,6 +179,7 @@ class PcapFile:
             walked = self._walk_ng() if self._is_ng else self._walk_pcap()
             self.bytes_read = self._offset
             if walked is not None and len(walked):
+                self.packets += len(walked)
                 yield walked
 
     def _fill(self) -> None:
@@ -186,6 +189,13 @@ class PcapFile:
             raise CaptureError(self.path, self._offset, error.strerror or str(error)) from error
         self._ended = not block
         self._window += block
+
+    @property
+    def missing(self) -> int:
+        """About how many packets salvage left out: as many as take these bytes where the others are like them."""
+        if not self.skipped:
+            return 0
+        return max(self.skipped * self.packets // max(self.bytes_total - self.skipped, 1), 1)
 
     def _refuse(self, at: int, why: str) -> None:
         """The chain is broken: an error, or with salvage the end, all that is behind it counted."""

@@ -126,8 +126,8 @@ class PcapPairSource(PlainReader):
 
     @property
     def discarded(self) -> int:
-        """Packets that stood in their file far behind younger ones."""
-        return self._pairing.late
+        """Packets that stood in their file far behind younger ones, and about as many as salvage left out."""
+        return self._pairing.late + sum(file.missing for file in self._files)
 
     @property
     def bytes_total(self) -> int:

@@ -144,8 +144,8 @@ class PerfettoSource(PlainReader):
 
     @property
     def discarded(self) -> int:
-        """Records that salvage left out, as far as they can be counted, and those that came too late."""
-        return self._discarded + self._merger.late
+        """Records that salvage left out, one where they cannot be counted, and those that came too late."""
+        return self._discarded + self._merger.late + (self._packets.holes if self._packets else 0)
 
     @property
     def bytes_total(self) -> int:
@@ -209,8 +209,8 @@ class PerfettoSource(PlainReader):
         for number in keys.values():
             self._merger.add_cpu(number, -_NEVER_NS)
         for piece in self._pieces():
-            for (stream, bundle, dropped), decoded in zip(
-                piece, self.decoder.decode([bundle for _, bundle, _ in piece]), strict=True
+            for (stream, bundle, dropped, holes), decoded in zip(
+                piece, self.decoder.decode([bundle for _, bundle, _, _ in piece]), strict=True
             ):
                 if decoded.why:
                     self._packets.refuse(bundle.offset, f"events of CPU {bundle.cpu}: {decoded.why}")
@@ -218,6 +218,9 @@ class PerfettoSource(PlainReader):
                 state = streams.get(stream)
                 if state is None:
                     continue  # none of its events has a time
+                # What salvage skipped may have been of any CPU: nothing is matched across it.
+                state.gap = state.gap or holes > state.holes
+                state.holes = holes
                 for batch in self._finished(state, bundle, decoded, losses, dropped=dropped):
                     self._merger.push(keys[stream], batch)
                 self._merger.complete(keys[stream], self._monotonic(bundle, state.complete_ns()))
@@ -235,9 +238,10 @@ class PerfettoSource(PlainReader):
             self._merger.push(len(keys) + cpu, marker(cpu, end, lost, end))
         yield self._once(self._merger.flush(), several=several)
 
-    def _pieces(self) -> Iterator[list[tuple[Stream, Bundle, bool]]]:
+    def _pieces(self) -> Iterator[list[tuple[Stream, Bundle, bool, int]]]:
+        """Bundles, whether their sequence lost some before them, and how many holes the file had up to there."""
         assert self._packets is not None
-        piece: list[tuple[Stream, Bundle, bool]] = []
+        piece: list[tuple[Stream, Bundle, bool, int]] = []
         waiting = 0
         dropped: set[int] = set()
         cpus_told: dict[int, set[int]] = {}
@@ -254,7 +258,7 @@ class PerfettoSource(PlainReader):
             gap = sequence in dropped and bundle.cpu not in cpus_told[sequence]
             if gap:
                 cpus_told[sequence].add(bundle.cpu)
-            piece.append(((sequence, bundle.cpu), bundle, gap))
+            piece.append(((sequence, bundle.cpu), bundle, gap, self._packets.holes))
             waiting += len(bundle.starts) + 8
             if waiting >= _PIECE_EVENTS:
                 yield piece
@@ -327,6 +331,8 @@ class _StreamState:
     seen: int = 0
     """Packets with events."""
     last_ns: int | None = None
+    holes: int = 0
+    """Of the file, up to its last bundle."""
     gap: bool = False
     """Something was lost, or could not be read, since the last record."""
     lost: int = 0

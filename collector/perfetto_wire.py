@@ -137,6 +137,8 @@ class PacketReader:
         """What salvage skipped, a line each."""
         self.damaged = 0
         """Places of damage."""
+        self.holes = 0
+        """Those of them where whole packets are missing, of whatever sequence."""
         self.bytes_skipped = 0
         self._salvage = salvage
         self._inflated = 0
@@ -164,6 +166,11 @@ class PacketReader:
         self.damaged += 1
         if len(self.damage) < _DAMAGE_TOLD:
             self.damage.append(f"{self.path}: skipped at byte {offset}: {why}")
+
+    def _leave_out(self, offset: int, why: str) -> None:
+        """The same, where it is not known which packets are damaged."""
+        self.refuse(offset, why)
+        self.holes += 1
 
     def __iter__(self) -> Iterator[Packet]:
         while self._window.fill(1):
@@ -199,7 +206,7 @@ class PacketReader:
         try:
             raw = self._inflate(packet.message(number) or b"", _COMPRESSED[number])
         except WireError as error:
-            self.refuse(offset, str(error))
+            self._leave_out(offset, str(error))
             return
         at = 0
         while at < len(raw):
@@ -213,7 +220,7 @@ class PacketReader:
                 if any(n in inner.fields for n in _COMPRESSED):
                     raise WireError("compressed packets inside compressed ones")
             except WireError as error:
-                self.refuse(offset, f"inside a compressed packet, at its byte {at}: {error}")
+                self._leave_out(offset, f"inside a compressed packet, at its byte {at}: {error}")
                 return
             at = start + size
             yield inner
@@ -240,7 +247,7 @@ class PacketReader:
 
     def _refuse_and_skip(self, why: str) -> None:
         start = self._window.offset
-        self.refuse(start, why)
+        self._leave_out(start, why)
         self._window.drop(1)
         while self._window.fill(1):
             found = self._window.bytes.find(_PACKET_TAG)

@@ -40,8 +40,8 @@ _NO_LAYOUT: Final = PageLayout(0, 8, 8, 16, 4080)
 
 def recognises(head: bytes) -> bool:
     """Whether a file that begins so is text with an event that is measured, or begins as ftrace's text does."""
-    if b"\0" in head:
-        return False
+    # Zeros are what a crash leaves in a file; what comes before them tells.
+    head = head.partition(b"\0")[0]
     return head.startswith((b"# tracer:", b"# ========")) or has_events(head[: head.rfind(b"\n") + 1])
 
 
@@ -125,6 +125,8 @@ class TextSource(PlainReader):
         self._reader: LineReader | None = None
         self._merger = Merger(_HOLD_BACK_NS)
         self._bytes_read = 0
+        self._damage: list[int] = []
+        """Where lines have zeros in them."""
 
     async def open(self) -> StreamHeader:
         """Open the file and find the first event. Raises `Unavailable` or `CaptureError`."""
@@ -139,8 +141,8 @@ class TextSource(PlainReader):
 
     @property
     def discarded(self) -> int:
-        """Records that stood behind ones far younger, and lines without a buffer's address."""
-        return self._merger.late + (self._reader.unreadable if self._reader else 0)
+        """Records that stood behind ones far younger, lines without a buffer's address, and damaged ones."""
+        return self._merger.late + (self._reader.unreadable if self._reader else 0) + len(self._damage)
 
     @property
     def bytes_total(self) -> int:
@@ -164,6 +166,10 @@ class TextSource(PlainReader):
             )
         if self._reader.unreadable:
             told.append(f"{self.path}: {self._reader.unreadable} lines do not tell the buffer's address; left out")
+        if self._damage:
+            told.append(
+                f"{self.path}: {len(self._damage)} lines with zeros, the first at byte {self._damage[0]}; left out"
+            )
         if self._reader.uncounted:
             told.append(f"{self.path}: {self._reader.uncounted} losses do not say how many events; told as one each")
         return told
@@ -185,7 +191,7 @@ class TextSource(PlainReader):
         merger, newest = self._merger, self._opened.first_ns
         merger.add_cpu(0, newest)
         for text in chunks(self.path, iter(self._read_block, b"")):
-            batch = self._reader.read(text)
+            batch = self._reader.read(self._sound(text))
             self._bytes_read += len(text)
             if len(batch):
                 merger.push(0, batch)
@@ -194,6 +200,22 @@ class TextSource(PlainReader):
                 yield merger.take(newest - _HOLD_BACK_NS)
         merger.push(0, self._reader.rest())
         yield merger.flush()
+
+    def _sound(self, text: bytes) -> bytes:
+        """The lines without zeros. Raises `CaptureError` where there are others and salvage was not asked for."""
+        at = text.find(b"\0")
+        if at < 0:
+            return text
+        if not self._options.salvage:
+            raise CaptureError(self.path, self._bytes_read + at, "zeros, which no tracer prints")
+        kept, offset = [], self._bytes_read
+        for line in text.splitlines(keepends=True):
+            if b"\0" in line:
+                self._damage.append(offset)
+            else:
+                kept.append(line)
+            offset += len(line)
+        return b"".join(kept)
 
     def _read_block(self) -> bytes:
         assert self._opened is not None

@@ -450,7 +450,7 @@ class _Window:
         self._packed = packed
         self.offset = 0
         if data is None and at > file.size:
-            raise CaptureError(file.path, at, f"an offset behind the end of the file, which has {file.size} bytes")
+            raise CaptureError(file.path, file.size, f"the file ends, and a part of it should begin at byte {at}")
 
     @property
     def file_offset(self) -> int:

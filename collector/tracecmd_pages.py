@@ -97,6 +97,7 @@ def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> 
     order = "big" if file.frame.big_endian else "little"
     if cpu.offset + 4 > end:
         _lacking(file, cpu.offset, "the number of compressed pieces is cut")
+        yield Piece(page_buffer(layout, 0), 0, cpu.offset, packed=True, done=0, missing=1)
         return
     count = int.from_bytes(file.bytes_at(cpu.offset, 4, "the number of pieces"), order)  # type: ignore[arg-type]
     at, size = cpu.offset + 4, layout.page_size
@@ -105,14 +106,17 @@ def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> 
     for _ in range(count):
         if at + _PIECE_HEAD > end:
             _lacking(file, at, "fewer compressed pieces than the file says")
+            missing += 1
             break
         head = file.bytes_at(at, _PIECE_HEAD, "a compressed piece")
         stored, whole = int.from_bytes(head[:4], order), int.from_bytes(head[4:], order)  # type: ignore[arg-type]
         if whole > CHUNK_MAX or whole > RATIO_MAX * stored or not whole:
             _lacking(file, at, f"a piece of {stored} bytes that should become {whole}, which no recording does")
+            missing += max(stored // size, 1)
             break
         if at + _PIECE_HEAD + stored > end:
             _lacking(file, at, f"a compressed piece of {stored} bytes is cut")
+            missing += max(whole // size, 1)
             break
         try:
             raw = file.unpack(at, file.bytes_at(at + _PIECE_HEAD, stored, "a piece"), whole)

@@ -16,7 +16,9 @@ import time
 
 import pytest
 
+from mace.hooks import Hook
 from mace.lab import Spec, running
+from tests.golden_perfetto import replayed
 from tests.measuring import measured, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow, pytest.mark.timeout(180)]
@@ -117,3 +119,11 @@ def test_perf_script(tmp_path):
             found[direction].append(ts - began.pop(skb))
     for direction, theirs in found.items():
         agree(overheads(measurement, direction), theirs)
+    # What perf prints unasked replays as it is: the same events at the same times.
+    plain = tmp_path / "perf.txt"
+    with plain.open("wb") as file:
+        subprocess.run(["perf", "script", "--ns", "-i", data], stdout=file, check=True)
+    _, batch, last, _, _ = replayed(plain)
+    times = sorted(int(seconds + fraction) for seconds, fraction, *_ in line.findall(text))
+    assert batch.ts_ns[batch.hook != Hook.LOST].tolist() == times
+    assert last.ledger.imbalance == 0

@@ -64,6 +64,9 @@ def test_bytes_in_between_are_skipped_up_to_the_next_packet(tmp_path):
     source, found = read(write(tmp_path, noise), salvage=True)
     kept = found[found.hook != Hook.LOST]
     assert 900 <= len(kept) < 1_000
+    # It counts as one, and on each CPU nothing is matched across it.
+    assert source.discarded == 1
+    assert set(found.cpu[found.hook == Hook.LOST].tolist()) == set(kept.cpu.tolist())
     assert len([line for line in source.warnings if "skipped" in line]) == 1
 
 

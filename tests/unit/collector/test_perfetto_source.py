@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as protos
 
 from collector.file_options import FileOptions
 from collector.files import recording, sniff
@@ -227,3 +228,17 @@ def test_a_trace_without_events_says_what_to_record(tmp_path):
 def test_a_file_that_is_not_there():
     with pytest.raises(Unavailable, match="nowhere"):
         asyncio.run(PerfettoSource("nowhere.pftrace").open())
+
+
+def test_compact_forms_of_other_events_are_passed_over(tmp_path):
+    """traced packs the scheduler's events into columns beside the others (`compact_sched`)."""
+    given = records()
+    trace = protos.Trace.FromString(traces.make(given, NAMES))
+    packed = 0
+    for packet in trace.packet:
+        if packet.HasField("ftrace_events"):
+            packet.ftrace_events.compact_sched.switch_timestamp.extend([7_000_000_000, 5, 5])
+            packet.ftrace_events.compact_sched.intern_table.append("net_dev_queue")
+            packed += 1
+    assert packed > 1
+    same_records(*read(write(tmp_path, trace.SerializeToString())), given)

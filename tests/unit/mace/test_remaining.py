@@ -1,6 +1,11 @@
+import io
+import re
+
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from mace.into_store import bar
 from mace.remaining import KNOWN_AFTER_S, WINDOW_S, Remaining, told
 
 
@@ -48,3 +53,22 @@ def test_time_that_passes_between_two_updates_counts():
 
 def test_for_people():
     assert [told(s) for s in (None, 0.4, 65, 3725)] == ["-:--", "0:00", "1:05", "1:02:05"]
+
+
+def test_the_bar_shows_bytes_and_what_is_left():
+    shown = io.StringIO()
+    with bar(Console(file=shown, force_terminal=True, width=100), quiet=False) as told:
+        told(0, 80_000_000)
+        told(20_000_000, 80_000_000)
+        told(80_000_000, 80_000_000)
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n").splitlines()
+    assert any("-:-- left" in line for line in lines)
+    assert re.search(r"80\.0/80\.0 MB.*0:00 left", lines[-1] or lines[-2])
+
+
+def test_a_quiet_bar_and_one_that_nobody_sees_write_nothing():
+    for terminal, quiet in ((True, True), (False, False)):
+        shown = io.StringIO()
+        with bar(Console(file=shown, force_terminal=terminal, width=100), quiet=quiet) as told:
+            told(1, 2)
+        assert not shown.getvalue().strip()
