@@ -85,7 +85,7 @@ class Faults:
         await asyncio.to_thread(self.server.start)
 
     async def refused(self, seconds: float) -> None:
-        self.proxy.spoiled = (b"7777i,l3_len",)  # one row in ten thousand
+        self.proxy.spoiled = (b"777i,l3_len",)  # one row in a thousand
         await asyncio.sleep(seconds)
         self.proxy.spoiled = ()
 
