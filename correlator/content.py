@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from correlator.identity import CODE_BITS, OTHER_CONTENT
-from mace.hooks import Hook
+from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
 from mace.records import Batch, Flag
 
 Bytes = npt.NDArray[np.uint8]
@@ -21,8 +21,6 @@ Mask = npt.NDArray[np.bool_]
 
 SEGMENTS: Final = 0x80
 """Bit of a record's traits: the buffer holds several segments of what will be packets, or were."""
-_GRO, _RECEIVE_SKB = int(Hook.NAPI_GRO_RECEIVE_ENTRY), int(Hook.NETIF_RECEIVE_SKB)
-_QUEUE, _XMIT = int(Hook.NET_DEV_QUEUE), int(Hook.NET_DEV_START_XMIT)
 assert all(flag < SEGMENTS for flag in Flag)
 
 
@@ -92,9 +90,9 @@ def explained(at: Ints, places: Ints, moves: Ints, trait: Bytes) -> Mask:
     now, then = trait[at], trait[at - 1]
     # The highest bit, so a comparison tells.
     several, were_several = now >= SEGMENTS, then >= SEGMENTS
-    joined_up = (hook_before == _GRO) & (hook == _RECEIVE_SKB) & several
-    taken_apart = (hook_before == _QUEUE) & (hook == _XMIT) & were_several & ~several
-    packed = hook == _QUEUE
+    joined_up = (hook_before == GRO) & (hook == RECEIVE_SKB) & several
+    taken_apart = (hook_before == QUEUE) & (hook == XMIT) & were_several & ~several
+    packed = hook == QUEUE
     outer, inner = np.where(packed, now, then), np.where(packed, then, now)
     readable = ((outer & Flag.TUNNEL) != 0) & ((inner & Flag.TUNNEL) == 0)
     through_tunnel = ((moves[at] & OTHER_CONTENT) != 0) & ~readable

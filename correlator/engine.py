@@ -23,9 +23,9 @@ from correlator.links import Links
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
 from correlator.neighbours import Asked
+from correlator.numbers import LOST
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
-from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.records import Batch, Flag
 from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
@@ -35,8 +35,8 @@ from mace.windowtable import WindowTable
 IPPROTO_TCP: Final = 6
 """IANA's number of TCP."""
 _GRADES: Final = tuple(grade.name.lower() for grade in Grade)
-_LOST, _DROPPED = int(Hook.LOST), int(Outcome.DROPPED)
-"""To compare an array with a number is faster than with a member (see `correlator.hops`)."""
+_DROPPED: Final = int(Outcome.DROPPED)
+"""For comparing (see `correlator.numbers`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class Engine:
     # One slice ----------------------------------------------------------------------------------------
 
     def _work(self, batch: Batch, upto_ns: int, *, last: bool = False) -> Results:
-        markers = batch.hook == _LOST
+        markers = batch.hook == LOST
         if markers.any():
             self._note_gaps(batch[markers])
             batch = batch[~markers]

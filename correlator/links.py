@@ -18,15 +18,12 @@ import numpy.typing as npt
 
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
 from correlator.lives import NEVER, Gaps, Ids, Ints, Lives, Mask, Records, spans_gap
-from mace.hooks import Hook, Way
+from correlator.numbers import CONSUMED, DELIVERY, QUEUE, RECEIVE_SKB
 from mace.records import Batch
 from mace.schema import Grade
 from mace.topology import Role
 
 _ON_THE_HOST: Final = np.array([role in (Role.HOST, Role.OUTER) for role in ROLES])
-
-_DELIVERY, _QUEUE = int(Way.DELIVERY), int(Hook.NET_DEV_QUEUE)
-_RECEIVE_SKB, _CONSUMED = int(Hook.NETIF_RECEIVE_SKB), int(Hook.CONSUME_SKB)
 
 _OF_RECORDS: Final = ("records", "number", "cross")
 """The columns of `Waiting` that are over records."""
@@ -133,14 +130,14 @@ class Links:
         which = np.flatnonzero(ended)
         start, last = lives.starts[which], lives.ends[which]
         for _ in range(2):  # behind the last device come a copy to a reader and the end, at most
-            last = last - ((WAY[lives.place[last] >> CODE_BITS] >= _DELIVERY) & (last > start))
+            last = last - ((WAY[lives.place[last] >> CODE_BITS] >= DELIVERY) & (last > start))
         hook = lives.place >> CODE_BITS
-        head = (hook[start] == _QUEUE) & self._on_the_host(lives.number[start])
+        head = (hook[start] == QUEUE) & self._on_the_host(lives.number[start])
         tail = (
             ~head
-            & (hook[last] == _RECEIVE_SKB)
+            & (hook[last] == RECEIVE_SKB)
             & self._on_the_host(lives.number[last])
-            & ((last == lives.ends[which]) | (hook[lives.ends[which]] == _CONSUMED))
+            & ((last == lives.ends[which]) | (hook[lives.ends[which]] == CONSUMED))
             & (lives.ends[which] - last < 2)  # not delivered
         )
         if not (head | tail).any():

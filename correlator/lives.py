@@ -31,7 +31,7 @@ from correlator.identity import (
     to_device,
 )
 from correlator.memo import GOLDEN
-from mace.hooks import Hook, Way
+from correlator.numbers import DROP, END, RECEIVE
 from mace.records import Batch
 from mace.schema import Grade
 
@@ -42,7 +42,6 @@ Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
 
 NEVER: Final = np.iinfo(np.int64).max
-_END, _RECEIVE, _DROP = int(Way.END), int(Way.RECEIVE), int(Hook.KFREE_SKB)
 _COPIED: Final = np.isin(np.arange(max(COPIED_BEHIND) + 2), COPIED_BEHIND)
 """Whether a number of bytes is one of COPIED_BEHIND; the last entry stands for all others, at -1 too."""
 _OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8, "flow": np.uint64, "proto": np.uint8}
@@ -80,7 +79,7 @@ class Records:
             dev = dev * HAS_DEVICE.take(batch.hook)
         length = batch.l3_len
         if batch.drop_reason.any():
-            length = np.where(batch.hook == _DROP, batch.drop_reason, length)
+            length = np.where(batch.hook == DROP, batch.drop_reason, length)
         told = (keys(batch), traits(batch), *(content.flows(batch) if flows else ()))
         return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), length, *told)
 
@@ -241,7 +240,7 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
         life=life,
         starts=starts,
         ends=ends,
-        freed=WAY[places[ends] >> CODE_BITS] == _END,
+        freed=WAY[places[ends] >> CODE_BITS] == END,
         reused=reused,
         late=reused & waited,
         grade=_graded(records, key, order, starts, life[other_content]),
@@ -336,7 +335,7 @@ def _tell_starts(
     number: Ints, starts: Ints, places: Ints, ts: Ints, resolver: Resolver, gaps: Gaps, timeout_ns: int
 ) -> None:
     """Resolve devices at which a life starts with a reception, unless its beginning may have been lost."""
-    unsure = starts[(number[starts] == -1) & (WAY[places[starts] >> CODE_BITS] == _RECEIVE)]
+    unsure = starts[(number[starts] == -1) & (WAY[places[starts] >> CODE_BITS] == RECEIVE)]
     unsure = unsure[~spans_gap(gaps, ts[unsure] - timeout_ns, ts[unsure])]
     if len(unsure):
         codes, member = np.unique(places[unsure] & (CODES - 1), return_inverse=True)

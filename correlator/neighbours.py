@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from correlator.identity import CODE_BITS, CODES
 from correlator.lives import Ints, Lives, Mask
-from mace.hooks import Hook
+from correlator.numbers import QUEUE, RECEIVE_SKB
 from mace.records import Batch
 
 ARP_BYTES: Final = 28
@@ -27,7 +27,6 @@ ICMPV6: Final = 58
 SOLICITATION: Final = 135
 ADVERTISEMENT: Final = 136
 """ICMPv6 types."""
-_QUEUE, _RECEIVE_SKB = int(Hook.NET_DEV_QUEUE), int(Hook.NETIF_RECEIVE_SKB)
 MOST: Final = 1 << 20
 """Requests and answers that are remembered; beyond it the oldest are forgotten, and what waited for them is like any
 other."""
@@ -48,7 +47,7 @@ class Asked:
         Where the source does not read packets, what has their length is taken for one.
         """
         length, told = batch.l3_len, batch.content
-        request, answer = batch.hook == _QUEUE, batch.hook == _RECEIVE_SKB
+        request, answer = batch.hook == QUEUE, batch.hook == RECEIVE_SKB
         arp = (length == ARP_BYTES) | (answer & (length == PADDED_BYTES))
         likely: npt.NDArray[np.intp] = np.flatnonzero((request | answer) & (arp | (length == ND_BYTES)))
         if told is not None and len(likely):
@@ -80,8 +79,8 @@ class Asked:
             return found
         hook = lives.place >> CODE_BITS
         at = 1 + np.flatnonzero(
-            (hook[1:] == _QUEUE)
-            & (hook[:-1] == _RECEIVE_SKB)
+            (hook[1:] == QUEUE)
+            & (hook[:-1] == RECEIVE_SKB)
             & (lives.life[1:] == lives.life[:-1])
             & which[lives.life[1:]]
         )

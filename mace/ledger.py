@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+
+from mace.counted import Counted
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class Ledger(Counted):
     """Counts of records. Each record is in exactly one of the categories."""
 
     records: int = 0
@@ -39,15 +41,6 @@ class Ledger:
         return self.records - (
             self.matched + self.unmatched + self.ambiguous + self.expired + self.dropped + self.in_flight
         )
-
-    def __add__(self, other: Ledger) -> Ledger:
-        mine, theirs = asdict(self), asdict(other)
-        return Ledger(**{name: mine[name] + theirs[name] for name in mine})
-
-    def as_dict(self) -> dict[str, int]:
-        """All categories by name, in the order of the definition."""
-        # asdict would copy each number by ten calls.
-        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def line(self) -> str:
         """All of it in one line for people."""

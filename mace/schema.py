@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from mace.counted import Counted
 from mace.hooks import BY_HOOK, Hook
 from mace.ledger import Ledger
 from mace.topology import Device
@@ -58,7 +59,7 @@ class Grade(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Grades:
+class Grades(Counted):
     """Packets by grade, of a whole run so far."""
 
     ambiguous: int = 0
@@ -74,15 +75,6 @@ class Grades:
     def packets(self) -> int:
         """Those with at least one delay."""
         return self.buffer + self.content + self.exact
-
-    def __add__(self, other: Grades) -> Grades:
-        mine, theirs = asdict(self), asdict(other)
-        return Grades(**{name: mine[name] + theirs[name] for name in mine})
-
-    def as_dict(self) -> dict[str, int]:
-        """ambiguous, buffer, content, exact, told_apart, waited."""
-        # asdict would copy each number by ten calls.
-        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def line(self) -> str:
         """All of it in one line for people."""

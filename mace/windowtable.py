@@ -13,10 +13,9 @@ from mace.schema import Direction, Segment, Window
 
 Ints = npt.NDArray[np.int64]
 
-NUMBERS: Final = (
-    *("start_utc_ns", "width_s", "device", "direction", "segment"),
-    *("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns"),
-)
+FIGURES: Final = ("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns")
+"""What a window says of its delays, but for the histogram."""
+NUMBERS: Final = ("start_utc_ns", "width_s", "device", "direction", "segment", *FIGURES)
 """Rows of `WindowTable.numbers`: fields of `Window`."""
 _numbers_of: Final = attrgetter(*NUMBERS)
 _DIRECTIONS: Final = {int(d): d for d in Direction}

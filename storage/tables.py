@@ -23,7 +23,7 @@ from mace.ledger import Ledger
 from mace.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment, Window
 from mace.summary import ranks
 from mace.topology import Device
-from mace.windowtable import WindowTable
+from mace.windowtable import FIGURES, WindowTable
 
 _TIME: Final = pa.timestamp("ns", tz="UTC")
 _NAME: Final = pa.dictionary(pa.int16(), pa.string())
@@ -263,10 +263,6 @@ def delays_table(
     )
 
 
-_STORED: Final = ("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns")
-"""Columns that the windows have as they are."""
-
-
 def windows_table(
     header: Runs,
     windows: Sequence[Window],
@@ -288,7 +284,7 @@ def windows_table(
             *_device_columns(device, devices, ranks(devices) if rank is None else rank),
             _named(told.column("direction"), _DIRECTIONS),
             _named(told.column("segment"), _SEGMENTS),
-            *(pa.array(told.column(name)) for name in _STORED),
+            *(pa.array(told.column(name)) for name in FIGURES),
             pa.ListArray.from_arrays(offsets, pa.array(told.bins.astype(np.uint16))),
             pa.ListArray.from_arrays(offsets, pa.array(told.counts)),
         ],

@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,27 @@ def one_core() -> Iterator[None]:
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as name:
         yield Path(name)
+
+
+def cpu_s(pid: int) -> float:
+    """Of a running process so far, of all its threads, in user space and in the kernel."""
+    # clock_getcpuclockid(3), which Python has for threads only: ~pid and CPUCLOCK_SCHED (posix-cpu-timers.c).
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def resident_mib(pid: int) -> float:
+    """Memory of a running process."""
+    return _of_memory(pid, "VmRSS")
+
+
+def peak_mib(pid: int) -> float:
+    """The most that its memory was."""
+    return _of_memory(pid, "VmHWM")
+
+
+def _of_memory(pid: int, name: str) -> float:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
 
 
 def flood(lab: Lab, seconds: float) -> int:

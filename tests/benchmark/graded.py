@@ -3,9 +3,9 @@
 Records are made up and in memory; no file is read. Rates are records by CPU second, for the machine may be shared.
 """
 
+import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from mace.hooks import Hook
 from mace.pipeline import REPLAY_SLICE_NS
 from mace.records import Batch, Content, Flag
 from mace.verify.stream import Stream, thinned
-from tests.benchmark.figures import figure, one_core
+from tests.benchmark.figures import figure, one_core, resident_mib
 from tests.made_capture import HEADER, TOPOLOGY, traffic
 
 RECORDS = 1_000_000
@@ -71,7 +71,7 @@ def _lossy(batch: Batch) -> list[dict[str, Any]]:
             if isinstance(item, Batch):
                 engine.feed(_later(item, turn * span))
         rates.append(kept / (time.process_time() - begin))
-        sizes.append(_resident_mib())
+        sizes.append(resident_mib(os.getpid()))
     ledger = engine.finish().ledger
     assert (ledger.records, ledger.lost, ledger.imbalance) == (kept * LOSSY_ROUNDS, gone.sum() * LOSSY_ROUNDS, 0)
     half = len(sizes) // 2
@@ -93,7 +93,7 @@ def _flood() -> list[dict[str, Any]]:
             now = time.process_time()
             rates.append(since / (now - begin))
             begin, since = now, 0
-            sizes.append(_resident_mib())
+            sizes.append(resident_mib(os.getpid()))
     ledger = engine.finish().ledger
     assert (ledger.records, ledger.imbalance) == (2 * FLOOD_PPS * FLOOD_S, 0)
     return [
@@ -132,8 +132,3 @@ def _later(batch: Batch, ns: int) -> Batch:
     columns["skb_id"] = np.where(lost, batch.skb_id + np.uint64(ns), batch.skb_id)
     columns["ts_ns"] = batch.ts_ns + ns
     return Batch(**columns, content=batch.content)
-
-
-def _resident_mib() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 from mace.lab import Spec, running
 from storage.query import Filter, Store
-from tests.benchmark.figures import MACE, ROOT, figure, flood, folder
+from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, flood, folder, peak_mib, resident_mib
 from tests.servers import Influx
 
 FLOOD_S = 30
@@ -21,8 +20,6 @@ SOAK_PPS = 5_000.0
 DEAD_S, DEAD_PPS = 60.0, 5_600.0
 """From each of two containers: somewhat over 100,000 events/s."""
 PROBES = 40
-PAGE_MIB = resource.getpagesize() / 2**20
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def _start(lab: str, store: Path, *options: str) -> subprocess.Popen[str]:
@@ -32,20 +29,6 @@ def _start(lab: str, store: Path, *options: str) -> subprocess.Popen[str]:
         time.sleep(0.05)
     time.sleep(0.5)
     return started
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK_S
-
-
-def _rss_mib(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_MIB
-
-
-def _peak_mib(pid: int) -> float:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmHWM"))
 
 
 def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
@@ -59,10 +42,10 @@ def under_flood() -> list[dict[str, Any]]:
     """30 s of what the machine gives, 8 MiB per CPU; targets: nothing lost, under one core, under 300 MiB."""
     with folder() as place, running(Spec(name="flood", containers=2)) as lab:
         run = _start("flood", place / "store", "--ring-mib", "8")
-        cpu, begin = _cpu_s(run.pid), time.monotonic()
+        cpu, begin = cpu_s(run.pid), time.monotonic()
         flood(lab, FLOOD_S)
         seconds = time.monotonic() - begin
-        cores, peak = (_cpu_s(run.pid) - cpu) / seconds, _peak_mib(run.pid)
+        cores, peak = (cpu_s(run.pid) - cpu) / seconds, peak_mib(run.pid)
         ledger = _end(run)["ledger"]
     return [
         figure("live_flood", "events/s", [ledger["records"] / seconds]),
@@ -82,7 +65,7 @@ def soak() -> list[dict[str, Any]]:
         ]
         begin, samples = time.monotonic(), []
         while any(flow.running for flow in flows):
-            samples.append((time.monotonic() - begin, _rss_mib(run.pid)))
+            samples.append((time.monotonic() - begin, resident_mib(run.pid)))
             time.sleep(min(5, SOAK_S / 20))
         for flow in flows:
             flow.close()

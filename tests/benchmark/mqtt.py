@@ -10,7 +10,6 @@ fleet_...                  1,000 simulated hosts of 1,000 records/s each, two sh
 import asyncio
 import itertools
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -35,7 +34,7 @@ from mace.wire import HEAD, HEAD_SIZE, Encoder, parse_head
 from storage import segments
 from storage.mqtt import StreamPublisher
 from storage.query import Store
-from tests.benchmark.figures import MACE, ROOT, figure, folder
+from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, folder, peak_mib
 from tests.benchmark.mqtt_hosts import KEEPALIVE_S, PINGREQ, HostConnection, packet, publish
 from tests.brokers import Mosquitto, mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, traffic
@@ -82,10 +81,7 @@ def ingest(broker: Mosquitto, store: Path, *args: str):
 
 def usage(process: subprocess.Popen[Any]) -> tuple[float, float]:
     """Peak of the memory, MiB, and CPU time so far, s."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    times = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return peak / 1024, (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+    return peak_mib(process.pid), cpu_s(process.pid)
 
 
 async def received(broker: Broker) -> int:
@@ -134,11 +130,11 @@ def through() -> list[dict[str, Any]]:
                 for turn in range(ROUNDS + 1):
                     rates.append(asyncio.run(one_round(broker, where / "spool", f"{name}-{turn}", whole)))
                 size = (asyncio.run(received(broker)) - before) / RECORDS / (ROUNDS + 1)
-                peak, cpu_s = usage(process)
+                peak, spent_s = usage(process)
             ledger = Store(store).ledger()
             assert (ledger.records, ledger.discarded, ledger.imbalance) == (RECORDS * (ROUNDS + 1), 0, 0), ledger
             found.append(figure(name, "records/s", rates[1:]))
-            found.append(figure(f"{name}_by_cpu", "records per CPU second", [RECORDS * (ROUNDS + 1) / cpu_s]))
+            found.append(figure(f"{name}_by_cpu", "records per CPU second", [RECORDS * (ROUNDS + 1) / spent_s]))
             found.append(figure(f"{name}_rss", "MiB", [peak]))
         found.append(figure("mqtt_bytes_per_record", "bytes", [size]))
     return found

@@ -31,7 +31,7 @@ from influxdb_client.client.write_api import SYNCHRONOUS
 from mace.schema import Direction, Grade, Segment
 from storage.lines import Budget, StreamLines
 from tests import servers
-from tests.benchmark.figures import figure, one_core
+from tests.benchmark.figures import cpu_s, figure, one_core
 from tests.database_proxy import proxied
 from tests.fed import feed, influx
 from tests.made_results import HEADER, make_delays, make_results, topology
@@ -128,12 +128,6 @@ def victoria_write() -> list[dict[str, Any]]:
     name = "influxdb-client raw bytes"
     cost = figure("victoria_server", "us of CPU time a row", server_us["ours"], name, median(server_us["raw"]))
     return [*both("victoria_write", sink, raw, point), cost]
-
-
-def cpu_s(pid: int) -> float:
-    """Of a process so far, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def both(name: str, ours: list[float], raw: list[float], point: list[float]) -> list[dict[str, Any]]:

@@ -36,11 +36,11 @@ from mace.vitals import Account, Vitals, process_figures
 from storage import wanted_sinks
 from tests import servers
 from tests.benchmark import soak_mqtt
+from tests.benchmark.soaking import STEP_S, Pace, chosen, halves, plot
 from tests.brokers import PATH
 from tests.database_proxy import Proxy, proxied
 from tests.made_results import HEADER, START_NS, make_delays, make_results, topology
 
-STEP_S = 0.05
 CONTAINERS = 2
 DISK = "1500m"
 ROWS_PER_RECORD = 0.5
@@ -108,8 +108,8 @@ def fill(path: Path) -> None:
             file.flush()
 
 
-class Feed:
-    """Results at a rate, never slower: how long `write` took is noted."""
+class Feed(Pace):
+    """Results at a rate."""
 
     def __init__(self, records_per_s: int) -> None:
         packets = int(records_per_s * ROWS_PER_RECORD * STEP_S * 2 / 13)
@@ -119,12 +119,9 @@ class Feed:
         ]
         self.devices = topology(CONTAINERS)
         self.rows = 0
-        self.longest_write_s = 0.0
-        self.late_s = 0.0
 
     async def run(self, sinks: Any, vitals: Vitals, stop: asyncio.Event) -> None:
-        begin, step = time.monotonic(), 0
-        while not stop.is_set():
+        def give(step: int) -> Any:
             shift = int(step * STEP_S * 1e9)
             block = self.blocks[step % BLOCKS]
             delays = type(block)(
@@ -135,14 +132,15 @@ class Feed:
                 delays, devices=self.devices, packets=1, upto_utc_ns=START_NS + shift + int(STEP_S * 1e9)
             )
             vitals.got_on(items=1, results=1)
-            before = time.monotonic()
-            for sink in sinks:
-                await sink.write(results)
-            self.longest_write_s = max(self.longest_write_s, time.monotonic() - before)
-            self.rows += len(delays)
-            step += 1
-            self.late_s = max(self.late_s, time.monotonic() - begin - step * STEP_S)
-            await asyncio.sleep(max(begin + step * STEP_S - time.monotonic(), 0))
+
+            async def write() -> None:
+                for sink in sinks:
+                    await sink.write(results)
+                self.rows += len(delays)
+
+            return write
+
+        await self.keep(stop, give)
 
 
 async def soak(args: argparse.Namespace, server: servers.Influx, proxy: Proxy, disk: Path, place: Path) -> Any:
@@ -170,7 +168,7 @@ async def soak(args: argparse.Namespace, server: servers.Influx, proxy: Proxy, d
             await asyncio.sleep(1)
 
     feeding, noting = asyncio.create_task(feed.run(sinks, vitals, stop)), asyncio.create_task(note())
-    phases = soak_mqtt.chosen(faults.phases, args.fault)
+    phases = chosen(faults.phases, args.fault)
     each_s = args.minutes * 60 / (2 * len(phases))
     for name, fault in phases * args.turns:
         seconds = each_s * 2 / args.turns
@@ -194,8 +192,6 @@ def phase(name: str, account: Account, note: dict[str, float]) -> dict[str, Any]
 def verdict(server: servers.Influx, account: Account, feed: Feed, notes: list[Any]) -> dict[str, Any]:
     rows = server.rows()
     stored = sum(rows.values())
-    half = len(notes) // 2
-    memory = [n["resident_bytes"] / 2**20 for n in notes]
     return {
         "ok": stored == account.stored and account.imbalance == account.waiting == account.dropped_buffer == 0,
         "rows_in_database": stored,
@@ -206,40 +202,19 @@ def verdict(server: servers.Influx, account: Account, feed: Feed, notes: list[An
         "waiting": account.waiting,
         "imbalance": account.imbalance,
         "retries": account.retries,
-        "longest_write_ms": round(feed.longest_write_s * 1e3, 1),
-        "feed_late_s": round(feed.late_s, 2),
+        **feed.told(),
         "spool_peak_mib": round(max(n["spool_bytes"] for n in notes) / 2**20, 1),
-        "resident_mib": {"first half": round(max(memory[:half]), 1), "second half": round(max(memory[half:]), 1)},
-        "open_files": {
-            "first half": max(n["open_files"] for n in notes[:half]),
-            "second half": max(n["open_files"] for n in notes[half:]),
-        },
+        "resident_mib": halves(notes, "resident_bytes", 2**20),
+        "open_files": halves(notes, "open_files"),
     }
 
 
-def plot(notes: list[Any], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    minutes = [n["s"] / 60 for n in notes]
-    figure, axes = plt.subplots(4, 1, sharex=True, figsize=(9, 8))
-    for axis, name, scale, label in (
-        (axes[0], "resident_bytes", 2**20, "memory, MiB"),
-        (axes[1], "open_files", 1, "file descriptors"),
-        (axes[2], "spool_bytes", 2**20, "spool, MiB"),
-    ):
-        axis.plot(minutes, [n[name] / scale for n in notes])
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-    for name in ("taken", "stored", "waiting"):
-        axes[3].plot(minutes, [n[name] / 1e6 for n in notes], label=name)
-    axes[3].set_ylabel("rows, millions")
-    axes[3].set_xlabel("minutes")
-    axes[3].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+PANELS = {
+    "memory, MiB": [("resident_bytes", "", 2**20)],
+    "file descriptors": [("open_files", "", 1)],
+    "spool, MiB": [("spool_bytes", "", 2**20)],
+    "rows, millions": [(name, name, 1e6) for name in ("taken", "stored", "waiting")],
+}
 
 
 def main() -> int:
@@ -271,7 +246,7 @@ def main() -> int:
         found = verdict(server, account, feed, notes)
     print(json.dumps(found), flush=True)
     if args.plot:
-        plot(notes, args.plot)
+        plot(notes, PANELS, args.plot)
     return 0 if found["ok"] else 1
 
 

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -34,17 +33,16 @@ import duckdb
 
 from mace.broker import Broker
 from mace.config import MqttConfig
-from mace.errors import UsageError, nearest
 from mace.records import Batch
 from mace.vitals import process_figures
 from storage import segments
 from storage.mqtt import StreamPublisher
 from storage.query import Store
-from tests.benchmark.figures import MACE, ROOT
+from tests.benchmark.figures import MACE, ROOT, resident_mib
+from tests.benchmark.soaking import STEP_S, Pace, chosen, halves, plot
 from tests.brokers import Mosquitto, mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, traffic
 
-STEP_S = 0.05
 BLOCK = 1_000_000
 """Records that are made beforehand; used again and again, later in time."""
 STORE_DISK, HOST_DISK = "3g", "512m"
@@ -134,9 +132,9 @@ class Served:
     def resident_mib(self) -> float:
         if self.process is None or self.process.poll() is not None:
             return 0.0
-        with contextlib.suppress(OSError):
-            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-            return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        # One that has just ended has no memory any more.
+        with contextlib.suppress(OSError, StopIteration):
+            return resident_mib(self.process.pid)
         return 0.0
 
 
@@ -217,8 +215,8 @@ def keep_full(filler: Path, seconds: float) -> None:
     filler.unlink()
 
 
-class Feed:
-    """Records at a rate, never slower."""
+class Feed(Pace):
+    """Records at a rate."""
 
     def __init__(self, records_per_s: int) -> None:
         self.whole = traffic(BLOCK)
@@ -229,20 +227,19 @@ class Feed:
         self.whole = replace(self.whole, ts_ns=ts_ns)
         self.span_ns = int(ts_ns[-1] - ts_ns[0]) + 1_000_000
         self.given = 0
-        self.longest_write_s = self.late_s = 0.0
 
     async def run(self, sink: StreamPublisher, stop: asyncio.Event) -> None:
-        begin, steps = time.monotonic(), 0
-        while not stop.is_set():
-            turn, first = divmod(steps * self.step, BLOCK - BLOCK % self.step)
+        def give(step: int) -> Any:
+            turn, first = divmod(step * self.step, BLOCK - BLOCK % self.step)
             batch = self.batch(turn, first)
-            before = time.monotonic()
-            await sink.write(batch)
-            self.longest_write_s = max(self.longest_write_s, time.monotonic() - before)
-            self.given += len(batch)
-            steps += 1
-            self.late_s = max(self.late_s, time.monotonic() - begin - steps * STEP_S)
-            await asyncio.sleep(max(begin + steps * STEP_S - time.monotonic(), 0))
+
+            async def write() -> None:
+                await sink.write(batch)
+                self.given += len(batch)
+
+            return write
+
+        await self.keep(stop, give)
 
     def batch(self, turn: int, first: int) -> Batch:
         part = self.whole[first : first + self.step]
@@ -291,14 +288,6 @@ async def soak(args: argparse.Namespace, broker: Mosquitto, place: Path, disks: 
     return verdict(store, sink, feed, notes, status, link), notes
 
 
-def chosen(phases: dict[str, Any], names: list[str]) -> list[tuple[str, Any]]:
-    """The faults that were asked for, or all. Raises `UsageError`."""
-    for name in names:
-        if name not in phases:
-            raise UsageError(f"no fault {name!r}{nearest(name, phases)}; there are {', '.join(phases)}")
-    return [(name, fault) for name, fault in phases.items() if not names or name in names]
-
-
 def phase(name: str, note: dict[str, Any]) -> dict[str, Any]:
     told = ("records", "arrived", "waiting", "discarded", "restarts", "spool_bytes", "open_files", "ingest_starts")
     memory = {"resident_mib": round(note["resident_bytes"] / 2**20, 1), "ingest_mib": round(note["ingest_mib"], 1)}
@@ -312,7 +301,6 @@ def verdict(
     ledger = run.ledger
     rows = sum(each.rows for each in segments.listing(store, "delays"))
     counted = in_windows(store)
-    half = len(notes) // 2
     exact = {
         "given": feed.given, "records_in_ledger": ledger.records, "discarded_in_ledger": ledger.discarded,
         "discarded_by_host": sink.discarded, "waiting": sink.waiting, "imbalance": ledger.imbalance,
@@ -325,29 +313,19 @@ def verdict(
         and run.rows_stored == rows == counted
         and run.closed
     )
-    flat = {
-        what: {
-            "first half": round(max(each[name] for each in notes[:half]) / scale, 1),
-            "second half": round(max(each[name] for each in notes[half:]) / scale, 1),
-        }
-        for what, name, scale in (
-            ("resident_mib", "resident_bytes", 2**20),
-            ("ingest_mib", "ingest_mib", 1),
-            ("open_files", "open_files", 1),
-        )
-    }
     return (
         {"ok": ok}
         | exact
-        | flat
         | {
+            "resident_mib": halves(notes, "resident_bytes", 2**20),
+            "ingest_mib": halves(notes, "ingest_mib"),
+            "open_files": halves(notes, "open_files"),
             "restarts": sink.restarts,
             "cuts": link.cuts,
             "ingest_starts": notes[-1]["ingest_starts"],
             "spool_peak_mib": round(max(each["spool_bytes"] for each in notes) / 2**20, 1),
-            "longest_write_ms": round(feed.longest_write_s * 1e3, 1),
-            "feed_late_s": round(feed.late_s, 2),
         }
+        | feed.told()
     )
 
 
@@ -365,28 +343,12 @@ def in_windows(store: Path) -> int:
     return found
 
 
-def plot(notes: list[Any], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    minutes = [n["s"] / 60 for n in notes]
-    figure, axes = plt.subplots(4, 1, sharex=True, figsize=(9, 8))
-    axes[0].plot(minutes, [n["resident_bytes"] / 2**20 for n in notes], label="host")
-    axes[0].plot(minutes, [n["ingest_mib"] for n in notes], label="ingest")
-    axes[1].plot(minutes, [n["open_files"] for n in notes])
-    axes[2].plot(minutes, [n["spool_bytes"] / 2**20 for n in notes])
-    for name in ("records", "arrived", "waiting", "discarded"):
-        axes[3].plot(minutes, [n[name] / 1e6 for n in notes], label=name)
-    for axis, label in zip(axes, ("memory, MiB", "file descriptors", "spool, MiB", "records, millions"), strict=True):
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-    axes[0].legend()
-    axes[3].legend()
-    axes[3].set_xlabel("minutes")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+PANELS = {
+    "memory, MiB": [("resident_bytes", "host", 2**20), ("ingest_mib", "ingest", 1)],
+    "file descriptors": [("open_files", "", 1)],
+    "spool, MiB": [("spool_bytes", "", 2**20)],
+    "records, millions": [(name, name, 1e6) for name in ("records", "arrived", "waiting", "discarded")],
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -406,5 +368,5 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write((place / "ingest.log").read_text()[-4000:])
     print(json.dumps(found), flush=True)
     if args.plot:
-        plot(notes, args.plot)
+        plot(notes, PANELS, args.plot)
     return 0 if found["ok"] else 1

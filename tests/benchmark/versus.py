@@ -22,7 +22,7 @@ from mace.lab.plan import outer_device
 from mace.pipeline import REPLAY_SLICE_NS
 from mace.records import Batch
 from tests.benchmark.bpftrace_script import analyse
-from tests.benchmark.figures import MACE, ROOT, figure, folder, one_core
+from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, folder, one_core
 
 DATAGRAMS, RATE_PPS = 40_000, 10_000
 BPFTRACE_DATAGRAMS, BPFTRACE_RATE_PPS = 160_000, 20_000
@@ -58,12 +58,6 @@ def _ours(capture: Path) -> tuple[float, int]:
     return best, records
 
 
-def _cpu_s(process: subprocess.Popen[bytes]) -> float:
-    """CPU time of a running process so far, of all its threads, in user space and in the kernel."""
-    # clock_getcpuclockid(3), which Python has for threads only: ~pid and CPUCLOCK_SCHED (posix-cpu-timers.c).
-    return time.clock_gettime(~process.pid << 3 | 2)
-
-
 def _side_by_side(
     place: Path,
     peer: list[str],
@@ -89,10 +83,10 @@ def _side_by_side(
                 if time.monotonic() > deadline:
                     raise Unavailable(peer[0], "it has not begun to write within a minute")
                 lab.ping("c1", count=200, interval_s=0.002)
-            before = _cpu_s(mine), _cpu_s(other)
+            before = cpu_s(mine.pid), cpu_s(other.pid)
             lab.udp("c1", count=datagrams, size=18, rate_pps=rate_pps)
             time.sleep(1)
-            mine_s, other_s = _cpu_s(mine) - before[0], _cpu_s(other) - before[1]
+            mine_s, other_s = cpu_s(mine.pid) - before[0], cpu_s(other.pid) - before[1]
         finally:
             other.terminate()
             other.communicate()

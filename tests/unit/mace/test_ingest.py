@@ -125,6 +125,22 @@ def later(batch, seconds):
     return replace(batch, ts_ns=batch.ts_ns + seconds * 1_000_000_000)
 
 
+async def writing(place, monkeypatch, sync):
+    """An ingest whose journal writes by `sync`, and the task that has just asked it to write a frame."""
+    ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), place, Config(), Shard())
+    ingest._journal.open()
+    monkeypatch.setattr(Journal, "sync", sync)
+    ingest._journal.append(Kind.FRAME, "a", b"1")
+    task = asyncio.create_task(ingest._sync())
+    await asyncio.sleep(0)
+    return ingest, task
+
+
+def ended(ingest):
+    ingest._disk.shutdown()
+    ingest._journal.close()
+
+
 def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
     """An acknowledgement must not overtake the disk: not even of frames that another one's write has."""
     may_end, written = threading.Event(), []
@@ -136,12 +152,7 @@ def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
         written.append(len(buffer))
 
     async def work():
-        ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), tmp_path, Config(), Shard())
-        ingest._journal.open()
-        monkeypatch.setattr(Journal, "sync", slow)
-        ingest._journal.append(Kind.FRAME, "a", b"1")
-        first = asyncio.create_task(ingest._sync())
-        await asyncio.sleep(0)
+        ingest, first = await writing(tmp_path, monkeypatch, slow)
         second = asyncio.create_task(ingest._sync())
         await asyncio.wait([first, second], timeout=0.05)
         assert not second.done()
@@ -149,8 +160,7 @@ def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
         may_end.set()
         await second
         assert written
-        ingest._disk.shutdown()
-        ingest._journal.close()
+        ended(ingest)
 
     asyncio.run(work())
 
@@ -160,17 +170,11 @@ def test_a_write_that_fails_is_told_though_its_caller_was_cancelled(tmp_path, mo
         raise StoreError("no space")
 
     async def work():
-        ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), tmp_path, Config(), Shard())
-        ingest._journal.open()
-        monkeypatch.setattr(Journal, "sync", full)
-        ingest._journal.append(Kind.FRAME, "a", b"1")
-        first = asyncio.create_task(ingest._sync())
-        await asyncio.sleep(0)
+        ingest, first = await writing(tmp_path, monkeypatch, full)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         with pytest.raises(StoreError, match="no space"):
             await ingest._sync()
-        ingest._disk.shutdown()
-        ingest._journal.close()
+        ended(ingest)
 
     asyncio.run(work())

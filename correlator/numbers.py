@@ -1,0 +1,26 @@
+"""Hooks and ways as plain numbers, for comparing arrays with them.
+
+To compare an array of 200 with a member of an enumeration takes 3 µs, with a number 0.6: a slice of a small stream is
+made of such comparisons.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mace.hooks import Hook, Way
+
+QUEUE: Final = int(Hook.NET_DEV_QUEUE)
+XMIT: Final = int(Hook.NET_DEV_START_XMIT)
+RX: Final = int(Hook.NETIF_RX)
+RECEIVE_SKB: Final = int(Hook.NETIF_RECEIVE_SKB)
+GRO: Final = int(Hook.NAPI_GRO_RECEIVE_ENTRY)
+COPY: Final = int(Hook.SKB_COPY_DATAGRAM_IOVEC)
+CONSUMED: Final = int(Hook.CONSUME_SKB)
+DROP: Final = int(Hook.KFREE_SKB)
+LOST: Final = int(Hook.LOST)
+
+TRANSMIT: Final = int(Way.TRANSMIT)
+RECEIVE: Final = int(Way.RECEIVE)
+DELIVERY: Final = int(Way.DELIVERY)
+END: Final = int(Way.END)
