@@ -44,24 +44,38 @@ REPLAY_SLICE_NS: Final = 1_000_000_000
 
 @dataclass(slots=True)
 class Stop:
-    """A wish to stop, from a signal or a timer; `request` may be called before the source is open."""
+    """A wish to stop, from a signal or because what it was for is over; either may come before the source is open."""
 
     drain_s: float = 10.0
     """What is under way has this long to be drained, then the run is cut off."""
     _source: Source | None = None
     _requested: bool = False
+    _interrupted: bool = False
+    _impatient: bool = False
     _cut: asyncio.TimerHandle | None = None
     _task: asyncio.Task[None] | None = None
     cut_off: bool = False
 
     def request(self) -> None:
-        """End the stream after what has already happened. From the event loop; a second call ends it now."""
+        """End the stream after what has already happened. From the event loop."""
         if self._requested:
-            self._cut_off()
             return
         self._requested = True
         if self._source is not None:
             self._begin(self._source)
+
+    def interrupt(self) -> None:
+        """What a signal asks for: the first one ends the stream as `request` does, the second ends it now."""
+        if self._interrupted:
+            self._impatient = True
+            self._cut_off()
+        self._interrupted = True
+        self.request()
+
+    @property
+    def why_cut_off(self) -> str:
+        """What `cut_off` was for."""
+        return "by a second signal" if self._impatient else f"which took longer than {self.drain_s:g} s"
 
     @property
     def requested(self) -> bool:
@@ -185,9 +199,7 @@ async def _supervise(source: Source, stop: Stop, work: Sequence[object]) -> None
         await task
     except asyncio.CancelledError:
         if stop.cut_off:
-            raise SourceError(
-                f"stopped before all that was captured was worked through (within {stop.drain_s:g} s)"
-            ) from None
+            raise SourceError(f"cut off before all that was captured was worked through, {stop.why_cut_off}") from None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         raise
@@ -217,7 +229,7 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
-        loop.add_signal_handler(number, stop.request)
+        loop.add_signal_handler(number, stop.interrupt)
     try:
         yield
     finally:

@@ -156,9 +156,12 @@ def test_the_same_packets_take_as_long(seen: dict[str, Delays], other: str, way:
     utc, delay = crossings(seen["ftrace"], way)
     other_utc, other_delay = crossings(seen[other], way)
     assert len(utc) >= PINGS + (DATAGRAMS if way is Direction.EGRESS else 0)
-    # The others may have been watching a little longer.
-    near = np.abs(other_utc[:, None] - utc[None, :]).argmin(axis=0)
-    assert len(np.unique(near)) == len(near)
+    # The others may have been watching a little longer. In the same order all the same: that the nearest in time is the
+    # same packet does not hold where the emulator stood still between the two tracers' stamps of one event.
+    assert len(other_utc) >= len(utc)
+    shifted = np.lib.stride_tricks.sliding_window_view(other_utc, len(utc))
+    first = int(np.median(np.abs(shifted - utc), axis=1).argmin())
+    near = slice(first, first + len(utc))
     apart = np.abs(other_delay[near] - delay)
     print(f"{other}, {way.name}: {np.median(apart):,.0f} ns apart in the median, 80 %: {np.percentile(apart, 80):,.0f}")
     assert np.percentile(apart, 80) < APART_NS

@@ -9,10 +9,12 @@ import pytest
 
 from collector import SOURCES, LiveSource, ftrace_source, kmod_source
 from collector.device import DeviceInNetns, Filter
+from correlator.engine import EngineConfig
 from mace import config, pipeline
 from mace.config import CaptureConfig
-from mace.errors import ConfigError, Unavailable
-from mace.interfaces import Status
+from mace.errors import ConfigError, SourceError, Unavailable
+from mace.interfaces import Progress, Status
+from tests.made_capture import HEADER
 
 
 def test_every_source_can_be_asked_for():
@@ -79,7 +81,7 @@ def test_signals_do_afterwards_what_they_did_before():
 
     async def measure(number):
         asked = asyncio.Event()
-        async with pipeline.stopped_by_signals(SimpleNamespace(request=asked.set)):
+        async with pipeline.stopped_by_signals(SimpleNamespace(interrupt=asked.set)):
             signal.raise_signal(number)
             async with asyncio.timeout(30):
                 await asked.wait()
@@ -93,3 +95,47 @@ def test_signals_do_afterwards_what_they_did_before():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Draining:
+    """A source that has something left to give out once it was asked to stop."""
+
+    def __init__(self):
+        self.begun, self.asked, self.drained = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.discarded, self.cost = 0, ()
+
+    async def open(self):
+        return HEADER
+
+    async def items(self):
+        self.begun.set()
+        await self.asked.wait()
+        await self.drained.wait()
+        yield Progress(1)
+
+    def request_stop(self):
+        self.asked.set()
+
+    async def aclose(self):
+        pass
+
+
+@pytest.mark.parametrize(("signals", "cut_off"), [(0, False), (1, False), (2, True)])
+def test_the_second_signal_ends_a_run_at_once_and_not_the_first_after_its_time_was_up(signals, cut_off):
+    async def measure():
+        source, stop = Draining(), pipeline.Stop()
+        work = asyncio.create_task(pipeline.run(source, [], engine=EngineConfig(), stop=stop))
+        await source.begun.wait()
+        stop.request()
+        for _ in range(signals):
+            stop.interrupt()
+        if not cut_off:
+            source.drained.set()
+        async with asyncio.timeout(30):
+            await work
+
+    if cut_off:
+        with pytest.raises(SourceError, match="by a second signal"):
+            asyncio.run(measure())
+    else:
+        asyncio.run(measure())
