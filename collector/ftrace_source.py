@@ -36,6 +36,7 @@ from collector.ftrace_pages import Decoded, PageDecoder, Stretch
 from collector.ftrace_rings import MmapRing, PageBuffer, ReadRing, Ring
 from collector.gaps import marker, settle
 from collector.merge import Merger
+from collector.urgency import Urgency
 from mace import __version__, clock
 from mace.config import CaptureConfig
 from mace.errors import SourceError, Unavailable
@@ -60,6 +61,8 @@ _BATCH_RECORDS: Final = 1 << 17
 _FILLED_PERCENT: Final = 5
 """A ring so full is emptied at the next look. Of 8 MiB it is 10,000 events: enough for a tick to cost little per event,
 and so few that under the heaviest flood each look finds them: batches grow no larger than they would by time alone."""
+_FILLING: Final = 0.25
+"""A tick that takes so much of a ring comes late: at a look's pace the heaviest flood leaves a tenth."""
 _SETTLE_S: Final = 0.01
 """Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
 
@@ -136,6 +139,8 @@ class _Reading:
 
     cpu: _Cpu
     began_ns: int
+    pages: int = 0
+    """Taken out of the ring."""
     caught_up: bool = False
     """Whether all events from before `began_ns` were taken."""
     parts: list[Decoded] = field(default_factory=list)
@@ -165,6 +170,7 @@ class FtraceSource:
         """Inode of the host's network namespace; 0 where nobody follows devices."""
         self._sightings_told = 0
         self._began_ns = 0
+        self._urgency = Urgency(begins=_FILLING)
         self._gathered: list[tuple[_Reading, Stretch]] = []
         self._filled = 0
         """Pages in the buffer that wait to be decoded: those of `_gathered`."""
@@ -242,6 +248,7 @@ class FtraceSource:
         instance.set_ring_size(self.config.ring_kib_per_cpu, self.config.subbuf_kib)
         instance.set_readable_at(_FILLED_PERCENT)
         self._layout = parse_header_page(instance.header_page())
+        self._ring_pages = max(self.config.ring_kib_per_cpu * 1024 // self._layout.page_size, 1)
         present = [t for t in self.config.tracepoints if instance.has_event(t)]
         for absent in sorted(set(self.config.tracepoints) - set(present)):
             _log.warning("ftrace: this kernel has no tracepoint %s", absent)
@@ -259,6 +266,7 @@ class FtraceSource:
 
     async def aclose(self) -> None:
         """Close the rings, remove the instance, stop following devices."""
+        self._urgency.end()
         try:
             self._remove()
         finally:
@@ -405,19 +413,19 @@ class FtraceSource:
                 self._merger.push(cpu.cpu, self._with_markers(cpu, reading.parts))
             cpu.complete_ns = max(cpu.complete_ns, reading.began_ns if reading.caught_up else reading.newest_ns)
             self._merger.complete(cpu.cpu, cpu.complete_ns)
+        self._urgency.felt(max(reading.pages for reading in readings) / self._ring_pages)
         return all(reading.caught_up for reading in readings)
 
     def _read(self, reading: _Reading) -> None:
         """Take what is in one ring; decode when the buffer is full."""
         reading.began_ns = time.monotonic_ns()
         # A full ring at most, so that one CPU under flood cannot keep us from the others.
-        budget = max(self.config.ring_kib_per_cpu * 1024 // self._layout.page_size, 1)
-        while budget > 0 and not reading.caught_up:
+        while reading.pages < self._ring_pages and not reading.caught_up:
             taken = reading.cpu.ring.take(self._buffer, self._filled)
             if taken.pages:
                 self._gathered.append((reading, Stretch(reading.cpu.cpu, taken.pages, taken.skip)))
                 self._filled += taken.pages
-                budget -= taken.pages
+                reading.pages += taken.pages
             reading.caught_up = taken.empty
             if not taken.empty:
                 self._decode()

@@ -32,6 +32,7 @@ from collector.device import DeviceInNetns, Filter, Hello, MaceDevice, Stats, Ta
 from collector.ftrace_source import DeviceFollower, boot_id, keep_freed_memory, online_cpus
 from collector.ring import CpuRing, Subbuf
 from collector.ring_merge import Marker, Places, RingMerger
+from collector.urgency import Urgency
 from mace import __version__, clock
 from mace.config import CaptureConfig
 from mace.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
@@ -49,6 +50,8 @@ _SUBBUFS_MIN: Final = 16
 """Each tick uses up one, however little is in it; the hold-back and we keep a few."""
 _WATERMARK_SHARE: Final = 4
 """A ring wakes us when one in so many of its sub-buffers is full."""
+_FILLING: Final = 0.4
+"""A tick that finds so much of a ring comes late: the watermark asks for one at a quarter."""
 _COPY_ABOVE: Final = 0.5
 """The share of a ring that may wait for the hold-back in place."""
 _FLUSH_MS: Final = 10_000
@@ -148,6 +151,7 @@ class KmodSource:
         """Inode of the host's network namespace; 0 where nobody follows devices."""
         self._sightings_told = 0
         self._began_ns = 0
+        self._urgency = Urgency(begins=_FILLING)
         self._cost_before: dict[int, HookCost] = {}
         self._cost: tuple[HookCost, ...] = ()
 
@@ -239,6 +243,7 @@ class KmodSource:
 
     async def aclose(self) -> None:
         """End the session, stop following devices."""
+        self._urgency.end()
         # Nothing may look into a ring when it is unmapped.
         self._merger.clear()
         self._cpus.clear()
@@ -354,6 +359,7 @@ class KmodSource:
             if cpu.ring.was_full or last:
                 self._tell_untold(number, cpu)
             self._merger.complete(number, complete_ns)
+        self._urgency.felt(max(cpu.ring.fill for cpu in self._cpus.values()))
         self._tell_elsewhere(last=last)
 
     def _take(self, number: int, cpu: _Cpu, *, flush: bool) -> int:

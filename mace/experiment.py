@@ -96,8 +96,9 @@ class Cell:
     """Tool RTT of the samples that are paired."""
     plain: list[Floats] = field(default_factory=list)
     """Host RTT of these, without the host path term."""
-    bare_nic: list[Ints] = field(default_factory=list)
-    container_nic: list[Ints] = field(default_factory=list)
+    host_pings: list[Stretches] = field(default_factory=list)
+    """The same pings' own packets from their first record on: what the probes stand for, to be seen beside them."""
+    container_pings: list[Stretches] = field(default_factory=list)
     host_probes: list[Stretches] = field(default_factory=list)
     container_probes: list[Stretches] = field(default_factory=list)
     unpaired: dict[str, int] = field(default_factory=dict)
@@ -126,6 +127,7 @@ class Figures:
         rows = self.rows()
         console.print(_main_table(rows))
         console.print(_term_table(rows))
+        console.print(_stretch_table(rows))
         for row in rows:
             if row["unpaired"]:
                 told = ", ".join(f"{count:,} {reason}" for reason, count in row["unpaired"].items())
@@ -298,7 +300,7 @@ def figures(
         samples, reader = read(block.said.splitlines(), PingOutput())
         if block.kind == "bare":
             cell.bare.append(dithered(_answered(samples)))
-            cell.bare_nic.append(_edges(pings.between(block.begin_ns, block.end_ns), outer))
+            cell.host_pings.append(_from_first_record(pings.between(block.begin_ns, block.end_ns), None, outer))
             continue
         a, b = np.searchsorted(crossings.inner_utc_ns, [block.begin_ns + offset_ns, block.end_ns + offset_ns])
         corrections = correct(samples, crossings[a:b], reader.stamps, observed.gaps_utc_ns)
@@ -307,7 +309,7 @@ def figures(
         tool_ns = dithered(corrections.tool_rtt_ns[chosen])
         cell.container.append(tool_ns)
         cell.plain.append(tool_ns - corrections.egress_ns[chosen] - corrections.ingress_ns[chosen])
-        cell.container_nic.append(corrections.nic_rtt_ns[chosen])
+        cell.container_pings.append(_from_first_record(pings.between(block.begin_ns, block.end_ns), inner, outer))
         for reason in Reason:
             count = int((corrections.reason == reason).sum())
             if count and reason is not Reason.PAIRED:
@@ -334,15 +336,10 @@ def _answered(samples: Samples) -> Ints:
     return found
 
 
-def _edges(seen: Records, outer: str) -> Ints:
-    """NIC RTTs of pings that only wait for one another: from each start of transmission to the next arrival, ns."""
-    at_outer = seen.device == outer
-    left = seen.ts_ns[at_outer & (seen.hook == Hook.NET_DEV_START_XMIT)]
-    arrived = seen.ts_ns[at_outer & np.isin(seen.hook, (Hook.NETIF_RX, Hook.NETIF_RECEIVE_SKB))]
-    after = np.searchsorted(arrived, left)
-    known = after < len(arrived)
-    found: Ints = arrived[after[known]] - left[known]
-    return found
+def _from_first_record(seen: Records, inner: str | None, outer: str) -> Stretches:
+    """The stretches of pings, whose stamp no record tells: `send` is 0."""
+    first = seen.ts_ns[(seen.device == (inner or outer)) & (seen.hook == Hook.NET_DEV_QUEUE)]
+    return hostpath.stretches(first.tolist(), seen, inner, outer)
 
 
 def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
@@ -359,7 +356,7 @@ def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
 
             found = {"bare": median_us(of(cell.bare)), "plain": median_us(of(cell.plain))}
             host, container = of(cell.host_probes), of(cell.container_probes)
-            for name in (*STRETCHES, hostpath.ANSWER):
+            for name in STRETCHES:
                 found[name] = hostpath.term_ns(host, container, [name]) / 1000
             known[drawn.tobytes()] = found
         return found
@@ -367,17 +364,14 @@ def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
     def term_us(drawn: Ints) -> float:
         return sum(medians(drawn)[name] for name in STRETCHES)
 
-    def answer_us(drawn: Ints) -> float:
-        return medians(drawn)[hostpath.ANSWER]
-
     def plain_difference_us(drawn: Ints) -> float:
         return medians(drawn)["plain"] - medians(drawn)["bare"]
 
     def difference_us(drawn: Ints) -> float:
         return plain_difference_us(drawn) + term_us(drawn)
 
-    def same_answer_us(drawn: Ints) -> float:
-        return difference_us(drawn) + answer_us(drawn)
+    def without_answer_us(drawn: Ints) -> float:
+        return difference_us(drawn) - medians(drawn)["answer"]
 
     every = np.arange(rounds)
     plain_us, terms = median_us(cell.plain), {name: medians(every)[name] for name in STRETCHES}
@@ -394,12 +388,12 @@ def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
         "plain_ci95_us": bounds(intervals.of_rounds(plain_difference_us, rounds)),
         "host_path_us": terms,
         "host_path_ci95_us": bounds(intervals.of_rounds(term_us, rounds)),
-        "answer_us": answer_us(every),
-        "answer_ci95_us": bounds(intervals.of_rounds(answer_us, rounds)),
-        "same_answer_diff_us": same_answer_us(every),
-        "same_answer_ci95_us": bounds(intervals.of_rounds(same_answer_us, rounds)),
-        "bare_nic_p50_us": median_us(cell.bare_nic),
-        "container_nic_p50_us": median_us(cell.container_nic),
+        "without_answer_diff_us": without_answer_us(every),
+        "without_answer_ci95_us": bounds(intervals.of_rounds(without_answer_us, rounds)),
+        "host_ping_us": _of_a_ping(median_us(cell.bare), cell.host_pings),
+        "container_ping_us": _of_a_ping(plain_us, cell.container_pings),
+        "host_probe_us": _medians_us(cell.host_probes),
+        "container_probe_us": _medians_us(cell.container_probes),
         "bare_rounds_us": [median_us([values]) for values in cell.bare],
         "plain_rounds_us": [median_us([values]) for values in cell.plain],
     }
@@ -413,6 +407,19 @@ def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
         "probes": sum(map(len, cell.host_probes)) + sum(map(len, cell.container_probes)),
     }
     return rounded | counts
+
+
+def _medians_us(parts: Sequence[Stretches]) -> dict[str, float]:
+    return {name: median_us([getattr(part, name) for part in parts]) for name in STRETCHES}
+
+
+def _of_a_ping(rtt_us: float, parts: Sequence[Stretches]) -> dict[str, float]:
+    """The stretches of a median round trip: what the records do not tell of it is the rest, and is called `send`.
+
+    It holds what is on the way back behind the outer device's first hook, too; of a container's that is taken off.
+    """
+    seen = _medians_us(parts)
+    return seen | {"send": rtt_us - sum(us for name, us in seen.items() if name != "send")}
 
 
 def draw(found: Figures, path: Path) -> None:
@@ -434,8 +441,8 @@ def draw(found: Figures, path: Path) -> None:
         panels.append(Panel(where, [Curve(name, values / 1000) for name, values in curves.items()]))
         for group, value, interval in (
             ("corrected, without the host path term", "plain_diff_p50_us", "plain_ci95_us"),
+            ("with the term, but for the far end's answer", "without_answer_diff_us", "without_answer_ci95_us"),
             ("corrected", "diff_p50_us", "ci95_us"),
-            ("corrected, and the far end's answer made equal", "same_answer_diff_us", "same_answer_ci95_us"),
         ):
             low, high = row[interval] or (row[value], row[value])
             bars.append(Bar(where, row[value], low, high, group))
@@ -472,11 +479,10 @@ def _main_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _term_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = plain_table("Steps to it, µs: difference without the host path term, the term, the far end's part")
+    table = plain_table("Steps to it, µs: difference without the host path term, and the term")
     for name in ("pace", "flooding"):
         table.add_column(name)
-    columns = ("without", "95 %", *(f"+ {name}" for name in STRETCHES), "95 %", "far end", "all of it", "95 %")
-    for name in columns:
+    for name in ("without", "95 %", *(f"+ {name}" for name in STRETCHES), "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -486,8 +492,21 @@ def _term_table(rows: Sequence[dict[str, Any]]) -> Table:
             interval_text(row["plain_ci95_us"]),
             *(f"{row['host_path_us'][name]:+.1f}" for name in STRETCHES),
             interval_text(row["host_path_ci95_us"]),
-            f"{row['answer_us']:+.1f}",
-            f"{row['same_answer_diff_us']:+.1f}",
-            interval_text(row["same_answer_ci95_us"]),
         )
+    return table
+
+
+def _stretch_table(rows: Sequence[dict[str, Any]]) -> Table:
+    title = "Where the time goes, medians, µs: of pings, overhead taken off, and of the probes that stand for them"
+    table = plain_table(title)
+    for name in ("pace", "flooding", "stretch"):
+        table.add_column(name)
+    for name in ("host ping", "container ping", "difference", "host probe", "container probe", "difference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        for name in STRETCHES:
+            pairs = [(row[f"host_{what}_us"][name], row[f"container_{what}_us"][name]) for what in ("ping", "probe")]
+            cells = [text for host, container in pairs
+                     for text in (f"{host:.1f}", f"{container:.1f}", f"{host - container:+.1f}")]  # fmt: skip
+            table.add_row(row["pace"], str(row["flood_containers"]), name, *cells)
     return table

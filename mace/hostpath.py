@@ -13,15 +13,15 @@ takes longer over a stretch than what the correction leaves of a container's is 
 
     send     S to Q outer of a host's,  S to Q inner of a container's
     device   Q outer to X outer         (`net_dev_start_xmit`: the driver is called)
-    beyond   X outer to the last that this machine sees of the request before it is taken in; only where the far end is
-             on this machine, as in the lab
+    beyond   X outer to the last that this machine sees of the request before it is taken in
+    answer   from there to the first that the outer device sees of the reply
 
-All three are of the way *out*. What comes back is no part of it, nor are round trip times: the term would be the same
-for a far end that never answers. It is added to the host RTT, and its uncertainty belongs into that one's interval.
+The last two are there only where the far end is on this machine, as in a lab: there it shares the caches too, and answers
+later to a host's packet than to a container's, so that a host process would have seen it answer later. Where it
+is elsewhere nothing of it is in the term, nor are probes then compared by anything that comes back.
 
-Where the far end is on this machine, its *answer* (from there to the outer device's first hook of the reply) shares the
-caches as well, and comes sooner after a container's packet than after a host's. That is a matter of such a far end, not
-of the container: it is measured, to be told beside the result, and is not part of the term.
+What comes back to the sender is no part of it, and no tool's round trip is, so it cannot be tuned to what it is compared
+with. It is added to the host RTT, and its uncertainty belongs into that one's interval.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ PAYLOAD_BYTES: Final = 48
 """Of a probe: not the 56 of ping, so that its packets are told from the tool's by their length."""
 PROBE_LEN: Final = 20 + 8 + PAYLOAD_BYTES
 """Bytes with the IPv4 header."""
-STRETCHES: Final = ("send", "device", "beyond")
+STRETCHES: Final = ("send", "device", "beyond", "answer")
 """Of the host path term."""
-ANSWER: Final = "answer"
 _ARRIVALS: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
 _LATEST_NS: Final = 5_000_000
 """A probe's first record comes this soon, or it is left out."""
@@ -66,7 +65,7 @@ class Stretches:
     device: Ints
     beyond: Ints
     answer: Ints
-    """Of those that were answered; the others are left out here."""
+    """Of those that a far end on this machine has answered; the others are left out here."""
 
     def __len__(self) -> int:
         return len(self.send)
@@ -135,6 +134,8 @@ def stretches(sent_ns: Sequence[int], seen: Records, inner: str | None, outer: s
             continue
         *found, last = row
         rows.append((found[0], found[1], found[2]))
+        if not found[2]:
+            continue  # the far end is elsewhere
         reply = _first(times, hooks, devices, (last, last + _LATEST_NS), outer, _ARRIVALS)
         if reply is not None:
             answers.append(times[reply] - last)
@@ -194,9 +195,18 @@ def _way_out(
 
 
 def term_ns(host: Sequence[Stretches], container: Sequence[Stretches], names: Iterable[str] = STRETCHES) -> float:
-    """The host path term over these stretches, ns: medians of all probes, host's - container's. nan without probes."""
+    """The host path term over these stretches, ns: medians of all probes, host's - container's. nan without probes.
+
+    Where no far end on this machine has answered any, their answers are no part of it.
+    """
     total = 0.0
     for name in names:
+        if (
+            name == "answer"
+            and any(map(len, (*host, *container)))
+            and not any(len(p.answer) for p in (*host, *container))
+        ):
+            continue
         for sign, parts in ((1, host), (-1, container)):
             values = np.concatenate([getattr(part, name) for part in parts])
             total += sign * float(np.median(values)) if len(values) else float("nan")

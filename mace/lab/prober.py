@@ -4,8 +4,9 @@
 
 Only the standard library, as in `generator.py`. It ends with one JSON list:
 
-    probes   CLOCK_MONOTONIC in ns before each `send`; nobody reads the replies. An interval of 0 sends one right after
-             the other.
+    probes   CLOCK_MONOTONIC in ns before each `send`. Between two of them it waits as ping does, so that the time from
+             one to the next is ping's for that interval, and the CPU has forgotten as much. An interval of 0 sends one
+             right after the other.
     trips    the round trip of each request in ns, by the user's clock, -1 where no reply came within a second. An
              interval of 0 sends the next as soon as there is a reply.
 """
@@ -17,6 +18,7 @@ import socket
 import struct
 import sys
 import time
+from contextlib import suppress
 
 WAIT_S = 1.0
 
@@ -49,27 +51,52 @@ def round_trip(sock: socket.socket, sent: bytes, begin_ns: int) -> int:
     return -1
 
 
+def warm(nowhere: socket.socket, data: bytes) -> None:
+    """Go the way of a `send` up to the kernel, and no further: there is no such socket."""
+    time.monotonic_ns()
+    with suppress(OSError):
+        nowhere.send(data)
+
+
+def wait(sock: socket.socket, interval_ns: int) -> None:
+    """As ping waits: for what comes, until nothing has come for SO_RCVTIMEO, which the kernel counts in its ticks."""
+    due = time.monotonic_ns() + interval_ns
+    with suppress(BlockingIOError):
+        while time.monotonic_ns() < due:
+            sock.recv(2048)
+
+
 def main(mode: str, address: str, count: int, interval_ns: int, payload_bytes: int, limit_s: int) -> None:
     """Send them all, then print."""
     signal.alarm(limit_s)
     sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
     if mode == "probes":
-        # The kernel's least: the replies are dropped at once instead of being queued.
+        # The kernel's least: most replies are dropped at once instead of being queued.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-    sock.settimeout(WAIT_S)
+        interval_us = interval_ns // 1000
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", *divmod(interval_us, 1_000_000)))
+    else:
+        sock.settimeout(WAIT_S)
     sock.connect((address, 0))
+    nowhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    os.close(nowhere.fileno())
     requests = [request(number, bytes(payload_bytes + payload_bytes % 2)) for number in range(count)]
     told = []
     due = time.monotonic_ns()
     for each in requests:
-        if interval_ns:
-            due += interval_ns
-            time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
-        begin_ns = time.monotonic_ns()
         if mode == "probes":
-            told.append(begin_ns)
+            if interval_ns:
+                wait(sock, interval_ns)
+            # This is an interpreter, and cold: without it, it takes longer to the kernel than the kernel's own way is.
+            warm(nowhere, each)
+            begin_ns = time.monotonic_ns()
             sock.send(each)
+            told.append(begin_ns)
         else:
+            if interval_ns:
+                due += interval_ns
+                time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
+            begin_ns = time.monotonic_ns()
             sock.send(each)
             told.append(round_trip(sock, each, begin_ns))
     sys.stdout.write(json.dumps(told) + "\n")

@@ -53,7 +53,7 @@ def test_a_containers_probes():
 def test_the_term_is_what_the_host_spends_more():
     host = stretches(*_seen(HOST_WAY, before_us=28), None, "out0")
     container = stretches(*_seen(WAY), "eth0", "out0")
-    assert term_ns([host], [container]) == (28 - 20 + 2 - 1 + 6 - 3) * 1000
+    assert term_ns([host], [container]) == (28 - 20 + 2 - 1 + 6 - 3 + 34 - 8) * 1000
     assert term_ns([host], [container], ["send"]) == 8_000
     assert math.isnan(term_ns([_none()], [container]))
 
@@ -73,6 +73,20 @@ def test_a_far_end_that_is_elsewhere_and_says_nothing():
     found = stretches(sent, records(tape), None, "out0")
     assert found.beyond.tolist() == [0, 0, 0]
     assert len(found.answer) == 0
+    assert term_ns([found], [found]) == 0
+
+
+def test_a_far_end_that_is_elsewhere_and_answers():
+    """What the network takes is not the host path's."""
+    way, back = ([step for step in steps if step[2] != "rem0"] for steps in (HOST_WAY, BACK))
+    sent, tape = probes(way, 3, back=back)
+    assert len(stretches(sent, records(tape), None, "out0").answer) == 0
+
+
+def test_without_the_answers_of_one_side_there_is_no_term():
+    host = stretches(*_seen(HOST_WAY), None, "out0")
+    silent = stretches(*_seen(WAY, back=()), "eth0", "out0")
+    assert math.isnan(term_ns([host], [silent]))
 
 
 @pytest.mark.parametrize("missing", [(Q, "eth0"), (Q, "out0"), (X, "out0")])
@@ -124,11 +138,11 @@ def test_a_term_is_told_with_its_interval_and_what_it_makes_of_a_median():
     host, container = ([stretches(*_seen(way, before_us=n), inner, "out0") for n in range(20, 30)]
                        for way, inner in ((HOST_WAY, None), (WAY, "eth0")))  # fmt: skip
     term = HostPath(host, container)
-    assert term.term_ns == 4_000  # of the device and beyond: both sides wait as long before the first record
+    assert term.term_ns == 30_000  # of device, beyond and answer: both sides wait as long before the first record
     told = term.as_dict({"estimate": 50_000.0, "low": 49_000.0, "high": 52_000.0})
-    assert told["host_rtt_p50_ns"] == 54_000
+    assert told["host_rtt_p50_ns"] == 80_000
     low, high = told["host_rtt_ci95_ns"]
-    assert low <= 53_000
-    assert high >= 56_000
-    assert "host path term +4.0 µs" in term.line(None)
+    assert low <= 79_000
+    assert high >= 82_000
+    assert "host path term +30.0 µs" in term.line(None)
     assert term.as_dict(None)["host_rtt_p50_ns"] is None
