@@ -1,8 +1,8 @@
 """Whoever empties a ring goes first once the ring threatens to overflow, and only then.
 
-Under a flood a CPU's time is shared by the senders, the kernel's own work for them, and us. Of two CPUs with two senders
-a reader has been seen to get a third of one while it needed less than half; nice does not change that, as the
-scheduler weighs sessions before processes (sched(7), autogroup). So the thread is scheduled in real time, at the lowest
+Under a flood a CPU's time is shared by the senders, the kernel's own work for them, and us. Beside two senders on two
+CPUs a reader that needed less than half of one was seen to get a third; nice does not change that, as the scheduler
+weighs sessions before processes (sched(7), autogroup). So the thread is scheduled in real time, at the lowest
 such priority, from a tick that found a ring filling to one that found all of them emptied again. As long as
 nothing is in danger the reader takes its turn like others, and disturbs what is measured no more than they do.
 """

@@ -16,11 +16,11 @@ takes longer over a stretch than what the correction leaves of a container's is 
     beyond   X outer to the last that this machine sees of the request before it is taken in
     answer   from there to the first that the outer device sees of the reply
 
-The last two are there only where the far end is on this machine, as in a lab: there it shares the caches too, and answers
-later to a host's packet than to a container's, so that a host process would have seen it answer later. Where it
-is elsewhere nothing of it is in the term, nor are probes then compared by anything that comes back.
+The last two are there only where the far end is on this machine, as in a lab: it shares the caches, and answers later to
+a host's packet than to a container's, so that a host process would have seen it answer later. Where it is elsewhere
+nothing of it is in the term.
 
-What comes back to the sender is no part of it, and no tool's round trip is, so it cannot be tuned to what it is compared
+What comes back to the sender is no part of it, nor is a tool's round trip: it cannot be tuned to what it is compared
 with. It is added to the host RTT, and its uncertainty belongs into that one's interval.
 """
 
@@ -199,15 +199,14 @@ def term_ns(host: Sequence[Stretches], container: Sequence[Stretches], names: It
 
     Where no far end on this machine has answered any, their answers are no part of it.
     """
+    sides = ((1, host), (-1, container))
+    answered = any(len(part.answer) for _, parts in sides for part in parts)
+    seen = any(len(part) for _, parts in sides for part in parts)
     total = 0.0
     for name in names:
-        if (
-            name == "answer"
-            and any(map(len, (*host, *container)))
-            and not any(len(p.answer) for p in (*host, *container))
-        ):
+        if name == "answer" and seen and not answered:
             continue
-        for sign, parts in ((1, host), (-1, container)):
+        for sign, parts in sides:
             values = np.concatenate([getattr(part, name) for part in parts])
             total += sign * float(np.median(values)) if len(values) else float("nan")
     return total
