@@ -16,9 +16,8 @@ takes longer over a stretch than what the correction leaves of a container's is 
     beyond   X outer to the last that this machine sees of the request before it is taken in
     answer   from there to the first that the outer device sees of the reply
 
-The last two are there only where the far end is on this machine, as in a lab: it shares the caches, and answers later to
-a host's packet than to a container's, so that a host process would have seen it answer later. Where it is elsewhere
-nothing of it is in the term.
+The last two are there only where the far end is on this machine, as in a lab: it shares the caches, and a host process
+would have seen it answer later than the container does. Where it is elsewhere nothing of it is in the term.
 
 What comes back to the sender is no part of it, nor is a tool's round trip: it cannot be tuned to what it is compared
 with. It is added to the host RTT, and its uncertainty belongs into that one's interval.
