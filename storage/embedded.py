@@ -368,7 +368,7 @@ class EmbeddedStore:
     def merge(self) -> int:
         """Merge small segments; the number of segments that went away. Never raises: nothing is lost without it.
 
-        Holds at most `ROW_GROUP_ROWS` rows in memory (and the last batch read).
+        Holds at most `ROW_GROUP_ROWS` rows in memory (and the last batch read), of windows as many as weigh that.
         """
         gone = 0
         for table in segments.TABLES:
@@ -403,6 +403,7 @@ class EmbeddedStore:
         """Write the rows of a group to `target`; notes a segment that cannot be read and raises."""
         schema = tables.SCHEMAS[group[0].table]
         names = [f.name for f in schema if pa.types.is_dictionary(f.type)]
+        most = tables.ROW_GROUP_ROWS // segments.ROW_WEIGHT[group[0].table]
         waiting: list[pa.Table] = []
         waits = written = 0
 
@@ -411,7 +412,7 @@ class EmbeddedStore:
             if waits:
                 # One dictionary for the row group: with several, Parquet would fall back to plain strings.
                 whole = pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
-                writer.write_table(whole, row_group_size=tables.ROW_GROUP_ROWS)
+                writer.write_table(whole, row_group_size=most)
                 written += waits
                 waiting.clear()
                 waits = 0
@@ -420,11 +421,11 @@ class EmbeddedStore:
             for each in group:
                 try:
                     with pq.ParquetFile(each.path, read_dictionary=names) as file:
-                        batches = file.iter_batches(batch_size=tables.ROW_GROUP_ROWS, use_threads=False)
+                        batches = file.iter_batches(batch_size=most, use_threads=False)
                         for batch in batches:
                             waiting.append(tables.grown(pa.Table.from_batches([batch]), group[0].table))
                             waits += len(batch)
-                            if waits >= tables.ROW_GROUP_ROWS:
+                            if waits >= most:
                                 write_out(writer)
                 except FileNotFoundError:
                     raise

@@ -163,6 +163,7 @@ class RunningSink(Generic[T]):
             if not self._patient:
                 self.account.taken += rows
                 self.account.dropped_buffer += rows
+                self.account.note("dropped: the buffer was full", rows)
                 self._remind(
                     "buffer", f"the buffer of {self._config.buffer_rows:,} rows is full: newest rows are dropped"
                 )

@@ -43,6 +43,8 @@ FULL_ROWS: Final = 1 << 17
 file no longer counts."""
 MERGED_ROWS: Final = 1 << 20
 """Merged segments hold at most as many rows; bounds the time of one merge (about 1 s)."""
+ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {"windows": 32}
+"""As how many rows one of a table counts in these two: a window has a histogram with it, hundreds of numbers."""
 FAN_IN: Final = 32
 """As many small segments are merged while their hour may still grow: half a minute of 1 s flushes."""
 
@@ -235,8 +237,8 @@ def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list
             groups.append(group)
 
     for each in segments:
-        small = each.rows < FULL_ROWS and each.path not in bad
-        fits = group and group[0].hour == each.hour and sum(s.rows for s in group) + each.rows <= MERGED_ROWS
+        small = _weight(each) < FULL_ROWS and each.path not in bad
+        fits = group and group[0].hour == each.hour and sum(map(_weight, group)) + _weight(each) <= MERGED_ROWS
         if not small or not fits:
             # A group that is full is worth merging, however few it has.
             if group and small and group[0].hour == each.hour and len(group) > 1:
@@ -248,6 +250,10 @@ def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list
             group.append(each)
     close()
     return groups
+
+
+def _weight(segment: Segment) -> int:
+    return segment.rows * ROW_WEIGHT[segment.table]
 
 
 def replace_covered(

@@ -13,7 +13,7 @@ from mace.errors import StoreError
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.schema import Delays, HookCost
-from storage import segments
+from storage import segments, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
@@ -235,6 +235,29 @@ def test_merging_changes_the_files_and_not_the_rows(tmp_path):
     assert len(files) == len(segments.listing(tmp_path, "delays")), "covered segments are removed"
     schema = pq.read_schema(after["delays"][0].path)
     assert str(schema.field("container").type).startswith("dictionary")
+
+
+def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch):
+    """So that merging, and reading, never holds many histograms at a time."""
+    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 4 * segments.ROW_WEIGHT["windows"])
+
+    async def run():
+        sink = store(tmp_path, flush_rows=1)
+        await sink.open(header())
+        for n in range(segments.FAN_IN):
+            await sink.write(
+                make_results(make_delays(3, first_packet=3 * n), windows=make_windows(make_delays(30))[:1])
+            )
+        await sink._submit()
+        sink._encoding and await sink._encoding
+        sink.merge()
+        await sink.aclose()
+
+    asyncio.run(run())
+    (merged, *_) = segments.listing(tmp_path, "windows")
+    assert merged.rows > 8
+    found = pq.read_metadata(merged.path)
+    assert max(found.row_group(n).num_rows for n in range(found.num_row_groups)) <= 4
 
 
 def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):

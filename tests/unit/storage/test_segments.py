@@ -1,6 +1,7 @@
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -202,3 +203,11 @@ def test_a_reader_sees_every_row_once_while_segments_are_merged(tmp_path):
     for reader in readers:
         reader.join()
     assert wrong == []
+
+
+def test_windows_are_merged_by_what_they_weigh():
+    """An hour's windows in one segment would be a gigabyte to merge, again with each minute of that hour."""
+    weight = segments.ROW_WEIGHT["windows"]
+    heavy = [replace(each, table="windows") for each in made([FULL_ROWS // weight] * 100)]
+    assert mergeable([*heavy, *(replace(each, table="windows") for each in made([1], HOUR + 1, 101))]) == []
+    assert len(mergeable(made([FULL_ROWS // weight] * 100))) == 1
