@@ -298,9 +298,10 @@ def figures(
             (cell.container_probes if block.kind.startswith("container") else cell.host_probes).append(found)
             continue
         samples, reader = read(block.said.splitlines(), PingOutput())
+        seen = pings.between(block.begin_ns, block.end_ns)
         if block.kind == "bare":
             cell.bare.append(dithered(_answered(samples)))
-            cell.host_pings.append(_from_first_record(pings.between(block.begin_ns, block.end_ns), None, outer))
+            cell.host_pings.append(_from_first_record(seen, None, outer))
             continue
         a, b = np.searchsorted(crossings.inner_utc_ns, [block.begin_ns + offset_ns, block.end_ns + offset_ns])
         corrections = correct(samples, crossings[a:b], reader.stamps, observed.gaps_utc_ns)
@@ -309,7 +310,7 @@ def figures(
         tool_ns = dithered(corrections.tool_rtt_ns[chosen])
         cell.container.append(tool_ns)
         cell.plain.append(tool_ns - corrections.egress_ns[chosen] - corrections.ingress_ns[chosen])
-        cell.container_pings.append(_from_first_record(pings.between(block.begin_ns, block.end_ns), inner, outer))
+        cell.container_pings.append(_from_first_record(seen, inner, outer))
         for reason in Reason:
             count = int((corrections.reason == reason).sum())
             if count and reason is not Reason.PAIRED:

@@ -51,10 +51,10 @@ class Stop:
     _source: Source | None = None
     _requested: bool = False
     _interrupted: bool = False
-    _impatient: bool = False
     _cut: asyncio.TimerHandle | None = None
     _task: asyncio.Task[None] | None = None
-    cut_off: bool = False
+    cut_off: str = ""
+    """Why the run was cut off; empty if it was not."""
 
     def request(self) -> None:
         """End the stream after what has already happened. From the event loop."""
@@ -67,15 +67,9 @@ class Stop:
     def interrupt(self) -> None:
         """What a signal asks for: the first one ends the stream as `request` does, the second ends it now."""
         if self._interrupted:
-            self._impatient = True
-            self._cut_off()
+            self._cut_off("by a second signal")
         self._interrupted = True
         self.request()
-
-    @property
-    def why_cut_off(self) -> str:
-        """What `cut_off` was for."""
-        return "by a second signal" if self._impatient else f"which took longer than {self.drain_s:g} s"
 
     @property
     def requested(self) -> bool:
@@ -95,10 +89,12 @@ class Stop:
 
     def _begin(self, source: Source) -> None:
         source.request_stop()
-        self._cut = asyncio.get_running_loop().call_later(self.drain_s, self._cut_off)
+        self._cut = asyncio.get_running_loop().call_later(
+            self.drain_s, self._cut_off, f"which took longer than {self.drain_s:g} s"
+        )
 
-    def _cut_off(self) -> None:
-        self.cut_off = True
+    def _cut_off(self, why: str) -> None:
+        self.cut_off = why
         if self._task is not None:
             self._task.cancel()
 
@@ -199,7 +195,7 @@ async def _supervise(source: Source, stop: Stop, work: Sequence[object]) -> None
         await task
     except asyncio.CancelledError:
         if stop.cut_off:
-            raise SourceError(f"cut off before all that was captured was worked through, {stop.why_cut_off}") from None
+            raise SourceError(f"cut off before all that was captured was worked through, {stop.cut_off}") from None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         raise

@@ -66,39 +66,49 @@ def wait(sock: socket.socket, interval_ns: int) -> None:
             sock.recv(2048)
 
 
+def probes(sock: socket.socket, requests: list[bytes], interval_ns: int) -> list[int]:
+    """When each was sent, ns."""
+    # The kernel's least: most replies are dropped at once instead of being queued.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    # Of 0 the kernel would make "for ever".
+    interval_us = max(interval_ns // 1000, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", *divmod(interval_us, 1_000_000)))
+    nowhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    os.close(nowhere.fileno())
+    told = []
+    for each in requests:
+        if interval_ns:
+            wait(sock, interval_ns)
+        # This is an interpreter, and cold: without it, it takes longer to the kernel than the kernel's own way is.
+        warm(nowhere, each)
+        begin_ns = time.monotonic_ns()
+        sock.send(each)
+        told.append(begin_ns)
+    return told
+
+
+def trips(sock: socket.socket, requests: list[bytes], interval_ns: int) -> list[int]:
+    """How long each took, ns."""
+    sock.settimeout(WAIT_S)
+    told = []
+    due = time.monotonic_ns()
+    for each in requests:
+        if interval_ns:
+            due += interval_ns
+            time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
+        begin_ns = time.monotonic_ns()
+        sock.send(each)
+        told.append(round_trip(sock, each, begin_ns))
+    return told
+
+
 def main(mode: str, address: str, count: int, interval_ns: int, payload_bytes: int, limit_s: int) -> None:
     """Send them all, then print."""
     signal.alarm(limit_s)
     sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
-    if mode == "probes":
-        # The kernel's least: most replies are dropped at once instead of being queued.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        interval_us = interval_ns // 1000
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", *divmod(interval_us, 1_000_000)))
-    else:
-        sock.settimeout(WAIT_S)
     sock.connect((address, 0))
-    nowhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    os.close(nowhere.fileno())
     requests = [request(number, bytes(payload_bytes + payload_bytes % 2)) for number in range(count)]
-    told = []
-    due = time.monotonic_ns()
-    for each in requests:
-        if mode == "probes":
-            if interval_ns:
-                wait(sock, interval_ns)
-            # This is an interpreter, and cold: without it, it takes longer to the kernel than the kernel's own way is.
-            warm(nowhere, each)
-            begin_ns = time.monotonic_ns()
-            sock.send(each)
-            told.append(begin_ns)
-        else:
-            if interval_ns:
-                due += interval_ns
-                time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
-            begin_ns = time.monotonic_ns()
-            sock.send(each)
-            told.append(round_trip(sock, each, begin_ns))
+    told = {"probes": probes, "trips": trips}[mode](sock, requests, interval_ns)
     sys.stdout.write(json.dumps(told) + "\n")
 
 

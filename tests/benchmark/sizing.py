@@ -37,7 +37,7 @@ from tests.servers import Influx
 SECONDS = 10
 CASES = ((1_000, 100), (10_000, 0), (10_000, 100), (10_000, 1), (100_000, 0), (100_000, 100), (100_000, 1))
 STEP_S = 0.1
-DISK_CASES = ((1_000, 0), (1_000, 100), (1_000, 1), (10_000, 0), (10_000, 1))
+DISK_CASES = tuple((rate, sample) for rate in (1_000, 10_000, 100_000) for sample in (0, 100, 1))
 DISK_S = 900
 COMPACT_S = 12
 """Until the server has written its cache to a file: it does so when nothing has come for five seconds."""
