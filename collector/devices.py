@@ -517,6 +517,8 @@ class DeviceFollower:
     ) -> None:
         self.host_netns = 0
         """Inode of the host's namespace; known after `open`."""
+        self.on_news: Callable[[], object] = lambda: None
+        """Called, from a thread of ours, when `poll` has something to tell."""
         self._watch = _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -560,9 +562,11 @@ class DeviceFollower:
                 devices = self._watch.step()
                 if devices is not None:
                     self._newest.append(devices)
+                    self.on_news()
         except BaseException as failure:  # noqa: BLE001 - handed to open() or poll(), which raise it
             if opened.done():
                 self._failure = failure
+                self.on_news()
             else:
                 opened.set_exception(failure)
         finally:

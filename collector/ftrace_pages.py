@@ -475,7 +475,8 @@ class PageDecoder:
             current = following
         if len(collected) == 1:
             return collected[0]
-        return np.sort(np.concatenate(collected)) if collected else np.zeros(0, np.int64)
+        # Each is in order, so the stable sort only merges them.
+        return np.sort(np.concatenate(collected), kind="stable") if collected else np.zeros(0, np.int64)
 
     def _lockstep(self, buffer: Bytes, start: Index, longest: int) -> Index:
         """Byte offsets [step, page], from `start` until no walk moves any more."""

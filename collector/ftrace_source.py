@@ -4,8 +4,8 @@
     (one ring per CPU)             tick by tick             markers            devices, as they change, between them
 
 One tick takes all that is in the rings, the page that is being written included; nothing waits for a page to be full.
-A tick costs about the same for hundreds of events as for thousands. So records are left in the rings for a while, but
-not when one of them fills or a device changed, which is looked at more often and costs next to nothing.
+A tick costs about the same for hundreds of events as for thousands, and a third of a millisecond only to wake up for.
+So records are left in the rings for a while, unless one of them fills or a device changed: that wakes the source.
 A ring that was read at time T and found empty has given all that happened before T: that drives the merge.
 
 The rings overwrite the oldest events when they are full. Of the two modes that ftrace has it is the one that tells in
@@ -23,8 +23,9 @@ import select
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -58,9 +59,9 @@ _KEPT_BYTES: Final = 24 << 20
 """glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 _BATCH_RECORDS: Final = 1 << 17
 """Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
-_FILLED_PERCENT: Final = 5
-"""A ring so full is emptied at the next look. Of 8 MiB it is 10,000 events: enough for a tick to cost little per event,
-and so few that under the heaviest flood each look finds them: batches grow no larger than they would by time alone."""
+_FILLED_PERCENT: Final = 10
+"""A ring so full is emptied before its time. Of 8 MiB it is 20,000 events: enough for a tick to cost little per event,
+and no more than the heaviest flood brings from one tick to the next."""
 _FILLING: Final = 0.25
 """A tick that takes so much of a ring comes late: at a look's pace the heaviest flood leaves a tenth."""
 _SETTLE_S: Final = 0.01
@@ -71,6 +72,8 @@ class DeviceFollower(Protocol):
     """What the source needs of who follows the devices of this machine."""
 
     host_netns: int
+    on_news: Callable[[], object]
+    """Called, from any thread, when `poll` has something to tell."""
 
     async def open(self) -> None: ...
 
@@ -90,8 +93,8 @@ class FtraceConfig:
     subbuf_kib: int | None = None
     """Size of a ring's pages, KiB (Linux 6.8 and later); None leaves the kernel's."""
     poll_interval_s: float = 0.05
-    """How often to look whether a ring fills or a device changed."""
-    gather_interval_s: float = 0.25
+    """Rings that fill are read this often at most."""
+    gather_interval_s: float = 0.5
     """Records stay in the rings this long if there is no reason to take them earlier."""
     hold_back_ms: float = 50
     """Records are given out this much later than they could be, for what is to stand before them."""
@@ -158,11 +161,15 @@ class FtraceSource:
         self.config = config or FtraceConfig()
         self._follower = devices
         self._follower_open = False
-        self._stop = asyncio.Event()
+        self._stopping = False
+        self._wake = asyncio.Event()
         self._instance: tracefs.Instance | None = None
         self._cpus: dict[int, _Cpu] = {}
-        self._filling = select.poll()
+        self._filling = select.epoll()
         """Rings that are filled to `_FILLED_PERCENT`."""
+        self._swelling = False
+        """Whether the last tick found a ring that would be half full after `gather_interval_s`."""
+        self._read_at_ns = 0
         self._merger = Merger(int(self.config.hold_back_ms * 1e6))
         self._devices: tuple[Device, ...] = ()
         self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
@@ -216,6 +223,7 @@ class FtraceSource:
         atexit.register(self._remove)
         present = self._prepare(instance)
         if self._follower is not None:
+            self._follower.on_news = partial(asyncio.get_running_loop().call_soon_threadsafe, self._wake.set)
             await self._follower.open()
             self._follower_open = True
             self._devices = self._follower.poll() or ()
@@ -262,7 +270,8 @@ class FtraceSource:
 
     def request_stop(self) -> None:
         """Stop recording; `items` ends after what was recorded."""
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
 
     async def aclose(self) -> None:
         """Close the rings, remove the instance, stop following devices."""
@@ -277,9 +286,9 @@ class FtraceSource:
 
     def _remove(self) -> None:
         for cpu in self._cpus.values():
-            self._filling.unregister(cpu.ring.fileno())
             cpu.ring.close()
         self._cpus.clear()
+        self._filling.close()
         if self._instance is not None:
             instance, self._instance = self._instance, None
             instance.remove()
@@ -304,8 +313,8 @@ class FtraceSource:
     async def items(self) -> AsyncIterator[StreamItem]:
         """Topology and batches until `request_stop`. A slow reader is felt in the kernel's rings, not here."""
         yield self._topology(self._began_ns)
-        while not self._stop.is_set():
-            began = time.monotonic()
+        while not self._stopping:
+            began_ns = time.monotonic_ns()
             behind = not self._read_all()
             for item in self._released():
                 yield item
@@ -313,7 +322,7 @@ class FtraceSource:
                 self._devices_changed()
                 await asyncio.sleep(0)
             else:
-                await self._rest(began)
+                await self._rest(began_ns)
         assert self._instance is not None
         self._instance.record(on=False)
         await asyncio.sleep(_SETTLE_S)
@@ -328,32 +337,42 @@ class FtraceSource:
         """Look after devices; what is new waits for its place in the stream."""
         if self._follower is None or (devices := self._follower.poll()) is None:
             return False
-        # New information holds from the latest time that no record was given out for. A hold-back is longer than
-        # the time between two looks, so that packets of a new device come behind it.
-        self._coming.append((time.monotonic_ns() - int(self.config.hold_back_ms * 1e6), devices))
+        # New information holds from the latest time that no record was given out for. News comes at once, and a
+        # hold-back is longer than that takes, so that packets of a new device come behind it.
+        from_ns = time.monotonic_ns() - int(self.config.hold_back_ms * 1e6)
+        self._coming.append((max(from_ns, self._began_ns), devices))
         return True
 
-    async def _rest(self, began_s: float) -> None:
+    async def _rest(self, began_ns: int) -> None:
         """Until the next tick: when a ring fills, a device changed, or enough time passed since the last one began.
 
         A tick every interval, not an interval between ticks: decoding, and what those who read us do meanwhile, must
         not add to the latency.
         """
-        due_s = began_s + self.config.gather_interval_s
-        look_s = began_s
-        while not self._stop.is_set():
-            look_s = min(look_s + self.config.poll_interval_s, due_s)
-            await self._pause(max(look_s - time.monotonic(), 0))
-            # Before Linux 6.1 a ring is readable as soon as there is anything in it: then each look is a tick.
-            if self._devices_changed() or time.monotonic() >= due_s or self._filling.poll(0):
+        while not self._stopping and not self._devices_changed():
+            # Before Linux 6.1 a ring is readable as soon as there is anything in it.
+            filling = bool(self._filling.poll(0))
+            # A flood is not left to a waking that may come late.
+            rest_s = self.config.poll_interval_s if filling or self._swelling else self.config.gather_interval_s
+            rest_s -= (time.monotonic_ns() - began_ns) / 1e9
+            if rest_s <= 0:
                 return
+            await self._pause(rest_s, until_filling=not filling)
 
-    async def _pause(self, duration_s: float) -> None:
+    async def _pause(self, duration_s: float, *, until_filling: bool) -> None:
+        """So long at most; ends with the stop, news of devices and, if asked for, a ring that fills."""
+        loop = asyncio.get_running_loop()
+        self._wake.clear()
+        if until_filling:
+            loop.add_reader(self._filling.fileno(), self._wake.set)
         try:
             async with asyncio.timeout(duration_s):
-                await self._stop.wait()
+                await self._wake.wait()
         except TimeoutError:
             pass
+        finally:
+            if until_filling:
+                loop.remove_reader(self._filling.fileno())
 
     def _topology(self, from_ns: int) -> Topology:
         sightings = self._decoder.sightings.snapshot()
@@ -394,7 +413,7 @@ class FtraceSource:
             ring = MmapRing(path, self._layout) if self.config.reader == "mmap" else ReadRing(path, self._layout)
             since = max(self._began_ns, self._merger.given_ns or 0)
             self._cpus[number] = _Cpu(number, ring, complete_ns=since, last_ns=since)
-            self._filling.register(ring.fileno(), select.POLLIN)
+            self._filling.register(ring.fileno(), select.EPOLLIN)
             self._merger.add_cpu(number, since)
 
     def _read_all(self) -> bool:
@@ -413,7 +432,10 @@ class FtraceSource:
                 self._merger.push(cpu.cpu, self._with_markers(cpu, reading.parts))
             cpu.complete_ns = max(cpu.complete_ns, reading.began_ns if reading.caught_up else reading.newest_ns)
             self._merger.complete(cpu.cpu, cpu.complete_ns)
-        self._urgency.felt(max(reading.pages for reading in readings) / self._ring_pages)
+        share = max(reading.pages for reading in readings) / self._ring_pages
+        self._urgency.felt(share)
+        since_s, self._read_at_ns = (readings[0].began_ns - self._read_at_ns) / 1e9, readings[0].began_ns
+        self._swelling = share * self.config.gather_interval_s > since_s / 2
         return all(reading.caught_up for reading in readings)
 
     def _read(self, reading: _Reading) -> None:

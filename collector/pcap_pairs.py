@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.pcap_file import PacketColumns
+from mace.ordering import grouped
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -124,9 +125,9 @@ class Pairing:
         partner, unclear = np.full(n, -1, np.int64), np.zeros(n, np.bool_)
         if n < 2:
             return partner, unclear
-        order = _by_key(key)
-        sorted_key, sorted_ts, sorted_file = key[order], ts[order], both.file[order]
-        same = (sorted_key[1:] == sorted_key[:-1]) & (sorted_key[1:] != 0)
+        order, same = grouped(key)
+        sorted_ts, sorted_file = ts[order], both.file[order]
+        same = same[1:] & (key[order[1:]] != 0)
         gap = np.where(same, sorted_ts[1:] - sorted_ts[:-1], EVERYTHING_NS)
         other = same & (sorted_file[1:] != sorted_file[:-1]) & (gap <= self._within_ns)
         before, after = np.append(1 << 62, gap[:-1]), np.append(gap[1:], EVERYTHING_NS)
@@ -138,21 +139,3 @@ class Pairing:
         reached[order[:-1][other]] = True
         reached[order[1:][other]] = True
         return partner, reached & (partner < 0)
-
-
-def _by_key(key: npt.NDArray[np.uint64]) -> Ints:
-    """Indices that bring equal keys together, each in the order in which they were given.
-
-    A sort of one integer, the key's upper bits above the index, takes a third of the time of an argsort. Where two keys
-    differ in the lower bits only, which is once in a million times a million, it is done the slow way.
-    """
-    n = len(key)
-    mask = np.uint64((1 << n.bit_length()) - 1)
-    packed = key & ~mask
-    packed |= np.arange(n, dtype=np.uint64)
-    packed.sort()
-    order: Ints = (packed & mask).astype(np.int64)
-    sorted_key = key[order]
-    if ((sorted_key[1:] & ~mask == sorted_key[:-1] & ~mask) & (sorted_key[1:] != sorted_key[:-1])).any():
-        return np.argsort(key, kind="stable")
-    return order

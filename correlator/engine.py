@@ -27,6 +27,7 @@ from correlator.numbers import LOST
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 from mace.ledger import Ledger
+from mace.ordering import stable_order
 from mace.records import Batch, Flag
 from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
 from mace.topology import Device, Topology
@@ -52,6 +53,9 @@ class EngineConfig:
     """A device that is gone can still be meant by records this long after: news of it may be dated that much early."""
     slice_ns: int = 100_000_000
     """Stretch of time that is worked on at once; changes when rows come out, not what they are."""
+    whole_batches: bool = False
+    """Whether a slice ends where a batch does, the first one that makes it as long. Else it ends at multiples of
+    `slice_ns`, wherever batches do: then what is ended early (`open_records`) is the same too."""
     slice_records: int = 1 << 17
     """A slice is cut here if it gets larger: memory."""
     open_records: int = 1 << 22
@@ -77,6 +81,9 @@ class Engine:
         self._waiting: list[Batch] = []
         self._waiting_records = 0
         self._slice_end = -NEVER
+        """No slice has records from then on."""
+        self._due_ns = -NEVER
+        """With records up to then it is worked on."""
         self._latest = -NEVER
         self._open = NOTHING_OPEN
         self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
@@ -114,7 +121,7 @@ class Engine:
 
         `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time.
         """
-        return self._advance(upto_ns) if at_once or upto_ns >= self._slice_end else []
+        return self._advance(upto_ns) if at_once or upto_ns >= self._due_ns else []
 
     def stop_at(self, upto_ns: int) -> list[Results]:
         """As `advance`, and work on all that waits: there is a cut, and another engine goes on with `state`."""
@@ -155,7 +162,9 @@ class Engine:
                 first = int(batch.ts_ns[0])
                 if first >= self._resolver.changes_at_ns:
                     self._resolver.forget(first)
-                self._slice_end = min(first - first % size + size, self._resolver.changes_at_ns)
+                whole, changes_ns = self._config.whole_batches, self._resolver.changes_at_ns
+                self._due_ns = min(first + size if whole else first - first % size + size, changes_ns)
+                self._slice_end = changes_ns if whole else self._due_ns
             inside = (
                 len(batch) if batch.ts_ns[-1] < self._slice_end else int(np.searchsorted(batch.ts_ns, self._slice_end))
             )
@@ -167,7 +176,7 @@ class Engine:
                 self._latest = int(head.ts_ns[-1])
             if len(batch):
                 results.append(self._slice(min(int(batch.ts_ns[0]), self._slice_end)))
-            elif self._waiting_records == self._config.slice_records:
+            elif self._waiting_records == self._config.slice_records or self._latest >= self._due_ns:
                 results.append(self._slice(self._latest))
         return results
 
@@ -320,7 +329,7 @@ class Engine:
             crossings = self._crossings(lives, found.crossed)
         if not self._config.rows:
             return Delays.empty(), crossings
-        by_time = _by_time(utc_ns)
+        by_time = stable_order(utc_ns)
         life = found.life[by_time]
         delays = Delays(
             utc_ns=utc_ns[by_time],
@@ -339,7 +348,7 @@ class Engine:
         return delays, crossings
 
     def _crossings(self, lives: Lives, crossed: Crossed) -> Crossings:
-        by_time = _by_time(crossed.inner)
+        by_time = stable_order(crossed.inner)
         life = crossed.life[by_time]
         owner = crossed.owner[by_time]
         proto, src, dst, seq = _told(lives.records[lives.order[crossed.at[by_time]]])
@@ -385,17 +394,3 @@ def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:
     src, dst = (np.where(read, column, NOT_TOLD) for column in ports(records.flow))
     seq = np.where(read & (proto == IPPROTO_TCP), sequence(records.flow), NOT_TOLD)
     return np.where(proto == 0, NOT_TOLD, proto), src, dst, seq
-
-
-def _by_time(ts: Ints) -> Ints:
-    """Stable argsort of times that lie within minutes: by sorting one integer, time above index."""
-    if not len(ts):
-        return np.zeros(0, np.int64)
-    bits = len(ts).bit_length()
-    since = ts - ts.min()
-    if int(since.max()) >> (62 - bits):
-        return np.argsort(ts, kind="stable")
-    keys = (since << bits) | np.arange(len(ts))
-    keys.sort()
-    order: Ints = keys & ((1 << bits) - 1)
-    return order

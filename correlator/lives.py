@@ -30,8 +30,8 @@ from correlator.identity import (
     place,
     to_device,
 )
-from correlator.memo import GOLDEN
 from correlator.numbers import DROP, END, RECEIVE
+from mace.ordering import GOLDEN, grouped
 from mace.records import Batch
 from mace.schema import Grade
 
@@ -191,7 +191,7 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
     The records of `carried` stay joined as they are; `new` ones come after them in time. At least one in all.
     """
     records = carried.records + new
-    order, same = _by_buffer(records.skb)
+    order, same = grouped(records.skb)
     ts, places = records.ts[order], records.place[order]
     number = resolver.only[places & (CODES - 1)]
     old = order < len(carried)
@@ -298,29 +298,6 @@ def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
     first = np.searchsorted(ends, after_ns, "right")
     spans: Mask = (first < len(ends)) & (starts[np.minimum(first, len(ends) - 1)] < before_ns)
     return spans
-
-
-def _by_buffer(skb: Ids) -> tuple[Ints, Mask]:
-    """Indices that bring records of one buffer together, each buffer's in the order in which they were given; and
-    whether each record is of the same buffer as the one before it.
-
-    A sort of one integer, upper bits of a hash of the buffer above the index, is three times as fast as an
-    argsort; where two buffers share those bits, rare as it is, the argsort is done after all.
-    """
-    low = np.uint64((1 << max(len(skb) - 1, 1).bit_length()) - 1)
-    keys = skb * GOLDEN
-    keys &= ~low
-    keys |= np.arange(len(skb), dtype=np.uint64)
-    keys.sort()
-    order = (keys & low).view(np.int64)
-    same = np.zeros(len(skb), np.bool_)
-    in_order = skb[order]
-    np.equal(in_order[1:], in_order[:-1], out=same[1:])
-    if not np.array_equal((keys[1:] ^ keys[:-1]) <= low, same[1:]):
-        order = np.argsort(skb, kind="stable")
-        in_order = skb[order]
-        np.equal(in_order[1:], in_order[:-1], out=same[1:])
-    return order, same
 
 
 def _tell(number: Ints, at: Ints, told: Ints) -> None:

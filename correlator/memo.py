@@ -13,10 +13,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from mace.ordering import GOLDEN
 
-GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
-"""2**64 / golden ratio: the upper bits of a product with it depend on all bits of the factor (Knuth, TAOCP 3, 6.4)."""
+Ints = npt.NDArray[np.int64]
 
 
 class Memo:

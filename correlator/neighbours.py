@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from correlator.identity import CODE_BITS, CODES
 from correlator.lives import Ints, Lives, Mask
@@ -46,18 +45,23 @@ class Asked:
 
         Where the source does not read packets, what has their length is taken for one.
         """
-        length, told = batch.l3_len, batch.content
-        request, answer = batch.hook == QUEUE, batch.hook == RECEIVE_SKB
-        arp = (length == ARP_BYTES) | (answer & (length == PADDED_BYTES))
-        likely: npt.NDArray[np.intp] = np.flatnonzero((request | answer) & (arp | (length == ND_BYTES)))
-        if told is not None and len(likely):
-            kind = np.where(request[likely], SOLICITATION, ADVERTISEMENT)
+        length = batch.l3_len
+        arp = length == ARP_BYTES
+        asks = (arp | (length == ND_BYTES)) & (batch.hook == QUEUE)
+        if not len(self.ts) and not asks.any():
+            return  # an answer to no request lets nothing go
+        answer = batch.hook == RECEIVE_SKB
+        arp |= answer & (length == PADDED_BYTES)
+        likely = np.flatnonzero(asks | (answer & (arp | (length == ND_BYTES))))
+        request, told = asks[likely], batch.content
+        if told is not None:
+            kind = np.where(request, SOLICITATION, ADVERTISEMENT)
             discovery = (told.l4_proto[likely] == ICMPV6) & (told.l4_bits[likely] == kind)
-            likely = likely[(arp[likely] & (told.ip_version[likely] == 0)) | discovery]
-        if len(likely):
-            dev = batch.dev[likely].astype(np.int64)
-            self.dev = np.append(self.dev, np.where(request[likely], dev, ~dev))[-MOST:]
-            self.ts = np.append(self.ts, batch.ts_ns[likely])[-MOST:]
+            truly = (arp[likely] & (told.ip_version[likely] == 0)) | discovery
+            likely, request = likely[truly], request[truly]
+        dev = batch.dev[likely].astype(np.int64)
+        self.dev = np.append(self.dev, np.where(request, dev, ~dev))[-MOST:]
+        self.ts = np.append(self.ts, batch.ts_ns[likely])[-MOST:]
 
     def since(self, from_ns: int) -> Asked:
         """The same of what was seen from that time on."""
@@ -71,6 +75,8 @@ class Asked:
         if len(self.ts) and self.ts[0] < before_ns:
             first = int(np.searchsorted(self.ts, before_ns))
             self.dev, self.ts = self.dev[first:], self.ts[first:]
+            if not (self.dev >= 0).any():
+                self.dev, self.ts = self.dev[:0], self.ts[:0]
 
     def waited(self, lives: Lives, which: Mask) -> Mask:
         """Which of these lives were routed while the device that they were sent to asked, and had an answer."""

@@ -44,9 +44,11 @@ class CaptureConfig:
 
     source: str = _key("auto", "Source of live records; `auto` takes the best that can run.", choices=SOURCES)
     ring_mib: int = _key(8, "Memory of the kernel's ring, MiB per CPU.", low=1, high=4096)
-    poll_ms: int = _key(50, "How often the ring is looked at, ms; the module's is emptied then.", low=1, high=1000)
+    poll_ms: int = _key(
+        50, "A ring of ftrace that fills is read this often, the module's in any case, ms.", low=1, high=1000
+    )
     gather_ms: int = _key(
-        250, "How long records stay in ftrace's ring if it does not fill and no device changes, ms.", low=1, high=1000
+        500, "How long records stay in ftrace's ring if it does not fill and no device changes, ms.", low=1, high=1000
     )
     hold_back_ms: int = _key(
         50, "How long records are held, ms, so that news of a device can still come before them.", low=0, high=1000

@@ -31,7 +31,6 @@ from mace import config, pipeline, replay
 from mace.errors import UsageError, nearest
 from mace.interfaces import StreamHeader, StreamItem
 from mace.into_store import bar
-from mace.pipeline import REPLAY_SLICE_NS
 from mace.report import instant_ns
 from mace.schema import NOT_TOLD, Direction, Results
 from mace.summary import Summary
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--worst {args.worst}: 1 to {_MOST_CHOSEN}")
     recordings = replay.recordings(args)
     wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
-    engine = replace(pipeline.engine_config(config.load(args.config)), slice_ns=REPLAY_SLICE_NS, rows=True)
+    engine = replace(pipeline.replay_config(config.load(args.config)), rows=True)
     with bar(Console(stderr=True), quiet=args.json, what="export") as told:
         found = export(
             recordings,

@@ -193,7 +193,7 @@ def location(text: str) -> Path | str:
 def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
     """A store of recordings for the length of the block, with a progress bar while it is made."""
     console = Console(stderr=True)
-    engine = replace(pipeline.engine_config(settings), rows=True, slice_ns=pipeline.REPLAY_SLICE_NS)
+    engine = replace(pipeline.replay_config(settings), rows=True)
     with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
         with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
             # Named after the first: it is what a report is headed with.

@@ -17,7 +17,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -236,12 +236,18 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
 
 
 def engine_config(config: Config) -> EngineConfig:
-    """The engine's part of the configuration, in its own units."""
+    """The engine's part of the configuration, in its own units, for a live stream: it is worked on as it comes."""
     return EngineConfig(
         timeout_ns=config.correlate.timeout_ms * 1_000_000,
+        whole_batches=True,
         open_records=config.correlate.open_records,
         rows=config.correlate.rows,
     )
+
+
+def replay_config(config: Config) -> EngineConfig:
+    """The same for a recording."""
+    return replace(engine_config(config), slice_ns=REPLAY_SLICE_NS, whole_batches=False)
 
 
 def chosen_source(config: CaptureConfig) -> tuple[str, str]:

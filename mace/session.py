@@ -139,8 +139,7 @@ class Session:
         """The same of a recording."""
         self._stop = Stop()
         source = recording.source()
-        config = pipeline.engine_config(self._config)
-        engine = replace(config, crossings=True, rows=False, slice_ns=pipeline.REPLAY_SLICE_NS)
+        engine = replace(pipeline.replay_config(self._config), crossings=True, rows=False)
 
         async def work(told: Callable[[int, int], None]) -> None:
             def show(results: Results) -> None:
@@ -205,7 +204,7 @@ class Session:
         """Recordings, one after the other as given, into the correlator and the sinks, as a live stream."""
         self._stop = Stop()
         whole = Summary()
-        engine = replace(pipeline.engine_config(self._config), slice_ns=pipeline.REPLAY_SLICE_NS)
+        engine = pipeline.replay_config(self._config)
         done = 0
 
         async def one(recording: Recording, told: Callable[[int, int], None]) -> Summary:
@@ -235,7 +234,7 @@ class Session:
 
     def replay_into(self, store: str | None, files: Sequence[RecordedFile], **how: Unpack[How]) -> Summary:
         """The same into a store, or on a cluster: in parts, so that it can be stopped and gone on with."""
-        engine = replace(pipeline.engine_config(self._config), slice_ns=pipeline.REPLAY_SLICE_NS)
+        engine = pipeline.replay_config(self._config)
         with asked_to_stop() as stop, bar(self._console, quiet=self._quiet) as told:
             summary, warnings = into_store(files, store, engine, self._config.store, told=told, stop=stop, **how)
         self._warn(warnings)

@@ -14,10 +14,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from correlator.memo import GOLDEN
 from correlator.replies import Replies, Seen
 from mace.hooks import BY_HOOK, Hook, Way
 from mace.interfaces import StreamHeader, StreamItem
+from mace.ordering import GOLDEN
 from mace.records import Batch, Content, Flag
 from mace.schema import NOT_TOLD, Delays, Direction, Outcome, Results
 from mace.topology import Device, Sighting, Topology

@@ -11,6 +11,7 @@ class MadeFollower:
     def __init__(self, *polls):
         self.host_netns = HOST_NETNS
         self.polls = deque(polls)
+        self.on_news = lambda: None
         self.state = "new"
 
     async def open(self):

@@ -162,7 +162,7 @@ def dask_scaling() -> list[dict[str, Any]]:
 def _replay(capture: Path, store: Path, cluster: str | None) -> float:
     """Seconds."""
     begin = time.perf_counter()
-    engine = replace(pipeline.engine_config(Config()), slice_ns=pipeline.REPLAY_SLICE_NS)
+    engine = pipeline.replay_config(Config())
     part = max(SCALING_MB * 1_000_000 // 10, 4 << 20)
     into_store(files_at([capture]), str(store), engine, StoreConfig(), cluster=cluster, part_bytes=part)
     return time.perf_counter() - begin
@@ -180,7 +180,7 @@ def main(capture: str, store: str) -> None:
             noted = now
             print(json.dumps([now, done, total]), flush=True)
 
-    engine = replace(pipeline.engine_config(Config()), slice_ns=pipeline.REPLAY_SLICE_NS)
+    engine = pipeline.replay_config(Config())
     into_store(files_at([Path(capture)]), store, engine, StoreConfig(), resume=True, told=told)
 
 

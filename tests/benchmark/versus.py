@@ -6,11 +6,13 @@ recording to per-packet delays. For the peer that is `perf script` with the scri
 there both ways are also compared from the kernel's ring on, by CPU time. The flood is short, since the peers are slow.
 """
 
+import json
+import os
 import re
 import statistics
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,13 @@ COPY = "skb:skb_copy_datagram_iovec"
 """netdev-times.py has a handler for the ends, too, but one that breaks on the fields that newer kernels add."""
 
 
-def _ours(capture: Path) -> tuple[float, int]:
-    """(seconds of CPU time, records) from capture to rows; the best of three."""
+def _ours(capture: Path, *, rows: bool = True) -> tuple[float, int]:
+    """(seconds of CPU time, records) from capture to windows, and to rows; the best of three."""
     best, records = 1e9, 0
     for _ in range(3):
         begin, records = time.process_time(), 0
         with Capture(capture) as source:
-            engine = Engine(source.header.clock.offset_ns, EngineConfig(slice_ns=REPLAY_SLICE_NS))
+            engine = Engine(source.header.clock.offset_ns, EngineConfig(slice_ns=REPLAY_SLICE_NS, rows=rows))
             for item in source:
                 records += len(item) if isinstance(item, Batch) else 0
                 engine.feed(item)
@@ -59,23 +61,27 @@ def _ours(capture: Path) -> tuple[float, int]:
 
 
 def _side_by_side(
-    place: Path,
+    ours: list[str],
     peer: list[str],
     *,
     says: Path | None = None,
     datagrams: int = DATAGRAMS,
     rate_pps: int = RATE_PPS,
-) -> tuple[Path, float, float]:
-    """Record one flood with the peer and with us; returns our capture, and the CPU seconds that recording it took us
-    and the peer, without what either takes to start and to stop. A peer that writes while it records has begun when
-    there is something in `says`.
+) -> tuple[float, float, dict[str, Any]]:
+    """One flood that both see: the CPU seconds that it took us and the peer, without what either takes to start and to
+    stop, and what ours said. A peer that writes while it records has begun when there is something in `says`.
+
+    The packets are sent and received on the last CPU and looked at on the others: where one waits for the other, the
+    scheduler's choice would be in the figures.
     """
-    capture = place / "ours.mace"
+    cpus = sorted(os.sched_getaffinity(0))
     with running(Spec(name="versus")) as lab:
         lab.ping("c1", count=2)
-        argv = [*MACE, "record", "--lab", "versus", "-o", str(capture), "--ring-mib", "64", "--json"]
-        mine = subprocess.Popen([*argv, "--duration", "60"], stdout=subprocess.PIPE, cwd=ROOT)
+        argv = [*MACE, *ours, "--lab", "versus", "--ring-mib", "64", "--json", "--duration", "60"]
+        os.sched_setaffinity(0, cpus[:-1] or cpus)
+        mine = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=ROOT)
         other = subprocess.Popen(peer, stderr=subprocess.PIPE)
+        os.sched_setaffinity(0, cpus[-1:])
         try:
             time.sleep(SETTLE_S)
             deadline = time.monotonic() + 60
@@ -88,11 +94,12 @@ def _side_by_side(
             time.sleep(1)
             mine_s, other_s = cpu_s(mine.pid) - before[0], cpu_s(other.pid) - before[1]
         finally:
+            os.sched_setaffinity(0, cpus)
             other.terminate()
             other.communicate()
             mine.terminate()
-            mine.communicate()
-    return capture, mine_s, other_s
+            said, _ = mine.communicate()
+    return mine_s, other_s, json.loads(said)
 
 
 def netdev_times() -> list[dict[str, Any]]:
@@ -104,7 +111,8 @@ def netdev_times() -> list[dict[str, Any]]:
         data = place / "perf.data"
         argv = ["perf", "record", "-q", "-k", "mono", "-m", "8M", "-a", "-o", str(data)]
         argv += [word for event in (*EVENTS, *IRQ, COPY) for word in ("-e", event)]
-        capture, _, _ = _side_by_side(place, argv)
+        capture = place / "ours.mace"
+        _side_by_side(["record", "-o", str(capture)], argv)
         with one_core():
             begin = time.perf_counter()
             done = subprocess.run(
@@ -122,46 +130,50 @@ def netdev_times() -> list[dict[str, Any]]:
 
 
 def bpftrace_text() -> list[dict[str, Any]]:
-    """ns/event of CPU time from the kernel's ring to delays, and of that the part behind the recording
-    (`..._parsed`), ours and bpftrace with a Python script behind it; target: 20 times faster.
+    """ns/event of CPU time from the kernel's ring to windows of delays, ours and bpftrace with a Python script behind
+    it; target: 20 times faster. Each round is a new flood, seen by both sides.
 
     There are two scripts: one that gives what we give (`bpftrace_script`), and the shortest that gives any delay
-    (`..._bare`). Each round is a new flood, seen by both sides.
+    (`..._bare`). Neither stores anything, and so nor does ours; with a capture file, and rows and windows in the store,
+    it is `..._kept`. `..._parsed` leaves out the recording: our capture file to windows, the peer's text to the same.
     """
-    ours: dict[str, list[float]] = {"record": [], "rows": []}
-    theirs: dict[str, list[float]] = {"print": [], "script": [], "bare": []}
+    ours: dict[str, list[float]] = defaultdict(list)
+    theirs: dict[str, list[float]] = defaultdict(list)
     seen: dict[str, int] = Counter()
     for _ in range(ROUNDS):
-        _bpftrace_round(ours, theirs, seen)
+        for kept in (False, True):
+            _bpftrace_round(ours, theirs, seen, kept=kept)
     found = []
     for name, mine, peer in (
-        ("vs_bpftrace_text", ("record", "rows"), ("print", "script")),
-        ("vs_bpftrace_text_parsed", ("rows",), ("script",)),
-        ("vs_bpftrace_text_bare", ("record", "rows"), ("print", "bare")),
-        ("vs_bpftrace_text_bare_parsed", ("rows",), ("bare",)),
+        ("vs_bpftrace_text", "run", ("print", "script")),
+        ("vs_bpftrace_text_bare", "run", ("print", "bare")),
+        ("vs_bpftrace_text_kept", "kept", ("print_beside_kept", "script")),
+        ("vs_bpftrace_text_parsed", "windows", ("script",)),
     ):
-        our_ns = [sum(each) for each in zip(*(ours[part] for part in mine), strict=True)]
         peer_ns = [sum(each) for each in zip(*(theirs[part] for part in peer), strict=True)]
-        ratios = sorted(b / a for a, b in zip(our_ns, peer_ns, strict=True))
-        made = figure(name, "ns/event", our_ns, "bpftrace's text + Python", statistics.median(peer_ns))
+        ratios = sorted(b / a for a, b in zip(ours[mine], peer_ns, strict=True))
+        made = figure(name, "ns/event", ours[mine], "bpftrace's text + Python", statistics.median(peer_ns))
         told = [float(f"{value:.3g}") for value in (statistics.median(ratios), ratios[0], ratios[-1])]
-        parts = {part: round(statistics.median((ours | theirs)[part])) for part in (*mine, *peer)}
-        found.append(made | {"ratio": told[0], "ratio_spread": told[1:], "parts_ns": parts} | seen)
+        parts = {part: round(statistics.median(theirs[part])) for part in peer}
+        found.append(made | {"ratio": told[0], "ratio_spread": told[1:], "peer_parts_ns": parts} | seen)
     return found
 
 
-def _bpftrace_round(ours: dict[str, list[float]], theirs: dict[str, list[float]], seen: dict[str, int]) -> None:
+def _bpftrace_round(
+    ours: dict[str, list[float]], theirs: dict[str, list[float]], seen: dict[str, int], *, kept: bool
+) -> None:
     """One flood; adds to each part's list its ns/event, and to `seen` what both sides saw."""
     with folder() as place:
-        text = place / "bpftrace.txt"
+        text, capture = place / "bpftrace.txt", place / "ours.mace"
         with_device = ("net_dev_queue", "net_dev_start_xmit", "netif_rx", "netif_receive_skb")
         say = r'{ printf("%%llu %s %%p %%s %%d\n", nsecs, args->skbaddr, str(args->name), args->len); }'
         end = r'{ printf("%%llu %s %%p\n", nsecs, args->skbaddr); }'
         program = "\n".join(f"tracepoint:net:{event} {say % event}" for event in with_device)
         program += "\n" + "\n".join(f"tracepoint:{event} {end % event}" for event in ENDS)
-        argv = ["env", "BPFTRACE_PERF_RB_PAGES=4096", "bpftrace", "-B", "full", "-o", str(text), "-e", program]
-        capture, record_s, print_s = _side_by_side(
-            place, argv, says=text, datagrams=BPFTRACE_DATAGRAMS, rate_pps=BPFTRACE_RATE_PPS
+        peer = ["env", "BPFTRACE_PERF_RB_PAGES=4096", "bpftrace", "-B", "full", "-o", str(text), "-e", program]
+        how = ["--store", str(place / "store"), "--record", str(capture)] if kept else ["--no-store", "--no-rows"]
+        run_s, print_s, said = _side_by_side(
+            ["run", *how], peer, says=text, datagrams=BPFTRACE_DATAGRAMS, rate_pps=BPFTRACE_RATE_PPS
         )
         with one_core():
             begin = time.process_time()
@@ -170,15 +182,20 @@ def _bpftrace_round(ours: dict[str, list[float]], theirs: dict[str, list[float]]
             begin = time.process_time()
             events, _ = _parse(text)
             bare_s = time.process_time() - begin
-            rows_s, records = _ours(capture)
-    seen["records"] += records
+            windows_s, records = _ours(capture, rows=False) if kept else (0.0, 0)
+    ledger = said["ledger"]
+    seen["records"] += ledger["records"]
+    seen["lost"] += ledger["lost"] + ledger["discarded"]
     seen["peer_events"] += events
     seen["peer_lost"] += full.ledger["lost"]
     seen["peer_packets"] += sum(map(len, full.overhead.values()))
-    for part, spent_s in (("record", record_s), ("rows", rows_s)):
-        ours[part].append(spent_s / records * 1e9)
-    for part, spent_s in (("print", print_s), ("script", script_s), ("bare", bare_s)):
-        theirs[part].append(spent_s / max(events, 1) * 1e9)
+    ours["kept" if kept else "run"].append(run_s / ledger["records"] * 1e9)
+    theirs["print_beside_kept" if kept else "print"].append(print_s / max(events, 1) * 1e9)
+    if kept:
+        ours["windows"].append(windows_s / records * 1e9)
+    else:
+        theirs["script"].append(script_s / max(events, 1) * 1e9)
+        theirs["bare"].append(bare_s / max(events, 1) * 1e9)
 
 
 def _parse(text: Path) -> tuple[int, int]:

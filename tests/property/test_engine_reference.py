@@ -207,11 +207,14 @@ def test_the_engine_says_what_the_reference_says(batch):
     st.sampled_from([1, 100, 7_777, 1 << 40]),
     st.integers(1, 64),
     st.booleans(),
+    st.booleans(),
 )
-def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, ambiguous):
+def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, whole_batches, ambiguous):
     devices = DEVICES if ambiguous else PLAIN
     whole = correlate(batch, devices=devices, slice_ns=1 << 40)
-    cut = correlate(batch, cuts, devices=devices, slice_ns=slice_ns, slice_records=slice_records)
+    cut = correlate(
+        batch, cuts, devices=devices, slice_ns=slice_ns, slice_records=slice_records, whole_batches=whole_batches
+    )
     assert all_rows(cut) == all_rows(whole)
     assert all_windows(cut) == all_windows(whole)
     assert cut[-1].ledger == whole[-1].ledger

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections import deque
 from itertools import count
 from pathlib import Path
@@ -144,7 +145,7 @@ def run(source, kernel, ticks):
         header = await source.open()
         got = []
 
-        async def pause(duration_s):
+        async def pause(duration_s, **how):
             nonlocal ticks
             ticks -= 1
             kernel.now_ns += 50 * MS
@@ -215,13 +216,91 @@ def test_a_device_that_changed_has_the_rings_read_at_once(kernel):
     kernel.filled, t = False, kernel.now_ns
     old, new = Device(1, 2, "eth0", "veth"), Device(7, 2, "eth0", "veth")
     kernel.rings[0].extend([[], [page((t + 20 * MS, "eth0"), (t + 80 * MS, "eth0"), (t + 90 * MS, "eth0"))]])
-    follower = MadeFollower((old,), None, (new,))
+    follower = MadeFollower((old,), None, None, (new,))
     _, items = run(FtraceSource(FtraceConfig(gather_interval_s=10), devices=follower), kernel, 6)
     check_stream(items)
     assert [now_ns - t for cpu, now_ns in kernel.taken if cpu == 0] == [0, 100 * MS, 300 * MS]
     order = [i.devices if isinstance(i, Topology) else i.ts_ns.tolist() for i in items if not isinstance(i, Progress)]
     assert order[-2:] == [(new,), [t + 80 * MS, t + 90 * MS]]
     assert [t + 20 * MS] in order
+
+
+def rests(kernel, count, **config):
+    """The first rests of a source: how long at most, and whether a ring that fills would end them."""
+    source, found = FtraceSource(FtraceConfig(poll_interval_s=5, gather_interval_s=10, **config)), []
+
+    async def pause(duration_s, *, until_filling):
+        found.append((round(duration_s), until_filling))
+        kernel.now_ns += round(duration_s * 1000) * MS
+        if len(found) == count:
+            source.request_stop()
+
+    async def main():
+        await source.open()
+        source._pause = pause
+        try:
+            return [item async for item in source.items()]
+        finally:
+            await source.aclose()
+
+    asyncio.run(main())
+    return found
+
+
+def test_a_ring_that_has_filled_meanwhile_is_read_soon_but_not_at_once(kernel):
+    assert rests(kernel, 2) == [(5, False)] * 2
+
+
+def test_a_quiet_ring_may_wait_and_is_watched(kernel):
+    kernel.filled = False
+    assert rests(kernel, 2) == [(10, True)] * 2
+
+
+def test_a_flood_is_not_left_to_the_kernel_s_waking(kernel):
+    kernel.filled, t = False, kernel.now_ns
+    # Two of four pages, and one: from one reading to the next that is half of the ring, and a quarter.
+    kernel.rings[0].extend([[], [page((t + i, "eth0")) for i in (1, 2, 3)], [page((t + 4, "eth0"))]])
+    assert rests(kernel, 3, ring_kib_per_cpu=16) == [(10, True), (5, True), (10, True)]
+
+
+def woken(kernel, do):
+    """Whether a source that would rest for a minute takes records at once when `do` is done, in another thread."""
+    kernel.filled = False
+    follower = MadeFollower(())
+    source = FtraceSource(FtraceConfig(poll_interval_s=0.001, gather_interval_s=10), devices=follower)
+
+    async def main():
+        await source.open()
+        stream = source.items()
+        try:
+            await anext(stream)
+            await anext(stream)
+            taken = len(kernel.taken)
+            threading.Timer(0.05, do, (source, follower)).start()
+            async with asyncio.timeout(5):
+                await anext(stream)
+            return len(kernel.taken) - taken
+        finally:
+            await stream.aclose()
+            await source.aclose()
+
+    return asyncio.run(main())
+
+
+def test_a_ring_that_fills_wakes_the_source(kernel):
+    def fill(source, follower):
+        kernel.now_ns += 5 * MS
+        os.eventfd_write(source._cpus[0].ring.fileno(), 1)
+
+    assert woken(kernel, fill) == 2
+
+
+def test_news_of_a_device_wakes_the_source(kernel):
+    def tell(source, follower):
+        follower.polls.append((Device(1, 2, "eth0", "veth"),))
+        follower.on_news()
+
+    assert woken(kernel, tell) == 2
 
 
 def test_records_wait_for_the_hold_back(kernel):
@@ -238,7 +317,7 @@ def test_news_of_devices_holds_for_what_was_held_back(kernel):
     old, new = Device(1, 2, "eth0", "veth"), Device(7, 2, "eth0", "veth")
     # Before the second tick, t + 50 ms, the follower has news; they hold from t on (50 ms back).
     kernel.rings[0].extend([[], [page((t + 5 * MS, "eth0"), (t + 20 * MS, "eth0"))], [page((t + 60 * MS, "eth0"))]])
-    follower = MadeFollower((old,), (new,))
+    follower = MadeFollower((old,), None, (new,))
     _, items = run(FtraceSource(devices=follower), kernel, 6)
     check_stream(items)
     assert follower.state == "closed"
@@ -254,11 +333,21 @@ def test_news_of_devices_holds_for_what_was_held_back(kernel):
     assert news.from_ns == t
 
 
+def test_news_right_after_the_start_holds_from_the_start(kernel):
+    new = Device(7, 2, "eth0", "veth")
+    _, items = run(FtraceSource(devices=MadeFollower((), (new,))), kernel, 4)
+    check_stream(items)
+    assert [(i.from_ns, i.devices) for i in items if isinstance(i, Topology)] == [
+        (items[0].from_ns, ()),
+        (items[0].from_ns, (new,)),
+    ]
+
+
 def test_a_batch_is_cut_where_news_begin(kernel):
     t = kernel.now_ns
     new = Device(7, 2, "eth0", "veth")
     kernel.rings[0].extend([[], [], [page((t + 40 * MS, "eth0"), (t + 60 * MS, "eth0"))], [], []])
-    follower = MadeFollower((), None, (new,))  # before the third tick, at t + 100 ms: from t + 50 ms on
+    follower = MadeFollower((), None, None, None, (new,))  # before the third tick, at t + 100 ms: from t + 50 ms on
     _, items = run(FtraceSource(devices=follower), kernel, 6)
     check_stream(items)
     order = [i.devices if isinstance(i, Topology) else i.ts_ns.tolist() for i in items if not isinstance(i, Progress)]

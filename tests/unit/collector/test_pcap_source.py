@@ -1,7 +1,6 @@
 """Pairs of packet captures: which packet is which, how long it took, and what is not clear is left alone."""
 
 import asyncio
-import itertools
 import struct
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from collector.files import PCAP_PAIR, FileOptions, recording, recording_of, sniff
 from collector.pcap_file import PcapFile
-from collector.pcap_pairs import INNER, OUTER, Pairing, _by_key
+from collector.pcap_pairs import INNER, OUTER, Pairing
 from collector.pcap_source import PcapPairSource
 from correlator.engine import Engine, EngineConfig
 from mace.errors import CaptureError
@@ -271,13 +270,3 @@ def test_the_good_part_of_a_damaged_capture(pair, write):
     assert set(found) < set(truth)
     assert len(found) > 150
     assert any("left out" in line for line in source.warnings)
-
-
-def test_keys_that_differ_in_their_last_bits_only():
-    key = np.array([8, 9, 8, 0, 9, 1 << 40, 8], np.uint64)
-    assert _by_key(key).tolist() == np.argsort(key, kind="stable").tolist()
-    many = np.random.default_rng(2).integers(0, 1 << 64, 5_000, "u8")
-    many[1_000:2_000] = many[:1_000]
-    order = _by_key(many)
-    assert many[order].tolist() == sorted(many.tolist())
-    assert all(b > a for a, b in itertools.pairwise(order) if many[a] == many[b])
