@@ -17,13 +17,14 @@ from typing import Final
 import numpy as np
 
 from correlator.content import ports, sequence
-from correlator.hops import Crossed, measure
+from correlator.hops import Crossed
 from correlator.identity import Resolver
 from correlator.links import Links
 from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
 from correlator.memo import Memo
 from correlator.neighbours import Asked
 from correlator.numbers import LOST
+from correlator.shapes import measure_all
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 from mace.ledger import Ledger
@@ -302,7 +303,7 @@ class Engine:
         """Count the lives in `ended`, put their delays into windows and give them out as rows."""
         if not ended.any():
             return Delays.empty(), Crossings.empty()
-        found = measure(lives, ended, self._resolver)
+        found = measure_all(lives, ended, self._resolver, crossings=self._config.crossings)
         size = lives.size
         dropped, unclear = found.dropped & ended, found.unclear & ended
         self._tally["dropped"] += int(size[dropped].sum())

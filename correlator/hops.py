@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
-from correlator.lives import NEVER, Ints, Lives, Mask
+from correlator.lives import NEVER, Ints, Mask, Paths
 from correlator.numbers import COPY, DROP, QUEUE, RECEIVE, RECEIVE_SKB, RX, TRANSMIT, XMIT
+from mace.ordering import stable_order
 from mace.schema import Direction, Outcome, Segment
 from mace.topology import Role
 
@@ -76,8 +77,8 @@ class Crossed:
     outer_edge: Ints
 
 
-def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
-    """Rows of the lives in `which`."""
+def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
+    """Rows of the lives in `which`, in the order of lives. Times are compared with nothing."""
     ts, count = lives.ts, len(lives.starts)
     hook = (lives.place >> CODE_BITS).astype(np.uint8)
     way = WAY[hook]
@@ -190,15 +191,19 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
         outer_edge=np.where(way_in, ts[first[far]], ts[end[far]]),
     )
 
+    # Life by life: the devices that are shown, the whole path, and what the reader waited.
     row_path = np.concatenate([path[shown], total, read])
-    into = np.concatenate([inward[shown], entering[total], np.ones(len(read), np.bool_)])
+    order = stable_order(row_path)
+    row_path = row_path[order]
+    into = np.concatenate([inward[shown], entering[total], np.ones(len(read), np.bool_)])[order]
     owner = np.where(into, target[row_path], origin[row_path])
+    of_container = np.where(entering[total], target[total], origin[total])
     has_row = np.zeros(len(head), np.bool_)
     has_row[row_path] = True
     return Measured(
         life=alive[row_path],
-        ts=np.concatenate([begin[shown], total_begin, ts[end[tail[read]]]]),
-        device=np.concatenate([device[shown], owner[len(shown) : len(shown) + len(total)], device[tail[read]]]),
+        ts=np.concatenate([begin[shown], total_begin, ts[end[tail[read]]]])[order],
+        device=np.concatenate([device[shown], of_container, device[tail[read]]])[order],
         owner=owner,
         direction=np.where(into, _IN, _OUT),
         segment=np.concatenate(
@@ -207,15 +212,15 @@ def measure(lives: Lives, which: Mask, resolver: Resolver) -> Measured:
                 np.full(len(total), Segment.OVERHEAD, np.uint8),
                 np.full(len(read), Segment.DELIVERY, np.uint8),
             ]
-        ),
+        )[order],
         position=np.concatenate(
             [
                 np.minimum(shown - head[path[shown]], LAST_POSITION).astype(np.uint8),
                 np.full(len(total), WHOLE_PATH, np.uint8),
                 np.minimum(tail - head + 1, LAST_POSITION)[read].astype(np.uint8),
             ]
-        ),
-        delay=np.concatenate([(leave - begin)[shown], whole[total], (ts[after] - ts[end[tail]])[read]]),
+        )[order],
+        delay=np.concatenate([(leave - begin)[shown], whole[total], (ts[after] - ts[end[tail]])[read]])[order],
         dropped=dropped,
         unclear=unclear,
         outcome=outcome,

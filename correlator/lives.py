@@ -120,13 +120,10 @@ class Open:
 NOTHING_OPEN: Final = Open(Records.of(Batch.empty()), np.zeros(0, np.int64), np.zeros(0, np.bool_))
 
 
-@dataclass(frozen=True, slots=True)
-class Lives:
-    """Lives, one after the other. Arrays over records, in buffer order, then arrays over lives."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paths:
+    """Where lives went, one after the other. Arrays over records, in buffer order, then arrays over lives."""
 
-    records: Records
-    """As they came: `order` leads there."""
-    order: Ints
     ts: Ints
     place: Ints
     number: Ints
@@ -141,6 +138,38 @@ class Lives:
     """Index of the last record."""
     freed: Mask
     """The last record is the buffer's end."""
+
+    @property
+    def size(self) -> Ints:
+        """Records of each life."""
+        return self.ends - self.starts + 1
+
+    def numbered(self, which: Ints) -> Paths:
+        """These lives, with the numbers of a life's records, from 0, in place of their times."""
+        size = self.size[which]
+        ends = np.cumsum(size) - 1
+        starts = ends - size + 1
+        position = np.arange(int(size.sum())) - np.repeat(starts, size)
+        index = np.repeat(self.starts[which], size) + position
+        return Paths(
+            ts=position,
+            place=self.place[index],
+            number=self.number[index],
+            cross=self.cross[index],
+            life=np.repeat(np.arange(len(which)), size),
+            starts=starts,
+            ends=ends,
+            freed=self.freed[which],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lives(Paths):
+    """The same with all that is known about them."""
+
+    records: Records
+    """As they came: `order` leads there."""
+    order: Ints
     reused: Mask
     """Another life of the same buffer follows."""
     late: Mask
@@ -149,11 +178,6 @@ class Lives:
     """`mace.schema.Grade`: EXACT or BUFFER."""
     told_apart: int
     """Lives that their key alone ended, of those that were decided about now."""
-
-    @property
-    def size(self) -> Ints:
-        """Records of each life."""
-        return self.ends - self.starts + 1
 
     def packet(self) -> Ids:
         """A name for each life that depends on nothing but its first record."""

@@ -1,0 +1,147 @@
+"""Lives -> delays, by their shape: which hooks a packet passed, at which devices, in which order.
+
+What `correlator.hops` finds out about a life depends on nothing else; times come into it as differences only. A host
+has a few dozen shapes, and a slice thousands of lives of each. So one life of each shape is asked about, with the
+numbers of its records in place of their times: the answer says between which of its records a delay is, for all that
+are like it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from correlator.hops import Crossed, Measured, measure
+from correlator.identity import CODE_BITS, Resolver
+from correlator.lives import Ints, Lives, Mask, Paths
+from mace.ordering import GOLDEN, grouped
+from mace.schema import Outcome
+
+_FEW: Final = 256
+"""So few lives are measured one by one: finding their shapes would take longer."""
+_NUMBER_AT: Final = 8
+"""Bits of a record's code below its device number: hook, and whether the packet came to the device there."""
+_WEIGHTS: Final = 1 << 8
+"""Records of a life that are told apart by where they stand; what comes behind is compared all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Lives, and one of each shape."""
+
+    lives: Ints
+    """Of which this is said."""
+    kind: Ints
+    """Which shape each of them has."""
+    paths: Paths
+    """One life of each shape."""
+
+
+def measure_all(lives: Lives, which: Mask, resolver: Resolver, *, crossings: bool) -> Measured:
+    """What `correlator.hops.measure` finds in the lives in `which`, row for row; `crossed` only if asked for."""
+    alike = _alike(lives, np.flatnonzero(which))
+    if alike is None:
+        return measure(lives, which, resolver)
+    told = measure(alike.paths, np.ones(len(alike.paths.starts), np.bool_), resolver)
+    return _spread(lives, alike, told, crossings=crossings)
+
+
+def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
+    """The shapes of the lives in `chosen`; None if there are too few of them to look for any."""
+    if len(chosen) < _FEW:
+        return None
+    size = lives.size
+    code = _codes(lives)
+    position = np.arange(len(code)) - np.repeat(lives.starts, size)
+    weighted = code * _weights().take(position, mode="clip")
+    order, same = grouped(np.add.reduceat(weighted, lives.starts)[chosen])
+    first = chosen[order[~same]]
+    kind = np.empty(len(chosen), np.int64)
+    kind[order] = np.cumsum(~same) - 1
+
+    # A sum says that two lives are alike, and could be wrong about it: so they are compared.
+    paths = lives.numbered(first)
+    of_kind = np.zeros(len(size), np.int64)
+    of_kind[chosen] = paths.starts[kind]
+    at = position + np.repeat(of_kind, size)
+    compared = np.ones(len(code), np.bool_)
+    if len(chosen) < len(size):
+        inside = np.zeros(len(size), np.bool_)
+        inside[chosen] = True
+        compared = np.repeat(inside, size)
+    equal = _codes(paths).take(at, mode="clip") == code
+    if not (np.array_equal(paths.size[kind], size[chosen]) and (equal | ~compared).all()):
+        return None
+    return _Alike(chosen, kind, paths)
+
+
+def _codes(paths: Paths) -> npt.NDArray[np.uint64]:
+    """All that a record tells about its packet's path, in one number."""
+    code = (paths.number + 2) << _NUMBER_AT
+    code |= paths.place >> CODE_BITS << 1
+    code |= paths.cross
+    return code.view(np.uint64)
+
+
+@functools.cache
+def _weights() -> npt.NDArray[np.uint64]:
+    """An odd number for each position in a life."""
+    weights = np.arange(1, _WEIGHTS + 1, dtype=np.uint64) * GOLDEN
+    weights ^= weights >> np.uint64(29)
+    weights *= np.uint64(0xBF58476D1CE4E5B9)  # SplitMix64's
+    weights ^= weights >> np.uint64(32)
+    return weights | np.uint64(1)
+
+
+def _spread(lives: Lives, alike: _Alike, told: Measured, *, crossings: bool) -> Measured:
+    """What was found of one life of each shape, for all of them."""
+    ts, starts = lives.ts, lives.starts[alike.lives]
+    rows = np.bincount(told.life, minlength=len(alike.paths.starts))
+    count = rows[alike.kind]
+    row = np.arange(int(count.sum())) + np.repeat(
+        (np.cumsum(rows) - rows)[alike.kind] - (np.cumsum(count) - count), count
+    )
+    begin = np.repeat(starts, count) + told.ts[row]
+    dropped, unclear = (np.zeros(len(lives.starts), np.bool_) for _ in range(2))
+    outcome = np.where(lives.freed, np.uint8(Outcome.CONSUMED), np.uint8(Outcome.OPEN))
+    dropped[alike.lives], unclear[alike.lives] = told.dropped[alike.kind], told.unclear[alike.kind]
+    outcome[alike.lives] = told.outcome[alike.kind]
+    return Measured(
+        life=np.repeat(alike.lives, count),
+        ts=ts[begin],
+        device=told.device[row],
+        owner=told.owner[row],
+        direction=told.direction[row],
+        segment=told.segment[row],
+        position=told.position[row],
+        delay=ts[begin + told.delay[row]] - ts[begin],
+        dropped=dropped,
+        unclear=unclear,
+        outcome=outcome,
+        packets=alike.lives[rows[alike.kind] > 0],
+        crossed=_crossed(lives, alike, told.crossed) if crossings and told.crossed is not None else None,
+    )
+
+
+def _crossed(lives: Lives, alike: _Alike, told: Crossed) -> Crossed:
+    of_kind = np.full(len(alike.paths.starts), -1, np.int64)
+    of_kind[told.life] = np.arange(len(told.life))
+    one = of_kind[alike.kind]
+    has = np.flatnonzero(one >= 0)
+    life, one = alike.lives[has], one[has]
+    start = lives.starts[life]
+    times = {name: lives.ts[start + getattr(told, name)[one]] for name in _TIMES}
+    return Crossed(
+        life=life,
+        at=start + (told.at - alike.paths.starts[told.life])[one],
+        owner=told.owner[one],
+        direction=told.direction[one],
+        **times,
+    )
+
+
+_TIMES: Final = ("inner", "outer", "inner_stamp", "outer_stamp", "outer_edge")
