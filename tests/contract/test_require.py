@@ -73,7 +73,7 @@ def test_unmet_needs_skip_and_say_why(tmp_path: Path) -> None:
     assert "needs absent: it is not there" in done.stdout
 
 
-@pytest.mark.parametrize("require", ["all", "other, absent"])
+@pytest.mark.parametrize("require", ["all", pytest.param("other, absent", marks=pytest.mark.slow)])
 def test_required_needs_fail_and_say_why(tmp_path: Path, require: str) -> None:
     done = run_inner(tmp_path, TESTS, require)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -82,18 +82,21 @@ def test_required_needs_fail_and_say_why(tmp_path: Path, require: str) -> None:
     assert "needs absent: it is not there" in done.stdout
 
 
+@pytest.mark.slow
 def test_other_requirements_change_nothing(tmp_path: Path) -> None:
     done = run_inner(tmp_path, TESTS, require="present,other")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed, 3 skipped" in done.stdout
 
 
+@pytest.mark.slow
 def test_misspelt_requirement_is_refused(tmp_path: Path) -> None:
     done = run_inner(tmp_path, TESTS, require="absnt")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "MACE_REQUIRE: unknown need absnt; there are present, absent, other" in done.stderr
 
 
+@pytest.mark.slow
 def test_misspelt_mark_is_refused(tmp_path: Path) -> None:
     tests = TESTS + '\n@pytest.mark.needs("presnt")\ndef test_misspelt():\n    pass\n'
     done = run_inner(tmp_path, tests, require=None)

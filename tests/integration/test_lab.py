@@ -446,7 +446,8 @@ def test_kill_9_under_traffic_is_tidied_by_the_next(name, remover):
             assert lab.ping(count=1).received >= 1
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
 def test_kill_9_at_any_moment_of_the_set_up_is_tidied_by_the_next(name, seed):
     moments = random.Random(seed)
     for turn in range(6 if seed == 1 else 40):

@@ -36,6 +36,7 @@ def naive(series):
 
 # 95 % of 300 is 285 ± 3.8. Where values depend on one another for long, any interval from 400 of them falls a little
 # short (Politis and White's own tables do), but not as the naive one does.
+@pytest.mark.slow
 @pytest.mark.parametrize(("correlation", "least"), [(0.0, 0.92), (0.5, 0.91), (0.8, 0.88), (-0.4, 0.92)])
 @pytest.mark.parametrize("of", [mean, median])
 def test_they_cover_what_they_should(of, correlation, least):
@@ -47,6 +48,7 @@ def test_taking_them_for_independent_would_not():
     assert np.mean([naive(ar1(random, 0.8)) for _ in range(SERIES)]) < 0.65
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", [0.0, 0.7])
 def test_medians_of_skewed_series(correlation):
     assert 0.89 <= coverage(median, correlation, 1.0, skewed=True) <= 0.99
@@ -105,6 +107,7 @@ def test_students_t(probability, freedom, expected):
     assert student_t(probability, freedom) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_of_rounds_covers_a_difference_of_medians():
     """Rounds that share a common shift, larger than the difference: both sides are drawn from the same ones."""
     random = np.random.default_rng(5)
