@@ -58,7 +58,7 @@ def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
     code = _codes(lives)
     position = np.arange(len(code)) - np.repeat(lives.starts, size)
     weighted = code * _weights().take(position, mode="clip")
-    order, same = grouped(np.add.reduceat(weighted, lives.starts)[chosen])
+    order, same = grouped((np.add.reduceat(weighted, lives.starts) + lives.freed)[chosen])
     first = chosen[order[~same]]
     kind = np.empty(len(chosen), np.int64)
     kind[order] = np.cumsum(~same) - 1
@@ -74,9 +74,12 @@ def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
         inside[chosen] = True
         compared = np.repeat(inside, size)
     equal = _codes(paths).take(at, mode="clip") == code
-    if not (np.array_equal(paths.size[kind], size[chosen]) and (equal | ~compared).all()):
-        return None
-    return _Alike(chosen, kind, paths)
+    if (equal | ~compared).all() and all(
+        np.array_equal(of_shape[kind], of_life[chosen])
+        for of_shape, of_life in ((paths.size, size), (paths.freed, lives.freed))
+    ):
+        return _Alike(chosen, kind, paths)
+    return None
 
 
 def _codes(paths: Paths) -> npt.NDArray[np.uint64]:
