@@ -389,9 +389,10 @@ class FtraceSource:
             self._devices = devices
             yield self._topology(from_ns)
         batch = self._merger.flush() if to_the_end else self._merger.take(watermark)
-        if not len(batch):
-            yield Progress(watermark)
         yield from self._batches(batch)
+        # The next tick is a while away, and what was given out may be worked on; in a flood it comes soon.
+        if not len(batch) or not (to_the_end or self._swelling):
+            yield Progress(watermark)
 
     def _batches(self, batch: Batch) -> Iterator[StreamItem]:
         if not len(batch):

@@ -55,8 +55,8 @@ class EngineConfig:
     slice_ns: int = 100_000_000
     """Stretch of time that is worked on at once; changes when rows come out, not what they are."""
     whole_batches: bool = False
-    """Whether a slice ends where a batch does, the first one that makes it as long. Else it ends at multiples of
-    `slice_ns`, wherever batches do: then what is ended early (`open_records`) is the same too."""
+    """Whether a slice ends where a batch does, the first one that makes it as long, or before a `Progress`. Else it
+    ends at multiples of `slice_ns`, wherever batches do: then what is ended early (`open_records`) is the same too."""
     slice_records: int = 1 << 17
     """A slice is cut here if it gets larger: memory."""
     open_records: int = 1 << 22
@@ -120,9 +120,10 @@ class Engine:
     def advance(self, upto_ns: int, *, at_once: bool = False) -> list[Results]:
         """Told that no record before `upto_ns` will come any more: finish what that completes.
 
-        `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time.
+        `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time;
+        so it is with whole batches, where nothing else need come for a while.
         """
-        return self._advance(upto_ns) if at_once or upto_ns >= self._due_ns else []
+        return self._advance(upto_ns) if at_once or self._config.whole_batches or upto_ns >= self._due_ns else []
 
     def stop_at(self, upto_ns: int) -> list[Results]:
         """As `advance`, and work on all that waits: there is a cut, and another engine goes on with `state`."""

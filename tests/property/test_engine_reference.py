@@ -138,6 +138,8 @@ def correlate(batch, cuts=(), *, devices=PLAIN, **config):
     edges = [0, *sorted(cut % (len(batch) + 1) for cut in cuts), len(batch)]
     for a, b in itertools.pairwise(edges):
         results += engine.feed(batch[a:b])
+        if config.get("whole_batches") and b < len(batch):
+            results += engine.advance(int(batch.ts_ns[b]))
     results.append(engine.finish())
     assert all(result.ledger.imbalance == 0 for result in results)
     return results

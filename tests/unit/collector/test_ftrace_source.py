@@ -263,6 +263,17 @@ def test_a_flood_is_not_left_to_the_kernel_s_waking(kernel):
     assert rests(kernel, 3, ring_kib_per_cpu=16) == [(10, True), (5, True), (10, True)]
 
 
+def test_what_was_given_out_need_not_wait_for_the_next_tick(kernel):
+    t = kernel.now_ns
+    kernel.filled = False
+    kernel.rings[0].extend([[], [page((t + 1, "eth0"))]])
+    _, items = run(FtraceSource(FtraceConfig(gather_interval_s=0.05)), kernel, 4)
+    check_stream(items)
+    at = next(i for i, item in enumerate(items) if isinstance(item, Batch))
+    assert isinstance(items[at + 1], Progress)
+    assert items[at + 1].upto_ns > t + 1
+
+
 def woken(kernel, do):
     """Whether a source that would rest for a minute takes records at once when `do` is done, in another thread."""
     kernel.filled = False
