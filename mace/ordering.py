@@ -3,7 +3,7 @@ one time, together.
 
 numpy sorts 16-bit integers by radix and wider ones by comparing them, which takes ten times as long. So wider ones are
 sorted here by one digit of 16 bits after the other, the lowest first (Knuth, TAOCP 3, 5.2.5), and what only has to
-come together by a single digit of its hash.
+come together by a digit or two of its hash.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 """2**64 / golden ratio: the upper bits of a product with it depend on all bits of the factor (Knuth, TAOCP 3, 6.4)."""
@@ -31,27 +32,33 @@ def stable_order(values: npt.NDArray[Any]) -> Ints:
     return order
 
 
-def grouped(values: npt.NDArray[np.uint64]) -> tuple[Ints, npt.NDArray[np.bool_]]:
+def grouped(values: npt.NDArray[np.uint64]) -> tuple[Ints, Mask]:
     """Indices that bring equal values together, each value's in the order in which they were given; and whether the
     one before it there is the same.
     """
-    digit = _digit(values * GOLDEN, 64 - _DIGIT_BITS)
+    hashed = values * GOLDEN
+    digit = _digit(hashed, 3 * _DIGIT_BITS)
     order: Ints = digit.argsort(kind="stable")
-    same, digit = _as_before(values[order]), digit[order]
-    mixed = _as_before(digit) & ~same
+    same, together = _as_before(values[order]), _as_before(digit[order])
+    if np.count_nonzero(together & ~same) > len(values) // 8:
+        # Many different values: two digits, the lower one first.
+        order = _digit(hashed, 2 * _DIGIT_BITS).argsort(kind="stable")
+        order = order[digit[order].argsort(kind="stable")]
+        same, together = _as_before(values[order]), _as_before(hashed[order] >> np.uint64(2 * _DIGIT_BITS))
+    mixed = together & ~same
     if mixed.any():
-        # Different values with one digit: those are sorted within their places.
-        crowded = np.zeros(1 << _DIGIT_BITS, np.bool_)
-        crowded[digit[mixed]] = True
-        at = np.flatnonzero(crowded[digit])
+        # Different values with the same digits: those are sorted within their places.
+        run = np.cumsum(~together)
+        crowded = np.zeros(int(run[-1]) + 1, np.bool_)
+        crowded[run[mixed]] = True
+        at = np.flatnonzero(crowded[run])
         apart = stable_order(values[order[at]])
-        apart = apart[digit[at][apart].argsort(kind="stable")]
-        order[at] = order[at[apart]]
+        order[at] = order[at[apart[stable_order(run[at[apart]])]]]
         same = _as_before(values[order])
     return order, same
 
 
-def _as_before(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def _as_before(values: npt.NDArray[Any]) -> Mask:
     same = np.zeros(len(values), np.bool_)
     np.equal(values[1:], values[:-1], out=same[1:])
     return same
