@@ -63,7 +63,7 @@ _FILLED_PERCENT: Final = 10
 """A ring so full is emptied before its time. Of 8 MiB it is 20,000 events: enough for a tick to cost little per event,
 and no more than the heaviest flood brings from one tick to the next."""
 _FILLING: Final = 0.25
-"""A tick that takes so much of a ring comes late: at a look's pace the heaviest flood leaves a tenth."""
+"""A tick that takes so much of a ring comes late: read every 50 ms, the heaviest flood leaves a tenth."""
 _SETTLE_S: Final = 0.01
 """Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
 
@@ -170,6 +170,7 @@ class FtraceSource:
         self._swelling = False
         """Whether the last tick found a ring that would be half full after `gather_interval_s`."""
         self._read_at_ns = 0
+        """When the last tick began to read."""
         self._merger = Merger(int(self.config.hold_back_ms * 1e6))
         self._devices: tuple[Device, ...] = ()
         self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()

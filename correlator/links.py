@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
-from correlator.lives import NEVER, Gaps, Ids, Ints, Lives, Mask, Records, spans_gap
+from correlator.lives import NEVER, Gaps, Ids, Ints, Lives, Mask, Records, laid_out, spans_gap
 from correlator.numbers import CONSUMED, DELIVERY, QUEUE, RECEIVE_SKB
 from mace.records import Batch
 from mace.schema import Grade
@@ -58,7 +58,7 @@ class Waiting:
         """These lives, in this order."""
         starts = np.cumsum(self.size) - self.size
         size = self.size[lives]
-        index = np.arange(int(size.sum())) + np.repeat(starts[lives] - (np.cumsum(size) - size), size)
+        index = laid_out(starts[lives], size)
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return Waiting(**{name: column[index if name in _OF_RECORDS else lives] for name, column in columns.items()})
 
@@ -148,7 +148,7 @@ class Links:
         which, end, head, key = which[chosen], end[chosen], head[chosen], key[chosen]
         kept[which] = True
         size, start = lives.size[which], lives.starts[which]
-        index = np.arange(int(size.sum())) + np.repeat(start - (np.cumsum(size) - size), size)
+        index = laid_out(start, size)
         self.waiting += Waiting(
             records=lives.records[lives.order[index]],
             number=lives.number[index],

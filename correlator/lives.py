@@ -150,7 +150,7 @@ class Paths:
         ends = np.cumsum(size) - 1
         starts = ends - size + 1
         position = np.arange(int(size.sum())) - np.repeat(starts, size)
-        index = np.repeat(self.starts[which], size) + position
+        index = laid_out(self.starts[which], size)
         return Paths(
             ts=position,
             place=self.place[index],
@@ -196,9 +196,15 @@ class Lives(Paths):
         first, size = self.starts[which], self.size[which]
         if not len(first):
             return NOTHING_OPEN
-        kept = np.arange(int(size.sum())) + np.repeat(first - (np.cumsum(size) - size), size)
+        kept = laid_out(first, size)
         kept = kept[np.argsort(self.order[kept])]
         return Open(self.records[self.order[kept]], self.number[kept], self.cross[kept])
+
+
+def laid_out(starts: Ints, size: Ints) -> Ints:
+    """The indices of stretches that begin at `starts` and are `size` long, one stretch after the other."""
+    index: Ints = np.arange(int(size.sum())) + np.repeat(starts - (np.cumsum(size) - size), size)
+    return index
 
 
 def named(first: Records) -> Ids:

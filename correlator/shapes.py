@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from correlator.hops import Crossed, Measured, measure
 from correlator.identity import CODE_BITS, Resolver
-from correlator.lives import Ints, Lives, Mask, Paths
+from correlator.lives import Ints, Lives, Mask, Paths, laid_out
 from mace.ordering import GOLDEN, grouped
 from mace.schema import Outcome
 
@@ -27,6 +27,8 @@ _NUMBER_AT: Final = 8
 """Bits of a record's code below its device number: hook, and whether the packet came to the device there."""
 _WEIGHTS: Final = 1 << 8
 """Records of a life that are told apart by where they stand; what comes behind is compared all the same."""
+_TIMES: Final = ("inner", "outer", "inner_stamp", "outer_stamp", "outer_edge")
+"""The fields of `Crossed` that are times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class _Alike:
 
 
 def measure_all(lives: Lives, which: Mask, resolver: Resolver, *, crossings: bool) -> Measured:
-    """What `correlator.hops.measure` finds in the lives in `which`, row for row; `crossed` only if asked for."""
+    """What `correlator.hops.measure` finds in the lives in `which`, row for row; `crossed` only if need be."""
     alike = _alike(lives, np.flatnonzero(which))
     if alike is None:
         return measure(lives, which, resolver)
@@ -68,13 +70,10 @@ def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
     of_kind = np.zeros(len(size), np.int64)
     of_kind[chosen] = paths.starts[kind]
     at = position + np.repeat(of_kind, size)
-    compared = np.ones(len(code), np.bool_)
-    if len(chosen) < len(size):
-        inside = np.zeros(len(size), np.bool_)
-        inside[chosen] = True
-        compared = np.repeat(inside, size)
+    left_out = np.ones(len(size), np.bool_)
+    left_out[chosen] = False
     equal = _codes(paths).take(at, mode="clip") == code
-    if (equal | ~compared).all() and all(
+    if (equal | np.repeat(left_out, size)).all() and all(
         np.array_equal(of_shape[kind], of_life[chosen])
         for of_shape, of_life in ((paths.size, size), (paths.freed, lives.freed))
     ):
@@ -105,9 +104,7 @@ def _spread(lives: Lives, alike: _Alike, told: Measured, *, crossings: bool) -> 
     ts, starts = lives.ts, lives.starts[alike.lives]
     rows = np.bincount(told.life, minlength=len(alike.paths.starts))
     count = rows[alike.kind]
-    row = np.arange(int(count.sum())) + np.repeat(
-        (np.cumsum(rows) - rows)[alike.kind] - (np.cumsum(count) - count), count
-    )
+    row = laid_out((np.cumsum(rows) - rows)[alike.kind], count)
     begin = np.repeat(starts, count) + told.ts[row]
     dropped, unclear = (np.zeros(len(lives.starts), np.bool_) for _ in range(2))
     outcome = np.where(lives.freed, np.uint8(Outcome.CONSUMED), np.uint8(Outcome.OPEN))
@@ -145,6 +142,3 @@ def _crossed(lives: Lives, alike: _Alike, told: Crossed) -> Crossed:
         direction=told.direction[one],
         **times,
     )
-
-
-_TIMES: Final = ("inner", "outer", "inner_stamp", "outer_stamp", "outer_edge")

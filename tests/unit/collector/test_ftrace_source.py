@@ -275,7 +275,7 @@ def test_what_was_given_out_need_not_wait_for_the_next_tick(kernel):
 
 
 def woken(kernel, do):
-    """Whether a source that would rest for a minute takes records at once when `do` is done, in another thread."""
+    """Whether a source that would rest for ten seconds takes records at once when `do` is done, in another thread."""
     kernel.filled = False
     follower = MadeFollower(())
     source = FtraceSource(FtraceConfig(poll_interval_s=0.001, gather_interval_s=10), devices=follower)
