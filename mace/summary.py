@@ -36,8 +36,10 @@ COUNTS_AS: Final = {
     Segment.OVERHEAD: "whole",
 }
 """What people read for a segment."""
-_PENDING_BINS: Final = 1 << 14
-"""Bins that may wait to be merged, per histogram: bounds memory, and makes merging rare."""
+_PENDING_BYTES: Final = 1 << 15
+"""What may wait to be merged, per histogram: bounds memory, and makes merging rare."""
+_ARRAY_BYTES: Final = 112
+"""What an array takes beside its values."""
 
 
 def ranks(devices: Sequence[Device]) -> list[int]:
@@ -111,10 +113,11 @@ class Distribution:
         self.max_ns = max(self.max_ns, max_ns) if self.count else max_ns
         self.count += count
         self.sum_ns += sum_ns
-        self._bins.append(np.asarray(bins, np.int64))
-        self._counts.append(np.asarray(counts, np.int64))
-        self._pending += len(bins)
-        if self._pending > _PENDING_BINS:
+        # Copies: what comes is a part of the arrays of many windows, which would be kept whole with it.
+        self._bins.append(np.array(bins, np.int64))
+        self._counts.append(np.array(counts, np.int64))
+        self._pending += 2 * (_ARRAY_BYTES + self._bins[-1].nbytes)
+        if self._pending > _PENDING_BYTES:
             self.histogram()
 
     def __iadd__(self, other: Distribution) -> Self:

@@ -368,7 +368,7 @@ class EmbeddedStore:
     def merge(self) -> int:
         """Merge small segments; the number of segments that went away. Never raises: nothing is lost without it.
 
-        Holds at most `ROW_GROUP_ROWS` rows in memory (and the last batch read), of windows as many as weigh that.
+        Holds at most `MERGE_ROWS` rows in memory (and the last batch read), of windows as many as weigh that.
         """
         gone = 0
         for table in segments.TABLES:
@@ -382,6 +382,9 @@ class EmbeddedStore:
                 except (OSError, pa.ArrowInvalid, StoreError) as e:
                     log.warning("%s: merging %d segments: %s", self.path, len(group), e)
                     continue
+                finally:
+                    # Arrow's allocator keeps what a thread has freed for that thread, 50 MB here, which seldom asks again.
+                    pa.default_memory_pool().release_unused()
                 gone += len(group) - 1
         self.merged += gone
         return gone
@@ -403,7 +406,7 @@ class EmbeddedStore:
         """Write the rows of a group to `target`; notes a segment that cannot be read and raises."""
         schema = tables.SCHEMAS[group[0].table]
         names = [f.name for f in schema if pa.types.is_dictionary(f.type)]
-        most = tables.ROW_GROUP_ROWS // segments.ROW_WEIGHT[group[0].table]
+        most = segments.MERGE_ROWS // segments.ROW_WEIGHT[group[0].table]
         waiting: list[pa.Table] = []
         waits = written = 0
 

@@ -43,8 +43,11 @@ FULL_ROWS: Final = 1 << 17
 file no longer counts."""
 MERGED_ROWS: Final = 1 << 20
 """Merged segments hold at most as many rows; bounds the time of one merge (about 1 s)."""
+MERGE_ROWS: Final = 1 << 16
+"""Rows that merging holds at a time, and of a merged segment's row groups. A quarter of `tables.ROW_GROUP_ROWS`: it goes
+on beside everything else that the store does, and costs 1 % in size."""
 ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {"windows": 32}
-"""As how many rows one of a table counts in these two: a window has a histogram with it, hundreds of numbers."""
+"""As how many rows one of a table counts in these three: a window has a histogram with it, hundreds of numbers."""
 FAN_IN: Final = 32
 """As many small segments are merged while their hour may still grow: half a minute of 1 s flushes."""
 

@@ -1,5 +1,7 @@
 import io
 import json
+import tracemalloc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +54,23 @@ def test_a_distribution_is_what_was_added():
     )
     assert delays.quantiles() == quantiles(bins, counts).tolist()
     assert delays.as_dict()["mean_ns"] == round(values.mean(), 1)
+
+
+def test_a_distribution_holds_no_more_of_a_long_run_than_of_a_short_one():
+    """Windows are parts of the arrays of all windows of a moment, and rare ones come for days."""
+    delays, all_windows = Distribution(), np.arange(1000)
+    kept = weakref.ref(all_windows)
+    delays.add(10, 45, 0, 9, all_windows[:10], np.ones(10, np.int64))
+    del all_windows
+    assert kept() is None
+    tracemalloc.start()
+    try:
+        for n in range(20_000):
+            delays.add(1, 5, 5, 5, np.array([n % 50]), np.array([1]))
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
+    assert delays.histogram()[1].sum() == delays.count == 20_010
 
 
 def test_an_empty_distribution_is_all_zero():

@@ -1,9 +1,12 @@
 import asyncio
 import json
+import multiprocessing
 import os
 import resource
 import signal
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -239,7 +242,7 @@ def test_merging_changes_the_files_and_not_the_rows(tmp_path):
 
 def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch):
     """So that merging, and reading, never holds many histograms at a time."""
-    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 4 * segments.ROW_WEIGHT["windows"])
+    monkeypatch.setattr(segments, "MERGE_ROWS", 4 * segments.ROW_WEIGHT["windows"])
 
     async def run():
         sink = store(tmp_path, flush_rows=1)
@@ -258,6 +261,38 @@ def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch)
     assert merged.rows > 8
     found = pq.read_metadata(merged.path)
     assert max(found.row_group(n).num_rows for n in range(found.num_row_groups)) <= 4
+
+
+def test_merging_gives_back_what_it_took(tmp_path):
+    """A long run's memory is flat. In a process of its own, whose allocator has nothing at hand yet."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
+        before, after = own.submit(resident_around_merging, tmp_path).result(timeout=60)
+    assert len(segments.listing(tmp_path, "delays")) == 1
+    assert after - before < 48 << 20
+
+
+def resident_around_merging(path):
+    """Bytes before and after merging small segments into one that is full."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    async def run():
+        sink = store(path, flush_rows=1)
+        await sink.open(header())
+        delays = make_delays(segments.MERGED_ROWS // segments.FAN_IN // 7)
+        for _ in range(segments.FAN_IN):
+            await sink.write(make_results(delays))
+        await sink._submit()
+        sink._encoding and await sink._encoding
+        before = resident()
+        with ThreadPoolExecutor(1) as merger:
+            await asyncio.get_running_loop().run_in_executor(merger, sink.merge)
+            after = resident()
+        await sink.aclose()
+        return before, after
+
+    return asyncio.run(run())
 
 
 def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
