@@ -35,7 +35,6 @@ from mace.wire import Head, parse_head
 from storage import SINKS
 from storage.fleet import FleetStore, RunPart
 from storage.journal import Commit, Journal, Kind, Place
-from storage.memory import hold_little
 from storage.shared import StreamOfSink
 
 _LOG: Final = logging.getLogger(__name__)
@@ -396,7 +395,6 @@ def _is_failure(answer: Any) -> bool:
 def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s: float | None) -> dict[str, Any]:
     """Run until a signal, or for a time; what was counted."""
     keep_freed_memory()
-    hold_little()
     gc.set_threshold(*_COLLECTED)
 
     async def work() -> dict[str, Any]:

@@ -29,7 +29,6 @@ from mace.summary import Summary
 from mace.vitals import Vitals
 from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
-from storage.memory import hold_little
 from storage.shared import Alone
 
 Until = Callable[[], Awaitable[object]]
@@ -50,7 +49,6 @@ class Session:
         self._header: StreamHeader | None = None
         """Of what was observed last."""
         keep_freed_memory()
-        hold_little()
 
     @property
     def stopped(self) -> bool:

@@ -383,7 +383,7 @@ class EmbeddedStore:
                     log.warning("%s: merging %d segments: %s", self.path, len(group), e)
                     continue
                 finally:
-                    # Arrow's allocator keeps what a thread has freed for that thread, 50 MB here, which seldom asks again.
+                    # Arrow's allocator keeps what a thread has freed for that thread; this one seldom asks again.
                     pa.default_memory_pool().release_unused()
                 gone += len(group) - 1
         self.merged += gone

@@ -44,8 +44,8 @@ file no longer counts."""
 MERGED_ROWS: Final = 1 << 20
 """Merged segments hold at most as many rows; bounds the time of one merge (about 1 s)."""
 MERGE_ROWS: Final = 1 << 16
-"""Rows that merging holds at a time, and of a merged segment's row groups. A quarter of `tables.ROW_GROUP_ROWS`: it goes
-on beside everything else that the store does, and costs 1 % in size."""
+"""Rows that merging holds at a time, and of a merged segment's row groups. A quarter of `tables.ROW_GROUP_ROWS`,
+since merging goes on beside everything else that a store does; costs 1 % in size."""
 ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {"windows": 32}
 """As how many rows one of a table counts in these three: a window has a histogram with it, hundreds of numbers."""
 FAN_IN: Final = 32

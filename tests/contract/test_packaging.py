@@ -122,7 +122,7 @@ def test_imports_come_from_this_tree() -> None:
 def test_application_not_library() -> None:
     assert "Private :: Do Not Upload" in PROJECT["project"]["classifiers"]
     scripts = importlib.metadata.entry_points(group="console_scripts", name="mace")
-    assert [script.value for script in scripts] == ["mace.cli:main"]
+    assert [script.value for script in scripts] == ["mace.__main__:main"]
 
 
 @pytest.mark.parametrize("package", TOP_LEVEL)

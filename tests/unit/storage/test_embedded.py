@@ -16,7 +16,7 @@ from mace.errors import StoreError
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.schema import Delays, HookCost
-from storage import segments, tables
+from storage import segments
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
