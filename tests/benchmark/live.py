@@ -5,6 +5,8 @@ import os
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,19 @@ PACED_PPS = 5_600.0
 PROBES = 40
 
 
-def _start(lab: str, store: Path, *options: str) -> subprocess.Popen[str]:
+@contextmanager
+def _measured(lab: str, store: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A `mace run` that is measuring; killed if the block has not ended it."""
     argv = [*MACE, "run", "--lab", lab, "--store", str(store), "--json", *options]
     started = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    while not (store / "runs").is_dir() and started.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    return started
+    try:
+        while not (store / "runs").is_dir() and started.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        yield started
+    finally:
+        started.kill()
+        started.wait()
 
 
 def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
@@ -39,8 +47,11 @@ def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
 
 def under_flood() -> list[dict[str, Any]]:
     """30 s of what the machine gives, 8 MiB per CPU; targets: nothing lost, under one core, under 300 MiB."""
-    with folder() as place, running(Spec(name="flood", containers=2)) as lab:
-        run = _start("flood", place / "store", "--ring-mib", "8")
+    with (
+        folder() as place,
+        running(Spec(name="flood", containers=2)) as lab,
+        _measured("flood", place / "store", "--ring-mib", "8") as run,
+    ):
         cpu, begin = cpu_s(run.pid), time.monotonic()
         flood(lab, FLOOD_S)
         seconds = time.monotonic() - begin
@@ -56,8 +67,11 @@ def under_flood() -> list[dict[str, Any]]:
 
 def soak() -> list[dict[str, Any]]:
     """100,000 events/s for ten minutes; target: memory is flat. The slope is of the last nine tenths."""
-    with folder() as place, running(Spec(name="soak", containers=2)) as lab:
-        run = _start("soak", place / "store")
+    with (
+        folder() as place,
+        running(Spec(name="soak", containers=2)) as lab,
+        _measured("soak", place / "store") as run,
+    ):
         flows = [
             lab.start_udp(name, count=100_000_000, rate_pps=PACED_PPS, duration_s=SOAK_S, size=18)
             for name in lab.containers
@@ -88,20 +102,20 @@ def dead_database() -> list[dict[str, Any]]:
         try:
             config = place / "mace.toml"
             config.write_text(f'[sinks.influxdb]\nspool = "{place}/spool"\nspool_mib = 4096\nclose_s = 120\n')
-            run = _start("dead", place / "store", "--influxdb", server.url, "--config", str(config))
-            flows = [
-                lab.start_udp(name, count=100_000_000, rate_pps=PACED_PPS, duration_s=DEAD_S, size=18)
-                for name in lab.containers
-            ]
-            time.sleep(DEAD_S / 12)
-            server.kill()
-            time.sleep(DEAD_S * 10 / 12)
-            spooled = sum(path.stat().st_size for path in (place / "spool").rglob("*") if path.is_file())
-            server.start()
-            for flow in flows:
-                flow.wait()
-            found = _end(run)
-            account, ledger = found["sinks"]["influxdb"], found["ledger"]
+            with _measured("dead", place / "store", "--influxdb", server.url, "--config", str(config)) as run:
+                flows = [
+                    lab.start_udp(name, count=100_000_000, rate_pps=PACED_PPS, duration_s=DEAD_S, size=18)
+                    for name in lab.containers
+                ]
+                time.sleep(DEAD_S / 12)
+                server.kill()
+                time.sleep(DEAD_S * 10 / 12)
+                spooled = sum(path.stat().st_size for path in (place / "spool").rglob("*") if path.is_file())
+                server.start()
+                for flow in flows:
+                    flow.wait()
+                found = _end(run)
+                account, ledger = found["sinks"]["influxdb"], found["ledger"]
             rows = sum(server.rows().values())
         finally:
             server.stop()
@@ -117,8 +131,11 @@ def dead_database() -> list[dict[str, Any]]:
 def visibility() -> list[dict[str, Any]]:
     """From a packet to the first reader that can see its row; target: 2 s at most. One ping at a time."""
     waits = []
-    with folder() as place, running(Spec(name="seen")) as lab:
-        run = _start("seen", place / "store")
+    with (
+        folder() as place,
+        running(Spec(name="seen")) as lab,
+        _measured("seen", place / "store") as run,
+    ):
         store = Store(place / "store")
         for probe in range(PROBES):
             size = 200 + probe
