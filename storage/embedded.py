@@ -17,8 +17,10 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -127,6 +129,10 @@ class EmbeddedStore:
         self._closing = threading.Event()
         self._failure: StoreError | None = None
         self._damaged: set[Path] = set()
+        # For merging: hours that were written to, those it is to look at, and the newest flush that it may touch.
+        self._put_in: deque[tuple[str, int]] = deque()
+        self._unmerged = {table: {NO_HOUR} for table in segments.TABLES}
+        self._settled = sys.maxsize
         self.rows_stored = 0
         """Rows of `delays` that are in segments."""
         self.rows_not_stored = 0
@@ -344,6 +350,8 @@ class EmbeddedStore:
         target = segments.segment(self.path, table, hour, self._flush, self._flush, len(rows))
         data = memoryview(tables.encode(rows, table))
         segments.write_whole(target.path, segments.write_bytes(data), fsync=self._fsync)
+        # Only now: merging, in its own thread, looks once at what it is told of.
+        self._put_in.append((table, hour))
 
     def _cannot(self, what: str, e: OSError | StoreError) -> StoreError:
         why = (e.strerror if isinstance(e, OSError) else None) or str(e)
@@ -368,11 +376,24 @@ class EmbeddedStore:
     def merge(self) -> int:
         """Merge small segments; the number of segments that went away. Never raises: nothing is lost without it.
 
-        Holds at most `MERGE_ROWS` rows in memory (and the last batch read), of windows as many as weigh that.
+        Looks once at all hours, then from the earliest on that may have something to merge: a store of months has
+        thousands. Holds at most `MERGE_ROWS` rows in memory (and the last batch read), of windows as many as weigh
+        that.
         """
-        gone = 0
-        for table in segments.TABLES:
-            for group in self.mergeable(table):
+        gone, upto = 0, self._settled
+        while self._put_in:
+            table, hour = self._put_in.popleft()
+            self._unmerged[table].add(hour)
+        for table, hours in self._unmerged.items():
+            if not hours:
+                continue
+            found = segments.listing(self.path, table, min(hours) * HOUR_NS)
+            settled = [each for each in found if each.last <= upto]
+            # The newest hour is merged as it grows, or once there is a newer one.
+            hours.clear()
+            hours.update(each.hour for each in settled[-1:])
+            hours.update(each.hour for each in found if each.last > upto)
+            for group in segments.mergeable(settled, self._damaged):
                 if self._closing.is_set():
                     return gone
                 try:
@@ -381,6 +402,7 @@ class EmbeddedStore:
                     continue  # retention was faster
                 except (OSError, pa.ArrowInvalid, StoreError) as e:
                     log.warning("%s: merging %d segments: %s", self.path, len(group), e)
+                    hours.add(group[0].hour)
                     continue
                 finally:
                     # Arrow's allocator keeps what a thread has freed for that thread; this one seldom asks again.
@@ -388,10 +410,6 @@ class EmbeddedStore:
                 gone += len(group) - 1
         self.merged += gone
         return gone
-
-    def mergeable(self, table: str) -> list[list[Segment]]:
-        """Groups of a table's segments that are better merged."""
-        return segments.mergeable(segments.listing(self.path, table), self._damaged)
 
     def _merge(self, group: list[Segment]) -> None:
         first, last = group[0], group[-1]

@@ -26,7 +26,7 @@ from mace.summary import ranks
 from mace.windowtable import WindowTable
 from storage import segments, tables
 from storage.embedded import EmbeddedStore
-from storage.segments import HOUR_NS, NO_HOUR, Segment
+from storage.segments import HOUR_NS, NO_HOUR
 
 _LOG: Final = logging.getLogger(__name__)
 _MAINTENANCE_S: Final = 5.0
@@ -65,6 +65,7 @@ class FleetStore(EmbeddedStore):
         max_bytes: int | None = None,
     ) -> None:
         super().__init__(path, fsync=fsync, max_age_s=max_age_s, max_bytes=max_bytes)
+        # What no journal knows yet must not be merged: it could not be put back.
         self._settled = 0
         self._known: set[tuple[str, str]] = set()
         self._maintained = self._retained = 0.0
@@ -125,11 +126,6 @@ class FleetStore(EmbeddedStore):
                 await self._merging
         finally:
             self._release()
-
-    def mergeable(self, table: str) -> list[list[Segment]]:
-        """Of what is settled only: a merged segment could not be put back."""
-        old = [each for each in segments.listing(self.path, table) if each.last <= self._settled]
-        return segments.mergeable(old, self._damaged)
 
     def _write_flush(self, parts: Sequence[RunPart]) -> int:
         try:

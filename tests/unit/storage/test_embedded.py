@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -319,6 +320,101 @@ def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
     assert read.delays().num_rows == sum(s.rows for s in read.segments("delays"))
     assert list(read.damaged) == [victim]
     assert read.rows_damaged() > 0
+
+
+class Hours:
+    """A store of which each flush is a segment of the hour that a test says."""
+
+    def __init__(self, path, sink):
+        self.path, self.sink, self.packets = path, sink, 0
+
+    async def write(self, *hours):
+        for hour in hours:
+            delays = make_delays(3, first_packet=self.packets, start_ns=START_NS + hour * HOUR_NS)
+            self.packets += 3
+            await self.sink.write(make_results(delays))
+            await self.sink._submit()
+            await self.sink._encoding
+
+    def segments(self):
+        """How many each hour has."""
+        return Counter(s.hour - START_NS // HOUR_NS for s in segments.listing(self.path, "delays"))
+
+
+def with_hours(path, work):
+    async def run():
+        sink = store(path, flush_rows=1 << 20)
+        await sink.open(header())
+        try:
+            return await work(Hours(path, sink))
+        finally:
+            await sink.aclose()
+
+    return asyncio.run(run())
+
+
+def test_merging_looks_at_past_hours_once(tmp_path, monkeypatch):
+    """A store of months has thousands of them, and is looked at every few seconds."""
+    looked = []
+    listing = segments.listing
+
+    def listed(root, table, since_ns=None, *args, **options):
+        if table == "delays":
+            looked.append(since_ns // HOUR_NS - START_NS // HOUR_NS if since_ns >= 0 else "all")
+        return listing(root, table, since_ns, *args, **options)
+
+    async def work(hours):
+        await hours.write(0, 0, 1, 2, 2)
+        monkeypatch.setattr(segments, "listing", listed)
+        for _ in range(2):
+            hours.sink.merge()
+        await hours.write(3)
+        for _ in range(2):
+            hours.sink.merge()
+        await hours.write(1)
+        for _ in range(2):
+            hours.sink.merge()
+        monkeypatch.undo()
+        return hours.segments()
+
+    assert with_hours(tmp_path, work) == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert looked == ["all", 2, 2, 3, 1, 3]
+
+
+def test_an_hour_that_could_not_be_merged_is_looked_at_again(tmp_path, monkeypatch, caplog):
+    async def work(hours):
+        await hours.write(0, 0, 1, 1, 2)
+
+        def on_a_full_disk(group):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(hours.sink, "_merge", on_a_full_disk)
+            hours.sink.merge()
+        before = hours.segments()
+        hours.sink.merge()
+        return before, hours.segments()
+
+    before, after = with_hours(tmp_path, work)
+    assert before == {0: 2, 1: 2, 2: 1}
+    assert after == {0: 1, 1: 1, 2: 1}
+    assert "No space left on device" in caplog.text
+
+
+def test_what_is_not_settled_is_merged_once_it_is(tmp_path):
+    async def work(hours):
+        await hours.write(0, 0)
+        hours.sink._settled = hours.sink._flush - 1
+        await hours.write(0, 1, 1)
+        hours.sink.merge()
+        before = hours.segments()
+        hours.sink._settled = hours.sink._flush - 1
+        hours.sink.merge()
+        return before, hours.segments()
+
+    before, after = with_hours(tmp_path, work)
+    assert before == {0: 3, 1: 2}
+    assert after == {0: 1, 1: 2}
 
 
 def test_retention_runs_at_open(tmp_path):
