@@ -377,8 +377,8 @@ class EmbeddedStore:
         """Merge small segments; the number of segments that went away. Never raises: nothing is lost without it.
 
         Looks once at all hours, then from the earliest on that may have something to merge: a store of months has
-        thousands. Holds at most `MERGE_ROWS` rows in memory (and the last batch read), of windows as many as weigh
-        that.
+        thousands. Holds at most `MERGE_BATCH_ROWS` rows in memory (and the last batch read), of windows as many as
+        weigh that.
         """
         gone, upto = 0, self._settled
         while self._put_in:
@@ -424,7 +424,7 @@ class EmbeddedStore:
         """Write the rows of a group to `target`; notes a segment that cannot be read and raises."""
         schema = tables.SCHEMAS[group[0].table]
         names = [f.name for f in schema if pa.types.is_dictionary(f.type)]
-        most = segments.MERGE_ROWS // segments.ROW_WEIGHT[group[0].table]
+        most = segments.MERGE_BATCH_ROWS // segments.ROW_WEIGHT[group[0].table]
         waiting: list[pa.Table] = []
         waits = written = 0
 

@@ -43,7 +43,7 @@ FULL_ROWS: Final = 1 << 17
 file no longer counts."""
 MERGED_ROWS: Final = 1 << 20
 """Merged segments hold at most as many rows; bounds the time of one merge (about 1 s)."""
-MERGE_ROWS: Final = 1 << 16
+MERGE_BATCH_ROWS: Final = 1 << 16
 """Rows that merging holds at a time, and of a merged segment's row groups. A quarter of `tables.ROW_GROUP_ROWS`,
 since merging goes on beside everything else that a store does; costs 1 % in size."""
 ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {"windows": 32}

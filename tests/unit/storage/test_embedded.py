@@ -243,7 +243,7 @@ def test_merging_changes_the_files_and_not_the_rows(tmp_path):
 
 def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch):
     """So that merging, and reading, never holds many histograms at a time."""
-    monkeypatch.setattr(segments, "MERGE_ROWS", 4 * segments.ROW_WEIGHT["windows"])
+    monkeypatch.setattr(segments, "MERGE_BATCH_ROWS", 4 * segments.ROW_WEIGHT["windows"])
 
     async def run():
         sink = store(tmp_path, flush_rows=1)
