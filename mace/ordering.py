@@ -41,10 +41,10 @@ def grouped(values: npt.NDArray[np.uint64]) -> tuple[Ints, Mask]:
     order: Ints = digit.argsort(kind="stable")
     same, together = _as_before(values[order]), _as_before(digit[order])
     if np.count_nonzero(together & ~same) > len(values) // 8:
-        # Many different values: two digits, the lower one first.
-        order = _digit(hashed, 2 * _DIGIT_BITS).argsort(kind="stable")
-        order = order[digit[order].argsort(kind="stable")]
-        same, together = _as_before(values[order]), _as_before(hashed[order] >> np.uint64(2 * _DIGIT_BITS))
+        # Many different values: two digits.
+        digits = hashed >> np.uint64(2 * _DIGIT_BITS)
+        order = stable_order(digits)
+        same, together = _as_before(values[order]), _as_before(digits[order])
     mixed = together & ~same
     if mixed.any():
         # Different values with the same digits: those are sorted within their places.

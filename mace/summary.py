@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from sys import getsizeof
 from typing import Any, Final, Self
 
 import numpy as np
@@ -38,8 +39,6 @@ COUNTS_AS: Final = {
 """What people read for a segment."""
 _PENDING_BYTES: Final = 1 << 15
 """What may wait to be merged, per histogram: bounds memory, and makes merging rare."""
-_ARRAY_BYTES: Final = 112
-"""What an array takes beside its values."""
 
 
 def ranks(devices: Sequence[Device]) -> list[int]:
@@ -116,7 +115,7 @@ class Distribution:
         # Copies: what comes is a part of the arrays of many windows, which would be kept whole with it.
         self._bins.append(np.array(bins, np.int64))
         self._counts.append(np.array(counts, np.int64))
-        self._pending += 2 * (_ARRAY_BYTES + self._bins[-1].nbytes)
+        self._pending += 2 * getsizeof(self._bins[-1])
         if self._pending > _PENDING_BYTES:
             self.histogram()
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mace.lab import Spec, running
+from mace.lab import Flow, Lab, Spec, UdpResult, running
 from storage.query import Filter, Store
 from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, flood, folder, peak_mib, resident_mib
 from tests.servers import Influx
@@ -18,8 +18,6 @@ from tests.servers import Influx
 FLOOD_S = 30
 SOAK_S = float(os.environ.get("MACE_BENCH_SOAK_S", "600"))
 DEAD_S = 60.0
-PACED_PPS = 5_600.0
-"""From each of two containers, somewhat over nine events a datagram: a little more than 100,000 events/s."""
 PROBES = 40
 
 
@@ -27,15 +25,14 @@ PROBES = 40
 def _measured(lab: str, store: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """A `mace run` that is measuring; killed if the block has not ended it."""
     argv = [*MACE, "run", "--lab", lab, "--store", str(store), "--json", *options]
-    started = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        while not (store / "runs").is_dir() and started.poll() is None:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        yield started
-    finally:
-        started.kill()
-        started.wait()
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT) as started:
+        try:
+            while not (store / "runs").is_dir() and started.poll() is None:
+                time.sleep(0.05)
+            time.sleep(0.5)
+            yield started
+        finally:
+            started.kill()
 
 
 def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
@@ -43,6 +40,13 @@ def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
     out, _ = run.communicate()
     found: dict[str, Any] = json.loads(out)
     return found
+
+
+def _paced(lab: Lab, seconds: float) -> list[Flow[UdpResult]]:
+    """UDP from each container, somewhat over nine events a datagram: a little more than 100,000 events/s from two."""
+    return [
+        lab.start_udp(name, count=100_000_000, rate_pps=5_600.0, duration_s=seconds, size=18) for name in lab.containers
+    ]
 
 
 def under_flood() -> list[dict[str, Any]]:
@@ -72,10 +76,7 @@ def soak() -> list[dict[str, Any]]:
         running(Spec(name="soak", containers=2)) as lab,
         _measured("soak", place / "store") as run,
     ):
-        flows = [
-            lab.start_udp(name, count=100_000_000, rate_pps=PACED_PPS, duration_s=SOAK_S, size=18)
-            for name in lab.containers
-        ]
+        flows = _paced(lab, SOAK_S)
         begin, samples = time.monotonic(), []
         while any(flow.running for flow in flows):
             samples.append((time.monotonic() - begin, resident_mib(run.pid)))
@@ -103,10 +104,7 @@ def dead_database() -> list[dict[str, Any]]:
             config = place / "mace.toml"
             config.write_text(f'[sinks.influxdb]\nspool = "{place}/spool"\nspool_mib = 4096\nclose_s = 120\n')
             with _measured("dead", place / "store", "--influxdb", server.url, "--config", str(config)) as run:
-                flows = [
-                    lab.start_udp(name, count=100_000_000, rate_pps=PACED_PPS, duration_s=DEAD_S, size=18)
-                    for name in lab.containers
-                ]
+                flows = _paced(lab, DEAD_S)
                 time.sleep(DEAD_S / 12)
                 server.kill()
                 time.sleep(DEAD_S * 10 / 12)

@@ -7,7 +7,6 @@ import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ from mace.errors import StoreError
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.schema import Delays, HookCost
+from mace.vitals import process_figures
 from storage import segments
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store
@@ -27,6 +27,12 @@ HOUR_NS = segments.HOUR_NS
 
 def store(path, **changes):
     return EmbeddedStore(path, **({"fsync": False, "flush_interval_s": 60.0} | changes))
+
+
+async def flushed(sink):
+    """What was written is in segments."""
+    await sink._submit()
+    sink._encoding and await sink._encoding
 
 
 async def fill(path, results, run="run-1", **changes):
@@ -252,8 +258,7 @@ def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch)
             await sink.write(
                 make_results(make_delays(3, first_packet=3 * n), windows=make_windows(make_delays(30))[:1])
             )
-        await sink._submit()
-        sink._encoding and await sink._encoding
+        await flushed(sink)
         sink.merge()
         await sink.aclose()
 
@@ -275,21 +280,17 @@ def test_merging_gives_back_what_it_took(tmp_path):
 def resident_around_merging(path):
     """Bytes before and after merging small segments into one that is full."""
 
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
     async def run():
         sink = store(path, flush_rows=1)
         await sink.open(header())
         delays = make_delays(segments.MERGED_ROWS // segments.FAN_IN // 7)
         for _ in range(segments.FAN_IN):
             await sink.write(make_results(delays))
-        await sink._submit()
-        sink._encoding and await sink._encoding
-        before = resident()
+        await flushed(sink)
+        before = process_figures()["resident_bytes"]
         with ThreadPoolExecutor(1) as merger:
             await asyncio.get_running_loop().run_in_executor(merger, sink.merge)
-            after = resident()
+            after = process_figures()["resident_bytes"]
         await sink.aclose()
         return before, after
 
@@ -302,8 +303,7 @@ def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
         await sink.open(header())
         for n in range(80):
             await sink.write(make_results(make_delays(3, first_packet=3 * n)))
-        await sink._submit()
-        sink._encoding and await sink._encoding
+        await flushed(sink)
         victim = segments.listing(tmp_path, "delays")[40].path
         victim.write_bytes(victim.read_bytes()[:200])
         sink.merge()
@@ -333,8 +333,7 @@ class Hours:
             delays = make_delays(3, first_packet=self.packets, start_ns=START_NS + hour * HOUR_NS)
             self.packets += 3
             await self.sink.write(make_results(delays))
-            await self.sink._submit()
-            await self.sink._encoding
+            await flushed(self.sink)
 
     def segments(self):
         """How many each hour has."""
