@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mace.processes import start_ticks
+
 _CLONE_NEWNET: Final = 0x40000000
 _MOUNTED: Final = re.compile(rb"^\S+ \S+ \S+ net:\[(\d+)\] (\S+) .* - nsfs ", re.MULTILINE)
 _NAMED: Final = re.compile(r"(?:/var)?/run(?:/user/\d+)?/netns/([^/]+)")
@@ -34,7 +36,7 @@ class Found:
     path: str = ""
     """Where it is mounted, if it is; reachable from this process."""
     pid: int = 0
-    """The lowest of its processes' ids, if it has one."""
+    """Its first process, if it has one: the longest there, not the lowest id, since ids start anew at their limit."""
 
 
 class Namespaces:
@@ -44,6 +46,7 @@ class Namespaces:
         self._file = Path("/proc/self/mountinfo").open("rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._mounts: dict[int, tuple[str, str]] = {}
         self._stale = True
+        self._first: dict[int, int] = {}
 
     def close(self) -> None:
         self._file.close()
@@ -60,24 +63,35 @@ class Namespaces:
         if self._stale:
             self._mounts = mounted()
             self._stale = False
-        processes = occupied()
+        self._first = {inode: _first(pids, self._first.get(inode, 0)) for inode, pids in occupied().items()}
         return {
-            inode: Found(inode, *self._mounts.get(inode, ("", "")), processes.get(inode, 0))
-            for inode in self._mounts.keys() | processes.keys()
+            inode: Found(inode, *self._mounts.get(inode, ("", "")), self._first.get(inode, 0))
+            for inode in self._mounts.keys() | self._first.keys()
         }
 
 
-def occupied() -> dict[int, int]:
-    """Inode of every namespace that has a process → the lowest process id in it.
+def occupied() -> dict[int, list[int]]:
+    """Inode of every namespace that has a process → the ids of all of them.
 
     Of each process the first thread counts: the others' namespaces are passing states (a runtime at work).
     """
-    first: dict[int, int] = {}
+    processes: dict[int, list[int]] = {}
     for pid in _processes():
         inode = inode_of(f"/proc/{pid}/ns/net")
         if inode is not None:
-            first[inode] = min(pid, first.get(inode, pid))
-    return first
+            processes.setdefault(inode, []).append(pid)
+    return processes
+
+
+def _first(pids: list[int], before: int) -> int:
+    """The process that was first before, for as long as it is there; else the one that started first."""
+    if before in pids:
+        return before
+    if len(pids) == 1:
+        return pids[0]
+    started = {pid: start_ticks(pid) for pid in pids}
+    # One that has ended since it was listed comes last.
+    return min(pids, key=lambda pid: (started[pid] < 0, started[pid], pid))
 
 
 def hidden() -> dict[int, Found]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from mace.errors import SourceError, Unavailable
+from mace.processes import start_ticks
 
 _log = logging.getLogger(__name__)
 
@@ -91,16 +92,6 @@ def write(path: Path, text: str) -> None:
         raise SourceError(f"{path}: the kernel refuses {text!r}: {error.strerror}") from error
 
 
-def _start_time(pid: int) -> int | None:
-    """Clock ticks after boot at which the process started; None if there is none (proc(5), stat field 22)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The command name, in parentheses, may hold anything: count from its end.
-    return int(stat.rpartition(")")[2].split()[19])
-
-
 def remove_leftovers(root: Path) -> list[str]:
     """Remove the instances of runs that are no more; their names.
 
@@ -110,7 +101,7 @@ def remove_leftovers(root: Path) -> list[str]:
     removed = []
     for instance in (root / "instances").iterdir():
         match = _NAME.fullmatch(instance.name)
-        if match is None or _start_time(int(match["pid"])) == int(match["start"]):
+        if match is None or start_ticks(int(match["pid"])) == int(match["start"]):
             continue
         try:
             instance.rmdir()
@@ -143,7 +134,7 @@ class Instance:
     def create(cls, root: Path) -> Instance:
         """A new, stopped instance. Raises `SourceError`."""
         pid = os.getpid()
-        path = root / "instances" / f"mace-{pid}-{_start_time(pid)}-{secrets.token_hex(4)}"
+        path = root / "instances" / f"mace-{pid}-{start_ticks(pid)}-{secrets.token_hex(4)}"
         try:
             path.mkdir()
         except OSError as error:

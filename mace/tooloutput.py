@@ -51,7 +51,7 @@ _PING_FLOOD: Final = re.compile("[.EC]*\x08[.EC \x08]*$|\\.+$")
 
 
 class PingOutput:
-    """iputils ping. `-D` gives it times, `user_clock` says that it ran with `-U`."""
+    """iputils ping, one run or several after one another. `-D` gives it times, `user_clock` says that it had `-U`."""
 
     def __init__(self, *, user_clock: bool = False) -> None:
         self.stamps = PING_USER if user_clock else PING
@@ -61,18 +61,24 @@ class PingOutput:
         self._overhead = 0
         """Bytes of headers around the payload, as the first line tells; 0: not known."""
         self._payload = 0
+        self._before = 0
+        """Requests of earlier runs."""
         self._sent = 0
         self._seq = NOT_TOLD
-        """Of the last reply, not wrapped."""
+        """Of the last reply of this run, not wrapped, and counted on from those before."""
+        self._last = 0
+        """The highest of these."""
 
     def line(self, text: str) -> int | None:
         if reply := _PING_REPLY.match(text):
             return self._reply(reply, text)
         if begins := _PING_BEGINS.match(text):
+            # One more run, if there was one: its numbers go on where the last's ended.
+            self._before, self._seq = max(self._sent, self._last), NOT_TOLD
             self._began, self._payload = True, int(begins["payload"])
             self._overhead = int(begins["total"]) - self._payload if begins["total"] else 0
         elif counts := _PING_COUNTS.match(text):
-            self._sent = int(counts["sent"])
+            self._sent = self._before + int(counts["sent"])
         elif _PING_FLOOD.match(text):
             raise UsageError(
                 "ping -f prints no line for a reply, so there is nothing to correct; `-i 0` is as fast and prints them"
@@ -97,7 +103,9 @@ class PingOutput:
             return None
         ours = self._overhead or IP_HEADER[family] + _ICMP_HEADER
         rtt_ns, unit_ns = decimal_ns(reply["time"], 1_000_000)
-        self._seq = seq if self._seq == NOT_TOLD else continued(self._seq, seq)
+        known = self._seq != NOT_TOLD
+        self._seq = self._before + (continued(self._seq - self._before, seq) if known else seq)
+        self._last = max(self._last, self._seq)
         return self._replies.add(
             stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
             seq=self._seq,
@@ -119,8 +127,7 @@ class PingOutput:
         replies = self.samples()
         answered = set(replies.seq.tolist())
         first = 1 if self._began else min(answered, default=1)
-        last = max(self._sent, max(answered, default=0))
-        return _with_unanswered(replies, first, last, answered)
+        return _with_unanswered(replies, first, max(self._sent, self._last), answered)
 
 
 def continued(before: int, seq: int) -> int:

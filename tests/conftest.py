@@ -140,6 +140,11 @@ def _victoria() -> str | None:
     return servers.missing_victoria()
 
 
+def _ns_last_pid() -> str | None:
+    found = os.access("/proc/sys/kernel/ns_last_pid", os.W_OK)
+    return None if found else "the kernel lets nobody choose process ids (CONFIG_CHECKPOINT_RESTORE)"
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -147,6 +152,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "docker": _docker,
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),
+    "ns_last_pid": _ns_last_pid,
     "tcpdump": lambda: _program("tcpdump", "--version"),
     # It says its version, and then exits as if it had been misused.
     "trace-cmd": lambda: _program("trace-cmd", "report", str(GOLDEN_TRACE)),

@@ -29,6 +29,7 @@ from uuid import uuid4
 from mace.errors import LabError, MaceError
 from mace.lab.netns import search_path
 from mace.lab.plan import Runtime, Spec
+from mace.processes import start_ticks, stat_fields
 
 STATE_DIR: Final = Path("/run/mace/labs")
 VERSION: Final = 1
@@ -202,16 +203,6 @@ def this_process() -> Process:
     return Process(os.getpid(), start_ticks(os.getpid()))
 
 
-def start_ticks(pid: int) -> int:
-    """When process `pid` started, in clock ticks since boot; -1 if there is none, or only its exit status is left."""
-    try:
-        # The command name, in parentheses, may itself hold blanks and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return -1
-    return -1 if fields[0] in "ZX" else int(fields[19])
-
-
 def processes(lab_id: str, member: str = "") -> list[int]:
     """Processes that carry the lab's id (and the member's name) in their environment.
 
@@ -287,11 +278,8 @@ def _environment(pid: int) -> set[bytes]:
 
 
 def _in_user_space(pid: int) -> bool:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return fields[0] not in "ZX" and not int(fields[6]) & _PF_KTHREAD
+    fields = stat_fields(pid)
+    return bool(fields) and fields[0] not in "ZX" and not int(fields[6]) & _PF_KTHREAD
 
 
 def _ancestry() -> set[int]:
@@ -299,10 +287,8 @@ def _ancestry() -> set[int]:
     pid = os.getpid()
     while pid not in chain:
         chain.add(pid)
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            break
+        fields = stat_fields(pid)
+        pid = int(fields[1]) if fields else 0
     return chain
 
 

@@ -348,6 +348,53 @@ def test_a_namespace_of_a_process_alone(machine: Machine) -> None:
     asyncio.run(_process_only(machine))
 
 
+@contextlib.contextmanager
+def guest_of_lower_id(host: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A process that visits the namespace of `host`, as if process ids had started anew before it came."""
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(host.pid // 2))
+    with subprocess.Popen(["nsenter", f"--target={host.pid}", "--net", "sleep", "1000"]) as guest:
+        try:
+            end_s = time.monotonic() + 5
+            while inode_of(f"/proc/{guest.pid}/ns/net") != inode_of(f"/proc/{host.pid}/ns/net"):
+                assert time.monotonic() < end_s
+                time.sleep(0.001)
+            assert guest.pid < host.pid
+            yield
+        finally:
+            guest.kill()
+
+
+async def _named_by_the_first(machine: Machine) -> None:
+    machine.add("host")
+    process = machine.process()
+    machine.ip("host", f"link add v0 type veth peer name eth0 netns {process.pid}")
+    inode = inode_of(f"/proc/{process.pid}/ns/net")
+
+    def name(devices: tuple[Device, ...]) -> str:
+        return next(d.container for d in devices if d.netns == inode and d.name == "eth0")
+
+    def look() -> str:
+        return name(snapshot(host_netns=machine.name("host"), docker_sockets=()))
+
+    async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.05) as seen:
+        before = look()
+        assert name(seen.all) == before
+        with guest_of_lower_id(process):
+            await asyncio.sleep(0.2)
+            seen.poll()
+            assert name(seen.all) == before, "a guest has given the container its name"
+            assert look() == before
+            process.kill()
+            process.wait()
+            await seen.until(lambda: name(seen.all) == look() != before)
+
+
+@pytest.mark.needs("ns_last_pid")
+def test_a_container_is_named_by_the_process_that_was_first(machine: Machine) -> None:
+    """Not by whoever visits it, such as the measurement itself, when process ids have started anew."""
+    asyncio.run(_named_by_the_first(machine))
+
+
 class Held:
     """A network namespace that nothing but an open socket keeps."""
 

@@ -5,6 +5,7 @@ import pytest
 
 from collector import tracefs
 from mace.errors import SourceError, Unavailable
+from mace.processes import start_ticks
 
 STATS = """\
 entries: 12
@@ -51,7 +52,7 @@ def test_not_mounted_and_not_to_be(monkeypatch):
 
 def test_only_what_dead_runs_left_is_removed(tmp_path):
     instances = tmp_path / "instances"
-    start = tracefs._start_time(os.getpid())
+    start = start_ticks(os.getpid())
     mine = f"mace-{os.getpid()}-{start}-00ff"
     reused_pid = f"mace-{os.getpid()}-{start - 1}-00ff"
     gone = "mace-4194304-17-00ff"  # above the largest PID there can be
@@ -91,11 +92,6 @@ def test_refused_writes_say_where_and_what(tmp_path):
         tracefs.write(tmp_path / "absent", "1")
     with pytest.raises(SourceError, match="absent: cannot be read"):
         tracefs.read(tmp_path / "absent")
-
-
-def test_start_time_survives_strange_names():
-    assert tracefs._start_time(os.getpid()) > 0
-    assert tracefs._start_time(4194305) is None
 
 
 def test_a_kernel_that_cannot_say_when_a_ring_fills_is_left_as_it_is(tmp_path):

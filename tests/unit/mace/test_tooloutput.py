@@ -149,6 +149,15 @@ def test_fping():
     assert set(samples.l4_seq) == {NOT_TOLD}
 
 
+def test_several_runs_of_ping_are_numbered_on():
+    """As a shell's loop prints them: in one order, each with its own numbers in the packets."""
+    samples, reader = told(PING4 + PING4.replace("56(84)", "100(128)") + PING4.partition("\n---")[0])
+    assert reader.unknown.count == 0
+    assert samples.seq.tolist() == [1, 2, 2, 5, 7, 8, 8, 11, 13, 14, 14, 17, 3, 4, 6, 9, 10, 12, 15, 16]
+    assert samples.l4_seq.tolist()[:12] == [1, 2, 2, 5] * 3
+    assert samples.request_len.tolist()[:12] == [84] * 4 + [128] * 4 + [84] * 4
+
+
 def test_fping_of_several_targets_is_refused():
     with pytest.raises(UsageError, match="one by one"):
         told(FPING5.replace("] 203.0.113.2 : [2]", "] 203.0.113.3 : [2]"))
