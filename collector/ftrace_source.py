@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import platform
 import secrets
 import select
@@ -25,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -430,8 +431,8 @@ class FtraceSource:
         self._decode()
         for reading in readings:
             cpu = reading.cpu
-            if reading.parts:
-                self._merger.push(cpu.cpu, self._with_markers(cpu, reading.parts))
+            for batch in self._with_markers(cpu, reading.parts):
+                self._merger.push(cpu.cpu, batch)
             cpu.complete_ns = max(cpu.complete_ns, reading.began_ns if reading.caught_up else reading.newest_ns)
             self._merger.complete(cpu.cpu, cpu.complete_ns)
         share = max(reading.pages for reading in readings) / self._ring_pages
@@ -465,13 +466,11 @@ class FtraceSource:
         self._gathered.clear()
         self._filled = 0
 
-    def _with_markers(self, cpu: _Cpu, parts: list[Decoded]) -> Batch:
-        """All records of one reading, with a `LOST` marker at each gap."""
-        gaps = [gap for part in parts for gap in part.gaps]
-        lost = iter(self._losses(cpu, [gap.lost for gap in gaps]))
-        pieces = []
+    def _with_markers(self, cpu: _Cpu, parts: list[Decoded]) -> Iterator[Batch]:
+        """The records of each part of one reading, with a `LOST` marker at each gap."""
+        lost = iter(self._losses(cpu, [gap.lost for part in parts for gap in part.gaps]))
         for part in parts:
-            start = 0
+            pieces, start = [], 0
             for gap in part.gaps:
                 pieces.append(part.batch[start : gap.index])
                 last = int(part.batch.ts_ns[gap.index - 1]) if gap.index else cpu.last_ns
@@ -481,7 +480,7 @@ class FtraceSource:
             pieces.append(part.batch[start:])
             if len(part.batch):
                 cpu.last_ns = int(part.batch.ts_ns[-1])
-        return Batch.concatenate(pieces)
+            yield Batch.concatenate(pieces)
 
     def _losses(self, cpu: _Cpu, counts: list[int | None]) -> list[int]:
         """How many events each gap lost.
@@ -548,12 +547,20 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def online_cpus(text: str | None = None) -> list[int]:
-    """CPU numbers of a list like `0-3,6` (Documentation/admin-guide/cputopology.rst); by default those online."""
-    if text is None:
-        text = Path("/sys/devices/system/cpu/online").read_text(encoding="ascii")
+def online_cpus() -> tuple[int, ...]:
+    """Numbers of the CPUs that are online; asked at every tick."""
+    fd = os.open("/sys/devices/system/cpu/online", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return cpu_list(os.read(fd, 1 << 16))
+    finally:
+        os.close(fd)
+
+
+@cache
+def cpu_list(text: bytes) -> tuple[int, ...]:
+    """CPU numbers of a list like `0-3,6` (Documentation/admin-guide/cputopology.rst)."""
     cpus: list[int] = []
-    for part in text.strip().split(","):
+    for part in text.decode("ascii").strip().split(","):
         first, _, last = part.partition("-")
         cpus.extend(range(int(first), int(last or first) + 1))
-    return cpus
+    return tuple(cpus)

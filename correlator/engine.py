@@ -55,8 +55,9 @@ class EngineConfig:
     slice_ns: int = 100_000_000
     """Stretch of time that is worked on at once; changes when rows come out, not what they are."""
     whole_batches: bool = False
-    """Whether a slice ends where a batch does, the first one that makes it as long, or before a `Progress`. Else it
-    ends at multiples of `slice_ns`, wherever batches do: then what is ended early (`open_records`) is the same too."""
+    """Whether a slice ends where a batch does: before a `Progress`, or before the next batch if it is as long by then.
+    Else it ends at multiples of `slice_ns`, wherever batches do: then what is ended early (`open_records`) is the same
+    too."""
     slice_records: int = 1 << 17
     """A slice is cut here if it gets larger: memory."""
     open_records: int = 1 << 22
@@ -158,13 +159,16 @@ class Engine:
 
     def _take(self, batch: Batch) -> list[Results]:
         results: list[Results] = []
-        size = self._config.slice_ns
+        size, whole = self._config.slice_ns, self._config.whole_batches
+        if whole and self._waiting_records and self._latest >= self._due_ns:
+            # Not when it came: most often a `Progress` comes right behind it, and ends the slice.
+            results.append(self._slice(self._latest))
         while len(batch):
             if self._waiting_records == 0:
                 first = int(batch.ts_ns[0])
                 if first >= self._resolver.changes_at_ns:
                     self._resolver.forget(first)
-                whole, changes_ns = self._config.whole_batches, self._resolver.changes_at_ns
+                changes_ns = self._resolver.changes_at_ns
                 self._due_ns = min(first + size if whole else first - first % size + size, changes_ns)
                 self._slice_end = changes_ns if whole else self._due_ns
             inside = (
@@ -178,7 +182,7 @@ class Engine:
                 self._latest = int(head.ts_ns[-1])
             if len(batch):
                 results.append(self._slice(min(int(batch.ts_ns[0]), self._slice_end)))
-            elif self._waiting_records == self._config.slice_records or self._latest >= self._due_ns:
+            elif self._waiting_records == self._config.slice_records or (not whole and self._latest >= self._due_ns):
                 results.append(self._slice(self._latest))
         return results
 

@@ -74,7 +74,7 @@ class Session:
 
                 def show(results: Results) -> None:
                     summary.add(results)
-                    if results.windows:
+                    if results.windows and view.auto_refresh:
                         view.update(summary.renderable())
 
                 def begin(header: StreamHeader) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from collector import ftrace_source, tracefs
 from collector.ftrace_rings import Taken
-from collector.ftrace_source import FtraceConfig, FtraceSource, online_cpus
+from collector.ftrace_source import FtraceConfig, FtraceSource, cpu_list
 from collector.gaps import settle
 from mace.errors import SourceError, Unavailable
 from mace.hooks import HOOKS, Hook
@@ -498,5 +498,5 @@ def test_configuration_that_makes_no_sense(wrong):
 
 
 def test_cpu_lists():
-    assert online_cpus("0\n") == [0]
-    assert online_cpus("0-2,5,7-8\n") == [0, 1, 2, 5, 7, 8]
+    assert cpu_list(b"0\n") == (0,)
+    assert cpu_list(b"0-2,5,7-8\n") == (0, 1, 2, 5, 7, 8)
