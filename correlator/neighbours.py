@@ -91,7 +91,7 @@ class Asked:
             & which[lives.life[1:]]
         )
         dev = lives.place[at] & (CODES - 1)
-        for code in np.unique(self.dev[self.dev >= 0]).tolist():
+        for code in sorted(set(self.dev[self.dev >= 0].tolist())):
             mine = at[dev == code]
             asked: Ints = self.ts[self.dev == code]
             answered: Ints = self.ts[self.dev == ~code]
