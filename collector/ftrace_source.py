@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-import os
 import platform
 import secrets
 import select
@@ -549,11 +548,7 @@ def boot_id() -> str:
 
 def online_cpus() -> tuple[int, ...]:
     """Numbers of the CPUs that are online; asked at every tick."""
-    fd = os.open("/sys/devices/system/cpu/online", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return cpu_list(os.read(fd, 1 << 16))
-    finally:
-        os.close(fd)
+    return cpu_list(Path("/sys/devices/system/cpu/online").read_bytes())
 
 
 @cache

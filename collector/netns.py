@@ -63,7 +63,7 @@ class Namespaces:
         if self._stale:
             self._mounts = mounted()
             self._stale = False
-        self._first = {inode: _first(pids, self._first.get(inode, 0)) for inode, pids in occupied().items()}
+        self._first = {inode: _first_of(pids, self._first.get(inode, 0)) for inode, pids in occupied().items()}
         return {
             inode: Found(inode, *self._mounts.get(inode, ("", "")), self._first.get(inode, 0))
             for inode in self._mounts.keys() | self._first.keys()
@@ -83,7 +83,7 @@ def occupied() -> dict[int, list[int]]:
     return processes
 
 
-def _first(pids: list[int], before: int) -> int:
+def _first_of(pids: list[int], before: int) -> int:
     """The process that was first before, for as long as it is there; else the one that started first."""
     if before in pids:
         return before

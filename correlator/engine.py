@@ -182,7 +182,7 @@ class Engine:
                 self._latest = int(head.ts_ns[-1])
             if len(batch):
                 results.append(self._slice(min(int(batch.ts_ns[0]), self._slice_end)))
-            elif self._waiting_records == self._config.slice_records or (not whole and self._latest >= self._due_ns):
+            elif self._waiting_records == self._config.slice_records:
                 results.append(self._slice(self._latest))
         return results
 

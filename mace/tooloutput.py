@@ -63,22 +63,21 @@ class PingOutput:
         self._payload = 0
         self._before = 0
         """Requests of earlier runs."""
-        self._sent = 0
         self._seq = NOT_TOLD
         """Of the last reply of this run, not wrapped, and counted on from those before."""
         self._last = 0
-        """The highest of these."""
+        """The highest number that a reply or ping's count of requests told of."""
 
     def line(self, text: str) -> int | None:
         if reply := _PING_REPLY.match(text):
             return self._reply(reply, text)
         if begins := _PING_BEGINS.match(text):
             # One more run, if there was one: its numbers go on where the last's ended.
-            self._before, self._seq = max(self._sent, self._last), NOT_TOLD
+            self._before, self._seq = self._last, NOT_TOLD
             self._began, self._payload = True, int(begins["payload"])
             self._overhead = int(begins["total"]) - self._payload if begins["total"] else 0
         elif counts := _PING_COUNTS.match(text):
-            self._sent = self._before + int(counts["sent"])
+            self._last = max(self._last, self._before + int(counts["sent"]))
         elif _PING_FLOOD.match(text):
             raise UsageError(
                 "ping -f prints no line for a reply, so there is nothing to correct; `-i 0` is as fast and prints them"
@@ -127,7 +126,7 @@ class PingOutput:
         replies = self.samples()
         answered = set(replies.seq.tolist())
         first = 1 if self._began else min(answered, default=1)
-        return _with_unanswered(replies, first, max(self._sent, self._last), answered)
+        return _with_unanswered(replies, first, self._last, answered)
 
 
 def continued(before: int, seq: int) -> int:

@@ -22,6 +22,7 @@ from collector.rtnetlink import LinkEvents
 from mace.errors import Unavailable
 from mace.lab import Lab, Runtime, Spec, running
 from mace.topology import Device, Role
+from tests.measuring import wait_for
 
 pytestmark = pytest.mark.needs("root", "netns")
 
@@ -72,10 +73,7 @@ class Machine:
         """One in a namespace of its own, without a mount."""
         process = subprocess.Popen(["unshare", "--net", "sleep", "1000"])
         self.processes.append(process)
-        end_s = time.monotonic() + 5
-        while inode_of(f"/proc/{process.pid}/ns/net") == inode_of("/proc/self/ns/net"):
-            assert time.monotonic() < end_s
-            time.sleep(0.001)
+        wait_for(lambda: inode_of(f"/proc/{process.pid}/ns/net") != inode_of("/proc/self/ns/net"), 5)
         return process
 
     def close(self) -> None:
@@ -354,10 +352,7 @@ def guest_of_lower_id(host: subprocess.Popen[bytes]) -> Iterator[None]:
     Path("/proc/sys/kernel/ns_last_pid").write_text(str(host.pid // 2))
     with subprocess.Popen(["nsenter", f"--target={host.pid}", "--net", "sleep", "1000"]) as guest:
         try:
-            end_s = time.monotonic() + 5
-            while inode_of(f"/proc/{guest.pid}/ns/net") != inode_of(f"/proc/{host.pid}/ns/net"):
-                assert time.monotonic() < end_s
-                time.sleep(0.001)
+            wait_for(lambda: inode_of(f"/proc/{guest.pid}/ns/net") == inode_of(f"/proc/{host.pid}/ns/net"), 5)
             assert guest.pid < host.pid
             yield
         finally:
