@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.netns import open_nsfs
 from mace import __version__, abi
 from mace.abi import HelloFlag, Ioctl, TakeFlag
 from mace.errors import SourceError, Unavailable
@@ -369,7 +370,7 @@ def _filled(into: npt.NDArray[Any], wanted: Filter) -> Iterator[None]:
         if isinstance(netns, int):
             return netns
         try:
-            fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_nsfs(netns)
         except OSError as error:
             raise Unavailable(
                 _WHAT,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import select
 import threading
@@ -47,6 +48,8 @@ from mace.errors import SourceError, Unavailable, nearest
 from mace.interfaces import Status
 from mace.topology import Device, assign_roles
 
+log = logging.getLogger(__name__)
+
 _QUIET_S: Final = 0.002
 """Events come in bursts (a container start is some forty): wait for this long a pause before asking ..."""
 _BURST_S: Final = 0.05
@@ -63,6 +66,8 @@ _ONE_BY_ONE: Final = 64
 """More changed links than this in one namespace are asked for all at once."""
 _YOUNG_S: Final = 2.0
 """For so long a new namespace's first process may still be a runtime that is about to become something else."""
+_STOP_S: Final = 10.0
+"""A run's end waits so long for the thread that follows devices: 100 times what it takes on a busy machine."""
 _FIRST_NAMES_S: Final = 0.5
 """The first snapshot waits so long for container names. A daemon in good health needs some 10 ms."""
 _REMEDY: Final = (
@@ -551,7 +556,9 @@ class DeviceFollower:
         if self._thread is not None:
             self._stopping.set()
             self._watch.wake()
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, _STOP_S)
+            if self._thread.is_alive():
+                log.warning("devices: the thread that follows them does not end; the run ends without it")
             self._thread = None
 
     def _run(self, opened: Future[None]) -> None:
@@ -602,7 +609,7 @@ def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]
         except BaseException as failure:  # noqa: BLE001 - raised by the caller
             done.set_exception(failure)
 
-    thread = threading.Thread(target=run, name="mace-devices-snapshot")
+    thread = threading.Thread(target=run, name="mace-devices-snapshot", daemon=True)
     thread.start()
     thread.join()
     return done.result()

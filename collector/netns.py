@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +24,12 @@ from mace.processes import start_ticks
 _CLONE_NEWNET: Final = 0x40000000
 _MOUNTED: Final = re.compile(rb"^\S+ \S+ \S+ net:\[(\d+)\] (\S+) .* - nsfs ", re.MULTILINE)
 _NAMED: Final = re.compile(r"(?:/var)?/run(?:/user/\d+)?/netns/([^/]+)")
+_OTHERS: Final = re.compile(r"/proc/(?!1/)\d+/root(?=/)")
+"""Other users' mount namespaces; that of process 1 is root's."""
+_NSFS_MAGIC: Final = 0x6E736673
+_SYS_OPENAT2: Final = 437
+"""The same on all architectures, as all system calls since Linux 5.1 are."""
+_RESOLVE_CACHED: Final = 0x20
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -177,7 +185,7 @@ def open_netns(found: Found) -> int | None:
         if not path:
             continue
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_nsfs(path)
         except OSError:
             continue
         # The process or the mount may be another one by now.
@@ -185,6 +193,62 @@ def open_netns(found: Found) -> int | None:
             return fd
         os.close(fd)
     return None
+
+
+def open_nsfs(path: str) -> int:
+    """A file descriptor on the network namespace at `path`, which any user may have chosen. Never blocks.
+
+    Whoever has a user namespace mounts what he likes on such a path: a FIFO, a device, a file system of his own whose
+    answers never come. So the path is walked in the kernel's cache alone where another mount namespace lies on the
+    way, what it leads to is held without being opened (O_PATH), and opened only once the kernel says that it is a
+    namespace. Raises OSError: EINVAL where it is none, EAGAIN where finding out would have to wait.
+    """
+    held = _held(path)
+    try:
+        if _file_system_of(held) != _NSFS_MAGIC:
+            raise OSError(errno.EINVAL, "no namespace", path)
+        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(held)
+
+
+def _held(path: str) -> int:
+    """An O_PATH file descriptor on what `path` leads to."""
+    flags = os.O_PATH | os.O_CLOEXEC
+    other = _OTHERS.match(path)
+    if other is None:
+        return os.open(path, flags)
+    root = os.open(other[0], flags)
+    try:
+        below = path[len(other[0]) :].lstrip("/")
+        try:
+            return _openat2(root, below, flags, _RESOLVE_CACHED)
+        except OSError as error:
+            # Before Linux 5.12, which has RESOLVE_CACHED; 5.6 has the call.
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
+            return os.open(below, flags, dir_fd=root)
+    finally:
+        os.close(root)
+
+
+def _file_system_of(fd: int) -> int:
+    """The magic number of a file's file system: the first word of fstatfs(2)'s struct statfs, which has 120 bytes."""
+    told = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(fd, told):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "fstatfs")
+    return ctypes.c_long.from_buffer(told).value
+
+
+def _openat2(directory: int, path: str, flags: int, resolve: int) -> int:
+    """openat2(2), which Python does not have."""
+    how = struct.pack("=QQQ", flags, 0, resolve)
+    fd: int = _libc.syscall(_SYS_OPENAT2, directory, os.fsencode(path), how, ctypes.c_size_t(len(how)))
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+    return fd
 
 
 def leave_for_new_netns() -> int:

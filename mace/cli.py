@@ -39,6 +39,7 @@ from mace import (
     replay,
     report,
     sinks,
+    storecheck,
     wrap,
 )
 from mace.check import statuses
@@ -562,6 +563,14 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("query", query.run, "SQL over what a store holds")
     query.add_options(one)
+    with_config(one)
+    with_json(one)
+
+    stores = commands.add_parser("store", help="the store's files: check").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    one = command("check", storecheck.run, "compare every segment with its checksum, and read all of its rows", stores)
+    storecheck.add_options(one)
     with_config(one)
     with_json(one)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import fcntl
 import getopt
 import os
@@ -28,7 +29,7 @@ import numpy as np
 
 from collector import devices
 from collector.containers import API_SOCKETS
-from collector.netns import Namespaces, open_netns
+from collector.netns import Namespaces, open_netns, open_nsfs
 from correlator.correction import Corrections, Reason, correct, settled
 from mace import lab
 from mace.config import CaptureConfig
@@ -115,16 +116,13 @@ def open_namespace(args: argparse.Namespace, capture: CaptureConfig) -> int:
 
 def _opened(path: Path, what: str) -> int:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_nsfs(str(path))
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise UsageError(f"{path} is no network namespace") from error
         raise Unavailable(
             what, f"{path}: {error.strerror}", "`ip netns list` and `lsns -t net` list what there is"
         ) from error
-    # Network namespaces are files of nsfs, as our own is; anything else would be refused by nsenter, less clearly.
-    if os.fstat(fd).st_dev != Path("/proc/self/ns/net").stat().st_dev:
-        os.close(fd)
-        raise UsageError(f"{path} is no network namespace")
-    return fd
 
 
 def _of_container(name: str, capture: CaptureConfig) -> int:

@@ -36,6 +36,8 @@ from mace.interfaces import StreamHeader
 from mace.schema import SCHEMA_VERSION, Delays, Results, Window
 from mace.topology import Device
 from storage import segments, tables
+from storage.checksum import SegmentWriter, mismatch
+from storage.ownership import NO_LINK, open_new, refuse_foreign
 from storage.segments import HOUR_NS, NO_HOUR, Removed, Segment
 
 log = logging.getLogger(__name__)
@@ -68,9 +70,11 @@ def check_schema(root: Path) -> bool:
 def lock_store(root: Path, who: str) -> int:
     """Be the one writer of a store until the file descriptor is closed, and say who that is.
 
-    flock: the kernel lets go of it when the process ends, however it ends. Raises `StoreError` if another has it.
+    flock: the kernel lets go of it when the process ends, however it ends. Raises `StoreError` if another has it, and
+    for a directory of another user.
     """
-    fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    refuse_foreign(root)
+    fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)
@@ -235,7 +239,9 @@ class EmbeddedStore:
         """The same capture stored twice would count every packet twice."""
         for each in segments.listing(self.path, "runs"):
             try:
-                known = pq.read_table(each.path, columns=["host", "run"], partitioning=None).to_pylist()
+                known = pq.read_table(
+                    each.path, columns=["host", "run"], partitioning=None, page_checksum_verification=True
+                ).to_pylist()
             except (pa.ArrowInvalid, OSError):
                 continue  # readers report it; it must not keep new runs from being stored
             if {"host": header.host, "run": header.run} in known:
@@ -428,19 +434,23 @@ class EmbeddedStore:
         waiting: list[pa.Table] = []
         waits = written = 0
 
-        def write_out(writer: Any) -> None:
+        def write_out(writer: SegmentWriter) -> None:
             nonlocal waits, written
             if waits:
                 # One dictionary for the row group: with several, Parquet would fall back to plain strings.
                 whole = pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
-                writer.write_table(whole, row_group_size=most)
+                writer.write(whole, most)
                 written += waits
                 waiting.clear()
                 waits = 0
 
-        with pq.ParquetWriter(target, schema, **tables.parquet_options(group[0].table)) as writer:
+        options = tables.parquet_options(group[0].table)
+        with open_new(target) as sink, SegmentWriter(sink, schema, **options) as writer:
             for each in group:
                 try:
+                    # Before its rows get a new checksum.
+                    if why := mismatch(each.path):
+                        raise pa.ArrowInvalid(why)
                     with pq.ParquetFile(each.path, read_dictionary=names) as file:
                         batches = file.iter_batches(batch_size=most, use_threads=False)
                         for batch in batches:

@@ -25,6 +25,7 @@ from mace.schema import Delays, Results, Window
 from mace.summary import ranks
 from mace.windowtable import WindowTable
 from storage import segments, tables
+from storage.checksum import mismatch
 from storage.embedded import EmbeddedStore
 from storage.segments import HOUR_NS, NO_HOUR
 
@@ -191,6 +192,8 @@ class FleetStore(EmbeddedStore):
         found: set[tuple[str, str]] = set()
         for each in segments.listing(self.path, "runs"):
             try:
+                if why := mismatch(each.path):
+                    raise pa.ArrowInvalid(why)
                 rows = pq.read_table(each.path, columns=["host", "run"], partitioning=None).to_pylist()
             except (pa.ArrowInvalid, OSError) as error:
                 raise StoreError(f"{each.path}: cannot be read: {error}") from error

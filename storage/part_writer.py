@@ -14,13 +14,13 @@ from typing import Any, Final, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mace.errors import StoreError
 from mace.interfaces import StreamHeader
 from mace.schema import Delays, Window
 from mace.topology import Device
 from storage import tables
+from storage.checksum import SegmentWriter
 from storage.places import Place
 from storage.segments import HOUR_NS
 
@@ -142,9 +142,9 @@ class PartWriter:
                 # The writer's end comes before the file's.
                 file = self._opened.enter_context(self._place.sink(name))
                 options = tables.parquet_options(table)
-                writer = self._opened.enter_context(pq.ParquetWriter(file, tables.SCHEMAS[table], **options))
+                writer = self._opened.enter_context(SegmentWriter(file, tables.SCHEMAS[table], **options))
                 self._files[key], self._rows[key] = (writer, name), 0
-            self._files[key][0].write_table(rows, row_group_size=tables.ROW_GROUP_ROWS)
+            self._files[key][0].write(rows, tables.ROW_GROUP_ROWS)
         except OSError as error:
             raise self._cannot(error) from error
         self._rows[key] += len(rows)

@@ -9,6 +9,7 @@ from typing import BinaryIO, Final
 
 from mace.errors import StoreError
 from mace.interfaces import StreamHeader
+from storage.ownership import open_new
 from storage.perfetto_events import (
     ANNOTATIONS,
     NEEDS_STATE,
@@ -76,7 +77,7 @@ class PerfettoTrace:
         if self.path.exists() and not overwrite:
             raise StoreError(f"{self.path}: exists already; give another name, or say that it may go")
         try:
-            self._file: BinaryIO = self._partial.open("wb")
+            self._file: BinaryIO = open_new(self._partial)
         except OSError as error:
             raise StoreError(f"{self._partial}: cannot be created: {error.strerror}") from error
         for name in ANNOTATIONS:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from mace.errors import MissingExtra, StoreError
 from storage import segments
+from storage.ownership import open_new
 
 
 class Place(Protocol):
@@ -71,7 +72,7 @@ class LocalPlace:
         """See `Place`."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("wb")
+        return open_new(path)
 
     def move(self, source: str, target: str) -> None:
         """See `Place`."""

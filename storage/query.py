@@ -7,8 +7,10 @@ own, so that a report shows the numbers that the live run showed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -16,7 +18,6 @@ from typing import Any, Final, Literal, TypeVar
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mace.errors import StoreError, nearest
 from mace.histogram import MAX_NS, SUB_BITS, middles
@@ -24,8 +25,9 @@ from mace.hooks import HOOKS
 from mace.ledger import Ledger
 from mace.schema import Direction, Grades, HookCost, Segment
 from mace.summary import Distribution, Place, Summary
-from storage import segments, tables
+from storage import checksum, segments, tables
 from storage.embedded import check_schema
+from storage.segments import Segment as SegmentFile
 
 _T = TypeVar("_T")
 _ATTEMPTS: Final = 10
@@ -157,6 +159,8 @@ class Store:
     threads: int | None = None
     damaged: dict[Path, str] = field(default_factory=dict)
     """Segments that were skipped, and why."""
+    _whole: set[tuple[Path, int, int]] = field(default_factory=set, init=False, repr=False)
+    """Segments whose checksum was right: path, size and time of modification, ns."""
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -165,10 +169,40 @@ class Store:
         if not check_schema(self.path):
             raise StoreError(f"{self.path}: not a MACE store (it has no store.json)")
 
-    def segments(self, table: str, where: Filter = Filter()) -> list[segments.Segment]:
+    def segments(self, table: str, where: Filter = Filter()) -> list[SegmentFile]:
         """The live segments: what an outside reader should open while a writer is at work."""
         found = segments.listing(self.path, table, where.since_ns, where.until_ns)
         return [s for s in found if s.path not in self.damaged]
+
+    def whole_segments(self, table: str, where: Filter = Filter(), newest_rows: int | None = None) -> list[SegmentFile]:
+        """The live segments (the newest that have `newest_rows`), each compared with its checksum.
+
+        DuckDB verifies nothing itself. Raises `StoreError` for a damaged one, or leaves it out with `skip_damaged`.
+        """
+        found = self.segments(table, where)
+        if newest_rows is not None:
+            found = _newest(found, newest_rows)
+        bad = self._damaged_of(found)
+        if not bad:
+            return found
+        self._refuse(bad, None)
+        return self.whole_segments(table, where, newest_rows)
+
+    def _damaged_of(self, found: Sequence[SegmentFile]) -> dict[Path, str]:
+        new = {}
+        for each in found:
+            try:
+                status = each.path.stat()
+            except OSError:
+                continue  # merged meanwhile, or not to be read: reading it says so
+            key = (each.path, status.st_size, status.st_mtime_ns)
+            if key not in self._whole:
+                new[each.path] = key
+        # Summing lets go of the interpreter, so as many files as there are CPUs are read at a time.
+        with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
+            bad = {path: why for path, why in zip(new, pool.map(_changed, new), strict=True) if why}
+        self._whole.update(key for path, key in new.items() if path not in bad)
+        return bad
 
     def rows_damaged(self) -> int:
         """Rows of all tables in the segments that were skipped, by the segments' names."""
@@ -516,9 +550,7 @@ class Store:
         """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest that have `newest_rows`)."""
         used = [table for table in segments.TABLES if "{" + table + "}" in sql]
         for _ in range(_ATTEMPTS):
-            live = {table: self.segments(table, where) for table in used}
-            if newest_rows is not None:
-                live = {table: _newest(found, newest_rows) for table, found in live.items()}
+            live = {table: self.whole_segments(table, where, newest_rows) for table in used}
             with connected(self.threads) as connection:
                 names = {table: relation(connection, table, found) for table, found in live.items()}
                 try:
@@ -534,13 +566,18 @@ class Store:
         found = {path: why for path in paths if (why := _damage(path))}
         if not found:
             raise StoreError(f"{self.path}: query failed: {e}") from e
+        self._refuse(found, e)
+
+    def _refuse(self, found: dict[Path, str], cause: duckdb.Error | None) -> None:
+        """Raise for damaged segments, or note them where they are to be skipped."""
         if not self.skip_damaged:
             path, why = next(iter(found.items()))
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             rows = sum(int(p.name.split(".")[1]) for p in found)
             raise StoreError(
-                f"{path}: damaged: {why}{more}; skip damaged segments ({rows:,} rows), or remove the file"
-            ) from e
+                f"{path}: damaged: {why}{more}; skip damaged segments with --skip-damaged ({rows:,} rows), or remove"
+                " the file"
+            ) from cause
         self.damaged.update(found)
 
 
@@ -561,7 +598,7 @@ def connected(threads: int | None) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[segments.Segment]) -> str:
+def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[SegmentFile]) -> str:
     """SQL for the rows of these segments."""
     # A name of our own, so that a query over nothing has the columns of one over something, and one over files of an
     # older MACE those that came later.
@@ -581,8 +618,8 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     return type_.value_type if pa.types.is_dictionary(type_) else type_
 
 
-def _newest(found: Sequence[segments.Segment], rows: int) -> list[segments.Segment]:
-    chosen: list[segments.Segment] = []
+def _newest(found: Sequence[SegmentFile], rows: int) -> list[SegmentFile]:
+    chosen: list[SegmentFile] = []
     for each in reversed(found):
         chosen.append(each)
         rows -= each.rows
@@ -591,17 +628,20 @@ def _newest(found: Sequence[segments.Segment], rows: int) -> list[segments.Segme
     return chosen
 
 
-def _damage(path: Path) -> str:
-    """Why a segment cannot be read; empty if it can. Reads all of it."""
+def _changed(path: Path) -> str:
+    """Why a segment is not what was written; empty if it is, or cannot be opened: reading it says so."""
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=tables.ROW_GROUP_ROWS, use_threads=False):
-                del batch
+        return checksum.mismatch(path)
+    except OSError:
+        return ""
+
+
+def _damage(path: Path) -> str:
+    """Why a segment cannot be read; empty if it can, or is gone. Reads all of it."""
+    try:
+        return checksum.damage(path)
     except FileNotFoundError:
         return ""
-    except (pa.ArrowInvalid, OSError) as e:
-        return str(e).splitlines()[0]
-    return ""
 
 
 def _condition(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from mace.errors import StoreError
+from storage.ownership import NO_LINK
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def write_bytes(data: memoryview) -> Callable[[Path], object]:
     """A writer for `write_whole` of bytes that are there already."""
 
     def write(temporary: Path) -> None:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o644)
         try:
             left = data
             while left:

@@ -30,6 +30,7 @@ from typing import Final
 from zlib import crc32
 
 from mace.errors import StoreError, Unavailable
+from storage.ownership import NO_LINK, refuse_foreign
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -133,8 +134,11 @@ class Spool:
             return 0
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
+            # The spool's folder too: the directories of all sinks stand in it.
+            refuse_foreign(self._directory.parent)
+            refuse_foreign(self._directory)
             self._lock_fd = _locked(self._directory)
-            self._position_fd = os.open(self._directory / "acknowledged", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._position_fd = os.open(self._directory / "acknowledged", os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
             self._recover()
         except OSError as error:
             self._release()
@@ -411,7 +415,7 @@ class Spool:
 
 
 def _locked(directory: Path) -> int:
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

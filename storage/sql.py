@@ -29,7 +29,7 @@ def rows(store: Store, sql: str) -> Iterator[pa.RecordBatchReader]:
     Raises `UsageError` for SQL that is wrong or no single SELECT, `StoreError` for a store that cannot be read.
     """
     for _ in range(_ATTEMPTS):
-        live = {table: store.segments(table) for table in segments.TABLES}
+        live = {table: store.whole_segments(table) for table in segments.TABLES}
         with connected(store.threads) as connection:
             for table, found in live.items():
                 connection.execute(f"CREATE TEMP VIEW {table} AS FROM {relation(connection, table, found)}")

@@ -1,6 +1,6 @@
 """The stored tables: columns, and `Results` as Arrow tables of them.
 
-Rows are self-contained, so that DuckDB, pandas, Polars or Spark need nothing but the files: names instead of
+Rows are self-contained, so that DuckDB, pandas, Polars or Dask need nothing but the files: names instead of
 numbers, and each row says its host, run, container and device. Such columns have few values and are
 dictionary-encoded; together they cost a fraction of a byte a row (see docs/design/006-store.md).
 """
@@ -15,7 +15,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mace.hooks import BY_HOOK
 from mace.interfaces import StreamHeader
@@ -24,6 +23,7 @@ from mace.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Seg
 from mace.summary import ranks
 from mace.topology import Device
 from mace.windowtable import FIGURES, WindowTable
+from storage.checksum import SegmentWriter
 
 _TIME: Final = pa.timestamp("ns", tz="UTC")
 _NAME: Final = pa.dictionary(pa.int16(), pa.string())
@@ -145,7 +145,7 @@ ROW_GROUP_ROWS: Final = 1 << 18
 
 
 def parquet_options(table: str) -> dict[str, Any]:
-    """How a table is encoded: keyword arguments of `ParquetWriter` and `write_table`.
+    """How a table is encoded: keyword arguments of `SegmentWriter`.
 
     Names as dictionaries, times and delays as deltas, packets and small numbers plain (zstd takes their repetitions
     faster than a dictionary is built: 123 ns and 6.2 bytes a row, with packets as deltas 142 ns and 6.8). Statistics
@@ -166,7 +166,8 @@ def parquet_options(table: str) -> dict[str, Any]:
 def encode(rows: pa.Table, table: str) -> pa.Buffer:
     """The Parquet file of some rows of a table."""
     sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, row_group_size=ROW_GROUP_ROWS, **parquet_options(table))
+    with SegmentWriter(sink, rows.schema, **parquet_options(table)) as writer:
+        writer.write(rows, ROW_GROUP_ROWS)
     return sink.getvalue()
 
 

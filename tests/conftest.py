@@ -95,6 +95,18 @@ def _netns() -> str | None:
     return None if done.returncode == 0 else f"network namespaces cannot be made: {done.stderr.strip()}"
 
 
+def _userns() -> str | None:
+    unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*unprivileged, "unshare", "--user", "--map-root-user", "--net", "--mount", "true"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    return None if done.returncode == 0 else f"users may not make namespaces here: {done.stderr.strip()}"
+
+
 def _docker() -> str | None:
     return _first([_root(), _program("dockerd", "--version"), _program("docker", "--version")])
 
@@ -149,6 +161,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
     "netns": _netns,
+    "userns": _userns,
     "docker": _docker,
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),

@@ -1,0 +1,156 @@
+"""One checksum over a whole segment, so that a flipped bit is an error that names the file and never another figure.
+
+Parquet's own page checksums (written too, for other readers) leave out what steers a reader: page headers, the footer
+with its statistics and offsets. DuckDB, which reads for us, verifies neither. So each segment bears a CRC-32 of all
+its bytes in its footer's key-value metadata, under the name `mace.crc32`: eight hexadecimal digits, computed with zeros
+in their place. A CRC-32 finds every flipped bit, every damaged stretch of up to 32 bits, and all but one in 2^32 of
+other damages.
+
+The digits lie in the file and not in its name, so that a segment written anew replaces the one before it. Segments of
+before there was a checksum have none, and are read as they are.
+"""
+
+from __future__ import annotations
+
+import mmap
+import zlib
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KEY: Final = b"mace.crc32"
+_DIGITS: Final = 8
+_NO_SUM: Final = b"0" * _DIGITS
+_ENTRY: Final = b"\x18" + bytes([len(KEY)]) + KEY + b"\x18" + bytes([_DIGITS])
+"""How the footer has it (Thrift's compact protocol): a string of the key's length, a string of eight bytes."""
+_BATCH_ROWS: Final = 1 << 16
+_FOOTER_MAX: Final = 1 << 24
+"""Where the entry is looked for, from the end; the footer of a segment of 2^20 rows has some 10 kB."""
+
+
+class SegmentWriter:
+    """Writes one Parquet file with its checksum to `sink` (anything with `write`), which the caller closes.
+
+    A context manager; `options` are those of `pyarrow.parquet.ParquetWriter`. OSErrors of the sink pass.
+    """
+
+    def __init__(self, sink: Any, schema: pa.Schema, **options: Any) -> None:
+        self._sum = _SummingSink(sink)
+        self._writer = pq.ParquetWriter(self._sum, schema, write_page_checksum=True, **options)
+
+    def write(self, rows: pa.Table, row_group_size: int) -> None:
+        """Append rows, in row groups of at most `row_group_size`."""
+        self._writer.write_table(rows, row_group_size=row_group_size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        self._writer.add_key_value_metadata({KEY: _NO_SUM})
+        self._sum.hold()
+        self._writer.close()
+        if kind is None:
+            self._sum.release()
+
+
+class _SummingSink:
+    """Sums what passes; holds the end back until the sum can be put into it."""
+
+    closed = False
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+        self._crc = 0
+        self._held: bytearray | None = None
+
+    def write(self, data: bytes) -> int:
+        self._crc = zlib.crc32(data, self._crc)
+        if self._held is None:
+            self._sink.write(data)
+        else:
+            self._held += data
+        return len(data)
+
+    def hold(self) -> None:
+        self._held = bytearray()
+
+    def release(self) -> None:
+        assert self._held is not None
+        at = self._held.rindex(_ENTRY) + len(_ENTRY)
+        self._held[at : at + _DIGITS] = b"%08x" % self._crc
+        self._sink.write(self._held)
+        self._held = None
+
+    def flush(self) -> None:
+        """Nothing to do: the caller closes the sink."""
+
+    def close(self) -> None:
+        """The caller closes the sink."""
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+
+def bears_sum(path: Path) -> bool:
+    """Whether the file has a checksum to be verified by. OSErrors pass."""
+    with closing(_mapped(path)) as data:
+        return _digits_at(data) is not None
+
+
+def mismatch(path: Path) -> str:
+    """Why a file is not what was written; empty where it is, and where it bears no checksum. OSErrors pass."""
+    with closing(_mapped(path)) as data:
+        return mismatch_of(data)
+
+
+def mismatch_of(data: Any) -> str:
+    """The same of a file's bytes, or of a map of them."""
+    at = _digits_at(data)
+    if at is None:
+        return ""
+    with memoryview(data) as view:
+        crc = zlib.crc32(view[:at])
+        crc = zlib.crc32(_NO_SUM, crc)
+        crc = zlib.crc32(view[at + _DIGITS :], crc)
+    written, found = bytes(data[at : at + _DIGITS]), b"%08x" % crc
+    if found == written:
+        return ""
+    return f"its checksum is {found.decode()}, {written.decode('ascii', 'replace')!r} was written"
+
+
+def damage(path: Path) -> str:
+    """Why a file cannot be read, or not be trusted; empty where it can. Reads all of it. FileNotFoundError passes."""
+    try:
+        if why := mismatch(path):
+            return why
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
+                del batch
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _mapped(path: Path) -> Any:
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # an empty file cannot be mapped
+            return mmap.mmap(-1, 1)
+
+
+def _digits_at(data: Any) -> int | None:
+    at: int = data.rfind(_ENTRY, max(0, len(data) - _FOOTER_MAX))
+    return None if at < 0 else at + len(_ENTRY)
