@@ -411,6 +411,8 @@ class Decoder:
         missing = before - self.records
         if missing < 0 or (missing and not self._gaps):
             raise WireError(f"a batch that follows record {before} after record {self.records}")
+        if before > _RECORDS_MAX:
+            raise WireError(f"a batch that follows record {before:,}; a stream has at most {_RECORDS_MAX:,}")
         self._order.check_batch(batch, ascending=True)
         self.missing += missing
         self.records = before + len(batch)
@@ -439,7 +441,7 @@ class Decoder:
 
     def _end(self, raw: bytes) -> End:
         given = _Json(raw, "END")
-        end = End(given.number("records", 0), given.number("lost", 0))
+        end = End(given.number("records", 0, _RECORDS_MAX), given.number("lost", 0, _RECORDS_MAX))
         lost = end.lost if self._lost is None else self._lost
         if end.records < self.records or (not self._gaps and end != End(self.records, lost)):
             raise WireError(
@@ -454,6 +456,9 @@ class Decoder:
 # --- columns -----------------------------------------------------------------------------------------------------
 #
 # A descriptor is encoding << 4 | width. Widths are bytes; all integers are little-endian.
+
+_RECORDS_MAX: Final = 1 << 60
+"""What a stream may say of its records: 10^9 a second for 36 years. Sums of several stay below 2^63."""
 
 _CONSTANT: Final = 0
 """One value of `width` bytes (0 to the column's own) for all records; width 0 is the value 0."""

@@ -540,6 +540,18 @@ def test_ends_that_lie(raw):
         decoder.frame(forge(Message.END, to_json(raw), stream=tag, sequence=2))
 
 
+def test_counts_whose_sum_a_store_could_not_hold():
+    raw = {"records": 2**63 - 1, "lost": 0}
+    decoder = Decoder(gaps=True)
+    first = encode([])[0]
+    decoder.frame(first)
+    with pytest.raises(WireError, match="records"):
+        decoder.frame(forge(Message.END, to_json(raw), stream=stream_tag(first), sequence=5))
+    with pytest.raises(WireError, match="a stream has at most"):
+        decoder.frame(forge(Message.BATCH, payload(0, *[0] * 8, before=2**63), stream=stream_tag(first), sequence=5))
+    assert decoder.missing == 0
+
+
 def test_keys_from_the_future_are_passed_over():
     raw = json.dumps(HEADER_FIELDS | {"colour": "blue"}).encode()
     assert Decoder().frame(forge(Message.HEADER, raw, stream=crc32(raw), sequence=0)) == HEADER

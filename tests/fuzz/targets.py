@@ -1,0 +1,241 @@
+"""What is fuzzed: each target makes an input from a number, and reads it as MACE would.
+
+An attempt may end well or with an error of MACE's own (`MaceError`). Anything else is a finding: another exception, a
+figure that changed in silence, too much time, memory or too many files (the limits are in `__main__`).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from collector.files import PCAP_PAIR, FileOptions, recording_of
+from mace import api, config
+from mace.errors import MaceError
+from mace.records import Batch
+from mace.tooloutput import read as read_tool_output
+from storage.journal import Journal
+from storage.query import Store
+from storage.spool import Frame, Spool
+from tests.fuzz.mutation import mutated, resealed
+from tests.made_results import make_delays, make_results, make_windows
+from tests.unit.storage.stored import fill
+
+_ROOT: Final = Path(__file__).parents[2]
+_GOLDEN: Final = _ROOT / "tests" / "golden"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One kind of input: how it is made from a number, and how it is read."""
+
+    make: Callable[[random.Random], bytes]
+    read: Callable[[bytes, Path], None]
+    """Gets an empty directory of its own."""
+
+
+def attempt(target: Target, data: bytes) -> None:
+    """Read one input. What is raised is a finding."""
+    with tempfile.TemporaryDirectory(prefix="mace-fuzz-") as place:
+        try:
+            target.read(data, Path(place))
+        except MaceError as error:
+            # The command line prints it: it has to be one line of text.
+            str(error).encode("utf-8", "surrogateescape")
+
+
+def _corpus(*patterns: str) -> list[bytes]:
+    found = [path.read_bytes() for pattern in patterns for path in sorted(_GOLDEN.glob(pattern))]
+    assert found, patterns
+    return found
+
+
+def _mutations(*patterns: str) -> Callable[[random.Random], bytes]:
+    @functools.cache
+    def corpus() -> list[bytes]:
+        return _corpus(*patterns)
+
+    return lambda drawn: mutated(drawn.choice(corpus()), drawn, corpus())
+
+
+# Recordings ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _captures() -> list[bytes]:
+    return _corpus("wire-2/capture.mace", "other-tools/live.mace")
+
+
+def _capture(drawn: random.Random) -> bytes:
+    whole = drawn.choice(_captures())
+    return resealed(whole, drawn) if drawn.random() < 0.8 else mutated(whole, drawn, _captures())
+
+
+def _replay(path: Path, place: Path, *, salvage: bool = False) -> None:
+    recording = api.open(path, salvage=salvage)
+    recording.store(place / "store").summary()
+
+
+def _recording(name: str) -> Callable[[bytes, Path], None]:
+    def read(data: bytes, place: Path) -> None:
+        path = place / name
+        path.write_bytes(data)
+        try:
+            _replay(path, place)
+        except MaceError:
+            if name.endswith(".mace"):
+                (place / "again").mkdir()
+                _replay(path, place / "again", salvage=True)
+            raise
+
+    return read
+
+
+def _pcap(data: bytes, place: Path) -> None:
+    path = place / "inner.pcap"
+    path.write_bytes(data)
+    source = recording_of(PCAP_PAIR, (path, _GOLDEN / "other-tools" / "outer.pcap"), FileOptions()).source()
+    _drain(source)
+
+
+def _drain(source: object) -> None:
+    import asyncio
+
+    async def run() -> int:
+        count = 0
+        try:
+            await source.open()  # type: ignore[attr-defined]
+            async for item in source.items():  # type: ignore[attr-defined]
+                count += len(item) if isinstance(item, Batch) else 0
+        finally:
+            await source.aclose()  # type: ignore[attr-defined]
+        return count
+
+    asyncio.run(run())
+
+
+# What MACE keeps on a disk ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _stored() -> tuple[dict[str, bytes], str]:
+    """A store's files, and the figures in it."""
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(made) / "store"
+        delays = make_delays(200, containers=2)
+        fill(path, [make_results(delays, containers=2, windows=make_windows(delays))])
+        files = {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}
+        return files, str(Store(path).summary().as_dict())
+
+
+def _segment(drawn: random.Random) -> bytes:
+    files, _ = _stored()
+    name = drawn.choice(sorted(files))
+    return name.encode() + b"\0" + mutated(files[name], drawn, list(files.values()))
+
+
+def _read_store(data: bytes, place: Path) -> None:
+    files, right = _stored()
+    name, _, content = data.partition(b"\0")
+    for each, whole in files.items():
+        path = place / each
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if each == name.decode() else whole)
+    for skip_damaged in (False, True):
+        found = str(Store(place, skip_damaged=skip_damaged).summary().as_dict())
+        assert skip_damaged or found == right, "figures of a damaged store differ without a word"
+
+
+@functools.cache
+def _spooled() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as made:
+        spool = Spool(Path(made), max_bytes=1 << 20, memory_bytes=0)
+        spool.open()
+        for number in range(20):
+            spool.append(Frame(bytes([number]) * 100 * number, rows=number))
+        spool.close()
+        return {each.name: each.read_bytes() for each in Path(made).iterdir()}
+
+
+def _spool(drawn: random.Random) -> bytes:
+    name = drawn.choice([name for name in _spooled() if name != "lock"])
+    return name.encode() + b"\0" + mutated(_spooled()[name], drawn, list(_spooled().values()))
+
+
+def _read_spool(data: bytes, place: Path) -> None:
+    name, _, content = data.partition(b"\0")
+    for each, whole in _spooled().items():
+        (place / each).write_bytes(content if each == name.decode() else whole)
+    spool = Spool(place, max_bytes=1 << 20, memory_bytes=0)
+    spool.open()
+    while (taken := spool.take()) is not None:
+        spool.acknowledge(taken)
+    spool.append(Frame(b"new", rows=1))
+    spool.close()
+
+
+@functools.cache
+def _journalled() -> bytes:
+    from storage.journal import Commit, Kind
+
+    with tempfile.TemporaryDirectory() as made:
+        journal = Journal(Path(made), fsync=False)
+        journal.open()
+        for number in range(20):
+            journal.append(Kind.FRAME, f"host-{number % 3}", bytes([number]) * 50)
+        journal.commit(Commit(7, journal.place, 100_000_000))
+        journal.sync(journal.taken())
+        journal.close()
+        [path] = Path(made).glob("*.journal")
+        return path.read_bytes()
+
+
+def _read_journal(data: bytes, place: Path) -> None:
+    (place / "0000000001.journal").write_bytes(data)
+    journal = Journal(place, fsync=False)
+    journal.open()
+    try:
+        for _ in journal.read():
+            pass
+    finally:
+        journal.close()
+
+
+# Text of people and of tools ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _configurations() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(_ROOT.glob("deploy/**/*.toml"))]
+
+
+def _read_configuration(data: bytes, place: Path) -> None:
+    path = place / "mace.toml"
+    path.write_bytes(data)
+    config.load(path)
+
+
+def _read_output(data: bytes, _: Path) -> None:
+    read_tool_output(data.decode("utf-8", "surrogateescape").splitlines())
+
+
+TARGETS: Final = {
+    "capture": Target(_capture, _recording("fuzzed.mace")),
+    "tracedat": Target(
+        _mutations("fuzz/tracedat/*.bin", "tracecmd/v7-none.dat", "tracecmd/v6.dat"), _recording("f.dat")
+    ),
+    "perfetto": Target(_mutations("fuzz/perfetto/*.bin", "perfetto-1/generic.pftrace"), _recording("f.pftrace")),
+    "text": Target(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
+    "pcap": Target(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap"), _pcap),
+    "store": Target(_segment, _read_store),
+    "spool": Target(_spool, _read_spool),
+    "journal": Target(lambda drawn: mutated(_journalled(), drawn), _read_journal),
+    "configuration": Target(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
+    "output": Target(_mutations("both-sources/ping.txt"), _read_output),
+}
+"""By the name that `./dev fuzz` takes."""
