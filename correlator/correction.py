@@ -25,7 +25,10 @@ is worse than a missing one, so a sample is paired only if *everything that is k
    they leave as the only one is kept if ordinary waits would do for it, or if it stands between such pairs with exactly
    as many packets between them as samples. What is left is judged once more with ordinary waits, with these in their
    places.
-4. **Where it cannot be done.** If no assignment exists for samples that compete for the same packets, somebody's packet
+4. **A reply without a time** (it was cut, or damaged on its way) is never paired, but it had a request and is a packet,
+   so it takes part: its request is somewhere between those of its neighbours, and so is its response. Where no
+   assignment has room for it, its packets were not seen, and it is left aside.
+5. **Where it cannot be done.** If no assignment exists for samples that compete for the same packets, somebody's packet
    is missing and all of them are ambiguous. If records were lost where a sample's packets would have to be, the right
    one may be the one that was lost: the sample is not paired.
 
@@ -76,6 +79,8 @@ class Reason(IntEnum):
     """Several packets fit and none can be told to be the right one."""
     LOST = 5
     """The ring lost records while the sample was under way: its packets may be among them."""
+    NO_TIME = 6
+    """A reply came, or may have, of which the tool's output has no round trip time."""
 
 
 REASONS: Final = {
@@ -85,6 +90,7 @@ REASONS: Final = {
     Reason.NO_RESPONSE: "no response: no packet into the container fits the round trip time",
     Reason.AMBIGUOUS: "ambiguous: several packets fit",
     Reason.LOST: "lost: the ring lost records while it was under way",
+    Reason.NO_TIME: "no time: a reply came, or may have, and the tool's output has no round trip time of it",
 }
 """What people read."""
 
@@ -130,7 +136,7 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
     """
     egress = _sorted(crossings, Direction.EGRESS)
     ingress = _sorted(crossings, Direction.INGRESS, stamp=stamps.receive_clock is ReceiveClock.KERNEL)
-    reason = np.full(len(samples), Reason.NO_REPLY, np.uint8)
+    reason = np.where(samples.untimed, Reason.NO_TIME, Reason.NO_REPLY).astype(np.uint8)
     request, response = pair(samples, egress, ingress, stamps, gaps_utc_ns, reason)
 
     rows = np.flatnonzero(reason == Reason.PAIRED)
@@ -222,6 +228,28 @@ class _Places:
             rtt + unsure,
         )
 
+    def between(self, samples: Samples, first: Ints) -> _Places:
+        """The same, where replies without a time have the bounds that order gives them.
+
+        Requests follow one another in the order of `first`, rows of first replies; replies in the order of the rows.
+        """
+        untimed = _untimed(samples)
+        if not untimed.any():
+            return self
+        arrived = np.flatnonzero(untimed | (samples.rtt_ns != NOT_TOLD))
+        sent_after = np.where(untimed, -_EVER, self.sent_after)
+        sent_before = np.where(untimed, _EVER, self.sent_before)
+        arrived_after, arrived_before = self.arrived_after.copy(), self.arrived_before.copy()
+        for order, after, before in ((first, sent_after, sent_before), (arrived, arrived_after, arrived_before)):
+            chosen = untimed[order]
+            earliest = np.maximum.accumulate(after[order])
+            latest = np.minimum.accumulate(before[order][::-1])[::-1]
+            after[order] = np.where(chosen, earliest, after[order])
+            before[order] = np.where(chosen, latest, before[order])
+        sent_before = np.where(untimed, np.minimum(sent_before, arrived_before), sent_before)
+        shortest, longest = np.where(untimed, 0, self.shortest), np.where(untimed, _EVER, self.longest)
+        return _Places(sent_after, sent_before, arrived_after, arrived_before, shortest, longest)
+
 
 class _Packets:
     """Packets of one direction by key, each key's in the order of their times."""
@@ -267,8 +295,10 @@ def pair(
     first, further = _by_request(samples, stamps)
     request = np.full(len(samples), -1, np.int64)
     response = request.copy()
+    untimed = _untimed(samples)
     relaxed, ordinary = (
-        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns) for model in (stamps.patient(), stamps)
+        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns, first)
+        for model in (stamps.patient(), stamps)
     )
     answered = samples.rtt_ns != NOT_TOLD
     numbered = bool((samples.seq[first] != NOT_TOLD).all())
@@ -285,15 +315,19 @@ def pair(
             if reason[k] == Reason.AMBIGUOUS:
                 spans[k] = near
         rows = np.array(list(spans), np.int64)
-        found = _choose(spans, request, fit)
+        found = _choose(spans, request, untimed, fit)
         if fit is relaxed and not keys.exact:
-            fitting = [j >= 0 and ordinary.accepts(k, j) for k, j in zip(spans, found.tolist(), strict=True)]
+            # Any wait would do for a reply without a time: that bears out nothing.
+            fitting = [
+                j >= 0 and not untimed[k] and ordinary.accepts(k, j) for k, j in zip(spans, found.tolist(), strict=True)
+            ]
             found = _borne_out(found, np.array(fitting, np.bool_), requests.rank(keys.request), number[rows])
         request[rows] = np.where(request[rows] >= 0, request[rows], found)
 
     for k, original in further:
         reason[k], request[k] = reason[original], request[original]
-    line = np.cumsum(answered)
+    # A reply without a time is a packet among the replies like any other.
+    line = np.cumsum(answered | samples.untimed)
     for fit in (relaxed, ordinary):
         spans = {}
         for k in np.flatnonzero(request >= 0).tolist():
@@ -303,25 +337,39 @@ def pair(
             if reason[k] == Reason.AMBIGUOUS:
                 spans[k] = near
         rows = np.array(list(spans), np.int64)
-        found = _choose(spans, response)
+        found = _choose(spans, response, untimed)
         if fit is relaxed and not keys.exact:
             fitting = [
-                i >= 0 and i in ordinary.responses(k, int(request[k])) for k, i in zip(spans, found, strict=True)
+                i >= 0 and not untimed[k] and i in ordinary.responses(k, int(request[k]))
+                for k, i in zip(spans, found, strict=True)
             ]
             found = _borne_out(found, np.array(fitting, np.bool_), replies.rank(keys.response), line[rows])
         response[rows] = np.where(response[rows] >= 0, response[rows], found)
     reason[response >= 0] = Reason.PAIRED
+    reason[samples.untimed] = Reason.NO_TIME
     return request, response
 
 
-def _choose(spans: dict[int, Span], chosen: Ints, fit: _Fit | None = None) -> Ints:
-    """What `only_increasing` finds for each span; those of `fit` fit a reply, and what is chosen already does."""
-    rows = list(spans)
+def _choose(spans: dict[int, Span], chosen: Ints, untimed: Mask, fit: _Fit | None = None) -> Ints:
+    """What `only_increasing` finds for each span; those of `fit` fit a reply, and what is chosen already does.
 
-    def fits(n: int, item: int) -> bool:
-        return fit is None or chosen[rows[n]] == item or bool(fit.responses(rows[n], item))
+    Spans of `untimed` samples take part where there is room for them.
+    """
 
-    return only_increasing(list(spans.values()), fits)
+    def found(rows: list[int]) -> Ints:
+        def fits(n: int, item: int) -> bool:
+            return fit is None or chosen[rows[n]] == item or bool(fit.responses(rows[n], item))
+
+        return only_increasing([spans[row] for row in rows], fits)
+
+    everyone = list(spans)
+    timed = np.array([not untimed[row] for row in everyone], np.bool_)
+    found_of = found(everyone)
+    if not timed.all():
+        # With them there are fewer choices or none: where both find an item, it is the same.
+        without = found([row for row in everyone if not untimed[row]])
+        found_of[timed] = np.where(found_of[timed] >= 0, found_of[timed], without)
+    return found_of
 
 
 def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints) -> Ints:
@@ -351,8 +399,9 @@ class _Fit:
         replies: _Packets,
         egress: Crossings,
         gaps_utc_ns: Gaps,
+        first: Sequence[int],
     ) -> None:
-        places = _Places.of(samples, stamps)
+        places = _Places.of(samples, stamps).between(samples, np.array(first, np.int64))
         self.missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
         """Records were lost where its packets must be: they may be among them, unless a key names no others."""
         if keys.exact:
@@ -469,10 +518,17 @@ def _latest(spans: Sequence[Span], start: int, stop: int, fits: Callable[[int, i
     return taken
 
 
+def _untimed(samples: Samples) -> Mask:
+    """Whether a sample's reply came for certain, without a time."""
+    came: Mask = samples.untimed & (samples.reply_len != NOT_TOLD)
+    return came
+
+
 def _by_request(samples: Samples, stamps: StampModel) -> tuple[list[int], list[tuple[int, int]]]:
     """Rows of the first replies, in the order of sending, and (row, row of the first reply) of further ones.
 
-    A further reply to a request that has no first one, or that has no number, is left out of both.
+    A further reply to a request that has no first one, or that has no number, is left out of both. Replies without a
+    time are among the first ones if the samples have numbers.
     """
     answered = np.flatnonzero(samples.rtt_ns != NOT_TOLD)
     numbered = bool(len(answered)) and bool((samples.seq[answered] != NOT_TOLD).all())
@@ -488,6 +544,8 @@ def _by_request(samples: Samples, stamps: StampModel) -> tuple[list[int], list[t
     for row, seq in zip(answered.tolist(), samples.seq[answered].tolist(), strict=True):
         if first.setdefault(seq, row) != row:
             further.append((row, first[seq]))
+    for row in np.flatnonzero(_untimed(samples)).tolist():
+        first.setdefault(int(samples.seq[row]), row)
     return [first[seq] for seq in sorted(first)], further
 
 

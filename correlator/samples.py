@@ -23,11 +23,16 @@ class Samples(Columns):
     seq: npt.NDArray[np.int64]
     """Number of the request in the order of sending, not wrapped; for people, and for order."""
     rtt_ns: npt.NDArray[np.int64]
-    """The tool's round trip time; `NOT_TOLD`: it has seen no reply."""
+    """The tool's round trip time; `NOT_TOLD`: it has seen no reply, or told no time of it."""
     resolution_ns: npt.NDArray[np.int64]
     """The round trip time is known to ± this."""
     duplicate: npt.NDArray[np.bool_]
     """A further reply to a request that has had one."""
+    untimed: npt.NDArray[np.bool_]
+    """A reply came, or may have, of which the tool's output has no round trip time; then `rtt_ns` is `NOT_TOLD`.
+
+    With a `reply_len` it came for certain, at this place among the replies.
+    """
     request_len: npt.NDArray[np.int32]
     """Bytes of the request with its IP header."""
     reply_len: npt.NDArray[np.int32]
@@ -44,6 +49,7 @@ class Samples(Columns):
         "rtt_ns": "<i8",
         "resolution_ns": "<i8",
         "duplicate": "?",
+        "untimed": "?",
         "request_len": "<i4",
         "reply_len": "<i4",
         "l4_proto": "<i2",
@@ -53,14 +59,16 @@ class Samples(Columns):
 
     @classmethod
     def of(cls, length: int, **given: Any) -> Samples:
-        """`length` samples from some columns (arrays, or one value for all); the others are `NOT_TOLD`, no duplicates.
+        """`length` samples from some columns (arrays, or one value for all).
+
+        The others are `NOT_TOLD`, the samples no duplicates, and none `untimed`.
 
         Raises `TypeError` for an unknown column, `ValueError` for one of another length.
         """
         unknown = given.keys() - cls._DTYPES.keys()
         if unknown:
             raise TypeError(f"no such column: {', '.join(sorted(unknown))}")
-        empty = {"duplicate": False, "resolution_ns": 0}
+        empty = {"duplicate": False, "untimed": False, "resolution_ns": 0}
         columns = {}
         for name, dtype in cls._DTYPES.items():
             value = np.asarray(given.get(name, empty.get(name, NOT_TOLD)))

@@ -15,6 +15,8 @@ stamp to Q outer; so nothing is taken off for it, and what the two spend differe
 
 - *iputils ping* (`ping/ping.c`, `ping4_send_probe`; `ping/ping6_common.c`, `ping6_send_probe`): `gettimeofday` into the
   payload, then `sendto`. Whole microseconds, cut off.
+- *ping of inetutils* (`ping/ping.c`, `send_echo`): the same. *Of busybox* (`networking/ping.c`, `sendping_tail`): the
+  same with CLOCK_MONOTONIC.
 - *fping* 5 (`src/fping.c`, `send_ping`): `clock_gettime(CLOCK_REALTIME)`, nanoseconds, then `sendto`.
 - *dig* 9 (`bin/dig/dighost.c`, `send_udp`): with `-u` `TIME_NOW_HIRES`, CLOCK_REALTIME to the nanosecond, then
   `isc_nm_send`, which sends at once or, if it is busy, from its loop.
@@ -34,7 +36,8 @@ stamp to Q outer; so nothing is taken off for it, and what the two spend differe
   is taken off is r inner - r outer. (`netif_receive_skb` inner - outer would take off the wait for the softirq at the
   inner device too, which is behind the stamp: 0.6 µs as a rule, but 80 µs now and then in a flood, and a host RTT below
   zero.)
-- *iputils ping -U* and tools that read the clock when their `recv` returns: the user's clock. Between R inner and the
+- *iputils ping -U*, *ping of inetutils* (`ping/ping_echo.c`, `print_echo`), *of busybox* (`unpack4`, `unpack6`) and
+  tools that read the clock when their `recv` returns: the user's clock. Between R inner and the
   stamp lie the socket, the wake-up and the scheduler, 5 to 50 µs on an idle machine and any time on a busy one. A host
   process has the same wait, so it stays in the host RTT; its scatter goes into the interval.
 - *dig* 9 (`recv_done`) and *curl* (`time_connect`, when `poll` has said that the socket can be written to): the user's
@@ -119,6 +122,9 @@ PING: Final = StampModel("ping", LineTime.PRINTED, ReceiveClock.KERNEL)
 """iputils ping. With `-D` for the time of the lines."""
 PING_USER: Final = StampModel("ping -U", LineTime.PRINTED, ReceiveClock.USER)
 """iputils ping -U."""
+PING_INETUTILS: Final = StampModel("ping of inetutils", LineTime.PRINTED, ReceiveClock.USER)
+PING_BUSYBOX: Final = StampModel("ping of busybox", LineTime.PRINTED, ReceiveClock.USER)
+"""Neither gives its lines a time."""
 FPING: Final = StampModel("fping", LineTime.RECEIVED, ReceiveClock.KERNEL, line_resolution_ns=5_000)
 """fping 5.0 and later, where it was built with SO_TIMESTAMPNS (on Linux)."""
 REQUEST_RESPONSE: Final = StampModel("request and response", LineTime.SENT, ReceiveClock.USER, line_resolution_ns=0)
@@ -128,4 +134,6 @@ DIG: Final = StampModel("dig", LineTime.PRINTED, ReceiveClock.USER)
 CURL: Final = StampModel("curl connect", LineTime.PRINTED, ReceiveClock.USER)
 """curl's connect time. It prints no time of day."""
 
-MODELS: Final = {model.name: model for model in (PING, PING_USER, FPING, REQUEST_RESPONSE, DIG, CURL)}
+MODELS: Final = {
+    model.name: model for model in (PING, PING_USER, PING_INETUTILS, PING_BUSYBOX, FPING, REQUEST_RESPONSE, DIG, CURL)
+}

@@ -42,8 +42,7 @@ def corrected(args: argparse.Namespace, session: Session) -> Corrected:
     samples, reader = read(_lines(args.output), READERS[args.tool]() if args.tool else None)
     observed = Observed()
     session.observed(recording(args.capture, FileOptions(args.salvage, args.topology)), observed.add)
-    unknown = (reader.unknown.count, reader.unknown.first)
-    return Corrected.of(samples, observed, reader.stamps, _netns(observed, args.container), unknown)
+    return Corrected.of(samples, observed, reader, _netns(observed, args.container))
 
 
 def arrays(

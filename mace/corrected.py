@@ -7,7 +7,7 @@ the records stands below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,9 +20,9 @@ from rich.text import Text
 from correlator import intervals
 from correlator.correction import REASONS, Corrections, Reason, correct
 from correlator.samples import Samples
-from correlator.stamps import StampModel
 from mace.schema import NOT_TOLD, Crossings, Grade, Results, RoundTripRows, RoundTrips
 from mace.summary import Summary, microseconds, plain_table
+from mace.toolsamples import Reader
 from mace.topology import Device, Role
 
 FIGURES: Final = {
@@ -92,6 +92,8 @@ class Corrected:
     not_understood: int
     """Lines of the tool's output."""
     first_not_understood: Sequence[str]
+    left_out: Mapping[str, int]
+    """Exchanges that the tool's output tells of and that cannot be corrected: how many, by the reason."""
     summary: Summary
     packets: int
     """The container's packets that were seen over the whole path, both ways."""
@@ -99,18 +101,17 @@ class Corrected:
     """Name of its network namespace."""
 
     @classmethod
-    def of(
-        cls, samples: Samples, observed: Observed, stamps: StampModel, netns: int, unknown: tuple[int, Sequence[str]]
-    ) -> Corrected:
-        """Correct `samples` with the packets of the namespace.
-
-        `unknown`: how many lines of the tool's output were not understood, and the first of them.
-        """
+    def of(cls, samples: Samples, observed: Observed, reader: Reader, netns: int) -> Corrected:
+        """Correct `samples`, which are all that `reader` found, with the packets of the namespace."""
         crossings = observed.crossings(netns)
+        stamps, unknown = reader.stamps, reader.unknown
         corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns)
         name = observed.containers().get(netns, ("", 0))[0]
         namespace = next((d.netns_name for d in observed.devices if d.netns == netns), "")
-        return cls(stamps.name, name, samples, corrections, *unknown, observed.summary, len(crossings), namespace)
+        return cls(
+            stamps.name, name, samples, corrections, unknown.count, unknown.first, dict(reader.left_out),
+            observed.summary, len(crossings), namespace,
+        )  # fmt: skip
 
     def round_trips(self) -> RoundTrips:
         """All samples as rows for a database."""
@@ -161,8 +162,8 @@ class Corrected:
 
         `tool`, `container`, `samples` (a list of objects: seq, stamp_utc_ns, duplicate, reason, tool_rtt_ns, and for
         those that are paired host_rtt_ns, nic_rtt_ns, egress_ns, ingress_ns, grade), `paired`, `unpaired` (count by
-        reason), `statistics` (as by `statistics`), `not_understood` (lines), `packets`, `ledger`, and `cost` where it
-        is known.
+        reason), `statistics` (as by `statistics`), `not_understood` (lines), `left_out` (count by reason), `packets`,
+        `ledger`, and `cost` where it is known.
         """
         found: dict[str, Any] = {
             "tool": self.tool,
@@ -172,6 +173,7 @@ class Corrected:
             "unpaired": {reason.name.lower(): len(rows) for reason, rows in self.unpaired().items()},
             "statistics": self.statistics(),
             "not_understood": self.not_understood,
+            "left_out": dict(self.left_out),
             "packets": self.packets,
             "ledger": self.summary.ledger.as_dict(),
         }
@@ -222,6 +224,8 @@ class Corrected:
     def _remarks(self) -> Iterator[str]:
         for reason, rows in self.unpaired().items():
             yield f"unpaired {len(rows):,} · {REASONS[reason]}{self._named(rows)}"
+        for why, count in self.left_out.items():
+            yield f"left out {count:,} · {why}"
         if not self.packets:
             yield (
                 "no packet of this container was seen over the whole path: is it a container of this host, and are the "

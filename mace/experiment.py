@@ -43,11 +43,12 @@ from mace.hostpath import STRETCHES, Records, Seen, Stretches
 from mace.interfaces import Progress
 from mace.lab import HOST, REMOTE, Lab, Runtime, Spec
 from mace.ledger import Ledger
+from mace.pingoutput import PingOutput
 from mace.rounds import bounds, dithered, interval_text, machine, machine_text, median_us
 from mace.schema import NOT_TOLD, Results
 from mace.session import Session
 from mace.summary import plain_table
-from mace.tooloutput import PingOutput, read
+from mace.tooloutput import read
 from mace.topology import Role
 from storage.capture import CaptureSink
 

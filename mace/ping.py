@@ -36,9 +36,9 @@ from mace.config import CaptureConfig
 from mace.corrected import Corrected, Observed, line
 from mace.errors import MaceError, Unavailable, UsageError, nearest
 from mace.hostprobes import Probing
+from mace.pingoutput import PingOutput
 from mace.schema import Results
 from mace.session import Session
-from mace.tooloutput import PingOutput
 from mace.topology import Role
 from storage.capture import CaptureSink
 
@@ -184,11 +184,10 @@ class Ping:
         session.observe(self._run, self._take, tee=tee)
         if self._trouble is not None:
             raise self._trouble
-        samples, unknown = self._reader.finish(), self._reader.unknown
+        samples = self._reader.finish()
         if not len(samples):
             raise UsageError(f"ping ended with status {self.status} and told of no request")
-        told = (unknown.count, unknown.first)
-        found = Corrected.of(samples, self._observed, self._reader.stamps, self._netns, told)
+        found = Corrected.of(samples, self._observed, self._reader, self._netns)
         changed = self._changed(found.corrections)
         self._show(found.corrections[self._done :])
         if changed:

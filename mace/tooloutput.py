@@ -1,7 +1,10 @@
-"""Reading what measurement tools print: ping, fping, and a CSV of anybody's samples; dig and curl are elsewhere.
+"""Reading what measurement tools print: which tool it is, fping, and a CSV of anybody's samples.
+
+`mace.pingoutput` reads ping, `mace.toolrequests` dig and curl.
 
 Strict: a line that is not understood is kept and counted, never skipped in silence; whoever shows results says how
-many there were. Times are parsed as decimals, not as floats, which would lose nanoseconds.
+many there were. An exchange that is told of and cannot be corrected is left out with its reason, and costs no other
+one. Times are parsed as decimals, not as floats, which would lose nanoseconds.
 
 The CSV has a header with `rtt_ms` and any of `sent_utc_s`, `id`, `seq`, `protocol`, `request_bytes`, `reply_bytes`,
 `duplicate`; docs/correction.md tells what they mean. An empty cell is not told; an empty `rtt_ms` is no reply.
@@ -10,186 +13,159 @@ The CSV has a header with `rtt_ms` and any of `sent_utc_s`, `id`, `seq`, `protoc
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from decimal import InvalidOperation
+from functools import partial
 from ipaddress import ip_address
 from typing import Final
 
 from correlator.samples import Samples
-from correlator.stamps import FPING, PING, PING_USER, REQUEST_RESPONSE
+from correlator.stamps import FPING, PING_BUSYBOX, PING_INETUTILS, REQUEST_RESPONSE
+from mace import pingoutput
 from mace.errors import UsageError, nearest
+from mace.pingoutput import PingOutput
 from mace.schema import NOT_TOLD
 from mace.toolrequests import CurlOutput, DigOutput
-from mace.toolsamples import ICMP, ICMPV6, IP_HEADER, TCP, UDP, Reader, Replies, Unknown, decimal_ns
+from mace.toolsamples import (
+    DECIMAL,
+    ICMP,
+    ICMPV6,
+    IP_HEADER,
+    STAMP,
+    TCP,
+    UDP,
+    Reader,
+    Replies,
+    Unknown,
+    decimal_ns,
+    with_unanswered,
+)
 
 PROTOCOLS: Final = {"icmp": ICMP, "tcp": TCP, "udp": UDP, "icmpv6": ICMPV6}
-
-_ICMP_HEADER: Final = 8
-_MOST_REQUESTS: Final = 10_000_000
-"""More without a reply would be a mistake in the file, or a day of a flood into nowhere."""
-
-
-# ping -----------------------------------------------------------------------------------------------------
-
-_STAMP: Final = r"(?:\[(?P<stamp>\d+\.\d+)\] )?"
-_PING_BEGINS: Final = re.compile(r"PING \S.*? (?P<payload>\d+)(?:\((?P<total>\d+)\))? (?:data bytes|bytes of data\.?)$")
-_PING_REPLY: Final = re.compile(
-    _STAMP + r"(?P<size>\d+) bytes from (?P<source>.+?): icmp_seq=(?P<seq>\d+)(?: ident=(?P<ident>\d+))?"
-    r"(?: ttl=\d+)?(?: time=(?P<time>[0-9.]+) ms)?(?P<marks>(?: \([A-Z ]+!\))*)$"
-)
-_PING_NO_ANSWER: Final = re.compile(_STAMP + r"no answer yet for icmp_seq=\d+$")
-_PING_ERROR: Final = re.compile(_STAMP + r"From .+? icmp_seq=\d+ \S.*$")
-_PING_COUNTS: Final = re.compile(
-    r"(?P<sent>\d+) packets transmitted, \d+ received(?:, \+\d+ (?:duplicates|corrupted|errors))*"
-    r"(?:, [0-9.]+% packet loss)?(?:, time \d+ms)?$"
-)
-_PING_OTHER: Final = re.compile(
-    r"$|--- .+ ping statistics ---$|rtt min/avg/max/mdev = [0-9./]+ ms|pipe \d+$|, (?:pipe|ipg/ewma) |"
-    r"\d+/\d+ packets, \d+% loss"
-)
-_PING_FLOOD: Final = re.compile("[.EC]*\x08[.EC \x08]*$|\\.+$")
-
-
-class PingOutput:
-    """iputils ping, one run or several after one another. `-D` gives it times, `user_clock` says that it had `-U`."""
-
-    def __init__(self, *, user_clock: bool = False) -> None:
-        self.stamps = PING_USER if user_clock else PING
-        self.unknown = Unknown()
-        self._replies = Replies()
-        self._began = False
-        self._overhead = 0
-        """Bytes of headers around the payload, as the first line tells; 0: not known."""
-        self._payload = 0
-        self._before = 0
-        """Requests of earlier runs."""
-        self._seq = NOT_TOLD
-        """Of the last reply of this run, not wrapped, and counted on from those before."""
-        self._last = 0
-        """The highest number that a reply or ping's count of requests told of."""
-
-    def line(self, text: str) -> int | None:
-        if reply := _PING_REPLY.match(text):
-            return self._reply(reply, text)
-        if begins := _PING_BEGINS.match(text):
-            # One more run, if there was one: its numbers go on where the last's ended.
-            self._before, self._seq = self._last, NOT_TOLD
-            self._began, self._payload = True, int(begins["payload"])
-            self._overhead = int(begins["total"]) - self._payload if begins["total"] else 0
-        elif counts := _PING_COUNTS.match(text):
-            self._last = max(self._last, self._before + int(counts["sent"]))
-        elif _PING_FLOOD.match(text):
-            raise UsageError(
-                "ping -f prints no line for a reply, so there is nothing to correct; `-i 0` is as fast and prints them"
-            )
-        elif not (_PING_NO_ANSWER.match(text) or _PING_ERROR.match(text) or _PING_OTHER.match(text)):
-            self.unknown.add(text)
-        return None
-
-    def _reply(self, reply: re.Match[str], text: str) -> int | None:
-        if reply["time"] is None:
-            raise UsageError(
-                f"{text!r} has no time: ping measures none with fewer than 16 bytes of payload (-s), or it was cut"
-            )
-        if "CHECKSUM" in reply["marks"]:
-            # Not a reply to what was sent; ping does not count it either.
-            self.unknown.add(text)
-            return None
-        family = _family(reply["source"])
-        size, seq = int(reply["size"]), int(reply["seq"])
-        if seq > 0xFFFF:
-            self.unknown.add(text)
-            return None
-        ours = self._overhead or IP_HEADER[family] + _ICMP_HEADER
-        rtt_ns, unit_ns = decimal_ns(reply["time"], 1_000_000)
-        known = self._seq != NOT_TOLD
-        self._seq = self._before + (continued(self._seq - self._before, seq) if known else seq)
-        self._last = max(self._last, self._seq)
-        return self._replies.add(
-            stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
-            seq=self._seq,
-            rtt_ns=rtt_ns,
-            # Two stamps cut to microseconds; and above a millisecond what is printed is rounded.
-            resolution_ns=1_000 + (unit_ns // 2 if unit_ns > 1_000 else 0),
-            duplicate=int("DUP" in reply["marks"]),
-            request_len=(self._payload + ours) if self._began else size - _ICMP_HEADER + ours,
-            reply_len=size - _ICMP_HEADER + ours,
-            l4_proto=ICMP if family == 4 else ICMPV6,
-            l4_id=int(reply["ident"]) if reply["ident"] else NOT_TOLD,
-            l4_seq=seq,
-        )
-
-    def samples(self, since: int = 0) -> Samples:
-        return self._replies.samples(since)
-
-    def finish(self) -> Samples:
-        replies = self.samples()
-        answered = set(replies.seq.tolist())
-        first = 1 if self._began else min(answered, default=1)
-        return _with_unanswered(replies, first, self._last, answered)
-
-
-def continued(before: int, seq: int) -> int:
-    """A 16-bit sequence number, continued beyond 65535: of all that it can be, the nearest to the one before it.
-
-    So up to 32,767 lost in a row, or as much disorder, are told right.
-    """
-    return before + (seq - before + 32768) % 65536 - 32768
-
-
-def _family(source: str) -> int:
-    """4 or 6, of `name (address)` or `address`."""
-    return 6 if ":" in source else 4
 
 
 # fping ----------------------------------------------------------------------------------------------------
 
+_FPING_STAMP: Final = STAMP + r"(?:\[[^\]]*\d\d:\d\d:\d\d[^\]]*\] )?"
+"""The second: whole seconds, as `--timestamp-format` prints them; too coarse to be of use."""
+_FPING_HOST: Final = r"(?P<host>\S+)(?: \((?P<address>[^()\s]+)\))?\s+: "
+"""With both a name and an address: -n or -d together with -A."""
+_FPING_AVERAGE: Final = r" \(\S+ avg, \S+ (?:loss|return)\)"
 _FPING_REPLY: Final = re.compile(
-    _STAMP + r"(?P<host>\S+)\s+: \[(?P<index>\d+)\], (?P<size>\d+) bytes, (?P<time>[0-9.]+) ms"
-    r" \(\S+ avg, \d+% (?:loss|return)\)"
-    r"(?: \(T[OT][SL] \S+\))*(?: \[<- \S+\])?$"
+    _FPING_STAMP
+    + _FPING_HOST
+    + r"(?:\[|(?P<duplicate>duplicate for \[))(?P<index>\d{1,9})\], (?P<size>\d{1,6}) bytes, "
+    r"(?P<time>" + DECIMAL + r") ms(?(duplicate)|" + _FPING_AVERAGE + r")(?P<rest>(?:[ ,].*)?)$"
 )
+_FPING_REST: Final = re.compile(r"(?: \(T(?:OS|TL|TO|TS) \S+\))*(?: \[<- \S+\])?$")
 _FPING_TIMEOUT: Final = re.compile(
-    _STAMP + r"(?P<host>\S+)\s+: \[(?P<index>\d+)\], timed out \(\S+ avg, \d+% (?:loss|return)\)$"
+    _FPING_STAMP + _FPING_HOST + r"\[(?P<index>\d{1,9})\], timed out" + _FPING_AVERAGE + "$"
 )
+_FPING_COUNTS: Final = re.compile(_FPING_HOST + r"xmt/rcv/%(?:loss|return) = (?P<sent>\d+)/(?P<received>\d+)/")
+_FPING_TIMES: Final = re.compile(_FPING_HOST + r"(?P<times>(?:[0-9.]+|-)(?: (?:[0-9.]+|-))*)$")
+"""The summary of -C."""
+_FPING_INTERVAL: Final = re.compile(r"\[\d\d:\d\d:\d\d\]$")
+"""Of -Q: a summary of an interval follows."""
+_FPING_ALIVE: Final = re.compile(r"\S+(?: \(\S+\))? is (?:alive|unreachable)(?: \(.*\))?$")
 _FPING_OTHER: Final = re.compile(
-    r"$|\S+\s+: xmt/rcv/%(?:loss|return) = |\S+\s+:(?: (?:[0-9.]+|-))+$|"
-    r"\S+\s+: duplicate for \[\d+\]|\[\d\d:\d\d:\d\d\]$"
+    r"$|ICMP .+ from \S+ for ICMP Echo sent to |\s+\d+ (?:targets|alive|unreachable|unknown addresses|timeouts .*|"
+    r"ICMP .*|other ICMP received)$|\s+[0-9.]+ (?:ms|sec) \(.+\)$"
 )
 
 
 class FpingOutput:
-    """fping 5 with `-c`, `-C` or `-l`, of one target. `-D` gives it times."""
+    """fping 5 with `-c`, `-C` or `-l`, of one target, one run or several. `-D` gives it times."""
 
     def __init__(self) -> None:
         self.stamps = FPING
         self.unknown = Unknown()
+        self.left_out: Counter[str] = Counter()
         self._replies = Replies()
-        self._last = NOT_TOLD
         self._host = ""
+        self._base = 0
+        """Requests of earlier runs."""
+        self._last = NOT_TOLD
+        """The highest number that any line told of."""
+        self._told: set[int] = set()
+        """Numbers of this run that a line told of."""
+        self._answered: set[int] = set()
+        self._over = False
+        """There was this run's summary."""
+        self._interval = False
+        self._hidden: list[range] = []
+        """Numbers of requests some of which had a reply that has no line."""
+        self._alive = False
+
+    @staticmethod
+    def begins(line: str) -> bool:
+        """Whether fping prints such a line, and no other tool does."""
+        known = (_FPING_REPLY, _FPING_TIMEOUT, _FPING_COUNTS, _FPING_TIMES, _FPING_ALIVE)
+        return any(expression.match(line) for expression in known)
 
     def line(self, text: str) -> int | None:
         if reply := _FPING_REPLY.match(text):
-            self._one_host(reply["host"])
-            self._last = max(self._last, int(reply["index"]))
-            rtt_ns, unit_ns = decimal_ns(reply["time"], 1_000_000)
-            headers = IP_HEADER.get(_family_of_address(reply["host"]), 0)
-            size = int(reply["size"]) + headers if headers else NOT_TOLD
-            return self._replies.add(
-                stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
-                seq=int(reply["index"]),
-                rtt_ns=rtt_ns,
-                resolution_ns=unit_ns // 2,
-                request_len=size,
-                reply_len=size,
-                l4_proto={20: ICMP, 40: ICMPV6}.get(headers, NOT_TOLD),
-            )
+            return self._reply(reply, text)
         if timeout := _FPING_TIMEOUT.match(text):
             self._one_host(timeout["host"])
-            self._last = max(self._last, int(timeout["index"]))
+            self._number(int(timeout["index"]), again=False)
+        elif counts := _FPING_COUNTS.match(text):
+            self._count(int(counts["sent"]), int(counts["received"]))
+        elif times := _FPING_TIMES.match(text):
+            each = times["times"].split()
+            self._count(len(each), len(each) - each.count("-"))
+        elif _FPING_INTERVAL.match(text):
+            self._interval = True
+        elif _FPING_ALIVE.match(text):
+            self._alive = True
         elif not _FPING_OTHER.match(text):
             self.unknown.add(text)
         return None
+
+    def _reply(self, reply: re.Match[str], text: str) -> int:
+        self._one_host(reply["host"])
+        if not _FPING_REST.match(reply["rest"]):
+            # What follows is not understood, and a reply it is.
+            self.unknown.add(text)
+        duplicate = bool(reply["duplicate"])
+        seq = self._number(int(reply["index"]), again=duplicate)
+        self._answered.add(seq)
+        rtt_ns, unit_ns = decimal_ns(reply["time"], 1_000_000)
+        headers = IP_HEADER.get(_family_of_address(reply["address"] or reply["host"]), 0)
+        size = int(reply["size"]) + headers if headers else NOT_TOLD
+        return self._replies.add(
+            stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
+            seq=seq,
+            rtt_ns=rtt_ns,
+            resolution_ns=unit_ns // 2,
+            duplicate=int(duplicate),
+            request_len=size,
+            reply_len=size,
+            l4_proto={20: ICMP, 40: ICMPV6}.get(headers, NOT_TOLD),
+        )
+
+    def _number(self, index: int, *, again: bool) -> int:
+        """The request's number, counted on from run to run: one more begins after a summary, or where numbers recur."""
+        seq = self._base + index
+        if not again and (self._over or seq in self._answered):
+            self._base, self._over, self._told = self._last + 1, False, set()
+            seq = self._base + index
+        self._told.add(seq)
+        self._last = max(self._last, seq)
+        return seq
+
+    def _count(self, sent: int, received: int) -> None:
+        if self._interval:
+            self._interval = False
+            if received:
+                self._hidden.append(range(0))
+            return
+        if self._over:
+            self._base, self._told = self._last + 1, set()
+        self._last = max(self._last, self._base + sent - 1)
+        if received > len(self._told & self._answered):
+            self._hidden.append(range(self._base, self._last + 1))
+        self._over = True
 
     def _one_host(self, host: str) -> None:
         if self._host not in ("", host):
@@ -202,14 +178,22 @@ class FpingOutput:
         return self._replies.samples(since)
 
     def finish(self) -> Samples:
-        replies = self.samples()
-        return _with_unanswered(replies, 0, self._last, set(replies.seq.tolist()))
+        if not len(self._replies):
+            if self._alive:
+                raise UsageError("fping without -c, -C or -l says who is alive, and has no line for a reply")
+            if self._hidden:
+                raise UsageError("fping -q and -Q print no line for a reply, so there is nothing to correct")
+        answered = self._answered
+        pingoutput.bounded(self._last + 1, len(answered))
+        missing = [seq for seq in range(self._last + 1) if seq not in answered]
+        hidden = {seq for numbers in self._hidden for seq in numbers if seq not in answered}
+        return with_unanswered(self.samples(), missing, hidden)
 
 
 def _family_of_address(host: str) -> int:
     """4 or 6; 0 for a name."""
     try:
-        return ip_address(host).version
+        return ip_address(host.partition("%")[0]).version
     except ValueError:
         return 0
 
@@ -225,15 +209,24 @@ class CsvOutput:
     def __init__(self) -> None:
         self.stamps = REQUEST_RESPONSE
         self.unknown = Unknown()
+        self.left_out: Counter[str] = Counter()
         self._replies = Replies()
         self._columns: list[str] = []
 
+    @staticmethod
+    def begins(line: str) -> bool:
+        """Whether it names one of the columns."""
+        return not {cell.strip() for cell in line.split(",")}.isdisjoint(_COLUMNS)
+
     def line(self, text: str) -> int | None:
+        if not text.strip():
+            return None
         cells = [cell.strip() for cell in text.split(",")]
         if not self._columns:
-            self._header(cells)
-            return None
-        if not text.strip():
+            if self.begins(text):
+                self._header(cells)
+            else:
+                self.unknown.add(text)
             return None
         try:
             if len(cells) != len(self._columns):
@@ -259,6 +252,11 @@ class CsvOutput:
         return self.samples()
 
 
+_MOST: Final = dict.fromkeys(("request_len", "reply_len"), 0x7FFF_FFFF)
+_MOST_NS: Final = 1 << 62
+"""Of a time, or a number: sums of two fit into 64 bits."""
+
+
 def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
     """Columns of `Samples`; raises what int() and Decimal() do, and KeyError for an unknown name."""
     protocol = told.get("protocol", "").lower()
@@ -279,6 +277,8 @@ def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
     }
     if any(value < NOT_TOLD for value in row.values()) or row["l4_id"] > 0xFFFF or proto > 0xFF:
         raise ValueError(told)
+    if any(value > _MOST.get(name, _MOST_NS) for name, value in row.items()):
+        raise OverflowError(told)
     return row
 
 
@@ -286,7 +286,9 @@ def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
 
 READERS: Final[dict[str, Callable[[], Reader]]] = {
     "ping": PingOutput,
-    "ping-U": lambda: PingOutput(user_clock=True),
+    "ping-U": partial(PingOutput, user_clock=True),
+    "ping-inetutils": partial(PingOutput, stamps=PING_INETUTILS),
+    "ping-busybox": partial(PingOutput, stamps=PING_BUSYBOX),
     "fping": FpingOutput,
     "csv": CsvOutput,
     "dig": DigOutput,
@@ -294,52 +296,84 @@ READERS: Final[dict[str, Callable[[], Reader]]] = {
 }
 """Tools by name; the name is what the user gives."""
 
+_OTHERS: Final = {
+    r"HPING |--- .+ hping statistic ---$|len=\d+ ip=": "hping",
+    r"Starting Nping |SENT \(|RCVD \(": "nping",
+    r"Starting Nmap |Nmap scan report": "nmap",
+    r"ARPING |Unicast reply from |\d+ bytes from [0-9a-fA-F:]{11,17} \(": "arping (it sends no IP packets)",
+    r"Pinging \S+ .*with \d+ bytes of data:|Reply from \S+: bytes=\d+ ": "ping of Windows",
+    r"PING6\(|\d+ bytes from \S+, icmp_seq=": "ping6 of BSD or macOS",
+    r"Request timeout for icmp_seq ": "ping of macOS",
+    r"PING \S+ \(\S+\) \d+ bytes of data\.$|RTT\[ms\]: min = ": "oping",
+    r"PING \S+:\d+ \(|connected to \S+ \(\d+ bytes\), seq=": "httping",
+    r"Ping \S+ \(\S+\).*: \d+\(\d+\) bytes\.$": "ping of toybox (it counts in milliseconds)",
+    r"PING .+: sending (?:timestamp|address mask) request": "ping --timestamp or --address (they are no echo requests)",
+    r"PING ": "a ping in another language or form (with LC_ALL=C iputils prints English)",
+    r"Start: \d{4}-\d\d-\d\dT|HOST: \S+ +Loss% |Mtr_Version,|My traceroute ": "mtr",
+    r"traceroute6? to |tracepath|\s*1\??: +\[LOCALHOST\]": "traceroute",
+    r";; ->>HEADER<<- opcode: QUERY, rcode: ": "drill",
+    r";; ->>HEADER<<- opcode: QUERY; status: ": "kdig",
+    r"-\s+type: MESSAGE$": "dig +yaml (without +yaml it is read)",
+    r"\{\"(?:resp|timeout|intSum|summary|vSum|stats|alive|unreach)\": ?\{": "fping --json (without --json it is read)",
+    r"iperf|Connecting to host \S+, port |Client connecting to \S+, ": "iperf",
+    r"sockperf: |qperf|MIGRATED (?:TCP|UDP)_": "a benchmark of throughput or latency",
+}
+"""How lines of tools begin that are known and not read -> which tool it is."""
 
-def reader_for(first_line: str) -> Reader:
-    """The reader of the tool that prints such a first line. Raises `UsageError`."""
-    if _PING_BEGINS.match(first_line) or _PING_REPLY.match(first_line):
+
+def recognised(line: str, *, first: bool = True) -> Reader | None:
+    """The reader of the tool that prints such a line; None if it tells of none. A header of CSV is the `first` line.
+
+    Raises `UsageError` where it is another tool's.
+    """
+    if pingoutput.begins(line):
         return PingOutput()
-    if _FPING_REPLY.match(first_line) or _FPING_TIMEOUT.match(first_line):
+    if FpingOutput.begins(line):
         return FpingOutput()
-    if DigOutput.begins(first_line):
+    if DigOutput.begins(line):
         return DigOutput()
-    if CurlOutput.begins(first_line):
+    if CurlOutput.begins(line):
         return CurlOutput()
-    if {cell.strip() for cell in first_line.split(",")} & set(_COLUMNS):
+    if CsvOutput.begins(line) and (first or "rtt_ms" in line):
         return CsvOutput()
-    raise UsageError(
-        f"{first_line!r} is what no known tool prints first; --tool says which it is: {', '.join(READERS)}"
-    )
+    for begins, tool in _OTHERS.items():
+        if re.match(begins, line):
+            raise UsageError(
+                f"{line!r} is of {tool}, whose output is not read. Known are {', '.join(READERS)}; "
+                "the samples of any other tool can be given as a CSV (docs/correction.md)"
+            )
+    return None
 
 
 def read(lines: Iterable[str], reader: Reader | None = None) -> tuple[Samples, Reader]:
     """All samples of a tool's output, those without a reply included, and the reader, which knows what it did not
-    understand.
+    understand and what it left out.
 
-    Without a reader the first line that is not empty tells which tool it is. Raises `UsageError` where that fails, or
-    where there is no sample at all.
+    Without a reader the first line that one tool alone prints tells which it is; those before it are that tool's too.
+    Raises `UsageError` where that fails, or where there is no sample at all.
     """
+    before: list[str] = []
     for raw in lines:
         text = raw.rstrip("\r\n")
         if reader is None:
-            if not text.strip():
-                continue
-            reader = reader_for(text)
-        reader.line(text)
+            reader = recognised(text, first=not any(line.strip() for line in before))
+            before.append(text)
+            if reader is not None:
+                for earlier in before:
+                    reader.line(earlier)
+        else:
+            reader.line(text)
     if reader is None:
-        raise UsageError("the tool's output is empty")
+        first = next((line for line in before if line.strip()), None)
+        if first is None:
+            raise UsageError("the tool's output is empty")
+        raise UsageError(
+            f"{first!r} is what no known tool prints first, nor is there any line that only one of them prints; "
+            f"--tool says which it is: {', '.join(READERS)}"
+        )
     samples = reader.finish()
     if not len(samples):
-        told = f"; not understood: {reader.unknown.first[0]!r}" if reader.unknown.count else ""
+        told = "".join(f"; {count:,} left out, {why}" for why, count in reader.left_out.items())
+        told += f"; not understood: {reader.unknown.first[0]!r}" if reader.unknown.count else ""
         raise UsageError(f"the tool's output tells of no request{told}")
     return samples, reader
-
-
-def _with_unanswered(replies: Samples, first: int, last: int, answered: set[int]) -> Samples:
-    """The replies, then a row for each request (their numbers are `first` to `last`) that had none."""
-    if last - first - len(answered) > _MOST_REQUESTS:
-        raise UsageError(f"the tool says that it sent {last:,} requests, of which {len(answered):,} were answered")
-    missing = [seq for seq in range(first, last + 1) if seq not in answered]
-    if not missing:
-        return replies
-    return Samples.concatenate([replies, Samples.of(len(missing), seq=missing)])

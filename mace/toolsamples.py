@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final, Protocol
@@ -16,6 +18,10 @@ UDP: Final = 17
 
 IP_HEADER: Final = {4: 20, 6: 40}
 """Bytes, without options and extensions."""
+DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?"
+"""In an expression: a number whose nanoseconds fit into 64 bits, if its unit is a millisecond or a second."""
+STAMP: Final = r"(?:\[(?P<stamp>\d{1,10}\.\d{1,9})\] )?"
+"""In an expression: the time of a line, seconds since 1970."""
 _KEPT: Final = 5
 """As many of the lines that are not understood are kept, to be shown."""
 
@@ -23,8 +29,14 @@ _KEPT: Final = 5
 class Reader(Protocol):
     """What a tool prints, line by line."""
 
-    stamps: StampModel
     unknown: Unknown
+    left_out: Counter[str]
+    """Exchanges that the output tells of and that are no samples: how many, by the reason."""
+
+    @property
+    def stamps(self) -> StampModel:
+        """How the tool looks at the clock; known for certain once all lines have been taken."""
+        ...
 
     def line(self, text: str) -> int | None:
         """Take one line; the number of the sample that it tells of (its row in `samples`), None if it tells of none."""
@@ -35,7 +47,10 @@ class Reader(Protocol):
         ...
 
     def finish(self) -> Samples:
-        """The same when there are no more lines, and behind them the requests that had no reply."""
+        """The same when there are no more lines, and behind them the requests that had no reply.
+
+        Raises `UsageError` where the tool printed no round trip time although replies came, as with its quiet option.
+        """
         ...
 
 
@@ -70,6 +85,17 @@ class Replies:
 
     def samples(self, since: int) -> Samples:
         return Samples.of(len(self) - since, **{name: column[since:] for name, column in self.columns.items()})
+
+
+def with_unanswered(replies: Samples, missing: Sequence[int], untimed: Collection[int] = ()) -> Samples:
+    """The replies, then a row for each number of a request in `missing`.
+
+    Those in `untimed` have had a reply, or may have; the others had none.
+    """
+    if not missing:
+        return replies
+    rows = Samples.of(len(missing), seq=missing, untimed=[seq in untimed for seq in missing])
+    return Samples.concatenate([replies, rows])
 
 
 def decimal_ns(text: str, unit_ns: int) -> tuple[int, int]:

@@ -42,9 +42,7 @@ def measure(
     if not tool.said.strip():
         raise UsageError(f"{args.command[0]} ended with status {tool.status} and printed nothing")
     samples, reader = read(tool.said.splitlines(), READERS[args.tool]() if args.tool else None)
-    unknown = (reader.unknown.count, reader.unknown.first)
-    netns = os.fstat(netns_fd).st_ino
-    return Corrected.of(samples, observed, reader.stamps, netns, unknown), tool.status
+    return Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino), tool.status
 
 
 class _Tool:

@@ -1,6 +1,7 @@
 """Which packets are a sample's: never wrong ones, and all that can be told; against a reference that tries all."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,6 +169,42 @@ def test_all_of_a_calm_run_are_paired(pace_ns, loss, duplicates):
 def test_all_of_a_flood_are_paired_by_their_order():
     run = ping_run(np.random.default_rng(6), 5_000, pace_ns=150_000, rtt_ns=10_000, jitter_ns=1_000)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+def some_without_times(run, rng, share):
+    """The run's samples, of whose replies some have no time; which ones."""
+    chosen = (run.samples.rtt_ns != NOT_TOLD) & (rng.random(len(run.samples)) < share)
+    return replace(run.samples, rtt_ns=np.where(chosen, NOT_TOLD, run.samples.rtt_ns), untimed=chosen), chosen
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1 << 32), st.sampled_from([2e4, 3e5, 2e6, 1e7]), st.booleans(), st.integers(0, 5))
+def test_replies_without_a_time_make_no_pair_wrong(seed, pace_ns, content, strangers):
+    rng = np.random.default_rng(seed)
+    run = ping_run(
+        rng, 60, pace_ns=pace_ns, loss=rng.choice([0, 0.1]), duplicates=rng.choice([0, 0.2]), strangers=strangers,
+        jitter_ns=int(rng.choice([10_000, 30_000_000])), content=content, stamped=bool(rng.integers(0, 2)),
+    )  # fmt: skip
+    samples, chosen = some_without_times(run, rng, 0.2)
+    found = correct(samples, run.crossings, PING)
+    assert ((found.reason == Reason.NO_TIME) == chosen).all()
+    assert wrong(run, found) == []
+
+
+@pytest.mark.parametrize(
+    ("pace_ns", "count", "seen"), [(10_000_000, 200, True), (10_000_000, 200, False), (150_000, 1_000, True)]
+)
+def test_replies_without_a_time_cost_no_other(pace_ns, count, seen):
+    """Neither where their packets are there, nor, at a calm pace, where these were not seen."""
+    rng = np.random.default_rng(6)
+    run = ping_run(rng, count, pace_ns=pace_ns, rtt_ns=10_000, jitter_ns=1_000)
+    samples, chosen = some_without_times(run, rng, 0.1)
+    crossings = run.crossings
+    if not seen:
+        theirs = [name for row in np.flatnonzero(chosen) for name in run.truth[row]]
+        crossings = crossings[~np.isin(crossings.packet, theirs)]
+    wanted = [None if untimed else pair for untimed, pair in zip(chosen, run.truth, strict=True)]
+    assert pairs(correct(samples, crossings, PING)) == wanted
 
 
 def test_one_sample_of_a_flood_that_waited_for_long_spoils_nothing():

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from correlator.stamps import FPING, PING, PING_USER, REQUEST_RESPONSE
 from mace.errors import UsageError
+from mace.pingoutput import PingOutput, continued
 from mace.schema import NOT_TOLD
-from mace.tooloutput import READERS, CsvOutput, FpingOutput, PingOutput, continued, read
+from mace.tooloutput import READERS, CsvOutput, FpingOutput, read
 
 # As iputils 20221126 printed them, but for the addresses.
 PING4 = """\
@@ -118,7 +119,13 @@ def test_numbers_go_on_beyond_16_bits(steps, first):
         ("PING a (a) 56(84) bytes of data.\n..\n", "-i 0"),
         ("PING a (a) 8(36) bytes of data.\n16 bytes from 203.0.113.2: icmp_seq=1 ttl=63\n", "has no time"),
         ("PING a (a) 56(84) bytes of data.\n\nsomething\n", "not understood: 'something'"),
-        ("64 bytes from 203.0.113.2: seq=0 ttl=63 time=0.094 ms\n", "no known tool"),
+        ("64 bytes out of nowhere\n", "no known tool"),
+        ("PING a (a) 56(84) bytes of data.\n3 packets transmitted, 3 received\n", "ping -q"),
+        ("PING a (a): 56 data bytes\nRequest timeout for icmp_seq 0\n", "macOS"),
+        ("PING a (a) 56(84) Bytes an Daten.\n", "LC_ALL=C"),
+        ("Pinging 203.0.113.2 with 32 bytes of data:\n", "ping of Windows"),
+        ("a.b : xmt/rcv/%loss = 3/3/0%, min/avg/max = 1/1/1\n", "fping -q"),
+        (PING4 + "PING a (a): 56 data bytes\n64 bytes from 203.0.113.2: seq=0 ttl=63 time=0.1 ms\n", "one by one"),
         ("\n\n", "empty"),
         ("PING a (a) 56(84) bytes of data.\n99999999999 packets transmitted, 0 received\n", "99,999,999,999"),
     ],
@@ -130,7 +137,7 @@ def test_what_cannot_be_corrected_is_said(text, why):
 
 def test_what_is_not_understood_is_counted_and_kept():
     strange = ["ping: sendmsg: Operation not permitted", "64 bytes from 203.0.113.2: icmp_seq=99999 ttl=1 time=1 ms"]
-    strange += ["64 bytes from 203.0.113.2: icmp_seq=7 ttl=63 time=1 ms (BAD CHECKSUM!)", *"abcdef"]
+    strange += ["64 bytes from 203.0.113.2: icmp_seq=", *"abcdef"]
     samples, reader = told(PING4 + "\n".join(strange))
     assert len(samples) == 7
     assert reader.unknown.count == len(strange)
@@ -219,4 +226,54 @@ def test_any_line_is_taken_or_counted(text):
             reader.line(text)
         except UsageError:
             continue
-        assert len(reader.samples()) + reader.unknown.count <= 1
+        assert len(reader.samples()) + reader.unknown.count <= 2
+
+
+def test_a_reply_that_goes_on_is_a_reply_and_the_line_is_counted():
+    line = "64 bytes from 203.0.113.2: icmp_seq=6 ttl=63 time=0.5 ms (WHO KNOWS)"
+    samples, reader = told(PING4.replace("\n\n---", f"\n{line}\n\n---"))
+    assert samples.rtt_ns[samples.seq == 6].tolist() == [500_000]
+    assert reader.unknown.first == [line]
+
+
+def test_a_time_that_is_none():
+    """What ping prints when its clock was set back."""
+    text = PING4.replace("time=5.32 ms", "time=0.000 ms")
+    samples, _ = told(text)
+    assert samples.untimed.tolist() == [False, True, *[False] * 5]
+
+
+def test_a_number_below_the_first_is_one_that_wrapped():
+    """Of 40,000 requests after the first none had a reply."""
+    text = "PING a (a) 56(84) bytes of data.\n"
+    text += "".join(
+        f"64 bytes from 203.0.113.2: icmp_seq={n % 65536} ttl=63 time=0.1 ms\n" for n in (1, 40_002, 65_540)
+    )
+    samples, _ = told(text)
+    assert samples.seq.tolist()[:3] == [1, 40_002, 65_540]
+
+
+def test_ip_options_of_inetutils_have_no_length():
+    text = "PING a (a): 56 data bytes\n64 bytes from 203.0.113.2: icmp_seq=0 ttl=63 time=0.1 ms\nRR: \t198.51.100.2\n"
+    samples, _ = told(text + "64 bytes from 203.0.113.2: icmp_seq=1 ttl=63 time=0.1 ms\t (same route)\n")
+    assert set(samples.request_len) == set(samples.reply_len) == {NOT_TOLD}
+
+
+def test_runs_of_fping_in_a_loop():
+    samples, _ = told(FPING5 + FPING5)
+    assert samples.seq.tolist() == [0, 2, 3, 5, 1, 4]
+    assert not samples.duplicate.any()
+
+
+@pytest.mark.parametrize("stamp", ["Sun Nov 29 12:00:00 2026", "2026-11-29T12:00:00+0000", "2026-11-29 12:00:00"])
+def test_stamps_of_fping_in_whole_seconds_are_no_use(stamp):
+    samples, reader = told(f"[{stamp}] 203.0.113.2 : [0], 64 bytes, 0.094 ms (0.094 avg, 0% loss)\n")
+    assert (samples.stamp_utc_ns.tolist(), reader.unknown.count) == ([NOT_TOLD], 0)
+
+
+@pytest.mark.parametrize("huge", ["9" * 30, "1e30", "1.2.3"])
+def test_numbers_that_do_not_fit_are_not_understood(huge):
+    _, reader = told(PING4 + f"64 bytes from 203.0.113.2: icmp_seq=6 ttl=63 time={huge} ms\n")
+    assert reader.unknown.count == 1
+    _, reader = told(CSV + f"1,1,1,{huge},udp,60\n" + f"{huge},1,1,1,udp,60\n")
+    assert reader.unknown.count == 2

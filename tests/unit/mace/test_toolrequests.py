@@ -63,11 +63,26 @@ def test_dig():
     [
         (DIG9.replace("187 usec", "0 msec"), "dig -u"),
         (DIG9.replace("(203.0.113.2) (UDP)", "(203.0.113.2) (TCP)"), "over TCP"),
+        (DIG9.replace(" (UDP)", "").replace(";; Got", ";; Truncated, retrying in TCP mode.\n;; Got"), "over TCP"),
+        (DIG9.replace("187 usec", "0 usec").replace("rcvd: 43", ""), "statistics"),
     ],
 )
-def test_what_dig_cannot_tell_is_refused(text, why):
+def test_what_dig_cannot_tell_is_left_out(text, why):
+    """And where there is nothing else it is refused."""
+    samples, reader = told(text)
+    assert samples.seq.tolist() == [2, 1]
+    assert [(why in reason, count) for reason, count in reader.left_out.items()] == [(True, 1)]
+    alone = text.partition(";; communications")[0]
     with pytest.raises(UsageError, match=why):
-        told(text)
+        told(alone)
+
+
+def test_dig_of_a_version_that_does_not_name_the_protocol():
+    old = DIG9.replace(" (UDP)", "").replace("<<>> -u", "<<>> -u +tcp")
+    with pytest.raises(UsageError, match="2 left out, over TCP"):
+        told(old.replace(";; communications error to 203.0.113.2#53: timed out\n", ""))
+    unanswered = "; <<>> DiG 9.16.1 <<>> -u a.example\n;; connection timed out; no servers could be reached\n"
+    assert told(unanswered)[0].rtt_ns.tolist() == [NOT_TOLD]
 
 
 def test_a_size_without_a_time_is_not_understood():
