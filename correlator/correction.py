@@ -1,4 +1,4 @@
-"""A tool's round trip times in a container -> what they would have been without the container's devices.
+"""A tool's round trip times in a container -> what of them was not spent in the container's devices.
 
 For a request and its response that were both seen over the whole path (`mace.schema.Crossings`):
 

@@ -272,7 +272,7 @@ def _ping(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
     else:
-        found.tables(_stdout())
+        found.tables(_stdout(), lower_bound=term is None)
         if term:
             print(term.line(host_rtt))
     return run.status
@@ -520,7 +520,7 @@ def _parser() -> argparse.ArgumentParser:
     with_json(one)
 
     one = command(
-        "ping", _ping, "ping in a container, each round trip corrected to what a host process would see (root)"
+        "ping", _ping, "ping in a container, each round trip also without the time in the container's devices (root)"
     )
     one.allow_abbrev = False
     one.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,6 +82,8 @@ def print_samples(found: Corrected) -> None:
 
 def _lines(path: Path) -> Iterable[str]:
     if path == STDIN:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         return sys.stdin
     try:
         return path.read_text(errors="replace").splitlines()

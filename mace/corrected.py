@@ -33,6 +33,10 @@ FIGURES: Final = {
     "ingress_ns": "ingress overhead",
 }
 """Columns of `Corrections` that there are statistics of, and what people read."""
+_LOWER_BOUND: Final = (
+    "host RTT is a lower bound where requests are rare: egress and ingress are the time spent in the container's "
+    "devices, and a host process does a part of that work too (mace ping --host-path N measures how much)"
+)
 _SHOWN: Final = 12
 """Unpaired samples that are named for each reason; `--json` has all."""
 
@@ -197,9 +201,14 @@ class Corrected:
                 row["grade"] = Grade(int(self.corrections.grade[i])).name.lower()
             yield row
 
-    def tables(self, console: Console) -> None:
-        """For people: statistics, what is not paired and why, what was not understood, the ledger."""
+    def tables(self, console: Console, *, lower_bound: bool = True) -> None:
+        """For people: statistics, what is not paired and why, what was not understood, the ledger.
+
+        `lower_bound`: say that this is what the host RTT is; a host path term beside it says more.
+        """
         console.print(self._statistics_table())
+        if lower_bound and (self.corrections.reason == Reason.PAIRED).any():
+            console.print(Text(_LOWER_BOUND))
         for text in self._remarks():
             console.print(Text(text))
         for panel in self.summary.losses_panel():

@@ -73,7 +73,7 @@ TAGS: Final = {
     "width_s": "Width of the window, s: `1` or `10`. Each delay is in one window of each width.",
     "tool": "Tool whose round trips they are, with how it stamps time: `ping`, `ping -U`, ...",
     "reason": "`paired`, or why the sample could not be corrected: `no_reply`, `no_request`, `no_response`,"
-    " `ambiguous`, `lost`.",
+    " `ambiguous`, `lost`, `no_time`.",
     "part": "What the row tells of: `ledger`, `cost`, `queue`, `process` or `sink`.",
     "hook": "Hook whose probe it is the cost of (`part=cost`).",
     "queue": "Channel of the pipeline (`part=queue`): `items`, `results`.",
@@ -173,12 +173,16 @@ MEASUREMENTS: Final = {
         ),
         Measurement(
             "rtt",
-            "One round trip of a tool in a container, and what it would have been without the container's devices.",
+            "One round trip of a tool in a container, and what of it was not spent in the container's devices.",
             ("host", "container", "netns", "tool", "source", "grade", "reason", "slot"),
             (
                 Field("seq", Kind.SAMPLE, "Number of the request in the order of sending."),
                 Field("tool_rtt_ns", Kind.SAMPLE, "What the tool says."),
-                Field("host_rtt_ns", Kind.SAMPLE, "What a process of the host would have said."),
+                Field(
+                    "host_rtt_ns",
+                    Kind.SAMPLE,
+                    "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: at low rates a lower bound of a host process's.",
+                ),
                 Field("nic_rtt_ns", Kind.SAMPLE, "From the outer device and back to it."),
                 Field("egress_ns", Kind.SAMPLE, "Overhead of the request."),
                 Field("ingress_ns", Kind.SAMPLE, "Overhead of the response."),

@@ -1,4 +1,4 @@
-"""`mace ping`: ping in a container, each line with what it would have been without the container's devices.
+"""`mace ping`: ping in a container, each line also without the time that it spent in the container's devices.
 
     capture on ──► ping in the container's network namespace ──► its lines ──┐
         │                                                                    ├──► pairs ──► lines, statistics
@@ -44,6 +44,8 @@ from storage.capture import CaptureSink
 
 _OPTIONS: Final = "h?4bRT:6F:N:aABc:CdDe:fHi:I:l:Lm:M:nOp:qQ:rs:S:t:UvVw:W:"
 """Of iputils ping: `getopt` in ping/ping.c, main."""
+_TIMED_BYTES: Final = 16
+"""Of payload: as many hold ping's stamp."""
 _STAMP: Final = re.compile(r"^\[\d+\.\d+\] ")
 _PIPE_BYTES: Final = 1 << 20
 """As much as an unprivileged pipe may hold: some 12,000 lines. A ping that waits for its reader would measure that."""
@@ -89,13 +91,18 @@ def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
         options, hosts = getopt.gnu_getopt(argv, _OPTIONS)
     except getopt.GetoptError as error:
         raise UsageError(f"ping: {error.msg}") from None
-    flags = {name for name, _ in options}
+    told = dict(options)
+    flags = told.keys()
     if not hosts:
         raise UsageError("ping: no destination")
     if "-f" in flags:
         raise UsageError("ping -f prints no line for a reply; `-i 0` is as fast and prints them")
     if "-q" in flags:
         raise UsageError("ping -q prints no line for a reply, so there is nothing to correct")
+    if told.get("-s", "56").isdigit() and int(told.get("-s", "56")) < _TIMED_BYTES:
+        raise UsageError(
+            f"ping -s {told['-s']} measures no time, so there is nothing to correct: {_TIMED_BYTES} at least"
+        )
     if "-D" not in flags:
         argv = ["-D", *argv]
     return argv, "-U" in flags, "-D" in flags

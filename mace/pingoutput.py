@@ -39,10 +39,10 @@ _REPLY: Final = re.compile(
 _MARKS: Final = re.compile(r"\((?:DUP!|DIFFERENT ADDRESS!|BAD CHECKSUM!|truncated|same route)\)|[\s\a]+")
 """What may follow. `\\a`: of ping -a."""
 _COUNTS: Final = re.compile(
-    r"(?P<sent>\d+) packets transmitted, (?P<received>\d+) (?P<packets>packets )?received(?:,|$)"
+    r"(?P<sent>\d{1,18}) packets transmitted, (?P<received>\d{1,18}) (?P<packets>packets )?received(?:,|$)"
 )
 """No more is needed of this line: how a percentage is written is a matter of places and of versions."""
-_COUNTS_SO_FAR: Final = re.compile(r"(?P<received>\d+)/(?P<sent>\d+) packets, ")
+_COUNTS_SO_FAR: Final = re.compile(r"(?P<received>\d{1,18})/(?P<sent>\d{1,18}) packets, ")
 """iputils when asked by SIGQUIT."""
 _SENT: Final = re.compile(STAMP + r"(?:no answer yet for icmp_seq=|From .+? icmp_seq=)(?P<seq>\d{1,9})(?: \S.*)?$")
 """No reply, but so many requests."""

@@ -62,7 +62,9 @@ _FPING_REST: Final = re.compile(r"(?: \(T(?:OS|TL|TO|TS) \S+\))*(?: \[<- \S+\])?
 _FPING_TIMEOUT: Final = re.compile(
     _FPING_STAMP + _FPING_HOST + r"\[(?P<index>\d{1,9})\], timed out" + _FPING_AVERAGE + "$"
 )
-_FPING_COUNTS: Final = re.compile(_FPING_HOST + r"xmt/rcv/%(?:loss|return) = (?P<sent>\d+)/(?P<received>\d+)/")
+_FPING_COUNTS: Final = re.compile(
+    _FPING_HOST + r"xmt/rcv/%(?:loss|return) = (?P<sent>\d{1,18})/(?P<received>\d{1,18})/"
+)
 _FPING_TIMES: Final = re.compile(_FPING_HOST + r"(?P<times>(?:[0-9.]+|-)(?: (?:[0-9.]+|-))*)$")
 """The summary of -C."""
 _FPING_INTERVAL: Final = re.compile(r"\[\d\d:\d\d:\d\d\]$")

@@ -20,7 +20,7 @@ IP_HEADER: Final = {4: 20, 6: 40}
 """Bytes, without options and extensions."""
 DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?"
 """In an expression: a number whose nanoseconds fit into 64 bits, if its unit is a millisecond or a second."""
-STAMP: Final = r"(?:\[(?P<stamp>\d{1,10}\.\d{1,9})\] )?"
+STAMP: Final = r"(?:\[(?P<stamp>[1-4]?\d{1,9}\.\d{1,9})\] )?"
 """In an expression: the time of a line, seconds since 1970."""
 _KEPT: Final = 5
 """As many of the lines that are not understood are kept, to be shown."""

@@ -170,6 +170,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     # It says its version, and then exits as if it had been misused.
     "trace-cmd": lambda: _program("trace-cmd", "report", str(GOLDEN_TRACE)),
     "fping": lambda: _program("fping", "--version"),
+    "busybox": lambda: _program("busybox", "true"),
     "dig": lambda: _program("dig", "-v"),
     "curl": lambda: _program("curl", "--version"),
     "qemu": _qemu,

@@ -69,6 +69,13 @@ def test_fping(lab):
     assert (found["tool"], found["paired"], found["not_understood"]) == ("fping", COUNT, 0)
 
 
+@pytest.mark.needs("busybox")
+def test_ping_of_busybox(lab):
+    """It reads the clock itself, and gives its lines no time: order and length find its packets."""
+    found = wrapped(lab, "busybox", "ping", "-c", str(COUNT), "-i", "0.05", "-s", "100", lab.address(REMOTE))
+    assert (found["tool"], found["paired"], found["not_understood"]) == ("ping of busybox", COUNT, 0)
+
+
 @pytest.mark.needs("dig")
 def test_dig(lab):
     """All questions of one run, one after the other; each answer is as long as its question's name makes it."""

@@ -73,6 +73,7 @@ def test_for_people(tmp_path, capsys):
     assert lines[COUNT] == f"seq={COUNT + 1} not corrected · no reply: the tool saw none"
     rest = "\n".join(lines[COUNT + 1 :])
     assert "c1: 20 of 21 samples paired" in rest
+    assert "host RTT is a lower bound where requests are rare" in " ".join(rest.split())
     assert "unpaired 1 · no reply: the tool saw none (seq 21)" in rest
     assert "not understood: 1 lines of the tool's output: 'something else'" in rest
     assert "ledger: records" in rest

@@ -40,6 +40,7 @@ def test_arguments(given, passed, user_clock, stamps):
         (["-f", HOST], "-i 0"),
         (["-nfc5", HOST], "-i 0"),
         (["-q", HOST], "-q prints no line"),
+        (["-s", "8", HOST], "-s 8 measures no time"),
         (["-c", "5"], "no destination"),
         (["-k", HOST], "option -k"),
         (["--flood", HOST], "option --flood"),

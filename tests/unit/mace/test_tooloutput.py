@@ -277,3 +277,10 @@ def test_numbers_that_do_not_fit_are_not_understood(huge):
     assert reader.unknown.count == 1
     _, reader = told(CSV + f"1,1,1,{huge},udp,60\n" + f"{huge},1,1,1,udp,60\n")
     assert reader.unknown.count == 2
+
+
+def test_a_stamp_that_does_not_fit_is_no_stamp():
+    _, reader = told(PING4 + "[9999999999.123456] 64 bytes from 203.0.113.2: icmp_seq=6 ttl=63 time=0.1 ms\n")
+    assert reader.unknown.count == 1
+    _, reader = told(PING4 + "9" * 5000 + " packets transmitted, 3 received\n")
+    assert reader.unknown.count == 1
