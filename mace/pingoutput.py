@@ -33,9 +33,10 @@ _BEGINS_FROM_ZERO: Final = re.compile(
 )
 """inetutils and busybox: the colon right behind the address. With IPv6 iputils has one too, behind a device's name."""
 _REPLY: Final = re.compile(
-    STAMP + r"(?P<size>\d{1,6}) bytes from (?P<source>\S.*?): (?P<word>icmp_[rs]eq|seq)=(?P<seq>\d{1,9})"
+    STAMP + r"(?P<size>\d{1,6}) bytes from (?P<source>\S.*?): (?P<word>icmp_[rs]eq|seq)=(?P<seq>\d{1,9})(?=\s)"
     r"(?: ident=(?P<ident>\d{1,5}))?(?: ttl=\d+)?(?: time=(?P<time>" + DECIMAL + r") ms)?(?P<rest>(?:[\s\a].*)?)$"
 )
+"""A number is whole when something follows it: the last line of a killed run may be cut anywhere."""
 _MARKS: Final = re.compile(r"\((?:DUP!|DIFFERENT ADDRESS!|BAD CHECKSUM!|truncated|same route)\)|[\s\a]+")
 """What may follow. `\\a`: of ping -a."""
 _COUNTS: Final = re.compile(
@@ -204,7 +205,7 @@ class PingOutput:
         seq = self._number(int(reply["seq"]))
         damaged = "CHECKSUM" in reply["rest"]
         rtt_ns, unit_ns = decimal_ns(reply["time"] or "0", 1_000_000)
-        # ping prints nothing for a clock that was set back, but on stderr, and 0 is what it makes of it.
+        # iputils makes 0 of a time that comes out negative because the clock was set back, and warns on stderr.
         timed = bool(rtt_ns) and not damaged and not self._clock_went_back
         self._clock_went_back = False
         again = seq in run.came
@@ -273,6 +274,8 @@ class PingOutput:
                 "bytes of payload (-s), and prints none of a reply that was cut or damaged"
             )
         if self._hidden:
+            if self.unknown.count:
+                raise UsageError(f"replies came, and none of their lines is understood: {self.unknown.first[0]!r}")
             raise UsageError("ping -q prints no line for a reply, so there is nothing to correct")
 
 

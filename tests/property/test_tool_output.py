@@ -105,11 +105,27 @@ def iputils(draw):
 
 
 @given(st.lists(iputils(), min_size=1, max_size=3), STRANGE)
-@settings(max_examples=120)
+@settings(max_examples=50)
 def test_ping(runs, strange):
     """Several runs are numbered on; one that was interrupted is known as far as it told."""
     lines = [line for run, _ in runs for line in run]
     check_ping(lines, strange, [fates for _, fates in runs])
+
+
+@given(st.integers(1, 200))
+@settings(max_examples=60)
+def test_a_line_that_is_cut_tells_nothing_wrong(length):
+    """As the last one of a run that was killed: its reply has the number and the time that it had, or none."""
+    whole = ["PING x (x) 56(84) bytes of data.", f"64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.100 ms"]
+    line = f"[1790000000.123456] 64 bytes from {HOST}: icmp_seq=123 ident=4711 ttl=63 time=12.345 ms (DUP!)"
+    samples, reader = read([*whole, line[:length]])
+    replied = [n for n, told in enumerate(samples.reply_len.tolist()) if told != NOT_TOLD]
+    last = replied[-1]
+    assert len(replied) + reader.unknown.count >= 2
+    if last:
+        assert samples.seq[last] == 123
+        assert samples.rtt_ns[last] in (12_345_000, NOT_TOLD)
+        assert samples.untimed[last] == (samples.rtt_ns[last] == NOT_TOLD)
 
 
 def from_zero(fates, word, colon_from, *, blank):

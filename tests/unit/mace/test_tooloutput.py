@@ -121,6 +121,10 @@ def test_numbers_go_on_beyond_16_bits(steps, first):
         ("PING a (a) 56(84) bytes of data.\n\nsomething\n", "not understood: 'something'"),
         ("64 bytes out of nowhere\n", "no known tool"),
         ("PING a (a) 56(84) bytes of data.\n3 packets transmitted, 3 received\n", "ping -q"),
+        (
+            "PING a (a) 56(84) bytes of data.\nat noon 64 bytes\n1 packets transmitted, 1 received\n",
+            "'at noon 64 bytes'",
+        ),
         ("PING a (a): 56 data bytes\nRequest timeout for icmp_seq 0\n", "macOS"),
         ("PING a (a) 56(84) Bytes an Daten.\n", "LC_ALL=C"),
         ("Pinging 203.0.113.2 with 32 bytes of data:\n", "ping of Windows"),
@@ -163,6 +167,13 @@ def test_several_runs_of_ping_are_numbered_on():
     assert samples.seq.tolist() == [1, 2, 2, 5, 7, 8, 8, 11, 13, 14, 14, 17, 3, 4, 6, 9, 10, 12, 15, 16]
     assert samples.l4_seq.tolist()[:12] == [1, 2, 2, 5] * 3
     assert samples.request_len.tolist()[:12] == [84] * 4 + [128] * 4 + [84] * 4
+
+
+def test_a_quiet_run_among_others():
+    quiet = "PING a (a) 56(84) bytes of data.\n\n3 packets transmitted, 2 received, 33% packet loss, time 9ms\n"
+    samples, _ = told(quiet + PING4)
+    assert samples.seq[samples.untimed].tolist() == [1, 2, 3]
+    assert samples.seq.tolist() == [4, 5, 5, 8, 1, 2, 3, 6, 7, 9]
 
 
 def test_fping_of_several_targets_is_refused():
