@@ -1,4 +1,4 @@
-"""Round trips of tools in containers, and what they would have been without the containers' devices."""
+"""Round trips of tools in containers, and what is left of them without the time in the containers' devices."""
 
 from __future__ import annotations
 
