@@ -41,6 +41,10 @@ class FileOptions:
     """Which of several trace instances of a file to read."""
     clock: str = ""
     """The trace clock of a file that does not say which it was."""
+    inner_device: str = ""
+    """The device of an inner packet capture that was made at several: the kernel's index, or an interface's name."""
+    outer_device: str = ""
+    """The same of the outer packet capture."""
 
 
 @dataclass(frozen=True, slots=True)

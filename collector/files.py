@@ -168,7 +168,7 @@ FORMATS: Final[tuple[FileFormat, ...]] = (
     ),
     FileFormat(
         "pcap",
-        "packet captures, pcap and pcapng: two of them, `--inner FILE --outer FILE`",
+        "packet captures, pcap and pcapng, compressed or not: two of them, `--inner FILE --outer FILE`",
         pcap_file.is_pcap,
         pcap_source.alone,
         pcap_source.alone,

@@ -2,12 +2,14 @@
 
 Both are chains: where a record begins is known only from the one before it, so the chain is walked in Python, with
 one number a step, and all else is numpy. (draft-ietf-opsawg-pcap; draft-ietf-opsawg-pcapng.)
+
+A file may hold more than packets of a network with a time. What is left out is counted by its kind.
 """
 
 from __future__ import annotations
 
-import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,36 +19,44 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from collector.packet_key import IPV4, IPV6, ROOM, Packets, Views
-from mace.errors import CaptureError, Unavailable
+from collector.link_layer import SLL, SLL2, behind, ifindex_of, is_known, link_name
+from collector.packet_key import ROOM, Packets, Views
+from collector.unpacked_file import UnpackedFile, foreign_compression_of, unpacked_head
+from mace.errors import CaptureError
 from mace.records import Content
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
+Ticks = npt.NDArray[np.uint64]
 
-_MAGIC: Final = {0xA1B2C3D4: 1000, 0xA1B23C4D: 1}
+_KUZNETZOV: Final = 0xA1B2CD34
+"""A patched libpcap of the 1990s: its record headers go on with the device's index, and four bytes more."""
+_MAGIC: Final = {0xA1B2C3D4: 1000, 0xA1B23C4D: 1, _KUZNETZOV: 1000}
 """pcap: ns in one unit of the second part of a time."""
 _NG_SECTION: Final = 0x0A0D0D0A
 _NG_ORDER: Final = 0x1A2B3C4D
-_NG_INTERFACE, _NG_OLD_PACKET, _NG_SIMPLE, _NG_PACKET = 1, 2, 3, 6
-_NG_TSRESOL, _NG_TSOFFSET = 9, 14
+_NG_INTERFACE, _NG_OLD_PACKET, _NG_SIMPLE, _NG_STATISTICS, _NG_PACKET = 1, 2, 3, 5, 6
+_NG_NAME, _NG_TSRESOL, _NG_FCSLEN, _NG_TSOFFSET = 2, 9, 13, 14
+_NG_IFDROP, _NG_OSDROP = 5, 7
 
 PIECE_BYTES: Final = 2 << 20
 """Read at once: what is computed of it stays in the processor's caches."""
 RECORD_MAX: Final = 1 << 20
-"""Bytes of one record: libpcap's MAXIMUM_SNAPLEN is 262144, and options come to it."""
+"""Bytes of one packet's record: libpcap's MAXIMUM_SNAPLEN is 262144, and options come to it. Blocks of other kinds may
+be longer."""
 INTERFACES_MAX: Final = 1 << 16
-
-_ETHERNET, _RAW, _SLL, _SLL2 = 1, 101, 113, 276
-_LINKS: Final = {_ETHERNET: 14, _RAW: 0, 12: 0, 14: 0, 228: 0, 229: 0, _SLL: 16, _SLL2: 20}
-"""Bytes of the link layer's header, by link type (tcpdump.org/linktypes.html; 12 and 14 are what files of some systems
-have for raw IP)."""
-_OUTGOING: Final = 4
-"""PACKET_OUTGOING of Linux's cooked captures."""
+_TIME_MAX_NS: Final = 1 << 62
+"""In the year 2116: later times, and those before 1970, are of a clock that was not set or of damage."""
+_SECONDS_MAX: Final = 1 << 33
+"""More than `_TIME_MAX_NS` has: sums of two such numbers do not overflow when they are turned into ns."""
 
 
 def is_pcap(head: bytes) -> bool:
-    """Whether a file that begins so is a pcap or pcapng file."""
+    """Whether a file that begins so is a pcap or pcapng file, compressed or not."""
+    return _is_plain(unpacked_head(head, 4))
+
+
+def _is_plain(head: bytes) -> bool:
     if len(head) < 4:
         return False
     first = {int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")}
@@ -63,12 +73,16 @@ class PacketColumns:
     content: Content
     sender: npt.NDArray[np.uint64]
     """What tells who sent it: the source's hardware address, or that it was outgoing; 0 where nothing does."""
+    place: Ints
+    """Where in a capture of several devices it was seen: see `PcapFile.place_name`."""
 
     def __len__(self) -> int:
         return len(self.utc_ns)
 
     def __getitem__(self, index: slice | npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> PacketColumns:
-        return PacketColumns(self.utc_ns[index], self.length[index], self.content[index], self.sender[index])
+        return PacketColumns(
+            self.utc_ns[index], self.length[index], self.content[index], self.sender[index], self.place[index]
+        )
 
     @classmethod
     def concatenate(cls, parts: list[PacketColumns]) -> PacketColumns:
@@ -83,30 +97,64 @@ class PacketColumns:
             np.concatenate([p.length for p in parts]),
             content,
             np.concatenate([p.sender for p in parts]),
+            np.concatenate([p.place for p in parts]),
         )
 
 
 @dataclass(slots=True)
 class _Interface:
-    """One interface of a section."""
+    """One interface of a section; of a pcap file the only one."""
 
     link: int
-    snap: int
-    ticks_per_s: int = 1_000_000
+    number: int = 0
+    """Among all that the file names: of two sections with interfaces of one name it is the same."""
+    fcs_bytes: int = 0
+    """Of a checksum behind each frame."""
+    base: int = 10
+    exponent: int = 6
+    """The clock has base^exponent ticks a second."""
     offset_s: int = 0
+    missed: int = 0
+    """Packets that the capture's own statistics say it missed."""
 
-    def utc_ns(self, ticks: npt.NDArray[np.uint64]) -> Ints:
-        if self.ticks_per_s == 10**9:
-            ns = ticks.astype(np.int64)
-        elif 10**9 % self.ticks_per_s == 0:
-            ns = (ticks * np.uint64(10**9 // self.ticks_per_s)).astype(np.int64)
-        else:
-            per_s = np.uint64(self.ticks_per_s)
-            rest = ticks % per_s
-            # Not in whole numbers: finer than a ns, or a power of two. The rest of a second is below 2^53 of them.
-            part = np.floor(rest.astype(np.float64) * (1e9 / self.ticks_per_s)).astype(np.int64)
-            ns = (ticks // per_s).astype(np.int64) * 10**9 + part
-        return ns + self.offset_s * 10**9
+    @property
+    def trouble(self) -> str:
+        """Why no packet of it can be read, or an empty string."""
+        if not is_known(self.link):
+            return f"of {link_name(self.link)}"
+        # 64 bits of finer ticks do not reach to a second.
+        if self.exponent > (63 if self.base == 2 else 19):
+            return f"with a clock of {self.base}^{self.exponent} ticks a second"
+        return ""
+
+    def utc_ns(self, ticks: Ticks) -> Ints:
+        """Times in whole ns, rounded down; -1 where one is before 1970 or after 2116."""
+        seconds, ns = self._binary(ticks) if self.base == 2 else self._decimal(ticks)
+        whole = np.minimum(seconds, np.uint64(2 * _SECONDS_MAX)).astype(np.int64)
+        whole += min(max(self.offset_s, -_SECONDS_MAX), _SECONDS_MAX)
+        good = (whole >= 0) & (whole < _TIME_MAX_NS // 10**9) & (abs(self.offset_s) <= _SECONDS_MAX)
+        return np.where(good, whole * 10**9 + ns, -1)
+
+    def _decimal(self, ticks: Ticks) -> tuple[Ticks, Ints]:
+        """Seconds and ns."""
+        per_s = np.uint64(10**self.exponent)
+        seconds = ticks // per_s
+        rest = ticks - seconds * per_s
+        if self.exponent <= 9:
+            return seconds, (rest * np.uint64(10 ** (9 - self.exponent))).astype(np.int64)
+        return seconds, (rest // np.uint64(10 ** (self.exponent - 9))).astype(np.int64)
+
+    def _binary(self, ticks: Ticks) -> tuple[Ticks, Ints]:
+        """The same of a clock whose ticks are halves of halves of a second."""
+        shift = np.uint64(self.exponent)
+        seconds = ticks >> shift
+        rest = ticks - (seconds << shift)
+        if self.exponent <= 32:
+            return seconds, ((rest * np.uint64(10**9)) >> shift).astype(np.int64)
+        # The product has more than 64 bits: its upper and lower halves apart.
+        high, low = rest >> np.uint64(32), rest & np.uint64(0xFFFFFFFF)
+        high = high * np.uint64(10**9) + (low * np.uint64(10**9) >> np.uint64(32))
+        return seconds, (high >> (shift - np.uint64(32))).astype(np.int64)
 
 
 class PcapFile:
@@ -114,24 +162,32 @@ class PcapFile:
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
         self.path: Final = Path(path)
-        self.warnings: list[str] = []
-        self.bytes_read = 0
         self.skipped = 0
         """Bytes that salvage left out."""
         self.packets = 0
         """That were read."""
+        self.left_out: Counter[str] = Counter()
+        """Packets that were not, by what is the matter with them: they are of another kind, or have no time."""
+        self.cut_short = 0
+        """Packets that were read, but of which too little was captured for a content key."""
+        self.has_cooked = False
+        """Whether there are packets of Linux's first cooked format, which does not say of which device they are."""
+        self._told: list[str] = []
         self._salvage = salvage
-        try:
-            self._file = self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise Unavailable(str(self.path), error.strerror or str(error), "name a pcap or pcapng file") from error
-        self.bytes_total: Final = os.fstat(self._file.fileno()).st_size
-        self._ended = False
+        self._only_places = False
+        self._places: Counter[int] = Counter()
+        self._names: dict[str, int] = {}
+        self._missed = 0
+        self._ended = self._refused = False
+        self._long_block = 0
+        """Length of a block most of which is passed over unread."""
+        self._to_skip = 0
+        """Bytes of it that are still to come, but its last four."""
+        self._file = UnpackedFile(self.path, "name a pcap or pcapng file")
         try:
             head = self._file.read(24)
-            if not is_pcap(head):
-                said = f"it begins with {head[:4].hex(' ')}" if head else "the file is empty"
-                raise CaptureError(self.path, 0, f"neither pcap nor pcapng: {said}")
+            if not _is_plain(head):
+                raise self._error(0, f"neither pcap nor pcapng: {_beginning(head)}")
             self._is_ng = int.from_bytes(head[:4], "little") == _NG_SECTION
             self._interfaces: list[_Interface] = []
             self._order = "<"
@@ -157,54 +213,137 @@ class PcapFile:
 
     def _begin_pcap(self, head: bytes) -> None:
         if len(head) < 24:
-            raise CaptureError(self.path, 0, "the file is cut inside its header")
+            raise self._error(0, "the file is cut inside its header")
         self._order = "<" if int.from_bytes(head[:4], "little") in _MAGIC else ">"
-        magic, major, minor, _, _, snap, link = struct.unpack(self._order + "IHHiIII", head)
+        magic, major, minor, _, _, _, link = struct.unpack(self._order + "IHHiIII", head)
         if major != 2:
-            raise CaptureError(self.path, 4, f"pcap version {major}.{minor}, expected 2")
-        one = _Interface(link & 0x0FFFFFFF, snap, 10**9 // _MAGIC[magic])
-        self._check_link(one, 20)
+            raise self._error(4, f"pcap version {major}.{minor}, expected 2")
+        # Bits 28 to 31 are a checksum's length in words of 16 bits, if bit 26 says that they are.
+        fcs_bytes = 2 * (link >> 28) if link & 1 << 26 else 0
+        one = _Interface(link & 0xFFFF, fcs_bytes=fcs_bytes, exponent=9 if _MAGIC[magic] == 1 else 6)
+        if one.trouble:
+            raise self._error(20, f"packets {one.trouble}; expected Ethernet (1), raw IP (101) or cooked (113, 276)")
         self._interfaces.append(one)
+        self._record_head = 24 if magic == _KUZNETZOV else 16
+        # Before 2.3 the two lengths stood the other way round.
+        self._captured_at = 12 if minor < 3 else 8
 
-    def _check_link(self, one: _Interface, offset: int) -> None:
-        if one.link not in _LINKS:
-            raise CaptureError(
-                self.path, offset, f"link type {one.link}, expected Ethernet (1), raw IP (101) or cooked (113, 276)"
+    def _error(self, offset: int, why: str) -> CaptureError:
+        return CaptureError(self.path, offset, why + (" (of the unpacked file)" if self._file.compression else ""))
+
+    @property
+    def bytes_total(self) -> int:
+        """Of the file as it lies there."""
+        return self._file.bytes_total
+
+    @property
+    def bytes_read(self) -> int:
+        """How far reading has come in it."""
+        return self._file.bytes_read
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know, one line each."""
+        told = list(self._told)
+        told += [f"{self.path}: {count} packets {what}: left out" for what, count in self.left_out.items()]
+        if self.cut_short:
+            told.append(
+                f"{self.path}: of {self.cut_short} packets too little was captured to tell them from others; they are "
+                "among the unmatched. Capture 96 bytes of each or more"
             )
-
-    def pieces(self) -> Iterator[PacketColumns]:
-        """All packets, some hundred thousand at a time. Raises `CaptureError`."""
-        while not self._ended:
-            self._fill()
-            walked = self._walk_ng() if self._is_ng else self._walk_pcap()
-            self.bytes_read = self._offset
-            if walked is not None and len(walked):
-                self.packets += len(walked)
-                yield walked
-
-    def _fill(self) -> None:
-        try:
-            block = self._file.read(PIECE_BYTES)
-        except OSError as error:
-            raise CaptureError(self.path, self._offset, error.strerror or str(error)) from error
-        self._ended = not block
-        self._window += block
+        missed = self._missed + sum(one.missed for one in self._interfaces)
+        if missed:
+            told.append(f"{self.path}: by its own statistics the capture missed {missed} packets")
+        return told
 
     @property
     def missing(self) -> int:
         """About how many packets salvage left out: as many as take these bytes where the others are like them."""
         if not self.skipped:
             return 0
-        return max(self.skipped * self.packets // max(self.bytes_total - self.skipped, 1), 1)
+        good = self._offset if self._file.compression else self.bytes_total - self.skipped
+        return max(self.skipped * self.packets // max(good, 1), 1)
+
+    @property
+    def discarded(self) -> int:
+        """Packets that were left out, those of salvage about."""
+        return self.missing + self.left_out.total()
+
+    # --- places ---------------------------------------------------------------------------------
+
+    def places(self) -> Counter[int]:
+        """How many packets were seen at each place: reads all of the file, in a tenth of the time that `pieces` takes.
+
+        Call it instead of `pieces`. Raises `CaptureError`.
+        """
+        self._only_places = True
+        for _ in self._walked():
+            pass
+        return self._places
+
+    def place_name(self, place: int) -> str:
+        """What a place is called: a file's interface by its name or number, a device by the kernel's index, or both."""
+        number, ifindex = place >> 32, place & 0xFFFFFFFF
+        name = next((name for name, one in self._names.items() if one == number), "")
+        if not ifindex:
+            return name or str(number)
+        return f"{name}:{ifindex}" if name and len(self._names) > 1 else str(ifindex)
+
+    @property
+    def may_have_places(self) -> bool:
+        """Whether the format can tell of several places."""
+        return self._is_ng or self._record_head > 16 or self._interfaces[0].link == SLL2
+
+    # --- the chain ------------------------------------------------------------------------------
+
+    def pieces(self) -> Iterator[PacketColumns]:
+        """All packets, some hundred thousand at a time. Raises `CaptureError`, also where none of them can be read."""
+        for walked in self._walked():
+            self.packets += len(walked)
+            yield walked
+        if self.packets:
+            return
+        if self.left_out:
+            said = ", ".join(f"{count} {what}" for what, count in self.left_out.items())
+            raise self._error(0, f"no packet in it can be read: {said}")
+        if self._interfaces and all(one.trouble for one in self._interfaces):
+            raise self._error(0, f"no interface in it can be read: {self._interfaces[0].trouble}")
+
+    def _walked(self) -> Iterator[PacketColumns]:
+        while not self._ended:
+            self._fill()
+            walked = self._walk_ng() if self._is_ng else self._walk_pcap()
+            if walked is not None and len(walked):
+                yield walked
+
+    def _fill(self) -> None:
+        try:
+            if self._to_skip:
+                gone = self._file.skip(self._to_skip)
+                self._offset += gone
+                self._to_skip -= gone
+            block = self._file.read(PIECE_BYTES)
+        except CaptureError as error:
+            if not self._salvage:
+                raise
+            self._told.append(f"{error}; what is behind it is left out")
+            self.skipped += max(self._file.left, 1)
+            self._ended = self._refused = True
+            return
+        self._ended = not block
+        self._window += block
 
     def _refuse(self, at: int, why: str) -> None:
         """The chain is broken: an error, or with salvage the end, all that is behind it counted."""
+        if self._refused:
+            return
         if not self._salvage:
-            raise CaptureError(self.path, self._offset + at, why)
-        left = self.bytes_total - self._offset - at
-        self.warnings.append(f"{self.path}: at byte {self._offset + at}: {why}; {left} bytes from there on left out")
+            raise self._error(self._offset + at, why)
+        left = max(len(self._window) - at + self._file.left, 1)
+        about = "about " if self._file.compression else ""
+        self._told.append(f"{self._error(self._offset + at, why)}; {about}{left} bytes from there on left out")
         self.skipped += left
-        self._ended = True
+        self._ended = self._refused = True
 
     def _drop(self, at: int) -> None:
         del self._window[:at]
@@ -213,39 +352,41 @@ class PcapFile:
     # --- pcap -----------------------------------------------------------------------------------
 
     def _walk_pcap(self) -> PacketColumns | None:
-        window, order = self._window, self._order
+        window, order, head, captured_at = self._window, self._order, self._record_head, self._captured_at
         end, at = len(window), 0
         starts: list[int] = []
         size_of = struct.Struct(order + "I").unpack_from
         append = starts.append
-        last = end - 16
+        last = end - head
         # The loop knows nothing of errors: a size that cannot be leads out of the window, and is looked at then.
         while at <= last:
             append(at)
-            at += 16 + size_of(window, at + 8)[0]
+            at += head + size_of(window, at + captured_at)[0]
         if starts and at > end:
             at = starts.pop()
-        wrong = at <= last and size_of(window, at + 8)[0] > RECORD_MAX
+        wrong = at <= last and size_of(window, at + captured_at)[0] > RECORD_MAX
         found = self._columns_of_pcap(starts) if starts else None
         if wrong:
-            self._refuse(at, f"a packet of {size_of(window, at + 8)[0]} bytes; expected at most {RECORD_MAX}")
+            self._refuse(at, f"a packet of {size_of(window, at + captured_at)[0]} bytes; expected at most {RECORD_MAX}")
         elif self._ended and at < end:
             self._refuse(at, f"a packet is cut, {end - at} bytes of it are there")
         self._drop(at)
         return found
 
-    def _columns_of_pcap(self, starts: list[int]) -> PacketColumns:
+    def _columns_of_pcap(self, starts: list[int]) -> PacketColumns | None:
         buffer = self._padded()
         at = np.array(starts, np.int64)
         one = self._interfaces[0]
-        seconds, part, captured, length = (self._u32(buffer, at + offset) for offset in (0, 4, 8, 12))
+        seconds, part = self._u32(buffer, at), self._u32(buffer, at + 4)
+        captured, length = self._u32(buffer, at + self._captured_at), self._u32(buffer, at + 20 - self._captured_at)
         wrong = np.flatnonzero(captured > RECORD_MAX)
         if len(wrong):
             first = int(wrong[0])
             self._refuse(starts[first], f"a packet of {captured[first]} bytes; expected at most {RECORD_MAX}")
             at, seconds, part, captured, length = (a[:first] for a in (at, seconds, part, captured, length))
-        utc_ns = seconds * 10**9 + part * (10**9 // one.ticks_per_s)
-        return self._packets(buffer, one, at + 16, captured, length, utc_ns)
+        utc_ns = seconds * 10**9 + part * 10 ** (9 - one.exponent)
+        ifindex = self._u32(buffer, at + 16) if self._record_head > 16 else None
+        return self._packets(buffer, one, at + self._record_head, captured, length, utc_ns, ifindex)
 
     def _u32(self, buffer: Bytes, at: Ints) -> Ints:
         """Numbers of 32 bits in the file's byte order at any byte."""
@@ -261,8 +402,12 @@ class PcapFile:
         parts: list[PacketColumns] = []
         starts: list[int] = []
         broken = ""
+        if self._long_block:
+            if end < 4 and not self._ended:
+                return None
+            at, broken = self._end_of_long_block()
         unpack = struct.Struct(self._order + "II").unpack_from
-        while at + 12 <= end:
+        while at + 12 <= end and not broken:
             kind, size = unpack(window, at)
             if kind == _NG_PACKET and 32 <= size <= RECORD_MAX and not size & 3:
                 if at + size > end:
@@ -277,20 +422,28 @@ class PcapFile:
                     break
                 parts += self._columns_of_ng(starts)
                 starts = []
-                self._order, self._interfaces = order, []
+                self._begin_section(order)
                 unpack = struct.Struct(order + "II").unpack_from
                 _, size = unpack(window, at)
-            if not 12 <= size <= RECORD_MAX or size & 3:
-                broken = f"a block of {size} bytes; expected 12 to {RECORD_MAX}, in whole words"
+            broken = self._why_broken(at, kind, size)
+            if broken:
                 break
             if at + size > end:
+                if self._passed_over(at, kind) and size > PIECE_BYTES:
+                    # All but the length that it ends with, which says whether the one that it begins with was true.
+                    self._count(at, kind)
+                    self._long_block, self._to_skip = size, at + size - 4 - end
+                    at = end
                 break
             if kind == _NG_INTERFACE:
                 # Packets before it belong to the interfaces before it.
                 self._interface(at, size)
-            elif kind in (_NG_OLD_PACKET, _NG_SIMPLE):
-                broken = f"a packet block of kind {kind}, which carries no interface of its own or no time"
-                break
+            elif kind == _NG_STATISTICS:
+                self._statistics(at, size)
+            elif kind in (_NG_OLD_PACKET, _NG_PACKET) and size <= RECORD_MAX:
+                starts.append(at)
+            else:
+                self._count(at, kind)
             at += size
         parts += self._columns_of_ng(starts)
         if broken:
@@ -300,6 +453,47 @@ class PcapFile:
         self._drop(at)
         return PacketColumns.concatenate(parts) if parts else None
 
+    def _why_broken(self, at: int, kind: int, size: int) -> str:
+        """What cannot be in a block's head, or an empty string."""
+        smallest = {_NG_PACKET: 32, _NG_OLD_PACKET: 32, _NG_SECTION: 28, _NG_INTERFACE: 20, _NG_SIMPLE: 16}.get(
+            kind, 12
+        )
+        if self._passed_over(at, kind):
+            left = self._file.left + len(self._window) - at
+            if smallest <= size <= left and not size & 3:
+                return ""
+            if size > left and self._file.compression:
+                # How much there is nobody knows.
+                return ""
+            return f"a block of {size} bytes; expected {smallest} to {left}, which are left, in whole words"
+        if smallest <= size <= RECORD_MAX and not size & 3:
+            return ""
+        return f"a block of {size} bytes; expected {smallest} to {RECORD_MAX}, in whole words"
+
+    def _passed_over(self, at: int, kind: int) -> bool:
+        """Whether a block may be of any length, as nothing behind its head is looked at."""
+        if kind in (_NG_OLD_PACKET, _NG_PACKET):
+            one = self._interface_at(at, kind)
+            return one is not None and bool(one.trouble)
+        return kind not in (_NG_INTERFACE, _NG_STATISTICS)
+
+    def _count(self, at: int, kind: int) -> None:
+        """A block that is passed over: if there is a packet in it, it is left out."""
+        if kind == _NG_SIMPLE:
+            self.left_out["in simple packet blocks, which have no time"] += 1
+        elif kind in (_NG_OLD_PACKET, _NG_PACKET):
+            one = self._interface_at(at, kind)
+            self.left_out[one.trouble if one else ""] += 1
+
+    def _end_of_long_block(self) -> tuple[int, str]:
+        """Where the next block begins, and what is wrong if the last one's length was."""
+        size, self._long_block = self._long_block, 0
+        if len(self._window) >= 4 and struct.unpack_from(self._order + "I", self._window)[0] == size:
+            return 4, ""
+        self.skipped += (size - 4 - self._to_skip) * self._salvage
+        self._to_skip = 0
+        return 0, f"a block of {size} bytes ends without its length"
+
     def _order_at(self, at: int) -> str:
         raw = bytes(self._window[at + 8 : at + 12])
         for order in "<>":
@@ -307,36 +501,66 @@ class PcapFile:
                 return order
         return ""
 
+    def _begin_section(self, order: str) -> None:
+        self._missed += sum(one.missed for one in self._interfaces)
+        self._order, self._interfaces = order, []
+
+    def _interface_at(self, at: int, kind: int) -> _Interface | None:
+        """The interface of a packet's block."""
+        form = "H" if kind == _NG_OLD_PACKET else "I"
+        (which,) = struct.unpack_from(self._order + form, self._window, at + 8)
+        return self._interfaces[which] if which < len(self._interfaces) else None
+
+    def _options(self, at: int, last: int) -> Iterator[tuple[int, bytes]]:
+        """Code and value of each option between two places of the window."""
+        while at + 4 <= last:
+            code, length = struct.unpack_from(self._order + "HH", self._window, at)
+            if not code or at + 4 + length > last:
+                return
+            yield code, bytes(self._window[at + 4 : at + 4 + length])
+            at += 4 + (length + 3 & ~3)
+
     def _interface(self, at: int, size: int) -> None:
-        link, _, snap = struct.unpack_from(self._order + "HHI", self._window, at + 8) if size >= 20 else (0, 0, 0)
-        one = _Interface(link, snap)
-        self._check_link(one, self._offset + at)
-        place, last = at + 16, at + size - 4
-        while place + 4 <= last:
-            code, length = struct.unpack_from(self._order + "HH", self._window, place)
-            if not code or place + 4 + length > last:
-                break
-            if code == _NG_TSRESOL and length >= 1:
-                power = self._window[place + 4]
-                base, exponent = (2, power & 127) if power & 128 else (10, power)
-                if exponent > (63 if base == 2 else 18):
-                    raise CaptureError(self.path, self._offset + place, f"a clock of {base}^{exponent} ticks a second")
-                one.ticks_per_s = base**exponent
-            elif code == _NG_TSOFFSET and length >= 8:
-                (one.offset_s,) = struct.unpack_from(self._order + "q", self._window, place + 4)
-                if abs(one.offset_s) > 1 << 33:
-                    raise CaptureError(self.path, self._offset + place, f"times that begin {one.offset_s} s from 1970")
-            place += 4 + (length + 3 & ~3)
         if len(self._interfaces) == INTERFACES_MAX:
-            raise CaptureError(self.path, self._offset + at, f"more than {INTERFACES_MAX} interfaces")
+            raise self._error(self._offset + at, f"more than {INTERFACES_MAX} interfaces")
+        (link,) = struct.unpack_from(self._order + "H", self._window, at + 8)
+        one, name = _Interface(link), str(len(self._interfaces))
+        for code, value in self._options(at + 16, at + size - 4):
+            if code == _NG_NAME and value.strip(b"\0"):
+                name = value.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif code == _NG_TSRESOL and value:
+                one.base, one.exponent = (2, value[0] & 127) if value[0] & 128 else (10, value[0])
+            elif code == _NG_TSOFFSET and len(value) >= 8:
+                (one.offset_s,) = struct.unpack(self._order + "q", value[:8])
+            elif code == _NG_FCSLEN and value:
+                # In bits, says the draft; its example and Wireshark have bytes. No checksum is of less than 8 bits.
+                one.fcs_bytes = value[0] // 8 if value[0] >= 8 else value[0]
+        one.number = self._names.setdefault(name, len(self._names))
         self._interfaces.append(one)
+
+    def _statistics(self, at: int, size: int) -> None:
+        if size < 24:
+            return
+        (which,) = struct.unpack_from(self._order + "I", self._window, at + 8)
+        counts = {
+            code: int.from_bytes(value[:8], "little" if self._order == "<" else "big")
+            for code, value in self._options(at + 20, at + size - 4)
+            if code in (_NG_IFDROP, _NG_OSDROP)
+        }
+        # Counted from the start of the capture: the last ones are all.
+        if which < len(self._interfaces) and counts:
+            self._interfaces[which].missed = sum(counts.values())
 
     def _columns_of_ng(self, starts: list[int]) -> list[PacketColumns]:
         if not starts:
             return []
         buffer = self._padded()
         at = np.array(starts, np.int64)
-        size, which, high, low, captured, length = (self._u32(buffer, at + 4 * word) for word in (1, 2, 3, 4, 5, 6))
+        kind, size, which, high, low, captured, length = (self._u32(buffer, at + 4 * word) for word in range(7))
+        old = kind == _NG_OLD_PACKET
+        if old.any():
+            # Two numbers of 16 bits where the new block has the interface's: that, and how many packets were missed.
+            which = np.where(old, which & 0xFFFF if self._order == "<" else which >> 16, which)
         wrong = np.flatnonzero((which >= len(self._interfaces)) | (captured > size - 32))
         if len(wrong):
             first = int(wrong[0])
@@ -345,21 +569,25 @@ class PcapFile:
             )
             at, which, captured, length, high, low = (a[:first] for a in (at, which, captured, length, high, low))
         ticks = high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
-        if not len(at):
-            return []
-        present = np.unique(which)
-        if len(present) == 1:
-            one = self._interfaces[int(present[0])]
-            return [self._packets(buffer, one, at + 28, captured, length, one.utc_ns(ticks))]
         parts, places = [], []
-        for number in present.tolist():
-            of = np.flatnonzero(which == number)
+        present = np.unique(which).tolist()
+        for number in present:
             one = self._interfaces[number]
-            parts.append(self._packets(buffer, one, at[of] + 28, captured[of], length[of], one.utc_ns(ticks[of])))
+            of = np.flatnonzero(which == number) if len(present) > 1 else np.arange(len(at))
+            if one.trouble:
+                self.left_out[one.trouble] += len(of)
+                continue
+            utc_ns = one.utc_ns(ticks[of])
+            timed = utc_ns >= 0
+            if not timed.all():
+                self.left_out["with a time before 1970 or after 2116"] += int((~timed).sum())
+                of, utc_ns = of[timed], utc_ns[timed]
+            parts.append(self._packets(buffer, one, at[of] + 28, captured[of], length[of], utc_ns))
             places.append(of)
-        back = np.empty(len(at), np.int64)
-        back[np.concatenate(places)] = np.arange(len(at))
-        return [PacketColumns.concatenate(parts)[back]]
+        if not parts or self._only_places:
+            return []
+        back = np.argsort(np.concatenate(places), kind="stable")
+        return [PacketColumns.concatenate(parts)[back] if len(parts) > 1 else parts[0]]
 
     # --- packets --------------------------------------------------------------------------------
 
@@ -367,30 +595,47 @@ class PcapFile:
         return np.frombuffer(bytes(self._window) + bytes(ROOM + 64), np.uint8)
 
     def _packets(
-        self, buffer: Bytes, one: _Interface, start: Ints, captured: Ints, length: Ints, utc_ns: Ints
+        self,
+        buffer: Bytes,
+        one: _Interface,
+        start: Ints,
+        captured: Ints,
+        length: Ints,
+        utc_ns: Ints,
+        ifindex: Ints | None = None,
     ) -> PacketColumns:
+        views = Views(buffer)
+        place = (ifindex_of(views, one.link, start) if ifindex is None else ifindex) | one.number << 32
+        if self._only_places:
+            self._places.update(dict(zip(*(a.tolist() for a in np.unique(place, return_counts=True)), strict=True)))
+            return _NOTHING
         # A record may claim more than a packet ever had.
         length = np.maximum(np.minimum(length, RECORD_MAX), captured)
-        header = _LINKS[one.link]
-        there = captured >= max(header, 1)
-        views = Views(buffer)
-        if one.link == _ETHERNET:
-            words = views.be64(start + 6)
-            sender, protocol = words >> np.uint64(16), views.be16(start + 12)
-        elif one.link == _SLL:
-            protocol = views.be16(start + 14)
-            sender = (views.be16(start) == _OUTGOING).astype(np.uint64) + np.uint64(1)
-        elif one.link == _SLL2:
-            protocol = views.be16(start)
-            sender = (views.byte(start + 10) == _OUTGOING).astype(np.uint64) + np.uint64(1)
-        else:
-            version = views.byte(start) >> 4
-            sender, protocol = np.zeros(len(start), np.uint64), np.where(version == 4, IPV4, IPV6 * (version == 6))
-        kept, whole = captured - header, length - header
-        if not there.all():
-            protocol[~there], sender[~there], kept[~there], whole[~there] = 0, 0, 0, 0
-        packets = Packets(views, start + header, kept, whole, protocol)
+        if one.fcs_bytes:
+            length = np.maximum(length - one.fcs_bytes, 0)
+            captured = np.minimum(captured, length)
+        self.has_cooked |= one.link == SLL and len(start) > 0
+        found = behind(views, one.link, start, captured, length)
+        packets = Packets(views, found.start, found.captured, found.length, found.protocol)
         size = np.where(
-            packets.version == 4, packets.ip_length, np.where(packets.version == 6, packets.ip_length + 40, whole)
+            packets.version == 4,
+            packets.ip_length,
+            np.where(packets.version == 6, packets.ip_length + 40, found.length),
         )
-        return PacketColumns(utc_ns, np.where(size > 0, size, whole).astype(np.uint32), packets.content(), sender)
+        content = packets.content()
+        self.cut_short += int(((content.packet_key == 0) & (captured < length)).sum())
+        size = np.where(size > 0, size, found.length).astype(np.uint32)
+        return PacketColumns(utc_ns, size, content, found.sender, place)
+
+
+def _beginning(head: bytes) -> str:
+    """What a foreign file begins with, for a person."""
+    foreign = foreign_compression_of(head)
+    if foreign:
+        return f"it is compressed with {foreign}, which is not read: unpack it first"
+    return f"it begins with {head[:4].hex(' ')}" if head else "the file is empty"
+
+
+_NOTHING: Final = PacketColumns(
+    np.zeros(0, np.int64), np.zeros(0, np.uint32), Content.of(0), np.zeros(0, np.uint64), np.zeros(0, np.int64)
+)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.file_options import Description, FileOptions, FileSource
+from collector.pcap_devices import DeviceSurvey
 from collector.pcap_file import PacketColumns, PcapFile
 from collector.pcap_pairs import EVERYTHING_NS, INNER, OUTER, Paired, Pairing
 from collector.plain_reader import PlainReader
@@ -34,6 +35,8 @@ from mace.records import Batch
 from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
 
 NAME: Final = "pcap"
+_SIDES: Final = ("inner", "outer")
+_OPTIONS: Final = ("--inner-device", "--outer-device")
 WITHIN_NS: Final = 500_000_000
 """A packet that takes longer from one device of a host to the other is not looked for."""
 _BATCH_RECORDS: Final = 1 << 17
@@ -96,6 +99,22 @@ def _header(paths: Sequence[Path]) -> StreamHeader:
     )
 
 
+def _in_step(files: Sequence[PcapFile]) -> Iterator[tuple[int, PacketColumns | None, int]]:
+    """Pieces of both files, so that neither runs ahead: which file, its piece (None at its end), and the time before
+    which both files have given all, as far as packets stand in the order of time: each CPU hands its own over.
+    """
+    pieces = [file.pieces() for file in files]
+    never = EVERYTHING_NS
+    newest = [-never, -never]
+    while True:
+        file = min((INNER, OUTER), key=lambda one: newest[one])
+        if newest[file] == never:
+            return
+        piece = next(pieces[file], None)
+        newest[file] = never if piece is None else max(newest[file], int(piece.utc_ns.max()))
+        yield file, piece, min(newest)
+
+
 class PcapPairSource(PlainReader):
     """Two captures as a `FileSource`."""
 
@@ -108,6 +127,11 @@ class PcapPairSource(PlainReader):
         """By sender at the inner device: how many more of its packets came there first than last."""
         self._single = 0
         self._ties = 0
+        self._place: list[int | None] = [None, None]
+        """The one device of each file whose packets count, where it was made at several."""
+        self._elsewhere = [0, 0]
+        """Packets of other devices."""
+        self._told: list[str] = []
         self.packets = 0
         """In both files."""
         self.pairs = 0
@@ -126,8 +150,8 @@ class PcapPairSource(PlainReader):
 
     @property
     def discarded(self) -> int:
-        """Packets that stood in their file far behind younger ones, and about as many as salvage left out."""
-        return self._pairing.late + sum(file.missing for file in self._files)
+        """Packets far behind younger ones in their file, those that cannot be read, and what salvage left out."""
+        return self._pairing.late + sum(file.discarded for file in self._files)
 
     @property
     def bytes_total(self) -> int:
@@ -142,8 +166,21 @@ class PcapPairSource(PlainReader):
     @property
     def warnings(self) -> list[str]:
         """What the user should know, one line each."""
-        told = [line for file in self._files for line in file.warnings]
+        told = self._told + [line for file in self._files for line in file.warnings]
         names = " and ".join(map(str, self._paths))
+        for path, elsewhere in zip(self._paths, self._elsewhere, strict=True):
+            if elsewhere:
+                told.append(
+                    f"{path}: {elsewhere} packets that were seen at other devices are left out, and not counted as "
+                    "discarded: what they tell of is not between the two devices"
+                )
+        for file, several in zip(self._files, self._pairing.several, strict=True):
+            if several and file.has_cooked and self._pairing.ambiguous:
+                told.append(
+                    f"{file.path}: {several} packets are in it several times and have no delay: a capture of `any` in "
+                    "the format LINUX_SLL does not say at which device it saw each. Capture at one device, or with "
+                    "`tcpdump -i any -y LINUX_SLL2`"
+                )
         if self._pairing.ambiguous:
             told.append(
                 f"{names}: {self._pairing.ambiguous} packets had others with the same content so near in time that "
@@ -159,6 +196,7 @@ class PcapPairSource(PlainReader):
     def read(self) -> Iterator[StreamItem]:
         """See `PlainReader`."""
         begun = False
+        self._choose_devices()
         for paired in self._decided():
             batch = self._records(paired)
             if not begun:
@@ -169,23 +207,85 @@ class PcapPairSource(PlainReader):
         if not begun:
             yield Topology(0, _HOST, _DEVICES, _SIGHTINGS)
 
+    def _choose_devices(self) -> None:
+        """Find out at which device of several to measure. Raises `CaptureError` where the user has to say."""
+        names: list[dict[int, str]] = []
+        for path, asked in zip(self._paths, self._asked(), strict=True):
+            with PcapFile(path, salvage=self._options.salvage) as capture:
+                places = sorted(capture.places()) if capture.may_have_places or asked else []
+                names.append({place: capture.place_name(place) for place in places})
+        for file, asked in enumerate(self._asked()):
+            if asked:
+                self._place[file] = self._named(file, asked, names[file])
+        undecided = [file for file in (INNER, OUTER) if len(names[file]) > 1 and self._place[file] is None]
+        if not undecided:
+            return
+        survey = self._surveyed()
+        for file in undecided:
+            if survey.must_choose(file):
+                self._place[file] = self._farthest(file, survey, names[file])
+
+    def _asked(self) -> tuple[str, str]:
+        return self._options.inner_device, self._options.outer_device
+
+    def _named(self, file: int, asked: str, names: dict[int, str]) -> int:
+        """The place that the user named."""
+        found = [place for place, name in names.items() if name == asked]
+        if not found:
+            there = ", ".join(names.values()) or "none"
+            raise CaptureError(
+                self._paths[file], 0, f"no packet of a device {asked!r}, as {_OPTIONS[file]} names; there are: {there}"
+            )
+        return found[0]
+
+    def _farthest(self, file: int, survey: DeviceSurvey, names: dict[int, str]) -> int:
+        """The place at the end of the path."""
+        ends, shared = survey.ends(file), survey.shared(file)
+        there = ", ".join(f"{names[place]} ({shared[place]})" for place in sorted(shared))
+        if len(ends) != 1:
+            raise CaptureError(
+                self._paths[file],
+                0,
+                "the capture was made at several devices and has the same packets several times; which of them is the "
+                f"{_SIDES[file]} one is not clear: say it with {_OPTIONS[file]}. Devices, and how many packets of the "
+                f"other capture each saw: {there}",
+            )
+        self._told.append(
+            f"{self._paths[file]}: made at several devices, each with the packets that it shares with the other "
+            f"capture: {there}. Measured at {names[ends[0]]}, where they are farthest from the other capture; "
+            f"{_OPTIONS[file]} chooses another"
+        )
+        return ends[0]
+
+    def _surveyed(self) -> DeviceSurvey:
+        """Both files read once, for who saw what."""
+        survey = DeviceSurvey(WITHIN_NS)
+        files: list[PcapFile] = []
+        try:
+            for path in self._paths:
+                files.append(PcapFile(path, salvage=self._options.salvage))
+            for file, piece, complete_ns in _in_step(files):
+                if piece is not None:
+                    place = self._place[file]
+                    survey.push(file, piece if place is None else piece[piece.place == place])
+                survey.look(complete_ns)
+            survey.look(EVERYTHING_NS, ended=True)
+        finally:
+            for one in files:
+                one.close()
+        return survey
+
     def _decided(self) -> Iterator[Paired]:
-        pieces = [file.pieces() for file in self._files]
-        never = EVERYTHING_NS
-        newest = [-never, -never]
-        while True:
-            file = min((INNER, OUTER), key=lambda one: newest[one])
-            if newest[file] == never:
-                return
-            piece = next(pieces[file], None)
-            if piece is None:
-                newest[file] = never
-            else:
+        for file, piece, complete_ns in _in_step(self._files):
+            if piece is not None:
+                place = self._place[file]
+                if place is not None:
+                    mine = piece.place == place
+                    self._elsewhere[file] += int((~mine).sum())
+                    piece = piece[mine]
                 self.packets += len(piece)
-                newest[file] = max(newest[file], int(piece.utc_ns.max()))
                 self._pairing.push(file, piece)
-            # Packets stand nearly in the order of time: each CPU hands its own over.
-            found = self._pairing.take(min(newest))
+            found = self._pairing.take(complete_ns)
             if found is not None:
                 yield found
 

@@ -44,6 +44,13 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--inner", type=Path, metavar="FILE", help="a packet capture made at the container's device")
     group.add_argument("--outer", type=Path, metavar="FILE", help="and one made at the host's, of the same time")
+    for side in ("inner", "outer"):
+        group.add_argument(
+            f"--{side}-device",
+            default="",
+            metavar="NAME",
+            help=f"of an {side} capture of several devices (`tcpdump -i any`): which one, by index or interface name",
+        )
     group.add_argument("--buffer", default="", metavar="NAME", help="which trace instance; the top one is `top`")
     group.add_argument("--clock", default="", metavar="NAME", help="the trace clock of a file that does not say it")
 
@@ -94,4 +101,4 @@ def how(args: argparse.Namespace) -> into_store.How:
 
 
 def _options(args: argparse.Namespace) -> FileOptions:
-    return FileOptions(args.salvage, args.topology, args.buffer, args.clock)
+    return FileOptions(args.salvage, args.topology, args.buffer, args.clock, args.inner_device, args.outer_device)

@@ -39,6 +39,41 @@ def option(code: int, data: bytes, order: str) -> bytes:
     return struct.pack(order + "HH", code, len(data)) + data + b"\0" * (-len(data) % 4)
 
 
+def ng_section(order: str) -> bytes:
+    return block(0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, 1, 0, -1), order)
+
+
+def ng_interface(
+    order: str, *, link: int = 1, name: str = "", tsresol: int | None = None, offset_s: int = 0, more: bytes = b""
+) -> bytes:
+    """`tsresol`: as in the option; None leaves it out, which means microseconds."""
+    options = option(2, name.encode(), order) if name else b""
+    options += b"" if tsresol is None else option(9, bytes([tsresol]), order)
+    options += option(14, struct.pack(order + "q", offset_s), order) if offset_s else b""
+    return block(1, struct.pack(order + "HHI", link, 0, 0) + options + more + option(0, b"", order), order)
+
+
+def ng_packet(
+    order: str,
+    interface: int,
+    utc_ns: int,
+    data: bytes,
+    *,
+    length: int = 0,
+    tsresol: int | None = 9,
+    offset_s: int = 0,
+    old: bool = False,
+) -> bytes:
+    """An enhanced packet block, or the obsolete one that came before it."""
+    ticks_per_s = 10**6 if tsresol is None else 2 ** (tsresol & 127) if tsresol & 128 else 10**tsresol
+    ticks = (utc_ns - offset_s * 10**9) * ticks_per_s // 10**9
+    where = struct.pack(order + "HH", interface, 0xFFFF) if old else struct.pack(order + "I", interface)
+    sizes = (len(data), max(length, len(data)))
+    return block(
+        2 if old else 6, where + struct.pack(order + "IIII", ticks >> 32, ticks & 0xFFFFFFFF, *sizes) + data, order
+    )
+
+
 def pcapng(
     frames: Sequence[Frame],
     *,
@@ -48,24 +83,11 @@ def pcapng(
     link: int = 1,
     interfaces: int = 1,
 ) -> bytes:
-    """`tsresol`: as in the option; None leaves it out, which means microseconds. Frames go round the interfaces."""
-    raw = [block(0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, 1, 0, -1), order)]
-    for _ in range(interfaces):
-        options = b"" if tsresol is None else option(9, bytes([tsresol]), order)
-        options += option(14, struct.pack(order + "q", offset_s), order) if offset_s else b""
-        raw.append(block(1, struct.pack(order + "HHI", link, 0, 0) + options + option(0, b"", order), order))
-    ticks_per_s = 10**6 if tsresol is None else 2 ** (tsresol & 127) if tsresol & 128 else 10**tsresol
+    """One section. Frames go round the interfaces."""
+    clock = {"tsresol": tsresol, "offset_s": offset_s}
+    raw = [ng_section(order), *([ng_interface(order, link=link, **clock)] * interfaces)]
     for number, one in enumerate(frames):
-        ticks = (one.utc_ns - offset_s * 10**9) * ticks_per_s // 10**9
-        head = struct.pack(
-            order + "IIIII",
-            number % max(interfaces, 1),
-            ticks >> 32,
-            ticks & 0xFFFFFFFF,
-            len(one.data),
-            max(one.length, len(one.data)),
-        )
-        raw.append(block(6, head + one.data, order))
+        raw.append(ng_packet(order, number % max(interfaces, 1), one.utc_ns, one.data, length=one.length, **clock))
         if number % 7 == 3:
             raw.append(block(5, b"\0" * 12, order))  # statistics of an interface, which nobody asked for
     return b"".join(raw)
