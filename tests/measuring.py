@@ -28,6 +28,10 @@ def mace(*argv, check=True, **options):
     return done
 
 
+UNMOUNT_TRACEFS = "umount --all --lazy --types tracefs,debugfs"
+"""In a mount namespace of one's own: wherever a machine has them, which differs."""
+
+
 def start(*argv, **options):
     """Start a command; whoever starts it ends it."""
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}

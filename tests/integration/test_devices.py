@@ -325,13 +325,13 @@ async def _process_only(machine: Machine) -> None:
         process = machine.process()
         inode = inode_of(f"/proc/{process.pid}/ns/net")
         # Nothing points at it: found by the scan.
-        await seen.until(lambda: any(d.netns == inode for d in seen.all), 2)
-        # A veth points at it: at once, with everything about it.
+        await seen.until(lambda: any(d.netns == inode for d in seen.all))
+    async with following(machine, host_netns=machine.name("host"), rescan_interval_s=3600) as seen:
+        # A veth points at it: found without one, with everything about it.
         second = machine.process()
         machine.ip("host", f"link add v0 type veth peer name eth0 netns {second.pid}")
         inode = inode_of(f"/proc/{second.pid}/ns/net")
-        took_s = await seen.until(lambda: any(d.netns == inode and d.name == "eth0" for d in seen.all))
-        assert took_s < 0.5
+        await seen.until(lambda: any(d.netns == inode and d.name == "eth0" for d in seen.all))
         eth0 = next(d for d in seen.all if d.netns == inode and d.name == "eth0")
         assert eth0.role is Role.INNER
         assert eth0.netns_name == f"net:[{inode}]"
@@ -438,7 +438,7 @@ class Witness:
 async def _nothing_pinned(machine: Machine) -> None:
     machine.add("host", "c")
     machine.veth("host", "v0", "c", "eth0")
-    async with following(machine, host_netns=machine.name("host")) as seen:
+    async with following(machine, host_netns=machine.name("host"), rescan_interval_s=3600) as seen:
         process = machine.process()
         machine.ip("host", f"link add v1 type veth peer name eth0 netns {process.pid}")
         await seen.until(lambda: seen.get("host", "v1") and seen.get("c", "eth0"))
@@ -456,9 +456,9 @@ async def _nothing_pinned(machine: Machine) -> None:
         for device in ("v0", "v1"):
             witness, started_s = Witness(machine, "host", device), time.monotonic()
             while witness.alive():
-                assert time.monotonic() - started_s < 1, f"{device} is still there"
+                assert time.monotonic() - started_s < 20, f"{device} is still there"
                 await asyncio.sleep(0.01)
-        await seen.until(lambda: not seen.get("host", "v0") and not seen.get("host", "v1"), 1)
+        await seen.until(lambda: not seen.get("host", "v0") and not seen.get("host", "v1"))
 
 
 def test_no_namespace_lives_longer_because_it_is_followed(machine: Machine) -> None:
@@ -621,26 +621,34 @@ async def _many(machine: Machine) -> None:
     machine.add("host", "c")
     batch = "".join(f"link add v{n} type veth peer name p{n} netns {machine.name('c')}\n" for n in range(1000))
     async with following(machine, host_netns=machine.name("host")) as seen:
+        few_ns = poll_ns(seen)
         await asyncio.to_thread(
             subprocess.run, ["ip", "-n", machine.name("host"), "-batch", "-"], input=batch, text=True, check=True
         )
         await seen.until(lambda: seen.get("c", "p999"), 20)
         await asyncio.sleep(0.2)
         seen.poll()
-        started_ns = time.perf_counter_ns()
-        for _ in range(1000):
-            seen.follower.poll()
-        assert time.perf_counter_ns() - started_ns < 1000 * 50_000  # 50 µs each; about 1 is usual
+        assert poll_ns(seen) < 10 * few_ns
         # A hundredth of a core is usual. Where others make and remove namespaces all the time, each of which is a
         # change to follow, a sixth is what the snapshots may take; the rest is for asking and for the test itself.
-        costs_s = []
+        shares = []
         for _ in range(10):
-            cpu_s = time.process_time()
+            cpu_s, began_s = time.process_time(), time.monotonic()
             await asyncio.sleep(1)
-            costs_s.append(time.process_time() - cpu_s)
-            if costs_s[-1] < 0.3:
+            shares.append((time.process_time() - cpu_s) / (time.monotonic() - began_s))
+            if shares[-1] < 0.3:
                 return
-        pytest.fail(f"CPU time of each second: {costs_s}")
+        pytest.fail(f"CPU time of each second: {shares}")
+
+
+def poll_ns(seen: Watcher) -> int:
+    """What asking for changes costs where there are none: the least of some."""
+    costs_ns = []
+    for _ in range(500):
+        started_ns = time.perf_counter_ns()
+        seen.follower.poll()
+        costs_ns.append(time.perf_counter_ns() - started_ns)
+    return min(costs_ns)
 
 
 @pytest.mark.slow

@@ -42,8 +42,7 @@ def test_an_experiment(tmp_path):
             assert all(us > 0 for name, us in row[f"{who}_ping_us"].items() if name != "send")
     calm = rows["flood", 0]
     added_us = calm["container_p50_us"] - calm["bare_p50_us"]
-    assert added_us > 3
-    # 0.1 to 0.5 µs on the machine that this was written on.
+    assert added_us > 0
     assert abs(calm["diff_p50_us"]) < added_us / 2
 
 

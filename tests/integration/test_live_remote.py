@@ -61,7 +61,7 @@ def test_what_is_published_live_is_stored_elsewhere_as_here(lab, tmp_path):
         try:
             to = ("--publish", broker.url, "--spool", tmp_path / "spool")
             with measured(lab, tmp_path / "here", *to) as found:
-                flood = lab.start_udp("c2", count=5_000, duration_s=1, size=18)
+                flood = lab.start_udp("c2", count=5_000, size=18)
                 lab.ping("c1", count=50, interval_s=0.01)
                 flood.wait()
             served.stop()

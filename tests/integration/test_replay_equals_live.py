@@ -23,7 +23,7 @@ def run(tmp_path_factory):
         running(Spec(name="again", containers=2)) as lab,
         measured(lab, tmp_path_factory.mktemp("again"), "--ring-mib", "32") as found,
     ):
-        flood = lab.start_udp("c2", count=20_000, duration_s=2, size=18)
+        flood = lab.start_udp("c2", count=20_000, size=18)
         lab.ping("c1", count=100)
         lab.add_container("guest")
         lab.tcp("c1", size=5_000_000)

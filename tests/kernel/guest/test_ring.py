@@ -118,10 +118,8 @@ def test_poll_wakes_at_the_watermark_and_at_the_flush_interval(lab: Lab) -> None
         session.setup(subbuf_bytes=PAGE, subbufs=64, watermark=4, flush_ms=10_000).start()
         session.read()
         assert not session.readable(0.3)
-        began = time.monotonic()
         flow = lab.start_udp("c1", count=2000, rate_pps=2000)
-        assert session.readable(5)
-        assert time.monotonic() - began < 9  # not by the flush
+        assert session.readable(5)  # half as long as the flush takes
         assert max(int(session.take(cpu, flags=0)["ready"]) for cpu in range(os.cpu_count() or 1)) >= 4
         flow.wait()
     with Session() as session:

@@ -233,14 +233,14 @@ def hang(connection: socket.socket) -> None:
     connection.recv(1)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("answer", [hang, trickle])
 def test_an_api_that_does_not_come_to_an_end(daemon: Daemon, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "_API_TIMEOUT_S", 0.2)
     daemon.answers["/containers/json"] = answer
-    started_s = time.monotonic()
+    # The one says nothing, the other would go on for hours: neither does anybody wait for.
     with pytest.raises(ApiError):
         ContainerApi(daemon.path).names()
-    assert time.monotonic() - started_s < 1
 
 
 # --- the service ----------------------------------------------------------------------------------
@@ -295,14 +295,16 @@ def test_a_new_namespace_with_an_old_inode_does_not_keep_the_name(daemon: Daemon
     eventually(lambda: service.names == {OWN_NETNS: "web2"})
 
 
-def test_a_daemon_that_hangs_holds_up_nobody(daemon: Daemon, service: NameService) -> None:
+@pytest.mark.timeout(60)
+def test_a_daemon_that_hangs_holds_up_nobody(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_API_TIMEOUT_S", 3600)
     daemon.answers["/containers/json"] = hang
-    started_s = time.monotonic()
     service.want({1: 1})
     service.wait(0.05)
     eventually(lambda: bool(daemon.asked))
     service.close()
-    assert time.monotonic() - started_s < 1
 
 
 def test_what_is_wrong_with_an_api_is_remembered(daemon: Daemon, service: NameService) -> None:

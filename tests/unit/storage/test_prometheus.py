@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -183,22 +184,23 @@ def test_ready_while_results_come_out():
 
 @pytest.mark.slow
 def test_alive_while_the_loop_turns():
-    server = serving(stalled_s=1.0)
+    server, seen = serving(stalled_s=1.0), threading.Event()
 
     async def run():
         await server.open()
         try:
             first = await asyncio.to_thread(get, server, "/healthz")
             asked = asyncio.get_running_loop().run_in_executor(None, later)
-            time.sleep(3)  # noqa: ASYNC251 - that is the fault
+            assert seen.wait(60)  # in the loop: that is the fault
             return first[0], await asked
         finally:
             await server.aclose()
 
     def later():
-        time.sleep(2)
-        status, _, text = get(server, "/healthz")
-        return status, json.loads(text)["event_loop_silent_s"]
+        while (answer := get(server, "/healthz"))[0] == 200:
+            time.sleep(0.05)
+        seen.set()
+        return answer[0], json.loads(answer[2])["event_loop_silent_s"]
 
     first, (status, silent_s) = asyncio.run(run())
     assert first == 200
