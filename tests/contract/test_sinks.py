@@ -224,7 +224,7 @@ def test_clogged_it_neither_waits_nor_grows(make, tmp_path):
                 assert account.taken == account.waiting + account.not_stored >= written
                 assert account.dropped_spool + account.dropped_buffer > 0
                 assert account.reasons
-            assert turns > 20
+            assert turns >= 10  # once for each of the pauses above
 
     asyncio.run(work())
 
