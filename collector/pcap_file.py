@@ -19,15 +19,15 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from collector.link_layer import SLL, SLL2, behind, ifindex_of, is_known, link_name
+from collector.link_layer import SLL, SLL2, behind, ifindex_of
 from collector.packet_key import ROOM, Packets, Views
+from collector.pcap_interface import Interface
 from collector.unpacked_file import UnpackedFile, foreign_compression_of, unpacked_head
 from mace.errors import CaptureError
 from mace.records import Content
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-Ticks = npt.NDArray[np.uint64]
 
 _KUZNETZOV: Final = 0xA1B2CD34
 """A patched libpcap of the 1990s: its record headers go on with the device's index, and four bytes more."""
@@ -44,11 +44,10 @@ PIECE_BYTES: Final = 2 << 20
 RECORD_MAX: Final = 1 << 20
 """Bytes of one packet's record: libpcap's MAXIMUM_SNAPLEN is 262144, and options come to it. Blocks of other kinds may
 be longer."""
+_DESCRIPTION_MAX: Final = 1 << 24
+"""Bytes of a block whose options are read: libpcap's and Wireshark's limit of any block."""
 INTERFACES_MAX: Final = 1 << 16
-_TIME_MAX_NS: Final = 1 << 62
-"""In the year 2116: later times, and those before 1970, are of a clock that was not set or of damage."""
-_SECONDS_MAX: Final = 1 << 33
-"""More than `_TIME_MAX_NS` has: sums of two such numbers do not overflow when they are turned into ns."""
+_KINDS_TOLD: Final = 8
 
 
 def is_pcap(head: bytes) -> bool:
@@ -101,62 +100,6 @@ class PacketColumns:
         )
 
 
-@dataclass(slots=True)
-class _Interface:
-    """One interface of a section; of a pcap file the only one."""
-
-    link: int
-    number: int = 0
-    """Among all that the file names: of two sections with interfaces of one name it is the same."""
-    fcs_bytes: int = 0
-    """Of a checksum behind each frame."""
-    base: int = 10
-    exponent: int = 6
-    """The clock has base^exponent ticks a second."""
-    offset_s: int = 0
-    missed: int = 0
-    """Packets that the capture's own statistics say it missed."""
-
-    @property
-    def trouble(self) -> str:
-        """Why no packet of it can be read, or an empty string."""
-        if not is_known(self.link):
-            return f"of {link_name(self.link)}"
-        # 64 bits of finer ticks do not reach to a second.
-        if self.exponent > (63 if self.base == 2 else 19):
-            return f"with a clock of {self.base}^{self.exponent} ticks a second"
-        return ""
-
-    def utc_ns(self, ticks: Ticks) -> Ints:
-        """Times in whole ns, rounded down; -1 where one is before 1970 or after 2116."""
-        seconds, ns = self._binary(ticks) if self.base == 2 else self._decimal(ticks)
-        whole = np.minimum(seconds, np.uint64(2 * _SECONDS_MAX)).astype(np.int64)
-        whole += min(max(self.offset_s, -_SECONDS_MAX), _SECONDS_MAX)
-        good = (whole >= 0) & (whole < _TIME_MAX_NS // 10**9) & (abs(self.offset_s) <= _SECONDS_MAX)
-        return np.where(good, whole * 10**9 + ns, -1)
-
-    def _decimal(self, ticks: Ticks) -> tuple[Ticks, Ints]:
-        """Seconds and ns."""
-        per_s = np.uint64(10**self.exponent)
-        seconds = ticks // per_s
-        rest = ticks - seconds * per_s
-        if self.exponent <= 9:
-            return seconds, (rest * np.uint64(10 ** (9 - self.exponent))).astype(np.int64)
-        return seconds, (rest // np.uint64(10 ** (self.exponent - 9))).astype(np.int64)
-
-    def _binary(self, ticks: Ticks) -> tuple[Ticks, Ints]:
-        """The same of a clock whose ticks are halves of halves of a second."""
-        shift = np.uint64(self.exponent)
-        seconds = ticks >> shift
-        rest = ticks - (seconds << shift)
-        if self.exponent <= 32:
-            return seconds, ((rest * np.uint64(10**9)) >> shift).astype(np.int64)
-        # The product has more than 64 bits: its upper and lower halves apart.
-        high, low = rest >> np.uint64(32), rest & np.uint64(0xFFFFFFFF)
-        high = high * np.uint64(10**9) + (low * np.uint64(10**9) >> np.uint64(32))
-        return seconds, (high >> (shift - np.uint64(32))).astype(np.int64)
-
-
 class PcapFile:
     """A capture file, read once from front to back; a context manager. Raises `Unavailable` or `CaptureError`."""
 
@@ -176,7 +119,9 @@ class PcapFile:
         self._salvage = salvage
         self._only_places = False
         self._places: Counter[int] = Counter()
-        self._names: dict[str, int] = {}
+        self._labels: list[str] = []
+        """Names of interfaces, or their numbers where they have none, by `Interface.number`."""
+        self._numbers: dict[str, int] = {}
         self._missed = 0
         self._ended = self._refused = False
         self._long_block = 0
@@ -189,7 +134,7 @@ class PcapFile:
             if not _is_plain(head):
                 raise self._error(0, f"neither pcap nor pcapng: {_beginning(head)}")
             self._is_ng = int.from_bytes(head[:4], "little") == _NG_SECTION
-            self._interfaces: list[_Interface] = []
+            self._interfaces: list[Interface] = []
             self._order = "<"
             if not self._is_ng:
                 self._begin_pcap(head)
@@ -220,7 +165,7 @@ class PcapFile:
             raise self._error(4, f"pcap version {major}.{minor}, expected 2")
         # Bits 28 to 31 are a checksum's length in words of 16 bits, if bit 26 says that they are.
         fcs_bytes = 2 * (link >> 28) if link & 1 << 26 else 0
-        one = _Interface(link & 0xFFFF, fcs_bytes=fcs_bytes, exponent=9 if _MAGIC[magic] == 1 else 6)
+        one = Interface(link & 0xFFFF, fcs_bytes=fcs_bytes, exponent=9 if _MAGIC[magic] == 1 else 6)
         if one.trouble:
             raise self._error(20, f"packets {one.trouble}; expected Ethernet (1), raw IP (101) or cooked (113, 276)")
         self._interfaces.append(one)
@@ -245,7 +190,7 @@ class PcapFile:
     def warnings(self) -> list[str]:
         """What the user should know, one line each."""
         told = list(self._told)
-        told += [f"{self.path}: {count} packets {what}: left out" for what, count in self.left_out.items()]
+        told += [f"{self.path}: {count} packets {what}: left out" for what, count in self._kinds_left_out()]
         if self.cut_short:
             told.append(
                 f"{self.path}: of {self.cut_short} packets too little was captured to tell them from others; they are "
@@ -255,6 +200,12 @@ class PcapFile:
         if missed:
             told.append(f"{self.path}: by its own statistics the capture missed {missed} packets")
         return told
+
+    def _kinds_left_out(self) -> list[tuple[str, int]]:
+        """The most frequent kinds, and the others together."""
+        kinds = self.left_out.most_common(_KINDS_TOLD)
+        others = self.left_out.total() - sum(count for _, count in kinds)
+        return [*kinds, (f"of {len(self.left_out) - len(kinds)} more such kinds", others)] if others else kinds
 
     @property
     def missing(self) -> int:
@@ -284,10 +235,10 @@ class PcapFile:
     def place_name(self, place: int) -> str:
         """What a place is called: a file's interface by its name or number, a device by the kernel's index, or both."""
         number, ifindex = place >> 32, place & 0xFFFFFFFF
-        name = next((name for name, one in self._names.items() if one == number), "")
+        name = self._labels[number] if self._labels else ""
         if not ifindex:
             return name or str(number)
-        return f"{name}:{ifindex}" if name and len(self._names) > 1 else str(ifindex)
+        return f"{name}:{ifindex}" if len(self._labels) > 1 else str(ifindex)
 
     @property
     def may_have_places(self) -> bool:
@@ -304,7 +255,7 @@ class PcapFile:
         if self.packets:
             return
         if self.left_out:
-            said = ", ".join(f"{count} {what}" for what, count in self.left_out.items())
+            said = ", ".join(f"{count} {what}" for what, count in self._kinds_left_out())
             raise self._error(0, f"no packet in it can be read: {said}")
         if self._interfaces and all(one.trouble for one in self._interfaces):
             raise self._error(0, f"no interface in it can be read: {self._interfaces[0].trouble}")
@@ -386,7 +337,7 @@ class PcapFile:
             at, seconds, part, captured, length = (a[:first] for a in (at, seconds, part, captured, length))
         utc_ns = seconds * 10**9 + part * 10 ** (9 - one.exponent)
         ifindex = self._u32(buffer, at + 16) if self._record_head > 16 else None
-        return self._packets(buffer, one, at + self._record_head, captured, length, utc_ns, ifindex)
+        return self._packets(buffer, one, at + self._record_head, captured, length, utc_ns, 0, ifindex)
 
     def _u32(self, buffer: Bytes, at: Ints) -> Ints:
         """Numbers of 32 bits in the file's byte order at any byte."""
@@ -466,9 +417,10 @@ class PcapFile:
                 # How much there is nobody knows.
                 return ""
             return f"a block of {size} bytes; expected {smallest} to {left}, which are left, in whole words"
-        if smallest <= size <= RECORD_MAX and not size & 3:
+        largest = _DESCRIPTION_MAX if kind in (_NG_INTERFACE, _NG_STATISTICS) else RECORD_MAX
+        if smallest <= size <= largest and not size & 3:
             return ""
-        return f"a block of {size} bytes; expected {smallest} to {RECORD_MAX}, in whole words"
+        return f"a block of {size} bytes; expected {smallest} to {largest}, in whole words"
 
     def _passed_over(self, at: int, kind: int) -> bool:
         """Whether a block may be of any length, as nothing behind its head is looked at."""
@@ -505,7 +457,7 @@ class PcapFile:
         self._missed += sum(one.missed for one in self._interfaces)
         self._order, self._interfaces = order, []
 
-    def _interface_at(self, at: int, kind: int) -> _Interface | None:
+    def _interface_at(self, at: int, kind: int) -> Interface | None:
         """The interface of a packet's block."""
         form = "H" if kind == _NG_OLD_PACKET else "I"
         (which,) = struct.unpack_from(self._order + form, self._window, at + 8)
@@ -524,7 +476,7 @@ class PcapFile:
         if len(self._interfaces) == INTERFACES_MAX:
             raise self._error(self._offset + at, f"more than {INTERFACES_MAX} interfaces")
         (link,) = struct.unpack_from(self._order + "H", self._window, at + 8)
-        one, name = _Interface(link), str(len(self._interfaces))
+        one, name = Interface(link), str(len(self._interfaces))
         for code, value in self._options(at + 16, at + size - 4):
             if code == _NG_NAME and value.strip(b"\0"):
                 name = value.rstrip(b"\0").decode("utf-8", "surrogateescape")
@@ -535,7 +487,9 @@ class PcapFile:
             elif code == _NG_FCSLEN and value:
                 # In bits, says the draft; its example and Wireshark have bytes. No checksum is of less than 8 bits.
                 one.fcs_bytes = value[0] // 8 if value[0] >= 8 else value[0]
-        one.number = self._names.setdefault(name, len(self._names))
+        one.number = self._numbers.setdefault(name, len(self._labels))
+        if one.number == len(self._labels):
+            self._labels.append(name)
         self._interfaces.append(one)
 
     def _statistics(self, at: int, size: int) -> None:
@@ -569,21 +523,22 @@ class PcapFile:
             )
             at, which, captured, length, high, low = (a[:first] for a in (at, which, captured, length, high, low))
         ticks = high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
-        parts, places = [], []
-        present = np.unique(which).tolist()
-        for number in present:
+        utc_ns = np.empty(len(at), np.int64)
+        for number, of in _groups(which):
             one = self._interfaces[number]
-            of = np.flatnonzero(which == number) if len(present) > 1 else np.arange(len(at))
-            if one.trouble:
-                self.left_out[one.trouble] += len(of)
-                continue
-            utc_ns = one.utc_ns(ticks[of])
-            timed = utc_ns >= 0
-            if not timed.all():
-                self.left_out["with a time before 1970 or after 2116"] += int((~timed).sum())
-                of, utc_ns = of[timed], utc_ns[timed]
-            parts.append(self._packets(buffer, one, at[of] + 28, captured[of], length[of], utc_ns))
-            places.append(of)
+            utc_ns[of] = -1 if one.trouble else one.utc_ns(ticks[of])
+            wrong = of[utc_ns[of] < 0]
+            if len(wrong):
+                self.left_out[one.trouble or "with a time before 1970 or after 2116"] += len(wrong)
+        # Those whose frames are alike together, whatever interface they are of.
+        alike = np.array([one.link << 8 | one.fcs_bytes for one in self._interfaces], np.int64)[which]
+        numbers = np.array([one.number for one in self._interfaces], np.int64)[which]
+        parts, places = [], []
+        for _, of in _groups(np.where(utc_ns < 0, -1, alike)):
+            if utc_ns[of[0]] >= 0:
+                one = self._interfaces[int(which[of[0]])]
+                parts.append(self._packets(buffer, one, at[of] + 28, captured[of], length[of], utc_ns[of], numbers[of]))
+                places.append(of)
         if not parts or self._only_places:
             return []
         back = np.argsort(np.concatenate(places), kind="stable")
@@ -597,15 +552,16 @@ class PcapFile:
     def _packets(
         self,
         buffer: Bytes,
-        one: _Interface,
+        one: Interface,
         start: Ints,
         captured: Ints,
         length: Ints,
         utc_ns: Ints,
+        number: Ints | int,
         ifindex: Ints | None = None,
     ) -> PacketColumns:
         views = Views(buffer)
-        place = (ifindex_of(views, one.link, start) if ifindex is None else ifindex) | one.number << 32
+        place = (ifindex_of(views, one.link, start) if ifindex is None else ifindex) | number << 32
         if self._only_places:
             self._places.update(dict(zip(*(a.tolist() for a in np.unique(place, return_counts=True)), strict=True)))
             return _NOTHING
@@ -626,6 +582,15 @@ class PcapFile:
         self.cut_short += int(((content.packet_key == 0) & (captured < length)).sum())
         size = np.where(size > 0, size, found.length).astype(np.uint32)
         return PacketColumns(utc_ns, size, content, found.sender, place)
+
+
+def _groups(values: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each value, and where it is, in order."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
+    for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(ordered)], strict=True):
+        yield int(ordered[begin]), order[begin:end]
 
 
 def _beginning(head: bytes) -> str:

@@ -37,6 +37,7 @@ from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
 NAME: Final = "pcap"
 _SIDES: Final = ("inner", "outer")
 _OPTIONS: Final = ("--inner-device", "--outer-device")
+_NAMES_TOLD: Final = 20
 WITHIN_NS: Final = 500_000_000
 """A packet that takes longer from one device of a host to the other is not looked for."""
 _BATCH_RECORDS: Final = 1 << 17
@@ -57,7 +58,8 @@ def describe(paths: Sequence[Path], options: FileOptions) -> Description:
     first: list[int] = []
     for path in paths:
         with PcapFile(path, salvage=options.salvage) as file:
-            first += [int(piece.utc_ns[0]) for piece in _some(file)]
+            piece = next(file.pieces(), None)
+            first += [] if piece is None else [int(piece.utc_ns[0])]
     return Description(_header(paths), min(first, default=0))
 
 
@@ -73,10 +75,10 @@ def alone(paths: Sequence[Path], _: FileOptions) -> Any:
     )
 
 
-def _some(file: PcapFile) -> Iterator[PacketColumns]:
-    piece = next(file.pieces(), None)
-    if piece is not None:
-        yield piece
+def _some(names: list[str]) -> str:
+    """Names for a person, not more than can be read."""
+    more = len(names) - _NAMES_TOLD
+    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
 
 
 def _header(paths: Sequence[Path]) -> StreamHeader:
@@ -232,7 +234,7 @@ class PcapPairSource(PlainReader):
         """The place that the user named."""
         found = [place for place, name in names.items() if name == asked]
         if not found:
-            there = ", ".join(names.values()) or "none"
+            there = _some(list(names.values())) or "none"
             raise CaptureError(
                 self._paths[file], 0, f"no packet of a device {asked!r}, as {_OPTIONS[file]} names; there are: {there}"
             )
@@ -241,7 +243,7 @@ class PcapPairSource(PlainReader):
     def _farthest(self, file: int, survey: DeviceSurvey, names: dict[int, str]) -> int:
         """The place at the end of the path."""
         ends, shared = survey.ends(file), survey.shared(file)
-        there = ", ".join(f"{names[place]} ({shared[place]})" for place in sorted(shared))
+        there = _some([f"{names[place]} ({count})" for place, count in shared.most_common()])
         if len(ends) != 1:
             raise CaptureError(
                 self._paths[file],

@@ -1,9 +1,11 @@
 """Hostile packet captures and texts: a clear error or the good part, within bounded time and memory."""
 
 import asyncio
+import gzip
 import struct
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,8 @@ CAPTURES = {
     "big": pcap(ROWS, order=">", unit="us"),
     "pcapng": pcapng(ROWS, interfaces=2),
     "big pcapng": pcapng(ROWS, order=">"),
+    "gzip": gzip.compress(pcapng(ROWS), mtime=0),
+    "zstd": zstandard.compress(pcap(ROWS)),
 }
 TEXT = (FTRACE + PERF.replace("77.000000", "1234.900000")).encode()
 EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -487,6 +487,31 @@ def test_a_clock_too_fine_for_its_numbers(replayed, tsresol):
         replayed(pcap([Frame(T, FRAME)]), raw + ng_packet("<", 1, 5, FRAME, tsresol=0))
 
 
+def test_an_interface_with_much_to_say(replayed):
+    """Its clock is told behind 3 MB of comments."""
+    more = option(1, bytes(60_000), "<") * 50 + option(9, b"\x09", "<")
+    raw = ng_section("<") + ng_interface("<", more=more) + ng_packet("<", 0, T + 7, FRAME)
+    found, _, source = replayed(pcap([Frame(T, FRAME)]), raw)
+    assert [delay for _, _, delay in found] == [7]
+    assert source.warnings == []
+
+
+@pytest.mark.timeout(60)
+def test_as_many_interfaces_and_kinds_as_a_file_can_have(replayed):
+    """In time that grows with the file, and told in a few lines."""
+    count = 3_000
+    raw = ng_section("<") + b"".join(ng_interface("<", tsresol=9) for _ in range(count))
+    raw += b"".join(ng_interface("<", link=300 + n) for n in range(count))
+    raw += b"".join(ng_packet("<", n, T + 7, FRAME) for n in range(2 * count))
+    with pytest.raises(CaptureError, match=r"outer one is not clear.* and 2980 more"):
+        replayed(pcap([Frame(T, FRAME)]), raw)
+    found, _, source = replayed(pcap([Frame(T, FRAME)]), raw, outer_device="77")
+    assert [delay for _, _, delay in found] == [7]
+    assert source.discarded == count
+    assert len(source.warnings) == 10
+    assert any("2992 packets of 2992 more such kinds: left out" in line for line in source.warnings)
+
+
 def test_a_packet_of_another_kind_may_be_long(replayed):
     """As of USB or of D-Bus: longer than any packet of a network."""
     raw = ng_section("<") + ng_interface("<", tsresol=9) + ng_interface("<", link=220)
