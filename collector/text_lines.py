@@ -4,58 +4,75 @@ All print one event a line, in the order of time:
 
     ping-4711    [001] b.s1.  1234.567890: net_dev_queue: dev=eth0 skbaddr=00000000d6c17a4f len=98
     ping  4711 [001]  1234.567890: net:net_dev_queue: dev=eth0 skbaddr=0xffff888103a5e500 len=98
+    ping-4711      1b.s1.  1234.567890: net_dev_queue:        dev=eth0 skbaddr=0xff456078fff3e040 len=98
 
-and between them what was lost: `CPU:1 [LOST 1234 EVENTS]` (kernel/trace/trace.c, print_trace_line and
-tracing_read_pipe), `CPU:1 [1234 EVENTS DROPPED]` of trace-cmd, `PERF_RECORD_LOST lost 1234` of perf. The first lines
-of `trace` tell how many events were overwritten before: `entries-in-buffer/entries-written: 1000/5000`.
+(the last is `trace-cmd report -l`) and between them what was lost: `CPU:1 [LOST 1234 EVENTS]` (kernel/trace/trace.c,
+print_trace_line and tracing_read_pipe), `CPU:1 [1234 EVENTS DROPPED]` of trace-cmd, `PERF_RECORD_LOST lost 1234` of
+perf. The first lines of `trace` tell how many events were overwritten before:
+`entries-in-buffer/entries-written: 1000/5000`.
+
+A line begins with a task's name, which may be any 15 bytes but NUL: blanks, brackets, digits, a `#` or a line feed
+(TASK_COMM_LEN; prctl(PR_SET_NAME) checks nothing). So columns are taken from the left, the CPU, the time and the event
+each right behind the one before: in 15 bytes no name can imitate all three. Each line that is not read is of a kind of
+`collector.text_unread`, and counted.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 
 from collector.ftrace_pages import PageDecoder, Sightings
+from collector.text_unread import Unread, kind_of
 from mace.errors import CaptureError
-from mace.hooks import BY_HOOK, HOOKS, Hook, Way
+from mace.hooks import HOOKS, Hook, Way
 from mace.records import DTYPES, Batch
 
-_HOOK_OF: Final = {info.name.encode(): info.hook for info in HOOKS}
-# Bounded everywhere: a line that is made for it would otherwise be gone through over and over. A task's name has 15
-# bytes (TASK_COMM_LEN), numbers and flags a few more; trace-cmd puts the buffer's name before all.
-_HEAD: Final = rb"^[^\n#]{0,96}?"
-_TIME: Final = rb"\[(\d{1,5})\] [^\n]{0,24}?(\d{1,10})\.(\d{6}|\d{9}): {1,24}"
-_LINE: Final = re.compile(
-    _HEAD
-    + _TIME
-    + rb"(?:\w{1,32}:)?("
-    + b"|".join(sorted(_HOOK_OF, reverse=True))
-    + rb"): ([^\n]*)$"
-    + rb"|^[^\n]{0,64}?CPU:(\d{1,5}) \[(?:LOST )?(\d{1,18})? ?EVENTS(?: DROPPED)?\][^\n]*$"
-    + rb"|"
-    + _HEAD
-    + _TIME
-    + rb"PERF_RECORD_LOST lost (\d{1,18})[^\n]*$"
-    + rb"|^# {0,8}entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})[^\n]*$",
-    re.MULTILINE,
+# With the subsystem as perf prints it, and without as all others do: `probe:netif_rx` is somebody's kprobe.
+_HOOK_OF: Final = {name.encode(): info.hook for info in HOOKS for name in (info.tracepoint, info.name)}
+_WITH_DEVICE: Final = frozenset(info.hook for info in HOOKS if info.has_device)
+_TRANSMIT: Final = frozenset(info.hook for info in HOOKS if info.way is Way.TRANSMIT)
+
+# Bounded everywhere: a line that is made for it would otherwise be gone through over and over. Before the CPU stand
+# the task's name (that of a kernel thread has up to 63 bytes in perf), numbers, and the buffer's or file's name.
+# Between CPU and time: ftrace's flags, perf's `misc` letters and `tod`. A number there is a task's, so that what looks
+# like a CPU is a name (`perf script -F comm,tid,time,event,trace` of a task called "[000]"). Between time and event:
+# `trace-cmd report --ts-diff`, perf's `period`.
+_COLUMNS: Final = rb"(?:[^\s\d\[\]][^\s\[\]]{0,15} {1,16}|\d{4}-\d\d-\d\d [\d:.]{8,18} {1,16}){0,3}"
+_LATENCY_CPU: Final = rb"-\d{1,10} {1,8}(\d{1,5})[.dDbX][^\s\[\]]{3,8} {1,24}"
+_TIMED: Final = (
+    rb"(?:\[(\d{1,5})\] {1,24}" + _COLUMNS + rb"|" + _LATENCY_CPU + rb")"
+    rb"(\d{1,10})\.(\d{9}|\d{6}): {1,64}(?:\(\+-?\d{1,20}\) {1,24})?(?:\d{1,20} {1,64})?"
 )
-_BUFFER: Final = re.compile(rb"\bskbaddr=(?:0x)?([0-9a-fA-F]{1,16})\b")
-_DEVICE: Final = re.compile(rb"\b(?:dev|name)=(\S{1,15})")
-_NUMBERS: Final = {
-    name: re.compile(rb"\b" + name.encode() + rb"=(\d{1,9})\b") for name in ("len", "network_offset", "gso_segs")
-}
+_EVENT: Final = re.compile(rb".{0,160}?" + _TIMED + rb"((?:[\w-]{1,64}:)?\w{1,64}):(?= |\r?$)(.*)")
+_NO_NAME: Final = re.compile(rb".{0,160}" + _TIMED + rb"(.*)")
+"""The last CPU and time of a line that has no event's name behind any."""
+_NAME_WIDTH: Final = 16
+"""Columns of the task's name, which stands first and to the right of them (`%16s`)."""
+_ADDRESS: Final = re.compile(rb"(?:0x)?([0-9a-fA-F]{1,16})(?:p?x)?")
+"""`x` behind it: the format says %px since Linux kernel commit 65875073eddd ("net: use %px to print skb address in
+trace_netif_receive_skb") (in v5.14), which older versions of libtraceevent print as a pointer and a letter."""
+_WHOLE_ADDRESS: Final = re.compile(rb" skbaddr=(?:0x)?[0-9a-fA-F]{16}(?![0-9a-fA-F])")
+_DIGITS: Final = re.compile(rb"\d{1,9}")
 _ETH_HLEN: Final = 14
+_NAME_BYTES: Final = 15
 CPUS_MAX: Final = int(np.iinfo(DTYPES["cpu"]).max)
+TS_MAX: Final = 1 << 62
+"""No clock of a tracer comes here: it is the year 2116 of CLOCK_REALTIME."""
 LINE_MAX: Final = 1 << 16
 """No tracer prints longer lines."""
 
+_Row = tuple[int, int, int, int, int, int, int]
+_COLUMN_NAMES: Final = ("ts_ns", "skb_id", "dev", "l3_len", "cpu", "gso_segs", "hook")
 
-def has_events(text: bytes) -> bool:
-    """Whether some line is of an event that is measured."""
-    return any(match[4] for match in _LINE.finditer(text))
+
+def is_event(line: bytes) -> bool:
+    """Whether it has the CPU and the time that all events have, or tells of a loss."""
+    return _NO_NAME.match(line) is not None or _LOSS.fullmatch(line) is not None
 
 
 class LineReader:
@@ -63,11 +80,23 @@ class LineReader:
 
     def __init__(self, sightings: Sightings, decoder: PageDecoder) -> None:
         self._sightings, self._decoder = sightings, decoder
+        self._codes: dict[bytes, int] = {}
         self._last_ns: dict[int, int] = {}
+        self._newest_ns = 0
         self._lost: dict[int, int] = {}
         """Told of, with no event of that CPU since."""
-        self.unreadable = 0
-        """Lines of our events without a buffer's address, or with one that is not a number."""
+        self.lines = 0
+        """Read so far."""
+        self.events = 0
+        """Of them, events that are measured."""
+        self.backwards = 0
+        """Of these, such as are earlier than the one before."""
+        self.unended = b""
+        """The last line, where it has no line feed."""
+        self.unread: Counter[Unread] = Counter()
+        """Lines that are not understood, by kind."""
+        self.first_unread: dict[Unread, int] = {}
+        """Number of the first line of each kind, from 1 on."""
         self.uncounted = 0
         """Losses that do not say how many events."""
         self.hashed = False
@@ -75,24 +104,27 @@ class LineReader:
 
     def read(self, text: bytes) -> Batch:
         """All records of some lines, in their order, which is nearly that of time."""
-        rows: list[tuple[int, int, int, int, int, int, int]] = []
-        for match in _LINE.finditer(text):
-            event = match[4]
-            if event is not None:
-                self._event(rows, match[1], match[2], match[3], _HOOK_OF[event], match[5])
-            elif match[6] is not None:
-                self._lose(int(match[6]), int(match[7]) if match[7] else None)
-            elif match[11] is not None:
-                self._lose(int(match[8]), int(match[11]))
-            elif match[12] is not None:
-                # Overwritten before the first event, of whichever CPU.
-                self._lose(0, max(int(match[13]) - int(match[12]), 0))
+        rows: list[_Row] = []
+        lines = text.split(b"\n")
+        self.unended = lines.pop()
+        if self.unended:
+            self._unended(lines)
+        for number, line in enumerate(lines, self.lines + 1):
+            match = _EVENT.match(line)
+            if match is None or _is_name(line, match.start(3)):
+                self._other(line, number)
+                continue
+            bracketed, latency, seconds, part, event, fields = match.groups()
+            hook = _HOOK_OF.get(event)
+            if hook is not None:
+                self._event(rows, int(bracketed or latency), seconds, part, hook, fields, number)
+        self.lines += len(lines)
         if not rows:
             return Batch.empty()
-        names = ("ts_ns", "skb_id", "dev", "l3_len", "cpu", "gso_segs", "hook")
         # A column at a time: addresses do not go into the arrays of smaller numbers.
         columns: dict[str, Any] = {
-            name: np.array(values, DTYPES[name]) for name, values in zip(names, zip(*rows, strict=True), strict=True)
+            name: np.array(values, DTYPES[name])
+            for name, values in zip(_COLUMN_NAMES, zip(*rows, strict=True), strict=True)
         }
         real = columns["hook"] != Hook.LOST
         ids = columns["skb_id"]
@@ -113,6 +145,42 @@ class LineReader:
             hook=[Hook.LOST] * len(rows),
         )
 
+    def _unended(self, lines: list[bytes]) -> None:
+        """The last line has no line feed: it is taken if it is an event with a whole address, else it is cut."""
+        match = _EVENT.match(self.unended)
+        if match is not None and (match[5] not in _HOOK_OF or _WHOLE_ADDRESS.search(match[6])):
+            lines.append(self.unended)
+        elif self.unended.strip():
+            self._leave(Unread.GARBLED, self.lines + len(lines) + 1)
+
+    def _other(self, line: bytes, number: int) -> None:
+        """A line that is no event as tracers print it."""
+        loss = _LOSS.fullmatch(line)
+        if loss is not None and int(loss[1]) <= CPUS_MAX:
+            count = loss[2] or loss[3]
+            self._lose(int(loss[1]), int(count) if count and len(count) <= _COUNT_DIGITS else None)
+        elif (written := _WRITTEN.match(line)) is not None:
+            # Overwritten before the first event, of whichever CPU.
+            self._lose(0, max(int(written[2]) - int(written[1]), 0))
+        elif (timed := _NO_NAME.match(line)) is not None and not _is_name(line, timed.start(3)):
+            self._without_name(int(timed[1] or timed[2]), timed[5], number)
+        elif (kind := kind_of(line)) is not None:
+            self._leave(kind, number)
+
+    def _without_name(self, cpu: int, rest: bytes, number: int) -> None:
+        """A line with CPU and time and no event's name: what perf lost, a tracer's own line, or a name not printed."""
+        if rest.startswith(b"PERF_RECORD_LOST"):
+            count = _PERF_LOST.search(rest)
+            self._lose(min(cpu, CPUS_MAX), int(count[1]) if count else None)
+        elif b"skbaddr=" in rest:
+            self._leave(Unread.NO_EVENT, number)
+        elif not rest.strip():
+            self._leave(Unread.GARBLED, number)
+
+    def _leave(self, kind: Unread, number: int) -> None:
+        self.unread[kind] += 1
+        self.first_unread.setdefault(kind, number)
+
     def _lose(self, cpu: int, count: int | None) -> None:
         self.uncounted += count is None
         lost = 1 if count is None else count
@@ -120,45 +188,70 @@ class LineReader:
             self._lost[cpu] = self._lost.get(cpu, 0) + lost
 
     def _event(
-        self,
-        rows: list[tuple[int, int, int, int, int, int, int]],
-        cpu_text: bytes,
-        seconds: bytes,
-        part: bytes,
-        hook: Hook,
-        fields: bytes,
+        self, rows: list[_Row], cpu: int, seconds: bytes, part: bytes, hook: Hook, fields: bytes, number: int
     ) -> None:
-        buffer = _BUFFER.search(fields)
-        cpu = int(cpu_text)
-        if buffer is None or cpu > CPUS_MAX:
-            self.unreadable += 1
+        address = _ADDRESS.fullmatch(_value(fields, b" skbaddr="))
+        if address is None:
+            self._leave(Unread.NO_ADDRESS, number)
             return
-        ts_ns = int(seconds) * 10**9 + int(part) * (1 if len(part) == 9 else 1000)
+        ts_ns = int(seconds) * 1_000_000_000 + int(part) * (1 if len(part) == 9 else 1000)
+        if cpu > CPUS_MAX or ts_ns > TS_MAX:
+            self._leave(Unread.GARBLED, number)
+            return
         if cpu in self._lost:
             before = min(self._last_ns.get(cpu, ts_ns), ts_ns)
             rows.append((before, ts_ns, 0, _limited(self._lost.pop(cpu)), cpu, 0, Hook.LOST))
-        self._last_ns[cpu] = ts_ns
+        self.events += 1
+        self.backwards += ts_ns < self._newest_ns
+        self._last_ns[cpu] = self._newest_ns = ts_ns
+        digits = address[1]
         # The kernel prints hashes with eight zeroes before them (lib/vsprintf.c, ptr_to_id); addresses have none.
-        self.hashed = self.hashed or (len(buffer[1]) == 16 and buffer[1].startswith(b"00000000"))
-        rows.append((ts_ns, int(buffer[1], 16), *self._rest_of(hook, fields, cpu)))
+        self.hashed = self.hashed or (len(digits) == 16 and digits.startswith(b"00000000"))
+        length, header = _number(fields, b" len="), 0
+        if hook in _TRANSMIT:
+            header = _number(fields, b" network_offset=") or _ETH_HLEN
+        device = self._device(fields) if hook in _WITH_DEVICE else 0
+        segments = min(_number(fields, b" gso_segs="), 0xFFFF)
+        rows.append((ts_ns, int(digits, 16), device, max(length - header, 0), cpu, segments, hook))
 
-    def _rest_of(self, hook: Hook, fields: bytes, cpu: int) -> tuple[int, int, int, int, int]:
-        """Device, length, CPU, segments and hook."""
-        info = BY_HOOK[hook]
-        device = _DEVICE.search(fields) if info.has_device else None
-        code = 0
-        if device is not None:
-            raw = device[1].ljust(16, b"\0")
+    def _device(self, fields: bytes) -> int:
+        name = (_value(fields, b" dev=") or _value(fields, b" name="))[:_NAME_BYTES]
+        code = self._codes.get(name)
+        if code is None:
+            raw = name.ljust(_NAME_BYTES + 1, b"\0")
             code = self._sightings.code(int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little"))
-        length, header = _number(fields, "len"), 0
-        if info.way is Way.TRANSMIT:
-            header = _number(fields, "network_offset") or _ETH_HLEN
-        return code, max(length - header, 0), cpu, min(_number(fields, "gso_segs"), 0xFFFF), hook
+            self._codes[name] = code
+        return code
 
 
-def _number(fields: bytes, name: str) -> int:
-    match = _NUMBERS[name].search(fields)
-    return int(match[1]) if match else 0
+_LOSS: Final = re.compile(
+    rb"(?:.{0,64}: {0,24})?CPU:(\d{1,5}) \[(?:LOST (?:(\d{1,40}) )?EVENTS|(?:(\d{1,40}) )?EVENTS DROPPED)\]\s{0,8}"
+)
+"""Alone on its line, so that no task's name is one: the shortest has 19 bytes."""
+_COUNT_DIGITS: Final = 18
+"""Of a number of events that is believed."""
+_WRITTEN: Final = re.compile(rb"# {0,8}entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
+_PERF_LOST: Final = re.compile(rb"lost (\d{1,18})(?!\d)")
+
+
+def _is_name(line: bytes, time_at: int) -> bool:
+    """Whether all before the time is a task's name: what looks like a CPU is its end, and there is no CPU."""
+    return line[_NAME_WIDTH:time_at].isspace() and line[:1] == b" " != line[_NAME_WIDTH - 1 : _NAME_WIDTH]
+
+
+def _value(fields: bytes, key: bytes) -> bytes:
+    """What stands behind ` name=` up to the next blank; a device's name has no blanks, but may be `len=1`."""
+    at = fields.find(key)
+    if at < 0:
+        return b""
+    at += len(key)
+    end = fields.find(b" ", at)
+    return fields[at:].rstrip() if end < 0 else fields[at:end]
+
+
+def _number(fields: bytes, key: bytes) -> int:
+    value = _value(fields, key)
+    return int(value) if _DIGITS.fullmatch(value) else 0
 
 
 def _limited(lost: int) -> int:

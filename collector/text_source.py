@@ -11,6 +11,7 @@ be part them. Binary recordings (trace.dat, live capture) and `options/hash-ptr=
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -22,7 +23,8 @@ from collector.ftrace_pages import PageDecoder, Sightings, process_key
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.merge import Merger
 from collector.plain_reader import PlainReader
-from collector.text_lines import LINE_MAX, LineReader, chunks, has_events
+from collector.text_lines import LINE_MAX, LineReader, chunks, is_event
+from collector.text_unread import COLUMNS, DISCARDED, begins_text, is_traced, told
 from mace import __version__
 from mace.clock import ClockPair
 from mace.errors import CaptureError, Unavailable
@@ -33,16 +35,18 @@ from mace.records import Batch
 NAME: Final = "text"
 _READ_BYTES: Final = 1 << 20
 _HOLD_BACK_NS: Final = 50_000_000
+_BACKWARDS_MIN: Final = 8
+"""Fewer are what interrupts and the merging of several CPUs make."""
 _BATCH_RECORDS: Final = 1 << 17
 _NO_LAYOUT: Final = PageLayout(0, 8, 8, 16, 4080)
 """Text has no pages; the decoder is there for the ids of buffers."""
 
 
 def recognises(head: bytes) -> bool:
-    """Whether a file that begins so is text with an event that is measured, or begins as ftrace's text does."""
+    """Whether a file that begins so is a tracer's text: of whatever events, those that are measured may come later."""
     # Zeros are what a crash leaves in a file; what comes before them tells.
     head = head.partition(b"\0")[0]
-    return head.startswith((b"# tracer:", b"# ========")) or has_events(head[: head.rfind(b"\n") + 1])
+    return begins_text(head) or any(is_event(line) or is_traced(line) for line in head.split(b"\n")[:-1])
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
@@ -99,7 +103,8 @@ class _Opened:
                 self.run = digest.hexdigest()[:16]
                 self.file.seek(0)
                 return int(batch.ts_ns[0])
-        raise CaptureError(path, 0, "no line of it is a network event that is measured")
+        why = "; ".join(told(reader.unread, reader.first_unread))
+        raise CaptureError(path, 0, f"no line of it is a network event that can be read{why and ': '}{why}")
 
     def _header(self, known: StreamHeader | None, clock: ClockPair, boot_id: str) -> StreamHeader:
         return StreamHeader(
@@ -141,8 +146,9 @@ class TextSource(PlainReader):
 
     @property
     def discarded(self) -> int:
-        """Records that stood behind ones far younger, lines without a buffer's address, and damaged ones."""
-        return self._merger.late + (self._reader.unreadable if self._reader else 0) + len(self._damage)
+        """Records that stood behind ones far younger, lines that may be of an event and are not read, damaged ones."""
+        unread = sum(self._reader.unread[kind] for kind in DISCARDED) if self._reader else 0
+        return self._merger.late + unread + len(self._damage)
 
     @property
     def bytes_total(self) -> int:
@@ -159,20 +165,26 @@ class TextSource(PlainReader):
         """What the user should know, one line each."""
         if self._opened is None or self._reader is None:
             return []
-        told = list(self._opened.warnings)
+        lines = list(self._opened.warnings)
         if self._reader.hashed:
-            told.append(
+            lines.append(
                 f"{self.path}: its addresses are hashes of 32 bits: two buffers that are in use at once can share one"
             )
-        if self._reader.unreadable:
-            told.append(f"{self.path}: {self._reader.unreadable} lines do not tell the buffer's address; left out")
+        lines += [f"{self.path}: {line}" for line in told(self._reader.unread, self._reader.first_unread)]
+        if self._reader.unended:
+            lines.append(f"{self.path}: its last line has no line feed: the file may be cut there")
+        if self._merger.late:
+            lines.append(
+                f"{self.path}: {self._merger.late} events are more than 50 ms older than one before them, as where "
+                "texts of several CPUs or runs were put one after the other; left out: sort them by time"
+            )
         if self._damage:
-            told.append(
+            lines.append(
                 f"{self.path}: {len(self._damage)} lines with zeros, the first at byte {self._damage[0]}; left out"
             )
         if self._reader.uncounted:
-            told.append(f"{self.path}: {self._reader.uncounted} losses do not say how many events; told as one each")
-        return told
+            lines.append(f"{self.path}: {self._reader.uncounted} losses do not say how many events; told as one each")
+        return lines
 
     def read(self) -> Iterator[StreamItem]:
         """See `PlainReader`."""
@@ -193,6 +205,7 @@ class TextSource(PlainReader):
         for text in chunks(self.path, iter(self._read_block, b"")):
             batch = self._reader.read(self._sound(text))
             self._bytes_read += len(text)
+            self._check()
             if len(batch):
                 merger.push(0, batch)
                 newest = max(newest, int(batch.ts_ns.max()))
@@ -200,6 +213,22 @@ class TextSource(PlainReader):
                 yield merger.take(newest - _HOLD_BACK_NS)
         merger.push(0, self._reader.rest())
         yield merger.flush()
+
+    def _check(self) -> None:
+        """Raises `CaptureError` where most lines lack a column, or times go back as often as differences do."""
+        assert self._reader is not None
+        events, backwards = self._reader.events, self._reader.backwards
+        lacking = {kind: count for kind in COLUMNS if (count := self._reader.unread[kind])}
+        if sum(lacking.values()) > events and not self._options.salvage:
+            why = "; ".join(told(lacking, self._reader.first_unread))
+            raise CaptureError(self.path, 0, f"fewer of its network events can be read than not: {why}")
+        if backwards >= _BACKWARDS_MIN and backwards * 4 > events:
+            raise CaptureError(
+                self.path,
+                self._bytes_read,
+                f"times go back at {backwards} of {events} events: they are no times, or not in order (`perf script "
+                "--deltatime` prints what passed since the event before)",
+            )
 
     def _sound(self, text: bytes) -> bytes:
         """The lines without zeros. Raises `CaptureError` where there are others and salvage was not asked for."""
@@ -209,9 +238,10 @@ class TextSource(PlainReader):
         if not self._options.salvage:
             raise CaptureError(self.path, self._bytes_read + at, "zeros, which no tracer prints")
         kept, offset = [], self._bytes_read
-        for line in text.splitlines(keepends=True):
+        for line in re.findall(rb"[^\n]*\n|[^\n]+", text):
             if b"\0" in line:
                 self._damage.append(offset)
+                kept.append(b"\n")
             else:
                 kept.append(line)
             offset += len(line)
