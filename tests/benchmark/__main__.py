@@ -23,6 +23,7 @@ from tests.benchmark import (
     live,
     matching,
     mqtt,
+    needs,
     offline,
     pcap_pairs,
     perfetto,
@@ -88,7 +89,15 @@ def main(names: list[str]) -> int:
         return 2
     print(json.dumps(machine()), flush=True)
     status = 0
+    # Before the first one, or who waits an hour for the others learns of it then.
+    lacking = {name: why for name in names or GROUPS if (why := needs.missing(name))}
+    for name, why in lacking.items():
+        print(f"bench: {name} is left out: {why}", file=sys.stderr)
+        print(json.dumps({"name": name, "error": why}), flush=True)
+        status = 1
     for name in names or GROUPS:
+        if name in lacking:
+            continue
         print(f"bench: {name}", file=sys.stderr)
         try:
             for figure in GROUPS[name]():

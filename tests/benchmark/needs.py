@@ -1,0 +1,71 @@
+"""What each group of benchmarks needs of the machine, asked before the first one starts.
+
+What provides a program (or a header) is in the table of `./dev`, which installs it; this file only says who needs it.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+DEV = Path(__file__).resolve().parents[2] / "dev"
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+_ROW = re.compile(r"^(?:run|test|bench|kernel)\|([^|]+)\|([^|]+)\|", re.MULTILINE)
+
+LAB = ("ip", "nft", "sysctl", "ping")
+QEMU = ("qemu-system-x86_64", "/usr/lib/qemu/virtiofsd", "busybox", "debootstrap", "depmod", "gcc", "make")
+LIBTRACECMD = (
+    *("gcc", "pkg-config", "/usr/include/trace-cmd/trace-cmd.h"),
+    *("/usr/include/tracefs/tracefs.h", "/usr/include/traceevent/event-parse.h"),
+)
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "wire": (),
+    "ftrace_decode": LAB,
+    "ring_drain": (),
+    "capture_to_windows": LAB,
+    "capture_to_rows": LAB,
+    "store": (),
+    "vs_netdev_times": (*LAB, "perf"),
+    "vs_bpftrace_text": (*LAB, "bpftrace"),
+    "live_flood": LAB,
+    "live_dead_database": (*LAB, "influxd"),
+    "visibility": (*LAB, "influxd"),
+    "live_soak": LAB,
+    "kmod_vs_ftrace": QEMU,
+    "perfetto_read": (),
+    "perfetto_write": (),
+    "sizing": ("influxd",),
+    "encode": (),
+    "influx_write": ("influxd",),
+    "victoria_write": (),
+    "mqtt_ingest": ("mosquitto",),
+    "fleet": ("mosquitto",),
+    "graded_correlation": (),
+    "matching": (*LAB, "bpftrace", "unshare"),
+    "tracedat_read": (*LAB, "trace-cmd", *LIBTRACECMD),
+    "pcap_pairs": ("tcpdump",),
+    "replay_10gb": (),
+    "dask_scaling": (),
+}
+"""By the names of the groups. Libraries of Python are in the lock; VictoriaMetrics is fetched into the cache."""
+
+
+def packages() -> dict[str, str]:
+    """By program or header, the packages that have it, as the table of `./dev` says; the first that exists is meant."""
+    return dict(_ROW.findall(DEV.read_text(encoding="utf-8")))
+
+
+def is_there(need: str) -> bool:
+    """Whether the machine has it: a file where it is a path, else a program."""
+    return Path(need).exists() if need.startswith("/") else shutil.which(need, path=_PATH) is not None
+
+
+def missing(group: str) -> str:
+    """What a group misses, and which packages have it; empty where it can run."""
+    lacking = [need for need in NEEDS[group] if not is_there(need)]
+    if not lacking:
+        return ""
+    from_packages = packages()
+    names = dict.fromkeys(from_packages[need].split()[0] for need in lacking)
+    return f"it needs {', '.join(lacking)}: apt-get install {' '.join(names)}"
