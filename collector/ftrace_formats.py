@@ -40,6 +40,16 @@ class Field:
         """Whether it holds the place of the data instead: offset in the low, length in the high 16 bits."""
         return self.type.startswith("__data_loc")
 
+    @property
+    def is_rel_loc(self) -> bool:
+        """The same, with the offset counted from its own end: Linux kernel commit 55de2c0b5610 (in v5.17)."""
+        return self.type.startswith("__rel_loc")
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether it is an array without a size, which reaches to the end of the event: `char buf[]`."""
+        return self.is_array and self.size == 0
+
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:

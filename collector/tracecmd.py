@@ -12,16 +12,23 @@ with one value an event:
 
     ts_ns         int64, ns of the clock that the file was recorded with (`trace.clock`)
     cpu           uint16
-    the fields    integers of their size and sign in the machine's byte order; `char x[N]` as bytes (dtype S) up to the
-                  first NUL; strings of variable length (`__data_loc char[]`) likewise; other arrays as rows of uint8,
-                  and those of variable length as an object array of `bytes`
+    the fields    integers of their size and sign; `char x[N]` as bytes (dtype S) up to the first NUL; strings of
+                  variable length (`__data_loc char[]`, `char x[]`) likewise, or as an object array of `bytes` where a
+                  long one among many would make each as wide; other arrays as rows of uint8, and those of variable
+                  length as an object array of `bytes`, both in the machine's byte order (`trace.byte_order`)
 
-Fields are those of the kernel's own format, `common_pid` and the other common ones among them.
+Fields are those of the kernel's own format, `common_pid` and the other common ones among them. The subsystem `ftrace`
+has what ftrace records by itself: `ftrace:print` (what was written to trace_marker), `bprint` and `bputs`
+(trace_printk), `function`, `funcgraph_entry` and `funcgraph_exit`, `kernel_stack` and more. `caller` of a kernel_stack
+has as many addresses as its `size` says, and `buf` of raw_data all bytes that were written, with up to three more
+behind them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from enum import Enum, auto
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -33,12 +40,14 @@ from collector.ftrace_formats import EventFormat, Field
 from collector.ftrace_pages import Bytes, Index, Located, PageDecoder, Stretch
 from collector.tracecmd_clock import clock_of
 from collector.tracecmd_endian import to_little_endian
-from collector.tracecmd_file import BufferInfo, CpuData, TraceFile
+from collector.tracecmd_file import FTRACE, BufferInfo, CpuData, TraceFile
 from collector.tracecmd_pages import layout_of, pieces
 from mace.errors import CaptureError, SourceError, nearest
 
 Columns = dict[str, npt.NDArray[Any]]
 _PIECE_PAGES: Final = 512
+_TEXT_MAX: Final = 32 << 20
+"""Bytes of a column of strings that are all as wide as the longest."""
 
 
 class TraceDat:
@@ -52,6 +61,8 @@ class TraceDat:
         frame = self._file.frame
         self.path: Final = self._file.path
         self.version: Final = frame.version
+        self.byte_order: Final = "big" if frame.big_endian else "little"
+        """Of the machine, and of what is inside the bytes of arrays."""
         words = frame.uname.split()
         self.host: Final = words[1] if len(words) > 2 else ""
         self.kernel: Final = words[2] if len(words) > 2 else ""
@@ -153,49 +164,111 @@ class TraceDat:
                 }
 
     def _fields(self, buffer: Bytes, found: Located, form: EventFormat, offset: int) -> Columns:
-        needed = max(field.offset + field.size for field in form.fields.values())
+        kinds = {name: _kind(form, field) for name, field in form.fields.items()}
+        fixed = [f for name, f in form.fields.items() if not f.is_rest and kinds[name] is not _Kind.STACK]
+        needed = max((field.offset + field.size for field in fixed), default=0)
         if (found.size < needed).any():
             raise CaptureError(self.path, offset, f"{form.event}: an event that is shorter than its format")
-        start = found.at << 2
-        return {name: self._column(buffer, start, found.size, field, offset) for name, field in form.fields.items()}
+        start, columns = found.at << 2, {}
+        for name, field in form.fields.items():
+            kind = kinds[name]
+            if kind is _Kind.NUMBER or kind is _Kind.ROWS or kind is _Kind.FIXED_TEXT:
+                columns[name] = _fixed(buffer, start, field, kind)
+                continue
+            at, length = self._place(buffer, start, found.size.astype(np.int64), field, offset)
+            if kind is _Kind.STACK:
+                size = form.fields["size"]
+                told = _fixed(buffer, start, size, _Kind.NUMBER).astype(np.int64).clip(0, _STACK_MAX)
+                length = np.minimum(length, told * (field.size // _STACK_ENTRIES))
+            columns[name] = (_texts if kind is _Kind.TEXT else _parts)(buffer, start + at, length)
+        return columns
 
-    def _column(
-        self, buffer: Bytes, start: Index, sizes: npt.NDArray[np.uint32], field: Field, offset: int
-    ) -> npt.NDArray[Any]:
-        if field.is_data_loc or field.type.startswith("__rel_loc"):
-            return self._variable(buffer, start, sizes, field, offset)
-        raw = buffer[(start + field.offset)[:, None] + np.arange(field.size)]
-        if field.size in (1, 2, 4, 8) and not field.is_array:
-            number: npt.NDArray[Any] = raw.view(f"<{'i' if field.signed else 'u'}{field.size}")[:, 0]
-            return number
-        return _strings(raw) if field.is_array and field.type.split()[-1] == "char" else raw
-
-    def _variable(
-        self, buffer: Bytes, start: Index, sizes: npt.NDArray[np.uint32], field: Field, offset: int
-    ) -> npt.NDArray[Any]:
+    def _place(self, buffer: Bytes, start: Index, sizes: Index, field: Field, offset: int) -> tuple[Index, Index]:
+        """Where in each event a field of variable length begins, and how many bytes it has."""
+        if not (field.is_data_loc or field.is_rel_loc):
+            at = np.minimum(field.offset, sizes)
+            return at, sizes - at
         where = buffer[(start + field.offset)[:, None] + np.arange(4)].view("<u4")[:, 0].astype(np.int64)
         at, length = where & 0xFFFF, where >> 16
-        if field.type.startswith("__rel_loc"):
+        if field.is_rel_loc:
             at += field.offset + 4
         if (at + length > sizes).any():
             raise CaptureError(self.path, offset, f"field {field.name!r} lies outside its event")
-        if "char" not in field.type:
-            found = np.empty(len(at), object)
-            found[:] = [
-                buffer[a : a + n].tobytes() for a, n in zip((start + at).tolist(), length.tolist(), strict=True)
-            ]
-            return found
-        width = max(int(length.max()), 1)
-        places = (start + at)[:, None] + np.minimum(np.arange(width), np.maximum(length - 1, 0)[:, None])
-        return _strings(np.where(np.arange(width) < length[:, None], buffer.take(places, mode="clip"), np.uint8(0)))
+        return at, length
 
     def _columns_of_none(self, event: str) -> Columns:
         none: Columns = {"ts_ns": np.zeros(0, np.int64), "cpu": np.zeros(0, np.uint16)}
-        for name, field in self.format(event).fields.items():
-            is_text = "char" in field.type and (field.is_array or field.is_data_loc)
-            code = f"<{'i' if field.signed else 'u'}{field.size}" if field.size in (1, 2, 4, 8) else "u1"
-            none[name] = np.zeros(0, "S1" if is_text else code)
+        form, nowhere, nothing = self.format(event), np.zeros(0, np.int64), np.zeros(0, np.uint8)
+        for name, field in form.fields.items():
+            kind = _kind(form, field)
+            if kind is _Kind.TEXT:
+                none[name] = _texts(nothing, nowhere, nowhere)
+            elif kind is _Kind.PARTS or kind is _Kind.STACK:
+                none[name] = np.zeros(0, object)
+            else:
+                none[name] = _fixed(nothing, nowhere, field, kind)
         return none
+
+
+class _Kind(Enum):
+    """What a field becomes."""
+
+    NUMBER = auto()
+    FIXED_TEXT = auto()
+    ROWS = auto()
+    """Bytes, as many in each event."""
+    TEXT = auto()
+    """Of variable length."""
+    PARTS = auto()
+    """Bytes, of variable length."""
+    STACK = auto()
+    """As PARTS, and the event is as long as the stack was deep, whatever the format says."""
+
+
+_ELEMENT: Final = re.compile(r"(?:__data_loc |__rel_loc )?(?:const )?(.*?)(?:\[\])?")
+_STACK_ENTRIES: Final = 8
+"""Of `caller` in the format of a kernel_stack (FTRACE_STACK_ENTRIES, kernel/trace/trace.h)."""
+_STACK_MAX: Final = 1 << 16
+
+
+def _kind(form: EventFormat, field: Field) -> _Kind:
+    if (form.event, field.name) == (f"{FTRACE}:kernel_stack", "caller") and "size" in form.fields and field.is_array:
+        return _Kind.STACK
+    element = _ELEMENT.fullmatch(field.type)
+    # `char` alone: what is `unsigned char` is an address or another number, and may hold zeros.
+    is_text = element is not None and element[1] == "char" and form.event != f"{FTRACE}:raw_data"
+    if field.is_data_loc or field.is_rel_loc or field.is_rest:
+        return _Kind.TEXT if is_text else _Kind.PARTS
+    if field.size in (1, 2, 4, 8) and not field.is_array:
+        return _Kind.NUMBER
+    return _Kind.FIXED_TEXT if is_text and field.is_array else _Kind.ROWS
+
+
+def _fixed(buffer: Bytes, start: Index, field: Field, kind: _Kind) -> npt.NDArray[Any]:
+    """A field that has one size."""
+    raw = buffer[(start + field.offset)[:, None] + np.arange(field.size)]
+    if kind is _Kind.NUMBER:
+        number: npt.NDArray[Any] = raw.view(f"<{'i' if field.signed else 'u'}{field.size}")[:, 0]
+        return number
+    return _strings(raw) if kind is _Kind.FIXED_TEXT else raw
+
+
+def _parts(buffer: Bytes, at: Index, length: Index) -> npt.NDArray[Any]:
+    """Bytes of each event as they are."""
+    found = np.empty(len(at), object)
+    found[:] = [buffer[a : a + n].tobytes() for a, n in zip(at.tolist(), length.tolist(), strict=True)]
+    return found
+
+
+def _texts(buffer: Bytes, at: Index, length: Index) -> npt.NDArray[Any]:
+    """Bytes of each event up to the first NUL."""
+    width = max(int(length.max(initial=0)), 1)
+    if len(at) * width > _TEXT_MAX:
+        found = _parts(buffer, at, length)
+        found[:] = [one.partition(b"\0")[0] for one in found]
+        return found
+    places = at[:, None] + np.minimum(np.arange(width), np.maximum(length - 1, 0)[:, None])
+    return _strings(np.where(np.arange(width) < length[:, None], buffer.take(places, mode="clip"), np.uint8(0)))
 
 
 def _strings(raw: Bytes) -> npt.NDArray[np.bytes_]:
@@ -206,4 +279,8 @@ def _strings(raw: Bytes) -> npt.NDArray[np.bytes_]:
 
 
 def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].dtype.kind in "SO" and sum(map(len, parts)) * max(part.dtype.itemsize for part in parts) > _TEXT_MAX:
+        parts = [part.astype(object) for part in parts]
+    return np.concatenate(parts)

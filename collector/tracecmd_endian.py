@@ -50,7 +50,7 @@ def to_little_endian(buffer: Bytes, pages: int, layout: PageLayout, formats: Ite
     for form in formats:
         of = fitting[idents == form.id]
         for field in form.fields.values():
-            is_number = field.size in (2, 4, 8) and (not field.is_array or field.is_data_loc)
+            is_number = field.size in (2, 4, 8) and (not field.is_array or field.is_data_loc or field.is_rel_loc)
             if is_number and field.name != "common_type":
                 _turn_at(whole, of + field.offset, field.size)
 

@@ -25,6 +25,8 @@ MAGIC: Final = b"\x17\x08\x44tracing"
 VERSIONS: Final = (6, 7)
 ALGORITHMS: Final = ("none", "zlib", "zstd")
 
+FTRACE: Final = "ftrace"
+"""The subsystem of ftrace's own events, which the file keeps apart from all others."""
 METADATA_MAX: Final = 64 << 20
 """Bytes of one part of the frame, unpacked. All event formats of a kernel are 2 MB."""
 _STATS_BYTES: Final = 1024
@@ -50,6 +52,7 @@ _OPTION_TRACEID: Final = 11
 _OPTION_TIME_SHIFT: Final = 12
 _OPTION_TSC2NSEC: Final = 14
 _OPTION_HEADER_INFO: Final = 16
+_OPTION_FTRACE_EVENTS: Final = 17
 _OPTION_EVENT_FORMATS: Final = 18
 _OPTION_CMDLINES: Final = 21
 _COMPRESSED: Final = 1
@@ -128,6 +131,7 @@ class TraceFile:
         self.path: Final = Path(path)
         self.salvage: Final = salvage
         self._algorithm = "none"
+        self._formats_size = 0
         self._zstd = zstandard.ZstdDecompressor()
         self.warnings: list[str] = []
         """What salvage left out, one line each."""
@@ -238,7 +242,7 @@ class TraceFile:
     def _version_6(self, frame: Frame, offset: int) -> None:
         parts = self._window(offset, self.size - offset, self._order)
         self._header_info(frame, parts)
-        self._skip_ftrace_events(parts)
+        self._ftrace_events(frame, parts)
         self._event_formats(frame, parts)
         parts.skip(parts.number(4, "the size of the symbols"), "the symbols")
         parts.skip(parts.number(4, "the size of the printk formats"), "the printk formats")
@@ -302,6 +306,8 @@ class TraceFile:
                 frame.buffers.append(self._buffer_7(data))
             elif option == _OPTION_HEADER_INFO:
                 self._header_info(frame, self._section(data.number(8, "an offset"), _OPTION_HEADER_INFO)[2])
+            elif option == _OPTION_FTRACE_EVENTS:
+                self._ftrace_events(frame, self._section(data.number(8, "an offset"), _OPTION_FTRACE_EVENTS)[2])
             elif option == _OPTION_EVENT_FORMATS:
                 self._event_formats(frame, self._section(data.number(8, "an offset"), _OPTION_EVENT_FORMATS)[2])
             elif option == _OPTION_CMDLINES:
@@ -358,21 +364,22 @@ class TraceFile:
                 except SourceError as error:
                     raise CaptureError(self.path, at, str(error)) from error
 
-    def _skip_ftrace_events(self, parts: _Window) -> None:
-        for _ in self._counted(parts.number(4, "the number of ftrace events"), parts):
-            parts.skip(parts.number(8, "the size of a format"), "a format")
+    def _ftrace_events(self, frame: Frame, parts: _Window) -> None:
+        """What ftrace itself records: marks, printed texts, functions, stacks."""
+        self._formats_of(frame, FTRACE, parts)
 
     def _event_formats(self, frame: Frame, parts: _Window) -> None:
-        total = 0
         for _ in self._counted(parts.number(4, "the number of event systems"), parts):
-            system = parts.string("a system's name")
-            for _ in self._counted(parts.number(4, "the number of events"), parts):
-                text = parts.text(parts.number(8, "the size of a format"), "a format")
-                total += len(text)
-                if total > METADATA_MAX:
-                    raise parts.refuse(f"formats of more than {METADATA_MAX} bytes")
-                name = text.partition("name:")[2].partition("\n")[0].strip()
-                frame.formats[f"{system}:{name}"] = text
+            self._formats_of(frame, parts.string("a system's name"), parts)
+
+    def _formats_of(self, frame: Frame, system: str, parts: _Window) -> None:
+        for _ in self._counted(parts.number(4, "the number of events"), parts):
+            text = parts.text(parts.number(8, "the size of a format"), "a format")
+            self._formats_size += len(text)
+            if self._formats_size > METADATA_MAX:
+                raise parts.refuse(f"formats of more than {METADATA_MAX} bytes")
+            name = text.partition("name:")[2].partition("\n")[0].strip()
+            frame.formats[f"{system}:{name}"] = text
 
     def _option(self, frame: Frame, option: int, data: _Window) -> None:
         at = data

@@ -25,7 +25,7 @@ from collector.merge import Merger
 from collector.plain_reader import PlainReader
 from collector.tracecmd_clock import clock_of
 from collector.tracecmd_cpu import CpuReader, Part, losses_by_cpu
-from collector.tracecmd_file import MAGIC, BufferInfo, Frame, TraceFile
+from collector.tracecmd_file import FTRACE, MAGIC, BufferInfo, Frame, TraceFile
 from collector.tracecmd_pages import layout_of
 from mace import __version__
 from mace.clock import ClockPair
@@ -280,7 +280,7 @@ def _chosen(file: TraceFile, asked: str) -> list[BufferInfo]:
 
 
 def _events_told(frame: Frame) -> str:
-    names = sorted(frame.formats)
+    names = sorted(name for name in frame.formats if not name.startswith(f"{FTRACE}:"))
     return f"it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "it has no events at all"
 
 

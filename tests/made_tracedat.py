@@ -42,17 +42,30 @@ class Made:
     sections_compressed: bool = True
     texts: Mapping[str, str] | None = None
     """Formats as a kernel told them, instead of those of `events`."""
+    own: Sequence[str] = ()
+    """Formats of ftrace's own events, which a file keeps apart."""
+    pages_like: PageLayout | None = None
+    """Layout of the pages, where it is not that of 64-bit kernels."""
 
     def number(self, code: str, value: int) -> bytes:
         return struct.pack((">" if self.big else "<") + code, value)
 
     def content(self) -> bytes:
-        head = b"\x17\x08\x44tracing" + str(self.version).encode() + b"\0" + bytes([self.big, 8])
+        head = b"\x17\x08\x44tracing" + str(self.version).encode() + b"\0" + bytes([self.big, self._layout.commit_size])
         head += self.number("I", self.page_size)
         return self._version_6(head) if self.version == 6 else self._version_7(head)
 
+    @property
+    def _layout(self) -> PageLayout:
+        return self.pages_like or layout(self.page_size)
+
+    def _own(self) -> bytes:
+        return self.number("I", len(self.own)) + b"".join(
+            self.number("Q", len(text.encode())) + text.encode() for text in self.own
+        )
+
     def _header_info(self) -> bytes:
-        text = header_page(layout(self.page_size)).encode()
+        text = header_page(self._layout).encode()
         return b"".join(
             name + b"\0" + self.number("Q", len(body)) + body
             for name, body in ((b"header_page", text), (b"header_event", b"# nothing of interest"))
@@ -73,7 +86,7 @@ class Made:
         return self.number("H", ident) + self.number("I", len(data)) + data
 
     def _version_6(self, raw: bytes) -> bytes:
-        raw += self._header_info() + self.number("I", 0) + self._formats()
+        raw += self._header_info() + self._own() + self._formats()
         raw += self.number("I", 0) + self.number("I", 0) + self.number("Q", 0)
         cpus = max((cpu + 1 for pages in self.buffers.values() for cpu in pages), default=0)
         raw += self.number("I", cpus) + b"options  \0"
@@ -103,7 +116,8 @@ class Made:
         place = len(raw)
         raw += bytes(8)
         options = list(self.options)
-        for ident, body in ((16, self._header_info()), (18, self._formats())):
+        own = ((17, self._own()),) if self.own else ()
+        for ident, body in ((16, self._header_info()), *own, (18, self._formats())):
             options.append((ident, self.number("Q", len(raw))))
             raw += self._section(ident, body)
         for name, cpus in self.buffers.items():
@@ -176,6 +190,8 @@ def to_big(page: bytes, where: PageLayout, forms: Sequence[EventFormat]) -> byte
             body = at + (8 if kind == 0 else 4)
             form = by_id[struct.unpack_from("<H", raw, body)[0]]
             for f in form.fields.values():
+                if f.is_array and not (f.is_data_loc or f.is_rel_loc):
+                    continue
                 raw[body + f.offset : body + f.offset + f.size] = raw[body + f.offset : body + f.offset + f.size][::-1]
         at += 8 if kind in (30, 31) else 4 + extra if kind in (0, 29) else 4 + 4 * kind
     return bytes(raw)

@@ -16,7 +16,8 @@ from mace.errors import CaptureError
 from mace.hooks import Hook
 from mace.records import Batch
 from tests.made_pcap import Frame, pcap, pcapng, through_nat, udp_frames, written
-from tests.unit.collector.test_text_source import FTRACE, PERF
+from tests.unit.collector.test_text_source import FTRACE, NAMED, PERF
+from tests.unit.collector.test_text_source import TEXTS as GOLDEN_TEXTS
 
 FRAMES, TIMES = udp_frames(60)
 ROWS = [Frame(int(t), frame.tobytes()) for frame, t in zip(FRAMES, TIMES, strict=True)]
@@ -29,7 +30,11 @@ CAPTURES = {
     "gzip": gzip.compress(pcapng(ROWS), mtime=0),
     "zstd": zstandard.compress(pcap(ROWS)),
 }
-TEXT = (FTRACE + PERF.replace("77.000000", "1234.900000")).encode()
+TEXTS = {
+    "ftrace and perf": (FTRACE + PERF.replace("77.000000", "1234.900000")).encode(),
+    "report": NAMED.encode() * 3,
+    **{path.stem: path.read_bytes() for path in sorted(GOLDEN_TEXTS.glob("*.txt"))},
+}
 EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -87,10 +92,10 @@ def test_packet_captures(tmp_path, base, data):
 
 
 @EVERY
-@given(data=st.data())
-def test_texts(tmp_path, data):
+@given(base=st.sampled_from(sorted(TEXTS)), data=st.data())
+def test_texts(tmp_path, base, data):
     path = tmp_path / "trace"
-    path.write_bytes(mutated(data, TEXT))
+    path.write_bytes(mutated(data, TEXTS[base]))
     survives(lambda options: TextSource(path, options))
 
 
