@@ -57,7 +57,8 @@ _ADDRESS: Final = re.compile(rb"(?:0x)?([0-9a-fA-F]{1,16})(?:p?x)?")
 """`x` behind it: the format says %px since Linux kernel commit 65875073eddd ("net: use %px to print skb address in
 trace_netif_receive_skb") (in v5.14), which older versions of libtraceevent print as a pointer and a letter."""
 _WHOLE_ADDRESS: Final = re.compile(rb" skbaddr=(?:0x)?[0-9a-fA-F]{16}(?![0-9a-fA-F])")
-_DIGITS: Final = re.compile(rb"\d{1,9}")
+_DIGITS: Final = re.compile(rb"\d{1,9}|0x[0-9a-f]{1,8}")
+"""The latter with ftrace's option `fields`, which prints `len=0x62 (98)`."""
 _ETH_HLEN: Final = 14
 _NAME_BYTES: Final = 15
 CPUS_MAX: Final = int(np.iinfo(DTYPES["cpu"]).max)
@@ -173,7 +174,7 @@ class LineReader:
             count = _PERF_LOST.search(rest)
             self._lose(min(cpu, CPUS_MAX), int(count[1]) if count else None)
         elif b"skbaddr=" in rest:
-            self._leave(Unread.NO_EVENT, number)
+            self._leave(Unread.NO_NAME, number)
         elif not rest.strip():
             self._leave(Unread.GARBLED, number)
 
@@ -251,7 +252,9 @@ def _value(fields: bytes, key: bytes) -> bytes:
 
 def _number(fields: bytes, key: bytes) -> int:
     value = _value(fields, key)
-    return int(value) if _DIGITS.fullmatch(value) else 0
+    if not _DIGITS.fullmatch(value):
+        return 0
+    return int(value, 16 if value.startswith(b"0x") else 10)
 
 
 def _limited(lost: int) -> int:

@@ -23,7 +23,7 @@ class Unread(Enum):
     NO_ADDRESS = f"lines do not tell the buffer's address (skbaddr=), which {_PERF_FIELDS} prints, as all tracers do"
     NO_CPU = f"lines do not tell the CPU, as [000]: print it, with {_PERF_FIELDS}"
     NO_TIME = f"lines do not tell the time: print it, with {_PERF_FIELDS}"
-    NO_EVENT = f"lines do not tell the event's name: print it, with {_PERF_FIELDS}"
+    NO_NAME = f"lines do not tell the event's name: print it, with {_PERF_FIELDS}"
     LATENCY = (
         "lines are in ftrace's latency format, whose times count from when its buffer was last emptied: "
         "`echo 0 > options/latency-format` and print again"
@@ -32,18 +32,21 @@ class Unread(Enum):
         "lines are in the form of the tracer function_graph, without times: `echo nop > current_tracer`, trace again"
     )
     TICKS = "lines have times that are not seconds: trace with another clock, `echo mono > trace_clock`"
+    NO_CONTEXT = "lines have neither task, CPU nor time: `echo 1 > options/context-info` and print again"
+    RAW = "lines are numbers of ftrace's raw or hex form: `echo 0` to options/raw and options/hex and print again"
     GARBLED = "lines begin as an event does, or name one that is measured, and are cut or garbled"
-    NO_EVENTS = (
+    NOT_EVENTS = (
         "lines are no events, as printed texts and names of tasks have them that hold line feeds; none names an event "
         "that is measured"
     )
 
 
 COLUMNS: Final = (
-    Unread.NO_ADDRESS, Unread.NO_CPU, Unread.NO_TIME, Unread.NO_EVENT, Unread.LATENCY, Unread.GRAPH, Unread.TICKS
+    Unread.NO_ADDRESS, Unread.NO_CPU, Unread.NO_TIME, Unread.NO_NAME, Unread.LATENCY, Unread.GRAPH, Unread.TICKS,
+    Unread.NO_CONTEXT, Unread.RAW,
 )  # fmt: skip
 """Kinds of which all lines of a text are, or none but damaged ones."""
-DISCARDED: Final = tuple(kind for kind in Unread if kind is not Unread.NO_EVENTS)
+DISCARDED: Final = tuple(kind for kind in Unread if kind is not Unread.NOT_EVENTS)
 """Kinds whose lines are, or may be, of an event that is measured."""
 
 _NAMES: Final = rb"(?:" + b"|".join(sorted((info.name.encode() for info in HOOKS), reverse=True)) + rb")"
@@ -53,6 +56,8 @@ _NAMED_BY_PERF: Final = re.compile(rb"(?:net|skb):" + _NAMES + rb":(?:\s|$)")
 _GRAPH: Final = re.compile(rb"\|.*/\* ")
 _LATENCY: Final = re.compile(rb"\d{1,20}us[ !+#*@$]?: |\d{1,20}\.\d{3}ms \(\+")
 _TICKS: Final = re.compile(rb"\[\d{1,5}\] {1,24}(?:\S{1,16} {1,24})?\d{1,20}: ")
+_NAME_FIRST: Final = re.compile(_NAMES + rb": ")
+_RAW: Final = re.compile(rb"[0-9a-f]{1,10} [0-9a-f]{1,8} [0-9a-f]{1,20} type: \d{1,5}\s*$")
 _CPU: Final = re.compile(rb"\[\d{1,5}\] ")
 _BEGINS: Final = re.compile(rb"[ -]\d{1,10} {1,8}(?:\([ \d-]{1,12}\) )?\[\d{3,5}\](?:\s|$)")
 """A task's number and the CPU, as before each event."""
@@ -63,7 +68,7 @@ _UNTIMED: Final = re.compile(rb"\[\d{1,5}\] {1,64}(?:\d[\d-]{9} [\d:.]{8,18} {1,
 _MEASURED: Final = frozenset(name.encode() for info in HOOKS for name in (info.name, info.tracepoint))
 _LOOKED_AT: Final = 1 << 12
 """Bytes of a line, at most; events that are measured have 400."""
-_NO_EVENT: Final = re.compile(
+_NOTHING: Final = re.compile(
     rb"\s*$"
     rb"|#"  # comments: of ftrace, of perf, and `##### CPU 1 buffer started ####`
     rb"|(?:.{0,64}: {0,24})?(?:cpus=\d+|version = \d+|CPU \d+ is empty|CPU:\d+ \[SUBBUFFER START\])\s*$"  # trace-cmd
@@ -84,7 +89,7 @@ def is_traced(line: bytes) -> bool:
     """Whether a line that is no readable event is one in a form that is not read."""
     return bool(_EVENT.search(line) or _UNTIMED.search(line)) or kind_of(line) not in (
         None,
-        Unread.NO_EVENTS,
+        Unread.NOT_EVENTS,
         Unread.GARBLED,
     )
 
@@ -95,9 +100,11 @@ def kind_of(line: bytes) -> Unread | None:
     events = _EVENT.findall(line)
     if _MEASURED.intersection(events) or (not events and _MENTION.search(line)):
         return _mentioned(line)
-    if events or _NO_EVENT.match(line):
+    if events or _NOTHING.match(line):
         return None
-    return Unread.GARBLED if _TIME.search(line) or _BEGINS.search(line) else Unread.NO_EVENTS
+    if _RAW.match(line):
+        return Unread.RAW
+    return Unread.GARBLED if _TIME.search(line) or _BEGINS.search(line) else Unread.NOT_EVENTS
 
 
 def _mentioned(line: bytes) -> Unread:
@@ -108,6 +115,8 @@ def _mentioned(line: bytes) -> Unread:
         return Unread.GRAPH
     if _TICKS.search(line):
         return Unread.TICKS
+    if _NAME_FIRST.match(line):
+        return Unread.NO_CONTEXT
     if _NAMED_BY_PERF.search(line):
         if not _TIME.search(line):
             return Unread.NO_TIME

@@ -44,6 +44,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "graded_correlation": (),
     "matching": (*LAB, "bpftrace", "unshare"),
     "tracedat_read": (*LAB, "trace-cmd", *LIBTRACECMD),
+    "text_read": (),
     "pcap_pairs": ("tcpdump",),
     "replay_10gb": (),
     "dask_scaling": (),

@@ -261,6 +261,24 @@ def test_other_columns_of_perf(file, before, after):
     assert source.discarded == 0
 
 
+def test_the_option_fields_of_ftrace(file):
+    """As printed by Linux 6.18."""
+    batch, names, source = read(
+        file(
+            "    ping-24969   [000] b....  3223.266379: net_dev_start_xmit: name=lo queue_mapping=0x0 (0) "
+            "skbaddr=0xffff888104b04700 (-131387265890560) vlan_tagged=(0) len=0x62 (98) data_len=0x0 (0) "
+            "network_offset=0xe (14) transport_offset_valid=(1) tx_flags=(0) gso_size=0x0 (0) gso_segs=0x2 (2)\n"
+            "    ping-24969   [000] b....  3223.266380: netif_rx: skbaddr=0xffff888104b04700 (-131387265890560) "
+            "len=0x54 (84) name=lo\n"
+        )
+    )
+    assert batch.l3_len.tolist() == [84, 84]
+    assert batch.gso_segs.tolist() == [2, 0]
+    assert len(set(batch.skb_id.tolist())) == 1
+    assert {names[dev] for dev in batch.dev} == {"lo"}
+    assert source.discarded == 0
+
+
 @pytest.mark.parametrize("form", ["-l", "--ts-diff", "-R", "-t"])
 @pytest.mark.needs("trace-cmd")
 def test_the_forms_of_a_report(file, form):

@@ -1,0 +1,59 @@
+"""Text of ftrace -> records, on one core: of network events alone, and with as many lines of the scheduler's between.
+
+The text is the golden one of a real run, over and over, each time a minute later.
+"""
+
+import asyncio
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from collector.file_options import FileOptions
+from collector.text_source import TextSource
+from mace.records import Batch
+from tests.benchmark.figures import figure, folder, one_core, rounds
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "other-tools" / "trace.txt"
+TIMES = 100
+ROUNDS = 5
+TIME = re.compile(rb"(?m)^(.{20,60}?) (\d+)(\.\d{6}: )")
+OTHER = (
+    b"            ping-10389   [001] d..2.  %d.900000: sched_switch: prev_comm=ping prev_pid=10389 prev_prio=120 "
+    b"prev_state=S ==> next_comm=swapper/1 next_pid=0 next_prio=120\n"
+)
+
+
+def written(target: Path, *, others: bool) -> int:
+    """Number of lines."""
+    text = GOLDEN.read_bytes()
+    with target.open("wb") as file:
+        for minute in range(TIMES):
+            later = TIME.sub(lambda m, by=60 * minute: b"%b %d%b" % (m[1], int(m[2]) + by, m[3]), text)  # type: ignore[misc]
+            last = int(TIME.findall(later)[-1][1])
+            file.write(later + OTHER % last * (len(text.splitlines()) if others else 0))
+    return target.read_bytes().count(b"\n")
+
+
+def reading(path: Path, lines: int) -> float:
+    """Lines a second."""
+    begin, found = time.perf_counter(), 0
+    source = TextSource(path, FileOptions(clock="mono"))
+    asyncio.run(source.open())
+    for item in source.read():
+        found += len(item) if isinstance(item, Batch) else 0
+    asyncio.run(source.aclose())
+    assert found == 397 * TIMES, found
+    assert source.discarded == 0
+    return lines / (time.perf_counter() - begin)
+
+
+def read() -> list[dict[str, Any]]:
+    """lines/s."""
+    made = []
+    with folder() as place, one_core():
+        for name, others in (("text_read", False), ("text_read_mixed", True)):
+            path = place / f"{name}.txt"
+            lines = written(path, others=others)
+            made.append(figure(name, "lines/s", rounds(lambda path=path, lines=lines: reading(path, lines), ROUNDS)))
+    return made
