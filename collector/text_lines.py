@@ -98,6 +98,10 @@ class LineReader:
         """Lines that are not understood, by kind."""
         self.first_unread: dict[Unread, int] = {}
         """Number of the first line of each kind, from 1 on."""
+        self.of_perf = False
+        """Whether events have the names that perf gives them."""
+        self.perf_losses = False
+        """Whether perf was asked to print what was lost, and had something to print."""
         self.uncounted = 0
         """Losses that do not say how many events."""
         self.hashed = False
@@ -110,6 +114,7 @@ class LineReader:
         self.unended = lines.pop()
         if self.unended:
             self._unended(lines)
+        last = b""
         for number, line in enumerate(lines, self.lines + 1):
             match = _EVENT.match(line)
             if match is None or _is_name(line, match.start(3)):
@@ -118,8 +123,10 @@ class LineReader:
             bracketed, latency, seconds, part, event, fields = match.groups()
             hook = _HOOK_OF.get(event)
             if hook is not None:
+                last = event
                 self._event(rows, int(bracketed or latency), seconds, part, hook, fields, number)
         self.lines += len(lines)
+        self.of_perf = self.of_perf or b":" in last
         if not rows:
             return Batch.empty()
         # A column at a time: addresses do not go into the arrays of smaller numbers.
@@ -171,6 +178,7 @@ class LineReader:
     def _without_name(self, cpu: int, rest: bytes, number: int) -> None:
         """A line with CPU and time and no event's name: what perf lost, a tracer's own line, or a name not printed."""
         if rest.startswith(b"PERF_RECORD_LOST"):
+            self.perf_losses = True
             count = _PERF_LOST.search(rest)
             self._lose(min(cpu, CPUS_MAX), int(count[1]) if count else None)
         elif b"skbaddr=" in rest:

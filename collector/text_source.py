@@ -173,6 +173,8 @@ class TextSource(PlainReader):
         lines += [f"{self.path}: {line}" for line in told(self._reader.unread, self._reader.first_unread)]
         if self._reader.unended:
             lines.append(f"{self.path}: its last line has no line feed: the file may be cut there")
+        if self._reader.of_perf and not self._reader.perf_losses:
+            lines.append(f"{self.path}: no losses are told; perf script tells them only with --show-lost-events")
         if self._merger.late:
             lines.append(
                 f"{self.path}: {self._merger.late} events are more than 50 ms older than one before them, as where "

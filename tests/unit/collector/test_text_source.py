@@ -117,6 +117,13 @@ def test_perf_script(file):
     assert source.discarded == 0
 
 
+def test_perf_without_losses_may_not_have_been_asked(file):
+    without = "".join(line for line in PERF.splitlines(keepends=True) if "LOST" not in line)
+    assert any("--show-lost-events" in line for line in read(file(without))[2].warnings)
+    for text in (PERF, FTRACE, NAMED):
+        assert not any("--show-lost-events" in line for line in read(file(text))[2].warnings)
+
+
 def test_the_report_of_trace_cmd(file):
     batch, _, source = read(file(NAMED))
     assert batch.hook.tolist() == [1, Hook.LOST, 3, Hook.LOST]
