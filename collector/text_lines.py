@@ -106,6 +106,8 @@ class LineReader:
         """Losses that do not say how many events."""
         self.hashed = False
         """Whether addresses are hashes of 32 bits: all above those are 0, as in no kernel's address."""
+        self.unhashed = False
+        """Whether some are not."""
 
     def read(self, text: bytes) -> Batch:
         """All records of some lines, in their order, which is nearly that of time."""
@@ -215,7 +217,10 @@ class LineReader:
         self._last_ns[cpu] = self._newest_ns = ts_ns
         digits = address[1]
         # The kernel prints hashes with eight zeroes before them (lib/vsprintf.c, ptr_to_id); addresses have none.
-        self.hashed = self.hashed or (len(digits) == 16 and digits.startswith(b"00000000"))
+        if len(digits) == 16 and digits.startswith(b"00000000"):
+            self.hashed = True
+        else:
+            self.unhashed = True
         length, header = _number(fields, b" len="), 0
         if hook in _TRANSMIT:
             header = _number(fields, b" network_offset=") or _ETH_HLEN

@@ -166,6 +166,12 @@ class TextSource(PlainReader):
         if self._opened is None or self._reader is None:
             return []
         lines = list(self._opened.warnings)
+        if self._reader.hashed and self._reader.unhashed:
+            # With %px in the events of one template only, see `_ADDRESS` of text_lines.
+            lines.append(
+                f"{self.path}: some of its addresses are hashes and some are not, as kernels from 5.14 on have printed "
+                "them: one buffer has two names, and less is matched; `echo 0 > options/hash-ptr` and print again"
+            )
         if self._reader.hashed:
             lines.append(
                 f"{self.path}: its addresses are hashes of 32 bits: two buffers that are in use at once can share one"

@@ -300,6 +300,14 @@ def test_the_forms_of_a_report(file, form):
     assert source.discarded == 0
 
 
+def test_hashes_beside_addresses_are_told(file):
+    """Linux 5.14 prints the addresses of some events, and the hashes of the others."""
+    mixed = FTRACE.replace("eth0 skbaddr=00000000d6c17a4f", "eth0 skbaddr=ffff888103a5e500")
+    assert any("one buffer has two names" in line for line in read(file(mixed))[2].warnings)
+    for text in (FTRACE, PERF, NAMED):
+        assert not any("two names" in line for line in read(file(text))[2].warnings)
+
+
 def test_latency_format_is_refused_with_the_option():
     with pytest.raises(CaptureError, match=r"42 lines are in ftrace's latency format.*echo 0 > options/latency-format"):
         recording(TEXTS / "names-ftrace-latency.txt")
