@@ -76,7 +76,7 @@ def shortened(path: Path, version: int) -> bytes:
         {"": pages},
         version=version,
         algorithm="none" if version == 6 else "zstd",
-        texts={name: texts[name] for name in KEPT},
+        texts={name: texts[name] for name in KEPT if name in texts},
         own=[text for name, text in texts.items() if name.startswith("ftrace:")],
     ).content()
 

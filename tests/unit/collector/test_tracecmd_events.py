@@ -230,3 +230,23 @@ def test_trace_cmd_reads_the_made_files_too(tmp_path, version, order):
     told = subprocess.run(["trace-cmd", "report", "-N", str(path)], capture_output=True, check=True).stdout
     assert b"mark 1\n" in told
     assert b"na\xc3\xafve \xff, longer\n" in told
+
+
+FUNCTIONS = json.loads((GOLDEN / "functions.json").read_text())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_a_real_file(name):
+    with TraceDat(GOLDEN / name) as trace:
+        for event, told in FUNCTIONS[name].items():
+            found = trace.read(f"ftrace:{event}")
+            assert [list(row) for row in zip(found["ts_ns"].tolist(), found["cpu"].tolist(), strict=True)] == told
+            assert len(told) == (1 if event == "print" else 12)
+        if name == "v6-functions.dat":
+            called = trace.read("ftrace:function")
+            # Two functions take turns.
+            assert called["ip"].tolist() == called["ip"][:2].tolist() * 6
+        else:
+            left = trace.read("ftrace:funcgraph_exit")
+            assert (left["rettime"] > left["calltime"]).all()
+            assert set(trace.read("ftrace:funcgraph_entry")["func"].tolist()) == set(left["func"].tolist())
