@@ -17,8 +17,11 @@ class LiveSource:
     """How to ask for a source of this machine's records, and how to get it."""
 
     check: Callable[[], Status]
-    make: Callable[[CaptureConfig, DeviceFollower], Source]
-    """Raises `Unavailable` where the configuration asks for what this source cannot do."""
+    make: Callable[[CaptureConfig, DeviceFollower, str], Source]
+    """From the configuration, the devices, and a name for the host (empty: the machine's own).
+
+    Raises `Unavailable` where the configuration asks for what this source cannot do.
+    """
 
 
 SOURCES: Final[dict[str, LiveSource]] = {

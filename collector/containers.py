@@ -8,8 +8,8 @@ From the best source that knows it:
 3. the control group of the namespace's first process: the first 12 digits of the container's id, as runtimes print it;
 4. that process: `comm[pid]`.
 
-The API is asked in a thread of its own and only when a namespace without a name has come: a daemon that hangs
-delays names, never a measurement.
+The API is asked in a thread of its own, when a namespace without a name has come and, since containers can be renamed,
+every few seconds while it names any: a daemon that hangs delays names, never a measurement.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from collector.netns import inode_of
+from mace.names import text_of
 
 API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
 _API_TIMEOUT_S: Final = 2.0
@@ -34,14 +35,20 @@ _API_ANSWER_BYTES: Final = 64 << 20
 """An inspected container is about 10 kB, a list entry 1 kB: 64 MiB is no container host, but somebody's mistake."""
 _ASK_AGAIN_S: Final = (0.05, 0.05, 0.1, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """A sandbox exists before its container has a process and so a name; after 6 s it is nobody's."""
+_RENAMED_S: Final = 3.0
+"""A daemon is asked so often whether the containers that it has named are still called so: a list, which takes it some
+milliseconds even for hundreds of them. The stream of its events would tell at once, but is not the same everywhere, and
+its end has to be found out by asking."""
 
 _IN_CGROUP: Final = re.compile(
     r"(?:/|docker-|libpod-|crio-|cri-containerd-|containerd-|:)([0-9a-f]{64})(?:\.scope)?(?:/|$)", re.MULTILINE
 )
-_NAMED_IN_CGROUP: Final = re.compile(
-    r"/(?:lxc\.payload\.|lxc/|machine\.slice/(?:machine|systemd-nspawn)[-@])([^/\n]+?)(?:\.scope|\.service)?(?:/|$)",
-    re.MULTILINE,
+_LXC_IN_CGROUP: Final = re.compile(r"/lxc(?:\.payload\.|/)([^/\n]+)")
+_MACHINE_IN_CGROUP: Final = re.compile(
+    r"/machine\.slice/(?:machine-|systemd-nspawn@)([^/\n]+?)(?:\.scope|\.service)?(?:/|$)", re.MULTILINE
 )
+_SYSTEMD_ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
+"""unit_name_escape in systemd's unit-name.c. It spells `/` as `-` besides, but no machine's name has one."""
 _MADE_UP: Final = re.compile(r"(?:cni|netns|cnitest)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """Names in /run/netns that a program has drawn: Podman's and the CNI plugins'. Anything else names them better."""
 
@@ -64,23 +71,27 @@ def is_made_up(netns_name: str) -> bool:
 def name_of_process(pid: int) -> str:
     """The container's short id if the process's control group tells, else `comm[pid]`; "" if it has ended."""
     try:
-        cgroup = Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
-        named = name_in_cgroup(cgroup)
-        if named:
-            return named
-        return f"{Path(f'/proc/{pid}/comm').read_text(errors='replace').strip()}[{pid}]"
+        named = name_in_cgroup(os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes()))
+        return named or f"{text_of(Path(f'/proc/{pid}/comm').read_bytes().strip())}[{pid}]"
     except OSError:
         return ""
 
 
 def name_in_cgroup(text: str) -> str:
-    """The short id, or the name that LXC and systemd-nspawn give, in the text of /proc/PID/cgroup; "" if none."""
+    """The short id, or the name that LXC or systemd-machined (nspawn, libvirt) knows, "" if none, in the text of
+    /proc/PID/cgroup as `os.fsdecode` makes it.
+    """
     ids = _IN_CGROUP.findall(text)
     if ids:
         # The innermost: a container may run in a container.
         return str(ids[-1][:12])
-    named = _NAMED_IN_CGROUP.search(text)
-    return named[1] if named else ""
+    lxc = _LXC_IN_CGROUP.search(text)
+    machine = _MACHINE_IN_CGROUP.search(text)
+    if lxc:
+        return text_of(os.fsencode(lxc[1]))
+    if machine:
+        return text_of(_SYSTEMD_ESCAPE.sub(lambda spelt: bytes([int(spelt[1], 16)]), os.fsencode(machine[1])))
+    return ""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -203,7 +214,7 @@ def _shares(inspected: object) -> bool:
 
 
 class NameService:
-    """Asks every API there is, in a thread, for as long as namespaces are without a name.
+    """Asks every API there is, in a thread, for as long as namespaces are without a name; then whether names changed.
 
     `want` says which; `names` is what is known (replaced, never changed); `on_change` is called in the thread when
     it is replaced.
@@ -217,6 +228,8 @@ class NameService:
         self._wanted: Mapping[int, int] = {}
         self._asked = threading.Event()
         self._fresh = False
+        self._has_named = False
+        """An API has named a namespace that was wanted: it knows containers, which can be renamed."""
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.names: Mapping[int, str] = {}
@@ -267,17 +280,22 @@ class NameService:
         attempt = 0
         while True:
             with self._condition:
-                while not self._stopping and not self._fresh and (attempt >= len(_ASK_AGAIN_S) or not self._missing()):
-                    self._condition.wait()
-                if not self._stopping and not self._fresh:
-                    self._condition.wait(_ASK_AGAIN_S[attempt])
-                    attempt += 1
-                if self._fresh:
-                    attempt = 0
-                self._fresh = False
+                if not self._fresh and not self._stopping:
+                    self._condition.wait(self._pause_s(attempt))
                 if self._stopping:
                     return
+                attempt = 0 if self._fresh else attempt + 1
+                self._fresh = False
             self._ask()
+
+    def _pause_s(self, attempt: int) -> float | None:
+        """How long to wait before asking again without being told to; None: not at all."""
+        pauses = []
+        if self._missing() and attempt < len(_ASK_AGAIN_S):
+            pauses.append(_ASK_AGAIN_S[attempt])
+        if self._has_named and self._wanted:
+            pauses.append(_RENAMED_S)
+        return min(pauses, default=None)
 
     def _missing(self) -> bool:
         return bool(self._wanted.keys() - self.names.keys())
@@ -295,6 +313,7 @@ class NameService:
             if self._stopping:
                 return
         changed = names != self.names
+        self._has_named |= bool(names.keys() & self._wanted.keys())
         self.names, self.errors = names, errors
         self._asked.set()
         if changed:

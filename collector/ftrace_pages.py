@@ -30,6 +30,7 @@ import numpy.typing as npt
 from collector.ftrace_formats import MAX_EVENT_ID, EventFormat, Field, PageLayout
 from mace.errors import SourceError
 from mace.hooks import BY_TRACEPOINT, HOOKS, Hook, Way
+from mace.names import text_of
 from mace.records import Batch
 from mace.topology import NO_DEVICE, Sighting
 
@@ -112,7 +113,7 @@ class Sightings:
         if code is None:
             raw = (low | high << 64).to_bytes(_NAME_MAX, "little").rstrip(b"\0")
             code = self._codes[key] = len(self._names)
-            self._names.append(Sighting(raw.decode("utf-8", "replace")))
+            self._names.append(Sighting(text_of(raw)))
             self._settle(low, high, code)
         return code
 

@@ -20,7 +20,6 @@ import logging
 import platform
 import secrets
 import select
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -43,6 +42,7 @@ from mace.config import CaptureConfig
 from mace.errors import SourceError, Unavailable
 from mace.hooks import BY_TRACEPOINT, HOOKS
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
+from mace.names import command_line, name_of_this_machine
 from mace.records import Batch
 from mace.schema import HookCost
 from mace.topology import Device, Topology
@@ -100,6 +100,8 @@ class FtraceConfig:
     """Records are given out this much later than they could be, for what is to stand before them."""
     reader: Literal["auto", "read", "mmap"] = "auto"
     """How pages come out of the kernel; auto is read(2), which was measured to be the cheaper."""
+    host: str = ""
+    """Whose records the stream says they are; empty: the machine's own name."""
     tracepoints: tuple[str, ...] = field(default_factory=lambda: tuple(info.tracepoint for info in HOOKS))
 
     def __post_init__(self) -> None:
@@ -237,7 +239,7 @@ class FtraceSource:
         instance.record(on=True)
         return StreamHeader(
             source="ftrace",
-            host=platform.node(),
+            host=self.config.host or name_of_this_machine(),
             run=secrets.token_hex(8),
             kernel=platform.release(),
             boot_id=boot_id(),
@@ -245,7 +247,7 @@ class FtraceSource:
             clock=pair,
             hooks=tuple(present),
             mace_version=__version__,
-            command=tuple(sys.argv),
+            command=command_line(),
         )
 
     def _prepare(self, instance: tracefs.Instance) -> list[str]:
@@ -512,7 +514,7 @@ class FtraceSource:
                 self._merger.push(cpu.cpu, marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
 
 
-def configured(config: CaptureConfig, devices: DeviceFollower) -> FtraceSource:
+def configured(config: CaptureConfig, devices: DeviceFollower, host: str = "") -> FtraceSource:
     """The source that `[capture]` describes. Raises `Unavailable` if it asks for a filter."""
     asked = [name for name in ("sample_shift", "netns", "devices", "protocols") if getattr(config, name)]
     if asked:
@@ -527,6 +529,7 @@ def configured(config: CaptureConfig, devices: DeviceFollower) -> FtraceSource:
             poll_interval_s=config.poll_ms / 1000,
             gather_interval_s=config.gather_ms / 1000,
             hold_back_ms=config.hold_back_ms,
+            host=host,
         ),
         devices,
     )

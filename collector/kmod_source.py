@@ -20,7 +20,6 @@ import mmap
 import platform
 import secrets
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -38,6 +37,7 @@ from mace.config import CaptureConfig
 from mace.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
 from mace.hooks import BY_HOOK
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
+from mace.names import command_line, name_of_this_machine
 from mace.records import Batch
 from mace.schema import HookCost
 from mace.topology import Device, Topology
@@ -86,6 +86,8 @@ class KmodConfig:
     poll_interval_s: float = 0.05
     hold_back_ms: float = 50
     """Records are given out this much later than they could be, for what is to stand before them."""
+    host: str = ""
+    """Whose records the stream says they are; empty: the machine's own name."""
     wanted: Filter = field(default_factory=Filter)
 
     def __post_init__(self) -> None:
@@ -225,7 +227,7 @@ class KmodSource:
         module.start()
         return StreamHeader(
             source="kmod",
-            host=platform.node(),
+            host=self.config.host or name_of_this_machine(),
             run=secrets.token_hex(8),
             kernel=platform.release(),
             boot_id=boot_id(),
@@ -233,7 +235,7 @@ class KmodSource:
             clock=pair,
             hooks=tuple(BY_HOOK[hook].tracepoint for hook in hooks),
             mace_version=__version__,
-            command=tuple(sys.argv),
+            command=command_line(),
         )
 
     def request_stop(self) -> None:
@@ -445,13 +447,14 @@ _PROTOCOLS: Final = {
 """IP protocol numbers by name (IANA, Assigned Internet Protocol Numbers); any other goes by its number."""
 
 
-def configured(config: CaptureConfig, devices: DeviceFollower) -> KmodSource:
+def configured(config: CaptureConfig, devices: DeviceFollower, host: str = "") -> KmodSource:
     """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
     return KmodSource(
         KmodConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
             poll_interval_s=config.poll_ms / 1000,
             hold_back_ms=config.hold_back_ms,
+            host=host,
             wanted=wanted(config),
         ),
         devices,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mace.names import text_of
 from mace.processes import start_ticks
 
 _CLONE_NEWNET: Final = 0x40000000
@@ -167,7 +168,7 @@ def _same_mounts() -> bool:
 def _name(place: str) -> str:
     """`x` for /run/netns/x, root's or a user's; nothing elsewhere: what Docker calls its sandboxes says nothing."""
     named = _NAMED.fullmatch(place)
-    return named[1] if named else ""
+    return text_of(os.fsencode(named[1])) if named else ""
 
 
 def inode_of(path: str) -> int | None:

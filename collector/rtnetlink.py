@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from struct import Struct, error
 from typing import Final, Self
 
+from mace.names import text_of
+
 _NLMSG_ERROR: Final = 2
 _NLMSG_DONE: Final = 3
 _NLM_F_REQUEST: Final = 0x1
@@ -132,7 +134,7 @@ def _attributes(data: bytes | memoryview, start: int, end: int) -> Iterator[tupl
 
 def _text(data: bytes, start: int, end: int) -> str:
     # Device names are any bytes but '/' and whitespace (dev_valid_name).
-    return data[start:end].rstrip(b"\0").decode("utf-8", "replace")
+    return text_of(data[start:end].rstrip(b"\0"))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:

@@ -72,6 +72,15 @@ class CaptureConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RunConfig:
+    """`[run]`: what a live measurement is called."""
+
+    host: str = _key(
+        "", "Name of this host in rows, metrics and topics, unlike any other host's; empty: that of the machine."
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class CorrelateConfig:
     """`[correlate]`: how records become delays."""
 
@@ -212,6 +221,7 @@ class Config:
     """All of it."""
 
     capture: CaptureConfig = CaptureConfig()
+    run: RunConfig = RunConfig()
     correlate: CorrelateConfig = CorrelateConfig()
     store: StoreConfig = StoreConfig()
     sinks: SinksConfig = SinksConfig()

@@ -264,8 +264,11 @@ def chosen_source(config: CaptureConfig) -> tuple[str, str]:
     return next(reversed(SOURCES)), "; ".join(why_not)
 
 
-def live_source(config: CaptureConfig) -> Source:
-    """The live source that the configuration asks for, following this machine's devices."""
+def live_source(config: CaptureConfig, host: str = "") -> Source:
+    """The live source that the configuration asks for, following this machine's devices.
+
+    `host` is what the stream says it is of; empty: the machine's own name.
+    """
     name, _ = chosen_source(config)
     devices = DeviceFollower(
         host_netns=config.host_netns or None,
@@ -273,7 +276,7 @@ def live_source(config: CaptureConfig) -> Source:
         remote_netns=config.remote_netns,
         docker_sockets=(*API_SOCKETS, *config.container_sockets),
     )
-    return SOURCES[name].make(config, devices)
+    return SOURCES[name].make(config, devices, host)
 
 
 def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedStore:

@@ -258,7 +258,7 @@ class Session:
     def _source(self) -> tuple[Source, str]:
         """The live source, and which one it is and why: to be said once it is open, so that an error stands alone."""
         name, why = pipeline.chosen_source(self._config.capture)
-        source = pipeline.live_source(replace(self._config.capture, source=name))
+        source = pipeline.live_source(replace(self._config.capture, source=name), self._config.run.host)
         return source, f"source {name}" + (f" ({why})" if why else "")
 
     def _live(self) -> Live:

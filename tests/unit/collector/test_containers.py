@@ -34,6 +34,16 @@ OWN_NETNS = inode_of("/proc/self/ns/net")
         ("0::/lxc.payload.web/init.scope\n", "web"),
         ("0::/lxc/web\n", "web"),
         ("0::/machine.slice/machine-debian.scope/payload\n", "debian"),
+        (r"0::/machine.slice/machine-web\x2d1.scope/payload", "web-1"),
+        (r"0::/machine.slice/machine-qemu\x2d3\x2ddb.scope/libvirt/emulator", "qemu-3-db"),
+        (r"0::/machine.slice/machine-lxc\x2D7\x2dmail.example.scope", "lxc-7-mail.example"),
+        (r"0::/machine.slice/systemd-nspawn@foo\x2dbar.service/payload", "foo-bar"),
+        ("0::/machine.slice/systemd-nspawn@foo-bar.service/payload", "foo-bar"),
+        (r"0::/machine.slice/machine-gr\xc3\xb6\xc3\x9fe.scope", "größe"),
+        (r"0::/machine.slice/machine-a\x5cb.scope", r"a\b"),
+        (r"0::/machine.slice/machine-\xff.scope", r"\xff"),
+        (r"0::/lxc.payload.web\x2d1/init.scope", r"web\x2d1"),
+        ("0::/lxc.payload.\udcff/init.scope", r"\xff"),
         ("0::/user.slice/user-1000.slice/session-2.scope\n", ""),
         ("0::/\n", ""),
         ("", ""),
@@ -47,6 +57,17 @@ def test_name_of_a_process_that_is_in_no_container(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(containers, "name_in_cgroup", lambda _text: "")
     comm = Path("/proc/self/comm").read_text().strip()
     assert name_of_process(os.getpid()) == f"{comm}[{os.getpid()}]"
+
+
+def test_name_of_a_process_that_is_not_utf_8(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"gr\xf6\xdfe")
+    odd.symlink_to("/bin/sleep")
+    with subprocess.Popen([odd, "60"]) as process:
+        try:
+            eventually(lambda: not name_of_process(process.pid).startswith("python"))
+            assert name_of_process(process.pid) == rf"gr\xf6\xdfe[{process.pid}]"
+        finally:
+            process.kill()
 
 
 def test_name_of_a_process_that_has_ended() -> None:
@@ -271,6 +292,58 @@ def test_the_service_finds_names_and_then_leaves_the_daemon_alone(daemon: Daemon
         service.want({OWN_NETNS: 1})
         time.sleep(0.01)
     assert len(daemon.asked) == asked
+
+
+def test_a_container_that_is_renamed_has_its_new_name(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_RENAMED_S", 0.05)
+    assert OWN_NETNS is not None
+    daemon.runs(ID, "web-tmp", os.getpid())
+    service.want({OWN_NETNS: 1})
+    service.wait(5)
+    assert service.names == {OWN_NETNS: "web-tmp"}
+    for name in ("web", "web-2", "web"):
+        del daemon.answers["/containers/json"]
+        daemon.runs(ID, name, os.getpid())
+        eventually(lambda name=name: service.names == {OWN_NETNS: name})  # type: ignore[misc]
+    # To learn that, the container was not inspected again.
+    assert daemon.asked.count(f"/containers/{ID}/json") == 1
+
+
+def test_a_daemon_that_restarts_costs_no_name(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_RENAMED_S", 0.05)
+    assert OWN_NETNS is not None
+    daemon.runs(ID, "web", os.getpid())
+    service.want({OWN_NETNS: 1})
+    service.wait(5)
+    listed = daemon.answers["/containers/json"]
+    daemon.answers["/containers/json"] = http(503, b"")
+    eventually(lambda: bool(service.errors))
+    assert service.names == {OWN_NETNS: "web"}
+    daemon.answers["/containers/json"] = http(200, b"[]")  # it lists containers only once it has found them again
+    eventually(lambda: not service.names)
+    daemon.answers["/containers/json"] = listed
+    eventually(lambda: service.names == {OWN_NETNS: "web"})
+
+
+def test_a_daemon_that_names_nobody_is_left_alone(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_RENAMED_S", 0.001)
+    monkeypatch.setattr(containers, "_ASK_AGAIN_S", (0.001,) * 3)
+    daemon.answers["/containers/json"] = http(200, b"[]")
+    service.want({1: 1})
+    eventually(lambda: len(daemon.asked) >= 4)
+    time.sleep(0.05)
+    assert len(daemon.asked) == 4
+
+
+def test_the_new_name_is_there_within_five_seconds() -> None:
+    # The pause, and an answer that takes as long as it may.
+    assert containers._RENAMED_S + containers._API_TIMEOUT_S <= 5
 
 
 def test_the_service_asks_again_while_a_namespace_has_no_name(daemon: Daemon, service: NameService) -> None:

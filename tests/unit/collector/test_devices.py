@@ -71,7 +71,7 @@ def test_flag_bits_of_an_attribute_s_type_are_ignored() -> None:
 
 
 def test_a_name_of_any_bytes() -> None:
-    assert parsed(link_message(attribute(3, b"\xffeth\0"))).name == "\ufffdeth"
+    assert parsed(link_message(attribute(3, b"\xffeth\0"))).name == r"\xffeth"
 
 
 def route(*attributes: bytes, dst_len: int = 0, table: int = 254, kind: int = 1, flags: int = 0) -> frozenset[int]:

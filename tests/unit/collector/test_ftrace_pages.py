@@ -310,4 +310,4 @@ class TestSightings:
     def test_a_name_that_is_no_text(self):
         sightings = Sightings()
         sightings.codes(*self.words([b"\xff\xfe"]))
-        assert sightings.snapshot()[1].name == "\ufffd\ufffd"
+        assert sightings.snapshot()[1].name == r"\xff\xfe"

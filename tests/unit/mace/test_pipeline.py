@@ -54,6 +54,13 @@ def test_the_module_gets_the_filter():
     )
 
 
+@pytest.mark.parametrize("name", ["kmod", "ftrace"])
+def test_the_host_is_called_as_configured(name):
+    source = pipeline.live_source(CaptureConfig(source=name), config.RunConfig(host="edge-7").host)
+    assert source.config.host == "edge-7"
+    assert pipeline.live_source(CaptureConfig(source=name)).config.host == ""
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
