@@ -43,6 +43,8 @@ _CLIENTS_LOG: Final = logging.getLogger(f"{__name__}.client")
 _CLIENTS_LOG.setLevel(logging.CRITICAL)
 _PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 _RECONNECT_MAX_S: Final = 5.0
+_SESSION_TAKEN_OVER: Final = 0x8E
+"""Reason of a DISCONNECT: MQTT 5.0, section 3.14.2.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,15 @@ class _Queue(asyncio.Queue[Message]):
 
 
 class Connection(aiomqtt.Client):
-    """One session at the broker. An async context manager; `refused` counts publishes that the broker denied."""
+    """One session at the broker. An async context manager; `refused` counts publishes that the broker denied.
+
+    `taken_over`: the broker has ended the session because another client of the same identifier came.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.refused = 0
+        self.taken_over = False
         self.pending_calls_threshold = 2 * IN_FLIGHT
 
     def at_hand(self, most: int) -> Iterator[Message]:
@@ -119,10 +125,13 @@ class Connection(aiomqtt.Client):
                 _LOG.error("the broker refuses what we publish: %s; its access list does not let us", reason_code)
         super()._on_publish(client, userdata, mid, reason_code, properties)
 
-    def _on_disconnect(self, *args: Any, **kwargs: Any) -> None:
+    def _on_disconnect(
+        self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any | None = None
+    ) -> None:
+        self.taken_over |= reason_code.value == _SESSION_TAKEN_OVER
         # A connection that was given up before the broker answered: aiomqtt 2.5 would ask a cancelled future.
         if not self._connected.cancelled():
-            super()._on_disconnect(*args, **kwargs)
+            super()._on_disconnect(client, userdata, flags, reason_code, properties)
         if self._disconnected.done() and not self._disconnected.cancelled():
             # Told by whatever is tried next; where nothing is, asyncio would complain that nobody has asked.
             self._disconnected.exception()
@@ -144,6 +153,10 @@ class Broker:
                 "broker: a name or password in the address is seen by every user of this machine;"
                 f" set [mqtt] username, and password_file or {PASSWORD_VARIABLE}"
             )
+        try:
+            url.hostname.encode("idna")
+        except UnicodeError as error:
+            raise ConfigError(f"broker {config.broker!r}: no host can be called so: {error}") from None
         self.host: Final = url.hostname
         self.port: Final = port or _PORTS[url.scheme]
         self.address: Final = f"{url.scheme}://{self.host}:{self.port}"
@@ -187,6 +200,11 @@ def properties(**given: str) -> Properties:
     made = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     made.UserProperty = list(given.items())
     return made
+
+
+def is_failure(answer: Any) -> bool:
+    """Whether a broker's answer to a subscription is a refusal."""
+    return bool(getattr(answer, "is_failure", False))
 
 
 def payload_of(message: Message) -> bytes:

@@ -211,7 +211,8 @@ def _run(args: argparse.Namespace) -> int:
             tee = publisher if tee is None else publish.Both([tee, publisher])
     session = Session(settings, Console(stderr=True), quiet=args.json)
     store = None if args.no_store else Path(settings.store.path)
-    _show(session.measure(_for(args.duration), store=store, tee=tee), args)
+    publishing = publisher.state if publisher is not None else None
+    _show(session.measure(_for(args.duration), store=store, tee=tee, publishing=publishing), args)
     if publisher is not None:
         print(publish.line(publisher), file=sys.stderr)
     return 0

@@ -120,10 +120,19 @@ def check(settings: Config) -> Status:
 
 def line(sink: StreamPublisher) -> str:
     """What became of the records, for people."""
-    return (
-        f"published: {sink.records:,} records, {sink.arrived:,} arrived, {sink.waiting:,} wait in the spool,"
-        f" {sink.discarded:,} discarded"
-    )
+    counts = [
+        f"{sink.records:,} records",
+        f"{sink.arrived:,} arrived",
+        f"{sink.waiting:,} wait in the spool",
+        f"{sink.discarded:,} discarded",
+    ]
+    if sink.left_before:
+        counts.insert(1, f"{sink.left_before:,} found in the spool")
+    if sink.set_aside or sink.set_aside_frames:
+        counts.append(f"{sink.set_aside:,} set aside ({sink.set_aside_frames:,} frames that cannot be sent)")
+    if sink.taken_over:
+        counts.append(f"session taken over {sink.taken_over:,} times: another host has this one's name")
+    return "published: " + ", ".join(counts) + (f"; {sink.state().trouble}" if sink.waiting else "")
 
 
 class Both:

@@ -26,7 +26,7 @@ from mace.pipeline import Stop
 from mace.records import Batch
 from mace.schema import Results, RoundTrips
 from mace.summary import Summary
-from mace.vitals import Vitals
+from mace.vitals import Publishing, Vitals
 from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
 from storage.shared import Alone
@@ -60,12 +60,22 @@ class Session:
         if not self._quiet:
             self._console.print(f"[dim]{text}[/]", highlight=False)
 
-    def measure(self, until: Until, *, store: Path | None, tee: StreamSink | None) -> Summary:
-        """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes."""
+    def measure(
+        self,
+        until: Until,
+        *,
+        store: Path | None,
+        tee: StreamSink | None,
+        publishing: Callable[[], Publishing] | None = None,
+    ) -> Summary:
+        """Live records into the correlator, the store and a table on the terminal, for as long as `until` takes.
+
+        `publishing`: how it goes with that, where `tee` publishes.
+        """
         self._stop = Stop()
         summary = Summary()
         source, chosen = self._source()
-        vitals = Vitals()
+        vitals = Vitals(publishing=publishing)
         sinks = self._sinks(store, vitals)
 
         async def work() -> None:

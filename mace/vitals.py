@@ -9,6 +9,7 @@ import os
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Final
 
@@ -96,6 +97,32 @@ class Account:
 ACCOUNT_FIELDS: Final = tuple(name for name in Account.__slots__ if name not in {"reasons", "trouble"})
 
 
+@dataclass(frozen=True, slots=True)
+class Publishing:
+    """What became of the records that a host publishes for an ingest elsewhere.
+
+    found in the spool + records = arrived + waiting + discarded + set_aside
+    """
+
+    records: int = 0
+    """Taken over in this run."""
+    arrived: int = 0
+    """The ingest says that it has them."""
+    waiting: int = 0
+    """In the spool or on the way."""
+    discarded: int = 0
+    """Given up for want of room, or damaged on the disk."""
+    set_aside: int = 0
+    """In frames that cannot be sent: of another version, or of a stream whose beginning is missing."""
+    connected: bool = False
+    answered: bool = False
+    """The broker has taken us in once at least since the run began."""
+    taken_over: int = 0
+    """Times that another client of the same name took the session over."""
+    trouble: str = ""
+    """Why nothing is published now; empty if nothing is in the way."""
+
+
 @dataclass(slots=True)
 class Vitals:
     """Of one process. `live`: it measures now; a replay's own health is nobody's business."""
@@ -109,6 +136,10 @@ class Vitals:
     """Source and sinks are open."""
     last_results_s: float = 0.0
     """`time.monotonic()` of the last results."""
+    waits_for: str = ""
+    """What has to be there before there can be results; empty if nothing is missing."""
+    publishing: Callable[[], Publishing] | None = None
+    """Says how publishing to an ingest goes, from any thread; None where nothing is published."""
 
     def account(self, sink: str) -> Account:
         """A new account for a sink of that name; raises `UsageError` if there is one."""

@@ -146,6 +146,17 @@ def parse_head(data: bytes | bytearray | memoryview) -> Head:
     return Head(version, kind, compressed, stream, stored, sequence, raw, checksum)
 
 
+def whole_head(frame: bytes) -> Head:
+    """The head of a frame of which nothing is missing or damaged; raises `WireError`. Its payload is not unpacked."""
+    head = parse_head(frame)
+    payload = memoryview(frame)[HEAD_SIZE:]
+    if len(payload) != head.stored:
+        raise WireError(f"a frame with a payload of {head.stored} bytes, here are {len(payload)}")
+    if crc32(payload) != head.checksum:
+        raise WireError("the frame's payload is damaged (checksum)")
+    return head
+
+
 def check_version(version: int) -> None:
     """Raises `WireError` for a wire version that cannot be read."""
     if not 1 <= version <= WIRE_VERSION:

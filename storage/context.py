@@ -84,12 +84,19 @@ class Contexts:
         obsolete = sum(number < sequence for number, _ in context.topologies) - 1
         if obsolete >= _OBSOLETE:
             del context.topologies[:obsolete]
-            self._write(stream)
+            try:
+                self._write(stream)
+            except OSError as error:
+                # What is on the disk still has them all.
+                _LOG.warning("%s: not written anew: %s", self._path(stream), error.strerror)
 
     def forget(self, stream: int) -> None:
         """All of the stream has arrived."""
         if self._of.pop(stream, None) is not None:
-            self._path(stream).unlink(missing_ok=True)
+            try:
+                self._path(stream).unlink(missing_ok=True)
+            except OSError as error:
+                _LOG.warning("%s: not removed: %s", self._path(stream), error.strerror)
 
     def close(self, keep: bool) -> None:
         """With nothing left to send, remove all."""

@@ -9,6 +9,9 @@ acknowledges can still be lost with the broker. So neither broker nor ingest nee
 them is killed or restarted, what is missing is sent again, and what came twice has its number. Up to `_WINDOW_MOST`
 frames are under way at once, few at the beginning and after a loss, so that a fleet that comes back does not flood the
 broker. docs/mqtt.md has topics and messages, docs/design/015-mqtt.md the reasons.
+
+What the other side says is believed only as far as it can be true: an acknowledgement up to what was sent, a frame in
+the spool once it is one. A frame that cannot be sent is put into `set-aside` of the spool's directory.
 """
 
 from __future__ import annotations
@@ -25,13 +28,24 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mace.broker import IN_FLIGHT, Broker, Connection, MqttError, Will, payload_of, properties, retry_after_s
+from mace.broker import (
+    IN_FLIGHT,
+    Broker,
+    Connection,
+    MqttError,
+    Will,
+    is_failure,
+    payload_of,
+    properties,
+    retry_after_s,
+)
 from mace.errors import StoreError, WireError
 from mace.interfaces import Progress, StreamHeader, StreamItem
 from mace.records import Batch
 from mace.topics import Ack, ack_topic, status_topic, stream_topic
 from mace.topology import Topology
-from mace.wire import Encoder, parse_head
+from mace.vitals import Publishing
+from mace.wire import Encoder, Head, whole_head
 from storage.context import Contexts
 from storage.spool import Frame, Spool
 
@@ -51,6 +65,17 @@ _WINDOW_BYTES: Final = 8 << 20
 RESEND_S: Final = 3.0
 """An ingest that has got a frame says so within a second. One that does not is asked again, and so found when it
 comes back, by a few frames every so often."""
+_STEADY_S: Final = 10.0
+"""A connection that broke sooner counts as a failed attempt: the next one waits longer than the last."""
+_TAKEN_OVER_S: Final = (2.0, 60.0, 600.0)
+"""After the first, second, ... time that another client has taken the session over. The first pause is short, so that
+the other is told too; the others keep two of one name from throwing each other out for ever."""
+_LOOK_S: Final = 2.0
+"""Within it a broker gives out a status that it keeps; if it keeps none, nothing comes."""
+_FORGIVEN_S: Final = 3600.0
+"""After a connection of this length it is the first time again."""
+_SET_ASIDE_BYTES: Final = 64 << 20
+"""Of frames that cannot be sent are kept; those beyond are counted only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +114,11 @@ class StreamPublisher:
         self._broker, self._interval_s, self._drain_s = broker, interval_s, drain_s
         self._spool = Spool(spool, max_bytes=max_bytes, memory_bytes=_MEMORY_BYTES)
         self._contexts = Contexts(spool / "streams")
+        self._aside = spool / "set-aside"
         self._encoder = Encoder()
         self._host = self._run = ""
+        self._stream = -1
+        """Tag of the stream of this run."""
         self._pending: list[StreamItem | _Skipped] = []
         self._pending_records = 0
         self._progress: Progress | None = None
@@ -106,6 +134,10 @@ class StreamPublisher:
         self._way = _Way()
         self._acknowledged = 0
         """Frames."""
+        self._sent: dict[int, int] = {}
+        """Stream → frames of it before this one were sent by this process: so far acknowledgements are believed."""
+        self._connected = self._answered = False
+        self._trouble = "not connected yet"
         self.records = 0
         """Taken over."""
         self.arrived = 0
@@ -120,6 +152,13 @@ class StreamPublisher:
         """Times that sending began again with the oldest frame: connections, and losses on the way."""
         self.refused = 0
         """Publishes that the broker denied."""
+        self.set_aside = 0
+        """Records in frames that cannot be sent."""
+        self.set_aside_frames = 0
+        self.taken_over = 0
+        """Times that another client of this name took the session over."""
+        self.disbelieved = 0
+        """Acknowledgements of frames that were never sent."""
 
     @property
     def discarded(self) -> int:
@@ -130,6 +169,20 @@ class StreamPublisher:
     def waiting(self) -> int:
         """Records that have not arrived yet."""
         return self._spool.rows + self._pending_records
+
+    def state(self) -> Publishing:
+        """How it goes; from any thread."""
+        return Publishing(
+            records=self.records,
+            arrived=self.arrived,
+            waiting=self.waiting,
+            discarded=self.discarded,
+            set_aside=self.set_aside,
+            connected=self._connected,
+            answered=self._answered,
+            taken_over=self.taken_over,
+            trouble=self._trouble,
+        )
 
     # The sink. ------------------------------------------------------------------------------------------------
 
@@ -147,6 +200,9 @@ class StreamPublisher:
         """Take an item over; never waits. Raises if an earlier one broke the order of the stream."""
         if self._failure is not None:
             raise self._failure
+        for task in self._tasks:
+            if task.done():
+                task.result()  # a defect of ours ends the run: without this task it would go on in silence
         if isinstance(item, Progress):
             self._progress = item
             return
@@ -169,25 +225,26 @@ class StreamPublisher:
             if self._tasks:
                 await self._finish()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await _cancelled(self._tasks)
             if self._tasks:
                 self._tasks = []
                 await self._do(self._end)
             self._thread.shutdown(wait=True)
 
     async def _finish(self) -> None:
-        self._tasks[0].cancel()
-        await asyncio.gather(self._tasks[0], return_exceptions=True)
+        flushing, sending = self._tasks
+        flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
         await self._flush(last=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
-                while self._spool.frames:
+                while self._spool.frames and not sending.done():
                     self._emptier.clear()
                     await self._emptier.wait()
         if self._failure is not None:
             raise self._failure
+        if sending.done():
+            sending.result()
 
     async def _do(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -198,8 +255,11 @@ class StreamPublisher:
         try:
             self.left_before = self._spool.open()
             self._contexts.open(keep=self._spool.frames > 0)
-            self._contexts.begin(self._encoder.header(header))
+            frame = self._encoder.header(header)
+            self._stream = whole_head(frame).stream
+            self._contexts.begin(frame)
         except OSError as error:
+            self._spool.close()
             raise StoreError(f"the spool for publishing cannot be used: {error}") from error
 
     def _end(self) -> None:
@@ -263,19 +323,58 @@ class StreamPublisher:
     # Spool -> broker. -----------------------------------------------------------------------------------------
 
     async def _stay_connected(self) -> None:
-        attempt = 0
+        loop = asyncio.get_running_loop()
+        attempt = takeovers = 0
         while True:
+            client = self._broker.connection(f"mace-{self._host}", self._will())
+            began_s = 0.0
             try:
-                async with self._broker.connection(f"mace-{self._host}", self._will()) as client:
+                async with client:
+                    began_s = loop.time()
                     _LOG.info("%s: connected", self._broker.address)
-                    attempt = 0
+                    self._connected, self._answered, self._trouble = True, True, ""
                     await self._serve(client)
             except MqttError as error:
+                self._trouble = f"{self._broker.address}: {error}"
+            finally:
+                self._connected = False
+                self._emptier.set()
+            lasted_s = loop.time() - began_s if began_s else 0.0
+            if client.taken_over or (began_s and await self._is_another_online()):
+                takeovers = 0 if lasted_s > _FORGIVEN_S else takeovers
+                pause_s = _TAKEN_OVER_S[min(takeovers, len(_TAKEN_OVER_S) - 1)]
+                takeovers += 1
+                self.taken_over += 1
+                self._trouble = (
+                    f"{self._broker.address}: another client took over the session of {self._host!r}"
+                    " (session taken over, MQTT reason 0x8E): a second host of this name, or a second"
+                    " `mace run --publish` on this one; give each its own name with [run] host (docs/mqtt.md)"
+                )
+                _LOG.warning("%s; tried again in %g s, what is measured waits in the spool", self._trouble, pause_s)
+                attempt = 0
+            else:
+                attempt = 0 if lasted_s > _STEADY_S else attempt
                 # Once an outage, not once an attempt: it can last for days.
                 level = logging.WARNING if attempt == 0 else logging.DEBUG
-                _LOG.log(level, "%s: %s; what is measured waits in the spool", self._broker.address, error)
-            attempt += 1
-            await asyncio.sleep(retry_after_s(attempt, random.random()))
+                _LOG.log(level, "%s; what is measured waits in the spool", self._trouble)
+                attempt += 1
+                pause_s = retry_after_s(attempt, random.random())
+            await asyncio.sleep(pause_s)
+
+    async def _is_another_online(self) -> bool:
+        """Whether the status of this host is that of another run, which has come in our place.
+
+        A broker need not say why it ends a session (mosquitto 2.0.11 does not). It is asked in another session, so that
+        whoever is there now is not thrown out by the question.
+        """
+        with contextlib.suppress(MqttError, TimeoutError, ValueError, AttributeError):
+            async with asyncio.timeout(_LOOK_S), self._broker.connection(f"mace-{self._host}-look") as client:
+                (answer,) = await client.subscribe(status_topic(self._host))
+                if not is_failure(answer):
+                    async for message in client.messages:
+                        status = json.loads(payload_of(message))
+                        return bool(status.get("state") == "online" and status.get("run") != self._run)
+        return False
 
     def _will(self) -> Will:
         return Will(status_topic(self._host), self._status("offline"))
@@ -297,9 +396,7 @@ class StreamPublisher:
                 task.result()
         finally:
             self.refused = refused + client.refused
-            for task in (hearing, sending):
-                task.cancel()
-            await asyncio.gather(hearing, sending, return_exceptions=True)
+            await _cancelled([hearing, sending])
             with contextlib.suppress(MqttError, TimeoutError):
                 # Only where we go in peace; otherwise the broker gives out the last will.
                 async with asyncio.timeout(1):
@@ -320,29 +417,77 @@ class StreamPublisher:
         """What has arrived leaves the spool; what is missing is sent again."""
         way = self._way
         gone = 0
-        while (frame := self._oldest()) is not None:
-            head = parse_head(frame.payload)
-            if head.stream != ack.stream or head.sequence >= ack.next:
+        upto = self._believed(ack)
+        while (oldest := self._oldest()) is not None:
+            frame, head = oldest
+            if head.stream != ack.stream or head.sequence >= upto:
                 break
             self._spool.first()
             self._spool.acknowledge()
             self.arrived += frame.rows
             way.bytes = max(way.bytes - len(frame.payload), 0)
             gone += 1
-        if frame is not None:
-            head = parse_head(frame.payload)
+        if oldest is not None:
+            _, head = oldest
             self._contexts.needed_from(head.stream, head.sequence)
             if gone and head.stream != ack.stream:
                 self._contexts.forget(ack.stream)
+                self._sent.pop(ack.stream, None)
         self._acknowledged += gone
         way.window = min(way.window + gone, _WINDOW_MOST)
         if ack.again and (ack.stream == way.stream or ack.next == 0):
             way.restart = True
 
-    def _oldest(self) -> Frame | None:
-        """The oldest frame in the spool, without keeping it from being dropped."""
+    def _believed(self, ack: Ack) -> int:
+        """The frame up to which an acknowledgement can be true.
+
+        Of an earlier run's stream more may have been sent than this process knows of: it is sent again. Of our own
+        only somebody else can say so, and what is not sent must not leave the spool.
+        """
+        sent = self._sent.get(ack.stream, 0)
+        if ack.next > sent and ack.stream == self._stream:
+            self.disbelieved += 1
+            if self.disbelieved == 1:
+                _LOG.warning(
+                    "%s: frame %d is acknowledged, and %d is the next to be sent: somebody who is not the ingest may"
+                    " write to %s (docs/mqtt.md, Who may do what); believed up to what was sent",
+                    self._broker.address, ack.next, sent, ack_topic(self._host),
+                )  # fmt: skip
+        return min(ack.next, sent)
+
+    def _oldest(self) -> tuple[Frame, Head] | None:
+        """The oldest frame in the spool that can be sent, without keeping it from being dropped.
+
+        Those before it that cannot are set aside.
+        """
         # Where that is damaged, `first` counts and removes it.
-        return self._spool.ahead(0) or self._spool.first()
+        while (frame := self._spool.ahead(0) or self._spool.first()) is not None:
+            try:
+                head = whole_head(frame.payload)
+            except WireError as error:
+                self._put_aside(frame, str(error))
+                continue
+            if self._contexts.of(head.stream) is not None:
+                return frame, head
+            self._put_aside(frame, "the HEADER of its stream is missing, without which nobody can read it")
+        return None
+
+    def _put_aside(self, frame: Frame, why: str) -> None:
+        """Take the oldest frame, which cannot be sent, out of the spool; keep, count and report it."""
+        if not self.set_aside_frames:
+            told = f"{self._aside}: a frame of {frame.rows} records cannot be sent and is set aside"
+            _LOG.warning("%s: %s (more are counted only)", told, why)
+        self.set_aside += frame.rows
+        self.set_aside_frames += 1
+        try:
+            self._aside.mkdir(mode=0o700, exist_ok=True)
+            kept = [path.stat().st_size for path in self._aside.iterdir()]
+            if sum(kept) + len(frame.payload) <= _SET_ASIDE_BYTES:
+                (self._aside / f"{self._run}-{self.set_aside_frames}.frame").write_bytes(frame.payload)
+        except OSError as error:
+            _LOG.warning("%s: a frame that cannot be sent is not kept: %s", self._aside, error.strerror)
+        self._spool.first()
+        self._spool.acknowledge()
 
     async def _send(self, client: Connection) -> None:
         topic = stream_topic(self._host)
@@ -373,15 +518,9 @@ class StreamPublisher:
     def _next_frames(self) -> list[tuple[bytes, int]]:
         """Some frames to be sent now, each with the number of the oldest that can still come before it."""
         oldest = self._oldest()
-        while oldest is not None and self._contexts.of(parse_head(oldest.payload).stream) is None:
-            # Without its HEADER no one can read it.
-            self.skipped += oldest.rows
-            self._spool.first()
-            self._spool.acknowledge()
-            oldest = self._oldest()
         if oldest is None:
             return []
-        head = parse_head(oldest.payload)
+        _, head = oldest
         context = self._contexts.of(head.stream)
         assert context is not None
         parts: list[tuple[bytes, int]] = []
@@ -394,8 +533,9 @@ class StreamPublisher:
         index = self._index(way.next, head.sequence)
         while len(parts) < IN_FLIGHT and index < way.window and way.bytes < _WINDOW_BYTES:
             frame = self._spool.ahead(index)
-            if frame is None or (found := parse_head(frame.payload)).stream != way.stream:
-                # The next stream's turn comes when all of this one has arrived.
+            found = _sendable(frame)
+            if frame is None or found is None or found.stream != way.stream:
+                # The next stream's turn, and that of a frame to be set aside, comes when what is before it has arrived.
                 break
             if found.sequence != way.next:
                 way.run_from = found.sequence
@@ -403,6 +543,7 @@ class StreamPublisher:
             way.bytes += len(frame.payload)
             way.next = found.sequence + 1
             index += 1
+        self._sent[way.stream] = max(self._sent.get(way.stream, 0), way.next)
         return parts
 
     def _index(self, sequence: int, oldest: int) -> int:
@@ -414,8 +555,27 @@ class StreamPublisher:
         return index
 
     def _is_before(self, index: int, sequence: int) -> bool:
-        frame = self._spool.ahead(index)
-        if frame is None:
+        head = _sendable(self._spool.ahead(index))
+        if head is None:
             return index < self._spool.frames  # damaged: it will be found out when it is the oldest
-        head = parse_head(frame.payload)
         return head.stream == self._way.stream and head.sequence < sequence
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    """End tasks, whatever comes of them; asked again until they have ended.
+
+    aiomqtt waits with `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
+    """
+    while running := [task for task in tasks if not task.done()]:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=1)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _sendable(frame: Frame | None) -> Head | None:
+    """The head of a frame that a reader would take; None for any other."""
+    try:
+        return whole_head(frame.payload) if frame is not None else None
+    except WireError:
+        return None

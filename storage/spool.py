@@ -20,13 +20,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import struct
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Final
+from typing import BinaryIO, Final
 from zlib import crc32
 
 from mace.errors import StoreError, Unavailable
@@ -39,6 +40,7 @@ _HEADER: Final = struct.Struct("<4sIIHxxI")
 _CRC: Final = struct.Struct("<I")
 _HEADER_BYTES: Final = _HEADER.size + _CRC.size
 _MAGIC: Final = b"MSP1"
+_SEGMENT_NAME: Final = re.compile(r"[0-9]{8,18}\.frames")
 _POSITION: Final = struct.Struct("<QQ")
 _SEGMENTS: Final = 16
 """The spool is cut into at least so many files: what is dropped at once when it is full is one of them."""
@@ -152,9 +154,13 @@ class Spool:
             for entry in list(self._entries):
                 if entry.segment == 0 and entry.frame is not None and self._directory is not None:
                     self._store(entry, entry.frame)
-            lost = sum(entry.rows for entry in self._entries if entry.segment == 0)
+            # They wait no more: `rows` is what the next process will find.
+            lost = [entry for entry in self._entries if entry.segment == 0]
+            for entry in lost:
+                self._entries.remove(entry)
+                self._forget(entry)
             self._release()
-            return lost
+            return sum(entry.rows for entry in lost)
 
     def _release(self) -> None:
         for fd in (self._fd, self._position_fd, self._lock_fd):
@@ -393,6 +399,9 @@ class Spool:
         assert self._directory is not None
         done_segment, done_offset = _read_position(os.pread(self._position_fd, 64, 0))
         for path in sorted(self._directory.glob("*.frames")):
+            if not _SEGMENT_NAME.fullmatch(path.name):
+                _LOG.warning("%s: not a file of a spool, left alone", path)
+                continue
             segment = int(path.stem)
             if segment < done_segment:
                 path.unlink()
@@ -443,17 +452,41 @@ def _read_position(packed: bytes) -> tuple[int, int]:
 
 
 def _frames_of(path: Path, segment: int) -> Iterator[_Entry]:
-    """Whole frames of a segment file, by their headers; ends at the first that is none."""
+    """Whole frames of a segment file, by their headers. What is none is passed over up to the next one, with a word."""
     size = path.stat().st_size
     with path.open("rb") as file:
         offset = 0
         while offset + _HEADER_BYTES <= size:
             file.seek(offset)
             head = file.read(_HEADER_BYTES)
-            magic, payload_bytes, rows, label_bytes, _ = _HEADER.unpack_from(head)
+            if not _is_header(head, size - offset):
+                found = _next_header(file, offset + 1, size)
+                if found < 0:
+                    return
+                _LOG.warning("%s: %d bytes from %d on are no frame, passed over", path, found - offset, offset)
+                offset = found
+                continue
+            _, payload_bytes, rows, label_bytes, _ = _HEADER.unpack_from(head)
             body = payload_bytes + label_bytes
-            sound = magic == _MAGIC and _CRC.unpack_from(head, _HEADER.size)[0] == crc32(head[: _HEADER.size])
-            if not sound or offset + _HEADER_BYTES + body > size:
-                return
             yield _Entry(rows, body, segment, offset)
             offset += _HEADER_BYTES + body
+
+
+def _is_header(head: bytes, left: int) -> bool:
+    """Whether it is the header of a frame that ends within the `left` bytes from its beginning on."""
+    magic, payload_bytes, _, label_bytes, _ = _HEADER.unpack_from(head)
+    sound = magic == _MAGIC and _CRC.unpack_from(head, _HEADER.size)[0] == crc32(head[: _HEADER.size])
+    return bool(sound and _HEADER_BYTES + payload_bytes + label_bytes <= left)
+
+
+def _next_header(file: BinaryIO, offset: int, size: int) -> int:
+    """Offset of the first header of a frame from `offset` on; -1 if there is none."""
+    file.seek(offset)
+    data = file.read(size - offset)  # a segment's file is 64 MiB at most
+    at = data.find(_MAGIC)
+    while at >= 0:
+        head = data[at : at + _HEADER_BYTES]
+        if len(head) == _HEADER_BYTES and _is_header(head, len(data) - at):
+            return offset + at
+        at = data.find(_MAGIC, at + 1)
+    return -1

@@ -211,6 +211,45 @@ def test_what_is_in_memory_goes_to_the_disk_at_the_end(tmp_path):
     again.close()
 
 
+def test_what_was_in_memory_only_waits_no_more_once_it_is_closed(tmp_path):
+    some = spool(tmp_path / "spool")
+    for n in range(5):
+        some.append(frame(n))
+    (tmp_path / "spool").rename(tmp_path / "away")  # the disk is gone, and no file can be begun
+    some._end_segment()
+    for n in range(5, 8):
+        some.append(frame(n))
+    assert (some.rows, some.frames) == (80, 8)
+    assert some.close() == 30
+    assert (some.rows, some.frames) == (50, 5)
+
+
+def test_frames_behind_what_is_none_are_found(tmp_path):
+    some = spool(tmp_path / "spool")
+    for n in range(6):
+        some.append(frame(n))
+    some.close()
+    (path,) = (tmp_path / "spool").glob("*.frames")
+    raw = bytearray(path.read_bytes())
+    size = len(raw) // 6
+    raw[2 * size + 5] ^= 0x40  # in the header of the third: its length
+    path.write_bytes(bytes(raw[: 4 * size]) + b"MSP1, but no frame" + bytes(raw[4 * size :]))
+    again = spool(tmp_path / "spool")
+    assert taken(again) == [0, 1, 3, 4, 5]
+    again.close()
+
+
+def test_files_that_are_not_its_own_are_left_alone(tmp_path):
+    (tmp_path / "spool").mkdir()
+    for name in ("notes.frames", "-1.frames", "99999999999999999999.frames", "1.frames"):
+        (tmp_path / "spool" / name).write_bytes(b"whatever")
+    some = spool(tmp_path / "spool")
+    some.append(frame(1))
+    some.close()
+    assert (tmp_path / "spool" / "notes.frames").read_bytes() == b"whatever"
+    assert left(tmp_path / "spool") == [1]
+
+
 @pytest.mark.needs("root")
 def test_a_full_disk(tmp_path):
     """Rows wait in memory, within bounds, and go to the disk again when there is room."""

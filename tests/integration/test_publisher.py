@@ -1,0 +1,393 @@
+"""What a host publishes with a real broker between: rivals, forged acknowledgements, a spool with strange frames."""
+
+import asyncio
+import json
+import logging
+import subprocess
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+
+from mace.broker import Broker, MqttError
+from mace.config import Config, MqttConfig, StoreConfig
+from mace.errors import StoreError
+from mace.ingest import Ingest
+from mace.topics import Ack, Shard, ack_topic, stream_topic
+from mace.wire import (
+    HEAD,
+    HEAD_SIZE,
+    MAX_BATCH_BYTES,
+    MAX_JSON_BYTES,
+    MAX_RECORDS,
+    WIRE_VERSION,
+    Encoder,
+    parse_head,
+)
+from storage import mqtt
+from storage.mqtt import StreamPublisher
+from storage.spool import Frame, Spool
+from tests.brokers import Authority, documented_acl, free_port, mosquitto
+from tests.made_capture import HEADER, TOPOLOGY, batches, encode, traffic
+
+pytestmark = pytest.mark.needs("mosquitto", "openssl")
+
+DEPLOYED = Path(__file__).parents[2] / "deploy" / "mosquitto" / "mosquitto.conf"
+WITHIN_S = 60
+
+
+def settings(url, **mqtt_settings):
+    return Config(store=StoreConfig(flush_interval_s=0.2, sync=False), mqtt=MqttConfig(broker=url, **mqtt_settings))
+
+
+def header(host="measured.example", run="5f2b7c9e"):
+    return replace(HEADER, host=host, run=run)
+
+
+def publisher(url, spool, config=None, **options):
+    options = {"max_bytes": 64 << 20, "interval_s": 0.02, "drain_s": WITHIN_S} | options
+    return StreamPublisher(Broker((config or settings(url)).mqtt), spool, **options)
+
+
+async def write(sink, items):
+    for item in items:
+        await sink.write(item)
+
+
+async def until(condition):
+    async with asyncio.timeout(WITHIN_S):
+        while not condition():  # noqa: ASYNC110 (what is waited for happens in another process)
+            await asyncio.sleep(0.02)
+
+
+class Ingesting:
+    """An ingest in this process for the length of the block."""
+
+    def __init__(self, url, store, config=None):
+        config = config or settings(url)
+        self._ingest = Ingest(Broker(config.mqtt), store, config, Shard())
+        self._stop = asyncio.Event()
+
+    async def __aenter__(self):
+        self._running = asyncio.create_task(self._ingest.run(self._stop))
+        await self._ingest.listening.wait()
+        return self._ingest
+
+    async def __aexit__(self, *_):
+        self._stop.set()
+        await self._running
+
+
+def balanced(sink):
+    """Each record that was there is in one category."""
+    state = sink.state()
+    assert sink.left_before + state.records == state.arrived + state.waiting + state.discarded + state.set_aside
+    return state
+
+
+# Two of one name. -------------------------------------------------------------------------------------------------
+
+
+def test_two_hosts_of_one_name_are_told_and_do_not_fight(tmp_path, monkeypatch, caplog):
+    """The second pause is a minute: what is seen within the test is all there is for a long time."""
+    monkeypatch.setattr(mqtt, "_TAKEN_OVER_S", (0.2, 60.0, 600.0))
+    items = [TOPOLOGY, *batches(traffic(2_000, 1), 100)]
+
+    async def work(broker):
+        sinks = [publisher(broker.url, tmp_path / name, drain_s=0) for name in ("a", "b")]
+        for number, sink in enumerate(sinks):
+            await sink.open(header(run=f"run-{number}"))
+            await until(lambda sink=sink: sink.state().connected)
+        await until(lambda: all(sink.taken_over for sink in sinks))
+        await write(sinks[0], items)
+        await asyncio.sleep(2)
+        told = [sink.state().trouble for sink in sinks]
+        for sink in sinks:
+            await sink.aclose()
+        return sinks, told
+
+    with mosquitto(tmp_path / "broker") as broker, caplog.at_level(logging.WARNING):
+        sinks, told = asyncio.run(work(broker))
+        takeovers = broker.log.read_text().count("already connected, closing old connection")
+        assert takeovers == 3
+    assert sorted(sink.taken_over for sink in sinks) == [1, 2]
+    warnings = [r.getMessage() for r in caplog.records if "another client took over the session" in r.getMessage()]
+    assert len(warnings) == 3
+    assert all("0x8E" in told and "[run] host" in told and "measured.example" in told for told in warnings)
+    assert sum("[run] host" in each for each in told) == 1  # the other is connected
+    assert balanced(sinks[0]).waiting == 2_000
+
+
+def test_connections_that_break_at_once_are_made_ever_more_rarely(tmp_path, monkeypatch):
+    """Also where a broker ends them without a reason."""
+    pauses = []
+
+    async def served(self, client):
+        raise mqtt.MqttError("gone")
+
+    real = mqtt.retry_after_s
+    monkeypatch.setattr(mqtt, "_LOOK_S", 0.05)
+    monkeypatch.setattr(StreamPublisher, "_serve", served)
+    monkeypatch.setattr(mqtt, "retry_after_s", lambda attempt, chance: pauses.append(real(attempt, 0)) or 0.01)
+
+    async def work(broker):
+        sink = publisher(broker.url, tmp_path / "spool", drain_s=0)
+        await sink.open(header())
+        await until(lambda: len(pauses) >= 8)
+        await sink.aclose()
+
+    with mosquitto(tmp_path / "broker") as broker:
+        asyncio.run(work(broker))
+    assert pauses[:8] == sorted(pauses[:8])
+    assert pauses[7] == 5
+
+
+# What the broker is configured for. -------------------------------------------------------------------------------
+
+
+def test_a_host_cannot_throw_another_off(tmp_path):
+    """With the configuration that is deployed: the name at the broker is the certificate's, whatever a client says."""
+    authority = Authority(tmp_path / "certs")
+    for name in ("localhost", "host-a", "host-b", "ingest"):
+        authority.sign(name)
+    (tmp_path / "acl").write_text(documented_acl())
+    own = ("listener", "cafile", "certfile", "keyfile", "acl_file", "#", "log_dest")
+    lines = [line for line in DEPLOYED.read_text().splitlines() if line.strip() and not line.startswith(own)]
+    assert "use_username_as_clientid true" in lines
+
+    def known_as(broker, name):
+        files = {"cert_file": str(authority.file(f"{name}.crt")), "key_file": str(authority.file(f"{name}.key"))}
+        return settings(broker.url, ca_file=str(authority.ca), **files)
+
+    items = [TOPOLOGY, *batches(traffic(4_000, 1), 200)]
+
+    async def work(broker):
+        async with Ingesting(broker.url, tmp_path / "store", known_as(broker, "ingest")) as ingest:
+            sink = publisher(broker.url, tmp_path / "a", known_as(broker, "host-a"))
+            await sink.open(header("host-a"))
+            await until(lambda: sink.state().connected)
+            rude = Broker(known_as(broker, "host-b").mqtt)
+            for item in items:
+                await sink.write(item)
+                async with rude.connection("mace-host-a"):
+                    pass
+                async with rude.connection("host-a"):
+                    pass
+            await sink.aclose()
+            return sink, ingest.counts
+
+    with mosquitto(tmp_path / "broker", *lines, f"acl_file {tmp_path / 'acl'}", tls=authority) as broker:
+        sink, counts = asyncio.run(work(broker))
+    assert (sink.arrived, sink.taken_over, sink.restarts) == (4_000, 0, 1)
+    assert (counts.records, counts.refused) == (4_000, 0)
+
+
+def test_a_message_beyond_the_deployed_limit_reaches_nobody(tmp_path):
+    limit = next(line for line in DEPLOYED.read_text().splitlines() if line.startswith("message_size_limit"))
+    most = int(limit.split()[1])
+    # A topology is the largest frame, and a batch is cut at so many records.
+    assert most >= MAX_JSON_BYTES + HEAD_SIZE
+    assert most >= mqtt.BATCH_RECORDS * MAX_BATCH_BYTES // MAX_RECORDS + HEAD_SIZE
+
+    async def work(broker):
+        plain = Broker(settings(broker.url).mqtt)
+        async with plain.connection() as listener:
+            await listener.subscribe(stream_topic("h"), qos=1)
+            for size in (most, most + 1, 1):
+                async with plain.connection() as client:
+                    with suppress(MqttError):  # mosquitto does not even answer
+                        await client.publish(stream_topic("h"), bytes(size), qos=1, timeout=2)
+            sizes = []
+            while not sizes or sizes[-1] != 1:
+                sizes.append(len((await anext(aiter(listener.messages))).payload))
+            return sizes
+
+    with mosquitto(tmp_path / "broker", "allow_anonymous true", limit) as broker:
+        assert asyncio.run(work(broker)) == [most, 1]
+
+
+# Acknowledgements. ------------------------------------------------------------------------------------------------
+
+
+def test_an_acknowledgement_is_believed_up_to_what_was_sent(tmp_path, caplog):
+    """Nobody listens to the stream, and somebody says that all of it has arrived."""
+    items = [TOPOLOGY, *batches(traffic(6_000, 1), 100)]
+    tag = parse_head(Encoder().header(header())).stream
+
+    async def work(broker):
+        sink = publisher(broker.url, tmp_path / "spool", drain_s=0)
+        await sink.open(header())
+        for item in items:
+            await sink.write(item)
+            await sink._flush()  # a frame for each batch
+        await until(lambda: sink.sent_bytes > 0)
+        async with Broker(settings(broker.url).mqtt).connection() as forger:
+            await forger.publish(ack_topic(HEADER.host), Ack(tag, 2**64 - 1).to_bytes(), qos=1)
+        await until(lambda: sink.disbelieved)
+        state = balanced(sink)
+        await sink.aclose()
+        return sink, state
+
+    with mosquitto(tmp_path / "broker") as broker, caplog.at_level(logging.WARNING):
+        sink, state = asyncio.run(work(broker))
+    assert 0 < state.arrived <= 100 * mqtt._WINDOW_LEAST
+    assert sink.waiting == 6_000 - sink.arrived
+    (told,) = [r.getMessage() for r in caplog.records if "acknowledged" in r.getMessage()]
+    assert "believed up to what was sent" in told
+
+
+# Frames that cannot be sent. --------------------------------------------------------------------------------------
+
+
+def of_another_version(frame):
+    fields = list(HEAD.unpack_from(frame))
+    fields[1] = WIRE_VERSION + 1
+    return repacked(fields, frame)
+
+
+def of_an_unknown_kind(frame):
+    fields = list(HEAD.unpack_from(frame))
+    fields[2] = 99
+    return repacked(fields, frame)
+
+
+def of_a_stream_without_a_beginning(frame):
+    fields = list(HEAD.unpack_from(frame))
+    fields[5] ^= 1
+    return repacked(fields, frame)
+
+
+def repacked(fields, frame):
+    head = HEAD.pack(*fields)[:-4]
+    return head + crc32(head).to_bytes(4, "little") + frame[HEAD.size :]
+
+
+STRANGE = [
+    of_another_version,
+    of_an_unknown_kind,
+    of_a_stream_without_a_beginning,
+    lambda frame: b"",
+    lambda frame: b"garbage" * 100,
+    lambda frame: frame[:-1],
+    lambda frame: frame + b"x",
+    lambda frame: frame[:-1] + bytes([frame[-1] ^ 1]),
+    lambda frame: frame[:20],
+]
+
+
+@pytest.mark.parametrize("place", ["before", "between", "behind"])
+def test_frames_that_cannot_be_sent_are_set_aside_and_the_others_arrive(tmp_path, caplog, place):
+    items = [TOPOLOGY, *batches(traffic(2_000, 1), 200)]
+    frames = encode(items, header())
+    spool = Spool(tmp_path / "spool", max_bytes=64 << 20, memory_bytes=1 << 20)
+
+    def strange():
+        for make in STRANGE:
+            spool.append(Frame(make(frames[3]), 7))
+
+    # What a run that was killed has left, with strange frames in it.
+    spool.open()
+    if place == "before":
+        strange()
+    for number, frame in enumerate(frames[1:-1]):
+        spool.append(Frame(frame, 200 if number else 0))
+        if place == "between" and number == 4:
+            strange()
+    if place == "behind":
+        strange()
+    spool.close()
+    (tmp_path / "spool" / "streams").mkdir()
+    tag = parse_head(frames[0]).stream
+    (tmp_path / "spool" / "streams" / f"{tag:08x}.context").write_bytes(frames[0])
+    (tmp_path / "spool" / "notes.frames").write_bytes(b"not a spool's")
+    again = [TOPOLOGY, *batches(traffic(1_000, 2), 200)]
+
+    async def work(broker):
+        async with Ingesting(broker.url, tmp_path / "store") as ingest:
+            sink = publisher(broker.url, tmp_path / "spool")
+            await sink.open(header(run="another"))
+            await write(sink, again)
+            await sink.aclose()
+            return sink, ingest.counts
+
+    with mosquitto(tmp_path / "broker") as broker, caplog.at_level(logging.WARNING):
+        sink, counts = asyncio.run(work(broker))
+    state = balanced(sink)
+    assert (state.arrived, state.waiting, state.set_aside) == (3_000, 0, 7 * len(STRANGE))
+    assert (counts.records, counts.refused, counts.missing) == (3_000, 0, 0)
+    kept = [path.read_bytes() for path in (tmp_path / "spool" / "set-aside").iterdir()]
+    assert sorted(kept) == sorted(make(frames[3]) for make in STRANGE)
+    assert "cannot be sent and is set aside" in caplog.text
+
+
+def test_a_defect_in_the_background_ends_the_run(tmp_path, monkeypatch):
+    """Never silence: who writes is told, and so is who closes."""
+
+    async def defect(self, client):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(StreamPublisher, "_serve", defect)
+
+    async def work(broker):
+        sink = publisher(broker.url, tmp_path / "spool")
+        await sink.open(header())
+        await until(sink._tasks[1].done)
+        with pytest.raises(RuntimeError, match="a defect"):
+            await sink.write(TOPOLOGY)
+        with pytest.raises(RuntimeError, match="a defect"):
+            await sink.aclose()
+
+    with mosquitto(tmp_path / "broker") as broker:
+        asyncio.run(work(broker))
+
+
+# A full disk. -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("root")
+def test_after_a_full_disk_each_record_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(mqtt, "_MEMORY_BYTES", 60_000)
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], check=True)
+    try:
+
+        async def work():
+            sink = publisher(f"mqtt://127.0.0.1:{free_port()}", place / "spool", drain_s=0)
+            await sink.open(header())
+            for item in [TOPOLOGY, *batches(traffic(200_000, 1), 2_000)]:
+                await sink.write(item)
+                await sink._flush()
+            await sink.aclose()
+            return sink
+
+        sink = asyncio.run(work())
+        state = balanced(sink)
+        assert (state.records, state.arrived) == (200_000, 0)
+        assert state.discarded > 0
+        assert state.waiting > 0
+        # The next run finds what this one said, and cannot begin its own stream there: it says so and holds nothing.
+        with pytest.raises(StoreError, match="No space left on device"):
+            asyncio.run(publisher("mqtt://127.0.0.1:1", place / "spool").open(header(run="another")))
+        found = Spool(place / "spool", max_bytes=64 << 20, memory_bytes=60_000)
+        assert found.open() == state.waiting
+        found.close()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_the_state_is_told_as_it_is(tmp_path):
+    async def work():
+        sink = publisher(f"mqtt://127.0.0.1:{free_port()}", tmp_path / "spool", drain_s=0)
+        await sink.open(header())
+        await write(sink, [TOPOLOGY, *batches(traffic(1_000, 1), 500)])
+        await until(lambda: "refused" in sink.state().trouble)
+        state = balanced(sink)
+        await sink.aclose()
+        return state
+
+    state = asyncio.run(work())
+    assert (state.connected, state.answered, state.waiting) == (False, False, 1_000)
+    assert json.dumps(state.trouble)
