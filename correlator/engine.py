@@ -72,6 +72,9 @@ class EngineConfig:
 class Engine:
     """One stream's correlator. Feed it the stream's items in order, then `finish`."""
 
+    _present: tuple[Device, ...] | None = None
+    """Devices of the newest topology."""
+
     def __init__(
         self, utc_offset_ns: int, config: EngineConfig = EngineConfig(), state: EngineState | None = None
     ) -> None:
@@ -113,6 +116,7 @@ class Engine:
         if isinstance(item, Topology):
             results = self._advance(item.from_ns) if self._waiting else []
             self._resolver.update(item)
+            self._present = item.devices
             return results
         if not len(item):
             return []
@@ -241,6 +245,7 @@ class Engine:
             tuple(self._devices),
             grades=grades,
             settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
+            present=self._present,
         )
 
     def _oldest_open(self, upto_ns: int) -> int:

@@ -160,6 +160,9 @@ class PrometheusConfig:
         "Without results for so long it is no longer ready, and without a turn of its loop no longer alive, s.",
         low=1,
     )
+    gone_s: float = _key(
+        120.0, "Series of a container or device that is gone are shown so long after, s; then they are dropped.", low=1
+    )
 
 
 @dataclass(frozen=True, slots=True)

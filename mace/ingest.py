@@ -317,7 +317,11 @@ class Ingest:
 
     async def _flush(self) -> None:
         """Store what came out, note that in the journal, and let go of what no crash would need any more."""
-        self.vitals.got_on(messages=self.queue_peak)
+        if self.listening.is_set():
+            self.vitals.got_on(messages=self.queue_peak)
+        elif not self.vitals.last_results_s:
+            self.vitals.waits_for = f"{self._broker.address} has not answered yet"
+        self.vitals.waits_for = "" if self.vitals.last_results_s else self.vitals.waits_for
         parts = self._hosts.take_parts()
         if not parts:
             return

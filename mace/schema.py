@@ -337,6 +337,8 @@ class Results:
     """Of the packets whose delays these are, where they were asked for."""
     settled_utc_ns: int = 0
     """All packets whose first record is before this time have been given out."""
+    present: tuple[Device, ...] | None = field(default=None, compare=False)
+    """The devices that there are now, as the source last listed them; None if it has not."""
     gaps_utc_ns: tuple[tuple[int, int], ...] = ()
     """Stretches of time, (start, end), in which some CPU's ring lost records; those told of since the last results."""
 

@@ -5,27 +5,30 @@
     mace_packets_total          packets by host, source and grade
     mace_probe_calls_total, mace_probe_timed_calls_total, mace_probe_seconds_total   own cost by host, source and hook
     mace_sink_rows_total        rows by sink and what became of them; mace_sink_rows_waiting and others beside it
+    mace_publish_records_total  records by what became of them at the ingest; mace_publish_records_waiting and others
     mace_queue_peak             the most items that ever waited in a channel
 
 The histograms are made of the bins of `mace.histogram` and are exact: their buckets end where bins do. Windows of one
 second are added up, so a delay is in them a second or two after it happened, and counted once. Classic buckets: the
 text formats know no native histograms.
 
+Series of a container or a device that is gone are dropped `gone_s` later, so that what is shown, and what a scrape
+costs, depends on what runs and not on what ever ran.
+
 `/healthz` is 200 while the event loop turns: else the process is to be started anew. `/readyz` is 200 while results
-come out. A database that is away changes neither: the spool is there for that. Both answer with JSON that says more.
+come out, and where records are published, once the broker has answered. A database or a broker that is away later
+changes neither: the spool is there for that. Both answer with JSON that says more.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET6
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import numpy as np
@@ -37,6 +40,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from mace.config import Config, PrometheusConfig
 from mace.errors import ConfigError, Unavailable
@@ -46,6 +53,7 @@ from mace.interfaces import Status, StreamHeader
 from mace.schema import Delays, Results, RoundTrips
 from mace.topology import Device
 from mace.vitals import Vitals, process_figures
+from storage.http_server import HttpServer, in_pieces
 from storage.shared import StreamOfSink
 
 _LOG: Final = logging.getLogger(__name__)
@@ -61,12 +69,15 @@ _EDGES_S: Final = [f"{((1 << octave) - 1) / 1e9:.9g}" for octave in _OCTAVES]
 """Delays are whole nanoseconds, so "less than 2**n" is "at most 2**n - 1"."""
 _BEAT_S: Final = 0.5
 _LABELS: Final = ("host", "container", "netns", "device", "kind", "direction", "segment", "source")
+_CONTAINER: Final = _LABELS.index("container")
 _CATEGORIES: Final = ("matched", "unmatched", "ambiguous", "expired", "dropped", "lost", "discarded")
 """Of the ledger, those that only grow; `in_flight` is a gauge."""
 _FATES: Final = ("stored", "refused", "over_budget", "dropped_buffer", "dropped_spool", "left_out")
 
 _MOST_SERIES: Final = 10_000
-"""Histograms, each of which is some thirty series for Prometheus. Devices that come and go would add up for ever."""
+"""Histograms, each of which is some thirty series for Prometheus."""
+_FRESH_S: Final = 1.0
+"""So long several who ask get the same text: what changes it are windows of a second."""
 
 Labels = tuple[str, ...]
 Stream = tuple[str, str]
@@ -74,9 +85,13 @@ Stream = tuple[str, str]
 
 
 class _Distribution:
-    __slots__ = ("counts", "sum_ns")
+    __slots__ = ("counts", "device", "gone_s", "sum_ns")
 
-    def __init__(self) -> None:
+    def __init__(self, device: tuple[int, int]) -> None:
+        self.device = device
+        """`Device.key` of the device that it was last of."""
+        self.gone_s: float | None = None
+        """Since when its device or container is gone."""
         self.sum_ns = 0
         self.counts: Ints = np.zeros(len(_OCTAVES) + 1, np.int64)
         """Per bucket, not cumulative; the last one has no end."""
@@ -85,17 +100,25 @@ class _Distribution:
 class Endpoint:
     """A `SharedSink` that keeps sums, and serves them. Raises `Unavailable` from `open` if it cannot listen."""
 
-    def __init__(self, config: PrometheusConfig, vitals: Vitals) -> None:
-        self._config, self._vitals = config, vitals
+    def __init__(self, config: PrometheusConfig, vitals: Vitals, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._config, self._vitals, self._clock_s = config, vitals, clock_s
         self._address = address(config.listen)
         self._lock = threading.Lock()
         """Around what the streams write and the requests' threads read."""
-        self._delays: dict[Labels, _Distribution] = {}
+        self._delays: dict[Stream, dict[Labels, _Distribution]] = {}
+        self._series = 0
+        """Of all streams."""
+        self._dropped = 0
+        """Series whose container or device is gone."""
         self._not_shown = 0
         """Delays of series beyond `_MOST_SERIES`."""
         self._latest: dict[Stream, Results] = {}
-        self._server: ThreadingHTTPServer | None = None
-        self._thread: threading.Thread | None = None
+        self._ended_s: dict[Stream, float] = {}
+        """When those streams ended of which no new one has begun."""
+        self._swept_s = 0.0
+        self._text: dict[str, tuple[float, bytes]] = {}
+        """By content type, when it was made and the text."""
+        self._server: HttpServer | None = None
         self._heart: asyncio.Task[None] | None = None
         self._beat_s = time.monotonic()
         self._registry = CollectorRegistry(auto_describe=False)
@@ -105,18 +128,16 @@ class Endpoint:
     def port(self) -> int:
         """Where it listens; the one that was found if 0 was asked for."""
         assert self._server is not None
-        return int(self._server.server_address[1])
+        return self._server.port
 
     async def open(self) -> None:
         """Listen, and answer from now on."""
         try:
-            self._server = _Server(self._address, self)
+            self._server = HttpServer(self._address, self._application())
         except OSError as error:
             raise Unavailable(
                 "sink prometheus", f"{self._config.listen}: {error.strerror}", "set [sinks.prometheus] listen"
             ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="prometheus", daemon=True)
-        self._thread.start()
         self._heart = asyncio.create_task(self._beats(), name="prometheus-heart")
 
     def stream(self) -> StreamOfSink:
@@ -130,56 +151,124 @@ class Endpoint:
             await asyncio.gather(self._heart, return_exceptions=True)
             self._heart = None
         if self._server is not None:
-            await asyncio.to_thread(self._server.shutdown)
-            self._server.server_close()
+            await asyncio.to_thread(self._server.close)
             self._server = None
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
 
     async def _beats(self) -> None:
         while True:
             self._beat_s = time.monotonic()
             await asyncio.sleep(_BEAT_S)
 
-    def add(self, header: StreamHeader, results: Results) -> None:
-        """Take in a stream's results."""
+    def begin(self, header: StreamHeader) -> None:
+        """A stream begins: what its host's last one has left goes on."""
+        self._ended_s.pop((header.host, header.source), None)
+
+    def end(self, header: StreamHeader) -> None:
+        """A stream has ended."""
         with self._lock:
+            self._ended_s[header.host, header.source] = self._clock_s()
+
+    def add(self, header: StreamHeader, results: Results) -> None:
+        """Take in a stream's results. Raises what ended the server, if it did not end by `aclose`."""
+        if self._server is not None and self._server.failure is not None:
+            raise self._server.failure
+        of = header.host, header.source
+        now_s = self._clock_s()
+        with self._lock:
+            mine = self._delays.setdefault(of, {})
+            before = self._latest.get(of)
+            series = self._series
             # Without its rows: it is kept until the next.
-            self._latest[header.host, header.source] = replace(results, delays=Delays.empty(), windows=())
+            self._latest[of] = replace(results, delays=Delays.empty(), windows=())
             for w in results.windows:
                 if w.width_s != _WIDTH_S:
                     continue
-                labels = _labels(header, results.devices[w.device], w.direction.name, w.segment.name)
-                found = self._delays.get(labels)
+                device = results.devices[w.device]
+                labels = _labels(header, device, w.direction.name, w.segment.name)
+                found = mine.get(labels)
                 if found is None:
-                    if len(self._delays) >= _MOST_SERIES:
+                    if self._series >= _MOST_SERIES:
                         self._not_shown += w.count
                         continue
-                    found = self._delays[labels] = _Distribution()
+                    found = mine[labels] = _Distribution(device.key)
+                    self._series += 1
+                found.device = device.key
                 found.sum_ns += w.sum_ns
                 found.counts += _bucketed(w.bins, w.counts)
+            changed = before is None or before.present is not results.present or self._series != series
+            if changed and results.present is not None:
+                _mark(mine, results.present, now_s)
+            self._sweep(now_s)
+
+    def _sweep(self, now_s: float) -> None:
+        """Drop what has been gone for long enough; every second at most."""
+        if now_s - self._swept_s < 1:
+            return
+        self._swept_s = now_s
+        over_s = now_s - self._config.gone_s
+        for of in [of for of, ended_s in self._ended_s.items() if ended_s < over_s]:
+            del self._ended_s[of]
+            self._latest.pop(of, None)
+            for each in self._delays.get(of, {}).values():
+                each.gone_s = over_s - 1
+        for of, mine in list(self._delays.items()):
+            for labels in [labels for labels, d in mine.items() if d.gone_s is not None and d.gone_s < over_s]:
+                del mine[labels]
+                self._series -= 1
+                self._dropped += 1
+            if not mine and of not in self._latest:
+                del self._delays[of]
 
     # What a request gets.
+
+    def _application(self) -> Starlette:
+        """The three pages; GET and HEAD."""
+
+        async def metrics(request: Request) -> Response:
+            text, content_type = self.metrics(request.headers.get("Accept", ""))
+            headers = {"Content-Length": str(len(text)), "Content-Type": content_type}
+            return StreamingResponse(in_pieces(text), headers=headers)
+
+        async def health(_: Request) -> Response:
+            return _answer(*self.health())
+
+        async def readiness(_: Request) -> Response:
+            return _answer(*self.readiness())
+
+        async def no_such_page(_: Request, __: Exception) -> Response:
+            return PlainTextResponse("there are /metrics, /healthz and /readyz\n", 404)
+
+        pages = [Route("/metrics", metrics), Route("/healthz", health), Route("/readyz", readiness)]
+        return Starlette(routes=pages, exception_handlers={404: no_such_page})
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """Exposition in the format that `accept` (a header) prefers, and its content type."""
         encoder, content_type = choose_encoder(accept)
-        text: bytes = encoder(self._registry)
+        now_s = self._clock_s()
+        made_s, text = self._text.get(content_type, (-_FRESH_S, b""))
+        if not text or now_s - made_s >= _FRESH_S:
+            text = encoder(self._registry)
+            self._text[content_type] = now_s, text
         return text, content_type
 
     def collect(self) -> Iterator[Metric]:
         """All of it as prometheus_client's families; called by its registry."""
         with self._lock:
-            delays = [(labels, d.sum_ns, d.counts.copy()) for labels, d in self._delays.items()]
+            self._sweep(self._clock_s())
+            delays = [
+                (labels, d.sum_ns, d.counts.copy()) for mine in self._delays.values() for labels, d in mine.items()
+            ]
             latest = list(self._latest.items())
-            not_shown = self._not_shown
+            not_shown, dropped = self._not_shown, self._dropped
         yield _histogram(delays)
         about = f"Delays that are in no histogram, because there are {_MOST_SERIES} already."
         yield CounterMetricFamily("mace_delays_not_shown", about, value=not_shown)
+        about = "Series that were dropped because their container or device is gone."
+        yield CounterMetricFamily("mace_series_dropped", about, value=dropped)
         yield from _ledgers(latest)
         yield from _costs(latest)
         yield from self._sinks()
+        yield from self._publishing()
         yield from self._process()
 
     def _sinks(self) -> Iterator[Metric]:
@@ -196,6 +285,22 @@ class Endpoint:
             spool.add_metric((name,), account.spool_bytes)
             connected.add_metric((name,), account.connected)
         yield from (rows, waiting, retries, spool, connected)
+
+    def _publishing(self) -> Iterator[Metric]:
+        if self._vitals.publishing is None:
+            return
+        state = self._vitals.publishing()
+        records = CounterMetricFamily(
+            "mace_publish_records", "Published records by what became of them.", labels=("fate",)
+        )
+        for fate in ("arrived", "discarded", "set_aside"):
+            records.add_metric((fate,), getattr(state, fate))
+        yield records
+        yield GaugeMetricFamily("mace_publish_records_waiting", "Records that have not arrived.", value=state.waiting)
+        about = "Whether there is a session at the broker."
+        yield GaugeMetricFamily("mace_publish_connected", about, value=int(state.connected))
+        about = "Times that another client of this host's name took the session over."
+        yield CounterMetricFamily("mace_publish_taken_over", about, value=state.taken_over)
 
     def _process(self) -> Iterator[Metric]:
         peaks = GaugeMetricFamily("mace_queue_peak", "The most items that ever waited.", labels=("queue",))
@@ -219,9 +324,16 @@ class Endpoint:
         on_time = vitals.running and since_s is not None and since_s < self._config.stalled_s
         told_of = ("connected", "waiting", "not_stored", "trouble")
         sinks = {name: {k: getattr(a, k) for k in told_of} for name, a in list(vitals.accounts.items())}
-        why = "" if on_time else "no results" if vitals.running else "not measuring yet, or no longer"
+        publishing = vitals.publishing() if vitals.publishing is not None else None
+        why = vitals.waits_for
+        if not why and not on_time:
+            why = "no results" if vitals.running else "not measuring yet, or no longer"
+        if not why and publishing is not None and not publishing.answered:
+            why = f"the broker has not answered yet: {publishing.trouble}"
         told = {"why": why, "since_results_s": since_s and round(since_s, 1), "sinks": sinks}
-        return on_time and self.health()[0], told
+        if publishing is not None:
+            told["publishing"] = asdict(publishing)
+        return not why and self.health()[0], told
 
 
 class _Stream:
@@ -231,6 +343,7 @@ class _Stream:
 
     async def open(self, header: StreamHeader) -> None:
         self._header = header
+        self._endpoint.begin(header)
 
     async def write(self, results: Results | RoundTrips) -> None:
         assert self._header is not None
@@ -238,46 +351,23 @@ class _Stream:
             self._endpoint.add(self._header, results)
 
     async def aclose(self) -> None:
-        self._header = None
+        if self._header is not None:
+            self._endpoint.end(self._header)
+            self._header = None
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, where: tuple[str, int], endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        if ":" in where[0]:
-            self.address_family = AF_INET6
-        super().__init__(where, _Handler)
+def _answer(ok: bool, told: dict[str, Any]) -> Response:
+    return JSONResponse({"ok": ok} | told, 200 if ok else 503)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = 10
-    """For a client that connects and says nothing."""
-
-    def do_GET(self) -> None:
-        """One of the three pages."""
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            body, content_type = self.server.endpoint.metrics(self.headers.get("Accept", ""))
-            self._answer(200, body, content_type)
-        elif path in {"/healthz", "/readyz"}:
-            endpoint = self.server.endpoint
-            ok, told = endpoint.health() if path == "/healthz" else endpoint.readiness()
-            self._answer(200 if ok else 503, json.dumps({"ok": ok} | told).encode() + b"\n", "application/json")
-        else:
-            self._answer(404, b"there are /metrics, /healthz and /readyz\n", "text/plain; charset=utf-8")
-
-    def _answer(self, status: int, body: bytes, content_type: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the class above has it
-        _LOG.debug(format, *args)
+def _mark(series: dict[Labels, _Distribution], present: Sequence[Device], now_s: float) -> None:
+    """Say of each series since when its device, or the container whose packets crossed it, is gone."""
+    keys, containers = {d.key for d in present}, {"", *(d.container for d in present)}
+    for labels, each in series.items():
+        if each.device in keys and labels[_CONTAINER] in containers:
+            each.gone_s = None
+        elif each.gone_s is None:
+            each.gone_s = now_s
 
 
 def address(listen: str) -> tuple[str, int]:
@@ -347,7 +437,8 @@ def check(config: Config) -> Status:
     """Whether the address can be listened on."""
     listen = config.sinks.prometheus.listen
     try:
-        with _Server(address(listen), Endpoint(config.sinks.prometheus, Vitals())):
+        where = address(listen)
+        with socket.create_server(where, family=socket.AF_INET6 if ":" in where[0] else socket.AF_INET):
             return Status(True, f"would serve http://{listen}/metrics")
     except ConfigError as error:
         return Status(False, str(error), "see docs/configuration.md")

@@ -1,9 +1,11 @@
 """The Prometheus endpoint: what it serves, read by prometheus_client's own parser; health."""
 
 import asyncio
+import http.client
 import json
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -17,8 +19,9 @@ from mace.config import Config, PrometheusConfig, SinksConfig
 from mace.errors import ConfigError, Unavailable
 from mace.hooks import Hook
 from mace.ledger import Ledger
-from mace.schema import Direction, HookCost, Segment
-from mace.vitals import Vitals
+from mace.schema import Delays, Direction, HookCost, Segment, Window
+from mace.topology import Device, Role
+from mace.vitals import Publishing, Vitals
 from storage import SINKS
 from storage import prometheus as endpoint
 from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
@@ -158,6 +161,141 @@ def test_series_are_bounded(monkeypatch):
     counts = [v for k, v in found.items() if k[0] == "mace_device_delay_seconds_count"]
     assert len(counts) == 3
     assert sum(counts) + found["mace_delays_not_shown_total", ()] == len(DELAYS)
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def own_device(number):
+    return Device(
+        1000 + number, 2, "eth0", "veth", 1, 10 + number, netns_name=f"net:[{number}]", container=f"c{number}"
+    )
+
+
+NOTHING = replace(make_results(DELAYS), delays=Delays.empty())
+BRIDGE = Device(1, 5, "br0", "bridge", netns_name="host", role=Role.HOST)
+
+
+def crossing(number, present):
+    """A packet of a container, seen at its own device and at the host's bridge, while others are there."""
+    devices = (own_device(number), replace(BRIDGE, container=f"c{number}"))
+    ones = np.ones(1, np.int64)
+    windows = [
+        Window(0, 1, each, Direction.EGRESS, Segment.DEVICE, 1, 500, 500, 500, 500, 500, 500, 500, ones, ones)
+        for each in range(2)
+    ]
+    listed = (BRIDGE, *(own_device(n) for n in present))
+    return replace(NOTHING, devices=devices, windows=windows, present=listed)
+
+
+def shown(server):
+    found = samples(server.metrics("text/plain")[0].decode())
+    return {(dict(k[1])["container"], dict(k[1])["device"]) for k in found if k[0] == "mace_device_delay_seconds_count"}
+
+
+def test_series_of_what_is_gone_are_dropped_and_those_of_what_is_there_stay():
+    clock = Clock()
+    server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0", gone_s=60), Vitals(), clock)
+    server.begin(HEADER)
+    server.add(HEADER, crossing(1, [1, 2]))
+    server.add(HEADER, crossing(2, [1, 2]))
+    both = {(c, d) for c in ("c1", "c2") for d in ("eth0", "br0")}
+    assert shown(server) == both
+    clock.now_s += 10_000  # silent, and there
+    server.add(HEADER, crossing(2, [1, 2]))
+    assert shown(server) == both
+    server.add(HEADER, crossing(2, [2]))  # the first is gone, from the bridge too
+    clock.now_s += 59
+    server.add(HEADER, crossing(2, [2]))
+    assert shown(server) == both
+    clock.now_s += 3
+    assert shown(server) == {("c2", "eth0"), ("c2", "br0")}
+    assert samples(server.metrics("text/plain")[0].decode())["mace_series_dropped_total", ()] == 2
+    server.end(HEADER)
+    clock.now_s += 30
+    server.begin(HEADER)  # the next run of the same host
+    clock.now_s += 100
+    assert shown(server) == {("c2", "eth0"), ("c2", "br0")}
+    server.end(HEADER)
+    clock.now_s += 62
+    assert shown(server) == set()
+    clock.now_s += 2
+    assert "mace_records_total{" not in server.metrics("text/plain")[0].decode()
+
+
+def test_hours_of_churn_cost_what_minutes_do():
+    """A container every other second for two hours, each there for four seconds: series, text and memory stay."""
+    clock = Clock()
+    server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0", gone_s=60), Vitals(), clock)
+    server.begin(HEADER)
+    sizes, memory = [], []
+    tracemalloc.start()
+    try:
+        for number in range(3600):
+            clock.now_s += 2
+            server.add(HEADER, crossing(number, [number - 1, number]))
+            if number % 600 == 599:
+                sizes.append((server._series, len(server.metrics("text/plain")[0]) // 1000))
+                memory.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert all(series <= 2 * 35 for series, _ in sizes)
+    assert max(size for _, size in sizes) <= 1.2 * min(size for _, size in sizes)
+    assert max(memory) <= 1.5 * memory[0]
+    assert server._series == sum(map(len, server._delays.values()))
+
+
+def test_publishing_is_told():
+    server = serving()
+    vitals = server._vitals
+    state = Publishing(arrived=5, waiting=7, set_aside=2, discarded=1, trouble="mqtt://b:1883: refused")
+
+    def look():
+        vitals.running = True
+        vitals.got_on(items=1)
+        told = [get(server, "/readyz")]
+        vitals.publishing = lambda: state
+        told.append(get(server, "/readyz"))
+        vitals.publishing = lambda: replace(state, answered=True)
+        told += [get(server, "/readyz"), get(server, "/metrics")]
+        vitals.waits_for = "the broker"
+        return [*told, get(server, "/readyz")]
+
+    plain, never, away, metrics, waits = during(server, look)
+    assert [plain[0], never[0], away[0], waits[0]] == [200, 503, 200, 503]
+    assert "publishing" not in json.loads(plain[2])
+    assert json.loads(never[2])["why"] == "the broker has not answered yet: mqtt://b:1883: refused"
+    told = json.loads(away[2])["publishing"]
+    assert (told["waiting"], told["arrived"], told["set_aside"], told["connected"]) == (7, 5, 2, False)
+    found = samples(metrics[2])
+    assert found["mace_publish_records_waiting", ()] == 7
+    assert found["mace_publish_records_total", (("fate", "set_aside"),)] == 2
+    assert found["mace_publish_connected", ()] == 0
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/"])
+def test_head_is_answered_as_get_without_the_text(path):
+    server = serving()
+
+    def ask(method):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        try:
+            connection.request(method, path)
+            answer = connection.getresponse()
+            return answer.status, answer.headers["Content-Type"], int(answer.headers["Content-Length"]), answer.read()
+        finally:
+            connection.close()
+
+    (*whole, text), (*headers, nothing) = during(server, lambda: (ask("GET"), ask("HEAD")))
+    assert headers[:2] == whole[:2]
+    assert headers[2] > 0
+    assert len(text) == whole[2]
+    assert nothing == b""
 
 
 def test_ready_while_results_come_out():
