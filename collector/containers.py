@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from collector.netns import inode_of
+from collector.netns import inode_of, occupied
 from mace.names import text_of
 
 API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
@@ -47,6 +47,9 @@ _LXC_IN_CGROUP: Final = re.compile(r"/lxc(?:\.payload\.|/)([^/\n]+)")
 _MACHINE_IN_CGROUP: Final = re.compile(
     r"/machine\.slice/(?:machine-|systemd-nspawn@)([^/\n]+?)(?:\.scope|\.service)?(?:/|$)", re.MULTILINE
 )
+_ID: Final = re.compile(r"[0-9a-f]{12}")
+_APPTAINER: Final = re.compile(rb"(?:Apptainer|Singularity) runtime parent: ([^\0]+)")
+"""How the process is called that waits for a container's end; the container itself is in nobody's control group."""
 _SYSTEMD_ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
 """unit_name_escape in systemd's unit-name.c. It spells `/` as `-` besides, but no machine's name has one."""
 _MADE_UP: Final = re.compile(r"(?:cni|netns|cnitest)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -71,10 +74,14 @@ def is_made_up(netns_name: str) -> bool:
 def name_of_process(pid: int) -> str:
     """The container's short id if the process's control group tells, else `comm[pid]`; "" if it has ended."""
     try:
-        named = name_in_cgroup(os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes()))
+        named = name_in_cgroup(_cgroup_of(pid))
         return named or f"{text_of(Path(f'/proc/{pid}/comm').read_bytes().strip())}[{pid}]"
     except OSError:
         return ""
+
+
+def _cgroup_of(pid: int) -> str:
+    return os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
 
 
 def name_in_cgroup(text: str) -> str:
@@ -159,6 +166,18 @@ class ContainerApi:
             self._connection = None
             connection.close()
 
+    def listed(self) -> dict[str, str]:
+        """Short id → name of every running container. Raises `ApiError`."""
+        connection = _UnixConnection(self._path)
+        try:
+            listed = self._get(connection, "/containers/json", time.monotonic() + _API_TIMEOUT_S)
+            entries = map(_identity, listed if isinstance(listed, list) else [])
+            return {identity[:12]: name for identity, name in entries if name}
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as failure:
+            raise ApiError(f"{self._path}: {str(failure) or type(failure).__name__}") from failure
+        finally:
+            connection.close()
+
     def interrupt(self) -> None:
         """Make a `names` that is waiting in another thread fail."""
         connection = self._connection
@@ -211,6 +230,33 @@ def _shares(inspected: object) -> bool:
     config = inspected.get("HostConfig") if isinstance(inspected, dict) else None
     mode = config.get("NetworkMode") if isinstance(config, dict) else None
     return isinstance(mode, str) and mode.startswith("container:")
+
+
+def sharing(netns: int, sockets: Sequence[str] = API_SOCKETS) -> tuple[str, ...]:
+    """Names of the containers whose processes are in this network namespace (its inode), sorted; our own left out.
+
+    With `--network host`, or as Apptainer does by default, a container has no device of its own. Some 20 µs a process,
+    and a question to the daemons if there is such a container.
+    """
+    own = _container_of(os.getpid())
+    found = {name for pid in occupied().get(netns, []) if (name := _container_of(pid)) and name != own}
+    names: dict[str, str] = {}
+    for path in sockets if any(_ID.fullmatch(name) for name in found) else ():
+        try:
+            names |= ContainerApi(path).listed()
+        except ApiError:
+            continue
+    return tuple(sorted(names.get(name, name) for name in found))
+
+
+def _container_of(pid: int) -> str:
+    """The short id, or the name, of the container that a process is in; "" if it is in none, or has ended."""
+    try:
+        named = name_in_cgroup(_cgroup_of(pid))
+        apptainer = _APPTAINER.match(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return ""
+    return named or (f"{text_of(apptainer[1])}[{pid}]" if apptainer else "")
 
 
 class NameService:

@@ -30,6 +30,8 @@ _RANK_ELSE: Final = 6
 INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
 """Kinds of devices that receive packets past all tracepoints: the lower device's receive handler puts its packet
 on them and goes round again (`another_round` in __netif_receive_skb_core), behind `netif_receive_skb`."""
+_MANY_SENT: Final = 100
+"""Packets out of a device for each one in, ARP among them, that are worth a word."""
 COUNTS_AS: Final = {
     Segment.DEVICE: "overhead",
     Segment.OUTSIDE: "outside",
@@ -187,6 +189,8 @@ class Summary:
     """What observing has cost, per hook; empty where the source could not tell."""
     note: str = ""
     """What a reader must know of where the figures come from."""
+    on_host_network: tuple[str, ...] = ()
+    """Containers that share the host's network namespace, and so have no devices of their own."""
     sinks: dict[str, Account] = field(default_factory=dict)
     """Where the rows went that were for sinks with a server."""
     _by_width: dict[int, dict[Key, Distribution]] = field(default_factory=dict)
@@ -226,6 +230,7 @@ class Summary:
         self.grades += other.grades
         self.rows_not_stored += other.rows_not_stored
         self.cost = added(self.cost, other.cost)
+        self.on_host_network = tuple(sorted({*self.on_host_network, *other.on_host_network}))
         self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
         for name, account in other.sinks.items():
             self.sinks[name] = self.sinks[name] + account if name in self.sinks else account
@@ -267,8 +272,9 @@ class Summary:
         container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored`, `unseen` (sentences), `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call)
-        and `sinks` (by name, the counts of `mace.vitals.Account`) appear where there is something to say.
+        `rows_not_stored`, `unseen` (sentences), `on_host_network` (names of containers), `note`, `cost` (per hook:
+        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `mace.vitals.Account`) appear
+        where there is something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -283,6 +289,8 @@ class Summary:
             found["rows_not_stored"] = self.rows_not_stored
         if unseen := self.unseen():
             found["unseen"] = unseen
+        if self.on_host_network:
+            found["on_host_network"] = list(self.on_host_network)
         if self.cost:
             found["cost"] = [cost.as_dict() for cost in self.cost]
         if self.note:
@@ -324,25 +332,41 @@ class Summary:
     def unseen(self) -> list[str]:
         """A sentence for each inner device of which the kernel shows one direction only."""
         places = {place for (place, _, _), _ in self.rows(Segment.DEVICE) if place.role == Role.INNER}
-        return [
-            f"{place.device} of {self._owner(place)} is a {place.kind}: what it receives passes no tracepoint there, so"
-            f" its ingress is not measured."
-            for place in sorted(places)
-            if place.kind in INGRESS_UNSEEN
-        ]
+        seen: dict[tuple[Place, Direction], int] = {}
+        for (place, direction, _), distribution in self.rows(Segment.DEVICE, Segment.DELIVERY):
+            seen[place, direction] = seen.get((place, direction), 0) + distribution.count
+        told = []
+        for place in sorted(places):
+            sent = seen.get((place, Direction.EGRESS), 0)
+            if place.kind in INGRESS_UNSEEN:
+                told.append(
+                    f"{place.device} of {self._owner(place)} is a {place.kind}: what it receives passes no tracepoint"
+                    " there, so its ingress is not measured."
+                )
+            elif sent >= _MANY_SENT * (1 + (received := seen.get((place, Direction.INGRESS), 0))):
+                told.append(
+                    f"{place.device} of {self._owner(place)} sent {sent:,} packets and was seen to receive"
+                    f" {received:,}: either no more came, or what it receives is put on it past its tracepoints"
+                    " (bpf_redirect_peer, as Cilium's host routing does), and its ingress is not measured."
+                )
+        return told
 
     def ledger_line(self) -> Text:
         """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""
         line = f"packets {self.packets:,} · {self.ledger.line()}"
         style = "bold red" if self.losses() else "dim"
         sinks = [f"{name}: {account.line()}" for name, account in self.sinks.items()]
-        lines = (line, self.grades.line(), self._cost_line(), *sinks, self.note)
+        lines = (line, self.grades.line(), self._cost_line(), *sinks, self._sharing_line(), self.note)
         return Text("\n".join(t for t in lines if t), style=style)
 
     def _cost_line(self) -> str:
         told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)
         line = " · ".join(told)
         return f"own cost: {line}" if line else ""
+
+    def _sharing_line(self) -> str:
+        names = ", ".join(self.on_host_network)
+        return f"on the host's own network, with no device to cross: {names}" if names else ""
 
     def _several_hosts(self) -> bool:
         return len({k[0].host for k, _ in self.rows()}) > 1

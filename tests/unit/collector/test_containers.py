@@ -281,6 +281,34 @@ def eventually(condition: Callable[[], bool], limit_s: float = 5) -> None:
         time.sleep(0.005)
 
 
+def test_containers_that_share_a_namespace_are_named(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's by the daemon, Apptainer's by the process that waits for it, others by their control group."""
+    assert OWN_NETNS is not None
+    with contextlib.ExitStack() as running:
+
+        def process(title: str) -> subprocess.Popen[bytes]:
+            started = running.enter_context(subprocess.Popen([title, "60"], executable="/bin/sleep"))
+            running.callback(started.kill)
+            return started
+
+        web, other, plain, own = (process("sleep") for _ in range(4))
+        apptainer = process("Apptainer runtime parent: probe")
+        cgroups = {
+            web.pid: f"0::/system.slice/docker-{ID}.scope",
+            other.pid: f"0::/docker/{OTHER_ID}",
+            own.pid: "0::/lxc.payload.ours/init.scope",
+            os.getpid(): "0::/lxc.payload.ours/init.scope",
+        }
+        pids = [p.pid for p in (web, other, plain, own, apptainer)]
+        monkeypatch.setattr(containers, "occupied", lambda: {OWN_NETNS: [*pids, os.getpid()]})
+        monkeypatch.setattr(containers, "_cgroup_of", lambda pid: cgroups.get(pid, "0::/"))
+        daemon.runs(ID, "web", web.pid, "host")
+        eventually(lambda: Path(f"/proc/{apptainer.pid}/cmdline").read_bytes().startswith(b"Apptainer"))
+        found = containers.sharing(OWN_NETNS, [daemon.path, "/nowhere"])
+    assert found == (OTHER_ID[:12], f"probe[{apptainer.pid}]", "web")
+    assert containers.sharing(1, [daemon.path]) == ()
+
+
 def test_the_service_finds_names_and_then_leaves_the_daemon_alone(daemon: Daemon, service: NameService) -> None:
     assert OWN_NETNS is not None
     daemon.runs(ID, "web", os.getpid())

@@ -11,7 +11,7 @@ from mace.histogram import bins_of, quantiles
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.schema import Direction, HookCost, Segment
-from mace.summary import Distribution, Summary, ranks
+from mace.summary import Distribution, Place, Summary, ranks
 from mace.topology import Device, Role
 from tests.made_results import START_NS, make_delays, make_results, make_windows, topology
 
@@ -198,3 +198,37 @@ def test_devices_that_look_alike_are_told_apart():
     egress = [k[0].netns_id for k, _ in summary.overhead() if k[1] is Direction.EGRESS]
     assert sorted(egress) == [77, 4026532000]
     assert len(summary.rows(Segment.OVERHEAD)) == 4
+
+
+def test_a_device_that_sends_and_is_not_seen_to_receive_is_named():
+    """100 packets out for each one in: those of ARP pass a tracepoint where all others are put past it."""
+
+    def told(sent, received, kind="veth"):
+        summary = Summary()
+        place = Place(0, "c0", "net:[7]", 7, "eth0", 2, kind, Role.INNER.value)
+        for direction, count in ((Direction.EGRESS, sent), (Direction.INGRESS, received)):
+            if count:
+                of = summary.distribution(place, direction, Segment.DEVICE)
+                of.add(count, count, 1, 1, np.ones(1, np.int64), np.array([count]))
+        return summary.unseen()
+
+    assert told(99, 0) == []
+    assert told(1000, 10) == []
+    (one,) = told(480, 1)
+    assert one.startswith("eth0 of c0 sent 480 packets and was seen to receive 1: ")
+    assert "bpf_redirect_peer" in one
+    assert len(told(100, 0)) == 1
+    (other,) = told(480, 0, "macvlan")
+    assert other.startswith("eth0 of c0 is a macvlan")
+
+
+def test_containers_on_the_host_s_network_are_named():
+    summary = live(make_delays(10))
+    assert "on_host_network" not in summary.as_dict()
+    assert "host's own network" not in printed(summary)
+    summary.on_host_network = ("db", "web")
+    assert summary.as_dict()["on_host_network"] == ["db", "web"]
+    assert "on the host's own network, with no device to cross: db, web" in printed(summary)
+    other = Summary(on_host_network=("cache", "db"))
+    other.merge(summary)
+    assert other.on_host_network == ("cache", "db", "web")
