@@ -132,7 +132,8 @@ def line(sink: StreamPublisher) -> str:
         counts.append(f"{sink.set_aside:,} set aside ({sink.set_aside_frames:,} frames that cannot be sent)")
     if sink.taken_over:
         counts.append(f"session taken over {sink.taken_over:,} times: another host has this one's name")
-    return "published: " + ", ".join(counts) + (f"; {sink.state().trouble}" if sink.waiting else "")
+    trouble = sink.state().trouble
+    return "published: " + ", ".join(counts) + (f"; {trouble}" if sink.waiting and trouble else "")
 
 
 class Both:
