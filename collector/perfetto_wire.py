@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, NamedTuple
 
 import zstandard
 
@@ -25,6 +24,8 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Wire types. 3 and 4 (groups) are in no trace."""
 
 _PACKET_TAG: Final = 0x0A
+_EMPTY_PACKET: Final = bytes([_PACKET_TAG, 0])
+_MANY_EMPTY: Final = _EMPTY_PACKET * (1 << 12)
 _COMPRESSED: Final = {50: "deflate", 133: "zstd"}
 """compressed_packets and zstd_compressed_packets."""
 MAX_PACKET_BYTES: Final = 64 << 20
@@ -38,8 +39,7 @@ _LOOK_AHEAD: Final = 64
 _DAMAGE_TOLD: Final = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One field: a number, or where its bytes are."""
 
     number: int
@@ -50,8 +50,7 @@ class Field:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Packet:
+class Packet(NamedTuple):
     """One TracePacket. Of a field that is there more often the last one counts."""
 
     offset: int
@@ -90,7 +89,12 @@ def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Fiel
     at = start
     end = len(data) if end is None else end
     while at < end:
-        tag, at = varint(data, at, end)
+        # Most numbers are of one byte.
+        tag = data[at]
+        if tag < 128:
+            at += 1
+        else:
+            tag, at = varint(data, at, end)
         number, wire = tag >> 3, tag & 7
         if not number:
             raise WireError("a field of number 0")
@@ -111,6 +115,15 @@ def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Fiel
             raise WireError(f"field {number} of {size} bytes, of which {end - at} are there")
         yield Field(number, wire, 0, at, at + size)
         at += size
+
+
+def _after_empty(data: bytes, at: int) -> int:
+    """Where the next packet begins that has something in it, or is damaged."""
+    while data.startswith(_MANY_EMPTY, at):
+        at += len(_MANY_EMPTY)
+    while data.startswith(_EMPTY_PACKET, at):
+        at += len(_EMPTY_PACKET)
+    return at
 
 
 def recognises(head: bytes) -> bool:
@@ -174,23 +187,43 @@ class PacketReader:
 
     def __iter__(self) -> Iterator[Packet]:
         while self._window.fill(1):
+            yield from self._at_hand()
             try:
-                size, packet = self._next()
+                self._make_room()
             except WireError as error:
                 self._refuse_and_skip(str(error))
-                continue
-            offset = self._window.offset
-            self._window.drop(size)
-            inner = next((n for n in _COMPRESSED if n in packet.fields), None)
-            if inner is None:
-                yield packet
-            else:
-                yield from self._inside(packet, inner, offset)
 
-    def _next(self) -> tuple[int, Packet]:
-        """Bytes that the packet takes, and it. Raises `WireError`."""
-        window = self._window.bytes
+    def _at_hand(self) -> Iterator[Packet]:
+        """The packets that are in the window whole, up to one that is damaged. The window is not moved for each."""
+        data, offset = bytes(self._window.bytes), self._window.offset
+        at, end = 0, len(data)
+        while at < end and data[at] == _PACKET_TAG:
+            # Nothing is in them, and a file may consist of them: ten million in 20 MB.
+            if data[at + 1 : at + 2] == b"\0":
+                at = _after_empty(data, at)
+                continue
+            try:
+                size, start = varint(data, at + 1, end)
+                after = start + size
+                if after > end or size > MAX_PACKET_BYTES:
+                    break
+                inside = data[start:after]
+                packet = Packet(offset + at, inside, {field.number: field for field in fields(inside)})
+            except WireError:
+                break
+            if not _COMPRESSED.keys().isdisjoint(packet.fields):
+                yield from self._inside(packet)
+            else:
+                yield packet
+            at = after
+        self._window.drop(at)
+
+    def _make_room(self) -> None:
+        """Have the next packet, if there is one, in the window whole. Raises `WireError` where it is none."""
         have = self._window.fill(11)
+        window = self._window.bytes
+        if not have:
+            return
         if window[0] != _PACKET_TAG:
             raise WireError(f"found {window[0]:#04x} where a packet begins with {_PACKET_TAG:#04x}")
         size, at = varint(window, 1, have)
@@ -199,28 +232,32 @@ class PacketReader:
         have = self._window.fill(at + size)
         if have < at + size:
             raise WireError(f"a packet of {size} bytes, but the file ends after {have - at} of them")
-        data = bytes(window[at : at + size])
-        return at + size, Packet(self._window.offset, data, {field.number: field for field in fields(data)})
+        for _ in fields(bytes(window[at : at + size])):
+            pass
 
-    def _inside(self, packet: Packet, number: int, offset: int) -> Iterator[Packet]:
+    def _inside(self, packet: Packet) -> Iterator[Packet]:
+        number = next(n for n in _COMPRESSED if n in packet.fields)
         try:
             raw = self._inflate(packet.message(number) or b"", _COMPRESSED[number])
         except WireError as error:
-            self._leave_out(offset, str(error))
+            self._leave_out(packet.offset, str(error))
             return
         at = 0
         while at < len(raw):
+            if raw.startswith(_EMPTY_PACKET, at):
+                at = _after_empty(raw, at)
+                continue
             try:
                 tag, start = varint(raw, at, len(raw))
                 size, start = varint(raw, start, len(raw))
                 if tag != _PACKET_TAG or size > len(raw) - start:
                     raise WireError("what was compressed are no packets")
                 data = raw[start : start + size]
-                inner = Packet(offset, data, {field.number: field for field in fields(data)})
+                inner = Packet(packet.offset, data, {field.number: field for field in fields(data)})
                 if any(n in inner.fields for n in _COMPRESSED):
                     raise WireError("compressed packets inside compressed ones")
             except WireError as error:
-                self._leave_out(offset, f"inside a compressed packet, at its byte {at}: {error}")
+                self._leave_out(packet.offset, f"inside a compressed packet, at its byte {at}: {error}")
                 return
             at = start + size
             yield inner

@@ -5,12 +5,15 @@ import sys
 from importlib import import_module
 from typing import Final
 
+from mace import streams
+
 _ALLOCATOR: Final = "ARROW_DEFAULT_MEMORY_POOL"
 """Arrow's own variable: who has set it has chosen."""
 
 
 def main() -> int:
     """Run one command; returns the exit status."""
+    streams.claim()
     _import_arrow()
     from mace import cli  # noqa: PLC0415 (it imports Arrow too)
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from mace.config import MqttConfig
+from mace.config import MqttConfig, split_url
 from mace.errors import ConfigError, MissingExtra
 
 try:
@@ -141,11 +140,7 @@ class Broker:
     """Where the broker is and who we are there. Reads files and environment once; raises `ConfigError`."""
 
     def __init__(self, config: MqttConfig) -> None:
-        url = urlsplit(config.broker)
-        try:
-            port = url.port
-        except ValueError as error:
-            raise ConfigError(f"broker {config.broker!r}: {error}") from None
+        url = split_url("broker", config.broker)
         if url.scheme not in _PORTS or not url.hostname or url.path not in ("", "/") or url.query or url.fragment:
             raise ConfigError(f"broker {config.broker!r}: expected mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS")
         if url.username is not None or url.password is not None:
@@ -158,7 +153,7 @@ class Broker:
         except UnicodeError as error:
             raise ConfigError(f"broker {config.broker!r}: no host can be called so: {error}") from None
         self.host: Final = url.hostname
-        self.port: Final = port or _PORTS[url.scheme]
+        self.port: Final = url.port or _PORTS[url.scheme]
         self.address: Final = f"{url.scheme}://{self.host}:{self.port}"
         self._tls = _tls(config) if url.scheme == "mqtts" else None
         if self._tls is None and (config.ca_file or config.cert_file or config.key_file):

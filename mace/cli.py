@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
+from rich.text import Text
 
 from mace import (
     __version__,
@@ -40,6 +37,7 @@ from mace import (
     report,
     sinks,
     storecheck,
+    streams,
     wrap,
 )
 from mace.check import statuses
@@ -48,45 +46,49 @@ from mace.hooks import HOOKS
 from mace.interfaces import StreamSink
 from mace.session import Session, Until
 from mace.summary import Summary
+from mace.terminal import Console, PlainTable, complaint, json_line, line, log_to_stderr, output
 from mace.verify import command as verify
 from storage.capture import CaptureSink
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
-WIDTH: Final = 120
-"""Of tables that do not go to a terminal, in characters."""
 EXIT_INTERRUPTED: Final = 130
 """128 + SIGINT, as shells count."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = _parser()
-    args, others = parser.parse_known_args(argv)
-    if others and not hasattr(args, "others"):
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    args.others = others
-    errors = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=errors, show_path=args.debug, show_time=args.debug)],
-    )
+    debug = False
     try:
-        status: int = args.function(args)
-        sys.stdout.flush()
+        args = _parsed(argv)
+        debug = args.debug
+        log_to_stderr(debug=debug)
+        return streams.finished(args.function(args))
     except MaceError as error:
-        if args.debug:
-            raise
-        print(f"mace: {error}", file=sys.stderr)
+        if debug:
+            for told in traceback.format_exc().splitlines():
+                complaint(told)
+        complaint(f"mace: {error}")
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has seen enough; Python would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has seen enough.
         return EXIT_ERROR
-    return status
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. SystemExit where they are wrong or ask for help, `OutputError` where that cannot be written."""
+    parser = _parser()
+    try:
+        args, others = parser.parse_known_args(argv)
+        if others and not hasattr(args, "others"):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    args.others = others
+    return args
 
 
 # Commands -------------------------------------------------------------------------------------------------
@@ -95,48 +97,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> int:
     found = statuses(config.load(args.config))
     if args.json:
-        _print_json({name: asdict(status) for name, status in found.items()})
+        json_line({name: asdict(status) for name, status in found.items()})
         return 0
     table = _table("part", "can run here", "found", "what to do")
     for name, status in found.items():
-        table.add_row(name, "[green]yes[/]" if status.ok else "[red]no[/]", status.detail, status.remedy)
-    _stdout().print(table)
+        table.add_row(name, Text("yes", "green") if status.ok else Text("no", "red"), status.detail, status.remedy)
+    output().print(table)
     return 0
 
 
 def _hooks(args: argparse.Namespace) -> int:
     if args.json:
         rows = [{"id": int(i.hook), "name": i.name, "tracepoint": i.tracepoint, "meaning": i.meaning} for i in HOOKS]
-        _print_json({"hooks": rows})
+        json_line({"hooks": rows})
         return 0
     table = _table("id", "letter", "tracepoint", "sees the packet", "meaning")
     for info in HOOKS:
         table.add_row(str(int(info.hook)), info.letter, info.tracepoint, info.way.name.lower(), info.meaning)
-    _stdout().print(table)
+    output().print(table)
     return 0
 
 
 def _lab_up(args: argparse.Namespace) -> int:
     made = lab.up(_spec(args, args.name))
-    print(f"lab {made.name} is up: {', '.join(made.members)}")
+    line(f"lab {made.name} is up: {', '.join(made.members)}")
     return 0
 
 
 def _lab_down(args: argparse.Namespace) -> int:
     removed = lab.down(args.name, force=args.force)
-    print(f"lab {args.name}: {'removed' if removed else 'there is none'}")
+    line(f"lab {args.name}: {'removed' if removed else 'there is none'}")
     return 0
 
 
 def _lab_list(args: argparse.Namespace) -> int:
     labs = lab.list_labs()
     if args.json:
-        _print_json({"labs": [asdict(info) for info in labs]})
+        json_line({"labs": [asdict(info) for info in labs]})
         return 0
     table = _table("lab", "status", "runtime", "containers", "")
     for info in labs:
         table.add_row(info.name, info.status, info.runtime, ", ".join(info.containers), info.detail)
-    _stdout().print(table)
+    output().print(table)
     return 0
 
 
@@ -154,32 +156,32 @@ def _lab_traffic(args: argparse.Namespace) -> int:
         result = place.udp(args.sender, args.to, rate_pps=args.rate, **shape)
     else:
         result = place.tcp_requests(args.sender, args.to, rate_pps=args.rate, **shape)
-    _print_json({key: value for key, value in asdict(result).items() if key != "rtts_ns"})
+    json_line({key: value for key, value in asdict(result).items() if key != "rtts_ns"})
     return 0
 
 
 def _module_build(args: argparse.Namespace) -> int:
-    print(f"built: {module.build(kdir=args.kdir)}")
+    line(f"built: {module.build(kdir=args.kdir)}")
     return 0
 
 
 def _module_load(args: argparse.Namespace) -> int:
-    print(f"module {module.NAME}: {module.load(args.parameters)}")
+    line(f"module {module.NAME}: {module.load(args.parameters)}")
     return 0
 
 
 def _module_unload(args: argparse.Namespace) -> int:
     del args
-    print(f"module {module.NAME}: {module.unload()}")
+    line(f"module {module.NAME}: {module.unload()}")
     return 0
 
 
 def _module_status(args: argparse.Namespace) -> int:
     found = module.status()
     if args.json:
-        _print_json(found.as_dict())
+        json_line(found.as_dict())
     else:
-        print(f"module {module.NAME}: {module.show(found)}")
+        line(f"module {module.NAME}: {module.show(found)}")
     return 0
 
 
@@ -191,7 +193,7 @@ def _demo(args: argparse.Namespace) -> int:
         summary = session.measure(lambda: demo.traffic(place, args.duration, session.say), store=store, tee=_tee(args))
         _show(summary, args)
         if not args.json:
-            report.print_typical_paths(store, _stdout())
+            report.print_typical_paths(store, output())
             session.say(
                 f"mace report --store {store} has more"
                 if args.store
@@ -214,7 +216,7 @@ def _run(args: argparse.Namespace) -> int:
     publishing = publisher.state if publisher is not None else None
     _show(session.measure(_for(args.duration), store=store, tee=tee, publishing=publishing), args)
     if publisher is not None:
-        print(publish.line(publisher), file=sys.stderr)
+        complaint(publish.line(publisher))
     return 0
 
 
@@ -222,9 +224,9 @@ def _record(args: argparse.Namespace) -> int:
     sink = CaptureSink(args.output, overwrite=args.force)
     lost = _session(args, lab.attach(args.lab) if args.lab else None).record(_for(args.duration), sink)
     if args.json:
-        _print_json({"file": str(args.output), "records": sink.records, "lost": lost, "bytes": sink.bytes_written})
+        json_line({"file": str(args.output), "records": sink.records, "lost": lost, "bytes": sink.bytes_written})
     else:
-        print(f"{args.output}: {sink.records:,} records, {lost:,} lost in the ring, {sink.bytes_written:,} bytes")
+        line(f"{args.output}: {sink.records:,} records, {lost:,} lost in the ring, {sink.bytes_written:,} bytes")
     return 0
 
 
@@ -247,10 +249,10 @@ def _correct(args: argparse.Namespace) -> int:
     found = correct.corrected(args, session)
     session.deliver(found.round_trips())
     if args.json:
-        _print_json(found.as_dict())
+        json_line(found.as_dict())
         return 0
     correct.print_samples(found)
-    found.tables(_stdout())
+    found.tables(output())
     return 0
 
 
@@ -271,11 +273,11 @@ def _ping(args: argparse.Namespace) -> int:
     session.deliver(found.round_trips())
     host_rtt = found.statistics()["host_rtt_ns"]["median"]
     if args.json:
-        _print_json(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
+        json_line(found.as_dict() | ({"host_path": term.as_dict(host_rtt)} if term else {}))
     else:
-        found.tables(_stdout(), lower_bound=term is None)
+        found.tables(output(), lower_bound=term is None)
         if term:
-            print(term.line(host_rtt))
+            line(term.line(host_rtt))
     return run.status
 
 
@@ -289,10 +291,10 @@ def _wrap(args: argparse.Namespace) -> int:
         os.close(netns_fd)
     session.deliver(found.round_trips())
     if args.json:
-        _print_json(found.as_dict())
+        json_line(found.as_dict())
     else:
         correct.print_samples(found)
-        found.tables(_stdout())
+        found.tables(output())
     return status
 
 
@@ -307,9 +309,9 @@ def _experiment(args: argparse.Namespace) -> int:
     if args.png:
         experiment.draw(found, args.png)
     if args.json:
-        _print_json(found.as_dict())
+        json_line(found.as_dict())
     else:
-        found.tables(_stdout())
+        found.tables(output())
     return 0
 
 
@@ -327,9 +329,9 @@ def _compare(args: argparse.Namespace) -> int:
     if args.png:
         compare.draw(found, args.png)
     if args.json:
-        _print_json(found.as_dict())
+        json_line(found.as_dict())
     else:
-        found.tables(_stdout())
+        found.tables(output())
     return 0
 
 
@@ -382,22 +384,13 @@ def _for(duration_s: float | None) -> Until:
 
 def _show(summary: Summary, args: argparse.Namespace) -> None:
     if args.json:
-        _print_json(summary.as_dict())
+        json_line(summary.as_dict())
     else:
-        summary.tables(_stdout())
+        summary.tables(output())
 
 
-def _stdout() -> Console:
-    """Where results go; a pipe or a file has no width of its own, and nothing of a table should be cut there."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, separators=(",", ":")))
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _table(*headings: str) -> PlainTable:
+    table = PlainTable()
     for heading in headings:
         table.add_column(heading)
     return table

@@ -26,7 +26,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 
 from collector import SOURCES
 from correlator import intervals
@@ -36,7 +35,8 @@ from mace.lab import REMOTE, Lab, Runtime, Spec, probing
 from mace.rounds import bounds, interval_text, machine, machine_text, median_us
 from mace.schema import Direction, Segment
 from mace.session import Session
-from mace.summary import Distribution, Key, Summary, labels_of, path_order, plain_table
+from mace.summary import Distribution, Key, Summary, labels_of, path_order
+from mace.terminal import PlainTable
 
 Ints = npt.NDArray[np.int64]
 
@@ -175,8 +175,8 @@ class Comparison:
                 console.print(f"{name}: {summary.ledger_line()}")
         console.print(machine_text(self.machine))
 
-    def _source_table(self) -> Table:
-        table = plain_table(f"Round trips of a container and what observing adds, {self._rounds()} rounds, µs")
+    def _source_table(self) -> PlainTable:
+        table = PlainTable(f"Round trips of a container and what observing adds, {self._rounds()} rounds, µs")
         for name in ("source", "RTT", "95 %", "added", "95 %", "egress", "95 %", "ingress", "95 %", "CPU/trip", "lost"):
             table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
         for name in self.parts:
@@ -192,8 +192,8 @@ class Comparison:
             table.add_row(name, *cells, f"{row['cpu_us_per_trip']:.1f}", f"{row['lost']:,}")
         return table
 
-    def _device_table(self) -> Table:
-        table = plain_table("Device by device, µs")
+    def _device_table(self) -> PlainTable:
+        table = PlainTable("Device by device, µs")
         for name in ("device", "of", "counts as"):
             table.add_column(name)
         names = [name for name in self.parts if name != NONE]

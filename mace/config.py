@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass
-from math import inf
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_type_hints
+from urllib.parse import SplitResult, urlsplit
 
 from mace.errors import ConfigError, nearest
 
@@ -242,14 +242,37 @@ def load(path: Path | str | None) -> Config:
         return Config()
     try:
         with Path(path).open("rb") as file:
-            given = tomllib.load(file)
+            return _tables(str(path), "", Config, tomllib.load(file))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not TOML: byte {error.start} is not UTF-8") from error
-    return _tables(str(path), "", Config, given)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: lists or tables one inside the other, too deep to be read") from error
+    except ValueError as error:
+        # Python reads no number of more than 4,300 digits (sys.set_int_max_str_digits), and has no year 0.
+        raise ConfigError(f"{path}: {str(error).partition(';')[0]}") from error
+
+
+def split_url(where: str, url: str) -> SplitResult:
+    """The parts of an address. Raises `ConfigError` for what is none, or has a host as in `check_host`."""
+    try:
+        parts = urlsplit(url)
+        check_host(where, parts.hostname or "")
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{where} {url!r}: {error}") from None
+    return parts
+
+
+def check_host(where: str, host: str) -> None:
+    """Raise `ConfigError` for a host name that no resolver can be asked for: a label that is empty or too long."""
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise ConfigError(f"{where}: {host!r} is no host name: {error.__cause__ or error}") from error
 
 
 def tables(kind: type[Any] = Config, within: str = "") -> dict[str, type[Any]]:
@@ -296,22 +319,36 @@ def _value(where: str, kind: str, value: Any, bounds: Any) -> Any:
     if kind == "tuple[str, ...]":
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f"{where} = {_shown(value)}, expected a list of strings")
-        return tuple(value)
+        return tuple(_without_nul(where, v) for v in value)
     expected = _TYPES[kind]
     if expected is float and type(value) is int:
-        value = float(value)
+        # A float ends at 10**308: what is beyond is beyond any bound of ours as well.
+        value = float(max(min(value, 10**300), -(10**300)))
     if type(value) is not expected:
         raise ConfigError(f"{where} = {_shown(value)}, expected {_NAMES[kind]}")
+    if isinstance(value, str):
+        _without_nul(where, value)
     if bounds["choices"] and value not in bounds["choices"]:
         hint = nearest(str(value), bounds["choices"])
         raise ConfigError(f"{where} = {value!r}, expected one of {', '.join(bounds['choices'])}{hint}")
     low, high = bounds["low"], bounds["high"]
-    # Written so that nan, which compares false, is refused. TOML knows inf as well: no bound of ours means it.
-    if (low is not None and not value >= low) or (high is not None and not value <= high) or value == inf:
-        raise ConfigError(f"{where} = {value}, expected {_range(low, high)}")
+    if high is None and isinstance(value, int | float) and value > _LARGEST:
+        high = _LARGEST
+    # Written so that nan, which compares false, is refused.
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        raise ConfigError(f"{where} = {_shown(value)}, expected {_range(low, high)}")
     return value
 
 
+def _without_nul(where: str, value: str) -> str:
+    """The value: a path, name or address, none of which the kernel takes with a NUL in it."""
+    if "\0" in value:
+        raise ConfigError(f"{where} = {_shown(value)}, expected no NUL in it")
+    return value
+
+
+_LARGEST: Final = 1 << 53
+"""What a number without a bound of its own may be: as a float it is still exact."""
 _NAMES: Final = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -320,5 +357,8 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
     return text if len(text) <= 40 else text[:37] + "..."

@@ -11,12 +11,12 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 
 from collector.files import FileOptions, recording
 from correlator.correction import Corrections, correct
 from correlator.samples import Samples
 from correlator.stamps import REQUEST_RESPONSE, StampModel
+from mace import terminal
 from mace.config import Config, load
 from mace.corrected import Corrected, Observed, line
 from mace.errors import Unavailable, UsageError, nearest
@@ -67,7 +67,7 @@ def arrays(
     rtt = np.asarray(rtt_ns, np.int64)
     samples = Samples.of(len(rtt), rtt_ns=rtt, **columns)
     observed = Observed()
-    Session(config or load(None), Console(stderr=True), quiet=True).observed(recording(capture), observed.add)
+    Session(config or load(None), terminal.Console(stderr=True), quiet=True).observed(recording(capture), observed.add)
     crossings = observed.crossings(_netns(observed, container))
     return correct(samples, crossings, stamps, observed.gaps_utc_ns)
 
@@ -77,18 +77,17 @@ def print_samples(found: Corrected) -> None:
     for row in range(len(found.samples)):
         rtt_ns = int(found.samples.rtt_ns[row])
         tool = f"tool={rtt_ns / 1000:,.1f} " if rtt_ns >= 0 else ""
-        print(f"seq={int(found.samples.seq[row])} {tool}{line(found.corrections, row)}")
+        terminal.line(f"seq={int(found.samples.seq[row])} {tool}{line(found.corrections, row)}")
 
 
 def _lines(path: Path) -> Iterable[str]:
-    if path == STDIN:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
-        return sys.stdin
     try:
+        if path == STDIN:
+            return list(sys.stdin)
         return path.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise Unavailable(str(path), error.strerror or str(error), "name a file with what the tool printed") from error
+        what = "standard input" if path == STDIN else str(path)
+        raise Unavailable(what, error.strerror or str(error), "name a file with what the tool printed") from error
 
 
 def _netns(observed: Observed, container: str | None) -> int:

@@ -14,14 +14,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from correlator import intervals
 from correlator.correction import REASONS, Corrections, Reason, correct
 from correlator.samples import Samples
+from mace.names import printable
 from mace.schema import NOT_TOLD, Crossings, Grade, Results, RoundTripRows, RoundTrips
-from mace.summary import Summary, microseconds, plain_table
+from mace.summary import Summary, microseconds
+from mace.terminal import PlainTable
 from mace.toolsamples import Reader
 from mace.topology import Device, Role
 
@@ -210,14 +211,14 @@ class Corrected:
         if lower_bound and (self.corrections.reason == Reason.PAIRED).any():
             console.print(Text(_LOWER_BOUND))
         for text in self._remarks():
-            console.print(Text(text))
+            console.print(Text(printable(text)))
         for panel in self.summary.losses_panel():
             console.print(panel)
         console.print(self.summary.ledger_line())
 
-    def _statistics_table(self) -> Table:
+    def _statistics_table(self) -> PlainTable:
         paired = int((self.corrections.reason == Reason.PAIRED).sum())
-        table = plain_table(f"{self.container or 'container'}: {paired:,} of {len(self.samples):,} samples paired, µs")
+        table = PlainTable(f"{self.container or 'container'}: {paired:,} of {len(self.samples):,} samples paired, µs")
         table.add_column("")
         for name in ("n", "min", "median", "95 %", "mean", "95 %", "max"):
             table.add_column(name, justify="right", no_wrap=True)

@@ -10,7 +10,8 @@
     │   └── CaptureError          the same, in a file: path and offset are part of the message
     ├── Stopped                   a replay was asked to stop; it can be gone on with
     ├── StoreError                the embedded store: locked, full, damaged, wrong schema
-    └── LabError                  the test network could not be made or removed
+    ├── LabError                  the test network could not be made or removed
+    └── OutputError               standard output is closed or full
 
 A message says what, where, what was found and what was expected, and what to do about it.
 """
@@ -86,6 +87,10 @@ class Stopped(MaceError):
 
 class LabError(MaceError):
     """The test network could not be made, used or removed."""
+
+
+class OutputError(MaceError):
+    """Standard output is closed or full."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -28,7 +28,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 
 from collector.capture_source import Capture
 from collector.files import recording
@@ -47,7 +46,7 @@ from mace.pingoutput import PingOutput
 from mace.rounds import bounds, dithered, interval_text, machine, machine_text, median_us
 from mace.schema import NOT_TOLD, Results
 from mace.session import Session
-from mace.summary import plain_table
+from mace.terminal import PlainTable
 from mace.tooloutput import read
 from mace.topology import Role
 from storage.capture import CaptureSink
@@ -462,8 +461,8 @@ def draw(found: Figures, path: Path) -> None:
 # For people -----------------------------------------------------------------------------------------------
 
 
-def _main_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = plain_table("Round trips, medians, µs: ping on the host, ping in the container, and that corrected")
+def _main_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
+    table = PlainTable("Round trips, medians, µs: ping on the host, ping in the container, and that corrected")
     for name in ("pace", "flooding"):
         table.add_column(name)
     for name in ("host", "container", "corrected", "difference", "95 %", "paired"):
@@ -480,8 +479,8 @@ def _main_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _term_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = plain_table("Steps to it, µs: difference without the host path term, and the term")
+def _term_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
+    table = PlainTable("Steps to it, µs: difference without the host path term, and the term")
     for name in ("pace", "flooding"):
         table.add_column(name)
     for name in ("without", "95 %", *(f"+ {name}" for name in STRETCHES), "95 %"):
@@ -498,9 +497,9 @@ def _term_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _stretch_table(rows: Sequence[dict[str, Any]]) -> Table:
+def _stretch_table(rows: Sequence[dict[str, Any]]) -> PlainTable:
     title = "Where the time goes, medians, µs: of pings, overhead taken off, and of the probes that stand for them"
-    table = plain_table(title)
+    table = PlainTable(title)
     for name in ("pace", "flooding", "stretch"):
         table.add_column(name)
     for name in ("host ping", "container ping", "difference", "host probe", "container probe", "difference"):

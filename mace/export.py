@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import heapq
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +21,11 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 
 from collector.files import FORMATS, Recording
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
-from mace import config, pipeline, replay
+from mace import config, pipeline, replay, terminal
 from mace.errors import UsageError, nearest
 from mace.interfaces import StreamHeader, StreamItem
 from mace.into_store import bar
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     recordings = replay.recordings(args)
     wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
     engine = replace(pipeline.replay_config(config.load(args.config)), rows=True)
-    with bar(Console(stderr=True), quiet=args.json, what="export") as told:
+    with bar(terminal.Console(stderr=True), quiet=args.json, what="export") as told:
         found = export(
             recordings,
             args.output,
@@ -94,12 +92,11 @@ def run(args: argparse.Namespace) -> int:
             told=told,
         )
     if args.json:
-        print(json.dumps(found.as_dict(args.output), separators=(",", ":")))
+        terminal.json_line(found.as_dict(args.output))
         return 0
-    for warning in found.warnings:
-        Console(stderr=True).print(f"[yellow]{warning}[/]", highlight=False)
-    print(found.line(args.output))
-    print(found.summary.ledger.line())
+    terminal.warn(terminal.Console(stderr=True), found.warnings)
+    terminal.line(found.line(args.output))
+    terminal.line(found.summary.ledger.line())
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mace.clock import ClockPair
+from mace.names import text
 from mace.records import Batch
 from mace.schema import HookCost, Results
 from mace.topology import Topology
@@ -33,6 +34,11 @@ class StreamHeader:
     """Tracepoints that were enabled."""
     mace_version: str
     command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # As in `Device`: an argument may be a path in any bytes.
+        object.__setattr__(self, "host", text(self.host))
+        object.__setattr__(self, "command", tuple(map(text, self.command)))
 
 
 @dataclass(frozen=True, slots=True)

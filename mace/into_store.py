@@ -19,7 +19,7 @@ from rich.text import Text
 from collector.capture_source import describe
 from collector.files import BY_NAME, FileOptions, Recording, recording
 from collector.opening import is_url, open_binary
-from mace import pipeline, remaining
+from mace import pipeline, remaining, terminal
 from mace.assembly import PART_BYTES, Assembly
 from mace.config import Config, StoreConfig
 from mace.errors import Stopped
@@ -164,7 +164,7 @@ def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Call
     """A progress bar, as `told` of `into_store`; `what` stands before it."""
     column = _TimeLeft()
     shown = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         column,
@@ -192,7 +192,7 @@ def location(text: str) -> Path | str:
 @contextmanager
 def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
     """A store of recordings for the length of the block, with a progress bar while it is made."""
-    console = Console(stderr=True)
+    console = terminal.Console(stderr=True)
     engine = replace(pipeline.replay_config(settings), rows=True)
     with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
         with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
@@ -200,6 +200,5 @@ def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) ->
             made = Path(folder) / files[0].name.rsplit("/", 1)[-1]
             store = StoreConfig(sync=False)
             _, warnings = into_store(files, str(made), engine, store, told=told, stop=stop)
-        for warning in warnings:
-            console.print(f"[yellow]{warning}[/]", highlight=False)
+        terminal.warn(console, warnings)
         yield made

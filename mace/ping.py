@@ -31,7 +31,7 @@ from collector import devices
 from collector.containers import API_SOCKETS
 from collector.netns import Namespaces, open_netns, open_nsfs
 from correlator.correction import Corrections, Reason, correct, settled
-from mace import lab
+from mace import lab, terminal
 from mace.config import CaptureConfig
 from mace.corrected import Corrected, Observed, line
 from mace.errors import MaceError, Unavailable, UsageError, nearest
@@ -279,7 +279,7 @@ class Ping:
             if not self._quiet:
                 shown = text if self._stamps_shown else _STAMP.sub("", text)
                 more = f" · {line(corrections, at)}" if corrections is not None and row is not None else ""
-                print(shown + more, flush=True)
+                terminal.line(shown + more, flush=True)
 
     def _changed(self, final: Corrections) -> int:
         shown = Corrections.concatenate(self._shown)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import html as html_escape
 import io
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from mace.errors import MaceError, MissingExtra
 from mace.histogram import middles
+from mace.names import printable
 from mace.schema import Direction, Segment
 from mace.summary import Distribution, Key, Summary, labels_of, microseconds
 from storage.query import Series, TypicalPath
@@ -60,10 +63,10 @@ STYLE: Final[Any] = {
 
 def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Series], *, title: str) -> Figure:
     """All three pictures, with the ledger under them; 13 × 9.5 inches."""
-    with mpl.rc_context(STYLE):
+    with _drawing():
         whole = Figure(figsize=(13, 9.5), layout="constrained")
         FigureCanvasAgg(whole)
-        whole.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        whole.suptitle(printable(title), parse_math=False, x=0.01, ha="left", fontsize=14, fontweight="bold")
         shown = _paths_shown(paths)
         grid = whole.add_gridspec(2, 2, height_ratios=(1, 1.25))
         _draw_series(whole.add_subplot(grid[0, :]), series)
@@ -72,7 +75,8 @@ def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Seri
         counted = f"packets {summary.packets:,} · {summary.ledger.line()}"
         told = [counted, summary.grades.line(), *summary.losses(), summary.note]
         whole.supxlabel(
-            "\n".join(t for t in told if t),
+            "\n".join(printable(t) for t in told if t),
+            parse_math=False,
             x=0.01,
             ha="left",
             fontsize=9,
@@ -84,14 +88,15 @@ def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Seri
 def write_png(drawn: Figure, path: Path) -> None:
     """Write the figure; 150 dots an inch. Raises `MaceError` where it cannot be written."""
     data = io.BytesIO()
-    drawn.savefig(data, format="png", dpi=150)
+    with _drawing():
+        drawn.savefig(data, format="png", dpi=150)
     _write(path, data.getvalue())
 
 
 def write_html(drawn: Figure, summary: Summary, path: Path, *, title: str) -> None:
     """One page that needs nothing else: the figure as SVG and the tables. Raises `MaceError`."""
     data = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with _drawing():
         drawn.savefig(data, format="svg", metadata={"Date": None})
     svg = data.getvalue()
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="truecolor")
@@ -101,7 +106,7 @@ def write_html(drawn: Figure, summary: Summary, path: Path, *, title: str) -> No
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>{html_escape.escape(title)}</title>
+<title>{html_escape.escape(printable(title))}</title>
 <style>
 body {{ font-family: sans-serif; margin: 1.5rem; color: #222; background: #fff; }}
 svg {{ max-width: 100%; height: auto; }}
@@ -113,6 +118,26 @@ pre {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace
 </html>
 """
     _write(path, page.encode())
+
+
+def shown(label: str) -> str:
+    """A name as the label of a curve: matplotlib leaves out of its legend what begins with an underscore."""
+    label = printable(label)
+    return f" {label}" if label.startswith("_") else label
+
+
+def as_text(legend: Any) -> None:
+    """Have a legend's labels drawn as they are: between dollar signs they would be formulas (mathtext)."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """The style, and no word of characters that the font has no glyph for: their boxes are seen."""
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -160,7 +185,7 @@ def _draw_series(axes: Any, series: Sequence[Series]) -> None:
         when = np.array(each.utc_ns, "datetime64[ns]")
         style = {"color": colour[each.container], "linestyle": _DASHES[each.direction]}
         alone = "o" if len(when) == 1 else None
-        label = f"{each.container or 'host'} {each.direction.name.lower()}"
+        label = shown(f"{each.container or 'host'} {each.direction.name.lower()}")
         axes.plot(when, np.array(each.p50_ns) / 1000, lw=1.8, marker=alone, label=label, **style)
         axes.plot(when, np.array(each.p99_ns) / 1000, lw=0.8, marker=alone, alpha=0.55, **style)
     axes.set_yscale("log")
@@ -172,7 +197,8 @@ def _draw_series(axes: Any, series: Sequence[Series]) -> None:
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, tz="UTC"))  # type: ignore[no-untyped-call]
     axes.set_xlabel("time, UTC")
     hidden = max(0, len(series) - 2 * _MAX_SERIES)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=f"and {hidden} more, not drawn" if hidden else None)
+    more = f"and {hidden} more, not drawn" if hidden else None
+    as_text(axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=more))
 
 
 def _draw_distributions(axes: Any, rows: Sequence[tuple[Key, Distribution]]) -> None:
@@ -200,15 +226,16 @@ def _draw_distributions(axes: Any, rows: Sequence[tuple[Key, Distribution]]) -> 
     axes.set_xlim(left=max(left, 0.001))
     axes.xaxis.set_major_formatter(_plain_number)
     axes.yaxis.set_major_formatter(_percent)
-    lines = [Line2D([], [], color=c, lw=2, label=name) for name, c in colour.items()]
+    lines = [Line2D([], [], color=c, lw=2, label=shown(name)) for name, c in colour.items()]
     seen = sorted({key[1] for key, _ in rows})
     lines += [Line2D([], [], color="#555555", linestyle=_DASHES[d], label=d.name.lower()) for d in seen]
-    axes.legend(handles=lines, loc="lower left")
+    as_text(axes.legend(handles=lines, loc="lower left"))
 
 
 def _draw_waterfall(axes: Any, paths: Sequence[TypicalPath]) -> None:
     owner = (paths[0].container or paths[0].netns) if paths else ""
-    axes.set_title(f"Typical packet of {owner}, hop by hop" if owner else "Typical packet, hop by hop")
+    title = f"Typical packet of {printable(owner)}, hop by hop" if owner else "Typical packet, hop by hop"
+    axes.set_title(title, parse_math=False)
     axes.set_xlabel("µs since the first hop: medians, one after the other")
     if not paths:
         _nothing(axes)
@@ -233,7 +260,7 @@ def _draw_waterfall(axes: Any, paths: Sequence[TypicalPath]) -> None:
     for where, start, took, segment in rows:
         axes.barh(where, max(took, longest / 400), left=start, height=0.72, color=_OF_SEGMENT[segment])
         axes.text(start + took + longest * 0.012, where, microseconds(took * 1000), va="center", fontsize=8.5)
-    axes.set_yticks(ticks, names)
+    axes.set_yticks(ticks, list(map(printable, names)), parse_math=False)
     axes.set_ylim(y - 0.5, -0.7)
     axes.set_xlim(0, longest * 1.12)
     axes.grid(visible=False, axis="y")

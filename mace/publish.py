@@ -6,13 +6,12 @@ Imports nothing that needs the extra `mqtt` before it is asked for.
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mace import config, sinks
+from mace import config, sinks, terminal
 from mace.config import Config, MqttConfig
 from mace.errors import ConfigError, MissingExtra, UsageError
 from mace.interfaces import Status, StreamHeader, StreamItem, StreamSink
@@ -183,8 +182,8 @@ def run_ingest(args: argparse.Namespace) -> int:
     store = args.store or Path(settings.store.path)
     found = ingest.serve(Broker(settings.mqtt), store, settings, shard, args.duration)
     if args.json:
-        print(json.dumps(found, separators=(",", ":")))
+        terminal.json_line(found)
     else:
         told = {name: value for name, value in found.items() if name != "sinks"}
-        print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items()))
+        terminal.line(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items()))
     return 0

@@ -6,7 +6,6 @@ Every form carries the ledger: no number is shown without what may be missing fr
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mace import config
@@ -24,11 +22,11 @@ from mace.errors import UsageError, nearest
 from mace.into_store import location, replayed
 from mace.replay import add_file_options, recorded_files
 from mace.schema import Direction, Segment
-from mace.summary import COUNTS_AS, microseconds, plain_table
+from mace.summary import COUNTS_AS, microseconds
+from mace.terminal import PlainTable, json_line, output
 from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
 
 _BAR_WIDTH: Final = 22
-_WIDTH_OF_A_PIPE: Final = 120
 _MAX_PATHS: Final = 8
 """As many typical paths are printed; a host may have hundreds of containers."""
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -84,10 +82,7 @@ def _report(store: Store, args: argparse.Namespace) -> None:
     )
     if args.worst is not None and args.worst < 1:
         raise UsageError(f"--worst {args.worst}: at least 1")
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # A file or a pipe has no width; 80 would cut names.
-        console = Console(highlight=False, width=_WIDTH_OF_A_PIPE)
+    console = output()
     if args.runs:
         _print_runs(store.runs(where), console, as_json=args.json)
     else:
@@ -160,7 +155,7 @@ def report(
         found = summary.as_dict()
         if asked:
             found["packet_paths"] = [_path_dict(p) for p in paths]
-        console.out(json.dumps(found, separators=(",", ":")), highlight=False)
+        json_line(found)
         return
     if asked:
         console.print(*summary.losses_panel())
@@ -226,9 +221,9 @@ def _print_runs(runs: Sequence[Run], console: Console, *, as_json: bool) -> None
             }
             for r in runs
         ]
-        console.out(json.dumps({"runs": found}, separators=(",", ":")), highlight=False)
+        json_line({"runs": found})
         return
-    table = plain_table(f"{len(runs)} runs")
+    table = PlainTable(f"{len(runs)} runs")
     for name in ("run", "host", "source", "began (UTC)"):
         table.add_column(name)
     for name in ("seconds", "packets", "rows", "lost", "discarded"):
@@ -253,7 +248,7 @@ def _print_runs(runs: Sequence[Run], console: Console, *, as_json: bool) -> None
 _ARROWS: Final = {Direction.EGRESS: "→ network", Direction.INGRESS: "← network"}
 
 
-def typical_table(path: TypicalPath) -> Table:
+def typical_table(path: TypicalPath) -> PlainTable:
     """A container's path in one direction, each hop with its median, drawn to scale one after the other."""
     medians = [delays.quantiles((0.5, 0.99)) for _, _, delays in path.hops]
     title = f"{path.container or path.netns} {_ARROWS.get(path.direction, '')}: typical path, µs"
@@ -275,7 +270,7 @@ def typical_table(path: TypicalPath) -> Table:
     return table
 
 
-def packet_table(path: PacketPath) -> Table:
+def packet_table(path: PacketPath) -> PlainTable:
     """One packet's path, hop by hop."""
     overhead = ", ".join(f"{d.name.lower()} overhead {microseconds(ns)} µs" for d, ns in path.overhead_ns.items())
     when = datetime.fromtimestamp(path.utc_ns // 1_000_000_000, UTC)
@@ -299,8 +294,8 @@ def packet_table(path: PacketPath) -> Table:
     return table
 
 
-def _hops_table(title: str, figures: Sequence[str], drawn: str) -> Table:
-    table = plain_table(title)
+def _hops_table(title: str, figures: Sequence[str], drawn: str) -> PlainTable:
+    table = PlainTable(title)
     for name in ("device", "of", "kind", "counts as"):
         table.add_column(name, overflow="fold")
     for name in figures:

@@ -15,6 +15,7 @@ from typing import Unpack
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from collector.containers import API_SOCKETS, sharing
 from collector.files import Recording
@@ -23,11 +24,13 @@ from mace import pipeline
 from mace.config import Config
 from mace.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
 from mace.into_store import How, asked_to_stop, bar, into_store
+from mace.names import printable
 from mace.part import RecordedFile
 from mace.pipeline import Stop
 from mace.records import Batch
 from mace.schema import Results, RoundTrips
 from mace.summary import Summary
+from mace.terminal import styled, warn
 from mace.vitals import Publishing, Vitals
 from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
@@ -60,7 +63,7 @@ class Session:
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
         if not self._quiet:
-            self._console.print(f"[dim]{text}[/]", highlight=False)
+            self._console.print(styled(text, "dim"))
 
     def measure(
         self,
@@ -206,7 +209,7 @@ class Session:
                     if isinstance(item, Batch):
                         lost += item.lost
                         size = f"{sink.records:,} records, {lost:,} lost, {sink.bytes_written:,} bytes"
-                        view.update(f"{sink.path}: {size}")
+                        view.update(Text(printable(f"{sink.path}: {size}")))
 
                 async with self._timed(until, opened):
                     await pipeline.capture(source, sink, stop=self._stop, on_item=count)
@@ -270,8 +273,7 @@ class Session:
         return sharing(netns, (*API_SOCKETS, *self._config.capture.container_sockets))
 
     def _warn(self, warnings: Sequence[str]) -> None:
-        for warning in warnings:
-            self._console.print(f"[yellow]{warning}[/]", highlight=False)
+        warn(self._console, warnings)
 
     def _sinks(self, store: Path | None, vitals: Vitals) -> list[Sink]:
         """The embedded store, if there is to be one, then those that the configuration asks for."""

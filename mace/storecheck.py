@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from mace import config
-from mace.summary import plain_table
+from mace.terminal import PlainTable, json_line, output, styled
 from storage.check import check
 
 
@@ -36,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
             }
             for one in found
         ]
-        sys.stdout.write(json.dumps({"tables": whole, "damaged": damaged}, separators=(",", ":")) + "\n")
+        json_line({"tables": whole, "damaged": damaged})
         return 1 if damaged else 0
-    console = Console(highlight=False, markup=False, emoji=False)
-    table = plain_table("")
+    console = output()
+    table = PlainTable()
     table.add_column("table")
     for heading in ("segments", "rows", "bytes", "without checksum", "damaged"):
         table.add_column(heading, justify="right")
@@ -48,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(one.table, *(f"{n:,}" for n in numbers))
     console.print(table)
     for name, why in damaged.items():
-        console.print(f"{name}: damaged: {why}", soft_wrap=True)
+        console.print(styled(f"{name}: damaged: {why}", ""), soft_wrap=True)
     return 1 if damaged else 0

@@ -15,13 +15,14 @@ from typing import Any, Final, Self
 import numpy as np
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from mace.histogram import QUANTILES, Ints, merge, quantiles
 from mace.hooks import BY_HOOK, Hook
 from mace.ledger import Ledger
+from mace.names import printable
 from mace.schema import Direction, Grades, HookCost, Results, Segment
+from mace.terminal import PlainTable
 from mace.topology import Device, Role
 from mace.vitals import Account
 
@@ -309,7 +310,7 @@ class Summary:
 
     def losses_panel(self) -> list[Panel]:
         """A panel if anything is missing from the figures; none otherwise."""
-        text = Text("\n".join(self.losses()))
+        text = Text("\n".join(map(printable, self.losses())))
         return [Panel(text, title="not everything was seen", border_style="bold red", expand=False)] if text else []
 
     def losses(self) -> list[str]:
@@ -357,7 +358,7 @@ class Summary:
         style = "bold red" if self.losses() else "dim"
         sinks = [f"{name}: {account.line()}" for name, account in self.sinks.items()]
         lines = (line, self.grades.line(), self._cost_line(), *sinks, self._sharing_line(), self.note)
-        return Text("\n".join(t for t in lines if t), style=style)
+        return Text("\n".join(printable(t) for t in lines if t), style=style)
 
     def _cost_line(self) -> str:
         told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)
@@ -375,7 +376,7 @@ class Summary:
         owner = place.container or place.netns
         return f"{place.host}/{owner}" if self._several_hosts() else owner
 
-    def overhead_table(self) -> Table:
+    def overhead_table(self) -> PlainTable:
         """Per container and direction."""
         table = _table(
             "What the container path added to each packet, µs", ("container", "direction"), "packets", "mean"
@@ -384,7 +385,7 @@ class Summary:
             table.add_row(self._owner(place), direction.name.lower(), *figures(distribution))
         return table
 
-    def device_table(self) -> Table:
+    def device_table(self) -> PlainTable:
         """Per device and direction, in the order of the path."""
         rows = self.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
         labels = labels_of([k[0] for k, _ in rows])
@@ -439,20 +440,13 @@ def figures(distribution: Distribution) -> list[str]:
     return [f"{distribution.count:,}", *(microseconds(v) for v in shown)]
 
 
-def _table(title: str, names: Sequence[str], counted: str, *more: str) -> Table:
-    table = plain_table(title)
+def _table(title: str, names: Sequence[str], counted: str, *more: str) -> PlainTable:
+    table = PlainTable(title)
     for name in names:
         table.add_column(name, overflow="fold")
     for name in (counted, "p50", "p90", "p99", "max", *more):
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def plain_table(title: str) -> Table:
-    """A table without frames: 80 columns must do for a path with its figures. Names fold before figures do."""
-    return Table(
-        title=title, title_justify="left", title_style="bold", header_style="underline", box=None, pad_edge=False
-    )
 
 
 def _entry(row: tuple[Key, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:

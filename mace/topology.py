@@ -17,6 +17,7 @@ from operator import attrgetter
 from typing import Final
 
 from mace.errors import WireError
+from mace.names import text
 
 
 class Role(StrEnum):
@@ -58,6 +59,13 @@ class Device:
     """Name of the container that the namespace belongs to; `""` for the host's and for the lab's far end."""
     role: Role = Role.OTHER
 
+    def __post_init__(self) -> None:
+        # Wherever the names come from, whatever takes them can store them.
+        for field in ("name", "kind", "netns_name", "container"):
+            given = getattr(self, field)
+            if (name := text(given)) is not given:
+                object.__setattr__(self, field, name)
+
     @property
     def key(self) -> tuple[int, int]:
         return self.netns, self.ifindex
@@ -70,6 +78,10 @@ class Sighting:
     name: str
     netns: int = 0
     ifindex: int = 0
+
+    def __post_init__(self) -> None:
+        # As a device's, or it would not be found among them.
+        object.__setattr__(self, "name", text(self.name))
 
 
 NO_DEVICE: Final = Sighting("")

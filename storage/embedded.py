@@ -55,9 +55,11 @@ def check_schema(root: Path) -> bool:
         return False
     except OSError as e:
         raise StoreError(f"{path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise StoreError(f"{path}: not a description of a MACE store: byte {e.start} is not UTF-8") from e
     try:
         version = json.loads(text)["schema"]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise StoreError(f"{path}: not a description of a MACE store: {text[:80]!r}") from e
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise StoreError(

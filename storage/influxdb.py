@@ -20,14 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import aiohttp
 from influxdb_client.client.influxdb_client_async import InfluxDBClientAsync
 from influxdb_client.rest import ApiException
 from influxdb_client.service.write_service import WriteService
 
-from mace.config import Config, InfluxConfig
+from mace.config import Config, InfluxConfig, split_url
 from mace.errors import ConfigError
 from mace.interfaces import Status, StreamHeader
 from mace.schema import Results, RoundTrips
@@ -312,7 +311,7 @@ def _trusted(ca_file: str) -> ssl.SSLContext:
 
 def checked(config: InfluxConfig) -> None:
     """Raise `ConfigError` for an address that is none."""
-    parts = urlsplit(config.url)
+    parts = split_url("[sinks.influxdb] url", config.url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(f"[sinks.influxdb] url = {config.url!r}, expected http://HOST:PORT or https://HOST:PORT")
 

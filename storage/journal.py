@@ -17,6 +17,7 @@ Append, sync and read are for one thread at a time.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import struct
@@ -36,6 +37,7 @@ FIRST_SLICE_NS: Final = 1_900_000_000
 _ENTRY: Final = struct.Struct("<BBxxII")
 _COMMIT: Final = struct.Struct("<QQQQ")
 _FIRST_COMMIT: Final = struct.Struct("<QQQ")
+_LOG: Final = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"(\d{10})\.journal")
 
 Place = tuple[int, int]
@@ -79,7 +81,7 @@ class Commit:
 
 
 class Journal:
-    """The journal of one ingest. OSErrors of `sync` become `StoreError`."""
+    """The journal of one ingest. OSErrors of `sync` become `StoreError`, as does what another version has written."""
 
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:
         self._directory, self._fsync = directory, fsync
@@ -175,7 +177,7 @@ class Journal:
         """
         for number in self._numbers():
             if number < self._file:
-                yield from _entries(number, self._path(number).read_bytes())
+                yield from _entries(number, self._path(number))
 
     def _numbers(self) -> list[int]:
         return sorted(int(m[1]) for m in (_NAME.fullmatch(path.name) for path in self._directory.iterdir()) if m)
@@ -202,7 +204,8 @@ class Journal:
         )
 
 
-def _entries(number: int, data: bytes) -> Iterator[Entry]:
+def _entries(number: int, path: Path) -> Iterator[Entry]:
+    data = path.read_bytes()
     at = 0
     kinds = {kind.value: kind for kind in Kind}
     while at + _ENTRY.size <= len(data):
@@ -210,7 +213,21 @@ def _entries(number: int, data: bytes) -> Iterator[Entry]:
         start = at + _ENTRY.size
         name, end = data[start : start + name_bytes], start + name_bytes + size
         payload = data[start + name_bytes : end]
-        if end > len(data) or kind not in kinds or crc32(payload, crc32(name)) != checksum:
+        if end > len(data):
             return
+        if crc32(payload, crc32(name)) != checksum:
+            _LOG.warning("%s: damaged at byte %d: its last %d bytes are not read", path, at, len(data) - at)
+            return
+        if kind not in kinds:
+            raise _of_another_version(path, at, f"an entry of kind {kind}")
+        if kind == Kind.COMMIT and size not in {_COMMIT.size, _FIRST_COMMIT.size}:
+            raise _of_another_version(path, at, f"a commit of {size} bytes")
         yield Entry((number, at), kinds[kind], name.decode(), payload)
         at = end
+
+
+def _of_another_version(path: Path, at: int, what: str) -> StoreError:
+    return StoreError(
+        f"{path}: byte {at}: {what}, which this MACE does not know: a newer one has written it; ingest with that one,"
+        " or move the journal's directory away"
+    )

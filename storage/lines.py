@@ -13,6 +13,7 @@ began within them get the slot 100 and the seconds after their start, so that an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 
 from mace.interfaces import StreamHeader
 from mace.metrics import MEASUREMENTS
+from mace.names import spelt, text
 from mace.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
 from mace.topology import Device
 
@@ -40,13 +42,20 @@ _RUN_SLOT: Final = 100
 """Slots from here on say where in the window its run began; below, they count devices that look alike."""
 _S: Final = 1_000_000_000
 _RTT_FIELDS: Final = tuple(field.name for field in MEASUREMENTS["rtt"].fields)
+_UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f]|\\(?=[\\, =\x00-\x1f\x7f]|\Z)")
 _UNKNOWN: Final = -1
 _OVER_BUDGET: Final = -2
 
 
 def _escaped(value: str) -> str:
-    """A tag's value: no comma, space or equals sign bare, no line break, no backslash at the end."""
-    clean = value.replace("\n", " ").replace("\r", " ").rstrip("\\")
+    r"""A tag's value as InfluxDB and VictoriaMetrics both read it.
+
+    A comma, a space and an equals sign stand behind a backslash. A backslash that is the name's own must then stand
+    before none of these, before no other backslash and not at the end: to InfluxDB `\\,` is a backslash and a comma,
+    to VictoriaMetrics a backslash, and the value ends. Such a one is spelt out, `\x5c`, and so is what ends a line or
+    moves a terminal's cursor.
+    """
+    clean = _UNSAFE.sub(lambda found: spelt(found[0]), text(value))
     return clean.replace(",", "\\,").replace(" ", "\\ ").replace("=", "\\=")
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import threading
 import time
@@ -45,7 +46,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mace.config import Config, PrometheusConfig
+from mace.config import Config, PrometheusConfig, check_host
 from mace.errors import ConfigError, Unavailable
 from mace.histogram import BINS, Ints, lower_bounds
 from mace.hooks import BY_HOOK
@@ -373,8 +374,9 @@ def _mark(series: dict[Labels, _Distribution], present: Sequence[Device], now_s:
 def address(listen: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT` or `[HOST]:PORT`. Raises `ConfigError`."""
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f"[sinks.prometheus] listen = {listen!r}, expected ADDRESS:PORT such as 127.0.0.1:9464")
+    check_host("[sinks.prometheus] listen", host)
     return host.strip("[]"), int(port)
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 import duckdb
 import numpy as np
@@ -29,11 +32,14 @@ from storage import checksum, segments, tables
 from storage.embedded import check_schema
 from storage.segments import Segment as SegmentFile
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 _ATTEMPTS: Final = 10
 _SUB: Final = 1 << SUB_BITS
 TYPICAL_ROWS: Final = 2_000_000
 """A typical path is read off as many of the newest rows (whole segments): enough for a p99, done in a second."""
+SPILL_GIB: Final = 16
+"""What one query may write to the disk where its memory does not do: a sort of some hundred million rows."""
 WINDOWS_FROM_ROWS: Final = 200_000_000
 """Above as many rows, `auto` reads windows instead: the same numbers in a moment, but for the last seconds."""
 
@@ -147,6 +153,24 @@ class Series:
 From = Literal["auto", "rows", "windows"]
 
 
+def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A method of `Store` that raises `StoreError` for rows that MACE does not write: nulls, names it does not know."""
+
+    @wraps(method)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(*args, **kwargs)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            store = args[0]
+            assert isinstance(store, Store)
+            raise StoreError(
+                f"{store.path}: it has rows that MACE does not write ({type(error).__name__}: {error}): damaged, or"
+                " made by another program"
+            ) from error
+
+    return checked
+
+
 @dataclass(slots=True)
 class Store:
     """A reader. Raises `StoreError` for what is no store, is of another schema, or is damaged.
@@ -210,6 +234,7 @@ class Store:
 
     # Whole runs.
 
+    @_written_by_mace
     def runs(self, where: Filter = Filter()) -> list[Run]:
         """Runs that overlap with the filter's time, oldest first, each with its newest ledger."""
         names = ", ".join(f"l.{name}" for name in Ledger().as_dict())
@@ -262,6 +287,7 @@ class Store:
         """All runs' ledgers added up. Of whole runs: a ledger cannot be cut by time or device."""
         return sum((r.ledger for r in self.runs(where)), Ledger())
 
+    @_written_by_mace
     def cost(self, where: Filter = Filter()) -> tuple[HookCost, ...]:
         """What observing has cost, per hook, all runs of `runs` added up; of whole runs that have ended."""
         rows = self._fetch(
@@ -278,6 +304,7 @@ class Store:
 
     # Figures.
 
+    @_written_by_mace
     def summary(self, where: Filter = Filter(), source: From = "auto") -> Summary:
         """Distributions per device, direction and segment, and the ledger.
 
@@ -405,6 +432,7 @@ class Store:
         order = {tuple(row): i for i, row in enumerate(worst)}
         return sorted(found, key=lambda p: order[p.host, p.run, p.packet])
 
+    @_written_by_mace
     def _paths(self, condition: str, values: dict[str, Any], where: Filter) -> list[PacketPath]:
         # Not cut by time: a packet at the edge is shown whole.
         rows = self._fetch(
@@ -421,6 +449,7 @@ class Store:
             grouped.setdefault((row[0], row[8], row[9]), []).append(row)
         return [_packet_path(key, group) for key, group in grouped.items()]
 
+    @_written_by_mace
     def typical_paths(self, where: Filter = Filter()) -> list[TypicalPath]:
         """Per container and direction, the devices its packets cross, in order, from the newest `TYPICAL_ROWS` rows."""
         runs = [r for r in self.runs(where) if r.rows_stored]
@@ -462,6 +491,7 @@ class Store:
             path.hops.append((place, segment, delays))
         return list(found.values())
 
+    @_written_by_mace
     def series(self, where: Filter = Filter(), points: int = 240, source: From = "auto") -> list[Series]:
         """Overhead over time, about `points` stretches of equal width, per container and direction."""
         runs = self.runs(where)
@@ -556,19 +586,23 @@ class Store:
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))
                 except duckdb.Error as e:
-                    paths = [s.path for found in live.values() for s in found]
-                    if all(path.exists() for path in paths):
-                        self._blame(paths, e)
+                    if not self.blame([s.path for found in live.values() for s in found], e):
+                        raise StoreError(f"{self.path}: query failed: {' '.join(str(e).split())}") from e
         raise StoreError(f"{self.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
 
-    def _blame(self, paths: Sequence[Path], e: duckdb.Error) -> None:
-        """Find the damaged segments that made a query fail. Returns if it is worth trying again without them."""
+    def blame(self, paths: Sequence[Path], e: Exception) -> bool:
+        """Whether a query of these segments failed because of them and is worth trying again: one has been merged or
+        removed meanwhile, or damaged ones are skipped from now on. Raises `StoreError` where damaged ones are not.
+        """
+        if not all(path.exists() for path in paths):
+            return True
         found = {path: why for path in paths if (why := _damage(path))}
         if not found:
-            raise StoreError(f"{self.path}: query failed: {e}") from e
+            return False
         self._refuse(found, e)
+        return True
 
-    def _refuse(self, found: dict[Path, str], cause: duckdb.Error | None) -> None:
+    def _refuse(self, found: dict[Path, str], cause: Exception | None) -> None:
         """Raise for damaged segments, or note them where they are to be skipped."""
         if not self.skip_damaged:
             path, why = next(iter(found.items()))
@@ -586,16 +620,30 @@ def _used(sql: str, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if re.search(rf"\${name}\b", sql)}
 
 
-def connected(threads: int | None) -> duckdb.DuckDBPyConnection:
-    """A database in memory, without DuckDB's progress bar.
+@contextmanager
+def connected(threads: int | None, memory_mib: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database in memory for the length of the block, in UTC whatever the machine's time zone is.
 
-    It would draw into the standard output, in the middle of a table or of JSON, after two seconds. Where there is none
-    (in Jupyter without its widgets) it must not be set at all.
+    `memory_mib` is what it may take; otherwise DuckDB's own 80 % of the machine. What does not fit goes to a directory
+    that nobody else can read, of at most `SPILL_GIB`; DuckDB itself would fill the working directory's disk.
     """
-    connection = duckdb.connect(config={"threads": threads} if threads else {})
-    if connection.execute("SELECT current_setting('enable_progress_bar')").fetchall() != [(False,)]:
-        connection.execute("SET enable_progress_bar = false")
-    return connection
+    with tempfile.TemporaryDirectory(prefix="mace-spill-") as spill:
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "temp_directory": spill,
+            "max_temp_directory_size": f"{SPILL_GIB}GiB",
+        }
+        if threads:
+            config["threads"] = threads
+        if memory_mib:
+            config["memory_limit"] = f"{memory_mib}MiB"
+        with duckdb.connect(config=config) as connection:
+            # Days begin, and times are written, as UTC has them.
+            connection.execute("SET TimeZone = 'UTC'")
+            # Its progress bar would draw into standard output, in the middle of a table or of JSON, after two seconds.
+            # Where there is none (in Jupyter without its widgets) it must not be set at all.
+            if connection.execute("SELECT current_setting('enable_progress_bar')").fetchall() != [(False,)]:
+                connection.execute("SET enable_progress_bar = false")
+            yield connection
 
 
 def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[SegmentFile]) -> str:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Final
-
-from rich.console import Console
-from rich.table import Table
 
 from correlator.engine import EngineConfig
 from mace import lab as labs
@@ -18,6 +14,7 @@ from mace import pipeline
 from mace.config import Config
 from mace.errors import UsageError, nearest
 from mace.lab import HOST, Lab
+from mace.terminal import PlainTable, complaint, json_line, output
 from mace.verify import scenarios, stream, truth
 from mace.verify.bound import allowed, kept
 from mace.verify.scenarios import BY_NAME, SCENARIOS, Scenario, Stage
@@ -73,22 +70,21 @@ def run(args: argparse.Namespace, config: Config) -> int:
     verdicts = []
     for scenario in chosen:
         if scenario.sample_shift and source != "kmod":
-            print(f"mace: {scenario.name}: not with {source}, which records everything", file=sys.stderr)
+            complaint(f"mace: {scenario.name}: not with {source}, which records everything")
             continue
         verdicts.append(verdict(scenario, config, args.packets))
         if args.json:
-            print(json.dumps(asdict(verdicts[-1]), separators=(",", ":")), flush=True)
+            json_line(asdict(verdicts[-1]), flush=True)
         elif sys.stderr.isatty():
-            print(f"{scenario.name}: {scenario.meaning}", file=sys.stderr)
+            complaint(f"{scenario.name}: {scenario.meaning}")
     if not args.json:
-        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-        console.print(table(verdicts))
+        output(_WIDTH).print(table(verdicts))
     return 0 if all(v.wrong == 0 and v.recall >= v.recall_bound for v in verdicts) else 1
 
 
-def table(verdicts: list[Verdict]) -> Table:
+def table(verdicts: list[Verdict]) -> PlainTable:
     """For people."""
-    made = Table(box=None, pad_edge=False)
+    made = PlainTable()
     made.add_column("scenario")
     for heading in (
         "packets",

@@ -217,7 +217,17 @@ def test_round_trips():
 
 @pytest.mark.parametrize(
     ("name", "written"),
-    [("a b", "a\\ b"), ("a,b=c", "a\\,b\\=c"), ("a\nb", "a\\ b"), ("end\\", "end"), ("a\\b", "a\\b"), ("ü→", "ü→")],
+    [
+        ("a b", "a\\ b"),
+        ("a,b=c", "a\\,b\\=c"),
+        ("a\nb\x1b", "a\\nb\\x1b"),
+        ("a\\b", "a\\b"),
+        ("ü→", "ü→"),
+        # Before what is escaped, before another one and at the end a backslash would not be its own to VictoriaMetrics.
+        ("end\\", "end\\x5c"),
+        ("a\\,host\\=b\\ \\\\", "a\\x5c\\,host\\x5c\\=b\\x5c\\ \\x5c\\x5c"),
+        ("a\\\nb", "a\\x5c\\nb"),
+    ],
 )
 def test_names_are_escaped(name, written):
     devices = (Device(1, 2, name, "veth", container=name, role=Role.INNER), *DEVICES[1:])

@@ -1,0 +1,128 @@
+"""Many runs of `mace`, each a fork of one process that has imported it: an import takes most of a second.
+
+    python -m tests.forked_commands < CASES > RESULTS      JSON: a list of `Case`, a list of `Done`
+
+A fork begins as a process of its own would, with the streams that the case gives it, closed ones included. It ends with
+Python's flush at exit, and without the rest of that, which takes as long as many a command.
+"""
+
+import codecs
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOBODY = 65534
+
+
+@dataclass
+class Case:
+    """A command, and what of its surroundings is odd. A stream is a path, or None for one that is closed."""
+
+    argv: list[str]
+    stdin: str | None = os.devnull
+    stdout: str | None = "kept"
+    stderr: str | None = "kept"
+    encoding: str = "utf-8"
+    environment: dict = field(default_factory=dict)
+    unprivileged: bool = False
+    """For what would touch the machine if it could."""
+
+
+@dataclass
+class Done:
+    status: int
+    out: bytes = b""
+    err: bytes = b""
+
+
+def run(cases, cwd):
+    """`Done` of each case, in order."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.forked_commands"],
+        input=json.dumps([asdict(case) for case in cases]), capture_output=True, text=True, check=False, timeout=280,
+        cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [Done(status, out.encode("latin-1"), err.encode("latin-1")) for status, out, err in json.loads(done.stdout)]
+
+
+def _given(fd, path, kept, flags):
+    if path is not None:
+        opened = kept.fileno() if kept is not None and path == "kept" else os.open(path, flags)
+        os.dup2(opened, fd)
+
+
+def _begin(case, out, err):
+    """Make this fork what a process is at its start."""
+    _given(0, case.stdin, None, os.O_RDONLY)
+    _given(1, case.stdout, out, os.O_WRONLY)
+    _given(2, case.stderr, err, os.O_WRONLY)
+    for fd, path in enumerate((case.stdin, case.stdout, case.stderr)):
+        if path is None:
+            os.close(fd)
+    os.environ.update(case.environment)
+    time.tzset()
+    if case.unprivileged and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    sys.stdin = sys.__stdin__ = None if case.stdin is None else open(0, encoding=case.encoding, closefd=False)  # noqa: SIM115
+    for fd, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+        closed = (case.stdout, case.stderr)[fd - 1] is None
+        made = None if closed else open(fd, "w", encoding=case.encoding, errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, made)
+        setattr(sys, f"__{name}__", made)
+    sys.argv = ["mace", *case.argv]
+
+
+def _serve():
+    cases = [Case(**each) for each in json.load(sys.stdin)]
+    results = []
+    for case in cases:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            child = os.fork()
+            if not child:
+                _begin(case, out, err)
+                os._exit(_end())
+            _, status = os.waitpid(child, 0)
+            found = []
+            for file in (out, err):
+                file.seek(0)
+                found.append(file.read().decode("latin-1"))
+            results.append((os.waitstatus_to_exitcode(status), *found))
+    return results
+
+
+def _end():
+    """The exit status of the command, and of Python: 120 where it cannot write what is left (`flush_std_files`)."""
+    try:
+        status = __main__.main()
+    except SystemExit as asked:
+        status = asked.code or 0
+    except BaseException:  # noqa: BLE001 (Python shows it and ends)
+        traceback.print_exc()
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception as error:  # noqa: BLE001 (so does Python)
+            os.write(2, f"Exception ignored: {error!r}\n".encode())
+            status = 120
+    return status
+
+
+if __name__ == "__main__":
+    from mace import __main__, cli  # noqa: F401 (what takes the time)
+
+    for name in ("ascii", "latin-1"):
+        codecs.lookup(name)  # read now: nobody may not be let to Python's files
+    gc.freeze()  # so that forks share what they do not change
+    json.dump(_serve(), sys.stdout)
