@@ -12,7 +12,7 @@ Types that Arrow has no form for are text already when they come here (`storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
 from typing import Any, Final
 
@@ -98,30 +98,36 @@ def _durations(values: pa.Array) -> list[Any]:
 
 def _structs(values: pa.Array) -> list[Any]:
     names = [field.name for field in values.type]
-    parts = zip(*(column(part) for part in values.flatten()), strict=True) if names else ((),) * len(values)
+    # Not `flatten`, which adds the struct's nulls to its parts and aborts where one is a union.
+    fields = [column(values.field(number)) for number in range(len(names))]
+    parts = zip(*fields, strict=True) if names else ((),) * len(values)
     if len(set(names)) < len(names):
         return _masked(values, map(list, parts))
     return _masked(values, (dict(zip(names, part, strict=True)) for part in parts))
 
 
-def _cut(inside: list[Any], lengths: list[int | None]) -> list[Any]:
-    found: list[Any] = []
+def _cut(inside: list[Any], lengths: Iterable[int]) -> Iterator[list[Any]]:
     at = 0
     for length in lengths:
-        found.append(None if length is None else inside[at : at + length])
-        at += length or 0
-    return found
+        yield inside[at : at + length]
+        at += length
 
 
 def _lists(values: pa.Array) -> list[Any]:
-    return _cut(column(compute.list_flatten(values)), compute.list_value_length(values).to_pylist())
+    offsets = values.offsets.to_numpy()
+    return _masked(values, _cut(column(values.values[offsets[0] : offsets[-1]]), np.diff(offsets).tolist()))
+
+
+def _fixed_lists(values: pa.Array) -> list[Any]:
+    size, first = values.type.list_size, values.offset
+    inside = column(values.values[first * size : (first + len(values)) * size])
+    return _masked(values, _cut(inside, [size] * len(values)))
 
 
 def _maps(values: pa.Array) -> list[Any]:
-    first, last = values.offsets[0].as_py(), values.offsets[-1].as_py()
-    pairs = zip(column(values.keys[first:last]), column(values.items[first:last]), strict=True)
-    lengths = np.diff(values.offsets.to_numpy()).tolist()
-    return _masked(values, _cut(list(map(list, pairs)), lengths))
+    offsets = values.offsets.to_numpy()
+    keys, items = (column(part[offsets[0] : offsets[-1]]) for part in (values.keys, values.items))
+    return _masked(values, _cut(list(map(list, zip(keys, items, strict=True))), np.diff(offsets).tolist()))
 
 
 def _unions(values: pa.Array) -> list[Any]:
@@ -147,7 +153,8 @@ _CONVERSIONS: Final[tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Arra
     (pa.types.is_struct, _structs),
     (pa.types.is_map, _maps),
     (pa.types.is_union, _unions),
-    (lambda kind: pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind), _lists),
+    (pa.types.is_fixed_size_list, _fixed_lists),
+    (lambda kind: pa.types.is_list(kind) or pa.types.is_large_list(kind), _lists),
     (
         lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind),
         _each(_bytes),

@@ -22,9 +22,9 @@ import re
 import sys
 from typing import Final
 
-_READS_AS_ESCAPE: Final = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
-"""UTF-8 has all bytes below 0x80, so that only those above, and the backslash itself, are ever spelt out."""
-_ESCAPE: Final = re.compile(rb"\\x(5c|[89a-f][0-9a-f])")
+_READS_AS_ESCAPE: Final = re.compile(r"\\(?=x(?:00|5c|[89a-f][0-9a-f]))")
+"""UTF-8 has all bytes below 0x80, so that only those above, NUL and the backslash itself are ever spelt out."""
+_ESCAPE: Final = re.compile(rb"\\x(00|5c|[89a-f][0-9a-f])")
 _NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 """What one of the formats that names go into cannot hold: NUL ends a scrape of Prometheus, UTF-8 has no surrogates."""
 _FIRST_ESCAPED, _LAST_ESCAPED = 0xDC80, 0xDCFF

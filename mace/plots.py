@@ -63,7 +63,7 @@ STYLE: Final[Any] = {
 
 def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Series], *, title: str) -> Figure:
     """All three pictures, with the ledger under them; 13 × 9.5 inches."""
-    with _drawing():
+    with drawing():
         whole = Figure(figsize=(13, 9.5), layout="constrained")
         FigureCanvasAgg(whole)
         whole.suptitle(printable(title), parse_math=False, x=0.01, ha="left", fontsize=14, fontweight="bold")
@@ -88,7 +88,7 @@ def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Seri
 def write_png(drawn: Figure, path: Path) -> None:
     """Write the figure; 150 dots an inch. Raises `MaceError` where it cannot be written."""
     data = io.BytesIO()
-    with _drawing():
+    with drawing():
         drawn.savefig(data, format="png", dpi=150)
     _write(path, data.getvalue())
 
@@ -96,7 +96,7 @@ def write_png(drawn: Figure, path: Path) -> None:
 def write_html(drawn: Figure, summary: Summary, path: Path, *, title: str) -> None:
     """One page that needs nothing else: the figure as SVG and the tables. Raises `MaceError`."""
     data = io.StringIO()
-    with _drawing():
+    with drawing():
         drawn.savefig(data, format="svg", metadata={"Date": None})
     svg = data.getvalue()
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="truecolor")
@@ -133,7 +133,7 @@ def as_text(legend: Any) -> None:
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """The style, and no word of characters that the font has no glyph for: their boxes are seen."""
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

@@ -138,6 +138,8 @@ def _write_parquet(reader: pa.RecordBatchReader, path: Path) -> None:
                 writer.write_batch(batch)
     except OSError as error:
         raise StoreError(f"{path}: cannot write: {error.strerror or error}") from error
+    except pa.ArrowNotImplementedError as error:
+        raise StoreError(f"{path}: a type that Parquet does not have ({error}): cast that column in the SQL") from error
 
 
 def _print(reader: pa.RecordBatchReader) -> None:

@@ -188,7 +188,11 @@ class Store:
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
-        if not self.path.is_dir():
+        try:
+            there = self.path.is_dir()
+        except OSError as e:
+            raise StoreError(f"{self.path}: {e.strerror}") from e
+        if not there:
             raise StoreError(f"{self.path}: no such directory")
         if not check_schema(self.path):
             raise StoreError(f"{self.path}: not a MACE store (it has no store.json)")

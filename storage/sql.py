@@ -30,7 +30,7 @@ _ATTEMPTS: Final = 10
 MEMORY_MIB: Final = 2048
 """What a query may take by itself: sums over a billion rows need some tens of MiB, a sort of all goes to the disk."""
 _BATCH_ROWS: Final = 1 << 16
-_INTERRUPT_AGAIN_S: Final = 0.1
+_TURN_S: Final = 0.1
 _OUT_OF_MEMORY: Final = "Out of Memory Error"
 _FAILURES: Final = (duckdb.Error, pa.ArrowException, OSError)
 """How DuckDB says that it cannot: before the first batch, and after it through Arrow."""
@@ -106,15 +106,16 @@ class _Beside:
         # An interrupt that comes before the call has begun is forgotten.
         while self._call is not None and not self._call.done():
             self._connection.interrupt()
-            wait([self._call], _INTERRUPT_AGAIN_S)
+            wait([self._call], _TURN_S)
         self._thread.shutdown()
 
     def call(self, function: Callable[[], _T]) -> _T:
         """What the function returns. Raises `StoreError` at the deadline, and what it raises."""
         self._call = self._thread.submit(function)
-        left_s = None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0)
-        if not wait([self._call], left_s).done:
-            raise StoreError("the query took longer than --timeout allows")
+        # In turns: a signal may have gone to another thread, and its handler runs when this one does something.
+        while not wait([self._call], _TURN_S).done:
+            if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
+                raise StoreError("the query took longer than --timeout allows")
         found: _T = self._call.result()
         return found
 

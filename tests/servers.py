@@ -154,9 +154,17 @@ class Victoria(Server):
 
     def samples(self, metric):
         """All samples of a metric, over all series."""
+        return sum(len(each["values"]) for each in self._exported(metric))
+
+    def series(self, metric):
+        """Labels of each series of a metric."""
+        return [each["metric"] for each in self._exported(metric)]
+
+    def _exported(self, metric):
         self.flush()
         _, text = get(f"{self.url}/api/v1/export", timeout=120, **{"match[]": f'{{__name__="{metric}"}}'})
-        return sum(len(json.loads(each)["values"]) for each in text.splitlines())
+        # Not splitlines: a label may hold what Python takes for the end of a line.
+        return [json.loads(each) for each in text.split("\n") if each]
 
 
 def influxd():

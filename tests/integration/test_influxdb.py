@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ import pytest
 from mace.metrics import MEASUREMENTS
 from mace.schema import Segment
 from storage import SINKS
+from storage.lines import key
 from tests import servers
 from tests.database_proxy import proxied
 from tests.fed import DEVICES, STEP_S, batches, feed, influx
+from tests.made_results import make_delays, make_results, make_windows
+from tests.nasty_names import NASTY, named_devices
 
 pytestmark = [pytest.mark.needs("influxd"), pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -304,3 +308,35 @@ def test_victoria_metrics_speaks_the_v2_api_for_real(tmp_path):
         server.kill()
         account = feed(influx(server.url, tmp_path / "spool", close_s=0.2), results[:2], pace=False)["influxdb"]
         assert account.waiting == account.taken > 0
+
+
+@pytest.mark.needs("victoria-metrics")
+@pytest.mark.parametrize("database", [servers.Influx, servers.Victoria])
+def test_names_that_would_be_lines_or_tags(database, tmp_path):
+    """Both read the same names, and store every row, whatever containers and devices are called."""
+    delays = make_delays(12 * len(NASTY), containers=len(NASTY))
+    odd = named_devices(NASTY)
+    results = make_results(delays, devices=odd, windows=make_windows(delays))
+    with servers.running(database(tmp_path / "server")) as server:
+        account = feed(influx(server.url, tmp_path / "spool"), [results], pace=False)["influxdb"]
+        assert account.not_stored == 0
+        if database is servers.Influx:
+            check(server, account, [results])
+            tags = server.query("SHOW TAG KEYS FROM device_delay")[0]["values"]
+            labels = {tag for (tag,) in tags}
+            values = server.query("SHOW TAG VALUES FROM device_delay WITH KEY = container")[0]["values"]
+            containers = {value for _, value in values}
+        else:
+            assert server.samples("device_delay_delay_ns") + server.samples("overhead_overhead_ns") == len(delays)
+            series = server.series("device_delay_delay_ns")
+            labels = set().union(*series) - {"__name__"}
+            containers = {one["container"] for one in series if "container" in one}
+    expected = {"host", "container", "netns", "device", "kind", "direction", "segment", "source", "grade"}
+    assert labels - {"slot"} == expected
+    assert containers == {as_stored(name) for name in NASTY}
+
+
+def as_stored(name):
+    """What a database shows of a name: `storage.lines` read back."""
+    escaped = key("rtt", {"container": name or "none"}).partition("container=")[2]
+    return re.sub(r"\\([,= ])", r"\1", escaped)

@@ -3,6 +3,7 @@
 import re
 import tracemalloc
 import zlib
+from contextlib import closing
 
 import pytest
 import zstandard
@@ -156,3 +157,24 @@ def test_what_is_no_trace_is_no_trace(tmp_path, raw):
     with pytest.raises(CaptureError) as caught:
         recording(path)
     assert re.search(r"at byte \d+", str(caught.value))
+
+
+def test_empty_packets_cost_nothing_and_change_nothing(tmp_path):
+    """Counted, not timed: a packet that is given out costs some microseconds, and ten million fit into 20 MB."""
+    empty = b"\n\0" * 100_000
+    packed = zlib.compress(empty + RAW)
+    _, found = read(write(tmp_path, RAW))
+    for raw in (empty + RAW + empty, packet(50, packed)):
+        path = write(tmp_path, raw)
+        _, again = read(path)
+        assert again == found
+        with closing(perfetto_wire.PacketReader(path)) as reader:
+            assert sum(1 for _ in reader) == len(packets_of(RAW))
+
+
+def test_packets_over_the_edges_of_what_is_read_at_a_time(tmp_path, monkeypatch):
+    _, found = read(write(tmp_path, RAW))
+    for size in (1, 7, 100, 4096):
+        monkeypatch.setattr("collector.file_window._READ_BYTES", size)
+        _, again = read(write(tmp_path, RAW))
+        assert again == found

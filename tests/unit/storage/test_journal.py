@@ -94,3 +94,25 @@ def test_a_journal_that_cannot_be_is_an_error_of_the_store(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write the journal"):
         Journal(tmp_path / "file" / "ingest").open()
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "what"), [(9, b"new", "an entry of kind 9"), (Kind.COMMIT, bytes(40), "a commit of 40 bytes")]
+)
+def test_what_another_version_has_written_is_told_and_not_taken_for_the_end(tmp_path, kind, payload, what):
+    places = written(tmp_path, (Kind.FRAME, "a", b"1"), (kind, "", payload), (Kind.FRAME, "a", b"2"))
+    with pytest.raises(
+        StoreError, match=f"0000000001.journal: byte {places[1][1]}: {what}, which this MACE does not know"
+    ):
+        read(tmp_path)
+
+
+def test_damage_is_told_with_what_it_costs(tmp_path, caplog):
+    places = written(tmp_path, (Kind.FRAME, "a", b"one"), (Kind.FRAME, "a", b"two"), (Kind.FRAME, "a", b"three"))
+    (path,) = tmp_path.iterdir()
+    raw = bytearray(path.read_bytes())
+    raw[places[2][1] - 1] ^= 1
+    path.write_bytes(raw)
+    assert [e.payload for e in read(tmp_path)] == [b"one"]
+    left = len(raw) - places[1][1]
+    assert f"damaged at byte {places[1][1]}: its last {left} bytes are not read" in caplog.text
