@@ -45,6 +45,7 @@ COMMANDS = {
     "query": (["query", "--store", "{store}", SQL], 0),
     "export perfetto": (["export", "perfetto", CAPTURE, "--force", "-o", "{tmp}/x.pftrace"], 0),
     "verify": (["verify", "plain"], 1),
+    "store check": (["store", "check", "--store", "{store}"], 0),
     "hooks": (["hooks"], 0),
 }
 """Of each command one that ends soon, and its status where nothing is odd; None where that is up to the machine."""
@@ -118,7 +119,7 @@ def walked(tmp_path_factory):
 
 def reads(argv):
     """Whether a command works on files alone: others are run as a user who can do no harm."""
-    return argv[0] in {"replay", "correct", "report", "query", "export", "ingest"}
+    return argv[0] in {"replay", "correct", "report", "query", "export", "ingest", "store"}
 
 
 def complaints(done):
