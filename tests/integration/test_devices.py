@@ -21,8 +21,10 @@ from collector.netns import inode_of, leave_for_new_netns
 from collector.rtnetlink import LinkEvents
 from mace.errors import Unavailable
 from mace.lab import Lab, Runtime, Spec, running
+from mace.names import text
 from mace.topology import Device, Role
 from tests.measuring import wait_for
+from tests.nasty_names import NASTY, kernel_takes
 
 pytestmark = pytest.mark.needs("root", "netns")
 
@@ -196,6 +198,20 @@ def test_the_host_can_be_named_in_several_ways(machine: Machine) -> None:
         snapshot(host_netns=machine.name("hots"), docker_sockets=())
     with pytest.raises(Unavailable, match="inode 12"):
         snapshot(host_netns=12, docker_sockets=())
+
+
+def test_names_that_the_kernel_takes_are_names(machine: Machine) -> None:
+    """Markup, commands to a terminal and bytes that are not UTF-8 are names of devices to it, and stay distinct."""
+    machine.add("odd")
+    names = [name for name in NASTY if kernel_takes(name)] + ["\udcff", "\udcfe"]
+    assert len(names) > 35
+    for name in names:
+        argv = ["ip", "-n", machine.name("odd"), "link", "add", "name", os.fsencode(name), "type", "bridge"]
+        done = subprocess.run(argv, capture_output=True, check=False)
+        assert not done.returncode, (name, done.stderr)
+    inode = machine.inode("odd")
+    found = [d.name for d in snapshot(docker_sockets=()) if d.netns == inode and d.kind == "bridge"]
+    assert sorted(found) == sorted(text(name) for name in names)
 
 
 def test_lower_devices(machine: Machine) -> None:

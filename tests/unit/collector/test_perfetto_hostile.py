@@ -5,6 +5,7 @@ import tracemalloc
 import zlib
 from contextlib import closing
 
+import numpy as np
 import pytest
 import zstandard
 
@@ -159,6 +160,10 @@ def test_what_is_no_trace_is_no_trace(tmp_path, raw):
     assert re.search(r"at byte \d+", str(caught.value))
 
 
+def same(one, other):
+    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(one.columns(), other.columns(), strict=True))
+
+
 def test_empty_packets_cost_nothing_and_change_nothing(tmp_path):
     """Counted, not timed: a packet that is given out costs some microseconds, and ten million fit into 20 MB."""
     empty = b"\n\0" * 100_000
@@ -167,7 +172,7 @@ def test_empty_packets_cost_nothing_and_change_nothing(tmp_path):
     for raw in (empty + RAW + empty, packet(50, packed)):
         path = write(tmp_path, raw)
         _, again = read(path)
-        assert again == found
+        assert same(again, found)
         with closing(perfetto_wire.PacketReader(path)) as reader:
             assert sum(1 for _ in reader) == len(packets_of(RAW))
 
@@ -177,4 +182,4 @@ def test_packets_over_the_edges_of_what_is_read_at_a_time(tmp_path, monkeypatch)
     for size in (1, 7, 100, 4096):
         monkeypatch.setattr("collector.file_window._READ_BYTES", size)
         _, again = read(write(tmp_path, RAW))
-        assert again == found
+        assert same(again, found)
