@@ -7,8 +7,8 @@ else:
     bytes ──text_of()──► text ──text()──► Device, StreamHeader ──► stores, wire, JSON, Prometheus, Perfetto
                                                                └──printable()──► terminals, logs, pictures, HTML, CSV
 
-Most names are UTF-8, but nothing makes them so. A byte that is not part of UTF-8 is spelt `\xNN` where the name is read,
-so that a name is the same text live, in a recording, in the store and at a database, and two names stay two. A
+Most names are UTF-8, but nothing makes them so. A byte that is not part of UTF-8 is spelt `\xNN` where the name is
+read, so that a name is the same text live, in a recording, in the store and at a database, and two names stay two. A
 backslash is spelt `\x5c` only where it would read as one of these. `printable` spells a character out as Python does,
 `\x1b`, and leaves a backslash alone: a name that contains those four characters looks the same. Line protocol cannot
 hold every character; `storage.lines` has its own rules on top.
