@@ -11,6 +11,7 @@ nothing but when a row comes out. All steps are whole-array ones: a slice costs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -31,6 +32,7 @@ from mace.ledger import Ledger
 from mace.ordering import stable_order
 from mace.records import Batch, Flag
 from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
+from mace.timerange import check_from, check_times
 from mace.topology import Device, Topology
 from mace.windowtable import WindowTable
 
@@ -39,6 +41,15 @@ IPPROTO_TCP: Final = 6
 _GRADES: Final = tuple(grade.name.lower() for grade in Grade)
 _DROPPED: Final = int(Outcome.DROPPED)
 """For comparing (see `correlator.numbers`)."""
+_FEW: Final = 64
+"""Records of a slice whose fixed cost is most of what it costs."""
+_SPARSE: Final = 256
+"""After so many slices of few records in a row, slices end by `_GATHERED` records and no longer by `slice_ns`: a second
+between two records (or an hour) would else make a slice of each, and a file of a kilobyte has a million of them."""
+_GATHERED: Final = 4096
+"""Records of a slice of a stream that is sparse."""
+_GAPS: Final = 4096
+"""Gaps that may part packets at one time. A ring tells one for each CPU and loss; beyond, neighbours count as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,8 @@ class Engine:
         """No slice has records from then on."""
         self._due_ns = -NEVER
         """With records up to then it is worked on."""
+        self._sparse = 0
+        """Slices of few records in a row."""
         self._latest = -NEVER
         self._open = NOTHING_OPEN
         self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
@@ -112,22 +125,31 @@ class Engine:
             self._latest, self._began_ns = state.latest_ns, state.began_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
-        """Take the next item of the stream; what it completes comes back, in order."""
+        """Take the next item of the stream; what it completes comes back, in order. Raises as `pieces`."""
+        return list(self.pieces(item))
+
+    def pieces(self, item: Topology | Batch) -> Iterator[Results]:
+        """As `feed`, but piece by piece: the item is taken when all of them were asked for.
+
+        A batch of a million records can complete a million results. Raises `WireError` for times that no clock tells.
+        """
         if isinstance(item, Topology):
-            results = self._advance(item.from_ns) if self._waiting else []
+            check_from(item.from_ns, self._offset_ns)
+            if self._waiting:
+                yield from self._advance(item.from_ns)
             self._resolver.update(item)
             self._present = item.devices
-            return results
-        if not len(item):
-            return []
-        return self._take(item)
+        elif len(item):
+            check_times(int(item.ts_ns[0]), int(item.ts_ns[-1]), self._offset_ns)
+            yield from self._take(item)
 
     def advance(self, upto_ns: int, *, at_once: bool = False) -> list[Results]:
         """Told that no record before `upto_ns` will come any more: finish what that completes.
 
         `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time;
-        so it is with whole batches, where nothing else need come for a while.
+        so it is with whole batches, where nothing else need come for a while. Raises as `pieces`.
         """
+        check_times(upto_ns, upto_ns, self._offset_ns)
         return self._advance(upto_ns) if at_once or self._config.whole_batches or upto_ns >= self._due_ns else []
 
     def stop_at(self, upto_ns: int) -> list[Results]:
@@ -149,6 +171,11 @@ class Engine:
             self._began_ns,
         )
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """Histogram cells of open windows, and devices: what grows with what a stream tells, for who sets limits."""
+        return self._windows.cells, len(self._resolver.devices)
+
     def close_windows(self) -> WindowTable:
         """All windows that are still open, as they are at a cut: the rest of them is in the other engine's."""
         return self._windows.close(None)
@@ -161,12 +188,11 @@ class Engine:
 
     # Slicing ------------------------------------------------------------------------------------------
 
-    def _take(self, batch: Batch) -> list[Results]:
-        results: list[Results] = []
+    def _take(self, batch: Batch) -> Iterator[Results]:
         size, whole = self._config.slice_ns, self._config.whole_batches
         if whole and self._waiting_records and self._latest >= self._due_ns:
             # Not when it came: most often a `Progress` comes right behind it, and ends the slice.
-            results.append(self._slice(self._latest))
+            yield self._slice(self._latest)
         while len(batch):
             if self._waiting_records == 0:
                 first = int(batch.ts_ns[0])
@@ -174,21 +200,30 @@ class Engine:
                     self._resolver.forget(first)
                 changes_ns = self._resolver.changes_at_ns
                 self._due_ns = min(first + size if whole else first - first % size + size, changes_ns)
-                self._slice_end = changes_ns if whole else self._due_ns
+                self._slice_end = changes_ns if whole or self._sparse >= _SPARSE else self._due_ns
+            most = self._config.slice_records if whole or self._sparse < _SPARSE else _GATHERED
             inside = (
                 len(batch) if batch.ts_ns[-1] < self._slice_end else int(np.searchsorted(batch.ts_ns, self._slice_end))
             )
-            inside = min(inside, self._config.slice_records - self._waiting_records)
+            inside = min(inside, most - self._waiting_records)
+            assert inside or self._waiting_records, "a slice without records"
             head, batch = batch[:inside], batch[inside:]
             self._waiting.append(head)
             self._waiting_records += len(head)
             if len(head):
                 self._latest = int(head.ts_ns[-1])
-            if len(batch):
-                results.append(self._slice(min(int(batch.ts_ns[0]), self._slice_end)))
-            elif self._waiting_records == self._config.slice_records:
-                results.append(self._slice(self._latest))
-        return results
+            if len(batch) or self._waiting_records == most:
+                if not whole:
+                    self._note_pace(most)
+                upto_ns = min(int(batch.ts_ns[0]), self._slice_end) if len(batch) else self._latest
+                yield self._slice(upto_ns)
+
+    def _note_pace(self, most: int) -> None:
+        """Count the slices of few records, by the records alone: wherever batches end, it is the same."""
+        if self._sparse < _SPARSE:
+            self._sparse = self._sparse + 1 if self._waiting_records < _FEW else 0
+        elif self._waiting_records == most and self._latest - int(self._waiting[0].ts_ns[0]) < self._config.slice_ns:
+            self._sparse = 0
 
     def _advance(self, upto_ns: int) -> list[Results]:
         if not self._waiting_records and not len(self._open) and not len(self._links):
@@ -272,8 +307,7 @@ class Engine:
         self._tally["lost"] += markers.lost
         gaps = list(zip(markers.ts_ns.tolist(), markers.skb_id.astype(np.int64).tolist(), strict=True))
         self._gaps_to_tell += gaps
-        self._gaps += gaps
-        self._gaps.sort()
+        self._gaps = _few(self._gaps + gaps)
 
     def _finish(self, lives: Lives, upto_ns: int, *, last: bool) -> Mask:
         """Carry the lives that go on, count those of one record, and say which others have ended."""
@@ -393,6 +427,16 @@ class Engine:
         device, container = self._resolver.devices[number], self._resolver.devices[owner].container
         self._devices.append(replace(device, container=container))
         return len(self._devices) - 1
+
+
+def _few(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """In order, at most `_GAPS`; where they are more, each with what lies between it and its neighbours."""
+    gaps.sort()
+    if len(gaps) <= _GAPS:
+        return gaps
+    starts, ends = np.array(gaps, np.int64).T
+    first = np.arange(0, len(gaps), -(-len(gaps) // _GAPS))
+    return list(zip(starts[first].tolist(), np.maximum.reduceat(ends, first).tolist(), strict=True))
 
 
 def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:

@@ -135,6 +135,10 @@ CODE_BITS: Final = 20
 CODES: Final = 1 << CODE_BITS
 """Sightings that a stream can have: a million names is far beyond what one boot of a host sees."""
 
+_MOST_TRIED: Final = 1 << 22
+"""Pairs of candidates that are tried for one topology. Where thousands of devices of one namespace have one name, which
+no kernel has, nothing more is tried: what passes between them is ambiguous."""
+
 _RECEIVE: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
 _RECEIVE_ORDER: Final = {hook: rank for rank, hook in enumerate(_RECEIVE)}
 
@@ -153,6 +157,38 @@ def from_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def to_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Device number of each move's second record where the move alone tells it, else -1."""
     return ((moves >> 8) & 0xFFFFFF) - 1
+
+
+class Candidates:
+    """The devices, by number, that a sighting can be; found by what relates one device to another."""
+
+    __slots__ = ("_by_relation", "_devices", "numbers")
+
+    def __init__(self, numbers: tuple[int, ...], devices: Sequence[Device]) -> None:
+        self.numbers = numbers
+        self._devices = devices
+        self._by_relation: dict[tuple[int, ...], list[int]] | None = None
+
+    def related(self, other: Device) -> Iterable[int]:
+        """Those between which and `other` a packet could go, and not all of them: a thousand containers have an eth0.
+
+        A move stays in one namespace, or leads to a peer or between two devices on one peer; only where there is one
+        candidate, or nothing is known of `other`, the rules themselves decide.
+        """
+        if len(self.numbers) == 1 or other.kind == UNKNOWN:
+            return self.numbers
+        if self._by_relation is None:
+            self._by_relation = {}
+            for number in self.numbers:
+                device = self._devices[number]
+                for relation in {(device.netns,), device.key, (*_peer(device), 0)}:
+                    self._by_relation.setdefault(relation, []).append(number)
+        wanted = ((other.netns,), _peer(other), (*other.key, 0), (*_peer(other), 0))
+        return dict.fromkeys(n for relation in wanted for n in self._by_relation.get(relation, ()))
+
+
+def _peer(device: Device) -> tuple[int, int]:
+    return device.peer_netns, device.peer_ifindex
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,14 +239,18 @@ class Resolver:
         self._gone: dict[int, int] = {}
         self._live: frozenset[int] = frozenset()
         self._sightings: tuple[Sighting, ...] = ()
-        self._candidates: list[tuple[int, ...]] = []
+        # Sighting 0 is no device, also before the first topology.
+        self._candidates = [Candidates((), self.devices)]
+        self._tried = 0
+        """Pairs of candidates that were tried for the topology of now."""
         self._by_key: dict[tuple[int, int], list[int]] = {}
         self.only = np.full(1, -1, np.int64)
         """Device number of each sighting; -1 where it is none or may be several."""
-        self.serves = np.zeros(0, np.int64)
-        """By device number: number of the inner device of the container whose packets it carries, or -1."""
-        self.role = np.zeros(0, np.uint8)
-        """By device number: index into `ROLES`."""
+        self.serves = np.full(1, -1, np.int64)
+        """By device number (with one entry where there is no device): number of the inner device of the container whose
+        packets it carries, or -1."""
+        self.role = np.full(1, ROLES.index(Role.OTHER), np.uint8)
+        """As `serves`: index into `ROLES`."""
         self._moves = Memo(self._judged)
 
     def state(self, upto_ns: int, also: npt.NDArray[np.int64]) -> tuple[ResolverState, npt.NDArray[np.int64]]:
@@ -276,15 +316,24 @@ class Resolver:
             device = self.devices[number]
             self._by_key.setdefault(device.key, []).append(number)
             by_name.setdefault(device.name, []).append(number)
-        self._candidates = [()]
+        self._candidates = [Candidates((), self.devices)]
+        of_name: dict[str, Candidates] = {}
         for sighting in self._sightings[1:]:
+            if not sighting.ifindex and sighting.name in of_name:
+                self._candidates.append(of_name[sighting.name])
+                continue
             found = (
                 self._by_key.get((sighting.netns, sighting.ifindex), ())
                 if sighting.ifindex
                 else by_name.get(sighting.name, ())
             )
-            self._candidates.append(self._newest(found) or (self._number_of(_unknown(sighting)),))
-        self.only = np.array([c[0] if len(c) == 1 else -1 for c in self._candidates], np.int64)
+            numbers = self._newest(found) or (self._number_of(_unknown(sighting)),)
+            self._candidates.append(Candidates(numbers, self.devices))
+            if not sighting.ifindex and found:
+                of_name[sighting.name] = self._candidates[-1]
+        only = [c.numbers[0] if len(c.numbers) == 1 else -1 for c in self._candidates]
+        self.only = np.array(only, np.int64)
+        self._tried = 0
         self._describe()
         self._moves.forget()
 
@@ -300,8 +349,10 @@ class Resolver:
         return number
 
     def _describe(self) -> None:
-        self.role = np.array([ROLES.index(d.role) for d in self.devices], np.uint8)
-        serves = np.full(len(self.devices), -1, np.int64)
+        numbers = max(len(self.devices), 1)
+        self.role = np.full(numbers, ROLES.index(Role.OTHER), np.uint8)
+        self.role[: len(self.devices)] = [ROLES.index(d.role) for d in self.devices]
+        serves = np.full(numbers, -1, np.int64)
         serves[: len(self.serves)] = self.serves  # also of one whose peer is gone
         for number, device in enumerate(self.devices):
             if device.role is Role.INNER:
@@ -336,7 +387,7 @@ class Resolver:
 
     def start(self, dev: int) -> int:
         """Device number of a sighting at which a life starts with a reception, or -1: not a veth."""
-        return _sole(n for n in self._candidates[dev] if self.devices[n].kind != "veth")
+        return _sole(n for n in self._candidates[dev].numbers if self.devices[n].kind != "veth")
 
     def _judge(self, hook_p: Hook, code_p: int, hook_n: Hook, code_n: int) -> tuple[int, int, int]:
         way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
@@ -351,7 +402,9 @@ class Resolver:
             return 0, -1, -1
         if code_p == code_n and self._stays(hook_p, hook_n):
             return JOIN, -1, -1
-        pairs = set(self._crossings(hook_p, self._candidates[code_p], hook_n, self._candidates[code_n]))
+        pairs = self._crossings(hook_p, self._candidates[code_p], hook_n, self._candidates[code_n])
+        if pairs is None:
+            return JOIN | CROSS, -1, -1  # several, as far as anybody knows
         if not pairs:
             return 0, -1, -1
         across = 0 if all(a == b for a, b in pairs) else CROSS
@@ -372,26 +425,28 @@ class Resolver:
         return hook_p in _RECEIVE_ORDER and hook_n in _RECEIVE_ORDER and _RECEIVE_ORDER[hook_p] < _RECEIVE_ORDER[hook_n]
 
     def _crossings(
-        self, hook_p: Hook, sources: Sequence[int], hook_n: Hook, targets: Sequence[int]
-    ) -> Iterable[tuple[int, int]]:
-        """The pairs of candidates between which a packet can go from `hook_p` to `hook_n`."""
+        self, hook_p: Hook, sources: Candidates, hook_n: Hook, targets: Candidates
+    ) -> set[tuple[int, int]] | None:
+        """The pairs of candidates between which a packet can go from `hook_p` to `hook_n`; None for too many to try."""
         way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
+        found: set[tuple[int, int]] = set()
         if way_p == Way.TRANSMIT and hook_p is not Hook.NET_DEV_START_XMIT:
-            return
+            return found
         if way_p == Way.RECEIVE and hook_p is not Hook.NETIF_RECEIVE_SKB:
-            return
+            return found
         if way_n == Way.TRANSMIT and hook_n is not Hook.NET_DEV_QUEUE:
-            return
-        inside = set(targets)
-        for a in sources:
-            device = self.devices[a]
-            if way_p == Way.TRANSMIT and way_n == Way.RECEIVE and device.kind == "veth":
-                related: Iterable[int] = self._by_key.get((device.peer_netns, device.peer_ifindex), targets)
-            else:
-                related = targets
-            for b in related:
-                if b in inside and self._can_cross(way_p, device, hook_n, self.devices[b]):
-                    yield a, b
+            return found
+        forward = len(sources.numbers) <= len(targets.numbers)
+        few, many = (sources, targets) if forward else (targets, sources)
+        for one in few.numbers:
+            for other in many.related(self.devices[one]):
+                self._tried += 1
+                if self._tried > _MOST_TRIED:
+                    return None
+                a, b = (one, other) if forward else (other, one)
+                if self._can_cross(way_p, self.devices[a], hook_n, self.devices[b]):
+                    found.add((a, b))
+        return found
 
     def _can_cross(self, way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
         if UNKNOWN in (a.kind, b.kind):

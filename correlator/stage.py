@@ -29,7 +29,7 @@ async def correlate(
         await results.send(replace(result, ledger=replace(result.ledger, discarded=discarded()), cost=cost()))
 
     async for item in items:
-        for result in engine.advance(item.upto_ns) if isinstance(item, Progress) else engine.feed(item):
+        for result in engine.advance(item.upto_ns) if isinstance(item, Progress) else engine.pieces(item):
             await send(result)
         # The engine never waits; other tasks must get their turn also when the channels have room.
         await asyncio.sleep(0)

@@ -147,6 +147,11 @@ class Windows:
         table[_CELL_COUNT] = counts
         self._pending[0].add(windows, table)
 
+    @property
+    def cells(self) -> int:
+        """Histogram cells that wait, 32 bytes each."""
+        return sum(cells.shape[1] for pending in self._pending for cells in pending.cells)
+
     def close(self, before_utc_ns: int | None) -> WindowTable:
         """Final windows that end at or before the given time, in order; all of them for None."""
         done: list[WindowTable] = []

@@ -89,7 +89,7 @@ class Recording:
         task = PartTask(0, 0, self._file, config, None, None, None, None, "")
         with reading(task) as reader:
             for item in reader.items():
-                yield from engine.feed(item)
+                yield from engine.pieces(item)
             last = engine.finish()
             self.warnings = list(reader.warnings)
             yield replace(last, ledger=replace(last.ledger, discarded=reader.discarded))

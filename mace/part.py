@@ -32,6 +32,7 @@ from collector.ftrace_source import keep_freed_memory
 from collector.opening import filesystem, is_url
 from correlator.engine import Engine, EngineConfig
 from correlator.state import EngineState
+from mace.errors import WireError
 from mace.interfaces import Progress, StreamHeader, StreamItem
 from mace.ledger import Ledger
 from mace.records import Batch
@@ -162,8 +163,11 @@ def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartD
 
         records = 0
         for item in reader.items():
-            for results in engine.feed(item):
-                take(results)
+            try:
+                for results in engine.pieces(item):
+                    take(results)
+            except WireError as error:
+                raise WireError(f"{task.file.name}: {error}") from error
             records += len(item) if isinstance(item, Batch) else 0
             told(reader.bytes_read, records)
         if task.end_ns is None:

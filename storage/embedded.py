@@ -25,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +38,7 @@ from mace.topology import Device
 from storage import segments, tables
 from storage.checksum import SegmentWriter, mismatch
 from storage.ownership import NO_LINK, open_new, refuse_foreign
-from storage.segments import HOUR_NS, NO_HOUR, Removed, Segment
+from storage.segments import HOUR_NS, NO_HOUR, Removed, Segment, by_hour
 
 log = logging.getLogger(__name__)
 
@@ -319,10 +319,10 @@ class EmbeddedStore:
             put_ledger()
             if closed and latest.cost:
                 put("cost", NO_HOUR, tables.cost_table(header, latest.upto_utc_ns, latest.cost))
-            for hour, chosen in _by_hour(starts):
-                here = windows if chosen is None else [windows[int(i)] for i in np.flatnonzero(chosen)]
+            for hour, chosen in by_hour(starts):
+                here = windows if chosen is None else [windows[i] for i in chosen.tolist()]
                 put("windows", hour, tables.windows_table(header, here, devices))
-            for hour, chosen in _by_hour(delays.utc_ns):
+            for hour, chosen in by_hour(delays.utc_ns):
                 part = delays if chosen is None else delays[chosen]
                 if put("delays", hour, tables.delays_table(header, part, devices)):
                     self.rows_stored += len(part)
@@ -470,16 +470,3 @@ class EmbeddedStore:
             write_out(writer)
         if written != rows:
             raise StoreError(f"{target}: {written} rows where the segments' names promise {rows}")
-
-
-def _by_hour(
-    time_ns: np.ndarray[Any, np.dtype[np.int64]],
-) -> list[tuple[int, np.ndarray[Any, np.dtype[np.bool_]] | None]]:
-    """Hours that the times (UTC, ns) fall into, each with the mask of its rows; None if that is all of them."""
-    if not len(time_ns):
-        return []
-    first, last = int(time_ns.min()) // HOUR_NS, int(time_ns.max()) // HOUR_NS
-    if first == last:
-        return [(first, None)]
-    hour = time_ns // HOUR_NS
-    return [(int(h), hour == h) for h in np.unique(hour)]

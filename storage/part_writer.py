@@ -1,19 +1,22 @@
 """Writes the rows of one part of a replay into Parquet files: segments, once it is committed.
 
 Nobody reads them where they lie; an attempt that was given up leaves nothing but its folder. Memory is bounded by two
-row groups, one that is filled and one that is encoded.
+row groups, one that is filled and one that is encoded, and by the files that are open: of many hours, those that were
+written to last. An hour that is written to after its file was closed gets another one, and at the end they are joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mace.errors import StoreError
 from mace.interfaces import StreamHeader
@@ -22,8 +25,13 @@ from mace.topology import Device
 from storage import tables
 from storage.checksum import SegmentWriter
 from storage.places import Place
-from storage.segments import HOUR_NS
+from storage.segments import Ints, by_hour
 
+_OPEN_FILES: Final = 32
+"""Files that are open at once. A recording's rows come nearly in the order of time: two hours of two tables at most."""
+MOST_HOURS: Final = 10_000
+"""Hours, with rows, of one part: more than a year. Each has files of its own, and a capture of some kilobytes can tell
+of a packet an hour for a century."""
 _WAITING_BINS: Final = 1 << 20
 """Histogram bins of windows that may wait for their row group: 16 MiB."""
 
@@ -39,15 +47,30 @@ class Staged:
     """In the place."""
 
 
+@dataclass(slots=True)
+class _File:
+    """The rows of one table and hour: the file that is open, if one is, and all that there are."""
+
+    opened: ExitStack | None = None
+    writer: Any = None
+    names: list[str] = field(default_factory=list)
+    rows: int = 0
+
+    def close(self) -> None:
+        if self.opened is not None:
+            opened, self.opened, self.writer = self.opened, None, None
+            opened.close()
+
+
 class PartWriter:
     """One attempt at one part; a context manager. Raises `StoreError` if it cannot write."""
 
     def __init__(self, place: Place, folder: str, header: StreamHeader, *, overlap: bool) -> None:
         """`overlap`: encode in a thread while the caller computes on."""
         self._place, self._folder, self._header = place, folder, header
-        self._files: dict[tuple[str, int], tuple[Any, str]] = {}
-        self._rows: dict[tuple[str, int], int] = {}
-        self._opened = ExitStack()
+        self._files: dict[tuple[str, int], _File] = {}
+        self._open: dict[tuple[str, int], _File] = {}
+        """Those that are open; the one that was written to last comes last."""
         self._delays: list[Delays] = []
         self._waiting_rows = 0
         self._windows: list[Window] = []
@@ -64,7 +87,9 @@ class PartWriter:
             self._encoder.shutdown(wait=True)
         if kind is not None:
             try:
-                self._opened.close()
+                with ExitStack() as opened:
+                    for file in self._open.values():
+                        opened.callback(file.close)
             finally:
                 self._place.remove(self._folder)
 
@@ -87,10 +112,14 @@ class PartWriter:
         self._write_windows()
         self._wait()
         try:
-            self._opened.close()
+            while self._open:
+                self._close_one()
+            for (table, _), file in self._files.items():
+                if len(file.names) > 1:
+                    self._join(table, file)
         except OSError as error:
             raise self._cannot(error) from error
-        return [Staged(*key, self._rows[key], name) for key, (_, name) in sorted(self._files.items())]
+        return [Staged(*key, file.rows, *file.names) for key, file in sorted(self._files.items())]
 
     def _write_delays(self) -> None:
         if not self._waiting_rows:
@@ -100,10 +129,7 @@ class PartWriter:
 
         def work() -> None:
             delays = Delays.concatenate(parts)
-            hours = delays.utc_ns // HOUR_NS
-            for hour in np.unique(hours).tolist():
-                here = delays if hours[0] == hours[-1] and (hours == hour).all() else delays[hours == hour]
-                self._append("delays", hour, tables.delays_table(self._header, here, devices))
+            self._append_by_hour("delays", delays.utc_ns, tables.delays_table(self._header, delays, devices))
 
         self._do(work)
 
@@ -114,11 +140,8 @@ class PartWriter:
         self._windows, self._waiting_bins = [], 0
 
         def work() -> None:
-            by_hour: dict[int, list[Window]] = {}
-            for window in windows:
-                by_hour.setdefault(window.start_utc_ns // HOUR_NS, []).append(window)
-            for hour, here in by_hour.items():
-                self._append("windows", hour, tables.windows_table(self._header, here, devices))
+            starts = np.array([window.start_utc_ns for window in windows], np.int64)
+            self._append_by_hour("windows", starts, tables.windows_table(self._header, windows, devices))
 
         self._do(work)
 
@@ -134,20 +157,58 @@ class PartWriter:
             encoding, self._encoding = self._encoding, None
             encoding.result()
 
+    def _append_by_hour(self, table: str, utc_ns: Ints, rows: pa.Table) -> None:
+        for hour, chosen in by_hour(utc_ns):
+            self._append(table, hour, rows if chosen is None else rows.take(chosen))
+
     def _append(self, table: str, hour: int, rows: pa.Table) -> None:
         key = (table, hour)
+        if key not in self._files and len(self._files) >= 2 * MOST_HOURS:
+            raise StoreError(
+                f"{self._place.location}: rows of more than {MOST_HOURS:,} hours in one recording: is its clock wrong?"
+            )
+        file = self._files.setdefault(key, _File())
         try:
-            if key not in self._files:
-                name = f"{self._folder}/{table}-{hour}.parquet"
-                # The writer's end comes before the file's.
-                file = self._opened.enter_context(self._place.sink(name))
-                options = tables.parquet_options(table)
-                writer = self._opened.enter_context(SegmentWriter(file, tables.SCHEMAS[table], **options))
-                self._files[key], self._rows[key] = (writer, name), 0
-            self._files[key][0].write(rows, tables.ROW_GROUP_ROWS)
+            if file.writer is None:
+                if len(self._open) >= _OPEN_FILES:
+                    self._close_one()
+                self._begin(table, file, f"{self._folder}/{table}-{hour}-{len(file.names)}.parquet")
+            file.writer.write(rows, tables.ROW_GROUP_ROWS)
         except OSError as error:
             raise self._cannot(error) from error
-        self._rows[key] += len(rows)
+        file.rows += len(rows)
+        self._open.pop(key, None)
+        self._open[key] = file
+
+    def _begin(self, table: str, file: _File, name: str) -> None:
+        with ExitStack() as opened:
+            # The writer's end comes before the file's.
+            sink = opened.enter_context(self._place.sink(name))
+            options = tables.parquet_options(table)
+            file.writer = opened.enter_context(SegmentWriter(sink, tables.SCHEMAS[table], **options))
+            file.opened = opened.pop_all()
+        file.names.append(name)
+
+    def _close_one(self) -> None:
+        self._open.pop(next(iter(self._open))).close()
+
+    def _join(self, table: str, file: _File) -> None:
+        """Lay the row groups of an hour's files end to end in one."""
+        names, file.names = file.names, []
+        self._begin(table, file, names[0].removesuffix(".parquet") + "-joined.parquet")
+        try:
+            for name in names:
+                for rows in self._row_groups(name):
+                    file.writer.write(rows, tables.ROW_GROUP_ROWS)
+        finally:
+            file.close()
+        for name in names:
+            self._place.remove(name)
+
+    def _row_groups(self, name: str) -> Iterator[pa.Table]:
+        with pq.ParquetFile(io.BytesIO(self._place.read(name) or b"")) as written:
+            for number in range(written.num_row_groups):
+                yield written.read_row_group(number)
 
     def _cannot(self, error: OSError) -> StoreError:
         return StoreError(

@@ -25,8 +25,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from mace.errors import StoreError
 from storage.ownership import NO_LINK
+
+Ints = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +56,9 @@ ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {"windows": 32}
 """As how many rows one of a table counts in these three: a window has a histogram with it, hundreds of numbers."""
 FAN_IN: Final = 32
 """As many small segments are merged while their hour may still grow: half a minute of 1 s flushes."""
+
+HOURS_AHEAD: Final = 1
+"""A clock that is so much ahead of this machine's is as good as right, for retention."""
 
 _NAME: Final = re.compile(r"(\d{12})-(\d{12})\.(\d+)\.parquet")
 _TEMPORARY: Final = ".tmp"
@@ -150,6 +158,21 @@ def listing(
             if live != covered:
                 found.append(each)
     return found
+
+
+def by_hour(time_ns: Ints) -> list[tuple[int, Ints | None]]:
+    """Hours of these times (UTC, ns), each with the indices of its rows in their order, or None if those are all.
+
+    In one go over the rows, however many the hours are.
+    """
+    if not len(time_ns):
+        return []
+    hours = time_ns // HOUR_NS
+    if hours[0] == hours[-1] and (hours == hours[0]).all():
+        return [(int(hours[0]), None)]
+    order = np.argsort(hours, kind="stable")
+    found, first = np.unique(hours[order], return_index=True)
+    return list(zip(found.tolist(), np.split(order, first[1:]), strict=True))
 
 
 def sync_directory(directory: Path) -> None:
@@ -291,10 +314,12 @@ class Removed:
 
 
 def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | None) -> Removed:
-    """Remove whole hours, oldest first, that were written more than `max_age_s` ago or exceed `max_bytes`.
+    """Remove whole hours that were written more than `max_age_s` ago or exceed `max_bytes`, oldest first.
 
     Age counts from the writing, not from the packets' time: replaying last year's capture must not delete it at
-    once. The newest hour always stays. `runs` stays: one row a run.
+    once. The hour of `now_s` always stays, or where there is none the newest before it. What exceeds `max_bytes` is
+    taken first from hours that are still to come by this machine's clock, from the furthest on: rows of a host whose
+    clock is wrong must not outlive those of the others. `runs` stays: one row a run.
     """
     hours: dict[int, list[tuple[Segment, int]]] = {}
     newest_s: dict[int, float] = {}
@@ -308,8 +333,17 @@ def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | N
             hours.setdefault(each.hour, []).append((each, status.st_size))
             newest_s[each.hour] = max(newest_s.get(each.hour, 0.0), status.st_mtime)
             total += status.st_size
+    # No clock that has written here was ahead of itself; one that was set back meanwhile must not take it all.
+    present = int(max([now_s, *newest_s.values()])) // 3600
+    to_come = sorted((hour for hour in hours if hour > present + HOURS_AHEAD), reverse=True)
+    come = sorted(hours.keys() - to_come)
+    if not come:  # then it is this machine's clock that is wrong
+        come, to_come = to_come[::-1], []
+    stays = {hour for hour in come if present <= hour <= present + HOURS_AHEAD} or set(come[-1:])
     removed = Removed()
-    for hour in sorted(hours)[:-1]:
+    for hour in [*to_come, *come]:
+        if hour in stays:
+            continue
         old = max_age_s is not None and newest_s[hour] < now_s - max_age_s
         large = max_bytes is not None and total > max_bytes
         if not (old or large):

@@ -3,7 +3,10 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mace.errors import StoreError
 from storage import segments
@@ -211,3 +214,45 @@ def test_windows_are_merged_by_what_they_weigh():
     heavy = [replace(each, table="windows") for each in made([FULL_ROWS // weight] * 100)]
     assert mergeable([*heavy, *(replace(each, table="windows") for each in made([1], HOUR + 1, 101))]) == []
     assert len(mergeable(made([FULL_ROWS // weight] * 100))) == 1
+
+
+NOW_S = (HOUR * 3600) + 1_800
+
+
+def kept(root):
+    return [s.hour for s in listing(root, "delays")]
+
+
+@pytest.mark.parametrize("ahead", [2, 30 * 24, 166 * 8_766])
+def test_hours_that_are_still_to_come_go_before_those_of_hosts_whose_clock_is_right(tmp_path, ahead):
+    honest = [put(tmp_path, "delays", HOUR - n, n + 1, n + 1, size=100, mtime=NOW_S) for n in range(5)]
+    for n in range(20):
+        put(tmp_path, "delays", HOUR + ahead + n, 10 + n, 10 + n, size=100, mtime=NOW_S)
+    assert retain(tmp_path, NOW_S, None, 700).segments == 18
+    assert kept(tmp_path) == sorted({s.hour for s in honest} | {HOUR + ahead, HOUR + ahead + 1})
+    retain(tmp_path, NOW_S, None, 500)
+    assert kept(tmp_path) == sorted(s.hour for s in honest)
+    retain(tmp_path, NOW_S, None, 0)
+    assert kept(tmp_path) == [HOUR], "the hour of this machine's clock stays"
+
+
+def test_hours_of_a_host_whose_clock_is_behind_go_first(tmp_path):
+    honest = [put(tmp_path, "delays", HOUR - n, n + 1, n + 1, size=100, mtime=NOW_S - 3_600 * n) for n in range(5)]
+    put(tmp_path, "delays", 300_000, 20, 20, size=10_000, mtime=NOW_S)
+    retain(tmp_path, NOW_S, None, 500)
+    assert kept(tmp_path) == sorted(s.hour for s in honest)
+
+
+def test_a_clock_that_was_set_back_takes_nothing_that_was_of_the_present(tmp_path):
+    for n in range(5):
+        put(tmp_path, "delays", HOUR - n, n + 1, n + 1, size=100, mtime=NOW_S - 3_600 * n)
+    retain(tmp_path, 0, None, 200)
+    assert kept(tmp_path) == [HOUR - 1, HOUR]
+
+
+@given(st.lists(st.integers(-(1 << 61), 1 << 61), max_size=50))
+def test_rows_by_hour_are_all_rows_each_in_its_hour_and_in_order(times):
+    time_ns = np.array(times, np.int64)
+    found = segments.by_hour(time_ns)
+    rows = [(hour, index) for hour, chosen in found for index in (range(len(times)) if chosen is None else chosen)]
+    assert rows == sorted((t // HOUR_NS, index) for index, t in enumerate(times))
