@@ -215,7 +215,13 @@ class IngestConfig:
         262_144, "Records of unfinished packets that are kept at most, per host.", low=1000, high=1_000_000_000
     )
     queue_messages: int = _key(
-        10_000, "Messages that wait to be worked on at most; what comes beyond is asked for again.", low=100
+        10_000,
+        "Messages that wait to be worked on at most, an eighth of them of one host; others are asked for again.",
+        low=100,
+    )
+    hosts: int = _key(10_000, "Hosts at most; messages of further ones are refused.", low=1, high=1_000_000)
+    runs: int = _key(
+        10_000, "Runs of a host in the store at most; further ones are refused. Each `mace run` is one.", low=1
     )
 
 

@@ -7,16 +7,19 @@ goes on from them as if nothing had been.
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from collector.remote import Counts, HostStream, Verdict
 from correlator.engine import Engine, EngineConfig
 from mace import __version__
-from mace.errors import StoreError, WireError
+from mace.errors import MaceError, StoreError, WireError
 from mace.interfaces import Progress, StreamHeader
 from mace.records import Batch
 from mace.schema import Delays, Results
@@ -24,12 +27,31 @@ from mace.topology import Topology
 from mace.windowtable import WindowTable
 from mace.wire import Head, parse_head
 from storage.fleet import RunPart
+from storage.segments import HOUR_NS
 
 SLICE_NS: Final = 2_900_000_000
 """An engine works on what has come when it spans this much of the stream's own time: three frames of a second each, as
 long as rows may wait and be in the store within five seconds ..."""
 _SLICE_RECORDS: Final = 1 << 14
 """... or is so many records: where a slice's fixed cost of a millisecond or two no longer counts."""
+
+_FORMAT: Final = f"{__version__}/2"
+"""Of what is put aside; the number is raised with what is pickled."""
+_HELD_CELLS: Final = 1 << 22
+"""Histogram cells of a host's open windows, 128 MiB: a hundred times what a host of fifty containers has."""
+_HELD_DEVICES: Final = 1 << 16
+"""Devices that a run has told of, those that are gone among them."""
+_PASSED_DEVICES: Final = 30_000
+"""Devices of a run that packets have passed, counted once for each container whose packets they were: a store's segment
+numbers their names by 16 bits."""
+_LARGEST: Final = 1 << 62
+"""Of a run's counters: they are stored in 64 bits."""
+_WAITING_ROWS: Final = 1 << 21
+"""Rows, ..."""
+_WAITING_HOURS: Final = 64
+"""... hours, ..."""
+_WAITING_RUNS: Final = 16
+"""... and runs of a host that wait for the next flush; what would add to them waits too."""
 
 RunKey = tuple[str, int]
 """Host, and tag of the stream."""
@@ -48,6 +70,10 @@ class _Host:
     """Records since then."""
     rows: int = 0
     """Rows of `delays` of this run so far."""
+    given_up: str = ""
+    """Why nothing more of the stream is taken; empty as long as it is."""
+    taken: int = 0
+    """Frames of it that had been taken by then."""
 
 
 @dataclass(slots=True)
@@ -59,6 +85,9 @@ class _Waiting:
     windows: list[WindowTable] = field(default_factory=list)
     latest: Results | None = None
     rows: int = 0
+    size: int = 0
+    """Rows in `delays`."""
+    hours: set[int] = field(default_factory=set)
     begins: bool = False
     closed: bool = False
     ended: bool = False
@@ -72,12 +101,22 @@ class _Waiting:
 class Hosts:
     """All of one ingest. `is_stored` tells whether the store has a run already."""
 
-    def __init__(self, engine: EngineConfig, is_stored: Callable[[StreamHeader], bool]) -> None:
+    def __init__(
+        self,
+        engine: EngineConfig,
+        is_stored: Callable[[StreamHeader], bool],
+        most: int = 10_000,
+        now_utc_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """`most` is how many hosts there may be."""
         # Slices are cut here, by `slice_ns` and _SLICE_RECORDS.
         self._engine = replace(engine, slice_ns=1 << 60)
         self._is_stored = is_stored
+        self._most, self._now_utc_ns = most, now_utc_ns
         self._known: dict[str, _Host] = {}
         self._parts: dict[RunKey, _Waiting] = {}
+        self._of_host: dict[str, list[_Waiting]] = {}
+        """The same by host."""
         self._zstd = zstandard.ZstdCompressor(level=1)
         self.counts = Counts()
         self.slice_ns = SLICE_NS
@@ -94,57 +133,80 @@ class Hosts:
         return {host: known.stream.tag or 0 for host, known in self._known.items()}
 
     def judge(self, host: str, head: Head, oldest: int) -> Verdict:
-        """What a frame with this head is (`HostStream.judge`)."""
+        """What a frame with this head is (`HostStream.judge`); raises `WireError` where nothing more is taken."""
         known = self._known.get(host)
+        if known is None and len(self._known) >= self._most:
+            raise WireError(f"there are {self._most} hosts already ([ingest] hosts): {host[:80]} is not taken")
+        if known is not None and known.given_up and head.stream == known.stream.tag:
+            raise WireError(f"nothing more of this run is taken: {known.given_up}")
         return (known.stream if known is not None else HostStream(host)).judge(head, oldest)
 
     def next_of(self, host: str, stream: int) -> int:
         """The frame that is expected next of a host's stream; 0 if it is unknown."""
         known = self._known.get(host)
-        return known.stream.next_of(stream) if known is not None else 0
+        if known is None:
+            return 0
+        return known.taken if known.given_up and stream == known.stream.tag else known.stream.next_of(stream)
+
+    def is_held(self, host: str) -> bool:
+        """Whether so much of the host waits for the next flush that nothing may be added."""
+        parts = self._of_host.get(host, ())
+        return (
+            len(parts) >= _WAITING_RUNS
+            or sum(part.size for part in parts) >= _WAITING_ROWS
+            or sum(len(part.hours) for part in parts) >= _WAITING_HOURS
+        )
 
     def take_parts(self) -> dict[RunKey, RunPart]:
         """What came out since the last call, for the store."""
         parts = {key: waiting.part() for key, waiting in self._parts.items()}
         self._parts = {}
+        self._of_host = {}
         return parts
 
     def forget_results(self, host: str) -> None:
         """What came out of a host so far is in the store already."""
-        for key in [key for key in self._parts if key[0] == host]:
-            del self._parts[key]
+        if self._of_host.pop(host, None):
+            for key in [key for key in self._parts if key[0] == host]:
+                del self._parts[key]
 
     def put_aside(self, host: str) -> bytes:
         """All of a host, to go on from."""
         packed = self._zstd.compress(pickle.dumps(self._known[host], pickle.HIGHEST_PROTOCOL))
-        return __version__.encode() + b"\n" + packed
+        return _FORMAT.encode() + b"\n" + packed
 
     def restore(self, host: str, aside: bytes) -> None:
         """Go on from there; raises `StoreError` if another version wrote it, and this one cannot."""
         self._known[host] = _restored(aside)
 
-    def work(self, host: str, frame: bytes, *, again: bool = False) -> None:
-        """A frame that is the host's next: engine and results. Raises `WireError` for one that cannot be.
+    def work(self, host: str, frame: bytes, *, again: bool = False, before: bool = False) -> None:
+        """A frame that is the host's next: engine and results.
 
-        `again` where what comes of it is in the store already.
+        Raises `WireError` for a frame that cannot be taken, and then nothing has changed. After any other error nothing
+        can be made of the run any more (`give_up`).
+
+        `before` where the frame was taken before, by whatever the clock was; `again` where also what comes of it is in
+        the store already.
         """
         known = self._known.get(host)
         if known is None:
             known = _Host(HostStream(host))
         stream = known.stream
+        now_utc_ns = None if before or again else self._now_utc_ns()
         if parse_head(frame).stream != stream.tag:
-            header = stream.look(frame)
+            header = stream.look(frame, now_utc_ns)
             if not again and self._is_stored(header):
                 raise WireError(f"run {header.run} is in the store already, and the journal does not know it")
             self._finish(known, closed=False)
-            stream.begin(frame)
+            stream.begin(frame, now_utc_ns)
             self._known[host] = known
             known.engine = Engine(header.clock.offset_ns, self._engine)
-            known.sliced_ns = known.waiting = known.rows = 0
+            known.sliced_ns = known.waiting = known.rows = known.taken = 0
+            known.given_up = ""
             self._part(known).begins = True
             return
-        missing = stream.missing
-        item = stream.take(frame)
+        missing, known.taken = stream.missing, stream.next
+        item = stream.take(frame, now_utc_ns)
         self.counts.frames += 1
         if stream.missing != missing:
             self.counts.gaps += 1
@@ -153,12 +215,29 @@ class Hosts:
             self._finish(known, closed=True)
         elif known.engine is not None:
             self.counts.records += len(item) if isinstance(item, Batch) else 0
-            for results in _fed(known, known.engine, item, self.slice_ns):
+            found = _fed(known, known.engine, item, self.slice_ns)
+            _hold_to_limits(known.engine, found)
+            for results in found:
                 self._add(known, results)
+
+    def give_up(self, host: str, why: str, stream: int | None = None) -> None:
+        """Take nothing more of the host's run; what came out of it so far stays. Another run may follow.
+
+        `stream` is the run that is meant; None for the one that is coming in.
+        """
+        known = self._known.get(host)
+        if known is None or known.stream.tag is None or stream not in (None, known.stream.tag):
+            return
+        self.counts.given_up += 1
+        known.engine, known.given_up = None, why or "no reason is known"
+        part = self._part(known)
+        part.ended = True
 
     def _finish(self, known: _Host, *, closed: bool) -> None:
         if known.engine is not None:
-            self._add(known, known.engine.finish())
+            results = known.engine.finish()
+            _hold_to_limits(known.engine, [results])
+            self._add(known, results)
             self._part(known).closed = closed
             self._part(known).ended = True
             known.engine = None
@@ -166,7 +245,11 @@ class Hosts:
     def _part(self, known: _Host) -> _Waiting:
         assert known.stream.tag is not None
         assert known.stream.header is not None
-        return self._parts.setdefault((known.stream.host, known.stream.tag), _Waiting(known.stream.header))
+        key = known.stream.host, known.stream.tag
+        if key not in self._parts:
+            self._parts[key] = _Waiting(known.stream.header)
+            self._of_host.setdefault(key[0], []).append(self._parts[key])
+        return self._parts[key]
 
     def _add(self, known: _Host, results: Results) -> None:
         part = self._part(known)
@@ -174,12 +257,43 @@ class Hosts:
         part.rows = known.rows
         if len(results.delays):
             part.delays.append(results.delays)
+            part.size += len(results.delays)
+            _note_hours(part.hours, results.delays.utc_ns)
         if len(results.windows):
-            part.windows.append(WindowTable.of(results.windows))
+            windows = WindowTable.of(results.windows)
+            part.windows.append(windows)
+            _note_hours(part.hours, windows.column("start_utc_ns"))
         # An engine that never saw a record does not know of any time.
         upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
         ledger = replace(results.ledger, discarded=known.stream.missing)
-        part.latest = replace(results, upto_utc_ns=upto_ns, delays=Delays.empty(), windows=(), ledger=ledger)
+        told = replace(results, upto_utc_ns=upto_ns, ledger=ledger)
+        part.latest = replace(told, delays=Delays.empty(), windows=(), gaps_utc_ns=())
+
+
+class _TooMuchError(MaceError):
+    """A run that grows beyond what is kept of one."""
+
+
+def _hold_to_limits(engine: Engine, found: list[Results]) -> None:
+    cells, devices = engine.held
+    if cells > _HELD_CELLS:
+        raise _TooMuchError(f"its windows that cannot be closed have {cells} cells, at most {_HELD_CELLS} are kept")
+    if devices > _HELD_DEVICES:
+        raise _TooMuchError(f"it has told of {devices} devices, at most {_HELD_DEVICES} are kept: begin a new run")
+    for results in found[-1:]:
+        if len(results.devices) > _PASSED_DEVICES:
+            raise _TooMuchError(
+                f"its packets have passed {len(results.devices)} devices, at most {_PASSED_DEVICES} are stored of one"
+                " run: begin a new one"
+            )
+        if max(results.ledger.as_dict().values()) > _LARGEST:
+            raise _TooMuchError("its counters are beyond what 64 bits hold")
+
+
+def _note_hours(hours: set[int], utc_ns: npt.NDArray[np.int64]) -> None:
+    """Of these times, which are nearly in order."""
+    first, last = int(utc_ns.min()) // HOUR_NS, int(utc_ns.max()) // HOUR_NS
+    hours.update((first,) if first == last else np.unique(utc_ns // HOUR_NS).tolist())
 
 
 def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress, slice_ns: int) -> list[Results]:
@@ -203,14 +317,14 @@ def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress, slice_
 
 
 def _restored(aside: bytes) -> _Host:
-    version, _, packed = aside.partition(b"\n")
-    try:
-        known = pickle.loads(zstandard.decompress(packed))  # noqa: S301 (our own journal, readable for its owner only)
-    except Exception as error:
+    """Raises `StoreError` for what another version has put aside, and whatever pickle does for what is damaged."""
+    written, _, packed = aside.partition(b"\n")
+    if written.decode(errors="replace") != _FORMAT:
         raise StoreError(
-            f"the journal was written by MACE {version.decode(errors='replace')} and cannot be read by {__version__}"
-            f" ({error}): let that version run until the hosts' runs have ended, or move the journal (ingest/) away"
-            " and begin those runs anew"
-        ) from error
+            f"the journal was written by MACE {written[:40].decode(errors='replace')} and cannot be read by {_FORMAT}:"
+            " let that version run until the hosts' runs have ended, or move the journal (ingest/) away and begin those"
+            " runs anew"
+        )
+    known = pickle.loads(zstandard.decompress(packed))  # noqa: S301 (our own journal, readable for its owner only)
     assert isinstance(known, _Host)
     return known

@@ -1,12 +1,17 @@
 """`mace ingest`: many hosts' streams from a broker into one store.
 
-    broker ──► judge ──► journal ──► engine of the host ──► flush ──► store ──► commit ──► journal
-                            └──► acknowledgement to the host, once it is on the disk
+    broker ──► turns ──► judge ──► engine of the host ──► journal
+                                          │                  └──► acknowledgement to the host, once it is on the disk
+                                          └──► flush ──► store ──► commit ──► journal
 
 Each host has an engine of its own, with bounded memory. A frame is acknowledged when the journal has it on the disk, so
 a crash loses nothing that was acknowledged; what comes out of a crash is the store up to its last commit and the
 journal behind it, from which the same rows are made once more, and only once (`storage.journal`). All in one event
 loop: what waits for the disk does so in threads.
+
+Nothing that one host sends may harm the others. Its messages are refused where they are no frame that fits, and then
+change nothing; the hosts take turns (`mace.turns`); what is kept of each is bounded (`collector.remote`,
+`mace.hosts`). What goes wrong in spite of all that ends at `_border`: the host's run is given up, and that is told.
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ import gc
 import logging
 import random
 import signal
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,16 +32,17 @@ from typing import Any, Final
 from collector.ftrace_source import keep_freed_memory
 from collector.remote import Counts, Verdict
 from correlator.engine import EngineConfig
-from mace.broker import Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
+from mace.broker import QUEUE_BYTES, Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
 from mace.config import Config
-from mace.errors import WireError
+from mace.errors import MaceError, StoreError, WireError
 from mace.hosts import SLICE_NS, Hosts, RunKey
-from mace.topics import OLDEST, ROOT, Ack, Shard, ack_topic, host_of_stream
+from mace.topics import MAX_SEQUENCE, OLDEST, ROOT, Ack, Shard, ack_topic, check_host, host_of_stream
+from mace.turns import Turns
 from mace.vitals import Vitals
 from mace.wire import Head, parse_head
 from storage import SINKS
 from storage.fleet import FleetStore, RunPart
-from storage.journal import Commit, Journal, Kind, Place
+from storage.journal import Commit, Entry, Journal, Kind, Place
 from storage.shared import StreamOfSink
 
 _LOG: Final = logging.getLogger(__name__)
@@ -46,12 +54,17 @@ _AGAIN_S: Final = 1.0
 _SNAPSHOTS: Final = 16
 """Of the hosts that have one in an old file only, this part gets a new one at each flush."""
 _AT_A_TIME: Final = 8
-"""Messages that are worked on between two turns of other tasks: some ten milliseconds."""
+"""Messages that are received between two turns of other tasks."""
+_YIELD_S: Final = 0.01
+"""Of work, between two turns of other tasks."""
 _COLLECTED: Final = (50_000, 20, 100)
 """Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
 some at each 700 of them, as by default, takes a tenth of the time."""
-_TROUBLE_TOLD: Final = 20
-"""Refused messages that are logged; more are counted."""
+_MESSAGE_BYTES: Final = 1 << 10
+"""What a message takes in memory besides its payload, about."""
+_HOST_LENGTH: Final = 80
+_TOLD_OF: Final = 10_000
+"""Hosts whose refused messages are counted each by itself, for the log: it tells the 1st, 2nd, 4th, 8th of a host."""
 
 
 class Ingest:
@@ -77,12 +90,17 @@ class Ingest:
         self._due: dict[str, tuple[int, bool]] = {}
         """Hosts to be told which frame is expected next: the stream, and whether frames are missing."""
         self._asked: dict[str, float] = {}
+        self._refused: dict[str, int] = {}
+        """How many of each host's messages were refused lately."""
+        self._turns: Turns[Message] = Turns(config.ingest.queue_messages, QUEUE_BYTES)
+        self._stirred = asyncio.Event()
+        """Something came, was worked on or stored since it was cleared."""
         engine = EngineConfig(
             timeout_ns=config.correlate.timeout_ms * 1_000_000,
             open_records=config.ingest.open_records,
             rows=config.correlate.rows,
         )
-        self._hosts = Hosts(engine, self._store.knows)
+        self._hosts = Hosts(engine, self._store.knows, config.ingest.hosts)
         self.vitals = Vitals()
         self._sinks = [kind.make(config, self.vitals) for kind in SINKS.values() if kind.wanted(config)]
         self._streams: dict[RunKey, list[StreamOfSink]] = {}
@@ -124,21 +142,24 @@ class Ingest:
             self.vitals.running = True
             opened.callback(self.vitals.ended)
             receiving = asyncio.create_task(self._stay_connected(), name="ingest-receive")
+            working = asyncio.create_task(self._work(), name="ingest-work")
             flushing = asyncio.create_task(self._flush_now_and_then(), name="ingest-flush")
             stopping = asyncio.create_task(stop.wait())
             try:
-                await asyncio.wait((receiving, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
                 receiving.cancel()
-                ended = await asyncio.gather(receiving, return_exceptions=True)
+                working.cancel()
+                ended = await asyncio.gather(receiving, working, return_exceptions=True)
                 # Not cancelled: a flush that has begun is brought to its end, then there is a last one.
                 self._ending.set()
                 await flushing
             finally:
-                for task in (receiving, flushing, stopping):
+                for task in (receiving, working, flushing, stopping):
                     task.cancel()
-                await asyncio.gather(receiving, flushing, stopping, return_exceptions=True)
-            if isinstance(ended[0], Exception):
-                raise ended[0]
+                await asyncio.gather(receiving, working, flushing, stopping, return_exceptions=True)
+            for error in ended:
+                if isinstance(error, Exception):
+                    raise error
         finally:
             try:
                 await self._sync()
@@ -165,19 +186,19 @@ class Ingest:
         gone = self._store.put_back(commit.flush)
         for entry in self._journal.read():
             base = bases.get(entry.host)
-            if entry.kind is Kind.COMMIT or (base is not None and entry.place < base):
+            if entry.kind == Kind.COMMIT or (base is not None and entry.place < base):
                 continue
             stored = entry.place < commit.upto
-            if entry.kind is Kind.FRAME:
-                self.read_again += 1
-                self._hosts.work(entry.host, entry.payload, again=stored)
-            elif entry.place == base:
-                self._hosts.restore(entry.host, entry.payload)
-            self._base.setdefault(entry.host, entry.place[0])
+            try:
+                self._apply(entry, base, stored=stored)
+            except StoreError:
+                raise
+            except Exception as error:  # noqa: BLE001 (one host's entry must not keep the others from starting)
+                self._set_aside(entry, error)
             if stored:
                 self._hosts.forget_results(entry.host)
             await asyncio.sleep(0)
-        self._hosts.counts = Counts()
+        self._hosts.counts = Counts(set_aside=self.counts.set_aside)
         if earlier:
             found = len(self._hosts), self.read_again, gone
             _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
@@ -185,6 +206,28 @@ class Ingest:
         self._committed_in = self._journal.place[0]
         await self._sync()
         self._due = {host: (stream, True) for host, stream in self._hosts.streams().items()}
+
+    def _apply(self, entry: Entry, base: Place | None, *, stored: bool) -> None:
+        """Do once more what an entry says."""
+        if entry.kind == Kind.FRAME:
+            self.read_again += 1
+            self._hosts.work(entry.host, entry.payload, before=True, again=stored)
+        elif entry.kind != Kind.SNAPSHOT:
+            raise WireError(f"an entry of kind {entry.kind}, which this version does not know")
+        elif entry.place == base:
+            self._hosts.restore(entry.host, entry.payload)
+        self._base.setdefault(entry.host, entry.place[0])
+
+    def _set_aside(self, entry: Entry, error: Exception) -> None:
+        if not isinstance(error, WireError):
+            self._hosts.give_up(entry.host, _told(error))
+        path = self._journal.set_aside(entry)
+        self.counts.set_aside += 1
+        if (count := self._count(entry.host)) & (count - 1) == 0:
+            _LOG.error(
+                "host %s: an entry of the journal cannot be applied (%s); it is kept in %s (%d of this host so far)",
+                *(entry.host[:80], _told(error), path, count),
+            )
 
     # Broker -> journal, engines. ------------------------------------------------------------------------------
 
@@ -224,32 +267,83 @@ class Ingest:
     async def _receive(self, client: Connection) -> None:
         messages = client.messages
         async for message in messages:
-            self.queue_peak = max(self.queue_peak, len(messages))
             at_hand = [message]
             while at_hand:
                 for each in at_hand:
-                    self.message(each)
+                    self._hear(each)
+                self.queue_peak = max(self.queue_peak, len(messages) + len(self._turns))
                 # What waits is given out without waiting: other tasks must get their turn.
                 await asyncio.sleep(0)
-                self.queue_peak = max(self.queue_peak, len(messages))
+                while self._turns.is_full:
+                    # What has not been received stays with the broker.
+                    self._stirred.clear()
+                    await self._stirred.wait()
                 at_hand = list(client.at_hand(_AT_A_TIME))
 
-    def message(self, message: Message) -> None:
-        """Take a message from the broker."""
+    def _hear(self, message: Message) -> None:
+        """Let a message wait for its host's turn, if it is one's."""
         topic = str(message.topic)
-        payload = payload_of(message)
-        if topic.endswith("/status"):
-            self._greet(topic, payload)
-            return
         try:
+            if topic.endswith("/status"):
+                self._greet(topic, payload_of(message))
+                return
             host = host_of_stream(topic)
+        except WireError as error:
+            self._refuse(topic[:_HOST_LENGTH], topic, error)
+            return
+        self._turns.put(host, message, len(payload_of(message)) + _MESSAGE_BYTES)
+        self.counts.let_fall = self._turns.let_fall
+        self._stirred.set()
+
+    async def _work(self) -> None:
+        """Take the hosts' messages, in turns, as long as the ingest runs."""
+        clock = time.perf_counter
+        yielded_s = clock()
+        while True:
+            found = self._turns.take(self._hosts.is_held)
+            if found is None:
+                self._stirred.clear()
+                await self._stirred.wait()
+                yielded_s = clock()
+                continue
+            host, message = found
+            began_s = clock()
+            self.message(message)
+            ended_s = clock()
+            self._turns.charge(host, ended_s - began_s)
+            self._stirred.set()
+            if ended_s - yielded_s >= _YIELD_S:
+                await asyncio.sleep(0)
+                yielded_s = clock()
+
+    def message(self, message: Message) -> None:
+        """Take a message of a host's stream."""
+        topic = str(message.topic)
+        host = host_of_stream(topic)
+        with self._border(host, topic):
             if not self._shard.owns(host):
                 raise WireError(f"host {host} is not of shard {self._shard}")
-            head = parse_head(payload)
-            oldest = user_property(message, OLDEST)
-            self._judged(host, payload, head, int(oldest) if oldest.isascii() and oldest.isdigit() else 0)
+            if message.retain:
+                raise WireError("a retained message; frames of a stream are not retained")
+            payload = payload_of(message)
+            self._judged(host, payload, parse_head(payload), _oldest(user_property(message, OLDEST)))
+
+    @contextmanager
+    def _border(self, host: str, topic: str) -> Iterator[None]:
+        """Where what goes wrong with one host's messages or results ends: it is told, counted, and others go on."""
+        try:
+            yield
         except WireError as error:
-            self._refuse(topic, error)
+            self._refuse(host, topic, error)
+        except StoreError:
+            raise  # the disk is everybody's
+        except Exception as error:  # noqa: BLE001 (the one place; see above)
+            self._give_up(host, error)
+
+    def _give_up(self, host: str, error: Exception, stream: int | None = None) -> None:
+        _LOG.error("host %s: its run is given up, and what it sends of it refused: %s", host[:80], _told(error))
+        _LOG.debug("host %s", host[:80], exc_info=error)
+        self._hosts.give_up(host, _told(error), stream)
 
     def _judged(self, host: str, frame: bytes, head: Head, oldest: int) -> None:
         match self._hosts.judge(host, head, oldest):
@@ -259,7 +353,9 @@ class Ingest:
             case Verdict.GAP | Verdict.UNKNOWN:
                 self.counts.repeats += 1
                 self._ask_again(host, head.stream)
-            case Verdict.NEW | Verdict.BEGIN:
+            case Verdict.NEW | Verdict.BEGIN as verdict:
+                if verdict is Verdict.BEGIN and self._store.runs_of(host) >= self._config.ingest.runs:
+                    raise WireError(f"the store has {self._store.runs_of(host)} runs of it, the limit ([ingest] runs)")
                 self._hosts.work(host, frame)
                 place = self._journal.append(Kind.FRAME, host, frame)
                 self._base.setdefault(host, place[0])
@@ -268,20 +364,29 @@ class Ingest:
     def _greet(self, topic: str, payload: bytes) -> None:
         """A host that is there may not know that we are."""
         parts = topic.split("/")
-        host = parts[2] if len(parts) == 4 else ""
-        if host and host not in self._hosts and self._shard.owns(host) and b'"online"' in payload:
+        host = check_host(parts[2] if len(parts) == 4 else "")
+        if host not in self._hosts and self._shard.owns(host) and b'"online"' in payload:
             self._due.setdefault(host, (0, True))
 
     def _ask_again(self, host: str, stream: int) -> None:
         now = asyncio.get_running_loop().time()
+        if len(self._asked) >= _TOLD_OF:
+            self._asked = {each: at for each, at in self._asked.items() if now - at < _AGAIN_S}
         if now - self._asked.get(host, -_AGAIN_S) >= _AGAIN_S:
             self._asked[host] = now
             self._due[host] = (stream, True)
 
-    def _refuse(self, topic: str, error: WireError) -> None:
+    def _refuse(self, host: str, topic: str, error: WireError) -> None:
         self.counts.refused += 1
-        if self.counts.refused <= _TROUBLE_TOLD:
-            _LOG.warning("%s: refused: %s", topic[:200], error)
+        if (count := self._count(host)) & (count - 1) == 0:
+            _LOG.warning("%s: refused: %s (%d of this host so far)", topic[:200], error, count)
+
+    def _count(self, host: str) -> int:
+        """How often there was something to be told of a host."""
+        if len(self._refused) >= _TOLD_OF:
+            self._refused.clear()
+        self._refused[host] = self._refused.get(host, 0) + 1
+        return self._refused[host]
 
     # Journal, store. ------------------------------------------------------------------------------------------
 
@@ -328,10 +433,16 @@ class Ingest:
         snapshots = self._snapshots()
         upto = self._journal.place
         await self._sync()
-        flush = await self._store.flush(list(parts.values()))
+        self._stirred.set()  # hosts that were held up
+        flush, unstorable = await self._store.flush(list(parts.values()))
+        for (host, stream), part in parts.items():
+            for each in unstorable:
+                if each.part is part:
+                    self._give_up(host, StoreError(f"its rows cannot be stored: {each.why}"), stream)
         # Before the commit: after a crash a sink gets some results twice rather than not at all, and they are the same.
         for key, part in parts.items():
-            await self._deliver(key, part)
+            with self._border(key[0], "sinks"):
+                await self._deliver(key, part)
         self._commit(flush, upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
@@ -375,14 +486,29 @@ class Ingest:
         return self._journal.append(Kind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
 
 
+def _oldest(told: str) -> int:
+    """The property's number, 0 where there is none; raises `WireError`."""
+    if not told:
+        return 0
+    if not (told.isascii() and told.isdigit() and len(told) <= len(str(MAX_SEQUENCE))):
+        raise WireError(f"{OLDEST} {told[:40]!r} is no frame's number")
+    return int(told)
+
+
+def _told(error: Exception) -> str:
+    """One line of what has gone wrong."""
+    text = str(error) if isinstance(error, MaceError) else f"{type(error).__name__}: {error}"
+    return text.replace("\n", " ")[:500]
+
+
 def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
     """The last COMMIT, and each host's last snapshot before the place that it tells."""
     commit: Commit | None = None
     snapshots: list[tuple[str, Place]] = []
     for entry in journal.read():
-        if entry.kind is Kind.COMMIT:
+        if entry.kind == Kind.COMMIT:
             commit = Commit.parse(entry.payload)
-        elif entry.kind is Kind.SNAPSHOT:
+        elif entry.kind == Kind.SNAPSHOT:
             snapshots.append((entry.host, entry.place))
     if commit is None:
         return None, {}

@@ -118,6 +118,8 @@ class Head:
 
 
 Decoded: TypeAlias = StreamHeader | StreamItem | End
+Accept: TypeAlias = Callable[[Decoded], None]
+"""Raises `WireError` for a message that whoever reads does not want."""
 
 
 def parse_head(data: bytes | bytearray | memoryview) -> Head:
@@ -349,10 +351,10 @@ class Decoder:
         self.__dict__.update(state)
         self._zstd = zstandard.ZstdDecompressor()
 
-    def frame(self, frame: bytes) -> Decoded:
-        """The message of one whole frame (a MQTT payload); raises `WireError`."""
+    def frame(self, frame: bytes, accept: Accept | None = None) -> Decoded:
+        """The message of one whole frame (a MQTT payload); raises `WireError`, as may `accept` (see `payload`)."""
         head = self.head(frame)
-        return self.payload(head, frame[HEAD_SIZE:])
+        return self.payload(head, frame[HEAD_SIZE:], accept)
 
     def head(self, data: bytes | bytearray | memoryview) -> Head:
         """The head at the start of `data`, if it is this stream's next (with `gaps`: or a later one's)."""
@@ -369,30 +371,42 @@ class Decoder:
             raise WireError(f"frame {head.sequence} where {self.sequence} should be: some are missing or out of order")
         return head
 
-    def payload(self, head: Head, stored: bytes) -> Decoded:
-        """The message, once `head` was accepted. `stored` is exactly the payload."""
+    def payload(self, head: Head, stored: bytes, accept: Accept | None = None) -> Decoded:
+        """The message, once `head` was accepted. `stored` is exactly the payload.
+
+        What `accept`, which is given the message, raises refuses the frame: then nothing of it was taken.
+        """
         raw = self._raw(head, stored)
-        tag = crc32(raw) if head.message is Message.HEADER else head.stream
-        message: Decoded
-        match head.message:
-            case Message.HEADER:
-                if head.stream != tag:
-                    raise WireError("a HEADER that is not its own stream's")
-                message = self.header = _header(raw, head.version)
-                self.version, self._stream = head.version, head.stream
-            case Message.TOPOLOGY:
-                message = _topology(raw, self._order.topology)
-                self._order.check_topology(message)
-                self._order.took_topology(message)
-            case Message.BATCH:
-                message = self._batch(raw)
-            case Message.PROGRESS:
-                message = Progress(_Json(raw, "PROGRESS").number("upto_ns"))
-                self._order.took_progress(message)
-            case Message.END:
-                message = self._end(raw)
+        message, take = self._read(head, raw)
+        if accept is not None:
+            accept(message)
+        take()
         self.sequence = head.sequence + 1
         return message
+
+    def _read(self, head: Head, raw: bytes) -> tuple[Decoded, Callable[[], None]]:
+        """The message, verified, and how to take it."""
+        match head.message:
+            case Message.HEADER:
+                if head.stream != crc32(raw):
+                    raise WireError("a HEADER that is not its own stream's")
+                header = _header(raw, head.version)
+                return header, lambda: self._took_header(header, head)
+            case Message.TOPOLOGY:
+                topology = _topology(raw, self._order.topology)
+                self._order.check_topology(topology)
+                return topology, lambda: self._order.took_topology(topology)
+            case Message.BATCH:
+                return self._batch(raw)
+            case Message.PROGRESS:
+                progress = Progress(_Json(raw, "PROGRESS").number("upto_ns"))
+                return progress, lambda: self._order.took_progress(progress)
+            case Message.END:
+                end = self._end(raw)
+                return end, lambda: self._took_end(end)
+
+    def _took_header(self, header: StreamHeader, head: Head) -> None:
+        self.header, self.version, self._stream = header, head.version, head.stream
 
     def _raw(self, head: Head, stored: bytes) -> bytes:
         """The payload, verified and unpacked, as this version would have written it."""
@@ -417,7 +431,7 @@ class Decoder:
             raise WireError(f"a payload of {len(raw)} bytes, the head says {size}")
         return raw
 
-    def _batch(self, raw: bytes) -> Batch:
+    def _batch(self, raw: bytes) -> tuple[Batch, Callable[[], None]]:
         batch, before = _batch(raw)
         missing = before - self.records
         if missing < 0 or (missing and not self._gaps):
@@ -425,14 +439,16 @@ class Decoder:
         if before > _RECORDS_MAX:
             raise WireError(f"a batch that follows record {before:,}; a stream has at most {_RECORDS_MAX:,}")
         self._order.check_batch(batch, ascending=True)
-        self.missing += missing
-        self.records = before + len(batch)
-        if self._lost is not None:
-            self._lost += batch.lost
-        if missing:
-            batch = self._mark_gap(batch)
-        self._order.took_batch(batch)
-        return batch
+        marked = self._mark_gap(batch) if missing else batch
+
+        def take() -> None:
+            self.missing += missing
+            self.records = before + len(batch)
+            if self._lost is not None:
+                self._lost += batch.lost
+            self._order.took_batch(batch)
+
+        return marked, take
 
     def _mark_gap(self, batch: Batch) -> Batch:
         assert self.header is not None
@@ -458,10 +474,12 @@ class Decoder:
             raise WireError(
                 f"END of {end.records} records and {end.lost} lost, but there were {self.records} and {lost}"
             )
+        return end
+
+    def _took_end(self, end: End) -> None:
         self.missing += end.records - self.records
         self.records = end.records
         self.end = end
-        return end
 
 
 # --- columns -----------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,7 @@ from mace.windowtable import WindowTable
 from storage import segments, tables
 from storage.checksum import mismatch
 from storage.embedded import EmbeddedStore
-from storage.segments import HOUR_NS, NO_HOUR
+from storage.segments import NO_HOUR, by_hour, partition
 
 _LOG: Final = logging.getLogger(__name__)
 _MAINTENANCE_S: Final = 5.0
@@ -54,6 +55,18 @@ class RunPart:
     """Nothing will follow, with an END or without."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unstorable:
+    """A part that no table can be made of."""
+
+    part: RunPart
+    why: str
+
+
+_Rows = tuple[str, int, pa.Table]
+"""Rows of a table and an hour."""
+
+
 class FleetStore(EmbeddedStore):
     """Many runs' writer. `hold`, `put_back`, then `flush` and `settled` in turn, at last `let_go`."""
 
@@ -68,7 +81,8 @@ class FleetStore(EmbeddedStore):
         super().__init__(path, fsync=fsync, max_age_s=max_age_s, max_bytes=max_bytes)
         # What no journal knows yet must not be merged: it could not be put back.
         self._settled = 0
-        self._known: set[tuple[str, str]] = set()
+        self._known: dict[str, set[bytes]] = {}
+        """Each host's runs that are stored, by digest: a name may be long."""
         self._maintained = self._retained = 0.0
 
     async def hold(self, who: str) -> int:
@@ -99,12 +113,21 @@ class FleetStore(EmbeddedStore):
 
     def knows(self, header: StreamHeader) -> bool:
         """Whether the store holds this run already."""
-        return (header.host, header.run) in self._known
+        return _digest(header.run) in self._known.get(header.host, ())
 
-    async def flush(self, parts: Sequence[RunPart]) -> int:
-        """Write what the runs add; the flush's number. Raises `StoreError`; what is written then does not count."""
+    def runs_of(self, host: str) -> int:
+        """How many runs of a host the store holds."""
+        return len(self._known.get(host, ()))
+
+    async def flush(self, parts: Sequence[RunPart]) -> tuple[int, list[Unstorable]]:
+        """Write what the runs add; the flush's number, and the parts that cannot be stored, of which nothing was.
+
+        Raises `StoreError`; what is written then does not count.
+        """
         assert self._encoder is not None
-        self._known |= {(part.header.host, part.header.run) for part in parts if part.begins}
+        for part in parts:
+            if part.begins:
+                self._known.setdefault(part.header.host, set()).add(_digest(part.header.run))
         return await asyncio.get_running_loop().run_in_executor(self._encoder, self._write_flush, parts)
 
     def settled(self, flush: int) -> None:
@@ -128,20 +151,33 @@ class FleetStore(EmbeddedStore):
         finally:
             self._release()
 
-    def _write_flush(self, parts: Sequence[RunPart]) -> int:
+    def _write_flush(self, parts: Sequence[RunPart]) -> tuple[int, list[Unstorable]]:
+        unstorable: list[Unstorable] = []
         try:
             for some in _few_enough(parts):
-                self._write_parts(some)
-                self._flush += 1
+                for made in self._made(some, unstorable):
+                    for table, hour, rows in made:
+                        self._put(table, hour, rows)
+                    self._flush += 1
         except OSError as error:
             raise self._cannot("write a flush", error) from error
-        self.rows_stored += sum(len(part.delays) for part in parts)
-        return self._flush - 1
+        self.rows_stored += sum(len(part.delays) for part in parts) - sum(len(each.part.delays) for each in unstorable)
+        return self._flush - 1, unstorable
 
-    def _write_parts(self, parts: Sequence[RunPart]) -> None:
+    def _made(self, parts: Sequence[RunPart], unstorable: list[Unstorable]) -> list[list[_Rows]]:
+        """The parts as tables, to be put in that order; one list, or several if some part cannot be made a table."""
+        try:
+            return [list(self._tables(parts))]
+        except Exception as error:  # noqa: BLE001 (whatever it is about one host's rows, the others' are stored)
+            if len(parts) == 1:
+                unstorable.append(Unstorable(parts[0], f"{type(error).__name__}: {error}"))
+                return []
+        return [made for part in parts for made in self._made([part], unstorable)]
+
+    def _tables(self, parts: Sequence[RunPart]) -> Iterator[_Rows]:
         begun = [tables.runs_table(part.header) for part in parts if part.begins]
         if begun:
-            self._put("runs", NO_HOUR, pa.concat_tables(begun).unify_dictionaries().combine_chunks())
+            yield ("runs", NO_HOUR, pa.concat_tables(begun).unify_dictionaries().combine_chunks())
         told = [part for part in parts if part.latest is not None]
         if not told:
             return
@@ -159,7 +195,7 @@ class FleetStore(EmbeddedStore):
             for part in told
             if (latest := part.latest) is not None
         ]
-        self._put_by_hour("ledger", tables.ledger_table(rows, self._flush))
+        yield from _by_hour("ledger", tables.ledger_table(rows, self._flush))
         # One table of all runs: some twenty columns for each would cost a millisecond a run.
         of_run = [part.latest.devices if part.latest is not None else () for part in told]
         devices = [device for some in of_run for device in some]
@@ -170,26 +206,16 @@ class FleetStore(EmbeddedStore):
             counts = [len(part.windows) for part in told]
             device = windows.column("device") + np.repeat(first, counts)
             runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
-            self._put_by_hour("windows", tables.windows_table(runs, windows, devices, rank, device))
+            yield from _by_hour("windows", tables.windows_table(runs, windows, devices, rank, device))
         delays = Delays.concatenate([part.delays for part in told])
         if len(delays):
             counts = [len(part.delays) for part in told]
             delays = replace(delays, device=(delays.device + np.repeat(first, counts)).astype(np.int32))
             runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
-            self._put_by_hour("delays", tables.delays_table(runs, delays, devices, rank))
+            yield from _by_hour("delays", tables.delays_table(runs, delays, devices, rank))
 
-    def _put_by_hour(self, table: str, rows: pa.Table) -> None:
-        times = rows["time"].cast(pa.int64()).to_numpy()
-        first, last = int(times.min()) // HOUR_NS, int(times.max()) // HOUR_NS
-        if first == last:
-            self._put(table, first, rows)
-            return
-        hours = times // HOUR_NS
-        for hour in np.unique(hours):
-            self._put(table, int(hour), rows.filter(pa.array(hours == hour)))
-
-    def _stored_runs(self) -> set[tuple[str, str]]:
-        found: set[tuple[str, str]] = set()
+    def _stored_runs(self) -> dict[str, set[bytes]]:
+        found: dict[str, set[bytes]] = {}
         for each in segments.listing(self.path, "runs"):
             try:
                 if why := mismatch(each.path):
@@ -197,8 +223,19 @@ class FleetStore(EmbeddedStore):
                 rows = pq.read_table(each.path, columns=["host", "run"], partitioning=None).to_pylist()
             except (pa.ArrowInvalid, OSError) as error:
                 raise StoreError(f"{each.path}: cannot be read: {error}") from error
-            found |= {(row["host"], row["run"]) for row in rows}
+            for row in rows:
+                found.setdefault(row["host"], set()).add(_digest(row["run"]))
         return found
+
+
+def _by_hour(table: str, rows: pa.Table) -> Iterator[_Rows]:
+    for hour, chosen in by_hour(rows["time"].cast(pa.int64()).to_numpy()):
+        partition(Path(), table, hour)  # raises for one that no calendar has
+        yield table, hour, rows if chosen is None else rows.take(chosen)
+
+
+def _digest(run: str) -> bytes:
+    return blake2b(run.encode(), digest_size=16).digest()
 
 
 def _few_enough(parts: Sequence[RunPart]) -> list[Sequence[RunPart]]:

@@ -57,7 +57,8 @@ class Entry:
     """One entry, read back."""
 
     place: Place
-    kind: Kind
+    kind: int
+    """A `Kind`, or a number that this version does not know."""
     host: str
     payload: bytes
 
@@ -76,6 +77,11 @@ class Commit:
         if len(payload) == _FIRST_COMMIT.size:
             flush, file, offset = _FIRST_COMMIT.unpack(payload)
             return cls(flush, (file, offset), FIRST_SLICE_NS)
+        if len(payload) != _COMMIT.size:
+            raise StoreError(
+                f"the journal has a commit of {len(payload)} bytes, of another version of MACE: let that version run"
+                " until the hosts' runs have ended, or move the journal (ingest/) away and begin those runs anew"
+            )
         flush, file, offset, slice_ns = _COMMIT.unpack(payload)
         return cls(flush, (file, offset), slice_ns)
 
@@ -90,6 +96,7 @@ class Journal:
         self._offset = 0
         self._buffer: list[bytes] = []
         self._kept_from = 0
+        self._aside: set[Path] = set()
         self._failure: StoreError | None = None
 
     def open(self) -> int:
@@ -110,11 +117,10 @@ class Journal:
 
     def append(self, kind: Kind, host: str, payload: bytes) -> Place:
         """Add an entry, in memory until `sync`; its place."""
-        name = host.encode()
         place = self.place
-        checksum = crc32(payload, crc32(name))
-        self._buffer += (_ENTRY.pack(kind, len(name), len(payload), checksum), name, payload)
-        self._offset += _ENTRY.size + len(name) + len(payload)
+        entry = packed(kind, host, payload)
+        self._buffer += entry
+        self._offset += sum(map(len, entry))
         return place
 
     def commit(self, commit: Commit) -> None:
@@ -170,6 +176,21 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
+    def set_aside(self, entry: Entry) -> Path:
+        """Keep a copy of an entry that cannot be applied beside the journal, in the same form; where.
+
+        A journal that is read again gives the same file again.
+        """
+        path = self._path(entry.place[0]).with_suffix(".aside")
+        mode = "ab" if path in self._aside else "wb"
+        try:
+            with open(path, mode, opener=_private) as file:
+                file.writelines(packed(entry.kind, entry.host, entry.payload))
+        except OSError as error:
+            raise self._cannot(error) from error
+        self._aside.add(path)
+        return path
+
     def read(self) -> Iterator[Entry]:
         """All whole entries of the files before the one that is written now, in order.
 
@@ -204,10 +225,19 @@ class Journal:
         )
 
 
+def packed(kind: int, host: str, payload: bytes) -> tuple[bytes, bytes, bytes]:
+    """An entry's bytes, in pieces."""
+    name = host.encode()
+    return _ENTRY.pack(kind, len(name), len(payload), crc32(payload, crc32(name))), name, payload
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 def _entries(number: int, path: Path) -> Iterator[Entry]:
     data = path.read_bytes()
     at = 0
-    kinds = {kind.value: kind for kind in Kind}
     while at + _ENTRY.size <= len(data):
         kind, name_bytes, size, checksum = _ENTRY.unpack_from(data, at)
         start = at + _ENTRY.size
@@ -218,16 +248,5 @@ def _entries(number: int, path: Path) -> Iterator[Entry]:
         if crc32(payload, crc32(name)) != checksum:
             _LOG.warning("%s: damaged at byte %d: its last %d bytes are not read", path, at, len(data) - at)
             return
-        if kind not in kinds:
-            raise _of_another_version(path, at, f"an entry of kind {kind}")
-        if kind == Kind.COMMIT and size not in {_COMMIT.size, _FIRST_COMMIT.size}:
-            raise _of_another_version(path, at, f"a commit of {size} bytes")
-        yield Entry((number, at), kinds[kind], name.decode(), payload)
+        yield Entry((number, at), kind, name.decode(), payload)
         at = end
-
-
-def _of_another_version(path: Path, at: int, what: str) -> StoreError:
-    return StoreError(
-        f"{path}: byte {at}: {what}, which this MACE does not know: a newer one has written it; ingest with that one,"
-        " or move the journal's directory away"
-    )

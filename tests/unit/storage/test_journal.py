@@ -96,17 +96,6 @@ def test_a_journal_that_cannot_be_is_an_error_of_the_store(tmp_path):
         Journal(tmp_path / "file" / "ingest").open()
 
 
-@pytest.mark.parametrize(
-    ("kind", "payload", "what"), [(9, b"new", "an entry of kind 9"), (Kind.COMMIT, bytes(40), "a commit of 40 bytes")]
-)
-def test_what_another_version_has_written_is_told_and_not_taken_for_the_end(tmp_path, kind, payload, what):
-    places = written(tmp_path, (Kind.FRAME, "a", b"1"), (kind, "", payload), (Kind.FRAME, "a", b"2"))
-    with pytest.raises(
-        StoreError, match=f"0000000001.journal: byte {places[1][1]}: {what}, which this MACE does not know"
-    ):
-        read(tmp_path)
-
-
 def test_damage_is_told_with_what_it_costs(tmp_path, caplog):
     places = written(tmp_path, (Kind.FRAME, "a", b"one"), (Kind.FRAME, "a", b"two"), (Kind.FRAME, "a", b"three"))
     (path,) = tmp_path.iterdir()
@@ -116,3 +105,27 @@ def test_damage_is_told_with_what_it_costs(tmp_path, caplog):
     assert [e.payload for e in read(tmp_path)] == [b"one"]
     left = len(raw) - places[1][1]
     assert f"damaged at byte {places[1][1]}: its last {left} bytes are not read" in caplog.text
+
+
+def test_an_entry_of_a_kind_that_is_not_known_is_read_and_hides_nothing_behind_it(tmp_path):
+    written(tmp_path, (9, "a", b"later"), (Kind.FRAME, "b", b"1"))
+    assert [(e.kind, e.host, e.payload) for e in read(tmp_path)] == [(9, "a", b"later"), (Kind.FRAME, "b", b"1")]
+
+
+def test_a_commit_of_another_version_is_told(tmp_path):
+    with pytest.raises(StoreError, match="commit of 40 bytes, of another version"):
+        Commit.parse(bytes(40))
+
+
+def test_entries_that_are_set_aside_are_kept_in_the_same_form_once(tmp_path):
+    written(tmp_path, (Kind.FRAME, "a", b"1"), (Kind.FRAME, "a", b"2"), (Kind.FRAME, "b", b"3"))
+    for _ in range(2):
+        kept = Journal(tmp_path, fsync=False)
+        kept.open()
+        first, _, third = kept.read()
+        paths = {kept.set_aside(entry) for entry in (first, third)}
+        kept.close()
+        (path,) = paths
+        assert path == tmp_path / "0000000001.aside"
+        found = journal._entries(1, path.read_bytes())
+        assert [(e.kind, e.host, e.payload) for e in found] == [(Kind.FRAME, "a", b"1"), (Kind.FRAME, "b", b"3")]
