@@ -57,6 +57,8 @@ _AT_A_TIME: Final = 8
 """Messages that are received between two turns of other tasks."""
 _YIELD_S: Final = 0.01
 """Of work, between two turns of other tasks."""
+_CANCEL_AGAIN_S: Final = 1.0
+"""A task that has not ended this long after it was cancelled is cancelled again."""
 _COLLECTED: Final = (50_000, 20, 100)
 """Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
 some at each 700 of them, as by default, takes a tenth of the time."""
@@ -147,16 +149,12 @@ class Ingest:
             stopping = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait((receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
-                receiving.cancel()
-                working.cancel()
-                ended = await asyncio.gather(receiving, working, return_exceptions=True)
+                ended = await _cancelled(receiving, working)
                 # Not cancelled: a flush that has begun is brought to its end, then there is a last one.
                 self._ending.set()
                 await flushing
             finally:
-                for task in (receiving, working, flushing, stopping):
-                    task.cancel()
-                await asyncio.gather(receiving, working, flushing, stopping, return_exceptions=True)
+                await _cancelled(receiving, working, flushing, stopping)
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
@@ -260,9 +258,7 @@ class Ingest:
             for task in done:
                 task.result()
         finally:
-            for task in work:
-                task.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+            await _cancelled(*work)
 
     async def _receive(self, client: Connection) -> None:
         messages = client.messages
@@ -484,6 +480,19 @@ class Ingest:
 
     def _snapshot(self, host: str) -> int:
         return self._journal.append(Kind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
+
+
+async def _cancelled(*tasks: asyncio.Task[Any]) -> list[BaseException | Any]:
+    """Cancel tasks until they have ended; what each came to.
+
+    Once is not enough: a connection that breaks while it is closed raises an error of its own in place of the
+    cancellation, and `asyncio.wait_for` before Python 3.12 forgets one that comes with the result.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+    return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _oldest(told: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from correlator.engine import EngineConfig
+from mace import ingest as ingest_module
 from mace.broker import Broker
 from mace.config import Config, MqttConfig, StoreConfig
 from mace.errors import StoreError
@@ -123,6 +124,36 @@ def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
 
 def later(batch, seconds):
     return replace(batch, ts_ns=batch.ts_ns + seconds * 1_000_000_000)
+
+
+def test_a_connection_that_forgets_that_it_was_cancelled_does_not_keep_it_from_ending(tmp_path, monkeypatch):
+    """As one that breaks while it is being closed: its own error takes the cancellation's place."""
+    forgotten, begun = 0, asyncio.Event()
+
+    async def forgetful(self):
+        nonlocal forgotten
+        begun.set()
+        while True:
+            try:
+                await asyncio.sleep(3_600)
+            except asyncio.CancelledError:
+                forgotten += 1
+                if forgotten == 2:
+                    raise
+
+    monkeypatch.setattr(Ingest, "_stay_connected", forgetful)
+    monkeypatch.setattr(ingest_module, "_CANCEL_AGAIN_S", 0.01)
+
+    async def work():
+        config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"))
+        stop = asyncio.Event()
+        running = asyncio.create_task(Ingest(Broker(config.mqtt), tmp_path / "store", config, Shard()).run(stop))
+        await begun.wait()
+        stop.set()
+        await running
+
+    asyncio.run(work())
+    assert forgotten == 2
 
 
 async def writing(place, monkeypatch, sync):
