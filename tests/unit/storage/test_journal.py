@@ -127,5 +127,5 @@ def test_entries_that_are_set_aside_are_kept_in_the_same_form_once(tmp_path):
         kept.close()
         (path,) = paths
         assert path == tmp_path / "0000000001.aside"
-        found = journal._entries(1, path.read_bytes())
+        found = journal._entries(1, path)
         assert [(e.kind, e.host, e.payload) for e in found] == [(Kind.FRAME, "a", b"1"), (Kind.FRAME, "b", b"3")]
