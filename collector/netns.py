@@ -12,7 +12,9 @@ import ctypes
 import errno
 import os
 import re
+import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from mace.names import text_of
 from mace.processes import start_ticks
 
 _CLONE_NEWNET: Final = 0x40000000
+_SO_NETNS_COOKIE: Final = 71
 _MOUNTED: Final = re.compile(rb"^\S+ \S+ \S+ net:\[(\d+)\] (\S+) .* - nsfs ", re.MULTILINE)
 _NAMED: Final = re.compile(r"(?:/var)?/run(?:/user/\d+)?/netns/([^/]+)")
 _OTHERS: Final = re.compile(r"/proc/(?!1/)\d+/root(?=/)")
@@ -262,6 +265,16 @@ def leave_for_new_netns() -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), "unshare(CLONE_NEWNET)")
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def cookie_here() -> int:
+    """The cookie of this thread's network namespace (SO_NETNS_COOKIE, Linux 5.14); 0 where the kernel tells none."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
+            told = any_socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+    except OSError:
+        return 0
+    return int.from_bytes(told, sys.byteorder)
 
 
 @contextlib.contextmanager

@@ -7,17 +7,21 @@
  * kernel memory but theirs leaves.
  */
 #include <linux/fs.h>
+#include <linux/jiffies.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/poll.h>
 #include <linux/random.h>
+#include <linux/sched/signal.h>
 #include <linux/uaccess.h>
 
 #include "mace_chardev.h"
 #include "mace_compat.h"
 #include "mace_probes.h"
 #include "mace_session.h"
+
+#define MACE_CALL_MS 10
 
 static u64 mace_load_id;
 
@@ -46,6 +50,23 @@ static __poll_t mace_poll(struct file *file, poll_table *wait)
 	       (READ_ONCE(session->gone) ? EPOLLHUP : 0);
 }
 
+/*
+ * By page frame: before v5.11 vm_insert_page() refuses pages that are charged to a memory cgroup
+ * (Linux kernel commit bcfe06bf2622 ("mm: memcontrol: Use helpers to read page's memcg data")). The
+ * mapping holds no references to pages; it keeps the file open, and the session the pages.
+ */
+static int mace_map(struct vm_area_struct *vma, const struct mace_ring *ring)
+{
+	unsigned long i, at = vma->vm_start;
+	int error = 0;
+
+	vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE | VM_MAYEXEC);
+	for (i = 0; !error && i < ring->page_count; i++, at += PAGE_SIZE)
+		error = remap_pfn_range(vma, at, page_to_pfn(ring->pages[i]), PAGE_SIZE,
+					vma->vm_page_prot);
+	return error;
+}
+
 static int mace_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct mace_session *session = file->private_data;
@@ -61,13 +82,12 @@ static int mace_mmap(struct file *file, struct vm_area_struct *vma)
 	if (!mace_session_ready(session))
 		return -ENXIO;
 	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
-		ring = session->rings[cpu];
+		ring = mace_session_ring(session, cpu);
 		if (!ring || vma->vm_pgoff != cpu * ring->page_count)
 			continue;
 		if (vma_pages(vma) != ring->page_count)
 			return -EINVAL;
-		vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE | VM_MAYEXEC);
-		return vm_map_pages_zero(vma, ring->pages, ring->page_count);
+		return mace_map(vma, ring);
 	}
 	return -ENXIO;
 }
@@ -81,6 +101,7 @@ static int mace_ioctl_hello(struct mace_session *session, void __user *argument)
 		.subbuf_head_bytes = sizeof(struct mace_subbuf),
 		.hooks = mace_probes_available(),
 		.flags = (session->all ? MACE_HELLO_ALL : 0) |
+			 (MACE_COOKIES ? MACE_HELLO_COOKIES : 0) |
 			 (READ_ONCE(session->gone) ? MACE_HELLO_NETNS_GONE : 0),
 		.netns = session->own_inode,
 		.cpus = nr_cpu_ids,
@@ -103,12 +124,30 @@ static int mace_ioctl_setup(struct mace_session *session, void __user *argument)
 	error = mace_session_setup(session, &setup);
 	if (error)
 		return error;
-	return copy_to_user(argument, &setup, sizeof(setup)) ? -EFAULT : 0;
+	if (copy_to_user(argument, &setup, sizeof(setup)))
+		error = -EFAULT;
+	mace_session_commit(session, !error);
+	return error;
+}
+
+/* One who is not the host's root may have a CPU called so often and no more: it may be isolated. */
+static int mace_wait_for_turn(const struct mace_session *session, const struct mace_ring *ring)
+{
+	unsigned long turn = ring->called + msecs_to_jiffies(MACE_CALL_MS) + 1;
+
+	while (!session->all && ring->called && time_before(jiffies, turn)) {
+		schedule_timeout_interruptible(turn - jiffies);
+		if (signal_pending(current))
+			return -EINTR;
+	}
+	return 0;
 }
 
 static int mace_ioctl_take(struct mace_session *session, void __user *argument)
 {
+	struct mace_ring *ring;
 	struct mace_take take;
+	bool due = false;
 	int error;
 
 	if (copy_from_user(&take, argument, sizeof(take)))
@@ -117,15 +156,24 @@ static int mace_ioctl_take(struct mace_session *session, void __user *argument)
 		return -EINVAL;
 	if (!session->ready)
 		return -EINVAL;
-	if (take.cpu >= nr_cpu_ids || !session->rings[take.cpu])
+	ring = mace_session_ring(session, take.cpu);
+	if (!ring)
 		return -ENXIO;
-	/* Before the ring is looked at: what comes after it makes it due again. */
-	if (take.flags & MACE_TAKE_FLUSH)
-		WRITE_ONCE(session->flush_due, false);
-	error = mace_ring_take(session->rings[take.cpu], &take);
-	if (error)
-		return error;
-	return copy_to_user(argument, &take, sizeof(take)) ? -EFAULT : 0;
+	if (take.flags & MACE_TAKE_FLUSH) {
+		error = mace_wait_for_turn(session, ring);
+		if (error)
+			return error;
+		/* Before the ring is looked at: what comes after it makes it due again. */
+		due = xchg(&session->flush_due, false);
+	}
+	error = mace_ring_take(ring, &take);
+	if (!error && copy_to_user(argument, &take, sizeof(take)))
+		error = -EFAULT;
+	if (!error)
+		mace_ring_commit(ring, &take);
+	else if (due)
+		WRITE_ONCE(session->flush_due, true);
+	return error;
 }
 
 static int mace_ioctl_stats(struct mace_session *session, void __user *argument)

@@ -11,8 +11,8 @@
  *
  * The way out. An open file pins the module, and a session that runs has an open file: when the
  * module is removed no session is left, so no probe is registered and no ring is left. Then, in
- * this order: no file can be opened any more; no namespace calls us any more; every probe that was
- * running has returned; its table is freed.
+ * this order: no file can be opened any more; every probe that was running has returned, and its
+ * table is freed; no namespace calls us any more, and what probes know of each is freed.
  */
 #include <linux/module.h>
 
@@ -25,10 +25,24 @@ module_param_named(max_ring_mib, mace_max_ring_mib, uint, 0644);
 MODULE_PARM_DESC(max_ring_mib, "most memory of one CPU's ring of one session, MiB");
 
 module_param_named(max_total_mib, mace_max_total_mib, uint, 0644);
-MODULE_PARM_DESC(max_total_mib, "most memory of all rings together, MiB");
+MODULE_PARM_DESC(max_total_mib,
+		 "most memory of all rings together, MiB; default by CPUs and memory");
+
+module_param_named(max_netns_mib, mace_max_netns_mib, uint, 0644);
+MODULE_PARM_DESC(max_netns_mib,
+		 "of one namespace's sessions, MiB; default: a quarter of the total");
+
+module_param_named(host_mib, mace_host_mib, uint, 0644);
+MODULE_PARM_DESC(host_mib, "kept for the host's root, MiB; default: a quarter of the total");
 
 module_param_named(max_sessions, mace_max_sessions, uint, 0644);
 MODULE_PARM_DESC(max_sessions, "files that may be open at once");
+
+module_param_named(max_netns_sessions, mace_max_netns_sessions, uint, 0644);
+MODULE_PARM_DESC(max_netns_sessions, "by one namespace");
+
+module_param_named(host_sessions, mace_host_sessions, uint, 0644);
+MODULE_PARM_DESC(host_sessions, "of them kept for the host's root");
 
 module_param_named(cost_every, mace_cost_every, uint, 0444);
 MODULE_PARM_DESC(cost_every, "one call of a probe in so many is timed; made a power of two");
@@ -41,29 +55,29 @@ static int __init mace_init(void)
 	int error;
 
 	mace_packet_init();
-	error = mace_probes_init();
-	if (error)
-		return error;
 	error = mace_sessions_init();
 	if (error)
-		goto undo_probes;
-	error = mace_chardev_init();
+		return error;
+	error = mace_probes_init();
 	if (error)
 		goto undo_sessions;
+	error = mace_chardev_init();
+	if (error)
+		goto undo_probes;
 	return 0;
 
-undo_sessions:
-	mace_sessions_exit();
 undo_probes:
 	mace_probes_exit();
+undo_sessions:
+	mace_sessions_exit();
 	return error;
 }
 
 static void __exit mace_exit(void)
 {
 	mace_chardev_exit();
-	mace_sessions_exit();
 	mace_probes_exit();
+	mace_sessions_exit();
 }
 
 module_init(mace_init);

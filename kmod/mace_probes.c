@@ -7,14 +7,18 @@
  * so is a reader of RCU's too: the newest kernels' tracepoints no longer see to that. It takes no
  * lock, and it neither sleeps nor allocates nor prints, nor touches user memory.
  *
- * Where a packet is, its device tells, never the task that happens to run. At the hooks where it
- * is delivered or freed skb->dev may dangle, so there the module recalls where it last saw this
- * buffer: a table of some thousand entries, by the buffer's identity, checked against the packet's
- * content. An entry that was overwritten is no harm: the place is then unknown, and only sessions
- * that see everything get the record.
+ * Where a packet is, its device says, never the task that happens to run. At the hooks where it is
+ * delivered or freed skb->dev may dangle, so there the module looks up where this buffer was last
+ * (struct mace_context). A session of some namespaces or devices gets such a record only if the
+ * buffer is certainly still there; where that is not known, only sessions that see everything get
+ * it.
  */
 #include <linux/cache.h>
+#include <linux/delay.h>
 #include <linux/err.h>
+#include <linux/etherdevice.h>
+#include <linux/hash.h>
+#include <linux/if_vlan.h>
 #include <linux/irqflags.h>
 #include <linux/log2.h>
 #include <linux/netdevice.h>
@@ -27,6 +31,7 @@
 #include <linux/timekeeping.h>
 #include <linux/tracepoint.h>
 #include <linux/vmalloc.h>
+#include <net/dst.h>
 #include <net/sock.h>
 #include <trace/events/net.h>
 #include <trace/events/skb.h>
@@ -36,62 +41,210 @@
 #include "mace_probes.h"
 #include "mace_session.h"
 
-#define MACE_RECALL_BITS 15 /* 32768 buffers under way at once, 1 MiB */
+#define MACE_CONTEXT_BITS 15 /* 32768 buffers under way at once, 1 MiB */
 
+static const u32 mace_device_hooks =
+	BIT(MACE_HOOK_NET_DEV_QUEUE) | BIT(MACE_HOOK_NET_DEV_START_XMIT) | BIT(MACE_HOOK_NETIF_RX) |
+	BIT(MACE_HOOK_NETIF_RECEIVE_SKB) | BIT(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY);
 static const u32 mace_placeless_hooks = BIT(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC) |
 					BIT(MACE_HOOK_CONSUME_SKB) | BIT(MACE_HOOK_KFREE_SKB);
+static const u32 mace_end_hooks = BIT(MACE_HOOK_CONSUME_SKB) | BIT(MACE_HOOK_KFREE_SKB);
 
-/* --- the place where a buffer was seen last --------------------------------------- */
+/* --- the context of a buffer ------------------------------------------------------ */
 
-/*
- * Written and read without a lock; @check holds the words together, so that a torn entry matches
- * nothing.
+/**
+ * struct mace_where - a place, and how records name its namespace
+ *
+ * @at: the place; serial 0: not known, or not certain
+ * @inode: the namespace's
+ * @cookie: the lower half of the namespace's cookie, which is all of it for the first 2^32
+ *	namespaces of a boot; 0 where the kernel has none
  */
-struct mace_recall {
-	u64 check;
-	u64 place;
-	u64 inode;
-	u64 unused;
+struct mace_where {
+	struct mace_place at;
+	u32 inode;
+	u32 cookie;
 };
 
-static struct mace_recall *mace_recalls;
-static unsigned int mace_recall_users;
+/*
+ * Where a buffer was at the last device hook: written there, or removed there if no session follows
+ * the packet, and removed where the buffer is freed. So that no device hook is missed, all of them
+ * are probed as long as a session wants a hook without a device.
+ *
+ * Not every buffer's end is at a hook (TCP frees its own without a tracepoint), and not every way
+ * from one namespace into another passes a device hook (macvlan, tunnels, XDP). Hence a lookup
+ * takes nothing for granted:
+ *
+ *	the buffer, its memory and its content (packet_key) are those of the entry, so that another
+ *	life of the same buffer has no entry;
+ *	a packet that was received has passed no other device, as skb->skb_iif tells, which the
+ *	stack sets anew for each (__netif_receive_skb_core());
+ *	any other packet is still at the device, as skb->dev tells, and has no route into another
+ *	namespace (iptunnel_xmit() gives it one before the tunnel's outer device is seen).
+ *
+ * Words are written and read without a lock. @check covers them all, so that a torn entry is no
+ * entry. An entry may be overwritten by that of another buffer; then the place is not known.
+ *
+ * @check: see above
+ * @buffer: lower halves of skb (bits 0 to 31), and of skb->dev or, once received, the index of the
+ *	device's bond or VRF or its own again
+ * @place: ifindex (bits 0 to 30), MACE_CONTEXT_RECEIVED, serial
+ * @netns: inode and cookie
+ */
+struct mace_context {
+	u64 check;
+	u64 buffer;
+	u64 place;
+	u64 netns;
+};
+
+#define MACE_CONTEXT_RECEIVED BIT(31)
+#define MACE_CONTEXT_AMBIGUOUS U32_MAX /* no index of a device */
+
+static struct mace_context *mace_contexts;
+static unsigned int mace_context_users;
+/* Entries of before the last time that nobody followed buffers are void. */
+static u64 mace_context_epoch;
 static siphash_key_t mace_skb_key __read_mostly;
 
-static u64 mace_recall_check(const struct mace_record *record, u64 place, u64 inode)
+static __always_inline struct mace_context *mace_context_of(const struct sk_buff *skb)
 {
-	/* An odd factor (2^64 / golden ratio): a change of one word changes the whole. */
-	return record->skb_id ^ inode ^ (record->packet_key + place * 0x9e3779b97f4a7c15ULL);
+	return &mace_contexts[hash_ptr(skb, MACE_CONTEXT_BITS)];
 }
 
-static void mace_remember(const struct mace_record *record, struct mace_place at)
+static __always_inline u64 mace_context_check(const struct sk_buff *skb, u64 packet_key, u64 buffer,
+					      u64 place, u64 netns)
 {
-	struct mace_recall *entry = &mace_recalls[record->skb_id >> (64 - MACE_RECALL_BITS)];
-	u64 place = (u64)at.serial << 32 | at.ifindex;
+	/* 2^64 divided by the golden ratio: a change of one word changes the whole. */
+	const u64 factor = 0x9e3779b97f4a7c15ULL;
+	u64 check = READ_ONCE(mace_context_epoch) ^ (unsigned long)skb;
 
-	/* Only what mace_packet_read_any() reads again has a key to be checked. */
-	if (!record->ip_version)
-		return;
-	WRITE_ONCE(entry->check, mace_recall_check(record, place, record->netns));
-	WRITE_ONCE(entry->place, place);
-	WRITE_ONCE(entry->inode, record->netns);
+	check = check * factor ^ (unsigned long)skb->head;
+	check = check * factor ^ packet_key;
+	check = check * factor ^ buffer;
+	check = check * factor ^ place;
+	return (check * factor ^ netns) * factor;
 }
 
-static struct mace_place mace_recall(struct mace_record *record)
+/*
+ * Whether the stack may go on with a device on top of this one, without another hook. What a bridge
+ * goes on with has hooks of its own, but VLAN devices come before the bridge.
+ */
+static __always_inline bool mace_is_handed_up(const struct sk_buff *skb,
+					      const struct net_device *dev)
 {
-	const struct mace_recall *entry = &mace_recalls[record->skb_id >> (64 - MACE_RECALL_BITS)];
-	u64 check = READ_ONCE(entry->check), place = READ_ONCE(entry->place),
-	    inode = READ_ONCE(entry->inode);
-	struct mace_place at = {};
+	return unlikely(!list_empty(&dev->adj_list.upper)) &&
+	       (!netif_is_bridge_port(dev) || skb_vlan_tag_present(skb) ||
+		eth_type_vlan(skb->protocol));
+}
 
-	if (!record->ip_version || check != mace_recall_check(record, place, inode))
-		return at;
-	at.serial = place >> 32;
-	at.ifindex = place;
-	record->netns = inode;
-	record->ifindex = at.ifindex;
-	record->flags |= MACE_FLAG_RECALLED;
-	return at;
+struct mace_upper {
+	const struct sk_buff *skb;
+	const struct net_device *dev;
+	u32 ifindex;
+	bool ambiguous;
+};
+
+/* Whether @upper is of another namespace, takes this packet, and would leave the same skb_iif. */
+static int mace_check_upper(struct net_device *upper, struct netdev_nested_priv *priv)
+{
+	struct mace_upper *found = priv->data;
+
+	if (net_eq(dev_net(upper), dev_net(found->dev)) ||
+	    (upper->ifindex != found->dev->ifindex && upper->ifindex != found->ifindex))
+		return 0;
+	/* Unicast goes to the device with that address (macvlan), if it has one of its own. */
+	if (upper->addr_len == ETH_ALEN && skb_mac_header_was_set(found->skb) &&
+	    !ether_addr_equal(eth_hdr(found->skb)->h_dest, upper->dev_addr))
+		return 0;
+	found->ambiguous = true;
+	return 1;
+}
+
+/*
+ * What skb->skb_iif may be, beside the device's own index, as long as the packet is in the same
+ * namespace: the index of its bond or VRF. MACE_CONTEXT_AMBIGUOUS, if it may be elsewhere and have
+ * one of these all the same.
+ */
+static noinline u32 mace_upper_index(const struct sk_buff *skb, const struct net_device *dev)
+{
+	struct mace_upper found = { .skb = skb, .dev = dev, .ifindex = dev->ifindex };
+	struct netdev_nested_priv priv = { .data = &found };
+	struct net_device *master;
+
+	rcu_read_lock();
+	master = netdev_master_upper_dev_get_rcu((struct net_device *)dev);
+	if (master)
+		found.ifindex = master->ifindex;
+	netdev_walk_all_upper_dev_rcu((struct net_device *)dev, mace_check_upper, &priv);
+	rcu_read_unlock();
+	return found.ambiguous ? MACE_CONTEXT_AMBIGUOUS : found.ifindex;
+}
+
+static void mace_context_set(const struct sk_buff *skb, enum mace_hook hook,
+			     const struct net_device *dev, u64 packet_key,
+			     const struct mace_where *where)
+{
+	struct mace_context *context = mace_context_of(skb);
+	u64 netns = (u64)where->cookie << 32 | where->inode;
+	u64 place = (u64)where->at.serial << 32 | where->at.ifindex;
+	u32 via = (unsigned long)dev;
+	u64 buffer;
+
+	if (hook == MACE_HOOK_NETIF_RECEIVE_SKB) {
+		via = mace_is_handed_up(skb, dev) ? mace_upper_index(skb, dev) : dev->ifindex;
+		place |= MACE_CONTEXT_RECEIVED;
+	}
+	buffer = (u64)via << 32 | (u32)(unsigned long)skb;
+	WRITE_ONCE(context->check, mace_context_check(skb, packet_key, buffer, place, netns));
+	WRITE_ONCE(context->buffer, buffer);
+	WRITE_ONCE(context->place, place);
+	WRITE_ONCE(context->netns, netns);
+}
+
+static __always_inline void mace_context_forget(const struct sk_buff *skb)
+{
+	struct mace_context *context = mace_context_of(skb);
+
+	if ((u32)READ_ONCE(context->buffer) == (u32)(unsigned long)skb)
+		WRITE_ONCE(context->buffer, 0);
+}
+
+/* Whether a route leads out of the namespace; only of a packet that is still at a device. */
+static bool mace_is_routed_elsewhere(const struct sk_buff *skb, u32 serial)
+{
+	const struct dst_entry *dst = (struct dst_entry *)(skb->_skb_refdst & SKB_DST_PTRMASK);
+	const struct net_device *dev = dst ? READ_ONCE(dst->dev) : NULL;
+
+	return dev && mace_netns_serial(dev_net(dev)) != serial;
+}
+
+/*
+ * Where the buffer was at the last device hook, for the record to say; @where->at.serial is 0 if it
+ * is not certain that it is still there. Returns whether there is an entry.
+ */
+static bool mace_context_get(const struct sk_buff *skb, u64 packet_key, struct mace_where *where)
+{
+	const struct mace_context *context = mace_context_of(skb);
+	u64 check = READ_ONCE(context->check), buffer = READ_ONCE(context->buffer),
+	    place = READ_ONCE(context->place), netns = READ_ONCE(context->netns);
+	u32 via = buffer >> 32, serial = place >> 32;
+	bool there;
+
+	if ((u32)buffer != (u32)(unsigned long)skb ||
+	    check != mace_context_check(skb, packet_key, buffer, place, netns))
+		return false;
+	where->at.ifindex = (u32)place & ~(u32)MACE_CONTEXT_RECEIVED;
+	where->inode = netns;
+	where->cookie = netns >> 32;
+	if (place & MACE_CONTEXT_RECEIVED)
+		there = via != MACE_CONTEXT_AMBIGUOUS &&
+			(skb->skb_iif == where->at.ifindex || skb->skb_iif == via);
+	else
+		there = (u32)(unsigned long)skb->dev == via &&
+			!mace_is_routed_elsewhere(skb, serial);
+	where->at.serial = there ? serial : 0;
+	return true;
 }
 
 /* --- the work of a probe ---------------------------------------------------------- */
@@ -195,7 +348,7 @@ mace_describe(struct mace_known *known, enum mace_hook hook, const struct sk_buf
 		record->skb_id = mace_skb_id(skb);
 	}
 	record->ts_ns = now_ns;
-	record->gso_segs = skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
+	record->gso_segs = skb->head && skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
 	record->cpu = smp_processor_id();
 	record->hook = hook;
 	if (skb_cloned(skb))
@@ -203,23 +356,32 @@ mace_describe(struct mace_known *known, enum mace_hook hook, const struct sk_buf
 	return record;
 }
 
-static __always_inline struct mace_record *
-mace_describe_at_device(enum mace_hook hook, const struct sk_buff *skb, const struct net *net,
-			u32 ifindex, int l3_offset, u64 now_ns)
+static __always_inline struct mace_record *mace_describe_at_device(enum mace_hook hook,
+								   const struct sk_buff *skb,
+								   u32 ifindex, int l3_offset,
+								   u64 now_ns)
 {
 	struct mace_known *known = mace_packet_read_device(skb, l3_offset);
 	struct mace_record *record = mace_describe(known, hook, skb, now_ns);
 
-	record->netns = net->ns.inum;
 	record->ifindex = ifindex;
 	record->drop_reason = 0;
 	return record;
 }
 
+static __always_inline void mace_where_is(const struct net *net, u32 ifindex,
+					  struct mace_where *where)
+{
+	where->at.serial = mace_netns_serial(net);
+	where->at.ifindex = ifindex;
+	where->inode = net->ns.inum;
+	where->cookie = MACE_NETNS_COOKIE(net);
+}
+
 static __always_inline struct mace_record *mace_describe_elsewhere(enum mace_hook hook,
 								   const struct sk_buff *skb,
 								   u32 detail, u64 now_ns,
-								   struct mace_place *at)
+								   struct mace_where *where)
 {
 	struct mace_known *known = mace_packet_read_any(skb);
 	struct mace_record *record = mace_describe(known, hook, skb, now_ns);
@@ -227,18 +389,20 @@ static __always_inline struct mace_record *mace_describe_elsewhere(enum mace_hoo
 
 	record->drop_reason = dropped ? detail : 0;
 	record->l3_len = dropped ? 0 : detail;
-	record->netns = 0;
-	record->ifindex = 0;
-	*at = mace_recall(record);
+	/* Only what is read again is compared: what is not IP has no context. */
+	if (record->ip_version && mace_context_get(skb, record->packet_key, where))
+		record->flags |= MACE_FLAG_RECALLED;
 	/* Queued at a socket, charged to it: it lives, where its reader does. */
-	if (!at->serial && skb->sk && skb->destructor == sock_rfree) {
-		at->serial = mace_netns_serial(sock_net(skb->sk));
-		record->netns = sock_net(skb->sk)->ns.inum;
+	if (skb->sk && skb->destructor == sock_rfree &&
+	    mace_netns_serial(sock_net(skb->sk)) != where->at.serial) {
+		mace_where_is(sock_net(skb->sk), 0, where);
+		record->flags &= ~MACE_FLAG_RECALLED;
 	}
+	record->ifindex = where->at.ifindex;
 	return record;
 }
 
-/* The first session from @node on that wants this hook, and this place if that is known. */
+/* The first session from @node on that watches this hook, and this place if that is known. */
 static __always_inline struct mace_session *
 mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mace_place *at)
 {
@@ -246,7 +410,7 @@ mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mac
 
 	for (; node; node = rcu_dereference_raw(hlist_next_rcu(node))) {
 		session = hlist_entry(node, struct mace_session, node);
-		if ((session->hooks & BIT(hook)) && (!at || mace_is_at(session, *at)))
+		if ((session->watched & BIT(hook)) && (!at || mace_is_at(session, *at)))
 			return session;
 	}
 	return NULL;
@@ -263,40 +427,45 @@ mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mac
 static __always_inline void mace_observe(enum mace_hook hook, const struct sk_buff *skb,
 					 const struct net_device *dev, int l3_offset, u32 detail)
 {
-	struct mace_place at = {};
-	const struct mace_place *where = dev ? &at : NULL;
-	const struct net *net = NULL;
+	struct mace_where where = {};
+	const struct mace_place *place = dev ? &where.at : NULL;
+	struct mace_record *record = NULL;
 	struct mace_session *session;
-	struct mace_record *record;
 	struct hlist_node *node;
-	bool recorded = false;
+	bool followed = false;
 	unsigned long irq;
 	u64 now_ns;
 
 	/* With interrupts off we are a reader of RCU's as well (since v5.0, whatisRCU.rst). */
 	local_irq_save(irq);
 	now_ns = ktime_get_mono_fast_ns();
-	if (dev) {
-		net = dev_net(dev);
-		at.serial = mace_netns_serial(net);
-		at.ifindex = dev->ifindex;
-	}
+	if (dev)
+		mace_where_is(dev_net(dev), dev->ifindex, &where);
 	node = rcu_dereference_raw(hlist_first_rcu(&mace_running));
-	session = mace_next_session(node, hook, where);
+	session = mace_next_session(node, hook, place);
 	if (session) {
-		record = dev ? mace_describe_at_device(hook, skb, net, at.ifindex, l3_offset,
+		record = dev ? mace_describe_at_device(hook, skb, where.at.ifindex, l3_offset,
 						       now_ns) :
-			       mace_describe_elsewhere(hook, skb, detail, now_ns, &at);
+			       mace_describe_elsewhere(hook, skb, detail, now_ns, &where);
 		do {
-			if ((dev || mace_is_at(session, at)) && mace_is_wanted(session, record)) {
-				mace_record_to(session, hook, record);
-				recorded = true;
+			if ((dev || mace_is_at(session, where.at)) &&
+			    mace_is_wanted(session, record)) {
+				followed = true;
+				record->netns = session->cookies ? where.cookie : where.inode;
+				if (likely(session->hooks & BIT(hook)))
+					mace_record_to(session, hook, record);
 			}
 			node = rcu_dereference_raw(hlist_next_rcu(&session->node));
-			session = mace_next_session(node, hook, where);
+			session = mace_next_session(node, hook, place);
 		} while (session);
-		if (dev && likely(recorded && READ_ONCE(mace_recall_users)))
-			mace_remember(record, at);
+	}
+	if (dev && READ_ONCE(mace_context_users)) {
+		if (followed && record->ip_version)
+			mace_context_set(skb, hook, dev, record->packet_key, &where);
+		else
+			mace_context_forget(skb);
+	} else if (BIT(hook) & mace_end_hooks) {
+		mace_context_forget(skb);
 	}
 	if (unlikely(!(__this_cpu_inc_return(mace_costs.calls[hook]) & mace_cost_mask))) {
 		__this_cpu_inc(mace_costs.timed[hook]);
@@ -369,13 +538,15 @@ MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
  * @name: the tracepoint's
  * @function: our function on it
  * @tracepoint: found when the module is loaded; NULL if this kernel has none of that name
- * @users: running sessions that want it; mace_running_lock
+ * @users: running sessions that watch it; mace_running_lock
+ * @registered: whether our function is on it; mace_running_lock
  */
 struct mace_probe {
 	const char *name;
 	void *function;
 	struct tracepoint *tracepoint;
 	unsigned int users;
+	bool registered;
 };
 
 #define MACE_PROBE(tracepoint_name)                                                \
@@ -432,43 +603,75 @@ u32 mace_probes_available(void)
 	return hooks;
 }
 
-static void mace_probe_put(int hook)
+/**
+ * mace_probes_watched() - what has to be probed for some hooks
+ * @hooks: bit n: hook n
+ *
+ * Return: @hooks, and every device hook if one of @hooks has no device: its records say where the
+ * buffer was last.
+ */
+u32 mace_probes_watched(u32 hooks)
 {
-	struct mace_probe *probe = &mace_probes[hook];
+	if (hooks & mace_placeless_hooks)
+		hooks |= mace_device_hooks & mace_probes_available();
+	return hooks;
+}
 
+static int mace_probe_get(struct mace_probe *probe)
+{
+	int error = 0;
+
+	if (!probe->registered)
+		error = tracepoint_probe_register(probe->tracepoint, probe->function, NULL);
+	if (error)
+		return error;
+	probe->registered = true;
+	probe->users++;
+	return 0;
+}
+
+/* Before v5.11 it needs memory, and may have none: then it stays registered. */
+static void mace_probe_unregister(struct mace_probe *probe)
+{
+	if (!tracepoint_probe_unregister(probe->tracepoint, probe->function, NULL))
+		probe->registered = false;
+}
+
+static void mace_probe_put(struct mace_probe *probe)
+{
 	if (!--probe->users)
-		tracepoint_probe_unregister(probe->tracepoint, probe->function, NULL);
+		mace_probe_unregister(probe);
 }
 
 /**
  * mace_probes_get() - one more user of some hooks
- * @hooks: bit n: hook n; all available
+ * @hooks: bit n: hook n; all available; as mace_probes_watched() returns them
  *
  * Context: may sleep; mace_running_lock is held. Return: 0, or what registering a probe returned:
  * then nothing is got.
  */
 int mace_probes_get(u32 hooks)
 {
-	int hook, error = 0;
+	int hook, error;
 
 	for (hook = 0; hook < MACE_HOOK_COUNT; hook++) {
-		struct mace_probe *probe = &mace_probes[hook];
-
 		if (!(hooks & BIT(hook)))
 			continue;
-		if (!probe->users)
-			error = tracepoint_probe_register(probe->tracepoint, probe->function, NULL);
+		error = mace_probe_get(&mace_probes[hook]);
 		if (error)
 			goto unwind;
-		probe->users++;
 	}
-	if (hooks & mace_placeless_hooks)
-		WRITE_ONCE(mace_recall_users, mace_recall_users + 1);
+	if (hooks & mace_placeless_hooks) {
+		/* Whatever happened before every device hook was probed, happened unseen. */
+		if (!mace_context_users)
+			WRITE_ONCE(mace_context_epoch, mace_context_epoch + 1);
+		WRITE_ONCE(mace_context_users, mace_context_users + 1);
+	}
 	return 0;
 unwind:
 	while (--hook >= 0)
 		if (hooks & BIT(hook))
-			mace_probe_put(hook);
+			mace_probe_put(&mace_probes[hook]);
 	return error;
 }
 
@@ -485,9 +688,9 @@ void mace_probes_put(u32 hooks)
 
 	for (hook = 0; hook < MACE_HOOK_COUNT; hook++)
 		if (hooks & BIT(hook))
-			mace_probe_put(hook);
+			mace_probe_put(&mace_probes[hook]);
 	if (hooks & mace_placeless_hooks)
-		WRITE_ONCE(mace_recall_users, mace_recall_users - 1);
+		WRITE_ONCE(mace_context_users, mace_context_users - 1);
 }
 
 /**
@@ -516,16 +719,26 @@ int __init mace_probes_init(void)
 	mace_cost_every = roundup_pow_of_two(clamp(mace_cost_every, 1U, 1U << 20));
 	mace_cost_mask = mace_cost_every - 1;
 	get_random_bytes(&mace_skb_key, sizeof(mace_skb_key));
-	mace_recalls = vzalloc(sizeof(*mace_recalls) << MACE_RECALL_BITS);
-	if (!mace_recalls)
+	mace_contexts = vzalloc(sizeof(*mace_contexts) << MACE_CONTEXT_BITS);
+	if (!mace_contexts)
 		return -ENOMEM;
 	for_each_kernel_tracepoint(mace_find_tracepoint, NULL);
 	return 0;
 }
 
+/* No session is left. */
 void mace_probes_exit(void)
 {
-	/* No session, so no probe is registered; those that were may still be running. */
+	struct mace_probe *probe;
+
+	for (probe = mace_probes; probe < mace_probes + MACE_HOOK_COUNT; probe++) {
+		while (probe->registered) {
+			mace_probe_unregister(probe);
+			if (probe->registered)
+				msleep(20);
+		}
+	}
+	/* No probe is registered; those that were may still be running. */
 	tracepoint_synchronize_unregister();
-	vfree(mace_recalls);
+	vfree(mace_contexts);
 }

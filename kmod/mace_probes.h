@@ -8,6 +8,7 @@
 extern unsigned int mace_cost_every;
 
 u32 mace_probes_available(void);
+u32 mace_probes_watched(u32 hooks);
 int mace_probes_get(u32 hooks);
 void mace_probes_put(u32 hooks);
 void mace_probes_cost(struct mace_cost *cost);

@@ -2,10 +2,11 @@
 /*
  * The ring: whole sub-buffers from probes to a reader.
  *
- * A ring is changed on its own CPU only, with interrupts off, so that nothing can come between:
- * by probes (tracepoints of the network are not reached in NMIs), and for the session's reader by
+ * A ring is filled on its own CPU only, with interrupts off, so that nothing can come between:
+ * by probes (tracepoints of the network are not reached in NMIs), and for a reader who flushes by
  * a function that the CPU is called to run, a few times a second and for a few instructions. A CPU
- * that is offline runs no probe, and is kept so meanwhile.
+ * that is offline runs no probe, and is kept so meanwhile. A reader who does not flush calls
+ * nobody: what is full is published by @head, what is free by @tail.
  *
  * Memory is single pages, charged to the memory cgroup of who opened the session, mapped into the
  * kernel, and read-only into the reader. Only a sub-buffer's header and records are ever written
@@ -14,6 +15,8 @@
 #include <linux/cpu.h>
 #include <linux/gfp.h>
 #include <linux/irqflags.h>
+#include <linux/jiffies.h>
+#include <linux/math64.h>
 #include <linux/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -82,7 +85,7 @@ fail:
  * mace_ring_free() - undo mace_ring_make(), of a half-made ring too
  * @ring: no probe and no reader can reach it any more
  *
- * Context: may sleep. Pages that a reader has still mapped live until it unmaps them.
+ * Context: may sleep. No reader has it mapped any more: a mapping keeps the session's file open.
  */
 void mace_ring_free(struct mace_ring *ring)
 {
@@ -107,7 +110,8 @@ bool mace_ring_open_subbuf(struct mace_ring *ring, const struct mace_record *rec
 {
 	struct mace_subbuf *subbuf = mace_ring_subbuf(ring, ring->at);
 
-	if (ring->head - ring->tail == ring->subbufs) {
+	/* Pairs with mace_ring_commit(): the reader is done with what it has released. */
+	if (ring->head - smp_load_acquire(&ring->tail) == ring->subbufs) {
 		ring->lost[record->hook]++;
 		if (!ring->lost_pending++)
 			ring->lost_from_ns = record->ts_ns;
@@ -141,8 +145,9 @@ u32 mace_ring_close_subbuf(struct mace_ring *ring)
 	WRITE_ONCE(ring->filling, false);
 	if (++ring->at == ring->subbufs)
 		ring->at = 0;
-	WRITE_ONCE(ring->head, ring->head + 1);
-	return ring->head - ring->handed;
+	/* Pairs with mace_ring_take(): the sub-buffer is complete. */
+	smp_store_release(&ring->head, ring->head + 1);
+	return ring->head - READ_ONCE(ring->handed);
 }
 
 /* Run @function on the ring's CPU with interrupts off. */
@@ -160,78 +165,80 @@ static void mace_ring_call(const struct mace_ring *ring, smp_call_func_t functio
 	cpus_read_unlock();
 }
 
-struct mace_ring_taking {
+struct mace_ring_flushing {
 	struct mace_ring *ring;
-	struct mace_take *take;
-	int error;
+	u64 now_ns;
 };
 
-static void mace_ring_take_here(void *argument)
+static void mace_ring_flush_here(void *argument)
 {
-	struct mace_ring_taking *taking = argument;
-	struct mace_ring *ring = taking->ring;
-	struct mace_take *take = taking->take;
-	u32 first;
+	struct mace_ring_flushing *flushing = argument;
+	struct mace_ring *ring = flushing->ring;
 
-	if (take->release > ring->handed - ring->tail) {
-		taking->error = -EINVAL;
-		return;
-	}
-	ring->tail += take->release;
-	if ((take->flags & MACE_TAKE_FLUSH) && ring->filling)
+	if (ring->filling)
 		mace_ring_close_subbuf(ring);
-	take->now_ns = ktime_get_mono_fast_ns();
-	WRITE_ONCE(ring->handed, ring->head);
-	take->ready = ring->handed - ring->tail;
-	/* ready <= subbufs; @at follows the last one that is ready. */
-	first = ring->at + ring->subbufs - take->ready;
-	take->first = first >= ring->subbufs ? first - ring->subbufs : first;
+	/* The clock may have stepped back a little, and may again: no record is older than told. */
+	ring->last_ns = max(ring->last_ns, ktime_get_mono_fast_ns());
+	flushing->now_ns = ring->last_ns;
 }
 
 /**
- * mace_ring_take() - release sub-buffers, and hand over those that are full
+ * mace_ring_take() - what a reader would have if it released sub-buffers now
  * @ring: any CPU's
- * @take: see there
+ * @take: see there; its results are set
  *
- * Context: may sleep; one caller at a time. Return: 0, or -EINVAL if more is released than was
- * handed over.
+ * Nothing is released or handed over before mace_ring_commit().
+ *
+ * Context: may sleep; one caller at a time, up to mace_ring_commit(). Return: 0, or -EINVAL if more
+ * is released than was handed over.
  */
 int mace_ring_take(struct mace_ring *ring, struct mace_take *take)
 {
-	struct mace_ring_taking taking = { .ring = ring, .take = take };
+	struct mace_ring_flushing flushing = { .ring = ring };
+	u64 tail = ring->tail + take->release;
 
-	mace_ring_call(ring, mace_ring_take_here, &taking);
-	return taking.error;
+	if (take->release > ring->handed - ring->tail)
+		return -EINVAL;
+	if (take->flags & MACE_TAKE_FLUSH) {
+		mace_ring_call(ring, mace_ring_flush_here, &flushing);
+		ring->called = jiffies;
+	} else {
+		flushing.now_ns = ktime_get_mono_fast_ns();
+	}
+	take->now_ns = flushing.now_ns;
+	/* Pairs with mace_ring_close_subbuf(). */
+	take->ready = smp_load_acquire(&ring->head) - tail;
+	div_u64_rem(tail, ring->subbufs, &take->first);
+	return 0;
 }
 
-struct mace_ring_counting {
-	const struct mace_ring *ring;
-	struct mace_stats *stats;
-};
-
-static void mace_ring_stats_here(void *argument)
+/**
+ * mace_ring_commit() - release and hand over what mace_ring_take() has told
+ * @ring: the same
+ * @take: the same
+ */
+void mace_ring_commit(struct mace_ring *ring, const struct mace_take *take)
 {
-	struct mace_ring_counting *counting = argument;
-	int hook;
+	u64 tail = ring->tail + take->release;
 
-	for (hook = 0; hook < MACE_HOOK_SLOTS; hook++) {
-		counting->stats->written[hook] += counting->ring->written[hook];
-		counting->stats->lost[hook] += counting->ring->lost[hook];
-	}
+	WRITE_ONCE(ring->handed, tail + take->ready);
+	/* Pairs with mace_ring_open_subbuf(). */
+	smp_store_release(&ring->tail, tail);
 }
 
 /**
  * mace_ring_stats() - add this ring's counts to @stats
  * @ring: any CPU's
- * @stats: counts are added
- *
- * Context: may sleep.
+ * @stats: counts are added; each is one of a moment ago
  */
-void mace_ring_stats(struct mace_ring *ring, struct mace_stats *stats)
+void mace_ring_stats(const struct mace_ring *ring, struct mace_stats *stats)
 {
-	struct mace_ring_counting counting = { .ring = ring, .stats = stats };
+	int hook;
 
-	mace_ring_call(ring, mace_ring_stats_here, &counting);
+	for (hook = 0; hook < MACE_HOOK_SLOTS; hook++) {
+		stats->written[hook] += READ_ONCE(ring->written[hook]);
+		stats->lost[hook] += READ_ONCE(ring->lost[hook]);
+	}
 }
 
 /**

@@ -2,8 +2,9 @@
 /*
  * One CPU's ring of one session.
  *
- * No lock: whatever changes a ring runs on its CPU with interrupts off. Probes do so by nature, a
- * reader has the CPU called.
+ * No lock: what fills a ring runs on its CPU with interrupts off. Probes do so by nature; a reader
+ * has the CPU called to close the sub-buffer that is being filled. What a reader alone changes
+ * (@handed, @tail) is its session's, under the session's lock.
  */
 #ifndef _MACE_RING_H
 #define _MACE_RING_H
@@ -35,7 +36,8 @@
  * @head: see above
  * @handed: see above
  * @tail: see above
- * @last_ns: time of the last record
+ * @last_ns: the latest time that was told: of a record, or to a reader who flushed
+ * @called: when a reader had the CPU called last, jiffies
  * @lost_pending: lost since the last record that was written
  * @lost_from_ns: time of the first of these
  * @written: records written, by hook
@@ -57,6 +59,7 @@ struct mace_ring {
 	u64 handed;
 	u64 tail;
 	u64 last_ns;
+	unsigned long called;
 	u64 lost_pending;
 	u64 lost_from_ns;
 	u64 written[MACE_HOOK_SLOTS];
@@ -67,7 +70,8 @@ struct mace_ring *mace_ring_make(u32 cpu, u32 subbuf_bytes, u32 subbufs);
 void mace_ring_free(struct mace_ring *ring);
 
 int mace_ring_take(struct mace_ring *ring, struct mace_take *take);
-void mace_ring_stats(struct mace_ring *ring, struct mace_stats *stats);
+void mace_ring_commit(struct mace_ring *ring, const struct mace_take *take);
+void mace_ring_stats(const struct mace_ring *ring, struct mace_stats *stats);
 
 /* Both from any CPU: a hint to whoever waits. */
 u32 mace_ring_full(const struct mace_ring *ring);

@@ -5,8 +5,9 @@
  * Locks, in the order in which they are taken:
  *
  *	session->lock		the state of one session; held by its calls from user space
+ *	cpus_read_lock()	which CPUs are online, and so have a ring
  *	mace_running_lock	mace_running, and the users of each probe
- *	mace_open_lock		mace_open
+ *	mace_open_lock		mace_open, and the memory of each session's rings
  *
  * Probes walk mace_running under RCU and take no lock. A session is taken out of the
  * list, and a grace period passes, before anything of it is freed.
@@ -16,13 +17,19 @@
  * the machine: the host's root. Any other opener needs CAP_NET_RAW over its namespace, as for a
  * packet socket, and sees what is at devices of this namespace. Rights are those of the open file,
  * whoever has it now.
+ *
+ * Quotas. Sessions of all but the host's root have a limit for each namespace, in number and in
+ * memory, and leave a part of the whole to the host's root, whatever namespaces they make.
  */
 #include <linux/atomic.h>
 #include <linux/capability.h>
+#include <linux/cpu.h>
+#include <linux/cpuhotplug.h>
 #include <linux/cpumask.h>
 #include <linux/err.h>
 #include <linux/log2.h>
 #include <linux/mm.h>
+#include <linux/nospec.h>
 #include <linux/nsproxy.h>
 #include <linux/rculist.h>
 #include <linux/sched.h>
@@ -38,14 +45,18 @@
 
 struct hlist_head mace_running = HLIST_HEAD_INIT;
 unsigned int mace_max_ring_mib = 64;
-unsigned int mace_max_total_mib = 1024;
 unsigned int mace_max_sessions = 16;
+unsigned int mace_max_netns_sessions = 4;
+unsigned int mace_host_sessions = 4;
+/* 0: mace_default_limits() */
+unsigned int mace_max_total_mib;
+unsigned int mace_max_netns_mib;
+unsigned int mace_host_mib;
 
 static DEFINE_MUTEX(mace_running_lock);
 static DEFINE_MUTEX(mace_open_lock);
 static LIST_HEAD(mace_open);
-static unsigned int mace_open_count;
-static atomic_long_t mace_ring_pages = ATOMIC_LONG_INIT(0);
+static int mace_cpu_state;
 
 /* --- network namespaces ----------------------------------------------------------- */
 
@@ -82,30 +93,178 @@ static struct pernet_operations mace_netns_operations = {
 	.size = sizeof(struct mace_netns),
 };
 
-int __init mace_sessions_init(void)
+/* --- quotas ----------------------------------------------------------------------- */
+
+/* What all sessions hold, those of others than the host's root, and those of one namespace. */
+struct mace_held {
+	unsigned int sessions;
+	unsigned int others_sessions;
+	unsigned int netns_sessions;
+	u64 pages;
+	u64 others_pages;
+	u64 netns_pages;
+};
+
+static void mace_hold(struct mace_held *held, u32 serial)
 {
-	return register_pernet_subsys(&mace_netns_operations);
+	const struct mace_session *each;
+
+	lockdep_assert_held(&mace_open_lock);
+	memset(held, 0, sizeof(*held));
+	list_for_each_entry(each, &mace_open, link) {
+		held->sessions++;
+		held->pages += each->pages;
+		if (each->all)
+			continue;
+		held->others_sessions++;
+		held->others_pages += each->pages;
+		if (each->own_serial != serial)
+			continue;
+		held->netns_sessions++;
+		held->netns_pages += each->pages;
+	}
 }
 
-void mace_sessions_exit(void)
+/* Whether @more fits into @limit less @reserve. */
+static bool mace_fits(u64 more, u64 limit, u64 reserve)
 {
-	unregister_pernet_subsys(&mace_netns_operations);
+	return limit > reserve && more <= limit - reserve;
 }
 
-/* --- open and close --------------------------------------------------------------- */
+static bool mace_may_open(const struct mace_session *session)
+{
+	unsigned int limit = READ_ONCE(mace_max_sessions);
+	struct mace_held held;
+
+	mace_hold(&held, session->own_serial);
+	return held.sessions < limit &&
+	       (session->all ||
+		(mace_fits(held.others_sessions + 1, limit, READ_ONCE(mace_host_sessions)) &&
+		 held.netns_sessions < READ_ONCE(mace_max_netns_sessions)));
+}
+
+static u64 mace_mib_pages(unsigned int mib)
+{
+	return (u64)mib << (20 - PAGE_SHIFT);
+}
+
+static bool mace_may_have(const struct mace_session *session, unsigned long pages)
+{
+	u64 limit = mace_mib_pages(READ_ONCE(mace_max_total_mib));
+	struct mace_held held;
+
+	mace_hold(&held, session->own_serial);
+	return held.pages + pages <= limit &&
+	       (session->all ||
+		(mace_fits(held.others_pages + pages, limit,
+			   mace_mib_pages(READ_ONCE(mace_host_mib))) &&
+		 held.netns_pages + pages <= mace_mib_pages(READ_ONCE(mace_max_netns_mib))));
+}
+
+/*
+ * Four sessions with rings of 8 MiB, as the collector's are by default, for as many CPUs as there
+ * can be; a namespace may have one of them, and one is the host's.
+ */
+static void __init mace_default_limits(void)
+{
+	if (!mace_max_total_mib)
+		mace_max_total_mib = max(1024U, 4 * 8 * num_possible_cpus());
+	if (!mace_max_netns_mib)
+		mace_max_netns_mib = mace_max_total_mib / 4;
+	if (!mace_host_mib)
+		mace_host_mib = mace_max_total_mib / 4;
+}
+
+/* --- rings ------------------------------------------------------------------------ */
+
+static int mace_session_add_ring(struct mace_session *session, unsigned int cpu)
+{
+	struct mem_cgroup *memcg;
+	struct mace_ring *ring;
+
+	lockdep_assert_held(&mace_open_lock);
+	if (!mace_may_have(session, session->ring_pages))
+		return -ENOMEM;
+	memcg = mace_charge_to(session->memcg);
+	ring = mace_ring_make(cpu, session->subbuf_bytes, session->subbufs);
+	mace_charge_to(memcg);
+	if (IS_ERR(ring))
+		return PTR_ERR(ring);
+	session->pages += session->ring_pages;
+	/* Pairs with mace_session_ring(). */
+	smp_store_release(&session->rings[cpu], ring);
+	return 0;
+}
+
+/* A CPU is about to come online: every session with rings gets one for it, if there is memory. */
+static int mace_cpu_prepare(unsigned int cpu)
+{
+	struct mace_session *each;
+
+	mutex_lock(&mace_open_lock);
+	list_for_each_entry(each, &mace_open, link)
+		if (each->ring_pages && !each->rings[cpu])
+			mace_session_add_ring(each, cpu);
+	mutex_unlock(&mace_open_lock);
+	return 0;
+}
 
 static void mace_session_unmake_rings(struct mace_session *session)
 {
 	unsigned int cpu;
 
+	mutex_lock(&mace_open_lock);
+	session->ring_pages = 0;
+	session->pages = 0;
+	mutex_unlock(&mace_open_lock);
 	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
 		if (session->rings[cpu])
 			mace_ring_free(session->rings[cpu]);
 		session->rings[cpu] = NULL;
 	}
-	atomic_long_sub(session->pages, &mace_ring_pages);
-	session->pages = 0;
 }
+
+/**
+ * mace_session_ring() - the ring of a CPU
+ * @session: any
+ * @cpu: any number, also one of user space's
+ *
+ * Return: it, or NULL if there is none.
+ */
+struct mace_ring *mace_session_ring(const struct mace_session *session, u32 cpu)
+{
+	if (cpu >= nr_cpu_ids)
+		return NULL;
+	/* Pairs with mace_session_add_ring(). */
+	return smp_load_acquire(&session->rings[array_index_nospec(cpu, nr_cpu_ids)]);
+}
+
+/* --- the module comes and goes ---------------------------------------------------- */
+
+int __init mace_sessions_init(void)
+{
+	int error;
+
+	mace_default_limits();
+	error = register_pernet_subsys(&mace_netns_operations);
+	if (error)
+		return error;
+	mace_cpu_state = cpuhp_setup_state_nocalls(CPUHP_BP_PREPARE_DYN, "mace:prepare",
+						   mace_cpu_prepare, NULL);
+	if (mace_cpu_state < 0) {
+		unregister_pernet_subsys(&mace_netns_operations);
+		return mace_cpu_state;
+	}
+	return 0;
+}
+
+void mace_sessions_exit(void)
+{
+	cpuhp_remove_state_nocalls(mace_cpu_state);
+	unregister_pernet_subsys(&mace_netns_operations);
+}
+
+/* --- open and close --------------------------------------------------------------- */
 
 static void mace_session_wake(struct irq_work *work)
 {
@@ -118,10 +277,12 @@ static void mace_session_flush(struct work_struct *work)
 {
 	struct mace_session *session =
 		container_of(to_delayed_work(work), struct mace_session, flush);
+	struct mace_ring *ring;
 	unsigned int cpu;
 
 	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
-		if (session->rings[cpu] && mace_ring_has_records(session->rings[cpu])) {
+		ring = mace_session_ring(session, cpu);
+		if (ring && mace_ring_has_records(ring)) {
 			WRITE_ONCE(session->flush_due, true);
 			wake_up_interruptible(&session->wait);
 			break;
@@ -160,13 +321,13 @@ struct mace_session *mace_session_open(void)
 	session->own_inode = net->ns.inum;
 
 	mutex_lock(&mace_open_lock);
-	if (mace_open_count >= READ_ONCE(mace_max_sessions)) {
+	if (!mace_may_open(session)) {
 		mutex_unlock(&mace_open_lock);
 		kfree(session->rings);
 		kfree(session);
 		return ERR_PTR(-EBUSY);
 	}
-	mace_open_count++;
+	session->memcg = get_mem_cgroup_from_mm(current->mm);
 	list_add(&session->link, &mace_open);
 	mutex_unlock(&mace_open_lock);
 	return session;
@@ -186,10 +347,10 @@ void mace_session_close(struct mace_session *session)
 
 	mutex_lock(&mace_open_lock);
 	list_del(&session->link);
-	mace_open_count--;
 	mutex_unlock(&mace_open_lock);
 
 	mace_session_unmake_rings(session);
+	mem_cgroup_put(session->memcg);
 	kfree(session->rings);
 	mutex_destroy(&session->lock);
 	kfree(session);
@@ -227,6 +388,7 @@ static int mace_session_filter(struct mace_session *session, const struct mace_f
 	if (filter->hooks & ~available)
 		return -EOPNOTSUPP;
 	session->hooks = filter->hooks ?: available;
+	session->watched = mace_probes_watched(session->hooks);
 	session->sample_mask = (1ULL << filter->sample_shift) - 1;
 	memcpy(session->l4_protos, filter->l4_protos, sizeof(session->l4_protos));
 	session->l4_filtered = memchr_inv(filter->l4_protos, 0, sizeof(filter->l4_protos));
@@ -258,37 +420,35 @@ static int mace_session_filter(struct mace_session *session, const struct mace_f
 
 static int mace_session_rings(struct mace_session *session, struct mace_setup *setup)
 {
-	unsigned long pages = setup->ring_bytes >> PAGE_SHIFT;
-	unsigned long limit = (unsigned long)READ_ONCE(mace_max_total_mib) << (20 - PAGE_SHIFT);
-	struct mace_ring *ring;
 	unsigned int cpu;
+	int error = 0;
 
+	session->subbuf_bytes = setup->subbuf_bytes;
+	session->subbufs = setup->subbufs;
 	setup->cpu_count = 0;
-	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
-		if (!cpu_online(cpu))
-			continue;
-		if (atomic_long_add_return(pages, &mace_ring_pages) > limit) {
-			atomic_long_sub(pages, &mace_ring_pages);
-			return -ENOMEM;
-		}
-		session->pages += pages;
-		ring = mace_ring_make(cpu, setup->subbuf_bytes, setup->subbufs);
-		if (IS_ERR(ring))
-			return PTR_ERR(ring);
-		session->rings[cpu] = ring;
+	/* From here on mace_cpu_prepare() sees to CPUs that come. */
+	cpus_read_lock();
+	for_each_online_cpu(cpu) {
+		mutex_lock(&mace_open_lock);
+		session->ring_pages = setup->ring_bytes >> PAGE_SHIFT;
+		error = mace_session_add_ring(session, cpu);
+		mutex_unlock(&mace_open_lock);
+		if (error)
+			break;
 		setup->cpu_count++;
 	}
-	return 0;
+	cpus_read_unlock();
+	return error;
 }
 
 /**
- * mace_session_setup() - filter and rings, once
+ * mace_session_setup() - filter and rings, up to mace_session_commit()
  * @session: @session->lock is held
  * @setup: what the caller asked for; its results are set
  *
  * Context: may sleep. Return: 0, or -EPROTO (another ABI), -EBUSY (done before), -EINVAL, -EPERM
- * (a namespace that the session may not see), -EOPNOTSUPP (a hook that this kernel has not),
- * -EBADF, -ENOMEM. After an error it may be tried again.
+ * (a namespace that the session may not see), -EOPNOTSUPP (a hook or cookies, that this kernel has
+ * not), -EBADF, -ENOMEM. After an error it may be tried again.
  */
 int mace_session_setup(struct mace_session *session, struct mace_setup *setup)
 {
@@ -299,7 +459,8 @@ int mace_session_setup(struct mace_session *session, struct mace_setup *setup)
 		return -EPROTO;
 	if (session->ready)
 		return -EBUSY;
-	if (setup->pad || setup->pad2 || setup->pad3 || setup->ring_bytes || setup->cpu_count)
+	if (setup->flags & ~MACE_SETUP_COOKIES || setup->pad2 || setup->pad3 || setup->ring_bytes ||
+	    setup->cpu_count)
 		return -EINVAL;
 	if (!is_power_of_2(setup->subbuf_bytes) || setup->subbuf_bytes < PAGE_SIZE ||
 	    setup->subbuf_bytes > MACE_SUBBUF_BYTES_MAX || setup->subbufs < 2 ||
@@ -309,20 +470,36 @@ int mace_session_setup(struct mace_session *session, struct mace_setup *setup)
 		return -EINVAL;
 	if (!setup->flush_ms || setup->flush_ms > MACE_FLUSH_MS_MAX)
 		return -EINVAL;
+	if (setup->flags & MACE_SETUP_COOKIES && !MACE_COOKIES)
+		return -EOPNOTSUPP;
 	error = mace_session_filter(session, &setup->filter);
 	if (error)
 		return error;
 	setup->ring_bytes = ring_bytes;
-	error = mace_session_rings(session, setup);
-	if (error) {
-		mace_session_unmake_rings(session);
-		return error;
-	}
+	session->cookies = setup->flags & MACE_SETUP_COOKIES;
 	session->watermark = setup->watermark;
 	session->flush_ms = setup->flush_ms;
+	error = mace_session_rings(session, setup);
+	if (error)
+		mace_session_unmake_rings(session);
+	return error;
+}
+
+/**
+ * mace_session_commit() - end a mace_session_setup() that succeeded
+ * @session: @session->lock is held
+ * @told: whether the caller has its results; if not, all is as before
+ *
+ * Context: may sleep.
+ */
+void mace_session_commit(struct mace_session *session, bool told)
+{
+	if (!told) {
+		mace_session_unmake_rings(session);
+		return;
+	}
 	/* Pairs with mace_session_ready(). */
 	smp_store_release(&session->ready, true);
-	return 0;
 }
 
 /* --- running ---------------------------------------------------------------------- */
@@ -343,7 +520,7 @@ int mace_session_start(struct mace_session *session)
 	if (session->running)
 		return -EBUSY;
 	mutex_lock(&mace_running_lock);
-	error = mace_probes_get(session->hooks);
+	error = mace_probes_get(session->watched);
 	if (!error) {
 		hlist_add_head_rcu(&session->node, &mace_running);
 		session->running = true;
@@ -367,7 +544,7 @@ void mace_session_stop(struct mace_session *session)
 	mutex_lock(&mace_running_lock);
 	hlist_del_rcu(&session->node);
 	session->running = false;
-	mace_probes_put(session->hooks);
+	mace_probes_put(session->watched);
 	mutex_unlock(&mace_running_lock);
 	synchronize_rcu();
 	irq_work_sync(&session->wake);
@@ -383,20 +560,27 @@ void mace_session_stop(struct mace_session *session)
  */
 int mace_session_stats(struct mace_session *session, struct mace_stats *stats)
 {
+	struct mace_ring *ring = mace_session_ring(session, stats->cpu);
 	bool all = stats->cpu == MACE_ALL_CPUS;
 	unsigned int cpu;
 	int hook;
 
 	if (!session->ready)
 		return -EINVAL;
-	if (!all && (stats->cpu >= nr_cpu_ids || !session->rings[stats->cpu]))
+	if (!all && !ring)
 		return -ENXIO;
 	memset(stats->written, 0, sizeof(stats->written));
 	memset(stats->lost, 0, sizeof(stats->lost));
-	for (cpu = 0; cpu < nr_cpu_ids; cpu++)
-		if (session->rings[cpu] && (all || cpu == stats->cpu))
-			mace_ring_stats(session->rings[cpu], stats);
-	for (hook = 0; all && hook < MACE_HOOK_SLOTS; hook++)
+	if (!all) {
+		mace_ring_stats(ring, stats);
+		return 0;
+	}
+	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
+		ring = mace_session_ring(session, cpu);
+		if (ring)
+			mace_ring_stats(ring, stats);
+	}
+	for (hook = 0; hook < MACE_HOOK_SLOTS; hook++)
 		stats->lost[hook] += atomic64_read(&session->lost[hook]);
 	return 0;
 }
@@ -422,15 +606,17 @@ bool mace_session_ready(const struct mace_session *session)
  */
 bool mace_session_readable(const struct mace_session *session)
 {
+	struct mace_ring *ring;
 	unsigned int cpu;
 
 	if (!mace_session_ready(session))
 		return false;
 	if (READ_ONCE(session->flush_due))
 		return true;
-	for (cpu = 0; cpu < nr_cpu_ids; cpu++)
-		if (session->rings[cpu] &&
-		    mace_ring_full(session->rings[cpu]) >= session->watermark)
+	for (cpu = 0; cpu < nr_cpu_ids; cpu++) {
+		ring = mace_session_ring(session, cpu);
+		if (ring && mace_ring_full(ring) >= session->watermark)
 			return true;
+	}
 	return false;
 }

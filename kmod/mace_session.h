@@ -5,12 +5,14 @@
 
 #include <linux/irq_work.h>
 #include <linux/list.h>
+#include <linux/memcontrol.h>
 #include <linux/mutex.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 #include <net/net_namespace.h>
 #include <net/netns/generic.h>
 
+#include "mace_compat.h"
 #include "mace_ring.h"
 
 /**
@@ -55,6 +57,8 @@ struct mace_place {
  * @own_serial: namespace of the opener
  * @own_inode: its inode
  * @hooks: bit n: hook n
+ * @watched: bit n: hook n; those, and the ones that say where a buffer is
+ * @cookies: whether records name namespaces by cookie, not by inode
  * @filters: MACE_FILTER_*: what of the filters below there is
  * @sample_mask: the bits of packet_key that must be 0
  * @serial_count: namespaces in @serials; 0: all
@@ -63,8 +67,13 @@ struct mace_place {
  * @places: devices to be seen
  * @l4_filtered: whether @l4_protos counts
  * @l4_protos: bit map of IP protocols
- * @pages: memory of all @rings
- * @rings: by CPU number; NULL for a CPU that was offline at SETUP
+ * @subbuf_bytes: size of a sub-buffer
+ * @subbufs: sub-buffers of a ring
+ * @ring_pages: memory of one ring
+ * @pages: memory of all @rings; mace_open_lock
+ * @memcg: the opener's memory cgroup, charged for rings
+ * @rings: by CPU number, for mace_session_ring(); NULL for a CPU that has not been online since
+ *	SETUP, or for which there was no memory
  * @lost: records of CPUs without a ring, by hook
  * @watermark: full sub-buffers that make it readable
  * @flush_ms: or records that have waited this long
@@ -84,6 +93,8 @@ struct mace_session {
 	u32 own_serial;
 	u32 own_inode;
 	u32 hooks;
+	u32 watched;
+	bool cookies;
 	u32 filters;
 	u64 sample_mask;
 	u32 serial_count;
@@ -92,7 +103,11 @@ struct mace_session {
 	struct mace_place places[MACE_MAX_DEVICES];
 	bool l4_filtered;
 	u64 l4_protos[4];
+	u32 subbuf_bytes;
+	u32 subbufs;
+	unsigned long ring_pages;
 	unsigned long pages;
+	struct mem_cgroup *memcg;
 	struct mace_ring **rings;
 	atomic64_t lost[MACE_HOOK_SLOTS];
 	u32 watermark;
@@ -108,6 +123,10 @@ extern struct hlist_head mace_running;
 extern unsigned int mace_max_ring_mib;
 extern unsigned int mace_max_total_mib;
 extern unsigned int mace_max_sessions;
+extern unsigned int mace_max_netns_mib;
+extern unsigned int mace_max_netns_sessions;
+extern unsigned int mace_host_mib;
+extern unsigned int mace_host_sessions;
 
 /**
  * mace_netns_serial() - number of a namespace, never given to another one
@@ -126,9 +145,11 @@ static inline u32 mace_netns_serial(const struct net *net)
 struct mace_session *mace_session_open(void);
 void mace_session_close(struct mace_session *session);
 int mace_session_setup(struct mace_session *session, struct mace_setup *setup);
+void mace_session_commit(struct mace_session *session, bool told);
 int mace_session_start(struct mace_session *session);
 void mace_session_stop(struct mace_session *session);
 int mace_session_stats(struct mace_session *session, struct mace_stats *stats);
+struct mace_ring *mace_session_ring(const struct mace_session *session, u32 cpu);
 bool mace_session_ready(const struct mace_session *session);
 bool mace_session_readable(const struct mace_session *session);
 

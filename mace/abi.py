@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mace import records
 
 ABI_MAJOR: Final = 1
-ABI_MINOR: Final = 0
+ABI_MINOR: Final = 1
 
 DEVICE_NAME: Final = "mace"
 HOOK_SLOTS: Final = 16
@@ -37,6 +37,13 @@ class HelloFlag(IntFlag):
 
     ALL = 0x1
     NETNS_GONE = 0x2
+    COOKIES = 0x4
+
+
+class SetupFlag(IntFlag):
+    """Bits of `SETUP["flags"]`."""
+
+    COOKIES = 0x1
 
 
 class TakeFlag(IntFlag):
@@ -158,7 +165,7 @@ FILTER: Final[np.dtype[Any]] = np.dtype(
 SETUP: Final[np.dtype[Any]] = np.dtype(
     [
         ("abi_major", "<u2"),
-        ("pad", "<u2"),
+        ("flags", "<u2"),
         ("subbuf_bytes", "<u4"),
         ("subbufs", "<u4"),
         ("watermark", "<u4"),
@@ -214,7 +221,7 @@ STRUCTS: Final[dict[str, np.dtype[Any]]] = {
 }
 """The header's name of each."""
 
-IOC_MAGIC: Final = 0xAC
+IOC_MAGIC: Final = 0xBE
 _WRITE, _READ = 1, 2
 
 

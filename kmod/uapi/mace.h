@@ -33,7 +33,7 @@
 #include <linux/types.h>
 
 #define MACE_ABI_MAJOR 1
-#define MACE_ABI_MINOR 0
+#define MACE_ABI_MINOR 1
 
 #define MACE_DEVICE_NAME "mace"
 
@@ -88,7 +88,8 @@ enum mace_hook {
  *	module. Equal while the buffer lives; reused afterwards
  * @packet_key: hash of what NAT, routing, bridging and encapsulation leave alone (see
  *	mace_packet.c); 0 if unknown
- * @netns: inode of the device's network namespace; 0 if the hook has no device and none is known
+ * @netns: the device's network namespace: its inode, or the lower half of its cookie if SETUP asked
+ *	for that (MACE_SETUP_COOKIES); 0 if the hook has no device and none is known
  * @ifindex: the device in that namespace; 0 likewise
  * @l3_len: bytes without the link-layer header; at MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC the bytes
  *	copied; at the hooks
@@ -157,6 +158,7 @@ struct mace_subbuf {
 #define MACE_HELLO_ALL 0x1 /* this session may see every network namespace */
 #define MACE_HELLO_NETNS_GONE \
 	0x2 /* the session's own namespace has died: no record will come any more */
+#define MACE_HELLO_COOKIES 0x4 /* this kernel has cookies: MACE_SETUP_COOKIES may be asked for */
 
 /**
  * struct mace_hello - who the module is, and what this session may
@@ -230,11 +232,15 @@ struct mace_filter {
 	__u64 l4_protos[4];
 };
 
+/* Bits of mace_setup.flags. */
+#define MACE_SETUP_COOKIES \
+	0x1 /* records name namespaces by cookie (SO_NETNS_COOKIE), never given out again */
+
 /**
  * struct mace_setup - make the session's rings; once per session
  *
  * @abi_major: MACE_ABI_MAJOR of the reader; another than the module's is refused (EPROTO)
- * @pad: 0
+ * @flags: MACE_SETUP_*
  * @subbuf_bytes: size of a sub-buffer, bytes: a power of two, at least a page and at most 4 MiB
  * @subbufs: sub-buffers per CPU, at least 2
  * @watermark: poll() reports readiness when a CPU has this many full sub-buffers; 1 to @subbufs
@@ -242,14 +248,13 @@ struct mace_filter {
  * @pad2: 0
  * @filter: what to record
  * @ring_bytes: set by the call: bytes of one CPU's ring; CPU n is mapped at offset n * ring_bytes
- * @cpu_count: set by the call: CPUs with a ring, those that are online now. A record of another
- *	CPU is counted
- *	as lost
+ * @cpu_count: set by the call: CPUs with a ring, those that are online now. A CPU that comes online
+ *	later gets one before it runs, if there is memory; else its records are counted as lost
  * @pad3: 0
  */
 struct mace_setup {
 	__u16 abi_major;
-	__u16 pad;
+	__u16 flags;
 	__u32 subbuf_bytes;
 	__u32 subbufs;
 	__u32 watermark;
@@ -325,7 +330,7 @@ struct mace_cost {
 	__u64 timed_ns[MACE_HOOK_SLOTS];
 };
 
-#define MACE_IOC_MAGIC 0xAC
+#define MACE_IOC_MAGIC 0xBE
 #define MACE_IOC_HELLO _IOR(MACE_IOC_MAGIC, 0, struct mace_hello)
 #define MACE_IOC_SETUP _IOWR(MACE_IOC_MAGIC, 1, struct mace_setup)
 #define MACE_IOC_START _IO(MACE_IOC_MAGIC, 2)

@@ -15,7 +15,13 @@ from mace.records import CONTENT_DTYPES, DTYPES
 HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mace.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
 TYPES = {"__u64": "<u8", "__u32": "<u4", "__s32": "<i4", "__u16": "<u2", "__u8": "u1"}
-ENUMS = {"MACE_FLAG_": abi.Flag, "MACE_HELLO_": abi.HelloFlag, "MACE_TAKE_": abi.TakeFlag, "MACE_IOC_": abi.Ioctl}
+ENUMS = {
+    "MACE_FLAG_": abi.Flag,
+    "MACE_HELLO_": abi.HelloFlag,
+    "MACE_SETUP_": abi.SetupFlag,
+    "MACE_TAKE_": abi.TakeFlag,
+    "MACE_IOC_": abi.Ioctl,
+}
 OF_THE_HEADER_ONLY = {"MACE_STATIC_ASSERT", "MACE_HOOK_COUNT"}
 
 

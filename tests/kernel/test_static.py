@@ -103,11 +103,6 @@ def test_sparse_sees_user_memory_touched(tmp_path):
 
 # Not asked, because they cannot hold here:
 IGNORED = (
-    # In the kernel's tree there is one version to write for; a module outside it is built for many. What differs is in
-    # mace_compat.h.
-    "LINUX_VERSION_CODE",
-    # Takes KERNEL_VERSION(6, 3, 0) on the right of those comparisons, all capitals, for the variable.
-    "CONSTANT_COMPARISON",
     # A macro that begins a function's definition has a parameter's name as argument, which cannot stand in parentheses.
     "MACRO_ARG_PRECEDENCE",
     # _Static_assert, of C itself: the header is compiled outside the kernel, where there is no static_assert().
@@ -155,6 +150,29 @@ def test_kernel_doc_can_fail(tmp_path):
     status, said = kernel_doc(copy(tmp_path, "uapi/mace.h", " * @ip_id: ", " * @ip_identity: "), tmp_path)
     assert status != 0
     assert "'ip_id' not described" in said
+
+
+# --- what no tool looks for ----------------------------------------------------------------------
+
+
+def test_no_version_of_a_kernel_is_compared():
+    """Changes are ported back: Kbuild looks into the headers for what there is."""
+    for path in sources(SOURCE):
+        assert not re.search(r"LINUX_VERSION_CODE|KERNEL_VERSION|linux/version", path.read_text()), path
+
+
+def test_what_differs_between_kernels_is_looked_for_in_their_headers():
+    asked = set(re.findall(r"MACE_HAVE_(\w+)", (SOURCE / "mace_compat.h").read_text()))
+    assert asked == set(re.findall(r"call mace-have, (\w+),", (SOURCE / "Kbuild").read_text()))
+
+
+def test_numbers_of_user_space_find_a_ring_in_one_place():
+    """A CPU that tries a branch before it knows must not read behind the array: array_index_nospec()."""
+    assert "rings[" not in (SOURCE / "mace_chardev.c").read_text()
+    text = (SOURCE / "mace_session.c").read_text()
+    looked_up = re.findall(r"session->rings\[(.+?)\](?=[,;)])", text)
+    assert [index for index in looked_up if index != "cpu"] == ["array_index_nospec(cpu, nr_cpu_ids)"]
+    assert "stats->cpu]" not in text
 
 
 # --- the format ----------------------------------------------------------------------------------

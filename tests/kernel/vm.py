@@ -49,6 +49,9 @@ VIRTIOFSD = (Path("/usr/lib/qemu/virtiofsd"),)  # the C one of QEMU 7; Rust's, e
 MEMORY = "1G"  # pytest, numpy and the rings take 300 MB, the overlay's upper what is left
 MODULES = ("virtio_pci", "virtio_rng", "virtiofs", "overlay")  # and what they depend on
 
+POSSIBLE_CPUS = 160  # two are there; a number that limits meant for small machines do not fit
+ALWAYS = f"clearcpuid=cx16 possible_cpus={POSSIBLE_CPUS}"
+
 # What finds memory misused in kernels without KASAN, and costs the tests no time that could be measured. slub_debug
 # fills what is freed (P) and fences every object of a slab (Z), and looks when it is freed or given out again (F): all
 # four kernels have it. KFENCE, which 6.12 and 7 have, puts one object each 10 ms beside an unmapped page. What they say
@@ -263,7 +266,7 @@ class _Machine:
                     *("-kernel", str(self.kernel.vmlinuz), "-initrd", str(initramfs)),
                     # Warnings and worse on the console. A panic ends QEMU, an oops does not: what comes after it is
                     # worth reading.
-                    *("-append", f"console=ttyS0 loglevel=5 panic=-1 clearcpuid=cx16 {'' if self.counted else CHECKS}"),
+                    *("-append", f"console=ttyS0 loglevel=5 panic=-1 {ALWAYS} {'' if self.counted else CHECKS}"),
                     # A nanosecond of the guest's clock is an instruction then, whatever the host is busy with.
                     *(("-icount", "shift=0,sleep=off") if self.counted else ()),
                 ],

@@ -34,6 +34,15 @@ def lab_ifindex(lab: Lab, container: str) -> int:
     return int(json.loads(shown.stdout)[0]["ifindex"])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def in_a_memory_cgroup() -> None:
+    """Tests, and what they start, run in one, as every service of systemd and every container does."""
+    group = Path("/sys/fs/cgroup")
+    (group / "cgroup.subtree_control").write_text("+memory")
+    (group / "tests").mkdir()
+    (group / "tests/cgroup.procs").write_text(str(os.getpid()))
+
+
 @pytest.fixture
 def load_module() -> Iterator[Callable[..., None]]:
     """Loads the module with parameters; unloaded afterwards."""

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Self
@@ -178,3 +179,25 @@ def enter_netns(fd: int) -> None:
     if _libc.setns(fd, 0x40000000):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def opened_in(name: str) -> Session:
+    """A session that a process in a namespace of /run/netns has opened; the file keeps those rights. Raises OSError."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    child = os.fork()
+    if child == 0:
+        status = 255
+        try:
+            enter_netns(netns_fd(name))
+            socket.send_fds(theirs, [b"x"], [Session().fd])
+            status = 0
+        except OSError as error:
+            status = error.errno or status
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    theirs.close()
+    with mine:
+        if status:
+            raise OSError(status, os.strerror(status))
+        return Session(socket.recv_fds(mine, 1, 1)[1][0])

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import select
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from collector.kmod_source import KmodConfig
 from mace import abi
 from mace.hooks import Hook
 from mace.lab import Lab
-from tests.kernel.guest.reader import SUBBUF_BYTES, Session, refused
+from tests.kernel.guest.reader import SUBBUF_BYTES, Session, opened_in, refused
+from tests.kernel.vm import POSSIBLE_CPUS
 
 PAGE = mmap.PAGESIZE
 
@@ -149,7 +154,7 @@ def test_sizes_and_memory_are_bounded() -> None:
             {"flush_ms": 0},
             {"flush_ms": 10_001},
             {"sample_shift": 32},
-            {"pad": 1},
+            {"flags": 2},
             {"pad2": 1},
             {"pad3": 1},
             {"ring_bytes": 1},
@@ -190,6 +195,51 @@ def test_parameters_bound_all_sessions_together(load_module: Callable[..., None]
         third.setup(subbufs=64)
     with Session() as again:
         again.setup(subbufs=128)
+
+
+@pytest.mark.usefixtures("module")
+def test_limits_fit_every_cpu_that_there_can_be() -> None:
+    """One session with the collector's rings in each of two namespaces, and one of the host's, beside each other."""
+    possible = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    cpus = int(possible.rpartition("-")[2]) + 1
+    assert cpus == POSSIBLE_CPUS
+    limits = {
+        name: int((Path("/sys/module/mace/parameters") / name).read_text())
+        for name in ("max_total_mib", "max_netns_mib", "host_mib")
+    }
+    ring_mib = KmodConfig().ring_kib_per_cpu // 1024
+    assert min(limits["max_netns_mib"], limits["host_mib"]) >= cpus * ring_mib
+    assert limits["max_total_mib"] - limits["host_mib"] >= 2 * cpus * ring_mib
+
+
+def test_a_small_machine_keeps_the_limit_that_was(load_module: Callable[..., None]) -> None:
+    load_module("max_total_mib=64")
+    parameters = Path("/sys/module/mace/parameters")
+    assert [int((parameters / name).read_text()) for name in ("max_netns_mib", "host_mib")] == [16, 16]
+
+
+def test_a_namespace_has_a_quota_and_the_host_a_reserve(load_module: Callable[..., None], lab: Lab) -> None:
+    load_module("max_sessions=6", "max_netns_sessions=3", "host_sessions=2", "max_total_mib=32", "max_netns_mib=16")
+    c1, c2 = (lab.netns_path(name).name for name in ("c1", "c2"))
+    with contextlib.ExitStack() as stack:
+        of_c1 = [stack.enter_context(opened_in(c1)) for _ in range(3)]
+        refused(errno.EBUSY, opened_in, c1)
+        of_c2 = stack.enter_context(opened_in(c2))
+        # Four of six: the other two are the host's.
+        refused(errno.EBUSY, opened_in, c2)
+        of_host = [stack.enter_context(Session()) for _ in range(2)]
+        refused(errno.EBUSY, Session)
+        # 4 MiB for each of two CPUs: 8 MiB; a namespace has 16, all containers 24 of 32.
+        of_c1[0].setup(subbufs=64)
+        of_c1[1].setup(subbufs=64)
+        refused(errno.ENOMEM, of_c1[2].setup, subbufs=2)
+        of_c2.setup(subbufs=64)
+        of_host[0].setup(subbufs=64)
+        refused(errno.ENOMEM, of_host[1].setup, subbufs=2)
+        of_c1.pop().close()
+        stack.enter_context(opened_in(c2))
+        of_c1.pop().close()
+        of_host[1].setup(subbufs=64)
 
 
 @pytest.mark.usefixtures("module")
@@ -252,15 +302,48 @@ def test_mapped_memory_outlives_the_module_being_asked_to_go() -> None:
     session.close()
 
 
-@pytest.mark.usefixtures("module")
-def test_a_cpu_that_was_offline_at_setup_loses_its_records_openly(lab: Lab) -> None:
-    online = Path("/sys/devices/system/cpu/cpu1/online")
+@contextlib.contextmanager
+def offline(cpu: int) -> Iterator[Path]:
+    """Without this CPU; a file that takes it back when "1" is written."""
+    online = Path(f"/sys/devices/system/cpu/cpu{cpu}/online")
     online.write_text("0")
     try:
-        session = Session().setup(hooks=[Hook.NETIF_RECEIVE_SKB])
+        yield online
     finally:
         online.write_text("1")
-    with session:
+
+
+@pytest.mark.usefixtures("module")
+def test_a_cpu_that_comes_online_has_a_ring_from_its_first_packet_on(lab: Lab) -> None:
+    with contextlib.ExitStack() as stack:
+        with offline(1) as online:
+            session = stack.enter_context(Session()).setup(hooks=[Hook.NETIF_RECEIVE_SKB], subbufs=16)
+            later = stack.enter_context(Session())
+            session.start()
+            refused(errno.ENXIO, session.take, 1)
+            refused(errno.ENXIO, session.map, 1)
+            charged = int(Path("/sys/fs/cgroup/tests/memory.current").read_text())
+            online.write_text("1")
+            assert int(Path("/sys/fs/cgroup/tests/memory.current").read_text()) - charged >= 16 << 16
+            with on_one_cpu(1):
+                lab.ping("c1", count=20, interval_s=0.01)
+        session.stop()
+        stats = session.stats()
+        records = session.read()
+        assert stats["lost"].sum() == 0
+        # 20 requests, received on three devices, and as many replies, on two
+        assert stats["written"].sum() == len(records) >= 100
+        assert (records["cpu"] == 1).sum() == session.stats(1)["written"].sum() >= 20
+        # Whoever has no rings yet gets them at SETUP.
+        later.setup(subbufs=2)
+        later.take(1)
+
+
+def test_a_cpu_that_no_memory_is_left_for_loses_its_records_openly(load_module: Callable[..., None], lab: Lab) -> None:
+    load_module("max_total_mib=4")
+    with Session() as session, offline(1) as online:
+        session.setup(hooks=[Hook.NETIF_RECEIVE_SKB], subbufs=64)
+        online.write_text("1")
         session.start()
         with on_one_cpu(1):
             lab.ping("c1", count=20, interval_s=0.01)
@@ -271,8 +354,151 @@ def test_a_cpu_that_was_offline_at_setup_loses_its_records_openly(lab: Lab) -> N
         assert (taken["ready"] > 0) == (session.stats(0)["written"].sum() > 0)
         total = session.stats()
         assert total["lost"][Hook.NETIF_RECEIVE_SKB] >= 20
-        # 20 requests, received on three devices, and as many replies, on two
         assert (total["written"] + total["lost"]).sum() >= 100
+
+
+def calls_between_cpus() -> int:
+    """Interrupts so far by which one CPU has had another one run a function."""
+    rows = Path("/proc/interrupts").read_text().splitlines()
+    return sum(int(n) for row in rows if row.split()[0] == "CAL:" for n in row.split()[1:] if n.isdecimal())
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("call", [Session.stats, lambda session: session.take(1, flags=0)], ids=["STATS", "TAKE"])
+def test_who_only_looks_interrupts_no_other_cpu(call: Callable[[Session], object]) -> None:
+    with Session().setup(subbufs=2) as session, on_one_cpu(0):
+        before = calls_between_cpus()
+        for _ in range(2000):
+            call(session)
+        # The kernel has its own, some tens a second.
+        assert calls_between_cpus() - before < 500
+
+
+@pytest.mark.usefixtures("module")
+def test_a_container_flushes_another_cpu_at_most_every_10_ms(lab: Lab) -> None:
+    """It may be a CPU that somebody has isolated."""
+    with opened_in(lab.netns_path("c1").name).setup(subbufs=2) as session, on_one_cpu(0):
+        session.take(1)
+        began = time.monotonic()
+        for _ in range(20):
+            session.take(1)
+        assert time.monotonic() - began >= 20 * 0.01
+
+
+@pytest.mark.usefixtures("module")
+def test_what_was_handed_over_until_a_time_is_all_until_then(lab: Lab) -> None:
+    """Also while the clock is slewed to and fro, which makes its fast reading step back a little."""
+    flow = lab.start_udp("c1", count=4000, rate_pps=2000)
+    with Session() as session, slewed_clock():
+        session.setup(subbuf_bytes=PAGE, subbufs=256).start()
+        until = [0, 0]
+        while flow.running:
+            for cpu in range(2):
+                taken = session.take(cpu)
+                memory = np.frombuffer(session.map(cpu), np.uint8)
+                for number in range(int(taken["ready"])):
+                    at = (int(taken["first"]) + number) % 256 * PAGE
+                    head = memory[at : at + 64].view(abi.SUBBUF)[0]
+                    records = memory[at + 64 : at + 64 * (1 + int(head["records"]))].view(abi.RECORD)
+                    assert records["ts_ns"].min() >= until[cpu]
+                    assert records["ts_ns"].max() <= taken["now_ns"]
+                del memory
+                session.take(cpu, release=int(taken["ready"]), flags=0)
+                assert taken["now_ns"] >= until[cpu]
+                until[cpu] = int(taken["now_ns"])
+        session.stop()
+    flow.wait()
+
+
+@contextlib.contextmanager
+def slewed_clock() -> Iterator[None]:
+    """The clock's rate is changed to and fro by as much as adjtimex(2) allows."""
+    libc, stop = ctypes.CDLL(None, use_errno=True), threading.Event()
+    timex = np.zeros(208, np.uint8)  # struct timex
+    modes, freq = timex[:4].view("<u4"), timex[16:24].view("<i8")
+
+    def set_rate(scaled_ppm: int) -> None:
+        modes[0], freq[0] = 2, scaled_ppm  # ADJ_FREQUENCY, in 2**-16 ppm
+        assert libc.adjtimex(ctypes.c_void_p(timex.ctypes.data)) >= 0
+
+    def work() -> None:
+        while not stop.wait(0.002):
+            set_rate(500 << 16)
+            set_rate(-500 << 16)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        set_rate(0)
+
+
+class Page:
+    """A page of memory that can be made read-only, as an argument of ioctl()."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, PAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.libc = ctypes.CDLL(None, use_errno=True)
+
+    def refused(self, session: Session, request: int, argument: npt.NDArray[np.void]) -> None:
+        """The call cannot give its results: EFAULT."""
+        self.memory[: argument.nbytes] = argument.tobytes()
+        for prot in (mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE):
+            assert self.libc.mprotect(ctypes.c_void_p(self.address), ctypes.c_size_t(PAGE), prot) == 0
+            if prot == mmap.PROT_READ:
+                result = self.libc.ioctl(session.fd, ctypes.c_ulong(request), ctypes.c_void_p(self.address))
+                assert (result, ctypes.get_errno()) == (-1, errno.EFAULT)
+        assert self.memory[: argument.nbytes] == argument.tobytes()
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("flags", [0, abi.TakeFlag.FLUSH])
+def test_a_take_that_fails_has_done_nothing(lab: Lab, flags: int) -> None:
+    page = Page()
+    with Session() as session, on_one_cpu():
+        session.setup(subbuf_bytes=PAGE, subbufs=8, flush_ms=20).start()
+        lab.ping("c1", count=20, interval_s=0.01)
+        session.stop()
+        before = session.take(0)
+        assert before["ready"] > 1
+        records = bytes(session.map(0))
+        with Session() as other:
+            for wrong in (before["ready"] + 1, 0xFFFFFFFF):
+                refused(errno.EINVAL, session.take, 0, release=int(wrong))
+            take = np.zeros((), abi.TAKE)
+            take["flags"], take["release"] = flags, 1
+            page.refused(session, abi.Ioctl.TAKE, take)
+            refused(errno.EINVAL, other.take, 0)
+        after = session.take(0, flags=0)
+        assert (after["first"], after["ready"]) == (before["first"], before["ready"])
+        assert bytes(session.map(0)) == records
+        assert session.stats()["written"].sum() == len(session.read())
+
+
+@pytest.mark.usefixtures("module")
+def test_a_setup_that_fails_has_done_nothing(lab: Lab) -> None:
+    page = Page()
+    wanted = np.zeros((), abi.SETUP)
+    wanted["abi_major"], wanted["subbuf_bytes"], wanted["subbufs"] = abi.ABI_MAJOR, PAGE, 1024
+    wanted["watermark"], wanted["flush_ms"] = 1, 50
+    with Session() as session:
+        held = int(Path("/sys/fs/cgroup/tests/memory.current").read_text())
+        for _ in range(20):
+            page.refused(session, abi.Ioctl.SETUP, wanted)
+        assert int(Path("/sys/fs/cgroup/tests/memory.current").read_text()) - held < 10 * 1024 * PAGE
+        refused(errno.EINVAL, session.start)
+        refused(errno.EINVAL, session.stats)
+        refused(errno.EINVAL, session.take, 0)
+        refused(errno.ENXIO, mmap.mmap, session.fd, 1024 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
+        session.setup(subbufs=2, hooks=[Hook.NETIF_RX])
+        session.start()
+        lab.ping("c1", count=5)
+        session.stop()
+        assert set(session.read()["hook"].tolist()) == {Hook.NETIF_RX}
 
 
 @pytest.mark.usefixtures("module")

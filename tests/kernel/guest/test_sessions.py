@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from collector.netns import cookie_here
 from mace import abi
 from mace.hooks import Hook
 from mace.lab import Lab
@@ -96,10 +98,48 @@ def test_hello_says_who_it_is(module: None) -> None:
         hello = session.hello()
     assert (hello["abi_major"], hello["abi_minor"]) == (abi.ABI_MAJOR, abi.ABI_MINOR)
     assert hello["record_bytes"] == abi.RECORD.itemsize
-    assert hello["flags"] == abi.HelloFlag.ALL
+    cookies = tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 14)
+    assert hello["flags"] == abi.HelloFlag.ALL | (abi.HelloFlag.COOKIES if cookies else 0)
     assert hello["netns"] == Path("/proc/self/ns/net").stat().st_ino
     assert hello["hooks"] == sum(1 << hook for hook in Hook if Hook.INVALID < hook < Hook.LOST)
     assert hello["load_id"] != 0
+
+
+def cookie_of(name: str) -> int:
+    """SO_NETNS_COOKIE of a namespace of /run/netns; 0 where the kernel has none."""
+    found = []
+
+    def work() -> None:
+        enter_netns(netns_fd(name))
+        found.append(cookie_here())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_records_name_namespaces_by_cookie_for_whoever_asks(lab: Lab) -> None:
+    cookies = {lab.netns_inode(member): cookie_of(lab.netns_path(member).name) for member in lab.members}
+    with Session() as by_cookie, Session() as by_inode:
+        if not by_cookie.hello()["flags"] & abi.HelloFlag.COOKIES:
+            assert set(cookies.values()) == {0}
+            refused(errno.EOPNOTSUPP, by_cookie.setup, flags=abi.SetupFlag.COOKIES)
+            return
+        assert len(set(cookies.values())) == len(cookies)
+        by_cookie.setup(flags=abi.SetupFlag.COOKIES, hooks=DEVICE_HOOKS).start()
+        by_inode.setup(hooks=DEVICE_HOOKS).start()
+        some_traffic(lab)
+        by_inode.stop()
+        by_cookie.stop()
+        inodes, named = by_inode.read(), by_cookie.read()
+    named = named[np.isin(named["ts_ns"], inodes["ts_ns"])]
+    inodes = inodes[np.isin(inodes["ts_ns"], named["ts_ns"])]
+    assert len(named) > 1000
+    assert {cookies[inode] for inode in set(inodes["netns"].tolist()) & cookies.keys()} <= set(named["netns"].tolist())
+    inodes, named = (np.sort(part, order=["ts_ns", "cpu", "hook"]) for part in (inodes, named))
+    for of_inode, of_cookie in zip(inodes, named, strict=True):
+        assert cookies.get(int(of_inode["netns"]), int(of_cookie["netns"])) == of_cookie["netns"]
 
 
 def test_only_the_namespaces_asked_for(lab: Lab) -> None:
@@ -179,7 +219,7 @@ def test_a_container_sees_its_own_packets_whatever_it_asks(lab: Lab) -> None:
     def inside() -> None:
         with Session() as session:
             hello = session.hello()
-            assert hello["flags"] == 0
+            assert not hello["flags"] & abi.HelloFlag.ALL
             assert hello["netns"] == own_inode
             for fd in (others, of_host, first):
                 refused(errno.EPERM, session.setup, netns_fds=[fd])
@@ -211,7 +251,7 @@ def test_the_same_holds_for_root_with_all_capabilities_in_another_namespace(lab:
 
     def inside() -> None:
         with Session() as session:
-            assert session.hello()["flags"] == 0
+            assert not session.hello()["flags"] & abi.HelloFlag.ALL
 
     in_child(inside, netns=fd)
     os.close(fd)
@@ -245,7 +285,7 @@ def test_a_file_that_is_passed_on_keeps_its_rights(lab: Lab) -> None:
     _, fds, _, _ = socket.recv_fds(mine, 1, 1)
     with Session(fds[0]) as session:
         # We are root on the host, and the namespace could not be asked for; but the file is the container's.
-        assert session.hello()["flags"] == 0
+        assert not session.hello()["flags"] & abi.HelloFlag.ALL
         refused(errno.EPERM, session.setup, netns_fds=[-1, first])
         refused(errno.EPERM, session.cost)
         records = recorded(session.setup(subbufs=512), lambda: some_traffic(lab))

@@ -89,7 +89,7 @@ def test_auto_takes_the_module_where_it_is(lab: Lab, tmp_path: Path) -> None:
     assert query(tmp_path / "without", "SELECT source FROM runs").fetchall() == [("ftrace",)]
     assert query(tmp_path / "with", "SELECT source FROM runs").fetchall() == [("kmod",)]
     assert check["ok"], check
-    assert "1.0" in check["detail"]
+    assert "1.1" in check["detail"]
 
 
 def test_module_commands() -> None:
@@ -98,7 +98,7 @@ def test_module_commands() -> None:
     mace("module", "load", "max_sessions=2")
     try:
         assert Path("/sys/module/mace/parameters/max_sessions").read_text() == "2\n"
-        assert "1.0" in mace("module", "status").stdout
+        assert "1.1" in mace("module", "status").stdout
         with Path("/dev/mace").open("rb"):
             busy = mace("module", "unload", check=False)
             assert busy.returncode == 1
