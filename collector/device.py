@@ -83,6 +83,8 @@ class Hello:
     """Every network namespace, not only the opener's."""
     netns_gone: bool
     """The opener's namespace has died: nothing will come any more."""
+    cookies: bool
+    """Records can name namespaces by cookie (Linux 5.14)."""
     netns: int
     cpus: int
     ring_bytes_min: int
@@ -171,13 +173,15 @@ class MaceDevice:
                 f"{self._path}: the module {version} has records and heads of {sizes} bytes, expected"
                 f" {(abi.RECORD.itemsize, abi.SUBBUF.itemsize)} in ABI {major}.{minor}: a defect of the module"
             )
-        flags = HelloFlag(int(got["flags"]) & (HelloFlag.ALL | HelloFlag.NETNS_GONE))
+        # A newer module may say more.
+        flags = HelloFlag(int(got["flags"]) & sum(HelloFlag))
         return Hello(
             abi=(major, minor),
             version=version,
             hooks=tuple(info.hook for info in HOOKS if int(got["hooks"]) >> info.hook & 1),
             sees_all=HelloFlag.ALL in flags,
             netns_gone=HelloFlag.NETNS_GONE in flags,
+            cookies=HelloFlag.COOKIES in flags,
             netns=int(got["netns"]),
             cpus=int(got["cpus"]),
             ring_bytes_min=int(got["ring_bytes_min"]),
@@ -186,10 +190,18 @@ class MaceDevice:
         )
 
     def setup(
-        self, *, subbuf_bytes: int, subbufs: int, watermark: int, flush_ms: int, wanted: Filter = Filter()
+        self,
+        *,
+        subbuf_bytes: int,
+        subbufs: int,
+        watermark: int,
+        flush_ms: int,
+        wanted: Filter = Filter(),
+        cookies: bool = False,
     ) -> tuple[int, ...]:
         """SETUP: rings of `subbufs` times `subbuf_bytes` for the CPUs that are online; returns their numbers.
 
+        With `cookies` (where `hello` has them) records name a namespace by its cookie, else by its inode.
         Bounds are those of struct mace_setup. Raises `Unavailable` for what this machine or these rights do not
         allow, `SourceError` for anything else.
         """
@@ -202,6 +214,7 @@ class MaceDevice:
             )
         asked = np.zeros((), abi.SETUP)
         asked["abi_major"] = abi.ABI_MAJOR
+        asked["flags"] = abi.SetupFlag.COOKIES if cookies else 0
         asked["subbuf_bytes"], asked["subbufs"] = subbuf_bytes, subbufs
         asked["watermark"], asked["flush_ms"] = watermark, flush_ms
         with _filled(asked["filter"], wanted):
@@ -215,8 +228,9 @@ class MaceDevice:
                 f"{self._path}: rings of {self._ring_bytes} bytes, expected {subbufs} times {subbuf_bytes}: a defect of"
                 " the module"
             )
-        cpus = tuple(cpu for cpu in range(self.hello.cpus) if self._has_ring(cpu))
-        if len(cpus) != int(asked["cpu_count"]) or not cpus:
+        cpus = tuple(cpu for cpu in range(self.hello.cpus) if self.has_ring(cpu))
+        # One may have come online meanwhile.
+        if len(cpus) < int(asked["cpu_count"]) or not cpus:
             raise SourceError(
                 f"{self._path}: {len(cpus)} CPUs have a ring, the module says {asked['cpu_count']}: a defect of the"
                 " module"
@@ -293,7 +307,8 @@ class MaceDevice:
         except OSError as error:
             raise self._failed(request.name, error) from error
 
-    def _has_ring(self, cpu: int) -> bool:
+    def has_ring(self, cpu: int) -> bool:
+        """Whether a CPU has a ring: those that were online at SETUP, and those that came online later."""
         asked = np.zeros((), abi.STATS)
         asked["cpu"] = cpu
         try:
@@ -319,7 +334,8 @@ class MaceDevice:
                 return Unavailable(
                     _WHAT,
                     f"no memory for rings of {size:g} MiB per CPU",
-                    f"a smaller [capture] ring_mib, or write more to {_LOADED}/parameters/max_total_mib",
+                    f"a smaller [capture] ring_mib, or write more to max_total_mib (in a container: max_netns_mib) in"
+                    f" {_LOADED}/parameters",
                 )
             case errno.EPERM | errno.EACCES:
                 return Unavailable(
@@ -352,7 +368,8 @@ class MaceDevice:
                 return Unavailable(
                     _WHAT,
                     "as many sessions are open as the module allows",
-                    f"end one, or write more to {_LOADED}/parameters/max_sessions",
+                    "end one, or write more to max_sessions (in a container: max_netns_sessions) in"
+                    f" {_LOADED}/parameters",
                 )
             case errno.ENOMEM:
                 return Unavailable(_WHAT, "no memory for a session", "end something else")

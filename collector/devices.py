@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from collector.containers import API_SOCKETS, NameService, is_made_up, name_in_lab, name_of_process
-from collector.netns import Found, Namespaces, hidden, inode_of, inside, leave_for_new_netns, open_netns
+from collector.netns import Found, Namespaces, cookie_here, hidden, inode_of, inside, leave_for_new_netns, open_netns
 from collector.rtnetlink import (
     RTM_DELNSID,
     RTM_DELROUTE,
@@ -85,6 +85,7 @@ class _Namespace:
     """Never used twice, unlike the number and the inode."""
     found: Found
     since_s: float
+    cookie: int = 0
     links: dict[int, Link] = field(default_factory=dict)
     default_routes: frozenset[int] = frozenset()
     process_name: str = ""
@@ -282,8 +283,16 @@ class _Watch:
         for nsid in self._queries.numbers():
             self._add(nsid, Found(0))
 
-    def _add(self, nsid: int, found: Found) -> None:
-        self._by_nsid[nsid] = _Namespace(nsid, next(self._serials), found, time.monotonic())
+    def _cookie(self, netns_fd: int) -> int:
+        """The namespace's cookie; 0 where it is not told."""
+        try:
+            with inside(netns_fd, self._home_fd):
+                return cookie_here()
+        except PermissionError:
+            return 0
+
+    def _add(self, nsid: int, found: Found, cookie: int = 0) -> None:
+        self._by_nsid[nsid] = _Namespace(nsid, next(self._serials), found, time.monotonic(), cookie)
         self._dirty[nsid] = {0}
         self._dirty_routes.add(nsid)
         if not found.inode:
@@ -333,12 +342,13 @@ class _Watch:
             try:
                 # None for those that nobody has met: another observer's, our own.
                 nsid_or_none = self._queries.number_if_any(fd)
+                cookie = self._cookie(fd)
             except OSError:
                 continue
             finally:
                 os.close(fd)
             if nsid_or_none is not None and nsid_or_none in nameless:
-                self._add(nsid_or_none, place)
+                self._add(nsid_or_none, place, cookie)
 
     def _number(self, place: Found) -> None:
         fd = open_netns(place)
@@ -346,11 +356,12 @@ class _Watch:
             return  # it has just gone
         try:
             nsid = self._queries.number(fd)
+            cookie = self._cookie(fd)
         except (OSError, NamespaceGone):
             return
         finally:
             os.close(fd)
-        self._add(nsid, place)
+        self._add(nsid, place, cookie)
         self._by_nsid[nsid].process_name = name_of_process(place.pid) if place.pid else ""
 
     def _ask_links(self) -> None:
@@ -467,7 +478,8 @@ class _Watch:
         inodes = {namespace.nsid: namespace.inode for namespace in self._by_nsid.values()}
         built = {}
         for namespace in self._by_nsid.values():
-            made_from = (namespace.inode, *self._called(namespace), namespace.default_routes, *namespace.links.values())
+            made_from: tuple[object, ...] = (namespace.inode, namespace.cookie, *self._called(namespace))
+            made_from += (namespace.default_routes, *namespace.links.values())
             others = {link.link_nsid for link in namespace.links.values()}
             made_from += tuple(inodes.get(nsid, 0) for nsid in others if nsid is not None)
             last = self._built.get(namespace.serial)
@@ -496,6 +508,7 @@ class _Watch:
                     link.ifindex in namespace.default_routes,
                     netns_name,
                     container,
+                    netns_cookie=namespace.cookie,
                 )
             )
         return devices

@@ -65,8 +65,9 @@ class Module(Protocol):
 
     def greet(self) -> Hello: ...
     def setup(
-        self, *, subbuf_bytes: int, subbufs: int, watermark: int, flush_ms: int, wanted: Filter
+        self, *, subbuf_bytes: int, subbufs: int, watermark: int, flush_ms: int, wanted: Filter, cookies: bool
     ) -> tuple[int, ...]: ...
+    def has_ring(self, cpu: int) -> bool: ...
     def map(self, cpu: int) -> mmap.mmap: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
@@ -145,6 +146,7 @@ class KmodSource:
         """A CPU that came online after the rings were made: markers of what it lost are said to be its."""
         self._elsewhere_told = 0
         self._names: dict[tuple[int, int], str] = {}
+        self._inodes: dict[int, int] = {}
         self._places = Places(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
         self._merger = RingMerger(int(self.config.hold_back_ms * 1e6), self._places)
         self._devices: tuple[Device, ...] = ()
@@ -204,24 +206,26 @@ class KmodSource:
         self._began_ns = time.monotonic_ns()
         config = self.config
         wanted = replace(config.wanted, hooks=hooks)
+        if self._follower is not None:
+            await self._follower.open()
+            self._follower_open = True
+            self._devices = self._follower.poll() or ()
+            self._host_netns = self._follower.host_netns
+        # Where nobody says which cookie is which namespace, the inode at least can be looked up.
+        cookies = hello.cookies and bool(self._devices) and all(device.netns_cookie for device in self._devices)
+        if cookies:
+            self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
+        self._learn_names(self._devices)
         cpus = module.setup(
             subbuf_bytes=config.subbuf_bytes,
             subbufs=config.subbufs,
             watermark=max(config.subbufs // _WATERMARK_SHARE, 1),
             flush_ms=_FLUSH_MS,
             wanted=wanted,
+            cookies=cookies,
         )
         for cpu in cpus:
-            take = partial(module.take, cpu)
-            ring = CpuRing(cpu, module.map(cpu), config.subbuf_bytes, config.subbufs, take)
-            self._cpus[cpu] = _Cpu(ring, last_ns=self._began_ns)
-            self._merger.add_cpu(cpu, self._began_ns)
-        if self._follower is not None:
-            await self._follower.open()
-            self._follower_open = True
-            self._devices = self._follower.poll() or ()
-            self._learn_names(self._devices)
-            self._host_netns = self._follower.host_netns
+            self._add_cpu(cpu, self._began_ns)
         self._cost_before = {cost.hook: cost for cost in module.cost()}
         pair = clock.measure()
         module.start()
@@ -237,6 +241,13 @@ class KmodSource:
             mace_version=__version__,
             command=command_line(),
         )
+
+    def _add_cpu(self, cpu: int, since_ns: int) -> None:
+        assert self._module is not None
+        config, take = self.config, partial(self._module.take, cpu)
+        ring = CpuRing(cpu, self._module.map(cpu), config.subbuf_bytes, config.subbufs, take)
+        self._cpus[cpu] = _Cpu(ring, last_ns=since_ns)
+        self._merger.add_cpu(cpu, since_ns)
 
     def request_stop(self) -> None:
         """Stop recording; `items` ends after what was recorded."""
@@ -324,7 +335,10 @@ class KmodSource:
             loop.remove_reader(fd)
 
     def _learn_names(self, devices: tuple[Device, ...]) -> None:
-        self._names = {device.key: device.name for device in devices}
+        """By how records name namespaces."""
+        by_cookie = self._places.inode_of is not None
+        self._names = {(d.netns_cookie if by_cookie else d.netns, d.ifindex): d.name for d in devices}
+        self._inodes = {device.netns_cookie: device.netns for device in devices}
 
     def _topology(self, from_ns: int) -> Topology:
         sightings = self._places.snapshot()
@@ -356,6 +370,7 @@ class KmodSource:
 
     def _take_all(self, *, last: bool = False) -> None:
         """Take what is in the rings, and what they have lost."""
+        self._add_late_cpus()
         for number, cpu in self._cpus.items():
             complete_ns = self._take(number, cpu, flush=True)
             if cpu.ring.was_full or last:
@@ -387,8 +402,16 @@ class KmodSource:
             self._merger.push(number, Marker(number, cpu.last_ns, lost - cpu.told_lost, until_ns))
             cpu.told_lost = lost
 
+    def _add_late_cpus(self) -> None:
+        """Rings of CPUs that have come online: the module has made them before their first packet."""
+        assert self._module is not None
+        for cpu in online_cpus():
+            if cpu not in self._cpus and self._module.has_ring(cpu):
+                # What it wrote before what was already given out comes too late, and is counted so.
+                self._add_cpu(cpu, max(self._began_ns, self._merger.given_ns or 0))
+
     def _tell_elsewhere(self, *, last: bool) -> None:
-        """What CPUs lost that have no ring because they came online later: all of their records."""
+        """What CPUs lost that have no ring, because there was no memory when they came online: all of their records."""
         assert self._module is not None
         late = [cpu for cpu in online_cpus() if cpu not in self._cpus]
         if self._elsewhere is None and (late or last):
@@ -396,7 +419,7 @@ class KmodSource:
             self._elsewhere = late[0] if late else max(self._cpus) + 1
             self._merger.add_cpu(self._elsewhere, since)
             if late:
-                _log.warning("kmod: CPU %d came online after the start: its records are lost", late[0])
+                _log.warning("kmod: CPU %d came online without memory for a ring: its records are lost", late[0])
         if self._elsewhere is not None:
             # In this order: what rings lose in between makes the difference too small for now, never too large.
             everywhere = int(self._module.stats().lost.sum())

@@ -47,7 +47,8 @@ class Places:
     """(namespace, ifindex) -> codes of sightings, in order of appearance.
 
     Found by a hash in a direct-mapped table; what is not where it is looked for, in a sorted one. `name_of` says what
-    a device is called when it is first seen, or "".
+    a device is called when it is first seen, or "". Where records name namespaces by cookie, `inode_of` says the inode
+    of each, or 0.
     """
 
     _BITS: Final = 16
@@ -56,6 +57,7 @@ class Places:
 
     def __init__(self, name_of: Callable[[int, int], str] = lambda _netns, _ifindex: "") -> None:
         self._name_of = name_of
+        self.inode_of: Callable[[int], int] | None = None
         self._sightings = [NO_DEVICE]
         # No key hashes elsewhere than 0 does, so an empty slot (0, code 0) is right about itself: no device.
         self._slot_keys = np.zeros(1 << self._BITS, np.uint64)
@@ -97,7 +99,12 @@ class Places:
         codes = np.arange(len(self), len(self) + len(fresh), dtype=np.uint32)
         for key in fresh.tolist():
             netns, ifindex = key & 0xFFFFFFFF, key >> 32
-            self._sightings.append(Sighting(self._name_of(netns, ifindex), netns, ifindex))
+            name = self._name_of(netns, ifindex)
+            self._sightings.append(
+                Sighting(name, netns, ifindex)
+                if self.inode_of is None
+                else Sighting(name, self.inode_of(netns), ifindex, netns_cookie=netns)
+            )
         keys, all_codes = np.append(self._keys, fresh), np.append(self._codes, codes)
         order = np.argsort(keys)
         self._keys, self._codes = keys[order], all_codes[order]

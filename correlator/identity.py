@@ -312,21 +312,25 @@ class Resolver:
         present = sorted(self._live | self._gone.keys())
         self._by_key = {}
         by_name: dict[str, list[int]] = {}
+        by_cookie: dict[tuple[int, int], list[int]] = {}
         for number in present:
             device = self.devices[number]
             self._by_key.setdefault(device.key, []).append(number)
             by_name.setdefault(device.name, []).append(number)
+            by_cookie.setdefault((device.netns_cookie, device.ifindex), []).append(number)
         self._candidates = [Candidates((), self.devices)]
         of_name: dict[str, Candidates] = {}
         for sighting in self._sightings[1:]:
             if not sighting.ifindex and sighting.name in of_name:
                 self._candidates.append(of_name[sighting.name])
                 continue
-            found = (
-                self._by_key.get((sighting.netns, sighting.ifindex), ())
-                if sighting.ifindex
-                else by_name.get(sighting.name, ())
-            )
+            # As Sighting.is_of(), for all of them at once.
+            if sighting.netns_cookie:
+                found = by_cookie.get((sighting.netns_cookie, sighting.ifindex), ())
+            elif sighting.ifindex:
+                found = self._by_key.get((sighting.netns, sighting.ifindex), ())
+            else:
+                found = by_name.get(sighting.name, ())
             numbers = self._newest(found) or (self._number_of(_unknown(sighting)),)
             self._candidates.append(Candidates(numbers, self.devices))
             if not sighting.ifindex and found:
@@ -463,7 +467,8 @@ def _sole(numbers: Iterable[int]) -> int:
 
 
 def _unknown(sighting: Sighting) -> Device:
-    return Device(sighting.netns, sighting.ifindex, sighting.name, UNKNOWN)
+    cookie = sighting.netns_cookie
+    return Device(sighting.netns, sighting.ifindex, sighting.name, UNKNOWN, netns_cookie=cookie)
 
 
 def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:

@@ -49,7 +49,7 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
         "serves": list(resolver.serves),
         "live": sorted(resolver.live),
         "gone": [list(pair) for pair in resolver.gone],
-        "sightings": [[s.name, s.netns, s.ifindex] for s in resolver.sightings],
+        "sightings": [[s.name, s.netns, s.ifindex, s.netns_cookie] for s in resolver.sightings],
         "records": _records_to_json(state.open.records),
         "number": packed(state.open.number, "<i8"),
         "cross": packed(state.open.cross, "?"),

@@ -58,6 +58,8 @@ class Device:
     container: str = ""
     """Name of the container that the namespace belongs to; `""` for the host's and for the lab's far end."""
     role: Role = Role.OTHER
+    netns_cookie: int = 0
+    """Cookie of the network namespace (SO_NETNS_COOKIE): unlike the inode never given out again. 0: not known."""
 
     def __post_init__(self) -> None:
         # Wherever the names come from, whatever takes them can store them.
@@ -73,11 +75,23 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A device as a source's records show it. ftrace: the name alone. Kernel module: namespace and ifindex."""
+    """A device as a source's records show it. ftrace: the name alone. Kernel module: namespace and ifindex.
+
+    Records of the module name a namespace by its cookie where the kernel has one (Linux 5.14), else by its inode.
+    """
 
     name: str
     netns: int = 0
+    """Inode of the namespace; 0 where records name it by cookie and nobody has listed it yet."""
     ifindex: int = 0
+    netns_cookie: int = 0
+    """Cookie of the namespace; 0 where records name it by inode."""
+
+    def is_of(self, device: Device) -> bool:
+        """Whether it is a sighting of this device. A cookie decides alone: inodes are given out again."""
+        if self.netns_cookie:
+            return (self.netns_cookie, self.ifindex) == (device.netns_cookie, device.ifindex)
+        return (self.netns, self.ifindex) == device.key if self.ifindex else self.name == device.name
 
     def __post_init__(self) -> None:
         # As a device's, or it would not be found among them.
@@ -104,9 +118,7 @@ class Topology:
 
     def candidates(self, sighting: Sighting) -> tuple[Device, ...]:
         """The devices that a sighting can be. Empty for `NO_DEVICE` and for a device that nobody has listed."""
-        if sighting.ifindex:
-            return tuple(d for d in self.devices if d.key == (sighting.netns, sighting.ifindex))
-        return tuple(d for d in self.devices if d.name == sighting.name)
+        return tuple(d for d in self.devices if sighting.is_of(d))
 
 
 _KEY: Final = attrgetter("netns", "ifindex")
@@ -168,6 +180,7 @@ def assign_roles(
             d.netns_name,
             container,
             its_role,
+            d.netns_cookie,
         )
 
     return tuple(map(assigned, given))

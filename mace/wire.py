@@ -700,12 +700,16 @@ class _Json:
 
     def sightings(self, key: str) -> tuple[Sighting, ...]:
         found = []
-        for one in self._get(key, list):
+        sightings = self._get(key, list)
+        cookies = self._get("netns_cookies", list, [0] * len(sightings))
+        if len(cookies) != len(sightings) or not all(type(c) is int and 0 <= c <= _I63 for c in cookies):
+            raise WireError(f"{self._where}: netns_cookies: expected a number for each of {len(sightings)} sightings")
+        for one, cookie in zip(sightings, cookies, strict=True):
             match one:
                 case [str(name), int(netns), int(ifindex)] if {type(netns), type(ifindex)} == {int} and 0 <= min(
                     netns, ifindex
                 ) <= max(netns, ifindex) <= _I63:
-                    found.append(Sighting(_storable(name, key), netns, ifindex))
+                    found.append(Sighting(_storable(name, key), netns, ifindex, cookie))
                 case _:
                     raise WireError(f"{self._where}: {key}: expected [name, netns, ifindex], found {one!r:.40}")
         return tuple(found)
@@ -750,6 +754,7 @@ _DEVICE_DEFAULTS: Final = {field.name: field.default for field in fields(Device)
 
 
 def _topology_fields(topology: Topology, first: int) -> dict[str, Any]:
+    cookies = [sighting.netns_cookie for sighting in topology.sightings[first:]]
     return {
         "from_ns": topology.from_ns,
         "host_netns": topology.host_netns,
@@ -760,6 +765,7 @@ def _topology_fields(topology: Topology, first: int) -> dict[str, Any]:
         ],
         "first_sighting": first,
         "sightings": [[s.name, s.netns, s.ifindex] for s in topology.sightings[first:]],
+        **({"netns_cookies": cookies} if any(cookies) else {}),
     }
 
 
@@ -797,4 +803,5 @@ def _device(given: _Json) -> Device:
         netns_name=given.text("netns_name", ""),
         container=given.text("container", ""),
         role=known_role,
+        netns_cookie=given.number("netns_cookie", 0, default=0),
     )

@@ -326,5 +326,5 @@ def _sighted(sighting: Sighting, devices: Iterable[Device]) -> str:
     """What a record says of its device, in words."""
     if sighting.name or not sighting.ifindex:
         return sighting.name
-    known = next((d for d in devices if d.key == (sighting.netns, sighting.ifindex)), None)
-    return known.name if known else f"{sighting.netns}:{sighting.ifindex}"
+    known = next((d for d in devices if sighting.is_of(d)), None)
+    return known.name if known else f"{sighting.netns_cookie or sighting.netns}:{sighting.ifindex}"

@@ -89,6 +89,7 @@ class MadeDevice:
             hooks=tuple(info.hook for info in HOOKS),
             sees_all=sees_all,
             netns_gone=False,
+            cookies=False,
             netns=4026531840,
             cpus=cpus + 1,
             ring_bytes_min=8192,
@@ -107,11 +108,18 @@ class MadeDevice:
         """A record on a CPU; whether there was room for it."""
         return self.rings[cpu].write(record(*args, cpu=cpu, **more))
 
-    def setup(self, *, subbuf_bytes, subbufs, watermark, flush_ms, wanted):
-        self.wanted = wanted
+    def setup(self, *, subbuf_bytes, subbufs, watermark, flush_ms, wanted, cookies):
+        self.wanted, self.cookies = wanted, cookies
         self.rings = {cpu: MadeRing(cpu, self.subbuf_bytes, subbufs) for cpu in self.cpus}
         self.log.append("setup")
         return self.cpus
+
+    def has_ring(self, cpu):
+        return cpu in self.rings
+
+    def comes_online(self, cpu):
+        """As the module does it: with a ring before its first packet."""
+        self.rings[cpu] = MadeRing(cpu, self.subbuf_bytes, self.rings[0].subbufs)
 
     def map(self, cpu):
         return self.rings[cpu].memory

@@ -102,8 +102,7 @@ class _Ends:
         sights: Sequence[Sight],
         offset_ns: int,
     ) -> None:
-        names, keys = {d.name for d in devices}, {d.key for d in devices}
-        codes = [i for i, s in enumerate(sightings) if ((s.netns, s.ifindex) in keys if s.ifindex else s.name in names)]
+        codes = [i for i, s in enumerate(sightings) if any(s.is_of(device) for device in devices)]
         hooks = [Hook.NET_DEV_QUEUE] if sent else _RECEIVED
         at = np.flatnonzero(np.isin(batch.dev, codes) & np.isin(batch.hook, hooks))
         times = (batch.ts_ns[at] + offset_ns).tolist()

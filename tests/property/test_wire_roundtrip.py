@@ -71,8 +71,9 @@ devices = st.builds(
     netns_name=text,
     container=text,
     role=st.sampled_from(Role),
+    netns_cookie=unsigned63,
 )
-sightings = st.builds(Sighting, text, unsigned63, unsigned63)
+sightings = st.builds(Sighting, text, unsigned63, unsigned63, unsigned63)
 
 
 @given(

@@ -86,7 +86,11 @@ def set_up(opened, **options):
 def test_hello(module, opened):
     hello = opened.hello
     assert (hello.abi, hello.version, hello.cpus) == ((abi.ABI_MAJOR, abi.ABI_MINOR), "9.9", 4)
-    assert (hello.sees_all, hello.netns_gone) == (True, False)
+    assert (hello.sees_all, hello.netns_gone, hello.cookies) == (True, False, False)
+    # A later minor may say what we do not know.
+    module.hello["flags"] = abi.HelloFlag.COOKIES | 1 << 31
+    hello = opened.greet()
+    assert (hello.sees_all, hello.netns_gone, hello.cookies) == (False, False, True)
     assert hello.hooks == tuple(Hook)[1:9]
     module.hello["hooks"] = 1 << Hook.KFREE_SKB | 1 << 15
     assert opened.greet().hooks == (Hook.KFREE_SKB,)
@@ -162,7 +166,9 @@ def test_setup_asks_for_what_was_wanted(module, opened):
     assert given["device"][0].tolist() == (-1, 7)
     assert given["device"][1]["ifindex"] == 8
     assert given["l4_protos"].tolist() == [1 << 6, 0, 0, 1 << 63]
-    assert not any(int(asked[n]) for n in ("pad", "pad2", "pad3", "ring_bytes", "cpu_count"))
+    assert not any(int(asked[n]) for n in ("flags", "pad2", "pad3", "ring_bytes", "cpu_count"))
+    set_up(opened, cookies=True)
+    assert module.last(Ioctl.SETUP)[0]["flags"] == abi.SetupFlag.COOKIES
 
 
 @pytest.mark.parametrize(
@@ -194,7 +200,7 @@ def test_bounds_are_told_before_the_kernel_refuses_them(module, opened):
 
 
 def test_a_count_of_rings_that_does_not_fit(module, opened, monkeypatch):
-    monkeypatch.setattr(opened, "_has_ring", lambda cpu: cpu == 0)
+    monkeypatch.setattr(opened, "has_ring", lambda cpu: cpu == 0)
     with pytest.raises(SourceError, match="1 CPUs have a ring, the module says 2"):
         set_up(opened)
 

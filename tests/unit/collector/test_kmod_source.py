@@ -207,7 +207,65 @@ def test_what_is_lost_after_the_last_record_is_told_at_the_end(kernel):
     assert (batch.lost, batch.hook.tolist()) == (9, [Hook.NETIF_RX, Hook.LOST])
 
 
-def test_a_cpu_that_came_later_loses_all_and_the_stream_says_when(kernel):
+def test_a_cpu_that_comes_later_has_a_ring_of_its_own(kernel):
+    def comes(module):
+        kernel.online = [0, 1, 2]
+        module.comes_online(2)
+        assert module.write(2, kernel.now_ns - 1)
+
+    def more(module):
+        assert module.write(2, kernel.now_ns - 1)
+
+    items = kernel.run(nothing, comes, more, nothing)
+    check_stream(items)
+    batch = records(items)
+    assert batch.cpu.tolist() == [2, 2]
+    assert batch.hook.tolist() == [Hook.NETIF_RX] * 2
+    assert kernel.source.discarded == 0
+
+
+def test_namespaces_go_by_cookie_where_kernel_and_follower_have_them(kernel):
+    """An inode that was given out again is another namespace's: its cookie tells them apart."""
+    host = Device(HOST_NETNS, 2, "out0", "", netns_cookie=1)
+    first, second = (
+        Device(HOST_NETNS + 1, 2, name, "veth", netns_cookie=cookie) for name, cookie in (("a", 7), ("b", 8))
+    )
+    kernel.module.hello = replace(kernel.module.hello, cookies=True)
+
+    def traffic(cookie):
+        return lambda module: module.write(0, kernel.now_ns - MS, Hook.NETIF_RX, cookie, 2)
+
+    follower = MadeFollower((host, first), None, (host, second))
+    items = kernel.run(traffic(7), traffic(8), traffic(9), follower=follower)
+    check_stream(items)
+    assert kernel.module.cookies
+    last = [item for item in items if isinstance(item, Topology)][-1]
+    seen = [last.sightings[code] for code in records(items).dev]
+    assert [(s.netns_cookie, s.ifindex) for s in seen] == [(7, 2), (8, 2), (9, 2)]
+    assert last.candidates(seen[0]) == ()
+    assert last.candidates(seen[1]) == (second,)
+    assert last.candidates(seen[2]) == ()
+    assert (seen[0].name, seen[0].netns, seen[2].netns) == ("a", HOST_NETNS + 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kernel_has", "devices"),
+    [
+        (False, (Device(HOST_NETNS, 2, "out0", "", netns_cookie=1),)),
+        (True, (Device(HOST_NETNS, 2, "out0", ""),)),
+        (True, ()),
+    ],
+)
+def test_namespaces_go_by_inode_otherwise(kernel, kernel_has, devices):
+    kernel.module.hello = replace(kernel.module.hello, cookies=kernel_has)
+    items = kernel.run(lambda module: module.write(0, BEGAN + 1), follower=MadeFollower(devices))
+    assert not kernel.module.cookies
+    last = [item for item in items if isinstance(item, Topology)][-1]
+    sighting = last.sightings[records(items).dev[0]]
+    assert (sighting.netns, sighting.netns_cookie) == (HOST_NETNS, 0)
+
+
+def test_a_cpu_that_no_memory_was_left_for_loses_all_and_the_stream_says_when(kernel):
     def comes(module):
         kernel.online = [0, 1, 2]
         module.lost_elsewhere = 3
@@ -326,7 +384,7 @@ def test_the_readable_device_ends_a_pause(kernel, monkeypatch):
 def test_check_says_what_is_there_or_missing(kernel):
     status = KmodSource.check(lambda: kernel.module)
     assert status.ok
-    assert "ABI 1.0: 8 of 8 hooks; sees every network namespace" in status.detail
+    assert "ABI 1.1: 8 of 8 hooks; sees every network namespace" in status.detail
     assert "netif_rx 40 ns" in status.detail
     assert kernel.module.log == ["close"]
 

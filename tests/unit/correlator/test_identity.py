@@ -222,3 +222,21 @@ def test_sightings_that_name_the_namespace_need_no_path():
     assert CODE["eth0"] == 1
     rows, last = correlate(None, place, tape.batch())
     assert [row[:3] for row in told(rows, last)] == [("c2", 12, "eth0")]
+
+
+def test_an_inode_that_was_given_out_again_is_another_namespaces():
+    """Records of a namespace that died, handed over after its successor was listed, are not the successor's."""
+    from dataclasses import replace
+
+    from mace.topology import NO_DEVICE, Sighting, Topology, assign_roles
+
+    exact = next(d for d in DEVICES if d.container == "c2")
+    here = tuple(replace(d, netns_cookie=9) if d.netns == exact.netns else d for d in DEVICES)
+    sightings = (NO_DEVICE, Sighting("eth0", exact.netns, exact.ifindex, 8), Sighting("", 0, exact.ifindex, 9))
+    place = Topology(-(1 << 60), HOST, assign_roles(here, HOST), sightings)
+    tape = Tape()
+    tape.add(1_000, 1, "eth0", key=1, skb=1)
+    rows, last = correlate(None, place, tape.batch())
+    assert {row[0] for row in told(rows, last)} <= {""}
+    assert place.candidates(sightings[1]) == ()
+    assert [d.container for d in place.candidates(sightings[2])] == ["c2"]

@@ -130,6 +130,23 @@ def test_topologies_follow_one_another():
     assert decode(encode([TOPOLOGY, traffic(10), later]))[3] == later
 
 
+def test_cookies_of_namespaces_travel_and_older_readers_see_the_rest():
+    cookies = replace(
+        TOPOLOGY,
+        devices=(*TOPOLOGY.devices[1:], replace(TOPOLOGY.devices[0], netns_cookie=7)),
+        sightings=(*TOPOLOGY.sightings, Sighting("new0", 4026539999, 7, netns_cookie=2**40)),
+    )
+    assert decode(encode([cookies]))[1] == cookies
+    # Keys of their own, which an older reader ignores; and none where there is nothing to say.
+    assert b"netns_cookie" not in wire._to_json(wire._topology_fields(TOPOLOGY, 0))
+    without = wire._topology_fields(cookies, 0)
+    del without["netns_cookies"]
+    assert without["sightings"][-1] == ["new0", 4026539999, 7]
+    for wrong in ([1], [-1] * len(cookies.sightings), ["1"] * len(cookies.sightings)):
+        with pytest.raises(WireError, match="netns_cookies"):
+            wire._topology(wire._to_json(without | {"netns_cookies": wrong}), None)
+
+
 def test_many_sightings_travel_once():
     many = replace(TOPOLOGY, sightings=TOPOLOGY.sightings + tuple(Sighting(f"veth{n:x}") for n in range(5_000)))
     more = replace(many, sightings=(*many.sightings, Sighting("last0")))
