@@ -168,6 +168,7 @@ static void mace_ring_call(const struct mace_ring *ring, smp_call_func_t functio
 struct mace_ring_flushing {
 	struct mace_ring *ring;
 	u64 now_ns;
+	u64 head;
 };
 
 static void mace_ring_flush_here(void *argument)
@@ -180,6 +181,7 @@ static void mace_ring_flush_here(void *argument)
 	/* The clock may have stepped back a little, and may again: no record is older than told. */
 	ring->last_ns = max(ring->last_ns, ktime_get_mono_fast_ns());
 	flushing->now_ns = ring->last_ns;
+	flushing->head = ring->head;
 }
 
 /**
@@ -204,10 +206,11 @@ int mace_ring_take(struct mace_ring *ring, struct mace_take *take)
 		ring->called = jiffies;
 	} else {
 		flushing.now_ns = ktime_get_mono_fast_ns();
+		/* Pairs with mace_ring_close_subbuf(). */
+		flushing.head = smp_load_acquire(&ring->head);
 	}
 	take->now_ns = flushing.now_ns;
-	/* Pairs with mace_ring_close_subbuf(). */
-	take->ready = smp_load_acquire(&ring->head) - tail;
+	take->ready = flushing.head - tail;
 	div_u64_rem(tail, ring->subbufs, &take->first);
 	return 0;
 }

@@ -568,6 +568,7 @@ async def _inode_again(machine: Machine) -> None:
     machine.add("host")
     async with following(machine, host_netns=machine.name("host")) as seen:
         inodes: set[int] = set()
+        cookies: set[int] = set()
         for number in range(30):
             machine.add("c")
             machine.ip("c", f"link add gen{number} type bridge")
@@ -576,6 +577,11 @@ async def _inode_again(machine: Machine) -> None:
             await seen.until(lambda number=number: seen.get("c", f"gen{number}"))
             own = [d.name for d in seen.all if d.netns == machine.inode("c") and d.kind == "bridge"]
             assert own == [f"gen{number}"]
+            # The cookie is the namespace's own, on kernels that have one.
+            told = {d.netns_cookie for d in seen.all if d.netns == machine.inode("c")}
+            assert len(told) == 1
+            assert told == {0} or not told & cookies
+            cookies |= told
             machine.delete("c")
             if repeated and number > 5:
                 return

@@ -25,7 +25,7 @@ import pytest
 from mace import abi
 from mace.hooks import Hook
 from mace.lab import Lab
-from tests.kernel.guest.conftest import lab_ifindex
+from tests.kernel.guest.conftest import lab_ifindex, load, unload
 from tests.kernel.guest.reader import Session, enter_netns, netns_fd, opened_in
 
 pytestmark = pytest.mark.usefixtures("module")
@@ -129,6 +129,8 @@ class Network:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.names = {member: lab.netns_path(member).name for member in lab.members} | {"nested": NESTED}
+        self.reads_are_seen = True
+        """Whether the end of a small datagram that was read is at a hook; in Linux 7 it is at none."""
 
     def address(self, member: str, family: int) -> str:
         return NESTED_ADDRESS if member == "nested" else self.lab.address(member, 4 if family == socket.AF_INET else 6)
@@ -192,6 +194,9 @@ def network(lab: Lab) -> Iterator[Network]:
     made = Network(lab)
     try:
         made.set_up()
+        load()
+        made.reads_are_seen = reads_are_seen(made)
+        unload()
         yield made
     finally:
         made.tear_down()
@@ -223,6 +228,24 @@ def sent(network: Network, flows: Sequence[Flow], family: int) -> None:
             receivers[flow].setblocking(False)
             with pytest.raises(BlockingIOError):
                 receivers[flow].recv(100)
+
+
+def reads_are_seen(network: Network) -> bool:
+    flow = Flow(7061, "c2", "remote", {})
+    with Session() as session:
+        session.setup(subbufs=64, hooks=[CONSUME]).start()
+        sent(network, [flow], socket.AF_INET6)
+        session.stop()
+        seen = counted(session.read(), flow).get(CONSUME, 0)
+    assert seen in (0, PACKETS)
+    assert seen or int(os.uname().release.partition(".")[0]) >= 7
+    return seen > 0
+
+
+def of_c1(network: Network, flows: Sequence[Flow], hooks: Sequence[Hook] = COUNTED) -> dict[int, dict[Hook, int]]:
+    """By port, what of each flow happens in c1 at these hooks."""
+    shown = [hook for hook in hooks if hook is not CONSUME or network.reads_are_seen]
+    return {flow.port: {hook: count for hook, count in flow.in_c1.items() if hook in shown} for flow in flows}
 
 
 def counted(records: npt.NDArray[Any], flow: Flow) -> dict[Hook, int]:
@@ -276,7 +299,7 @@ def test_what_happens_in_a_namespace_and_nothing_else(network: Network, family: 
             for name, session in sessions.items()
             for records in [session.read()]
         }
-    assert_same(found, {flow.port: flow.in_c1 for flow in flows})
+    assert_same(found, of_c1(network, flows))
 
 
 @pytest.mark.parametrize("hooks", [(QUEUE, DROP), (COPY, CONSUME, DROP), (*DEVICES_ONLY, COPY, CONSUME)], ids=str)
@@ -291,8 +314,7 @@ def test_the_same_with_few_hooks(network: Network, hooks: tuple[Hook, ...]) -> N
             for name, session in sessions.items()
             for records in [session.read()]
         }
-    wanted = {flow.port: {hook: count for hook, count in flow.in_c1.items() if hook in hooks} for flow in FLOWS}
-    assert_same(found, wanted)
+    assert_same(found, of_c1(network, FLOWS, hooks))
 
 
 def test_copies_that_others_keep_are_theirs(network: Network) -> None:
@@ -314,7 +336,7 @@ def test_copies_that_others_keep_are_theirs(network: Network) -> None:
             for name, session in sessions.items()
             for records in [session.read()]
         }
-    assert_same(found, {flow.port: flow.in_c1 for flow in FLOWS})
+    assert_same(found, of_c1(network, FLOWS))
 
 
 def test_a_record_without_a_device_says_where_its_buffer_was_last(network: Network) -> None:
@@ -327,7 +349,9 @@ def test_a_record_without_a_device_says_where_its_buffer_was_last(network: Netwo
     ended = records[np.isin(records["hook"], (CONSUME, DROP)) & (records["l4_proto"] == socket.IPPROTO_UDP)]
     for flow in FLOWS:
         mine = ended[ended["l4_dst"] == flow.port]
-        assert len(mine) == PACKETS, flow
+        assert len(mine) == (PACKETS if network.reads_are_seen or not flow.arrives else 0), flow
+        if not len(mine):
+            continue
         place = int(within(network.names[flow.last], lambda: Path("/proc/thread-self/ns/net").stat().st_ino))
         if flow.port == UNSEEN:
             place = 0
