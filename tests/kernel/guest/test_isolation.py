@@ -148,12 +148,13 @@ class Network:
     def set_up(self) -> None:
         c1, host = self.names["c1"], self.names["host"]
         run("ip", "netns", "add", NESTED)
-        # As CNI makes it: in its namespace, where it gets an index that c1's device may have, too.
-        index = str(lab_ifindex(self.lab, "c1"))
-        run(
-            "ip", "-n", c1, "link", "add", "link", "eth0", "name", "eth0", "netns", NESTED, "index", index,
-            "type", "macvlan", "mode", "bridge",
-        )  # fmt: skip
+        # With the index of c1's own device, as CNI makes it, in its namespace. Here it is moved there, and gives way to
+        # another one of its index: to the next one that is free.
+        run("ip", "-n", c1, "link", "add", "nest0", "link", "eth0", "type", "macvlan", "mode", "bridge")
+        index = within(c1, lambda: socket.if_nametoindex("nest0"))
+        run("ip", "-n", NESTED, "link", "add", "busy", "index", str(index), "type", "bridge")
+        run("ip", "-n", c1, "link", "set", "nest0", "netns", NESTED, "name", "eth0")
+        assert within(NESTED, lambda: socket.if_nametoindex("eth0")) == lab_ifindex(self.lab, "c1")
         run("ip", "-n", NESTED, "addr", "add", f"{NESTED_ADDRESS}/24", "dev", "eth0")
         run("ip", "-n", NESTED, "link", "set", "eth0", "up")
         run("ip", "-n", NESTED, "route", "add", "default", "via", self.lab.address("host", 4), "onlink", "dev", "eth0")
