@@ -19,10 +19,13 @@ from mace import api, config
 from mace.errors import MaceError
 from mace.records import Batch
 from mace.tooloutput import read as read_tool_output
+from mace.wire import FILE_HEAD
 from storage.journal import Journal
 from storage.query import Store
 from storage.spool import Frame, Spool
-from tests.fuzz.mutation import mutated, resealed
+from tests.fuzz.mutation import frames_of, mutated, resealed
+from tests.hostile import EVIL, FRAMES, HONEST, RECORDS, Driven, evil_header, of_stream
+from tests.made_capture import stream_tag
 from tests.made_results import make_delays, make_results, make_windows
 from tests.unit.storage.stored import fill
 
@@ -206,6 +209,31 @@ def _read_journal(data: bytes, place: Path) -> None:
         journal.close()
 
 
+# Over a broker ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _evil_stream() -> bytes:
+    return FILE_HEAD + b"".join([evil_header(), *map(of_stream, FRAMES[1:])])
+
+
+def _read_messages(data: bytes, place: Path) -> None:
+    """Frames of one host to an ingest, between those of another, whose rows must all be there."""
+    frames, driven = frames_of(data), Driven(place / "store")
+    for index, honest in enumerate(FRAMES):
+        for each in frames[index :: len(FRAMES)]:
+            driven.send(EVIL, each)
+        driven.send(HONEST, honest)
+        assert driven.next_of(HONEST, stream_tag(honest)) in (index + 1, 0), "the honest host is not heard"
+        if index == len(FRAMES) // 2:
+            driven.sync()
+            driven.kill()
+            driven.start()
+    assert driven.ingest.counts.given_up == 0, "a fault inside the border of a host"
+    driven.end()
+    assert driven.stored(HONEST).ledger.records == RECORDS
+
+
 # Text of people and of tools ----------------------------------------------------------------------------------------
 
 
@@ -233,6 +261,7 @@ TARGETS: Final = {
     "text": Target(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
     "pcap": Target(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap"), _pcap),
     "store": Target(_segment, _read_store),
+    "ingest": Target(lambda drawn: resealed(_evil_stream(), drawn), _read_messages),
     "spool": Target(_spool, _read_spool),
     "journal": Target(lambda drawn: mutated(_journalled(), drawn), _read_journal),
     "configuration": Target(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
