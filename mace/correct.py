@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,12 +83,19 @@ def print_samples(found: Corrected) -> None:
 
 def _lines(path: Path) -> Iterable[str]:
     try:
-        if path == STDIN:
-            return list(sys.stdin)
-        return path.read_text(errors="replace").splitlines()
+        if path != STDIN:
+            return _text(path.read_bytes()).splitlines()
+        return (
+            _text(sys.stdin.buffer.read()).splitlines() if isinstance(sys.stdin, io.TextIOWrapper) else list(sys.stdin)
+        )
     except OSError as error:
         what = "standard input" if path == STDIN else str(path)
         raise Unavailable(what, error.strerror or str(error), "name a file with what the tool printed") from error
+
+
+def _text(raw: bytes) -> str:
+    """Text of a tool. PowerShell redirects output as UTF-16, and Excel marks a CSV as UTF-8: what begins so says it."""
+    return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig", "replace")
 
 
 def _netns(observed: Observed, container: str | None) -> int:

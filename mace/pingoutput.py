@@ -19,7 +19,7 @@ from correlator.samples import Samples
 from correlator.stamps import PING, PING_BUSYBOX, PING_INETUTILS, PING_USER, StampModel
 from mace.errors import UsageError
 from mace.schema import NOT_TOLD
-from mace.toolsamples import DECIMAL, ICMP, ICMPV6, IP_HEADER, STAMP, Replies, Unknown, decimal_ns, with_unanswered
+from mace.toolsamples import ICMP, ICMPV6, IP_HEADER, STAMP, Replies, Unknown, decimal_ns, shown, with_unanswered
 
 _ICMP_HEADER: Final = 8
 _MOST_REQUESTS: Final = 10_000_000
@@ -32,9 +32,11 @@ _BEGINS_FROM_ZERO: Final = re.compile(
     r"PING \S.*?\)(?: from \S+)?: (?P<payload>\d{1,6}) data bytes(?:, id 0x[0-9a-f]+ = (?P<ident>\d{1,5}))?$"
 )
 """inetutils and busybox: the colon right behind the address. With IPv6 iputils has one too, behind a device's name."""
+_TIME: Final = r"\d{1,9}(?:[.,]\d{1,9})?"
+"""inetutils writes it as the locale does."""
 _REPLY: Final = re.compile(
     STAMP + r"(?P<size>\d{1,6}) bytes from (?P<source>\S.*?): (?P<word>icmp_[rs]eq|seq)=(?P<seq>\d{1,9})(?=\s)"
-    r"(?: ident=(?P<ident>\d{1,5}))?(?: ttl=\d+)?(?: time=(?P<time>" + DECIMAL + r") ms)?(?P<rest>(?:[\s\a].*)?)$"
+    r"(?: ident=(?P<ident>\d{1,5}))?(?: ttl=\d+)?(?: time=(?P<time>" + _TIME + r") ms)?(?P<rest>(?:[\s\a].*)?)$"
 )
 """A number is whole when something follows it: the last line of a killed run may be cut anywhere."""
 _MARKS: Final = re.compile(r"\((?:DUP!|DIFFERENT ADDRESS!|BAD CHECKSUM!|truncated|same route)\)|[\s\a]+")
@@ -49,16 +51,21 @@ _SENT: Final = re.compile(STAMP + r"(?:no answer yet for icmp_seq=|From .+? icmp
 """No reply, but so many requests."""
 _CLOCK_WENT_BACK: Final = re.compile(r"(?:ping: )?Warning: time of day goes back ")
 _OTHER: Final = re.compile(
-    r"$|--- .+ ping statistics ---$|(?:rtt|round-trip) min/avg/max|pipe \d+$|, (?:pipe|ipg/ewma) |PATTERN: 0x|"
-    r"WARNING: |(?:ping: )?Warning: |ping: sock4\.fd: |ai->ai_family: |ping: local error: message too long, |"
-    r"wrong data byte #|#\d+\t[0-9a-f ]+$|Unrecorded hops: \d+$|"
+    # `^C`: of the terminal.
+    r"(?:\^C)?(?:--- .+ ping statistics ---)?$|(?:rtt|round-trip) min/avg/max|pipe \d+$|, (?:pipe|ipg/ewma) |"
+    r"PATTERN: 0x|WARNING: |(?:ping: )?Warning: |ping: sock4\.fd: |ai->ai_family: |"
+    r"ping: local error: [Mm]essage too long, |wrong data byte #|#\d+\t[0-9a-f ]+$|Unrecorded hops: \d+$|"
     r"(?:RR|TS): ?\t|(?:NOP|LSRR: |SSRR: |\t\S.*|EOL)$|"
     # Errors of inetutils' ping, which have no number.
     r"\d{1,6} bytes from [^=]+: [A-Z][^=]*$"
 )
 _IP_OPTIONS: Final = re.compile(r"(?:RR|TS):")
 _FLOOD: Final = re.compile(r"(?=.*[.\x08])[.EC \x08]+(?:--- .+ ping statistics ---)?$")
-_BSD: Final = re.compile(r"Request timeout for icmp_seq \d+$|----.+PING Statistics----$|round-trip .*/std-dev = ")
+_BSD: Final = re.compile(
+    r"Request timeout for icmp_seq \d+$|----.+PING Statistics----$|round-trip .*/std-dev = |"
+    # inetutils and busybox have whole percents.
+    r"\d+ packets transmitted, \d+ packets received, .*\d\.\d% packet loss$"
+)
 
 
 def begins(line: str) -> bool:
@@ -131,6 +138,11 @@ class PingOutput:
         elif begins := _BEGINS.match(text):
             self._it_is(self._iputils)
             self._begin(1, begins, NOT_TOLD)
+        elif _BSD.match(text):
+            raise UsageError(
+                f"{shown(text)} is what ping prints on macOS or BSD, which no container of this kernel runs; those of "
+                "iputils, inetutils and busybox can be corrected"
+            )
         elif counts := _COUNTS.match(text):
             if not self._run.begun:
                 self._it_is((self._told or PING_INETUTILS) if counts["packets"] else self._iputils)
@@ -141,11 +153,6 @@ class PingOutput:
             self._number(int(sent["seq"]) % 65536)
         elif _FLOOD.match(text):
             self._flood = True
-        elif _BSD.match(text):
-            raise UsageError(
-                f"{text!r} is what ping prints on macOS or BSD, which no container of this kernel runs; those of "
-                "iputils, inetutils and busybox can be corrected"
-            )
         elif _CLOCK_WENT_BACK.match(text):
             self._clock_went_back = True
         elif not _OTHER.match(text):
@@ -204,11 +211,17 @@ class PingOutput:
             self.unknown.add(text)
         seq = self._number(int(reply["seq"]))
         damaged = "CHECKSUM" in reply["rest"]
-        rtt_ns, unit_ns = decimal_ns(reply["time"] or "0", 1_000_000)
+        rtt_ns, unit_ns = decimal_ns((reply["time"] or "0").replace(",", "."), 1_000_000)
         # iputils makes 0 of a time that comes out negative because the clock was set back, and warns on stderr.
         timed = bool(rtt_ns) and not damaged and not self._clock_went_back
         self._clock_went_back = False
         again = seq in run.came
+        if again and not damaged and "DUP" not in reply["rest"]:
+            raise UsageError(
+                f"{shown(text)} is a second reply to its request, and ping would have marked it with (DUP!): outputs "
+                "of several runs are mixed here, lines are there twice, or more than 32,767 replies in a row were "
+                "lost; correct each run by itself"
+            )
         self._answered.add(seq)
         if not damaged:
             # iputils does not count it: not a reply to what was sent.
@@ -225,7 +238,7 @@ class PingOutput:
             rtt_ns=rtt_ns if timed else NOT_TOLD,
             # Two stamps cut to microseconds; and above a millisecond what iputils prints is rounded.
             resolution_ns=1_000 + (unit_ns // 2 if unit_ns > 1_000 else 0),
-            duplicate=int("DUP" in reply["rest"] or again),
+            duplicate=int(again or "DUP" in reply["rest"]),
             untimed=int(not timed),
             request_len=run.payload + ours if run.begun and run.lengths_told else reply_len,
             reply_len=reply_len,
@@ -270,12 +283,12 @@ class PingOutput:
             )
         if self._timeless:
             raise UsageError(
-                f"{self._timeless!r} has no time, and no other reply has one: ping measures none with fewer than 16 "
-                "bytes of payload (-s), and prints none of a reply that was cut or damaged"
+                f"{shown(self._timeless)} has no time, and no other reply has one: ping measures none with fewer than "
+                "16 bytes of payload (-s), and prints none of a reply that was cut or damaged"
             )
         if self._hidden:
             if self.unknown.count:
-                raise UsageError(f"replies came, and none of their lines is understood: {self.unknown.first[0]!r}")
+                raise UsageError(f"replies came, and none of their lines is understood: {shown(self.unknown.first[0])}")
             raise UsageError("ping -q prints no line for a reply, so there is nothing to correct")
 
 

@@ -12,10 +12,10 @@ The CSV has a header with `rtt_ms` and any of `sent_utc_s`, `id`, `seq`, `protoc
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from decimal import InvalidOperation
 from functools import partial
 from ipaddress import ip_address
 from typing import Final
@@ -39,6 +39,7 @@ from mace.toolsamples import (
     Replies,
     Unknown,
     decimal_ns,
+    shown,
     with_unanswered,
 )
 
@@ -58,6 +59,8 @@ _FPING_REPLY: Final = re.compile(
     + r"(?:\[|(?P<duplicate>duplicate for \[))(?P<index>\d{1,9})\], (?P<size>\d{1,6}) bytes, "
     r"(?P<time>" + DECIMAL + r") ms(?(duplicate)|" + _FPING_AVERAGE + r")(?P<rest>(?:[ ,].*)?)$"
 )
+_FPING_WITH_HEADER: Final = 84
+"""What versions before 5 print of a packet as it is without `-b`: they count its IP header."""
 _FPING_REST: Final = re.compile(r"(?: \(T(?:OS|TL|TO|TS) \S+\))*(?: \[<- \S+\])?$")
 _FPING_TIMEOUT: Final = re.compile(
     _FPING_STAMP + _FPING_HOST + r"\[(?P<index>\d{1,9})\], timed out" + _FPING_AVERAGE + "$"
@@ -65,8 +68,8 @@ _FPING_TIMEOUT: Final = re.compile(
 _FPING_COUNTS: Final = re.compile(
     _FPING_HOST + r"xmt/rcv/%(?:loss|return) = (?P<sent>\d{1,18})/(?P<received>\d{1,18})/"
 )
-_FPING_TIMES: Final = re.compile(_FPING_HOST + r"(?P<times>(?:[0-9.]+|-)(?: (?:[0-9.]+|-))*)$")
-"""The summary of -C."""
+_FPING_TIMES: Final = re.compile(r"(?!time_)" + _FPING_HOST + r"(?P<times>(?:[0-9.]+|-)(?: (?:[0-9.]+|-))*)$")
+"""The summary of -C; of an own format of `curl -w` it is none."""
 _FPING_INTERVAL: Final = re.compile(r"\[\d\d:\d\d:\d\d\]$")
 """Of -Q: a summary of an interval follows."""
 _FPING_ALIVE: Final = re.compile(r"\S+(?: \(\S+\))? is (?:alive|unreachable)(?: \(.*\))?$")
@@ -112,8 +115,10 @@ class FpingOutput:
             self._one_host(timeout["host"])
             self._number(int(timeout["index"]), again=False)
         elif counts := _FPING_COUNTS.match(text):
+            self._one_host(counts["host"])
             self._count(int(counts["sent"]), int(counts["received"]))
         elif times := _FPING_TIMES.match(text):
+            self._one_host(times["host"])
             each = times["times"].split()
             self._count(len(each), len(each) - each.count("-"))
         elif _FPING_INTERVAL.match(text):
@@ -134,7 +139,8 @@ class FpingOutput:
         self._answered.add(seq)
         rtt_ns, unit_ns = decimal_ns(reply["time"], 1_000_000)
         headers = IP_HEADER.get(_family_of_address(reply["address"] or reply["host"]), 0)
-        size = int(reply["size"]) + headers if headers else NOT_TOLD
+        bytes_told = int(reply["size"])
+        size = bytes_told + headers if headers and bytes_told != _FPING_WITH_HEADER else NOT_TOLD
         return self._replies.add(
             stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
             seq=seq,
@@ -218,12 +224,12 @@ class CsvOutput:
     @staticmethod
     def begins(line: str) -> bool:
         """Whether it names one of the columns."""
-        return not {cell.strip() for cell in line.split(",")}.isdisjoint(_COLUMNS)
+        return not set(_cells(line)).isdisjoint(_COLUMNS)
 
     def line(self, text: str) -> int | None:
         if not text.strip():
             return None
-        cells = [cell.strip() for cell in text.split(",")]
+        cells = _cells(text)
         if not self._columns:
             if self.begins(text):
                 self._header(cells)
@@ -234,7 +240,7 @@ class CsvOutput:
             if len(cells) != len(self._columns):
                 raise ValueError(text)
             row = _csv_row({name: cell for name, cell in zip(self._columns, cells, strict=True) if cell})
-        except (ValueError, KeyError, InvalidOperation, OverflowError):
+        except (ValueError, KeyError, ArithmeticError):
             self.unknown.add(text)
             return None
         return self._replies.add(**row)
@@ -254,13 +260,20 @@ class CsvOutput:
         return self.samples()
 
 
+def _cells(line: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True, strict=True), [])]
+    except csv.Error:
+        return []
+
+
 _MOST: Final = dict.fromkeys(("request_len", "reply_len"), 0x7FFF_FFFF)
 _MOST_NS: Final = 1 << 62
 """Of a time, or a number: sums of two fit into 64 bits."""
 
 
 def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
-    """Columns of `Samples`; raises what int() and Decimal() do, and KeyError for an unknown name."""
+    """Columns of `Samples`; raises what int() and `decimal_ns` do, and KeyError for an unknown name."""
     protocol = told.get("protocol", "").lower()
     proto = NOT_TOLD if not protocol else int(protocol) if protocol.isdigit() else PROTOCOLS[protocol]
     seq = int(told.get("seq", NOT_TOLD))
@@ -317,10 +330,23 @@ _OTHERS: Final = {
     r";; ->>HEADER<<- opcode: QUERY; status: ": "kdig",
     r"-\s+type: MESSAGE$": "dig +yaml (without +yaml it is read)",
     r"\{\"(?:resp|timeout|intSum|summary|vSum|stats|alive|unreach)\": ?\{": "fping --json (without --json it is read)",
+    r'\s*"?time_(?:appconnect|connect|namelookup|pretransfer|redirect|starttransfer|total)\b': (
+        "curl -w in another form (with -w '%{json}\\n' it is read)"
+    ),
     r"iperf|Connecting to host \S+, port |Client connecting to \S+, ": "iperf",
-    r"sockperf: |qperf|MIGRATED (?:TCP|UDP)_": "a benchmark of throughput or latency",
+    r"sockperf: |qperf|MIGRATED (?:TCP|UDP) ": "a benchmark of throughput or latency",
 }
 """How lines of tools begin that are known and not read -> which tool it is."""
+
+
+_AS_CSV: Final = "the samples of any other tool can be given as a CSV (docs/correction.md)"
+_BEHIND: Final = re.compile(
+    r".+?(?:PING \S+ \(|\b\d{1,6} bytes from \S.*?[ :](?:icmp_[rs]eq|seq)=\d|"
+    r" : \[\d+\], (?:\d+ bytes, |timed out)|;; Query time: \d)"
+)
+"""A line of a tool with something in front of it."""
+_COLOURS: Final = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]")
+"""ECMA-48's control sequences, as colouring wrappers of tools print them."""
 
 
 def recognised(line: str, *, first: bool = True) -> Reader | None:
@@ -341,8 +367,7 @@ def recognised(line: str, *, first: bool = True) -> Reader | None:
     for begins, tool in _OTHERS.items():
         if re.match(begins, line):
             raise UsageError(
-                f"{line!r} is of {tool}, whose output is not read. Known are {', '.join(READERS)}; "
-                "the samples of any other tool can be given as a CSV (docs/correction.md)"
+                f"{shown(line)} is of {tool}, whose output is not read. Known are {', '.join(READERS)}; {_AS_CSV}"
             )
     return None
 
@@ -357,6 +382,8 @@ def read(lines: Iterable[str], reader: Reader | None = None) -> tuple[Samples, R
     before: list[str] = []
     for raw in lines:
         text = raw.rstrip("\r\n")
+        if "\x1b" in text:
+            text = _COLOURS.sub("", text)
         if reader is None:
             reader = recognised(text, first=not any(line.strip() for line in before))
             before.append(text)
@@ -369,13 +396,18 @@ def read(lines: Iterable[str], reader: Reader | None = None) -> tuple[Samples, R
         first = next((line for line in before if line.strip()), None)
         if first is None:
             raise UsageError("the tool's output is empty")
+        if behind := next((line for line in before if _BEHIND.match(line)), None):
+            raise UsageError(
+                f"{shown(behind)} has something in front of what the tool printed, as a time or a name: give its "
+                "lines alone"
+            )
         raise UsageError(
-            f"{first!r} is what no known tool prints first, nor is there any line that only one of them prints; "
-            f"--tool says which it is: {', '.join(READERS)}"
+            f"{shown(first)} is what no known tool prints first, nor is there any line that only one of them prints; "
+            f"--tool says which it is: {', '.join(READERS)}; {_AS_CSV}"
         )
     samples = reader.finish()
     if not len(samples):
         told = "".join(f"; {count:,} left out, {why}" for why, count in reader.left_out.items())
-        told += f"; not understood: {reader.unknown.first[0]!r}" if reader.unknown.count else ""
+        told += f"; not understood: {shown(reader.unknown.first[0])}" if reader.unknown.count else ""
         raise UsageError(f"the tool's output tells of no request{told}")
     return samples, reader

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from decimal import InvalidOperation
 from ipaddress import ip_address
 from typing import Any, Final
 
@@ -192,7 +191,7 @@ class CurlOutput:
             try:
                 told, at = _DECODER.raw_decode(text, found.start())
                 row = self._transfer(told)
-            except (ValueError, KeyError, TypeError, InvalidOperation):
+            except (ValueError, KeyError, TypeError, ArithmeticError):
                 strange, at = True, max(at, found.end())
         if strange or text[at:].strip():
             self.unknown.add(text)

@@ -24,6 +24,10 @@ STAMP: Final = r"(?:\[(?P<stamp>[1-4]?\d{1,9}\.\d{1,9})\] )?"
 """In an expression: the time of a line, seconds since 1970."""
 _KEPT: Final = 5
 """As many of the lines that are not understood are kept, to be shown."""
+_SHOWN: Final = 160
+"""Characters of a line that are shown; what has more of them is no line of a tool."""
+_FINEST: Final = 12
+"""Decimals that a unit is counted to: a second's are far below 1 ns then."""
 
 
 class Reader(Protocol):
@@ -65,7 +69,7 @@ class Unknown:
         """Count a line, and keep it if it is one of the first."""
         self.count += 1
         if len(self.first) < _KEPT:
-            self.first.append(text)
+            self.first.append(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
 
 
 @dataclass(slots=True)
@@ -99,9 +103,15 @@ def with_unanswered(replies: Samples, missing: Sequence[int], untimed: Collectio
 
 
 def decimal_ns(text: str, unit_ns: int) -> tuple[int, int]:
-    """A decimal number of units in ns, and its last digit's unit, ns. Raises `InvalidOperation`, `ValueError`."""
+    """A decimal number of units in ns, and its last digit's unit, ns. Raises `ArithmeticError`, `ValueError`."""
     number = Decimal(text)
     if not number.is_finite():
         raise ValueError(text)
-    digits = len(text.partition(".")[2])
+    _, _, exponent = number.as_tuple()
+    digits = min(max(-int(exponent), 0), _FINEST)
     return int((number * unit_ns).to_integral_value()), max(1, unit_ns // 10**digits)
+
+
+def shown(text: str) -> str:
+    """A line for a message, in quotes and not too long."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")

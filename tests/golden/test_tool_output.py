@@ -158,3 +158,11 @@ def test_what_is_left_out_is_said(capsys):
 def test_every_reader_has_a_form_that_it_reads():
     tools = {READERS[name]().stamps.name for name in READERS} - {"request and response", "ping -U"}
     assert tools == {form["read"]["tool"] for form in FORMS if "tool" in form["read"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark(capsys, tmp_path, encoding):
+    """As PowerShell redirects what `docker exec` prints."""
+    changed = tmp_path / "p.txt"
+    changed.write_text((HERE / "p.txt").read_text(), encoding, newline="\r\n")
+    assert corrected(capsys, changed, "tools.mace") == corrected(capsys, HERE / "p.txt", "tools.mace")

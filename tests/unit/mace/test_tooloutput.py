@@ -295,3 +295,94 @@ def test_a_stamp_that_does_not_fit_is_no_stamp():
     assert reader.unknown.count == 1
     _, reader = told(PING4 + "9" * 5000 + " packets transmitted, 3 received\n")
     assert reader.unknown.count == 1
+
+
+def reply(seq, time="0.085", source="203.0.113.2"):
+    return f"64 bytes from {source}: icmp_seq={seq} ttl=63 time={time} ms"
+
+
+FROM_ONE = "PING 203.0.113.2 (203.0.113.2) 56(84) bytes of data."
+FROM_ZERO = "PING 203.0.113.2 (203.0.113.2): 56 data bytes"
+
+
+def test_a_decimal_comma_of_inetutils():
+    samples, reader = read([FROM_ZERO, reply(0, "0,085"), reply(1, "12,345")])
+    assert (samples.rtt_ns.tolist(), reader.unknown.count) == ([85_000, 12_345_000], 0)
+
+
+@pytest.mark.parametrize("loss", ["0.0%", "33.3%", "100.0%"])
+def test_ping_of_bsd_is_known_by_its_percentage(loss):
+    with pytest.raises(UsageError, match="macOS or BSD"):
+        read([FROM_ZERO, reply(0), f"3 packets transmitted, 1 packets received, {loss} packet loss"])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [FROM_ONE, FROM_ONE.replace(".2", ".9"), reply(1), reply(1, source="203.0.113.9")],
+        [FROM_ONE, FROM_ONE, reply(1), reply(2), reply(1)],
+        [reply(1), reply(2), reply(1), reply(2)],
+        [FROM_ZERO, reply(0), reply(0)],
+    ],
+)
+def test_outputs_that_are_mixed_are_refused(lines):
+    """Each reply would be taken for one of another's run."""
+    with pytest.raises(UsageError, match="several runs are mixed"):
+        read(lines)
+
+
+def test_colours_and_what_a_terminal_adds():
+    plain = [FROM_ONE, reply(1), reply(2), "^C", "^C--- 203.0.113.2 ping statistics ---"]
+    samples, reader = read([f"\x1b[1;32m{line}\x1b[0m\x1b[K" for line in plain])
+    assert (samples.rtt_ns.tolist(), reader.unknown.count) == ([85_000, 85_000], 0)
+
+
+@pytest.mark.parametrize("before", ["Nov 29 15:52:29 ", "2026-11-29T15:52:29.123456789Z ", "c1  | ", "> "])
+@pytest.mark.parametrize(
+    "line", [FROM_ONE, reply(1), "203.0.113.2 : [0], 64 bytes, 0.05 ms (0.05 avg, 0% loss)", ";; Query time: 237 usec"]
+)
+def test_something_in_front_of_every_line(before, line):
+    with pytest.raises(UsageError, match="has something in front of what the tool printed"):
+        read([before + line])
+
+
+def test_no_message_is_longer_than_a_person_reads():
+    for line in ("PING ", "64 bytes from ", "x"):
+        with pytest.raises(UsageError) as error:
+            read([line + "y" * 100_000])
+        assert len(str(error.value)) < 500
+    _, reader = read([reply(1), "y" * 100_000])
+    assert [len(line) for line in reader.unknown.first] == [161]
+
+
+def test_fping_of_several_targets_of_which_one_is_silent():
+    """Versions before 5 print no line for its requests, only a summary."""
+    lines = ["203.0.113.2 : [0], 64 bytes, 0.05 ms (0.05 avg, 0% loss)", "", "203.0.113.2 : xmt/rcv/%loss = 1/1/0%"]
+    with pytest.raises(UsageError, match=r"203\.0\.113\.2 and 203\.0\.113\.9"):
+        read([*lines, "203.0.113.9 : xmt/rcv/%loss = 1/0/100%"])
+
+
+@pytest.mark.parametrize(("told_bytes", "length"), [(64, 84), (108, 128), (84, NOT_TOLD)])
+def test_old_versions_of_fping_count_the_ip_header(told_bytes, length):
+    samples, _ = read([f"203.0.113.2 : [0], {told_bytes} bytes, 0.05 ms (0.05 avg, 0% loss)"])
+    assert samples.reply_len.tolist() == [length]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["time_namelookup : 0.000123", "time_connect : 0.001234"],
+        ["     time_namelookup:  0.000123s", "        time_connect:  0.001s"],
+        ["{", '  "time_connect": 0.001234', "}"],
+    ],
+)
+def test_curl_in_another_form_is_told_the_one_that_is_read(lines):
+    with pytest.raises(UsageError, match="of curl -w in another form"):
+        read(lines)
+
+
+def test_numbers_of_csv_in_scientific_notation_and_quotes():
+    samples, reader = read(['"rtt_ms","seq"', '"5e-05","1"', "1e999999,2", "1e-999999,3", '"0,5",4', '"0.5,5'])
+    assert samples.rtt_ns.tolist() == [50, 0]
+    assert samples.resolution_ns.tolist() == [10, 1]
+    assert reader.unknown.first == ["1e999999,2", '"0,5",4', '"0.5,5']
