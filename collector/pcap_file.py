@@ -38,6 +38,13 @@ _NG_ORDER: Final = 0x1A2B3C4D
 _NG_INTERFACE, _NG_OLD_PACKET, _NG_SIMPLE, _NG_STATISTICS, _NG_PACKET = 1, 2, 3, 5, 6
 _NG_NAME, _NG_TSRESOL, _NG_FCSLEN, _NG_TSOFFSET = 2, 9, 13, 14
 _NG_IFDROP, _NG_OSDROP = 5, 7
+_NG_DROPCOUNT = 4
+"""Of a packet: how many were missed between it and the one before."""
+_PACKET_OPTIONS_MAX: Final = 8
+"""Options of a packet among which that one is looked for."""
+_MISSED_MAX: Final = 1 << 40
+"""More than any capture misses at once; a sum of as many as a file has packets fits into 64 bits."""
+_SALVAGE: Final = "; --salvage reads what is before it"
 
 PIECE_BYTES: Final = 2 << 20
 """Read at once: what is computed of it stays in the processor's caches."""
@@ -169,6 +176,8 @@ class PcapFile:
         if one.trouble:
             raise self._error(20, f"packets {one.trouble}; expected Ethernet (1), raw IP (101) or cooked (113, 276)")
         self._interfaces.append(one)
+        self._own_head = head[:8]
+        """Magic number and version."""
         self._record_head = 24 if magic == _KUZNETZOV else 16
         # Before 2.3 the two lengths stood the other way round.
         self._captured_at = 12 if minor < 3 else 8
@@ -196,7 +205,7 @@ class PcapFile:
                 f"{self.path}: of {self.cut_short} packets too little was captured to tell them from others; they are "
                 "among the unmatched. Capture 96 bytes of each or more"
             )
-        missed = self._missed + sum(one.missed for one in self._interfaces)
+        missed = self._missed + sum(one.missed_in_all for one in self._interfaces)
         if missed:
             told.append(f"{self.path}: by its own statistics the capture missed {missed} packets")
         return told
@@ -276,7 +285,7 @@ class PcapFile:
             block = self._file.read(PIECE_BYTES)
         except CaptureError as error:
             if not self._salvage:
-                raise
+                raise CaptureError(error.path, error.offset, error.why + _SALVAGE) from error
             self._told.append(f"{error}; what is behind it is left out")
             self.skipped += max(self._file.left, 1)
             self._ended = self._refused = True
@@ -289,7 +298,7 @@ class PcapFile:
         if self._refused:
             return
         if not self._salvage:
-            raise self._error(self._offset + at, why)
+            raise self._error(self._offset + at, why + _SALVAGE)
         left = max(len(self._window) - at + self._file.left, 1)
         about = "about " if self._file.compression else ""
         self._told.append(f"{self._error(self._offset + at, why)}; {about}{left} bytes from there on left out")
@@ -315,10 +324,15 @@ class PcapFile:
             at += head + size_of(window, at + captured_at)[0]
         if starts and at > end:
             at = starts.pop()
-        wrong = at <= last and size_of(window, at + captured_at)[0] > RECORD_MAX
+        broken = ""
+        if at <= last and (size := size_of(window, at + captured_at)[0]) > RECORD_MAX:
+            broken = f"a packet of {size} bytes; expected at most {RECORD_MAX}"
+            if starts and window[starts[-1] : starts[-1] + len(self._own_head)] == self._own_head:
+                # A file's head looks like a packet without a byte, and what is behind it like a long one.
+                at, broken = starts.pop(), "another capture begins in the same file; `mergecap` makes one of several"
         found = self._columns_of_pcap(starts) if starts else None
-        if wrong:
-            self._refuse(at, f"a packet of {size_of(window, at + captured_at)[0]} bytes; expected at most {RECORD_MAX}")
+        if broken:
+            self._refuse(at, broken)
         elif self._ended and at < end:
             self._refuse(at, f"a packet is cut, {end - at} bytes of it are there")
         self._drop(at)
@@ -330,10 +344,17 @@ class PcapFile:
         one = self._interfaces[0]
         seconds, part = self._u32(buffer, at), self._u32(buffer, at + 4)
         captured, length = self._u32(buffer, at + self._captured_at), self._u32(buffer, at + 20 - self._captured_at)
-        wrong = np.flatnonzero(captured > RECORD_MAX)
+        # A whole second is a rounded time; more is none.
+        per_s = 10**one.exponent
+        wrong = np.flatnonzero((captured > RECORD_MAX) | (part > per_s))
         if len(wrong):
             first = int(wrong[0])
-            self._refuse(starts[first], f"a packet of {captured[first]} bytes; expected at most {RECORD_MAX}")
+            self._refuse(
+                starts[first],
+                f"a packet of {captured[first]} bytes; expected at most {RECORD_MAX}"
+                if captured[first] > RECORD_MAX
+                else f"a time with {part[first]} of {per_s} parts of a second; is the magic number of another unit?",
+            )
             at, seconds, part, captured, length = (a[:first] for a in (at, seconds, part, captured, length))
         utc_ns = seconds * 10**9 + part * 10 ** (9 - one.exponent)
         ifindex = self._u32(buffer, at + 16) if self._record_head > 16 else None
@@ -386,6 +407,11 @@ class PcapFile:
                     self._long_block, self._to_skip = size, at + size - 4 - end
                     at = end
                 break
+            if kind == _NG_SECTION:
+                major, minor = struct.unpack_from(self._order + "HH", window, at + 12)
+                if major != 1:
+                    broken = f"a section of version {major}.{minor}, expected 1"
+                    break
             if kind == _NG_INTERFACE:
                 # Packets before it belong to the interfaces before it.
                 self._interface(at, size)
@@ -454,7 +480,7 @@ class PcapFile:
         return ""
 
     def _begin_section(self, order: str) -> None:
-        self._missed += sum(one.missed for one in self._interfaces)
+        self._missed += sum(one.missed_in_all for one in self._interfaces)
         self._order, self._interfaces = order, []
 
     def _interface_at(self, at: int, kind: int) -> Interface | None:
@@ -511,17 +537,24 @@ class PcapFile:
         buffer = self._padded()
         at = np.array(starts, np.int64)
         kind, size, which, high, low, captured, length = (self._u32(buffer, at + 4 * word) for word in range(7))
-        old = kind == _NG_OLD_PACKET
+        old, missed = kind == _NG_OLD_PACKET, np.zeros(len(at), np.int64)
         if old.any():
             # Two numbers of 16 bits where the new block has the interface's: that, and how many packets were missed.
-            which = np.where(old, which & 0xFFFF if self._order == "<" else which >> 16, which)
+            two = (which & 0xFFFF, which >> 16) if self._order == "<" else (which >> 16, which & 0xFFFF)
+            which = np.where(old, two[0], which)
+            missed = np.where(old & (two[1] != 0xFFFF), two[1], 0)
         wrong = np.flatnonzero((which >= len(self._interfaces)) | (captured > size - 32))
         if len(wrong):
             first = int(wrong[0])
             self._refuse(
                 starts[first], f"a packet of interface {which[first]} with {captured[first]} bytes, which cannot be"
             )
-            at, which, captured, length, high, low = (a[:first] for a in (at, which, captured, length, high, low))
+            at, which, captured, length, high, low, size, missed = (
+                a[:first] for a in (at, which, captured, length, high, low, size, missed)
+            )
+        missed += self._dropcounts(buffer, at + 28 + (captured + 3 & ~3), at + size - 4)
+        for number in np.unique(which[missed > 0]).tolist():
+            self._interfaces[number].missed_between += int(missed[which == number].sum())
         ticks = high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
         utc_ns = np.empty(len(at), np.int64)
         for number, of in _groups(which):
@@ -543,6 +576,25 @@ class PcapFile:
             return []
         back = np.argsort(np.concatenate(places), kind="stable")
         return [PacketColumns.concatenate(parts)[back] if len(parts) > 1 else parts[0]]
+
+    def _dropcounts(self, buffer: Bytes, at: Ints, last: Ints) -> Ints:
+        """How many packets were missed before each, by its options, which are between two places."""
+        found, at = np.zeros(len(at), np.int64), at.copy()
+        of = np.flatnonzero(at + 4 <= last)
+        for _ in range(_PACKET_OPTIONS_MAX):
+            if not len(of):
+                break
+            word = self._u32(buffer, at[of])
+            code, length = (word & 0xFFFF, word >> 16) if self._order == "<" else (word >> 16, word & 0xFFFF)
+            there = (code != 0) & (at[of] + 4 + length <= last[of])
+            count = there & (code == _NG_DROPCOUNT) & (length == 8)
+            halves = self._u32(buffer, at[of[count]] + 4), self._u32(buffer, at[of[count]] + 8)
+            low, high = halves if self._order == "<" else halves[::-1]
+            found[of[count]] = np.minimum(low | np.minimum(high, 1 << 30) << 32, _MISSED_MAX)
+            at[of] += 4 + (length + 3 & ~3)
+            of = of[there & ~count]
+            of = of[at[of] + 4 <= last[of]]
+        return found
 
     # --- packets --------------------------------------------------------------------------------
 
@@ -598,7 +650,9 @@ def _beginning(head: bytes) -> str:
     foreign = foreign_compression_of(head)
     if foreign:
         return f"it is compressed with {foreign}, which is not read: unpack it first"
-    return f"it begins with {head[:4].hex(' ')}" if head else "the file is empty"
+    if not head:
+        return "the file is empty"
+    return f"it begins with {head[:4].hex(' ')}; Wireshark's `editcap -F pcapng` converts other formats of captures"
 
 
 _NOTHING: Final = PacketColumns(

@@ -34,6 +34,13 @@ class Interface:
     offset_s: int = 0
     missed: int = 0
     """Packets that the capture's own statistics say it missed."""
+    missed_between: int = 0
+    """Packets that packets' own options say were missed before them: these are among the others, if there are both."""
+
+    @property
+    def missed_in_all(self) -> int:
+        """Packets that the capture says it missed."""
+        return max(self.missed, self.missed_between)
 
     @property
     def trouble(self) -> str:

@@ -193,7 +193,19 @@ class PcapPairSource(PlainReader):
                 f"{names}: {self._ties} packets have the same time in both, and nothing tells which way they went; "
                 "they are among the unmatched"
             )
+        told += self._nothing_found(names)
         return told
+
+    def _nothing_found(self, names: str) -> list[str]:
+        """Why there is no figure at all, where nothing else says it."""
+        empty = [file for file in self._files if not file.packets and not file.discarded]
+        if empty:
+            return [f"{file.path}: there is no packet in it" for file in empty]
+        whole = all(file.packets > file.cut_short for file in self._files)
+        if self.pairs or self._pairing.ambiguous or self._ties or not whole:
+            return []
+        told = f"{names}: no packet of the one is in the other within {WITHIN_NS / 1e9:g} s"
+        return [f"{told}: are both of one host, of the same time and by the same clock?"]
 
     def read(self) -> Iterator[StreamItem]:
         """See `PlainReader`."""

@@ -535,6 +535,76 @@ def test_what_the_capture_itself_missed_is_said(replayed):
     assert any("by its own statistics the capture missed 24 packets" in line for line in source.warnings)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_what_packets_say_was_missed_before_them_is_said(replayed, order):
+    """As an option of the packet, in the obsolete block as a number; 0xFFFF is not known."""
+    packet = ng_packet(order, 0, T + 7, FRAME)
+    more = option(2, struct.pack(order + "I", 1), order) + option(4, struct.pack(order + "Q", 9), order)
+    told = block(6, packet[8:-4] + more + option(0, b"", order), order)
+    old = bytearray(ng_packet(order, 0, T + 10**9, FRAME, old=True))
+    unknown = bytes(old)
+    struct.pack_into(order + "H", old, 10, 5)
+    counted = block(5, struct.pack(order + "III", 0, 0, 0) + option(5, struct.pack(order + "Q", 3), order), order)
+    raw = ng_section(order) + ng_interface(order, tsresol=9) + told + old + unknown
+    for content, missed in ((raw, 14), (raw + counted, 14), (raw + counted.replace(bytes([3]), bytes([33])), 33)):
+        found, _, source = replayed(pcap([Frame(T, FRAME)]), content)
+        assert [delay for _, _, delay in found] == [7]
+        assert [f"capture missed {missed} packets" in line for line in source.warnings] == [True]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("salvage", [False, True])
+def test_nanoseconds_in_a_file_that_says_microseconds(replayed, order, salvage):
+    """Else a delay of 10 µs is one of 10 ms."""
+    raw = bytearray(pcap([Frame(T + n * 10**9 + 1_000_001, FRAME) for n in range(3)], order=order))
+    struct.pack_into(order + "I", raw, 0, 0xA1B2C3D4)
+    if not salvage:
+        with pytest.raises(CaptureError, match="1000001 of 1000000 parts of a second; is the magic number"):
+            replayed(pcap([Frame(T, FRAME)]), bytes(raw))
+        return
+    found, _, source = replayed(pcap([Frame(T, FRAME)]), bytes(raw), salvage=True)
+    assert (found, source.discarded) == ([], 1)
+
+
+def test_a_section_of_a_version_to_come(replayed):
+    for major, minor in ((1, 0), (1, 2), (2, 0), (0, 9)):
+        raw = bytearray(pcapng([Frame(T + 7, FRAME)]))
+        struct.pack_into("<HH", raw, 12, major, minor)
+        if major == 1:
+            assert len(replayed(pcap([Frame(T, FRAME)]), bytes(raw))[0]) == 1
+        else:
+            with pytest.raises(CaptureError, match=f"a section of version {major}.{minor}, expected 1"):
+                replayed(pcap([Frame(T, FRAME)]), bytes(raw))
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+def test_captures_behind_one_another(replayed, packed):
+    """As `cat a.pcap b.pcap` makes them: the second's head is no packet of the year 2055."""
+    raw = packed(pcap([Frame(T + 7, FRAME)])) + packed(pcap([Frame(T + 10**9, FRAME)]))
+    with pytest.raises(CaptureError, match="another capture begins in the same file"):
+        replayed(pcap([Frame(T, FRAME)]), raw)
+    found, last, _ = replayed(pcap([Frame(T, FRAME)]), raw, salvage=True)
+    assert (len(found), last.ledger.unmatched) == (1, 0)
+
+
+def test_what_is_cut_names_the_remedy(replayed):
+    for raw in (pcap([Frame(T, FRAME)] * 2), pcapng([Frame(T, FRAME)] * 2), gzip.compress(pcap([Frame(T, FRAME)] * 2))):
+        with pytest.raises(CaptureError, match="--salvage reads what is before it"):
+            replayed(pcap([Frame(T, FRAME)]), raw[:-5])
+
+
+def test_where_there_is_no_figure_at_all_the_reason_is_said(replayed):
+    one = pcap([Frame(T, FRAME)])
+    for inner, outer, why in (
+        (one, pcap([Frame(T + 3600 * 10**9, FRAME)]), "no packet of the one is in the other within 0.5 s"),
+        (one, pcap([]), "there is no packet in it"),
+        (pcapng([]), one, "there is no packet in it"),
+    ):
+        found, _, source = replayed(inner, outer)
+        assert found == []
+        assert [why in line for line in source.warnings] == [True]
+
+
 def test_lengths_the_other_way_round(replayed):
     """Until version 2.2 the packet's length stood before what was captured of it."""
     raw = bytearray(pcap([Frame(T + 7, FRAME[:60], 500)] * 3))
