@@ -28,6 +28,8 @@ from mace.topology import Topology
 
 _DAMAGE_TOLD: Final = 1000
 """Places of damage that are told apart; the last one then grows. A hostile file has millions."""
+_UTC_MAX_NS: Final = 1 << 62
+"""In the year 2116. Beyond, sums of times, as of a window's length, do not fit into 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ class Capture:
         """Set at the end of a capture that has no END mark."""
         self.damage: list[Damage] = []
         """What salvage skipped."""
+        self._refused = 0
+        """Records of batches that are whole and cannot be."""
         self._salvage = salvage
         self._decoder = wire.Decoder(gaps=salvage)
         self._file: BinaryIO
@@ -145,7 +149,7 @@ class Capture:
     @property
     def discarded(self) -> int:
         """Records that salvage had to skip, as far as the frames around them tell."""
-        return self._decoder.missing
+        return self._decoder.missing + self._refused
 
     @property
     def warnings(self) -> list[str]:
@@ -215,8 +219,17 @@ class Capture:
             self._window.drop(have)
             return None
         message = self._decoder.payload(head, bytes(self._window.bytes[wire.HEAD_SIZE : size]))
+        if isinstance(message, Batch) and not self._in_time(message):
+            self._refused += len(message)
+            raise WireError("a batch with times before 1970 or after 2116")
         self._window.drop(size)
         return message
+
+    def _in_time(self, batch: Batch) -> bool:
+        """Whether all that is done with its times fits into 64 bits."""
+        assert self._decoder.header is not None
+        offset_ns = self._decoder.header.clock.offset_ns
+        return not len(batch) or all(0 <= int(batch.ts_ns[at]) + offset_ns <= _UTC_MAX_NS for at in (0, -1))
 
     def _skip(self, why: str) -> None:
         """To the next place where a frame may begin, or to the end."""

@@ -2,7 +2,9 @@ import asyncio
 import errno
 import os
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from collector.capture_source import Capture, CaptureSource, read
@@ -12,7 +14,7 @@ from mace.hooks import Hook
 from mace.interfaces import Source
 from mace.records import Batch
 from mace.wire import FILE_HEAD, HEAD_SIZE
-from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, encode, same_stream, traffic
+from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, encode, same, same_stream, traffic
 
 ITEMS = [TOPOLOGY, *batches(traffic(2_000), 500)]
 FRAMES = encode(ITEMS)
@@ -271,3 +273,19 @@ def test_a_pipe_can_be_read(tmp_path):
         assert same_stream(list(capture), ITEMS)
         assert capture.bytes_total == 0
     writer.join()
+
+
+@pytest.mark.parametrize("offset_ns", [(1 << 63) - 1, 1 << 62, -(1 << 62), -(1 << 63)])
+def test_a_batch_of_impossible_times_is_damage(tmp_path, offset_ns):
+    """Its frame is whole; UTC and what is added to it would not fit into 64 bits."""
+    path, content = tmp_path / "odd.mace", traffic(300)
+    odd = content[200:]
+    odd = replace(odd, ts_ns=np.clip(odd.ts_ns.astype(object) + offset_ns, -(1 << 63), (1 << 63) - 1).astype(np.int64))
+    parts = [odd, content[:200]] if offset_ns < 0 else [content[:200], odd]
+    path.write_bytes(capture_bytes(parts))
+    with pytest.raises(CaptureError, match="a batch with times before 1970 or after 2116"):
+        list(read(path))
+    with Capture(path, salvage=True) as capture:
+        [kept] = list(capture)
+    assert same(kept, content[:200])
+    assert (capture.discarded, capture.records, len(capture.damage)) == (100, 300, 1)
