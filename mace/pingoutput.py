@@ -19,7 +19,18 @@ from correlator.samples import Samples
 from correlator.stamps import PING, PING_BUSYBOX, PING_INETUTILS, PING_USER, StampModel
 from mace.errors import UsageError
 from mace.schema import NOT_TOLD
-from mace.toolsamples import ICMP, ICMPV6, IP_HEADER, STAMP, Replies, Unknown, decimal_ns, shown, with_unanswered
+from mace.toolsamples import (
+    ICMP,
+    ICMPV6,
+    IP_HEADER,
+    STAMP,
+    Replies,
+    Unknown,
+    decimal_ns,
+    shown,
+    unanswered,
+    with_unanswered,
+)
 
 _ICMP_HEADER: Final = 8
 _MOST_REQUESTS: Final = 10_000_000
@@ -271,9 +282,7 @@ class PingOutput:
         if first is None:
             first = min(self._answered, default=self._run.first)
         bounded(last + 1 - first, len(self._answered))
-        missing = [seq for seq in range(first, last + 1) if seq not in self._answered]
-        hidden = {seq for numbers in self._hidden for seq in numbers if seq not in self._answered}
-        return with_unanswered(self.samples(), missing, hidden)
+        return with_unanswered(self.samples(), unanswered(first, last, self._answered), self._hidden)
 
     def _why_no_time(self) -> None:
         """Raises `UsageError` if replies came, and there is no round trip time of any."""

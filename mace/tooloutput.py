@@ -40,6 +40,7 @@ from mace.toolsamples import (
     Unknown,
     decimal_ns,
     shown,
+    unanswered,
     with_unanswered,
 )
 
@@ -193,9 +194,7 @@ class FpingOutput:
                 raise UsageError("fping -q and -Q print no line for a reply, so there is nothing to correct")
         answered = self._answered
         pingoutput.bounded(self._last + 1, len(answered))
-        missing = [seq for seq in range(self._last + 1) if seq not in answered]
-        hidden = {seq for numbers in self._hidden for seq in numbers if seq not in answered}
-        return with_unanswered(self.samples(), missing, hidden)
+        return with_unanswered(self.samples(), unanswered(0, self._last, answered), self._hidden)
 
 
 def _family_of_address(host: str) -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from correlator.samples import Samples
 from correlator.stamps import StampModel
+
+Ints = npt.NDArray[np.int64]
 
 ICMP: Final = 1
 ICMPV6: Final = 58
@@ -91,15 +96,26 @@ class Replies:
         return Samples.of(len(self) - since, **{name: column[since:] for name, column in self.columns.items()})
 
 
-def with_unanswered(replies: Samples, missing: Sequence[int], untimed: Collection[int] = ()) -> Samples:
+def unanswered(first: int, last: int, answered: Collection[int]) -> Ints:
+    """Numbers between two, these included, that are not among others."""
+    numbers = np.arange(first, max(last + 1, first))
+    found: Ints = numbers[~np.isin(numbers, np.fromiter(answered, np.int64, len(answered)))]
+    return found
+
+
+def with_unanswered(replies: Samples, missing: Ints | Sequence[int], untimed: Iterable[range] = ()) -> Samples:
     """The replies, then a row for each number of a request in `missing`.
 
-    Those in `untimed` have had a reply, or may have; the others had none.
+    Those in a range of `untimed` have had a reply, or may have; the others had none. These ranges are in order.
     """
-    if not missing:
+    numbers = np.asarray(missing, np.int64)
+    if not len(numbers):
         return replies
-    rows = Samples.of(len(missing), seq=missing, untimed=[seq in untimed for seq in missing])
-    return Samples.concatenate([replies, rows])
+    ranges = np.array([(one.start, one.stop) for one in untimed if one], np.int64).reshape(-1, 2)
+    at = np.searchsorted(ranges[:, 0], numbers, "right") - 1
+    within = np.zeros(len(numbers), np.bool_)
+    within[at >= 0] = numbers[at >= 0] < ranges[at[at >= 0], 1]
+    return Samples.concatenate([replies, Samples.of(len(numbers), seq=numbers, untimed=within)])
 
 
 def decimal_ns(text: str, unit_ns: int) -> tuple[int, int]:

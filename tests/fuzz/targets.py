@@ -7,6 +7,7 @@ figure that changed in silence, too much time, memory or too many files (the lim
 from __future__ import annotations
 
 import functools
+import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from collector.files import PCAP_PAIR, FileOptions, recording_of
 from mace import api, config
 from mace.errors import MaceError
 from mace.records import Batch
+from mace.tooloutput import READERS
 from mace.tooloutput import read as read_tool_output
 from mace.wire import FILE_HEAD
 from storage.journal import Journal
@@ -248,8 +250,28 @@ def _read_configuration(data: bytes, place: Path) -> None:
     config.load(path)
 
 
+@functools.cache
+def _outputs() -> list[bytes]:
+    forms = json.loads((_GOLDEN / "tool-output" / "forms.json").read_text())
+    printed = ["\n".join(form["printed"]).encode() for form in forms]
+    return printed + _corpus("both-sources/ping.txt", "tool-output/*.txt", "tool-output/lab/*.txt")
+
+
+def _output(drawn: random.Random) -> bytes:
+    return mutated(drawn.choice(_outputs()), drawn, _outputs())
+
+
 def _read_output(data: bytes, _: Path) -> None:
-    read_tool_output(data.decode("utf-8", "surrogateescape").splitlines())
+    """As the command does, told which tool it is and not."""
+    lines = data.decode("utf-8", "replace").splitlines()
+    for reader in (None, *READERS.values()):
+        try:
+            read_tool_output(lines, reader and reader())
+        except MaceError as error:
+            told = str(error)
+        else:
+            told = ""
+        assert len(told) < 1000, "a message longer than anybody reads"
 
 
 TARGETS: Final = {
@@ -259,12 +281,12 @@ TARGETS: Final = {
     ),
     "perfetto": Target(_mutations("fuzz/perfetto/*.bin", "perfetto-1/generic.pftrace"), _recording("f.pftrace")),
     "text": Target(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
-    "pcap": Target(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap"), _pcap),
+    "pcap": Target(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap", "captures/*.pcap*"), _pcap),
     "store": Target(_segment, _read_store),
     "ingest": Target(lambda drawn: resealed(_evil_stream(), drawn), _read_messages),
     "spool": Target(_spool, _read_spool),
     "journal": Target(lambda drawn: mutated(_journalled(), drawn), _read_journal),
     "configuration": Target(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
-    "output": Target(_mutations("both-sources/ping.txt"), _read_output),
+    "output": Target(_output, _read_output),
 }
 """By the name that `./dev fuzz` takes."""
