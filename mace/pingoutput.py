@@ -290,6 +290,8 @@ class PingOutput:
             raise UsageError(
                 "ping -f prints no line for a reply, so there is nothing to correct; `-i 0` is as fast and prints them"
             )
+        if self._timeless and "time" in self._timeless and self.unknown.count:
+            raise UsageError(f"the time of {shown(self._timeless)} is not understood, nor that of any other reply")
         if self._timeless:
             raise UsageError(
                 f"{shown(self._timeless)} has no time, and no other reply has one: ping measures none with fewer than "

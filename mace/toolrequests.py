@@ -193,6 +193,10 @@ class CurlOutput:
                 row = self._transfer(told)
             except (ValueError, KeyError, TypeError, ArithmeticError):
                 strange, at = True, max(at, found.end())
+            except RecursionError:
+                # No object of curl's, nor of a page's: what is behind is not worth one such failure for each brace.
+                strange = True
+                break
         if strange or text[at:].strip():
             self.unknown.add(text)
         return row

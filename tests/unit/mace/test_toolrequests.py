@@ -125,3 +125,11 @@ def test_any_line_is_taken_or_counted(reader, text):
     except UsageError:
         return
     assert made.unknown.count <= 1
+
+
+@pytest.mark.parametrize("deep", ['{"time_connect":' * 100_000, '{"x":' + "[" * 100_000 + '{"time_connect":1}'])
+def test_objects_too_deep_to_read(deep):
+    """As a page on the same line may have them."""
+    reader = CurlOutput()
+    assert reader.line(deep) is None
+    assert reader.unknown.count == 1
