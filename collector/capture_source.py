@@ -218,9 +218,10 @@ class Capture:
             self.truncated = Truncated(self._window.offset, have)
             self._window.drop(have)
             return None
+        whole = self._decoder.records - self._decoder.missing
         message = self._decoder.payload(head, bytes(self._window.bytes[wire.HEAD_SIZE : size]))
         if isinstance(message, Batch) and not self._in_time(message):
-            self._refused += len(message)
+            self._refused += self._decoder.records - self._decoder.missing - whole
             raise WireError("a batch with times before 1970 or after 2116")
         self._window.drop(size)
         return message

@@ -290,7 +290,7 @@ class PingOutput:
             raise UsageError(
                 "ping -f prints no line for a reply, so there is nothing to correct; `-i 0` is as fast and prints them"
             )
-        if self._timeless and "time" in self._timeless and self.unknown.count:
+        if re.search(r" time[=<]", self._timeless) and self.unknown.count:
             raise UsageError(f"the time of {shown(self._timeless)} is not understood, nor that of any other reply")
         if self._timeless:
             raise UsageError(

@@ -388,7 +388,7 @@ def test_numbers_of_csv_in_scientific_notation_and_quotes():
     assert reader.unknown.first == ["1e999999,2", '"0,5",4', '"0.5,5']
 
 
-@pytest.mark.parametrize("time", ["time=85 usec", "time=1.085 msec", "time<1 ms", "Zeit=0.085 ms, time"])
+@pytest.mark.parametrize("time", ["time=85 usec", "time=1.085 msec", "time<1 ms"])
 def test_a_time_in_another_unit_is_not_said_to_be_missing(time):
     line = f"64 bytes from 203.0.113.2: icmp_seq=1 ttl=63 {time}"
     with pytest.raises(UsageError, match="is not understood, nor that of any other reply"):
