@@ -40,7 +40,7 @@ from collector.urgency import Urgency
 from mace import __version__, clock
 from mace.config import CaptureConfig
 from mace.errors import SourceError, Unavailable
-from mace.hooks import BY_TRACEPOINT, HOOKS
+from mace.hooks import BY_TRACEPOINT, HOOKS, silent_on
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
 from mace.names import command_line, name_of_this_machine
 from mace.records import Batch
@@ -206,7 +206,8 @@ class FtraceSource:
             return Status(ok=False, detail=f"no trace clock {CLOCK!r}", remedy="Linux 4.2 or later")
         missing = [info.tracepoint for info in HOOKS if info.tracepoint not in events]
         without = f", without {', '.join(missing)}" if missing else ""
-        return Status(ok=True, detail=f"{root}: {len(events)} of {len(HOOKS)} tracepoints{without}")
+        silent = f"; {told}" if (told := silent_on(platform.release())) else ""
+        return Status(ok=True, detail=f"{root}: {len(events)} of {len(HOOKS)} tracepoints{without}{silent}")
 
     async def open(self) -> StreamHeader:
         """Make the instance, enable the events and begin to record. Raises `Unavailable` or `SourceError`."""

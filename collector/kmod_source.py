@@ -35,7 +35,7 @@ from collector.urgency import Urgency
 from mace import __version__, clock
 from mace.config import CaptureConfig
 from mace.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
-from mace.hooks import BY_HOOK
+from mace.hooks import BY_HOOK, silent_on
 from mace.interfaces import Progress, Status, StreamHeader, StreamItem
 from mace.names import command_line, name_of_this_machine
 from mace.records import Batch
@@ -180,11 +180,12 @@ class KmodSource:
         missing = [info.name for hook, info in BY_HOOK.items() if hook not in hello.hooks]
         without = f", without {', '.join(missing)}" if missing else ""
         sees = "every network namespace" if hello.sees_all else "its own network namespace only"
+        silent = f"; {told}" if (told := silent_on(platform.release())) else ""
         paid = "; ".join(f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns" for c in cost if c.timed)
         return Status(
             ok=True,
             detail=f"module {hello.version}, ABI {'.'.join(map(str, hello.abi))}: {len(hello.hooks)} of {len(BY_HOOK)}"
-            f" hooks{without}; sees {sees}" + (f"; own cost per call: {paid}" if paid else ""),
+            f" hooks{without}; sees {sees}{silent}" + (f"; own cost per call: {paid}" if paid else ""),
         )
 
     async def open(self) -> StreamHeader:

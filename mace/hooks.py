@@ -6,6 +6,7 @@ Numbers are part of the ABI and of every capture file: append, never renumber.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -122,3 +123,14 @@ HOOKS: Final[tuple[HookInfo, ...]] = (
 
 BY_HOOK: Final[dict[Hook, HookInfo]] = {info.hook: info for info in HOOKS}
 BY_TRACEPOINT: Final[dict[str, HookInfo]] = {info.tracepoint: info for info in HOOKS}
+
+
+def silent_on(release: str) -> str:
+    """What happens to packets at none of these hooks on a kernel of this release (`uname -r`), or "".
+
+    Linux 6.18 frees a UDP datagram that was read by skb_attempt_defer_free(), which passes no tracepoint.
+    """
+    version = re.match(r"(\d+)\.(\d+)", release)
+    if version is None or (int(version[1]), int(version[2])) < (6, 18):
+        return ""
+    return "Linux 6.18 and later show neither delivery nor end of a linear UDP datagram"

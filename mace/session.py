@@ -22,6 +22,7 @@ from collector.files import Recording
 from collector.ftrace_source import keep_freed_memory
 from mace import pipeline
 from mace.config import Config
+from mace.hooks import silent_on
 from mace.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
 from mace.into_store import How, asked_to_stop, bar, into_store
 from mace.names import printable
@@ -94,6 +95,8 @@ class Session:
 
                 def begin(header: StreamHeader) -> None:
                     self.say(f"measuring {header.host}, Linux {header.kernel}, {chosen}")
+                    if silent := silent_on(header.kernel):
+                        self.say(silent)
                     opened.set()
 
                 engine = pipeline.engine_config(self._config)
