@@ -24,7 +24,10 @@ Mask = npt.NDArray[np.bool_]
 IPV4: Final = 0x0800
 IPV6: Final = 0x86DD
 VLAN: Final = (0x8100, 0x88A8)
+ETHERNET: Final = 0x6558
+"""Transparent Ethernet bridging: the EtherType by which tunnels name an Ethernet frame."""
 VXLAN_PORTS: Final = (4789, 8472)
+GENEVE_PORTS: Final = (6081,)
 ROOM: Final = 64
 """Bytes that must lie behind the last packet in the buffer: what is looked at may lie behind its end."""
 
@@ -34,6 +37,7 @@ _PAYLOAD: Final = 16
 _EXTENSIONS: Final = 6
 """MACE_EXTENSION_HEADERS_MAX."""
 _TCP, _UDP, _UDPLITE, _SCTP, _ICMP, _ICMPV6 = 6, 17, 136, 132, 1, 58
+_IPIP, _IPV6, _GRE = 4, 41, 47
 _HOP, _ROUTING, _FRAGMENT, _AUTH, _DEST = 0, 43, 44, 51, 60
 
 
@@ -100,7 +104,10 @@ class Packets:
         self.flow = np.zeros(n, np.bool_)
         self.payload = np.zeros((2, n), np.uint64)
         self.inner = np.zeros(n, np.int64)
-        """Where an Ethernet frame in VXLAN begins, counted from the start; 0 where there is none."""
+        """Where a packet that this one carries (VXLAN, Geneve, GRE, IP in IP) begins, counted from the start; 0 where
+        there is none."""
+        self.inner_protocol = np.zeros(n, np.int64)
+        """Its EtherType, or `ETHERNET`."""
         self._skip_tags()
         self._read_ipv4(np.flatnonzero(self.protocol == IPV4))
         self._read_ipv6(np.flatnonzero(self.protocol == IPV6))
@@ -204,6 +211,8 @@ class Packets:
             ((_UDP, _UDPLITE), self._read_udp),
             ((_ICMP, _ICMPV6), self._read_icmp),
             ((_SCTP,), self._read_sctp),
+            ((_IPIP, _IPV6), self._read_ip_in_ip),
+            ((_GRE,), self._read_gre),
         ):
             which = np.isin(proto, protocols)
             named |= which
@@ -225,15 +234,47 @@ class Packets:
         of, at = of[there], at[there]
         self._read_ports(of, at)
         self.l4_seq[of] = self._be16(of, at + 4).astype(np.uint64)
-        tunnel = np.isin(self.l4_dst[of], VXLAN_PORTS) & ~self.fragment[of]
-        if tunnel.any():
-            mine, place = of[tunnel], at[tunnel] + 8
-            there = self._has(mine, place + 8)
-            mine, place = mine[there], place[there]
-            # RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set.
-            valid = self._byte(mine, place) == 0x08
-            self.inner[mine[valid]] = place[valid] + 8
+        for ports, read in ((VXLAN_PORTS, self._read_vxlan), (GENEVE_PORTS, self._read_geneve)):
+            tunnel = np.isin(self.l4_dst[of], ports)
+            if tunnel.any():
+                mine, place = of[tunnel], at[tunnel] + 8
+                there = self._has(mine, place + 8)
+                read(mine[there], place[there])
         self._read_payload(of, at + 8, _PAYLOAD)
+
+    def _read_vxlan(self, of: Ints, at: Ints) -> None:
+        # RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set.
+        valid = self._byte(of, at) == 0x08
+        self._carry(of[valid], at[valid] + 8, ETHERNET)
+
+    def _read_geneve(self, of: Ints, at: Ints) -> None:
+        # RFC 8926, section 3.4: version 0, no control message ("O"); the length of options.
+        first, flags = self._byte(of, at), self._byte(of, at + 1)
+        valid = (first < 0x40) & (flags & 0x80 == 0)
+        of, at = of[valid], at[valid]
+        self._carry(of, at + 8 + first[valid] * 4, self._be16(of, at + 2))
+
+    def _read_gre(self, of: Ints, at: Ints) -> None:
+        self._read_payload(of, at, _PAYLOAD)
+        there = self._has(of, at + 4)
+        of, at = of[there], at[there]
+        flags = self._be16(of, at)
+        # RFC 2784 and RFC 2890, section 2 each; neither routing, which is of the past, nor another version (PPTP).
+        valid = flags & 0x4007 == 0
+        of, at, flags = of[valid], at[valid], flags[valid]
+        optional = sum((flags & bit != 0) * 4 for bit in (0x8000, 0x2000, 0x1000))  # checksum, key, sequence number
+        self._carry(of, at + 4 + optional, self._be16(of, at + 2))
+
+    def _read_ip_in_ip(self, of: Ints, at: Ints) -> None:
+        self._read_payload(of, at, _PAYLOAD)
+        self._carry(of, at, np.where(self.proto[of] == _IPIP, IPV4, IPV6))
+
+    def _carry(self, of: Ints, at: Ints, protocol: Any) -> None:
+        """Packets that carry others at `at`, unless they are fragments or what they carry is not read."""
+        protocol = np.broadcast_to(protocol, len(of))
+        readable = np.isin(protocol, (IPV4, IPV6, ETHERNET)) & ~self.fragment[of]
+        self.inner[of[readable]] = at[readable]
+        self.inner_protocol[of[readable]] = protocol[readable]
 
     def _read_icmp(self, of: Ints, at: Ints) -> None:
         there = self._has(of, at + 8)
@@ -302,26 +343,31 @@ class Packets:
         key[~self.known] = 0
         carried = np.flatnonzero(self.inner)
         if len(carried):
-            key[carried] = self._inner_keys(carried)
+            self._take_inner_keys(carried, key)
         return key
 
-    def _inner_keys(self, of: Ints) -> U64:
-        at = self.inner[of]
-        there = at + 14 <= self.captured[of]
-        protocol = np.where(there, self._be16(of, at + 12), 0)
-        begin = at + 14
-        inside = Packets(
-            self._views, self.start[of] + begin, self.captured[of] - begin, self.length[of] - begin, protocol
-        )
-        # One layer: what is in a tunnel in a tunnel is payload.
+    def _take_inner_keys(self, of: Ints, key: U64) -> None:
+        """Gives the packets `of` that carry others the others' keys; those whose load is no packet carry nothing."""
+        at, protocol = self.inner[of], self.inner_protocol[of]
+        frame = protocol == ETHERNET
+        begin = at + np.where(frame, 14, 0)
+        captured, length = self.captured[of] - begin, self.length[of] - begin
+        protocol = np.where(frame, np.where(captured >= 0, self._be16(of, at + 12), 0), protocol)
+        inside = Packets(self._views, self.start[of] + begin, np.maximum(captured, 0), np.maximum(length, 0), protocol)
+        # One layer: a tunnel in a tunnel is payload.
         inside.inner[:] = 0
-        key = inside.keys()
-        key[~there] = 0
-        return key
+        inner_key = inside.keys()
+        is_ip = inside.version > 0
+        # Of what was cut off before the end of an IP header it is not known whether that is one.
+        cut = (captured < length) & np.where(is_ip, ~inside.known, inside.captured < 40)
+        carries = (length >= 0) & (cut | is_ip | (frame & (inside.length >= 24)))
+        self.inner[of[~carries]] = 0
+        key[of[carries]] = np.where(cut, np.uint64(0), inner_key)[carries]
 
     def content(self) -> Content:
         """All of it, as records have it."""
         key = self.keys()
+        sequenced = np.isin(self.proto, (_TCP, _SCTP)) & self.flow
         flags = (
             (key != 0) * np.uint8(Flag.KEY)
             | self.fragment * np.uint8(Flag.FRAGMENT)
@@ -331,7 +377,7 @@ class Packets:
         return Content.of(
             len(key),
             packet_key=key,
-            l4_seq=np.where(self.fragment, self.fragment_offset.astype(np.uint64), self.l4_seq),
+            l4_seq=np.where(self.fragment, self.fragment_offset.astype(np.uint64), self.l4_seq * sequenced),
             l4_src=self.l4_src,
             l4_dst=self.l4_dst,
             ip_id=np.where(self.version == 4, self.ident, 0),

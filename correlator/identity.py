@@ -43,8 +43,9 @@ change, the life goes on, and the buffer alone vouches for it:
 
     G d → R d, R of several segments     receive offload (GRO) has put other packets behind this one
     Q d → X d, Q of several, X of one    a list of segments is taken apart (skb_segment_list): one keeps the buffer
-    into or out of a tunnel              the outer packet is another one. Not so VXLAN whose inner packet was read (flag
-                                         TUNNEL): its key is the inner packet's, so it has to stay the same
+    into or out of a tunnel              the outer packet is another one. Not so where the source read the inner packet
+                                         (flag TUNNEL: VXLAN, Geneve, GRE, IP in IP): the outer packet has the inner
+                                         one's key, so the key has to stay the same
 
 And there are those where a packet ends although something goes on in its buffer; its life ends there too:
 

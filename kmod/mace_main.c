@@ -50,14 +50,19 @@ MODULE_PARM_DESC(cost_every, "one call of a probe in so many is timed; made a po
 module_param_array_named(vxlan_ports, mace_vxlan_ports, ushort, &mace_vxlan_port_count, 0444);
 MODULE_PARM_DESC(vxlan_ports, "UDP ports whose packets are looked into for VXLAN");
 
+module_param_array_named(geneve_ports, mace_geneve_ports, ushort, &mace_geneve_port_count, 0444);
+MODULE_PARM_DESC(geneve_ports, "UDP ports whose packets are looked into for Geneve");
+
 static int __init mace_init(void)
 {
 	int error;
 
-	mace_packet_init();
-	error = mace_sessions_init();
+	error = mace_packet_init();
 	if (error)
 		return error;
+	error = mace_sessions_init();
+	if (error)
+		goto undo_packet;
 	error = mace_probes_init();
 	if (error)
 		goto undo_sessions;
@@ -70,6 +75,8 @@ undo_probes:
 	mace_probes_exit();
 undo_sessions:
 	mace_sessions_exit();
+undo_packet:
+	mace_packet_exit();
 	return error;
 }
 
@@ -77,6 +84,7 @@ static void __exit mace_exit(void)
 {
 	mace_chardev_exit();
 	mace_probes_exit();
+	mace_packet_exit();
 	mace_sessions_exit();
 }
 

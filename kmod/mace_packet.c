@@ -15,13 +15,22 @@
  *	other		the first 16 bytes
  *	not IP		EtherType, the first 24 bytes
  *
- * and of a VXLAN packet, of the packet inside, so that it survives encapsulation. The hash's key
- * is a constant: two hosts give one packet the same key. What it cannot survive, because it makes
- * other packets of it: segmentation, receive coalescing, fragmentation and reassembly, and NAT
- * helpers that rewrite payload.
+ * and of a packet that carries another one (VXLAN, Geneve, GRE, IP in IP), of the packet inside, so
+ * that it survives encapsulation. One layer is taken off: a tunnel in a tunnel is payload. The
+ * hash's key is a constant: two hosts give one packet the same key. What the packet_key cannot
+ * survive, because it makes other packets of it: segmentation, receive coalescing, fragmentation
+ * and reassembly, and NAT helpers that rewrite payload.
  *
- * Everything here runs in probes: no sleeping, no allocation, and no byte is read but by
- * mace_peek(), which checks bounds, of non-linear buffers too.
+ * A packet that was read is remembered, by the bytes that were read of it: the headers' words that
+ * were looked at, each with its mask, and the payload. Reading goes through mace_take_bits() and
+ * mace_take_payload() alone, which note what they return, so that the result is a function of what
+ * was noted. If at a later hook every one of those bytes is the same, so is the record: whichever
+ * buffer, namespace or session the packet is in then. A stale answer cannot be had, because bytes
+ * are compared and not their places; what was decided by something else (bytes that are missing,
+ * or the length of the buffer) is not remembered. A packet's entry is found by where its
+ * data is, so that the packets of a burst do not take each other's place.
+ *
+ * Everything here runs in probes: no sleeping, no allocation, and no byte is read beyond bounds.
  */
 #include <linux/icmp.h>
 #include <linux/if_ether.h>
@@ -30,7 +39,10 @@
 #include <linux/in6.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
+#include <linux/mm.h>
+#include <linux/random.h>
 #include <linux/siphash.h>
+#include <linux/slab.h>
 #include <linux/tcp.h>
 #include <linux/udp.h>
 #include <net/ip.h>
@@ -39,588 +51,749 @@
 #include "mace_compat.h"
 #include "mace_packet.h"
 
-/*
- * Buffers and structures here are __uninitialized where the compiler would fill them with zeroes
- * (CONFIG_INIT_STACK_ALL_ZERO) for every packet: they are written before they are read.
- */
-
 /* Enough for any that hosts send; a hostile chain is cut here. */
 #define MACE_EXTENSION_HEADERS_MAX 6
-#define MACE_PAYLOAD_BYTES 16
 
-unsigned short mace_vxlan_ports[MACE_VXLAN_PORTS_MAX] = { 4789, 8472 };
+unsigned short mace_vxlan_ports[MACE_TUNNEL_PORTS_MAX] = { 4789, 8472 };
 unsigned int mace_vxlan_port_count = 2;
+unsigned short mace_geneve_ports[MACE_TUNNEL_PORTS_MAX] = { 6081 };
+unsigned int mace_geneve_port_count = 1;
+
+/* Bit n: a port of those is n modulo 64, so that most datagrams need no further look. */
+static u64 mace_tunnel_port_bits __read_mostly;
 
 /* Fixed, so that hosts agree; nothing is secret about it. */
 static const siphash_key_t mace_content_key = { { 0x4d41434520706b74ULL, 0x6b65792076312e30ULL } };
+/* Drawn at each load: a skb_id does not give away the buffer's address. */
+static siphash_key_t mace_skb_key __read_mostly;
 
-/* What one IP header and what follows it say; host byte order. */
-struct mace_ip {
-	u8 version;
-	u8 l4_proto;
-	u8 l4_bits;
-	u8 l4_code;
-	bool fragment;
-	bool flow;
-	u16 id;
-	u16 length;
-	u16 l4_src;
-	u16 l4_dst;
-	u16 fragment_offset;
-	u32 l4_seq;
-	u32 l4_ack;
-	int l4; /* offset of the transport layer's header, or 0 if that was not read */
-	int end; /* offset of the first byte after the packet */
-	int inner; /* offset of an Ethernet frame in VXLAN, or 0 */
-	int used; /* offset of the first byte that nothing here depends on, or 0 */
-	u64 payload[MACE_PAYLOAD_BYTES / sizeof(u64)];
+DEFINE_PER_CPU(struct mace_data *, mace_data);
+static DEFINE_PER_CPU(u64[MACE_PAYLOAD_BYTES / sizeof(u64)], mace_peeked);
+
+/* --- bytes ------------------------------------------------------------------------ */
+
+/**
+ * struct mace_reader - a packet that is being read
+ *
+ * Offsets are from the network layer's header.
+ *
+ * @skb: the buffer
+ * @packet: where it is noted what was read
+ * @at: the network layer's header, if it is in place
+ * @offset: the same, from skb->data; may be negative
+ * @in_place: bytes that are in the buffer's linear part
+ * @bytes: all that there are
+ * @noted: whether all that decided anything is noted
+ * @noted_bytes: how many from @at on that is
+ * @reads: of @packet
+ * @payload: of @packet
+ */
+struct mace_reader {
+	const struct sk_buff *skb;
+	struct mace_packet *packet;
+	const u8 *at;
+	int offset;
+	int in_place;
+	int bytes;
+	bool noted;
+	int noted_bytes;
+	unsigned int reads;
+	int payload;
 };
 
-DEFINE_PER_CPU(struct mace_known_cpu, mace_known);
-
-static noinline const void *mace_peek_slowly(const struct sk_buff *skb, int offset, int len,
-					     void *buffer)
-{
-	if (offset < 0 || skb_copy_bits(skb, offset, buffer, len))
-		return NULL;
-	return buffer;
-}
-
-/*
- * @len bytes at @offset from skb->data, which may be negative: in place, or copied to @buffer.
- * NULL if there are no such bytes.
+/**
+ * mace_peek_elsewhere() - bytes that are not all in the linear part
+ * @skb: the buffer
+ * @offset: of the first, from skb->data
+ * @len: how many, at most MACE_PAYLOAD_BYTES
+ *
+ * Context: interrupts off. Return: where they are, or a copy until the next call on this CPU; NULL
+ * if there are no such bytes.
  */
-static __always_inline const void *mace_peek(const struct sk_buff *skb, int offset, int len,
-					     void *buffer)
+noinline const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, int len)
 {
-	if (unlikely(offset < -(int)skb_headroom(skb)))
-		return NULL;
-	if (likely(offset + len <= (int)skb_headlen(skb)))
-		return skb->data + offset;
-	return mace_peek_slowly(skb, offset, len, buffer);
-}
+	int beyond = offset - (int)skb_headlen(skb);
+	void *copy = this_cpu_ptr(mace_peeked);
+	const skb_frag_t *frag;
+	const u8 *start;
 
-static noinline void mace_read_part_of_payload(const struct sk_buff *skb, int offset, int bytes,
-					       struct mace_ip *ip)
-{
-	u8 buffer[MACE_PAYLOAD_BYTES] __uninitialized;
-	const void *payload;
-
-	/* Bytes behind the packet's end are padding of the link layer, which comes and goes. */
-	bytes = min(bytes, ip->end - offset);
-	if (bytes <= 0)
-		return;
-	payload = mace_peek(skb, offset, bytes, buffer);
-	if (!payload) {
-		ip->used = 0;
-		return;
+	/* Most payload: in the first page, whole. A page of high memory may not be mapped. */
+	if (likely(!IS_ENABLED(CONFIG_HIGHMEM) && beyond >= 0 && skb_is_nonlinear(skb) &&
+		   skb_shinfo(skb)->nr_frags)) {
+		frag = &skb_shinfo(skb)->frags[0];
+		start = skb_frag_address_safe(frag);
+		if (likely(start && beyond + len <= (int)skb_frag_size(frag)))
+			return start + beyond;
 	}
-	ip->used = max(ip->used, offset + bytes);
-	memcpy(ip->payload, payload, bytes);
+	return skb_copy_bits(skb, offset, copy, len) ? NULL : copy;
 }
 
-/* @bytes of what the headers before @offset carry, at most MACE_PAYLOAD_BYTES. */
-static __always_inline void mace_read_payload(const struct sk_buff *skb, int offset, int bytes,
-					      struct mace_ip *ip)
+/* Whether there are @len bytes at @offset. */
+static __always_inline bool mace_has(struct mace_reader *reader, int offset, int len)
 {
-	int end = offset + MACE_PAYLOAD_BYTES;
+	if (likely(offset + len <= reader->bytes))
+		return true;
+	reader->noted = false;
+	return false;
+}
 
-	/* Behind headers that were read in place, so that it cannot begin before the buffer. */
-	if (bytes != MACE_PAYLOAD_BYTES || end > ip->end || end > (int)skb_headlen(skb) ||
-	    offset < 0) {
-		mace_read_part_of_payload(skb, offset, bytes, ip);
-		return;
+/* Bytes that nothing is noted of: not in place, or too many. */
+static noinline u64 mace_take_unnoted(const struct sk_buff *skb, int offset)
+{
+	__be64 bytes = 0;
+
+	/* mace_has() them, unless this kernel cannot read them. */
+	return skb_copy_bits(skb, offset, &bytes, sizeof(bytes)) ? 0 : be64_to_cpu(bytes);
+}
+
+/* Of the number that the eight bytes at @offset are, the bits of @mask. mace_has() them. */
+static __always_inline u64 mace_take_bits(struct mace_reader *reader, int offset, u64 mask)
+{
+	struct mace_packet *packet = reader->packet;
+	const u8 *at = reader->at + offset;
+
+	if (unlikely(offset + 8 > reader->in_place || reader->reads >= MACE_READS_MAX)) {
+		reader->noted = false;
+		return mace_take_unnoted(reader->skb, reader->offset + offset) & mask;
 	}
-	ip->used = max(ip->used, end);
-	memcpy(ip->payload, skb->data + offset, MACE_PAYLOAD_BYTES);
+	packet->offset[reader->reads] = offset;
+	packet->value[reader->reads] = get_unaligned((const u64 *)at);
+	packet->mask[reader->reads] = (__force u64)cpu_to_be64(mask);
+	reader->reads++;
+	reader->noted_bytes = max(reader->noted_bytes, offset + 8);
+	return get_unaligned_be64(at) & mask;
 }
 
-static void mace_read_tcp(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+/* The number that @len bytes at @offset are. mace_has() them, and before them what eight need. */
+static __always_inline u64 mace_take(struct mace_reader *reader, int offset, int len)
 {
-	struct tcphdr buffer __uninitialized;
-	const struct tcphdr *tcp = mace_peek(skb, offset, sizeof(buffer), &buffer);
-
-	if (!tcp)
-		return;
-	ip->l4_src = ntohs(tcp->source);
-	ip->l4_dst = ntohs(tcp->dest);
-	ip->l4_seq = ntohl(tcp->seq);
-	ip->l4_ack = ntohl(tcp->ack_seq);
-	ip->l4_bits = ((const u8 *)tcp)[13];
-	ip->flow = true;
-	ip->used = offset + sizeof(*tcp);
-	mace_read_payload(skb, offset + tcp->doff * 4, MACE_PAYLOAD_BYTES, ip);
+	return mace_take_bits(reader, offset + len - 8, ~0ULL >> (64 - 8 * len));
 }
 
-static bool mace_is_vxlan_port(u16 port)
+/* --- headers ---------------------------------------------------------------------- */
+
+/**
+ * struct mace_headers - what the headers of a packet say
+ *
+ * @first: see struct mace_words
+ * @second: likewise
+ * @end: offset of the first byte behind the packet: what follows is the link layer's padding
+ * @payload: offset of the payload that is part of the key, or 0
+ * @payload_bytes: how many of it, at most; MACE_PAYLOAD_BYTES or less
+ * @ports: offset of l4_src and l4_dst, or 0
+ * @inner: offset of a packet that this one carries, or 0
+ * @inner_protocol: its EtherType; ETH_P_TEB: an Ethernet frame
+ * @flags: MACE_FLAG_*
+ */
+struct mace_headers {
+	u64 first;
+	u64 second;
+	int end;
+	int payload;
+	int payload_bytes;
+	int ports;
+	int inner;
+	u16 inner_protocol;
+	u8 flags;
+};
+
+static __always_inline void mace_has_payload(struct mace_headers *headers, int offset, int bytes)
+{
+	headers->payload = offset;
+	headers->payload_bytes = min(bytes, headers->end - offset);
+}
+
+static __always_inline void mace_read_tcp(struct mace_reader *reader, int offset,
+					  struct mace_headers *headers)
+{
+	u64 bits;
+
+	if (!mace_has(reader, offset, sizeof(struct tcphdr)))
+		return;
+	headers->flags |= MACE_FLAG_FLOW;
+	headers->ports = offset;
+	headers->second = mace_take(reader, offset + offsetof(struct tcphdr, seq), 8);
+	bits = mace_take(reader, offset + 12, 2);
+	headers->first |= (bits & 0xff) << 40;
+	mace_has_payload(headers, offset + (bits >> 12) * 4, MACE_PAYLOAD_BYTES);
+}
+
+static bool mace_is_among(const unsigned short *ports, unsigned int count, u16 port)
 {
 	unsigned int i;
 
-	for (i = 0; i < mace_vxlan_port_count; i++)
-		if (mace_vxlan_ports[i] == port)
+	for (i = 0; i < count; i++)
+		if (ports[i] == port)
 			return true;
 	return false;
 }
 
-static void mace_read_udp(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+static __always_inline void mace_carries(struct mace_headers *headers, int offset, u16 protocol)
 {
-	struct {
-		struct udphdr udp;
-		__be32 vxlan_flags;
-		__be32 vxlan_vni;
-	} buffer __uninitialized;
-	const struct udphdr *udp = mace_peek(skb, offset, sizeof(*udp), &buffer);
-	const __be32 *vxlan;
-
-	if (!udp)
+	if (protocol != ETH_P_IP && protocol != ETH_P_IPV6 && protocol != ETH_P_TEB)
 		return;
-	ip->l4_src = ntohs(udp->source);
-	ip->l4_dst = ntohs(udp->dest);
-	ip->l4_seq = ntohs(udp->len);
-	ip->flow = true;
-	offset += sizeof(*udp);
-	ip->used = offset;
-	/* RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set. */
-	if (mace_is_vxlan_port(ip->l4_dst) && !ip->fragment) {
-		vxlan = mace_peek(skb, offset, 8, &buffer);
-		if (vxlan && (vxlan[0] & htonl(0xff000000)) == htonl(0x08000000))
-			ip->inner = offset + 8;
-	}
-	mace_read_payload(skb, offset, MACE_PAYLOAD_BYTES, ip);
+	headers->inner = offset;
+	headers->inner_protocol = protocol;
 }
 
-static void mace_read_icmp(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+static void mace_read_tunnel_in_udp(struct mace_reader *reader, int offset, u16 port,
+				    struct mace_headers *headers)
 {
-	struct icmphdr buffer __uninitialized;
-	const struct icmphdr *icmp = mace_peek(skb, offset, sizeof(buffer), &buffer);
+	u32 head;
+
+	if (mace_is_among(mace_vxlan_ports, mace_vxlan_port_count, port)) {
+		/* RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set. */
+		if (mace_has(reader, offset, 8) && mace_take(reader, offset, 1) == 0x08)
+			mace_carries(headers, offset + 8, ETH_P_TEB);
+	} else if (mace_is_among(mace_geneve_ports, mace_geneve_port_count, port)) {
+		if (!mace_has(reader, offset, 8))
+			return;
+		/* RFC 8926, section 3.4: version 0, no control message ("O"); length of options. */
+		head = mace_take(reader, offset, 4);
+		if (!(head & 0xc0800000))
+			mace_carries(headers, offset + 8 + (head >> 24) * 4, head & 0xffff);
+	}
+}
+
+static __always_inline void mace_read_udp(struct mace_reader *reader, int offset,
+					  struct mace_headers *headers)
+{
+	u32 head;
+
+	if (!mace_has(reader, offset, sizeof(struct udphdr)))
+		return;
+	headers->flags |= MACE_FLAG_FLOW;
+	headers->ports = offset;
+	/* The destination says whether to look for a tunnel. */
+	head = mace_take(reader, offset + offsetof(struct udphdr, dest), 4);
+	headers->second = (u64)(head & 0xffff) << 32;
+	offset += sizeof(struct udphdr);
+	mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
+	if (unlikely(mace_tunnel_port_bits >> (head >> 16) % 64 & 1))
+		mace_read_tunnel_in_udp(reader, offset, head >> 16, headers);
+}
+
+static __always_inline void mace_read_icmp(struct mace_reader *reader, int offset, int version,
+					   struct mace_headers *headers)
+{
 	bool echo;
+	u16 head;
+	u8 type;
 
-	if (!icmp)
+	if (!mace_has(reader, offset, sizeof(struct icmphdr)))
 		return;
-	echo = ip->version == 4 ? icmp->type == ICMP_ECHO || icmp->type == ICMP_ECHOREPLY :
-				  icmp->type == 128 || icmp->type == 129; /* RFC 4443, section 4 */
-	ip->l4_bits = icmp->type;
-	ip->l4_code = icmp->code;
-	ip->used = offset + sizeof(*icmp);
+	head = mace_take(reader, offset, 2);
+	type = head >> 8;
+	echo = version == 4 ? type == ICMP_ECHO || type == ICMP_ECHOREPLY :
+			      type == 128 || type == 129; /* RFC 4443, section 4 */
+	headers->first |= (u64)type << 40 | (u64)(head & 0xff) << 32;
 	if (echo) {
-		ip->l4_src = ntohs(icmp->un.echo.id);
-		ip->l4_dst = ntohs(icmp->un.echo.sequence);
-		ip->flow = true;
+		headers->flags |= MACE_FLAG_FLOW;
+		headers->ports = offset + offsetof(struct icmphdr, un.echo.id);
+		headers->second = mace_take(reader, offset + 6, 2);
 	}
-	mace_read_payload(skb, offset + sizeof(*icmp), echo ? MACE_PAYLOAD_BYTES : 8, ip);
+	mace_has_payload(headers, offset + sizeof(struct icmphdr), echo ? MACE_PAYLOAD_BYTES : 8);
 }
 
-static void mace_read_sctp(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+/* RFC 9260, section 3.1 */
+static void mace_read_sctp(struct mace_reader *reader, int offset, struct mace_headers *headers)
 {
-	struct {
-		__be16 source;
-		__be16 dest;
-		__be32 tag;
-		__be32 checksum;
-	} buffer __uninitialized;
-	/* RFC 9260, section 3.1 */
-	const typeof(buffer) *sctp = mace_peek(skb, offset, sizeof(buffer), &buffer);
-
-	if (!sctp)
+	if (!mace_has(reader, offset, 12))
 		return;
-	ip->l4_src = ntohs(sctp->source);
-	ip->l4_dst = ntohs(sctp->dest);
-	ip->l4_seq = ntohl(sctp->tag);
-	ip->flow = true;
-	ip->used = offset + sizeof(buffer);
-	mace_read_payload(skb, offset + sizeof(buffer), MACE_PAYLOAD_BYTES, ip);
+	headers->flags |= MACE_FLAG_FLOW;
+	headers->ports = offset;
+	headers->second = mace_take(reader, offset + 4, 4) << 32;
+	mace_has_payload(headers, offset + 12, MACE_PAYLOAD_BYTES);
 }
 
-static __always_inline void mace_read_l4(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+/* RFC 2784, section 2, and RFC 2890, section 2 */
+static void mace_read_gre(struct mace_reader *reader, int offset, struct mace_headers *headers)
 {
-	if (ip->fragment_offset) {
-		mace_read_payload(skb, offset, MACE_PAYLOAD_BYTES, ip);
+	u32 head;
+
+	mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
+	if (!mace_has(reader, offset, 4))
+		return;
+	head = mace_take(reader, offset, 4);
+	/* Neither routing, which is of the past, nor another version, as that of PPTP. */
+	if (head & 0x40070000)
+		return;
+	offset += 4;
+	offset += head & 0x80000000 ? 4 : 0; /* checksum */
+	offset += head & 0x20000000 ? 4 : 0; /* key */
+	offset += head & 0x10000000 ? 4 : 0; /* sequence number */
+	mace_carries(headers, offset, head & 0xffff);
+}
+
+/* What an IP packet carries at @offset; @fragment_offset in bytes. */
+static __always_inline void mace_read_upper(struct mace_reader *reader, int offset, int version,
+					    u16 fragment_offset, struct mace_headers *headers)
+{
+	if (fragment_offset) {
+		mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
 		return;
 	}
-	ip->l4 = offset;
-	switch (ip->l4_proto) {
+	switch (headers->first >> 48 & 0xff) {
 	case IPPROTO_TCP:
-		mace_read_tcp(skb, offset, ip);
+		mace_read_tcp(reader, offset, headers);
 		break;
 	case IPPROTO_UDP:
 	case IPPROTO_UDPLITE:
-		mace_read_udp(skb, offset, ip);
+		mace_read_udp(reader, offset, headers);
 		break;
 	case IPPROTO_ICMP:
 	case IPPROTO_ICMPV6:
-		mace_read_icmp(skb, offset, ip);
+		mace_read_icmp(reader, offset, version, headers);
 		break;
 	case IPPROTO_SCTP:
-		mace_read_sctp(skb, offset, ip);
+		mace_read_sctp(reader, offset, headers);
+		break;
+	case IPPROTO_GRE:
+		mace_read_gre(reader, offset, headers);
+		break;
+	case IPPROTO_IPIP:
+		mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
+		mace_carries(headers, offset, ETH_P_IP);
+		break;
+	case IPPROTO_IPV6:
+		mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
+		mace_carries(headers, offset, ETH_P_IPV6);
 		break;
 	default:
-		mace_read_payload(skb, offset, MACE_PAYLOAD_BYTES, ip);
+		mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
 	}
 }
 
-static __always_inline bool mace_read_ipv4(const struct sk_buff *skb, int offset,
-					   struct mace_ip *ip)
+static __always_inline void mace_read_fragment(u16 fragment_offset, struct mace_headers *headers)
 {
-	struct iphdr buffer __uninitialized;
-	const struct iphdr *header = mace_peek(skb, offset, sizeof(buffer), &buffer);
-	u16 fragment;
+	headers->flags |= MACE_FLAG_FRAGMENT;
+	headers->second = (u64)1 << 63 | fragment_offset;
+	headers->inner = 0;
+}
 
-	if (!header || header->version != 4 || header->ihl < 5)
+/* @length of the packet by its header at @offset, or 0: a TCP segment too long for it (BIG TCP). */
+static __always_inline int mace_end(struct mace_reader *reader, int offset, int length)
+{
+	if (likely(length))
+		return offset + length;
+	/* As long as its buffer, which nothing notes. */
+	reader->noted = false;
+	return reader->bytes;
+}
+
+static __always_inline bool mace_read_ipv4(struct mace_reader *reader, int offset,
+					   struct mace_headers *headers)
+{
+	u16 fragment, length;
+	int ihl;
+	u64 head;
+
+	if (!mace_has(reader, offset, sizeof(struct iphdr)))
 		return false;
-	fragment = ntohs(header->frag_off);
-	ip->version = 4;
-	ip->l4_proto = header->protocol;
-	ip->id = ntohs(header->id);
-	ip->length = ntohs(header->tot_len);
-	ip->fragment = fragment & (IP_MF | IP_OFFSET);
-	ip->fragment_offset = (fragment & IP_OFFSET) * 8;
-	/* A length of 0: a TCP segment too long for the field (BIG TCP), as long as its buffer. */
-	ip->end = ip->length ? offset + ip->length : (int)skb->len;
-	mace_read_l4(skb, offset + header->ihl * 4, ip);
+	head = mace_take(reader, offset, 8);
+	ihl = head >> 56 & 0xf;
+	if (head >> 60 != 4 || ihl < 5)
+		return false;
+	length = head >> 32;
+	fragment = head;
+	/* Length and identification are side by side, there and here. */
+	headers->first = 4ULL << 56 | mace_take(reader, offset + 9, 1) << 48 |
+			 (head >> 16 & 0xffffffff);
+	headers->flags = MACE_FLAG_KEY;
+	headers->end = length ? offset + length : mace_end(reader, offset, 0);
+	mace_read_upper(reader, offset + ihl * 4, 4, (fragment & IP_OFFSET) * 8, headers);
+	if (fragment & (IP_MF | IP_OFFSET))
+		mace_read_fragment((fragment & IP_OFFSET) * 8, headers);
 	return true;
 }
 
-static noinline bool mace_read_ipv6(const struct sk_buff *skb, int offset, struct mace_ip *ip)
+static bool mace_is_extension(u8 proto)
 {
-	struct ipv6hdr buffer __uninitialized;
-	const struct ipv6hdr *header = mace_peek(skb, offset, sizeof(buffer), &buffer);
-	struct frag_hdr extension_buffer __uninitialized;
-	/* The longest of them; all begin with the next header's number. */
-	const struct frag_hdr *extension;
-	int i, bytes;
+	return proto == NEXTHDR_HOP || proto == NEXTHDR_ROUTING || proto == NEXTHDR_FRAGMENT ||
+	       proto == NEXTHDR_AUTH || proto == NEXTHDR_DEST;
+}
 
-	if (!header || header->version != 6)
+static __always_inline bool mace_read_ipv6(struct mace_reader *reader, int offset,
+					   struct mace_headers *headers)
+{
+	u16 length, fragment_offset = 0, id = 0;
+	bool fragment = false;
+	u64 head;
+	u8 proto;
+	int i;
+
+	if (!mace_has(reader, offset, sizeof(struct ipv6hdr)))
 		return false;
-	ip->version = 6;
-	ip->l4_proto = header->nexthdr;
-	ip->length = ntohs(header->payload_len);
-	offset += sizeof(*header);
-	ip->end = ip->length ? offset + ip->length : (int)skb->len;
-	for (i = 0; i < MACE_EXTENSION_HEADERS_MAX && !ip->fragment_offset; i++) {
-		u8 proto = ip->l4_proto;
-
-		if (proto != NEXTHDR_HOP && proto != NEXTHDR_ROUTING && proto != NEXTHDR_FRAGMENT &&
-		    proto != NEXTHDR_DEST && proto != NEXTHDR_AUTH)
+	/* All but the hop limit. */
+	head = mace_take_bits(reader, offset, ~0xffULL);
+	if (head >> 60 != 6)
+		return false;
+	length = head >> 16;
+	proto = head >> 8;
+	offset += sizeof(struct ipv6hdr);
+	headers->flags = MACE_FLAG_KEY;
+	headers->end = mace_end(reader, offset, length);
+	for (i = 0; i < MACE_EXTENSION_HEADERS_MAX && !fragment_offset; i++) {
+		if (!mace_is_extension(proto))
 			break;
-		extension = mace_peek(skb, offset, sizeof(extension_buffer), &extension_buffer);
-		if (!extension)
-			return true;
+		if (!mace_has(reader, offset, 8)) {
+			offset = 0;
+			break;
+		}
+		head = mace_take(reader, offset, 8);
 		if (proto == NEXTHDR_FRAGMENT) {
-			ip->fragment = true;
-			ip->fragment_offset = ntohs(extension->frag_off) & IP6_OFFSET;
-			ip->id = (u16)ntohl(extension->identification);
-			bytes = sizeof(*extension);
+			fragment = true;
+			fragment_offset = head >> 32 & IP6_OFFSET;
+			id = head;
+			offset += 8;
 		} else {
 			/* The second byte is a length: RFC 8200, 4.3, and RFC 4302, 2.2. */
-			bytes = proto == NEXTHDR_AUTH ? (extension->reserved + 2) * 4 :
-							(extension->reserved + 1) * 8;
+			offset += proto == NEXTHDR_AUTH ? ((head >> 48 & 0xff) + 2) * 4 :
+							  ((head >> 48 & 0xff) + 1) * 8;
 		}
-		ip->l4_proto = extension->nexthdr;
-		offset += bytes;
+		proto = head >> 56;
 	}
-	mace_read_l4(skb, offset, ip);
+	headers->first = 6ULL << 56 | (u64)proto << 48 | (u64)length << 16 | id;
+	if (offset)
+		mace_read_upper(reader, offset, 6, fragment_offset, headers);
+	if (fragment)
+		mace_read_fragment(fragment_offset, headers);
 	return true;
 }
 
-static bool mace_read_ip(const struct sk_buff *skb, int offset, __be16 protocol, struct mace_ip *ip)
+static __always_inline struct mace_headers mace_read_ip(struct mace_reader *reader, int offset,
+							u16 protocol)
 {
-	mace_clear(ip, sizeof(*ip));
-	if (protocol == htons(ETH_P_IP))
-		return mace_read_ipv4(skb, offset, ip);
-	if (protocol == htons(ETH_P_IPV6))
-		return mace_read_ipv6(skb, offset, ip);
-	return false;
+	struct mace_headers headers = {};
+
+	if (protocol == ETH_P_IP)
+		mace_read_ipv4(reader, offset, &headers);
+	else if (protocol == ETH_P_IPV6)
+		mace_read_ipv6(reader, offset, &headers);
+	return headers;
 }
 
-static u64 mace_hash(u64 first, u64 second, u64 third, u64 fourth)
+/* --- the key's words -------------------------------------------------------------- */
+
+/* The first bytes of a word, from the number that they are. */
+static u64 mace_first_bytes(u64 number, int bytes)
 {
-	/* 0 stands for "unknown". */
-	return siphash_4u64(first, second, third, fourth, &mace_content_key) ?: 1;
+	return (__force u64)cpu_to_be64(number << (64 - 8 * bytes));
 }
 
-static __always_inline u64 mace_ip_key(const struct mace_ip *ip)
+static __always_inline void mace_take_payload(struct mace_reader *reader,
+					      const struct mace_headers *headers,
+					      struct mace_words *words)
 {
-	u64 first = (u64)ip->version << 56 | (u64)ip->l4_proto << 48 | (u64)ip->l4_bits << 40 |
-		    (u64)ip->l4_code << 32 | (u64)ip->length << 16 | ip->id;
-	u64 second = (u64)ip->l4_seq << 32 | ip->l4_ack;
+	int offset = headers->payload, bytes = headers->payload_bytes;
+	const u8 *payload = reader->at + offset;
 
-	if (ip->fragment)
-		second = (u64)1 << 63 | ip->fragment_offset;
-	else if (ip->l4_proto == IPPROTO_ICMP || ip->l4_proto == IPPROTO_ICMPV6)
-		second = ip->l4_dst;
-	return mace_hash(first, second, ip->payload[0], ip->payload[1]);
+	if (!offset || bytes <= 0 || !mace_has(reader, offset, bytes))
+		return;
+	if (likely(bytes == MACE_PAYLOAD_BYTES)) {
+		reader->payload = offset;
+		if (offset + bytes > reader->in_place)
+			payload = mace_peek_elsewhere(reader->skb, reader->offset + offset, bytes);
+		if (unlikely(!payload)) {
+			reader->noted = false;
+			return;
+		}
+		words->payload = get_unaligned((const u64 *)payload);
+		words->payload2 = get_unaligned((const u64 *)(payload + 8));
+		return;
+	}
+	/* Behind a header, so that there are eight bytes that end with these. */
+	words->payload = mace_first_bytes(mace_take(reader, offset, min(bytes, 8)), min(bytes, 8));
+	if (bytes > 8)
+		words->payload2 =
+			mace_first_bytes(mace_take(reader, offset + 8, bytes - 8), bytes - 8);
 }
 
-static u64 mace_other_key(const struct sk_buff *skb, int offset, __be16 protocol)
+static bool mace_take_other(struct mace_reader *reader, int offset, u16 protocol,
+			    struct mace_words *words)
 {
-	u64 buffer[3] __uninitialized;
-	const void *start = mace_peek(skb, offset, sizeof(buffer), buffer);
-
-	if (!start)
-		return 0;
-	if (start != buffer)
-		memcpy(buffer, start, sizeof(buffer));
-	return mace_hash(ntohs(protocol), buffer[0], buffer[1], buffer[2]);
+	if (!mace_has(reader, offset, 3 * sizeof(u64)))
+		return false;
+	words->first = protocol;
+	words->second = mace_first_bytes(mace_take(reader, offset, 8), 8);
+	words->payload = mace_first_bytes(mace_take(reader, offset + 8, 8), 8);
+	words->payload2 = mace_first_bytes(mace_take(reader, offset + 16, 8), 8);
+	return true;
 }
 
-/* The offset and the protocol of what VLAN tags in the packet's data carry; the last one's @tci. */
-static int mace_skip_vlan(const struct sk_buff *skb, int offset, __be16 *protocol, int *tci)
+/* The words of the packet that @outer carries, if it can be read. */
+static noinline bool mace_take_inner(struct mace_reader *reader, const struct mace_headers *outer,
+				     struct mace_words *words)
 {
-	struct vlan_hdr buffer __uninitialized;
-	const struct vlan_hdr *tag;
+	u16 protocol = outer->inner_protocol;
+	bool frame = protocol == ETH_P_TEB;
+	struct mace_headers headers;
+	int offset = outer->inner;
 	int i;
 
-	for (i = 0; i < 2 && eth_type_vlan(*protocol); i++) {
-		tag = mace_peek(skb, offset, sizeof(buffer), &buffer);
-		if (!tag)
-			break;
-		*tci = ntohs(tag->h_vlan_TCI);
-		*protocol = tag->h_vlan_encapsulated_proto;
-		offset += sizeof(*tag);
+	if (frame) {
+		if (!mace_has(reader, offset, ETH_HLEN))
+			return false;
+		protocol = mace_take(reader, offset + offsetof(struct ethhdr, h_proto), 2);
+		offset += ETH_HLEN;
+		for (i = 0; i < 2 && eth_type_vlan(htons(protocol)); i++) {
+			if (!mace_has(reader, offset, VLAN_HLEN))
+				break;
+			protocol = mace_take(reader, offset + 2, 2);
+			offset += VLAN_HLEN;
+		}
 	}
-	return offset;
+	headers = mace_read_ip(reader, offset, protocol);
+	if (!headers.flags)
+		return frame && mace_take_other(reader, offset, protocol, words);
+	words->first = headers.first;
+	words->second = headers.second;
+	mace_take_payload(reader, &headers, words);
+	return true;
 }
 
-static u64 mace_inner_key(const struct sk_buff *skb, int offset)
+/* Not 0, which stands for "unknown". */
+static u64 mace_key(const struct mace_words *words)
 {
-	struct ethhdr buffer __uninitialized;
-	const struct ethhdr *frame = mace_peek(skb, offset, sizeof(buffer), &buffer);
-	struct mace_ip ip __uninitialized;
-	__be16 protocol;
-	int tci;
+	u64 key = siphash_4u64(words->first, words->second, words->payload, words->payload2,
+			       &mace_content_key);
 
-	if (!frame)
-		return 0;
-	protocol = frame->h_proto;
-	offset = mace_skip_vlan(skb, offset + sizeof(*frame), &protocol, &tci);
-	if (mace_read_ip(skb, offset, protocol, &ip))
-		return mace_ip_key(&ip);
-	return mace_other_key(skb, offset, protocol);
+	return key ? key : 1;
 }
 
-/* What of @mask's bytes, from the network layer's header on, NAT and routing rewrite. */
-static void mace_leave_out(u8 *mask, const struct mace_ip *ip, int l4)
+static bool mace_are_same(const struct mace_words *a, const struct mace_words *b)
 {
-	if (ip->version == 4) {
-		mask[8] = 0; /* TTL */
-		memset(mask + 10, 0, 2 + 4 + 4); /* checksum, addresses */
+	return a->first == b->first && a->second == b->second && a->payload == b->payload &&
+	       a->payload2 == b->payload2;
+}
+
+/* --- packets ---------------------------------------------------------------------- */
+
+/* @packet anew. @other was in the same data before. */
+static noinline void mace_read_anew(struct mace_packet *packet, const struct mace_packet *other,
+				    const struct sk_buff *skb, int offset, __be16 protocol)
+{
+	struct mace_reader reader = {
+		.skb = skb,
+		.packet = packet,
+		.at = skb->data + offset,
+		.offset = offset,
+		.in_place = (int)skb_headlen(skb) - offset,
+		.bytes = (int)skb->len - offset,
+		.noted = true,
+	};
+	struct mace_headers headers = mace_read_ip(&reader, 0, ntohs(protocol));
+	struct mace_record *record = &packet->record;
+	struct mace_words words = { .first = headers.first, .second = headers.second };
+	u8 flags = headers.flags;
+	const u8 *ports = NULL;
+
+	if (unlikely(!flags)) {
+		if (mace_take_other(&reader, 0, ntohs(protocol), &words))
+			flags = MACE_FLAG_KEY;
+	} else if (unlikely(headers.inner) && mace_take_inner(&reader, &headers, &words)) {
+		flags |= MACE_FLAG_TUNNEL;
 	} else {
-		mask[7] = 0; /* hop limit */
-		memset(mask + 8, 0, 16 + 16); /* addresses */
+		mace_take_payload(&reader, &headers, &words);
 	}
-	if (!ip->flow)
-		return;
-	switch (ip->l4_proto) {
-	case IPPROTO_TCP:
-		memset(mask + l4, 0, 4); /* ports */
-		memset(mask + l4 + 16, 0, 2); /* checksum */
-		break;
-	case IPPROTO_UDP:
-	case IPPROTO_UDPLITE:
-		/* The destination says whether to look for VXLAN. */
-		memset(mask + l4, 0, 2);
-		memset(mask + l4 + 6, 0, 2);
-		break;
-	case IPPROTO_SCTP:
-		memset(mask + l4, 0, 4);
-		memset(mask + l4 + 8, 0, 4);
-		break;
-	default: /* an echo's checksum and identifier */
-		memset(mask + l4 + 2, 0, 2 + 2);
-	}
-}
+	if (headers.ports)
+		ports = likely(headers.ports + 4 <= reader.in_place) ?
+				reader.at + headers.ports :
+				mace_peek_elsewhere(skb, offset + headers.ports, 4);
 
-static void mace_set_masks(struct mace_known *known, const struct mace_ip *ip, int l4, int bytes)
-{
-	u64 mask[MACE_KNOWN_BYTES / sizeof(u64)] __uninitialized;
-	int i;
-
-	for (i = 0; i < MACE_KNOWN_BYTES / sizeof(u64); i++)
-		WRITE_ONCE(mask[i], ~0ULL);
-	mace_leave_out((u8 *)mask, ip, l4);
-	for (i = 0; i < MACE_KNOWN_BYTES / sizeof(u64); i++)
-		known->words[i].mask = mask[i];
-	known->last.mask = get_unaligned((const u64 *)((u8 *)mask + bytes - sizeof(u64)));
-}
-
-/* @known's record was read from @ip, which is at @offset: know it again, if that is possible. */
-static __always_inline void mace_know(struct mace_known *known, const struct sk_buff *skb,
-				      int offset, __be16 protocol, const struct mace_ip *ip)
-{
-	int bytes = ip->used - offset, l4 = ip->l4 - offset;
-	const u8 *at = skb->data + offset, *last = at + bytes - sizeof(u64);
-	struct mace_word *word = known->words;
-	u32 shape;
-
-	/* Not what depends on the length of the buffer, or on bytes outside its linear part. */
-	if (!ip->used || !ip->length || ip->inner || bytes < MACE_KNOWN_BYTES_MIN ||
-	    bytes > MACE_KNOWN_BYTES || offset + bytes > (int)skb_headlen(skb))
-		return;
-	/* All that the masks depend on, each with bits of its own; never 0. */
-	shape = ip->version | ip->l4_proto << 8 | bytes << 16 | (ip->flow ? l4 << 24 : 0);
-	if (unlikely(known->shape != shape)) {
-		mace_set_masks(known, ip, l4, bytes);
-		known->shape = shape;
-	}
-	for (; at < last; at += sizeof(u64), word++)
-		word->bytes = get_unaligned((const u64 *)at);
-	known->last.bytes = get_unaligned((const u64 *)last);
-	known->bytes = bytes;
-	known->protocol = (__force u16)protocol;
-	if (ip->flow)
-		known->ports = ip->l4_proto == IPPROTO_ICMP || ip->l4_proto == IPPROTO_ICMPV6 ?
-				       l4 + offsetof(struct icmphdr, un.echo.id) :
-				       l4;
-}
-
-static void mace_read_anew(struct mace_known *known, const struct sk_buff *skb, int offset,
-			   __be16 protocol)
-{
-	struct mace_record *record = &known->record;
-	struct mace_ip ip __uninitialized;
-
-	known->protocol = MACE_KNOWN_NOTHING;
-	known->ports = 0;
-	known->flags = 0;
-	known->skb = NULL;
-	mace_clear(record, sizeof(*record));
-	if (!mace_read_ip(skb, offset, protocol, &ip)) {
-		record->packet_key = mace_other_key(skb, offset, protocol);
-		if (record->packet_key)
-			known->flags = MACE_FLAG_KEY;
-		return;
-	}
-	record->ip_version = ip.version;
-	record->l4_proto = ip.l4_proto;
-	record->ip_id = ip.version == 4 ? ip.id : 0;
-	record->l4_src = ip.l4_src;
-	record->l4_dst = ip.l4_dst;
-	record->l4_seq = ip.fragment_offset;
-	record->l4_bits = ip.l4_bits;
-	if (ip.flow && (ip.l4_proto == IPPROTO_TCP || ip.l4_proto == IPPROTO_SCTP))
-		record->l4_seq = ip.l4_seq;
-	known->flags = MACE_FLAG_KEY;
-	if (ip.flow)
-		known->flags |= MACE_FLAG_FLOW;
-	if (ip.fragment)
-		known->flags |= MACE_FLAG_FRAGMENT;
-	if (ip.inner)
-		record->packet_key = mace_inner_key(skb, ip.inner);
-	if (record->packet_key)
-		known->flags |= MACE_FLAG_TUNNEL;
+	record->l4_src = ports ? get_unaligned_be16(ports) : 0;
+	record->l4_dst = ports ? get_unaligned_be16(ports + 2) : 0;
+	record->ip_version = headers.first >> 56;
+	record->l4_proto = headers.first >> 48;
+	record->l4_bits = headers.first >> 40;
+	record->ip_id = record->ip_version == 4 ? headers.first : 0;
+	record->l4_seq = 0;
+	if (flags & MACE_FLAG_FRAGMENT)
+		record->l4_seq = headers.second; /* without the uppermost bit */
+	else if (record->l4_proto == IPPROTO_TCP || record->l4_proto == IPPROTO_SCTP)
+		record->l4_seq = headers.second >> 32;
+	/* A packet that goes into a tunnel, or comes out of it, has the key that it had. */
+	if (!(flags & MACE_FLAG_KEY))
+		record->packet_key = 0;
+	else if (other->flags & MACE_FLAG_KEY && mace_are_same(&words, &other->words))
+		record->packet_key = other->record.packet_key;
 	else
-		record->packet_key = mace_ip_key(&ip);
-	mace_know(known, skb, offset, protocol, &ip);
-}
+		record->packet_key = mace_key(&words);
 
-static bool mace_is_known(const struct mace_known *known, const struct sk_buff *skb, int offset,
-			  __be16 protocol)
-{
-	const unsigned char *at = skb->data + offset;
-
-	return (__force u16)protocol == known->protocol && at >= skb->head &&
-	       offset + (int)known->bytes <= (int)skb_headlen(skb) && mace_is_same(known, at);
-}
-
-/* Whichever packet it is: the one that was seen last, the one before, or another. */
-static __always_inline struct mace_known *mace_read(const struct sk_buff *skb, int offset,
-						    __be16 protocol)
-{
-	struct mace_known_cpu *cpu = this_cpu_ptr(&mace_known);
-	struct mace_known *known = cpu->latest;
-
-	if (!mace_is_known(known, skb, offset, protocol)) {
-		known = known == cpu->packets ? cpu->packets + 1 : cpu->packets;
-		/* The compiler would rather calculate the address at each use. */
-		OPTIMIZER_HIDE_VAR(known);
-		cpu->latest = known;
-		if (!mace_is_known(known, skb, offset, protocol))
-			mace_read_anew(known, skb, offset, protocol);
+	packet->words = words;
+	packet->protocol = reader.noted ? (__force u16)protocol : MACE_PROTOCOL_NONE;
+	packet->in_place = reader.noted_bytes;
+	packet->payload = reader.payload;
+	packet->ports = headers.ports;
+	packet->flags = flags;
+	/* mace_is_same() always compares as many. */
+	for (; reader.reads < MACE_READS_MIN; reader.reads++) {
+		packet->offset[reader.reads] = 0;
+		packet->mask[reader.reads] = 0;
 	}
-	mace_read_ports(known, skb, offset);
-	return known;
+	packet->reads = reader.reads;
+}
+
+/* Buffers that were identified on a CPU: mostly one of them is there at the next hook. */
+#define MACE_IDENTIFIED_BITS 6
+
+struct mace_identified {
+	const struct sk_buff *skb;
+	u64 skb_id;
+};
+
+static DEFINE_PER_CPU(struct mace_identified[1 << MACE_IDENTIFIED_BITS], mace_identified);
+
+/**
+ * mace_identify() - note that the data is in this buffer now
+ * @data: the entry of its data
+ * @skb: the buffer
+ *
+ * Context: interrupts off.
+ */
+noinline void mace_identify(struct mace_data *data, const struct sk_buff *skb)
+{
+	struct mace_identified *identified =
+		this_cpu_ptr(&mace_identified[hash_ptr((void *)skb, MACE_IDENTIFIED_BITS)]);
+
+	if (identified->skb != skb) {
+		identified->skb = skb;
+		identified->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
+	}
+	data->skb = skb;
+	data->skb_id = identified->skb_id;
+}
+
+/* Whichever packet it is: the one that was in this data last, the one before, or another. */
+static __always_inline struct mace_packet *
+mace_read(struct mace_data *data, const struct sk_buff *skb, int offset, __be16 protocol)
+{
+	struct mace_packet *latest = data->latest, *packet = latest;
+
+	if (!mace_is_same(packet, skb, offset, protocol)) {
+		packet = latest == data->packets ? data->packets + 1 : data->packets;
+		data->latest = packet;
+		if (!mace_is_same(packet, skb, offset, protocol)) {
+			mace_read_anew(packet, latest, skb, offset, protocol);
+			return packet;
+		}
+	}
+	mace_read_ports(packet, skb, offset);
+	return packet;
 }
 
 /*
  * A packet whose protocol is a VLAN's. The network header of one whose tag was put into its data on
  * the way to the driver (validate_xmit_vlan) is that behind the tag. Else the tag is what comes
- * next.
+ * next. Return: the offset of what the last tag carries, with its @protocol and the tag's @tci.
  */
-static noinline int mace_find_vlan(const struct sk_buff *skb, int offset, __be16 *protocol,
-				   int *tci)
+static int mace_find_vlan(const struct sk_buff *skb, int offset, __be16 *protocol, int *tci)
 {
-	struct vlan_hdr buffer __uninitialized;
-	const struct vlan_hdr *tag = NULL;
+	struct vlan_hdr tag __uninitialized;
+	int i;
 
-	if (offset >= ETH_HLEN + VLAN_HLEN)
-		tag = mace_peek(skb, offset - VLAN_HLEN, VLAN_HLEN, &buffer);
-	if (!tag)
-		return mace_skip_vlan(skb, offset, protocol, tci);
-	*tci = ntohs(tag->h_vlan_TCI);
-	*protocol = tag->h_vlan_encapsulated_proto;
+	if (offset >= ETH_HLEN + VLAN_HLEN &&
+	    !skb_copy_bits(skb, offset - VLAN_HLEN, &tag, VLAN_HLEN)) {
+		*tci = ntohs(tag.h_vlan_TCI);
+		*protocol = tag.h_vlan_encapsulated_proto;
+		return offset;
+	}
+	for (i = 0; i < 2 && eth_type_vlan(*protocol); i++) {
+		if (skb_copy_bits(skb, offset, &tag, VLAN_HLEN))
+			break;
+		*tci = ntohs(tag.h_vlan_TCI);
+		*protocol = tag.h_vlan_encapsulated_proto;
+		offset += VLAN_HLEN;
+	}
 	return offset;
 }
 
 /**
- * mace_packet_read_other() - mace_packet_read_device() for a packet that it does not know
+ * mace_packet_read_other() - mace_packet_read_device() for a packet that is not the latest
  * @skb: the packet
  * @l3_offset: where the network layer begins, from skb->data
  *
  * Context: interrupts off. Return: as there.
  */
-struct mace_known *mace_packet_read_other(const struct sk_buff *skb, int l3_offset)
+struct mace_record *mace_packet_read_other(const struct sk_buff *skb, int l3_offset)
 {
 	int tci = skb_vlan_tag_present(skb) ? skb_vlan_tag_get(skb) : -1;
+	struct mace_data *data = mace_data_of(skb);
 	__be16 protocol = skb->protocol;
-	struct mace_known *known;
+	struct mace_packet *packet;
+	struct mace_record *record;
 
 	/* An offset of nobody's making, as of a packet socket's frame that was never parsed. */
 	if (unlikely((unsigned int)l3_offset > skb->len))
 		l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
 	if (unlikely(eth_type_vlan(protocol)))
 		l3_offset = mace_find_vlan(skb, l3_offset, &protocol, &tci);
-	known = mace_read(skb, l3_offset, protocol);
-	known->record.l3_len = max_t(int, (int)skb->len - l3_offset, 0);
-	known->record.vlan = tci < 0 ? 0 : tci;
-	known->record.flags = known->flags | (tci < 0 ? 0 : MACE_FLAG_VLAN);
-	return known;
+	packet = mace_read(data, skb, l3_offset, protocol);
+	record = mace_record_of(data, packet, skb);
+	record->l3_len = max_t(int, (int)skb->len - l3_offset, 0);
+	record->vlan = tci < 0 ? 0 : tci;
+	if (tci >= 0)
+		record->flags |= MACE_FLAG_VLAN;
+	return record;
 }
 
 /**
- * mace_packet_read_buffer() - mace_packet_read_any() for a buffer that it does not know
+ * mace_packet_read_buffer() - mace_packet_read_any() for a buffer whose packet is not the latest
  * @skb: as there
  *
  * Context: interrupts off. Return: as there.
  */
-struct mace_known *mace_packet_read_buffer(const struct sk_buff *skb)
+struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 {
-	struct mace_known *known;
+	struct mace_data *data = mace_data_of(skb);
+	struct mace_packet *packet = data->latest;
 
 	if (skb->head && skb->network_header && skb_network_offset(skb) <= (int)skb_headlen(skb) &&
-	    (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6))) {
-		known = mace_read(skb, skb_network_offset(skb), skb->protocol);
-		if (known->record.ip_version) {
-			known->record.l3_len = 0;
-			known->record.vlan = 0;
-			known->record.flags = known->flags;
-			return known;
-		}
+	    (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6)))
+		packet = mace_read(data, skb, skb_network_offset(skb), skb->protocol);
+	else
+		packet->record.ip_version = 0;
+	if (!packet->record.ip_version) {
+		packet->protocol = MACE_PROTOCOL_NONE;
+		packet->flags = 0;
+		packet->record = (struct mace_record){};
 	}
-	known = this_cpu_ptr(&mace_known.nothing);
-	known->skb = NULL;
-	mace_clear(&known->record, sizeof(known->record));
-	return known;
+	packet->record.l3_len = 0;
+	packet->record.vlan = 0;
+	return mace_record_of(data, packet, skb);
 }
 
-void __init mace_packet_init(void)
+int __init mace_packet_init(void)
+{
+	struct mace_data *data;
+	unsigned int i;
+	int cpu;
+
+	for (i = 0; i < mace_vxlan_port_count; i++)
+		mace_tunnel_port_bits |= BIT_ULL(mace_vxlan_ports[i] % 64);
+	for (i = 0; i < mace_geneve_port_count; i++)
+		mace_tunnel_port_bits |= BIT_ULL(mace_geneve_ports[i] % 64);
+	get_random_bytes(&mace_skb_key, sizeof(mace_skb_key));
+	for_each_possible_cpu(cpu) {
+		data = kvzalloc_node(sizeof(*data) << MACE_DATA_BITS, GFP_KERNEL, cpu_to_node(cpu));
+		if (!data) {
+			mace_packet_exit();
+			return -ENOMEM;
+		}
+		per_cpu(mace_data, cpu) = data;
+		for (i = 0; i < 1 << MACE_DATA_BITS; i++) {
+			data[i].latest = data[i].packets;
+			data[i].packets[0].protocol = MACE_PROTOCOL_NONE;
+			data[i].packets[1].protocol = MACE_PROTOCOL_NONE;
+		}
+	}
+	return 0;
+}
+
+void mace_packet_exit(void)
 {
 	int cpu;
 
-	for_each_possible_cpu(cpu) {
-		struct mace_known_cpu *known = per_cpu_ptr(&mace_known, cpu);
-
-		known->packets[0].protocol = MACE_KNOWN_NOTHING;
-		known->packets[1].protocol = MACE_KNOWN_NOTHING;
-		known->latest = known->packets;
-	}
+	for_each_possible_cpu(cpu)
+		kvfree(per_cpu(mace_data, cpu));
 }

@@ -2,12 +2,13 @@
 /*
  * What can be told of a packet by reading it.
  *
- * Mostly a packet was at the hook before on this CPU, and is known again by comparing some words.
- * That much is inline here, because every record passes it; reading is in mace_packet.c.
+ * Mostly a packet was at a hook before on this CPU, and what was read of it then is compared. That
+ * much is inline here, because every record passes it; reading is in mace_packet.c.
  */
 #ifndef _MACE_PACKET_H
 #define _MACE_PACKET_H
 
+#include <linux/hash.h>
 #include <linux/if_vlan.h>
 #include <linux/percpu.h>
 #include <linux/skbuff.h>
@@ -15,153 +16,185 @@
 #include "mace_compat.h"
 #include "uapi/mace.h"
 
-#define MACE_VXLAN_PORTS_MAX 4
+#define MACE_TUNNEL_PORTS_MAX 4
 
-extern unsigned short mace_vxlan_ports[MACE_VXLAN_PORTS_MAX];
+extern unsigned short mace_vxlan_ports[MACE_TUNNEL_PORTS_MAX];
 extern unsigned int mace_vxlan_port_count;
+extern unsigned short mace_geneve_ports[MACE_TUNNEL_PORTS_MAX];
+extern unsigned int mace_geneve_port_count;
 
-/*
- * Zeroes of a length that the compiler knows. It makes a "rep stos" of a memset() of more than 32
- * bytes, whose start costs more than these few stores.
- */
-static __always_inline void mace_clear(void *memory, size_t bytes)
-{
-	u64 *words = memory;
-	size_t i;
-
-#pragma GCC unroll 8
-	for (i = 0; i < bytes / sizeof(*words); i++)
-		WRITE_ONCE(words[i], 0);
-}
-
-/* IPv6, TCP with timestamps and 16 bytes of payload are 88. */
-#define MACE_KNOWN_BYTES 96
-/* A UDP datagram of 4 bytes. */
-#define MACE_KNOWN_BYTES_MIN 32
-/* No protocol: nothing is known. */
-#define MACE_KNOWN_NOTHING 0x10000
+/* Bytes of payload that a packet_key is made of. */
+#define MACE_PAYLOAD_BYTES 16
+/* IPv4, UDP, VXLAN, Ethernet with a VLAN tag, IPv4 and TCP are 10. */
+#define MACE_READS_MAX 12
+/* As many are always compared: an echo or a datagram over IPv4 have no more. */
+#define MACE_READS_MIN 3
+/* Buffers under way on a CPU at once: a poll of NAPI takes 64 packets. */
+#define MACE_DATA_BITS 6
+/* No protocol: nothing was read. */
+#define MACE_PROTOCOL_NONE 0x10000
 
 /**
- * struct mace_word - eight bytes of a packet
+ * struct mace_words - what a packet_key is the hash of
  *
- * @bytes: as they were
- * @mask: which of them are compared
+ * @first: version, protocol, l4_bits, code (8 bits each), length and identification (16 each); of
+ *	a packet that is not IP the EtherType
+ * @second: sequence number and the one acknowledged (32 bits each), or what stands in their place
+ * @payload: the first eight bytes of payload
+ * @payload2: the next eight
  */
-struct mace_word {
-	u64 bytes;
-	u64 mask;
+struct mace_words {
+	u64 first;
+	u64 second;
+	u64 payload;
+	u64 payload2;
 };
 
 /**
- * struct mace_known - a packet that was read on a CPU
+ * struct mace_packet - a packet that was read, by the bytes that were read of it
  *
- * If all bytes that matter are the same, so is what they say: a comparison instead of reading
- * headers and hashing. Those that NAT and routing rewrite do not matter; but ports and
- * identifiers, which a record tells, are read anew.
+ * Whatever @record and @flags say was decided by @protocol, by the bytes of @reads and by
+ * MACE_PAYLOAD_BYTES of payload. Where these are the same, all of it is the same: a comparison in
+ * place of reading and hashing. Addresses, checksums and TTL were not read, so NAT and routing
+ * make no difference; ports and identifiers are read each time.
  *
- * @record: what the bytes tell, and skb_id, @skb's; all other fields are a probe's
- * @skb: the buffer that it was in at the last hook, or NULL
- * @protocol: of the network layer, in network byte order; or MACE_KNOWN_NOTHING
- * @bytes: that are compared, from the network layer's header on, at least MACE_KNOWN_BYTES_MIN
+ * @record: what the bytes say, and skb_id, the buffer's; all other fields are a probe's
+ * @words: what the record's packet_key is the hash of
+ * @protocol: of the network layer, in network byte order; or MACE_PROTOCOL_NONE
+ * @in_place: bytes from the network layer's header on, in which all reads are
+ * @reads: how many there are
+ * @payload: offset of @words' payload, if that is MACE_PAYLOAD_BYTES long; or 0
  * @ports: offset of l4_src and l4_dst, or 0
- * @shape: of packets that have the same masks
- * @flags: what the bytes tell of mace_record.flags
- * @last: the last eight of them, which may overlap the word before
- * @words: the others, one after the other
+ * @flags: what the bytes decide of mace_record.flags
+ * @offset: of each read: the place of eight bytes, from the network layer's header on
+ * @value: what was there
+ * @mask: which of them were looked at; 0 behind the last read
  */
-struct mace_known {
+struct mace_packet {
 	struct mace_record record;
-	const struct sk_buff *skb;
+	struct mace_words words;
 	u32 protocol;
-	u32 bytes;
-	u32 ports;
-	u32 shape;
+	u16 in_place;
+	u16 reads;
+	u16 payload;
+	u16 ports;
 	u8 flags;
-	struct mace_word last;
-	struct mace_word words[MACE_KNOWN_BYTES / sizeof(u64)];
+	u16 offset[MACE_READS_MAX];
+	u64 value[MACE_READS_MAX];
+	u64 mask[MACE_READS_MAX];
 };
 
 /**
- * struct mace_known_cpu - what a CPU knows
+ * struct mace_data - what was read in the data of a kernel buffer, which clones share
  *
- * @latest: which of @packets was seen last
- * @packets: two, because a request and its reply are handled in turn
- * @nothing: of a buffer that is no packet
+ * @latest: which of @packets was there at the last hook
+ * @skb: the buffer that it was in
+ * @skb_id: that one's
+ * @packets: two, because a packet goes into tunnels and comes out again
  */
-struct mace_known_cpu {
-	struct mace_known *latest;
-	struct mace_known packets[2];
-	struct mace_known nothing;
+struct mace_data {
+	struct mace_packet *latest;
+	const struct sk_buff *skb;
+	u64 skb_id;
+	struct mace_packet packets[2];
 };
 
-DECLARE_PER_CPU(struct mace_known_cpu, mace_known);
+DECLARE_PER_CPU(struct mace_data *, mace_data);
 
-static __always_inline u64 mace_differs(const struct mace_word *word, const void *bytes)
+/* The entry of @skb's data, which may have been another's until now. */
+static __always_inline struct mace_data *mace_data_of(const struct sk_buff *skb)
 {
-	return (get_unaligned((const u64 *)bytes) ^ word->bytes) & word->mask;
+	return this_cpu_read(mace_data) + hash_ptr(skb->head, MACE_DATA_BITS);
 }
 
-/* Whether @known's bytes begin at @at, where at least as many can be read. */
-static __always_inline bool mace_is_same(const struct mace_known *known, const unsigned char *at)
+void mace_identify(struct mace_data *data, const struct sk_buff *skb);
+
+/* The record of @packet, which is in @skb. */
+static __always_inline struct mace_record *
+mace_record_of(struct mace_data *data, struct mace_packet *packet, const struct sk_buff *skb)
 {
-	const struct mace_word *words = known->words;
-	u32 i, bytes = known->bytes;
+	if (unlikely(data->skb != skb))
+		mace_identify(data, skb);
+	packet->record.skb_id = data->skb_id;
+	packet->record.flags = packet->flags;
+	return &packet->record;
+}
+
+static __always_inline u64 mace_differs(const struct mace_packet *packet, int read, const u8 *at)
+{
+	return (get_unaligned((const u64 *)(at + packet->offset[read])) ^ packet->value[read]) &
+	       packet->mask[read];
+}
+
+const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, int len);
+
+/* Whether the packet whose network layer begins at @offset from skb->data is @packet. */
+static __always_inline bool mace_is_same(const struct mace_packet *packet,
+					 const struct sk_buff *skb, int offset, __be16 protocol)
+{
+	int i, in_place = (int)skb_headlen(skb) - offset;
+	const u8 *at = skb->data + offset;
+	const u8 *payload = at + packet->payload;
 	u64 differs;
 
-	/* The length and IPv4's identification: mostly enough to tell another packet. */
-	if (mace_differs(words, at))
+	if ((__force u16)protocol != packet->protocol || packet->in_place > in_place)
 		return false;
-	differs = mace_differs(&known->last, at + bytes - 8);
-	differs |= mace_differs(words + 1, at + 8) | mace_differs(words + 2, at + 16);
-	/* An echo or a datagram over IPv4 has 44. */
-	if (bytes > 32)
-		differs |= mace_differs(words + 3, at + 24);
-	if (bytes > 40)
-		differs |= mace_differs(words + 4, at + 32);
-	for (i = 5; unlikely(bytes > (i + 1) * 8); i++)
-		differs |= mace_differs(words + i, at + i * 8);
+	/* IPv4's length and identification: mostly enough to tell another packet. */
+	if (mace_differs(packet, 0, at))
+		return false;
+	differs = mace_differs(packet, 1, at) | mace_differs(packet, 2, at);
+	for (i = MACE_READS_MIN; i < packet->reads; i++)
+		differs |= mace_differs(packet, i, at);
+	if (packet->payload) {
+		if (packet->payload + MACE_PAYLOAD_BYTES > in_place)
+			payload = mace_peek_elsewhere(skb, offset + packet->payload,
+						      MACE_PAYLOAD_BYTES);
+		if (unlikely(!payload))
+			return false;
+		differs |= get_unaligned((const u64 *)payload) ^ packet->words.payload;
+		differs |= get_unaligned((const u64 *)(payload + 8)) ^ packet->words.payload2;
+	}
 	return !differs;
 }
 
-static __always_inline void mace_read_ports(struct mace_known *known, const struct sk_buff *skb,
+static __always_inline void mace_read_ports(struct mace_packet *packet, const struct sk_buff *skb,
 					    int offset)
 {
-	const u8 *ports = skb->data + offset + known->ports;
+	const u8 *ports = skb->data + offset + packet->ports;
 
-	if (likely(known->ports)) {
-		known->record.l4_src = get_unaligned_be16(ports);
-		known->record.l4_dst = get_unaligned_be16(ports + 2);
+	if (likely(packet->ports)) {
+		packet->record.l4_src = get_unaligned_be16(ports);
+		packet->record.l4_dst = get_unaligned_be16(ports + 2);
 	}
 }
 
-struct mace_known *mace_packet_read_other(const struct sk_buff *skb, int l3_offset);
-struct mace_known *mace_packet_read_buffer(const struct sk_buff *skb);
-void mace_packet_init(void);
+struct mace_record *mace_packet_read_other(const struct sk_buff *skb, int l3_offset);
+struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb);
+int mace_packet_init(void);
+void mace_packet_exit(void);
 
 /**
  * mace_packet_read_device() - read a packet that is at a device
  * @skb: the packet
  * @l3_offset: where the network layer begins, from skb->data
  *
- * Context: interrupts off. Return: what is known of it, until the next call on this CPU. The
- * record's l3_len, vlan and flags are set, and all that the packet's bytes tell; other fields are
- * what they were.
+ * Context: interrupts off. Return: its record, until the next call on this CPU. skb_id, l3_len,
+ * vlan and flags are set, and all that the packet's bytes tell; other fields are what they were.
  */
-static __always_inline struct mace_known *mace_packet_read_device(const struct sk_buff *skb,
-								  int l3_offset)
+static __always_inline struct mace_record *mace_packet_read_device(const struct sk_buff *skb,
+								   int l3_offset)
 {
-	struct mace_known *known = this_cpu_read(mace_known.latest);
+	struct mace_data *data = mace_data_of(skb);
+	struct mace_packet *packet = data->latest;
 
-	/* As an unsigned number, a negative offset is beyond any buffer's end. */
-	if (unlikely(skb_vlan_tag_present(skb) || (__force u16)skb->protocol != known->protocol ||
-		     (u64)(u32)l3_offset + known->bytes > skb_headlen(skb) ||
-		     !mace_is_same(known, skb->data + l3_offset)))
+	/* A negative offset is beyond any buffer's end, as an unsigned number. */
+	if (unlikely(skb_vlan_tag_present(skb) || (unsigned int)l3_offset > skb->len ||
+		     !mace_is_same(packet, skb, l3_offset, skb->protocol)))
 		return mace_packet_read_other(skb, l3_offset);
-	mace_read_ports(known, skb, l3_offset);
-	known->record.l3_len = skb->len - l3_offset;
-	known->record.vlan = 0;
-	known->record.flags = known->flags;
-	return known;
+	mace_read_ports(packet, skb, l3_offset);
+	packet->record.l3_len = skb->len - l3_offset;
+	packet->record.vlan = 0;
+	return mace_record_of(data, packet, skb);
 }
 
 /**
@@ -175,20 +208,19 @@ static __always_inline struct mace_known *mace_packet_read_device(const struct s
  * Context: interrupts off. Return: as mace_packet_read_device(), with l3_len and vlan 0; with no
  * ip_version if it is not an IP packet, and then with nothing else.
  */
-static __always_inline struct mace_known *mace_packet_read_any(const struct sk_buff *skb)
+static __always_inline struct mace_record *mace_packet_read_any(const struct sk_buff *skb)
 {
-	struct mace_known *known = this_cpu_read(mace_known.latest);
+	struct mace_data *data = mace_data_of(skb);
+	struct mace_packet *packet = data->latest;
 	int offset = skb_network_offset(skb);
 
-	if (unlikely((__force u16)skb->protocol != known->protocol || !skb->head ||
-		     !skb->network_header || offset + (int)known->bytes > (int)skb_headlen(skb) ||
-		     !mace_is_same(known, skb_network_header(skb))))
+	if (unlikely(!skb->head || !skb->network_header || !packet->record.ip_version ||
+		     !mace_is_same(packet, skb, offset, skb->protocol)))
 		return mace_packet_read_buffer(skb);
-	mace_read_ports(known, skb, offset);
-	known->record.l3_len = 0;
-	known->record.vlan = 0;
-	known->record.flags = known->flags;
-	return known;
+	mace_read_ports(packet, skb, offset);
+	packet->record.l3_len = 0;
+	packet->record.vlan = 0;
+	return mace_record_of(data, packet, skb);
 }
 
 #endif

@@ -23,9 +23,7 @@
 #include <linux/log2.h>
 #include <linux/netdevice.h>
 #include <linux/percpu.h>
-#include <linux/random.h>
 #include <linux/rculist.h>
-#include <linux/siphash.h>
 #include <linux/skbuff.h>
 #include <linux/string.h>
 #include <linux/timekeeping.h>
@@ -105,7 +103,6 @@ static struct mace_context *mace_contexts;
 static unsigned int mace_context_users;
 /* Entries of before the last time that nobody followed buffers are void. */
 static u64 mace_context_epoch;
-static siphash_key_t mace_skb_key __read_mostly;
 
 static __always_inline struct mace_context *mace_context_of(const struct sk_buff *skb)
 {
@@ -314,46 +311,16 @@ static __always_inline void mace_record_to(struct mace_session *session, enum ma
 		irq_work_queue(&session->wake);
 }
 
-/* Buffers that were identified on a CPU: mostly one of them is there at the next hook. */
-#define MACE_IDENTIFIED_BITS 4
-
-struct mace_identified {
-	const struct sk_buff *skb;
-	u64 skb_id;
-};
-
-static DEFINE_PER_CPU(struct mace_identified[1 << MACE_IDENTIFIED_BITS], mace_identified);
-
-static noinline u64 mace_skb_id(const struct sk_buff *skb)
-{
-	/* Buffers are 256 bytes apart, a little more or less. */
-	unsigned int slot = (unsigned long)skb >> 8 & ((1 << MACE_IDENTIFIED_BITS) - 1);
-	struct mace_identified *known = this_cpu_ptr(&mace_identified[slot]);
-
-	if (known->skb != skb) {
-		known->skb = skb;
-		known->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
-	}
-	return known->skb_id;
-}
-
 /* All that is the same at every hook. */
-static __always_inline struct mace_record *
-mace_describe(struct mace_known *known, enum mace_hook hook, const struct sk_buff *skb, u64 now_ns)
+static __always_inline void mace_describe(struct mace_record *record, enum mace_hook hook,
+					  const struct sk_buff *skb, u64 now_ns)
 {
-	struct mace_record *record = &known->record;
-
-	if (known->skb != skb) {
-		known->skb = skb;
-		record->skb_id = mace_skb_id(skb);
-	}
 	record->ts_ns = now_ns;
 	record->gso_segs = skb->head && skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
 	record->cpu = smp_processor_id();
 	record->hook = hook;
 	if (skb_cloned(skb))
 		record->flags |= MACE_FLAG_CLONED;
-	return record;
 }
 
 static __always_inline struct mace_record *mace_describe_at_device(enum mace_hook hook,
@@ -361,9 +328,9 @@ static __always_inline struct mace_record *mace_describe_at_device(enum mace_hoo
 								   u32 ifindex, int l3_offset,
 								   u64 now_ns)
 {
-	struct mace_known *known = mace_packet_read_device(skb, l3_offset);
-	struct mace_record *record = mace_describe(known, hook, skb, now_ns);
+	struct mace_record *record = mace_packet_read_device(skb, l3_offset);
 
+	mace_describe(record, hook, skb, now_ns);
 	record->ifindex = ifindex;
 	record->drop_reason = 0;
 	return record;
@@ -383,10 +350,10 @@ static __always_inline struct mace_record *mace_describe_elsewhere(enum mace_hoo
 								   u32 detail, u64 now_ns,
 								   struct mace_where *where)
 {
-	struct mace_known *known = mace_packet_read_any(skb);
-	struct mace_record *record = mace_describe(known, hook, skb, now_ns);
+	struct mace_record *record = mace_packet_read_any(skb);
 	bool dropped = hook == MACE_HOOK_KFREE_SKB;
 
+	mace_describe(record, hook, skb, now_ns);
 	record->drop_reason = dropped ? detail : 0;
 	record->l3_len = dropped ? 0 : detail;
 	/* Only what is read again is compared: what is not IP has no context. */
@@ -718,7 +685,6 @@ int __init mace_probes_init(void)
 {
 	mace_cost_every = roundup_pow_of_two(clamp(mace_cost_every, 1U, 1U << 20));
 	mace_cost_mask = mace_cost_every - 1;
-	get_random_bytes(&mace_skb_key, sizeof(mace_skb_key));
 	mace_contexts = vzalloc(sizeof(*mace_contexts) << MACE_CONTEXT_BITS);
 	if (!mace_contexts)
 		return -ENOMEM;

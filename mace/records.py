@@ -60,7 +60,7 @@ class Flag(IntFlag):
     FRAGMENT = 0x02
     """A fragment of an IP packet; `l4_seq` holds its offset in bytes."""
     TUNNEL = 0x04
-    """VXLAN: `packet_key` is the inner packet's, all else the outer's."""
+    """Carries another packet (VXLAN, Geneve, GRE, IP in IP): `packet_key` is the inner one's, all else the outer's."""
     VLAN = 0x08
     """Tagged: `vlan` holds the tag."""
     CLONED = 0x10
@@ -79,7 +79,7 @@ class Content:
     """
 
     packet_key: npt.NDArray[np.uint64]
-    """Hash of what NAT, routing, bridging and VXLAN leave alone (kmod/mace_packet.c says what); 0 if unknown."""
+    """Hash of what NAT, routing, bridging and tunnels leave alone (kmod/mace_packet.c says what); 0 if unknown."""
     l4_seq: npt.NDArray[np.uint32]
     """TCP sequence number, SCTP verification tag, or the fragment's offset, bytes."""
     l4_src: npt.NDArray[np.uint16]

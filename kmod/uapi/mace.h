@@ -72,7 +72,7 @@ enum mace_hook {
 /* Bits of mace_record.flags. */
 #define MACE_FLAG_KEY 0x01 /* packet_key is known */
 #define MACE_FLAG_FRAGMENT 0x02 /* a fragment of an IP packet; l4_seq holds its offset in bytes */
-#define MACE_FLAG_TUNNEL 0x04 /* VXLAN: packet_key is the inner packet's, all else the outer's */
+#define MACE_FLAG_TUNNEL 0x04 /* a tunnel: packet_key is the inner packet's, else the outer's */
 #define MACE_FLAG_VLAN 0x08 /* tagged: vlan holds the tag */
 #define MACE_FLAG_CLONED 0x10 /* the buffer's data is shared with a clone */
 #define MACE_FLAG_RECALLED \

@@ -15,8 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from collector.packet_key import ROOM, Packets, Views
 from mace import abi
 from mace.hooks import Hook
+from mace.lab import Lab
+from mace.records import Content
 from tests.kernel.guest.conftest import load, unload
 from tests.kernel.guest.reader import Session, enter_netns, netns_fd
 
@@ -150,6 +153,20 @@ def sctp(chunks: bytes) -> bytes:
     return struct.pack("!HHII", 4002, 5002, 0x01020304, 0x0A0B0C0D) + chunks
 
 
+def gre(protocol: int, payload: bytes, *, flags: int = 0) -> bytes:
+    options = sum(flags & bit != 0 for bit in (0x8000, 0x2000, 0x1000))
+    return struct.pack("!HH", flags, protocol) + b"\5" * 4 * options + payload
+
+
+def vxlan(payload: bytes, *, flags: int = 8) -> bytes:
+    return udp(struct.pack("!II", flags << 24, 42 << 8) + payload, target=4789)
+
+
+def geneve(protocol: int, payload: bytes, *, words: int = 0, first: int = 0, flags: int = 0) -> bytes:
+    head = struct.pack("!BBHI", first | words, flags, protocol, 42 << 8)
+    return udp(head + b"\7" * 4 * words + payload, target=6081)
+
+
 class Case(NamedTuple):
     frame: bytes
     fields: dict[str, int]
@@ -173,6 +190,7 @@ UDP_FIELDS = {"l4_proto": 17, "l4_src": 4000, "l4_dst": 5000}
 TCP_FIELDS = {"l4_proto": 6, "l4_src": 4001, "l4_dst": 5001, "l4_seq": 0xDEADBEEF, "l4_bits": 0x18}
 UDP_KEY = Key(4, 17, 68, ident=77, second=48 << 32, payload=PAYLOAD)
 TCP_SECOND = 0xDEADBEEF << 32 | 0xCAFE0001
+TCP_KEY = Key(4, 6, 92, bits=0x18, ident=77, second=TCP_SECOND, payload=PAYLOAD)
 INNER = ether(0x0800, ipv4(6, TCP))
 HOP_BY_HOP = bytes([60, 1]) + b"\1" * 14
 DESTINATION = bytes([6, 0]) + b"\1" * 6
@@ -190,7 +208,7 @@ CASES: dict[str, Case] = {
     ),
     "tcp": case(
         ether(0x0800, ipv4(6, TCP)),
-        Key(4, 6, 92, bits=0x18, ident=77, second=TCP_SECOND, payload=PAYLOAD),
+        TCP_KEY,
         **V4,
         **TCP_FIELDS,
         flags=K | FLOW,
@@ -270,7 +288,7 @@ CASES: dict[str, Case] = {
         l3_len=68,
     ),
     "vxlan": case(
-        ether(0x0800, ipv4(17, udp(struct.pack("!II", 0x08000000, 42 << 8) + INNER, target=4789))),
+        ether(0x0800, ipv4(17, vxlan(INNER))),
         Key(4, 6, 92, bits=0x18, ident=77, second=TCP_SECOND, payload=PAYLOAD),
         l4_proto=17,
         l4_dst=4789,
@@ -278,6 +296,92 @@ CASES: dict[str, Case] = {
     ),
     "not vxlan, only its port": case(
         ether(0x0800, ipv4(17, udp(PAYLOAD, target=4789))), UDP_KEY, l4_dst=4789, flags=K | FLOW
+    ),
+    "vxlan over ipv6, a tagged frame": case(
+        ether(0x86DD, ipv6(17, vxlan(ether(0x8100, struct.pack("!HH", 5, 0x86DD) + ipv6(17, UDP))))),
+        Key(6, 17, 48, second=48 << 32, payload=PAYLOAD),
+        ip_version=6,
+        l4_dst=4789,
+        flags=K | FLOW | TUNNEL,
+    ),
+    "vxlan with arp": case(
+        ether(0x0800, ipv4(17, vxlan(ether(0x0806, ARP)))), other_key(0x0806, ARP), flags=K | FLOW | TUNNEL
+    ),
+    "vxlan, a fragment": case(
+        ether(0x0800, ipv4(17, vxlan(INNER), more=True)),
+        Key(4, 17, 28 + 8 + 14 + 92, ident=77, second=1 << 63, payload=vxlan(INNER)[8:]),
+        flags=K | FLOW | FRAGMENT,
+    ),
+    "geneve": case(
+        ether(0x0800, ipv4(17, geneve(0x6558, INNER))), TCP_KEY, l4_proto=17, l4_dst=6081, flags=K | FLOW | TUNNEL
+    ),
+    "geneve with options": case(
+        ether(0x0800, ipv4(17, geneve(0x6558, INNER, words=3))), TCP_KEY, l4_dst=6081, flags=K | FLOW | TUNNEL
+    ),
+    "geneve with an ip packet": case(
+        ether(0x0800, ipv4(17, geneve(0x0800, ipv4(6, TCP)))), TCP_KEY, flags=K | FLOW | TUNNEL
+    ),
+    "geneve, a control message": case(
+        ether(0x0800, ipv4(17, geneve(0x6558, INNER, flags=0x80))),
+        Key(4, 17, 142, ident=77, second=122 << 32, payload=geneve(0x6558, INNER, flags=0x80)[8:]),
+        flags=K | FLOW,
+    ),
+    "geneve of another version": case(
+        ether(0x0800, ipv4(17, geneve(0x6558, INNER, first=0x40))),
+        Key(4, 17, 142, ident=77, second=122 << 32, payload=geneve(0x6558, INNER, first=0x40)[8:]),
+        flags=K | FLOW,
+    ),
+    "gre with an ip packet": case(
+        ether(0x0800, ipv4(47, gre(0x0800, ipv4(6, TCP)))), TCP_KEY, l4_proto=47, l4_src=0, flags=K | TUNNEL
+    ),
+    "gre with checksum, key and number": case(
+        ether(0x0800, ipv4(47, gre(0x86DD, ipv6(17, UDP), flags=0xB000))),
+        Key(6, 17, 48, second=48 << 32, payload=PAYLOAD),
+        ip_version=4,
+        flags=K | TUNNEL,
+    ),
+    "gre with a frame": case(
+        ether(0x86DD, ipv6(47, gre(0x6558, INNER, flags=0x2000))), TCP_KEY, ip_version=6, flags=K | TUNNEL
+    ),
+    "gre of another version": case(
+        ether(0x0800, ipv4(47, gre(0x0800, ipv4(6, TCP), flags=0x2001))),
+        Key(4, 47, 120, ident=77, payload=gre(0x0800, ipv4(6, TCP), flags=0x2001)),
+        flags=int(K),
+    ),
+    "gre of a mirror": case(
+        ether(0x0800, ipv4(47, gre(0x88BE, bytes(8) + INNER, flags=0x1000))),
+        Key(4, 47, 142, ident=77, payload=gre(0x88BE, bytes(8), flags=0x1000)),
+        flags=int(K),
+    ),
+    "ip in ip": case(
+        ether(0x0800, ipv4(4, ipv4(6, TCP), ident=5)), TCP_KEY, l4_proto=4, ip_id=5, l4_src=0, flags=K | TUNNEL
+    ),
+    "ipv6 in ip": case(
+        ether(0x0800, ipv4(41, ipv6(17, UDP))),
+        Key(6, 17, 48, second=48 << 32, payload=PAYLOAD),
+        l4_proto=41,
+        ip_version=4,
+        flags=K | TUNNEL,
+    ),
+    "ip in ipv6 behind an option": case(
+        ether(0x86DD, ipv6(60, bytes([4, 0, 4, 1, 4, 1, 1, 0]) + ipv4(6, TCP))),
+        TCP_KEY,
+        ip_version=6,
+        l4_proto=4,
+        flags=K | TUNNEL,
+    ),
+    "ip in ip, a fragment": case(
+        ether(0x0800, ipv4(4, ipv4(6, TCP), more=True)),
+        Key(4, 4, 112, ident=77, second=1 << 63, payload=ipv4(6, TCP)),
+        flags=K | FRAGMENT,
+    ),
+    "ip in ip, not an ip packet": case(
+        ether(0x0800, ipv4(4, PAYLOAD)), Key(4, 4, 60, ident=77, payload=PAYLOAD), flags=int(K)
+    ),
+    "a tunnel in a tunnel": case(
+        ether(0x0800, ipv4(4, ipv4(4, ipv4(6, TCP), ident=6))),
+        Key(4, 4, 112, ident=6, payload=ipv4(6, TCP)),
+        flags=K | TUNNEL,
     ),
     "ipv6 udp": case(
         ether(0x86DD, ipv6(17, UDP)),
@@ -347,6 +451,11 @@ CASES: dict[str, Case] = {
         ether(0x0800, ipv4(17, UDP, ihl=4)), other_key(0x0800, ipv4(17, UDP, ihl=4)), ip_version=0, flags=int(K)
     ),
     "ipv6 called ipv4": case(ether(0x0800, ipv6(17, UDP)), other_key(0x0800, ipv6(17, UDP)), ip_version=0),
+    "not linear, and a tunnel": case(
+        ether(0x0800, ipv4(17, vxlan(ether(0x0800, ipv4(17, udp(PAYLOAD * 200)))))),
+        Key(4, 17, 8028, ident=77, second=8008 << 32, payload=PAYLOAD),
+        flags=K | FLOW | TUNNEL,
+    ),
     "length that lies upwards": case(
         ether(0x0800, ipv4(17, udp(b"xyz"), length=60_000)),
         Key(4, 17, 60_000, ident=77, second=11 << 32),
@@ -448,6 +557,22 @@ def test_a_record_says_what_the_packet_says(all_cases: dict[str, list[Any]], nam
         assert f"{record['packet_key']:016x}" == f"{expected.key:016x}"
 
 
+def read_of_captures(frames: list[bytes]) -> Content:
+    """What the reader of packet captures says of Ethernet frames."""
+    raw, starts = bytearray(), []
+    for frame in frames:
+        starts.append(len(raw) + 14)
+        raw += frame
+    length = np.array([len(frame) - 14 for frame in frames], np.int64)
+    protocol = np.array([int.from_bytes(frame[12:14], "big") for frame in frames], np.int64)
+    views = Views(np.frombuffer(bytes(raw) + bytes(ROOM), np.uint8))
+    return Packets(views, np.array(starts, np.int64), length, length, protocol).content()
+
+
+READ = ("packet_key", "l4_src", "l4_dst", "l4_seq", "ip_id", "ip_version", "l4_proto", "l4_bits")
+LINK_FLAGS = abi.Flag.VLAN | abi.Flag.CLONED
+
+
 def test_every_cut_and_every_flip_does_no_harm(wire: tuple[socket.socket, list[int]]) -> None:
     random = np.random.default_rng(20)
     frames = []
@@ -469,6 +594,12 @@ def test_every_cut_and_every_flip_does_no_harm(wire: tuple[socket.socket, list[i
     # The same bytes, read at both ends of the wire.
     assert np.array_equal(queued["packet_key"], received["packet_key"])
     assert np.array_equal(queued["l3_len"], received["l3_len"])
+    # And by captures' reader, which is another program.
+    captured = read_of_captures(frames)
+    for field in READ:
+        differ = np.flatnonzero(queued[field] != getattr(captured, field))
+        assert not len(differ), f"{field} of {frames[differ[0]].hex()}: {queued[differ[0]]}"
+    assert np.array_equal(queued["flags"] & ~np.uint8(LINK_FLAGS), captured.flags)
 
 
 CONTENT = ("packet_key", "l4_src", "l4_dst", "l4_seq", "ip_id", "ip_version", "l4_proto", "l4_bits", "l3_len", "flags")
@@ -490,9 +621,13 @@ def test_a_byte_makes_the_same_difference_beside_the_packet_that_was_read_before
         "ipv6 udp",
         "icmpv6 echo",
         "neighbour solicitation",
+        "vxlan",
+        "geneve with options",
+        "gre with checksum, key and number",
+        "ip in ipv6 behind an option",
     ):
         frame = CASES[name].frame
-        for at in range(14, min(len(frame), 14 + 100)):
+        for at in range(14, min(len(frame), 14 + 140)):
             other = bytearray(frame)
             other[at] ^= 0x11
             frames += [frame, bytes(other), *others, bytes(other)]
@@ -505,3 +640,48 @@ def test_a_byte_makes_the_same_difference_beside_the_packet_that_was_read_before
             assert 0 < (seen["packet_key"][:, 0] == seen["packet_key"][:, 1]).sum() < changed
     finally:
         unload()
+
+
+def test_payload_in_pages_is_read(lab: Lab) -> None:
+    """TCP's, whose buffers hold headers only: beside what a packet socket of the receiver's sees."""
+    fd = netns_fd(lab.netns_path("remote").name)
+    seen: list[bytes] = []
+    ready, done = threading.Event(), threading.Event()
+
+    def look() -> None:
+        enter_netns(fd)
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as packets:
+            packets.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE: none is lost
+            packets.settimeout(0.2)
+            ready.set()
+            while True:
+                try:
+                    frame, address = packets.recvfrom(1 << 17)
+                except TimeoutError:
+                    if done.is_set():
+                        return
+                    continue
+                if address[2] != socket.PACKET_OUTGOING and address[0] != "lo":
+                    seen.append(frame)
+
+    looking = threading.Thread(target=look)
+    load()
+    try:
+        with Session() as session:
+            session.setup(netns_fds=[fd], hooks=[Hook.NETIF_RECEIVE_SKB], l4_protos=[6], subbufs=256).start()
+            looking.start()
+            assert ready.wait(10)
+            for family in (4, 6):
+                lab.tcp("c1", size=1_000_000, family=family)
+            session.stop()
+            records = session.read()
+    finally:
+        done.set()
+        looking.join()
+        os.close(fd)
+        unload()
+    captured = read_of_captures(seen)
+    mine = captured.l4_proto == 6
+    assert records["gso_segs"].max() > 1
+    assert mine.sum() > 30
+    assert sorted(records["packet_key"].tolist()) == sorted(captured.packet_key[mine].tolist())

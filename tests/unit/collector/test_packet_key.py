@@ -7,6 +7,7 @@ import pytest
 
 from collector.packet_key import ROOM, Packets, Views, siphash
 from mace.records import Flag
+from tests.kernel.guest.test_packets import CASES as OF_THE_MODULE
 from tests.kernel.guest.test_packets import Key, ether, icmp, ipv4, ipv6, other_key, sctp, tcp, udp
 from tests.kernel.guest.test_packets import siphash as slow_siphash
 
@@ -89,6 +90,26 @@ def test_keys_are_the_modules(name, tags):
     assert read(frame_of(packet, tags)).keys().tolist() == [key.hashed()]
     # The link layer's padding is nobody's.
     assert read(frame_of(packet, tags) + bytes(20)).keys().tolist() == [key.hashed()]
+
+
+@pytest.mark.parametrize("name", OF_THE_MODULE)
+def test_what_the_module_reads_is_read_alike(name):
+    """The frames that the module is given in virtual machines, with the records that it has to make of them."""
+    expected = OF_THE_MODULE[name]
+    content = read(expected.frame).content()
+    assert [f"{key:016x}" for key in content.packet_key.tolist()] == [f"{expected.key:016x}"]
+    # The length and the tag are the link layer's, not of what this reader is given.
+    fields = {field: int(value) for field, value in expected.fields.items() if field not in ("l3_len", "vlan")}
+    if "flags" in fields:
+        fields["flags"] &= ~Flag.VLAN
+    assert {field: int(getattr(content, field)[0]) for field in fields} == fields
+
+
+@pytest.mark.parametrize("name", OF_THE_MODULE)
+def test_what_was_cut_off_of_it_gives_no_wrong_key(name):
+    expected = OF_THE_MODULE[name]
+    cuts = np.arange(min(len(expected.frame) - 14, 250) + 1)
+    assert set(read(*[expected.frame] * len(cuts), cut=cuts).keys().tolist()) <= {0, expected.key}
 
 
 def test_all_of_them_at_once():

@@ -1,0 +1,99 @@
+"""The module's reading of packets, compiled for user space, is that of packet captures, wherever the bytes are.
+
+The module itself is held against both in virtual machines (tests/kernel/guest/test_packets.py); here many more packets
+are cheap.
+"""
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mace import abi
+from tests.kernel.guest.test_packets import CASES, READ, read_of_captures
+
+pytestmark = pytest.mark.needs("cc")
+HERE = Path(__file__).parent
+KMOD = HERE.parents[1] / "kmod"
+WHOLE = 1 << 14
+SPLITS = (0, 8, 20, 28, 40, 52, 60, 80, WHOLE)
+"""Bytes of a packet in the linear part."""
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("module")
+    for source in KMOD.glob("*.[ch]"):
+        for name in re.findall(r"^#include <((?:linux|net|asm)/\S+)>$", source.read_text(), re.MULTILINE):
+            if name not in ("linux/types.h", "linux/ioctl.h", "linux/if_ether.h"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).touch()
+    library = folder / "packet.so"
+    options = [
+        "-std=gnu11",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-I{folder}",
+        f"-I{HERE}",
+        f"-I{KMOD}",
+    ]
+    done = subprocess.run(
+        ["cc", *options, "-o", library, HERE / "packet_module.c"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = ctypes.CDLL(str(library))
+    assert found.prepare() == 0
+    return found
+
+
+def read(module, frame, linear=WHOLE, buffer=0):
+    record = np.zeros((), abi.RECORD)
+    module.read_frame(frame, len(frame), linear, buffer, ctypes.c_void_p(record.ctypes.data))
+    return record
+
+
+def told(record):
+    return {field: int(record[field]) for field in READ} | {"flags": int(record["flags"]) & ~abi.Flag.VLAN}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_case_wherever_its_bytes_are(module, name):
+    case = CASES[name]
+    for linear in np.repeat(SPLITS, 2).tolist():  # read, and recognised
+        record = read(module, case.frame, linear)
+        fields = {field: int(value) for field, value in case.fields.items()}
+        assert {field: int(record[field]) for field in fields} == fields
+        assert f"{record['packet_key']:016x}" == f"{case.key:016x}"
+
+
+def variants(seed):
+    """Frames that are cut and changed, each one followed by the frame that it was made of."""
+    random = np.random.default_rng(seed)
+    for case in CASES.values():
+        frame = case.frame[:260]
+        for length in range(14, len(frame), 5):
+            yield frame[:length]
+        for bytes_changed in (1, 1, 1, 1, 1, 1, 2, 3):
+            other = np.frombuffer(frame, np.uint8).copy()
+            other[random.integers(12, len(other), bytes_changed)] ^= np.uint8(1 << random.integers(0, 8))
+            yield other.tobytes()
+            yield frame
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cut_and_changed_packets_in_buffers_that_are_used_again(module, seed):
+    random = np.random.default_rng(seed)
+    frames = list(variants(seed))
+    captured = read_of_captures(frames)
+    for at, frame in enumerate(frames):
+        expected = {field: int(getattr(captured, field)[at]) for field in (*READ, "flags")}
+        for _ in range(2):
+            linear, buffer = int(random.choice(SPLITS)), int(random.integers(0, 4))
+            assert told(read(module, frame, linear, buffer)) == expected, (frame.hex(), linear)
