@@ -35,6 +35,7 @@ CPU = 1
 KERNEL = "6.12"
 """Of the virtual machine."""
 SEED = 20
+GUEST = ("tests.benchmark.kmod", "rounds.json")
 
 CLIENT = """
 import os, socket, statistics, sys, time
@@ -59,7 +60,7 @@ print(statistics.median(times[int(sys.argv[3]):]))
 """Sends that many echo requests to an address, and prints the median round trip in ns, of all but the first ones."""
 
 
-class _Ftrace:
+class Ftrace:
     """The same events by ftrace, into rings that hold a round."""
 
     def __enter__(self) -> Self:
@@ -76,8 +77,8 @@ class _Ftrace:
         self._instance.remove()
 
 
-class _Module:
-    """The module, every packet at every hook."""
+class Module:
+    """The module, every packet at every hook; afterwards what it wrote and what that cost by its own count."""
 
     records = 0
     timed = 0
@@ -95,9 +96,9 @@ class _Module:
         self._session.close()
         if stats["lost"].any():
             raise RuntimeError("the ring is too small for a round")
-        _Module.records += int(stats["written"].sum())
-        _Module.timed += int(cost["timed"].sum() - self._before["timed"].sum())
-        _Module.timed_ns += int(cost["timed_ns"].sum() - self._before["timed_ns"].sum())
+        self.records = int(stats["written"].sum())
+        self.timed = int(cost["timed"].sum() - self._before["timed"].sum())
+        self.timed_ns = int(cost["timed_ns"].sum() - self._before["timed_ns"].sum())
 
 
 def round_trip_ns(lab: Lab, count: int) -> float:
@@ -112,13 +113,14 @@ def round_trip_ns(lab: Lab, count: int) -> float:
 
 def rounds() -> dict[str, Any]:
     """Median round trip of each round, ns, by what observed; the module's own count of its cost."""
-    kinds: dict[str, type[_Ftrace | _Module | nullcontext[None]]] = {
+    kinds: dict[str, type[Ftrace | Module | nullcontext[None]]] = {
         "none": nullcontext,
-        "ftrace": _Ftrace,
-        "module": _Module,
+        "ftrace": Ftrace,
+        "module": Module,
     }
     order = random.Random(SEED)
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    records, timed, own_ns = 0, 0, 0
     with running(Spec(name="rounds")) as lab:
         round_trip_ns(lab, 100)
         for _ in range(ROUNDS):
@@ -126,23 +128,28 @@ def rounds() -> dict[str, Any]:
                 observed: AbstractContextManager[Any] = kinds[kind]()
                 with observed:
                     found[kind].append(round_trip_ns(lab, PINGS))
+                if isinstance(observed, Module):
+                    records += observed.records
+                    timed += observed.timed
+                    own_ns += observed.timed_ns
     return {
         "rtt_ns": found,
         "kernel": platform.release(),
-        "records_per_ping": _Module.records / ROUNDS / (WARM_UP + PINGS),
-        "own_ns": _Module.timed_ns / _Module.timed,
+        "records_per_ping": records / ROUNDS / (WARM_UP + PINGS),
+        "own_ns": own_ns / timed,
     }
 
 
-def _in_guest(*, counted: bool) -> dict[str, Any]:
-    kernel = kernels.fetch(KERNEL)
+def in_guest(module: str, result: str, release: str = KERNEL, *, counted: bool) -> dict[str, Any]:
+    """What `python -m module` writes to a file `result`, in a virtual machine; `counted`: a ns is an instruction."""
+    kernel = kernels.fetch(release)
     built = build.build(kernel)
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as place:
-        script = f"insmod {built.module} && exec {sys.executable} -m tests.benchmark.kmod"
+        script = f"insmod {built.module} && exec {sys.executable} -m {module}"
         done = vm.boot(kernel, ["sh", "-c", script], cwd=ROOT, timeout_s=900, results=Path(place), counted=counted)
         if not done.good:
             raise RuntimeError(done.report())
-        found: dict[str, Any] = json.loads((Path(place) / "rounds.json").read_text())
+        found: dict[str, Any] = json.loads((Path(place) / result).read_text())
         return found
 
 
@@ -155,9 +162,9 @@ def versus_ftrace() -> list[dict[str, Any]]:
     if (why := vm.missing()) is not None:
         raise Unavailable("kmod", why, "./dev test-kernel installs it")
     return [
-        *_figures("kmod", "ns", "emulated", _in_guest(counted=False)),
+        *_figures("kmod", "ns", "emulated", in_guest(*GUEST, counted=False)),
         # The emulator's clock counts instructions: no noise, and what they would take on a processor is left out.
-        *_figures("kmod_counted", "instructions", "emulated", _in_guest(counted=True)),
+        *_figures("kmod_counted", "instructions", "emulated", in_guest(*GUEST, counted=True)),
     ]
 
 
