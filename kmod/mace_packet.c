@@ -68,6 +68,7 @@ static const siphash_key_t mace_content_key = { { 0x4d41434520706b74ULL, 0x6b657
 static siphash_key_t mace_skb_key __read_mostly;
 
 DEFINE_PER_CPU(struct mace_data *, mace_data);
+DEFINE_PER_CPU(struct mace_packet *, mace_last_packet);
 static DEFINE_PER_CPU(u64[MACE_PAYLOAD_BYTES / sizeof(u64)], mace_peeked);
 
 /* --- bytes ------------------------------------------------------------------------ */
@@ -277,20 +278,21 @@ static __always_inline void mace_read_icmp(struct mace_reader *reader, int offse
 					   struct mace_headers *headers)
 {
 	bool echo;
-	u16 head;
+	u64 head;
 	u8 type;
 
 	if (!mace_has(reader, offset, sizeof(struct icmphdr)))
 		return;
-	head = mace_take(reader, offset, 2);
-	type = head >> 8;
+	/* Neither checksum nor identifier. */
+	head = mace_take_bits(reader, offset, 0xffff00000000ffffULL);
+	type = head >> 56;
 	echo = version == 4 ? type == ICMP_ECHO || type == ICMP_ECHOREPLY :
 			      type == 128 || type == 129; /* RFC 4443, section 4 */
-	headers->first |= (u64)type << 40 | (u64)(head & 0xff) << 32;
+	headers->first |= head >> 48 << 32;
 	if (echo) {
 		headers->flags |= MACE_FLAG_FLOW;
 		headers->ports = offset + offsetof(struct icmphdr, un.echo.id);
-		headers->second = mace_take(reader, offset + 6, 2);
+		headers->second = head & 0xffff;
 	}
 	mace_has_payload(headers, offset + sizeof(struct icmphdr), echo ? MACE_PAYLOAD_BYTES : 8);
 }
@@ -664,18 +666,22 @@ noinline void mace_identify(struct mace_data *data, const struct sk_buff *skb)
 	data->skb_id = identified->skb_id;
 }
 
-/* Whichever packet it is: the one that was in this data last, the one before, or another. */
+/* The packet that was in this data last, or the one before, or the last one in any, or another. */
 static __always_inline struct mace_packet *
 mace_read(struct mace_data *data, const struct sk_buff *skb, int offset, __be16 protocol)
 {
 	struct mace_packet *latest = data->latest, *packet = latest;
+	const struct mace_packet *last = this_cpu_read(mace_last_packet);
 
 	if (!mace_is_same(packet, skb, offset, protocol)) {
 		packet = latest == data->packets ? data->packets + 1 : data->packets;
 		data->latest = packet;
 		if (!mace_is_same(packet, skb, offset, protocol)) {
-			mace_read_anew(packet, latest, skb, offset, protocol);
-			return packet;
+			if (!mace_is_same(last, skb, offset, protocol)) {
+				mace_read_anew(packet, latest, skb, offset, protocol);
+				return packet;
+			}
+			*packet = *last;
 		}
 	}
 	mace_read_ports(packet, skb, offset);
@@ -781,6 +787,7 @@ int __init mace_packet_init(void)
 			return -ENOMEM;
 		}
 		per_cpu(mace_data, cpu) = data;
+		per_cpu(mace_last_packet, cpu) = data->packets;
 		for (i = 0; i < 1 << MACE_DATA_BITS; i++) {
 			data[i].latest = data[i].packets;
 			data[i].packets[0].protocol = MACE_PROTOCOL_NONE;

@@ -16,11 +16,11 @@ import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from collector import tracefs
 from mace.errors import Unavailable
-from mace.hooks import HOOKS
+from mace.hooks import HOOKS, Hook
 from mace.lab import Lab, Spec, running
 from tests.benchmark.figures import ROOT, figure
 from tests.kernel import build, kernels, vm
@@ -83,6 +83,8 @@ class Module:
     records = 0
     timed = 0
     timed_ns = 0
+    by_hook: ClassVar[dict[str, tuple[int, int]]] = {}
+    """Calls, and ns of each that was timed."""
 
     def __enter__(self) -> Self:
         self._session = Session().setup(subbufs=256, watermark=256, flush_ms=10_000)
@@ -99,6 +101,12 @@ class Module:
         self.records = int(stats["written"].sum())
         self.timed = int(cost["timed"].sum() - self._before["timed"].sum())
         self.timed_ns = int(cost["timed_ns"].sum() - self._before["timed_ns"].sum())
+        of_hook = {name: cost[name] - self._before[name] for name in ("calls", "timed", "timed_ns")}
+        self.by_hook = {
+            Hook(hook).name: (int(of_hook["calls"][hook]), round(float(of_hook["timed_ns"][hook] / timed)))
+            for hook, timed in enumerate(of_hook["timed"])
+            if timed
+        }
 
 
 def round_trip_ns(lab: Lab, count: int) -> float:

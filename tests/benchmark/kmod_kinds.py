@@ -185,6 +185,7 @@ def measured() -> dict[str, dict[str, float]]:
             kind.before(lab)
             times = {}
             records = own = 0.0
+            by_hook = {}
             for name, observer in observers.items():
                 observing: AbstractContextManager[Any] = observer()
                 with observing:
@@ -192,13 +193,14 @@ def measured() -> dict[str, dict[str, float]]:
                 if isinstance(observing, Module):
                     records = observing.records / (WARM_UP + kind.exchanges)
                     own = observing.timed_ns / observing.timed
+                    by_hook = observing.by_hook
             found[kind.name] = {
                 "ftrace": (times["ftrace"] - times["none"]) / records,
                 "module": (times["module"] - times["none"]) / records,
                 "own": own,
                 "records": records,
             }
-            print(kind.name, found[kind.name], flush=True)
+            print(kind.name, found[kind.name], by_hook, flush=True)
     return found
 
 

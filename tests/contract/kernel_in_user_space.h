@@ -55,6 +55,7 @@ typedef uint64_t u64;
 #define DEFINE_PER_CPU(type, name) __typeof__(type) name
 #define this_cpu_ptr(variable) (variable)
 #define this_cpu_read(variable) (variable)
+#define this_cpu_write(variable, value) ((variable) = (value))
 #define per_cpu(variable, cpu) (variable)
 #define for_each_possible_cpu(cpu) for (cpu = 0; cpu < 1; cpu++)
 #define cpu_to_node(cpu) 0
