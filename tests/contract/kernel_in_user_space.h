@@ -29,8 +29,8 @@ typedef uint64_t u64;
 #define likely(condition) __builtin_expect(!!(condition), 1)
 #define unlikely(condition) __builtin_expect(!!(condition), 0)
 #define IS_ENABLED(option) 0
-#define LINUX_VERSION_CODE 0x7f0000
-#define KERNEL_VERSION(major, minor, patch) (((major) << 16) + ((minor) << 8) + (patch))
+/* Of mace_compat.h: what else it has for kernels without is not used here. */
+#define MACE_HAVE_VM_FLAGS_MOD
 #define BIT_ULL(n) (1ULL << (n))
 #define min(a, b) ((a) < (b) ? (a) : (b))
 #define max(a, b) ((a) > (b) ? (a) : (b))
