@@ -281,6 +281,7 @@ class Engine:
             grades=grades,
             settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
             present=self._present,
+            several_devices=self._grades["ambiguous"],
         )
 
     def _oldest_open(self, upto_ns: int) -> int:

@@ -339,6 +339,8 @@ class Results:
     """All packets whose first record is before this time have been given out."""
     present: tuple[Device, ...] | None = field(default=None, compare=False)
     """The devices that there are now, as the source last listed them; None if it has not."""
+    several_devices: int = field(default=0, compare=False)
+    """Of `grades.ambiguous` the packets that several devices fit; the others fit several packets of one content."""
     gaps_utc_ns: tuple[tuple[int, int], ...] = ()
     """Stretches of time, (start, end), in which some CPU's ring lost records; those told of since the last results."""
 

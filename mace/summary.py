@@ -33,6 +33,7 @@ INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
 on them and goes round again (`another_round` in __netif_receive_skb_core), behind `netif_receive_skb`."""
 _MANY_SENT: Final = 100
 """Packets out of a device for each one in, ARP among them, that are worth a word."""
+_NAMES_SHOWN: Final = 5
 COUNTS_AS: Final = {
     Segment.DEVICE: "overhead",
     Segment.OUTSIDE: "outside",
@@ -176,6 +177,13 @@ def path_order(key: Key) -> tuple[Any, ...]:
     )
 
 
+def imitated(devices: Sequence[Device]) -> tuple[str, ...]:
+    """Names of the host's devices that devices of other namespaces have as well; loopback, which all have, left out."""
+    of_host = {d.name for d in devices if d.role in (Role.HOST, Role.OUTER)}
+    of_others = {d.name for d in devices if d.role not in (Role.HOST, Role.OUTER)}
+    return tuple(sorted((of_host & of_others) - {"lo"}))
+
+
 @dataclass(slots=True)
 class Summary:
     """What a run came to. Feed it with `add` (live) or by key (stored); read it as a dict or as tables."""
@@ -190,6 +198,10 @@ class Summary:
     """What observing has cost, per hook; empty where the source could not tell."""
     note: str = ""
     """What a reader must know of where the figures come from."""
+    several_devices: int = 0
+    """Of the ambiguous packets those that several devices fit; 0 in a summary of a store, which does not keep it."""
+    imitated: tuple[str, ...] = ()
+    """Names of the host's devices that devices of other namespaces have as well, where packets fit several devices."""
     on_host_network: tuple[str, ...] = ()
     """Containers that share the host's network namespace, and so have no devices of their own."""
     sinks: dict[str, Account] = field(default_factory=dict)
@@ -201,7 +213,9 @@ class Summary:
     def add(self, results: Results) -> None:
         """Take in what the correlator says next. Windows of several widths count each delay once per width."""
         self.ledger, self.packets, self.cost = results.ledger, results.packets, results.cost
-        self.grades = results.grades
+        self.grades, self.several_devices = results.grades, results.several_devices
+        if results.several_devices and results.present is not None:
+            self.imitated = imitated(results.present)
         if results.devices != self._devices:
             self._devices = results.devices
             self._places = [Place.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
@@ -229,6 +243,8 @@ class Summary:
         self.ledger += other.ledger
         self.packets += other.packets
         self.grades += other.grades
+        self.several_devices += other.several_devices
+        self.imitated = tuple(sorted({*self.imitated, *other.imitated}))
         self.rows_not_stored += other.rows_not_stored
         self.cost = added(self.cost, other.cost)
         self.on_host_network = tuple(sorted({*self.on_host_network, *other.on_host_network}))
@@ -273,9 +289,10 @@ class Summary:
         container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored`, `unseen` (sentences), `on_host_network` (names of containers), `note`, `cost` (per hook:
-        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `mace.vitals.Account`) appear
-        where there is something to say.
+        `rows_not_stored`, `unseen` (sentences), `several_devices` (of the ambiguous packets those that several devices
+        fit) with `imitated` (names of the host's devices that others have too), `on_host_network` (names of
+        containers), `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the
+        counts of `mace.vitals.Account`) appear where there is something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -290,6 +307,8 @@ class Summary:
             found["rows_not_stored"] = self.rows_not_stored
         if unseen := self.unseen():
             found["unseen"] = unseen
+        if self.several_devices:
+            found |= {"several_devices": self.several_devices, "imitated": list(self.imitated)}
         if self.on_host_network:
             found["on_host_network"] = list(self.on_host_network)
         if self.cost:
@@ -357,13 +376,34 @@ class Summary:
         line = f"packets {self.packets:,} · {self.ledger.line()}"
         style = "bold red" if self.losses() else "dim"
         sinks = [f"{name}: {account.line()}" for name, account in self.sinks.items()]
-        lines = (line, self.grades.line(), self._cost_line(), *sinks, self._sharing_line(), self.note)
+        lines = (
+            line,
+            self.grades.line(),
+            self._ambiguous_line(),
+            self._cost_line(),
+            *sinks,
+            self._sharing_line(),
+            self.note,
+        )
         return Text("\n".join(printable(t) for t in lines if t), style=style)
 
     def _cost_line(self) -> str:
         told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)
         line = " · ".join(told)
         return f"own cost: {line}" if line else ""
+
+    def _ambiguous_line(self) -> str:
+        if not self.several_devices:
+            return ""
+        copies = self.grades.ambiguous - self.several_devices
+        line = f"ambiguous: {self.several_devices:,} packets fit several devices, {copies:,} fit several packets"
+        if not self.imitated:
+            return line
+        some = ", ".join(self.imitated[:_NAMES_SHOWN]) + (", ..." if len(self.imitated) > _NAMES_SHOWN else "")
+        return (
+            f"{line}; devices of other namespaces have the names of the host's {some}, and whoever may make a namespace"
+            " can give them: a source that tells devices by number (the kernel module) is not misled"
+        )
 
     def _sharing_line(self) -> str:
         names = ", ".join(self.on_host_network)

@@ -64,6 +64,7 @@ def test_without_keys_the_buffer_alone_holds():
 def test_a_name_that_could_be_several_devices_is_counted_as_ambiguous():
     _, last = correlate(of("Q:eth0 X:eth0", key=A), devices=DEVICES)
     assert (last.grades.ambiguous, last.grades.packets, last.ledger.ambiguous) == (1, 0, 2)
+    assert last.several_devices == 1
 
 
 def test_a_buffer_that_is_freed_unseen_and_used_again_on_a_path_that_could_be():

@@ -1,10 +1,13 @@
 """The rules of the essay in correlator/identity.py, one example each."""
 
+from dataclasses import replace
+
 import pytest
 
 from correlator.engine import Engine, EngineConfig
 from mace.schema import Delays, Direction, Outcome, Segment
-from mace.topology import Device
+from mace.summary import Summary
+from mace.topology import Device, Role
 from tests.traffic import ACROSS, C1, CODE, DEVICES, HOST, REPLY, REQUEST, Tape, topology
 
 TIMEOUT_NS = 10_000
@@ -240,3 +243,26 @@ def test_an_inode_that_was_given_out_again_is_another_namespaces():
     assert {row[0] for row in told(rows, last)} <= {""}
     assert place.candidates(sightings[1]) == ()
     assert [d.container for d in place.candidates(sightings[2])] == ["c2"]
+
+
+def test_a_namespace_that_imitates_the_hosts_devices_costs_rows_and_is_told():
+    """Any user may make one: a bridge and a veth pair of the same names, plugged together in the same way."""
+    of_host = [replace(d, role=Role.HOST if d.netns == HOST else d.role) for d in DEVICES]
+    twins = [replace(d, netns=d.netns + 1_000, peer_netns=d.peer_netns and d.peer_netns + 1_000) for d in DEVICES]
+    plain = [replace(d, container="") for d in twins]
+    tape = Tape()
+    tape.packet(REQUEST, 1_000)
+    rows, last = correlate(tape, replace(topology(), devices=(*of_host, *plain)), tape.batch())
+    assert (len(rows), last.grades.ambiguous, last.several_devices) == (0, 1, 1)
+    summary = Summary()
+    summary.add(last)
+    assert "br0" in summary.imitated
+    assert summary.as_dict()["several_devices"] == 1
+    line = str(summary.ledger_line())
+    assert "1 packets fit several devices, 0 fit several packets" in line
+    assert "br0" in line
+    summary = Summary()
+    rows, last = correlate(tape)
+    summary.add(last)
+    assert "several_devices" not in summary.as_dict()
+    assert "fit several" not in str(summary.ledger_line())

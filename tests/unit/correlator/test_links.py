@@ -95,6 +95,7 @@ def test_two_that_could_have_come_are_not_guessed_between():
     tape.packet(ON, 2_000, skb=3, key=7)
     _, last = correlate(tape)
     assert (last.grades.content, last.grades.ambiguous) == (0, 2)
+    assert last.several_devices == 0
 
 
 @pytest.mark.parametrize(
