@@ -248,7 +248,8 @@ def load(path: Path | str | None) -> Config:
         return Config()
     try:
         with Path(path).open("rb") as file:
-            return _tables(str(path), "", Config, tomllib.load(file))
+            text = file.read().decode().removeprefix("\ufeff")
+        return _tables(str(path), "", Config, tomllib.loads(text))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:

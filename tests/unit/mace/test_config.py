@@ -130,3 +130,10 @@ def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, raw):
         config.load(path)
     except ConfigError as error:
         assert str(path) in str(error)  # noqa: PT017 (most files are none, some are)
+
+
+def test_a_byte_order_mark_before_the_text_is_no_part_of_it(tmp_path):
+    """As some editors write it."""
+    path = tmp_path / "mace.toml"
+    path.write_bytes(b"\xef\xbb\xbf[run]\r\nhost = 'h1'\r\n")
+    assert config.load(path).run.host == "h1"
