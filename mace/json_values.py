@@ -66,7 +66,13 @@ def _instants(numbers: npt.NDArray[np.int64], unit: str, last: int, zone: str) -
     texts = np.datetime_as_string(np.where(endless, 0, numbers).astype(f"datetime64[{unit}]")).tolist()
     for i in np.flatnonzero(endless).tolist():
         texts[i] = "infinity" if numbers[i] > 0 else "-infinity"
-    return [text if text.endswith("infinity") else text + zone for text in texts]
+    return [text if text.endswith("infinity") else _four_digits(text) + zone for text in texts]
+
+
+def _four_digits(text: str) -> str:
+    """A time whose year has the four digits of ISO 8601: numpy counts the sign as one of them, `-043`."""
+    year, dash, rest = text[1:].partition("-")
+    return f"-{year:0>4}{dash}{rest}" if text.startswith("-") else text
 
 
 def _timestamps(values: pa.Array) -> list[Any]:
