@@ -61,7 +61,7 @@ def check_schema(root: Path) -> bool:
         version = json.loads(text)["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise StoreError(f"{path}: not a description of a MACE store: {text[:80]!r}") from e
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise StoreError(
             f"{path}: the store has schema version {version}, this MACE knows 1 to {SCHEMA_VERSION};"
             " upgrade MACE, or name another directory"

@@ -181,6 +181,7 @@ def test_the_same_run_is_not_stored_twice(tmp_path):
     [
         (json.dumps({"schema": 99}), r"version 99.*knows 1 to 1.*upgrade"),
         (json.dumps({"schema": "1"}), "version 1"),
+        (json.dumps({"schema": True}), "version True"),
         ("{", "not a description"),
         ("[]", "not a description"),
         ("{}", "not a description"),
