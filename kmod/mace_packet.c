@@ -88,6 +88,7 @@ static DEFINE_PER_CPU(u64[MACE_PAYLOAD_BYTES / sizeof(u64)], mace_peeked);
  * @noted_bytes: how many from @at on that is
  * @reads: of @packet
  * @payload: of @packet
+ * @payload_bytes: likewise
  */
 struct mace_reader {
 	const struct sk_buff *skb;
@@ -100,7 +101,24 @@ struct mace_reader {
 	int noted_bytes;
 	unsigned int reads;
 	int payload;
+	int payload_bytes;
 };
+
+/* A copy of @len bytes, whose place is @from where that is known, with zeros behind it. */
+static noinline const void *mace_copy(const struct sk_buff *skb, int offset, const u8 *from,
+				      int len)
+{
+	u64 *copy = (u64 *)this_cpu_ptr(mace_peeked);
+	int i;
+
+	copy[0] = 0;
+	copy[1] = 0;
+	if (!from)
+		return skb_copy_bits(skb, offset, copy, len) ? NULL : copy;
+	for (i = 0; i < len; i++)
+		((u8 *)copy)[i] = from[i];
+	return copy;
+}
 
 /**
  * mace_peek_elsewhere() - bytes that are not all in the linear part
@@ -108,13 +126,12 @@ struct mace_reader {
  * @offset: of the first, from skb->data
  * @len: how many, at most MACE_PAYLOAD_BYTES
  *
- * Context: interrupts off. Return: where they are, or a copy until the next call on this CPU; NULL
- * if there are no such bytes.
+ * Context: interrupts off. Return: MACE_PAYLOAD_BYTES, with zeros behind @len: where they are, or a
+ * copy until the next call on this CPU; NULL if there are no such bytes.
  */
 noinline const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, int len)
 {
 	int beyond = offset - (int)skb_headlen(skb);
-	void *copy = this_cpu_ptr(mace_peeked);
 	const skb_frag_t *frag;
 	const u8 *start;
 
@@ -123,10 +140,14 @@ noinline const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, 
 		   skb_shinfo(skb)->nr_frags)) {
 		frag = &skb_shinfo(skb)->frags[0];
 		start = skb_frag_address_safe(frag);
-		if (likely(start && beyond + len <= (int)skb_frag_size(frag)))
-			return start + beyond;
+		if (likely(start && beyond + len <= (int)skb_frag_size(frag))) {
+			start += beyond;
+			if (likely(len == MACE_PAYLOAD_BYTES))
+				return start;
+			return mace_copy(skb, offset, start, len);
+		}
 	}
-	return skb_copy_bits(skb, offset, copy, len) ? NULL : copy;
+	return mace_copy(skb, offset, NULL, len);
 }
 
 /* Whether there are @len bytes at @offset. */
@@ -392,7 +413,8 @@ static __always_inline bool mace_read_ipv4(struct mace_reader *reader, int offse
 
 	if (!mace_has(reader, offset, sizeof(struct iphdr)))
 		return false;
-	head = mace_take(reader, offset, 8);
+	/* All but the type of service, which routers mark. */
+	head = mace_take_bits(reader, offset, 0xff00ffffffffffffULL);
 	ihl = head >> 56 & 0xf;
 	if (head >> 60 != 4 || ihl < 5)
 		return false;
@@ -426,8 +448,8 @@ static __always_inline bool mace_read_ipv6(struct mace_reader *reader, int offse
 
 	if (!mace_has(reader, offset, sizeof(struct ipv6hdr)))
 		return false;
-	/* All but the hop limit. */
-	head = mace_take_bits(reader, offset, ~0xffULL);
+	/* Neither traffic class, flow label nor hop limit. */
+	head = mace_take_bits(reader, offset, 0xf0000000ffffff00ULL);
 	if (head >> 60 != 6)
 		return false;
 	length = head >> 16;
@@ -492,8 +514,9 @@ static __always_inline void mace_take_payload(struct mace_reader *reader,
 
 	if (!offset || bytes <= 0 || !mace_has(reader, offset, bytes))
 		return;
-	if (likely(bytes == MACE_PAYLOAD_BYTES)) {
+	if (likely(bytes == MACE_PAYLOAD_BYTES) || offset + bytes > reader->in_place) {
 		reader->payload = offset;
+		reader->payload_bytes = bytes;
 		if (offset + bytes > reader->in_place)
 			payload = mace_peek_elsewhere(reader->skb, reader->offset + offset, bytes);
 		if (unlikely(!payload)) {
@@ -504,7 +527,7 @@ static __always_inline void mace_take_payload(struct mace_reader *reader,
 		words->payload2 = get_unaligned((const u64 *)(payload + 8));
 		return;
 	}
-	/* Behind a header, so that there are eight bytes that end with these. */
+	/* In place, and behind a header, so that there are eight bytes that end with these. */
 	words->payload = mace_first_bytes(mace_take(reader, offset, min(bytes, 8)), min(bytes, 8));
 	if (bytes > 8)
 		words->payload2 =
@@ -563,17 +586,20 @@ static u64 mace_key(const struct mace_words *words)
 	return key ? key : 1;
 }
 
-static bool mace_are_same(const struct mace_words *a, const struct mace_words *b)
+/* Whether @packet's key is the hash of @words. */
+static bool mace_has_words(const struct mace_packet *packet, const struct mace_words *words)
 {
-	return a->first == b->first && a->second == b->second && a->payload == b->payload &&
-	       a->payload2 == b->payload2;
+	return packet->words.first == words->first && packet->words.second == words->second &&
+	       packet->words.payload == words->payload &&
+	       packet->words.payload2 == words->payload2 && packet->flags & MACE_FLAG_KEY;
 }
 
 /* --- packets ---------------------------------------------------------------------- */
 
-/* @packet anew. @other was in the same data before. */
-static noinline void mace_read_anew(struct mace_packet *packet, const struct mace_packet *other,
-				    const struct sk_buff *skb, int offset, __be16 protocol)
+/* @packet anew. @latest was in the same data before, @last is that of the last hook. */
+static noinline void mace_read_anew(struct mace_packet *packet, const struct mace_packet *latest,
+				    const struct mace_packet *last, const struct sk_buff *skb,
+				    int offset, __be16 protocol)
 {
 	struct mace_reader reader = {
 		.skb = skb,
@@ -617,8 +643,10 @@ static noinline void mace_read_anew(struct mace_packet *packet, const struct mac
 	/* A packet that goes into a tunnel, or comes out of it, has the key that it had. */
 	if (!(flags & MACE_FLAG_KEY))
 		record->packet_key = 0;
-	else if (other->flags & MACE_FLAG_KEY && mace_are_same(&words, &other->words))
-		record->packet_key = other->record.packet_key;
+	else if (mace_has_words(latest, &words))
+		record->packet_key = latest->record.packet_key;
+	else if (mace_has_words(last, &words))
+		record->packet_key = last->record.packet_key;
 	else
 		record->packet_key = mace_key(&words);
 
@@ -626,6 +654,7 @@ static noinline void mace_read_anew(struct mace_packet *packet, const struct mac
 	packet->protocol = reader.noted ? (__force u16)protocol : MACE_PROTOCOL_NONE;
 	packet->in_place = reader.noted_bytes;
 	packet->payload = reader.payload;
+	packet->payload_bytes = reader.payload_bytes;
 	packet->ports = headers.ports;
 	packet->flags = flags;
 	/* mace_is_same() always compares as many. */
@@ -647,13 +676,13 @@ struct mace_identified {
 static DEFINE_PER_CPU(struct mace_identified[1 << MACE_IDENTIFIED_BITS], mace_identified);
 
 /**
- * mace_identify() - note that the data is in this buffer now
- * @data: the entry of its data
+ * mace_identify() - note that a packet is in this buffer now
+ * @packet: the packet
  * @skb: the buffer
  *
  * Context: interrupts off.
  */
-noinline void mace_identify(struct mace_data *data, const struct sk_buff *skb)
+noinline void mace_identify(struct mace_packet *packet, const struct sk_buff *skb)
 {
 	struct mace_identified *identified =
 		this_cpu_ptr(&mace_identified[hash_ptr((void *)skb, MACE_IDENTIFIED_BITS)]);
@@ -662,8 +691,8 @@ noinline void mace_identify(struct mace_data *data, const struct sk_buff *skb)
 		identified->skb = skb;
 		identified->skb_id = siphash_1u64((unsigned long)skb, &mace_skb_key);
 	}
-	data->skb = skb;
-	data->skb_id = identified->skb_id;
+	packet->skb = skb;
+	packet->record.skb_id = identified->skb_id;
 }
 
 /* The packet that was in this data last, or the one before, or the last one in any, or another. */
@@ -677,8 +706,8 @@ mace_read(struct mace_data *data, const struct sk_buff *skb, int offset, __be16 
 		packet = latest == data->packets ? data->packets + 1 : data->packets;
 		data->latest = packet;
 		if (!mace_is_same(packet, skb, offset, protocol)) {
-			if (!mace_is_same(last, skb, offset, protocol)) {
-				mace_read_anew(packet, latest, skb, offset, protocol);
+			if (last == latest || !mace_is_same(last, skb, offset, protocol)) {
+				mace_read_anew(packet, latest, last, skb, offset, protocol);
 				return packet;
 			}
 			*packet = *last;
@@ -735,7 +764,7 @@ struct mace_record *mace_packet_read_other(const struct sk_buff *skb, int l3_off
 	if (unlikely(eth_type_vlan(protocol)))
 		l3_offset = mace_find_vlan(skb, l3_offset, &protocol, &tci);
 	packet = mace_read(data, skb, l3_offset, protocol);
-	record = mace_record_of(data, packet, skb);
+	record = mace_record_of(packet, skb);
 	record->l3_len = max_t(int, (int)skb->len - l3_offset, 0);
 	record->vlan = tci < 0 ? 0 : tci;
 	if (tci >= 0)
@@ -763,10 +792,11 @@ struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 		packet->protocol = MACE_PROTOCOL_NONE;
 		packet->flags = 0;
 		packet->record = (struct mace_record){};
+		packet->skb = NULL;
 	}
 	packet->record.l3_len = 0;
 	packet->record.vlan = 0;
-	return mace_record_of(data, packet, skb);
+	return mace_record_of(packet, skb);
 }
 
 int __init mace_packet_init(void)

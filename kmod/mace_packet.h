@@ -29,8 +29,8 @@ extern unsigned int mace_geneve_port_count;
 #define MACE_READS_MAX 12
 /* As many are always compared: an echo or a datagram over IPv4 have no more. */
 #define MACE_READS_MIN 3
-/* A poll of NAPI takes 64 packets: with twice as many entries one in eleven shares its with two. */
-#define MACE_DATA_BITS 7
+/* NAPI polls 64 packets: with four times as many entries one in 38 shares its with two. */
+#define MACE_DATA_BITS 8
 /* No protocol: nothing was read. */
 #define MACE_PROTOCOL_NONE 0x10000
 
@@ -58,12 +58,14 @@ struct mace_words {
  * place of reading and hashing. Addresses, checksums and TTL were not read, so NAT and routing
  * make no difference; ports and identifiers are read each time.
  *
- * @record: what the bytes say, and skb_id, the buffer's; all other fields are a probe's
+ * @record: what the bytes say, and skb_id, that of @skb; all other fields are a probe's
+ * @skb: the buffer that it was in last
  * @words: what the record's packet_key is the hash of
  * @protocol: of the network layer, in network byte order; or MACE_PROTOCOL_NONE
  * @in_place: bytes from the network layer's header on, in which all reads are
  * @reads: how many there are
- * @payload: offset of @words' payload, if that is MACE_PAYLOAD_BYTES long; or 0
+ * @payload: offset of @words' payload, if that is MACE_PAYLOAD_BYTES long or was not in place; or 0
+ * @payload_bytes: how long it is
  * @ports: offset of l4_src and l4_dst, or 0
  * @flags: what the bytes decide of mace_record.flags
  * @offset: of each read: the place of eight bytes, from the network layer's header on
@@ -72,6 +74,7 @@ struct mace_words {
  */
 struct mace_packet {
 	struct mace_record record;
+	const struct sk_buff *skb;
 	struct mace_words words;
 	u32 protocol;
 	u16 in_place;
@@ -79,6 +82,7 @@ struct mace_packet {
 	u16 payload;
 	u16 ports;
 	u8 flags;
+	u8 payload_bytes;
 	u16 offset[MACE_READS_MAX];
 	u64 value[MACE_READS_MAX];
 	u64 mask[MACE_READS_MAX];
@@ -88,14 +92,10 @@ struct mace_packet {
  * struct mace_data - what was read in the data of a kernel buffer, which clones share
  *
  * @latest: which of @packets was there at the last hook
- * @skb: the buffer that it was in
- * @skb_id: that one's
  * @packets: two, because a packet goes into tunnels and comes out again
  */
 struct mace_data {
 	struct mace_packet *latest;
-	const struct sk_buff *skb;
-	u64 skb_id;
 	struct mace_packet packets[2];
 };
 
@@ -109,16 +109,15 @@ static __always_inline struct mace_data *mace_data_of(const struct sk_buff *skb)
 	return this_cpu_read(mace_data) + hash_ptr(skb->head, MACE_DATA_BITS);
 }
 
-void mace_identify(struct mace_data *data, const struct sk_buff *skb);
+void mace_identify(struct mace_packet *packet, const struct sk_buff *skb);
 
 /* The record of @packet, which is in @skb. */
-static __always_inline struct mace_record *
-mace_record_of(struct mace_data *data, struct mace_packet *packet, const struct sk_buff *skb)
+static __always_inline struct mace_record *mace_record_of(struct mace_packet *packet,
+							  const struct sk_buff *skb)
 {
-	if (unlikely(data->skb != skb))
-		mace_identify(data, skb);
+	if (unlikely(packet->skb != skb))
+		mace_identify(packet, skb);
 	this_cpu_write(mace_last_packet, packet);
-	packet->record.skb_id = data->skb_id;
 	packet->record.flags = packet->flags;
 	return &packet->record;
 }
@@ -151,7 +150,7 @@ static __always_inline bool mace_is_same(const struct mace_packet *packet,
 	if (packet->payload) {
 		if (packet->payload + MACE_PAYLOAD_BYTES > in_place) {
 			payload = mace_peek_elsewhere(skb, offset + packet->payload,
-						      MACE_PAYLOAD_BYTES);
+						      packet->payload_bytes);
 			if (!payload)
 				return false;
 		}
@@ -198,7 +197,7 @@ static __always_inline struct mace_record *mace_packet_read_device(const struct 
 	mace_read_ports(packet, skb, l3_offset);
 	packet->record.l3_len = skb->len - l3_offset;
 	packet->record.vlan = 0;
-	return mace_record_of(data, packet, skb);
+	return mace_record_of(packet, skb);
 }
 
 /**
@@ -224,7 +223,7 @@ static __always_inline struct mace_record *mace_packet_read_any(const struct sk_
 	mace_read_ports(packet, skb, offset);
 	packet->record.l3_len = 0;
 	packet->record.vlan = 0;
-	return mace_record_of(data, packet, skb);
+	return mace_record_of(packet, skb);
 }
 
 #endif

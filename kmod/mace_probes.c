@@ -178,9 +178,9 @@ static noinline u32 mace_upper_index(const struct sk_buff *skb, const struct net
 	return found.ambiguous ? MACE_CONTEXT_AMBIGUOUS : found.ifindex;
 }
 
-static void mace_context_set(const struct sk_buff *skb, enum mace_hook hook,
-			     const struct net_device *dev, u64 packet_key,
-			     const struct mace_where *where)
+static __always_inline void mace_context_set(const struct sk_buff *skb, enum mace_hook hook,
+					     const struct net_device *dev, u64 packet_key,
+					     const struct mace_where *where)
 {
 	struct mace_context *context = mace_context_of(skb);
 	u64 netns = (u64)where->cookie << 32 | where->inode;

@@ -44,3 +44,23 @@ void read_frame(const u8 *frame, int len, int linear, int which, struct mace_rec
 	};
 	*record = *mace_packet_read_device(skb, ETH_HLEN);
 }
+
+/* Nothing was read before, and what is read from now on has no mark. */
+void forget(void)
+{
+	struct mace_packet *packet;
+	int i;
+
+	for (i = 0; i < 1 << MACE_DATA_BITS; i++)
+		for (packet = mace_data[i].packets; packet < mace_data[i].packets + 2; packet++) {
+			packet->protocol = MACE_PROTOCOL_NONE;
+			packet->flags = 0;
+			packet->record.drop_reason = 0;
+		}
+}
+
+/* A mark on what was read last, which reading leaves alone: who has it was recognised, not read anew. */
+void mark(void)
+{
+	mace_last_packet->record.drop_reason = 1;
+}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mace import abi
-from tests.kernel.guest.test_packets import CASES, READ, read_of_captures
+from tests.kernel.guest.test_packets import CASES, READ, ether, ipv4, ipv6, read_of_captures, tcp
 
 pytestmark = pytest.mark.needs("cc")
 HERE = Path(__file__).parent
@@ -71,6 +71,64 @@ def test_each_case_wherever_its_bytes_are(module, name):
         fields = {field: int(value) for field, value in case.fields.items()}
         assert {field: int(record[field]) for field in fields} == fields
         assert f"{record['packet_key']:016x}" == f"{case.key:016x}"
+
+
+CUT_OFF = (
+    "ip header longer than the packet",
+    "length that lies upwards",
+    "extension header cut off",
+    "vxlan with nothing inside",
+)
+"""What they are is decided by bytes that are missing, and that is not remembered."""
+
+
+def is_recognised(module, frame, then, linear=WHOLE, buffers=(0, 0)):
+    """Whether `then`, read behind `frame`, is taken for the same packet."""
+    module.forget()
+    read(module, frame, linear, buffers[0])
+    module.mark()
+    return bool(read(module, then, linear, buffers[1])["drop_reason"])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("buffers", [(0, 0), (0, 1)], ids=["in place", "moved"])
+def test_each_case_is_recognised(module, name, buffers):
+    frame = CASES[name].frame
+    assert is_recognised(module, frame, frame, buffers=buffers) is (name not in CUT_OFF)
+
+
+@pytest.mark.parametrize("bytes_of_payload", range(20))
+@pytest.mark.parametrize(("protocol", "headers"), [(0x0800, 52), (0x86DD, 72)])
+def test_a_stream_is_recognised_however_short_its_payload_in_a_page(module, protocol, headers, bytes_of_payload):
+    ip = {0x0800: ipv4, 0x86DD: ipv6}[protocol]
+    frame = ether(protocol, ip(6, tcp(b"abcdefghijklmnopqrst"[:bytes_of_payload])))
+    assert is_recognised(module, frame, frame, linear=headers)
+
+
+FORWARDED = {
+    "type of service": (15, 1),
+    "TTL": (22, 1),
+    "header checksum": (24, 2),
+    "addresses": (26, 8),
+    "source port": (34, 2),
+}
+IN_TCP = {"destination port": (36, 2), "TCP checksum": (50, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "length"),
+    [(name, *place) for name in ("tcp", "udp") for place in FORWARDED.values()]
+    + [("tcp", *place) for place in IN_TCP.values()]
+    + [("udp", 40, 2), ("ipv6 udp", 15, 3), ("ipv6 udp", 21, 1), ("ipv6 udp", 22, 32)],
+)
+def test_what_routers_and_nat_rewrite_leaves_a_packet_the_same(module, name, at, length):
+    frame = CASES[name].frame
+    then = bytearray(frame)
+    then[at : at + length] = bytes(byte ^ 0x15 for byte in frame[at : at + length])
+    assert is_recognised(module, frame, bytes(then))
+    captured = read_of_captures([bytes(then)])
+    expected = {field: int(getattr(captured, field)[0]) for field in (*READ, "flags")}
+    assert told(read(module, bytes(then))) == expected
 
 
 def variants(seed):
