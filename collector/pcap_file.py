@@ -346,7 +346,9 @@ class PcapFile:
         captured, length = self._u32(buffer, at + self._captured_at), self._u32(buffer, at + 20 - self._captured_at)
         # A whole second is a rounded time; more is none.
         per_s = 10**one.exponent
-        wrong = np.flatnonzero((captured > RECORD_MAX) | (part > per_s))
+        # Of microseconds alone: no unit is finer than the other one's, so there a strange part is a strange part.
+        other_unit = part > per_s if one.exponent == 6 else np.zeros(len(part), np.bool_)
+        wrong = np.flatnonzero((captured > RECORD_MAX) | other_unit)
         if len(wrong):
             first = int(wrong[0])
             self._refuse(

@@ -82,6 +82,8 @@ def committed_to_json(committed: Committed) -> dict[str, Any]:
         "pending": [_window_to_json(window) for window in committed.pending],
         "devices": [device_to_json(device) for device in committed.devices],
         "summary": _summary_to_json(committed.summary),
+        "several_devices": committed.summary.several_devices,
+        "imitated": committed.summary.imitated,
     }
 
 
@@ -90,6 +92,8 @@ def committed_from_json(given: dict[str, Any]) -> Committed:
     ledger, grades = Ledger(**given["ledger"]), Grades(**given["grades"])
     summary = _summary_from_json(given["summary"])
     summary.ledger, summary.grades, summary.packets = ledger, grades, grades.packets
+    summary.several_devices = int(given.get("several_devices", 0))
+    summary.imitated = tuple(map(str, given.get("imitated", ())))
     return Committed(
         parts=given["parts"],
         ended_with=given["ended_with"],

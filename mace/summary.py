@@ -289,10 +289,9 @@ class Summary:
         container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored`, `unseen` (sentences), `several_devices` (of the ambiguous packets those that several devices
-        fit) with `imitated` (names of the host's devices that others have too), `on_host_network` (names of
-        containers), `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the
-        counts of `mace.vitals.Account`) appear where there is something to say.
+        `rows_not_stored`, `unseen` (sentences), `on_host_network` (names of containers), `note`, `cost` (per hook:
+        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `mace.vitals.Account`) appear
+        where there is something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -307,8 +306,6 @@ class Summary:
             found["rows_not_stored"] = self.rows_not_stored
         if unseen := self.unseen():
             found["unseen"] = unseen
-        if self.several_devices:
-            found |= {"several_devices": self.several_devices, "imitated": list(self.imitated)}
         if self.on_host_network:
             found["on_host_network"] = list(self.on_host_network)
         if self.cost:

@@ -41,7 +41,9 @@ def test_records_before_any_topology_are_of_no_device():
 
 
 def test_a_time_that_no_clock_tells_is_refused():
-    with pytest.raises(WireError, match=r"end-of-time\.mace: a time of 9223372036854775807 ns, beyond"):
+    with pytest.raises(
+        WireError, match=r"end-of-time\.mace: at byte 315: a batch with times before 1970 or after 2116"
+    ):
         replayed(CAPTURES / "end-of-time.mace")
 
 

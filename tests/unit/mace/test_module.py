@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mace import module
+from mace import abi, module
 from mace.errors import SourceError, Unavailable
 from mace.module import Machine
 from tests.made_rings import MadeDevice
@@ -221,7 +221,12 @@ def test_status_of_what_is_loaded(made):
     made.loaded(refcnt=1)
     device = MadeDevice()
     found = module.status(made.machine, lambda: device)
-    assert (found.loaded, found.version, found.abi, found.sessions) == (True, "0.1.0", "1.0", 1)
+    assert (found.loaded, found.version, found.abi, found.sessions) == (
+        True,
+        "0.1.0",
+        f"{abi.ABI_MAJOR}.{abi.ABI_MINOR}",
+        1,
+    )
     assert found.parameters == {"max_ring_mib": "64"}
     assert found.as_dict()["cost"] == [
         {"hook": "netif_rx", "calls": 100, "timed": 25, "timed_ns": 1000, "ns_per_call": 40.0}
