@@ -33,6 +33,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "visibility": (*LAB, "influxd"),
     "live_soak": LAB,
     "kmod_vs_ftrace": QEMU,
+    "kmod_kinds": QEMU,
     "perfetto_read": (),
     "perfetto_write": (),
     "sizing": ("influxd",),
