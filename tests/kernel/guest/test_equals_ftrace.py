@@ -288,11 +288,11 @@ def test_no_address_of_the_kernel_leaves_it(both: Both) -> None:
     high = both.module["skb_id"] >> np.uint64(48)
     assert (high == 0xFFFF).mean() < 0.01
     assert not np.isin(both.module["skb_id"], both.ftrace.skb_id).any()
-    # Buffers are 64 bytes apart at least and lie in one part of the address space: of an address that was shifted, or
-    # mixed with a constant by any addition or exclusive or, some bits would be the same in all.
+    # Buffers are 64 bytes apart at least and lie in one GiB, the guest's memory: of an address that was shifted, or
+    # mixed with a constant by addition or exclusive or, 24 bits differ, or 25. Of five hashes some 60 do.
     ids = np.unique(both.module["skb_id"])
-    assert len(ids) > 60
-    assert np.bitwise_or.reduce(ids ^ ids[0]) == np.iinfo(np.uint64).max
+    assert len(ids) >= 5
+    assert int(np.bitwise_or.reduce(ids ^ ids[0])).bit_count() > 40
     assert not (both.module["pad"] != 0).any()
 
 
