@@ -642,9 +642,9 @@ def _groups(values: Ints) -> Iterator[tuple[int, Ints]]:
     """Each value, and where it is, in order."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
-    begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
-    for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(ordered)], strict=True):
-        yield int(ordered[begin]), order[begin:end]
+    for of in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
+        if len(of):
+            yield int(values[of[0]]), of
 
 
 def _beginning(head: bytes) -> str:

@@ -260,6 +260,12 @@ def test_damaged_captures(pair, content, why):
         engine_results(source)
 
 
+def test_the_first_packet_is_the_damaged_one(pair):
+    source = pair(pcapng([Frame(T, FRAME)], interfaces=0), pcap([Frame(T, FRAME)]), salvage=True)
+    assert not any(overheads([one]) for one in engine_results(source)[1])
+    assert any("a packet of interface 0" in line for line in source.warnings)
+
+
 @pytest.mark.parametrize("write", [pcap, pcapng])
 def test_the_good_part_of_a_damaged_capture(pair, write):
     inner, outer, truth = traffic(300)
