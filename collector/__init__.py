@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from collector import ftrace_source, kmod_source
-from collector.ftrace_source import DeviceFollower
-from mace.config import CaptureConfig
-from mace.interfaces import Source, Status
+from collector.ftrace import source as ftrace_source
+from collector.ftrace.source import DeviceFollower
+from collector.kmod import source as kmod_source
+from contracts.config import CaptureConfig
+from contracts.interfaces import Source, Status
 
 
 @dataclass(frozen=True, slots=True)

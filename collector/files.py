@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from collector import (
-    capture_source,
-    pcap_file,
-    pcap_source,
-    perfetto_source,
-    perfetto_wire,
-    text_source,
-    tracecmd_source,
-)
-from collector.file_options import Description, FileOptions, FileSource
-from mace import wire
-from mace.errors import CaptureError, Unavailable
-from mace.interfaces import StreamHeader
+from collector.capture import source as capture_source
+from collector.pcap import file as pcap_file
+from collector.pcap import source as pcap_source
+from collector.perfetto import source as perfetto_source
+from collector.perfetto import wire as perfetto_wire
+from collector.reading.options import Description, FileOptions, FileSource
+from collector.text import source as text_source
+from collector.tracecmd import source as tracecmd_source
+from contracts import wire
+from contracts.errors import CaptureError, Unavailable
+from contracts.interfaces import StreamHeader
 
 __all__ = [
     "BY_NAME",

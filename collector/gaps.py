@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mace.hooks import Hook
-from mace.records import DTYPES, Batch
+from contracts.hooks import Hook
+from contracts.records import DTYPES, Batch
 
 
 def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:

@@ -14,12 +14,12 @@ from typing import Final
 
 import numpy as np
 
-from collector.capture_source import Capture
-from collector.ftrace_pages import Sightings
-from mace.clock import ClockPair
-from mace.interfaces import StreamHeader
-from mace.records import Batch
-from mace.topology import Device, Topology
+from collector.capture.source import Capture
+from collector.pages.decoding import Sightings
+from contracts.clock import ClockPair
+from contracts.interfaces import StreamHeader
+from contracts.records import Batch
+from contracts.topology import Device, Topology
 
 NAMES_ONLY: Final = (
     "it only names devices, so whose they are and what is plugged into what is not known: give a capture of the same "

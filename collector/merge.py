@@ -19,8 +19,8 @@ from dataclasses import replace
 import numpy as np
 
 from collector.watermark import Watermark
-from mace.hooks import Hook
-from mace.records import Batch
+from contracts.hooks import Hook
+from contracts.records import Batch
 
 
 class Merger(Watermark):

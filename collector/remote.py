@@ -12,13 +12,13 @@ from enum import Enum
 from itertools import chain
 from typing import Final
 
-from mace.errors import WireError
-from mace.hooks import Hook
-from mace.interfaces import Progress, StreamHeader, StreamItem
-from mace.records import Batch
-from mace.timerange import LATEST_UTC_NS, check_times
-from mace.topology import Topology
-from mace.wire import Decoded, Decoder, End, Head, Message, parse_head
+from contracts.errors import WireError
+from contracts.hooks import Hook
+from contracts.interfaces import Progress, StreamHeader, StreamItem
+from contracts.records import Batch
+from contracts.timerange import LATEST_UTC_NS, check_times
+from contracts.topology import Topology
+from contracts.wire import Decoded, Decoder, End, Head, Message, parse_head
 
 _EARLIEST_UTC_NS: Final = 946_684_800_000_000_000
 """The year 2000."""

@@ -10,9 +10,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.records import Batch, Flag
 from correlator.identity import CODE_BITS, OTHER_CONTENT
 from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
-from mace.records import Batch, Flag
 
 Bytes = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.uint64]
@@ -30,7 +30,7 @@ def keys(batch: Batch) -> Ids | None:
 
 
 def traits(batch: Batch) -> Bytes | None:
-    """What else counts of each record's content: `mace.records.Flag`s and `SEGMENTS`, uint8; None if there is none."""
+    """What else counts of each record's content: `contracts.records.Flag`s and `SEGMENTS`, uint8; None if there is none."""
     if batch.content is None:
         return None
     if not batch.gso_segs.any():

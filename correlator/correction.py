@@ -1,6 +1,6 @@
 """A tool's round trip times in a container -> what of them was not spent in the container's devices.
 
-For a request and its response that were both seen over the whole path (`mace.schema.Crossings`):
+For a request and its response that were both seen over the whole path (`contracts.schema.Crossings`):
 
     host RTT = tool RTT - egress - ingress
     egress   = net_dev_queue of the request, outer - inner device
@@ -48,9 +48,9 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.schema import NOT_TOLD, Columns, Crossings, Direction
 from correlator.samples import Samples
 from correlator.stamps import LineTime, ReceiveClock, StampModel
-from mace.schema import NOT_TOLD, Columns, Crossings, Direction
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -101,7 +101,7 @@ class Corrections(Columns):
 
     reason: npt.NDArray[np.uint8]
     grade: npt.NDArray[np.uint8]
-    """The lower of the two packets' (`mace.schema.Grade`)."""
+    """The lower of the two packets' (`contracts.schema.Grade`)."""
     request: npt.NDArray[np.uint64]
     """`Crossings.packet`."""
     response: npt.NDArray[np.uint64]

@@ -17,6 +17,13 @@ from typing import Final
 
 import numpy as np
 
+from contracts.ledger import Ledger
+from contracts.ordering import stable_order
+from contracts.records import Batch, Flag
+from contracts.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
+from contracts.timerange import check_from, check_times
+from contracts.topology import Device, Topology
+from contracts.windowtable import WindowTable
 from correlator.content import ports, sequence
 from correlator.hops import Crossed
 from correlator.identity import Resolver
@@ -28,13 +35,6 @@ from correlator.numbers import LOST
 from correlator.shapes import measure_all
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
-from mace.ledger import Ledger
-from mace.ordering import stable_order
-from mace.records import Batch, Flag
-from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
-from mace.timerange import check_from, check_times
-from mace.topology import Device, Topology
-from mace.windowtable import WindowTable
 
 IPPROTO_TCP: Final = 6
 """IANA's number of TCP."""
@@ -419,7 +419,7 @@ class Engine:
         """Index into `Results.devices` of a device and the inner device of the container whose packet crosses it."""
         number, owner = divmod(key, 1 << 32)
         if owner not in self._owners:
-            # Where a device stands on a path is told by these two (`mace.summary.ranks`): with them from the beginning
+            # Where a device stands on a path is told by these two (`contracts.figures.ranks`): with them from the beginning
             # it does not depend on which packets came first.
             self._owners.add(owner)
             for other in (owner, *self._resolver.beside(owner)):

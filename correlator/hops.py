@@ -14,12 +14,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.ordering import stable_order
+from contracts.schema import Direction, Outcome, Segment
+from contracts.topology import Role
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
 from correlator.lives import NEVER, Ints, Mask, Paths
 from correlator.numbers import COPY, DROP, QUEUE, RECEIVE, RECEIVE_SKB, RX, TRANSMIT, XMIT
-from mace.ordering import stable_order
-from mace.schema import Direction, Outcome, Segment
-from mace.topology import Role
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -95,9 +95,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.hooks import HOOKS, Hook, Way
+from contracts.topology import Device, Role, Sighting, Topology
 from correlator.memo import Memo
-from mace.hooks import HOOKS, Hook, Way
-from mace.topology import Device, Role, Sighting, Topology
 
 WAY: Final = np.zeros(256, np.uint8)
 """`Way` of each hook number."""

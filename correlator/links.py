@@ -16,12 +16,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.records import Batch
+from contracts.schema import Grade
+from contracts.topology import Role
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
 from correlator.lives import NEVER, Gaps, Ids, Ints, Lives, Mask, Records, laid_out, spans_gap
 from correlator.numbers import CONSUMED, DELIVERY, QUEUE, RECEIVE_SKB
-from mace.records import Batch
-from mace.schema import Grade
-from mace.topology import Role
 
 _ON_THE_HOST: Final = np.array([role in (Role.HOST, Role.OUTER) for role in ROLES])
 

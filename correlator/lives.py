@@ -13,6 +13,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.ordering import GOLDEN, grouped
+from contracts.records import Batch
+from contracts.schema import Grade
 from correlator import content
 from correlator.content import changes, explained, keys, traits
 from correlator.identity import (
@@ -31,9 +34,6 @@ from correlator.identity import (
     to_device,
 )
 from correlator.numbers import DROP, END, RECEIVE
-from mace.ordering import GOLDEN, grouped
-from mace.records import Batch
-from mace.schema import Grade
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]
@@ -175,7 +175,7 @@ class Lives(Paths):
     late: Mask
     """It follows after the timeout: a partner could not have come any more."""
     grade: npt.NDArray[np.uint8]
-    """`mace.schema.Grade`: EXACT or BUFFER."""
+    """`contracts.schema.Grade`: EXACT or BUFFER."""
     told_apart: int
     """Lives that their key alone ended, of those that were decided about now."""
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mace.ordering import GOLDEN
+from contracts.ordering import GOLDEN
 
 Ints = npt.NDArray[np.int64]
 

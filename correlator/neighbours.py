@@ -11,10 +11,10 @@ from typing import Final
 
 import numpy as np
 
+from contracts.records import Batch
 from correlator.identity import CODE_BITS, CODES
 from correlator.lives import Ints, Lives, Mask
 from correlator.numbers import QUEUE, RECEIVE_SKB
-from mace.records import Batch
 
 ARP_BYTES: Final = 28
 """ARP for IPv4 over Ethernet (RFC 826)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mace.hooks import Hook, Way
+from contracts.hooks import Hook, Way
 
 QUEUE: Final = int(Hook.NET_DEV_QUEUE)
 XMIT: Final = int(Hook.NET_DEV_START_XMIT)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
-from mace.schema import NOT_TOLD, Columns
+from contracts.schema import NOT_TOLD, Columns
 
 _WAIT_NS: Final = 1_000_000_000
 """An answer comes within this. Tools wait for about a second, too."""

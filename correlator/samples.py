@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from mace.schema import NOT_TOLD, Columns
+from contracts.schema import NOT_TOLD, Columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterable, Callable
 from dataclasses import replace
 
+from contracts.channel import Channel
+from contracts.interfaces import Progress, StreamItem
+from contracts.schema import HookCost, Results
 from correlator.engine import Engine
-from mace.channel import Channel
-from mace.interfaces import Progress, StreamItem
-from mace.schema import HookCost, Results
 
 
 async def correlate(

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mace import histogram
-from mace.schema import Window
-from mace.windowtable import NUMBERS, WindowTable
+from contracts import histogram
+from contracts.schema import Window
+from contracts.windowtable import NUMBERS, WindowTable
 
 WIDTHS_S: Final = (1, 10)
 
@@ -112,7 +112,7 @@ class Windows:
     def add(self, utc_ns: Ints, device: Column, direction: Column, segment: Column, delay_ns: Ints) -> None:
         """Count delays into their windows of one second; wider ones are made of those when they close.
 
-        Columns as in `mace.schema.Delays`.
+        Columns as in `contracts.schema.Delays`.
         """
         if not len(utc_ns):
             return

@@ -1,6 +1,6 @@
 """Grafana dashboards as code: `python -m dashboards` writes dashboards/json/, which Grafana reads as it is.
 
-    query.py     InfluxQL in the words of the catalogue (`mace.metrics`)
+    query.py     InfluxQL in the words of the catalogue (`contracts.metrics`)
     panels.py    what all dashboards share: variables, the ledger that stands first, kinds of panels
     the others   one dashboard each: `make()` gives it
 

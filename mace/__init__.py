@@ -9,7 +9,7 @@ For notebooks and scripts `mace.open`, `mace.store`, `mace.Recording` and `mace.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from contracts.version import VERSION as __version__  # noqa: F401, N811 (where Python's tools look for it)
 
 _API = ("Filter", "Recording", "Store", "open", "store")
 

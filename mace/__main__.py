@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from typing import Final
 
-from mace import streams
+from mace.shown import streams
 
 _ALLOCATOR: Final = "ARROW_DEFAULT_MEMORY_POOL"
 """Arrow's own variable: who has set it has chosen."""

@@ -14,18 +14,18 @@ from typing import Any, Final
 import pyarrow as pa
 
 from collector.files import FileOptions
-from collector.opening import is_url
+from collector.reading.opening import is_url
+from contracts.config import StoreConfig
+from contracts.errors import StoreError, nearest
+from contracts.figures import Summary
+from contracts.interfaces import StreamHeader
+from contracts.records import Batch
+from contracts.schema import Results
+from contracts.topology import Topology
 from correlator.engine import Engine, EngineConfig
-from mace.config import StoreConfig
-from mace.errors import StoreError, nearest
-from mace.interfaces import StreamHeader
-from mace.into_store import files_at, into_store
-from mace.part import PartTask, reading
-from mace.pipeline import REPLAY_SLICE_NS
-from mace.records import Batch
-from mace.schema import Results
-from mace.summary import Summary
-from mace.topology import Topology
+from mace.live.pipeline import REPLAY_SLICE_NS
+from mace.replaying.into_store import files_at, into_store
+from mace.replaying.part import PartTask, reading
 from storage import sql, tables
 from storage.query import Filter
 from storage.query import Store as StoreReader
@@ -75,7 +75,7 @@ class Recording:
             self.warnings = list(reader.warnings)
 
     def batches(self) -> Iterator[Batch]:
-        """Records: numpy columns of equal length, as `mace.records.Batch` says; raises `CaptureError`."""
+        """Records: numpy columns of equal length, as `contracts.records.Batch` says; raises `CaptureError`."""
         return (item for item in self.items() if isinstance(item, Batch))
 
     def topologies(self) -> Iterator[Topology]:
@@ -83,7 +83,7 @@ class Recording:
         return (item for item in self.items() if isinstance(item, Topology))
 
     def results(self, *, timeout_ms: int = TIMEOUT_MS, rows: bool = True) -> Iterator[Results]:
-        """What the correlator says of it, stretch by stretch, as `mace.schema.Results`; `rows=False`: windows only."""
+        """What the correlator says of it, stretch by stretch, as `contracts.schema.Results`; `rows=False`: windows only."""
         config = EngineConfig(timeout_ns=timeout_ms * 1_000_000, slice_ns=REPLAY_SLICE_NS, rows=rows)
         engine = Engine(self.header.clock.offset_ns, config)
         task = PartTask(0, 0, self._file, config, None, None, None, None, "")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from collector import SOURCES, devices
-from mace import lab, publish
-from mace.config import Config
-from mace.interfaces import Status
+from collector import SOURCES
+from collector.machine import devices
+from contracts.config import Config
+from contracts.interfaces import Status
+from mace import lab
+from mace.live import publish
 from storage import SINKS
 
 

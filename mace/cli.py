@@ -20,34 +20,24 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from mace import (
-    __version__,
-    compare,
-    config,
-    correct,
-    demo,
-    experiment,
-    export,
-    lab,
-    module,
-    ping,
-    publish,
-    query,
-    replay,
-    report,
-    sinks,
-    storecheck,
-    streams,
-    wrap,
-)
+from contracts import config
+from contracts.errors import MaceError, UsageError
+from contracts.figures import Summary
+from contracts.hooks import HOOKS
+from contracts.interfaces import StreamSink
+from contracts.version import VERSION
+from mace import lab, module
 from mace.check import statuses
-from mace.errors import MaceError, UsageError
-from mace.hooks import HOOKS
-from mace.interfaces import StreamSink
-from mace.session import Session, Until
-from mace.summary import Summary
-from mace.terminal import Console, PlainTable, complaint, json_line, line, log_to_stderr, output
-from mace.verify import command as verify
+from mace.commands import demo, query
+from mace.commands import store as storecheck
+from mace.live import publish, sinks
+from mace.live.session import Session, Until
+from mace.replaying import replay
+from mace.shown import export, report, streams
+from mace.shown.terminal import Console, PlainTable, complaint, json_line, line, log_to_stderr, output
+from mace.tools import correct, ping, wrap
+from mace.trials import compare, experiment
+from mace.trials.verify import command as verify
 from storage.capture import CaptureSink
 
 EXIT_ERROR: Final = 1
@@ -403,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mace", description="What did a container's virtual network devices add to this packet, device by device?"
     )
-    parser.add_argument("--version", action="version", version=f"mace {__version__}")
+    parser.add_argument("--version", action="version", version=f"mace {VERSION}")
     parser.add_argument("--debug", action="store_true", help="log more; show tracebacks")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from collector.device import MaceDevice
-from mace import abi
-from mace.errors import MaceError, Unavailable
-from mace.hooks import BY_HOOK
-from mace.schema import HookCost
+from collector.kmod.device import MaceDevice
+from contracts import abi
+from contracts.errors import MaceError, Unavailable
+from contracts.hooks import BY_HOOK
+from contracts.schema import HookCost
 
 NAME: Final = "mace"
 SOURCES: Final = Path(__file__).resolve().parents[1] / "kmod"

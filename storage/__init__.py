@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
-from mace.config import Config
-from mace.errors import MissingExtra
-from mace.interfaces import Sink, Status
-from mace.vitals import Vitals
+from contracts.config import Config
+from contracts.errors import MissingExtra
+from contracts.interfaces import Sink, Status
+from contracts.vitals import Vitals
 from storage.shared import Alone, SharedSink
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Final, Literal, NoReturn
 
-from mace.errors import StoreError, WireError
-from mace.interfaces import Progress, StreamHeader, StreamItem
-from mace.records import Batch
-from mace.wire import FILE_HEAD, MAX_RECORDS, Encoder
+from contracts.errors import StoreError, WireError
+from contracts.interfaces import Progress, StreamHeader, StreamItem
+from contracts.records import Batch
+from contracts.wire import FILE_HEAD, MAX_RECORDS, Encoder
 
 _LOG: Final = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from mace.errors import WireError
-from mace.wire import HEAD_SIZE, Message, parse_head
+from contracts.errors import WireError
+from contracts.wire import HEAD_SIZE, Message, parse_head
 
 _LOG: Final = logging.getLogger(__name__)
 _SUFFIX: Final = ".context"

@@ -31,10 +31,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mace.errors import StoreError
-from mace.interfaces import StreamHeader
-from mace.schema import SCHEMA_VERSION, Delays, Results, Window
-from mace.topology import Device
+from contracts.errors import StoreError
+from contracts.interfaces import StreamHeader
+from contracts.schema import SCHEMA_VERSION, Delays, Results, Window
+from contracts.topology import Device
 from storage import segments, tables
 from storage.checksum import SegmentWriter, mismatch
 from storage.ownership import NO_LINK, open_new, refuse_foreign
@@ -95,7 +95,7 @@ def lock_store(root: Path, who: str) -> int:
 
 
 class EmbeddedStore:
-    """Sink (`mace.interfaces.Sink`) into a directory of Parquet segments.
+    """Sink (`contracts.interfaces.Sink`) into a directory of Parquet segments.
 
     Raises `StoreError` if another writer has the store, if it is of another schema, if it holds the run already,
     and when rows could not be written (it then says how many; what was acknowledged before stays).

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mace.errors import StoreError
-from mace.interfaces import StreamHeader
-from mace.schema import Delays, Results, Window
-from mace.summary import ranks
-from mace.windowtable import WindowTable
+from contracts.errors import StoreError
+from contracts.figures import ranks
+from contracts.interfaces import StreamHeader
+from contracts.schema import Delays, Results, Window
+from contracts.windowtable import WindowTable
 from storage import segments, tables
 from storage.checksum import mismatch
 from storage.embedded import EmbeddedStore

@@ -4,7 +4,7 @@
 (1.x before 1.8) gets the same bytes at `/write`. Buffer, spool and retries are the running sink's; here is what the
 answers mean. 400, 413 and 422 are about the rows: the frame is halved until the bad lines are alone. All else may pass.
 
-Names of measurements, tags and fields are those of `mace.metrics`.
+Names of measurements, tags and fields are those of `contracts.metrics`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from influxdb_client.client.influxdb_client_async import InfluxDBClientAsync
 from influxdb_client.rest import ApiException
 from influxdb_client.service.write_service import WriteService
 
-from mace.config import Config, InfluxConfig, split_url
-from mace.errors import ConfigError
-from mace.interfaces import Status, StreamHeader
-from mace.schema import Results, RoundTrips
-from mace.summary import ranks
-from mace.vitals import Vitals
+from contracts.config import Config, InfluxConfig, split_url
+from contracts.errors import ConfigError
+from contracts.figures import ranks
+from contracts.interfaces import Status, StreamHeader
+from contracts.schema import Results, RoundTrips
+from contracts.vitals import Vitals
 from storage.internal import Internal
 from storage.lines import Budget, Lines, StreamLines
 from storage.running_sink import Delivered, Encoded, RunningSink, TryLaterError

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mace.hooks import BY_HOOK
-from mace.interfaces import StreamHeader
-from mace.schema import Delays, Results
-from mace.vitals import Vitals, process_figures
+from contracts.hooks import BY_HOOK
+from contracts.interfaces import StreamHeader
+from contracts.schema import Delays, Results
+from contracts.vitals import Vitals, process_figures
 from storage.lines import key, line
 
 _S: Final = 1_000_000_000

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final
 from zlib import crc32
 
-from mace.errors import StoreError
+from contracts.errors import StoreError
 
 FILE_BYTES: Final = 64 << 20
 """A new file is begun beyond: some 20 M records, half a minute at a million a second."""

@@ -3,7 +3,7 @@
     device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,position=1i 1750000000000000000
     └────────── one of few prefixes ────────────────────────┘└──┘└──── one of few middles ┘└────── time ──────┘
 
-A packet's line is four pieces: two are looked up, two are numbers. Names and order are those of `mace.metrics`.
+A packet's line is four pieces: two are looked up, two are numbers. Names and order are those of `contracts.metrics`.
 
 **No row replaces another.** A database knows a row by its tags and its time. Two packets that came to one device in the
 same nanosecond would be one; the second gets the tag `slot=1`, a third `slot=2`. Such pairs are found in a batch by
@@ -23,11 +23,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mace.interfaces import StreamHeader
-from mace.metrics import MEASUREMENTS
-from mace.names import spelt, text
-from mace.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
-from mace.topology import Device
+from contracts.interfaces import StreamHeader
+from contracts.metrics import MEASUREMENTS
+from contracts.names import spelt, text
+from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
+from contracts.topology import Device
 
 Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]

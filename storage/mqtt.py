@@ -28,7 +28,14 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mace.broker import (
+from contracts.errors import StoreError, WireError
+from contracts.interfaces import Progress, StreamHeader, StreamItem
+from contracts.records import Batch
+from contracts.topics import Ack, ack_topic, status_topic, stream_topic
+from contracts.topology import Topology
+from contracts.vitals import Publishing
+from contracts.wire import Encoder, Head, whole_head
+from storage.broker import (
     IN_FLIGHT,
     Broker,
     Connection,
@@ -39,13 +46,6 @@ from mace.broker import (
     properties,
     retry_after_s,
 )
-from mace.errors import StoreError, WireError
-from mace.interfaces import Progress, StreamHeader, StreamItem
-from mace.records import Batch
-from mace.topics import Ack, ack_topic, status_topic, stream_topic
-from mace.topology import Topology
-from mace.vitals import Publishing
-from mace.wire import Encoder, Head, whole_head
 from storage.context import Contexts
 from storage.spool import Frame, Spool
 

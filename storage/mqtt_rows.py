@@ -16,14 +16,14 @@ from typing import Final
 
 import pyarrow as pa
 
-from mace.broker import Broker, Connection, MqttError
-from mace.config import Config, MqttRowsConfig
-from mace.errors import ConfigError, WireError
-from mace.interfaces import Status, StreamHeader
-from mace.schema import Results
-from mace.topics import results_topic
-from mace.vitals import Vitals
+from contracts.config import Config, MqttRowsConfig
+from contracts.errors import ConfigError, WireError
+from contracts.interfaces import Status, StreamHeader
+from contracts.schema import Results
+from contracts.topics import results_topic
+from contracts.vitals import Vitals
 from storage import tables
+from storage.broker import Broker, Connection, MqttError
 from storage.running_sink import Delivered, Encoded, RunningSink, TryLaterError
 from storage.shared import HostResults, SharedRunningSink
 from storage.spool import Frame

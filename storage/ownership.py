@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
-from mace.errors import StoreError
+from contracts.errors import StoreError
 
 NO_LINK: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 """Flags of every open(2) that writes: with a link in its place the file is not opened (ELOOP)."""

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mace.errors import StoreError
-from mace.interfaces import StreamHeader
-from mace.schema import Delays, Window
-from mace.topology import Device
+from contracts.errors import StoreError
+from contracts.interfaces import StreamHeader
+from contracts.schema import Delays, Window
+from contracts.topology import Device
 from storage import tables
 from storage.checksum import SegmentWriter
 from storage.places import Place

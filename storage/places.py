@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from mace.errors import MissingExtra, StoreError
+from contracts.errors import MissingExtra, StoreError
 from storage import segments
 from storage.ownership import open_new
 

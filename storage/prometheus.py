@@ -8,7 +8,7 @@
     mace_publish_records_total  records by what became of them at the ingest; mace_publish_records_waiting and others
     mace_queue_peak             the most items that ever waited in a channel
 
-The histograms are made of the bins of `mace.histogram` and are exact: their buckets end where bins do. Windows of one
+The histograms are made of the bins of `contracts.histogram` and are exact: their buckets end where bins do. Windows of one
 second are added up, so a delay is in them a second or two after it happened, and counted once. Classic buckets: the
 text formats know no native histograms.
 
@@ -46,14 +46,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mace.config import Config, PrometheusConfig, check_host
-from mace.errors import ConfigError, Unavailable
-from mace.histogram import BINS, Ints, lower_bounds
-from mace.hooks import BY_HOOK
-from mace.interfaces import Status, StreamHeader
-from mace.schema import Delays, Results, RoundTrips
-from mace.topology import Device
-from mace.vitals import Vitals, process_figures
+from contracts.config import Config, PrometheusConfig, check_host
+from contracts.errors import ConfigError, Unavailable
+from contracts.histogram import BINS, Ints, lower_bounds
+from contracts.hooks import BY_HOOK
+from contracts.interfaces import Status, StreamHeader
+from contracts.schema import Delays, Results, RoundTrips
+from contracts.topology import Device
+from contracts.vitals import Vitals, process_figures
 from storage.http_server import HttpServer, in_pieces
 from storage.shared import StreamOfSink
 

@@ -1,7 +1,7 @@
 """Reading a store: live segments through DuckDB, results as types of ours.
 
 A reader takes no lock. It lists the live segments, and if merging or retention takes one away before DuckDB has
-read it, lists again. All quantiles come from bins of `mace.histogram` that are counted in SQL, never from SQL's
+read it, lists again. All quantiles come from bins of `contracts.histogram` that are counted in SQL, never from SQL's
 own, so that a report shows the numbers that the live run showed.
 """
 
@@ -22,12 +22,12 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from mace.errors import StoreError, nearest
-from mace.histogram import MAX_NS, SUB_BITS, middles
-from mace.hooks import HOOKS
-from mace.ledger import Ledger
-from mace.schema import Direction, Grades, HookCost, Segment
-from mace.summary import Distribution, Place, Summary
+from contracts.errors import StoreError, nearest
+from contracts.figures import Distribution, Place, Summary
+from contracts.histogram import MAX_NS, SUB_BITS, middles
+from contracts.hooks import HOOKS
+from contracts.ledger import Ledger
+from contracts.schema import Direction, Grades, HookCost, Segment
 from storage import checksum, segments, tables
 from storage.embedded import check_schema
 from storage.segments import Segment as SegmentFile
@@ -43,7 +43,7 @@ SPILL_GIB: Final = 16
 WINDOWS_FROM_ROWS: Final = 200_000_000
 """Above as many rows, `auto` reads windows instead: the same numbers in a moment, but for the last seconds."""
 
-# The bin of `mace.histogram.bins_of`. log2 of an integer below 2**40 is exact at powers of two, and off by far less
+# The bin of `contracts.histogram.bins_of`. log2 of an integer below 2**40 is exact at powers of two, and off by far less
 # than the distance to the next power everywhere else, so its floor is right; a test compares all boundaries.
 _CLAMPED: Final = f"least(greatest(delay_ns, 0), {MAX_NS})"
 _OCTAVE: Final = f"greatest(cast(floor(log2(greatest({_CLAMPED}, 1))) AS BIGINT) - {SUB_BITS}, 0)"

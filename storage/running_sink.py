@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, Protocol, TypeVar
 
-from mace.config import RunningConfig
-from mace.vitals import Account
+from contracts.config import RunningConfig
+from contracts.vitals import Account
 from storage.spool import Frame, Spool, Taken
 
 _LOG: Final = logging.getLogger(__name__)

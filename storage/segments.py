@@ -28,7 +28,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mace.errors import StoreError
+from contracts.errors import StoreError
 from storage.ownership import NO_LINK
 
 Ints = npt.NDArray[np.int64]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from mace.interfaces import StreamHeader
-from mace.schema import Results, RoundTrips
+from contracts.interfaces import StreamHeader
+from contracts.schema import Results, RoundTrips
 from storage.running_sink import RunningSink
 
 

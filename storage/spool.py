@@ -30,7 +30,7 @@ from threading import RLock
 from typing import BinaryIO, Final
 from zlib import crc32
 
-from mace.errors import StoreError, Unavailable
+from contracts.errors import StoreError, Unavailable
 from storage.ownership import NO_LINK, refuse_foreign
 
 _LOG: Final = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeAlias, TypeVar
 import duckdb
 import pyarrow as pa
 
-from mace.errors import StoreError, UsageError, nearest
+from contracts.errors import StoreError, UsageError, nearest
 from storage import segments, tables
 from storage.query import Store, connected, relation
 

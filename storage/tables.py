@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mace.hooks import BY_HOOK
-from mace.interfaces import StreamHeader
-from mace.ledger import Ledger
-from mace.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment, Window
-from mace.summary import ranks
-from mace.topology import Device
-from mace.windowtable import FIGURES, WindowTable
+from contracts.figures import ranks
+from contracts.hooks import BY_HOOK
+from contracts.interfaces import StreamHeader
+from contracts.ledger import Ledger
+from contracts.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment, Window
+from contracts.topology import Device
+from contracts.windowtable import FIGURES, WindowTable
 from storage.checksum import SegmentWriter
 
 _TIME: Final = pa.timestamp("ns", tz="UTC")
@@ -87,7 +87,7 @@ WINDOWS: Final = (
     Column("p90_ns", pa.int64(), "The same."),
     Column("p99_ns", pa.int64(), "The same."),
     Column("p999_ns", pa.int64(), "The same."),
-    Column("bins", pa.list_(pa.uint16()), "Bins of `mace.histogram` that are not empty, ascending."),
+    Column("bins", pa.list_(pa.uint16()), "Bins of `contracts.histogram` that are not empty, ascending."),
     Column("counts", pa.list_(pa.int64()), "Delays in each of them; histograms merge by adding these."),
 )
 LEDGER: Final = (
@@ -95,7 +95,7 @@ LEDGER: Final = (
     Column("flush", pa.uint64(), "Grows with each row of a run: the largest is the newest."),
     *_RUN,
     *(
-        Column(f.name, pa.int64(), "Records so far in this category of the ledger (`mace.ledger`).")
+        Column(f.name, pa.int64(), "Records so far in this category of the ledger (`contracts.ledger`).")
         for f in fields(Ledger)
     ),
     Column("packets", pa.int64(), "Packets so far with at least one delay."),
@@ -110,7 +110,7 @@ LEDGER: Final = (
     Column("packets_waited", pa.int64(), "Of `packets` those that waited for a neighbour's address (ARP, ND)."),
 )
 GRADES: Final = {f.name: f.name if f.name == "told_apart" else f"packets_{f.name}" for f in fields(Grades)}
-"""Column of `ledger` for each field of `mace.schema.Grades`."""
+"""Column of `ledger` for each field of `contracts.schema.Grades`."""
 RUNS: Final = (
     Column("time", _TIME, "UTC of the clock pair."),
     *_RUN,

@@ -26,8 +26,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from collector import tracefs
-from mace.errors import Unavailable
+from collector.ftrace import tracefs
+from contracts.errors import Unavailable
 
 # --- hypothesis ---------------------------------------------------------------------------------
 

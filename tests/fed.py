@@ -3,8 +3,8 @@
 import asyncio
 import time
 
-from mace.config import Config, InfluxConfig, SinksConfig
-from mace.vitals import Vitals
+from contracts.config import Config, InfluxConfig, SinksConfig
+from contracts.vitals import Vitals
 from storage import wanted_sinks
 from tests.made_results import HEADER, START_NS, make_delays, make_results, make_windows, topology
 

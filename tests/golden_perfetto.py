@@ -6,10 +6,10 @@ import json
 from collections import Counter
 
 from collector.files import FileOptions, recording
+from contracts.hooks import Hook
+from contracts.records import Batch
+from contracts.schema import Delays
 from correlator.engine import Engine, EngineConfig
-from mace.hooks import Hook
-from mace.records import Batch
-from mace.schema import Delays
 
 
 def replayed(path, topology=None, salvage=False):

@@ -12,14 +12,14 @@ from zlib import crc32
 import aiomqtt
 import numpy as np
 
-from mace import wire
-from mace.broker import Broker, properties
-from mace.clock import ClockPair
-from mace.config import Config, IngestConfig, MqttConfig, StoreConfig
-from mace.hooks import Hook
-from mace.ingest import Ingest
-from mace.records import Batch
-from mace.topics import Shard, stream_topic
+from contracts import wire
+from contracts.clock import ClockPair
+from contracts.config import Config, IngestConfig, MqttConfig, StoreConfig
+from contracts.hooks import Hook
+from contracts.records import Batch
+from contracts.topics import Shard, stream_topic
+from mace.live.ingest import Ingest
+from storage.broker import Broker, properties
 from storage.query import Store
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, forge, stream_tag, to_json, traffic
 

@@ -7,11 +7,11 @@ from zlib import crc32
 
 import numpy as np
 
-from mace import wire
-from mace.clock import ClockPair
-from mace.interfaces import StreamHeader, StreamItem
-from mace.records import Batch, Column, Content, Flag
-from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
+from contracts import wire
+from contracts.clock import ClockPair
+from contracts.interfaces import StreamHeader, StreamItem
+from contracts.records import Batch, Column, Content, Flag
+from contracts.topology import NO_DEVICE, Device, Role, Sighting, Topology
 
 HEADER = StreamHeader(
     source="ftrace",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from contracts.schema import NOT_TOLD, Crossings, Direction, Grade
 from correlator.samples import Samples
-from mace.schema import NOT_TOLD, Crossings, Direction, Grade
 
 START = 1_760_000_000_000_000_000
 LENGTH = 84

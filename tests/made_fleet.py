@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mace.clock import ClockPair
-from mace.hooks import Hook
-from mace.records import Batch
-from mace.topology import assign_roles
+from contracts.clock import ClockPair
+from contracts.hooks import Hook
+from contracts.records import Batch
+from contracts.topology import assign_roles
 from tests.made_capture import HEADER, capture_bytes
 from tests.traffic import CODE, DEVICES, HOST, LETTERS, REPLY, REQUEST, topology
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import duckdb
 import numpy as np
 
-from collector.capture_source import CaptureSource
+from collector.capture.source import CaptureSource
+from contracts.figures import Summary
+from contracts.hooks import Hook
+from contracts.records import Batch
 from correlator.engine import EngineConfig
-from mace import pipeline
-from mace.hooks import Hook
-from mace.records import Batch
-from mace.summary import Summary
+from mace.live import pipeline
 from storage.embedded import EmbeddedStore
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 

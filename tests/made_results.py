@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from mace.clock import ClockPair
-from mace.histogram import bins_of, quantiles
-from mace.interfaces import StreamHeader
-from mace.ledger import Ledger
-from mace.schema import Delays, Direction, Grades, Results, Segment, Window
-from mace.topology import Device, Role
+from contracts.clock import ClockPair
+from contracts.histogram import bins_of, quantiles
+from contracts.interfaces import StreamHeader
+from contracts.ledger import Ledger
+from contracts.schema import Delays, Direction, Grades, Results, Segment, Window
+from contracts.topology import Device, Role
 
 START_NS = 1_750_000_000_000_000_000
 HEADER = StreamHeader(

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from collector.device import Hello, Stats, Taken
-from mace import abi
-from mace.errors import SourceError
-from mace.hooks import HOOKS, Hook
-from mace.schema import HookCost
+from collector.kmod.device import Hello, Stats, Taken
+from contracts import abi
+from contracts.errors import SourceError
+from contracts.hooks import HOOKS, Hook
+from contracts.schema import HookCost
 
 
 class MadeRing:

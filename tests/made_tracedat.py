@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import zstandard
 
-from collector.ftrace_formats import EventFormat, PageLayout
+from collector.pages.formats import EventFormat, PageLayout
 from tests.ring_pages import EVENTS, Page, format_text, formats, layout, payload
 
 FORMS = {form.event: form for form in formats()}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import duckdb
 
-from mace.ledger import Ledger
+from contracts.ledger import Ledger
 
 MACE = (sys.executable, "-m", "mace")
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """Names that somebody chooses to be taken for something else, and what people see of them."""
 
-from mace.topology import Device, Role
+from contracts.topology import Device, Role
 from tests.made_results import HOST_NETNS, topology
 
 BYTES_255 = "n" * 255

@@ -9,7 +9,7 @@ their packet of events wherever traced makes them so: in messages of their own, 
 import numpy as np
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as protos
 
-from collector.tracecmd import TraceDat
+from collector.tracecmd.reader import TraceDat
 from tests.perfetto_traces import BOOT_AHEAD_NS, joined, named
 
 DRAINED_NS = 100_000_000

@@ -8,7 +8,7 @@ import zstandard
 from google.protobuf import descriptor_pb2
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as protos
 
-from mace.hooks import Hook
+from contracts.hooks import Hook
 
 BOOT_AHEAD_NS = 5_000_000_000
 """The boot clock of these traces less the monotonic one: five seconds suspended."""

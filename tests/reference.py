@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mace.hooks import BY_HOOK, Hook, Way
-from mace.records import Flag
-from mace.topology import Role
+from contracts.hooks import BY_HOOK, Hook, Way
+from contracts.records import Flag
+from contracts.topology import Role
 from tests.traffic import G, Q, R, X, c, k
 
 BEHIND = (20, 28, 40, 48, 52, 60, 72)

@@ -6,7 +6,7 @@ The writer knows every kind of entry that the kernel puts into a page; the decod
 import struct
 from dataclasses import dataclass, field
 
-from collector.ftrace_formats import EventFormat, PageLayout, parse_format
+from collector.pages.formats import EventFormat, PageLayout, parse_format
 
 C_TYPES = {
     "void *": 8,

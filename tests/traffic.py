@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mace.hooks import Hook
-from mace.records import Batch, Content, Flag
-from mace.topology import NO_DEVICE, Device, Sighting, Topology, assign_roles
+from contracts.hooks import Hook
+from contracts.records import Batch, Content, Flag
+from contracts.topology import NO_DEVICE, Device, Sighting, Topology, assign_roles
 
 HOST, C1, C2, FAR, ELSEWHERE = 1, 11, 12, 20, 99
 

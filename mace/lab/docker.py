@@ -29,11 +29,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from mace.errors import LabError, Unavailable
+from collector.machine.processes import start_ticks
+from contracts.errors import LabError, Unavailable
 from mace.lab import netns, state
 from mace.lab.plan import HOST, Placement, Spec, bridges
 from mace.lab.state import ID_VARIABLE, MEMBER_VARIABLE, Member, Process, State
-from mace.processes import start_ticks
 
 PROGRAMS: Final = ("dockerd", "containerd", "runc", "iptables", "unshare", "mount", "busybox", "ldd")
 IMAGE: Final = "mace-lab"

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
-from mace.config import CaptureConfig
-from mace.errors import LabError, Unavailable, UsageError, nearest
+from contracts.config import CaptureConfig
+from contracts.errors import LabError, Unavailable, UsageError, nearest
 from mace.lab import docker, netns, network, plan, state
 from mace.lab.plan import HOST, REMOTE, Family, Runtime, Spec
 from mace.lab.state import Member, State

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mace.errors import LabError, Unavailable
+from contracts.errors import LabError, Unavailable
 
 T = TypeVar("T")
 

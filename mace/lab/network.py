@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from mace.errors import LabError, Unavailable
+from contracts.errors import LabError, Unavailable
 from mace.lab import netns
 from mace.lab.plan import (
     HOST,

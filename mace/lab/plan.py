@@ -20,7 +20,7 @@ from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip
 from typing import Final, Literal
 from zlib import crc32
 
-from mace.errors import UsageError
+from contracts.errors import UsageError
 
 Family = Literal[4, 6]
 """IP version."""

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
-from mace.errors import LabError, MaceError
+from collector.machine.processes import start_ticks, stat_fields
+from contracts.errors import LabError, MaceError
 from mace.lab.netns import search_path
 from mace.lab.plan import Runtime, Spec
-from mace.processes import start_ticks, stat_fields
 
 STATE_DIR: Final = Path("/run/mace/labs")
 VERSION: Final = 1

@@ -22,7 +22,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from mace.errors import LabError, UsageError
+from contracts.errors import LabError, UsageError
 from mace.lab.plan import REMOTE, Family
 
 _GENERATOR: Final = Path(__file__).with_name("generator.py")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mace.errors import MaceError, nearest
+from contracts.errors import MaceError, nearest
 from tests.benchmark import (
     ftrace_decode,
     graded,

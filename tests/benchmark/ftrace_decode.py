@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from collector import tracefs
-from collector.ftrace_formats import EventFormat, PageLayout, parse_format, parse_header_page
-from collector.ftrace_pages import Bytes, PageDecoder, Stretch, page_buffer
-from collector.ftrace_rings import MmapRing, PageBuffer, ReadRing
-from collector.ftrace_source import FtraceSource, keep_freed_memory, online_cpus
-from mace.errors import MaceError
-from mace.hooks import HOOKS
+from collector.ftrace import tracefs
+from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing
+from collector.ftrace.source import FtraceSource, keep_freed_memory, online_cpus
+from collector.pages.decoding import Bytes, PageDecoder, Stretch, page_buffer
+from collector.pages.formats import EventFormat, PageLayout, parse_format, parse_header_page
+from contracts.errors import MaceError
+from contracts.hooks import HOOKS
 from mace.lab import Spec, running
 from tests import ring_pages
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from collector.ftrace_source import keep_freed_memory
+from collector.ftrace.source import keep_freed_memory
+from contracts.hooks import Hook
+from contracts.records import Batch, Content, Flag
 from correlator.engine import Engine, EngineConfig
-from mace.hooks import Hook
-from mace.pipeline import REPLAY_SLICE_NS
-from mace.records import Batch, Content, Flag
-from mace.verify.stream import Stream, thinned
+from mace.live.pipeline import REPLAY_SLICE_NS
+from mace.trials.verify.stream import Stream, thinned
 from tests.benchmark.figures import figure, one_core, resident_mib
 from tests.made_capture import HEADER, TOPOLOGY, traffic
 

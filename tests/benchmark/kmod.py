@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from collector import tracefs
-from mace.errors import Unavailable
-from mace.hooks import HOOKS, Hook
+from collector.ftrace import tracefs
+from contracts.errors import Unavailable
+from contracts.hooks import HOOKS, Hook
 from mace.lab import Lab, Spec, running
 from tests.benchmark.figures import ROOT, figure
 from tests.kernel import build, kernels, vm

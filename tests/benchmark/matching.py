@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from collector import devices
+from collector.machine import devices
+from contracts.errors import Unavailable
+from contracts.hooks import HOOKS, Hook, Way
+from contracts.records import Batch
+from contracts.schema import Direction
+from contracts.topology import NO_DEVICE, Sighting, Topology
 from correlator.engine import Engine, EngineConfig
-from mace.errors import Unavailable
-from mace.hooks import HOOKS, Hook, Way
 from mace.lab import HOST, REMOTE, Lab, Spec, probing, running
-from mace.records import Batch
-from mace.schema import Direction
-from mace.topology import NO_DEVICE, Sighting, Topology
 from tests.benchmark.figures import folder
 
 ETHERNET = 14

@@ -25,13 +25,13 @@ from zlib import crc32
 import numpy as np
 import pyarrow.parquet as pq
 
-from mace import clock
-from mace.broker import Broker
-from mace.config import MqttConfig
-from mace.records import Batch
-from mace.topics import OLDEST, Ack, ack_topic, stream_topic
-from mace.wire import HEAD, HEAD_SIZE, Encoder, parse_head
+from contracts import clock
+from contracts.config import MqttConfig
+from contracts.records import Batch
+from contracts.topics import OLDEST, Ack, ack_topic, stream_topic
+from contracts.wire import HEAD, HEAD_SIZE, Encoder, parse_head
 from storage import segments
+from storage.broker import Broker
 from storage.mqtt import StreamPublisher
 from storage.query import Store
 from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, folder, peak_mib

@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from collector.capture_source import Capture
-from collector.ftrace_source import keep_freed_memory
+from collector.capture.source import Capture
+from collector.ftrace.source import keep_freed_memory
+from contracts.records import Batch
 from correlator.engine import Engine, EngineConfig
-from mace.pipeline import REPLAY_SLICE_NS
-from mace.records import Batch
+from mace.live.pipeline import REPLAY_SLICE_NS
 from storage.embedded import EmbeddedStore
 from tests.benchmark.figures import figure, folder, one_core, recorded_flood, rounds
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from collector.ftrace_source import keep_freed_memory
-from collector.pcap_source import PcapPairSource
+from collector.ftrace.source import keep_freed_memory
+from collector.pcap.source import PcapPairSource
+from contracts.errors import MaceError
 from correlator.engine import Engine, EngineConfig
-from mace.errors import MaceError
-from mace.pipeline import REPLAY_SLICE_NS
+from mace.live.pipeline import REPLAY_SLICE_NS
 from tests.benchmark.figures import figure, folder, one_core
 from tests.made_pcap import through_nat, udp_frames, written
 

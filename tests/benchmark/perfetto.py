@@ -13,14 +13,14 @@ import numpy as np
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as protos
 
 from collector.files import recording
-from collector.ftrace_source import keep_freed_memory
-from collector.perfetto_source import PerfettoSource
+from collector.ftrace.source import keep_freed_memory
+from collector.perfetto.source import PerfettoSource
+from contracts.records import Batch
 from correlator.engine import EngineConfig
-from mace.export import Wanted, export
-from mace.pipeline import REPLAY_SLICE_NS
-from mace.records import Batch
-from storage.perfetto import HostTracks, Told
-from storage.perfetto_file import PerfettoTrace
+from mace.live.pipeline import REPLAY_SLICE_NS
+from mace.shown.export import Wanted, export
+from storage.perfetto.file import PerfettoTrace
+from storage.perfetto.sink import HostTracks, Told
 from tests import perfetto_traces as traces
 from tests.benchmark.figures import figure, folder, one_core
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic

@@ -21,11 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mace import pipeline, wire
-from mace.config import Config, StoreConfig
-from mace.errors import UsageError
-from mace.into_store import files_at, into_store
-from mace.remaining import Remaining
+from contracts import wire
+from contracts.config import Config, StoreConfig
+from contracts.errors import UsageError
+from mace.live import pipeline
+from mace.replaying.into_store import files_at, into_store
+from mace.replaying.remaining import Remaining
 from tests.benchmark.figures import ROOT, figure
 from tests.made_capture import HEADER, TOPOLOGY, batches, traffic
 
@@ -144,7 +145,7 @@ def dask_scaling() -> list[dict[str, Any]]:
                     with LocalCluster(n_workers=workers, **settings) as cluster:
                         with Client(cluster) as client:
                             client.wait_for_workers(workers)
-                            client.run(importlib.import_module, "mace.part")
+                            client.run(importlib.import_module, "mace.replaying.part")
                         seconds = _replay(capture, store, cluster.scheduler_address)
                 else:
                     seconds = _replay(capture, store, None)

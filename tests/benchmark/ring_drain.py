@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from collector.device import Taken
-from collector.ftrace_source import keep_freed_memory
-from collector.kmod_source import KmodConfig
-from collector.ring import CpuRing
-from collector.ring_merge import Places, RingMerger
-from mace import abi
-from mace.hooks import Hook
-from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content, Flag
+from collector.ftrace.source import keep_freed_memory
+from collector.kmod.device import Taken
+from collector.kmod.merge import Places, RingMerger
+from collector.kmod.ring import CpuRing
+from collector.kmod.source import KmodConfig
+from contracts import abi
+from contracts.hooks import Hook
+from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content, Flag
 from tests.benchmark.figures import figure, one_core
 
 CPUS = 2

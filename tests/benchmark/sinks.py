@@ -28,7 +28,7 @@ import pyarrow as pa
 from influxdb_client import InfluxDBClient, Point
 from influxdb_client.client.write_api import SYNCHRONOUS
 
-from mace.schema import Direction, Grade, Segment
+from contracts.schema import Direction, Grade, Segment
 from storage.lines import Budget, StreamLines
 from tests import servers
 from tests.benchmark.figures import cpu_s, figure, one_core

@@ -23,10 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mace import clock
-from mace.broker import Broker
-from mace.config import MqttConfig
-from mace.records import Batch
+from contracts import clock
+from contracts.config import MqttConfig
+from contracts.records import Batch
+from storage.broker import Broker
 from storage.mqtt import StreamPublisher
 from tests.benchmark.figures import MACE, ROOT, figure, folder
 from tests.benchmark.mqtt import BROKER, ingest, received, usage

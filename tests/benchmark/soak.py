@@ -30,9 +30,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from mace.config import Config, InfluxConfig, PrometheusConfig, SinksConfig
-from mace.errors import UsageError
-from mace.vitals import Account, Vitals, process_figures
+from contracts.config import Config, InfluxConfig, PrometheusConfig, SinksConfig
+from contracts.errors import UsageError
+from contracts.vitals import Account, Vitals, process_figures
 from storage import wanted_sinks
 from tests import servers
 from tests.benchmark import soak_mqtt

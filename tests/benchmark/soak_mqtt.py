@@ -31,11 +31,11 @@ from typing import Any
 
 import duckdb
 
-from mace.broker import Broker
-from mace.config import MqttConfig
-from mace.records import Batch
-from mace.vitals import process_figures
+from contracts.config import MqttConfig
+from contracts.records import Batch
+from contracts.vitals import process_figures
 from storage import segments
+from storage.broker import Broker
 from storage.mqtt import StreamPublisher
 from storage.query import Store
 from tests.benchmark.figures import MACE, ROOT, resident_mib

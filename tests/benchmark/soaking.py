@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mace.errors import UsageError, nearest
+from contracts.errors import UsageError, nearest
 
 STEP_S = 0.05
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from collector.file_options import FileOptions
-from collector.text_source import TextSource
-from mace.records import Batch
+from collector.reading.options import FileOptions
+from collector.text.source import TextSource
+from contracts.records import Batch
 from tests.benchmark.figures import figure, folder, one_core, rounds
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "other-tools" / "trace.txt"

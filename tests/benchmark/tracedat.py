@@ -1,6 +1,6 @@
 """trace.dat -> records in time order, beside what people do today. All rounds take turns on one core.
 
-    tracedat_read            events/s of `collector.tracecmd_source`; the peer is a C program on libtracecmd that fills
+    tracedat_read            events/s of `collector.tracecmd.source`; the peer is a C program on libtracecmd that fills
                              the same columns (tracedat_peer.c)
     tracedat_read_none       the same of a file that is not compressed
     tracedat_read_vs_report  the peer is `trace-cmd report` and a Python program that parses its text
@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from collector import tracefs
-from collector.tracecmd_source import TraceCmdSource
-from mace.errors import Unavailable
-from mace.hooks import HOOKS
+from collector.ftrace import tracefs
+from collector.tracecmd.source import TraceCmdSource
+from contracts.errors import Unavailable
+from contracts.hooks import HOOKS
+from contracts.records import Batch
 from mace.lab import Spec, running
-from mace.records import Batch
 from tests.benchmark.figures import figure, flood, folder, one_core
 
 ROUNDS = 7

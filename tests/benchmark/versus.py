@@ -15,13 +15,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from collector.capture_source import Capture
+from collector.capture.source import Capture
+from contracts.errors import Unavailable
+from contracts.records import Batch
 from correlator.engine import Engine, EngineConfig
-from mace.errors import Unavailable
 from mace.lab import Spec, running
 from mace.lab.plan import outer_device
-from mace.pipeline import REPLAY_SLICE_NS
-from mace.records import Batch
+from mace.live.pipeline import REPLAY_SLICE_NS
 from tests.benchmark.bpftrace_script import analyse
 from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, folder, one_core
 

@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collector.capture_source import read
-from mace import wire
-from mace.records import Batch
+from collector.capture.source import read
+from contracts import wire
+from contracts.records import Batch
 from tests.benchmark.figures import figure
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 

@@ -1,4 +1,4 @@
-"""mace/abi.py is what the C compiler makes of kmod/uapi/mace.h: every field, constant and request, both ways."""
+"""contracts/abi.py is what the C compiler makes of kmod/uapi/mace.h: every field, constant and request, both ways."""
 
 import re
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mace import abi
-from mace.hooks import Hook
-from mace.records import CONTENT_DTYPES, DTYPES
+from contracts import abi
+from contracts.hooks import Hook
+from contracts.records import CONTENT_DTYPES, DTYPES
 
 HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mace.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)

@@ -1,6 +1,6 @@
-"""The table in docs/configuration.md is what mace.config says: every key, its default, its bounds, its meaning.
+"""The table in docs/configuration.md is what contracts.config says: every key, its default, its bounds, its meaning.
 
-After a change of mace.config, `python -m tests.contract.test_configuration_doc` writes the table anew.
+After a change of contracts.config, `python -m tests.contract.test_configuration_doc` writes the table anew.
 """
 
 import json
@@ -8,7 +8,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from mace import config
+from contracts import config
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = "| key | default | allowed | meaning |\n|---|---|---|---|\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from contracts.metrics import MEASUREMENTS, Kind
 from dashboards.__main__ import DASHBOARDS, text
-from mace.metrics import MEASUREMENTS, Kind
 from tests import influxql
 from tests.influxql import ALL, FILES, Asked, Parts, take_apart
 from tests.typescript import GRAFANA, dashboards_held_to

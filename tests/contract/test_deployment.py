@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mace import config
+from contracts import config
 from tests import images
 from tests.typescript import held_to
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mace.hooks import HOOKS
+from contracts.hooks import HOOKS
 from storage import tables
 
 DOCS = Path(__file__).parents[2] / "docs"

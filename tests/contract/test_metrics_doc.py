@@ -1,14 +1,14 @@
-"""docs/metrics.md is what mace.metrics says: every measurement, tag and field, with its unit, kind and meaning.
+"""docs/metrics.md is what contracts.metrics says: every measurement, tag and field, with its unit, kind and meaning.
 
-After a change of mace.metrics, `python -m tests.contract.test_metrics_doc` writes the page's tables anew.
+After a change of contracts.metrics, `python -m tests.contract.test_metrics_doc` writes the page's tables anew.
 """
 
 import re
 from pathlib import Path
 
-from mace.ledger import Ledger
-from mace.metrics import MEASUREMENTS, TAGS
-from mace.schema import Grades
+from contracts.ledger import Ledger
+from contracts.metrics import MEASUREMENTS, TAGS
+from contracts.schema import Grades
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 MARKS = "<!-- catalogue -->\n", "<!-- end of the catalogue -->\n"

@@ -57,7 +57,7 @@ def test_import_contracts_hold() -> None:
     [
         ("correlator/planted.py", "import storage", "stages never import each other"),
         ("storage/planted.py", "import mace.cli", "contracts below, stages between, composition above"),
-        ("mace/errors.py", "import collector", "contracts below, stages between, composition above"),
+        ("contracts/errors.py", "import collector", "contracts below, stages between, composition above"),
         ("correlator/engine.py", "import time", "the engine has no clock, no chance, no input and output"),
         ("correlator/planted.py", "import pyroute2", "only the collector and the composition talk to the kernel"),
     ],

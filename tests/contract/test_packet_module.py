@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mace import abi
+from contracts import abi
 from tests.kernel.guest.test_packets import CASES, READ, ether, ipv4, ipv6, read_of_captures, tcp
 
 pytestmark = pytest.mark.needs("cc")

@@ -1,4 +1,4 @@
-"""What `mace.interfaces.Sink` promises, held against every sink there is.
+"""What `contracts.interfaces.Sink` promises, held against every sink there is.
 
 To add one: a maker in MAKERS, and in CLOGGED a maker of the same sink in front of something that takes nothing (a
 server that never answers, a client that never reads). A sink that may make its caller wait says so in WAITS.
@@ -14,9 +14,9 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from mace.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, PrometheusConfig, SinksConfig
-from mace.interfaces import Sink
-from mace.vitals import Vitals
+from contracts.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, PrometheusConfig, SinksConfig
+from contracts.interfaces import Sink
+from contracts.vitals import Vitals
 from storage import SINKS, wanted_sinks
 from storage.embedded import EmbeddedStore
 from tests import brokers, servers

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import zstandard
 
-from mace.wire import FILE_HEAD, HEAD_SIZE, Message, parse_head
+from contracts.wire import FILE_HEAD, HEAD_SIZE, Message, parse_head
 from tests.made_capture import forge
 
 _NUMBERS: Final = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)

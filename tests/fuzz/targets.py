@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Final
 
 from collector.files import PCAP_PAIR, FileOptions, recording_of
-from mace import api, config
-from mace.errors import MaceError
-from mace.records import Batch
-from mace.tooloutput import READERS
-from mace.tooloutput import read as read_tool_output
-from mace.wire import FILE_HEAD
+from contracts import config
+from contracts.errors import MaceError
+from contracts.records import Batch
+from contracts.wire import FILE_HEAD
+from mace import api
+from mace.tools.output import READERS
+from mace.tools.output import read as read_tool_output
 from storage.journal import Journal
 from storage.query import Store
 from storage.spool import Frame, Spool

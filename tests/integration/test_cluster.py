@@ -10,7 +10,7 @@ import duckdb
 import numpy as np
 import pytest
 
-from mace import histogram
+from contracts import histogram
 from tests.made_fleet import HOSTS, make_fleet
 from tests.made_replay import SECOND_NS, EngineConfig, count_rows, differences, one_engine, write_capture
 from tests.measuring import ROOT, mace, start, wait_for

@@ -15,14 +15,14 @@ from typing import Self
 import pytest
 from pyroute2 import NetNS
 
-from collector import devices as under_test
-from collector.devices import DeviceFollower, check, snapshot
-from collector.netns import inode_of, leave_for_new_netns
-from collector.rtnetlink import LinkEvents
-from mace.errors import Unavailable
+from collector.machine import devices as under_test
+from collector.machine.devices import DeviceFollower, check, snapshot
+from collector.machine.netns import inode_of, leave_for_new_netns
+from collector.machine.rtnetlink import LinkEvents
+from contracts.errors import Unavailable
+from contracts.names import text
+from contracts.topology import Device, Role
 from mace.lab import Lab, Runtime, Spec, running
-from mace.names import text
-from mace.topology import Device, Role
 from tests.measuring import wait_for
 from tests.nasty_names import NASTY, kernel_takes
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mace.hostpath import STRETCHES
 from mace.lab import Spec, running
+from mace.tools.host_path import STRETCHES
 from tests.measuring import balanced, mace
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from collector.capture_source import Capture
+from collector.capture.source import Capture
+from contracts.records import Batch
 from mace.lab import Spec, list_labs, running
-from mace.records import Batch
 from tests.measuring import MACE, ROOT, UNMOUNT_TRACEFS, balanced, mace, measured, wait_for
 
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")

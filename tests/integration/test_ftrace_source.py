@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collector import tracefs
-from collector.ftrace_source import FtraceConfig, FtraceSource
-from mace.hooks import BY_HOOK, Hook
-from mace.records import Batch
-from mace.topology import Topology
+from collector.ftrace import tracefs
+from collector.ftrace.source import FtraceConfig, FtraceSource
+from contracts.hooks import BY_HOOK, Hook
+from contracts.records import Batch
+from contracts.topology import Topology
 from tests.measuring import UNMOUNT_TRACEFS
 
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from collector import netns
-from collector.devices import DeviceFollower
-from collector.netns import hidden, inode_of, open_netns, open_nsfs
+from collector.machine import netns
+from collector.machine.devices import DeviceFollower
+from collector.machine.netns import hidden, inode_of, open_netns, open_nsfs
 
 pytestmark = pytest.mark.needs("root", "netns", "userns")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mace.metrics import MEASUREMENTS
-from mace.schema import Segment
+from contracts.metrics import MEASUREMENTS
+from contracts.schema import Segment
 from storage import SINKS
 from storage.lines import key
 from tests import servers

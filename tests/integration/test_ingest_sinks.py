@@ -7,11 +7,11 @@ from dataclasses import replace
 import duckdb
 import pytest
 
-from mace.broker import Broker
-from mace.config import Config, InfluxConfig, MqttConfig, PrometheusConfig, SinksConfig, StoreConfig
-from mace.ingest import Ingest
-from mace.topics import Shard
+from contracts.config import Config, InfluxConfig, MqttConfig, PrometheusConfig, SinksConfig, StoreConfig
+from contracts.topics import Shard
+from mace.live.ingest import Ingest
 from storage import segments
+from storage.broker import Broker
 from storage.mqtt import StreamPublisher
 from tests.brokers import mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, batches, traffic

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mace.errors import LabError, UsageError
+from contracts.errors import LabError, UsageError
 from mace.lab import Runtime, Spec, attach, check, down, lifecycle, list_labs, netns, network, running, state, up
 
 pytestmark = pytest.mark.needs("root", "netns")

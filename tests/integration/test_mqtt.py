@@ -14,14 +14,14 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from collector.capture_source import CaptureSource
-from mace import pipeline
-from mace.broker import Broker
-from mace.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, SinksConfig, StoreConfig
-from mace.ingest import Ingest
-from mace.topics import Shard, bucket, stream_topic
-from mace.vitals import Vitals
+from collector.capture.source import CaptureSource
+from contracts.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, SinksConfig, StoreConfig
+from contracts.topics import Shard, bucket, stream_topic
+from contracts.vitals import Vitals
+from mace.live import pipeline
+from mace.live.ingest import Ingest
 from storage import journal, segments, wanted_sinks
+from storage.broker import Broker
 from storage.embedded import EmbeddedStore
 from storage.mqtt import StreamPublisher
 from storage.query import Store

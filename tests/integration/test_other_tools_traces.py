@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from collector import ftrace_source, tracefs
-from collector.devices import DeviceFollower
 from collector.files import PCAP_PAIR, FileOptions, recording, recording_of
-from collector.ftrace_rings import ReadRing
-from collector.ftrace_source import FtraceConfig, FtraceSource
+from collector.ftrace import source as ftrace_source
+from collector.ftrace import tracefs
+from collector.ftrace.rings import ReadRing
+from collector.ftrace.source import FtraceConfig, FtraceSource
+from collector.machine.devices import DeviceFollower
+from contracts.hooks import HOOKS
+from contracts.interfaces import Progress
+from contracts.schema import Delays, Direction, Segment
 from correlator.engine import Engine, EngineConfig
-from mace.hooks import HOOKS
-from mace.interfaces import Progress
 from mace.lab import HOST, Spec, running
-from mace.schema import Delays, Direction, Segment
 from storage.capture import CaptureSink
 from tests.made_tracedat import Made
 from tests.perfetto_from_pages import perfetto_from_pages

@@ -11,12 +11,10 @@ from zlib import crc32
 
 import pytest
 
-from mace.broker import Broker, MqttError
-from mace.config import Config, MqttConfig, StoreConfig
-from mace.errors import StoreError
-from mace.ingest import Ingest
-from mace.topics import Ack, Shard, ack_topic, stream_topic
-from mace.wire import (
+from contracts.config import Config, MqttConfig, StoreConfig
+from contracts.errors import StoreError
+from contracts.topics import Ack, Shard, ack_topic, stream_topic
+from contracts.wire import (
     HEAD,
     HEAD_SIZE,
     MAX_BATCH_BYTES,
@@ -26,7 +24,9 @@ from mace.wire import (
     Encoder,
     parse_head,
 )
+from mace.live.ingest import Ingest
 from storage import mqtt
+from storage.broker import Broker, MqttError
 from storage.mqtt import StreamPublisher
 from storage.spool import Frame, Spool
 from tests.brokers import Authority, documented_acl, free_port, mosquitto

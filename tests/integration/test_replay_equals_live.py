@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from collector.capture_source import Capture
+from collector.capture.source import Capture
+from contracts.records import Batch
+from contracts.schema import Delays
 from correlator.engine import Engine, EngineConfig
 from mace.lab import Spec, running
-from mace.records import Batch
-from mace.schema import Delays
 from tests.measuring import balanced, files, mace, measured, query
 from tests.property.test_engine_reference import all_windows
 

@@ -13,8 +13,8 @@ import pytest
 
 from correlator.correction import Reason
 from correlator.stamps import MODELS
-from mace.correct import arrays
 from mace.lab import REMOTE, Spec, running
+from mace.tools.correct import arrays
 from tests.measuring import balanced, mace, start, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mace.errors import StoreError
+from contracts.errors import StoreError
 from storage import segments
 from storage.embedded import EmbeddedStore
 from storage.query import Store

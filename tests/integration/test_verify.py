@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mace.verify.scenarios import BY_NAME, SCENARIOS
+from mace.trials.verify.scenarios import BY_NAME, SCENARIOS
 from tests.measuring import mace
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow, pytest.mark.timeout(240)]

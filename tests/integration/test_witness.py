@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from mace.hooks import Hook
+from contracts.hooks import Hook
 from mace.lab import Spec, running
 from tests.golden_perfetto import replayed
 from tests.measuring import measured, wait_for

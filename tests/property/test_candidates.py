@@ -5,10 +5,10 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracts.hooks import Hook, Way
+from contracts.topology import NO_DEVICE, Device, Sighting, Topology
 from correlator import identity
 from correlator.identity import WAY, Resolver
-from mace.hooks import Hook, Way
-from mace.topology import NO_DEVICE, Device, Sighting, Topology
 
 KINDS = ("veth", "bridge", "macvlan", "vxlan", "loopback", "gre", "", "vlan")
 SMALL = st.integers(0, 3)

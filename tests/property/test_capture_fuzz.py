@@ -13,12 +13,12 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from collector.capture_source import Capture
-from mace.errors import CaptureError
-from mace.hooks import Hook
-from mace.records import Batch
-from mace.topology import Sighting, Topology
-from mace.wire import COMPRESSED, FILE_HEAD, HEAD_SIZE, Message
+from collector.capture.source import Capture
+from contracts.errors import CaptureError
+from contracts.hooks import Hook
+from contracts.records import Batch
+from contracts.topology import Sighting, Topology
+from contracts.wire import COMPRESSED, FILE_HEAD, HEAD_SIZE, Message
 from tests.made_capture import (
     HEADER,
     TOPOLOGY,

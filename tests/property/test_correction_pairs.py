@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracts.schema import NOT_TOLD, Direction
 from correlator.correction import Reason, Span, correct, only_increasing, settled
 from correlator.samples import Samples
 from correlator.stamps import FPING, PING, PING_USER, REQUEST_RESPONSE
-from mace.schema import NOT_TOLD, Direction
 from tests.made_exchanges import LENGTH, START, Path, ping_run
 
 

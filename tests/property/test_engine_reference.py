@@ -10,12 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from collector.merge import Merger
+from contracts.records import Batch, Content, Flag
+from contracts.schema import Delays, Direction, Grade, Segment
+from contracts.topology import Device
 from correlator.engine import Engine, EngineConfig
 from correlator.windows import joined
-from mace.checkpoint import state_from_json, state_to_json
-from mace.records import Batch, Content, Flag
-from mace.schema import Delays, Direction, Grade, Segment
-from mace.topology import Device
+from mace.replaying.checkpoint import state_from_json, state_to_json
 from tests.reference import Reference
 from tests.traffic import ACROSS, DEVICES, ELSEWHERE, NAMES, REPLY, REQUEST, Tape, topology
 

@@ -8,11 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from contracts.clock import ClockPair
+from contracts.hooks import Hook
+from contracts.topics import ROOT
+from contracts.wire import Message
 from correlator.engine import Engine, EngineConfig
-from mace.clock import ClockPair
-from mace.hooks import Hook
-from mace.topics import ROOT
-from mace.wire import Message
 from storage.query import Filter, Store
 from tests.hostile import (
     EVIL,

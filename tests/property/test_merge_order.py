@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.merge import Merger
-from mace.records import Batch
+from contracts.records import Batch
 
 
 @st.composite

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mace.errors import CaptureError
+from contracts.errors import CaptureError
 from tests.made_pcap import Frame, block, ng_interface, ng_packet, ng_section, option, pcap
-from tests.unit.collector.test_pcap_kinds import PACKED, WRAPPED, read
-from tests.unit.collector.test_pcap_source import rows, traffic
+from tests.unit.collector.pcap.test_kinds import PACKED, WRAPPED, read
+from tests.unit.collector.pcap.test_source import rows, traffic
 
 INNER, OUTER, TRUTH = traffic(24)
 SIDES = (rows(*INNER), rows(*OUTER))

@@ -9,15 +9,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from collector.file_options import FileOptions
-from collector.pcap_source import PcapPairSource
-from collector.text_source import TextSource
-from mace.errors import CaptureError
-from mace.hooks import Hook
-from mace.records import Batch
+from collector.pcap.source import PcapPairSource
+from collector.reading.options import FileOptions
+from collector.text.source import TextSource
+from contracts.errors import CaptureError
+from contracts.hooks import Hook
+from contracts.records import Batch
 from tests.made_pcap import Frame, pcap, pcapng, through_nat, udp_frames, written
-from tests.unit.collector.test_text_source import FTRACE, NAMED, PERF
-from tests.unit.collector.test_text_source import TEXTS as GOLDEN_TEXTS
+from tests.unit.collector.text.test_source import FTRACE, NAMED, PERF
+from tests.unit.collector.text.test_source import TEXTS as GOLDEN_TEXTS
 
 FRAMES, TIMES = udp_frames(60)
 ROWS = [Frame(int(t), frame.tobytes()) for frame, t in zip(FRAMES, TIMES, strict=True)]

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from collector.perfetto_wire import MAX_PACKET_BYTES, PacketReader
-from mace.errors import CaptureError
-from mace.hooks import Hook
+from collector.perfetto.wire import MAX_PACKET_BYTES, PacketReader
+from contracts.errors import CaptureError
+from contracts.hooks import Hook
 from tests import perfetto_traces as traces
 from tests.golden_perfetto import replayed
-from tests.unit.collector.test_perfetto_source import NAMES, records
+from tests.unit.collector.perfetto.test_source import NAMES, records
 
 GIVEN = records(400)
 GOLDEN = Path(__file__).parents[1] / "golden" / "perfetto-1"

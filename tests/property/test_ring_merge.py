@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.ring import CpuRing
-from collector.ring_merge import Places, RingMerger
-from mace.hooks import HOOKS, Hook
-from mace.records import CONTENT_DTYPES, DTYPES, Batch, Flag
+from collector.kmod.merge import Places, RingMerger
+from collector.kmod.ring import CpuRing
+from contracts.hooks import HOOKS, Hook
+from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Flag
 from tests.made_rings import MadeRing, record
 
 NETNS = 4026531840

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracts.schema import Crossings, Delays
 from correlator import shapes
 from correlator.engine import Engine, EngineConfig
-from mace.schema import Crossings, Delays
 from tests.traffic import ACROSS, REPLY, REQUEST, Tape, topology
 
 PATHS = [

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from collector.file_options import FileOptions
-from collector.text_source import TextSource, recognises
-from mace.errors import CaptureError
-from mace.records import Batch
-from mace.topology import Topology
+from collector.reading.options import FileOptions
+from collector.text.source import TextSource, recognises
+from contracts.errors import CaptureError
+from contracts.records import Batch
+from contracts.topology import Topology
 
 EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

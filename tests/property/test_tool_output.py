@@ -5,8 +5,8 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mace.schema import NOT_TOLD
-from mace.tooloutput import read
+from contracts.schema import NOT_TOLD
+from mace.tools.output import read
 
 HOST = "203.0.113.2"
 LOST, TIMED, UNTIMED = "lost", "timed", "untimed"

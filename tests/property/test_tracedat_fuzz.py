@@ -15,16 +15,16 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from collector.file_options import FileOptions
-from collector.tracecmd import TraceDat
-from collector.tracecmd_source import TraceCmdSource
-from mace.errors import CaptureError
-from mace.hooks import Hook
-from mace.records import Batch
+from collector.reading.options import FileOptions
+from collector.tracecmd.reader import TraceDat
+from collector.tracecmd.source import TraceCmdSource
+from contracts.errors import CaptureError
+from contracts.hooks import Hook
+from contracts.records import Batch
 from tests.made_own_events import Machine
 from tests.made_tracedat import FORMS, Made, to_big, traffic
 from tests.ring_pages import layout
-from tests.unit.collector.test_tracecmd_events import EVENTS, own_file
+from tests.unit.collector.tracecmd.test_events import EVENTS, own_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tracecmd"
 PAGES = {0: traffic(0, 5), 1: traffic(1, 2)}

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mace.clock import ClockPair
-from mace.hooks import Hook
-from mace.interfaces import StreamHeader
-from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content
-from mace.topology import NO_DEVICE, Device, Role, Sighting, Topology
-from mace.wire import MAX_RECORDS, Decoder, End
+from contracts.clock import ClockPair
+from contracts.hooks import Hook
+from contracts.interfaces import StreamHeader
+from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content
+from contracts.topology import NO_DEVICE, Device, Role, Sighting, Topology
+from contracts.wire import MAX_RECORDS, Decoder, End
 from tests.made_capture import encode, same_stream
 
 HOOKS = [hook for hook in Hook if hook is not Hook.INVALID]

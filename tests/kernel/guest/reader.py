@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from mace import abi
+from contracts import abi
 
 DEVICE: Final = "/dev/mace"
 SUBBUF_BYTES: Final = 1 << 16

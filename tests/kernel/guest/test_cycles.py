@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mace.hooks import Hook
+from contracts.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.conftest import KO, lab_ifindex, load, unload
 from tests.kernel.guest.reader import Session, netns_fd

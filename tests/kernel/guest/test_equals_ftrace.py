@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from collector import devices
-from collector.ftrace_source import FtraceConfig, FtraceSource
-from mace import abi
-from mace.hooks import Hook
+from collector.ftrace.source import FtraceConfig, FtraceSource
+from collector.machine import devices
+from contracts import abi
+from contracts.hooks import Hook
+from contracts.records import Batch
+from contracts.topology import Topology
 from mace.lab import Lab
-from mace.records import Batch
-from mace.topology import Topology
 from tests.kernel.guest.conftest import load, unload
 from tests.kernel.guest.reader import Session
 

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from mace import abi
+from contracts import abi
 from mace.lab import Lab
 from tests.kernel.guest.reader import Session
 

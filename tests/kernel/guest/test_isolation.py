@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mace import abi
-from mace.hooks import Hook
+from contracts import abi
+from contracts.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.conftest import lab_ifindex, load, unload
 from tests.kernel.guest.reader import Session, enter_netns, netns_fd, opened_in

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from collector.packet_key import ROOM, Packets, Views
-from mace import abi
-from mace.hooks import Hook
+from collector.pcap.packet_key import ROOM, Packets, Views
+from contracts import abi
+from contracts.hooks import Hook
+from contracts.records import Content
 from mace.lab import Lab
-from mace.records import Content
 from tests.kernel.guest.conftest import load, unload
 from tests.kernel.guest.reader import Session, enter_netns, netns_fd
 

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from collector.kmod_source import KmodConfig
-from mace import abi
-from mace.hooks import Hook
+from collector.kmod.source import KmodConfig
+from contracts import abi
+from contracts.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.reader import SUBBUF_BYTES, Session, opened_in, refused
 from tests.kernel.vm import POSSIBLE_CPUS

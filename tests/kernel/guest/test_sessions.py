@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from collector.netns import cookie_here
-from mace import abi
-from mace.hooks import Hook
+from collector.machine.netns import cookie_here
+from contracts import abi
+from contracts.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.conftest import lab_ifindex
 from tests.kernel.guest.reader import DEVICE, Session, enter_netns, netns_fd, refused

@@ -18,15 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from collector.devices import DeviceFollower
 from collector.files import FileOptions, recording
-from collector.ftrace_source import FtraceConfig, FtraceSource
-from collector.kmod_source import KmodSource
+from collector.ftrace.source import FtraceConfig, FtraceSource
+from collector.kmod.source import KmodSource
+from collector.machine.devices import DeviceFollower
+from contracts.hooks import HOOKS
+from contracts.interfaces import Progress, Source, StreamHeader, StreamItem
+from contracts.schema import Delays, Direction, Grade, Segment
 from correlator.engine import Engine, EngineConfig
-from mace.hooks import HOOKS
-from mace.interfaces import Progress, Source, StreamHeader, StreamItem
 from mace.lab import HOST, Lab
-from mace.schema import Delays, Direction, Grade, Segment
 from storage.capture import CaptureSink
 from tests.kernel.guest.conftest import load, unload
 from tests.perfetto_from_pages import perfetto_from_pages

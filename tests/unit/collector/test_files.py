@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from collector.files import BY_NAME, FORMATS, FileOptions, Recording, in_time_order, recording, sniff
-from mace.clock import ClockPair
-from mace.errors import CaptureError, Unavailable
-from mace.wire import SIGNATURE
+from contracts.clock import ClockPair
+from contracts.errors import CaptureError, Unavailable
+from contracts.wire import SIGNATURE
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
 ITEMS = [TOPOLOGY, *batches(traffic(2_000), 500)]

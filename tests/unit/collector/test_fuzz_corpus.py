@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from collector.files import PCAP_PAIR, FileOptions, recording, recording_of
+from contracts.errors import CaptureError
+from contracts.hooks import Hook
+from contracts.records import Batch
 from correlator.engine import Engine, EngineConfig
-from mace.errors import CaptureError
-from mace.hooks import Hook
-from mace.records import Batch
 
 CORPUS = Path(__file__).parents[2] / "golden" / "fuzz"
 FILES = sorted(CORPUS.glob("*/*.bin"))

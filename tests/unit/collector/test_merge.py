@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from collector.merge import Merger
-from mace.hooks import Hook
-from mace.records import Batch
+from contracts.hooks import Hook
+from contracts.records import Batch
 
 
 def records(*ts, cpu=0, **columns):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from collector.remote import HostStream, Verdict
-from mace.clock import ClockPair
-from mace.errors import WireError
-from mace.hooks import Hook
-from mace.wire import parse_head
+from contracts.clock import ClockPair
+from contracts.errors import WireError
+from contracts.hooks import Hook
+from contracts.wire import parse_head
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, same, traffic
 
 HOST = HEADER.host

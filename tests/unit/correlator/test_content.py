@@ -2,9 +2,9 @@
 
 import pytest
 
+from contracts.records import Flag
+from contracts.schema import Delays, Direction, Grade, Outcome, Segment
 from correlator.engine import Engine, EngineConfig
-from mace.records import Flag
-from mace.schema import Delays, Direction, Grade, Outcome, Segment
 from tests.traffic import DEVICES, NAMES, REPLY, REQUEST, Tape, topology
 
 TIMEOUT_NS = 10_000

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from contracts.records import Content, Flag
+from contracts.schema import Crossings, Delays, Direction, Segment
 from correlator.engine import Engine, EngineConfig
-from mace.records import Content, Flag
-from mace.schema import Crossings, Delays, Direction, Segment
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
 OFFSET_NS = 1_000_000_000_000

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from contracts.figures import Summary
+from contracts.schema import Delays, Direction, Outcome, Segment
+from contracts.topology import Device, Role
 from correlator.engine import Engine, EngineConfig
-from mace.schema import Delays, Direction, Outcome, Segment
-from mace.summary import Summary
-from mace.topology import Device, Role
 from tests.traffic import ACROSS, C1, CODE, DEVICES, HOST, REPLY, REQUEST, Tape, topology
 
 TIMEOUT_NS = 10_000
@@ -215,7 +215,7 @@ def test_a_path_that_began_before_the_device_vanished():
 
 
 def test_sightings_that_name_the_namespace_need_no_path():
-    from mace.topology import NO_DEVICE, Sighting, Topology, assign_roles
+    from contracts.topology import NO_DEVICE, Sighting, Topology, assign_roles
 
     exact = next(d for d in DEVICES if d.container == "c2")
     sightings = (NO_DEVICE, Sighting("eth0", exact.netns, exact.ifindex))
@@ -231,7 +231,7 @@ def test_an_inode_that_was_given_out_again_is_another_namespaces():
     """Records of a namespace that died, handed over after its successor was listed, are not the successor's."""
     from dataclasses import replace
 
-    from mace.topology import NO_DEVICE, Sighting, Topology, assign_roles
+    from contracts.topology import NO_DEVICE, Sighting, Topology, assign_roles
 
     exact = next(d for d in DEVICES if d.container == "c2")
     here = tuple(replace(d, netns_cookie=9) if d.netns == exact.netns else d for d in DEVICES)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from contracts.schema import Delays, Direction, Grade, Outcome, Segment
 from correlator.engine import Engine, EngineConfig
-from mace.schema import Delays, Direction, Grade, Outcome, Segment
 from tests.traffic import Tape, topology
 
 LINK_NS = 10_000

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from contracts.records import Content, Flag
+from contracts.schema import Delays, Segment
 from correlator.engine import Engine, EngineConfig
-from mace.records import Content, Flag
-from mace.schema import Delays, Segment
 from tests.traffic import Q, Tape, topology
 
 STEPS = [0, 10, 20, 30, 40, 900_000, 900_010, 900_020, 900_030]

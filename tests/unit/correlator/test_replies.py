@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from contracts.schema import NOT_TOLD, Direction
 from correlator.replies import Replies, Seen, ToldBy
-from mace.schema import NOT_TOLD, Direction
 
 OUT, IN = Direction.EGRESS, Direction.INGRESS
 MS = 1_000_000

@@ -2,14 +2,14 @@
 
 import asyncio
 
+from contracts.channel import Channel
+from contracts.hooks import Hook
+from contracts.interfaces import Progress
+from contracts.records import Batch
+from contracts.schema import HookCost
+from contracts.topology import Topology
 from correlator.engine import Engine, EngineConfig
 from correlator.stage import correlate
-from mace.channel import Channel
-from mace.hooks import Hook
-from mace.interfaces import Progress
-from mace.records import Batch
-from mace.schema import HookCost
-from mace.topology import Topology
 
 
 def test_every_result_carries_what_the_source_counts_at_that_time():

@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts import histogram
+from contracts.schema import Direction, Segment
 from correlator.windows import Windows
-from mace import histogram
-from mace.schema import Direction, Segment
 
 SECOND = 1_000_000_000
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 import mace
+from contracts.errors import CaptureError, StoreError, Unavailable
 from mace import cli
-from mace.errors import CaptureError, StoreError, Unavailable
 from storage import tables
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 from tests.made_replay import count_rows
@@ -98,7 +98,7 @@ def test_a_url(capture):
 
 
 def test_contracts_do_not_load_the_api():
-    code = "import sys, mace.records; sys.exit('duckdb' in sys.modules or 'pyarrow' in sys.modules)"
+    code = "import sys, contracts.records; sys.exit('duckdb' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mace import abi, module
-from mace.errors import SourceError, Unavailable
+from contracts import abi
+from contracts.errors import SourceError, Unavailable
+from mace import module
 from mace.module import Machine
 from tests.made_rings import MadeDevice
 

@@ -19,18 +19,20 @@ from matplotlib.text import Text
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from collector.perfetto_wire import PacketReader
-from mace import cli, plots, strict_json, terminal
-from mace.config import PrometheusConfig
-from mace.names import printable, text, text_of
-from mace.schema import Segment
-from mace.summary import Distribution, Place, Summary
-from mace.topology import Device, Sighting, Topology
-from mace.vitals import Vitals
-from mace.wire import Decoder, Encoder
+from collector.perfetto.wire import PacketReader
+from contracts import strict_json
+from contracts.config import PrometheusConfig
+from contracts.figures import Distribution, Place, Summary
+from contracts.names import printable, text, text_of
+from contracts.schema import Segment
+from contracts.topology import Device, Sighting, Topology
+from contracts.vitals import Vitals
+from contracts.wire import Decoder, Encoder
+from mace import cli
+from mace.shown import plots, terminal
 from storage.lines import Budget, StreamLines, key
-from storage.perfetto import HostTracks
-from storage.perfetto_file import PerfettoTrace
+from storage.perfetto.file import PerfettoTrace
+from storage.perfetto.sink import HostTracks
 from storage.prometheus import Endpoint
 from storage.query import Series, TypicalPath
 from tests.made_results import HEADER, HOST_NETNS, make_delays, make_results, make_windows

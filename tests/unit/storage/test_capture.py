@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from collector.capture_source import Capture, read
-from mace.errors import StoreError, WireError
-from mace.interfaces import Progress
-from mace.records import Batch
-from mace.wire import MAX_RECORDS
+from collector.capture.source import Capture, read
+from contracts.errors import StoreError, WireError
+from contracts.interfaces import Progress
+from contracts.records import Batch
+from contracts.wire import MAX_RECORDS
 from storage.capture import CaptureSink
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, same_stream, traffic
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from contracts.errors import StoreError
 from mace import cli
-from mace.errors import StoreError
 from storage import checksum, segments, sql, tables
 from storage.check import check
 from storage.embedded import EmbeddedStore

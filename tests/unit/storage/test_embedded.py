@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mace.errors import StoreError
-from mace.hooks import Hook
-from mace.ledger import Ledger
-from mace.schema import Delays, HookCost
-from mace.vitals import process_figures
+from contracts.errors import StoreError
+from contracts.hooks import Hook
+from contracts.ledger import Ledger
+from contracts.schema import Delays, HookCost
+from contracts.vitals import process_figures
 from storage import segments
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mace.errors import StoreError
+from contracts.errors import StoreError
 from storage import journal
 from storage.journal import FIRST_SLICE_NS, Commit, Journal, Kind
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mace.clock import ClockPair
-from mace.metrics import MEASUREMENTS
-from mace.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTripRows, RoundTrips, Segment
-from mace.summary import ranks
-from mace.topology import Device, Role
+from contracts.clock import ClockPair
+from contracts.figures import ranks
+from contracts.metrics import MEASUREMENTS
+from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTripRows, RoundTrips, Segment
+from contracts.topology import Device, Role
 from storage.lines import Budget, StreamLines, key
 from tests.made_results import HEADER, START_NS, make_delays, make_windows, topology
 

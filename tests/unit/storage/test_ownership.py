@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from mace.errors import StoreError
+from contracts.errors import StoreError
 from storage.capture import CaptureSink
 from storage.ownership import refuse_foreign
-from storage.perfetto_file import PerfettoTrace
+from storage.perfetto.file import PerfettoTrace
 from storage.places import LocalPlace
 from storage.segments import write_bytes, write_whole
 from storage.spool import Spool

@@ -15,13 +15,13 @@ import pytest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from mace.config import Config, PrometheusConfig, SinksConfig
-from mace.errors import ConfigError, Unavailable
-from mace.hooks import Hook
-from mace.ledger import Ledger
-from mace.schema import Delays, Direction, HookCost, Segment, Window
-from mace.topology import Device, Role
-from mace.vitals import Publishing, Vitals
+from contracts.config import Config, PrometheusConfig, SinksConfig
+from contracts.errors import ConfigError, Unavailable
+from contracts.hooks import Hook
+from contracts.ledger import Ledger
+from contracts.schema import Delays, Direction, HookCost, Segment, Window
+from contracts.topology import Device, Role
+from contracts.vitals import Publishing, Vitals
 from storage import SINKS
 from storage import prometheus as endpoint
 from tests.made_results import HEADER, make_delays, make_results, make_windows, topology

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mace.errors import StoreError
-from mace.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
-from mace.ledger import Ledger
-from mace.schema import Delays, Direction, Grades, Segment
-from mace.summary import Summary
+from contracts.errors import StoreError
+from contracts.figures import Summary
+from contracts.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
+from contracts.ledger import Ledger
+from contracts.schema import Delays, Direction, Grades, Segment
 from storage import query, segments, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mace.config import RunningConfig
-from mace.vitals import Account
+from contracts.config import RunningConfig
+from contracts.vitals import Account
 from storage.running_sink import Delivered, Encoded, RunningSink, TryLaterError
 from storage.spool import Frame
 

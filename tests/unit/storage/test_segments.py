@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mace.errors import StoreError
+from contracts.errors import StoreError
 from storage import segments
 from storage.segments import FAN_IN, FULL_ROWS, HOUR_NS, MERGED_ROWS, Segment, listing, mergeable, partition, retain
 

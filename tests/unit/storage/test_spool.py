@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from mace.errors import StoreError, Unavailable
+from contracts.errors import StoreError, Unavailable
 from storage.spool import Frame, Spool
 
 MIB = 1 << 20

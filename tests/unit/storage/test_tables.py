@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mace.hooks import Hook
-from mace.schema import Delays, Grades, HookCost
+from contracts.hooks import Hook
+from contracts.schema import Delays, Grades, HookCost
 from storage import tables
 from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
 

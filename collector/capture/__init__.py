@@ -1,0 +1,1 @@
+"""MACE's own capture files."""

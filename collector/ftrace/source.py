@@ -1,0 +1,566 @@
+"""The kernel's tracer (ftrace) as a source: its own network events, from a private trace instance.
+
+    per_cpu/cpuN/trace_pipe_raw ──pages──▶ PageDecoder ──records, gaps──▶ Merger ──▶ batches, in time order
+    (one ring per CPU)             tick by tick             markers            devices, as they change, between them
+
+One tick takes all that is in the rings, the page that is being written included; nothing waits for a page to be full.
+A tick costs about the same for hundreds of events as for thousands, and a third of a millisecond only to wake up for.
+So records are left in the rings for a while, unless one of them fills or a device changed: that wakes the source.
+A ring that was read at time T and found empty has given all that happened before T: that drives the merge.
+
+The rings overwrite the oldest events when they are full. Of the two modes that ftrace has it is the one that tells in
+the stream where events are missing and how many (docs/design/004-ftrace.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import platform
+import secrets
+import select
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+import numpy as np
+
+from collector.ftrace import tracefs
+from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing, Ring
+from collector.gaps import marker, settle
+from collector.live.urgency import Urgency
+from collector.merge import Merger
+from collector.pages.decoding import Decoded, PageDecoder, Stretch
+from collector.pages.formats import parse_format, parse_header_page
+from contracts import clock
+from contracts.config import CaptureConfig
+from contracts.errors import SourceError, Unavailable
+from contracts.hooks import BY_TRACEPOINT, HOOKS, silent_on
+from contracts.interfaces import Progress, Status, StreamHeader, StreamItem
+from contracts.names import command_line, name_of_this_machine
+from contracts.records import Batch
+from contracts.schema import HookCost
+from contracts.topology import Device, Topology
+from contracts.version import VERSION
+
+_log = logging.getLogger(__name__)
+
+CLOCK: Final = "mono"
+"""CLOCK_MONOTONIC, the clock of all records."""
+_NOISE: Final = ("record-cmd", "record-tgid", "event-fork", "function-fork", "markers", "stacktrace", "userstacktrace")
+"""Options that put other things than our events into the rings, or make each event dearer."""
+_CHUNK_BYTES: Final = 2 << 20
+"""Pages decoded at once. Measured: a quarter of it costs a third more per event, twice of it no less."""
+_KEPT_BYTES: Final = 24 << 20
+"""glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
+_BATCH_RECORDS: Final = 1 << 17
+"""Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
+_FILLED_PERCENT: Final = 10
+"""A ring so full is emptied before its time. Of 8 MiB it is 20,000 events: enough for a tick to cost little per event,
+and no more than the heaviest flood brings from one tick to the next."""
+_FILLING: Final = 0.25
+"""A tick that takes so much of a ring comes late: read every 50 ms, the heaviest flood leaves a tenth."""
+_SETTLE_S: Final = 0.01
+"""Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
+
+
+class DeviceFollower(Protocol):
+    """What the source needs of who follows the devices of this machine."""
+
+    host_netns: int
+    on_news: Callable[[], object]
+    """Called, from any thread, when `poll` has something to tell."""
+
+    async def open(self) -> None: ...
+
+    def poll(self) -> tuple[Device, ...] | None:
+        """All devices, if anything changed since the last call, else None. The first call tells all."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FtraceConfig:
+    """What can be chosen; the defaults suit a busy host."""
+
+    ring_kib_per_cpu: int = 8192
+    """Memory for each CPU's ring, KiB. 8 MiB are about 200,000 events, a third of a second of the heaviest flood."""
+    subbuf_kib: int | None = None
+    """Size of a ring's pages, KiB (Linux 6.8 and later); None leaves the kernel's."""
+    poll_interval_s: float = 0.05
+    """Rings that fill are read this often at most."""
+    gather_interval_s: float = 0.5
+    """Records stay in the rings this long if there is no reason to take them earlier."""
+    hold_back_ms: float = 50
+    """Records are given out this much later than they could be, for what is to stand before them."""
+    reader: Literal["auto", "read", "mmap"] = "auto"
+    """How pages come out of the kernel; auto is read(2), which was measured to be the cheaper."""
+    host: str = ""
+    """Whose records the stream says they are; empty: the machine's own name."""
+    tracepoints: tuple[str, ...] = field(default_factory=lambda: tuple(info.tracepoint for info in HOOKS))
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("ring_kib_per_cpu", self.ring_kib_per_cpu >= 8, "at least 8"),
+            ("subbuf_kib", self.subbuf_kib is None or self.subbuf_kib >= 4, "at least 4"),
+            ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
+            ("gather_interval_s", 0 < self.gather_interval_s <= 10, "more than 0 and at most 10"),
+            ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
+            ("reader", self.reader in ("auto", "read", "mmap"), "auto, read or mmap"),
+            (
+                "tracepoints",
+                bool(self.tracepoints) and all(t in BY_TRACEPOINT for t in self.tracepoints),
+                "known hooks",
+            ),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(slots=True)
+class _Cpu:
+    """What we know of one CPU's ring."""
+
+    cpu: int
+    ring: Ring
+    complete_ns: int
+    """All events before this time were taken out of the ring."""
+    last_ns: int
+    """Time of the last record."""
+    told_lost: int = 0
+    """Lost events that markers tell of."""
+    estimated: bool = False
+    """Whether a marker's count was once taken from the kernel's total, which may be ahead of the page."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One CPU's part of a tick."""
+
+    cpu: _Cpu
+    began_ns: int
+    pages: int = 0
+    """Taken out of the ring."""
+    caught_up: bool = False
+    """Whether all events from before `began_ns` were taken."""
+    parts: list[Decoded] = field(default_factory=list)
+
+    @property
+    def newest_ns(self) -> int:
+        """Time of the last record that was decoded."""
+        return next((int(part.batch.ts_ns[-1]) for part in reversed(self.parts) if len(part.batch)), 0)
+
+
+class FtraceSource:
+    """A `contracts.interfaces.Source` over this machine's tracepoints."""
+
+    def __init__(self, config: FtraceConfig | None = None, devices: DeviceFollower | None = None) -> None:
+        self.config = config or FtraceConfig()
+        self._follower = devices
+        self._follower_open = False
+        self._stopping = False
+        self._wake = asyncio.Event()
+        self._instance: tracefs.Instance | None = None
+        self._cpus: dict[int, _Cpu] = {}
+        self._filling = select.epoll()
+        """Rings that are filled to `_FILLED_PERCENT`."""
+        self._swelling = False
+        """Whether the last tick found a ring that would be half full after `gather_interval_s`."""
+        self._read_at_ns = 0
+        """When the last tick began to read."""
+        self._merger = Merger(int(self.config.hold_back_ms * 1e6))
+        self._devices: tuple[Device, ...] = ()
+        self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
+        self._host_netns = 0
+        """Inode of the host's network namespace; 0 where nobody follows devices."""
+        self._sightings_told = 0
+        self._began_ns = 0
+        self._urgency = Urgency(begins=_FILLING)
+        self._gathered: list[tuple[_Reading, Stretch]] = []
+        self._filled = 0
+        """Pages in the buffer that wait to be decoded: those of `_gathered`."""
+
+    # --- lifecycle ------------------------------------------------------------------------------
+
+    @staticmethod
+    def check() -> Status:
+        """Whether this source can run here."""
+        try:
+            root = tracefs.find()
+            events = [i.tracepoint for i in HOOKS if (root / "events" / i.tracepoint.replace(":", "/")).is_dir()]
+            clocks = tracefs.read(root / "trace_clock").replace("[", "").replace("]", "").split()
+        except Unavailable as error:
+            return Status(ok=False, detail=error.why, remedy=error.remedy)
+        except SourceError as error:
+            return Status(ok=False, detail=str(error))
+        if not events:
+            return Status(
+                ok=False, detail=f"{root} has no network events", remedy="a kernel with CONFIG_NET and tracing"
+            )
+        if CLOCK not in clocks:
+            return Status(ok=False, detail=f"no trace clock {CLOCK!r}", remedy="Linux 4.2 or later")
+        missing = [info.tracepoint for info in HOOKS if info.tracepoint not in events]
+        without = f", without {', '.join(missing)}" if missing else ""
+        silent = f"; {told}" if (told := silent_on(platform.release())) else ""
+        return Status(ok=True, detail=f"{root}: {len(events)} of {len(HOOKS)} tracepoints{without}{silent}")
+
+    async def open(self) -> StreamHeader:
+        """Make the instance, enable the events and begin to record. Raises `Unavailable` or `SourceError`."""
+        try:
+            return await self._acquire()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _acquire(self) -> StreamHeader:
+        keep_freed_memory()
+        root = tracefs.find()
+        for name in tracefs.remove_leftovers(root):
+            _log.warning("ftrace: removed %s, left by a run that was killed", name)
+        self._instance = instance = tracefs.Instance.create(root)
+        # For a program that ends without aclose; what a kill leaves, the next start removes.
+        atexit.register(self._remove)
+        present = self._prepare(instance)
+        if self._follower is not None:
+            self._follower.on_news = partial(asyncio.get_running_loop().call_soon_threadsafe, self._wake.set)
+            await self._follower.open()
+            self._follower_open = True
+            self._devices = self._follower.poll() or ()
+            self._host_netns = self._follower.host_netns
+        self._began_ns = time.monotonic_ns()
+        self._open_cpus()
+        for tracepoint in present:
+            instance.enable(tracepoint)
+        pair = clock.measure()
+        instance.record(on=True)
+        return StreamHeader(
+            source="ftrace",
+            host=self.config.host or name_of_this_machine(),
+            run=secrets.token_hex(8),
+            kernel=platform.release(),
+            boot_id=boot_id(),
+            cpus=len(self._cpus),
+            clock=pair,
+            hooks=tuple(present),
+            mace_version=VERSION,
+            command=command_line(),
+        )
+
+    def _prepare(self, instance: tracefs.Instance) -> list[str]:
+        """Clock, mode, ring size and formats; the tracepoints that this kernel has."""
+        instance.set_clock(CLOCK)
+        instance.set_option("overwrite", on=True)
+        for option in _NOISE:
+            instance.set_option(option, on=False)
+        instance.set_ring_size(self.config.ring_kib_per_cpu, self.config.subbuf_kib)
+        instance.set_readable_at(_FILLED_PERCENT)
+        self._layout = parse_header_page(instance.header_page())
+        self._ring_pages = max(self.config.ring_kib_per_cpu * 1024 // self._layout.page_size, 1)
+        present = [t for t in self.config.tracepoints if instance.has_event(t)]
+        for absent in sorted(set(self.config.tracepoints) - set(present)):
+            _log.warning("ftrace: this kernel has no tracepoint %s", absent)
+        if not present:
+            raise Unavailable(
+                "ftrace", "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing"
+            )
+        self._decoder = PageDecoder(self._layout, [parse_format(t, instance.event_format(t)) for t in present])
+        self._buffer = PageBuffer(self._layout, max(_CHUNK_BYTES // self._layout.page_size, 8))
+        return present
+
+    def request_stop(self) -> None:
+        """Stop recording; `items` ends after what was recorded."""
+        self._stopping = True
+        self._wake.set()
+
+    async def aclose(self) -> None:
+        """Close the rings, remove the instance, stop following devices."""
+        self._urgency.end()
+        try:
+            self._remove()
+        finally:
+            atexit.unregister(self._remove)
+            if self._follower_open and self._follower is not None:
+                self._follower_open = False
+                await self._follower.aclose()
+
+    def _remove(self) -> None:
+        for cpu in self._cpus.values():
+            cpu.ring.close()
+        self._cpus.clear()
+        self._filling.close()
+        if self._instance is not None:
+            instance, self._instance = self._instance, None
+            instance.remove()
+
+    @property
+    def skipped(self) -> int:
+        """Events in the rings that are none of our hooks'."""
+        return self._decoder.skipped
+
+    @property
+    def discarded(self) -> int:
+        """Records that came after later ones were given out (see `collector.merge`)."""
+        return self._merger.late
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """Nothing: the kernel does not time its tracer."""
+        return ()
+
+    # --- the stream -----------------------------------------------------------------------------
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        """Topology and batches until `request_stop`. A slow reader is felt in the kernel's rings, not here."""
+        yield self._topology(self._began_ns)
+        while not self._stopping:
+            began_ns = time.monotonic_ns()
+            behind = not self._read_all()
+            for item in self._released():
+                yield item
+            if behind:
+                self._devices_changed()
+                await asyncio.sleep(0)
+            else:
+                await self._rest(began_ns)
+        assert self._instance is not None
+        self._instance.record(on=False)
+        await asyncio.sleep(_SETTLE_S)
+        while not self._read_all():
+            for item in self._released():
+                yield item
+        self._tell_the_rest()
+        for item in self._released(to_the_end=True):
+            yield item
+
+    def _devices_changed(self) -> bool:
+        """Look after devices; what is new waits for its place in the stream."""
+        if self._follower is None or (devices := self._follower.poll()) is None:
+            return False
+        # New information holds from the latest time that no record was given out for. News comes at once, and a
+        # hold-back is longer than that takes, so that packets of a new device come behind it.
+        from_ns = time.monotonic_ns() - int(self.config.hold_back_ms * 1e6)
+        self._coming.append((max(from_ns, self._began_ns), devices))
+        return True
+
+    async def _rest(self, began_ns: int) -> None:
+        """Until the next tick: when a ring fills, a device changed, or enough time passed since the last one began.
+
+        A tick every interval, not an interval between ticks: decoding, and what those who read us do meanwhile, must
+        not add to the latency.
+        """
+        while not self._stopping and not self._devices_changed():
+            # Before Linux 6.1 a ring is readable as soon as there is anything in it.
+            filling = bool(self._filling.poll(0))
+            # A flood is not left to a waking that may come late.
+            rest_s = self.config.poll_interval_s if filling or self._swelling else self.config.gather_interval_s
+            rest_s -= (time.monotonic_ns() - began_ns) / 1e9
+            if rest_s <= 0:
+                return
+            await self._pause(rest_s, until_filling=not filling)
+
+    async def _pause(self, duration_s: float, *, until_filling: bool) -> None:
+        """So long at most; ends with the stop, news of devices and, if asked for, a ring that fills."""
+        loop = asyncio.get_running_loop()
+        self._wake.clear()
+        if until_filling:
+            loop.add_reader(self._filling.fileno(), self._wake.set)
+        try:
+            async with asyncio.timeout(duration_s):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        finally:
+            if until_filling:
+                loop.remove_reader(self._filling.fileno())
+
+    def _topology(self, from_ns: int) -> Topology:
+        sightings = self._decoder.sightings.snapshot()
+        self._sightings_told = len(sightings)
+        return Topology(from_ns, self._host_netns, self._devices, sightings)
+
+    def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
+        watermark = self._merger.watermark_ns
+        if watermark is None:
+            return
+        while self._coming and (to_the_end or self._coming[0][0] <= watermark):
+            from_ns, devices = self._coming.popleft()
+            yield from self._batches(self._merger.take(from_ns))
+            self._devices = devices
+            yield self._topology(from_ns)
+        batch = self._merger.flush() if to_the_end else self._merger.take(watermark)
+        yield from self._batches(batch)
+        # The next tick is a while away, and what was given out may be worked on; in a flood it comes soon.
+        if not len(batch) or not (to_the_end or self._swelling):
+            yield Progress(watermark)
+
+    def _batches(self, batch: Batch) -> Iterator[StreamItem]:
+        if not len(batch):
+            return
+        if len(self._decoder.sightings) > self._sightings_told:
+            yield self._topology(int(batch.ts_ns[0]))
+        for start in range(0, len(batch), _BATCH_RECORDS):
+            yield batch[start : start + _BATCH_RECORDS]
+
+    # --- the rings ------------------------------------------------------------------------------
+
+    def _open_cpus(self) -> None:
+        """Open the ring of each CPU that came online. One that went offline keeps its ring, and so do we."""
+        assert self._instance is not None
+        for number in online_cpus():
+            if number in self._cpus:
+                continue
+            path = self._instance.cpu(number) / "trace_pipe_raw"
+            ring = MmapRing(path, self._layout) if self.config.reader == "mmap" else ReadRing(path, self._layout)
+            since = max(self._began_ns, self._merger.given_ns or 0)
+            self._cpus[number] = _Cpu(number, ring, complete_ns=since, last_ns=since)
+            self._filling.register(ring.fileno(), select.EPOLLIN)
+            self._merger.add_cpu(number, since)
+
+    def _read_all(self) -> bool:
+        """Take what is in the rings; whether that is all there was when it began.
+
+        Pages of all CPUs are gathered and decoded together, so that many CPUs with little to tell cost little.
+        """
+        self._open_cpus()
+        readings = [_Reading(cpu, time.monotonic_ns()) for cpu in self._cpus.values()]
+        for reading in readings:
+            self._read(reading)
+        self._decode()
+        for reading in readings:
+            cpu = reading.cpu
+            for batch in self._with_markers(cpu, reading.parts):
+                self._merger.push(cpu.cpu, batch)
+            cpu.complete_ns = max(cpu.complete_ns, reading.began_ns if reading.caught_up else reading.newest_ns)
+            self._merger.complete(cpu.cpu, cpu.complete_ns)
+        share = max(reading.pages for reading in readings) / self._ring_pages
+        self._urgency.felt(share)
+        since_s, self._read_at_ns = (readings[0].began_ns - self._read_at_ns) / 1e9, readings[0].began_ns
+        self._swelling = share * self.config.gather_interval_s > since_s / 2
+        return all(reading.caught_up for reading in readings)
+
+    def _read(self, reading: _Reading) -> None:
+        """Take what is in one ring; decode when the buffer is full."""
+        reading.began_ns = time.monotonic_ns()
+        # A full ring at most, so that one CPU under flood cannot keep us from the others.
+        while reading.pages < self._ring_pages and not reading.caught_up:
+            taken = reading.cpu.ring.take(self._buffer, self._filled)
+            if taken.pages:
+                self._gathered.append((reading, Stretch(reading.cpu.cpu, taken.pages, taken.skip)))
+                self._filled += taken.pages
+                reading.pages += taken.pages
+            reading.caught_up = taken.empty
+            if not taken.empty:
+                self._decode()
+                # A writer as fast as we are never lets us find the ring empty.
+                reading.caught_up = reading.newest_ns >= reading.began_ns
+
+    def _decode(self) -> None:
+        """Decode what was gathered."""
+        if self._gathered:
+            decoded = self._decoder.decode(self._buffer.bytes, [stretch for _, stretch in self._gathered])
+            for (reading, _), part in zip(self._gathered, decoded, strict=True):
+                reading.parts.append(part)
+        self._gathered.clear()
+        self._filled = 0
+
+    def _with_markers(self, cpu: _Cpu, parts: list[Decoded]) -> Iterator[Batch]:
+        """The records of each part of one reading, with a `LOST` marker at each gap."""
+        lost = iter(self._losses(cpu, [gap.lost for part in parts for gap in part.gaps]))
+        for part in parts:
+            pieces, start = [], 0
+            for gap in part.gaps:
+                pieces.append(part.batch[start : gap.index])
+                last = int(part.batch.ts_ns[gap.index - 1]) if gap.index else cpu.last_ns
+                after = int(part.batch.ts_ns[gap.index]) if gap.index < len(part.batch) else last
+                pieces.append(marker(cpu.cpu, min(max(last, cpu.complete_ns), after), next(lost), after))
+                start = gap.index
+            pieces.append(part.batch[start:])
+            if len(part.batch):
+                cpu.last_ns = int(part.batch.ts_ns[-1])
+            yield Batch.concatenate(pieces)
+
+    def _losses(self, cpu: _Cpu, counts: list[int | None]) -> list[int]:
+        """How many events each gap lost.
+
+        A page has no room for its count where its last event ends within 8 bytes of its end. Then the kernel's
+        total for this ring tells, as long as nothing was overwritten between that page and now; if something was, a
+        later marker tells as much less, and the sum stays the kernel's.
+        """
+        if not counts:
+            return []
+        if None in counts or cpu.estimated:
+            assert self._instance is not None
+            cpu.estimated = True
+            losses = settle(counts, self._instance.stats(cpu.cpu).lost - cpu.told_lost)
+        else:
+            losses = [count or 0 for count in counts]
+        cpu.told_lost += sum(losses)
+        return losses
+
+    def _tell_the_rest(self) -> None:
+        """At the end, with nothing left in the rings: what the kernel lost and no page told of.
+
+        That is rare: an interrupt that filled the whole ring while it held up a writer ("commit overrun").
+        """
+        assert self._instance is not None
+        for cpu in self._cpus.values():
+            rest = self._instance.stats(cpu.cpu).lost - cpu.told_lost
+            if rest > 0:
+                cpu.told_lost += rest
+                self._merger.push(cpu.cpu, marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
+
+
+def configured(config: CaptureConfig, devices: DeviceFollower, host: str = "") -> FtraceSource:
+    """The source that `[capture]` describes. Raises `Unavailable` if it asks for a filter."""
+    asked = [name for name in ("sample_shift", "netns", "devices", "protocols") if getattr(config, name)]
+    if asked:
+        raise Unavailable(
+            "ftrace",
+            f"it records everything, and [capture] {', '.join(asked)} asks for less",
+            "leave that out, or use the kernel module (--source kmod)",
+        )
+    return FtraceSource(
+        FtraceConfig(
+            ring_kib_per_cpu=config.ring_mib * 1024,
+            poll_interval_s=config.poll_ms / 1000,
+            gather_interval_s=config.gather_ms / 1000,
+            hold_back_ms=config.hold_back_ms,
+            host=host,
+        ),
+        devices,
+    )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory instead of giving each large array back to the kernel and asking again.
+
+    The columns of a tick are made anew each time. Measured on a virtual machine, where a page fault is dear: without
+    this a third of all CPU time of a capture went into page faults.
+    """
+    np.empty(_KEPT_BYTES, np.uint8)
+
+
+def boot_id() -> str:
+    """Identifies this boot of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def online_cpus() -> tuple[int, ...]:
+    """Numbers of the CPUs that are online; asked at every tick."""
+    return cpu_list(Path("/sys/devices/system/cpu/online").read_bytes())
+
+
+@cache
+def cpu_list(text: bytes) -> tuple[int, ...]:
+    """CPU numbers of a list like `0-3,6` (Documentation/admin-guide/cputopology.rst)."""
+    cpus: list[int] = []
+    for part in text.decode("ascii").strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    return tuple(cpus)

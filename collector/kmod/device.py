@@ -1,0 +1,421 @@
+"""/dev/mace: the module's calls, with what goes wrong said in words.
+
+One `MaceDevice` is one session of the module; what the calls do, and in which order, stands in `kmod/uapi/mace.h`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.machine.netns import open_nsfs
+from contracts import abi
+from contracts.abi import HelloFlag, Ioctl, TakeFlag
+from contracts.errors import SourceError, Unavailable
+from contracts.hooks import HOOKS, Hook
+from contracts.schema import HookCost
+from contracts.version import VERSION
+
+PATH: Final = Path("/dev") / abi.DEVICE_NAME
+_LOADED: Final = Path("/sys/module") / abi.DEVICE_NAME
+_WHAT: Final = "kmod"
+_LOAD_IT: Final = "`mace module load` (and before, for this kernel, `mace module build`)"
+_OTHER_ABI: Final = "`mace module build` and `mace module load`, or install the MACE that goes with the module"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInNetns:
+    """A device to be let through."""
+
+    ifindex: int
+    netns: str | int | None = None
+    """Its namespace: a path, an open file descriptor, or None for the opener's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What to record: all that is named must hold; what is empty, holds for everything.
+
+    A filter for namespaces or devices keeps only what happens there: the overhead of a path needs all of its devices.
+    """
+
+    netns: tuple[str | int | None, ...] = ()
+    """Network namespaces: paths, open file descriptors, or None for the opener's. At most 16."""
+    devices: tuple[DeviceInNetns, ...] = ()
+    """At most 16."""
+    l4_protocols: tuple[int, ...] = ()
+    """IP protocol numbers, 0 to 255; 0 stands for all that is not IP, too."""
+    sample_shift: int = 0
+    """Of all packets one in 2**n, the same ones at every hook; 0 to 31."""
+    hooks: tuple[Hook, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("netns", len(self.netns) <= abi.MAX_NETNS, f"at most {abi.MAX_NETNS}"),
+            ("devices", len(self.devices) <= abi.MAX_DEVICES, f"at most {abi.MAX_DEVICES}"),
+            ("devices", all(0 < d.ifindex < 2**32 for d in self.devices), "indexes from 1 on"),
+            ("l4_protocols", all(0 <= p <= 255 for p in self.l4_protocols), "numbers from 0 to 255"),
+            ("sample_shift", 0 <= self.sample_shift <= abi.MAX_SAMPLE_SHIFT, f"0 to {abi.MAX_SAMPLE_SHIFT}"),
+            ("hooks", all(0 < hook < abi.HOOK_SLOTS for hook in self.hooks), "observation points"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who the module is, and what this session may (struct mace_hello)."""
+
+    abi: tuple[int, int]
+    version: str
+    hooks: tuple[Hook, ...]
+    """Those that the kernel has and this MACE knows."""
+    sees_all: bool
+    """Every network namespace, not only the opener's."""
+    netns_gone: bool
+    """The opener's namespace has died: nothing will come any more."""
+    cookies: bool
+    """Records can name namespaces by cookie (Linux 5.14)."""
+    netns: int
+    cpus: int
+    ring_bytes_min: int
+    ring_bytes_max: int
+    load_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a TAKE told."""
+
+    first: int
+    """Index in the ring of the oldest sub-buffer that is handed over."""
+    ready: int
+    """How many are, from there on, round the ring's end."""
+    now_ns: int
+    """CLOCK_MONOTONIC: with `flush` all records from before it are handed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Records that passed the filter so far, `written` to a ring or `lost`; each an int64 array of 16, by hook."""
+
+    written: npt.NDArray[np.int64]
+    lost: npt.NDArray[np.int64]
+
+
+class MaceDevice:
+    """A session. Raises `Unavailable` where it cannot be had, `SourceError` where module and MACE do not fit."""
+
+    def __init__(self, path: Path = PATH) -> None:
+        self._path = path
+        self._maps: dict[int, mmap.mmap] = {}
+        self._ring_bytes = 0
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        try:
+            self.hello = self.greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the session. Arrays that still look into a ring keep its memory, and the session, until they go."""
+        maps, self._maps = self._maps, {}
+        for one in maps.values():
+            try:
+                one.close()
+            except BufferError:
+                pass  # somebody has a view; the last one unmaps
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def fileno(self) -> int:
+        """Readable when a ring has its watermark's sub-buffers full, or records waited for `flush_ms`."""
+        return self._fd
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def greet(self) -> Hello:
+        """HELLO. Raises `SourceError` for another ABI than ours."""
+        got = np.zeros((), abi.HELLO)
+        try:
+            self._call(Ioctl.HELLO, got)
+        except OSError as error:
+            # The request's number holds the size of its struct: a major that changed it does not know ours.
+            if error.errno == errno.ENOTTY:
+                raise SourceError(
+                    f"{self._path}: the module ({_version_loaded()}) does not answer a HELLO of ABI"
+                    f" {abi.ABI_MAJOR}.{abi.ABI_MINOR}, which this MACE {VERSION} speaks; {_OTHER_ABI}"
+                ) from error
+            raise self._failed("HELLO", error) from error
+        major, minor = int(got["abi_major"]), int(got["abi_minor"])
+        version = bytes(got["version"]).partition(b"\0")[0].decode("ascii", "replace")
+        if major != abi.ABI_MAJOR:
+            raise SourceError(
+                f"{self._path}: the module {version} speaks ABI {major}.{minor}, this MACE {VERSION}"
+                f" {abi.ABI_MAJOR}.{abi.ABI_MINOR}; {_OTHER_ABI}"
+            )
+        sizes = (int(got["record_bytes"]), int(got["subbuf_head_bytes"]))
+        if sizes != (abi.RECORD.itemsize, abi.SUBBUF.itemsize):
+            raise SourceError(
+                f"{self._path}: the module {version} has records and heads of {sizes} bytes, expected"
+                f" {(abi.RECORD.itemsize, abi.SUBBUF.itemsize)} in ABI {major}.{minor}: a defect of the module"
+            )
+        # A newer module may say more.
+        flags = HelloFlag(int(got["flags"]) & sum(HelloFlag))
+        return Hello(
+            abi=(major, minor),
+            version=version,
+            hooks=tuple(info.hook for info in HOOKS if int(got["hooks"]) >> info.hook & 1),
+            sees_all=HelloFlag.ALL in flags,
+            netns_gone=HelloFlag.NETNS_GONE in flags,
+            cookies=HelloFlag.COOKIES in flags,
+            netns=int(got["netns"]),
+            cpus=int(got["cpus"]),
+            ring_bytes_min=int(got["ring_bytes_min"]),
+            ring_bytes_max=int(got["ring_bytes_max"]),
+            load_id=int(got["load_id"]),
+        )
+
+    def setup(
+        self,
+        *,
+        subbuf_bytes: int,
+        subbufs: int,
+        watermark: int,
+        flush_ms: int,
+        wanted: Filter = Filter(),
+        cookies: bool = False,
+    ) -> tuple[int, ...]:
+        """SETUP: rings of `subbufs` times `subbuf_bytes` for the CPUs that are online; returns their numbers.
+
+        With `cookies` (where `hello` has them) records name a namespace by its cookie, else by its inode.
+        Bounds are those of struct mace_setup. Raises `Unavailable` for what this machine or these rights do not
+        allow, `SourceError` for anything else.
+        """
+        if not self.hello.ring_bytes_min <= subbuf_bytes * subbufs <= self.hello.ring_bytes_max:
+            raise Unavailable(
+                _WHAT,
+                f"a ring of {subbuf_bytes * subbufs:,} bytes, where the module allows"
+                f" {self.hello.ring_bytes_min:,} to {self.hello.ring_bytes_max:,}",
+                f"another [capture] ring_mib, or write more to {_LOADED}/parameters/max_ring_mib",
+            )
+        asked = np.zeros((), abi.SETUP)
+        asked["abi_major"] = abi.ABI_MAJOR
+        asked["flags"] = abi.SetupFlag.COOKIES if cookies else 0
+        asked["subbuf_bytes"], asked["subbufs"] = subbuf_bytes, subbufs
+        asked["watermark"], asked["flush_ms"] = watermark, flush_ms
+        with _filled(asked["filter"], wanted):
+            try:
+                self._call(Ioctl.SETUP, asked)
+            except OSError as error:
+                raise self._failed_setup(error, asked) from error
+        self._ring_bytes = int(asked["ring_bytes"])
+        if self._ring_bytes != subbuf_bytes * subbufs:
+            raise SourceError(
+                f"{self._path}: rings of {self._ring_bytes} bytes, expected {subbufs} times {subbuf_bytes}: a defect of"
+                " the module"
+            )
+        cpus = tuple(cpu for cpu in range(self.hello.cpus) if self.has_ring(cpu))
+        # One may have come online meanwhile.
+        if len(cpus) < int(asked["cpu_count"]) or not cpus:
+            raise SourceError(
+                f"{self._path}: {len(cpus)} CPUs have a ring, the module says {asked['cpu_count']}: a defect of the"
+                " module"
+            )
+        return cpus
+
+    def start(self) -> None:
+        """START: record from now on."""
+        self._try(Ioctl.START, None)
+
+    def stop(self) -> None:
+        """STOP: nothing is written once it returns. Harmless where nothing runs."""
+        self._try(Ioctl.STOP, None)
+
+    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> Taken:
+        """TAKE: give back the `release` oldest sub-buffers of a CPU, learn what is ready.
+
+        With `flush` also the one that is being filled is handed over.
+        """
+        asked = np.zeros((), abi.TAKE)
+        asked["cpu"], asked["release"] = cpu, release
+        asked["flags"] = TakeFlag.FLUSH if flush else 0
+        self._try(Ioctl.TAKE, asked)
+        return Taken(int(asked["first"]), int(asked["ready"]), int(asked["now_ns"]))
+
+    def stats(self, cpu: int | None = None) -> Stats:
+        """STATS of one CPU; for None of all, those without a ring included."""
+        asked = np.zeros((), abi.STATS)
+        asked["cpu"] = abi.ALL_CPUS if cpu is None else cpu
+        self._try(Ioctl.STATS, asked)
+        return Stats(asked["written"].astype(np.int64), asked["lost"].astype(np.int64))
+
+    def cost(self) -> tuple[HookCost, ...]:
+        """COST: what the probes cost since the module was loaded; of each hook that the kernel has.
+
+        Empty where this session may not know it (it sees its own namespace only).
+        """
+        if not self.hello.sees_all:
+            return ()
+        got = np.zeros((), abi.COST)
+        self._try(Ioctl.COST, got)
+        return tuple(
+            HookCost(hook, int(got["calls"][hook]), int(got["timed"][hook]), int(got["timed_ns"][hook]))
+            for hook in self.hello.hooks
+        )
+
+    def map(self, cpu: int) -> mmap.mmap:
+        """One CPU's ring, read-only; unmapped by `close`."""
+        try:
+            # A length is given, and a character device has no size that Python would compare it with.
+            made = mmap.mmap(
+                self._fd,
+                self._ring_bytes,
+                flags=mmap.MAP_SHARED,
+                prot=mmap.PROT_READ,
+                offset=cpu * self._ring_bytes,
+            )
+        except OSError as error:
+            raise self._failed(f"mapping the ring of CPU {cpu}", error) from error
+        self._maps[cpu] = made
+        return made
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _call(self, request: Ioctl, argument: npt.NDArray[Any] | None) -> None:
+        if argument is None:
+            fcntl.ioctl(self._fd, request)
+        else:
+            fcntl.ioctl(self._fd, request, argument.reshape(1).view(np.uint8).data, True)
+
+    def _try(self, request: Ioctl, argument: npt.NDArray[Any] | None) -> None:
+        try:
+            self._call(request, argument)
+        except OSError as error:
+            raise self._failed(request.name, error) from error
+
+    def has_ring(self, cpu: int) -> bool:
+        """Whether a CPU has a ring: those that were online at SETUP, and those that came online later."""
+        asked = np.zeros((), abi.STATS)
+        asked["cpu"] = cpu
+        try:
+            self._call(Ioctl.STATS, asked)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise self._failed("STATS", error) from error
+        return True
+
+    def _failed(self, what: str, error: OSError) -> SourceError:
+        return SourceError(f"{self._path}: {what}: {error.strerror}")
+
+    def _failed_setup(self, error: OSError, asked: npt.NDArray[Any]) -> Exception:
+        why = error.strerror or ""
+        size = int(asked["subbuf_bytes"]) * int(asked["subbufs"]) / 2**20
+        match error.errno:
+            case errno.EPROTO:
+                return SourceError(
+                    f"{self._path}: the module {self.hello.version} refuses ABI {abi.ABI_MAJOR}; {_OTHER_ABI}"
+                )
+            case errno.ENOMEM:
+                return Unavailable(
+                    _WHAT,
+                    f"no memory for rings of {size:g} MiB per CPU",
+                    f"a smaller [capture] ring_mib, or write more to max_total_mib (in a container: max_netns_mib) in"
+                    f" {_LOADED}/parameters",
+                )
+            case errno.EPERM | errno.EACCES:
+                return Unavailable(
+                    _WHAT, "this session sees only its own network namespace, and others are asked for", "run as root"
+                )
+            case errno.EOPNOTSUPP:
+                return Unavailable(
+                    _WHAT, "this kernel has not all of the hooks", "leave out [capture] hooks, or another kernel"
+                )
+            case errno.EBADF | errno.EINVAL:
+                return Unavailable(
+                    _WHAT,
+                    f"the module refuses what is asked for ({why}): rings of {size:g} MiB per CPU,"
+                    f" {asked['filter']['netns_count']} namespaces, {asked['filter']['device_count']} devices",
+                    "other [capture] keys; a namespace is a file in /run/netns or /proc/PID/ns/net",
+                )
+        return self._failed("SETUP", error)
+
+    def _unavailable(self, error: OSError) -> Unavailable:
+        match error.errno:
+            case errno.ENOENT | errno.ENXIO | errno.ENODEV:
+                return Unavailable(_WHAT, f"{self._path} is not there: the module is not loaded", _LOAD_IT)
+            case errno.EACCES | errno.EPERM:
+                return Unavailable(
+                    _WHAT,
+                    f"{self._path} may not be opened",
+                    "run as root; in a container give it the device and CAP_NET_RAW",
+                )
+            case errno.EBUSY:
+                return Unavailable(
+                    _WHAT,
+                    "as many sessions are open as the module allows",
+                    "end one, or write more to max_sessions (in a container: max_netns_sessions) in"
+                    f" {_LOADED}/parameters",
+                )
+            case errno.ENOMEM:
+                return Unavailable(_WHAT, "no memory for a session", "end something else")
+        return Unavailable(_WHAT, f"{self._path} cannot be opened: {error.strerror}")
+
+
+@contextmanager
+def _filled(into: npt.NDArray[Any], wanted: Filter) -> Iterator[None]:
+    """Write the filter into a struct mace_filter; namespaces are open for the length of the block."""
+    opened: list[int] = []
+
+    def fd_of(netns: str | int | None) -> int:
+        if netns is None:
+            return -1
+        if isinstance(netns, int):
+            return netns
+        try:
+            fd = open_nsfs(netns)
+        except OSError as error:
+            raise Unavailable(
+                _WHAT,
+                f"network namespace {netns}: {error.strerror}",
+                "a path as /run/netns/NAME or /proc/PID/ns/net",
+            ) from error
+        opened.append(fd)
+        return fd
+
+    try:
+        into["hooks"] = sum(1 << hook for hook in set(wanted.hooks))
+        into["sample_shift"] = wanted.sample_shift
+        into["netns_count"], into["device_count"] = len(wanted.netns), len(wanted.devices)
+        for i, netns in enumerate(wanted.netns):
+            into["netns_fd"][i] = fd_of(netns)
+        for i, device in enumerate(wanted.devices):
+            into["device"][i] = (fd_of(device.netns), device.ifindex)
+        for protocol in wanted.l4_protocols:
+            into["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
+        yield
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _version_loaded() -> str:
+    try:
+        return (_LOADED / "version").read_text(encoding="ascii").strip()
+    except OSError:
+        return "of unknown version"

@@ -1,0 +1,270 @@
+"""The module's rings -> batches in time order, whole records at a time.
+
+Of what waits only views of the rings are kept. The order is found from the times alone; then whole records are brought
+into it, a cache line each, and their words set apart: all first words, all second words, and so on. A column of a batch
+is a view of one such row of words. Batches are made of some thousand records at a time, so that all after the first
+step comes out of the processor's cache.
+
+When a record may be given out, and what becomes of one that is late, is as in `collector.merge`; so is the order: time,
+then CPU, then place in the ring, however the rings were read. A ring gives its own records in order of time (the
+module sees to it), so nothing is sorted here but runs that are sorted in themselves.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.kmod.ring import Records, Subbuf
+from collector.watermark import Watermark
+from contracts import abi
+from contracts.errors import SourceError
+from contracts.hooks import HOOKS, Hook
+from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content, Flag
+from contracts.topology import NO_DEVICE, Sighting
+
+ROUND_RECORDS: Final = 1 << 14
+"""Records merged at once, about: 1 MiB in the rings. A quarter of it was a third slower, four times of it a tenth."""
+_NEVER: Final = int(np.iinfo(np.int64).max)
+_NO_REASON: Final = int(np.iinfo(DTYPES["drop_reason"]).max)
+"""Stands for a drop reason that the column cannot hold: one of a subsystem's own, with its number in the upper half
+(SKB_DROP_REASON_SUBSYS_MASK, include/net/dropreason.h). The segments of a buffer never reach it."""
+
+_WHOLE: Final = np.dtype(f"V{abi.RECORD.itemsize}")
+
+_HAS_DEVICE: Final = np.zeros(256, np.bool_)
+_HAS_DEVICE[[info.hook for info in HOOKS if info.has_device]] = True
+_IS_HOOK: Final = np.zeros(256, np.bool_)
+_IS_HOOK[[Hook.LOST, *(info.hook for info in HOOKS)]] = True
+
+
+class Places:
+    """(namespace, ifindex) -> codes of sightings, in order of appearance.
+
+    Found by a hash in a direct-mapped table; what is not where it is looked for, in a sorted one. `name_of` says what
+    a device is called when it is first seen, or "". Where records name namespaces by cookie, `inode_of` says the inode
+    of each, or 0.
+    """
+
+    _BITS: Final = 16
+    _MULTIPLIER: Final = np.uint64(0x9E3779B97F4A7C15)
+    """2**64 divided by the golden ratio."""
+
+    def __init__(self, name_of: Callable[[int, int], str] = lambda _netns, _ifindex: "") -> None:
+        self._name_of = name_of
+        self.inode_of: Callable[[int], int] | None = None
+        self._sightings = [NO_DEVICE]
+        # No key hashes elsewhere than 0 does, so an empty slot (0, code 0) is right about itself: no device.
+        self._slot_keys = np.zeros(1 << self._BITS, np.uint64)
+        self._slot_codes = np.zeros(1 << self._BITS, np.uint32)
+        self._keys = np.zeros(1, np.uint64)
+        self._codes = np.zeros(1, np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._sightings)
+
+    def snapshot(self) -> tuple[Sighting, ...]:
+        """All sightings so far; index is code."""
+        return tuple(self._sightings)
+
+    def codes(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+        """The codes (uint32) of places, each `netns | ifindex << 32`; 0 for 0. New ones get new codes."""
+        slots = self._slots(keys)
+        found = self._slot_codes.take(slots)
+        strange = np.flatnonzero(self._slot_keys.take(slots) != keys)
+        if len(strange):
+            found[strange] = self._search(keys[strange])
+        return found
+
+    def _slots(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        hashed = keys * self._MULTIPLIER
+        hashed >>= np.uint64(64 - self._BITS)
+        return hashed.view(np.int64)
+
+    def _search(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+        known = np.isin(keys, self._keys)
+        if not known.all():
+            fresh, first = np.unique(keys[~known], return_index=True)
+            self._learn(fresh[np.argsort(first)])
+        found: npt.NDArray[np.uint32] = self._codes[np.searchsorted(self._keys, keys)]
+        return found
+
+    def _learn(self, fresh: npt.NDArray[np.uint64]) -> None:
+        """New keys, in order of appearance."""
+        codes = np.arange(len(self), len(self) + len(fresh), dtype=np.uint32)
+        for key in fresh.tolist():
+            netns, ifindex = key & 0xFFFFFFFF, key >> 32
+            name = self._name_of(netns, ifindex)
+            self._sightings.append(
+                Sighting(name, netns, ifindex)
+                if self.inode_of is None
+                else Sighting(name, self.inode_of(netns), ifindex, netns_cookie=netns)
+            )
+        keys, all_codes = np.append(self._keys, fresh), np.append(self._codes, codes)
+        order = np.argsort(keys)
+        self._keys, self._codes = keys[order], all_codes[order]
+        # Of two that share a slot the later one gets it: what is new is what packets are of.
+        slots = self._slots(fresh)
+        self._slot_keys[slots], self._slot_codes[slots] = fresh, codes
+
+
+class Marker(Subbuf):
+    """Of one record: `cpu` lost so many records after `ts_ns` and before `until_ns` (see `contracts.records`)."""
+
+    __slots__ = ()
+
+    def __init__(self, cpu: int, ts_ns: int, lost: int, until_ns: int) -> None:
+        made = np.zeros(1, abi.COLUMNS)
+        made["ts_ns"], made["skb_id"], made["cpu"], made["hook"] = ts_ns, max(until_ns, ts_ns), cpu, Hook.LOST
+        made["l3_len"] = min(lost, int(np.iinfo(DTYPES["l3_len"]).max))
+        super().__init__(made, held=False)
+
+    def move_to(self, ts_ns: int) -> None:
+        """Say "after this time" instead: it stays true when what was before has been given out."""
+        self.records["ts_ns"] = ts_ns
+        self.records["skb_id"] = np.maximum(self.records["skb_id"], np.uint64(ts_ns))
+
+
+class RingMerger(Watermark):
+    """Holds views of what cannot be given out yet. Raises `SourceError` for records that no ring of ours can hold."""
+
+    def __init__(self, hold_back_ns: int, places: Places, round_records: int = ROUND_RECORDS) -> None:
+        super().__init__(hold_back_ns)
+        self._places = places
+        self._round_records = round_records
+        self._waiting: dict[int, deque[Subbuf]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(subbuf.records) for waiting in self._waiting.values() for subbuf in waiting)
+
+    def add_cpu(self, cpu: int, complete_ns: int) -> None:
+        """Wait for this CPU from now on; it has no record before `complete_ns`."""
+        super().add_cpu(cpu, complete_ns)
+        self._waiting[cpu] = deque()
+        # In order of CPU, as records of equal time stand.
+        self._waiting = dict(sorted(self._waiting.items()))
+
+    def push(self, cpu: int, subbuf: Subbuf) -> None:
+        """Take a sub-buffer of one CPU, which follows in its ring those pushed before."""
+        ts = subbuf.records["ts_ns"]
+        if self.given_ns is not None and len(ts) and ts[0] < self.given_ns:
+            if isinstance(subbuf, Marker):
+                subbuf.move_to(self.given_ns)
+            else:
+                late = bisect_left(ts, self.given_ns)
+                self.late += late
+                subbuf.given(late)
+        if len(subbuf.records):
+            self._waiting[cpu].append(subbuf)
+
+    def take(self, until_ns: int) -> Iterator[Batch]:
+        """All records before `until_ns`, in order, in batches of at most about `ROUND_RECORDS` records.
+
+        `until_ns` is at most the watermark, except at the end. What a batch holds was given out by its sub-buffer.
+        """
+        while True:
+            round_ns = self._round(until_ns)
+            runs = self._runs(round_ns)
+            if runs:
+                yield self._merged(runs)
+            self.given_ns = round_ns if self.given_ns is None else max(self.given_ns, round_ns)
+            if round_ns >= until_ns:
+                return
+
+    def flush(self) -> Iterator[Batch]:
+        """All that is left, at the end of the stream."""
+        return self.take(_NEVER)
+
+    def clear(self) -> None:
+        """Forget what waits, so that nothing looks into a ring any more."""
+        self._waiting.clear()
+
+    # --- one round --------------------------------------------------------------------------------
+
+    def _round(self, until_ns: int) -> int:
+        """Until when to merge next, so that no CPU gives more than its share of a round."""
+        share = max(self._round_records // max(sum(map(bool, self._waiting.values())), 1), 1)
+        for waiting in self._waiting.values():
+            room = share
+            for subbuf in waiting:
+                if len(subbuf.records) >= room:
+                    # All of this time: equal ones must not be torn apart.
+                    until_ns = min(until_ns, int(subbuf.records["ts_ns"][room - 1]) + 1)
+                    break
+                room -= len(subbuf.records)
+        return until_ns
+
+    def _runs(self, until_ns: int) -> list[tuple[int, list[Records]]]:
+        """Per CPU, in order, what is to be given out now; each CPU's is in order of time."""
+        runs = []
+        for cpu, waiting in self._waiting.items():
+            run: list[Records] = []
+            while waiting:
+                subbuf = waiting[0]
+                ts = subbuf.records["ts_ns"]
+                count = len(ts) if ts[-1] < until_ns else bisect_left(ts, until_ns)
+                if count:
+                    run.append(subbuf.records[:count])
+                    subbuf.given(count)
+                if len(subbuf.records):
+                    break
+                waiting.popleft()
+            if run:
+                runs.append((cpu, run))
+        return runs
+
+    def _merged(self, runs: list[tuple[int, list[Records]]]) -> Batch:
+        lengths = [sum(map(len, run)) for _, run in runs]
+        pieces = [piece for _, run in runs for piece in run]
+        ts = np.concatenate([piece["ts_ns"] for piece in pieces])
+        words = np.concatenate([piece.view(abi.WORDS) for piece in pieces])
+        order = self._order(ts, [cpu for cpu, _ in runs], lengths)
+        if order is not None:
+            # As items without parts: numpy takes each in one go.
+            words = words.view(_WHOLE).reshape(-1).take(order).view(abi.WORDS)
+        columns = abi.columns(np.ascontiguousarray(words.T))
+        hook, flags, place = columns["hook"], columns["flags"], columns["place"]
+        if not _IS_HOOK.take(hook).all():
+            raise SourceError(
+                f"the module's rings: a record of hook {hook[~_IS_HOOK[hook]][0]}, which was not asked for: a defect of"
+                " the module, please report"
+            )
+        # Where there is no device a record can still name the namespace of a socket.
+        place *= _HAS_DEVICE.take(hook) | ((flags & Flag.RECALLED) != 0)
+        return Batch(
+            ts_ns=columns["ts_ns"],
+            skb_id=columns["skb_id"],
+            dev=self._places.codes(place),
+            l3_len=columns["l3_len"],
+            cpu=columns["cpu"],
+            drop_reason=_reasons(columns["drop_reason"]),
+            gso_segs=columns["gso_segs"],
+            hook=hook,
+            content=Content(*(columns[name] for name in CONTENT_DTYPES)),
+        )
+
+    def _order(self, ts: npt.NDArray[np.int64], cpus: list[int], lengths: list[int]) -> npt.NDArray[np.int64] | None:
+        """Indices that bring runs that stand one after the other in order of time; None if they are."""
+        back = ts[1:] < ts[:-1]
+        steps = int(np.count_nonzero(back))
+        starts = [0, *np.cumsum(lengths).tolist()]
+        between = sum(bool(back[start - 1]) for start in starts[1:-1])
+        if steps > between or (self.given_ns is not None and min(ts[s] for s in starts[:-1]) < self.given_ns):
+            raise SourceError(
+                f"the module's rings: time goes back in a ring of CPUs {', '.join(map(str, cpus))}: a defect of the"
+                " module, please report"
+            )
+        # Sorted runs one after the other are what a merge sort has halfway, and numpy's stable sort finds them.
+        return np.argsort(ts, kind="stable") if between else None
+
+
+def _reasons(told: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
+    """Drop reasons in the column's own type. Mostly there are none, and a look is cheaper than a conversion."""
+    if not np.count_nonzero(told):
+        return np.zeros(len(told), DTYPES["drop_reason"])
+    return np.minimum(told, _NO_REASON).astype(DTYPES["drop_reason"])

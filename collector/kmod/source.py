@@ -1,0 +1,520 @@
+"""The kernel module as a source: records of 64 bytes, out of rings that it shares with us.
+
+    mace.ko ──sub-buffers──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
+    (one ring per CPU)   TAKE           markers            devices, as they change, between them
+
+One tick takes all that is in the rings, the sub-buffers that are being filled included. A tick comes every poll
+interval, and sooner when a ring has a quarter of its sub-buffers full. TAKE says until when a ring has given all it
+had; that drives the merge. What the hold-back keeps stays in the rings, unless they run short of room: then it is
+copied out.
+
+When a ring is full, the module discards what is new and counts it. Markers tell of it in the stream, and at the end the
+counts must agree: records written are records read, records lost are records told of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import platform
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final, Protocol
+
+from collector.ftrace.source import DeviceFollower, boot_id, keep_freed_memory, online_cpus
+from collector.kmod.device import DeviceInNetns, Filter, Hello, MaceDevice, Stats, Taken
+from collector.kmod.merge import Marker, Places, RingMerger
+from collector.kmod.ring import CpuRing, Subbuf
+from collector.live.urgency import Urgency
+from contracts import clock
+from contracts.config import CaptureConfig
+from contracts.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
+from contracts.hooks import BY_HOOK, silent_on
+from contracts.interfaces import Progress, Status, StreamHeader, StreamItem
+from contracts.names import command_line, name_of_this_machine
+from contracts.records import Batch
+from contracts.schema import HookCost
+from contracts.topology import Device, Topology
+from contracts.version import VERSION
+
+_log = logging.getLogger(__name__)
+
+_SUBBUF_BYTES: Final = 256 << 10
+"""4095 records: some hundred calls of numpy for each are nothing, and its second column comes from the cache."""
+_SUBBUFS_MIN: Final = 16
+"""Each tick uses up one, however little is in it; the hold-back and we keep a few."""
+_WATERMARK_SHARE: Final = 4
+"""A ring wakes us when one in so many of its sub-buffers is full."""
+_FILLING: Final = 0.4
+"""A tick that finds so much of a ring comes late: the watermark asks for one at a quarter."""
+_COPY_ABOVE: Final = 0.5
+"""The share of a ring that may wait for the hold-back in place."""
+_FLUSH_MS: Final = 10_000
+"""The longest there is: our own ticks see to what is waiting."""
+
+
+class Module(Protocol):
+    """What the source needs of `MaceDevice`; see there."""
+
+    hello: Hello
+
+    def greet(self) -> Hello: ...
+    def setup(
+        self, *, subbuf_bytes: int, subbufs: int, watermark: int, flush_ms: int, wanted: Filter, cookies: bool
+    ) -> tuple[int, ...]: ...
+    def has_ring(self, cpu: int) -> bool: ...
+    def map(self, cpu: int) -> mmap.mmap: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> Taken: ...
+    def stats(self, cpu: int | None = None) -> Stats: ...
+    def cost(self) -> tuple[HookCost, ...]: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KmodConfig:
+    """What can be chosen; the defaults suit a busy host."""
+
+    ring_kib_per_cpu: int = 8192
+    """Memory for each CPU's ring, KiB. 8 MiB are about 131,000 records."""
+    poll_interval_s: float = 0.05
+    hold_back_ms: float = 50
+    """Records are given out this much later than they could be, for what is to stand before them."""
+    host: str = ""
+    """Whose records the stream says they are; empty: the machine's own name."""
+    wanted: Filter = field(default_factory=Filter)
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("ring_kib_per_cpu", self.ring_kib_per_cpu >= 2 * mmap.PAGESIZE // 1024, "two pages at least"),
+            ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
+            ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def subbuf_bytes(self) -> int:
+        """Of one sub-buffer: a power of two, at least a page, so that a ring has enough of them."""
+        most = min(_SUBBUF_BYTES, self.ring_kib_per_cpu * 1024 // _SUBBUFS_MIN)
+        return max(1 << max(most, 1).bit_length() - 1, mmap.PAGESIZE)
+
+    @property
+    def subbufs(self) -> int:
+        """Sub-buffers of one ring."""
+        return max(self.ring_kib_per_cpu * 1024 // self.subbuf_bytes, 2)
+
+
+@dataclass(slots=True)
+class _Cpu:
+    """What we know of one CPU's ring."""
+
+    ring: CpuRing
+    last_ns: int
+    """Time of the last record that was handed over."""
+    told_lost: int = 0
+    """Lost records that markers tell of."""
+    head_lost: int = 0
+    """Those that the heads of sub-buffers tell of."""
+
+
+class KmodSource:
+    """A `contracts.interfaces.Source` over /dev/mace."""
+
+    def __init__(
+        self,
+        config: KmodConfig | None = None,
+        devices: DeviceFollower | None = None,
+        open_module: Callable[[], Module] = MaceDevice,
+    ) -> None:
+        self.config = config or KmodConfig()
+        self._follower = devices
+        self._follower_open = False
+        self._open_module = open_module
+        self._module: Module | None = None
+        self._stop = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._cpus: dict[int, _Cpu] = {}
+        self._elsewhere: int | None = None
+        """A CPU that came online after the rings were made: markers of what it lost are said to be its."""
+        self._elsewhere_told = 0
+        self._names: dict[tuple[int, int], str] = {}
+        self._inodes: dict[int, int] = {}
+        self._places = Places(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
+        self._merger = RingMerger(int(self.config.hold_back_ms * 1e6), self._places)
+        self._devices: tuple[Device, ...] = ()
+        self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
+        self._host_netns = 0
+        """Inode of the host's network namespace; 0 where nobody follows devices."""
+        self._sightings_told = 0
+        self._began_ns = 0
+        self._urgency = Urgency(begins=_FILLING)
+        self._cost_before: dict[int, HookCost] = {}
+        self._cost: tuple[HookCost, ...] = ()
+
+    # --- lifecycle ------------------------------------------------------------------------------
+
+    @staticmethod
+    def check(open_module: Callable[[], Module] = MaceDevice) -> Status:
+        """Whether this source can run here."""
+        try:
+            module = open_module()
+        except Unavailable as error:
+            return Status(ok=False, detail=error.why, remedy=error.remedy)
+        except MaceError as error:
+            what, _, remedy = str(error).partition("; ")
+            return Status(ok=False, detail=what, remedy=remedy)
+        try:
+            hello, cost = module.hello, module.cost()
+        except MaceError as error:
+            return Status(ok=False, detail=str(error))
+        finally:
+            module.close()
+        missing = [info.name for hook, info in BY_HOOK.items() if hook not in hello.hooks]
+        without = f", without {', '.join(missing)}" if missing else ""
+        sees = "every network namespace" if hello.sees_all else "its own network namespace only"
+        silent = f"; {told}" if (told := silent_on(platform.release())) else ""
+        paid = "; ".join(f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns" for c in cost if c.timed)
+        return Status(
+            ok=True,
+            detail=f"module {hello.version}, ABI {'.'.join(map(str, hello.abi))}: {len(hello.hooks)} of {len(BY_HOOK)}"
+            f" hooks{without}; sees {sees}{silent}" + (f"; own cost per call: {paid}" if paid else ""),
+        )
+
+    async def open(self) -> StreamHeader:
+        """Make the rings and begin to record. Raises `Unavailable` or `SourceError`."""
+        try:
+            return await self._acquire()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _acquire(self) -> StreamHeader:
+        keep_freed_memory()
+        self._module = module = self._open_module()
+        hello = module.hello
+        asked = self.config.wanted.hooks
+        hooks = tuple(hook for hook in hello.hooks if not asked or hook in asked)
+        if not hooks:
+            raise Unavailable("kmod", "this kernel has none of the hooks", "a kernel with CONFIG_NET and tracing")
+        self._began_ns = time.monotonic_ns()
+        config = self.config
+        wanted = replace(config.wanted, hooks=hooks)
+        if self._follower is not None:
+            await self._follower.open()
+            self._follower_open = True
+            self._devices = self._follower.poll() or ()
+            self._host_netns = self._follower.host_netns
+        # Where nobody says which cookie is which namespace, the inode at least can be looked up.
+        cookies = hello.cookies and bool(self._devices) and all(device.netns_cookie for device in self._devices)
+        if cookies:
+            self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
+        self._learn_names(self._devices)
+        cpus = module.setup(
+            subbuf_bytes=config.subbuf_bytes,
+            subbufs=config.subbufs,
+            watermark=max(config.subbufs // _WATERMARK_SHARE, 1),
+            flush_ms=_FLUSH_MS,
+            wanted=wanted,
+            cookies=cookies,
+        )
+        for cpu in cpus:
+            self._add_cpu(cpu, self._began_ns)
+        self._cost_before = {cost.hook: cost for cost in module.cost()}
+        pair = clock.measure()
+        module.start()
+        return StreamHeader(
+            source="kmod",
+            host=self.config.host or name_of_this_machine(),
+            run=secrets.token_hex(8),
+            kernel=platform.release(),
+            boot_id=boot_id(),
+            cpus=len(cpus),
+            clock=pair,
+            hooks=tuple(BY_HOOK[hook].tracepoint for hook in hooks),
+            mace_version=VERSION,
+            command=command_line(),
+        )
+
+    def _add_cpu(self, cpu: int, since_ns: int) -> None:
+        assert self._module is not None
+        config, take = self.config, partial(self._module.take, cpu)
+        ring = CpuRing(cpu, self._module.map(cpu), config.subbuf_bytes, config.subbufs, take)
+        self._cpus[cpu] = _Cpu(ring, last_ns=since_ns)
+        self._merger.add_cpu(cpu, since_ns)
+
+    def request_stop(self) -> None:
+        """Stop recording; `items` ends after what was recorded."""
+        self._stop.set()
+        self._wake.set()
+
+    async def aclose(self) -> None:
+        """End the session, stop following devices."""
+        self._urgency.end()
+        # Nothing may look into a ring when it is unmapped.
+        self._merger.clear()
+        self._cpus.clear()
+        try:
+            if self._module is not None:
+                module, self._module = self._module, None
+                try:
+                    module.stop()
+                finally:
+                    module.close()
+        finally:
+            if self._follower_open and self._follower is not None:
+                self._follower_open = False
+                await self._follower.aclose()
+
+    @property
+    def discarded(self) -> int:
+        """Records that came after later ones were given out (see `collector.kmod.merge`)."""
+        return self._merger.late
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """What the module's probes cost since `open`, for all of its sessions; nothing where we may not know."""
+        if self._module is not None:
+            self._cost = self._cost_of(self._module)
+        return self._cost
+
+    def _cost_of(self, module: Module) -> tuple[HookCost, ...]:
+        return tuple(
+            HookCost(c.hook, c.calls - b.calls, c.timed - b.timed, c.timed_ns - b.timed_ns)
+            for c in (module.cost() if self._cost_before else ())
+            if (b := self._cost_before.get(c.hook)) is not None
+        )
+
+    # --- the stream -----------------------------------------------------------------------------
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        """Topology and batches until `request_stop`. A slow reader is felt in the module's rings, not here."""
+        assert self._module is not None
+        yield self._topology(self._began_ns)
+        while not self._stop.is_set():
+            began = time.monotonic()
+            self._take_all()
+            for item in self._released():
+                yield item
+            self._make_room()
+            if self._follower is not None and (devices := self._follower.poll()) is not None:
+                self._learn_names(devices)
+                # New information holds from the latest time that no record was given out for.
+                self._coming.append((time.monotonic_ns() - int(self.config.hold_back_ms * 1e6), devices))
+            if not self._module.hello.sees_all and self._module.greet().netns_gone:
+                _log.warning("kmod: the network namespace of this session has died: nothing more will come")
+                break
+            # A tick every interval, not an interval between ticks: merging, and what those who read us do
+            # meanwhile, must not add to the latency.
+            await self._pause(max(began + self.config.poll_interval_s - time.monotonic(), 0))
+        self._module.stop()
+        self._take_all(last=True)
+        for item in self._released(to_the_end=True):
+            yield item
+        self._balance()
+
+    async def _pause(self, duration_s: float) -> None:
+        """Until then, or until a ring has its watermark full, or the stop."""
+        assert self._module is not None
+        loop, fd = asyncio.get_running_loop(), self._module.fileno()
+        if not self._stop.is_set():
+            self._wake.clear()
+        loop.add_reader(fd, self._wake.set)
+        try:
+            async with asyncio.timeout(duration_s):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        finally:
+            loop.remove_reader(fd)
+
+    def _learn_names(self, devices: tuple[Device, ...]) -> None:
+        """By how records name namespaces."""
+        by_cookie = self._places.inode_of is not None
+        self._names = {(d.netns_cookie if by_cookie else d.netns, d.ifindex): d.name for d in devices}
+        self._inodes = {device.netns_cookie: device.netns for device in devices}
+
+    def _topology(self, from_ns: int) -> Topology:
+        sightings = self._places.snapshot()
+        self._sightings_told = len(sightings)
+        return Topology(from_ns, self._host_netns, self._devices, sightings)
+
+    def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
+        watermark = self._merger.watermark_ns
+        assert watermark is not None
+        while self._coming and (to_the_end or self._coming[0][0] <= watermark):
+            from_ns, devices = self._coming.popleft()
+            yield from self._batches(self._merger.take(from_ns))
+            self._devices = devices
+            yield self._topology(from_ns)
+        given = False
+        for item in self._batches(self._merger.flush() if to_the_end else self._merger.take(watermark)):
+            given = True
+            yield item
+        if not given:
+            yield Progress(watermark)
+
+    def _batches(self, batches: Iterator[Batch]) -> Iterator[StreamItem]:
+        for batch in batches:
+            if len(self._places) > self._sightings_told:
+                yield self._topology(int(batch.ts_ns[0]))
+            yield batch
+
+    # --- the rings ------------------------------------------------------------------------------
+
+    def _take_all(self, *, last: bool = False) -> None:
+        """Take what is in the rings, and what they have lost."""
+        self._add_late_cpus()
+        for number, cpu in self._cpus.items():
+            complete_ns = self._take(number, cpu, flush=True)
+            if cpu.ring.was_full or last:
+                self._tell_untold(number, cpu)
+            self._merger.complete(number, complete_ns)
+        self._urgency.felt(max(cpu.ring.fill for cpu in self._cpus.values()))
+        self._tell_elsewhere(last=last)
+
+    def _take(self, number: int, cpu: _Cpu, *, flush: bool) -> int:
+        fresh, now_ns = cpu.ring.take(flush=flush)
+        for subbuf in fresh:
+            if subbuf.lost:
+                cpu.head_lost += subbuf.lost
+                self._mark(number, cpu, cpu.head_lost, _first_ns(subbuf, now_ns))
+            if len(subbuf.records):
+                last_ns = int(subbuf.records["ts_ns"][-1])
+                self._merger.push(number, subbuf)
+                cpu.last_ns = last_ns
+        return now_ns
+
+    def _tell_untold(self, number: int, cpu: _Cpu) -> None:
+        """What was lost behind the last sub-buffer: the head of the next would tell, but that may be long in coming."""
+        assert self._module is not None
+        self._mark(number, cpu, int(self._module.stats(number).lost.sum()), time.monotonic_ns())
+
+    def _mark(self, number: int, cpu: _Cpu, lost: int, until_ns: int) -> None:
+        """A marker for those of all `lost` that no marker tells of yet."""
+        if lost > cpu.told_lost:
+            self._merger.push(number, Marker(number, cpu.last_ns, lost - cpu.told_lost, until_ns))
+            cpu.told_lost = lost
+
+    def _add_late_cpus(self) -> None:
+        """Rings of CPUs that have come online: the module has made them before their first packet."""
+        assert self._module is not None
+        for cpu in online_cpus():
+            if cpu not in self._cpus and self._module.has_ring(cpu):
+                # What it wrote before what was already given out comes too late, and is counted so.
+                self._add_cpu(cpu, max(self._began_ns, self._merger.given_ns or 0))
+
+    def _tell_elsewhere(self, *, last: bool) -> None:
+        """What CPUs lost that have no ring, because there was no memory when they came online: all of their records."""
+        assert self._module is not None
+        late = [cpu for cpu in online_cpus() if cpu not in self._cpus]
+        if self._elsewhere is None and (late or last):
+            since = max(self._began_ns, self._merger.given_ns or 0)
+            self._elsewhere = late[0] if late else max(self._cpus) + 1
+            self._merger.add_cpu(self._elsewhere, since)
+            if late:
+                _log.warning("kmod: CPU %d came online without memory for a ring: its records are lost", late[0])
+        if self._elsewhere is not None:
+            # In this order: what rings lose in between makes the difference too small for now, never too large.
+            everywhere = int(self._module.stats().lost.sum())
+            lost = everywhere - sum(int(self._module.stats(cpu).lost.sum()) for cpu in self._cpus)
+            now_ns = time.monotonic_ns()
+            if lost > self._elsewhere_told:
+                since = max(self._began_ns, self._merger.given_ns or 0)
+                self._merger.push(self._elsewhere, Marker(self._elsewhere, since, lost - self._elsewhere_told, now_ns))
+                self._elsewhere_told = lost
+            self._merger.complete(self._elsewhere, now_ns)
+
+    def _make_room(self) -> None:
+        """Release what was given out; where too much waits for the hold-back, let it wait elsewhere."""
+        for number, cpu in self._cpus.items():
+            if cpu.ring.fill > _COPY_ABOVE:
+                cpu.ring.copy_out()
+            if cpu.ring.releasable > 1 / _WATERMARK_SHARE:
+                self._take(number, cpu, flush=False)
+
+    def _balance(self) -> None:
+        """After the end: the module's counts and ours are the same, or something is wrong with either."""
+        assert self._module is not None
+        stats = self._module.stats()
+        written, lost = int(stats.written.sum()), int(stats.lost.sum())
+        read = sum(cpu.ring.seen for cpu in self._cpus.values())
+        told = sum(cpu.told_lost for cpu in self._cpus.values()) + self._elsewhere_told
+        if (written, lost) != (read, told):
+            raise SourceError(
+                f"kmod: the module has written {written:,} records and lost {lost:,}, we have read {read:,} and told of"
+                f" {told:,} lost: a defect, please report"
+            )
+
+
+def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
+    return int(subbuf.records["ts_ns"][0]) if len(subbuf.records) else otherwise_ns
+
+
+_PROTOCOLS: Final = {
+    "icmp": 1,
+    "igmp": 2,
+    "tcp": 6,
+    "udp": 17,
+    "gre": 47,
+    "esp": 50,
+    "icmpv6": 58,
+    "sctp": 132,
+}
+"""IP protocol numbers by name (IANA, Assigned Internet Protocol Numbers); any other goes by its number."""
+
+
+def configured(config: CaptureConfig, devices: DeviceFollower, host: str = "") -> KmodSource:
+    """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
+    return KmodSource(
+        KmodConfig(
+            ring_kib_per_cpu=config.ring_mib * 1024,
+            poll_interval_s=config.poll_ms / 1000,
+            hold_back_ms=config.hold_back_ms,
+            host=host,
+            wanted=wanted(config),
+        ),
+        devices,
+    )
+
+
+def wanted(config: CaptureConfig) -> Filter:
+    """The filter keys of `[capture]`: namespaces by name or path, devices of this one by name, protocols."""
+    try:
+        return Filter(
+            netns=tuple(name if "/" in name else f"/run/netns/{name}" for name in config.netns),
+            devices=tuple(DeviceInNetns(_index(name)) for name in config.devices),
+            l4_protocols=tuple(map(_protocol, config.protocols)),
+            sample_shift=config.sample_shift,
+        )
+    except ValueError as error:
+        raise ConfigError(f"[capture] {error}") from error
+
+
+def _index(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError as error:
+        known = [known for _, known in socket.if_nameindex()]
+        raise ConfigError(
+            f"[capture] devices: no device {name!r} in this network namespace{nearest(name, known)}"
+        ) from error
+
+
+def _protocol(name: str) -> int:
+    if name.isdecimal():
+        return int(name)
+    if name.lower() not in _PROTOCOLS:
+        raise ConfigError(
+            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(_PROTOCOLS)}"
+            f"{nearest(name.lower(), _PROTOCOLS)}"
+        )
+    return _PROTOCOLS[name.lower()]

@@ -1,0 +1,1 @@
+"""This machine's devices, namespaces, containers and processes."""

@@ -1,0 +1,366 @@
+"""What the container of a network namespace is called.
+
+From the best source that knows it:
+
+0. the lab, whose namespaces are called mace-LAB-NAME in /run/netns and whose containers NAME;
+1. the Docker or Podman API, over its unix socket: the container's own name;
+2. the namespace's name in /run/netns, unless a program has drawn it;
+3. the control group of the namespace's first process: the first 12 digits of the container's id, as runtimes print it;
+4. that process: `comm[pid]`.
+
+The API is asked in a thread of its own, when a namespace without a name has come and, since containers can be renamed,
+every few seconds while it names any: a daemon that hangs delays names, never a measurement.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from collector.machine.netns import inode_of, occupied
+from contracts.names import text_of
+
+API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
+_API_TIMEOUT_S: Final = 2.0
+_API_ANSWER_BYTES: Final = 64 << 20
+"""An inspected container is about 10 kB, a list entry 1 kB: 64 MiB is no container host, but somebody's mistake."""
+_ASK_AGAIN_S: Final = (0.05, 0.05, 0.1, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""A sandbox exists before its container has a process and so a name; after 6 s it is nobody's."""
+_RENAMED_S: Final = 3.0
+"""A daemon is asked so often whether the containers that it has named are still called so: a list, which takes it some
+milliseconds even for hundreds of them. The stream of its events would tell at once, but is not the same everywhere, and
+its end has to be found out by asking."""
+
+_IN_CGROUP: Final = re.compile(
+    r"(?:/|docker-|libpod-|crio-|cri-containerd-|containerd-|:)([0-9a-f]{64})(?:\.scope)?(?:/|$)", re.MULTILINE
+)
+_LXC_IN_CGROUP: Final = re.compile(r"/lxc(?:\.payload\.|/)([^/\n]+)")
+_MACHINE_IN_CGROUP: Final = re.compile(
+    r"/machine\.slice/(?:machine-|systemd-nspawn@)([^/\n]+?)(?:\.scope|\.service)?(?:/|$)", re.MULTILINE
+)
+_ID: Final = re.compile(r"[0-9a-f]{12}")
+_APPTAINER: Final = re.compile(rb"(?:Apptainer|Singularity) runtime parent: ([^\0]+)")
+"""How the process is called that waits for a container's end; the container itself is in nobody's control group."""
+_SYSTEMD_ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
+"""unit_name_escape in systemd's unit-name.c. It spells `/` as `-` besides, but no machine's name has one."""
+_MADE_UP: Final = re.compile(r"(?:cni|netns|cnitest)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""Names in /run/netns that a program has drawn: Podman's and the CNI plugins'. Anything else names them better."""
+
+_LABS: Final = Path("/run/mace/labs")
+"""Where the lab keeps its state, LAB.json: without such a file `mace-x-y` is just somebody's name."""
+_LAB_NETNS: Final = re.compile(r"mace-([a-z0-9-]+)-([a-z0-9]+)")
+
+
+def name_in_lab(netns_name: str) -> str:
+    """The container's name if a lab made the namespace, else ""."""
+    made = _LAB_NETNS.fullmatch(netns_name)
+    return made[2] if made and (_LABS / f"{made[1]}.json").exists() else ""
+
+
+def is_made_up(netns_name: str) -> bool:
+    """Whether a name in /run/netns was drawn by a runtime and says nothing."""
+    return _MADE_UP.fullmatch(netns_name) is not None
+
+
+def name_of_process(pid: int) -> str:
+    """The container's short id if the process's control group tells, else `comm[pid]`; "" if it has ended."""
+    try:
+        named = name_in_cgroup(_cgroup_of(pid))
+        return named or f"{text_of(Path(f'/proc/{pid}/comm').read_bytes().strip())}[{pid}]"
+    except OSError:
+        return ""
+
+
+def _cgroup_of(pid: int) -> str:
+    return os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
+
+
+def name_in_cgroup(text: str) -> str:
+    """The short id, or the name that LXC or systemd-machined (nspawn, libvirt) knows, "" if none, in the text of
+    /proc/PID/cgroup as `os.fsdecode` makes it.
+    """
+    ids = _IN_CGROUP.findall(text)
+    if ids:
+        # The innermost: a container may run in a container.
+        return str(ids[-1][:12])
+    lxc = _LXC_IN_CGROUP.search(text)
+    machine = _MACHINE_IN_CGROUP.search(text)
+    if lxc:
+        return text_of(os.fsencode(lxc[1]))
+    if machine:
+        return text_of(_SYSTEMD_ESCAPE.sub(lambda spelt: bytes([int(spelt[1], 16)]), os.fsencode(machine[1])))
+    return ""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_API_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(self._path)
+        except OSError:
+            self.sock.close()
+            raise
+
+
+class ApiError(Exception):
+    """A container daemon did not answer, or not in a way that we understand."""
+
+
+class ContainerApi:
+    """The two questions that Docker and Podman answer alike (Docker Engine API v1.24 and later, unversioned paths)."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._known: dict[str, tuple[int, int]] = {}
+        self._connection: _UnixConnection | None = None
+
+    def names(self) -> dict[int, str]:
+        """Inode of the network namespace → name, of every running container. Raises `ApiError`.
+
+        Only containers that are new, or whose process is no longer the one we know, are inspected. Those that share
+        another's namespace (`--network container:...`, Podman's pods) give way to its owner.
+        """
+        deadline = time.monotonic() + _API_TIMEOUT_S
+        connection = self._connection = _UnixConnection(self._path)
+        try:
+            listed = self._get(connection, "/containers/json", deadline)
+            if not isinstance(listed, list):
+                raise ApiError(f"{self._path}: expected a list of containers, found {type(listed).__name__}")
+            found: dict[int, str] = {}
+            known: dict[str, tuple[int, int]] = {}
+            for entry in listed:
+                identity, name = _identity(entry)
+                pid, inode = self._known.get(identity, (0, 0))
+                if not pid or inode_of(f"/proc/{pid}/ns/net") != inode:
+                    inspected = self._get(connection, f"/containers/{quote(identity, safe='')}/json", deadline)
+                    pid, inode = _namespace(inspected)
+                    if _shares(inspected):
+                        inode = 0
+                if pid and inode:
+                    found[inode] = name or identity[:12]
+                if pid:
+                    known[identity] = (pid, inode)
+            self._known = known
+        except (OSError, http.client.HTTPException, ValueError, RecursionError, AttributeError) as failure:
+            # AttributeError: interrupt() has taken the socket from under http.client.
+            raise ApiError(f"{self._path}: {str(failure) or type(failure).__name__}") from failure
+        else:
+            return found
+        finally:
+            self._connection = None
+            connection.close()
+
+    def listed(self) -> dict[str, str]:
+        """Short id → name of every running container. Raises `ApiError`."""
+        connection = _UnixConnection(self._path)
+        try:
+            listed = self._get(connection, "/containers/json", time.monotonic() + _API_TIMEOUT_S)
+            entries = map(_identity, listed if isinstance(listed, list) else [])
+            return {identity[:12]: name for identity, name in entries if name}
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as failure:
+            raise ApiError(f"{self._path}: {str(failure) or type(failure).__name__}") from failure
+        finally:
+            connection.close()
+
+    def interrupt(self) -> None:
+        """Make a `names` that is waiting in another thread fail."""
+        connection = self._connection
+        sock = connection.sock if connection else None
+        if sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # not connected yet, or no longer
+
+    def _get(self, connection: _UnixConnection, path: str, deadline: float) -> Any:
+        if time.monotonic() > deadline:
+            raise ApiError(f"{self._path}: no complete answer within {_API_TIMEOUT_S:g} s")
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = bytearray()
+        while piece := response.read1(1 << 16):
+            body += piece
+            if len(body) > _API_ANSWER_BYTES or time.monotonic() > deadline:
+                raise ApiError(f"{self._path}: {path}: no end of the answer after {len(body)} bytes")
+        response.close()  # read1 leaves that to us, and the connection is good for the next question only then
+        if response.status == http.client.NOT_FOUND and path != "/containers/json":
+            return {}  # gone since it was listed
+        if response.status != http.client.OK:
+            raise ApiError(f"{self._path}: {path}: HTTP {response.status} {response.reason}")
+        return json.loads(body)
+
+
+def _identity(entry: object) -> tuple[str, str]:
+    """(id, name) of an entry of the list; raises `ApiError`."""
+    if isinstance(entry, dict):
+        identity, names = entry.get("Id"), entry.get("Names")
+        if isinstance(identity, str) and identity:
+            # "/web" is its own name; "/other/alias" is a link's.
+            own = [n for n in names if isinstance(n, str) and n.count("/") <= 1] if isinstance(names, list) else []
+            return identity, own[0].lstrip("/") if own else ""
+    raise ApiError(f"expected a container with an Id, found {str(entry)[:80]}")
+
+
+def _namespace(inspected: object) -> tuple[int, int]:
+    """(pid, inode) of an inspected container, zeros while it has no process."""
+    state = inspected.get("State") if isinstance(inspected, dict) else None
+    pid = state.get("Pid") if isinstance(state, dict) else None
+    if not isinstance(pid, int) or pid <= 0:
+        return 0, 0
+    return pid, inode_of(f"/proc/{pid}/ns/net") or 0
+
+
+def _shares(inspected: object) -> bool:
+    config = inspected.get("HostConfig") if isinstance(inspected, dict) else None
+    mode = config.get("NetworkMode") if isinstance(config, dict) else None
+    return isinstance(mode, str) and mode.startswith("container:")
+
+
+def sharing(netns: int, sockets: Sequence[str] = API_SOCKETS) -> tuple[str, ...]:
+    """Names of the containers whose processes are in this network namespace (its inode), sorted; our own left out.
+
+    With `--network host`, or as Apptainer does by default, a container has no device of its own. Some 20 µs a process,
+    and a question to the daemons if there is such a container.
+    """
+    own = _container_of(os.getpid())
+    found = {name for pid in occupied().get(netns, []) if (name := _container_of(pid)) and name != own}
+    names: dict[str, str] = {}
+    for path in sockets if any(_ID.fullmatch(name) for name in found) else ():
+        try:
+            names |= ContainerApi(path).listed()
+        except ApiError:
+            continue
+    return tuple(sorted(names.get(name, name) for name in found))
+
+
+def _container_of(pid: int) -> str:
+    """The short id, or the name, of the container that a process is in; "" if it is in none, or has ended."""
+    try:
+        named = name_in_cgroup(_cgroup_of(pid))
+        apptainer = _APPTAINER.match(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return ""
+    return named or (f"{text_of(apptainer[1])}[{pid}]" if apptainer else "")
+
+
+class NameService:
+    """Asks every API there is, in a thread, for as long as namespaces are without a name; then whether names changed.
+
+    `want` says which; `names` is what is known (replaced, never changed); `on_change` is called in the thread when
+    it is replaced.
+    """
+
+    def __init__(self, sockets: Sequence[str], on_change: Callable[[], None]) -> None:
+        self._sockets = sockets
+        self._on_change = on_change
+        self._apis: dict[str, ContainerApi] = {}
+        self._condition = threading.Condition()
+        self._wanted: Mapping[int, int] = {}
+        self._asked = threading.Event()
+        self._fresh = False
+        self._has_named = False
+        """An API has named a namespace that was wanted: it knows containers, which can be renamed."""
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self.names: Mapping[int, str] = {}
+        self.errors: Mapping[str, str] = {}
+        """API socket → what is wrong with it, as of the last attempt."""
+
+    def want(self, wanted: Mapping[int, int]) -> None:
+        """Namespaces to find names for, inode → a serial that tells namespaces with the same inode apart.
+
+        A new one among them starts a new round of questions.
+        """
+        with self._condition:
+            new = wanted.items() - self._wanted.items()
+            self._wanted = wanted
+            if not new:
+                return
+            self.names = {inode: name for inode, name in self.names.items() if (inode, wanted.get(inode)) not in new}
+            if self._live_sockets():
+                self._asked.clear()
+                if self._thread is None and not self._stopping:
+                    self._thread = threading.Thread(target=self._run, name="mace-container-names", daemon=True)
+                    self._thread.start()
+                self._fresh = True
+                self._condition.notify()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the APIs have been asked once since the last `want`, at most `timeout_s`; at once if there is none."""
+        if self._thread is not None:
+            self._asked.wait(timeout_s)
+
+    def close(self) -> None:
+        """Ends the thread, also one that waits for a daemon."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread is not None:
+            # It may be about to connect just now: ask until it has heard.
+            while self._thread.is_alive():
+                for api in list(self._apis.values()):
+                    api.interrupt()
+                self._thread.join(0.05)
+
+    def _live_sockets(self) -> list[str]:
+        """Those that exist, each once: /var/run is /run nearly everywhere."""
+        return list(dict.fromkeys(os.path.realpath(path) for path in self._sockets if os.path.exists(path)))  # noqa: PTH110
+
+    def _run(self) -> None:
+        attempt = 0
+        while True:
+            with self._condition:
+                if not self._fresh and not self._stopping:
+                    self._condition.wait(self._pause_s(attempt))
+                if self._stopping:
+                    return
+                attempt = 0 if self._fresh else attempt + 1
+                self._fresh = False
+            self._ask()
+
+    def _pause_s(self, attempt: int) -> float | None:
+        """How long to wait before asking again without being told to; None: not at all."""
+        pauses = []
+        if self._missing() and attempt < len(_ASK_AGAIN_S):
+            pauses.append(_ASK_AGAIN_S[attempt])
+        if self._has_named and self._wanted:
+            pauses.append(_RENAMED_S)
+        return min(pauses, default=None)
+
+    def _missing(self) -> bool:
+        return bool(self._wanted.keys() - self.names.keys())
+
+    def _ask(self) -> None:
+        names: dict[int, str] = {}
+        errors: dict[str, str] = {}
+        for path in self._live_sockets():
+            try:
+                names |= self._apis.setdefault(path, ContainerApi(path)).names()
+            except ApiError as failure:
+                errors[path] = str(failure)
+                # What it said before still holds for the namespaces that live.
+                names |= {inode: name for inode, name in self.names.items() if inode in self._wanted}
+            if self._stopping:
+                return
+        changed = names != self.names
+        self._has_named |= bool(names.keys() & self._wanted.keys())
+        self.names, self.errors = names, errors
+        self._asked.set()
+        if changed:
+            self._on_change()

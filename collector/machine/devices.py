@@ -1,0 +1,647 @@
+"""The devices of this machine, in all its network namespaces, and how they come and go.
+
+    thread "mace-devices", in an empty network namespace of its own
+      link, route and namespace events ─┐
+      mounts changed (a named netns)   ─┼→ what is dirty → ask again → snapshot ─→ poll()
+      every second: /proc/*/ns/net     ─┤
+    thread "mace-container-names"      ─┘
+
+The namespace of the thread's own has a number for every other one; that suffices to list their links and to hear
+their events, and keeps none of them alive (see `collector.machine.rtnetlink`). Only for default routes the thread steps into
+the others, for a fraction of a millisecond. Events say only *that* something changed: what it is now is asked, so
+that lost or reordered events cannot leave a wrong picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+from collector.machine.containers import API_SOCKETS, NameService, is_made_up, name_in_lab, name_of_process
+from collector.machine.netns import (
+    Found,
+    Namespaces,
+    cookie_here,
+    hidden,
+    inode_of,
+    inside,
+    leave_for_new_netns,
+    open_netns,
+)
+from collector.machine.rtnetlink import (
+    RTM_DELNSID,
+    RTM_DELROUTE,
+    RTM_NEWNSID,
+    RTM_NEWROUTE,
+    Event,
+    Link,
+    LinkEvents,
+    LinkQueries,
+    NamespaceGone,
+    RouteQueries,
+)
+from contracts.errors import SourceError, Unavailable, nearest
+from contracts.interfaces import Status
+from contracts.topology import Device, assign_roles
+
+log = logging.getLogger(__name__)
+
+_QUIET_S: Final = 0.002
+"""Events come in bursts (a container start is some forty): wait for this long a pause before asking ..."""
+_BURST_S: Final = 0.05
+"""... but at most this long, so that a machine in constant change is still followed."""
+_REST: Final = 5
+"""After a snapshot there is no other for so many times as long as it took to make: on a host of a thousand containers,
+where that is 15 ms, it costs a sixth of a core at most, and news is up to 75 ms late."""
+_ROUNDS: Final = 8
+_SEARCHES: Final = 3
+_SEARCH_S: Final = 0.5
+"""A namespace that the ordinary scan has not found for so long is searched for, a few times (60 ms of CPU time for 1000
+processes with 30 files)."""
+_ONE_BY_ONE: Final = 64
+"""More changed links than this in one namespace are asked for all at once."""
+_YOUNG_S: Final = 2.0
+"""For so long a new namespace's first process may still be a runtime that is about to become something else."""
+_STOP_S: Final = 10.0
+"""A run's end waits so long for the thread that follows devices: 100 times what it takes on a busy machine."""
+_FIRST_NAMES_S: Final = 0.5
+"""The first snapshot waits so long for container names. A daemon in good health needs some 10 ms."""
+_REMEDY: Final = (
+    "run as root (to see other network namespaces it needs CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_NET_ADMIN and"
+    " CAP_NET_BROADCAST)"
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Namespace:
+    """What is known of a namespace that the kernel has given us a number for."""
+
+    nsid: int
+    serial: int
+    """Never used twice, unlike the number and the inode."""
+    found: Found
+    since_s: float
+    cookie: int = 0
+    links: dict[int, Link] = field(default_factory=dict)
+    default_routes: frozenset[int] = frozenset()
+    process_name: str = ""
+    searches: int = 0
+
+    @property
+    def inode(self) -> int:
+        """Its inode, or a number below any inode where nobody can tell it.
+
+        nsfs has its inodes from 0xF0000000 on (PROC_DYNAMIC_FIRST in fs/proc/generic.c; the first ones just below).
+        """
+        return self.found.inode or self.nsid + 1
+
+
+class _Watch:
+    """The synchronous core. All of it happens in one thread, which it moves to a network namespace of its own."""
+
+    def __init__(
+        self,
+        host_netns: str | int | None = None,
+        outer: Sequence[str] = (),
+        remote_netns: Sequence[str] = (),
+        docker_sockets: Sequence[str] = API_SOCKETS,
+        rescan_interval_s: float = 1.0,
+    ) -> None:
+        self._asked_host = host_netns
+        self._outer = tuple(outer)
+        self._remote_netns = tuple(remote_netns)
+        self._docker_sockets = tuple(docker_sockets)
+        self._rescan_interval_s = rescan_interval_s
+        self.host_netns = 0
+        self._init_netns = 0
+        self._resources = ExitStack()
+        self._wake_lock = threading.Lock()
+        self._wake_fd = -1
+        self._home_fd = -1
+        self._events: LinkEvents
+        self._queries: LinkQueries
+        self._namespaces: Namespaces
+        self._names: NameService
+        self._poll = select.poll()
+        self._by_nsid: dict[int, _Namespace] = {}
+        self._serials = count(1)
+        self._dirty: dict[int, set[int]] = {}
+        """nsid → ifindexes to ask for; 0 stands for all."""
+        self._dirty_routes: set[int] = set()
+        self._scan_at_s = 0.0
+        self._changed = False
+        """Whether a new snapshot could differ from the last."""
+        self._names_used: Mapping[int, str] = {}
+        self._built: dict[int, tuple[tuple[object, ...], list[Device]]] = {}
+        """Serial of a namespace → what its devices were last made from, and they."""
+        self._build_at_s = 0.0
+        self._taken: tuple[Device, ...] = ()
+
+    def open(self) -> tuple[Device, ...]:
+        """Look at everything. Raises `Unavailable`. Called once; `close` also after a failure."""
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._resources.callback(self._close_wake_fd)
+        try:
+            self._home_fd = leave_for_new_netns()
+            self._resources.callback(os.close, self._home_fd)
+            self._events = LinkEvents()
+            self._resources.callback(self._events.close)
+            self._queries = LinkQueries()
+            self._resources.callback(self._queries.close)
+            self._namespaces = Namespaces()
+            self._resources.callback(self._namespaces.close)
+        except PermissionError as failure:
+            raise Unavailable("devices", f"network namespaces cannot be listed: {failure}", _REMEDY) from failure
+        except OSError as failure:
+            if failure.errno != errno.ENOSPC:
+                raise Unavailable("devices", f"network namespaces cannot be listed: {failure}") from failure
+            raise Unavailable(
+                "devices", "no room for one more network namespace", "raise sysctl user.max_net_namespaces"
+            ) from failure
+        self._names = NameService(self._docker_sockets, self.wake)
+        self._resources.callback(self._names.close)
+        for fd, what in (
+            (self._events.fileno(), select.POLLIN),
+            (self._wake_fd, select.POLLIN),
+            (self._namespaces.fileno(), select.POLLPRI),
+        ):
+            self._poll.register(fd, what)
+        # Process 1 may be hidden even from root (a security module, a process id namespace without it); whoever can
+        # see other namespaces at all is then most likely in the host's.
+        self._init_netns = inode_of("/proc/1/ns/net") or inode_of("/proc/self/ns/net") or 0
+        self._catch_up()
+        self.host_netns = self._find_host(self._asked_host)
+        self._ask_for_names()
+        self._names.wait(_FIRST_NAMES_S)
+        self._taken = self._devices()
+        return self._taken
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._resources.close()
+
+    def _close_wake_fd(self) -> None:
+        with self._wake_lock:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+
+    def wake(self) -> None:
+        """From any thread, at any time: let `step` return."""
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def step(self) -> tuple[Device, ...] | None:
+        """Wait until something happens or the next scan is due; the new snapshot if anything changed."""
+        next_s = min(self._scan_at_s, self._build_at_s) if self._outdated() else self._scan_at_s
+        self._wait(max(next_s - time.monotonic(), 0))
+        self._catch_up()
+        self._ask_for_names()
+        started_s = time.monotonic()
+        if not self._outdated() or started_s < self._build_at_s:
+            return None
+        devices = self._devices()
+        ended_s = time.monotonic()
+        self._build_at_s = ended_s + _REST * (ended_s - started_s)
+        if devices == self._taken:
+            return None
+        self._taken = devices
+        return devices
+
+    def _outdated(self) -> bool:
+        return self._changed or self._names.names is not self._names_used
+
+    def _wait(self, timeout_s: float) -> None:
+        burst_ends_s = 0.0
+        while True:
+            ready = {fd for fd, _ in self._poll.poll(timeout_s * 1000)}
+            now_s = time.monotonic()
+            if self._namespaces.fileno() in ready:
+                self._namespaces.mounts_changed()
+                self._scan_at_s = now_s
+            if self._wake_fd in ready:
+                os.eventfd_read(self._wake_fd)
+                return
+            if self._events.fileno() in ready:
+                self._read_events()
+            elif self._namespaces.fileno() not in ready:
+                return  # quiet
+            burst_ends_s = burst_ends_s or now_s + _BURST_S
+            if now_s >= burst_ends_s:
+                return
+            timeout_s = _QUIET_S
+
+    def _catch_up(self) -> None:
+        # Listing a veth can number its peer's namespace, which is an event, which asks for a scan. A few rounds end
+        # that; a machine in constant change goes on at the next step.
+        for _ in range(_ROUNDS):
+            self._read_events()
+            if time.monotonic() >= self._scan_at_s:
+                self._scan()
+            if not self._dirty and not self._dirty_routes:
+                return
+            self._ask_links()
+            self._ask_routes()
+
+    # --- what happened -----------------------------------------------------------------------------
+
+    def _read_events(self) -> None:
+        events, lost = self._events.read()
+        for event in events:
+            self._note(event)
+        if lost:
+            self._start_over()
+
+    def _note(self, event: Event) -> None:
+        namespace = self._by_nsid.get(event.nsid)
+        if event.type == RTM_DELNSID:
+            # It is dead. Numbers and inodes are given out again: look for its successor at once.
+            self._forget(event.nsid)
+        elif event.type == RTM_NEWNSID:
+            if namespace is None:
+                # The kernel met it as a peer's namespace before we did. Listed under its number for now.
+                self._add(event.nsid, Found(0))
+        elif namespace is None:
+            pass  # an event from before its number was taken back
+        elif event.type in (RTM_NEWROUTE, RTM_DELROUTE):
+            self._dirty_routes.add(event.nsid)
+        else:
+            self._dirty.setdefault(event.nsid, set()).add(event.ifindex)
+            if event.ifindex in namespace.default_routes:
+                # A device that goes down takes its IPv4 routes along without a word (fib_sync_down_dev).
+                self._dirty_routes.add(event.nsid)
+
+    def _start_over(self) -> None:
+        """Events were lost, so any number can mean another namespace by now: number and list them all again."""
+        self._by_nsid.clear()
+        self._dirty.clear()
+        self._dirty_routes.clear()
+        for nsid in self._queries.numbers():
+            self._add(nsid, Found(0))
+
+    def _cookie(self, netns_fd: int) -> int:
+        """The namespace's cookie; 0 where it is not told."""
+        try:
+            with inside(netns_fd, self._home_fd):
+                return cookie_here()
+        except PermissionError:
+            return 0
+
+    def _add(self, nsid: int, found: Found, cookie: int = 0) -> None:
+        self._by_nsid[nsid] = _Namespace(nsid, next(self._serials), found, time.monotonic(), cookie)
+        self._dirty[nsid] = {0}
+        self._dirty_routes.add(nsid)
+        if not found.inode:
+            self._scan_at_s = time.monotonic()
+
+    def _forget(self, nsid: int) -> None:
+        self._changed = True
+        self._by_nsid.pop(nsid, None)
+        self._dirty.pop(nsid, None)
+        self._dirty_routes.discard(nsid)
+        self._scan_at_s = time.monotonic()
+
+    # --- what is there now -------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        found = self._namespaces.scan()
+        known = {namespace.found.inode: namespace for namespace in self._by_nsid.values()}
+        now_s = time.monotonic()
+        for inode, place in found.items():
+            namespace = known.get(inode)
+            if namespace is None:
+                self._number(place)
+                continue
+            if place.pid != namespace.found.pid or now_s - namespace.since_s < _YOUNG_S:
+                name = name_of_process(place.pid) if place.pid else ""
+                self._changed |= name not in ("", namespace.process_name)
+                namespace.process_name = name or namespace.process_name
+            self._changed |= place.name != namespace.found.name
+            namespace.found = place
+        # Those known but not found are held by a file somewhere, or about to be reported dead: the kernel says which.
+        for namespace in list(self._by_nsid.values()):
+            if not namespace.found.inode and namespace.searches < _SEARCHES and now_s > namespace.since_s + _SEARCH_S:
+                self._search()
+                break
+        self._scan_at_s = now_s + self._rescan_interval_s
+
+    def _search(self) -> None:
+        """Look in every corner for namespaces of which only the number is known."""
+        nameless = {nsid for nsid, namespace in self._by_nsid.items() if not namespace.found.inode}
+        for nsid in nameless:
+            self._by_nsid[nsid].searches += 1
+        known = {namespace.found.inode for namespace in self._by_nsid.values()}
+        for inode, place in hidden().items():
+            fd = open_netns(place) if inode not in known else None
+            if fd is None:
+                continue
+            try:
+                # None for those that nobody has met: another observer's, our own.
+                nsid_or_none = self._queries.number_if_any(fd)
+                cookie = self._cookie(fd)
+            except OSError:
+                continue
+            finally:
+                os.close(fd)
+            if nsid_or_none is not None and nsid_or_none in nameless:
+                self._add(nsid_or_none, place, cookie)
+
+    def _number(self, place: Found) -> None:
+        fd = open_netns(place)
+        if fd is None:
+            return  # it has just gone
+        try:
+            nsid = self._queries.number(fd)
+            cookie = self._cookie(fd)
+        except (OSError, NamespaceGone):
+            return
+        finally:
+            os.close(fd)
+        self._add(nsid, place, cookie)
+        self._by_nsid[nsid].process_name = name_of_process(place.pid) if place.pid else ""
+
+    def _ask_links(self) -> None:
+        while self._dirty:
+            self._changed = True
+            nsid, ifindexes = self._dirty.popitem()
+            namespace = self._by_nsid[nsid]
+            before = set(namespace.links)
+            try:
+                if 0 in ifindexes or len(ifindexes) > _ONE_BY_ONE:
+                    namespace.links = self._queries.links(nsid)
+                else:
+                    for ifindex in ifindexes:
+                        link = self._queries.link(nsid, ifindex)
+                        if link is None:
+                            namespace.links.pop(ifindex, None)
+                        else:
+                            namespace.links[ifindex] = link
+            except NamespaceGone:
+                self._forget(nsid)
+                continue
+            # A link that moves to another namespace leaves its veth peer, or what is stacked on it, without an event.
+            for ifindex in namespace.links.keys() - before:
+                self._ask_peer(namespace, namespace.links[ifindex])
+            gone = before - namespace.links.keys()
+            if gone:
+                self._ask_those_who_point_at(nsid, gone)
+
+    def _ask_peer(self, namespace: _Namespace, link: Link) -> None:
+        """Unless it is unknown still, or points back."""
+        peer_nsid = namespace.nsid if link.link_nsid is None else link.link_nsid
+        other = self._by_nsid.get(peer_nsid)
+        peer = other.links.get(link.link) if other and link.kind == "veth" else None
+        if peer is None:
+            return
+        if (peer_nsid if peer.link_nsid is None else peer.link_nsid, peer.link) != (namespace.nsid, link.ifindex):
+            self._dirty.setdefault(peer_nsid, set()).add(peer.ifindex)
+
+    def _ask_those_who_point_at(self, nsid: int, ifindexes: set[int]) -> None:
+        for other in self._by_nsid.values():
+            for link in other.links.values():
+                if link.link in ifindexes and nsid == (other.nsid if link.link_nsid is None else link.link_nsid):
+                    self._dirty.setdefault(other.nsid, set()).add(link.ifindex)
+
+    def _ask_routes(self) -> None:
+        while self._dirty_routes:
+            self._changed = True
+            namespace = self._by_nsid[self._dirty_routes.pop()]
+            fd = open_netns(namespace.found) if namespace.found.inode else None
+            if fd is None:
+                continue
+            try:
+                with inside(fd, self._home_fd), RouteQueries() as routes:
+                    namespace.default_routes = routes.default_routes()
+            except PermissionError:
+                pass  # a rootless container of somebody else's user namespace; its routes matter to nobody's role
+            finally:
+                os.close(fd)
+
+    # --- what it means -----------------------------------------------------------------------------
+
+    def _find_host(self, asked: str | int | None) -> int:
+        if asked is None:
+            if not self._init_netns:
+                raise Unavailable("devices", "neither process 1's network namespace nor our own can be read in /proc")
+            return self._init_netns
+        inodes = {namespace.inode for namespace in self._by_nsid.values()}
+        names = {namespace.found.name: namespace.inode for namespace in self._by_nsid.values() if namespace.found.name}
+        if isinstance(asked, str):
+            if asked in names:
+                return names[asked]
+            try:
+                inode = int(asked) if asked.isdigit() else Path(asked).stat().st_ino
+            except OSError as failure:
+                raise Unavailable(
+                    "devices",
+                    f"no network namespace {asked!r}{nearest(asked, names)}",
+                    "`ip netns list` shows those with a name; a path or an inode number does, too",
+                ) from failure
+        else:
+            inode = asked
+        if inode not in inodes:
+            raise Unavailable(
+                "devices", f"no network namespace has inode {inode} (asked for: {asked!r})", "`lsns -t net` lists them"
+            )
+        return inode
+
+    def _ask_for_names(self) -> None:
+        self._names.want(
+            {
+                namespace.inode: namespace.serial
+                for namespace in self._by_nsid.values()
+                if namespace.inode not in (self.host_netns, self._init_netns)
+                and (not namespace.found.name or is_made_up(namespace.found.name))
+            }
+        )
+
+    def _called(self, namespace: _Namespace) -> tuple[str, str]:
+        """(netns_name, container)."""
+        inode, name = namespace.inode, namespace.found.name
+        if inode == self.host_netns:
+            return "host", ""
+        if inode == self._init_netns:
+            return name or "init", ""
+        own_name = "" if is_made_up(name) else name
+        container = name_in_lab(name) or self._names_used.get(inode) or own_name or namespace.process_name or name
+        # The kernel's own notation where nobody has named it.
+        return name or f"net:[{inode}]", container
+
+    def _devices(self) -> tuple[Device, ...]:
+        self._changed = False
+        self._names_used = self._names.names
+        devices: list[Device] = []
+        inodes = {namespace.nsid: namespace.inode for namespace in self._by_nsid.values()}
+        built = {}
+        for namespace in self._by_nsid.values():
+            made_from: tuple[object, ...] = (namespace.inode, namespace.cookie, *self._called(namespace))
+            made_from += (namespace.default_routes, *namespace.links.values())
+            others = {link.link_nsid for link in namespace.links.values()}
+            made_from += tuple(inodes.get(nsid, 0) for nsid in others if nsid is not None)
+            last = self._built.get(namespace.serial)
+            made = last[1] if last and last[0] == made_from else self._made(namespace, inodes)
+            built[namespace.serial] = made_from, made
+            devices += made
+        self._built = built
+        return assign_roles(devices, self.host_netns, self._outer, self._remote_netns)
+
+    def _made(self, namespace: _Namespace, inodes: Mapping[int, int]) -> list[Device]:
+        netns = namespace.inode
+        netns_name, container = self._called(namespace)
+        devices = []
+        for link in namespace.links.values():
+            peer_netns = netns if link.link_nsid is None else inodes.get(link.link_nsid, 0)
+            peered = bool(link.link and peer_netns)
+            devices.append(
+                Device(
+                    netns,
+                    link.ifindex,
+                    link.name,
+                    link.kind,
+                    peer_netns if peered else 0,
+                    link.link if peered else 0,
+                    link.master,
+                    link.ifindex in namespace.default_routes,
+                    netns_name,
+                    container,
+                    netns_cookie=namespace.cookie,
+                )
+            )
+        return devices
+
+
+class DeviceFollower:
+    """Follows the devices of all network namespaces of this machine.
+
+    `host_netns` is the namespace that counts as the host: a name in /run/netns, a path, an inode, or None for that of
+    process 1 (our own, where that is hidden). `outer` and `remote_netns` are as in `contracts.topology.assign_roles`.
+    `docker_sockets` are the API sockets to ask for container names; one that does not exist is looked for again when
+    a namespace has come. A namespace with neither a mount nor a veth into a known one is found every
+    `rescan_interval_s`; any other change within milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        host_netns: str | int | None = None,
+        outer: Sequence[str] = (),
+        remote_netns: Sequence[str] = (),
+        docker_sockets: Sequence[str] = API_SOCKETS,
+        rescan_interval_s: float = 1.0,
+    ) -> None:
+        self.host_netns = 0
+        """Inode of the host's namespace; known after `open`."""
+        self.on_news: Callable[[], object] = lambda: None
+        """Called, from a thread of ours, when `poll` has something to tell."""
+        self._watch = _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._newest: deque[tuple[Device, ...]] = deque(maxlen=1)
+        """From the thread to `poll`: appending and popping are atomic."""
+        self._failure: BaseException | None = None
+
+    async def open(self) -> None:
+        """Start following; `poll` has the first, full snapshot afterwards. Raises `Unavailable`."""
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(opened,), name="mace-devices", daemon=True)
+        self._thread.start()
+        await asyncio.shield(asyncio.wrap_future(opened))
+        self.host_netns = self._watch.host_netns
+
+    def poll(self) -> tuple[Device, ...] | None:
+        """All devices, roles assigned, sorted, if anything changed since the last call; else None. Takes no time.
+
+        Raises `SourceError` if following has ended by itself.
+        """
+        if self._failure is not None:
+            raise SourceError(f"devices can no longer be followed: {self._failure}") from self._failure
+        try:
+            return self._newest.popleft()
+        except IndexError:
+            return None
+
+    async def aclose(self) -> None:
+        """Stop following; also after a failed or cancelled `open`, and twice."""
+        if self._thread is not None:
+            self._stopping.set()
+            self._watch.wake()
+            await asyncio.to_thread(self._thread.join, _STOP_S)
+            if self._thread.is_alive():
+                log.warning("devices: the thread that follows them does not end; the run ends without it")
+            self._thread = None
+
+    def _run(self, opened: Future[None]) -> None:
+        try:
+            self._newest.append(self._watch.open())
+            opened.set_result(None)
+            while not self._stopping.is_set():
+                devices = self._watch.step()
+                if devices is not None:
+                    self._newest.append(devices)
+                    self.on_news()
+        except BaseException as failure:  # noqa: BLE001 - handed to open() or poll(), which raise it
+            if opened.done():
+                self._failure = failure
+                self.on_news()
+            else:
+                opened.set_exception(failure)
+        finally:
+            self._watch.close()
+
+
+def snapshot(
+    *,
+    host_netns: str | int | None = None,
+    outer: Sequence[str] = (),
+    remote_netns: Sequence[str] = (),
+    docker_sockets: Sequence[str] = API_SOCKETS,
+) -> tuple[Device, ...]:
+    """The devices as they are now, roles assigned, sorted. Blocks for some milliseconds. Raises `Unavailable`."""
+
+    def look() -> tuple[Device, ...]:
+        watch = _Watch(host_netns, outer, remote_netns, docker_sockets)
+        try:
+            return watch.open()
+        finally:
+            watch.close()
+
+    return _in_own_thread(look)
+
+
+def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]:
+    """`work` in a thread that ends afterwards: one that has left its network namespace must not serve anybody else."""
+    done: Future[tuple[Device, ...]] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as failure:  # noqa: BLE001 - raised by the caller
+            done.set_exception(failure)
+
+    thread = threading.Thread(target=run, name="mace-devices-snapshot", daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()
+
+
+def check(*, host_netns: str | int | None = None) -> Status:
+    """Whether devices can be followed here, and what was found."""
+    try:
+        devices = snapshot(host_netns=host_netns, docker_sockets=())
+    except Unavailable as failure:
+        return Status(False, failure.why, failure.remedy)
+    namespaces = {device.netns for device in devices}
+    return Status(True, f"{len(devices)} devices in {len(namespaces)} network namespaces")

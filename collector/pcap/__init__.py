@@ -1,0 +1,1 @@
+"""Pairs of packet captures: the inner and the outer device."""

@@ -1,0 +1,183 @@
+"""A file read from front to back, unpacked on the way where it is compressed: gzip, bzip2, xz or zstd.
+
+Captures are kept compressed, and Wireshark reads them so. What a compressed file comes to is bounded by its size: a
+bomb is refused where it goes off, not where the memory ends.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import zstandard
+
+from contracts.errors import CaptureError, Unavailable
+
+_STEP_BYTES: Final = 1 << 10
+"""Given to a decompressor at once, so that what it hands back is bounded without its help: zstd makes 128 KiB of four
+bytes, which is 32 MiB of a step."""
+_MEMORY_BYTES: Final = 1 << 28
+"""Of a decompressor: `xz -9` needs 65 MiB, `zstd --ultra -22` a window of 128 MiB."""
+_RATIO_MAX: Final = 1100
+"""deflate cannot make more than 1032 bytes of one; a capture that packs better than that holds nothing but zeros."""
+_SLACK_BYTES: Final = 1 << 20
+"""Below this no ratio is looked at."""
+
+_PACKED: Final[dict[str, tuple[bytes, Callable[[], Any]]]] = {
+    "gzip": (b"\x1f\x8b\x08", lambda: zlib.decompressobj(wbits=31)),
+    "bzip2": (b"BZh", bz2.BZ2Decompressor),
+    "xz": (b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_BYTES)),
+    "zstd": (
+        b"\x28\xb5\x2f\xfd",
+        lambda: zstandard.ZstdDecompressor(max_window_size=_MEMORY_BYTES // 2).decompressobj(),
+    ),
+}
+"""How a file of each kind begins, and what unpacks one member of it."""
+_FOREIGN: Final = {
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x1f\x9d": "compress",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
+_DAMAGE: Final = (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError, ValueError)
+
+
+def compression_of(head: bytes) -> str:
+    """How a file that begins so is compressed: `gzip`, `bzip2`, `xz` or `zstd`; or an empty string."""
+    return next((kind for kind, (magic, _) in _PACKED.items() if head.startswith(magic)), "")
+
+
+def foreign_compression_of(head: bytes) -> str:
+    """The kind of a compressed file that is not unpacked here, or an empty string."""
+    return next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), "")
+
+
+def unpacked_head(head: bytes, size: int) -> bytes:
+    """The first `size` bytes, or fewer, of what a file that begins so holds. Never raises."""
+    kind = compression_of(head)
+    if not kind:
+        return head[:size]
+    one, found = _PACKED[kind][1](), b""
+    try:
+        for at in range(0, len(head), _STEP_BYTES):
+            found += one.decompress(head[at : at + _STEP_BYTES])
+            if len(found) >= size or getattr(one, "eof", False):
+                break
+    except _DAMAGE:
+        pass
+    return found[:size]
+
+
+class UnpackedFile:
+    """The bytes of a file from front to back. Raises `Unavailable` where it cannot be opened."""
+
+    def __init__(self, path: Path, remedy: str) -> None:
+        self.path: Final = path
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise Unavailable(str(path), error.strerror or str(error), remedy) from error
+        self.bytes_total: Final = os.fstat(self._file.fileno()).st_size
+        """Of the file as it lies there."""
+        self.bytes_read = 0
+        """Of the file as it lies there, from its front."""
+        self.offset = 0
+        """Bytes that were given, unpacked."""
+        try:
+            head = self._file.read(8)
+            self.compression: Final = compression_of(head)
+            self._packed = head if self.compression else b""
+            self._ready = bytearray() if self.compression else bytearray(head)
+            self.bytes_read = len(head)
+            self._one: Any = None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file. Safe to call again."""
+        self._file.close()
+
+    @property
+    def left(self) -> int:
+        """Bytes that were not given yet; of a compressed file about as many as the given ones make likely."""
+        rest = max(self.bytes_total - self.bytes_read, 0)
+        if self.compression:
+            rest = rest * (self.offset + len(self._ready)) // max(self.bytes_read, 1)
+        return len(self._ready) + rest
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, at least one; none at the end. Raises `CaptureError` where the file is damaged."""
+        if self.compression:
+            while len(self._ready) < size and self._unpack():
+                pass
+        elif len(self._ready) < size:
+            block = self._raw(size - len(self._ready))
+            self._ready += block
+        found = bytes(self._ready[:size])
+        del self._ready[:size]
+        self.offset += len(found)
+        return found
+
+    def skip(self, size: int) -> int:
+        """Go on `size` bytes, or to the end; how many it was. Raises `CaptureError` where the file is damaged."""
+        gone = 0
+        if not self.compression:
+            gone = min(len(self._ready), size)
+            del self._ready[:gone]
+            there = min(size - gone, max(self.bytes_total - self.bytes_read, 0))
+            self._file.seek(there, os.SEEK_CUR)
+            self.bytes_read += there
+            gone += there
+            self.offset += gone
+        while gone < size:
+            block = self.read(min(size - gone, _SLACK_BYTES))
+            if not block:
+                break
+            gone += len(block)
+        return gone
+
+    def _raw(self, size: int) -> bytes:
+        try:
+            block = self._file.read(size)
+        except OSError as error:
+            raise self._damaged(error.strerror or str(error)) from error
+        self.bytes_read += len(block)
+        return block
+
+    def _unpack(self) -> bool:
+        """Unpack another step; whether there is more to come."""
+        if not self._packed:
+            self._packed = self._raw(_STEP_BYTES)
+        if not self._packed:
+            if self._one is not None:
+                self._one = None
+                raise self._damaged(f"the file is cut: its {self.compression} stream has no end")
+            return False
+        if self._one is None:
+            # Members may follow one another, with zeros behind the last.
+            if not self._packed.strip(b"\0"):
+                self._packed = b""
+                return True
+            self._one = _PACKED[self.compression][1]()
+        try:
+            self._ready += self._one.decompress(self._packed)
+        except _DAMAGE as error:
+            self._one, self._packed = None, b""
+            raise self._damaged(f"its {self.compression} stream is damaged: {error}") from error
+        ended = self._one.eof
+        self._packed = self._one.unused_data if ended else b""
+        if ended:
+            self._one = None
+        unpacked = self.offset + len(self._ready)
+        if unpacked > _SLACK_BYTES + _RATIO_MAX * self.bytes_read:
+            raise self._damaged(f"{self.bytes_read} bytes of it unpack to {unpacked}, which no capture does")
+        return True
+
+    def _damaged(self, why: str) -> CaptureError:
+        return CaptureError(self.path, self.bytes_read, why)

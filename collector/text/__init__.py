@@ -1,0 +1,1 @@
+"""Text that trace-cmd, perf and the kernel's trace files print."""

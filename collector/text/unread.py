@@ -1,0 +1,138 @@
+"""Lines of a tracer's text that are not read: of which kind each is, and what to tell of it.
+
+An event that is measured and printed without a column that is needed, or in a form whose times mean something else, is
+not guessed at. Its line is counted, the user is told which option prints it whole, and a file that holds nothing else
+is refused with that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Final
+
+from contracts.hooks import HOOKS
+
+_PERF_FIELDS: Final = "`perf script -F comm,tid,cpu,time,event,trace`"
+
+
+class Unread(Enum):
+    """A kind of lines; the value is what they are, and what to do."""
+
+    NO_ADDRESS = f"lines do not tell the buffer's address (skbaddr=), which {_PERF_FIELDS} prints, as all tracers do"
+    NO_CPU = f"lines do not tell the CPU, as [000]: print it, with {_PERF_FIELDS}"
+    NO_TIME = f"lines do not tell the time: print it, with {_PERF_FIELDS}"
+    NO_NAME = f"lines do not tell the event's name: print it, with {_PERF_FIELDS}"
+    LATENCY = (
+        "lines are in ftrace's latency format, whose times count from when its buffer was last emptied: "
+        "`echo 0 > options/latency-format` and print again"
+    )
+    GRAPH = (
+        "lines are in the form of the tracer function_graph, without times: `echo nop > current_tracer`, trace again"
+    )
+    TICKS = "lines have times that are not seconds: trace with another clock, `echo mono > trace_clock`"
+    NO_CONTEXT = "lines have neither task, CPU nor time: `echo 1 > options/context-info` and print again"
+    RAW = "lines are numbers of ftrace's raw or hex form: `echo 0` to options/raw and options/hex and print again"
+    GARBLED = "lines begin as an event does, or name one that is measured, and are cut or garbled"
+    NOT_EVENTS = (
+        "lines are no events, as printed texts and names of tasks have them that hold line feeds; none names an event "
+        "that is measured"
+    )
+
+
+COLUMNS: Final = (
+    Unread.NO_ADDRESS, Unread.NO_CPU, Unread.NO_TIME, Unread.NO_NAME, Unread.LATENCY, Unread.GRAPH, Unread.TICKS,
+    Unread.NO_CONTEXT, Unread.RAW,
+)  # fmt: skip
+"""Kinds of which all lines of a text are, or none but damaged ones."""
+DISCARDED: Final = tuple(kind for kind in Unread if kind is not Unread.NOT_EVENTS)
+"""Kinds whose lines are, or may be, of an event that is measured."""
+
+_NAMES: Final = rb"(?:" + b"|".join(sorted((info.name.encode() for info in HOOKS), reverse=True)) + rb")"
+_MENTION: Final = re.compile(rb"(?:^|[\s:*])" + _NAMES + rb":(?:\s|$)|(?:^|\s)skbaddr=")
+_TIME: Final = re.compile(rb"(?:^|\s)\d{1,10}\.(?:\d{9}|\d{6}): ")
+_NAMED_BY_PERF: Final = re.compile(rb"(?:net|skb):" + _NAMES + rb":(?:\s|$)")
+_GRAPH: Final = re.compile(rb"\|.*/\* ")
+_LATENCY: Final = re.compile(rb"\d{1,20}us[ !+#*@$]?: |\d{1,20}\.\d{3}ms \(\+")
+_TICKS: Final = re.compile(rb"\[\d{1,5}\] {1,24}(?:\S{1,16} {1,24})?\d{1,20}: ")
+_NAME_FIRST: Final = re.compile(_NAMES + rb": ")
+_RAW: Final = re.compile(rb"[0-9a-f]{1,10} [0-9a-f]{1,8} [0-9a-f]{1,20} type: \d{1,5}\s*$")
+_CPU: Final = re.compile(rb"\[\d{1,5}\] ")
+_BEGINS: Final = re.compile(rb"[ -]\d{1,10} {1,8}(?:\([ \d-]{1,12}\) )?\[\d{3,5}\](?:\s|$)")
+"""A task's number and the CPU, as before each event."""
+_EVENT: Final = re.compile(rb"(?<!\S)\d{1,20}(?:\.(?:\d{9}|\d{6})|us.?): {1,64}((?:[\w-]{1,64}:)?\w{1,64}):(?=\s|$)")
+"""A time and a name. A task's name can be made to look like both, so all of a line count."""
+_UNTIMED: Final = re.compile(rb"\[\d{1,5}\] {1,64}(?:\d[\d-]{9} [\d:.]{8,18} {1,64})?[\w-]{1,64}:\w{1,64}: ")
+"""A CPU and an event of perf, and not the time between them."""
+_MEASURED: Final = frozenset(name.encode() for info in HOOKS for name in (info.name, info.tracepoint))
+_LOOKED_AT: Final = 1 << 12
+"""Bytes of a line, at most; events that are measured have 400."""
+_NOTHING: Final = re.compile(
+    rb"\s*$"
+    rb"|#"  # comments: of ftrace, of perf, and `##### CPU 1 buffer started ####`
+    rb"|(?:.{0,64}: {0,24})?(?:cpus=\d+|version = \d+|CPU \d+ is empty|CPU:\d+ \[SUBBUFFER START\])\s*$"  # trace-cmd
+    rb"|\s*=> "  # stacks of ftrace and trace-cmd
+    rb"|\s+[0-9a-f]{1,16} .{1,512}\)\s{0,4}$"  # and of perf
+    rb"|\s*\d{1,5}\) "  # function_graph
+)
+_BEGINNINGS: Final = (b"# tracer:", b"# ========", b"cpus=", b"version = ")
+"""Of the text of ftrace, of `perf script --header`, and of `trace-cmd report`."""
+
+
+def begins_text(head: bytes) -> bool:
+    """Whether the first bytes are those that a tracer's text begins with."""
+    return head.removeprefix(b"\xef\xbb\xbf").startswith(_BEGINNINGS)
+
+
+def is_traced(line: bytes) -> bool:
+    """Whether a line that is no readable event is one in a form that is not read."""
+    return bool(_EVENT.search(line) or _UNTIMED.search(line)) or kind_of(line) not in (
+        None,
+        Unread.NOT_EVENTS,
+        Unread.GARBLED,
+    )
+
+
+def kind_of(line: bytes) -> Unread | None:
+    """Of a line that is no event as tracers print it; None where nothing was to be read."""
+    line = line[:_LOOKED_AT]
+    events = _EVENT.findall(line)
+    if _MEASURED.intersection(events) or (not events and _MENTION.search(line)):
+        return _mentioned(line)
+    if events or _NOTHING.match(line):
+        return None
+    if _RAW.match(line):
+        return Unread.RAW
+    return Unread.GARBLED if _TIME.search(line) or _BEGINS.search(line) else Unread.NOT_EVENTS
+
+
+def _mentioned(line: bytes) -> Unread:
+    """Of a line that names an event that is measured, or its buffer."""
+    if _LATENCY.search(line):
+        return Unread.LATENCY
+    if _GRAPH.search(line):
+        return Unread.GRAPH
+    if _TICKS.search(line):
+        return Unread.TICKS
+    if _NAME_FIRST.match(line):
+        return Unread.NO_CONTEXT
+    if _NAMED_BY_PERF.search(line):
+        if not _TIME.search(line):
+            return Unread.NO_TIME
+        if not _CPU.search(line) or _CPU_IN_NAME.match(line):
+            return Unread.NO_CPU
+    return Unread.GARBLED
+
+
+_CPU_IN_NAME: Final = re.compile(rb".{0,15}\[\d{1,5}\] .{0,64}?\d{1,10}\.(?:\d{9}|\d{6}): ")
+"""It stands where a task's name does, and so is part of one: the CPU is behind the 16 columns of the name."""
+
+
+def told(counts: Mapping[Unread, int], first: Mapping[Unread, int]) -> list[str]:
+    """A line for each kind that there is: how many, what, and the number of the first."""
+    return [
+        f"{counts[kind]} {kind.value} (left out; the first is line {first[kind]})"
+        for kind in Unread
+        if counts.get(kind)
+    ]

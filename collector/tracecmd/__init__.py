@@ -1,0 +1,1 @@
+"""trace.dat files of trace-cmd, versions 6 and 7."""

@@ -1,0 +1,297 @@
+"""trace.dat files of trace-cmd as a source: the same pages as live ftrace, out of a file.
+
+    CPU 0 of a buffer ──pages──▶ PageDecoder ──records, gaps──▶ Merger ──▶ batches, in time order
+    CPU 1 ...                    (the one that is furthest behind is read next)
+
+A file knows devices by name only. What they are is taken from a capture of the same host, if one is given
+(`FileOptions.topology`); else each is an unknown device of its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from collector import known_topology
+from collector.ftrace.source import keep_freed_memory
+from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
+from collector.merge import Merger
+from collector.pages.decoding import PageDecoder, Sightings, process_key
+from collector.reading.options import Description, FileOptions, FileSource
+from collector.reading.plain_reader import PlainReader
+from collector.tracecmd.clock import clock_of
+from collector.tracecmd.cpu import CpuReader, Part, losses_by_cpu
+from collector.tracecmd.file import FTRACE, MAGIC, BufferInfo, Frame, TraceFile
+from collector.tracecmd.pages import layout_of
+from contracts.clock import ClockPair
+from contracts.errors import CaptureError, SourceError, nearest
+from contracts.hooks import HOOKS, Hook
+from contracts.interfaces import StreamHeader, StreamItem
+from contracts.records import Batch
+from contracts.version import VERSION
+
+NAME: Final = "tracecmd"
+_PIECE_PAGES: Final = 512
+"""Decoded at once where there are few CPUs: as many as live capture does."""
+_PIECE_PAGES_MIN: Final = 32
+_BATCH_RECORDS: Final = 1 << 17
+_HOLD_BACK_NS: Final = 50_000_000
+"""As live: an event may stand behind one of a later time by as long as its writer was held up."""
+_NEVER_NS: Final = 1 << 62
+_DATE_UNCERTAINTY_NS: Final = 1_000_000
+"""`trace-cmd record --date` reads the wall clock between two marks that it writes; microseconds are all it keeps."""
+
+
+def recognises(head: bytes) -> bool:
+    """Whether a file that begins so is a trace.dat."""
+    return head.startswith(MAGIC)
+
+
+def describe(paths: Sequence[Path], options: FileOptions) -> Description:
+    """Header, and the time of the first page. Raises `Unavailable` or `CaptureError`."""
+    reader = _Reader(paths[0], options)
+    with reader.file:
+        return Description(reader.header, reader.first_ns + reader.header.clock.offset_ns)
+
+
+def source(paths: Sequence[Path], options: FileOptions) -> FileSource:
+    """The source over one file."""
+    return TraceCmdSource(paths[0], options)
+
+
+class _Reader:
+    """An open file, and all of its CPUs that are to be read."""
+
+    def __init__(self, path: Path, options: FileOptions) -> None:
+        self.file: Final = TraceFile(path, salvage=options.salvage)
+        try:
+            self._known: Final = known_topology.read(options.topology)
+            self.sightings: Final = Sightings()
+            self.decoders: list[PageDecoder] = []
+            self.cpus: list[CpuReader] = []
+            self.warnings: list[str] = []
+            self.chosen: Final = _chosen(self.file, options.buffer)
+            self._monotonic = True
+            for info in self.chosen:
+                self._add(info, options.clock)
+            times = [first for cpu in self.cpus if (first := cpu.first_ns()) is not None]
+            self.first_ns: Final = min(times, default=0)
+            self.header: Final = self._header()
+            self.teller: Final = TopologyTeller(self._known, self.sightings, same_clock=self._same_clock)
+        except SourceError as error:
+            self.file.close()
+            raise CaptureError(path, 0, str(error)) from error
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _add(self, info: BufferInfo, asked_clock: str) -> None:
+        file, frame = self.file, self.file.frame
+        formats = [form for one in HOOKS if (form := frame.format(one.tracepoint)) is not None]
+        if not formats:
+            raise CaptureError(
+                file.path, 0, f"none of the network events that are measured was recorded; {_events_told(frame)}"
+            )
+        clock = clock_of(file.path, frame, info, asked_clock)
+        if clock.warning and (line := f"{file.path}: {clock.warning}") not in self.warnings:
+            self.warnings.append(line)
+        self._monotonic = self._monotonic and clock.is_monotonic
+        key = process_key()
+        decoder = PageDecoder(layout_of(file, info), formats, self.sightings, key)
+        self.decoders.append(decoder)
+        # The kernel's counters are in the file without the buffer's name, so only where there is one they are clear.
+        lost = losses_by_cpu(frame.stats) if len([one for one in frame.buffers if one.cpus]) == 1 else {}
+        pages = max(_PIECE_PAGES * 4 // max(len(info.cpus), 4), _PIECE_PAGES_MIN)
+        for data in info.cpus:
+            total = lost.get(data.cpu)
+            self.cpus.append(CpuReader(file, info, data, decoder, clock, formats, pages=pages, lost_total=total))
+
+    @property
+    def _same_clock(self) -> bool:
+        """Whether times are those of the known topology: CLOCK_MONOTONIC, and as it seems of one machine and boot."""
+        known, uname = self._known, _uname(self.file.frame)
+        if known is None or not self._monotonic:
+            return False
+        return not any(uname) or uname == (known.header.host, known.header.kernel)
+
+    def _header(self) -> StreamHeader:
+        frame, path = self.file.frame, self.file.path
+        host, kernel = _uname(frame)
+        events = [one.tracepoint for one in HOOKS if one.tracepoint in frame.formats]
+        boot_id = ""
+        if self._known is None:
+            self.warnings.append(f"{path}: {NAMES_ONLY}")
+        if self._same_clock and self._known is not None:
+            clock, boot_id = self._known.header.clock, self._known.header.boot_id
+        elif frame.date_offset_ns is not None:
+            clock = ClockPair(self.first_ns, self.first_ns + frame.date_offset_ns, _DATE_UNCERTAINTY_NS)
+        else:
+            clock = dated_by_file(path, self.first_ns)
+            self.warnings.append(f"{path}: {NO_DATE}")
+        return StreamHeader(
+            source=NAME,
+            host=host or "unknown",
+            run=_run_of(self.file),
+            kernel=kernel,
+            boot_id=boot_id,
+            cpus=max((cpu.data.cpu + 1 for cpu in self.cpus), default=0),
+            clock=clock,
+            hooks=tuple(events),
+            mace_version=VERSION,
+            command=(f"trace-cmd {frame.recorder}".strip(),),
+        )
+
+
+class TraceCmdSource(PlainReader):
+    """A trace.dat file as a `FileSource`, at the speed of the reader."""
+
+    def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
+        self.path: Final = Path(path)
+        self._options = options or FileOptions()
+        self._reader: _Reader | None = None
+        self._merger = Merger(_HOLD_BACK_NS)
+        self._bytes_read = 0
+
+    async def open(self) -> StreamHeader:
+        """Read the frame. Raises `Unavailable` or `CaptureError`."""
+        keep_freed_memory()
+        self._reader = _Reader(self.path, self._options)
+        return self._reader.header
+
+    async def aclose(self) -> None:
+        """Close the file."""
+        if self._reader is not None:
+            self._reader.file.close()
+
+    @property
+    def discarded(self) -> int:
+        """Records that salvage left out, about, and those that came later than others wait for them."""
+        return self._merger.late + (sum(cpu.discarded for cpu in self._reader.cpus) if self._reader else 0)
+
+    @property
+    def skipped(self) -> int:
+        """Events of other kinds than the hooks'."""
+        return sum(decoder.skipped for decoder in self._reader.decoders) if self._reader else 0
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of pages in the file."""
+        return sum(cpu.data.size for cpu in self._reader.cpus) if self._reader else 0
+
+    @property
+    def bytes_read(self) -> int:
+        """How many of them were read."""
+        return min(self._bytes_read, self.bytes_total)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know, one line each."""
+        if self._reader is None:
+            return []
+        told = [*self._reader.warnings, *self._reader.file.warnings]
+        uncounted = sum(cpu.uncounted for cpu in self._reader.cpus)
+        if uncounted:
+            told.append(
+                f"{self.path}: {uncounted} gaps do not say how many events were lost in them; told are as many as the "
+                "kernel's counters leave, or one each"
+            )
+        return told
+
+    def read(self) -> Iterator[StreamItem]:
+        """See `PlainReader`."""
+        assert self._reader is not None, "open() first"
+        teller, begun = self._reader.teller, False
+        for batch in self._merged():
+            for item in teller.around(batch):
+                begun = True
+                if not isinstance(item, Batch):
+                    yield item
+                    continue
+                for start in range(0, len(item), _BATCH_RECORDS):
+                    yield item[start : start + _BATCH_RECORDS]
+        if not begun:
+            yield teller.topology(0)
+
+    def _merged(self) -> Iterator[Batch]:
+        assert self._reader is not None
+        cpus = self._reader.cpus
+        parts: dict[int, Iterator[Part]] = {}
+        complete: dict[int, int] = {}
+        for key, cpu in enumerate(cpus):
+            self._merger.add_cpu(key, -_NEVER_NS)
+            parts[key], complete[key] = cpu.parts(), -_NEVER_NS
+        hooks = _HooksSeen(self._reader.file.path, self._reader.chosen) if len(self._reader.chosen) > 1 else None
+        while parts:
+            key = min(parts, key=lambda one: (complete[one], one))
+            part = next(parts[key], None)
+            if part is None:
+                del parts[key]
+                complete[key] = _NEVER_NS
+            else:
+                self._bytes_read += part.bytes_read
+                complete[key] = max(complete[key], part.complete_ns)
+                if hooks is not None:
+                    hooks.note(key, part.batch)
+                self._merger.push(key, part.batch)
+            self._merger.complete(key, complete[key])
+            watermark = self._merger.watermark_ns
+            if watermark is not None and watermark > -_HOLD_BACK_NS and parts:
+                yield self._merger.take(watermark)
+        yield self._merger.flush()
+
+
+class _HooksSeen:
+    """Sees to it that no event comes twice, out of two buffers that both recorded it."""
+
+    def __init__(self, path: Path, chosen: Sequence[BufferInfo]) -> None:
+        self._path = path
+        self._names = [info.name for info in chosen for _ in info.cpus]
+        self._of: dict[int, str] = {}
+
+    def note(self, key: int, batch: Batch) -> None:
+        for hook in np.flatnonzero(np.bincount(batch.hook, minlength=256)).tolist():
+            if hook == Hook.LOST:
+                continue
+            name = self._of.setdefault(hook, self._names[key])
+            if name != self._names[key]:
+                names = " and ".join(repr(one or "top") for one in sorted((name, self._names[key]), reverse=True))
+                raise CaptureError(
+                    self._path, 0, f"the buffers {names} both have {Hook(hook).name.lower()}: choose one with --buffer"
+                )
+
+
+def _chosen(file: TraceFile, asked: str) -> list[BufferInfo]:
+    """The buffers to read. Raises `CaptureError`."""
+    found = [info for info in file.frame.buffers if info.cpus]
+    if asked:
+        names = [info.name or "top" for info in found]
+        found = [info for info in found if (info.name or "top") == asked]
+        if not found:
+            raise CaptureError(
+                file.path, 0, f"no buffer {asked!r}{nearest(asked, names)}; there are {', '.join(names) or 'none'}"
+            )
+    if not found:
+        raise CaptureError(file.path, 0, "it has no pages of any CPU: was anything recorded?")
+    return found
+
+
+def _events_told(frame: Frame) -> str:
+    names = sorted(name for name in frame.formats if not name.startswith(f"{FTRACE}:"))
+    return f"it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "it has no events at all"
+
+
+def _uname(frame: Frame) -> tuple[str, str]:
+    """Host and kernel release of `Linux HOST RELEASE VERSION MACHINE`."""
+    words = frame.uname.split()
+    return (words[1], words[2]) if len(words) >= 3 else ("", "")
+
+
+def _run_of(file: TraceFile) -> str:
+    """Identifies the recording: by what trace-cmd drew for it, else by the file's first bytes."""
+    if file.frame.trace_id:
+        return f"{file.frame.trace_id:016x}"
+    return hashlib.sha256(file.bytes_at(0, min(file.size, 1 << 16), "the file")).hexdigest()[:16]

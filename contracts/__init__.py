@@ -1,0 +1,1 @@
+"""What the stages share: records, hooks, schema, wire format, configuration. Imports no other folder."""

@@ -1,0 +1,498 @@
+"""The figures of a run, summed up: per device, per container, and the ledger. One place for live and stored results.
+
+`run`, `demo` and `replay` feed it the correlator's windows, `report` what the store holds. Either way the numbers
+come from the same histogram bins, so they are the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from sys import getsizeof
+from typing import Any, Final, Self
+
+import numpy as np
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+
+from contracts.histogram import QUANTILES, Ints, merge, quantiles
+from contracts.hooks import BY_HOOK, Hook
+from contracts.ledger import Ledger
+from contracts.names import printable
+from contracts.schema import Direction, Grades, HookCost, Results, Segment
+from contracts.topology import Device, Role
+from contracts.vitals import Account
+from mace.shown.terminal import PlainTable
+
+_RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
+_RANK_ELSE: Final = 6
+INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
+"""Kinds of devices that receive packets past all tracepoints: the lower device's receive handler puts its packet
+on them and goes round again (`another_round` in __netif_receive_skb_core), behind `netif_receive_skb`."""
+_MANY_SENT: Final = 100
+"""Packets out of a device for each one in, ARP among them, that are worth a word."""
+_NAMES_SHOWN: Final = 5
+COUNTS_AS: Final = {
+    Segment.DEVICE: "overhead",
+    Segment.OUTSIDE: "outside",
+    Segment.DELIVERY: "delivery",
+    Segment.OVERHEAD: "whole",
+}
+"""What people read for a segment."""
+_PENDING_BYTES: Final = 1 << 15
+"""What may wait to be merged, per histogram: bounds memory, and makes merging rare."""
+
+
+def ranks(devices: Sequence[Device]) -> list[int]:
+    """Where each device stands on the way out of a container: what sorts a path where no packet's own is at hand.
+
+    0 inner, 1 the host's end of its veth, 2 the bridge that is a port of, 3 other devices of the host, 4 outer,
+    5 beyond it, 6 anything else.
+    """
+    ends = {(d.peer_netns, d.peer_ifindex) for d in devices if d.role is Role.INNER}
+    masters = {(d.netns, d.master_ifindex) for d in devices if d.key in ends and d.master_ifindex}
+
+    def rank(d: Device) -> int:
+        if d.role is Role.HOST and d.key in ends:
+            return 1
+        if d.role is Role.HOST and d.key in masters:
+            return 2
+        return _RANK_OF_ROLE.get(d.role, _RANK_ELSE)
+
+    return [rank(d) for d in devices]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """A device as people and stored rows name it. Two devices are the same only if all of it is the same."""
+
+    rank: int
+    container: str
+    netns: str
+    netns_id: int
+    device: str
+    ifindex: int
+    kind: str
+    role: str
+    host: str = ""
+
+    @classmethod
+    def of(cls, device: Device, rank: int, host: str = "") -> Place:
+        """The place of a device of the topology; `rank` as by `ranks`."""
+        return cls(
+            rank,
+            device.container,
+            device.netns_name,
+            device.netns,
+            device.name,
+            device.ifindex,
+            device.kind,
+            device.role.value,
+            host,
+        )
+
+
+class Distribution:
+    """Delays of one kind: count, sum, extremes and histogram. Adding is all that can be done to it."""
+
+    __slots__ = ("_bins", "_counts", "_pending", "count", "max_ns", "min_ns", "sum_ns")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum_ns = 0
+        self.min_ns = 0
+        self.max_ns = 0
+        self._bins: list[Ints] = []
+        self._counts: list[Ints] = []
+        self._pending = 0
+
+    def add(self, count: int, sum_ns: int, min_ns: int, max_ns: int, bins: Ints, counts: Ints) -> None:
+        """Add `count` delays; `bins` (distinct) and `counts` (adding up to `count`) are int64 of equal length."""
+        if not count:
+            return
+        self.min_ns = min(self.min_ns, min_ns) if self.count else min_ns
+        self.max_ns = max(self.max_ns, max_ns) if self.count else max_ns
+        self.count += count
+        self.sum_ns += sum_ns
+        # Copies: what comes is a part of the arrays of many windows, which would be kept whole with it.
+        self._bins.append(np.array(bins, np.int64))
+        self._counts.append(np.array(counts, np.int64))
+        self._pending += 2 * getsizeof(self._bins[-1])
+        if self._pending > _PENDING_BYTES:
+            self.histogram()
+
+    def __iadd__(self, other: Distribution) -> Self:
+        self.add(other.count, other.sum_ns, other.min_ns, other.max_ns, *other.histogram())
+        return self
+
+    def histogram(self) -> tuple[Ints, Ints]:
+        """Ascending distinct bins of `contracts.histogram` and their counts; int64."""
+        if len(self._bins) != 1:
+            empty = np.zeros(0, np.int64)
+            bins, counts = merge(np.concatenate([*self._bins, empty]), np.concatenate([*self._counts, empty]))
+            self._bins, self._counts, self._pending = [bins], [counts], 0
+        return self._bins[0], self._counts[0]
+
+    def quantiles(self, q: tuple[float, ...] = QUANTILES) -> list[int]:
+        """Delays, ns, at the given quantiles."""
+        # The middle of a bin may lie beyond what was ever seen.
+        return [int(v) for v in quantiles(*self.histogram(), q).clip(self.min_ns, self.max_ns)]
+
+    @property
+    def mean_ns(self) -> float:
+        """Arithmetic mean; 0 for no delays."""
+        return self.sum_ns / self.count if self.count else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """count, min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns."""
+        p50, p90, p99, p999 = self.quantiles()
+        return {
+            "count": self.count,
+            "min_ns": self.min_ns,
+            "mean_ns": round(self.mean_ns, 1),
+            "p50_ns": p50,
+            "p90_ns": p90,
+            "p99_ns": p99,
+            "p999_ns": p999,
+            "max_ns": self.max_ns,
+        }
+
+
+Key = tuple[Place, Direction, Segment]
+
+
+def path_order(key: Key) -> tuple[Any, ...]:
+    """Sorts egress before ingress, and each in the order in which packets cross the devices."""
+    place, direction, segment = key
+    inwards = direction is Direction.INGRESS
+    return (
+        direction is Direction.UNKNOWN,
+        direction,
+        segment is Segment.DELIVERY,
+        -place.rank if inwards else place.rank,
+        place,
+        segment,
+    )
+
+
+def imitated(devices: Sequence[Device]) -> tuple[str, ...]:
+    """Names of the host's devices that devices of other namespaces have as well; loopback, which all have, left out."""
+    of_host = {d.name for d in devices if d.role in (Role.HOST, Role.OUTER)}
+    of_others = {d.name for d in devices if d.role not in (Role.HOST, Role.OUTER)}
+    return tuple(sorted((of_host & of_others) - {"lo"}))
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run came to. Feed it with `add` (live) or by key (stored); read it as a dict or as tables."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    packets: int = 0
+    grades: Grades = field(default_factory=Grades)
+    """What the packets' records are tied by; of whole runs, as the ledger."""
+    rows_not_stored: int = 0
+    """Rows that the store could not write; 0 where nothing is stored."""
+    cost: tuple[HookCost, ...] = ()
+    """What observing has cost, per hook; empty where the source could not tell."""
+    note: str = ""
+    """What a reader must know of where the figures come from."""
+    several_devices: int = 0
+    """Of the ambiguous packets those that several devices fit; 0 in a summary of a store, which does not keep it."""
+    imitated: tuple[str, ...] = ()
+    """Names of the host's devices that devices of other namespaces have as well, where packets fit several devices."""
+    on_host_network: tuple[str, ...] = ()
+    """Containers that share the host's network namespace, and so have no devices of their own."""
+    sinks: dict[str, Account] = field(default_factory=dict)
+    """Where the rows went that were for sinks with a server."""
+    _by_width: dict[int, dict[Key, Distribution]] = field(default_factory=dict)
+    _devices: tuple[Device, ...] = ()
+    _places: list[Place] = field(default_factory=list)
+
+    def add(self, results: Results) -> None:
+        """Take in what the correlator says next. Windows of several widths count each delay once per width."""
+        self.ledger, self.packets, self.cost = results.ledger, results.packets, results.cost
+        self.grades, self.several_devices = results.grades, results.several_devices
+        if results.several_devices and results.present is not None:
+            self.imitated = imitated(results.present)
+        if results.devices != self._devices:
+            self._devices = results.devices
+            self._places = [Place.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
+        for w in results.windows:
+            d = self.distribution(self._places[w.device], w.direction, w.segment, w.width_s)
+            d.add(w.count, w.sum_ns, w.min_ns, w.max_ns, w.bins, w.counts)
+
+    def distribution(self, place: Place, direction: Direction, segment: Segment, width_s: int = 0) -> Distribution:
+        """The distribution of that key, empty at first, to add to."""
+        of_width = self._by_width.setdefault(width_s, {})
+        key = (place, direction, segment)
+        found = of_width.get(key)
+        if found is None:
+            found = of_width[key] = Distribution()
+        return found
+
+    def distributions(self) -> Iterator[tuple[int, Key, Distribution]]:
+        """All there is, by window width."""
+        for width_s, of_width in self._by_width.items():
+            for key, distribution in of_width.items():
+                yield width_s, key, distribution
+
+    def merge(self, other: Summary) -> None:
+        """Take in another run's."""
+        self.ledger += other.ledger
+        self.packets += other.packets
+        self.grades += other.grades
+        self.several_devices += other.several_devices
+        self.imitated = tuple(sorted({*self.imitated, *other.imitated}))
+        self.rows_not_stored += other.rows_not_stored
+        self.cost = added(self.cost, other.cost)
+        self.on_host_network = tuple(sorted({*self.on_host_network, *other.on_host_network}))
+        self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
+        for name, account in other.sinks.items():
+            self.sinks[name] = self.sinks[name] + account if name in self.sinks else account
+        for width_s, key, distribution in other.distributions():
+            mine = self.distribution(*key, width_s)
+            mine += distribution
+
+    def rows(self, *segments: Segment) -> list[tuple[Key, Distribution]]:
+        """All distributions of these segments (of all, if none is named), in the order of `path_order`.
+
+        Of several window widths the one that has seen most, then the narrowest: wide windows are final later.
+        """
+        if not self._by_width:
+            return []
+        width = min(self._by_width, key=lambda w: (-sum(d.count for d in self._by_width[w].values()), w))
+        chosen = self._by_width[width].items()
+        return sorted(
+            ((k, d) for k, d in chosen if d.count and (not segments or k[2] in segments)),
+            key=lambda r: path_order(r[0]),
+        )
+
+    def overhead(self) -> list[tuple[Key, Distribution]]:
+        """One distribution per container and direction; of several inner devices the place names the first."""
+        merged: dict[tuple[str, str, str, int, Direction], tuple[Key, Distribution]] = {}
+        for key, distribution in self.rows(Segment.OVERHEAD):
+            place, direction, _ = key
+            group = (place.host, place.container, place.netns, place.netns_id, direction)
+            if group not in merged:
+                merged[group] = (key, Distribution())
+            whole = merged[group][1]
+            whole += distribution
+        return [merged[g] for g in sorted(merged)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines, one JSON object.
+
+        `ledger`: the categories of `contracts.ledger`. `packets`. `grades`: ambiguous, buffer, content, exact, waited
+        (packets) and told_apart (see `contracts.schema.Grades`). `devices`: a list in the order of the path of objects with
+        container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
+        min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
+        direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
+        `rows_not_stored`, `unseen` (sentences), `on_host_network` (names of containers), `note`, `cost` (per hook:
+        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `contracts.vitals.Account`) appear
+        where there is something to say.
+        """
+        several = self._several_hosts()
+        found: dict[str, Any] = {
+            "ledger": self.ledger.as_dict(),
+            "packets": self.packets,
+            "grades": self.grades.as_dict(),
+            "devices": [_entry(r, several) for r in self.rows(Segment.DEVICE, Segment.OUTSIDE)],
+            "overhead": [_entry(r, several, whole=True) for r in self.overhead()],
+            "delivery": [_entry(r, several) for r in self.rows(Segment.DELIVERY)],
+        }
+        if self.rows_not_stored:
+            found["rows_not_stored"] = self.rows_not_stored
+        if unseen := self.unseen():
+            found["unseen"] = unseen
+        if self.on_host_network:
+            found["on_host_network"] = list(self.on_host_network)
+        if self.cost:
+            found["cost"] = [cost.as_dict() for cost in self.cost]
+        if self.note:
+            found["note"] = self.note
+        if self.sinks:
+            found["sinks"] = {name: account.as_dict() for name, account in self.sinks.items()}
+        return found
+
+    def tables(self, console: Console) -> None:
+        """For people: what the containers added, device by device, and the ledger."""
+        console.print(self.renderable())
+
+    def renderable(self) -> Group:
+        """What `tables` prints, for a live display."""
+        return Group(*self.losses_panel(), self.overhead_table(), "", self.device_table(), "", self.ledger_line())
+
+    def losses_panel(self) -> list[Panel]:
+        """A panel if anything is missing from the figures; none otherwise."""
+        text = Text("\n".join(map(printable, self.losses())))
+        return [Panel(text, title="not everything was seen", border_style="bold red", expand=False)] if text else []
+
+    def losses(self) -> list[str]:
+        """A sentence for each way in which the figures do not cover everything; none if they do."""
+        told = []
+        if self.ledger.lost:
+            told.append(f"{self.ledger.lost:,} records were lost in the kernel's ring: the figures are without them.")
+        if self.ledger.discarded:
+            told.append(f"{self.ledger.discarded:,} records were discarded by a full buffer of our own.")
+        if self.rows_not_stored:
+            told.append(f"{self.rows_not_stored:,} rows could not be written to the store.")
+        told += self.unseen()
+        for name, account in self.sinks.items():
+            if account.not_stored:
+                told.append(f"{account.not_stored:,} rows are not in {name} and will not be: {account.why()}.")
+        if self.ledger.imbalance:
+            told.append(f"{self.ledger.imbalance:,} records are in no category of the ledger: a defect, please report.")
+        return told
+
+    def unseen(self) -> list[str]:
+        """A sentence for each inner device of which the kernel shows one direction only."""
+        places = {place for (place, _, _), _ in self.rows(Segment.DEVICE) if place.role == Role.INNER}
+        seen: dict[tuple[Place, Direction], int] = {}
+        for (place, direction, _), distribution in self.rows(Segment.DEVICE, Segment.DELIVERY):
+            seen[place, direction] = seen.get((place, direction), 0) + distribution.count
+        told = []
+        for place in sorted(places):
+            sent = seen.get((place, Direction.EGRESS), 0)
+            if place.kind in INGRESS_UNSEEN:
+                told.append(
+                    f"{place.device} of {self._owner(place)} is a {place.kind}: what it receives passes no tracepoint"
+                    " there, so its ingress is not measured."
+                )
+            elif sent >= _MANY_SENT * (1 + (received := seen.get((place, Direction.INGRESS), 0))):
+                told.append(
+                    f"{place.device} of {self._owner(place)} sent {sent:,} packets and was seen to receive"
+                    f" {received:,}: either no more came, or what it receives is put on it past its tracepoints"
+                    " (bpf_redirect_peer, as Cilium's host routing does), and its ingress is not measured."
+                )
+        return told
+
+    def ledger_line(self) -> Text:
+        """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""
+        line = f"packets {self.packets:,} · {self.ledger.line()}"
+        style = "bold red" if self.losses() else "dim"
+        sinks = [f"{name}: {account.line()}" for name, account in self.sinks.items()]
+        lines = (
+            line,
+            self.grades.line(),
+            self._ambiguous_line(),
+            self._cost_line(),
+            *sinks,
+            self._sharing_line(),
+            self.note,
+        )
+        return Text("\n".join(printable(t) for t in lines if t), style=style)
+
+    def _cost_line(self) -> str:
+        told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)
+        line = " · ".join(told)
+        return f"own cost: {line}" if line else ""
+
+    def _ambiguous_line(self) -> str:
+        if not self.several_devices:
+            return ""
+        copies = self.grades.ambiguous - self.several_devices
+        line = f"ambiguous: {self.several_devices:,} packets fit several devices, {copies:,} fit several packets"
+        if not self.imitated:
+            return line
+        some = ", ".join(self.imitated[:_NAMES_SHOWN]) + (", ..." if len(self.imitated) > _NAMES_SHOWN else "")
+        return (
+            f"{line}; devices of other namespaces have the names of the host's {some}, and whoever may make a namespace"
+            " can give them: a source that tells devices by number (the kernel module) is not misled"
+        )
+
+    def _sharing_line(self) -> str:
+        names = ", ".join(self.on_host_network)
+        return f"on the host's own network, with no device to cross: {names}" if names else ""
+
+    def _several_hosts(self) -> bool:
+        return len({k[0].host for k, _ in self.rows()}) > 1
+
+    def _owner(self, place: Place) -> str:
+        owner = place.container or place.netns
+        return f"{place.host}/{owner}" if self._several_hosts() else owner
+
+    def overhead_table(self) -> PlainTable:
+        """Per container and direction."""
+        table = _table(
+            "What the container path added to each packet, µs", ("container", "direction"), "packets", "mean"
+        )
+        for (place, direction, _), distribution in self.overhead():
+            table.add_row(self._owner(place), direction.name.lower(), *figures(distribution))
+        return table
+
+    def device_table(self) -> PlainTable:
+        """Per device and direction, in the order of the path."""
+        rows = self.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
+        labels = labels_of([k[0] for k, _ in rows])
+        table = _table(
+            "Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets"
+        )
+        for direction, group in groupby(rows, key=lambda r: r[0][1]):
+            table.add_row(direction.name.lower(), style="bold")
+            for (place, _, segment), distribution in group:
+                table.add_row(
+                    labels[place],
+                    self._owner(place),
+                    place.kind or "hardware",
+                    COUNTS_AS[segment],
+                    *figures(distribution)[:-1],
+                    style="dim" if segment is Segment.OUTSIDE else "",
+                )
+        return table
+
+
+def added(first: Iterable[HookCost], second: Iterable[HookCost]) -> tuple[HookCost, ...]:
+    """Costs of two runs, hook by hook."""
+    sums: dict[Hook, HookCost] = {}
+    for c in (*first, *second):
+        s = sums.get(c.hook, HookCost(c.hook, 0, 0, 0))
+        sums[c.hook] = HookCost(c.hook, s.calls + c.calls, s.timed + c.timed, s.timed_ns + c.timed_ns)
+    return tuple(sums[hook] for hook in sorted(sums))
+
+
+def labels_of(places: Iterable[Place]) -> dict[Place, str]:
+    """The device's name, with the namespace's inode where the names alone would show two devices as one."""
+    distinct = sorted(set(places))
+    named: dict[tuple[str, ...], int] = {}
+    for p in distinct:
+        named[_shown(p)] = named.get(_shown(p), 0) + 1
+    return {p: p.device if named[_shown(p)] == 1 else f"{p.device} ({p.netns_id}:{p.ifindex})" for p in distinct}
+
+
+def _shown(place: Place) -> tuple[str, ...]:
+    return place.host, place.container, place.netns, place.device
+
+
+def microseconds(ns: float) -> str:
+    """A delay in µs for people: `1,234.5`."""
+    return f"{ns / 1000:,.1f}"
+
+
+def figures(distribution: Distribution) -> list[str]:
+    """The figures of one table row: count, then p50, p90, p99, max and mean in µs."""
+    p50, p90, p99 = distribution.quantiles((0.5, 0.9, 0.99))
+    shown = (p50, p90, p99, distribution.max_ns, distribution.mean_ns)
+    return [f"{distribution.count:,}", *(microseconds(v) for v in shown)]
+
+
+def _table(title: str, names: Sequence[str], counted: str, *more: str) -> PlainTable:
+    table = PlainTable(title)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in (counted, "p50", "p90", "p99", "max", *more):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _entry(row: tuple[Key, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:
+    (place, direction, segment), distribution = row
+    found: dict[str, Any] = {"host": place.host} if with_host else {}
+    found |= {"container": place.container, "netns": place.netns, "netns_id": place.netns_id}
+    if not whole:
+        found |= {"device": place.device, "ifindex": place.ifindex, "kind": place.kind, "role": place.role}
+    found["direction"] = direction.name.lower()
+    if not whole:
+        found["segment"] = segment.name.lower()
+    return found | distribution.as_dict()

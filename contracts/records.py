@@ -1,0 +1,206 @@
+"""Records and batches: what flows from a source to the correlator.
+
+A record is one packet at one hook. A batch holds the records of one stretch of time as columns of equal
+length; nothing in MACE handles single events. Columns, not an array of structs: a file or a network message
+is columns already, and a module's 64-byte records are viewed as strided columns without a copy.
+
+What the packet's own bytes say (its content key, ports, numbers) is a part of the batch by itself, which sources that
+do not read packets leave out whole.
+
+Lost records are visible in the stream: a record with hook `LOST` says that CPU `cpu` lost `l3_len` records
+(saturating) after `ts_ns` and before `skb_id` (a time, here). It stands before every record of the gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import IntFlag
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from contracts.hooks import Hook
+
+Column = npt.NDArray[Any]
+
+DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "ts_ns": np.dtype("<i8"),
+    "skb_id": np.dtype("<u8"),
+    "dev": np.dtype("<u4"),
+    "l3_len": np.dtype("<u4"),
+    "cpu": np.dtype("<u2"),
+    "drop_reason": np.dtype("<u2"),
+    "gso_segs": np.dtype("<u2"),
+    "hook": np.dtype("u1"),
+}
+"""Every column that each batch has and its type, in the order in which they travel."""
+
+CONTENT_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "packet_key": np.dtype("<u8"),
+    "l4_seq": np.dtype("<u4"),
+    "l4_src": np.dtype("<u2"),
+    "l4_dst": np.dtype("<u2"),
+    "ip_id": np.dtype("<u2"),
+    "vlan": np.dtype("<u2"),
+    "ip_version": np.dtype("u1"),
+    "l4_proto": np.dtype("u1"),
+    "l4_bits": np.dtype("u1"),
+    "flags": np.dtype("u1"),
+}
+"""Every column of a batch's content and its type, in the order in which they travel, after those of `DTYPES`."""
+
+
+class Flag(IntFlag):
+    """Bits of `Content.flags`; the numbers are those of the module's ABI."""
+
+    KEY = 0x01
+    """`packet_key` is known."""
+    FRAGMENT = 0x02
+    """A fragment of an IP packet; `l4_seq` holds its offset in bytes."""
+    TUNNEL = 0x04
+    """Carries another packet (VXLAN, Geneve, GRE, IP in IP): `packet_key` is the inner one's, all else the outer's."""
+    VLAN = 0x08
+    """Tagged: `vlan` holds the tag."""
+    CLONED = 0x10
+    """The buffer's data is shared with a clone."""
+    RECALLED = 0x20
+    """The hook has no device: `Batch.dev` is where the packet was seen last."""
+    FLOW = 0x40
+    """`l4_src`, `l4_dst`, `l4_seq` and `l4_bits` were read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """What the packets' bytes say, record by record. Zero, and no flag, where a record has none (a marker).
+
+    All columns have one length; dtypes are those of `CONTENT_DTYPES`. Numbers are in host byte order.
+    """
+
+    packet_key: npt.NDArray[np.uint64]
+    """Hash of what NAT, routing, bridging and tunnels leave alone (kmod/mace_packet.c says what); 0 if unknown."""
+    l4_seq: npt.NDArray[np.uint32]
+    """TCP sequence number, SCTP verification tag, or the fragment's offset, bytes."""
+    l4_src: npt.NDArray[np.uint16]
+    """Source port, or ICMP identifier."""
+    l4_dst: npt.NDArray[np.uint16]
+    """Destination port, or ICMP sequence number."""
+    ip_id: npt.NDArray[np.uint16]
+    """IPv4 identification; 0 for IPv6."""
+    vlan: npt.NDArray[np.uint16]
+    """VLAN tag control information."""
+    ip_version: npt.NDArray[np.uint8]
+    """4, 6, or 0 for what is not IP."""
+    l4_proto: npt.NDArray[np.uint8]
+    """IP protocol number after the extension headers; 0 if not IP."""
+    l4_bits: npt.NDArray[np.uint8]
+    """TCP flags (FIN is bit 0), or ICMP type."""
+    flags: npt.NDArray[np.uint8]
+    """`Flag`s."""
+
+    def __len__(self) -> int:
+        return len(self.packet_key)
+
+    def columns(self) -> Iterator[tuple[str, Column]]:
+        """Names and arrays, in the order of `CONTENT_DTYPES`."""
+        return ((name, getattr(self, name)) for name in CONTENT_DTYPES)
+
+    def __getitem__(self, index: slice | Column) -> Content:
+        """That of the records at `index` (a slice gives views; a mask or an index array copies)."""
+        return Content(*(column[index] for _, column in self.columns()))
+
+    @classmethod
+    def of(cls, length: int, **given: Any) -> Content:
+        """That of `length` records from some columns; the others are zero. Casts to `CONTENT_DTYPES`."""
+        return cls(*_made(CONTENT_DTYPES, length, given))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Records of one source, in non-decreasing order of `ts_ns`; equal times are ordered by CPU.
+
+    All columns have one length, that of `content` too; dtypes are those of `DTYPES`.
+    """
+
+    ts_ns: npt.NDArray[np.int64]
+    """CLOCK_MONOTONIC, ns."""
+    skb_id: npt.NDArray[np.uint64]
+    """Identity of the kernel buffer: equal while the same buffer lives, reused afterwards."""
+    dev: npt.NDArray[np.uint32]
+    """Index into the stream's sightings (`contracts.topology.Topology.sightings`). Where the hook has no device: 0, or the
+    last device of the packet if `content` says `Flag.RECALLED`."""
+    l3_len: npt.NDArray[np.uint32]
+    """Bytes without the link-layer header; at a copy to a reader the bytes copied; 0 where the hook does not tell."""
+    cpu: npt.NDArray[np.uint16]
+    drop_reason: npt.NDArray[np.uint16]
+    """The kernel's `enum skb_drop_reason` at `kfree_skb`, else 0."""
+    gso_segs: npt.NDArray[np.uint16]
+    """Segments this buffer will become on a wire; 0 where the hook does not tell."""
+    hook: npt.NDArray[np.uint8]
+    """A `contracts.hooks.Hook`."""
+    content: Content | None = field(default=None, kw_only=True)
+    """None from a source that does not read packets."""
+
+    def __len__(self) -> int:
+        return len(self.ts_ns)
+
+    def columns(self) -> Iterator[tuple[str, Column]]:
+        """Names and arrays, in the order of `DTYPES`; `content` is apart."""
+        return ((name, getattr(self, name)) for name in DTYPES)
+
+    def __getitem__(self, index: slice | Column) -> Batch:
+        """The records at `index` (a slice gives views; a mask or an index array copies)."""
+        content = None if self.content is None else self.content[index]
+        return Batch(*(column[index] for _, column in self.columns()), content=content)
+
+    @property
+    def lost(self) -> int:
+        """Records that the ring lost, as told by this batch's markers."""
+        return int(self.l3_len[self.hook == Hook.LOST].sum(dtype=np.int64))
+
+    @classmethod
+    def of(cls, length: int, content: Content | None = None, **given: Any) -> Batch:
+        """A batch of `length` records from some columns; the others are zero. Casts to `DTYPES`."""
+        if content is not None and len(content) != length:
+            raise ValueError(f"content of {len(content)} records, expected {length}")
+        return cls(*_made(DTYPES, length, given), content=content)
+
+    @classmethod
+    def empty(cls) -> Batch:
+        """No records."""
+        return cls.of(0)
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[Batch]) -> Batch:
+        """One batch after the other, as given; the caller answers for the order.
+
+        If some have content, the records of the others have zeros there.
+        """
+        if len(batches) == 1:
+            return batches[0]
+        if not batches:
+            return cls.empty()
+        content = None
+        if any(batch.content is not None for batch in batches):
+            parts = [Content.of(len(batch)) if batch.content is None else batch.content for batch in batches]
+            content = Content(*(np.concatenate([getattr(p, name) for p in parts]) for name in CONTENT_DTYPES))
+        return cls(*(np.concatenate([getattr(b, name) for b in batches]) for name in DTYPES), content=content)
+
+
+def _made(dtypes: Mapping[str, np.dtype[Any]], length: int, given: Mapping[str, Any]) -> Iterator[Column]:
+    unknown = given.keys() - dtypes.keys()
+    if unknown:
+        raise TypeError(f"no such column: {', '.join(sorted(unknown))}")
+    for name, dtype in dtypes.items():
+        if name not in given:
+            yield np.zeros(length, dtype)
+            continue
+        column = np.asarray(given[name]).astype(dtype, copy=False)
+        if column.shape != (length,):
+            raise ValueError(f"column {name} has shape {column.shape}, expected ({length},)")
+        yield column
+
+
+assert (*DTYPES, "content") == tuple(f.name for f in fields(Batch))
+assert tuple(CONTENT_DTYPES) == tuple(f.name for f in fields(Content))

@@ -1,0 +1,139 @@
+"""Names and small messages of MACE on a MQTT broker. What travels on them is in docs/mqtt.md.
+
+    mace/v1/HOST/stream/BUCKET   host → ingest   one wire frame a message (`contracts.wire`), QoS 1
+    mace/v1/HOST/ack             ingest → host   which frame is expected next (`Ack`), QoS 0
+    mace/v1/HOST/status          host → all      who publishes, retained; the last will says `offline`
+    mace/v1/HOST/delays|windows|ledger   host → all   rows as Arrow (`storage.mqtt_rows`), QoS 1
+
+A host's name is a level of its topics, so that a broker's access list can hold each host to its own. The bucket is a
+stable hash of that name: a shard of the ingest subscribes to its buckets, and the broker does the choosing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+from zlib import crc32
+
+from contracts.errors import UsageError, WireError
+
+ROOT: Final = "mace/v1"
+BUCKETS: Final = 256
+"""Shards at most. Fixed for ever: host and ingest must agree on the topic."""
+OLDEST: Final = "oldest"
+"""User property of a stream message: the number of the oldest frame that the host still has. What is missing before
+it will not come any more."""
+_MAX_HOST_BYTES: Final = 255
+"""As much as a DNS name has; a topic may have 65,535 bytes."""
+_FORBIDDEN: Final = frozenset("/+#\0")
+"""What separates levels, stands for any, or is no text at all in a topic."""
+MAX_SEQUENCE: Final = (1 << 64) - 1
+
+
+def check_host(host: str) -> str:
+    """The name, if it can be a level of a topic; raises `WireError`."""
+    if not host or len(host.encode("utf-8", "replace")) > _MAX_HOST_BYTES or _FORBIDDEN & set(host):
+        raise WireError(f"host {host[:80]!r} cannot be part of a topic: 1 to {_MAX_HOST_BYTES} bytes without / + # NUL")
+    return host
+
+
+def bucket(host: str) -> int:
+    """0 to `BUCKETS` - 1; the same for ever and everywhere."""
+    return crc32(host.encode()) % BUCKETS
+
+
+def stream_topic(host: str) -> str:
+    """Where a host publishes its frames."""
+    return f"{ROOT}/{check_host(host)}/stream/{bucket(host)}"
+
+
+def ack_topic(host: str) -> str:
+    """Where a host is told what has arrived."""
+    return f"{ROOT}/{check_host(host)}/ack"
+
+
+def results_topic(host: str, table: str) -> str:
+    """Where a host publishes rows of a table."""
+    return f"{ROOT}/{check_host(host)}/{table}"
+
+
+def status_topic(host: str) -> str:
+    """Where a host says whether it is there."""
+    return f"{ROOT}/{check_host(host)}/status"
+
+
+def host_of_stream(topic: str) -> str:
+    """The host of a stream topic; raises `WireError`, also for a bucket that is not the host's."""
+    parts = topic.split("/")
+    if len(parts) != 5 or parts[:2] != ROOT.split("/") or parts[3] != "stream":
+        raise WireError(f"topic {topic[:120]!r} is not {ROOT}/HOST/stream/BUCKET")
+    host = check_host(parts[2])
+    if topic != stream_topic(host):
+        raise WireError(f"topic {topic[:120]!r}: the bucket of {host[:80]!r} is {bucket(host)}")
+    return host
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `index` (from 0) of `count` of all hosts."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From `I/N`, I from 1 to N; raises `UsageError`."""
+        first, slash, second = text.partition("/")
+        if not (slash and first.isascii() and first.isdigit() and second.isascii() and second.isdigit()):
+            raise UsageError(f"shard {text!r}: expected I/N, as in 1/2")
+        index, count = int(first), int(second)
+        if not 1 <= index <= count <= BUCKETS:
+            raise UsageError(f"shard {text!r}: expected 1 <= I <= N <= {BUCKETS}")
+        return cls(index - 1, count)
+
+    def owns(self, host: str) -> bool:
+        """Whether the host is this shard's."""
+        return bucket(host) % self.count == self.index
+
+    def filters(self) -> list[str]:
+        """What to subscribe to."""
+        if self.count == 1:
+            return [f"{ROOT}/+/stream/+"]
+        return [f"{ROOT}/+/stream/{number}" for number in range(self.index, BUCKETS, self.count)]
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What the ingest has of a host's stream."""
+
+    stream: int
+    """Tag of the stream (`contracts.wire.Head.stream`)."""
+    next: int
+    """All frames before this one are where a crash cannot take them. 0: nothing is known of this stream."""
+    again: bool = False
+    """Frames are missing: send from `next` on again."""
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"stream": self.stream, "next": self.next, "again": self.again}).encode()
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Ack:
+        """Raises `WireError`."""
+        try:
+            given = json.loads(payload)
+            stream, following, again = given["stream"], given["next"], given.get("again", False)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise WireError(f"not an acknowledgement: {payload[:80]!r}") from None
+        if not (
+            type(stream) is int
+            and type(following) is int
+            and type(again) is bool
+            and 0 <= stream < 1 << 32
+            and 0 <= following <= MAX_SEQUENCE
+        ):
+            raise WireError(f"not an acknowledgement: {payload[:80]!r}")
+        return cls(stream, following, again)

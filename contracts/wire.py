@@ -1,0 +1,807 @@
+"""The wire format: stream items <-> bytes. Capture files hold these frames, MQTT carries them.
+
+A stream is a sequence of frames, one message each:
+
+    HEADER, then TOPOLOGY, BATCH and PROGRESS in stream order, then END where the stream ended cleanly
+
+    frame = head (36 bytes) | payload (`stored` bytes, zstd or as it is)
+    head  = sync mark, version, message, flags, stream tag, sizes, sequence, payload CRC, head CRC
+
+Every frame can be found, checked and read with nothing but the stream's topology before it; the two checksums
+are verified before a byte of the payload is looked at, and every size before memory is taken for it. A reader
+that believes what it gets from `Decoder` never sees records out of order, a hook that does not exist or a
+device index beyond the sightings, whatever the bytes were. docs/capture-format.md has the format byte by byte,
+docs/design/003-wire.md the reasons and the measurements.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from contracts.clock import ClockPair
+from contracts.errors import WireError
+from contracts.hooks import Hook
+from contracts.interfaces import Progress, StreamHeader, StreamItem
+from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content
+from contracts.topology import Device, Role, Sighting, Topology, check
+
+WIRE_VERSION: Final = 2
+"""Raised when an older reader would misread a frame. JSON keys may be added without: what is unknown is ignored. All
+versions from 1 on are read (`_FIXUPS`); this one is written."""
+
+SIGNATURE: Final = b"MACE\r\n\x1a\n"
+"""First bytes of a capture file. Line ends and DOS's end of file show a transfer that took it for text, as in PNG."""
+FILE_HEAD: Final = SIGNATURE + WIRE_VERSION.to_bytes(4, "little")
+
+SYNC: Final = b"\xffMCF"
+"""First bytes of every frame. 0xff is in no UTF-8, so that text inside a payload cannot look like it."""
+
+HEAD: Final = struct.Struct("<4sBBBBIIQIII")
+HEAD_SIZE: Final = HEAD.size
+_HEAD_CRC: Final = struct.Struct("<I")
+assert HEAD_SIZE == 36
+
+COMPRESSED: Final = 0x01
+"""Flag: the payload is one zstd frame. Without it the payload is stored as it is."""
+
+_COLUMNS: Final = DTYPES | CONTENT_DTYPES
+"""In the order in which they travel. A batch without content has the first ones only, those of `DTYPES`."""
+MAX_RECORDS: Final = 1 << 20
+"""Records in one batch: 31 MiB of columns in memory (55 with content), some 50 times what a live source hands over at
+once."""
+_PREFIX: Final = struct.Struct("<IQB")
+"""Start of a BATCH payload: records, records of the stream before it, columns; then one descriptor a column."""
+MAX_BATCH_BYTES: Final = _PREFIX.size + len(_COLUMNS) + MAX_RECORDS * sum(dtype.itemsize for dtype in _COLUMNS.values())
+MAX_JSON_BYTES: Final = 8 << 20
+"""A device takes some 200 bytes of JSON: 40,000 devices. The worst JSON parses to 26 times its size: 210 MiB."""
+
+_FULL_SIGHTINGS: Final = 4096
+"""Up to here a topology repeats all its sightings (some 100 kB), so that it can be read without those before it;
+beyond, only new ones travel, or a month of short-lived veths would cost more each time one more comes."""
+
+_HOOK_IS_KNOWN: Final[npt.NDArray[np.bool_]] = np.isin(np.arange(256), [h for h in Hook if h is not Hook.INVALID])
+
+_LEVEL: Final = 1
+"""zstd: level 3 takes a fifth more time and saves 1 %; level -1 saves a tenth of it and costs a fifth more bytes."""
+
+
+class Message(IntEnum):
+    """What a frame holds (u8). Append only."""
+
+    HEADER = 1
+    TOPOLOGY = 2
+    BATCH = 3
+    END = 4
+    PROGRESS = 5
+    """Only where someone waits for it: captures have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The stream ended cleanly, and this is all there was."""
+
+    records: int
+    """In all batches, markers included."""
+    lost: int
+    """In the ring, as told by the markers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A frame's head, its checksum and its limits verified."""
+
+    version: int
+    """Of the wire, 1 to `WIRE_VERSION`."""
+    message: Message
+    compressed: bool
+    stream: int
+    """CRC-32 of the HEADER's payload: ties every frame to its stream."""
+    stored: int
+    """Bytes of payload that follow."""
+    sequence: int
+    """0 for the HEADER, then one more for each frame."""
+    raw: int
+    """Bytes of payload when decompressed."""
+    checksum: int
+    """CRC-32 of the payload as stored."""
+
+
+Decoded: TypeAlias = StreamHeader | StreamItem | End
+Accept: TypeAlias = Callable[[Decoded], None]
+"""Raises `WireError` for a message that whoever reads does not want."""
+
+
+def parse_head(data: bytes | bytearray | memoryview) -> Head:
+    """The head in the first `HEAD_SIZE` bytes of `data`; raises `WireError`."""
+    if (found := bytes(data[: len(SYNC)])) != SYNC[: len(found)]:
+        raise WireError(f"found {found.hex(' ')} where a frame should begin ({SYNC.hex(' ')})")
+    if len(data) < HEAD_SIZE:
+        raise WireError(f"a frame's head has {HEAD_SIZE} bytes, here are {len(data)}")
+    _, version, message, flags, reserved, stream, stored, sequence, raw, checksum, own = HEAD.unpack_from(data)
+    if crc32(bytes(data[: HEAD_SIZE - _HEAD_CRC.size])) != own:
+        raise WireError("the frame's head is damaged (checksum)")
+    check_version(version)
+    if flags & ~COMPRESSED or reserved:
+        raise WireError(f"unknown frame flags {flags:#04x} {reserved:#04x}")
+    try:
+        kind = Message(message)
+    except ValueError:
+        known = ", ".join(f"{m.value} {m.name}" for m in Message)
+        raise WireError(f"unknown message {message}, known are {known}") from None
+    limit = MAX_BATCH_BYTES if kind is Message.BATCH else MAX_JSON_BYTES
+    if raw > limit:
+        raise WireError(f"a {kind.name} of {raw} bytes, at most {limit} are allowed")
+    compressed = bool(flags & COMPRESSED)
+    if stored >= raw if compressed else stored != raw:
+        raise WireError(f"a payload of {raw} bytes cannot be stored in {stored}")
+    return Head(version, kind, compressed, stream, stored, sequence, raw, checksum)
+
+
+def whole_head(frame: bytes) -> Head:
+    """The head of a frame of which nothing is missing or damaged; raises `WireError`. Its payload is not unpacked."""
+    head = parse_head(frame)
+    payload = memoryview(frame)[HEAD_SIZE:]
+    if len(payload) != head.stored:
+        raise WireError(f"a frame with a payload of {head.stored} bytes, here are {len(payload)}")
+    if crc32(payload) != head.checksum:
+        raise WireError("the frame's payload is damaged (checksum)")
+    return head
+
+
+def check_version(version: int) -> None:
+    """Raises `WireError` for a wire version that cannot be read."""
+    if not 1 <= version <= WIRE_VERSION:
+        raise WireError(
+            f"wire version {version}, this MACE reads 1 to {WIRE_VERSION}: use the MACE that wrote it, or a newer one"
+        )
+
+
+class _Order:
+    """What every stream promises (`contracts.interfaces`), verified on both sides.
+
+    Also when writing: what a writer lets through, no reader would take, and the recording would be lost.
+    """
+
+    def __init__(self) -> None:
+        self.last_ns: int | None = None
+        self.upto_ns: int | None = None
+        self.topology: Topology | None = None
+        self.sightings = 1
+
+    def check_batch(self, batch: Batch, ascending: bool = False) -> None:
+        """`ascending` says that the order inside the batch is known already."""
+        if not len(batch):
+            return
+        ts = batch.ts_ns
+        if self.last_ns is not None and ts[0] < self.last_ns:
+            raise WireError(f"records go back in time: {int(ts[0])} ns after {self.last_ns} ns")
+        if self.upto_ns is not None and ts[0] < self.upto_ns:
+            raise WireError(f"a record of {int(ts[0])} ns after progress up to {self.upto_ns} ns")
+        if not ascending and bool((ts[1:] < ts[:-1]).any()):
+            raise WireError("records go back in time inside a batch")
+        if (highest := int(batch.dev.max())) >= self.sightings:
+            raise WireError(f"a record of device {highest}, the topology so far has {self.sightings}")
+        if not bool((known := _HOOK_IS_KNOWN[batch.hook]).all()):
+            raise WireError(f"a record with hook {int(batch.hook[~known][0])}, which does not exist")
+
+    def took_batch(self, batch: Batch) -> None:
+        if len(batch):
+            self.last_ns = int(batch.ts_ns[-1])
+
+    def took_progress(self, progress: Progress) -> None:
+        self.upto_ns = progress.upto_ns if self.upto_ns is None else max(self.upto_ns, progress.upto_ns)
+
+    def check_topology(self, new: Topology) -> None:
+        old = self.topology
+        if self.last_ns is not None and new.from_ns <= self.last_ns:
+            raise WireError(f"a topology from {new.from_ns} ns after a record of {self.last_ns} ns")
+        if old is not None:
+            if new.from_ns < old.from_ns:
+                raise WireError(f"a topology from {new.from_ns} ns after one from {old.from_ns} ns")
+            if new.sightings[: len(old.sightings)] != old.sightings:
+                raise WireError("a topology that changes the sightings before it; they may only be appended to")
+
+    def took_topology(self, new: Topology) -> None:
+        self.topology, self.sightings = new, len(new.sightings)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Writes one stream. One frame a call, numbered; first `header`, last `end`. Not for several threads."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        """Records encoded so far."""
+        self.lost = 0
+        self._sequence = 0
+        self._stream = 0
+        self._order = _Order()
+        self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False, write_content_size=True)
+
+    def header(self, header: StreamHeader) -> bytes:
+        """The first frame. Not compressed: a capture explains itself, also to `strings` and `less`."""
+        payload = _to_json({"wire": WIRE_VERSION} | asdict(header))
+        self._stream = crc32(payload)
+        return self._frame(Message.HEADER, payload, compress=False)
+
+    def item(self, item: StreamItem) -> bytes:
+        """The frame of an item; raises `WireError` where it breaks the order of the stream.
+
+        A batch has at most `MAX_RECORDS` records.
+        """
+        match item:
+            case Batch():
+                return self.batch(item)
+            case Topology():
+                return self.topology(item)
+            case Progress():
+                frame = self._frame(Message.PROGRESS, _to_json(asdict(item)))
+                self._order.took_progress(item)
+                return frame
+
+    def topology(self, topology: Topology, full: bool = False) -> bytes:
+        """`full`: with all sightings even where they are many, for a reader who has not seen those before."""
+        self._order.check_topology(check(topology))
+        known = self._order.sightings if self._order.topology is not None else 0
+        first = known if len(topology.sightings) > _FULL_SIGHTINGS and not full else 0
+        frame = self._frame(Message.TOPOLOGY, _to_json(_topology_fields(topology, first)))
+        self._order.took_topology(topology)
+        return frame
+
+    def batch(self, batch: Batch) -> bytes:
+        """Records as columns; about 2 to 3 bytes a record on container traffic, and as much for their content."""
+        if len(batch) > MAX_RECORDS:
+            raise WireError(f"a batch of {len(batch)} records, at most {MAX_RECORDS} are allowed")
+        self._order.check_batch(batch)
+        frame = self._frame(Message.BATCH, _batch_payload(batch, self.records))
+        self._order.took_batch(batch)
+        self.records += len(batch)
+        self.lost += batch.lost
+        return frame
+
+    def skip(self, records: int) -> None:
+        """Records that had to be thrown away before they were encoded: a reader sees a gap of as many."""
+        self.records += records
+
+    def end(self) -> bytes:
+        """The last frame: this is all there was."""
+        return self._frame(Message.END, _to_json(asdict(End(self.records, self.lost))))
+
+    def _frame(self, message: Message, raw: bytes, compress: bool = True) -> bytes:
+        if len(raw) > MAX_JSON_BYTES and message is not Message.BATCH:
+            raise WireError(f"a {message.name} of {len(raw)} bytes, at most {MAX_JSON_BYTES} are allowed")
+        stored, flags = raw, 0
+        if compress and len(packed := self._zstd.compress(raw)) < len(raw):
+            stored, flags = packed, COMPRESSED
+        head = HEAD.pack(
+            *(SYNC, WIRE_VERSION, message, flags, 0),
+            *(self._stream, len(stored), self._sequence, len(raw), crc32(stored), 0),
+        )[: -_HEAD_CRC.size]
+        self._sequence += 1
+        return b"".join((head, _HEAD_CRC.pack(crc32(head)), stored))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Reads one stream, frame by frame, and verifies all that a stream promises.
+
+    A frame that is refused changes nothing. With `gaps` frames may be missing (a damaged file, a broker that
+    dropped some): what is missing is counted, and the batch after a gap begins with one `LOST` marker for each
+    CPU, of 0 records (the ring did not lose them), so that nothing is matched across it.
+    """
+
+    def __init__(self, gaps: bool = False) -> None:
+        self.header: StreamHeader | None = None
+        self.version = 0
+        """Of the stream's wire; 0 before the HEADER."""
+        self.end: End | None = None
+        self.sequence = 0
+        """Of the frame expected next."""
+        self.records = 0
+        """Records of the stream up to here: decoded and missing."""
+        self.missing = 0
+        """Records known to be in frames that never came."""
+        self._lost: int | None = 0
+        """None if it has not seen them all."""
+        self._gaps = gaps
+        self._stream = 0
+        self._order = _Order()
+        self._zstd = zstandard.ZstdDecompressor()
+
+    @property
+    def topology(self) -> Topology | None:
+        """The last one that was decoded."""
+        return self._order.topology
+
+    def skip_to(self, sequence: int, records: int) -> None:
+        """Expect the stream to go on with frame `sequence`, after `records` records. Once the HEADER is known.
+
+        For who has seen the frames between, or knows what is in them; the END's count of lost records is then believed.
+        """
+        self.sequence, self.records, self._lost = sequence, records, None
+
+    def peek(self, head: Head, stored: bytes) -> tuple[Batch, int]:
+        """The batch of a frame by itself, and the records of the stream before it. Its order is not verified."""
+        return _batch(self._raw(head, stored))
+
+    def stands_alone(self, head: Head, stored: bytes) -> bool:
+        """Whether a TOPOLOGY can be read without those before it."""
+        return _Json(self._raw(head, stored), "TOPOLOGY").number("first_sighting", 0) == 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the decompressor, which remembers nothing: a reader can be put aside and go on later."""
+        return {name: value for name, value in self.__dict__.items() if name != "_zstd"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._zstd = zstandard.ZstdDecompressor()
+
+    def frame(self, frame: bytes, accept: Accept | None = None) -> Decoded:
+        """The message of one whole frame (a MQTT payload); raises `WireError`, as may `accept` (see `payload`)."""
+        head = self.head(frame)
+        return self.payload(head, frame[HEAD_SIZE:], accept)
+
+    def head(self, data: bytes | bytearray | memoryview) -> Head:
+        """The head at the start of `data`, if it is this stream's next (with `gaps`: or a later one's)."""
+        head = parse_head(data)
+        if self.end is not None:
+            raise WireError(f"a {head.message.name} after the END")
+        if (head.message is Message.HEADER) != (self.header is None):
+            raise WireError(f"a {head.message.name} {'before' if self.header is None else 'after'} the HEADER")
+        if self.header is not None and head.stream != self._stream:
+            raise WireError("a frame of another stream")
+        if self.header is not None and head.version != self.version:
+            raise WireError(f"a frame of wire version {head.version} in a stream of version {self.version}")
+        if head.sequence != self.sequence and not (self._gaps and head.sequence > self.sequence and self.header):
+            raise WireError(f"frame {head.sequence} where {self.sequence} should be: some are missing or out of order")
+        return head
+
+    def payload(self, head: Head, stored: bytes, accept: Accept | None = None) -> Decoded:
+        """The message, once `head` was accepted. `stored` is exactly the payload.
+
+        What `accept`, which is given the message, raises refuses the frame: then nothing of it was taken.
+        """
+        raw = self._raw(head, stored)
+        message, take = self._read(head, raw)
+        if accept is not None:
+            accept(message)
+        take()
+        self.sequence = head.sequence + 1
+        return message
+
+    def _read(self, head: Head, raw: bytes) -> tuple[Decoded, Callable[[], None]]:
+        """The message, verified, and how to take it."""
+        match head.message:
+            case Message.HEADER:
+                if head.stream != crc32(raw):
+                    raise WireError("a HEADER that is not its own stream's")
+                header = _header(raw, head.version)
+                return header, lambda: self._took_header(header, head)
+            case Message.TOPOLOGY:
+                topology = _topology(raw, self._order.topology)
+                self._order.check_topology(topology)
+                return topology, lambda: self._order.took_topology(topology)
+            case Message.BATCH:
+                return self._batch(raw)
+            case Message.PROGRESS:
+                progress = Progress(_Json(raw, "PROGRESS").number("upto_ns"))
+                return progress, lambda: self._order.took_progress(progress)
+            case Message.END:
+                end = self._end(raw)
+                return end, lambda: self._took_end(end)
+
+    def _took_header(self, header: StreamHeader, head: Head) -> None:
+        self.header, self.version, self._stream = header, head.version, head.stream
+
+    def _raw(self, head: Head, stored: bytes) -> bytes:
+        """The payload, verified and unpacked, as this version would have written it."""
+        if len(stored) != head.stored:
+            raise WireError(f"a payload of {len(stored)} bytes, the head says {head.stored}")
+        if crc32(stored) != head.checksum:
+            raise WireError("the frame's payload is damaged (checksum)")
+        raw = self._decompress(stored, head.raw) if head.compressed else stored
+        for version in range(head.version, WIRE_VERSION):
+            raw = _FIXUPS[version](head.message, raw)
+        return raw
+
+    def _decompress(self, stored: bytes, size: int) -> bytes:
+        try:
+            # The library allocates what the zstd frame says before it reads on: hold that against our own head.
+            if zstandard.frame_content_size(stored) != size:
+                raise WireError("the compressed payload and the frame's head disagree about its size")
+            raw = self._zstd.decompress(stored, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise WireError(f"the payload does not decompress: {error}") from None
+        if len(raw) != size:
+            raise WireError(f"a payload of {len(raw)} bytes, the head says {size}")
+        return raw
+
+    def _batch(self, raw: bytes) -> tuple[Batch, Callable[[], None]]:
+        batch, before = _batch(raw)
+        missing = before - self.records
+        if missing < 0 or (missing and not self._gaps):
+            raise WireError(f"a batch that follows record {before} after record {self.records}")
+        if before > _RECORDS_MAX:
+            raise WireError(f"a batch that follows record {before:,}; a stream has at most {_RECORDS_MAX:,}")
+        self._order.check_batch(batch, ascending=True)
+        marked = self._mark_gap(batch) if missing else batch
+
+        def take() -> None:
+            self.missing += missing
+            self.records = before + len(batch)
+            if self._lost is not None:
+                self._lost += batch.lost
+            self._order.took_batch(batch)
+
+        return marked, take
+
+    def _mark_gap(self, batch: Batch) -> Batch:
+        assert self.header is not None
+        if not len(batch):
+            return batch
+        until = int(batch.ts_ns[0])
+        after = until if self._order.last_ns is None else self._order.last_ns
+        cpus = np.arange(self.header.cpus)
+        markers = Batch.of(
+            len(cpus),
+            ts_ns=np.full(len(cpus), after),
+            skb_id=np.full(len(cpus), until).view(np.uint64),
+            cpu=cpus,
+            hook=np.full(len(cpus), Hook.LOST),
+        )
+        return Batch.concatenate([markers, batch])
+
+    def _end(self, raw: bytes) -> End:
+        given = _Json(raw, "END")
+        end = End(given.number("records", 0, _RECORDS_MAX), given.number("lost", 0, _RECORDS_MAX))
+        lost = end.lost if self._lost is None else self._lost
+        if end.records < self.records or (not self._gaps and end != End(self.records, lost)):
+            raise WireError(
+                f"END of {end.records} records and {end.lost} lost, but there were {self.records} and {lost}"
+            )
+        return end
+
+    def _took_end(self, end: End) -> None:
+        self.missing += end.records - self.records
+        self.records = end.records
+        self.end = end
+
+
+# --- columns -----------------------------------------------------------------------------------------------------
+#
+# A descriptor is encoding << 4 | width. Widths are bytes; all integers are little-endian.
+
+_RECORDS_MAX: Final = 1 << 60
+"""What a stream may say of its records: 10^9 a second for 36 years. Sums of several stay below 2^63."""
+
+_CONSTANT: Final = 0
+"""One value of `width` bytes (0 to the column's own) for all records; width 0 is the value 0."""
+_PLAIN: Final = 1
+"""A value of `width` bytes (1, 2, 4 or 8, at most the column's own) for each record."""
+_DELTA: Final = 2
+"""`ts_ns` only: the first time (8 bytes), then the differences between neighbours as `width` (0 to 8) planes: all
+lowest bytes, then all second bytes, and so on. The lowest is noise, the upper ones are nearly constant: apart they
+take three quarters of the bytes that they take interleaved, and a quarter of the time."""
+
+_UNSIGNED: Final[dict[int, np.dtype[Any]]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
+
+
+def _width(value: int) -> int:
+    """Bytes that hold the unsigned `value`; 0 for 0."""
+    return (value.bit_length() + 7) // 8
+
+
+def _room(width: int) -> int:
+    """The numpy integer size that holds `width` bytes."""
+    return 1 << (width - 1).bit_length() if width else 1
+
+
+def _batch_payload(batch: Batch, before: int) -> bytes:
+    descriptors: list[int] = []
+    parts: list[bytes] = []
+    count = len(batch)
+    columns = [*batch.columns(), *(batch.content.columns() if batch.content is not None else ())]
+    for name, column in columns:
+        if not count:
+            descriptors.append(_CONSTANT << 4)
+        elif name == "ts_ns":
+            # As unsigned numbers modulo 2^64: a difference may be larger than an i8 holds.
+            deltas = np.diff(column.astype("<i8", copy=False).view("<u8"))
+            width = _width(int(deltas.max())) if count > 1 else 0
+            descriptors.append(_DELTA << 4 | width)
+            parts.append(int(column[0]).to_bytes(8, "little", signed=True))
+            if width:
+                room = _room(width)
+                planes = deltas.astype(_UNSIGNED[room]).view("u1").reshape(-1, room)
+                parts += [planes[:, plane].tobytes() for plane in range(width)]
+        else:
+            highest = int(column.max())
+            width = _width(highest)
+            if highest == int(column.min()):
+                descriptors.append(_CONSTANT << 4 | width)
+                parts.append(highest.to_bytes(width, "little"))
+            else:
+                width = _room(width)
+                descriptors.append(_PLAIN << 4 | width)
+                parts.append(column.astype(_UNSIGNED[width], copy=False).tobytes())
+    return b"".join((_PREFIX.pack(count, before, len(columns)), bytes(descriptors), *parts))
+
+
+def _batch(raw: bytes) -> tuple[Batch, int]:
+    """The batch of a payload, and the records of the stream before it."""
+    if len(raw) < _PREFIX.size:
+        raise WireError(f"a BATCH of {len(raw)} bytes, at least {_PREFIX.size} are needed")
+    count, before, given = _PREFIX.unpack_from(raw)
+    if count > MAX_RECORDS:
+        raise WireError(f"a batch of {count} records, at most {MAX_RECORDS} are allowed")
+    if given not in (len(DTYPES), len(_COLUMNS)):
+        raise WireError(f"a batch of {given} columns, expected {len(DTYPES)}, or {len(_COLUMNS)} with content")
+    at = _PREFIX.size + given
+    descriptors = raw[_PREFIX.size : at]
+    if len(descriptors) < given:
+        raise WireError(f"a BATCH of {len(raw)} bytes, at least {at} are needed")
+    # Sizes first, memory afterwards.
+    plan: list[tuple[np.dtype[Any], int, int, int]] = []
+    for (name, dtype), descriptor in zip(list(_COLUMNS.items())[:given], descriptors, strict=True):
+        encoding, width = descriptor >> 4, descriptor & 15
+        is_time = name == "ts_ns"
+        size = -1
+        if width > dtype.itemsize:
+            pass
+        elif not count:
+            size = 0 if descriptor == 0 else -1
+        elif is_time:
+            size = 8 + width * (count - 1) if encoding == _DELTA else -1
+        elif encoding == _CONSTANT:
+            size = width
+        elif encoding == _PLAIN and width in _UNSIGNED:
+            size = width * count
+        if size < 0:
+            raise WireError(f"column {name}: no encoding {encoding} of {width} bytes for {count} records")
+        plan.append((dtype, encoding, width, at))
+        at += size
+    if at != len(raw):
+        raise WireError(f"a BATCH of {len(raw)} bytes whose columns take {at}")
+    columns: list[npt.NDArray[Any]] = []
+    for dtype, encoding, width, start in plan:
+        if encoding == _CONSTANT:
+            columns.append(np.full(count, int.from_bytes(raw[start : start + width], "little"), dtype))
+        elif encoding == _PLAIN:
+            columns.append(np.frombuffer(raw, _UNSIGNED[width], count, start).astype(dtype))
+        else:
+            columns.append(_times(raw, start, width, count))
+    content = Content(*columns[len(DTYPES) :]) if given > len(DTYPES) else None
+    return Batch(*columns[: len(DTYPES)], content=content), before
+
+
+def _times(raw: bytes, start: int, width: int, count: int) -> npt.NDArray[np.int64]:
+    ts = np.empty(count, "<i8")
+    (first,) = struct.unpack_from("<q", raw, start)
+    steps = count - 1
+    room = _room(width)
+    deltas = np.zeros(steps, _UNSIGNED[room])
+    planes = deltas.view("u1").reshape(-1, room)
+    for plane in range(width):
+        planes[:, plane] = np.frombuffer(raw, "u1", steps, start + 8 + plane * steps)
+    ts[0] = first
+    if room == 8:
+        ts[1:] = deltas.view("<i8")
+    else:
+        ts[1:] = deltas
+    np.cumsum(ts, out=ts)
+    # Four bytes at most: 2^20 x 2^32 = 2^52, so the sum can pass 2^63 once only, and then the last is below the
+    # first. Wider ones can pass it anywhere.
+    if ts[-1] < first or (room == 8 and bool((ts[1:] < ts[:-1]).any())):
+        raise WireError("times that do not fit 64 bits")
+    return ts
+
+
+# --- older versions ----------------------------------------------------------------------------------------------
+
+
+def _from_1(message: Message, raw: bytes) -> bytes:
+    """Version 2 says how many columns a batch has; there were eight."""
+    if message is not Message.BATCH:
+        return raw
+    at = _PREFIX.size - 1
+    return b"".join((raw[:at], bytes([8]), raw[at:]))
+
+
+_FIXUPS: Final[dict[int, Callable[[Message, bytes], bytes]]] = {1: _from_1}
+"""From each version that there was, how a payload of it is made to look like one of the next. Append only."""
+
+
+# --- JSON --------------------------------------------------------------------------------------------------------
+
+_T = TypeVar("_T")
+_I63: Final = (1 << 63) - 1
+
+
+def _to_json(fields_: dict[str, Any]) -> bytes:
+    text = json.dumps(fields_, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        # A device name or an argument may hold bytes that are no UTF-8, which Python has as lone surrogates. They
+        # are spelt out (as the six characters \\udc80): nothing downstream could store them.
+        return re.sub("[\ud800-\udfff]", lambda bad: f"\\\\u{ord(bad[0]):04x}", text).encode()
+
+
+def _refuse(what: str) -> NoReturn:
+    raise WireError(f"JSON with {what}")
+
+
+class _Json:
+    """A JSON object's fields, each of the type that is asked for; else `WireError`."""
+
+    def __init__(self, raw: bytes | dict[str, Any], where: str) -> None:
+        self._where = where
+        if isinstance(raw, dict):
+            self._fields = raw
+            return
+        try:
+            given = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:  # RecursionError: a nesting bomb
+            raise WireError(f"{where}: not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise WireError(f"{where}: expected a JSON object, found {type(given).__name__}")
+        self._fields = given
+
+    def _get(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
+        value = self._fields.get(key, default)
+        if type(value) is not kind:
+            found = "nothing" if value is None else f"{value!r:.40}"
+            raise WireError(f"{self._where}: {key}: expected {kind.__name__}, found {found}")
+        return value
+
+    def number(self, key: str, low: int = -_I63 - 1, high: int = _I63, default: int | None = None) -> int:
+        value = self._get(key, int, default)
+        if not low <= value <= high:
+            raise WireError(f"{self._where}: {key}: {value} is not in {low}..{high}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return _storable(self._get(key, str, default), f"{self._where}: {key}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._get(key, bool, default)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        given = self._get(key, list)
+        if not all(type(text) is str for text in given):
+            raise WireError(f"{self._where}: {key}: expected strings")
+        return tuple(_storable(text, f"{self._where}: {key}") for text in given)
+
+    def objects(self, key: str) -> list[_Json]:
+        given = self._get(key, list)
+        if not all(type(one) is dict for one in given):
+            raise WireError(f"{self._where}: {key}: expected objects")
+        return [_Json(one, f"{self._where}: {key}") for one in given]
+
+    def sightings(self, key: str) -> tuple[Sighting, ...]:
+        found = []
+        sightings = self._get(key, list)
+        cookies = self._get("netns_cookies", list, [0] * len(sightings))
+        if len(cookies) != len(sightings) or not all(type(c) is int and 0 <= c <= _I63 for c in cookies):
+            raise WireError(f"{self._where}: netns_cookies: expected a number for each of {len(sightings)} sightings")
+        for one, cookie in zip(sightings, cookies, strict=True):
+            match one:
+                case [str(name), int(netns), int(ifindex)] if {type(netns), type(ifindex)} == {int} and 0 <= min(
+                    netns, ifindex
+                ) <= max(netns, ifindex) <= _I63:
+                    found.append(Sighting(_storable(name, key), netns, ifindex, cookie))
+                case _:
+                    raise WireError(f"{self._where}: {key}: expected [name, netns, ifindex], found {one!r:.40}")
+        return tuple(found)
+
+    def object(self, key: str) -> _Json:
+        return _Json(self._get(key, dict), f"{self._where}: {key}")
+
+
+def _storable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise WireError(f"{where}: {text!r:.40} is not Unicode text") from None
+    return text
+
+
+def _header(raw: bytes, version: int) -> StreamHeader:
+    given = _Json(raw, "HEADER")
+    if (told := given.number("wire")) != version:
+        check_version(told)
+        raise WireError(f"a HEADER that tells of wire version {told}, in a frame of version {version}")
+    clock = given.object("clock")
+    return StreamHeader(
+        source=given.text("source"),
+        host=given.text("host"),
+        run=given.text("run"),
+        kernel=given.text("kernel"),
+        boot_id=given.text("boot_id"),
+        cpus=given.number("cpus", 1, 1 << 16),  # a record's CPU is a u16
+        clock=ClockPair(
+            clock.number("monotonic_ns"),
+            clock.number("utc_ns"),
+            clock.number("uncertainty_ns", 0),
+        ),
+        hooks=given.texts("hooks"),
+        mace_version=given.text("mace_version"),
+        command=given.texts("command"),
+    )
+
+
+_DEVICE_DEFAULTS: Final = {field.name: field.default for field in fields(Device)}
+
+
+def _topology_fields(topology: Topology, first: int) -> dict[str, Any]:
+    cookies = [sighting.netns_cookie for sighting in topology.sightings[first:]]
+    return {
+        "from_ns": topology.from_ns,
+        "host_netns": topology.host_netns,
+        # What is as by default is left out: half the bytes, a third of the time.
+        "devices": [
+            {key: value for key in _DEVICE_DEFAULTS if (value := getattr(device, key)) != _DEVICE_DEFAULTS[key]}
+            for device in topology.devices
+        ],
+        "first_sighting": first,
+        "sightings": [[s.name, s.netns, s.ifindex] for s in topology.sightings[first:]],
+        **({"netns_cookies": cookies} if any(cookies) else {}),
+    }
+
+
+def _topology(raw: bytes, before: Topology | None) -> Topology:
+    given = _Json(raw, "TOPOLOGY")
+    first = given.number("first_sighting", 0)
+    known = before.sightings if before else ()
+    if first > len(known):
+        raise WireError(f"TOPOLOGY: sightings from {first} on, the topology so far has {len(known)}")
+    return check(
+        Topology(
+            from_ns=given.number("from_ns"),
+            host_netns=given.number("host_netns", 0),
+            devices=tuple(_device(device) for device in given.objects("devices")),
+            sightings=known[:first] + given.sightings("sightings"),
+        )
+    )
+
+
+def _device(given: _Json) -> Device:
+    role = given.text("role", Role.OTHER.value)
+    try:
+        known_role = Role(role)
+    except ValueError:
+        raise WireError(f"TOPOLOGY: devices: role: {role!r:.40} is none of {', '.join(Role)}") from None
+    return Device(
+        netns=given.number("netns", 0),
+        ifindex=given.number("ifindex", 0),
+        name=given.text("name"),
+        kind=given.text("kind"),
+        peer_netns=given.number("peer_netns", 0, default=0),
+        peer_ifindex=given.number("peer_ifindex", 0, default=0),
+        master_ifindex=given.number("master_ifindex", 0, default=0),
+        default_route=given.flag("default_route", default=False),
+        netns_name=given.text("netns_name", ""),
+        container=given.text("container", ""),
+        role=known_role,
+        netns_cookie=given.number("netns_cookie", 0, default=0),
+    )

@@ -1,0 +1,1 @@
+"""A measurement under way: sources to sinks, on this machine and over a broker."""

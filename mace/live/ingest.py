@@ -1,0 +1,557 @@
+"""`mace ingest`: many hosts' streams from a broker into one store.
+
+    broker ──► turns ──► judge ──► engine of the host ──► journal
+                                          │                  └──► acknowledgement to the host, once it is on the disk
+                                          └──► flush ──► store ──► commit ──► journal
+
+Each host has an engine of its own, with bounded memory. A frame is acknowledged when the journal has it on the disk, so
+a crash loses nothing that was acknowledged; what comes out of a crash is the store up to its last commit and the
+journal behind it, from which the same rows are made once more, and only once (`storage.journal`). All in one event
+loop: what waits for the disk does so in threads.
+
+Nothing that one host sends may harm the others. Its messages are refused where they are no frame that fits, and then
+change nothing; the hosts take turns (`mace.live.turns`); what is kept of each is bounded (`collector.remote`,
+`mace.live.hosts`). What goes wrong in spite of all that ends at `_border`: the host's run is given up, and that is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from collector.ftrace.source import keep_freed_memory
+from collector.remote import Counts, Verdict
+from contracts.config import Config
+from contracts.errors import MaceError, StoreError, WireError
+from contracts.topics import MAX_SEQUENCE, OLDEST, ROOT, Ack, Shard, ack_topic, check_host, host_of_stream
+from contracts.vitals import Vitals
+from contracts.wire import Head, parse_head
+from correlator.engine import EngineConfig
+from mace.live.hosts import SLICE_NS, Hosts, RunKey
+from mace.live.turns import Turns
+from storage import SINKS
+from storage.broker import QUEUE_BYTES, Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
+from storage.fleet import FleetStore, RunPart
+from storage.journal import Commit, Entry, Journal, Kind, Place
+from storage.shared import StreamOfSink
+
+_LOG: Final = logging.getLogger(__name__)
+
+ACK_INTERVAL_S: Final = 0.25
+"""How often the journal is brought to the disk, and hosts are told."""
+_AGAIN_S: Final = 1.0
+"""A host is asked at most this often to send again: what is on its way meanwhile would be asked for twice."""
+_SNAPSHOTS: Final = 16
+"""Of the hosts that have one in an old file only, this part gets a new one at each flush."""
+_AT_A_TIME: Final = 8
+"""Messages that are received between two turns of other tasks."""
+_YIELD_S: Final = 0.01
+"""Of work, between two turns of other tasks."""
+_CANCEL_AGAIN_S: Final = 1.0
+"""A task that has not ended this long after it was cancelled is cancelled again."""
+_COLLECTED: Final = (50_000, 20, 100)
+"""Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
+some at each 700 of them, as by default, takes a tenth of the time."""
+_MESSAGE_BYTES: Final = 1 << 10
+"""What a message takes in memory besides its payload, about."""
+_HOST_LENGTH: Final = 80
+_TOLD_OF: Final = 10_000
+"""Hosts whose refused messages are counted each by itself, for the log: it tells the 1st, 2nd, 4th, 8th of a host."""
+
+
+class Ingest:
+    """One ingest process. Raises `StoreError` when the store or the journal cannot go on."""
+
+    def __init__(self, broker: Broker, store: Path, config: Config, shard: Shard) -> None:
+        self._broker, self._config, self._shard = broker, config, shard
+        kept = config.store
+        self._store = FleetStore(
+            store,
+            fsync=kept.sync,
+            max_age_s=kept.max_age_days * 86_400 or None,
+            max_bytes=int(kept.max_size_gib * 2**30) or None,
+        )
+        self._journal = Journal(store / "ingest", fsync=kept.sync)
+        # One thread, so that what is written is written in the order of asking, whoever is cancelled meanwhile.
+        self._disk = ThreadPoolExecutor(1, "mace-journal")
+        self._writing: asyncio.Future[None] | None = None
+        """The last write that was asked for; all others are done before it."""
+        self._ending = asyncio.Event()
+        self._base: dict[str, int] = {}
+        """File of the journal from which on a host's entries are still needed."""
+        self._due: dict[str, tuple[int, bool]] = {}
+        """Hosts to be told which frame is expected next: the stream, and whether frames are missing."""
+        self._asked: dict[str, float] = {}
+        self._refused: dict[str, int] = {}
+        """How many of each host's messages were refused lately."""
+        self._turns: Turns[Message] = Turns(config.ingest.queue_messages, QUEUE_BYTES)
+        self._stirred = asyncio.Event()
+        """Something came, was worked on or stored since it was cleared."""
+        engine = EngineConfig(
+            timeout_ns=config.correlate.timeout_ms * 1_000_000,
+            open_records=config.ingest.open_records,
+            rows=config.correlate.rows,
+        )
+        self._hosts = Hosts(engine, self._store.knows, config.ingest.hosts)
+        self.vitals = Vitals()
+        self._sinks = [kind.make(config, self.vitals) for kind in SINKS.values() if kind.wanted(config)]
+        self._streams: dict[RunKey, list[StreamOfSink]] = {}
+        """Each run's stream of each sink."""
+        self._committed_in = 0
+        """File of the journal with the last COMMIT."""
+        self.queue_peak = 0
+        self.read_again = 0
+        """Frames that were worked through once more at the start."""
+        self.listening = asyncio.Event()
+        """Subscribed at the broker, since the last connection."""
+
+    @property
+    def hosts(self) -> int:
+        """Hosts that are known."""
+        return len(self._hosts)
+
+    @property
+    def counts(self) -> Counts:
+        """Of all hosts' messages since this process began."""
+        return self._hosts.counts
+
+    @property
+    def rows_stored(self) -> int:
+        """Rows of `delays` that this process has stored."""
+        return self._store.rows_stored
+
+    # Life. ----------------------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set; then what has come is stored and acknowledged."""
+        newest = await self._store.hold(f"ingest of shard {self._shard}")
+        opened = AsyncExitStack()
+        try:
+            await self._recover(newest)
+            for sink in self._sinks:
+                opened.push_async_callback(sink.aclose)
+                await sink.open()
+            self.vitals.running = True
+            opened.callback(self.vitals.ended)
+            receiving = asyncio.create_task(self._stay_connected(), name="ingest-receive")
+            working = asyncio.create_task(self._work(), name="ingest-work")
+            flushing = asyncio.create_task(self._flush_now_and_then(), name="ingest-flush")
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait((receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
+                ended = await _cancelled(receiving, working)
+                # Not cancelled: a flush that has begun is brought to its end, then there is a last one.
+                self._ending.set()
+                await flushing
+            finally:
+                await _cancelled(receiving, working, flushing, stopping)
+            for error in ended:
+                if isinstance(error, Exception):
+                    raise error
+        finally:
+            try:
+                await self._sync()
+            finally:
+                self._disk.shutdown(wait=True)
+                self._journal.close()
+                await self._release(opened)
+
+    async def _release(self, opened: AsyncExitStack) -> None:
+        try:
+            for stream in [stream for streams in self._streams.values() for stream in streams]:
+                opened.push_async_callback(stream.aclose)
+            await opened.aclose()
+        finally:
+            await self._store.let_go()
+
+    async def _recover(self, newest: int) -> None:
+        """Put the store back to its last commit, and work through what the journal has behind it."""
+        earlier = self._journal.open()
+        commit, bases = _last_commit(self._journal)
+        commit = commit or Commit(newest, (0, 0), SLICE_NS)
+        # What was cut in one way before is cut in the same way again, or results would be on the other side of `upto`.
+        self._hosts.slice_ns = commit.slice_ns
+        gone = self._store.put_back(commit.flush)
+        for entry in self._journal.read():
+            base = bases.get(entry.host)
+            if entry.kind == Kind.COMMIT or (base is not None and entry.place < base):
+                continue
+            stored = entry.place < commit.upto
+            try:
+                self._apply(entry, base, stored=stored)
+            except StoreError:
+                raise
+            except Exception as error:  # noqa: BLE001 (one host's entry must not keep the others from starting)
+                self._set_aside(entry, error)
+            if stored:
+                self._hosts.forget_results(entry.host)
+            await asyncio.sleep(0)
+        self._hosts.counts = Counts(set_aside=self.counts.set_aside)
+        if earlier:
+            found = len(self._hosts), self.read_again, gone
+            _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
+        self._commit(commit.flush, commit.upto)
+        self._committed_in = self._journal.place[0]
+        await self._sync()
+        self._due = {host: (stream, True) for host, stream in self._hosts.streams().items()}
+
+    def _apply(self, entry: Entry, base: Place | None, *, stored: bool) -> None:
+        """Do once more what an entry says."""
+        if entry.kind == Kind.FRAME:
+            self.read_again += 1
+            self._hosts.work(entry.host, entry.payload, before=True, again=stored)
+        elif entry.kind != Kind.SNAPSHOT:
+            raise WireError(f"an entry of kind {entry.kind}, which this version does not know")
+        elif entry.place == base:
+            self._hosts.restore(entry.host, entry.payload)
+        self._base.setdefault(entry.host, entry.place[0])
+
+    def _set_aside(self, entry: Entry, error: Exception) -> None:
+        if not isinstance(error, WireError):
+            self._hosts.give_up(entry.host, _told(error))
+        path = self._journal.set_aside(entry)
+        self.counts.set_aside += 1
+        if (count := self._count(entry.host)) & (count - 1) == 0:
+            _LOG.error(
+                "host %s: an entry of the journal cannot be applied (%s); it is kept in %s (%d of this host so far)",
+                *(entry.host[:80], _told(error), path, count),
+            )
+
+    # Broker -> journal, engines. ------------------------------------------------------------------------------
+
+    async def _stay_connected(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                connection = self._broker.connection(queue=self._config.ingest.queue_messages)
+                async with connection as client:
+                    attempt = 0
+                    await self._serve(client)
+            except MqttError as error:
+                level = logging.WARNING if attempt == 0 else logging.DEBUG
+                _LOG.log(level, "%s: %s; the hosts keep what they measure", self._broker.address, error)
+            self.listening.clear()
+            attempt += 1
+            await asyncio.sleep(retry_after_s(attempt, random.random()))
+
+    async def _serve(self, client: Connection) -> None:
+        filters = [(name, 1) for name in self._shard.filters()]
+        answers = await client.subscribe([*filters, (f"{ROOT}/+/status", 0)])
+        refused = [name for (name, _), answer in zip(filters, answers, strict=False) if _is_failure(answer)]
+        if refused:
+            _LOG.error("the broker does not let us subscribe to %s (and %d more)", refused[0], len(refused) - 1)
+        _LOG.info("%s: shard %s, listening", self._broker.address, self._shard)
+        self.listening.set()
+        work = [asyncio.create_task(self._receive(client)), asyncio.create_task(self._tell_now_and_then(client))]
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await _cancelled(*work)
+
+    async def _receive(self, client: Connection) -> None:
+        messages = client.messages
+        async for message in messages:
+            at_hand = [message]
+            while at_hand:
+                for each in at_hand:
+                    self._hear(each)
+                self.queue_peak = max(self.queue_peak, len(messages) + len(self._turns))
+                # What waits is given out without waiting: other tasks must get their turn.
+                await asyncio.sleep(0)
+                while self._turns.is_full:
+                    # What has not been received stays with the broker.
+                    self._stirred.clear()
+                    await self._stirred.wait()
+                at_hand = list(client.at_hand(_AT_A_TIME))
+
+    def _hear(self, message: Message) -> None:
+        """Let a message wait for its host's turn, if it is one's."""
+        topic = str(message.topic)
+        try:
+            if topic.endswith("/status"):
+                self._greet(topic, payload_of(message))
+                return
+            host = host_of_stream(topic)
+        except WireError as error:
+            self._refuse(topic[:_HOST_LENGTH], topic, error)
+            return
+        self._turns.put(host, message, len(payload_of(message)) + _MESSAGE_BYTES)
+        self.counts.let_fall = self._turns.let_fall
+        self._stirred.set()
+
+    async def _work(self) -> None:
+        """Take the hosts' messages, in turns, as long as the ingest runs."""
+        clock = time.perf_counter
+        yielded_s = clock()
+        while True:
+            found = self._turns.take(self._hosts.is_held)
+            if found is None:
+                self._stirred.clear()
+                await self._stirred.wait()
+                yielded_s = clock()
+                continue
+            host, message = found
+            began_s = clock()
+            self.message(message)
+            ended_s = clock()
+            self._turns.charge(host, ended_s - began_s)
+            self._stirred.set()
+            if ended_s - yielded_s >= _YIELD_S:
+                await asyncio.sleep(0)
+                yielded_s = clock()
+
+    def message(self, message: Message) -> None:
+        """Take a message of a host's stream."""
+        topic = str(message.topic)
+        host = host_of_stream(topic)
+        with self._border(host, topic):
+            if not self._shard.owns(host):
+                raise WireError(f"host {host} is not of shard {self._shard}")
+            if message.retain:
+                raise WireError("a retained message; frames of a stream are not retained")
+            payload = payload_of(message)
+            self._judged(host, payload, parse_head(payload), _oldest(user_property(message, OLDEST)))
+
+    @contextmanager
+    def _border(self, host: str, topic: str) -> Iterator[None]:
+        """Where what goes wrong with one host's messages or results ends: it is told, counted, and others go on."""
+        try:
+            yield
+        except WireError as error:
+            self._refuse(host, topic, error)
+        except StoreError:
+            raise  # the disk is everybody's
+        except Exception as error:  # noqa: BLE001 (the one place; see above)
+            self._give_up(host, error)
+
+    def _give_up(self, host: str, error: Exception, stream: int | None = None) -> None:
+        _LOG.error("host %s: its run is given up, and what it sends of it refused: %s", host[:80], _told(error))
+        _LOG.debug("host %s", host[:80], exc_info=error)
+        self._hosts.give_up(host, _told(error), stream)
+
+    def _judged(self, host: str, frame: bytes, head: Head, oldest: int) -> None:
+        match self._hosts.judge(host, head, oldest):
+            case Verdict.KNOWN:
+                self.counts.duplicates += 1
+                self._due.setdefault(host, (head.stream, False))
+            case Verdict.GAP | Verdict.UNKNOWN:
+                self.counts.repeats += 1
+                self._ask_again(host, head.stream)
+            case Verdict.NEW | Verdict.BEGIN as verdict:
+                if verdict is Verdict.BEGIN and self._store.runs_of(host) >= self._config.ingest.runs:
+                    raise WireError(f"the store has {self._store.runs_of(host)} runs of it, the limit ([ingest] runs)")
+                self._hosts.work(host, frame)
+                place = self._journal.append(Kind.FRAME, host, frame)
+                self._base.setdefault(host, place[0])
+                self._due[host] = (head.stream, False)
+
+    def _greet(self, topic: str, payload: bytes) -> None:
+        """A host that is there may not know that we are."""
+        parts = topic.split("/")
+        host = check_host(parts[2] if len(parts) == 4 else "")
+        if host not in self._hosts and self._shard.owns(host) and b'"online"' in payload:
+            self._due.setdefault(host, (0, True))
+
+    def _ask_again(self, host: str, stream: int) -> None:
+        now = asyncio.get_running_loop().time()
+        if len(self._asked) >= _TOLD_OF:
+            self._asked = {each: at for each, at in self._asked.items() if now - at < _AGAIN_S}
+        if now - self._asked.get(host, -_AGAIN_S) >= _AGAIN_S:
+            self._asked[host] = now
+            self._due[host] = (stream, True)
+
+    def _refuse(self, host: str, topic: str, error: WireError) -> None:
+        self.counts.refused += 1
+        if (count := self._count(host)) & (count - 1) == 0:
+            _LOG.warning("%s: refused: %s (%d of this host so far)", topic[:200], error, count)
+
+    def _count(self, host: str) -> int:
+        """How often there was something to be told of a host."""
+        if len(self._refused) >= _TOLD_OF:
+            self._refused.clear()
+        self._refused[host] = self._refused.get(host, 0) + 1
+        return self._refused[host]
+
+    # Journal, store. ------------------------------------------------------------------------------------------
+
+    async def _sync(self) -> None:
+        """Bring to the disk what was appended so far, by whomever; a cancelled caller does not stop it.
+
+        Raises `StoreError` if that failed, or anything before it: also where who asked for it was cancelled.
+        """
+        buffer = self._journal.taken()
+        if buffer:
+            self._writing = asyncio.get_running_loop().run_in_executor(self._disk, self._journal.sync, buffer)
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    async def _tell_now_and_then(self, client: Connection) -> None:
+        while True:
+            await asyncio.sleep(ACK_INTERVAL_S)
+            due, self._due = self._due, {}
+            words = [(host, Ack(tag, self._hosts.next_of(host, tag), again)) for host, (tag, again) in due.items()]
+            await self._sync()
+            for host, word in words:
+                await client.publish(ack_topic(host), word.to_bytes(), qos=0)
+
+    async def _flush_now_and_then(self) -> None:
+        ended = False
+        while not ended:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._config.store.flush_interval_s):
+                    await self._ending.wait()
+            # Asked before the flush: what came while one was under way needs another one.
+            ended = self._ending.is_set()
+            await self._flush()
+
+    async def _flush(self) -> None:
+        """Store what came out, note that in the journal, and let go of what no crash would need any more."""
+        if self.listening.is_set():
+            self.vitals.got_on(messages=self.queue_peak)
+        elif not self.vitals.last_results_s:
+            self.vitals.waits_for = f"{self._broker.address} has not answered yet"
+        self.vitals.waits_for = "" if self.vitals.last_results_s else self.vitals.waits_for
+        parts = self._hosts.take_parts()
+        if not parts:
+            return
+        snapshots = self._snapshots()
+        upto = self._journal.place
+        await self._sync()
+        self._stirred.set()  # hosts that were held up
+        flush, unstorable = await self._store.flush(list(parts.values()))
+        for (host, stream), part in parts.items():
+            for each in unstorable:
+                if each.part is part:
+                    self._give_up(host, StoreError(f"its rows cannot be stored: {each.why}"), stream)
+        # Before the commit: after a crash a sink gets some results twice rather than not at all, and they are the same.
+        for key, part in parts.items():
+            with self._border(key[0], "sinks"):
+                await self._deliver(key, part)
+        self._commit(flush, upto)
+        self._committed_in = self._journal.place[0]
+        await self._sync()
+        self._store.settled(flush)
+        self._base |= snapshots
+        self._journal.forget_before(min([*self._base.values(), self._committed_in]))
+        if self._journal.is_full and not self._is_writing and not self._journal.has_unsynced:
+            self._journal.rotate()
+
+    def _commit(self, flush: int, upto: Place) -> None:
+        self._journal.commit(Commit(flush, upto, self._hosts.slice_ns))
+
+    @property
+    def _is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    async def _deliver(self, key: RunKey, part: RunPart) -> None:
+        """Hand a run's results to the sinks besides the store; they buffer, and never wait for a server."""
+        if not self._sinks:
+            return
+        if key not in self._streams:
+            self._streams[key] = [sink.stream() for sink in self._sinks]
+            for stream in self._streams[key]:
+                await stream.open(part.header)
+        if part.latest is not None:
+            results = replace(part.latest, delays=part.delays, windows=part.windows)
+            for stream in self._streams[key]:
+                await stream.write(results)
+        if part.closed or part.ended:
+            for stream in self._streams.pop(key):
+                await stream.aclose()
+
+    def _snapshots(self) -> dict[str, int]:
+        """Of some hosts that have none in the newest file; hosts and files."""
+        newest = self._journal.place[0]
+        old = sorted((file, host) for host, file in self._base.items() if file < newest)
+        chosen = [host for _, host in old[: len(self._hosts) // _SNAPSHOTS + 1]]
+        return {host: self._snapshot(host) for host in chosen}
+
+    def _snapshot(self, host: str) -> int:
+        return self._journal.append(Kind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
+
+
+async def _cancelled(*tasks: asyncio.Task[Any]) -> list[BaseException | Any]:
+    """Cancel tasks until they have ended; what each came to.
+
+    Once is not enough: a connection that breaks while it is closed raises an error of its own in place of the
+    cancellation, and `asyncio.wait_for` before Python 3.12 forgets one that comes with the result.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _oldest(told: str) -> int:
+    """The property's number, 0 where there is none; raises `WireError`."""
+    if not told:
+        return 0
+    if not (told.isascii() and told.isdigit() and len(told) <= len(str(MAX_SEQUENCE))):
+        raise WireError(f"{OLDEST} {told[:40]!r} is no frame's number")
+    return int(told)
+
+
+def _told(error: Exception) -> str:
+    """One line of what has gone wrong."""
+    text = str(error) if isinstance(error, MaceError) else f"{type(error).__name__}: {error}"
+    return text.replace("\n", " ")[:500]
+
+
+def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
+    """The last COMMIT, and each host's last snapshot before the place that it tells."""
+    commit: Commit | None = None
+    snapshots: list[tuple[str, Place]] = []
+    for entry in journal.read():
+        if entry.kind == Kind.COMMIT:
+            commit = Commit.parse(entry.payload)
+        elif entry.kind == Kind.SNAPSHOT:
+            snapshots.append((entry.host, entry.place))
+    if commit is None:
+        return None, {}
+    return commit, {host: place for host, place in snapshots if place < commit.upto}
+
+
+def _is_failure(answer: Any) -> bool:
+    return bool(getattr(answer, "is_failure", False))
+
+
+# The command. -----------------------------------------------------------------------------------------------------
+
+
+def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s: float | None) -> dict[str, Any]:
+    """Run until a signal, or for a time; what was counted."""
+    keep_freed_memory()
+    gc.set_threshold(*_COLLECTED)
+
+    async def work() -> dict[str, Any]:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        if duration_s is not None:
+            loop.call_later(duration_s, stop.set)
+        ingest = Ingest(broker, store, config, shard)
+        await ingest.run(stop)
+        return {
+            "shard": str(shard),
+            "hosts": ingest.hosts,
+            **asdict(ingest.counts),
+            "rows_stored": ingest.rows_stored,
+            "queue_peak": ingest.queue_peak,
+            "sinks": {name: account.as_dict() for name, account in ingest.vitals.accounts.items()},
+        }
+
+    return asyncio.run(work())

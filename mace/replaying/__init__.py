@@ -1,0 +1,1 @@
+"""Recordings replayed: part by part, resumed, on a cluster."""

@@ -1,0 +1,206 @@
+"""Recordings into a store: in parts, here or on workers, so that it can be stopped and gone on with."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from collector.capture.source import describe
+from collector.files import BY_NAME, FileOptions, Recording, recording
+from collector.reading.opening import is_url, open_binary
+from contracts.config import Config, StoreConfig
+from contracts.errors import Stopped
+from contracts.figures import Summary
+from mace.live import pipeline
+from mace.replaying import remaining
+from mace.replaying.assembly import PART_BYTES, Assembly
+from mace.replaying.part import MACE_FORMAT, PartDone, RecordedFile, here, run_part
+from mace.shown import terminal
+
+if TYPE_CHECKING:
+    from correlator.engine import EngineConfig
+
+
+def recorded(one: Recording) -> RecordedFile:
+    """A recording of this machine, its paths absolute: a worker is somewhere else."""
+    options = one.options
+    if options.topology is not None:
+        options = replace(options, topology=options.topology.absolute())
+    paths = tuple(str(each.absolute()) for each in one.paths)
+    return RecordedFile(paths, one.format, options, one.header, one.first_utc_ns, one.bytes_total)
+
+
+def recorded_at(url: str, options: FileOptions) -> RecordedFile:
+    """A file at a URL. Captures are read where they lie, other formats are fetched to be looked at."""
+    file, size = open_binary(url)
+    with file:
+        head = file.read(4)
+    if head and BY_NAME[MACE_FORMAT].recognises(head):
+        info = describe(url, salvage=options.salvage)
+        return RecordedFile((url,), MACE_FORMAT, options, info.header, info.first_utc_ns, size)
+    with here((url,)) as paths:
+        one = recording(paths[0], options)
+    return replace(recorded(one), locations=(url,), bytes_total=size)
+
+
+def in_time_order(files: Sequence[RecordedFile]) -> list[RecordedFile]:
+    """By the UTC time of their first record."""
+    return sorted(files, key=lambda one: (one.first_utc_ns, one.name))
+
+
+def files_at(locations: Sequence[Path | str], options: FileOptions | None = None) -> list[RecordedFile]:
+    """Paths and URLs of files of any format, in time order. Raises `Unavailable` or `CaptureError`."""
+    options = options or FileOptions()
+    return in_time_order(
+        [
+            recorded_at(each, options) if isinstance(each, str) else recorded(recording(each, options))
+            for each in locations
+        ]
+    )
+
+
+class How(TypedDict, total=False):
+    """Options of `into_store` that the command line passes on."""
+
+    resume: bool
+    cluster: str | None
+    part_bytes: int
+
+
+def into_store(
+    files: Sequence[RecordedFile],
+    store: str | None,
+    engine: EngineConfig,
+    config: StoreConfig,
+    *,
+    resume: bool = False,
+    cluster: str | None = None,
+    part_bytes: int = PART_BYTES,
+    told: Callable[[int, int], None] = lambda _done, _total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[Summary, list[str]]:
+    """Replay into a store (or to nothing but figures), in parts. Returns what came of it, and warnings.
+
+    `told(bytes done, bytes in all)` now and then; `stop()` ends it with `Stopped`, after which `resume` goes on.
+    """
+    with Assembly(files, store, engine, config, resume=resume, part_bytes=part_bytes) as assembly:
+        told(assembly.bytes_committed, assembly.bytes_total)
+        if cluster is not None:
+            from mace.replaying import cluster as workers  # noqa: PLC0415 (an extra, and slow to import)
+
+            workers.replay(assembly, cluster, told, stop)
+        else:
+            _in_turn(assembly, told, stop)
+        assembly.finish()
+        return assembly.summary(), assembly.warnings
+
+
+def _in_turn(assembly: Assembly, told: Callable[[int, int], None], stop: Callable[[], bool]) -> None:
+    """One part after the other, in this process, each with the state of the one before it."""
+    for task in assembly.tasks():
+        before = assembly.bytes_committed
+
+        def reading(read: int, _records: int, before: int = before) -> None:
+            if stop():
+                raise stopped(assembly)
+            told(before + read, assembly.bytes_total)
+
+        done: PartDone = run_part(replace(task, overlap=True), reading)
+        assembly.commit(done)
+        told(assembly.bytes_committed, assembly.bytes_total)
+
+
+def stopped(assembly: Assembly) -> Stopped:
+    """The error that says how far it came."""
+    return Stopped(
+        f"stopped after {assembly.parts_committed} of {assembly.parts_total} parts;"
+        " the same command with --resume goes on"
+    )
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come since; a second one ends the process as if nobody listened."""
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        del frame
+        asked = True
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _TimeLeft(ProgressColumn):
+    """The estimate of `mace.replaying.remaining`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: remaining.Remaining | None = None
+
+    def render(self, task: Task) -> Text:
+        del task
+        seconds = self.left.seconds(time.monotonic()) if self.left is not None else None
+        return Text(f"{remaining.told(seconds)} left", style="progress.remaining")
+
+
+@contextmanager
+def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, as `told` of `into_store`; `what` stands before it."""
+    column = _TimeLeft()
+    shown = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        column,
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    task = shown.add_task(what, total=None)
+
+    def told(done: int, total: int) -> None:
+        if column.left is None:
+            column.left = remaining.Remaining(total, done, time.monotonic())
+        column.left.update(done, time.monotonic())
+        shown.update(task, completed=done, total=total)
+
+    with shown:
+        yield told
+
+
+def location(text: str) -> Path | str:
+    """A path, or a URL as it is; for arguments of commands."""
+    return text if is_url(text) else Path(text)
+
+
+@contextmanager
+def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
+    """A store of recordings for the length of the block, with a progress bar while it is made."""
+    console = terminal.Console(stderr=True)
+    engine = replace(pipeline.replay_config(settings), rows=True)
+    with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
+        with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
+            # Named after the first: it is what a report is headed with.
+            made = Path(folder) / files[0].name.rsplit("/", 1)[-1]
+            store = StoreConfig(sync=False)
+            _, warnings = into_store(files, str(made), engine, store, told=told, stop=stop)
+        terminal.warn(console, warnings)
+        yield made

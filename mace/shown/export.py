@@ -1,0 +1,496 @@
+"""`mace export perfetto`: recordings to a Perfetto trace, a timeline of packets.
+
+    recording ──► engine ──► settled packets ──► selection ──► trace
+        └── records ──────────────┘
+
+With `--worst` or `--packet` it goes over the recordings twice: first to find the packets and those that answer them,
+then to write. Nothing is kept but what is under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import heapq
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.files import FORMATS, Recording
+from contracts import config
+from contracts.errors import UsageError, nearest
+from contracts.figures import Summary
+from contracts.interfaces import StreamHeader, StreamItem
+from contracts.schema import NOT_TOLD, Direction, Results
+from correlator.engine import EngineConfig
+from correlator.replies import ToldBy
+from mace.live import pipeline
+from mace.replaying import replay
+from mace.replaying.into_store import bar
+from mace.shown import terminal
+from mace.shown.report import instant_ns
+from mace.shown.timeline import Follower, Settled
+from storage.perfetto.file import PerfettoTrace
+from storage.perfetto.sink import TOLD_BY, HostTracks, Told
+
+Mask = npt.NDArray[np.bool_]
+
+PROTOCOLS: Final = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58}
+_FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
+_MOST_CHOSEN: Final = 10_000
+"""Of `--worst`: a person looks at a few, and their answers are kept in memory."""
+_LINGER_NS: Final = 1_000_000_000
+"""A buffer is freed within this after its packet's last hop, or that is no record of the packet any more."""
+
+assert tuple(told.name.lower() for told in ToldBy)[1:] == TOLD_BY[1:]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `mace export perfetto` but `--config` and `--json`."""
+    formats = ", ".join(form.name for form in FORMATS)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"of any of these: {formats}")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument(
+        "--packet", action="append", type=_packet_id, metavar="ID", help="this packet, and the one that answers it"
+    )
+    parser.add_argument(
+        "--worst", type=int, metavar="N", help="the N packets with the largest overhead, and their answers"
+    )
+    parser.add_argument(
+        "--flow", metavar="KEY=VALUE,...", help=f"packets of which all of this is true; keys: {', '.join(_FLOW_KEYS)}"
+    )
+    parser.add_argument(
+        "--between",
+        metavar="START,END",
+        help="packets that begin in between: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
+    )
+    parser.add_argument("--no-records", action="store_true", help="leave out the raw records")
+    replay.add_file_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mace export perfetto` with parsed options; its exit status."""
+    if args.worst is not None and not 1 <= args.worst <= _MOST_CHOSEN:
+        raise UsageError(f"--worst {args.worst}: 1 to {_MOST_CHOSEN}")
+    recordings = replay.recordings(args)
+    wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
+    engine = replace(pipeline.replay_config(config.load(args.config)), rows=True)
+    with bar(terminal.Console(stderr=True), quiet=args.json, what="export") as told:
+        found = export(
+            recordings,
+            args.output,
+            engine,
+            wanted,
+            packets=args.packet,
+            worst=args.worst,
+            records=not args.no_records,
+            overwrite=args.force,
+            told=told,
+        )
+    if args.json:
+        terminal.json_line(found.as_dict(args.output))
+        return 0
+    terminal.warn(terminal.Console(stderr=True), found.warnings)
+    terminal.line(found.line(args.output))
+    terminal.line(found.summary.ledger.line())
+    return 0
+
+
+@dataclass(slots=True)
+class Exported:
+    """What was written."""
+
+    packets: int = 0
+    slices: int = 0
+    instants: int = 0
+    bytes_written: int = 0
+    replies: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOLD_BY[1:], 0))
+    """By how they are known."""
+    summary: Summary = field(default_factory=Summary)
+    """Of all packets, also of those that were left out."""
+    warnings: list[str] = field(default_factory=list)
+
+    def line(self, path: Path) -> str:
+        """For people."""
+        answers = " · ".join(f"{count:,} by {name}" for name, count in self.replies.items() if count)
+        return (
+            f"{path}: {self.packets:,} packets in {self.slices:,} slices, {self.instants:,} records, "
+            f"{sum(self.replies.values()):,} known to be replies{f' ({answers})' if answers else ''}, "
+            f"{self.bytes_written:,} bytes"
+        )
+
+    def as_dict(self, path: Path) -> dict[str, Any]:
+        """file, packets, slices, records, replies (by how they are known), bytes, ledger, warnings."""
+        return {
+            "file": str(path),
+            "packets": self.packets,
+            "slices": self.slices,
+            "records": self.instants,
+            "replies": self.replies,
+            "bytes": self.bytes_written,
+            "ledger": self.summary.ledger.as_dict(),
+            "warnings": self.warnings,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which packets to show; None is any."""
+
+    container: str | None = None
+    direction: Direction | None = None
+    proto: int | None = None
+    port: int | None = None
+    """Either port; of echo requests and replies the identifier."""
+    l3_len: int | None = None
+    since_ns: int | None = None
+    until_ns: int | None = None
+
+    @classmethod
+    def of(cls, flow: str | None, between: str | None, first_utc_ns: int) -> Wanted:
+        """As given on the command line. Raises `UsageError`."""
+        since, until = _between(between, first_utc_ns) if between else (None, None)
+        return cls(**_flow(flow) if flow else {}, since_ns=since, until_ns=until)
+
+    @property
+    def any_flow(self) -> bool:
+        """Whether only time decides."""
+        return {self.container, self.direction, self.proto, self.port, self.l3_len} == {None}
+
+    def packets(self, settled: Settled) -> Mask:
+        """Those that are wanted, of the settled packets."""
+        packets = settled.packets
+        seen = packets.seen
+        mask = np.ones(len(packets), np.bool_)
+        if self.container is not None:
+            ours = np.array([d.container == self.container for d in settled.devices], np.bool_)
+            # A packet between two containers is one of both.
+            touched = np.zeros(len(packets), np.bool_)
+            np.logical_or.at(touched, settled.of_packet, ours[settled.rows.device])
+            mask &= touched
+        if self.direction is not None:
+            mask &= seen.direction == self.direction
+        if self.proto is not None:
+            mask &= seen.l4_proto == self.proto
+        if self.port is not None:
+            mask &= (seen.near == self.port) | (seen.far == self.port)
+        if self.l3_len is not None:
+            mask &= seen.l3_len == self.l3_len
+        return mask & self.times(seen.begin_ns)
+
+    def times(self, utc_ns: npt.NDArray[np.int64]) -> Mask:
+        """Those that are in the time wanted."""
+        mask = np.ones(len(utc_ns), np.bool_)
+        if self.since_ns is not None:
+            mask &= utc_ns >= self.since_ns
+        if self.until_ns is not None:
+            mask &= utc_ns < self.until_ns
+        return mask
+
+
+def export(
+    recordings: Sequence[Recording],
+    path: Path,
+    engine: EngineConfig,
+    wanted: Wanted,
+    *,
+    packets: Sequence[int] | None = None,
+    worst: int | None = None,
+    records: bool = True,
+    overwrite: bool = False,
+    told: Callable[[int, int], None] = lambda *_: None,
+) -> Exported:
+    """Write the packets of recordings that are wanted to a Perfetto trace.
+
+    With `worst` and `packets` only these of them; recordings are read twice then. `told` is called with the bytes that
+    were read and that are to be read. Raises `StoreError`, `CaptureError`, `Unavailable`, `UsageError`.
+    """
+    found = Exported()
+    trace = PerfettoTrace(path, overwrite=overwrite)
+    try:
+        chosen: npt.NDArray[np.uint64] | None = None
+        twice = bool(packets or worst)
+        progress = _Progress(told, sum(each.bytes_total for each in recordings) * (1 + twice))
+        if twice:
+            choice = _Choice(wanted, set(packets or ()), worst or 0)
+            for recording in recordings:
+                _follow(recording, engine, progress, Follower, choice.look)
+            chosen = choice.chosen()
+        for recording in recordings:
+            writer = _Writer(trace, wanted, chosen, found, records=records)
+            found.warnings += _follow(recording, engine, progress, writer.begin, writer.write, writer.add)
+            writer.finish()
+        trace.close()
+    finally:
+        trace.abort()
+    found.slices, found.instants, found.bytes_written = trace.slices, trace.instants, trace.bytes_written
+    return found
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How much of all recordings was read; those that are behind us count whole."""
+
+    told: Callable[[int, int], None]
+    total: int
+    behind: int = 0
+
+
+def _follow(
+    recording: Recording,
+    engine: EngineConfig,
+    progress: _Progress,
+    begin: Callable[[StreamHeader], Follower],
+    on_settled: Callable[[Settled], None],
+    on_results: Callable[[Results], None] = lambda _: None,
+) -> Sequence[str]:
+    """Run a recording through the correlator; returns the source's warnings."""
+    source = recording.source()
+    stop = pipeline.Stop()
+    sink = _Sink(begin, on_settled, on_results)
+
+    def show(_: Results) -> None:
+        progress.told(progress.behind + source.bytes_read, progress.total)
+
+    async def work() -> None:
+        async with pipeline.stopped_by_signals(stop):
+            await pipeline.run(source, [sink], engine=engine, stop=stop, tee=_Tee(sink), on_results=show)
+
+    asyncio.run(work())
+    progress.behind += recording.bytes_total
+    sink.finish()
+    if stop.requested:
+        raise KeyboardInterrupt
+    return source.warnings
+
+
+class _Sink:
+    """A `Sink` that gives results to a `Follower`, and what that settles further on."""
+
+    def __init__(
+        self,
+        begin: Callable[[StreamHeader], Follower],
+        on_settled: Callable[[Settled], None],
+        on_results: Callable[[Results], None],
+    ) -> None:
+        self._begin, self._on_settled, self._on_results = begin, on_settled, on_results
+        self._last: Results | None = None
+        self.follower: Follower
+
+    async def open(self, header: StreamHeader) -> None:
+        self.follower = self._begin(header)
+
+    async def write(self, results: Results) -> None:
+        if self._last is not None:
+            self._settle(self._last)
+        self._last = results
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+    def finish(self) -> None:
+        """The stream has ended well: the results that are left are the last."""
+        if self._last is not None:
+            self._settle(self._last, last=True)
+
+    def _settle(self, results: Results, *, last: bool = False) -> None:
+        self._on_settled(self.follower.settle(results, last=last))
+        self._on_results(results)
+
+
+class _Tee:
+    """The raw stream to the same follower, a `StreamSink`."""
+
+    def __init__(self, sink: _Sink) -> None:
+        self._sink = sink
+
+    async def open(self, header: StreamHeader) -> None:
+        """The sink has seen to it."""
+
+    async def write(self, item: StreamItem) -> None:
+        self._sink.follower.take(item)
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
+class _Choice:
+    """First pass: the packets that are asked for, and those that they answer or that answer them."""
+
+    def __init__(self, wanted: Wanted, packets: set[int], worst: int) -> None:
+        self._wanted, self._asked, self._worst = wanted, packets, worst
+        self._found: set[int] = set()
+        self._largest: list[tuple[int, int]] = []
+        """A heap of (overhead, packet)."""
+        self._other: dict[int, int] = {}
+        """Of each of these the packet that it answers, or that answers it; 0 if none is known."""
+
+    def look(self, settled: Settled) -> None:
+        """Take in what is settled."""
+        packets = settled.packets
+        ids, request = packets.seen.packet, packets.request
+        if self._asked:
+            asked = np.array(sorted(self._asked), np.uint64)
+            near = np.isin(ids, asked) | np.isin(request, asked)
+            self._found.update(ids[near].tolist(), request[near].tolist())
+        if self._worst:
+            self._rank(settled)
+            # What answers one of the largest belongs to it; the answer comes with it or later.
+            largest = np.array([packet for _, packet in self._largest], np.uint64)
+            answers = np.flatnonzero(np.isin(request, largest) & (request > 0))
+            for packet, answer in zip(request[answers].tolist(), ids[answers].tolist(), strict=True):
+                self._other[packet] = answer
+
+    def _rank(self, settled: Settled) -> None:
+        packets = settled.packets
+        candidates = np.flatnonzero((packets.whole_ns != NOT_TOLD) & self._wanted.packets(settled))
+        if len(self._largest) >= self._worst:
+            candidates = candidates[packets.whole_ns[candidates] > self._largest[0][0]]
+        candidates = candidates[np.argsort(-packets.whole_ns[candidates], kind="stable")[: self._worst]]
+        for row in candidates.tolist():
+            packet = int(packets.seen.packet[row])
+            heapq.heappush(self._largest, (int(packets.whole_ns[row]), packet))
+            self._other[packet] = int(packets.request[row])
+            if len(self._largest) > self._worst:
+                del self._other[heapq.heappop(self._largest)[1]]
+
+    def chosen(self) -> npt.NDArray[np.uint64]:
+        """Ascending. Raises `UsageError` where a packet that was asked for is in none of the recordings."""
+        missing = self._asked - self._found
+        if missing:
+            raise UsageError(f"no packet {', '.join(f'{packet:#x}' for packet in sorted(missing))} in what was given")
+        return np.array(sorted((self._found | {*self._other, *self._other.values()}) - {0}), np.uint64)
+
+
+class _Writer:
+    """Second pass, or the only one: settled packets to the tracks of their host."""
+
+    def __init__(
+        self,
+        trace: PerfettoTrace,
+        wanted: Wanted,
+        chosen: npt.NDArray[np.uint64] | None,
+        found: Exported,
+        *,
+        records: bool,
+    ) -> None:
+        self._trace, self._wanted, self._chosen, self._found = trace, wanted, chosen, found
+        self._records = records
+        self._summary = Summary()
+        self._ids: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._ends: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def begin(self, header: StreamHeader) -> Follower:
+        self.tracks = HostTracks(self._trace, header)
+        return Follower(header)
+
+    def write(self, settled: Settled) -> None:
+        packets, rows = settled.packets, settled.rows
+        self.tracks.devices(settled.devices)
+        chosen = self._chosen
+        mask = self._wanted.packets(settled) if chosen is None else np.isin(packets.seen.packet, chosen)
+        self._found.packets += int(mask.sum())
+        for number, count in enumerate(np.bincount(packets.told_by[mask], minlength=len(TOLD_BY)).tolist()):
+            if number:
+                self._found.replies[TOLD_BY[number]] += count
+        shown = mask[settled.of_packet]
+        at = settled.of_packet[shown]
+        request = packets.request[at]
+        flow = np.where(request > 0, request, packets.seen.packet[at])
+        self.tracks.hops(rows[shown], Told(flow, request, packets.told_by[at], packets.drop_reason[at]))
+        if self._records:
+            self._instants(settled)
+
+    def finish(self) -> None:
+        """The recording has ended."""
+        self.tracks.finish()
+        self._found.summary.merge(self._summary)
+
+    def _instants(self, settled: Settled) -> None:
+        records, owner = settled.records, settled.of_record
+        if self._chosen is not None:
+            mask = np.isin(owner, self._chosen)
+        elif self._wanted.any_flow:
+            mask = self._wanted.times(records.ts_ns + self.tracks.offset_ns)
+        else:
+            mask = np.isin(owner, self._kept(settled))
+        self.tracks.records(records[mask], owner[mask], settled.sightings)
+
+    def _kept(self, settled: Settled) -> npt.NDArray[np.uint64]:
+        """Wanted packets that records may still come of."""
+        packets = settled.packets
+        mask = self._wanted.packets(settled)
+        self._ids = np.append(self._ids, packets.seen.packet[mask])
+        self._ends = np.append(self._ends, packets.end_ns[mask])
+        ids = self._ids
+        if len(settled.records):
+            going_on = self._ends + _LINGER_NS >= int(settled.records.ts_ns[-1]) + self.tracks.offset_ns
+            self._ids, self._ends = self._ids[going_on], self._ends[going_on]
+        return ids
+
+    def add(self, results: Results) -> None:
+        """Results in the order in which they come, for what is not about single packets."""
+        self._summary.add(results)
+        if self._chosen is not None:
+            return
+        inside = self._wanted.times(np.array([w.start_utc_ns for w in results.windows], np.int64))
+        self.tracks.windows(w for w, is_in in zip(results.windows, inside.tolist(), strict=True) if is_in)
+        if self._wanted.times(np.array([results.upto_utc_ns])).all():
+            self.tracks.ledger(results.upto_utc_ns, results.ledger)
+        self.tracks.gaps([gap for gap in results.gaps_utc_ns if self._wanted.times(np.array(gap)).any()])
+
+
+def _packet_id(text: str) -> int:
+    """As `mace report` says it, or hexadecimal as in the trace."""
+    value = int(text, 0)
+    if not 0 < value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text}: no packet's number")
+    return value
+
+
+def _flow(text: str) -> dict[str, Any]:
+    """The fields of `Wanted` in `KEY=VALUE,...`. Raises `UsageError`."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.strip().partition("=")
+        if key not in _FLOW_KEYS:
+            raise UsageError(f"--flow: {key!r} is no key{nearest(key, _FLOW_KEYS)}; there are {', '.join(_FLOW_KEYS)}")
+        if key == "container":
+            found[key] = value
+        elif key == "direction":
+            if value not in ("egress", "ingress"):
+                raise UsageError(f"--flow: direction={value}: expected egress or ingress")
+            found[key] = Direction[value.upper()]
+        elif key == "proto" and value in PROTOCOLS:
+            found[key] = PROTOCOLS[value]
+        elif not value.isdecimal():
+            known = f" or one of {', '.join(PROTOCOLS)}" if key == "proto" else ""
+            raise UsageError(f"--flow: {key}={value}: expected a number{known}")
+        else:
+            found[{"len": "l3_len", "id": "port"}.get(key, key)] = int(value)
+    return found
+
+
+def _between(text: str, first_utc_ns: int) -> tuple[int, int]:
+    """UTC, ns, of START and END. Raises `UsageError`."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 2:
+        raise UsageError(f"--between {text}: expected START,END")
+    since, until = (_instant(part, first_utc_ns) for part in parts)
+    if since >= until:
+        raise UsageError(f"--between {text}: the end is not after the start")
+    return since, until
+
+
+def _instant(text: str, first_utc_ns: int) -> int:
+    if after := re.fullmatch(r"\+(\d+(?:\.\d+)?)(ns|us|µs|ms|s)?", text):
+        unit = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000}.get(after[2], 1_000_000_000)
+        return first_utc_ns + round(float(after[1]) * unit)
+    return instant_ns(text, datetime.now(UTC))

@@ -1,0 +1,340 @@
+"""`mace report`: what a store holds, as tables, as one JSON object, as pictures.
+
+Every form carries the ledger: no number is shown without what may be missing from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.text import Text
+
+from contracts import config
+from contracts.errors import UsageError, nearest
+from contracts.figures import COUNTS_AS, microseconds
+from contracts.schema import Direction, Segment
+from mace.replaying.into_store import location, replayed
+from mace.replaying.replay import add_file_options, recorded_files
+from mace.shown.terminal import PlainTable, json_line, output
+from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
+
+_BAR_WIDTH: Final = 22
+_MAX_PATHS: Final = 8
+"""As many typical paths are printed; a host may have hundreds of containers."""
+_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `mace report` but `--config` and `--json`."""
+    parser.add_argument(
+        "files", nargs="*", type=location, metavar="FILE", help="recordings instead of a store, as for `mace replay`"
+    )
+    add_file_options(parser)
+    parser.add_argument("--store", type=Path, metavar="DIR", help="the store to read")
+    parser.add_argument(
+        "--since", metavar="WHEN", help="from then on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d ago"
+    )
+    parser.add_argument("--until", metavar="WHEN", help="before then")
+    parser.add_argument("--container", metavar="NAME", help="packets of this container, at all devices")
+    parser.add_argument("--device", metavar="NAME", help="this device only")
+    parser.add_argument("--direction", choices=("egress", "ingress"), help="out of the container or into it")
+    parser.add_argument("--run", metavar="ID", help="this run only")
+    parser.add_argument("--runs", action="store_true", help="list the runs instead")
+    parser.add_argument("--packet", type=int, metavar="ID", help="one packet's path, hop by hop")
+    parser.add_argument("--worst", type=int, metavar="N", help="the paths of the N packets with the largest overhead")
+    parser.add_argument(
+        "--from", dest="source", choices=("auto", "rows", "windows"), default="auto", help="what to count"
+    )
+    parser.add_argument("--skip-damaged", action="store_true", help="go on without damaged segments, saying how many")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="the same with the tables, one page by itself")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`mace report` with parsed options; its exit status."""
+    named = bool(args.files or args.inner or args.outer)
+    if named and args.store:
+        raise UsageError("a store or files, not both")
+    settings = config.load(args.config)
+    with replayed(recorded_files(args), settings, quiet=args.json) if named else nullcontext() as made:
+        store = Store(made or args.store or Path(settings.store.path), skip_damaged=args.skip_damaged)
+        _report(store, args)
+    return 0
+
+
+def _report(store: Store, args: argparse.Namespace) -> None:
+    now = datetime.now(UTC)
+    where = Filter(
+        since_ns=None if args.since is None else instant_ns(args.since, now),
+        until_ns=None if args.until is None else instant_ns(args.until, now),
+        container=args.container,
+        device=args.device,
+        direction=Direction[args.direction.upper()] if args.direction else None,
+        run=args.run,
+    )
+    if args.worst is not None and args.worst < 1:
+        raise UsageError(f"--worst {args.worst}: at least 1")
+    console = output()
+    if args.runs:
+        _print_runs(store.runs(where), console, as_json=args.json)
+    else:
+        report(
+            store,
+            where,
+            packet=args.packet,
+            worst=args.worst,
+            source=args.source,
+            as_json=args.json,
+            png=args.png,
+            html=args.html,
+            console=console,
+        )
+
+
+def instant_ns(text: str, now: datetime) -> int:
+    """UTC, ns, of an ISO 8601 time (UTC, if it names no zone) or of an age: `90s`, `5m`, `2h`, `1d`, `1w`."""
+    if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text):
+        when = now - timedelta(seconds=float(age[1]) * _UNITS_S[age[2]])
+    else:
+        try:
+            when = datetime.fromisoformat(text)
+        except ValueError:
+            raise UsageError(
+                f"{text!r} is no time: expected 2025-06-15T15:04:05 or an age as 90s, 5m, 2h, 1d"
+            ) from None
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    since_epoch = when - datetime(1970, 1, 1, tzinfo=UTC)
+    return (since_epoch // timedelta(microseconds=1)) * 1000
+
+
+def report(
+    store: Store,
+    where: Filter,
+    *,
+    packet: int | None = None,
+    worst: int | None = None,
+    source: From = "auto",
+    as_json: bool = False,
+    png: Path | None = None,
+    html: Path | None = None,
+    console: Console,
+) -> None:
+    """Print what the filter lets through, with the ledger. With `packet` or `worst` the paths of packets, too.
+
+    JSON: the object of `Summary.as_dict`, with `packet_paths` where packets were asked for (host, run, packet,
+    utc_ns, container, l3_len, grade, outcome, overhead_ns by direction, hops: device, netns, container, kind,
+    direction, segment, position, start_ns, delay_ns).
+    """
+    summary = store.summary(where, source)
+    if not summary.rows():
+        _check_names(store, where)
+    asked = packet is not None or worst is not None
+    paths = store.packet(packet, where) if packet is not None else store.worst(worst, where) if worst else []
+    if packet is not None and not paths:
+        raise UsageError(f"{store.path}: no rows of a packet {packet}")
+    # Read before printing: skipping a damaged segment belongs into the note.
+    typical = [] if asked or (as_json and not (png or html)) else store.typical_paths(where)
+    if png or html:
+        from mace.shown import plots  # noqa: PLC0415 (matplotlib takes half a second, and is an extra)
+
+        typical = typical or store.typical_paths(where)
+        figure = plots.figure(summary, typical, store.series(where, source=source), title=_title(store, where))
+        if png:
+            plots.write_png(figure, png)
+        if html:
+            plots.write_html(figure, summary, html, title=_title(store, where))
+    if as_json:
+        found = summary.as_dict()
+        if asked:
+            found["packet_paths"] = [_path_dict(p) for p in paths]
+        json_line(found)
+        return
+    if asked:
+        console.print(*summary.losses_panel())
+        for path in paths:
+            console.print(packet_table(path), "")
+        console.print(summary.ledger_line())
+        return
+    console.print(*summary.losses_panel(), summary.overhead_table(), "", summary.device_table(), "")
+    _print_typical(typical, console)
+    console.print(summary.ledger_line())
+
+
+def print_typical_paths(path: Path, console: Console) -> None:
+    """The typical paths of all that a store holds."""
+    _print_typical(Store(path).typical_paths(), console)
+
+
+def _print_typical(paths: Sequence[TypicalPath], console: Console) -> None:
+    for path in paths[:_MAX_PATHS]:
+        console.print(typical_table(path), "")
+    if len(paths) > _MAX_PATHS:
+        console.print(Text(f"and {len(paths) - _MAX_PATHS} more paths: --container shows one's", style="dim"))
+
+
+def _title(store: Store, where: Filter) -> str:
+    told = [f"{store.path.name}"]
+    for name in ("container", "device", "run"):
+        if getattr(where, name):
+            told.append(f"{name} {getattr(where, name)}")
+    if where.direction is not None:
+        told.append(where.direction.name.lower())
+    return "MACE · " + " · ".join(told)
+
+
+def _check_names(store: Store, where: Filter) -> None:
+    """Nothing was found: say so if a name in the filter is one the store has never heard."""
+    runs = [r.run for r in store.runs()]
+    if where.run is not None and where.run not in runs:
+        raise UsageError(f"{store.path}: no run {where.run!r}{nearest(where.run, runs)}")
+    everything = store.summary(replace(where, container=None, device=None, direction=None)).rows()
+    for name in ("container", "device"):
+        wanted = getattr(where, name)
+        known = sorted({getattr(key[0], name) for key, _ in everything} - {""})
+        if wanted is not None and wanted not in known:
+            hint = nearest(wanted, known) or (f"; there are {', '.join(known[:10])}" if known else "")
+            raise UsageError(f"{store.path}: no {name} {wanted!r} in that time{hint}")
+
+
+def _print_runs(runs: Sequence[Run], console: Console, *, as_json: bool) -> None:
+    if as_json:
+        found = [
+            {
+                "host": r.host,
+                "run": r.run,
+                "source": r.source,
+                "started_utc_ns": r.started_utc_ns,
+                "upto_utc_ns": r.upto_utc_ns,
+                "closed": r.closed,
+                "packets": r.packets,
+                "rows_stored": r.rows_stored,
+                "rows_not_stored": r.rows_not_stored,
+                "ledger": r.ledger.as_dict(),
+            }
+            for r in runs
+        ]
+        json_line({"runs": found})
+        return
+    table = PlainTable(f"{len(runs)} runs")
+    for name in ("run", "host", "source", "began (UTC)"):
+        table.add_column(name)
+    for name in ("seconds", "packets", "rows", "lost", "discarded"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("end")
+    for r in runs:
+        table.add_row(
+            r.run,
+            r.host,
+            r.source,
+            f"{datetime.fromtimestamp(r.started_utc_ns // 1_000_000_000, UTC):%Y-%m-%d %H:%M:%S}",
+            f"{(r.upto_utc_ns - r.started_utc_ns) / 1e9:,.1f}",
+            f"{r.packets:,}",
+            f"{r.rows_stored:,}",
+            f"{r.ledger.lost:,}",
+            f"{r.ledger.discarded:,}",
+            "" if r.closed else "still going, or killed",
+        )
+    console.print(table)
+
+
+_ARROWS: Final = {Direction.EGRESS: "→ network", Direction.INGRESS: "← network"}
+
+
+def typical_table(path: TypicalPath) -> PlainTable:
+    """A container's path in one direction, each hop with its median, drawn to scale one after the other."""
+    medians = [delays.quantiles((0.5, 0.99)) for _, _, delays in path.hops]
+    title = f"{path.container or path.netns} {_ARROWS.get(path.direction, '')}: typical path, µs"
+    table = _hops_table(title, ("packets", "p50", "p99"), "medians in a row")
+    total = sum(p50 for p50, _ in medians) or 1
+    at = 0
+    for (place, segment, delays), (p50, p99) in zip(path.hops, medians, strict=True):
+        table.add_row(
+            place.device,
+            place.container or place.netns,
+            place.kind or "hardware",
+            COUNTS_AS[segment],
+            f"{delays.count:,}",
+            microseconds(p50),
+            microseconds(p99),
+            _bar(at, p50, total, segment),
+        )
+        at += p50
+    return table
+
+
+def packet_table(path: PacketPath) -> PlainTable:
+    """One packet's path, hop by hop."""
+    overhead = ", ".join(f"{d.name.lower()} overhead {microseconds(ns)} µs" for d, ns in path.overhead_ns.items())
+    when = datetime.fromtimestamp(path.utc_ns // 1_000_000_000, UTC)
+    title = (
+        f"packet {path.packet} of {path.container or 'no container'}, {path.l3_len} bytes,"
+        f" {when:%Y-%m-%d %H:%M:%S}.{path.utc_ns % 1_000_000_000:09d} UTC; {path.outcome}, tied by {path.grade}"
+        + (f"; {overhead}" if overhead else "")
+    )
+    table = _hops_table(title, ("from", "delay"), "from the first hop")
+    total = max((h.start_ns + h.delay_ns for h in path.hops), default=0) or 1
+    for hop in path.hops:
+        table.add_row(
+            hop.place.device,
+            hop.place.container or hop.place.netns,
+            hop.place.kind or "hardware",
+            COUNTS_AS[hop.segment],
+            microseconds(hop.start_ns),
+            microseconds(hop.delay_ns),
+            _bar(hop.start_ns, hop.delay_ns, total, hop.segment),
+        )
+    return table
+
+
+def _hops_table(title: str, figures: Sequence[str], drawn: str) -> PlainTable:
+    table = PlainTable(title)
+    for name in ("device", "of", "kind", "counts as"):
+        table.add_column(name, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(drawn, no_wrap=True)
+    return table
+
+
+def _bar(start: int, length: int, total: int, segment: Segment) -> Text:
+    """A stretch of `_BAR_WIDTH` cells, at least one cell long."""
+    first = min(start * _BAR_WIDTH // total, _BAR_WIDTH - 1)
+    last = max(first + 1, -(-(start + length) * _BAR_WIDTH // total))
+    style = {Segment.DEVICE: "cyan", Segment.DELIVERY: "magenta"}.get(segment, "dim")
+    return Text(" " * first) + Text("█" * (min(last, _BAR_WIDTH) - first), style=style)
+
+
+def _path_dict(path: PacketPath) -> dict[str, Any]:
+    return {
+        "host": path.host,
+        "run": path.run,
+        "packet": path.packet,
+        "utc_ns": path.utc_ns,
+        "container": path.container,
+        "l3_len": path.l3_len,
+        "grade": path.grade,
+        "outcome": path.outcome,
+        "overhead_ns": {d.name.lower(): ns for d, ns in path.overhead_ns.items()},
+        "hops": [
+            {
+                "device": h.place.device,
+                "netns": h.place.netns,
+                "container": h.place.container,
+                "kind": h.place.kind,
+                "direction": h.direction.name.lower(),
+                "segment": h.segment.name.lower(),
+                "position": h.position,
+                "start_ns": h.start_ns,
+                "delay_ns": h.delay_ns,
+            }
+            for h in path.hops
+        ],
+    }

@@ -1,0 +1,1 @@
+"""Measurement tools, run or read, and their round trips corrected."""

@@ -1,0 +1,112 @@
+"""`mace correct`: what a tool has printed, and a capture of the time when it ran, to corrected round trip times."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import io
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.files import FileOptions, recording
+from contracts.config import Config, load
+from contracts.errors import Unavailable, UsageError, nearest
+from correlator.correction import Corrections, correct
+from correlator.samples import Samples
+from correlator.stamps import REQUEST_RESPONSE, StampModel
+from mace.live.session import Session
+from mace.shown import terminal
+from mace.tools.corrected import Corrected, Observed, line
+from mace.tools.output import READERS, read
+
+STDIN: Final = Path("-")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `mace correct` but `--config` and `--json`."""
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="what the tool printed; `-`: standard input")
+    parser.add_argument("capture", type=Path, metavar="FILE", help="a capture file of that time, or a trace.dat")
+    parser.add_argument("--container", metavar="NAME", help="where the tool ran; needed where there are several")
+    parser.add_argument("--tool", choices=READERS, help="which tool it was, if its first line does not tell")
+    parser.add_argument("--salvage", action="store_true", help="skip damaged parts of the capture")
+    parser.add_argument(
+        "--topology", type=Path, metavar="CAPTURE", help="for another tool's trace: a capture file of the same host"
+    )
+
+
+def corrected(args: argparse.Namespace, session: Session) -> Corrected:
+    """The samples in `args.output`, corrected by the packets in `args.capture`."""
+    samples, reader = read(_lines(args.output), READERS[args.tool]() if args.tool else None)
+    observed = Observed()
+    session.observed(recording(args.capture, FileOptions(args.salvage, args.topology)), observed.add)
+    return Corrected.of(samples, observed, reader, _netns(observed, args.container))
+
+
+def arrays(
+    capture: Path | str,
+    rtt_ns: npt.ArrayLike,
+    *,
+    container: str | None = None,
+    stamps: StampModel = REQUEST_RESPONSE,
+    config: Config | None = None,
+    **columns: npt.ArrayLike,
+) -> Corrections:
+    """Round trip times in arrays, corrected by the packets in a capture file. For programs.
+
+    `rtt_ns` is int64, `NOT_TOLD` (-1) where there was no reply, in the order in which the replies arrived. `columns`
+    are any others of `correlator.samples.Samples`: arrays of the same length, or one value for all. `stamps` says how
+    the tool looks at the clock (`correlator.stamps.MODELS`); as it is, `stamp_utc_ns` is the time of sending.
+    `container` is needed where the capture has several. A row for each sample comes back, in the same order.
+
+    Raises `UsageError`, `Unavailable` and `CaptureError`, and for `columns` what `Samples.of` does.
+    """
+    rtt = np.asarray(rtt_ns, np.int64)
+    samples = Samples.of(len(rtt), rtt_ns=rtt, **columns)
+    observed = Observed()
+    Session(config or load(None), terminal.Console(stderr=True), quiet=True).observed(recording(capture), observed.add)
+    crossings = observed.crossings(_netns(observed, container))
+    return correct(samples, crossings, stamps, observed.gaps_utc_ns)
+
+
+def print_samples(found: Corrected) -> None:
+    """A line for each sample, in the order in which the tool told of them."""
+    for row in range(len(found.samples)):
+        rtt_ns = int(found.samples.rtt_ns[row])
+        tool = f"tool={rtt_ns / 1000:,.1f} " if rtt_ns >= 0 else ""
+        terminal.line(f"seq={int(found.samples.seq[row])} {tool}{line(found.corrections, row)}")
+
+
+def _lines(path: Path) -> Iterable[str]:
+    try:
+        if path != STDIN:
+            return _text(path.read_bytes()).splitlines()
+        return (
+            _text(sys.stdin.buffer.read()).splitlines() if isinstance(sys.stdin, io.TextIOWrapper) else list(sys.stdin)
+        )
+    except OSError as error:
+        what = "standard input" if path == STDIN else str(path)
+        raise Unavailable(what, error.strerror or str(error), "name a file with what the tool printed") from error
+
+
+def _text(raw: bytes) -> str:
+    """Text of a tool. PowerShell redirects output as UTF-16, and Excel marks a CSV as UTF-8: what begins so says it."""
+    return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig", "replace")
+
+
+def _netns(observed: Observed, container: str | None) -> int:
+    """Inode of the namespace whose packets to take. Raises `UsageError`."""
+    found = observed.containers()
+    names = {name: netns for netns, (name, _) in found.items()}
+    known = ", ".join(f"{name} ({count:,} packets)" for name, count in sorted(found.values()))
+    if not found:
+        raise UsageError("the capture has no packet that was seen over the whole path of a container")
+    if container is None and len(found) > 1:
+        raise UsageError(f"the capture has several containers: {known}; --container says in which the tool ran")
+    if container is not None and container not in names:
+        raise UsageError(f"the capture has no container {container!r}{nearest(container, names)}; it has {known}")
+    return next(iter(found)) if container is None else names[container]

@@ -1,0 +1,1 @@
+"""Measurements of MACE itself: experiments, comparisons, verification."""

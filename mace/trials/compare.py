@@ -1,0 +1,336 @@
+"""`mace compare`: sources side by side on the same traffic, and beside none. What does each say, and what does it cost?
+
+In rounds, each in a random order of its own: echo requests of a container, the next as soon as there is a reply, while
+one source is read and correlated as by `mace run`, or while nothing observes. The round trips are the client's own, in
+ns; by how much a source makes them longer is its *perturbation*. A source that is compared with nobody is no baseline,
+so `none` is always one of them.
+
+    round 1:  ftrace | none | kmod      each: source on ─► N round trips ─► source off
+    round 2:  kmod | ftrace | none
+    ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from collector import SOURCES
+from contracts.errors import LabError, Unavailable, UsageError, nearest
+from contracts.figures import Distribution, Key, Summary, labels_of, path_order
+from contracts.histogram import middles
+from contracts.schema import Direction, Segment
+from correlator import intervals
+from mace.lab import REMOTE, Lab, Runtime, Spec, probing
+from mace.live.session import Session
+from mace.shown.terminal import PlainTable
+from mace.trials.rounds import bounds, interval_text, machine, machine_text, median_us
+
+Ints = npt.NDArray[np.int64]
+
+NONE: Final = "none"
+KNOWN: Final = (*SOURCES, NONE)
+_PAYLOAD_BYTES: Final = 56
+_DIRECTIONS: Final = (Direction.EGRESS, Direction.INGRESS)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source in one round."""
+
+    trips_ns: Ints
+    """Round trips that were answered."""
+    unanswered: int
+    summary: Summary
+    """Empty for `none`."""
+    cpu_s: float
+    """Of this process: reading, correlating, and starting and stopping the source."""
+    wall_s: float
+
+    def overhead_ns(self, direction: Direction) -> Ints:
+        """Of each packet of the container, by the bins of the histogram."""
+        parts = [_values(d) for (_, way, _), d in self.summary.overhead() if way is direction]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What came of it: the parts of each source, by round."""
+
+    parts: dict[str, list[Part]]
+    machine: dict[str, Any]
+    whole: dict[str, Summary] = field(default_factory=dict)
+    """All rounds of a source."""
+
+    def __post_init__(self) -> None:
+        for name, parts in self.parts.items():
+            self.whole[name] = Summary()
+            for part in parts:
+                self.whole[name].merge(part.summary)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`sources`: an object a source (`_source`); `devices` (`_devices`); `rounds`; `machine`."""
+        return {
+            "sources": {name: self._source(name) for name in self.parts},
+            "devices": self._devices(),
+            "rounds": self._rounds(),
+            "machine": self.machine,
+        }
+
+    def _rounds(self) -> int:
+        return min(map(len, self.parts.values()))
+
+    def _source(self, name: str) -> dict[str, Any]:
+        """rtt_p50_us with rtt_ci95_us; perturbation_us (of medians, to `none`) and its interval; overhead by direction
+        (p50_us, ci95_us); cpu_us_per_trip, cpu_share of one core, packets, unanswered, own cost and ledger.
+        """
+        parts, bare = self.parts[name], self.parts[NONE]
+
+        def trip_us(drawn: Ints) -> float:
+            return median_us(parts[n].trips_ns for n in drawn)
+
+        def perturbation_us(drawn: Ints) -> float:
+            return trip_us(drawn) - median_us(bare[n].trips_ns for n in drawn)
+
+        every, rounds = np.arange(self._rounds()), self._rounds()
+        trips = sum(len(part.trips_ns) for part in parts)
+        found: dict[str, Any] = {
+            "rtt_p50_us": round(trip_us(every), 2),
+            "rtt_ci95_us": _rounded(intervals.of_rounds(trip_us, rounds)),
+            "perturbation_us": round(perturbation_us(every), 2),
+            "perturbation_ci95_us": _rounded(intervals.of_rounds(perturbation_us, rounds)),
+            "trips": trips,
+            "unanswered": sum(part.unanswered for part in parts),
+        }
+        if name == NONE:
+            return found
+        summary = self.whole[name]
+        for direction in _DIRECTIONS:
+            values = [part.overhead_ns(direction) for part in parts]
+
+            def overhead_us(drawn: Ints, values: Sequence[Ints] = values) -> float:
+                return median_us(values[n] for n in drawn)
+
+            found[f"overhead_{direction.name.lower()}"] = {
+                "p50_us": round(overhead_us(every), 2),
+                "ci95_us": _rounded(intervals.of_rounds(overhead_us, rounds)),
+            }
+        cpu_s, wall_s = sum(p.cpu_s for p in parts), sum(p.wall_s for p in parts)
+        found |= {
+            "cpu_us_per_trip": round(cpu_s / max(trips, 1) * 1e6, 2),
+            "cpu_share": round(cpu_s / wall_s, 3),
+            "packets": summary.packets,
+            "lost": summary.ledger.lost,
+            "ledger": summary.ledger.as_dict(),
+            "grades": summary.grades.as_dict(),
+        }
+        if summary.cost:
+            found["own_cost"] = [cost.as_dict() for cost in summary.cost]
+        return found
+
+    def _devices(self) -> list[dict[str, Any]]:
+        """In the order of the path: device, of, direction, segment, and by source count, p50_us, p99_us."""
+        found = []
+        for (device, owner, direction, segment), of in self._by_device().items():
+            row: dict[str, Any] = {"device": device, "of": owner, "direction": direction, "segment": segment}
+            for name, distribution in of.items():
+                p50, p99 = distribution.quantiles((0.5, 0.99))
+                row[name] = {"count": distribution.count, "p50_us": p50 / 1000, "p99_us": p99 / 1000}
+            found.append(row)
+        return found
+
+    def _by_device(self) -> dict[tuple[str, str, str, str], dict[str, Distribution]]:
+        """Sources name devices by what they know of them, so rows meet by what people read."""
+        rows: list[tuple[Key, str, Distribution]] = [
+            (key, name, distribution)
+            for name, summary in self.whole.items()
+            for key, distribution in summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
+        ]
+        rows.sort(key=lambda row: path_order(row[0]))
+        labels = labels_of([key[0] for key, _, _ in rows])
+        found: dict[tuple[str, str, str, str], dict[str, Distribution]] = {}
+        for (place, direction, segment), name, distribution in rows:
+            told = (labels[place], place.container or place.netns, direction.name.lower(), segment.name.lower())
+            found.setdefault(told, {})[name] = distribution
+        return found
+
+    def tables(self, console: Console) -> None:
+        """For people."""
+        console.print(self._source_table())
+        console.print(self._device_table())
+        for name, summary in self.whole.items():
+            if name != NONE:
+                console.print(f"{name}: {summary.ledger_line()}")
+        console.print(machine_text(self.machine))
+
+    def _source_table(self) -> PlainTable:
+        table = PlainTable(f"Round trips of a container and what observing adds, {self._rounds()} rounds, µs")
+        for name in ("source", "RTT", "95 %", "added", "95 %", "egress", "95 %", "ingress", "95 %", "CPU/trip", "lost"):
+            table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+        for name in self.parts:
+            row = self._source(name)
+            cells = [f"{row['rtt_p50_us']:.1f}", _plain(row["rtt_ci95_us"])]
+            if name == NONE:
+                table.add_row(name, *cells)
+                continue
+            cells += [f"{row['perturbation_us']:+.1f}", interval_text(row["perturbation_ci95_us"])]
+            for direction in _DIRECTIONS:
+                overhead = row[f"overhead_{direction.name.lower()}"]
+                cells += [f"{overhead['p50_us']:.1f}", _plain(overhead["ci95_us"])]
+            table.add_row(name, *cells, f"{row['cpu_us_per_trip']:.1f}", f"{row['lost']:,}")
+        return table
+
+    def _device_table(self) -> PlainTable:
+        table = PlainTable("Device by device, µs")
+        for name in ("device", "of", "counts as"):
+            table.add_column(name)
+        names = [name for name in self.parts if name != NONE]
+        for name in names:
+            for what in ("packets", "p50", "p99"):
+                table.add_column(f"{name} {what}", justify="right")
+        for direction, rows in groupby(self._devices(), key=lambda row: row["direction"]):
+            table.add_row(direction, style="bold")
+            for row in rows:
+                cells: list[str] = []
+                for name in names:
+                    one = row.get(name)
+                    cells += [f"{one['count']:,}", f"{one['p50_us']:.1f}", f"{one['p99_us']:.1f}"] if one else ["-"] * 3
+                table.add_row(row["device"], row["of"], row["segment"], *cells)
+        return table
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `mace compare` but `--config` and `--json`."""
+    parser.add_argument("--sources", metavar="LIST", help=f"of {', '.join(KNOWN)} (those that can run here, and none)")
+    parser.add_argument("--lab", metavar="NAME", help="in this lab, instead of one for the purpose")
+    parser.add_argument("--container", default="c1", metavar="NAME", help="whose packets (c1)")
+    parser.add_argument("--runtime", choices=[r.value for r in Runtime], default="netns", help="of a lab of its own")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of all sources, in random order (10)")
+    parser.add_argument("--count", type=int, default=2000, metavar="N", help="round trips of each in a round (2000)")
+    parser.add_argument("--interval", type=float, default=0.0, metavar="S", help="between requests (0: after a reply)")
+    parser.add_argument("--ring-mib", type=int, metavar="N", help="the kernel's ring, MiB per CPU")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the order (1)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The sources to compare, `none` the last. Raises `UsageError`, and `Unavailable` for one that cannot run here."""
+    if args.rounds < 1 or args.count < 1 or args.interval < 0:
+        raise UsageError("--rounds and --count want one at least, --interval no less than 0")
+    if args.sources is None:
+        return [*(name for name, source in SOURCES.items() if source.check().ok), NONE]
+    names = list(dict.fromkeys(word for word in args.sources.split(",") if word))
+    for name in names:
+        if name not in KNOWN:
+            raise UsageError(f"--sources: no {name!r}{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
+        if name != NONE and not (status := SOURCES[name].check()).ok:
+            raise Unavailable(name, status.detail, status.remedy)
+    found = [name for name in names if name != NONE]
+    if not found:
+        raise UsageError("--sources: name one at least beside none")
+    return [*found, NONE]
+
+
+def spec(args: argparse.Namespace) -> Spec:
+    """The lab that is made for it."""
+    return Spec(name="compare", runtime=Runtime(args.runtime))
+
+
+def measure(args: argparse.Namespace, lab: Lab, sessions: Callable[[str], Session]) -> Comparison:
+    """All rounds. `sessions` gives the session with a source, by the source's name."""
+    names = chosen(args)
+    ready = {name: sessions(name) for name in names if name != NONE}
+    order = random.Random(args.seed)
+    lab.ping(args.container, count=3)
+    _trips(args, lab, min(args.count, 200))
+    parts: dict[str, list[Part]] = {name: [] for name in names}
+    for number in range(args.rounds):
+        for name in order.sample(names, len(names)):
+            next(iter(ready.values())).say(f"round {number + 1} of {args.rounds}: {name}")
+            parts[name].append(_part(args, lab, ready.get(name)))
+    return Comparison(parts, machine())
+
+
+def _part(args: argparse.Namespace, lab: Lab, session: Session | None) -> Part:
+    found: list[Ints] = []
+
+    async def traffic() -> None:
+        found.append(await asyncio.to_thread(_trips, args, lab, args.count))
+
+    cpu_s, wall_s = time.process_time(), time.monotonic()
+    if session is None:
+        found.append(_trips(args, lab, args.count))
+        summary = Summary()
+    else:
+        summary = session.measure(traffic, store=None, tee=None)
+    cpu_s, wall_s = time.process_time() - cpu_s, time.monotonic() - wall_s
+    if not found:
+        raise UsageError("interrupted")
+    answered = found[0] >= 0
+    return Part(found[0][answered], int((~answered).sum()), summary, cpu_s, wall_s)
+
+
+def _trips(args: argparse.Namespace, lab: Lab, count: int) -> Ints:
+    argv = probing.command("trips", lab.address(REMOTE), count, int(args.interval * 1e9), _PAYLOAD_BYTES)
+    process = lab.popen(args.container, argv)
+    said, complaints = process.communicate()
+    if process.returncode:
+        raise LabError(f"round trips from {args.container}: {complaints.strip() or process.returncode}")
+    return np.array(json.loads(said), np.int64)
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """Round trips, overheads and perturbations as a picture. Raises `MissingExtra` without matplotlib."""
+    # matplotlib is an extra, and takes longer to import than most commands to run.
+    from mace.shown.plots import write_png  # noqa: PLC0415
+    from mace.shown.round_plots import Bar, Curve, Panel, drawn  # noqa: PLC0415
+
+    every = {name: np.concatenate([part.trips_ns for part in parts]) / 1000 for name, parts in found.parts.items()}
+    panels = [Panel("Round trips", [Curve(name, values) for name, values in every.items()])]
+    told = {name: found.as_dict()["sources"][name] for name in found.parts if name != NONE}
+    for direction in _DIRECTIONS:
+        curves = [
+            Curve(name, np.concatenate([part.overhead_ns(direction) for part in found.parts[name]]) / 1000)
+            for name in told
+        ]
+        panels.append(Panel(f"Overhead, {direction.name.lower()}", curves))
+    bars = []
+    for name, row in told.items():
+        low, high = row["perturbation_ci95_us"] or [row["perturbation_us"]] * 2
+        bars.append(Bar(name, row["perturbation_us"], low, high, name))
+    picture = drawn(
+        panels,
+        bars,
+        title="The same traffic, observed by each source and by none",
+        what="µs",
+        bars_title="By how much a source makes the median round trip longer, with 95 % intervals",
+        note="\n".join([machine_text(found.machine), *(f"{name}: {found.whole[name].ledger.line()}" for name in told)]),
+    )
+    write_png(picture, path)
+
+
+def _values(distribution: Distribution) -> Ints:
+    bins, counts = distribution.histogram()
+    found: Ints = np.repeat(middles(bins), counts)
+    return found
+
+
+def _rounded(found: intervals.Interval | None) -> list[float] | None:
+    ends = bounds(found)
+    return None if ends is None else [round(end, 2) for end in ends]
+
+
+def _plain(ends: list[float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:.1f} … {ends[1]:.1f}"

@@ -1,0 +1,175 @@
+"""`mace verify`: scenarios through a lab, and how often the matching was right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+from contracts.config import Config
+from contracts.errors import UsageError, nearest
+from correlator.engine import EngineConfig
+from mace import lab as labs
+from mace.lab import HOST, Lab
+from mace.live import pipeline
+from mace.shown.terminal import PlainTable, complaint, json_line, output
+from mace.trials.verify import scenarios, stream, truth
+from mace.trials.verify.bound import allowed, kept
+from mace.trials.verify.scenarios import BY_NAME, SCENARIOS, Scenario, Stage
+
+PACKETS: Final = 2000
+_WIDTH: Final = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `--json` has of a scenario."""
+
+    scenario: str
+    packets: int
+    """Numbered packets that were seen at the inner and the outer device."""
+    precision: float
+    recall: float
+    delay_error_p50_ns: int
+    delay_error_p99_ns: int
+    round_trips: int
+    """Requests and their echoes, both with a right row."""
+    round_trip_error_p50_ns: int
+    """The same error of a request's and its echo's overhead together."""
+    recall_bound: float
+    """What the records that there are allow: `mace.trials.verify.bound`."""
+    wrong: int
+    """Rows whose two ends are different packets'."""
+    records: int
+    lost: int
+    grades: dict[str, int]
+    ledger: dict[str, int]
+    source: str
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `mace verify` but `--source`, `--config` and `--json`."""
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="all by default: " + ", ".join(BY_NAME))
+    parser.add_argument(
+        "--packets", type=int, default=PACKETS, metavar="N", help=f"that each flow sends (default {PACKETS})"
+    )
+
+
+def run(args: argparse.Namespace, config: Config) -> int:
+    """Play them and tell; 1 if a row was wrong or a packet that could be matched was not."""
+    unknown = [name for name in args.scenarios if name not in BY_NAME]
+    if unknown:
+        raise UsageError(f"no scenario {unknown[0]!r}{nearest(unknown[0], BY_NAME)}; there are {', '.join(BY_NAME)}")
+    if not 1 <= args.packets <= 20_000:
+        raise UsageError(f"--packets {args.packets}: expected 1 to 20000")
+    source, _ = pipeline.chosen_source(config.capture)
+    config = replace(config, capture=replace(config.capture, source=source))
+    chosen = [BY_NAME[name] for name in args.scenarios] or list(SCENARIOS)
+    verdicts = []
+    for scenario in chosen:
+        if scenario.sample_shift and source != "kmod":
+            complaint(f"mace: {scenario.name}: not with {source}, which records everything")
+            continue
+        verdicts.append(verdict(scenario, config, args.packets))
+        if args.json:
+            json_line(asdict(verdicts[-1]), flush=True)
+        elif sys.stderr.isatty():
+            complaint(f"{scenario.name}: {scenario.meaning}")
+    if not args.json:
+        output(_WIDTH).print(table(verdicts))
+    return 0 if all(v.wrong == 0 and v.recall >= v.recall_bound for v in verdicts) else 1
+
+
+def table(verdicts: list[Verdict]) -> PlainTable:
+    """For people."""
+    made = PlainTable()
+    made.add_column("scenario")
+    for heading in (
+        "packets",
+        "precision",
+        "recall",
+        "of at most",
+        "error p50",
+        "p99",
+        "both ways p50, µs",
+        "records",
+        "lost",
+        "grades",
+    ):
+        made.add_column(heading, justify="left" if heading == "grades" else "right")
+    for v in verdicts:
+        made.add_row(
+            v.scenario,
+            f"{v.packets:,}",
+            f"{v.precision:.3f}",
+            f"{v.recall:.3f}",
+            f"{v.recall_bound:.3f}",
+            f"{v.delay_error_p50_ns / 1000:.1f}",
+            f"{v.delay_error_p99_ns / 1000:.1f}",
+            f"{v.round_trip_error_p50_ns / 1000:.1f}" if v.round_trips else "–",
+            f"{v.records:,}",
+            f"{v.lost:,}",
+            ", ".join(f"{name} {count:,}" for name, count in v.grades.items() if count and name != "told_apart"),
+        )
+    return made
+
+
+def verdict(scenario: Scenario, config: Config, packets: int) -> Verdict:
+    """Play one scenario in a lab of its own."""
+    with labs.running(scenario.spec) as lab, ExitStack() as leaving:
+        scenario.prepare(lab)
+        for name in lab.containers:
+            for family in (4, 6):
+                lab.ping(name, count=2, family=family)
+        stage = Stage(lab, packets, leaving)
+        capture = replace(labs.capture_of(config.capture, lab), sample_shift=scenario.sample_shift)
+        whole = stream.taken(replace(config, capture=capture), lambda: _played(scenario, stage))
+    engine = pipeline.engine_config(config)
+    return judged(scenario, stage, whole, engine, capture.source)
+
+
+def _played(scenario: Scenario, stage: Stage) -> None:
+    lab: Lab = stage.lab
+    with ExitStack() as observing:
+        outer = observing.enter_context(stage.observed(HOST, lab.outer_device))
+        inner = {name: observing.enter_context(stage.observed(name, "eth0")) for name in lab.containers}
+        for kind in scenario.bystanders:
+            observing.enter_context(stage.observed(HOST, scenarios.bystander_device(lab, kind)))
+        scenario.play(stage)
+    stage.outer += outer
+    stage.inner |= inner
+
+
+def judged(scenario: Scenario, stage: Stage, whole: stream.Stream, engine: EngineConfig, source: str) -> Verdict:
+    """The score of what the engine makes of the stream, or of what a scenario's loss leaves of it."""
+    worked = stream.worked(whole, engine)
+    rows = truth.rows(worked.delays, worked.devices)
+    score = truth.score(rows, stage.inner, stage.outer)
+    if scenario.loss:
+        thinned, gone = stream.thinned(whole, scenario.loss)
+        possible = allowed(whole, gone, score.matched, rows) / max(score.packets, 1)
+        worked = stream.worked(thinned, engine)
+        score = truth.score(truth.rows(worked.delays, worked.devices), stage.inner, stage.outer)
+    elif not scenario.partial:
+        possible = 1.0
+    else:
+        possible = kept(whole, worked.devices, stage.inner, stage.outer) / max(score.packets, 1)
+    return Verdict(
+        scenario=scenario.name,
+        packets=score.packets,
+        precision=round(score.precision, 6),
+        recall=round(score.recall, 6),
+        delay_error_p50_ns=score.error_ns(0.5),
+        delay_error_p99_ns=score.error_ns(0.99),
+        round_trips=len(score.trip_errors_ns),
+        round_trip_error_p50_ns=score.trip_error_ns(0.5),
+        recall_bound=round(possible, 6),
+        wrong=score.wrong,
+        records=worked.ledger.records,
+        lost=worked.ledger.lost,
+        grades=worked.grades.as_dict(),
+        ledger=worked.ledger.as_dict(),
+        source=source,
+    )

@@ -1,0 +1,211 @@
+"""What `mace verify` tries: how the lab looks, what is said, and what is done to the records. One row a scenario."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from contracts.errors import LabError
+from mace.lab import HOST, REMOTE, Lab, Spec
+from mace.lab.plan import device_tag
+from mace.trials.verify.truth import Sight
+
+LAB: Final = "verify"
+_OBSERVER: Final = Path(__file__).with_name("observer.py")
+_TALKER: Final = Path(__file__).with_name("talker.py")
+_CHURN: Final = 3
+"""Containers that come and go."""
+_WAIT_S: Final = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One way of being hard. `play` talks, with observers on, until everything has been said."""
+
+    name: str
+    meaning: str
+    play: Callable[[Stage], None]
+    prepare: Callable[[Lab], None] = lambda _: None
+    spec: Spec = field(default_factory=lambda: Spec(name=LAB))
+    loss: float = 0.0
+    """Share of the records that is taken away before the engine sees them."""
+    sample_shift: int = 0
+    """One packet in 2 to the power of this is recorded; the module only."""
+    partial: bool = False
+    """Not every source can tie every pair: what it can is worked out from its records."""
+    bystanders: tuple[str, ...] = ()
+    """Devices of the host, without the lab's tag, that have a packet socket of their own."""
+
+
+class Stage:
+    """A lab with observers, on which a scenario is played."""
+
+    def __init__(self, lab: Lab, packets: int, leaving: ExitStack) -> None:
+        self.lab, self.packets = lab, packets
+        self.inner: dict[str, list[Sight]] = {}
+        self.outer: list[Sight] = []
+        self._leaving = leaving
+        self._flows = 0
+
+    @contextmanager
+    def observed(self, member: str, device: str) -> Iterator[list[Sight]]:
+        """A packet socket there for the length of the block; afterwards the list has what it saw."""
+        seen: list[Sight] = []
+        process = self._start(member, str(_OBSERVER), device)
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise LabError(f"no packet socket on {device} of {member}: {process.communicate()[1].strip()}")
+        yield seen
+        found = json.loads(process.communicate(timeout=_WAIT_S)[0])
+        if found["dropped"]:
+            raise LabError(f"the observer on {device} of {member} missed {found['dropped']} packets")
+        seen += (tuple(each) for each in found["seen"])
+
+    def talk(self, *flows: tuple[str, str, int, int], to: str = "", family: int = 4, server: str = "echo") -> None:
+        """Flows of (role of `talker.py`, container, bytes a packet, packets a second), side by side."""
+        clients = []
+        for role, container, size, rate in flows:
+            listening = self._start(REMOTE, str(_TALKER), server, str(family))
+            assert listening.stdout is not None
+            port = listening.stdout.readline().strip()
+            host = to or self.lab.address(REMOTE, 6 if family == 6 else 4)
+            self._flows += 1
+            words = [role, family, host, port, self._flows, self.packets, size, rate]
+            clients.append(self._start(container, str(_TALKER), *map(str, words)))
+        for client in clients:
+            assert client.stdout is not None
+            if client.stdout.readline() != "done\n":  # it ends by itself after a minute
+                raise LabError(f"sending failed: {client.communicate()[1].strip()}")
+
+    def _start(self, member: str, *argv: str) -> subprocess.Popen[str]:
+        process = self.lab.popen(member, [sys.executable, "-I", "-S", *argv])
+        self._leaving.callback(process.communicate)
+        self._leaving.callback(process.kill)
+        return process
+
+
+def run_in(lab: Lab, member: str, *commands: str) -> None:
+    """Run commands in a member's namespace. Raises `LabError` with what the first that fails says."""
+    for command in commands:
+        process = lab.popen(member, command.split())
+        _, error = process.communicate(timeout=_WAIT_S)
+        if process.returncode:
+            raise LabError(f"{command}: {error.strip()}")
+
+
+# How they are prepared ------------------------------------------------------------------------------------
+
+
+def _route_back(lab: Lab) -> None:
+    run_in(lab, HOST, "nft flush chain inet mace_lab nat")
+    run_in(
+        lab,
+        REMOTE,
+        "ip route add 198.51.100.0/24 via 203.0.113.1",
+        "ip route add 2001:db8:1::/48 via 2001:db8:ffff::1",
+    )
+
+
+def _cut_in_software(lab: Lab) -> None:
+    run_in(lab, HOST, f"ethtool -K {lab.outer_device} tso off gso off")
+
+
+def _tunnel(lab: Lab) -> None:
+    device = f"vx{device_tag(lab.name)}"
+    for member, here, there in ((HOST, 1, 2), (REMOTE, 2, 1)):
+        under = f"local 203.0.113.{here} remote 203.0.113.{there}"
+        run_in(
+            lab,
+            member,
+            f"ip link add {device} type vxlan id 7 dstport 4789 {under}",
+            f"ip addr add 192.0.2.{here}/24 dev {device}",
+            f"ip link set {device} up",
+        )
+    run_in(lab, REMOTE, f"ip route add 198.51.100.0/24 via 192.0.2.1 dev {device}")
+    run_in(lab, HOST, "ping -c 2 -i 0.05 192.0.2.2")
+
+
+# How they are played --------------------------------------------------------------------------------------
+
+
+def _echoes(stage: Stage) -> None:
+    stage.talk(*(("udp", name, 96, 2000) for name in stage.lab.containers))
+
+
+def _churning(stage: Stage) -> None:
+    for number in range(_CHURN):
+        name = f"n{number}"
+        stage.lab.add_container(name)
+        with stage.observed(name, "eth0") as seen:
+            stage.talk(("udp", "c1", 96, 2000), ("udp", name, 96, 2000))
+        stage.inner[name] = seen
+        stage.lab.remove_container(name)
+
+
+_TWO: Final = Spec(name=LAB, containers=2)
+_TWINS: Final = Spec(name=LAB, containers=2, bridges=2, same_addresses=True)
+
+SCENARIOS: Final = (
+    Scenario("plain", "UDP and its echo, routed without NAT", _echoes, _route_back),
+    Scenario("nat", "the same from two containers behind NAT", _echoes, spec=_TWO),
+    Scenario(
+        "equal_ids",
+        "two containers with equal addresses, ports and IP identifications, at once",
+        lambda stage: stage.talk(("twin", "c1", 96, 1000), ("twin", "c2", 96, 1000)),
+        spec=_TWINS,
+    ),
+    Scenario("ipv6", "UDP and its echo over IPv6", lambda stage: stage.talk(("udp", "c1", 96, 2000), family=6)),
+    Scenario(
+        "udp",
+        "two containers send as fast as the observers can follow",
+        lambda stage: stage.talk(("udp", "c1", 96, 10_000), ("udp", "c2", 96, 10_000)),
+        spec=_TWO,
+    ),
+    Scenario(
+        "tcp_bulk",
+        "TCP streams of two containers",
+        lambda stage: stage.talk(("tcp", "c1", 4096, 1500), ("tcp", "c2", 8192, 1500), server="sink"),
+        spec=_TWO,
+    ),
+    Scenario(
+        "gso_on",
+        "TCP in buffers of up to 64 KiB that stay whole",
+        lambda stage: stage.talk(("tcp", "c1", 61_440, 500), server="sink"),
+    ),
+    Scenario(
+        "gso_off",
+        "TCP in large buffers that the outer device has cut in software",
+        lambda stage: stage.talk(("tcp", "c1", 16_384, 500), server="sink"),
+        _cut_in_software,
+    ),
+    Scenario(
+        "fragments",
+        "datagrams of three fragments, reassembled and cut again by connection tracking",
+        lambda stage: stage.talk(("udp", "c1", 3504, 500)),
+        partial=True,
+    ),
+    Scenario("clones", "packet sockets on the bridge and the container's port too", _echoes, bystanders=("br", "veth")),
+    Scenario(
+        "vxlan",
+        "through a VXLAN tunnel over the outer device",
+        lambda stage: stage.talk(("udp", "c1", 96, 2000), to="192.0.2.2"),
+        _tunnel,
+    ),
+    Scenario("loss_1", "1 % of the records taken away in blocks", _echoes, spec=_TWO, loss=0.01),
+    Scenario("loss_20", "20 % of the records taken away in blocks", _echoes, spec=_TWO, loss=0.2),
+    Scenario("sampling_8", "one packet in eight recorded", _echoes, sample_shift=3, partial=True),
+    Scenario("churn", "containers that come and go, with the addresses of those before", _churning),
+)
+BY_NAME: Final = {scenario.name: scenario for scenario in SCENARIOS}
+
+
+def bystander_device(lab: Lab, kind: str) -> str:
+    """Name of the bridge, or of the first container's port."""
+    tag = device_tag(lab.name)
+    return f"br{tag}" if kind == "br" else f"veth{tag}-c1"

@@ -1,0 +1,165 @@
+"""The records of a scenario: taken from a live source into memory, thinned as a full ring would, worked through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from contracts.config import Config
+from contracts.hooks import Hook
+from contracts.interfaces import StreamHeader, StreamItem
+from contracts.ledger import Ledger
+from contracts.records import Batch
+from contracts.schema import Delays, Grades
+from contracts.topology import Device, Topology
+from correlator.engine import Engine, EngineConfig
+from mace.live import pipeline
+from mace.live.pipeline import Stop
+
+BLOCK_RECORDS = 32
+"""A full ring loses stretches of records, not single ones. This long, they cut some packets and spare others."""
+
+
+@dataclass(slots=True)
+class Stream:
+    """A whole stream in memory; a `StreamSink`."""
+
+    offset_ns: int = 0
+    """What to add to its times to get UTC."""
+    items: list[Topology | Batch] = field(default_factory=list)
+
+    async def open(self, header: StreamHeader) -> None:
+        """Take the clock from the header."""
+        self.offset_ns = header.clock.offset_ns
+
+    async def write(self, item: StreamItem) -> None:
+        """Keep it."""
+        if isinstance(item, Topology | Batch):
+            self.items.append(item)
+
+    async def aclose(self) -> None:
+        """Nothing to release."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What the engine made of a stream."""
+
+    delays: Delays
+    devices: tuple[Device, ...]
+    ledger: Ledger
+    grades: Grades
+
+
+def taken(config: Config, work: Callable[[], None]) -> Stream:
+    """The records of the source that `config` asks for, from before `work` begins until after it has ended."""
+    stream, stop = Stream(), Stop()
+    source = pipeline.live_source(config.capture)
+
+    async def measure() -> None:
+        begun = asyncio.Event()
+
+        async def working() -> None:
+            await begun.wait()
+            try:
+                await asyncio.to_thread(work)
+                await asyncio.sleep(0.2)
+            finally:
+                stop.request()
+
+        task = asyncio.create_task(working())
+        try:
+            # The first item is the topology: by then the source is open.
+            await pipeline.capture(source, stream, stop=stop, on_item=lambda _: begun.set())
+            await task
+        finally:
+            task.cancel()
+
+    asyncio.run(measure())
+    return stream
+
+
+def worked(stream: Stream, config: EngineConfig) -> Worked:
+    """The engine's answers to it."""
+    engine = Engine(stream.offset_ns, config)
+    results = [result for item in stream.items for result in engine.feed(item)]
+    results.append(engine.finish())
+    last = results[-1]
+    return Worked(Delays.concatenate([each.delays for each in results]), last.devices, last.ledger, last.grades)
+
+
+def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.NDArray[np.bool_]]:
+    """The stream without some blocks of each CPU's records, as if its ring had had no room; and which were left out.
+
+    Of every 1 / `share` blocks of a CPU one is left out, chosen by the seed. The second array is over all records of
+    the stream, in its order.
+    """
+    period = round(1 / share) if share else 0
+    taken_away: list[npt.NDArray[np.bool_]] = []
+    counts: dict[int, int] = {}
+    last_ns: dict[int, int] = {}
+    result = Stream(stream.offset_ns)
+    open_gaps: dict[int, list[int]] = {}
+    markers: list[tuple[int, int, int, int]] = []
+    batches = [item for item in stream.items if isinstance(item, Batch)]
+    for batch in batches:
+        gone = np.zeros(len(batch), np.bool_)
+        for i, (ts, cpu) in enumerate(zip(batch.ts_ns.tolist(), batch.cpu.tolist(), strict=True)):
+            number = counts.get(cpu, 0)
+            counts[cpu] = number + 1
+            if period and _is_drawn(number // BLOCK_RECORDS, period, seed, cpu):
+                gone[i] = True
+                open_gaps.setdefault(cpu, [last_ns.get(cpu, ts - 1), 0])[1] += 1
+                continue
+            if cpu in open_gaps:
+                start, lost = open_gaps.pop(cpu)
+                markers.append((start, ts, cpu, lost))
+            last_ns[cpu] = ts
+        taken_away.append(gone)
+    end = int(batches[-1].ts_ns[-1]) + 1 if batches else 0
+    markers += [(start, end, cpu, lost) for cpu, (start, lost) in open_gaps.items()]
+    markers.sort()
+    turn = 0
+    for item in stream.items:
+        if not isinstance(item, Batch):
+            result.items.append(item)
+            continue
+        kept = item[~taken_away[turn]]
+        turn += 1
+        upto = int(item.ts_ns[-1])
+        here = [m for m in markers if m[0] <= upto]
+        markers = markers[len(here) :]
+        result.items.append(_with_markers(kept, here, int(item.ts_ns[0])))
+    return result, np.concatenate(taken_away) if taken_away else np.zeros(0, np.bool_)
+
+
+def _with_markers(batch: Batch, markers: list[tuple[int, int, int, int]], first_ns: int) -> Batch:
+    if not markers:
+        return batch
+    start, end, cpu, lost = (np.array(column) for column in zip(*markers, strict=True))
+    # A gap that began within the batch before is told of here; a stream's times do not go back.
+    content = None if batch.content is None else batch.content[:0]
+    told = Batch.of(
+        len(markers),
+        None if content is None else type(content).of(len(markers)),
+        ts_ns=np.maximum(start, first_ns),
+        skb_id=end,
+        cpu=cpu,
+        l3_len=lost,
+        hook=np.full(len(markers), Hook.LOST),
+    )
+    both = Batch.concatenate([told, batch])
+    # Stable: at equal times the marker comes first.
+    return both[np.argsort(both.ts_ns, kind="stable")]
+
+
+def _is_drawn(block: int, period: int, seed: int, cpu: int) -> bool:
+    """Whether it is the one of its `period` blocks, by a hash (splitmix64) of all the rest."""
+    x = (seed * 0x9E3779B97F4A7C15 + cpu * 0xBF58476D1CE4E5B9 + block // period * 0x94D049BB133111EB) & ((1 << 64) - 1)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
+    return block % period == (x ^ (x >> 31)) % period

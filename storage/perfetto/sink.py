@@ -1,0 +1,330 @@
+"""Write Perfetto traces: packets as a timeline, for ui.perfetto.dev and for SQL in its trace processor.
+
+    host
+    ├── container c1
+    │   ├── whole path      what the container added to a packet: one slice each
+    │   ├── eth0            one slice for each crossing of the device
+    │   └── delays          quantiles of windows of 1 s, a counter each
+    ├── vethc1, br0, out0   devices of the host, in the order of the path out
+    ├── remote: rem0        beyond the outer device
+    ├── lost records        stretches of time in which the ring lost some
+    ├── ledger              where the records went: counters
+    └── records, CPU 0      every record as it was seen
+
+A flow joins the slices of one packet, and those of its reply where the caller knows it. The file is written as it
+comes: what is kept is a few numbers for each track. docs/design/018-perfetto.md has the reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from contracts.figures import COUNTS_AS, ranks
+from contracts.hooks import BY_HOOK, Hook
+from contracts.interfaces import StreamHeader
+from contracts.ledger import Ledger
+from contracts.records import Batch, Flag
+from contracts.schema import Delays, Direction, Grade, Outcome, Segment, Window
+from contracts.topology import Device, Role, Sighting
+from storage.perfetto import events as perfetto_events
+from storage.perfetto.file import UNIT_COUNT, UNIT_NS, PerfettoTrace
+from storage.perfetto.lanes import Lanes
+
+Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.uint64]
+
+_ROWS: Final = 4096
+"""Slices encoded at once: less than a megabyte, which stays in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """What is known of each hop beside its row. Arrays as long as the rows."""
+
+    flow: Ids
+    """Hops with the same one are joined by arrows, in the order of time."""
+    request: Ids
+    """The packet that this one's packet answers; 0 if none is known."""
+    told_by: npt.NDArray[np.int64]
+    """Index into `TOLD_BY`: how that is known."""
+    drop_reason: npt.NDArray[np.int64]
+    """The kernel's number; 0 where the packet was not dropped."""
+
+
+TOLD_BY: Final = ("", "echo", "ports", "turns")
+"""How a reply is known: echo identifier and number; ports, taking turns; lengths alone, taking turns."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What is written of one entry of `Results.devices`."""
+
+    group: int
+    """Of lanes; that of the whole path is one more."""
+    container: int
+    """Number of its name as an argument."""
+    names: tuple[int, ...]
+    """Of slices, by direction; then those of the whole path."""
+
+
+class HostTracks:
+    """The tracks of one stream. Rows may come in any order; device numbers are those of `devices`."""
+
+    def __init__(self, trace: PerfettoTrace, header: StreamHeader) -> None:
+        self._trace = trace
+        self._key = f"{header.boot_id}/{header.host}/{header.run}"
+        self.offset_ns = header.clock.offset_ns
+        self._root = trace.track(self._key, f"host {header.host}", rank=trace.add_host(header))
+        self._devices: tuple[Device, ...] = ()
+        self._entries: list[_Entry] = []
+        self._tracks: dict[str, int] = {}
+        self._groups: dict[tuple[int, int, bool], int] = {}
+        self._lane_of: list[tuple[str, str, int, int]] = []
+        """By group: key, name, parent and rank of its lanes' tracks."""
+        self._lanes = Lanes()
+        self._uuids: list[list[int]] = []
+        """By group: uuids of its lanes."""
+        self._windows: dict[tuple[int, int, int], tuple[int, tuple[int, ...]]] = {}
+        self._ledger: dict[str, int] = {}
+        self._lost: list[tuple[int, int]] = []
+        self._categories = {
+            name: trace.category(name) for name in ("device", "outside", "delivery", "overhead", "record", "lost")
+        }
+        self._directions = [trace.text(d.name.lower()) for d in Direction]
+        self._grades = np.array([trace.text(g.name.lower()) for g in Grade])
+        self._outcomes = np.array([trace.text(o.name.lower()) for o in Outcome])
+        self._told_by = np.array([trace.text(text) for text in TOLD_BY])
+        self._counts_as = np.zeros(len(Segment) + 1, np.int64)
+        self._segment_category = np.zeros(len(Segment) + 1, np.int64)
+        for segment in Segment:
+            self._counts_as[segment] = trace.text(COUNTS_AS[segment])
+            self._segment_category[segment] = self._categories[segment.name.lower()]
+
+    def devices(self, devices: Sequence[Device]) -> None:
+        """What rows point to, from here on; as in `Results`, only ever appended to."""
+        if len(devices) > len(self._entries):
+            self._devices = tuple(devices)
+            known = len(self._entries)
+            for device, rank in list(zip(devices, ranks(devices), strict=True))[known:]:
+                self._entries.append(self._entry(device, rank))
+
+    def hops(self, rows: Delays, told: Told) -> None:
+        """A slice for each row, in the order of time and of the path where times are equal."""
+        if not len(rows):
+            return
+        groups = np.array([entry.group for entry in self._entries], np.int64)
+        containers = np.array([entry.container for entry in self._entries], np.int64)
+        names = np.array([entry.names for entry in self._entries], np.int64)
+        whole = (rows.segment == Segment.OVERHEAD).astype(np.int64)
+        group = groups[rows.device] + whole
+        end = rows.utc_ns + rows.delay_ns
+        track = self._track_of(group, self._lanes.place(group, rows.utc_ns, end))
+        columns: dict[str, npt.NDArray[Any]] = {
+            "begin": rows.utc_ns,
+            "end": end,
+            "track": track,
+            "category": self._segment_category[rows.segment],
+            "name": names[rows.device, rows.direction + len(Direction) * whole],
+            "flow": told.flow,
+            "packet": rows.packet,
+            "delay_ns": rows.delay_ns,
+            "direction": np.array(self._directions)[rows.direction],
+            "container": containers[rows.device],
+            "counts_as": self._counts_as[rows.segment],
+            "hop": rows.position,
+            "grade": self._grades[rows.grade],
+            "l3_len": rows.l3_len,
+            "outcome": self._outcomes[rows.outcome],
+            "drop_reason": told.drop_reason,
+            "request": told.request,
+            "told_by": self._told_by[told.told_by],
+        }
+        variant = (told.drop_reason > 0) + 2 * (told.told_by > 0) + 4 * whole
+        self._trace.slices += len(rows)
+        for start in range(0, len(rows), _ROWS):
+            piece = slice(start, start + _ROWS)
+            self._trace.put(
+                perfetto_events.slices(variant[piece], {name: column[piece] for name, column in columns.items()})
+            )
+
+    def records(self, batch: Batch, packet: Ids, sightings: Sequence[Sighting]) -> None:
+        """An instant for each record; `packet` says whose it is, 0 where that is not known."""
+        if not len(batch):
+            return
+        present = np.unique(batch.cpu).tolist()
+        tracks = np.zeros(max(present) + 1, np.int64)
+        for cpu in present:
+            tracks[cpu] = self._named(f"records/{cpu}", f"CPU {cpu}", self._folder("records", 900), cpu)
+        names = np.zeros(256, np.int64)
+        for hook in np.unique(batch.hook).tolist():
+            names[hook] = self._trace.name("lost" if hook == Hook.LOST else BY_HOOK[Hook(hook)].name)
+        texts = np.zeros(int(batch.dev.max()) + 1, np.int64)
+        for code in np.unique(batch.dev).tolist():
+            texts[code] = self._trace.text(_sighted(sightings[code], self._devices))
+        columns: dict[str, npt.NDArray[Any]] = {
+            "begin": batch.ts_ns + self.offset_ns,
+            "track": tracks[batch.cpu],
+            "category": np.full(len(batch), self._categories["record"]),
+            "name": names[batch.hook],
+            "device": texts[batch.dev],
+            "skb_id": batch.skb_id,
+            "l3_len": batch.l3_len,
+            "packet": packet,
+            "drop_reason": batch.drop_reason,
+        }
+        variant = (packet > 0).astype(np.int64) + 4 * (batch.drop_reason > 0)
+        if batch.content is not None:
+            variant += 2 * ((batch.content.flags & Flag.FLOW) > 0)
+            for name in ("l4_proto", "l4_src", "l4_dst", "l4_seq"):
+                columns[name] = getattr(batch.content, name)
+        for start in range(0, len(batch), _ROWS):
+            piece = slice(start, start + _ROWS)
+            self._trace.put(
+                perfetto_events.instants(variant[piece], {name: column[piece] for name, column in columns.items()})
+            )
+        self._trace.instants += len(batch)
+
+    def windows(self, windows: Iterable[Window]) -> None:
+        """Quantiles and number of packets of windows of 1 s; 0 where there is no window."""
+        points: list[tuple[int, int, int]] = []
+        for window in windows:
+            if window.width_s != 1:
+                continue
+            key = (window.device, int(window.direction), int(window.segment))
+            until, tracks = self._windows.get(key) or (window.start_utc_ns, self._counters(*key))
+            if until < window.start_utc_ns:
+                points += [(until, track, 0) for track in tracks]
+            values = (window.p50_ns, window.p99_ns, window.count)
+            points += [(window.start_utc_ns, track, value) for track, value in zip(tracks, values, strict=True)]
+            self._windows[key] = (window.start_utc_ns + window.width_s * 1_000_000_000, tracks)
+        self._points(points)
+
+    def ledger(self, upto_utc_ns: int, ledger: Ledger) -> None:
+        """The ledger's counts at a time, where they have changed."""
+        points = []
+        for rank, (name, count) in enumerate(ledger.as_dict().items()):
+            if self._ledger.get(name) != count:
+                self._ledger[name] = count
+                folder = self._folder("ledger", 800)
+                points.append(
+                    (
+                        upto_utc_ns,
+                        self._named(f"ledger/{name}", name.replace("_", " "), folder, rank, UNIT_COUNT),
+                        count,
+                    )
+                )
+        self._points(points)
+
+    def gaps(self, gaps_utc_ns: Sequence[tuple[int, int]]) -> None:
+        """Stretches of time in which some ring lost records."""
+        if not gaps_utc_ns:
+            return
+        group = self._group((0, 0, False), "lost records", self._root, 700)
+        begin, end = (np.array(times, np.int64) for times in zip(*sorted(gaps_utc_ns), strict=True))
+        end = np.maximum(begin, end)
+        groups = np.full(len(begin), group)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "begin": begin,
+            "end": end,
+            "track": self._track_of(groups, self._lanes.place(groups, begin, end)),
+            "category": np.full(len(begin), self._categories["lost"]),
+            "name": np.full(len(begin), self._trace.name("records lost")),
+        }
+        self._trace.put(perfetto_events.plain(columns))
+
+    def finish(self) -> None:
+        """There will be no more windows: the counters go back to 0."""
+        self._points([(until, track, 0) for until, tracks in self._windows.values() for track in tracks])
+        self._windows.clear()
+
+    # Tracks -------------------------------------------------------------------------------------------------
+
+    def _entry(self, device: Device, rank: int) -> _Entry:
+        who = device.container or device.netns_name or "container"
+        if device.role is Role.INNER:
+            parent = self._container(device)
+            group = self._group((*device.key, False), device.name, parent, 100 + device.ifindex)
+            self._group((*device.key, True), "whole path", parent, 1)
+        elif device.role is Role.HOST or device.role is Role.OUTER:
+            group = self._group((*device.key, False), device.name, self._root, 200 + rank)
+            self._group((*device.key, True), f"{device.name}, whole path", self._root, 200 + rank)
+        else:
+            place = device.netns_name or f"namespace {device.netns}"
+            group = self._group((*device.key, False), f"{place}: {device.name}", self._root, 200 + rank)
+            self._group((*device.key, True), f"{place}: {device.name}, whole path", self._root, 200 + rank)
+        slices = [self._trace.name(f"{who} {d.name.lower()}") for d in Direction]
+        paths = [self._trace.name(f"{who} {d.name.lower()} overhead") for d in Direction]
+        return _Entry(group, self._trace.text(who), (*slices, *paths))
+
+    def _container(self, device: Device) -> int:
+        name = f"container {device.container or device.netns_name or device.netns}"
+        return self._named(f"container/{device.container or device.netns}", name, self._root, 100)
+
+    def _group(self, key: tuple[int, int, bool], name: str, parent: int, rank: int) -> int:
+        """Number of a group of lanes; its tracks are made when they are needed."""
+        found = self._groups.get(key)
+        if found is None:
+            found = self._groups[key] = len(self._lane_of)
+            self._lane_of.append((f"{self._key}/lanes/{key[0]}/{key[1]}/{key[2]:d}", name, parent, rank))
+            self._uuids.append([])
+        return found
+
+    def _track_of(self, group: Ints, lane: Ints) -> Ints:
+        """The track of each lane."""
+        found = np.zeros(len(group), np.int64)
+        codes, member = np.unique(group << 32 | lane, return_inverse=True)
+        uuids = np.zeros(len(codes), np.int64)
+        for i, code in enumerate(codes.tolist()):
+            number, wanted = code >> 32, code & 0xFFFFFFFF
+            known = self._uuids[number]
+            key, name, parent, rank = self._lane_of[number]
+            while len(known) <= wanted:
+                known.append(self._trace.track(f"{key}/{len(known)}", name, parent=parent, rank=rank))
+            uuids[i] = known[wanted]
+        found[:] = uuids[member]
+        return found
+
+    def _named(self, key: str, name: str, parent: int, rank: int, unit: int = 0) -> int:
+        found = self._tracks.get(key)
+        if found is None:
+            found = self._trace.track(f"{self._key}/{key}", name, parent=parent, rank=rank, unit=unit)
+            self._tracks[key] = found
+        return found
+
+    def _folder(self, name: str, rank: int) -> int:
+        return self._named(name, name, self._root, rank)
+
+    def _counters(self, number: int, direction: int, segment: int) -> tuple[int, ...]:
+        device = self._devices[number]
+        parent = self._root
+        if device.container:
+            parent = self._named(f"container/{device.container}", f"container {device.container}", self._root, 100)
+        folder = self._named(f"delays/{device.container}", "delays", parent, 500)
+        way = Direction(direction).name.lower()
+        what = {Segment.OVERHEAD: "overhead", Segment.DELIVERY: f"{device.name} delivery"}.get(
+            Segment(segment), device.name
+        )
+        found = []
+        rank = 1000 * (segment != Segment.OVERHEAD) + 100 * direction + 3 * min(number, 30)
+        for place, (name, unit) in enumerate((("p50", UNIT_NS), ("p99", UNIT_NS), ("packets", UNIT_COUNT))):
+            key = f"delays/{number}/{direction}/{segment}/{name}"
+            found.append(self._named(key, f"{what} {way} {name}", folder, rank + place, unit))
+        return tuple(found)
+
+    def _points(self, points: Sequence[tuple[int, int, int]]) -> None:
+        if points:
+            begin, track, value = (np.array(column, np.int64) for column in zip(*points, strict=True))
+            self._trace.put(perfetto_events.counts({"begin": begin, "track": track, "value": value}))
+
+
+def _sighted(sighting: Sighting, devices: Iterable[Device]) -> str:
+    """What a record says of its device, in words."""
+    if sighting.name or not sighting.ifindex:
+        return sighting.name
+    known = next((d for d in devices if sighting.is_of(d)), None)
+    return known.name if known else f"{sighting.netns_cookie or sighting.netns}:{sighting.ifindex}"

@@ -1,0 +1,414 @@
+"""The source over a made-up module: losses, late news of devices, full rings, and counts that do not agree."""
+
+import asyncio
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from collector.kmod import source as kmod_source
+from collector.kmod.device import Filter
+from collector.kmod.source import KmodConfig, KmodSource
+from contracts.errors import SourceError, Unavailable
+from contracts.hooks import HOOKS, Hook
+from contracts.interfaces import Progress
+from contracts.records import Batch, Flag
+from contracts.topology import Device, Topology
+from tests.made_devices import HOST_NETNS, MadeFollower
+from tests.made_rings import MadeDevice
+
+MS = 1_000_000
+BEGAN = 1000 * MS
+CONFIG = KmodConfig(ring_kib_per_cpu=64, hold_back_ms=50)
+
+
+class Kernel:
+    """The module, its clock and its CPUs; `script` says what happens before each tick."""
+
+    def __init__(self, monkeypatch):
+        self.module = MadeDevice()
+        self.online = [0, 1]
+        self.now_ns = BEGAN
+        monkeypatch.setattr(kmod_source.time, "monotonic_ns", lambda: self.now_ns)
+        monkeypatch.setattr(kmod_source, "online_cpus", lambda: self.online)
+
+    def run(self, *script, follower=None, config=CONFIG, last=lambda _: None):
+        """All items of a run with a tick every 50 ms."""
+        source = KmodSource(config, follower, lambda: self.module)
+        steps = deque(script)
+        seen = []
+
+        def step():
+            self.module.now_ns = self.now_ns
+            if steps:
+                steps.popleft()(self.module)
+
+        async def pause(duration_s):
+            self.now_ns += 50 * MS
+            if steps:
+                step()
+            else:
+                last(self.module)
+                source.request_stop()
+            self.module.now_ns = self.now_ns
+            await asyncio.sleep(0)
+
+        async def main():
+            header = await source.open()
+            source._pause = pause
+            step()
+            try:
+                async for item in source.items():
+                    seen.append(item)
+            finally:
+                await source.aclose()
+            return header
+
+        self.source, self.seen = source, seen
+        self.header = asyncio.run(main())
+        return seen
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    return Kernel(monkeypatch)
+
+
+def records(items):
+    return Batch.concatenate([item for item in items if isinstance(item, Batch)])
+
+
+def check_stream(items):
+    """The promises of contracts.interfaces."""
+    at, told = 0, 0
+    for item in items:
+        if isinstance(item, Topology):
+            assert item.from_ns >= at
+            told = len(item.sightings)
+        elif isinstance(item, Batch):
+            assert (np.diff(item.ts_ns) >= 0).all()
+            assert item.ts_ns[0] >= at
+            at = int(item.ts_ns[-1])
+            assert item.dev.max() < told
+        else:
+            assert item.upto_ns >= at
+
+
+def nothing(module):
+    pass
+
+
+def test_records_come_merged_with_their_sightings_before_them(kernel):
+    def traffic(module):
+        module.write(0, BEGAN + 10, Hook.NET_DEV_QUEUE, HOST_NETNS + 1, 2, skb_id=7, l3_len=84, gso_segs=2)
+        module.write(1, BEGAN + 20, Hook.NETIF_RX, HOST_NETNS, 5)
+        module.write(0, BEGAN + 30, Hook.KFREE_SKB, HOST_NETNS, 5, drop_reason=77, flags=Flag.RECALLED | Flag.KEY)
+        module.write(0, BEGAN + 40, Hook.CONSUME_SKB, HOST_NETNS, 0)
+
+    items = kernel.run(traffic, nothing, follower=MadeFollower((Device(HOST_NETNS, 5, "br0", "bridge"),)))
+    check_stream(items)
+    batch = records(items)
+    assert batch.ts_ns.tolist() == [BEGAN + 10, BEGAN + 20, BEGAN + 30, BEGAN + 40]
+    assert batch.cpu.tolist() == [0, 1, 0, 0]
+    assert batch.content.flags.tolist() == [0, 0, Flag.RECALLED | Flag.KEY, 0]
+    assert (batch.skb_id[0], batch.l3_len[0], batch.gso_segs[0], batch.drop_reason[2]) == (7, 84, 2, 77)
+    last = [i for i in items if isinstance(i, Topology)][-1]
+    seen = [last.sightings[c] for c in batch.dev]
+    # The dropped packet's last device; a socket's namespace alone is no device.
+    br0 = ("br0", HOST_NETNS, 5)
+    assert [(s.name, s.netns, s.ifindex) for s in seen] == [("", HOST_NETNS + 1, 2), br0, br0, ("", 0, 0)]
+    header = kernel.header
+    assert (header.source, header.cpus) == ("kmod", 2)
+    assert header.hooks == tuple(h.tracepoint for h in HOOKS)
+    assert kernel.module.log == ["setup", "start", "stop", "stop", "close"]
+    assert kernel.source.discarded == 0
+
+
+def test_only_hooks_that_are_asked_for_and_there(kernel):
+    kernel.module.hello = replace(kernel.module.hello, hooks=(Hook.NETIF_RX, Hook.KFREE_SKB))
+    kernel.run(nothing, config=replace(CONFIG, wanted=Filter(hooks=(Hook.NETIF_RX, Hook.CONSUME_SKB), sample_shift=3)))
+    assert kernel.module.wanted == Filter(hooks=(Hook.NETIF_RX,), sample_shift=3)
+    assert kernel.header.hooks == ("net:netif_rx",)
+    kernel.module.hello = replace(kernel.module.hello, hooks=())
+    with pytest.raises(Unavailable, match="none of the hooks"):
+        kernel.run(nothing)
+    assert kernel.module.log[-1] == "close"
+
+
+def test_records_wait_for_the_hold_back(kernel):
+    items = kernel.run(
+        lambda m: m.write(0, BEGAN - 1 + 1), nothing, nothing, nothing, config=replace(CONFIG, hold_back_ms=120)
+    )
+    when = next(i for i, item in enumerate(items) if isinstance(item, Batch))
+    before = [item.upto_ns for item in items[:when] if isinstance(item, Progress)]
+    assert before == [BEGAN - 120 * MS, BEGAN - 70 * MS, BEGAN - 20 * MS]
+
+
+def test_a_batch_is_cut_where_news_of_devices_begin(kernel):
+    new = Device(HOST_NETNS, 2, "eth0", "veth")
+    follower = MadeFollower((), None, None, (new,))  # the third tick, at 100 ms: from 50 ms on
+
+    def traffic(module):
+        module.write(0, BEGAN + 40 * MS, Hook.NETIF_RX, HOST_NETNS, 2)
+        module.write(0, BEGAN + 60 * MS, Hook.NETIF_RX, HOST_NETNS, 2)
+
+    items = kernel.run(nothing, nothing, traffic, nothing, nothing, follower=follower)
+    check_stream(items)
+    order = [i.devices if isinstance(i, Topology) else i.ts_ns.tolist() for i in items if not isinstance(i, Progress)]
+    assert order == [(), (), [BEGAN + 40 * MS], (new,), [BEGAN + 60 * MS]]
+    assert follower.state == "closed"
+
+
+def test_a_full_ring_loses_and_the_stream_says_so(kernel):
+    room = 16 * 63
+
+    def flood(module):
+        for i in range(room + 5):
+            assert module.write(0, BEGAN + i, l3_len=i) == (i < room)
+
+    items = kernel.run(nothing, flood, nothing, nothing, nothing)
+    check_stream(items)
+    batch = records(items)
+    assert len(batch) == room + 1
+    (at,) = np.flatnonzero(batch.hook == Hook.LOST)
+    marker = batch[at : at + 1]
+    assert at == room  # told in the tick that found the ring full: no record came after it
+    assert (marker.ts_ns[0], marker.l3_len[0], marker.cpu[0]) == (BEGAN + room - 1, 5, 0)
+    assert marker.skb_id[0] == BEGAN + 50 * MS
+    assert batch.l3_len[:room].tolist() == list(range(room))
+    assert batch.lost == 5
+
+
+def test_a_loss_between_records_is_told_once(kernel):
+    """TAKE found the ring with room, records were lost and stored after it: the next head tells."""
+
+    def direct(module):
+        ring = module.rings[1]
+        ring.pending, ring.pending_from_ns = 4, BEGAN + 61 * MS
+        ring.lost[Hook.NETIF_RX] += 4
+        module.write(1, BEGAN + 70 * MS)
+
+    items = kernel.run(lambda m: m.write(1, BEGAN + 1), nothing, direct, nothing, nothing)
+    check_stream(items)
+    batch = records(items)
+    assert batch.hook.tolist() == [Hook.NETIF_RX, Hook.LOST, Hook.NETIF_RX]
+    assert (batch.l3_len[1], batch.cpu[1], batch.skb_id[1]) == (4, 1, BEGAN + 70 * MS)
+    assert BEGAN + 1 <= batch.ts_ns[1] <= BEGAN + 61 * MS
+
+
+def test_what_is_lost_after_the_last_record_is_told_at_the_end(kernel):
+    def lose(module):
+        module.rings[0].pending = 9
+        module.rings[0].lost[Hook.KFREE_SKB] += 9
+
+    items = kernel.run(lambda m: m.write(0, BEGAN + 1), nothing, last=lose)
+    batch = records(items)
+    assert (batch.lost, batch.hook.tolist()) == (9, [Hook.NETIF_RX, Hook.LOST])
+
+
+def test_a_cpu_that_comes_later_has_a_ring_of_its_own(kernel):
+    def comes(module):
+        kernel.online = [0, 1, 2]
+        module.comes_online(2)
+        assert module.write(2, kernel.now_ns - 1)
+
+    def more(module):
+        assert module.write(2, kernel.now_ns - 1)
+
+    items = kernel.run(nothing, comes, more, nothing)
+    check_stream(items)
+    batch = records(items)
+    assert batch.cpu.tolist() == [2, 2]
+    assert batch.hook.tolist() == [Hook.NETIF_RX] * 2
+    assert kernel.source.discarded == 0
+
+
+def test_namespaces_go_by_cookie_where_kernel_and_follower_have_them(kernel):
+    """An inode that was given out again is another namespace's: its cookie tells them apart."""
+    host = Device(HOST_NETNS, 2, "out0", "", netns_cookie=1)
+    first, second = (
+        Device(HOST_NETNS + 1, 2, name, "veth", netns_cookie=cookie) for name, cookie in (("a", 7), ("b", 8))
+    )
+    kernel.module.hello = replace(kernel.module.hello, cookies=True)
+
+    def traffic(cookie):
+        return lambda module: module.write(0, kernel.now_ns - MS, Hook.NETIF_RX, cookie, 2)
+
+    follower = MadeFollower((host, first), None, (host, second))
+    items = kernel.run(traffic(7), traffic(8), traffic(9), follower=follower)
+    check_stream(items)
+    assert kernel.module.cookies
+    last = [item for item in items if isinstance(item, Topology)][-1]
+    seen = [last.sightings[code] for code in records(items).dev]
+    assert [(s.netns_cookie, s.ifindex) for s in seen] == [(7, 2), (8, 2), (9, 2)]
+    assert last.candidates(seen[0]) == ()
+    assert last.candidates(seen[1]) == (second,)
+    assert last.candidates(seen[2]) == ()
+    assert (seen[0].name, seen[0].netns, seen[2].netns) == ("a", HOST_NETNS + 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kernel_has", "devices"),
+    [
+        (False, (Device(HOST_NETNS, 2, "out0", "", netns_cookie=1),)),
+        (True, (Device(HOST_NETNS, 2, "out0", ""),)),
+        (True, ()),
+    ],
+)
+def test_namespaces_go_by_inode_otherwise(kernel, kernel_has, devices):
+    kernel.module.hello = replace(kernel.module.hello, cookies=kernel_has)
+    items = kernel.run(lambda module: module.write(0, BEGAN + 1), follower=MadeFollower(devices))
+    assert not kernel.module.cookies
+    last = [item for item in items if isinstance(item, Topology)][-1]
+    sighting = last.sightings[records(items).dev[0]]
+    assert (sighting.netns, sighting.netns_cookie) == (HOST_NETNS, 0)
+
+
+def test_a_cpu_that_no_memory_was_left_for_loses_all_and_the_stream_says_when(kernel):
+    def comes(module):
+        kernel.online = [0, 1, 2]
+        module.lost_elsewhere = 3
+
+    def more(module):
+        module.lost_elsewhere = 5
+
+    items = kernel.run(nothing, comes, more, nothing)
+    check_stream(items)
+    batch = records(items)
+    assert batch.hook.tolist() == [Hook.LOST, Hook.LOST]
+    assert (batch.l3_len.tolist(), batch.cpu.tolist()) == ([3, 2], [2, 2])
+    assert batch.skb_id.tolist() == [BEGAN + 50 * MS, BEGAN + 100 * MS]
+
+
+def test_the_hold_back_never_costs_records(kernel):
+    """Three quarters of a ring a tick, held back for ten ticks: without copying the second tick would lose."""
+    count = 12 * 63
+
+    def traffic(module):
+        assert all(module.write(0, kernel.now_ns - 40 * MS + i, l3_len=i) for i in range(count))
+
+    items = kernel.run(*[traffic] * 8, config=replace(CONFIG, hold_back_ms=500))
+    check_stream(items)
+    batch = records(items)
+    assert batch.lost == 0
+    assert batch.l3_len.tolist() == [*range(count)] * 8
+
+
+def test_counts_that_do_not_agree_end_the_run_with_an_error(kernel):
+    def forge(module):
+        module.write(0, BEGAN + 1)
+        module.rings[0].written[Hook.NETIF_RX] += 1
+
+    with pytest.raises(SourceError, match="has written 2 records and lost 0, we have read 1"):
+        kernel.run(forge, nothing)
+    assert kernel.module.log[-2:] == ["stop", "close"]
+
+
+def test_time_that_goes_back_in_a_ring_is_not_believed(kernel):
+    def forge(module):
+        module.write(0, BEGAN + 10)
+        module.write(0, BEGAN + 9)
+
+    with pytest.raises(SourceError, match="time goes back"):
+        kernel.run(forge, nothing, nothing)
+
+
+def test_a_hook_that_was_not_asked_for_is_not_believed(kernel):
+    with pytest.raises(SourceError, match="a record of hook 9"):
+        kernel.run(lambda m: m.write(0, BEGAN + 10, 9), nothing, nothing)
+
+
+def test_late_records_are_counted(kernel):
+    def late(module):
+        module.write(1, BEGAN + 5)
+
+    items = kernel.run(nothing, nothing, nothing, nothing, late, nothing)
+    assert len(records(items)) == 0
+    assert kernel.source.discarded == 1
+
+
+def test_the_end_of_the_own_namespace_ends_the_stream(kernel):
+    kernel.module.hello = replace(kernel.module.hello, sees_all=False)
+
+    def dies(module):
+        module.write(0, BEGAN + 1)
+        module.greet = lambda: replace(module.hello, netns_gone=True)
+
+    items = kernel.run(dies, nothing, nothing, nothing, nothing, nothing)
+    assert len(records(items)) == 1
+    assert kernel.now_ns == BEGAN
+
+
+def test_cost_is_of_this_run(kernel):
+    kernel.module.calls = 5000
+    kernel.run(nothing)
+    assert kernel.source.cost == ()  # it was never asked for while the session was open
+    source = KmodSource(CONFIG, None, lambda: kernel.module)
+
+    async def main():
+        await source.open()
+        first = source.cost
+        await source.aclose()
+        return first
+
+    (cost,) = asyncio.run(main())
+    assert (cost.hook, cost.calls, cost.timed_ns) == (Hook.NETIF_RX, 100, 1000)
+    assert source.cost == (cost,)
+
+
+def test_the_readable_device_ends_a_pause(kernel, monkeypatch):
+    """A real one, as far as asyncio is concerned: a pipe."""
+    import os
+
+    read, write = os.pipe()
+    kernel.module.fileno = lambda: read
+    source = KmodSource(CONFIG, None, lambda: kernel.module)
+
+    async def main():
+        await source.open()
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.01, os.write, write, b"x")
+        async with asyncio.timeout(5):
+            await source._pause(60)
+            os.read(read, 1)
+            loop.call_later(0.01, source.request_stop)
+            await source._pause(60)
+        await source.aclose()
+
+    asyncio.run(main())
+    os.close(read)
+    os.close(write)
+
+
+def test_check_says_what_is_there_or_missing(kernel):
+    status = KmodSource.check(lambda: kernel.module)
+    assert status.ok
+    assert "ABI 1.1: 8 of 8 hooks; sees every network namespace" in status.detail
+    assert "netif_rx 40 ns" in status.detail
+    assert kernel.module.log == ["close"]
+
+    def absent():
+        raise Unavailable("kmod", "not loaded", "load it")
+
+    assert (KmodSource.check(absent).ok, KmodSource.check(absent).remedy) == (False, "load it")
+
+    def other():
+        raise SourceError("speaks ABI 2.0, this MACE 1.0; build it")
+
+    assert (KmodSource.check(other).detail, KmodSource.check(other).remedy) == (
+        "speaks ABI 2.0, this MACE 1.0",
+        "build it",
+    )
+
+
+@pytest.mark.parametrize(("kib", "expected"), [(8192, (32, 256)), (1024, (16, 64)), (3072, (24, 128)), (8, (2, 4))])
+def test_a_ring_is_cut_into_enough_sub_buffers(kib, expected):
+    config = KmodConfig(ring_kib_per_cpu=kib)
+    assert (config.subbufs, config.subbuf_bytes // 1024) == expected
+
+
+@pytest.mark.parametrize("wrong", [{"ring_kib_per_cpu": 1}, {"poll_interval_s": 0}, {"hold_back_ms": -1}])
+def test_what_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        KmodConfig(**wrong)

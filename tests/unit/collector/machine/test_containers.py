@@ -1,0 +1,430 @@
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from collector.machine import containers
+from collector.machine.containers import (
+    ApiError,
+    ContainerApi,
+    NameService,
+    is_made_up,
+    name_in_cgroup,
+    name_of_process,
+)
+from collector.machine.netns import inode_of
+
+ID = "9f7f73d4a4e5d34db251316f1463bf4e6e20f268029740e8613acf0acdbcfe5d"
+OTHER_ID = "18e8ebc3ea9404758433a3603af59f30810204a79e565ceff21aef423fab2a18"
+OWN_NETNS = inode_of("/proc/self/ns/net")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (f"0::/system.slice/docker-{ID}.scope\n", "9f7f73d4a4e5"),
+        (f"12:memory:/docker/{ID}\n1:name=systemd:/docker/{ID}\n", "9f7f73d4a4e5"),
+        (f"0::/machine.slice/libpod-{ID}.scope/container\n", "9f7f73d4a4e5"),
+        (f"0::/machine.slice/libpod-conmon-{ID}.scope\n", ""),
+        (f"0::/kubepods.slice/kubepods-burstable.slice/pod1.slice/cri-containerd-{ID}.scope", "9f7f73d4a4e5"),
+        (f"0::/kubepods/besteffort/pod7e2/{ID}\n", "9f7f73d4a4e5"),
+        (f"0::/kubepods.slice/crio-{ID}.scope\n", "9f7f73d4a4e5"),
+        (f"0::/system.slice/kubelet.service/kubepods-burstable.slice:cri-containerd:{ID}\n", "9f7f73d4a4e5"),
+        (f"0::/docker/{ID}/docker/{OTHER_ID}\n", "18e8ebc3ea94"),
+        ("0::/lxc.payload.web/init.scope\n", "web"),
+        ("0::/lxc/web\n", "web"),
+        ("0::/machine.slice/machine-debian.scope/payload\n", "debian"),
+        (r"0::/machine.slice/machine-web\x2d1.scope/payload", "web-1"),
+        (r"0::/machine.slice/machine-qemu\x2d3\x2ddb.scope/libvirt/emulator", "qemu-3-db"),
+        (r"0::/machine.slice/machine-lxc\x2D7\x2dmail.example.scope", "lxc-7-mail.example"),
+        (r"0::/machine.slice/systemd-nspawn@foo\x2dbar.service/payload", "foo-bar"),
+        ("0::/machine.slice/systemd-nspawn@foo-bar.service/payload", "foo-bar"),
+        (r"0::/machine.slice/machine-gr\xc3\xb6\xc3\x9fe.scope", "größe"),
+        (r"0::/machine.slice/machine-a\x5cb.scope", r"a\b"),
+        (r"0::/machine.slice/machine-\xff.scope", r"\xff"),
+        (r"0::/lxc.payload.web\x2d1/init.scope", r"web\x2d1"),
+        ("0::/lxc.payload.\udcff/init.scope", r"\xff"),
+        ("0::/user.slice/user-1000.slice/session-2.scope\n", ""),
+        ("0::/\n", ""),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_name_in_cgroup(text: str, name: str) -> None:
+    assert name_in_cgroup(text) == name
+
+
+def test_name_of_a_process_that_is_in_no_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "name_in_cgroup", lambda _text: "")
+    comm = Path("/proc/self/comm").read_text().strip()
+    assert name_of_process(os.getpid()) == f"{comm}[{os.getpid()}]"
+
+
+def test_name_of_a_process_that_is_not_utf_8(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"gr\xf6\xdfe")
+    odd.symlink_to("/bin/sleep")
+    with subprocess.Popen([odd, "60"]) as process:
+        try:
+            eventually(lambda: not name_of_process(process.pid).startswith("python"))
+            assert name_of_process(process.pid) == rf"gr\xf6\xdfe[{process.pid}]"
+        finally:
+            process.kill()
+
+
+def test_name_of_a_process_that_has_ended() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert name_of_process(ended.pid) == ""
+
+
+def test_made_up_names() -> None:
+    assert is_made_up("netns-3b0ee13c-d0a8-e5a0-7b1c-4d7e1c7c3e5f")
+    assert is_made_up("cni-3b0ee13c-d0a8-e5a0-7b1c-4d7e1c7c3e5f")
+    assert not is_made_up("netns-1")
+    assert not is_made_up("web")
+    assert not is_made_up("")
+
+
+def test_name_in_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_LABS", tmp_path)
+    (tmp_path / "my-lab.json").write_text("{}")
+    assert containers.name_in_lab("mace-my-lab-c12") == "c12"
+    assert containers.name_in_lab("mace-no-lab-c1") == ""
+    assert containers.name_in_lab("mace-my-lab") == ""
+    assert containers.name_in_lab("my-lab-c1") == ""
+    assert containers.name_in_lab("") == ""
+
+
+# --- the API --------------------------------------------------------------------------------------
+
+Answer = bytes | Callable[[socket.socket], None]
+
+
+class Daemon:
+    """A container daemon that says what it is told to say. `answers`: path → answer; `asked`: the paths, in order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.answers: dict[str, Answer] = {}
+        self.asked: list[str] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        self._connections: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection = self._listener.accept()[0]
+                self._connections.append(connection)
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, IndexError), connection, connection.makefile("rb") as lines:
+            while line := lines.readline():
+                path = line.split()[1].decode()
+                while lines.readline().strip():
+                    pass
+                self.asked.append(path)
+                answer = self.answers.get(path, http(404, b"{}"))
+                if callable(answer):
+                    answer(connection)
+                    return
+                connection.sendall(answer)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def runs(self, identity: str, name: str, pid: int, network_mode: str = "bridge") -> None:
+        """Add a container."""
+        listed = self.answers.get("/containers/json", http(200, b"[]"))
+        assert isinstance(listed, bytes)
+        entries = json.loads(listed.partition(b"\r\n\r\n")[2])
+        entries.append({"Id": identity, "Names": [f"/{name}", "/friend/alias"]})
+        self.answers["/containers/json"] = http(200, json.dumps(entries).encode())
+        inspected = {"Id": identity, "State": {"Pid": pid}, "HostConfig": {"NetworkMode": network_mode}}
+        self.answers[f"/containers/{identity}/json"] = http(200, json.dumps(inspected).encode())
+
+
+def http(status: int, body: bytes) -> bytes:
+    return b"HTTP/1.1 %d Whatever\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    daemon = Daemon(tmp_path / "sock")
+    yield daemon
+    daemon.close()
+
+
+def test_names_by_api(daemon: Daemon) -> None:
+    daemon.runs(ID, "web", os.getpid())
+    api = ContainerApi(daemon.path)
+    assert api.names() == {OWN_NETNS: "web"}
+    # A container that is known and lives is not inspected again.
+    assert api.names() == {OWN_NETNS: "web"}
+    assert daemon.asked == ["/containers/json", f"/containers/{ID}/json", "/containers/json"]
+
+
+def test_a_container_that_shares_a_namespace_does_not_name_it(daemon: Daemon) -> None:
+    daemon.runs(ID, "web", os.getpid())
+    daemon.runs(OTHER_ID, "sidecar", os.getpid(), f"container:{ID}")
+    assert ContainerApi(daemon.path).names() == {OWN_NETNS: "web"}
+
+
+def test_a_container_without_a_process_is_asked_for_again(daemon: Daemon) -> None:
+    daemon.runs(ID, "web", 0)
+    api = ContainerApi(daemon.path)
+    assert api.names() == {}
+    daemon.answers[f"/containers/{ID}/json"] = http(200, json.dumps({"State": {"Pid": os.getpid()}}).encode())
+    assert api.names() == {OWN_NETNS: "web"}
+
+
+def test_a_container_that_goes_between_list_and_inspection(daemon: Daemon) -> None:
+    daemon.runs(ID, "web", os.getpid())
+    daemon.answers[f"/containers/{ID}/json"] = http(404, b'{"message": "No such container"}')
+    assert ContainerApi(daemon.path).names() == {}
+
+
+def test_a_container_without_a_name_has_its_short_id(daemon: Daemon) -> None:
+    daemon.runs(ID, "web", os.getpid())
+    daemon.answers["/containers/json"] = http(200, json.dumps([{"Id": ID}]).encode())
+    assert ContainerApi(daemon.path).names() == {OWN_NETNS: "9f7f73d4a4e5"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        http(500, b'{"message": "out of order"}'),
+        http(404, b"not found"),
+        http(200, b"<html>"),
+        http(200, b"\xff\xfe{"),
+        http(200, b"null"),
+        http(200, b'{"Id": 1}'),
+        http(200, b'[1, "two"]'),
+        http(200, b'[{"Id": 5}]'),
+        http(200, b'[{"Id": ""}]'),
+        http(200, b"[" * 200_000),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -4\r\n\r\n[",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"\0" * 100_000,
+        lambda connection: connection.close(),
+    ],
+)
+def test_an_api_that_talks_nonsense(daemon: Daemon, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_API_TIMEOUT_S", 0.3)
+    daemon.answers["/containers/json"] = answer
+    with pytest.raises(ApiError):
+        ContainerApi(daemon.path).names()
+
+
+@pytest.mark.parametrize(
+    "state", ["null", "[]", '{"State": 5}', '{"State": {"Pid": "many"}}', '{"State": {"Pid": -1}}']
+)
+def test_an_inspection_that_says_nothing(daemon: Daemon, state: str) -> None:
+    daemon.runs(ID, "web", os.getpid())
+    daemon.answers[f"/containers/{ID}/json"] = http(200, state.encode())
+    assert ContainerApi(daemon.path).names() == {}
+
+
+def test_an_api_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match="No such file"):
+        ContainerApi(str(tmp_path / "nothing")).names()
+    (tmp_path / "file").touch()
+    with pytest.raises(ApiError, match="refused"):
+        ContainerApi(str(tmp_path / "file")).names()
+
+
+def trickle(connection: socket.socket) -> None:
+    """Never silent for long, never done."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.01)
+
+
+def hang(connection: socket.socket) -> None:
+    connection.recv(1)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("answer", [hang, trickle])
+def test_an_api_that_does_not_come_to_an_end(daemon: Daemon, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_API_TIMEOUT_S", 0.2)
+    daemon.answers["/containers/json"] = answer
+    # The one says nothing, the other would go on for hours: neither does anybody wait for.
+    with pytest.raises(ApiError):
+        ContainerApi(daemon.path).names()
+
+
+# --- the service ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service(daemon: Daemon) -> Iterator[NameService]:
+    service = NameService([daemon.path, daemon.path], lambda: None)
+    yield service
+    service.close()
+
+
+def eventually(condition: Callable[[], bool], limit_s: float = 5) -> None:
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_containers_that_share_a_namespace_are_named(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's by the daemon, Apptainer's by the process that waits for it, others by their control group."""
+    assert OWN_NETNS is not None
+    with contextlib.ExitStack() as running:
+
+        def process(title: str) -> subprocess.Popen[bytes]:
+            started = running.enter_context(subprocess.Popen([title, "60"], executable="/bin/sleep"))
+            running.callback(started.kill)
+            return started
+
+        web, other, plain, own = (process("sleep") for _ in range(4))
+        apptainer = process("Apptainer runtime parent: probe")
+        cgroups = {
+            web.pid: f"0::/system.slice/docker-{ID}.scope",
+            other.pid: f"0::/docker/{OTHER_ID}",
+            own.pid: "0::/lxc.payload.ours/init.scope",
+            os.getpid(): "0::/lxc.payload.ours/init.scope",
+        }
+        pids = [p.pid for p in (web, other, plain, own, apptainer)]
+        monkeypatch.setattr(containers, "occupied", lambda: {OWN_NETNS: [*pids, os.getpid()]})
+        monkeypatch.setattr(containers, "_cgroup_of", lambda pid: cgroups.get(pid, "0::/"))
+        daemon.runs(ID, "web", web.pid, "host")
+        eventually(lambda: Path(f"/proc/{apptainer.pid}/cmdline").read_bytes().startswith(b"Apptainer"))
+        found = containers.sharing(OWN_NETNS, [daemon.path, "/nowhere"])
+    assert found == (OTHER_ID[:12], f"probe[{apptainer.pid}]", "web")
+    assert containers.sharing(1, [daemon.path]) == ()
+
+
+def test_the_service_finds_names_and_then_leaves_the_daemon_alone(daemon: Daemon, service: NameService) -> None:
+    assert OWN_NETNS is not None
+    daemon.runs(ID, "web", os.getpid())
+    service.want({OWN_NETNS: 1})
+    service.wait(5)
+    assert service.names == {OWN_NETNS: "web"}
+    asked = len(daemon.asked)
+    for _ in range(20):
+        service.want({OWN_NETNS: 1})
+        time.sleep(0.01)
+    assert len(daemon.asked) == asked
+
+
+def test_a_container_that_is_renamed_has_its_new_name(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_RENAMED_S", 0.05)
+    assert OWN_NETNS is not None
+    daemon.runs(ID, "web-tmp", os.getpid())
+    service.want({OWN_NETNS: 1})
+    service.wait(5)
+    assert service.names == {OWN_NETNS: "web-tmp"}
+    for name in ("web", "web-2", "web"):
+        del daemon.answers["/containers/json"]
+        daemon.runs(ID, name, os.getpid())
+        eventually(lambda name=name: service.names == {OWN_NETNS: name})  # type: ignore[misc]
+    # To learn that, the container was not inspected again.
+    assert daemon.asked.count(f"/containers/{ID}/json") == 1
+
+
+def test_a_daemon_that_restarts_costs_no_name(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_RENAMED_S", 0.05)
+    assert OWN_NETNS is not None
+    daemon.runs(ID, "web", os.getpid())
+    service.want({OWN_NETNS: 1})
+    service.wait(5)
+    listed = daemon.answers["/containers/json"]
+    daemon.answers["/containers/json"] = http(503, b"")
+    eventually(lambda: bool(service.errors))
+    assert service.names == {OWN_NETNS: "web"}
+    daemon.answers["/containers/json"] = http(200, b"[]")  # it lists containers only once it has found them again
+    eventually(lambda: not service.names)
+    daemon.answers["/containers/json"] = listed
+    eventually(lambda: service.names == {OWN_NETNS: "web"})
+
+
+def test_a_daemon_that_names_nobody_is_left_alone(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_RENAMED_S", 0.001)
+    monkeypatch.setattr(containers, "_ASK_AGAIN_S", (0.001,) * 3)
+    daemon.answers["/containers/json"] = http(200, b"[]")
+    service.want({1: 1})
+    eventually(lambda: len(daemon.asked) >= 4)
+    time.sleep(0.05)
+    assert len(daemon.asked) == 4
+
+
+def test_the_new_name_is_there_within_five_seconds() -> None:
+    # The pause, and an answer that takes as long as it may.
+    assert containers._RENAMED_S + containers._API_TIMEOUT_S <= 5
+
+
+def test_the_service_asks_again_while_a_namespace_has_no_name(daemon: Daemon, service: NameService) -> None:
+    assert OWN_NETNS is not None
+    daemon.runs(OTHER_ID, "starting", 0)
+    service.want({OWN_NETNS: 1})
+    service.wait(5)
+    assert service.names == {}
+    daemon.runs(ID, "web", os.getpid())
+    eventually(lambda: service.names == {OWN_NETNS: "web"})
+
+
+def test_a_new_namespace_with_an_old_inode_does_not_keep_the_name(daemon: Daemon, service: NameService) -> None:
+    assert OWN_NETNS is not None
+    daemon.runs(ID, "web", os.getpid())
+    service.want({OWN_NETNS: 1})
+    service.wait(5)
+    del daemon.answers["/containers/json"]
+    daemon.runs(OTHER_ID, "web2", os.getpid())
+    service.want({OWN_NETNS: 2})
+    assert service.names == {}
+    eventually(lambda: service.names == {OWN_NETNS: "web2"})
+
+
+@pytest.mark.timeout(60)
+def test_a_daemon_that_hangs_holds_up_nobody(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_API_TIMEOUT_S", 3600)
+    daemon.answers["/containers/json"] = hang
+    service.want({1: 1})
+    service.wait(0.05)
+    eventually(lambda: bool(daemon.asked))
+    service.close()
+
+
+def test_what_is_wrong_with_an_api_is_remembered(daemon: Daemon, service: NameService) -> None:
+    daemon.answers["/containers/json"] = http(500, b"")
+    service.want({1: 1})
+    service.wait(5)
+    assert "HTTP 500" in service.errors[daemon.path]
+
+
+def test_no_socket_no_thread(tmp_path: Path) -> None:
+    service = NameService([str(tmp_path / "none")], lambda: None)
+    service.want({1: 1})
+    service.wait(5)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mace-")]
+    service.close()

@@ -1,0 +1,44 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contracts import histogram as h
+
+DELAYS = st.lists(st.integers(-5, 1 << 42), min_size=1)
+
+
+@given(DELAYS)
+def test_bins_hold_their_values_and_are_as_narrow_as_promised(values):
+    v = np.array(values)
+    bins, kept = h.bins_of(v), v.clip(0, h.MAX_NS)
+    assert ((bins >= 0) & (bins < h.BINS)).all()
+    assert (h.lower_bounds(bins) <= kept).all()
+    assert (kept < h.lower_bounds(bins + 1)).all()
+    assert (np.abs(h.middles(bins) - kept) <= kept / 256).all()
+
+
+def test_every_bin_is_found_again_from_its_bounds():
+    bins = np.arange(h.BINS)
+    assert (h.bins_of(h.lower_bounds(bins)) == bins).all()
+    assert (h.bins_of(h.lower_bounds(bins + 1) - 1) == bins).all()
+
+
+@given(DELAYS, DELAYS, DELAYS)
+def test_merging_is_counting_all_at_once(a, b, c):
+    def counted(values):
+        bins, counts = np.unique(h.bins_of(np.array(values)), return_counts=True)
+        return bins, counts
+
+    def merged(*parts):
+        return h.merge(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+
+    whole = counted(a + b + c)
+    for found in (merged(*map(counted, (a, b, c))), merged(counted(a), merged(counted(b), counted(c)))):
+        assert (found[0] == whole[0]).all()
+        assert (found[1] == whole[1]).all()
+
+
+def test_nothing_has_no_quantile():
+    empty = np.zeros(0, np.int64)
+    assert h.quantiles(empty, empty).tolist() == [0, 0, 0, 0]
+    assert [part.tolist() for part in h.merge(empty, empty)] == [[], []]

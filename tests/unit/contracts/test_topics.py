@@ -1,0 +1,79 @@
+"""Names on the broker: what a host may be called, which shard it is of, what an acknowledgement says."""
+
+import pytest
+
+from contracts.errors import UsageError, WireError
+from contracts.topics import BUCKETS, Ack, Shard, bucket, check_host, host_of_stream, stream_topic
+
+
+@pytest.mark.parametrize("host", ["web-1", "web.example", "naïve", "a b", "x" * 255])
+def test_the_host_of_a_topic_is_the_host(host):
+    assert host_of_stream(stream_topic(host)) == host
+
+
+@pytest.mark.parametrize("host", ["", "a/b", "a+", "#", "a\0b", "x" * 256])
+def test_a_name_that_cannot_be_part_of_a_topic_is_refused(host):
+    with pytest.raises(WireError, match="cannot be part of a topic"):
+        check_host(host)
+
+
+def test_buckets_are_the_same_for_ever():
+    """Published topics carry them, so these are what they were in the first version."""
+    assert [bucket(host) for host in ("web-1", "web-2", "naïve")] == [104, 210, 102]
+
+
+@pytest.mark.parametrize("topic", ["mace/v1/web-1/stream/7", "mace/v1/web-1/stream", "mace/v2/web-1/stream/104", "x"])
+def test_a_topic_that_is_not_a_hosts_is_refused(topic):
+    with pytest.raises(WireError, match="topic"):
+        host_of_stream(topic)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, BUCKETS])
+def test_each_host_is_of_one_shard_which_subscribes_to_it(count):
+    shards = [Shard(index, count) for index in range(count)]
+    for host in (f"host-{n}" for n in range(50)):
+        owners = [shard for shard in shards if shard.owns(host)]
+        heard_by = [s for s in shards if any(_fits(f, stream_topic(host)) for f in s.filters())]
+        assert len(owners) == 1
+        assert heard_by == owners
+
+
+def _fits(pattern, topic):
+    return all(p in ("+", t) for p, t in zip(pattern.split("/"), topic.split("/"), strict=True))
+
+
+def test_a_shard_says_itself_from_one():
+    assert str(Shard.parse("2/3")) == "2/3"
+    assert Shard.parse("2/3") == Shard(1, 3)
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/257", "a/b", "-1/2", "1/2/3", "²/3"])
+def test_a_shard_that_cannot_be_is_wrong_usage(text):
+    with pytest.raises(UsageError, match="shard"):
+        Shard.parse(text)
+
+
+def test_an_acknowledgement_survives_the_way():
+    for ack in (Ack(0, 0, again=True), Ack(0xFFFFFFFF, (1 << 64) - 1)):
+        assert Ack.parse(ack.to_bytes()) == ack
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"stream": 1}',
+        b'{"stream": -1, "next": 0}',
+        b'{"stream": 1, "next": 1.5}',
+        b'{"stream": 1, "next": 2, "again": 1}',
+        b'{"stream": true, "next": 2}',
+        b"\xff",
+        b"[" * 100000,
+    ],
+)
+def test_what_is_none_is_refused(payload):
+    with pytest.raises(WireError, match="not an acknowledgement"):
+        Ack.parse(payload)

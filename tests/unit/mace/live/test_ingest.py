@@ -1,0 +1,211 @@
+"""What an ingest does with what an earlier one had acknowledged, without any broker."""
+
+import asyncio
+import threading
+from dataclasses import replace
+
+import pytest
+
+from contracts.config import Config, MqttConfig, StoreConfig
+from contracts.errors import StoreError
+from contracts.topics import Shard
+from correlator.engine import EngineConfig
+from mace.live import ingest as ingest_module
+from mace.live.hosts import SLICE_NS, Hosts
+from mace.live.ingest import Ingest
+from storage import segments
+from storage.broker import Broker
+from storage.journal import FIRST_SLICE_NS, Commit, Journal, Kind
+from storage.query import Store
+from tests.made_capture import HEADER, TOPOLOGY, batches, encode, traffic
+
+RECORDS = 3_000
+FRAMES = encode([TOPOLOGY, *batches(traffic(RECORDS), 500)])
+
+
+def acknowledged(path, frames):
+    """As a process leaves it that was killed before its first flush."""
+    journal = Journal(path / "ingest", fsync=False)
+    journal.open()
+    for frame in frames:
+        journal.append(Kind.FRAME, HEADER.host, frame)
+    journal.sync(journal.taken())
+    journal.close()
+
+
+def run(path):
+    """An ingest that is told to stop before it has begun: it still owes what was acknowledged."""
+
+    async def work():
+        # Port 9 (discard): nobody is there, and nobody is asked for long.
+        config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"))
+        stop = asyncio.Event()
+        stop.set()
+        ingest = Ingest(Broker(config.mqtt), path, config, Shard())
+        await ingest.run(stop)
+        return ingest
+
+    return asyncio.run(work())
+
+
+def rows(path):
+    return [each.rows for each in segments.listing(path, "delays")]
+
+
+@pytest.fixture
+def store(tmp_path):
+    run(tmp_path / "store")  # makes it
+    return tmp_path / "store"
+
+
+def test_what_was_acknowledged_is_stored_once_however_often_it_starts(store):
+    acknowledged(store, FRAMES)
+    assert run(store).read_again == len(FRAMES)
+    (stored,) = Store(store).runs()
+    assert (stored.ledger.records, stored.ledger.imbalance, stored.ledger.discarded) == (RECORDS, 0, 0)
+    before = rows(store)
+    assert sum(before) > 1_000
+    for _ in range(2):
+        again = run(store)
+        assert (again.rows_stored, rows(store)) == (0, before)
+
+
+def test_a_flush_without_its_commit_is_put_back(store):
+    acknowledged(store, FRAMES)
+    run(store)
+    before = rows(store)
+    # What a killed process wrote last: a segment of a flush that no journal speaks of.
+    (kept,) = segments.listing(store, "delays")
+    newer = segments.segment(store, "delays", kept.hour, kept.last + 5, kept.last + 5, kept.rows)
+    newer.path.write_bytes(kept.path.read_bytes())
+    assert rows(store) != before
+    run(store)
+    assert rows(store) == before
+
+
+def test_a_journal_of_an_unreadable_snapshot_says_what_to_do(store):
+    journal = Journal(store / "ingest", fsync=False)
+    journal.open()
+    journal.append(Kind.SNAPSHOT, HEADER.host, b"9.9.9\nno snapshot")
+    journal.commit(Commit(0, journal.place, SLICE_NS))
+    journal.sync(journal.taken())
+    journal.close()
+    with pytest.raises(StoreError, match=r"written by MACE 9\.9\.9 and cannot be read"):
+        run(store)
+
+
+@pytest.mark.parametrize("slice_ns", [FIRST_SLICE_NS, SLICE_NS])
+def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
+    """Killed after a commit: what is of frames before it is in the store, and only the rest may be stored again."""
+    seconds = [batch for n in range(8) for batch in batches(later(traffic(RECORDS), n), RECORDS)]
+    frames = encode([TOPOLOGY, *seconds])
+    # What the killed process had stored, by its own way of cutting: the rows of what came of seven of the frames.
+    before = Hosts(EngineConfig(), lambda header: False)
+    before.slice_ns = slice_ns
+    for frame in frames[:7]:
+        before.work(HEADER.host, frame)
+    (part,) = before.take_parts().values()
+    for frame in frames[7:]:
+        before.work(HEADER.host, frame)
+    (rest,) = before.take_parts().values()
+    journal = Journal(store / "ingest", fsync=False)
+    journal.open()
+    for frame in frames[:7]:
+        journal.append(Kind.FRAME, HEADER.host, frame)
+    # A flush that is in the store, or so it says: only what follows is looked at.
+    journal.commit(Commit(0, journal.place, slice_ns))
+    for frame in frames[7:]:
+        journal.append(Kind.FRAME, HEADER.host, frame)
+    journal.sync(journal.taken())
+    journal.close()
+    assert len(part.delays)
+    assert run(store).rows_stored == len(rest.delays)
+
+
+def later(batch, seconds):
+    return replace(batch, ts_ns=batch.ts_ns + seconds * 1_000_000_000)
+
+
+def test_a_connection_that_forgets_that_it_was_cancelled_does_not_keep_it_from_ending(tmp_path, monkeypatch):
+    """As one that breaks while it is being closed: its own error takes the cancellation's place."""
+    forgotten, begun = 0, asyncio.Event()
+
+    async def forgetful(self):
+        nonlocal forgotten
+        begun.set()
+        while True:
+            try:
+                await asyncio.sleep(3_600)
+            except asyncio.CancelledError:
+                forgotten += 1
+                if forgotten == 2:
+                    raise
+
+    monkeypatch.setattr(Ingest, "_stay_connected", forgetful)
+    monkeypatch.setattr(ingest_module, "_CANCEL_AGAIN_S", 0.01)
+
+    async def work():
+        config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"))
+        stop = asyncio.Event()
+        running = asyncio.create_task(Ingest(Broker(config.mqtt), tmp_path / "store", config, Shard()).run(stop))
+        await begun.wait()
+        stop.set()
+        await running
+
+    asyncio.run(work())
+    assert forgotten == 2
+
+
+async def writing(place, monkeypatch, sync):
+    """An ingest whose journal writes by `sync`, and the task that has just asked it to write a frame."""
+    ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), place, Config(), Shard())
+    ingest._journal.open()
+    monkeypatch.setattr(Journal, "sync", sync)
+    ingest._journal.append(Kind.FRAME, "a", b"1")
+    task = asyncio.create_task(ingest._sync())
+    await asyncio.sleep(0)
+    return ingest, task
+
+
+def ended(ingest):
+    ingest._disk.shutdown()
+    ingest._journal.close()
+
+
+def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
+    """An acknowledgement must not overtake the disk: not even of frames that another one's write has."""
+    may_end, written = threading.Event(), []
+    sync = Journal.sync
+
+    def slow(self, buffer):
+        may_end.wait(60)
+        sync(self, buffer)
+        written.append(len(buffer))
+
+    async def work():
+        ingest, first = await writing(tmp_path, monkeypatch, slow)
+        second = asyncio.create_task(ingest._sync())
+        await asyncio.wait([first, second], timeout=0.05)
+        assert not second.done()
+        first.cancel()
+        may_end.set()
+        await second
+        assert written
+        ended(ingest)
+
+    asyncio.run(work())
+
+
+def test_a_write_that_fails_is_told_though_its_caller_was_cancelled(tmp_path, monkeypatch):
+    def full(self, buffer):
+        raise StoreError("no space")
+
+    async def work():
+        ingest, first = await writing(tmp_path, monkeypatch, full)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        with pytest.raises(StoreError, match="no space"):
+            await ingest._sync()
+        ended(ingest)
+
+    asyncio.run(work())

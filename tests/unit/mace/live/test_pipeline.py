@@ -1,0 +1,151 @@
+"""Which live source is taken, and what it is told."""
+
+import asyncio
+import signal
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from collector import SOURCES, LiveSource
+from collector.ftrace import source as ftrace_source
+from collector.kmod import source as kmod_source
+from collector.kmod.device import DeviceInNetns, Filter
+from contracts import config
+from contracts.config import CaptureConfig
+from contracts.errors import ConfigError, SourceError, Unavailable
+from contracts.interfaces import Progress, Status
+from correlator.engine import EngineConfig
+from mace.live import pipeline
+from tests.made_capture import HEADER
+
+
+def test_every_source_can_be_asked_for():
+    assert list(config.SOURCES) == ["auto", *SOURCES]
+
+
+@pytest.mark.parametrize(
+    ("kmod", "ftrace", "name", "why"),
+    [
+        (Status(True, "x"), Status(True, "y"), "kmod", ""),
+        (Status(False, "the module is not loaded", "load it"), Status(True, "y"), "ftrace", "(load it)"),
+        (Status(False, "a"), Status(False, "b"), "ftrace", "not kmod: a; not ftrace: b"),
+    ],
+)
+def test_auto_takes_the_best_and_says_why_not_a_better_one(monkeypatch, kmod, ftrace, name, why):
+    monkeypatch.setitem(SOURCES, "kmod", LiveSource(lambda: kmod, kmod_source.configured))
+    monkeypatch.setitem(SOURCES, "ftrace", LiveSource(lambda: ftrace, ftrace_source.configured))
+    found, reason = pipeline.chosen_source(CaptureConfig())
+    assert found == name
+    assert why in reason
+    assert bool(reason) == (name != "kmod")
+    assert type(pipeline.live_source(CaptureConfig())).__name__.lower() == f"{name}source"
+    assert pipeline.chosen_source(CaptureConfig(source="kmod")) == ("kmod", "")
+
+
+def test_the_module_gets_the_filter():
+    capture = CaptureConfig(
+        sample_shift=3, netns=("blue", "/proc/1/ns/net"), devices=("lo",), protocols=("udp", "255"), ring_mib=4
+    )
+    source = kmod_source.configured(capture, None)
+    assert source.config.ring_kib_per_cpu == 4096
+    assert source.config.wanted == Filter(
+        netns=("/run/netns/blue", "/proc/1/ns/net"),
+        devices=(DeviceInNetns(socket.if_nametoindex("lo")),),
+        l4_protocols=(17, 255),
+        sample_shift=3,
+    )
+
+
+@pytest.mark.parametrize("name", ["kmod", "ftrace"])
+def test_the_host_is_called_as_configured(name):
+    source = pipeline.live_source(CaptureConfig(source=name), config.RunConfig(host="edge-7").host)
+    assert source.config.host == "edge-7"
+    assert pipeline.live_source(CaptureConfig(source=name)).config.host == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"protocols": ("udpp",)}, "did you mean 'udp'"),
+        ({"protocols": ("256",)}, "0 to 255"),
+        ({"devices": ("nosuch0",)}, "no device 'nosuch0'"),
+        ({"netns": ("x",) * 17}, "at most 16"),
+    ],
+)
+def test_names_that_nobody_has(wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        kmod_source.wanted(CaptureConfig(**wrong))
+
+
+def test_a_filter_is_not_silently_forgotten():
+    with pytest.raises(Unavailable, match=r"\[capture\] sample_shift asks for less"):
+        ftrace_source.configured(CaptureConfig(sample_shift=1), None)
+
+
+def test_signals_do_afterwards_what_they_did_before():
+    """A lab around a measurement is removed on SIGTERM, also once the measurement is over."""
+    told = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in numbers}
+
+    async def measure(number):
+        asked = asyncio.Event()
+        async with pipeline.stopped_by_signals(SimpleNamespace(interrupt=asked.set)):
+            signal.raise_signal(number)
+            async with asyncio.timeout(30):
+                await asked.wait()
+        assert told == []
+
+    try:
+        for number in numbers:
+            asyncio.run(measure(number))
+            signal.raise_signal(number)
+            assert told.pop() == number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Draining:
+    """A source that has something left to give out once it was asked to stop."""
+
+    def __init__(self):
+        self.begun, self.asked, self.drained = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.discarded, self.cost = 0, ()
+
+    async def open(self):
+        return HEADER
+
+    async def items(self):
+        self.begun.set()
+        await self.asked.wait()
+        await self.drained.wait()
+        yield Progress(1)
+
+    def request_stop(self):
+        self.asked.set()
+
+    async def aclose(self):
+        pass
+
+
+@pytest.mark.parametrize(("signals", "cut_off"), [(0, False), (1, False), (2, True)])
+def test_the_second_signal_ends_a_run_at_once_and_not_the_first_after_its_time_was_up(signals, cut_off):
+    async def measure():
+        source, stop = Draining(), pipeline.Stop()
+        work = asyncio.create_task(pipeline.run(source, [], engine=EngineConfig(), stop=stop))
+        await source.begun.wait()
+        stop.request()
+        for _ in range(signals):
+            stop.interrupt()
+        if not cut_off:
+            source.drained.set()
+        async with asyncio.timeout(30):
+            await work
+
+    if cut_off:
+        with pytest.raises(SourceError, match="by a second signal"):
+            asyncio.run(measure())
+    else:
+        asyncio.run(measure())

@@ -1,0 +1,148 @@
+"""Probes from made-up records: what they take over each stretch, and what is left out."""
+
+import math
+
+import numpy as np
+import pytest
+
+from contracts.errors import UsageError
+from contracts.hooks import Hook
+from mace.tools.host_path import PROBE_LEN, Records, Seen, Stretches, stretches, term_ns
+from mace.tools.host_probes import HostPath, Probing
+from tests.traffic import Q, R, Tape, X, r, topology
+
+GAP = 10_000_000
+WAY = (
+    *((0, Q, "eth0"), (3, X, "eth0"), (5, r, "veth1"), (9, R, "veth1"), (20, R, "br0")),
+    *((30, Q, "out0"), (31, X, "out0"), (33, r, "rem0"), (34, R, "rem0")),
+)
+"""Of a container's probe: µs since the first record."""
+HOST_WAY = ((0, Q, "out0"), (2, X, "out0"), (5, r, "rem0"), (8, R, "rem0"))
+BACK = ((40, Q, "rem0"), (41, X, "rem0"), (42, r, "out0"), (44, R, "out0"))
+
+
+def records(tape):
+    seen = Seen()
+    seen.add(topology(), PROBE_LEN)
+    seen.add(tape.batch(), PROBE_LEN)
+    return seen.whole()
+
+
+def probes(way, count, *, before_us=20, back=BACK, skb=7):
+    """(sent, tape) of probes that all take the same way, in the same buffer."""
+    tape, sent = Tape(), []
+    for n in range(count):
+        sent.append(GAP * (n + 1))
+        begin = sent[-1] + before_us * 1000
+        for at, hook, name in way:
+            tape.add(begin + at * 1000, hook, name, skb=skb, length=PROBE_LEN)
+        for at, hook, name in back:
+            tape.add(begin + at * 1000, hook, name, skb=skb + 1, length=PROBE_LEN)
+    return sent, tape
+
+
+def test_a_containers_probes():
+    sent, tape = probes(WAY, 5)
+    found = stretches(sent, records(tape), "eth0", "out0")
+    assert found.send.tolist() == [20_000] * 5
+    assert found.device.tolist() == [1_000] * 5
+    assert found.beyond.tolist() == [3_000] * 5
+    assert found.answer.tolist() == [8_000] * 5
+
+
+def test_the_term_is_what_the_host_spends_more():
+    host = stretches(*_seen(HOST_WAY, before_us=28), None, "out0")
+    container = stretches(*_seen(WAY), "eth0", "out0")
+    assert term_ns([host], [container]) == (28 - 20 + 2 - 1 + 6 - 3 + 34 - 8) * 1000
+    assert term_ns([host], [container], ["send"]) == 8_000
+    assert math.isnan(term_ns([_none()], [container]))
+
+
+def _seen(way, **shape):
+    sent, tape = probes(way, 4, **shape)
+    return sent, records(tape)
+
+
+def _none():
+    return Stretches(*(np.zeros(0, np.int64) for _ in range(4)))
+
+
+def test_a_far_end_that_is_elsewhere_and_says_nothing():
+    way = [step for step in HOST_WAY if step[2] != "rem0"]
+    sent, tape = probes(way, 3, back=())
+    found = stretches(sent, records(tape), None, "out0")
+    assert found.beyond.tolist() == [0, 0, 0]
+    assert len(found.answer) == 0
+    assert term_ns([found], [found]) == 0
+
+
+def test_a_far_end_that_is_elsewhere_and_answers():
+    """What the network takes is not the host path's."""
+    way, back = ([step for step in steps if step[2] != "rem0"] for steps in (HOST_WAY, BACK))
+    sent, tape = probes(way, 3, back=back)
+    assert len(stretches(sent, records(tape), None, "out0").answer) == 0
+
+
+def test_without_the_answers_of_one_side_there_is_no_term():
+    host = stretches(*_seen(HOST_WAY), None, "out0")
+    silent = stretches(*_seen(WAY, back=()), "eth0", "out0")
+    assert math.isnan(term_ns([host], [silent]))
+
+
+@pytest.mark.parametrize("missing", [(Q, "eth0"), (Q, "out0"), (X, "out0")])
+def test_a_probe_with_a_hole_is_left_out(missing):
+    sent, tape = probes([step for step in WAY if step[1:] != missing], 2)
+    assert len(stretches(sent, records(tape), "eth0", "out0")) == 0
+
+
+def test_devices_may_have_one_name_inside_and_outside():
+    way = [(at, hook, "eth0" if name == "out0" else name) for at, hook, name in WAY]
+    sent, tape = probes(way, 3, back=())
+    found = stretches(sent, records(tape), "eth0", "eth0")
+    assert (found.send.tolist(), found.device.tolist()) == ([20_000] * 3, [1_000] * 3)
+
+
+def test_packets_of_other_lengths_are_not_looked_at():
+    sent, tape = probes(WAY, 2)
+    for n in range(200):
+        tape.add(sent[0] + n * 100, Q, "eth0", skb=7, length=PROBE_LEN + 8)
+    assert stretches(sent, records(tape), "eth0", "out0").send.tolist() == [20_000] * 2
+
+
+def test_a_probe_that_never_left_takes_no_other_ones_records():
+    sent, tape = probes(WAY, 2)
+    found = stretches([sent[0] - 3 * GAP, *sent], records(tape), "eth0", "out0")
+    assert len(found) == 2
+
+
+def test_between_is_a_stretch_of_time():
+    whole = Records(np.array([1, 2, 3]), np.array([Hook.NETIF_RX] * 3, np.uint8), np.zeros(3, np.uint64),
+                    np.array(["a"] * 3, object))  # fmt: skip
+    assert whole.between(2, 3).ts_ns.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ({"address": "far.example"}, "a name"),
+        ({"address": "2001:db8::1"}, "of IPv4"),
+        ({"count": 9}, "expected 10 at least"),
+    ],
+)
+def test_probes_that_cannot_be(shape, why):
+    with pytest.raises(UsageError, match=why):
+        Probing(**{"address": "203.0.113.2", "count": 10, "interval_s": 0.01, "netns_fd": 0, "host_netns": "", **shape})
+
+
+def test_a_term_is_told_with_its_interval_and_what_it_makes_of_a_median():
+    host, container = ([stretches(*_seen(way, before_us=n), inner, "out0") for n in range(20, 30)]
+                       for way, inner in ((HOST_WAY, None), (WAY, "eth0")))  # fmt: skip
+    term = HostPath(host, container)
+    assert term.term_ns == 30_000  # of device, beyond and answer: both sides wait as long before the first record
+    told = term.as_dict({"estimate": 50_000.0, "low": 49_000.0, "high": 52_000.0})
+    assert told["host_rtt_p50_ns"] == 80_000
+    low, high = told["host_rtt_ci95_ns"]
+    assert low <= 79_000
+    assert high >= 82_000
+    assert "host path term +30.0 µs" in term.line(None)
+    assert term.as_dict(None)["host_rtt_p50_ns"] is None

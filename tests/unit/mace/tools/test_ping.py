@@ -1,0 +1,186 @@
+"""What of `mace ping` needs no packets: ping's arguments, the namespace, and the lines that come out."""
+
+import argparse
+import asyncio
+import os
+
+import pytest
+
+from collector.machine.netns import inode_of
+from contracts.config import CaptureConfig
+from contracts.errors import Unavailable, UsageError
+from contracts.ledger import Ledger
+from contracts.schema import Crossings, Delays, Results
+from contracts.topology import Device, Role
+from correlator.correction import REASONS, Reason
+from mace.tools.ping import Ping, arguments, open_namespace
+from tests.made_exchanges import START, Path
+
+HOST = "203.0.113.2"
+
+
+@pytest.mark.parametrize(
+    ("given", "passed", "user_clock", "stamps"),
+    [
+        ([HOST], ["-D", HOST], False, False),
+        (["--", "-c", "5", HOST], ["-D", "-c", "5", HOST], False, False),
+        (["-nDc5", HOST], ["-nDc5", HOST], False, True),
+        ([HOST, "-U", "-i", "0.01"], ["-D", HOST, "-U", "-i", "0.01"], True, False),
+        # An option's value is no flag.
+        (["-p", "ff", "-I", "qf", HOST], ["-D", "-p", "ff", "-I", "qf", HOST], False, False),
+    ],
+)
+def test_arguments(given, passed, user_clock, stamps):
+    assert arguments(given) == (passed, user_clock, stamps)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["-f", HOST], "-i 0"),
+        (["-nfc5", HOST], "-i 0"),
+        (["-q", HOST], "-q prints no line"),
+        (["-s", "8", HOST], "-s 8 measures no time"),
+        (["-c", "5"], "no destination"),
+        (["-k", HOST], "option -k"),
+        (["--flood", HOST], "option --flood"),
+    ],
+)
+def test_arguments_that_leave_nothing_to_correct(given, why):
+    with pytest.raises(UsageError, match=why):
+        arguments(given)
+
+
+def options(**given):
+    return argparse.Namespace(**{"container": None, "netns": None, "pid": None, "lab": None, **given})
+
+
+def test_a_namespace_by_process_and_by_path():
+    for given in (options(pid=os.getpid()), options(netns="/proc/self/ns/net")):
+        fd = open_namespace(given, CaptureConfig())
+        assert os.fstat(fd).st_ino == inode_of("/proc/self/ns/net")
+        os.close(fd)
+
+
+def test_what_is_no_namespace():
+    with pytest.raises(Unavailable, match="no-such-namespace"):
+        open_namespace(options(netns="no-such-namespace"), CaptureConfig())
+    with pytest.raises(UsageError, match="is no network namespace"):
+        open_namespace(options(netns="/dev/null"), CaptureConfig())
+
+
+# Lines -----------------------------------------------------------------------------------------------------
+
+
+class MadeSession:
+    """A capture that is a list of what happens: lines of ping, and results of the correlator."""
+
+    def __init__(self, ping, events):
+        self.ping, self.events, self.said = ping, events, []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def observe(self, until, on_results, *, tee):
+        async def feed():
+            for event in self.events:
+                if isinstance(event, str):
+                    lines = asyncio.StreamReader()
+                    lines.feed_data(event.encode() + b"\n")
+                    lines.feed_eof()
+                    await self.ping._read(lines)
+                else:
+                    on_results(event)
+
+        asyncio.run(feed())
+
+
+@pytest.fixture
+def netns_fd():
+    fd = os.open("/proc/self/ns/net", os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def results(path, settled_utc_ns, netns_fd):
+    inner = Device(os.fstat(netns_fd).st_ino, 2, "eth0", "veth", container="c1", role=Role.INNER)
+    crossings = path.crossings() if path else Crossings.empty()
+    return Results(
+        settled_utc_ns, Delays.empty(), (), Ledger(), 0, (inner,), crossings=crossings, settled_utc_ns=settled_utc_ns
+    )
+
+
+def printed_at(ns):
+    return f"[{ns // 10**9}.{ns % 10**9 // 1000:06d}]"
+
+
+def run(netns_fd, *, stamps_shown=False, quiet=False):
+    """Two pings 0.1 s apart, the second without a packet in; a third without a reply."""
+    first, second = Path(), Path()
+    first.egress(START + 5_000, overhead=20_000)
+    first.ingress(START + 90_000, overhead=9_000)
+    second.egress(START + 100_005_000)
+    ping = Ping([], netns_fd, user_clock=False, stamps_shown=stamps_shown, quiet=quiet)
+    session = MadeSession(
+        ping,
+        [
+            f"PING {HOST} ({HOST}) 56(84) bytes of data.",
+            f"{printed_at(START + 150_000)} 64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.090 ms",
+            f"{printed_at(START + 100_150_000)} 64 bytes from {HOST}: icmp_seq=2 ttl=63 time=0.090 ms",
+            results(first, START + 100_000_000, netns_fd),
+            "",
+            f"--- {HOST} ping statistics ---",
+            "3 packets transmitted, 2 received, 33.3% packet loss, time 2000ms",
+            "what is this",
+            results(second, START + 300_000_000, netns_fd),
+        ],
+    )
+    return ping.measure(session, None), session
+
+
+def test_lines_come_in_order_and_with_what_is_known(netns_fd, capsys):
+    found, session = run(netns_fd)
+    assert capsys.readouterr().out.splitlines() == [
+        f"PING {HOST} ({HOST}) 56(84) bytes of data.",
+        f"64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.090 ms · host=61.1 nic=54.0 egress=20.0 ingress=8.9 µs buffer",
+        f"64 bytes from {HOST}: icmp_seq=2 ttl=63 time=0.090 ms · not corrected · {REASONS[Reason.NO_RESPONSE]}",
+        "",
+        f"--- {HOST} ping statistics ---",
+        "3 packets transmitted, 2 received, 33.3% packet loss, time 2000ms",
+        "what is this",
+    ]
+    assert session.said == []
+    assert found.container == "c1"
+    told = found.as_dict()
+    assert told["paired"] == 1
+    assert told["unpaired"] == {"no_reply": 1, "no_response": 1}
+    assert [(row["seq"], row["reason"]) for row in told["samples"]] == [
+        (1, "paired"),
+        (2, "no_response"),
+        (3, "no_reply"),
+    ]
+    assert told["samples"][0]["host_rtt_ns"] == 61_100
+    assert told["not_understood"] == 1
+    assert found.statistics()["host_rtt_ns"] == {"count": 1, "min": 61_100, "median": None, "mean": None, "max": 61_100}
+
+
+def test_stamps_are_shown_to_who_asked_for_them(netns_fd, capsys):
+    run(netns_fd, stamps_shown=True)
+    assert capsys.readouterr().out.splitlines()[1].startswith(printed_at(START + 150_000))
+
+
+def test_nothing_is_shown_where_json_is_wanted(netns_fd, capsys):
+    run(netns_fd, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_ping_that_told_of_nothing_is_an_error(netns_fd):
+    ping = Ping([], netns_fd, user_clock=False, stamps_shown=False, quiet=True)
+    with pytest.raises(UsageError, match="told of no request"):
+        ping.measure(MadeSession(ping, []), None)
+
+
+def test_what_the_reader_refuses_ends_the_run(netns_fd):
+    ping = Ping([], netns_fd, user_clock=False, stamps_shown=False, quiet=True)
+    with pytest.raises(UsageError, match="has no time"):
+        ping.measure(MadeSession(ping, [f"16 bytes from {HOST}: icmp_seq=1 ttl=63"]), None)

@@ -1,0 +1,60 @@
+"""What experiments in rounds share; and the commands' refusals, which need no kernel."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mace.cli import main
+from mace.trials.rounds import bounds, dithered, interval_text, machine, machine_text, median_us
+
+
+@given(st.floats(5_300, 9_700), st.integers(400, 2_000))
+def test_a_median_of_cut_stamps_comes_out_between_the_units(true_ns, count):
+    """Two stamps cut to µs, a constant true round trip between them: the median is right to a few per cent of a µs."""
+    begin = np.random.default_rng(3).uniform(0, 1e6, count)
+    told = ((begin + true_ns) // 1000 - begin // 1000).astype(np.int64) * 1000
+    # 0.5/sqrt(n) of a unit is the scatter of the share of either value, and the grid itself has a corner at halves.
+    assert abs(median_us([dithered(told)]) * 1000 - true_ns) < 4 * 500 / np.sqrt(count) + 150
+
+
+def test_dithering_keeps_the_order_and_moves_by_less_than_half_a_unit():
+    values = np.array([3_000, 1_000, 3_000, 1_000] * 50)
+    moved = dithered(values)
+    assert np.abs(moved - values).max() <= 500
+    assert abs((moved - values).mean()) < 20
+
+
+def test_nothing_has_no_median():
+    assert np.isnan(median_us([np.zeros(0, np.int64)]))
+    assert bounds(None) is None
+    assert interval_text(None) == "-"
+    assert interval_text([-1.25, 0.5]) == "-1.2 … +0.5"
+
+
+def test_the_machine_is_told():
+    found = machine()
+    assert found["cores"] >= 1
+    assert found["kernel"] in machine_text(found)
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (("experiment", "--paces", "floor"), "no 'floor'; there are flood, 10ms"),
+        (("experiment", "--rounds", "0"), "want one at least"),
+        (("experiment", "--flood", "17"), "0 to 16"),
+        (("experiment", "--cpu", "4096"), "no 4096 here"),
+        (("compare", "--sources", "ftrase"), "no 'ftrase' (did you mean 'ftrace'?)"),
+        (("compare", "--sources", "none"), "one at least beside none"),
+        (("compare", "--count", "0"), "want one at least"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(argv, why, capsys):
+    assert main(argv) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_an_experiment_that_nobody_kept(tmp_path, capsys):
+    assert main(["experiment", "--again", str(tmp_path)]) == 1
+    assert "a directory that --keep has filled" in capsys.readouterr().err
