@@ -1,8 +1,8 @@
 """The kernel module's ABI as numpy and Python see it: the only file of ours that knows byte offsets.
 
 Written by hand after `kmod/uapi/mace.h`, which says what each field means; `tests/contract/test_abi.py` compiles that
-header and compares. Names are the header's without `mace_` and `MACE_`; hooks are those of `contracts.hooks`, the flags of
-records those of `contracts.records`.
+header and compares. Names are the header's without `mace_` and `MACE_`; hooks are those of `contracts.hooks`, the
+flags of records those of `contracts.records`.
 """
 
 from __future__ import annotations

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from sys import getsizeof
 from typing import Any, Final, Self
 
 import numpy as np
-from rich.console import Console, Group
-from rich.panel import Panel
-from rich.text import Text
 
 from contracts.histogram import QUANTILES, Ints, merge, quantiles
-from contracts.hooks import BY_HOOK, Hook
+from contracts.hooks import Hook
 from contracts.ledger import Ledger
-from contracts.names import printable
 from contracts.schema import Direction, Grades, HookCost, Results, Segment
 from contracts.topology import Device, Role
 from contracts.vitals import Account
-from mace.shown.terminal import PlainTable
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
 _RANK_ELSE: Final = 6
@@ -33,7 +27,6 @@ INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
 on them and goes round again (`another_round` in __netif_receive_skb_core), behind `netif_receive_skb`."""
 _MANY_SENT: Final = 100
 """Packets out of a device for each one in, ARP among them, that are worth a word."""
-_NAMES_SHOWN: Final = 5
 COUNTS_AS: Final = {
     Segment.DEVICE: "overhead",
     Segment.OUTSIDE: "outside",
@@ -186,7 +179,7 @@ def imitated(devices: Sequence[Device]) -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class Summary:
-    """What a run came to. Feed it with `add` (live) or by key (stored); read it as a dict or as tables."""
+    """What a run came to. Feed it with `add` (live) or by key (stored); read it as a dict or in `mace.shown.tables`."""
 
     ledger: Ledger = field(default_factory=Ledger)
     packets: int = 0
@@ -285,15 +278,15 @@ class Summary:
         """For machines, one JSON object.
 
         `ledger`: the categories of `contracts.ledger`. `packets`. `grades`: ambiguous, buffer, content, exact, waited
-        (packets) and told_apart (see `contracts.schema.Grades`). `devices`: a list in the order of the path of objects with
-        container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
+        (packets) and told_apart (see `contracts.schema.Grades`). `devices`: a list in the order of the path of objects
+        with container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
         `rows_not_stored`, `unseen` (sentences), `on_host_network` (names of containers), `note`, `cost` (per hook:
-        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `contracts.vitals.Account`) appear
-        where there is something to say.
+        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `contracts.vitals.Account`)
+        appear where there is something to say.
         """
-        several = self._several_hosts()
+        several = self.several_hosts()
         found: dict[str, Any] = {
             "ledger": self.ledger.as_dict(),
             "packets": self.packets,
@@ -315,19 +308,6 @@ class Summary:
         if self.sinks:
             found["sinks"] = {name: account.as_dict() for name, account in self.sinks.items()}
         return found
-
-    def tables(self, console: Console) -> None:
-        """For people: what the containers added, device by device, and the ledger."""
-        console.print(self.renderable())
-
-    def renderable(self) -> Group:
-        """What `tables` prints, for a live display."""
-        return Group(*self.losses_panel(), self.overhead_table(), "", self.device_table(), "", self.ledger_line())
-
-    def losses_panel(self) -> list[Panel]:
-        """A panel if anything is missing from the figures; none otherwise."""
-        text = Text("\n".join(map(printable, self.losses())))
-        return [Panel(text, title="not everything was seen", border_style="bold red", expand=False)] if text else []
 
     def losses(self) -> list[str]:
         """A sentence for each way in which the figures do not cover everything; none if they do."""
@@ -357,90 +337,25 @@ class Summary:
             sent = seen.get((place, Direction.EGRESS), 0)
             if place.kind in INGRESS_UNSEEN:
                 told.append(
-                    f"{place.device} of {self._owner(place)} is a {place.kind}: what it receives passes no tracepoint"
+                    f"{place.device} of {self.owner(place)} is a {place.kind}: what it receives passes no tracepoint"
                     " there, so its ingress is not measured."
                 )
             elif sent >= _MANY_SENT * (1 + (received := seen.get((place, Direction.INGRESS), 0))):
                 told.append(
-                    f"{place.device} of {self._owner(place)} sent {sent:,} packets and was seen to receive"
+                    f"{place.device} of {self.owner(place)} sent {sent:,} packets and was seen to receive"
                     f" {received:,}: either no more came, or what it receives is put on it past its tracepoints"
                     " (bpf_redirect_peer, as Cilium's host routing does), and its ingress is not measured."
                 )
         return told
 
-    def ledger_line(self) -> Text:
-        """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""
-        line = f"packets {self.packets:,} · {self.ledger.line()}"
-        style = "bold red" if self.losses() else "dim"
-        sinks = [f"{name}: {account.line()}" for name, account in self.sinks.items()]
-        lines = (
-            line,
-            self.grades.line(),
-            self._ambiguous_line(),
-            self._cost_line(),
-            *sinks,
-            self._sharing_line(),
-            self.note,
-        )
-        return Text("\n".join(printable(t) for t in lines if t), style=style)
-
-    def _cost_line(self) -> str:
-        told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in self.cost if c.timed)
-        line = " · ".join(told)
-        return f"own cost: {line}" if line else ""
-
-    def _ambiguous_line(self) -> str:
-        if not self.several_devices:
-            return ""
-        copies = self.grades.ambiguous - self.several_devices
-        line = f"ambiguous: {self.several_devices:,} packets fit several devices, {copies:,} fit several packets"
-        if not self.imitated:
-            return line
-        some = ", ".join(self.imitated[:_NAMES_SHOWN]) + (", ..." if len(self.imitated) > _NAMES_SHOWN else "")
-        return (
-            f"{line}; devices of other namespaces have the names of the host's {some}, and whoever may make a namespace"
-            " can give them: a source that tells devices by number (the kernel module) is not misled"
-        )
-
-    def _sharing_line(self) -> str:
-        names = ", ".join(self.on_host_network)
-        return f"on the host's own network, with no device to cross: {names}" if names else ""
-
-    def _several_hosts(self) -> bool:
+    def several_hosts(self) -> bool:
+        """Whether the figures are of more than one host."""
         return len({k[0].host for k, _ in self.rows()}) > 1
 
-    def _owner(self, place: Place) -> str:
+    def owner(self, place: Place) -> str:
+        """The container of a device, or its namespace; with the host where there are several."""
         owner = place.container or place.netns
-        return f"{place.host}/{owner}" if self._several_hosts() else owner
-
-    def overhead_table(self) -> PlainTable:
-        """Per container and direction."""
-        table = _table(
-            "What the container path added to each packet, µs", ("container", "direction"), "packets", "mean"
-        )
-        for (place, direction, _), distribution in self.overhead():
-            table.add_row(self._owner(place), direction.name.lower(), *figures(distribution))
-        return table
-
-    def device_table(self) -> PlainTable:
-        """Per device and direction, in the order of the path."""
-        rows = self.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
-        labels = labels_of([k[0] for k, _ in rows])
-        table = _table(
-            "Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets"
-        )
-        for direction, group in groupby(rows, key=lambda r: r[0][1]):
-            table.add_row(direction.name.lower(), style="bold")
-            for (place, _, segment), distribution in group:
-                table.add_row(
-                    labels[place],
-                    self._owner(place),
-                    place.kind or "hardware",
-                    COUNTS_AS[segment],
-                    *figures(distribution)[:-1],
-                    style="dim" if segment is Segment.OUTSIDE else "",
-                )
-        return table
+        return f"{place.host}/{owner}" if self.several_hosts() else owner
 
 
 def added(first: Iterable[HookCost], second: Iterable[HookCost]) -> tuple[HookCost, ...]:
@@ -463,27 +378,6 @@ def labels_of(places: Iterable[Place]) -> dict[Place, str]:
 
 def _shown(place: Place) -> tuple[str, ...]:
     return place.host, place.container, place.netns, place.device
-
-
-def microseconds(ns: float) -> str:
-    """A delay in µs for people: `1,234.5`."""
-    return f"{ns / 1000:,.1f}"
-
-
-def figures(distribution: Distribution) -> list[str]:
-    """The figures of one table row: count, then p50, p90, p99, max and mean in µs."""
-    p50, p90, p99 = distribution.quantiles((0.5, 0.9, 0.99))
-    shown = (p50, p90, p99, distribution.max_ns, distribution.mean_ns)
-    return [f"{distribution.count:,}", *(microseconds(v) for v in shown)]
-
-
-def _table(title: str, names: Sequence[str], counted: str, *more: str) -> PlainTable:
-    table = PlainTable(title)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for name in (counted, "p50", "p90", "p99", "max", *more):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _entry(row: tuple[Key, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:

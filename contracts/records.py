@@ -128,8 +128,8 @@ class Batch:
     skb_id: npt.NDArray[np.uint64]
     """Identity of the kernel buffer: equal while the same buffer lives, reused afterwards."""
     dev: npt.NDArray[np.uint32]
-    """Index into the stream's sightings (`contracts.topology.Topology.sightings`). Where the hook has no device: 0, or the
-    last device of the packet if `content` says `Flag.RECALLED`."""
+    """Index into the stream's sightings (`contracts.topology.Topology.sightings`). Where the hook has no device: 0, or
+    the last device of the packet if `content` says `Flag.RECALLED`."""
     l3_len: npt.NDArray[np.uint32]
     """Bytes without the link-layer header; at a copy to a reader the bytes copied; 0 where the hook does not tell."""
     cpu: npt.NDArray[np.uint16]

@@ -30,7 +30,7 @@ def keys(batch: Batch) -> Ids | None:
 
 
 def traits(batch: Batch) -> Bytes | None:
-    """What else counts of each record's content: `contracts.records.Flag`s and `SEGMENTS`, uint8; None if there is none."""
+    """What else counts of each record's content: `contracts.records.Flag`s and `SEGMENTS`, uint8; None without content."""
     if batch.content is None:
         return None
     if not batch.gso_segs.any():

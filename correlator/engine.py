@@ -419,8 +419,8 @@ class Engine:
         """Index into `Results.devices` of a device and the inner device of the container whose packet crosses it."""
         number, owner = divmod(key, 1 << 32)
         if owner not in self._owners:
-            # Where a device stands on a path is told by these two (`contracts.figures.ranks`): with them from the beginning
-            # it does not depend on which packets came first.
+            # Where a device stands on a path is told by these two (`contracts.figures.ranks`): with them from the
+            # beginning it does not depend on which packets came first.
             self._owners.add(owner)
             for other in (owner, *self._resolver.beside(owner)):
                 if other != number:

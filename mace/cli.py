@@ -33,7 +33,7 @@ from mace.commands import store as storecheck
 from mace.live import publish, sinks
 from mace.live.session import Session, Until
 from mace.replaying import replay
-from mace.shown import export, report, streams
+from mace.shown import export, report, streams, tables
 from mace.shown.terminal import Console, PlainTable, complaint, json_line, line, log_to_stderr, output
 from mace.tools import correct, ping, wrap
 from mace.trials import compare, experiment
@@ -376,7 +376,7 @@ def _show(summary: Summary, args: argparse.Namespace) -> None:
     if args.json:
         json_line(summary.as_dict())
     else:
-        summary.tables(output())
+        tables.show(summary, output())
 
 
 def _table(*headings: str) -> PlainTable:

@@ -8,9 +8,9 @@
     mace_publish_records_total  records by what became of them at the ingest; mace_publish_records_waiting and others
     mace_queue_peak             the most items that ever waited in a channel
 
-The histograms are made of the bins of `contracts.histogram` and are exact: their buckets end where bins do. Windows of one
-second are added up, so a delay is in them a second or two after it happened, and counted once. Classic buckets: the
-text formats know no native histograms.
+The histograms are made of the bins of `contracts.histogram` and are exact: their buckets end where bins do. Windows of
+one second are added up, so a delay is in them a second or two after it happened, and counted once. Classic buckets:
+the text formats know no native histograms.
 
 Series of a container or a device that is gone are dropped `gone_s` later, so that what is shown, and what a scrape
 costs, depends on what runs and not on what ever ran.

@@ -43,8 +43,8 @@ SPILL_GIB: Final = 16
 WINDOWS_FROM_ROWS: Final = 200_000_000
 """Above as many rows, `auto` reads windows instead: the same numbers in a moment, but for the last seconds."""
 
-# The bin of `contracts.histogram.bins_of`. log2 of an integer below 2**40 is exact at powers of two, and off by far less
-# than the distance to the next power everywhere else, so its floor is right; a test compares all boundaries.
+# The bin of `contracts.histogram.bins_of`. log2 of an integer below 2**40 is exact at powers of two, and off by far
+# less than the distance to the next power everywhere else, so its floor is right; a test compares all boundaries.
 _CLAMPED: Final = f"least(greatest(delay_ns, 0), {MAX_NS})"
 _OCTAVE: Final = f"greatest(cast(floor(log2(greatest({_CLAMPED}, 1))) AS BIGINT) - {SUB_BITS}, 0)"
 BIN_SQL: Final = f"({_OCTAVE} * {_SUB} + ({_CLAMPED} >> {_OCTAVE}))"

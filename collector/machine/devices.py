@@ -7,9 +7,9 @@
     thread "mace-container-names"      ─┘
 
 The namespace of the thread's own has a number for every other one; that suffices to list their links and to hear
-their events, and keeps none of them alive (see `collector.machine.rtnetlink`). Only for default routes the thread steps into
-the others, for a fraction of a millisecond. Events say only *that* something changed: what it is now is asked, so
-that lost or reordered events cannot leave a wrong picture.
+their events, and keeps none of them alive (see `collector.machine.rtnetlink`). Only for default routes the thread
+steps into the others, for a fraction of a millisecond. Events say only *that* something changed: what it is now is
+asked, so that lost or reordered events cannot leave a wrong picture.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ loop: what waits for the disk does so in threads.
 
 Nothing that one host sends may harm the others. Its messages are refused where they are no frame that fits, and then
 change nothing; the hosts take turns (`mace.live.turns`); what is kept of each is bounded (`collector.remote`,
-`mace.live.hosts`). What goes wrong in spite of all that ends at `_border`: the host's run is given up, and that is told.
+`mace.live.hosts`). What goes wrong in spite of all that ends at `_border`: the host's run is given up, and that is
+told.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from mace.live import pipeline
 from mace.live.pipeline import Stop
 from mace.replaying.into_store import How, asked_to_stop, bar, into_store
 from mace.replaying.part import RecordedFile
+from mace.shown import tables
 from mace.shown.terminal import styled, warn
 from storage import SINKS, wanted_sinks
 from storage.capture import CaptureSink
@@ -91,7 +92,7 @@ class Session:
                 def show(results: Results) -> None:
                     summary.add(results)
                     if results.windows and view.auto_refresh:
-                        view.update(summary.renderable())
+                        view.update(tables.renderable(summary))
 
                 def begin(header: StreamHeader) -> None:
                     self.say(f"measuring {header.host}, Linux {header.kernel}, {chosen}")

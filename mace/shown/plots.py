@@ -18,10 +18,11 @@ import numpy as np
 from rich.console import Console
 
 from contracts.errors import MaceError, MissingExtra
-from contracts.figures import Distribution, Key, Summary, labels_of, microseconds
+from contracts.figures import Distribution, Key, Summary, labels_of
 from contracts.histogram import middles
 from contracts.names import printable
 from contracts.schema import Direction, Segment
+from mace.shown import tables
 from storage.query import Series, TypicalPath
 
 try:
@@ -100,8 +101,8 @@ def write_html(drawn: Figure, summary: Summary, path: Path, *, title: str) -> No
         drawn.savefig(data, format="svg", metadata={"Date": None})
     svg = data.getvalue()
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    summary.tables(console)
-    tables = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    tables.show(summary, console)
+    shown = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
     page = f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -114,7 +115,7 @@ pre {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace
   overflow-x: auto; }}
 </style>
 {svg[svg.index("<svg") :]}
-{tables}
+{shown}
 </html>
 """
     _write(path, page.encode())
@@ -259,7 +260,7 @@ def _draw_waterfall(axes: Any, paths: Sequence[TypicalPath]) -> None:
         y += 0.4
     for where, start, took, segment in rows:
         axes.barh(where, max(took, longest / 400), left=start, height=0.72, color=_OF_SEGMENT[segment])
-        axes.text(start + took + longest * 0.012, where, microseconds(took * 1000), va="center", fontsize=8.5)
+        axes.text(start + took + longest * 0.012, where, tables.microseconds(took * 1000), va="center", fontsize=8.5)
     axes.set_yticks(ticks, list(map(printable, names)), parse_math=False)
     axes.set_ylim(y - 0.5, -0.7)
     axes.set_xlim(0, longest * 1.12)

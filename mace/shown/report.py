@@ -19,10 +19,11 @@ from rich.text import Text
 
 from contracts import config
 from contracts.errors import UsageError, nearest
-from contracts.figures import COUNTS_AS, microseconds
+from contracts.figures import COUNTS_AS
 from contracts.schema import Direction, Segment
 from mace.replaying.into_store import location, replayed
 from mace.replaying.replay import add_file_options, recorded_files
+from mace.shown import tables
 from mace.shown.terminal import PlainTable, json_line, output
 from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
 
@@ -158,14 +159,14 @@ def report(
         json_line(found)
         return
     if asked:
-        console.print(*summary.losses_panel())
+        console.print(*tables.losses_panel(summary))
         for path in paths:
             console.print(packet_table(path), "")
-        console.print(summary.ledger_line())
+        console.print(tables.ledger_line(summary))
         return
-    console.print(*summary.losses_panel(), summary.overhead_table(), "", summary.device_table(), "")
+    console.print(*tables.losses_panel(summary), tables.overhead_table(summary), "", tables.device_table(summary), "")
     _print_typical(typical, console)
-    console.print(summary.ledger_line())
+    console.print(tables.ledger_line(summary))
 
 
 def print_typical_paths(path: Path, console: Console) -> None:
@@ -262,8 +263,8 @@ def typical_table(path: TypicalPath) -> PlainTable:
             place.kind or "hardware",
             COUNTS_AS[segment],
             f"{delays.count:,}",
-            microseconds(p50),
-            microseconds(p99),
+            tables.microseconds(p50),
+            tables.microseconds(p99),
             _bar(at, p50, total, segment),
         )
         at += p50
@@ -272,7 +273,9 @@ def typical_table(path: TypicalPath) -> PlainTable:
 
 def packet_table(path: PacketPath) -> PlainTable:
     """One packet's path, hop by hop."""
-    overhead = ", ".join(f"{d.name.lower()} overhead {microseconds(ns)} µs" for d, ns in path.overhead_ns.items())
+    overhead = ", ".join(
+        f"{d.name.lower()} overhead {tables.microseconds(ns)} µs" for d, ns in path.overhead_ns.items()
+    )
     when = datetime.fromtimestamp(path.utc_ns // 1_000_000_000, UTC)
     title = (
         f"packet {path.packet} of {path.container or 'no container'}, {path.l3_len} bytes,"
@@ -287,8 +290,8 @@ def packet_table(path: PacketPath) -> PlainTable:
             hop.place.container or hop.place.netns,
             hop.place.kind or "hardware",
             COUNTS_AS[hop.segment],
-            microseconds(hop.start_ns),
-            microseconds(hop.delay_ns),
+            tables.microseconds(hop.start_ns),
+            tables.microseconds(hop.delay_ns),
             _bar(hop.start_ns, hop.delay_ns, total, hop.segment),
         )
     return table

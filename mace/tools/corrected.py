@@ -16,13 +16,14 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
-from contracts.figures import Summary, microseconds
+from contracts.figures import Summary
 from contracts.names import printable
 from contracts.schema import NOT_TOLD, Crossings, Grade, Results, RoundTripRows, RoundTrips
 from contracts.topology import Device, Role
 from correlator import intervals
 from correlator.correction import REASONS, Corrections, Reason, correct
 from correlator.samples import Samples
+from mace.shown import tables
 from mace.shown.terminal import PlainTable
 from mace.tools.samples import Reader
 
@@ -212,9 +213,9 @@ class Corrected:
             console.print(Text(_LOWER_BOUND))
         for text in self._remarks():
             console.print(Text(printable(text)))
-        for panel in self.summary.losses_panel():
+        for panel in tables.losses_panel(self.summary):
             console.print(panel)
-        console.print(self.summary.ledger_line())
+        console.print(tables.ledger_line(self.summary))
 
     def _statistics_table(self) -> PlainTable:
         paired = int((self.corrections.reason == Reason.PAIRED).sum())
@@ -227,7 +228,11 @@ class Corrected:
             for which in ("median", "mean"):
                 interval = figures[which]
                 cells.append(_microseconds(interval and interval["estimate"]))
-                cells.append(f"{microseconds(interval['low'])} … {microseconds(interval['high'])}" if interval else "-")
+                cells.append(
+                    f"{tables.microseconds(interval['low'])} … {tables.microseconds(interval['high'])}"
+                    if interval
+                    else "-"
+                )
             table.add_row(FIGURES[name], *cells, _microseconds(figures["max"]))
         return table
 
@@ -259,7 +264,7 @@ def line(corrections: Corrections, row: int) -> str:
     if reason is not Reason.PAIRED:
         return f"not corrected · {REASONS[reason]}"
     told = (
-        f"{name}={microseconds(int(getattr(corrections, column)[row]))}"
+        f"{name}={tables.microseconds(int(getattr(corrections, column)[row]))}"
         for name, column in (
             ("host", "host_rtt_ns"),
             ("nic", "nic_rtt_ns"),
@@ -275,4 +280,4 @@ def _told(value: np.integer[Any]) -> int | None:
 
 
 def _microseconds(ns: float | None) -> str:
-    return "-" if ns is None else microseconds(ns)
+    return "-" if ns is None else tables.microseconds(ns)

@@ -23,7 +23,7 @@ _LAST_WORDS_S = 3.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace wrap` besides those that say where, as `mace.tools.ping` has them; the command follows `--`."""
+    """The options of `mace wrap` but those that say where, which `mace.tools.ping` has; the command follows `--`."""
     parser.add_argument("--tool", choices=READERS, help="which tool it is, if its first line does not tell")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after `--`: the tool and its arguments")
 

@@ -35,6 +35,7 @@ from contracts.schema import Direction, Segment
 from correlator import intervals
 from mace.lab import REMOTE, Lab, Runtime, Spec, probing
 from mace.live.session import Session
+from mace.shown import tables
 from mace.shown.terminal import PlainTable
 from mace.trials.rounds import bounds, interval_text, machine, machine_text, median_us
 
@@ -172,7 +173,7 @@ class Comparison:
         console.print(self._device_table())
         for name, summary in self.whole.items():
             if name != NONE:
-                console.print(f"{name}: {summary.ledger_line()}")
+                console.print(f"{name}: {tables.ledger_line(summary)}")
         console.print(machine_text(self.machine))
 
     def _source_table(self) -> PlainTable:

@@ -13,6 +13,7 @@ from contracts.hooks import Hook
 from contracts.ledger import Ledger
 from contracts.schema import Direction, HookCost, Segment
 from contracts.topology import Device, Role
+from mace.shown import tables
 from tests.made_results import START_NS, make_delays, make_results, make_windows, topology
 
 
@@ -25,7 +26,7 @@ def live(delays, *, containers=1, widths=(1,), **changes):
 
 def printed(summary, width=80):
     console = Console(file=io.StringIO(), width=width)
-    summary.tables(console)
+    tables.show(summary, console)
     return console.file.getvalue()
 
 
@@ -124,7 +125,7 @@ def test_what_observing_cost_is_told():
     results = replace(make_results(make_delays(10)), cost=(HookCost(Hook.NETIF_RX, 1234, 10, 850),))
     first, second = Summary(), Summary()
     first.add(results)
-    assert "cost: netif_rx 85 ns × 1,234" in first.ledger_line().plain
+    assert "cost: netif_rx 85 ns × 1,234" in tables.ledger_line(first).plain
     assert first.as_dict()["cost"] == [
         {"hook": "netif_rx", "calls": 1234, "timed": 10, "timed_ns": 850, "ns_per_call": 85.0}
     ]

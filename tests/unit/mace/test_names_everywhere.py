@@ -29,7 +29,7 @@ from contracts.topology import Device, Sighting, Topology
 from contracts.vitals import Vitals
 from contracts.wire import Decoder, Encoder
 from mace import cli
-from mace.shown import plots, terminal
+from mace.shown import plots, tables, terminal
 from storage.lines import Budget, StreamLines, key
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import HostTracks
@@ -110,7 +110,7 @@ def test_tables(console, monkeypatch):
     summary = Summary()
     summary.add(RESULTS)
     summary.note = "\x1b[31m[/]"
-    summary.tables(made)
+    tables.show(summary, made)
     shown = file.getvalue()
     assert is_safe(shown)
     for name in NASTY:

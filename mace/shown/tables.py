@@ -1,0 +1,123 @@
+"""A run's figures for people: what the containers added, device by device, what is missing, and the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Final
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+
+from contracts.figures import COUNTS_AS, Distribution, Summary, labels_of
+from contracts.hooks import BY_HOOK
+from contracts.names import printable
+from contracts.schema import Segment
+from mace.shown.terminal import PlainTable
+
+_NAMES_SHOWN: Final = 5
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print all of it."""
+    console.print(renderable(summary))
+
+
+def renderable(summary: Summary) -> Group:
+    """What `show` prints, for a live display."""
+    return Group(*losses_panel(summary), overhead_table(summary), "", device_table(summary), "", ledger_line(summary))
+
+
+def losses_panel(summary: Summary) -> list[Panel]:
+    """A panel if anything is missing from the figures; none otherwise."""
+    text = Text("\n".join(map(printable, summary.losses())))
+    return [Panel(text, title="not everything was seen", border_style="bold red", expand=False)] if text else []
+
+
+def overhead_table(summary: Summary) -> PlainTable:
+    """Per container and direction."""
+    table = _table("What the container path added to each packet, µs", ("container", "direction"), "packets", "mean")
+    for (place, direction, _), distribution in summary.overhead():
+        table.add_row(summary.owner(place), direction.name.lower(), *cells(distribution))
+    return table
+
+
+def device_table(summary: Summary) -> PlainTable:
+    """Per device and direction, in the order of the path."""
+    rows = summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
+    labels = labels_of([k[0] for k, _ in rows])
+    table = _table("Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets")
+    for direction, group in groupby(rows, key=lambda r: r[0][1]):
+        table.add_row(direction.name.lower(), style="bold")
+        for (place, _, segment), distribution in group:
+            table.add_row(
+                labels[place],
+                summary.owner(place),
+                place.kind or "hardware",
+                COUNTS_AS[segment],
+                *cells(distribution)[:-1],
+                style="dim" if segment is Segment.OUTSIDE else "",
+            )
+    return table
+
+
+def ledger_line(summary: Summary) -> Text:
+    """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""
+    lines = (
+        f"packets {summary.packets:,} · {summary.ledger.line()}",
+        summary.grades.line(),
+        _ambiguous_line(summary),
+        _cost_line(summary),
+        *(f"{name}: {account.line()}" for name, account in summary.sinks.items()),
+        _sharing_line(summary),
+        summary.note,
+    )
+    style = "bold red" if summary.losses() else "dim"
+    return Text("\n".join(printable(line) for line in lines if line), style=style)
+
+
+def _cost_line(summary: Summary) -> str:
+    told = (f"{BY_HOOK[c.hook].name} {c.ns_per_call:.0f} ns × {c.calls:,}" for c in summary.cost if c.timed)
+    line = " · ".join(told)
+    return f"own cost: {line}" if line else ""
+
+
+def _ambiguous_line(summary: Summary) -> str:
+    if not summary.several_devices:
+        return ""
+    copies = summary.grades.ambiguous - summary.several_devices
+    line = f"ambiguous: {summary.several_devices:,} packets fit several devices, {copies:,} fit several packets"
+    if not summary.imitated:
+        return line
+    some = ", ".join(summary.imitated[:_NAMES_SHOWN]) + (", ..." if len(summary.imitated) > _NAMES_SHOWN else "")
+    return (
+        f"{line}; devices of other namespaces have the names of the host's {some}, and whoever may make a namespace"
+        " can give them: a source that tells devices by number (the kernel module) is not misled"
+    )
+
+
+def _sharing_line(summary: Summary) -> str:
+    names = ", ".join(summary.on_host_network)
+    return f"on the host's own network, with no device to cross: {names}" if names else ""
+
+
+def microseconds(ns: float) -> str:
+    """A delay in µs for people: `1,234.5`."""
+    return f"{ns / 1000:,.1f}"
+
+
+def cells(distribution: Distribution) -> list[str]:
+    """The figures of one table row: count, then p50, p90, p99, max and mean in µs."""
+    p50, p90, p99 = distribution.quantiles((0.5, 0.9, 0.99))
+    shown = (p50, p90, p99, distribution.max_ns, distribution.mean_ns)
+    return [f"{distribution.count:,}", *(microseconds(v) for v in shown)]
+
+
+def _table(title: str, names: Sequence[str], counted: str, *more: str) -> PlainTable:
+    table = PlainTable(title)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in (counted, "p50", "p90", "p99", "max", *more):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
