@@ -30,7 +30,7 @@ def keys(batch: Batch) -> Ids | None:
 
 
 def traits(batch: Batch) -> Bytes | None:
-    """What else counts of each record's content: `contracts.records.Flag`s and `SEGMENTS`, uint8; None without content."""
+    """What else counts of each record's content: `contracts.records.Flag`s and `SEGMENTS`, uint8; or None."""
     if batch.content is None:
         return None
     if not batch.gso_segs.any():

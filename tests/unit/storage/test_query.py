@@ -15,7 +15,7 @@ from contracts.figures import Summary
 from contracts.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
 from contracts.ledger import Ledger
 from contracts.schema import Delays, Direction, Grades, Segment
-from mace.shown import tables
+from mace.shown import tables as shown_tables
 from storage import query, segments, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store
@@ -322,7 +322,7 @@ def test_grades_are_stored_with_the_ledger(tmp_path):
         "waited": 12,
         "told_apart": 10,
     }
-    assert "grades: ambiguous 2 · buffer 4 · content 6 · exact 8 · told apart 10" in tables.ledger_line(found).plain
+    assert "grades: ambiguous 2 · buffer 4 · content 6 · exact 8 · told apart 10" in shown_tables.ledger_line(found).plain
 
 
 def test_a_ledger_of_before_there_were_grades(tmp_path):
