@@ -20,6 +20,7 @@ RUN set -eu; \
     rm -rf pyarrow/include pyarrow/src pyarrow/tests pyarrow/*flight* pyarrow/*s3* numpy/tests numpy/*/tests; \
     find . -name '*.pyi' -delete
 COPY mace/ /opt/mace/app/mace/
+COPY contracts/ /opt/mace/app/contracts/
 COPY collector/ /opt/mace/app/collector/
 COPY correlator/ /opt/mace/app/correlator/
 COPY storage/ /opt/mace/app/storage/

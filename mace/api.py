@@ -83,7 +83,7 @@ class Recording:
         return (item for item in self.items() if isinstance(item, Topology))
 
     def results(self, *, timeout_ms: int = TIMEOUT_MS, rows: bool = True) -> Iterator[Results]:
-        """What the correlator says of it, stretch by stretch: `contracts.schema.Results`; without `rows` windows only."""
+        """What the correlator says, stretch by stretch (`contracts.schema.Results`); without `rows` windows only."""
         config = EngineConfig(timeout_ns=timeout_ms * 1_000_000, slice_ns=REPLAY_SLICE_NS, rows=rows)
         engine = Engine(self.header.clock.offset_ns, config)
         task = PartTask(0, 0, self._file, config, None, None, None, None, "")

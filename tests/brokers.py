@@ -10,7 +10,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "mqtt.md"
+from tests.places import DOCS
+
+PAGE = DOCS / "mqtt.md"
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 
 

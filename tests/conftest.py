@@ -28,6 +28,7 @@ from hypothesis import settings
 
 from collector.ftrace import tracefs
 from contracts.errors import Unavailable
+from tests.places import GOLDEN
 
 # --- hypothesis ---------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "everyday")
 
 
-GOLDEN_TRACE = Path(__file__).parent / "golden" / "tracecmd" / "v6.dat"
+GOLDEN_TRACE = GOLDEN / "tracecmd" / "v6.dat"
 
 # --- needs --------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
+
 NOBODY = 65534
 
 

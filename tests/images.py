@@ -22,8 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.kernel import kernels
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
 
 # What only installs and configures packages; no program that a container runs needs it.
 LEFT_OUT = {

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "dashboards/json"
+from tests.places import ROOT
+
+FOLDER = ROOT / "dashboards/json"
 FILES = sorted(FOLDER.glob("*.json"))
 
 

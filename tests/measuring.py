@@ -13,9 +13,9 @@ from pathlib import Path
 import duckdb
 
 from contracts.ledger import Ledger
+from tests.places import ROOT
 
 MACE = (sys.executable, "-m", "mace")
-ROOT = Path(__file__).parents[1]
 TRACE_INSTANCES = Path("/sys/kernel/tracing/instances")
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mace.lab import Lab, Spec, running
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 MACE = (sys.executable, "-m", "mace")
 
 

@@ -22,9 +22,10 @@ from collector.ftrace import tracefs
 from contracts.errors import Unavailable
 from contracts.hooks import HOOKS, Hook
 from mace.lab import Lab, Spec, running
-from tests.benchmark.figures import ROOT, figure
+from tests.benchmark.figures import figure
 from tests.kernel import build, kernels, vm
 from tests.kernel.guest.reader import Session
+from tests.places import ROOT
 
 ROUNDS = 16
 PINGS = 3_000

@@ -12,7 +12,8 @@ from typing import Any
 
 from mace.lab import Flow, Lab, Spec, UdpResult, running
 from storage.query import Filter, Store
-from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, flood, folder, peak_mib, resident_mib
+from tests.benchmark.figures import MACE, cpu_s, figure, flood, folder, peak_mib, resident_mib
+from tests.places import ROOT
 from tests.servers import Influx
 
 FLOOD_S = 30

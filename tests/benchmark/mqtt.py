@@ -34,10 +34,11 @@ from storage import segments
 from storage.broker import Broker
 from storage.mqtt import StreamPublisher
 from storage.query import Store
-from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, folder, peak_mib
+from tests.benchmark.figures import MACE, cpu_s, figure, folder, peak_mib
 from tests.benchmark.mqtt_hosts import KEEPALIVE_S, PINGREQ, HostConnection, packet, publish
 from tests.brokers import Mosquitto, mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, traffic
+from tests.places import ROOT
 
 RECORDS = 4_000_000
 BATCH = 50_000

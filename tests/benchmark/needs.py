@@ -8,7 +8,9 @@ import re
 import shutil
 from pathlib import Path
 
-DEV = Path(__file__).resolve().parents[2] / "dev"
+from tests.places import ROOT
+
+DEV = ROOT / "dev"
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 _ROW = re.compile(r"^(?:run|test|bench|kernel)\|([^|]+)\|([^|]+)\|", re.MULTILINE)
 

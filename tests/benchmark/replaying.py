@@ -27,8 +27,9 @@ from contracts.errors import UsageError
 from mace.live import pipeline
 from mace.replaying.into_store import files_at, into_store
 from mace.replaying.remaining import Remaining
-from tests.benchmark.figures import ROOT, figure
+from tests.benchmark.figures import figure
 from tests.made_capture import HEADER, TOPOLOGY, batches, traffic
+from tests.places import ROOT
 
 REPLAY_MB = int(os.environ.get("MACE_BENCH_REPLAY_MB", "200"))
 SCALING_MB = int(os.environ.get("MACE_BENCH_SCALING_MB", "160"))

@@ -28,10 +28,11 @@ from contracts.config import MqttConfig
 from contracts.records import Batch
 from storage.broker import Broker
 from storage.mqtt import StreamPublisher
-from tests.benchmark.figures import MACE, ROOT, figure, folder
+from tests.benchmark.figures import MACE, figure, folder
 from tests.benchmark.mqtt import BROKER, ingest, received, usage
 from tests.brokers import mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
+from tests.places import ROOT
 from tests.servers import Influx
 
 SECONDS = 10

@@ -38,10 +38,11 @@ from storage import segments
 from storage.broker import Broker
 from storage.mqtt import StreamPublisher
 from storage.query import Store
-from tests.benchmark.figures import MACE, ROOT, resident_mib
+from tests.benchmark.figures import MACE, resident_mib
 from tests.benchmark.soaking import STEP_S, Pace, chosen, halves, plot
 from tests.brokers import Mosquitto, mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, traffic
+from tests.places import ROOT
 
 BLOCK = 1_000_000
 """Records that are made beforehand; used again and again, later in time."""

@@ -13,8 +13,9 @@ from collector.reading.options import FileOptions
 from collector.text.source import TextSource
 from contracts.records import Batch
 from tests.benchmark.figures import figure, folder, one_core, rounds
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "other-tools" / "trace.txt"
+TRACE = GOLDEN / "other-tools" / "trace.txt"
 TIMES = 100
 ROUNDS = 5
 TIME = re.compile(rb"(?m)^(.{20,60}?) (\d+)(\.\d{6}: )")
@@ -26,7 +27,7 @@ OTHER = (
 
 def written(target: Path, *, others: bool) -> int:
     """Number of lines."""
-    text = GOLDEN.read_bytes()
+    text = TRACE.read_bytes()
     with target.open("wb") as file:
         for minute in range(TIMES):
             later = TIME.sub(lambda m, by=60 * minute: b"%b %d%b" % (m[1], int(m[2]) + by, m[3]), text)  # type: ignore[misc]

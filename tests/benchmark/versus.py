@@ -23,7 +23,8 @@ from mace.lab import Spec, running
 from mace.lab.plan import outer_device
 from mace.live.pipeline import REPLAY_SLICE_NS
 from tests.benchmark.bpftrace_script import analyse
-from tests.benchmark.figures import MACE, ROOT, cpu_s, figure, folder, one_core
+from tests.benchmark.figures import MACE, cpu_s, figure, folder, one_core
+from tests.places import ROOT
 
 DATAGRAMS, RATE_PPS = 40_000, 10_000
 BPFTRACE_DATAGRAMS, BPFTRACE_RATE_PPS = 160_000, 20_000

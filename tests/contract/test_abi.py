@@ -3,7 +3,6 @@
 import re
 import subprocess
 from enum import Enum
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import pytest
 from contracts import abi
 from contracts.hooks import Hook
 from contracts.records import CONTENT_DTYPES, DTYPES
+from tests.places import ROOT
 
-HEADER = Path(__file__).parents[2] / "kmod" / "uapi" / "mace.h"
+HEADER = ROOT / "kmod" / "uapi" / "mace.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
 TYPES = {"__u64": "<u8", "__u32": "<u4", "__s32": "<i4", "__u16": "<u2", "__u8": "u1"}
 ENUMS = {

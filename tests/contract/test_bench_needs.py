@@ -3,14 +3,13 @@
 import ast
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.benchmark import __main__ as bench
 from tests.benchmark import needs
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 PROGRAMS = {need for group in needs.NEEDS.values() for need in group}
 
 

@@ -6,11 +6,11 @@ After a change of contracts.config, `python -m tests.contract.test_configuration
 import json
 import re
 from dataclasses import fields
-from pathlib import Path
 
 from contracts import config
+from tests.places import DOCS
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+PAGE = DOCS / "configuration.md"
 HEAD = "| key | default | allowed | meaning |\n|---|---|---|---|\n"
 TABLE = re.compile(r"^\| key .*\n(?:\|.*\n)*", re.MULTILINE)
 KINDS = {"str": "string", "int": "whole number", "float": "number", "bool": "`true`, `false`"}

@@ -14,9 +14,8 @@ from contracts.metrics import MEASUREMENTS, Kind
 from dashboards.__main__ import DASHBOARDS, text
 from tests import influxql
 from tests.influxql import ALL, FILES, Asked, Parts, take_apart
+from tests.places import ROOT
 from tests.typescript import GRAFANA, dashboards_held_to
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_committed_json_is_what_the_code_makes():

@@ -15,9 +15,9 @@ import yaml
 
 from contracts import config
 from tests import images
+from tests.places import ROOT
 from tests.typescript import held_to
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 FILE = yaml.safe_load(COMPOSE.read_text())
 SERVICES = FILE["services"]

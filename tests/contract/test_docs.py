@@ -1,12 +1,10 @@
 """Pages that repeat what the code says, held to it."""
 
 import re
-from pathlib import Path
 
 from contracts.hooks import HOOKS
 from storage import tables
-
-DOCS = Path(__file__).parents[2] / "docs"
+from tests.places import DOCS
 
 
 def test_every_hook_is_on_its_page():

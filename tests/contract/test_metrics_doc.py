@@ -4,13 +4,13 @@ After a change of contracts.metrics, `python -m tests.contract.test_metrics_doc`
 """
 
 import re
-from pathlib import Path
 
 from contracts.ledger import Ledger
 from contracts.metrics import MEASUREMENTS, TAGS
 from contracts.schema import Grades
+from tests.places import DOCS
 
-PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+PAGE = DOCS / "metrics.md"
 MARKS = "<!-- catalogue -->\n", "<!-- end of the catalogue -->\n"
 
 

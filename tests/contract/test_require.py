@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.places import ROOT
 
 # The needs are replaced, so that the outcome does not hang on the machine.
 TESTS = """

@@ -30,10 +30,8 @@ from tests.fuzz.mutation import frames_of, mutated, resealed
 from tests.hostile import EVIL, FRAMES, HONEST, RECORDS, Driven, evil_header, of_stream
 from tests.made_capture import stream_tag
 from tests.made_results import make_delays, make_results, make_windows
+from tests.places import GOLDEN, ROOT
 from tests.unit.storage.stored import fill
-
-_ROOT: Final = Path(__file__).parents[2]
-_GOLDEN: Final = _ROOT / "tests" / "golden"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def attempt(target: Target, data: bytes) -> None:
 
 
 def _corpus(*patterns: str) -> list[bytes]:
-    found = [path.read_bytes() for pattern in patterns for path in sorted(_GOLDEN.glob(pattern))]
+    found = [path.read_bytes() for pattern in patterns for path in sorted(GOLDEN.glob(pattern))]
     assert found, patterns
     return found
 
@@ -105,7 +103,7 @@ def _recording(name: str) -> Callable[[bytes, Path], None]:
 def _pcap(data: bytes, place: Path) -> None:
     path = place / "inner.pcap"
     path.write_bytes(data)
-    source = recording_of(PCAP_PAIR, (path, _GOLDEN / "other-tools" / "outer.pcap"), FileOptions()).source()
+    source = recording_of(PCAP_PAIR, (path, GOLDEN / "other-tools" / "outer.pcap"), FileOptions()).source()
     _drain(source)
 
 
@@ -242,7 +240,7 @@ def _read_messages(data: bytes, place: Path) -> None:
 
 @functools.cache
 def _configurations() -> list[bytes]:
-    return [path.read_bytes() for path in sorted(_ROOT.glob("deploy/**/*.toml"))]
+    return [path.read_bytes() for path in sorted(ROOT.glob("deploy/**/*.toml"))]
 
 
 def _read_configuration(data: bytes, place: Path) -> None:
@@ -253,7 +251,7 @@ def _read_configuration(data: bytes, place: Path) -> None:
 
 @functools.cache
 def _outputs() -> list[bytes]:
-    forms = json.loads((_GOLDEN / "tool-output" / "forms.json").read_text())
+    forms = json.loads((GOLDEN / "tool-output" / "forms.json").read_text())
     printed = ["\n".join(form["printed"]).encode() for form in forms]
     return printed + _corpus("both-sources/ping.txt", "tool-output/*.txt", "tool-output/lab/*.txt")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from contracts.errors import UsageError
 from mace import cli
-from mace.errors import UsageError
-from mace.tooloutput import READERS, read
+from mace.tools.output import READERS, read
 
 HERE = Path(__file__).parent / "tool-output"
 FORMS = json.loads((HERE / "forms.json").read_text())

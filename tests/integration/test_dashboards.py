@@ -18,9 +18,10 @@ import pytest
 
 from mace import lab
 from tests.influxql import ALL, Asked, as_grafana_would
+from tests.places import GOLDEN
 from tests.servers import Influx
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden/both-sources"
+FILES = GOLDEN / "both-sources"
 STEP_S = 10
 LIVE_STEP_S = 2
 """The live run is short; a difference needs two steps."""
@@ -41,11 +42,11 @@ def database(tmp_path_factory):
     influx = Influx(place / "server").start()
     try:
         for source in ("kmod", "ftrace"):
-            told = ("replay", GOLDEN / f"{source}.mace", "--store", place / source, "--influxdb", influx.url, "--json")
+            told = ("replay", FILES / f"{source}.mace", "--store", place / source, "--influxdb", influx.url, "--json")
             mace(*told, "--config", config(place, source))
-        said, capture = GOLDEN / "ping.txt", GOLDEN / "kmod.mace"
+        said, capture = FILES / "ping.txt", FILES / "kmod.mace"
         mace("correct", said, capture, "--container", "c1", "--influxdb", influx.url, "--config", config(place, "rtt"))
-        health = (GOLDEN / "module-health.lp").read_bytes()
+        health = (FILES / "module-health.lp").read_bytes()
         urllib.request.urlopen(f"{influx.url}/write?db=mace", data=health, timeout=30).close()
         then = span(influx)
         live(influx, place)
@@ -195,7 +196,7 @@ def test_a_loss_is_on_the_first_screen(database):
     """What the ledger says of the captures is what the three panels that stand first say."""
     expected: dict[str, int] = {}
     for source in ("kmod", "ftrace"):
-        ledger = json.loads(mace("replay", GOLDEN / f"{source}.mace", "--json"))["ledger"]
+        ledger = json.loads(mace("replay", FILES / f"{source}.mace", "--json"))["ledger"]
         for name, count in ledger.items():
             expected[name] = expected.get(name, 0) + count
     for title in ("Records that are missing", "Records without a delay"):

@@ -13,7 +13,6 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,10 +23,10 @@ from contracts.hooks import BY_HOOK, Hook
 from contracts.records import Batch
 from contracts.topology import Topology
 from tests.measuring import UNMOUNT_TRACEFS
+from tests.places import ROOT
 
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 
-ROOT = Path(__file__).parents[2]
 STEP = 1400
 """Datagram n carries n modulo this many bytes: its length tells which it is."""
 ETH, IP_UDP = 14, 28

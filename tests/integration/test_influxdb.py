@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -25,10 +24,10 @@ from tests.database_proxy import proxied
 from tests.fed import DEVICES, STEP_S, batches, feed, influx
 from tests.made_results import make_delays, make_results, make_windows
 from tests.nasty_names import NASTY, named_devices
+from tests.places import GOLDEN, ROOT
 
 pytestmark = [pytest.mark.needs("influxd"), pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests/golden/wire-2/capture.mace"
+CAPTURE = GOLDEN / "wire-2" / "capture.mace"
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +282,7 @@ def test_the_command_line_replays_into_it(server, tmp_path):
     """The same answers as the tables: windows in the database add up to what the replay says, and twice is once."""
     config = tmp_path / "mace.toml"
     config.write_text(f'[sinks.influxdb]\nspool = "{tmp_path}/spool"\n')
-    argv = ("replay", GOLDEN, "--influxdb", server.url, "--config", config, "--json")
+    argv = ("replay", CAPTURE, "--influxdb", server.url, "--config", config, "--json")
     said = json.loads(mace(*argv).stdout)
     account = said["sinks"]["influxdb"]
     before = server.rows()

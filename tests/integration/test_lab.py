@@ -14,10 +14,10 @@ import pytest
 
 from contracts.errors import LabError, UsageError
 from mace.lab import Runtime, Spec, attach, check, down, lifecycle, list_labs, netns, network, running, state, up
+from tests.places import ROOT
 
 pytestmark = pytest.mark.needs("root", "netns")
 
-ROOT = Path(__file__).resolve().parents[2]
 PREFIX = f"t{os.getpid()}"
 """Names of our own, for tests of somebody else may run on the same machine."""
 

@@ -6,7 +6,6 @@ import logging
 import subprocess
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from zlib import crc32
 
 import pytest
@@ -31,10 +30,11 @@ from storage.mqtt import StreamPublisher
 from storage.spool import Frame, Spool
 from tests.brokers import Authority, documented_acl, free_port, mosquitto
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, traffic
+from tests.places import ROOT
 
 pytestmark = pytest.mark.needs("mosquitto", "openssl")
 
-DEPLOYED = Path(__file__).parents[2] / "deploy" / "mosquitto" / "mosquitto.conf"
+DEPLOYED = ROOT / "deploy" / "mosquitto" / "mosquitto.conf"
 WITHIN_S = 60
 
 

@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from correlator.stamps import MODELS
 from mace.lab import REMOTE, Spec, running
 from mace.tools.correct import arrays
 from tests.measuring import balanced, mace, start, wait_for
+from tests.places import ROOT
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
@@ -32,7 +32,7 @@ def lab():
 
 @contextmanager
 def answering(lab, what):
-    script = Path(__file__).parents[1] / "answering.py"
+    script = ROOT / "tests" / "answering.py"
     server = lab.popen(REMOTE, [sys.executable, str(script), what, lab.address(REMOTE)])
     try:
         assert server.stdout.readline() == "ready\n"

@@ -19,9 +19,8 @@ from storage import segments
 from storage.embedded import EmbeddedStore
 from storage.query import Store
 from tests.made_results import header, make_delays, make_results, make_windows
+from tests.places import ROOT
 from tests.unit.storage.stored import fill
-
-ROOT = Path(__file__).parents[2]
 
 # Writes until it is killed; prints the rows that are acknowledged, after each flush of one packet's worth of rows.
 WRITER = """

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.kernel.kernels import Kernel, KernelUnavailable, cache_dir, locked, mirror, run, scratch
+from tests.places import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = ROOT
 SOURCE = REPOSITORY / "kmod"
 KEPT_S = 7 * 86400  # a build that nobody asked for in a week goes
 

@@ -16,15 +16,16 @@ from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from tests import perfetto_traces as traces
 from tests.golden_perfetto import replayed
+from tests.places import GOLDEN
 from tests.unit.collector.perfetto.test_source import NAMES, records
 
 GIVEN = records(400)
-GOLDEN = Path(__file__).parents[1] / "golden" / "perfetto-1"
+FILES = GOLDEN / "perfetto-1"
 TRACES = {
     "generic": traces.make(GIVEN, NAMES, per_bundle=40, lost=(2,), stats=((0, 3), (1, 4))),
     "described": traces.make(GIVEN, NAMES, form="described", numbers=True, xmit_done=True, per_bundle=40),
     "deflate": traces.make(GIVEN, NAMES, compress="deflate", per_bundle=40),
-    "traced": (GOLDEN / "generic.pftrace").read_bytes(),
+    "traced": (FILES / "generic.pftrace").read_bytes(),
 }
 
 changes = st.lists(

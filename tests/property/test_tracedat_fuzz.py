@@ -7,7 +7,6 @@ be read, and what they give is a part of what the whole file gives.
 import asyncio
 import struct
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +22,11 @@ from contracts.hooks import Hook
 from contracts.records import Batch
 from tests.made_own_events import Machine
 from tests.made_tracedat import FORMS, Made, to_big, traffic
+from tests.places import GOLDEN
 from tests.ring_pages import layout
 from tests.unit.collector.tracecmd.test_events import EVENTS, own_file
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tracecmd"
+FILES = GOLDEN / "tracecmd"
 PAGES = {0: traffic(0, 5), 1: traffic(1, 2)}
 BIG = {cpu: [to_big(page, layout(), list(FORMS.values())) for page in pages] for cpu, pages in PAGES.items()}
 BASES = {
@@ -37,7 +37,7 @@ BASES = {
     "big": Made({"": BIG}, big=True).content(),
     "own v6": own_file(EVENTS * 9, version=6),
     "own big": own_file(EVENTS * 9, machine=Machine(big=True), algorithm="zstd"),
-    "golden": (GOLDEN / "v7-buffers.dat").read_bytes(),
+    "golden": (FILES / "v7-buffers.dat").read_bytes(),
 }
 MEMORY_MAX = 150 << 20
 EVERY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from mace.wire import FILE_HEAD, Message
+from contracts.wire import FILE_HEAD, Message
 from tests import perfetto_traces as traces
 from tests.made_capture import TOPOLOGY, batches, capture_bytes, encode, forge, stream_tag, traffic
 from tests.made_pcap import Frame, block, pcap, pcapng, through_nat, udp_frames, written

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from collector.files import PCAP_PAIR, FileOptions, recording, recording_of
-from mace.schema import Direction
+from contracts.schema import Direction
 from tests.integration.test_other_tools_traces import overheads, record, replayed
 from tests.perfetto_from_pages import perfetto_from_pages
 

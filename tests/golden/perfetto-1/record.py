@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from collector.capture_source import Capture
+from collector.capture.source import Capture
 from mace import lab
 from tests.golden_perfetto import summary
 from tests.made_capture import capture_bytes

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from collector import tracefs
+from collector.ftrace import tracefs
 
 HERE = Path(__file__).parent
 EVENTS = ("net:net_dev_queue", "net:netif_rx")

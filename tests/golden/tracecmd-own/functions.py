@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from collector import tracefs
+from collector.ftrace import tracefs
 
 RESULTS = Path(os.environ.get("MACE_GUEST_RESULTS", "."))
 TRACERS = {"v6-functions": ("6", "function"), "v7-functions": ("7", "function_graph")}

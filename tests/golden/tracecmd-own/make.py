@@ -11,9 +11,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from collector import tracefs
-from collector.tracecmd_file import TraceFile
-from collector.tracecmd_pages import layout_of, pieces
+from collector.ftrace import tracefs
+from collector.tracecmd.file import TraceFile
+from collector.tracecmd.pages import layout_of, pieces
 from tests.benchmark.tracedat import extract
 from tests.made_tracedat import Made
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from collector.devices import DeviceFollower
-from collector.ftrace_source import FtraceConfig, FtraceSource
-from mace.hooks import HOOKS
-from mace.interfaces import Progress
+from collector.ftrace.source import FtraceConfig, FtraceSource
+from collector.machine.devices import DeviceFollower
+from contracts.hooks import HOOKS
+from contracts.interfaces import Progress
 from mace.lab import HOST, Lab, Spec, running
 from storage.capture import CaptureSink
 

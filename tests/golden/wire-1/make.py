@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mace.hooks import Hook
-from mace.interfaces import StreamHeader, StreamItem
-from mace.records import Batch
-from mace.topology import Sighting, Topology
+from contracts.hooks import Hook
+from contracts.interfaces import StreamHeader, StreamItem
+from contracts.records import Batch
+from contracts.topology import Sighting, Topology
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, digest, traffic
 
 HERE = Path(__file__).parent

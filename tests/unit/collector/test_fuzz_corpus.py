@@ -4,7 +4,6 @@ import asyncio
 import json
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,9 @@ from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.records import Batch
 from correlator.engine import Engine, EngineConfig
+from tests.places import GOLDEN
 
-CORPUS = Path(__file__).parents[2] / "golden" / "fuzz"
+CORPUS = GOLDEN / "fuzz"
 FILES = sorted(CORPUS.glob("*/*.bin"))
 EXPECTED = json.loads((CORPUS / "expected.json").read_text())
 FORMATS = {path.parent.name for path in FILES}

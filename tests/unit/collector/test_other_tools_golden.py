@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +10,14 @@ import pytest
 from collector.files import FileOptions, recording
 from tests.integration.test_other_tools_traces import replayed
 from tests.perfetto_from_pages import perfetto_from_pages
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "other-tools"
-EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+FILES = GOLDEN / "other-tools"
+EXPECTED = json.loads((FILES / "expected.json").read_text())
 
 
 def maker():
-    spec = importlib.util.spec_from_file_location("make_other_tools", GOLDEN / "make.py")
+    spec = importlib.util.spec_from_file_location("make_other_tools", FILES / "make.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -32,7 +32,7 @@ def rows_of(one):
 
 @pytest.fixture(scope="module")
 def told():
-    return maker().told(GOLDEN)
+    return maker().told(FILES)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -48,19 +48,19 @@ def test_the_same_records_have_the_same_delays(name):
 def test_the_perfetto_trace_is_made_of_the_pages(tmp_path):
     """And of nothing else: made again, it gives the same rows."""
     for name in ("live.mace", "pages.dat", "pages.pftrace"):
-        shutil.copy(GOLDEN / name, tmp_path)
+        shutil.copy(FILES / name, tmp_path)
     maker().as_perfetto(tmp_path)
     assert (tmp_path / "pages.pftrace").stat().st_size > 0
-    options = FileOptions(topology=GOLDEN / "live.mace")
-    made, kept = (rows_of(recording(place / "pages.pftrace", options)) for place in (tmp_path, GOLDEN))
-    assert made == kept == rows_of(recording(GOLDEN / "live.mace"))
+    options = FileOptions(topology=FILES / "live.mace")
+    made, kept = (rows_of(recording(place / "pages.pftrace", options)) for place in (tmp_path, FILES))
+    assert made == kept == rows_of(recording(FILES / "live.mace"))
 
 
 def test_numbers_in_the_place_of_addresses_never_give_another_delay(tmp_path):
     """Without net_dev_xmit many buffers stay unknown, and so does where a path began. What is told is right."""
-    live = recording(GOLDEN / "live.mace")
+    live = recording(FILES / "live.mace")
     path = tmp_path / "numbers.pftrace"
-    path.write_bytes(perfetto_from_pages(GOLDEN / "pages.dat", live.header.clock.offset_ns, numbers=True))
+    path.write_bytes(perfetto_from_pages(FILES / "pages.dat", live.header.clock.offset_ns, numbers=True))
     found = rows_of(recording(path, FileOptions(topology=live.paths[0])))
     assert 10 < len(found) < len(rows_of(live))
     crossings = {(utc, way, delay, length) for utc, way, _, _, delay, length, *_ in rows_of(live)}

@@ -4,7 +4,6 @@ import json
 import struct
 import zlib
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import zstandard
@@ -14,8 +13,7 @@ from contracts.records import Batch
 from contracts.topology import Topology
 from contracts.wire import FILE_HEAD, HEAD_SIZE, WIRE_VERSION, parse_head
 from tests.made_capture import all_columns, capture_bytes, digest
-
-GOLDEN = Path(__file__).parents[2] / "golden"
+from tests.places import GOLDEN
 
 
 def holds(found, expected):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -17,8 +16,8 @@ from contracts.records import Batch
 from contracts.wire import MAX_RECORDS
 from storage.capture import CaptureSink
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, same_stream, traffic
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[3]
 ITEMS = [TOPOLOGY, *batches(traffic(3_000), 1_000)]
 
 

@@ -322,7 +322,9 @@ def test_grades_are_stored_with_the_ledger(tmp_path):
         "waited": 12,
         "told_apart": 10,
     }
-    assert "grades: ambiguous 2 · buffer 4 · content 6 · exact 8 · told apart 10" in shown_tables.ledger_line(found).plain
+    assert (
+        "grades: ambiguous 2 · buffer 4 · content 6 · exact 8 · told apart 10" in shown_tables.ledger_line(found).plain
+    )
 
 
 def test_a_ledger_of_before_there_were_grades(tmp_path):

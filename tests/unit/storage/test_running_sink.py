@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,8 +16,7 @@ from contracts.config import RunningConfig
 from contracts.vitals import Account
 from storage.running_sink import Delivered, Encoded, RunningSink, TryLaterError
 from storage.spool import Frame
-
-ROOT = Path(__file__).parents[3]
+from tests.places import ROOT
 
 
 class Target:

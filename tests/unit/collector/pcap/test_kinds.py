@@ -4,7 +4,6 @@ import bz2
 import gzip
 import lzma
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from collector.reading.options import FileOptions
 from contracts.errors import CaptureError
 from contracts.schema import Direction
 from tests.made_pcap import Frame, block, ng_interface, ng_packet, ng_section, option, pcap, pcapng, written
+from tests.places import GOLDEN
 from tests.unit.collector.pcap.test_source import FRAME, T, engine_results, overheads, rows, traffic
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 CAPTURES = GOLDEN / "captures"
 NAT = GOLDEN / "other-tools"
 

@@ -4,7 +4,6 @@ import asyncio
 import re
 import subprocess
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,8 @@ from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.records import Batch
 from contracts.topology import Topology
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 TEXTS = GOLDEN / "text"
 REAL = (GOLDEN / "other-tools" / "trace.txt").read_bytes()
 """ftrace's text of 397 network events."""

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from collector.tracecmd.source import TraceCmdSource
 from contracts.errors import CaptureError
 from tests.made_own_events import Machine, texts
 from tests.made_tracedat import Made
+from tests.places import GOLDEN
 
 IP = 0x8123_4567
 MACHINES = {
@@ -194,13 +194,13 @@ def test_marks_do_not_make_a_replay(tmp_path, version):
 
 # --- real files ---------------------------------------------------------------------------------
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "tracecmd-own"
-EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+FILES = GOLDEN / "tracecmd-own"
+EXPECTED = json.loads((FILES / "expected.json").read_text())
 
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_what_trace_cmd_reports_of_a_real_file(version):
-    with TraceDat(GOLDEN / f"v{version}.dat") as trace:
+    with TraceDat(FILES / f"v{version}.dat") as trace:
         assert trace.version == version
         marks, raw = trace.read("ftrace:print"), trace.read("ftrace:raw_data")
         ran, stacks = trace.read("sched:sched_process_exec"), trace.read("ftrace:kernel_stack")
@@ -232,12 +232,12 @@ def test_trace_cmd_reads_the_made_files_too(tmp_path, version, order):
     assert b"na\xc3\xafve \xff, longer\n" in told
 
 
-FUNCTIONS = json.loads((GOLDEN / "functions.json").read_text())
+FUNCTIONS = json.loads((FILES / "functions.json").read_text())
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_a_real_file(name):
-    with TraceDat(GOLDEN / name) as trace:
+    with TraceDat(FILES / name) as trace:
         for event, told in FUNCTIONS[name].items():
             found = trace.read(f"ftrace:{event}")
             assert [list(row) for row in zip(found["ts_ns"].tolist(), found["cpu"].tolist(), strict=True)] == told

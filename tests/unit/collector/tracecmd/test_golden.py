@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +16,10 @@ from contracts.records import Batch
 from contracts.schema import Segment
 from contracts.topology import Topology
 from correlator.engine import Engine, EngineConfig
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "tracecmd"
-EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+TRACES = GOLDEN / "tracecmd"
+EXPECTED = json.loads((TRACES / "expected.json").read_text())
 FILES = sorted(EXPECTED)
 STAMPED_NS = 250_000
 """Two tracers stamp one event one after the other; the emulator of the guest may run something in between."""
@@ -40,7 +40,7 @@ def stream(path, options=None):
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_events_are_those_that_trace_cmd_reports(name):
-    _, items = stream(GOLDEN / name)
+    _, items = stream(TRACES / name)
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
     batch = batch[batch.hook != Hook.LOST]
     names = [item for item in items if isinstance(item, Topology)][-1].sightings
@@ -74,9 +74,9 @@ def overheads(path, options=None):
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("v7-lost.dat", "v7-some.dat", "v7-none.dat")])
 def test_delays_are_those_of_the_live_capture(name):
     """Both recorded the same packets at once, each with stamps of its own."""
-    live_file = (GOLDEN / name).with_suffix(".mace")
+    live_file = (TRACES / name).with_suffix(".mace")
     live = overheads(live_file)
-    read = overheads(GOLDEN / name, FileOptions(topology=live_file))
+    read = overheads(TRACES / name, FileOptions(topology=live_file))
     assert len(live) >= 18
     assert [direction for direction, _ in read] == [direction for direction, _ in live]
     apart = np.array([a[1] - b[1] for a, b in zip(read, live, strict=True)])
@@ -88,7 +88,7 @@ def test_delays_are_those_of_the_live_capture(name):
 @pytest.mark.parametrize("name", ["v6.dat", "v7-zstd.dat", "v7-date.dat", "v7-buffers.dat"])
 def test_events_as_columns(name):
     """The public API and the source see the same."""
-    with TraceDat(GOLDEN / name) as trace:
+    with TraceDat(TRACES / name) as trace:
         assert trace.kernel.startswith("6.12.")
         for event, count in EXPECTED[name]["events"].items():
             full = next(one for one in trace.events if one.endswith(f":{event}"))
@@ -104,14 +104,14 @@ def test_events_as_columns(name):
 
 
 def test_other_subsystems_events_as_columns():
-    with TraceDat(GOLDEN / "v7-some.dat") as trace:
+    with TraceDat(TRACES / "v7-some.dat") as trace:
         switches = trace.read("sched:sched_switch")
         assert len(switches["ts_ns"]) == 3078
         assert switches["prev_comm"][0] == b"trace-cmd"
         assert switches["next_pid"][:3].tolist() == [306, 307, 13]
         assert switches["prev_state"][2] == 256
         assert trace.processes()[32] == "kworker/u8:2"
-    with TraceDat(GOLDEN / "v7-buffers.dat", buffer="tasks") as trace:
+    with TraceDat(TRACES / "v7-buffers.dat", buffer="tasks") as trace:
         assert trace.buffers == ("tasks", "packets")
         assert len(trace.read("net:net_dev_queue")["ts_ns"]) == 0
         assert len(trace.read("sched:sched_switch")["ts_ns"]) > 0

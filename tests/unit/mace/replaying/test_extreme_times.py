@@ -1,7 +1,6 @@
 """Captures of a few kilobytes whose times, or whose numbers of records, would take a reader without end."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,8 +21,9 @@ from mace.replaying.into_store import files_at, into_store
 from storage import part_writer, segments
 from storage.segments import HOUR_NS
 from tests.made_capture import HEADER, TOPOLOGY, capture_bytes, traffic
+from tests.places import GOLDEN
 
-CAPTURES = Path(__file__).parents[2] / "golden" / "extreme-times"
+CAPTURES = GOLDEN / "extreme-times"
 SECOND = 1_000_000_000
 OFFSET = HEADER.clock.offset_ns
 

@@ -1,14 +1,14 @@
 """`mace replay` of other tools' files, as it is typed."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from mace.cli import main
 from tests.made_pcap import through_nat, udp_frames, written
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "tracecmd"
+FILES = GOLDEN / "tracecmd"
 
 
 def replayed(capsys, *argv):
@@ -17,8 +17,8 @@ def replayed(capsys, *argv):
 
 
 def test_a_trace_with_the_devices_of_its_host(capsys):
-    found = replayed(capsys, "--topology", GOLDEN / "v7-zstd.mace", GOLDEN / "v7-zstd.dat")
-    live = replayed(capsys, GOLDEN / "v7-zstd.mace")
+    found = replayed(capsys, "--topology", FILES / "v7-zstd.mace", FILES / "v7-zstd.dat")
+    live = replayed(capsys, FILES / "v7-zstd.mace")
     assert found["packets"] == live["packets"] == 18
     assert found["ledger"]["lost"] == 0
 
@@ -36,9 +36,9 @@ def test_two_packet_captures(capsys, tmp_path):
     [
         ([], 2, "nothing to replay"),
         (["--inner", "a.pcap"], 2, "--inner and --outer go together"),
-        (["--buffer", "tops", str(GOLDEN / "v6.dat")], 1, "did you mean 'top'"),
-        (["--clock", "boot", str(GOLDEN / "v6.dat")], 1, "recorded with the clock"),
-        (["--topology", "no.mace", str(GOLDEN / "v6.dat")], 1, "no.mace"),
+        (["--buffer", "tops", str(FILES / "v6.dat")], 1, "did you mean 'top'"),
+        (["--clock", "boot", str(FILES / "v6.dat")], 1, "recorded with the clock"),
+        (["--topology", "no.mace", str(FILES / "v6.dat")], 1, "no.mace"),
     ],
 )
 def test_what_cannot_be_replayed(capsys, argv, status, why):

@@ -3,7 +3,6 @@
 import json
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from correlator.engine import Engine, EngineConfig
 from mace.cli import main
 from tests import trace_processor
 from tests.made_capture import HEADER, batches, capture_bytes
+from tests.places import GOLDEN
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
 pytestmark = pytest.mark.needs("trace_processor")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.needs("trace_processor")
 MS = 1_000_000
 START_NS = 50_000 * MS
 OFFSET_NS = HEADER.clock.offset_ns
-GOLDEN = Path(__file__).parents[2] / "golden" / "perfetto-1"
+FILES = GOLDEN / "perfetto-1"
 
 ERRORS = "select name, value from stats where value > 0 and severity in ('error', 'data_loss')"
 SLICES = """
@@ -384,9 +384,9 @@ def test_two_hosts_stand_side_by_side_in_utc(tmp_path):
 @pytest.mark.slow
 def test_a_trace_of_traced_goes_in_and_a_timeline_comes_out(tmp_path):
     out = tmp_path / "golden.pftrace"
-    raw = export(GOLDEN / "generic.pftrace", "--topology", str(GOLDEN / "generic.mace"), out=out)
+    raw = export(FILES / "generic.pftrace", "--topology", str(FILES / "generic.mace"), out=out)
     hops, instants = packets_of(raw)
-    expected = json.loads((GOLDEN / "expected.json").read_text())["generic"]
+    expected = json.loads((FILES / "expected.json").read_text())["generic"]
     assert len({s["packet"] for s in hops}) == expected["packets"]
     assert len(instants) == expected["ledger"]["records"]
     pings = {s["packet"]: s["told_by"] for s in hops if s["l3_len"] == 84}
@@ -395,7 +395,7 @@ def test_a_trace_of_traced_goes_in_and_a_timeline_comes_out(tmp_path):
 
 @pytest.mark.parametrize("name", ["perfetto-1/generic.pftrace", "perfetto-1/generic.mace"])
 def test_the_worst_of_any_file_are_found_again_when_it_is_read_a_second_time(tmp_path, name):
-    path = GOLDEN.parent / name
+    path = FILES.parent / name
     topology = [] if path.suffix == ".mace" else ["--topology", str(path.with_suffix(".mace"))]
     hops, instants = read_by_protos(export(path, "--worst", "2", *topology, out=tmp_path / "worst.pftrace"))
     packets = {s["packet"] for s in hops}

@@ -1,15 +1,15 @@
 """Real Perfetto traces are read as they always were, and say what MACE's own capture of the same packets says."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from contracts.schema import Direction, Segment
 from tests.golden_perfetto import replayed, summary
+from tests.places import GOLDEN
 
-HERE = Path(__file__).parents[2] / "golden" / "perfetto-1"
+HERE = GOLDEN / "perfetto-1"
 KINDS = ("generic", "described")
 
 
