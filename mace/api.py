@@ -22,8 +22,8 @@ from contracts.interfaces import StreamHeader
 from contracts.records import Batch
 from contracts.schema import Results
 from contracts.topology import Topology
+from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
-from mace.live.pipeline import REPLAY_SLICE_NS
 from mace.replaying.into_store import files_at, into_store
 from mace.replaying.part import PartTask, reading
 from storage import sql, tables

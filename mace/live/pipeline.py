@@ -17,15 +17,14 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from collector import SOURCES
 from collector.machine.containers import API_SOCKETS
 from collector.machine.devices import DeviceFollower
 from contracts.channel import Channel, ClosedError
-from contracts.config import CaptureConfig, Config, StoreConfig
+from contracts.config import CaptureConfig, StoreConfig
 from contracts.errors import MaceError, SourceError
 from contracts.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
 from contracts.schema import Results
@@ -36,10 +35,6 @@ from storage.embedded import EmbeddedStore
 
 _CHANNEL_ITEMS = 4
 """A source gives out an item every 50 to 250 ms: this is a second of it at most."""
-
-
-REPLAY_SLICE_NS: Final = 1_000_000_000
-"""Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
 
 
 @dataclass(slots=True)
@@ -233,21 +228,6 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
             # asyncio leaves the default behind: SIGTERM would end a program past a lab that is to be removed.
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-
-
-def engine_config(config: Config) -> EngineConfig:
-    """The engine's part of the configuration, in its own units, for a live stream: it is worked on as it comes."""
-    return EngineConfig(
-        timeout_ns=config.correlate.timeout_ms * 1_000_000,
-        whole_batches=True,
-        open_records=config.correlate.open_records,
-        rows=config.correlate.rows,
-    )
-
-
-def replay_config(config: Config) -> EngineConfig:
-    """The same for a recording."""
-    return replace(engine_config(config), slice_ns=REPLAY_SLICE_NS, whole_batches=False)
 
 
 def chosen_source(config: CaptureConfig) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from contracts.names import printable
 from contracts.records import Batch
 from contracts.schema import Results, RoundTrips
 from contracts.vitals import Publishing, Vitals
+from correlator import configured
 from mace.live import pipeline
 from mace.live.pipeline import Stop
 from mace.replaying.into_store import How, asked_to_stop, bar, into_store
@@ -100,7 +101,7 @@ class Session:
                         self.say(silent)
                     opened.set()
 
-                engine = pipeline.engine_config(self._config)
+                engine = configured.live(self._config.correlate)
                 async with self._timed(until, opened):
                     await pipeline.run(
                         source,
@@ -131,7 +132,7 @@ class Session:
                 self.say(chosen)
                 opened.set()
 
-            engine = replace(pipeline.engine_config(self._config), crossings=True, rows=False)
+            engine = replace(configured.live(self._config.correlate), crossings=True, rows=False)
             async with self._timed(until, opened):
                 self._header = await pipeline.run(
                     source, [], engine=engine, stop=self._stop, tee=tee, on_results=on_results, on_open=begin
@@ -160,7 +161,7 @@ class Session:
         """The same of a recording."""
         self._stop = Stop()
         source = recording.source()
-        engine = replace(pipeline.replay_config(self._config), crossings=True, rows=False)
+        engine = replace(configured.replayed(self._config.correlate), crossings=True, rows=False)
 
         async def work(told: Callable[[int, int], None]) -> None:
             def show(results: Results) -> None:
@@ -225,7 +226,7 @@ class Session:
         """Recordings, one after the other as given, into the correlator and the sinks, as a live stream."""
         self._stop = Stop()
         whole = Summary()
-        engine = pipeline.replay_config(self._config)
+        engine = configured.replayed(self._config.correlate)
         done = 0
 
         async def one(recording: Recording, told: Callable[[int, int], None]) -> Summary:
@@ -255,7 +256,7 @@ class Session:
 
     def replay_into(self, store: str | None, files: Sequence[RecordedFile], **how: Unpack[How]) -> Summary:
         """The same into a store, or on a cluster: in parts, so that it can be stopped and gone on with."""
-        engine = pipeline.replay_config(self._config)
+        engine = configured.replayed(self._config.correlate)
         with asked_to_stop() as stop, bar(self._console, quiet=self._quiet) as told:
             summary, warnings = into_store(files, store, engine, self._config.store, told=told, stop=stop, **how)
         self._warn(warnings)

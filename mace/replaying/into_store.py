@@ -22,7 +22,7 @@ from collector.reading.opening import is_url, open_binary
 from contracts.config import Config, StoreConfig
 from contracts.errors import Stopped
 from contracts.figures import Summary
-from mace.live import pipeline
+from correlator import configured
 from mace.replaying import remaining
 from mace.replaying.assembly import PART_BYTES, Assembly
 from mace.replaying.part import MACE_FORMAT, PartDone, RecordedFile, here, run_part
@@ -195,7 +195,7 @@ def location(text: str) -> Path | str:
 def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
     """A store of recordings for the length of the block, with a progress bar while it is made."""
     console = terminal.Console(stderr=True)
-    engine = replace(pipeline.replay_config(settings), rows=True)
+    engine = replace(configured.replayed(settings.correlate), rows=True)
     with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
         with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
             # Named after the first: it is what a report is headed with.

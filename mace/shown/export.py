@@ -28,6 +28,7 @@ from contracts.errors import UsageError, nearest
 from contracts.figures import Summary
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.schema import NOT_TOLD, Direction, Results
+from correlator import configured
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
 from mace.live import pipeline
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--worst {args.worst}: 1 to {_MOST_CHOSEN}")
     recordings = replay.recordings(args)
     wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
-    engine = replace(pipeline.replay_config(config.load(args.config)), rows=True)
+    engine = replace(configured.replayed(config.load(args.config).correlate), rows=True)
     with bar(terminal.Console(stderr=True), quiet=args.json, what="export") as told:
         found = export(
             recordings,

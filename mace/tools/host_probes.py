@@ -25,7 +25,7 @@ from correlator import intervals
 from mace.live.session import Session
 from mace.tools import host_path as hostpath
 from mace.tools.host_path import STRETCHES, Seen, Stretches
-from mace.trials.rounds import bounds
+from mace.tools.rounds import bounds
 
 ROUNDS: Final = 10
 _SEED: Final = 1

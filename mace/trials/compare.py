@@ -37,7 +37,7 @@ from mace.lab import REMOTE, Lab, Runtime, Spec, probing
 from mace.live.session import Session
 from mace.shown import tables
 from mace.shown.terminal import PlainTable
-from mace.trials.rounds import bounds, interval_text, machine, machine_text, median_us
+from mace.tools.rounds import bounds, interval_text, machine, machine_text, median_us
 
 Ints = npt.NDArray[np.int64]
 

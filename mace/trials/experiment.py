@@ -48,7 +48,7 @@ from mace.tools.corrected import Observed
 from mace.tools.host_path import STRETCHES, Records, Seen, Stretches
 from mace.tools.output import read
 from mace.tools.ping_output import PingOutput
-from mace.trials.rounds import bounds, dithered, interval_text, machine, machine_text, median_us
+from mace.tools.rounds import bounds, dithered, interval_text, machine, machine_text, median_us
 from storage.capture import CaptureSink
 
 Ints = npt.NDArray[np.int64]
@@ -91,7 +91,7 @@ class Cell:
     """All that was measured at one pace beside so many flooding containers; lists are by round, times ns."""
 
     bare: list[Floats] = field(default_factory=list)
-    """What ping on the host said; this and the next two are dithered (`mace.trials.rounds`)."""
+    """What ping on the host said; this and the next two are dithered (`mace.tools.rounds`)."""
     container: list[Floats] = field(default_factory=list)
     """Tool RTT of the samples that are paired."""
     plain: list[Floats] = field(default_factory=list)

@@ -13,8 +13,8 @@ import numpy as np
 from collector.ftrace.source import keep_freed_memory
 from contracts.hooks import Hook
 from contracts.records import Batch, Content, Flag
+from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
-from mace.live.pipeline import REPLAY_SLICE_NS
 from mace.trials.verify.stream import Stream, thinned
 from tests.benchmark.figures import figure, one_core, resident_mib
 from tests.made_capture import HEADER, TOPOLOGY, traffic

@@ -10,8 +10,8 @@ import pyarrow as pa
 from collector.capture.source import Capture
 from collector.ftrace.source import keep_freed_memory
 from contracts.records import Batch
+from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
-from mace.live.pipeline import REPLAY_SLICE_NS
 from storage.embedded import EmbeddedStore
 from tests.benchmark.figures import figure, folder, one_core, recorded_flood, rounds
 

@@ -20,8 +20,8 @@ import numpy as np
 from collector.ftrace.source import keep_freed_memory
 from collector.pcap.source import PcapPairSource
 from contracts.errors import MaceError
+from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
-from mace.live.pipeline import REPLAY_SLICE_NS
 from tests.benchmark.figures import figure, folder, one_core
 from tests.made_pcap import through_nat, udp_frames, written
 

@@ -16,8 +16,8 @@ from collector.files import recording
 from collector.ftrace.source import keep_freed_memory
 from collector.perfetto.source import PerfettoSource
 from contracts.records import Batch
+from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import EngineConfig
-from mace.live.pipeline import REPLAY_SLICE_NS
 from mace.shown.export import Wanted, export
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import HostTracks, Told

@@ -24,7 +24,7 @@ from typing import Any
 from contracts import wire
 from contracts.config import Config, StoreConfig
 from contracts.errors import UsageError
-from mace.live import pipeline
+from correlator import configured
 from mace.replaying.into_store import files_at, into_store
 from mace.replaying.remaining import Remaining
 from tests.benchmark.figures import figure
@@ -164,7 +164,7 @@ def dask_scaling() -> list[dict[str, Any]]:
 def _replay(capture: Path, store: Path, cluster: str | None) -> float:
     """Seconds."""
     begin = time.perf_counter()
-    engine = pipeline.replay_config(Config())
+    engine = configured.replayed(Config().correlate)
     part = max(SCALING_MB * 1_000_000 // 10, 4 << 20)
     into_store(files_at([capture]), str(store), engine, StoreConfig(), cluster=cluster, part_bytes=part)
     return time.perf_counter() - begin
@@ -182,7 +182,7 @@ def main(capture: str, store: str) -> None:
             noted = now
             print(json.dumps([now, done, total]), flush=True)
 
-    engine = pipeline.replay_config(Config())
+    engine = configured.replayed(Config().correlate)
     into_store(files_at([Path(capture)]), store, engine, StoreConfig(), resume=True, told=told)
 
 

@@ -18,10 +18,10 @@ from typing import Any
 from collector.capture.source import Capture
 from contracts.errors import Unavailable
 from contracts.records import Batch
+from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
 from mace.lab import Spec, running
 from mace.lab.plan import outer_device
-from mace.live.pipeline import REPLAY_SLICE_NS
 from tests.benchmark.bpftrace_script import analyse
 from tests.benchmark.figures import MACE, cpu_s, figure, folder, one_core
 from tests.places import ROOT

@@ -18,6 +18,7 @@ from collector.capture.source import CaptureSource
 from contracts.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, SinksConfig, StoreConfig
 from contracts.topics import Shard, bucket, stream_topic
 from contracts.vitals import Vitals
+from correlator import configured
 from mace.live import pipeline
 from mace.live.ingest import Ingest
 from storage import journal, segments, wanted_sinks
@@ -59,7 +60,7 @@ def direct(path, items, of):
 
     async def work():
         store = EmbeddedStore(path, fsync=False)
-        engine = pipeline.engine_config(Config())
+        engine = configured.live(Config().correlate)
         await pipeline.run(CaptureSource(capture), [store], engine=engine, stop=pipeline.Stop())
 
     asyncio.run(work())
@@ -292,7 +293,7 @@ def test_rows_for_other_subscribers_are_those_of_the_store(tmp_path):
         await ready.wait()
         vitals = Vitals()
         sinks = [EmbeddedStore(tmp_path / "store", fsync=False), *wanted_sinks(config, vitals)]
-        engine = pipeline.engine_config(config)
+        engine = configured.live(config.correlate)
         await pipeline.run(CaptureSource(capture), sinks, engine=engine, stop=pipeline.Stop())
         stored = content(tmp_path / "store", "host-a")
         await until(lambda: sum(map(len, heard["delays"])) == len(stored["delays"]))

@@ -10,6 +10,7 @@ from typing import Final
 
 from contracts.config import Config
 from contracts.errors import UsageError, nearest
+from correlator import configured
 from correlator.engine import EngineConfig
 from mace import lab as labs
 from mace.lab import HOST, Lab
@@ -126,7 +127,7 @@ def verdict(scenario: Scenario, config: Config, packets: int) -> Verdict:
         stage = Stage(lab, packets, leaving)
         capture = replace(labs.capture_of(config.capture, lab), sample_shift=scenario.sample_shift)
         whole = stream.taken(replace(config, capture=capture), lambda: _played(scenario, stage))
-    engine = pipeline.engine_config(config)
+    engine = configured.live(config.correlate)
     return judged(scenario, stage, whole, engine, capture.source)
 
 
