@@ -28,6 +28,8 @@ from hypothesis import settings
 
 from collector.ftrace import tracefs
 from contracts.errors import Unavailable
+from tests.kernel import beside
+from tests.kernel.matrix import Matrix
 from tests.places import GOLDEN
 
 # --- hypothesis ---------------------------------------------------------------------------------
@@ -39,6 +41,8 @@ settings.register_profile("everyday", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "everyday")
 
+
+MACHINES = pytest.StashKey[beside.Machines]()
 
 GOLDEN_TRACE = GOLDEN / "tracecmd" / "v6.dat"
 
@@ -235,6 +239,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("needs"):
             _known(mark.args, item.nodeid)
+    beside.arrange(items)
+
+
+# Last: by then other hooks have left out what was not selected.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[MACHINES] = beside.Machines(session.items)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if MACHINES in config.stash:
+        config.stash[MACHINES].end()
 
 
 # First, so that no fixture touches the machine before it is known to be fit.
@@ -242,6 +258,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
         _insist(mark.args)
+    machines = item.config.stash[MACHINES]
+    if machines.before(item) and not (_reason("root") or _reason("qemu")):
+        machines.started()
+
+
+@pytest.fixture
+def machines(pytestconfig: pytest.Config) -> Matrix:
+    """The virtual machines of the selected kernels, under way."""
+    return pytestconfig.stash[MACHINES].started()
 
 
 @pytest.fixture

@@ -3,5 +3,6 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
+TESTS = ROOT / "tests"
+GOLDEN = TESTS / "golden"
 DOCS = ROOT / "docs"

@@ -98,8 +98,9 @@ def test_a_thousand_slow_clients_cost_no_files_and_leave_room_for_others():
                     most = max(most, open_files())
             finally:
                 clients.kill()
-    # Those that are served, those just taken on, and the one that asks.
-    assert most - before <= MOST_CONNECTIONS + http_server._BACKLOG + 8
+    # Those that are served; as many as asyncio takes on in a step of its loop, of which some wait for their first step,
+    # some have just been taken on, and some are turned away and closed in the next; and the one that asks.
+    assert most - before <= MOST_CONNECTIONS + 3 * http_server._BACKLOG + 8
 
 
 def test_a_request_that_does_not_end_is_ended(monkeypatch):
