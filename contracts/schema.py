@@ -16,7 +16,7 @@ import numpy.typing as npt
 from contracts.counted import Counted
 from contracts.hooks import BY_HOOK, Hook
 from contracts.ledger import Ledger
-from contracts.topology import Device
+from contracts.topology import Device, Sharer
 
 SCHEMA_VERSION: Final = 1
 
@@ -341,8 +341,15 @@ class Results:
     """The devices that there are now, as the source last listed them; None if it has not."""
     several_devices: int = field(default=0, compare=False)
     """Of `grades.ambiguous` the packets that several devices fit; the others fit several packets of one content."""
+    on_host_network: tuple[Sharer, ...] = field(default=(), compare=False)
+    """Containers that are on the host's network now, as the source last listed them."""
     gaps_utc_ns: tuple[tuple[int, int], ...] = ()
     """Stretches of time, (start, end), in which some CPU's ring lost records; those told of since the last results."""
+
+    def ambiguous_by_cause(self) -> dict[str, int]:
+        """Packets that were given up so far: `several_devices` or `several_packets` fit."""
+        copies = self.grades.ambiguous - self.several_devices
+        return {"several_devices": self.several_devices, "several_packets": copies}
 
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)

@@ -45,7 +45,7 @@ from contracts.interfaces import Progress, Status, StreamHeader, StreamItem
 from contracts.names import command_line, name_of_this_machine
 from contracts.records import Batch
 from contracts.schema import HookCost
-from contracts.topology import Device, Topology
+from contracts.topology import Device, Sharer, Topology
 from contracts.version import VERSION
 
 _log = logging.getLogger(__name__)
@@ -58,8 +58,6 @@ _CHUNK_BYTES: Final = 2 << 20
 """Pages decoded at once. Measured: a quarter of it costs a third more per event, twice of it no less."""
 _KEPT_BYTES: Final = 24 << 20
 """glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
-_BATCH_RECORDS: Final = 1 << 17
-"""Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
 _FILLED_PERCENT: Final = 10
 """A ring so full is emptied before its time. Of 8 MiB it is 20,000 events: enough for a tick to cost little per event,
 and no more than the heaviest flood brings from one tick to the next."""
@@ -73,6 +71,8 @@ class DeviceFollower(Protocol):
     """What the source needs of who follows the devices of this machine."""
 
     host_netns: int
+    on_host_network: tuple[Sharer, ...]
+    """Containers on the host's network, as of the last `poll`."""
     on_news: Callable[[], object]
     """Called, from any thread, when `poll` has something to tell."""
 
@@ -176,7 +176,8 @@ class FtraceSource:
         """When the last tick began to read."""
         self._merger = Merger(int(self.config.hold_back_ms * 1e6))
         self._devices: tuple[Device, ...] = ()
-        self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
+        self._sharers: tuple[Sharer, ...] = ()
+        self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
         self._host_netns = 0
         """Inode of the host's network namespace; 0 where nobody follows devices."""
         self._sightings_told = 0
@@ -232,6 +233,7 @@ class FtraceSource:
             await self._follower.open()
             self._follower_open = True
             self._devices = self._follower.poll() or ()
+            self._sharers = self._follower.on_host_network
             self._host_netns = self._follower.host_netns
         self._began_ns = time.monotonic_ns()
         self._open_cpus()
@@ -345,7 +347,7 @@ class FtraceSource:
         # New information holds from the latest time that no record was given out for. News comes at once, and a
         # hold-back is longer than that takes, so that packets of a new device come behind it.
         from_ns = time.monotonic_ns() - int(self.config.hold_back_ms * 1e6)
-        self._coming.append((max(from_ns, self._began_ns), devices))
+        self._coming.append((max(from_ns, self._began_ns), devices, self._follower.on_host_network))
         return True
 
     async def _rest(self, began_ns: int) -> None:
@@ -382,14 +384,14 @@ class FtraceSource:
     def _topology(self, from_ns: int) -> Topology:
         sightings = self._decoder.sightings.snapshot()
         self._sightings_told = len(sightings)
-        return Topology(from_ns, self._host_netns, self._devices, sightings)
+        return Topology(from_ns, self._host_netns, self._devices, sightings, self._sharers)
 
     def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
         watermark = self._merger.watermark_ns
         if watermark is None:
             return
         while self._coming and (to_the_end or self._coming[0][0] <= watermark):
-            from_ns, devices = self._coming.popleft()
+            from_ns, devices, self._sharers = self._coming.popleft()
             yield from self._batches(self._merger.take(from_ns))
             self._devices = devices
             yield self._topology(from_ns)
@@ -404,8 +406,7 @@ class FtraceSource:
             return
         if len(self._decoder.sightings) > self._sightings_told:
             yield self._topology(int(batch.ts_ns[0]))
-        for start in range(0, len(batch), _BATCH_RECORDS):
-            yield batch[start : start + _BATCH_RECORDS]
+        yield from batch.pieces()
 
     # --- the rings ------------------------------------------------------------------------------
 

@@ -59,6 +59,8 @@ class Namespaces:
         self._mounts: dict[int, tuple[str, str]] = {}
         self._stale = True
         self._first: dict[int, int] = {}
+        self.occupied: dict[int, list[int]] = {}
+        """What `occupied` found at the last scan."""
 
     def close(self) -> None:
         self._file.close()
@@ -75,7 +77,8 @@ class Namespaces:
         if self._stale:
             self._mounts = mounted()
             self._stale = False
-        self._first = {inode: _first_of(pids, self._first.get(inode, 0)) for inode, pids in occupied().items()}
+        self.occupied = occupied()
+        self._first = {inode: _first_of(pids, self._first.get(inode, 0)) for inode, pids in self.occupied.items()}
         return {
             inode: Found(inode, *self._mounts.get(inode, ("", "")), self._first.get(inode, 0))
             for inode in self._mounts.keys() | self._first.keys()
@@ -172,6 +175,11 @@ def _name(place: str) -> str:
     """`x` for /run/netns/x, root's or a user's; nothing elsewhere: what Docker calls its sandboxes says nothing."""
     named = _NAMED.fullmatch(place)
     return text_of(os.fsencode(named[1])) if named else ""
+
+
+def path_of(named: str) -> str:
+    """Path of the network namespace that a person names: by a name in /run/netns, or by the path itself."""
+    return named if "/" in named else f"/run/netns/{named}"
 
 
 def inode_of(path: str) -> int | None:

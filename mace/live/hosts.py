@@ -17,11 +17,11 @@ import numpy.typing as npt
 import zstandard
 
 from collector.remote import Counts, HostStream, Verdict
-from contracts.errors import MaceError, StoreError, WireError
+from contracts.errors import MaceError, NotNowError, StoreError, WireError
 from contracts.interfaces import Progress, StreamHeader
 from contracts.records import Batch
 from contracts.schema import Delays, Results
-from contracts.topology import Topology
+from contracts.topology import Topology, newest_names
 from contracts.version import VERSION
 from contracts.windowtable import WindowTable
 from contracts.wire import Head, parse_head
@@ -73,7 +73,7 @@ class _Host:
     given_up: str = ""
     """Why nothing more of the stream is taken; empty as long as it is."""
     taken: int = 0
-    """Frames of it that had been taken by then."""
+    """Frames of the stream that were worked through: one that made the engine fail is not among them."""
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class Hosts:
         """What a frame with this head is (`HostStream.judge`); raises `WireError` where nothing more is taken."""
         known = self._known.get(host)
         if known is None and len(self._known) >= self._most:
-            raise WireError(f"there are {self._most} hosts already ([ingest] hosts): {host[:80]} is not taken")
+            raise NotNowError(f"there are {self._most} hosts already ([ingest] hosts): {host[:80]} is not taken")
         if known is not None and known.given_up and head.stream == known.stream.tag:
             raise WireError(f"nothing more of this run is taken: {known.given_up}")
         return (known.stream if known is not None else HostStream(host)).judge(head, oldest)
@@ -201,11 +201,11 @@ class Hosts:
             stream.begin(frame, now_utc_ns)
             self._known[host] = known
             known.engine = Engine(header.clock.offset_ns, self._engine)
-            known.sliced_ns = known.waiting = known.rows = known.taken = 0
-            known.given_up = ""
+            known.sliced_ns = known.waiting = known.rows = 0
+            known.taken, known.given_up = stream.next, ""
             self._part(known).begins = True
             return
-        missing, known.taken = stream.missing, stream.next
+        missing = stream.missing
         item = stream.take(frame, now_utc_ns)
         self.counts.frames += 1
         if stream.missing != missing:
@@ -219,6 +219,7 @@ class Hosts:
             _hold_to_limits(known.engine, found)
             for results in found:
                 self._add(known, results)
+        known.taken = stream.next
 
     def give_up(self, host: str, why: str, stream: int | None = None) -> None:
         """Take nothing more of the host's run; what came out of it so far stays. Another run may follow.
@@ -266,7 +267,9 @@ class Hosts:
         # An engine that never saw a record does not know of any time.
         upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
         ledger = replace(results.ledger, discarded=known.stream.missing)
-        told = replace(results, upto_utc_ns=upto_ns, ledger=ledger)
+        before = part.latest.on_host_network if part.latest is not None else ()
+        sharers = newest_names((*before, *results.on_host_network))
+        told = replace(results, upto_utc_ns=upto_ns, ledger=ledger, on_host_network=sharers)
         part.latest = replace(told, delays=Delays.empty(), windows=(), gaps_utc_ns=())
 
 

@@ -11,7 +11,7 @@ from collector.capture.source import Position
 from contracts.figures import Place, Summary
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, Segment, Window
-from contracts.topology import Device
+from contracts.topology import Device, Sharer
 from correlator.state import EngineState
 from correlator.windows import joined
 from mace.replaying.checkpoint import device_from_json, device_to_json, packed, state_from_json, state_to_json, unpacked
@@ -84,6 +84,8 @@ def committed_to_json(committed: Committed) -> dict[str, Any]:
         "summary": _summary_to_json(committed.summary),
         "several_devices": committed.summary.several_devices,
         "imitated": committed.summary.imitated,
+        "names": committed.summary.names.as_list(),
+        "sharers": [[sharer.container, sharer.container_id] for sharer in committed.summary.sharers],
     }
 
 
@@ -94,6 +96,9 @@ def committed_from_json(given: dict[str, Any]) -> Committed:
     summary.ledger, summary.grades, summary.packets = ledger, grades, grades.packets
     summary.several_devices = int(given.get("several_devices", 0))
     summary.imitated = tuple(map(str, given.get("imitated", ())))
+    for container_id, utc_ns, name in given.get("names", ()):
+        summary.names.note(container_id, name, utc_ns)
+    summary.sharers = tuple(Sharer(*each) for each in given.get("sharers", ()))
     return Committed(
         parts=given["parts"],
         ended_with=given["ended_with"],

@@ -38,22 +38,23 @@ def losses_panel(summary: Summary) -> list[Panel]:
 def overhead_table(summary: Summary) -> PlainTable:
     """Per container and direction."""
     table = _table("What the container path added to each packet, µs", ("container", "direction"), "packets", "mean")
+    owner = summary.owners()
     for (place, direction, _), distribution in summary.overhead():
-        table.add_row(summary.owner(place), direction.name.lower(), *cells(distribution))
+        table.add_row(owner(place), direction.name.lower(), *cells(distribution))
     return table
 
 
 def device_table(summary: Summary) -> PlainTable:
     """Per device and direction, in the order of the path."""
     rows = summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
-    labels = labels_of([k[0] for k, _ in rows])
+    labels, owner = labels_of([k[0] for k, _ in rows]), summary.owners()
     table = _table("Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets")
     for direction, group in groupby(rows, key=lambda r: r[0][1]):
         table.add_row(direction.name.lower(), style="bold")
         for (place, _, segment), distribution in group:
             table.add_row(
                 labels[place],
-                summary.owner(place),
+                owner(place),
                 place.kind or "hardware",
                 COUNTS_AS[segment],
                 *cells(distribution)[:-1],

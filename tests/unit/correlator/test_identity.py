@@ -8,6 +8,7 @@ from contracts.figures import Summary
 from contracts.schema import Delays, Direction, Outcome, Segment
 from contracts.topology import Device, Role
 from correlator.engine import Engine, EngineConfig
+from mace.shown import tables
 from tests.traffic import ACROSS, C1, CODE, DEVICES, HOST, REPLY, REQUEST, Tape, topology
 
 TIMEOUT_NS = 10_000
@@ -257,10 +258,15 @@ def test_a_namespace_that_imitates_the_hosts_devices_costs_rows_and_is_told():
     summary = Summary()
     summary.add(last)
     assert "br0" in summary.imitated
-    line = str(summary.ledger_line())
+    told = summary.as_dict()["ambiguous"]
+    assert (told["several_devices"], told["several_packets"]) == (1, 0)
+    assert "br0" in told["imitated"]
+    assert last.ambiguous_by_cause() == {"several_devices": 1, "several_packets": 0}
+    line = str(tables.ledger_line(summary))
     assert "1 packets fit several devices, 0 fit several packets" in line
     assert "br0" in line
     summary = Summary()
     rows, last = correlate(tape)
     summary.add(last)
-    assert "fit several" not in str(summary.ledger_line())
+    assert "fit several" not in str(tables.ledger_line(summary))
+    assert "ambiguous" not in summary.as_dict()
