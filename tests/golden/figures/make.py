@@ -6,6 +6,8 @@ README.md says what it holds.
 import hashlib
 import io
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,37 +23,46 @@ from tests.places import DOCS, GOLDEN, ROOT
 
 EXPECTED = Path(__file__).with_name("expected.json")
 TABLES = ("delays", "windows", "ledger")
+_WRITTEN_S = 1_750_000_000
 _READ_ALONE = (".mace", ".dat", ".pftrace", ".txt")
 _PAIRS = {"inner": "outer", "at-eth0": "at-outer"}
 
 
-def inputs() -> dict[str, list[str]]:
-    """Name of an input → the arguments of `mace replay` that select it."""
+def inputs() -> dict[str, list[str | Path]]:
+    """Name of an input → the arguments of `mace replay` that select it, its files as paths."""
     files = [DOCS / "example.mace", *sorted(GOLDEN.rglob("*"))]
-    found = {}
+    found: dict[str, list[str | Path]] = {}
     for path in files:
         if {"fuzz", "figures", "extreme-times"} & set(path.parts):
             continue
         if path.suffix in _READ_ALONE:
-            found[str(path.relative_to(ROOT))] = [str(path)]
+            found[str(path.relative_to(ROOT))] = [path]
         for inner, outer in _PAIRS.items():
             if ".pcap" in path.name and inner in path.name:
                 other = path.with_name(path.name.replace(inner, outer))
-                found[str(path.relative_to(ROOT))] = ["--inner", str(path), "--outer", str(other)]
+                found[str(path.relative_to(ROOT))] = ["--inner", path, "--outer", other]
     return found
 
 
-def figures(arguments: list[str]) -> dict[str, Any]:
+def figures(arguments: list[str | Path]) -> dict[str, Any]:
     """Exit status and number of packets of a replay, and a digest of each of its figures and stored columns."""
     shown = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         with redirect_stdout(shown), redirect_stderr(io.StringIO()):
-            status = cli.main(["replay", "--json", "--store", str(store), *arguments])
+            given = [_dated(one, Path(folder)) if isinstance(one, Path) else one for one in arguments]
+            status = cli.main(["replay", "--json", "--store", str(store), *given])
         digests = {table: dict(_digests(store / table)) for table in TABLES}
     told = json.loads(shown.getvalue() or "{}")
     digests["figures"] = {name: _digest(value) for name, value in told.items()}
     return {"status": status, "packets": told.get("packets"), **digests}
+
+
+def _dated(path: Path, folder: Path) -> str:
+    """A copy that was last written at a known time, which dates the formats that do not tell theirs."""
+    copy = Path(shutil.copy(path, folder))
+    os.utime(copy, (_WRITTEN_S, _WRITTEN_S))
+    return str(copy)
 
 
 def _digests(folder: Path) -> Iterator[tuple[str, str]]:
