@@ -32,7 +32,18 @@ from typing import Any, Final
 from collector.ftrace_source import keep_freed_memory
 from collector.remote import Counts, Verdict
 from correlator.engine import EngineConfig
-from mace.broker import QUEUE_BYTES, Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
+from mace.broker import (
+    QUEUE_BYTES,
+    Broker,
+    Connection,
+    Message,
+    MqttError,
+    cancelled,
+    is_failure,
+    payload_of,
+    retry_after_s,
+    user_property,
+)
 from mace.config import Config
 from mace.errors import AheadError, MaceError, NotNowError, StoreError, WireError
 from mace.hosts import SLICE_NS, Hosts, RunKey
@@ -58,8 +69,6 @@ _AT_A_TIME: Final = 8
 """Messages that are received between two turns of other tasks."""
 _YIELD_S: Final = 0.01
 """Of work, between two turns of other tasks."""
-_CANCEL_AGAIN_S: Final = 1.0
-"""A task that has not ended this long after it was cancelled is cancelled again."""
 _COLLECTED: Final = (50_000, 20, 100)
 """Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
 some at each 700 of them, as by default, takes a tenth of the time."""
@@ -154,12 +163,12 @@ class Ingest:
             stopping = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait((receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
-                ended = await _cancelled(receiving, working)
+                ended = await cancelled(receiving, working)
                 # Not cancelled: a flush that has begun is brought to its end, then there is a last one.
                 self._ending.set()
                 await flushing
             finally:
-                await _cancelled(receiving, working, flushing, stopping)
+                await cancelled(receiving, working, flushing, stopping)
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
@@ -252,7 +261,7 @@ class Ingest:
     async def _serve(self, client: Connection) -> None:
         filters = [(name, 1) for name in self._shard.filters()]
         answers = await client.subscribe([*filters, (f"{ROOT}/+/status", 0)])
-        refused = [name for (name, _), answer in zip(filters, answers, strict=False) if _is_failure(answer)]
+        refused = [name for (name, _), answer in zip(filters, answers, strict=False) if is_failure(answer)]
         if refused:
             _LOG.error("the broker does not let us subscribe to %s (and %d more)", refused[0], len(refused) - 1)
         _LOG.info("%s: shard %s, listening", self._broker.address, self._shard)
@@ -263,7 +272,7 @@ class Ingest:
             for task in done:
                 task.result()
         finally:
-            await _cancelled(*work)
+            await cancelled(*work)
 
     async def _receive(self, client: Connection) -> None:
         messages = client.messages
@@ -516,19 +525,6 @@ class Ingest:
         return self._journal.append(Kind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
 
 
-async def _cancelled(*tasks: asyncio.Task[Any]) -> list[BaseException | Any]:
-    """Cancel tasks until they have ended; what each came to.
-
-    Once is not enough: a connection that breaks while it is closed raises an error of its own in place of the
-    cancellation, and `asyncio.wait_for` before Python 3.12 forgets one that comes with the result.
-    """
-    while pending := [task for task in tasks if not task.done()]:
-        for task in pending:
-            task.cancel()
-        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
-    return await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _oldest(told: str) -> int:
     """The property's number, 0 where there is none; raises `WireError`."""
     if not told:
@@ -556,10 +552,6 @@ def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
     if commit is None:
         return None, {}
     return commit, {host: place for host, place in snapshots if place < commit.upto}
-
-
-def _is_failure(answer: Any) -> bool:
-    return bool(getattr(answer, "is_failure", False))
 
 
 # The command. -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from mace.broker import (
     Connection,
     MqttError,
     Will,
+    cancelled,
     is_failure,
     payload_of,
     properties,
@@ -229,7 +230,7 @@ class StreamPublisher:
             if self._tasks:
                 await self._finish()
         finally:
-            await _cancelled(self._tasks)
+            await cancelled(*self._tasks)
             if self._tasks:
                 self._tasks = []
                 await self._do(self._end)
@@ -297,8 +298,7 @@ class StreamPublisher:
         def put_batches() -> None:
             batch = Batch.concatenate(together)
             together.clear()
-            for start in range(0, len(batch), BATCH_RECORDS):
-                part = batch[start : start + BATCH_RECORDS]
+            for part in batch.pieces(BATCH_RECORDS):
                 self._spool.append(Frame(self._encoder.batch(part), len(part)))
 
         try:
@@ -400,7 +400,7 @@ class StreamPublisher:
                 task.result()
         finally:
             self.refused = refused + client.refused
-            await _cancelled([hearing, sending])
+            await cancelled(hearing, sending)
             with contextlib.suppress(MqttError, TimeoutError):
                 # Only where we go in peace; otherwise the broker gives out the last will.
                 async with asyncio.timeout(1):
@@ -604,18 +604,6 @@ class StreamPublisher:
         if head is None:
             return index < self._spool.frames  # damaged: it will be found out when it is the oldest
         return head.stream == self._way.stream and head.sequence < sequence
-
-
-async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
-    """End tasks, whatever comes of them; asked again until they have ended.
-
-    aiomqtt waits with `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
-    """
-    while running := [task for task in tasks if not task.done()]:
-        for task in running:
-            task.cancel()
-        await asyncio.wait(running, timeout=1)
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _sendable(frame: Frame | None) -> Head | None:
