@@ -24,12 +24,11 @@ from mace import wire
 from mace.errors import CaptureError, WireError
 from mace.interfaces import StreamHeader, StreamItem
 from mace.records import Batch
+from mace.timerange import LATEST_RECORDED_NS
 from mace.topology import Topology
 
 _DAMAGE_TOLD: Final = 1000
 """Places of damage that are told apart; the last one then grows. A hostile file has millions."""
-_UTC_MAX_NS: Final = 1 << 62
-"""In the year 2116. Beyond, sums of times, as of a window's length, do not fit into 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +229,7 @@ class Capture:
         """Whether all that is done with its times fits into 64 bits."""
         assert self._decoder.header is not None
         offset_ns = self._decoder.header.clock.offset_ns
-        return not len(batch) or all(0 <= int(batch.ts_ns[at]) + offset_ns <= _UTC_MAX_NS for at in (0, -1))
+        return not len(batch) or all(0 <= int(batch.ts_ns[at]) + offset_ns <= LATEST_RECORDED_NS for at in (0, -1))
 
     def _skip(self, why: str) -> None:
         """To the next place where a frame may begin, or to the end."""

@@ -57,8 +57,6 @@ _CHUNK_BYTES: Final = 2 << 20
 """Pages decoded at once. Measured: a quarter of it costs a third more per event, twice of it no less."""
 _KEPT_BYTES: Final = 24 << 20
 """glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
-_BATCH_RECORDS: Final = 1 << 17
-"""Records in one batch at most, so that what follows can count on it: 4.5 MB of columns."""
 _FILLED_PERCENT: Final = 10
 """A ring so full is emptied before its time. Of 8 MiB it is 20,000 events: enough for a tick to cost little per event,
 and no more than the heaviest flood brings from one tick to the next."""
@@ -403,8 +401,7 @@ class FtraceSource:
             return
         if len(self._decoder.sightings) > self._sightings_told:
             yield self._topology(int(batch.ts_ns[0]))
-        for start in range(0, len(batch), _BATCH_RECORDS):
-            yield batch[start : start + _BATCH_RECORDS]
+        yield from batch.pieces()
 
     # --- the rings ------------------------------------------------------------------------------
 

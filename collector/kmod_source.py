@@ -29,6 +29,7 @@ from typing import Final, Protocol
 
 from collector.device import DeviceInNetns, Filter, Hello, MaceDevice, Stats, Taken
 from collector.ftrace_source import DeviceFollower, boot_id, keep_freed_memory, online_cpus
+from collector.netns import path_of
 from collector.ring import CpuRing, Subbuf
 from collector.ring_merge import Marker, Places, RingMerger
 from collector.urgency import Urgency
@@ -489,7 +490,7 @@ def wanted(config: CaptureConfig) -> Filter:
     """The filter keys of `[capture]`: namespaces by name or path, devices of this one by name, protocols."""
     try:
         return Filter(
-            netns=tuple(name if "/" in name else f"/run/netns/{name}" for name in config.netns),
+            netns=tuple(map(path_of, config.netns)),
             devices=tuple(DeviceInNetns(_index(name)) for name in config.devices),
             l4_protocols=tuple(map(_protocol, config.protocols)),
             sample_shift=config.sample_shift,

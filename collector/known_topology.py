@@ -7,7 +7,7 @@ carry CLOCK_MONOTONIC of one boot, also when it changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -75,6 +75,20 @@ class TopologyTeller:
         self._coming = list(changes) if same_clock else [max(changes, key=lambda one: len(one[1]))]
         self._devices: tuple[Device, ...] = self._coming[0][1]
         self._told = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether a topology has been given out."""
+        return self._told > 0
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[Topology | Batch]:
+        """The batches in pieces of a bounded size, and before each the topology that it needs and has not had."""
+        for batch in batches:
+            for item in self.around(batch):
+                if isinstance(item, Batch):
+                    yield from item.pieces()
+                else:
+                    yield item
 
     def around(self, batch: Batch) -> Iterator[Topology | Batch]:
         """The batch, cut where devices change, each part after the topology that it needs."""

@@ -174,6 +174,11 @@ def _name(place: str) -> str:
     return text_of(os.fsencode(named[1])) if named else ""
 
 
+def path_of(named: str) -> str:
+    """Path of the network namespace that a person names: by a name in /run/netns, or by the path itself."""
+    return named if "/" in named else f"/run/netns/{named}"
+
+
 def inode_of(path: str) -> int | None:
     """Inode of the network namespace behind /proc/PID/ns/net, None if it is none or may not be known."""
     try:

@@ -9,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.link_layer import is_known, link_name
+from mace.timerange import LATEST_RECORDED_NS
 
 Ints = npt.NDArray[np.int64]
 Ticks = npt.NDArray[np.uint64]
 
-_TIME_MAX_NS: Final = 1 << 62
-"""In the year 2116: later times, and those before 1970, are of a clock that was not set or of damage."""
 _SECONDS_MAX: Final = 1 << 33
-"""More than `_TIME_MAX_NS` has: sums of two such numbers do not overflow when they are turned into ns."""
+"""More than `LATEST_RECORDED_NS` has: sums of two such numbers do not overflow when they are turned into ns."""
 
 
 @dataclass(slots=True)
@@ -57,7 +56,7 @@ class Interface:
         seconds, ns = self._binary(ticks) if self.base == 2 else self._decimal(ticks)
         whole = np.minimum(seconds, np.uint64(2 * _SECONDS_MAX)).astype(np.int64)
         whole += min(max(self.offset_s, -_SECONDS_MAX), _SECONDS_MAX)
-        good = (whole >= 0) & (whole < _TIME_MAX_NS // 10**9) & (abs(self.offset_s) <= _SECONDS_MAX)
+        good = (whole >= 0) & (whole < LATEST_RECORDED_NS // 10**9) & (abs(self.offset_s) <= _SECONDS_MAX)
         return np.where(good, whole * 10**9 + ns, -1)
 
     def _decimal(self, ticks: Ticks) -> tuple[Ticks, Ints]:

@@ -40,7 +40,6 @@ _OPTIONS: Final = ("--inner-device", "--outer-device")
 _NAMES_TOLD: Final = 20
 WITHIN_NS: Final = 500_000_000
 """A packet that takes longer from one device of a host to the other is not looked for."""
-_BATCH_RECORDS: Final = 1 << 17
 _HOST, _CONTAINER = 1, 2
 """Made-up inodes of namespaces, and indices of devices: a capture tells none."""
 _DEVICES: Final = (
@@ -216,8 +215,7 @@ class PcapPairSource(PlainReader):
             if not begun:
                 begun = True
                 yield Topology(int(batch.ts_ns[0]), _HOST, _DEVICES, _SIGHTINGS)
-            for start in range(0, len(batch), _BATCH_RECORDS):
-                yield batch[start : start + _BATCH_RECORDS]
+            yield from batch.pieces()
         if not begun:
             yield Topology(0, _HOST, _DEVICES, _SIGHTINGS)
 

@@ -39,7 +39,6 @@ from mace.records import Batch
 NAME: Final = "perfetto"
 _PIECE_EVENTS: Final = 1 << 16
 """Decoded at once: a few hundred bytes each."""
-_BATCH_RECORDS: Final = 1 << 17
 _NEVER_NS: Final = 1 << 62
 _HOLD_BACK_NS: Final = 50_000_000
 """As in other sources: an event may stand behind one of a later time by as long as its writer was held up."""
@@ -186,16 +185,8 @@ class PerfettoSource(PlainReader):
         """See `PlainReader`."""
         assert self._opened is not None, "open() first"
         teller = TopologyTeller(self._opened.known, self.sightings, same_clock=self._opened.same_clock)
-        begun = False
-        for batch in self._merged():
-            for item in teller.around(batch):
-                begun = True
-                if not isinstance(item, Batch):
-                    yield item
-                    continue
-                for start in range(0, len(item), _BATCH_RECORDS):
-                    yield item[start : start + _BATCH_RECORDS]
-        if not begun:
+        yield from teller.stream(self._merged())
+        if not teller.begun:
             yield teller.topology(0)
 
     def _merged(self) -> Iterator[Batch]:

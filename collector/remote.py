@@ -12,7 +12,7 @@ from enum import Enum
 from itertools import chain
 from typing import Final
 
-from mace.errors import WireError
+from mace.errors import AheadError, WireError
 from mace.hooks import Hook
 from mace.interfaces import Progress, StreamHeader, StreamItem
 from mace.records import Batch
@@ -196,7 +196,7 @@ def _check_ahead(utc_ns: int, now_utc_ns: int | None) -> None:
     if now_utc_ns is not None and utc_ns > now_utc_ns + AHEAD_NS:
         told = datetime.fromtimestamp(utc_ns // 1_000_000_000, UTC)
         hours = (utc_ns - now_utc_ns) // 3_600_000_000_000
-        raise WireError(f"a time of {told:%Y-%m-%d %H:%M} UTC, {hours} hours ahead of our clock: is the host's wrong?")
+        raise AheadError(f"a time of {told:%Y-%m-%d %H:%M} UTC, {hours} hours ahead of our clock: is the host's wrong?")
 
 
 def _check_topology(topology: Topology, known: int) -> None:

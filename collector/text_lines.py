@@ -31,6 +31,7 @@ from collector.text_unread import Unread, kind_of
 from mace.errors import CaptureError
 from mace.hooks import HOOKS, Hook, Way
 from mace.records import DTYPES, Batch
+from mace.timerange import LATEST_RECORDED_NS
 
 # With the subsystem as perf prints it, and without as all others do: `probe:netif_rx` is somebody's kprobe.
 _HOOK_OF: Final = {name.encode(): info.hook for info in HOOKS for name in (info.tracepoint, info.name)}
@@ -62,8 +63,6 @@ _DIGITS: Final = re.compile(rb"\d{1,9}|0x[0-9a-f]{1,8}")
 _ETH_HLEN: Final = 14
 _NAME_BYTES: Final = 15
 CPUS_MAX: Final = int(np.iinfo(DTYPES["cpu"]).max)
-TS_MAX: Final = 1 << 62
-"""No clock of a tracer comes here: it is the year 2116 of CLOCK_REALTIME."""
 LINE_MAX: Final = 1 << 16
 """No tracer prints longer lines."""
 
@@ -206,7 +205,7 @@ class LineReader:
             self._leave(Unread.NO_ADDRESS, number)
             return
         ts_ns = int(seconds) * 1_000_000_000 + int(part) * (1 if len(part) == 9 else 1000)
-        if cpu > CPUS_MAX or ts_ns > TS_MAX:
+        if cpu > CPUS_MAX or ts_ns > LATEST_RECORDED_NS:
             self._leave(Unread.GARBLED, number)
             return
         if cpu in self._lost:

@@ -37,7 +37,6 @@ _READ_BYTES: Final = 1 << 20
 _HOLD_BACK_NS: Final = 50_000_000
 _BACKWARDS_MIN: Final = 8
 """Fewer are what interrupts and the merging of several CPUs make."""
-_BATCH_RECORDS: Final = 1 << 17
 _NO_LAYOUT: Final = PageLayout(0, 8, 8, 16, 4080)
 """Text has no pages; the decoder is there for the ids of buffers."""
 
@@ -197,13 +196,7 @@ class TextSource(PlainReader):
     def read(self) -> Iterator[StreamItem]:
         """See `PlainReader`."""
         assert self._opened is not None, "open() first"
-        for batch in self._merged():
-            for item in self._opened.teller.around(batch):
-                if not isinstance(item, Batch):
-                    yield item
-                    continue
-                for start in range(0, len(item), _BATCH_RECORDS):
-                    yield item[start : start + _BATCH_RECORDS]
+        yield from self._opened.teller.stream(self._merged())
 
     def _merged(self) -> Iterator[Batch]:
         assert self._opened is not None

@@ -38,7 +38,6 @@ NAME: Final = "tracecmd"
 _PIECE_PAGES: Final = 512
 """Decoded at once where there are few CPUs: as many as live capture does."""
 _PIECE_PAGES_MIN: Final = 32
-_BATCH_RECORDS: Final = 1 << 17
 _HOLD_BACK_NS: Final = 50_000_000
 """As live: an event may stand behind one of a later time by as long as its writer was held up."""
 _NEVER_NS: Final = 1 << 62
@@ -204,16 +203,9 @@ class TraceCmdSource(PlainReader):
     def read(self) -> Iterator[StreamItem]:
         """See `PlainReader`."""
         assert self._reader is not None, "open() first"
-        teller, begun = self._reader.teller, False
-        for batch in self._merged():
-            for item in teller.around(batch):
-                begun = True
-                if not isinstance(item, Batch):
-                    yield item
-                    continue
-                for start in range(0, len(item), _BATCH_RECORDS):
-                    yield item[start : start + _BATCH_RECORDS]
-        if not begun:
+        teller = self._reader.teller
+        yield from teller.stream(self._merged())
+        if not teller.begun:
             yield teller.topology(0)
 
     def _merged(self) -> Iterator[Batch]:

@@ -42,6 +42,8 @@ _CLIENTS_LOG: Final = logging.getLogger(f"{__name__}.client")
 _CLIENTS_LOG.setLevel(logging.CRITICAL)
 _PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 _RECONNECT_MAX_S: Final = 5.0
+CANCEL_AGAIN_S: Final = 1.0
+"""A task that has not ended this long after it was cancelled is cancelled again."""
 _SESSION_TAKEN_OVER: Final = 0x8E
 """Reason of a DISCONNECT: MQTT 5.0, section 3.14.2.1."""
 
@@ -188,6 +190,20 @@ def retry_after_s(attempt: int, chance: float) -> float:
     that a fleet does not come back at one moment.
     """
     return min(0.1 * 2.0 ** min(attempt, 10), _RECONNECT_MAX_S) * (1 - chance / 2)
+
+
+async def cancelled(*tasks: asyncio.Task[Any]) -> list[BaseException | Any]:
+    """Cancel tasks that use a connection until they have ended; what each came to.
+
+    Once is not enough: a connection that breaks while it is closed raises an error of its own in place of the
+    cancellation, and `asyncio.wait_for`, with which aiomqtt waits, before Python 3.12 forgets one that comes with the
+    result.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+    return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def properties(**given: str) -> Properties:

@@ -15,6 +15,7 @@ dataclasses are what the command line's options change.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -242,13 +243,31 @@ class Config:
 _TYPES: Final = {"str": str, "int": int, "float": float, "bool": bool}
 
 
+_MOST_BYTES: Final = 1 << 18
+"""Of a configuration file. One with every key that there is and what it is for has a tenth of that."""
+_MOST_PARTS: Final = 32
+"""Of a dotted key; ours have three."""
+_STRING_OR_COMMENT: Final = re.compile(
+    r"""#[^\n]*"""
+    r"""|"{3}(?:[^"\\]|\\[\s\S]|"(?!""))*+"{0,3}|"(?:[^"\\\n]|\\.)*+"?"""
+    r"""|'{3}(?:[^']|'(?!''))*+'{0,3}|'[^'\n]*+'?"""
+)
+"""To its end, or where it has none to where it would have to be: each character is looked at once."""
+_BETWEEN_KEYS: Final = re.compile(r"[=,{}\[\]\n]")
+"""What stands before or behind a key or a bare value."""
+
+
 def load(path: Path | str | None) -> Config:
     """The configuration in a file; the defaults for None. Raises `ConfigError`."""
     if path is None:
         return Config()
     try:
         with Path(path).open("rb") as file:
-            text = file.read().decode().removeprefix("\ufeff")
+            raw = file.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise ConfigError(f"{path}: more than {_MOST_BYTES:,} bytes, the limit of a configuration")
+        text = raw.decode().removeprefix("\ufeff")
+        _check_depth(path, text)
         return _tables(str(path), "", Config, tomllib.loads(text))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
@@ -261,6 +280,15 @@ def load(path: Path | str | None) -> Config:
     except ValueError as error:
         # Python reads no number of more than 4,300 digits (sys.set_int_max_str_digits), and has no year 0.
         raise ConfigError(f"{path}: {str(error).partition(';')[0]}") from error
+
+
+def _check_depth(path: Path | str, text: str) -> None:
+    """Raise `ConfigError` for a key of many parts: the time that tomllib takes for it grows with their square."""
+    bare = _STRING_OR_COMMENT.sub(lambda found: "" if found[0].startswith("#") else "_", text)
+    for piece in _BETWEEN_KEYS.split(bare):
+        if (parts := piece.count(".") + 1) > _MOST_PARTS:
+            start = piece.strip()[:20]
+            raise ConfigError(f"{path}: a key of {parts:,} parts ({start}...), at most {_MOST_PARTS} are read")
 
 
 def split_url(where: str, url: str) -> SplitResult:

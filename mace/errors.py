@@ -7,7 +7,9 @@
     │   └── MissingExtra          an optional dependency is not installed
     ├── SourceError               a source that was running can go on no longer
     ├── WireError                 bytes that are not a MACE message
-    │   └── CaptureError          the same, in a file: path and offset are part of the message
+    │   ├── CaptureError          the same, in a file: path and offset are part of the message
+    │   └── NotNowError           a message that may be taken at another time, or by another process
+    │       └── AheadError        a message with times that are ahead of this machine's clock
     ├── Stopped                   a replay was asked to stop; it can be gone on with
     ├── StoreError                the embedded store: locked, full, damaged, wrong schema
     ├── LabError                  the test network could not be made or removed
@@ -75,6 +77,14 @@ class CaptureError(WireError):
 
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
         return type(self), (self.path, self.offset, self.why)
+
+
+class NotNowError(WireError):
+    """A message that this process refuses for a reason that is not in the message."""
+
+
+class AheadError(NotNowError):
+    """A message with times that are ahead of this machine's clock: one of two clocks is wrong."""
 
 
 class StoreError(MaceError):

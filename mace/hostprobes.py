@@ -12,11 +12,11 @@ import random
 import time
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from collector.netns import path_of
 from correlator import intervals
 from mace import hostpath
 from mace.errors import MaceError, UsageError
@@ -163,8 +163,7 @@ class Probing:
         if inside:
             argv = ["nsenter", f"--net=/proc/self/fd/{self.netns_fd}", "--", *argv]
         elif self.host_netns:
-            path = self.host_netns if "/" in self.host_netns else str(Path("/run/netns") / self.host_netns)
-            argv = ["nsenter", f"--net={path}", "--", *argv]
+            argv = ["nsenter", f"--net={path_of(self.host_netns)}", "--", *argv]
         process = await asyncio.create_subprocess_exec(
             *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             pass_fds=(self.netns_fd,), start_new_session=True,

@@ -19,7 +19,7 @@ import zstandard
 from collector.remote import Counts, HostStream, Verdict
 from correlator.engine import Engine, EngineConfig
 from mace import __version__
-from mace.errors import MaceError, StoreError, WireError
+from mace.errors import MaceError, NotNowError, StoreError, WireError
 from mace.interfaces import Progress, StreamHeader
 from mace.records import Batch
 from mace.schema import Delays, Results
@@ -136,7 +136,7 @@ class Hosts:
         """What a frame with this head is (`HostStream.judge`); raises `WireError` where nothing more is taken."""
         known = self._known.get(host)
         if known is None and len(self._known) >= self._most:
-            raise WireError(f"there are {self._most} hosts already ([ingest] hosts): {host[:80]} is not taken")
+            raise NotNowError(f"there are {self._most} hosts already ([ingest] hosts): {host[:80]} is not taken")
         if known is not None and known.given_up and head.stream == known.stream.tag:
             raise WireError(f"nothing more of this run is taken: {known.given_up}")
         return (known.stream if known is not None else HostStream(host)).judge(head, oldest)

@@ -32,14 +32,26 @@ from typing import Any, Final
 from collector.ftrace_source import keep_freed_memory
 from collector.remote import Counts, Verdict
 from correlator.engine import EngineConfig
-from mace.broker import QUEUE_BYTES, Broker, Connection, Message, MqttError, payload_of, retry_after_s, user_property
+from mace.broker import (
+    QUEUE_BYTES,
+    Broker,
+    Connection,
+    Message,
+    MqttError,
+    cancelled,
+    is_failure,
+    payload_of,
+    retry_after_s,
+    user_property,
+)
 from mace.config import Config
-from mace.errors import MaceError, StoreError, WireError
+from mace.errors import AheadError, MaceError, NotNowError, StoreError, WireError
 from mace.hosts import SLICE_NS, Hosts, RunKey
-from mace.topics import MAX_SEQUENCE, OLDEST, ROOT, Ack, Shard, ack_topic, check_host, host_of_stream
+from mace.topics import MAX_SEQUENCE, OLDEST, ROOT, Ack, Refusal, Shard, ack_topic, check_host, host_of_stream
 from mace.turns import Turns
 from mace.vitals import Vitals
 from mace.wire import Head, parse_head
+from mace.wire import Message as FrameKind
 from storage import SINKS
 from storage.fleet import FleetStore, RunPart
 from storage.journal import Commit, Entry, Journal, Kind, Place
@@ -57,8 +69,6 @@ _AT_A_TIME: Final = 8
 """Messages that are received between two turns of other tasks."""
 _YIELD_S: Final = 0.01
 """Of work, between two turns of other tasks."""
-_CANCEL_AGAIN_S: Final = 1.0
-"""A task that has not ended this long after it was cancelled is cancelled again."""
 _COLLECTED: Final = (50_000, 20, 100)
 """Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
 some at each 700 of them, as by default, takes a tenth of the time."""
@@ -92,6 +102,10 @@ class Ingest:
         self._due: dict[str, tuple[int, bool]] = {}
         """Hosts to be told which frame is expected next: the stream, and whether frames are missing."""
         self._asked: dict[str, float] = {}
+        self._refusals: dict[str, tuple[int, Refusal]] = {}
+        """Hosts to be told which frames of a stream are refused."""
+        self._turned_away: dict[str, tuple[int, type[WireError], str]] = {}
+        """Each host's last stream whose HEADER was refused, and why: its other frames are refused too."""
         self._refused: dict[str, int] = {}
         """How many of each host's messages were refused lately."""
         self._turns: Turns[Message] = Turns(config.ingest.queue_messages, QUEUE_BYTES)
@@ -149,12 +163,12 @@ class Ingest:
             stopping = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait((receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
-                ended = await _cancelled(receiving, working)
+                ended = await cancelled(receiving, working)
                 # Not cancelled: a flush that has begun is brought to its end, then there is a last one.
                 self._ending.set()
                 await flushing
             finally:
-                await _cancelled(receiving, working, flushing, stopping)
+                await cancelled(receiving, working, flushing, stopping)
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
@@ -247,7 +261,7 @@ class Ingest:
     async def _serve(self, client: Connection) -> None:
         filters = [(name, 1) for name in self._shard.filters()]
         answers = await client.subscribe([*filters, (f"{ROOT}/+/status", 0)])
-        refused = [name for (name, _), answer in zip(filters, answers, strict=False) if _is_failure(answer)]
+        refused = [name for (name, _), answer in zip(filters, answers, strict=False) if is_failure(answer)]
         if refused:
             _LOG.error("the broker does not let us subscribe to %s (and %d more)", refused[0], len(refused) - 1)
         _LOG.info("%s: shard %s, listening", self._broker.address, self._shard)
@@ -258,7 +272,7 @@ class Ingest:
             for task in done:
                 task.result()
         finally:
-            await _cancelled(*work)
+            await cancelled(*work)
 
     async def _receive(self, client: Connection) -> None:
         messages = client.messages
@@ -318,11 +332,29 @@ class Ingest:
         host = host_of_stream(topic)
         with self._border(host, topic):
             if not self._shard.owns(host):
-                raise WireError(f"host {host} is not of shard {self._shard}")
+                raise NotNowError(f"host {host} is not of shard {self._shard}")
             if message.retain:
                 raise WireError("a retained message; frames of a stream are not retained")
             payload = payload_of(message)
-            self._judged(host, payload, parse_head(payload), _oldest(user_property(message, OLDEST)))
+            head, oldest = parse_head(payload), _oldest(user_property(message, OLDEST))
+            try:
+                self._judged(host, payload, head, oldest)
+            except WireError as error:
+                self._turn_away(host, head, error)
+                raise
+
+    def _turn_away(self, host: str, head: Head, error: WireError) -> None:
+        """Have the host told that the frame is refused for what is in it: it would send the frame again for ever."""
+        if isinstance(error, NotNowError) and not isinstance(error, AheadError):
+            return  # it may be taken later, or by the process whose host it is
+        clock_utc_ns = time.time_ns() if isinstance(error, AheadError) else None
+        refusal = Refusal(head.sequence, head.sequence, _told(error), clock_utc_ns)
+        stream, before = self._refusals.get(host, (head.stream, refusal))
+        self._refusals[host] = head.stream, before.with_next(refusal) if stream == head.stream else refusal
+        if head.message is FrameKind.HEADER:
+            if len(self._turned_away) >= _TOLD_OF:
+                self._turned_away.clear()
+            self._turned_away[host] = head.stream, type(error), str(error)
 
     @contextmanager
     def _border(self, host: str, topic: str) -> Iterator[None]:
@@ -346,12 +378,15 @@ class Ingest:
             case Verdict.KNOWN:
                 self.counts.duplicates += 1
                 self._due.setdefault(host, (head.stream, False))
+            case Verdict.UNKNOWN if (away := self._turned_away.get(host)) is not None and away[0] == head.stream:
+                raise away[1](away[2])
             case Verdict.GAP | Verdict.UNKNOWN:
                 self.counts.repeats += 1
                 self._ask_again(host, head.stream)
             case Verdict.NEW | Verdict.BEGIN as verdict:
-                if verdict is Verdict.BEGIN and self._store.runs_of(host) >= self._config.ingest.runs:
-                    raise WireError(f"the store has {self._store.runs_of(host)} runs of it, the limit ([ingest] runs)")
+                runs = self._store.runs_of(host)
+                if verdict is Verdict.BEGIN and runs >= self._config.ingest.runs:
+                    raise NotNowError(f"the store has {runs} runs of it, the limit ([ingest] runs)")
                 self._hosts.work(host, frame)
                 place = self._journal.append(Kind.FRAME, host, frame)
                 self._base.setdefault(host, place[0])
@@ -400,11 +435,19 @@ class Ingest:
     async def _tell_now_and_then(self, client: Connection) -> None:
         while True:
             await asyncio.sleep(ACK_INTERVAL_S)
-            due, self._due = self._due, {}
-            words = [(host, Ack(tag, self._hosts.next_of(host, tag), again)) for host, (tag, again) in due.items()]
+            words = self._words()
             await self._sync()
             for host, word in words:
                 await client.publish(ack_topic(host), word.to_bytes(), qos=0)
+
+    def _words(self) -> list[tuple[str, Ack]]:
+        """What hosts are to be told once all that was appended so far is on the disk."""
+        due, self._due = self._due, {}
+        refusals, self._refusals = self._refusals, {}
+        words = [(host, Ack(tag, self._hosts.next_of(host, tag), again)) for host, (tag, again) in due.items()]
+        for host, (tag, refusal) in refusals.items():
+            words.append((host, Ack(tag, self._hosts.next_of(host, tag), refused=refusal)))
+        return words
 
     async def _flush_now_and_then(self) -> None:
         ended = False
@@ -482,19 +525,6 @@ class Ingest:
         return self._journal.append(Kind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
 
 
-async def _cancelled(*tasks: asyncio.Task[Any]) -> list[BaseException | Any]:
-    """Cancel tasks until they have ended; what each came to.
-
-    Once is not enough: a connection that breaks while it is closed raises an error of its own in place of the
-    cancellation, and `asyncio.wait_for` before Python 3.12 forgets one that comes with the result.
-    """
-    while pending := [task for task in tasks if not task.done()]:
-        for task in pending:
-            task.cancel()
-        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
-    return await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _oldest(told: str) -> int:
     """The property's number, 0 where there is none; raises `WireError`."""
     if not told:
@@ -522,10 +552,6 @@ def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
     if commit is None:
         return None, {}
     return commit, {host: place for host, place in snapshots if place < commit.upto}
-
-
-def _is_failure(answer: Any) -> bool:
-    return bool(getattr(answer, "is_failure", False))
 
 
 # The command. -----------------------------------------------------------------------------------------------------

@@ -109,6 +109,8 @@ LEDGER_FIELDS: Final = (
     _counter("discarded", "Discarded by a bounded buffer of the source's."),
     _counter("packets", "Packets with at least one delay."),
     _counter("packets_ambiguous", "Packets that were given up."),
+    _counter("packets_several_devices", "Of these the packets that several devices fit."),
+    _counter("packets_several_packets", "Of these the packets that fit several packets of one content."),
     _counter("packets_buffer", "Packets that the kernel buffer alone holds together."),
     _counter("packets_content", "Packets that their content key alone does."),
     _counter("packets_exact", "Packets that both do."),

@@ -29,7 +29,7 @@ import numpy as np
 
 from collector import devices
 from collector.containers import API_SOCKETS
-from collector.netns import Namespaces, open_netns, open_nsfs
+from collector.netns import Namespaces, open_netns, open_nsfs, path_of
 from correlator.correction import Corrections, Reason, correct, settled
 from mace import lab, terminal
 from mace.config import CaptureConfig
@@ -113,8 +113,7 @@ def open_namespace(args: argparse.Namespace, capture: CaptureConfig) -> int:
     if args.pid is not None:
         return _opened(Path(f"/proc/{args.pid}/ns/net"), f"process {args.pid}")
     if args.netns is not None:
-        path = Path(args.netns) if "/" in args.netns else Path("/run/netns") / args.netns
-        return _opened(path, f"network namespace {args.netns!r}")
+        return _opened(Path(path_of(args.netns)), f"network namespace {args.netns!r}")
     if args.lab is not None:
         place = lab.attach(args.lab)
         return _opened(place.netns_path(args.container), f"container {args.container!r}")

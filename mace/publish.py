@@ -128,7 +128,7 @@ def line(sink: StreamPublisher) -> str:
     if sink.left_before:
         counts.insert(1, f"{sink.left_before:,} found in the spool")
     if sink.set_aside or sink.set_aside_frames:
-        counts.append(f"{sink.set_aside:,} set aside ({sink.set_aside_frames:,} frames that cannot be sent)")
+        counts.append(f"{sink.set_aside:,} set aside ({sink.set_aside_frames:,} frames that nobody takes)")
     if sink.taken_over:
         counts.append(f"session taken over {sink.taken_over:,} times: another host has this one's name")
     trouble = sink.state().trouble

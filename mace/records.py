@@ -116,6 +116,10 @@ class Content:
         return cls(*_made(CONTENT_DTYPES, length, given))
 
 
+PIECE_RECORDS: Final = 1 << 17
+"""Records in one batch of a source at most, so that what follows can count on it: 4.5 MB of columns."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Records of one source, in non-decreasing order of `ts_ns`; equal times are ordered by CPU.
@@ -153,6 +157,11 @@ class Batch:
         """The records at `index` (a slice gives views; a mask or an index array copies)."""
         content = None if self.content is None else self.content[index]
         return Batch(*(column[index] for _, column in self.columns()), content=content)
+
+    def pieces(self, most: int = PIECE_RECORDS) -> Iterator[Batch]:
+        """Views of `most` records each, the last of what is left; none of an empty batch."""
+        for start in range(0, len(self), most):
+            yield self[start : start + most]
 
     @property
     def lost(self) -> int:

@@ -344,6 +344,11 @@ class Results:
     gaps_utc_ns: tuple[tuple[int, int], ...] = ()
     """Stretches of time, (start, end), in which some CPU's ring lost records; those told of since the last results."""
 
+    def ambiguous_by_cause(self) -> dict[str, int]:
+        """Packets that were given up so far: `several_devices` or `several_packets` fit."""
+        copies = self.grades.ambiguous - self.several_devices
+        return {"several_devices": self.several_devices, "several_packets": copies}
+
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)
 assert tuple(f.name for f in fields(Crossings)) == tuple(Crossings._DTYPES)

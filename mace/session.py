@@ -20,6 +20,7 @@ from rich.text import Text
 from collector.containers import API_SOCKETS, sharing
 from collector.files import Recording
 from collector.ftrace_source import keep_freed_memory
+from collector.netns import path_of
 from mace import pipeline
 from mace.config import Config
 from mace.hooks import silent_on
@@ -268,7 +269,7 @@ class Session:
     def _on_host_network(self) -> tuple[str, ...]:
         """Containers that share the network namespace that counts as the host's, now."""
         asked = self._config.capture.host_netns
-        path = "/proc/1/ns/net" if not asked else asked if "/" in asked else f"/run/netns/{asked}"
+        path = path_of(asked) if asked else "/proc/1/ns/net"
         try:
             netns = os.stat(path).st_ino  # noqa: PTH116 - a name in /proc, not a file
         except OSError:

@@ -198,8 +198,8 @@ class Summary:
     """What observing has cost, per hook; empty where the source could not tell."""
     note: str = ""
     """What a reader must know of where the figures come from."""
-    several_devices: int = 0
-    """Of the ambiguous packets those that several devices fit; 0 in a summary of a store, which does not keep it."""
+    several_devices: int | None = 0
+    """Of the ambiguous packets those that several devices fit; None in a summary of a store, which does not keep it."""
     imitated: tuple[str, ...] = ()
     """Names of the host's devices that devices of other namespaces have as well, where packets fit several devices."""
     on_host_network: tuple[str, ...] = ()
@@ -243,7 +243,8 @@ class Summary:
         self.ledger += other.ledger
         self.packets += other.packets
         self.grades += other.grades
-        self.several_devices += other.several_devices
+        known = self.several_devices is not None and other.several_devices is not None
+        self.several_devices = (self.several_devices or 0) + (other.several_devices or 0) if known else None
         self.imitated = tuple(sorted({*self.imitated, *other.imitated}))
         self.rows_not_stored += other.rows_not_stored
         self.cost = added(self.cost, other.cost)
@@ -289,9 +290,10 @@ class Summary:
         container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
         direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored`, `unseen` (sentences), `on_host_network` (names of containers), `note`, `cost` (per hook:
-        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `mace.vitals.Account`) appear
-        where there is something to say.
+        `rows_not_stored`, `unseen` (sentences), `ambiguous` (the ambiguous packets by cause: `several_devices` or
+        `several_packets` fit, and `imitated`, the names of the host's devices that others have too; a store does not
+        keep it), `on_host_network` (names of containers), `note`, `cost` (per hook: hook, calls, timed, timed_ns,
+        ns_per_call) and `sinks` (by name, the counts of `mace.vitals.Account`) appear where there is something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -306,6 +308,12 @@ class Summary:
             found["rows_not_stored"] = self.rows_not_stored
         if unseen := self.unseen():
             found["unseen"] = unseen
+        if self.grades.ambiguous and self.several_devices is not None:
+            found["ambiguous"] = {
+                "several_devices": self.several_devices,
+                "several_packets": self.grades.ambiguous - self.several_devices,
+                "imitated": list(self.imitated),
+            }
         if self.on_host_network:
             found["on_host_network"] = list(self.on_host_network)
         if self.cost:

@@ -11,6 +11,9 @@ LONGEST_NS: Final = 1 << 62
 earliest ..."""
 LATEST_UTC_NS: Final = 7_258_118_400_000_000_000
 """... and at the latest 2200, 62 years before 64 bits of nanoseconds are full."""
+LATEST_RECORDED_NS: Final = 1 << 62
+"""The latest time of a recorded packet, whatever its clock: in UTC that is the year 2116. Sums of two such fit 64 bits,
+as of a window's beginning and its length; later ones are of a clock that was not set, or of damage."""
 
 
 def check_times(first_ns: int, last_ns: int, offset_ns: int) -> None:

@@ -1,7 +1,7 @@
 """Names and small messages of MACE on a MQTT broker. What travels on them is in docs/mqtt.md.
 
     mace/v1/HOST/stream/BUCKET   host → ingest   one wire frame a message (`mace.wire`), QoS 1
-    mace/v1/HOST/ack             ingest → host   which frame is expected next (`Ack`), QoS 0
+    mace/v1/HOST/ack             ingest → host   which frame is expected next, which are refused (`Ack`), QoS 0
     mace/v1/HOST/status          host → all      who publishes, retained; the last will says `offline`
     mace/v1/HOST/delays|windows|ledger   host → all   rows as Arrow (`storage.mqtt_rows`), QoS 1
 
@@ -12,11 +12,12 @@ stable hash of that name: a shard of the ingest subscribes to its buckets, and t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 from zlib import crc32
 
 from mace.errors import UsageError, WireError
+from mace.names import printable
 
 ROOT: Final = "mace/v1"
 BUCKETS: Final = 256
@@ -29,6 +30,8 @@ _MAX_HOST_BYTES: Final = 255
 _FORBIDDEN: Final = frozenset("/+#\0")
 """What separates levels, stands for any, or is no text at all in a topic."""
 MAX_SEQUENCE: Final = (1 << 64) - 1
+_MAX_WHY: Final = 300
+"""Characters of a reason that are believed to be for people."""
 
 
 def check_host(host: str) -> str:
@@ -107,6 +110,35 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Frames of a host's stream that the ingest refuses for what is in them, one after the other."""
+
+    first: int
+    last: int
+    why: str
+    clock_utc_ns: int | None = None
+    """The ingest's clock where the frames' times are ahead of it: another clock may judge otherwise."""
+
+    def with_next(self, other: Refusal) -> Refusal:
+        """Both, where the other's frames follow these; else the other alone."""
+        return replace(other, first=self.first) if other.first == self.last + 1 else other
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Refusal:
+        """From JSON; raises `ValueError`, `KeyError`, `TypeError` for what is none."""
+        first, last, why, clock = given["first"], given["last"], given["why"], given.get("clock_utc_ns")
+        if not (
+            type(first) is int
+            and type(last) is int
+            and 0 <= first <= last <= MAX_SEQUENCE
+            and type(why) is str
+            and (clock is None or type(clock) is int)
+        ):
+            raise ValueError("not a refusal")
+        return cls(first, last, printable(why[:_MAX_WHY]), clock)
+
+
+@dataclass(frozen=True, slots=True)
 class Ack:
     """What the ingest has of a host's stream."""
 
@@ -116,9 +148,14 @@ class Ack:
     """All frames before this one are where a crash cannot take them. 0: nothing is known of this stream."""
     again: bool = False
     """Frames are missing: send from `next` on again."""
+    refused: Refusal | None = None
+    """Frames that have come and were not taken."""
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"stream": self.stream, "next": self.next, "again": self.again}).encode()
+        told: dict[str, Any] = {"stream": self.stream, "next": self.next, "again": self.again}
+        if self.refused is not None:
+            told["refused"] = asdict(self.refused)
+        return json.dumps(told).encode()
 
     @classmethod
     def parse(cls, payload: bytes) -> Ack:
@@ -126,6 +163,7 @@ class Ack:
         try:
             given = json.loads(payload)
             stream, following, again = given["stream"], given["next"], given.get("again", False)
+            refused = Refusal.of(given["refused"]) if given.get("refused") is not None else None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise WireError(f"not an acknowledgement: {payload[:80]!r}") from None
         if not (
@@ -136,4 +174,4 @@ class Ack:
             and 0 <= following <= MAX_SEQUENCE
         ):
             raise WireError(f"not an acknowledgement: {payload[:80]!r}")
-        return cls(stream, following, again)
+        return cls(stream, following, again, refused)

@@ -113,7 +113,8 @@ class Publishing:
     discarded: int = 0
     """Given up for want of room, or damaged on the disk."""
     set_aside: int = 0
-    """In frames that cannot be sent: of another version, or of a stream whose beginning is missing."""
+    """In frames that cannot be sent (of another version, of a stream whose beginning is missing) or that the ingest
+    refuses for what is in them."""
     connected: bool = False
     answered: bool = False
     """The broker has taken us in once at least since the run began."""

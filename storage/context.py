@@ -90,6 +90,18 @@ class Contexts:
                 # What is on the disk still has them all.
                 _LOG.warning("%s: not written anew: %s", self._path(stream), error.strerror)
 
+    def leave_out(self, stream: int, sequence: int) -> None:
+        """A TOPOLOGY that nobody takes: frames behind it are sent with the one before."""
+        context = self._of.get(stream)
+        if context is None:
+            return
+        context.topologies = [each for each in context.topologies if each[0] != sequence]
+        try:
+            self._write(stream)
+        except OSError as error:
+            # It is refused again, and left out again.
+            _LOG.warning("%s: not written anew: %s", self._path(stream), error.strerror)
+
     def forget(self, stream: int) -> None:
         """All of the stream has arrived."""
         if self._of.pop(stream, None) is not None:

@@ -73,7 +73,8 @@ def _own(host: str, tags: dict[str, str], fields: dict[str, int], now_ns: int) -
 def _of_stream(header: StreamHeader, results: Results, time_ns: int) -> Iterator[str]:
     common = {"host": header.host, "source": header.source}
     grades = {n if n == "told_apart" else f"packets_{n}": v for n, v in results.grades.as_dict().items()}
-    ledger = results.ledger.as_dict() | {"packets": results.packets} | grades
+    causes = {f"packets_{cause}": count for cause, count in results.ambiguous_by_cause().items()}
+    ledger = results.ledger.as_dict() | {"packets": results.packets} | grades | causes
     yield line(key("mace_internal", common | {"part": "ledger"}), dict(ledger), time_ns)
     for cost in results.cost:
         fields = {"calls": cost.calls, "timed": cost.timed, "timed_ns": cost.timed_ns}

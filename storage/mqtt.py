@@ -10,8 +10,9 @@ them is killed or restarted, what is missing is sent again, and what came twice 
 frames are under way at once, few at the beginning and after a loss, so that a fleet that comes back does not flood the
 broker. docs/mqtt.md has topics and messages, docs/design/015-mqtt.md the reasons.
 
-What the other side says is believed only as far as it can be true: an acknowledgement up to what was sent, a frame in
-the spool once it is one. A frame that cannot be sent is put into `set-aside` of the spool's directory.
+What the other side says is believed only as far as it can be true: an acknowledgement or a refusal up to what was sent,
+a frame in the spool once it is one. A frame that cannot be sent, or that the ingest refuses for what is in it, is put
+into `set-aside` of the spool's directory, and the others go on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import contextlib
 import json
 import logging
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from mace.broker import (
     Connection,
     MqttError,
     Will,
+    cancelled,
     is_failure,
     payload_of,
     properties,
@@ -42,10 +45,10 @@ from mace.broker import (
 from mace.errors import StoreError, WireError
 from mace.interfaces import Progress, StreamHeader, StreamItem
 from mace.records import Batch
-from mace.topics import Ack, ack_topic, status_topic, stream_topic
+from mace.topics import Ack, Refusal, ack_topic, status_topic, stream_topic
 from mace.topology import Topology
 from mace.vitals import Publishing
-from mace.wire import Encoder, Head, whole_head
+from mace.wire import Encoder, Head, Message, whole_head
 from storage.context import Contexts
 from storage.spool import Frame, Spool
 
@@ -75,7 +78,9 @@ _LOOK_S: Final = 2.0
 _FORGIVEN_S: Final = 3600.0
 """After a connection of this length it is the first time again."""
 _SET_ASIDE_BYTES: Final = 64 << 20
-"""Of frames that cannot be sent are kept; those beyond are counted only."""
+"""Of frames that cannot be sent, or are refused, are kept; those beyond are counted only."""
+_CLOCKS_AGREE_NS: Final = 3_600_000_000_000
+"""Clocks that differ by less than an hour both know whether a time is a day ahead of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,7 @@ class StreamPublisher:
         self.refused = 0
         """Publishes that the broker denied."""
         self.set_aside = 0
-        """Records in frames that cannot be sent."""
+        """Records in frames that cannot be sent, or that the ingest refuses."""
         self.set_aside_frames = 0
         self.taken_over = 0
         """Times that another client of this name took the session over."""
@@ -225,7 +230,7 @@ class StreamPublisher:
             if self._tasks:
                 await self._finish()
         finally:
-            await _cancelled(self._tasks)
+            await cancelled(*self._tasks)
             if self._tasks:
                 self._tasks = []
                 await self._do(self._end)
@@ -293,8 +298,7 @@ class StreamPublisher:
         def put_batches() -> None:
             batch = Batch.concatenate(together)
             together.clear()
-            for start in range(0, len(batch), BATCH_RECORDS):
-                part = batch[start : start + BATCH_RECORDS]
+            for part in batch.pieces(BATCH_RECORDS):
                 self._spool.append(Frame(self._encoder.batch(part), len(part)))
 
         try:
@@ -396,7 +400,7 @@ class StreamPublisher:
                 task.result()
         finally:
             self.refused = refused + client.refused
-            await _cancelled([hearing, sending])
+            await cancelled(hearing, sending)
             with contextlib.suppress(MqttError, TimeoutError):
                 # Only where we go in peace; otherwise the broker gives out the last will.
                 async with asyncio.timeout(1):
@@ -433,10 +437,48 @@ class StreamPublisher:
             if gone and head.stream != ack.stream:
                 self._contexts.forget(ack.stream)
                 self._sent.pop(ack.stream, None)
+        if ack.refused is not None:
+            gone += self._take_refusal(ack.stream, ack.refused)
         self._acknowledged += gone
         way.window = min(way.window + gone, _WINDOW_MOST)
         if ack.again and (ack.stream == way.stream or ack.next == 0):
             way.restart = True
+
+    def _take_refusal(self, stream: int, refusal: Refusal) -> int:
+        """Put the oldest frames aside where the ingest refuses them; how many.
+
+        Frames whose times are ahead of the ingest's clock wait as long as this machine's clock says something else: one
+        of the two is wrong, and will be put right.
+        """
+        oldest = self._oldest()
+        if oldest is None or oldest[1].stream != stream or not refusal.first <= oldest[1].sequence <= refusal.last:
+            return 0
+        if refusal.clock_utc_ns is not None and abs(refusal.clock_utc_ns - time.time_ns()) > _CLOCKS_AGREE_NS:
+            self._say(
+                f"the ingest, whose clock is not ours, refuses what is sent ({refusal.why}); it waits in the spool"
+            )
+            return 0
+        last = min(refusal.last, self._sent.get(stream, 0) - 1)
+        gone = 0
+        while oldest is not None and oldest[1].stream == stream and oldest[1].sequence <= last:
+            frame, head = oldest
+            if head.message is Message.TOPOLOGY:
+                self._contexts.leave_out(stream, head.sequence)
+            self._put_aside(frame, f"the ingest refuses it: {refusal.why}")
+            gone += 1
+            oldest = self._oldest()
+        if oldest is not None and oldest[1].stream != stream:
+            self._contexts.forget(stream)
+            self._sent.pop(stream, None)
+        # What follows was sent as if those frames could still come.
+        self._way.restart |= gone > 0
+        return gone
+
+    def _say(self, trouble: str) -> None:
+        """Report what is in the way, once."""
+        if trouble != self._trouble:
+            _LOG.warning("%s: %s", self._broker.address, trouble)
+        self._trouble = trouble
 
     def _believed(self, ack: Ack) -> int:
         """The frame up to which an acknowledgement can be true.
@@ -473,19 +515,22 @@ class StreamPublisher:
         return None
 
     def _put_aside(self, frame: Frame, why: str) -> None:
-        """Take the oldest frame, which cannot be sent, out of the spool; keep, count and report it."""
-        if not self.set_aside_frames:
-            told = f"{self._aside}: a frame of {frame.rows} records cannot be sent and is set aside"
-            _LOG.warning("%s: %s (more are counted only)", told, why)
+        """Take the oldest frame, which nobody can or will take, out of the spool; keep and count it.
+
+        The 1st, 2nd, 4th, 8th is reported: a line each would fill the log.
+        """
         self.set_aside += frame.rows
         self.set_aside_frames += 1
+        if (count := self.set_aside_frames) & (count - 1) == 0:
+            told = f"{self._aside}: a frame of {frame.rows} records cannot be sent and is set aside"
+            _LOG.warning("%s: %s (%d frames so far)", told, why, count)
         try:
             self._aside.mkdir(mode=0o700, exist_ok=True)
             kept = [path.stat().st_size for path in self._aside.iterdir()]
             if sum(kept) + len(frame.payload) <= _SET_ASIDE_BYTES:
                 (self._aside / f"{self._run}-{self.set_aside_frames}.frame").write_bytes(frame.payload)
         except OSError as error:
-            _LOG.warning("%s: a frame that cannot be sent is not kept: %s", self._aside, error.strerror)
+            _LOG.warning("%s: a frame that is set aside is not kept: %s", self._aside, error.strerror)
         self._spool.first()
         self._spool.acknowledge()
 
@@ -559,18 +604,6 @@ class StreamPublisher:
         if head is None:
             return index < self._spool.frames  # damaged: it will be found out when it is the oldest
         return head.stream == self._way.stream and head.sequence < sequence
-
-
-async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
-    """End tasks, whatever comes of them; asked again until they have ended.
-
-    aiomqtt waits with `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
-    """
-    while running := [task for task in tasks if not task.done()]:
-        for task in running:
-            task.cancel()
-        await asyncio.wait(running, timeout=1)
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _sendable(frame: Frame | None) -> Head | None:

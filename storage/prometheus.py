@@ -3,6 +3,7 @@
     mace_device_delay_seconds   histogram by host, container, netns, device, kind, direction, segment, source
     mace_records_total          the ledger's records by host, source and category
     mace_packets_total          packets by host, source and grade
+    mace_packets_ambiguous_total   those that were given up, by host, source and cause
     mace_probe_calls_total, mace_probe_timed_calls_total, mace_probe_seconds_total   own cost by host, source and hook
     mace_sink_rows_total        rows by sink and what became of them; mace_sink_rows_waiting and others beside it
     mace_publish_records_total  records by what became of them at the ingest; mace_publish_records_waiting and others
@@ -412,13 +413,18 @@ def _ledgers(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:
     packets = CounterMetricFamily(
         "mace_packets", "Packets by what holds their records together.", labels=("host", "source", "grade")
     )
+    ambiguous = CounterMetricFamily(
+        "mace_packets_ambiguous", "Packets that were given up, by what fits them.", labels=("host", "source", "cause")
+    )
     for of, results in latest:
         for category in _CATEGORIES:
             records.add_metric((*of, category), getattr(results.ledger, category))
         in_flight.add_metric(of, results.ledger.in_flight)
         for grade in ("ambiguous", "buffer", "content", "exact"):
             packets.add_metric((*of, grade), getattr(results.grades, grade))
-    yield from (records, in_flight, packets)
+        for cause, count in results.ambiguous_by_cause().items():
+            ambiguous.add_metric((*of, cause), count)
+    yield from (records, in_flight, packets, ambiguous)
 
 
 def _costs(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:

@@ -321,6 +321,7 @@ class Store:
             ledger=sum((r.ledger for r in runs), Ledger()),
             packets=sum(r.packets for r in runs),
             grades=sum((r.grades for r in runs), Grades()),
+            several_devices=None,
             rows_not_stored=sum(r.rows_not_stored for r in runs),
             cost=self.cost(where),
         )

@@ -1,7 +1,8 @@
 """Real databases for the tests and benchmarks, on loopback and ports of their own: started, killed, started again.
 
-InfluxDB 1.6.7 is Debian's package influxdb. VictoriaMetrics comes from Debian 13 (bookworm's 1.79.5 drops bad lines
-without a word), unpacked into the cache of tests/kernel/kernels.py; nothing is installed for it.
+InfluxDB 1.6.7 is Debian's package influxdb. VictoriaMetrics comes from Debian 13, and where a test asks for it from
+Debian 12 (1.79.5, which drops bad lines without a word), unpacked into the cache of tests/kernel/kernels.py; nothing is
+installed for it.
 """
 
 import json
@@ -140,11 +141,14 @@ class Influx(Server):
 class Victoria(Server):
     """VictoriaMetrics, whose new rows can be made visible at once."""
 
+    suite = "trixie"
+    """Of Debian."""
+
     def __init__(self, place):
         port = free_port()
         place.mkdir(parents=True, exist_ok=True)
         argv = [
-            victoria_program(), f"-storageDataPath={place}/data", f"-httpListenAddr=127.0.0.1:{port}",
+            victoria_program(self.suite), f"-storageDataPath={place}/data", f"-httpListenAddr=127.0.0.1:{port}",
             "-retentionPeriod=100y", "-search.latencyOffset=0s",
         ]  # fmt: skip
         super().__init__(argv, place, port, "/health")
@@ -167,19 +171,26 @@ class Victoria(Server):
         return [json.loads(each) for each in text.split("\n") if each]
 
 
+class OldVictoria(Victoria):
+    """That of Debian 12."""
+
+    suite = "bookworm"
+
+
 def influxd():
     """Path of the program; None where it is not installed."""
     return shutil.which("influxd", path=_PATH)
 
 
-def victoria_program():
-    """Path of VictoriaMetrics in the cache; fetched once. Raises `kernels.KernelUnavailable`."""
-    return kernels.unpacked("victoria-metrics", ("trixie",)) / "usr/bin/victoria-metrics"
+def victoria_program(suite):
+    """Path of a suite's VictoriaMetrics in the cache; fetched once. Raises `kernels.KernelUnavailable`."""
+    return kernels.unpacked("victoria-metrics", (suite,)) / "usr/bin/victoria-metrics"
 
 
 def missing_victoria():
     try:
-        victoria_program()
+        for suite in (Victoria.suite, OldVictoria.suite):
+            victoria_program(suite)
     except kernels.KernelUnavailable as error:
         return str(error)
     return None

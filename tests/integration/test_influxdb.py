@@ -311,9 +311,9 @@ def test_victoria_metrics_speaks_the_v2_api_for_real(tmp_path):
 
 
 @pytest.mark.needs("victoria-metrics")
-@pytest.mark.parametrize("database", [servers.Influx, servers.Victoria])
+@pytest.mark.parametrize("database", [servers.Influx, servers.Victoria, servers.OldVictoria])
 def test_names_that_would_be_lines_or_tags(database, tmp_path):
-    """Both read the same names, and store every row, whatever containers and devices are called."""
+    """All read the same names, and store every row, whatever containers and devices are called."""
     delays = make_delays(12 * len(NASTY), containers=len(NASTY))
     odd = named_devices(NASTY)
     results = make_results(delays, devices=odd, windows=make_windows(delays))

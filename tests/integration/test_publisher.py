@@ -12,10 +12,12 @@ from zlib import crc32
 import pytest
 
 from mace.broker import Broker, MqttError
+from mace.clock import ClockPair
 from mace.config import Config, MqttConfig, StoreConfig
 from mace.errors import StoreError
+from mace.hooks import Hook
 from mace.ingest import Ingest
-from mace.topics import Ack, Shard, ack_topic, stream_topic
+from mace.topics import Ack, Refusal, Shard, ack_topic, stream_topic
 from mace.wire import (
     HEAD,
     HEAD_SIZE,
@@ -28,8 +30,10 @@ from mace.wire import (
 )
 from storage import mqtt
 from storage.mqtt import StreamPublisher
+from storage.query import Store
 from storage.spool import Frame, Spool
 from tests.brokers import Authority, documented_acl, free_port, mosquitto
+from tests.hostile import batch
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, traffic
 
 pytestmark = pytest.mark.needs("mosquitto", "openssl")
@@ -320,6 +324,129 @@ def test_frames_that_cannot_be_sent_are_set_aside_and_the_others_arrive(tmp_path
     kept = [path.read_bytes() for path in (tmp_path / "spool" / "set-aside").iterdir()]
     assert sorted(kept) == sorted(make(frames[3]) for make in STRANGE)
     assert "cannot be sent and is set aside" in caplog.text
+
+
+# Frames that the ingest refuses. ----------------------------------------------------------------------------------
+
+
+def left_in_spool(path, frames, rows):
+    """What a run that was killed has left: its frames behind the HEADER, with so many rows in each."""
+    spool = Spool(path, max_bytes=64 << 20, memory_bytes=1 << 20)
+    spool.open()
+    for frame, count in zip(frames[1:], rows, strict=True):
+        spool.append(Frame(frame, count))
+    spool.close()
+    (path / "streams").mkdir()
+    tag = parse_head(frames[0]).stream
+    (path / "streams" / f"{tag:08x}.context").write_bytes(frames[0])
+
+
+def published_after(tmp_path, frames, rows, within=lambda sink: True, **options):
+    """A further run of 1,000 records behind what was left; the publisher and the ingest's counts."""
+    left_in_spool(tmp_path / "spool", frames, rows)
+
+    async def work(broker):
+        async with Ingesting(broker.url, tmp_path / "store") as ingest:
+            sink = publisher(broker.url, tmp_path / "spool", **options)
+            await sink.open(header(run="another"))
+            await write(sink, [TOPOLOGY, *batches(traffic(1_000, 2), 200)])
+            await until(lambda: within(sink))
+            await sink.aclose()
+            return sink, ingest.counts
+
+    with mosquitto(tmp_path / "broker") as broker:
+        return asyncio.run(work(broker))
+
+
+def refused_batch(frames, number):
+    """A frame of this number in the place of a batch of 200, of a time that is years away."""
+    before = (number - 2) * 200
+    years_away = [HEADER.clock.monotonic_ns + (1 << 62)]
+    return batch(number, years_away, before=before, header=frames[0], hook=[Hook.NET_DEV_QUEUE])
+
+
+def test_a_frame_that_the_ingest_refuses_is_set_aside_and_the_others_arrive(tmp_path, caplog):
+    frames = encode([TOPOLOGY, *batches(traffic(2_000, 1), 200)], header())
+    frames[5] = refused_batch(frames, 5)
+    frames[8] = refused_batch(frames, 8)
+    with caplog.at_level(logging.WARNING):
+        sink, counts = published_after(tmp_path, frames, [0, *[200] * 10, 0])
+    state = balanced(sink)
+    assert (state.arrived, state.waiting, state.set_aside) == (2_600, 0, 400)
+    # Behind each of the two gaps is a marker for each CPU.
+    assert (counts.records, counts.missing, counts.gaps) == (2_600 + 2 * HEADER.cpus, 400, 2)
+    kept = sorted(path.read_bytes() for path in (tmp_path / "spool" / "set-aside").iterdir())
+    assert kept == sorted([frames[5], frames[8]])
+    assert "set aside: the ingest refuses it: a time of" in caplog.text
+    ledgers = {run.run: run.ledger for run in Store(tmp_path / "store").runs()}
+    assert (ledgers[header().run].records, ledgers[header().run].discarded) == (1_600, 400)
+    assert (ledgers["another"].records, ledgers["another"].discarded) == (1_000, 0)
+
+
+def test_a_topology_that_the_ingest_refuses_is_not_sent_again(tmp_path):
+    parts = batches(traffic(2_000, 1), 200)
+    long = replace(TOPOLOGY.devices[-1], name="x" * 2_000)
+    news = replace(TOPOLOGY, from_ns=int(parts[3].ts_ns[-1]) + 1, devices=(*TOPOLOGY.devices[:-1], long))
+    frames = encode([TOPOLOGY, *parts[:4], news, *parts[4:]], header())
+    sink, counts = published_after(tmp_path, frames, [0, *[200] * 4, 0, *[200] * 6, 0])
+    state = balanced(sink)
+    assert (state.arrived, state.waiting, sink.set_aside_frames) == (3_000, 0, 1)
+    assert (counts.records, counts.missing) == (3_000, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"run": "r" * 2_000}, {"clock": ClockPair(HEADER.clock.monotonic_ns, 7_000_000_000_000_000_000, 1)}],
+    ids=["name", "clock"],
+)
+def test_a_run_that_the_ingest_refuses_does_not_keep_the_next_from_arriving(tmp_path, changes):
+    """Its name is too long; or its time is in 2191, as this host's own clock, put right meanwhile, knows too."""
+    frames = encode([TOPOLOGY, *batches(traffic(2_000, 1), 200)], replace(header(), **changes))
+    sink, counts = published_after(tmp_path, frames, [0, *[200] * 10, 0])
+    state = balanced(sink)
+    assert (state.arrived, state.waiting, state.set_aside) == (1_000, 0, 2_000)
+    assert counts.records == 1_000
+
+
+def test_what_only_one_of_two_clocks_refuses_waits(tmp_path, monkeypatch, caplog):
+    """An ingest whose clock stands at 1970 must not make a fleet throw away what it measures."""
+    monkeypatch.setattr(mqtt, "_CLOCKS_AGREE_NS", -1)
+    ahead = ClockPair(HEADER.clock.monotonic_ns, 7_000_000_000_000_000_000, 1)
+    frames = encode([TOPOLOGY, *batches(traffic(2_000, 1), 200)], replace(header(), clock=ahead))
+    told = "whose clock is not ours, refuses"
+    with caplog.at_level(logging.WARNING):
+        sink, _ = published_after(
+            tmp_path, frames, [0, *[200] * 10, 0], lambda sink: told in sink.state().trouble, drain_s=0
+        )
+    state = balanced(sink)
+    assert (state.arrived, state.waiting, state.set_aside) == (0, 3_000, 0)
+    assert caplog.text.count(told) == 1
+
+
+def test_a_refusal_is_believed_up_to_what_was_sent(tmp_path):
+    """Nobody listens to the stream, and somebody says that all of it is refused."""
+    tag = parse_head(Encoder().header(header())).stream
+    refusal = Refusal(0, 2**64 - 1, "for no reason")
+
+    async def work(broker):
+        sink = publisher(broker.url, tmp_path / "spool", drain_s=0)
+        await sink.open(header())
+        for item in [TOPOLOGY, *batches(traffic(6_000, 1), 100)]:
+            await sink.write(item)
+            await sink._flush()
+        await until(lambda: sink.sent_bytes > 0)
+        async with Broker(settings(broker.url).mqtt).connection() as forger:
+            for stream in (tag ^ 1, tag):
+                await forger.publish(ack_topic(HEADER.host), Ack(stream, 0, refused=refusal).to_bytes(), qos=1)
+        await until(lambda: sink.set_aside)
+        state = balanced(sink)
+        await sink.aclose()
+        return state
+
+    with mosquitto(tmp_path / "broker") as broker:
+        state = asyncio.run(work(broker))
+    assert 0 < state.set_aside <= 100 * mqtt._WINDOW_LEAST
+    assert state.waiting == 6_000 - state.set_aside
 
 
 def test_a_defect_in_the_background_ends_the_run(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """Equal names and addresses everywhere, containers that come, go and take each other's name: told apart."""
 
 import time
+import urllib.request
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mace.lab import Spec, running
-from tests.measuring import PATHS, balanced, measured
+from tests.brokers import free_port
+from tests.measuring import PATHS, balanced, measured, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
@@ -93,6 +96,49 @@ def test_churn_under_traffic_leaves_the_rest_exact(tmp_path):
             assert steady.wait().received == 500
         assert by_netns(measurement, 143) == {("c1", lab.netns_inode("c1")): 500}
     assert balanced(measurement.found).lost == 0
+
+
+class Scraped:
+    """The endpoint's histograms at one moment."""
+
+    def __init__(self, listen):
+        with urllib.request.urlopen(f"http://{listen}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        counts = [sample for sample in samples if sample.name == "mace_device_delay_seconds_count"]
+        self.series = {tuple(sorted(sample.labels.items())) for sample in counts}
+        self.containers = {sample.labels["container"] for sample in counts}
+        self.places = {(sample.labels["netns"], sample.labels["device"]) for sample in counts}
+        self.dropped = next(sample.value for sample in samples if sample.name == "mace_series_dropped_total")
+
+
+def test_series_of_containers_that_came_and_went_are_gone(tmp_path):
+    """A hundred of them: what is served in the end is what was served before they came."""
+    listen = f"127.0.0.1:{free_port()}"
+    (tmp_path / "c.toml").write_text("[sinks.prometheus]\ngone_s = 1\n")
+    with (
+        running(Spec(name="fleeting", containers=1)) as lab,
+        measured(lab, tmp_path, "--config", tmp_path / "c.toml", "--prometheus", listen),
+    ):
+        lab.ping("c1", count=5)
+        # The container's device, its other end, the bridge, the outer device, and the remote's.
+        wait_for(lambda: len(Scraped(listen).places) == 5, what="the series of what stays")
+        before = Scraped(listen)
+        assert before.containers == {"c1"}
+        shown = set()
+        for number in range(100):
+            lab.add_container(f"guest{number}")
+            lab.ping(f"guest{number}", count=3)
+            if number % 10 == 9:
+                shown |= Scraped(listen).containers
+            lab.remove_container(f"guest{number}")
+        assert len(shown) > 10, "they were served while they were there"
+        wait_for(lambda: Scraped(listen).containers == {"c1"}, what="the series of what has gone to go")
+        last = Scraped(listen)
+        assert last.places == before.places
+        # Each way through a device, and of the container's own also the whole of it.
+        assert len(last.series) <= 4 * len(last.places)
+        assert last.dropped >= 100
 
 
 @pytest.mark.needs("docker")

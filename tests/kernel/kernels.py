@@ -295,7 +295,7 @@ def _unpack(kernel: Kernel, packages: Sequence[Path]) -> None:
 
 def unpacked(package: str, suites: Sequence[str]) -> Path:
     """What a Debian package holds, without what it depends on, in the cache. Raises KernelUnavailable."""
-    place = cache_dir() / "packages" / package
+    place = cache_dir() / "packages" / "-".join((package, *suites))
     with locked(package):
         if not place.is_dir():
             with scratch(package) as folder:

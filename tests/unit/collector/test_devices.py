@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from collector import devices, netns
 from collector.devices import DeviceFollower, check, snapshot
-from collector.netns import Found, inode_of, leave_for_new_netns, open_netns
+from collector.netns import Found, inode_of, leave_for_new_netns, open_netns, path_of
 from collector.rtnetlink import Link, _messages, _parse_event, parse_default_route, parse_link
 from mace.errors import Unavailable
 
@@ -214,3 +214,8 @@ def test_for_real_without_capabilities() -> None:
     if "No such file" in done.stderr or "Permission denied" in done.stderr:
         pytest.skip("an unprivileged user may not read this checkout or its Python")
     assert done.stdout.startswith("False run as root"), done.stderr
+
+
+def test_a_namespace_is_named_by_its_name_or_its_path():
+    assert path_of("web") == "/run/netns/web"
+    assert path_of("/proc/1/ns/net") == "/proc/1/ns/net"

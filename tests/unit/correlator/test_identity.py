@@ -257,6 +257,10 @@ def test_a_namespace_that_imitates_the_hosts_devices_costs_rows_and_is_told():
     summary = Summary()
     summary.add(last)
     assert "br0" in summary.imitated
+    told = summary.as_dict()["ambiguous"]
+    assert (told["several_devices"], told["several_packets"]) == (1, 0)
+    assert "br0" in told["imitated"]
+    assert last.ambiguous_by_cause() == {"several_devices": 1, "several_packets": 0}
     line = str(summary.ledger_line())
     assert "1 packets fit several devices, 0 fit several packets" in line
     assert "br0" in line
@@ -264,3 +268,4 @@ def test_a_namespace_that_imitates_the_hosts_devices_costs_rows_and_is_told():
     rows, last = correlate(tape)
     summary.add(last)
     assert "fit several" not in str(summary.ledger_line())
+    assert "ambiguous" not in summary.as_dict()

@@ -137,3 +137,46 @@ def test_a_byte_order_mark_before_the_text_is_no_part_of_it(tmp_path):
     path = tmp_path / "mace.toml"
     path.write_bytes(b"\xef\xbb\xbf[run]\r\nhost = 'h1'\r\n")
     assert config.load(path).run.host == "h1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{key} = 1",
+        "[{key}]",
+        "[[{key}]]",
+        "run = {{{key} = 1}}",
+        "run = [{{x = 1, {key} = 1}}]",
+        "x = 'it' # it's ''' \"\"\"\n{key} = 1",
+        'run = {{x = """a\nb\\"""""", {key} = 1}}',
+        "run = {{x = '''a\nb''', {key} = 1}}",
+    ],
+)
+@pytest.mark.parametrize("key", ["." * 50_000, "a" + ".a" * 32, "a" + ' . "b.c"' * 32, "a" + ".'b'" * 50_000])
+def test_a_key_of_many_parts_is_refused_before_it_is_parsed(tmp_path, monkeypatch, text, key):
+    """It would take tomllib a minute."""
+    monkeypatch.setattr(config.tomllib, "loads", None)
+    path = tmp_path / "mace.toml"
+    path.write_text(text.format(key=key))
+    with pytest.raises(ConfigError, match=r"mace\.toml: a key of [0-9,]+ parts .*, at most 32 are read"):
+        config.load(path)
+
+
+def test_a_file_that_is_no_configuration_for_its_size_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(config.tomllib, "loads", None)
+    path = tmp_path / "mace.toml"
+    path.write_text("#" * ((1 << 18) + 1))
+    with pytest.raises(ConfigError, match=r"mace\.toml: more than 262,144 bytes, the limit of a configuration"):
+        config.load(path)
+
+
+def test_dots_that_are_no_key_s_are_not_counted(tmp_path):
+    path = tmp_path / "mace.toml"
+    path.write_text("# " + "." * 500 + '\n#"""' + '\n[run]\nhost = "' + "a." * 100 + '" # ' + "." * 100 + "\n")
+    assert config.load(path).run.host == "a." * 100
+
+
+@pytest.mark.parametrize("text", ['"\\' * 100_000, "'" * 200_001, '"' * 200_001, "#'" * 100_000, '"""\\"' * 50_000])
+def test_quotes_without_an_end_cost_no_more_than_others(text):
+    """Each character is looked at once: with the square of their number it would be minutes."""
+    config._check_depth("c.toml", text)

@@ -194,6 +194,60 @@ def test_an_engine_that_fails_costs_its_host_the_run_and_nobody_else_anything(dr
     assert driven.stored(EVIL).ledger.records == RECORDS
 
 
+def told(driven, host=EVIL):
+    """What the host is told of refused frames: stream, next, first, last, and whether by our clock."""
+    words = [word for each, word in driven.ingest._words() if each == host and word.refused is not None]
+    return [
+        (word.stream, word.next, word.refused.first, word.refused.last, word.refused.clock_utc_ns is not None)
+        for word in words
+    ]
+
+
+def test_a_host_is_told_which_frame_is_refused(driven):
+    driven.send(EVIL, evil_header())
+    driven.send(EVIL, topology(1, sightings=SIGHTINGS))
+    driven.send(EVIL, constant(2, 1, ts_ns=NOW + (1 << 62)))
+    assert told(driven) == [(TAG, 2, 2, 2, False)]
+    driven.send(EVIL, constant(3, 1))  # as if the one before could still come
+    assert told(driven) == []
+    driven.send(EVIL, constant(3, 1), oldest="3")
+    assert told(driven) == []
+    assert driven.next_of(EVIL, TAG) == 4
+
+
+def test_a_host_is_told_that_a_whole_run_is_refused(driven):
+    wrong = evil_header(clock=CLOCK_OF_2191)
+    for each in (wrong, topology(1, header=wrong), batch(2, [NOW], header=wrong)):
+        driven.send(EVIL, each)
+    assert told(driven) == [(stream_tag(wrong), 0, 0, 2, True)]
+    driven.send(EVIL, batch(40, [NOW], header=wrong), oldest="40")
+    assert told(driven) == [(stream_tag(wrong), 0, 40, 40, True)]
+
+
+def test_a_host_is_told_that_its_run_was_given_up(driven):
+    driven.send(EVIL, evil_header())
+    driven.send(EVIL, topology(1, sightings=SIGHTINGS))
+    driven.inside(lambda: driven.ingest._give_up(EVIL, ValueError("a defect")))
+    for number in (2, 3, 4):
+        driven.send(EVIL, constant(number, 1))
+    # What is acknowledged is what was taken before it failed.
+    assert told(driven) == [(TAG, 1, 2, 4, False)]
+
+
+def test_a_host_that_may_be_taken_later_is_told_of_no_refusal(tmp_path):
+    driven = Driven(tmp_path / "store", hosts=1, runs=1)
+    try:
+        driven.send(HONEST, FRAMES[0])
+        driven.send(EVIL, evil_header())
+        driven.send(HONEST, FRAMES[1], retain=True)
+        driven.flush()
+        driven.send(HONEST, encode([], replace(HEADER, host=HONEST, run="more"), end=False)[0])
+        assert driven.ingest.counts.refused == 3
+        assert (told(driven), told(driven, HONEST)) == ([], [])
+    finally:
+        driven.end()
+
+
 def test_counters_beyond_what_a_store_holds_cost_the_run(driven, monkeypatch):
     monkeypatch.setattr(hosts, "_LARGEST", 1_000)
     driven.send(EVIL, evil_header())

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from correlator.engine import EngineConfig
-from mace import ingest as ingest_module
+from mace import broker
 from mace.broker import Broker
 from mace.config import Config, MqttConfig, StoreConfig
 from mace.errors import StoreError
@@ -142,7 +142,7 @@ def test_a_connection_that_forgets_that_it_was_cancelled_does_not_keep_it_from_e
                     raise
 
     monkeypatch.setattr(Ingest, "_stay_connected", forgetful)
-    monkeypatch.setattr(ingest_module, "_CANCEL_AGAIN_S", 0.01)
+    monkeypatch.setattr(broker, "CANCEL_AGAIN_S", 0.01)
 
     async def work():
         config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"))

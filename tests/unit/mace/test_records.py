@@ -53,3 +53,11 @@ def test_records_without_content_among_others_have_zeros_there():
 def test_content_is_part_of_the_modules_records():
     for name, dtype in CONTENT_DTYPES.items():
         assert abi.RECORD.fields[name][0] == dtype, name
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(0, []), (1, [1]), (4, [2, 2]), (5, [2, 2, 1])])
+def test_pieces_are_all_of_a_batch(length, sizes):
+    batch = Batch.of(length, ts_ns=np.arange(length))
+    pieces = list(batch.pieces(2))
+    assert [len(piece) for piece in pieces] == sizes
+    assert [*np.concatenate([[], *(piece.ts_ns for piece in pieces)])] == list(range(length))

@@ -3,7 +3,7 @@
 import pytest
 
 from mace.errors import UsageError, WireError
-from mace.topics import BUCKETS, Ack, Shard, bucket, check_host, host_of_stream, stream_topic
+from mace.topics import BUCKETS, Ack, Refusal, Shard, bucket, check_host, host_of_stream, stream_topic
 
 
 @pytest.mark.parametrize("host", ["web-1", "web.example", "naïve", "a b", "x" * 255])
@@ -54,7 +54,8 @@ def test_a_shard_that_cannot_be_is_wrong_usage(text):
 
 
 def test_an_acknowledgement_survives_the_way():
-    for ack in (Ack(0, 0, again=True), Ack(0xFFFFFFFF, (1 << 64) - 1)):
+    refusals = Refusal(3, 9, "a reason"), Refusal(0, (1 << 64) - 1, "", clock_utc_ns=-5)
+    for ack in (Ack(0, 0, again=True), Ack(0xFFFFFFFF, (1 << 64) - 1), *(Ack(1, 3, refused=each) for each in refusals)):
         assert Ack.parse(ack.to_bytes()) == ack
 
 
@@ -70,6 +71,12 @@ def test_an_acknowledgement_survives_the_way():
         b'{"stream": 1, "next": 1.5}',
         b'{"stream": 1, "next": 2, "again": 1}',
         b'{"stream": true, "next": 2}',
+        b'{"stream": 1, "next": 2, "refused": 7}',
+        b'{"stream": 1, "next": 2, "refused": {}}',
+        b'{"stream": 1, "next": 2, "refused": {"first": 3, "last": 2, "why": ""}}',
+        b'{"stream": 1, "next": 2, "refused": {"first": -1, "last": 2, "why": ""}}',
+        b'{"stream": 1, "next": 2, "refused": {"first": 1, "last": 2, "why": 5}}',
+        b'{"stream": 1, "next": 2, "refused": {"first": 1, "last": 2, "why": "", "clock_utc_ns": "now"}}',
         b"\xff",
         b"[" * 100000,
     ],
@@ -77,3 +84,15 @@ def test_an_acknowledgement_survives_the_way():
 def test_what_is_none_is_refused(payload):
     with pytest.raises(WireError, match="not an acknowledgement"):
         Ack.parse(payload)
+
+
+def test_a_reason_is_text_of_a_bounded_length():
+    told = Ack(1, 2, refused=Refusal(2, 2, "\x1b[31m" + "x" * 100_000))
+    refused = Ack.parse(told.to_bytes()).refused
+    assert len(refused.why) < 400
+    assert refused.why.startswith("\\x1b[31mxx")
+
+
+def test_frames_that_are_refused_one_after_the_other_are_told_of_together():
+    assert Refusal(3, 4, "a").with_next(Refusal(5, 5, "b")) == Refusal(3, 5, "b")
+    assert Refusal(3, 4, "a").with_next(Refusal(7, 7, "b")) == Refusal(7, 7, "b")

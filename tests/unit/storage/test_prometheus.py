@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import sys
 import threading
 import time
 import tracemalloc
@@ -68,6 +69,7 @@ def results():
     cost = (HookCost(Hook.NET_DEV_QUEUE, 1000, 100, 25_000),)
     half = len(windows) // 2
     made = make_results(DELAYS, containers=2, ledger=LEDGER)
+    made = replace(made, grades=replace(made.grades, ambiguous=7), several_devices=3)
     return [replace(made, windows=tuple(windows[:half])), replace(made, windows=tuple(windows[half:]), cost=cost)]
 
 
@@ -126,6 +128,8 @@ def test_the_ledger_and_the_cost_are_counters():
             assert of("mace_records_total", category=category) == count
     assert of("mace_records_in_flight") == 10
     assert of("mace_packets_total", grade="buffer") == 400
+    assert of("mace_packets_ambiguous_total", cause="several_devices") == 3
+    assert of("mace_packets_ambiguous_total", cause="several_packets") == 4
     assert of("mace_probe_calls_total", hook="net_dev_queue") == 1000
     assert of("mace_probe_seconds_total", hook="net_dev_queue") == pytest.approx(25e-6)
     assert found["mace_delays_not_shown_total", ()] == 0
@@ -228,22 +232,46 @@ def test_series_of_what_is_gone_are_dropped_and_those_of_what_is_there_stay():
     assert "mace_records_total{" not in server.metrics("text/plain")[0].decode()
 
 
+def calls_of(work):
+    """How many functions are called while it is done, in Python and in C: work, whatever else the machine does."""
+    count = 0
+
+    def profile(_frame, event, _argument):
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 def test_hours_of_churn_cost_what_minutes_do():
-    """A container every other second for two hours, each there for four seconds: series, text and memory stay."""
+    """A container every other second for two hours, each there for four seconds: series, text, memory and the work of
+    a scrape and of taking results in stay.
+    """
     clock = Clock()
     server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0", gone_s=60), Vitals(), clock)
     server.begin(HEADER)
-    sizes, memory = [], []
+    sizes, memory, work = [], [], []
     tracemalloc.start()
     try:
         for number in range(3600):
             clock.now_s += 2
-            server.add(HEADER, crossing(number, [number - 1, number]))
+            found = crossing(number, [number - 1, number])
             if number % 600 == 599:
+                adding = calls_of(lambda found=found: server.add(HEADER, found))
+                work.append((adding, calls_of(lambda: server.metrics("text/plain"))))
                 sizes.append((server._series, len(server.metrics("text/plain")[0]) // 1000))
                 memory.append(tracemalloc.get_traced_memory()[0])
+            else:
+                server.add(HEADER, found)
     finally:
         tracemalloc.stop()
+    for each in zip(*work, strict=True):
+        assert max(each) <= 1.2 * min(each)
     assert all(series <= 2 * 35 for series, _ in sizes)
     assert max(size for _, size in sizes) <= 1.2 * min(size for _, size in sizes)
     assert max(memory) <= 1.5 * memory[0]
