@@ -6,7 +6,7 @@ come from the same histogram bins, so they are the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from sys import getsizeof
@@ -198,21 +198,29 @@ class Names:
 
     def __init__(self) -> None:
         self._newest: dict[str, tuple[int, str]] = {}
+        self._shown: dict[Place, Place] = {}
 
     def note(self, container_id: str, name: str, utc_ns: int) -> None:
         """The container was called so at that time. Of equal times the later call counts."""
-        if container_id and utc_ns >= self._newest.get(container_id, (utc_ns, ""))[0]:
+        before = self._newest.get(container_id)
+        if container_id and (before is None or utc_ns >= before[0]):
             self._newest[container_id] = utc_ns, name
+            if before is None or before[1] != name:
+                self._shown.clear()
 
     def take(self, other: Names) -> None:
         """Note all that another one has."""
         for container_id, (utc_ns, name) in other._newest.items():
             self.note(container_id, name, utc_ns)
 
-    def of(self, place: Place) -> Place:
-        """The place with the container's newest name."""
-        newest = self._newest.get(place.container_id)
-        return place if newest is None or newest[1] == place.container else replace(place, container=newest[1])
+    def shown(self, place: Place) -> Place:
+        """The place with the container's newest name, and without its id."""
+        if not place.container_id:
+            return place
+        if place not in self._shown:
+            _, name = self._newest.get(place.container_id, (0, place.container))
+            self._shown[place] = replace(place, container=name, container_id="")
+        return self._shown[place]
 
     def as_list(self) -> list[list[Any]]:
         """Plain values: [id, UTC in ns, name] of each."""
@@ -324,7 +332,7 @@ class Summary:
         merged: dict[Key, Distribution] = {}
         ids: dict[Place, str] = {}
         for (place, direction, segment), distribution in rows:
-            shown = replace(self.names.of(place), container_id="") if place.container_id else place
+            shown = self.names.shown(place)
             # Before the runtime could be asked there may have been no id: the name tells then.
             ids[shown] = place.container_id or ids.get(shown, "")
             key = shown, direction, segment
@@ -421,17 +429,17 @@ class Summary:
         seen: dict[tuple[Place, Direction], int] = {}
         for (place, direction, _), distribution in self.rows(Segment.DEVICE, Segment.DELIVERY):
             seen[place, direction] = seen.get((place, direction), 0) + distribution.count
-        told = []
+        told, owner = [], self._owners()
         for place in sorted(places):
             sent = seen.get((place, Direction.EGRESS), 0)
             if place.kind in INGRESS_UNSEEN:
                 told.append(
-                    f"{place.device} of {self._owner(place)} is a {place.kind}: what it receives passes no tracepoint"
+                    f"{place.device} of {owner(place)} is a {place.kind}: what it receives passes no tracepoint"
                     " there, so its ingress is not measured."
                 )
             elif sent >= _MANY_SENT * (1 + (received := seen.get((place, Direction.INGRESS), 0))):
                 told.append(
-                    f"{place.device} of {self._owner(place)} sent {sent:,} packets and was seen to receive"
+                    f"{place.device} of {owner(place)} sent {sent:,} packets and was seen to receive"
                     f" {received:,}: either no more came, or what it receives is put on it past its tracepoints"
                     " (bpf_redirect_peer, as Cilium's host routing does), and its ingress is not measured."
                 )
@@ -476,25 +484,32 @@ class Summary:
         return f"on the host's own network, with no device to cross: {names}" if names else ""
 
     def _several_hosts(self) -> bool:
-        return len({k[0].host for k, _ in self.rows()}) > 1
+        return len({place.host for of_width in self._by_width.values() for place, _, _ in of_width}) > 1
 
-    def _owner(self, place: Place) -> str:
-        owner = place.container or place.netns
-        return f"{place.host}/{owner}" if self._several_hosts() else owner
+    def _owners(self) -> Callable[[Place], str]:
+        """What tells whose a device is, for tables of all rows: whether there are several hosts takes all of them."""
+        several = self._several_hosts()
+
+        def owner(place: Place) -> str:
+            name = place.container or place.netns
+            return f"{place.host}/{name}" if several else name
+
+        return owner
 
     def overhead_table(self) -> PlainTable:
         """Per container and direction."""
         table = _table(
             "What the container path added to each packet, µs", ("container", "direction"), "packets", "mean"
         )
+        owner = self._owners()
         for (place, direction, _), distribution in self.overhead():
-            table.add_row(self._owner(place), direction.name.lower(), *figures(distribution))
+            table.add_row(owner(place), direction.name.lower(), *figures(distribution))
         return table
 
     def device_table(self) -> PlainTable:
         """Per device and direction, in the order of the path."""
         rows = self.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
-        labels = labels_of([k[0] for k, _ in rows])
+        labels, owner = labels_of([k[0] for k, _ in rows]), self._owners()
         table = _table(
             "Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets"
         )
@@ -503,7 +518,7 @@ class Summary:
             for (place, _, segment), distribution in group:
                 table.add_row(
                     labels[place],
-                    self._owner(place),
+                    owner(place),
                     place.kind or "hardware",
                     COUNTS_AS[segment],
                     *figures(distribution)[:-1],
