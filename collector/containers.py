@@ -278,7 +278,7 @@ def _container_of(pid: int) -> Called:
 class NameService:
     """Asks every API there is, in a thread, for as long as names are missing; then whether names changed.
 
-    `want` says whose; `names` and `of_ids` are what is known (replaced, never changed); `on_change` is called in the
+    `want` says whose; `called` and `of_ids` are what is known (replaced, never changed); `on_change` is called in the
     thread when one of them is replaced.
     """
 
@@ -295,12 +295,17 @@ class NameService:
         """An API has given a name that was wanted: it knows containers, which can be renamed."""
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self.names: Mapping[int, Called] = {}
+        self.called: Mapping[int, Called] = {}
         """By the inode of the container's network namespace."""
         self.of_ids: Mapping[str, str] = {}
         """By the container's id."""
         self.errors: Mapping[str, str] = {}
         """API socket → what is wrong with it, as of the last attempt."""
+
+    @property
+    def names(self) -> dict[int, str]:
+        """By the inode of the container's network namespace, names alone."""
+        return {inode: called.name for inode, called in self.called.items()}
 
     def want(self, wanted: Mapping[int, int], ids: frozenset[str] = frozenset()) -> None:
         """Namespaces to find names for, inode → a serial that tells namespaces with the same inode apart; and the ids
@@ -313,7 +318,7 @@ class NameService:
             self._wanted, self._wanted_ids = wanted, ids
             if not new and not new_ids:
                 return
-            self.names = {inode: name for inode, name in self.names.items() if (inode, wanted.get(inode)) not in new}
+            self.called = {inode: name for inode, name in self.called.items() if (inode, wanted.get(inode)) not in new}
             if self._live_sockets():
                 self._asked.clear()
                 if self._thread is None and not self._stopping:
@@ -365,7 +370,7 @@ class NameService:
         return min(pauses, default=None)
 
     def _missing(self) -> bool:
-        return bool(self._wanted.keys() - self.names.keys() or self._wanted_ids - self.of_ids.keys())
+        return bool(self._wanted.keys() - self.called.keys() or self._wanted_ids - self.of_ids.keys())
 
     def _ask(self) -> None:
         names: dict[int, Called] = {}
@@ -377,7 +382,7 @@ class NameService:
             except ApiError as failure:
                 errors[path] = str(failure)
                 # What it said before still holds for the containers that live.
-                names |= {inode: called for inode, called in self.names.items() if inode in self._wanted}
+                names |= {inode: called for inode, called in self.called.items() if inode in self._wanted}
                 of_ids |= self.of_ids
             else:
                 names |= {inode: called for inode, called in running if inode}
@@ -385,9 +390,9 @@ class NameService:
             if self._stopping:
                 return
         of_ids = {identity: name for identity, name in of_ids.items() if identity in self._wanted_ids}
-        changed = (names, of_ids) != (self.names, self.of_ids)
+        changed = (names, of_ids) != (self.called, self.of_ids)
         self._has_named |= bool(names.keys() & self._wanted.keys() or of_ids)
-        self.names, self.of_ids, self.errors = names, of_ids, errors
+        self.called, self.of_ids, self.errors = names, of_ids, errors
         self._asked.set()
         if changed:
             self._on_change()

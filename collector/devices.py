@@ -236,7 +236,7 @@ class _Watch:
 
     def _outdated(self) -> bool:
         names, of_ids = self._names_used
-        return self._changed or self._names.names is not names or self._names.of_ids is not of_ids
+        return self._changed or self._names.called is not names or self._names.of_ids is not of_ids
 
     def _wait(self, timeout_s: float) -> None:
         burst_ends_s = 0.0
@@ -516,7 +516,7 @@ class _Watch:
 
     def _devices(self) -> _Taken:
         self._changed = False
-        self._names_used = self._names.names, self._names.of_ids
+        self._names_used = self._names.called, self._names.of_ids
         self._ids_by_api = {called.container_id for called in self._names_used[0].values()}
         devices: list[Device] = []
         inodes = {namespace.nsid: namespace.inode for namespace in self._by_nsid.values()}

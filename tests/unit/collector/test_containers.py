@@ -172,10 +172,9 @@ def http(status: int, body: bytes) -> bytes:
     return b"HTTP/1.1 %d Whatever\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
 
 
-def names(known: ContainerApi | NameService) -> dict[int, str]:
+def names(api: ContainerApi) -> dict[int, str]:
     """Inode of the network namespace → name."""
-    found = known.running() if isinstance(known, ContainerApi) else known.names.items()
-    return {inode: called.name for inode, called in found if inode}
+    return {inode: called.name for inode, called in api.running() if inode}
 
 
 @pytest.fixture
@@ -360,7 +359,8 @@ def test_the_service_finds_names_and_then_leaves_the_daemon_alone(daemon: Daemon
     daemon.runs(ID, "web", os.getpid())
     service.want({OWN_NETNS: 1})
     service.wait(5)
-    assert names(service) == {OWN_NETNS: "web"}
+    assert service.names == {OWN_NETNS: "web"}
+    assert service.called == {OWN_NETNS: Called("web", ID)}
     asked = len(daemon.asked)
     for _ in range(20):
         service.want({OWN_NETNS: 1})
@@ -376,11 +376,11 @@ def test_a_container_that_is_renamed_has_its_new_name(
     daemon.runs(ID, "web-tmp", os.getpid())
     service.want({OWN_NETNS: 1})
     service.wait(5)
-    assert names(service) == {OWN_NETNS: "web-tmp"}
+    assert service.names == {OWN_NETNS: "web-tmp"}
     for name in ("web", "web-2", "web"):
         del daemon.answers["/containers/json"]
         daemon.runs(ID, name, os.getpid())
-        eventually(lambda name=name: names(service) == {OWN_NETNS: name})  # type: ignore[misc]
+        eventually(lambda name=name: service.names == {OWN_NETNS: name})  # type: ignore[misc]
     # To learn that, the container was not inspected again.
     assert daemon.asked.count(f"/containers/{ID}/json") == 1
 
@@ -396,11 +396,11 @@ def test_a_daemon_that_restarts_costs_no_name(
     listed = daemon.answers["/containers/json"]
     daemon.answers["/containers/json"] = http(503, b"")
     eventually(lambda: bool(service.errors))
-    assert names(service) == {OWN_NETNS: "web"}
+    assert service.names == {OWN_NETNS: "web"}
     daemon.answers["/containers/json"] = http(200, b"[]")  # it lists containers only once it has found them again
     eventually(lambda: not service.names)
     daemon.answers["/containers/json"] = listed
-    eventually(lambda: names(service) == {OWN_NETNS: "web"})
+    eventually(lambda: service.names == {OWN_NETNS: "web"})
 
 
 def test_a_daemon_that_names_nobody_is_left_alone(
@@ -427,7 +427,7 @@ def test_the_service_asks_again_while_a_namespace_has_no_name(daemon: Daemon, se
     service.wait(5)
     assert not service.names
     daemon.runs(ID, "web", os.getpid())
-    eventually(lambda: names(service) == {OWN_NETNS: "web"})
+    eventually(lambda: service.names == {OWN_NETNS: "web"})
 
 
 def test_a_new_namespace_with_an_old_inode_does_not_keep_the_name(daemon: Daemon, service: NameService) -> None:
@@ -439,7 +439,7 @@ def test_a_new_namespace_with_an_old_inode_does_not_keep_the_name(daemon: Daemon
     daemon.runs(OTHER_ID, "web2", os.getpid())
     service.want({OWN_NETNS: 2})
     assert not service.names
-    eventually(lambda: names(service) == {OWN_NETNS: "web2"})
+    eventually(lambda: service.names == {OWN_NETNS: "web2"})
 
 
 @pytest.mark.timeout(60)
