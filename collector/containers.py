@@ -1,4 +1,4 @@
-"""What the container of a network namespace is called.
+"""What the container of a network namespace is called, and which containers have none of their own.
 
 From the best source that knows it:
 
@@ -21,15 +21,17 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-from collector.netns import inode_of, occupied
+from collector.netns import inode_of
 from mace.names import text_of
 
 API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
+YOUNG_S: Final = 2.0
+"""For so long a process may still be a runtime's that is about to become something else."""
 _API_TIMEOUT_S: Final = 2.0
 _API_ANSWER_BYTES: Final = 64 << 20
 """An inspected container is about 10 kB, a list entry 1 kB: 64 MiB is no container host, but somebody's mistake."""
@@ -47,7 +49,8 @@ _LXC_IN_CGROUP: Final = re.compile(r"/lxc(?:\.payload\.|/)([^/\n]+)")
 _MACHINE_IN_CGROUP: Final = re.compile(
     r"/machine\.slice/(?:machine-|systemd-nspawn@)([^/\n]+?)(?:\.scope|\.service)?(?:/|$)", re.MULTILINE
 )
-_ID: Final = re.compile(r"[0-9a-f]{12}")
+SHORT_ID: Final = 12
+"""Digits of an id that runtimes print."""
 _APPTAINER: Final = re.compile(rb"(?:Apptainer|Singularity) runtime parent: ([^\0]+)")
 """How the process is called that waits for a container's end; the container itself is in nobody's control group."""
 _SYSTEMD_ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
@@ -71,13 +74,25 @@ def is_made_up(netns_name: str) -> bool:
     return _MADE_UP.fullmatch(netns_name) is not None
 
 
-def name_of_process(pid: int) -> str:
-    """The container's short id if the process's control group tells, else `comm[pid]`; "" if it has ended."""
+class Called(NamedTuple):
+    """What a container is called."""
+
+    name: str
+    container_id: str = ""
+    """Its whole id, where its runtime gives one."""
+
+
+NOBODY: Final = Called("")
+
+
+def called_by_process(pid: int) -> Called:
+    """The container's short id if the process's control group tells, else `comm[pid]`; `NOBODY` if it has ended."""
     try:
-        named = name_in_cgroup(_cgroup_of(pid))
-        return named or f"{text_of(Path(f'/proc/{pid}/comm').read_bytes().strip())}[{pid}]"
+        cgroup = _cgroup_of(pid)
+        named = name_in_cgroup(cgroup) or f"{text_of(Path(f'/proc/{pid}/comm').read_bytes().strip())}[{pid}]"
     except OSError:
-        return ""
+        return NOBODY
+    return Called(named, id_in_cgroup(cgroup))
 
 
 def _cgroup_of(pid: int) -> str:
@@ -88,10 +103,8 @@ def name_in_cgroup(text: str) -> str:
     """The short id, or the name that LXC or systemd-machined (nspawn, libvirt) knows, "" if none, in the text of
     /proc/PID/cgroup as `os.fsdecode` makes it.
     """
-    ids = _IN_CGROUP.findall(text)
-    if ids:
-        # The innermost: a container may run in a container.
-        return str(ids[-1][:12])
+    if identity := id_in_cgroup(text):
+        return identity[:SHORT_ID]
     lxc = _LXC_IN_CGROUP.search(text)
     machine = _MACHINE_IN_CGROUP.search(text)
     if lxc:
@@ -99,6 +112,13 @@ def name_in_cgroup(text: str) -> str:
     if machine:
         return text_of(_SYSTEMD_ESCAPE.sub(lambda spelt: bytes([int(spelt[1], 16)]), os.fsencode(machine[1])))
     return ""
+
+
+def id_in_cgroup(text: str) -> str:
+    """The whole id of the container, "" if there is none, in the text of /proc/PID/cgroup."""
+    ids = _IN_CGROUP.findall(text)
+    # The innermost: a container may run in a container.
+    return str(ids[-1]) if ids else ""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -130,11 +150,11 @@ class ContainerApi:
         self._known: dict[str, tuple[int, int]] = {}
         self._connection: _UnixConnection | None = None
 
-    def names(self) -> dict[int, str]:
-        """Inode of the network namespace → name, of every running container. Raises `ApiError`.
+    def running(self) -> list[tuple[int, Called]]:
+        """Every container that runs, with the inode of the network namespace that it names. Raises `ApiError`.
 
         Only containers that are new, or whose process is no longer the one we know, are inspected. Those that share
-        another's namespace (`--network container:...`, Podman's pods) give way to its owner.
+        another's namespace (`--network container:...`, Podman's pods) leave it to its owner: theirs is 0.
         """
         deadline = time.monotonic() + _API_TIMEOUT_S
         connection = self._connection = _UnixConnection(self._path)
@@ -142,7 +162,7 @@ class ContainerApi:
             listed = self._get(connection, "/containers/json", deadline)
             if not isinstance(listed, list):
                 raise ApiError(f"{self._path}: expected a list of containers, found {type(listed).__name__}")
-            found: dict[int, str] = {}
+            found: list[tuple[int, Called]] = []
             known: dict[str, tuple[int, int]] = {}
             for entry in listed:
                 identity, name = _identity(entry)
@@ -152,9 +172,8 @@ class ContainerApi:
                     pid, inode = _namespace(inspected)
                     if _shares(inspected):
                         inode = 0
-                if pid and inode:
-                    found[inode] = name or identity[:12]
                 if pid:
+                    found.append((inode, Called(name or identity[:SHORT_ID], identity)))
                     known[identity] = (pid, inode)
             self._known = known
         except (OSError, http.client.HTTPException, ValueError, RecursionError, AttributeError) as failure:
@@ -164,18 +183,6 @@ class ContainerApi:
             return found
         finally:
             self._connection = None
-            connection.close()
-
-    def listed(self) -> dict[str, str]:
-        """Short id → name of every running container. Raises `ApiError`."""
-        connection = _UnixConnection(self._path)
-        try:
-            listed = self._get(connection, "/containers/json", time.monotonic() + _API_TIMEOUT_S)
-            entries = map(_identity, listed if isinstance(listed, list) else [])
-            return {identity[:12]: name for identity, name in entries if name}
-        except (OSError, http.client.HTTPException, ValueError, RecursionError) as failure:
-            raise ApiError(f"{self._path}: {str(failure) or type(failure).__name__}") from failure
-        finally:
             connection.close()
 
     def interrupt(self) -> None:
@@ -232,38 +239,47 @@ def _shares(inspected: object) -> bool:
     return isinstance(mode, str) and mode.startswith("container:")
 
 
-def sharing(netns: int, sockets: Sequence[str] = API_SOCKETS) -> tuple[str, ...]:
-    """Names of the containers whose processes are in this network namespace (its inode), sorted; our own left out.
+class Sharing:
+    """Which containers have processes in a network namespace that is not their own: the host's.
 
-    With `--network host`, or as Apptainer does by default, a container has no device of its own. Some 20 µs a process,
-    and a question to the daemons if there is such a container.
+    With `--network host`, or as Apptainer does by default, a container has no device of its own. Each process is asked
+    once, 20 µs, and again while it is young: a runtime's child becomes the container's process only then.
     """
-    own = _container_of(os.getpid())
-    found = {name for pid in occupied().get(netns, []) if (name := _container_of(pid)) and name != own}
-    names: dict[str, str] = {}
-    for path in sockets if any(_ID.fullmatch(name) for name in found) else ():
-        try:
-            names |= ContainerApi(path).listed()
-        except ApiError:
-            continue
-    return tuple(sorted(names.get(name, name) for name in found))
+
+    def __init__(self) -> None:
+        self._own: Final = _container_of(os.getpid())
+        self._asked: dict[int, tuple[float, Called]] = {}
+        """Process → when it was first met, and the container that it is in."""
+
+    def among(self, pids: Iterable[int], now_s: float) -> frozenset[Called]:
+        """The containers of these processes, by what the processes tell; our own left out."""
+        asked: dict[int, tuple[float, Called]] = {}
+        for pid in pids:
+            since_s, called = self._asked.get(pid, (now_s, NOBODY))
+            if now_s - since_s < YOUNG_S:
+                called = _container_of(pid)
+            asked[pid] = since_s, called
+        self._asked = asked
+        return frozenset(called for _, called in asked.values()) - {NOBODY, self._own}
 
 
-def _container_of(pid: int) -> str:
-    """The short id, or the name, of the container that a process is in; "" if it is in none, or has ended."""
+def _container_of(pid: int) -> Called:
+    """The container that a process is in; `NOBODY` if it is in none, or has ended."""
     try:
-        named = name_in_cgroup(_cgroup_of(pid))
+        cgroup = _cgroup_of(pid)
+        if named := name_in_cgroup(cgroup):
+            return Called(named, id_in_cgroup(cgroup))
         apptainer = _APPTAINER.match(Path(f"/proc/{pid}/cmdline").read_bytes())
     except OSError:
-        return ""
-    return named or (f"{text_of(apptainer[1])}[{pid}]" if apptainer else "")
+        return NOBODY
+    return Called(f"{text_of(apptainer[1])}[{pid}]") if apptainer else NOBODY
 
 
 class NameService:
-    """Asks every API there is, in a thread, for as long as namespaces are without a name; then whether names changed.
+    """Asks every API there is, in a thread, for as long as names are missing; then whether names changed.
 
-    `want` says which; `names` is what is known (replaced, never changed); `on_change` is called in the thread when
-    it is replaced.
+    `want` says whose; `called` and `of_ids` are what is known (replaced, never changed); `on_change` is called in the
+    thread when one of them is replaced.
     """
 
     def __init__(self, sockets: Sequence[str], on_change: Callable[[], None]) -> None:
@@ -272,27 +288,37 @@ class NameService:
         self._apis: dict[str, ContainerApi] = {}
         self._condition = threading.Condition()
         self._wanted: Mapping[int, int] = {}
+        self._wanted_ids: frozenset[str] = frozenset()
         self._asked = threading.Event()
         self._fresh = False
         self._has_named = False
-        """An API has named a namespace that was wanted: it knows containers, which can be renamed."""
+        """An API has given a name that was wanted: it knows containers, which can be renamed."""
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self.names: Mapping[int, str] = {}
+        self.called: Mapping[int, Called] = {}
+        """By the inode of the container's network namespace."""
+        self.of_ids: Mapping[str, str] = {}
+        """By the container's id."""
         self.errors: Mapping[str, str] = {}
         """API socket → what is wrong with it, as of the last attempt."""
 
-    def want(self, wanted: Mapping[int, int]) -> None:
-        """Namespaces to find names for, inode → a serial that tells namespaces with the same inode apart.
+    @property
+    def names(self) -> dict[int, str]:
+        """By the inode of the container's network namespace, names alone."""
+        return {inode: called.name for inode, called in self.called.items()}
+
+    def want(self, wanted: Mapping[int, int], ids: frozenset[str] = frozenset()) -> None:
+        """Namespaces to find names for, inode → a serial that tells namespaces with the same inode apart; and the ids
+        of containers without a namespace of their own.
 
         A new one among them starts a new round of questions.
         """
         with self._condition:
-            new = wanted.items() - self._wanted.items()
-            self._wanted = wanted
-            if not new:
+            new, new_ids = wanted.items() - self._wanted.items(), ids - self._wanted_ids
+            self._wanted, self._wanted_ids = wanted, ids
+            if not new and not new_ids:
                 return
-            self.names = {inode: name for inode, name in self.names.items() if (inode, wanted.get(inode)) not in new}
+            self.called = {inode: name for inode, name in self.called.items() if (inode, wanted.get(inode)) not in new}
             if self._live_sockets():
                 self._asked.clear()
                 if self._thread is None and not self._stopping:
@@ -339,28 +365,34 @@ class NameService:
         pauses = []
         if self._missing() and attempt < len(_ASK_AGAIN_S):
             pauses.append(_ASK_AGAIN_S[attempt])
-        if self._has_named and self._wanted:
+        if self._has_named and (self._wanted or self._wanted_ids):
             pauses.append(_RENAMED_S)
         return min(pauses, default=None)
 
     def _missing(self) -> bool:
-        return bool(self._wanted.keys() - self.names.keys())
+        return bool(self._wanted.keys() - self.called.keys() or self._wanted_ids - self.of_ids.keys())
 
     def _ask(self) -> None:
-        names: dict[int, str] = {}
+        names: dict[int, Called] = {}
+        of_ids: dict[str, str] = {}
         errors: dict[str, str] = {}
         for path in self._live_sockets():
             try:
-                names |= self._apis.setdefault(path, ContainerApi(path)).names()
+                running = self._apis.setdefault(path, ContainerApi(path)).running()
             except ApiError as failure:
                 errors[path] = str(failure)
-                # What it said before still holds for the namespaces that live.
-                names |= {inode: name for inode, name in self.names.items() if inode in self._wanted}
+                # What it said before still holds for the containers that live.
+                names |= {inode: called for inode, called in self.called.items() if inode in self._wanted}
+                of_ids |= self.of_ids
+            else:
+                names |= {inode: called for inode, called in running if inode}
+                of_ids |= {called.container_id: called.name for _, called in running}
             if self._stopping:
                 return
-        changed = names != self.names
-        self._has_named |= bool(names.keys() & self._wanted.keys())
-        self.names, self.errors = names, errors
+        of_ids = {identity: name for identity, name in of_ids.items() if identity in self._wanted_ids}
+        changed = (names, of_ids) != (self.called, self.of_ids)
+        self._has_named |= bool(names.keys() & self._wanted.keys() or of_ids)
+        self.called, self.of_ids, self.errors = names, of_ids, errors
         self._asked.set()
         if changed:
             self._on_change()

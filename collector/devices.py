@@ -28,9 +28,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from collector.containers import API_SOCKETS, NameService, is_made_up, name_in_lab, name_of_process
+from collector.containers import (
+    API_SOCKETS,
+    NOBODY,
+    YOUNG_S,
+    Called,
+    NameService,
+    Sharing,
+    called_by_process,
+    is_made_up,
+    name_in_lab,
+)
 from collector.netns import Found, Namespaces, cookie_here, hidden, inode_of, inside, leave_for_new_netns, open_netns
 from collector.rtnetlink import (
     RTM_DELNSID,
@@ -46,7 +56,7 @@ from collector.rtnetlink import (
 )
 from mace.errors import SourceError, Unavailable, nearest
 from mace.interfaces import Status
-from mace.topology import Device, assign_roles
+from mace.topology import Device, Sharer, assign_roles, newest_names
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +74,6 @@ _SEARCH_S: Final = 0.5
 processes with 30 files)."""
 _ONE_BY_ONE: Final = 64
 """More changed links than this in one namespace are asked for all at once."""
-_YOUNG_S: Final = 2.0
-"""For so long a new namespace's first process may still be a runtime that is about to become something else."""
 _STOP_S: Final = 10.0
 """A run's end waits so long for the thread that follows devices: 100 times what it takes on a busy machine."""
 _FIRST_NAMES_S: Final = 0.5
@@ -88,7 +96,8 @@ class _Namespace:
     cookie: int = 0
     links: dict[int, Link] = field(default_factory=dict)
     default_routes: frozenset[int] = frozenset()
-    process_name: str = ""
+    by_process: Called = NOBODY
+    """What its first process tells of the container."""
     searches: int = 0
 
     @property
@@ -98,6 +107,14 @@ class _Namespace:
         nsfs has its inodes from 0xF0000000 on (PROC_DYNAMIC_FIRST in fs/proc/generic.c; the first ones just below).
         """
         return self.found.inode or self.nsid + 1
+
+
+class _Taken(NamedTuple):
+    """A snapshot."""
+
+    devices: tuple[Device, ...] = ()
+    """All, roles assigned, sorted."""
+    on_host_network: tuple[Sharer, ...] = ()
 
 
 class _Watch:
@@ -135,13 +152,17 @@ class _Watch:
         self._scan_at_s = 0.0
         self._changed = False
         """Whether a new snapshot could differ from the last."""
-        self._names_used: Mapping[int, str] = {}
+        self._names_used: tuple[Mapping[int, Called], Mapping[str, str]] = {}, {}
+        self._ids_by_api: set[str] = set()
+        self._sharing = Sharing()
+        self._sharers: frozenset[Called] = frozenset()
+        """Containers on the host's network, as their processes tell."""
         self._built: dict[int, tuple[tuple[object, ...], list[Device]]] = {}
         """Serial of a namespace → what its devices were last made from, and they."""
         self._build_at_s = 0.0
-        self._taken: tuple[Device, ...] = ()
+        self._taken = _Taken()
 
-    def open(self) -> tuple[Device, ...]:
+    def open(self) -> _Taken:
         """Look at everything. Raises `Unavailable`. Called once; `close` also after a failure."""
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._resources.callback(self._close_wake_fd)
@@ -175,6 +196,7 @@ class _Watch:
         self._init_netns = inode_of("/proc/1/ns/net") or inode_of("/proc/self/ns/net") or 0
         self._catch_up()
         self.host_netns = self._find_host(self._asked_host)
+        self._look_for_sharers()
         self._ask_for_names()
         self._names.wait(_FIRST_NAMES_S)
         self._taken = self._devices()
@@ -195,7 +217,7 @@ class _Watch:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
 
-    def step(self) -> tuple[Device, ...] | None:
+    def step(self) -> _Taken | None:
         """Wait until something happens or the next scan is due; the new snapshot if anything changed."""
         next_s = min(self._scan_at_s, self._build_at_s) if self._outdated() else self._scan_at_s
         self._wait(max(next_s - time.monotonic(), 0))
@@ -204,16 +226,17 @@ class _Watch:
         started_s = time.monotonic()
         if not self._outdated() or started_s < self._build_at_s:
             return None
-        devices = self._devices()
+        taken = self._devices()
         ended_s = time.monotonic()
         self._build_at_s = ended_s + _REST * (ended_s - started_s)
-        if devices == self._taken:
+        if taken == self._taken:
             return None
-        self._taken = devices
-        return devices
+        self._taken = taken
+        return taken
 
     def _outdated(self) -> bool:
-        return self._changed or self._names.names is not self._names_used
+        names, of_ids = self._names_used
+        return self._changed or self._names.called is not names or self._names.of_ids is not of_ids
 
     def _wait(self, timeout_s: float) -> None:
         burst_ends_s = 0.0
@@ -316,10 +339,10 @@ class _Watch:
             if namespace is None:
                 self._number(place)
                 continue
-            if place.pid != namespace.found.pid or now_s - namespace.since_s < _YOUNG_S:
-                name = name_of_process(place.pid) if place.pid else ""
-                self._changed |= name not in ("", namespace.process_name)
-                namespace.process_name = name or namespace.process_name
+            if place.pid != namespace.found.pid or now_s - namespace.since_s < YOUNG_S:
+                called = called_by_process(place.pid) if place.pid else NOBODY
+                self._changed |= called not in (NOBODY, namespace.by_process)
+                namespace.by_process = namespace.by_process if called is NOBODY else called
             self._changed |= place.name != namespace.found.name
             namespace.found = place
         # Those known but not found are held by a file somewhere, or about to be reported dead: the kernel says which.
@@ -327,7 +350,14 @@ class _Watch:
             if not namespace.found.inode and namespace.searches < _SEARCHES and now_s > namespace.since_s + _SEARCH_S:
                 self._search()
                 break
+        self._look_for_sharers()
         self._scan_at_s = now_s + self._rescan_interval_s
+
+    def _look_for_sharers(self) -> None:
+        """Of the processes of the last scan. At the first nobody knows yet which namespace is the host's."""
+        found = self._sharing.among(self._namespaces.occupied.get(self.host_netns, ()), time.monotonic())
+        self._changed |= found != self._sharers
+        self._sharers = found
 
     def _search(self) -> None:
         """Look in every corner for namespaces of which only the number is known."""
@@ -362,7 +392,7 @@ class _Watch:
         finally:
             os.close(fd)
         self._add(nsid, place, cookie)
-        self._by_nsid[nsid].process_name = name_of_process(place.pid) if place.pid else ""
+        self._by_nsid[nsid].by_process = called_by_process(place.pid) if place.pid else NOBODY
 
     def _ask_links(self) -> None:
         while self._dirty:
@@ -456,24 +486,38 @@ class _Watch:
                 for namespace in self._by_nsid.values()
                 if namespace.inode not in (self.host_netns, self._init_netns)
                 and (not namespace.found.name or is_made_up(namespace.found.name))
-            }
+            },
+            frozenset(called.container_id for called in self._sharers if called.container_id),
         )
 
-    def _called(self, namespace: _Namespace) -> tuple[str, str]:
-        """(netns_name, container)."""
+    def _called(self, namespace: _Namespace) -> tuple[str, str, str]:
+        """(netns_name, container, container_id)."""
         inode, name = namespace.inode, namespace.found.name
         if inode == self.host_netns:
-            return "host", ""
+            return "host", "", ""
         if inode == self._init_netns:
-            return name or "init", ""
-        own_name = "" if is_made_up(name) else name
-        container = name_in_lab(name) or self._names_used.get(inode) or own_name or namespace.process_name or name
+            return name or "init", "", ""
         # The kernel's own notation where nobody has named it.
-        return name or f"net:[{inode}]", container
+        netns_name = name or f"net:[{inode}]"
+        own_name = name_in_lab(name) or ("" if is_made_up(name) else name)
+        by_api = self._names_used[0].get(inode, NOBODY)
+        # An id goes with the runtime's name for it: a namespace that somebody made in a container has processes of that
+        # container too, and is not what the runtime renames.
+        if by_api is not NOBODY and not name_in_lab(name):
+            return netns_name, *by_api
+        if own_name:
+            return netns_name, own_name, ""
+        named, container_id = namespace.by_process
+        return netns_name, named or name, "" if container_id in self._ids_by_api else container_id
 
-    def _devices(self) -> tuple[Device, ...]:
+    def _on_host_network(self) -> tuple[Sharer, ...]:
+        names = self._names_used[1]
+        return newest_names(Sharer(names.get(one.container_id, one.name), one.container_id) for one in self._sharers)
+
+    def _devices(self) -> _Taken:
         self._changed = False
-        self._names_used = self._names.names
+        self._names_used = self._names.called, self._names.of_ids
+        self._ids_by_api = {called.container_id for called in self._names_used[0].values()}
         devices: list[Device] = []
         inodes = {namespace.nsid: namespace.inode for namespace in self._by_nsid.values()}
         built = {}
@@ -487,11 +531,12 @@ class _Watch:
             built[namespace.serial] = made_from, made
             devices += made
         self._built = built
-        return assign_roles(devices, self.host_netns, self._outer, self._remote_netns)
+        assigned = assign_roles(devices, self.host_netns, self._outer, self._remote_netns)
+        return _Taken(assigned, self._on_host_network())
 
     def _made(self, namespace: _Namespace, inodes: Mapping[int, int]) -> list[Device]:
         netns = namespace.inode
-        netns_name, container = self._called(namespace)
+        netns_name, container, container_id = self._called(namespace)
         devices = []
         for link in namespace.links.values():
             peer_netns = netns if link.link_nsid is None else inodes.get(link.link_nsid, 0)
@@ -509,6 +554,7 @@ class _Watch:
                     netns_name,
                     container,
                     netns_cookie=namespace.cookie,
+                    container_id=container_id,
                 )
             )
         return devices
@@ -535,12 +581,14 @@ class DeviceFollower:
     ) -> None:
         self.host_netns = 0
         """Inode of the host's namespace; known after `open`."""
+        self.on_host_network: tuple[Sharer, ...] = ()
+        """Containers on the host's network, of the same moment as the devices that `poll` gave last."""
         self.on_news: Callable[[], object] = lambda: None
         """Called, from a thread of ours, when `poll` has something to tell."""
         self._watch = _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._newest: deque[tuple[Device, ...]] = deque(maxlen=1)
+        self._newest: deque[_Taken] = deque(maxlen=1)
         """From the thread to `poll`: appending and popping are atomic."""
         self._failure: BaseException | None = None
 
@@ -555,14 +603,17 @@ class DeviceFollower:
     def poll(self) -> tuple[Device, ...] | None:
         """All devices, roles assigned, sorted, if anything changed since the last call; else None. Takes no time.
 
+        Containers that came to the host's network, or left it, are a change too: `on_host_network` has them.
+
         Raises `SourceError` if following has ended by itself.
         """
         if self._failure is not None:
             raise SourceError(f"devices can no longer be followed: {self._failure}") from self._failure
         try:
-            return self._newest.popleft()
+            devices, self.on_host_network = self._newest.popleft()
         except IndexError:
             return None
+        return devices
 
     async def aclose(self) -> None:
         """Stop following; also after a failed or cancelled `open`, and twice."""
@@ -579,9 +630,9 @@ class DeviceFollower:
             self._newest.append(self._watch.open())
             opened.set_result(None)
             while not self._stopping.is_set():
-                devices = self._watch.step()
-                if devices is not None:
-                    self._newest.append(devices)
+                taken = self._watch.step()
+                if taken is not None:
+                    self._newest.append(taken)
                     self.on_news()
         except BaseException as failure:  # noqa: BLE001 - handed to open() or poll(), which raise it
             if opened.done():
@@ -605,7 +656,7 @@ def snapshot(
     def look() -> tuple[Device, ...]:
         watch = _Watch(host_netns, outer, remote_netns, docker_sockets)
         try:
-            return watch.open()
+            return watch.open().devices
         finally:
             watch.close()
 

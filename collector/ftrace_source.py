@@ -45,7 +45,7 @@ from mace.interfaces import Progress, Status, StreamHeader, StreamItem
 from mace.names import command_line, name_of_this_machine
 from mace.records import Batch
 from mace.schema import HookCost
-from mace.topology import Device, Topology
+from mace.topology import Device, Sharer, Topology
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class DeviceFollower(Protocol):
     """What the source needs of who follows the devices of this machine."""
 
     host_netns: int
+    on_host_network: tuple[Sharer, ...]
+    """Containers on the host's network, as of the last `poll`."""
     on_news: Callable[[], object]
     """Called, from any thread, when `poll` has something to tell."""
 
@@ -173,7 +175,8 @@ class FtraceSource:
         """When the last tick began to read."""
         self._merger = Merger(int(self.config.hold_back_ms * 1e6))
         self._devices: tuple[Device, ...] = ()
-        self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
+        self._sharers: tuple[Sharer, ...] = ()
+        self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
         self._host_netns = 0
         """Inode of the host's network namespace; 0 where nobody follows devices."""
         self._sightings_told = 0
@@ -229,6 +232,7 @@ class FtraceSource:
             await self._follower.open()
             self._follower_open = True
             self._devices = self._follower.poll() or ()
+            self._sharers = self._follower.on_host_network
             self._host_netns = self._follower.host_netns
         self._began_ns = time.monotonic_ns()
         self._open_cpus()
@@ -342,7 +346,7 @@ class FtraceSource:
         # New information holds from the latest time that no record was given out for. News comes at once, and a
         # hold-back is longer than that takes, so that packets of a new device come behind it.
         from_ns = time.monotonic_ns() - int(self.config.hold_back_ms * 1e6)
-        self._coming.append((max(from_ns, self._began_ns), devices))
+        self._coming.append((max(from_ns, self._began_ns), devices, self._follower.on_host_network))
         return True
 
     async def _rest(self, began_ns: int) -> None:
@@ -379,14 +383,14 @@ class FtraceSource:
     def _topology(self, from_ns: int) -> Topology:
         sightings = self._decoder.sightings.snapshot()
         self._sightings_told = len(sightings)
-        return Topology(from_ns, self._host_netns, self._devices, sightings)
+        return Topology(from_ns, self._host_netns, self._devices, sightings, self._sharers)
 
     def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
         watermark = self._merger.watermark_ns
         if watermark is None:
             return
         while self._coming and (to_the_end or self._coming[0][0] <= watermark):
-            from_ns, devices = self._coming.popleft()
+            from_ns, devices, self._sharers = self._coming.popleft()
             yield from self._batches(self._merger.take(from_ns))
             self._devices = devices
             yield self._topology(from_ns)

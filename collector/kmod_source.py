@@ -41,7 +41,7 @@ from mace.interfaces import Progress, Status, StreamHeader, StreamItem
 from mace.names import command_line, name_of_this_machine
 from mace.records import Batch
 from mace.schema import HookCost
-from mace.topology import Device, Topology
+from mace.topology import Device, Sharer, Topology
 
 _log = logging.getLogger(__name__)
 
@@ -151,7 +151,8 @@ class KmodSource:
         self._places = Places(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
         self._merger = RingMerger(int(self.config.hold_back_ms * 1e6), self._places)
         self._devices: tuple[Device, ...] = ()
-        self._coming: deque[tuple[int, tuple[Device, ...]]] = deque()
+        self._sharers: tuple[Sharer, ...] = ()
+        self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
         self._host_netns = 0
         """Inode of the host's network namespace; 0 where nobody follows devices."""
         self._sightings_told = 0
@@ -212,6 +213,7 @@ class KmodSource:
             await self._follower.open()
             self._follower_open = True
             self._devices = self._follower.poll() or ()
+            self._sharers = self._follower.on_host_network
             self._host_netns = self._follower.host_netns
         # Where nobody says which cookie is which namespace, the inode at least can be looked up.
         cookies = hello.cookies and bool(self._devices) and all(device.netns_cookie for device in self._devices)
@@ -308,7 +310,8 @@ class KmodSource:
             if self._follower is not None and (devices := self._follower.poll()) is not None:
                 self._learn_names(devices)
                 # New information holds from the latest time that no record was given out for.
-                self._coming.append((time.monotonic_ns() - int(self.config.hold_back_ms * 1e6), devices))
+                from_ns = time.monotonic_ns() - int(self.config.hold_back_ms * 1e6)
+                self._coming.append((from_ns, devices, self._follower.on_host_network))
             if not self._module.hello.sees_all and self._module.greet().netns_gone:
                 _log.warning("kmod: the network namespace of this session has died: nothing more will come")
                 break
@@ -345,13 +348,13 @@ class KmodSource:
     def _topology(self, from_ns: int) -> Topology:
         sightings = self._places.snapshot()
         self._sightings_told = len(sightings)
-        return Topology(from_ns, self._host_netns, self._devices, sightings)
+        return Topology(from_ns, self._host_netns, self._devices, sightings, self._sharers)
 
     def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
         watermark = self._merger.watermark_ns
         assert watermark is not None
         while self._coming and (to_the_end or self._coming[0][0] <= watermark):
-            from_ns, devices = self._coming.popleft()
+            from_ns, devices, self._sharers = self._coming.popleft()
             yield from self._batches(self._merger.take(from_ns))
             self._devices = devices
             yield self._topology(from_ns)

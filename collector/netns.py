@@ -59,6 +59,8 @@ class Namespaces:
         self._mounts: dict[int, tuple[str, str]] = {}
         self._stale = True
         self._first: dict[int, int] = {}
+        self.occupied: dict[int, list[int]] = {}
+        """What `occupied` found at the last scan."""
 
     def close(self) -> None:
         self._file.close()
@@ -75,7 +77,8 @@ class Namespaces:
         if self._stale:
             self._mounts = mounted()
             self._stale = False
-        self._first = {inode: _first_of(pids, self._first.get(inode, 0)) for inode, pids in occupied().items()}
+        self.occupied = occupied()
+        self._first = {inode: _first_of(pids, self._first.get(inode, 0)) for inode, pids in self.occupied.items()}
         return {
             inode: Found(inode, *self._mounts.get(inode, ("", "")), self._first.get(inode, 0))
             for inode in self._mounts.keys() | self._first.keys()

@@ -33,7 +33,7 @@ from mace.ordering import stable_order
 from mace.records import Batch, Flag
 from mace.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
 from mace.timerange import check_from, check_times
-from mace.topology import Device, Topology
+from mace.topology import Device, Sharer, Topology
 from mace.windowtable import WindowTable
 
 IPPROTO_TCP: Final = 6
@@ -85,6 +85,8 @@ class Engine:
 
     _present: tuple[Device, ...] | None = None
     """Devices of the newest topology."""
+    _sharers: tuple[Sharer, ...] = ()
+    """Containers on the host's network, of the same."""
 
     def __init__(
         self, utc_offset_ns: int, config: EngineConfig = EngineConfig(), state: EngineState | None = None
@@ -139,6 +141,7 @@ class Engine:
                 yield from self._advance(item.from_ns)
             self._resolver.update(item)
             self._present = item.devices
+            self._sharers = item.on_host_network
         elif len(item):
             check_times(int(item.ts_ns[0]), int(item.ts_ns[-1]), self._offset_ns)
             yield from self._take(item)
@@ -282,6 +285,7 @@ class Engine:
             settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
             present=self._present,
             several_devices=self._grades["ambiguous"],
+            on_host_network=self._sharers,
         )
 
     def _oldest_open(self, upto_ns: int) -> int:
@@ -425,8 +429,8 @@ class Engine:
             for other in (owner, *self._resolver.beside(owner)):
                 if other != number:
                     self._entries.of((other << 32) | owner)
-        device, container = self._resolver.devices[number], self._resolver.devices[owner].container
-        self._devices.append(replace(device, container=container))
+        device, owning = self._resolver.devices[number], self._resolver.devices[owner]
+        self._devices.append(replace(device, container=owning.container, container_id=owning.container_id))
         return len(self._devices) - 1
 
 

@@ -245,6 +245,7 @@ class Assembly:
             rows_stored=now.rows,
             rows_not_stored=0,
             closed=last,
+            on_host_network=done.summary.sharers,
         )
         self._put("ledger", done.upto_utc_ns // HOUR_NS, flush, tables.ledger_table([entry], flush))
         by_hour: dict[int, list[Window]] = {}

@@ -23,7 +23,7 @@ from mace.errors import MaceError, NotNowError, StoreError, WireError
 from mace.interfaces import Progress, StreamHeader
 from mace.records import Batch
 from mace.schema import Delays, Results
-from mace.topology import Topology
+from mace.topology import Topology, newest_names
 from mace.windowtable import WindowTable
 from mace.wire import Head, parse_head
 from storage.fleet import RunPart
@@ -266,7 +266,9 @@ class Hosts:
         # An engine that never saw a record does not know of any time.
         upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
         ledger = replace(results.ledger, discarded=known.stream.missing)
-        told = replace(results, upto_utc_ns=upto_ns, ledger=ledger)
+        before = part.latest.on_host_network if part.latest is not None else ()
+        sharers = newest_names((*before, *results.on_host_network))
+        told = replace(results, upto_utc_ns=upto_ns, ledger=ledger, on_host_network=sharers)
         part.latest = replace(told, delays=Delays.empty(), windows=(), gaps_utc_ns=())
 
 

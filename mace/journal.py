@@ -15,7 +15,7 @@ from mace.ledger import Ledger
 from mace.part import PartDone
 from mace.schema import Direction, Grades, Segment, Window
 from mace.summary import Place, Summary
-from mace.topology import Device
+from mace.topology import Device, Sharer
 
 _HISTOGRAM: Final = "<i8"
 """Bins and their counts: as a list of numbers they would be most of what a commit costs."""
@@ -84,6 +84,8 @@ def committed_to_json(committed: Committed) -> dict[str, Any]:
         "summary": _summary_to_json(committed.summary),
         "several_devices": committed.summary.several_devices,
         "imitated": committed.summary.imitated,
+        "names": committed.summary.names.as_list(),
+        "sharers": [[sharer.container, sharer.container_id] for sharer in committed.summary.sharers],
     }
 
 
@@ -94,6 +96,9 @@ def committed_from_json(given: dict[str, Any]) -> Committed:
     summary.ledger, summary.grades, summary.packets = ledger, grades, grades.packets
     summary.several_devices = int(given.get("several_devices", 0))
     summary.imitated = tuple(map(str, given.get("imitated", ())))
+    for container_id, utc_ns, name in given.get("names", ()):
+        summary.names.note(container_id, name, utc_ns)
+    summary.sharers = tuple(Sharer(*each) for each in given.get("sharers", ()))
     return Committed(
         parts=given["parts"],
         ended_with=given["ended_with"],

@@ -3,8 +3,8 @@
 One table for all that speak of them: sinks write these names, dashboards query them, docs/metrics.md lists them, and
 tests hold the three together. Names that end in a unit have it (`delay_ns`); all others are counts of what they name.
 
-Tags have few values: never a packet, an address, a port or a key. A row is known by its measurement, its tags and its
-time; what is written again replaces itself.
+Tags have few values: never a packet, an address, a port or a key, and a container's id in `container_info` alone. A row
+is known by its measurement, its tags and its time; what is written again replaces itself.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Measurement:
 TAGS: Final = {
     "host": "Host that captured the packets.",
     "container": "Container whose packets they are; none for those of no container.",
+    "container_id": "Whole id that the runtime gave the container; stays when it is renamed.",
     "netns": "Name of the network namespace that the device is in; `host` for the host's.",
     "device": "Name of the network device.",
     "kind": "Link kind of the device: `veth`, `bridge`, ...; none for hardware.",
@@ -172,6 +173,13 @@ MEASUREMENTS: Final = {
                 Field("histogram", Kind.HISTOGRAM, "All of them, mergeable."),
             ),
             "Start of the window, a multiple of its width.",
+        ),
+        Measurement(
+            "container_info",
+            "Which container has which name: its id stays when it is renamed. None for containers without an id.",
+            ("host", "container", "container_id", "netns", "source"),
+            (_gauge("present", "1: it is there, and called so."),),
+            "When it was first seen under that name, then once a minute.",
         ),
         Measurement(
             "rtt",

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mace.counted import Counted
 from mace.hooks import BY_HOOK, Hook
 from mace.ledger import Ledger
-from mace.topology import Device
+from mace.topology import Device, Sharer
 
 SCHEMA_VERSION: Final = 1
 
@@ -341,6 +341,8 @@ class Results:
     """The devices that there are now, as the source last listed them; None if it has not."""
     several_devices: int = field(default=0, compare=False)
     """Of `grades.ambiguous` the packets that several devices fit; the others fit several packets of one content."""
+    on_host_network: tuple[Sharer, ...] = field(default=(), compare=False)
+    """Containers that are on the host's network now, as the source last listed them."""
     gaps_utc_ns: tuple[tuple[int, int], ...] = ()
     """Stretches of time, (start, end), in which some CPU's ring lost records; those told of since the last results."""
 

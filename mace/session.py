@@ -6,7 +6,6 @@ Everything shown here goes to stderr and vanishes; the caller prints what came o
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -17,10 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from collector.containers import API_SOCKETS, sharing
 from collector.files import Recording
 from collector.ftrace_source import keep_freed_memory
-from collector.netns import path_of
 from mace import pipeline
 from mace.config import Config
 from mace.hooks import silent_on
@@ -113,10 +110,8 @@ class Session:
                         vitals=vitals,
                     )
 
-        before = self._on_host_network()
         asyncio.run(work())
         summary.sinks = vitals.accounts
-        summary.on_host_network = tuple(sorted({*before, *self._on_host_network()}))
         return summary
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
@@ -265,16 +260,6 @@ class Session:
     def has_servers(self) -> bool:
         """Whether the configuration asks for sinks beside the embedded store."""
         return any(sink.wanted(self._config) for sink in SINKS.values())
-
-    def _on_host_network(self) -> tuple[str, ...]:
-        """Containers that share the network namespace that counts as the host's, now."""
-        asked = self._config.capture.host_netns
-        path = path_of(asked) if asked else "/proc/1/ns/net"
-        try:
-            netns = os.stat(path).st_ino  # noqa: PTH116 - a name in /proc, not a file
-        except OSError:
-            return ()  # whoever follows the devices says what is wrong with it
-        return sharing(netns, (*API_SOCKETS, *self._config.capture.container_sockets))
 
     def _warn(self, warnings: Sequence[str]) -> None:
         warn(self._console, warnings)

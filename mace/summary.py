@@ -6,8 +6,8 @@ come from the same histogram bins, so they are the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from sys import getsizeof
 from typing import Any, Final, Self
@@ -23,7 +23,7 @@ from mace.ledger import Ledger
 from mace.names import printable
 from mace.schema import Direction, Grades, HookCost, Results, Segment
 from mace.terminal import PlainTable
-from mace.topology import Device, Role
+from mace.topology import Device, Role, Sharer, newest_names
 from mace.vitals import Account
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
@@ -77,6 +77,8 @@ class Place:
     kind: str
     role: str
     host: str = ""
+    container_id: str = ""
+    """As in `Device`. What is shown as one row may have had several names by it, and several by one name."""
 
     @classmethod
     def of(cls, device: Device, rank: int, host: str = "") -> Place:
@@ -91,6 +93,7 @@ class Place:
             device.kind,
             device.role.value,
             host,
+            device.container_id,
         )
 
 
@@ -122,6 +125,12 @@ class Distribution:
         self._pending += 2 * getsizeof(self._bins[-1])
         if self._pending > _PENDING_BYTES:
             self.histogram()
+
+    def __add__(self, other: Distribution) -> Distribution:
+        both = Distribution()
+        both += self
+        both += other
+        return both
 
     def __iadd__(self, other: Distribution) -> Self:
         self.add(other.count, other.sum_ns, other.min_ns, other.max_ns, *other.histogram())
@@ -184,6 +193,40 @@ def imitated(devices: Sequence[Device]) -> tuple[str, ...]:
     return tuple(sorted((of_host & of_others) - {"lo"}))
 
 
+class Names:
+    """What containers were called last, by their ids."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, tuple[int, str]] = {}
+        self._shown: dict[Place, Place] = {}
+
+    def note(self, container_id: str, name: str, utc_ns: int) -> None:
+        """The container was called so at that time. Of equal times the later call counts."""
+        before = self._newest.get(container_id)
+        if container_id and (before is None or utc_ns >= before[0]):
+            self._newest[container_id] = utc_ns, name
+            if before is None or before[1] != name:
+                self._shown.clear()
+
+    def take(self, other: Names) -> None:
+        """Note all that another one has."""
+        for container_id, (utc_ns, name) in other._newest.items():
+            self.note(container_id, name, utc_ns)
+
+    def shown(self, place: Place) -> Place:
+        """The place with the container's newest name, and without its id."""
+        if not place.container_id:
+            return place
+        if place not in self._shown:
+            _, name = self._newest.get(place.container_id, (0, place.container))
+            self._shown[place] = replace(place, container=name, container_id="")
+        return self._shown[place]
+
+    def as_list(self) -> list[list[Any]]:
+        """Plain values: [id, UTC in ns, name] of each."""
+        return [[container_id, *told] for container_id, told in self._newest.items()]
+
+
 @dataclass(slots=True)
 class Summary:
     """What a run came to. Feed it with `add` (live) or by key (stored); read it as a dict or as tables."""
@@ -202,12 +245,14 @@ class Summary:
     """Of the ambiguous packets those that several devices fit; None in a summary of a store, which does not keep it."""
     imitated: tuple[str, ...] = ()
     """Names of the host's devices that devices of other namespaces have as well, where packets fit several devices."""
-    on_host_network: tuple[str, ...] = ()
+    sharers: tuple[Sharer, ...] = ()
     """Containers that share the host's network namespace, and so have no devices of their own."""
     sinks: dict[str, Account] = field(default_factory=dict)
     """Where the rows went that were for sinks with a server."""
+    names: Names = field(default_factory=Names)
     _by_width: dict[int, dict[Key, Distribution]] = field(default_factory=dict)
     _devices: tuple[Device, ...] = ()
+    _present: tuple[Device, ...] | None = None
     _places: list[Place] = field(default_factory=list)
 
     def add(self, results: Results) -> None:
@@ -216,12 +261,24 @@ class Summary:
         self.grades, self.several_devices = results.grades, results.several_devices
         if results.several_devices and results.present is not None:
             self.imitated = imitated(results.present)
+        self.sharers = newest_names((*self.sharers, *results.on_host_network))
         if results.devices != self._devices:
             self._devices = results.devices
             self._places = [Place.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
         for w in results.windows:
-            d = self.distribution(self._places[w.device], w.direction, w.segment, w.width_s)
+            place = self._places[w.device]
+            self.names.note(place.container_id, place.container, w.start_utc_ns)
+            d = self.distribution(place, w.direction, w.segment, w.width_s)
             d.add(w.count, w.sum_ns, w.min_ns, w.max_ns, w.bins, w.counts)
+        for device in self._new(results.present):
+            self.names.note(device.container_id, device.container, results.upto_utc_ns)
+
+    def _new(self, present: tuple[Device, ...] | None) -> tuple[Device, ...]:
+        """The devices of a list that was not seen yet."""
+        if present is self._present or present is None:
+            return ()
+        self._present = present
+        return present
 
     def distribution(self, place: Place, direction: Direction, segment: Segment, width_s: int = 0) -> Distribution:
         """The distribution of that key, empty at first, to add to."""
@@ -248,7 +305,8 @@ class Summary:
         self.imitated = tuple(sorted({*self.imitated, *other.imitated}))
         self.rows_not_stored += other.rows_not_stored
         self.cost = added(self.cost, other.cost)
-        self.on_host_network = tuple(sorted({*self.on_host_network, *other.on_host_network}))
+        self.sharers = newest_names((*self.sharers, *other.sharers))
+        self.names.take(other.names)
         self.note = " ".join(dict.fromkeys(note for note in (self.note, other.note) if note))
         for name, account in other.sinks.items():
             self.sinks[name] = self.sinks[name] + account if name in self.sinks else account
@@ -266,9 +324,22 @@ class Summary:
         width = min(self._by_width, key=lambda w: (-sum(d.count for d in self._by_width[w].values()), w))
         chosen = self._by_width[width].items()
         return sorted(
-            ((k, d) for k, d in chosen if d.count and (not segments or k[2] in segments)),
+            self._of_newest_names((k, d) for k, d in chosen if d.count and (not segments or k[2] in segments)),
             key=lambda r: path_order(r[0]),
         )
+
+    def _of_newest_names(self, rows: Iterable[tuple[Key, Distribution]]) -> list[tuple[Key, Distribution]]:
+        """The rows by what the containers are called now: one where a container had several names."""
+        merged: dict[Key, Distribution] = {}
+        ids: dict[Place, str] = {}
+        for (place, direction, segment), distribution in rows:
+            shown = self.names.shown(place)
+            # Before the runtime could be asked there may have been no id: the name tells then.
+            ids[shown] = place.container_id or ids.get(shown, "")
+            key = shown, direction, segment
+            before = merged.get(key)
+            merged[key] = distribution if before is None else before + distribution
+        return [((replace(p, container_id=ids[p]) if ids[p] else p, d, s), of) for (p, d, s), of in merged.items()]
 
     def overhead(self) -> list[tuple[Key, Distribution]]:
         """One distribution per container and direction; of several inner devices the place names the first."""
@@ -282,6 +353,11 @@ class Summary:
             whole += distribution
         return [merged[g] for g in sorted(merged)]
 
+    @property
+    def on_host_network(self) -> list[str]:
+        """Names of the containers that share the host's network, sorted."""
+        return sorted({sharer.container for sharer in self.sharers})
+
     def as_dict(self) -> dict[str, Any]:
         """For machines, one JSON object.
 
@@ -289,11 +365,12 @@ class Summary:
         (packets) and told_apart (see `mace.schema.Grades`). `devices`: a list in the order of the path of objects with
         container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
-        direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known;
-        `rows_not_stored`, `unseen` (sentences), `ambiguous` (the ambiguous packets by cause: `several_devices` or
-        `several_packets` fit, and `imitated`, the names of the host's devices that others have too; a store does not
-        keep it), `on_host_network` (names of containers), `note`, `cost` (per hook: hook, calls, timed, timed_ns,
-        ns_per_call) and `sinks` (by name, the counts of `mace.vitals.Account`) appear where there is something to say.
+        direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known,
+        `container_id` where the container has one, which then is one entry by its newest name; `rows_not_stored`,
+        `unseen` (sentences), `ambiguous` (the ambiguous packets by cause: `several_devices` or `several_packets` fit,
+        and `imitated`, the names of the host's devices that others have too; a store does not keep it),
+        `on_host_network` (names of containers), `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call)
+        and `sinks` (by name, the counts of `mace.vitals.Account`) appear where there is something to say.
         """
         several = self._several_hosts()
         found: dict[str, Any] = {
@@ -315,7 +392,7 @@ class Summary:
                 "imitated": list(self.imitated),
             }
         if self.on_host_network:
-            found["on_host_network"] = list(self.on_host_network)
+            found["on_host_network"] = self.on_host_network
         if self.cost:
             found["cost"] = [cost.as_dict() for cost in self.cost]
         if self.note:
@@ -360,17 +437,17 @@ class Summary:
         seen: dict[tuple[Place, Direction], int] = {}
         for (place, direction, _), distribution in self.rows(Segment.DEVICE, Segment.DELIVERY):
             seen[place, direction] = seen.get((place, direction), 0) + distribution.count
-        told = []
+        told, owner = [], self._owners()
         for place in sorted(places):
             sent = seen.get((place, Direction.EGRESS), 0)
             if place.kind in INGRESS_UNSEEN:
                 told.append(
-                    f"{place.device} of {self._owner(place)} is a {place.kind}: what it receives passes no tracepoint"
+                    f"{place.device} of {owner(place)} is a {place.kind}: what it receives passes no tracepoint"
                     " there, so its ingress is not measured."
                 )
             elif sent >= _MANY_SENT * (1 + (received := seen.get((place, Direction.INGRESS), 0))):
                 told.append(
-                    f"{place.device} of {self._owner(place)} sent {sent:,} packets and was seen to receive"
+                    f"{place.device} of {owner(place)} sent {sent:,} packets and was seen to receive"
                     f" {received:,}: either no more came, or what it receives is put on it past its tracepoints"
                     " (bpf_redirect_peer, as Cilium's host routing does), and its ingress is not measured."
                 )
@@ -415,25 +492,32 @@ class Summary:
         return f"on the host's own network, with no device to cross: {names}" if names else ""
 
     def _several_hosts(self) -> bool:
-        return len({k[0].host for k, _ in self.rows()}) > 1
+        return len({place.host for of_width in self._by_width.values() for place, _, _ in of_width}) > 1
 
-    def _owner(self, place: Place) -> str:
-        owner = place.container or place.netns
-        return f"{place.host}/{owner}" if self._several_hosts() else owner
+    def _owners(self) -> Callable[[Place], str]:
+        """What tells whose a device is, for tables of all rows: whether there are several hosts takes all of them."""
+        several = self._several_hosts()
+
+        def owner(place: Place) -> str:
+            name = place.container or place.netns
+            return f"{place.host}/{name}" if several else name
+
+        return owner
 
     def overhead_table(self) -> PlainTable:
         """Per container and direction."""
         table = _table(
             "What the container path added to each packet, µs", ("container", "direction"), "packets", "mean"
         )
+        owner = self._owners()
         for (place, direction, _), distribution in self.overhead():
-            table.add_row(self._owner(place), direction.name.lower(), *figures(distribution))
+            table.add_row(owner(place), direction.name.lower(), *figures(distribution))
         return table
 
     def device_table(self) -> PlainTable:
         """Per device and direction, in the order of the path."""
         rows = self.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
-        labels = labels_of([k[0] for k, _ in rows])
+        labels, owner = labels_of([k[0] for k, _ in rows]), self._owners()
         table = _table(
             "Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets"
         )
@@ -442,7 +526,7 @@ class Summary:
             for (place, _, segment), distribution in group:
                 table.add_row(
                     labels[place],
-                    self._owner(place),
+                    owner(place),
                     place.kind or "hardware",
                     COUNTS_AS[segment],
                     *figures(distribution)[:-1],
@@ -497,7 +581,10 @@ def _table(title: str, names: Sequence[str], counted: str, *more: str) -> PlainT
 def _entry(row: tuple[Key, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:
     (place, direction, segment), distribution = row
     found: dict[str, Any] = {"host": place.host} if with_host else {}
-    found |= {"container": place.container, "netns": place.netns, "netns_id": place.netns_id}
+    found |= {"container": place.container}
+    if place.container_id:
+        found["container_id"] = place.container_id
+    found |= {"netns": place.netns, "netns_id": place.netns_id}
     if not whole:
         found |= {"device": place.device, "ifindex": place.ifindex, "kind": place.kind, "role": place.role}
     found["direction"] = direction.name.lower()

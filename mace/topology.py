@@ -60,10 +60,13 @@ class Device:
     role: Role = Role.OTHER
     netns_cookie: int = 0
     """Cookie of the network namespace (SO_NETNS_COOKIE): unlike the inode never given out again. 0: not known."""
+    container_id: str = ""
+    """The container's whole id, as its runtime gave it: stays while the container lives, whatever it is called. `""`
+    where the runtime gives none (LXC, bare namespaces)."""
 
     def __post_init__(self) -> None:
         # Wherever the names come from, whatever takes them can store them.
-        for field in ("name", "kind", "netns_name", "container"):
+        for field in ("name", "kind", "netns_name", "container", "container_id"):
             given = getattr(self, field)
             if (name := text(given)) is not given:
                 object.__setattr__(self, field, name)
@@ -98,6 +101,36 @@ class Sighting:
         object.__setattr__(self, "name", text(self.name))
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Sharer:
+    """A container on the host's network: it has no device of its own, and no topology lists any."""
+
+    container: str
+    """Its name, as in `Device`."""
+    container_id: str = ""
+    """As in `Device`."""
+
+    def __post_init__(self) -> None:
+        for field in ("container", "container_id"):
+            object.__setattr__(self, field, text(getattr(self, field)))
+
+    @property
+    def key(self) -> str:
+        """What stays when its name changes, where anything does."""
+        return self.container_id or self.container
+
+
+def containers_of(devices: Iterable[Device], sharers: Iterable[Sharer]) -> frozenset[tuple[str, str, str]]:
+    """(name, id, name of the network namespace) of every container with an id, the host's namespace for sharers."""
+    found = {(d.container, d.container_id, d.netns_name) for d in devices if d.container_id}
+    return frozenset(found | {(s.container, s.container_id, "host") for s in sharers if s.container_id})
+
+
+def newest_names(sharers: Iterable[Sharer]) -> tuple[Sharer, ...]:
+    """Each container once, by the last of its names; sorted. Of absurdly many the first `_MOST_SHARERS`."""
+    return tuple(sorted({sharer.key: sharer for sharer in sharers}.values())[:_MOST_SHARERS])
+
+
 NO_DEVICE: Final = Sighting("")
 """Sighting 0 of every stream: the hook names no device."""
 
@@ -115,12 +148,16 @@ class Topology:
     host_netns: int
     devices: tuple[Device, ...] = ()
     sightings: tuple[Sighting, ...] = (NO_DEVICE,)
+    on_host_network: tuple[Sharer, ...] = ()
+    """Containers that share the host's network namespace, as far as the source looks for them."""
 
     def candidates(self, sighting: Sighting) -> tuple[Device, ...]:
         """The devices that a sighting can be. Empty for `NO_DEVICE` and for a device that nobody has listed."""
         return tuple(d for d in self.devices if sighting.is_of(d))
 
 
+_MOST_SHARERS: Final = 10_000
+"""Ten times what the largest hosts run: so much of them is stored with each flush, whatever a stream says."""
 _KEY: Final = attrgetter("netns", "ifindex")
 _STACKED: Final = frozenset({"macvlan", "ipvlan", "vlan", "macvtap", "ipvtap"})
 
@@ -164,8 +201,9 @@ def assign_roles(
 
     def assigned(d: Device) -> Device:
         its_role = role(d)
-        container = "" if d.netns in remote or d.netns == host_netns else d.container
-        if its_role is d.role and container == d.container:
+        nobodys = d.netns in remote or d.netns == host_netns
+        container, container_id = ("", "") if nobodys else (d.container, d.container_id)
+        if its_role is d.role and (container, container_id) == (d.container, d.container_id):
             return d
         # Not by dataclasses.replace: that takes three times as long, and a host can have thousands of devices.
         return Device(
@@ -181,6 +219,7 @@ def assign_roles(
             container,
             its_role,
             d.netns_cookie,
+            container_id,
         )
 
     return tuple(map(assigned, given))

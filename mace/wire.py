@@ -34,7 +34,7 @@ from mace.errors import WireError
 from mace.hooks import Hook
 from mace.interfaces import Progress, StreamHeader, StreamItem
 from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content
-from mace.topology import Device, Role, Sighting, Topology, check
+from mace.topology import Device, Role, Sharer, Sighting, Topology, check
 
 WIRE_VERSION: Final = 2
 """Raised when an older reader would misread a frame. JSON keys may be added without: what is unknown is ignored. All
@@ -692,8 +692,8 @@ class _Json:
             raise WireError(f"{self._where}: {key}: expected strings")
         return tuple(_storable(text, f"{self._where}: {key}") for text in given)
 
-    def objects(self, key: str) -> list[_Json]:
-        given = self._get(key, list)
+    def objects(self, key: str, default: list[Any] | None = None) -> list[_Json]:
+        given = self._get(key, list, default)
         if not all(type(one) is dict for one in given):
             raise WireError(f"{self._where}: {key}: expected objects")
         return [_Json(one, f"{self._where}: {key}") for one in given]
@@ -755,6 +755,7 @@ _DEVICE_DEFAULTS: Final = {field.name: field.default for field in fields(Device)
 
 def _topology_fields(topology: Topology, first: int) -> dict[str, Any]:
     cookies = [sighting.netns_cookie for sighting in topology.sightings[first:]]
+    sharers = [{key: value for key, value in asdict(one).items() if value} for one in topology.on_host_network]
     return {
         "from_ns": topology.from_ns,
         "host_netns": topology.host_netns,
@@ -766,6 +767,7 @@ def _topology_fields(topology: Topology, first: int) -> dict[str, Any]:
         "first_sighting": first,
         "sightings": [[s.name, s.netns, s.ifindex] for s in topology.sightings[first:]],
         **({"netns_cookies": cookies} if any(cookies) else {}),
+        **({"on_host_network": sharers} if sharers else {}),
     }
 
 
@@ -781,6 +783,10 @@ def _topology(raw: bytes, before: Topology | None) -> Topology:
             host_netns=given.number("host_netns", 0),
             devices=tuple(_device(device) for device in given.objects("devices")),
             sightings=known[:first] + given.sightings("sightings"),
+            on_host_network=tuple(
+                Sharer(one.text("container"), one.text("container_id", ""))
+                for one in given.objects("on_host_network", [])
+            ),
         )
     )
 
@@ -804,4 +810,5 @@ def _device(given: _Json) -> Device:
         container=given.text("container", ""),
         role=known_role,
         netns_cookie=given.number("netns_cookie", 0, default=0),
+        container_id=given.text("container_id", ""),
     )

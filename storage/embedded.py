@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from mace.errors import StoreError
 from mace.interfaces import StreamHeader
 from mace.schema import SCHEMA_VERSION, Delays, Results, Window
-from mace.topology import Device
+from mace.topology import Device, newest_names
 from storage import segments, tables
 from storage.checksum import SegmentWriter, mismatch
 from storage.ownership import NO_LINK, open_new, refuse_foreign
@@ -170,8 +170,10 @@ class EmbeddedStore:
             self._delays.append(results.delays)
             self._buffered += len(results.delays)
         self._windows.extend(results.windows)
+        before = self._latest.on_host_network if self._latest is not None and self._dirty else ()
+        sharers = newest_names((*before, *results.on_host_network))
         # Without its rows: it may be kept for long.
-        self._latest = replace(results, delays=Delays.empty(), windows=())
+        self._latest = replace(results, delays=Delays.empty(), windows=(), on_host_network=sharers)
         self._dirty = True
         while self._buffered >= self._flush_rows:
             await self._submit()
@@ -350,6 +352,7 @@ class EmbeddedStore:
             rows_stored=rows_stored,
             rows_not_stored=self.rows_not_stored,
             closed=closed,
+            on_host_network=latest.on_host_network,
         )
         return tables.ledger_table([row], self._flush)
 

@@ -191,6 +191,7 @@ class FleetStore(EmbeddedStore):
                 rows_stored=part.rows_stored,
                 rows_not_stored=0,
                 closed=part.closed,
+                on_host_network=latest.on_host_network,
             )
             for part in told
             if (latest := part.latest) is not None

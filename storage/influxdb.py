@@ -108,6 +108,7 @@ class InfluxTarget:
             if len(results.delays):
                 yield from stream.lines.packets(results.delays, results.devices, self._config.batch_rows)
             yield from map(_one, stream.lines.windows(results.windows, results.devices, stream.ranks))
+            yield from map(_one, stream.lines.containers(results))
             yield from map(_one, self._internal.stream_lines(item.header, results))
 
     def _over_budget(self, series: str) -> None:

@@ -26,8 +26,8 @@ import pyarrow.compute as pc
 from mace.interfaces import StreamHeader
 from mace.metrics import MEASUREMENTS
 from mace.names import spelt, text
-from mace.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
-from mace.topology import Device
+from mace.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, Results, RoundTrips, Segment, Window
+from mace.topology import Device, containers_of
 
 Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
@@ -41,6 +41,8 @@ _SEEN_NS: Final = 10_000_000_000
 _RUN_SLOT: Final = 100
 """Slots from here on say where in the window its run began; below, they count devices that look alike."""
 _S: Final = 1_000_000_000
+_INFO_NS: Final = 60 * _S
+"""PromQL's instant queries (VictoriaMetrics) look back five minutes."""
 _RTT_FIELDS: Final = tuple(field.name for field in MEASUREMENTS["rtt"].fields)
 _UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f]|\\(?=[\\, =\x00-\x1f\x7f]|\Z)")
 _UNKNOWN: Final = -1
@@ -191,6 +193,10 @@ class StreamLines:
         self._ranks: tuple[int, ...] = ()
         self._window_series: dict[tuple[int, int, int, int, int], str | None] = {}
         self._began_utc_ns = header.clock.utc_ns
+        self._present: tuple[Device, ...] | None = None
+        self._containers: frozenset[tuple[str, str, str]] = frozenset()
+        self._minute = -1
+        """Of the last results that all containers were told of."""
         self.left_out = 0
         """Rows that sampling left out."""
         self.over_budget = 0
@@ -336,6 +342,24 @@ class StreamLines:
                 self._middles.append(text)
             index = self._middle_of[code]
         return index
+
+    # Containers.
+
+    def containers(self, results: Results) -> Iterator[str]:
+        """`container_info` lines: of those that are new or renamed, and of all once a minute."""
+        minute = results.upto_utc_ns // _INFO_NS
+        if results.present is None or (results.present is self._present and minute == self._minute):
+            return
+        here = containers_of(results.present, results.on_host_network)
+        new = here if minute != self._minute else here - self._containers
+        self._present, self._minute, self._containers = results.present, minute, here
+        for container, container_id, netns in sorted(new):
+            tags = {"container": container, "container_id": container_id, "netns": netns}
+            series = key("container_info", tags | {"host": self._header.host, "source": self._header.source})
+            if self._budget.admits(series):
+                yield line(series, {"present": 1}, results.upto_utc_ns)
+            else:
+                self.over_budget += 1
 
     # Round trips.
 

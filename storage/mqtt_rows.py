@@ -81,6 +81,7 @@ class RowsTarget:
                 rows_stored=0,
                 rows_not_stored=0,
                 closed=False,
+                on_host_network=results.on_host_network,
             )
             made.append(self._frame(header, "ledger", tables.ledger_table([row], self._flushes)))
         return made

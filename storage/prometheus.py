@@ -1,6 +1,7 @@
 """An endpoint for Prometheus, and for orchestrators: `/metrics`, `/healthz`, `/readyz`.
 
     mace_device_delay_seconds   histogram by host, container, netns, device, kind, direction, segment, source
+    mace_container_info         1 by host, container, container_id, netns: what a container is called now
     mace_records_total          the ledger's records by host, source and category
     mace_packets_total          packets by host, source and grade
     mace_packets_ambiguous_total   those that were given up, by host, source and cause
@@ -38,6 +39,7 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
+    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.exposition import choose_encoder
@@ -53,7 +55,7 @@ from mace.histogram import BINS, Ints, lower_bounds
 from mace.hooks import BY_HOOK
 from mace.interfaces import Status, StreamHeader
 from mace.schema import Delays, Results, RoundTrips
-from mace.topology import Device
+from mace.topology import Device, containers_of
 from mace.vitals import Vitals, process_figures
 from storage.http_server import HttpServer, in_pieces
 from storage.shared import StreamOfSink
@@ -71,6 +73,7 @@ _EDGES_S: Final = [f"{((1 << octave) - 1) / 1e9:.9g}" for octave in _OCTAVES]
 """Delays are whole nanoseconds, so "less than 2**n" is "at most 2**n - 1"."""
 _BEAT_S: Final = 0.5
 _LABELS: Final = ("host", "container", "netns", "device", "kind", "direction", "segment", "source")
+_INFO_LABELS: Final = ("host", "container", "container_id", "netns")
 _CONTAINER: Final = _LABELS.index("container")
 _CATEGORIES: Final = ("matched", "unmatched", "ambiguous", "expired", "dropped", "lost", "discarded")
 """Of the ledger, those that only grow; `in_flight` is a gauge."""
@@ -114,6 +117,8 @@ class Endpoint:
         """Series whose container or device is gone."""
         self._not_shown = 0
         """Delays of series beyond `_MOST_SERIES`."""
+        self._containers: dict[Stream, dict[tuple[str, str, str], float | None]] = {}
+        """What containers are called, by name, id and namespace; since when that is no longer so."""
         self._latest: dict[Stream, Results] = {}
         self._ended_s: dict[Stream, float] = {}
         """When those streams ended of which no new one has begun."""
@@ -200,6 +205,8 @@ class Endpoint:
             changed = before is None or before.present is not results.present or self._series != series
             if changed and results.present is not None:
                 _mark(mine, results.present, now_s)
+                here = containers_of(results.present, results.on_host_network)
+                self._containers[of] = _called(self._containers.get(of, {}), here, now_s)
             self._sweep(now_s)
 
     def _sweep(self, now_s: float) -> None:
@@ -213,6 +220,9 @@ class Endpoint:
             self._latest.pop(of, None)
             for each in self._delays.get(of, {}).values():
                 each.gone_s = over_s - 1
+            self._containers.pop(of, None)
+        for of, named in self._containers.items():
+            self._containers[of] = {labels: at for labels, at in named.items() if at is None or at >= over_s}
         for of, mine in list(self._delays.items()):
             for labels in [labels for labels, d in mine.items() if d.gone_s is not None and d.gone_s < over_s]:
                 del mine[labels]
@@ -261,8 +271,14 @@ class Endpoint:
                 (labels, d.sum_ns, d.counts.copy()) for mine in self._delays.values() for labels, d in mine.items()
             ]
             latest = list(self._latest.items())
+            containers = {(host, *labels) for (host, _), named in self._containers.items() for labels in named}
             not_shown, dropped = self._not_shown, self._dropped
         yield _histogram(delays)
+        about = "What a container is called; its id stays when it is renamed."
+        info = InfoMetricFamily("mace_container", about, labels=_INFO_LABELS)
+        for labels in sorted(containers):
+            info.add_metric(labels, {})
+        yield info
         about = f"Delays that are in no histogram, because there are {_MOST_SERIES} already."
         yield CounterMetricFamily("mace_delays_not_shown", about, value=not_shown)
         about = "Series that were dropped because their container or device is gone."
@@ -370,6 +386,23 @@ def _mark(series: dict[Labels, _Distribution], present: Sequence[Device], now_s:
             each.gone_s = None
         elif each.gone_s is None:
             each.gone_s = now_s
+
+
+def _called(
+    before: dict[tuple[str, str, str], float | None], here: frozenset[tuple[str, str, str]], now_s: float
+) -> dict[tuple[str, str, str], float | None]:
+    """What containers are called, those of before included as long as nobody else is called so.
+
+    The series under an old name are shown for a while, and belong to the container. But a name must not stand for two
+    containers: a join by it (`group_left`) would fail.
+    """
+    taken = {name for name, *_ in here}
+    gone = {
+        labels: now_s if since_s is None else since_s
+        for labels, since_s in before.items()
+        if labels not in here and labels[0] not in taken
+    }
+    return gone | dict.fromkeys(here)
 
 
 def address(listen: str) -> tuple[str, int]:

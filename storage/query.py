@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Final, Literal, ParamSpec, TypeVar
@@ -28,8 +28,10 @@ from mace.hooks import HOOKS
 from mace.ledger import Ledger
 from mace.schema import Direction, Grades, HookCost, Segment
 from mace.summary import Distribution, Place, Summary
+from mace.topology import Sharer, newest_names
 from storage import checksum, segments, tables
 from storage.embedded import check_schema
+from storage.naming import NAMES_SQL, TABLES, Named, by_newest_name, named, newest_of
 from storage.segments import Segment as SegmentFile
 
 _P = ParamSpec("_P")
@@ -185,6 +187,8 @@ class Store:
     """Segments that were skipped, and why."""
     _whole: set[tuple[Path, int, int]] = field(default_factory=set, init=False, repr=False)
     """Segments whose checksum was right: path, size and time of modification, ns."""
+    _containers: dict[tuple[Path, ...], list[Named]] = field(default_factory=dict, init=False, repr=False)
+    """The containers that these segments name; of the last ones that were asked."""
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -306,6 +310,49 @@ class Store:
         found = [HookCost(by_name[hook], *map(int, numbers)) for hook, *numbers in rows if hook in by_name]
         return tuple(sorted(found, key=lambda c: c.hook))
 
+    @_written_by_mace
+    def sharers(self, where: Filter = Filter()) -> tuple[Sharer, ...]:
+        """Containers that runs of `runs` saw on the host's network in that time, each by its last name."""
+        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run), [])
+        rows = self._fetch(
+            f"""
+            SELECT each.container, each.container_id, max(told)
+            FROM (SELECT epoch_ns(time) AS told, unnest(on_host_network) AS each FROM {{ledger}} WHERE {condition})
+            GROUP BY ALL ORDER BY ALL
+            """,
+            where,
+            values,
+        )
+        return newest_names(Sharer(*row[:2]) for row in sorted(rows, key=lambda row: row[2]))
+
+    def containers(self, where: Filter = Filter()) -> list[Named]:
+        """The containers that have an id, with the names that they have in that time (whole hours); the newest last.
+
+        As far as windows can be read: nothing is refused for a name.
+        """
+        for _ in range(_ATTEMPTS):
+            live = self.segments("windows", where)
+            bad = self._damaged_of(live)
+            live = [each for each in live if each.path not in bad]
+            of = tuple(each.path for each in live)
+            if of not in self._containers:
+                with connected(self.threads) as connection:
+                    try:
+                        sql = NAMES_SQL.format(windows=relation(connection, "windows", live))
+                        self._containers = {of: named(connection.execute(sql).fetchall())}
+                    except duckdb.Error:
+                        if not all(path.exists() for path in of):
+                            continue  # merged meanwhile
+                        self._containers = {of: []}
+            return self._containers[of]
+        return []
+
+    def _by_newest_name(self, where: Filter) -> Filter:
+        """The same filter by the name that rows are shown with."""
+        if where.container is None:
+            return where
+        return replace(where, container=newest_of(where.container, self.containers(where)))
+
     # Figures.
 
     @_written_by_mace
@@ -316,6 +363,7 @@ class Store:
         packets cannot be told apart, so a container is then its own devices only).
         """
         runs = self.runs(where)
+        where = self._by_newest_name(where)
         from_rows, from_windows = self._split(runs, source, where)
         found = Summary(
             ledger=sum((r.ledger for r in runs), Ledger()),
@@ -324,7 +372,9 @@ class Store:
             several_devices=None,
             rows_not_stored=sum(r.rows_not_stored for r in runs),
             cost=self.cost(where),
+            sharers=self.sharers(where),
         )
+        ids = {(one.host, one.container): one.container_id for one in self.containers(where)}
         parts: list[tuple[Any, ...]] = []
         if from_rows:
             parts += self._fetch(*self._rows_query(where, from_rows))
@@ -332,6 +382,7 @@ class Store:
             parts += self._fetch(*self._windows_query(where, from_windows, part=bool(from_rows)))
         for row in parts:
             place = _place(row[:8])
+            place = replace(place, container_id=ids.get((place.host, place.container), ""))
             direction, segment = Direction[row[8].upper()], Segment[row[9].upper()]
             count, sum_ns, min_ns, max_ns, bins, counts = row[10:]
             found.distribution(place, direction, segment).add(
@@ -419,6 +470,7 @@ class Store:
 
     def worst(self, limit: int, where: Filter = Filter()) -> list[PacketPath]:
         """The packets with the largest overhead, worst first; one that has two counts once."""
+        where = self._by_newest_name(where)
         condition, values = _condition(where, self.runs(where))
         worst = self._fetch(
             f"""
@@ -457,6 +509,7 @@ class Store:
     @_written_by_mace
     def typical_paths(self, where: Filter = Filter()) -> list[TypicalPath]:
         """Per container and direction, the devices its packets cross, in order, from the newest `TYPICAL_ROWS` rows."""
+        where = self._by_newest_name(where)
         runs = [r for r in self.runs(where) if r.rows_stored]
         if not runs:
             return []
@@ -499,6 +552,7 @@ class Store:
     @_written_by_mace
     def series(self, where: Filter = Filter(), points: int = 240, source: From = "auto") -> list[Series]:
         """Overhead over time, about `points` stretches of equal width, per container and direction."""
+        where = self._by_newest_name(where)
         runs = self.runs(where)
         from_rows, from_windows = self._split(runs, source, where)
         chosen = [
@@ -563,6 +617,7 @@ class Store:
             values,
             None,
             lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+            as_stored=True,
         )
 
     # DuckDB.
@@ -581,13 +636,21 @@ class Store:
         values: dict[str, Any],
         newest_rows: int | None,
         take: Callable[[duckdb.DuckDBPyConnection, str, dict[str, Any]], _T],
+        *,
+        as_stored: bool = False,
     ) -> _T:
-        """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest that have `newest_rows`)."""
+        """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest that have `newest_rows`).
+
+        Their rows have the newest names of containers, or the names `as_stored`.
+        """
         used = [table for table in segments.TABLES if "{" + table + "}" in sql]
+        naming = [] if as_stored else [table for table in used if table in TABLES]
+        containers = self.containers(where) if naming else []
         for _ in range(_ATTEMPTS):
             live = {table: self.whole_segments(table, where, newest_rows) for table in used}
             with connected(self.threads) as connection:
                 names = {table: relation(connection, table, found) for table, found in live.items()}
+                names |= {table: by_newest_name(connection, names[table], containers) for table in naming}
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))
                 except duckdb.Error as e:
@@ -656,7 +719,7 @@ def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[
     # A name of our own, so that a query over nothing has the columns of one over something, and one over files of an
     # older MACE those that came later.
     nothing = f"no_{table}"
-    growing = table in ("ledger", "delays")
+    growing = table in ("ledger", "delays", "windows")
     if not found or growing:
         schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
         connection.register(nothing, schema.empty_table())

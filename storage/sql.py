@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from mace.errors import StoreError, UsageError, nearest
 from storage import segments, tables
+from storage.naming import TABLES, by_newest_name
 from storage.query import Store, connected, relation
 
 _T = TypeVar("_T")
@@ -123,8 +124,11 @@ class _Beside:
 def _asked(
     connection: duckdb.DuckDBPyConnection, store: Store, live: dict[str, list[segments.Segment]], sql: str
 ) -> pa.RecordBatchReader:
+    containers = store.containers()
     for table, found in live.items():
-        connection.execute(f"CREATE TEMP VIEW {table} AS FROM {relation(connection, table, found)}")
+        rows = relation(connection, table, found)
+        rows = by_newest_name(connection, rows, containers) if table in TABLES else rows
+        connection.execute(f"CREATE TEMP VIEW {table} AS FROM {rows}")
     connection.execute("SET allowed_directories = [$path]", {"path": str(store.path.absolute())})
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")

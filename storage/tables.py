@@ -8,7 +8,7 @@ dictionary-encoded; together they cost a fraction of a byte a row (see docs/desi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from mace.interfaces import StreamHeader
 from mace.ledger import Ledger
 from mace.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment, Window
 from mace.summary import ranks
-from mace.topology import Device
+from mace.topology import Device, Sharer
 from mace.windowtable import FIGURES, WindowTable
 from storage.checksum import SegmentWriter
 
@@ -38,13 +38,16 @@ class Column:
     meaning: str
 
 
+_SHARER: Final = pa.struct([pa.field("container", pa.string()), pa.field("container_id", pa.string())])
+
+
 _RUN: Final = (
     Column("host", _NAME, "Host that captured the packets."),
     Column("run", _NAME, "Capture run, unique on its host."),
     Column("source", _NAME, "Source that captured them: `ftrace`, `kmod`, ..."),
 )
 _DEVICE: Final = (
-    Column("container", _NAME, "Container whose packet it is, at each device of the packet's path."),
+    Column("container", _NAME, "Container whose packet it is, at each device of its path: as it was called then."),
     Column("netns", _NAME, "Name of the network namespace; `host` for the host's."),
     Column("device", _NAME, "Name of the network device."),
     Column("device_id", _NAME, "`INODE:IFINDEX`, of the namespace and in it: tells apart devices of the same names."),
@@ -61,6 +64,12 @@ _DEVICE: Final = (
     ),
 )
 
+_CONTAINER_ID: Final = Column(
+    "container_id",
+    _NAME,
+    "The whole id that the runtime gave the container, the same whatever its name is; empty where there is none.",
+)
+
 DELAYS: Final = (
     Column("time", _TIME, "When the segment began."),
     Column("packet", pa.uint64(), "The same in all rows of one packet of a run; says nothing else."),
@@ -73,6 +82,7 @@ DELAYS: Final = (
     Column("outcome", _NAME, "How the packet's life ended: `consumed`, `dropped`, `open` (no end seen)."),
     Column("drop_reason", pa.uint16(), "If it was dropped: the kernel's `enum skb_drop_reason`, else 0."),
     Column("waited", pa.bool_(), "It waited for a neighbour's address (ARP, ND); such rows are in no window."),
+    _CONTAINER_ID,
 )
 WINDOWS: Final = (
     Column("time", _TIME, "Start of the window, a multiple of its width."),
@@ -89,6 +99,7 @@ WINDOWS: Final = (
     Column("p999_ns", pa.int64(), "The same."),
     Column("bins", pa.list_(pa.uint16()), "Bins of `mace.histogram` that are not empty, ascending."),
     Column("counts", pa.list_(pa.int64()), "Delays in each of them; histograms merge by adding these."),
+    _CONTAINER_ID,
 )
 LEDGER: Final = (
     Column("time", _TIME, "All records before it are accounted for in this row."),
@@ -108,6 +119,11 @@ LEDGER: Final = (
     Column("packets_exact", pa.int64(), "Those that both do."),
     Column("told_apart", pa.int64(), "Times that the key alone said that a buffer had become another packet's."),
     Column("packets_waited", pa.int64(), "Of `packets` those that waited for a neighbour's address (ARP, ND)."),
+    Column(
+        "on_host_network",
+        pa.list_(_SHARER),
+        "Containers seen on the host's network since the row before: they have no device, and no other row.",
+    ),
 )
 GRADES: Final = {f.name: f.name if f.name == "told_apart" else f"packets_{f.name}" for f in fields(Grades)}
 """Column of `ledger` for each field of `mace.schema.Grades`."""
@@ -213,30 +229,42 @@ def _run_columns(runs: Runs, rows: int) -> list[pa.Array]:
 
 def _device_columns(device: npt.NDArray[Any], devices: Sequence[Device], rank: Sequence[int]) -> list[pa.Array]:
     """The columns of `_DEVICE` up to `rank`. Only devices that the rows name get into the file."""
+    code, here, used = _used(device, devices)
+    return [
+        _told(code, [d.container for d in here]),
+        _told(code, [d.netns_name for d in here]),
+        _told(code, [d.name for d in here]),
+        _told(code, [f"{d.netns}:{d.ifindex}" for d in here]),
+        _told(code, [d.kind for d in here]),
+        _told(code, [d.role.value for d in here]),
+        pa.array(np.array([rank[i] for i in used], np.uint8)[code]),
+    ]
+
+
+def _container_ids(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
+    """The column `container_id`."""
+    code, here, _ = _used(device, devices)
+    return _told(code, [d.container_id for d in here])
+
+
+def _used(device: npt.NDArray[Any], devices: Sequence[Device]) -> tuple[npt.NDArray[np.int16], list[Device], list[int]]:
+    """The devices that rows name: which of them each row does, they, and their numbers among `devices`."""
     used = np.flatnonzero(np.bincount(device, minlength=len(devices)))
     if len(used) and int(used[-1]) >= len(devices):
         raise ValueError(f"row with device {int(used[-1])} where {len(devices)} devices are known")
-    here = [devices[int(i)] for i in used]
     narrow = np.zeros(len(devices), np.int16)
     narrow[used] = np.arange(len(used))
-    code = narrow[device]
+    numbers = used.tolist()
+    return narrow[device], [devices[i] for i in numbers], numbers
 
-    def names(values: list[str]) -> pa.Array:
-        distinct = sorted(set(values))
-        number = {v: n for n, v in enumerate(distinct)}
-        if distinct == values:
-            return _named(code, distinct)
-        return _named(np.array([number[v] for v in values], np.int16)[code], distinct)
 
-    return [
-        names([d.container for d in here]),
-        names([d.netns_name for d in here]),
-        names([d.name for d in here]),
-        names([f"{d.netns}:{d.ifindex}" for d in here]),
-        names([d.kind for d in here]),
-        names([d.role.value for d in here]),
-        pa.array(np.array([rank[int(i)] for i in used], np.uint8)[code]),
-    ]
+def _told(code: npt.NDArray[np.int16], values: list[str]) -> pa.Array:
+    """A column of names: `code` indexes `values`, which may repeat."""
+    distinct = sorted(set(values))
+    number = {v: n for n, v in enumerate(distinct)}
+    if distinct == values:
+        return _named(code, distinct)
+    return _named(np.array([number[v] for v in values], np.int16)[code], distinct)
 
 
 def delays_table(
@@ -259,6 +287,7 @@ def delays_table(
             _named(delays.outcome, _OUTCOMES),
             pa.array(delays.drop_reason),
             pa.array(delays.waited),
+            _container_ids(delays.device, devices),
         ],
         schema=SCHEMAS["delays"],
     )
@@ -288,6 +317,7 @@ def windows_table(
             *(pa.array(told.column(name)) for name in FIGURES),
             pa.ListArray.from_arrays(offsets, pa.array(told.bins.astype(np.uint16))),
             pa.ListArray.from_arrays(offsets, pa.array(told.counts)),
+            _container_ids(device, devices),
         ],
         schema=SCHEMAS["windows"],
     )
@@ -305,6 +335,7 @@ class LedgerRow:
     rows_stored: int
     rows_not_stored: int
     closed: bool
+    on_host_network: tuple[Sharer, ...] = ()
 
 
 def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:
@@ -321,6 +352,7 @@ def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:
             pa.array([e.rows_not_stored for e in entries], pa.int64()),
             pa.array([e.closed for e in entries]),
             *(pa.array([each[name] for each in grades], pa.int64()) for name in GRADES),
+            pa.array([[asdict(one) for one in e.on_host_network] for e in entries], pa.list_(_SHARER)),
         ],
         schema=SCHEMAS["ledger"],
     )
@@ -334,9 +366,16 @@ def grown(rows: pa.Table, table: str) -> pa.Table:
     schema = SCHEMAS[table]
     for field in schema:
         if field.name not in rows.column_names:
-            told = rows["packets"] if field.name == GRADES["buffer"] else pa.array([0] * len(rows), field.type)
+            told = rows["packets"] if field.name == GRADES["buffer"] else _nothing(field.type, len(rows))
             rows = rows.append_column(field.name, told)
     return rows.select(schema.names).cast(schema)
+
+
+def _nothing(type_: pa.DataType, rows: int) -> pa.Array:
+    """A column of rows that say nothing: 0, false, an empty name or list."""
+    if pa.types.is_dictionary(type_):
+        return _constant("", rows)
+    return pa.array([[] if pa.types.is_list(type_) else 0] * rows, type_)
 
 
 def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> pa.Table:

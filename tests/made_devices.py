@@ -10,6 +10,7 @@ class MadeFollower:
 
     def __init__(self, *polls):
         self.host_netns = HOST_NETNS
+        self.on_host_network = ()
         self.polls = deque(polls)
         self.on_news = lambda: None
         self.state = "new"

@@ -12,7 +12,9 @@ from mace import pipeline
 from mace.hooks import Hook
 from mace.records import Batch
 from mace.summary import Summary
+from mace.topology import Sharer
 from storage.embedded import EmbeddedStore
+from storage.query import Store
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
 SECOND_NS = 1_000_000_000
@@ -22,8 +24,8 @@ SLOWER = 12
 
 
 def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HEADER):
-    """Traffic over several seconds and the turn of an hour, with losses, a container that goes and comes back, and
-    packets that are under way for long.
+    """Traffic over several seconds and the turn of an hour, with losses, a container that goes and comes back, one that
+    is renamed then, one on the host's network as well, and packets that are under way for long.
     """
     made = traffic(count, seed, content=content)
     start = TOPOLOGY.from_ns
@@ -59,11 +61,18 @@ def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HE
     # A marker stands before every record of its gap.
     whole = whole[np.lexsort((whole.hook != Hook.LOST, whole.ts_ns))]
     third = ts[0] + (ts[-1] - ts[0]) // 3
-    gone = [d for d in TOPOLOGY.devices if d.container != "naïve-1" and d.name != "veth1"]
+    present = [replace(d, container_id=d.container and f"{d.netns:064x}") for d in TOPOLOGY.devices]
+    gone = [d for d in present if d.container != "naïve-1" and d.name != "veth1"]
+    renamed = [replace(d, container="renamed") if d.container == "naïve-2" else d for d in present]
     topologies = [
-        replace(TOPOLOGY, from_ns=int(ts[0]) - 1),
+        replace(TOPOLOGY, from_ns=int(ts[0]) - 1, devices=tuple(present), on_host_network=(Sharer("tmp", "f" * 64),)),
         replace(TOPOLOGY, from_ns=int(third), devices=tuple(gone)),
-        replace(TOPOLOGY, from_ns=int(third) + 2 * SECOND_NS),
+        replace(
+            TOPOLOGY,
+            from_ns=int(third) + 2 * SECOND_NS,
+            devices=tuple(renamed),
+            on_host_network=(Sharer("agent", "f" * 64), Sharer("image.sif[7]")),
+        ),
     ]
     items = []
     edges = [int(whole.ts_ns.searchsorted(t.from_ns)) for t in topologies] + [len(whole)]
@@ -107,7 +116,8 @@ def differences(one, other):
             found[table] = ask(f"{a} EXCEPT ALL {b} LIMIT 3") + ask(f"{b} EXCEPT ALL {a} LIMIT 3")
         last = [
             ask(
-                f"SELECT * EXCLUDE (flush, time), epoch_ns(time) FROM {rows_of(store, 'ledger')}"
+                # What was there since the row before depends on when that was.
+                f"SELECT * EXCLUDE (flush, time, on_host_network), epoch_ns(time) FROM {rows_of(store, 'ledger')}"
                 " QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1 ORDER BY host, run"
             )
             for store in (one, other)
@@ -116,6 +126,8 @@ def differences(one, other):
         runs = [
             ask(f"SELECT host, run, source, cpus FROM {rows_of(store, 'runs')} ORDER BY ALL") for store in (one, other)
         ]
+        sharers = [Store(store).sharers() for store in (one, other)]
+        found["sharers"] = [] if sharers[0] == sharers[1] else sharers
         found["runs"] = [] if runs[0] == runs[1] else runs
     return {table: rows for table, rows in found.items() if rows}
 

@@ -22,7 +22,7 @@ from collector.rtnetlink import LinkEvents
 from mace.errors import Unavailable
 from mace.lab import Lab, Runtime, Spec, running
 from mace.names import text
-from mace.topology import Device, Role
+from mace.topology import Device, Role, Sharer
 from tests.measuring import wait_for
 from tests.nasty_names import NASTY, kernel_takes
 
@@ -78,6 +78,13 @@ class Machine:
         wait_for(lambda: inode_of(f"/proc/{process.pid}/ns/net") != inode_of("/proc/self/ns/net"), 5)
         return process
 
+    def called(self, title: str, short: str) -> subprocess.Popen[bytes]:
+        """A process with that title in a namespace of ours."""
+        argv = ["bash", "-c", f'exec -a "{title}" sleep 1000']
+        process = subprocess.Popen(["nsenter", f"--net=/run/netns/{self.name(short)}", *argv])
+        self.processes.append(process)
+        return process
+
     def close(self) -> None:
         for process in self.processes:
             process.kill()
@@ -112,12 +119,15 @@ class Watcher:
         self.machine = machine
         self.follower = follower
         self.all: tuple[Device, ...] = ()
+        self.sharers: tuple[Sharer, ...] = ()
         self.poll()
 
     def poll(self) -> bool:
         new = self.follower.poll()
         if new is not None:
-            assert new != self.all, "a snapshot without a change"
+            sharers = self.follower.on_host_network
+            assert (new, sharers) != (self.all, self.sharers), "a snapshot without a change"
+            self.sharers = sharers
             assert list(new) == sorted(new, key=lambda d: d.key)
             assert len({d.key for d in new}) == len(new)
             self.all = new
@@ -691,6 +701,21 @@ def test_the_lab_s_containers_have_their_names(runtime: Runtime) -> None:
         assert outer.netns == lab.netns_inode("host")
         assert outer.peer_netns == lab.netns_inode("remote")
         assert {d.netns for d in found if d.role is Role.REMOTE} == {lab.netns_inode("remote")}
+
+
+async def _sharer(machine: Machine) -> None:
+    machine.add("host")
+    async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.05) as seen:
+        assert seen.sharers == ()
+        process = machine.called("Apptainer runtime parent: probe", "host")
+        await seen.until(lambda: seen.sharers == (Sharer(f"probe[{process.pid}]"),))
+        process.kill()
+        process.wait()
+        await seen.until(lambda: seen.sharers == ())
+
+
+def test_a_container_on_the_host_s_network_comes_and_goes(machine: Machine) -> None:
+    asyncio.run(_sharer(machine))
 
 
 async def _docker_restart(lab: Lab) -> None:

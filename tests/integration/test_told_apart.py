@@ -1,14 +1,18 @@
 """Equal names and addresses everywhere, containers that come, go and take each other's name: told apart."""
 
+import json
+import subprocess
 import time
 import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mace.lab import Spec, running
+from mace.lab import Runtime, Spec, running
+from mace.lab.docker import IMAGE
+from storage.query import Store
 from tests.brokers import free_port
-from tests.measuring import PATHS, balanced, measured, wait_for
+from tests.measuring import PATHS, balanced, mace, measured, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
@@ -143,8 +147,6 @@ def test_series_of_containers_that_came_and_went_are_gone(tmp_path):
 
 @pytest.mark.needs("docker")
 def test_real_docker_containers(tmp_path):
-    from mace.lab import Runtime
-
     with running(Spec(name="dock", containers=2, runtime=Runtime.DOCKER)) as lab:
         for container in lab.containers:
             lab.ping(container, count=2)
@@ -156,3 +158,43 @@ def test_real_docker_containers(tmp_path):
         assert sorted(found.values()) == [200, 200]
         assert {netns for _, netns in found} == {lab.netns_inode(container) for container in lab.containers}
         assert {name for name, _ in found} == set(lab.containers)
+
+
+@pytest.mark.needs("docker")
+def test_a_docker_container_is_renamed_and_another_is_on_the_host_s_network(tmp_path):
+    """Live, in the store and in the recording's replay: one container by its new name; the other is named, not lost."""
+    with running(Spec(name="named", containers=1, runtime=Runtime.DOCKER)) as lab:
+
+        def docker(*argv):
+            told = subprocess.run(
+                ["docker", "-H", f"unix://{lab.docker_socket}", *argv], capture_output=True, text=True, check=False
+            )
+            assert told.returncode == 0, told.stderr
+            return told.stdout.strip()
+
+        def newest_name(container_id):
+            known = Store(measurement.store).containers()
+            return next((one.container for one in known if one.container_id == container_id), None)
+
+        pinging = ["ping", "-i", "0.05", "-s", "117", lab.address("remote")]
+        agent = docker("run", "--detach", "--name", "agent", "--network", "host", IMAGE, "/bin/sleep", "2147483647")
+        with measured(lab, tmp_path) as measurement:
+            web = docker("run", "--detach", "--name", "web-tmp", IMAGE, *pinging)
+            wait_for(lambda: newest_name(web) == "web-tmp", what="packets under the first name")
+            docker("rename", "web-tmp", "web")
+            wait_for(lambda: newest_name(web) == "web", what="packets under the second name")
+    replayed = json.loads(mace("replay", measurement.capture, "--store", tmp_path / "again", "--json").stdout)
+    reported = json.loads(mace("report", "--store", measurement.store, "--json").stdout)
+    again = json.loads(mace("report", "--store", tmp_path / "again", "--json").stdout)
+    old_name = json.loads(mace("report", "--store", measurement.store, "--container", "web-tmp", "--json").stdout)
+    for found in (measurement.found, replayed, reported, again):
+        assert found["on_host_network"] == ["agent"]
+        rows = [each for each in found["overhead"] if each["direction"] == "egress" and each["container"] != "c1"]
+        assert [(each["container"], each["container_id"]) for each in rows] == [("web", web)]
+        assert "web-tmp" not in json.dumps(found)
+    assert {each["container"] for each in old_name["overhead"]} == {"web"}
+    (sharer,) = measurement.query("SELECT DISTINCT unnest(on_host_network) FROM ledger")
+    assert sharer == ({"container": "agent", "container_id": agent},)
+    shown = mace("report", "--store", measurement.store).stdout
+    assert "on the host's own network, with no device to cross: agent" in shown
+    assert "web-tmp" not in shown

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from collector import containers
-from collector.containers import ApiError, ContainerApi, NameService, is_made_up, name_in_cgroup, name_of_process
+from collector.containers import (
+    NOBODY,
+    ApiError,
+    Called,
+    ContainerApi,
+    NameService,
+    Sharing,
+    called_by_process,
+    id_in_cgroup,
+    is_made_up,
+    name_in_cgroup,
+)
 from collector.netns import inode_of
 
 ID = "9f7f73d4a4e5d34db251316f1463bf4e6e20f268029740e8613acf0acdbcfe5d"
@@ -51,12 +62,19 @@ OWN_NETNS = inode_of("/proc/self/ns/net")
 )  # fmt: skip
 def test_name_in_cgroup(text: str, name: str) -> None:
     assert name_in_cgroup(text) == name
+    # The whole id, where the name is the beginning of one.
+    assert id_in_cgroup(text) == next((one for one in (ID, OTHER_ID) if name and one.startswith(name)), "")
 
 
 def test_name_of_a_process_that_is_in_no_container(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "name_in_cgroup", lambda _text: "")
     comm = Path("/proc/self/comm").read_text().strip()
-    assert name_of_process(os.getpid()) == f"{comm}[{os.getpid()}]"
+    assert called_by_process(os.getpid()) == Called(f"{comm}[{os.getpid()}]")
+
+
+def test_id_of_a_process_in_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_cgroup_of", lambda _pid: f"0::/system.slice/docker-{ID}.scope")
+    assert called_by_process(os.getpid()) == Called("9f7f73d4a4e5", ID)
 
 
 def test_name_of_a_process_that_is_not_utf_8(tmp_path: Path) -> None:
@@ -64,8 +82,8 @@ def test_name_of_a_process_that_is_not_utf_8(tmp_path: Path) -> None:
     odd.symlink_to("/bin/sleep")
     with subprocess.Popen([odd, "60"]) as process:
         try:
-            eventually(lambda: not name_of_process(process.pid).startswith("python"))
-            assert name_of_process(process.pid) == rf"gr\xf6\xdfe[{process.pid}]"
+            eventually(lambda: not called_by_process(process.pid).name.startswith("python"))
+            assert called_by_process(process.pid).name == rf"gr\xf6\xdfe[{process.pid}]"
         finally:
             process.kill()
 
@@ -73,7 +91,7 @@ def test_name_of_a_process_that_is_not_utf_8(tmp_path: Path) -> None:
 def test_name_of_a_process_that_has_ended() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert name_of_process(ended.pid) == ""
+    assert called_by_process(ended.pid) == NOBODY
 
 
 def test_made_up_names() -> None:
@@ -154,6 +172,11 @@ def http(status: int, body: bytes) -> bytes:
     return b"HTTP/1.1 %d Whatever\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
 
 
+def names(api: ContainerApi) -> dict[int, str]:
+    """Inode of the network namespace → name."""
+    return {inode: called.name for inode, called in api.running() if inode}
+
+
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
     daemon = Daemon(tmp_path / "sock")
@@ -164,36 +187,36 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 def test_names_by_api(daemon: Daemon) -> None:
     daemon.runs(ID, "web", os.getpid())
     api = ContainerApi(daemon.path)
-    assert api.names() == {OWN_NETNS: "web"}
+    assert api.running() == [(OWN_NETNS, Called("web", ID))]
     # A container that is known and lives is not inspected again.
-    assert api.names() == {OWN_NETNS: "web"}
+    assert names(api) == {OWN_NETNS: "web"}
     assert daemon.asked == ["/containers/json", f"/containers/{ID}/json", "/containers/json"]
 
 
 def test_a_container_that_shares_a_namespace_does_not_name_it(daemon: Daemon) -> None:
     daemon.runs(ID, "web", os.getpid())
     daemon.runs(OTHER_ID, "sidecar", os.getpid(), f"container:{ID}")
-    assert ContainerApi(daemon.path).names() == {OWN_NETNS: "web"}
+    assert names(ContainerApi(daemon.path)) == {OWN_NETNS: "web"}
 
 
 def test_a_container_without_a_process_is_asked_for_again(daemon: Daemon) -> None:
     daemon.runs(ID, "web", 0)
     api = ContainerApi(daemon.path)
-    assert api.names() == {}
+    assert names(api) == {}
     daemon.answers[f"/containers/{ID}/json"] = http(200, json.dumps({"State": {"Pid": os.getpid()}}).encode())
-    assert api.names() == {OWN_NETNS: "web"}
+    assert names(api) == {OWN_NETNS: "web"}
 
 
 def test_a_container_that_goes_between_list_and_inspection(daemon: Daemon) -> None:
     daemon.runs(ID, "web", os.getpid())
     daemon.answers[f"/containers/{ID}/json"] = http(404, b'{"message": "No such container"}')
-    assert ContainerApi(daemon.path).names() == {}
+    assert names(ContainerApi(daemon.path)) == {}
 
 
 def test_a_container_without_a_name_has_its_short_id(daemon: Daemon) -> None:
     daemon.runs(ID, "web", os.getpid())
     daemon.answers["/containers/json"] = http(200, json.dumps([{"Id": ID}]).encode())
-    assert ContainerApi(daemon.path).names() == {OWN_NETNS: "9f7f73d4a4e5"}
+    assert names(ContainerApi(daemon.path)) == {OWN_NETNS: "9f7f73d4a4e5"}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +244,7 @@ def test_an_api_that_talks_nonsense(daemon: Daemon, answer: Answer, monkeypatch:
     monkeypatch.setattr(containers, "_API_TIMEOUT_S", 0.3)
     daemon.answers["/containers/json"] = answer
     with pytest.raises(ApiError):
-        ContainerApi(daemon.path).names()
+        ContainerApi(daemon.path).running()
 
 
 @pytest.mark.parametrize(
@@ -230,15 +253,15 @@ def test_an_api_that_talks_nonsense(daemon: Daemon, answer: Answer, monkeypatch:
 def test_an_inspection_that_says_nothing(daemon: Daemon, state: str) -> None:
     daemon.runs(ID, "web", os.getpid())
     daemon.answers[f"/containers/{ID}/json"] = http(200, state.encode())
-    assert ContainerApi(daemon.path).names() == {}
+    assert names(ContainerApi(daemon.path)) == {}
 
 
 def test_an_api_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="No such file"):
-        ContainerApi(str(tmp_path / "nothing")).names()
+        ContainerApi(str(tmp_path / "nothing")).running()
     (tmp_path / "file").touch()
     with pytest.raises(ApiError, match="refused"):
-        ContainerApi(str(tmp_path / "file")).names()
+        ContainerApi(str(tmp_path / "file")).running()
 
 
 def trickle(connection: socket.socket) -> None:
@@ -261,7 +284,7 @@ def test_an_api_that_does_not_come_to_an_end(daemon: Daemon, answer: Answer, mon
     daemon.answers["/containers/json"] = answer
     # The one says nothing, the other would go on for hours: neither does anybody wait for.
     with pytest.raises(ApiError):
-        ContainerApi(daemon.path).names()
+        ContainerApi(daemon.path).running()
 
 
 # --- the service ----------------------------------------------------------------------------------
@@ -281,9 +304,8 @@ def eventually(condition: Callable[[], bool], limit_s: float = 5) -> None:
         time.sleep(0.005)
 
 
-def test_containers_that_share_a_namespace_are_named(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Docker's by the daemon, Apptainer's by the process that waits for it, others by their control group."""
-    assert OWN_NETNS is not None
+def test_containers_that_share_a_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apptainer's by the process that waits for it, others by their control group; a process is asked while young."""
     with contextlib.ExitStack() as running:
 
         def process(title: str) -> subprocess.Popen[bytes]:
@@ -291,22 +313,45 @@ def test_containers_that_share_a_namespace_are_named(daemon: Daemon, monkeypatch
             running.callback(started.kill)
             return started
 
-        web, other, plain, own = (process("sleep") for _ in range(4))
-        apptainer = process("Apptainer runtime parent: probe")
+        web, other, plain, own = (process("sleep").pid for _ in range(4))
+        apptainer = process("Apptainer runtime parent: probe").pid
         cgroups = {
-            web.pid: f"0::/system.slice/docker-{ID}.scope",
-            other.pid: f"0::/docker/{OTHER_ID}",
-            own.pid: "0::/lxc.payload.ours/init.scope",
+            web: f"0::/system.slice/docker-{ID}.scope",
+            other: f"0::/docker/{OTHER_ID}",
+            own: "0::/lxc.payload.ours/init.scope",
             os.getpid(): "0::/lxc.payload.ours/init.scope",
         }
-        pids = [p.pid for p in (web, other, plain, own, apptainer)]
-        monkeypatch.setattr(containers, "occupied", lambda: {OWN_NETNS: [*pids, os.getpid()]})
         monkeypatch.setattr(containers, "_cgroup_of", lambda pid: cgroups.get(pid, "0::/"))
-        daemon.runs(ID, "web", web.pid, "host")
-        eventually(lambda: Path(f"/proc/{apptainer.pid}/cmdline").read_bytes().startswith(b"Apptainer"))
-        found = containers.sharing(OWN_NETNS, [daemon.path, "/nowhere"])
-    assert found == (OTHER_ID[:12], f"probe[{apptainer.pid}]", "web")
-    assert containers.sharing(1, [daemon.path]) == ()
+        eventually(lambda: Path(f"/proc/{apptainer}/cmdline").read_bytes().startswith(b"Apptainer"))
+        sharing, pids = Sharing(), [web, other, plain, own, apptainer, os.getpid()]
+        docker, probe = Called(ID[:12], ID), Called(f"probe[{apptainer}]")
+        assert sharing.among(pids, 0.0) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}
+        cgroups[plain] = cgroups.pop(other)
+        assert sharing.among(pids, 1.9) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}
+        cgroups.clear()
+        assert sharing.among(pids, 2.1) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}  # asked no more
+        assert sharing.among([plain, apptainer], 2.2) == {Called(OTHER_ID[:12], OTHER_ID), probe}
+        assert sharing.among([web], 2.3) == set()  # another process by that number
+        assert sharing.among([], 2.4) == set()
+
+
+def test_a_container_without_a_namespace_of_its_own_is_named(
+    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_RENAMED_S", 0.05)
+    daemon.runs(ID, "web-tmp", os.getpid(), "host")
+    daemon.runs(OTHER_ID, "nobody's question", os.getpid())
+    service.want({}, frozenset((ID,)))
+    service.wait(5)
+    assert service.of_ids == {ID: "web-tmp"}
+    for answer in ("web", "web-2"):
+        del daemon.answers["/containers/json"]
+        daemon.runs(ID, answer, os.getpid(), "host")
+        eventually(lambda answer=answer: service.of_ids == {ID: answer})  # type: ignore[misc]
+    # What it is called does not go with the daemon.
+    daemon.answers["/containers/json"] = http(503, b"")
+    eventually(lambda: bool(service.errors))
+    assert service.of_ids == {ID: "web-2"}
 
 
 def test_the_service_finds_names_and_then_leaves_the_daemon_alone(daemon: Daemon, service: NameService) -> None:
@@ -315,6 +360,7 @@ def test_the_service_finds_names_and_then_leaves_the_daemon_alone(daemon: Daemon
     service.want({OWN_NETNS: 1})
     service.wait(5)
     assert service.names == {OWN_NETNS: "web"}
+    assert service.called == {OWN_NETNS: Called("web", ID)}
     asked = len(daemon.asked)
     for _ in range(20):
         service.want({OWN_NETNS: 1})
@@ -379,7 +425,7 @@ def test_the_service_asks_again_while_a_namespace_has_no_name(daemon: Daemon, se
     daemon.runs(OTHER_ID, "starting", 0)
     service.want({OWN_NETNS: 1})
     service.wait(5)
-    assert service.names == {}
+    assert not service.names
     daemon.runs(ID, "web", os.getpid())
     eventually(lambda: service.names == {OWN_NETNS: "web"})
 
@@ -392,7 +438,7 @@ def test_a_new_namespace_with_an_old_inode_does_not_keep_the_name(daemon: Daemon
     del daemon.answers["/containers/json"]
     daemon.runs(OTHER_ID, "web2", os.getpid())
     service.want({OWN_NETNS: 2})
-    assert service.names == {}
+    assert not service.names
     eventually(lambda: service.names == {OWN_NETNS: "web2"})
 
 

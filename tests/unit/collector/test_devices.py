@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector import devices, netns
-from collector.devices import DeviceFollower, check, snapshot
+from collector import containers, devices, netns
+from collector.containers import NOBODY, Called
+from collector.devices import DeviceFollower, _Namespace, _Watch, check, snapshot
 from collector.netns import Found, inode_of, leave_for_new_netns, open_netns, path_of
 from collector.rtnetlink import Link, _messages, _parse_event, parse_default_route, parse_link
 from mace.errors import Unavailable
@@ -219,3 +220,43 @@ def test_for_real_without_capabilities() -> None:
 def test_a_namespace_is_named_by_its_name_or_its_path():
     assert path_of("web") == "/run/netns/web"
     assert path_of("/proc/1/ns/net") == "/proc/1/ns/net"
+
+
+ID, OTHER_ID = "a" * 64, "b" * 64
+DRAWN = "cni-3b0ee13c-d0a8-e5a0-7b1c-4d7e1c7c3e5f"
+INODE = 4026532000
+
+
+@pytest.mark.parametrize(
+    ("name", "by_api", "by_process", "called"),
+    [
+        ("", {INODE: Called("web", ID)}, Called(ID[:12], ID), ("net:[4026532000]", "web", ID)),
+        ("", {}, Called(ID[:12], ID), ("net:[4026532000]", ID[:12], ID)),
+        ("", {}, Called("sleep[7]"), ("net:[4026532000]", "sleep[7]", "")),
+        ("", {}, NOBODY, ("net:[4026532000]", "", "")),
+        (DRAWN, {INODE: Called("web", ID)}, NOBODY, (DRAWN, "web", ID)),
+        (DRAWN, {}, Called(ID[:12], ID), (DRAWN, ID[:12], ID)),
+        # Made by hand, maybe inside a container: the runtime does not rename these.
+        ("blue", {}, Called(ID[:12], ID), ("blue", "blue", "")),
+        ("mace-lab-c1", {}, Called(ID[:12], ID), ("mace-lab-c1", "c1", "")),
+        ("mace-lab-c1", {INODE: Called("web", ID)}, NOBODY, ("mace-lab-c1", "c1", "")),
+        # Another namespace in a container whose own namespace the API names.
+        ("", {7: Called("web", ID)}, Called(ID[:12], ID), ("net:[4026532000]", ID[:12], "")),
+        ("", {7: Called("web", OTHER_ID)}, Called(ID[:12], ID), ("net:[4026532000]", ID[:12], ID)),
+    ],
+)
+def test_an_id_goes_with_the_runtime_s_name(
+    name: str,
+    by_api: dict[int, Called],
+    by_process: Called,
+    called: tuple[str, str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(containers, "_LABS", tmp_path)
+    (tmp_path / "lab.json").write_text("{}")
+    watch = _Watch()
+    watch._names_used = by_api, {}
+    watch._ids_by_api = {one.container_id for one in by_api.values()}
+    namespace = _Namespace(5, 1, Found(INODE, name), 0.0, by_process=by_process)
+    assert watch._called(namespace) == called

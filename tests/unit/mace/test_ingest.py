@@ -14,6 +14,7 @@ from mace.errors import StoreError
 from mace.hosts import SLICE_NS, Hosts
 from mace.ingest import Ingest
 from mace.topics import Shard
+from mace.topology import Sharer
 from storage import segments
 from storage.journal import FIRST_SLICE_NS, Commit, Journal, Kind
 from storage.query import Store
@@ -68,6 +69,20 @@ def test_what_was_acknowledged_is_stored_once_however_often_it_starts(store):
     for _ in range(2):
         again = run(store)
         assert (again.rows_stored, rows(store)) == (0, before)
+
+
+def test_containers_without_devices_and_ids_come_to_its_store(store):
+    """Of a flush all that were there meanwhile, by the last of their names."""
+    devices = tuple(replace(d, container_id=d.container and f"{d.netns:064x}") for d in TOPOLOGY.devices)
+    first = replace(TOPOLOGY, devices=devices, on_host_network=(Sharer("tmp", "f" * 64), Sharer("image.sif[7]")))
+    whole = traffic(RECORDS)
+    half = len(whole) // 2
+    second = replace(first, from_ns=int(whole.ts_ns[half]), on_host_network=(Sharer("agent", "f" * 64),))
+    acknowledged(store, encode([first, *batches(whole[:half], 500), second, *batches(whole[half:], 500)]))
+    run(store)
+    assert Store(store).sharers() == (Sharer("agent", "f" * 64), Sharer("image.sif[7]"))
+    known = {(one.container, one.container_id) for one in Store(store).containers()}
+    assert known == {(d.container, d.container_id) for d in devices if d.container}
 
 
 def test_a_flush_without_its_commit_is_put_back(store):

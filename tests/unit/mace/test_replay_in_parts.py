@@ -70,6 +70,9 @@ def test_the_store_reads_like_any_other(capture, reference, tmp_path):
     assert one.summary().as_dict() == other.summary().as_dict()
     assert [replace(run, upto_utc_ns=0) for run in one.runs()] == [replace(run, upto_utc_ns=0) for run in other.runs()]
     assert other.runs()[0].closed
+    # By the newest names, also of what was in flight or in an open window when the name changed.
+    assert {key[0].container for key, _ in other.summary().overhead()} == {"naïve-0", "naïve-1", "renamed", "naïve-3"}
+    assert other.summary().on_host_network == ["agent", "image.sif[7]"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import weakref
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from mace.histogram import bins_of, quantiles
@@ -12,7 +13,7 @@ from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.schema import Direction, HookCost, Segment
 from mace.summary import Distribution, Place, Summary, ranks
-from mace.topology import Device, Role
+from mace.topology import Device, Role, Sharer
 from tests.made_results import START_NS, make_delays, make_results, make_windows, topology
 
 
@@ -226,9 +227,69 @@ def test_containers_on_the_host_s_network_are_named():
     summary = live(make_delays(10))
     assert "on_host_network" not in summary.as_dict()
     assert "host's own network" not in printed(summary)
-    summary.on_host_network = ("db", "web")
+    summary.sharers = (Sharer("db"), Sharer("web-tmp", "a" * 64))
+    summary.add(replace(make_results(make_delays(0)), on_host_network=(Sharer("web", "a" * 64),)))
     assert summary.as_dict()["on_host_network"] == ["db", "web"]
     assert "on the host's own network, with no device to cross: db, web" in printed(summary)
-    other = Summary(on_host_network=("cache", "db"))
+    other = Summary(sharers=(Sharer("cache"), Sharer("db")))
     other.merge(summary)
-    assert other.on_host_network == ("cache", "db", "web")
+    assert other.on_host_network == ["cache", "db", "web"]
+
+
+def called(name, container_id, results, containers=1):
+    """The same results with another name and id of the first container; its devices' numbers follow those of before."""
+    devices = tuple(
+        replace(d, container=name, container_id=container_id) if d.role is Role.INNER and d.container == "c0" else d
+        for d in topology(containers)
+    )
+    return replace(results, devices=devices)
+
+
+def renamed(*names, containers=1, listed=None):
+    """A summary of a container that had these (name, id) one after the other, a second each."""
+    summary, devices = Summary(), ()
+    for number, (name, container_id) in enumerate(names):
+        delays = make_delays(20, containers=containers, start_ns=START_NS + number * 10**9)
+        results = called(name, container_id, make_results(delays, containers=containers), containers)
+        windows = [replace(w, device=w.device + len(devices)) for w in make_windows(delays)]
+        devices = (*devices, *results.devices)
+        summary.add(replace(results, devices=devices, windows=tuple(windows), present=listed or results.devices))
+    return summary
+
+
+ID, OTHER_ID = "a" * 64, "b" * 64
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([("web-tmp", ID), ("web", ID)], [("web", ID)]),
+        ([("a", ID), ("b", ID), ("a", ID)], [("a", ID)]),
+        ([("web", ""), ("web", ID)], [("web", ID)]),  # it ran before the runtime was asked
+        ([("web", ID), ("web", OTHER_ID)], [("web", OTHER_ID)]),  # made anew, as before there were ids
+        ([("web-tmp", ""), ("web", "")], [("web", ""), ("web-tmp", "")]),
+        ([("web-tmp", ID), ("web", OTHER_ID)], [("web", OTHER_ID), ("web-tmp", ID)]),
+    ],
+)
+def test_a_container_that_was_renamed_is_one_row_by_its_newest_name(names, shown):
+    summary = renamed(*names)
+    egress = [(k, d) for k, d in summary.overhead() if k[1] is Direction.EGRESS]
+    assert [(k[0].container, k[0].container_id) for k, _ in egress] == shown
+    assert sum(d.count for _, d in egress) == 10 * len(names)
+    entries = [e for e in summary.as_dict()["overhead"] if e["direction"] == "egress"]
+    assert [(e["container"], e.get("container_id", "")) for e in entries] == shown
+    again = Summary()
+    again.merge(summary)
+    assert again.as_dict()["overhead"] == summary.as_dict()["overhead"]
+
+
+def test_a_renamed_container_without_packets_has_its_new_name():
+    listed = tuple(replace(d, container="web", container_id=ID) for d in topology()[:1])
+    summary = renamed(("web-tmp", ID), listed=listed)
+    assert {k[0].container for k, _ in summary.overhead()} == {"web"}
+    assert "web-tmp" not in printed(summary)
+
+
+def test_what_is_merged_does_not_change_what_it_was_merged_from():
+    summary = renamed(("web-tmp", ID), ("web", ID))
+    assert summary.as_dict() == summary.as_dict()

@@ -13,7 +13,7 @@ from mace.errors import WireError
 from mace.hooks import Hook
 from mace.interfaces import Progress
 from mace.records import CONTENT_DTYPES, DTYPES, Batch, Content
-from mace.topology import Device, Sighting
+from mace.topology import Device, Sharer, Sighting
 from mace.wire import Decoder, Encoder, Message
 from tests.made_capture import (
     HEADER,
@@ -145,6 +145,27 @@ def test_cookies_of_namespaces_travel_and_older_readers_see_the_rest():
     for wrong in ([1], [-1] * len(cookies.sightings), ["1"] * len(cookies.sightings)):
         with pytest.raises(WireError, match="netns_cookies"):
             wire._topology(wire._to_json(without | {"netns_cookies": wrong}), None)
+
+
+def test_ids_and_sharers_travel_and_older_readers_see_the_rest():
+    told = replace(
+        TOPOLOGY,
+        devices=(*TOPOLOGY.devices[1:], replace(TOPOLOGY.devices[0], container_id="a" * 64)),
+        on_host_network=(Sharer("agent", "b" * 64), Sharer("image.sif[7]")),
+    )
+    assert decode(encode([told]))[1] == told
+    # Keys of their own, which an older reader ignores; and none where there is nothing to say.
+    written = wire._topology_fields(told, 0)
+    assert written["on_host_network"] == [
+        {"container": "agent", "container_id": "b" * 64},
+        {"container": "image.sif[7]"},
+    ]
+    before = wire._to_json(wire._topology_fields(TOPOLOGY, 0))
+    assert b"container_id" not in before
+    assert b"on_host_network" not in before
+    for wrong in ({}, [1], [{}], [{"container": 5}], [{"container": "a", "container_id": 5}]):
+        with pytest.raises(WireError, match="on_host_network"):
+            wire._topology(wire._to_json(written | {"on_host_network": wrong}), None)
 
 
 def test_many_sightings_travel_once():

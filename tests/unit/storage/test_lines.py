@@ -13,9 +13,9 @@ from mace.clock import ClockPair
 from mace.metrics import MEASUREMENTS
 from mace.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTripRows, RoundTrips, Segment
 from mace.summary import ranks
-from mace.topology import Device, Role
+from mace.topology import Device, Role, Sharer
 from storage.lines import Budget, StreamLines, key
-from tests.made_results import HEADER, START_NS, make_delays, make_windows, topology
+from tests.made_results import HEADER, START_NS, make_delays, make_results, make_windows, topology
 
 DEVICES = topology(2)
 S = 1_000_000_000
@@ -241,3 +241,27 @@ def test_series_have_the_catalogues_tags():
     assert key("rtt", dict.fromkeys(reversed(tags), "x")) == "rtt," + ",".join(f"{tag}=x" for tag in tags)
     with pytest.raises(KeyError, match="rtt has no tag port"):
         key("rtt", {"port": "80"})
+
+
+def test_containers_are_told_when_they_come_when_they_are_renamed_and_once_a_minute():
+    lines = StreamLines(HEADER, Budget(3))
+    minute = START_NS // 60_000_000_000 * 60_000_000_000
+
+    def told(second, *names, sharers=()):
+        devices = tuple(Device(n, 2, "eth0", "veth", container=c, container_id=i) for n, (c, i) in enumerate(names))
+        results = replace(make_results(Delays.empty()), upto_utc_ns=minute + second * 10**9, present=devices)
+        return list(lines.containers(replace(results, on_host_network=sharers)))
+
+    series = "container_info,host=testhost,container={},container_id={}{},source=synthetic present=1i {}\n"
+    assert told(1, ("no id", "")) == []
+    assert told(2, ("web-tmp", "a1")) == [series.format("web-tmp", "a1", "", minute + 2 * 10**9)]
+    assert told(3, ("web-tmp", "a1")) == []
+    assert told(4, ("web", "a1")) == [series.format("web", "a1", "", minute + 4 * 10**9)]
+    agent = series.format("an\\ agent", "b2", ",netns=host", minute + 61 * 10**9)
+    assert told(61, ("web", "a1"), sharers=(Sharer("an agent", "b2"),)) == [
+        agent,
+        series.format("web", "a1", "", minute + 61 * 10**9),
+    ]
+    assert told(62, ("db", "c3")) == []
+    assert lines.over_budget == 1
+    assert list(lines.containers(make_results(Delays.empty()))) == []  # a source that lists no devices

@@ -21,7 +21,7 @@ from mace.errors import ConfigError, Unavailable
 from mace.hooks import Hook
 from mace.ledger import Ledger
 from mace.schema import Delays, Direction, HookCost, Segment, Window
-from mace.topology import Device, Role
+from mace.topology import Device, Role, Sharer
 from mace.vitals import Publishing, Vitals
 from storage import SINKS
 from storage import prometheus as endpoint
@@ -177,7 +177,7 @@ class Clock:
 
 def own_device(number):
     return Device(
-        1000 + number, 2, "eth0", "veth", 1, 10 + number, netns_name=f"net:[{number}]", container=f"c{number}"
+        1000 + int(number), 2, "eth0", "veth", 1, 10 + int(number), netns_name=f"net:[{number}]", container=f"c{number}"
     )
 
 
@@ -246,6 +246,42 @@ def calls_of(work):
     finally:
         sys.setprofile(None)
     return count
+
+
+def info(server):
+    found = samples(server.metrics("text/plain")[0].decode())
+    labels = [dict(k[1]) for k in found if k[0] == "mace_container_info"]
+    return {(one["host"], one["container"], one["container_id"], one["netns"]) for one in labels}
+
+
+def test_a_container_s_id_ties_its_names():
+    clock = Clock()
+    server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0", gone_s=60), Vitals(), clock)
+    server.begin(HEADER)
+
+    def seen(sharers=(), **names):
+        clock.now_s += 2  # those who ask within a second get the same text
+        listed = [replace(own_device(n), container=name, container_id=n * 8) for n, name in ids(names)]
+        server.add(HEADER, replace(NOTHING, present=tuple(listed), on_host_network=sharers))
+        return {(name, container_id) for _, name, container_id, _ in info(server)}
+
+    def ids(names):
+        return [(number[1:], name) for number, name in names.items()]
+
+    assert seen() == set()
+    assert seen(_1="web-tmp") == {("web-tmp", "1" * 8)}
+    assert info(server) == {("testhost", "web-tmp", "1" * 8, "net:[1]")}
+    # Series of the old name are still shown, and of this container.
+    assert seen(_1="web") == {("web-tmp", "1" * 8), ("web", "1" * 8)}
+    clock.now_s += 62
+    assert seen(_1="web") == {("web", "1" * 8)}
+    # One name stands for one container: a join by it would fail.
+    assert seen(_2="web") == {("web", "2" * 8)}
+    assert seen((Sharer("agent", "f" * 8), Sharer("probe[7]")), _2="web") == {("web", "2" * 8), ("agent", "f" * 8)}
+    assert ("testhost", "agent", "f" * 8, "host") in info(server)
+    server.end(HEADER)
+    clock.now_s += 62
+    assert info(server) == set()
 
 
 def test_hours_of_churn_cost_what_minutes_do():

@@ -15,7 +15,8 @@ from mace.histogram import BINS, MAX_NS, bins_of, lower_bounds, quantiles
 from mace.ledger import Ledger
 from mace.schema import Delays, Direction, Grades, Segment
 from mace.summary import Summary
-from storage import query, segments, tables
+from mace.topology import Sharer
+from storage import query, segments, sql, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, Store
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
@@ -363,3 +364,148 @@ def test_a_long_query_draws_nothing_into_the_output(stored, monkeypatch):
     store.runs()
     assert settings
     assert not any(settings)
+
+
+ID, OTHER_ID = "a" * 64, "b" * 64
+
+
+def stretch(second, name, container_id, containers=1, seed=0):
+    """A second of packets of containers, the first of them with that name and id."""
+    delays = make_delays(
+        40, containers=containers, seed=seed, start_ns=START_NS + second * 10**9, first_packet=1000 * second
+    )
+    devices = tuple(
+        # A host's device has the container whose packets crossed it.
+        replace(d, container=name, container_id=container_id) if d.container == "c0" or d.name == "vethc0" else d
+        for d in topology(containers)
+    )
+    return make_results(delays, devices=devices, windows=make_windows(delays))
+
+
+def renaming(path, *names, containers=1):
+    """A store of several flushes: its first container had these (name, id) one after the other."""
+    for number, (name, container_id) in enumerate(names):
+        fill(path, [stretch(number, name, container_id, containers)], f"run-{number}")
+    return Store(path)
+
+
+def containers_of(summary):
+    return {(k[0].container, k[0].container_id) for k, _ in summary.overhead()}
+
+
+@pytest.mark.parametrize("source", ["rows", "windows"])
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([("web-tmp", ID), ("web", ID)], {("web", ID)}),
+        ([("a", ID), ("b", ID), ("a", ID)], {("a", ID)}),
+        ([("web", ""), ("web", ID)], {("web", ID)}),
+        ([("web", ID), ("web", OTHER_ID)], {("web", OTHER_ID)}),
+        ([("web-tmp", ""), ("web", "")], {("web-tmp", ""), ("web", "")}),
+        ([("web-tmp", ID), ("web", OTHER_ID)], {("web-tmp", ID), ("web", OTHER_ID)}),
+    ],
+)
+def test_a_container_that_was_renamed_is_read_by_its_newest_name(tmp_path, names, shown, source):
+    store = renaming(tmp_path, *names, containers=2)
+    summary = store.summary(source=source)
+    assert containers_of(summary) == shown | {("c1", "")}
+    assert sum(d.count for k, d in summary.overhead()) == 40 * len(names)
+    names_shown = {name for name, _ in shown} | {"c1"}
+    assert {s.container for s in store.series(source=source)} == names_shown
+    assert {p.container for p in store.typical_paths()} == names_shown
+    assert {p.container for p in store.worst(1000)} == names_shown
+    asked = sql.table(store, "SELECT DISTINCT container FROM delays UNION SELECT DISTINCT container FROM windows")
+    assert set(asked["container"].to_pylist()) - {""} == names_shown
+
+
+def test_a_renamed_container_is_found_by_any_name_that_it_had(tmp_path):
+    store = renaming(tmp_path, ("web-tmp", ID), ("web", ID), ("c0", OTHER_ID))
+    whole = told(store.summary(Filter(container="web")))
+    assert whole
+    assert told(store.summary(Filter(container="web-tmp"))) == whole
+    assert store.summary(Filter(container="c0")).packets == 40
+    # In a stretch of time it has the newest name of that time.
+    before = Filter(until_ns=START_NS + 10**9)
+    assert store.summary(before).packets == 40
+    assert [c.earlier for c in store.containers() if c.container == "web"] == [("web-tmp",)]
+
+
+def test_who_is_called_as_asked_goes_before_who_was(tmp_path):
+    store = renaming(tmp_path, ("web", ID), ("old", ID), ("web", OTHER_ID))
+    assert containers_of(store.summary(Filter(container="web"))) == {("web", OTHER_ID)}
+    assert containers_of(store.summary(Filter(container="old"))) == {("old", ID)}
+
+
+def test_rows_are_given_as_they_are_stored(tmp_path):
+    rows = renaming(tmp_path, ("web-tmp", ID), ("web", ID)).delays()
+    assert set(rows["container"].to_pylist()) - {""} == {"web-tmp", "web"}
+    assert set(rows["container_id"].to_pylist()) == {"", ID}
+
+
+def test_a_store_of_before_there_were_ids_reads_the_same(tmp_path):
+    store = renaming(tmp_path, ("web", ""), ("db", ""), containers=2)
+    before = store.summary().as_dict()
+    for table, column in (("delays", "container_id"), ("windows", "container_id"), ("ledger", "on_host_network")):
+        for each in segments.listing(tmp_path, table):
+            rows = pq.read_table(each.path, partitioning=None)
+            pq.write_table(rows.drop_columns([column]), each.path)
+    store = Store(tmp_path)
+    assert store.summary().as_dict() == before
+    for source in ("rows", "windows"):
+        assert told(store.summary(source=source)) == told(store.summary())
+    assert store.sharers() == ()
+    # Next to rows of today, and merged with them.
+    fill(tmp_path, [stretch(2, "web", ID, 2)], "now")
+    assert containers_of(Store(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
+    later = [stretch(3 + n, "web", ID, 2) for n in range(2 * segments.FAN_IN)]
+
+    async def more():
+        sink = EmbeddedStore(tmp_path, fsync=False, flush_interval_s=60.0, flush_rows=1)
+        await sink.open(header("b"))
+        for each in later:
+            await sink.write(each)
+        await sink.aclose()
+        return EmbeddedStore.merge(sink)
+
+    count = Store(tmp_path).delays().num_rows
+    asyncio.run(more())
+    assert Store(tmp_path).delays().num_rows > count
+    assert containers_of(Store(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
+
+
+def test_columns_of_today_are_made_for_rows_of_before():
+    for table, column, nothing in (
+        ("delays", "container_id", ""),
+        ("windows", "container_id", ""),
+        ("ledger", "on_host_network", []),
+    ):
+        rows = tables.SCHEMAS[table].empty_table()
+        assert tables.grown(rows.drop_columns([column]), table).schema == tables.SCHEMAS[table]
+        made = tables._nothing(tables.SCHEMAS[table].field(column).type, 2)
+        assert made.to_pylist() == [nothing] * 2
+
+
+def test_a_damaged_segment_of_windows_costs_names_and_nothing_else(tmp_path):
+    store = renaming(tmp_path, ("web-tmp", ID), ("web", ID))
+    [*_, last] = segments.listing(tmp_path, "windows")
+    data = bytearray(last.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.path.write_bytes(data)
+    summary = Store(tmp_path).summary(source="rows")
+    assert {k[0].container for k, _ in summary.overhead()} == {"web-tmp", "web"}
+    assert told(summary).keys() == told(store.summary(source="rows")).keys()
+
+
+def test_containers_on_the_host_s_network_are_kept_with_the_ledger(tmp_path):
+    agent, image = Sharer("agent", ID), Sharer("image.sif[7]")
+    one = make_results(make_delays(9))
+    fill(tmp_path, [replace(one, on_host_network=(agent, image)), replace(one, on_host_network=())], "a")
+    later = make_results(make_delays(9, start_ns=START_NS + 10**12))
+    fill(tmp_path, [replace(later, on_host_network=(Sharer("agent-2", ID),))], "b")
+    store = Store(tmp_path)
+    # The first was gone when its flush was written; the second had another name by then.
+    assert store.sharers() == (Sharer("agent-2", ID), image)
+    assert store.summary().on_host_network == ["agent-2", "image.sif[7]"]
+    assert store.sharers(Filter(run="a")) == (agent, image)
+    assert store.sharers(Filter(until_ns=START_NS + 10**11)) == (agent, image)
+    assert store.sharers(Filter(since_ns=START_NS + 2 * 10**12)) == ()

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pytest
 
 from mace.hooks import Hook
 from mace.schema import Delays, Grades, HookCost
+from mace.topology import Sharer
 from storage import tables
 from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
 
@@ -31,6 +33,10 @@ def test_a_row_says_all_there_is_to_say_of_it():
         assert (row["kind"], row["role"]) == (device.kind, device.role.value)
         assert (row["packet"], row["delay_ns"]) == (delays.packet[i], delays.delay_ns[i])
         assert (row["position"], row["l3_len"]) == (delays.position[i], delays.l3_len[i])
+    named = tuple(replace(d, container_id=d.container * 9) for d in devices)
+    assert tables.delays_table(HEADER, delays, named)["container_id"].to_pylist() == [
+        named[n].container_id for n in delays.device
+    ]
     assert {r["direction"] for r in stored} == {"egress", "ingress"}
     assert {r["segment"] for r in stored} == {"device", "outside", "delivery", "overhead"}
     assert {(r["grade"], r["outcome"]) for r in stored} == {("buffer", "consumed")}
@@ -51,6 +57,7 @@ def test_the_file_has_the_declared_types(table):
                     rows_stored=2,
                     rows_not_stored=0,
                     closed=False,
+                    on_host_network=(Sharer("agent", "a" * 64), Sharer("probe[7]")),
                 )
             ],
             1,

@@ -1,0 +1,70 @@
+"""Containers' names in a store: rows keep the one of their moment, readers show the newest.
+
+A container that has an id is one container whatever it was called. Its names are read from `windows`, which has a row a
+second where `delays` has millions. Rows without an id keep the name that they have: those of before there was the
+column, and of containers that no runtime gave one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import duckdb
+import pyarrow as pa
+
+NAMES_SQL: Final = (
+    "SELECT host, container_id, container, max(epoch_ns(time)) FROM {windows} WHERE container_id != '' GROUP BY ALL"
+)
+"""Rows for `named`."""
+TABLES: Final = ("delays", "windows")
+"""Tables that name containers."""
+_RENAMED: Final = "renamed_containers"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A container, by its id."""
+
+    host: str
+    container_id: str
+    container: str
+    """What it was called last."""
+    utc_ns: int
+    """When: its last window under that name."""
+    earlier: tuple[str, ...]
+    """Its other names."""
+
+
+def named(rows: Iterable[tuple[str, str, str, int]]) -> list[Named]:
+    """One for each container, from (host, id, name, UTC in ns of the last row with that name); the newest last."""
+    names: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for host, container_id, container, utc_ns in rows:
+        names.setdefault((host, container_id), []).append((utc_ns, container))
+    found = []
+    for (host, container_id), told in names.items():
+        *earlier, (utc_ns, container) = sorted(told)
+        found.append(Named(host, container_id, container, utc_ns, tuple(name for _, name in earlier)))
+    return sorted(found, key=lambda one: (one.utc_ns, one.host, one.container_id))
+
+
+def newest_of(container: str, found: Sequence[Named]) -> str:
+    """The newest name of the container that is called so or, if none is, was called so last."""
+    if any(one.container == container for one in found):
+        return container
+    return next((one.container for one in reversed(found) if container in one.earlier), container)
+
+
+def by_newest_name(connection: duckdb.DuckDBPyConnection, relation: str, found: Sequence[Named]) -> str:
+    """SQL for the rows of a relation, each with its container's newest name."""
+    renamed = [one for one in found if one.earlier]
+    if not renamed:
+        return relation
+    columns = {name: [getattr(one, name) for one in renamed] for name in ("host", "container_id", "container")}
+    connection.register(_RENAMED, pa.table(columns))
+    return (
+        f"(SELECT stored.* REPLACE (coalesce({_RENAMED}.container, stored.container) AS container)"
+        f" FROM {relation} AS stored LEFT JOIN {_RENAMED}"
+        f" ON stored.host = {_RENAMED}.host AND stored.container_id = {_RENAMED}.container_id)"
+    )
