@@ -73,7 +73,7 @@ class _Host:
     given_up: str = ""
     """Why nothing more of the stream is taken; empty as long as it is."""
     taken: int = 0
-    """Frames of it that had been taken by then."""
+    """Frames of the stream that were worked through: one that made the engine fail is not among them."""
 
 
 @dataclass(slots=True)
@@ -201,11 +201,11 @@ class Hosts:
             stream.begin(frame, now_utc_ns)
             self._known[host] = known
             known.engine = Engine(header.clock.offset_ns, self._engine)
-            known.sliced_ns = known.waiting = known.rows = known.taken = 0
-            known.given_up = ""
+            known.sliced_ns = known.waiting = known.rows = 0
+            known.taken, known.given_up = stream.next, ""
             self._part(known).begins = True
             return
-        missing, known.taken = stream.missing, stream.next
+        missing = stream.missing
         item = stream.take(frame, now_utc_ns)
         self.counts.frames += 1
         if stream.missing != missing:
@@ -219,6 +219,7 @@ class Hosts:
             _hold_to_limits(known.engine, found)
             for results in found:
                 self._add(known, results)
+        known.taken = stream.next
 
     def give_up(self, host: str, why: str, stream: int | None = None) -> None:
         """Take nothing more of the host's run; what came out of it so far stays. Another run may follow.

@@ -55,10 +55,15 @@ def test_the_notebook_shows_what_it_computes():
 
 
 def _texts(cell):
-    outputs = cell.get("outputs", [])
-    return [
-        o.get("text", o.get("data", {}).get("text/plain", "")) for o in outputs if "image/png" not in o.get("data", {})
-    ]
+    """Text of each output; pieces of one stream are joined, since the kernel sends what is there when it looks."""
+    told = []
+    for output in cell.get("outputs", []):
+        stream, text = output.get("name"), output.get("text", output.get("data", {}).get("text/plain", ""))
+        if stream and told and told[-1][0] == stream:
+            told[-1] = stream, told[-1][1] + text
+        elif "image/png" not in output.get("data", {}):
+            told.append((stream, text))
+    return [text for _, text in told]
 
 
 def _pictures(cell):
