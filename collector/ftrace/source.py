@@ -151,7 +151,7 @@ class FtraceSource(RingSource):
         )
         self._instance: tracefs.Instance | None = None
         self._cpus: dict[int, _Cpu] = {}
-        self._filling = select.epoll()
+        self._filling: select.epoll | None = None
         """Rings that are filled to `_FILLED_PERCENT`."""
         self._swelling = False
         """Whether the last tick found a ring that would be half full after `gather_interval_s`."""
@@ -196,6 +196,7 @@ class FtraceSource(RingSource):
         present = self._prepare(instance)
         await self._follow(wakes=True)
         self._began_ns = time.monotonic_ns()
+        self._filling = select.epoll()
         self._open_cpus()
         for tracepoint in present:
             instance.enable(tracepoint)
@@ -235,7 +236,8 @@ class FtraceSource(RingSource):
         for cpu in self._cpus.values():
             cpu.ring.close()
         self._cpus.clear()
-        self._filling.close()
+        if self._filling is not None:
+            self._filling.close()
         if self._instance is not None:
             instance, self._instance = self._instance, None
             instance.remove()
@@ -282,6 +284,7 @@ class FtraceSource(RingSource):
         A tick every interval, not an interval between ticks: decoding, and what those who read us do meanwhile, must
         not add to the latency.
         """
+        assert self._filling is not None
         while not self._stopping and not self._devices_changed():
             # Before Linux 6.1 a ring is readable as soon as there is anything in it.
             filling = bool(self._filling.poll(0))
@@ -305,6 +308,7 @@ class FtraceSource(RingSource):
     def _open_cpus(self) -> None:
         """Open the ring of each CPU that came online. One that went offline keeps its ring, and so do we."""
         assert self._instance is not None
+        assert self._filling is not None
         for number in online_cpus():
             if number in self._cpus:
                 continue
