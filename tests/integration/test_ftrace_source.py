@@ -296,7 +296,7 @@ def test_tracefs_is_mounted_where_it_is_not():
     script = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from collector import tracefs
+        from collector.ftrace import tracefs
         from pathlib import Path
         mounts = Path("/proc/self/mounts").read_text
         assert tracefs.mounted(mounts()) is None
