@@ -1,4 +1,4 @@
-"""Files that hold a stream: which format each is of, when it was captured, and the source that reads it.
+"""Files that hold a stream: which format each is of, when it was captured, and what reads it.
 
 `FORMATS` is the table. A file is of the first format that knows its first bytes; from there on every format replays
 through the same engine. `Recording` is what a replay is made of: plain data, so that it can be sent to another process,
@@ -17,7 +17,9 @@ from collector.pcap import file as pcap_file
 from collector.pcap import source as pcap_source
 from collector.perfetto import source as perfetto_source
 from collector.perfetto import wire as perfetto_wire
-from collector.reading.options import Description, FileOptions, FileSource
+from collector.reading.options import Description, FileOptions
+from collector.reading.reader import FileReader
+from collector.reading.streaming import FileSource
 from collector.text import source as text_source
 from collector.tracecmd import source as tracecmd_source
 from contracts import wire
@@ -31,6 +33,7 @@ __all__ = [
     "Description",
     "FileFormat",
     "FileOptions",
+    "FileReader",
     "FileSource",
     "Recording",
     "in_time_order",
@@ -56,7 +59,7 @@ class FileFormat:
     """Whether the first `HEAD_BYTES` of a file (all of a shorter one) are of this format. Cheap; never raises."""
     describe: Callable[[Sequence[Path], FileOptions], Description]
     """Reads as little as it takes. Raises `Unavailable` or `CaptureError`."""
-    source: Callable[[Sequence[Path], FileOptions], FileSource]
+    reader: Callable[[Sequence[Path], FileOptions], FileReader]
     """Does not open anything yet."""
 
 
@@ -77,9 +80,13 @@ class Recording:
         """For a person: the paths."""
         return " + ".join(map(str, self.paths))
 
+    def reader(self) -> FileReader:
+        """A new reader of it, not yet open."""
+        return BY_NAME[self.format].reader(self.paths, self.options)
+
     def source(self) -> FileSource:
-        """A new source over it, not yet open."""
-        return BY_NAME[self.format].source(self.paths, self.options)
+        """The same as a stream for the pipeline."""
+        return FileSource(self.reader())
 
 
 def sniff(path: Path | str) -> FileFormat:
@@ -137,32 +144,32 @@ def _describe_mace(paths: Sequence[Path], options: FileOptions) -> Description:
     return Description(info.header, info.first_utc_ns)
 
 
-def _mace_source(paths: Sequence[Path], options: FileOptions) -> FileSource:
-    return capture_source.CaptureSource(paths[0], salvage=options.salvage)
+def _mace_reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
+    return capture_source.CaptureReader(paths[0], salvage=options.salvage)
 
 
 FORMATS: Final[tuple[FileFormat, ...]] = (
-    FileFormat("mace", "captures of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_source),
+    FileFormat("mace", "captures of `mace record` and `mace run --record`", _is_mace, _describe_mace, _mace_reader),
     FileFormat(
         "trace.dat",
         "files of `trace-cmd record` and `trace-cmd extract`, versions 6 and 7",
         tracecmd_source.recognises,
         tracecmd_source.describe,
-        tracecmd_source.source,
+        tracecmd_source.reader,
     ),
     FileFormat(
         "perfetto",
         "Perfetto traces with network events of traced",
         perfetto_wire.recognises,
         perfetto_source.describe,
-        perfetto_source.source,
+        perfetto_source.reader,
     ),
     FileFormat(
         "text",
         "what ftrace's trace and trace_pipe, `trace-cmd report` and `perf script` print",
         text_source.recognises,
         text_source.describe,
-        text_source.source,
+        text_source.reader,
     ),
     FileFormat(
         "pcap",
@@ -175,7 +182,7 @@ FORMATS: Final[tuple[FileFormat, ...]] = (
 """Formats that replay."""
 
 PCAP_PAIR: Final = FileFormat(
-    "pcap pair", "an inner and an outer packet capture", lambda _: False, pcap_source.describe, pcap_source.source
+    "pcap pair", "an inner and an outer packet capture", lambda _: False, pcap_source.describe, pcap_source.reader
 )
 """Not one file, so no file is recognised as one: `recording_of(PCAP_PAIR, (inner, outer))`."""
 

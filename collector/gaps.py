@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from contracts.hooks import Hook
 from contracts.records import DTYPES, Batch
+
+_MOST_LOST: Final = int(np.iinfo(DTYPES["l3_len"]).max)
+"""What the column of a marker can hold."""
 
 
 def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:
@@ -34,7 +37,10 @@ def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:
 
 def marker(cpu: int, ts_ns: int, lost: int, until_ns: int) -> Batch:
     """A batch of one `LOST` marker: `cpu` lost so many records after `ts_ns` and before `until_ns`."""
-    limits: dict[str, Any] = {"l3_len": min(lost, int(np.iinfo(DTYPES["l3_len"]).max))}
-    one: dict[str, Any] = {"ts_ns": ts_ns, "skb_id": until_ns, "cpu": cpu, "hook": Hook.LOST, **limits}
-    columns: dict[str, Any] = {name: [value] for name, value in one.items()}
+    columns: dict[str, Any] = {name: [value] for name, value in marker_columns(cpu, ts_ns, lost, until_ns).items()}
     return Batch.of(1, **columns)
+
+
+def marker_columns(cpu: int, ts_ns: int, lost: int, until_ns: int) -> dict[str, int]:
+    """The columns of such a marker that say something."""
+    return {"ts_ns": ts_ns, "skb_id": until_ns, "cpu": cpu, "hook": Hook.LOST, "l3_len": min(lost, _MOST_LOST)}

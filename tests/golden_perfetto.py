@@ -1,6 +1,5 @@
 """What a trace comes to: for the golden traces, whose answers are kept beside them."""
 
-import asyncio
 import hashlib
 import json
 from collections import Counter
@@ -14,24 +13,16 @@ from correlator.engine import Engine, EngineConfig
 
 def replayed(path, topology=None, salvage=False):
     """Stream and results of a file: (header, batches, last results, all delays)."""
-    source = recording(path, FileOptions(salvage=salvage, topology=topology)).source()
-
-    async def go():
-        header = await source.open()
-        engine = Engine(header.clock.offset_ns, EngineConfig())
+    with recording(path, FileOptions(salvage=salvage, topology=topology)).reader() as reader:
+        engine = Engine(reader.header.clock.offset_ns, EngineConfig())
         batches, results = [], []
-        try:
-            async for item in source.items():
-                if isinstance(item, Batch):
-                    batches.append(item)
-                results += engine.feed(item)
-        finally:
-            await source.aclose()
+        for item in reader.items():
+            if isinstance(item, Batch):
+                batches.append(item)
+            results += engine.feed(item)
         results.append(engine.finish())
-        return header, batches, results
-
-    header, batches, results = asyncio.run(go())
-    return header, Batch.concatenate(batches), results[-1], Delays.concatenate([one.delays for one in results]), source
+    delays = Delays.concatenate([one.delays for one in results])
+    return reader.header, Batch.concatenate(batches), results[-1], delays, reader
 
 
 def rows(delays, devices):

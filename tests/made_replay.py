@@ -6,7 +6,8 @@ from dataclasses import replace
 import duckdb
 import numpy as np
 
-from collector.capture.source import CaptureSource
+from collector.capture.source import CaptureReader
+from collector.reading.streaming import FileSource
 from contracts.figures import Summary
 from contracts.hooks import Hook
 from contracts.records import Batch
@@ -91,7 +92,7 @@ def one_engine(captures, store, engine=ENGINE):
     whole = Summary()
     for capture in captures:
         summary = Summary()
-        source = CaptureSource(capture)
+        source = FileSource(CaptureReader(capture))
         sinks = [EmbeddedStore(store, rows=engine.rows, fsync=False)]
         asyncio.run(pipeline.run(source, sinks, engine=engine, stop=pipeline.Stop(), on_results=summary.add))
         whole.merge(summary)

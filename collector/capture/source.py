@@ -1,7 +1,6 @@
 """Read capture files (`.mace`): a recorded stream, exactly as it was.
 
-`Capture` reads one file, plainly and synchronously; `CaptureSource` is the same as a `Source`. `collector.files` puts
-it beside the other formats.
+`Capture` reads one file, `CaptureReader` is the same behind the protocol of all formats (`collector.files`).
 
 A capture whose writer was killed has no END mark and may end in the middle of a frame. That is told
 (`Capture.truncated`) and is no error: everything before is intact. Anything else that is not as it was written
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from collector.reading.opening import is_url, open_binary
-from collector.reading.plain_reader import PlainReader
+from collector.reading.reader import FileReader
 from collector.reading.window import FileWindow
 from contracts import wire
 from contracts.errors import CaptureError, WireError
@@ -275,26 +274,26 @@ def read(path: Path | str, *, salvage: bool = False) -> Iterator[StreamItem]:
         yield from capture
 
 
-class CaptureSource(PlainReader):
-    """A capture file as a `Source`, at the speed of the reader."""
+class CaptureReader(FileReader):
+    """A capture file as a stream."""
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
         self.path: Final = path
         self.capture: Capture | None = None
-        """Open file: `bytes_total`, `bytes_read`, `truncated`, `damage`, `warnings`."""
+        """The open file."""
         self._salvage = salvage
 
-    async def open(self) -> StreamHeader:
+    def _open(self) -> StreamHeader:
         """Open the file; raises `Unavailable` or `CaptureError`."""
         self.capture = Capture(self.path, salvage=self._salvage)
         return self.capture.header
 
-    def read(self) -> Iterator[StreamItem]:
-        """See `PlainReader`."""
+    def items(self) -> Iterator[StreamItem]:
+        """See `FileReader`."""
         assert self.capture is not None, "open() first"
         yield from self.capture
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close the file."""
         if self.capture is not None:
             self.capture.close()
@@ -313,11 +312,6 @@ class CaptureSource(PlainReader):
     def bytes_read(self) -> int:
         """How far reading has come."""
         return self.capture.bytes_read if self.capture else 0
-
-    @property
-    def truncated(self) -> Truncated | None:
-        """Set at the end of a capture that has no END mark."""
-        return self.capture.truncated if self.capture else None
 
     @property
     def warnings(self) -> list[str]:

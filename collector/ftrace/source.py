@@ -18,35 +18,29 @@ import asyncio
 import atexit
 import logging
 import platform
-import secrets
 import select
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
-from typing import Final, Literal, Protocol
-
-import numpy as np
+from typing import Final, Literal
 
 from collector.ftrace import tracefs
 from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing, Ring
 from collector.gaps import marker, settle
-from collector.live.urgency import Urgency
+from collector.live.ring_source import Follower, RingSource
+from collector.machine.kernel import online_cpus
+from collector.memory import keep_freed_memory
 from collector.merge import Merger
-from collector.pages.decoding import Decoded, PageDecoder, Stretch
+from collector.pages.decoding import Decoded, PageDecoder, Sightings, Stretch
 from collector.pages.formats import parse_format, parse_header_page
 from contracts import clock
 from contracts.config import CaptureConfig
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import BY_TRACEPOINT, HOOKS, silent_on
-from contracts.interfaces import Progress, Status, StreamHeader, StreamItem
-from contracts.names import command_line, name_of_this_machine
+from contracts.interfaces import Status, StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.schema import HookCost
-from contracts.topology import Device, Sharer, Topology
-from contracts.version import VERSION
+from contracts.topology import Device
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +50,6 @@ _NOISE: Final = ("record-cmd", "record-tgid", "event-fork", "function-fork", "ma
 """Options that put other things than our events into the rings, or make each event dearer."""
 _CHUNK_BYTES: Final = 2 << 20
 """Pages decoded at once. Measured: a quarter of it costs a third more per event, twice of it no less."""
-_KEPT_BYTES: Final = 24 << 20
-"""glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 _FILLED_PERCENT: Final = 10
 """A ring so full is emptied before its time. Of 8 MiB it is 20,000 events: enough for a tick to cost little per event,
 and no more than the heaviest flood brings from one tick to the next."""
@@ -65,24 +57,6 @@ _FILLING: Final = 0.25
 """A tick that takes so much of a ring comes late: read every 50 ms, the heaviest flood leaves a tenth."""
 _SETTLE_S: Final = 0.01
 """Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
-
-
-class DeviceFollower(Protocol):
-    """What the source needs of who follows the devices of this machine."""
-
-    host_netns: int
-    on_host_network: tuple[Sharer, ...]
-    """Containers on the host's network, as of the last `poll`."""
-    on_news: Callable[[], object]
-    """Called, from any thread, when `poll` has something to tell."""
-
-    async def open(self) -> None: ...
-
-    def poll(self) -> tuple[Device, ...] | None:
-        """All devices, if anything changed since the last call, else None. The first call tells all."""
-        ...
-
-    async def aclose(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,32 +131,30 @@ class _Reading:
         return next((int(part.batch.ts_ns[-1]) for part in reversed(self.parts) if len(part.batch)), 0)
 
 
-class FtraceSource:
+class FtraceSource(RingSource):
     """A `contracts.interfaces.Source` over this machine's tracepoints."""
 
-    def __init__(self, config: FtraceConfig | None = None, devices: DeviceFollower | None = None) -> None:
+    def __init__(self, config: FtraceConfig | None = None, devices: Follower | None = None) -> None:
         self.config = config or FtraceConfig()
-        self._follower = devices
-        self._follower_open = False
-        self._stopping = False
-        self._wake = asyncio.Event()
+        self._sightings = Sightings()
+        self._merger = Merger(int(self.config.hold_back_ms * 1e6))
+        super().__init__(
+            "ftrace",
+            host=self.config.host,
+            hold_back_ms=self.config.hold_back_ms,
+            follower=devices,
+            watermark=self._merger,
+            seen=self._sightings,
+            filling=_FILLING,
+        )
         self._instance: tracefs.Instance | None = None
         self._cpus: dict[int, _Cpu] = {}
-        self._filling = select.epoll()
+        self._filling: select.epoll | None = None
         """Rings that are filled to `_FILLED_PERCENT`."""
         self._swelling = False
         """Whether the last tick found a ring that would be half full after `gather_interval_s`."""
         self._read_at_ns = 0
         """When the last tick began to read."""
-        self._merger = Merger(int(self.config.hold_back_ms * 1e6))
-        self._devices: tuple[Device, ...] = ()
-        self._sharers: tuple[Sharer, ...] = ()
-        self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
-        self._host_netns = 0
-        """Inode of the host's network namespace; 0 where nobody follows devices."""
-        self._sightings_told = 0
-        self._began_ns = 0
-        self._urgency = Urgency(begins=_FILLING)
         self._gathered: list[tuple[_Reading, Stretch]] = []
         self._filled = 0
         """Pages in the buffer that wait to be decoded: those of `_gathered`."""
@@ -211,14 +183,6 @@ class FtraceSource:
         silent = f"; {told}" if (told := silent_on(platform.release())) else ""
         return Status(ok=True, detail=f"{root}: {len(events)} of {len(HOOKS)} tracepoints{without}{silent}")
 
-    async def open(self) -> StreamHeader:
-        """Make the instance, enable the events and begin to record. Raises `Unavailable` or `SourceError`."""
-        try:
-            return await self._acquire()
-        except BaseException:
-            await self.aclose()
-            raise
-
     async def _acquire(self) -> StreamHeader:
         keep_freed_memory()
         root = tracefs.find()
@@ -228,31 +192,15 @@ class FtraceSource:
         # For a program that ends without aclose; what a kill leaves, the next start removes.
         atexit.register(self._remove)
         present = self._prepare(instance)
-        if self._follower is not None:
-            self._follower.on_news = partial(asyncio.get_running_loop().call_soon_threadsafe, self._wake.set)
-            await self._follower.open()
-            self._follower_open = True
-            self._devices = self._follower.poll() or ()
-            self._sharers = self._follower.on_host_network
-            self._host_netns = self._follower.host_netns
+        await self._follow(wakes=True)
         self._began_ns = time.monotonic_ns()
+        self._filling = select.epoll()
         self._open_cpus()
         for tracepoint in present:
             instance.enable(tracepoint)
         pair = clock.measure()
         instance.record(on=True)
-        return StreamHeader(
-            source="ftrace",
-            host=self.config.host or name_of_this_machine(),
-            run=secrets.token_hex(8),
-            kernel=platform.release(),
-            boot_id=boot_id(),
-            cpus=len(self._cpus),
-            clock=pair,
-            hooks=tuple(present),
-            mace_version=VERSION,
-            command=command_line(),
-        )
+        return self._header(len(self._cpus), pair, present)
 
     def _prepare(self, instance: tracefs.Instance) -> list[str]:
         """Clock, mode, ring size and formats; the tracepoints that this kernel has."""
@@ -271,31 +219,23 @@ class FtraceSource:
             raise Unavailable(
                 "ftrace", "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing"
             )
-        self._decoder = PageDecoder(self._layout, [parse_format(t, instance.event_format(t)) for t in present])
+        formats = [parse_format(t, instance.event_format(t)) for t in present]
+        self._decoder = PageDecoder(self._layout, formats, self._sightings)
         self._buffer = PageBuffer(self._layout, max(_CHUNK_BYTES // self._layout.page_size, 8))
         return present
 
-    def request_stop(self) -> None:
-        """Stop recording; `items` ends after what was recorded."""
-        self._stopping = True
-        self._wake.set()
-
-    async def aclose(self) -> None:
-        """Close the rings, remove the instance, stop following devices."""
-        self._urgency.end()
+    def _give_back(self) -> None:
         try:
             self._remove()
         finally:
             atexit.unregister(self._remove)
-            if self._follower_open and self._follower is not None:
-                self._follower_open = False
-                await self._follower.aclose()
 
     def _remove(self) -> None:
         for cpu in self._cpus.values():
             cpu.ring.close()
         self._cpus.clear()
-        self._filling.close()
+        if self._filling is not None:
+            self._filling.close()
         if self._instance is not None:
             instance, self._instance = self._instance, None
             instance.remove()
@@ -304,11 +244,6 @@ class FtraceSource:
     def skipped(self) -> int:
         """Events in the rings that are none of our hooks'."""
         return self._decoder.skipped
-
-    @property
-    def discarded(self) -> int:
-        """Records that came after later ones were given out (see `collector.merge`)."""
-        return self._merger.late
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
@@ -323,7 +258,8 @@ class FtraceSource:
         while not self._stopping:
             began_ns = time.monotonic_ns()
             behind = not self._read_all()
-            for item in self._released():
+            # The next tick is a while away, and what was given out may be worked on; in a flood it comes soon.
+            for item in self._released(progress=not self._swelling):
                 yield item
             if behind:
                 self._devices_changed()
@@ -334,21 +270,11 @@ class FtraceSource:
         self._instance.record(on=False)
         await asyncio.sleep(_SETTLE_S)
         while not self._read_all():
-            for item in self._released():
+            for item in self._released(progress=not self._swelling):
                 yield item
         self._tell_the_rest()
         for item in self._released(to_the_end=True):
             yield item
-
-    def _devices_changed(self) -> bool:
-        """Look after devices; what is new waits for its place in the stream."""
-        if self._follower is None or (devices := self._follower.poll()) is None:
-            return False
-        # New information holds from the latest time that no record was given out for. News comes at once, and a
-        # hold-back is longer than that takes, so that packets of a new device come behind it.
-        from_ns = time.monotonic_ns() - int(self.config.hold_back_ms * 1e6)
-        self._coming.append((max(from_ns, self._began_ns), devices, self._follower.on_host_network))
-        return True
 
     async def _rest(self, began_ns: int) -> None:
         """Until the next tick: when a ring fills, a device changed, or enough time passed since the last one began.
@@ -356,6 +282,7 @@ class FtraceSource:
         A tick every interval, not an interval between ticks: decoding, and what those who read us do meanwhile, must
         not add to the latency.
         """
+        assert self._filling is not None
         while not self._stopping and not self._devices_changed():
             # Before Linux 6.1 a ring is readable as soon as there is anything in it.
             filling = bool(self._filling.poll(0))
@@ -364,48 +291,13 @@ class FtraceSource:
             rest_s -= (time.monotonic_ns() - began_ns) / 1e9
             if rest_s <= 0:
                 return
-            await self._pause(rest_s, until_filling=not filling)
+            await self._pause(rest_s, None if filling else self._filling.fileno())
 
-    async def _pause(self, duration_s: float, *, until_filling: bool) -> None:
-        """So long at most; ends with the stop, news of devices and, if asked for, a ring that fills."""
-        loop = asyncio.get_running_loop()
-        self._wake.clear()
-        if until_filling:
-            loop.add_reader(self._filling.fileno(), self._wake.set)
-        try:
-            async with asyncio.timeout(duration_s):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-        finally:
-            if until_filling:
-                loop.remove_reader(self._filling.fileno())
+    def _learned(self, devices: tuple[Device, ...]) -> None:
+        """Nothing: the records carry names."""
 
-    def _topology(self, from_ns: int) -> Topology:
-        sightings = self._decoder.sightings.snapshot()
-        self._sightings_told = len(sightings)
-        return Topology(from_ns, self._host_netns, self._devices, sightings, self._sharers)
-
-    def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
-        watermark = self._merger.watermark_ns
-        if watermark is None:
-            return
-        while self._coming and (to_the_end or self._coming[0][0] <= watermark):
-            from_ns, devices, self._sharers = self._coming.popleft()
-            yield from self._batches(self._merger.take(from_ns))
-            self._devices = devices
-            yield self._topology(from_ns)
-        batch = self._merger.flush() if to_the_end else self._merger.take(watermark)
-        yield from self._batches(batch)
-        # The next tick is a while away, and what was given out may be worked on; in a flood it comes soon.
-        if not len(batch) or not (to_the_end or self._swelling):
-            yield Progress(watermark)
-
-    def _batches(self, batch: Batch) -> Iterator[StreamItem]:
-        if not len(batch):
-            return
-        if len(self._decoder.sightings) > self._sightings_told:
-            yield self._topology(int(batch.ts_ns[0]))
+    def _taken(self, until_ns: int | None) -> Iterator[Batch]:
+        batch = self._merger.flush() if until_ns is None else self._merger.take(until_ns)
         yield from batch.pieces()
 
     # --- the rings ------------------------------------------------------------------------------
@@ -413,12 +305,13 @@ class FtraceSource:
     def _open_cpus(self) -> None:
         """Open the ring of each CPU that came online. One that went offline keeps its ring, and so do we."""
         assert self._instance is not None
+        assert self._filling is not None
         for number in online_cpus():
             if number in self._cpus:
                 continue
             path = self._instance.cpu(number) / "trace_pipe_raw"
             ring = MmapRing(path, self._layout) if self.config.reader == "mmap" else ReadRing(path, self._layout)
-            since = max(self._began_ns, self._merger.given_ns or 0)
+            since = self._since_ns()
             self._cpus[number] = _Cpu(number, ring, complete_ns=since, last_ns=since)
             self._filling.register(ring.fileno(), select.EPOLLIN)
             self._merger.add_cpu(number, since)
@@ -517,7 +410,7 @@ class FtraceSource:
                 self._merger.push(cpu.cpu, marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
 
 
-def configured(config: CaptureConfig, devices: DeviceFollower, host: str = "") -> FtraceSource:
+def configured(config: CaptureConfig, devices: Follower, host: str = "") -> FtraceSource:
     """The source that `[capture]` describes. Raises `Unavailable` if it asks for a filter."""
     asked = [name for name in ("sample_shift", "netns", "devices", "protocols") if getattr(config, name)]
     if asked:
@@ -536,32 +429,3 @@ def configured(config: CaptureConfig, devices: DeviceFollower, host: str = "") -
         ),
         devices,
     )
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory instead of giving each large array back to the kernel and asking again.
-
-    The columns of a tick are made anew each time. Measured on a virtual machine, where a page fault is dear: without
-    this a third of all CPU time of a capture went into page faults.
-    """
-    np.empty(_KEPT_BYTES, np.uint8)
-
-
-def boot_id() -> str:
-    """Identifies this boot of the machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def online_cpus() -> tuple[int, ...]:
-    """Numbers of the CPUs that are online; asked at every tick."""
-    return cpu_list(Path("/sys/devices/system/cpu/online").read_bytes())
-
-
-@cache
-def cpu_list(text: bytes) -> tuple[int, ...]:
-    """CPU numbers of a list like `0-3,6` (Documentation/admin-guide/cputopology.rst)."""
-    cpus: list[int] = []
-    for part in text.decode("ascii").strip().split(","):
-        first, _, last = part.partition("-")
-        cpus.extend(range(int(first), int(last or first) + 1))
-    return tuple(cpus)

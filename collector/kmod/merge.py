@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.gaps import marker_columns
 from collector.kmod.ring import Records, Subbuf
 from collector.watermark import Watermark
 from contracts import abi
@@ -120,8 +121,8 @@ class Marker(Subbuf):
 
     def __init__(self, cpu: int, ts_ns: int, lost: int, until_ns: int) -> None:
         made = np.zeros(1, abi.COLUMNS)
-        made["ts_ns"], made["skb_id"], made["cpu"], made["hook"] = ts_ns, max(until_ns, ts_ns), cpu, Hook.LOST
-        made["l3_len"] = min(lost, int(np.iinfo(DTYPES["l3_len"]).max))
+        for name, value in marker_columns(cpu, ts_ns, lost, max(until_ns, ts_ns)).items():
+            made[name] = value
         super().__init__(made, held=False)
 
     def move_to(self, ts_ns: int) -> None:

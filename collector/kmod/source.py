@@ -14,35 +14,31 @@ counts must agree: records written are records read, records lost are records to
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import mmap
 import platform
-import secrets
 import socket
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
 
-from collector.ftrace.source import DeviceFollower, boot_id, keep_freed_memory, online_cpus
 from collector.kmod.device import DeviceInNetns, Filter, Hello, MaceDevice, Stats, Taken
 from collector.kmod.merge import Marker, Places, RingMerger
 from collector.kmod.ring import CpuRing, Subbuf
-from collector.live.urgency import Urgency
+from collector.live.ring_source import Follower, RingSource
+from collector.machine.kernel import online_cpus
 from collector.machine.netns import path_of
+from collector.memory import keep_freed_memory
 from contracts import clock
 from contracts.config import CaptureConfig
 from contracts.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
 from contracts.hooks import BY_HOOK, silent_on
-from contracts.interfaces import Progress, Status, StreamHeader, StreamItem
-from contracts.names import command_line, name_of_this_machine
+from contracts.interfaces import Status, StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.schema import HookCost
-from contracts.topology import Device, Sharer, Topology
-from contracts.version import VERSION
+from contracts.topology import Device
 
 _log = logging.getLogger(__name__)
 
@@ -127,38 +123,35 @@ class _Cpu:
     """Those that the heads of sub-buffers tell of."""
 
 
-class KmodSource:
+class KmodSource(RingSource):
     """A `contracts.interfaces.Source` over /dev/mace."""
 
     def __init__(
         self,
         config: KmodConfig | None = None,
-        devices: DeviceFollower | None = None,
+        devices: Follower | None = None,
         open_module: Callable[[], Module] = MaceDevice,
     ) -> None:
         self.config = config or KmodConfig()
-        self._follower = devices
-        self._follower_open = False
-        self._open_module = open_module
-        self._module: Module | None = None
-        self._stop = asyncio.Event()
-        self._wake = asyncio.Event()
-        self._cpus: dict[int, _Cpu] = {}
-        self._elsewhere: int | None = None
-        """A CPU that came online after the rings were made: markers of what it lost are said to be its."""
-        self._elsewhere_told = 0
         self._names: dict[tuple[int, int], str] = {}
         self._inodes: dict[int, int] = {}
         self._places = Places(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
         self._merger = RingMerger(int(self.config.hold_back_ms * 1e6), self._places)
-        self._devices: tuple[Device, ...] = ()
-        self._sharers: tuple[Sharer, ...] = ()
-        self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
-        self._host_netns = 0
-        """Inode of the host's network namespace; 0 where nobody follows devices."""
-        self._sightings_told = 0
-        self._began_ns = 0
-        self._urgency = Urgency(begins=_FILLING)
+        super().__init__(
+            "kmod",
+            host=self.config.host,
+            hold_back_ms=self.config.hold_back_ms,
+            follower=devices,
+            watermark=self._merger,
+            seen=self._places,
+            filling=_FILLING,
+        )
+        self._open_module = open_module
+        self._module: Module | None = None
+        self._cpus: dict[int, _Cpu] = {}
+        self._elsewhere: int | None = None
+        """A CPU that came online after the rings were made: markers of what it lost are said to be its."""
+        self._elsewhere_told = 0
         self._cost_before: dict[int, HookCost] = {}
         self._cost: tuple[HookCost, ...] = ()
 
@@ -191,14 +184,6 @@ class KmodSource:
             f" hooks{without}; sees {sees}{silent}" + (f"; own cost per call: {paid}" if paid else ""),
         )
 
-    async def open(self) -> StreamHeader:
-        """Make the rings and begin to record. Raises `Unavailable` or `SourceError`."""
-        try:
-            return await self._acquire()
-        except BaseException:
-            await self.aclose()
-            raise
-
     async def _acquire(self) -> StreamHeader:
         keep_freed_memory()
         self._module = module = self._open_module()
@@ -210,17 +195,12 @@ class KmodSource:
         self._began_ns = time.monotonic_ns()
         config = self.config
         wanted = replace(config.wanted, hooks=hooks)
-        if self._follower is not None:
-            await self._follower.open()
-            self._follower_open = True
-            self._devices = self._follower.poll() or ()
-            self._sharers = self._follower.on_host_network
-            self._host_netns = self._follower.host_netns
+        await self._follow(wakes=False)
         # Where nobody says which cookie is which namespace, the inode at least can be looked up.
         cookies = hello.cookies and bool(self._devices) and all(device.netns_cookie for device in self._devices)
         if cookies:
             self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
-        self._learn_names(self._devices)
+        self._learned(self._devices)
         cpus = module.setup(
             subbuf_bytes=config.subbuf_bytes,
             subbufs=config.subbufs,
@@ -234,18 +214,7 @@ class KmodSource:
         self._cost_before = {cost.hook: cost for cost in module.cost()}
         pair = clock.measure()
         module.start()
-        return StreamHeader(
-            source="kmod",
-            host=self.config.host or name_of_this_machine(),
-            run=secrets.token_hex(8),
-            kernel=platform.release(),
-            boot_id=boot_id(),
-            cpus=len(cpus),
-            clock=pair,
-            hooks=tuple(BY_HOOK[hook].tracepoint for hook in hooks),
-            mace_version=VERSION,
-            command=command_line(),
-        )
+        return self._header(len(cpus), pair, [BY_HOOK[hook].tracepoint for hook in hooks])
 
     def _add_cpu(self, cpu: int, since_ns: int) -> None:
         assert self._module is not None
@@ -254,33 +223,16 @@ class KmodSource:
         self._cpus[cpu] = _Cpu(ring, last_ns=since_ns)
         self._merger.add_cpu(cpu, since_ns)
 
-    def request_stop(self) -> None:
-        """Stop recording; `items` ends after what was recorded."""
-        self._stop.set()
-        self._wake.set()
-
-    async def aclose(self) -> None:
-        """End the session, stop following devices."""
-        self._urgency.end()
+    def _give_back(self) -> None:
         # Nothing may look into a ring when it is unmapped.
         self._merger.clear()
         self._cpus.clear()
-        try:
-            if self._module is not None:
-                module, self._module = self._module, None
-                try:
-                    module.stop()
-                finally:
-                    module.close()
-        finally:
-            if self._follower_open and self._follower is not None:
-                self._follower_open = False
-                await self._follower.aclose()
-
-    @property
-    def discarded(self) -> int:
-        """Records that came after later ones were given out (see `collector.kmod.merge`)."""
-        return self._merger.late
+        if self._module is not None:
+            module, self._module = self._module, None
+            try:
+                module.stop()
+            finally:
+                module.close()
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
@@ -302,75 +254,34 @@ class KmodSource:
         """Topology and batches until `request_stop`. A slow reader is felt in the module's rings, not here."""
         assert self._module is not None
         yield self._topology(self._began_ns)
-        while not self._stop.is_set():
+        while not self._stopping:
             began = time.monotonic()
             self._take_all()
             for item in self._released():
                 yield item
             self._make_room()
-            if self._follower is not None and (devices := self._follower.poll()) is not None:
-                self._learn_names(devices)
-                # New information holds from the latest time that no record was given out for.
-                from_ns = time.monotonic_ns() - int(self.config.hold_back_ms * 1e6)
-                self._coming.append((from_ns, devices, self._follower.on_host_network))
+            self._devices_changed()
             if not self._module.hello.sees_all and self._module.greet().netns_gone:
                 _log.warning("kmod: the network namespace of this session has died: nothing more will come")
                 break
             # A tick every interval, not an interval between ticks: merging, and what those who read us do
             # meanwhile, must not add to the latency.
-            await self._pause(max(began + self.config.poll_interval_s - time.monotonic(), 0))
+            rest_s = max(began + self.config.poll_interval_s - time.monotonic(), 0)
+            await self._pause(rest_s, self._module.fileno())
         self._module.stop()
         self._take_all(last=True)
         for item in self._released(to_the_end=True):
             yield item
         self._balance()
 
-    async def _pause(self, duration_s: float) -> None:
-        """Until then, or until a ring has its watermark full, or the stop."""
-        assert self._module is not None
-        loop, fd = asyncio.get_running_loop(), self._module.fileno()
-        if not self._stop.is_set():
-            self._wake.clear()
-        loop.add_reader(fd, self._wake.set)
-        try:
-            async with asyncio.timeout(duration_s):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-        finally:
-            loop.remove_reader(fd)
-
-    def _learn_names(self, devices: tuple[Device, ...]) -> None:
+    def _learned(self, devices: tuple[Device, ...]) -> None:
         """By how records name namespaces."""
         by_cookie = self._places.inode_of is not None
         self._names = {(d.netns_cookie if by_cookie else d.netns, d.ifindex): d.name for d in devices}
         self._inodes = {device.netns_cookie: device.netns for device in devices}
 
-    def _topology(self, from_ns: int) -> Topology:
-        sightings = self._places.snapshot()
-        self._sightings_told = len(sightings)
-        return Topology(from_ns, self._host_netns, self._devices, sightings, self._sharers)
-
-    def _released(self, *, to_the_end: bool = False) -> Iterator[StreamItem]:
-        watermark = self._merger.watermark_ns
-        assert watermark is not None
-        while self._coming and (to_the_end or self._coming[0][0] <= watermark):
-            from_ns, devices, self._sharers = self._coming.popleft()
-            yield from self._batches(self._merger.take(from_ns))
-            self._devices = devices
-            yield self._topology(from_ns)
-        given = False
-        for item in self._batches(self._merger.flush() if to_the_end else self._merger.take(watermark)):
-            given = True
-            yield item
-        if not given:
-            yield Progress(watermark)
-
-    def _batches(self, batches: Iterator[Batch]) -> Iterator[StreamItem]:
-        for batch in batches:
-            if len(self._places) > self._sightings_told:
-                yield self._topology(int(batch.ts_ns[0]))
-            yield batch
+    def _taken(self, until_ns: int | None) -> Iterator[Batch]:
+        return self._merger.flush() if until_ns is None else self._merger.take(until_ns)
 
     # --- the rings ------------------------------------------------------------------------------
 
@@ -414,14 +325,14 @@ class KmodSource:
         for cpu in online_cpus():
             if cpu not in self._cpus and self._module.has_ring(cpu):
                 # What it wrote before what was already given out comes too late, and is counted so.
-                self._add_cpu(cpu, max(self._began_ns, self._merger.given_ns or 0))
+                self._add_cpu(cpu, self._since_ns())
 
     def _tell_elsewhere(self, *, last: bool) -> None:
         """What CPUs lost that have no ring, because there was no memory when they came online: all of their records."""
         assert self._module is not None
         late = [cpu for cpu in online_cpus() if cpu not in self._cpus]
         if self._elsewhere is None and (late or last):
-            since = max(self._began_ns, self._merger.given_ns or 0)
+            since = self._since_ns()
             self._elsewhere = late[0] if late else max(self._cpus) + 1
             self._merger.add_cpu(self._elsewhere, since)
             if late:
@@ -432,7 +343,7 @@ class KmodSource:
             lost = everywhere - sum(int(self._module.stats(cpu).lost.sum()) for cpu in self._cpus)
             now_ns = time.monotonic_ns()
             if lost > self._elsewhere_told:
-                since = max(self._began_ns, self._merger.given_ns or 0)
+                since = self._since_ns()
                 self._merger.push(self._elsewhere, Marker(self._elsewhere, since, lost - self._elsewhere_told, now_ns))
                 self._elsewhere_told = lost
             self._merger.complete(self._elsewhere, now_ns)
@@ -476,7 +387,7 @@ _PROTOCOLS: Final = {
 """IP protocol numbers by name (IANA, Assigned Internet Protocol Numbers); any other goes by its number."""
 
 
-def configured(config: CaptureConfig, devices: DeviceFollower, host: str = "") -> KmodSource:
+def configured(config: CaptureConfig, devices: Follower, host: str = "") -> KmodSource:
     """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
     return KmodSource(
         KmodConfig(

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from collector.pcap.devices import DeviceSurvey
 from collector.pcap.file import PacketColumns, PcapFile
 from collector.pcap.pairs import EVERYTHING_NS, INNER, OUTER, Paired, Pairing
-from collector.reading.options import Description, FileOptions, FileSource
-from collector.reading.plain_reader import PlainReader
+from collector.reading.options import Description, FileOptions
+from collector.reading.reader import FileReader
 from contracts.clock import ClockPair
 from contracts.errors import CaptureError
 from contracts.hooks import BY_HOOK, Hook
@@ -62,9 +62,9 @@ def describe(paths: Sequence[Path], options: FileOptions) -> Description:
     return Description(_header(paths), min(first, default=0))
 
 
-def source(paths: Sequence[Path], options: FileOptions) -> FileSource:
-    """The source over a pair: inner, outer."""
-    return PcapPairSource(paths[0], paths[1], options)
+def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
+    """The reader of a pair: inner, outer."""
+    return PcapPairReader(paths[0], paths[1], options)
 
 
 def alone(paths: Sequence[Path], _: FileOptions) -> Any:
@@ -116,8 +116,8 @@ def _in_step(files: Sequence[PcapFile]) -> Iterator[tuple[int, PacketColumns | N
         yield file, piece, min(newest)
 
 
-class PcapPairSource(PlainReader):
-    """Two captures as a `FileSource`."""
+class PcapPairReader(FileReader):
+    """Two captures as a stream."""
 
     def __init__(self, inner: Path | str, outer: Path | str, options: FileOptions | None = None) -> None:
         self._paths = (Path(inner), Path(outer))
@@ -138,13 +138,13 @@ class PcapPairSource(PlainReader):
         self.pairs = 0
         """Found in both."""
 
-    async def open(self) -> StreamHeader:
+    def _open(self) -> StreamHeader:
         """Open both. Raises `Unavailable` or `CaptureError`."""
         for path in self._paths:
             self._files.append(PcapFile(path, salvage=self._options.salvage))
         return _header(self._paths)
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close both."""
         for file in self._files:
             file.close()
@@ -206,8 +206,8 @@ class PcapPairSource(PlainReader):
         told = f"{names}: no packet of the one is in the other within {WITHIN_NS / 1e9:g} s"
         return [f"{told}: are both of one host, of the same time and by the same clock?"]
 
-    def read(self) -> Iterator[StreamItem]:
-        """See `PlainReader`."""
+    def items(self) -> Iterator[StreamItem]:
+        """See `FileReader`."""
         begun = False
         self._choose_devices()
         for paired in self._decided():

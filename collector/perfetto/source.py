@@ -17,9 +17,9 @@ from typing import Final
 import numpy as np
 
 from collector import known_topology
-from collector.ftrace.source import keep_freed_memory
 from collector.gaps import marker, settle
 from collector.known_topology import NAMES_ONLY, TopologyTeller
+from collector.memory import keep_freed_memory
 from collector.merge import Merger
 from collector.pages.decoding import Sightings, process_key
 from collector.perfetto.bundle import Bundle
@@ -27,8 +27,8 @@ from collector.perfetto.clock import UNKNOWN_UNCERTAINTY_NS, FtraceClock
 from collector.perfetto.events import Decoded, EventDecoder
 from collector.perfetto.survey import BUNDLE, DROPPED, FIRST, MACHINE, SEQUENCE, Stream, Survey, survey
 from collector.perfetto.wire import PacketReader
-from collector.reading.options import Description, FileOptions, FileSource
-from collector.reading.plain_reader import PlainReader
+from collector.reading.options import Description, FileOptions
+from collector.reading.reader import FileReader
 from contracts.clock import ClockPair
 from contracts.errors import CaptureError
 from contracts.hooks import Hook
@@ -50,9 +50,9 @@ def describe(paths: Sequence[Path], options: FileOptions) -> Description:
     return Description(opened.header, opened.first_ns + opened.header.clock.offset_ns)
 
 
-def source(paths: Sequence[Path], options: FileOptions) -> FileSource:
-    """The source over one trace."""
-    return PerfettoSource(paths[0], options)
+def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
+    """The reader of one trace."""
+    return PerfettoReader(paths[0], options)
 
 
 @dataclass(slots=True)
@@ -114,8 +114,8 @@ class _Opened:
         return cls(found, header, first, known, same, warnings)
 
 
-class PerfettoSource(PlainReader):
-    """A Perfetto trace as a `FileSource`, at the speed of the reader."""
+class PerfettoReader(FileReader):
+    """A Perfetto trace as a stream."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
         self.path: Final = Path(path)
@@ -129,14 +129,14 @@ class PerfettoSource(PlainReader):
         self.sightings: Final = Sightings()
         self.decoder: Final = EventDecoder(self.sightings, process_key())
 
-    async def open(self) -> StreamHeader:
+    def _open(self) -> StreamHeader:
         """Look through the trace. Raises `Unavailable` or `CaptureError`."""
         keep_freed_memory()
         self._opened = _Opened.of(self.path, self._options)
         self._packets = PacketReader(self.path, salvage=self._options.salvage)
         return self._opened.header
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close the file."""
         if self._packets is not None:
             self._packets.close()
@@ -181,8 +181,8 @@ class PerfettoSource(PlainReader):
             )
         return told
 
-    def read(self) -> Iterator[StreamItem]:
-        """See `PlainReader`."""
+    def items(self) -> Iterator[StreamItem]:
+        """See `FileReader`."""
         assert self._opened is not None, "open() first"
         teller = TopologyTeller(self._opened.known, self.sightings, same_clock=self._opened.same_clock)
         yield from teller.stream(self._merged())

@@ -1,32 +1,11 @@
-"""What a reader of files is asked, and what it promises: the part of `collector.files` that the formats share."""
+"""What a reader of files is asked, and what a file says of itself before it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from contracts.interfaces import Source, StreamHeader
-
-
-class FileSource(Source, Protocol):
-    """A `Source` over a file; the properties hold from `open` on, `warnings` at the end."""
-
-    @property
-    def bytes_total(self) -> int:
-        """What there is to read, for a progress bar; 0 if that is not known."""
-        ...
-
-    @property
-    def bytes_read(self) -> int:
-        """How far reading has come, at most `bytes_total`."""
-        ...
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What the user should know after reading, one line each: damage, a missing end, what cannot be told."""
-        ...
+from contracts.interfaces import StreamHeader
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_
 from collector.merge import Merger
 from collector.pages.decoding import PageDecoder, Sightings, process_key
 from collector.pages.formats import PageLayout
-from collector.reading.options import Description, FileOptions, FileSource
-from collector.reading.plain_reader import PlainReader
+from collector.reading.options import Description, FileOptions
+from collector.reading.reader import FileReader
 from collector.text.lines import LINE_MAX, LineReader, chunks, is_event
 from collector.text.unread import COLUMNS, DISCARDED, begins_text, is_traced, told
 from contracts.clock import ClockPair
@@ -55,9 +55,9 @@ def describe(paths: Sequence[Path], options: FileOptions) -> Description:
     return Description(opened.header, opened.first_ns + opened.header.clock.offset_ns)
 
 
-def source(paths: Sequence[Path], options: FileOptions) -> FileSource:
-    """The source over one file."""
-    return TextSource(paths[0], options)
+def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
+    """The reader of one file."""
+    return TextReader(paths[0], options)
 
 
 class _Opened:
@@ -119,8 +119,8 @@ class _Opened:
         )
 
 
-class TextSource(PlainReader):
-    """A text as a `FileSource`."""
+class TextReader(FileReader):
+    """A text as a stream."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
         self.path: Final = Path(path)
@@ -132,13 +132,13 @@ class TextSource(PlainReader):
         self._damage: list[int] = []
         """Where lines have zeros in them."""
 
-    async def open(self) -> StreamHeader:
+    def _open(self) -> StreamHeader:
         """Open the file and find the first event. Raises `Unavailable` or `CaptureError`."""
         self._opened = opened = _Opened(self.path, self._options)
         self._reader = LineReader(opened.sightings, opened.decoder)
         return opened.header
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close the file."""
         if self._opened is not None:
             self._opened.file.close()
@@ -193,8 +193,8 @@ class TextSource(PlainReader):
             lines.append(f"{self.path}: {self._reader.uncounted} losses do not say how many events; told as one each")
         return lines
 
-    def read(self) -> Iterator[StreamItem]:
-        """See `PlainReader`."""
+    def items(self) -> Iterator[StreamItem]:
+        """See `FileReader`."""
         assert self._opened is not None, "open() first"
         yield from self._opened.teller.stream(self._merged())
 

@@ -1,6 +1,6 @@
 """trace.dat files for programs and notebooks: any event of any subsystem, as numpy columns.
 
-    from collector.tracecmd import TraceDat
+    from collector.tracecmd.reader import TraceDat
 
     with TraceDat("trace.dat") as trace:
         print(trace.kernel, trace.cpus, trace.events)

@@ -17,12 +17,12 @@ from typing import Final
 import numpy as np
 
 from collector import known_topology
-from collector.ftrace.source import keep_freed_memory
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
+from collector.memory import keep_freed_memory
 from collector.merge import Merger
 from collector.pages.decoding import PageDecoder, Sightings, process_key
-from collector.reading.options import Description, FileOptions, FileSource
-from collector.reading.plain_reader import PlainReader
+from collector.reading.options import Description, FileOptions
+from collector.reading.reader import FileReader
 from collector.tracecmd.clock import clock_of
 from collector.tracecmd.cpu import CpuReader, Part, losses_by_cpu
 from collector.tracecmd.file import FTRACE, MAGIC, BufferInfo, Frame, TraceFile
@@ -52,17 +52,17 @@ def recognises(head: bytes) -> bool:
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
     """Header, and the time of the first page. Raises `Unavailable` or `CaptureError`."""
-    reader = _Reader(paths[0], options)
-    with reader.file:
-        return Description(reader.header, reader.first_ns + reader.header.clock.offset_ns)
+    opened = _Opened(paths[0], options)
+    with opened.file:
+        return Description(opened.header, opened.first_ns + opened.header.clock.offset_ns)
 
 
-def source(paths: Sequence[Path], options: FileOptions) -> FileSource:
-    """The source over one file."""
-    return TraceCmdSource(paths[0], options)
+def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
+    """The reader of one file."""
+    return TraceCmdReader(paths[0], options)
 
 
-class _Reader:
+class _Opened:
     """An open file, and all of its CPUs that are to be read."""
 
     def __init__(self, path: Path, options: FileOptions) -> None:
@@ -145,41 +145,41 @@ class _Reader:
         )
 
 
-class TraceCmdSource(PlainReader):
-    """A trace.dat file as a `FileSource`, at the speed of the reader."""
+class TraceCmdReader(FileReader):
+    """A trace.dat file as a stream."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
         self.path: Final = Path(path)
         self._options = options or FileOptions()
-        self._reader: _Reader | None = None
+        self._opened: _Opened | None = None
         self._merger = Merger(_HOLD_BACK_NS)
         self._bytes_read = 0
 
-    async def open(self) -> StreamHeader:
+    def _open(self) -> StreamHeader:
         """Read the frame. Raises `Unavailable` or `CaptureError`."""
         keep_freed_memory()
-        self._reader = _Reader(self.path, self._options)
-        return self._reader.header
+        self._opened = _Opened(self.path, self._options)
+        return self._opened.header
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close the file."""
-        if self._reader is not None:
-            self._reader.file.close()
+        if self._opened is not None:
+            self._opened.file.close()
 
     @property
     def discarded(self) -> int:
         """Records that salvage left out, about, and those that came later than others wait for them."""
-        return self._merger.late + (sum(cpu.discarded for cpu in self._reader.cpus) if self._reader else 0)
+        return self._merger.late + (sum(cpu.discarded for cpu in self._opened.cpus) if self._opened else 0)
 
     @property
     def skipped(self) -> int:
         """Events of other kinds than the hooks'."""
-        return sum(decoder.skipped for decoder in self._reader.decoders) if self._reader else 0
+        return sum(decoder.skipped for decoder in self._opened.decoders) if self._opened else 0
 
     @property
     def bytes_total(self) -> int:
         """Bytes of pages in the file."""
-        return sum(cpu.data.size for cpu in self._reader.cpus) if self._reader else 0
+        return sum(cpu.data.size for cpu in self._opened.cpus) if self._opened else 0
 
     @property
     def bytes_read(self) -> int:
@@ -189,10 +189,10 @@ class TraceCmdSource(PlainReader):
     @property
     def warnings(self) -> list[str]:
         """What the user should know, one line each."""
-        if self._reader is None:
+        if self._opened is None:
             return []
-        told = [*self._reader.warnings, *self._reader.file.warnings]
-        uncounted = sum(cpu.uncounted for cpu in self._reader.cpus)
+        told = [*self._opened.warnings, *self._opened.file.warnings]
+        uncounted = sum(cpu.uncounted for cpu in self._opened.cpus)
         if uncounted:
             told.append(
                 f"{self.path}: {uncounted} gaps do not say how many events were lost in them; told are as many as the "
@@ -200,23 +200,23 @@ class TraceCmdSource(PlainReader):
             )
         return told
 
-    def read(self) -> Iterator[StreamItem]:
-        """See `PlainReader`."""
-        assert self._reader is not None, "open() first"
-        teller = self._reader.teller
+    def items(self) -> Iterator[StreamItem]:
+        """See `FileReader`."""
+        assert self._opened is not None, "open() first"
+        teller = self._opened.teller
         yield from teller.stream(self._merged())
         if not teller.begun:
             yield teller.topology(0)
 
     def _merged(self) -> Iterator[Batch]:
-        assert self._reader is not None
-        cpus = self._reader.cpus
+        assert self._opened is not None
+        cpus = self._opened.cpus
         parts: dict[int, Iterator[Part]] = {}
         complete: dict[int, int] = {}
         for key, cpu in enumerate(cpus):
             self._merger.add_cpu(key, -_NEVER_NS)
             parts[key], complete[key] = cpu.parts(), -_NEVER_NS
-        hooks = _HooksSeen(self._reader.file.path, self._reader.chosen) if len(self._reader.chosen) > 1 else None
+        hooks = _HooksSeen(self._opened.file.path, self._opened.chosen) if len(self._opened.chosen) > 1 else None
         while parts:
             key = min(parts, key=lambda one: (complete[one], one))
             part = next(parts[key], None)

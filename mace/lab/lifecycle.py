@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
+from collector.machine.kernel import boot_id
 from contracts.config import CaptureConfig
 from contracts.errors import LabError, Unavailable, UsageError, nearest
 from mace.lab import docker, netns, network, plan, state
@@ -392,8 +393,8 @@ def _remove_member(record: State, name: str) -> None:
 
 def _clean(record: State) -> None:
     """Remove all of a lab: processes, devices, namespaces, files; the state file last."""
-    if record.boot_id != state.boot_id():  # no process and no mount survived, only names of files
-        record.boot_id, record.id, record.daemon = state.boot_id(), State(record.spec).id, None
+    if record.boot_id != boot_id():  # no process and no mount survived, only names of files
+        record.boot_id, record.id, record.daemon = boot_id(), State(record.spec).id, None
     record.phase = state.STOPPING
     record.save()
     env = record.environment()
@@ -438,7 +439,7 @@ def _load_or_forget(name: str) -> State | None:
 
 def _trouble(record: State) -> str:
     """Why a lab is a leftover; empty for one that is fine."""
-    if record.boot_id != state.boot_id():
+    if record.boot_id != boot_id():
         return "the machine was started anew since"
     if record.phase != state.UP:
         return f"{'setting up' if record.phase == state.STARTING else 'removing'} it was interrupted"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
+from collector.machine.kernel import boot_id
 from collector.machine.processes import start_ticks, stat_fields
 from contracts.errors import LabError, MaceError
 from mace.lab.netns import search_path
@@ -44,11 +45,6 @@ _LOOKS: Final = 10
 STARTING: Final = "starting"
 UP: Final = "up"
 STOPPING: Final = "stopping"
-
-
-def boot_id() -> str:
-    """Changes with every start of the machine, which no process and no namespace survives."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 @dataclass(frozen=True, slots=True)

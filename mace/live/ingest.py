@@ -30,7 +30,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
-from collector.ftrace.source import keep_freed_memory
+from collector.memory import keep_freed_memory
 from collector.remote import Counts, Verdict
 from contracts.config import Config
 from contracts.errors import AheadError, MaceError, NotNowError, StoreError, WireError

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from collector.files import Recording
-from collector.ftrace.source import keep_freed_memory
+from collector.memory import keep_freed_memory
 from contracts.config import Config
 from contracts.figures import Summary
 from contracts.hooks import silent_on

@@ -13,7 +13,6 @@ A part depends on its task alone: done twice, or by two workers at once, it give
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import shutil
@@ -27,12 +26,12 @@ from typing import Final
 
 from collector.capture.cuts import Cut, stretch
 from collector.capture.source import Capture
-from collector.files import BY_NAME, FileOptions, FileSource
-from collector.ftrace.source import keep_freed_memory
+from collector.files import BY_NAME, FileOptions, FileReader
+from collector.memory import keep_freed_memory
 from collector.reading.opening import filesystem, is_url
 from contracts.errors import WireError
 from contracts.figures import Summary
-from contracts.interfaces import Progress, StreamHeader, StreamItem
+from contracts.interfaces import Progress, StreamHeader
 from contracts.ledger import Ledger
 from contracts.records import Batch
 from contracts.schema import Grades, Results, Window
@@ -230,7 +229,7 @@ def _supposed(task: PartTask, begin: Cut, offset_ns: int) -> EngineState:
     return engine.state(begin.at_ns)
 
 
-class _CaptureReader:
+class _CapturePart:
     """A `.mace` file, or a part of one."""
 
     def __init__(self, capture: Capture, task: PartTask) -> None:
@@ -262,55 +261,41 @@ class _CaptureReader:
         return self._capture.end.lost if self._capture.end is not None and not self._task.file.options.salvage else None
 
 
-class _SourceReader:
-    """A file of any other format, as a whole, at the pace of whoever asks for items."""
+class _WholeFile:
+    """A file of any other format."""
 
-    def __init__(self, source: FileSource) -> None:
-        self._source = source
+    def __init__(self, reader: FileReader) -> None:
+        self._reader = reader
         self.lost_told = None
 
     def items(self) -> Iterator[Topology | Batch]:
-        with asyncio.Runner() as runner:
-            try:
-                runner.run(_open(self._source))
-                stream = self._source.items()
-                while (item := runner.run(_next(stream))) is not None:
-                    if not isinstance(item, Progress):
-                        yield item
-            finally:
-                runner.run(self._source.aclose())
+        for item in self._reader.items():
+            if not isinstance(item, Progress):
+                yield item
 
     @property
     def bytes_read(self) -> int:
-        return self._source.bytes_read
+        return self._reader.bytes_read
 
     @property
     def discarded(self) -> int:
-        return self._source.discarded
+        return self._reader.discarded
 
     @property
     def warnings(self) -> list[str]:
-        return list(self._source.warnings)
-
-
-async def _open(source: FileSource) -> None:
-    await source.open()
-
-
-async def _next(stream: object) -> StreamItem | None:
-    return await anext(stream, None)  # type: ignore[call-overload,no-any-return]
+        return list(self._reader.warnings)
 
 
 @contextmanager
-def reading(task: PartTask) -> Iterator[_CaptureReader | _SourceReader]:
+def reading(task: PartTask) -> Iterator[_CapturePart | _WholeFile]:
     """The task's file, open: `items`, once, and what there is to say of it. Raises `Unavailable` or `CaptureError`."""
     file = task.file
     if file.format == MACE_FORMAT:
         with Capture(file.locations[0], salvage=file.options.salvage) as capture:
-            yield _CaptureReader(capture, task)
+            yield _CapturePart(capture, task)
         return
-    with here(file.locations) as paths:
-        yield _SourceReader(BY_NAME[file.format].source(paths, file.options))
+    with here(file.locations) as paths, BY_NAME[file.format].reader(paths, file.options) as reader:
+        yield _WholeFile(reader)
 
 
 @contextmanager

@@ -20,7 +20,9 @@ import numpy as np
 
 from collector.ftrace import tracefs
 from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing
-from collector.ftrace.source import FtraceSource, keep_freed_memory, online_cpus
+from collector.ftrace.source import FtraceSource
+from collector.machine.kernel import online_cpus
+from collector.memory import keep_freed_memory
 from collector.pages.decoding import Bytes, PageDecoder, Stretch, page_buffer
 from collector.pages.formats import EventFormat, PageLayout, parse_format, parse_header_page
 from contracts.errors import MaceError

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from collector.ftrace.source import keep_freed_memory
+from collector.memory import keep_freed_memory
 from contracts.hooks import Hook
 from contracts.records import Batch, Content, Flag
 from correlator.configured import REPLAY_SLICE_NS

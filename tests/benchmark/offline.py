@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from collector.capture.source import Capture
-from collector.ftrace.source import keep_freed_memory
+from collector.memory import keep_freed_memory
 from contracts.records import Batch
 from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig

@@ -7,7 +7,6 @@ The peer is `tcpdump -r` printing the same two files to nowhere: what reading th
 is in them, and matches nothing. All in CPU time: nothing here waits for anything.
 """
 
-import asyncio
 import resource
 import statistics
 import subprocess
@@ -17,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from collector.ftrace.source import keep_freed_memory
-from collector.pcap.source import PcapPairSource
+from collector.memory import keep_freed_memory
+from collector.pcap.source import PcapPairReader
 from contracts.errors import MaceError
 from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
@@ -43,18 +42,16 @@ def made(place: Path) -> tuple[Path, Path]:
 def once(inner: Path, outer: Path, *, windows: bool) -> float:
     """Packets of both files a second."""
     begin = time.process_time()
-    source = PcapPairSource(inner, outer)
-    header = asyncio.run(source.open())
-    engine = Engine(header.clock.offset_ns, EngineConfig(rows=False, slice_ns=REPLAY_SLICE_NS))
-    for item in source.read():
+    with PcapPairReader(inner, outer) as reader:
+        engine = Engine(reader.header.clock.offset_ns, EngineConfig(rows=False, slice_ns=REPLAY_SLICE_NS))
+        for item in reader.items():
+            if windows:
+                engine.feed(item)
         if windows:
-            engine.feed(item)
-    if windows:
-        engine.finish()
-    asyncio.run(source.aclose())
-    if source.pairs != PACKETS:
-        raise MaceError(f"{source.pairs} pairs of {PACKETS}")
-    return source.packets / (time.process_time() - begin)
+            engine.finish()
+    if reader.pairs != PACKETS:
+        raise MaceError(f"{reader.pairs} pairs of {PACKETS}")
+    return reader.packets / (time.process_time() - begin)
 
 
 def printed(inner: Path, outer: Path) -> float:

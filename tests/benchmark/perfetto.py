@@ -3,7 +3,6 @@
 Times are the process's CPU time: what a core takes, whoever else uses the machine. Rounds of both are interleaved.
 """
 
-import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as protos
 
 from collector.files import recording
-from collector.ftrace.source import keep_freed_memory
-from collector.perfetto.source import PerfettoSource
+from collector.memory import keep_freed_memory
+from collector.perfetto.source import PerfettoReader
 from contracts.records import Batch
 from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import EngineConfig
@@ -61,9 +60,8 @@ def read() -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> int:
-    source = PerfettoSource(path)
-    asyncio.run(source.open())
-    return sum(len(item) for item in source.read() if isinstance(item, Batch))
+    with PerfettoReader(path) as reader:
+        return sum(len(item) for item in reader.items() if isinstance(item, Batch))
 
 
 def _read_by_protos(path: Path) -> int:

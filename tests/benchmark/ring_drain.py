@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from collector.ftrace.source import keep_freed_memory
 from collector.kmod.device import Taken
 from collector.kmod.merge import Places, RingMerger
 from collector.kmod.ring import CpuRing
 from collector.kmod.source import KmodConfig
+from collector.memory import keep_freed_memory
 from contracts import abi
 from contracts.hooks import Hook
 from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content, Flag

@@ -3,14 +3,13 @@
 The text is the golden one of a real run, over and over, each time a minute later.
 """
 
-import asyncio
 import re
 import time
 from pathlib import Path
 from typing import Any
 
 from collector.reading.options import FileOptions
-from collector.text.source import TextSource
+from collector.text.source import TextReader
 from contracts.records import Batch
 from tests.benchmark.figures import figure, folder, one_core, rounds
 from tests.places import GOLDEN
@@ -39,13 +38,11 @@ def written(target: Path, *, others: bool) -> int:
 def reading(path: Path, lines: int) -> float:
     """Lines a second."""
     begin, found = time.perf_counter(), 0
-    source = TextSource(path, FileOptions(clock="mono"))
-    asyncio.run(source.open())
-    for item in source.read():
-        found += len(item) if isinstance(item, Batch) else 0
-    asyncio.run(source.aclose())
+    with TextReader(path, FileOptions(clock="mono")) as reader:
+        for item in reader.items():
+            found += len(item) if isinstance(item, Batch) else 0
     assert found == 397 * TIMES, found
-    assert source.discarded == 0
+    assert reader.discarded == 0
     return lines / (time.perf_counter() - begin)
 
 

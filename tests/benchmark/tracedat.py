@@ -9,7 +9,6 @@ The file is a flood in the lab, recorded into a trace instance and written by `t
 begins with opening the file, and for the peers with starting their program.
 """
 
-import asyncio
 import re
 import shlex
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from collector.ftrace import tracefs
-from collector.tracecmd.source import TraceCmdSource
+from collector.tracecmd.source import TraceCmdReader
 from contracts.errors import Unavailable
 from contracts.hooks import HOOKS
 from contracts.records import Batch
@@ -79,12 +78,10 @@ def compiled(place: Path) -> Path:
 def ours(path: Path) -> tuple[int, float]:
     """(events, seconds) of one reading."""
     begin, events = time.perf_counter(), 0
-    source = TraceCmdSource(path)
-    asyncio.run(source.open())
-    for item in source.read():
-        if isinstance(item, Batch):
-            events += len(item) - int((item.hook == 255).sum())
-    asyncio.run(source.aclose())
+    with TraceCmdReader(path) as reader:
+        for item in reader.items():
+            if isinstance(item, Batch):
+                events += len(item) - int((item.hook == 255).sum())
     return events, time.perf_counter() - begin
 
 

@@ -61,6 +61,8 @@ def test_import_contracts_hold() -> None:
         ("contracts/errors.py", "import collector", "contracts below, stages between, composition above"),
         ("correlator/engine.py", "import time", "the engine has no clock, no chance, no input and output"),
         ("correlator/planted.py", "import time", "the engine has no clock, no chance, no input and output"),
+        ("collector/kmod/source.py", "import collector.ftrace.rings", "sources never import each other"),
+        ("collector/reading/reader.py", "import collector.capture.source", "sources never import each other"),
         ("collector/planted.py", "import pyarrow", "only storage and the composition know databases and pictures"),
     ],
 )
@@ -73,6 +75,12 @@ def test_import_contracts_notice(tmp_path: Path, module: str, line: str, broken:
     done = lint_imports(tmp_path / "pyproject.toml", tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"{broken} BROKEN" in " ".join(done.stdout.split())
+
+
+def test_every_source_is_kept_from_the_others() -> None:
+    (kept_apart,) = [c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["id"] == "sources"]
+    folders = {f"collector.{path.parent.name}" for path in (ROOT / "collector").glob("*/source.py")}
+    assert set(kept_apart["modules"]) == folders
 
 
 def test_contracts_are_light() -> None:

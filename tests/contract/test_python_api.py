@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-from tests.places import ROOT
+from collector.files import BY_NAME, recording_of
+from contracts.records import Batch
+from tests.places import GOLDEN_FILES, ROOT
 
 PAGE = ROOT / "docs" / "python-api.md"
 NOTEBOOK = ROOT / "docs" / "example.ipynb"
@@ -52,6 +54,44 @@ def test_the_notebook_shows_what_it_computes():
     assert [_texts(cell) for cell in again.cells] == [_texts(cell) for cell in kept.cells]
     assert any(_pictures(cell) for cell in kept.cells)
     assert str(ROOT) not in json.dumps(kept)
+
+
+IN_A_NOTEBOOK = """
+import asyncio
+import mace
+from collector.files import PCAP_PAIR, recording_of
+from contracts.records import Batch
+asyncio.get_running_loop()  # as in every notebook; without one this would show nothing
+counts = {}
+for name, paths in files.items():
+    if len(paths) == 1:
+        found = mace.open(paths[0])
+        assert found.format == name
+        counts[name] = sum(map(len, found.batches()))
+        assert found.summary().ledger.records == counts[name]
+    else:
+        with recording_of(PCAP_PAIR, paths).reader() as reader:
+            counts[name] = sum(len(item) for item in reader.items() if isinstance(item, Batch))
+stored = mace.open(files["text"][0]).store(work)
+assert stored.sql("SELECT max(records) AS most FROM ledger")["most"].to_pylist() == [counts["text"]]
+print(counts)
+"""
+
+
+@pytest.mark.slow
+def test_every_format_opens_in_a_notebook(tmp_path):
+    """In a real kernel, whose loop runs while a cell does. It finds what the readers find here."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cells = [f"from pathlib import PosixPath\nfiles = {GOLDEN_FILES}\nwork = {str(tmp_path)!r}", IN_A_NOTEBOOK]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    counts = {}
+    for name, paths in GOLDEN_FILES.items():
+        with recording_of(BY_NAME[name], paths).reader() as reader:
+            counts[name] = sum(len(item) for item in reader.items() if isinstance(item, Batch))
+        assert counts[name] > 0
+    assert counts.keys() == BY_NAME.keys() - {"pcap"}
+    assert [_texts(cell) for cell in notebook.cells] == [[], [f"{counts}\n"]]
 
 
 def _texts(cell):

@@ -18,7 +18,6 @@ from typing import Final
 from collector.files import PCAP_PAIR, FileOptions, recording_of
 from contracts import config
 from contracts.errors import MaceError
-from contracts.records import Batch
 from contracts.wire import FILE_HEAD
 from mace import api
 from mace.tools.output import READERS
@@ -103,24 +102,10 @@ def _recording(name: str) -> Callable[[bytes, Path], None]:
 def _pcap(data: bytes, place: Path) -> None:
     path = place / "inner.pcap"
     path.write_bytes(data)
-    source = recording_of(PCAP_PAIR, (path, GOLDEN / "other-tools" / "outer.pcap"), FileOptions()).source()
-    _drain(source)
-
-
-def _drain(source: object) -> None:
-    import asyncio
-
-    async def run() -> int:
-        count = 0
-        try:
-            await source.open()  # type: ignore[attr-defined]
-            async for item in source.items():  # type: ignore[attr-defined]
-                count += len(item) if isinstance(item, Batch) else 0
-        finally:
-            await source.aclose()  # type: ignore[attr-defined]
-        return count
-
-    asyncio.run(run())
+    pair = recording_of(PCAP_PAIR, (path, GOLDEN / "other-tools" / "outer.pcap"), FileOptions())
+    with pair.reader() as reader:
+        for _ in reader.items():
+            pass
 
 
 # What MACE keeps on a disk ------------------------------------------------------------------------------------------

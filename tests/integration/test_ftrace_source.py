@@ -22,6 +22,7 @@ from collector.ftrace.source import FtraceConfig, FtraceSource
 from contracts.hooks import BY_HOOK, Hook
 from contracts.records import Batch
 from contracts.topology import Topology
+from tests.filtered_ftrace import FilteredSource, Sender, cpu_choice, only
 from tests.measuring import UNMOUNT_TRACEFS
 from tests.places import ROOT
 
@@ -31,87 +32,6 @@ STEP = 1400
 """Datagram n carries n modulo this many bytes: its length tells which it is."""
 ETH, IP_UDP = 14, 28
 DEVICES = ("net:net_dev_queue", "net:net_dev_start_xmit", "net:netif_rx", "net:netif_receive_skb")
-
-SENDER = """
-    import os, socket, subprocess, sys
-    name, count, cpu = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    def ip(*words):
-        subprocess.run(["ip", *words], check=True)
-    # One end is enough: nothing has to arrive at an address, and nothing answers.
-    ip("link", "add", name + "a", "type", "veth", "peer", "name", name + "b")
-    for end in "ab":
-        with open(f"/proc/sys/net/ipv6/conf/{name}{end}/disable_ipv6", "w") as file:
-            file.write("1")
-        ip("link", "set", name + end, "up")
-    ip("addr", "add", "198.51.100.1/24", "dev", name + "a")
-    ip("neigh", "add", "198.51.100.2", "lladdr", "02:00:00:00:00:02", "dev", name + "a", "nud", "permanent")
-    os.sched_setaffinity(0, {cpu})
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    body = bytes(1400)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    for n in range(count):
-        sock.sendto(body[: n % 1400], ("198.51.100.2", 9))
-    print("sent", flush=True)
-    sys.stdin.readline()
-"""
-
-
-class Sender:
-    """Numbered datagrams through a veth in a namespace of their own, from one CPU."""
-
-    def __init__(self, name, count, cpu=0):
-        self.name = name
-        self.process = subprocess.Popen(
-            ["unshare", "--net", sys.executable, "-c", textwrap.dedent(SENDER), name, str(count), str(cpu)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._expect("ready")
-
-    def _expect(self, word):
-        line = self.process.stdout.readline().strip()
-        assert line == word, f"sender says {line!r}"
-
-    def _go_on(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    async def send(self):
-        self._go_on()
-        await asyncio.to_thread(self._expect, "sent")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-
-
-class FilteredSource(FtraceSource):
-    """Sees only the devices of one sender, from the first event on."""
-
-    def __init__(self, config, device):
-        super().__init__(config)
-        self._device = device
-
-    def _prepare(self, instance):
-        present = super()._prepare(instance)
-        only(instance, self.config.tracepoints, self._device)
-        return present
-
-
-def only(instance, tracepoints, device):
-    for tracepoint in tracepoints:
-        tracefs.write(instance.path / "events" / tracepoint.replace(":", "/") / "filter", f'name ~ "{device}*"')
-
-
-def cpu_choice():
-    """A CPU to send from, preferably not the one everything else is on."""
-    return max(os.sched_getaffinity(0))
 
 
 async def capture(source, traffic):
@@ -310,7 +230,7 @@ def instances():
 OPEN = """
     import asyncio, signal, sys
     sys.path.insert(0, {root!r})
-    from collector.ftrace_source import FtraceConfig, FtraceSource
+    from collector.ftrace.source import FtraceConfig, FtraceSource
     async def main():
         source = FtraceSource(FtraceConfig(reader={reader!r}, ring_kib_per_cpu=256))
         await source.open()
@@ -376,7 +296,7 @@ def test_tracefs_is_mounted_where_it_is_not():
     script = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from collector import tracefs
+        from collector.ftrace import tracefs
         from pathlib import Path
         mounts = Path("/proc/self/mounts").read_text
         assert tracefs.mounted(mounts()) is None

@@ -14,7 +14,8 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from collector.capture.source import CaptureSource
+from collector.capture.source import CaptureReader
+from collector.reading.streaming import FileSource
 from contracts.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, SinksConfig, StoreConfig
 from contracts.topics import Shard, bucket, stream_topic
 from contracts.vitals import Vitals
@@ -61,7 +62,7 @@ def direct(path, items, of):
     async def work():
         store = EmbeddedStore(path, fsync=False)
         engine = configured.live(Config().correlate)
-        await pipeline.run(CaptureSource(capture), [store], engine=engine, stop=pipeline.Stop())
+        await pipeline.run(FileSource(CaptureReader(capture)), [store], engine=engine, stop=pipeline.Stop())
 
     asyncio.run(work())
     return content(path, of.host)
@@ -294,7 +295,7 @@ def test_rows_for_other_subscribers_are_those_of_the_store(tmp_path):
         vitals = Vitals()
         sinks = [EmbeddedStore(tmp_path / "store", fsync=False), *wanted_sinks(config, vitals)]
         engine = configured.live(config.correlate)
-        await pipeline.run(CaptureSource(capture), sinks, engine=engine, stop=pipeline.Stop())
+        await pipeline.run(FileSource(CaptureReader(capture)), sinks, engine=engine, stop=pipeline.Stop())
         stored = content(tmp_path / "store", "host-a")
         await until(lambda: sum(map(len, heard["delays"])) == len(stored["delays"]))
         await until(lambda: sum(map(len, heard["windows"])) == len(stored["windows"]))

@@ -156,22 +156,13 @@ def traffic(lab, pings, datagrams):
 
 def replayed(one):
     """All rows of a recording, and the last results."""
-
-    async def work():
-        source = one.source()
-        try:
-            header = await source.open()
-            engine = Engine(header.clock.offset_ns, EngineConfig())
-            results = []
-            async for item in source.items():
-                results += engine.feed(item)
-            results.append(engine.finish())
-        finally:
-            await source.aclose()
-        return header, results
-
-    header, results = asyncio.run(work())
-    return header, Delays.concatenate([r.delays for r in results]), results
+    with one.reader() as reader:
+        engine = Engine(reader.header.clock.offset_ns, EngineConfig())
+        results = []
+        for item in reader.items():
+            results += engine.feed(item)
+        results.append(engine.finish())
+    return reader.header, Delays.concatenate([r.delays for r in results]), results
 
 
 def overheads(rows, way):

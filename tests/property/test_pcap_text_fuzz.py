@@ -1,6 +1,5 @@
 """Hostile packet captures and texts: a clear error or the good part, within bounded time and memory."""
 
-import asyncio
 import gzip
 import struct
 
@@ -9,9 +8,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from collector.pcap.source import PcapPairSource
+from collector.pcap.source import PcapPairReader
 from collector.reading.options import FileOptions
-from collector.text.source import TextSource
+from collector.text.source import TextReader
 from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.records import Batch
@@ -39,14 +38,8 @@ EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 
 def records(source):
-    async def run():
-        try:
-            await source.open()
-            return Batch.concatenate([item async for item in source.items() if isinstance(item, Batch)])
-        finally:
-            await source.aclose()
-
-    return asyncio.run(run())
+    with source as reader:
+        return Batch.concatenate([item for item in reader.items() if isinstance(item, Batch)])
 
 
 def survives(make):
@@ -88,7 +81,7 @@ def test_packet_captures(tmp_path, base, data):
     inner, outer = tmp_path / "inner", tmp_path / "outer"
     inner.write_bytes(mutated(data, CAPTURES[base]))
     outer.write_bytes(OUTER)
-    survives(lambda options: PcapPairSource(inner, outer, options))
+    survives(lambda options: PcapPairReader(inner, outer, options))
 
 
 @EVERY
@@ -96,7 +89,7 @@ def test_packet_captures(tmp_path, base, data):
 def test_texts(tmp_path, base, data):
     path = tmp_path / "trace"
     path.write_bytes(mutated(data, TEXTS[base]))
-    survives(lambda options: TextSource(path, options))
+    survives(lambda options: TextReader(path, options))
 
 
 @pytest.mark.parametrize("line", [b"[0] 1.000000: " * 4000, b"CPU:0 [LOST " * 5000, b"-1 [001] " * 7000])
@@ -104,5 +97,5 @@ def test_lines_that_could_be_read_for_ever(tmp_path, line):
     """A pattern that backtracks would take hours over some of these."""
     path = tmp_path / "trace"
     path.write_bytes(FTRACE.encode() + line + b"\n" + PERF.encode())
-    kept = records(TextSource(path, FileOptions()))
+    kept = records(TextReader(path, FileOptions()))
     assert (kept.hook != Hook.LOST).sum() == 8

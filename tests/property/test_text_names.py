@@ -4,7 +4,6 @@ The writers follow the tracers' own formats: kernel/trace/trace_output.c (trace_
 lat_print_timestamp), builtin-script.c of perf (perf_sample__fprintf_start) and trace-cmd's report.
 """
 
-import asyncio
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from collector.reading.options import FileOptions
-from collector.text.source import TextSource, recognises
+from collector.text.source import TextReader, recognises
 from contracts.errors import CaptureError
 from contracts.records import Batch
 from contracts.topology import Topology
@@ -149,16 +148,8 @@ def in_order(events):
 
 def read(path):
     """(records, device of each, source)."""
-
-    async def run():
-        source = TextSource(path, FileOptions(clock="mono"))
-        try:
-            await source.open()
-            return [item async for item in source.items()], source
-        finally:
-            await source.aclose()
-
-    items, source = asyncio.run(run())
+    with TextReader(path, FileOptions(clock="mono")) as source:
+        items = list(source.items())
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
     names = [one.name for one in [i for i in items if isinstance(i, Topology)][-1].sightings]
     return batch, [names[dev] for dev in batch.dev], source

@@ -4,7 +4,6 @@ Anything that is wrong ends in a `CaptureError` that names a byte of the file. W
 be read, and what they give is a part of what the whole file gives.
 """
 
-import asyncio
 import struct
 import tracemalloc
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from collector.reading.options import FileOptions
 from collector.tracecmd.reader import TraceDat
-from collector.tracecmd.source import TraceCmdSource
+from collector.tracecmd.source import TraceCmdReader
 from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.records import Batch
@@ -45,17 +44,8 @@ EVERY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 
 def read(path, *, salvage=False):
     """(records, lines of warning) of a file; raises what the source raises."""
-
-    async def run():
-        source = TraceCmdSource(path, FileOptions(salvage=salvage))
-        try:
-            await source.open()
-            batches = [item async for item in source.items() if isinstance(item, Batch)]
-            return Batch.concatenate(batches), source
-        finally:
-            await source.aclose()
-
-    return asyncio.run(run())
+    with TraceCmdReader(path, FileOptions(salvage=salvage)) as reader:
+        return Batch.concatenate([item for item in reader.items() if isinstance(item, Batch)]), reader
 
 
 def survives(path, content):

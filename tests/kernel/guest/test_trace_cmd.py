@@ -130,17 +130,14 @@ def seen(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Delays
     return {
         "ftrace": rows(ftrace),
         "module": rows(module),
-        "trace-cmd": rows(asyncio.run(read_file(place / "trace.dat", options))),
-        "perfetto": rows(asyncio.run(read_file(place / "trace.pftrace", options))),
+        "trace-cmd": rows(read_file(place / "trace.dat", options)),
+        "perfetto": rows(read_file(place / "trace.pftrace", options)),
     }
 
 
-async def read_file(path: Path, options: FileOptions) -> Stream:
-    source = recording(path, options).source()
-    header = await source.open()
-    items = [item async for item in source.items()]
-    await source.aclose()
-    return header, items
+def read_file(path: Path, options: FileOptions) -> Stream:
+    with recording(path, options).reader() as reader:
+        return reader.header, list(reader.items())
 
 
 def crossings(found: Delays, way: Direction) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -1,6 +1,5 @@
 """The kept corpus of hostile and damaged files: each reads as it did, within bounds, with a clear error or counted."""
 
-import asyncio
 import json
 import tracemalloc
 from dataclasses import replace
@@ -32,25 +31,17 @@ def read(path, *, salvage):
         one = recording_of(PCAP_PAIR, (path, CORPUS / "outer.pcap"), options)
     else:
         one = recording(path, options)
-    source = one.source()
-
-    async def run():
-        try:
-            header = await source.open()
-            engine, found, counted = Engine(header.clock.offset_ns, EngineConfig()), [], 0
-            async for item in source.items():
-                if isinstance(item, Batch):
-                    found.append(item)
-                    counted += len(item)
-                    assert counted <= RECORDS_MAX
-                for _ in engine.feed(item):
-                    pass
-            last = engine.finish()
-            return Batch.concatenate(found), replace(last.ledger, discarded=source.discarded), source.warnings
-        finally:
-            await source.aclose()
-
-    return asyncio.run(run())
+    with one.reader() as reader:
+        engine, found, counted = Engine(reader.header.clock.offset_ns, EngineConfig()), [], 0
+        for item in reader.items():
+            if isinstance(item, Batch):
+                found.append(item)
+                counted += len(item)
+                assert counted <= RECORDS_MAX
+            for _ in engine.feed(item):
+                pass
+        last = engine.finish()
+        return Batch.concatenate(found), replace(last.ledger, discarded=reader.discarded), reader.warnings
 
 
 def told(path, *, salvage):

@@ -261,8 +261,8 @@ def test_many_hosts_do_not_come_back_in_step(monkeypatch):
 
 CRASH = """
 import asyncio, sys
-from mace.config import RunningConfig
-from mace.vitals import Account
+from contracts.config import RunningConfig
+from contracts.vitals import Account
 from storage.running_sink import RunningSink
 from tests.unit.storage.test_running_sink import Target
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from collector.capture.source import Capture, CaptureSource, read
+from collector.capture.source import Capture, CaptureReader, read
+from collector.reading.streaming import FileSource
 from contracts import wire
 from contracts.errors import CaptureError, Unavailable
 from contracts.hooks import Hook
-from contracts.interfaces import Source
 from contracts.records import Batch
 from contracts.wire import FILE_HEAD, HEAD_SIZE
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, encode, same, same_stream, traffic
@@ -46,29 +46,23 @@ def test_reads_what_was_written(file):
         assert capture.discarded == 0
 
 
-def test_as_a_source(file):
-    async def run():
-        source: Source = CaptureSource(file(BYTES))
-        assert await source.open() == HEADER
-        progress = []
-        got = []
-        async for item in source.items():
+def test_behind_the_protocol_of_all_formats(file):
+    with CaptureReader(file(BYTES)) as reader:
+        assert reader.header == HEADER
+        progress, got = [], []
+        for item in reader.items():
             got.append(item)
-            progress.append(source.bytes_read)
+            progress.append(reader.bytes_read)
         assert same_stream(got, ITEMS)
         assert progress == sorted(set(progress))
-        assert source.bytes_read == source.bytes_total == len(BYTES)
-        assert source.discarded == 0
-        assert source.truncated is None
-        assert source.warnings == []
-        await source.aclose()
-
-    asyncio.run(run())
+        assert reader.bytes_read == reader.bytes_total == len(BYTES)
+        assert reader.discarded == 0
+        assert reader.warnings == []
 
 
-def test_a_source_gives_way_to_other_tasks(file):
+def test_a_stream_gives_way_to_other_tasks(file):
     async def run():
-        source = CaptureSource(file(BYTES))
+        source = FileSource(CaptureReader(file(BYTES)))
         turns = 0
 
         async def other():
@@ -85,25 +79,6 @@ def test_a_source_gives_way_to_other_tasks(file):
         assert turns >= len(items)
 
     asyncio.run(run())
-
-
-def test_a_source_can_be_stopped(file):
-    async def run():
-        source = CaptureSource(file(BYTES))
-        await source.open()
-        got = []
-        async for item in source.items():
-            got.append(item)
-            source.request_stop()
-        assert len(got) == 1
-        assert source.truncated is None
-        await source.aclose()
-
-    asyncio.run(run())
-
-
-def test_closing_what_was_never_opened(tmp_path):
-    asyncio.run(CaptureSource(tmp_path / "none").aclose())
 
 
 # --- cut at the end -------------------------------------------------------------------------------

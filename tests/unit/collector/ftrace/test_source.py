@@ -13,8 +13,9 @@ import pytest
 from collector.ftrace import source as ftrace_source
 from collector.ftrace import tracefs
 from collector.ftrace.rings import Taken
-from collector.ftrace.source import FtraceConfig, FtraceSource, cpu_list
+from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.gaps import settle
+from collector.machine.kernel import cpu_list
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
 from contracts.interfaces import Progress
@@ -146,7 +147,7 @@ def run(source, kernel, ticks):
         header = await source.open()
         got = []
 
-        async def pause(duration_s, **how):
+        async def pause(duration_s, readable):
             nonlocal ticks
             ticks -= 1
             kernel.now_ns += 50 * MS
@@ -230,8 +231,8 @@ def rests(kernel, count, **config):
     """The first rests of a source: how long at most, and whether a ring that fills would end them."""
     source, found = FtraceSource(FtraceConfig(poll_interval_s=5, gather_interval_s=10, **config)), []
 
-    async def pause(duration_s, *, until_filling):
-        found.append((round(duration_s), until_filling))
+    async def pause(duration_s, readable):
+        found.append((round(duration_s), readable is not None))
         kernel.now_ns += round(duration_s * 1000) * MS
         if len(found) == count:
             source.request_stop()

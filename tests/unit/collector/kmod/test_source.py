@@ -44,7 +44,7 @@ class Kernel:
             if steps:
                 steps.popleft()(self.module)
 
-        async def pause(duration_s):
+        async def pause(duration_s, readable):
             self.now_ns += 50 * MS
             if steps:
                 step()
@@ -370,10 +370,10 @@ def test_the_readable_device_ends_a_pause(kernel, monkeypatch):
         loop = asyncio.get_running_loop()
         loop.call_later(0.01, os.write, write, b"x")
         async with asyncio.timeout(5):
-            await source._pause(60)
+            await source._pause(60, read)
             os.read(read, 1)
             loop.call_later(0.01, source.request_stop)
-            await source._pause(60)
+            await source._pause(60, read)
         await source.aclose()
 
     asyncio.run(main())

@@ -11,7 +11,7 @@ import zstandard
 
 from collector.files import sniff
 from collector.pcap.file import PcapFile
-from collector.pcap.source import PcapPairSource
+from collector.pcap.source import PcapPairReader
 from collector.pcap.unpacked_file import unpacked_head
 from collector.reading.options import FileOptions
 from contracts.errors import CaptureError
@@ -26,7 +26,7 @@ NAT = GOLDEN / "other-tools"
 
 def read(inner, outer, **options):
     """(delays of packets, last results, source)."""
-    source = PcapPairSource(inner, outer, FileOptions(**options))
+    source = PcapPairReader(inner, outer, FileOptions(**options))
     _, results = engine_results(source)
     return overheads(results), results[-1], source
 

@@ -1,6 +1,5 @@
 """Pairs of packet captures: which packet is which, how long it took, and what is not clear is left alone."""
 
-import asyncio
 import struct
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from collector.files import PCAP_PAIR, FileOptions, recording, recording_of, sniff
 from collector.pcap.file import PcapFile
 from collector.pcap.pairs import INNER, OUTER, Pairing
-from collector.pcap.source import PcapPairSource
+from collector.pcap.source import PcapPairReader
 from contracts.errors import CaptureError
 from contracts.schema import Direction, Segment
 from correlator.engine import Engine, EngineConfig
@@ -19,21 +18,14 @@ T = 1_700_000_000 * 10**9
 
 
 def engine_results(source):
-    """(header, all results) of a source."""
-
-    async def run():
-        try:
-            header = await source.open()
-            engine = Engine(header.clock.offset_ns, EngineConfig())
-            results = []
-            async for item in source.items():
-                results += engine.feed(item)
-            results.append(engine.finish())
-        finally:
-            await source.aclose()
-        return header, results
-
-    return asyncio.run(run())
+    """(header, all results) of a reader."""
+    with source as reader:
+        engine = Engine(reader.header.clock.offset_ns, EngineConfig())
+        results = []
+        for item in reader.items():
+            results += engine.feed(item)
+        results.append(engine.finish())
+        return reader.header, results
 
 
 def overheads(results):
@@ -51,7 +43,7 @@ def pair(tmp_path):
     def make(inner, outer, **options):
         for name, content in (("inner", inner), ("outer", outer)):
             (tmp_path / f"{name}.pcap").write_bytes(content)
-        return PcapPairSource(tmp_path / "inner.pcap", tmp_path / "outer.pcap", FileOptions(**options))
+        return PcapPairReader(tmp_path / "inner.pcap", tmp_path / "outer.pcap", FileOptions(**options))
 
     return make
 
@@ -237,7 +229,7 @@ def test_as_a_recording(tmp_path):
     one = recording_of(PCAP_PAIR, paths)
     assert one.first_utc_ns == truth[0][0]
     assert one.bytes_total == sum(path.stat().st_size for path in paths)
-    assert len(overheads(engine_results(one.source())[1])) == 100
+    assert len(overheads(engine_results(one.reader())[1])) == 100
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Perfetto traces of known records, in every form: the same records come back, and nothing is lost uncounted."""
 
-import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as protos
 
 from collector.files import recording, sniff
 from collector.perfetto.clock import Clocks
-from collector.perfetto.source import PerfettoSource
+from collector.perfetto.source import PerfettoReader
 from collector.reading.options import FileOptions
 from contracts.errors import CaptureError, Unavailable
 from contracts.hooks import Hook
@@ -37,16 +36,8 @@ def write(tmp_path, raw, name="made.pftrace"):
 
 def read(path, **options):
     """(source, batch of all records)."""
-    source = PerfettoSource(path, FileOptions(**options))
-
-    async def go():
-        try:
-            await source.open()
-            return [item async for item in source.items() if isinstance(item, Batch)]
-        finally:
-            await source.aclose()
-
-    return source, Batch.concatenate(asyncio.run(go()))
+    with PerfettoReader(path, FileOptions(**options)) as reader:
+        return reader, Batch.concatenate([item for item in reader.items() if isinstance(item, Batch)])
 
 
 def same_records(source, found, given):
@@ -227,7 +218,7 @@ def test_a_trace_without_events_says_what_to_record(tmp_path):
 
 def test_a_file_that_is_not_there():
     with pytest.raises(Unavailable, match="nowhere"):
-        asyncio.run(PerfettoSource("nowhere.pftrace").open())
+        PerfettoReader("nowhere.pftrace").open()
 
 
 def test_compact_forms_of_other_events_are_passed_over(tmp_path):

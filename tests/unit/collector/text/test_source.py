@@ -1,6 +1,5 @@
 """What tracers print: every kind of line, losses, hashed addresses, and what is no event."""
 
-import asyncio
 import re
 import subprocess
 import tracemalloc
@@ -65,17 +64,8 @@ def file(tmp_path):
 
 def read(path, options=None):
     """(records, names of devices, source)."""
-
-    async def run():
-        source = recording(path, options).source()
-        try:
-            await source.open()
-            items = [item async for item in source.items()]
-        finally:
-            await source.aclose()
-        return items, source
-
-    items, source = asyncio.run(run())
+    with recording(path, options).reader() as source:
+        items = list(source.items())
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
     return batch, [one.name for one in [i for i in items if isinstance(i, Topology)][-1].sightings], source
 

@@ -1,6 +1,5 @@
 """Any event of any subsystem out of a trace.dat, with the kernel's own columns: those of ftrace itself included."""
 
-import asyncio
 import json
 import subprocess
 
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from collector.reading.options import FileOptions
 from collector.tracecmd.reader import TraceDat
-from collector.tracecmd.source import TraceCmdSource
+from collector.tracecmd.source import TraceCmdReader
 from contracts.errors import CaptureError
 from tests.made_own_events import Machine, texts
 from tests.made_tracedat import Made
@@ -189,7 +188,7 @@ def test_marks_do_not_make_a_replay(tmp_path, version):
     with pytest.raises(
         CaptureError, match=r"none of the network events that are measured was recorded; it has some:kinds$"
     ):
-        asyncio.run(TraceCmdSource(path, FileOptions()).open())
+        TraceCmdReader(path, FileOptions()).open()
 
 
 # --- real files ---------------------------------------------------------------------------------

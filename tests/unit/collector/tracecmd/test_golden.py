@@ -1,6 +1,5 @@
 """The real trace.dat files of tests/golden/tracecmd: the same events as `trace-cmd report`, and the delays as live."""
 
-import asyncio
 import hashlib
 import json
 from collections import Counter
@@ -27,15 +26,8 @@ STAMPED_NS = 250_000
 
 def stream(path, options=None):
     """(header, items) of a file."""
-
-    async def run():
-        source = recording(path, options).source()
-        header = await source.open()
-        items = [item async for item in source.items()]
-        await source.aclose()
-        return header, items
-
-    return asyncio.run(run())
+    with recording(path, options).reader() as reader:
+        return reader.header, list(reader.items())
 
 
 @pytest.mark.parametrize("name", FILES)

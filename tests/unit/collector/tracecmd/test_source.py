@@ -1,6 +1,5 @@
 """trace.dat files, made by hand: what is in them comes out, whichever way they were written."""
 
-import asyncio
 import struct
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from collector.files import recording, sniff
 from collector.reading.options import FileOptions
-from collector.tracecmd.source import TraceCmdSource
+from collector.tracecmd.source import TraceCmdReader
 from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.interfaces import StreamHeader
@@ -24,17 +23,10 @@ PAGES = {"": {0: traffic(0, 7), 1: traffic(1, 4), 5: traffic(5, 1)}}
 
 def replayed(path, options=None):
     """(header, all records, topologies, source) of a file."""
-
-    async def run():
-        source = TraceCmdSource(path, options)
-        header = await source.open()
-        items = [item async for item in source.items()]
-        await source.aclose()
-        return header, items, source
-
-    header, items, source = asyncio.run(run())
+    with TraceCmdReader(path, options) as reader:
+        items = list(reader.items())
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
-    return header, batch, [item for item in items if isinstance(item, Topology)], source
+    return reader.header, batch, [item for item in items if isinstance(item, Topology)], reader
 
 
 @pytest.fixture

@@ -1,0 +1,228 @@
+"""What sources over rings share: the kernel fills a ring for each CPU, and the source empties them tick by tick.
+
+The lifecycle, the devices of the machine as they change between the records, what may be given out and what must wait,
+the header, and the pause from one tick to the next. A source adds how it comes by its rings and what is in them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+from collector.live.urgency import Urgency
+from collector.machine.kernel import boot_id
+from collector.watermark import Watermark
+from contracts.clock import ClockPair
+from contracts.interfaces import Progress, StreamHeader, StreamItem
+from contracts.names import command_line, name_of_this_machine
+from contracts.records import Batch
+from contracts.topology import Device, Sharer, Sighting, Topology
+from contracts.version import VERSION
+
+
+class Follower(Protocol):
+    """What a source needs of who follows the devices of this machine."""
+
+    host_netns: int
+    on_host_network: tuple[Sharer, ...]
+    """Containers on the host's network, as of the last `poll`."""
+    on_news: Callable[[], object]
+    """Called, from any thread, when `poll` has something to tell."""
+
+    async def open(self) -> None: ...
+
+    def poll(self) -> tuple[Device, ...] | None:
+        """All devices, if anything changed since the last call, else None. The first call tells all."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class Seen(Protocol):
+    """Devices as records name them, in order of appearance."""
+
+    def __len__(self) -> int: ...
+
+    def snapshot(self) -> tuple[Sighting, ...]: ...
+
+
+class RingSource(ABC):
+    """A `contracts.interfaces.Source` but for `items` and `cost`.
+
+    `name`: of the source, in headers. `host`: whose records the stream says they are; empty: the machine's own name.
+    `watermark`: the merger's. `seen`: what records name. `filling`: as `Urgency` has it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        host: str,
+        hold_back_ms: float,
+        follower: Follower | None,
+        watermark: Watermark,
+        seen: Seen,
+        filling: float,
+    ) -> None:
+        self._name, self._host = name, host
+        self._hold_back_ns = int(hold_back_ms * 1e6)
+        self._follower = follower
+        self._following = False
+        self._watermark, self._seen = watermark, seen
+        self._seen_told = 0
+        self._devices: tuple[Device, ...] = ()
+        self._sharers: tuple[Sharer, ...] = ()
+        self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
+        """Devices, and containers on the host's network, that wait for their place in the stream; and from when they hold."""
+        self._host_netns = 0
+        """Inode of the host's network namespace; 0 where nobody follows devices."""
+        self._began_ns = 0
+        self._urgency = Urgency(begins=filling)
+        self._stopping = False
+        self._wake = asyncio.Event()
+
+    # --- lifecycle ------------------------------------------------------------------------------
+
+    async def open(self) -> StreamHeader:
+        """Acquire the rings and begin to record. Raises `Unavailable` or `SourceError`, and leaves nothing behind."""
+        try:
+            return await self._acquire()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    def request_stop(self) -> None:
+        """Stop recording; `items` ends after what was recorded."""
+        self._stopping = True
+        self._wake.set()
+
+    async def aclose(self) -> None:
+        """Give back the rings, go last again, stop following devices. Safe to call again."""
+        self._urgency.end()
+        try:
+            self._give_back()
+        finally:
+            if self._following and self._follower is not None:
+                self._following = False
+                await self._follower.aclose()
+
+    @property
+    def discarded(self) -> int:
+        """Records that came after later ones were given out (see `collector.merge`)."""
+        return self._watermark.late
+
+    @abstractmethod
+    async def _acquire(self) -> StreamHeader:
+        """As `open`; what it has acquired when it raises, `_give_back` gives back."""
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Whatever of the kernel's is held, as far as it was acquired. Called again it does nothing."""
+
+    @abstractmethod
+    def _taken(self, until_ns: int | None) -> Iterator[Batch]:
+        """Merged records before `until_ns`, or all that are left; none of the batches is empty."""
+
+    @abstractmethod
+    def _learned(self, devices: tuple[Device, ...]) -> None:
+        """Called with news of devices when they come, before their place in the stream has."""
+
+    def _header(self, cpus: int, pair: ClockPair, hooks: Sequence[str]) -> StreamHeader:
+        return StreamHeader(
+            source=self._name,
+            host=self._host or name_of_this_machine(),
+            run=secrets.token_hex(8),
+            kernel=platform.release(),
+            boot_id=boot_id(),
+            cpus=cpus,
+            clock=pair,
+            hooks=tuple(hooks),
+            mace_version=VERSION,
+            command=command_line(),
+        )
+
+    # --- devices --------------------------------------------------------------------------------
+
+    async def _follow(self, *, wakes: bool) -> None:
+        """Begin to follow devices. `wakes`: news of them ends a pause."""
+        if self._follower is None:
+            return
+        if wakes:
+            self._follower.on_news = partial(asyncio.get_running_loop().call_soon_threadsafe, self._wake.set)
+        await self._follower.open()
+        self._following = True
+        self._devices = self._follower.poll() or ()
+        self._sharers = self._follower.on_host_network
+        self._host_netns = self._follower.host_netns
+
+    def _devices_changed(self) -> bool:
+        """Look after devices; what is new waits for its place in the stream."""
+        if self._follower is None or (devices := self._follower.poll()) is None:
+            return False
+        self._learned(devices)
+        # New information holds from the latest time that no record was given out for. News comes at once, and a
+        # hold-back is longer than that takes, so that packets of a new device come behind it.
+        from_ns = time.monotonic_ns() - self._hold_back_ns
+        self._coming.append((max(from_ns, self._began_ns), devices, self._follower.on_host_network))
+        return True
+
+    def _topology(self, from_ns: int) -> Topology:
+        sightings = self._seen.snapshot()
+        self._seen_told = len(sightings)
+        return Topology(from_ns, self._host_netns, self._devices, sightings, self._sharers)
+
+    # --- the stream -----------------------------------------------------------------------------
+
+    def _since_ns(self) -> int:
+        """From when on a CPU that is added now can have records in the stream."""
+        return max(self._began_ns, self._watermark.given_ns or 0)
+
+    def _released(self, *, to_the_end: bool = False, progress: bool = False) -> Iterator[StreamItem]:
+        """What may be given out: records, the devices where they changed between them, and up to when that is all.
+
+        The last is told where no record tells it, and with `progress` in any case.
+        """
+        watermark_ns = self._watermark.watermark_ns
+        if watermark_ns is None:
+            return
+        while self._coming and (to_the_end or self._coming[0][0] <= watermark_ns):
+            from_ns, devices, sharers = self._coming.popleft()
+            yield from self._named(self._taken(from_ns))
+            self._devices, self._sharers = devices, sharers
+            yield self._topology(from_ns)
+        given = False
+        for item in self._named(self._taken(None if to_the_end else watermark_ns)):
+            given = True
+            yield item
+        if progress or not given:
+            yield Progress(watermark_ns)
+
+    def _named(self, batches: Iterator[Batch]) -> Iterator[StreamItem]:
+        """Batches, each after the topology that tells what it names."""
+        for batch in batches:
+            if len(self._seen) > self._seen_told:
+                yield self._topology(int(batch.ts_ns[0]))
+            yield batch
+
+    async def _pause(self, duration_s: float, readable: int | None) -> None:
+        """So long at most; ends with the stop, with news of devices that wake, and when a file is readable."""
+        loop = asyncio.get_running_loop()
+        if not self._stopping:
+            self._wake.clear()
+        if readable is not None:
+            loop.add_reader(readable, self._wake.set)
+        try:
+            async with asyncio.timeout(duration_s):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        finally:
+            if readable is not None:
+                loop.remove_reader(readable)
