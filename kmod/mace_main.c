@@ -57,26 +57,14 @@ static int __init mace_init(void)
 {
 	int error;
 
-	error = mace_packet_init();
-	if (error)
-		return error;
+	mace_packet_init();
 	error = mace_sessions_init();
 	if (error)
-		goto undo_packet;
-	error = mace_probes_init();
-	if (error)
-		goto undo_sessions;
+		return error;
+	mace_probes_init();
 	error = mace_chardev_init();
 	if (error)
-		goto undo_probes;
-	return 0;
-
-undo_probes:
-	mace_probes_exit();
-undo_sessions:
-	mace_sessions_exit();
-undo_packet:
-	mace_packet_exit();
+		mace_sessions_exit();
 	return error;
 }
 

@@ -67,7 +67,7 @@ static const siphash_key_t mace_content_key = { { 0x4d41434520706b74ULL, 0x6b657
 /* Drawn at each load: a skb_id does not give away the buffer's address. */
 static siphash_key_t mace_skb_key __read_mostly;
 
-DEFINE_PER_CPU(struct mace_data *, mace_data);
+DEFINE_PER_CPU(struct mace_packets *, mace_packets);
 DEFINE_PER_CPU(struct mace_packet *, mace_last_packet);
 static DEFINE_PER_CPU(u64[MACE_PAYLOAD_BYTES / sizeof(u64)], mace_peeked);
 
@@ -131,23 +131,12 @@ static noinline const void *mace_copy(const struct sk_buff *skb, int offset, con
  */
 noinline const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, int len)
 {
-	int beyond = offset - (int)skb_headlen(skb);
-	const skb_frag_t *frag;
-	const u8 *start;
+	/* Most payload. */
+	const u8 *start = mace_in_first_page(skb, offset - (int)skb_headlen(skb), len);
 
-	/* Most payload: in the first page, whole. A page of high memory may not be mapped. */
-	if (likely(!IS_ENABLED(CONFIG_HIGHMEM) && beyond >= 0 && skb_is_nonlinear(skb) &&
-		   skb_shinfo(skb)->nr_frags)) {
-		frag = &skb_shinfo(skb)->frags[0];
-		start = skb_frag_address_safe(frag);
-		if (likely(start && beyond + len <= (int)skb_frag_size(frag))) {
-			start += beyond;
-			if (likely(len == MACE_PAYLOAD_BYTES))
-				return start;
-			return mace_copy(skb, offset, start, len);
-		}
-	}
-	return mace_copy(skb, offset, NULL, len);
+	if (start && len == MACE_PAYLOAD_BYTES)
+		return start;
+	return mace_copy(skb, offset, start, len);
 }
 
 /* Whether there are @len bytes at @offset. */
@@ -258,8 +247,8 @@ static __always_inline void mace_carries(struct mace_headers *headers, int offse
 	headers->inner_protocol = protocol;
 }
 
-static void mace_read_tunnel_in_udp(struct mace_reader *reader, int offset, u16 port,
-				    struct mace_headers *headers)
+static __always_inline void mace_read_tunnel_in_udp(struct mace_reader *reader, int offset,
+						    u16 port, struct mace_headers *headers)
 {
 	u32 head;
 
@@ -319,7 +308,8 @@ static __always_inline void mace_read_icmp(struct mace_reader *reader, int offse
 }
 
 /* RFC 9260, section 3.1 */
-static void mace_read_sctp(struct mace_reader *reader, int offset, struct mace_headers *headers)
+static __always_inline void mace_read_sctp(struct mace_reader *reader, int offset,
+					   struct mace_headers *headers)
 {
 	if (!mace_has(reader, offset, 12))
 		return;
@@ -330,7 +320,8 @@ static void mace_read_sctp(struct mace_reader *reader, int offset, struct mace_h
 }
 
 /* RFC 2784, section 2, and RFC 2890, section 2 */
-static void mace_read_gre(struct mace_reader *reader, int offset, struct mace_headers *headers)
+static __always_inline void mace_read_gre(struct mace_reader *reader, int offset,
+					  struct mace_headers *headers)
 {
 	u32 head;
 
@@ -534,8 +525,8 @@ static __always_inline void mace_take_payload(struct mace_reader *reader,
 			mace_first_bytes(mace_take(reader, offset + 8, bytes - 8), bytes - 8);
 }
 
-static bool mace_take_other(struct mace_reader *reader, int offset, u16 protocol,
-			    struct mace_words *words)
+static __always_inline bool mace_take_other(struct mace_reader *reader, int offset, u16 protocol,
+					    struct mace_words *words)
 {
 	if (!mace_has(reader, offset, 3 * sizeof(u64)))
 		return false;
@@ -547,8 +538,9 @@ static bool mace_take_other(struct mace_reader *reader, int offset, u16 protocol
 }
 
 /* The words of the packet that @outer carries, if it can be read. */
-static noinline bool mace_take_inner(struct mace_reader *reader, const struct mace_headers *outer,
-				     struct mace_words *words)
+static __always_inline bool mace_take_inner(struct mace_reader *reader,
+					    const struct mace_headers *outer,
+					    struct mace_words *words)
 {
 	u16 protocol = outer->inner_protocol;
 	bool frame = protocol == ETH_P_TEB;
@@ -596,7 +588,10 @@ static bool mace_has_words(const struct mace_packet *packet, const struct mace_w
 
 /* --- packets ---------------------------------------------------------------------- */
 
-/* @packet anew. @latest was in the same data before, @last is that of the last hook. */
+/*
+ * @packet anew. @latest was in the same data before, @last is that of the last hook. All of it is
+ * one function, so that the compiler can have the reader in registers.
+ */
 static noinline void mace_read_anew(struct mace_packet *packet, const struct mace_packet *latest,
 				    const struct mace_packet *last, const struct sk_buff *skb,
 				    int offset, __be16 protocol)
@@ -665,16 +660,6 @@ static noinline void mace_read_anew(struct mace_packet *packet, const struct mac
 	packet->reads = reader.reads;
 }
 
-/* Buffers that were identified on a CPU: mostly one of them is there at the next hook. */
-#define MACE_IDENTIFIED_BITS 6
-
-struct mace_identified {
-	const struct sk_buff *skb;
-	u64 skb_id;
-};
-
-static DEFINE_PER_CPU(struct mace_identified[1 << MACE_IDENTIFIED_BITS], mace_identified);
-
 /**
  * mace_identify() - note that a packet is in this buffer now
  * @packet: the packet
@@ -684,8 +669,8 @@ static DEFINE_PER_CPU(struct mace_identified[1 << MACE_IDENTIFIED_BITS], mace_id
  */
 noinline void mace_identify(struct mace_packet *packet, const struct sk_buff *skb)
 {
-	struct mace_identified *identified =
-		this_cpu_ptr(&mace_identified[hash_ptr((void *)skb, MACE_IDENTIFIED_BITS)]);
+	struct mace_identified *identified = this_cpu_read(mace_packets)->identified +
+					     hash_ptr((void *)skb, MACE_IDENTIFIED_BITS);
 
 	if (identified->skb != skb) {
 		identified->skb = skb;
@@ -695,14 +680,18 @@ noinline void mace_identify(struct mace_packet *packet, const struct sk_buff *sk
 	packet->record.skb_id = identified->skb_id;
 }
 
-/* The packet that was in this data last, or the one before, or the last one in any, or another. */
-static __always_inline struct mace_packet *
-mace_read(struct mace_data *data, const struct sk_buff *skb, int offset, __be16 protocol)
+/*
+ * The packet that was in this data last, or the one before, or the last one in any, or another.
+ * @compared: it is known not to be the one that was there last.
+ */
+static __always_inline struct mace_packet *mace_read(struct mace_data *data,
+						     const struct sk_buff *skb, int offset,
+						     __be16 protocol, bool compared)
 {
 	struct mace_packet *latest = data->latest, *packet = latest;
 	const struct mace_packet *last = this_cpu_read(mace_last_packet);
 
-	if (!mace_is_same(packet, skb, offset, protocol)) {
+	if (compared || !mace_is_same(packet, skb, offset, protocol)) {
 		packet = latest == data->packets ? data->packets + 1 : data->packets;
 		data->latest = packet;
 		if (!mace_is_same(packet, skb, offset, protocol)) {
@@ -722,7 +711,8 @@ mace_read(struct mace_data *data, const struct sk_buff *skb, int offset, __be16 
  * the way to the driver (validate_xmit_vlan) is that behind the tag. Else the tag is what comes
  * next. Return: the offset of what the last tag carries, with its @protocol and the tag's @tci.
  */
-static int mace_find_vlan(const struct sk_buff *skb, int offset, __be16 *protocol, int *tci)
+static noinline int mace_find_vlan(const struct sk_buff *skb, int offset, __be16 *protocol,
+				   int *tci)
 {
 	struct vlan_hdr tag __uninitialized;
 	int i;
@@ -743,6 +733,19 @@ static int mace_find_vlan(const struct sk_buff *skb, int offset, __be16 *protoco
 	return offset;
 }
 
+/* With a tag, or with an offset of nobody's making, as of a packet socket's frame, never parsed. */
+static noinline struct mace_packet *
+mace_read_unusual(struct mace_data *data, const struct sk_buff *skb, int *l3_offset, int *tci)
+{
+	__be16 protocol = skb->protocol;
+
+	if (unlikely((unsigned int)*l3_offset > skb->len))
+		*l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
+	if (unlikely(eth_type_vlan(protocol)))
+		*l3_offset = mace_find_vlan(skb, *l3_offset, &protocol, tci);
+	return mace_read(data, skb, *l3_offset, protocol, false);
+}
+
 /**
  * mace_packet_read_other() - mace_packet_read_device() for a packet that is not the latest
  * @skb: the packet
@@ -754,16 +757,13 @@ struct mace_record *mace_packet_read_other(const struct sk_buff *skb, int l3_off
 {
 	int tci = skb_vlan_tag_present(skb) ? skb_vlan_tag_get(skb) : -1;
 	struct mace_data *data = mace_data_of(skb);
-	__be16 protocol = skb->protocol;
 	struct mace_packet *packet;
 	struct mace_record *record;
 
-	/* An offset of nobody's making, as of a packet socket's frame that was never parsed. */
-	if (unlikely((unsigned int)l3_offset > skb->len))
-		l3_offset = min_t(int, skb->dev->hard_header_len, skb->len);
-	if (unlikely(eth_type_vlan(protocol)))
-		l3_offset = mace_find_vlan(skb, l3_offset, &protocol, &tci);
-	packet = mace_read(data, skb, l3_offset, protocol);
+	if (likely(tci < 0 && (unsigned int)l3_offset <= skb->len && !eth_type_vlan(skb->protocol)))
+		packet = mace_read(data, skb, l3_offset, skb->protocol, true);
+	else
+		packet = mace_read_unusual(data, skb, &l3_offset, &tci);
 	record = mace_record_of(packet, skb);
 	record->l3_len = max_t(int, (int)skb->len - l3_offset, 0);
 	record->vlan = tci < 0 ? 0 : tci;
@@ -782,16 +782,18 @@ struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 {
 	struct mace_data *data = mace_data_of(skb);
 	struct mace_packet *packet = data->latest;
+	u16 cpu = packet->record.cpu;
 
 	if (skb->head && skb->network_header && skb_network_offset(skb) <= (int)skb_headlen(skb) &&
 	    (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6)))
-		packet = mace_read(data, skb, skb_network_offset(skb), skb->protocol);
+		packet = mace_read(data, skb, skb_network_offset(skb), skb->protocol,
+				   packet->record.ip_version);
 	else
 		packet->record.ip_version = 0;
 	if (!packet->record.ip_version) {
 		packet->protocol = MACE_PROTOCOL_NONE;
 		packet->flags = 0;
-		packet->record = (struct mace_record){};
+		packet->record = (struct mace_record){ .cpu = cpu };
 		packet->skb = NULL;
 	}
 	packet->record.l3_len = 0;
@@ -799,38 +801,50 @@ struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb)
 	return mace_record_of(packet, skb);
 }
 
-int __init mace_packet_init(void)
+/**
+ * mace_packet_prepare() - memory for the packets of a CPU, which stays until the module goes
+ * @cpu: one that probes are about to run on; the caller sees to it that nobody does the same
+ *
+ * Context: may sleep. Return: 0 or -ENOMEM.
+ */
+int mace_packet_prepare(unsigned int cpu)
 {
+	struct mace_packets *packets;
 	struct mace_data *data;
+
+	if (per_cpu(mace_packets, cpu))
+		return 0;
+	packets = kvzalloc_node(sizeof(*packets), GFP_KERNEL, cpu_to_node(cpu));
+	if (!packets)
+		return -ENOMEM;
+	for (data = packets->data; data < packets->data + (1 << MACE_DATA_BITS); data++) {
+		data->latest = data->packets;
+		data->packets[0].protocol = MACE_PROTOCOL_NONE;
+		data->packets[0].record.cpu = cpu;
+		data->packets[1].protocol = MACE_PROTOCOL_NONE;
+		data->packets[1].record.cpu = cpu;
+	}
+	per_cpu(mace_last_packet, cpu) = packets->data->packets;
+	per_cpu(mace_packets, cpu) = packets;
+	return 0;
+}
+
+void __init mace_packet_init(void)
+{
 	unsigned int i;
-	int cpu;
 
 	for (i = 0; i < mace_vxlan_port_count; i++)
 		mace_tunnel_port_bits |= BIT_ULL(mace_vxlan_ports[i] % 64);
 	for (i = 0; i < mace_geneve_port_count; i++)
 		mace_tunnel_port_bits |= BIT_ULL(mace_geneve_ports[i] % 64);
 	get_random_bytes(&mace_skb_key, sizeof(mace_skb_key));
-	for_each_possible_cpu(cpu) {
-		data = kvzalloc_node(sizeof(*data) << MACE_DATA_BITS, GFP_KERNEL, cpu_to_node(cpu));
-		if (!data) {
-			mace_packet_exit();
-			return -ENOMEM;
-		}
-		per_cpu(mace_data, cpu) = data;
-		per_cpu(mace_last_packet, cpu) = data->packets;
-		for (i = 0; i < 1 << MACE_DATA_BITS; i++) {
-			data[i].latest = data[i].packets;
-			data[i].packets[0].protocol = MACE_PROTOCOL_NONE;
-			data[i].packets[1].protocol = MACE_PROTOCOL_NONE;
-		}
-	}
-	return 0;
 }
 
+/* No probe runs any more. */
 void mace_packet_exit(void)
 {
 	int cpu;
 
 	for_each_possible_cpu(cpu)
-		kvfree(per_cpu(mace_data, cpu));
+		kvfree(per_cpu(mace_packets, cpu));
 }

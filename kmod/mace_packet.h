@@ -58,7 +58,7 @@ struct mace_words {
  * place of reading and hashing. Addresses, checksums and TTL were not read, so NAT and routing
  * make no difference; ports and identifiers are read each time.
  *
- * @record: what the bytes say, and skb_id, that of @skb; all other fields are a probe's
+ * @record: what the bytes say, and skb_id, that of @skb, and cpu; all other fields are a probe's
  * @skb: the buffer that it was in last
  * @words: what the record's packet_key is the hash of
  * @protocol: of the network layer, in network byte order; or MACE_PROTOCOL_NONE
@@ -99,14 +99,33 @@ struct mace_data {
 	struct mace_packet packets[2];
 };
 
-DECLARE_PER_CPU(struct mace_data *, mace_data);
+/* Buffers that were identified on a CPU: mostly one of them is there at the next hook. */
+#define MACE_IDENTIFIED_BITS 9
+
+struct mace_identified {
+	const struct sk_buff *skb;
+	u64 skb_id;
+};
+
+/**
+ * struct mace_packets - what a CPU remembers of packets
+ *
+ * @data: by the hash of the data's address
+ * @identified: by the hash of the buffer's address
+ */
+struct mace_packets {
+	struct mace_data data[1 << MACE_DATA_BITS];
+	struct mace_identified identified[1 << MACE_IDENTIFIED_BITS];
+};
+
+DECLARE_PER_CPU(struct mace_packets *, mace_packets);
 /* The packet of the last hook, whose data may be elsewhere at this one (pskb_expand_head()). */
 DECLARE_PER_CPU(struct mace_packet *, mace_last_packet);
 
 /* The entry of @skb's data, which may have been another's until now. */
 static __always_inline struct mace_data *mace_data_of(const struct sk_buff *skb)
 {
-	return this_cpu_read(mace_data) + hash_ptr(skb->head, MACE_DATA_BITS);
+	return &this_cpu_read(mace_packets)->data[hash_ptr(skb->head, MACE_DATA_BITS)];
 }
 
 void mace_identify(struct mace_packet *packet, const struct sk_buff *skb);
@@ -126,6 +145,20 @@ static __always_inline u64 mace_differs(const struct mace_packet *packet, int re
 {
 	return (get_unaligned((const u64 *)(at + packet->offset[read])) ^ packet->value[read]) &
 	       packet->mask[read];
+}
+
+/* Where @len bytes are that lie in the first page whole, @beyond its first byte; or NULL. */
+static __always_inline const u8 *mace_in_first_page(const struct sk_buff *skb, int beyond, int len)
+{
+	const skb_frag_t *frag = &skb_shinfo(skb)->frags[0];
+	const u8 *start;
+
+	/* A page of high memory may not be mapped. */
+	if (IS_ENABLED(CONFIG_HIGHMEM) || beyond < 0 || !skb_shinfo(skb)->nr_frags ||
+	    beyond + len > (int)skb_frag_size(frag))
+		return NULL;
+	start = skb_frag_address_safe(frag);
+	return likely(start) ? start + beyond : NULL;
 }
 
 const void *mace_peek_elsewhere(const struct sk_buff *skb, int offset, int len);
@@ -149,9 +182,14 @@ static __always_inline bool mace_is_same(const struct mace_packet *packet,
 		differs |= mace_differs(packet, i, at);
 	if (packet->payload) {
 		if (packet->payload + MACE_PAYLOAD_BYTES > in_place) {
-			payload = mace_peek_elsewhere(skb, offset + packet->payload,
-						      packet->payload_bytes);
-			if (!payload)
+			payload = likely(packet->payload_bytes == MACE_PAYLOAD_BYTES) ?
+					  mace_in_first_page(skb, packet->payload - in_place,
+							     MACE_PAYLOAD_BYTES) :
+					  NULL;
+			if (unlikely(!payload))
+				payload = mace_peek_elsewhere(skb, offset + packet->payload,
+							      packet->payload_bytes);
+			if (unlikely(!payload))
 				return false;
 		}
 		differs |= get_unaligned((const u64 *)payload) ^ packet->words.payload;
@@ -173,7 +211,8 @@ static __always_inline void mace_read_ports(struct mace_packet *packet, const st
 
 struct mace_record *mace_packet_read_other(const struct sk_buff *skb, int l3_offset);
 struct mace_record *mace_packet_read_buffer(const struct sk_buff *skb);
-int mace_packet_init(void);
+int mace_packet_prepare(unsigned int cpu);
+void mace_packet_init(void);
 void mace_packet_exit(void);
 
 /**

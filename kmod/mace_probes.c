@@ -54,14 +54,11 @@ static const u32 mace_end_hooks = BIT(MACE_HOOK_CONSUME_SKB) | BIT(MACE_HOOK_KFR
  * struct mace_where - a place, and how records name its namespace
  *
  * @at: the place; serial 0: not known, or not certain
- * @inode: the namespace's
- * @cookie: the lower half of the namespace's cookie, which is all of it for the first 2^32
- *	namespaces of a boot; 0 where the kernel has none
+ * @names: the namespace's
  */
 struct mace_where {
 	struct mace_place at;
-	u32 inode;
-	u32 cookie;
+	u64 names;
 };
 
 /*
@@ -87,13 +84,13 @@ struct mace_where {
  * @buffer: lower halves of skb (bits 0 to 31), and of skb->dev or, once received, the index of the
  *	device's bond or VRF or its own again
  * @place: ifindex (bits 0 to 30), MACE_CONTEXT_RECEIVED, serial
- * @netns: inode and cookie
+ * @names: the namespace's
  */
 struct mace_context {
 	u64 check;
 	u64 buffer;
 	u64 place;
-	u64 netns;
+	u64 names;
 };
 
 #define MACE_CONTEXT_RECEIVED BIT(31)
@@ -110,7 +107,7 @@ static __always_inline struct mace_context *mace_context_of(const struct sk_buff
 }
 
 static __always_inline u64 mace_context_check(const struct sk_buff *skb, u64 packet_key, u64 buffer,
-					      u64 place, u64 netns)
+					      u64 place, u64 names)
 {
 	/* 2^64 divided by the golden ratio: a change of one word changes the whole. */
 	const u64 factor = 0x9e3779b97f4a7c15ULL;
@@ -120,7 +117,7 @@ static __always_inline u64 mace_context_check(const struct sk_buff *skb, u64 pac
 	check = check * factor ^ packet_key;
 	check = check * factor ^ buffer;
 	check = check * factor ^ place;
-	return (check * factor ^ netns) * factor;
+	return (check * factor ^ names) * factor;
 }
 
 /*
@@ -183,7 +180,6 @@ static __always_inline void mace_context_set(const struct sk_buff *skb, enum mac
 					     const struct mace_where *where)
 {
 	struct mace_context *context = mace_context_of(skb);
-	u64 netns = (u64)where->cookie << 32 | where->inode;
 	u64 place = (u64)where->at.serial << 32 | where->at.ifindex;
 	u32 via = (unsigned long)dev;
 	u64 buffer;
@@ -193,10 +189,11 @@ static __always_inline void mace_context_set(const struct sk_buff *skb, enum mac
 		place |= MACE_CONTEXT_RECEIVED;
 	}
 	buffer = (u64)via << 32 | (u32)(unsigned long)skb;
-	WRITE_ONCE(context->check, mace_context_check(skb, packet_key, buffer, place, netns));
+	WRITE_ONCE(context->check,
+		   mace_context_check(skb, packet_key, buffer, place, where->names));
 	WRITE_ONCE(context->buffer, buffer);
 	WRITE_ONCE(context->place, place);
-	WRITE_ONCE(context->netns, netns);
+	WRITE_ONCE(context->names, where->names);
 }
 
 static __always_inline void mace_context_forget(const struct sk_buff *skb)
@@ -224,16 +221,15 @@ static bool mace_context_get(const struct sk_buff *skb, u64 packet_key, struct m
 {
 	const struct mace_context *context = mace_context_of(skb);
 	u64 check = READ_ONCE(context->check), buffer = READ_ONCE(context->buffer),
-	    place = READ_ONCE(context->place), netns = READ_ONCE(context->netns);
+	    place = READ_ONCE(context->place), names = READ_ONCE(context->names);
 	u32 via = buffer >> 32, serial = place >> 32;
 	bool there;
 
 	if ((u32)buffer != (u32)(unsigned long)skb ||
-	    check != mace_context_check(skb, packet_key, buffer, place, netns))
+	    check != mace_context_check(skb, packet_key, buffer, place, names))
 		return false;
 	where->at.ifindex = (u32)place & ~(u32)MACE_CONTEXT_RECEIVED;
-	where->inode = netns;
-	where->cookie = netns >> 32;
+	where->names = names;
 	if (place & MACE_CONTEXT_RECEIVED)
 		there = via != MACE_CONTEXT_AMBIGUOUS &&
 			(skb->skb_iif == where->at.ifindex || skb->skb_iif == via);
@@ -307,7 +303,8 @@ static __always_inline void mace_record_to(struct mace_session *session, enum ma
 
 	if (unlikely(!ring))
 		atomic64_inc(&session->lost[hook]);
-	else if (unlikely(mace_ring_write(ring, hook, record) >= session->watermark))
+	else if (unlikely(mace_ring_write(ring, hook, record)) &&
+		 mace_ring_close_subbuf(ring) >= session->watermark)
 		irq_work_queue(&session->wake);
 }
 
@@ -316,8 +313,11 @@ static __always_inline void mace_describe(struct mace_record *record, enum mace_
 					  const struct sk_buff *skb, u64 now_ns)
 {
 	record->ts_ns = now_ns;
-	record->gso_segs = skb->head && skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
-	record->cpu = smp_processor_id();
+	/* A buffer that is freed may have no data any more. */
+	if (BIT(hook) & mace_device_hooks || skb->head)
+		record->gso_segs = skb_is_gso(skb) ? skb_shinfo(skb)->gso_segs : 0;
+	else
+		record->gso_segs = 0;
 	record->hook = hook;
 	if (skb_cloned(skb))
 		record->flags |= MACE_FLAG_CLONED;
@@ -339,10 +339,11 @@ static __always_inline struct mace_record *mace_describe_at_device(enum mace_hoo
 static __always_inline void mace_where_is(const struct net *net, u32 ifindex,
 					  struct mace_where *where)
 {
-	where->at.serial = mace_netns_serial(net);
+	const struct mace_netns *netns = mace_netns_of(net);
+
+	where->at.serial = netns->serial;
 	where->at.ifindex = ifindex;
-	where->inode = net->ns.inum;
-	where->cookie = MACE_NETNS_COOKIE(net);
+	where->names = netns->names;
 }
 
 static __always_inline struct mace_record *mace_describe_elsewhere(enum mace_hook hook,
@@ -418,7 +419,7 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 			if ((dev || mace_is_at(session, where.at)) &&
 			    mace_is_wanted(session, record)) {
 				followed = true;
-				record->netns = session->cookies ? where.cookie : where.inode;
+				record->netns = where.names >> session->name_shift;
 				if (likely(session->hooks & BIT(hook)))
 					mace_record_to(session, hook, record);
 			}
@@ -614,13 +615,18 @@ static void mace_probe_put(struct mace_probe *probe)
  * mace_probes_get() - one more user of some hooks
  * @hooks: bit n: hook n; all available; as mace_probes_watched() returns them
  *
- * Context: may sleep; mace_running_lock is held. Return: 0, or what registering a probe returned:
- * then nothing is got.
+ * Context: may sleep; mace_running_lock is held. Return: 0, or -ENOMEM or what registering a probe
+ * returned: then nothing is got.
  */
 int mace_probes_get(u32 hooks)
 {
 	int hook, error;
 
+	/* Once there is one, it stays until the module goes. */
+	if (!mace_contexts)
+		mace_contexts = vzalloc(sizeof(*mace_contexts) << MACE_CONTEXT_BITS);
+	if (!mace_contexts)
+		return -ENOMEM;
 	for (hook = 0; hook < MACE_HOOK_COUNT; hook++) {
 		if (!(hooks & BIT(hook)))
 			continue;
@@ -681,15 +687,11 @@ void mace_probes_cost(struct mace_cost *cost)
 	}
 }
 
-int __init mace_probes_init(void)
+void __init mace_probes_init(void)
 {
 	mace_cost_every = roundup_pow_of_two(clamp(mace_cost_every, 1U, 1U << 20));
 	mace_cost_mask = mace_cost_every - 1;
-	mace_contexts = vzalloc(sizeof(*mace_contexts) << MACE_CONTEXT_BITS);
-	if (!mace_contexts)
-		return -ENOMEM;
 	for_each_kernel_tracepoint(mace_find_tracepoint, NULL);
-	return 0;
 }
 
 /* No session is left. */

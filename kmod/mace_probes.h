@@ -13,7 +13,7 @@ int mace_probes_get(u32 hooks);
 void mace_probes_put(u32 hooks);
 void mace_probes_cost(struct mace_cost *cost);
 
-int mace_probes_init(void);
+void mace_probes_init(void);
 void mace_probes_exit(void);
 
 #endif

@@ -87,16 +87,15 @@ u32 mace_ring_close_subbuf(struct mace_ring *ring);
  * @hook: the record's, where the compiler may know it
  * @record: with all but its time in order: a clock that went back a little is held
  *
- * Context: interrupts off. Return: full sub-buffers that wait, if this record made one full, else
- * 0.
+ * Context: interrupts off. Return: whether the sub-buffer is full now: mace_ring_close_subbuf().
  */
-static __always_inline u32 mace_ring_write(struct mace_ring *ring, enum mace_hook hook,
-					   const struct mace_record *record)
+static __always_inline bool mace_ring_write(struct mace_ring *ring, enum mace_hook hook,
+					    const struct mace_record *record)
 {
 	struct mace_record *slot;
 
 	if (unlikely(ring->next == ring->end) && !mace_ring_open_subbuf(ring, record))
-		return 0;
+		return false;
 	slot = ring->next;
 	*slot = *record;
 	/* The clock's fast accessor may step back a little when it is adjusted (timekeeping.c). */
@@ -105,7 +104,7 @@ static __always_inline u32 mace_ring_write(struct mace_ring *ring, enum mace_hoo
 	ring->last_ns = slot->ts_ns;
 	ring->written[hook]++;
 	ring->next = slot + 1;
-	return unlikely(ring->next == ring->end) ? mace_ring_close_subbuf(ring) : 0;
+	return ring->next == ring->end;
 }
 
 #endif

@@ -37,6 +37,7 @@
 #include <net/net_namespace.h>
 #include <net/netns/generic.h>
 
+#include "mace_packet.h"
 #include "mace_probes.h"
 #include "mace_session.h"
 
@@ -68,6 +69,8 @@ static int __net_init mace_netns_init(struct net *net)
 	struct mace_netns *netns = net_generic(net, mace_net_id);
 
 	netns->serial = atomic_inc_return(&mace_last_serial);
+	/* Both are set before any module is asked. */
+	netns->names = (u64)MACE_NETNS_COOKIE(net) << 32 | net->ns.inum;
 	return 0;
 }
 
@@ -196,17 +199,27 @@ static int mace_session_add_ring(struct mace_session *session, unsigned int cpu)
 	return 0;
 }
 
-/* A CPU is about to come online: every session with rings gets one for it, if there is memory. */
+/*
+ * A CPU is about to come online: every session with rings gets one for it, if there is memory.
+ * Without memory to read packets in, the CPU stays offline.
+ */
 static int mace_cpu_prepare(unsigned int cpu)
 {
 	struct mace_session *each;
+	int error = 0;
 
 	mutex_lock(&mace_open_lock);
-	list_for_each_entry(each, &mace_open, link)
-		if (each->ring_pages && !each->rings[cpu])
+	list_for_each_entry(each, &mace_open, link) {
+		if (!each->ring_pages)
+			continue;
+		error = mace_packet_prepare(cpu);
+		if (error)
+			break;
+		if (!each->rings[cpu])
 			mace_session_add_ring(each, cpu);
+	}
 	mutex_unlock(&mace_open_lock);
-	return 0;
+	return error;
 }
 
 static void mace_session_unmake_rings(struct mace_session *session)
@@ -431,7 +444,9 @@ static int mace_session_rings(struct mace_session *session, struct mace_setup *s
 	for_each_online_cpu(cpu) {
 		mutex_lock(&mace_open_lock);
 		session->ring_pages = setup->ring_bytes >> PAGE_SHIFT;
-		error = mace_session_add_ring(session, cpu);
+		error = mace_packet_prepare(cpu);
+		if (!error)
+			error = mace_session_add_ring(session, cpu);
 		mutex_unlock(&mace_open_lock);
 		if (error)
 			break;
@@ -476,7 +491,7 @@ int mace_session_setup(struct mace_session *session, struct mace_setup *setup)
 	if (error)
 		return error;
 	setup->ring_bytes = ring_bytes;
-	session->cookies = setup->flags & MACE_SETUP_COOKIES;
+	session->name_shift = setup->flags & MACE_SETUP_COOKIES ? 32 : 0;
 	session->watermark = setup->watermark;
 	session->flush_ms = setup->flush_ms;
 	error = mace_session_rings(session, setup);

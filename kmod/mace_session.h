@@ -21,9 +21,12 @@
  * @serial: unlike an inode never given out again (2^32 namespaces at 1000 a second are 49 days of
  *	nothing else);
  *	never 0
+ * @names: how records name it: its inode, and in the upper half the lower one of its cookie, which
+ *	is all of it for the first 2^32 namespaces of a boot; 0 where the kernel has none
  */
 struct mace_netns {
 	u32 serial;
+	u64 names;
 };
 
 /**
@@ -58,7 +61,7 @@ struct mace_place {
  * @own_inode: its inode
  * @hooks: bit n: hook n
  * @watched: bit n: hook n; those, and the ones that say where a buffer is
- * @cookies: whether records name namespaces by cookie, not by inode
+ * @name_shift: records name namespaces by this half of mace_netns.names: 0 the inode, 32 the cookie
  * @filters: MACE_FILTER_*: what of the filters below there is
  * @sample_mask: the bits of packet_key that must be 0
  * @serial_count: namespaces in @serials; 0: all
@@ -94,7 +97,7 @@ struct mace_session {
 	u32 own_inode;
 	u32 hooks;
 	u32 watched;
-	bool cookies;
+	u32 name_shift;
 	u32 filters;
 	u64 sample_mask;
 	u32 serial_count;
@@ -129,17 +132,26 @@ extern unsigned int mace_host_mib;
 extern unsigned int mace_host_sessions;
 
 /**
+ * mace_netns_of() - what we know of a namespace
+ * @net: any that is alive
+ *
+ * Context: a reader of RCU's, or one who holds @net. Return: it, not NULL.
+ */
+static inline const struct mace_netns *mace_netns_of(const struct net *net)
+{
+	/* As net_generic(), without its lock. */
+	return rcu_dereference_raw(net->gen)->ptr[mace_net_id];
+}
+
+/**
  * mace_netns_serial() - number of a namespace, never given to another one
  * @net: any that is alive
  *
- * Context: a reader of RCU's, or one who holds @net. Return: the number, not 0.
+ * Context: as mace_netns_of(). Return: the number, not 0.
  */
 static inline u32 mace_netns_serial(const struct net *net)
 {
-	/* As net_generic(), without its lock. */
-	const struct mace_netns *netns = rcu_dereference_raw(net->gen)->ptr[mace_net_id];
-
-	return netns->serial;
+	return mace_netns_of(net)->serial;
 }
 
 struct mace_session *mace_session_open(void);

@@ -46,7 +46,7 @@ def trace_instances(pid):
 class Measurement:
     """A `mace run` that is running; `stop` ends it as Ctrl-C does and gives its JSON."""
 
-    def __init__(self, lab, folder, *options):
+    def __init__(self, lab, folder, *options, start=start):
         self.store, self.capture = folder / "store", folder / "stream.mace"
         self.process = start(
             "run", "--lab", lab.name, "--store", self.store, "--record", self.capture, "--json", *options
@@ -110,10 +110,10 @@ FROM delays WHERE segment IN ('device', 'outside') GROUP BY packet, direction, l
 
 
 @contextmanager
-def measured(lab, folder, *options):
+def measured(lab, folder, *options, start=start):
     """A measurement for the length of the block; what it found is in `.found` afterwards."""
     folder.mkdir(exist_ok=True)
-    measurement = Measurement(lab, folder, *options)
+    measurement = Measurement(lab, folder, *options, start=start)
     try:
         yield measurement
         measurement.stop()

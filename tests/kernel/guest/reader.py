@@ -8,6 +8,7 @@ import mmap
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Self
@@ -179,6 +180,22 @@ def enter_netns(fd: int) -> None:
     if _libc.setns(fd, 0x40000000):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def within(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns in a namespace of /run/netns: a socket stays there, whoever uses it later."""
+    made: list[Any] = []
+
+    def work() -> None:
+        fd = netns_fd(name)
+        enter_netns(fd)
+        os.close(fd)
+        made.append(make())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def opened_in(name: str) -> Session:

@@ -8,8 +8,9 @@ import platform
 import pytest
 
 from mace.lab import Lab
+from tests.kernel.guest.commands import mace
 from tests.kernel.guest.conftest import load, unload
-from tests.measuring import balanced, mace
+from tests.measuring import balanced
 
 TRIPS = 40
 

@@ -17,18 +17,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from mace.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.conftest import KO, lab_ifindex, load, unload
-from tests.kernel.guest.reader import Session, netns_fd
+from tests.kernel.guest.reader import Session, netns_fd, within
 
-LOADS = 500
-OPENS = 10_000
+LOADS = 160
+USES = 10
 LEAK_KIB = 8192
-"""Noise of what the kernel has cached. A leak of one ring a cycle, the smallest that is used here, is 80 MB in 10,000
-cycles; one of a session's structure, 10 MB; and the counts by name below are exact."""
+"""Noise of what the kernel has cached, beside traffic. Seen are 52 KiB a load, and a module takes more; and 0.8 MiB a
+use, of 1 MiB for contexts and 180 KiB for packets of each CPU that the module allocates for sessions."""
+OPENS = 2000
+LEAK_OF_OPENS_KIB = OPENS // 2
+"""The same without traffic. A leak of a session's structure, a KiB, is twice that; one of a ring is sixteen times as
+much, and is counted by name besides."""
 
 
 def unreclaimable_kib() -> int:
@@ -47,24 +50,13 @@ def modules_mappings() -> int:
 @contextlib.contextmanager
 def flood(lab: Lab) -> Iterator[None]:
     """Traffic that does not stop meanwhile, from both containers, bounded to ten minutes."""
-    stop = threading.Event()
-
-    def send() -> None:
-        while not stop.is_set():
-            lab.udp("c1", count=500, rate_pps=500)
-
-    thread = threading.Thread(target=send)
-    ping = lab.start_ping("c2", count=60_000, interval_s=0.02)
-    thread.start()
-    try:
+    with (
+        lab.start_udp("c1", count=120_000, rate_pps=200),
+        lab.start_ping("c2", count=30_000, interval_s=0.02),
+    ):
         yield
-    finally:
-        stop.set()
-        thread.join()
-        ping.stop()
 
 
-@pytest.mark.timeout(1200)
 def test_loads_and_unloads_under_flood(lab: Lab) -> None:
     load()
     unload()
@@ -80,7 +72,7 @@ def test_loads_uses_and_unloads_under_flood(lab: Lab) -> None:
     """With a session that runs and is full each time, so that every probe is taken off while it fires."""
     before = unreclaimable_kib()
     with flood(lab):
-        for _ in range(10):
+        for _ in range(USES):
             load()
             with Session() as session:
                 session.setup(subbuf_bytes=4096, subbufs=2).start()
@@ -92,17 +84,20 @@ def test_loads_uses_and_unloads_under_flood(lab: Lab) -> None:
     assert unreclaimable_kib() - before < LEAK_KIB
 
 
-@pytest.mark.timeout(1200)
 def test_opens_maps_and_closes(module: None) -> None:
+    def cycles(count: int) -> None:
+        for _ in range(count):
+            with Session() as session:
+                session.setup(subbuf_bytes=4096, subbufs=2)
+                session.map(0)
+                session.map(1)
+
+    cycles(100)
     mapped = modules_mappings()
     before = unreclaimable_kib()
-    for _ in range(OPENS):
-        with Session() as session:
-            session.setup(subbuf_bytes=4096, subbufs=2)
-            session.map(0)
-            session.map(1)
+    cycles(OPENS)
     assert modules_mappings() == mapped
-    assert unreclaimable_kib() - before < LEAK_KIB
+    assert unreclaimable_kib() - before < LEAK_OF_OPENS_KIB
     with Session() as session:
         assert session.cost()["calls"].sum() == 0
 
@@ -110,7 +105,7 @@ def test_opens_maps_and_closes(module: None) -> None:
 def test_starts_and_stops_under_flood_count_exactly(module: None, lab: Lab) -> None:
     """Whenever it is stopped and however small the ring: what was written is read, to the last record."""
     with flood(lab):
-        for number in range(30):
+        for number in range(12):
             with Session() as session:
                 session.setup(subbuf_bytes=4096, subbufs=2 + number % 3 * 6)
                 before = session.cost()["calls"].sum()
@@ -127,10 +122,15 @@ def test_starts_and_stops_under_flood_count_exactly(module: None, lab: Lab) -> N
                 assert (stats["written"] + stats["lost"]).sum() <= after - before
 
 
+DATAGRAMS = 700
+"""More than two CPUs' rings of four sub-buffers hold: each has room for 63 records."""
+
+
 def test_produced_is_read_and_lost_exactly(module: None, lab: Lab) -> None:
     """So many datagrams were sent through one device, so many records were read or counted as lost."""
     index = lab_ifindex(lab, "c2")
-    with flood(lab):
+    sender = within(lab.netns_path("c2").name, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    with sender, flood(lab):
         for subbufs in (2, 4, 256):
             fd = netns_fd(lab.netns_path("c2").name)
             with Session() as session:
@@ -143,19 +143,21 @@ def test_produced_is_read_and_lost_exactly(module: None, lab: Lab) -> None:
                 )
                 os.close(fd)
                 session.start()
-                sent = lab.udp("c2", count=1500).sent
+                for _ in range(DATAGRAMS):
+                    sender.sendto(bytes(64), (lab.address("remote"), 9))
                 session.stop()
                 stats = session.stats()
-                assert sent == 1500
-                assert (stats["written"] + stats["lost"]).sum() == sent
+                assert (stats["written"] + stats["lost"]).sum() == DATAGRAMS
                 assert stats["written"].sum() == len(session.read())
                 assert (stats["lost"].sum() > 0) == (subbufs < 256)
 
 
 def test_readers_that_are_killed_leave_nothing(module: None, lab: Lab) -> None:
+    with Session() as session:
+        session.setup(subbuf_bytes=4096, subbufs=8).start()  # what the module keeps once there was a session
     mapped = modules_mappings()
     with flood(lab):
-        for _ in range(10):
+        for _ in range(6):
             child = os.fork()
             if child == 0:
                 session = Session().setup(subbuf_bytes=4096, subbufs=8).start()
@@ -170,7 +172,7 @@ def test_readers_that_are_killed_leave_nothing(module: None, lab: Lab) -> None:
 
 def test_namespaces_come_and_go_while_everything_runs(module: None, lab: Lab) -> None:
     script = (
-        "i=0; while [ $i -lt 12 ]; do"
+        "i=0; while [ $i -lt 5 ]; do"
         " ip netns add storm$i && ip link add s$i type veth peer name eth0 netns storm$i"
         " && ip link set s$i up && ip -n storm$i link set eth0 up && ip -n storm$i link set lo up"
         " && ip netns del storm$i || exit 1; i=$((i+1)); done"
@@ -198,7 +200,7 @@ def test_sessions_come_and_go_beside_each_other(module: None, lab: Lab) -> None:
     def work(seed: int) -> None:
         random = np.random.default_rng(seed)
         try:
-            for _ in range(12):
+            for _ in range(6):
                 with Session() as session:
                     session.setup(subbuf_bytes=4096, subbufs=int(random.integers(2, 9))).start()
                     records = [session.read_for(float(random.uniform(0, 0.03)))]

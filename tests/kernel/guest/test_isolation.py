@@ -12,8 +12,7 @@ import contextlib
 import os
 import socket
 import subprocess
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from mace import abi
 from mace.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.conftest import lab_ifindex, load, unload
-from tests.kernel.guest.reader import Session, enter_netns, netns_fd, opened_in
+from tests.kernel.guest.reader import Session, netns_fd, opened_in, within
 
 pytestmark = pytest.mark.usefixtures("module")
 
@@ -101,22 +100,6 @@ RULES = {
 def equal(number: int) -> bytes:
     """The payload of every flow's packet of this number."""
     return b"number %04d of equals" % number
-
-
-def within(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns in a namespace of /run/netns: a socket stays there, whoever uses it later."""
-    made: list[Any] = []
-
-    def work() -> None:
-        fd = netns_fd(name)
-        enter_netns(fd)
-        os.close(fd)
-        made.append(make())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    return made[0]
 
 
 def run(*argv: str) -> None:

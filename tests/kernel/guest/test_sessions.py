@@ -23,7 +23,7 @@ from mace import abi
 from mace.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.conftest import lab_ifindex
-from tests.kernel.guest.reader import DEVICE, Session, enter_netns, netns_fd, refused
+from tests.kernel.guest.reader import DEVICE, Session, enter_netns, netns_fd, refused, within
 
 pytestmark = pytest.mark.usefixtures("module")
 
@@ -79,8 +79,37 @@ def loopback_traffic(count: int = 20) -> None:
 def some_traffic(lab: Lab) -> None:
     lab.ping("c1", count=30, flood=True)
     lab.ping("c2", count=30, flood=True, family=6)
-    lab.udp("c1", count=60, echo=True)
-    lab.tcp("c2", size=100_000)
+    udp_echo(lab, "c1", count=60)
+    tcp_stream(lab, "c2", size=100_000)
+
+
+def udp_echo(lab: Lab, member: str, count: int) -> None:
+    """Datagrams to the remote and back; from here, since a process of the lab's takes an emulator seconds to start."""
+    with (
+        within(lab.netns_path("remote").name, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as remote,
+        within(lab.netns_path(member).name, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as here,
+    ):
+        remote.bind((lab.address("remote"), 0))
+        for each in (remote, here):
+            each.settimeout(10)
+        for number in range(count):
+            here.sendto(b"%064d" % number, remote.getsockname())
+            data, sender = remote.recvfrom(100)
+            remote.sendto(data, sender)
+            assert here.recv(100) == data
+
+
+def tcp_stream(lab: Lab, member: str, size: int, chunk: int = 10_000) -> None:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(within(lab.netns_path("remote").name, socket.socket))
+        listener.bind((lab.address("remote"), 0))
+        listener.listen(1)
+        client = stack.enter_context(within(lab.netns_path(member).name, socket.socket))
+        client.connect(listener.getsockname())
+        server = stack.enter_context(listener.accept()[0])
+        for _ in range(size // chunk):
+            client.sendall(bytes(chunk))
+            assert len(server.recv(chunk, socket.MSG_WAITALL)) == chunk
 
 
 def recorded(session: Session, traffic: Callable[[], None]) -> npt.NDArray[Any]:

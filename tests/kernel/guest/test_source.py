@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from mace.lab import Lab
+from tests.kernel.guest.commands import mace, start
 from tests.kernel.guest.conftest import KO, load, unload
-from tests.measuring import PATHS, ROOT, balanced, mace, measured, query
+from tests.measuring import PATHS, ROOT, balanced, measured, query
 
 PACKETS = 100
 # Length of each kind's packets, by which its rows are found: payload and headers.
@@ -24,7 +25,7 @@ def run(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One measurement of some traffic, with all stages and a recording."""
     load()
     try:
-        with measured(lab, tmp_path_factory.mktemp("run"), "--source", "kmod") as measurement:
+        with measured(lab, tmp_path_factory.mktemp("run"), "--source", "kmod", start=start) as measurement:
             lab.ping("c1", count=PACKETS, flood=True, size=101)
             lab.ping("c1", count=PACKETS, flood=True, size=102, family=6)
             lab.udp("c1", count=PACKETS, echo=True, size=203)

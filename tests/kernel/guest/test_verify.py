@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.kernel.guest.commands import mace
 from tests.kernel.guest.conftest import load, unload
-from tests.measuring import mace
 
 pytestmark = [
     # One kernel: it is the correlator that is tried here; what the module reads is tried on all of them.

@@ -1,0 +1,89 @@
+"""The command line, forked from one process that has imported it: in an emulator Python takes half a minute to do so.
+
+What a command is given and what it prints, its exit status and the signals that it gets are those of a process of its
+own; that a process of its own starts is for the host's tests to say.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tests.measuring import ROOT
+
+_FORKING = get_context("forkserver")
+_FORKING.set_forkserver_preload(["mace.cli"])
+
+
+def _run(argv: tuple[str, ...], folder: Path) -> None:
+    """In the child: `mace argv...`, with its output in two files."""
+    os.chdir(ROOT)
+    for fd, name in ((1, "out"), (2, "err")):
+        to = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(to, fd)
+        os.close(to)
+    from mace.__main__ import main
+
+    sys.argv = ["mace", *argv]
+    sys.exit(main())
+
+
+class Command:
+    """What tests use of a `subprocess.Popen` with pipes and text."""
+
+    def __init__(self, *argv: object) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="mace-command-")
+        self._process = _FORKING.Process(target=_run, args=(tuple(map(str, argv)), Path(self._folder.name)))
+        self._process.start()
+        self.pid = self._process.pid
+        self._said: list[str] = []
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end. Raises `subprocess.TimeoutExpired`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("mace", timeout or 0)
+        if not self._said:
+            self._said = [Path(self._folder.name, name).read_text() for name in ("out", "err")]
+            self._folder.cleanup()
+        return self._said[0], self._said[1]
+
+
+def mace(*argv: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """As `tests.measuring.mace`."""
+    command = Command(*argv)
+    try:
+        out, err = command.communicate(timeout)
+    finally:
+        command.kill()
+    done = subprocess.CompletedProcess(["mace", *map(str, argv)], command.returncode or 0, out, err)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def start(*argv: object, **_: Any) -> Command:
+    """As `tests.measuring.start`."""
+    return Command(*argv)
