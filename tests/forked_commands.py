@@ -7,9 +7,12 @@ Python's flush at exit, and without the rest of that, which takes as long as man
 """
 
 import codecs
+import contextlib
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +20,10 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, field
 
+import collector
+import mace
+import storage
+from contracts.errors import MaceError
 from tests.places import ROOT
 
 NOBODY = 65534
@@ -120,8 +127,14 @@ def _end():
 
 
 if __name__ == "__main__":
-    from mace import __main__, cli  # noqa: F401 (what takes the time)
+    from mace import __main__
 
+    # What takes the time: a command imports it when it runs. Those of extras that are not installed stay out.
+    for package in (mace, storage, collector):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("__main__"):
+                with contextlib.suppress(ImportError, MaceError):
+                    importlib.import_module(found.name)
     for name in ("ascii", "latin-1"):
         codecs.lookup(name)  # read now: nobody may not be let to Python's files
     gc.freeze()  # so that forks share what they do not change

@@ -18,7 +18,7 @@ from collector.perfetto.source import PerfettoSource
 from contracts.records import Batch
 from correlator.engine import EngineConfig
 from mace.live.pipeline import REPLAY_SLICE_NS
-from mace.shown.export import Wanted, export
+from mace.replaying.export import Wanted, export
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import HostTracks, Told
 from tests import perfetto_traces as traces
