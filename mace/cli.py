@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mace.shown.logs import log_to_stderr  # noqa: PLC0415 (not for help)
 
         log_to_stderr(debug=debug)
-        command = import_module(registry.module(args.command))
+        command = import_module(registry.module(args.called))
         args.others = others
         return streams.finished(command.run(typed(command.Options, args), Console()))
     except MaceError as error:
@@ -67,7 +67,7 @@ def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         args, others = parser.parse_known_args(argv)
         if others and "others" not in {
-            each.name for each in fields(import_module(registry.module(args.command)).Options)
+            each.name for each in fields(import_module(registry.module(args.called)).Options)
         }:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
     except SystemExit:
@@ -114,5 +114,5 @@ def _add_commands(parser: argparse.ArgumentParser, group: str, name: str) -> Non
         if whole in GROUPS:
             _add_commands(made, whole, name)
         else:
-            made.set_defaults(command=whole)
+            made.set_defaults(called=whole)
             import_module(registry.module(whole)).add(made)

@@ -109,6 +109,13 @@ def test_every_command_is_one_file_and_every_file_a_command():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_parser_of_everything_says_which_command_was_called(name):
+    """No argument of a command has the name under which that is kept."""
+    args, _ = cli.parser_for(name.split()).parse_known_args(["--debug", *name.split(), *ARGUMENTS.get(name, [])])
+    assert (args.called, args.debug) == (name, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_options_become_the_dataclass(name):
     """Each argument is a field, and each field one of an argument."""
     command = import_module(registry.module(name))
