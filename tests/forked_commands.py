@@ -7,12 +7,10 @@ Python's flush at exit, and without the rest of that, which takes as long as man
 """
 
 import codecs
-import contextlib
 import gc
 import importlib
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -20,13 +18,16 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, field
 
-import collector
-import mace
-import storage
-from contracts.errors import MaceError
 from tests.places import ROOT
 
 NOBODY = 65534
+PARTS = (
+    *("mace.lab.demo", "mace.live.parts", "mace.live.publish", "mace.live.session", "mace.module"),
+    *("mace.replaying.export", "mace.replaying.replay", "mace.shown.report", "mace.shown.rows", "rich.logging"),
+    *("mace.tools.correct", "mace.tools.namespaces", "mace.tools.ping", "mace.tools.wrap", "storage.check"),
+    *("mace.trials.compare", "mace.trials.experiment", "mace.trials.verify.verdict", "mace.commands.settings"),
+)
+"""What commands import when they run, and what takes most of their time; extras are left to those that use them."""
 
 
 @dataclass
@@ -127,14 +128,13 @@ def _end():
 
 
 if __name__ == "__main__":
-    from mace import __main__
+    from mace import __main__, cli  # noqa: F401 (each fork begins with it)
+    from mace.commands import registry
 
-    # What takes the time: a command imports it when it runs. Those of extras that are not installed stay out.
-    for package in (mace, storage, collector):
-        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__"):
-                with contextlib.suppress(ImportError, MaceError):
-                    importlib.import_module(found.name)
+    for command in registry.COMMANDS:
+        importlib.import_module(registry.module(command.name))
+    for name in PARTS:
+        importlib.import_module(name)
     for name in ("ascii", "latin-1"):
         codecs.lookup(name)  # read now: nobody may not be let to Python's files
     gc.freeze()  # so that forks share what they do not change
