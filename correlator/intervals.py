@@ -172,3 +172,8 @@ def student_t(probability: float, freedom: int) -> float:
     density = np.cos(angle) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return float(np.sqrt(freedom) * np.tan(np.interp(2 * probability - 1, below / below[-1], angle)))
+
+
+def bounds(found: Interval | None) -> list[float] | None:
+    """The two ends of an interval for JSON: low and high; None without one."""
+    return None if found is None else [found.low, found.high]

@@ -176,6 +176,8 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "trace-cmd": lambda: _program("trace-cmd", "report", str(GOLDEN_TRACE)),
     "fping": lambda: _program("fping", "--version"),
     "busybox": lambda: _program("busybox", "true"),
+    "zsh": lambda: _program("zsh", "--version"),
+    "fish": lambda: _program("fish", "--version"),
     "dig": lambda: _program("dig", "-v"),
     "curl": lambda: _program("curl", "--version"),
     "qemu": _qemu,

@@ -8,6 +8,7 @@ Python's flush at exit, and without the rest of that, which takes as long as man
 
 import codecs
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -20,6 +21,13 @@ from dataclasses import asdict, dataclass, field
 from tests.places import ROOT
 
 NOBODY = 65534
+PARTS = (
+    *("mace.lab.demo", "mace.live.parts", "mace.live.publish", "mace.live.session", "mace.module"),
+    *("mace.replaying.export", "mace.replaying.replay", "mace.shown.report", "mace.shown.rows", "rich.logging"),
+    *("mace.tools.correct", "mace.tools.namespaces", "mace.tools.ping", "mace.tools.wrap", "storage.check"),
+    *("mace.trials.compare", "mace.trials.experiment", "mace.trials.verify.verdict", "mace.commands.settings"),
+)
+"""What commands import when they run, and what takes most of their time; extras are left to those that use them."""
 
 
 @dataclass
@@ -120,8 +128,13 @@ def _end():
 
 
 if __name__ == "__main__":
-    from mace import __main__, cli  # noqa: F401 (what takes the time)
+    from mace import __main__, cli  # noqa: F401 (each fork begins with it)
+    from mace.commands import registry
 
+    for command in registry.COMMANDS:
+        importlib.import_module(registry.module(command.name))
+    for name in PARTS:
+        importlib.import_module(name)
     for name in ("ascii", "latin-1"):
         codecs.lookup(name)  # read now: nobody may not be let to Python's files
     gc.freeze()  # so that forks share what they do not change

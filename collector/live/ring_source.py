@@ -80,7 +80,7 @@ class RingSource(ABC):
         self._devices: tuple[Device, ...] = ()
         self._sharers: tuple[Sharer, ...] = ()
         self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
-        """Devices, and containers on the host's network, that wait for their place in the stream; each with its time."""
+        """Devices, and containers on the host's network, waiting for their place in the stream, each with its time."""
         self._host_netns = 0
         """Inode of the host's network namespace; 0 where nobody follows devices."""
         self._began_ns = 0

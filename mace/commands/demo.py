@@ -2,39 +2,80 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
-from mace.lab import Flow, Lab
+from mace.commands.console import Console
+from mace.commands.options import (
+    JSON,
+    CaptureOptions,
+    LabShape,
+    at_least,
+    with_capture,
+    with_config,
+    with_format,
+    with_lab_shape,
+    with_no_rows,
+    with_record,
+    with_store,
+)
 
-PING_INTERVAL_S = 0.01
-UDP_PPS = 500.0
-TCP_RPS = 400.0
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked of it."""
+
+    shape: LabShape
+    duration: float
+    store: Path | None
+    capture: CaptureOptions
+    record: Path | None
+    no_rows: bool
+    config: Path | None
+    format: str
 
 
-async def traffic(lab: Lab, duration_s: float, say: Callable[[str], None]) -> None:
-    """Bounded traffic of every container to the far end for about `duration_s`: ping, UDP and TCP, IPv4 and IPv6.
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    with_lab_shape(parser, containers=2)
+    parser.add_argument(
+        "--duration", type=at_least(0.1), default=8.0, metavar="S", help="seconds of traffic (default 8)"
+    )
+    with_store(parser, "keep the rows here")
+    with_capture(parser)
+    with_record(parser)
+    with_no_rows(parser)
+    with_config(parser)
+    with_format(parser)
 
-    Slow enough that each packet meets an idle path: the demonstration is of devices, not of queues.
-    """
-    pings = max(1, round(duration_s / PING_INTERVAL_S))
-    flows: list[Flow[Any]] = []
-    for container in lab.containers:
-        flows += [
-            lab.start_ping(container, count=pings, interval_s=PING_INTERVAL_S, family=4),
-            lab.start_ping(container, count=pings, interval_s=PING_INTERVAL_S, family=6),
-            lab.start_udp(container, count=max(1, round(duration_s * UDP_PPS)), rate_pps=UDP_PPS, echo=True),
-            lab.start_tcp_requests(container, count=max(1, round(duration_s * TCP_RPS)), rate_pps=TCP_RPS),
-        ]
-    say(f"{len(flows)} flows from {len(lab.containers)} containers for about {duration_s:g} s")
-    # Threads of their own: asyncio's shared ones are few, and whoever writes a capture file needs one of them.
-    threads = ThreadPoolExecutor(len(flows), "flow")
-    try:
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(threads, flow.wait) for flow in flows))
-    finally:
-        for flow in flows:
-            flow.close()
-        threads.shutdown()
+
+def run(options: Options, console: Console) -> int:
+    """Make the lab, measure its traffic, show what came of it, and remove the lab."""
+    import tempfile
+    from contextlib import ExitStack
+
+    from mace import lab
+    from mace.commands import settings
+    from mace.lab import demo
+    from mace.shown import report
+
+    with ExitStack() as leaving:
+        place = leaving.enter_context(lab.running(settings.spec(options.shape, "demo")))
+        store = options.store or Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="mace-demo-")))
+        configured = settings.configured(
+            options.config, capture=options.capture, store=options.store, no_rows=options.no_rows, place=place
+        )
+        session = settings.session(configured, options.format, console)
+        summary = session.measure(
+            lambda: demo.traffic(place, options.duration, session.say), store=store, tee=settings.tee(options.record)
+        )
+        settings.show(summary, options.format, console)
+        if options.format != JSON:
+            report.print_typical_paths(store, console.out())
+            session.say(
+                f"mace report --store {store} has more"
+                if options.store
+                else "with --store DIR the rows stay, for mace report"
+            )
+    return 0

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from collector.capture.source import describe
 from collector.files import BY_NAME, FileOptions, Recording, recording
-from collector.reading.opening import is_url, open_binary
+from collector.reading.opening import open_binary
 from contracts.config import Config, StoreConfig
 from contracts.errors import Stopped
 from contracts.figures import Summary
@@ -184,11 +184,6 @@ def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Call
 
     with shown:
         yield told
-
-
-def location(text: str) -> Path | str:
-    """A path, or a URL as it is; for arguments of commands."""
-    return text if is_url(text) else Path(text)
 
 
 @contextmanager

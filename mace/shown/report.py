@@ -1,14 +1,12 @@
-"""`mace report`: what a store holds, as tables, as one JSON object, as pictures.
+"""What a store holds, as tables, as one JSON object, as pictures.
 
 Every form carries the ledger: no number is shown without what may be missing from it.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,87 +15,18 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from contracts import config
 from contracts.errors import UsageError, nearest
 from contracts.figures import COUNTS_AS
 from contracts.schema import Direction, Segment
-from mace.replaying.into_store import location, replayed
-from mace.replaying.replay import add_file_options, recorded_files
 from mace.shown import tables
-from mace.shown.terminal import PlainTable, json_line, output
+from mace.shown.lines import json_line
+from mace.shown.terminal import PlainTable
 from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
 
 _BAR_WIDTH: Final = 22
 _MAX_PATHS: Final = 8
 """As many typical paths are printed; a host may have hundreds of containers."""
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace report` but `--config` and `--json`."""
-    parser.add_argument(
-        "files", nargs="*", type=location, metavar="FILE", help="recordings instead of a store, as for `mace replay`"
-    )
-    add_file_options(parser)
-    parser.add_argument("--store", type=Path, metavar="DIR", help="the store to read")
-    parser.add_argument(
-        "--since", metavar="WHEN", help="from then on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d ago"
-    )
-    parser.add_argument("--until", metavar="WHEN", help="before then")
-    parser.add_argument("--container", metavar="NAME", help="packets of this container, at all devices")
-    parser.add_argument("--device", metavar="NAME", help="this device only")
-    parser.add_argument("--direction", choices=("egress", "ingress"), help="out of the container or into it")
-    parser.add_argument("--run", metavar="ID", help="this run only")
-    parser.add_argument("--runs", action="store_true", help="list the runs instead")
-    parser.add_argument("--packet", type=int, metavar="ID", help="one packet's path, hop by hop")
-    parser.add_argument("--worst", type=int, metavar="N", help="the paths of the N packets with the largest overhead")
-    parser.add_argument(
-        "--from", dest="source", choices=("auto", "rows", "windows"), default="auto", help="what to count"
-    )
-    parser.add_argument("--skip-damaged", action="store_true", help="go on without damaged segments, saying how many")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="the same with the tables, one page by itself")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`mace report` with parsed options; its exit status."""
-    named = bool(args.files or args.inner or args.outer)
-    if named and args.store:
-        raise UsageError("a store or files, not both")
-    settings = config.load(args.config)
-    with replayed(recorded_files(args), settings, quiet=args.json) if named else nullcontext() as made:
-        store = Store(made or args.store or Path(settings.store.path), skip_damaged=args.skip_damaged)
-        _report(store, args)
-    return 0
-
-
-def _report(store: Store, args: argparse.Namespace) -> None:
-    now = datetime.now(UTC)
-    where = Filter(
-        since_ns=None if args.since is None else instant_ns(args.since, now),
-        until_ns=None if args.until is None else instant_ns(args.until, now),
-        container=args.container,
-        device=args.device,
-        direction=Direction[args.direction.upper()] if args.direction else None,
-        run=args.run,
-    )
-    if args.worst is not None and args.worst < 1:
-        raise UsageError(f"--worst {args.worst}: at least 1")
-    console = output()
-    if args.runs:
-        _print_runs(store.runs(where), console, as_json=args.json)
-    else:
-        report(
-            store,
-            where,
-            packet=args.packet,
-            worst=args.worst,
-            source=args.source,
-            as_json=args.json,
-            png=args.png,
-            html=args.html,
-            console=console,
-        )
 
 
 def instant_ns(text: str, now: datetime) -> int:
@@ -205,7 +134,8 @@ def _check_names(store: Store, where: Filter) -> None:
             raise UsageError(f"{store.path}: no {name} {wanted!r} in that time{hint}")
 
 
-def _print_runs(runs: Sequence[Run], console: Console, *, as_json: bool) -> None:
+def print_runs(runs: Sequence[Run], console: Console, *, as_json: bool) -> None:
+    """Print what is known of each run: a table, or an object `runs` of JSON."""
     if as_json:
         found = [
             {

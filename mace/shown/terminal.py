@@ -1,4 +1,4 @@
-"""What people read: tables and lines in which names are text, whatever is in them (`contracts.names`).
+"""What Rich draws for people: consoles and tables in which names are text, whatever is in them (`contracts.names`).
 
 Rich takes square brackets in strings for styles and `:warning:` for a sign; a terminal takes ESC for a command. Here
 strings are neither, on whatever console they are printed.
@@ -6,22 +6,17 @@ strings are neither, on whatever console they are printed.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from rich import console as rich_console
 from rich.console import RenderableType
-from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from contracts import strict_json
 from contracts.names import printable
-
-WIDTH: Final = 120
-"""Of tables that do not go to a terminal, in characters: a pipe or a file has no width, and 80 would cut names."""
+from mace.shown.lines import WIDTH
 
 
 class Console(rich_console.Console):
@@ -34,21 +29,6 @@ class Console(rich_console.Console):
 def output(width: int = WIDTH) -> Console:
     """The console on standard output; `width` where that is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=width)
-
-
-def line(text: str, *, flush: bool = False) -> None:
-    """Print one line of text to standard output."""
-    print(printable(text), flush=flush)
-
-
-def complaint(text: str) -> None:
-    """Print one line of text to standard error."""
-    print(printable(text), file=sys.stderr)
-
-
-def json_line(value: Any, *, flush: bool = False) -> None:
-    """Print a value as JSON, on one line."""
-    print(strict_json.dumps(value), flush=flush)
 
 
 def styled(text: str, style: str) -> Text:
@@ -85,20 +65,3 @@ class PlainTable(Table):
 
 def _as_text(cell: Any) -> Any:
     return Text(printable(cell)) if isinstance(cell, str) else cell
-
-
-class _LogFormatter(logging.Formatter):
-    """A message on one line of text; of a traceback the lines stay lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name in logging)
-        return printable(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802 (the name in logging)
-        return "\n".join(printable(each) for each in super().formatException(ei).split("\n"))
-
-
-def log_to_stderr(*, debug: bool) -> None:
-    """Show what is logged: warnings and errors, or with `debug` everything, with its time and place."""
-    handler = RichHandler(console=Console(stderr=True), show_path=debug, show_time=debug)
-    handler.setFormatter(_LogFormatter("%(message)s"))
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])

@@ -1,8 +1,7 @@
-"""`mace correct`: what a tool has printed, and a capture of the time when it ran, to corrected round trip times."""
+"""What a tool has printed, and a capture of the time when it ran, to corrected round trip times."""
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import io
 import sys
@@ -13,38 +12,39 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.files import FileOptions, recording
+from collector.files import Recording, recording
 from contracts.config import Config, load
 from contracts.errors import Unavailable, UsageError, nearest
 from correlator.correction import Corrections, correct
 from correlator.samples import Samples
 from correlator.stamps import REQUEST_RESPONSE, StampModel
 from mace.live.session import Session
-from mace.shown import terminal
+from mace.shown import lines, terminal
 from mace.tools.corrected import Corrected, Observed, line
 from mace.tools.output import READERS, read
+from mace.tools.samples import Reader
 
 STDIN: Final = Path("-")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace correct` but `--config` and `--json`."""
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="what the tool printed; `-`: standard input")
-    parser.add_argument("capture", type=Path, metavar="FILE", help="a capture file of that time, or a trace.dat")
-    parser.add_argument("--container", metavar="NAME", help="where the tool ran; needed where there are several")
-    parser.add_argument("--tool", choices=READERS, help="which tool it was, if its first line does not tell")
-    parser.add_argument("--salvage", action="store_true", help="skip damaged parts of the capture")
-    parser.add_argument(
-        "--topology", type=Path, metavar="CAPTURE", help="for another tool's trace: a capture file of the same host"
-    )
+def printed(output: Path, reader_name: str | None) -> tuple[Samples, Reader]:
+    """The samples in what a tool has printed (`STDIN`: standard input), and the reader, as `read` has them.
+
+    `reader_name`: which tool it was (`READERS`); None where its first line tells. Raises `UsageError`, `Unavailable`.
+    """
+    return read(_lines(output), READERS[reader_name]() if reader_name else None)
 
 
-def corrected(args: argparse.Namespace, session: Session) -> Corrected:
-    """The samples in `args.output`, corrected by the packets in `args.capture`."""
-    samples, reader = read(_lines(args.output), READERS[args.tool]() if args.tool else None)
+def corrected(
+    samples: Samples, reader: Reader, captured: Recording, session: Session, container: str | None = None
+) -> Corrected:
+    """Samples corrected by the packets in a recording; `container` is needed where the recording has several.
+
+    Raises `UsageError`, `Unavailable` and `CaptureError`.
+    """
     observed = Observed()
-    session.observed(recording(args.capture, FileOptions(args.salvage, args.topology)), observed.add)
-    return Corrected.of(samples, observed, reader, _netns(observed, args.container))
+    session.observed(captured, observed.add)
+    return Corrected.of(samples, observed, reader, _netns(observed, container))
 
 
 def arrays(
@@ -78,7 +78,7 @@ def print_samples(found: Corrected) -> None:
     for row in range(len(found.samples)):
         rtt_ns = int(found.samples.rtt_ns[row])
         tool = f"tool={rtt_ns / 1000:,.1f} " if rtt_ns >= 0 else ""
-        terminal.line(f"seq={int(found.samples.seq[row])} {tool}{line(found.corrections, row)}")
+        lines.line(f"seq={int(found.samples.seq[row])} {tool}{line(found.corrections, row)}")
 
 
 def _lines(path: Path) -> Iterable[str]:

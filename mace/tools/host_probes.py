@@ -25,7 +25,6 @@ from correlator import intervals
 from mace.live.session import Session
 from mace.tools import host_path as hostpath
 from mace.tools.host_path import STRETCHES, Seen, Stretches
-from mace.tools.rounds import bounds
 
 ROUNDS: Final = 10
 _SEED: Final = 1
@@ -70,7 +69,7 @@ class HostPath:
     def as_dict(self, median: dict[str, Any] | None) -> dict[str, Any]:
         """term_ns, ci95_ns, by stretch, probes (seen of host and container), and host_rtt_p50_ns with its interval."""
         found: dict[str, Any] = {"term_ns": round(self.term_ns), "ci95_ns": None, "host_rtt_p50_ns": None}
-        ends, whole = bounds(self.interval), self.added_to(median)
+        ends, whole = intervals.bounds(self.interval), self.added_to(median)
         if ends is not None:
             found["ci95_ns"] = [round(end) for end in ends]
         if whole is not None:

@@ -11,9 +11,7 @@ all at once; should a line that was shown come out otherwise, this is said.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import errno
 import fcntl
 import getopt
 import os
@@ -22,22 +20,15 @@ import signal
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from collector.machine import devices
-from collector.machine.containers import API_SOCKETS
-from collector.machine.netns import Namespaces, open_netns, open_nsfs, path_of
-from contracts.config import CaptureConfig
-from contracts.errors import MaceError, Unavailable, UsageError, nearest
+from contracts.errors import MaceError, UsageError
 from contracts.schema import Results
-from contracts.topology import Role
 from correlator.correction import Corrections, Reason, correct, settled
-from mace import lab
 from mace.live.session import Session
-from mace.shown import terminal
+from mace.shown import lines as shown_lines
 from mace.tools.corrected import Corrected, Observed, line
 from mace.tools.host_probes import Probing
 from mace.tools.ping_output import PingOutput
@@ -57,18 +48,8 @@ _KEPT_NS: Final = 10_000_000_000
 """Older packets (and older than the longest round trip) are no longer looked at for a line that is shown at once."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace ping` but those of the capture, `--config` and `--json`; all others are ping's."""
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--container", metavar="NAME", help="run ping in this container's network namespace")
-    where.add_argument("--netns", metavar="NAME", help="or in this one, by name in /run/netns or by path")
-    where.add_argument("--pid", type=int, metavar="N", help="or in that of a process")
-    parser.add_argument("--lab", metavar="NAME", help="the container is one of this lab's")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the raw stream to a capture file as well")
-
-
-def probing(args: argparse.Namespace, argv: Sequence[str], netns_fd: int, host_netns: str) -> Probing:
-    """What `--host-path` asks for: probes to ping's destination, at ping's pace. Raises `UsageError`."""
+def probing(count: int, argv: Sequence[str], netns_fd: int, host_netns: str) -> Probing:
+    """What `--host-path` asks for: `count` probes to ping's destination, at ping's pace. Raises `UsageError`."""
     options, hosts = getopt.gnu_getopt(list(argv), _OPTIONS)
     told = dict(options)
     if "-A" in told or "-l" in told:
@@ -77,7 +58,7 @@ def probing(args: argparse.Namespace, argv: Sequence[str], netns_fd: int, host_n
         interval_s = float(told.get("-i", "1").replace(",", "."))
     except ValueError:
         raise UsageError(f"ping: -i {told['-i']}: no number of seconds") from None
-    return Probing(hosts[-1], args.host_path, interval_s, netns_fd, host_netns)
+    return Probing(hosts[-1], count, interval_s, netns_fd, host_netns)
 
 
 def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
@@ -107,56 +88,6 @@ def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
     if "-D" not in flags:
         argv = ["-D", *argv]
     return argv, "-U" in flags, "-D" in flags
-
-
-def open_namespace(args: argparse.Namespace, capture: CaptureConfig) -> int:
-    """A file descriptor on the network namespace that the options name. Raises `UsageError` or `Unavailable`."""
-    if args.pid is not None:
-        return _opened(Path(f"/proc/{args.pid}/ns/net"), f"process {args.pid}")
-    if args.netns is not None:
-        return _opened(Path(path_of(args.netns)), f"network namespace {args.netns!r}")
-    if args.lab is not None:
-        place = lab.attach(args.lab)
-        return _opened(place.netns_path(args.container), f"container {args.container!r}")
-    return _of_container(args.container, capture)
-
-
-def _opened(path: Path, what: str) -> int:
-    try:
-        return open_nsfs(str(path))
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise UsageError(f"{path} is no network namespace") from error
-        raise Unavailable(
-            what, f"{path}: {error.strerror}", "`ip netns list` and `lsns -t net` list what there is"
-        ) from error
-
-
-def _of_container(name: str, capture: CaptureConfig) -> int:
-    found = devices.snapshot(
-        host_netns=capture.host_netns or None,
-        outer=capture.outer,
-        remote_netns=capture.remote_netns,
-        docker_sockets=(*API_SOCKETS, *capture.container_sockets),
-    )
-    named = {d.netns: d.container for d in found if d.role is Role.INNER and d.container}
-    chosen = [netns for netns, container in named.items() if container == name]
-    if len(chosen) != 1:
-        known = ", ".join(sorted(set(named.values()))) or "none"
-        many = f"{len(chosen)} containers are called {name!r}; --pid or --netns tells them apart"
-        none = f"no container {name!r}{nearest(name, named.values())}; known: {known}"
-        raise UsageError(many if chosen else none)
-    namespaces = Namespaces()
-    try:
-        place = namespaces.scan().get(chosen[0])
-    finally:
-        namespaces.close()
-    fd = open_netns(place) if place else None
-    if fd is None:
-        raise Unavailable(
-            f"container {name!r}", "its network namespace cannot be reached", "name a process of it: --pid"
-        )
-    return fd
 
 
 class Ping:
@@ -279,7 +210,7 @@ class Ping:
             if not self._quiet:
                 shown = text if self._stamps_shown else _STAMP.sub("", text)
                 more = f" · {line(corrections, at)}" if corrections is not None and row is not None else ""
-                terminal.line(shown + more, flush=True)
+                shown_lines.line(shown + more, flush=True)
 
     def _changed(self, final: Corrections) -> int:
         shown = Corrections.concatenate(self._shown)

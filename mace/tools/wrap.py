@@ -5,11 +5,11 @@ What `mace ping` does for ping, line by line, this does for the others at the en
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 from contracts.errors import LabError, UsageError
@@ -22,33 +22,37 @@ _LAST_WORDS_S = 3.0
 """An interrupted tool has this long to say what it has."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace wrap` but those that say where, which `mace.tools.ping` has; the command follows `--`."""
-    parser.add_argument("--tool", choices=READERS, help="which tool it is, if its first line does not tell")
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after `--`: the tool and its arguments")
-
-
 def measure(
-    args: argparse.Namespace, netns_fd: int, session: Session, tee: CaptureSink | None
+    argv: Sequence[str],
+    netns_fd: int,
+    session: Session,
+    tee: CaptureSink | None,
+    *,
+    reader_name: str | None = None,
+    quiet: bool = False,
 ) -> tuple[Corrected, int]:
-    """Run the tool in that namespace; what came of it, and its exit status. Its output goes to stderr as it was."""
-    tool = _Tool(args.command, netns_fd)
+    """Run the command in that namespace; what came of it, and its exit status.
+
+    `reader_name`: which tool it is (`READERS`); None where its first line tells. Unless `quiet`, what the tool printed
+    goes to stderr as it was. Raises `LabError` and `UsageError`.
+    """
+    tool = _Tool(argv, netns_fd)
     observed = Observed()
     session.observe(tool.run, observed.add, tee=tee)
     if tool.said is None:
-        raise LabError(f"{args.command[0]} did not run to its end")
-    if not args.json:
+        raise LabError(f"{argv[0]} did not run to its end")
+    if not quiet:
         sys.stderr.write(tool.said)
     if not tool.said.strip():
-        raise UsageError(f"{args.command[0]} ended with status {tool.status} and printed nothing")
-    samples, reader = read(tool.said.splitlines(), READERS[args.tool]() if args.tool else None)
+        raise UsageError(f"{argv[0]} ended with status {tool.status} and printed nothing")
+    samples, reader = read(tool.said.splitlines(), READERS[reader_name]() if reader_name else None)
     return Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino), tool.status
 
 
 class _Tool:
     """A command in a network namespace, and what it prints."""
 
-    def __init__(self, argv: list[str], netns_fd: int) -> None:
+    def __init__(self, argv: Sequence[str], netns_fd: int) -> None:
         self._argv, self._netns_fd = argv, netns_fd
         self.said: str | None = None
         self.status = 0

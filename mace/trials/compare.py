@@ -1,4 +1,4 @@
-"""`mace compare`: sources side by side on the same traffic, and beside none. What does each say, and what does it cost?
+"""Sources side by side on the same traffic, and beside none. What does each say, and what does it cost?
 
 In rounds, each in a random order of its own: echo requests of a container, the next as soon as there is a reply, while
 one source is read and correlated as by `mace run`, or while nothing observes. The round trips are the client's own, in
@@ -12,7 +12,6 @@ so `none` is always one of them.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -37,7 +36,7 @@ from mace.lab import REMOTE, Lab, Runtime, Spec, probing
 from mace.live.session import Session
 from mace.shown import tables
 from mace.shown.terminal import PlainTable
-from mace.tools.rounds import bounds, interval_text, machine, machine_text, median_us
+from mace.trials.rounds import interval_text, machine, machine_text, median_us
 
 Ints = npt.NDArray[np.int64]
 
@@ -212,27 +211,30 @@ class Comparison:
         return table
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace compare` but `--config` and `--json`."""
-    parser.add_argument("--sources", metavar="LIST", help=f"of {', '.join(KNOWN)} (those that can run here, and none)")
-    parser.add_argument("--lab", metavar="NAME", help="in this lab, instead of one for the purpose")
-    parser.add_argument("--container", default="c1", metavar="NAME", help="whose packets (c1)")
-    parser.add_argument("--runtime", choices=[r.value for r in Runtime], default="netns", help="of a lab of its own")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of all sources, in random order (10)")
-    parser.add_argument("--count", type=int, default=2000, metavar="N", help="round trips of each in a round (2000)")
-    parser.add_argument("--interval", type=float, default=0.0, metavar="S", help="between requests (0: after a reply)")
-    parser.add_argument("--ring-mib", type=int, metavar="N", help="the kernel's ring, MiB per CPU")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the order (1)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be compared, and by what traffic."""
+
+    sources: str | None
+    """Names with commas between them; None: all that can run here."""
+    container: str
+    """Whose packets."""
+    rounds: int
+    count: int
+    """Round trips of each source in a round."""
+    interval_s: float
+    """Between requests; 0: the next as soon as there is a reply."""
+    seed: int
+    """Of the order."""
 
 
-def chosen(args: argparse.Namespace) -> list[str]:
+def chosen(plan: Plan) -> list[str]:
     """The sources to compare, `none` the last. Raises `UsageError`, and `Unavailable` for one that cannot run here."""
-    if args.rounds < 1 or args.count < 1 or args.interval < 0:
+    if plan.rounds < 1 or plan.count < 1 or plan.interval_s < 0:
         raise UsageError("--rounds and --count want one at least, --interval no less than 0")
-    if args.sources is None:
+    if plan.sources is None:
         return [*(name for name, source in SOURCES.items() if source.check().ok), NONE]
-    names = list(dict.fromkeys(word for word in args.sources.split(",") if word))
+    names = list(dict.fromkeys(word for word in plan.sources.split(",") if word))
     for name in names:
         if name not in KNOWN:
             raise UsageError(f"--sources: no {name!r}{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
@@ -244,35 +246,35 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return [*found, NONE]
 
 
-def spec(args: argparse.Namespace) -> Spec:
+def spec(runtime: Runtime) -> Spec:
     """The lab that is made for it."""
-    return Spec(name="compare", runtime=Runtime(args.runtime))
+    return Spec(name="compare", runtime=runtime)
 
 
-def measure(args: argparse.Namespace, lab: Lab, sessions: Callable[[str], Session]) -> Comparison:
+def measure(plan: Plan, lab: Lab, sessions: Callable[[str], Session]) -> Comparison:
     """All rounds. `sessions` gives the session with a source, by the source's name."""
-    names = chosen(args)
+    names = chosen(plan)
     ready = {name: sessions(name) for name in names if name != NONE}
-    order = random.Random(args.seed)
-    lab.ping(args.container, count=3)
-    _trips(args, lab, min(args.count, 200))
+    order = random.Random(plan.seed)
+    lab.ping(plan.container, count=3)
+    _trips(plan, lab, min(plan.count, 200))
     parts: dict[str, list[Part]] = {name: [] for name in names}
-    for number in range(args.rounds):
+    for number in range(plan.rounds):
         for name in order.sample(names, len(names)):
-            next(iter(ready.values())).say(f"round {number + 1} of {args.rounds}: {name}")
-            parts[name].append(_part(args, lab, ready.get(name)))
+            next(iter(ready.values())).say(f"round {number + 1} of {plan.rounds}: {name}")
+            parts[name].append(_part(plan, lab, ready.get(name)))
     return Comparison(parts, machine())
 
 
-def _part(args: argparse.Namespace, lab: Lab, session: Session | None) -> Part:
+def _part(plan: Plan, lab: Lab, session: Session | None) -> Part:
     found: list[Ints] = []
 
     async def traffic() -> None:
-        found.append(await asyncio.to_thread(_trips, args, lab, args.count))
+        found.append(await asyncio.to_thread(_trips, plan, lab, plan.count))
 
     cpu_s, wall_s = time.process_time(), time.monotonic()
     if session is None:
-        found.append(_trips(args, lab, args.count))
+        found.append(_trips(plan, lab, plan.count))
         summary = Summary()
     else:
         summary = session.measure(traffic, store=None, tee=None)
@@ -283,12 +285,12 @@ def _part(args: argparse.Namespace, lab: Lab, session: Session | None) -> Part:
     return Part(found[0][answered], int((~answered).sum()), summary, cpu_s, wall_s)
 
 
-def _trips(args: argparse.Namespace, lab: Lab, count: int) -> Ints:
-    argv = probing.command("trips", lab.address(REMOTE), count, int(args.interval * 1e9), _PAYLOAD_BYTES)
-    process = lab.popen(args.container, argv)
+def _trips(plan: Plan, lab: Lab, count: int) -> Ints:
+    argv = probing.command("trips", lab.address(REMOTE), count, int(plan.interval_s * 1e9), _PAYLOAD_BYTES)
+    process = lab.popen(plan.container, argv)
     said, complaints = process.communicate()
     if process.returncode:
-        raise LabError(f"round trips from {args.container}: {complaints.strip() or process.returncode}")
+        raise LabError(f"round trips from {plan.container}: {complaints.strip() or process.returncode}")
     return np.array(json.loads(said), np.int64)
 
 
@@ -329,7 +331,7 @@ def _values(distribution: Distribution) -> Ints:
 
 
 def _rounded(found: intervals.Interval | None) -> list[float] | None:
-    ends = bounds(found)
+    ends = intervals.bounds(found)
     return None if ends is None else [round(end, 2) for end in ends]
 
 

@@ -1,4 +1,4 @@
-"""`mace experiment`: how near do corrected round trips come to a host process's? The paper's evaluation, in a lab.
+"""How near do corrected round trips come to a host process's? The paper's evaluation, in a lab.
 
 In rounds, each of them in a random order of its own: for 0 to N other containers that flood, at each pace, ping on the
 host, ping in the container and the probes of `mace.tools.host_path` from either, one after the other. All of it in one
@@ -12,7 +12,6 @@ capture, so that what tracing costs is the same for all; nobody computes anythin
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -48,7 +47,7 @@ from mace.tools.corrected import Observed
 from mace.tools.host_path import STRETCHES, Records, Seen, Stretches
 from mace.tools.output import read
 from mace.tools.ping_output import PingOutput
-from mace.tools.rounds import bounds, dithered, interval_text, machine, machine_text, median_us
+from mace.trials.rounds import dithered, interval_text, machine, machine_text, median_us
 from storage.capture import CaptureSink
 
 Ints = npt.NDArray[np.int64]
@@ -135,49 +134,55 @@ class Figures:
         console.print(self.ledger.line())
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace experiment` but those of the capture, `--config` and `--json`."""
-    parser.add_argument("--runtime", choices=("netns", "docker"), default="netns", help="what makes containers")
-    parser.add_argument("--flood", type=int, default=2, metavar="N", help="beside 0 to N flooding containers (2)")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="of everything, in random order (20)")
-    parser.add_argument("--count", type=int, default=30, metavar="N", help="pings of a round at 10 ms (30)")
-    parser.add_argument("--flood-count", type=int, default=300, metavar="N", help="and as fast as replies come (300)")
-    parser.add_argument("--paces", default=",".join(PACES), metavar="LIST", help="of flood, 10ms (both)")
-    parser.add_argument("--cpu", type=int, metavar="N", help="pin what is measured to it, and floods to the others")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the order (1)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the capture and what the tools said in there")
-    parser.add_argument("--again", type=Path, metavar="DIR", help="measure nothing: the figures of what was kept")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be measured."""
+
+    paces: str
+    """Of `PACES`, with commas between them."""
+    flood: int
+    """Beside 0 to so many flooding containers."""
+    rounds: int
+    count: int
+    """Pings of a round at 10 ms."""
+    flood_count: int
+    """Pings of a round as fast as replies come."""
+    cpu: int | None
+    """What is measured is pinned to it, and floods to the others."""
+    seed: int
+    """Of the order."""
+    keep: Path | None
+    """Directory for the capture and what the tools said."""
 
 
-def check(args: argparse.Namespace) -> list[str]:
+def check(plan: Plan) -> list[str]:
     """The paces that are asked for. Raises `UsageError`."""
-    paces = [word for word in args.paces.split(",") if word]
+    paces = [word for word in plan.paces.split(",") if word]
     for word in paces:
         if word not in PACES:
             raise UsageError(f"--paces: no {word!r}; there are {', '.join(PACES)}")
-    if not paces or args.rounds < 1 or args.count < 1 or args.flood_count < 1 or not 0 <= args.flood <= 16:
+    if not paces or plan.rounds < 1 or plan.count < 1 or plan.flood_count < 1 or not 0 <= plan.flood <= 16:
         raise UsageError("--paces, --rounds, --count and --flood-count want one at least, --flood 0 to 16")
-    if args.cpu is not None and args.cpu not in os.sched_getaffinity(0):
-        raise UsageError(f"--cpu: no {args.cpu} here; there are {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
+    if plan.cpu is not None and plan.cpu not in os.sched_getaffinity(0):
+        raise UsageError(f"--cpu: no {plan.cpu} here; there are {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
     return paces
 
 
-def spec(args: argparse.Namespace) -> Spec:
+def spec(plan: Plan, runtime: Runtime) -> Spec:
     """The lab that it takes: the measured container, and those that flood."""
-    return Spec(name="experiment", containers=1 + args.flood, runtime=Runtime(args.runtime))
+    return Spec(name="experiment", containers=1 + plan.flood, runtime=runtime)
 
 
-def measure(args: argparse.Namespace, lab: Lab, session: Session) -> Figures:
+def measure(plan: Plan, lab: Lab, session: Session) -> Figures:
     """Run all blocks, then compute."""
-    paces = check(args)
+    paces = check(plan)
     with tempfile.TemporaryDirectory(prefix="mace-experiment-") as temporary:
-        place = args.keep or Path(temporary)
+        place = plan.keep or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
         blocks: list[Block] = []
-        schedule = _Schedule(args, lab, session, Path(temporary))
+        schedule = _Schedule(plan, lab, session, Path(temporary))
         session.record(lambda: schedule.run(paces, blocks), CaptureSink(place / _CAPTURE))
-        wanted = args.rounds * len(paces) * (args.flood + 1) * len(_KINDS)
+        wanted = plan.rounds * len(paces) * (plan.flood + 1) * len(_KINDS)
         if len(blocks) < wanted:
             raise UsageError(f"interrupted: {len(blocks)} of {wanted} blocks are measured, which tells nothing yet")
         told = {
@@ -204,19 +209,19 @@ def again(place: Path, session: Session) -> Figures:
 class _Schedule:
     """What is sent when."""
 
-    def __init__(self, args: argparse.Namespace, lab: Lab, session: Session, place: Path) -> None:
-        self._args, self._lab, self._session, self._place = args, lab, session, place
-        self._order = random.Random(args.seed)
-        self._others = os.sched_getaffinity(0) - {args.cpu} if args.cpu is not None else set()
+    def __init__(self, plan: Plan, lab: Lab, session: Session, place: Path) -> None:
+        self._plan, self._lab, self._session, self._place = plan, lab, session, place
+        self._order = random.Random(plan.seed)
+        self._others = os.sched_getaffinity(0) - {plan.cpu} if plan.cpu is not None else set()
         """CPUs for what floods; empty: any."""
 
     async def run(self, paces: Sequence[str], blocks: list[Block]) -> None:
         for member in (HOST, *self._lab.containers):  # addresses are resolved, the path has been used once
             await asyncio.to_thread(self._lab.ping, member, count=3)
-        for number in range(self._args.rounds):
-            floods = self._order.sample(range(self._args.flood + 1), self._args.flood + 1)
+        for number in range(self._plan.rounds):
+            floods = self._order.sample(range(self._plan.flood + 1), self._plan.flood + 1)
             for flood in floods:
-                self._session.say(f"round {number + 1} of {self._args.rounds}, {flood} flooding")
+                self._session.say(f"round {number + 1} of {self._plan.rounds}, {flood} flooding")
                 async with AsyncExitStack() as leaving:
                     for name in self._lab.containers[1 : flood + 1]:
                         flow = self._lab.start_ping(name, count=_MOST_FLOOD, size=_FLOOD_PAYLOAD, flood=True)
@@ -230,13 +235,13 @@ class _Schedule:
 
     async def _block(self, number: int, pace: str, flood: int, kind: str) -> Block:
         interval_s, remote = PACES[pace], self._lab.address(REMOTE)
-        count = self._args.count if interval_s else self._args.flood_count
+        count = self._plan.count if interval_s else self._plan.flood_count
         if kind.endswith("probes"):
             argv = hostpath.probe_command(remote, count, int(interval_s * 1e9))
         else:
             argv = ["ping", "-D", "-n", "-c", str(count), "-i", f"{interval_s:g}", "-W", "1", remote]
-        if self._args.cpu is not None:
-            argv = ["taskset", "-c", str(self._args.cpu), *argv]
+        if self._plan.cpu is not None:
+            argv = ["taskset", "-c", str(self._plan.cpu), *argv]
         member = HOST if kind in ("bare", "host probes") else MEASURED
         # Into a file: each line through a pipe would wake us up beside what is measured.
         path = self._place / "said"
@@ -383,14 +388,14 @@ def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
         "container_p50_us": median_us(cell.container),
         "corrected_p50_us": plain_us + sum(terms.values()),
         "diff_p50_us": difference_us(every),
-        "ci95_us": bounds(intervals.of_rounds(difference_us, rounds)),
+        "ci95_us": intervals.bounds(intervals.of_rounds(difference_us, rounds)),
         "plain_p50_us": plain_us,
         "plain_diff_p50_us": plain_difference_us(every),
-        "plain_ci95_us": bounds(intervals.of_rounds(plain_difference_us, rounds)),
+        "plain_ci95_us": intervals.bounds(intervals.of_rounds(plain_difference_us, rounds)),
         "host_path_us": terms,
-        "host_path_ci95_us": bounds(intervals.of_rounds(term_us, rounds)),
+        "host_path_ci95_us": intervals.bounds(intervals.of_rounds(term_us, rounds)),
         "without_answer_diff_us": without_answer_us(every),
-        "without_answer_ci95_us": bounds(intervals.of_rounds(without_answer_us, rounds)),
+        "without_answer_ci95_us": intervals.bounds(intervals.of_rounds(without_answer_us, rounds)),
         "host_ping_us": _of_a_ping(median_us(cell.bare), cell.host_pings),
         "container_ping_us": _of_a_ping(plain_us, cell.container_pings),
         "host_probe_us": _medians_us(cell.host_probes),

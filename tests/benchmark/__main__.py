@@ -33,6 +33,7 @@ from tests.benchmark import (
     rows,
     sinks,
     sizing,
+    starting,
     text,
     tracedat,
     versus,
@@ -40,6 +41,7 @@ from tests.benchmark import (
 )
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "cli_start": starting.run,
     "wire": wire.run,
     "ftrace_decode": ftrace_decode.run,
     "ring_drain": ring_drain.run,

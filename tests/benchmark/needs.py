@@ -22,6 +22,7 @@ LIBTRACECMD = (
 )
 
 NEEDS: dict[str, tuple[str, ...]] = {
+    "cli_start": (),
     "wire": (),
     "ftrace_decode": LAB,
     "ring_drain": (),

@@ -17,7 +17,7 @@ from collector.perfetto.source import PerfettoReader
 from contracts.records import Batch
 from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import EngineConfig
-from mace.shown.export import Wanted, export
+from mace.replaying.export import Wanted, export
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import HostTracks, Told
 from tests import perfetto_traces as traces

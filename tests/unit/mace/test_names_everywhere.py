@@ -29,7 +29,7 @@ from contracts.topology import Device, Sighting, Topology
 from contracts.vitals import Vitals
 from contracts.wire import Decoder, Encoder
 from mace import cli
-from mace.shown import plots, tables, terminal
+from mace.shown import lines, logs, plots, tables, terminal
 from storage.lines import Budget, StreamLines, key
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import HostTracks
@@ -174,8 +174,8 @@ def test_a_picture_of_one_name(name):
 @pytest.mark.parametrize("name", [*NASTY, "\x1b[31m\n[/]"])
 def test_warnings_log_lines_and_errors(name, capsys):
     terminal.warn(terminal.Console(stderr=True, width=400), [f"w{name}w"])
-    terminal.line(f"l{name}l")
-    terminal.complaint(f"c{name}c")
+    lines.line(f"l{name}l")
+    lines.complaint(f"c{name}c")
     assert cli.main(["query", "--store", f"/nosuch{name.replace(chr(0), '')}", "SELECT 1"]) == 1
     out, err = capsys.readouterr()
     assert out == f"l{printable(name)}l\n"
@@ -184,11 +184,11 @@ def test_warnings_log_lines_and_errors(name, capsys):
     assert f"w{printable(name)}w" in err
 
 
-def test_log_lines_are_lines(capsys):
+def test_log_lines_are_lines(capsys, monkeypatch):
     logger = logging.getLogger("test_names")
     logger.propagate = False
-    handler = terminal.RichHandler(console=terminal.Console(stderr=True, width=200), show_path=False, show_time=False)
-    handler.setFormatter(terminal._LogFormatter("%(message)s"))
+    handler = logs._Shown(debug=False)
+    monkeypatch.setenv("COLUMNS", "200")
     logger.addHandler(handler)
     try:
         logger.warning("host %s says nothing", "x\x1b[31m\nmace: forged [/]")
@@ -219,7 +219,7 @@ def test_json(store, capsys):
 
 def test_csv_and_parquet(store, tmp_path, capsysbinary):
     sql = "SELECT DISTINCT container FROM delays WHERE role = 'inner' AND container != ''"
-    assert cli.main(["query", "--store", str(store), sql, "--csv"]) == 0
+    assert cli.main(["query", "--store", str(store), sql, "--format", "csv"]) == 0
     out = capsysbinary.readouterr().out.decode()
     assert is_safe(out)
     assert out.count("\n") == 1 + len(NASTY)

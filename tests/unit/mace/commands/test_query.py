@@ -52,7 +52,7 @@ def test_json_csv_and_parquet_hold_the_same(query, path, tmp_path):
     last = found["rows"][0][2]
     assert "T" in last
     assert last.endswith("Z")
-    table = pyarrow.csv.read_csv(io.BytesIO(query(COUNT, "--csv")[1].encode()))
+    table = pyarrow.csv.read_csv(io.BytesIO(query(COUNT, "--format=csv")[1].encode()))
     assert [[r["container"], r["n"]] for r in table.to_pylist()] == [row[:2] for row in found["rows"]]
     assert query(COUNT, "--parquet", tmp_path / "out.parquet")[0] == 0
     assert pq.read_table(tmp_path / "out.parquet")["n"].to_pylist() == [row[1] for row in found["rows"]]
@@ -74,7 +74,7 @@ def test_lists_nulls_and_what_json_does_not_know(query):
         "SELECT [1, 2] AS l, NULL AS n, 'nan'::DOUBLE AS f, DATE '2025-01-02' AS d, 5::HUGEINT AS h", "--json"
     )
     assert json.loads(out)["rows"] == [[[1, 2], None, None, "2025-01-02", 5]]
-    assert '"[1, 2]"' in query("SELECT [1, 2] AS l", "--csv")[1]
+    assert '"[1, 2]"' in query("SELECT [1, 2] AS l", "--format=csv")[1]
 
 
 def test_every_table_can_be_asked_also_where_it_is_empty(path):
@@ -185,7 +185,7 @@ def test_every_type_at_any_depth_is_strict_json(query):
         found = row[7 * n : 7 * n + 7]
         expected = [value, [value, None], {"x": value}, [{"x": [value]}], [[1, value]], value, [value, value]]
         assert found == expected, literal
-    for form in ("--csv", ""):
+    for form in ("--format=csv", ""):
         status, out, err = query(f"SELECT {columns}", *filter(None, [form]))
         assert (status, err) == (0, "")
         assert not {"NaN", "Infinity", "Timestamp", "datetime", "MonthDayNano"} & set(re.split("[^A-Za-z]+", out))
@@ -213,7 +213,7 @@ def test_times_are_the_same_everywhere(query):
         ("SELECT {'t': time} AS s FROM delays LIMIT 1", r'\{"t": "2025-06-15T15:06:40\.\d{9}Z"\}'),
         ("SELECT time FROM delays LIMIT 1", r"2025-06-15T15:06:40\.\d{9}Z"),
     ):
-        for form in ("--csv", ""):
+        for form in ("--format=csv", ""):
             assert re.search(shown, query(asked, *filter(None, [form]))[1].replace('""', '"')), (asked, form)
 
 
@@ -295,7 +295,7 @@ def broken(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda raw: b"", lambda raw: raw[:100], lambda raw: raw[:99] + bytes(999) + raw[1098:]]
 )
-@pytest.mark.parametrize("form", ["--json", "--csv", ""])
+@pytest.mark.parametrize("form", ["--json", "--format=csv", ""])
 def test_a_damaged_segment_is_named_or_skipped_and_counted(broken, damage, form, capfd):
     made, segment = broken
     rows = pq.read_metadata(segment).num_rows

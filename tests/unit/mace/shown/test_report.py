@@ -11,6 +11,9 @@ import mace
 from contracts.errors import MissingExtra, StoreError, UsageError
 from contracts.figures import Summary
 from contracts.ledger import Ledger
+from mace.commands import report as command
+from mace.commands.console import Console
+from mace.commands.options import typed
 from mace.shown import report
 from tests.made_results import make_delays, make_results, make_windows
 from tests.unit.storage.stored import fill
@@ -34,10 +37,8 @@ def lossy(tmp_path_factory):
 
 def run(path, *options):
     parser = argparse.ArgumentParser()
-    report.add_options(parser)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--config")
-    return report.run(parser.parse_args(["--store", str(path), *map(str, options)]))
+    command.add(parser)
+    return command.run(typed(command.Options, parser.parse_args(["--store", str(path), *map(str, options)])), Console())
 
 
 def test_json_is_one_line_and_the_live_object(path, capsys):
@@ -160,7 +161,7 @@ def test_a_picture_that_cannot_be_written(path, tmp_path):
 def test_without_matplotlib_only_pictures_are_missing(path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "mace.shown.plots", raising=False)
-    monkeypatch.delattr(mace, "plots", raising=False)
+    monkeypatch.delattr(mace.shown, "plots", raising=False)
     run(path, "--json")
     assert json.loads(capsys.readouterr().out)["packets"] == 1000
     with pytest.raises(MissingExtra, match=r"pip install 'mace\[plot\]'"):

@@ -1,6 +1,5 @@
 """What of `mace ping` needs no packets: ping's arguments, the namespace, and the lines that come out."""
 
-import argparse
 import asyncio
 import os
 
@@ -13,7 +12,8 @@ from contracts.ledger import Ledger
 from contracts.schema import Crossings, Delays, Results
 from contracts.topology import Device, Role
 from correlator.correction import REASONS, Reason
-from mace.tools.ping import Ping, arguments, open_namespace
+from mace.tools.namespaces import open_namespace
+from mace.tools.ping import Ping, arguments
 from tests.made_exchanges import START, Path
 
 HOST = "203.0.113.2"
@@ -51,22 +51,18 @@ def test_arguments_that_leave_nothing_to_correct(given, why):
         arguments(given)
 
 
-def options(**given):
-    return argparse.Namespace(**{"container": None, "netns": None, "pid": None, "lab": None, **given})
-
-
 def test_a_namespace_by_process_and_by_path():
-    for given in (options(pid=os.getpid()), options(netns="/proc/self/ns/net")):
-        fd = open_namespace(given, CaptureConfig())
+    for given in ({"pid": os.getpid()}, {"netns": "/proc/self/ns/net"}):
+        fd = open_namespace(CaptureConfig(), **given)
         assert os.fstat(fd).st_ino == inode_of("/proc/self/ns/net")
         os.close(fd)
 
 
 def test_what_is_no_namespace():
     with pytest.raises(Unavailable, match="no-such-namespace"):
-        open_namespace(options(netns="no-such-namespace"), CaptureConfig())
+        open_namespace(CaptureConfig(), netns="no-such-namespace")
     with pytest.raises(UsageError, match="is no network namespace"):
-        open_namespace(options(netns="/dev/null"), CaptureConfig())
+        open_namespace(CaptureConfig(), netns="/dev/null")
 
 
 # Lines -----------------------------------------------------------------------------------------------------

@@ -1,24 +1,20 @@
-"""`mace verify`: scenarios through a lab, and how often the matching was right."""
+"""A scenario through a lab, and how often the matching was right."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from contracts.config import Config
-from contracts.errors import UsageError, nearest
 from correlator import configured
 from correlator.engine import EngineConfig
 from mace import lab as labs
 from mace.lab import HOST, Lab
-from mace.live import pipeline
-from mace.shown.terminal import PlainTable, complaint, json_line, output
+from mace.shown.terminal import PlainTable
 from mace.trials.verify import scenarios, stream, truth
 from mace.trials.verify.bound import allowed, kept
-from mace.trials.verify.scenarios import BY_NAME, SCENARIOS, Scenario, Stage
+from mace.trials.verify.scenarios import Scenario, Stage
 
 PACKETS: Final = 2000
 _WIDTH: Final = 130
@@ -48,39 +44,6 @@ class Verdict:
     grades: dict[str, int]
     ledger: dict[str, int]
     source: str
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace verify` but `--source`, `--config` and `--json`."""
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="all by default: " + ", ".join(BY_NAME))
-    parser.add_argument(
-        "--packets", type=int, default=PACKETS, metavar="N", help=f"that each flow sends (default {PACKETS})"
-    )
-
-
-def run(args: argparse.Namespace, config: Config) -> int:
-    """Play them and tell; 1 if a row was wrong or a packet that could be matched was not."""
-    unknown = [name for name in args.scenarios if name not in BY_NAME]
-    if unknown:
-        raise UsageError(f"no scenario {unknown[0]!r}{nearest(unknown[0], BY_NAME)}; there are {', '.join(BY_NAME)}")
-    if not 1 <= args.packets <= 20_000:
-        raise UsageError(f"--packets {args.packets}: expected 1 to 20000")
-    source, _ = pipeline.chosen_source(config.capture)
-    config = replace(config, capture=replace(config.capture, source=source))
-    chosen = [BY_NAME[name] for name in args.scenarios] or list(SCENARIOS)
-    verdicts = []
-    for scenario in chosen:
-        if scenario.sample_shift and source != "kmod":
-            complaint(f"mace: {scenario.name}: not with {source}, which records everything")
-            continue
-        verdicts.append(verdict(scenario, config, args.packets))
-        if args.json:
-            json_line(asdict(verdicts[-1]), flush=True)
-        elif sys.stderr.isatty():
-            complaint(f"{scenario.name}: {scenario.meaning}")
-    if not args.json:
-        output(_WIDTH).print(table(verdicts))
-    return 0 if all(v.wrong == 0 and v.recall >= v.recall_bound for v in verdicts) else 1
 
 
 def table(verdicts: list[Verdict]) -> PlainTable:

@@ -12,8 +12,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from correlator.intervals import Interval
-
 _GOLDEN: Final = (5**0.5 - 1) / 2
 
 
@@ -55,11 +53,6 @@ def median_us(parts: Iterable[npt.NDArray[Any]]) -> float:
     """Of all values, ns, together; nan if there are none."""
     values = np.concatenate(list(parts))
     return float(np.median(values)) / 1000 if len(values) else float("nan")
-
-
-def bounds(found: Interval | None) -> list[float] | None:
-    """For machines: low and high."""
-    return None if found is None else [found.low, found.high]
 
 
 def interval_text(found: list[float] | None) -> str:

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from correlator.intervals import bounds
 from mace.cli import main
-from mace.tools.rounds import bounds, dithered, interval_text, machine, machine_text, median_us
+from mace.trials.rounds import dithered, interval_text, machine, machine_text, median_us
 
 
 @given(st.floats(5_300, 9_700), st.integers(400, 2_000))

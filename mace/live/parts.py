@@ -1,4 +1,4 @@
-"""`mace check`: which parts can run on this machine, and if not, why and what to do."""
+"""Which parts can run on this machine, and if not, why and what to do."""
 
 from __future__ import annotations
 

@@ -1,20 +1,19 @@
-"""`mace export perfetto`: recordings to a Perfetto trace, a timeline of packets.
+"""Recordings to a Perfetto trace, a timeline of packets.
 
     recording ──► engine ──► settled packets ──► selection ──► trace
         └── records ──────────────┘
 
-With `--worst` or `--packet` it goes over the recordings twice: first to find the packets and those that answer them,
-then to write. Nothing is kept but what is under way.
+For the worst packets, or for some by number, it goes over the recordings twice: first to find the packets and those
+that answer them, then to write. Nothing is kept but what is under way.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import heapq
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,19 +21,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.files import FORMATS, Recording
-from contracts import config
+from collector.files import Recording
 from contracts.errors import UsageError, nearest
 from contracts.figures import Summary
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.schema import NOT_TOLD, Direction, Results
-from correlator import configured
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
 from mace.live import pipeline
-from mace.replaying import replay
-from mace.replaying.into_store import bar
-from mace.shown import terminal
 from mace.shown.report import instant_ns
 from mace.shown.timeline import Follower, Settled
 from storage.perfetto.file import PerfettoTrace
@@ -43,65 +37,13 @@ from storage.perfetto.sink import TOLD_BY, HostTracks, Told
 Mask = npt.NDArray[np.bool_]
 
 PROTOCOLS: Final = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58}
-_FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
-_MOST_CHOSEN: Final = 10_000
+FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
+MOST_CHOSEN: Final = 10_000
 """Of `--worst`: a person looks at a few, and their answers are kept in memory."""
 _LINGER_NS: Final = 1_000_000_000
 """A buffer is freed within this after its packet's last hop, or that is no record of the packet any more."""
 
 assert tuple(told.name.lower() for told in ToldBy)[1:] == TOLD_BY[1:]
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mace export perfetto` but `--config` and `--json`."""
-    formats = ", ".join(form.name for form in FORMATS)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"of any of these: {formats}")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT")
-    parser.add_argument(
-        "--packet", action="append", type=_packet_id, metavar="ID", help="this packet, and the one that answers it"
-    )
-    parser.add_argument(
-        "--worst", type=int, metavar="N", help="the N packets with the largest overhead, and their answers"
-    )
-    parser.add_argument(
-        "--flow", metavar="KEY=VALUE,...", help=f"packets of which all of this is true; keys: {', '.join(_FLOW_KEYS)}"
-    )
-    parser.add_argument(
-        "--between",
-        metavar="START,END",
-        help="packets that begin in between: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
-    )
-    parser.add_argument("--no-records", action="store_true", help="leave out the raw records")
-    replay.add_file_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """`mace export perfetto` with parsed options; its exit status."""
-    if args.worst is not None and not 1 <= args.worst <= _MOST_CHOSEN:
-        raise UsageError(f"--worst {args.worst}: 1 to {_MOST_CHOSEN}")
-    recordings = replay.recordings(args)
-    wanted = Wanted.of(args.flow, args.between, recordings[0].first_utc_ns)
-    engine = replace(configured.replayed(config.load(args.config).correlate), rows=True)
-    with bar(terminal.Console(stderr=True), quiet=args.json, what="export") as told:
-        found = export(
-            recordings,
-            args.output,
-            engine,
-            wanted,
-            packets=args.packet,
-            worst=args.worst,
-            records=not args.no_records,
-            overwrite=args.force,
-            told=told,
-        )
-    if args.json:
-        terminal.json_line(found.as_dict(args.output))
-        return 0
-    terminal.warn(terminal.Console(stderr=True), found.warnings)
-    terminal.line(found.line(args.output))
-    terminal.line(found.summary.ledger.line())
-    return 0
 
 
 @dataclass(slots=True)
@@ -448,21 +390,13 @@ class _Writer:
         self.tracks.gaps([gap for gap in results.gaps_utc_ns if self._wanted.times(np.array(gap)).any()])
 
 
-def _packet_id(text: str) -> int:
-    """As `mace report` says it, or hexadecimal as in the trace."""
-    value = int(text, 0)
-    if not 0 < value < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text}: no packet's number")
-    return value
-
-
 def _flow(text: str) -> dict[str, Any]:
     """The fields of `Wanted` in `KEY=VALUE,...`. Raises `UsageError`."""
     found: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
-        if key not in _FLOW_KEYS:
-            raise UsageError(f"--flow: {key!r} is no key{nearest(key, _FLOW_KEYS)}; there are {', '.join(_FLOW_KEYS)}")
+        if key not in FLOW_KEYS:
+            raise UsageError(f"--flow: {key!r} is no key{nearest(key, FLOW_KEYS)}; there are {', '.join(FLOW_KEYS)}")
         if key == "container":
             found[key] = value
         elif key == "direction":

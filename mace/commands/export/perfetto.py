@@ -1,0 +1,94 @@
+"""`mace export perfetto`: recordings to a Perfetto trace, a timeline of packets."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from contracts.errors import UsageError
+from mace.commands.choices import FLOW_KEYS
+from mace.commands.console import Console
+from mace.commands.options import JSON, RecordingOptions, with_config, with_format, with_output, with_recordings
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked of it."""
+
+    recordings: RecordingOptions
+    output: Path
+    force: bool
+    packet: tuple[int, ...] | None
+    worst: int | None
+    flow: str | None
+    between: str | None
+    no_records: bool
+    config: Path | None
+    format: str
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    with_recordings(parser, "recordings", Path)
+    with_output(parser)
+    parser.add_argument(
+        "--packet", action="append", type=_packet_id, metavar="ID", help="this packet, and the one that answers it"
+    )
+    parser.add_argument(
+        "--worst", type=int, metavar="N", help="the N packets with the largest overhead, and their answers"
+    )
+    parser.add_argument(
+        "--flow", metavar="KEY=VALUE,...", help=f"packets of which all of this is true; keys: {', '.join(FLOW_KEYS)}"
+    )
+    parser.add_argument(
+        "--between",
+        metavar="START,END",
+        help="packets that begin in between: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
+    )
+    parser.add_argument("--no-records", action="store_true", help="leave out the raw records")
+    with_config(parser)
+    with_format(parser)
+
+
+def _packet_id(text: str) -> int:
+    """As `mace report` says it, or hexadecimal as in the trace."""
+    value = int(text, 0)
+    if not 0 < value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text}: no packet's number")
+    return value
+
+
+def run(options: Options, console: Console) -> int:
+    """Write the trace and print what is in it."""
+    from contracts import config
+    from correlator import configured
+    from mace.commands import settings
+    from mace.replaying import export
+    from mace.replaying.into_store import bar
+    from mace.shown.terminal import warn
+
+    if options.worst is not None and not 1 <= options.worst <= export.MOST_CHOSEN:
+        raise UsageError(f"--worst {options.worst}: 1 to {export.MOST_CHOSEN}")
+    recordings = settings.recordings(options.recordings)
+    wanted = export.Wanted.of(options.flow, options.between, recordings[0].first_utc_ns)
+    engine = replace(configured.replayed(config.load(options.config).correlate), rows=True)
+    with bar(console.err(), quiet=options.format == JSON, what="export") as told:
+        found = export.export(
+            recordings,
+            options.output,
+            engine,
+            wanted,
+            packets=options.packet,
+            worst=options.worst,
+            records=not options.no_records,
+            overwrite=options.force,
+            told=told,
+        )
+    if options.format == JSON:
+        console.json(found.as_dict(options.output))
+        return 0
+    warn(console.err(), found.warnings)
+    console.line(found.line(options.output))
+    console.line(found.summary.ledger.line())
+    return 0

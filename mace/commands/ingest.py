@@ -1,0 +1,78 @@
+"""`mace ingest`: many hosts' streams from a MQTT broker to delays and one store."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from mace.commands.console import Console
+from mace.commands.options import (
+    JSON,
+    BrokerOptions,
+    SinkOptions,
+    with_broker,
+    with_config,
+    with_duration,
+    with_format,
+    with_no_rows,
+    with_prometheus,
+    with_sinks,
+    with_store,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked of it."""
+
+    address: str | None
+    store: Path | None
+    shard: str
+    no_rows: bool
+    sinks: SinkOptions
+    prometheus: str | None
+    broker: BrokerOptions
+    duration: float | None
+    config: Path | None
+    format: str
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("--broker", dest="address", metavar="URL", help="mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+    with_store(parser, "where rows and windows go; one for each process")
+    parser.add_argument("--shard", metavar="I/N", default="1/1", help="the I-th of N parts of the hosts")
+    with_no_rows(parser)
+    with_sinks(parser)
+    with_prometheus(parser)
+    with_broker(parser)
+    with_duration(parser)
+    with_config(parser)
+    with_format(parser)
+
+
+def run(options: Options, console: Console) -> int:
+    """Serve the hosts until it is over, then print what was counted."""
+    from contracts.topics import Shard
+    from mace.commands import settings
+
+    made = settings.configured(
+        options.config,
+        store=options.store,
+        no_rows=options.no_rows,
+        sinks=options.sinks,
+        prometheus=options.prometheus,
+    )
+    made = settings.with_broker(made, options.address, options.broker)
+    shard = Shard.parse(options.shard)
+    from mace.live import ingest
+    from storage.broker import Broker
+
+    found = ingest.serve(Broker(made.mqtt), Path(made.store.path), made, shard, options.duration)
+    if options.format == JSON:
+        console.json(found)
+    else:
+        told = {name: value for name, value in found.items() if name != "sinks"}
+        console.line(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items()))
+    return 0

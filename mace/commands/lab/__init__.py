@@ -1,0 +1,1 @@
+"""Test networks: the commands of the group, one file each."""

@@ -1,0 +1,1 @@
+"""The kernel module: the commands of the group, one file each."""

@@ -1,0 +1,61 @@
+"""`mace record`: live records to a capture file, to replay later or elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from mace.commands.console import Console
+from mace.commands.options import (
+    JSON,
+    CaptureOptions,
+    with_capture,
+    with_config,
+    with_duration,
+    with_format,
+    with_lab,
+    with_output,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked of it."""
+
+    output: Path
+    force: bool
+    lab: str | None
+    duration: float | None
+    capture: CaptureOptions
+    config: Path | None
+    format: str
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    with_output(parser)
+    with_lab(parser)
+    with_duration(parser)
+    with_capture(parser)
+    with_config(parser)
+    with_format(parser)
+
+
+def run(options: Options, console: Console) -> int:
+    """Record until it is over, then print how much there is."""
+    from mace.commands import settings
+    from storage.capture import CaptureSink
+
+    sink = CaptureSink(options.output, overwrite=options.force)
+    place = settings.lab_of(options.lab)
+    configured = settings.configured(options.config, capture=options.capture, place=place)
+    session = settings.session(configured, options.format, console)
+    lost = session.record(settings.lasting(options.duration), sink)
+    if options.format == JSON:
+        console.json({"file": str(options.output), "records": sink.records, "lost": lost, "bytes": sink.bytes_written})
+    else:
+        console.line(
+            f"{options.output}: {sink.records:,} records, {lost:,} lost in the ring, {sink.bytes_written:,} bytes"
+        )
+    return 0

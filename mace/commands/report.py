@@ -1,0 +1,122 @@
+"""`mace report`: what a store or a recording holds, as tables, as one JSON object, as pictures."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from contracts.errors import UsageError
+from mace.commands.console import Console
+from mace.commands.options import JSON, RecordingOptions, with_config, with_format, with_recordings, with_store
+
+if TYPE_CHECKING:
+    from storage.query import Filter, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked of it."""
+
+    recordings: RecordingOptions
+    store: Path | None
+    since: str | None
+    until: str | None
+    container: str | None
+    device: str | None
+    direction: str | None
+    run: str | None
+    runs: bool
+    packet: int | None
+    worst: int | None
+    counted: Literal["auto", "rows", "windows"]
+    skip_damaged: bool
+    png: Path | None
+    html: Path | None
+    config: Path | None
+    format: str
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    with_recordings(parser, "recordings instead of a store, as for `mace replay`")
+    with_store(parser, "the store to read")
+    parser.add_argument(
+        "--since", metavar="WHEN", help="from then on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d ago"
+    )
+    parser.add_argument("--until", metavar="WHEN", help="before then")
+    parser.add_argument("--container", metavar="NAME", help="packets of this container, at all devices")
+    parser.add_argument("--device", metavar="NAME", help="this device only")
+    parser.add_argument("--direction", choices=("egress", "ingress"), help="out of the container or into it")
+    parser.add_argument("--run", metavar="ID", help="this run only")
+    parser.add_argument("--runs", action="store_true", help="list the runs instead")
+    parser.add_argument("--packet", type=int, metavar="ID", help="one packet's path, hop by hop")
+    parser.add_argument("--worst", type=int, metavar="N", help="the paths of the N packets with the largest overhead")
+    parser.add_argument(
+        "--from", dest="counted", choices=("auto", "rows", "windows"), default="auto", help="what to count"
+    )
+    parser.add_argument("--skip-damaged", action="store_true", help="go on without damaged segments, saying how many")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="the same with the tables, one page by itself")
+    with_config(parser)
+    with_format(parser)
+
+
+def run(options: Options, console: Console) -> int:
+    """Print what the store, or the recordings that are named, hold."""
+    from contracts import config
+    from mace.commands import settings
+    from mace.replaying.into_store import replayed
+    from storage.query import Store
+
+    named = options.recordings
+    if options.worst is not None and options.worst < 1:
+        raise UsageError(f"--worst {options.worst}: at least 1")
+    replaying = bool(named.files or named.inner or named.outer)
+    if replaying and options.store:
+        raise UsageError("a store or files, not both")
+    configured = config.load(options.config)
+    quiet = options.format == JSON
+    with replayed(settings.recorded_files(named), configured, quiet=quiet) if replaying else nullcontext() as made:
+        path = made or options.store or Path(configured.store.path)
+        _report(Store(path, skip_damaged=options.skip_damaged), options, console)
+    return 0
+
+
+def _report(store: Store, options: Options, console: Console) -> None:
+    from mace.shown import report
+
+    where = _filter(options)
+    if options.runs:
+        report.print_runs(store.runs(where), console.out(), as_json=options.format == JSON)
+        return
+    report.report(
+        store,
+        where,
+        packet=options.packet,
+        worst=options.worst,
+        source=options.counted,
+        as_json=options.format == JSON,
+        png=options.png,
+        html=options.html,
+        console=console.out(),
+    )
+
+
+def _filter(options: Options) -> Filter:
+    from contracts.schema import Direction
+    from mace.shown.report import instant_ns
+    from storage.query import Filter
+
+    now = datetime.now(UTC)
+    return Filter(
+        since_ns=None if options.since is None else instant_ns(options.since, now),
+        until_ns=None if options.until is None else instant_ns(options.until, now),
+        container=options.container,
+        device=options.device,
+        direction=Direction[options.direction.upper()] if options.direction else None,
+        run=options.run,
+    )

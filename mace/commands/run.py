@@ -1,0 +1,127 @@
+"""`mace run`: live records to delays, a table and the store."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mace.commands.console import Console
+from mace.commands.options import (
+    BrokerOptions,
+    CaptureOptions,
+    SinkOptions,
+    with_broker,
+    with_capture,
+    with_config,
+    with_duration,
+    with_format,
+    with_lab,
+    with_no_rows,
+    with_prometheus,
+    with_record,
+    with_sinks,
+    with_store,
+)
+
+if TYPE_CHECKING:
+    from contracts.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked of it."""
+
+    store: Path | None
+    no_store: bool
+    sinks: SinkOptions
+    prometheus: str | None
+    publish: str | None
+    """Address of the broker; "" for the configured one."""
+    publish_as: str
+    spool: Path | None
+    broker: BrokerOptions
+    lab: str | None
+    duration: float | None
+    capture: CaptureOptions
+    record: Path | None
+    no_rows: bool
+    config: Path | None
+    format: str
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    with_store(parser, "where rows and windows go")
+    parser.add_argument("--no-store", action="store_true", help="show only")
+    with_sinks(parser)
+    with_prometheus(parser)
+    parser.add_argument(
+        "--publish",
+        nargs="?",
+        const="",
+        metavar="URL",
+        help="publish the raw stream to a MQTT broker (mqtt://HOST, mqtts://HOST), for `mace ingest`",
+    )
+    parser.add_argument(
+        "--publish-as",
+        choices=("records", "delays", "windows"),
+        default="records",
+        help="records: the raw stream, for mace ingest (default); the others: what came out of it, for subscribers",
+    )
+    parser.add_argument("--spool", type=Path, metavar="DIR", help="what has not arrived there yet waits here")
+    with_broker(parser)
+    with_lab(parser)
+    with_duration(parser)
+    with_capture(parser)
+    with_record(parser)
+    with_no_rows(parser)
+    with_config(parser)
+    with_format(parser)
+
+
+def run(options: Options, console: Console) -> int:
+    """Measure until it is over, then print what came of it."""
+    from mace.commands import settings
+    from mace.live import publish
+
+    configured = _configured(options)
+    tee = settings.tee(options.record)
+    publisher = None
+    if options.publish is not None and options.publish_as == "records":
+        publisher = publish.publisher(configured)
+    session = settings.session(configured, options.format, console)
+    summary = session.measure(
+        settings.lasting(options.duration),
+        store=None if options.no_store else Path(configured.store.path),
+        tee=publish.both(tee, publisher),
+        publishing=publisher.state if publisher is not None else None,
+    )
+    settings.show(summary, options.format, console)
+    if publisher is not None:
+        console.complain(publish.line(publisher))
+    return 0
+
+
+def _configured(options: Options) -> Config:
+    from mace.commands import settings
+
+    made = settings.configured(
+        options.config,
+        capture=options.capture,
+        store=options.store,
+        no_rows=options.no_rows,
+        sinks=options.sinks,
+        prometheus=options.prometheus,
+        place=settings.lab_of(options.lab),
+    )
+    if options.publish is None:
+        return made
+    made = settings.with_broker(made, options.publish, options.broker)
+    publish, rows = made.publish, made.sinks.mqtt
+    if options.spool:
+        publish, rows = replace(publish, spool=str(options.spool)), replace(rows, spool=str(options.spool))
+    if options.publish_as != "records":
+        rows = replace(rows, publish=options.publish_as)
+    return replace(made, publish=publish, sinks=replace(made.sinks, mqtt=rows))

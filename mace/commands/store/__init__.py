@@ -1,0 +1,1 @@
+"""The store's files: the commands of the group, one file each."""

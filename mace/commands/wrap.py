@@ -1,0 +1,76 @@
+"""`mace wrap`: any tool whose output is understood, run in a container under a capture, and corrected at its end."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from mace.commands.choices import TOOLS
+from mace.commands.console import Console
+from mace.commands.options import (
+    JSON,
+    CaptureOptions,
+    SinkOptions,
+    Where,
+    with_capture,
+    with_config,
+    with_format,
+    with_record,
+    with_sinks,
+    with_where,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be asked of it."""
+
+    where: Where
+    record: Path | None
+    tool: str | None
+    command: tuple[str, ...]
+    sinks: SinkOptions
+    capture: CaptureOptions
+    config: Path | None
+    format: str
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options; the command follows `--`."""
+    with_where(parser)
+    with_record(parser)
+    parser.add_argument("--tool", choices=TOOLS, help="which tool it is, if its first line does not tell")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after `--`: the tool and its arguments")
+    with_sinks(parser)
+    with_capture(parser)
+    with_config(parser)
+    with_format(parser)
+
+
+def run(options: Options, console: Console) -> int:
+    """Run the tool and print its samples corrected; returns its exit status."""
+    from mace.commands import settings
+    from mace.tools import correct, wrap
+
+    configured = settings.configured(
+        options.config, capture=options.capture, sinks=options.sinks, place=settings.lab_of(options.where.lab)
+    )
+    as_json = options.format == JSON
+    with settings.namespace(options.where, configured) as netns_fd:
+        session = settings.session(configured, options.format, console)
+        found, status = wrap.measure(
+            options.command,
+            netns_fd,
+            session,
+            settings.tee(options.record),
+            reader_name=options.tool,
+            quiet=as_json,
+        )
+    session.deliver(found.round_trips())
+    if as_json:
+        console.json(found.as_dict())
+    else:
+        correct.print_samples(found)
+        found.tables(console.out())
+    return status

@@ -1,0 +1,77 @@
+"""A container's network namespace, by its name, by that of the namespace, or by a process in it."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from collector.machine import devices
+from collector.machine.containers import API_SOCKETS
+from collector.machine.netns import Namespaces, open_netns, open_nsfs
+from contracts.config import CaptureConfig
+from contracts.errors import Unavailable, UsageError, nearest
+from contracts.topology import Role
+from mace import lab
+
+
+def open_namespace(
+    capture: CaptureConfig,
+    *,
+    container: str | None = None,
+    netns: str | None = None,
+    pid: int | None = None,
+    lab_name: str | None = None,
+) -> int:
+    """A file descriptor on one network namespace, which is the caller's to close.
+
+    `container`: by name, one of the lab's where there is a `lab_name`, else one that the machine runs.
+    Raises `UsageError` or `Unavailable`.
+    """
+    if pid is not None:
+        return _opened(Path(f"/proc/{pid}/ns/net"), f"process {pid}")
+    if netns is not None:
+        path = Path(netns) if "/" in netns else Path("/run/netns") / netns
+        return _opened(path, f"network namespace {netns!r}")
+    if container is None:
+        raise UsageError("name a container, a network namespace or a process")
+    if lab_name is not None:
+        return _opened(lab.attach(lab_name).netns_path(container), f"container {container!r}")
+    return _of_container(container, capture)
+
+
+def _opened(path: Path, what: str) -> int:
+    try:
+        return open_nsfs(str(path))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise UsageError(f"{path} is no network namespace") from error
+        raise Unavailable(
+            what, f"{path}: {error.strerror}", "`ip netns list` and `lsns -t net` list what there is"
+        ) from error
+
+
+def _of_container(name: str, capture: CaptureConfig) -> int:
+    found = devices.snapshot(
+        host_netns=capture.host_netns or None,
+        outer=capture.outer,
+        remote_netns=capture.remote_netns,
+        docker_sockets=(*API_SOCKETS, *capture.container_sockets),
+    )
+    named = {d.netns: d.container for d in found if d.role is Role.INNER and d.container}
+    chosen = [netns for netns, container in named.items() if container == name]
+    if len(chosen) != 1:
+        known = ", ".join(sorted(set(named.values()))) or "none"
+        many = f"{len(chosen)} containers are called {name!r}; --pid or --netns tells them apart"
+        none = f"no container {name!r}{nearest(name, named.values())}; known: {known}"
+        raise UsageError(many if chosen else none)
+    namespaces = Namespaces()
+    try:
+        place = namespaces.scan().get(chosen[0])
+    finally:
+        namespaces.close()
+    fd = open_netns(place) if place else None
+    if fd is None:
+        raise Unavailable(
+            f"container {name!r}", "its network namespace cannot be reached", "name a process of it: --pid"
+        )
+    return fd
