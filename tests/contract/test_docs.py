@@ -1,10 +1,11 @@
 """Pages that repeat what the code says, held to it."""
 
+import importlib
 import re
 
 from contracts.hooks import HOOKS
 from storage import tables
-from tests.places import DOCS
+from tests.places import DOCS, ROOT
 
 
 def test_every_hook_is_on_its_page():
@@ -26,3 +27,27 @@ def test_links_lead_somewhere():
     for page in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "README.md").read_text()
+    assert set(re.findall(r"\]\((\w[\w-]*\.(?:md|ipynb))\)", index)) == {
+        path.name for path in (*DOCS.glob("*.md"), *DOCS.glob("*.ipynb")) if path.name != "README.md"
+    }
+
+
+def test_what_the_life_of_a_packet_names_is_there():
+    page = (DOCS / "architecture.md").read_text()
+    names = re.findall(r"`((?:contracts|collector|correlator|storage|mace)\.[\w.]+)`", page)
+    assert len(names) > 20
+    for name in names:
+        parts = name.split(".")
+        depth = next(n for n in range(len(parts) - 1, 0, -1) if _is_module(".".join(parts[:n])))
+        found = importlib.import_module(".".join(parts[:depth]))
+        for attribute in parts[depth:]:
+            found = getattr(found, attribute)
+
+
+def _is_module(name):
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
