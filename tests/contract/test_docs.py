@@ -5,7 +5,7 @@ import re
 
 from contracts.hooks import HOOKS
 from storage import tables
-from tests.places import DOCS, ROOT
+from tests.places import DOCS, GOLDEN, ROOT
 
 
 def test_every_hook_is_on_its_page():
@@ -51,3 +51,10 @@ def test_what_the_life_of_a_packet_names_is_there():
 def _is_module(name):
     path = ROOT / name.replace(".", "/")
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def test_files_that_pages_name_are_there():
+    folders = "contracts|collector|correlator|storage|mace|kmod|tests|deploy|dashboards|docs"
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *GOLDEN.glob("*/README.md"), *ROOT.glob("kmod/*.md")]:
+        for name in re.findall(rf"`((?:{folders})/[\w/.-]+\.(?:py|md|toml|c|h|mace|ipynb))`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.relative_to(ROOT)} names {name}"
