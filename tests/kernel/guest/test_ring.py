@@ -389,7 +389,7 @@ def test_a_container_flushes_another_cpu_at_most_every_10_ms(lab: Lab) -> None:
 @pytest.mark.usefixtures("module")
 def test_what_was_handed_over_until_a_time_is_all_until_then(lab: Lab) -> None:
     """Also while the clock is slewed to and fro, which makes its fast reading step back a little."""
-    flow = lab.start_udp("c1", count=4000, rate_pps=2000)
+    flow = lab.start_udp("c1", count=1500, rate_pps=1000)
     with Session() as session, slewed_clock():
         session.setup(subbuf_bytes=PAGE, subbufs=256).start()
         until = [0, 0]
