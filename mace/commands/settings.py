@@ -24,7 +24,8 @@ from mace.commands.options import (
     SinkOptions,
     Where,
 )
-from mace.live.session import Session, Until
+from mace.live.runs import Until
+from mace.live.session import Session
 from mace.shown import tables
 from storage.capture import CaptureSink
 

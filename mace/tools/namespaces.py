@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collector.machine import devices
 from collector.machine.containers import API_SOCKETS
-from collector.machine.netns import Namespaces, open_netns, open_nsfs
+from collector.machine.netns import Namespaces, open_netns, open_nsfs, path_of
 from contracts.config import CaptureConfig
 from contracts.errors import Unavailable, UsageError, nearest
 from contracts.topology import Role
@@ -30,8 +30,7 @@ def open_namespace(
     if pid is not None:
         return _opened(Path(f"/proc/{pid}/ns/net"), f"process {pid}")
     if netns is not None:
-        path = Path(netns) if "/" in netns else Path("/run/netns") / netns
-        return _opened(path, f"network namespace {netns!r}")
+        return _opened(Path(path_of(netns)), f"network namespace {netns!r}")
     if container is None:
         raise UsageError("name a container, a network namespace or a process")
     if lab_name is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mace.lab import HOST, Spec, running
-from mace.tools.rounds import dithered, median_us
+from mace.trials.rounds import dithered, median_us
 from tests.measuring import balanced, mace, start, trace_instances, wait_for
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]

@@ -20,8 +20,8 @@ from tests.made_capture import TOPOLOGY, batches, capture_bytes, encode, forge, 
 from tests.made_pcap import Frame, block, pcap, pcapng, through_nat, udp_frames, written
 from tests.made_tracedat import Made
 from tests.made_tracedat import traffic as pages
-from tests.unit.collector.test_perfetto_source import NAMES, records
-from tests.unit.collector.test_text_source import FTRACE, PERF
+from tests.unit.collector.perfetto.test_source import NAMES, records
+from tests.unit.collector.text.test_source import FTRACE, PERF
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent
