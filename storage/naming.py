@@ -11,16 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import duckdb
-import pyarrow as pa
-
 NAMES_SQL: Final = (
     "SELECT host, container_id, container, max(epoch_ns(time)) FROM {windows} WHERE container_id != '' GROUP BY ALL"
 )
 """Rows for `named`."""
 TABLES: Final = ("delays", "windows")
 """Tables that name containers."""
-_RENAMED: Final = "renamed_containers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +52,19 @@ def newest_of(container: str, found: Sequence[Named]) -> str:
     return next((one.container for one in reversed(found) if container in one.earlier), container)
 
 
-def by_newest_name(connection: duckdb.DuckDBPyConnection, relation: str, found: Sequence[Named]) -> str:
+def by_newest_name(relation: str, found: Sequence[Named]) -> str:
     """SQL for the rows of a relation, each with its container's newest name."""
     renamed = [one for one in found if one.earlier]
     if not renamed:
         return relation
-    columns = {name: [getattr(one, name) for one in renamed] for name in ("host", "container_id", "container")}
-    connection.register(_RENAMED, pa.table(columns))
+    values = ", ".join(f"({', '.join(map(_quoted, (one.host, one.container_id, one.container)))})" for one in renamed)
     return (
-        f"(SELECT stored.* REPLACE (coalesce({_RENAMED}.container, stored.container) AS container)"
-        f" FROM {relation} AS stored LEFT JOIN {_RENAMED}"
-        f" ON stored.host = {_RENAMED}.host AND stored.container_id = {_RENAMED}.container_id)"
+        "(SELECT stored.* REPLACE (coalesce(renamed.container, stored.container) AS container)"
+        f" FROM {relation} AS stored"
+        f" LEFT JOIN (VALUES {values}) AS renamed(host, container_id, container)"
+        " ON stored.host = renamed.host AND stored.container_id = renamed.container_id)"
     )
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -650,7 +650,7 @@ class Store:
             live = {table: self.whole_segments(table, where, newest_rows) for table in used}
             with connected(self.threads) as connection:
                 names = {table: relation(connection, table, found) for table, found in live.items()}
-                names |= {table: by_newest_name(connection, names[table], containers) for table in naming}
+                names |= {table: by_newest_name(names[table], containers) for table in naming}
                 try:
                     return take(connection, sql.format(**names), _used(sql, values))
                 except duckdb.Error as e:
@@ -716,18 +716,24 @@ def connected(threads: int | None, memory_mib: int | None = None) -> Iterator[du
 
 def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[SegmentFile]) -> str:
     """SQL for the rows of these segments."""
-    # A name of our own, so that a query over nothing has the columns of one over something, and one over files of an
-    # older MACE those that came later.
-    nothing = f"no_{table}"
-    growing = table in ("ledger", "delays", "windows")
-    if not found or growing:
-        schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
-        connection.register(nothing, schema.empty_table())
     if not found:
-        return nothing
+        return _nothing(connection, table)
     quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
     stored = f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
-    return stored if not growing else f"(FROM {stored} UNION ALL BY NAME FROM {nothing})"
+    if table not in {"ledger", "delays", "windows"}:
+        return stored
+    # Files of an older MACE lack the columns that came later.
+    return f"(FROM {stored} UNION ALL BY NAME FROM {_nothing(connection, table)})"
+
+
+def _nothing(connection: duckdb.DuckDBPyConnection, table: str) -> str:
+    """SQL for no rows with all columns of the table. It has no name, so that no list of tables shows it."""
+    schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
+    empty = connection.from_arrow(schema.empty_table())
+    columns = ", ".join(
+        f"CAST(NULL AS {kind}) AS {name}" for name, kind in zip(empty.columns, empty.types, strict=True)
+    )
+    return f"(SELECT {columns} WHERE false)"
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:

@@ -127,7 +127,7 @@ def _asked(
     containers = store.containers()
     for table, found in live.items():
         rows = relation(connection, table, found)
-        rows = by_newest_name(connection, rows, containers) if table in TABLES else rows
+        rows = by_newest_name(rows, containers) if table in TABLES else rows
         connection.execute(f"CREATE TEMP VIEW {table} AS FROM {rows}")
     connection.execute("SET allowed_directories = [$path]", {"path": str(store.path.absolute())})
     connection.execute("SET enable_external_access = false")

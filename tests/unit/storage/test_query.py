@@ -401,6 +401,7 @@ def containers_of(summary):
     ("names", "shown"),
     [
         ([("web-tmp", ID), ("web", ID)], {("web", ID)}),
+        ([("web-tmp", ID), ('it\'s \\ "web"', ID)], {('it\'s \\ "web"', ID)}),
         ([("a", ID), ("b", ID), ("a", ID)], {("a", ID)}),
         ([("web", ""), ("web", ID)], {("web", ID)}),
         ([("web", ID), ("web", OTHER_ID)], {("web", OTHER_ID)}),
@@ -512,3 +513,9 @@ def test_containers_on_the_host_s_network_are_kept_with_the_ledger(tmp_path):
     assert store.sharers(Filter(run="a")) == (agent, image)
     assert store.sharers(Filter(until_ns=START_NS + 10**11)) == (agent, image)
     assert store.sharers(Filter(since_ns=START_NS + 2 * 10**12)) == ()
+
+
+def test_sql_lists_the_tables_that_people_use(stored):
+    store, _ = stored
+    listed = sql.table(store, "SHOW TABLES").column("name").to_pylist()
+    assert listed == sorted(tables.COLUMNS)
