@@ -30,6 +30,17 @@ PARTS = (
 """What commands import when they run, and what takes most of their time; extras are left to those that use them."""
 
 
+def import_all():
+    """Import what `mace` and its commands do: for forks, and for whoever may not read the tree any more."""
+    from mace import __main__, cli  # noqa: F401
+    from mace.commands import registry
+
+    for command in registry.COMMANDS:
+        importlib.import_module(registry.module(command.name))
+    for name in PARTS:
+        importlib.import_module(name)
+
+
 @dataclass
 class Case:
     """A command, and what of its surroundings is odd. A stream is a path, or None for one that is closed."""
@@ -128,13 +139,7 @@ def _end():
 
 
 if __name__ == "__main__":
-    from mace import __main__, cli  # noqa: F401 (each fork begins with it)
-    from mace.commands import registry
-
-    for command in registry.COMMANDS:
-        importlib.import_module(registry.module(command.name))
-    for name in PARTS:
-        importlib.import_module(name)
+    import_all()
     for name in ("ascii", "latin-1"):
         codecs.lookup(name)  # read now: nobody may not be let to Python's files
     gc.freeze()  # so that forks share what they do not change

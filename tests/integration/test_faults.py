@@ -33,6 +33,8 @@ def start(*argv):
 AS_NOBODY = """
 import contextlib, io, json, os, sys
 from mace.cli import main
+from tests.forked_commands import import_all
+import_all()
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 for command in sys.argv[1:]:
     out, err = io.StringIO(), io.StringIO()
