@@ -31,8 +31,7 @@ PARTS = (
 
 
 def import_all():
-    """Import what `mace` and its commands do: for forks, and for whoever may not read the tree any more."""
-    from mace import __main__, cli  # noqa: F401
+    """Import what commands do, to the last: for forks, and for whoever may not read the tree any more."""
     from mace.commands import registry
 
     for command in registry.COMMANDS:
@@ -139,6 +138,8 @@ def _end():
 
 
 if __name__ == "__main__":
+    from mace import __main__, cli  # noqa: F401 (each fork begins with it)
+
     import_all()
     for name in ("ascii", "latin-1"):
         codecs.lookup(name)  # read now: nobody may not be let to Python's files
