@@ -1,4 +1,4 @@
-"""The command line without a kernel: help, usage, errors, replays."""
+"""The command line without a kernel: usage, errors, replays. `tests/contract/test_commands.py` has help."""
 
 import json
 import subprocess
@@ -8,18 +8,6 @@ import pytest
 
 from mace.cli import main
 from tests.measuring import ROOT, balanced, mace
-
-COMMANDS = ["check", "demo", "lab", "module", "run", "record", "replay", "report", "hooks"]
-
-
-@pytest.mark.parametrize(
-    "command", [[], *([c] for c in COMMANDS), *(["lab", c] for c in ("up", "down", "list", "exec", "traffic"))]
-)
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([*command, "--help"])
-    assert end.value.code == 0
-    assert "usage: mace" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
