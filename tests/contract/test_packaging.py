@@ -2,10 +2,12 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -220,3 +222,38 @@ def test_dev_refuses_unknown_commands() -> None:
     assert done.stdout == ""
     assert "unknown command: tset" in done.stderr
     assert "usage: ./dev" in done.stderr
+
+
+# --- the wheel ----------------------------------------------------------------------------------
+
+
+def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
+    """Only the files of the wheel and the locked dependencies are on the path: not the tree, not its editable line."""
+    tree, wheels, installed = (tmp_path / name for name in ("tree", "wheels", "installed"))
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for package in TOP_LEVEL:
+        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, tree]
+    subprocess.run(build, capture_output=True, text=True, timeout=200, check=True)
+    (wheel,) = wheels.iterdir()
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", installed, wheel]
+    subprocess.run(install, capture_output=True, text=True, timeout=200, check=True)
+    # -S: no .pth file is read, so the editable install is not found.
+    code = "import sys; sys.path += sys.argv[1:3]; del sys.argv[1:3]; from mace.__main__ import main; sys.exit(main())"
+    dependencies = sysconfig.get_paths()["purelib"]
+
+    def mace(*argv: object) -> str:
+        run = [sys.executable, "-I", "-S", "-c", code, installed, dependencies, *map(str, argv)]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    store = tmp_path / "store"
+    assert "source ftrace" in json.loads(mace("check", "--json"))
+    replayed = json.loads(mace("replay", ROOT / "docs" / "example.mace", "--store", store, "--json"))
+    assert json.loads(mace("report", "--store", store, "--json"))["packets"] == replayed["packets"] > 0
+    counted = mace("query", "--store", store, "--format", "csv", "SELECT count(DISTINCT packet) AS packets FROM delays")
+    assert int(counted.split()[1]) > 0
