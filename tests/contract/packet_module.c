@@ -9,7 +9,8 @@
 
 int prepare(void)
 {
-	return mace_packet_init();
+	mace_packet_init();
+	return mace_packet_prepare(0);
 }
 
 /*
@@ -52,7 +53,8 @@ void forget(void)
 	int i;
 
 	for (i = 0; i < 1 << MACE_DATA_BITS; i++)
-		for (packet = mace_data[i].packets; packet < mace_data[i].packets + 2; packet++) {
+		for (packet = mace_packets->data[i].packets;
+		     packet < mace_packets->data[i].packets + 2; packet++) {
 			packet->protocol = MACE_PROTOCOL_NONE;
 			packet->flags = 0;
 			packet->record.drop_reason = 0;
