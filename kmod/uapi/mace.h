@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only WITH Linux-syscall-note */
 /*
  * The ABI between mace.ko and whoever reads /dev/mace. This file is its only truth: the module is
- * compiled with it, and contracts/abi.py mirrors it by hand (tests/contract/test_abi.py compares the
- * two).
+ * compiled with it, and contracts/abi.py mirrors it by hand (tests/contract/test_abi.py compares
+ * the two).
  *
  * How a reader works:
  *
