@@ -14,10 +14,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tests.measuring import ROOT
+from mace.commands import registry
+from tests.forked_commands import PARTS
+from tests.places import ROOT
 
 _FORKING = get_context("forkserver")
-_FORKING.set_forkserver_preload(["mace.cli"])
+_FORKING.set_forkserver_preload(["mace.cli", *(registry.module(each.name) for each in registry.COMMANDS), *PARTS])
 
 
 def _run(argv: tuple[str, ...], folder: Path) -> None:
