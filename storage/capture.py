@@ -83,13 +83,14 @@ class CaptureSink:
                 raise StoreError(f"{self.path}: exists already; give another name, or say that it may go") from None
             except OSError as error:
                 raise StoreError(f"{self.path}: cannot be created: {error.strerror}") from error
+            self._fd = fd
             try:
                 self._empty(fd)
+                self._append(FILE_HEAD + self._encoder.header(header))
             except BaseException:
+                self._fd = None
                 os.close(fd)
                 raise
-            self._fd = fd
-            self._append(FILE_HEAD + self._encoder.header(header))
 
     def _empty(self, fd: int) -> None:
         try:

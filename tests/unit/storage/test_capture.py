@@ -100,6 +100,10 @@ def test_a_place_where_no_file_can_be(tmp_path):
 
 
 def test_a_disk_that_is_full_from_the_start():
+    with pytest.raises(StoreError, match="/dev/full: No space left on device after 0 bytes") as kept:
+        record("/dev/full", overwrite=True)
+    # Whoever keeps the error, and with it the recording, keeps nobody else from the file.
+    assert kept.traceback
     with pytest.raises(StoreError, match="/dev/full: No space left on device after 0 bytes"):
         record("/dev/full", overwrite=True)
 
