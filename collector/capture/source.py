@@ -13,9 +13,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Final, Self
+from typing import BinaryIO, Final
 
+from collector.reading.closing import Closing
 from collector.reading.opening import is_url, open_binary
 from collector.reading.reader import FileReader
 from collector.reading.window import FileWindow
@@ -74,7 +74,7 @@ class Position:
     """Offset and number of the TOPOLOGY frames that must be known by then."""
 
 
-class Capture:
+class Capture(Closing):
     """One capture file, read once from front to back; a context manager.
 
     Opening reads the header. Raises `Unavailable` where there is no such file and `CaptureError` where it is no
@@ -105,14 +105,6 @@ class Capture:
     def close(self) -> None:
         """Close the file. Safe to call again."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def go_to(self, position: Position) -> None:
         """Read on from a frame further on, as if all before it had been read. Before the first item only."""

@@ -13,8 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from collector.pcap.interface import Interface
 from collector.pcap.link_layer import SLL, SLL2, behind, ifindex_of
 from collector.pcap.packet_key import ROOM, Packets, Views
 from collector.pcap.unpacked_file import UnpackedFile, foreign_compression_of, unpacked_head
+from collector.reading.closing import Closing
 from contracts.errors import CaptureError
 from contracts.records import Content
 
@@ -107,7 +107,7 @@ class PacketColumns:
         )
 
 
-class PcapFile:
+class PcapFile(Closing):
     """A capture file, read once from front to back; a context manager. Raises `Unavailable` or `CaptureError`."""
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
@@ -154,14 +154,6 @@ class PcapFile:
     def close(self) -> None:
         """Close the file. Safe to call again."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _begin_pcap(self, head: bytes) -> None:
         if len(head) < 24:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Self
 
+from collector.reading.closing import Closing
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.schema import HookCost
 
 
-class FileReader(ABC):
+class FileReader(Closing):
     """A file (or several that are one stream), read once from front to back; a context manager that opens and closes.
 
     `open` is called once, first; `items` once after it; `close` at any time, also again. The properties hold from
@@ -32,11 +32,6 @@ class FileReader(ABC):
     def __enter__(self) -> Self:
         self.open()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def header(self) -> StreamHeader:

@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import zstandard
 
 from collector.pages.formats import EventFormat, PageLayout, parse_format, parse_header_page
+from collector.reading.closing import Closing
 from contracts.errors import CaptureError, SourceError, Unavailable
 
 MAGIC: Final = b"\x17\x08\x44tracing"
@@ -124,7 +124,7 @@ class Frame:
         return None if text is None else parse_format(event, text)
 
 
-class TraceFile:
+class TraceFile(Closing):
     """A trace.dat file, its frame read; a context manager. Raises `Unavailable` or `CaptureError`."""
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
@@ -154,14 +154,6 @@ class TraceFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def warn(self, offset: int, why: str) -> None:
         """Tell of something that salvage passes over; a hostile file has millions of them."""

@@ -30,14 +30,14 @@ import re
 from collections.abc import Iterator
 from enum import Enum, auto
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from collector.pages.decoding import Bytes, Index, Located, PageDecoder, Stretch
 from collector.pages.formats import EventFormat, Field
+from collector.reading.closing import Closing
 from collector.tracecmd.clock import clock_of
 from collector.tracecmd.endian import to_little_endian
 from collector.tracecmd.file import FTRACE, BufferInfo, CpuData, TraceFile
@@ -50,7 +50,7 @@ _TEXT_MAX: Final = 32 << 20
 """Bytes of a column of strings that are all as wide as the longest."""
 
 
-class TraceDat:
+class TraceDat(Closing):
     """An open trace.dat file; a context manager. Raises `Unavailable` where there is none, `CaptureError` where it is
     damaged or none of this kind, and `KeyError` with the nearest name for an event that it does not have.
     """
@@ -77,14 +77,6 @@ class TraceDat:
     def close(self) -> None:
         """Close the file. Safe to call again."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def events(self) -> tuple[str, ...]:

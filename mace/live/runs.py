@@ -47,18 +47,19 @@ async def measure(
     tee: StreamSink | None = None,
     publishing: Callable[[], Publishing] | None = None,
     on_open: OnOpen = _ignore,
-    on_results: Callable[[Results], None] = _ignore,
+    on_results: Callable[[Results, Summary], None] = _ignore,
 ) -> Summary:
     """Live records into the correlator, the store and the sinks that are configured, for as long as `until` takes.
 
-    `tee` gets the raw stream as well; `publishing` says how that goes, where it publishes.
+    `tee` gets the raw stream as well; `publishing` says how that goes, where it publishes. `on_results` is told the
+    figures so far, too: the summary that is returned in the end.
     """
     source, chosen = live_source(config)
     summary, vitals, opened = Summary(), Vitals(publishing=publishing), asyncio.Event()
 
     def take(results: Results) -> None:
         summary.add(results)
-        on_results(results)
+        on_results(results, summary)
 
     def begin(header: StreamHeader) -> None:
         on_open(header, chosen)

@@ -76,7 +76,6 @@ class Session:
         publishing: Callable[[], Publishing] | None = None,
     ) -> Summary:
         """`runs.measure` with a table on the terminal."""
-        shown = Summary()
 
         def begin(header: StreamHeader, chosen: str) -> None:
             self.say(f"measuring {header.host}, Linux {header.kernel}, {chosen}")
@@ -85,11 +84,9 @@ class Session:
 
         with self._live() as view:
 
-            def show(results: Results) -> None:
-                if view.auto_refresh:
-                    shown.add(results)
-                    if results.windows:
-                        view.update(tables.renderable(shown))
+            def show(results: Results, summary: Summary) -> None:
+                if results.windows and view.auto_refresh:
+                    view.update(tables.renderable(summary))
 
             return self._run(
                 lambda stop: runs.measure(
