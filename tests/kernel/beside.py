@@ -44,4 +44,4 @@ class Machines:
     def end(self) -> None:
         """End those that still run."""
         if self._matrix is not None:
-            self._matrix.__exit__(None, None, None)
+            self._matrix.end()

@@ -66,5 +66,9 @@ class Matrix:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the machines that still run."""
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
