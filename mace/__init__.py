@@ -3,7 +3,7 @@
 The package holds what the stages share (records, hooks, rows, ledger, wire) and what composes them (pipeline,
 command line, lab). The stages are `collector`, `correlator` and `storage`.
 
-For notebooks and scripts `mace.open`, `mace.store`, `mace.Recording` and `mace.Store` are those of `mace.api`.
+Notebooks and scripts use `mace.open`, `mace.store`, `mace.Recording` and `mace.Store`, which `mace.api` defines.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ _API = ("Filter", "Recording", "Store", "open", "store")
 
 
 def __getattr__(name: str) -> Any:
-    # Not at the top: whoever imports a contract of this package shall not load a database.
+    # Imported on first use, so that importing a part of this package does not load a database.
     if name in _API:
         return getattr(import_module("mace.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`mace`, and `python -m mace`: the command line, in a process whose memory stays flat for weeks."""
+"""Entry point of `mace` and `python -m mace`: chooses Arrow's allocator, so that memory stays flat for weeks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final
 from mace.shown import streams
 
 _ALLOCATOR: Final = "ARROW_DEFAULT_MEMORY_POOL"
-"""Arrow's own variable: who has set it has chosen."""
+"""Arrow's own variable. A value that the user has set is kept."""
 
 
 def main() -> int:
@@ -28,12 +28,12 @@ def main() -> int:
 
 
 class _ArrowFinder:
-    """Has Arrow take its memory from jemalloc, which it decides on while it is imported, whoever imports it first.
+    """Import hook that makes Arrow use jemalloc. Arrow chooses its allocator while it is imported, by any module.
 
-    mimalloc 2.2, which it takes by itself since its release 21, holds on to more with each merge of segments
-    (apache/arrow#47266), where jemalloc is flat; docs/design/006-store.md has the figures.
+    Since release 21 Arrow's default is mimalloc 2.2, whose memory grows with each merge of segments
+    (apache/arrow#47266); with jemalloc it stays flat. docs/design/006-store.md has the figures.
 
-    Arrow takes a third of a second and 40 MiB to import, so it is left to the commands that need it.
+    A hook and not an import: importing Arrow costs a third of a second and 40 MiB, which only some commands need.
     """
 
     def find_spec(
@@ -49,7 +49,7 @@ class _ArrowFinder:
 
 
 class _ArrowLoader(SourceFileLoader):
-    """Loads Arrow with `_ALLOCATOR` set, which is not for the tools that a command starts."""
+    """Loads Arrow with `_ALLOCATOR` set, and unsets it afterwards, so that child processes do not inherit it."""
 
     def exec_module(self, module: ModuleType) -> None:
         os.environ[_ALLOCATOR] = "jemalloc"

@@ -1,7 +1,7 @@
-"""The Python API: what a notebook or a script of a user's own calls. docs/python-api.md tells it with examples.
+"""The Python API for notebooks and scripts; docs/python-api.md has examples.
 
-`open` gives a `Recording` for a file and a `Store` for a directory. Rows come as Arrow tables, from which pandas and
-Polars take them without a copy of their own where they can; nothing here needs either.
+`open` returns a `Recording` for a file and a `Store` for a directory. Rows are returned as Arrow tables, which pandas
+and Polars read without a copy where the column type allows it; neither library is needed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from storage.query import Filter
 from storage.query import Store as StoreReader
 
 TIMEOUT_MS: Final = 500
-"""A packet's next record comes within this, or its life is over; as `[correlate] timeout_ms` of the configuration."""
+"""A packet without a further record for this long is complete; the default of `[correlate] timeout_ms`."""
 
 
 class Recording:
-    """A recorded file of any format, on disk or at a URL. Nothing is kept in memory: each iteration reads it anew."""
+    """A recorded file of any format, on disk or at a URL. Each method reads the file anew; nothing stays in memory."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class Recording:
         buffer: str = "",
         clock: str = "",
     ) -> None:
-        """Options as those of `mace replay`. Raises `Unavailable` or `CaptureError`."""
+        """Open the file. The options mean what they mean for `mace replay`. Raises `Unavailable` or `CaptureError`."""
         options = FileOptions(salvage, Path(topology) if topology is not None else None, buffer, clock)
         [self._file] = files_at([str(location) if is_url(location) else Path(location)], options)
         self._told = str(location)
         self.warnings: list[str] = []
-        """What the last complete reading had to say: damage, a missing end."""
+        """Warnings of the last complete reading, such as damaged parts or a missing end."""
 
     def __repr__(self) -> str:
         header = self.header
@@ -64,26 +64,29 @@ class Recording:
 
     @property
     def header(self) -> StreamHeader:
-        """Host, kernel, clock, hooks."""
+        """The recording's host, kernel, clock and hooks."""
         return self._file.header
 
     def items(self) -> Iterator[Topology | Batch]:
-        """The stream: topologies, and batches of records in the order of time. Raises `CaptureError`."""
+        """Yield the stream: topologies, and batches of records in time order. Raises `CaptureError`."""
         task = PartTask(0, 0, self._file, EngineConfig(), None, None, None, None, "")
         with reading(task) as reader:
             yield from reader.items()
             self.warnings = list(reader.warnings)
 
     def batches(self) -> Iterator[Batch]:
-        """Records: numpy columns of equal length, as `contracts.records.Batch` says; raises `CaptureError`."""
+        """Yield records in time order, in batches of numpy columns (`contracts.records.Batch`); raises `CaptureError`.
+
+        The columns of a batch have equal length.
+        """
         return (item for item in self.items() if isinstance(item, Batch))
 
     def topologies(self) -> Iterator[Topology]:
-        """What the host's devices are, whenever it changed."""
+        """Yield the host's network devices: once at the start, and again after each change. Raises `CaptureError`."""
         return (item for item in self.items() if isinstance(item, Topology))
 
     def results(self, *, timeout_ms: int = TIMEOUT_MS, rows: bool = True) -> Iterator[Results]:
-        """What the correlator says, stretch by stretch (`contracts.schema.Results`); without `rows` windows only."""
+        """Yield the correlator's results, one `contracts.schema.Results` per stretch; without `rows` windows only."""
         config = EngineConfig(timeout_ns=timeout_ms * 1_000_000, slice_ns=REPLAY_SLICE_NS, rows=rows)
         engine = Engine(self.header.clock.offset_ns, config)
         task = PartTask(0, 0, self._file, config, None, None, None, None, "")
@@ -95,13 +98,16 @@ class Recording:
             yield replace(last, ledger=replace(last.ledger, discarded=reader.discarded))
 
     def delay_batches(self, *, timeout_ms: int = TIMEOUT_MS) -> Iterator[pa.Table]:
-        """Rows, a table each stretch: bounded memory for recordings of any length. Columns `storage.tables.DELAYS`."""
+        """Yield one table of rows per stretch, in bounded memory for any length. Columns: `storage.tables.DELAYS`."""
         for results in self.results(timeout_ms=timeout_ms):
             if len(results.delays):
                 yield tables.delays_table(self.header, results.delays, results.devices)
 
     def delays(self, columns: Sequence[str] = (), *, timeout_ms: int = TIMEOUT_MS) -> pa.Table:
-        """All rows, one per packet and segment (all columns, or those named). Raises `StoreError` for a wrong name."""
+        """Return all rows, one per packet and segment, with the named columns or all of them.
+
+        Columns: `storage.tables.DELAYS`. Raises `StoreError` for an unknown column, `CaptureError` for a damaged file.
+        """
         known = [c.name for c in tables.DELAYS]
         for name in columns:
             if name not in known:
@@ -111,7 +117,7 @@ class Recording:
         return _whole(parts, tables.SCHEMAS["delays"], chosen)
 
     def windows(self, *, timeout_ms: int = TIMEOUT_MS) -> pa.Table:
-        """All windows. Columns `storage.tables.WINDOWS`."""
+        """Return all windows as one table. Columns: `storage.tables.WINDOWS`."""
         parts = [
             tables.windows_table(self.header, results.windows, results.devices)
             for results in self.results(timeout_ms=timeout_ms, rows=False)
@@ -120,7 +126,7 @@ class Recording:
         return _whole(parts, tables.SCHEMAS["windows"], [c.name for c in tables.WINDOWS])
 
     def summary(self, *, timeout_ms: int = TIMEOUT_MS) -> Summary:
-        """Figures per device and container, and the ledger: what `mace replay` prints."""
+        """Return the figures per device and container, and the ledger, which `mace replay` prints."""
         found = Summary()
         for results in self.results(timeout_ms=timeout_ms, rows=False):
             found.add(results)
@@ -129,18 +135,18 @@ class Recording:
     def store(
         self, directory: Path | str, *, timeout_ms: int = TIMEOUT_MS, resume: bool = False, cluster: str | None = None
     ) -> Store:
-        """Keep rows and windows in a store, as `mace replay --store`; the store, to ask. Raises `StoreError`."""
+        """Write rows and windows to a store, as `mace replay --store` does; return the store. Raises `StoreError`."""
         return store([self], directory, timeout_ms=timeout_ms, resume=resume, cluster=cluster)
 
 
 class Store(StoreReader):
-    """A store: all of `storage.query.Store`, and SQL."""
+    """A store directory: the queries of `storage.query.Store`, and SQL."""
 
     def __init__(self, path: Path | str, *, skip_damaged: bool = False) -> None:
         super().__init__(Path(path), skip_damaged)
 
     def sql(self, query: str) -> pa.Table:
-        """One SELECT over `delays`, `windows`, `ledger`, `runs`, `cost`. Raises `UsageError` or `StoreError`."""
+        """Run one SELECT over `delays`, `windows`, `ledger`, `runs`, `cost`. Raises `UsageError` or `StoreError`."""
         return sql.table(self, query)
 
 
@@ -152,7 +158,11 @@ def store(
     resume: bool = False,
     cluster: str | None = None,
 ) -> Store:
-    """Replay recordings of one host or many into one store; see `Recording.store`."""
+    """Replay recordings of one or more hosts into one store, as `mace replay --store` does. Raises `StoreError`.
+
+    `resume` continues a replay into this store that was stopped. `cluster` is the address of a Dask scheduler, or
+    `local:N` for N processes on this machine.
+    """
     config = EngineConfig(timeout_ns=timeout_ms * 1_000_000, slice_ns=REPLAY_SLICE_NS)
     files = sorted((each._file for each in recordings), key=lambda one: (one.first_utc_ns, one.name))
     into_store(files, str(directory), config, StoreConfig(), resume=resume, cluster=cluster)
@@ -160,14 +170,14 @@ def store(
 
 
 def open(location: Path | str, **options: Any) -> Recording | Store:  # noqa: A001 (as `mace.open`, like gzip's)
-    """A file as a `Recording`, a directory as a `Store`; `options` are theirs."""
+    """Open a file or URL as a `Recording`, a directory as a `Store`; `options` are those of that class."""
     if not is_url(location) and Path(location).is_dir():
         return Store(location, **options)
     return Recording(location, **options)
 
 
 def _whole(parts: Sequence[pa.Table], schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
-    """One table with one dictionary for each column of names."""
+    """Join the parts into one table, with one dictionary for each dictionary-encoded column."""
     if not parts:
         return schema.empty_table().select(list(columns))
     return pa.concat_tables(parts).unify_dictionaries()

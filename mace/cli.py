@@ -1,9 +1,9 @@
-"""The command line: finds the command, has its file read the options, and runs it.
+"""The command line: finds the command, parses its options, and runs it.
 
 Results go to stdout, everything else to stderr. With `--json` stdout ends with one JSON object on one line. An
-error is one line on stderr and exit status 1, wrong usage 2; `--debug` shows the traceback.
+error prints one line on stderr and exits with status 1, wrong usage with 2; `--debug` shows the traceback.
 
-Only the file of the command that is called is imported; docs/design/021-commands.md has what that saves.
+Only the file of the called command is imported; docs/design/021-commands.md says what that saves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mace.shown.lines import complaint
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
-"""128 + SIGINT, as shells count."""
+"""128 + SIGINT, the status that shells give a command which SIGINT ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has seen enough.
+        # The reader of our standard output, such as `head`, has closed its end.
         return EXIT_ERROR
 
 
 def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and those that a command passes on to a tool (its `Options` have a field `others`).
+    """Parse the arguments; return them, and the unknown ones for a command that passes these on to a tool.
 
-    SystemExit where they are wrong or ask for help, `OutputError` where that cannot be written.
+    Such a command's `Options` has a field `others`. Raises SystemExit for wrong arguments and after help was printed,
+    `OutputError` if the help cannot be written.
     """
     parser = parser_for(argv)
     try:
@@ -77,19 +78,19 @@ def _parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def complete() -> None:
-    """Answer a shell that asks what may follow (`_ARGCOMPLETE` is in the environment), and end the process."""
+    """Print the shell's completions for the line in `COMP_LINE`, and end the process."""
     import argcomplete  # noqa: PLC0415 (only for this)
 
-    # What is typed so far; a word with a quotation mark in it names no command.
+    # Splitting at white space is enough: a word with a quotation mark in it names no command.
     words = os.environ.get("COMP_LINE", "").split()[1:]
     argcomplete.autocomplete(parser_for(words))
 
 
 def parser_for(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser for these words behind `mace`.
+    """Return the parser for these words after `mace`.
 
-    It knows the command that they name, with its options, and no other; where they name none, or only a group, it
-    knows the names and meanings of all that could follow.
+    If the words name a command, the parser has that command with its options, and no other. Otherwise it has the names
+    and meanings of every command that could follow.
     """
     parser = argparse.ArgumentParser(
         prog="mace", description="What did a container's virtual network devices add to this packet, device by device?"
@@ -101,7 +102,7 @@ def parser_for(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_commands(parser: argparse.ArgumentParser, group: str, name: str) -> None:
-    """The words that may follow `group` ("": `mace`): the one that leads to `name`, or all of them."""
+    """Add the words that may follow `group` ("" stands for `mace`): the one that leads to `name`, or all of them."""
     into = parser.add_subparsers(metavar="COMMAND", required=True)
     words = registry.within(group)
     following = name.removeprefix(group).split()[:1]

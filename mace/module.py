@@ -1,8 +1,7 @@
-"""`mace module`: the kernel module built, loaded, unloaded, and what is known of it.
+"""`mace module`: builds, loads, unloads and describes the kernel module.
 
-Whatever can stand in the way (no headers, a kernel without modules, Secure Boot, ...) is an `Unavailable` that says
-what is missing and what to do. All that is asked of the machine goes through a `Machine`, so that a test can be another
-one.
+An obstacle (no headers, a kernel without modules, Secure Boot, ...) raises an `Unavailable` that says what is missing
+and what to do. The machine is read through a `Machine`, which a test can replace.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SOURCES: Final = Path(__file__).resolve().parents[1] / "kmod"
 _WHAT: Final = "module"
 _INSTEAD: Final = "until then --source ftrace needs no module"
 _TOLD_LINES: Final = 12
-"""Of what a failed build said last."""
+"""An error message repeats this many of the last lines that a failed build printed."""
 
 
 def _run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -39,10 +38,10 @@ def _run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is asked of the machine."""
+    """The machine as the functions of this module see it: files, programs, kernel release and user."""
 
     root: Path = Path("/")
-    """Where /proc, /sys, /lib and /etc are."""
+    """The directory that contains /proc, /sys, /lib and /etc."""
     sources: Path = SOURCES
     release: str = field(default_factory=platform.release)
     uid: int = field(default_factory=os.geteuid)
@@ -52,7 +51,7 @@ class Machine:
     )
 
     def read(self, path: str) -> str:
-        """A small file's text without the white space around it; "" if there is none."""
+        """Return a small file's text without surrounding white space; "" if the file cannot be read."""
         try:
             return (self.root / path).read_text(encoding="utf-8", errors="replace").strip()
         except OSError:
@@ -60,12 +59,12 @@ class Machine:
 
     @property
     def kernel_build(self) -> Path:
-        """Where the running kernel's headers are, if they are installed."""
+        """The build directory of the running kernel, which exists if its headers are installed."""
         return self.root / "lib/modules" / self.release / "build"
 
     @property
     def built(self) -> Path:
-        """What a build in the sources makes."""
+        """The module file that a build in the sources writes."""
         return self.sources / f"{NAME}.ko"
 
     @property
@@ -75,28 +74,28 @@ class Machine:
 
     @property
     def sessions(self) -> int:
-        """Open files of /dev/mace; they hold the module."""
+        """Number of open files of /dev/mace; the module cannot be unloaded while there is one."""
         count = self.read(f"sys/module/{NAME}/refcnt")
         return int(count) if count.isdecimal() else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleStatus:
-    """What is known of the module."""
+    """Whether the kernel module is loaded, and its version, parameters and cost."""
 
     loaded: bool
     detail: str
     remedy: str = ""
     version: str = ""
     abi: str = ""
-    """Of the module, `major.minor`; "" where it could not be asked."""
+    """The module's ABI, `major.minor`; "" if /dev/mace could not be opened."""
     sessions: int = 0
     parameters: dict[str, str] = field(default_factory=dict)
     cost: tuple[HookCost, ...] = ()
-    """Since it was loaded."""
+    """What each probe has cost since the module was loaded."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines: the fields, with the cost as a list of hook, calls, timed, timed_ns, ns_per_call."""
+        """Return the fields for JSON; `cost` is a list of objects with hook, calls, timed, timed_ns, ns_per_call."""
         return {
             "loaded": self.loaded,
             "detail": self.detail,
@@ -110,7 +109,7 @@ class ModuleStatus:
 
 
 def status(machine: Machine = Machine(), open_device: Callable[[], MaceDevice] = MaceDevice) -> ModuleStatus:
-    """Whether it is loaded; if so what it says of itself, else what keeps it from being loaded."""
+    """Return the module's status: what the loaded module reports, or else what prevents loading it."""
     if not machine.loaded:
         try:
             _modules(machine)
@@ -148,9 +147,10 @@ def status(machine: Machine = Machine(), open_device: Callable[[], MaceDevice] =
 
 
 def build(machine: Machine = Machine(), kdir: Path | None = None) -> str:
-    """Build the module, for the running kernel or the one whose build directory is `kdir`; says where it is.
+    """Build the module for the running kernel, or for the kernel whose build directory is `kdir`; return its place.
 
-    Where DKMS is installed, and no other kernel is asked for, root leaves it to DKMS: it builds anew for new kernels.
+    Root builds through DKMS if DKMS is installed and `kdir` is not given, because DKMS rebuilds the module for each new
+    kernel. Raises `Unavailable`.
     """
     if not (machine.sources / "Makefile").exists():
         raise Unavailable(_WHAT, f"{machine.sources} has no sources of the module", "build in a checkout of MACE")
@@ -163,7 +163,7 @@ def build(machine: Machine = Machine(), kdir: Path | None = None) -> str:
     if not (place / "Makefile").exists():
         if kdir is not None:
             raise Unavailable(
-                _WHAT, f"{kdir} is no build directory of a kernel", "the one with its Makefile and .config"
+                _WHAT, f"{kdir} is no build directory of a kernel", "name the directory with its Makefile and .config"
             )
         raise Unavailable(
             _WHAT,
@@ -179,7 +179,7 @@ def build(machine: Machine = Machine(), kdir: Path | None = None) -> str:
 
 
 def load(parameters: Sequence[str] = (), machine: Machine = Machine()) -> str:
-    """Put the module into the kernel (`NAME=VALUE` parameters); says what was done."""
+    """Load the module with `NAME=VALUE` parameters; return a line that says how. Raises `Unavailable`."""
     _root(machine, "load")
     _modules(machine)
     if machine.loaded:
@@ -200,7 +200,7 @@ def load(parameters: Sequence[str] = (), machine: Machine = Machine()) -> str:
 
 
 def unload(machine: Machine = Machine()) -> str:
-    """Take it out of the kernel; says what was done."""
+    """Unload the module; return "unloaded" or "not loaded". Raises `Unavailable` while sessions are open."""
     _root(machine, "unload")
     if not machine.loaded:
         return "not loaded"
@@ -212,13 +212,13 @@ def unload(machine: Machine = Machine()) -> str:
         raise Unavailable(
             _WHAT,
             f"in use: {sessions} sessions are open" if sessions != 1 else "in use: 1 session is open",
-            "end them; `fuser -v /dev/mace` names their processes",
+            "end the processes that `fuser -v /dev/mace` lists",
         )
     raise Unavailable(_WHAT, f"rmmod {NAME}: {_last(done.stderr)}", "the kernel's log (dmesg) may say more")
 
 
 def show(found: ModuleStatus) -> str:
-    """A status for people, a line a fact."""
+    """Format a status for people, one fact per line."""
     lines = [found.detail + (f"; {found.remedy}" if found.remedy else "")]
     if found.loaded:
         lines.append(f"version {found.version or 'unknown'}, {found.sessions} sessions open")
@@ -230,7 +230,7 @@ def show(found: ModuleStatus) -> str:
     return "\n".join(lines)
 
 
-# --- what may stand in the way --------------------------------------------------------------------
+# --- obstacles ------------------------------------------------------------------------------------
 
 
 def _modules(machine: Machine) -> None:
@@ -238,7 +238,7 @@ def _modules(machine: Machine) -> None:
         raise Unavailable(
             _WHAT,
             f"kernel {machine.release} has no loadable modules (CONFIG_MODULES; there is no /proc/modules)",
-            "another kernel; until then --source ftrace",
+            f"boot a kernel with loadable modules; {_INSTEAD}",
         )
 
 
@@ -248,7 +248,7 @@ def _root(machine: Machine, what: str) -> None:
 
 
 def _headers(machine: Machine) -> str:
-    """The package that has the running kernel's headers."""
+    """Return the name of the package with the running kernel's headers, and the command that installs it."""
     about = machine.read("etc/os-release")
     families = set(" ".join(re.findall(r'^ID(?:_LIKE)?="?([^"\n]*)', about, re.MULTILINE)).split())
     if families & {"debian", "ubuntu"}:
@@ -262,9 +262,9 @@ def _build_by_dkms(machine: Machine) -> str:
     about = (machine.sources / "dkms.conf").read_text(encoding="utf-8")
     match = re.search(r'^PACKAGE_VERSION="([^"]+)"', about, re.MULTILINE)
     if match is None:
-        raise Unavailable(_WHAT, f"{machine.sources}/dkms.conf names no PACKAGE_VERSION", "a whole checkout of MACE")
+        raise Unavailable(_WHAT, f"{machine.sources}/dkms.conf names no PACKAGE_VERSION", "build in a checkout of MACE")
     package = f"{NAME}/{match[1]}"
-    # Sources of the same version that were added before may be older than these.
+    # DKMS may hold older sources of the same version, and would build these.
     if machine.run(["dkms", "status", package]).stdout.strip():
         machine.run(["dkms", "remove", package, "--all"])
     for argv in (
@@ -291,30 +291,32 @@ def _build_failed(what: str, done: subprocess.CompletedProcess[str]) -> Unavaila
 def _load_failed(machine: Machine, said: str, what: str) -> Unavailable:
     locked = re.search(r"\[(integrity|confidentiality)\]", machine.read("sys/kernel/security/lockdown"))
     enrol = (
-        "sign it with a key that the machine knows: enrol one with `mokutil --import` and reboot (DKMS signs with"
+        "sign it with a key that the machine trusts: enrol one with `mokutil --import` and reboot (DKMS signs with"
         " /var/lib/dkms/mok.pub), or switch Secure Boot off"
     )
     if "Key was rejected" in said or "Required key not available" in said:
-        return Unavailable(_WHAT, f"{what}: its signature is not accepted (Secure Boot)", enrol)
+        return Unavailable(_WHAT, f"{what}: the kernel refuses the module's signature (Secure Boot)", enrol)
     if "Invalid module format" in said or "Exec format error" in said:
         made_for = _vermagic(machine.built)
         return Unavailable(
             _WHAT,
-            f"{what}: it was built for another kernel"
+            f"{what}: the module was built for another kernel"
             + (f" ({made_for})" if made_for else "")
-            + f", this one is {machine.release}",
+            + f", this kernel is {machine.release}",
             "`mace module build`",
         )
     if "Operation not permitted" in said and locked:
         return Unavailable(_WHAT, f"{what}: the kernel is locked down ({locked[1]}: Secure Boot)", enrol)
     if "Operation not permitted" in said and machine.read("proc/sys/kernel/modules_disabled") == "1":
-        return Unavailable(_WHAT, f"{what}: this boot admits no more modules (kernel.modules_disabled)", "reboot")
+        return Unavailable(
+            _WHAT, f"{what}: the kernel refuses modules until the next boot (kernel.modules_disabled)", "reboot"
+        )
     if "Operation not permitted" in said or "Permission denied" in said:
-        return Unavailable(_WHAT, f"{what}: not permitted", "root with CAP_SYS_MODULE; not in a container")
+        return Unavailable(_WHAT, f"{what}: not permitted", "load it as root with CAP_SYS_MODULE, outside a container")
     if "Unknown symbol" in said:
         return Unavailable(
             _WHAT,
-            f"{what}: it needs what this kernel has not: {_last(said)}",
+            f"{what}: the module needs a symbol that this kernel does not have: {_last(said)}",
             "`mace module build`; dmesg names the symbol",
         )
     if "Invalid argument" in said or "Invalid parameters" in said:
@@ -323,7 +325,7 @@ def _load_failed(machine: Machine, said: str, what: str) -> Unavailable:
 
 
 def _vermagic(path: Path) -> str:
-    """The kernel that a module was built for, as it says in its .modinfo."""
+    """Return the release of the kernel that a module was built for, from its .modinfo section; "" if unknown."""
     try:
         match = re.search(rb"\0vermagic=([^\0 ]+)", path.read_bytes())
     except OSError:

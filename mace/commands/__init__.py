@@ -1,11 +1,11 @@
-"""The commands of the command line, one file each, which `mace.commands.registry` lists.
+"""The commands of the command line, one file each; `mace.commands.registry` lists them.
 
 A command's file has
 
-    Options         a frozen dataclass: everything that can be asked of it
-    add(parser)     its options and arguments, whose names in the parser are the fields of `Options`
+    Options         a frozen dataclass with one field for each option and argument
+    add(parser)     adds the options and arguments to the parser, under the names of the fields of `Options`
     run(options, console) -> int
-                    what it does; returns the exit status
+                    runs the command; returns the exit status
 
-The file imports at its top only what the help text needs; whatever takes long to import is imported by `run`.
+The file imports at its top only what the help text needs; `run` imports the modules that take long to import.
 """

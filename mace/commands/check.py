@@ -1,4 +1,4 @@
-"""`mace check`: which parts can run on this machine, and if not, why and what to do."""
+"""`mace check`: reports which parts can run on this machine, and for the others why not and what to do."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mace.commands.options import JSON, with_config, with_format
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace check`."""
 
     config: Path | None
     format: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace check` to the parser."""
     with_config(parser)
     with_format(parser)
 

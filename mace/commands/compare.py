@@ -1,4 +1,4 @@
-"""`mace compare`: sources side by side on the same traffic, and what each of them costs."""
+"""`mace compare`: measures the same traffic with several sources and compares their figures and costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace compare`."""
 
     sources: str | None
     lab: str | None
@@ -35,19 +35,33 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace compare` to the parser."""
     parser.add_argument(
-        "--sources", metavar="LIST", help=f"of {', '.join(COMPARED)} (those that can run here, and none)"
+        "--sources",
+        metavar="LIST",
+        help=f"sources to compare, of {', '.join(COMPARED)} (default: those that can run here, and none)",
     )
-    with_lab(parser, "in this lab, instead of one for the purpose")
-    parser.add_argument("--container", default="c1", metavar="NAME", help="whose packets (c1)")
+    with_lab(parser, "compare in this lab instead of a new one")
+    parser.add_argument(
+        "--container", default="c1", metavar="NAME", help="the container that sends the packets (default c1)"
+    )
     with_runtime(parser)
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of all sources, in random order (10)")
-    parser.add_argument("--count", type=int, default=2000, metavar="N", help="round trips of each in a round (2000)")
-    parser.add_argument("--interval", type=float, default=0.0, metavar="S", help="between requests (0: after a reply)")
-    parser.add_argument("--ring-mib", type=int, metavar="N", help="the kernel's ring, MiB per CPU")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the order (1)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+    parser.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="rounds; each has all sources in random order (default 10)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=2000, metavar="N", help="round trips per source and round (default 2000)"
+    )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds between requests (default 0: send each when the reply to the one before has arrived)",
+    )
+    parser.add_argument("--ring-mib", type=int, metavar="N", help="size of the kernel's ring, MiB per CPU")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random order (default 1)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures to this file")
     with_config(parser)
     with_format(parser)
 
@@ -73,7 +87,7 @@ def run(options: Options, console: Console) -> int:
 
         def session(source: str) -> Session:
             capture = CaptureOptions(source, options.ring_mib)
-            # Its figures are of this comparison; nobody's database wants them among those of measurements.
+            # No sinks: figures of a comparison do not belong among a database's measurements.
             configured = replace(settings.configured(options.config, capture=capture, place=place), sinks=SinksConfig())
             return settings.session(configured, options.format, console)
 

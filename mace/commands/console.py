@@ -1,6 +1,6 @@
-"""Where a command prints: results go to standard output, everything else to standard error.
+"""Prints for a command: results to standard output, everything else to standard error.
 
-Rich is imported by the first table that is drawn.
+Rich is imported when the first table is drawn.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ class Console:
     """The standard streams of one command."""
 
     def line(self, text: str) -> None:
-        """One line of text of the result."""
+        """Print one line of the result."""
         lines.line(text)
 
     def json(self, value: Any, *, flush: bool = False) -> None:
-        """The result, or a part that stands by itself, as JSON on one line."""
+        """Print the result, or a self-contained part of it, as JSON on one line."""
         lines.json_line(value, flush=flush)
 
     def show(self, *drawn: RenderableType) -> None:
-        """Tables and texts of the result."""
+        """Print tables and texts of the result."""
         self.out().print(*drawn)
 
     def complain(self, text: str) -> None:
-        """One line on standard error."""
+        """Print one line on standard error."""
         lines.complaint(text)
 
     def out(self, width: int | None = None) -> Rich:
-        """Rich's console on standard output; `width`, in characters, where that is no terminal."""
+        """Return Rich's console on standard output; `width`, in characters, applies where that is no terminal."""
         from mace.shown import terminal
 
         return terminal.output() if width is None else terminal.output(width)
 
     def err(self) -> Rich:
-        """Rich's console on standard error, for what is shown while the command works."""
+        """Return Rich's console on standard error, for progress."""
         from mace.shown import terminal
 
         return terminal.Console(stderr=True)
 
     def table(self, *headings: str) -> PlainTable:
-        """An empty table with these columns."""
+        """Return an empty table with these columns."""
         from mace.shown.terminal import PlainTable
 
         table = PlainTable()

@@ -1,4 +1,4 @@
-"""`mace correct`: what a tool has printed, and a capture of the time when it ran, to corrected round trip times."""
+"""`mace correct`: corrects the round trip times that a tool has printed, with a capture from the time it ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mace.commands.options import JSON, SinkOptions, with_config, with_format, w
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace correct`."""
 
     printed: Path
     file: Path
@@ -27,12 +27,16 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("printed", type=Path, metavar="OUTPUT", help="what the tool printed; `-`: standard input")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a capture file of that time, or a trace.dat")
-    parser.add_argument("--container", metavar="NAME", help="where the tool ran; needed where there are several")
-    parser.add_argument("--tool", choices=TOOLS, help="which tool it was, if its first line does not tell")
-    parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    """Add the options of `mace correct` to the parser."""
+    parser.add_argument("printed", type=Path, metavar="OUTPUT", help="the tool's output; `-` reads standard input")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a capture file or trace.dat recorded while the tool ran"
+    )
+    parser.add_argument(
+        "--container", metavar="NAME", help="the container the tool ran in; needed if the capture has several"
+    )
+    parser.add_argument("--tool", choices=TOOLS, help="the tool that ran, if its output does not show which")
+    parser.add_argument("--salvage", action="store_true", help="skip damaged parts and count the records they held")
     with_topology(parser)
     with_sinks(parser)
     with_config(parser)
@@ -40,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Print every sample corrected, and statistics of all."""
+    """Print every corrected sample, and statistics over all samples."""
     from collector.files import FileOptions, recording
     from mace.commands import settings
     from mace.tools import correct

@@ -1,4 +1,4 @@
-"""`mace demo`: a lab, its traffic, and what is measured of it, in one go."""
+"""`mace demo`: makes a lab, sends traffic through it and shows what its devices add."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mace.commands.options import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace demo`."""
 
     shape: LabShape
     duration: float
@@ -37,12 +37,12 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace demo` to the parser."""
     with_lab_shape(parser, containers=2)
     parser.add_argument(
         "--duration", type=at_least(0.1), default=8.0, metavar="S", help="seconds of traffic (default 8)"
     )
-    with_store(parser, "keep the rows here")
+    with_store(parser, "keep the rows in this store")
     with_capture(parser)
     with_record(parser)
     with_no_rows(parser)
@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Make the lab, measure its traffic, show what came of it, and remove the lab."""
+    """Make the lab, measure its traffic, print the figures, and remove the lab."""
     import tempfile
     from contextlib import ExitStack
 
@@ -74,8 +74,8 @@ def run(options: Options, console: Console) -> int:
         if options.format != JSON:
             report.print_typical_paths(store, console.out())
             session.say(
-                f"mace report --store {store} has more"
+                f"`mace report --store {store}` shows more of these rows"
                 if options.store
-                else "with --store DIR the rows stay, for mace report"
+                else "the rows are not kept; --store DIR keeps them for `mace report`"
             )
     return 0

@@ -1,4 +1,4 @@
-"""`mace experiment`: ping on the host, in a container and corrected, side by side."""
+"""`mace experiment`: compares ping on the host, ping in a container, and the container's ping corrected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace experiment`."""
 
     runtime: str
     flood: int
@@ -36,27 +36,50 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace experiment` to the parser."""
     with_runtime(parser)
-    parser.add_argument("--flood", type=int, default=2, metavar="N", help="beside 0 to N flooding containers (2)")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="of everything, in random order (20)")
-    parser.add_argument("--count", type=int, default=30, metavar="N", help="pings of a round at 10 ms (30)")
-    parser.add_argument("--flood-count", type=int, default=300, metavar="N", help="and as fast as replies come (300)")
     parser.add_argument(
-        "--paces", default=",".join(PACES), metavar="LIST", help=f"of {', '.join(PACES)} (all unless told)"
+        "--flood", type=int, default=2, metavar="N", help="measure beside 0 to N flooding containers (default 2)"
     )
-    parser.add_argument("--cpu", type=int, metavar="N", help="pin what is measured to it, and floods to the others")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the order (1)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the capture and what the tools said in there")
-    parser.add_argument("--again", type=Path, metavar="DIR", help="measure nothing: the figures of what was kept")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        metavar="N",
+        help="rounds; each has all combinations in random order (default 20)",
+    )
+    parser.add_argument("--count", type=int, default=30, metavar="N", help="pings per round at 10 ms (default 30)")
+    parser.add_argument(
+        "--flood-count",
+        type=int,
+        default=300,
+        metavar="N",
+        help="pings per round at the flood pace, each sent when a reply arrives (default 300)",
+    )
+    parser.add_argument(
+        "--paces",
+        default=",".join(PACES),
+        metavar="LIST",
+        help=f"paces to measure, of {', '.join(PACES)} (default all)",
+    )
+    parser.add_argument(
+        "--cpu", type=int, metavar="N", help="pin the measured processes to this CPU, and floods to the others"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random order (default 1)")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the capture and the tools' output in this directory"
+    )
+    parser.add_argument(
+        "--again", type=Path, metavar="DIR", help="measure nothing; compute the figures of a kept experiment"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures to this file")
     with_capture(parser)
     with_config(parser)
     with_format(parser)
 
 
 def run(options: Options, console: Console) -> int:
-    """Measure, or compute once more what was kept, and print the figures."""
+    """Measure, or read a kept experiment, and print the figures."""
     from mace.trials import experiment
 
     plan = experiment.Plan(

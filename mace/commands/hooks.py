@@ -1,4 +1,4 @@
-"""`mace hooks`: where packets are observed."""
+"""`mace hooks`: lists the points of the kernel at which packets are observed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mace.shown.lines import columns
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace hooks`."""
 
     format: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace hooks` to the parser."""
     with_format(parser)
 
 

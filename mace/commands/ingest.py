@@ -1,4 +1,4 @@
-"""`mace ingest`: many hosts' streams from a MQTT broker to delays and one store."""
+"""`mace ingest`: receives the streams of many hosts from an MQTT broker and writes their delays to one store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mace.commands.options import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace ingest`."""
 
     address: str | None
     store: Path | None
@@ -39,10 +39,14 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("--broker", dest="address", metavar="URL", help="mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
-    with_store(parser, "where rows and windows go; one for each process")
-    parser.add_argument("--shard", metavar="I/N", default="1/1", help="the I-th of N parts of the hosts")
+    """Add the options of `mace ingest` to the parser."""
+    parser.add_argument(
+        "--broker", dest="address", metavar="URL", help="the MQTT broker: mqtt://HOST[:PORT] or mqtts://HOST[:PORT]"
+    )
+    with_store(parser, "write rows and windows to this store; each ingesting process needs its own")
+    parser.add_argument(
+        "--shard", metavar="I/N", default="1/1", help="serve only the I-th of N parts of the hosts (default 1/1: all)"
+    )
     with_no_rows(parser)
     with_sinks(parser)
     with_prometheus(parser)
@@ -53,7 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Serve the hosts until it is over, then print what was counted."""
+    """Serve the hosts until the duration is over or Ctrl-C, then print the counters."""
     from contracts.topics import Shard
     from mace.commands import settings
 

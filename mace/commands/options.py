@@ -1,6 +1,6 @@
-"""What options have in common: groups of them that several commands take, and how they become dataclasses.
+"""Groups of options that several commands share, and their conversion to dataclasses.
 
-A name means the same in every command:
+An option's name means the same in every command:
 
     --container, --netns, --pid     the container, its network namespace by name or path, a process in it
     --lab                           the test network to measure, instead of the machine
@@ -28,7 +28,7 @@ CSV: Final = "csv"
 
 
 def typed(kind: type[T], args: argparse.Namespace) -> T:
-    """The dataclass with the fields that the parser has filled; fields that are dataclasses themselves likewise."""
+    """Return a `kind` whose fields are the parsed arguments; a field that is a dataclass is filled in the same way."""
     values = {}
     for name, of in get_type_hints(kind).items():
         value = typed(of, args) if isinstance(of, type) and is_dataclass(of) else getattr(args, name)
@@ -36,11 +36,11 @@ def typed(kind: type[T], args: argparse.Namespace) -> T:
     return kind(**values)
 
 
-# What an option's value may be ----------------------------------------------------------------------------
+# Values of options ----------------------------------------------------------------------------------------
 
 
 def at_least(low: float) -> Callable[[str], float]:
-    """Parse a finite number that is no less."""
+    """Return a parser of finite numbers that are at least `low`."""
 
     def parse(text: str) -> float:
         value = float(text)
@@ -54,7 +54,7 @@ def at_least(low: float) -> Callable[[str], float]:
 
 
 def whole_at_least(low: int) -> Callable[[str], int]:
-    """Parse a whole number that is no less."""
+    """Return a parser of whole numbers that are at least `low`."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -67,12 +67,12 @@ def whole_at_least(low: int) -> Callable[[str], int]:
 
 
 def location(text: str) -> Path | str:
-    """A path, or a URL as it is (`collector.reading.opening.is_url`)."""
+    """Return a URL unchanged (`collector.reading.opening.is_url`), anything else as a path."""
     return text if "://" in text else Path(text)
 
 
 class _Renamed(argparse.Action):
-    """An option that was called otherwise: an error that names the new one."""
+    """The former name of an option: using it is an error that names the new one."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, new: str) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -94,14 +94,16 @@ def renamed(parser: argparse._ActionsContainer, old: str, new: str) -> None:
 
 
 def with_config(parser: argparse.ArgumentParser) -> None:
-    """`config`: the configuration file."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; docs/configuration.md has the keys")
+    """Add `config`, the configuration file."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration file (TOML); docs/configuration.md lists the keys"
+    )
 
 
 def with_format(
-    parser: argparse.ArgumentParser, *others: str, short: str = "one JSON object on stdout, nothing shown meanwhile"
+    parser: argparse.ArgumentParser, *others: str, short: str = "one JSON object on stdout, no progress on stderr"
 ) -> argparse._MutuallyExclusiveGroup:
-    """`format`: `TABLE`, `JSON` or one of `others`. Returns the group of options that exclude each other."""
+    """Add `format`: `TABLE`, `JSON` or one of `others`. Returns the group of mutually exclusive options."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--format", choices=(TABLE, JSON, *others), default=TABLE, help="how results are printed (default table)"
@@ -112,21 +114,23 @@ def with_format(
 
 @dataclass(frozen=True, slots=True)
 class CaptureOptions:
-    """How live records are taken."""
+    """Options of a live capture."""
 
     source: str | None
     ring_mib: int | None
 
 
 def with_capture(parser: argparse.ArgumentParser) -> None:
-    """The fields of `CaptureOptions`."""
+    """Add the fields of `CaptureOptions`."""
     with_source(parser)
-    parser.add_argument("--ring-mib", type=whole_at_least(1), metavar="N", help="the kernel's ring, MiB per CPU")
+    parser.add_argument(
+        "--ring-mib", type=whole_at_least(1), metavar="N", help="size of the kernel's ring, MiB per CPU"
+    )
 
 
 def with_source(parser: argparse.ArgumentParser) -> None:
-    """`source`: a live source by name."""
-    parser.add_argument("--source", choices=SOURCES, help="where live records come from")
+    """Add `source`, the name of a live source."""
+    parser.add_argument("--source", choices=SOURCES, help="the live source of records")
 
 
 def with_lab(
@@ -134,39 +138,39 @@ def with_lab(
     meaning: str = "measure this lab instead of the machine",
     default: str | None = None,
 ) -> None:
-    """`lab`: a test network that is up."""
+    """Add `lab`, the name of a running test network."""
     parser.add_argument("--lab", default=default, metavar="NAME", help=meaning)
 
 
 def with_duration(parser: argparse.ArgumentParser) -> None:
-    """`duration`, seconds."""
-    parser.add_argument("--duration", type=at_least(0.1), metavar="S", help="seconds; without it until Ctrl-C")
+    """Add `duration`, in seconds."""
+    parser.add_argument("--duration", type=at_least(0.1), metavar="S", help="stop after S seconds (default: on Ctrl-C)")
 
 
 def with_store(parser: argparse.ArgumentParser, meaning: str, kind: Callable[[str], Any] = Path) -> None:
-    """`store`: the directory of a store."""
+    """Add `store`, the directory of a store."""
     parser.add_argument("--store", type=kind, metavar="DIR", help=meaning)
 
 
 def with_record(parser: argparse.ArgumentParser) -> None:
-    """`record`: a capture file beside what else is done."""
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the raw stream to a capture file as well")
+    """Add `record`, a capture file to write in addition to the results."""
+    parser.add_argument("--record", type=Path, metavar="FILE", help="also write the raw stream to a capture file")
 
 
 def with_output(parser: argparse.ArgumentParser) -> None:
-    """`output` and `force`: the file that the command is there to write."""
+    """Add `output`, the file that the command writes, and `force`, which permits overwriting it."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    parser.add_argument("--force", action="store_true", help="overwrite the file if it exists")
 
 
 def with_no_rows(parser: argparse.ArgumentParser) -> None:
-    """`no_rows`: windows only."""
+    """Add `no_rows`, which keeps windows and no rows."""
     parser.add_argument("--no-rows", action="store_true", help="keep windows only, no row per packet")
 
 
 @dataclass(frozen=True, slots=True)
 class LabShape:
-    """What a test network is made of."""
+    """Options that describe a test network."""
 
     containers: int
     bridges: int
@@ -175,23 +179,39 @@ class LabShape:
 
 
 def with_lab_shape(parser: argparse.ArgumentParser, containers: int) -> None:
-    """The fields of `LabShape`; `containers` of them unless told."""
-    parser.add_argument("--containers", type=whole_at_least(1), default=containers, metavar="N", help="how many")
+    """Add the fields of `LabShape`; `containers` is the default number of containers."""
     parser.add_argument(
-        "--bridges", type=whole_at_least(1), default=1, metavar="N", help="containers take turns on them"
+        "--containers",
+        type=whole_at_least(1),
+        default=containers,
+        metavar="N",
+        help="number of containers (default %(default)s)",
     )
-    parser.add_argument("--same-addresses", action="store_true", help="the same subnet on each of the bridges")
+    parser.add_argument(
+        "--bridges",
+        type=whole_at_least(1),
+        default=1,
+        metavar="N",
+        help="number of bridges, to which containers are attached in turn (default 1)",
+    )
+    parser.add_argument(
+        "--same-addresses",
+        action="store_true",
+        help="give all bridges the same subnet, so that containers' addresses repeat",
+    )
     with_runtime(parser)
 
 
 def with_runtime(parser: argparse.ArgumentParser) -> None:
-    """`runtime`: what makes the containers of a test network."""
-    parser.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="what makes containers")
+    """Add `runtime`, which makes the containers of a test network."""
+    parser.add_argument(
+        "--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="container runtime of the lab (default %(default)s)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """A container's network namespace: one of `container`, `netns` and `pid`."""
+    """Options that select a container's network namespace: one of `container`, `netns` and `pid` is set."""
 
     container: str | None
     netns: str | None
@@ -200,36 +220,40 @@ class Where:
 
 
 def with_where(parser: argparse.ArgumentParser) -> None:
-    """The fields of `Where`."""
+    """Add the fields of `Where`."""
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--container", metavar="NAME", help="run it in this container's network namespace")
-    where.add_argument("--netns", metavar="NAME", help="or in this one, by name in /run/netns or by path")
-    where.add_argument("--pid", type=int, metavar="N", help="or in that of a process")
-    with_lab(parser, "the container is one of this lab's")
+    where.add_argument("--container", metavar="NAME", help="run the tool in this container's network namespace")
+    where.add_argument(
+        "--netns", metavar="NAME", help="run the tool in this network namespace: a name in /run/netns, or a path"
+    )
+    where.add_argument("--pid", type=int, metavar="N", help="run the tool in this process's network namespace")
+    with_lab(parser, "the lab that the container belongs to")
 
 
 @dataclass(frozen=True, slots=True)
 class SinkOptions:
-    """The database that results go to as well."""
+    """Options of a database that also receives the results."""
 
     influxdb: str | None
     bucket: str | None
 
 
 def with_sinks(parser: argparse.ArgumentParser) -> None:
-    """The fields of `SinkOptions`."""
-    parser.add_argument("--influxdb", metavar="URL", help="write to this InfluxDB as well")
-    parser.add_argument("--bucket", metavar="NAME", help="bucket, or database of a 1.x server (default mace)")
+    """Add the fields of `SinkOptions`."""
+    parser.add_argument("--influxdb", metavar="URL", help="also write results to this InfluxDB")
+    parser.add_argument("--bucket", metavar="NAME", help="InfluxDB bucket, or database of a 1.x server (default mace)")
 
 
 def with_prometheus(parser: argparse.ArgumentParser) -> None:
-    """`prometheus`: the address of an endpoint."""
-    parser.add_argument("--prometheus", metavar="HOST:PORT", help="serve /metrics, /healthz and /readyz here")
+    """Add `prometheus`, the address of a metrics endpoint."""
+    parser.add_argument(
+        "--prometheus", metavar="HOST:PORT", help="serve /metrics, /healthz and /readyz at this address"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerOptions:
-    """Who we are at the MQTT broker, and how it is known."""
+    """Credentials for the MQTT broker, and the certificates that verify it."""
 
     username: str | None
     password_file: Path | None
@@ -239,19 +263,24 @@ class BrokerOptions:
 
 
 def with_broker(parser: argparse.ArgumentParser) -> None:
-    """The fields of `BrokerOptions`."""
-    parser.add_argument("--username", metavar="NAME", help="at the broker")
+    """Add the fields of `BrokerOptions`."""
+    parser.add_argument("--username", metavar="NAME", help="user name at the broker")
     parser.add_argument(
-        "--password-file", type=Path, metavar="FILE", help="its first line; else the variable MACE_MQTT_PASSWORD"
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help="file whose first line is the password (default: the variable MACE_MQTT_PASSWORD)",
     )
-    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="certificates that the broker's must lead to, PEM")
-    parser.add_argument("--cert-file", type=Path, metavar="FILE", help="our certificate, PEM")
-    parser.add_argument("--key-file", type=Path, metavar="FILE", help="its private key, PEM")
+    parser.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="CA certificates that verify the broker's certificate (PEM)"
+    )
+    parser.add_argument("--cert-file", type=Path, metavar="FILE", help="client certificate (PEM)")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="private key of the client certificate (PEM)")
 
 
 @dataclass(frozen=True, slots=True)
 class RecordingOptions:
-    """Recordings of any format, and what their readers are told."""
+    """Recordings of any format, and the options of their readers."""
 
     files: tuple[Path | str, ...]
     salvage: bool
@@ -265,28 +294,37 @@ class RecordingOptions:
 
 
 def with_recordings(parser: argparse.ArgumentParser, meaning: str, kind: Callable[[str], Any] = location) -> None:
-    """The fields of `RecordingOptions`; `meaning` is followed by the formats."""
+    """Add the fields of `RecordingOptions`; the help of `files` is `meaning`, followed by the formats."""
     parser.add_argument(
-        "files", nargs="*", type=kind, metavar="FILE", help=f"{meaning}, of any of these: {', '.join(FILE_FORMATS)}"
+        "files", nargs="*", type=kind, metavar="FILE", help=f"{meaning}; formats: {', '.join(FILE_FORMATS)}"
     )
-    parser.add_argument("--salvage", action="store_true", help="skip damaged parts, counting what they held")
+    parser.add_argument("--salvage", action="store_true", help="skip damaged parts and count the records they held")
     group = parser.add_argument_group("files of other tools")
     with_topology(group)
-    group.add_argument("--inner", type=Path, metavar="FILE", help="a packet capture made at the container's device")
-    group.add_argument("--outer", type=Path, metavar="FILE", help="and one made at the host's, of the same time")
+    group.add_argument("--inner", type=Path, metavar="FILE", help="a packet capture from the container's device")
+    group.add_argument(
+        "--outer", type=Path, metavar="FILE", help="a packet capture from the host's device, of the same time"
+    )
     for side in ("inner", "outer"):
         group.add_argument(
             f"--{side}-device",
             default="",
             metavar="NAME",
-            help=f"of an {side} capture of several devices (`tcpdump -i any`): which one, by index or interface name",
+            help=f"which device to read of an {side} capture with several (`tcpdump -i any`): interface index or name",
         )
-    group.add_argument("--buffer", default="", metavar="NAME", help="which trace instance; the top one is `top`")
-    group.add_argument("--clock", default="", metavar="NAME", help="the trace clock of a file that does not say it")
+    group.add_argument(
+        "--buffer", default="", metavar="NAME", help="the trace instance to read; `top` is the top-level one"
+    )
+    group.add_argument(
+        "--clock", default="", metavar="NAME", help="the trace clock, for a file that does not record it"
+    )
 
 
 def with_topology(parser: argparse._ActionsContainer) -> None:
-    """`topology`: a capture file for a trace that does not know devices."""
+    """Add `topology`, a capture file that describes the devices of a trace without such a description."""
     parser.add_argument(
-        "--topology", type=Path, metavar="FILE", help="a capture file of the same host, which tells what devices are"
+        "--topology",
+        type=Path,
+        metavar="FILE",
+        help="a capture file of the same host, which describes the devices of a trace that does not",
     )

@@ -1,4 +1,4 @@
-"""`mace ping`: ping in a container, each line also without the time that it spent in the container's devices."""
+"""`mace ping`: runs ping in a container and corrects each round trip for the time in the container's devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mace.commands.options import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace ping`."""
 
     where: Where
     record: Path | None
@@ -34,18 +34,18 @@ class Options:
     config: Path | None
     format: str
     others: tuple[str, ...]
-    """What is no option of ours: ping's arguments."""
+    """Options that `mace ping` does not know: ping's arguments."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options; all others are ping's."""
+    """Add the options of `mace ping` to the parser; all others are ping's."""
     parser.allow_abbrev = False
     parser.usage = "%(prog)s (--container NAME | --netns NAME | --pid N) [option ...] [ping's arguments] HOST"
     with_where(parser)
     with_record(parser)
     with_sinks(parser)
     parser.add_argument(
-        "--host-path", type=whole_at_least(1), metavar="N", help="before, measure the host path term with N probes"
+        "--host-path", type=whole_at_least(1), metavar="N", help="first measure the host path term with N probes"
     )
     with_capture(parser)
     with_config(parser)
@@ -53,7 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Run ping under a capture and print its lines corrected; returns ping's exit status."""
+    """Run ping under a capture and print its corrected lines; returns ping's exit status."""
     from mace.commands import settings
     from mace.tools import ping
 

@@ -1,4 +1,4 @@
-"""`mace query`: SQL over what a store holds, as a table, JSON, CSV or Parquet."""
+"""`mace query`: runs SQL over a store and prints a table, JSON or CSV, or writes Parquet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mace.commands.options import CSV, JSON, renamed, with_config, with_format, 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace query`."""
 
     sql: str | None
     store: Path | None
@@ -29,23 +29,23 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace query` to the parser."""
     parser.add_argument(
         "sql",
         nargs="?",
         metavar="SQL",
-        help="one SELECT; `-` reads it from stdin; without it tables and columns are listed",
+        help="one SELECT; `-` reads it from stdin; without SQL the tables and columns are listed",
     )
     with_store(parser, "the store to read")
-    parser.add_argument("--skip-damaged", action="store_true", help="read on without damaged segments")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged segments, and say how many")
     parser.add_argument(
         "--memory-mib",
         type=_memory,
         default=QUERY_MEMORY_MIB,
         metavar="N",
-        help=f"what the query may take (default {QUERY_MEMORY_MIB}); what does not fit goes to a directory of its own",
+        help=f"memory of the query, MiB; data beyond it goes to a temporary directory (default {QUERY_MEMORY_MIB})",
     )
-    parser.add_argument("--timeout", type=_seconds, metavar="S", help="end a query that takes longer, in seconds")
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="stop a query that runs longer than S seconds")
     with_config(parser)
     group = with_format(parser, CSV)
     group.add_argument("--parquet", type=Path, metavar="FILE", help="write a Parquet file instead")
@@ -66,7 +66,7 @@ def _seconds(text: str) -> float:
 
 
 def run(options: Options, console: Console) -> int:
-    """Print the rows that the SQL selects; without SQL the tables that can be asked."""
+    """Print the rows that the SQL selects; without SQL, print the tables and columns."""
     from contracts import config
     from mace.shown import rows
     from storage import sql
@@ -86,7 +86,7 @@ def run(options: Options, console: Console) -> int:
         elif options.format == CSV:
             rows.write_csv(reader)
         elif options.format == JSON:
-            # All of it before the first line: where it fails, nothing is half an object.
+            # Read all rows before printing any, so that a failure leaves no half of a JSON object.
             found = reader.read_all()
             console.json({"columns": found.column_names, "rows": rows.json_rows(found)})
         else:
@@ -100,5 +100,5 @@ def _stdin() -> str:
     except OSError as error:
         raise Unavailable("standard input", error.strerror or str(error), "give the SQL as an argument") from error
     if text != names.text(text):
-        raise UsageError("the SQL on standard input is not UTF-8, or has a NUL in it")
+        raise UsageError("the SQL on standard input is not UTF-8, or contains a NUL")
     return text

@@ -1,4 +1,4 @@
-"""`mace record`: live records to a capture file, to replay later or elsewhere."""
+"""`mace record`: writes live records to a capture file, for replay later or elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mace.commands.options import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace record`."""
 
     output: Path
     force: bool
@@ -33,7 +33,7 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace record` to the parser."""
     with_output(parser)
     with_lab(parser)
     with_duration(parser)
@@ -43,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Record until it is over, then print how much there is."""
+    """Record until the duration is over or Ctrl-C, then print the numbers of records and bytes."""
     from mace.commands import settings
     from storage.capture import CaptureSink
 

@@ -1,4 +1,4 @@
-"""`mace replay`: recordings of any format to the same answers as live."""
+"""`mace replay`: computes delays from recordings of any format, with the same results as the live measurement."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace replay`."""
 
     recordings: RecordingOptions
     store: Path | str | None
@@ -42,24 +42,26 @@ class Options:
 
     @property
     def has_urls(self) -> bool:
-        """Whether anything is elsewhere."""
+        """Whether the store or a recording is named by a URL."""
         return any(isinstance(each, str) for each in (self.store, *self.recordings.files))
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    with_recordings(parser, "path or URL")
-    with_store(parser, "keep rows and windows here; path or URL", location)
-    parser.add_argument("--resume", action="store_true", help="go on with a replay into this store that was stopped")
+    """Add the options of `mace replay` to the parser."""
+    with_recordings(parser, "path or URL of a recording")
+    with_store(parser, "write rows and windows to this store; path or URL", location)
+    parser.add_argument("--resume", action="store_true", help="continue a replay into this store that was stopped")
     parser.add_argument(
-        "--cluster", metavar="ADDRESS", help="work on a Dask scheduler's workers, or local:N for N processes here"
+        "--cluster",
+        metavar="ADDRESS",
+        help="address of a Dask scheduler whose workers do the work, or local:N for N processes on this machine",
     )
     parser.add_argument(
         "--part-mib",
         type=_mebibytes,
         default=float(PART_MIB),
         metavar="N",
-        help="size of the parts that captures are cut into (default %(default)g)",
+        help="size of the parts that recordings are divided into, MiB (default %(default)g)",
     )
     with_sinks(parser)
     with_config(parser)
@@ -74,7 +76,7 @@ def _mebibytes(text: str) -> float:
 
 
 def run(options: Options, console: Console) -> int:
-    """Replay, in parts where a store, a cluster or a URL is named, and print what came of it."""
+    """Replay the recordings and print the figures; in parts where a store, a cluster or a URL is named."""
     from mace.commands import settings
 
     configured = settings.configured(options.config, store=options.store, sinks=options.sinks)
@@ -87,7 +89,7 @@ def _replayed(options: Options, session: Session) -> Summary:
     from mace.commands import settings
 
     if session.has_servers:
-        # Servers are written to in one go: what they have taken cannot be taken back, or be skipped.
+        # No parts for servers: rows that a server has stored can be neither removed nor skipped on a resume.
         return session.replay(settings.recordings(options.recordings), store=_local_store(options))
     if options.store is None and options.cluster is None and not options.has_urls:
         return session.replay(settings.recordings(options.recordings))
@@ -101,7 +103,7 @@ def _replayed(options: Options, session: Session) -> Summary:
 
 
 def _local_store(options: Options) -> Path | None:
-    """The store of a replay in one go. Raises `UsageError` for what only a replay in parts can."""
+    """Return the store of a replay without parts. Raises `UsageError` for options that need parts."""
     if options.resume or options.cluster is not None or options.has_urls:
-        raise UsageError("--resume, --cluster and URLs go with the embedded store alone, not with other sinks")
+        raise UsageError("--resume, --cluster and URLs work only with the embedded store; leave out the other sinks")
     return None if options.store is None else Path(options.store)

@@ -1,4 +1,4 @@
-"""`mace report`: what a store or a recording holds, as tables, as one JSON object, as pictures."""
+"""`mace report`: shows a store or a recording as tables, as one JSON object, or as pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace report`."""
 
     recordings: RecordingOptions
     store: Path | None
@@ -41,32 +41,42 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    with_recordings(parser, "recordings instead of a store, as for `mace replay`")
+    """Add the options of `mace report` to the parser."""
+    with_recordings(parser, "recordings to report on instead of a store, as for `mace replay`")
     with_store(parser, "the store to read")
     parser.add_argument(
-        "--since", metavar="WHEN", help="from then on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d ago"
+        "--since",
+        metavar="WHEN",
+        help="packets from this time on: 2025-06-15T15:04:05 (UTC), or 90s, 5m, 2h, 1d for so long ago",
     )
-    parser.add_argument("--until", metavar="WHEN", help="before then")
+    parser.add_argument("--until", metavar="WHEN", help="packets before this time, written as for --since")
     parser.add_argument("--container", metavar="NAME", help="packets of this container, at all devices")
     parser.add_argument("--device", metavar="NAME", help="this device only")
-    parser.add_argument("--direction", choices=("egress", "ingress"), help="out of the container or into it")
-    parser.add_argument("--run", metavar="ID", help="this run only")
-    parser.add_argument("--runs", action="store_true", help="list the runs instead")
-    parser.add_argument("--packet", type=int, metavar="ID", help="one packet's path, hop by hop")
-    parser.add_argument("--worst", type=int, metavar="N", help="the paths of the N packets with the largest overhead")
     parser.add_argument(
-        "--from", dest="counted", choices=("auto", "rows", "windows"), default="auto", help="what to count"
+        "--direction", choices=("egress", "ingress"), help="only packets that leave, or enter, the container"
     )
-    parser.add_argument("--skip-damaged", action="store_true", help="go on without damaged segments, saying how many")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="the same with the tables, one page by itself")
+    parser.add_argument("--run", metavar="ID", help="this run only")
+    parser.add_argument("--runs", action="store_true", help="list the runs instead of the figures")
+    parser.add_argument("--packet", type=int, metavar="ID", help="show one packet's path, hop by hop")
+    parser.add_argument(
+        "--worst", type=int, metavar="N", help="show the paths of the N packets with the largest overhead"
+    )
+    parser.add_argument(
+        "--from",
+        dest="counted",
+        choices=("auto", "rows", "windows"),
+        default="auto",
+        help="compute the figures from rows or from windows (default auto)",
+    )
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged segments, and say how many")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures to this file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write figures and tables to one self-contained page")
     with_config(parser)
     with_format(parser)
 
 
 def run(options: Options, console: Console) -> int:
-    """Print what the store, or the recordings that are named, hold."""
+    """Print the report on the store, or on the named recordings."""
     from contracts import config
     from mace.commands import settings
     from mace.replaying.into_store import replayed
@@ -74,10 +84,10 @@ def run(options: Options, console: Console) -> int:
 
     named = options.recordings
     if options.worst is not None and options.worst < 1:
-        raise UsageError(f"--worst {options.worst}: at least 1")
+        raise UsageError(f"--worst {options.worst}: expected at least 1")
     replaying = bool(named.files or named.inner or named.outer)
     if replaying and options.store:
-        raise UsageError("a store or files, not both")
+        raise UsageError("expected a store or recordings, found both; leave out --store or the files")
     configured = config.load(options.config)
     quiet = options.format == JSON
     with replayed(settings.recorded_files(named), configured, quiet=quiet) if replaying else nullcontext() as made:

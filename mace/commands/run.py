@@ -1,4 +1,4 @@
-"""`mace run`: live records to delays, a table and the store."""
+"""`mace run`: measures live, prints a table, and writes rows and windows to the store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace run`."""
 
     store: Path | None
     no_store: bool
@@ -52,9 +52,9 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    with_store(parser, "where rows and windows go")
-    parser.add_argument("--no-store", action="store_true", help="show only")
+    """Add the options of `mace run` to the parser."""
+    with_store(parser, "write rows and windows to this store")
+    parser.add_argument("--no-store", action="store_true", help="only print the figures; write no store")
     with_sinks(parser)
     with_prometheus(parser)
     parser.add_argument(
@@ -62,15 +62,17 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="URL",
-        help="publish the raw stream to a MQTT broker (mqtt://HOST, mqtts://HOST), for `mace ingest`",
+        help="publish to an MQTT broker (mqtt://HOST or mqtts://HOST; default: the configured one)",
     )
     parser.add_argument(
         "--publish-as",
         choices=("records", "delays", "windows"),
         default="records",
-        help="records: the raw stream, for mace ingest (default); the others: what came out of it, for subscribers",
+        help="publish the raw records, for `mace ingest` (default), or the computed delays or windows",
     )
-    parser.add_argument("--spool", type=Path, metavar="DIR", help="what has not arrived there yet waits here")
+    parser.add_argument(
+        "--spool", type=Path, metavar="DIR", help="keep messages here until the broker has acknowledged them"
+    )
     with_broker(parser)
     with_lab(parser)
     with_duration(parser)
@@ -82,7 +84,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Measure until it is over, then print what came of it."""
+    """Measure until the duration is over or Ctrl-C, then print the figures."""
     from mace.commands import settings
     from mace.live import publish
 

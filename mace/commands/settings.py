@@ -1,4 +1,4 @@
-"""From options to what the parts take: the configuration, a session, a lab, recordings."""
+"""Makes a configuration, a session, a lab or recordings from the options of a command."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def configured(
     prometheus: str | None = None,
     place: lab.Lab | None = None,
 ) -> Config:
-    """The configuration file, then what options say, then what a lab needs. Raises `ConfigError`."""
+    """Return the file's configuration, overridden by the options and then by what a lab needs. Raises `ConfigError`."""
     settings = config.load(file)
     taken = settings.capture
     if capture is not None and capture.source:
@@ -74,7 +74,7 @@ def _sinks(configured: SinksConfig, options: SinkOptions | None, prometheus: str
 
 
 def with_broker(settings: Config, address: str | None, options: BrokerOptions) -> Config:
-    """The configuration with the MQTT broker that options name. Raises `UsageError` without any."""
+    """Return the configuration with the options' MQTT broker. Raises `UsageError` if neither names a broker."""
     mqtt = settings.mqtt
     if address:
         mqtt = replace(mqtt, broker=address)
@@ -93,17 +93,17 @@ def with_broker(settings: Config, address: str | None, options: BrokerOptions) -
 
 
 def session(settings: Config, form: str, console: Console) -> Session:
-    """A session that shows its progress on standard error, or nothing where the result is JSON."""
+    """Return a session that shows its progress on standard error, or none if the result is JSON."""
     return Session(settings, console.err(), quiet=form == JSON)
 
 
 def lab_of(name: str | None) -> lab.Lab | None:
-    """The lab of that name, which is up. Raises `LabError`."""
+    """Return the running lab of that name; None without a name. Raises `LabError` if it is not up."""
     return lab.attach(name) if name else None
 
 
 def spec(shape: LabShape, name: str) -> lab.Spec:
-    """What a lab of that name is to look like."""
+    """Return the specification of a lab with that name and shape."""
     return lab.Spec(
         name=name,
         containers=shape.containers,
@@ -115,7 +115,7 @@ def spec(shape: LabShape, name: str) -> lab.Spec:
 
 @contextmanager
 def namespace(where: Where, settings: Config) -> Iterator[int]:
-    """A file descriptor on the network namespace that options name, for the length of the block."""
+    """Yield a file descriptor of the selected network namespace, and close it after the block."""
     from mace.tools.namespaces import open_namespace
 
     found = open_namespace(
@@ -128,14 +128,14 @@ def namespace(where: Where, settings: Config) -> Iterator[int]:
 
 
 def recordings(options: RecordingOptions) -> list[Recording]:
-    """The recordings that options name, in time order; no URLs. Raises `Unavailable`, `CaptureError`, `UsageError`."""
+    """Open the named recordings, in time order; no URLs. Raises `Unavailable`, `CaptureError`, `UsageError`."""
     from mace.replaying import replay
 
     return replay.recordings(options.files, (options.inner, options.outer), _file_options(options))
 
 
 def recorded_files(options: RecordingOptions) -> list[RecordedFile]:
-    """The recordings that options name, URLs as well, for a replay in parts."""
+    """Return the named recordings, paths and URLs, for a replay in parts."""
     from mace.replaying import replay
 
     return replay.recorded_files(options.files, (options.inner, options.outer), _file_options(options))
@@ -150,17 +150,17 @@ def _file_options(options: RecordingOptions) -> FileOptions:
 
 
 def tee(path: Path | None) -> CaptureSink | None:
-    """The capture file of `--record`."""
+    """Return the sink for the capture file of `--record`; None without that option."""
     return CaptureSink(path) if path else None
 
 
 def lasting(duration_s: float | None) -> Until:
-    """A measurement of so many seconds; None: until it is interrupted."""
+    """Return the end of a measurement: after `duration_s` seconds, or with None when it is interrupted."""
     return lambda: asyncio.sleep(duration_s) if duration_s else asyncio.Event().wait()
 
 
 def show(summary: Summary, form: str, console: Console) -> None:
-    """Print what a measurement or a replay came to."""
+    """Print the figures of a measurement or a replay, as a table or as JSON."""
     if form == JSON:
         console.json(summary.as_dict())
     else:

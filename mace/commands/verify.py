@@ -1,4 +1,4 @@
-"""`mace verify`: scenarios with numbered packets, and how often the matching is right."""
+"""`mace verify`: sends numbered packets in scenarios and counts how often the matching is right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTH = 130
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace verify`."""
 
     scenarios: tuple[str, ...]
     packets: int
@@ -27,18 +27,20 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="all by default: " + ", ".join(SCENARIOS))
+    """Add the options of `mace verify` to the parser."""
     parser.add_argument(
-        "--packets", type=int, default=PACKETS, metavar="N", help=f"that each flow sends (default {PACKETS})"
+        "scenarios", nargs="*", metavar="SCENARIO", help="scenarios to play (default all): " + ", ".join(SCENARIOS)
+    )
+    parser.add_argument(
+        "--packets", type=int, default=PACKETS, metavar="N", help=f"number of packets per flow (default {PACKETS})"
     )
     with_source(parser)
     with_config(parser)
-    with_format(parser, short="one JSON object a scenario on stdout")
+    with_format(parser, short="one JSON object per scenario on stdout")
 
 
 def run(options: Options, console: Console) -> int:
-    """Play the scenarios and print the scores; 1 if a row was wrong or a packet that could be matched was not."""
+    """Play the scenarios and print the scores; returns 1 if a row is wrong or a matchable packet was not matched."""
     unknown = [name for name in options.scenarios if name not in SCENARIOS]
     if unknown:
         raise UsageError(
@@ -57,7 +59,7 @@ def run(options: Options, console: Console) -> int:
     verdicts = []
     for scenario in (BY_NAME[name] for name in options.scenarios or SCENARIOS):
         if scenario.sample_shift and source != "kmod":
-            console.complain(f"mace: {scenario.name}: not with {source}, which records everything")
+            console.complain(f"mace: {scenario.name}: skipped, because source {source} does not sample")
             continue
         verdicts.append(verdict.verdict(scenario, configured, options.packets))
         if options.format == JSON:

@@ -1,4 +1,4 @@
-"""`mace wrap`: any tool whose output is understood, run in a container under a capture, and corrected at its end."""
+"""`mace wrap`: runs a tool in a container under a capture, and corrects the samples it printed when it has ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mace.commands.options import (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace wrap`."""
 
     where: Where
     record: Path | None
@@ -37,11 +37,11 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options; the command follows `--`."""
+    """Add the options of `mace wrap` to the parser; the tool's command line follows `--`."""
     with_where(parser)
     with_record(parser)
-    parser.add_argument("--tool", choices=TOOLS, help="which tool it is, if its first line does not tell")
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after `--`: the tool and its arguments")
+    parser.add_argument("--tool", choices=TOOLS, help="the tool that runs, if its output does not show which")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="the tool and its arguments, after `--`")
     with_sinks(parser)
     with_capture(parser)
     with_config(parser)
@@ -49,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Run the tool and print its samples corrected; returns its exit status."""
+    """Run the tool and print its corrected samples; returns the tool's exit status."""
     from mace.commands import settings
     from mace.tools import correct, wrap
 

@@ -82,7 +82,7 @@ def test_a_lab_by_its_commands(runtime, capfd):
     finally:
         taken = said("down", name).out
     assert taken == f"lab {name}: removed\n"
-    assert said("down", name).out == f"lab {name}: there is none\n"
+    assert said("down", name).out == f"lab {name}: no such lab\n"
     assert name not in {info.name for info in list_labs()}
 
 

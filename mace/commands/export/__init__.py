@@ -1,1 +1,1 @@
-"""What others can look at: the commands of the group, one file each."""
+"""Files for other tools: the commands of the group, one file each."""

@@ -1,4 +1,4 @@
-"""`mace export perfetto`: recordings to a Perfetto trace, a timeline of packets."""
+"""`mace export perfetto`: writes recordings as a Perfetto trace, a timeline of packets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mace.commands.options import JSON, RecordingOptions, with_config, with_form
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace export perfetto`."""
 
     recordings: RecordingOptions
     output: Path
@@ -29,22 +29,26 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    with_recordings(parser, "recordings", Path)
+    """Add the options of `mace export perfetto` to the parser."""
+    with_recordings(parser, "recordings to export", Path)
     with_output(parser)
     parser.add_argument(
-        "--packet", action="append", type=_packet_id, metavar="ID", help="this packet, and the one that answers it"
+        "--packet",
+        action="append",
+        type=_packet_id,
+        metavar="ID",
+        help="export this packet and its reply; may be repeated",
     )
     parser.add_argument(
-        "--worst", type=int, metavar="N", help="the N packets with the largest overhead, and their answers"
+        "--worst", type=int, metavar="N", help="export the N packets with the largest overhead, and their replies"
     )
     parser.add_argument(
-        "--flow", metavar="KEY=VALUE,...", help=f"packets of which all of this is true; keys: {', '.join(FLOW_KEYS)}"
+        "--flow", metavar="KEY=VALUE,...", help=f"export packets that match all pairs; keys: {', '.join(FLOW_KEYS)}"
     )
     parser.add_argument(
         "--between",
         metavar="START,END",
-        help="packets that begin in between: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
+        help="export packets that begin in this time: 2025-06-15T15:04:05.25 (UTC), or +1.5s after the first record",
     )
     parser.add_argument("--no-records", action="store_true", help="leave out the raw records")
     with_config(parser)
@@ -52,15 +56,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _packet_id(text: str) -> int:
-    """As `mace report` says it, or hexadecimal as in the trace."""
+    """Parse a packet's number: decimal as `mace report` prints it, or hexadecimal as in the trace."""
     value = int(text, 0)
     if not 0 < value < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text}: no packet's number")
+        raise argparse.ArgumentTypeError(f"{text}: expected a packet's number, as `mace report` prints it")
     return value
 
 
 def run(options: Options, console: Console) -> int:
-    """Write the trace and print what is in it."""
+    """Write the trace and print how much it contains."""
     from contracts import config
     from correlator import configured
     from mace.commands import settings
@@ -69,7 +73,7 @@ def run(options: Options, console: Console) -> int:
     from mace.shown.terminal import warn
 
     if options.worst is not None and not 1 <= options.worst <= export.MOST_CHOSEN:
-        raise UsageError(f"--worst {options.worst}: 1 to {export.MOST_CHOSEN}")
+        raise UsageError(f"--worst {options.worst}: expected 1 to {export.MOST_CHOSEN}")
     recordings = settings.recordings(options.recordings)
     wanted = export.Wanted.of(options.flow, options.between, recordings[0].first_utc_ns)
     engine = replace(configured.replayed(config.load(options.config).correlate), rows=True)

@@ -1,4 +1,4 @@
-"""`mace lab down`: remove a test network, and all that runs in it."""
+"""`mace lab down`: removes a test network and ends all processes in it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from mace.commands.console import Console
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace lab down`."""
 
     name: str
     force: bool
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="of the lab (default lab)")
-    parser.add_argument("--force", action="store_true", help="also one that a running process holds")
+    """Add the options of `mace lab down` to the parser."""
+    parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="name of the lab (default lab)")
+    parser.add_argument("--force", action="store_true", help="remove the lab even if a running process holds it")
 
 
 def run(options: Options, console: Console) -> int:
-    """Remove the lab and print whether there was one."""
+    """Remove the lab and print whether it existed."""
     from mace import lab
 
     removed = lab.down(options.name, force=options.force)
-    console.line(f"lab {options.name}: {'removed' if removed else 'there is none'}")
+    console.line(f"lab {options.name}: {'removed' if removed else 'no such lab'}")
     return 0

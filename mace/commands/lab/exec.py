@@ -1,4 +1,4 @@
-"""`mace lab exec`: run a command in a container, or in `host` or `remote`."""
+"""`mace lab exec`: runs a command in the network namespace of a container, of `host` or of `remote`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mace.commands.options import with_lab
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace lab exec`."""
 
     lab: str
     member: str
@@ -19,10 +19,12 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace lab exec` to the parser."""
     with_lab(parser, "the lab (default lab)", default="lab")
     parser.add_argument("member", metavar="MEMBER", help="a container, `host` or `remote`")
-    parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="and its arguments")
+    parser.add_argument(
+        "argv", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the command to run, and its arguments"
+    )
 
 
 def run(options: Options, console: Console) -> int:

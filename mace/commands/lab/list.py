@@ -1,4 +1,4 @@
-"""`mace lab list`: test networks, those left over by killed runs included."""
+"""`mace lab list`: lists test networks, including those that killed runs have left behind."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mace.commands.options import JSON, with_format
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace lab list`."""
 
     format: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace lab list` to the parser."""
     with_format(parser)
 
 

@@ -1,4 +1,4 @@
-"""`mace lab traffic`: bounded traffic of a test network."""
+"""`mace lab traffic`: sends a bounded amount of traffic between two members of a test network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mace.commands.options import at_least, whole_at_least, with_lab
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace lab traffic`."""
 
     kind: str
     lab: str
@@ -26,15 +26,23 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("kind", choices=("ping", "udp", "tcp"), help="tcp: requests and responses over one connection")
+    """Add the options of `mace lab traffic` to the parser."""
+    parser.add_argument(
+        "kind", choices=("ping", "udp", "tcp"), help="kind of traffic; tcp sends requests over one connection"
+    )
     with_lab(parser, "the lab (default lab)", default="lab")
-    parser.add_argument("--from", dest="sender", default="c1", metavar="MEMBER", help="who sends (default c1)")
-    parser.add_argument("--to", default=REMOTE, metavar="MEMBER", help=f"who answers (default {REMOTE})")
-    parser.add_argument("--count", type=whole_at_least(1), default=100, metavar="N", help="of packets (default 100)")
-    parser.add_argument("--size", type=whole_at_least(1), default=56, metavar="BYTES", help="of payload (default 56)")
-    parser.add_argument("--rate", type=at_least(0.1), default=100.0, metavar="N", help="a second (default 100)")
-    parser.add_argument("--ipv6", action="store_true", help="over IPv6 instead of IPv4")
+    parser.add_argument("--from", dest="sender", default="c1", metavar="MEMBER", help="the sender (default c1)")
+    parser.add_argument("--to", default=REMOTE, metavar="MEMBER", help=f"the receiver (default {REMOTE})")
+    parser.add_argument(
+        "--count", type=whole_at_least(1), default=100, metavar="N", help="number of packets (default 100)"
+    )
+    parser.add_argument(
+        "--size", type=whole_at_least(1), default=56, metavar="BYTES", help="payload of each packet (default 56)"
+    )
+    parser.add_argument(
+        "--rate", type=at_least(0.1), default=100.0, metavar="N", help="packets per second (default 100)"
+    )
+    parser.add_argument("--ipv6", action="store_true", help="send over IPv6 instead of IPv4")
 
 
 def run(options: Options, console: Console) -> int:

@@ -1,4 +1,4 @@
-"""`mace lab up`: make a test network that stays."""
+"""`mace lab up`: makes a test network that stays until `mace lab down` removes it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mace.commands.options import LabShape, with_lab_shape
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace lab up`."""
 
     name: str
     shape: LabShape
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="of the lab (default lab)")
+    """Add the options of `mace lab up` to the parser."""
+    parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="name of the lab (default lab)")
     with_lab_shape(parser, containers=1)
 
 
 def run(options: Options, console: Console) -> int:
-    """Make the lab and print who is in it."""
+    """Make the lab and print its members."""
     from mace import lab
     from mace.commands import settings
 

@@ -1,4 +1,4 @@
-"""`mace module build`: compile the kernel module, by DKMS where that is installed."""
+"""`mace module build`: compiles the kernel module, through DKMS where DKMS is installed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from mace.commands.console import Console
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace module build`."""
 
     kdir: Path | None
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("--kdir", type=Path, metavar="DIR", help="another kernel's build directory")
+    """Add the options of `mace module build` to the parser."""
+    parser.add_argument(
+        "--kdir",
+        type=Path,
+        metavar="DIR",
+        help="build for the kernel with this build directory (default: the running one)",
+    )
 
 
 def run(options: Options, console: Console) -> int:
-    """Build it and print where it is."""
+    """Build the module and print its path, or the DKMS package."""
     from mace import module
 
     console.line(f"built: {module.build(kdir=options.kdir)}")

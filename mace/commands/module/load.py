@@ -1,4 +1,4 @@
-"""`mace module load`: put the kernel module into the kernel."""
+"""`mace module load`: loads the kernel module."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from mace.commands.console import Console
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace module load`."""
 
     parameters: tuple[str, ...]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help="of the module; `modinfo -p` lists them")
+    """Add the options of `mace module load` to the parser."""
+    parser.add_argument(
+        "parameters", nargs="*", metavar="NAME=VALUE", help="parameters of the module; `modinfo -p` lists them"
+    )
 
 
 def run(options: Options, console: Console) -> int:
-    """Load it and print how that was done."""
+    """Load the module and print how it was loaded."""
     from mace import module
 
     console.line(f"module {module.NAME}: {module.load(options.parameters)}")

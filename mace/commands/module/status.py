@@ -1,4 +1,4 @@
-"""`mace module status`: whether the kernel module is loaded, its version, parameters and own cost."""
+"""`mace module status`: shows whether the kernel module is loaded, and its version, parameters and cost."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mace.commands.options import JSON, with_format
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace module status`."""
 
     format: str
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace module status` to the parser."""
     with_format(parser)
 
 
 def run(options: Options, console: Console) -> int:
-    """Print what is known of it."""
+    """Print the module's status."""
     from mace import module
 
     found = module.status()

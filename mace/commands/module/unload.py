@@ -1,4 +1,4 @@
-"""`mace module unload`: take the kernel module out of the kernel."""
+"""`mace module unload`: unloads the kernel module."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mace.commands.console import Console
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Nothing can be asked of it."""
+    """`mace module unload` has no options."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """It has no options."""
+    """Add nothing: `mace module unload` has no options."""
     del parser
 
 
 def run(options: Options, console: Console) -> int:
-    """Unload it and print whether it was there."""
+    """Unload the module and print whether it was loaded."""
     del options
     from mace import module
 

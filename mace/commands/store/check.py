@@ -1,4 +1,4 @@
-"""`mace store check`: whether what a store holds is what was written."""
+"""`mace store check`: compares every segment of a store with its checksum and reads all of its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be asked of it."""
+    """Options and arguments of `mace store check`."""
 
     store: Path | None
     config: Path | None
@@ -25,14 +25,14 @@ class Options:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Add the options of `mace store check` to the parser."""
     with_store(parser, "the store to check")
     with_config(parser)
     with_format(parser)
 
 
 def run(options: Options, console: Console) -> int:
-    """Check every segment and print what was found; returns 1 if one is damaged."""
+    """Check every segment and print the counts and the damaged segments; returns 1 if one is damaged."""
     from contracts import config
     from mace.shown.terminal import styled
     from storage.check import check

@@ -163,11 +163,15 @@ def test_load_takes_the_built_one_next(made):
 @pytest.mark.parametrize(
     ("said", "why", "remedy"),
     [
-        ("Key was rejected by service", "signature is not accepted", "mokutil --import"),
+        ("Key was rejected by service", "refuses the module's signature", "mokutil --import"),
         ("Required key not available", "Secure Boot", "mokutil"),
-        ("Invalid module format", "built for another kernel (5.4.0-old), this one is 6.1.0-test", "mace module build"),
+        (
+            "Invalid module format",
+            "built for another kernel (5.4.0-old), this kernel is 6.1.0-test",
+            "mace module build",
+        ),
         ("Operation not permitted", "not permitted", "CAP_SYS_MODULE"),
-        ("Unknown symbol in module", "this kernel has not", "dmesg names"),
+        ("Unknown symbol in module", "that this kernel does not have", "dmesg names"),
         ("Invalid parameters", "Invalid parameters", "NAME=VALUE"),
         ("Cannot allocate memory", "Cannot allocate memory", "dmesg"),
     ],
@@ -205,7 +209,7 @@ def test_unload_says_who_holds_it(made):
     assert module.unload(made.machine) == "not loaded"
     made.loaded(refcnt=2)
     made.answers["rmmod"] = (1, "", "rmmod: ERROR: Module mace is in use\n")
-    with pytest.raises(Unavailable, match="2 sessions are open; end them; `fuser"):
+    with pytest.raises(Unavailable, match="2 sessions are open; end the processes that `fuser"):
         module.unload(made.machine)
     made.answers["rmmod"] = (1, "", "rmmod: ERROR: something else\n")
     made.loaded()
