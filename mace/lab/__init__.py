@@ -4,7 +4,7 @@
         lab.ping("c1", count=100)
         lab.udp("c2", count=10_000, rate_pps=20_000)
 
-The picture is in docs/lab.md.
+docs/lab.md has a picture of it.
 """
 
 from mace.lab.lifecycle import Lab, LabInfo, attach, capture_of, check, down, list_labs, running, up

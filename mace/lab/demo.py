@@ -1,4 +1,4 @@
-"""Traffic that shows what a lab's devices add: every container to the far end, in every way."""
+"""Traffic of `mace demo`: every container sends ping, UDP and TCP to the far end."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ TCP_RPS = 400.0
 
 
 async def traffic(lab: Lab, duration_s: float, say: Callable[[str], None]) -> None:
-    """Bounded traffic of every container to the far end for about `duration_s`: ping, UDP and TCP, IPv4 and IPv6.
+    """Send a bounded amount of traffic from every container to the far end, for about `duration_s`.
 
-    Slow enough that each packet meets an idle path: the demonstration is of devices, not of queues.
+    The kinds are ping over IPv4 and IPv6, UDP and TCP. The rates are low enough that packets do not queue: the
+    demonstration is of devices, not of queues.
     """
     pings = max(1, round(duration_s / PING_INTERVAL_S))
     flows: list[Flow[Any]] = []
@@ -30,7 +31,7 @@ async def traffic(lab: Lab, duration_s: float, say: Callable[[str], None]) -> No
             lab.start_tcp_requests(container, count=max(1, round(duration_s * TCP_RPS)), rate_pps=TCP_RPS),
         ]
     say(f"{len(flows)} flows from {len(lab.containers)} containers for about {duration_s:g} s")
-    # Threads of their own: asyncio's shared ones are few, and whoever writes a capture file needs one of them.
+    # A thread pool for the flows alone: asyncio's shared pool is small, and the capture file's writer needs a thread.
     threads = ThreadPoolExecutor(len(flows), "flow")
     try:
         loop = asyncio.get_running_loop()

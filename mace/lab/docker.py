@@ -1,14 +1,14 @@
 """The docker runtime: a Docker daemon of the lab's own, inside the lab's host namespace.
 
-Nothing of a Docker that the machine runs is used or touched: the daemon and its containerd are separate processes with
-their own sockets, data and cgroup parent. They run in a mount namespace of their own, in which the few paths that are
-fixed in their code are covered. So all their mounts end with their processes, and clean-up after a kill is: end the
-processes, remove the cgroups, remove the directory. A process of a container that is still being made (`runc init`) has
-an environment of runc's, without the lab's mark: it is found in the lab's cgroups.
+A Docker that the machine runs is neither used nor touched: the lab's daemon and its containerd are separate processes
+with their own sockets, data and cgroup parent. They run in a mount namespace of their own, in which tmpfs mounts cover
+the few paths that are fixed in their code. All their mounts therefore end with their processes, and the clean-up after
+a kill ends the processes, removes the cgroups and removes the directory. A process of a container that is still being
+made (`runc init`) has runc's environment, without the lab's mark; the clean-up finds it in the lab's cgroups.
 
-`nsenter`, not `ip netns exec`: the latter mounts a new /sys, where the daemon finds no cgroups.
+The daemon starts under `nsenter`, because `ip netns exec` mounts a new /sys, in which the daemon finds no cgroups.
 
-No image is pulled: one is put together from the machine's busybox and ping with their libraries.
+No image is pulled: the image is made of the machine's busybox and ping with their libraries.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from mace.lab.state import ID_VARIABLE, MEMBER_VARIABLE, Member, Process, State
 PROGRAMS: Final = ("dockerd", "containerd", "runc", "iptables", "unshare", "mount", "busybox", "ldd")
 IMAGE: Final = "mace-lab"
 READY_LIMIT_S: Final = 30.0
-"""The daemon takes half a second to answer; this is for a slow disk."""
+"""Time for the daemon to start, seconds. It usually answers within half a second; a slow disk delays it."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 _COVERED: Final = ("/etc/docker", "/run/docker", "/run/containerd")
-"""Where dockerd writes its key (20.10), its plugins and containerd's shims keep their sockets: fixed in their code."""
+"""Paths fixed in the daemons' code: dockerd's key (20.10), and the sockets of its plugins and of containerd's shims."""
 
 _LAUNCH: Final = """
 for path in {covered}; do mount -t tmpfs -o mode=700 tmpfs "$path" || exit 1; done
@@ -62,11 +62,11 @@ address = "{directory}/containerd.sock.ttrpc"
 """
 
 _started: Final[dict[int, subprocess.Popen[bytes]]] = {}
-"""Daemons that are children of this process, which has to take their exit status."""
+"""Daemons that are children of this process, by pid; this process has to reap them."""
 
 
 def problems() -> list[Unavailable]:
-    """Why the docker runtime cannot run here; empty if it can."""
+    """Return the reasons why the docker runtime cannot run here; empty if it can."""
     missing = [program for program in PROGRAMS if netns.find_program(program) is None]
     return [
         Unavailable("lab --runtime docker", f"the program {program!r} is missing", netns.remedy_for(program))
@@ -75,24 +75,25 @@ def problems() -> list[Unavailable]:
 
 
 def cgroup_parent(lab: str) -> str:
-    """Name of the cgroup above the lab's containers, at the top of every hierarchy."""
+    """Return the name of the cgroup above the lab's containers, at the top of every hierarchy."""
     return f"mace-lab-{lab}"
 
 
 def directories_to_make(lab: str) -> list[str]:
-    """Directories that are missing, because only a Docker of the machine makes them, or that another lab has made.
+    """Return the covered directories that are missing on this machine, or that another lab has made.
 
-    Something is mounted on them in the daemons' mount namespaces, and they are to be removed after the last lab.
+    A Docker of the machine would have made them. The daemons' mount namespaces need them as mount points, and the last
+    lab removes them.
     """
     made = {path for other in _others(lab) for path in other.made_directories}
     return [path for path in _COVERED if path in made or not Path(path).is_dir()]
 
 
 def _others(lab: str) -> list[State]:
-    """The other labs that have a Docker daemon."""
+    """Return the other labs that have a Docker daemon."""
     found = []
     for name in state.names():
-        with suppress(LabError):  # a damaged file says nothing of it
+        with suppress(LabError):  # a damaged state file names no daemon
             other = state.load(name)
             if name != lab and other is not None and other.docker_socket:
                 found.append(other)
@@ -100,9 +101,9 @@ def _others(lab: str) -> list[State]:
 
 
 def start(record: State) -> None:
-    """Start the daemon and load the image. The state knows the socket and the directory already.
+    """Start the daemon and load the image; `record` already has the paths of the socket and the directory.
 
-    Raises `Unavailable`, `LabError`.
+    Raises `Unavailable` if a program is missing, `LabError` if the daemon does not start.
     """
     if found := problems():
         raise found[0]
@@ -139,12 +140,12 @@ def start(record: State) -> None:
 
 
 def create(record: State, place: Placement) -> Member:
-    """Make and start one container; returns what became of it. Raises `LabError`."""
+    """Make and start one container; returns its namespace and addresses. Raises `LabError`."""
     body = {
         "Image": IMAGE,
         "Cmd": ["/bin/sleep", "2147483647"],
         "Hostname": place.name,
-        # So that its processes are known as the lab's, those of `docker exec` included.
+        # The clean-up recognises the lab's processes by these variables, including those of `docker exec`.
         "Env": [f"{ID_VARIABLE}={record.id}", f"{MEMBER_VARIABLE}={place.name}", "PATH=/bin"],
         "HostConfig": {"NetworkMode": "bridge"},
     }
@@ -156,7 +157,7 @@ def create(record: State, place: Placement) -> Member:
     pid = int(found["State"]["Pid"])
     if pid <= 0:
         raise LabError(f"container {place.name}: ended at once; {_complaint(record.directory)}")
-    # A handle of our own: a process number may come to mean another process, in another namespace.
+    # The lab keeps its own handle: the pid may later belong to a process in another namespace.
     netns.keep(Path(f"/proc/{pid}/ns/net"), path)
     return Member(
         str(path),
@@ -168,22 +169,22 @@ def create(record: State, place: Placement) -> Member:
 
 
 def remove(record: State, member: Member) -> None:
-    """Remove one container with force. Raises `LabError`."""
+    """Remove one container by force. Raises `LabError`."""
     netns.remove(Path(member.path))
     if member.docker_id:
         _request(record, "DELETE", f"/containers/{member.docker_id}?force=1", allow=(404,))
 
 
 def handle(record: State, name: str) -> Path:
-    """Where a container's network namespace is kept.
+    """Return the path at which a container's network namespace is mounted.
 
-    Not in /run/netns: Docker puts no names there either, and who looks for containers must find these as any others.
+    It is not in /run/netns, because Docker puts no names there: MACE must find these containers as it finds any others.
     """
     return record.directory / f"netns-{name}"
 
 
 def clean(record: State, limit_s: float = 5.0) -> None:
-    """Remove what is left when the processes have ended. Raises `LabError`."""
+    """Remove the lab's namespace handles, directory and cgroups after its processes have ended. Raises `LabError`."""
     if record.daemon is not None and (child := _started.pop(record.daemon.pid, None)) is not None:
         child.wait()
     directory = record.directory
@@ -199,7 +200,7 @@ def clean(record: State, limit_s: float = 5.0) -> None:
         if time.monotonic() > deadline:
             raise LabError(f"cannot remove {', '.join(map(str, left))}")
         time.sleep(0.01)  # the kernel empties cgroups after the end of their processes
-    # Removing a directory takes away what is mounted on it in any mount namespace, so not under another lab's daemon.
+    # Removing a directory also unmounts it in every mount namespace, so it stays while another lab's daemon runs.
     if not _others(record.spec.name):
         for made in record.made_directories:
             _try_rmdir(Path(made))
@@ -212,21 +213,21 @@ def _left(record: State) -> list[Path]:
 
 
 def _end_processes(cgroup: Path) -> None:
-    """Kill what runs in a cgroup and in those below, also where runc was killed between freezing and thawing."""
+    """Kill the processes of a cgroup and those below, also if runc was killed between freezing and thawing them."""
     for inside in (cgroup, *cgroup.rglob("*/")):
         for control, thawed in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
             with suppress(OSError):  # no such control in this hierarchy, or the cgroup has just gone
                 (inside / control).write_text(thawed)
         with suppress(OSError):
             for line in (inside / "cgroup.procs").read_text().split():
-                # 0 stands for a process of another PID namespace; it must never be given to kill().
+                # 0 stands for a process of another PID namespace; kill(0) would signal our own process group.
                 if (pid := int(line)) > 0:
                     os.kill(pid, signal.SIGKILL)
 
 
 def _remove_tree(path: Path) -> None:
     if _CGROUPS in path.parents:
-        # Only directories can be removed there, from below; the files go with them.
+        # In a cgroup file system only empty directories can be removed, from the bottom up; their files go with them.
         for inner in sorted(path.rglob("*/"), reverse=True):
             _try_rmdir(inner)
         _try_rmdir(path)
@@ -237,7 +238,7 @@ def _remove_tree(path: Path) -> None:
 def _try_rmdir(path: Path) -> None:
     try:
         path.rmdir()
-    except OSError:  # not empty or, a cgroup, not yet: that is tried again until the time is over
+    except OSError:  # not empty, or a cgroup that the kernel still uses: `clean` retries until its time limit
         return
 
 
@@ -255,13 +256,13 @@ def _daemon_config(record: State) -> dict[str, Any]:
         "ipv6": True,
         "fixed-cidr-v6": str(bridge.ipv6.network),
         "cgroup-parent": f"/{cgroup_parent(spec.name)}",
-        # The systemd driver would hand our cgroups to the machine's init.
+        # The systemd driver would leave the lab's cgroups to the machine's init.
         "exec-opts": ["native.cgroupdriver=cgroupfs"],
     }
 
 
 def _complaint(directory: Path) -> str:
-    """The last error in the daemons' logs."""
+    """Return the last error line of the daemons' logs."""
     for name in ("dockerd.log", "containerd.log"):
         try:
             lines = (directory / name).read_text(errors="replace").splitlines()
@@ -270,7 +271,7 @@ def _complaint(directory: Path) -> str:
         bad = [line for line in lines if re.search(r"level=(error|fatal)|^failed|^unable", line, re.I)]
         if bad:
             return f"{name}: {bad[-1]}"
-    return "its log says nothing"
+    return f"no error in dockerd.log and containerd.log in {directory}"
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -304,7 +305,10 @@ def _request(
     allow: tuple[int, ...] = (),
     limit_s: float = 30.0,
 ) -> Any:
-    """One call of the Docker Engine API. Without a version in the path, for that every release answers."""
+    """Call the Docker Engine API and return the parsed answer. Raises `LabError`.
+
+    The path has no API version, because every release answers a path without one.
+    """
     connection = _UnixConnection(record.docker_socket, limit_s)
     try:
         connection.request(method, path, body, {"Content-Type": content_type})
@@ -326,7 +330,7 @@ def _request(
 
 
 def _image() -> bytes:
-    """A root file system as a tar archive: busybox, ping, and the libraries that they need."""
+    """Return a root file system as a tar archive: busybox, ping, and the libraries that they need."""
     files: dict[str, Path] = {}
     for program in ("busybox", "ping"):
         found = netns.find_program(program)

@@ -1,13 +1,14 @@
-"""The processes behind UDP and TCP traffic. Run as a file, by `mace.lab.traffic`, inside a member's namespace.
+"""Sender and receiver of UDP and TCP traffic. `mace.lab.traffic` runs this file inside a member's namespace.
 
-Only the standard library, and nothing of MACE: `python -I -S generator.py` starts in 10 ms and works from anywhere.
+It imports only the standard library: `python -I -S generator.py` starts in 10 ms and works in any directory.
 
     generator.py ROLE key=value...
 
-Talk with the parent is one JSON object a line. A server says {"port": N} once it can be sent to. Everyone ends with
-its result. Orders come on standard input: `finish N` tells a server that N were sent (so it waits for those, but not
-for ever), and end of file means that the parent is gone: the process ends at once. SIGTERM: stop and give the result.
-A time limit ends every process, whatever happens.
+The process writes JSON objects to standard output, one per line. A server writes {"port": N} when it can receive. Every
+process writes its result last. The parent writes orders to standard input: `finish N` says that the client has sent N
+packets; the server then waits for the missing ones, for a limited time. End of file on standard input means that the
+parent has ended, and the process ends at once. On SIGTERM the process stops and writes its result. A time limit ends
+every process in any case.
 """
 
 import json
@@ -22,9 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 GRACE_NS = 500_000_000
-"""After `finish`, how long after the last arrival a server waits for what is missing."""
+"""After `finish`, a server waits this long after the last arrival for missing packets."""
 BUFFER_BYTES = 64 << 20
-"""Receive buffer. A sender outruns a receiver for as long as both share a CPU; a lab must not lose packets to that."""
+"""Socket buffer. A sender outruns a receiver while both share a CPU; a lab must not lose packets to that."""
 CHUNK_BYTES = 256 << 10
 MAX_RTTS = 1_000_000
 NAP_S = 0.1
@@ -34,40 +35,40 @@ finish_at: int | None = None
 
 
 def say(**values: Any) -> None:
-    """One line to the parent."""
+    """Write one line to the parent."""
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 
 
 def listen_to_parent() -> None:
-    """Take orders until the parent ends, and then end too."""
+    """Read orders until the parent ends, and then end this process."""
     global finish_at
     for line in sys.stdin:
         order, _, value = line.strip().partition(" ")
         if order == "finish":
             finish_at = int(value)
-    # The write end was closed: our parent has ended. os._exit, for the main thread may be in a system call.
+    # End of file: the parent has ended. os._exit, because the main thread may be in a system call.
     os._exit(1)
 
 
 def on_term(_signal: int, _frame: Any) -> None:
-    """Stop at the next packet."""
+    """Handle SIGTERM: let the loops stop at the next packet."""
     global stop
     stop = True
 
 
 def address_family(version: int) -> socket.AddressFamily:
-    """The socket module's word for an IP version."""
+    """Return the socket module's constant for an IP version."""
     return socket.AF_INET if version == 4 else socket.AF_INET6
 
 
 def set_receive_timeout(sock: socket.socket, seconds: float) -> None:
-    """SO_RCVTIMEO instead of settimeout: one system call a packet instead of two."""
+    """Set SO_RCVTIMEO. `settimeout` would cost two system calls per packet instead of one."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
 
 
 def grow_buffers(sock: socket.socket) -> None:
-    """Make room for `BUFFER_BYTES`, as far as we may."""
+    """Set both socket buffers to `BUFFER_BYTES`, if this process has the privilege."""
     so_sndbufforce, so_rcvbufforce = 32, 33  # not in the socket module; beyond net.core.*mem_max, for root
     for option in (so_sndbufforce, so_rcvbufforce):
         try:
@@ -77,7 +78,7 @@ def grow_buffers(sock: socket.socket) -> None:
 
 
 def udp_server(family: int, echo: int) -> None:
-    """Count datagrams; with `echo` send them back."""
+    """Count datagrams until the parent's order or SIGTERM; with `echo` send each back."""
     sock = socket.socket(address_family(family), socket.SOCK_DGRAM)
     grow_buffers(sock)
     sock.bind(("", 0))
@@ -98,7 +99,7 @@ def udp_server(family: int, echo: int) -> None:
             if finish_at is not None and now() - max(last_ns, finish_seen()) > GRACE_NS:
                 break
             continue
-        except OSError:  # an ICMP error that an echo drew
+        except OSError:  # an ICMP error in response to an echoed datagram
             continue
         last_ns = now()
         if not count:
@@ -112,7 +113,7 @@ _finish_seen_ns = 0
 
 
 def finish_seen() -> int:
-    """When `finish` was first noticed, ns."""
+    """Return the time of the first call, ns: when the server first noticed `finish`."""
     global _finish_seen_ns
     if not _finish_seen_ns:
         _finish_seen_ns = time.monotonic_ns()
@@ -122,7 +123,7 @@ def finish_seen() -> int:
 def udp_client(
     family: int, host: str, port: int, count: int, size: int, interval_ns: int, duration_ns: int, echo: int
 ) -> None:
-    """Send `count` datagrams, one every `interval_ns` (0: as fast as it goes); with `echo`, wait for each reply."""
+    """Send `count` datagrams, one every `interval_ns` (0: as fast as possible); with `echo`, wait for each reply."""
     sock = socket.socket(address_family(family), socket.SOCK_DGRAM)
     grow_buffers(sock)
     sock.connect((host, port))
@@ -144,8 +145,8 @@ def udp_client(
                 break
             ahead = due - t
             if interval_ns and ahead > 0:
-                # Sleep for the long part only: a timer is late by some 60 us, and a late start must not lower the rate.
-                # Never for long, since a stop is noticed only in between.
+                # Sleep until 100 us before the time and then spin: timers fire some 60 us late, which would lower the
+                # rate. Sleeps are short, because the loop notices a stop only between them.
                 if ahead > 200_000:
                     time.sleep(min((ahead - 100_000) / 1e9, NAP_S))
                     continue
@@ -166,7 +167,7 @@ def udp_client(
                     break
         except BlockingIOError:
             continue  # no reply in time: counted as sent, not as received
-        except OSError:  # refused or unreachable by ICMP (reports an earlier datagram), or no buffer
+        except OSError:  # an ICMP error for an earlier datagram (refused, unreachable), or no buffer space
             errors += 1
             if errors > 1000:
                 break
@@ -174,7 +175,10 @@ def udp_client(
 
 
 def tcp_server(family: int, count: int, size: int, mode: str) -> None:
-    """One connection. `sink`: read all there is. `source`: write `size` bytes. `echo`: answer requests of `size`."""
+    """Serve one connection: `sink` reads to its end, `source` writes `size` bytes, `echo` answers requests of `size`.
+
+    `echo` ends after `count` requests.
+    """
     listener = socket.socket(address_family(family), socket.SOCK_STREAM)
     listener.bind(("", 0))
     listener.listen(1)
@@ -205,7 +209,7 @@ def tcp_server(family: int, count: int, size: int, mode: str) -> None:
 def tcp_client(
     family: int, host: str, port: int, count: int, size: int, interval_ns: int, duration_ns: int, mode: str
 ) -> None:
-    """The other end of `tcp_server`."""
+    """Connect to a `tcp_server` of the same mode: `sink` writes `size` bytes, `source` reads, `echo` sends requests."""
     start_ns = time.monotonic_ns()
     sock = socket.socket(address_family(family), socket.SOCK_STREAM)
     sock.connect((host, port))
@@ -243,7 +247,7 @@ def tcp_client(
 
 
 def pour(sock: socket.socket, size: int) -> int:
-    """Send `size` bytes; returns how many went before a stop."""
+    """Send `size` bytes; returns how many were sent before a stop."""
     chunk = memoryview(bytes(CHUNK_BYTES))
     left = size
     while left and not stop:
@@ -252,7 +256,7 @@ def pour(sock: socket.socket, size: int) -> int:
 
 
 def drain(sock: socket.socket) -> int:
-    """Receive until the peer ends; returns how many bytes came."""
+    """Receive until the peer closes its end; returns the number of bytes."""
     buffer = bytearray(CHUNK_BYTES)
     total = 0
     while got := sock.recv_into(buffer):
@@ -261,7 +265,7 @@ def drain(sock: socket.socket) -> int:
 
 
 def read_exactly(sock: socket.socket, size: int) -> bytes:
-    """`size` bytes, or none at all if the peer has ended."""
+    """Receive exactly `size` bytes; returns b"" if the peer closes its end before."""
     parts = bytearray()
     while len(parts) < size:
         part = sock.recv(size - len(parts))
@@ -280,7 +284,7 @@ ROLES: dict[str, Callable[..., None]] = {
 
 
 def main(argv: list[str]) -> None:
-    """`argv`: the role, then key=value."""
+    """Run the role `argv[0]` with the settings key=value in the rest of `argv`."""
     role, settings = argv[0], dict(word.split("=", 1) for word in argv[1:])
     # SIGALRM's default action ends the process, also from within a system call.
     signal.setitimer(signal.ITIMER_REAL, float(settings.pop("limit_s")))
@@ -293,7 +297,7 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         say(error=str(error))
     sys.stdout.flush()
-    os._exit(0)  # the thread that listens would keep the interpreter waiting
+    os._exit(0)  # a normal exit would wait for the thread that reads standard input
 
 
 if __name__ == "__main__":

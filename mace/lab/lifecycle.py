@@ -1,8 +1,8 @@
-"""A lab from `up` to `down`.
+"""The life of a lab, from `up` to `down`.
 
-Clean-up is written for the worst case (the previous run was killed at any instruction) and is the only one there is:
-it needs nothing but the state file, and asks nothing of the processes that it ends. `up` runs it on failure, `down`
-runs it always, and the next `up` runs it on what it finds left over.
+There is one clean-up, written for the worst case: the previous run was killed at any instruction. It needs only the
+state file and no cooperation of the processes that it ends. `up` runs it when it fails, `down` runs it always, and the
+next `up` runs it on what a killed run has left.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class LabInfo:
 
     name: str
     status: str
-    """`up`, `starting` or `stopping` (a process is at it now), or `broken` (left over; `down` and `up` remove it)."""
+    """`up`; `starting` or `stopping` while a process makes or removes it; `broken` where `down` or `up` removes it."""
     runtime: str
     containers: tuple[str, ...]
     detail: str = ""
-    """Why it is broken; who holds it."""
+    """Why the lab is broken, or which process holds it."""
 
 
 class Lab(Traffic):
-    """A test network that is up. Get one from `up`, `running` or `attach`."""
+    """A running test network. `up`, `running` and `attach` return one."""
 
     def __init__(self, record: State) -> None:
         self._state = record
         self._children: list[subprocess.Popen[str]] = []
-        """Started by us: their exit status is ours to take, and their pipes to close at the end."""
+        """Processes that this object has started, and has to reap and close the pipes of."""
 
     @property
     def name(self) -> str:
@@ -64,21 +64,21 @@ class Lab(Traffic):
 
     @property
     def members(self) -> tuple[str, ...]:
-        """`host`, `remote` and the containers."""
+        """Names of all members: `host`, `remote` and the containers."""
         return tuple(self._state.members)
 
     @property
     def outer_device(self) -> str:
-        """The host's device towards the remote."""
+        """Name of the host's device towards the remote."""
         return plan.outer_device(self.name)
 
     @property
     def docker_socket(self) -> Path | None:
-        """The API socket of the lab's Docker daemon; None for the netns runtime."""
+        """Path of the API socket of the lab's Docker daemon; None for the netns runtime."""
         return Path(self._state.docker_socket) if self._state.docker_socket else None
 
     def netns_path(self, member: str) -> Path:
-        """Where the member's network namespace is mounted."""
+        """Return the path at which the member's network namespace is mounted."""
         return Path(self._member(member).path)
 
     def netns_inode(self, member: str) -> int:
@@ -89,14 +89,14 @@ class Lab(Traffic):
         return found.ipv4 if family == 4 else found.ipv6
 
     def command(self, member: str, argv: list[str]) -> list[str]:
-        """The command line that runs `argv` in the member's network namespace (and otherwise on this machine)."""
+        """Return the command line that runs `argv` in the member's network namespace, otherwise on this machine."""
         path = self.netns_path(member)
         if netns.inode(path) != self.netns_inode(member):
             raise LabError(f"lab {self.name!r}: the namespace of {member} is gone ({path})")
         return netns.enter_command(path, argv)
 
     def environment(self, member: str) -> dict[str, str]:
-        """Environment that makes a process one of the member's, to be ended with it."""
+        """Return the environment that marks a process as the member's, so that it ends with the member."""
         return self._state.environment(member)
 
     def popen(self, member: str, argv: list[str], **options: Any) -> subprocess.Popen[str]:
@@ -117,12 +117,12 @@ class Lab(Traffic):
     def exec(self, member: str, argv: list[str]) -> int:
         """Run a command in a member with our own standard streams; returns its exit status.
 
-        It enters the network namespace only, with Docker too: what counts is where the packets go, and so every tool
-        of the machine (tcpdump, this Python) can be used in a container whose image has nothing.
+        The command enters the member's network namespace only, with Docker too. Every tool of the machine (tcpdump,
+        this Python) can therefore run in a container whose image has no tools.
         """
         if not argv:
             raise UsageError("exec: no command")
-        # Ctrl-C goes to the command too, which is in our foreground group; whether that ends it is its affair.
+        # Ctrl-C also reaches the command, which is in our foreground process group; we wait for it to end.
         with (
             _handlers(lambda *_: None, (signal.default_int_handler,), (signal.SIGINT,)),
             subprocess.Popen(self.command(member, argv), env=self.environment(member)) as process,
@@ -133,7 +133,10 @@ class Lab(Traffic):
                 process.kill()
 
     def add_container(self, name: str) -> None:
-        """Add a container to the running lab, on the lowest place that is free: after a removal, the old addresses."""
+        """Add a container to the running lab, in the lowest free slot: a removed container's addresses are used again.
+
+        Raises `UsageError` if the name is taken or the lab is full, `LabError` if the container cannot be made.
+        """
         with self._changing():
             if name in self._state.members:
                 raise UsageError(f"lab {self.name!r} has a {name} already")
@@ -152,7 +155,7 @@ class Lab(Traffic):
             self._state.save()
 
     def remove_container(self, name: str) -> None:
-        """Remove a container and what runs in it. Its name and addresses are free again."""
+        """Remove a container and end its processes. Its name and addresses can be used again."""
         with self._changing():
             if name in (HOST, REMOTE):
                 raise UsageError(f"{name} is no container")
@@ -161,7 +164,7 @@ class Lab(Traffic):
             self._state.save()
 
     def close(self) -> None:
-        """Remove everything. Does nothing the second time."""
+        """Remove the lab. A second call does nothing."""
         with _undisturbed(), state.locked(self.name):
             current = state.load(self.name)
             if current is not None and current.id == self._state.id:
@@ -192,7 +195,10 @@ class Lab(Traffic):
 
 
 def check(runtime: Runtime = Runtime.NETNS) -> list[Unavailable]:
-    """Why no lab can be made here; empty if one can. Tries each kind of device in a namespace that has no name."""
+    """Return the reasons why no lab can be made here; empty if one can.
+
+    It makes each kind of device once, in a nameless namespace that is removed.
+    """
     if os.geteuid() != 0:
         return [Unavailable("lab", "network namespaces need root", "run it with sudo")]
     found = [
@@ -212,9 +218,9 @@ def check(runtime: Runtime = Runtime.NETNS) -> list[Unavailable]:
 
 
 def up(spec: Spec, *, detached: bool = True) -> Lab:
-    """Make the lab and return it. Removes first what a killed run of the same name left.
+    """Make a lab and return it, after removing what a killed run has left of one with the same name.
 
-    `detached`: it stays until `down`. Else it is a leftover as soon as this process has ended.
+    A `detached` lab stays until `down`; any other counts as left over when this process has ended.
     Raises `Unavailable`, or `LabError` when a lab of that name is up or cannot be made.
     """
     if found := check(spec.runtime):
@@ -255,7 +261,7 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
 
 
 def capture_of(capture: CaptureConfig, place: Lab) -> CaptureConfig:
-    """The `[capture]` configuration, changed to measure this lab."""
+    """Return the `[capture]` configuration, changed to measure this lab."""
     sockets = (str(place.docker_socket),) if place.docker_socket else ()
     return replace(
         capture,
@@ -267,7 +273,7 @@ def capture_of(capture: CaptureConfig, place: Lab) -> CaptureConfig:
 
 
 def attach(name: str = "lab") -> Lab:
-    """The lab of that name, which somebody else has brought up. Raises `LabError` if it is not up."""
+    """Return the running lab of that name, which any process may have made. Raises `LabError` if it is not up."""
     record = state.load(name)
     if record is None:
         known = [info.name for info in list_labs()]
@@ -278,9 +284,9 @@ def attach(name: str = "lab") -> Lab:
 
 
 def down(name: str = "lab", *, force: bool = False) -> bool:
-    """Remove a lab, whatever state it is in. False if there was nothing.
+    """Remove a lab in any state; returns False if there was none.
 
-    Raises `LabError` for one that a living process holds (`running`), unless `force`.
+    Raises `LabError` if a living process holds the lab (`running`), unless `force`.
     """
     Spec(name=name)  # the name becomes part of paths
     if not _exists(name):
@@ -293,13 +299,13 @@ def down(name: str = "lab", *, force: bool = False) -> bool:
         if record is not None:
             owner = record.owner
             if not force and owner is not None and owner.alive() and owner != state.this_process():
-                raise LabError(f"lab {name!r} is held by process {owner.pid}; end that first")
+                raise LabError(f"lab {name!r} is held by process {owner.pid}; end that process, or use --force")
             _clean(record)
         return _remove_strays(name) or record is not None
 
 
 def list_labs() -> list[LabInfo]:
-    """All labs of this machine, those left over by killed runs included."""
+    """Return all labs of this machine, including those that killed runs have left behind."""
     strays = {found[0] for found in map(plan.parse_netns_name, _netns_names()) if found}
     infos = []
     for name in sorted({*state.names(), *strays}):
@@ -324,7 +330,7 @@ def list_labs() -> list[LabInfo]:
 
 @contextmanager
 def running(spec: Spec | None = None) -> Iterator[Lab]:
-    """A lab for the length of a `with` block, removed on every way out of it.
+    """Make a lab for a `with` block and remove it on every way out of the block.
 
     In the main thread SIGTERM ends the block as Ctrl-C does, unless the program has a handler of its own.
     """
@@ -341,7 +347,7 @@ def _pipes(process: subprocess.Popen[str]) -> list[IO[str]]:
 
 
 def _planned(record: State, place: plan.Placement) -> Member:
-    if record.spec.runtime is Runtime.DOCKER:  # which gives out addresses itself
+    if record.spec.runtime is Runtime.DOCKER:  # Docker assigns addresses itself
         return Member(str(docker.handle(record, place.name)), slot=place.slot)
     path = netns.NETNS_DIR / plan.netns_name(record.spec.name, place.name)
     return Member(str(path), slot=place.slot, ipv4=str(place.ipv4.ip), ipv6=str(place.ipv6.ip))
@@ -392,15 +398,15 @@ def _remove_member(record: State, name: str) -> None:
 
 
 def _clean(record: State) -> None:
-    """Remove all of a lab: processes, devices, namespaces, files; the state file last."""
-    if record.boot_id != boot_id():  # no process and no mount survived, only names of files
+    """Remove a lab's processes, devices, namespaces and files, and the state file last."""
+    if record.boot_id != boot_id():  # only files survived the reboot: no process, no mount
         record.boot_id, record.id, record.daemon = boot_id(), State(record.spec).id, None
     record.phase = state.STOPPING
     record.save()
     env = record.environment()
     state.kill(record.id)
     _remove_namespaces(record.spec.name, env)
-    # Once more: an `ip netns add` may have been on its way when its parent, and then itself, was killed.
+    # Again, because an `ip netns add` may have finished after its parent was killed and before it was killed itself.
     state.kill(record.id)
     _remove_namespaces(record.spec.name, env)
     docker.clean(record)
@@ -410,7 +416,7 @@ def _clean(record: State) -> None:
 def _remove_namespaces(lab: str, env: dict[str, str]) -> bool:
     found = False
     names = [name for name in _netns_names() if (plan.parse_netns_name(name) or ("", ""))[0] == lab]
-    # The host's first: with its ends, all pairs go.
+    # The host's namespace first: removing its ends of the veth pairs removes the other ends.
     for name in sorted(names, key=lambda name: not name.endswith("-" + HOST)):
         found |= _remove_namespace(netns.NETNS_DIR / name, env)
     return found
@@ -423,12 +429,15 @@ def _remove_namespace(path: Path, env: dict[str, str]) -> bool:
 
 
 def _remove_strays(name: str) -> bool:
-    """Namespaces with this lab's name that no state file knows (somebody removed it)."""
+    """Remove namespaces with this lab's name that no state file lists, because the file was removed."""
     return _remove_namespaces(name, State(Spec(name=name)).environment())
 
 
 def _load_or_forget(name: str) -> State | None:
-    """The state; a damaged file counts as none, since what it spoke of is found by name too."""
+    """Return the lab's state; None without a state file or with a damaged one, which is removed.
+
+    The clean-up also finds a lab's namespaces by their names, so it does not need a damaged file.
+    """
     try:
         return state.load(name)
     except LabError as error:
@@ -438,11 +447,11 @@ def _load_or_forget(name: str) -> State | None:
 
 
 def _trouble(record: State) -> str:
-    """Why a lab is a leftover; empty for one that is fine."""
+    """Return why a lab is broken; "" if it is not."""
     if record.boot_id != boot_id():
-        return "the machine was started anew since"
+        return "the machine has rebooted since it was made"
     if record.phase != state.UP:
-        return f"{'setting up' if record.phase == state.STARTING else 'removing'} it was interrupted"
+        return f"{'its set-up' if record.phase == state.STARTING else 'its removal'} was interrupted"
     if record.owner is not None and not record.owner.alive():
         return f"its process {record.owner.pid} has ended"
     if record.daemon is not None and not record.daemon.alive():
@@ -465,16 +474,16 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _leave(number: int, _frame: object) -> None:
-    """Unwind the stack with the exit status that a shell shows for this signal."""
+    """Handle a signal: unwind the stack with the exit status that a shell shows for this signal."""
     raise SystemExit(128 + number)
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM until the block is done: a clean-up must not be cut short by impatience.
+    """Defer Ctrl-C, SIGTERM and SIGHUP until the block is done, so that no signal interrupts a clean-up.
 
-    Handlers, not a signal mask: that is each thread's own, and Python runs its handlers in the main thread whichever
-    thread the signal came to. A program's own handlers stay: they do not raise, as a rule.
+    Handlers and not a signal mask: a mask belongs to one thread, and Python runs handlers in the main thread whichever
+    thread received the signal. A program's own handlers stay, because they usually do not raise.
     """
     pending: list[int] = []
     raising = (signal.SIG_DFL, signal.default_int_handler, _leave)
@@ -485,7 +494,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _terminable() -> AbstractContextManager[None]:
-    """Make SIGTERM and SIGHUP unwind the stack, where they would end the process."""
+    """Make SIGTERM and SIGHUP unwind the stack where they would otherwise end the process."""
     return _handlers(_leave, (signal.SIG_DFL,), _SIGNALS[1:])
 
 
@@ -493,7 +502,7 @@ def _terminable() -> AbstractContextManager[None]:
 def _handlers(
     handler: Callable[[int, Any], object], instead_of: tuple[object, ...], signals: tuple[signal.Signals, ...]
 ) -> Iterator[None]:
-    """Set a handler where one of `instead_of` is in force, for the length of the block; only in the main thread."""
+    """Replace handlers that are in `instead_of` by `handler` for the block; does nothing outside the main thread."""
     previous: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in signals:

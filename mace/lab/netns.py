@@ -1,6 +1,6 @@
-"""Network namespaces: enter, look at, make and remove them.
+"""Enters, inspects, makes and removes network namespaces.
 
-Nothing here acts on the namespace that the caller is in: `enter` refuses it, and commands are given a path.
+No function changes the caller's own namespace: `enter` refuses it, and commands run in the namespace at a path.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from contracts.errors import LabError, Unavailable
 T = TypeVar("T")
 
 NETNS_DIR: Final = Path("/run/netns")
-"""Where iproute2 keeps named namespaces: files on which a namespace is mounted."""
+"""Directory of iproute2's named namespaces: files on which a namespace is mounted."""
 COMMAND_LIMIT_S: Final = 30.0
-"""A command of the set-up takes milliseconds; this is for a machine that hangs."""
+"""Time limit of a command. A command takes milliseconds; only a hanging machine reaches the limit."""
 
 _CLONE_NEWNET: Final = 0x4000_0000
 _MNT_DETACH: Final = 2
@@ -32,17 +32,17 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def search_path() -> str:
-    """PATH with the system directories, which an unprivileged login's PATH (kept by sudo or su) may lack."""
+    """Return PATH with the sbin directories, which an unprivileged login's PATH (kept by sudo or su) may lack."""
     return os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin") + ":" + _SBIN
 
 
 def find_program(name: str) -> str | None:
-    """Full path of a program; None if it is not installed."""
+    """Return the full path of a program; None if it is not installed."""
     return shutil.which(name, path=search_path())
 
 
 def inode(path: Path) -> int:
-    """Inode of the namespace mounted at `path`; 0 if there is none (no file, or a file with nothing mounted)."""
+    """Return the inode of the namespace mounted at `path`; 0 if there is no file, or no namespace mounted on it."""
     try:
         found = path.stat()
     except OSError:
@@ -51,14 +51,15 @@ def inode(path: Path) -> int:
 
 
 def own_inode() -> int:
-    """Inode of the caller's network namespace."""
+    """Return the inode of the caller's network namespace."""
     return Path("/proc/self/ns/net").stat().st_ino
 
 
 def enter(path: Path, action: Callable[[], T]) -> T:
-    """Run `action` in the namespace at `path`, in a thread of its own that ends with it.
+    """Run `action` in the namespace at `path` and return its result.
 
-    The calling thread never changes namespace, so no failure can leave it in the wrong one. Raises `LabError`.
+    A new thread runs it and ends with it. The calling thread never changes its namespace, so no failure can leave it in
+    the wrong one. Raises `LabError` if `path` is no namespace or the caller's own.
     """
     if inode(path) in (0, own_inode()):
         raise LabError(f"{path}: expected another network namespace than our own, found none")
@@ -74,12 +75,12 @@ def enter(path: Path, action: Callable[[], T]) -> T:
 
 
 def in_new(action: Callable[[], T]) -> T:
-    """Run `action` in a nameless new network namespace, gone afterwards. Raises `OSError` where that is refused."""
+    """Run `action` in a new nameless network namespace, which is then removed. Raises `OSError` if that is refused."""
     return _in_thread(lambda: _check(_libc.unshare(_CLONE_NEWNET), "unshare"), action)
 
 
 def _in_thread(switch: Callable[[], None], action: Callable[[], T]) -> T:
-    """Both in a thread of their own, since a namespace is a thread's; what they raise is raised here."""
+    """Run both functions in a new thread, because a namespace belongs to a thread; raises what they raise."""
     outcome: list[T] = []
     trouble: list[BaseException] = []
 
@@ -99,17 +100,17 @@ def _in_thread(switch: Callable[[], None], action: Callable[[], T]) -> T:
 
 
 def enter_command(path: Path, argv: Iterable[str]) -> list[str]:
-    """The command line that runs `argv` in the namespace at `path`.
+    """Return the command line that runs `argv` in the namespace at `path`.
 
-    `nsenter`, not `ip netns exec`: the latter mounts a new /sys, which hides tracefs, cgroups and bpffs.
+    It uses `nsenter`, because `ip netns exec` mounts a new /sys, which hides tracefs, cgroups and bpffs.
     """
     return ["nsenter", f"--net={path}", "--", *argv]
 
 
 def run(argv: list[str], *, stdin: str = "", env: Mapping[str, str]) -> str:
-    """Run a command of the set-up to its end and return what it printed. Raises `LabError` or `Unavailable`.
+    """Run a command to its end and return its standard output. Raises `LabError` or `Unavailable`.
 
-    In a session of its own, so that Ctrl-C on the terminal interrupts us and not the clean-up's commands.
+    The command has a session of its own, so that Ctrl-C on the terminal does not interrupt a clean-up's commands.
     """
     program = find_program(argv[0])
     if program is None:
@@ -126,7 +127,7 @@ def run(argv: list[str], *, stdin: str = "", env: Mapping[str, str]) -> str:
             start_new_session=True,
         )
     except subprocess.TimeoutExpired as error:
-        raise LabError(f"{' '.join(argv)}: no end after {COMMAND_LIMIT_S:.0f} s") from error
+        raise LabError(f"{' '.join(argv)}: did not end within {COMMAND_LIMIT_S:.0f} s") from error
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
         raise LabError(f"{' '.join(argv)}: {said}")
@@ -149,7 +150,7 @@ _PACKAGES: Final = {
 
 
 def remedy_for(program: str) -> str:
-    """What to do about a missing program."""
+    """Return the command that installs a missing program."""
     return f"apt-get install {_PACKAGES.get(program, program)}"
 
 
@@ -167,16 +168,19 @@ def write_sysctls(path: Path, values: Mapping[str, int | str]) -> None:
 
 
 def keep(source: Path, target: Path) -> None:
-    """Mount the namespace at `source` (say /proc/PID/ns/net) at the new file `target`. Raises `OSError`."""
+    """Mount the namespace at `source` (for example /proc/PID/ns/net) on the new file `target`. Raises `OSError`."""
     target.touch(mode=0o444)
     _check(_libc.mount(bytes(source), bytes(target), b"none", _MS_BIND, None), f"mount {target}")
 
 
 def remove(path: Path) -> bool:
-    """Take away the name at `path`; the namespace goes when nothing else holds it. False if there was no such file."""
+    """Unmount and remove the name at `path`; returns False if there is no such file.
+
+    The kernel removes the namespace when nothing else holds it.
+    """
     if not path.exists():
         return False
-    while True:  # mounted twice, if two set-ups ever met
+    while True:  # two concurrent set-ups may have mounted it twice
         if _libc.umount2(bytes(path), _MNT_DETACH) != 0:
             if ctypes.get_errno() in (errno.EINVAL, errno.ENOENT):
                 break

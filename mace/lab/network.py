@@ -1,14 +1,14 @@
-"""The lab's devices, addresses, routes and NAT, built with `ip -batch` and `nft`.
+"""Builds the lab's devices, addresses, routes and NAT with `ip -batch` and `nft`.
 
-What is on the containers' side is only made here for the netns runtime; Docker makes its own bridge, pairs and NAT.
-The outer device and the remote are the same for both.
+The containers' side is built here only for the netns runtime; Docker makes its own bridge, pairs and NAT. The outer
+device and the remote are the same for both.
 
-Two bridges with equal addresses need three things, all in the host namespace, which work for IPv4 and IPv6 alike:
+Two bridges with equal addresses need three things in the host namespace, for IPv4 and IPv6 alike:
   - a conntrack zone per bridge for the original direction only (Linux kernel commit deedb59039f1 ("netfilter:
-    nf_conntrack: add direction support for zones"), in v4.3). The reply direction stays in the zone that all share,
+    nf_conntrack: add direction support for zones"), in v4.3). The reply direction stays in the shared default zone,
     so that masquerade picks a free port or ICMP id when two containers use the same one;
-  - the connection's mark tells which bridge it came from, and is put on the reply before it is routed;
-  - that mark selects a routing table that knows only that bridge.
+  - a connection mark that names the bridge, which is copied to each reply before the reply is routed;
+  - a routing table for each mark, with a route to that bridge only.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from mace.lab.plan import (
 )
 
 _MEMBER_SYSCTLS: Final[dict[str, int | str]] = {
-    # New namespaces copy the IPv4 values of the machine's; a distribution's rp_filter must not decide what we measure.
+    # A new namespace copies the machine's IPv4 values; a distribution's rp_filter must not drop packets of the lab.
     "ipv4/conf/all/rp_filter": 0,
     "ipv4/conf/default/rp_filter": 0,
-    # Addresses are ready at once, and nothing but the traffic asked for (and ARP, ND) is on the wire.
+    # Addresses are ready at once, and only the requested traffic, ARP and ND are on the wire.
     "ipv6/conf/all/disable_ipv6": 0,
     "ipv6/conf/default/disable_ipv6": 0,
     "ipv6/conf/all/accept_dad": 0,
@@ -54,19 +54,19 @@ _HOST_SYSCTLS: Final[dict[str, int | str]] = {
     "ipv6/conf/default/forwarding": 1,
 }
 _BRIDGE_NETFILTER: Final[dict[str, int | str]] = {
-    # Bridged frames pass the IP hooks too, as on every host that runs Docker (which loads br_netfilter and relies on
-    # it). It is part of what a container costs, so it is on, and not left to the machine. The files exist only where
-    # br_netfilter is built in or loaded; the lab loads no module for it.
+    # Bridged frames also pass the IP hooks, as on every host that runs Docker, which loads br_netfilter and needs it.
+    # This is part of what a container adds, so the lab switches it on whatever the machine's setting. The files exist
+    # only where br_netfilter is built in or loaded; the lab loads no module for it.
     "bridge/bridge-nf-call-iptables": 1,
     "bridge/bridge-nf-call-ip6tables": 1,
 }
 
 _DOOMED: Final = 77
-"""Number of the device group that `remove_devices` makes; any will do, the namespace is the lab's own."""
+"""Number of the device group that `remove_devices` makes; any number will do in a namespace that is the lab's own."""
 
 
 def problems(env: Mapping[str, str]) -> list[Unavailable]:
-    """What the kernel refuses of what a lab needs. Run in a namespace that is to be thrown away."""
+    """Return what a lab needs and the kernel refuses. To be run in a namespace that is then removed."""
     found = []
     if not Path("/proc/sys/net/ipv6").is_dir():
         found.append(Unavailable("lab", "the kernel has no IPv6", "boot without ipv6.disable=1"))
@@ -74,20 +74,22 @@ def problems(env: Mapping[str, str]) -> list[Unavailable]:
         try:
             netns.run(["ip", "link", "add", f"try-{kind}", "type", kind], env=env)
         except LabError as error:
-            remedy = f"modprobe {kind}, or a kernel with it"
+            remedy = f"modprobe {kind}, or boot a kernel with it"
             found.append(Unavailable("lab", f"the kernel makes no {kind} device ({_last_line(error)})", remedy))
     try:
         masquerade = "table inet try { chain c { type nat hook postrouting priority 100; masquerade; }; }"
         netns.run(["nft", "-f", "-"], stdin=masquerade + "\n", env=env)
     except LabError as error:
         found.append(
-            Unavailable("lab", f"nft cannot masquerade ({_last_line(error)})", "modprobe nft_masq, or a kernel with it")
+            Unavailable(
+                "lab", f"nft cannot masquerade ({_last_line(error)})", "modprobe nft_masq, or boot a kernel with it"
+            )
         )
     return found
 
 
 def build_wire(lab: str, env: Mapping[str, str]) -> None:
-    """Host and remote namespaces (which exist), joined by a veth pair. The host's default route leaves by it."""
+    """Connect the existing namespaces of host and remote by a veth pair, the host's default route."""
     host, remote = _path(lab, HOST), _path(lab, REMOTE)
     outer, far = outer_device(lab), remote_device(lab)
     host_sysctls = dict(_HOST_SYSCTLS)
@@ -124,10 +126,10 @@ def build_wire(lab: str, env: Mapping[str, str]) -> None:
 
 
 def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:
-    """The bridges, and masquerade (both IP versions, as Docker with ip6tables does) from them to the outer device."""
+    """Make the bridges, and masquerade from them to the outer device, for both IP versions as Docker with ip6tables."""
     commands: list[str] = []
     for bridge in bridges(spec):
-        # Explicit: with equal addresses only the first bridge may own the main table's route to them.
+        # With equal addresses only the first bridge may own the main table's route, so the kernel must not add routes.
         prefix_route = "noprefixroute" if spec.same_addresses else ""
         commands += [
             f"link add {bridge.name} address {bridge.mac} type bridge stp_state 0 forward_delay 0",
@@ -143,7 +145,7 @@ def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:
 
 
 def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> None:
-    """The veth pair of one container (whose namespace exists), its addresses and default routes."""
+    """Make the veth pair of one container, whose namespace exists, and its addresses and default routes."""
     inner = netns_name(spec.name, place.name)
     container = _path(spec.name, place.name)
     netns.write_sysctls(container, _MEMBER_SYSCTLS)
@@ -172,17 +174,18 @@ def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> Non
 
 
 def add_namespaces(names: Iterable[str], env: Mapping[str, str]) -> None:
-    """Make named namespaces. Fails if one exists."""
+    """Make named namespaces. Raises `LabError` if one exists."""
     netns.run(["ip", "-batch", "-"], stdin="".join(f"netns add {name}\n" for name in names), env=env)
 
 
 def remove_devices(path: Path, env: Mapping[str, str]) -> None:
-    """Delete all devices of the namespace at `path`; deleting one end of a pair takes the other with it.
+    """Delete all devices of the namespace at `path`; deleting one end of a pair deletes the other.
 
-    So none outlives the lab where somebody else's process holds the namespace, and all are gone when we return (the
-    kernel empties namespaces later, by itself). As one group, since each deletion waits for an RCU grace period.
+    No device therefore outlives the lab where another process holds the namespace, and all are gone on return, while
+    the kernel would empty the namespace later. One group deletes them together, because each deletion waits for an RCU
+    grace period.
     """
-    with suppress(LabError):  # somebody else deletes as well: the end of a process, the user
+    with suppress(LabError):  # the user, or the end of a process, may delete a device at the same time
         listed = netns.run(netns.enter_command(path, ["ip", "-o", "link", "show"]), env=env)
         names = [line.split(": ", 2)[1].partition("@")[0] for line in listed.splitlines()]
         commands = [f"link set {name} group {_DOOMED}\n" for name in names if name != "lo"]
@@ -202,7 +205,7 @@ def _routes_by_mark(spec: Spec, family: str) -> list[str]:
         table = 100 + bridge.mark
         commands.append(f"rule add fwmark {bridge.mark} lookup {table}")
         commands.append(f"route add {network} dev {bridge.name} table {table}")
-        if bridge.mark == 1:  # for what the host itself sends to an address that several containers have
+        if bridge.mark == 1:  # for packets that the host itself sends to an address that several containers have
             commands.append(f"route add {network} dev {bridge.name}")
     return commands
 

@@ -1,13 +1,13 @@
-"""What a lab is to look like: names and addresses, worked out without touching the machine.
+"""The plan of a lab: names and addresses, computed without touching the machine.
 
-Every lab uses the same addresses; they live in namespaces of their own and never meet. All come from the ranges
-kept for documentation (RFC 5737, RFC 3849), so a packet that strayed could go nowhere.
+Every lab uses the same addresses; labs are in separate namespaces and never meet. All addresses are from the ranges
+reserved for documentation (RFC 5737, RFC 3849), so that a stray packet is routed nowhere.
 
-    198.51.100.0/24, 2001:db8:1::/48     the bridges: cut evenly among them, or all of it on each (same addresses)
+    198.51.100.0/24, 2001:db8:1::/48     the bridges: divided evenly, or all of it on each (same addresses)
     203.0.113.0/24,  2001:db8:ffff::/64  the wire between the host's outer device (.1) and the remote's (.2)
 
-Devices outside the containers are called differently in every lab: the kernel's tracepoints name a device by its name
-alone, so of two labs with equal names nothing could be told apart.
+Devices outside the containers have different names in every lab: the kernel's tracepoints identify a device by its
+name alone, so packets of two labs with equal names could not be distinguished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Family = Literal[4, 6]
 HOST: Final = "host"
 REMOTE: Final = "remote"
 INNER_DEVICE: Final = "eth0"
-"""The same name in every container, as it is with every container runtime."""
+"""Name of each container's own device, which every container runtime uses."""
 
 _BRIDGE_NET4: Final = IPv4Network("198.51.100.0/24")
 _BRIDGE_NET6: Final = IPv6Network("2001:db8:1::/48")
@@ -38,33 +38,34 @@ _WIRE: Final[dict[str, tuple[IPv4Interface, IPv6Interface]]] = {
 }
 
 MAX_BRIDGES: Final = 8
-"""A /24 cut in 8 leaves 29 containers on each."""
+"""A /24 divided by 8 leaves room for 29 containers on each bridge."""
 MAX_CONTAINERS: Final = 250
 _LAB_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,22}[a-z0-9])?")
 _MEMBER_NAME: Final = re.compile(r"[a-z][a-z0-9]{0,6}")
-"""No dash, so that the last part of a namespace's name is always the member; and `veth`, the lab's tag and a dash in
-front of it still fit the 15 characters of a device name."""
+"""No dash, so that the last part of a namespace's name is always the member. Up to 7 characters, so that with `veth`,
+the lab's tag and a dash in front a device name has at most 15."""
 _TAGS: Final = {"lab": "0", "demo": "1"}
 _TAG_LETTERS: Final = "abcdefghijklmnopqrstuvwxyz234567"
 
 
 class Runtime(StrEnum):
-    """What makes the containers."""
+    """The runtime that makes a lab's containers."""
 
     NETNS = "netns"
-    """Bare network namespaces: all that matters to packets, in a few milliseconds."""
+    """Bare network namespaces: everything that affects packets, made in a few milliseconds."""
     DOCKER = "docker"
     """Real containers of a Docker daemon that runs inside the lab's host namespace."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What is asked for. Raises `UsageError` for what cannot be."""
+    """The specification of a lab. Raises `UsageError` for an impossible one."""
 
     name: str = "lab"
     containers: int = 1
     bridges: int = 1
-    """Containers are dealt to the bridges in turn: c1, c3, ... to the first of two, c2, c4, ... to the second."""
+    """Number of bridges. Containers are attached in turn: of two bridges, c1, c3, ... to the first, c2, c4, ... to the
+    second."""
     same_addresses: bool = False
     """Give every bridge the same subnet, so that containers on different bridges have equal addresses."""
     runtime: Runtime = Runtime.NETNS
@@ -84,7 +85,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
-    """A bridge of the host namespace. `mark` is its conntrack zone, packet mark and routing table number."""
+    """A bridge of the host namespace. `mark` is its conntrack zone and packet mark, 100 + `mark` its routing table."""
 
     name: str
     ipv4: IPv4Interface
@@ -95,7 +96,7 @@ class Bridge:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a container goes: one slot, from which all its addresses follow."""
+    """The place of a container: its slot, and the bridge, addresses and names that follow from the slot."""
 
     name: str
     slot: int
@@ -108,20 +109,20 @@ class Placement:
 
 
 def capacity(spec: Spec) -> int:
-    """How many containers a lab can hold."""
+    """Return how many containers a lab can have."""
     usable = _subnet4(spec, 0).num_addresses - 3  # network, gateway, broadcast
     return min(MAX_CONTAINERS, usable * spec.bridges)
 
 
 def netns_name(lab: str, member: str) -> str:
-    """Name in /run/netns."""
+    """Return the name of a member's namespace in /run/netns."""
     return f"mace-{lab}-{member}"
 
 
 def device_tag(lab: str) -> str:
-    """What distinguishes the names of a lab's devices: a digit for the usual labs, else three letters.
+    """Return the part of a lab's device names that distinguishes labs: a digit for the usual labs, else three letters.
 
-    The letters are a hash of the name, one of 26 * 32**2, so that no list of labs has to be kept.
+    The letters are a hash of the lab's name, one of 26 * 32**2, so that no list of labs is needed.
     """
     if lab in _TAGS:
         return _TAGS[lab]
@@ -130,17 +131,17 @@ def device_tag(lab: str) -> str:
 
 
 def outer_device(lab: str) -> str:
-    """The host's device towards the remote."""
+    """Return the name of the host's device towards the remote."""
     return f"out{device_tag(lab)}"
 
 
 def remote_device(lab: str) -> str:
-    """The remote's device."""
+    """Return the name of the remote's device."""
     return f"rem{device_tag(lab)}"
 
 
 def parse_netns_name(name: str) -> tuple[str, str] | None:
-    """(lab, member) of a namespace that a lab made; None for any other."""
+    """Return (lab, member) for the name of a lab's namespace; None for any other name."""
     prefix, _, rest = name.partition("-")
     lab, _, member = rest.rpartition("-")
     if prefix != "mace" or not _LAB_NAME.fullmatch(lab) or not _MEMBER_NAME.fullmatch(member):
@@ -149,12 +150,12 @@ def parse_netns_name(name: str) -> tuple[str, str] | None:
 
 
 def container_names(spec: Spec) -> tuple[str, ...]:
-    """Names of the containers that the lab starts with."""
+    """Return the names of the containers that the lab starts with."""
     return tuple(f"c{n}" for n in range(1, spec.containers + 1))
 
 
 def check_container_name(name: str) -> str:
-    """The name, if a container may have it; raises `UsageError`."""
+    """Return the name if a container may have it; raises `UsageError` otherwise."""
     if name in (HOST, REMOTE) or not _MEMBER_NAME.fullmatch(name):
         raise UsageError(
             f"container name {name!r}: expected a letter and up to 6 lower-case letters or digits,"
@@ -164,12 +165,12 @@ def check_container_name(name: str) -> str:
 
 
 def bridges(spec: Spec) -> tuple[Bridge, ...]:
-    """The bridges of the host namespace."""
+    """Return the bridges of the host namespace."""
     return tuple(_bridge(spec, number) for number in range(spec.bridges))
 
 
 def place(spec: Spec, name: str, slot: int) -> Placement:
-    """The place of the container in `slot` (from 0). Raises `UsageError` if the lab is full."""
+    """Return the place of the container in `slot` (from 0). Raises `UsageError` if the lab is full."""
     if not 0 <= slot < capacity(spec):
         raise UsageError(f"lab {spec.name!r} is full: {capacity(spec)} containers")
     number, index = slot % spec.bridges, slot // spec.bridges
@@ -181,12 +182,12 @@ def place(spec: Spec, name: str, slot: int) -> Placement:
 
 
 def wire(member: str) -> tuple[IPv4Interface, IPv6Interface]:
-    """Addresses of `host` and `remote` on the wire between them."""
+    """Return the IPv4 and IPv6 address of `host` or `remote` on the wire between them."""
     return _WIRE[member]
 
 
 def bridge_networks() -> tuple[IPv4Network, IPv6Network]:
-    """All that is masqueraded on its way out."""
+    """Return the IPv4 and IPv6 networks whose packets are masqueraded on their way out."""
     return _BRIDGE_NET4, _BRIDGE_NET6
 
 
@@ -208,9 +209,9 @@ def _bridge(spec: Spec, number: int) -> Bridge:
 
 
 def _mac(ipv4: IPv4Interface) -> str:
-    """From the IPv4 address, as Docker does.
+    """Return a MAC address that is made from the IPv4 address, as Docker does.
 
-    A container that takes over an address takes over the MAC too, and the neighbours' caches stay right. A bridge's is
-    fixed for the same reason: else it changes with its lowest port.
+    A container that reuses an address then reuses its MAC, and the neighbours' caches stay correct. A bridge has a
+    fixed MAC for the same reason: otherwise its MAC changes with its lowest port.
     """
     return "02:42:" + ":".join(f"{byte:02x}" for byte in ipv4.ip.packed)

@@ -1,14 +1,14 @@
-"""Sends ICMP echo requests and says when, or how long the replies took: run as a file, inside a member's namespace.
+"""Sends ICMP echo requests and prints their times or round trips. It runs as a file inside a member's namespace.
 
     prober.py MODE ADDRESS COUNT INTERVAL_NS PAYLOAD_BYTES LIMIT_S
 
-Only the standard library, as in `generator.py`. It ends with one JSON list:
+It imports only the standard library, so that it starts fast. It prints one JSON list at its end:
 
-    probes   CLOCK_MONOTONIC in ns before each `send`. Between two of them it waits as ping does, so that the time from
-             one to the next is ping's for that interval, and the CPU has forgotten as much. An interval of 0 sends one
-             right after the other.
-    trips    the round trip of each request in ns, by the user's clock, -1 where no reply came within a second. An
-             interval of 0 sends the next as soon as there is a reply.
+    probes   CLOCK_MONOTONIC in ns before each `send`. Between two sends it waits as ping does, so that the time between
+             sends is ping's for that interval and the CPU's caches are as cold. An interval of 0 sends the next request
+             immediately.
+    trips    the round trip of each request in ns, by the user's clock; -1 if no reply arrived within a second. An
+             interval of 0 sends the next request as soon as the reply has arrived.
 """
 
 import json
@@ -24,42 +24,42 @@ WAIT_S = 1.0
 
 
 def checksum(data: bytes) -> int:
-    """RFC 1071, of an even number of bytes."""
+    """Return the Internet checksum (RFC 1071) of an even number of bytes."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xFFFF)
     return ~(total + (total >> 16)) & 0xFFFF
 
 
 def request(number: int, payload: bytes) -> bytes:
-    """RFC 792: type 8, code 0, checksum, identifier, sequence number."""
+    """Return an echo request (RFC 792): type 8, code 0, checksum, identifier, sequence number, payload."""
     identifier = os.getpid() & 0xFFFF
     head = struct.pack("!BBHHH", 8, 0, 0, identifier, number & 0xFFFF)
     return struct.pack("!BBHHH", 8, 0, checksum(head + payload), identifier, number & 0xFFFF) + payload
 
 
 def round_trip(sock: socket.socket, sent: bytes, begin_ns: int) -> int:
-    """ns until the reply to what was sent; -1 if there is none."""
+    """Return the ns from `begin_ns` until the reply to `sent`; -1 without a reply."""
     while time.monotonic_ns() - begin_ns < WAIT_S * 1e9:
         try:
             reply = sock.recv(2048)
         except TimeoutError:
             break
         taken_ns = time.monotonic_ns() - begin_ns
-        # Behind the IPv4 header: type 0, and our identifier and number.
+        # After the 20-byte IPv4 header: type 0 (echo reply), and the request's identifier and sequence number.
         if reply[20] == 0 and reply[24:28] == sent[4:8]:
             return taken_ns
     return -1
 
 
 def warm(nowhere: socket.socket, data: bytes) -> None:
-    """Go the way of a `send` up to the kernel, and no further: there is no such socket."""
+    """Warm the code path of `send` up to the system call, which fails because the socket is closed."""
     time.monotonic_ns()
     with suppress(OSError):
         nowhere.send(data)
 
 
 def wait(sock: socket.socket, interval_ns: int) -> None:
-    """As ping waits: for what comes, until nothing has come for SO_RCVTIMEO, which the kernel counts in its ticks."""
+    """Wait as ping does: receive until nothing has arrived for SO_RCVTIMEO, which the kernel rounds to its ticks."""
     due = time.monotonic_ns() + interval_ns
     with suppress(BlockingIOError):
         while time.monotonic_ns() < due:
@@ -67,10 +67,10 @@ def wait(sock: socket.socket, interval_ns: int) -> None:
 
 
 def probes(sock: socket.socket, requests: list[bytes], interval_ns: int) -> list[int]:
-    """When each was sent, ns."""
-    # The kernel's least: most replies are dropped at once instead of being queued.
+    """Send the requests and return the time of each, ns."""
+    # 1 stands for the kernel's minimum: most replies are dropped at once instead of being queued.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-    # Of 0 the kernel would make "for ever".
+    # At least 1 us: the kernel takes 0 as no time limit.
     interval_us = max(interval_ns // 1000, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", *divmod(interval_us, 1_000_000)))
     nowhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -79,7 +79,7 @@ def probes(sock: socket.socket, requests: list[bytes], interval_ns: int) -> list
     for each in requests:
         if interval_ns:
             wait(sock, interval_ns)
-        # This is an interpreter, and cold: without it, it takes longer to the kernel than the kernel's own way is.
+        # A cold interpreter takes longer to reach the kernel than the kernel takes for the packet's path.
         warm(nowhere, each)
         begin_ns = time.monotonic_ns()
         sock.send(each)
@@ -88,7 +88,7 @@ def probes(sock: socket.socket, requests: list[bytes], interval_ns: int) -> list
 
 
 def trips(sock: socket.socket, requests: list[bytes], interval_ns: int) -> list[int]:
-    """How long each took, ns."""
+    """Send the requests and return the round trip of each, ns."""
     sock.settimeout(WAIT_S)
     told = []
     due = time.monotonic_ns()
@@ -103,7 +103,7 @@ def trips(sock: socket.socket, requests: list[bytes], interval_ns: int) -> list[
 
 
 def main(mode: str, address: str, count: int, interval_ns: int, payload_bytes: int, limit_s: int) -> None:
-    """Send them all, then print."""
+    """Send all requests, then print the list of `mode`."""
     signal.alarm(limit_s)
     sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
     sock.connect((address, 0))

@@ -1,13 +1,13 @@
-"""What labs there are: one file each, written before anything is created, so that nothing is ever left unknown.
+"""The state files of labs: one for each lab, written before anything is created, so that a clean-up finds everything.
 
-    /run/mace/labs/NAME.json   what the lab is or was to be (an intent log: names stand in it before they exist)
+    /run/mace/labs/NAME.json   what the lab has or was going to have (an intent log: names are written first)
     /run/mace/labs/NAME.lock   flock: held while a lab is made, changed or removed
     /run/mace/labs/NAME.d/     files of the lab: the Docker daemon's data, namespace handles
 
-Which processes belong to a lab is not in the file: every process the lab starts carries `MACE_LAB_ID=<id>` in its
-environment, and so do their children. That also finds a process whose parent was killed before it could
-write down the number, and a recycled number never matches. Only the owner, whose environment is not ours to
-change, is known by number and start time.
+The file does not list the lab's processes: every process that a lab starts has `MACE_LAB_ID=<id>` in its environment,
+and its children inherit it. A clean-up therefore finds a process whose parent was killed before it could write the
+pid, and never matches a reused pid. Only the owner, whose environment the lab cannot change, is identified by pid and
+start time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VERSION: Final = 1
 ID_VARIABLE: Final = "MACE_LAB_ID"
 MEMBER_VARIABLE: Final = "MACE_LAB_MEMBER"
 LOCK_LIMIT_S: Final = 60.0
-"""Longer than any set-up (a Docker daemon's start is given 20 s)."""
+"""Longer than any set-up: a Docker daemon has 30 s to start (`mace.lab.docker.READY_LIMIT_S`)."""
 _PF_KTHREAD: Final = 0x0020_0000
 """Bit of field 9 of /proc/PID/stat (include/linux/sched.h)."""
 _LOOKS: Final = 10
@@ -49,7 +49,7 @@ STOPPING: Final = "stopping"
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process for certain: a number alone may come to mean another one."""
+    """A process, identified by pid and start time, because a pid can be reused."""
 
     pid: int
     start_ticks: int
@@ -64,11 +64,11 @@ class Member:
     """A network namespace of the lab: the host, the remote or a container."""
 
     path: str
-    """Where the namespace is (to be) mounted."""
+    """Path at which the namespace is or will be mounted."""
     inode: int = 0
-    """0: not made yet."""
+    """Inode of the namespace; 0 before it is made."""
     slot: int = -1
-    """Containers: the place that its addresses follow from."""
+    """A container's slot, from which its addresses follow; -1 for the host and the remote."""
     ipv4: str = ""
     ipv6: str = ""
     docker_id: str = ""
@@ -76,30 +76,30 @@ class Member:
 
 @dataclass(slots=True)
 class State:
-    """What the state file holds."""
+    """The content of a lab's state file."""
 
     spec: Spec
     id: str = field(default_factory=lambda: uuid4().hex)
     boot_id: str = field(default_factory=boot_id)
     phase: str = STARTING
     owner: Process | None = None
-    """The process without which the lab is a leftover; None for a lab that stays until it is taken down."""
+    """The process whose end makes the lab a leftover; None for a lab that stays until `down`."""
     members: dict[str, Member] = field(default_factory=dict)
     docker_socket: str = ""
     daemon: Process | None = None
-    """The Docker daemon, without which the lab is broken."""
+    """The Docker daemon; its end makes the lab broken."""
     made_directories: list[str] = field(default_factory=list)
-    """Outside `directory`; removed if empty."""
+    """Directories outside `directory` that a lab has made, and that the last lab removes if they are empty."""
 
     @property
     def directory(self) -> Path:
         return STATE_DIR / f"{self.spec.name}.d"
 
     def environment(self, member: str = "") -> dict[str, str]:
-        """Environment for the processes of the lab. `LC_ALL=C` because output is read; PATH with sbin.
+        """Return the environment for a process of the lab, or of one member. `LC_ALL=C`, because output is parsed.
 
-        The member counts where a container is removed, and not the namespace that a process is in: one that has just
-        been started is not in it yet.
+        The removal of a container ends the processes with the member's name in their environment. Their namespaces
+        would not do: a process that has just been started has not entered the container's namespace yet.
         """
         return {
             **os.environ,
@@ -122,7 +122,7 @@ class State:
 
 
 def load(name: str) -> State | None:
-    """The state of a lab; None if there is none. Raises `LabError` for a file that says nothing sensible."""
+    """Return the state of a lab; None without a state file. Raises `LabError` if the file is damaged."""
     path = _file(name)
     try:
         raw: Any = json.loads(path.read_text())
@@ -154,7 +154,7 @@ def load(name: str) -> State | None:
 
 
 def names() -> list[str]:
-    """Labs that have a state file or a directory."""
+    """Return the names of labs that have a state file or a directory."""
     if not STATE_DIR.is_dir():
         return []
     return sorted({p.stem for p in STATE_DIR.iterdir() if p.suffix in (".json", ".d")})
@@ -162,7 +162,7 @@ def names() -> list[str]:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the lock of lab `name`, made and changed by one process at a time. Raises `LabError` after a minute."""
+    """Hold the lock of lab `name`, so that one process at a time changes it. Raises `LabError` after `LOCK_LIMIT_S`."""
     STATE_DIR.mkdir(parents=True, exist_ok=True)
     path = STATE_DIR / f"{name}.lock"
     deadline = time.monotonic() + LOCK_LIMIT_S
@@ -170,7 +170,7 @@ def locked(name: str) -> Iterator[None]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one who held it may have removed the file: then ours is a lock that nobody else sees.
+            # The previous holder may have removed the file; our lock on the removed file excludes nobody.
             if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
                 break
         except OSError:
@@ -188,28 +188,28 @@ def locked(name: str) -> Iterator[None]:
 
 
 def tidy(name: str) -> None:
-    """Remove the lock file of a lab that is none: its maker was killed before the first word."""
+    """Remove the lock file of a lab whose maker was killed before it wrote a state file."""
     if (STATE_DIR / f"{name}.lock").exists():
         with locked(name):  # removes it at the end
             pass
 
 
 def this_process() -> Process:
-    """Ourselves, for others to look at."""
+    """Return this process, identified by pid and start time."""
     return Process(os.getpid(), start_ticks(os.getpid()))
 
 
 def processes(lab_id: str, member: str = "") -> list[int]:
-    """Processes that carry the lab's id (and the member's name) in their environment.
+    """Return the pids of processes that have the lab's id (and the member's name) in their environment.
 
-    Never ourselves nor those we descend from.
+    This process and its ancestors are never among them.
     """
     marks = _marks(lab_id, member)
     spared = _ancestry()
     numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     environments = {pid: _environment(pid) for pid in numbers if pid not in spared}
-    # Amid execve a process has no environment to show for some 100 us, and that is just when Popen returns. Those that
-    # have none for good (`env -i`) are few.
+    # During execve, which is when Popen returns, a process shows no environment for some 100 us. Look at those without
+    # one again; few processes never have any (`env -i`).
     for _ in range(_LOOKS):
         blank = [pid for pid, found in environments.items() if not found and _in_user_space(pid)]
         if not blank:
@@ -220,7 +220,7 @@ def processes(lab_id: str, member: str = "") -> list[int]:
 
 
 def is_locked(name: str) -> bool:
-    """Whether a process is changing the lab right now."""
+    """Return whether a process is changing the lab now."""
     try:
         fd = os.open(STATE_DIR / f"{name}.lock", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -235,9 +235,9 @@ def is_locked(name: str) -> bool:
 
 
 def kill(lab_id: str, member: str = "", limit_s: float = 10.0) -> None:
-    """End all processes of a lab, or only a member's, and wait until they are gone. Raises `LabError`.
+    """End all processes of a lab, or of one member, with SIGKILL, and wait until they are gone. Raises `LabError`.
 
-    SIGKILL: what they leave behind is removed from outside anyway, and must be, for a run that was itself killed.
+    SIGTERM would gain nothing: the clean-up has to remove what they leave behind anyway, for runs that were killed.
     """
     marks = _marks(lab_id, member)
     deadline = time.monotonic() + limit_s
@@ -248,7 +248,7 @@ def kill(lab_id: str, member: str = "", limit_s: float = 10.0) -> None:
             except ProcessLookupError:
                 continue
             try:
-                # Looked at again, now that the number cannot come to mean another process.
+                # Check again: with the pidfd open, the pid cannot be reused.
                 if marks <= _environment(pid):
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
                     select.select([fd], [], [], 1.0)
@@ -257,7 +257,7 @@ def kill(lab_id: str, member: str = "", limit_s: float = 10.0) -> None:
             finally:
                 os.close(fd)
         if time.monotonic() > deadline:
-            raise LabError(f"processes {found} do not end")
+            raise LabError(f"processes {found} did not end within {limit_s:g} s after SIGKILL")
 
 
 def _marks(lab_id: str, member: str) -> set[bytes]:
@@ -266,7 +266,7 @@ def _marks(lab_id: str, member: str) -> set[bytes]:
 
 
 def _environment(pid: int) -> set[bytes]:
-    """`KEY=value` of a process; empty for one that has ended or belongs to the kernel."""
+    """Return the `KEY=value` entries of a process's environment; empty for an ended process or a kernel thread."""
     try:
         return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")) - {b""}
     except OSError:

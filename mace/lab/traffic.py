@@ -1,8 +1,8 @@
 """Bounded traffic between members of a lab: ping, UDP and TCP.
 
-Every method comes twice: `udp(...)` sends, waits and returns the result; `start_udp(...)` returns a `Flow` that runs on
-by itself, to be waited for or stopped. The server's process is in the other member before the client's is started.
-All processes end with a time limit of their own, and at once when this process ends in any way.
+Each kind has two methods: `udp(...)` sends, waits and returns the result; `start_udp(...)` returns a running `Flow`, to
+be waited for or stopped. The server starts in the other member before the client. Every process has a time limit of its
+own, and ends at once when this process ends in any way.
 """
 
 from __future__ import annotations
@@ -29,50 +29,50 @@ _GENERATOR: Final = Path(__file__).with_name("generator.py")
 MAX_COUNT: Final = 1_000_000_000
 MAX_LIMIT_S: Final = 24 * 3600.0
 _SLOWEST_PPS: Final = 5_000
-"""What even a busy machine sends, for the time limit of a run."""
+"""Rate that even a busy machine reaches, for the time limit of a run."""
 _MARGIN_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class PingResult:
-    """What ping said."""
+    """The result that ping printed."""
 
     sent: int
     received: int
     duration_s: float
     rtts_ns: tuple[int, ...] = field(repr=False)
-    """As ping prints them, in steps of 1 us; empty for a flood, of which ping prints only the summary."""
+    """Round trips as ping prints them, in steps of 1 us; empty for a flood, for which ping prints only the summary."""
     mean_rtt_ns: float
     """NaN if nothing was received."""
 
 
 @dataclass(frozen=True, slots=True)
 class UdpResult:
-    """What both ends counted."""
+    """The datagrams that both ends counted."""
 
     sent: int
-    """Datagrams that the sender's socket took."""
+    """Datagrams that the sender's socket accepted."""
     received: int
-    """Datagrams that arrived at the other member; with `echo`, that came back."""
+    """Datagrams that arrived at the other member; with `echo`, replies that arrived at the sender."""
     errors: int
-    """Refusals that the sender was told of by ICMP, and failed sends."""
+    """ICMP errors that the sender received, and failed sends."""
     duration_s: float
     rtts_ns: tuple[int, ...] = field(repr=False)
-    """With `echo`: one of each reply, of the first million."""
+    """With `echo`, the round trip of each reply, for the first million replies."""
 
 
 @dataclass(frozen=True, slots=True)
 class TcpResult:
-    """What both ends counted."""
+    """The bytes, or requests and responses, that both ends counted."""
 
     sent: int
-    """Bytes; for request/response: requests."""
+    """Bytes sent; of `tcp_requests`, requests."""
     received: int
-    """Bytes; for request/response: responses."""
+    """Bytes received; of `tcp_requests`, responses."""
     duration_s: float
-    """From connect until the peer has read all."""
+    """From connect until the peer has read everything."""
     rtts_ns: tuple[int, ...] = field(repr=False)
-    """Request/response: one of each response, of the first million. Else empty."""
+    """Of `tcp_requests`, the round trip of each response, for the first million; otherwise empty."""
 
 
 R = TypeVar("R")
@@ -80,7 +80,7 @@ Process = subprocess.Popen[str]
 
 
 def _heeds(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal (proc(5), SigCgt); False too if it is no more."""
+    """Return whether a process has a handler for a signal (proc(5), SigCgt); False also if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
@@ -90,7 +90,7 @@ def _heeds(pid: int, number: signal.Signals) -> bool:
 
 
 class Flow(Generic[R]):
-    """Traffic that is running. `wait` or `stop` it once; leaving its `with` block stops it."""
+    """Running traffic. Call `wait` or `stop` once; leaving its `with` block stops it."""
 
     def __init__(
         self,
@@ -114,11 +114,11 @@ class Flow(Generic[R]):
 
     @property
     def pid(self) -> int:
-        """Process that sends."""
+        """Pid of the sending process."""
         return self._client.pid
 
     def wait(self, timeout_s: float | None = None) -> R:
-        """Wait for the end, return the result. Raises `LabError` on failure, `TimeoutError` if it is still running."""
+        """Wait for the end and return the result. Raises `LabError` on failure, `TimeoutError` if still running."""
         allowed = max(0.0, self._deadline - time.monotonic())
         try:
             self._client.wait(allowed if timeout_s is None else min(allowed, timeout_s))
@@ -138,17 +138,17 @@ class Flow(Generic[R]):
             self.close()
 
     def stop(self) -> R:
-        """End it now and return the result up to here."""
-        # ping takes SIGINT as the wish for its summary; our own generators ignore it and know SIGTERM.
+        """End the traffic now and return its result so far."""
+        # ping prints its summary on SIGINT; generator.py ignores SIGINT and prints its result on SIGTERM.
         wish = signal.SIGTERM if self._server else signal.SIGINT
         while self.running and not _heeds(self._client.pid, wish) and time.monotonic() < self._deadline:
-            time.sleep(0.01)  # it has just been started: the signal would be its death
+            time.sleep(0.01)  # a process that has not set its handler yet would end without a result
         if self.running:
             self._client.send_signal(wish)
         return self.wait()
 
     def close(self) -> None:
-        """End it now, whatever the result."""
+        """Kill both processes, if they run, and close their pipes. There is no result."""
         for process in (self._client, self._server):
             if process is None:
                 continue
@@ -157,7 +157,7 @@ class Flow(Generic[R]):
                 process.wait()
             for pipe in (process.stdin, process.stdout, process.stderr):
                 if pipe is not None:
-                    with suppress(BrokenPipeError):  # an order left in the buffer, for one that has ended
+                    with suppress(BrokenPipeError):  # an order is still in the buffer, and the reader has ended
                         pipe.close()
 
     def __enter__(self) -> Flow[R]:
@@ -171,7 +171,7 @@ class Flow(Generic[R]):
         try:
             for line in self._client.stdout:
                 self._said.append(line)
-        except ValueError:  # closed under us
+        except ValueError:  # `close` has closed the pipe
             pass
 
     def _finish_server(self, text: str) -> dict[str, Any] | None:
@@ -185,13 +185,13 @@ class Flow(Generic[R]):
         try:
             self._server.stdin.write(f"finish {answer['sent']}\n")
             self._server.stdin.flush()
-        except BrokenPipeError:  # it has counted enough already
+        except BrokenPipeError:  # the server has ended: it had received everything
             pass
         return _parse(self._what, self._server.stdout.readline())
 
 
 class Traffic(ABC):
-    """The traffic methods of a lab. `sender` and `to` are names of members; the sender is `c1` unless told."""
+    """The traffic methods of a lab. `sender` and `to` are names of members; the default sender is `c1`."""
 
     @abstractmethod
     def popen(self, member: str, argv: list[str], **options: Any) -> Process:
@@ -199,7 +199,7 @@ class Traffic(ABC):
 
     @abstractmethod
     def address(self, member: str, family: Family = 4) -> str:
-        """A member's address. Raises `UsageError` for one that does not exist."""
+        """Return a member's address. Raises `UsageError` for an unknown member."""
 
     def ping(
         self,
@@ -212,7 +212,7 @@ class Traffic(ABC):
         family: Family = 4,
         flood: bool = False,
     ) -> PingResult:
-        """`count` echo requests with `size` bytes of payload. `flood`: the next as soon as the reply is there."""
+        """Send `count` echo requests with `size` bytes of payload; with `flood`, each when a reply has arrived."""
         return self.start_ping(
             sender, to, count=count, interval_s=interval_s, size=size, family=family, flood=flood
         ).wait()
@@ -248,10 +248,10 @@ class Traffic(ABC):
         family: Family = 4,
         echo: bool = False,
     ) -> UdpResult:
-        """Exactly `count` datagrams with `size` bytes of payload, or fewer if `duration_s` (0: no end) is over first.
+        """Send `count` datagrams with `size` bytes of payload, or fewer if `duration_s` (0: no limit) is over first.
 
-        At `rate_pps`; 0: as fast as it goes. `echo`: the other side sends each back, and the next one waits for it (at
-        most a second).
+        The rate is `rate_pps`; 0 is as fast as possible. With `echo` the receiver sends each datagram back, and the
+        sender waits for it, at most a second, before it sends the next.
         """
         return self.start_udp(
             sender, to, count=count, size=size, rate_pps=rate_pps, duration_s=duration_s, family=family, echo=echo
@@ -309,7 +309,7 @@ class Traffic(ABC):
         reverse: bool = False,
         family: Family = 4,
     ) -> TcpResult:
-        """`size` bytes over one connection that `sender` opens; `reverse`: from `to` back to it."""
+        """Send `size` bytes over one connection that `sender` opens; with `reverse`, from `to` to `sender`."""
         return self.start_tcp(sender, to, size=size, reverse=reverse, family=family).wait()
 
     def start_tcp(
@@ -347,7 +347,7 @@ class Traffic(ABC):
         duration_s: float = 0.0,
         family: Family = 4,
     ) -> TcpResult:
-        """`count` requests of `size` bytes over one connection, each answered with as many bytes before the next."""
+        """Send `count` requests of `size` bytes over one connection; each is answered with as many bytes."""
         return self.start_tcp_requests(
             sender, to, count=count, size=size, rate_pps=rate_pps, duration_s=duration_s, family=family
         ).wait()
