@@ -1,1 +1,1 @@
-"""A measurement under way: sources to sinks, on this machine and over a broker."""
+"""Live measurements, from sources to sinks, on this machine and through a broker."""

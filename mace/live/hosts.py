@@ -1,7 +1,7 @@
-"""What an ingest knows of its hosts: their streams, an engine for each, and what came out since the last flush.
+"""The hosts of an ingest: for each its stream, its engine, and the results since the last flush.
 
-No connection, no journal, no clock: a frame goes in, results wait to be taken. A host can be put aside as bytes, and
-goes on from them as if nothing had been.
+This module has no connection, journal or clock: frames go in, and results wait until they are fetched. A host's state
+can be saved as bytes and restored, after which the host gives the same results as without the interruption.
 """
 
 from __future__ import annotations
@@ -30,55 +30,56 @@ from storage.fleet import RunPart
 from storage.segments import HOUR_NS
 
 SLICE_NS: Final = 2_900_000_000
-"""An engine works on what has come when it spans this much of the stream's own time: three frames of a second each, as
-long as rows may wait and be in the store within five seconds ..."""
+"""An engine processes the waiting records when they span this much of the stream's own time: three frames of a second
+each. Rows that wait so long are still in the store within five seconds."""
 _SLICE_RECORDS: Final = 1 << 14
-"""... or is so many records: where a slice's fixed cost of a millisecond or two no longer counts."""
+"""An engine also processes the waiting records when there are so many: a slice's fixed cost of a millisecond or two is
+then negligible."""
 
 _FORMAT: Final = f"{VERSION}/2"
-"""Of what is put aside; the number is raised with what is pickled."""
+"""Format of a saved host; the number is raised whenever the pickled classes change."""
 _HELD_CELLS: Final = 1 << 22
-"""Histogram cells of a host's open windows, 128 MiB: a hundred times what a host of fifty containers has."""
+"""Most histogram cells of a host's open windows, 128 MiB: a hundred times what a host of fifty containers has."""
 _HELD_DEVICES: Final = 1 << 16
-"""Devices that a run has told of, those that are gone among them."""
+"""Most devices that a run may announce, including devices that are gone."""
 _PASSED_DEVICES: Final = 30_000
-"""Devices of a run that packets have passed, counted once for each container whose packets they were: a store's segment
-numbers their names by 16 bits."""
+"""Most devices of a run that packets have passed, counted once for each container whose packets they were: a store's
+segment numbers their names with 16 bits."""
 _LARGEST: Final = 1 << 62
-"""Of a run's counters: they are stored in 64 bits."""
+"""Largest value of a run's counters, which are stored in 64 bits."""
 _WAITING_ROWS: Final = 1 << 21
-"""Rows, ..."""
+"""Most rows of a host that wait for the next flush; with so many, the host's frames wait too."""
 _WAITING_HOURS: Final = 64
-"""... hours, ..."""
+"""Most hours with rows or windows of a host that wait for the next flush; with so many, the host's frames wait too."""
 _WAITING_RUNS: Final = 16
-"""... and runs of a host that wait for the next flush; what would add to them waits too."""
+"""Most runs of a host that wait for the next flush; with so many, the host's frames wait too."""
 
 RunKey = tuple[str, int]
-"""Host, and tag of the stream."""
+"""Host, and tag of the run's stream."""
 
 
 @dataclass(slots=True)
 class _Host:
-    """All that is known of one host. Pickled into snapshots, but for what is said to be of this process."""
+    """The state of one host, which snapshots pickle."""
 
     stream: HostStream
     engine: Engine | None = None
-    """None before the first stream and after the end of the last."""
+    """The engine of the current run; None before the first stream and after the end of the last."""
     sliced_ns: int = 0
-    """Up to here (the stream's time) the engine has worked."""
+    """Time of the stream up to which the engine has processed records, ns."""
     waiting: int = 0
-    """Records since then."""
+    """Records after `sliced_ns`, which the engine has not processed."""
     rows: int = 0
     """Rows of `delays` of this run so far."""
     given_up: str = ""
-    """Why nothing more of the stream is taken; empty as long as it is."""
+    """Why the rest of the stream is refused; empty while the stream is accepted."""
     taken: int = 0
-    """Frames of the stream that were worked through: one that made the engine fail is not among them."""
+    """Frames of the stream that were processed; a frame that made the engine fail is not counted."""
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """What a host's run adds to the next flush."""
+    """The results of a host's run since the last flush."""
 
     header: StreamHeader
     delays: list[Delays] = field(default_factory=list)
@@ -86,7 +87,7 @@ class _Waiting:
     latest: Results | None = None
     rows: int = 0
     size: int = 0
-    """Rows in `delays`."""
+    """Number of rows in `delays`."""
     hours: set[int] = field(default_factory=set)
     begins: bool = False
     closed: bool = False
@@ -99,7 +100,7 @@ class _Waiting:
 
 
 class Hosts:
-    """All of one ingest. `is_stored` tells whether the store has a run already."""
+    """The hosts of one ingest. `is_stored` returns whether the store already has a run."""
 
     def __init__(
         self,
@@ -108,19 +109,20 @@ class Hosts:
         most: int = 10_000,
         now_utc_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """`most` is how many hosts there may be."""
-        # Slices are cut here, by `slice_ns` and _SLICE_RECORDS.
+        """`most` is the largest number of hosts; frames of further hosts are refused."""
+        # The engine's own slices are switched off: `_fed` ends them by `slice_ns` and _SLICE_RECORDS.
         self._engine = replace(engine, slice_ns=1 << 60)
         self._is_stored = is_stored
         self._most, self._now_utc_ns = most, now_utc_ns
         self._known: dict[str, _Host] = {}
         self._parts: dict[RunKey, _Waiting] = {}
         self._of_host: dict[str, list[_Waiting]] = {}
-        """The same by host."""
+        """The values of `_parts`, by host."""
         self._zstd = zstandard.ZstdCompressor(level=1)
         self.counts = Counts()
         self.slice_ns = SLICE_NS
-        """To be changed before the first frame only: after a crash the same frames must give the same results."""
+        """Length of a slice. Set it before the first frame only: after a crash the same frames must give the same
+        results."""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -129,27 +131,29 @@ class Hosts:
         return host in self._known
 
     def streams(self) -> dict[str, int]:
-        """Each host's stream, by its tag."""
+        """Return the tag of each host's current stream."""
         return {host: known.stream.tag or 0 for host, known in self._known.items()}
 
     def judge(self, host: str, head: Head, oldest: int) -> Verdict:
-        """What a frame with this head is (`HostStream.judge`); raises `WireError` where nothing more is taken."""
+        """Return what a frame with this head is (`HostStream.judge`). Raises `WireError` if the run is given up."""
         known = self._known.get(host)
         if known is None and len(self._known) >= self._most:
-            raise NotNowError(f"there are {self._most} hosts already ([ingest] hosts): {host[:80]} is not taken")
+            raise NotNowError(
+                f"host {host[:80]} is refused: the limit of {self._most} hosts is reached ([ingest] hosts)"
+            )
         if known is not None and known.given_up and head.stream == known.stream.tag:
-            raise WireError(f"nothing more of this run is taken: {known.given_up}")
+            raise WireError(f"this run was given up: {known.given_up}")
         return (known.stream if known is not None else HostStream(host)).judge(head, oldest)
 
     def next_of(self, host: str, stream: int) -> int:
-        """The frame that is expected next of a host's stream; 0 if it is unknown."""
+        """Return the number of the frame that is expected next in a host's stream; 0 if the stream is unknown."""
         known = self._known.get(host)
         if known is None:
             return 0
         return known.taken if known.given_up and stream == known.stream.tag else known.stream.next_of(stream)
 
     def is_held(self, host: str) -> bool:
-        """Whether so much of the host waits for the next flush that nothing may be added."""
+        """Return whether the host has reached a limit on what waits for the next flush; its frames must then wait."""
         parts = self._of_host.get(host, ())
         return (
             len(parts) >= _WAITING_RUNS
@@ -158,35 +162,35 @@ class Hosts:
         )
 
     def take_parts(self) -> dict[RunKey, RunPart]:
-        """What came out since the last call, for the store."""
+        """Return the results since the last call, for the store, and forget them."""
         parts = {key: waiting.part() for key, waiting in self._parts.items()}
         self._parts = {}
         self._of_host = {}
         return parts
 
     def forget_results(self, host: str) -> None:
-        """What came out of a host so far is in the store already."""
+        """Forget a host's results so far, because the store already has them."""
         if self._of_host.pop(host, None):
             for key in [key for key in self._parts if key[0] == host]:
                 del self._parts[key]
 
     def put_aside(self, host: str) -> bytes:
-        """All of a host, to go on from."""
+        """Return a host's state as bytes, for `restore`."""
         packed = self._zstd.compress(pickle.dumps(self._known[host], pickle.HIGHEST_PROTOCOL))
         return _FORMAT.encode() + b"\n" + packed
 
     def restore(self, host: str, aside: bytes) -> None:
-        """Go on from there; raises `StoreError` if another version wrote it, and this one cannot."""
+        """Restore a host from the bytes of `put_aside`. Raises `StoreError` if another version of MACE wrote them."""
         self._known[host] = _restored(aside)
 
     def work(self, host: str, frame: bytes, *, again: bool = False, before: bool = False) -> None:
-        """A frame that is the host's next: engine and results.
+        """Process the host's next frame: feed the engine and keep the results.
 
-        Raises `WireError` for a frame that cannot be taken, and then nothing has changed. After any other error nothing
-        can be made of the run any more (`give_up`).
+        Raises `WireError` for a frame that does not fit, and then nothing has changed. Any other error leaves the run
+        unusable, and the caller has to give it up (`give_up`).
 
-        `before` where the frame was taken before, by whatever the clock was; `again` where also what comes of it is in
-        the store already.
+        `before`: the frame was accepted before a restart, so its time is not compared with the clock. `again`: the
+        store also has its results already.
         """
         known = self._known.get(host)
         if known is None:
@@ -196,7 +200,7 @@ class Hosts:
         if parse_head(frame).stream != stream.tag:
             header = stream.look(frame, now_utc_ns)
             if not again and self._is_stored(header):
-                raise WireError(f"run {header.run} is in the store already, and the journal does not know it")
+                raise WireError(f"the store already has run {header.run}, and the journal does not have it")
             self._finish(known, closed=False)
             stream.begin(frame, now_utc_ns)
             self._known[host] = known
@@ -222,9 +226,9 @@ class Hosts:
         known.taken = stream.next
 
     def give_up(self, host: str, why: str, stream: int | None = None) -> None:
-        """Take nothing more of the host's run; what came out of it so far stays. Another run may follow.
+        """Refuse the rest of the host's run because of `why`. Its results so far stay, and another run may follow.
 
-        `stream` is the run that is meant; None for the one that is coming in.
+        `stream` is the tag of the run; None is the current one.
         """
         known = self._known.get(host)
         if known is None or known.stream.tag is None or stream not in (None, known.stream.tag):
@@ -264,7 +268,7 @@ class Hosts:
             windows = WindowTable.of(results.windows)
             part.windows.append(windows)
             _note_hours(part.hours, windows.column("start_utc_ns"))
-        # An engine that never saw a record does not know of any time.
+        # An engine without records knows no time.
         upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
         ledger = replace(results.ledger, discarded=known.stream.missing)
         before = part.latest.on_host_network if part.latest is not None else ()
@@ -274,33 +278,38 @@ class Hosts:
 
 
 class _TooMuchError(MaceError):
-    """A run that grows beyond what is kept of one."""
+    """A run exceeds a limit of what is kept for one run."""
 
 
 def _hold_to_limits(engine: Engine, found: list[Results]) -> None:
     cells, devices = engine.held
     if cells > _HELD_CELLS:
-        raise _TooMuchError(f"its windows that cannot be closed have {cells} cells, at most {_HELD_CELLS} are kept")
+        raise _TooMuchError(f"its open windows have {cells} histogram cells, more than the limit of {_HELD_CELLS}")
     if devices > _HELD_DEVICES:
-        raise _TooMuchError(f"it has told of {devices} devices, at most {_HELD_DEVICES} are kept: begin a new run")
+        raise _TooMuchError(
+            f"it has announced {devices} devices, more than the limit of {_HELD_DEVICES}: begin a new run"
+        )
     for results in found[-1:]:
         if len(results.devices) > _PASSED_DEVICES:
             raise _TooMuchError(
-                f"its packets have passed {len(results.devices)} devices, at most {_PASSED_DEVICES} are stored of one"
-                " run: begin a new one"
+                f"its packets have passed {len(results.devices)} devices, more than the limit of {_PASSED_DEVICES} for"
+                " one run: begin a new run"
             )
         if max(results.ledger.as_dict().values()) > _LARGEST:
-            raise _TooMuchError("its counters are beyond what 64 bits hold")
+            raise _TooMuchError("a counter exceeds 2**62")
 
 
 def _note_hours(hours: set[int], utc_ns: npt.NDArray[np.int64]) -> None:
-    """Of these times, which are nearly in order."""
+    """Add the hours of these times, which are nearly in order, to `hours`."""
     first, last = int(utc_ns.min()) // HOUR_NS, int(utc_ns.max()) // HOUR_NS
     hours.update((first,) if first == last else np.unique(utc_ns // HOUR_NS).tolist())
 
 
 def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress, slice_ns: int) -> list[Results]:
-    """What comes out of an item. The engine works when enough has come: a slice has a fixed cost."""
+    """Feed an item to the engine and return its results.
+
+    The engine processes records only when enough are waiting, because a slice has a fixed cost.
+    """
     if isinstance(item, Topology):
         return engine.feed(item)
     results: list[Results] = []
@@ -320,13 +329,13 @@ def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress, slice_
 
 
 def _restored(aside: bytes) -> _Host:
-    """Raises `StoreError` for what another version has put aside, and whatever pickle does for what is damaged."""
+    """Return the host saved in `aside`. Raises `StoreError` for another version's, and pickle's errors for damage."""
     written, _, packed = aside.partition(b"\n")
     if written.decode(errors="replace") != _FORMAT:
         raise StoreError(
-            f"the journal was written by MACE {written[:40].decode(errors='replace')} and cannot be read by {_FORMAT}:"
-            " let that version run until the hosts' runs have ended, or move the journal (ingest/) away and begin those"
-            " runs anew"
+            f"the journal was written by MACE {written[:40].decode(errors='replace')} and {_FORMAT} cannot read it:"
+            " let that version run until the hosts' runs have ended, or move the journal (ingest/) away and restart"
+            " those runs"
         )
     known = pickle.loads(zstandard.decompress(packed))  # noqa: S301 (our own journal, readable for its owner only)
     assert isinstance(known, _Host)

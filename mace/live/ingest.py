@@ -1,18 +1,17 @@
-"""`mace ingest`: many hosts' streams from a broker into one store.
+"""`mace ingest`: receives many hosts' streams from a broker and writes their results to one store.
 
     broker ──► turns ──► judge ──► engine of the host ──► journal
                                           │                  └──► acknowledgement to the host, once it is on the disk
                                           └──► flush ──► store ──► commit ──► journal
 
 Each host has an engine of its own, with bounded memory. A frame is acknowledged when the journal has it on the disk, so
-a crash loses nothing that was acknowledged; what comes out of a crash is the store up to its last commit and the
-journal behind it, from which the same rows are made once more, and only once (`storage.journal`). All in one event
-loop: what waits for the disk does so in threads.
+a crash loses no acknowledged frame. After a crash the store is put back to its last commit, and the frames that the
+journal has after that commit are processed again, so that each row is stored exactly once (`storage.journal`). One
+event loop does everything; threads wait for the disk.
 
-Nothing that one host sends may harm the others. Its messages are refused where they are no frame that fits, and then
-change nothing; the hosts take turns (`mace.live.turns`); what is kept of each is bounded (`collector.remote`,
-`mace.live.hosts`). What goes wrong in spite of all that ends at `_border`: the host's run is given up, and that is
-told.
+No host's messages may harm the other hosts. A message that is no fitting frame is refused and changes nothing; the
+hosts take turns (`mace.live.turns`); what is kept for each host is bounded (`collector.remote`, `mace.live.hosts`). Any
+other error ends at `_border`: the host's run is given up, and the log says so.
 """
 
 from __future__ import annotations
@@ -61,27 +60,27 @@ from storage.shared import StreamOfSink
 _LOG: Final = logging.getLogger(__name__)
 
 ACK_INTERVAL_S: Final = 0.25
-"""How often the journal is brought to the disk, and hosts are told."""
+"""Interval at which the journal is synchronised to the disk and acknowledgements are sent."""
 _AGAIN_S: Final = 1.0
-"""A host is asked at most this often to send again: what is on its way meanwhile would be asked for twice."""
+"""A host is asked to send again at most once in this time, so that frames on their way are not requested twice."""
 _SNAPSHOTS: Final = 16
-"""Of the hosts that have one in an old file only, this part gets a new one at each flush."""
+"""At each flush, one in so many hosts gets a new snapshot, among those whose snapshot is in an old file."""
 _AT_A_TIME: Final = 8
-"""Messages that are received between two turns of other tasks."""
+"""Messages that are received before other tasks have a turn."""
 _YIELD_S: Final = 0.01
-"""Of work, between two turns of other tasks."""
+"""Time of work before other tasks have a turn."""
 _COLLECTED: Final = (50_000, 20, 100)
-"""Python's search for cycles. A flush of a fleet makes and frees a hundred thousand windows, and no cycles; to look for
-some at each 700 of them, as by default, takes a tenth of the time."""
+"""Thresholds of Python's search for reference cycles. A flush of a fleet makes and frees a hundred thousand windows and
+no cycles; with the default threshold of 700 objects the search takes a tenth of the time."""
 _MESSAGE_BYTES: Final = 1 << 10
-"""What a message takes in memory besides its payload, about."""
+"""Approximate memory of a message besides its payload."""
 _HOST_LENGTH: Final = 80
 _TOLD_OF: Final = 10_000
-"""Hosts whose refused messages are counted each by itself, for the log: it tells the 1st, 2nd, 4th, 8th of a host."""
+"""Most hosts whose refused messages are counted separately. The log reports the 1st, 2nd, 4th, 8th, ... of a host."""
 
 
 class Ingest:
-    """One ingest process. Raises `StoreError` when the store or the journal cannot go on."""
+    """One ingest process. Raises `StoreError` when the store or the journal cannot be written."""
 
     def __init__(self, broker: Broker, store: Path, config: Config, shard: Shard) -> None:
         self._broker, self._config, self._shard = broker, config, shard
@@ -93,25 +92,25 @@ class Ingest:
             max_bytes=int(kept.max_size_gib * 2**30) or None,
         )
         self._journal = Journal(store / "ingest", fsync=kept.sync)
-        # One thread, so that what is written is written in the order of asking, whoever is cancelled meanwhile.
+        # One thread, so that writes keep the order of their requests even if a requester is cancelled.
         self._disk = ThreadPoolExecutor(1, "mace-journal")
         self._writing: asyncio.Future[None] | None = None
-        """The last write that was asked for; all others are done before it."""
+        """The last requested write; all others end before it."""
         self._ending = asyncio.Event()
         self._base: dict[str, int] = {}
-        """File of the journal from which on a host's entries are still needed."""
+        """First file of the journal whose entries are still needed, by host."""
         self._due: dict[str, tuple[int, bool]] = {}
-        """Hosts to be told which frame is expected next: the stream, and whether frames are missing."""
+        """Hosts that get an acknowledgement next: the stream's tag, and whether frames are missing."""
         self._asked: dict[str, float] = {}
         self._refusals: dict[str, tuple[int, Refusal]] = {}
-        """Hosts to be told which frames of a stream are refused."""
+        """Hosts that get a refusal next: the stream's tag, and the refused frames."""
         self._turned_away: dict[str, tuple[int, type[WireError], str]] = {}
-        """Each host's last stream whose HEADER was refused, and why: its other frames are refused too."""
+        """Each host's last stream whose HEADER was refused, and why; its other frames are refused likewise."""
         self._refused: dict[str, int] = {}
-        """How many of each host's messages were refused lately."""
+        """Number of each host's refused messages, for the log."""
         self._turns: Turns[Message] = Turns(config.ingest.queue_messages, QUEUE_BYTES)
         self._stirred = asyncio.Event()
-        """Something came, was worked on or stored since it was cleared."""
+        """Set when a message arrives, when one has been processed, and by each flush."""
         engine = EngineConfig(
             timeout_ns=config.correlate.timeout_ms * 1_000_000,
             open_records=config.ingest.open_records,
@@ -121,23 +120,23 @@ class Ingest:
         self.vitals = Vitals()
         self._sinks = [kind.make(config, self.vitals) for kind in SINKS.values() if kind.wanted(config)]
         self._streams: dict[RunKey, list[StreamOfSink]] = {}
-        """Each run's stream of each sink."""
+        """The streams of each run, one per sink."""
         self._committed_in = 0
         """File of the journal with the last COMMIT."""
         self.queue_peak = 0
         self.read_again = 0
-        """Frames that were worked through once more at the start."""
+        """Frames of the journal that were processed again at the start."""
         self.listening = asyncio.Event()
-        """Subscribed at the broker, since the last connection."""
+        """Set while connected to the broker and subscribed."""
 
     @property
     def hosts(self) -> int:
-        """Hosts that are known."""
+        """Number of known hosts."""
         return len(self._hosts)
 
     @property
     def counts(self) -> Counts:
-        """Of all hosts' messages since this process began."""
+        """Counters of all hosts' messages since this process started."""
         return self._hosts.counts
 
     @property
@@ -148,7 +147,7 @@ class Ingest:
     # Life. ----------------------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set; then what has come is stored and acknowledged."""
+        """Serve until `stop` is set; then store and acknowledge what has been received."""
         newest = await self._store.hold(f"ingest of shard {self._shard}")
         opened = AsyncExitStack()
         try:
@@ -165,7 +164,7 @@ class Ingest:
             try:
                 await asyncio.wait((receiving, working, flushing, stopping), return_when=asyncio.FIRST_COMPLETED)
                 ended = await cancelled(receiving, working)
-                # Not cancelled: a flush that has begun is brought to its end, then there is a last one.
+                # The flushing task is not cancelled: it ends the flush under way, and then flushes once more.
                 self._ending.set()
                 await flushing
             finally:
@@ -190,11 +189,11 @@ class Ingest:
             await self._store.let_go()
 
     async def _recover(self, newest: int) -> None:
-        """Put the store back to its last commit, and work through what the journal has behind it."""
+        """Put the store back to its last commit, and process the journal's frames after that commit again."""
         earlier = self._journal.open()
         commit, bases = _last_commit(self._journal)
         commit = commit or Commit(newest, (0, 0), SLICE_NS)
-        # What was cut in one way before is cut in the same way again, or results would be on the other side of `upto`.
+        # Slices must end where they ended before the crash; otherwise results would move across `upto`.
         self._hosts.slice_ns = commit.slice_ns
         gone = self._store.put_back(commit.flush)
         for entry in self._journal.read():
@@ -214,19 +213,19 @@ class Ingest:
         self._hosts.counts = Counts(set_aside=self.counts.set_aside)
         if earlier:
             found = len(self._hosts), self.read_again, gone
-            _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
+            _LOG.info("recovered %d hosts: %d frames processed again, %d uncommitted segments removed", *found)
         self._commit(commit.flush, commit.upto)
         self._committed_in = self._journal.place[0]
         await self._sync()
         self._due = {host: (stream, True) for host, stream in self._hosts.streams().items()}
 
     def _apply(self, entry: Entry, base: Place | None, *, stored: bool) -> None:
-        """Do once more what an entry says."""
+        """Apply an entry of the journal again: process a frame, or restore a host from its snapshot."""
         if entry.kind == Kind.FRAME:
             self.read_again += 1
             self._hosts.work(entry.host, entry.payload, before=True, again=stored)
         elif entry.kind != Kind.SNAPSHOT:
-            raise WireError(f"an entry of kind {entry.kind}, which this version does not know")
+            raise WireError(f"the journal entry has kind {entry.kind}, which this version of MACE does not know")
         elif entry.place == base:
             self._hosts.restore(entry.host, entry.payload)
         self._base.setdefault(entry.host, entry.place[0])
@@ -238,7 +237,7 @@ class Ingest:
         self.counts.set_aside += 1
         if (count := self._count(entry.host)) & (count - 1) == 0:
             _LOG.error(
-                "host %s: an entry of the journal cannot be applied (%s); it is kept in %s (%d of this host so far)",
+                "host %s: a journal entry cannot be applied (%s) and is kept in %s (%d of this host so far)",
                 *(entry.host[:80], _told(error), path, count),
             )
 
@@ -254,7 +253,9 @@ class Ingest:
                     await self._serve(client)
             except MqttError as error:
                 level = logging.WARNING if attempt == 0 else logging.DEBUG
-                _LOG.log(level, "%s: %s; the hosts keep what they measure", self._broker.address, error)
+                _LOG.log(
+                    level, "%s: %s; retrying; the hosts spool their records meanwhile", self._broker.address, error
+                )
             self.listening.clear()
             attempt += 1
             await asyncio.sleep(retry_after_s(attempt, random.random()))
@@ -264,7 +265,7 @@ class Ingest:
         answers = await client.subscribe([*filters, (f"{ROOT}/+/status", 0)])
         refused = [name for (name, _), answer in zip(filters, answers, strict=False) if is_failure(answer)]
         if refused:
-            _LOG.error("the broker does not let us subscribe to %s (and %d more)", refused[0], len(refused) - 1)
+            _LOG.error("the broker refuses subscriptions: %s (and %d more)", refused[0], len(refused) - 1)
         _LOG.info("%s: shard %s, listening", self._broker.address, self._shard)
         self.listening.set()
         work = [asyncio.create_task(self._receive(client)), asyncio.create_task(self._tell_now_and_then(client))]
@@ -283,16 +284,16 @@ class Ingest:
                 for each in at_hand:
                     self._hear(each)
                 self.queue_peak = max(self.queue_peak, len(messages) + len(self._turns))
-                # What waits is given out without waiting: other tasks must get their turn.
+                # `at_hand` does not wait, so other tasks get their turn here.
                 await asyncio.sleep(0)
                 while self._turns.is_full:
-                    # What has not been received stays with the broker.
+                    # Messages that are not received stay with the broker.
                     self._stirred.clear()
                     await self._stirred.wait()
                 at_hand = list(client.at_hand(_AT_A_TIME))
 
     def _hear(self, message: Message) -> None:
-        """Let a message wait for its host's turn, if it is one's."""
+        """Queue a host's message for its turn; greet a host on a status message; refuse any other topic."""
         topic = str(message.topic)
         try:
             if topic.endswith("/status"):
@@ -307,7 +308,7 @@ class Ingest:
         self._stirred.set()
 
     async def _work(self) -> None:
-        """Take the hosts' messages, in turns, as long as the ingest runs."""
+        """Process the hosts' messages, in turns, as long as the ingest runs."""
         clock = time.perf_counter
         yielded_s = clock()
         while True:
@@ -328,14 +329,14 @@ class Ingest:
                 yielded_s = clock()
 
     def message(self, message: Message) -> None:
-        """Take a message of a host's stream."""
+        """Process one message of a host's stream: judge the frame, feed the engine, append it to the journal."""
         topic = str(message.topic)
         host = host_of_stream(topic)
         with self._border(host, topic):
             if not self._shard.owns(host):
-                raise NotNowError(f"host {host} is not of shard {self._shard}")
+                raise NotNowError(f"host {host} does not belong to shard {self._shard}")
             if message.retain:
-                raise WireError("a retained message; frames of a stream are not retained")
+                raise WireError("the message is retained; frames of a stream are never retained")
             payload = payload_of(message)
             head, oldest = parse_head(payload), _oldest(user_property(message, OLDEST))
             try:
@@ -345,9 +346,9 @@ class Ingest:
                 raise
 
     def _turn_away(self, host: str, head: Head, error: WireError) -> None:
-        """Have the host told that the frame is refused for what is in it: it would send the frame again for ever."""
+        """Note a refusal to send to the host, which would otherwise send the frame again for ever."""
         if isinstance(error, NotNowError) and not isinstance(error, AheadError):
-            return  # it may be taken later, or by the process whose host it is
+            return  # this process may accept the frame later, or the process of the host's shard accepts it
         clock_utc_ns = time.time_ns() if isinstance(error, AheadError) else None
         refusal = Refusal(head.sequence, head.sequence, _told(error), clock_utc_ns)
         stream, before = self._refusals.get(host, (head.stream, refusal))
@@ -359,18 +360,18 @@ class Ingest:
 
     @contextmanager
     def _border(self, host: str, topic: str) -> Iterator[None]:
-        """Where what goes wrong with one host's messages or results ends: it is told, counted, and others go on."""
+        """Catch the errors of one host's messages or results: log and count them, so that the other hosts go on."""
         try:
             yield
         except WireError as error:
             self._refuse(host, topic, error)
         except StoreError:
-            raise  # the disk is everybody's
-        except Exception as error:  # noqa: BLE001 (the one place; see above)
+            raise  # all hosts share the disk
+        except Exception as error:  # noqa: BLE001 (the only such place; see the docstring)
             self._give_up(host, error)
 
     def _give_up(self, host: str, error: Exception, stream: int | None = None) -> None:
-        _LOG.error("host %s: its run is given up, and what it sends of it refused: %s", host[:80], _told(error))
+        _LOG.error("host %s: its run is given up and the rest of it refused: %s", host[:80], _told(error))
         _LOG.debug("host %s", host[:80], exc_info=error)
         self._hosts.give_up(host, _told(error), stream)
 
@@ -387,14 +388,14 @@ class Ingest:
             case Verdict.NEW | Verdict.BEGIN as verdict:
                 runs = self._store.runs_of(host)
                 if verdict is Verdict.BEGIN and runs >= self._config.ingest.runs:
-                    raise NotNowError(f"the store has {runs} runs of it, the limit ([ingest] runs)")
+                    raise NotNowError(f"the store has {runs} runs of this host, the limit ([ingest] runs)")
                 self._hosts.work(host, frame)
                 place = self._journal.append(Kind.FRAME, host, frame)
                 self._base.setdefault(host, place[0])
                 self._due[host] = (head.stream, False)
 
     def _greet(self, topic: str, payload: bytes) -> None:
-        """A host that is there may not know that we are."""
+        """Ask a host that is online, and unknown here, to send its stream from the start."""
         parts = topic.split("/")
         host = check_host(parts[2] if len(parts) == 4 else "")
         if host not in self._hosts and self._shard.owns(host) and b'"online"' in payload:
@@ -414,7 +415,7 @@ class Ingest:
             _LOG.warning("%s: refused: %s (%d of this host so far)", topic[:200], error, count)
 
     def _count(self, host: str) -> int:
-        """How often there was something to be told of a host."""
+        """Count one more refused or failed message of a host; returns the count."""
         if len(self._refused) >= _TOLD_OF:
             self._refused.clear()
         self._refused[host] = self._refused.get(host, 0) + 1
@@ -423,9 +424,9 @@ class Ingest:
     # Journal, store. ------------------------------------------------------------------------------------------
 
     async def _sync(self) -> None:
-        """Bring to the disk what was appended so far, by whomever; a cancelled caller does not stop it.
+        """Write all entries appended so far to the disk. Cancelling the caller does not cancel the write.
 
-        Raises `StoreError` if that failed, or anything before it: also where who asked for it was cancelled.
+        Raises `StoreError` if this write or an earlier one failed, also an earlier one whose caller was cancelled.
         """
         buffer = self._journal.taken()
         if buffer:
@@ -442,7 +443,7 @@ class Ingest:
                 await client.publish(ack_topic(host), word.to_bytes(), qos=0)
 
     def _words(self) -> list[tuple[str, Ack]]:
-        """What hosts are to be told once all that was appended so far is on the disk."""
+        """Return the acknowledgements to send once all entries appended so far are on the disk, and forget them."""
         due, self._due = self._due, {}
         refusals, self._refusals = self._refusals, {}
         words = [(host, Ack(tag, self._hosts.next_of(host, tag), again)) for host, (tag, again) in due.items()]
@@ -456,16 +457,16 @@ class Ingest:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._config.store.flush_interval_s):
                     await self._ending.wait()
-            # Asked before the flush: what came while one was under way needs another one.
+            # Read before the flush: frames that arrive during the last flush need one more.
             ended = self._ending.is_set()
             await self._flush()
 
     async def _flush(self) -> None:
-        """Store what came out, note that in the journal, and let go of what no crash would need any more."""
+        """Store the results since the last flush, commit in the journal, and remove files that no recovery needs."""
         if self.listening.is_set():
             self.vitals.got_on(messages=self.queue_peak)
         elif not self.vitals.last_results_s:
-            self.vitals.waits_for = f"{self._broker.address} has not answered yet"
+            self.vitals.waits_for = f"the broker {self._broker.address} has not answered yet"
         self.vitals.waits_for = "" if self.vitals.last_results_s else self.vitals.waits_for
         parts = self._hosts.take_parts()
         if not parts:
@@ -473,13 +474,13 @@ class Ingest:
         snapshots = self._snapshots()
         upto = self._journal.place
         await self._sync()
-        self._stirred.set()  # hosts that were held up
+        self._stirred.set()  # hosts that had reached a limit may go on
         flush, unstorable = await self._store.flush(list(parts.values()))
         for (host, stream), part in parts.items():
             for each in unstorable:
                 if each.part is part:
                     self._give_up(host, StoreError(f"its rows cannot be stored: {each.why}"), stream)
-        # Before the commit: after a crash a sink gets some results twice rather than not at all, and they are the same.
+        # Before the commit, so that after a crash a sink gets some results twice, and equal, rather than not at all.
         for key, part in parts.items():
             with self._border(key[0], "sinks"):
                 await self._deliver(key, part)
@@ -500,7 +501,7 @@ class Ingest:
         return self._writing is not None and not self._writing.done()
 
     async def _deliver(self, key: RunKey, part: RunPart) -> None:
-        """Hand a run's results to the sinks besides the store; they buffer, and never wait for a server."""
+        """Write a run's results to the sinks other than the store; sinks buffer and never wait for a server."""
         if not self._sinks:
             return
         if key not in self._streams:
@@ -516,7 +517,7 @@ class Ingest:
                 await stream.aclose()
 
     def _snapshots(self) -> dict[str, int]:
-        """Of some hosts that have none in the newest file; hosts and files."""
+        """Append snapshots of some hosts whose snapshot is in an old file; returns the new file by host."""
         newest = self._journal.place[0]
         old = sorted((file, host) for host, file in self._base.items() if file < newest)
         chosen = [host for _, host in old[: len(self._hosts) // _SNAPSHOTS + 1]]
@@ -527,22 +528,22 @@ class Ingest:
 
 
 def _oldest(told: str) -> int:
-    """The property's number, 0 where there is none; raises `WireError`."""
+    """Return the number in the property `OLDEST`, 0 without the property. Raises `WireError`."""
     if not told:
         return 0
     if not (told.isascii() and told.isdigit() and len(told) <= len(str(MAX_SEQUENCE))):
-        raise WireError(f"{OLDEST} {told[:40]!r} is no frame's number")
+        raise WireError(f"{OLDEST} {told[:40]!r} is not the number of a frame")
     return int(told)
 
 
 def _told(error: Exception) -> str:
-    """One line of what has gone wrong."""
+    """Return an error as one line of at most 500 characters."""
     text = str(error) if isinstance(error, MaceError) else f"{type(error).__name__}: {error}"
     return text.replace("\n", " ")[:500]
 
 
 def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
-    """The last COMMIT, and each host's last snapshot before the place that it tells."""
+    """Return the last COMMIT, and for each host the place of its last snapshot before `commit.upto`."""
     commit: Commit | None = None
     snapshots: list[tuple[str, Place]] = []
     for entry in journal.read():
@@ -559,7 +560,7 @@ def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
 
 
 def serve(broker: Broker, store: Path, config: Config, shard: Shard, duration_s: float | None) -> dict[str, Any]:
-    """Run until a signal, or for a time; what was counted."""
+    """Run the ingest until a signal, or for `duration_s`; returns its counters."""
     keep_freed_memory()
     gc.set_threshold(*_COLLECTED)
 

@@ -1,4 +1,4 @@
-"""Which parts can run on this machine, and if not, why and what to do."""
+"""Checks which parts can run on this machine, and says for the others why not and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storage import SINKS
 
 
 def statuses(config: Config) -> dict[str, Status]:
-    """Each source, sink and helper by name, in the order of the pipeline."""
+    """Return the status of each source, sink and helper by name, in the order of the pipeline."""
     return {
         **{f"source {name}": source.check() for name, source in SOURCES.items()},
         "source capture": Status(True, "reads .mace files"),
@@ -25,7 +25,7 @@ def statuses(config: Config) -> dict[str, Status]:
         **{f"sink {name}": kind.check(config) for name, kind in SINKS.items()},
         "broker": publish.check(config),
         "lab netns": _lab(lab.Runtime.NETNS, "containers are bare network namespaces"),
-        "lab docker": _lab(lab.Runtime.DOCKER, "containers are Docker's"),
+        "lab docker": _lab(lab.Runtime.DOCKER, "containers of the lab's own Docker daemon"),
     }
 
 
@@ -37,9 +37,9 @@ def _lab(runtime: lab.Runtime, detail: str) -> Status:
 
 
 def _store(path: Path) -> Status:
-    """Whether the embedded store could be made or written at `path`."""
+    """Return whether the embedded store could be made or written at `path`."""
     place = path.absolute()
-    # Not Path.exists(), which raises where a directory on the way may not be entered.
+    # os.path.exists, because Path.exists() raises if a parent directory may not be entered.
     while not os.path.exists(place):  # noqa: PTH110
         place = place.parent
     if not place.is_dir():

@@ -1,12 +1,12 @@
-"""Source -> correlator -> sinks, in one task group.
+"""The pipeline: source -> correlator -> sinks, in one task group.
 
     source ──items──► pump ──channel──► correlate ──channel──► deliver ──► sinks
                        │                                          └──────► on_results (tables, progress)
                        └──► tee: a capture file of the raw stream
 
-Built from the sinks back to the source, so that nothing flows before all that it flows into is there; stopped
-from the source forward, so that what has happened is drained through. The channels are short: what waits in them
-has left the kernel's ring, which counts what it cannot hold, and a sink that is slow makes the ring wait.
+The pipeline is built from the sinks back to the source, so that every stage exists before records flow into it. It is
+stopped from the source forward, so that records already captured are drained through. The channels are short: a slow
+sink then keeps records in the kernel's ring, which counts the records that it loses.
 
 An error in any task cancels the others; whatever was opened is closed, in the opposite order.
 """
@@ -34,15 +34,15 @@ from correlator.stage import correlate
 from storage.embedded import EmbeddedStore
 
 _CHANNEL_ITEMS = 4
-"""A source gives out an item every 50 to 250 ms: this is a second of it at most."""
+"""Capacity of a channel. A source yields an item every 50 to 250 ms, so four items are at most a second."""
 
 
 @dataclass(slots=True)
 class Stop:
-    """A wish to stop, from a signal or because what it was for is over; either may come before the source is open."""
+    """A request to stop a run, by a signal or because its time is over. It may precede the opening of the source."""
 
     drain_s: float = 10.0
-    """What is under way has this long to be drained, then the run is cut off."""
+    """Time to drain the records already captured; then the run is cut off."""
     _source: Source | None = None
     _requested: bool = False
     _interrupted: bool = False
@@ -52,7 +52,7 @@ class Stop:
     """Why the run was cut off; empty if it was not."""
 
     def request(self) -> None:
-        """End the stream after what has already happened. From the event loop."""
+        """End the stream after the records already captured. To be called in the event loop."""
         if self._requested:
             return
         self._requested = True
@@ -60,7 +60,7 @@ class Stop:
             self._begin(self._source)
 
     def interrupt(self) -> None:
-        """What a signal asks for: the first one ends the stream as `request` does, the second ends it now."""
+        """Handle a signal: the first ends the stream as `request` does, the second cuts the run off."""
         if self._interrupted:
             self._cut_off("by a second signal")
         self._interrupted = True
@@ -72,13 +72,13 @@ class Stop:
         return self._requested
 
     def attach(self, source: Source, task: asyncio.Task[None]) -> None:
-        """Say what is to be stopped."""
+        """Set the source and the task that a request stops."""
         self._source, self._task = source, task
         if self._requested:
             self._begin(source)
 
     def release(self) -> None:
-        """The run is over."""
+        """Cancel the timer of `drain_s`, because the run is over."""
         if self._cut is not None:
             self._cut.cancel()
 
@@ -97,7 +97,7 @@ class Stop:
 async def capture(
     source: Source, sink: StreamSink, *, stop: Stop, on_item: Callable[[StreamItem], None]
 ) -> StreamHeader:
-    """Source -> file (or broker), nothing computed. Returns the stream's header."""
+    """Write the source's raw stream to a file or broker until it ends or `stop` is requested; returns its header."""
     async with AsyncExitStack() as opened:
         header = await _open_source(source, opened)
         await sink.open(header)
@@ -124,17 +124,17 @@ async def run(
     on_open: Callable[[StreamHeader], None] = lambda _: None,
     vitals: Vitals | None = None,
 ) -> StreamHeader:
-    """Source -> correlator -> sinks until the source ends or `stop` is requested. Returns the stream's header.
+    """Run source -> correlator -> sinks until the source ends or `stop` is requested; returns the stream's header.
 
-    Every result has been taken by all sinks before `on_results` sees it. `vitals` hears how it goes; sinks that tell of
-    that were made with the same ones.
+    `on_results` is called with each result after all sinks have accepted it. The run notes its progress in `vitals`;
+    sinks that report it have to be made with the same object.
     """
     vitals = vitals or Vitals()
     items: Channel[StreamItem] = Channel(_CHANNEL_ITEMS)
     results: Channel[Results] = Channel(_CHANNEL_ITEMS)
 
     async with AsyncExitStack() as opened:
-        # The source opens first only to say who it is: it gives out nothing before `items` is called.
+        # The source opens first, to give its header; it yields no item before `items` is called.
         header = await _open_source(source, opened)
         for sink in sinks:
             await sink.open(header)
@@ -171,13 +171,13 @@ async def run(
 
 
 async def _open_source(source: Source, opened: AsyncExitStack) -> StreamHeader:
-    # aclose comes also after a failed open, which may have got half way.
+    # aclose is called after a failed open too, which may have opened something.
     opened.push_async_callback(source.aclose)
     return await source.open()
 
 
 async def _supervise(source: Source, stop: Stop, work: Sequence[object]) -> None:
-    """Run the coroutines together to their end; the first error that is meant for the user is raised alone."""
+    """Run the coroutines together to their end. If several fail, the error for the user is raised alone."""
 
     async def all_of_it() -> None:
         async with asyncio.TaskGroup() as group:
@@ -190,7 +190,9 @@ async def _supervise(source: Source, stop: Stop, work: Sequence[object]) -> None
         await task
     except asyncio.CancelledError:
         if stop.cut_off:
-            raise SourceError(f"cut off before all that was captured was worked through, {stop.cut_off}") from None
+            raise SourceError(
+                f"the run was cut off before all captured records were processed, {stop.cut_off}"
+            ) from None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         raise
@@ -201,7 +203,7 @@ async def _supervise(source: Source, stop: Stop, work: Sequence[object]) -> None
 
 
 def _told(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to tell: ours before others, and a closed channel (a consequence) only if there is nothing else."""
+    """Return the error to raise: a `MaceError` before others; a closed channel, a consequence, only if it is alone."""
     leaves: list[BaseException] = []
     pending: list[BaseException] = [group]
     while pending:
@@ -216,7 +218,7 @@ def _told(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 @asynccontextmanager
 async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
-    """SIGINT and SIGTERM request a stop for the length of the block; then they do what they did before."""
+    """Let SIGINT and SIGTERM request a stop within the block; restore their handlers after it."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
@@ -225,13 +227,13 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # asyncio leaves the default behind: SIGTERM would end a program past a lab that is to be removed.
+            # asyncio restores the default handler, with which SIGTERM would end the program before it removes its lab.
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
 
 
 def chosen_source(config: CaptureConfig) -> tuple[str, str]:
-    """The name of the live source to use, and for `auto` why no better one ("" if there is none)."""
+    """Return the name of the live source to use, and for `auto` why better ones cannot run ("" if none is better)."""
     if config.source != "auto":
         return config.source, ""
     why_not: list[str] = []
@@ -240,14 +242,14 @@ def chosen_source(config: CaptureConfig) -> tuple[str, str]:
         if status.ok:
             return name, "; ".join(why_not)
         why_not.append(f"not {name}: {status.detail}" + (f" ({status.remedy})" if status.remedy else ""))
-    # None can: the one that needs least says why when it is opened.
+    # No source can run. The last one needs least; opening it raises the error that says what is missing.
     return next(reversed(SOURCES)), "; ".join(why_not)
 
 
 def live_source(config: CaptureConfig, host: str = "") -> Source:
-    """The live source that the configuration asks for, following this machine's devices.
+    """Return the configured live source, which follows this machine's devices.
 
-    `host` is what the stream says it is of; empty: the machine's own name.
+    `host` is the stream's host name; "" is the machine's own name.
     """
     name, _ = chosen_source(config)
     devices = DeviceFollower(
@@ -260,7 +262,7 @@ def live_source(config: CaptureConfig, host: str = "") -> Source:
 
 
 def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedStore:
-    """The embedded store at `path`, as configured."""
+    """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention."""
     return EmbeddedStore(
         path,
         rows=rows,

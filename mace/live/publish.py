@@ -1,6 +1,6 @@
-"""The raw stream to a MQTT broker: what `mace run --publish` sends, and whether the broker can be reached.
+"""Publishes the raw stream to an MQTT broker (`mace run --publish`), and checks whether the broker can be reached.
 
-Imports nothing that needs the extra `mqtt` before it is asked for.
+Modules that need the extra `mqtt` are imported only when a function here needs them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHECK_S: Final = 2.0
 
 
 def publisher(settings: Config) -> StreamPublisher:
-    """The publisher that the configuration asks for; raises `MissingExtra`, `ConfigError`."""
+    """Return the publisher that the configuration describes. Raises `MissingExtra`, `ConfigError`."""
     from storage.broker import Broker  # noqa: PLC0415 (an extra)
     from storage.mqtt import StreamPublisher  # noqa: PLC0415
 
@@ -35,7 +35,7 @@ def publisher(settings: Config) -> StreamPublisher:
 
 
 def check(settings: Config) -> Status:
-    """Whether a broker that is configured can be reached from here."""
+    """Return whether the configured broker can be reached from this machine."""
     if not settings.mqtt.broker:
         return Status(True, "not configured")
     try:
@@ -48,13 +48,13 @@ def check(settings: Config) -> Status:
         return Status(False, str(error), "see docs/mqtt.md")
     try:
         with socket.create_connection((broker.host, broker.port), _CHECK_S):
-            return Status(True, f"{broker.address} answers")
+            return Status(True, f"{broker.address} accepts connections")
     except OSError as error:
         return Status(False, f"{broker.address}: {error.strerror or error}", "start the broker, or see [mqtt] broker")
 
 
 def line(sink: StreamPublisher) -> str:
-    """What became of the records, for people."""
+    """Return one line that says how many records were published, acknowledged, spooled and discarded."""
     counts = [
         f"{sink.records:,} records",
         f"{sink.arrived:,} arrived",
@@ -66,26 +66,26 @@ def line(sink: StreamPublisher) -> str:
     if sink.set_aside or sink.set_aside_frames:
         counts.append(f"{sink.set_aside:,} set aside ({sink.set_aside_frames:,} frames that nobody takes)")
     if sink.taken_over:
-        counts.append(f"session taken over {sink.taken_over:,} times: another host has this one's name")
+        counts.append(f"session taken over {sink.taken_over:,} times: another host uses the name of this host")
     trouble = sink.state().trouble
     return "published: " + ", ".join(counts) + (f"; {trouble}" if sink.waiting and trouble else "")
 
 
 def both(tee: StreamSink | None, publisher: StreamSink | None) -> StreamSink | None:
-    """The raw stream's sink where there may be a recording, a broker, or either."""
+    """Return one sink for the raw stream that feeds the recording and the broker; None if there is neither."""
     sinks = [sink for sink in (tee, publisher) if sink is not None]
     return Both(sinks) if len(sinks) == 2 else sinks[0] if sinks else None
 
 
 class Both:
-    """A `StreamSink` into several, in order: a recording and a broker."""
+    """A `StreamSink` that writes to several sinks in order: a recording and a broker."""
 
     def __init__(self, sinks: list[StreamSink]) -> None:
         self._sinks = sinks
         self._opened: list[StreamSink] = []
 
     async def open(self, header: StreamHeader) -> None:
-        """Open all of them; if one cannot, those before it are closed again."""
+        """Open all sinks. If one fails, close all that were opened."""
         try:
             for sink in self._sinks:
                 self._opened.append(sink)
@@ -99,12 +99,12 @@ class Both:
             await sink.write(item)
 
     async def aclose(self) -> None:
-        """Close all, the last first, also if one of them cannot."""
+        """Close all sinks, the last one first, even if one fails; then raise the first error."""
         error: BaseException | None = None
         while self._opened:
             try:
                 await self._opened.pop().aclose()
-            except Exception as e:  # noqa: BLE001 (told when the others are closed)
+            except Exception as e:  # noqa: BLE001 (raised when the others are closed)
                 error = error or e
         if error is not None:
             raise error

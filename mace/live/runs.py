@@ -1,10 +1,10 @@
-"""Measuring, observing, recording and replaying as coroutines, which need no console and handle no signal.
+"""Coroutines that measure, observe, record and replay. They need no console and handle no signal.
 
-A terminal, a web page or a test awaits them in a loop of its own and looks on through callbacks, which are called in
-that loop. `stop` ends a run early (`Stop.request`), after what has already happened. `mace.live.session` is the
-terminal's way of calling them.
+A terminal, a web page or a test awaits them in its own event loop and follows them through callbacks, which are called
+in that loop. `stop` ends a run early (`Stop.request`), after the records already captured. `mace.live.session` calls
+them for the terminal.
 
-All raise what sources and sinks raise: `Unavailable`, `SourceError`, `StoreError` and other `MaceError`s.
+All raise the errors of sources and sinks: `Unavailable`, `SourceError`, `StoreError` and other `MaceError`s.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from storage import SINKS, wanted_sinks
 from storage.shared import Alone
 
 Until = Callable[[], Awaitable[object]]
-"""What a run lasts for, begun when the source is open."""
+"""Returns an awaitable whose end ends the run; it is called when the source is open."""
 OnOpen = Callable[[StreamHeader, str], None]
-"""Called with the header and with which source was chosen and why, once the source is open."""
+"""Called when the source is open, with the header and a text that names the chosen source and the reason."""
 
 
 def _ignore(*_: object) -> None:
-    """Nobody looks."""
+    """Do nothing: the default callback."""
 
 
 async def measure(
@@ -49,10 +49,10 @@ async def measure(
     on_open: OnOpen = _ignore,
     on_results: Callable[[Results, Summary], None] = _ignore,
 ) -> Summary:
-    """Live records into the correlator, the store and the sinks that are configured, for as long as `until` takes.
+    """Measure live until `until` ends: run the correlator and write to the store and the configured sinks.
 
-    `tee` gets the raw stream as well; `publishing` says how that goes, where it publishes. `on_results` is told the
-    figures so far, too: the summary that is returned in the end.
+    `tee` also gets the raw stream; `publishing` returns its state if it publishes to a broker. `on_results` is called
+    with each result and with the figures so far, the same `Summary` that is returned at the end.
     """
     source, chosen = live_source(config)
     summary, vitals, opened = Summary(), Vitals(publishing=publishing), asyncio.Event()
@@ -89,7 +89,10 @@ async def observe(
     tee: StreamSink | None = None,
     on_open: OnOpen = _ignore,
 ) -> StreamHeader:
-    """Live records into the correlator, which tells of crossings too; `on_results` sees all that comes of them."""
+    """Run the correlator live with crossings until `until` ends, and call `on_results` with each result.
+
+    Nothing is stored. Returns the stream's header.
+    """
     source, chosen = live_source(config)
     opened = asyncio.Event()
 
@@ -105,7 +108,10 @@ async def observe(
 async def observe_recording(
     config: Config, recording: Recording, on_results: Callable[[Results, int], None], *, stop: Stop
 ) -> tuple[StreamHeader, Sequence[str]]:
-    """As `observe`, of a recording; `on_results` is told the bytes read so far. Returns the reader's warnings too."""
+    """Run the correlator over a recording with crossings, and call `on_results` with each result and the bytes read.
+
+    Returns the stream's header and the reader's warnings.
+    """
     source = recording.source()
     engine = replace(configured.replayed(config.correlate), crossings=True, rows=False)
     header = await pipeline.run(
@@ -115,7 +121,7 @@ async def observe_recording(
 
 
 async def watch(config: Config, until: Until, on_item: Callable[[StreamItem], None], *, stop: Stop) -> StreamHeader:
-    """Live records to whoever looks at each item as it comes; nothing is computed or kept."""
+    """Call `on_item` with each item of the live stream until `until` ends; nothing is computed or kept."""
     source, _ = live_source(config)
     opened = asyncio.Event()
 
@@ -136,9 +142,9 @@ async def record(
     on_open: Callable[[str], None] = _ignore,
     on_lost: Callable[[int], None] = _ignore,
 ) -> int:
-    """Live records into `sink`, nothing computed. Returns how many the ring lost.
+    """Write the live stream to `sink` until `until` ends; returns the number of records that the ring lost.
 
-    `on_open` is told which source was chosen and why, `on_lost` after each batch how many records are lost so far.
+    `on_open` is called with the chosen source and the reason, `on_lost` after each batch with the lost records so far.
     """
     source, chosen = live_source(config)
     lost, opened = 0, asyncio.Event()
@@ -165,9 +171,9 @@ async def replay(
     store: Path | None = None,
     on_read: Callable[[int], None] = _ignore,
 ) -> tuple[Summary, Sequence[str]]:
-    """A recording into the correlator and the sinks, as a live stream. Returns the reader's warnings too.
+    """Replay a recording through the correlator to the store and the sinks; returns the figures and warnings.
 
-    `on_read` is told the bytes read so far.
+    `on_read` is called with the bytes read so far.
     """
     source = recording.source()
     summary, vitals = Summary(), Vitals(live=False)
@@ -189,11 +195,11 @@ async def replay(
 
 
 async def deliver(config: Config, header: StreamHeader, trips: RoundTrips) -> dict[str, Account]:
-    """Round trips of that stream to the sink that takes them, if it is configured; accounts by name of the sink."""
+    """Write round trips of the stream with `header` to InfluxDB, if it is configured; returns accounts by sink name."""
     if not SINKS["influxdb"].wanted(config):
         return {}
     influx = config.sinks.influxdb
-    # A spool of its own: that of a measurement that goes on meanwhile is that one's.
+    # A spool of its own, because a concurrent measurement may hold the configured one.
     influx = replace(influx, spool=str(Path(influx.spool) / "round-trips") if influx.spool else "")
     vitals = Vitals(live=False)
     sink = Alone(SINKS["influxdb"].make(replace(config, sinks=replace(config.sinks, influxdb=influx)), vitals))
@@ -205,19 +211,22 @@ async def deliver(config: Config, header: StreamHeader, trips: RoundTrips) -> di
 
 
 def has_servers(config: Config) -> bool:
-    """Whether the configuration asks for sinks beside the embedded store."""
+    """Return whether sinks other than the embedded store are configured."""
     return any(sink.wanted(config) for sink in SINKS.values())
 
 
 def live_source(config: Config) -> tuple[Source, str]:
-    """The live source, and which one it is and why: to be said once it is open, so that an error stands alone."""
+    """Return the live source, and a text that names it and the reason for the choice.
+
+    The text is to be printed when the source is open, so that an error of opening is printed alone.
+    """
     name, why = pipeline.chosen_source(config.capture)
     source = pipeline.live_source(replace(config.capture, source=name), config.run.host)
     return source, f"source {name}" + (f" ({why})" if why else "")
 
 
 def _sinks(config: Config, store: Path | None, vitals: Vitals) -> list[Sink]:
-    """The embedded store, if there is to be one, then those that the configuration asks for."""
+    """Return the embedded store, if `store` is given, and the configured sinks."""
     embedded: list[Sink] = []
     if store:
         embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows)]
@@ -226,7 +235,7 @@ def _sinks(config: Config, store: Path | None, vitals: Vitals) -> list[Sink]:
 
 @asynccontextmanager
 async def _lasting(until: Until, opened: asyncio.Event, stop: Stop) -> AsyncIterator[None]:
-    """The end of `until`, which begins once `opened` is set, requests a stop."""
+    """Start `until` when `opened` is set, and request a stop when it ends."""
 
     async def wait() -> None:
         await opened.wait()
@@ -245,7 +254,7 @@ async def _lasting(until: Until, opened: asyncio.Event, stop: Stop) -> AsyncIter
 
 
 class _Nowhere:
-    """A sink for a stream of which each item has been looked at."""
+    """A sink that discards the stream."""
 
     async def open(self, header: StreamHeader) -> None:
         """Nothing to do."""

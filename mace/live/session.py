@@ -1,7 +1,6 @@
-"""One run for a person at a terminal: measure, record or replay, with what is shown meanwhile.
+"""Runs for a person at a terminal: measures, records or replays, and shows the progress.
 
-Everything shown here goes to stderr and vanishes; the caller prints what came out of it. What a run does is in
-`mace.live.runs`.
+The progress goes to stderr and vanishes; the caller prints the result. `mace.live.runs` has what a run does.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ T = TypeVar("T")
 
 
 class Session:
-    """The configuration, the terminal, and how a run is stopped: by Ctrl-C and SIGTERM.
+    """Runs with one configuration on one terminal; Ctrl-C and SIGTERM stop a run.
 
-    Each call is a run by itself, to be stopped anew.
+    Each method call is a separate run.
     """
 
     def __init__(self, config: Config, console: Console, *, quiet: bool = False) -> None:
@@ -49,21 +48,21 @@ class Session:
         self._quiet = quiet
         self._stop = Stop()
         self._header: StreamHeader | None = None
-        """Of what was observed last."""
+        """Header of the stream that was observed last."""
         keep_freed_memory()
 
     @property
     def stopped(self) -> bool:
-        """Whether the last run was asked to end, by a signal or because what it was for was over."""
+        """Whether the last run was requested to stop, by a signal or because its time was over."""
         return self._stop.requested
 
     @property
     def has_servers(self) -> bool:
-        """Whether the configuration asks for sinks beside the embedded store."""
+        """Whether sinks other than the embedded store are configured."""
         return runs.has_servers(self._config)
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal."""
+        """Print a line on the terminal, unless the session is quiet."""
         if not self._quiet:
             self._console.print(styled(text, "dim"))
 
@@ -75,7 +74,7 @@ class Session:
         tee: StreamSink | None,
         publishing: Callable[[], Publishing] | None = None,
     ) -> Summary:
-        """`runs.measure` with a table on the terminal."""
+        """Measure until `until` ends, with a table on the terminal (`runs.measure`); returns the figures."""
 
         def begin(header: StreamHeader, chosen: str) -> None:
             self.say(f"measuring {header.host}, Linux {header.kernel}, {chosen}")
@@ -102,7 +101,7 @@ class Session:
             )
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
-        """`runs.observe`."""
+        """Run the correlator live with crossings until `until` ends (`runs.observe`)."""
         self._header = self._run(
             lambda stop: runs.observe(
                 self._config, until, on_results, stop=stop, tee=tee, on_open=lambda _, chosen: self.say(chosen)
@@ -110,11 +109,11 @@ class Session:
         )
 
     def watch(self, until: Until, on_item: Callable[[StreamItem], None]) -> None:
-        """`runs.watch`."""
+        """Call `on_item` with each item of the live stream until `until` ends (`runs.watch`)."""
         self._run(lambda stop: runs.watch(self._config, until, on_item, stop=stop))
 
     def observed(self, recording: Recording, on_results: Callable[[Results], None]) -> None:
-        """`runs.observe_recording` with a bar on the terminal."""
+        """Run the correlator over a recording, with a progress bar (`runs.observe_recording`)."""
         with bar(self._console, quiet=self._quiet) as told:
 
             def take(results: Results, read: int) -> None:
@@ -127,14 +126,14 @@ class Session:
         self._warn(warnings)
 
     def deliver(self, trips: RoundTrips) -> None:
-        """`runs.deliver` of what was observed last."""
+        """Write round trips of the stream observed last to InfluxDB, if it is configured (`runs.deliver`)."""
         if self._header is None:
             return
         for name, account in asyncio.run(runs.deliver(self._config, self._header, trips)).items():
             self.say(f"{name}: {account.line()}")
 
     def record(self, until: Until, sink: CaptureSink) -> int:
-        """`runs.record` with the counts so far on the terminal. Returns how many records the ring lost."""
+        """Record until `until` ends, with counts on the terminal (`runs.record`); returns the records the ring lost."""
         with self._live() as view:
 
             def show(lost: int) -> None:
@@ -146,7 +145,7 @@ class Session:
             )
 
     def replay(self, recordings: Sequence[Recording], *, store: Path | None = None) -> Summary:
-        """`runs.replay` of recordings, one after the other as given, with a bar on the terminal."""
+        """Replay recordings in the given order, with a progress bar (`runs.replay`); returns the figures of all."""
         self._stop = Stop()
         whole = Summary()
         total, done = sum(each.bytes_total for each in recordings), 0
@@ -171,7 +170,7 @@ class Session:
         return whole
 
     def replay_into(self, store: str | None, files: Sequence[RecordedFile], **how: Unpack[How]) -> Summary:
-        """Recordings into a store, or on a cluster: in parts, so that it can be stopped and gone on with."""
+        """Replay recordings in parts, into a store or on a cluster, so that a stopped replay can be resumed."""
         engine = configured.replayed(self._config.correlate)
         with asked_to_stop() as stop, bar(self._console, quiet=self._quiet) as told:
             summary, warnings = into_store(files, store, engine, self._config.store, told=told, stop=stop, **how)

@@ -1,9 +1,9 @@
-"""Whose message is worked on next, where one host can send more than there is time for.
+"""Chooses the host whose message is processed next, so that no host can take all of the time.
 
-Messages wait by host. The hosts take turns; a turn is a share of time, and who has used more than that (one message can
-take a second) waits for as many rounds of the others. So what a host sends delays nobody by more than the one message
-that is being worked on. What waits is bounded in all, and for each host to a share of that: beyond it a message is let
-fall, and asked for again.
+Messages wait by host, and the hosts take turns. A turn is an amount of time; a host that has used more (one message can
+take a second) waits for as many rounds of the others. A host therefore delays another by no more than the one message
+that is being processed. The waiting messages are bounded in all, and for each host to a share of that; a message beyond
+a bound is dropped and requested again.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 TURN_S: Final = 0.01
-"""Of a host, before the next has its turn. A message of a second's records takes a few milliseconds."""
+"""Length of a host's turn. Processing a message with a second's records takes a few milliseconds."""
 SHARE: Final = 8
-"""A host may have this part of all that may wait."""
+"""One host may have one in `SHARE` of the messages and bytes that may wait."""
 
 _REMEMBERED: Final = 1000
-"""Hosts of which nothing waits whose share of time is remembered."""
+"""Number of hosts without waiting messages whose used time is remembered."""
 
 _Message = TypeVar("_Message")
 
 
 class Turns(Generic[_Message]):
-    """Messages that wait, of all hosts."""
+    """The waiting messages of all hosts."""
 
     def __init__(self, most_messages: int, most_bytes: int) -> None:
         self._most = (most_messages, most_bytes)
@@ -33,21 +33,21 @@ class Turns(Generic[_Message]):
         self._ring: deque[str] = deque()
         """Hosts that have messages; the first one has its turn."""
         self._left_s: dict[str, float] = {}
-        """Of the turn; below 0 for a host that has used more."""
+        """Time left of each host's turn; negative for a host that has used more than its turn."""
         self._messages = self._total = 0
         self.let_fall = 0
-        """Messages for which there was no room."""
+        """Number of messages dropped because there was no room."""
 
     def __len__(self) -> int:
         return self._messages
 
     @property
     def is_full(self) -> bool:
-        """Whether nobody's message has room any more."""
+        """Whether there is no room for a message of any host."""
         return self._messages >= self._most[0] or self._total >= self._most[1]
 
     def put(self, host: str, message: _Message, size: int) -> None:
-        """Let it wait, or fall if the host has its share of what may wait."""
+        """Queue a message of `size` bytes; drop it if the host's share is full."""
         waiting = self._waiting.get(host)
         if waiting is not None and (
             len(waiting) >= max(self._most[0] // SHARE, 1) or self._bytes[host] + size > self._most[1] // SHARE
@@ -64,7 +64,7 @@ class Turns(Generic[_Message]):
         self._total += size
 
     def take(self, is_held: Callable[[str], bool]) -> tuple[str, _Message] | None:
-        """The next message and its host; None if none waits but of hosts that are held up."""
+        """Remove and return the next message and its host; None if only hosts that `is_held` excludes have messages."""
         held = 0
         while held < len(self._ring):
             host = self._ring[0]
@@ -91,9 +91,9 @@ class Turns(Generic[_Message]):
         return message
 
     def charge(self, host: str, seconds: float) -> None:
-        """The host's message has taken that long."""
+        """Subtract the processing time of a host's message from its turn."""
         if not self._ring:
-            self._left_s.clear()  # nobody has waited for it
+            self._left_s.clear()  # no other host has waited
             return
         self._left_s[host] = self._left_s.get(host, TURN_S) - seconds
         if len(self._left_s) > 2 * len(self._ring) + _REMEMBERED:

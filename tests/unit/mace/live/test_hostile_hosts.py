@@ -265,7 +265,7 @@ def test_rows_that_no_table_can_hold_are_left_out_and_the_others_are_stored(driv
     part.rows = 1 << 70
     with caplog.at_level(logging.ERROR):
         honest_rows_are_there(driven)
-    assert "host evil: its run is given up, and what it sends of it refused: its rows cannot be stored: " in caplog.text
+    assert "host evil: its run is given up and the rest of it refused: its rows cannot be stored: " in caplog.text
     assert driven.stored(EVIL) is None
 
 
@@ -345,7 +345,7 @@ def test_it_starts_on_a_journal_with_entries_that_cannot_be_applied(tmp_path, ki
     assert driven.ingest.counts.set_aside == 1
     (aside,) = (tmp_path / "store" / "ingest").glob("*.aside")
     assert payload in aside.read_bytes()
-    assert f"host {EVIL}: an entry of the journal cannot be applied" in caplog.text
+    assert f"host {EVIL}: a journal entry cannot be applied" in caplog.text
     assert str(aside) in caplog.text
     assert driven.next_of(HONEST, stream_tag(FRAMES[0])) == 4
     honest_rows_are_there(driven)
