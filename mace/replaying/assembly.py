@@ -1,13 +1,13 @@
-"""A replay into a store, in parts: plans them, commits what was done, and remembers how far it has come.
+"""A replay into a store, in parts: plans the parts, commits their results, and notes the progress for a resume.
 
     plan ──► PartTask ──► run_part, here or on a worker ──► PartDone ──► commit: in order, one after the other
                                                                           │
               STORE/runs, ledger, windows, delays  ◄── files moved ───────┤
               STORE/replay/plan.json, 00000.json ... ◄── how far ─────────┘
 
-A part is committed when the one before it is and the state it began with is the state that one ended with. What is
-committed stays; the note of it comes last, so that a kill between leaves a part that is done once more, with the same
-rows under the same names. When all is committed the notes go, and the store is what an uninterrupted replay leaves.
+A part is committed when the part before it is committed and ended with the state that this part began with. Committed
+rows stay. The note is written last, so that after a kill before it the part is done again, with the same rows under the
+same names. When all parts are committed the notes are removed, and the store equals that of an uninterrupted replay.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ from storage.places import Place, place_at
 from storage.segments import HOUR_NS, NO_HOUR, UNFINISHED
 
 PART_BYTES: Final = 64 << 20
-"""Some 30 million records, a quarter of a minute's work: what a kill costs at most, and long beside a warm-up."""
+"""Size of a part: some 30 million records, a quarter of a minute's work. A kill loses no more than that, and a warm-up
+is short compared with it."""
 _PLAN: Final = f"{UNFINISHED}/plan.json"
 _NOTES: Final = 2
-"""Version of what is in the notes. A replay that another version has begun is not gone on with."""
+"""Version of the notes. A replay with notes of another version cannot be resumed."""
 _FLUSHES_A_PART: Final = 2
-"""A part's own segments, and those of the windows across its beginning."""
+"""Flush numbers of a part: one for its own segments, one for the windows across its beginning."""
 
 
 @dataclass(slots=True)
@@ -66,16 +67,16 @@ class _Capture:
         return self.committed.parts == self.parts
 
     def part_bytes(self, part: int) -> int:
-        """How much of the file a part is."""
+        """Return the size of a part, in bytes of the file."""
         edges = [0, *(cut.position.offset for cut in self.cuts), self.file.bytes_total]
         return edges[part + 1] - edges[part]
 
 
 class Assembly:
-    """One replay. `open` first, `close` last; a context manager. One at a time in a store.
+    """One replay, a context manager. A store can have one at a time.
 
-    Raises `StoreError` where the store is another's, holds a run of these already, or has an unfinished replay of
-    something else.
+    Raises `StoreError` if the directory is not a MACE store, if the store already holds one of the runs, or if it has
+    an unfinished replay of other files.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Assembly:
         part_bytes: int = PART_BYTES,
         warm_up_ns: int | None = None,
     ) -> None:
-        """`store`: path or URL; None computes windows and counts alone. `warm_up_ns`: two timeouts, if not given."""
+        """`store` is a path or URL; None computes windows and counts only. `warm_up_ns` defaults to two timeouts."""
         self._files, self._engine, self._config, self._resume = files, engine, config, resume
         self._part_bytes = part_bytes
         self._warm_up_ns = 2 * engine.timeout_ns if warm_up_ns is None else warm_up_ns
@@ -112,43 +113,43 @@ class Assembly:
     def __exit__(self, *_: object) -> None:
         try:
             if self._place is not None and not self.parts_committed:
-                self._place.remove(UNFINISHED)  # nothing that could be gone on with
+                self._place.remove(UNFINISHED)  # nothing is committed that a resume could use
         finally:
             self._unlock()
 
-    # How far it is ------------------------------------------------------------------------------------
+    # Progress -----------------------------------------------------------------------------------------
 
     @property
     def bytes_total(self) -> int:
-        """Of all recordings."""
+        """Size of all recordings, bytes."""
         return sum(c.file.bytes_total for c in self._captures)
 
     @property
     def bytes_committed(self) -> int:
-        """Of the parts that are committed."""
+        """Size of the committed parts, bytes."""
         return sum(c.part_bytes(part) for c in self._captures for part in range(c.committed.parts))
 
     @property
     def parts_total(self) -> int:
-        """Of all recordings."""
+        """Number of parts of all recordings."""
         return sum(c.parts for c in self._captures)
 
     @property
     def parts_committed(self) -> int:
-        """Of all recordings."""
+        """Number of committed parts of all recordings."""
         return sum(c.committed.parts for c in self._captures)
 
     @property
     def complete(self) -> bool:
-        """Whether all is committed."""
+        """Whether every part is committed."""
         return all(c.complete for c in self._captures)
 
     def part_bytes(self, done: PartDone) -> int:
-        """How much of its file a part is."""
+        """Return the size of a finished part, in bytes of its file."""
         return self._captures[done.capture].part_bytes(done.part)
 
     def summary(self) -> Summary:
-        """All that is committed."""
+        """Return the figures of all committed parts."""
         whole = Summary()
         for capture in self._captures:
             whole.merge(capture.committed.summary)
@@ -157,13 +158,16 @@ class Assembly:
     # Tasks --------------------------------------------------------------------------------------------
 
     def tasks(self) -> Iterator[PartTask]:
-        """What is left to do, in order, each as it is when it is asked for: with the state, where that is known."""
+        """Yield the tasks of parts that are not committed, in order.
+
+        Each task is made when it is requested, and has the state at its beginning if that is known by then.
+        """
         for number, capture in enumerate(self._captures):
             for part in range(capture.committed.parts, capture.parts):
                 yield self.task(number, part)
 
     def task(self, number: int, part: int) -> PartTask:
-        """One part, with the state at its beginning if the part before it is committed."""
+        """Return the task of one part, with the state at its beginning if the part before it is committed."""
         capture = self._captures[number]
         known: EngineState | None = capture.committed.state if part == capture.committed.parts else None
         return PartTask(
@@ -179,20 +183,23 @@ class Assembly:
         )
 
     def follows(self, done: PartDone) -> bool:
-        """Whether the part began with what the one before it, which is committed, ended with."""
+        """Return whether the part before is committed and ended with the state that this part began with."""
         committed = self._captures[done.capture].committed
         return done.part == committed.parts and done.began_with == committed.ended_with
 
     def next_part(self, number: int) -> int | None:
-        """The part of a recording that is to be committed next; None if it is complete."""
+        """Return the part of a recording that is to be committed next; None if all are committed."""
         capture = self._captures[number]
         return None if capture.complete else capture.committed.parts
 
     # Committing ---------------------------------------------------------------------------------------
 
     def commit(self, done: PartDone) -> None:
-        """Make a part's rows a part of the store. Of each recording in order; `follows` must hold."""
-        assert self.follows(done), "not the next part, or not from the same state"
+        """Add a part's rows to the store. `follows` must hold, so a recording's parts are committed in order.
+
+        Raises `StoreError` if the store cannot be written, `CaptureError` if the file's END disagrees with its records.
+        """
+        assert self.follows(done), "the part is not the next one, or began with another state"
         capture = self._captures[done.capture]
         last = done.part == capture.parts - 1
         before = capture.committed
@@ -201,14 +208,14 @@ class Assembly:
             raise CaptureError(
                 capture.file.name,
                 capture.file.bytes_total,
-                f"END of {done.lost_told} records lost, but there were {now.ledger.lost}",
+                f"the END mark says {done.lost_told} records lost, but {now.ledger.lost} were",
             )
         try:
             self._store(capture, done, now, final, devices, last=last)
         except OSError as error:
             raise StoreError(
-                f"{self._told_place}: cannot commit: {error.strerror or error}; what was committed before stays"
-                " readable: free space, then go on with --resume"
+                f"{self._told_place}: cannot commit: {error.strerror or error}; the parts committed before stay"
+                " readable: free space, then continue with --resume"
             ) from error
         capture.committed = now
         self.warnings += done.warnings
@@ -258,10 +265,10 @@ class Assembly:
         self._place.write(_segment_name(table, hour, flush, len(rows)), tables.encode(rows, table).to_pybytes())
 
     def finish(self) -> None:
-        """All is committed: take away the notes."""
+        """Remove the notes, after every part was committed."""
         assert self.complete, "some parts are not committed"
         if self._place is not None:
-            # The plan first: without it the notes are no replay that could be gone on with.
+            # The plan first: without it, leftover notes are not taken for a replay to resume.
             self._place.remove(_PLAN)
             self._place.remove(UNFINISHED)
         if self._local is not None:
@@ -310,14 +317,14 @@ class Assembly:
             place.write("store.json", _about())
         elif UNFINISHED not in found:
             raise StoreError(
-                f"{place.location}: not empty (found {found[0]!r}); a replay to a URL makes a dataset anew"
+                f"{place.location}: not empty (found {found[0]!r}); a replay to a URL needs an empty place"
             )
 
     def _go_on(self, place: Place, text: bytes) -> None:
-        """Take up what a stopped replay has left."""
+        """Resume a stopped replay from its plan and notes."""
         if not self._resume:
             raise StoreError(
-                f"{self._told_place}: a replay was stopped here; go on with --resume, or name another directory"
+                f"{self._told_place}: a replay was stopped here; continue it with --resume, or name another directory"
             )
         try:
             plan = json.loads(text)
@@ -327,8 +334,8 @@ class Assembly:
             self._captures = self._placed(flush, found)
             if self._plan() != plan:
                 raise StoreError(
-                    f"{self._told_place}: the replay that was stopped here was another one"
-                    f" ({_difference(plan, self._plan())}); go on with the same files and options, or name another"
+                    f"{self._told_place}: a different replay was stopped here"
+                    f" ({_difference(plan, self._plan())}); resume with the same files and options, or name another"
                     " directory"
                 )
             for number, capture in enumerate(self._captures):
@@ -346,7 +353,7 @@ class Assembly:
         return self._placed(flush, [self._cuts(file) for file in self._files])
 
     def _cuts(self, file: RecordedFile) -> list[Cut]:
-        # What salvage leaves out is only known when all before it was read.
+        # With salvage the extent of damage is known only when everything before it was read, so there is one part.
         if file.format != MACE_FORMAT or file.options.salvage or file.bytes_total < self._part_bytes:
             return []
         return cuts(
@@ -385,7 +392,7 @@ class Assembly:
         }
 
     def _refuse_known_runs(self, place: Place) -> None:
-        """The same capture stored twice would count every packet twice."""
+        """Raise `StoreError` for a run that is named twice or already stored, whose packets would count twice."""
         wanted = [(file.header.host, file.header.run) for file in self._files]
         for host, run in wanted:
             if wanted.count((host, run)) > 1:
@@ -397,7 +404,7 @@ class Assembly:
             try:
                 rows = pq.read_table(io.BytesIO(data or b""), columns=["host", "run"]).to_pylist()
             except (OSError, ValueError):
-                continue  # readers report it; it must not keep new runs from being stored
+                continue  # a damaged segment, which readers report, must not prevent storing new runs
             for row in rows:
                 if (row["host"], row["run"]) in wanted:
                     raise StoreError(
@@ -434,11 +441,11 @@ def _segment_name(table: str, hour: int, flush: int, rows: int) -> str:
 
 
 def _difference(plan: dict[str, Any], now: dict[str, Any]) -> str:
-    """What of a plan is no longer so, for a person."""
+    """Return the first difference between a stored plan and the present one, for a message."""
     if plan.get("mace-replay") != now["mace-replay"]:
         return "begun by another version of MACE"
     if plan.get("engine") != now["engine"]:
-        return "other correlator settings"
+        return "with other correlator settings"
     for then, this in zip(plan.get("captures", []), now["captures"], strict=False):
         for name in ("files", "run", "bytes", "options"):
             if then.get(name) != this[name]:

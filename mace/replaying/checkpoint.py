@@ -1,4 +1,4 @@
-"""An engine's state as JSON, for a replay that is to go on later. Data alone: nothing in it is ever run."""
+"""Converts an engine's state to JSON and back, for a resumed replay. JSON, because reading it never runs code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _WAITING = {
 
 
 def state_to_json(state: EngineState) -> dict[str, Any]:
-    """Plain values; arrays as base64 of their little-endian bytes."""
+    """Return the state as plain values; arrays are base64 of their little-endian bytes."""
     resolver, waiting = state.resolver, state.waiting
     return {
         "devices": [device_to_json(device) for device in resolver.devices],
@@ -63,7 +63,7 @@ def state_to_json(state: EngineState) -> dict[str, Any]:
 
 
 def state_from_json(given: dict[str, Any]) -> EngineState:
-    """The state again. KeyError, TypeError or ValueError where it is none."""
+    """Return the state that `state_to_json` has converted. Raises KeyError, TypeError or ValueError for other input."""
     asked = Asked()
     asked.dev, asked.ts = (unpacked(text, "<i8") for text in given["asked"])
     waiting = {name: unpacked(given["waiting"][name], dtype) for name, dtype in _WAITING.items()}
@@ -94,20 +94,20 @@ def _records_from_json(given: dict[str, str]) -> Records:
 
 
 def device_to_json(device: Device) -> dict[str, Any]:
-    """All fields."""
+    """Return all fields of a device as plain values."""
     return {name: getattr(device, name) for name in _DEVICE} | {"role": device.role.value}
 
 
 def device_from_json(given: dict[str, Any]) -> Device:
-    """The device again."""
+    """Return the device that `device_to_json` has converted."""
     return Device(**given | {"role": Role(given["role"])})
 
 
 def packed(column: Any, dtype: str) -> str:
-    """An array as text."""
+    """Return an array, converted to `dtype`, as base64 of its bytes."""
     return base64.b64encode(np.ascontiguousarray(column, dtype).tobytes()).decode()
 
 
 def unpacked(text: str, dtype: str) -> Any:
-    """The array again. TypeError or ValueError where it is none."""
+    """Return the array that `packed` has converted. Raises TypeError or ValueError for other input."""
     return np.frombuffer(base64.b64decode(text), dtype).copy()

@@ -1,13 +1,12 @@
-"""A replay on the workers of a Dask cluster: many recordings at once, and parts of one recording at once.
+"""Replays on the workers of a Dask cluster: several recordings, and several parts of a recording, at the same time.
 
     scheduler ──► worker: run_part(supposing its state) ──► PartDone ──► here: does it follow? commit it
                      ▲                                                        │ no
                      └──────────── the same part, with the state ◄───────────┘
 
-The cluster only computes; committing is done here, one part after the other. So it does not matter how often a part is
-worked on, or where: a worker that dies is replaced by Dask's own rescheduling, and what it left behind is taken away.
-Workers read the recordings and write into the store by themselves, so both have to be where they can reach them: a
-shared file system, or a URL.
+Workers only compute; this process commits, one part after the other. It does not matter how often or where a part is
+computed: if a worker dies, Dask reschedules its part, and the files that the worker left are removed. Workers read the
+recordings and write staged rows themselves, so recordings and store must be on a shared file system or at URLs.
 """
 
 from __future__ import annotations
@@ -31,19 +30,22 @@ log = logging.getLogger(__name__)
 
 LOCAL: Final = "local:"
 _AHEAD: Final = 4
-"""Parts that are under way or wait to be committed, for each thread of the workers: enough that none is idle while one
-part is done again, few enough that what is staged stays small."""
+"""Parts in progress or waiting for their commit, per thread of the workers: enough that no thread is idle while a part
+is done again, few enough that the staged rows stay small."""
 _LOOK_S: Final = 0.5
-"""How often a wish to stop is looked at while nothing comes."""
+"""Interval at which a request to stop is noticed while no part ends."""
 _WORKER_STARTS_WITH: Final = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-"""Ctrl-C goes to all processes of a terminal, and is meant for the one that commits."""
+"""Run by each worker: Ctrl-C reaches all processes of the terminal, and only the committing process shall handle it."""
 _CONNECT_S: Final = 5
-"""A scheduler that does not answer within this is taken for none."""
+"""Time for the scheduler to answer before it counts as absent."""
 
 
 def replay(assembly: Assembly, address: str, told: Callable[[int, int], None], stop: Callable[[], bool]) -> None:
-    """Do all parts that are left and commit them. Raises `UsageError` for an address that is none, `SourceError` where
-    no scheduler answers or a part ends its workers again and again, and what parts raise.
+    """Run and commit all remaining parts on the cluster at `address`.
+
+    `told` is called with committed and total bytes; `stop` returns whether to stop, which raises `Stopped`. Raises
+    `UsageError` for a malformed address, `SourceError` if no scheduler answers or a part repeatedly kills its workers,
+    and the errors of parts.
     """
     with _client(address) as client:
         work = _Replay(assembly, client, told, stop)
@@ -52,14 +54,14 @@ def replay(assembly: Assembly, address: str, told: Callable[[int, int], None], s
 
 
 def _hush() -> None:
-    """Dask tells at length what it does; here only faults are wanted, and all of it with `--debug`."""
+    """Let Dask's loggers log errors only, unless `--debug` is given."""
     if not logging.root.isEnabledFor(logging.DEBUG):
         for name in [n for n in logging.root.manager.loggerDict if n.split(".")[0] == "distributed"]:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _local_workers(count: int) -> LocalCluster:
-    """Processes of this machine, a thread each."""
+    """Start workers as processes of this machine, with one thread each."""
     return LocalCluster(
         n_workers=count,
         threads_per_worker=1,
@@ -79,7 +81,7 @@ def _client(address: str) -> Iterator[Client]:
         count = address.removeprefix(LOCAL)
         if not count.isdecimal() or not int(count):
             raise UsageError(
-                f"--cluster {address}: expected local:N, with a number of processes, or a scheduler's address"
+                f"--cluster {address}: expected local:N with a number of processes, or a scheduler's address"
             )
         with _local_workers(int(count)) as cluster, Client(cluster) as client:
             yield client
@@ -98,9 +100,9 @@ class _Replay:
     ) -> None:
         self._assembly, self._client, self._told, self._stop = assembly, client, told, stop
         self._waiting: dict[tuple[int, int], PartDone] = {}
-        """Done, but not yet to be committed."""
+        """Finished parts whose turn to be committed has not come."""
         self.repeated = 0
-        """Parts that supposed wrongly and were done again."""
+        """Number of parts that supposed a wrong state and were done again."""
 
     def run(self) -> None:
         assembly = self._assembly
@@ -111,7 +113,7 @@ class _Replay:
             under_way.add(self._client.submit(run_part, task, pure=False))
 
         def fill() -> None:
-            # Workers may come and go.
+            # Counted each time, because workers may join and leave.
             room = _AHEAD * max(sum(self._client.nthreads().values()), 1)
             while len(under_way) + len(self._waiting) < room and (task := next(tasks, None)) is not None:
                 submit(task)
@@ -141,11 +143,14 @@ class _Replay:
         try:
             done: PartDone = future.result()
         except KilledWorker as error:
-            raise SourceError(f"a part ended its workers again and again: {error}") from error
+            raise SourceError(f"a part has repeatedly killed its worker: {error}") from error
         return done
 
     def _commit(self, capture: int) -> list[PartTask]:
-        """Commit what can be of a recording; the part that has to be done again with its state, if any."""
+        """Commit a recording's finished parts in order; return the task of a part to be done again, if there is one.
+
+        Such a part began with a supposed state that was wrong; its new task has the right one.
+        """
         assembly = self._assembly
         while (part := assembly.next_part(capture)) is not None:
             done = self._waiting.pop((capture, part), None)

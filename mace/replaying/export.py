@@ -1,10 +1,10 @@
-"""Recordings to a Perfetto trace, a timeline of packets.
+"""Exports recordings as a Perfetto trace, a timeline of packets.
 
     recording ──► engine ──► settled packets ──► selection ──► trace
         └── records ──────────────┘
 
-For the worst packets, or for some by number, it goes over the recordings twice: first to find the packets and those
-that answer them, then to write. Nothing is kept but what is under way.
+An export of the worst packets, or of packets by number, reads the recordings twice: first to find these packets and
+their replies, then to write. Only packets in flight are kept in memory.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ Mask = npt.NDArray[np.bool_]
 PROTOCOLS: Final = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58}
 FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
 MOST_CHOSEN: Final = 10_000
-"""Of `--worst`: a person looks at a few, and their answers are kept in memory."""
+"""Largest `--worst`: a person looks at a few packets, and the packets and their replies are kept in memory."""
 _LINGER_NS: Final = 1_000_000_000
-"""A buffer is freed within this after its packet's last hop, or that is no record of the packet any more."""
+"""A record later than this after a packet's last hop no longer belongs to the packet: its buffer was freed before."""
 
 assert tuple(told.name.lower() for told in ToldBy)[1:] == TOLD_BY[1:]
 
 
 @dataclass(slots=True)
 class Exported:
-    """What was written."""
+    """Counts of what an export has written."""
 
     packets: int = 0
     slices: int = 0
     instants: int = 0
     bytes_written: int = 0
     replies: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOLD_BY[1:], 0))
-    """By how they are known."""
+    """Number of replies by the kind of evidence that matched them to their requests."""
     summary: Summary = field(default_factory=Summary)
-    """Of all packets, also of those that were left out."""
+    """Figures of all packets, including packets that were left out."""
     warnings: list[str] = field(default_factory=list)
 
     def line(self, path: Path) -> str:
-        """For people."""
+        """Return the counts as one line for people."""
         answers = " · ".join(f"{count:,} by {name}" for name, count in self.replies.items() if count)
         return (
             f"{path}: {self.packets:,} packets in {self.slices:,} slices, {self.instants:,} records, "
@@ -70,7 +70,7 @@ class Exported:
         )
 
     def as_dict(self, path: Path) -> dict[str, Any]:
-        """file, packets, slices, records, replies (by how they are known), bytes, ledger, warnings."""
+        """Return the counts for JSON: file, packets, slices, records, replies by evidence, bytes, ledger, warnings."""
         return {
             "file": str(path),
             "packets": self.packets,
@@ -85,36 +85,36 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which packets to show; None is any."""
+    """A filter of packets; None in a field admits every value."""
 
     container: str | None = None
     direction: Direction | None = None
     proto: int | None = None
     port: int | None = None
-    """Either port; of echo requests and replies the identifier."""
+    """Source or destination port; for echo requests and replies the identifier."""
     l3_len: int | None = None
     since_ns: int | None = None
     until_ns: int | None = None
 
     @classmethod
     def of(cls, flow: str | None, between: str | None, first_utc_ns: int) -> Wanted:
-        """As given on the command line. Raises `UsageError`."""
+        """Parse the values of `--flow` and `--between`. Raises `UsageError`."""
         since, until = _between(between, first_utc_ns) if between else (None, None)
         return cls(**_flow(flow) if flow else {}, since_ns=since, until_ns=until)
 
     @property
     def any_flow(self) -> bool:
-        """Whether only time decides."""
+        """Whether the filter restricts nothing but time."""
         return {self.container, self.direction, self.proto, self.port, self.l3_len} == {None}
 
     def packets(self, settled: Settled) -> Mask:
-        """Those that are wanted, of the settled packets."""
+        """Return a mask of the settled packets that the filter admits."""
         packets = settled.packets
         seen = packets.seen
         mask = np.ones(len(packets), np.bool_)
         if self.container is not None:
             ours = np.array([d.container == self.container for d in settled.devices], np.bool_)
-            # A packet between two containers is one of both.
+            # A packet between two containers belongs to both.
             touched = np.zeros(len(packets), np.bool_)
             np.logical_or.at(touched, settled.of_packet, ours[settled.rows.device])
             mask &= touched
@@ -129,7 +129,7 @@ class Wanted:
         return mask & self.times(seen.begin_ns)
 
     def times(self, utc_ns: npt.NDArray[np.int64]) -> Mask:
-        """Those that are in the time wanted."""
+        """Return a mask of the times (UTC, ns) that are between `since_ns` and `until_ns`."""
         mask = np.ones(len(utc_ns), np.bool_)
         if self.since_ns is not None:
             mask &= utc_ns >= self.since_ns
@@ -150,10 +150,11 @@ def export(
     overwrite: bool = False,
     told: Callable[[int, int], None] = lambda *_: None,
 ) -> Exported:
-    """Write the packets of recordings that are wanted to a Perfetto trace.
+    """Write the packets that `wanted` admits to a Perfetto trace at `path`; returns the counts.
 
-    With `worst` and `packets` only these of them; recordings are read twice then. `told` is called with the bytes that
-    were read and that are to be read. Raises `StoreError`, `CaptureError`, `Unavailable`, `UsageError`.
+    `packets` and `worst` select only packets with these numbers, or with the largest overhead; the recordings are then
+    read twice. `told` is called with the bytes read so far and the bytes to read. Raises `StoreError`, `CaptureError`,
+    `Unavailable`, `UsageError`.
     """
     found = Exported()
     trace = PerfettoTrace(path, overwrite=overwrite)
@@ -179,7 +180,7 @@ def export(
 
 @dataclass(slots=True)
 class _Progress:
-    """How much of all recordings was read; those that are behind us count whole."""
+    """Bytes read of all recordings: `behind` is the size of the recordings that were read to the end."""
 
     told: Callable[[int, int], None]
     total: int
@@ -194,7 +195,7 @@ def _follow(
     on_settled: Callable[[Settled], None],
     on_results: Callable[[Results], None] = lambda _: None,
 ) -> Sequence[str]:
-    """Run a recording through the correlator; returns the source's warnings."""
+    """Run a recording through the correlator and the follower that `begin` makes; returns the source's warnings."""
     source = recording.source()
     stop = pipeline.Stop()
     sink = _Sink(begin, on_settled, on_results)
@@ -215,7 +216,7 @@ def _follow(
 
 
 class _Sink:
-    """A `Sink` that gives results to a `Follower`, and what that settles further on."""
+    """A `Sink` that passes results to a `Follower`, and the packets that it settles to `on_settled`."""
 
     def __init__(
         self,
@@ -239,7 +240,7 @@ class _Sink:
         """Nothing to close."""
 
     def finish(self) -> None:
-        """The stream has ended well: the results that are left are the last."""
+        """Settle the remaining results as the last ones, because the stream has ended without an error."""
         if self._last is not None:
             self._settle(self._last, last=True)
 
@@ -249,13 +250,13 @@ class _Sink:
 
 
 class _Tee:
-    """The raw stream to the same follower, a `StreamSink`."""
+    """A `StreamSink` that passes the raw stream to the follower of a `_Sink`."""
 
     def __init__(self, sink: _Sink) -> None:
         self._sink = sink
 
     async def open(self, header: StreamHeader) -> None:
-        """The sink has seen to it."""
+        """Nothing to open: the `_Sink` has made the follower."""
 
     async def write(self, item: StreamItem) -> None:
         self._sink.follower.take(item)
@@ -265,7 +266,7 @@ class _Tee:
 
 
 class _Choice:
-    """First pass: the packets that are asked for, and those that they answer or that answer them."""
+    """The first pass: finds the requested packets, and the packets that they reply to or that reply to them."""
 
     def __init__(self, wanted: Wanted, packets: set[int], worst: int) -> None:
         self._wanted, self._asked, self._worst = wanted, packets, worst
@@ -273,10 +274,10 @@ class _Choice:
         self._largest: list[tuple[int, int]] = []
         """A heap of (overhead, packet)."""
         self._other: dict[int, int] = {}
-        """Of each of these the packet that it answers, or that answers it; 0 if none is known."""
+        """For each of the largest, the packet that it replies to or that replies to it; 0 if none is known."""
 
     def look(self, settled: Settled) -> None:
-        """Take in what is settled."""
+        """Note the requested and the largest of the settled packets, and their replies."""
         packets = settled.packets
         ids, request = packets.seen.packet, packets.request
         if self._asked:
@@ -285,7 +286,7 @@ class _Choice:
             self._found.update(ids[near].tolist(), request[near].tolist())
         if self._worst:
             self._rank(settled)
-            # What answers one of the largest belongs to it; the answer comes with it or later.
+            # A reply to one of the largest packets is settled with it or later.
             largest = np.array([packet for _, packet in self._largest], np.uint64)
             answers = np.flatnonzero(np.isin(request, largest) & (request > 0))
             for packet, answer in zip(request[answers].tolist(), ids[answers].tolist(), strict=True):
@@ -305,15 +306,15 @@ class _Choice:
                 del self._other[heapq.heappop(self._largest)[1]]
 
     def chosen(self) -> npt.NDArray[np.uint64]:
-        """Ascending. Raises `UsageError` where a packet that was asked for is in none of the recordings."""
+        """Return the chosen packets' numbers, ascending. Raises `UsageError` if no recording has a requested packet."""
         missing = self._asked - self._found
         if missing:
-            raise UsageError(f"no packet {', '.join(f'{packet:#x}' for packet in sorted(missing))} in what was given")
+            raise UsageError(f"no packet {', '.join(f'{packet:#x}' for packet in sorted(missing))} in the recordings")
         return np.array(sorted((self._found | {*self._other, *self._other.values()}) - {0}), np.uint64)
 
 
 class _Writer:
-    """Second pass, or the only one: settled packets to the tracks of their host."""
+    """The second or only pass: writes settled packets to the tracks of their host."""
 
     def __init__(
         self,
@@ -352,7 +353,7 @@ class _Writer:
             self._instants(settled)
 
     def finish(self) -> None:
-        """The recording has ended."""
+        """End the tracks and add the figures, because the recording has ended."""
         self.tracks.finish()
         self._found.summary.merge(self._summary)
 
@@ -367,7 +368,7 @@ class _Writer:
         self.tracks.records(records[mask], owner[mask], settled.sightings)
 
     def _kept(self, settled: Settled) -> npt.NDArray[np.uint64]:
-        """Wanted packets that records may still come of."""
+        """Return the admitted packets that may still have records."""
         packets = settled.packets
         mask = self._wanted.packets(settled)
         self._ids = np.append(self._ids, packets.seen.packet[mask])
@@ -379,7 +380,7 @@ class _Writer:
         return ids
 
     def add(self, results: Results) -> None:
-        """Results in the order in which they come, for what is not about single packets."""
+        """Write the windows, ledger and gaps of results, which must arrive in order."""
         self._summary.add(results)
         if self._chosen is not None:
             return
@@ -391,12 +392,12 @@ class _Writer:
 
 
 def _flow(text: str) -> dict[str, Any]:
-    """The fields of `Wanted` in `KEY=VALUE,...`. Raises `UsageError`."""
+    """Parse `KEY=VALUE,...` into fields of `Wanted`. Raises `UsageError`."""
     found: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
         if key not in FLOW_KEYS:
-            raise UsageError(f"--flow: {key!r} is no key{nearest(key, FLOW_KEYS)}; there are {', '.join(FLOW_KEYS)}")
+            raise UsageError(f"--flow: unknown key {key!r}{nearest(key, FLOW_KEYS)}; keys are {', '.join(FLOW_KEYS)}")
         if key == "container":
             found[key] = value
         elif key == "direction":
@@ -414,7 +415,7 @@ def _flow(text: str) -> dict[str, Any]:
 
 
 def _between(text: str, first_utc_ns: int) -> tuple[int, int]:
-    """UTC, ns, of START and END. Raises `UsageError`."""
+    """Parse START,END into two times (UTC, ns). Raises `UsageError`."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 2:
         raise UsageError(f"--between {text}: expected START,END")

@@ -1,4 +1,4 @@
-"""Recordings into a store: in parts, here or on workers, so that it can be stopped and gone on with."""
+"""Replays recordings into a store in parts, in this process or on workers, so that a stopped replay can resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def recorded(one: Recording) -> RecordedFile:
-    """A recording of this machine, its paths absolute: a worker is somewhere else."""
+    """Describe a recording of this machine; its paths become absolute, because a worker has another directory."""
     options = one.options
     if options.topology is not None:
         options = replace(options, topology=options.topology.absolute())
@@ -42,7 +42,7 @@ def recorded(one: Recording) -> RecordedFile:
 
 
 def recorded_at(url: str, options: FileOptions) -> RecordedFile:
-    """A file at a URL. Captures are read where they lie, other formats are fetched to be looked at."""
+    """Describe a file at a URL. A capture is read in place; a file of another format is fetched to read its header."""
     file, size = open_binary(url)
     with file:
         head = file.read(4)
@@ -55,12 +55,12 @@ def recorded_at(url: str, options: FileOptions) -> RecordedFile:
 
 
 def in_time_order(files: Sequence[RecordedFile]) -> list[RecordedFile]:
-    """By the UTC time of their first record."""
+    """Return the files sorted by the UTC time of their first record."""
     return sorted(files, key=lambda one: (one.first_utc_ns, one.name))
 
 
 def files_at(locations: Sequence[Path | str], options: FileOptions | None = None) -> list[RecordedFile]:
-    """Paths and URLs of files of any format, in time order. Raises `Unavailable` or `CaptureError`."""
+    """Describe files of any format at paths and URLs, in time order. Raises `Unavailable` or `CaptureError`."""
     options = options or FileOptions()
     return in_time_order(
         [
@@ -90,9 +90,10 @@ def into_store(
     told: Callable[[int, int], None] = lambda _done, _total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Summary, list[str]]:
-    """Replay into a store (or to nothing but figures), in parts. Returns what came of it, and warnings.
+    """Replay files in parts into `store`, or with None compute figures only; returns the figures and warnings.
 
-    `told(bytes done, bytes in all)` now and then; `stop()` ends it with `Stopped`, after which `resume` goes on.
+    `told` is called with the bytes done and the total bytes. When `stop()` returns true the replay raises `Stopped`; a
+    later call with `resume` continues it.
     """
     with Assembly(files, store, engine, config, resume=resume, part_bytes=part_bytes) as assembly:
         told(assembly.bytes_committed, assembly.bytes_total)
@@ -107,7 +108,7 @@ def into_store(
 
 
 def _in_turn(assembly: Assembly, told: Callable[[int, int], None], stop: Callable[[], bool]) -> None:
-    """One part after the other, in this process, each with the state of the one before it."""
+    """Run and commit one part after the other in this process, each with the state of the part before it."""
     for task in assembly.tasks():
         before = assembly.bytes_committed
 
@@ -122,16 +123,19 @@ def _in_turn(assembly: Assembly, told: Callable[[int, int], None], stop: Callabl
 
 
 def stopped(assembly: Assembly) -> Stopped:
-    """The error that says how far it came."""
+    """Return the error that says how many parts are committed."""
     return Stopped(
         f"stopped after {assembly.parts_committed} of {assembly.parts_total} parts;"
-        " the same command with --resume goes on"
+        " the same command with --resume continues"
     )
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come since; a second one ends the process as if nobody listened."""
+    """Yield a function that returns whether SIGINT or SIGTERM has arrived in the block.
+
+    A second signal has the effect of the previous handler, which usually ends the process.
+    """
     asked = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -149,7 +153,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 class _TimeLeft(ProgressColumn):
-    """The estimate of `mace.replaying.remaining`."""
+    """A column of the progress bar with the estimate of `mace.replaying.remaining`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +167,7 @@ class _TimeLeft(ProgressColumn):
 
 @contextmanager
 def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as `told` of `into_store`; `what` stands before it."""
+    """Show a progress bar labelled `what`; yields the function to pass to `into_store` as `told`."""
     column = _TimeLeft()
     shown = Progress(
         TextColumn("{task.description}", markup=False),
@@ -188,12 +192,12 @@ def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Call
 
 @contextmanager
 def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
-    """A store of recordings for the length of the block, with a progress bar while it is made."""
+    """Replay recordings into a temporary store, with a progress bar; yields its path and removes it after the block."""
     console = terminal.Console(stderr=True)
     engine = replace(configured.replayed(settings.correlate), rows=True)
     with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
         with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
-            # Named after the first: it is what a report is headed with.
+            # Named after the first recording, because a report prints the store's name as its heading.
             made = Path(folder) / files[0].name.rsplit("/", 1)[-1]
             store = StoreConfig(sync=False)
             _, warnings = into_store(files, str(made), engine, store, told=told, stop=stop)

@@ -1,4 +1,4 @@
-"""How far a replay has come with one recording: what is committed of it, as a value and as JSON."""
+"""The progress of a replay with one recording: its committed parts, as a value and as JSON."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from mace.replaying.checkpoint import device_from_json, device_to_json, packed, 
 from mace.replaying.part import PartDone
 
 _HISTOGRAM: Final = "<i8"
-"""Bins and their counts: as a list of numbers they would be most of what a commit costs."""
+"""Type of histogram bins and counts, which are stored packed: lists of numbers would be most of a commit's cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The parts of one recording that are in the store, added up."""
+    """The sums over the parts of one recording that are in the store, and the state after the last one."""
 
     parts: int = 0
     ended_with: str = ""
-    """Digest of the state at the end of the last one."""
+    """Digest of the state at the end of the last committed part."""
     state: EngineState | None = None
     ledger: Ledger = field(default_factory=Ledger)
     grades: Grades = field(default_factory=Grades)
     rows: int = 0
     pending: tuple[Window, ...] = ()
-    """Windows that the next part may have more of. Not stored yet."""
+    """Windows to which the next part may add; they are not stored yet."""
     devices: tuple[Device, ...] = ()
-    """What these point to."""
+    """The devices that the indices in `pending` refer to."""
     summary: Summary = field(default_factory=Summary)
 
     def with_part(self, done: PartDone, *, last: bool) -> tuple[Committed, list[Window], list[Device]]:
-        """With one more part; the windows that are final now, and the devices that these point to."""
+        """Return the sums with one more part, the windows that are now final, and the devices they refer to."""
         devices = list(dict.fromkeys((*self.devices, *done.devices)))
         number = {device: n for n, device in enumerate(devices)}
         pieces = [
@@ -49,7 +49,7 @@ class Committed:
         ]
         whole = joined(pieces)
         settled = [last or w.start_utc_ns + w.width_s * 1_000_000_000 <= done.settled_utc_ns for w in whole]
-        # Before: what was in flight then is in some other category now.
+        # Records that were in flight at the end of the part before are counted in another category by now.
         ledger = replace(self.ledger, in_flight=0) + replace(done.ledger, discarded=done.discarded)
         grades = self.grades + done.grades
         summary = Summary()
@@ -71,7 +71,7 @@ class Committed:
 
 
 def committed_to_json(committed: Committed) -> dict[str, Any]:
-    """Plain values."""
+    """Return the sums as plain values for JSON."""
     return {
         "parts": committed.parts,
         "ended_with": committed.ended_with,
@@ -90,7 +90,7 @@ def committed_to_json(committed: Committed) -> dict[str, Any]:
 
 
 def committed_from_json(given: dict[str, Any]) -> Committed:
-    """The value again. KeyError, TypeError or ValueError where it is none."""
+    """Return what `committed_to_json` has converted. Raises KeyError, TypeError or ValueError for other input."""
     ledger, grades = Ledger(**given["ledger"]), Grades(**given["grades"])
     summary = _summary_from_json(given["summary"])
     summary.ledger, summary.grades, summary.packets = ledger, grades, grades.packets
@@ -113,7 +113,7 @@ def committed_from_json(given: dict[str, Any]) -> Committed:
 
 
 def cut_to_json(cut: Cut) -> dict[str, Any]:
-    """Plain values."""
+    """Return a cut as plain values for JSON."""
     return {
         "at_ns": cut.at_ns,
         "position": _position_to_json(cut.position),
@@ -122,7 +122,7 @@ def cut_to_json(cut: Cut) -> dict[str, Any]:
 
 
 def cut_from_json(given: dict[str, Any]) -> Cut:
-    """The cut again."""
+    """Return the cut that `cut_to_json` has converted."""
     return Cut(given["at_ns"], _position_from_json(given["position"]), _position_from_json(given["warm"]))
 
 
@@ -151,7 +151,7 @@ def _window_from_json(given: Sequence[Any]) -> Window:
 
 
 def _summary_to_json(summary: Summary) -> list[Any]:
-    """Its distributions; the counts beside them are those of `Committed`."""
+    """Return a summary's distributions as plain values; its other counts are fields of `Committed`."""
     return [
         [
             width,

@@ -1,14 +1,15 @@
-"""One part of a recording, worked on by itself: in this process, or in one that only gets a `PartTask`.
+"""Processes one part of a recording: in this process, or in a worker that gets only a `PartTask`.
 
     capture:   ├────── part 0 ──────┤T1├────── part 1 ──────┤T2├───── part 2 ─────┤
     engine:    nothing ─────► state at T1 ─────► state at T2 ─────► finish
 
-What crosses a cut is in the engine's state and in the windows that lie across it. A part that is given the state at its
-beginning goes on from it. One that is not *supposes* it: it begins to read a little before its cut, and has the same
-state by then, if no packet was under way for longer than that. Whether it had, is found out by comparing the digests of
-the state it began with and of the one that the part before it ended with; so the answer is never a guess.
+The engine's state and the windows across a cut carry everything from one part to the next. A part whose task has the
+state at its beginning continues from it. Any other part *supposes* the state: it starts to read a little before its
+cut, and reaches the right state by then if no packet was in flight for longer than that. Comparing the digest of the
+supposed state with that of the state in which the part before has ended shows whether it was right, so no result is a
+guess.
 
-A part depends on its task alone: done twice, or by two workers at once, it gives the same rows.
+The rows of a part depend on its task only: done twice, or by two workers at once, a part gives the same rows.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ from storage.part_writer import PartWriter, Staged
 from storage.places import place_at
 
 MACE_FORMAT: Final = "mace"
-"""Row of `collector.files.FORMATS` whose files can be begun in the middle."""
+"""The format in `collector.files.FORMATS` whose files can be read from the middle."""
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-"""Numbers of mallopt(3)."""
+"""Parameter numbers of mallopt(3)."""
 _KEPT_BYTES: Final = 32 << 20
-"""The largest block that the C library can be told to keep (DEFAULT_MMAP_THRESHOLD_MAX); twice that is what it sets the
-other threshold to by itself."""
+"""Largest mmap threshold of the C library (DEFAULT_MMAP_THRESHOLD_MAX). By itself the library sets the trim threshold
+to twice the mmap threshold."""
 
 Told = Callable[[int, int], None]
-"""Called with bytes read of the part so far and records; what it raises ends the part."""
+"""Called with the bytes and records of the part read so far; an exception that it raises ends the part."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedFile:
-    """What is replayed, as plain data: a recording of this machine, or one file at a URL."""
+    """A recording of this machine, or one file at a URL, as plain data that can be sent to a worker."""
 
     locations: tuple[str, ...]
-    """Paths or URLs."""
+    """Paths or URLs of the recording's files."""
     format: str
     options: FileOptions
     header: StreamHeader
@@ -69,68 +70,68 @@ class RecordedFile:
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """The locations as one text, for messages."""
         return " + ".join(self.locations)
 
 
 @dataclass(frozen=True, slots=True)
 class PartTask:
-    """All that a part depends on."""
+    """Everything that the results of a part depend on."""
 
     capture: int
-    """Which of the replay's recordings."""
+    """Number of the recording in the replay, from 0."""
     part: int
-    """Which part of it."""
+    """Number of the part in the recording, from 0."""
     file: RecordedFile
     engine: EngineConfig
     begin: Cut | None
-    """None: the file's beginning."""
+    """The cut at which the part begins; None is the file's beginning."""
     end_ns: int | None
-    """Records before this time; None: all."""
+    """The part ends before this time; None is the file's end."""
     state: EngineState | None
-    """The engine's at the beginning; None: to be supposed, or the file's beginning."""
+    """State of the engine at the beginning; None if the part supposes it, or begins at the file's beginning."""
     store: str | None
-    """Path or URL of the place that rows are written to; None: windows and counts alone."""
+    """Path or URL of the store that rows are written to; None computes windows and counts only."""
     folder: str
-    """In the store: an attempt makes a folder of its own there."""
+    """Folder in the store in which each attempt makes a folder of its own."""
     overlap: bool = False
-    """Encode rows in a thread beside."""
+    """Whether a second thread encodes the rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartDone:
-    """What came of it. Counts are of this part alone."""
+    """The results of one part. Its counts are of this part only."""
 
     capture: int
     part: int
     began_with: str
-    """Digest of the state at the beginning; empty at a file's beginning."""
+    """Digest of the state at the part's beginning; empty at the file's beginning."""
     ended_with: str
-    """The same at the end; empty at the end of the file."""
+    """Digest of the state at the part's end; empty at the file's end."""
     state: EngineState | None
-    """At the end."""
+    """State of the engine at the part's end; None at the file's end."""
     ledger: Ledger
-    """All but `in_flight` add up over parts; that is of the end."""
+    """Counts that add up over parts, except `in_flight`, which is that at the part's end."""
     grades: Grades
     rows: int
     upto_utc_ns: int
     settled_utc_ns: int
-    """No later part has a delay that began before."""
+    """No later part has a delay that began before this time."""
     edges: tuple[Window, ...]
-    """Windows of which the part before or after may have more."""
+    """Windows across the part's ends, to which the part before or after may add."""
     devices: tuple[Device, ...]
-    """What these point to."""
+    """The devices that the indices in `edges` refer to."""
     staged: tuple[Staged, ...]
     folder: str
     summary: Summary
     discarded: int
     warnings: tuple[str, ...]
     lost_told: int | None
-    """Records lost, by the file's END mark, where there is one."""
+    """Number of lost records according to the file's END mark; None without one."""
 
 
 def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartDone:
-    """Read, correlate and write one part. Raises what reading and writing raise; nothing is left then."""
+    """Read, correlate and write one part. After an error of reading or writing, the part's folder is removed."""
     _keep_freed_memory()
     offset_ns = task.file.header.clock.offset_ns
     state = task.state
@@ -176,7 +177,7 @@ def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartD
             for results in engine.stop_at(task.end_ns):
                 take(results)
             after = engine.state(task.end_ns)
-            # Nothing may have come since the last results; the counts are the engine's so far all the same.
+            # There may be no results since the last ones, so the counts are read from the engine.
             last = engine.so_far(task.end_ns)
             across = engine.close_windows()
             summary.add(replace(last, windows=across))
@@ -191,7 +192,7 @@ def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartD
             ledger=last.ledger,
             grades=last.grades,
             rows=rows,
-            # Of a file without records nothing is known but when it began.
+            # A file without records has no other time than that of its header.
             upto_utc_ns=last.upto_utc_ns if last.ledger.records or task.begin else task.file.header.clock.utc_ns,
             settled_utc_ns=last.settled_utc_ns,
             edges=tuple(edges),
@@ -206,10 +207,10 @@ def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartD
 
 
 def _keep_freed_memory() -> None:
-    """As `keep_freed_memory`, also in a worker of Dask, which has its C library give back all it can.
+    """Let the C library keep freed memory (`keep_freed_memory`), also in a Dask worker.
 
-    That (MALLOC_TRIM_THRESHOLD_ in the workers' environment) fixes the thresholds, which else grow by themselves; a
-    part takes twice as long then, in page faults.
+    Dask sets MALLOC_TRIM_THRESHOLD_ in the workers' environment, which fixes thresholds that otherwise adapt. Freed
+    memory then goes back to the kernel at once, and a part takes twice as long because of page faults.
     """
     keep_freed_memory()
     libc = ctypes.CDLL(None)
@@ -219,7 +220,7 @@ def _keep_freed_memory() -> None:
 
 
 def _supposed(task: PartTask, begin: Cut, offset_ns: int) -> EngineState:
-    """The state at a cut, as far as the warm-up before it tells."""
+    """Return the state at a cut as it follows from the warm-up records before the cut."""
     engine = Engine(offset_ns, replace(task.engine, rows=False, crossings=False))
     with Capture(task.file.locations[0]) as capture:
         for item in stretch(capture, begin.warm, None, begin.at_ns):
@@ -230,7 +231,7 @@ def _supposed(task: PartTask, begin: Cut, offset_ns: int) -> EngineState:
 
 
 class _CapturePart:
-    """A `.mace` file, or a part of one."""
+    """Reader of a `.mace` file, or of a part of one."""
 
     def __init__(self, capture: Capture, task: PartTask) -> None:
         self._capture, self._task = capture, task
@@ -257,12 +258,12 @@ class _CapturePart:
 
     @property
     def lost_told(self) -> int | None:
-        # What salvage had to leave out is not in our own count.
+        # With salvage, lost records that damaged blocks counted are missing in our own count.
         return self._capture.end.lost if self._capture.end is not None and not self._task.file.options.salvage else None
 
 
 class _WholeFile:
-    """A file of any other format."""
+    """Reader of a whole file of any other format."""
 
     def __init__(self, reader: FileReader) -> None:
         self._reader = reader
@@ -288,7 +289,7 @@ class _WholeFile:
 
 @contextmanager
 def reading(task: PartTask) -> Iterator[_CapturePart | _WholeFile]:
-    """The task's file, open: `items`, once, and what there is to say of it. Raises `Unavailable` or `CaptureError`."""
+    """Open the task's file; yields a reader whose `items` can be read once. Raises `Unavailable` or `CaptureError`."""
     file = task.file
     if file.format == MACE_FORMAT:
         with Capture(file.locations[0], salvage=file.options.salvage) as capture:
@@ -300,7 +301,7 @@ def reading(task: PartTask) -> Iterator[_CapturePart | _WholeFile]:
 
 @contextmanager
 def here(locations: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
-    """Files as paths of this machine: those at URLs are fetched, and gone afterwards."""
+    """Yield the files as paths of this machine. Files at URLs are fetched, and removed after the block."""
     far = any(map(is_url, locations))
     with tempfile.TemporaryDirectory(prefix="mace-fetched-") if far else nullcontext("") as folder:
         paths = []

@@ -1,8 +1,8 @@
-"""How much longer: an estimate that is honest about what it knows.
+"""Estimates the remaining time of a replay.
 
-The pace is that of the last minute, so that a slower stretch (denser traffic, a busy machine) shows; before any of a
-minute's worth is known it is that of all so far, and before `KNOWN_AFTER_S` there is none. What was done before this
-process began (a replay that is resumed) says nothing about pace.
+The pace is that of the last minute, so that a slower stretch (denser traffic, a busy machine) shows. In the first
+minute it is the pace since the start, and before `KNOWN_AFTER_S` there is no estimate. The bytes that a process before
+the resume has done do not count for the pace.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from typing import Final
 
 WINDOW_S: Final = 60.0
 KNOWN_AFTER_S: Final = 2.0
-"""Starting up takes part of the first second or two; a pace from it would promise too much time, or too little."""
+"""No estimate before this time: the start-up takes part of the first second or two and would distort the pace."""
 _STEP_S: Final = 0.25
-"""Points kept are at least as far apart: 240 for the window."""
+"""Minimum distance of the points that are kept: 240 for the window."""
 
 
 class Remaining:
-    """Fed with how much is done at what time; the clock is the caller's."""
+    """The estimate, from amounts done at times of the caller's clock."""
 
     def __init__(self, total: int, done: int, now_s: float) -> None:
         self._total = total
         self._points: deque[tuple[float, int]] = deque([(now_s, done)])
 
     def update(self, done: int, now_s: float) -> None:
-        """So much is done by now; never less than before."""
+        """Note the amount done at `now_s`, which never decreases."""
         if now_s - self._points[-1][0] >= _STEP_S or done >= self._total:
             self._points.append((now_s, done))
         while len(self._points) > 2 and self._points[1][0] <= now_s - WINDOW_S:
             self._points.popleft()
 
     def seconds(self, now_s: float) -> float | None:
-        """From `now_s` to the end at the pace of late; None where that is not known."""
+        """Return the seconds from `now_s` to the end at the recent pace; None if the pace is not known."""
         (first_s, first), (last_s, last) = self._points[0], self._points[-1]
         if last >= self._total:
             return 0.0
         elapsed = last_s - first_s
         if elapsed < KNOWN_AFTER_S or last <= first:
             return None
-        # What has gone by since the last point was work as well, at the same pace as far as anyone knows.
+        # The time since the last point was spent on work too, at the same pace for all that is known.
         return max((self._total - last) * elapsed / (last - first) - (now_s - last_s), 0.0)
 
 
 def told(seconds: float | None) -> str:
-    """For people: `1:02:03`, `4:05`, or `-:--` where it is not known."""
+    """Format seconds for people: `1:02:03`, `4:05`, or `-:--` for None."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)

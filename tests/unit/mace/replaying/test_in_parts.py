@@ -131,7 +131,7 @@ def test_stopped_and_resumed_again_and_again(capture, reference, tmp_path):
             stops.append(str(told))
             assert len(stops) < 100
     assert len(stops) > 2
-    assert all("--resume goes on" in told for told in stops)
+    assert all("--resume continues" in told for told in stops)
     assert differences(reference[0], store) == {}
     assert summary.as_dict() == reference[1].as_dict()
 
@@ -176,16 +176,16 @@ def test_an_unfinished_replay_is_not_written_over(capture, tmp_path):
     store = tmp_path / "store"
     with pytest.raises(Stopped):
         replayed(capture, store, **stop_after(1))
-    with pytest.raises(StoreError, match=r"go on with --resume"):
+    with pytest.raises(StoreError, match=r"continue it with --resume"):
         replayed(capture, store)
-    with pytest.raises(StoreError, match=r"another one.*correlator settings"):
+    with pytest.raises(StoreError, match=r"a different replay.*correlator settings"):
         into_store(files(capture), str(store), EngineConfig(), CONFIG, resume=True)
     other = write_capture(tmp_path / "other.mace", replace(HEADER, run="other"))
-    with pytest.raises(StoreError, match=r"another one.*files: "):
+    with pytest.raises(StoreError, match=r"a different replay.*files: "):
         into_store(files(other), str(store), ENGINE, CONFIG, resume=True)
     plan = json.loads((store / "replay" / "plan.json").read_text())
     (store / "replay" / "plan.json").write_text(json.dumps(plan | {"mace-replay": 1}))
-    with pytest.raises(StoreError, match=r"another one.*version of MACE"):
+    with pytest.raises(StoreError, match=r"a different replay.*version of MACE"):
         into_store(files(capture), str(store), ENGINE, CONFIG, resume=True)
 
     with pytest.raises(StoreError, match="a replay was stopped here"):
@@ -253,7 +253,7 @@ def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
         _, told = process.communicate(timeout=60)
         assert process.returncode == (-how if how is signal.SIGKILL else 1), told
         if how is not signal.SIGKILL:
-            assert "--resume goes on" in told
+            assert "--resume continues" in told
     done = mace(*argv, "--resume")
     one_engine([long], tmp_path / "reference", EngineConfig(slice_ns=SECOND_NS))
     assert differences(tmp_path / "reference", tmp_path / "store") == {}
@@ -281,7 +281,7 @@ def test_from_a_url_into_a_url(capture, reference, tmp_path, memory):
     into_store(files_there, store, ENGINE, CONFIG, part_bytes=PART, resume=True)
     memory.get("/stores/one", str(tmp_path / "here"), recursive=True)
     assert differences(reference[0], tmp_path / "here") == {}
-    with pytest.raises(StoreError, match="makes a dataset anew"):
+    with pytest.raises(StoreError, match="needs an empty place"):
         into_store(files_there, store, ENGINE, CONFIG)
 
     with duckdb.connect() as connection:
