@@ -1,1 +1,1 @@
-"""What people see: tables, pictures, timelines, text."""
+"""Output for people: tables, pictures, timelines, lines of text."""

@@ -1,13 +1,13 @@
-r"""Arrow columns as values that JSON knows, at any depth: rows of a query for `--json`, `--csv` and tables.
+r"""Converts Arrow columns of any depth to JSON values, for the rows of a query as JSON, CSV and tables.
 
-    whole numbers, text, truth        themselves; whole decimals are whole numbers, others text with all their digits
-    numbers that are none             null: NaN, Infinity
-    times                             ISO 8601, to the digit that the type has: 2026-11-24T12:42:25.644110536Z, 03:04:05
-    the end of time                   infinity, -infinity
-    lists, maps, structs, unions      list, list of pairs, object (a list where names repeat), the value that is there
-    bytes                             text, what is not printable ASCII as \xAA
+    integers, text, booleans          unchanged; decimals without a fraction are integers, others text with all digits
+    NaN, Infinity                     null
+    times                             ISO 8601, to the digit of the type: 2026-11-24T12:42:25.644110536Z, 03:04:05
+    infinite times                    infinity, -infinity
+    lists, maps, structs, unions      list, list of pairs, object (a list where names repeat), the present value
+    bytes                             text, with \xAA for bytes that are not printable ASCII
 
-Types that Arrow has no form for are text already when they come here (`storage.sql`).
+`storage.sql` has already converted types without an Arrow form to text.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pyarrow import compute
 
 _DATE_BEFORE_INFINITY: Final = (1 << 31) - 2
 _TIME_BEFORE_INFINITY: Final = (1 << 63) - 2
-"""DuckDB's infinities are the numbers beyond, to both sides."""
+"""Largest finite date and time: DuckDB's infinities are the numbers beyond, of either sign."""
 _PER_SECOND: Final = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _QUOTED: Final = frozenset(b"\\\"'")
-"""Bytes that are spelt out although they are printable, as in DuckDB's own text of a BLOB."""
+"""Printable bytes that are escaped nevertheless, as in DuckDB's own text of a BLOB."""
 
 
 def column(values: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """The values of a column, in order."""
+    """Return the JSON values of a column, in order."""
     if isinstance(values, pa.ChunkedArray):
         return [value for chunk in values.chunks for value in column(chunk)]
     kind = values.type
@@ -42,7 +42,7 @@ def column(values: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def rows(found: pa.Table | pa.RecordBatch) -> Iterable[tuple[Any, ...]]:
-    """The rows of a table."""
+    """Return the rows of a table as tuples of JSON values."""
     return zip(*(column(each) for each in found.columns), strict=True)
 
 
@@ -55,14 +55,14 @@ def _masked(values: pa.Array, converted: Iterable[Any]) -> list[Any]:
 
 
 def _numbers(values: pa.Array, width: pa.DataType) -> npt.NDArray[np.int64]:
-    """What times are counted in; 0 where there is none."""
+    """Return times as integers in the unit of their type; 0 for null."""
     plain: npt.NDArray[np.int64] = compute.fill_null(values.cast(width), 0).to_numpy(zero_copy_only=False)
     return plain.astype(np.int64)
 
 
 def _instants(numbers: npt.NDArray[np.int64], unit: str, last: int, zone: str) -> list[str]:
     endless = np.abs(numbers) > last
-    # The smallest number is numpy's "not a time".
+    # Infinite times are replaced first, because numpy reads the smallest integer as "not a time".
     texts = np.datetime_as_string(np.where(endless, 0, numbers).astype(f"datetime64[{unit}]")).tolist()
     for i in np.flatnonzero(endless).tolist():
         texts[i] = "infinity" if numbers[i] > 0 else "-infinity"
@@ -70,7 +70,7 @@ def _instants(numbers: npt.NDArray[np.int64], unit: str, last: int, zone: str) -
 
 
 def _four_digits(text: str) -> str:
-    """A time whose year has the four digits of ISO 8601: numpy counts the sign as one of them, `-043`."""
+    """Pad a negative year to the four digits of ISO 8601: numpy counts the sign as a digit, as in `-043`."""
     year, dash, rest = text[1:].partition("-")
     return f"-{year:0>4}{dash}{rest}" if text.startswith("-") else text
 
@@ -104,7 +104,7 @@ def _durations(values: pa.Array) -> list[Any]:
 
 def _structs(values: pa.Array) -> list[Any]:
     names = [field.name for field in values.type]
-    # Not `flatten`, which adds the struct's nulls to its parts and aborts where one is a union.
+    # Not `flatten`, which merges the struct's nulls into its fields and aborts for a field that is a union.
     fields = [column(values.field(number)) for number in range(len(names))]
     parts = zip(*fields, strict=True) if names else ((),) * len(values)
     if len(set(names)) < len(names):

@@ -1,6 +1,6 @@
-"""Lines of text and JSON for standard output and error, in which names are text, whatever is in them.
+"""Prints lines of text and JSON to standard output and error; control characters in names are escaped.
 
-Needs no library: a command that only prints lines starts without Rich (`mace.shown.terminal`).
+This module needs no library, so a command that only prints lines starts without Rich (`mace.shown.terminal`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from contracts import strict_json
 from contracts.names import printable
 
 WIDTH: Final = 120
-"""Of tables that do not go to a terminal, in characters: a pipe or a file has no width, and 80 would cut names."""
+"""Width in characters of a table for a pipe or file, which have no width; 80 would cut names."""
 _NARROWEST: Final = 20
-"""Of a column that is wrapped, in characters, however narrow the terminal."""
+"""Minimum width of a wrapped column, in characters, on any terminal."""
 
 
 def line(text: str, *, flush: bool = False) -> None:
@@ -36,7 +36,7 @@ def json_line(value: Any, *, flush: bool = False) -> None:
 
 
 def columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table whose last column is wrapped; for a command that starts faster than Rich does."""
+    """Return the lines of a table whose last column is wrapped, without importing Rich."""
     widths = [max(map(len, column)) for column in zip(headings[:-1], *(row[:-1] for row in rows), strict=True)]
     before = sum(widths) + 2 * len(widths)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH

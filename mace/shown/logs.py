@@ -1,4 +1,4 @@
-"""What is logged, shown on standard error as lines of text."""
+"""Shows log records on standard error as lines of text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contracts.names import printable
 
 
 def log_to_stderr(*, debug: bool) -> None:
-    """Show what is logged: warnings and errors, or with `debug` everything, with its time and place."""
+    """Show warnings and errors on standard error; with `debug`, every record with its time and place."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[_Shown(debug=debug)])
 
 
 class _Shown(logging.Handler):
-    """Hands records to Rich's handler, which the first record makes: most commands log nothing and start without it."""
+    """Passes records to Rich's handler, made for the first record: most commands log nothing and do not import Rich."""
 
     def __init__(self, *, debug: bool) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Shown(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """A message on one line of text; of a traceback the lines stay lines."""
+    """Formats a message as one line of text, and a traceback as its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name in logging)
         return printable(super().formatMessage(record))

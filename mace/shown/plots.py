@@ -1,6 +1,6 @@
-"""Pictures of a store: overhead over time, distributions per device, the hops of a typical packet to scale.
+"""Draws a store: overhead over time, distributions per device, the hops of a typical packet to scale.
 
-The only module that knows matplotlib, which is an extra: importing this one raises `MissingExtra` without it.
+matplotlib is an extra: importing this module without it raises `MissingExtra`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ except ModuleNotFoundError as e:
     raise MissingExtra("plot", "matplotlib") from e
 
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""Told apart also by the colour-blind: Okabe and Ito 2008, "Color Universal Design"."""
+"""Colours that colour-blind people can distinguish too: Okabe and Ito 2008, "Color Universal Design"."""
 _OF_SEGMENT: Final = {Segment.DEVICE: "#0072B2", Segment.OUTSIDE: "#BBBBBB", Segment.DELIVERY: "#CC79A7"}
 _MEANING: Final = {
     Segment.DEVICE: "added by the container's path",
@@ -63,7 +63,7 @@ STYLE: Final[Any] = {
 
 
 def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Series], *, title: str) -> Figure:
-    """All three pictures, with the ledger under them; 13 × 9.5 inches."""
+    """Return a figure of 13 × 9.5 inches with all three pictures, and the ledger under them."""
     with drawing():
         whole = Figure(figsize=(13, 9.5), layout="constrained")
         FigureCanvasAgg(whole)
@@ -87,7 +87,7 @@ def figure(summary: Summary, paths: Sequence[TypicalPath], series: Sequence[Seri
 
 
 def write_png(drawn: Figure, path: Path) -> None:
-    """Write the figure; 150 dots an inch. Raises `MaceError` where it cannot be written."""
+    """Write the figure as PNG with 150 dots per inch. Raises `MaceError` if the file cannot be written."""
     data = io.BytesIO()
     with drawing():
         drawn.savefig(data, format="png", dpi=150)
@@ -95,7 +95,7 @@ def write_png(drawn: Figure, path: Path) -> None:
 
 
 def write_html(drawn: Figure, summary: Summary, path: Path, *, title: str) -> None:
-    """One page that needs nothing else: the figure as SVG and the tables. Raises `MaceError`."""
+    """Write one self-contained page with the figure as SVG and the tables. Raises `MaceError` as `write_png` does."""
     data = io.StringIO()
     with drawing():
         drawn.savefig(data, format="svg", metadata={"Date": None})
@@ -122,20 +122,20 @@ pre {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace
 
 
 def shown(label: str) -> str:
-    """A name as the label of a curve: matplotlib leaves out of its legend what begins with an underscore."""
+    """Return a name as a curve's label: matplotlib omits labels that begin with an underscore from the legend."""
     label = printable(label)
     return f" {label}" if label.startswith("_") else label
 
 
 def as_text(legend: Any) -> None:
-    """Have a legend's labels drawn as they are: between dollar signs they would be formulas (mathtext)."""
+    """Draw a legend's labels literally: matplotlib would draw text between dollar signs as a formula (mathtext)."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style, and no word of characters that the font has no glyph for: their boxes are seen."""
+    """Apply the style, and suppress warnings of missing glyphs, which the picture shows as boxes."""
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         yield
@@ -149,7 +149,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _paths_shown(paths: Sequence[TypicalPath]) -> list[TypicalPath]:
-    """Both directions of the container that has most packets."""
+    """Return the paths of the container with the most packets, in both directions."""
     if not paths:
         return []
     busiest = max(paths, key=lambda p: p.hops[0][2].count if p.hops else 0)
@@ -160,7 +160,7 @@ def _paths_shown(paths: Sequence[TypicalPath]) -> list[TypicalPath]:
 
 
 def _rows_shown(summary: Summary, shown: Sequence[TypicalPath]) -> list[tuple[Key, Distribution]]:
-    """What has a curve: the shown container's path if there is one, else the first devices of the tables."""
+    """Return the rows to draw as curves: the shown container's path if there is one, else the tables' first devices."""
     if shown:
         return [((place, p.direction, segment), delays) for p in shown for place, segment, delays in p.hops]
     return summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)[: 2 * _MAX_SERIES]
@@ -216,14 +216,14 @@ def _draw_distributions(axes: Any, rows: Sequence[tuple[Key, Distribution]]) -> 
     for name, ((_, direction, _), delays) in zip(names, rows, strict=True):
         bins, counts = delays.histogram()
         longer = 1 - np.cumsum(counts) / counts.sum()
-        # The last step goes to zero, which a logarithm has not: the largest delay ends the line instead.
+        # The last step would go to zero, which a logarithmic axis cannot show: the line ends at the largest delay.
         x, y = np.maximum(middles(bins), 1) / 1000, np.append(1.0, longer[:-1])
         axes.step(x, y, where="post", color=colour[name], linestyle=_DASHES[direction], lw=1.4)
         least, left = min(least, float(y[-1])), min(left, delays.quantiles((0.005,))[0] / 1000)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(least * 0.7, 1.4)
-    # Left of it nearly all packets are still to come: nothing to see.
+    # Further left nearly every packet has a longer delay, and the curves are flat.
     axes.set_xlim(left=max(left, 0.001))
     axes.xaxis.set_major_formatter(_plain_number)
     axes.yaxis.set_major_formatter(_percent)
@@ -285,5 +285,5 @@ def _percent(value: float, _: int | None = None) -> str:
 
 
 def _sparse_minor(value: float, _: int | None = None) -> str:
-    """Of 1 2 3 ... 9 on a logarithmic axis only 2 and 5, where there is room."""
+    """Label only 2 and 5 of the minor ticks 2, 3, ... 9 of a logarithmic axis, for lack of room."""
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""

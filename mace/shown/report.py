@@ -1,6 +1,6 @@
-"""What a store holds, as tables, as one JSON object, as pictures.
+"""Reports on a store as tables, as one JSON object, or as pictures.
 
-Every form carries the ledger: no number is shown without what may be missing from it.
+Every form includes the ledger, so that no figure is shown without the counts of missing records.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
 
 _BAR_WIDTH: Final = 22
 _MAX_PATHS: Final = 8
-"""As many typical paths are printed; a host may have hundreds of containers."""
+"""Most typical paths that are printed; a host may have hundreds of containers."""
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def instant_ns(text: str, now: datetime) -> int:
-    """UTC, ns, of an ISO 8601 time (UTC, if it names no zone) or of an age: `90s`, `5m`, `2h`, `1d`, `1w`."""
+    """Parse an ISO 8601 time (UTC if it has no zone) or an age (`90s`, `5m`, `2h`, `1d`, `1w`); returns UTC, ns.
+
+    Raises `UsageError`.
+    """
     if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text):
         when = now - timedelta(seconds=float(age[1]) * _UNITS_S[age[2]])
     else:
@@ -38,7 +41,7 @@ def instant_ns(text: str, now: datetime) -> int:
             when = datetime.fromisoformat(text)
         except ValueError:
             raise UsageError(
-                f"{text!r} is no time: expected 2025-06-15T15:04:05 or an age as 90s, 5m, 2h, 1d"
+                f"{text!r} is no time: expected a time like 2025-06-15T15:04:05, or an age like 90s, 5m, 2h, 1d"
             ) from None
         when = when if when.tzinfo else when.replace(tzinfo=UTC)
     since_epoch = when - datetime(1970, 1, 1, tzinfo=UTC)
@@ -57,11 +60,11 @@ def report(
     html: Path | None = None,
     console: Console,
 ) -> None:
-    """Print what the filter lets through, with the ledger. With `packet` or `worst` the paths of packets, too.
+    """Print the figures of the rows that the filter admits, and the ledger; with `packet` or `worst`, paths of packets.
 
-    JSON: the object of `Summary.as_dict`, with `packet_paths` where packets were asked for (host, run, packet,
-    utc_ns, container, l3_len, grade, outcome, overhead_ns by direction, hops: device, netns, container, kind,
-    direction, segment, position, start_ns, delay_ns).
+    JSON is the object of `Summary.as_dict`; with `packet` or `worst` it has a list `packet_paths` of objects with host,
+    run, packet, utc_ns, container, l3_len, grade, outcome, overhead_ns by direction, and hops, each with device, netns,
+    container, kind, direction, segment, position, start_ns, delay_ns. Raises `UsageError` for unknown names.
     """
     summary = store.summary(where, source)
     if not summary.rows():
@@ -70,7 +73,7 @@ def report(
     paths = store.packet(packet, where) if packet is not None else store.worst(worst, where) if worst else []
     if packet is not None and not paths:
         raise UsageError(f"{store.path}: no rows of a packet {packet}")
-    # Read before printing: skipping a damaged segment belongs into the note.
+    # Read before printing: the note counts skipped damaged segments.
     typical = [] if asked or (as_json and not (png or html)) else store.typical_paths(where)
     if png or html:
         from mace.shown import plots  # noqa: PLC0415 (matplotlib takes half a second, and is an extra)
@@ -99,7 +102,7 @@ def report(
 
 
 def print_typical_paths(path: Path, console: Console) -> None:
-    """The typical paths of all that a store holds."""
+    """Print the typical paths of all packets in a store."""
     _print_typical(Store(path).typical_paths(), console)
 
 
@@ -107,7 +110,9 @@ def _print_typical(paths: Sequence[TypicalPath], console: Console) -> None:
     for path in paths[:_MAX_PATHS]:
         console.print(typical_table(path), "")
     if len(paths) > _MAX_PATHS:
-        console.print(Text(f"and {len(paths) - _MAX_PATHS} more paths: --container shows one's", style="dim"))
+        console.print(
+            Text(f"and {len(paths) - _MAX_PATHS} more paths; --container NAME shows one container's", style="dim")
+        )
 
 
 def _title(store: Store, where: Filter) -> str:
@@ -121,7 +126,7 @@ def _title(store: Store, where: Filter) -> str:
 
 
 def _check_names(store: Store, where: Filter) -> None:
-    """Nothing was found: say so if a name in the filter is one the store has never heard."""
+    """Raise `UsageError` if a name in a filter without results is unknown to the store."""
     runs = [r.run for r in store.runs()]
     if where.run is not None and where.run not in runs:
         raise UsageError(f"{store.path}: no run {where.run!r}{nearest(where.run, runs)}")
@@ -131,11 +136,11 @@ def _check_names(store: Store, where: Filter) -> None:
         known = sorted({getattr(key[0], name) for key, _ in everything} - {""})
         if wanted is not None and wanted not in known:
             hint = nearest(wanted, known) or (f"; there are {', '.join(known[:10])}" if known else "")
-            raise UsageError(f"{store.path}: no {name} {wanted!r} in that time{hint}")
+            raise UsageError(f"{store.path}: no {name} {wanted!r} in the chosen time{hint}")
 
 
 def print_runs(runs: Sequence[Run], console: Console, *, as_json: bool) -> None:
-    """Print what is known of each run: a table, or an object `runs` of JSON."""
+    """Print the runs as a table, or as a JSON object with a list `runs`."""
     if as_json:
         found = [
             {
@@ -171,7 +176,7 @@ def print_runs(runs: Sequence[Run], console: Console, *, as_json: bool) -> None:
             f"{r.rows_stored:,}",
             f"{r.ledger.lost:,}",
             f"{r.ledger.discarded:,}",
-            "" if r.closed else "still going, or killed",
+            "" if r.closed else "running or killed",
         )
     console.print(table)
 
@@ -180,7 +185,7 @@ _ARROWS: Final = {Direction.EGRESS: "→ network", Direction.INGRESS: "← netwo
 
 
 def typical_table(path: TypicalPath) -> PlainTable:
-    """A container's path in one direction, each hop with its median, drawn to scale one after the other."""
+    """Return a table of a container's path in one direction, with the hops' medians drawn to scale in a row."""
     medians = [delays.quantiles((0.5, 0.99)) for _, _, delays in path.hops]
     title = f"{path.container or path.netns} {_ARROWS.get(path.direction, '')}: typical path, µs"
     table = _hops_table(title, ("packets", "p50", "p99"), "medians in a row")
@@ -202,7 +207,7 @@ def typical_table(path: TypicalPath) -> PlainTable:
 
 
 def packet_table(path: PacketPath) -> PlainTable:
-    """One packet's path, hop by hop."""
+    """Return a table of one packet's path, hop by hop."""
     overhead = ", ".join(
         f"{d.name.lower()} overhead {tables.microseconds(ns)} µs" for d, ns in path.overhead_ns.items()
     )
@@ -238,7 +243,7 @@ def _hops_table(title: str, figures: Sequence[str], drawn: str) -> PlainTable:
 
 
 def _bar(start: int, length: int, total: int, segment: Segment) -> Text:
-    """A stretch of `_BAR_WIDTH` cells, at least one cell long."""
+    """Return a bar in `_BAR_WIDTH` cells, at least one cell long."""
     first = min(start * _BAR_WIDTH // total, _BAR_WIDTH - 1)
     last = max(first + 1, -(-(start + length) * _BAR_WIDTH // total))
     style = {Segment.DEVICE: "cyan", Segment.DELIVERY: "magenta"}.get(segment, "dim")

@@ -1,6 +1,6 @@
-"""Pictures of experiments in rounds: how round trips are distributed, and medians with their intervals.
+"""Draws experiments in rounds: distributions of round trips, and medians with their intervals.
 
-Like `mace.shown.plots` it needs matplotlib, and raises `MissingExtra` without it.
+matplotlib is an extra: importing this module without it raises `MissingExtra`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ModuleNotFoundError as e:
     raise MissingExtra("plot", "matplotlib") from e
 
 _CUT: Final = 0.99
-"""Beyond this share of its values a curve is not drawn: a few long ones would leave no room for the rest."""
+"""A curve is drawn up to this share of its values: a few long round trips would compress the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure and its interval. Those of one label stand together, those of one group have a colour."""
+    """A figure and its interval. Bars with one label are adjacent, bars of one group have the same colour."""
 
     label: str
     value_us: float
@@ -54,7 +54,7 @@ class Bar:
 
 
 def drawn(panels: Sequence[Panel], bars: Sequence[Bar], *, title: str, what: str, bars_title: str, note: str) -> Figure:
-    """Cumulative distributions, a panel each, three in a row; below them the bars, as points with whiskers."""
+    """Return a figure with the panels' cumulative distributions, three in a row, and below them the bars as points."""
     columns = min(3, max(1, len(panels)))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
@@ -73,7 +73,7 @@ def drawn(panels: Sequence[Panel], bars: Sequence[Bar], *, title: str, what: str
 def _distributions(axes: Any, panel: Panel, what: str) -> None:
     axes.set_title(panel.title)
     axes.set_xlabel(what)
-    axes.set_ylabel("share of them that is shorter")
+    axes.set_ylabel("share of shorter round trips")
     for number, curve in enumerate(panel.curves):
         values = np.sort(curve.values_us)
         share = (np.arange(len(values)) + 0.5) / max(1, len(values))

@@ -1,4 +1,4 @@
-"""Rows of a query as a table, JSON, CSV or Parquet, and the tables that can be asked."""
+"""Prints the rows of a query as a table, JSON or CSV, writes them as Parquet, and lists the tables of a store."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from mace.shown.terminal import PlainTable, output, styled
 from storage import tables
 
 SHOWN_ROWS: Final = 1000
-"""Rows of a table for people; the other forms give all."""
+"""Most rows of a table for people; the other formats have all rows."""
 _WIDTH_OF_A_PIPE: Final = 200
 
 
 def json_rows(found: pa.Table) -> list[tuple[Any, ...]]:
-    """Rows as JSON has them (`mace.shown.json_values`)."""
+    """Return the rows as JSON values (`mace.shown.json_values`)."""
     return list(json_values.rows(found))
 
 
 def write_csv(reader: pa.RecordBatchReader) -> None:
-    """Numbers as they are, everything else as JSON has it, names as on a terminal: a line is a row.
+    """Write the rows to standard output as CSV, one line per row.
 
-    A cell that begins with an equals sign stays so, though a spreadsheet may take it for a formula: a sign before it
+    Numbers are written unchanged, other values as in JSON, and control characters in names are escaped. A cell that
+    begins with an equals sign is written so, although a spreadsheet may take it for a formula: a character before it
     would change the name for every program that reads it. docs/store.md says how to import it as text.
     """
     numbers = [_is_number(field.type) for field in reader.schema]
@@ -63,7 +64,7 @@ def _cell(value: Any) -> str | None:
 
 
 def write_parquet(reader: pa.RecordBatchReader, path: Path) -> None:
-    """All rows into one Parquet file. Raises `StoreError` where it cannot be written, or has no type for a column."""
+    """Write all rows to one Parquet file. Raises `StoreError` if that fails or Parquet lacks a column's type."""
     try:
         with pq.ParquetWriter(path, reader.schema, compression="zstd") as writer:
             for batch in reader:
@@ -71,11 +72,13 @@ def write_parquet(reader: pa.RecordBatchReader, path: Path) -> None:
     except OSError as error:
         raise StoreError(f"{path}: cannot write: {error.strerror or error}") from error
     except pa.ArrowNotImplementedError as error:
-        raise StoreError(f"{path}: a type that Parquet does not have ({error}): cast that column in the SQL") from error
+        raise StoreError(
+            f"{path}: Parquet lacks the type of a column ({error}): cast that column in the SQL"
+        ) from error
 
 
 def print_table(reader: pa.RecordBatchReader) -> None:
-    """The first `SHOWN_ROWS` rows as a table for people, and how many there are."""
+    """Print the first `SHOWN_ROWS` rows as a table for people, and the number of rows."""
     shown = PlainTable()
     for field in reader.schema:
         number = _is_number(field.type)
@@ -87,7 +90,7 @@ def print_table(reader: pa.RecordBatchReader) -> None:
         count += len(batch)
     console = output(_WIDTH_OF_A_PIPE)
     console.print(shown)
-    more = f", the first {SHOWN_ROWS:,} of them here; --format and --parquet give all" if count > SHOWN_ROWS else ""
+    more = f", the first {SHOWN_ROWS:,} shown; --format csv or --parquet gives all" if count > SHOWN_ROWS else ""
     console.print(styled(f"{count:,} rows{more}", "dim"))
 
 

@@ -1,7 +1,7 @@
-"""Standard input, output and error as a command finds them: closed, full, or in an encoding that lacks characters.
+"""Makes standard input, output and error usable if they are closed, full, or in an encoding that lacks characters.
 
-Called before anything else is imported: where one of the three is closed, the first file that is opened would take its
-place, and what is meant for the terminal would go into it.
+`claim` is called before other imports: if one of the three is closed, the first file that is opened would get its
+number, and output for the terminal would be written into that file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from contracts.errors import OutputError
 from contracts.names import spelt
 
 _SUBSTITUTES: Final = "mace-substitutes"
-"""Name of the error handler: an ASCII character of the same width for those that tables are drawn with, so that columns
-stay columns; all others are spelt out, so that two names never become the same.
+"""Name of the error handler. It replaces characters that tables are drawn with by ASCII characters of the same width,
+which keeps columns aligned, and escapes all others, so that two names never become equal.
 """
 _STAND_INS: Final = {
     **dict.fromkeys("─━┄┈", "-"),
@@ -36,19 +36,20 @@ _STAND_INS: Final = {
 
 
 def claim() -> None:
-    """Make the three streams fit to be used, whatever they are. For the process's own entry, once."""
+    """Make the three standard streams usable, in whatever state they are. Call it once, when the process starts."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            # The lowest number that is free is this one. Reading from 0 and writing to 1 fail, as on a closed stream;
-            # what is for nobody to read goes nowhere.
+            # The lowest free number is this one. Reading 0 and writing 1 then fail, as on a closed stream; what is
+            # written to 2 is discarded.
             os.open(os.devnull, os.O_RDONLY if fd == 1 else os.O_WRONLY)
     codecs.register_error(_SUBSTITUTES, _substituted)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (for as long as the process lives)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A locale that knows ASCII only says nothing of what is beyond; what cannot be read is for the reader to judge.
+        # An ASCII locale does not say how other characters are encoded, so UTF-8 is assumed. Undecodable bytes are
+        # kept as surrogates, which the command that reads them has to judge.
         encoding = sys.stdin.encoding
         ascii_only = codecs.lookup(encoding).name == "ascii"
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else encoding, errors="surrogateescape")
@@ -57,16 +58,16 @@ def claim() -> None:
 
 
 def finished(status: int) -> int:
-    """The exit status when all is written: 1 where standard error could not be written. Raises `OutputError`."""
+    """Flush the output and return the exit status: 1 if writing standard error failed. Raises `OutputError`."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
     return status or int(isinstance(raw, _Raw) and raw.failed)
 
 
 class _Raw(io.FileIO):
-    """Standard output or error. Once writing has failed it takes everything and writes nothing.
+    """Standard output or error. After a failed write it accepts everything and writes nothing.
 
-    Python writes what is left when it ends, and would complain once more, with an exit status of its own.
+    Python flushes the streams when it ends; a second failure would print another error and change the exit status.
     """
 
     def __init__(self, fd: int) -> None:
@@ -74,9 +75,9 @@ class _Raw(io.FileIO):
         self.failed = False
 
     def write(self, data: Any, /) -> int:
-        """Raises `OutputError` from standard output, and `BrokenPipeError` where its reader has seen enough.
+        """Write; for standard output, raises `OutputError`, or `BrokenPipeError` if the reader has closed its end.
 
-        Standard error has nowhere to complain: `finished` does, by the exit status.
+        A failure of standard error cannot be printed; `finished` reports it by the exit status.
         """
         if not self.failed:
             try:

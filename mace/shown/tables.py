@@ -1,4 +1,4 @@
-"""A run's figures for people: what the containers added, device by device, what is missing, and the ledger."""
+"""Tables of a run's figures for people: the containers' overhead, each device's delays, losses, and the ledger."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _NAMES_SHOWN: Final = 5
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Print all of it."""
+    """Print all figures of a summary."""
     console.print(renderable(summary))
 
 
 def renderable(summary: Summary) -> Group:
-    """What `show` prints, for a live display."""
+    """Return what `show` prints, for a live display."""
     return Group(*losses_panel(summary), overhead_table(summary), "", device_table(summary), "", ledger_line(summary))
 
 
 def losses_panel(summary: Summary) -> list[Panel]:
-    """A panel if anything is missing from the figures; none otherwise."""
+    """Return a panel that lists what is missing from the figures; an empty list if nothing is."""
     text = Text("\n".join(map(printable, summary.losses())))
     return [Panel(text, title="not everything was seen", border_style="bold red", expand=False)] if text else []
 
 
 def overhead_table(summary: Summary) -> PlainTable:
-    """Per container and direction."""
+    """Return a table of the overhead per container and direction."""
     table = _table("What the container path added to each packet, µs", ("container", "direction"), "packets", "mean")
     owner = summary.owners()
     for (place, direction, _), distribution in summary.overhead():
@@ -45,7 +45,7 @@ def overhead_table(summary: Summary) -> PlainTable:
 
 
 def device_table(summary: Summary) -> PlainTable:
-    """Per device and direction, in the order of the path."""
+    """Return a table of the delays per device and direction, in the order of the path."""
     rows = summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
     labels, owner = labels_of([k[0] for k, _ in rows]), summary.owners()
     table = _table("Device by device, in the order of the path, µs", ("device", "of", "kind", "counts as"), "packets")
@@ -64,7 +64,7 @@ def device_table(summary: Summary) -> PlainTable:
 
 
 def ledger_line(summary: Summary) -> Text:
-    """Packets, the whole ledger and all grades, also when all is zero; and where the figures come from."""
+    """Return lines with packets, the whole ledger and all grades, also zeros, and the source of the figures."""
     lines = (
         f"packets {summary.packets:,} · {summary.ledger.line()}",
         summary.grades.line(),
@@ -93,8 +93,8 @@ def _ambiguous_line(summary: Summary) -> str:
         return line
     some = ", ".join(summary.imitated[:_NAMES_SHOWN]) + (", ..." if len(summary.imitated) > _NAMES_SHOWN else "")
     return (
-        f"{line}; devices of other namespaces have the names of the host's {some}, and whoever may make a namespace"
-        " can give them: a source that tells devices by number (the kernel module) is not misled"
+        f"{line}; devices in other namespaces have the same names as the host's {some}, and any user who may make a"
+        " namespace can choose such names: the kernel module, which identifies devices by number, is not misled"
     )
 
 
@@ -104,12 +104,12 @@ def _sharing_line(summary: Summary) -> str:
 
 
 def microseconds(ns: float) -> str:
-    """A delay in µs for people: `1,234.5`."""
+    """Format a delay in ns as µs for people: `1,234.5`."""
     return f"{ns / 1000:,.1f}"
 
 
 def cells(distribution: Distribution) -> list[str]:
-    """The figures of one table row: count, then p50, p90, p99, max and mean in µs."""
+    """Return the figures of one table row: count, then p50, p90, p99, max and mean in µs."""
     p50, p90, p99 = distribution.quantiles((0.5, 0.9, 0.99))
     shown = (p50, p90, p99, distribution.max_ns, distribution.mean_ns)
     return [f"{distribution.count:,}", *(microseconds(v) for v in shown)]

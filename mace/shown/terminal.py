@@ -1,7 +1,7 @@
-"""What Rich draws for people: consoles and tables in which names are text, whatever is in them (`contracts.names`).
+"""Rich's consoles and tables, with strings shown literally and control characters escaped (`contracts.names`).
 
-Rich takes square brackets in strings for styles and `:warning:` for a sign; a terminal takes ESC for a command. Here
-strings are neither, on whatever console they are printed.
+Rich reads square brackets in strings as styles and `:warning:` as an emoji; a terminal reads ESC as the start of a
+command. The classes here prevent that on every console.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from mace.shown.lines import WIDTH
 
 
 class Console(rich_console.Console):
-    """Rich's console, to which strings are text."""
+    """Rich's console, which prints strings literally."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
 def output(width: int = WIDTH) -> Console:
-    """The console on standard output; `width` where that is no terminal."""
+    """Return the console on standard output; it has `width` characters if that is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def styled(text: str, style: str) -> Text:
-    """A line of text, whole in one style."""
+    """Return a line of text in one style."""
     return Text(printable(text), style=style)
 
 
 def warn(console: rich_console.Console, warnings: Iterable[str]) -> None:
-    """Print warnings, a line each."""
+    """Print warnings, one per line."""
     for warning in warnings:
         console.print(styled(warning, "yellow"))
 
 
 class PlainTable(Table):
-    """A table without frames: 80 columns must do for a path with its figures. Strings in it are text."""
+    """A table without frames, so that a path with its figures fits in 80 columns. It shows strings literally."""
 
     def __init__(self, title: str | None = None) -> None:
         super().__init__(
@@ -55,11 +55,11 @@ class PlainTable(Table):
         )
 
     def add_column(self, header: RenderableType = "", *args: Any, **kwargs: Any) -> None:
-        """As Rich's."""
+        """Add a column, with the arguments of Rich's method."""
         super().add_column(_as_text(header), *args, **kwargs)
 
     def add_row(self, *cells: RenderableType | None, **kwargs: Any) -> None:
-        """As Rich's."""
+        """Add a row, with the arguments of Rich's method."""
         super().add_row(*(_as_text(cell) for cell in cells), **kwargs)
 
 

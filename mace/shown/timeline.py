@@ -1,9 +1,8 @@
-"""The raw stream and what the correlator made of it, brought together again: which records are of which packet.
+"""Assigns the records of the raw stream to the packets that the correlator has found.
 
-The correlator says of a packet when it was where, and calls it by a hash of its first record. The records themselves
-have what it has no use for: the processor, the reason of a drop, ports. So records wait here until the packets that
-began before them are known (`Results.settled_utc_ns`), and find their packets by the name of the first record and the
-buffer.
+The correlator's rows say when a packet was at which device, and number it by a hash of its first record. The records
+have more: the CPU, the reason of a drop, ports. Records wait here until the packets that began before them are settled
+(`Results.settled_utc_ns`); the hash of the first record and the buffer then identify their packets.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]
 
 _MOST_RECORDS: Final = 1 << 22
-"""Records that wait at most: as many as the engine keeps open. Older ones are given out without a packet."""
+"""Most records that wait, as many as the engine keeps open. Older records are returned without a packet."""
 _IS_END: Final = np.isin(np.arange(256), [info.hook for info in BY_HOOK.values() if info.way is Way.END])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packets:
-    """Packets in the order of time. Arrays over packets."""
+    """Packets in time order, as arrays of equal length."""
 
     seen: Seen
     end_ns: Ints
-    """UTC, when its last hop ends."""
+    """End of the packet's last hop, UTC."""
     whole_ns: Ints
-    """What the container added to it; `NOT_TOLD` where it was not seen over the whole path."""
+    """The container's overhead on the packet; `NOT_TOLD` if the packet was not seen over the whole path."""
     request: Ids
-    """The packet that it answers; 0 if none is known."""
+    """The packet that this packet replies to; 0 if none is known."""
     told_by: Ints
     drop_reason: Ints
-    """0 where it was not dropped."""
+    """The kernel's drop reason; 0 if the packet was not dropped."""
 
     def __len__(self) -> int:
         return len(self.seen)
@@ -51,22 +50,22 @@ class Packets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Settled:
-    """What is known for good since the last time."""
+    """The packets, rows and records that have become final since the last call."""
 
     rows: Delays
-    """In the order of time, and of the path where times are equal."""
+    """Rows in time order, and at equal times in path order."""
     of_packet: Ints
-    """Row → index into `packets`."""
+    """For each row, the index of its packet in `packets`."""
     packets: Packets
     records: Batch
     of_record: Ids
-    """Record → its packet; 0 if it is of none that has rows."""
+    """For each record, the number of its packet; 0 if no packet with rows has the record."""
     sightings: tuple[Sighting, ...]
     devices: tuple[Device, ...]
 
 
 class Follower:
-    """Takes a stream's items as they come and its results, in whatever step; gives out what is settled."""
+    """Collects a stream's items and results, however they alternate, and returns the packets that are settled."""
 
     def __init__(self, header: StreamHeader, *, records: bool = True) -> None:
         self._offset_ns = header.clock.offset_ns
@@ -79,10 +78,10 @@ class Follower:
         self._replies: Replies | None = None
         self._containers: dict[str, int] = {"": NOT_TOLD}
         self.without_packet = 0
-        """Records that had to be given out before their packets were known: too many were waiting."""
+        """Number of records returned before their packets were settled, because too many were waiting."""
 
     def take(self, item: StreamItem) -> None:
-        """The next item of the stream, before the results that come of it."""
+        """Add the next item of the stream. It must precede the results that follow from it."""
         if isinstance(item, Topology):
             self._sightings = item.sightings
         elif isinstance(item, Batch) and len(item):
@@ -92,7 +91,7 @@ class Follower:
                 self._arrived.append(item)
 
     def settle(self, results: Results, *, last: bool = False) -> Settled:
-        """What the results settle; with `last` all that is left."""
+        """Return the packets that the results settle; with `last`, all that are left."""
         self._batch = Batch.concatenate([self._batch, *self._arrived])
         self._arrived = []
         self._owner = np.append(self._owner, np.zeros(len(self._batch) - len(self._owner), np.uint64))
@@ -114,7 +113,7 @@ class Follower:
         np.minimum.at(begin, of_packet, rows.utc_ns)
         ready = np.ones(len(ids), np.bool_) if last else begin < results.settled_utc_ns
         self._rows = rows[~ready[of_packet]]
-        # Sorting the names once more would be a tenth of an export: those that are ready keep their order.
+        # Sorting the packet numbers again would take a tenth of an export's time; the ready ones keep their order.
         rows, of_packet = rows[ready[of_packet]], of_packet[ready[of_packet]]
         in_time = np.argsort(rows.utc_ns, kind="stable")
         rows, of_packet = rows[in_time], (np.cumsum(ready) - 1)[of_packet[in_time]]
@@ -169,13 +168,13 @@ class Follower:
         return rows, rank[of_packet], packets
 
     def _attribute(self, ids: Ids, end: Ints, inward: npt.NDArray[np.bool_]) -> tuple[Ints, Content]:
-        """Find the records of packets (`ids` ascending). Of each the reason of its drop, and what it says of itself."""
+        """Assign records to packets (`ids` ascending); returns each packet's drop reason and content."""
         reason = np.zeros(len(ids), np.int64)
         batch = self._batch
         none = Content.of(len(ids))
         if not len(batch) or not len(ids):
             return reason, none
-        # As correlator.lives.Lives.packet names a life.
+        # The hash by which correlator.lives.Lives.packet numbers a packet.
         named = batch.skb_id ^ (batch.ts_ns.view(np.uint64) * GOLDEN)
         named ^= named >> np.uint64(32)
         named *= np.uint64(0xD6E8FEB86659FD93)
@@ -199,7 +198,7 @@ class Follower:
         reason[packet[freed]] = batch.drop_reason[at[freed]]
         if batch.content is None:
             return reason, none
-        # At the inner device: the first record of a packet that leaves, the last of one that comes.
+        # The record at the inner device: the first of a packet that leaves the container, the last of one that enters.
         told = (batch.content.flags[at] & Flag.FLOW) > 0
         at, packet = at[told], packet[told]
         speaks = np.full(len(ids), -1, np.int64)

@@ -1,1 +1,1 @@
-"""Measurement tools, run or read, and their round trips corrected."""
+"""Runs measurement tools or reads their output, and corrects their round trips."""

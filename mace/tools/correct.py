@@ -1,4 +1,4 @@
-"""What a tool has printed, and a capture of the time when it ran, to corrected round trip times."""
+"""Corrects the round trip times that a tool has printed, with a capture recorded while it ran."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ STDIN: Final = Path("-")
 
 
 def printed(output: Path, reader_name: str | None) -> tuple[Samples, Reader]:
-    """The samples in what a tool has printed (`STDIN`: standard input), and the reader, as `read` has them.
+    """Read a tool's output from a file (`STDIN`: standard input); returns the samples and the reader.
 
-    `reader_name`: which tool it was (`READERS`); None where its first line tells. Raises `UsageError`, `Unavailable`.
+    `reader_name` is the tool's name in `READERS`; None recognises the tool by its output. Raises `UsageError`,
+    `Unavailable`.
     """
     return read(_lines(output), READERS[reader_name]() if reader_name else None)
 
@@ -38,7 +39,7 @@ def printed(output: Path, reader_name: str | None) -> tuple[Samples, Reader]:
 def corrected(
     samples: Samples, reader: Reader, captured: Recording, session: Session, container: str | None = None
 ) -> Corrected:
-    """Samples corrected by the packets in a recording; `container` is needed where the recording has several.
+    """Correct samples by the packets in a recording; `container` is needed if the recording has several.
 
     Raises `UsageError`, `Unavailable` and `CaptureError`.
     """
@@ -56,14 +57,14 @@ def arrays(
     config: Config | None = None,
     **columns: npt.ArrayLike,
 ) -> Corrections:
-    """Round trip times in arrays, corrected by the packets in a capture file. For programs.
+    """Correct round trip times in arrays by the packets in a capture file; returns one row per sample, in their order.
 
-    `rtt_ns` is int64, `NOT_TOLD` (-1) where there was no reply, in the order in which the replies arrived. `columns`
-    are any others of `correlator.samples.Samples`: arrays of the same length, or one value for all. `stamps` says how
-    the tool looks at the clock (`correlator.stamps.MODELS`); as it is, `stamp_utc_ns` is the time of sending.
-    `container` is needed where the capture has several. A row for each sample comes back, in the same order.
+    `rtt_ns` is int64, `NOT_TOLD` (-1) for a request without a reply, in the order in which the replies arrived.
+    `columns` are further columns of `correlator.samples.Samples`: arrays of the same length, or one value for all.
+    `stamps` says when the tool reads the clock (`correlator.stamps.MODELS`); with the default, `stamp_utc_ns` is the
+    time of sending. `container` is needed if the capture has several.
 
-    Raises `UsageError`, `Unavailable` and `CaptureError`, and for `columns` what `Samples.of` does.
+    Raises `UsageError`, `Unavailable` and `CaptureError`, and for `columns` the errors of `Samples.of`.
     """
     rtt = np.asarray(rtt_ns, np.int64)
     samples = Samples.of(len(rtt), rtt_ns=rtt, **columns)
@@ -74,7 +75,7 @@ def arrays(
 
 
 def print_samples(found: Corrected) -> None:
-    """A line for each sample, in the order in which the tool told of them."""
+    """Print one line per sample, in the order of the tool's output."""
     for row in range(len(found.samples)):
         rtt_ns = int(found.samples.rtt_ns[row])
         tool = f"tool={rtt_ns / 1000:,.1f} " if rtt_ns >= 0 else ""
@@ -90,23 +91,25 @@ def _lines(path: Path) -> Iterable[str]:
         )
     except OSError as error:
         what = "standard input" if path == STDIN else str(path)
-        raise Unavailable(what, error.strerror or str(error), "name a file with what the tool printed") from error
+        raise Unavailable(what, error.strerror or str(error), "name a file with the tool's output") from error
 
 
 def _text(raw: bytes) -> str:
-    """Text of a tool. PowerShell redirects output as UTF-16, and Excel marks a CSV as UTF-8: what begins so says it."""
+    """Decode a tool's output by its byte order mark: PowerShell redirects as UTF-16, Excel marks a CSV as UTF-8."""
     return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig", "replace")
 
 
 def _netns(observed: Observed, container: str | None) -> int:
-    """Inode of the namespace whose packets to take. Raises `UsageError`."""
+    """Return the inode of the container's network namespace; the only one without a name. Raises `UsageError`."""
     found = observed.containers()
     names = {name: netns for netns, (name, _) in found.items()}
     known = ", ".join(f"{name} ({count:,} packets)" for name, count in sorted(found.values()))
     if not found:
-        raise UsageError("the capture has no packet that was seen over the whole path of a container")
+        raise UsageError("the capture has no packet with records over the whole path of a container")
     if container is None and len(found) > 1:
-        raise UsageError(f"the capture has several containers: {known}; --container says in which the tool ran")
+        raise UsageError(
+            f"the capture has several containers: {known}; --container selects the one that the tool ran in"
+        )
     if container is not None and container not in names:
         raise UsageError(f"the capture has no container {container!r}{nearest(container, names)}; it has {known}")
     return next(iter(found)) if container is None else names[container]

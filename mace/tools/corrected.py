@@ -1,8 +1,6 @@
-"""What the correction of a tool's samples came to, for people and for machines. `mace correct` and `mace ping` share
-it.
+"""The result of correcting a tool's samples, as tables and as JSON, for `mace correct`, `mace ping` and `mace wrap`.
 
-No figure without what is missing from it: samples that are not paired are listed with their reasons, and the ledger of
-the records stands below.
+The result says what is missing from its figures: it lists samples without a pair with their reasons, and the ledger.
 """
 
 from __future__ import annotations
@@ -34,18 +32,18 @@ FIGURES: Final = {
     "egress_ns": "egress overhead",
     "ingress_ns": "ingress overhead",
 }
-"""Columns of `Corrections` that there are statistics of, and what people read."""
+"""Columns of `Corrections` with statistics, and their names for people."""
 _LOWER_BOUND: Final = (
     "host RTT is a lower bound where requests are rare: egress and ingress are the time spent in the container's "
     "devices, and a host process does a part of that work too (mace ping --host-path N measures how much)"
 )
 _SHOWN: Final = 12
-"""Unpaired samples that are named for each reason; `--json` has all."""
+"""Most unpaired samples that are listed per reason; `--json` lists all."""
 
 
 @dataclass(slots=True)
 class Observed:
-    """What a run of the correlator said, as far as a correction needs it."""
+    """The correlator's results, as far as a correction needs them."""
 
     summary: Summary = field(default_factory=Summary)
     devices: tuple[Device, ...] = ()
@@ -54,7 +52,7 @@ class Observed:
     _parts: list[Crossings] = field(default_factory=list)
 
     def add(self, results: Results) -> None:
-        """Take in what the correlator says next."""
+        """Add the correlator's next results."""
         self.summary.add(results)
         self.devices = results.devices
         self.settled_utc_ns = results.settled_utc_ns
@@ -63,7 +61,7 @@ class Observed:
             self._parts.append(results.crossings)
 
     def containers(self) -> dict[int, tuple[str, int]]:
-        """Inode of each network namespace whose packets crossed → (name, how many did)."""
+        """Return (name, number of crossings) by the inode of each container's network namespace."""
         devices, counts = np.unique(self.crossings().device, return_counts=True)
         found: dict[int, tuple[str, int]] = {}
         for number, count in zip(devices.tolist(), counts.tolist(), strict=True):
@@ -73,7 +71,10 @@ class Observed:
         return found
 
     def crossings(self, netns: int | None = None, since_utc_ns: int | None = None) -> Crossings:
-        """All crossings; or those of one namespace's packets, or those known since a time, given as they were found."""
+        """Return the crossings in the order in which they were found.
+
+        `netns` selects those of one namespace's packets. `since_utc_ns` may leave out crossings before that time.
+        """
         parts = self._parts
         if since_utc_ns is not None:
             start = len(parts)
@@ -89,26 +90,26 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """A tool's samples, corrected."""
+    """A tool's samples with their corrections."""
 
     tool: str
     container: str
     samples: Samples
     corrections: Corrections
     not_understood: int
-    """Lines of the tool's output."""
+    """Number of lines of the tool's output that the reader did not understand."""
     first_not_understood: Sequence[str]
     left_out: Mapping[str, int]
-    """Exchanges that the tool's output tells of and that cannot be corrected: how many, by the reason."""
+    """Number of exchanges in the tool's output that cannot be corrected, by reason."""
     summary: Summary
     packets: int
-    """The container's packets that were seen over the whole path, both ways."""
+    """The container's packets with records over the whole path, in both directions."""
     netns: str = ""
-    """Name of its network namespace."""
+    """Name of the container's network namespace."""
 
     @classmethod
     def of(cls, samples: Samples, observed: Observed, reader: Reader, netns: int) -> Corrected:
-        """Correct `samples`, which are all that `reader` found, with the packets of the namespace."""
+        """Correct `samples`, all that `reader` has found, with the packets of the namespace of inode `netns`."""
         crossings = observed.crossings(netns)
         stamps, unknown = reader.stamps, reader.unknown
         corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns)
@@ -120,7 +121,7 @@ class Corrected:
         )  # fmt: skip
 
     def round_trips(self) -> RoundTrips:
-        """All samples as rows for a database."""
+        """Return all samples as rows for a database."""
         found, samples = self.corrections, self.samples
         paired = found.reason == Reason.PAIRED
         rows = RoundTripRows(
@@ -137,9 +138,10 @@ class Corrected:
         return RoundTrips(self.tool, self.container, self.netns, tuple(r.name.lower() for r in Reason), rows)
 
     def statistics(self) -> dict[str, dict[str, Any]]:
-        """By name of the figure: count, min, median, mean, max (ns); median and mean with interval, None if too few.
+        """Return count, min, median, mean and max in ns, by the names in `FIGURES`.
 
-        Of the paired samples without further replies, in the order of sending.
+        Median and mean have intervals, and are None if there are too few samples. The statistics are over the paired
+        samples without duplicate replies, in the order of sending.
         """
         chosen = np.flatnonzero((self.corrections.reason == Reason.PAIRED) & ~self.samples.duplicate)
         chosen = chosen[np.argsort(self.corrections.sent_utc_ns[chosen], kind="stable")]
@@ -157,19 +159,19 @@ class Corrected:
         return found
 
     def unpaired(self) -> dict[Reason, list[int]]:
-        """By reason: the rows of the samples that are not paired."""
+        """Return the rows of the samples without a pair, by reason."""
         reasons = self.corrections.reason
         return {
             r: np.flatnonzero(reasons == r).tolist() for r in Reason if r is not Reason.PAIRED and (reasons == r).any()
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines, one JSON object.
+        """Return the result for JSON.
 
-        `tool`, `container`, `samples` (a list of objects: seq, stamp_utc_ns, duplicate, reason, tool_rtt_ns, and for
-        those that are paired host_rtt_ns, nic_rtt_ns, egress_ns, ingress_ns, grade), `paired`, `unpaired` (count by
-        reason), `statistics` (as by `statistics`), `not_understood` (lines), `left_out` (count by reason), `packets`,
-        `ledger`, and `cost` where it is known.
+        The keys are `tool`, `container`, `samples` (a list of objects: seq, stamp_utc_ns, duplicate, reason,
+        tool_rtt_ns, and for paired samples host_rtt_ns, nic_rtt_ns, egress_ns, ingress_ns, grade), `paired`, `unpaired`
+        (count by reason), `statistics` (the result of `statistics`), `not_understood` (lines), `left_out` (count by
+        reason), `packets`, `ledger`, and `cost` if it is known.
         """
         found: dict[str, Any] = {
             "tool": self.tool,
@@ -204,9 +206,9 @@ class Corrected:
             yield row
 
     def tables(self, console: Console, *, lower_bound: bool = True) -> None:
-        """For people: statistics, what is not paired and why, what was not understood, the ledger.
+        """Print statistics, unpaired samples with their reasons, lines that were not understood, and the ledger.
 
-        `lower_bound`: say that this is what the host RTT is; a host path term beside it says more.
+        `lower_bound`: say that the host RTT is a lower bound, where no host path term is printed.
         """
         console.print(self._statistics_table())
         if lower_bound and (self.corrections.reason == Reason.PAIRED).any():
@@ -243,8 +245,8 @@ class Corrected:
             yield f"left out {count:,} · {why}"
         if not self.packets:
             yield (
-                "no packet of this container was seen over the whole path: is it a container of this host, and are the "
-                "host's devices towards the network right ([capture] outer)?"
+                "no packet of this container has records over the whole path: check that the container runs on this "
+                "host, and that [capture] outer names the host's devices towards the network"
             )
         if self.not_understood:
             lines = "; ".join(repr(line) for line in self.first_not_understood)
@@ -259,7 +261,7 @@ class Corrected:
 
 
 def line(corrections: Corrections, row: int) -> str:
-    """What is known of one sample beside what the tool says, in one line."""
+    """Return one line with a sample's correction, or the reason why it has none."""
     reason = Reason(int(corrections.reason[row]))
     if reason is not Reason.PAIRED:
         return f"not corrected · {REASONS[reason]}"

@@ -1,26 +1,27 @@
-"""What a host process's packet spends on its way out, where a container's has something of it behind it already.
+"""The host path term: how much longer a host process's packet takes than the correction leaves of a container's.
 
-The correction takes off `net_dev_queue` outer - inner, and with it more than the container added: what is left of the
-way out has been warmed up by what was taken off. Where packets are rare that is many microseconds:
+The correction subtracts the time from `net_dev_queue` at the inner device to `net_dev_queue` at the outer device. At
+low packet rates that is many microseconds more than the container added: the subtracted part runs the host's rules and
+warms the caches for the rest of the way, while a host packet runs everything with cold caches:
 
     host process    S ── routing, output and postrouting rules ── Q outer ── X outer ── ...      all of it cold
     container       S ── Q inner ─┆─ bridge, the same rules, ... ─┆─ Q outer ── X outer ── ...   only the start is cold
-                                  └────────── taken off ──────────┘
+                                  └────────── subtracted ─────────┘
 
-So the correction's claim is put to the test where the answer is known: the same *probe* is sent from the host and from
-the container, at the pace of the tool, alternating with it in time and never beside it. By how much a host's probe
-takes longer over a stretch than what the correction leaves of a container's is the *host path term*:
+The term is therefore measured, with the same *probe* sent from the host and from the container. Probes have the tool's
+pace and alternate with the tool; they never run at the same time. The *host path term* is the time of a host's probe
+less the time that the correction leaves of a container's probe, over these stretches:
 
-    send     S to Q outer of a host's,  S to Q inner of a container's
-    device   Q outer to X outer         (`net_dev_start_xmit`: the driver is called)
-    beyond   X outer to the last that this machine sees of the request before it is taken in
-    answer   from there to the first that the outer device sees of the reply
+    send     S to Q outer for the host's probe, S to Q inner for the container's
+    device   Q outer to X outer (`net_dev_start_xmit`: the driver is called)
+    beyond   X outer to the request's last record on this machine before the far end receives it
+    answer   from that record to the reply's first record at the outer device
 
-The last two are there only where the far end is on this machine, as in a lab: it shares the caches, and a host process
-would have seen it answer later than the container does. Where it is elsewhere nothing of it is in the term.
+`beyond` and `answer` exist only if the far end is on this machine, as in a lab: it then shares the caches, and would
+answer a host process later than it answers the container. For a far end on another machine the term has neither.
 
-What comes back to the sender is no part of it, nor is a tool's round trip: it cannot be tuned to what it is compared
-with. It is added to the host RTT, and its uncertainty belongs into that one's interval.
+The way from the outer device back to the sender, and a tool's round trips, are not part of the term, so it cannot be
+tuned to the value that it is compared with. The term is added to the host RTT, and its uncertainty to that interval.
 """
 
 from __future__ import annotations
@@ -41,44 +42,44 @@ from mace.lab import probing
 Ints = npt.NDArray[np.int64]
 
 PAYLOAD_BYTES: Final = 48
-"""Of a probe: not the 56 of ping, so that its packets are told from the tool's by their length."""
+"""Payload of a probe. It is not ping's 56, so that the packets' length distinguishes probes from ping's requests."""
 PROBE_LEN: Final = 20 + 8 + PAYLOAD_BYTES
-"""Bytes with the IPv4 header."""
+"""Length of a probe, bytes, with the IPv4 and ICMP headers."""
 STRETCHES: Final = ("send", "device", "beyond", "answer")
-"""Of the host path term."""
+"""Names of the stretches of the host path term."""
 _ARRIVALS: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
 _LATEST_NS: Final = 5_000_000
-"""A probe's first record comes this soon, or it is left out."""
+"""A probe without a record within this time after its send is left out."""
 
 
 def probe_command(address: str, count: int, interval_ns: int) -> list[str]:
-    """The command line that sends probes to an IPv4 address, to be run in the host's or a container's namespace."""
+    """Return the command line that sends probes to an IPv4 address, for the host's or a container's namespace."""
     return probing.command("probes", address, count, interval_ns, PAYLOAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Stretches:
-    """Of each probe that was seen on its whole way out, ns, int64."""
+    """The times over each stretch, ns, int64: one value per probe with records on its whole way out."""
 
     send: Ints
     device: Ints
     beyond: Ints
     answer: Ints
-    """Of those that a far end on this machine has answered; the others are left out here."""
+    """Times of the probes that a far end on this machine has answered, so it may be shorter than the other arrays."""
 
     def __len__(self) -> int:
         return len(self.send)
 
 
 class Seen:
-    """The records of one length, with the names of the devices that they were seen at."""
+    """Collects the records of packets of one length, with the names of their devices."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Batch, npt.NDArray[np.object_]]] = []
         self._names: npt.NDArray[np.object_] = np.array([""], object)
 
     def add(self, item: Topology | Batch, length: int) -> None:
-        """Take the next item of a stream; of a batch the records of that length."""
+        """Add the next item of a stream: from a batch, the records of packets of that length."""
         if isinstance(item, Topology):
             names = [s.name or _only_name(item, s) for s in item.sightings]
             self._names = np.array(names, object)
@@ -89,7 +90,7 @@ class Seen:
             self._parts.append((batch, self._names[batch.dev]))
 
     def whole(self) -> Records:
-        """All of them."""
+        """Return all records collected so far."""
         batch = Batch.concatenate([part for part, _ in self._parts])
         names = np.concatenate([names for _, names in self._parts]) if self._parts else np.zeros(0, object)
         return Records(batch.ts_ns, batch.hook, batch.skb_id, names)
@@ -102,7 +103,7 @@ def _only_name(topology: Topology, sighting: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Columns of equal length, in the order of time."""
+    """Records in time order, as columns of equal length."""
 
     ts_ns: Ints
     hook: npt.NDArray[np.uint8]
@@ -110,16 +111,17 @@ class Records:
     device: npt.NDArray[np.object_]
 
     def between(self, start_ns: int, end_ns: int) -> Records:
-        """Those of a stretch of time, the end excluded."""
+        """Return the records from `start_ns` until before `end_ns`."""
         a, b = np.searchsorted(self.ts_ns, [start_ns, end_ns])
         return Records(self.ts_ns[a:b], self.hook[a:b], self.skb_id[a:b], self.device[a:b])
 
 
 def stretches(sent_ns: Sequence[int], seen: Records, inner: str | None, outer: str) -> Stretches:
-    """How long the probes took over each stretch; those of which a record is missing are left out.
+    """Return the probes' times over each stretch; a probe with a missing record is left out.
 
-    `inner`: the container's own device; None for probes of the host, which begin at `outer`. `seen`: records
-    of the probes' length from before the first to after the last of them.
+    `sent_ns` are the times of sending, CLOCK_MONOTONIC. `seen` are the records of the probes' length, from before the
+    first probe until after the last. `inner` is the container's own device; None for the host's probes, which begin at
+    `outer`.
     """
     rows: list[tuple[int, int, int]] = []
     answers: list[int] = []
@@ -134,7 +136,7 @@ def stretches(sent_ns: Sequence[int], seen: Records, inner: str | None, outer: s
         *found, last = row
         rows.append((found[0], found[1], found[2]))
         if not found[2]:
-            continue  # the far end is elsewhere
+            continue  # the far end is on another machine
         reply = _first(times, hooks, devices, (last, last + _LATEST_NS), outer, _ARRIVALS)
         if reply is not None:
             answers.append(times[reply] - last)
@@ -145,7 +147,7 @@ def stretches(sent_ns: Sequence[int], seen: Records, inner: str | None, outer: s
 def _first(
     times: list[int], hooks: list[int], devices: list[str], within: tuple[int, int], device: str, wanted: Sequence[Hook]
 ) -> int | None:
-    """Index of the first record from the one time on and before the other that is at `device` and of these hooks."""
+    """Return the index of the first record at `device`, of one of these hooks, between the two times; None if none."""
     at = bisect_left(times, within[0])
     while at < len(times) and times[at] < within[1]:
         if devices[at] == device and hooks[at] in wanted:
@@ -163,9 +165,9 @@ def _way_out(
     *,
     crossing: bool,
 ) -> tuple[int, int, int, int] | None:
-    """(send, device, beyond) of one probe, ns, and the time of the last record of its way out.
+    """Return (send, device, beyond) of one probe, ns, and the time of the last record of its way out; None if unknown.
 
-    `crossing`: it comes to the outer device from another, which may have the same name.
+    `crossing`: the probe comes to the outer device from another device, which may have the same name.
     """
     sent, until, first, outer = probe
     at = _first(times, hooks, devices, (sent, until), first, (Hook.NET_DEV_QUEUE,))
@@ -180,7 +182,7 @@ def _way_out(
             continue
         if hooks[i] == Hook.NET_DEV_QUEUE and devices[i] in (first, outer):
             if devices[i] != outer or queued is not None:
-                break  # the buffer was used again
+                break  # another packet uses the buffer
             queued = times[i]
         elif hooks[i] == Hook.NET_DEV_START_XMIT and devices[i] == outer and queued is not None:
             left = last = times[i]
@@ -194,9 +196,10 @@ def _way_out(
 
 
 def term_ns(host: Sequence[Stretches], container: Sequence[Stretches], names: Iterable[str] = STRETCHES) -> float:
-    """The host path term over these stretches, ns: medians of all probes, host's - container's. nan without probes.
+    """Return the host path term over these stretches, ns: median of the host's probes less that of the container's.
 
-    Where no far end on this machine has answered any, their answers are no part of it.
+    The medians are over the probes of all parts; nan without probes. `answer` counts only if a far end on this machine
+    has answered a probe.
     """
     sides = ((1, host), (-1, container))
     answered = any(len(part.answer) for _, parts in sides for part in parts)

@@ -1,6 +1,6 @@
-"""The host path term of a tool that is about to run: probes from host and container, by turns, and what they come to.
+"""Measures the host path term (`mace.tools.host_path`) before a tool runs, with probes from host and container.
 
-`mace ping --host-path N` sends N from either before ping, in ten rounds of random order, at ping's own pace.
+`mace ping --host-path N` sends N probes from each side before ping, in ten rounds of random order, at ping's pace.
 """
 
 from __future__ import annotations
@@ -29,34 +29,35 @@ from mace.tools.host_path import STRETCHES, Seen, Stretches
 ROUNDS: Final = 10
 _SEED: Final = 1
 _QUIET_S: Final = 0.2
-"""Before the first of them, for what starting the source has stirred up."""
+"""Wait before the first probe, so that the effects of starting the source have subsided."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostPath:
-    """The term, by stretch and whole, with its interval."""
+    """The host path term, by stretch and in all, with its interval."""
 
     host: list[Stretches]
-    """By round."""
+    """The host's probes, by round."""
     container: list[Stretches]
+    """The container's probes, by round."""
 
     @property
     def term_ns(self) -> float:
-        """What is to be added to a host RTT, ns."""
+        """The term, to be added to a host RTT, ns."""
         return self._term(np.arange(ROUNDS))
 
     @property
     def interval(self) -> intervals.Interval | None:
-        """Of it, ns."""
+        """The term's interval, ns; None if there are too few rounds."""
         return intervals.of_rounds(self._term, ROUNDS)
 
     def _term(self, drawn: hostpath.Ints) -> float:
         return hostpath.term_ns([self.host[n] for n in drawn], [self.container[n] for n in drawn])
 
     def added_to(self, median: dict[str, Any] | None) -> tuple[float, float, float] | None:
-        """A host RTT's median (as `Corrected.statistics` has it) with the term: (value, low, high), ns.
+        """Return a median host RTT (of `Corrected.statistics`) plus the term: (value, low, high), ns; None if unknown.
 
-        The two errors are independent, so their sizes add as the sides of a right angle do.
+        The two errors are independent, so the width of the sum's interval is the root of the sum of squares.
         """
         own = self.interval
         if median is None or own is None:
@@ -67,7 +68,11 @@ class HostPath:
         return float(value), float(value - low), float(value + high)
 
     def as_dict(self, median: dict[str, Any] | None) -> dict[str, Any]:
-        """term_ns, ci95_ns, by stretch, probes (seen of host and container), and host_rtt_p50_ns with its interval."""
+        """Return the term for JSON.
+
+        The keys are term_ns, ci95_ns, one `*_ns` per stretch, probes (of host and container, with records), and
+        host_rtt_p50_ns with host_rtt_ci95_ns.
+        """
         found: dict[str, Any] = {"term_ns": round(self.term_ns), "ci95_ns": None, "host_rtt_p50_ns": None}
         ends, whole = intervals.bounds(self.interval), self.added_to(median)
         if ends is not None:
@@ -79,7 +84,7 @@ class HostPath:
         return found | {"probes": [sum(map(len, side)) for side in (self.host, self.container)]}
 
     def line(self, median: dict[str, Any] | None) -> str:
-        """The same for people."""
+        """Return the term as one line for people."""
         told = self.as_dict(median)
         ends = told["ci95_ns"]
         between = f" ({ends[0] / 1000:+.1f} … {ends[1] / 1000:+.1f})" if ends else ""
@@ -93,31 +98,34 @@ class HostPath:
 
 @dataclass(slots=True)
 class Probing:
-    """What is to be sent, and where from."""
+    """The probes to send from the host and from a container."""
 
     address: str
-    """Of IPv4."""
+    """IPv4 address of the far end."""
     count: int
-    """From either side."""
+    """Number of probes from each side."""
     interval_s: float
     netns_fd: int
-    """The container's network namespace."""
+    """File descriptor of the container's network namespace."""
     host_netns: str
-    """Path or name of the host's; "": our own."""
+    """Path or name of the host's network namespace; "" is this process's own."""
     _blocks: list[tuple[int, bool, int, int, list[int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         try:
             version = ip_address(self.address).version
         except ValueError:
-            raise UsageError(f"--host-path: {self.address!r} is a name; probes want an IPv4 address") from None
+            raise UsageError(f"--host-path: {self.address!r} is a name; probes need an IPv4 address") from None
         if version != 4:
-            raise UsageError("--host-path: probes are of IPv4")
+            raise UsageError(f"--host-path: {self.address} is an IPv6 address; probes need an IPv4 address")
         if self.count < ROUNDS:
-            raise UsageError(f"--host-path: {self.count} probes, expected {ROUNDS} at least, one a round")
+            raise UsageError(f"--host-path: {self.count} probes, expected at least {ROUNDS}, one for each round")
 
     def measure(self, session: Session) -> HostPath:
-        """Send them under a capture of their own, and see. Raises `UsageError` where none is seen on its whole way."""
+        """Send the probes under a capture of their own and return the term.
+
+        Raises `UsageError` if no probe of a side has records on its whole way, or a side has several devices.
+        """
         seen, last = Seen(), Topology(0, 0)
 
         def take(item: StreamItem) -> None:
@@ -134,7 +142,7 @@ class Probing:
         if len(outer) != 1 or len(inner) != 1:
             found = f"outer {', '.join(outer) or 'none'}, inner {', '.join(inner) or 'none'}"
             raise UsageError(
-                f"--host-path: it takes one device on either side, found {found}; [capture] outer names one"
+                f"--host-path: expected one outer and one inner device, found {found}; set [capture] outer to one"
             )
         records = seen.whole()
         sides: dict[bool, list[Stretches]] = {True: [], False: []}
@@ -145,7 +153,7 @@ class Probing:
             raise UsageError("interrupted")
         for where, parts in (("host", sides[False]), ("container", sides[True])):
             if not any(map(len, parts)):
-                raise UsageError(f"--host-path: none of the {where}'s probes was seen on its whole way out")
+                raise UsageError(f"--host-path: none of the {where}'s probes has records on its whole way out")
         return HostPath(sides[False], sides[True])
 
     async def _send(self) -> None:

@@ -1,4 +1,4 @@
-"""A container's network namespace, by its name, by that of the namespace, or by a process in it."""
+"""Opens a container's network namespace, named by the container, by the namespace or by a process in it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def open_namespace(
     pid: int | None = None,
     lab_name: str | None = None,
 ) -> int:
-    """A file descriptor on one network namespace, which is the caller's to close.
+    """Return a file descriptor of one network namespace, which the caller has to close.
 
-    `container`: by name, one of the lab's where there is a `lab_name`, else one that the machine runs.
-    Raises `UsageError` or `Unavailable`.
+    `container` is a container's name, in the lab `lab_name` if that is given, otherwise on this machine. Raises
+    `UsageError` or `Unavailable`.
     """
     if pid is not None:
         return _opened(Path(f"/proc/{pid}/ns/net"), f"process {pid}")
@@ -45,7 +45,7 @@ def _opened(path: Path, what: str) -> int:
         if error.errno == errno.EINVAL:
             raise UsageError(f"{path} is no network namespace") from error
         raise Unavailable(
-            what, f"{path}: {error.strerror}", "`ip netns list` and `lsns -t net` list what there is"
+            what, f"{path}: {error.strerror}", "`ip netns list` and `lsns -t net` list the namespaces"
         ) from error
 
 
@@ -60,7 +60,7 @@ def _of_container(name: str, capture: CaptureConfig) -> int:
     chosen = [netns for netns, container in named.items() if container == name]
     if len(chosen) != 1:
         known = ", ".join(sorted(set(named.values()))) or "none"
-        many = f"{len(chosen)} containers are called {name!r}; --pid or --netns tells them apart"
+        many = f"{len(chosen)} containers are called {name!r}; choose one with --pid or --netns"
         none = f"no container {name!r}{nearest(name, named.values())}; known: {known}"
         raise UsageError(many if chosen else none)
     namespaces = Namespaces()
@@ -71,6 +71,8 @@ def _of_container(name: str, capture: CaptureConfig) -> int:
     fd = open_netns(place) if place else None
     if fd is None:
         raise Unavailable(
-            f"container {name!r}", "its network namespace cannot be reached", "name a process of it: --pid"
+            f"container {name!r}",
+            "its network namespace cannot be opened",
+            "name a process of the container with --pid",
         )
     return fd

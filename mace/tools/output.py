@@ -1,13 +1,13 @@
-"""Reading what measurement tools print: which tool it is, fping, and a CSV of anybody's samples.
+"""Recognises the tool that has printed an output, and reads fping and CSV files with samples of any tool.
 
 `mace.tools.ping_output` reads ping, `mace.tools.requests` dig and curl.
 
-Strict: a line that is not understood is kept and counted, never skipped in silence; whoever shows results says how
-many there were. An exchange that is told of and cannot be corrected is left out with its reason, and costs no other
-one. Times are parsed as decimals, not as floats, which would lose nanoseconds.
+Reading is strict: a line that is not understood is kept and counted, and results say how many there were. An exchange
+in the output that cannot be corrected is left out with its reason, and does not affect the others. Times are parsed as
+decimals, because floats would lose nanoseconds.
 
 The CSV has a header with `rtt_ms` and any of `sent_utc_s`, `id`, `seq`, `protocol`, `request_bytes`, `reply_bytes`,
-`duplicate`; docs/correction.md tells what they mean. An empty cell is not told; an empty `rtt_ms` is no reply.
+`duplicate`; docs/correction.md explains them. An empty cell is an unknown value; an empty `rtt_ms` means no reply.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ PROTOCOLS: Final = {"icmp": ICMP, "tcp": TCP, "udp": UDP, "icmpv6": ICMPV6}
 # fping ----------------------------------------------------------------------------------------------------
 
 _FPING_STAMP: Final = STAMP + r"(?:\[[^\]]*\d\d:\d\d:\d\d[^\]]*\] )?"
-"""The second: whole seconds, as `--timestamp-format` prints them; too coarse to be of use."""
+"""The second stamp has whole seconds, as `--timestamp-format` prints them; it is too coarse to use."""
 _FPING_HOST: Final = r"(?P<host>\S+)(?: \((?P<address>[^()\s]+)\))?\s+: "
-"""With both a name and an address: -n or -d together with -A."""
+"""-n or -d together with -A print both a name and an address."""
 _FPING_AVERAGE: Final = r" \(\S+ avg, \S+ (?:loss|return)\)"
 _FPING_REPLY: Final = re.compile(
     _FPING_STAMP
@@ -61,7 +61,7 @@ _FPING_REPLY: Final = re.compile(
     r"(?P<time>" + DECIMAL + r") ms(?(duplicate)|" + _FPING_AVERAGE + r")(?P<rest>(?:[ ,].*)?)$"
 )
 _FPING_WITH_HEADER: Final = 84
-"""What versions before 5 print of a packet as it is without `-b`: they count its IP header."""
+"""Size that versions before 5 print for a packet without `-b`: they count its IP header."""
 _FPING_REST: Final = re.compile(r"(?: \(T(?:OS|TL|TO|TS) \S+\))*(?: \[<- \S+\])?$")
 _FPING_TIMEOUT: Final = re.compile(
     _FPING_STAMP + _FPING_HOST + r"\[(?P<index>\d{1,9})\], timed out" + _FPING_AVERAGE + "$"
@@ -70,9 +70,9 @@ _FPING_COUNTS: Final = re.compile(
     _FPING_HOST + r"xmt/rcv/%(?:loss|return) = (?P<sent>\d{1,18})/(?P<received>\d{1,18})/"
 )
 _FPING_TIMES: Final = re.compile(r"(?!time_)" + _FPING_HOST + r"(?P<times>(?:[0-9.]+|-)(?: (?:[0-9.]+|-))*)$")
-"""The summary of -C; of an own format of `curl -w` it is none."""
+"""The summary of -C. The look-ahead excludes a custom format of `curl -w`."""
 _FPING_INTERVAL: Final = re.compile(r"\[\d\d:\d\d:\d\d\]$")
-"""Of -Q: a summary of an interval follows."""
+"""Printed by -Q before the summary of an interval."""
 _FPING_ALIVE: Final = re.compile(r"\S+(?: \(\S+\))? is (?:alive|unreachable)(?: \(.*\))?$")
 _FPING_OTHER: Final = re.compile(
     r"$|ICMP .+ from \S+ for ICMP Echo sent to |\s+\d+ (?:targets|alive|unreachable|unknown addresses|timeouts .*|"
@@ -81,7 +81,7 @@ _FPING_OTHER: Final = re.compile(
 
 
 class FpingOutput:
-    """fping 5 with `-c`, `-C` or `-l`, of one target, one run or several. `-D` gives it times."""
+    """Reads fping 5 with `-c`, `-C` or `-l` and one target, one run or several. With `-D` the lines have times."""
 
     def __init__(self) -> None:
         self.stamps = FPING
@@ -90,22 +90,22 @@ class FpingOutput:
         self._replies = Replies()
         self._host = ""
         self._base = 0
-        """Requests of earlier runs."""
+        """Number of requests of earlier runs."""
         self._last = NOT_TOLD
-        """The highest number that any line told of."""
+        """Highest request number on any line."""
         self._told: set[int] = set()
-        """Numbers of this run that a line told of."""
+        """Request numbers of this run that have a line."""
         self._answered: set[int] = set()
         self._over = False
-        """There was this run's summary."""
+        """Whether this run's summary was read."""
         self._interval = False
         self._hidden: list[range] = []
-        """Numbers of requests some of which had a reply that has no line."""
+        """Ranges of request numbers in which some requests had a reply without a line."""
         self._alive = False
 
     @staticmethod
     def begins(line: str) -> bool:
-        """Whether fping prints such a line, and no other tool does."""
+        """Return whether fping, and no other tool, prints such a line."""
         known = (_FPING_REPLY, _FPING_TIMEOUT, _FPING_COUNTS, _FPING_TIMES, _FPING_ALIVE)
         return any(expression.match(line) for expression in known)
 
@@ -133,7 +133,7 @@ class FpingOutput:
     def _reply(self, reply: re.Match[str], text: str) -> int:
         self._one_host(reply["host"])
         if not _FPING_REST.match(reply["rest"]):
-            # What follows is not understood, and a reply it is.
+            # The line is counted as not understood, but it is a reply.
             self.unknown.add(text)
         duplicate = bool(reply["duplicate"])
         seq = self._number(int(reply["index"]), again=duplicate)
@@ -154,7 +154,7 @@ class FpingOutput:
         )
 
     def _number(self, index: int, *, again: bool) -> int:
-        """The request's number, counted on from run to run: one more begins after a summary, or where numbers recur."""
+        """Return the request's number, counted over all runs: a run begins after a summary, or if a number recurs."""
         seq = self._base + index
         if not again and (self._over or seq in self._answered):
             self._base, self._over, self._told = self._last + 1, False, set()
@@ -198,7 +198,7 @@ class FpingOutput:
 
 
 def _family_of_address(host: str) -> int:
-    """4 or 6; 0 for a name."""
+    """Return an address's IP version, 4 or 6; 0 for a name."""
     try:
         return ip_address(host.partition("%")[0]).version
     except ValueError:
@@ -211,7 +211,10 @@ _COLUMNS: Final = ("sent_utc_s", "id", "seq", "rtt_ms", "protocol", "request_byt
 
 
 class CsvOutput:
-    """Samples of any tool that tells when it sent and how long the answer took, both by the user's clock."""
+    """Reads a CSV with samples of any tool that records when it sent a request and how long the reply took.
+
+    Both times are by the user's clock.
+    """
 
     def __init__(self) -> None:
         self.stamps = REQUEST_RESPONSE
@@ -222,7 +225,7 @@ class CsvOutput:
 
     @staticmethod
     def begins(line: str) -> bool:
-        """Whether it names one of the columns."""
+        """Return whether the line names one of the columns."""
         return not set(_cells(line)).isdisjoint(_COLUMNS)
 
     def line(self, text: str) -> int | None:
@@ -249,7 +252,7 @@ class CsvOutput:
             if name not in _COLUMNS:
                 raise UsageError(f"CSV: no column {name!r}{nearest(name, _COLUMNS)}; known: {', '.join(_COLUMNS)}")
         if "rtt_ms" not in cells or len(set(cells)) != len(cells):
-            raise UsageError("CSV: the first line names each column once, `rtt_ms` among them")
+            raise UsageError("CSV: the first line has to name each column once, and `rtt_ms` among them")
         self._columns = cells
 
     def samples(self, since: int = 0) -> Samples:
@@ -268,11 +271,14 @@ def _cells(line: str) -> list[str]:
 
 _MOST: Final = dict.fromkeys(("request_len", "reply_len"), 0x7FFF_FFFF)
 _MOST_NS: Final = 1 << 62
-"""Of a time, or a number: sums of two fit into 64 bits."""
+"""Largest time or number: the sum of two fits in 64 bits."""
 
 
 def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
-    """Columns of `Samples`; raises what int() and `decimal_ns` do, and KeyError for an unknown name."""
+    """Return the columns of `Samples` for one row of the CSV.
+
+    Raises the errors of int() and `decimal_ns`, and KeyError for an unknown protocol.
+    """
     protocol = told.get("protocol", "").lower()
     proto = NOT_TOLD if not protocol else int(protocol) if protocol.isdigit() else PROTOCOLS[protocol]
     seq = int(told.get("seq", NOT_TOLD))
@@ -296,7 +302,7 @@ def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
     return row
 
 
-# What they share ------------------------------------------------------------------------------------------
+# All tools ------------------------------------------------------------------------------------------------
 
 READERS: Final[dict[str, Callable[[], Reader]]] = {
     "ping": PingOutput,
@@ -308,7 +314,7 @@ READERS: Final[dict[str, Callable[[], Reader]]] = {
     "dig": DigOutput,
     "curl": CurlOutput,
 }
-"""Tools by name; the name is what the user gives."""
+"""Readers by the name of the tool that `--tool` accepts."""
 
 _OTHERS: Final = {
     r"HPING |--- .+ hping statistic ---$|len=\d+ ip=": "hping",
@@ -335,7 +341,7 @@ _OTHERS: Final = {
     r"iperf|Connecting to host \S+, port |Client connecting to \S+, ": "iperf",
     r"sockperf: |qperf|MIGRATED (?:TCP|UDP) ": "a benchmark of throughput or latency",
 }
-"""How lines of tools begin that are known and not read -> which tool it is."""
+"""Beginnings of lines of tools that are recognised and cannot be read -> the tool."""
 
 
 _AS_CSV: Final = "the samples of any other tool can be given as a CSV (docs/correction.md)"
@@ -343,15 +349,16 @@ _BEHIND: Final = re.compile(
     r".+?(?:PING \S+ \(|\b\d{1,6} bytes from \S.*?[ :](?:icmp_[rs]eq|seq)=\d|"
     r" : \[\d+\], (?:\d+ bytes, |timed out)|;; Query time: \d)"
 )
-"""A line of a tool with something in front of it."""
+"""A line of a tool with a prefix that the tool does not print."""
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]")
-"""ECMA-48's control sequences, as colouring wrappers of tools print them."""
+"""Control sequences of ECMA-48, which wrappers that colour a tool's output print."""
 
 
 def recognised(line: str, *, first: bool = True) -> Reader | None:
-    """The reader of the tool that prints such a line; None if it tells of none. A header of CSV is the `first` line.
+    """Return the reader of the tool that prints such a line; None if several tools do or none.
 
-    Raises `UsageError` where it is another tool's.
+    A header of a CSV without `rtt_ms` counts only if it is the `first` line. Raises `UsageError` for the line of a tool
+    that cannot be read.
     """
     if pingoutput.begins(line):
         return PingOutput()
@@ -366,17 +373,18 @@ def recognised(line: str, *, first: bool = True) -> Reader | None:
     for begins, tool in _OTHERS.items():
         if re.match(begins, line):
             raise UsageError(
-                f"{shown(line)} is of {tool}, whose output is not read. Known are {', '.join(READERS)}; {_AS_CSV}"
+                f"{shown(line)} is of {tool}, whose output is not read. Tools that can be read: {', '.join(READERS)};"
+                f" {_AS_CSV}"
             )
     return None
 
 
 def read(lines: Iterable[str], reader: Reader | None = None) -> tuple[Samples, Reader]:
-    """All samples of a tool's output, those without a reply included, and the reader, which knows what it did not
-    understand and what it left out.
+    """Read a tool's output; returns all samples, also those without a reply, and the reader.
 
-    Without a reader the first line that one tool alone prints tells which it is; those before it are that tool's too.
-    Raises `UsageError` where that fails, or where there is no sample at all.
+    The reader has the lines that it did not understand and the exchanges that it left out. Without `reader`, the first
+    line that only one tool prints decides which tool it was; that tool's reader then reads the lines before it too.
+    Raises `UsageError` if no line decides, or if there is no sample.
     """
     before: list[str] = []
     for raw in lines:
@@ -397,12 +405,12 @@ def read(lines: Iterable[str], reader: Reader | None = None) -> tuple[Samples, R
             raise UsageError("the tool's output is empty")
         if behind := next((line for line in before if _BEHIND.match(line)), None):
             raise UsageError(
-                f"{shown(behind)} has something in front of what the tool printed, as a time or a name: give its "
-                "lines alone"
+                f"{shown(behind)} has a prefix that the tool does not print, such as a time or a name: remove it from "
+                "the lines"
             )
         raise UsageError(
             f"{shown(first)} is what no known tool prints first, nor is there any line that only one of them prints; "
-            f"--tool says which it is: {', '.join(READERS)}; {_AS_CSV}"
+            f"name the tool with --tool: {', '.join(READERS)}; {_AS_CSV}"
         )
     samples = reader.finish()
     if not len(samples):

@@ -1,12 +1,12 @@
-"""`mace ping`: ping in a container, each line also without the time that it spent in the container's devices.
+"""`mace ping`: runs ping in a container, and corrects each round trip for the time in the container's devices.
 
     capture on ──► ping in the container's network namespace ──► its lines ──┐
         │                                                                    ├──► pairs ──► lines, statistics
         └────────► records ──► correlator ──► crossings ─────────────────────┘
 
-A line comes out when nothing that could still come would change it: some 200 ms after ping has printed it. From the
-first on that cannot be told apart so early, as in a flood, they come at the end. Then everything is paired once more,
-all at once; should a line that was shown come out otherwise, this is said.
+A corrected line is printed when no later record can change it: some 200 ms after ping has printed the line. From the
+first line on whose packets are ambiguous by then, as in a flood, all lines are printed at the end. At the end all
+samples are paired again together; if a printed line differs from that result, a message says so.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from mace.tools.ping_output import PingOutput
 from storage.capture import CaptureSink
 
 _OPTIONS: Final = "h?4bRT:6F:N:aABc:CdDe:fHi:I:l:Lm:M:nOp:qQ:rs:S:t:UvVw:W:"
-"""Of iputils ping: `getopt` in ping/ping.c, main."""
+"""The options of iputils ping: `getopt` in ping/ping.c, main."""
 _TIMED_BYTES: Final = 16
-"""Of payload: as many hold ping's stamp."""
+"""Smallest payload with a time stamp: ping's stamp has 16 bytes."""
 _STAMP: Final = re.compile(r"^\[\d+\.\d+\] ")
 _PIPE_BYTES: Final = 1 << 20
-"""As much as an unprivileged pipe may hold: some 12,000 lines. A ping that waits for its reader would measure that."""
+"""Largest unprivileged pipe: some 12,000 lines. With a full pipe ping would wait for us, and measure the wait."""
 _F_SETPIPE_SZ: Final = 1031
 _LAST_WORDS_S: Final = 3.0
-"""ping has this long to print its summary when it is interrupted."""
+"""Time for an interrupted ping to print its summary."""
 _KEPT_NS: Final = 10_000_000_000
-"""Older packets (and older than the longest round trip) are no longer looked at for a line that is shown at once."""
+"""Packets this much older than a line, plus the longest round trip, are not searched for the line's pair."""
 
 
 def probing(count: int, argv: Sequence[str], netns_fd: int, host_netns: str) -> Probing:
-    """What `--host-path` asks for: `count` probes to ping's destination, at ping's pace. Raises `UsageError`."""
+    """Return the probes of `--host-path`: `count` to ping's destination, at ping's pace. Raises `UsageError`."""
     options, hosts = getopt.gnu_getopt(list(argv), _OPTIONS)
     told = dict(options)
     if "-A" in told or "-l" in told:
-        raise UsageError("--host-path: ping -A and -l have no pace of their own; -i gives one")
+        raise UsageError("--host-path: ping -A and -l have no fixed interval for the probes; use -i instead")
     try:
         interval_s = float(told.get("-i", "1").replace(",", "."))
     except ValueError:
-        raise UsageError(f"ping: -i {told['-i']}: no number of seconds") from None
+        raise UsageError(f"ping: -i {told['-i']}: expected a number of seconds") from None
     return Probing(hosts[-1], count, interval_s, netns_fd, host_netns)
 
 
 def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
-    """ping's arguments as it gets them, whether it uses the user's clock (-U), and whether the user asked for -D.
+    """Return ping's arguments with -D, whether ping uses the user's clock (-U), and whether the user has given -D.
 
-    Raises `UsageError` for what ping does not know, and for what leaves nothing to correct.
+    Raises `UsageError` for options that ping does not know, and for options with which there is nothing to correct.
     """
     argv = list(given)
     if argv[:1] == ["--"]:
@@ -83,7 +83,7 @@ def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
         raise UsageError("ping -q prints no line for a reply, so there is nothing to correct")
     if told.get("-s", "56").isdigit() and int(told.get("-s", "56")) < _TIMED_BYTES:
         raise UsageError(
-            f"ping -s {told['-s']} measures no time, so there is nothing to correct: {_TIMED_BYTES} at least"
+            f"ping -s {told['-s']} measures no time, so there is nothing to correct: use at least {_TIMED_BYTES}"
         )
     if "-D" not in flags:
         argv = ["-D", *argv]
@@ -91,9 +91,9 @@ def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
 
 
 class Ping:
-    """One run of ping in the namespace of `netns_fd`, which stays the caller's to close.
+    """One run of ping in the namespace of `netns_fd`, which the caller closes.
 
-    `quiet`: nothing is printed. `stamps_shown`: lines keep the times that `-D` gives them.
+    `quiet`: nothing is printed. `stamps_shown`: printed lines keep the times that `-D` adds.
     """
 
     def __init__(
@@ -107,35 +107,35 @@ class Ping:
         self._quiet = quiet
         self._observed = Observed()
         self._lines: deque[tuple[str, int | None]] = deque()
-        """Not shown yet: what ping printed, and the sample that it is."""
+        """Lines of ping that are not printed yet, each with the row of its sample."""
         self._shown: list[Corrections] = []
         self._done = 0
-        """Samples that have been shown."""
+        """Number of samples that are printed."""
         self._held = False
-        """No more lines before the end."""
+        """Whether the remaining lines wait for the end."""
         self.status = 0
         """ping's exit status."""
         self._trouble: MaceError | None = None
 
     def measure(self, session: Session, tee: CaptureSink | None) -> Corrected:
-        """Capture, run ping, pair; lines are printed as they are settled."""
+        """Run ping under a capture, print its corrected lines as they are settled, and return all corrections."""
         session.observe(self._run, self._take, tee=tee)
         if self._trouble is not None:
             raise self._trouble
         samples = self._reader.finish()
         if not len(samples):
-            raise UsageError(f"ping ended with status {self.status} and told of no request")
+            raise UsageError(f"ping ended with status {self.status} and its output has no request")
         found = Corrected.of(samples, self._observed, self._reader, self._netns)
         changed = self._changed(found.corrections)
         self._show(found.corrections[self._done :])
         if changed:
-            session.say(f"{changed} of the lines above would come out otherwise now; the figures are the last word")
+            session.say(f"{changed} of the lines above differ from the final pairing, which the figures below use")
         return found
 
     async def _run(self) -> None:
-        """ping, from its first to its last line. Interrupted, it gets to say its summary."""
+        """Run ping and read its lines. When cancelled, interrupt ping and read its summary."""
         reading, writing = os.pipe()
-        with suppress(OSError):  # a limit of the user's; then it is the usual 64 KiB
+        with suppress(OSError):  # over the user's limit, the pipe keeps the default of 64 KiB
             fcntl.fcntl(writing, _F_SETPIPE_SZ, _PIPE_BYTES)
         lines = asyncio.StreamReader(limit=_PIPE_BYTES)
         try:
@@ -154,7 +154,7 @@ class Ping:
             self.status = await process.wait()
         except asyncio.CancelledError:
             with suppress(TimeoutError, ProcessLookupError):
-                # Not process.send_signal, which looks whether it has ended, so that asyncio does not hear how.
+                # Not process.send_signal: it polls the process, and asyncio would then miss the exit status.
                 os.kill(process.pid, signal.SIGINT)
                 await asyncio.wait_for(self._read(lines), _LAST_WORDS_S)
                 self.status = await asyncio.wait_for(process.wait(), _LAST_WORDS_S)
@@ -189,14 +189,14 @@ class Ping:
             since = int(pending.stamp_utc_ns.min()) - longest - _KEPT_NS
             found = correct(pending[:ready], observed.crossings(self._netns, since), stamps, observed.gaps_utc_ns)
             if (found.reason == Reason.AMBIGUOUS).any():
-                # With the others around them they may be told apart, but those that were shown are not among them.
+                # Pairing all samples together at the end may resolve these; here the printed ones are not included.
                 self._held = True
                 return
             self._shown.append(found)
             self._show(found)
 
     def _show(self, corrections: Corrections) -> None:
-        """Print the lines of these samples, which follow those shown before, and what ping printed between them."""
+        """Print the lines of these samples, which follow the printed ones, and ping's other lines between them."""
         self._print_lines(corrections)
         self._done += len(corrections)
 

@@ -1,11 +1,12 @@
-"""Reading what ping prints: the one of iputils, of inetutils and of busybox.
+"""Reads the output of ping from iputils, inetutils and busybox.
 
-They look alike and are not: iputils numbers its requests from 1 and has replies stamped by the kernel; the other two
-number from 0 and read the clock themselves (`correlator.stamps`). The first line tells iputils from the two, the word
-before a reply's number tells these apart, and where the first line is missing the summary does.
+Their lines are similar, their times are not: iputils numbers requests from 1 and uses the kernel's time stamps of
+replies; the other two number from 0 and read the clock themselves (`correlator.stamps`). The first line distinguishes
+iputils from the other two, and the word before a reply's number distinguishes these. Without a first line the summary
+decides.
 
-A reply of which there is no time (`-q`, `-s` below 16, cut or damaged on its way) is a sample all the same: it is not
-"no reply", and those around it keep their places. What the summary counts and no line tells of is found the same way.
+A reply without a time (`-q`, `-s` below 16, truncated or damaged) is a sample too: it is not "no reply", and its
+neighbours keep their places. Replies that the summary counts and that have no line are found by their absence.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mace.tools.samples import (
 
 _ICMP_HEADER: Final = 8
 _MOST_REQUESTS: Final = 10_000_000
-"""More without a reply would be a mistake in the file, or a day of a flood into nowhere."""
+"""Most requests without a reply: more would be an error in the file, or a day-long flood to no one."""
 
 _BEGINS: Final = re.compile(
     r"PING \S.*?[ :](?P<payload>\d{1,6})(?:\((?P<total>\d{1,6})\) bytes of data\.?| data bytes)$"
@@ -42,95 +43,95 @@ _BEGINS: Final = re.compile(
 _BEGINS_FROM_ZERO: Final = re.compile(
     r"PING \S.*?\)(?: from \S+)?: (?P<payload>\d{1,6}) data bytes(?:, id 0x[0-9a-f]+ = (?P<ident>\d{1,5}))?$"
 )
-"""inetutils and busybox: the colon right behind the address. With IPv6 iputils has one too, behind a device's name."""
+"""First line of inetutils and busybox: a colon follows the address. With IPv6 iputils has one after a device name."""
 _TIME: Final = r"\d{1,9}(?:[.,]\d{1,9})?"
-"""inetutils writes it as the locale does."""
+"""inetutils prints the decimal separator of the locale."""
 _REPLY: Final = re.compile(
     STAMP + r"(?P<size>\d{1,6}) bytes from (?P<source>\S.*?): (?P<word>icmp_[rs]eq|seq)=(?P<seq>\d{1,9})(?=\s)"
     r"(?: ident=(?P<ident>\d{1,5}))?(?: ttl=\d+)?(?: time=(?P<time>" + _TIME + r") ms)?(?P<rest>(?:[\s\a].*)?)$"
 )
-"""A number is whole when something follows it: the last line of a killed run may be cut anywhere."""
+"""White space has to follow the number, because the last line of a killed run may end anywhere in it."""
 _MARKS: Final = re.compile(r"\((?:DUP!|DIFFERENT ADDRESS!|BAD CHECKSUM!|truncated|same route)\)|[\s\a]+")
-"""What may follow. `\\a`: of ping -a."""
+"""Marks that may follow a reply. ping -a prints `\\a`."""
 _COUNTS: Final = re.compile(
     r"(?P<sent>\d{1,18}) packets transmitted, (?P<received>\d{1,18}) (?P<packets>packets )?received(?:,|$)"
 )
-"""No more is needed of this line: how a percentage is written is a matter of places and of versions."""
+"""The rest of this line is not read, because the form of the percentage depends on locale and version."""
 _COUNTS_SO_FAR: Final = re.compile(r"(?P<received>\d{1,18})/(?P<sent>\d{1,18}) packets, ")
-"""iputils when asked by SIGQUIT."""
+"""Printed by iputils on SIGQUIT."""
 _SENT: Final = re.compile(STAMP + r"(?:no answer yet for icmp_seq=|From .+? icmp_seq=)(?P<seq>\d{1,9})(?: \S.*)?$")
-"""No reply, but so many requests."""
+"""Lines that are no reply, but have the number of a request."""
 _CLOCK_WENT_BACK: Final = re.compile(r"(?:ping: )?Warning: time of day goes back ")
 _OTHER: Final = re.compile(
-    # `^C`: of the terminal.
+    # The terminal prints `^C`.
     r"(?:\^C)?(?:--- .+ ping statistics ---)?$|(?:rtt|round-trip) min/avg/max|pipe \d+$|, (?:pipe|ipg/ewma) |"
     r"PATTERN: 0x|WARNING: |(?:ping: )?Warning: |ping: sock4\.fd: |ai->ai_family: |"
     r"ping: local error: [Mm]essage too long, |wrong data byte #|#\d+\t[0-9a-f ]+$|Unrecorded hops: \d+$|"
     r"(?:RR|TS): ?\t|(?:NOP|LSRR: |SSRR: |\t\S.*|EOL)$|"
-    # Errors of inetutils' ping, which have no number.
+    # ICMP errors as inetutils prints them, without a number.
     r"\d{1,6} bytes from [^=]+: [A-Z][^=]*$"
 )
 _IP_OPTIONS: Final = re.compile(r"(?:RR|TS):")
 _FLOOD: Final = re.compile(r"(?=.*[.\x08])[.EC \x08]+(?:--- .+ ping statistics ---)?$")
 _BSD: Final = re.compile(
     r"Request timeout for icmp_seq \d+$|----.+PING Statistics----$|round-trip .*/std-dev = |"
-    # inetutils and busybox have whole percents.
+    # BSD prints a fraction of a percent; inetutils and busybox print whole percents.
     r"\d+ packets transmitted, \d+ packets received, .*\d\.\d% packet loss$"
 )
 
 
 def begins(line: str) -> bool:
-    """Whether ping prints such a line, and no other tool does."""
+    """Return whether ping, and no other tool, prints such a line."""
     return any(known.match(line) for known in (_BEGINS, _BEGINS_FROM_ZERO, _REPLY))
 
 
 @dataclass(slots=True)
 class _Run:
-    """One run of ping. Numbers of requests go on from run to run; `base` is what makes them of those in the packets."""
+    """One run of ping. Request numbers are counted over all runs: `base` plus the number in the packet."""
 
     base: int = 0
     first: int = 1
     """Number of the first request, as in its packet."""
     begun: bool = False
-    """Its first line was there."""
+    """Whether the run's first line was read."""
     payload: int = 0
     overhead: int = 0
-    """Bytes of headers around the payload, as the first line tells; 0: not known."""
+    """Bytes of headers around the payload, from the first line; 0 if unknown."""
     ident: int = NOT_TOLD
     at: int = NOT_TOLD
-    """Number in the packet of the last that was told of, not wrapped."""
+    """Number in the packet of the last request that was read, not wrapped at 65536."""
     last: int = 0
-    """The highest number that any line told of."""
+    """Highest request number on any line."""
     received: int = 0
-    """Replies by ping's own count."""
+    """Number of replies that ping has counted."""
     came: set[int] = field(default_factory=set)
-    """Numbers of the requests whose reply has a line and is in that count."""
+    """Numbers of the requests whose reply has a line and is in ping's count."""
     rows: int = 0
-    """Samples before it."""
+    """Number of samples before this run."""
     lengths_told: bool = True
-    """False: its packets have IP options of which the first line does not tell."""
+    """False if the packets have IP options, whose length the first line does not give."""
 
 
 class PingOutput:
-    """ping, one run or several after one another. `-D` gives it times, `user_clock` says that it had `-U`.
+    """Reads ping, one run or several in a row. With `-D` the lines have times; `user_clock` says that ping had `-U`.
 
-    `stamps` says which ping it was where nothing in the output does.
+    `stamps` is the ping that it was, if the output does not show it.
     """
 
     def __init__(self, *, user_clock: bool = False, stamps: StampModel | None = None) -> None:
         self._iputils = PING_USER if user_clock else PING
         self._told = self._iputils if user_clock else stamps
-        """Which ping it is, as far as that is known."""
+        """The ping that it is; None while unknown."""
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
         self._replies = Replies()
         self._run = _Run()
         self._first: int | None = None
-        """The first request's number, if a first line told it."""
+        """Number of the first request, if a first line was read."""
         self._answered: set[int] = set()
         self._timed = 0
         self._hidden: list[range] = []
-        """Numbers of requests some of which had a reply that has no line."""
+        """Ranges of request numbers in which some requests had a reply without a line."""
         self._flood = False
         self._timeless = ""
         """The first line of a reply without a time."""
@@ -138,7 +139,7 @@ class PingOutput:
 
     @property
     def stamps(self) -> StampModel:
-        """iputils' until something tells of another."""
+        """The stamps of iputils, until a line shows another ping."""
         return self._told or self._iputils
 
     def line(self, text: str) -> int | None:
@@ -151,8 +152,8 @@ class PingOutput:
             self._begin(1, begins, NOT_TOLD)
         elif _BSD.match(text):
             raise UsageError(
-                f"{shown(text)} is what ping prints on macOS or BSD, which no container of this kernel runs; those of "
-                "iputils, inetutils and busybox can be corrected"
+                f"{shown(text)} is a line of ping on macOS or BSD, whose packets no capture of this kernel has; ping "
+                "of iputils, inetutils and busybox can be corrected"
             )
         elif counts := _COUNTS.match(text):
             if not self._run.begun:
@@ -175,13 +176,13 @@ class PingOutput:
     def _it_is(self, stamps: StampModel) -> None:
         if self._told not in (None, stamps):
             raise UsageError(
-                f"the output is of {self.stamps.name} and of {stamps.name}, which look at the clock at different "
-                "moments: correct them one by one"
+                f"the output has lines of {self.stamps.name} and of {stamps.name}, which read the clock at different "
+                "moments: correct the output of each by itself"
             )
         self._told = stamps
 
     def _begin(self, first: int, begins: re.Match[str], ident: int) -> None:
-        """One more run, if there was one: its numbers go on where the last's ended."""
+        """Start a run; if there was one before, its numbers continue where that run's ended."""
         self._end()
         begun = self._first is not None or self._answered
         base = self._run.last + 1 - first if begun else 0
@@ -199,10 +200,10 @@ class PingOutput:
         run.last = max(run.last, run.base + run.first + int(counts["sent"]) - 1)
 
     def _number(self, seq: int) -> int:
-        """The number that a packet's stands for, counted on from run to run."""
+        """Return the request number for the number in a packet, counted over all runs."""
         run = self._run
         at = seq if run.at == NOT_TOLD else continued(run.at, seq)
-        # None comes before the first: rather have more been lost than the half of 65,536.
+        # No request precedes the first, so a smaller number means that more than half of 65,536 were lost.
         run.at = at if at >= run.first or not run.begun else at + 65536
         number = run.base + run.at
         run.last = max(run.last, number)
@@ -218,24 +219,24 @@ class PingOutput:
         elif run.begun and run.first == 0:
             self._it_is(PING_INETUTILS)
         if _MARKS.sub("", reply["rest"]):
-            # What follows is not understood, and a reply it is.
+            # The line is counted as not understood, but it is a reply.
             self.unknown.add(text)
         seq = self._number(int(reply["seq"]))
         damaged = "CHECKSUM" in reply["rest"]
         rtt_ns, unit_ns = decimal_ns((reply["time"] or "0").replace(",", "."), 1_000_000)
-        # iputils makes 0 of a time that comes out negative because the clock was set back, and warns on stderr.
+        # iputils prints 0 for a negative time, after the clock was set back, and warns on stderr.
         timed = bool(rtt_ns) and not damaged and not self._clock_went_back
         self._clock_went_back = False
         again = seq in run.came
         if again and not damaged and "DUP" not in reply["rest"]:
             raise UsageError(
-                f"{shown(text)} is a second reply to its request, and ping would have marked it with (DUP!): outputs "
-                "of several runs are mixed here, lines are there twice, or more than 32,767 replies in a row were "
-                "lost; correct each run by itself"
+                f"{shown(text)} is a second reply to its request without ping's mark (DUP!): outputs of several runs "
+                "are mixed, lines are repeated, or more than 32,767 replies in a row were lost; correct each run by "
+                "itself"
             )
         self._answered.add(seq)
         if not damaged:
-            # iputils does not count it: not a reply to what was sent.
+            # iputils does not count a damaged reply.
             run.came.add(seq)
         self._timed += timed
         if not timed and not self._timeless:
@@ -247,7 +248,7 @@ class PingOutput:
             stamp_utc_ns=decimal_ns(reply["stamp"], 1_000_000_000)[0] if reply["stamp"] else NOT_TOLD,
             seq=seq,
             rtt_ns=rtt_ns if timed else NOT_TOLD,
-            # Two stamps cut to microseconds; and above a millisecond what iputils prints is rounded.
+            # The difference of two stamps in whole microseconds, which iputils rounds above a millisecond.
             resolution_ns=1_000 + (unit_ns // 2 if unit_ns > 1_000 else 0),
             duplicate=int(again or "DUP" in reply["rest"]),
             untimed=int(not timed),
@@ -259,14 +260,14 @@ class PingOutput:
         )
 
     def _forget_lengths(self) -> None:
-        """The packets of this run have IP options, and nothing tells how many bytes these are."""
+        """Set the lengths of this run's packets to unknown: they have IP options of unknown length."""
         self._run.lengths_told = False
         for name in ("request_len", "reply_len"):
             column = self._replies.columns.get(name, [])
             column[self._run.rows :] = [NOT_TOLD] * (len(column) - self._run.rows)
 
     def _end(self) -> None:
-        """The run is over: are there replies that ping counted and that no line told of?"""
+        """End the run: if ping has counted more replies than there are lines, note the run's numbers as hidden."""
         run = self._run
         if run.received > len(run.came):
             self._hidden.append(range(run.base + run.first, run.last + 1))
@@ -285,33 +286,36 @@ class PingOutput:
         return with_unanswered(self.samples(), unanswered(first, last, self._answered), self._hidden)
 
     def _why_no_time(self) -> None:
-        """Raises `UsageError` if replies came, and there is no round trip time of any."""
+        """Raise `UsageError` if replies arrived and none has a round trip time."""
         if self._flood:
             raise UsageError(
                 "ping -f prints no line for a reply, so there is nothing to correct; `-i 0` is as fast and prints them"
             )
         if re.search(r" time[=<]", self._timeless) and self.unknown.count:
-            raise UsageError(f"the time of {shown(self._timeless)} is not understood, nor that of any other reply")
+            raise UsageError(f"the time in {shown(self._timeless)} is not understood, nor is any other reply's")
         if self._timeless:
             raise UsageError(
-                f"{shown(self._timeless)} has no time, and no other reply has one: ping measures none with fewer than "
-                "16 bytes of payload (-s), and prints none of a reply that was cut or damaged"
+                f"{shown(self._timeless)} has no time, and no other reply has one: ping measures no time with fewer "
+                "than 16 bytes of payload (-s), and prints none for a truncated or damaged reply"
             )
         if self._hidden:
             if self.unknown.count:
-                raise UsageError(f"replies came, and none of their lines is understood: {shown(self.unknown.first[0])}")
+                raise UsageError(f"no line of a reply is understood: {shown(self.unknown.first[0])}")
             raise UsageError("ping -q prints no line for a reply, so there is nothing to correct")
 
 
 def bounded(sent: int, answered: int) -> None:
-    """Raises `UsageError` if so many were not answered that they are no measurement."""
+    """Raise `UsageError` if more than `_MOST_REQUESTS` requests have no reply."""
     if sent - answered > _MOST_REQUESTS:
-        raise UsageError(f"the tool says that it sent {sent:,} requests, of which {answered:,} were answered")
+        raise UsageError(
+            f"the output has {sent:,} requests and {answered:,} replies, more unanswered than can be read"
+            f" ({_MOST_REQUESTS:,}): check its numbers"
+        )
 
 
 def continued(before: int, seq: int) -> int:
-    """A 16-bit sequence number, continued beyond 65535: of all that it can be, the nearest to the one before it.
+    """Continue a 16-bit sequence number beyond 65535: returns the value nearest to the number before it.
 
-    So up to 32,767 lost in a row, or as much disorder, are told right.
+    The result is right for up to 32,767 requests lost in a row, or as much reordering.
     """
     return before + (seq - before + 32768) % 65536 - 32768

@@ -1,4 +1,4 @@
-"""Reading what request and response tools print: dig over UDP, and the connect times of curl."""
+"""Reads the output of dig over UDP, and the connect times in the output of curl."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ _DIG_NONE: Final = re.compile(r";; (?:connection timed out; )?no servers could b
 _DIG_OTHER: Final = re.compile(
     r";?$|;[^;]|;; (?:global options: |->>HEADER<<- |flags: |Sending:$|QUERY SIZE: \d|WHEN: |WARNING: |Warning: |"
     r"(?:OPT|TSIG|SIG0) PSEUDOSECTION:$|(?:QUESTION|ANSWER|AUTHORITY|ADDITIONAL) SECTION:$)|"
-    # Records, and what goes on of them with +multiline.
+    # Records, and their continuation lines with +multiline.
     r"[^;\s]\S*\s+\d+\w*\s+[A-Z]+\s+[A-Z0-9]+\s|\s+[^;\s]"
 )
 _DIG_TCP: Final = "over TCP: what dig measures can be corrected over UDP alone"
 _SYN_LEN: Final = {4: 60, 6: 80}
-"""Of Linux's SYN and SYN-ACK: 20 bytes of header and as many of options (MSS, SACK, time stamps, window scale)."""
+"""Length of Linux's SYN and SYN-ACK by IP version: IP header, 20 bytes of TCP header and 20 of options (MSS, SACK, time
+stamps, window scale)."""
 
 
 class DigOutput:
-    """dig 9 over UDP, with `-u`. Of each response: `Query time`, `SERVER` and `MSG SIZE`; records are passed over."""
+    """Reads dig 9 over UDP, with `-u`: `Query time`, `SERVER` and `MSG SIZE` of each response; records are skipped."""
 
     def __init__(self) -> None:
         self.stamps = DIG
@@ -48,20 +49,20 @@ class DigOutput:
         self._asked = 0
         self._missing: list[int] = []
         self._errors = 0
-        """Of the question that dig is at."""
+        """Number of errors of the current query."""
         self._got = False
-        """An answer came, and its time has not been told yet."""
+        """Whether an answer was read and its query time not yet."""
         self._time: tuple[int, str] | None = None
-        """Of an answer whose other lines are still to come: how long it took, in what."""
+        """Query time and its unit, of an answer whose last line was not read yet."""
         self._server = 0
-        """And its server's IP version."""
+        """IP version of that answer's server."""
         self._over = "UDP"
         self._always_tcp = self._over_tcp = False
-        """All answers, or the next, come over TCP: older versions do not say so beside the server."""
+        """Whether all answers, or the next one, arrive over TCP; older versions do not print that beside the server."""
 
     @staticmethod
     def begins(line: str) -> bool:
-        """Whether dig prints such a line, and no other tool does."""
+        """Return whether dig, and no other tool, prints such a line."""
         return bool(_DIG_BEGINS.match(line))
 
     def line(self, text: str) -> int | None:
@@ -87,7 +88,7 @@ class DigOutput:
                 self._error("timed out")
             self._errors, self._over_tcp = 0, False
         elif _DIG_AGAIN.match(text):
-            self._leave_out("an answer that dig did not take, without a time")
+            self._leave_out("an answer that dig rejected, without a time")
         elif not _DIG_OTHER.match(text):
             self.unknown.add(text)
         return None
@@ -131,7 +132,7 @@ class DigOutput:
         self._asked += 1
 
     def _cut(self) -> None:
-        """An answer came, and where its time ought to be there is something else."""
+        """Leave out an answer whose query time, or a line after it, is missing."""
         if self._got or self._time is not None:
             self._leave_out("an answer without all of dig's statistics (+stats)")
         self._got, self._time, self._server = False, None, 0
@@ -149,18 +150,18 @@ class DigOutput:
 
 
 _CURL_OTHER: Final = re.compile(
-    # Its progress meter, -v, and errors, all of which it prints on stderr.
+    # curl's progress meter, -v and errors, which it prints on stderr.
     r"\s*$|\s*(?:% Total|Dload  Upload|\d+ +[0-9.kMGTP]+ +\d+ +[0-9.kMGTP]+ +\d+ )|[*<>] |[{}] \[\d+ bytes data\]|"
     r"curl: \(\d+\) |Warning: "
 )
 _CURL_PARALLEL: Final = re.compile(r"DL% UL%  Dled ")
 _CURL_OBJECT: Final = re.compile(r'\{"')
 _DECODER: Final = json.JSONDecoder(parse_float=str)
-"""Decimals as they stand: a float would lose digits."""
+"""Decodes JSON with decimals as text, because floats would lose digits."""
 
 
 class CurlOutput:
-    """curl 7.70 and later with `-w '%{json}'` and a line's end: the time that a TCP connection took, an object each."""
+    """Reads curl 7.70 and later with `-w '%{json}'` and a newline: an object per transfer with its TCP connect time."""
 
     def __init__(self) -> None:
         self.stamps = CURL
@@ -172,7 +173,7 @@ class CurlOutput:
 
     @staticmethod
     def begins(line: str) -> bool:
-        """Whether there is such an object in it."""
+        """Return whether the line has an object of `curl -w '%{json}'`."""
         return '{"' in line and '"time_connect":' in line
 
     def line(self, text: str) -> int | None:
@@ -184,7 +185,7 @@ class CurlOutput:
             if not _CURL_OTHER.match(text):
                 self.unknown.add(text)
             return None
-        # Pages, and further objects, are on the same line unless they end with one.
+        # Downloaded pages and further objects share the line, unless they end with a newline.
         row, at, strange = None, 0, False
         while found := _CURL_OBJECT.search(text, at):
             strange |= bool(text[at : found.start()].strip())
@@ -194,7 +195,8 @@ class CurlOutput:
             except (ValueError, KeyError, TypeError, ArithmeticError):
                 strange, at = True, max(at, found.end())
             except RecursionError:
-                # No object of curl's, nor of a page's: what is behind is not worth one such failure for each brace.
+                # No object of curl is nested so deeply. The rest of the line is skipped, because each brace in it could
+                # take as long.
                 strange = True
                 break
         if strange or text[at:].strip():
@@ -206,7 +208,7 @@ class CurlOutput:
         connections, failed = int(told["num_connects"]), bool(told.get("errormsg"))
         why = ""
         if int(told.get("num_redirects") or 0):
-            # curl adds up the times of all requests, the look-ups of those that need no connection included.
+            # curl adds up the times of all requests, including look-ups for requests that need no connection.
             why = "with redirects (-L), of whose connections curl tells the sum"
         elif str(told.get("http_version")) == "3":
             why = "over QUIC: the time of its handshake is not that of a SYN"
@@ -247,7 +249,7 @@ class CurlOutput:
 
 
 def _seconds_ns(told: object) -> tuple[int, int]:
-    """A time of curl's and its last digit's unit, ns. Raises `ValueError`."""
+    """Parse a time in seconds; returns its value and the unit of its last digit, both in ns. Raises `ValueError`."""
     if not re.fullmatch(DECIMAL, str(told)):
         raise ValueError(told)
     return decimal_ns(str(told), 1_000_000_000)

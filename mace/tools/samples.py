@@ -1,4 +1,4 @@
-"""What readers of tools' output have in common: what a reader is, the samples as they grow, and decimals."""
+"""Shared parts of the readers of tools' output: the reader's protocol, the growing samples, and decimal numbers."""
 
 from __future__ import annotations
 
@@ -22,56 +22,56 @@ TCP: Final = 6
 UDP: Final = 17
 
 IP_HEADER: Final = {4: 20, 6: 40}
-"""Bytes, without options and extensions."""
+"""Bytes of the IP header by version, without options and extension headers."""
 DECIMAL: Final = r"\d{1,9}(?:\.\d{1,9})?"
-"""In an expression: a number whose nanoseconds fit into 64 bits, if its unit is a millisecond or a second."""
+"""Part of a regular expression: a number in s or ms that fits in 64 bits as ns."""
 STAMP: Final = r"(?:\[(?P<stamp>[1-4]?\d{1,9}\.\d{1,9})\] )?"
-"""In an expression: the time of a line, seconds since 1970."""
+"""Part of a regular expression: the time of a line, seconds since 1970."""
 _KEPT: Final = 5
-"""As many of the lines that are not understood are kept, to be shown."""
+"""Number of lines that were not understood and are kept, to be shown."""
 _SHOWN: Final = 160
-"""Characters of a line that are shown; what has more of them is no line of a tool."""
+"""Characters of a line that are shown; no tool prints longer lines."""
 _FINEST: Final = 12
-"""Decimals that a unit is counted to: a second's are far below 1 ns then."""
+"""Most decimals of a unit that are read; the 12th of a second is far below 1 ns."""
 
 
 class Reader(Protocol):
-    """What a tool prints, line by line."""
+    """Reads a tool's output line by line."""
 
     unknown: Unknown
     left_out: Counter[str]
-    """Exchanges that the output tells of and that are no samples: how many, by the reason."""
+    """Number of exchanges in the output that cannot be samples, by reason."""
 
     @property
     def stamps(self) -> StampModel:
-        """How the tool looks at the clock; known for certain once all lines have been taken."""
+        """When the tool reads the clock; certain only after the last line."""
         ...
 
     def line(self, text: str) -> int | None:
-        """Take one line; the number of the sample that it tells of (its row in `samples`), None if it tells of none."""
+        """Read one line; returns the row in `samples` of the sample on it, None if it has none."""
         ...
 
     def samples(self, since: int = 0) -> Samples:
-        """The replies so far, from that row on, in the order of the lines."""
+        """Return the replies so far, from row `since` on, in the order of the lines."""
         ...
 
     def finish(self) -> Samples:
-        """The same when there are no more lines, and behind them the requests that had no reply.
+        """Return all replies, followed by the requests without a reply. To be called after the last line.
 
-        Raises `UsageError` where the tool printed no round trip time although replies came, as with its quiet option.
+        Raises `UsageError` if replies arrived and the tool printed no round trip time, as with its quiet option.
         """
         ...
 
 
 @dataclass(slots=True)
 class Unknown:
-    """Lines that were not understood."""
+    """Counts the lines that were not understood, and keeps the first of them."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, text: str) -> None:
-        """Count a line, and keep it if it is one of the first."""
+        """Count a line, and keep it if it is one of the first `_KEPT`."""
         self.count += 1
         if len(self.first) < _KEPT:
             self.first.append(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
@@ -79,7 +79,7 @@ class Unknown:
 
 @dataclass(slots=True)
 class Replies:
-    """Columns of `Samples` that grow."""
+    """The columns of `Samples`, as lists that grow."""
 
     columns: dict[str, list[int]] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ class Replies:
         return len(self.columns.get("rtt_ns", ()))
 
     def add(self, **values: int) -> int:
-        """One more row, always with the same columns; its number."""
+        """Add a row, always with the same columns; returns its number."""
         for name, value in values.items():
             self.columns.setdefault(name, []).append(value)
         return len(self) - 1
@@ -97,16 +97,17 @@ class Replies:
 
 
 def unanswered(first: int, last: int, answered: Collection[int]) -> Ints:
-    """Numbers between two, these included, that are not among others."""
+    """Return the numbers from `first` to `last`, both included, that are not in `answered`."""
     numbers = np.arange(first, max(last + 1, first))
     found: Ints = numbers[~np.isin(numbers, np.fromiter(answered, np.int64, len(answered)))]
     return found
 
 
 def with_unanswered(replies: Samples, missing: Ints | Sequence[int], untimed: Iterable[range] = ()) -> Samples:
-    """The replies, then a row for each number of a request in `missing`.
+    """Return the replies, followed by a row for each request number in `missing`.
 
-    Those in a range of `untimed` have had a reply, or may have; the others had none. These ranges are in order.
+    Requests in a range of `untimed` had a reply without a time, or may have had one; the others had no reply. The
+    ranges are in ascending order.
     """
     numbers = np.asarray(missing, np.int64)
     if not len(numbers):
@@ -119,7 +120,10 @@ def with_unanswered(replies: Samples, missing: Ints | Sequence[int], untimed: It
 
 
 def decimal_ns(text: str, unit_ns: int) -> tuple[int, int]:
-    """A decimal number of units in ns, and its last digit's unit, ns. Raises `ArithmeticError`, `ValueError`."""
+    """Parse a decimal number of units of `unit_ns`; returns its value and the unit of its last digit, both in ns.
+
+    Raises `ArithmeticError`, `ValueError`.
+    """
     number = Decimal(text)
     if not number.is_finite():
         raise ValueError(text)
@@ -129,5 +133,5 @@ def decimal_ns(text: str, unit_ns: int) -> tuple[int, int]:
 
 
 def shown(text: str) -> str:
-    """A line for a message, in quotes and not too long."""
+    """Return a line in quotes and shortened, for a message."""
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")

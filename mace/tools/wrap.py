@@ -1,6 +1,6 @@
-"""`mace wrap`: any tool whose output is understood, run in a container under a capture, and corrected when it is done.
+"""`mace wrap`: runs a tool in a container under a capture, and corrects the samples in its output when it has ended.
 
-What `mace ping` does for ping, line by line, this does for the others at the end.
+`mace ping` does this for ping line by line; for other tools the correction follows at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mace.tools.output import READERS, read
 from storage.capture import CaptureSink
 
 _LAST_WORDS_S = 3.0
-"""An interrupted tool has this long to say what it has."""
+"""Time for an interrupted tool to print its results."""
 
 
 def measure(
@@ -31,16 +31,16 @@ def measure(
     reader_name: str | None = None,
     quiet: bool = False,
 ) -> tuple[Corrected, int]:
-    """Run the command in that namespace; what came of it, and its exit status.
+    """Run the command in the namespace of `netns_fd`; returns the corrected samples and the command's exit status.
 
-    `reader_name`: which tool it is (`READERS`); None where its first line tells. Unless `quiet`, what the tool printed
-    goes to stderr as it was. Raises `LabError` and `UsageError`.
+    `reader_name` is the tool's name in `READERS`; None recognises the tool by its output. Unless `quiet`, the tool's
+    output is copied to stderr. Raises `LabError` and `UsageError`.
     """
     tool = _Tool(argv, netns_fd)
     observed = Observed()
     session.observe(tool.run, observed.add, tee=tee)
     if tool.said is None:
-        raise LabError(f"{argv[0]} did not run to its end")
+        raise LabError(f"{argv[0]} was stopped before its end, so there is no output to correct")
     if not quiet:
         sys.stderr.write(tool.said)
     if not tool.said.strip():
@@ -50,7 +50,7 @@ def measure(
 
 
 class _Tool:
-    """A command in a network namespace, and what it prints."""
+    """A command in a network namespace; `said` is its standard output, None until it has ended."""
 
     def __init__(self, argv: Sequence[str], netns_fd: int) -> None:
         self._argv, self._netns_fd = argv, netns_fd
@@ -69,7 +69,7 @@ class _Tool:
             self.said, self.status = said.decode(errors="replace"), process.returncode or 0
         except asyncio.CancelledError:
             with suppress(TimeoutError, ProcessLookupError):
-                # The whole of it: a shell's loop, too.
+                # The whole process group, for a command that is a shell with a loop.
                 os.killpg(process.pid, signal.SIGINT)
                 said, _ = await asyncio.wait_for(asyncio.shield(reading), _LAST_WORDS_S)
                 self.said, self.status = said.decode(errors="replace"), process.returncode or 0

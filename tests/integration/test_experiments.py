@@ -83,4 +83,4 @@ def test_ping_with_the_host_path_term():
     # Wider than that of the samples alone.
     assert high - low >= median["high"] - median["low"]
     assert refused.returncode == 2
-    assert "probes want an IPv4 address" in refused.stderr
+    assert "probes need an IPv4 address" in refused.stderr

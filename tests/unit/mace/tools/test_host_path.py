@@ -125,8 +125,8 @@ def test_between_is_a_stretch_of_time():
     ("shape", "why"),
     [
         ({"address": "far.example"}, "a name"),
-        ({"address": "2001:db8::1"}, "of IPv4"),
-        ({"count": 9}, "expected 10 at least"),
+        ({"address": "2001:db8::1"}, "need an IPv4 address"),
+        ({"count": 9}, "expected at least 10"),
     ],
 )
 def test_probes_that_cannot_be(shape, why):

@@ -129,7 +129,7 @@ def test_numbers_go_on_beyond_16_bits(steps, first):
         ("PING a (a) 56(84) Bytes an Daten.\n", "LC_ALL=C"),
         ("Pinging 203.0.113.2 with 32 bytes of data:\n", "ping of Windows"),
         ("a.b : xmt/rcv/%loss = 3/3/0%, min/avg/max = 1/1/1\n", "fping -q"),
-        (PING4 + "PING a (a): 56 data bytes\n64 bytes from 203.0.113.2: seq=0 ttl=63 time=0.1 ms\n", "one by one"),
+        (PING4 + "PING a (a): 56 data bytes\n64 bytes from 203.0.113.2: seq=0 ttl=63 time=0.1 ms\n", "each by itself"),
         ("\n\n", "empty"),
         ("PING a (a) 56(84) bytes of data.\n99999999999 packets transmitted, 0 received\n", "99,999,999,999"),
     ],
@@ -342,7 +342,7 @@ def test_colours_and_what_a_terminal_adds():
     "line", [FROM_ONE, reply(1), "203.0.113.2 : [0], 64 bytes, 0.05 ms (0.05 avg, 0% loss)", ";; Query time: 237 usec"]
 )
 def test_something_in_front_of_every_line(before, line):
-    with pytest.raises(UsageError, match="has something in front of what the tool printed"):
+    with pytest.raises(UsageError, match="has a prefix that the tool does not print"):
         read([before + line])
 
 
@@ -391,5 +391,5 @@ def test_numbers_of_csv_in_scientific_notation_and_quotes():
 @pytest.mark.parametrize("time", ["time=85 usec", "time=1.085 msec", "time<1 ms"])
 def test_a_time_in_another_unit_is_not_said_to_be_missing(time):
     line = f"64 bytes from 203.0.113.2: icmp_seq=1 ttl=63 {time}"
-    with pytest.raises(UsageError, match="is not understood, nor that of any other reply"):
+    with pytest.raises(UsageError, match="is not understood, nor is any other reply's"):
         read([FROM_ONE, line])

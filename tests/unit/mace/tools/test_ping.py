@@ -172,7 +172,7 @@ def test_nothing_is_shown_where_json_is_wanted(netns_fd, capsys):
 
 def test_a_ping_that_told_of_nothing_is_an_error(netns_fd):
     ping = Ping([], netns_fd, user_clock=False, stamps_shown=False, quiet=True)
-    with pytest.raises(UsageError, match="told of no request"):
+    with pytest.raises(UsageError, match="its output has no request"):
         ping.measure(MadeSession(ping, []), None)
 
 
