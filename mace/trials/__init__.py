@@ -1,1 +1,1 @@
-"""Measurements of MACE itself: experiments, comparisons, verification."""
+"""Measures MACE itself: experiments, comparisons, verification."""

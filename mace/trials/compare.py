@@ -1,9 +1,9 @@
-"""Sources side by side on the same traffic, and beside none. What does each say, and what does it cost?
+"""Compares the figures and costs of sources on the same traffic, and with no source.
 
-In rounds, each in a random order of its own: echo requests of a container, the next as soon as there is a reply, while
-one source is read and correlated as by `mace run`, or while nothing observes. The round trips are the client's own, in
-ns; by how much a source makes them longer is its *perturbation*. A source that is compared with nobody is no baseline,
-so `none` is always one of them.
+Each round runs all sources in a random order. A container sends echo requests, each when the reply to the one before
+has arrived, while one source is read and correlated as by `mace run`, or while nothing observes. The client measures
+the round trips, in ns; the increase with a source is the source's *perturbation*. The baseline is `none`, which is
+always one of the sources.
 
     round 1:  ftrace | none | kmod      each: source on ─► N round trips ─► source off
     round 2:  kmod | ftrace | none
@@ -48,31 +48,31 @@ _DIRECTIONS: Final = (Direction.EGRESS, Direction.INGRESS)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One source in one round."""
+    """The measurement of one source in one round."""
 
     trips_ns: Ints
-    """Round trips that were answered."""
+    """Round trips of the requests with a reply."""
     unanswered: int
     summary: Summary
-    """Empty for `none`."""
+    """Figures of the source; empty for `none`."""
     cpu_s: float
-    """Of this process: reading, correlating, and starting and stopping the source."""
+    """CPU time of this process for reading, correlating, and starting and stopping the source."""
     wall_s: float
 
     def overhead_ns(self, direction: Direction) -> Ints:
-        """Of each packet of the container, by the bins of the histogram."""
+        """Return the overhead of each packet of the container, to the resolution of the histogram's bins."""
         parts = [_values(d) for (_, way, _), d in self.summary.overhead() if way is direction]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of it: the parts of each source, by round."""
+    """The result of a comparison: the measurements of each source, by round."""
 
     parts: dict[str, list[Part]]
     machine: dict[str, Any]
     whole: dict[str, Summary] = field(default_factory=dict)
-    """All rounds of a source."""
+    """The sums over all rounds, by source."""
 
     def __post_init__(self) -> None:
         for name, parts in self.parts.items():
@@ -81,7 +81,7 @@ class Comparison:
                 self.whole[name].merge(part.summary)
 
     def as_dict(self) -> dict[str, Any]:
-        """`sources`: an object a source (`_source`); `devices` (`_devices`); `rounds`; `machine`."""
+        """Return the result for JSON: `sources` (objects of `_source`), `devices` (`_devices`), `rounds`, `machine`."""
         return {
             "sources": {name: self._source(name) for name in self.parts},
             "devices": self._devices(),
@@ -93,8 +93,11 @@ class Comparison:
         return min(map(len, self.parts.values()))
 
     def _source(self, name: str) -> dict[str, Any]:
-        """rtt_p50_us with rtt_ci95_us; perturbation_us (of medians, to `none`) and its interval; overhead by direction
-        (p50_us, ci95_us); cpu_us_per_trip, cpu_share of one core, packets, unanswered, own cost and ledger.
+        """Return the figures of one source.
+
+        The keys are rtt_p50_us with rtt_ci95_us; perturbation_us (of medians, relative to `none`) and its interval;
+        overhead by direction (p50_us, ci95_us); cpu_us_per_trip, cpu_share of one core, packets, unanswered, own cost
+        and ledger.
         """
         parts, bare = self.parts[name], self.parts[NONE]
 
@@ -141,7 +144,10 @@ class Comparison:
         return found
 
     def _devices(self) -> list[dict[str, Any]]:
-        """In the order of the path: device, of, direction, segment, and by source count, p50_us, p99_us."""
+        """Return one object per device, in path order.
+
+        The keys are device, of, direction, segment, and by source count, p50_us, p99_us.
+        """
         found = []
         for (device, owner, direction, segment), of in self._by_device().items():
             row: dict[str, Any] = {"device": device, "of": owner, "direction": direction, "segment": segment}
@@ -152,7 +158,10 @@ class Comparison:
         return found
 
     def _by_device(self) -> dict[tuple[str, str, str, str], dict[str, Distribution]]:
-        """Sources name devices by what they know of them, so rows meet by what people read."""
+        """Return the distributions by device and source.
+
+        Devices are matched by their labels for people, because sources identify devices differently.
+        """
         rows: list[tuple[Key, str, Distribution]] = [
             (key, name, distribution)
             for name, summary in self.whole.items()
@@ -167,7 +176,7 @@ class Comparison:
         return found
 
     def tables(self, console: Console) -> None:
-        """For people."""
+        """Print the result as tables for people."""
         console.print(self._source_table())
         console.print(self._device_table())
         for name, summary in self.whole.items():
@@ -213,25 +222,25 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be compared, and by what traffic."""
+    """The sources to compare, and the traffic."""
 
     sources: str | None
-    """Names with commas between them; None: all that can run here."""
+    """Names with commas between them; None is all sources that can run here."""
     container: str
-    """Whose packets."""
+    """The container that sends the packets."""
     rounds: int
     count: int
-    """Round trips of each source in a round."""
+    """Round trips per source and round."""
     interval_s: float
-    """Between requests; 0: the next as soon as there is a reply."""
+    """Time between requests; 0 sends the next when the reply has arrived."""
     seed: int
-    """Of the order."""
+    """Seed of the random order."""
 
 
 def chosen(plan: Plan) -> list[str]:
-    """The sources to compare, `none` the last. Raises `UsageError`, and `Unavailable` for one that cannot run here."""
+    """Return the sources to compare, `none` last. Raises `UsageError`, and `Unavailable` if one cannot run here."""
     if plan.rounds < 1 or plan.count < 1 or plan.interval_s < 0:
-        raise UsageError("--rounds and --count want one at least, --interval no less than 0")
+        raise UsageError("--rounds and --count: expected at least 1; --interval: expected at least 0")
     if plan.sources is None:
         return [*(name for name, source in SOURCES.items() if source.check().ok), NONE]
     names = list(dict.fromkeys(word for word in plan.sources.split(",") if word))
@@ -242,17 +251,17 @@ def chosen(plan: Plan) -> list[str]:
             raise Unavailable(name, status.detail, status.remedy)
     found = [name for name in names if name != NONE]
     if not found:
-        raise UsageError("--sources: name one at least beside none")
+        raise UsageError("--sources: name at least one source besides none")
     return [*found, NONE]
 
 
 def spec(runtime: Runtime) -> Spec:
-    """The lab that is made for it."""
+    """Return the specification of the lab for a comparison."""
     return Spec(name="compare", runtime=runtime)
 
 
 def measure(plan: Plan, lab: Lab, sessions: Callable[[str], Session]) -> Comparison:
-    """All rounds. `sessions` gives the session with a source, by the source's name."""
+    """Measure all rounds. `sessions` returns the session for a source's name."""
     names = chosen(plan)
     ready = {name: sessions(name) for name in names if name != NONE}
     order = random.Random(plan.seed)
@@ -295,8 +304,8 @@ def _trips(plan: Plan, lab: Lab, count: int) -> Ints:
 
 
 def draw(found: Comparison, path: Path) -> None:
-    """Round trips, overheads and perturbations as a picture. Raises `MissingExtra` without matplotlib."""
-    # matplotlib is an extra, and takes longer to import than most commands to run.
+    """Draw round trips, overheads and perturbations to a PNG file. Raises `MissingExtra` without matplotlib."""
+    # matplotlib is an extra, and its import takes longer than most commands run.
     from mace.shown.plots import write_png  # noqa: PLC0415
     from mace.shown.round_plots import Bar, Curve, Panel, drawn  # noqa: PLC0415
 
@@ -318,7 +327,7 @@ def draw(found: Comparison, path: Path) -> None:
         bars,
         title="The same traffic, observed by each source and by none",
         what="µs",
-        bars_title="By how much a source makes the median round trip longer, with 95 % intervals",
+        bars_title="Increase of the median round trip with each source, with 95 % intervals",
         note="\n".join([machine_text(found.machine), *(f"{name}: {found.whole[name].ledger.line()}" for name in told)]),
     )
     write_png(picture, path)

@@ -1,8 +1,9 @@
-"""How near do corrected round trips come to a host process's? The paper's evaluation, in a lab.
+"""Measures how close corrected round trips are to those of a host process: the paper's evaluation, in a lab.
 
-In rounds, each of them in a random order of its own: for 0 to N other containers that flood, at each pace, ping on the
-host, ping in the container and the probes of `mace.tools.host_path` from either, one after the other. All of it in one
-capture, so that what tracing costs is the same for all; nobody computes anything before the last packet is sent.
+Each round has, in random order, 0 to N other containers that flood, and for each of these every pace. At each pace ping
+on the host, ping in the container, and the probes of `mace.tools.host_path` from host and container run one after the
+other. One capture covers all rounds, so that tracing costs the same for all; nothing is computed before the last packet
+is sent.
 
     lab ──► flood ──► [host ping | container ping | host probes | container probes], shuffled ──► next pace, next flood
                                      │ one capture
@@ -54,17 +55,17 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 PACES: Final = {"flood": 0.0, "10ms": 0.01}
-"""Of ping, seconds between requests; 0: the next as soon as there is a reply, as fast as `ping -f`."""
+"""Seconds between ping's requests; 0 sends the next when the reply has arrived, as fast as `ping -f`."""
 MEASURED: Final = "c1"
 _PING_LEN: Final = 84
 """Bytes of a request with 56 bytes of payload, ping's default."""
 _FLOOD_PAYLOAD: Final = 24
-"""So that the others' packets are told from the measured ones by their length."""
+"""Payload of a flood's packets, whose length distinguishes them from the measured packets."""
 _MOST_FLOOD: Final = 2_000_000
 RING_MIB: Final = 64
-"""Of each CPU, unless told: two floods and the measured one write 60 MB a second between them."""
+"""Default size of the ring per CPU: two floods and the measured ping together write 60 MB a second."""
 _SETTLE_S: Final = 0.2
-"""From the start of a flood until it is measured beside."""
+"""Wait between the start of a flood and the first measurement beside it."""
 _CAPTURE, _BLOCKS = "run.mace", "blocks.json"
 """Files of a kept experiment."""
 _KINDS: Final = ("bare", "container", "host probes", "container probes")
@@ -72,31 +73,31 @@ _KINDS: Final = ("bare", "container", "host probes", "container probes")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One tool, run once."""
+    """One run of one tool."""
 
     round: int
     pace: str
     flood_containers: int
     kind: str
     begin_ns: int
-    """CLOCK_MONOTONIC."""
+    """Start of the run, CLOCK_MONOTONIC."""
     end_ns: int
     said: str
-    """On its standard output."""
+    """The tool's standard output."""
 
 
 @dataclass(slots=True)
 class Cell:
-    """All that was measured at one pace beside so many flooding containers; lists are by round, times ns."""
+    """The measurements at one pace beside one number of flooding containers; lists are by round, times in ns."""
 
     bare: list[Floats] = field(default_factory=list)
-    """What ping on the host said; this and the next two are dithered (`mace.tools.rounds`)."""
+    """Round trips of ping on the host; `bare`, `container` and `plain` are dithered (`mace.trials.rounds`)."""
     container: list[Floats] = field(default_factory=list)
-    """Tool RTT of the samples that are paired."""
+    """Tool RTT of the container's paired samples."""
     plain: list[Floats] = field(default_factory=list)
-    """Host RTT of these, without the host path term."""
+    """Host RTT of the container's paired samples, without the host path term."""
     host_pings: list[Stretches] = field(default_factory=list)
-    """The same pings' own packets from their first record on: what the probes stand for, to be seen beside them."""
+    """Stretches of the host pings' own packets, from their first record on, for comparison with the probes'."""
     container_pings: list[Stretches] = field(default_factory=list)
     host_probes: list[Stretches] = field(default_factory=list)
     container_probes: list[Stretches] = field(default_factory=list)
@@ -106,23 +107,23 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What an experiment came to."""
+    """The result of an experiment."""
 
     cells: dict[tuple[str, int], Cell]
-    """By (pace, flooding containers)."""
+    """Measurements by (pace, number of flooding containers)."""
     ledger: Ledger
     machine: dict[str, Any]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One a cell, for machines; docs/evaluation.md has what the keys mean."""
+        """Return the figures of each cell for JSON; docs/evaluation.md explains the keys."""
         return [_row(pace, flood, cell) for (pace, flood), cell in sorted(self.cells.items())]
 
     def as_dict(self) -> dict[str, Any]:
-        """`rows`, `machine`, `ledger`."""
+        """Return the result for JSON: `rows`, `machine`, `ledger`."""
         return {"rows": self.rows(), "machine": self.machine, "ledger": self.ledger.as_dict()}
 
     def tables(self, console: Console) -> None:
-        """For people."""
+        """Print the result as tables for people."""
         rows = self.rows()
         console.print(_main_table(rows))
         console.print(_term_table(rows))
@@ -136,45 +137,45 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be measured."""
+    """The plan of an experiment."""
 
     paces: str
-    """Of `PACES`, with commas between them."""
+    """Names in `PACES`, with commas between them."""
     flood: int
-    """Beside 0 to so many flooding containers."""
+    """Largest number of flooding containers; all numbers from 0 are measured."""
     rounds: int
     count: int
-    """Pings of a round at 10 ms."""
+    """Pings per round at 10 ms."""
     flood_count: int
-    """Pings of a round as fast as replies come."""
+    """Pings per round at the flood pace."""
     cpu: int | None
-    """What is measured is pinned to it, and floods to the others."""
+    """CPU that the measured processes are pinned to; floods are pinned to the others."""
     seed: int
-    """Of the order."""
+    """Seed of the random order."""
     keep: Path | None
-    """Directory for the capture and what the tools said."""
+    """Directory for the capture and the tools' output."""
 
 
 def check(plan: Plan) -> list[str]:
-    """The paces that are asked for. Raises `UsageError`."""
+    """Return the paces of the plan. Raises `UsageError` for an impossible plan."""
     paces = [word for word in plan.paces.split(",") if word]
     for word in paces:
         if word not in PACES:
             raise UsageError(f"--paces: no {word!r}; there are {', '.join(PACES)}")
     if not paces or plan.rounds < 1 or plan.count < 1 or plan.flood_count < 1 or not 0 <= plan.flood <= 16:
-        raise UsageError("--paces, --rounds, --count and --flood-count want one at least, --flood 0 to 16")
+        raise UsageError("--paces, --rounds, --count and --flood-count: expected at least 1; --flood: expected 0 to 16")
     if plan.cpu is not None and plan.cpu not in os.sched_getaffinity(0):
         raise UsageError(f"--cpu: no {plan.cpu} here; there are {', '.join(map(str, sorted(os.sched_getaffinity(0))))}")
     return paces
 
 
 def spec(plan: Plan, runtime: Runtime) -> Spec:
-    """The lab that it takes: the measured container, and those that flood."""
+    """Return the specification of the lab: the measured container, and those that flood."""
     return Spec(name="experiment", containers=1 + plan.flood, runtime=runtime)
 
 
 def measure(plan: Plan, lab: Lab, session: Session) -> Figures:
-    """Run all blocks, then compute."""
+    """Run all blocks in the lab, then compute the figures. Raises `UsageError` if interrupted."""
     paces = check(plan)
     with tempfile.TemporaryDirectory(prefix="mace-experiment-") as temporary:
         place = plan.keep or Path(temporary)
@@ -184,7 +185,7 @@ def measure(plan: Plan, lab: Lab, session: Session) -> Figures:
         session.record(lambda: schedule.run(paces, blocks), CaptureSink(place / _CAPTURE))
         wanted = plan.rounds * len(paces) * (plan.flood + 1) * len(_KINDS)
         if len(blocks) < wanted:
-            raise UsageError(f"interrupted: {len(blocks)} of {wanted} blocks are measured, which tells nothing yet")
+            raise UsageError(f"interrupted after {len(blocks)} of {wanted} blocks, too few for figures")
         told = {
             "outer": lab.outer_device,
             "netns": lab.netns_inode(MEASURED),
@@ -196,7 +197,7 @@ def measure(plan: Plan, lab: Lab, session: Session) -> Figures:
 
 
 def again(place: Path, session: Session) -> Figures:
-    """The figures of what `--keep` has kept. Raises `Unavailable`, `CaptureError`."""
+    """Compute the figures of an experiment that `--keep` has kept. Raises `Unavailable`, `CaptureError`."""
     try:
         told = json.loads((place / _BLOCKS).read_text())
         blocks = [Block(**block) for block in told["blocks"]]
@@ -207,16 +208,16 @@ def again(place: Path, session: Session) -> Figures:
 
 
 class _Schedule:
-    """What is sent when."""
+    """Runs the blocks of a plan in their random order."""
 
     def __init__(self, plan: Plan, lab: Lab, session: Session, place: Path) -> None:
         self._plan, self._lab, self._session, self._place = plan, lab, session, place
         self._order = random.Random(plan.seed)
         self._others = os.sched_getaffinity(0) - {plan.cpu} if plan.cpu is not None else set()
-        """CPUs for what floods; empty: any."""
+        """CPUs for the floods; empty for any CPU."""
 
     async def run(self, paces: Sequence[str], blocks: list[Block]) -> None:
-        for member in (HOST, *self._lab.containers):  # addresses are resolved, the path has been used once
+        for member in (HOST, *self._lab.containers):  # resolves addresses and uses each path once
             await asyncio.to_thread(self._lab.ping, member, count=3)
         for number in range(self._plan.rounds):
             floods = self._order.sample(range(self._plan.flood + 1), self._plan.flood + 1)
@@ -243,7 +244,7 @@ class _Schedule:
         if self._plan.cpu is not None:
             argv = ["taskset", "-c", str(self._plan.cpu), *argv]
         member = HOST if kind in ("bare", "host probes") else MEASURED
-        # Into a file: each line through a pipe would wake us up beside what is measured.
+        # Output goes to a file, because each line through a pipe would wake this process during the measurement.
         path = self._place / "said"
         with path.open("w") as said, (self._place / "complaints").open("w+") as complaints:
             begin_ns = time.monotonic_ns()
@@ -278,7 +279,7 @@ def figures(
     outer, netns = place
 
     def ours(results: Results) -> None:
-        """The flooding containers' packets are many, and nothing to us."""
+        """Keep the measured container's crossings only: the flooding containers have many."""
         chosen = [d.netns == netns and d.role is Role.INNER for d in results.devices]
         crossings = results.crossings
         if len(crossings):
@@ -287,7 +288,9 @@ def figures(
 
     session.observed(recording(path), ours)
     if session.stopped:
-        raise UsageError("interrupted while computing; where --keep has kept what was measured, --again computes it")
+        raise UsageError(
+            "interrupted while computing; --again DIR computes the figures of an experiment kept with --keep"
+        )
     offset_ns, pings, probes = _raw(path)
     crossings = observed.crossings()
     crossings = crossings[np.argsort(crossings.inner_utc_ns, kind="stable")]
@@ -325,7 +328,7 @@ def figures(
 
 
 def _raw(path: Path) -> tuple[int, Records, Records]:
-    """(what to add to CLOCK_MONOTONIC for UTC, records as long as a ping, records as long as a probe)."""
+    """Return the offset from CLOCK_MONOTONIC to UTC, ns, and the records of ping's and of the probes' length."""
     pings, probes = Seen(), Seen()
     with Capture(path) as capture:
         offset_ns = capture.header.clock.offset_ns
@@ -343,7 +346,7 @@ def _answered(samples: Samples) -> Ints:
 
 
 def _from_first_record(seen: Records, inner: str | None, outer: str) -> Stretches:
-    """The stretches of pings, whose stamp no record tells: `send` is 0."""
+    """Return the stretches of pings from their first record on; `send` is 0, as no record has the time of sending."""
     first = seen.ts_ns[(seen.device == (inner or outer)) & (seen.hook == Hook.NET_DEV_QUEUE)]
     return hostpath.stretches(first.tolist(), seen, inner, outer)
 
@@ -353,7 +356,7 @@ def _row(pace: str, flood: int, cell: Cell) -> dict[str, Any]:
     known: dict[bytes, dict[str, float]] = {}
 
     def medians(drawn: Ints) -> dict[str, float]:
-        """Of all that the figures are made of, µs. Kept: intervals of several figures draw the same rounds."""
+        """Return the medians over the drawn rounds, µs. They are cached: several intervals draw the same rounds."""
         found = known.get(drawn.tobytes())
         if found is None:
 
@@ -420,17 +423,18 @@ def _medians_us(parts: Sequence[Stretches]) -> dict[str, float]:
 
 
 def _of_a_ping(rtt_us: float, parts: Sequence[Stretches]) -> dict[str, float]:
-    """The stretches of a median round trip: what the records do not tell of it is the rest, and is called `send`.
+    """Return the stretches of a median round trip; `send` is the rest, which no other stretch covers.
 
-    It holds what is on the way back behind the outer device's first hook, too; of a container's that is taken off.
+    `send` therefore includes the way back from the outer device's first hook; for a container the correction has
+    subtracted that way.
     """
     seen = _medians_us(parts)
     return seen | {"send": rtt_us - sum(us for name, us in seen.items() if name != "send")}
 
 
 def draw(found: Figures, path: Path) -> None:
-    """Distributions and differences as a picture. Raises `MissingExtra` without matplotlib."""
-    # matplotlib is an extra, and takes longer to import than most commands to run.
+    """Draw distributions and differences to a PNG file. Raises `MissingExtra` without matplotlib."""
+    # matplotlib is an extra, and its import takes longer than most commands run.
     from mace.shown.plots import write_png  # noqa: PLC0415
     from mace.shown.round_plots import Bar, Curve, Panel, drawn  # noqa: PLC0415
 

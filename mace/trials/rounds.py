@@ -1,4 +1,4 @@
-"""What experiments in rounds have in common: the machine that they were made on, medians, intervals."""
+"""Shared parts of experiments in rounds: the description of the machine, dithering, medians, intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GOLDEN: Final = (5**0.5 - 1) / 2
 
 
 def machine() -> dict[str, Any]:
-    """cpu, cores, kernel, virtual, load (of the last minute): what a figure has to be read with."""
+    """Return the machine's facts that figures depend on: cpu, cores, kernel, virtual, load (of the last minute)."""
     lines: list[str] = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -31,18 +31,18 @@ def machine() -> dict[str, Any]:
 
 
 def machine_text(found: Mapping[str, Any]) -> str:
-    """The same in a line for people."""
+    """Return the facts of `machine` as one line for people."""
     kind = "a virtual machine" if found["virtual"] else "a machine"
     return f"{kind} of {found['cores']} cores, {found['cpu']}, Linux {found['kernel']}, load {found['load']:g}"
 
 
 def dithered(values: npt.NDArray[np.int64], unit_ns: float = 1000.0) -> npt.NDArray[np.float64]:
-    """Values that were cut to whole units, each moved by less than half a unit, evenly: ns, in the same order.
+    """Move each truncated value by less than half a unit, evenly distributed; returns ns, in the same order.
 
-    ping's round trips are differences of two stamps in whole microseconds: right on average, but a median of them is a
-    whole number too, and jumps by one where the middle moves by a little. So it is of what is computed from them (12 or
-    13 µs less an overhead of 7.3 is 4.7 or 5.7, and never the 5.1 that it is). The moves are multiples of the golden
-    ratio, modulo one: no chance, and of any stretch of them as many up as down.
+    ping's round trips are differences of two stamps in whole microseconds. They are right on average, but their median
+    is a whole number too and jumps by one when the middle moves a little. So does what is computed from it: 12 or 13 µs
+    less an overhead of 7.3 is 4.7 or 5.7, and never the true 5.1. The moves are multiples of the golden ratio, modulo
+    one: they are not random, and in any stretch of values as many go up as down.
     """
     moves = (np.arange(1, len(values) + 1) * _GOLDEN) % 1.0 - 0.5
     found: npt.NDArray[np.float64] = values + moves * unit_ns
@@ -50,11 +50,11 @@ def dithered(values: npt.NDArray[np.int64], unit_ns: float = 1000.0) -> npt.NDAr
 
 
 def median_us(parts: Iterable[npt.NDArray[Any]]) -> float:
-    """Of all values, ns, together; nan if there are none."""
+    """Return the median in µs of all values, in ns, of all parts together; nan without values."""
     values = np.concatenate(list(parts))
     return float(np.median(values)) / 1000 if len(values) else float("nan")
 
 
 def interval_text(found: list[float] | None) -> str:
-    """For people, with signs: of differences."""
+    """Format the interval of a difference for people, with signs; `-` for None."""
     return "-" if found is None else f"{found[0]:+.1f} … {found[1]:+.1f}"

@@ -1,4 +1,4 @@
-"""How often is MACE right? Traffic whose packets are numbered, a witness that knows nothing of MACE, and the score.
+"""Counts how often MACE is right: numbered packets, observers independent of MACE, and a score.
 
     talker.py ──── numbered packets through a lab ────► echo
                       │ inner device      │ outer device
@@ -6,5 +6,5 @@
                       └────────┬──────────┘
     source ──► engine ──► rows ┴──► truth.score: precision, recall, error of the delays
 
-`scenarios` has the table of what is tried, `stream` the records and how some of them are taken away.
+`scenarios` has the table of scenarios; `stream` keeps the records and removes some of them.
 """

@@ -1,10 +1,9 @@
-"""How many packets could be matched at all, from the records that there are? Worked out without the engine's answers
-to these records.
+"""Computes how many packets can be matched at all with the existing records, without the engine's results for them.
 
-Where records were taken away (`allowed`): a packet needs every record from its inner to its outer device, and no gap in
-any CPU's records meanwhile, for what was lost there may be the end of its buffer. Where a source does not record all
-packets, or the kernel makes others of them (`kept`): a packet needs a record at either end, found by the observers'
-stamps, and these two must have one content key, or without keys one buffer and length.
+If records were removed (`allowed`), a packet needs every record from its inner to its outer device, and no gap in any
+CPU's records in that time, because a lost record may have been the end of its buffer. If a source does not record all
+packets, or the kernel changes them (`kept`), a packet needs a record at both ends, identified by the observers' stamps;
+the two records must have the same content key, or without keys the same buffer and length.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _RECEIVED = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
 
 
 def allowed(whole: Stream, gone: Mask, matched: Container[int], rows: Sequence[Row]) -> int:
-    """How many packets, of those matched in the whole stream, can be in the one without the records that are `gone`."""
+    """Return how many of the packets matched in the whole stream can be matched without the records that are `gone`."""
     batch = Batch.concatenate([item for item in whole.items if isinstance(item, Batch)])
     order = np.argsort(batch.skb_id, kind="stable")
     ts, skb = batch.ts_ns[order], batch.skb_id[order]
@@ -53,7 +52,7 @@ def allowed(whole: Stream, gone: Mask, matched: Container[int], rows: Sequence[R
 
 
 def _gaps(batch: Batch, gone: Mask) -> tuple[Ints, Ints]:
-    """When each gap began and ended: the times of the records around it that are left."""
+    """Return the beginning and end of each gap: the times of the remaining records around it."""
     begins, ends = [], []
     for cpu in np.unique(batch.cpu):
         mine = np.flatnonzero(batch.cpu == cpu)
@@ -66,7 +65,7 @@ def _gaps(batch: Batch, gone: Mask) -> tuple[Ints, Ints]:
 
 
 def kept(whole: Stream, devices: Sequence[Device], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> int:
-    """How many numbered packets have a record at both ends that can be told to be of one packet."""
+    """Return how many numbered packets have a record at both ends that can be recognised as the same packet's."""
     batch = Batch.concatenate([item for item in whole.items if isinstance(item, Batch)])
     sightings = [item for item in whole.items if isinstance(item, Topology)][-1].sightings
     count = 0
@@ -91,7 +90,10 @@ def _tied(a: _End, b: _End) -> bool:
 
 
 class _Ends:
-    """The record of each packet at one device, by the observer's stamp: nothing else may have been stamped between."""
+    """The record of each packet at one device, by the observer's stamp.
+
+    A packet has none if another packet was stamped between the record and its own stamp.
+    """
 
     def __init__(
         self,

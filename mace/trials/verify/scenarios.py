@@ -1,4 +1,4 @@
-"""What `mace verify` tries: how the lab looks, what is said, and what is done to the records. One row a scenario."""
+"""The scenarios of `mace verify`, one row each: the lab, its traffic, and what is done to the records."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LAB: Final = "verify"
 _OBSERVER: Final = Path(__file__).with_name("observer.py")
 _TALKER: Final = Path(__file__).with_name("talker.py")
 _CHURN: Final = 3
-"""Containers that come and go."""
+"""Number of containers that are added and removed in the scenario churn."""
 _WAIT_S: Final = 90
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One way of being hard. `play` talks, with observers on, until everything has been said."""
+    """One scenario. `play` sends its traffic while observers run, and returns at its end."""
 
     name: str
     meaning: str
@@ -34,17 +34,17 @@ class Scenario:
     prepare: Callable[[Lab], None] = lambda _: None
     spec: Spec = field(default_factory=lambda: Spec(name=LAB))
     loss: float = 0.0
-    """Share of the records that is taken away before the engine sees them."""
+    """Share of the records that is removed before the engine gets them."""
     sample_shift: int = 0
-    """One packet in 2 to the power of this is recorded; the module only."""
+    """The kernel module records one packet in 2**`sample_shift`; other sources cannot sample."""
     partial: bool = False
-    """Not every source can tie every pair: what it can is worked out from its records."""
+    """Whether a source may be unable to match some packets; the bound on the recall then follows from its records."""
     bystanders: tuple[str, ...] = ()
-    """Devices of the host, without the lab's tag, that have a packet socket of their own."""
+    """Kinds of the host's devices (`bystander_device`) that also have a packet socket."""
 
 
 class Stage:
-    """A lab with observers, on which a scenario is played."""
+    """A lab with observers, in which a scenario is played."""
 
     def __init__(self, lab: Lab, packets: int, leaving: ExitStack) -> None:
         self.lab, self.packets = lab, packets
@@ -55,7 +55,7 @@ class Stage:
 
     @contextmanager
     def observed(self, member: str, device: str) -> Iterator[list[Sight]]:
-        """A packet socket there for the length of the block; afterwards the list has what it saw."""
+        """Observe a device with a packet socket during the block; the yielded list has the packets afterwards."""
         seen: list[Sight] = []
         process = self._start(member, str(_OBSERVER), device)
         assert process.stdout is not None
@@ -68,7 +68,7 @@ class Stage:
         seen += (tuple(each) for each in found["seen"])
 
     def talk(self, *flows: tuple[str, str, int, int], to: str = "", family: int = 4, server: str = "echo") -> None:
-        """Flows of (role of `talker.py`, container, bytes a packet, packets a second), side by side."""
+        """Send flows in parallel, each (role of `talker.py`, container, bytes per packet, packets per second)."""
         clients = []
         for role, container, size, rate in flows:
             listening = self._start(REMOTE, str(_TALKER), server, str(family))
@@ -91,7 +91,7 @@ class Stage:
 
 
 def run_in(lab: Lab, member: str, *commands: str) -> None:
-    """Run commands in a member's namespace. Raises `LabError` with what the first that fails says."""
+    """Run commands in a member's namespace. Raises `LabError` with the message of the first one that fails."""
     for command in commands:
         process = lab.popen(member, command.split())
         _, error = process.communicate(timeout=_WAIT_S)
@@ -99,7 +99,7 @@ def run_in(lab: Lab, member: str, *commands: str) -> None:
             raise LabError(f"{command}: {error.strip()}")
 
 
-# How they are prepared ------------------------------------------------------------------------------------
+# Preparation ----------------------------------------------------------------------------------------------
 
 
 def _route_back(lab: Lab) -> None:
@@ -131,7 +131,7 @@ def _tunnel(lab: Lab) -> None:
     run_in(lab, HOST, "ping -c 2 -i 0.05 192.0.2.2")
 
 
-# How they are played --------------------------------------------------------------------------------------
+# Traffic --------------------------------------------------------------------------------------------------
 
 
 def _echoes(stage: Stage) -> None:
@@ -153,7 +153,7 @@ _TWINS: Final = Spec(name=LAB, containers=2, bridges=2, same_addresses=True)
 
 SCENARIOS: Final = (
     Scenario("plain", "UDP and its echo, routed without NAT", _echoes, _route_back),
-    Scenario("nat", "the same from two containers behind NAT", _echoes, spec=_TWO),
+    Scenario("nat", "UDP and its echo, from two containers behind NAT", _echoes, spec=_TWO),
     Scenario(
         "equal_ids",
         "two containers with equal addresses, ports and IP identifications, at once",
@@ -180,7 +180,7 @@ SCENARIOS: Final = (
     ),
     Scenario(
         "gso_off",
-        "TCP in large buffers that the outer device has cut in software",
+        "TCP in large buffers that the kernel segments in software at the outer device",
         lambda stage: stage.talk(("tcp", "c1", 16_384, 500), server="sink"),
         _cut_in_software,
     ),
@@ -190,22 +190,24 @@ SCENARIOS: Final = (
         lambda stage: stage.talk(("udp", "c1", 3504, 500)),
         partial=True,
     ),
-    Scenario("clones", "packet sockets on the bridge and the container's port too", _echoes, bystanders=("br", "veth")),
+    Scenario(
+        "clones", "packet sockets also on the bridge and the container's port", _echoes, bystanders=("br", "veth")
+    ),
     Scenario(
         "vxlan",
         "through a VXLAN tunnel over the outer device",
         lambda stage: stage.talk(("udp", "c1", 96, 2000), to="192.0.2.2"),
         _tunnel,
     ),
-    Scenario("loss_1", "1 % of the records taken away in blocks", _echoes, spec=_TWO, loss=0.01),
-    Scenario("loss_20", "20 % of the records taken away in blocks", _echoes, spec=_TWO, loss=0.2),
+    Scenario("loss_1", "1 % of the records removed in blocks", _echoes, spec=_TWO, loss=0.01),
+    Scenario("loss_20", "20 % of the records removed in blocks", _echoes, spec=_TWO, loss=0.2),
     Scenario("sampling_8", "one packet in eight recorded", _echoes, sample_shift=3, partial=True),
-    Scenario("churn", "containers that come and go, with the addresses of those before", _churning),
+    Scenario("churn", "containers that are added and removed, and reuse addresses", _churning),
 )
 BY_NAME: Final = {scenario.name: scenario for scenario in SCENARIOS}
 
 
 def bystander_device(lab: Lab, kind: str) -> str:
-    """Name of the bridge, or of the first container's port."""
+    """Return the name of the bridge (`br`) or of the first container's port (`veth`)."""
     tag = device_tag(lab.name)
     return f"br{tag}" if kind == "br" else f"veth{tag}-c1"

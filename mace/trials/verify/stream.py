@@ -1,4 +1,4 @@
-"""The records of a scenario: taken from a live source into memory, thinned as a full ring would, worked through."""
+"""The records of a scenario: read from a live source into memory, thinned as by a full ring, and correlated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from mace.live import pipeline
 from mace.live.pipeline import Stop
 
 BLOCK_RECORDS = 32
-"""A full ring loses stretches of records, not single ones. This long, they cut some packets and spare others."""
+"""Length of a removed stretch: a full ring loses stretches, not single records. At this length a stretch takes some of
+the records of some packets, and none of others'."""
 
 
 @dataclass(slots=True)
@@ -29,15 +30,15 @@ class Stream:
     """A whole stream in memory; a `StreamSink`."""
 
     offset_ns: int = 0
-    """What to add to its times to get UTC."""
+    """Offset from the stream's times to UTC, ns."""
     items: list[Topology | Batch] = field(default_factory=list)
 
     async def open(self, header: StreamHeader) -> None:
-        """Take the clock from the header."""
+        """Read the clock offset from the header."""
         self.offset_ns = header.clock.offset_ns
 
     async def write(self, item: StreamItem) -> None:
-        """Keep it."""
+        """Keep the item, if it is a topology or a batch."""
         if isinstance(item, Topology | Batch):
             self.items.append(item)
 
@@ -47,7 +48,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Worked:
-    """What the engine made of a stream."""
+    """The engine's results for a stream."""
 
     delays: Delays
     devices: tuple[Device, ...]
@@ -56,7 +57,7 @@ class Worked:
 
 
 def taken(config: Config, work: Callable[[], None]) -> Stream:
-    """The records of the source that `config` asks for, from before `work` begins until after it has ended."""
+    """Capture the configured source while `work` runs; returns the records from before its start to after its end."""
     stream, stop = Stream(), Stop()
     source = pipeline.live_source(config.capture)
 
@@ -73,7 +74,7 @@ def taken(config: Config, work: Callable[[], None]) -> Stream:
 
         task = asyncio.create_task(working())
         try:
-            # The first item is the topology: by then the source is open.
+            # The first item is the topology, which an open source yields.
             await pipeline.capture(source, stream, stop=stop, on_item=lambda _: begun.set())
             await task
         finally:
@@ -84,7 +85,7 @@ def taken(config: Config, work: Callable[[], None]) -> Stream:
 
 
 def worked(stream: Stream, config: EngineConfig) -> Worked:
-    """The engine's answers to it."""
+    """Run the engine over a stream and return its results."""
     engine = Engine(stream.offset_ns, config)
     results = [result for item in stream.items for result in engine.feed(item)]
     results.append(engine.finish())
@@ -93,10 +94,10 @@ def worked(stream: Stream, config: EngineConfig) -> Worked:
 
 
 def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.NDArray[np.bool_]]:
-    """The stream without some blocks of each CPU's records, as if its ring had had no room; and which were left out.
+    """Remove some blocks of each CPU's records, as if its ring had been full; returns the stream and a mask.
 
-    Of every 1 / `share` blocks of a CPU one is left out, chosen by the seed. The second array is over all records of
-    the stream, in its order.
+    Of every 1 / `share` blocks of a CPU one is removed, chosen by the seed. The mask is true for removed records, over
+    all records of the stream in its order.
     """
     period = round(1 / share) if share else 0
     taken_away: list[npt.NDArray[np.bool_]] = []
@@ -141,7 +142,7 @@ def _with_markers(batch: Batch, markers: list[tuple[int, int, int, int]], first_
     if not markers:
         return batch
     start, end, cpu, lost = (np.array(column) for column in zip(*markers, strict=True))
-    # A gap that began within the batch before is told of here; a stream's times do not go back.
+    # The marker of a gap that began in the batch before gets this batch's first time: a stream's times never decrease.
     content = None if batch.content is None else batch.content[:0]
     told = Batch.of(
         len(markers),
@@ -153,12 +154,12 @@ def _with_markers(batch: Batch, markers: list[tuple[int, int, int, int]], first_
         hook=np.full(len(markers), Hook.LOST),
     )
     both = Batch.concatenate([told, batch])
-    # Stable: at equal times the marker comes first.
+    # A stable sort, so that at equal times the marker is first.
     return both[np.argsort(both.ts_ns, kind="stable")]
 
 
 def _is_drawn(block: int, period: int, seed: int, cpu: int) -> bool:
-    """Whether it is the one of its `period` blocks, by a hash (splitmix64) of all the rest."""
+    """Return whether this block is the removed one of its `period` blocks, by a hash (splitmix64) of the arguments."""
     x = (seed * 0x9E3779B97F4A7C15 + cpu * 0xBF58476D1CE4E5B9 + block // period * 0x94D049BB133111EB) & ((1 << 64) - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)

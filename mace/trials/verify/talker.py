@@ -1,14 +1,14 @@
-"""Sends packets that are numbered throughout. Run as a file, inside a member's namespace; the standard library only.
+"""Sends numbered packets. It runs as a file inside a member's namespace and imports the standard library only.
 
-    talker.py echo FAMILY                                    say the port; send every datagram back
-    talker.py sink FAMILY                                    say the port; read one connection to its end
-    talker.py udp FAMILY HOST PORT FLOW COUNT BYTES PPS      COUNT datagrams, each answered or not
-    talker.py tcp FAMILY HOST PORT FLOW COUNT BYTES PPS      COUNT writes over one connection
-    talker.py twin FAMILY HOST PORT FLOW COUNT BYTES PPS     as udp, but source port and IP identifications are fixed
+    talker.py echo FAMILY                                    print the port; send every datagram back
+    talker.py sink FAMILY                                    print the port; read one connection to its end
+    talker.py udp FAMILY HOST PORT FLOW COUNT BYTES PPS      send COUNT datagrams; ignore replies
+    talker.py tcp FAMILY HOST PORT FLOW COUNT BYTES PPS      make COUNT writes over one connection
+    talker.py twin FAMILY HOST PORT FLOW COUNT BYTES PPS     as udp, with fixed source port and IP identifications
 
-A payload is a row of cells of 16 bytes: magic, flow (2 bytes), which cell of the payload or stream it is (2), and which
-datagram, or for TCP which cell of the whole stream (8). So a fragment, or a segment, has a number of its own as well.
-A client says `done` when it has. All end with their standard input, and after a minute in any case.
+A payload is a row of cells of 16 bytes: magic (4 bytes), flow (2), number of the cell in the datagram (2; 0 for TCP),
+and number of the datagram, or for TCP of the cell in the stream (8). A fragment or a segment therefore has a number of
+its own. A client prints `done` at its end. All end when their standard input ends, and after a minute in any case.
 """
 
 import os
@@ -25,17 +25,17 @@ MAGIC = b"\xa5MaC"
 TWIN_PORT = 40_000
 LIMIT_S = 60
 LINGER_S = 0.5
-"""A client waits this long for the answers to its last datagrams."""
+"""Time that a client waits for the replies to its last datagrams."""
 
 
 def payload(flow: int, number: int, size: int) -> bytes:
-    """`size` bytes of cells of datagram `number`."""
+    """Return `size` bytes of cells for datagram `number` of a flow."""
     cells = (size + CELL.size - 1) // CELL.size
     return b"".join(CELL.pack(MAGIC, flow, cell, number) for cell in range(cells))[:size]
 
 
 def bound(family: str, kind: socket.SocketKind) -> socket.socket:
-    """A socket on a port that was free; says which."""
+    """Return a socket bound to a free port, after printing the port."""
     sock = socket.socket(socket.AF_INET6 if family == "6" else socket.AF_INET, kind)
     sock.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
     sock.bind(("", 0))
@@ -61,7 +61,7 @@ def sink(family: str) -> None:
 
 
 def paced(count: int, pps: int) -> Iterator[int]:
-    """0 to `count` - 1, each when it is due; never faster than asked, also after a delay."""
+    """Yield 0 to `count` - 1, each when it is due; after a delay no faster than `pps` either."""
     due = time.monotonic()
     for number in range(count):
         while (ahead := due - time.monotonic()) > 0:
@@ -72,7 +72,7 @@ def paced(count: int, pps: int) -> Iterator[int]:
 
 
 def udp(family: str, host: str, port: str, flow: str, count: str, size: str, pps: str) -> None:
-    """Datagrams; what comes back is left to the socket."""
+    """Send numbered datagrams; replies stay in the socket's buffer."""
     sock = socket.socket(socket.AF_INET6 if family == "6" else socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)
     sock.connect((host, int(port)))
@@ -82,7 +82,7 @@ def udp(family: str, host: str, port: str, flow: str, count: str, size: str, pps
 
 
 def tcp(family: str, host: str, port: str, flow: str, count: str, size: str, pps: str) -> None:
-    """One stream, written in pieces; ends when the peer has read all."""
+    """Send one numbered stream in pieces; returns when the peer has read everything."""
     sock = socket.socket(socket.AF_INET6 if family == "6" else socket.AF_INET, socket.SOCK_STREAM)
     sock.connect((host, int(port)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -96,7 +96,7 @@ def tcp(family: str, host: str, port: str, flow: str, count: str, size: str, pps
 
 
 def twin(family: str, host: str, port: str, flow: str, count: str, size: str, pps: str) -> None:
-    """UDP over IPv4 with headers of our own, so that two containers' packets differ in address and payload only."""
+    """Send UDP over IPv4 with hand-made headers, so that two containers' packets differ in address and payload only."""
     del family
     answers = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     answers.bind(("", TWIN_PORT))
@@ -105,7 +105,7 @@ def twin(family: str, host: str, port: str, flow: str, count: str, size: str, pp
     raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     for number in paced(int(count), int(pps)):
         data = payload(int(flow), number, int(size))
-        # The kernel fills in the length and the checksum of the IP header; a UDP checksum of 0 is none (RFC 768).
+        # The kernel fills in length and checksum of the IP header; a UDP checksum of 0 means none (RFC 768).
         ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 0, number % 65_535 + 1, 0, 64, socket.IPPROTO_UDP, 0, source, target)
         head = struct.pack("!HHHH", TWIN_PORT, int(port), 8 + len(data), 0)
         raw.sendto(ip + head + data, (host, 0))
@@ -113,7 +113,7 @@ def twin(family: str, host: str, port: str, flow: str, count: str, size: str, pp
 
 
 def leave_with_parent() -> None:
-    """Wait for the end of standard input."""
+    """End the process when standard input ends, because the parent has then ended."""
     sys.stdin.read()
     os._exit(0)
 

@@ -1,16 +1,16 @@
-"""Rows against what the observers saw: which rows are right, which packets have one, how far off the delays are.
+"""Compares rows with the observers' packets: which rows are right, which packets have a row, and the delays' errors.
 
-A row says when a packet was at each device, not which packet it was. The kernel's order of things says it: a packet
-socket's stamp is taken
+A row says when a packet was at each device, not which packet it was. That follows from the order of events in the
+kernel, which takes a packet socket's stamp
 
     on the way out  after `net_dev_queue` at the device and before the packet is at the next device
     on the way in   after the packet left the device before, and before this device's first record of it
 
 so each row bounds its packet's stamps from both sides, at the inner and at the outer device, mostly to a few
-microseconds. A row is *right* if one packet's stamps fit both, each packet being taken by one row at most. If none does
-it is of *somebody else*, when it is too short to have a number (a TCP acknowledgement; the kernel stamps those it
-forwards later than this), and else *wrong*: its two ends are those of different packets. Nothing here depends on the
-order in which CPUs did things at the same time.
+microseconds. A row is *right* if one packet's stamps fit both bounds, where each packet belongs to one row at most. If
+no packet fits, a row too short for a number counts as *others* (a TCP acknowledgement; the kernel stamps forwarded ones
+later than this), and any other row is *wrong*: its two ends are those of different packets. The result does not depend
+on the order of simultaneous events on different CPUs.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from contracts.schema import Delays, Direction, Segment
 from contracts.topology import Device, Role
 
 CLOCKS_NS: Final = 500
-"""How exactly the observer's clock (UTC) and the tracer's (monotonic) are known from one another, with room."""
+"""Generous bound on the error of the offset between the observer's clock (UTC) and the tracer's (monotonic)."""
 UNBOUNDED_NS: Final = 1_000_000
-"""Where the record before a stamp is missing, the stamp is at most this long before the one behind it."""
+"""If the record before a stamp is missing, the stamp is at most this long before the record after it."""
 UNNUMBERED_BYTES: Final = 100
-"""IPv6 and TCP headers at their longest. Numbered packets are longer, but for the last bytes of a write to TCP."""
+"""Length of the longest IPv6 and TCP headers. Numbered packets are longer, except the last bytes of a TCP write."""
 
 Sight = tuple[int, bool, str]
-"""Of an observer: UTC in ns, whether it was sent, the number (see `observer.py`)."""
+"""A packet at an observer: UTC in ns, whether the device sent it, its number (see `observer.py`)."""
 Packet = tuple[str, int]
-"""A number, and which of the packets that have it: a retransmission has it too."""
+"""A number, and which of the packets with this number it is: a retransmission has the same number."""
 Span = tuple[int, int | None]
-"""Two times; None: nothing bounds it, and what comes first is meant (a buffer that is cut ends before its segments are
-sent, and the first of them has its number)."""
+"""Beginning and end of a time; None is unbounded, and then the first packet in it counts. (A buffer that is segmented
+ends before its segments are sent, and the first segment has the buffer's number.)"""
 _WAYS: Final = ((Direction.EGRESS, True), (Direction.INGRESS, False))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packet over the whole path, as MACE says."""
+    """One packet over the whole path, as MACE's rows describe it."""
 
     packet: int
     container: str
@@ -54,45 +54,46 @@ class Row:
     l3_len: int
     delay_ns: int
     between: tuple[int, int]
-    """When the stretch that the delay is of began and ended, UTC: times of records."""
+    """Beginning and end of the delay, UTC: times of records."""
     inner: Span
-    """Between which times the stamp at the inner device must be, UTC."""
+    """Bounds on the stamp at the inner device, UTC."""
     outer: Span
+    """Bounds on the stamp at the outer device, UTC."""
 
 
 @dataclass(slots=True)
 class Score:
-    """What became of all rows and all packets."""
+    """Counts of right and wrong rows, and the errors of delays."""
 
     packets: int = 0
-    """Numbered packets that were seen at both devices."""
+    """Number of numbered packets that the observers saw at both devices."""
     right: int = 0
     wrong: int = 0
     others: int = 0
-    """Rows of packets without a number; in no figure."""
+    """Number of rows of packets without a number, which count in no figure."""
     errors_ns: list[int] = field(default_factory=list)
-    """MACE's delay less the observers', of every right row."""
+    """For every right row, MACE's delay less the observers' delay."""
     trip_errors_ns: list[int] = field(default_factory=list)
-    """The same of egress and ingress together, of each number with a right row both ways: a request and its echo."""
+    """For every request and echo with right rows, the sum of the errors of egress and ingress."""
     matched: dict[int, Packet] = field(default_factory=dict)
-    """By `Delays.packet`: the right rows."""
+    """The packets of the right rows, by `Delays.packet`."""
 
     @property
     def precision(self) -> float:
-        """Right rows of all rows of numbered packets; 1 if there are none."""
+        """Share of right rows among all rows of numbered packets; 1 without rows."""
         return self.right / (self.right + self.wrong) if self.right + self.wrong else 1.0
 
     @property
     def recall(self) -> float:
-        """Packets with a right row, of all; 1 if there are none."""
+        """Share of packets with a right row among all packets; 1 without packets."""
         return self.right / self.packets if self.packets else 1.0
 
     def error_ns(self, quantile: float) -> int:
-        """Quantile of the delays' absolute error; 0 if there are none."""
+        """Return a quantile of the delays' absolute errors; 0 without errors."""
         return _quantile(self.errors_ns, quantile)
 
     def trip_error_ns(self, quantile: float) -> int:
-        """The same of egress and ingress together."""
+        """Return a quantile of the absolute errors of egress and ingress together; 0 without errors."""
         return _quantile(self.trip_errors_ns, quantile)
 
 
@@ -101,7 +102,7 @@ def _quantile(errors_ns: Sequence[int], quantile: float) -> int:
 
 
 def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
-    """The packets with a row for the whole path, in the order of their beginnings."""
+    """Return the packets with a row for the whole path, in the order of their beginnings."""
     whole = np.flatnonzero(delays.segment == Segment.OVERHEAD)
     wanted = np.isin(delays.packet, delays.packet[whole]) & (delays.segment <= Segment.OUTSIDE)
     hops: dict[int, dict[int, tuple[int, int, Device]]] = defaultdict(dict)
@@ -129,17 +130,20 @@ def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
 
 
 def _out(hops: Mapping[int, tuple[int, int, Device]], role: Role, queued_ns: int) -> Span:
-    """Between which times the stamp at the device of this role is, of a packet that was queued there."""
+    """Return the bounds on the stamp of a packet that was queued at the device of this role."""
     at = (hop for hop in hops.values() if hop[2].role is role and hop[0] == queued_ns)
     return next(((begin, end) for begin, end, _ in at), (queued_ns, None))
 
 
 def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: int) -> Span:
-    """The same of a packet that was received there: while it was on its way from the device before."""
+    """Return the bounds on the stamp of a packet that the device of this role received.
+
+    The packet is stamped on its way from the device before.
+    """
     for position, (_, _, device) in hops.items():
         if device.role is role and position - 1 in hops:
             return hops[position - 1][:2]
-    # The last hop has no row if it has one record only; what precedes it is the last that has one.
+    # The last hop has no row if it has only one record; the hop before it is then the last one with a row.
     last = hops[max(hops)] if hops else None
     if last is not None and last[2].role is not role and role is Role.INNER:
         return last[:2]
@@ -147,7 +151,7 @@ def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: in
 
 
 def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> Score:
-    """Judge rows by what was seen at each container's inner device, by its name, and at the outer one."""
+    """Judge rows by the observers' packets at the inner devices (by container name) and at the outer device."""
     result = Score()
     ways_ns: dict[tuple[str, Packet], list[int]] = defaultdict(list)
     for way, sent in _WAYS:
@@ -177,7 +181,7 @@ def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Seq
 
 
 class _Places:
-    """What one observer saw of one direction, to be asked by time."""
+    """The packets of one direction at one observer, for look-ups by time."""
 
     def __init__(self, sights: Sequence[Sight], sent: bool) -> None:
         seen = sorted((at_ns, number) for at_ns, out, number in sights if out is sent and number)
@@ -193,7 +197,7 @@ class _Places:
             self._packets.append(packet)
 
     def within(self, span: Span, wanted: Container[Packet]) -> set[Packet]:
-        """The wanted packets whose stamps are within it."""
+        """Return the wanted packets whose stamps are within a span."""
         begin, end = span
         first = bisect_left(self._stamps, begin - CLOCKS_NS)
         if end is None:
@@ -203,7 +207,7 @@ class _Places:
 
 
 def assigned(fitting: Sequence[set[Packet]]) -> list[Packet | None]:
-    """One packet for each row, of those that fit it, no two the same, for as many rows as can be (Kuhn's algorithm)."""
+    """Assign a different fitting packet to each of as many rows as possible (Kuhn's algorithm); None for the others."""
     taker: dict[Packet, int] = {}
 
     def take(row: int, tried: set[Packet]) -> bool:

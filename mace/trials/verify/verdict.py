@@ -1,4 +1,4 @@
-"""A scenario through a lab, and how often the matching was right."""
+"""Plays a scenario in a lab and counts how often the matching was right."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _WIDTH: Final = 130
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `--json` has of a scenario."""
+    """The result of one scenario; `--json` prints its fields."""
 
     scenario: str
     packets: int
-    """Numbered packets that were seen at the inner and the outer device."""
+    """Number of numbered packets that the observers saw at the inner and the outer device."""
     precision: float
     recall: float
     delay_error_p50_ns: int
     delay_error_p99_ns: int
     round_trips: int
-    """Requests and their echoes, both with a right row."""
+    """Number of requests whose row and whose echo's row are right."""
     round_trip_error_p50_ns: int
-    """The same error of a request's and its echo's overhead together."""
+    """Median error of the overhead of a request and its echo together."""
     recall_bound: float
-    """What the records that there are allow: `mace.trials.verify.bound`."""
+    """Largest recall that the existing records allow (`mace.trials.verify.bound`)."""
     wrong: int
-    """Rows whose two ends are different packets'."""
+    """Number of rows whose two ends belong to different packets."""
     records: int
     lost: int
     grades: dict[str, int]
@@ -47,7 +47,7 @@ class Verdict:
 
 
 def table(verdicts: list[Verdict]) -> PlainTable:
-    """For people."""
+    """Return a table of the results for people."""
     made = PlainTable()
     made.add_column("scenario")
     for heading in (
@@ -81,7 +81,7 @@ def table(verdicts: list[Verdict]) -> PlainTable:
 
 
 def verdict(scenario: Scenario, config: Config, packets: int) -> Verdict:
-    """Play one scenario in a lab of its own."""
+    """Play one scenario in a lab of its own and return its result."""
     with labs.running(scenario.spec) as lab, ExitStack() as leaving:
         scenario.prepare(lab)
         for name in lab.containers:
@@ -107,7 +107,7 @@ def _played(scenario: Scenario, stage: Stage) -> None:
 
 
 def judged(scenario: Scenario, stage: Stage, whole: stream.Stream, engine: EngineConfig, source: str) -> Verdict:
-    """The score of what the engine makes of the stream, or of what a scenario's loss leaves of it."""
+    """Score the engine's results for the stream, or for the part of the stream that a scenario's loss leaves."""
     worked = stream.worked(whole, engine)
     rows = truth.rows(worked.delays, worked.devices)
     score = truth.score(rows, stage.inner, stage.outer)

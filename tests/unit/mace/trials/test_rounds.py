@@ -43,12 +43,12 @@ def test_the_machine_is_told():
     ("argv", "why"),
     [
         (("experiment", "--paces", "floor"), "no 'floor'; there are flood, 10ms"),
-        (("experiment", "--rounds", "0"), "want one at least"),
+        (("experiment", "--rounds", "0"), "expected at least 1"),
         (("experiment", "--flood", "17"), "0 to 16"),
         (("experiment", "--cpu", "4096"), "no 4096 here"),
         (("compare", "--sources", "ftrase"), "no 'ftrase' (did you mean 'ftrace'?)"),
-        (("compare", "--sources", "none"), "one at least beside none"),
-        (("compare", "--count", "0"), "want one at least"),
+        (("compare", "--sources", "none"), "at least one source besides none"),
+        (("compare", "--count", "0"), "expected at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(argv, why, capsys):
