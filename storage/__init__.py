@@ -1,8 +1,8 @@
-"""Delays and windows -> somewhere. Imports the shared part of `mace` only.
+"""Stores and publishes delays and windows: the embedded store and the other sinks.
 
-`SINKS` are those that the configuration asks for by `[sinks.NAME]`, besides the embedded store. Their libraries are
-extras, so each is imported when it is wanted. A run of one stream takes `wanted_sinks`; who stores the streams of many
-hosts makes each `SharedSink` once and gives every stream a `stream()` of it.
+`SINKS` lists the sinks that `[sinks.NAME]` configures, besides the embedded store. Their libraries are extras, so a
+sink's module is imported only if the sink is configured. A run with one stream uses `wanted_sinks`; the ingest, with
+the streams of many hosts, makes each `SharedSink` once and calls its `stream()` for every stream.
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from storage.shared import Alone, SharedSink
 
 @dataclass(frozen=True, slots=True)
 class SinkKind:
-    """How to ask for a sink, and how to get it. Its module has `check(config)` and `make(config, vitals)`.
-
-    `make` returns a `storage.shared.SharedSink`.
-    """
+    """A kind of sink. Its module has `check(config)`, and `make(config, vitals)`, which returns a `SharedSink`."""
 
     module: str
     extra: str
-    """The optional extra that its libraries come with."""
+    """The extra that installs the sink's libraries."""
     wanted: Callable[[Config], bool]
-    """Whether the configuration asks for it."""
+    """Returns whether the sink is configured."""
 
     def check(self, config: Config) -> Status:
-        """Whether it can work as configured; may ask its server."""
+        """Return whether the sink can work as configured; may send a request to its server."""
         if not self.wanted(config):
             return Status(True, "not configured")
         try:
@@ -43,7 +40,7 @@ class SinkKind:
         return status
 
     def make(self, config: Config, vitals: Vitals) -> SharedSink:
-        """The sink, not open yet. Raises `MissingExtra`, and `ConfigError` for what makes no sense together."""
+        """Return the sink, not open yet. Raises `MissingExtra`, and `ConfigError` for contradictory settings."""
         made: SharedSink = self._loaded().make(config, vitals)
         return made
 
@@ -59,9 +56,9 @@ SINKS: Final[dict[str, SinkKind]] = {
     "prometheus": SinkKind("storage.prometheus", "prometheus", lambda config: bool(config.sinks.prometheus.listen)),
     "mqtt": SinkKind("storage.mqtt_rows", "mqtt", lambda config: bool(config.sinks.mqtt.publish)),
 }
-"""Sinks by name, which is also that of their table in the configuration."""
+"""Sinks by name, which is also the name of their table in the configuration."""
 
 
 def wanted_sinks(config: Config, vitals: Vitals) -> list[Sink]:
-    """All sinks that the configuration asks for, not open yet, for one stream that has them for itself."""
+    """Return all configured sinks, not open yet, for a run with one stream."""
     return [Alone(kind.make(config, vitals)) for kind in SINKS.values() if kind.wanted(config)]

@@ -1,6 +1,7 @@
-"""One connection to a MQTT broker, as configured: address, TLS, who we are.
+"""Connections to an MQTT broker with the configured address, TLS and credentials.
 
-The only module that knows aiomqtt. MQTT 5 throughout: only there does a broker say that it refused a publish.
+This is the only module that imports aiomqtt. The protocol is always MQTT 5, because in older versions a broker cannot
+report that it has refused a publish.
 """
 
 from __future__ import annotations
@@ -30,34 +31,35 @@ MqttError = aiomqtt.MqttError
 Message = aiomqtt.Message
 PASSWORD_VARIABLE: Final = "MACE_MQTT_PASSWORD"  # noqa: S105 (the name of a variable, not a password)
 KEEPALIVE_S: Final = 15
-"""A broker that has vanished is noticed, and the last will given out, after one and a half of these."""
+"""MQTT keep-alive interval. After one and a half of it a lost connection is noticed, and the last will published."""
 IN_FLIGHT: Final = 20
-"""Publishes without the broker's acknowledgement at once; mosquitto's own default for a receiver."""
+"""Most publishes without the broker's acknowledgement; mosquitto's default for a receiver."""
 READ_AHEAD: Final = 8
-"""Messages in the queue beyond which no more are read at once."""
+"""With so many messages in the queue, reading pauses until the next turn of the event loop."""
 QUEUE_BYTES: Final = 256 << 20
-"""Of messages that wait to be worked on; some 90 M records."""
+"""Most bytes of waiting messages; some 90 M records."""
 _CLIENTS_LOG: Final = logging.getLogger(f"{__name__}.client")
-# Each failure is an MqttError as well, which we tell of, once; what a queue lets fall is asked for again, and counted.
+# Each failure also raises an MqttError, which is logged once. Messages that the queue drops are counted and requested
+# again.
 _CLIENTS_LOG.setLevel(logging.CRITICAL)
 _PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 _RECONNECT_MAX_S: Final = 5.0
 CANCEL_AGAIN_S: Final = 1.0
-"""A task that has not ended this long after it was cancelled is cancelled again."""
+"""A task that has not ended this long after its cancellation is cancelled again."""
 _SESSION_TAKEN_OVER: Final = 0x8E
-"""Reason of a DISCONNECT: MQTT 5.0, section 3.14.2.1."""
+"""Reason code of a DISCONNECT (MQTT 5.0, section 3.14.2.1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Will:
-    """What the broker says for us when we are gone without a word; retained, QoS 1."""
+    """The last will: a message that the broker publishes, retained and with QoS 1, when the connection is lost."""
 
     topic: str
     payload: bytes
 
 
 class _Queue(asyncio.Queue[Message]):
-    """Incoming messages, bounded in bytes too: what does not fit is let fall, as aiomqtt does with too many."""
+    """Queue of incoming messages, also bounded in bytes; aiomqtt drops a message that does not fit."""
 
     def __init__(self, maxsize: int = 0) -> None:
         super().__init__(maxsize)
@@ -77,9 +79,10 @@ class _Queue(asyncio.Queue[Message]):
 
 
 class Connection(aiomqtt.Client):
-    """One session at the broker. An async context manager; `refused` counts publishes that the broker denied.
+    """One session at the broker, an async context manager.
 
-    `taken_over`: the broker has ended the session because another client of the same identifier came.
+    `refused` counts publishes that the broker has refused. `taken_over` is true after the broker has ended the session
+    because another client with the same identifier connected.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +92,7 @@ class Connection(aiomqtt.Client):
         self.pending_calls_threshold = 2 * IN_FLIGHT
 
     def at_hand(self, most: int) -> Iterator[Message]:
-        """Messages that wait already, without the two tasks that aiomqtt makes to wait for each."""
+        """Yield up to `most` messages that are in the queue, without the two tasks that aiomqtt makes per message."""
         for _ in range(most):
             if self._queue.empty():
                 return
@@ -97,14 +100,14 @@ class Connection(aiomqtt.Client):
 
     def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
         super()._on_socket_open(client, userdata, sock)
-        # Behind aiomqtt's own reader, which is asked for in the same way, and in its place.
+        # aiomqtt schedules its own reader in the same way just before; this one replaces it.
         self._loop.call_soon_threadsafe(self._loop.add_reader, sock.fileno(), self._read, client)
 
     def _read(self, client: Any) -> None:
-        """Take what has come off the socket, one packet at least; aiomqtt takes one at each turn of the event loop.
+        """Read packets from the socket, at least one; aiomqtt reads one per turn of the event loop.
 
-        What there is no use for yet stays in the socket, and the broker waits with more: in the queue it would be let
-        fall at last.
+        With `READ_AHEAD` messages in the queue the rest stays in the socket, so that the broker stops sending; a full
+        queue would drop messages.
         """
         try:
             while True:
@@ -119,27 +122,27 @@ class Connection(aiomqtt.Client):
                 self._disconnected.set_exception(error)
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any) -> None:
-        # aiomqtt takes every PUBACK for a success; in MQTT 5 it can say "not authorized".
+        # aiomqtt treats every PUBACK as a success; in MQTT 5 a PUBACK can say "not authorized".
         if reason_code.is_failure:
             self.refused += 1
             if self.refused == 1:
-                _LOG.error("the broker refuses what we publish: %s; its access list does not let us", reason_code)
+                _LOG.error("the broker refuses our publishes: %s; check the broker's access list", reason_code)
         super()._on_publish(client, userdata, mid, reason_code, properties)
 
     def _on_disconnect(
         self, client: Any, userdata: Any, flags: Any, reason_code: Any, properties: Any | None = None
     ) -> None:
         self.taken_over |= reason_code.value == _SESSION_TAKEN_OVER
-        # A connection that was given up before the broker answered: aiomqtt 2.5 would ask a cancelled future.
+        # If the connection was given up before the broker answered, aiomqtt 2.5 would query a cancelled future.
         if not self._connected.cancelled():
             super()._on_disconnect(client, userdata, flags, reason_code, properties)
         if self._disconnected.done() and not self._disconnected.cancelled():
-            # Told by whatever is tried next; where nothing is, asyncio would complain that nobody has asked.
+            # The next use raises this error; reading it here prevents asyncio's warning if there is no next use.
             self._disconnected.exception()
 
 
 class Broker:
-    """Where the broker is and who we are there. Reads files and environment once; raises `ConfigError`."""
+    """The configured broker: address, TLS and credentials. Reads files and environment once; raises `ConfigError`."""
 
     def __init__(self, config: MqttConfig) -> None:
         url = split_url("broker", config.broker)
@@ -147,26 +150,26 @@ class Broker:
             raise ConfigError(f"broker {config.broker!r}: expected mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS")
         if url.username is not None or url.password is not None:
             raise ConfigError(
-                "broker: a name or password in the address is seen by every user of this machine;"
+                "broker: every user of this machine can see a user name or password in the address;"
                 f" set [mqtt] username, and password_file or {PASSWORD_VARIABLE}"
             )
         try:
             url.hostname.encode("idna")
         except UnicodeError as error:
-            raise ConfigError(f"broker {config.broker!r}: no host can be called so: {error}") from None
+            raise ConfigError(f"broker {config.broker!r}: not a valid host name: {error}") from None
         self.host: Final = url.hostname
         self.port: Final = url.port or _PORTS[url.scheme]
         self.address: Final = f"{url.scheme}://{self.host}:{self.port}"
         self._tls = _tls(config) if url.scheme == "mqtts" else None
         if self._tls is None and (config.ca_file or config.cert_file or config.key_file):
-            raise ConfigError(f"broker {config.broker!r}: certificates are for mqtts://, this is not encrypted")
+            raise ConfigError(f"broker {config.broker!r}: certificates need mqtts://, and this address has no TLS")
         self._username = config.username or None
         self._password = _password(config)
         if self._password is not None and self._username is None:
-            raise ConfigError("[mqtt]: a password without username")
+            raise ConfigError("[mqtt]: a password is set without a user name; set [mqtt] username")
 
     def connection(self, identifier: str | None = None, will: Will | None = None, queue: int = 1000) -> Connection:
-        """A new session, not yet connected. `queue` is how many incoming messages may wait; more are let fall."""
+        """Return a new session, not yet connected. `queue` is how many incoming messages may wait; more are dropped."""
         return Connection(
             self.host,
             self.port,
@@ -186,18 +189,20 @@ class Broker:
 
 
 def retry_after_s(attempt: int, chance: float) -> float:
-    """How long to wait before connecting again: doubling from 0.1 s, and by `chance` (0 to 1) up to half of it less, so
-    that a fleet does not come back at one moment.
+    """Return the wait before the next attempt to connect, seconds.
+
+    It doubles from 0.1 s with each attempt, and `chance` (0 to 1) subtracts up to half of it, so that the hosts of a
+    fleet do not reconnect at the same moment.
     """
     return min(0.1 * 2.0 ** min(attempt, 10), _RECONNECT_MAX_S) * (1 - chance / 2)
 
 
 async def cancelled(*tasks: asyncio.Task[Any]) -> list[BaseException | Any]:
-    """Cancel tasks that use a connection until they have ended; what each came to.
+    """Cancel tasks that use a connection until they have ended; returns their results and exceptions.
 
-    Once is not enough: a connection that breaks while it is closed raises an error of its own in place of the
-    cancellation, and `asyncio.wait_for`, with which aiomqtt waits, before Python 3.12 forgets one that comes with the
-    result.
+    One cancellation is not enough: a connection that breaks while it is closed raises its own error instead of the
+    cancellation, and before Python 3.12 `asyncio.wait_for`, which aiomqtt uses, loses a cancellation that coincides
+    with the result.
     """
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
@@ -207,32 +212,32 @@ async def cancelled(*tasks: asyncio.Task[Any]) -> list[BaseException | Any]:
 
 
 def properties(**given: str) -> Properties:
-    """User properties of a publish."""
+    """Return the MQTT properties of a publish with these user properties."""
     made = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     made.UserProperty = list(given.items())
     return made
 
 
 def is_failure(answer: Any) -> bool:
-    """Whether a broker's answer to a subscription is a refusal."""
+    """Return whether a broker's answer to a subscription is a refusal."""
     return bool(getattr(answer, "is_failure", False))
 
 
 def payload_of(message: Message) -> bytes:
-    """A message's payload; aiomqtt's types allow for others than what a broker can send."""
+    """Return a message's payload as bytes, the only type that a broker sends; aiomqtt's annotation has others."""
     payload: Any = message.payload
     return payload if isinstance(payload, bytes) else b""
 
 
 def user_property(message: Message, name: str) -> str:
-    """A message's user property, empty if it has none of that name."""
+    """Return a message's user property; "" if it has none of that name."""
     given: list[tuple[str, str]] = getattr(message.properties, "UserProperty", [])
     return next((value for key, value in given if key == name), "")
 
 
 def _tls(config: MqttConfig) -> ssl.SSLContext:
     if bool(config.cert_file) != bool(config.key_file):
-        raise ConfigError("[mqtt]: cert_file and key_file belong together")
+        raise ConfigError("[mqtt]: set both cert_file and key_file, or neither")
     try:
         context = ssl.create_default_context(cafile=config.ca_file or None)
         if config.cert_file:

@@ -1,9 +1,9 @@
-"""Write capture files (`.mace`): the raw stream, as it was, for a replay.
+"""Writes capture files (`.mace`): the raw stream, unchanged, for a replay.
 
     open(): signature + HEADER     write(): one frame a call     aclose(): END, fsync
 
-The file only ever grows, by whole frames, each handed to the kernel in one go: what a killed writer leaves is a
-readable capture without its END mark. docs/capture-format.md has the format.
+The file grows by whole frames, each written with one system call where possible: a killed writer leaves a readable
+capture without the END mark. docs/capture-format.md describes the format.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ _LOG: Final = logging.getLogger(__name__)
 
 
 class CaptureSink:
-    """A `StreamSink` into one file.
+    """A `StreamSink` that writes to one file.
 
-    `sync` says when the kernel is asked to bring the file to the disk: `close` (default) once at the end, `frame`
-    after every write, `never`. Without it a killed process loses nothing either; a power failure may cost the
-    last seconds.
+    `sync` says when the file is synchronised to the disk: `close` (default) once at the end, `frame` after every write,
+    `never`. Without it a killed process loses nothing; a power failure may lose the last seconds.
 
-    Writing happens in a thread, so that a disk that hangs for a second does not stop the event loop, which has
-    rings to empty.
+    A thread writes, so that a disk that hangs for a second does not stop the event loop, which has to empty the rings.
     """
 
     def __init__(
@@ -42,36 +40,36 @@ class CaptureSink:
     ) -> None:
         self.path: Final = Path(path)
         self.bytes_written = 0
-        """Bytes of whole frames in the file."""
+        """Number of bytes of whole frames in the file."""
         self._overwrite = overwrite
         self._sync = sync
         self._encoder = Encoder()
         self._fd: int | None = None
         self._regular = True
         self._failed: str | None = None
-        # A cancelled write goes on in its thread; what comes after it must wait for it.
+        # A cancelled write continues in its thread, and later writes have to wait for it.
         self._lock = Lock()
 
     @property
     def records(self) -> int:
-        """Records in the file."""
+        """Number of records in the file."""
         return self._encoder.records
 
     async def open(self, header: StreamHeader) -> None:
-        """Create the file; raises `StoreError`, also where there is one already and it may not be overwritten."""
+        """Create the file. Raises `StoreError`, also if the file exists and `overwrite` is false."""
         await asyncio.to_thread(self._open, header)
 
     async def write(self, item: StreamItem) -> None:
-        """Append; raises `StoreError` (disk full, ...), and `WireError` for an item out of order.
+        """Append an item. Raises `StoreError` (disk full, ...), and `WireError` for an item out of order.
 
-        `Progress` is left out: a replay has no one who waits.
+        `Progress` is not written, because nothing waits for it in a replay.
         """
         if isinstance(item, Progress):
             return
         await asyncio.to_thread(self._write, item)
 
     async def aclose(self) -> None:
-        """Append the END mark, unless a write failed, and close. Safe to call again."""
+        """Append the END mark, unless a write failed, and close the file. May be called again."""
         await asyncio.to_thread(self._close)
 
     def _open(self, header: StreamHeader) -> None:
@@ -80,7 +78,9 @@ class CaptureSink:
             try:
                 fd = os.open(self.path, flags | (0 if self._overwrite else os.O_EXCL), 0o644)
             except FileExistsError:
-                raise StoreError(f"{self.path}: exists already; give another name, or say that it may go") from None
+                raise StoreError(
+                    f"{self.path}: exists already; choose another name, or overwrite it with --force"
+                ) from None
             except OSError as error:
                 raise StoreError(f"{self.path}: cannot be created: {error.strerror}") from error
             self._fd = fd
@@ -94,7 +94,7 @@ class CaptureSink:
 
     def _empty(self, fd: int) -> None:
         try:
-            # Before it is emptied: what is to go may be what another recording is writing.
+            # Before truncating: another recording may be writing this file.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(f"{self.path}: another recording is writing it") from None
@@ -155,11 +155,11 @@ class CaptureSink:
     def _fail(self, error: OSError) -> NoReturn:
         assert self._fd is not None
         if self._regular:
-            # Back to whole frames. A reader copes with half of one; this only saves it the remark.
+            # Back to whole frames. A reader can handle half a frame; this only avoids its warning.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.bytes_written)
         self._failed = (
             f"{self.path}: {error.strerror} after {self.bytes_written} bytes; "
-            "what was written up to there can be replayed"
+            "the records written before can be replayed"
         )
         raise StoreError(self._failed) from error

@@ -1,4 +1,4 @@
-"""Whether a store's segments are what was written: all tables, every byte and every row."""
+"""Checks all segments of a store against their checksums, and reads every row."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from storage.segments import Segment
 
 @dataclass(slots=True)
 class CheckedTable:
-    """The live segments of one table."""
+    """The result of checking the live segments of one table."""
 
     table: str
     segments: int = 0
     rows: int = 0
-    """By the segments' names."""
+    """Number of rows by the segments' names."""
     bytes: int = 0
     without_checksum: int = 0
-    """Segments of a MACE that wrote none: damage that leaves them readable is not found."""
+    """Number of segments by older versions without checksums, in which damage that stays readable is not found."""
     damaged: dict[Path, str] = field(default_factory=dict)
-    """Segments that are damaged, and how."""
+    """Damaged segments, with a description of the damage."""
 
 
 def check(path: Path) -> list[CheckedTable]:
-    """Read all live segments of a store. Raises `StoreError` for what is no store, or of another version."""
+    """Check all live segments of a store. Raises `StoreError` if `path` is no store, or one of another version."""
     store = Store(path)
     return [_checked(table, store.segments(table)) for table in segments.TABLES]
 
 
 def damage(segment: Segment) -> str:
-    """Why a segment cannot be trusted; empty if it can. Reads all of it. FileNotFoundError passes."""
+    """Read a whole segment; returns a description of its damage, "" if there is none. FileNotFoundError passes."""
     if why := checksum.damage(segment.path):
         return why
     rows = pq.read_metadata(segment.path).num_rows
@@ -47,7 +47,7 @@ def _checked(table: str, found: list[Segment]) -> CheckedTable:
         try:
             size, summed, why = each.path.stat().st_size, checksum.bears_sum(each.path), damage(each)
         except FileNotFoundError:
-            continue  # merged or retired meanwhile: its rows are in another segment, or meant to be gone
+            continue  # merged or removed by retention meanwhile: its rows are in another segment, or gone on purpose
         told.segments += 1
         told.rows += each.rows
         told.bytes += size

@@ -1,13 +1,13 @@
-"""One checksum over a whole segment, so that a flipped bit is an error that names the file and never another figure.
+"""A checksum over each whole segment, so that a flipped bit is an error that names the file, never a wrong figure.
 
-Parquet's own page checksums (written too, for other readers) leave out what steers a reader: page headers, the footer
-with its statistics and offsets. DuckDB, which reads for us, verifies neither. So each segment bears a CRC-32 of all
-its bytes in its footer's key-value metadata, under the name `mace.crc32`: eight hexadecimal digits, computed with zeros
-in their place. A CRC-32 finds every flipped bit, every damaged stretch of up to 32 bits, and all but one in 2^32 of
-other damages.
+Parquet's own page checksums (written too, for other readers) do not cover page headers and the footer with its
+statistics and offsets. DuckDB, which reads the segments, verifies no checksum. Each segment therefore has a CRC-32 of
+all its bytes in the key-value metadata of its footer, under the name `mace.crc32`: eight hexadecimal digits, computed
+with zeros in their place. A CRC-32 finds every flipped bit, every damaged stretch of up to 32 bits, and all but one in
+2^32 of other damages.
 
-The digits lie in the file and not in its name, so that a segment written anew replaces the one before it. Segments of
-before there was a checksum have none, and are read as they are.
+The digits are in the file and not in its name, so that a segment that is written again replaces the one before it.
+Segments written before checksums existed have none, and are read unverified.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ KEY: Final = b"mace.crc32"
 _DIGITS: Final = 8
 _NO_SUM: Final = b"0" * _DIGITS
 _ENTRY: Final = b"\x18" + bytes([len(KEY)]) + KEY + b"\x18" + bytes([_DIGITS])
-"""How the footer has it (Thrift's compact protocol): a string of the key's length, a string of eight bytes."""
+"""The entry in the footer (Thrift's compact protocol): the key as a string, and the header of a string of 8 bytes."""
 _BATCH_ROWS: Final = 1 << 16
 _FOOTER_MAX: Final = 1 << 24
-"""Where the entry is looked for, from the end; the footer of a segment of 2^20 rows has some 10 kB."""
+"""The entry is searched in so many bytes at the end; the footer of a segment of 2^20 rows has some 10 kB."""
 
 
 class SegmentWriter:
     """Writes one Parquet file with its checksum to `sink` (anything with `write`), which the caller closes.
 
-    A context manager; `options` are those of `pyarrow.parquet.ParquetWriter`. OSErrors of the sink pass.
+    It is a context manager. `options` are those of `pyarrow.parquet.ParquetWriter`. OSErrors of the sink pass.
     """
 
     def __init__(self, sink: Any, schema: pa.Schema, **options: Any) -> None:
@@ -58,7 +58,7 @@ class SegmentWriter:
 
 
 class _SummingSink:
-    """Sums what passes; holds the end back until the sum can be put into it."""
+    """Computes the sum of the bytes written, and holds back the footer until the sum is inserted into it."""
 
     closed = False
 
@@ -102,19 +102,19 @@ class _SummingSink:
 
 
 def bears_sum(path: Path) -> bool:
-    """Whether the file has a checksum to be verified by. OSErrors pass."""
+    """Return whether the file has a checksum. OSErrors pass."""
     with closing(_mapped(path)) as data:
         return _digits_at(data) is not None
 
 
 def mismatch(path: Path) -> str:
-    """Why a file is not what was written; empty where it is, and where it bears no checksum. OSErrors pass."""
+    """Return how a file differs from its checksum; "" if it does not, or has none. OSErrors pass."""
     with closing(_mapped(path)) as data:
         return mismatch_of(data)
 
 
 def mismatch_of(data: Any) -> str:
-    """The same of a file's bytes, or of a map of them."""
+    """Return how a file's bytes (or a mapping of them) differ from its checksum; "" if they do not, or have none."""
     at = _digits_at(data)
     if at is None:
         return ""
@@ -129,7 +129,7 @@ def mismatch_of(data: Any) -> str:
 
 
 def damage(path: Path) -> str:
-    """Why a file cannot be read, or not be trusted; empty where it can. Reads all of it. FileNotFoundError passes."""
+    """Read a whole file; returns a description of its damage, "" if there is none. FileNotFoundError passes."""
     try:
         if why := mismatch(path):
             return why

@@ -1,7 +1,7 @@
-"""What a reader needs before it can read a stream from the middle: HEADER and the topology of that place.
+"""Keeps the frames that a reader needs to read a stream from the middle: its HEADER and the topology at that place.
 
-A file for each stream that still has something in the spool: its HEADER frame and its TOPOLOGY frames back to back, as
-in a capture. Those that no frame in the spool needs any more are left out when the file is written anew.
+Each stream with frames in the spool has a file with its HEADER frame and its TOPOLOGY frames back to back, as in a
+capture. When the file is rewritten, topologies that no frame in the spool needs are left out.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from contracts.wire import HEAD_SIZE, Message, parse_head
 _LOG: Final = logging.getLogger(__name__)
 _SUFFIX: Final = ".context"
 _OBSOLETE: Final = 16
-"""Topologies that nothing needs are left out once there are so many of them: a file of a few hundred kB."""
+"""The file is rewritten once it has so many topologies that no frame needs: a file of a few hundred kB."""
 
 
 @dataclass(slots=True)
 class Context:
-    """One stream's."""
+    """The HEADER and the topologies of one stream."""
 
     header: bytes
     topologies: list[tuple[int, bytes]] = field(default_factory=list)
-    """Numbers and TOPOLOGY frames, each with all sightings; ascending."""
+    """(sequence number, TOPOLOGY frame with all sightings), ascending."""
 
     def before(self, sequence: int) -> bytes | None:
-        """The topology that holds at a frame, if it is of an earlier one."""
+        """Return the last topology before the frame with this number; None if there is none."""
         return next((frame for number, frame in reversed(self.topologies) if number < sequence), None)
 
 
 class Contexts:
-    """Those of all streams in a spool, by the stream's tag. OSErrors pass."""
+    """The contexts of all streams in a spool, by the stream's tag. OSErrors pass."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._of: dict[int, Context] = {}
 
     def open(self, *, keep: bool) -> None:
-        """Read what earlier runs left; with nothing of them left to send, remove it."""
+        """Read the contexts of earlier runs; without `keep`, remove them, because none of their frames is left."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.glob(f"*{_SUFFIX}"):
             frames = _frames(path.read_bytes())
@@ -49,19 +49,19 @@ class Contexts:
                 numbered = [(parse_head(frame).sequence, frame) for frame in frames[1:]]
                 self._of[parse_head(frames[0]).stream] = Context(frames[0], numbered)
             else:
-                _LOG.warning("%s: not readable, what belongs to it cannot be sent", path)
+                _LOG.warning("%s: not readable; the frames of its stream cannot be sent", path)
                 path.unlink()
         if not keep:
             self.close(keep=False)
 
     def begin(self, header: bytes) -> None:
-        """A new stream."""
+        """Begin the context of a new stream with its HEADER."""
         stream = parse_head(header).stream
         self._of[stream] = Context(header)
         self._write(stream)
 
     def add(self, frame: bytes) -> None:
-        """A TOPOLOGY frame, before it goes to the spool."""
+        """Add a TOPOLOGY frame. To be called before the frame goes to the spool."""
         head = parse_head(frame)
         context = self._of[head.stream]
         context.topologies.append((head.sequence, frame))
@@ -69,15 +69,15 @@ class Contexts:
             with self._path(head.stream).open("ab") as file:
                 file.write(frame)
         except OSError as error:
-            # It stays in memory; only a crash before there is room again would miss it.
+            # The frame stays in memory; only a crash before the next rewrite loses it.
             _LOG.warning("%s: %s", self._path(head.stream), error.strerror)
 
     def of(self, stream: int) -> Context | None:
-        """A stream's; None if there is none, and then its frames are of no use."""
+        """Return a stream's context; None if it is missing, and then no reader can read the stream's frames."""
         return self._of.get(stream)
 
     def needed_from(self, stream: int, sequence: int) -> None:
-        """The stream's oldest frame that can still be sent is this one: forget topologies that hold no more there."""
+        """Forget the topologies that only frames before `sequence`, the stream's oldest in the spool, need."""
         context = self._of.get(stream)
         if context is None:
             return
@@ -87,11 +87,11 @@ class Contexts:
             try:
                 self._write(stream)
             except OSError as error:
-                # What is on the disk still has them all.
-                _LOG.warning("%s: not written anew: %s", self._path(stream), error.strerror)
+                # The file still has all topologies.
+                _LOG.warning("%s: cannot be rewritten: %s", self._path(stream), error.strerror)
 
     def leave_out(self, stream: int, sequence: int) -> None:
-        """A TOPOLOGY that nobody takes: frames behind it are sent with the one before."""
+        """Forget a TOPOLOGY that the ingest refuses: frames after it are sent with the topology before it."""
         context = self._of.get(stream)
         if context is None:
             return
@@ -99,19 +99,19 @@ class Contexts:
         try:
             self._write(stream)
         except OSError as error:
-            # It is refused again, and left out again.
-            _LOG.warning("%s: not written anew: %s", self._path(stream), error.strerror)
+            # After a restart the topology is sent, refused and left out again.
+            _LOG.warning("%s: cannot be rewritten: %s", self._path(stream), error.strerror)
 
     def forget(self, stream: int) -> None:
-        """All of the stream has arrived."""
+        """Remove the context of a stream whose frames have all arrived."""
         if self._of.pop(stream, None) is not None:
             try:
                 self._path(stream).unlink(missing_ok=True)
             except OSError as error:
-                _LOG.warning("%s: not removed: %s", self._path(stream), error.strerror)
+                _LOG.warning("%s: cannot be removed: %s", self._path(stream), error.strerror)
 
     def close(self, keep: bool) -> None:
-        """With nothing left to send, remove all."""
+        """Forget all contexts; without `keep`, remove their files too."""
         for stream in [] if keep else list(self._of):
             self.forget(stream)
         self._of.clear()
@@ -128,7 +128,7 @@ class Contexts:
 
 
 def _frames(data: bytes) -> list[bytes]:
-    """Frames back to back, until the end or the first that is not whole."""
+    """Split frames that are back to back; stops at the first incomplete or damaged one."""
     found = []
     at = 0
     while at < len(data):

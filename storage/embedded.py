@@ -1,12 +1,12 @@
-"""The embedded store's writer: results in, Parquet segments out. Nothing to install, one directory.
+"""Writer of the embedded store: writes results as Parquet segments in one directory; needs no server.
 
     write() ──→ buffer ──→ encoding thread ──→ segment (temporary name, fsync, rename)
                   ↑ at most 2 × `flush_rows`        ↓ now and then, at low priority
                                              merging of small segments, retention
 
-What is in a segment is acknowledged: no crash takes it, no reader sees half of it. What is in the buffer is at
-most `flush_interval_s` old. Segments' names and the directory are explained in `storage.segments`, columns in
-`storage.tables`, and why it is so in docs/design/006-store.md.
+Rows in a segment are acknowledged: no crash loses them, and no reader sees half of a segment. Rows in the buffer are at
+most `flush_interval_s` old. `storage.segments` explains the directory and the segments' names, `storage.tables` the
+columns, docs/design/006-store.md the reasons.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _RETENTION_INTERVAL_S: Final = 60.0
 
 
 def check_schema(root: Path) -> bool:
-    """Whether `root` is a store; raises `StoreError` if it is one that this version cannot read."""
+    """Return whether `root` is a store. Raises `StoreError` if this version cannot read the store."""
     path = root / "store.json"
     try:
         text = path.read_text(encoding="utf-8")
@@ -70,10 +70,10 @@ def check_schema(root: Path) -> bool:
 
 
 def lock_store(root: Path, who: str) -> int:
-    """Be the one writer of a store until the file descriptor is closed, and say who that is.
+    """Lock a store for writing and note the writer in the lock file; returns the file descriptor that holds the lock.
 
-    flock: the kernel lets go of it when the process ends, however it ends. Raises `StoreError` if another has it, and
-    for a directory of another user.
+    The lock is a flock, which the kernel releases when the process ends in any way. Raises `StoreError` if another
+    writer holds the lock, and for a directory of another user.
     """
     refuse_foreign(root)
     fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
@@ -85,8 +85,8 @@ def lock_store(root: Path, who: str) -> int:
         held = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip() or "an unknown process"
         os.close(fd)
         raise StoreError(
-            f"{root}: {held} is writing to this store, and it takes one writer at a time;"
-            " stop that one, or name another directory"
+            f"{root}: {held} is writing to this store, which can have one writer at a time;"
+            " stop that writer, or name another directory"
         ) from None
     except BaseException:
         os.close(fd)
@@ -95,10 +95,10 @@ def lock_store(root: Path, who: str) -> int:
 
 
 class EmbeddedStore:
-    """Sink (`contracts.interfaces.Sink`) into a directory of Parquet segments.
+    """A `contracts.interfaces.Sink` that writes Parquet segments to a directory.
 
-    Raises `StoreError` if another writer has the store, if it is of another schema, if it holds the run already,
-    and when rows could not be written (it then says how many; what was acknowledged before stays).
+    Raises `StoreError` if another writer holds the store, if the store has an unknown schema, if it already has the
+    run, and when rows cannot be written (the message has their number; acknowledged rows stay).
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class EmbeddedStore:
         self._lock_fd = -1
         self._header: StreamHeader | None = None
         self._flush = 1
-        # Buffer, filled by write(), emptied by _submit().
+        # The buffer: write() fills it, _submit() empties it.
         self._delays: list[Delays] = []
         self._windows: list[Window] = []
         self._latest: Results | None = None
@@ -135,23 +135,23 @@ class EmbeddedStore:
         self._closing = threading.Event()
         self._failure: StoreError | None = None
         self._damaged: set[Path] = set()
-        # For merging: hours that were written to, those it is to look at, and the newest flush that it may touch.
+        # For merging: hours with new segments, hours to examine, and the newest flush that may be merged.
         self._put_in: deque[tuple[str, int]] = deque()
         self._unmerged = {table: {NO_HOUR} for table in segments.TABLES}
         self._settled = sys.maxsize
         self.rows_stored = 0
-        """Rows of `delays` that are in segments."""
+        """Number of rows of `delays` that are in segments."""
         self.rows_not_stored = 0
-        """Rows of all tables that could not be written."""
+        """Number of rows of all tables that could not be written."""
         self.merged = 0
-        """Segments that merging has made disappear."""
+        """Number of segments that merging has replaced."""
         self.removed = Removed()
-        """What retention has taken away."""
+        """Segments and bytes that retention has removed."""
 
-    # Lifecycle: everything that _acquire takes, _release gives back.
+    # Lifecycle: _release releases everything that _acquire acquires.
 
     async def open(self, header: StreamHeader) -> None:
-        """Lock the store, tidy it up, note the run."""
+        """Lock the store, remove leftovers of a crash, and write the run's row."""
         self._header = header
         self._encoder = ThreadPoolExecutor(1, "mace-store")
         self._merger = ThreadPoolExecutor(1, "mace-merge")
@@ -164,7 +164,7 @@ class EmbeddedStore:
         self._ticker = asyncio.create_task(self._tick(), name="store-flush")
 
     async def write(self, results: Results) -> None:
-        """Take results over; waits only while the segment before the last is still being written."""
+        """Buffer results; waits only if the buffer is full and the previous flush is still being written."""
         self._raise_failure()
         if self._rows and len(results.delays):
             self._delays.append(results.delays)
@@ -172,7 +172,7 @@ class EmbeddedStore:
         self._windows.extend(results.windows)
         before = self._latest.on_host_network if self._latest is not None and self._dirty else ()
         sharers = newest_names((*before, *results.on_host_network))
-        # Without its rows: it may be kept for long.
+        # Kept without its rows, because it may be kept for long.
         self._latest = replace(results, delays=Delays.empty(), windows=(), on_host_network=sharers)
         self._dirty = True
         while self._buffered >= self._flush_rows:
@@ -180,7 +180,7 @@ class EmbeddedStore:
             self._raise_failure()
 
     async def aclose(self) -> None:
-        """Flush, say that the run ended, unlock. Raises if anything could not be stored."""
+        """Flush, mark the run as ended, and unlock. Raises `StoreError` if rows could not be stored."""
         if self._lock_fd < 0:
             return
         self._closing.set()
@@ -209,7 +209,7 @@ class EmbeddedStore:
             raise self._cannot("open the store", e) from e
 
     def _take_hold(self, who: str) -> None:
-        """Make the store if there is none, lock it, tidy it up."""
+        """Make the store if there is none, lock it, and remove leftovers of a crash."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             known = check_schema(self.path)
@@ -240,14 +240,14 @@ class EmbeddedStore:
             self._lock_fd = -1
 
     def _refuse_known_run(self, header: StreamHeader) -> None:
-        """The same capture stored twice would count every packet twice."""
+        """Raise `StoreError` for a run that the store has, because its packets would count twice."""
         for each in segments.listing(self.path, "runs"):
             try:
                 known = pq.read_table(
                     each.path, columns=["host", "run"], partitioning=None, page_checksum_verification=True
                 ).to_pylist()
             except (pa.ArrowInvalid, OSError):
-                continue  # readers report it; it must not keep new runs from being stored
+                continue  # a damaged segment, which readers report, must not prevent storing new runs
             if {"host": header.host, "run": header.run} in known:
                 raise StoreError(
                     f"{self.path}: already holds run {header.run} of host {header.host}; its packets would count"
@@ -265,16 +265,16 @@ class EmbeddedStore:
             now = loop.time()
             if now - retained >= _RETENTION_INTERVAL_S and self._encoder is not None:
                 retained = now
-                # In the encoding thread: it may remove a directory, which must not be one about to be written to.
+                # In the encoding thread, so that it removes no directory to which that thread is about to write.
                 await loop.run_in_executor(self._encoder, self._retain_quietly)
             if now - maintained >= _MAINTENANCE_INTERVAL_S and (self._merging is None or self._merging.done()):
                 maintained = now
                 self._merging = loop.run_in_executor(self._merger, self.merge)
 
     async def _submit(self, *, closed: bool = False) -> None:
-        """Hand the buffer to the encoding thread once that has finished the one before."""
+        """Pass the buffer to the encoding thread, after that has finished the flush before."""
         while (busy := self._encoding) is not None:
-            # Shielded: a cancelled caller must not cancel what is on its way to the disk. Never raises.
+            # Shielded, so that a cancelled caller does not cancel a write. `_store` never raises.
             await asyncio.shield(busy)
             if self._encoding is busy:
                 self._encoding = None
@@ -291,7 +291,7 @@ class EmbeddedStore:
             raise failure
 
     def _store(self, latest: Results, parts: list[Delays], windows: list[Window], closed: bool) -> None:
-        """Write one flush: ledger, windows, delays. In the encoding thread; leaves errors in `_failure`."""
+        """Write one flush: ledger, windows, delays. Runs in the encoding thread and leaves errors in `_failure`."""
         header = self._header
         assert header is not None
         try:
@@ -314,7 +314,7 @@ class EmbeddedStore:
             ledger_hour = latest.upto_utc_ns // HOUR_NS
 
             def put_ledger() -> None:
-                # Counts the rows of this flush, which follow; if they do not, it is written again.
+                # The ledger counts the rows of this flush, which follow; if they fail, it is written again.
                 stored = self.rows_stored if not_stored else rows_stored + len(delays)
                 put("ledger", ledger_hour, self._ledger_row(header, latest, stored, closed))
 
@@ -357,18 +357,18 @@ class EmbeddedStore:
         return tables.ledger_table([row], self._flush)
 
     def _put(self, table: str, hour: int, rows: pa.Table) -> None:
-        """Make one segment. OSErrors pass."""
+        """Write one segment. OSErrors pass."""
         target = segments.segment(self.path, table, hour, self._flush, self._flush, len(rows))
         data = memoryview(tables.encode(rows, table))
         segments.write_whole(target.path, segments.write_bytes(data), fsync=self._fsync)
-        # Only now: merging, in its own thread, looks once at what it is told of.
+        # After the segment is complete: merging, in another thread, examines an announced hour once.
         self._put_in.append((table, hour))
 
     def _cannot(self, what: str, e: OSError | StoreError) -> StoreError:
         why = (e.strerror if isinstance(e, OSError) else None) or str(e)
         lost = f" ({self.rows_not_stored:,} rows not stored so far)" if self.rows_not_stored else ""
         return StoreError(
-            f"{self.path}: cannot {what}: {why}{lost}; all segments written before stay readable;"
+            f"{self.path}: cannot {what}: {why}{lost}; all earlier segments stay readable;"
             " free space, or limit the store by age or size"
         )
 
@@ -385,11 +385,11 @@ class EmbeddedStore:
             log.warning("%s: retention: %s", self.path, e)
 
     def merge(self) -> int:
-        """Merge small segments; the number of segments that went away. Never raises: nothing is lost without it.
+        """Merge small segments; returns the decrease in their number. Never raises, because no row depends on merging.
 
-        Looks once at all hours, then from the earliest on that may have something to merge: a store of months has
-        thousands. Holds at most `MERGE_BATCH_ROWS` rows in memory (and the last batch read), of windows as many as
-        weigh that.
+        The first call examines all hours, later calls only from the earliest hour that may have segments to merge: a
+        store of months has thousands of hours. Memory is bounded by `MERGE_BATCH_ROWS` rows and the last batch read;
+        windows weigh more (`ROW_WEIGHT`), so fewer of them are held.
         """
         gone, upto = 0, self._settled
         while self._put_in:
@@ -410,13 +410,13 @@ class EmbeddedStore:
                 try:
                     self._merge(group)
                 except FileNotFoundError:
-                    continue  # retention was faster
+                    continue  # retention has removed a segment meanwhile
                 except (OSError, pa.ArrowInvalid, StoreError) as e:
                     log.warning("%s: merging %d segments: %s", self.path, len(group), e)
                     hours.add(group[0].hour)
                     continue
                 finally:
-                    # Arrow's allocator keeps what a thread has freed for that thread; this one seldom asks again.
+                    # Arrow's allocator keeps a thread's freed memory for that thread, and this thread rarely runs.
                     pa.default_memory_pool().release_unused()
                 gone += len(group) - 1
         self.merged += gone
@@ -432,7 +432,7 @@ class EmbeddedStore:
         )
 
     def _copy(self, group: list[Segment], target: Path, rows: int) -> None:
-        """Write the rows of a group to `target`; notes a segment that cannot be read and raises."""
+        """Write the rows of a group to `target`. Notes a damaged segment in `_damaged` and raises `StoreError`."""
         schema = tables.SCHEMAS[group[0].table]
         names = [f.name for f in schema if pa.types.is_dictionary(f.type)]
         most = segments.MERGE_BATCH_ROWS // segments.ROW_WEIGHT[group[0].table]
@@ -442,7 +442,7 @@ class EmbeddedStore:
         def write_out(writer: SegmentWriter) -> None:
             nonlocal waits, written
             if waits:
-                # One dictionary for the row group: with several, Parquet would fall back to plain strings.
+                # One dictionary per row group: with several, Parquet falls back to plain strings.
                 whole = pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
                 writer.write(whole, most)
                 written += waits
@@ -453,7 +453,7 @@ class EmbeddedStore:
         with open_new(target) as sink, SegmentWriter(sink, schema, **options) as writer:
             for each in group:
                 try:
-                    # Before its rows get a new checksum.
+                    # Verified before its rows get a new checksum.
                     if why := mismatch(each.path):
                         raise pa.ArrowInvalid(why)
                     with pq.ParquetFile(each.path, read_dictionary=names) as file:

@@ -1,8 +1,8 @@
-"""The embedded store for many runs at once: the same directory and tables, many hosts' rows in a segment.
+"""Writer of the embedded store for many runs: the same directory and tables, with rows of many hosts in a segment.
 
-A store for each of a thousand hosts would be some thousand files a second. Here a flush is made of what all hosts have
-to say since the last; it is in the store when the caller says so (`settled`), and what is above that is removed at the
-next start: a crash leaves whole flushes only.
+A store per host would write some thousand files a second for a thousand hosts. Here one flush has the results of all
+hosts since the last flush. A flush counts as stored when the caller has called `settled`; later flushes are removed at
+the next start, so that a crash leaves whole flushes only.
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ _LOG: Final = logging.getLogger(__name__)
 _MAINTENANCE_S: Final = 5.0
 _RETENTION_S: Final = 60.0
 _DEVICES: Final = 30_000
-"""Of all hosts in a segment: 2^15 names at most."""
+"""Most devices of all hosts in a segment, whose columns can number 2^15 names."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunPart:
-    """What one run adds to a flush."""
+    """The results of one run in a flush."""
 
     header: StreamHeader
     delays: Delays
     windows: Sequence[Window]
     latest: Results | None
-    """Ledger, grades and devices of now; None if there are no results yet."""
+    """The latest ledger, grades and devices; None if there are no results yet."""
     rows_stored: int
-    """Rows of `delays` of this run that are stored, these included."""
+    """Number of rows of `delays` that the run has stored, including this part's."""
     begins: bool = False
     closed: bool = False
-    """Its END has come."""
+    """Whether the run's END has arrived."""
     ended: bool = False
-    """Nothing will follow, with an END or without."""
+    """Whether the run has ended, with or without an END."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unstorable:
-    """A part that no table can be made of."""
+    """A part that cannot be converted to tables, and the reason."""
 
     part: RunPart
     why: str
 
 
 _Rows = tuple[str, int, pa.Table]
-"""Rows of a table and an hour."""
+"""Table, hour, and the rows."""
 
 
 class FleetStore(EmbeddedStore):
-    """Many runs' writer. `hold`, `put_back`, then `flush` and `settled` in turn, at last `let_go`."""
+    """Writer of many runs. Call `hold` and `put_back`, then `flush` and `settled` in turn, and `let_go` at the end."""
 
     def __init__(
         self,
@@ -79,14 +79,14 @@ class FleetStore(EmbeddedStore):
         max_bytes: int | None = None,
     ) -> None:
         super().__init__(path, fsync=fsync, max_age_s=max_age_s, max_bytes=max_bytes)
-        # What no journal knows yet must not be merged: it could not be put back.
+        # Flushes that are not settled must not be merged: `put_back` could not remove them.
         self._settled = 0
         self._known: dict[str, set[bytes]] = {}
-        """Each host's runs that are stored, by digest: a name may be long."""
+        """Digests of each host's stored runs; digests, because a run's name may be long."""
         self._maintained = self._retained = 0.0
 
     async def hold(self, who: str) -> int:
-        """Lock the store and tidy it up; its newest flush. Raises `StoreError`."""
+        """Lock the store and remove leftovers of a crash; returns the newest flush. Raises `StoreError`."""
         self._encoder = ThreadPoolExecutor(1, "mace-store")
         self._merger = ThreadPoolExecutor(1, "mace-merge")
         loop = asyncio.get_running_loop()
@@ -100,7 +100,7 @@ class FleetStore(EmbeddedStore):
         return self._settled
 
     def put_back(self, flush: int) -> int:
-        """Remove what is newer than this flush; the number of segments. Before the first `flush`."""
+        """Remove the segments of flushes after this one; returns their number. Call it before the first `flush`."""
         gone = 0
         for table in segments.TABLES:
             for each in segments.listing(self.path, table):
@@ -112,17 +112,17 @@ class FleetStore(EmbeddedStore):
         return gone
 
     def knows(self, header: StreamHeader) -> bool:
-        """Whether the store holds this run already."""
+        """Return whether the store has this run."""
         return _digest(header.run) in self._known.get(header.host, ())
 
     def runs_of(self, host: str) -> int:
-        """How many runs of a host the store holds."""
+        """Return how many runs of a host the store has."""
         return len(self._known.get(host, ()))
 
     async def flush(self, parts: Sequence[RunPart]) -> tuple[int, list[Unstorable]]:
-        """Write what the runs add; the flush's number, and the parts that cannot be stored, of which nothing was.
+        """Write the parts; returns the flush's number, and the parts that cannot be stored (none of their rows is).
 
-        Raises `StoreError`; what is written then does not count.
+        Raises `StoreError`; segments written before the error do not count.
         """
         assert self._encoder is not None
         for part in parts:
@@ -131,7 +131,7 @@ class FleetStore(EmbeddedStore):
         return await asyncio.get_running_loop().run_in_executor(self._encoder, self._write_flush, parts)
 
     def settled(self, flush: int) -> None:
-        """The caller's journal says that this flush is in the store: it may be merged, and never removed at a start."""
+        """Mark a flush as stored, after the caller's journal has noted it: it may then be merged."""
         self._settled = flush
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -143,7 +143,7 @@ class FleetStore(EmbeddedStore):
             self._merging = loop.run_in_executor(self._merger, self.merge)
 
     async def let_go(self) -> None:
-        """Wait for the threads and unlock."""
+        """Wait for the threads and unlock the store."""
         self._closing.set()
         try:
             if self._merging is not None:
@@ -165,10 +165,10 @@ class FleetStore(EmbeddedStore):
         return self._flush - 1, unstorable
 
     def _made(self, parts: Sequence[RunPart], unstorable: list[Unstorable]) -> list[list[_Rows]]:
-        """The parts as tables, to be put in that order; one list, or several if some part cannot be made a table."""
+        """Convert the parts to tables, in the order of writing; several lists if some part cannot be converted."""
         try:
             return [list(self._tables(parts))]
-        except Exception as error:  # noqa: BLE001 (whatever it is about one host's rows, the others' are stored)
+        except Exception as error:  # noqa: BLE001 (an error of one host's rows must not affect the other hosts)
             if len(parts) == 1:
                 unstorable.append(Unstorable(parts[0], f"{type(error).__name__}: {error}"))
                 return []
@@ -197,7 +197,7 @@ class FleetStore(EmbeddedStore):
             if (latest := part.latest) is not None
         ]
         yield from _by_hour("ledger", tables.ledger_table(rows, self._flush))
-        # One table of all runs: some twenty columns for each would cost a millisecond a run.
+        # One table for all runs, because twenty columns for each would cost a millisecond per run.
         of_run = [part.latest.devices if part.latest is not None else () for part in told]
         devices = [device for some in of_run for device in some]
         rank = [number for some in of_run for number in ranks(some)]
@@ -231,7 +231,7 @@ class FleetStore(EmbeddedStore):
 
 def _by_hour(table: str, rows: pa.Table) -> Iterator[_Rows]:
     for hour, chosen in by_hour(rows["time"].cast(pa.int64()).to_numpy()):
-        partition(Path(), table, hour)  # raises for one that no calendar has
+        partition(Path(), table, hour)  # raises for an hour outside the calendar
         yield table, hour, rows if chosen is None else rows.take(chosen)
 
 
@@ -240,7 +240,7 @@ def _digest(run: str) -> bytes:
 
 
 def _few_enough(parts: Sequence[RunPart]) -> list[Sequence[RunPart]]:
-    """Cut so that the devices of each piece can be numbered by 16 bits, as the tables' name columns are."""
+    """Divide the parts so that each piece has at most `_DEVICES` devices: name columns number them with 16 bits."""
     pieces: list[Sequence[RunPart]] = []
     start = devices = 0
     for index, part in enumerate(parts):

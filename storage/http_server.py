@@ -1,9 +1,9 @@
-"""A server for a few pages, in a thread and an event loop of its own, that no client can make larger.
+"""An HTTP server for a few pages, in a thread and event loop of its own, with bounded resources for any clients.
 
-uvicorn serves; what it leaves open is bounded here: how many connections there are, how long a request may take from
-its first byte to the last of its answer, and how much of an answer waits for a client that does not read. So a
-thousand clients that connect and say nothing, or ask and do not listen, cost neither files nor memory, and one that
-asks properly is still served: where there are too many connections, the one that has been idle longest goes.
+uvicorn serves. This module bounds what uvicorn does not: the number of connections, the time from a request's first
+byte to the last byte of its answer, and how much of an answer waits for a client that does not read. A thousand clients
+that send nothing, or do not read their answers, therefore cost neither files nor memory. When there are too many
+connections, the one that has been idle longest is closed, so that a working client is still served.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 _LOG: Final = logging.getLogger(__name__)
 
 MOST_CONNECTIONS: Final = 32
-"""Prometheus, an orchestrator's probes, and people: each has one or two."""
+"""Most connections. Prometheus, an orchestrator's probes and people have one or two each."""
 REQUEST_S: Final = 10.0
-"""From a request's first byte, or from connecting, to the end of its answer: as long as Prometheus waits by default."""
+"""Time limit from a request's first byte, or from connecting, to its answer's end; Prometheus's default timeout."""
 _IDLE_S: Final = 75
-"""Between two requests on one connection: more than the usual pause between two scrapes, a minute."""
+"""Time limit between two requests on a connection: more than a minute, the usual interval of scrapes."""
 _BACKLOG: Final = 64
-"""Connections that asyncio takes at once, before any of them can be turned away."""
+"""Connections that asyncio accepts at once, before any of them can be closed."""
 _HEAD_BYTES: Final = 16 << 10
 _PIECE_BYTES: Final = 1 << 16
-"""Of an answer that is given out at once, to a client that may not read it."""
+"""Size of the pieces in which an answer is sent, because a client may not read it."""
 
 
 class _Connection(H11Protocol):
@@ -59,11 +59,11 @@ class _Connection(H11Protocol):
         self._between_requests = True
         super().on_response_complete()
         if self._between_requests and self.conn.trailing_data[0]:
-            self._begin()  # the beginning of the next request came with the last one
+            self._begin()  # the next request has begun: its first bytes arrived with the last request
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():
-            self.transport.abort()  # close() would wait until the client reads
+            self.transport.abort()  # close() would wait for the client to read
         else:
             super().timeout_keep_alive_handler()
 
@@ -83,19 +83,19 @@ class _Connection(H11Protocol):
             self._deadline = None
 
     def _is_busy(self) -> bool:
-        cycle: RequestResponseCycle | None = self.cycle  # uvicorn's type leaves out that there may be none yet
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, unlike uvicorn's annotation
         return cycle is not None and not cycle.response_complete
 
 
 async def in_pieces(text: bytes) -> AsyncIterator[bytes]:
-    """A text for a `StreamingResponse`: bit by bit, each when the client has taken those before."""
+    """Yield a text in pieces for a `StreamingResponse`, each when the client has read those before it."""
     for at in range(0, len(text), _PIECE_BYTES):
         yield text[at : at + _PIECE_BYTES]
-        await asyncio.sleep(0)  # hear that the client has gone
+        await asyncio.sleep(0)  # lets the server notice that the client has disconnected
 
 
 class HttpServer:
-    """Serves an application from construction to `close`. Raises `OSError` if it cannot listen."""
+    """Serves an application from its construction until `close`. Raises `OSError` if it cannot listen."""
 
     def __init__(self, where: tuple[str, int], application: Starlette) -> None:
         listening = socket.create_server(
@@ -103,7 +103,7 @@ class HttpServer:
         )
         self.port: Final = int(listening.getsockname()[1])
         self.failure: BaseException | None = None
-        """Why it has ended by itself."""
+        """The error that has ended the server; None while it serves."""
         config = uvicorn.Config(
             application,
             http=_Connection,
@@ -111,7 +111,7 @@ class HttpServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="error",  # what a client sends is no warning of ours
+            log_level="error",  # a malformed request is the client's problem, not a warning to our user
             access_log=False,
             proxy_headers=False,
             server_header=False,
@@ -125,15 +125,15 @@ class HttpServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer no more. Takes some 0.1 s."""
+        """Stop the server and wait for its thread, some 0.1 s."""
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
 
     def _run(self) -> None:
         try:
             asyncio.run(self._server.serve(sockets=[self._listening]))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - told to whoever writes next
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the sink's next write raises it
             self.failure = error
-            _LOG.exception("the endpoint has ended")
+            _LOG.exception("the HTTP endpoint has stopped")
         finally:
             self._listening.close()

@@ -1,10 +1,11 @@
-"""InfluxDB, and what speaks its write API: results as compressed line protocol.
+"""Writes results to InfluxDB, or a server with its write API, as compressed line protocol.
 
-2.x, 3.x, 1.8 and VictoriaMetrics are written to by influxdb-client (`/api/v2/write`). A server that has no such path
-(1.x before 1.8) gets the same bytes at `/write`. Buffer, spool and retries are the running sink's; here is what the
-answers mean. 400, 413 and 422 are about the rows: the frame is halved until the bad lines are alone. All else may pass.
+influxdb-client writes to 2.x, 3.x, 1.8 and VictoriaMetrics (`/api/v2/write`). A server without that path (1.x before
+1.8) gets the same bytes at `/write`. The running sink has buffer, spool and retries; this module interprets the
+answers. 400, 413 and 422 refuse rows: the frame is halved until the refused lines are isolated. After any other error
+the frame is sent again later.
 
-Names of measurements, tags and fields are those of `contracts.metrics`.
+`contracts.metrics` has the names of measurements, tags and fields.
 """
 
 from __future__ import annotations
@@ -41,18 +42,19 @@ from storage.spool import Frame
 NAME: Final = "influxdb"
 TOKEN_VARIABLE: Final = "INFLUXDB_V2_TOKEN"  # noqa: S105 - the name, which influxdb-client uses too
 _HALVINGS: Final = 400
-"""Requests in search of bad lines in one frame; one in 20,000 takes 30. Beyond it what is left is refused whole."""
+"""Most requests to find the refused lines in one frame; one line in 20,000 takes 30. After that, all lines of the
+remaining parts count as refused."""
 _ABOUT_THE_ROWS: Final = (400, 413, 422)
 _COUNTED: Final = re.compile(r"partial write: (?!unable to parse).*\bdropped=(\d+)")
-"""1.x and 2.x wrote the rest, and say how many they did not."""
+"""Answer of 1.x and 2.x that have written the other lines and say how many they have dropped."""
 _LISTED: Final = re.compile(r"unable to parse '")
-"""1.x writes the lines that it can read (`partial write`) and lists all others."""
+"""1.x writes the lines that it can parse (`partial write`) and lists all others."""
 _GZIP_LEVEL: Final = 1
-"""93 MB of lines to 9.4 MB in 0.4 s; level 9 takes 3 s for little more."""
+"""Level 1 compresses 93 MB of lines to 9.4 MB in 0.4 s; level 9 takes 3 s for little more."""
 
 
 class InfluxTarget:
-    """The server's side of the sink (`storage.running_sink.Target`)."""
+    """Encodes rows for InfluxDB and delivers them (`storage.running_sink.Target`)."""
 
     def __init__(self, config: InfluxConfig, vitals: Vitals) -> None:
         self._config = config
@@ -68,14 +70,14 @@ class InfluxTarget:
     # Encoding, in a thread.
 
     def rows(self, item: HostResults) -> int:
-        """Packets' rows and windows."""
+        """Return the number of rows and windows, or of round trips, in an item."""
         results = item.results
         if isinstance(results, Results):
             return len(results.delays) + len(results.windows)
         return len(results.rows) if results is not None else 0
 
     def encode(self, items: Sequence[HostResults], *, last: bool) -> Encoded:
-        """Frames of at most `batch_rows` lines, compressed."""
+        """Encode items as compressed frames of at most `batch_rows` lines each."""
         packed = _Packer(self._config.batch_rows)
         left_out = over_budget = 0
         for item in items:
@@ -114,12 +116,12 @@ class InfluxTarget:
     def _over_budget(self, series: str) -> None:
         account = self._vitals.accounts.get(NAME)
         if account is not None:
-            account.note(f"series budget of {self._config.series_budget} is used up, first by {series[:120]}")
+            account.note(f"the series budget of {self._config.series_budget} is used up; first refused: {series[:120]}")
 
     # Delivery.
 
     async def open(self) -> None:
-        """Nothing is asked of the server yet: it may be away."""
+        """Make the clients. No request is sent, because the server may be unreachable."""
         timeout = aiohttp.ClientTimeout(total=self._config.timeout_s)
         trust = await asyncio.to_thread(_trusted, self._config.ca_file)
         self._client = InfluxDBClientAsync(
@@ -137,7 +139,7 @@ class InfluxTarget:
             self._session = None
 
     async def deliver(self, frame: Frame) -> Delivered:
-        """One frame; of one with bad lines in it all others. Raises `TryLaterError`."""
+        """Write a frame; if the server refuses some lines, write all others. Raises `TryLaterError`."""
         answer = await self._post(frame.payload)
         if answer.ok:
             return Delivered()
@@ -149,7 +151,7 @@ class InfluxTarget:
         return await self._halved(zlib.decompress(frame.payload, wbits=31), answer)
 
     async def _halved(self, lines: bytes, answer: _Answer) -> Delivered:
-        """Find the lines that the server refuses by sending ever smaller parts. All others are stored then."""
+        """Find the lines that the server refuses by sending smaller and smaller parts; all other lines are stored."""
         pending = [(lines, answer)]
         refused, reason, requests = 0, answer.told, 0
         while pending:
@@ -169,7 +171,7 @@ class InfluxTarget:
         return Delivered(refused, reason)
 
     async def _post(self, body: bytes) -> _Answer:
-        v1 = self._v1  # another request under way may find out meanwhile
+        v1 = self._v1  # a concurrent request may change it
         try:
             answer = await (self._post_v1(body) if v1 else self._post_v2(body))
             if answer.no_such_path and self._config.api == "auto" and not v1:
@@ -214,9 +216,9 @@ class InfluxTarget:
 
     def _remedy(self, answer: _Answer) -> str:
         if answer.status in {401, 403}:
-            return f"; is the token right ([sinks.influxdb] token_file, {TOKEN_VARIABLE})?"
+            return f"; check the token ([sinks.influxdb] token_file, {TOKEN_VARIABLE})"
         if answer.status == 404 and "database not found" in answer.text:
-            return f'; make it: CREATE DATABASE "{self._config.bucket.partition("/")[0]}"'
+            return f'; create the database: CREATE DATABASE "{self._config.bucket.partition("/")[0]}"'
         return ""
 
 
@@ -239,12 +241,12 @@ class _Answer:
 
     @property
     def no_such_path(self) -> bool:
-        """404 that is not about a bucket: those of the API are JSON."""
+        """Whether the server lacks the path. A 404 about a bucket has a JSON body."""
         return self.status in {404, 405} and not self.text.lstrip().startswith("{")
 
     @property
     def told(self) -> str:
-        """What the server said, short, without what differs from line to line."""
+        """The server's message, shortened, without the quoted texts that differ from line to line."""
         try:
             said = json.loads(self.text)
             text = str(said.get("message") or said.get("error") or self.text)
@@ -255,13 +257,13 @@ class _Answer:
 
     @property
     def after_s(self) -> float | None:
-        """Retry-After in seconds; a date is not worth a parser."""
+        """Retry-After in seconds; None without one, or if it is a date, which is not parsed."""
         value = self.headers.get("Retry-After", "")
         return float(value) if value.isdigit() else None
 
 
 class _Packer:
-    """Pieces of lines -> frames."""
+    """Packs pieces of lines into compressed frames."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -292,9 +294,9 @@ def _one(text: str) -> Lines:
 
 
 def _token(config: InfluxConfig) -> str:
-    """The token that is configured, wherever it is. Raises `ConfigError`."""
+    """Return the token from the configuration, its file or the environment. Raises `ConfigError`."""
     if config.token and config.token_file:
-        raise ConfigError("[sinks.influxdb] has token and token_file; one of them is enough")
+        raise ConfigError("[sinks.influxdb] has both token and token_file; remove one of them")
     if config.token_file:
         try:
             return Path(config.token_file).read_text(encoding="utf-8").strip()
@@ -311,26 +313,30 @@ def _trusted(ca_file: str) -> ssl.SSLContext:
 
 
 def checked(config: InfluxConfig) -> None:
-    """Raise `ConfigError` for an address that is none."""
+    """Raise `ConfigError` for an invalid address."""
     parts = split_url("[sinks.influxdb] url", config.url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(f"[sinks.influxdb] url = {config.url!r}, expected http://HOST:PORT or https://HOST:PORT")
 
 
 def check(config: Config) -> Status:
-    """Whether the server takes rows now. It need not, for a run to begin: the spool takes them."""
+    """Return whether the server accepts rows now. A run can start if it does not, because the spool keeps the rows."""
     influx = config.sinks.influxdb
 
     async def ask() -> None:
         target = InfluxTarget(influx, Vitals())
         await target.open()
         try:
-            # A comment: nothing is stored, but address, bucket and token are looked at.
+            # A comment line: the server stores nothing, but verifies address, bucket and token.
             await asyncio.wait_for(target.deliver(Frame(zlib.compress(b"# mace check\n", wbits=31), 0)), 5)
         finally:
             await target.aclose()
 
-    remedy = "a run begins all the same, and spools" if influx.spool else "set [sinks.influxdb] spool, or rows are lost"
+    remedy = (
+        "a run can start, and its rows wait in the spool"
+        if influx.spool
+        else "set [sinks.influxdb] spool, or rows are lost"
+    )
     try:
         checked(influx)
         asyncio.run(ask())
@@ -340,11 +346,11 @@ def check(config: Config) -> Status:
         return Status(False, error.why, remedy)
     except TimeoutError:
         return Status(False, f"{influx.url} does not answer", remedy)
-    return Status(True, f"{influx.url} takes rows for {influx.bucket}")
+    return Status(True, f"{influx.url} accepts rows for {influx.bucket}")
 
 
 def make(config: Config, vitals: Vitals) -> SharedRunningSink:
-    """The sink as configured. Raises `ConfigError`."""
+    """Return the configured sink. Raises `ConfigError`."""
     influx = config.sinks.influxdb
     checked(influx)
     target = InfluxTarget(influx, vitals)

@@ -1,18 +1,18 @@
-"""What an ingest has taken over, in the order in which it came: the ground on which nothing is lost or stored twice.
+"""The journal of an ingest: its frames in the order of arrival, so that no row is lost or stored twice after a crash.
 
     DIRECTORY/0000000007.journal, 0000000008.journal, ...   entries back to back
 
     entry  = kind, length of the host's name, size of the payload, checksum | name | payload
     FRAME     a host's frame, as it was received
-    SNAPSHOT  all that the ingest knows of a host, at this place: what is before it need not be read again for this host
-    COMMIT    the store's flush F holds the results of all that is before a place P
+    SNAPSHOT  the ingest's state of a host at this place; earlier entries of this host need not be read again
+    COMMIT    the store's flush F has the results of all entries before a place P
 
-A frame counts as taken over when the file it is in was brought to the disk. After a crash, the store is put back to the
-last COMMIT; from each host's last snapshot before P its frames are worked through again, and what comes out of those
-after P goes to the store: the same rows that the crash took, because the same records give the same answers. A
-half-written entry at the end was never taken over. Files in which no host has anything to be read again are removed.
+A frame counts as accepted when its file was synchronised to the disk. After a crash, the store is put back to the last
+COMMIT. Each host's frames since its last snapshot before P are processed again, and the results of frames after P go to
+the store: the same rows that the crash has lost, because the same records give the same results. A half-written entry
+at the end was never accepted. Files that no host needs any more are removed.
 
-Append, sync and read are for one thread at a time.
+One thread at a time may append, sync or read.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from zlib import crc32
 from contracts.errors import StoreError
 
 FILE_BYTES: Final = 64 << 20
-"""A new file is begun beyond: some 20 M records, half a minute at a million a second."""
+"""Size at which a new file is begun: some 20 M records, half a minute at a million a second."""
 FIRST_SLICE_NS: Final = 1_900_000_000
-"""Of the journals whose commits do not say it."""
+"""Slice length of journals whose commits do not record it."""
 _ENTRY: Final = struct.Struct("<BBxxII")
 _COMMIT: Final = struct.Struct("<QQQQ")
 _FIRST_COMMIT: Final = struct.Struct("<QQQ")
@@ -45,7 +45,7 @@ Place = tuple[int, int]
 
 
 class Kind(IntEnum):
-    """What an entry is (u8). Append only."""
+    """Kind of an entry (u8). Append only."""
 
     FRAME = 1
     SNAPSHOT = 2
@@ -70,7 +70,7 @@ class Commit:
     flush: int
     upto: Place
     slice_ns: int
-    """How much of a stream its engine works on at a time: which results are of an entry before `upto` depends on it."""
+    """Length of an engine's slices, on which it depends which results belong to entries before `upto`."""
 
     @classmethod
     def parse(cls, payload: bytes) -> Commit:
@@ -80,14 +80,14 @@ class Commit:
         if len(payload) != _COMMIT.size:
             raise StoreError(
                 f"the journal has a commit of {len(payload)} bytes, of another version of MACE: let that version run"
-                " until the hosts' runs have ended, or move the journal (ingest/) away and begin those runs anew"
+                " until the hosts' runs have ended, or move the journal (ingest/) away and restart those runs"
             )
         flush, file, offset, slice_ns = _COMMIT.unpack(payload)
         return cls(flush, (file, offset), slice_ns)
 
 
 class Journal:
-    """The journal of one ingest. OSErrors of `sync` become `StoreError`, as does what another version has written."""
+    """The journal of one ingest. Raises `StoreError` for OSErrors, and for a journal of another version."""
 
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:
         self._directory, self._fsync = directory, fsync
@@ -100,7 +100,7 @@ class Journal:
         self._failure: StoreError | None = None
 
     def open(self) -> int:
-        """Begin a new file behind those that are there; their number."""
+        """Begin a new file after the existing ones; returns the number of existing files."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             numbers = self._numbers()
@@ -112,11 +112,11 @@ class Journal:
 
     @property
     def place(self) -> Place:
-        """Of the next entry."""
+        """Place of the next entry."""
         return self._file, self._offset
 
     def append(self, kind: Kind, host: str, payload: bytes) -> Place:
-        """Add an entry, in memory until `sync`; its place."""
+        """Add an entry, which stays in memory until `sync`; returns its place."""
         place = self.place
         entry = packed(kind, host, payload)
         self._buffer += entry
@@ -124,11 +124,11 @@ class Journal:
         return place
 
     def commit(self, commit: Commit) -> None:
-        """Note what the store holds."""
+        """Add a COMMIT entry."""
         self.append(Kind.COMMIT, "", _COMMIT.pack(commit.flush, *commit.upto, commit.slice_ns))
 
     def taken(self) -> list[bytes]:
-        """What was appended since the last call, to be given to `sync`."""
+        """Return the bytes appended since the last call, to be passed to `sync`."""
         buffer, self._buffer = self._buffer, []
         return buffer
 
@@ -138,7 +138,10 @@ class Journal:
         return bool(self._buffer)
 
     def sync(self, buffer: list[bytes]) -> None:
-        """Bring it to the disk. After a failure nothing more is: it would stand behind half an entry."""
+        """Write the bytes and synchronise them to the disk. Raises `StoreError`.
+
+        After a failure every call raises it again, because further entries would follow half an entry.
+        """
         if self._failure is not None:
             raise self._failure
         try:
@@ -153,11 +156,11 @@ class Journal:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time for a new file."""
+        """Whether the file has reached `FILE_BYTES`."""
         return self._offset >= FILE_BYTES
 
     def rotate(self) -> None:
-        """Begin a new file; everything was synced."""
+        """Begin a new file. Everything must be synced."""
         assert not self._buffer
         try:
             self._begin(self._file + 1)
@@ -165,21 +168,21 @@ class Journal:
             raise self._cannot(error) from error
 
     def forget_before(self, file: int) -> None:
-        """No file before this one is needed any more."""
+        """Remove the files before this one, which are no longer needed."""
         for number in range(self._kept_from, file):
             self._path(number).unlink(missing_ok=True)
         self._kept_from = max(self._kept_from, file)
 
     def close(self) -> None:
-        """Close the file; what was not synced is gone."""
+        """Close the file. Entries that were not synced are lost."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def set_aside(self, entry: Entry) -> Path:
-        """Keep a copy of an entry that cannot be applied beside the journal, in the same form; where.
+        """Copy an entry that cannot be applied to a file beside the journal, in the same form; returns the path.
 
-        A journal that is read again gives the same file again.
+        Reading the journal again writes the same file again.
         """
         path = self._path(entry.place[0]).with_suffix(".aside")
         mode = "ab" if path in self._aside else "wb"
@@ -192,9 +195,9 @@ class Journal:
         return path
 
     def read(self) -> Iterator[Entry]:
-        """All whole entries of the files before the one that is written now, in order.
+        """Yield all whole entries of the files before the one being written, in order.
 
-        Of a file only what is before its first damage: what follows it was not yet taken over, or is lost.
+        A file is read up to its first damage; the entries after that were never accepted, or are lost.
         """
         for number in self._numbers():
             if number < self._file:
@@ -220,13 +223,13 @@ class Journal:
 
     def _cannot(self, error: OSError) -> StoreError:
         return StoreError(
-            f"{self._directory}: cannot write the journal: {error.strerror}; nothing that was acknowledged is lost:"
+            f"{self._directory}: cannot write the journal: {error.strerror}; no acknowledged frame is lost:"
             " free space and start again"
         )
 
 
 def packed(kind: int, host: str, payload: bytes) -> tuple[bytes, bytes, bytes]:
-    """An entry's bytes, in pieces."""
+    """Return an entry's bytes, in pieces."""
     name = host.encode()
     return _ENTRY.pack(kind, len(name), len(payload), crc32(payload, crc32(name))), name, payload
 

@@ -220,7 +220,7 @@ def test_the_budget_holds_in_the_database(server, tmp_path):
     assert account.series == 7
     found = server.query("SHOW SERIES FROM device_delay, overhead, device_window")
     assert len([name for (name,) in found[0]["values"] if ",slot=" not in name]) == 7
-    assert any(reason.startswith("series budget of 7 is used up, first by ") for reason in account.reasons)
+    assert any(reason.startswith("the series budget of 7 is used up; first refused: ") for reason in account.reasons)
 
 
 def test_a_wrong_token_can_be_put_right_later(server, tmp_path):
@@ -229,7 +229,7 @@ def test_a_wrong_token_can_be_put_right_later(server, tmp_path):
         wrong = influx(proxy.url, tmp_path, token="wrong", close_s=0.3)
         status = SINKS["influxdb"].check(wrong)
         assert not status.ok
-        assert "401 unauthorized access; is the token right" in status.detail
+        assert "401 unauthorized access; check the token" in status.detail
         first = feed(wrong, results, pace=False, live=False)["influxdb"]
         assert first.waiting == first.taken > 0
         second = feed(influx(proxy.url, tmp_path, token="right"), [], pace=False, live=False)["influxdb"]
@@ -257,10 +257,10 @@ def test_what_check_says(server, tmp_path):
         return status.ok, status.detail
 
     assert said("") == (True, "not configured")
-    assert said(server.url) == (True, f"{server.url} takes rows for mace")
+    assert said(server.url) == (True, f"{server.url} accepts rows for mace")
     ok, detail = said(server.url, bucket="other")
     assert not ok
-    assert detail.endswith('404 database not found: "other"; make it: CREATE DATABASE "other"')
+    assert detail.endswith('404 database not found: "other"; create the database: CREATE DATABASE "other"')
     ok, detail = said("127.0.0.1:8086")
     assert (ok, detail) == (
         False, "[sinks.influxdb] url = '127.0.0.1:8086', expected http://HOST:PORT or https://HOST:PORT",

@@ -27,9 +27,9 @@ def test_the_address_has_a_port_of_its_own_or_the_usual_one():
         ({"broker": "http://b.example"}, "expected mqtt://HOST"),
         ({"broker": "mqtt://b.example/topic"}, "expected mqtt://HOST"),
         ({"broker": "mqtt://b.example:99999"}, "Port out of range"),
-        ({"broker": "mqtt://me:secret@b.example"}, "seen by every user"),
-        ({"broker": "mqtt://b.example", "ca_file": "/ca.pem"}, "not encrypted"),
-        ({"broker": "mqtts://b.example", "cert_file": "/c.pem"}, "belong together"),
+        ({"broker": "mqtt://me:secret@b.example"}, "every user of this machine can see"),
+        ({"broker": "mqtt://b.example", "ca_file": "/ca.pem"}, "this address has no TLS"),
+        ({"broker": "mqtts://b.example", "cert_file": "/c.pem"}, "or neither"),
         ({"broker": "mqtts://b.example", "ca_file": "/nowhere/ca.pem"}, "/nowhere/ca.pem"),
         ({"broker": "mqtt://b.example", "username": "a", "password_file": "/nowhere"}, "password_file /nowhere"),
     ],
@@ -42,7 +42,7 @@ def test_what_cannot_be_says_why(config, message):
 
 def test_a_password_comes_with_a_name(monkeypatch):
     monkeypatch.setenv("MACE_MQTT_PASSWORD", "word")
-    with pytest.raises(ConfigError, match="without username"):
+    with pytest.raises(ConfigError, match="without a user name"):
         Broker(MqttConfig(broker="mqtt://b.example"))
 
 

@@ -120,7 +120,7 @@ def test_a_disk_that_becomes_full(tmp_path, file_size_limit):
     path = tmp_path / "a.mace"
     *_, half = _frame_ends()[:4]
     file_size_limit(half + 100)
-    with pytest.raises(StoreError, match=f"a.mace: File too large after {half} bytes; what was written"):
+    with pytest.raises(StoreError, match=f"a.mace: File too large after {half} bytes; the records written before"):
         record(path)
     file_size_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert path.stat().st_size == half
