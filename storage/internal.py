@@ -1,6 +1,7 @@
-"""`mace_internal`: how the measurement itself is doing, as lines. Of streams by their own time, of the process by ours.
+"""Lines of `mace_internal`: the state of the measurement itself.
 
-A row a second each, and one more when a stream ends: the last says what the whole run came to.
+Each stream has one row per second of its own time, and one when it ends, with the totals of the run. The process has
+one row per second of this machine's time.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _S: Final = 1_000_000_000
 @dataclass(slots=True)
 class _Told:
     time_ns: int
-    """Of the last row."""
+    """Time of the last row."""
     latest: Results
 
 
 class Internal:
-    """What there is to say, when it is time to say it. Its series are few and known, and outside any budget."""
+    """Makes the lines of `mace_internal` when they are due. Their series are few and do not count for the budget."""
 
     def __init__(self, vitals: Vitals) -> None:
         self._vitals = vitals
@@ -36,8 +37,8 @@ class Internal:
         self._own_second = 0
 
     def stream_lines(self, header: StreamHeader, results: Results) -> Iterator[str]:
-        """Ledger and cost of a stream, when a second of its time has passed."""
-        # Without its rows: it may be kept for long.
+        """Yield the lines of a stream's ledger and cost, if a second of its time has passed since the last."""
+        # Kept without its rows, because it may be kept for long.
         latest = replace(results, delays=Delays.empty(), windows=())
         told = self._told.setdefault(header, _Told(-_S, latest))
         told.latest = latest
@@ -46,14 +47,14 @@ class Internal:
             yield from _of_stream(header, latest, told.time_ns)
 
     def stream_ended(self, header: StreamHeader) -> Iterator[str]:
-        """The same once more, final."""
+        """Yield the last lines of a stream's ledger and cost."""
         told = self._told.pop(header, None)
         if told is not None:
-            # Not the time of a row that there is: it would replace that one.
+            # A new time: a row with the time of the last one would replace it.
             yield from _of_stream(header, told.latest, max(told.latest.upto_utc_ns, told.time_ns + 1))
 
     def own_lines(self, *, last: bool) -> Iterator[str]:
-        """Accounts of the sinks, channels and process, once a second; nothing of a replay."""
+        """Yield lines of the sinks' accounts, the channels and the process, once a second; none in a replay."""
         now_ns = time.time_ns()
         if not self._vitals.live or (now_ns // _S == self._own_second and not last):
             return

@@ -1,14 +1,15 @@
-"""Results -> InfluxDB line protocol, by columns: some six million lines a second, where a formatted string each is one.
+"""Encodes results as InfluxDB line protocol by columns: some six million lines a second, and not one as by f-strings.
 
     device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,position=1i 1750000000000000000
     └────────── one of few prefixes ────────────────────────┘└──┘└──── one of few middles ┘└────── time ──────┘
 
-A packet's line is four pieces: two are looked up, two are numbers. Names and order are those of `contracts.metrics`.
+A packet's line has four pieces: two are looked up, two are numbers. `contracts.metrics` has the names and their order.
 
-**No row replaces another.** A database knows a row by its tags and its time. Two packets that came to one device in the
-same nanosecond would be one; the second gets the tag `slot=1`, a third `slot=2`. Such pairs are found in a batch by
-sorting a hash of prefix and time, and across batches among those of the last seconds (`_Seen`). Windows of a run that
-began within them get the slot 100 and the seconds after their start, so that an earlier run's part of them stays.
+**No row replaces another.** A database identifies a row by its tags and its time, so two packets that arrive at one
+device in the same nanosecond would be one row. The second gets the tag `slot=1`, a third `slot=2`. Within a batch such
+packets are found by sorting a hash of prefix and time, across batches by comparing with the hashes of the last seconds
+(`_Seen`). If a run begins within a window, the window's slot is 100 times one more than the seconds from its start, so
+that it does not replace an earlier run's row for the same window.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ Codes = npt.NDArray[np.int32]
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
 """2**64 divided by the golden ratio: multiplying by it spreads small numbers over all bits (Knuth, TAOCP 3, 6.4)."""
 _SEEN_ROWS: Final = 1 << 21
-"""Times of rows that are remembered: 16 MiB."""
+"""Most rows whose hashes are remembered: 16 MiB."""
 _SEEN_NS: Final = 10_000_000_000
-"""... and for so long: a packet's rows come out when its life has ended."""
+"""Time for which hashes are remembered: a packet's rows are encoded when its life has ended."""
 _RUN_SLOT: Final = 100
-"""Slots from here on say where in the window its run began; below, they count devices that look alike."""
+"""Slots from 100 on say where in the window its run began; smaller ones count devices with the same tags."""
 _S: Final = 1_000_000_000
 _INFO_NS: Final = 60 * _S
-"""PromQL's instant queries (VictoriaMetrics) look back five minutes."""
+"""Interval of `container_info` rows: PromQL's instant queries (VictoriaMetrics) look back five minutes."""
 _RTT_FIELDS: Final = tuple(field.name for field in MEASUREMENTS["rtt"].fields)
 _UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f]|\\(?=[\\, =\x00-\x1f\x7f]|\Z)")
 _UNKNOWN: Final = -1
@@ -50,19 +51,19 @@ _OVER_BUDGET: Final = -2
 
 
 def _escaped(value: str) -> str:
-    r"""A tag's value as InfluxDB and VictoriaMetrics both read it.
+    r"""Return a tag's value, escaped so that InfluxDB and VictoriaMetrics read it in the same way.
 
-    A comma, a space and an equals sign stand behind a backslash. A backslash that is the name's own must then stand
-    before none of these, before no other backslash and not at the end: to InfluxDB `\\,` is a backslash and a comma,
-    to VictoriaMetrics a backslash, and the value ends. Such a one is spelt out, `\x5c`, and so is what ends a line or
-    moves a terminal's cursor.
+    Commas, spaces and equals signs are escaped by a backslash. A backslash in the value is then ambiguous before one of
+    these, before another backslash and at the end: InfluxDB reads `\\,` as a backslash and a comma, VictoriaMetrics as
+    a backslash that ends the value. Such a backslash is written as `\x5c`. Control characters, which end a line or move
+    a terminal's cursor, are written in the same way.
     """
     clean = _UNSAFE.sub(lambda found: spelt(found[0]), text(value))
     return clean.replace(",", "\\,").replace(" ", "\\ ").replace("=", "\\=")
 
 
 def key(measurement: str, tags: dict[str, str]) -> str:
-    """Measurement and tags, as they begin a line: the series. Empty tags are left out, unknown ones are a KeyError."""
+    """Return the series, the beginning of a line: measurement and non-empty tags. KeyError for unknown tags."""
     known = MEASUREMENTS[measurement].tags
     text = measurement
     for name in known:
@@ -75,18 +76,18 @@ def key(measurement: str, tags: dict[str, str]) -> str:
 
 
 def line(series: str, fields: dict[str, int | str], time_ns: int) -> str:
-    """One line, ended. Numbers are written as integers, text in quotes (it has none of its own)."""
+    """Return one line with its newline. Numbers are written as integers, text in quotes, which it must not contain."""
     told = ",".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}i" for name, v in fields.items())
     return f"{series} {told} {time_ns}\n"
 
 
 def _told(fields: dict[str, int]) -> dict[str, int | str]:
-    """Without those that say nothing; a line needs one field at least."""
+    """Return the fields without unknown values; at least one field, because a line needs one."""
     return {name: value for name, value in fields.items() if value != NOT_TOLD} or {"seq": NOT_TOLD}
 
 
 class Budget:
-    """How many series there may be. The same one for all streams of a sink."""
+    """Bounds the number of series of a sink, over all of its streams."""
 
     def __init__(self, most: int, on_full: Callable[[str], None] = lambda _: None) -> None:
         self._most = most
@@ -98,7 +99,7 @@ class Budget:
         return len(self._known)
 
     def admits(self, series: str) -> bool:
-        """Whether rows of this series may be written; a new one is begun if there is room."""
+        """Return whether rows of this series may be written; adds a new series if the budget has room."""
         if series in self._known:
             return True
         if len(self._known) >= self._most:
@@ -111,9 +112,9 @@ class Budget:
 
 
 class _Seen:
-    """Which (series, time) there were lately, as hashes: one that comes again has its next free slot.
+    """Remembers recent (series, time) pairs as hashes, and gives a repeated pair its next free slot.
 
-    A collision of hashes (once in 2**64 pairs) would only give a slot that is not needed.
+    A collision of hashes (once in 2**64 pairs) only causes a slot that is not needed.
     """
 
     def __init__(self) -> None:
@@ -121,10 +122,10 @@ class _Seen:
         """Latest time and sorted hashes of each batch."""
         self._rows = 0
         self._next_slot: dict[int, int] = {}
-        """Of the few that came more than once."""
+        """The next slot of each hash that has occurred more than once."""
 
     def slots(self, hashes: npt.NDArray[np.uint64], utc_ns: Ints, packet: npt.NDArray[np.uint64]) -> dict[int, int]:
-        """Row → slot, of the rows whose slot is not 0."""
+        """Return the slot by row, for the rows whose slot is not 0."""
         ordered = np.sort(hashes)
         again = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
         latest = max((newest for newest, _ in self._batches), default=0)
@@ -142,7 +143,7 @@ class _Seen:
         found_slots: dict[int, int] = {}
         if again:
             rows = np.flatnonzero(np.isin(hashes, np.fromiter(again, np.uint64, len(again))))
-            # By packet: cut into other batches, the same two would mostly come out the same.
+            # In the order of packet numbers, so that other batch boundaries mostly give the same slots.
             for row in rows[np.argsort(packet[rows], kind="stable")].tolist():
                 value = int(hashes[row])
                 slot = self._next_slot.get(value, 0)
@@ -164,17 +165,17 @@ class _Seen:
 
 @dataclass(slots=True)
 class Lines:
-    """Encoded rows: whole lines, each ended."""
+    """Encoded rows: whole lines with their newlines."""
 
     data: pa.Buffer | bytes
     rows: int
 
 
 class StreamLines:
-    """The lines of one stream (one run of one host). Not for several threads."""
+    """Encodes the lines of one stream (one run of one host). Not thread-safe."""
 
     def __init__(self, header: StreamHeader, budget: Budget, *, sample: int = 1) -> None:
-        """`sample`: of all packets one in this many gets lines; 0: none."""
+        """`sample`: one packet in so many gets lines; 0 is none."""
         self._header = header
         self._budget = budget
         self._sample = sample
@@ -196,14 +197,14 @@ class StreamLines:
         self._present: tuple[Device, ...] | None = None
         self._containers: frozenset[tuple[str, str, str]] = frozenset()
         self._minute = -1
-        """Of the last results that all containers were told of."""
+        """Minute of the last results for which all containers were written."""
         self.left_out = 0
-        """Rows that sampling left out."""
+        """Number of rows that sampling has left out."""
         self.over_budget = 0
-        """Rows that would have begun a series too many."""
+        """Number of rows refused because their series would exceed the budget."""
 
     def packets(self, delays: Delays, devices: Sequence[Device], most: int) -> Iterator[Lines]:
-        """`device_delay` and `overhead` lines, at most `most` at a time."""
+        """Yield `device_delay` and `overhead` lines, at most `most` at a time."""
         self._devices = tuple(devices)
         if self._sample != 1:
             before = len(delays)
@@ -225,7 +226,7 @@ class StreamLines:
             yield self._joined(prefix[part], delays.delay_ns[part], middle[part], delays.utc_ns[part])
 
     def _sampled(self, packet: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """All rows of a packet, or none: by a hash of its number, so that a replay chooses the same."""
+        """Return a mask of all rows of the sampled packets, chosen by a hash of the number, so equal in a replay."""
         if not self._sample:
             return np.zeros(len(packet), np.bool_)
         chosen: npt.NDArray[np.bool_] = ((packet * _MIX) >> np.uint64(40)) % np.uint64(self._sample) == 0
@@ -244,7 +245,7 @@ class StreamLines:
             "\n",  # comes last, with the separator "" before it
             "",
         )
-        # The strings lie one after the other: their buffer is the text.
+        # Arrow stores the strings back to back, so their buffer is the text.
         offsets = np.frombuffer(joined.buffers()[1], np.int32, len(joined) + 1)
         return Lines(joined.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0])), len(joined))
 
@@ -284,7 +285,7 @@ class StreamLines:
         return self._prefix(series + (" overhead_ns=" if whole else " delay_ns="))
 
     def _prefix(self, text: str) -> int:
-        """Its index. Devices that look alike have the same: their rows must be kept apart by slots."""
+        """Return the index of a prefix. Devices with equal tags share one, and slots distinguish their rows."""
         if text in self._prefixes:
             return self._prefixes.index(text)
         self._prefixes.append(text)
@@ -300,18 +301,18 @@ class StreamLines:
         }
 
     def _apart(self, prefix: Codes, delays: Delays) -> Codes:
-        """The prefixes, those of rows that would replace an earlier one with a slot."""
+        """Return the prefixes, with a slot for rows that would replace an earlier row."""
         hashes = delays.utc_ns.astype(np.uint64) ^ (prefix.astype(np.uint64) * _MIX)
         slots = self._seen.slots(hashes, delays.utc_ns, delays.packet)
         if slots:
             prefix = prefix.copy()
             for row, slot in slots.items():
                 series, _, field = self._prefixes[prefix[row]].rpartition(" ")
-                # Beyond the budget, if need be: a handful, and a row that replaced another would be lost uncounted.
+                # Not counted for the budget: there are few, and a replaced row would be lost without being counted.
                 prefix[row] = self._prefix(f"{series},slot={slot} {field}")
         return prefix
 
-    # Middles: the other fields, but for the number that the prefix waits for.
+    # Middles: the fields after the delay, whose number follows the prefix.
 
     def _middle_index(self, delays: Delays) -> Codes:
         # GSO and GRO packets are at most 64 KiB, but IPv6 jumbograms (BIG TCP, Linux 5.19) are not.
@@ -336,7 +337,7 @@ class StreamLines:
             for new in np.unique(code[index == _UNKNOWN]).tolist():
                 row = int(np.flatnonzero(code == new)[0])
                 text = f"i,l3_len={int(length[row])}i" + (",dropped=1i" if dropped[row] else "")
-                # Position 255 is that of the overhead, which is no hop.
+                # Position 255 is the overhead, which is not a hop.
                 text += " " if int(delays.position[row]) == 255 else f",position={int(delays.position[row])}i "
                 self._middle_of[new] = len(self._middles)
                 self._middles.append(text)
@@ -346,7 +347,7 @@ class StreamLines:
     # Containers.
 
     def containers(self, results: Results) -> Iterator[str]:
-        """`container_info` lines: of those that are new or renamed, and of all once a minute."""
+        """Yield `container_info` lines for new and renamed containers, and once a minute for all."""
         minute = results.upto_utc_ns // _INFO_NS
         if results.present is None or (results.present is self._present and minute == self._minute):
             return
@@ -364,7 +365,7 @@ class StreamLines:
     # Round trips.
 
     def round_trips(self, trips: RoundTrips) -> Iterator[str]:
-        """`rtt` lines, of samples that have a time."""
+        """Yield `rtt` lines for the samples that have a time."""
         rows = trips.rows
         taken: dict[tuple[str, int], int] = {}
         for i in range(len(rows)):
@@ -385,7 +386,7 @@ class StreamLines:
             if not self._budget.admits(series):
                 self.over_budget += 1
                 continue
-            # Further replies to one request have its time.
+            # Duplicate replies to a request have the request's time.
             slot = taken.get((series, time_ns), 0)
             taken[series, time_ns] = slot + 1
             told = ("seq", "tool_rtt_ns") if reason else _RTT_FIELDS
@@ -395,7 +396,7 @@ class StreamLines:
     # Windows.
 
     def windows(self, windows: Iterable[Window], devices: Sequence[Device], ranks: Sequence[int]) -> Iterator[str]:
-        """`device_window` lines."""
+        """Yield `device_window` lines."""
         if len(devices) != len(self._devices) or tuple(ranks) != self._ranks:
             self._devices, self._ranks = tuple(devices), tuple(ranks)
             self._window_series.clear()

@@ -1,18 +1,18 @@
-"""The raw stream to a MQTT broker: a `StreamSink` that never waits for it.
+"""Publishes the raw stream to an MQTT broker: a `StreamSink` that never waits for the broker.
 
     write() ──► pending ──► frames ──► spool ──► window ──► broker ──► ingest
                   every `interval_s`     ▲                               │
-                                         └──── gone when it says so ◄────┘  mace/v1/HOST/ack
+                                         └──── removed by the ack ◄──────┘  mace/v1/HOST/ack
 
-A frame stays in the spool until the *ingest* says that it has it where a crash cannot take it; what the broker
-acknowledges can still be lost with the broker. So neither broker nor ingest need to keep anything for us: whatever of
-them is killed or restarted, what is missing is sent again, and what came twice has its number. Up to `_WINDOW_MOST`
-frames are under way at once, few at the beginning and after a loss, so that a fleet that comes back does not flood the
-broker. docs/mqtt.md has topics and messages, docs/design/015-mqtt.md the reasons.
+A frame stays in the spool until the *ingest* acknowledges that its journal has the frame; frames that only the broker
+has acknowledged can be lost with the broker. Broker and ingest therefore need not keep anything: after either of them
+was killed or restarted, missing frames are sent again, and repeated frames are recognised by their numbers. Up to
+`_WINDOW_MOST` frames are in flight at once, few at the beginning and after a loss, so that a returning fleet does not
+flood the broker. docs/mqtt.md has topics and messages, docs/design/015-mqtt.md the reasons.
 
-What the other side says is believed only as far as it can be true: an acknowledgement or a refusal up to what was sent,
-a frame in the spool once it is one. A frame that cannot be sent, or that the ingest refuses for what is in it, is put
-into `set-aside` of the spool's directory, and the others go on.
+Acknowledgements and refusals are believed only for frames that were sent, and a frame in the spool only if it is valid.
+A frame that cannot be sent, or whose content the ingest refuses, is moved to `set-aside` in the spool's directory, and
+the others go on.
 """
 
 from __future__ import annotations
@@ -56,61 +56,61 @@ _LOG: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BATCH_RECORDS: Final = 1 << 16
-"""Of one message at most: some 200 kB, and so no broker's limit."""
+"""Most records of a message: some 200 kB, below every broker's limit."""
 _PENDING_RECORDS: Final = 1 << 22
-"""Wait for a disk that hangs; beyond, the newest are discarded. 130 MB of columns (230 with content)."""
+"""Most records that wait for a hanging disk, 130 MB of columns (230 MB with content); newer ones are discarded."""
 _MEMORY_BYTES: Final = 16 << 20
-"""Frames that are kept in memory besides, so that sending seldom reads the disk; all there is if the disk is full."""
+"""Frames that are also kept in memory, so that sending rarely reads the disk; the whole spool if the disk is full."""
 _WINDOW_LEAST: Final = 4
 _WINDOW_MOST: Final = 256
 _WINDOW_BYTES: Final = 8 << 20
-"""Under way at once; at 2.7 bytes a record 3 M records."""
+"""Most bytes in flight; with 2.7 bytes per record, 3 M records."""
 RESEND_S: Final = 3.0
-"""An ingest that has got a frame says so within a second. One that does not is asked again, and so found when it
-comes back, by a few frames every so often."""
+"""An ingest acknowledges a frame within a second. Without an acknowledgement for this time a few frames are sent again,
+which also finds an ingest that has returned."""
 _STEADY_S: Final = 10.0
-"""A connection that broke sooner counts as a failed attempt: the next one waits longer than the last."""
+"""A connection that breaks earlier counts as a failed attempt, after which the next pause is longer."""
 _TAKEN_OVER_S: Final = (2.0, 60.0, 600.0)
-"""After the first, second, ... time that another client has taken the session over. The first pause is short, so that
-the other is told too; the others keep two of one name from throwing each other out for ever."""
+"""Pauses after the first, second, ... time that another client has taken over the session. The first is short, so that
+the other client also notices; the others keep two hosts with one name from disconnecting each other for ever."""
 _LOOK_S: Final = 2.0
-"""Within it a broker gives out a status that it keeps; if it keeps none, nothing comes."""
+"""Time within which a broker sends a retained status; without a retained one, nothing arrives."""
 _FORGIVEN_S: Final = 3600.0
-"""After a connection of this length it is the first time again."""
+"""After a connection of this length, the next takeover counts as the first."""
 _SET_ASIDE_BYTES: Final = 64 << 20
-"""Of frames that cannot be sent, or are refused, are kept; those beyond are counted only."""
+"""Most bytes of frames in `set-aside`; further frames are only counted."""
 _CLOCKS_AGREE_NS: Final = 3_600_000_000_000
-"""Clocks that differ by less than an hour both know whether a time is a day ahead of them."""
+"""Largest difference of clocks that agree on whether a time is a day ahead."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Skipped:
-    """Records that were discarded before they were encoded, at this place of the stream."""
+    """A number of records discarded before they were encoded, at this place in the stream."""
 
     records: int
 
 
 @dataclass(slots=True)
 class _Way:
-    """What is under way to the ingest."""
+    """The frames in flight to the ingest."""
 
     stream: int = -1
     next: int = 0
     """Number of the frame to be sent next."""
     run_from: int = 0
-    """From this frame on all up to the next were sent, one after the other."""
+    """All frames from this one up to `next` were sent without a gap."""
     bytes: int = 0
-    """Sent and not known to have arrived."""
+    """Bytes sent and not acknowledged."""
     window: int = _WINDOW_LEAST
     restart: bool = True
-    """Begin again with the oldest frame that is there, HEADER and topology first."""
+    """Whether to start again with the oldest frame in the spool, after HEADER and topology."""
 
 
 class StreamPublisher:
-    """A `StreamSink`. `discarded` says how many records had to be given up because the spool was full.
+    """A `StreamSink` that publishes to a broker. An unreachable broker is never an error; the spool keeps the records.
 
-    `open` raises `StoreError` or `Unavailable` where the spool cannot be used, `WireError` where the host's name cannot
-    be part of a topic; a broker that is away is no error, now or later.
+    `open` raises `StoreError` or `Unavailable` if the spool cannot be used, and `WireError` if the host's name is not
+    valid in a topic.
     """
 
     def __init__(
@@ -123,60 +123,60 @@ class StreamPublisher:
         self._encoder = Encoder()
         self._host = self._run = ""
         self._stream = -1
-        """Tag of the stream of this run."""
+        """Tag of this run's stream."""
         self._pending: list[StreamItem | _Skipped] = []
         self._pending_records = 0
         self._progress: Progress | None = None
         self._failure: StoreError | WireError | None = None
-        # All that touches encoder, spool and contexts happens in this one thread, in the order of asking.
+        # Only this thread uses encoder, spool and contexts, in the order of the requests.
         self._thread = ThreadPoolExecutor(1, "mace-publish")
         self._full = asyncio.Event()
         self._news = asyncio.Event()
-        """Something to send, or a word from the ingest."""
+        """Set when there are new frames to send, or an acknowledgement has arrived."""
         self._emptier = asyncio.Event()
-        """Something has arrived."""
+        """Set when frames have left the spool."""
         self._tasks: list[asyncio.Task[None]] = []
         self._way = _Way()
         self._acknowledged = 0
-        """Frames."""
+        """Number of acknowledged frames."""
         self._sent: dict[int, int] = {}
-        """Stream → frames of it before this one were sent by this process: so far acknowledgements are believed."""
+        """By stream, the number after the last frame that this process has sent; acknowledgements beyond are false."""
         self._connected = self._answered = False
         self._trouble = "not connected yet"
         self.records = 0
-        """Taken over."""
+        """Number of records accepted from the source."""
         self.arrived = 0
-        """Records of which the ingest says that it has them, those of earlier runs included."""
+        """Number of records that the ingest has acknowledged, including those of earlier runs."""
         self.skipped = 0
-        """Records discarded before they came to the spool."""
+        """Number of records discarded before they reached the spool."""
         self.left_before = 0
-        """Records that an earlier run had left in the spool."""
+        """Number of records that earlier runs have left in the spool."""
         self.sent_bytes = 0
-        """Of payload, repetitions included."""
+        """Bytes of payload sent, including repetitions."""
         self.restarts = 0
-        """Times that sending began again with the oldest frame: connections, and losses on the way."""
+        """How often sending has started again with the oldest frame, after a connection or a loss."""
         self.refused = 0
-        """Publishes that the broker denied."""
+        """Number of publishes that the broker has refused."""
         self.set_aside = 0
-        """Records in frames that cannot be sent, or that the ingest refuses."""
+        """Number of records in frames that cannot be sent, or that the ingest refuses."""
         self.set_aside_frames = 0
         self.taken_over = 0
-        """Times that another client of this name took the session over."""
+        """How often another client with this name has taken over the session."""
         self.disbelieved = 0
-        """Acknowledgements of frames that were never sent."""
+        """Number of acknowledgements for frames that were never sent."""
 
     @property
     def discarded(self) -> int:
-        """Records that had to be given up, for want of room or because they were damaged on the disk."""
+        """Number of records lost because the spool was full or damaged on the disk."""
         return self._spool.dropped_rows + self._spool.damaged_rows + self.skipped
 
     @property
     def waiting(self) -> int:
-        """Records that have not arrived yet."""
+        """Number of records that are not acknowledged yet."""
         return self._spool.rows + self._pending_records
 
     def state(self) -> Publishing:
-        """How it goes; from any thread."""
+        """Return the state of publishing; may be called from any thread."""
         return Publishing(
             records=self.records,
             arrived=self.arrived,
@@ -192,7 +192,7 @@ class StreamPublisher:
     # The sink. ------------------------------------------------------------------------------------------------
 
     async def open(self, header: StreamHeader) -> None:
-        """Find what an earlier run has left, begin the stream, and connect in the background."""
+        """Read the frames of earlier runs in the spool, begin the stream, and connect in the background."""
         self._host, self._run = header.host, header.run
         stream_topic(self._host)  # raises for a name that cannot be part of one
         await self._do(lambda: self._begin(header))
@@ -202,12 +202,12 @@ class StreamPublisher:
         ]
 
     async def write(self, item: StreamItem) -> None:
-        """Take an item over; never waits. Raises if an earlier one broke the order of the stream."""
+        """Accept an item; never waits. Raises `WireError` if an earlier item was out of order."""
         if self._failure is not None:
             raise self._failure
         for task in self._tasks:
             if task.done():
-                task.result()  # a defect of ours ends the run: without this task it would go on in silence
+                task.result()  # a defect here ends the run, which would otherwise publish nothing in silence
         if isinstance(item, Progress):
             self._progress = item
             return
@@ -225,7 +225,7 @@ class StreamPublisher:
             self._full.set()
 
     async def aclose(self) -> None:
-        """End the stream, and wait up to `drain_s` until all has arrived; what has not stays in the spool."""
+        """End the stream and wait up to `drain_s` for acknowledgements; other frames stay in the spool."""
         try:
             if self._tasks:
                 await self._finish()
@@ -271,12 +271,12 @@ class StreamPublisher:
         self._contexts.close(keep=bool(self._spool.frames))
         lost = self._spool.close()
         if lost:
-            _LOG.warning("%d records were in memory only, and are lost: the spool's disk takes no more", lost)
+            _LOG.warning("%d records are lost: the spool's disk is full, and they were in memory only", lost)
             self.skipped += lost
 
     async def _flush_now_and_then(self) -> None:
         while True:
-            # Not wait_for: before Python 3.12 it can swallow the cancellation of whoever waits.
+            # Not wait_for: before Python 3.12 it can swallow the waiting task's cancellation.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
                     await self._full.wait()
@@ -287,12 +287,12 @@ class StreamPublisher:
         items, self._pending, self._pending_records = self._pending, [], 0
         progress, self._progress = self._progress, None
         if items or progress is not None or last:
-            # Shielded: what was taken must get into the spool, whoever is cancelled.
+            # Shielded, so that accepted items reach the spool even if this task is cancelled.
             await asyncio.shield(self._do(lambda: self._encode(items, progress, last=last)))
             self._news.set()
 
     def _encode(self, items: list[StreamItem | _Skipped], progress: Progress | None, *, last: bool) -> None:
-        """One frame for all batches up to the next topology, or several if they are large."""
+        """Encode items: one frame for all batches up to the next topology, or several for large ones."""
         together: list[Batch] = []
 
         def put_batches() -> None:
@@ -319,7 +319,7 @@ class StreamPublisher:
             if last:
                 self._spool.append(Frame(self._encoder.end(), 0))
         except WireError as error:
-            # The stream's own order is broken: no reader would take what follows.
+            # The stream is out of order, and readers would refuse the following frames.
             self._failure = error
         except OSError as error:
             self._failure = StoreError(f"the spool for publishing: {error}")
@@ -351,25 +351,25 @@ class StreamPublisher:
                 self.taken_over += 1
                 self._trouble = (
                     f"{self._broker.address}: another client took over the session of {self._host!r}"
-                    " (session taken over, MQTT reason 0x8E): a second host of this name, or a second"
-                    " `mace run --publish` on this one; give each its own name with [run] host (docs/mqtt.md)"
+                    " (session taken over, MQTT reason 0x8E): a second host has this name, or a second"
+                    " `mace run --publish` runs here; give each its own name with [run] host (docs/mqtt.md)"
                 )
-                _LOG.warning("%s; tried again in %g s, what is measured waits in the spool", self._trouble, pause_s)
+                _LOG.warning("%s; retrying in %g s, records wait in the spool", self._trouble, pause_s)
                 attempt = 0
             else:
                 attempt = 0 if lasted_s > _STEADY_S else attempt
-                # Once an outage, not once an attempt: it can last for days.
+                # One warning per outage, not per attempt: an outage can last for days.
                 level = logging.WARNING if attempt == 0 else logging.DEBUG
-                _LOG.log(level, "%s; what is measured waits in the spool", self._trouble)
+                _LOG.log(level, "%s; records wait in the spool", self._trouble)
                 attempt += 1
                 pause_s = retry_after_s(attempt, random.random())
             await asyncio.sleep(pause_s)
 
     async def _is_another_online(self) -> bool:
-        """Whether the status of this host is that of another run, which has come in our place.
+        """Return whether the retained status of this host is another run's, which has taken over the session.
 
-        A broker need not say why it ends a session (mosquitto 2.0.11 does not). It is asked in another session, so that
-        whoever is there now is not thrown out by the question.
+        A broker need not say why it ends a session (mosquitto 2.0.11 does not). The query uses another client
+        identifier, so that it does not disconnect the present client.
         """
         with contextlib.suppress(MqttError, TimeoutError, ValueError, AttributeError):
             async with asyncio.timeout(_LOOK_S), self._broker.connection(f"mace-{self._host}-look") as client:
@@ -387,7 +387,7 @@ class StreamPublisher:
         return json.dumps({"state": state, "host": self._host, "run": self._run}).encode()
 
     async def _serve(self, client: Connection) -> None:
-        """Until the connection breaks (`MqttError`) or the task is cancelled."""
+        """Send and receive until the connection breaks (`MqttError`) or the task is cancelled."""
         self._way = _Way()
         refused = self.refused
         await client.subscribe(ack_topic(self._host), qos=0)
@@ -402,7 +402,7 @@ class StreamPublisher:
             self.refused = refused + client.refused
             await cancelled(hearing, sending)
             with contextlib.suppress(MqttError, TimeoutError):
-                # Only where we go in peace; otherwise the broker gives out the last will.
+                # Possible on a working connection only; otherwise the broker publishes the last will.
                 async with asyncio.timeout(1):
                     await client.publish(status_topic(self._host), self._status("offline"), qos=1, retain=True)
 
@@ -418,7 +418,7 @@ class StreamPublisher:
             self._emptier.set()
 
     def _take(self, ack: Ack) -> None:
-        """What has arrived leaves the spool; what is missing is sent again."""
+        """Process an acknowledgement: remove acknowledged frames from the spool, and send missing ones again."""
         way = self._way
         gone = 0
         upto = self._believed(ack)
@@ -445,17 +445,18 @@ class StreamPublisher:
             way.restart = True
 
     def _take_refusal(self, stream: int, refusal: Refusal) -> int:
-        """Put the oldest frames aside where the ingest refuses them; how many.
+        """Set the oldest frames aside if the ingest refuses them; returns how many.
 
-        Frames whose times are ahead of the ingest's clock wait as long as this machine's clock says something else: one
-        of the two is wrong, and will be put right.
+        Frames refused because their times are ahead of the ingest's clock wait while the two machines' clocks
+        disagree: one of the clocks is wrong, and will be corrected.
         """
         oldest = self._oldest()
         if oldest is None or oldest[1].stream != stream or not refusal.first <= oldest[1].sequence <= refusal.last:
             return 0
         if refusal.clock_utc_ns is not None and abs(refusal.clock_utc_ns - time.time_ns()) > _CLOCKS_AGREE_NS:
             self._say(
-                f"the ingest, whose clock is not ours, refuses what is sent ({refusal.why}); it waits in the spool"
+                f"the ingest refuses frames ({refusal.why}) and its clock differs from this machine's: set both clocks;"
+                " records wait in the spool"
             )
             return 0
         last = min(refusal.last, self._sent.get(stream, 0) - 1)
@@ -470,39 +471,39 @@ class StreamPublisher:
         if oldest is not None and oldest[1].stream != stream:
             self._contexts.forget(stream)
             self._sent.pop(stream, None)
-        # What follows was sent as if those frames could still come.
+        # The following frames were sent with these announced as still to come.
         self._way.restart |= gone > 0
         return gone
 
     def _say(self, trouble: str) -> None:
-        """Report what is in the way, once."""
+        """Log a problem, unless it is the one logged last."""
         if trouble != self._trouble:
             _LOG.warning("%s: %s", self._broker.address, trouble)
         self._trouble = trouble
 
     def _believed(self, ack: Ack) -> int:
-        """The frame up to which an acknowledgement can be true.
+        """Return the frame up to which an acknowledgement is credible.
 
-        Of an earlier run's stream more may have been sent than this process knows of: it is sent again. Of our own
-        only somebody else can say so, and what is not sent must not leave the spool.
+        For an earlier run's stream, more may have been sent than this process knows; those frames are sent again. For
+        our own stream such an acknowledgement is false, and frames that were not sent must stay in the spool.
         """
         sent = self._sent.get(ack.stream, 0)
         if ack.next > sent and ack.stream == self._stream:
             self.disbelieved += 1
             if self.disbelieved == 1:
                 _LOG.warning(
-                    "%s: frame %d is acknowledged, and %d is the next to be sent: somebody who is not the ingest may"
-                    " write to %s (docs/mqtt.md, Who may do what); believed up to what was sent",
+                    "%s: frame %d is acknowledged, but %d is the next to be sent: a client other than the ingest may"
+                    " write to %s (docs/mqtt.md, Who may do what); only sent frames count as acknowledged",
                     self._broker.address, ack.next, sent, ack_topic(self._host),
                 )  # fmt: skip
         return min(ack.next, sent)
 
     def _oldest(self) -> tuple[Frame, Head] | None:
-        """The oldest frame in the spool that can be sent, without keeping it from being dropped.
+        """Return the oldest frame in the spool that can be sent, which may still be dropped; None if there is none.
 
-        Those before it that cannot are set aside.
+        Frames before it that cannot be sent are set aside.
         """
-        # Where that is damaged, `first` counts and removes it.
+        # If the oldest is damaged, `first` counts and removes it.
         while (frame := self._spool.ahead(0) or self._spool.first()) is not None:
             try:
                 head = whole_head(frame.payload)
@@ -511,13 +512,13 @@ class StreamPublisher:
                 continue
             if self._contexts.of(head.stream) is not None:
                 return frame, head
-            self._put_aside(frame, "the HEADER of its stream is missing, without which nobody can read it")
+            self._put_aside(frame, "the HEADER of its stream is missing, without which it cannot be read")
         return None
 
     def _put_aside(self, frame: Frame, why: str) -> None:
-        """Take the oldest frame, which nobody can or will take, out of the spool; keep and count it.
+        """Move the oldest frame, which cannot be delivered, from the spool to `set-aside`, and count it.
 
-        The 1st, 2nd, 4th, 8th is reported: a line each would fill the log.
+        The log reports the 1st, 2nd, 4th, 8th, ..., because a line for each would fill it.
         """
         self.set_aside += frame.rows
         self.set_aside_frames += 1
@@ -530,7 +531,7 @@ class StreamPublisher:
             if sum(kept) + len(frame.payload) <= _SET_ASIDE_BYTES:
                 (self._aside / f"{self._run}-{self.set_aside_frames}.frame").write_bytes(frame.payload)
         except OSError as error:
-            _LOG.warning("%s: a frame that is set aside is not kept: %s", self._aside, error.strerror)
+            _LOG.warning("%s: cannot keep a frame that was set aside: %s", self._aside, error.strerror)
         self._spool.first()
         self._spool.acknowledge()
 
@@ -561,7 +562,7 @@ class StreamPublisher:
                     await self._news.wait()
 
     def _next_frames(self) -> list[tuple[bytes, int]]:
-        """Some frames to be sent now, each with the number of the oldest that can still come before it."""
+        """Return frames to send now, each with the number of the oldest frame that may still arrive before it."""
         oldest = self._oldest()
         if oldest is None:
             return []
@@ -580,7 +581,7 @@ class StreamPublisher:
             frame = self._spool.ahead(index)
             found = _sendable(frame)
             if frame is None or found is None or found.stream != way.stream:
-                # The next stream's turn, and that of a frame to be set aside, comes when what is before it has arrived.
+                # The next stream, or a frame to set aside, follows when all frames before it are acknowledged.
                 break
             if found.sequence != way.next:
                 way.run_from = found.sequence
@@ -592,9 +593,9 @@ class StreamPublisher:
         return parts
 
     def _index(self, sequence: int, oldest: int) -> int:
-        """Where in the spool the first frame of the stream under way is that has this number or a later one."""
+        """Return the index in the spool of the current stream's first frame with this number or a later one."""
         index = max(sequence - oldest, 0)
-        # Nearer, if frames between are gone.
+        # The index is smaller if frames between were removed.
         while index and not self._is_before(index - 1, sequence):
             index -= 1
         return index
@@ -602,12 +603,12 @@ class StreamPublisher:
     def _is_before(self, index: int, sequence: int) -> bool:
         head = _sendable(self._spool.ahead(index))
         if head is None:
-            return index < self._spool.frames  # damaged: it will be found out when it is the oldest
+            return index < self._spool.frames  # a damaged frame is handled when it is the oldest
         return head.stream == self._way.stream and head.sequence < sequence
 
 
 def _sendable(frame: Frame | None) -> Head | None:
-    """The head of a frame that a reader would take; None for any other."""
+    """Return the head of a valid frame; None for any other."""
     try:
         return whole_head(frame.payload) if frame is not None else None
     except WireError:

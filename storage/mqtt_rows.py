@@ -1,10 +1,10 @@
-"""Results to a MQTT broker: rows and windows as Arrow, for whoever subscribes.
+"""Publishes results to an MQTT broker: rows and windows as Arrow, for subscribers.
 
     mace/v1/HOST/delays, .../windows, .../ledger     one Arrow IPC stream a message: columns and types of docs/store.md
 
-Each message stands for itself: it names host, run and devices, and any Arrow reads it. The broker's acknowledgement is
-all there is (the raw stream has more, see `storage.mqtt`): what it loses is lost, and what is sent again after an
-outage may come twice. So each message has in its schema's metadata `run` and `number`, which goes up by one.
+Each message is self-contained: it names host, run and devices, and any Arrow library reads it. Only the broker
+acknowledges messages (the raw stream has more, see `storage.mqtt`): a message that the broker loses is lost, and after
+an outage a message may arrive twice. The schema's metadata therefore has `run` and `number`, which increases by one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compressio
 
 
 class RowsTarget:
-    """The broker's side of the sink (`storage.running_sink.Target`)."""
+    """Encodes results as messages and publishes them (`storage.running_sink.Target`)."""
 
     def __init__(self, broker: Broker, config: MqttRowsConfig) -> None:
         self._broker = broker
@@ -45,11 +45,11 @@ class RowsTarget:
         self._connected = AsyncExitStack()
 
     def rows(self, item: HostResults) -> int:
-        """Packets' rows and windows."""
+        """Return the number of rows and windows in an item."""
         return len(item.results.delays) + len(item.results.windows) if isinstance(item.results, Results) else 0
 
     def encode(self, items: Sequence[HostResults], *, last: bool) -> Encoded:
-        """A message for each table and `batch_rows` of an item; round trips are left out."""
+        """Encode items as one message per table and `batch_rows` rows; round trips are left out."""
         del last
         frames: list[Frame] = []
         left_out = 0
@@ -95,10 +95,10 @@ class RowsTarget:
         return Frame(sink.getvalue().to_pybytes(), len(rows), results_topic(header.host, table))
 
     async def open(self) -> None:
-        """Nothing is asked of the broker yet: it may be away."""
+        """Do nothing yet, because the broker may be unreachable."""
 
     async def deliver(self, frame: Frame) -> Delivered:
-        """Publish, and wait for the broker's word."""
+        """Publish a message and wait for the broker's acknowledgement. Raises `TryLaterError`."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 if self._client is None:
@@ -124,7 +124,7 @@ class RowsTarget:
 
 
 def check(config: Config) -> Status:
-    """Whether it is configured so that it can work; the broker's own row says whether that answers."""
+    """Return whether the configuration is valid; the part `broker` reports whether the broker can be reached."""
     try:
         Broker(config.mqtt)
     except (ConfigError, WireError) as error:
@@ -133,7 +133,7 @@ def check(config: Config) -> Status:
 
 
 def make(config: Config, vitals: Vitals) -> SharedRunningSink:
-    """The sink as configured. Raises `ConfigError`."""
+    """Return the configured sink. Raises `ConfigError`."""
     own = config.sinks.mqtt
     target = RowsTarget(Broker(config.mqtt), own)
     return SharedRunningSink(RunningSink[HostResults](NAME, target, own, vitals.account(NAME), patient=not vitals.live))

@@ -1,8 +1,8 @@
-"""Containers' names in a store: rows keep the one of their moment, readers show the newest.
+"""Names of containers in a store: rows keep the name at their time, readers show the newest name.
 
-A container that has an id is one container whatever it was called. Its names are read from `windows`, which has a row a
-second where `delays` has millions. Rows without an id keep the name that they have: those of before there was the
-column, and of containers that no runtime gave one.
+An id identifies a container under all of its names. The names are read from `windows`, which has a row per second where
+`delays` has millions. Rows without an id keep their name: rows written before the column existed, and rows of
+containers without an id.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Final
 NAMES_SQL: Final = (
     "SELECT host, container_id, container, max(epoch_ns(time)) FROM {windows} WHERE container_id != '' GROUP BY ALL"
 )
-"""Rows for `named`."""
+"""Query of the rows for `named`."""
 TABLES: Final = ("delays", "windows")
-"""Tables that name containers."""
+"""Tables with the names of containers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,15 @@ class Named:
     host: str
     container_id: str
     container: str
-    """What it was called last."""
+    """The container's newest name."""
     utc_ns: int
-    """When: its last window under that name."""
+    """Time of its last window under that name, UTC."""
     earlier: tuple[str, ...]
-    """Its other names."""
+    """The container's other names."""
 
 
 def named(rows: Iterable[tuple[str, str, str, int]]) -> list[Named]:
-    """One for each container, from (host, id, name, UTC in ns of the last row with that name); the newest last."""
+    """Group rows of (host, id, name, UTC in ns of the name's last row) by container; the newest container is last."""
     names: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for host, container_id, container, utc_ns in rows:
         names.setdefault((host, container_id), []).append((utc_ns, container))
@@ -46,14 +46,14 @@ def named(rows: Iterable[tuple[str, str, str, int]]) -> list[Named]:
 
 
 def newest_of(container: str, found: Sequence[Named]) -> str:
-    """The newest name of the container that is called so or, if none is, was called so last."""
+    """Return the newest name of the container that has this name, or else of the one that had it last."""
     if any(one.container == container for one in found):
         return container
     return next((one.container for one in reversed(found) if container in one.earlier), container)
 
 
 def by_newest_name(relation: str, found: Sequence[Named]) -> str:
-    """SQL for the rows of a relation, each with its container's newest name."""
+    """Return SQL for the rows of a relation, each with its container's newest name."""
     renamed = [one for one in found if one.earlier]
     if not renamed:
         return relation

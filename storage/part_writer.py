@@ -1,8 +1,8 @@
-"""Writes the rows of one part of a replay into Parquet files: segments, once it is committed.
+"""Writes the rows of one part of a replay to Parquet files, which become segments when the part is committed.
 
-Nobody reads them where they lie; an attempt that was given up leaves nothing but its folder. Memory is bounded by two
-row groups, one that is filled and one that is encoded, and by the files that are open: of many hours, those that were
-written to last. An hour that is written to after its file was closed gets another one, and at the end they are joined.
+No reader reads the files before that, and an abandoned attempt leaves only its folder. Memory is bounded by two row
+groups, one being filled and one being encoded, and by the open files: those of the hours written to last. An hour that
+is written to after its file was closed gets another file, and all files of an hour are joined at the end.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from storage.places import Place
 from storage.segments import Ints, by_hour
 
 _OPEN_FILES: Final = 32
-"""Files that are open at once. A recording's rows come nearly in the order of time: two hours of two tables at most."""
+"""Most open files. A recording's rows are nearly in time order, so they need two hours of two tables at most."""
 MOST_HOURS: Final = 10_000
-"""Hours, with rows, of one part: more than a year. Each has files of its own, and a capture of some kilobytes can tell
-of a packet an hour for a century."""
+"""Most hours with rows in one part: more than a year. Each hour has its own files, and a capture of some kilobytes can
+claim one packet per hour for a century."""
 _WAITING_BINS: Final = 1 << 20
-"""Histogram bins of windows that may wait for their row group: 16 MiB."""
+"""Most histogram bins of windows that wait for their row group: 16 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A whole file that waits to be committed."""
+    """A complete file that waits for its commit."""
 
     table: str
     hour: int
     rows: int
     name: str
-    """In the place."""
+    """Name of the file in the place."""
 
 
 @dataclass(slots=True)
 class _File:
-    """The rows of one table and hour: the file that is open, if one is, and all that there are."""
+    """The files of one table and hour: the open one, if there is one, and the names of all."""
 
     opened: ExitStack | None = None
     writer: Any = None
@@ -63,14 +63,14 @@ class _File:
 
 
 class PartWriter:
-    """One attempt at one part; a context manager. Raises `StoreError` if it cannot write."""
+    """Writer of one attempt at one part; a context manager. Raises `StoreError` if it cannot write."""
 
     def __init__(self, place: Place, folder: str, header: StreamHeader, *, overlap: bool) -> None:
-        """`overlap`: encode in a thread while the caller computes on."""
+        """`overlap`: a second thread encodes while the caller goes on computing."""
         self._place, self._folder, self._header = place, folder, header
         self._files: dict[tuple[str, int], _File] = {}
         self._open: dict[tuple[str, int], _File] = {}
-        """Those that are open; the one that was written to last comes last."""
+        """The open files; the one written to last is last."""
         self._delays: list[Delays] = []
         self._waiting_rows = 0
         self._windows: list[Window] = []
@@ -94,7 +94,7 @@ class PartWriter:
                 self._place.remove(self._folder)
 
     def add(self, delays: Delays, windows: Sequence[Window], devices: tuple[Device, ...]) -> None:
-        """Take rows; `devices` is what they point to."""
+        """Add rows and windows, whose device indices refer to `devices`."""
         self._devices = devices
         if len(delays):
             self._delays.append(delays)
@@ -107,7 +107,7 @@ class PartWriter:
             self._write_windows()
 
     def close(self) -> list[Staged]:
-        """Write what waits; all files are whole then."""
+        """Write the waiting rows and complete all files; returns the files."""
         self._write_delays()
         self._write_windows()
         self._wait()
@@ -165,7 +165,7 @@ class PartWriter:
         key = (table, hour)
         if key not in self._files and len(self._files) >= 2 * MOST_HOURS:
             raise StoreError(
-                f"{self._place.location}: rows of more than {MOST_HOURS:,} hours in one recording: is its clock wrong?"
+                f"{self._place.location}: one recording has rows of more than {MOST_HOURS:,} hours: check its clock"
             )
         file = self._files.setdefault(key, _File())
         try:
@@ -182,7 +182,7 @@ class PartWriter:
 
     def _begin(self, table: str, file: _File, name: str) -> None:
         with ExitStack() as opened:
-            # The writer's end comes before the file's.
+            # Entered after the sink, so that the writer is closed before the file.
             sink = opened.enter_context(self._place.sink(name))
             options = tables.parquet_options(table)
             file.writer = opened.enter_context(SegmentWriter(sink, tables.SCHEMAS[table], **options))
@@ -193,7 +193,7 @@ class PartWriter:
         self._open.pop(next(iter(self._open))).close()
 
     def _join(self, table: str, file: _File) -> None:
-        """Lay the row groups of an hour's files end to end in one."""
+        """Join the row groups of an hour's files in one file."""
         names, file.names = file.names, []
         self._begin(table, file, names[0].removesuffix(".parquet") + "-joined.parquet")
         try:
@@ -212,6 +212,6 @@ class PartWriter:
 
     def _cannot(self, error: OSError) -> StoreError:
         return StoreError(
-            f"{self._place.location}: cannot write: {error.strerror or error}; what was committed before stays"
-            " readable: free space, then go on with --resume"
+            f"{self._place.location}: cannot write: {error.strerror or error}; the parts committed before stay"
+            " readable: free space, then continue with --resume"
         )

@@ -1,7 +1,7 @@
-"""Where a dataset lies: a directory of this machine, or anywhere that fsspec knows by a URL.
+"""The place of a dataset: a directory of this machine, or a URL that fsspec supports.
 
-Few operations, because object stores have few: a file is written whole, read whole, moved, removed. Names are relative,
-with `/` between their parts.
+There are few operations, because object stores have few: a file is written whole, read whole, moved, removed. Names are
+relative, with `/` between their parts.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from storage.ownership import open_new
 
 
 class Place(Protocol):
-    """A directory, here or elsewhere. Errors of the system pass as OSError."""
+    """A directory on this machine or at a URL. OSErrors pass."""
 
     location: str
-    """Path or URL, from which another process makes the same place."""
+    """Path or URL, from which another process can make the same place."""
 
     def read(self, name: str) -> bytes | None:
-        """All of a file; None if it is not there."""
+        """Return the content of a file; None if it does not exist."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Make a file, in the place of one of that name; whole or not at all."""
+        """Write a file, whole or not at all; replaces a file of that name."""
         ...
 
     def sink(self, name: str) -> Any:
-        """A new file to write Parquet to, a context manager; it need not be whole before it is closed."""
+        """Return a new file to write Parquet to, a context manager. It need not be complete before it is closed."""
         ...
 
     def move(self, source: str, target: str) -> None:
-        """Give a file that is closed another name, in the place of one that has it."""
+        """Rename a closed file; replaces a file of the new name."""
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file or a directory with all that is in it, if it is there."""
+        """Remove a file, or a directory with its content, if it exists."""
         ...
 
     def names(self) -> list[str]:
-        """What is in it: names of files and directories, not of what is in those."""
+        """Return the names of the files and directories directly in the place."""
         ...
 
 
@@ -92,7 +92,7 @@ class LocalPlace:
 
 
 class RemotePlace:
-    """A URL of fsspec. Moving is the store's own: one step where it has one, a copy and a removal where not."""
+    """A URL of fsspec. A move is one step if the store supports that, otherwise a copy and a removal."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -104,7 +104,7 @@ class RemotePlace:
             self._files, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise StoreError(
-                f"{url}: {error}; extra `s3` is for s3://, others need fsspec's package for them"
+                f"{url}: {error}; install the extra `s3` for s3://, or fsspec's package for another scheme"
             ) from error
 
     def _at(self, name: str) -> str:
@@ -155,7 +155,7 @@ class RemotePlace:
 
 
 def place_at(location: str | Path, *, fsync: bool = True) -> Place:
-    """The place of a path or a URL. Raises `StoreError`, and `MissingExtra` for a URL where fsspec is not installed."""
+    """Return the place at a path or URL. Raises `StoreError`, and `MissingExtra` for a URL without fsspec."""
     if "://" in str(location):
         return RemotePlace(str(location))
     return LocalPlace(Path(location).absolute(), fsync=fsync)

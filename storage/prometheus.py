@@ -1,25 +1,25 @@
-"""An endpoint for Prometheus, and for orchestrators: `/metrics`, `/healthz`, `/readyz`.
+"""HTTP endpoint for Prometheus and for orchestrators: `/metrics`, `/healthz`, `/readyz`.
 
     mace_device_delay_seconds   histogram by host, container, netns, device, kind, direction, segment, source
-    mace_container_info         1 by host, container, container_id, netns: what a container is called now
+    mace_container_info         1 by host, container, container_id, netns: a container's present name
     mace_records_total          the ledger's records by host, source and category
     mace_packets_total          packets by host, source and grade
-    mace_packets_ambiguous_total   those that were given up, by host, source and cause
+    mace_packets_ambiguous_total   packets that were given up, by host, source and cause
     mace_probe_calls_total, mace_probe_timed_calls_total, mace_probe_seconds_total   own cost by host, source and hook
-    mace_sink_rows_total        rows by sink and what became of them; mace_sink_rows_waiting and others beside it
-    mace_publish_records_total  records by what became of them at the ingest; mace_publish_records_waiting and others
+    mace_sink_rows_total        rows by sink and fate; mace_sink_rows_waiting and others beside it
+    mace_publish_records_total  records by their fate at the ingest; mace_publish_records_waiting and others
     mace_queue_peak             the most items that ever waited in a channel
 
-The histograms are made of the bins of `contracts.histogram` and are exact: their buckets end where bins do. Windows of
-one second are added up, so a delay is in them a second or two after it happened, and counted once. Classic buckets:
-the text formats know no native histograms.
+The histograms are sums of bins of `contracts.histogram` and are exact, because their buckets end where bins end. They
+add up windows of one second, so a delay is counted once, a second or two after it happened. The buckets are classic
+ones, because the text formats have no native histograms.
 
-Series of a container or a device that is gone are dropped `gone_s` later, so that what is shown, and what a scrape
-costs, depends on what runs and not on what ever ran.
+Series of a container or a device that is gone are dropped `gone_s` later. The size and the cost of a scrape therefore
+depend on what runs now, not on all that has run.
 
-`/healthz` is 200 while the event loop turns: else the process is to be started anew. `/readyz` is 200 while results
-come out, and where records are published, once the broker has answered. A database or a broker that is away later
-changes neither: the spool is there for that. Both answer with JSON that says more.
+`/healthz` is 200 while the event loop turns; otherwise the process should be restarted. `/readyz` is 200 while results
+arrive, and if records are published, once the broker has answered. A database or broker that is unreachable later
+changes neither, because the spool covers that. Both answer with JSON that has details.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ _LOG: Final = logging.getLogger(__name__)
 
 NAME: Final = "prometheus"
 _WIDTH_S: Final = 1
-"""Of the windows that are added up; wider ones hold the same delays again."""
+"""Width of the windows that are added up; wider windows have the same delays again."""
 _OCTAVES: Final = range(8, 35)
 """Buckets end at 2**8 ns = 256 ns, then at every power of two up to 17 s."""
 _EDGE_BINS: Final = np.searchsorted(lower_bounds(np.arange(BINS)), [1 << octave for octave in _OCTAVES])
-"""First bin beyond each bucket."""
+"""The first bin after each bucket."""
 _EDGES_S: Final = [f"{((1 << octave) - 1) / 1e9:.9g}" for octave in _OCTAVES]
 """Delays are whole nanoseconds, so "less than 2**n" is "at most 2**n - 1"."""
 _BEAT_S: Final = 0.5
@@ -76,17 +76,17 @@ _LABELS: Final = ("host", "container", "netns", "device", "kind", "direction", "
 _INFO_LABELS: Final = ("host", "container", "container_id", "netns")
 _CONTAINER: Final = _LABELS.index("container")
 _CATEGORIES: Final = ("matched", "unmatched", "ambiguous", "expired", "dropped", "lost", "discarded")
-"""Of the ledger, those that only grow; `in_flight` is a gauge."""
+"""Categories of the ledger that only grow; `in_flight` is a gauge."""
 _FATES: Final = ("stored", "refused", "over_budget", "dropped_buffer", "dropped_spool", "left_out")
 
 _MOST_SERIES: Final = 10_000
-"""Histograms, each of which is some thirty series for Prometheus."""
+"""Most histograms; each is some thirty series for Prometheus."""
 _FRESH_S: Final = 1.0
-"""So long several who ask get the same text: what changes it are windows of a second."""
+"""Time for which a text is reused for further requests: only windows of a second change it."""
 
 Labels = tuple[str, ...]
 Stream = tuple[str, str]
-"""Host and source. When its next run begins, its counters begin anew, as after any restart."""
+"""Host and source. When the host's next run begins, its counters restart from 0, as after any restart."""
 
 
 class _Distribution:
@@ -94,37 +94,37 @@ class _Distribution:
 
     def __init__(self, device: tuple[int, int]) -> None:
         self.device = device
-        """`Device.key` of the device that it was last of."""
+        """`Device.key` of the newest device with these labels."""
         self.gone_s: float | None = None
-        """Since when its device or container is gone."""
+        """Time at which its device or container was first missing; None while both are present."""
         self.sum_ns = 0
         self.counts: Ints = np.zeros(len(_OCTAVES) + 1, np.int64)
-        """Per bucket, not cumulative; the last one has no end."""
+        """Counts per bucket, not cumulative; the last bucket has no upper end."""
 
 
 class Endpoint:
-    """A `SharedSink` that keeps sums, and serves them. Raises `Unavailable` from `open` if it cannot listen."""
+    """A `SharedSink` that keeps sums and serves them. `open` raises `Unavailable` if it cannot listen."""
 
     def __init__(self, config: PrometheusConfig, vitals: Vitals, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._config, self._vitals, self._clock_s = config, vitals, clock_s
         self._address = address(config.listen)
         self._lock = threading.Lock()
-        """Around what the streams write and the requests' threads read."""
+        """Guards the data that the streams write and the requests' thread reads."""
         self._delays: dict[Stream, dict[Labels, _Distribution]] = {}
         self._series = 0
-        """Of all streams."""
+        """Number of histograms of all streams."""
         self._dropped = 0
-        """Series whose container or device is gone."""
+        """Number of series dropped because their container or device is gone."""
         self._not_shown = 0
-        """Delays of series beyond `_MOST_SERIES`."""
+        """Number of delays of series beyond `_MOST_SERIES`."""
         self._containers: dict[Stream, dict[tuple[str, str, str], float | None]] = {}
-        """What containers are called, by name, id and namespace; since when that is no longer so."""
+        """Containers by name, id and namespace, with the time since when that name is no longer in use."""
         self._latest: dict[Stream, Results] = {}
         self._ended_s: dict[Stream, float] = {}
-        """When those streams ended of which no new one has begun."""
+        """End of each stream that has ended and has not begun again."""
         self._swept_s = 0.0
         self._text: dict[str, tuple[float, bytes]] = {}
-        """By content type, when it was made and the text."""
+        """By content type, the time at which the text was made, and the text."""
         self._server: HttpServer | None = None
         self._heart: asyncio.Task[None] | None = None
         self._beat_s = time.monotonic()
@@ -133,12 +133,12 @@ class Endpoint:
 
     @property
     def port(self) -> int:
-        """Where it listens; the one that was found if 0 was asked for."""
+        """The port of the server; a free one if the configured port is 0."""
         assert self._server is not None
         return self._server.port
 
     async def open(self) -> None:
-        """Listen, and answer from now on."""
+        """Start to listen and to answer requests."""
         try:
             self._server = HttpServer(self._address, self._application())
         except OSError as error:
@@ -148,11 +148,11 @@ class Endpoint:
         self._heart = asyncio.create_task(self._beats(), name="prometheus-heart")
 
     def stream(self) -> StreamOfSink:
-        """For one stream."""
+        """Return a sink for one stream."""
         return _Stream(self)
 
     async def aclose(self) -> None:
-        """Answer no more."""
+        """Stop the server."""
         if self._heart is not None:
             self._heart.cancel()
             await asyncio.gather(self._heart, return_exceptions=True)
@@ -167,16 +167,16 @@ class Endpoint:
             await asyncio.sleep(_BEAT_S)
 
     def begin(self, header: StreamHeader) -> None:
-        """A stream begins: what its host's last one has left goes on."""
+        """Begin a stream; series of the host's previous stream continue."""
         self._ended_s.pop((header.host, header.source), None)
 
     def end(self, header: StreamHeader) -> None:
-        """A stream has ended."""
+        """Note the end of a stream."""
         with self._lock:
             self._ended_s[header.host, header.source] = self._clock_s()
 
     def add(self, header: StreamHeader, results: Results) -> None:
-        """Take in a stream's results. Raises what ended the server, if it did not end by `aclose`."""
+        """Add a stream's results. Raises the error that has ended the server, if one has."""
         if self._server is not None and self._server.failure is not None:
             raise self._server.failure
         of = header.host, header.source
@@ -185,7 +185,7 @@ class Endpoint:
             mine = self._delays.setdefault(of, {})
             before = self._latest.get(of)
             series = self._series
-            # Without its rows: it is kept until the next.
+            # Kept without its rows, until the next results.
             self._latest[of] = replace(results, delays=Delays.empty(), windows=())
             for w in results.windows:
                 if w.width_s != _WIDTH_S:
@@ -210,7 +210,7 @@ class Endpoint:
             self._sweep(now_s)
 
     def _sweep(self, now_s: float) -> None:
-        """Drop what has been gone for long enough; every second at most."""
+        """Drop series and names that have been gone for `gone_s`; at most once a second."""
         if now_s - self._swept_s < 1:
             return
         self._swept_s = now_s
@@ -231,10 +231,10 @@ class Endpoint:
             if not mine and of not in self._latest:
                 del self._delays[of]
 
-    # What a request gets.
+    # Answers to requests.
 
     def _application(self) -> Starlette:
-        """The three pages; GET and HEAD."""
+        """Return the application with the three pages, for GET and HEAD."""
 
         async def metrics(request: Request) -> Response:
             text, content_type = self.metrics(request.headers.get("Accept", ""))
@@ -254,7 +254,7 @@ class Endpoint:
         return Starlette(routes=pages, exception_handlers={404: no_such_page})
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
-        """Exposition in the format that `accept` (a header) prefers, and its content type."""
+        """Return the metrics in the format that the header `accept` prefers, and their content type."""
         encoder, content_type = choose_encoder(accept)
         now_s = self._clock_s()
         made_s, text = self._text.get(content_type, (-_FRESH_S, b""))
@@ -264,7 +264,7 @@ class Endpoint:
         return text, content_type
 
     def collect(self) -> Iterator[Metric]:
-        """All of it as prometheus_client's families; called by its registry."""
+        """Yield all metrics as families of prometheus_client, whose registry calls this."""
         with self._lock:
             self._sweep(self._clock_s())
             delays = [
@@ -331,12 +331,12 @@ class Endpoint:
         yield GaugeMetricFamily("process_open_fds", "File descriptors.", value=figures["open_files"])
 
     def health(self) -> tuple[bool, dict[str, Any]]:
-        """Whether the process works, and what is known of it."""
+        """Return whether the event loop turns, and details."""
         silent_s = time.monotonic() - self._beat_s
         return silent_s < self._config.stalled_s, {"event_loop_silent_s": round(silent_s, 1)}
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Whether it measures and results come out, and how the sinks are doing."""
+        """Return whether results arrive, and details with the state of the sinks."""
         vitals = self._vitals
         since_s = time.monotonic() - vitals.last_results_s if vitals.last_results_s else None
         on_time = vitals.running and since_s is not None and since_s < self._config.stalled_s
@@ -379,7 +379,7 @@ def _answer(ok: bool, told: dict[str, Any]) -> Response:
 
 
 def _mark(series: dict[Labels, _Distribution], present: Sequence[Device], now_s: float) -> None:
-    """Say of each series since when its device, or the container whose packets crossed it, is gone."""
+    """Set `gone_s` of each series whose device, or the container whose packets crossed it, is gone."""
     keys, containers = {d.key for d in present}, {"", *(d.container for d in present)}
     for labels, each in series.items():
         if each.device in keys and labels[_CONTAINER] in containers:
@@ -391,10 +391,10 @@ def _mark(series: dict[Labels, _Distribution], present: Sequence[Device], now_s:
 def _called(
     before: dict[tuple[str, str, str], float | None], here: frozenset[tuple[str, str, str]], now_s: float
 ) -> dict[tuple[str, str, str], float | None]:
-    """What containers are called, those of before included as long as nobody else is called so.
+    """Return the present names of containers, and earlier names that no other container has.
 
-    The series under an old name are shown for a while, and belong to the container. But a name must not stand for two
-    containers: a join by it (`group_left`) would fail.
+    Series under an earlier name are shown for a while, and belong to the container. A name must not belong to two
+    containers, because a join by it (`group_left`) would fail.
     """
     taken = {name for name, *_ in here}
     gone = {
@@ -406,7 +406,7 @@ def _called(
 
 
 def address(listen: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT` or `[HOST]:PORT`. Raises `ConfigError`."""
+    """Parse `HOST:PORT` or `[HOST]:PORT` into host and port. Raises `ConfigError`."""
     host, _, port = listen.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f"[sinks.prometheus] listen = {listen!r}, expected ADDRESS:PORT such as 127.0.0.1:9464")
@@ -420,7 +420,7 @@ def _labels(header: StreamHeader, device: Device, direction: str, segment: str) 
 
 
 def _bucketed(bins: Ints, counts: Ints) -> Ints:
-    """Counts by bucket of a sparse histogram."""
+    """Return the counts per bucket of a sparse histogram."""
     bucket = np.searchsorted(_EDGE_BINS, bins, side="right")
     return np.bincount(bucket, weights=counts, minlength=len(_OCTAVES) + 1).astype(np.int64)
 
@@ -475,7 +475,7 @@ def _costs(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:
 
 
 def check(config: Config) -> Status:
-    """Whether the address can be listened on."""
+    """Return whether the configured address can be listened on."""
     listen = config.sinks.prometheus.listen
     try:
         where = address(listen)
@@ -488,5 +488,5 @@ def check(config: Config) -> Status:
 
 
 def make(config: Config, vitals: Vitals) -> Endpoint:
-    """The endpoint as configured. Raises `ConfigError`."""
+    """Return the configured endpoint. Raises `ConfigError`."""
     return Endpoint(config.sinks.prometheus, vitals)

@@ -1,8 +1,8 @@
-"""Reading a store: live segments through DuckDB, results as types of ours.
+"""Reads a store: queries its live segments with DuckDB and returns typed results.
 
-A reader takes no lock. It lists the live segments, and if merging or retention takes one away before DuckDB has
-read it, lists again. All quantiles come from bins of `contracts.histogram` that are counted in SQL, never from SQL's
-own, so that a report shows the numbers that the live run showed.
+A reader needs no lock. It lists the live segments, and lists again if merging or retention has removed one before
+DuckDB has read it. All quantiles are computed from bins of `contracts.histogram`, which SQL counts, and never by SQL's
+own functions, so that a report shows the same numbers as the live run.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _T = TypeVar("_T")
 _ATTEMPTS: Final = 10
 _SUB: Final = 1 << SUB_BITS
 TYPICAL_ROWS: Final = 2_000_000
-"""A typical path is read off as many of the newest rows (whole segments): enough for a p99, done in a second."""
+"""Typical paths are computed from so many of the newest rows (whole segments): enough for a p99, in a second."""
 SPILL_GIB: Final = 16
-"""What one query may write to the disk where its memory does not do: a sort of some hundred million rows."""
+"""Largest temporary file of a query whose memory does not suffice: a sort of some hundred million rows."""
 WINDOWS_FROM_ROWS: Final = 200_000_000
-"""Above as many rows, `auto` reads windows instead: the same numbers in a moment, but for the last seconds."""
+"""With more rows, `auto` reads windows instead: at once, and with the same numbers except for the last seconds."""
 
 # The bin of `contracts.histogram.bins_of`. log2 of an integer below 2**40 is exact at powers of two, and off by far
 # less than the distance to the next power everywhere else, so its floor is right; a test compares all boundaries.
@@ -52,33 +52,33 @@ _OCTAVE: Final = f"greatest(cast(floor(log2(greatest({_CLAMPED}, 1))) AS BIGINT)
 BIN_SQL: Final = f"({_OCTAVE} * {_SUB} + ({_CLAMPED} >> {_OCTAVE}))"
 
 _COUNTED: Final = "NOT coalesce(waited, false)"
-"""Of `delays`: rows that are averaged in; null in files of before there was the column."""
+"""Condition on rows of `delays` that count in figures; the column is null in files written before it existed."""
 _PLACE: Final = "host, rank, container, netns, device, device_id, kind, role"
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows; everything by default."""
+    """A selection of rows; by default all."""
 
     since_ns: int | None = None
-    """UTC, ns. Segments that began before are left out."""
+    """UTC, ns. Rows that began before this time are left out."""
     until_ns: int | None = None
-    """UTC, ns. Those that began then or later are left out."""
+    """UTC, ns. Rows that began at this time or later are left out."""
     container: str | None = None
-    """Packets of this container, at whatever device."""
+    """Packets of this container, at all devices."""
     device: str | None = None
     direction: Direction | None = None
     run: str | None = None
 
     @property
     def narrows(self) -> bool:
-        """Whether it leaves out parts of runs."""
+        """Whether the filter leaves out parts of runs."""
         return any(v is not None for v in (self.since_ns, self.until_ns, self.container, self.device, self.direction))
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One capture run, and how far it came."""
+    """One capture run, with its newest counts."""
 
     host: str
     run: str
@@ -86,14 +86,14 @@ class Run:
     started_utc_ns: int
     kernel: str
     upto_utc_ns: int
-    """Records before this time are in the ledger; the start, if nothing was written yet."""
+    """The ledger counts records before this time; the start of the run, if nothing was written yet."""
     ledger: Ledger
     packets: int
     grades: Grades
     rows_stored: int
     rows_not_stored: int
     closed: bool
-    """It ended in an orderly way; otherwise it is still going, or was killed."""
+    """Whether the run has ended properly; otherwise it is running or was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +105,26 @@ class Hop:
     segment: Segment
     position: int
     start_ns: int
-    """Since the packet's first hop began."""
+    """Time since the beginning of the packet's first hop."""
     delay_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class PacketPath:
-    """All that is stored of one packet."""
+    """All stored rows of one packet, as a path."""
 
     host: str
     run: str
     packet: int
     utc_ns: int
-    """When its first hop began."""
+    """Beginning of the first hop."""
     container: str
-    """Of its inner device."""
+    """Container of the packet's inner device."""
     l3_len: int
     grade: str
     outcome: str
     hops: tuple[Hop, ...]
-    """In the order of the path; `DEVICE`, `OUTSIDE` and `DELIVERY`."""
+    """Hops in path order, with segments `DEVICE`, `OUTSIDE` and `DELIVERY`."""
     overhead_ns: dict[Direction, int]
 
 
@@ -146,7 +146,7 @@ class Series:
     container: str
     direction: Direction
     utc_ns: list[int]
-    """Starts of stretches that have packets, ascending."""
+    """Starts of the stretches with packets, ascending."""
     p50_ns: list[int]
     p99_ns: list[int]
     width_ns: int
@@ -156,7 +156,7 @@ From = Literal["auto", "rows", "windows"]
 
 
 def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A method of `Store` that raises `StoreError` for rows that MACE does not write: nulls, names it does not know."""
+    """Decorate a method of `Store`: rows that MACE does not write (nulls, unknown names) raise `StoreError`."""
 
     @wraps(method)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -166,8 +166,8 @@ def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
             store = args[0]
             assert isinstance(store, Store)
             raise StoreError(
-                f"{store.path}: it has rows that MACE does not write ({type(error).__name__}: {error}): damaged, or"
-                " made by another program"
+                f"{store.path}: the store has rows that MACE does not write ({type(error).__name__}: {error}): it is"
+                " damaged, or another program has made them"
             ) from error
 
     return checked
@@ -175,20 +175,20 @@ def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @dataclass(slots=True)
 class Store:
-    """A reader. Raises `StoreError` for what is no store, is of another schema, or is damaged.
+    """A reader of a store. Raises `StoreError` if `path` is no store, has an unknown schema, or is damaged.
 
-    `skip_damaged` reads on without damaged segments and counts them in `damaged`.
+    `skip_damaged` leaves out damaged segments and notes them in `damaged`.
     """
 
     path: Path
     skip_damaged: bool = False
     threads: int | None = None
     damaged: dict[Path, str] = field(default_factory=dict)
-    """Segments that were skipped, and why."""
+    """Skipped segments, with a description of the damage."""
     _whole: set[tuple[Path, int, int]] = field(default_factory=set, init=False, repr=False)
-    """Segments whose checksum was right: path, size and time of modification, ns."""
+    """Segments with a verified checksum: path, size and time of modification, ns."""
     _containers: dict[tuple[Path, ...], list[Named]] = field(default_factory=dict, init=False, repr=False)
-    """The containers that these segments name; of the last ones that were asked."""
+    """Cache of `containers`: the containers named in the segments of the last call."""
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -202,14 +202,14 @@ class Store:
             raise StoreError(f"{self.path}: not a MACE store (it has no store.json)")
 
     def segments(self, table: str, where: Filter = Filter()) -> list[SegmentFile]:
-        """The live segments: what an outside reader should open while a writer is at work."""
+        """Return the live segments, which an outside reader should open while a writer is running."""
         found = segments.listing(self.path, table, where.since_ns, where.until_ns)
         return [s for s in found if s.path not in self.damaged]
 
     def whole_segments(self, table: str, where: Filter = Filter(), newest_rows: int | None = None) -> list[SegmentFile]:
-        """The live segments (the newest that have `newest_rows`), each compared with its checksum.
+        """Return the live segments (the newest with `newest_rows` rows), after verifying their checksums.
 
-        DuckDB verifies nothing itself. Raises `StoreError` for a damaged one, or leaves it out with `skip_damaged`.
+        DuckDB verifies no checksum. Raises `StoreError` for a damaged segment, or with `skip_damaged` leaves it out.
         """
         found = self.segments(table, where)
         if newest_rows is not None:
@@ -226,27 +226,27 @@ class Store:
             try:
                 status = each.path.stat()
             except OSError:
-                continue  # merged meanwhile, or not to be read: reading it says so
+                continue  # merged meanwhile, or not readable: reading it reports that
             key = (each.path, status.st_size, status.st_mtime_ns)
             if key not in self._whole:
                 new[each.path] = key
-        # Summing lets go of the interpreter, so as many files as there are CPUs are read at a time.
+        # The checksum releases the GIL, so as many threads as CPUs read files.
         with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
             bad = {path: why for path, why in zip(new, pool.map(_changed, new), strict=True) if why}
         self._whole.update(key for path, key in new.items() if path not in bad)
         return bad
 
     def rows_damaged(self) -> int:
-        """Rows of all tables in the segments that were skipped, by the segments' names."""
+        """Return the number of rows of all tables in the skipped segments, by the segments' names."""
         return sum(int(p.name.split(".")[1]) for p in self.damaged)
 
     # Whole runs.
 
     @_written_by_mace
     def runs(self, where: Filter = Filter()) -> list[Run]:
-        """Runs that overlap with the filter's time, oldest first, each with its newest ledger."""
+        """Return the runs that overlap with the filter's time, oldest first, each with its newest ledger."""
         names = ", ".join(f"l.{name}" for name in Ledger().as_dict())
-        # A run of before there were grades: all by the buffer.
+        # Runs stored before grades existed: all packets were matched by the buffer.
         graded = ", ".join(
             f"coalesce(l.{column}, {'l.packets' if name == 'buffer' else 0}, 0)"
             for name, column in tables.GRADES.items()
@@ -292,12 +292,12 @@ class Store:
         return found
 
     def ledger(self, where: Filter = Filter()) -> Ledger:
-        """All runs' ledgers added up. Of whole runs: a ledger cannot be cut by time or device."""
+        """Return the sum of the ledgers of `runs`. They are of whole runs, because a ledger has no times or devices."""
         return sum((r.ledger for r in self.runs(where)), Ledger())
 
     @_written_by_mace
     def cost(self, where: Filter = Filter()) -> tuple[HookCost, ...]:
-        """What observing has cost, per hook, all runs of `runs` added up; of whole runs that have ended."""
+        """Return the cost of observing per hook, summed over the runs of `runs` that have ended."""
         rows = self._fetch(
             """
             SELECT hook, sum(calls), sum(timed), sum(timed_ns) FROM {cost}
@@ -312,7 +312,7 @@ class Store:
 
     @_written_by_mace
     def sharers(self, where: Filter = Filter()) -> tuple[Sharer, ...]:
-        """Containers that runs of `runs` saw on the host's network in that time, each by its last name."""
+        """Return the containers seen on the host's network in the filter's runs and time, each by its newest name."""
         condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run), [])
         rows = self._fetch(
             f"""
@@ -326,9 +326,9 @@ class Store:
         return newest_names(Sharer(*row[:2]) for row in sorted(rows, key=lambda row: row[2]))
 
     def containers(self, where: Filter = Filter()) -> list[Named]:
-        """The containers that have an id, with the names that they have in that time (whole hours); the newest last.
+        """Return the containers with an id and their names in the filter's time (whole hours); the newest is last.
 
-        As far as windows can be read: nothing is refused for a name.
+        Damaged windows are left out without an error, because names are not worth refusing a query.
         """
         for _ in range(_ATTEMPTS):
             live = self.segments("windows", where)
@@ -348,7 +348,7 @@ class Store:
         return []
 
     def _by_newest_name(self, where: Filter) -> Filter:
-        """The same filter by the name that rows are shown with."""
+        """Return the filter with the container's newest name, which rows are shown with."""
         if where.container is None:
             return where
         return replace(where, container=newest_of(where.container, self.containers(where)))
@@ -357,10 +357,10 @@ class Store:
 
     @_written_by_mace
     def summary(self, where: Filter = Filter(), source: From = "auto") -> Summary:
-        """Distributions per device, direction and segment, and the ledger.
+        """Return the distributions per device, direction and segment, and the ledger.
 
-        From rows, or for runs whose rows were not stored from windows (whole ones within the filter's time; their
-        packets cannot be told apart, so a container is then its own devices only).
+        They are computed from rows, and for runs without rows from windows that are wholly within the filter's time.
+        Windows do not distinguish packets, so there a container has the figures of its own devices only.
         """
         runs = self.runs(where)
         where = self._by_newest_name(where)
@@ -465,11 +465,11 @@ class Store:
     # Single packets.
 
     def packet(self, number: int, where: Filter = Filter()) -> list[PacketPath]:
-        """The packet of that number: none, one, or one per run that has such a number."""
+        """Return the packets with this number: none, one, or one per run that has the number."""
         return self._paths("packet = $packet", {"packet": number}, where)
 
     def worst(self, limit: int, where: Filter = Filter()) -> list[PacketPath]:
-        """The packets with the largest overhead, worst first; one that has two counts once."""
+        """Return the packets with the largest overhead, worst first; a packet with two overheads counts once."""
         where = self._by_newest_name(where)
         condition, values = _condition(where, self.runs(where))
         worst = self._fetch(
@@ -491,7 +491,7 @@ class Store:
 
     @_written_by_mace
     def _paths(self, condition: str, values: dict[str, Any], where: Filter) -> list[PacketPath]:
-        # Not cut by time: a packet at the edge is shown whole.
+        # No filter by time, so that a packet at its edge is shown whole.
         rows = self._fetch(
             f"""
             SELECT {_PLACE}, run, packet, epoch_ns(time), direction, segment, position, delay_ns, l3_len, grade, outcome
@@ -508,7 +508,10 @@ class Store:
 
     @_written_by_mace
     def typical_paths(self, where: Filter = Filter()) -> list[TypicalPath]:
-        """Per container and direction, the devices its packets cross, in order, from the newest `TYPICAL_ROWS` rows."""
+        """Return the devices that each container's packets cross, in path order, per direction.
+
+        They are computed from the newest `TYPICAL_ROWS` rows.
+        """
         where = self._by_newest_name(where)
         runs = [r for r in self.runs(where) if r.rows_stored]
         if not runs:
@@ -551,7 +554,7 @@ class Store:
 
     @_written_by_mace
     def series(self, where: Filter = Filter(), points: int = 240, source: From = "auto") -> list[Series]:
-        """Overhead over time, about `points` stretches of equal width, per container and direction."""
+        """Return the overhead over time per container and direction, in about `points` stretches of equal width."""
         where = self._by_newest_name(where)
         runs = self.runs(where)
         from_rows, from_windows = self._split(runs, source, where)
@@ -575,7 +578,7 @@ class Store:
         first = min(a for a, _ in known)
         width_ns = (max(b for _, b in known) - first) // points + 1
         if from_windows:
-            # No finer than windows are, and whole ones.
+            # Stretches of whole windows.
             width_ns = -(-width_ns // 1_000_000_000) * 1_000_000_000
             first -= first % 1_000_000_000
         merged: dict[tuple[str, Direction], dict[int, Distribution]] = {}
@@ -605,7 +608,10 @@ class Store:
         return found
 
     def delays(self, where: Filter = Filter(), columns: Sequence[str] = ()) -> pa.Table:
-        """Rows of `delays` as they are stored (columns `storage.tables.DELAYS`, or those named), as Arrow."""
+        """Return rows of `delays` as they are stored, with the named columns or all (`storage.tables.DELAYS`).
+
+        Raises `StoreError` for an unknown column.
+        """
         known = [c.name for c in tables.DELAYS]
         for name in columns:
             if name not in known:
@@ -639,9 +645,9 @@ class Store:
         *,
         as_stored: bool = False,
     ) -> _T:
-        """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest that have `newest_rows`).
+        """Run `sql`, in which `{TABLE}` stands for the table's live segments (the newest with `newest_rows` rows).
 
-        Their rows have the newest names of containers, or the names `as_stored`.
+        Rows have the newest names of containers, or with `as_stored` the stored names.
         """
         used = [table for table in segments.TABLES if "{" + table + "}" in sql]
         naming = [] if as_stored else [table for table in used if table in TABLES]
@@ -659,8 +665,10 @@ class Store:
         raise StoreError(f"{self.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
 
     def blame(self, paths: Sequence[Path], e: Exception) -> bool:
-        """Whether a query of these segments failed because of them and is worth trying again: one has been merged or
-        removed meanwhile, or damaged ones are skipped from now on. Raises `StoreError` where damaged ones are not.
+        """Return whether a failed query of these segments should be tried again.
+
+        That is so if a segment was merged or removed meanwhile, or if damaged segments are skipped from now on. Raises
+        `StoreError` for damaged segments that are not to be skipped.
         """
         if not all(path.exists() for path in paths):
             return True
@@ -671,7 +679,7 @@ class Store:
         return True
 
     def _refuse(self, found: dict[Path, str], cause: Exception | None) -> None:
-        """Raise for damaged segments, or note them where they are to be skipped."""
+        """Raise `StoreError` for damaged segments; with `skip_damaged` note them instead."""
         if not self.skip_damaged:
             path, why = next(iter(found.items()))
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -684,16 +692,16 @@ class Store:
 
 
 def _used(sql: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Only the parameters that the statement names; DuckDB refuses others."""
+    """Return only the parameters that the statement names, because DuckDB refuses others."""
     return {name: value for name, value in values.items() if re.search(rf"\${name}\b", sql)}
 
 
 @contextmanager
 def connected(threads: int | None, memory_mib: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database in memory for the length of the block, in UTC whatever the machine's time zone is.
+    """Yield a connection to an in-memory database for the block, in UTC for any time zone of the machine.
 
-    `memory_mib` is what it may take; otherwise DuckDB's own 80 % of the machine. What does not fit goes to a directory
-    that nobody else can read, of at most `SPILL_GIB`; DuckDB itself would fill the working directory's disk.
+    `memory_mib` limits its memory; the default is DuckDB's own limit, 80 % of the machine. Data beyond it goes to a
+    private temporary directory of at most `SPILL_GIB`; by default DuckDB would fill the disk of the working directory.
     """
     with tempfile.TemporaryDirectory(prefix="mace-spill-") as spill:
         config: dict[str, str | bool | int | float | list[str]] = {
@@ -705,29 +713,29 @@ def connected(threads: int | None, memory_mib: int | None = None) -> Iterator[du
         if memory_mib:
             config["memory_limit"] = f"{memory_mib}MiB"
         with duckdb.connect(config=config) as connection:
-            # Days begin, and times are written, as UTC has them.
+            # Days begin, and times are printed, in UTC.
             connection.execute("SET TimeZone = 'UTC'")
-            # Its progress bar would draw into standard output, in the middle of a table or of JSON, after two seconds.
-            # Where there is none (in Jupyter without its widgets) it must not be set at all.
+            # After two seconds DuckDB's progress bar would be drawn to standard output, into a table or JSON. Where
+            # there is none (in Jupyter without widgets) setting it is an error.
             if connection.execute("SELECT current_setting('enable_progress_bar')").fetchall() != [(False,)]:
                 connection.execute("SET enable_progress_bar = false")
             yield connection
 
 
 def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[SegmentFile]) -> str:
-    """SQL for the rows of these segments."""
+    """Return SQL for the rows of these segments, with all columns of the table."""
     if not found:
         return _nothing(connection, table)
     quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
     stored = f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
     if table not in {"ledger", "delays", "windows"}:
         return stored
-    # Files of an older MACE lack the columns that came later.
+    # Files of older versions lack newer columns.
     return f"(FROM {stored} UNION ALL BY NAME FROM {_nothing(connection, table)})"
 
 
 def _nothing(connection: duckdb.DuckDBPyConnection, table: str) -> str:
-    """SQL for no rows with all columns of the table. It has no name, so that no list of tables shows it."""
+    """Return SQL for no rows with all columns of the table; it has no name, so that no list of tables shows it."""
     schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in tables.SCHEMAS[table]])
     empty = connection.from_arrow(schema.empty_table())
     columns = ", ".join(
@@ -751,7 +759,7 @@ def _newest(found: Sequence[SegmentFile], rows: int) -> list[SegmentFile]:
 
 
 def _changed(path: Path) -> str:
-    """Why a segment is not what was written; empty if it is, or cannot be opened: reading it says so."""
+    """Return how a segment differs from its checksum; "" if it does not, or cannot be opened (reading reports that)."""
     try:
         return checksum.mismatch(path)
     except OSError:
@@ -759,7 +767,7 @@ def _changed(path: Path) -> str:
 
 
 def _damage(path: Path) -> str:
-    """Why a segment cannot be read; empty if it can, or is gone. Reads all of it."""
+    """Read a whole segment; returns a description of its damage, "" if there is none or the segment is gone."""
     try:
         return checksum.damage(path)
     except FileNotFoundError:
@@ -769,9 +777,9 @@ def _damage(path: Path) -> str:
 def _condition(
     where: Filter, runs: Sequence[Run], *, windows: bool = False, part: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """SQL for a filter, and its parameters. Windows count only if they lie within the time as a whole.
+    """Return SQL for a filter, and its parameters. Windows count only if they are wholly within the filter's time.
 
-    `runs` are all that the filter lets through, or (`part`) those of them whose windows are wanted.
+    `runs` are all runs that the filter admits, or with `part` those of them whose windows are wanted.
     """
     told: list[str] = []
     values: dict[str, Any] = {}
@@ -784,7 +792,7 @@ def _condition(
         values["until"] = where.until_ns
     if where.container is not None:
         values["container"] = where.container
-        # Numbers of packets are unique in their run only; with one run the shorter key is four times as fast.
+        # Packet numbers are unique within a run only; with one run the shorter key is four times as fast.
         key = "packet" if len(runs) == 1 else "(host, run, packet)"
         of_packet = f"{key} IN (SELECT {key} FROM {{delays}} WHERE container = $container AND segment = 'overhead')"
         told.append("container = $container" if windows else of_packet)
@@ -821,14 +829,17 @@ def _series_query(table: str, condition: str) -> str:
 
 
 def _place(row: Sequence[Any]) -> Place:
-    """From the columns of `_PLACE`."""
+    """Return the place in the columns of `_PLACE`."""
     host, rank, container, netns, device, device_id, kind, role = row
     inode, _, ifindex = device_id.partition(":")
     return Place(int(rank), container, netns, int(inode), device, int(ifindex), kind, role, host)
 
 
 def _packet_path(key: tuple[str, str, int], rows: Sequence[tuple[Any, ...]]) -> PacketPath:
-    """From rows of `_PLACE`, run, packet, time, direction, segment, position, delay_ns, l3_len, grade, outcome."""
+    """Return the path in rows of one packet.
+
+    Columns: `_PLACE`, run, packet, time, direction, segment, position, delay_ns, l3_len, grade, outcome.
+    """
     host, run, packet = key
     start = min(r[10] for r in rows)
     hops: list[Hop] = []

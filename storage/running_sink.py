@@ -1,16 +1,16 @@
-"""What every sink with a server needs, once: buffer, batch, flush, spool, retry, partial writes, counters.
+"""The shared part of all sinks with a server: buffer, batches, flush, spool, retries, partial writes, counters.
 
     write() ──► buffer ──► encode, in a thread ──► spool ──► deliver ──► acknowledged
                   │ full: newest dropped               │ full: oldest dropped
                   └── counted                          └── counted        ↺ again, later and later, with jitter
 
-`write` never waits for the server nor for the disk, so a dead database cannot reach the ring (`patient`, for replays,
-turns that round: nobody loses anything by waiting). What is encoded is in the spool before it is sent, and leaves it
-when the server has acknowledged it; the same bytes are sent again until then. At most `flush_interval_s` of rows are in
-memory only.
+`write` waits neither for the server nor for the disk, so a dead database does not affect the ring. A `patient` sink,
+for replays, waits instead, because a replay loses nothing by waiting. Encoded rows are in the spool before they are
+sent, and stay there until the server has acknowledged them; the same bytes are sent again until then. At most
+`flush_interval_s` of rows are in memory only.
 
-A `Target` knows the server: how rows are encoded, how one frame is delivered, and which answers are worth another try.
-docs/design/014-remote-sinks.md says why it is so.
+A `Target` encodes rows for a server, delivers one frame, and decides which errors are worth another attempt.
+docs/design/014-remote-sinks.md has the reasons.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 _RETRY_MIN_S: Final = 0.5
 _REMIND_S: Final = 60.0
-"""The same trouble is told of again after this."""
+"""A lasting problem is logged again after this time."""
 
 
 class TryLaterError(Exception):
-    """The server did not take the frame, for a reason that may pass: away, busy, full, not allowed yet."""
+    """The server did not accept the frame for a reason that may pass: unreachable, busy, full, not authorised yet."""
 
     def __init__(self, why: str, after_s: float | None = None) -> None:
         self.why, self.after_s = why, after_s
@@ -50,7 +50,7 @@ class TryLaterError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Frames made of items, and the rows that are in none of them."""
+    """The frames of encoded items, and the numbers of rows that are in no frame."""
 
     frames: Sequence[Frame]
     left_out: int = 0
@@ -59,29 +59,29 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What the server said to a frame. `refused`: rows that it will never take, and what it says of them."""
+    """The server's answer to a frame. `refused` rows are refused for good, for the reason in `reason`."""
 
     refused: int = 0
     reason: str = ""
 
 
 class Target(Protocol[T_contra]):
-    """A server. `open` once, first, before anything is known of it; `aclose` once, last.
+    """The server's side of a sink. `open` is called once, first, and must not need the server; `aclose` once, last.
 
-    `encode` is called in a thread of its own, in the order of the items, never twice at a time; it must not touch what
-    `deliver` uses. `deliver` is called for `senders` frames at a time, and may be cancelled. It raises `TryLaterError`
-    for what may pass, `TimeoutError` where there is no answer within `timeout_s`, and gets the same frame again, also
-    in another process: delivering twice must be as good as once.
+    One thread calls `encode`, in the order of the items; `encode` must not use data that `deliver` uses. `deliver` is
+    called for up to `senders` frames at a time, and may be cancelled. It raises `TryLaterError` for a passing problem
+    and `TimeoutError` without an answer within `timeout_s`. It then gets the same frame again, possibly in another
+    process, so delivering a frame twice must have the effect of delivering it once.
     """
 
     async def open(self) -> None: ...
 
     def rows(self, item: T_contra) -> int:
-        """About how many rows the item will be: bounds the buffer."""
+        """Return about how many rows the item will have, which bounds the buffer."""
         ...
 
     def encode(self, items: Sequence[T_contra], *, last: bool) -> Encoded:
-        """The items as frames. `last`: nothing follows them; there may be none."""
+        """Encode items, possibly none, as frames. `last`: no further items follow."""
         ...
 
     async def deliver(self, frame: Frame) -> Delivered: ...
@@ -90,11 +90,11 @@ class Target(Protocol[T_contra]):
 
 
 class RunningSink(Generic[T]):
-    """Items -> a `Target`, with the lifecycle of a `Sink`. `storage.shared` makes sinks of it, one for each stream.
+    """Delivers items to a `Target`. `storage.shared` makes a `Sink` for each stream from it.
 
-    Raises `Unavailable` and `StoreError` from `open` if the spool cannot be used; never because the server cannot.
-    `aclose` gives the server `close_s` to take what waits, from its last success on; the rest stays in the spool, or,
-    where there is none, is counted as dropped.
+    `open` raises `Unavailable` or `StoreError` if the spool cannot be used, and no error if the server is unreachable.
+    `aclose` waits for the server to accept the waiting rows, until `close_s` after its last success. The rest stays in
+    the spool, or without a spool is counted as dropped.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class RunningSink(Generic[T]):
         patient: bool = False,
         senders: int = 1,
     ) -> None:
-        """`senders`: frames that are under way at once; with more than one they can arrive out of order."""
+        """`senders`: most frames in delivery at once; with more than one, frames can arrive out of order."""
         self.name: Final = name
         self.account: Final = account
         self._target = target
@@ -123,29 +123,29 @@ class RunningSink(Generic[T]):
         )
         self._buffer: deque[T] = deque()
         self._buffered = 0
-        """Rows in the buffer and being encoded."""
+        """Number of rows in the buffer or being encoded."""
         self._changed = asyncio.Condition()
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
         self._acknowledging: set[asyncio.Future[None]] = set()
         self._disk = ThreadPoolExecutor(1, f"{name}-encode")
         self._given_up = 0
-        """Rows that the spool has given up, as far as they are in the account."""
+        """Number of rows given up by the spool that the account already has."""
         self._success_s = 0.0
         self._too_late = False
-        """The server had its time at the end: nothing waits for it any more."""
+        """Whether the server's time at the end is over, so that nothing waits for it any more."""
         self._told_s: dict[str, float] = {}
-        """When each kind of trouble was last told of."""
+        """Time at which each kind of problem was last logged."""
 
     async def open(self) -> None:
-        """Take hold of the spool and begin to deliver what is in it."""
+        """Open the spool and begin to deliver its frames."""
         found = await asyncio.get_running_loop().run_in_executor(self._disk, self._spool.open)
         self.account.taken += found
         self.account.waiting += found
         self._count()
         if found:
             _LOG.warning(
-                "sink %s: %d rows of an earlier run are in the spool, and are delivered first", self.name, found
+                "sink %s: the spool has %d rows of an earlier run, which are delivered first", self.name, found
             )
         await self._target.open()
         self._tasks = [
@@ -154,10 +154,10 @@ class RunningSink(Generic[T]):
         ]
 
     async def write(self, item: T) -> None:
-        """Take an item over, or drop and count it if the buffer is full (`patient`: wait)."""
+        """Buffer an item; if the buffer is full, drop and count it (`patient`: wait)."""
         for task in self._tasks:
             if task.done():
-                task.result()  # a defect of ours: its traceback, not silence
+                task.result()  # raises the traceback of a defect here
         rows = self._target.rows(item)
         if self._buffered and self._buffered + rows > self._config.buffer_rows:
             if not self._patient:
@@ -178,7 +178,7 @@ class RunningSink(Generic[T]):
         await self._tell()
 
     async def aclose(self) -> None:
-        """Encode what is in the buffer, give the server its time, let go of everything."""
+        """Encode the buffered items, wait up to `close_s` for the server, and release everything."""
         self._ending = True
         self._success_s = time.monotonic()
         try:
@@ -216,11 +216,11 @@ class RunningSink(Generic[T]):
                 raise end
 
     def _stuck(self) -> bool:
-        """Nobody delivers any more: a defect, which is raised at the end."""
+        """Return whether all delivering tasks have ended, by a defect that is raised at the end."""
         return all(task.done() for task in self._tasks[1:])
 
     async def _until(self, done: Callable[[], bool]) -> None:
-        """Wait for it, or until the server has taken nothing for `close_s`."""
+        """Wait until `done`, or until the server has accepted nothing for `close_s`."""
         while not done():
             left = self._success_s + self._config.close_s - time.monotonic()
             if left <= 0:
@@ -229,7 +229,7 @@ class RunningSink(Generic[T]):
                 try:
                     await asyncio.wait_for(self._changed.wait(), min(left, 0.2))
                 except TimeoutError:
-                    pass  # looked again, for a failing server tells nobody
+                    pass  # check again, because a failing server causes no notification
 
     # Buffer to spool.
 
@@ -257,7 +257,7 @@ class RunningSink(Generic[T]):
                 return
 
     async def _batch(self) -> None:
-        """Wait until there is a batch, or something that has waited long enough."""
+        """Wait until there is a full batch, or items have waited for `flush_interval_s`."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._buffer or self._ending)
             try:
@@ -266,10 +266,10 @@ class RunningSink(Generic[T]):
                     self._config.flush_interval_s,
                 )
             except TimeoutError:
-                pass  # long enough
+                pass  # items have waited long enough
 
     async def _room(self, frame: Frame) -> None:
-        """Patient: wait until the spool has room; else it makes room itself."""
+        """Wait until the spool has room if the sink is patient; otherwise the spool drops old frames itself."""
         if self._patient:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._too_late or not self._spool.full(len(frame.payload)))
@@ -288,7 +288,7 @@ class RunningSink(Generic[T]):
             await self._delivered(taken)
 
     async def _delivered(self, taken: Taken) -> None:
-        """Deliver one frame, however often it takes."""
+        """Deliver one frame, with as many attempts as it needs."""
         loop, frame, failures = asyncio.get_running_loop(), taken.frame, 0
         while True:
             self.account.attempts += 1
@@ -301,14 +301,14 @@ class RunningSink(Generic[T]):
             except TimeoutError:
                 failures += 1
                 await self._later(f"no answer within {self._config.timeout_s:g} s", None, failures)
-            except Exception as error:  # noqa: BLE001 - a defect here or in a library is no reason to stop measuring
+            except Exception as error:  # noqa: BLE001 - a defect here or in a library must not stop the measurement
                 failures += 1
                 _LOG.debug("sink %s", self.name, exc_info=error)
                 await self._later(repr(error), None, failures)
             else:
                 self.account.delivery_ns = int((time.monotonic() - begin) * 1e9)
                 self._succeeded(frame, said)
-                # Also if this task is cancelled now: what is counted as stored must not be in the spool.
+                # Shielded from cancellation, because rows counted as stored must not stay in the spool.
                 acknowledging = loop.run_in_executor(None, self._spool.acknowledge, taken)
                 self._acknowledging.add(acknowledging)
                 acknowledging.add_done_callback(self._acknowledging.discard)
@@ -331,7 +331,7 @@ class RunningSink(Generic[T]):
         self._success_s = time.monotonic()
 
     async def _later(self, why: str, after_s: float | None, failures: int) -> None:
-        """Wait before the next attempt: twice as long each time, or as long as the server says, and never in step."""
+        """Wait before the next attempt: twice as long each time, or as long as the server says, with jitter."""
         account = self.account
         account.connected, account.trouble = 0, why
         account.retries += 1
@@ -339,15 +339,15 @@ class RunningSink(Generic[T]):
         self._remind("failure", f"{why}; {account.waiting:,} rows wait")
         longest = self._config.retry_max_s
         pause = min(_RETRY_MIN_S * 2.0 ** min(failures - 1, 16), longest) if after_s is None else min(after_s, longest)
-        # Full jitter over the upper half: many hosts that lost one server do not come back in one moment.
+        # Jitter over the upper half, so that many hosts that lost one server do not return at the same moment.
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
 
     # Counters.
 
     def _count(self) -> None:
-        """Bring the spool's figures into the account.
+        """Update the account with the spool's figures.
 
-        `waiting` is counted here, not asked of the spool, which another thread works on: so it always balances.
+        `waiting` is counted here and not read from the spool, which another thread changes, so that it always balances.
         """
         spool, account = self._spool, self.account
         given_up = spool.dropped_rows + spool.damaged_rows

@@ -6,11 +6,11 @@
     ├── runs|cost/FIRST-LAST.ROWS.parquet
     └── delays|windows|ledger/day=YYYY-MM-DD/hour=HH/FIRST-LAST.ROWS.parquet
 
-A segment is a Parquet file that appears whole (temporary name, fsync, rename) and never changes. FIRST and LAST
-are the flushes it holds: they only grow, so a segment of flushes 3 to 9 makes those of 3, 4-7, 8, 9 in the
-same directory obsolete. That is how several small segments become one without a moment in which a reader, or a
-crash, finds rows twice or not at all: the merged one is renamed into place, covered ones no longer count, and
-are then removed. ROWS stands in the name so that a damaged segment still says how much is missing.
+A segment is a Parquet file that appears whole (temporary name, fsync, rename) and never changes. FIRST and LAST are the
+numbers of its first and last flush, which only grow. A segment of flushes 3 to 9 makes the segments of 3, 4-7, 8 and 9
+in the same directory obsolete. Several small segments therefore become one without a moment in which a reader, or a
+crash, finds rows twice or not at all: the merged segment is renamed into place, the covered ones no longer count, and
+are then removed. The name has the number of rows, so that a damaged segment still says how many are missing.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ HOUR_NS: Final = 3_600_000_000_000
 NO_HOUR: Final = -1
 """Hour of tables that are not partitioned by time."""
 PARTITIONED: Final = ("ledger", "windows", "delays")
-"""In the order of writing: the ledger first, so that no reader sees rows whose losses it does not see."""
+"""Tables in the order of writing: the ledger is first, so that no reader sees rows without their losses."""
 UNFINISHED: Final = "replay"
-"""Folder in a store where a replay that is not complete keeps what it needs to go on."""
+"""Folder in a store with the state of an incomplete replay, for its resume."""
 TABLES: Final = ("runs", "cost", *PARTITIONED)
 
 FULL_ROWS: Final = 1 << 17
-"""A segment of as many rows is not merged again: at 10 bytes a row it is over 1 MB, where the cost of opening a
-file no longer counts."""
+"""A segment with so many rows is not merged again: at 10 bytes per row it has over 1 MB, and the cost of opening a file
+is then negligible."""
 MERGED_ROWS: Final = 1 << 20
-"""Merged segments hold at most as many rows; bounds the time of one merge (about 1 s)."""
+"""Most rows of a merged segment, which bounds the time of one merge (about 1 s)."""
 MERGE_BATCH_ROWS: Final = 1 << 16
-"""Rows that merging holds at a time, and of a merged segment's row groups. A quarter of `tables.ROW_GROUP_ROWS`,
-since merging goes on beside everything else that a store does; costs 1 % in size."""
+"""Rows that merging holds at a time, and rows per row group of a merged segment. It is a quarter of
+`tables.ROW_GROUP_ROWS`, because merging runs beside everything else in a store; this costs 1 % in size."""
 ROW_WEIGHT: Final = dict.fromkeys(TABLES, 1) | {"windows": 32}
-"""As how many rows one of a table counts in these three: a window has a histogram with it, hundreds of numbers."""
+"""Weight of a table's row in the three limits above: a window has a histogram with hundreds of numbers."""
 FAN_IN: Final = 32
-"""As many small segments are merged while their hour may still grow: half a minute of 1 s flushes."""
+"""Number of small segments that are merged while their hour may still grow: half a minute of 1 s flushes."""
 
 HOURS_AHEAD: Final = 1
-"""A clock that is so much ahead of this machine's is as good as right, for retention."""
+"""Retention accepts clocks that are so many hours ahead of this machine's."""
 
 _NAME: Final = re.compile(r"(\d{12})-(\d{12})\.(\d+)\.parquet")
 _TEMPORARY: Final = ".tmp"
@@ -68,39 +68,39 @@ _HOURS: Final = range(int((datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) / ti
 
 @dataclass(frozen=True, slots=True, order=True)
 class Segment:
-    """One Parquet file of a store, as its name tells."""
+    """One Parquet file of a store, as its name describes it."""
 
     table: str
     hour: int
     """Hours since 1970-01-01 UTC; `NO_HOUR` for tables without partitions."""
     first: int
     last: int
-    """First and last flush it holds."""
+    """First and last flush of the segment."""
     rows: int
     path: Path = field(compare=False)
 
 
 def partition(root: Path, table: str, hour: int) -> Path:
-    """The directory of a table's segments of one hour."""
+    """Return the directory of a table's segments of one hour. Raises `StoreError` for an hour outside the calendar."""
     if hour == NO_HOUR:
         return root / table
     if hour not in _HOURS:
-        raise StoreError(f"{root}: a row's time is {hour} hours after 1970, outside the calendar: is the clock wrong?")
+        raise StoreError(f"{root}: a row's time is {hour} hours after 1970, outside the calendar: check the clock")
     start = _EPOCH + timedelta(hours=hour)
     return root / table / f"day={start:%Y-%m-%d}" / f"hour={start:%H}"
 
 
 def segment(root: Path, table: str, hour: int, first: int, last: int, rows: int) -> Segment:
-    """The segment of that name, whether it exists or not."""
+    """Return the segment with that name, whether it exists or not."""
     path = partition(root, table, hour) / f"{first:012d}-{last:012d}.{rows}.parquet"
     return Segment(table, hour, first, last, rows, path)
 
 
 def _names(directory: Path) -> list[str]:
-    """All names in a directory (none if it is not there), as they were at one moment.
+    """Return all names in a directory at one moment; none if there is no directory.
 
-    readdir is no snapshot: during a merge it can miss both the new segment and those it covers. Two equal
-    listings in a row cannot: what the first missed, the second has.
+    readdir is not a snapshot: during a merge it can miss both the new segment and those it covers. Two equal listings
+    in a row cannot, because the second has what the first has missed.
     """
     before: list[str] | None = None
     for _ in range(100):
@@ -135,10 +135,10 @@ def _partitions(root: Path, table: str, first_hour: int, last_hour: int) -> Iter
 def listing(
     root: Path, table: str, since_ns: int | None = None, until_ns: int | None = None, *, covered: bool = False
 ) -> list[Segment]:
-    """A table's live segments, oldest hour first, then in the order of writing.
+    """Return a table's live segments, oldest hour first, then in the order of writing.
 
-    `since_ns` <= time < `until_ns` (UTC) leaves out hours that can hold no such row. `covered=True` gives the
-    segments that a merged one has made obsolete instead.
+    `since_ns` <= time < `until_ns` (UTC) leaves out hours that can have no such row. With `covered` it returns the
+    segments that merged ones have made obsolete instead.
     """
     first_hour = 0 if since_ns is None else since_ns // HOUR_NS
     last_hour = _HOURS[-1] if until_ns is None else (until_ns - 1) // HOUR_NS
@@ -161,9 +161,9 @@ def listing(
 
 
 def by_hour(time_ns: Ints) -> list[tuple[int, Ints | None]]:
-    """Hours of these times (UTC, ns), each with the indices of its rows in their order, or None if those are all.
+    """Group times (UTC, ns) by hour: returns each hour with the indices of its rows in order, or None for all rows.
 
-    In one go over the rows, however many the hours are.
+    It takes one pass over the rows for any number of hours.
     """
     if not len(time_ns):
         return []
@@ -176,7 +176,7 @@ def by_hour(time_ns: Ints) -> list[tuple[int, Ints | None]]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the directory's entries outlive a power cut."""
+    """Synchronise a directory to the disk, so that its entries survive a power failure."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -194,9 +194,9 @@ def _make_directory(directory: Path, *, fsync: bool) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, fsync: bool) -> None:
-    """Make a file appear at `path` whole or not at all: `write(temporary)` makes it, then it is renamed.
+    """Make a file appear at `path` whole or not at all: `write(temporary)` writes it, then it is renamed.
 
-    OSErrors of `write` pass; the temporary file is then gone.
+    OSErrors of `write` pass, after the temporary file was removed.
     """
     _make_directory(path.parent, fsync=fsync)
     temporary = path.with_name(path.name + _TEMPORARY)
@@ -217,14 +217,14 @@ def write_whole(path: Path, write: Callable[[Path], object], *, fsync: bool) -> 
 
 
 def write_bytes(data: memoryview) -> Callable[[Path], object]:
-    """A writer for `write_whole` of bytes that are there already."""
+    """Return a function for `write_whole` that writes these bytes."""
 
     def write(temporary: Path) -> None:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o644)
         try:
             left = data
             while left:
-                # A full disk first shows as a short write, then as an error.
+                # On a full disk a write is short first, and then fails.
                 left = left[os.write(fd, left) :]
         finally:
             os.close(fd)
@@ -233,7 +233,10 @@ def write_bytes(data: memoryview) -> Callable[[Path], object]:
 
 
 def remove_leftovers(root: Path) -> int:
-    """Remove temporary files and covered segments that a killed writer left; the number of files. Writer only."""
+    """Remove temporary files and covered segments that a killed writer has left; returns their number.
+
+    Only the writer of a store may call it.
+    """
     left = [p for table in TABLES for p in (root / table).rglob(f"*{_TEMPORARY}") if p.is_file()]
     left += [s.path for table in TABLES for s in listing(root, table, covered=True)]
     for path in left:
@@ -244,15 +247,15 @@ def remove_leftovers(root: Path) -> int:
 
 
 def next_flush(root: Path) -> int:
-    """A flush number above all that the store holds."""
+    """Return a flush number above those of all segments."""
     return 1 + max((s.last for table in TABLES for s in listing(root, table)), default=0)
 
 
 def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list[list[Segment]]:
-    """Groups of one table's live segments (in the order of `listing`) that are better merged; each at least two.
+    """Return groups of at least two of a table's live segments (in the order of `listing`) that should be merged.
 
-    A group is consecutive, because a merged segment covers all flushes between its first and its last. The
-    newest hour is left alone until `FAN_IN` small ones have come together.
+    A group is consecutive, because a merged segment covers all flushes between its first and its last. Segments of the
+    newest hour are merged only when there are `FAN_IN` small ones.
     """
     bad = set(damaged)
     newest = segments[-1].hour if segments else NO_HOUR
@@ -267,7 +270,7 @@ def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list
         small = _weight(each) < FULL_ROWS and each.path not in bad
         fits = group and group[0].hour == each.hour and sum(map(_weight, group)) + _weight(each) <= MERGED_ROWS
         if not small or not fits:
-            # A group that is full is worth merging, however few it has.
+            # A full group is merged even if it has few segments.
             if group and small and group[0].hour == each.hour and len(group) > 1:
                 groups.append(group)
             else:
@@ -286,9 +289,9 @@ def _weight(segment: Segment) -> int:
 def replace_covered(
     merged: Segment, covered: Sequence[Segment], write: Callable[[Path], object], *, fsync: bool
 ) -> None:
-    """Put `merged`, made by `write`, in the place of the segments it covers.
+    """Replace the covered segments by `merged`, which `write` writes.
 
-    It takes over the newest modification time, which is what retention goes by.
+    The merged segment gets the newest modification time of the covered ones, which retention uses.
     """
     written_ns = max(s.path.stat().st_mtime_ns for s in covered)
 
@@ -303,7 +306,7 @@ def replace_covered(
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What retention has taken away."""
+    """Counts of what retention has removed."""
 
     segments: int = 0
     rows: int = 0
@@ -316,10 +319,10 @@ class Removed:
 def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | None) -> Removed:
     """Remove whole hours that were written more than `max_age_s` ago or exceed `max_bytes`, oldest first.
 
-    Age counts from the writing, not from the packets' time: replaying last year's capture must not delete it at
-    once. The hour of `now_s` always stays, or where there is none the newest before it. What exceeds `max_bytes` is
-    taken first from hours that are still to come by this machine's clock, from the furthest on: rows of a host whose
-    clock is wrong must not outlive those of the others. `runs` stays: one row a run.
+    Age counts from the writing, not from the packets' time, because a replay of last year's capture must not be deleted
+    at once. The hour of `now_s` always stays, or if there is none the newest before it. To meet `max_bytes`, hours in
+    the future of this machine's clock are removed first, the furthest first: rows of a host whose clock is wrong must
+    not outlive those of the others. `runs` stays, with one row per run.
     """
     hours: dict[int, list[tuple[Segment, int]]] = {}
     newest_s: dict[int, float] = {}
@@ -333,11 +336,11 @@ def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | N
             hours.setdefault(each.hour, []).append((each, status.st_size))
             newest_s[each.hour] = max(newest_s.get(each.hour, 0.0), status.st_mtime)
             total += status.st_size
-    # No clock that has written here was ahead of itself; one that was set back meanwhile must not take it all.
+    # The newest file's time counts as present too, so that a clock that was set back does not remove everything.
     present = int(max([now_s, *newest_s.values()])) // 3600
     to_come = sorted((hour for hour in hours if hour > present + HOURS_AHEAD), reverse=True)
     come = sorted(hours.keys() - to_come)
-    if not come:  # then it is this machine's clock that is wrong
+    if not come:  # this machine's clock is wrong
         come, to_come = to_come[::-1], []
     stays = {hour for hour in come if present <= hour <= present + HOURS_AHEAD} or set(come[-1:])
     removed = Removed()

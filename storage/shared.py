@@ -1,4 +1,4 @@
-"""One sink for the streams of several hosts, and what each stream sees of it.
+"""A sink that the streams of several hosts share, and the sink that each stream uses.
 
 stream of host a ──► HostSink ──┐
 stream of host b ──► HostSink ──┴──► RunningSink ──► server
@@ -16,14 +16,14 @@ from storage.running_sink import RunningSink
 
 @dataclass(frozen=True, slots=True)
 class HostResults:
-    """What one stream has to say: results, round trips, or (None) that it has ended."""
+    """Results or round trips of one stream; None means that the stream has ended."""
 
     header: StreamHeader
     results: Results | RoundTrips | None
 
 
 class StreamOfSink(Protocol):
-    """A `Sink` that takes round trips too."""
+    """A `Sink` that accepts round trips too."""
 
     async def open(self, header: StreamHeader) -> None: ...
 
@@ -33,7 +33,7 @@ class StreamOfSink(Protocol):
 
 
 class SharedSink(Protocol):
-    """`open` once, first; a `stream` for each stream; `aclose` once, when all of these are closed."""
+    """A sink for several streams. Call `open` first, `stream` for each stream, and `aclose` when all are closed."""
 
     async def open(self) -> None: ...
 
@@ -43,23 +43,23 @@ class SharedSink(Protocol):
 
 
 class HostSink:
-    """A `Sink` for one stream, into a running sink that others may share."""
+    """A `Sink` for one stream, which writes to a running sink that other streams may share."""
 
     def __init__(self, running: RunningSink[HostResults]) -> None:
         self._running = running
         self._header: StreamHeader | None = None
 
     async def open(self, header: StreamHeader) -> None:
-        """Say whose results they will be."""
+        """Set the stream's header."""
         self._header = header
 
     async def write(self, results: Results | RoundTrips) -> None:
-        """Hand over; never waits for a server (see `RunningSink.write`)."""
+        """Pass results to the running sink; never waits for a server (see `RunningSink.write`)."""
         assert self._header is not None
         await self._running.write(HostResults(self._header, results))
 
     async def aclose(self) -> None:
-        """The stream has ended: what only its end makes final can be written."""
+        """Announce the stream's end, so that its last rows can be written."""
         if self._header is not None:
             await self._running.write(HostResults(self._header, None))
             self._header = None
@@ -72,20 +72,20 @@ class SharedRunningSink:
         self.running = running
 
     async def open(self) -> None:
-        """See `RunningSink.open`."""
+        """Open the running sink (`RunningSink.open`)."""
         await self.running.open()
 
     def stream(self) -> HostSink:
-        """For one stream."""
+        """Return a sink for one stream."""
         return HostSink(self.running)
 
     async def aclose(self) -> None:
-        """See `RunningSink.aclose`."""
+        """Close the running sink (`RunningSink.aclose`)."""
         await self.running.aclose()
 
 
 class Alone:
-    """A `Sink` for the only stream of a shared sink: opens and closes both."""
+    """A `Sink` for the only stream of a shared sink, which it opens and closes too."""
 
     def __init__(self, shared: SharedSink) -> None:
         self._shared = shared
@@ -97,7 +97,7 @@ class Alone:
         await self._stream.open(header)
 
     async def write(self, results: Results | RoundTrips) -> None:
-        """Hand over."""
+        """Pass results to the stream."""
         await self._stream.write(results)
 
     async def aclose(self) -> None:

@@ -1,18 +1,18 @@
-"""What waits to be delivered, on the disk and in bounds, so that neither a dead server nor a crash loses it.
+"""The spool: frames that wait for delivery, on the disk and bounded, so that no dead server and no crash loses them.
 
     append() ──► segment files, whole frames ──► take() ... acknowledge()
-                 the oldest segment goes when there is no room
+                 the oldest segment is dropped when there is no room
 
     DIRECTORY/lock            one writer, by flock
-    DIRECTORY/acknowledged    segment and offset up to which all is delivered
+    DIRECTORY/acknowledged    segment and offset up to which all frames are delivered
     DIRECTORY/NNNNNNNN.frames frames: header with checksum, label, payload
 
-Everything is appended before it is sent, so what a killed process leaves is the truth: at the next start it goes on
-where the last acknowledgement was. A request under way at the kill is made again; who receives it must not mind.
-A frame that was being written when the process was killed has its header's checksum or its end missing, and is cut off.
+Every frame is appended before it is sent, so the next start after a kill continues at the last acknowledgement. A
+request in progress at the kill is made again, and its receiver must tolerate that. A frame that was being written at
+the kill lacks its header's checksum or its end, and is cut off.
 
-Where there is no directory, or the disk takes no more, frames wait in memory, in bounds of their own, and are lost with
-the process. Synchronous; may block on the disk; for several threads.
+Without a directory, or with a full disk, frames wait in memory, within separate bounds, and are lost with the process.
+The class is synchronous, may block on the disk, and is thread-safe.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _MAGIC: Final = b"MSP1"
 _SEGMENT_NAME: Final = re.compile(r"[0-9]{8,18}\.frames")
 _POSITION: Final = struct.Struct("<QQ")
 _SEGMENTS: Final = 16
-"""The spool is cut into at least so many files: what is dropped at once when it is full is one of them."""
+"""The spool has at least so many files: a full spool drops one file at a time."""
 _SEGMENT_BYTES: Final = 64 << 20
-"""... and a file is at most so large."""
+"""Most bytes of a file."""
 _TIDY_BYTES: Final = 4 << 20
-"""When all is delivered, a file of this size is begun anew."""
+"""When all frames are delivered, a file of this size is removed and a new one begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Frame:
     payload: bytes
     rows: int
     label: str = ""
-    """What the receiver needs to know besides, such as a topic."""
+    """Further information for the delivery, such as a topic."""
 
 
 @dataclass(slots=True)
@@ -65,27 +65,28 @@ class _Entry:
     rows: int
     size: int
     segment: int
-    """0: in memory only."""
+    """Number of its segment file; 0 if the frame is in memory only."""
     offset: int = 0
     frame: Frame | None = None
-    """None: on the disk only."""
+    """The frame; None if it is on the disk only."""
     taken: bool = False
-    """Under way, or delivered: it is not dropped, for it may be stored already."""
+    """Whether the frame is in delivery or delivered. It is then not dropped: the receiver may have stored it."""
     delivered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A frame that is under way."""
+    """A frame in delivery."""
 
     frame: Frame
     entry: _Entry
 
 
 class Spool:
-    """First in, first out. `directory` None: in memory only.
+    """A first-in, first-out queue of frames on the disk; without a `directory`, in memory only.
 
-    `rows` and `frames` wait; `dropped_rows` were given up for want of room, `damaged_rows` could not be read back.
+    `rows` and `frames` are the waiting ones; `dropped_rows` were dropped for lack of room, `damaged_rows` could not be
+    read.
     """
 
     def __init__(self, directory: Path | None, *, max_bytes: int, memory_bytes: int, sync: bool = False) -> None:
@@ -96,9 +97,9 @@ class Spool:
         self._sizes: dict[int, int] = {}
         """Bytes of each segment file, oldest first."""
         self._next = 1
-        """Number of the next segment. Never one that was there before: the acknowledged position must stay true."""
+        """Number of the next segment. No number is used twice, because the acknowledged position refers to numbers."""
         self._fd = -1
-        """Of the newest segment, while it is appended to."""
+        """File descriptor of the newest segment, while frames are appended to it."""
         self._position_fd = -1
         self._lock_fd = -1
         self._memory = 0
@@ -107,36 +108,36 @@ class Spool:
         self.dropped_rows = 0
         self.damaged_rows = 0
         self.trouble = ""
-        """Why the disk took the last frame not; empty if it did."""
+        """Why the last frame could not be written to the disk; empty if it was."""
 
     @property
     def frames(self) -> int:
-        """Frames that are in it, also those under way."""
+        """Number of frames in the spool, including those in delivery."""
         return len(self._entries)
 
     @property
     def waiting(self) -> bool:
-        """Whether there is one to be taken."""
+        """Whether there is a frame that is not in delivery."""
         with self._lock:
             return any(not entry.taken for entry in self._entries)
 
     @property
     def bytes(self) -> int:
-        """Of the segment files on the disk, delivered frames in them included."""
+        """Size of the segment files on the disk, including delivered frames in them."""
         return sum(self._sizes.values())
 
-    # Lifecycle: what open takes, close gives back.
+    # Lifecycle: close releases what open acquires.
 
     def open(self) -> int:
-        """Take hold of the directory and of what an earlier process left there; returns its rows.
+        """Lock the directory and read the frames that an earlier process has left; returns the number of their rows.
 
-        Raises `Unavailable` if another process has it, `StoreError` if it cannot be used.
+        Raises `Unavailable` if another process holds the lock, `StoreError` if the directory cannot be used.
         """
         if self._directory is None:
             return 0
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # The spool's folder too: the directories of all sinks stand in it.
+            # The parent too, which has the directories of all sinks.
             refuse_foreign(self._directory.parent)
             refuse_foreign(self._directory)
             self._lock_fd = _locked(self._directory)
@@ -148,13 +149,13 @@ class Spool:
         return self.rows
 
     def close(self) -> int:
-        """Let go of it. Returns how many rows waited that are in memory only, and so are lost now."""
+        """Release the directory. Returns the number of waiting rows that are in memory only, and are now lost."""
         with self._lock:
-            # A copy: in a full spool each takes the place of the oldest, and those given up have no frame any more.
+            # A copy of the list: in a full spool each stored frame drops the oldest, which then has no frame.
             for entry in list(self._entries):
                 if entry.segment == 0 and entry.frame is not None and self._directory is not None:
                     self._store(entry, entry.frame)
-            # They wait no more: `rows` is what the next process will find.
+            # Removed, so that `rows` is what the next process will find.
             lost = [entry for entry in self._entries if entry.segment == 0]
             for entry in lost:
                 self._entries.remove(entry)
@@ -171,14 +172,14 @@ class Spool:
     # In and out.
 
     def full(self, size: int) -> bool:
-        """Whether a frame of `size` bytes would cost older ones their place."""
+        """Return whether appending a frame of `size` bytes would drop older frames."""
         with self._lock:
             if self._directory is None or self.trouble:
                 return self._memory + size > self._memory_bytes
             return self.bytes + size + _HEADER_BYTES > self._max_bytes and bool(self._entries)
 
     def append(self, frame: Frame) -> None:
-        """Keep a frame. Where there is no room the oldest go, all but one that is under way, and are counted."""
+        """Add a frame. If there is no room, the oldest frames that are not in delivery are dropped and counted."""
         with self._lock:
             entry = _Entry(frame.rows, len(frame.payload), 0)
             self._entries.append(entry)
@@ -192,9 +193,9 @@ class Spool:
                 pass
 
     def take(self) -> Taken | None:
-        """The oldest frame that is not under way; None if there is none. It stays until it is acknowledged.
+        """Return the oldest frame that is not in delivery; None if there is none. It stays until it is acknowledged.
 
-        What is damaged on the disk is counted and left out.
+        Frames that are damaged on the disk are counted and left out.
         """
         with self._lock:
             for entry in self._entries:
@@ -210,7 +211,10 @@ class Spool:
             return None
 
     def first(self) -> Frame | None:
-        """The oldest frame, for who has one under way at a time; None if there is none. Asked again it is the same."""
+        """Return the oldest frame, for a caller with one delivery at a time; None if there is none.
+
+        Until that frame is acknowledged, further calls return it again.
+        """
         with self._lock:
             while self._entries:
                 entry = self._entries[0]
@@ -224,8 +228,9 @@ class Spool:
             return None
 
     def ahead(self, index: int) -> Frame | None:
-        """The frame behind `index` others, to be sent before those are acknowledged; None if there is none, or none
-        that can be read. It may still be dropped.
+        """Return the frame after `index` others, to be sent before these are acknowledged.
+
+        Returns None if there is none, or if it cannot be read. The frame may still be dropped.
         """
         with self._lock:
             if index >= len(self._entries):
@@ -234,7 +239,7 @@ class Spool:
             return entry.frame or self._read(entry)
 
     def acknowledge(self, taken: Taken | None = None) -> None:
-        """It is delivered; without a name the one that `first` gave."""
+        """Mark a frame as delivered; without `taken`, the frame that `first` has returned."""
         with self._lock:
             entry = taken.entry if taken is not None else next((e for e in self._entries if e.taken), None)
             if entry is not None:
@@ -242,9 +247,9 @@ class Spool:
                 self._leave()
 
     def _leave(self) -> None:
-        """Take the oldest frames out for good, as far as they are delivered.
+        """Remove the oldest frames up to the first that is not delivered.
 
-        One behind a frame that is still under way stays: after a crash it would be delivered once more.
+        A delivered frame after one in delivery stays, and would be delivered again after a crash.
         """
         position = None
         while self._entries and self._entries[0].delivered:
@@ -260,8 +265,8 @@ class Spool:
         try:
             os.pwrite(self._position_fd, _position(segment, offset), 0)
         except OSError as error:
-            # Only a crash would make a difference: some of what is delivered would be delivered once more.
-            _LOG.warning("%s: the acknowledgement was not written: %s", self._directory, error.strerror)
+            # It matters only after a crash, when some delivered frames would be delivered again.
+            _LOG.warning("%s: cannot write the acknowledgement: %s", self._directory, error.strerror)
 
     def _forget(self, entry: _Entry) -> None:
         self.rows -= entry.rows
@@ -272,7 +277,7 @@ class Spool:
     # Memory.
 
     def _drop_from_memory(self) -> bool:
-        """Make room in memory: forget copies of what is on the disk, the newest first, then give up the oldest."""
+        """Make room in memory: remove copies of frames on the disk, newest first, then drop the oldest frames."""
         for entry in reversed(self._entries):
             if entry.segment and entry.frame is not None and not entry.taken:
                 self._memory -= entry.size
@@ -292,7 +297,7 @@ class Spool:
     # Disk.
 
     def _store(self, entry: _Entry, frame: Frame) -> None:
-        """Append to the newest segment; `entry.segment` stays 0 if that cannot be done."""
+        """Append a frame to the newest segment; `entry.segment` stays 0 if that fails."""
         label = frame.label.encode()
         body = label + frame.payload
         head = _HEADER.pack(_MAGIC, len(frame.payload), frame.rows, len(label), crc32(body))
@@ -318,14 +323,14 @@ class Spool:
             try:
                 os.ftruncate(self._fd, offset)
             except OSError:
-                self._end_segment()  # half a frame stays at its end, where it is cut off
+                self._end_segment()  # half a frame stays at its end, and the next start cuts it off
             return
         self.trouble = ""
         entry.segment, entry.offset, entry.size = segment, offset, len(body)
         self._sizes[segment] = offset + len(whole)
 
     def _begin(self) -> bool:
-        """A new segment file; whether the disk has room for it."""
+        """Begin a new segment file; returns whether the disk has room for it."""
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
             fd = os.open(self._path(self._next), flags, 0o600)
@@ -345,11 +350,11 @@ class Spool:
 
     def _note(self, error: OSError) -> None:
         if not self.trouble:
-            _LOG.warning("%s: the spool takes no more (%s): rows wait in memory", self._directory, error.strerror)
+            _LOG.warning("%s: cannot write to the spool (%s): rows wait in memory", self._directory, error.strerror)
         self.trouble = f"{self._directory}: {error.strerror}"
 
     def _drop_segment(self) -> bool:
-        """Remove the oldest segment that nothing under way is in, with the frames that wait in it."""
+        """Remove the oldest segment without a frame in delivery, and drop its waiting frames."""
         under_way = {entry.segment for entry in self._entries if entry.taken}
         segment = next((s for s in self._sizes if s not in under_way), 0)
         if not segment:
@@ -360,7 +365,7 @@ class Spool:
         return True
 
     def _tidy(self) -> None:
-        """Remove the segments in which nothing waits: the oldest ones, and the newest when it has grown."""
+        """Remove segments without waiting frames: the oldest ones, and the newest if it has `_TIDY_BYTES`."""
         waiting = next((e.segment for e in self._entries if e.segment), 0)
         for segment in list(self._sizes):
             appended_to = segment == self._next - 1 and self._fd >= 0
@@ -393,14 +398,14 @@ class Spool:
             return None
         return Frame(body[label_bytes:], rows, body[:label_bytes].decode())
 
-    # What an earlier process left.
+    # Recovery.
 
     def _recover(self) -> None:
         assert self._directory is not None
         done_segment, done_offset = _read_position(os.pread(self._position_fd, 64, 0))
         for path in sorted(self._directory.glob("*.frames")):
             if not _SEGMENT_NAME.fullmatch(path.name):
-                _LOG.warning("%s: not a file of a spool, left alone", path)
+                _LOG.warning("%s: ignored, because it is no file of a spool", path)
                 continue
             segment = int(path.stem)
             if segment < done_segment:
@@ -414,12 +419,12 @@ class Spool:
                     self.rows += entry.rows
             size = path.stat().st_size
             if end < size:
-                _LOG.warning("%s: %d bytes at the end are no whole frame, cut off", path, size - end)
+                _LOG.warning("%s: cut off %d bytes at the end, which are no whole frame", path, size - end)
                 os.truncate(path, end)
             self._sizes[segment] = end
-        # This process begins a file of its own; the old ones are only read.
+        # This process begins a new file, and only reads the old ones.
         self._next = max(done_segment, next(reversed(self._sizes), 0)) + 1
-        self._write_position(done_segment, done_offset)  # the page is there before the disk is full
+        self._write_position(done_segment, done_offset)  # allocates the block before the disk is full
         self._tidy()
 
 
@@ -431,7 +436,9 @@ def _locked(directory: Path) -> int:
         held = os.pread(fd, 64, 0).decode("utf-8", "replace").strip() or "another process"
         os.close(fd)
         raise Unavailable(
-            f"spool {directory}", f"{held} is using it", "stop that one, or give each its own [sinks.NAME] spool"
+            f"spool {directory}",
+            f"{held} is using it",
+            "stop that process, or give each process its own [sinks.NAME] spool",
         ) from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"process {os.getpid()}\n".encode(), 0)
@@ -444,7 +451,7 @@ def _position(segment: int, offset: int) -> bytes:
 
 
 def _read_position(packed: bytes) -> tuple[int, int]:
-    """Segment and offset up to which all is delivered. Without a readable one everything is delivered once more."""
+    """Return segment and offset up to which all frames are delivered; (0, 0), to deliver all again, if unreadable."""
     if len(packed) < _POSITION.size + _CRC.size:
         return 0, 0
     segment, offset = _POSITION.unpack_from(packed)
@@ -452,7 +459,7 @@ def _read_position(packed: bytes) -> tuple[int, int]:
 
 
 def _frames_of(path: Path, segment: int) -> Iterator[_Entry]:
-    """Whole frames of a segment file, by their headers. What is none is passed over up to the next one, with a word."""
+    """Yield the whole frames of a segment file, by their headers; other bytes are skipped and logged."""
     size = path.stat().st_size
     with path.open("rb") as file:
         offset = 0
@@ -463,7 +470,7 @@ def _frames_of(path: Path, segment: int) -> Iterator[_Entry]:
                 found = _next_header(file, offset + 1, size)
                 if found < 0:
                     return
-                _LOG.warning("%s: %d bytes from %d on are no frame, passed over", path, found - offset, offset)
+                _LOG.warning("%s: skipped %d bytes at offset %d, which are no frame", path, found - offset, offset)
                 offset = found
                 continue
             _, payload_bytes, rows, label_bytes, _ = _HEADER.unpack_from(head)
@@ -473,14 +480,14 @@ def _frames_of(path: Path, segment: int) -> Iterator[_Entry]:
 
 
 def _is_header(head: bytes, left: int) -> bool:
-    """Whether it is the header of a frame that ends within the `left` bytes from its beginning on."""
+    """Return whether `head` is the header of a frame of at most `left` bytes."""
     magic, payload_bytes, _, label_bytes, _ = _HEADER.unpack_from(head)
     sound = magic == _MAGIC and _CRC.unpack_from(head, _HEADER.size)[0] == crc32(head[: _HEADER.size])
     return bool(sound and _HEADER_BYTES + payload_bytes + label_bytes <= left)
 
 
 def _next_header(file: BinaryIO, offset: int, size: int) -> int:
-    """Offset of the first header of a frame from `offset` on; -1 if there is none."""
+    """Return the offset of the first header of a frame at or after `offset`; -1 if there is none."""
     file.seek(offset)
     data = file.read(size - offset)  # a segment's file is 64 MiB at most
     at = data.find(_MAGIC)

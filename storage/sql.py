@@ -1,8 +1,8 @@
-"""SQL of a user's own over a store, read-only: one SELECT, with a view for each table.
+"""Runs a user's SQL over a store, read-only: one SELECT, with a view for each table.
 
-DuckDB runs it in memory, with access to the store's directory and to nothing else of the machine; statements other than
-SELECT are refused before they are run. A view always has all columns of today's schema, also of a store without rows.
-It runs in a thread of its own, so that Ctrl-C and a time limit end it wherever it is.
+DuckDB runs the SQL in memory, with access to the store's directory and no other file of the machine; statements other
+than SELECT are refused before they run. A view always has all columns of the present schema, even in a store without
+rows. A separate thread runs the query, so that Ctrl-C and a time limit can end it at any point.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from storage.query import Store, connected, relation
 
 _T = TypeVar("_T")
 Kind: TypeAlias = Any
-"""DuckDB's DuckDBPyType, which each release has in another module."""
+"""DuckDB's DuckDBPyType, whose module differs between releases."""
 _MISSING: Final = re.compile(r"(?:Table with name|Referenced column|Referenced table) \"?([\w.]+)\"?", re.IGNORECASE)
 _ATTEMPTS: Final = 10
 MEMORY_MIB: Final = 2048
-"""What a query may take by itself: sums over a billion rows need some tens of MiB, a sort of all goes to the disk."""
+"""Default memory limit of a query: sums over a billion rows need some tens of MiB; a sort of all rows uses the disk."""
 _BATCH_ROWS: Final = 1 << 16
 _TURN_S: Final = 0.1
 _OUT_OF_MEMORY: Final = "Out of Memory Error"
 _FAILURES: Final = (duckdb.Error, pa.ArrowException, OSError)
-"""How DuckDB says that it cannot: before the first batch, and after it through Arrow."""
+"""Errors of DuckDB: before the first batch its own, after it through Arrow."""
 _LOSSY: Final = frozenset(
     ("bit", "bignum", "geometry", "interval", "time with time zone", "tuple", "uhugeint", "variant")
 )
-"""DuckDB's types that do not survive the way through Arrow: of a UHUGEINT half its numbers become negative, a time of
-day loses its zone, others are DuckDB's own bytes. They come as DuckDB's text.
+"""DuckDB's types that Arrow cannot carry: half of the numbers of a UHUGEINT become negative, a time of day loses its
+zone, others are DuckDB's own bytes. They are converted to DuckDB's text.
 """
 _OF_THE_SQL: Final = ("Parser", "Syntax", "Binder", "Catalog", "Conversion", "Out of Range", "Permission")
-"""Kinds of errors that no segment is the cause of: looking for a damaged one takes reading them all."""
+"""Kinds of errors that no segment causes; after these no damaged segment is searched, which would read all of them."""
 
 
 @contextmanager
 def rows(
     store: Store, sql: str, *, memory_mib: int = MEMORY_MIB, timeout_s: float | None = None
 ) -> Iterator[pa.RecordBatchReader]:
-    """What a SELECT gives, batch by batch, within the block. Tables: those of `storage.tables.COLUMNS`.
+    """Yield a reader of the result of a SELECT, batch by batch. Tables: those of `storage.tables.COLUMNS`.
 
-    With `store.skip_damaged` it is computed whole before the block begins, because only then it is known which segments
-    can be read. Raises `UsageError` for SQL that is wrong or no single SELECT, `StoreError` for a store that cannot be
-    read and a query that takes more than `memory_mib` and what it may write to the disk, or longer than `timeout_s`.
+    With `store.skip_damaged` the whole result is computed before the block begins, because only then it is known which
+    segments can be read. Raises `UsageError` for wrong SQL or no single SELECT, and `StoreError` for a store that
+    cannot be read, a query beyond `memory_mib` and the limit of temporary files, and one longer than `timeout_s`.
     """
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     for _ in range(_ATTEMPTS):
@@ -84,15 +84,15 @@ def rows(
 
 
 def table(store: Store, sql: str) -> pa.Table:
-    """All that a SELECT gives. Raises as `rows`."""
+    """Return the whole result of a SELECT. Raises the errors of `rows`."""
     with rows(store, sql) as reader:
         return reader.read_all()
 
 
 class _Beside:
-    """Calls of DuckDB in a thread of their own. Whoever waits for one can be interrupted, and then so is DuckDB.
+    """Runs calls of DuckDB in a separate thread, so that a waiting caller can be interrupted and interrupts DuckDB.
 
-    A context manager; DuckDB does nothing any more when it is left.
+    It is a context manager; when it is left, DuckDB has stopped.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, deadline_s: float | None) -> None:
@@ -104,16 +104,16 @@ class _Beside:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # An interrupt that comes before the call has begun is forgotten.
+        # Repeated, because DuckDB ignores an interrupt before the call has begun.
         while self._call is not None and not self._call.done():
             self._connection.interrupt()
             wait([self._call], _TURN_S)
         self._thread.shutdown()
 
     def call(self, function: Callable[[], _T]) -> _T:
-        """What the function returns. Raises `StoreError` at the deadline, and what it raises."""
+        """Run the function and return its result. Raises `StoreError` at the deadline, and the function's errors."""
         self._call = self._thread.submit(function)
-        # In turns: a signal may have gone to another thread, and its handler runs when this one does something.
+        # Short waits: another thread may receive a signal, and its handler runs only when this thread continues.
         while not wait([self._call], _TURN_S).done:
             if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
                 raise StoreError("the query took longer than --timeout allows")
@@ -142,7 +142,7 @@ def _asked(
             for name, kind, column in zip(names, asked.types, asked.columns, strict=True)
         )
         asked = asked.query("asked", f"SELECT {columns} FROM asked AS asked({', '.join(names)})")
-    # Fails here, and not at the first batch, if a segment is gone.
+    # If a segment is gone, this call fails, and not the first batch.
     return asked.to_arrow_reader(_BATCH_ROWS)
 
 
@@ -151,7 +151,7 @@ def _is_lossy(kind: Kind) -> bool:
 
 
 def _text_where_lossy(kind: Kind) -> str:
-    """The type in SQL, with text in place of what Arrow cannot carry."""
+    """Return the type in SQL, with VARCHAR for the types that Arrow cannot carry."""
     if kind.id in _LOSSY:
         return "VARCHAR"
     parts = {name: _text_where_lossy(part) for name, part in _parts(kind)}
@@ -168,7 +168,7 @@ def _text_where_lossy(kind: Kind) -> str:
 
 
 def _parts(kind: Kind) -> list[tuple[str, Kind]]:
-    """The types that a type is made of, by name; of an array without its size, of a union without its tag."""
+    """Return the types that a type consists of, by name, without an array's size and a union's tag."""
     if kind.id not in {"struct", "list", "map", "array", "union"}:
         return []
     return [(name, part) for name, part in kind.children if name and not isinstance(part, int)]
@@ -193,11 +193,11 @@ def _is_of_the_sql(error: Exception) -> bool:
 
 
 def _told(error: Exception, memory_mib: int) -> UsageError | StoreError:
-    """DuckDB's error in one line, with the nearest name of ours where a name is wrong."""
+    """Return DuckDB's error as one line, with the nearest known name for an unknown one."""
     said = " ".join(line.strip() for line in str(error).splitlines() if line.strip() and "^" not in line)
     if said.startswith(_OUT_OF_MEMORY):
         return StoreError(
-            f"the query needs more than the {memory_mib:,} MiB that it may take: --memory-mib allows more"
+            f"the query needs more than its memory limit of {memory_mib:,} MiB; raise it with --memory-mib"
         )
     hint = ""
     if missing := _MISSING.search(said):

@@ -1,8 +1,8 @@
 """The stored tables: columns, and `Results` as Arrow tables of them.
 
-Rows are self-contained, so that DuckDB, pandas, Polars or Dask need nothing but the files: names instead of
-numbers, and each row says its host, run, container and device. Such columns have few values and are
-dictionary-encoded; together they cost a fraction of a byte a row (see docs/design/006-store.md).
+Rows are self-contained, so that DuckDB, pandas, Polars or Dask need only the files: columns have names instead of
+numbers, and each row has its host, run, container and device. These columns have few distinct values and are
+dictionary-encoded; together they cost a fraction of a byte per row (see docs/design/006-store.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAME: Final = pa.dictionary(pa.int16(), pa.string())
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One stored column."""
+    """One stored column: name, type, and meaning for `mace query` and docs/store.md."""
 
     name: str
     type: pa.DataType
@@ -154,18 +154,18 @@ SCHEMAS: Final = {
 }
 
 _SKIPPED_BY: Final = ("time", "delay_ns")
-"""Columns of `delays` that readers look for ranges in."""
+"""Columns of `delays` in which readers search for ranges."""
 _DELTA: Final = dict.fromkeys(_SKIPPED_BY, "DELTA_BINARY_PACKED")
 ROW_GROUP_ROWS: Final = 1 << 18
-"""Rows that are encoded, merged and decoded at a time: about 20 MB as Arrow."""
+"""Number of rows that are encoded and decoded at a time: about 20 MB as Arrow."""
 
 
 def parquet_options(table: str) -> dict[str, Any]:
-    """How a table is encoded: keyword arguments of `SegmentWriter`.
+    """Return the encoding of a table as keyword arguments of `SegmentWriter`.
 
-    Names as dictionaries, times and delays as deltas, packets and small numbers plain (zstd takes their repetitions
-    faster than a dictionary is built: 123 ns and 6.2 bytes a row, with packets as deltas 142 ns and 6.8). Statistics
-    only where a reader can skip by them: those of a name column cost more than the column itself.
+    Names are dictionaries, times and delays deltas, packets and small numbers plain: zstd compresses their repetitions
+    faster than a dictionary is built (123 ns and 6.2 bytes per row; with packets as deltas 142 ns and 6.8). Only
+    columns by which readers can skip have statistics: those of a name column cost more than the column itself.
     """
     if table != "delays":
         return {"compression": "zstd", "compression_level": 1, "version": "2.6"}
@@ -180,7 +180,7 @@ def parquet_options(table: str) -> dict[str, Any]:
 
 
 def encode(rows: pa.Table, table: str) -> pa.Buffer:
-    """The Parquet file of some rows of a table."""
+    """Return rows of a table as the bytes of a Parquet file."""
     sink = pa.BufferOutputStream()
     with SegmentWriter(sink, rows.schema, **parquet_options(table)) as writer:
         writer.write(rows, ROW_GROUP_ROWS)
@@ -188,7 +188,7 @@ def encode(rows: pa.Table, table: str) -> pa.Buffer:
 
 
 def _names(enum: type[IntEnum]) -> list[str]:
-    """Lower-case names by number; numbers without one read `unknown`."""
+    """Return the lower-case names of an enum by number; numbers without a name are `unknown`."""
     names = {int(e): e.name.lower() for e in enum}
     return [names.get(n, "unknown") for n in range(max(names) + 1)]
 
@@ -200,7 +200,7 @@ _OUTCOMES: Final = _names(Outcome)
 
 
 def _named(codes: npt.NDArray[Any], values: Sequence[str]) -> pa.Array:
-    """A column of names: `codes` index `values`, which are distinct."""
+    """Return a dictionary column of names: `codes` index `values`, which are distinct."""
     if len(codes) and int(codes.max()) >= len(values):
         raise ValueError(f"row with number {int(codes.max())} where {len(values)} names are known: {values}")
     narrow = codes.astype(np.int16, copy=False)
@@ -212,7 +212,7 @@ def _constant(value: str, rows: int) -> pa.Array:
 
 
 Runs = StreamHeader | Sequence[tuple[StreamHeader, int]]
-"""Whose rows these are: all of one run, or so many of each of several, in turn."""
+"""The run of all rows, or several runs, each with the number of its consecutive rows."""
 
 
 def _run_columns(runs: Runs, rows: int) -> list[pa.Array]:
@@ -228,7 +228,7 @@ def _run_columns(runs: Runs, rows: int) -> list[pa.Array]:
 
 
 def _device_columns(device: npt.NDArray[Any], devices: Sequence[Device], rank: Sequence[int]) -> list[pa.Array]:
-    """The columns of `_DEVICE` up to `rank`. Only devices that the rows name get into the file."""
+    """Return the columns of `_DEVICE` up to `rank`. The file has only the devices that the rows name."""
     code, here, used = _used(device, devices)
     return [
         _told(code, [d.container for d in here]),
@@ -242,13 +242,13 @@ def _device_columns(device: npt.NDArray[Any], devices: Sequence[Device], rank: S
 
 
 def _container_ids(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
-    """The column `container_id`."""
+    """Return the column `container_id`."""
     code, here, _ = _used(device, devices)
     return _told(code, [d.container_id for d in here])
 
 
 def _used(device: npt.NDArray[Any], devices: Sequence[Device]) -> tuple[npt.NDArray[np.int16], list[Device], list[int]]:
-    """The devices that rows name: which of them each row does, they, and their numbers among `devices`."""
+    """Return the index of each row's device, the devices that rows name, and these devices' indices in `devices`."""
     used = np.flatnonzero(np.bincount(device, minlength=len(devices)))
     if len(used) and int(used[-1]) >= len(devices):
         raise ValueError(f"row with device {int(used[-1])} where {len(devices)} devices are known")
@@ -259,7 +259,7 @@ def _used(device: npt.NDArray[Any], devices: Sequence[Device]) -> tuple[npt.NDAr
 
 
 def _told(code: npt.NDArray[np.int16], values: list[str]) -> pa.Array:
-    """A column of names: `code` indexes `values`, which may repeat."""
+    """Return a dictionary column of names: `code` indexes `values`, which may repeat."""
     distinct = sorted(set(values))
     number = {v: n for n, v in enumerate(distinct)}
     if distinct == values:
@@ -270,7 +270,7 @@ def _told(code: npt.NDArray[np.int16], values: list[str]) -> pa.Array:
 def delays_table(
     header: Runs, delays: Delays, devices: Sequence[Device], rank: Sequence[int] | None = None
 ) -> pa.Table:
-    """Columns `DELAYS`. `rank` of each device, where they are those of several runs."""
+    """Return rows of `delays` (columns `DELAYS`). `rank` is each device's rank, if devices are of several runs."""
     rows = len(delays)
     return pa.Table.from_arrays(
         [
@@ -300,7 +300,10 @@ def windows_table(
     rank: Sequence[int] | None = None,
     device: npt.NDArray[np.int64] | None = None,
 ) -> pa.Table:
-    """Columns `WINDOWS`. `rank` as in `delays_table`; `device` where it is not what the windows say."""
+    """Return rows of `windows` (columns `WINDOWS`).
+
+    `rank` has the rank of each device, if devices are of several runs; `device` replaces the windows' device indices.
+    """
     rows = len(windows)
     told = WindowTable.of(windows)
     if device is None:
@@ -325,7 +328,7 @@ def windows_table(
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """What the ledger of one run says at one time."""
+    """The ledger of one run at one time."""
 
     header: StreamHeader
     time_ns: int
@@ -339,7 +342,7 @@ class LedgerRow:
 
 
 def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:
-    """Columns `LEDGER`; a row for each entry."""
+    """Return one row of `ledger` (columns `LEDGER`) per entry."""
     ledgers, grades = [e.ledger.as_dict() for e in entries], [e.grades.as_dict() for e in entries]
     return pa.Table.from_arrays(
         [
@@ -359,9 +362,9 @@ def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:
 
 
 def grown(rows: pa.Table, table: str) -> pa.Table:
-    """Rows of a table as some version stored them, with the columns and types of today's `SCHEMAS`.
+    """Convert rows that any version has stored to the columns and types of the present `SCHEMAS`.
 
-    A ledger of before there were grades gets those that it would have had: all by the buffer.
+    A ledger stored before grades existed gets the grades that it would have had: all packets matched by the buffer.
     """
     schema = SCHEMAS[table]
     for field in schema:
@@ -372,14 +375,14 @@ def grown(rows: pa.Table, table: str) -> pa.Table:
 
 
 def _nothing(type_: pa.DataType, rows: int) -> pa.Array:
-    """A column of rows that say nothing: 0, false, an empty name or list."""
+    """Return a column of default values: 0, false, an empty name or list."""
     if pa.types.is_dictionary(type_):
         return _constant("", rows)
     return pa.array([[] if pa.types.is_list(type_) else 0] * rows, type_)
 
 
 def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> pa.Table:
-    """Columns `COST`; a row per hook."""
+    """Return one row of `cost` (columns `COST`) per hook."""
     rows = len(cost)
     return pa.Table.from_arrays(
         [
@@ -393,7 +396,7 @@ def cost_table(header: StreamHeader, time_ns: int, cost: Sequence[HookCost]) -> 
 
 
 def runs_table(header: StreamHeader) -> pa.Table:
-    """Columns `RUNS`; one row."""
+    """Return the row of `runs` (columns `RUNS`) for a run."""
     return pa.Table.from_arrays(
         [
             pa.array([header.clock.utc_ns], pa.int64()).cast(_TIME),

@@ -1,1 +1,1 @@
-"""Traces for Perfetto's timeline."""
+"""Writes traces for Perfetto's timeline."""

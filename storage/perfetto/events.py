@@ -1,4 +1,4 @@
-"""Events of a Perfetto trace as templates: slices of hops, instants of records, counters; rows of them in one go."""
+"""Templates for the events of a Perfetto trace (slices of hops, instants of records, counters), encoded in bulk."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from storage.perfetto.protobuf import Bytes, Part, Template, field, fixed64, hol
 
 Ints = npt.NDArray[np.int64]
 Columns: TypeAlias = Mapping[str, npt.NDArray[Any]]
-"""By the names of a template's holes: integers, one for each row."""
+"""Integers by the names of a template's holes, one value per row."""
 
-# Field numbers of protos/perfetto/trace/perfetto_trace.proto, by the names that they have there.
+# Field numbers and names of protos/perfetto/trace/perfetto_trace.proto.
 TRACE_PACKET: Final = 1
 SEQUENCE_ID, SEQUENCE_FLAGS = 10, 13
 STATE_CLEARED, NEEDS_STATE = 1, 2
@@ -22,7 +22,7 @@ _TIMESTAMP, _TRACK_EVENT = 8, 11
 _SLICE_BEGIN, _SLICE_END, _INSTANT, _COUNTER = 1, 2, 3, 4
 
 SEQUENCE: Final = 1
-"""All packets of a trace are of one sequence, whose interned texts they share."""
+"""All packets of a trace belong to one sequence and share its interned texts."""
 
 ANNOTATIONS: Final = (
     "packet",
@@ -44,7 +44,7 @@ ANNOTATIONS: Final = (
     "l4_dst",
     "l4_seq",
 )
-"""Names of arguments; `debug.` before each in SQL."""
+"""Names of arguments; SQL has the prefix `debug.` before each."""
 _ARGUMENT: Final = {name: number for number, name in enumerate(ANNOTATIONS, 1)}
 
 
@@ -61,7 +61,7 @@ def _text(name: str) -> list[Part]:
 
 
 def _identity(name: str) -> list[Part]:
-    """As a pointer: people see it in hexadecimal."""
+    """Return a field of type pointer, which the UI shows in hexadecimal."""
     return message(4, [field(1, _ARGUMENT[name]), *hole(7, name)])
 
 
@@ -99,7 +99,7 @@ _HOPS: Final = {
     (dropped, reply, whole): _event(
         _SLICE_BEGIN,
         "begin",
-        # The whole path is beside the hops, and no step of the way from one to the next.
+        # The slice of the whole path has no arrow, because it is not a step between hops.
         [*_HOP, *(_DROP if dropped else []), *(_REPLY if reply else []), *([] if whole else _ARROW)],
     )
     for dropped in (False, True)
@@ -122,7 +122,7 @@ _COUNT: Final = _event(_COUNTER, "begin", hole(30, "value", 63))
 
 
 def slices(variant: Ints, columns: Columns) -> bytes:
-    """Begin and end of each slice; `variant` is the number of its template."""
+    """Encode begin and end of each slice; `variant` is the number of its template."""
     parts: list[tuple[Ints, list[Bytes]]] = []
     for number in np.unique(variant).tolist():
         at = np.flatnonzero(variant == number)
@@ -133,7 +133,7 @@ def slices(variant: Ints, columns: Columns) -> bytes:
 
 
 def instants(variant: Ints, columns: Columns) -> bytes:
-    """One for each record; `variant` is the number of its template."""
+    """Encode an instant for each record; `variant` is the number of its template."""
     parts: list[tuple[Ints, list[Bytes]]] = []
     for number in np.unique(variant).tolist():
         at = np.flatnonzero(variant == number)
@@ -143,12 +143,12 @@ def instants(variant: Ints, columns: Columns) -> bytes:
 
 
 def plain(columns: Columns) -> bytes:
-    """Slices without arguments."""
+    """Encode slices without arguments."""
     count = len(columns["begin"])
     pieces = [_PLAIN.rows(count, columns), _END.rows(count, columns)]
     return interleaved([(np.arange(count), pieces)], count)
 
 
 def counts(columns: Columns) -> bytes:
-    """Values of counters."""
+    """Encode values of counters."""
     return _COUNT.rows(len(columns["begin"]), columns).tobytes()

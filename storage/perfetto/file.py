@@ -1,4 +1,4 @@
-"""Write Perfetto trace files: packets of bytes, compressed, with the texts and tracks that they call by numbers."""
+"""Writes Perfetto trace files: compressed packets, with the texts and tracks that they refer to by number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from storage.perfetto.events import (
 )
 from storage.perfetto.protobuf import field
 
-# Field numbers of protos/perfetto/trace/perfetto_trace.proto, by the names that they have there.
+# Field numbers and names of protos/perfetto/trace/perfetto_trace.proto.
 _INTERNED_DATA, _CLOCK_SNAPSHOT, _TRACK_DESCRIPTOR, _COMPRESSED_PACKETS = 12, 6, 60, 50
 _REALTIME, _MONOTONIC = 1, 3
 _EXPLICIT_ORDER: Final = 3
@@ -30,13 +30,13 @@ _CATEGORIES, _EVENT_NAMES, _ANNOTATION_NAMES, _STRINGS = 1, 2, 3, 29
 """Fields of InternedData."""
 
 _CHUNK_BYTES: Final = 1 << 20
-"""Packets are compressed in pieces of this size: larger ones save nothing, readers inflate one at a time."""
+"""Packets are compressed in pieces of this size: larger pieces save nothing, and readers inflate one at a time."""
 _LEVEL: Final = 1
-"""zlib: level 6 takes three times as long and saves a fifth of the bytes."""
+"""Level of zlib: level 6 takes three times as long and saves a fifth of the bytes."""
 
 
 class _Interned:
-    """Text that is written once and then called by a number, from 1; several kinds of it with numbers of their own."""
+    """Texts that are written once and then referred to by a number, from 1; each kind has its own numbers."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str], int] = {}
@@ -51,23 +51,24 @@ class _Interned:
         return found
 
     def pending(self) -> bytes:
-        """What was not written yet, as the content of an InternedData."""
+        """Return the texts that are not written yet, as the content of an InternedData."""
         new, self._new = b"".join(self._new), []
         return new
 
 
 class PerfettoTrace:
-    """One trace file. `add_host` for each stream, then what `HostTracks` writes, then `close`; not for several threads.
+    """One trace file. Call `add_host` for each stream, write with `HostTracks`, then `close`. Not thread-safe.
 
-    The file is there when it is whole: until `close` it has another name, which `abort` removes. Raises `StoreError`.
+    The file appears when it is complete: until `close` it has a temporary name, which `abort` removes. Raises
+    `StoreError`.
     """
 
     def __init__(self, path: Path | str, *, overwrite: bool = False) -> None:
         self.path: Final = Path(path)
         self.slices = 0
-        """Hops and whole paths written."""
+        """Number of hops and whole paths written."""
         self.instants = 0
-        """Records written."""
+        """Number of records written."""
         self.bytes_written = 0
         self._names = _Interned()
         self._waiting: list[bytes] = []
@@ -75,7 +76,7 @@ class PerfettoTrace:
         self._hosts = 0
         self._partial: Final = self.path.with_name(self.path.name + ".part")
         if self.path.exists() and not overwrite:
-            raise StoreError(f"{self.path}: exists already; give another name, or say that it may go")
+            raise StoreError(f"{self.path}: exists already; choose another name, or overwrite it with --force")
         try:
             self._file: BinaryIO = open_new(self._partial)
         except OSError as error:
@@ -89,9 +90,9 @@ class PerfettoTrace:
         )
 
     def add_host(self, header: StreamHeader) -> int:
-        """Its number, from 1."""
+        """Add a host; returns its number, from 1."""
         if not self._hosts:
-            # Times are UTC, so that hosts stand side by side. The monotonic clock of the first one is told as well.
+            # Times are UTC, so that hosts are comparable. The monotonic clock of the first host is written too.
             clocks = [(_REALTIME, header.clock.utc_ns), (_MONOTONIC, header.clock.monotonic_ns)]
             told = b"".join(field(1, field(1, clock) + field(2, time)) for clock, time in clocks)
             self._put_packet(field(SEQUENCE_ID, SEQUENCE) + field(_CLOCK_SNAPSHOT, told + field(2, _REALTIME)))
@@ -99,7 +100,7 @@ class PerfettoTrace:
         return self._hosts
 
     def close(self) -> None:
-        """Write what is waiting and give the file its name. Safe to call again."""
+        """Write the waiting packets and give the file its name. May be called again."""
         if self._file.closed:
             return
         try:
@@ -110,7 +111,7 @@ class PerfettoTrace:
             raise StoreError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def abort(self) -> None:
-        """Leave nothing behind. Does nothing after `close`."""
+        """Remove the incomplete file. Does nothing after `close`."""
         if not self._file.closed:
             self._file.close()
             self._partial.unlink(missing_ok=True)
@@ -118,20 +119,20 @@ class PerfettoTrace:
     # For HostTracks ---------------------------------------------------------------------------------------
 
     def text(self, value: str) -> int:
-        """Number of a value of an argument."""
+        """Return the number of an argument's value."""
         return self._names.number(_STRINGS, value)
 
     def name(self, value: str) -> int:
-        """Number of a slice's name."""
+        """Return the number of a slice's name."""
         return self._names.number(_EVENT_NAMES, value)
 
     def category(self, value: str) -> int:
-        """Number of a category."""
+        """Return the number of a category."""
         return self._names.number(_CATEGORIES, value)
 
     def track(self, key: str, name: str, *, parent: int = 0, rank: int = 0, unit: int = 0) -> int:
-        """Describe a track; returns its uuid, which depends on `key` alone. With a unit it is a counter."""
-        # 62 bits: uuids are to be unique among all traces that are ever opened together.
+        """Describe a track; returns its uuid, which depends only on `key`. With a unit the track is a counter."""
+        # 62 bits, so that uuids are unique among all traces that are opened together.
         uuid = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()) >> 2
         told = field(1, uuid) + field(2, name) + field(11, _EXPLICIT_ORDER) + field(12, rank)
         if parent:
@@ -142,7 +143,7 @@ class PerfettoTrace:
         return uuid
 
     def put(self, packets: bytes) -> None:
-        """Encoded packets; raises `StoreError`."""
+        """Write encoded packets, after the texts that they refer to. Raises `StoreError`."""
         if new := self._names.pending():
             self._put_packet(
                 field(SEQUENCE_ID, SEQUENCE) + field(SEQUENCE_FLAGS, NEEDS_STATE) + field(_INTERNED_DATA, new)
@@ -158,7 +159,7 @@ class PerfettoTrace:
         self._waiting_bytes += len(raw)
 
     def _flush(self) -> None:
-        """Whole packets only are in `_waiting`, so that a piece may be of any size."""
+        """Compress and write the waiting packets, which are all whole, so a piece may have any size."""
         packed = zlib.compress(b"".join(self._waiting), _LEVEL)
         raw = field(TRACE_PACKET, field(_COMPRESSED_PACKETS, packed))
         self._waiting, self._waiting_bytes = [], 0

@@ -1,8 +1,8 @@
-"""Lanes: which of several tracks of a device each hop is drawn on, so that no two on one lane overlap.
+"""Assigns each hop of a device to a lane, one of several tracks, so that no two hops on a lane overlap.
 
 Slices on one Perfetto track must nest, but packets overtake one another: two CPUs send through one bridge at once, and
-a thousand packets may wait in one queue. Each hop gets the first lane of its device that is free when it begins. Mostly
-that is lane 0, which whole arrays find out; only where hops do overlap they are looked at one by one.
+a thousand packets may wait in one queue. Each hop gets the first lane of its device that is free when it begins. That
+is mostly lane 0, which array operations find; only overlapping hops are processed one by one.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 _TIME_BITS: Final = 46
-"""Of a time since the first of a call: 2**46 ns is 19 hours."""
+"""Bits of a time since the first time of a call: 2**46 ns is 19 hours."""
 
 
 class Lanes:
-    """Which lanes are taken until when; by group (a small number)."""
+    """The time until which each lane is taken, by group (a small number)."""
 
     def __init__(self) -> None:
         self._until: dict[int, list[int]] = {}
-        """By group: of each lane, the time at which its last slice ends."""
+        """By group, the time at which each lane's last slice ends."""
 
     def place(self, group: Ints, begin: Ints, end: Ints) -> Ints:
-        """The lane, from 0, of each slice. Slices of one group and time are placed in the order in which they come.
+        """Return the lane, from 0, of each slice. Slices with equal group and time are placed in the given order.
 
-        Slices that come in later calls may begin earlier; times within a call are less than 19 hours apart.
+        Slices of later calls may begin earlier; the times of a call must be less than 19 hours apart.
         """
         lane = np.zeros(len(group), np.int64)
         if not len(group):
@@ -47,7 +47,7 @@ class Lanes:
             taken = max(self._until.get(number, ()), default=earliest)
             blocked = first + int(np.searchsorted(begins[first:last], taken))
             if blocked > first:
-                # Something of an earlier call reaches into these: one cluster, looked at.
+                # A slice of an earlier call reaches into these, so they are one cluster, processed one by one.
                 alone[first + 1 : blocked] = False
                 busy[first] = True
         starts = np.flatnonzero(alone)

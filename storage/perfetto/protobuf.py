@@ -1,9 +1,9 @@
-"""Just enough of the protobuf wire format to write it fast: single messages, and thousands of the same shape at once.
+"""Writes the protobuf wire format fast: single messages, and thousands of messages of the same shape at once.
 
-A `Template` is one message with holes for numbers. The holes have a fixed size, because a varint may be longer than it
-needs to be: 0x81 0x00 is 1 as well (protobuf.dev/programming-guides/encoding; Perfetto's own writer leaves room for
-lengths in this way). So every row of the template has the same length, and a column of numbers is put into all rows by
-one numpy statement for each of its bytes.
+A `Template` is a message with holes for numbers. The holes have a fixed size, because a varint may be longer than
+necessary: 0x81 0x00 is 1 too (protobuf.dev/programming-guides/encoding; Perfetto's own writer reserves room for lengths
+in this way). Every row of a template therefore has the same length, and one numpy statement per byte writes a column of
+numbers into all rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VARINT: Final = 0
 FIXED64: Final = 1
 BYTES: Final = 2
 MAX_VARINT: Final = 10
-"""Bytes that hold 64 bits, 7 in each."""
+"""Number of bytes for 64 bits, 7 in each."""
 
 
 _WORD_BYTES: Final = 8
@@ -34,19 +34,19 @@ _SPREAD: Final = tuple(
         (0x007F007F007F007F, 0x3F803F803F803F80, 1),
     )
 )
-"""In halves: 2 groups of 28 bits, 4 of 14, 8 of 7, each of which begins where a byte does."""
+"""Masks and shifts that spread bits by halves: 2 groups of 28 bits, 4 of 14, 8 of 7, each starting at a byte."""
 _MORE: Final = np.uint64(0x8080808080808080)
 
 
 def _spread(values: U64) -> U64:
-    """The lowest 56 bits, 7 in each of the number's 8 bytes, all of which say that more follow."""
+    """Spread the lowest 56 bits over 8 bytes, 7 bits in each, and set the continuation bit of every byte."""
     for low, high, shift in _SPREAD:
         values = values & low | (values & high) << shift
     return values | _MORE
 
 
 def varint(value: int) -> bytes:
-    """The shortest encoding of an unsigned number; negative ones as their two's complement of 64 bits."""
+    """Return the shortest encoding of an unsigned number, or of a negative one's 64-bit two's complement."""
     value &= (1 << 64) - 1
     out = bytearray()
     while value > 127:
@@ -57,7 +57,7 @@ def varint(value: int) -> bytes:
 
 
 def field(number: int, value: int | bytes | str) -> bytes:
-    """One field: a number as a varint, text and bytes (an encoded message) with their length."""
+    """Return one field: a number as a varint, text and bytes (an encoded message) with their length."""
     if isinstance(value, int):
         return varint(number << 3 | VARINT) + varint(value)
     raw = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
@@ -65,17 +65,17 @@ def field(number: int, value: int | bytes | str) -> bytes:
 
 
 def packed_double(number: int, value: float) -> bytes:
-    """One field of type double."""
+    """Return one field of type double."""
     return varint(number << 3 | FIXED64) + np.float64(value).tobytes()
 
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """A number that differs from row to row: the column that it comes from, and the bytes it may take."""
+    """A number that differs between rows: the name of its column, and its size in bytes."""
 
     column: str
     size: int
-    """7 bits in each; numbers that do not fit lose their upper ones."""
+    """Number of bytes with 7 bits each; numbers that do not fit lose their upper bits."""
     fixed: bool = False
     """A fixed64 field instead of a varint; `size` is 8."""
 
@@ -84,17 +84,17 @@ Part: TypeAlias = "bytes | Hole"
 
 
 def hole(number: int, column: str, bits: int = 64) -> list[Part]:
-    """A field whose varint comes from a column."""
+    """Return a field with a varint from a column."""
     return [varint(number << 3 | VARINT), Hole(column, -(-bits // 7))]
 
 
 def fixed64(number: int, column: str) -> list[Part]:
-    """A field of type fixed64 from a column."""
+    """Return a field of type fixed64 from a column."""
     return [varint(number << 3 | FIXED64), Hole(column, 8, fixed=True)]
 
 
 def message(number: int, parts: list[Part]) -> list[Part]:
-    """A field that is a message of these parts."""
+    """Return a field that is a message of these parts."""
     return [varint(number << 3 | BYTES) + varint(_size(parts)), *parts]
 
 
@@ -103,7 +103,7 @@ def _size(parts: list[Part]) -> int:
 
 
 class Template:
-    """A message of known parts; `rows` makes many of it."""
+    """A message of fixed parts and holes; `rows` makes many messages of it."""
 
     def __init__(self, parts: list[Part]) -> None:
         self.size: Final = _size(parts)
@@ -119,7 +119,7 @@ class Template:
                 at += len(part)
 
     def rows(self, count: int, columns: Mapping[str, npt.NDArray[np.generic] | int]) -> Bytes:
-        """(count, size) bytes. `columns`: integers, one for each row or one for all."""
+        """Return `count` messages as an array of (count, size) bytes. `columns`: integers per row, or one for all."""
         out: Bytes = np.empty((count, self.size), np.uint8)
         out[:] = self._blank
         for at, what in self._holes:
@@ -141,20 +141,20 @@ class Template:
         return out
 
     def _words(self, out: Bytes, at: int) -> U64:
-        """The 8 bytes from `at` on of every row as one number: writing that is one statement, not eight."""
+        """Return a view of 8 bytes of every row, from `at` on, as one number, so that one statement writes them."""
         return np.ndarray((len(out),), "<u8", out.data, at, (self.size,))
 
 
 def interleaved(parts: list[tuple[npt.NDArray[np.int64], list[Bytes]]], count: int) -> bytes:
-    """Rows of several templates, one after the other in the order of their row numbers.
+    """Return the rows of several templates, in the order of their row numbers.
 
-    `parts`: (row numbers, the templates' rows that are written for each of these, one after the other). Each row number
-    in 0..count-1 is in exactly one part.
+    `parts` are pairs of row numbers and the templates' rows, which are written one after the other for each row number.
+    Each row number in 0..count-1 is in exactly one part.
     """
     if len(parts) == 1:
         _, pieces = parts[0]
         return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)).tobytes()
-    # Cut into one bytes object a row: putting single bytes into place takes three times as long.
+    # One bytes object per row: copying single bytes takes three times as long.
     raws: list[bytes] = []
     for _, pieces in parts:
         whole = np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1))

@@ -1,18 +1,18 @@
-"""Write Perfetto traces: packets as a timeline, for ui.perfetto.dev and for SQL in its trace processor.
+"""Writes Perfetto traces: packets as a timeline, for ui.perfetto.dev and for SQL in its trace processor.
 
     host
     ├── container c1
-    │   ├── whole path      what the container added to a packet: one slice each
+    │   ├── whole path      the container's overhead on a packet: one slice each
     │   ├── eth0            one slice for each crossing of the device
     │   └── delays          quantiles of windows of 1 s, a counter each
     ├── vethc1, br0, out0   devices of the host, in the order of the path out
     ├── remote: rem0        beyond the outer device
-    ├── lost records        stretches of time in which the ring lost some
-    ├── ledger              where the records went: counters
-    └── records, CPU 0      every record as it was seen
+    ├── lost records        times in which the ring has lost records
+    ├── ledger              counters of the ledger's categories
+    └── records, CPU 0      every record
 
-A flow joins the slices of one packet, and those of its reply where the caller knows it. The file is written as it
-comes: what is kept is a few numbers for each track. docs/design/018-perfetto.md has the reasons.
+A flow joins the slices of one packet, and those of its reply if the caller knows the reply. The file is written as rows
+arrive; only a few numbers per track are kept in memory. docs/design/018-perfetto.md has the reasons.
 """
 
 from __future__ import annotations
@@ -39,41 +39,41 @@ Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]
 
 _ROWS: Final = 4096
-"""Slices encoded at once: less than a megabyte, which stays in the processor's cache."""
+"""Number of slices encoded at once: less than a megabyte, which stays in the CPU's cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Told:
-    """What is known of each hop beside its row. Arrays as long as the rows."""
+    """Further columns of hops, as arrays as long as the rows."""
 
     flow: Ids
-    """Hops with the same one are joined by arrows, in the order of time."""
+    """Arrows join the hops with the same flow, in time order."""
     request: Ids
-    """The packet that this one's packet answers; 0 if none is known."""
+    """The packet that the hop's packet replies to; 0 if none is known."""
     told_by: npt.NDArray[np.int64]
-    """Index into `TOLD_BY`: how that is known."""
+    """Index into `TOLD_BY`: the evidence for the reply."""
     drop_reason: npt.NDArray[np.int64]
-    """The kernel's number; 0 where the packet was not dropped."""
+    """The kernel's drop reason; 0 if the packet was not dropped."""
 
 
 TOLD_BY: Final = ("", "echo", "ports", "turns")
-"""How a reply is known: echo identifier and number; ports, taking turns; lengths alone, taking turns."""
+"""Evidence for a reply: echo identifier and number; ports, in alternation; lengths only, in alternation."""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """What is written of one entry of `Results.devices`."""
+    """The numbers that are written for one entry of `Results.devices`."""
 
     group: int
-    """Of lanes; that of the whole path is one more."""
+    """Group of lanes of the device; the whole path's group is the next number."""
     container: int
-    """Number of its name as an argument."""
+    """Number of the container's name as an argument."""
     names: tuple[int, ...]
-    """Of slices, by direction; then those of the whole path."""
+    """Numbers of the slices' names by direction, followed by those of the whole path."""
 
 
 class HostTracks:
-    """The tracks of one stream. Rows may come in any order; device numbers are those of `devices`."""
+    """Writes the tracks of one stream. Rows may arrive in any order; device numbers are indices of `devices`."""
 
     def __init__(self, trace: PerfettoTrace, header: StreamHeader) -> None:
         self._trace = trace
@@ -85,10 +85,10 @@ class HostTracks:
         self._tracks: dict[str, int] = {}
         self._groups: dict[tuple[int, int, bool], int] = {}
         self._lane_of: list[tuple[str, str, int, int]] = []
-        """By group: key, name, parent and rank of its lanes' tracks."""
+        """By group, key, name, parent and rank of the lanes' tracks."""
         self._lanes = Lanes()
         self._uuids: list[list[int]] = []
-        """By group: uuids of its lanes."""
+        """By group, the uuids of the lanes."""
         self._windows: dict[tuple[int, int, int], tuple[int, tuple[int, ...]]] = {}
         self._ledger: dict[str, int] = {}
         self._lost: list[tuple[int, int]] = []
@@ -106,7 +106,7 @@ class HostTracks:
             self._segment_category[segment] = self._categories[segment.name.lower()]
 
     def devices(self, devices: Sequence[Device]) -> None:
-        """What rows point to, from here on; as in `Results`, only ever appended to."""
+        """Set the devices that later rows refer to. As in `Results`, devices are only ever appended."""
         if len(devices) > len(self._entries):
             self._devices = tuple(devices)
             known = len(self._entries)
@@ -114,7 +114,7 @@ class HostTracks:
                 self._entries.append(self._entry(device, rank))
 
     def hops(self, rows: Delays, told: Told) -> None:
-        """A slice for each row, in the order of time and of the path where times are equal."""
+        """Write a slice for each row. Rows must be in time order, and at equal times in path order."""
         if not len(rows):
             return
         groups = np.array([entry.group for entry in self._entries], np.int64)
@@ -153,7 +153,7 @@ class HostTracks:
             )
 
     def records(self, batch: Batch, packet: Ids, sightings: Sequence[Sighting]) -> None:
-        """An instant for each record; `packet` says whose it is, 0 where that is not known."""
+        """Write an instant for each record; `packet` is the record's packet, 0 if that is not known."""
         if not len(batch):
             return
         present = np.unique(batch.cpu).tolist()
@@ -190,7 +190,7 @@ class HostTracks:
         self._trace.instants += len(batch)
 
     def windows(self, windows: Iterable[Window]) -> None:
-        """Quantiles and number of packets of windows of 1 s; 0 where there is no window."""
+        """Write quantiles and numbers of packets of windows of 1 s, and 0 where there is no window."""
         points: list[tuple[int, int, int]] = []
         for window in windows:
             if window.width_s != 1:
@@ -205,7 +205,7 @@ class HostTracks:
         self._points(points)
 
     def ledger(self, upto_utc_ns: int, ledger: Ledger) -> None:
-        """The ledger's counts at a time, where they have changed."""
+        """Write the ledger's counts that have changed, at a time."""
         points = []
         for rank, (name, count) in enumerate(ledger.as_dict().items()):
             if self._ledger.get(name) != count:
@@ -221,7 +221,7 @@ class HostTracks:
         self._points(points)
 
     def gaps(self, gaps_utc_ns: Sequence[tuple[int, int]]) -> None:
-        """Stretches of time in which some ring lost records."""
+        """Write the times in which a ring has lost records."""
         if not gaps_utc_ns:
             return
         group = self._group((0, 0, False), "lost records", self._root, 700)
@@ -238,7 +238,7 @@ class HostTracks:
         self._trace.put(perfetto_events.plain(columns))
 
     def finish(self) -> None:
-        """There will be no more windows: the counters go back to 0."""
+        """Reset the counters to 0 after the last windows."""
         self._points([(until, track, 0) for until, tracks in self._windows.values() for track in tracks])
         self._windows.clear()
 
@@ -266,7 +266,7 @@ class HostTracks:
         return self._named(f"container/{device.container or device.netns}", name, self._root, 100)
 
     def _group(self, key: tuple[int, int, bool], name: str, parent: int, rank: int) -> int:
-        """Number of a group of lanes; its tracks are made when they are needed."""
+        """Return the number of a group of lanes, whose tracks are made when they are needed."""
         found = self._groups.get(key)
         if found is None:
             found = self._groups[key] = len(self._lane_of)
@@ -275,7 +275,7 @@ class HostTracks:
         return found
 
     def _track_of(self, group: Ints, lane: Ints) -> Ints:
-        """The track of each lane."""
+        """Return the track of each lane."""
         found = np.zeros(len(group), np.int64)
         codes, member = np.unique(group << 32 | lane, return_inverse=True)
         uuids = np.zeros(len(codes), np.int64)
@@ -323,7 +323,7 @@ class HostTracks:
 
 
 def _sighted(sighting: Sighting, devices: Iterable[Device]) -> str:
-    """What a record says of its device, in words."""
+    """Return a record's device as text."""
     if sighting.name or not sighting.ifindex:
         return sighting.name
     known = next((d for d in devices if sighting.is_of(d)), None)

@@ -1,4 +1,4 @@
-"""What the command decides before anything else is imported; each in a process of its own."""
+"""What `mace.__main__` does before other imports; each test runs a new process."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def told(**environment):
 
 
 def test_arrow_takes_the_allocator_that_holds_least():
-    """And the tools that the command starts are told nothing of it."""
+    """Arrow uses jemalloc, and child processes do not inherit the variable."""
     assert told() == ["jemalloc", "None"]
 
 

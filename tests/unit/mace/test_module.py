@@ -1,4 +1,4 @@
-"""`mace module` on machines that are folders, and on this one as far as it goes."""
+"""`mace module` on made-up machines in folders, and on this machine as far as possible."""
 
 import subprocess
 from pathlib import Path
@@ -15,7 +15,7 @@ RELEASE = "6.1.0-test"
 
 
 class Made:
-    """A machine as a folder, with programs that answer as told."""
+    """A machine made of a folder, with programs whose answers the test sets."""
 
     def __init__(self, path):
         self.root = path / "root"

@@ -1,4 +1,4 @@
-"""Names that are chosen to be taken for something else, through every way out: text, and nothing but text."""
+"""Names that imitate markup or control sequences stay plain text in every output."""
 
 import csv
 import io
@@ -55,7 +55,7 @@ def store(tmp_path_factory):
 
 
 def is_safe(shown):
-    """Whether a terminal shows the text as it stands: nothing but characters to see, and ends of lines."""
+    """Return whether a terminal shows the text unchanged: only visible characters and newlines."""
     return all(c.isprintable() or c == "\n" for c in shown)
 
 
@@ -82,7 +82,7 @@ def test_what_is_stored_is_the_name_in_unicode(name):
 @given(st.text(max_size=20))
 def test_any_text_is_shown_safely(name):
     assert printable(name).isprintable()
-    # Nothing that controls, formats or is not assigned; of the separators only the blank.
+    # No control, format or unassigned characters, and no separator but the space.
     assert not {c for c in printable(name) if unicodedata.category(c)[0] in "CZ"} - {" "}
 
 
@@ -98,12 +98,12 @@ def test_a_device_and_its_sighting_have_the_same_name():
     assert Device(1, 2, raw.decode("utf-8", "surrogateescape"), "").name == Sighting(text_of(raw)).name == "e\\xff\\x80"
 
 
-# Ways out: what people read.
+# Output for people.
 
 
 @pytest.mark.parametrize("console", [Console, terminal.Console])
 def test_tables(console, monkeypatch):
-    """On whatever console of Rich's."""
+    """Tables show names as text on any console of Rich."""
     file = io.StringIO()
     made = console() if console is terminal.Console else console(markup=True)
     made.file, made.width = file, 400
@@ -204,7 +204,7 @@ def test_log_lines_are_lines(capsys, monkeypatch):
     assert "ValueError: \\x1b[2J" in err
 
 
-# Ways out: what programs read.
+# Output for programs.
 
 
 def test_json(store, capsys):
@@ -253,7 +253,7 @@ def victoria_reads(line):
 
 @pytest.mark.parametrize("name", NASTY)
 def test_line_protocol(name):
-    """As both databases are documented to read it; tests/integration/test_influxdb.py asks them."""
+    """Lines are parsed as both databases document it; tests/integration/test_influxdb.py uses real servers."""
     line = key("rtt", {"host": "h", "container": name, "tool": "t"}) + " seq=1i 1\n"
     assert line.count("\n") == 1
     found = influx_reads(line)

@@ -33,7 +33,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def query(path, capsysbinary):
-    """Run `mace query` on the store; status, stdout and stderr as text."""
+    """Run `mace query` on the store; returns status, stdout and stderr as text."""
 
     def run(*argv):
         status = cli.main(["query", "--store", str(path), *map(str, argv)])
@@ -119,7 +119,7 @@ def test_no_store(tmp_path):
     assert cli.main(["query", "SELECT 1", "--store", str(tmp_path / "none")]) == 1
 
 
-# Whatever type it is ------------------------------------------------------------------------------------------------
+# Every type --------------------------------------------------------------------------------------------------------
 
 TYPES = {
     "'2025-01-02 03:04:05.123456789'::TIMESTAMP_NS": "2025-01-02T03:04:05.123456789",
@@ -238,7 +238,7 @@ def test_memory_is_bounded_and_nothing_is_written_where_it_runs(query, tmp_path,
     monkeypatch.chdir(tmp_path)
     status, out, err = query("SELECT list(i) AS l FROM range(100000000) r(i)", "--json", "--memory-mib", 64)
     assert (status, out) == (1, "")
-    assert err == "mace: the query needs more than the 64 MiB that it may take: --memory-mib allows more\n"
+    assert err == "mace: the query needs more than its memory limit of 64 MiB; raise it with --memory-mib\n"
     # A sort of more than its memory goes to the disk, and not into this directory.
     sql = "SELECT count(*) AS n FROM (SELECT * FROM range(5000000) r(i) ORDER BY hash(i))"
     assert strict(query(sql, "--json", "--memory-mib", 64)[1])["rows"] == [[5000000]]
@@ -260,7 +260,7 @@ def test_limits_that_are_none(query, wrong):
 
 
 def test_ctrl_c_ends_a_query(query):
-    """Sent when DuckDB is at work, as its thread's processor time says."""
+    """Ctrl-C arrives while DuckDB is working, which its thread's CPU time shows."""
 
     def interrupt():
         while not any(thread.name.startswith("mace-query") for thread in threading.enumerate()):
@@ -327,7 +327,7 @@ def test_rows_that_mace_does_not_write_are_told(tmp_path, path, capsys):
         pq.write_table(rows.set_column(rows.column_names.index(column), column, values), segment)
         assert cli.main(["report", "--store", str(made)]) == 1
         err = capsys.readouterr().err
-        assert err.startswith(f"mace: {made}: it has rows that MACE does not write")
+        assert err.startswith(f"mace: {made}: the store has rows that MACE does not write")
         assert err.count("\n") == 1
 
 

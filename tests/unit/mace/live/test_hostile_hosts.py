@@ -1,4 +1,4 @@
-"""One host's client sends what it likes: the others' rows are as if it were not there."""
+"""A hostile client of one host does not change the rows of the other hosts."""
 
 import logging
 from dataclasses import replace
@@ -43,7 +43,7 @@ def driven(tmp_path):
 
 
 def honest_rows_are_there(driven):
-    """The honest host publishes; all of it is stored."""
+    """Publish the honest host's stream and check that all of it is stored."""
     for each in FRAMES:
         driven.send(HONEST, each)
     driven.flush()
@@ -156,7 +156,7 @@ def test_a_status_of_a_host_that_cannot_be_answered_is_refused(driven, name):
 
 
 def test_a_refused_frame_changes_nothing(driven):
-    """Also where it could be decoded: what it told is not known afterwards."""
+    """A refused frame changes nothing, even if it could be decoded."""
     driven.send(EVIL, evil_header())
     driven.send(EVIL, topology(1, -(9 * 10**18), sightings=SIGHTINGS))
     driven.send(EVIL, topology(1, NOW, sightings=SIGHTINGS[:3]))
@@ -168,7 +168,7 @@ def test_a_refused_frame_changes_nothing(driven):
 
 
 def test_an_engine_that_fails_costs_its_host_the_run_and_nobody_else_anything(driven, monkeypatch, caplog):
-    """What no check foresees: the one catch-all. The next run of the host is taken again."""
+    """An unforeseen error in an engine ends that host's run only; the host's next run is accepted."""
     driven.send(EVIL, evil_header())
     driven.send(EVIL, of_stream(FRAMES[1]))
     fed = hosts._fed
@@ -195,7 +195,7 @@ def test_an_engine_that_fails_costs_its_host_the_run_and_nobody_else_anything(dr
 
 
 def told(driven, host=EVIL):
-    """What the host is told of refused frames: stream, next, first, last, and whether by our clock."""
+    """Return the refusals for a host: stream, next, first, last, and whether they concern the clock."""
     words = [word for each, word in driven.ingest._words() if each == host and word.refused is not None]
     return [
         (word.stream, word.next, word.refused.first, word.refused.last, word.refused.clock_utc_ns is not None)
@@ -208,7 +208,7 @@ def test_a_host_is_told_which_frame_is_refused(driven):
     driven.send(EVIL, topology(1, sightings=SIGHTINGS))
     driven.send(EVIL, constant(2, 1, ts_ns=NOW + (1 << 62)))
     assert told(driven) == [(TAG, 2, 2, 2, False)]
-    driven.send(EVIL, constant(3, 1))  # as if the one before could still come
+    driven.send(EVIL, constant(3, 1))  # announces that the frame before may still arrive
     assert told(driven) == []
     driven.send(EVIL, constant(3, 1), oldest="3")
     assert told(driven) == []
@@ -230,7 +230,7 @@ def test_a_host_is_told_that_its_run_was_given_up(driven):
     driven.inside(lambda: driven.ingest._give_up(EVIL, ValueError("a defect")))
     for number in (2, 3, 4):
         driven.send(EVIL, constant(number, 1))
-    # What was taken before is acknowledged: it is not counted at the host once more.
+    # Frames accepted before are acknowledged, so that the host does not count them again.
     assert told(driven) == [(TAG, 2, 2, 4, False)]
 
 
@@ -257,7 +257,7 @@ def test_counters_beyond_what_a_store_holds_cost_the_run(driven, monkeypatch):
 
 
 def test_rows_that_no_table_can_hold_are_left_out_and_the_others_are_stored(driven, monkeypatch, caplog):
-    """A flush is made of all hosts' rows at once."""
+    """One flush has the rows of all hosts; one host's rows that cannot be stored must not affect the others'."""
     driven.send(EVIL, evil_header())
     for each in FRAMES[1:]:
         driven.send(EVIL, of_stream(each))
@@ -329,7 +329,7 @@ def test_hosts_and_their_runs_have_limits(tmp_path):
     ],
 )
 def test_it_starts_on_a_journal_with_entries_that_cannot_be_applied(tmp_path, kind, payload, caplog):
-    """As an ingest before this one wrote them: a batch whose topology it had refused."""
+    """The journal has entries of an earlier version: a batch whose topology had been refused."""
     journal = Journal(tmp_path / "store" / "ingest", fsync=False)
     Driven(tmp_path / "store").end()
     journal.open()

@@ -1,4 +1,4 @@
-"""What an ingest does with what an earlier one had acknowledged, without any broker."""
+"""How an ingest recovers the frames that an earlier process had acknowledged, without a broker."""
 
 import asyncio
 import threading
@@ -24,7 +24,7 @@ FRAMES = encode([TOPOLOGY, *batches(traffic(RECORDS), 500)])
 
 
 def acknowledged(path, frames):
-    """As a process leaves it that was killed before its first flush."""
+    """Make the journal of a process that was killed before its first flush."""
     journal = Journal(path / "ingest", fsync=False)
     journal.open()
     for frame in frames:
@@ -34,10 +34,10 @@ def acknowledged(path, frames):
 
 
 def run(path):
-    """An ingest that is told to stop before it has begun: it still owes what was acknowledged."""
+    """Run an ingest that is stopped before it has begun: it still stores the acknowledged frames."""
 
     async def work():
-        # Port 9 (discard): nobody is there, and nobody is asked for long.
+        # Port 9 (discard): no broker listens there, and the connection fails at once.
         config = Config(store=StoreConfig(sync=False), mqtt=MqttConfig(broker="mqtt://127.0.0.1:9"))
         stop = asyncio.Event()
         stop.set()
@@ -71,7 +71,7 @@ def test_what_was_acknowledged_is_stored_once_however_often_it_starts(store):
 
 
 def test_containers_without_devices_and_ids_come_to_its_store(store):
-    """Of a flush all that were there meanwhile, by the last of their names."""
+    """A flush has all containers that were present during it, by their newest names."""
     devices = tuple(replace(d, container_id=d.container and f"{d.netns:064x}") for d in TOPOLOGY.devices)
     first = replace(TOPOLOGY, devices=devices, on_host_network=(Sharer("tmp", "f" * 64), Sharer("image.sif[7]")))
     whole = traffic(RECORDS)
@@ -88,7 +88,7 @@ def test_a_flush_without_its_commit_is_put_back(store):
     acknowledged(store, FRAMES)
     run(store)
     before = rows(store)
-    # What a killed process wrote last: a segment of a flush that no journal speaks of.
+    # The last segment of a killed process, of a flush that the journal does not have.
     (kept,) = segments.listing(store, "delays")
     newer = segments.segment(store, "delays", kept.hour, kept.last + 5, kept.last + 5, kept.rows)
     newer.path.write_bytes(kept.path.read_bytes())
@@ -110,10 +110,10 @@ def test_a_journal_of_an_unreadable_snapshot_says_what_to_do(store):
 
 @pytest.mark.parametrize("slice_ns", [FIRST_SLICE_NS, SLICE_NS])
 def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
-    """Killed after a commit: what is of frames before it is in the store, and only the rest may be stored again."""
+    """After a kill behind a commit, only the results of frames after that commit are stored again."""
     seconds = [batch for n in range(8) for batch in batches(later(traffic(RECORDS), n), RECORDS)]
     frames = encode([TOPOLOGY, *seconds])
-    # What the killed process had stored, by its own way of cutting: the rows of what came of seven of the frames.
+    # The killed process had stored the rows of seven of the frames, with its own slice length.
     before = Hosts(EngineConfig(), lambda header: False)
     before.slice_ns = slice_ns
     for frame in frames[:7]:
@@ -126,7 +126,7 @@ def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
     journal.open()
     for frame in frames[:7]:
         journal.append(Kind.FRAME, HEADER.host, frame)
-    # A flush that is in the store, or so it says: only what follows is looked at.
+    # The journal says that this flush is stored: only the frames after it are examined.
     journal.commit(Commit(0, journal.place, slice_ns))
     for frame in frames[7:]:
         journal.append(Kind.FRAME, HEADER.host, frame)
@@ -141,7 +141,7 @@ def later(batch, seconds):
 
 
 def test_a_connection_that_forgets_that_it_was_cancelled_does_not_keep_it_from_ending(tmp_path, monkeypatch):
-    """As one that breaks while it is being closed: its own error takes the cancellation's place."""
+    """A connection that breaks while it is closed raises its own error instead of the cancellation."""
     forgotten, begun = 0, asyncio.Event()
 
     async def forgetful(self):
@@ -171,7 +171,7 @@ def test_a_connection_that_forgets_that_it_was_cancelled_does_not_keep_it_from_e
 
 
 async def writing(place, monkeypatch, sync):
-    """An ingest whose journal writes by `sync`, and the task that has just asked it to write a frame."""
+    """Return an ingest whose journal writes with `sync`, and the task that has just requested a write."""
     ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), place, Config(), Shard())
     ingest._journal.open()
     monkeypatch.setattr(Journal, "sync", sync)
@@ -187,7 +187,7 @@ def ended(ingest):
 
 
 def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
-    """An acknowledgement must not overtake the disk: not even of frames that another one's write has."""
+    """An acknowledgement waits for the disk, also for frames that are in another task's write."""
     may_end, written = threading.Event(), []
     sync = Journal.sync
 

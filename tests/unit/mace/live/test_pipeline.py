@@ -1,4 +1,4 @@
-"""Which live source is taken, and what it is told."""
+"""The choice of the live source, and its options."""
 
 import asyncio
 import signal
@@ -84,7 +84,7 @@ def test_a_filter_is_not_silently_forgotten():
 
 
 def test_signals_do_afterwards_what_they_did_before():
-    """A lab around a measurement is removed on SIGTERM, also once the measurement is over."""
+    """SIGTERM removes a lab around a measurement, also after the measurement has ended."""
     told = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in numbers}
@@ -108,7 +108,7 @@ def test_signals_do_afterwards_what_they_did_before():
 
 
 class Draining:
-    """A source that has something left to give out once it was asked to stop."""
+    """A source that still yields items after it was asked to stop."""
 
     def __init__(self):
         self.begun, self.asked, self.drained = asyncio.Event(), asyncio.Event(), asyncio.Event()

@@ -1,4 +1,4 @@
-"""Runs are coroutines of whoever awaits them: no console, no signal, and the loop goes on meanwhile."""
+"""Runs are coroutines without console or signal handlers, and do not block the event loop."""
 
 import asyncio
 import signal
@@ -63,7 +63,7 @@ def test_a_recording_is_observed_with_its_crossings():
 
 @pytest.mark.parametrize("kind", ["measure", "observe", "watch", "record"])
 def test_a_live_run_lasts_as_long_as_what_it_is_for(kind, monkeypatch):
-    """On a recording in place of a live source, which ends by itself or when it is asked to."""
+    """A live run ends with its `until`. A recording replaces the live source; it ends by itself or on request."""
     source = recording(EXAMPLE).source()
     monkeypatch.setattr(runs, "live_source", lambda config: (source, "source made"))
     stop, opened, lasted = Stop(), [], []

@@ -1,4 +1,4 @@
-"""`mace export perfetto`, judged by the real trace processor: what a user finds in the Perfetto UI, asked in SQL."""
+"""`mace export perfetto`, checked with SQL in the real trace processor: what a user finds in the Perfetto UI."""
 
 import json
 import zlib
@@ -51,7 +51,7 @@ HOPS = ("device", "outside", "delivery")
 
 
 def exchange(tape, at, n=1, length=84, skb=None):
-    """A request and its reply, 100 µs later."""
+    """Return a request and its reply, 100 µs later."""
     skb = skb or at
     tape.packet(
         REQUEST,
@@ -65,7 +65,7 @@ def exchange(tape, at, n=1, length=84, skb=None):
 
 
 def scene():
-    """Two containers that ping, one packet dropped in between, two at once, and a gap."""
+    """Write a capture: two containers ping, one packet is dropped, two cross at once, and there is a gap."""
     tape = Tape()
     tape.packet("R:out0 c", START_NS, skb=99)  # the stream begins before anyone asks
     for i in range(10):
@@ -85,7 +85,7 @@ def write(place, batch, name="made.mace", header=HEADER):
 
 
 def export(path, *options, out=None):
-    """The exported trace's bytes and what the command says of it."""
+    """Export a trace; returns its bytes and the command's JSON."""
     out = out or (path[0] if isinstance(path, list) else path).with_suffix(".pftrace")
     files = path if isinstance(path, list) else [path]
     assert main(["export", "perfetto", *map(str, files), "-o", str(out), "--force", *options]) == 0
@@ -140,7 +140,7 @@ def test_a_track_for_host_container_and_device(made):
 
 def test_slices_on_one_track_never_overlap(made):
     _, slices, *_ = made
-    # At 1.3 s two packets are at br0 at once; they are on tracks of one name.
+    # At 1.3 s two packets are at br0 at once, on two tracks with the same name.
     at_bridge = [s for s in slices if s["track"] == "br0"]
     overlapping = [
         (a["id"], b["id"])
@@ -149,7 +149,7 @@ def test_slices_on_one_track_never_overlap(made):
         if a["id"] < b["id"] and a["ts"] <= b["ts"] < a["ts"] + a["dur"]
     ]
     assert overlapping
-    assert all(s["dur"] >= 0 for s in slices)  # -1: never ended, because it was taken for a parent
+    assert all(s["dur"] >= 0 for s in slices)  # -1: the slice has no end, because it was nested as a parent
 
 
 def test_an_arrow_follows_each_packet_and_comes_back_with_the_reply(made):
@@ -227,7 +227,7 @@ def test_counters_have_the_windows_and_the_ledger(made):
     found = sorted((c["ts"], c["value"]) for c in counters if c["track"] == "overhead egress p50" and c["value"])
     assert found == overheads
     zeros = [c["ts"] for c in counters if c["track"] == "overhead egress packets" and not c["value"]]
-    assert zeros  # where no packets came, no old quantile goes on
+    assert zeros  # without packets, the old quantile does not continue
     ledger = results[-1].ledger.as_dict()
     last = {c["track"]: c["value"] for c in counters if c["parent"] == "ledger"}
     assert last == {name.replace("_", " "): count for name, count in ledger.items()}
@@ -262,7 +262,7 @@ def test_worst_takes_the_slowest_and_what_answers_them(tmp_path, capsys):
     assert min(s["ts"] for s in hops) == slow + OFFSET_NS
     assert {s["direction"] for s in hops} == {"egress", "ingress"}
     assert {s["packet"] for s in instants} == {s["packet"] for s in hops}
-    assert told["ledger"]["records"] == len(tape)  # of all, also of what is not shown
+    assert told["ledger"]["records"] == len(tape)  # over all packets, including those that are not shown
 
 
 def test_one_packet_by_its_number(tmp_path, capsys):
@@ -404,7 +404,7 @@ def test_the_worst_of_any_file_are_found_again_when_it_is_read_a_second_time(tmp
 
 
 def test_what_waits_for_its_packets_is_bounded():
-    """Batches that no result settles are given out in time, without packets."""
+    """Batches that no result settles are returned before memory runs out, without packets."""
     from mace.shown import timeline
 
     follower = timeline.Follower(HEADER)

@@ -1,4 +1,4 @@
-"""Captures of a few kilobytes whose times, or whose numbers of records, would take a reader without end."""
+"""Captures of a few kilobytes with extreme times or counts do not keep a reader busy for ever."""
 
 from dataclasses import replace
 
@@ -116,7 +116,7 @@ def test_a_sparse_stream_gives_the_same_whatever_its_slices_are(busy):
 
 
 def test_gaps_without_number_are_kept_as_few():
-    """A ring's markers are 2^20 in a hundred bytes; each could part packets."""
+    """A hundred bytes can have 2^20 markers of a ring, each of which could separate packets."""
     count = 50_000
     engine = Engine(OFFSET, EngineConfig())
     engine.feed(TOPOLOGY)
@@ -129,7 +129,7 @@ def test_gaps_without_number_are_kept_as_few():
 
 
 def hours_apart(hours):
-    """One round trip an hour."""
+    """Write a capture with one round trip per hour."""
     records = traffic(20 * hours)
     trip = np.arange(len(records)) // 20
     return replace(records, ts_ns=records.ts_ns + trip * HOUR_NS)
@@ -180,7 +180,7 @@ def test_a_recording_of_more_hours_than_a_store_takes_is_refused(tmp_path, monke
     monkeypatch.setattr(part_writer, "MOST_HOURS", 20)
     capture = tmp_path / "hours.mace"
     capture.write_bytes(capture_bytes([TOPOLOGY, hours_apart(60)]))
-    with pytest.raises(StoreError, match="rows of more than 20 hours in one recording"):
+    with pytest.raises(StoreError, match="one recording has rows of more than 20 hours"):
         replayed(capture, tmp_path / "store")
 
 

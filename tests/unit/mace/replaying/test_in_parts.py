@@ -1,4 +1,4 @@
-"""A replay in parts leaves what one engine in one go leaves, however it is cut, stopped, killed or spread."""
+"""A replay in parts stores what one engine would store, however it is divided, stopped, killed or distributed."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ def capture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(capture, tmp_path_factory):
-    """(store, summary) of one engine."""
+    """Return (store, summary) of a replay by one engine."""
     store = tmp_path_factory.mktemp("reference") / "store"
     return store, one_engine([capture], store)
 
@@ -78,7 +78,7 @@ def test_the_store_reads_like_any_other(capture, reference, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("warm_up_ns", [0, 100_000_000, 10**12])
 def test_parts_that_suppose_their_state(capture, reference, tmp_path, warm_up_ns):
-    """With no warm-up most suppose wrongly and are done again; over the whole capture none can be wrong."""
+    """Without warm-up most parts suppose a wrong state and are done again; after a full warm-up none does."""
     again = Counter()
     with Assembly(
         files(capture), str(tmp_path / "store"), ENGINE, CONFIG, part_bytes=PART, warm_up_ns=warm_up_ns
@@ -138,7 +138,7 @@ def test_stopped_and_resumed_again_and_again(capture, reference, tmp_path):
 
 @pytest.mark.slow
 def test_killed_between_any_two_steps_of_a_commit(capture, reference, tmp_path, monkeypatch):
-    """Whatever is missing of a commit, going on makes it whole: the file system says no at the n-th change."""
+    """The file system fails at the n-th change of a commit; a resume completes the commit."""
 
     class Killed(BaseException):
         pass
@@ -239,14 +239,14 @@ def test_a_capture_without_an_end_is_told_of(capture, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
-    """SIGTERM and SIGKILL, a few times each, and at last nothing comes between."""
+    """The command is ended by SIGTERM and SIGKILL a few times each, and then runs to its end."""
     long = write_capture(tmp_path / "long.mace", slower=60)
     argv = ("replay", long, "--store", tmp_path / "store", "--part-mib", "0.04", "--json")
     for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = start(*argv, "--resume")
         note = tmp_path / "store" / "replay" / "00000.json"
         before = note.read_bytes() if note.exists() else b""
-        # Something new was committed, and it is at work on what comes next.
+        # A new part is committed, and the command works on the next one.
         wait_for(lambda: process.poll() is not None or (note.exists() and note.read_bytes() != before), 120)  # noqa: B023
         assert process.poll() is None, "done too soon"
         process.send_signal(how)
@@ -265,7 +265,7 @@ def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
 
 @pytest.fixture
 def memory():
-    """fsspec's file system in memory, empty before and after."""
+    """Provide fsspec's in-memory file system, empty before and after."""
     files_there = pytest.importorskip("fsspec").filesystem("memory")
     yield files_there
     files_there.rm("/", recursive=True)
@@ -329,7 +329,7 @@ def served(folder):
 
 
 def test_from_a_web_server(capture, reference, tmp_path):
-    """A real server, which is asked for stretches of the capture."""
+    """A replay reads ranges of a capture from a real web server."""
     pytest.importorskip("fsspec")
     with served(capture.parent) as (url, asked):
         into_store(files(f"{url}/{capture.name}"), str(tmp_path / "store"), ENGINE, CONFIG, part_bytes=PART)

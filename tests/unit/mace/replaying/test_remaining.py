@@ -11,7 +11,7 @@ from mace.replaying.remaining import KNOWN_AFTER_S, WINDOW_S, Remaining, told
 
 @given(st.floats(1e3, 1e9), st.integers(0, 10**9), st.integers(1, 600))
 def test_at_an_even_pace_it_is_right(pace, begun_at, seconds):
-    """Whatever had been done before: a replay that goes on does not take that for its own pace."""
+    """A resumed replay does not count the bytes done before for its pace."""
     total = begun_at + int(pace * 1000)
     left = Remaining(total, begun_at, 50.0)
     for tenth in range(1, seconds * 4 + 1):

@@ -1,4 +1,4 @@
-"""`mace replay` of other tools' files, as it is typed."""
+"""The command line of `mace replay` for other tools' files."""
 
 import json
 

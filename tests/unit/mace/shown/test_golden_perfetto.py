@@ -1,4 +1,4 @@
-"""Real Perfetto traces are read as they always were, and say what MACE's own capture of the same packets says."""
+"""Real Perfetto traces give unchanged results, equal to those of MACE's own capture of the same packets."""
 
 import json
 

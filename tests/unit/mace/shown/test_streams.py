@@ -1,4 +1,4 @@
-"""Every command with standard streams that are closed, full or of another encoding, and in other time zones."""
+"""Every command works with closed or full standard streams, other encodings and other time zones."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def walked(tmp_path_factory):
 
 
 def reads(argv):
-    """Whether a command works on files alone: others are run as a user who can do no harm."""
+    """Return whether a command only works on files; others are run as an unprivileged user."""
     return argv[0] in {"replay", "correct", "report", "query", "export", "ingest", "store"}
 
 
@@ -151,7 +151,7 @@ class TestEveryCommand:
     def test_without_standard_error_the_status_tells(self, walked, name, odd):
         plain, done = walked[name, "plain"], walked[name, odd]
         assert done.out == plain.out
-        # Where somebody did not want to be told, nothing has failed; where something could not be said, it has.
+        # A closed stream is the user's wish and no failure; a failed write is one.
         unsaid = odd == "stderr full" and plain.err
         assert done.status == (plain.status or int(bool(unsaid)))
 
@@ -190,7 +190,7 @@ def test_tables_keep_their_columns_in_ascii(walked):
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [">&-", "> /dev/full", "2>&-", "2> /dev/full", "<&-", ">&- 2>&- <&-"])
 def test_a_process_of_its_own(streams, tmp_path):
-    """As above from the interpreter's own start on, where it is Python that finds a stream closed."""
+    """The same checks in a new process, in which Python itself starts with a closed stream."""
     done = subprocess.run(
         ["sh", "-c", f'"$0" -m mace hooks --json {streams}', sys.executable],
         capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},

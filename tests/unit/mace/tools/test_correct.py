@@ -1,4 +1,4 @@
-"""`mace correct`: a tool's output and a capture to corrected round trips."""
+"""`mace correct` corrects round trips in a tool's output with a capture."""
 
 import json
 
@@ -105,7 +105,7 @@ def test_a_csv(tmp_path, capsys):
     assert status == 0
     found = json.loads(told.out)
     assert (found["tool"], found["paired"]) == ("request and response", COUNT)
-    # The user's clock comes after netif_receive_skb: what is taken off is between these.
+    # The user's clock is read after netif_receive_skb, so the correction covers the time between the two.
     assert found["samples"][0]["ingress_ns"] == 6_000
 
 

@@ -1,4 +1,4 @@
-"""Probes from made-up records: what they take over each stretch, and what is left out."""
+"""Probes from made-up records: their times over each stretch, and which are left out."""
 
 import math
 
@@ -29,7 +29,7 @@ def records(tape):
 
 
 def probes(way, count, *, before_us=20, back=BACK, skb=7):
-    """(sent, tape) of probes that all take the same way, in the same buffer."""
+    """Return (sent, tape) of probes that all have the same path and buffer."""
     tape, sent = Tape(), []
     for n in range(count):
         sent.append(GAP * (n + 1))
@@ -77,7 +77,7 @@ def test_a_far_end_that_is_elsewhere_and_says_nothing():
 
 
 def test_a_far_end_that_is_elsewhere_and_answers():
-    """What the network takes is not the host path's."""
+    """The network's time is not part of the host path term."""
     way, back = ([step for step in steps if step[2] != "rem0"] for steps in (HOST_WAY, BACK))
     sent, tape = probes(way, 3, back=back)
     assert len(stretches(sent, records(tape), None, "out0").answer) == 0

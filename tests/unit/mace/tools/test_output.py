@@ -1,4 +1,4 @@
-"""What ping, fping and CSV files say, and what is said about lines that are not understood."""
+"""Reading ping, fping and CSV files, and the messages about lines that are not understood."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from correlator.stamps import FPING, PING, PING_USER, REQUEST_RESPONSE
 from mace.tools.output import READERS, CsvOutput, FpingOutput, read
 from mace.tools.ping_output import PingOutput, continued
 
-# As iputils 20221126 printed them, but for the addresses.
+# Lines of iputils 20221126, with other addresses.
 PING4 = """\
 PING 203.0.113.2 (203.0.113.2) 56(84) bytes of data.
 [1760000000.123456] 64 bytes from 203.0.113.2: icmp_seq=1 ttl=63 time=0.094 ms
@@ -161,7 +161,7 @@ def test_fping():
 
 
 def test_several_runs_of_ping_are_numbered_on():
-    """As a shell's loop prints them: in one order, each with its own numbers in the packets."""
+    """Runs of a shell's loop follow one another, each with its own numbers in the packets."""
     samples, reader = told(PING4 + PING4.replace("56(84)", "100(128)") + PING4.partition("\n---")[0])
     assert reader.unknown.count == 0
     assert samples.seq.tolist() == [1, 2, 2, 5, 7, 8, 8, 11, 13, 14, 14, 17, 3, 4, 6, 9, 10, 12, 15, 16]
@@ -248,7 +248,7 @@ def test_a_reply_that_goes_on_is_a_reply_and_the_line_is_counted():
 
 
 def test_a_time_that_is_none():
-    """What ping prints when its clock was set back."""
+    """ping prints 0 after its clock was set back."""
     text = PING4.replace("time=5.32 ms", "time=0.000 ms")
     samples, _ = told(text)
     assert samples.untimed.tolist() == [False, True, *[False] * 5]
@@ -326,7 +326,7 @@ def test_ping_of_bsd_is_known_by_its_percentage(loss):
     ],
 )
 def test_outputs_that_are_mixed_are_refused(lines):
-    """Each reply would be taken for one of another's run."""
+    """In mixed outputs a reply would be assigned to another run's request."""
     with pytest.raises(UsageError, match="several runs are mixed"):
         read(lines)
 
@@ -356,7 +356,7 @@ def test_no_message_is_longer_than_a_person_reads():
 
 
 def test_fping_of_several_targets_of_which_one_is_silent():
-    """Versions before 5 print no line for its requests, only a summary."""
+    """fping before version 5 prints only a summary for a silent target."""
     lines = ["203.0.113.2 : [0], 64 bytes, 0.05 ms (0.05 avg, 0% loss)", "", "203.0.113.2 : xmt/rcv/%loss = 1/1/0%"]
     with pytest.raises(UsageError, match=r"203\.0\.113\.2 and 203\.0\.113\.9"):
         read([*lines, "203.0.113.9 : xmt/rcv/%loss = 1/0/100%"])

@@ -1,4 +1,4 @@
-"""What of `mace ping` needs no packets: ping's arguments, the namespace, and the lines that come out."""
+"""The parts of `mace ping` that need no packets: ping's arguments, the namespace, and the printed lines."""
 
 import asyncio
 import os
@@ -69,7 +69,7 @@ def test_what_is_no_namespace():
 
 
 class MadeSession:
-    """A capture that is a list of what happens: lines of ping, and results of the correlator."""
+    """A session whose capture is a list of events: lines of ping, and results of the correlator."""
 
     def __init__(self, ping, events):
         self.ping, self.events, self.said = ping, events, []

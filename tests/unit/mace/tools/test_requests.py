@@ -1,4 +1,4 @@
-"""What dig and curl say, and what cannot be used of it."""
+"""Reading dig and curl, and the exchanges that cannot be corrected."""
 
 import pytest
 from hypothesis import given
@@ -68,7 +68,7 @@ def test_dig():
     ],
 )
 def test_what_dig_cannot_tell_is_left_out(text, why):
-    """And where there is nothing else it is refused."""
+    """Exchanges that dig does not time are left out; an output with no others is refused."""
     samples, reader = told(text)
     assert samples.seq.tolist() == [2, 1]
     assert [(why in reason, count) for reason, count in reader.left_out.items()] == [(True, 1)]
@@ -129,7 +129,7 @@ def test_any_line_is_taken_or_counted(reader, text):
 
 @pytest.mark.parametrize("deep", ['{"time_connect":' * 100_000, '{"x":' + "[" * 100_000 + '{"time_connect":1}'])
 def test_objects_too_deep_to_read(deep):
-    """As a page on the same line may have them."""
+    """A page on the same line may have deeply nested objects."""
     reader = CurlOutput()
     assert reader.line(deep) is None
     assert reader.unknown.count == 1

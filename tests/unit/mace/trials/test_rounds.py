@@ -1,4 +1,4 @@
-"""What experiments in rounds share; and the commands' refusals, which need no kernel."""
+"""Shared parts of experiments in rounds, and the commands' usage errors, which need no kernel."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The score of `mace verify` itself: does it tell when a row is wrong, missing, or of somebody else?"""
+"""The score of `mace verify` recognises rows that are wrong, missing, or of unnumbered packets."""
 
 import asyncio
 
@@ -96,7 +96,7 @@ def test_each_row_gets_a_packet_of_its_own_where_there_is_one():
     assert assigned([{a}, {a}]).count(None) == 1
 
 
-# Records taken away ---------------------------------------------------------------------------------------
+# Removed records ------------------------------------------------------------------------------------------
 
 HEADER = StreamHeader("ftrace", "h", "r", "6", "b", 2, ClockPair(0, 5_000, 0), (), "0")
 
