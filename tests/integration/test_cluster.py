@@ -1,4 +1,4 @@
-"""Replays on Dask workers: the same store, also when a worker is killed; many hosts, every figure known beforehand."""
+"""Replays on Dask workers give the same store, also if a worker is killed; figures of many hosts equal known ones."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def reference(capture, tmp_path_factory):
 
 
 def test_two_local_workers(capture, reference, tmp_path):
-    """Interrupted as by Ctrl-C in a terminal, which all processes get, and gone on with."""
+    """SIGINT, which a terminal sends to all processes, stops a replay, and it is resumed."""
     argv = ("replay", capture, "--part-mib", PART_MIB, "--json")
     on_cluster = (*argv, "--store", tmp_path / "store", "--cluster", "local:2")
     first = start(*on_cluster, start_new_session=True)
@@ -54,7 +54,7 @@ def test_two_local_workers(capture, reference, tmp_path):
 
 @pytest.fixture
 def scheduler(tmp_path):
-    """The address of a Dask scheduler, and its two workers' processes, as an operator would start them."""
+    """Start a Dask scheduler and two workers as an operator would; yields the address and the workers' processes."""
     about = tmp_path / "scheduler.json"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
     dask = (sys.executable, "-m", "distributed.cli")
@@ -82,7 +82,7 @@ def test_a_worker_that_is_killed_changes_nothing(capture, reference, tmp_path, s
     store = tmp_path / "store"
     replay = start("replay", capture, "--store", store, "--part-mib", PART_MIB, "--json", "--cluster", address)
     try:
-        # A part is in the making: its files lie there, uncommitted.
+        # A part is in progress: its files are staged and not committed.
         wait_for(lambda: replay.poll() is not None or any((store / "replay").glob("staged/*/*")), 120)
         assert replay.poll() is None, replay.communicate()
         os.kill(workers[0].pid, signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_a_worker_that_is_killed_changes_nothing(capture, reference, tmp_path, s
 
 
 def test_a_fleet_of_known_truth(tmp_path):
-    """Counts, sums, extremes and quantiles of a hundred hosts equal what was made up, to the last nanosecond."""
+    """Counts, sums, extremes and quantiles of a hundred hosts equal the made-up values to the nanosecond."""
     captures, fleet = make_fleet(tmp_path)
     store = tmp_path / "store"
     mace("replay", *captures, "--store", store, "--cluster", "local:2", "--json")

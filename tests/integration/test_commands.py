@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
 
 def test_the_readmes_five_minutes(tmp_path):
-    """Its commands as they stand, but shorter and in a place of their own."""
+    """The README's commands run literally, with a shorter duration and another directory."""
     [script] = re.findall(r"## Five minutes\n\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     first = tmp_path / "first"
     for old, new in (
@@ -47,7 +47,7 @@ def test_the_readmes_five_minutes(tmp_path):
     assert "lab lab is up: host, remote, c1, c2" in said
     assert "lab lab: removed" in said
     assert "2 received" in said
-    # The run's, the report's and the replay's: the same ledger, and the same figures of each container.
+    # Run, report and replay have the same ledger, and the same figures for each container.
     for line in (r"packets [\d,]+ · ledger: records [\d,]+ · matched [\d,]+", r"c[12] +(?:egress|ingress) +[\d,]+ .*"):
         found = re.findall(line, said)
         assert len(found) >= 3
@@ -88,7 +88,7 @@ def test_a_lab_by_its_commands(runtime, capfd):
 
 @contextmanager
 def terminal():
-    """(file descriptor of a terminal, function that tells what was written to it so far)."""
+    """Yield the file descriptor of a terminal, and a function that returns what was written to it so far."""
     ours, theirs = pty.openpty()
     said = bytearray()
 
@@ -97,7 +97,7 @@ def terminal():
             while found := os.read(ours, 65536):
                 said.extend(found)
         except OSError:
-            # The kernel's way to say that nobody has the other end any more (EIO).
+            # EIO: no process has the other end open any more.
             return
 
     reader = threading.Thread(target=read, daemon=True)
@@ -132,7 +132,7 @@ def test_a_terminal_shows_a_table_while_it_runs():
                 run.terminate()
                 out, _ = run.communicate(timeout=60)
     assert run.returncode == 0
-    # What stays is on stdout, once.
+    # The result is on stdout, once.
     assert out.decode().count("What the container path added") == 1
 
 

@@ -38,7 +38,7 @@ def ping(lab, *argv, **options):
 
 @pytest.fixture(scope="module")
 def run(lab, tmp_path_factory):
-    """What `mace ping` printed, with a neighbour that pings at the same pace; and the capture of it."""
+    """Run `mace ping` beside a neighbour that pings at the same pace; returns its output and the capture."""
     capture = tmp_path_factory.mktemp("corrected") / "run.mace"
     with lab.start_ping("c2", count=4 * COUNT, size=64, interval_s=0.01) as neighbour:
         done = ping(lab, "--record", capture, "-D", "-c", COUNT, "-i", "0.01")
@@ -90,13 +90,13 @@ def test_without_times_order_is_enough(run, tmp_path):
     said.write_text(re.sub(r"^\[[0-9.]+\] ", "", as_ping_said(shown), flags=re.MULTILINE))
     found = json.loads(mace("correct", said, capture, "--container", "c1", "--json").stdout)
     assert found["paired"] == COUNT
-    # The neighbour's packets do not fit: they are longer. At one pace and of one length, only times could tell.
+    # The neighbour's packets are longer. With equal pace and length only times could distinguish them.
     other = json.loads(mace("correct", said, capture, "--container", "c2", "--json").stdout)
     assert other["paired"] == 0
 
 
 def test_corrected_is_nearer_to_the_host_than_the_container_is(lab, tmp_path):
-    """In turns and in one capture, so that the machine and tracing cost all the same; as fast as replies come."""
+    """Host and container ping alternately in one capture, so that tracing costs the same; each when a reply arrives."""
     remote, capture, text = lab.address("remote"), tmp_path / "run.mace", tmp_path / "said.txt"
     recording = start("record", "--lab", lab.name, "-o", capture, "--ring-mib", "32")
     try:
@@ -127,7 +127,7 @@ def test_corrected_is_nearer_to_the_host_than_the_container_is(lab, tmp_path):
 
 
 def median_ns(rtts_ns):
-    """Of round trips that ping cut to whole microseconds."""
+    """Return the median of round trips that ping has truncated to whole microseconds."""
     return median_us([dithered(np.array(list(rtts_ns)).round().astype(np.int64))]) * 1000
 
 

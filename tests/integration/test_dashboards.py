@@ -37,7 +37,7 @@ def mace(*args: object) -> str:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    """The server, with the times of the captures (`then`) and of the live run (`now`)."""
+    """Provide the filled server, with the times of the captures (`then`) and of the live run (`now`)."""
     place = tmp_path_factory.mktemp("influx")
     influx = Influx(place / "server").start()
     try:
@@ -77,7 +77,7 @@ def live(influx: Influx, place: Path) -> None:
 
 
 def span(influx: Influx) -> tuple[int, int]:
-    """The first and the last time of all rows, ns."""
+    """Return the first and the last time of all rows, ns."""
     ends = []
     for order in ("ASC", "DESC"):
         times = []
@@ -130,7 +130,7 @@ def test_variables_offer_what_there_is(values_of_variables):
 
 
 def test_what_is_chosen_is_what_is_shown(database, values_of_variables):
-    """As Grafana writes a choice: one value as it is, several as (a|b), both escaped."""
+    """Queries show what is chosen; Grafana writes one value literally, several as (a|b), both escaped."""
     several = {name: f"({'|'.join(map(re.escape, values))})" for name, values in values_of_variables.items()}
     nobody = dict.fromkeys(EVERYTHING, "nobody")
     for one in ALL:
@@ -172,7 +172,7 @@ def test_figures_are_those_of_the_store(database):
 
 
 def test_means_are_exact_however_many_windows(database):
-    """Of the path dashboard: sums by counts, and the largest, are those of the single packets."""
+    """The path dashboard's means and maxima, from windows, equal those of the single packets."""
     path = next(one for one in ALL if one.where.startswith("path: Hop by hop"))
     compared = 0
     for series in rows(database, path, EVERYTHING | {"source": "kmod"}, database.then):
@@ -193,7 +193,7 @@ def test_means_are_exact_however_many_windows(database):
 
 
 def test_a_loss_is_on_the_first_screen(database):
-    """What the ledger says of the captures is what the three panels that stand first say."""
+    """The first three panels show the losses that the captures' ledger has."""
     expected: dict[str, int] = {}
     for source in ("kmod", "ftrace"):
         ledger = json.loads(mace("replay", FILES / f"{source}.mace", "--json"))["ledger"]

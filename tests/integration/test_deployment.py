@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.needs("image", "compose", "tracefs", "netns", "openssl", "mosquitto"),
 ]
 
-# Only addresses that are meant for documentation, as everywhere in the lab.
+# Only addresses for documentation, as everywhere in the lab.
 NETWORKS = """
 networks:
   broker: {{ipam: {{config: [{{subnet: 192.0.2.0/27}}]}}}}
@@ -49,7 +49,7 @@ services:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory):
-    """A lab with Docker, the image built, and broker, ingest and collector up."""
+    """Provide a lab with Docker and the built image."""
     folder = tmp_path_factory.mktemp("deployment")
     copy_tree(folder)
     with lab.running(Spec("deployed", containers=1, runtime=Runtime.DOCKER)) as place:
@@ -60,7 +60,7 @@ def deployed(tmp_path_factory):
         try:
             yield up
         finally:
-            # A gigabyte of layers: the lab's own clean-up has a few seconds for all that it finds.
+            # A gigabyte of layers would exceed the few seconds of the lab's own clean-up.
             for name in ("mace", "mace-base:test", "eclipse-mosquitto:2.0"):
                 subprocess.run(
                     ["docker", "rmi", "--force", name],
@@ -72,7 +72,7 @@ def deployed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(deployed):
-    """... and what the Compose file has up, with the broker and without the database."""
+    """Provide the lab with the services of the Compose file: broker, ingest and collector, without the database."""
     call, place = deployed.call, deployed.place
     call(
         *(
@@ -104,7 +104,7 @@ def running(deployed):
 
 
 def copy_tree(folder: Path) -> None:
-    """What a clone of the repository has, and the wheels."""
+    """Copy the files of the repository, and the wheels."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, timeout=60, check=True,
@@ -181,7 +181,7 @@ def test_it_measures_what_containers_of_the_host_do(running):
 
 
 def stored(running) -> dict[str, dict[str, int]]:
-    """Packets by container and direction, as the report says that the ingest has them."""
+    """Return the ingest's packets by container and direction, from `mace report`."""
     code = (
         "import duckdb, json, glob; g = '/var/lib/mace/store/delays/**/*.parquet';"
         "print(json.dumps(duckdb.sql(f\"SELECT container, direction, count(*) FROM read_parquet('{g}') WHERE"
@@ -238,7 +238,7 @@ def test_the_broker_lets_nobody_speak_for_others(running):
 
 
 def test_after_a_restart_of_the_broker_all_is_there(running):
-    """Hosts keep what has not arrived: nothing is lost, and the health check comes back."""
+    """Hosts keep frames that are not acknowledged: no record is lost, and the health check succeeds again."""
     container = json.loads(running.call("docker", "inspect", "c1"))[0]["Id"][:12]
     before = stored(running).get(container, {}).get("egress", 0)
     running.compose("kill", "mosquitto")

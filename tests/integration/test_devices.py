@@ -44,7 +44,7 @@ def own_threads() -> list[threading.Thread]:
 
 
 class Machine:
-    """Namespaces with names of their own, all removed at the end."""
+    """Namespaces with unique names, all removed at the end."""
 
     def __init__(self) -> None:
         self.prefix = f"t{uuid.uuid4().hex[:8]}"
@@ -72,14 +72,14 @@ class Machine:
         self.ip(a, f"link add {a_name} type veth peer name {b_name} netns @{b}")
 
     def process(self) -> subprocess.Popen[bytes]:
-        """One in a namespace of its own, without a mount."""
+        """Start a process in a new namespace that no mount keeps."""
         process = subprocess.Popen(["unshare", "--net", "sleep", "1000"])
         self.processes.append(process)
         wait_for(lambda: inode_of(f"/proc/{process.pid}/ns/net") != inode_of("/proc/self/ns/net"), 5)
         return process
 
     def called(self, title: str, short: str) -> subprocess.Popen[bytes]:
-        """A process with that title in a namespace of ours."""
+        """Start a process with that title in one of the test's namespaces."""
         argv = ["bash", "-c", f'exec -a "{title}" sleep 1000']
         process = subprocess.Popen(["nsenter", f"--net=/run/netns/{self.name(short)}", *argv])
         self.processes.append(process)
@@ -113,7 +113,7 @@ async def following(machine: Machine, **arguments: object) -> AsyncIterator["Wat
 
 
 class Watcher:
-    """The newest snapshot, as far as it concerns the test's own namespaces."""
+    """Keeps the newest snapshot of the test's own namespaces."""
 
     def __init__(self, machine: Machine, follower: DeviceFollower) -> None:
         self.machine = machine
@@ -140,7 +140,7 @@ class Watcher:
         return next((d for d in self.all if d.netns == inode and d.name == name), None)
 
     async def until(self, condition: Callable[[], object], limit_s: float = 5) -> float:
-        """Seconds until the condition holds."""
+        """Wait until the condition holds; returns the seconds."""
         started_s = time.monotonic()
         while True:
             self.poll()
@@ -374,7 +374,7 @@ def test_a_namespace_of_a_process_alone(machine: Machine) -> None:
 
 @contextlib.contextmanager
 def guest_of_lower_id(host: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A process that visits the namespace of `host`, as if process ids had started anew before it came."""
+    """Start a process in the namespace of `host` whose pid is lower than that of the container's first process."""
     Path("/proc/sys/kernel/ns_last_pid").write_text(str(host.pid // 2))
     with subprocess.Popen(["nsenter", f"--target={host.pid}", "--net", "sleep", "1000"]) as guest:
         try:
@@ -412,12 +412,12 @@ async def _named_by_the_first(machine: Machine) -> None:
 
 @pytest.mark.needs("ns_last_pid")
 def test_a_container_is_named_by_the_process_that_was_first(machine: Machine) -> None:
-    """Not by whoever visits it, such as the measurement itself, when process ids have started anew."""
+    """A visiting process with a lower pid, such as the measurement itself, does not name the container."""
     asyncio.run(_named_by_the_first(machine))
 
 
 class Held:
-    """A network namespace that nothing but an open socket keeps."""
+    """A network namespace that only an open socket keeps."""
 
     def __enter__(self) -> Self:
         thread = threading.Thread(target=self._make)
@@ -452,7 +452,7 @@ def test_a_namespace_that_only_an_open_file_keeps(machine: Machine) -> None:
 
 
 class Witness:
-    """Says whether a veth's other end still lives: independent of the follower, and of what it keeps open."""
+    """Reports whether a veth's other end exists, independently of the follower and its open files."""
 
     def __init__(self, machine: Machine, host: str, device: str) -> None:
         self._command = ["ip", "-n", machine.name(host), "link", "show", device]
@@ -674,7 +674,7 @@ async def _many(machine: Machine) -> None:
 
 
 def poll_ns(seen: Watcher) -> int:
-    """What asking for changes costs where there are none: the least of some."""
+    """Return the smallest of several costs of a poll without changes, ns."""
     costs_ns = []
     for _ in range(500):
         started_ns = time.perf_counter_ns()

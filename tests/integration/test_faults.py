@@ -1,4 +1,4 @@
-"""What goes wrong on real machines: a clear error, nothing lost that was acknowledged, nothing left behind."""
+"""Faults of real machines cause a clear error, lose no acknowledged row and leave nothing behind."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def test_without_root(tmp_path):
 
 
 def test_without_tracefs():
-    """In a mount namespace in which nothing of the kind is mounted, and may not be."""
+    """A mount namespace has no tracefs, and may not mount one."""
     hide = f"{UNMOUNT_TRACEFS}; mount -t tmpfs -o ro none /sys/kernel; exec "
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-ec", hide + " ".join(MACE) + " run --no-store --duration 1"],
@@ -208,7 +208,7 @@ def test_a_recording_that_is_ended_or_killed_can_be_replayed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_demo_at_any_moment(number):
-    """While it makes the lab, while it measures, while it shows: no lab, no trace instance, no rows are left."""
+    """A signal while the demo makes the lab, measures or prints leaves no lab, trace instance or rows."""
     stores = set(Path(tempfile.gettempdir()).glob("mace-demo-*"))
     run = start("demo", "--duration", "0.5")
     wait_for(lambda: "demo" in {info.name for info in list_labs()}, what="the lab")

@@ -1,4 +1,4 @@
-"""Ten thousand real packets of each kind, every one with its whole path in both directions."""
+"""Ten thousand real packets of each kind are all matched over the whole path, in both directions."""
 
 import json
 
@@ -17,7 +17,7 @@ NOISE = 333 + 28
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One measurement of all kinds of traffic, beside a second container's."""
+    """Measure all kinds of traffic beside a second container's traffic."""
     with running(Spec(name="light", containers=2)) as lab:
         # Neighbours are known from here on, so that no packet waits for an answer to ARP or ND.
         for family in (4, 6):
@@ -37,14 +37,14 @@ def run(tmp_path_factory):
 
 
 def ways(lab, container):
-    """Devices in order from a container to the far end, by direction."""
+    """Return the devices between a container and the far end in path order, by direction."""
     tag = lab.outer_device[3:]
     out = ["eth0", f"veth{tag}-{container}", f"br{tag}", f"out{tag}", f"rem{tag}"]
     return {"egress": out, "ingress": out[::-1]}
 
 
 def found_paths(measurement, container, length):
-    """{(direction, devices): packets} of all packets of one length."""
+    """Count the packets of one length by direction and devices."""
     rows = measurement.query(
         f"SELECT direction, devices, count(*) FROM ({PATHS})"
         f" WHERE container = '{container}' AND l3_len = {length} GROUP BY ALL"
@@ -109,7 +109,7 @@ def test_large_tcp_buffers_stay_whole(tmp_path):
 
 
 def test_one_command_shows_it_all():
-    """`mace demo --json`: what the README promises to a newcomer, and to programs."""
+    """`mace demo --json` prints what the README promises."""
     done = mace("demo", "--duration", "1", "--json")
     assert done.stdout.count("\n") == 1
     found = json.loads(done.stdout)

@@ -35,7 +35,7 @@ DEVICES = ("net:net_dev_queue", "net:net_dev_start_xmit", "net:netif_rx", "net:n
 
 
 async def capture(source, traffic):
-    """All records of a run around `traffic`, its last topology, and the kernel's counts at the end."""
+    """Capture while `traffic` runs; returns all records, the last topology, and the kernel's counts at the end."""
     await source.open()
     try:
         work = asyncio.create_task(traffic)
@@ -177,7 +177,7 @@ def test_a_ring_that_fills_is_read_before_its_time(reader):
 
 
 def test_a_flood_of_all_hooks_accounts_for_every_event(reader):
-    """Without a filter: whatever else happens on this machine is counted too."""
+    """Without a filter, all other events of this machine are counted too."""
     with Sender("mftd", 40_000, 0) as one, Sender("mfte", 40_000, cpu_choice()) as two:
 
         async def both():

@@ -1,6 +1,6 @@
-"""An unprivileged user chooses the paths that namespaces are found at, and mounts what he likes on them.
+"""An unprivileged user can choose the paths at which namespaces are found, and mount anything over them.
 
-Here he does: in namespaces of his own, as a user without any right on this machine.
+The tests do that in the user's own namespaces, without any privilege on this machine.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ exec sleep 300
 
 @contextlib.contextmanager
 def hostile(over: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """The user's namespaces, with `over` mounted over the namespace that they hide."""
+    """Provide the user's namespaces, with `over` mounted over the namespace that they hide."""
     place = tmp_path / "place"
     place.mkdir()
     for parent in (place, *place.parents[:-2]):
@@ -74,7 +74,7 @@ def hostile(over: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def hidden_of(process: subprocess.Popen[str]) -> netns.Found:
-    """The namespace that the user's mount keeps."""
+    """Return the namespace that the user's mount keeps."""
     [found] = [found for found in hidden().values() if found.path == f"/proc/{process.pid}/root{process.args[-1]}"]
     return found
 

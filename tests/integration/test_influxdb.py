@@ -46,7 +46,7 @@ def server(shared_server):
 
 @pytest.fixture(params=["1.x /write", "v2 API"])
 def address(request, server):
-    """Where to write: 1.6.7 itself, or behind the proxy, which serves the v2 API that influxdb-client speaks."""
+    """Provide the address of InfluxDB 1.6.7, directly or behind the proxy with the v2 API of influxdb-client."""
     with proxied(server) as proxy:
         yield server.url if request.param == "1.x /write" else proxy.url
         assert proxy.writes == 0 or request.param == "v2 API"
@@ -57,7 +57,7 @@ def delay_rows(results):
 
 
 def check(server, account, results):
-    """All rows are in the database, none twice, but for those that the account says are not."""
+    """Check that the database has every row once, except the rows that the account counts as not stored."""
     rows = server.rows()
     assert account.imbalance == 0
     assert account.waiting == 0
@@ -108,7 +108,7 @@ def test_what_is_stored_is_in_the_catalogue(server, tmp_path):
 
 
 def test_written_again_changes_nothing(server, tmp_path):
-    """A replay into the same database, or a spool whose acknowledgements a crash took."""
+    """Writing rows again changes nothing, as after a repeated replay or a crash that lost acknowledgements."""
     results = list(batches(20_000, 20))
     first = feed(influx(server.url, tmp_path / "a"), results, pace=False, live=False)["influxdb"]
     before = server.rows()
@@ -122,7 +122,7 @@ FAULTS = [None, 429, 500, None, "cut", "lost", 503, "hang", None, "lost", None, 
 
 @pytest.mark.parametrize("api", ["v1", "v2"])
 def test_all_faults_in_turn(server, tmp_path, api):
-    """429, 500, silence, cut connections, lost answers, and lines that the server refuses."""
+    """The faults are 429, 500, silence, cut connections, lost answers, and lines that the server refuses."""
     results = list(batches(60_000, 60))
     bad = [str(results[n].delays.utc_ns[n]).encode() for n in (5, 30, 55)]
     with proxied(server, lambda number: FAULTS[number % len(FAULTS)] if number < 24 else None) as proxy:
@@ -141,7 +141,7 @@ def test_all_faults_in_turn(server, tmp_path, api):
 
 
 def test_a_server_that_is_killed_again_and_again(tmp_path):
-    """SIGKILL at random moments while rows come in; the account and the disk agree afterwards."""
+    """The server is killed at random moments while rows arrive; the account and the disk agree afterwards."""
     server = servers.Influx(tmp_path / "influx")
     results = list(batches(200_000, 160))
     chance = random.Random(5)
@@ -162,7 +162,7 @@ def test_a_server_that_is_killed_again_and_again(tmp_path):
 
 @pytest.mark.needs("root")
 def test_a_disk_that_is_full(tmp_path):
-    """The server's disk: it says 500 until there is room again, and nothing is lost by it."""
+    """The server's disk is full: it answers 500 until there is room again, and no row is lost."""
     place = tmp_path / "disk"
     place.mkdir()
     with tmpfs(place, "96m"):
@@ -315,7 +315,7 @@ def test_victoria_metrics_speaks_the_v2_api_for_real(tmp_path):
 @pytest.mark.needs("victoria-metrics")
 @pytest.mark.parametrize("database", [servers.Influx, servers.Victoria, servers.OldVictoria])
 def test_names_that_would_be_lines_or_tags(database, tmp_path):
-    """All read the same names, and store every row, whatever containers and devices are called."""
+    """Databases store every row and read the same names, for any names of containers and devices."""
     delays = make_delays(12 * len(NASTY), containers=len(NASTY))
     odd = named_devices(NASTY)
     results = make_results(delays, devices=odd, windows=make_windows(delays))
@@ -339,14 +339,14 @@ def test_names_that_would_be_lines_or_tags(database, tmp_path):
 
 
 def as_stored(name):
-    """What a database shows of a name: `storage.lines` read back."""
+    """Return a name as a database shows it: the inverse of `storage.lines`."""
     escaped = key("rtt", {"container": name or "none"}).partition("container=")[2]
     return re.sub(r"\\([,= ])", r"\1", escaped)
 
 
 @pytest.mark.needs("victoria-metrics")
 def test_a_renamed_container_s_series_are_one_by_its_id(tmp_path):
-    """As docs/metrics.md tells PromQL's users to ask."""
+    """The PromQL query of docs/metrics.md joins a renamed container's series by its id."""
     results = []
     for number, name in enumerate(("web-tmp", "web")):
         delays = make_delays(40, start_ns=START_NS + number * 10 * S)

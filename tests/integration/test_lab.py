@@ -1,4 +1,4 @@
-"""The lab, for real: what it makes, what goes through it, and above all that nothing of it is ever left."""
+"""The lab on the real kernel: its devices, its traffic, and that nothing of it is ever left."""
 
 import os
 import random
@@ -27,7 +27,7 @@ def output(*argv):
 
 
 def machine():
-    """Everything in the machine's own network namespace that a lab could spoil."""
+    """Return everything in the machine's own network namespace that a lab could change."""
     sysctls = [
         "ipv4/ip_forward",
         "ipv6/conf/all/forwarding",
@@ -45,7 +45,7 @@ def machine():
 
 
 def leftovers(name):
-    """What there still is of a lab, anywhere."""
+    """Return everything that is left of a lab on this machine."""
     found = [str(p) for p in netns.NETNS_DIR.glob(f"mace-{name}-*")]
     found += [str(p) for p in state.STATE_DIR.glob(f"{name}.*")]
     found += [
@@ -90,7 +90,7 @@ with running(Spec({name!r}, containers=2, {more})) as lab:
 
 
 def start_run(name, more=""):
-    """Another process that brings the lab up and sends traffic without end."""
+    """Start another process that makes the lab and sends traffic for ever."""
     script = SCRIPT.format(root=str(ROOT), name=name, more=more)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -128,7 +128,7 @@ def test_members_reach_each_other_from_the_first_packet_on(name, family):
 
 
 def test_set_up_takes_few_commands(name, monkeypatch):
-    """Which is why it is quick: a batch for each namespace, not a process for each address."""
+    """The set-up is fast because it runs one batch per namespace, not one process per address."""
     started = []
     monkeypatch.setattr(
         netns, "run", lambda argv, run=netns.run, **options: started.append(argv) or run(argv, **options)
@@ -271,7 +271,7 @@ def test_traffic_ends_with_its_duration(name):
 
 
 def test_traffic_ends_with_the_process_that_asked_for_it(name):
-    """And at once, not when somebody cleans up."""
+    """Traffic ends at once with its process, not at the next clean-up."""
     run = start_run(name)
     assert run.stdout.readline() == "up\n"
     wait_for(lambda: len(state.processes(state.load(name).id)) == 2)
@@ -431,7 +431,7 @@ def test_signals_end_it_cleanly(name, number, when):
     else:
         wait_for(lambda: state.load(name) is not None)
     run.send_signal(number)
-    run.send_signal(number)  # impatience must not cut the clean-up short
+    run.send_signal(number)  # further signals must not interrupt the clean-up
     run.communicate(timeout=20)
     assert run.returncode == (-signal.SIGINT if number == signal.SIGINT else 128 + number)
     assert leftovers(name) == []
@@ -525,7 +525,7 @@ def test_docker_containers_reach_the_remote_and_leave_nothing(name):
         assert [lab.ping(c, count=2, family=f).received for c in ("c1", "c2") for f in (4, 6)] == [2] * 4
         assert lab.udp("c2", count=2000, rate_pps=10_000).received == 2000
         assert lab.tcp("c1", size=5_000_000).received == 5_000_000
-        # Found as any Docker's containers are.
+        # MACE finds the lab's containers as it finds those of any Docker.
         with socket.socket(socket.AF_UNIX) as api:
             api.connect(str(lab.docker_socket))
             api.sendall(b"GET /containers/json HTTP/1.0\r\n\r\n")

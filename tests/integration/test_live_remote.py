@@ -26,7 +26,7 @@ def lab():
 
 
 def round_trips(server):
-    """(seq, tool, host, NIC), ns, of each row of `rtt`."""
+    """Return (seq, tool, host, NIC), ns, of each row of `rtt`."""
     found = server.query(f"SELECT {', '.join(FIELDS)} FROM rtt WHERE container = 'c1'")
     return [tuple(row[1:]) for series in found for row in series["values"]]
 

@@ -1,4 +1,4 @@
-"""The raw stream over a real broker into the store: what arrives is what was measured, whatever is killed meanwhile."""
+"""The raw stream through a real broker into the store: every record is stored once, whatever process is killed."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ ALL = Shard()
 
 
 def stream(records=RECORDS, size=1500, seed=1):
-    """Batches with a second topology in their midst."""
+    """Return batches with a second topology between them."""
     parts = batches(traffic(records, seed), size)
     half = len(parts) // 2
     news = replace(TOPOLOGY, from_ns=int(parts[half - 1].ts_ns[-1]) + 1)
@@ -55,7 +55,7 @@ def header(host="measured.example", run="5f2b7c9e"):
 
 
 def direct(path, items, of):
-    """What the same records give without a broker."""
+    """Return the results of the same records without a broker."""
     capture = path.with_suffix(".mace")
     capture.write_bytes(capture_bytes(items, of))
 
@@ -69,7 +69,7 @@ def direct(path, items, of):
 
 
 def content(path, host):
-    """A host's delays and windows in a store, every column and row, in an order of their own; and its ledgers."""
+    """Return a host's stored delays and windows, sorted, with all columns, and its ledgers."""
     found = {}
     for table in ("delays", "windows"):
         paths = [str(each.path) for each in segments.listing(path, table)]
@@ -163,7 +163,7 @@ def test_two_shards_share_the_hosts_and_nothing_else(tmp_path):
 
 @pytest.mark.slow
 def test_broker_killed_again_and_again(tmp_path):
-    """With what mosquitto does by default: nothing is on its disk, and what it had acknowledged is gone."""
+    """By default mosquitto keeps nothing on its disk, so a kill loses messages that it had acknowledged."""
     items = stream()
 
     async def work(broker):
@@ -210,7 +210,7 @@ class Served:
 
 @pytest.mark.slow
 def test_ingest_killed_again_and_again(tmp_path):
-    """Whatever moment it is: each row once, and the ledger that a run without kills has."""
+    """After kills at any moment each row is stored once, and the ledger equals that of a run without kills."""
     items = stream()
     (tmp_path / "c.toml").write_text("[store]\nflush_interval_s = 0.1\n")
     chance = random.Random(7)
@@ -267,7 +267,7 @@ def test_an_ingest_goes_on_from_its_snapshots(tmp_path, monkeypatch):
 
 
 def test_rows_for_other_subscribers_are_those_of_the_store(tmp_path):
-    """With the documented access list, to a subscriber that knows nothing but Arrow."""
+    """A subscriber that needs only Arrow reads the rows, under the documented access list."""
     items = stream(8_000)
     (tmp_path / "acl").write_text(documented_acl() + "\nuser reader\ntopic read mace/v1/+/+\n")
     users = passwords(tmp_path / "passwords", {"host-a": "first", "reader": "second"})
@@ -337,7 +337,7 @@ def test_the_other_sinks_get_what_the_store_gets(tmp_path):
 
 @pytest.mark.slow
 def test_an_ingest_that_comes_late_gets_all_that_waited(tmp_path):
-    """Nobody listened when it was measured, and the publisher has been killed meanwhile."""
+    """No ingest ran during the measurement, and the publisher was killed meanwhile."""
     items = stream()
 
     async def measure(broker):
@@ -387,7 +387,7 @@ def test_a_full_spool_discards_the_oldest_and_the_ledger_says_how_many(tmp_path)
 
 @pytest.mark.slow
 def test_frames_that_the_ingest_lets_fall_are_asked_for_again(tmp_path):
-    """Its queue is bounded, as the broker's is: what does not fit into it is lost on the way, and comes again."""
+    """Frames beyond the bound of the ingest's or the broker's queue are dropped, and are sent again."""
     items = stream(20_000, size=50)
 
     async def work(broker):
@@ -415,7 +415,7 @@ def test_frames_that_the_ingest_lets_fall_are_asked_for_again(tmp_path):
 
 @pytest.mark.slow
 def test_tls_certificates_and_the_documented_access_list(tmp_path):
-    """A host is its certificate's name, and can publish as nobody else."""
+    """A host has its certificate's name, and cannot publish as another."""
     items = stream(4_000)
     authority = Authority(tmp_path / "certs")
     for name in ("localhost", "host-a", "host-b", "ingest"):

@@ -36,7 +36,7 @@ PINGS, DATAGRAMS = 60, 400
 
 @dataclass
 class Run:
-    """What was recorded."""
+    """The recordings of one run in the lab."""
 
     live: object
     pages: object
@@ -48,7 +48,7 @@ class Run:
 
 
 class KeepingRing(ReadRing):
-    """A ring whose pages are kept as they came out of the kernel."""
+    """A ring that keeps the kernel's pages unchanged."""
 
     kept = {}  # noqa: RUF012 - CPU -> pages, for the one run of this module
 
@@ -88,7 +88,7 @@ def run(tmp_path_factory):
 
 
 def record(place, pings, datagrams):
-    """One run in the lab, by all means at once."""
+    """Record one run in the lab with all tools at once."""
     KeepingRing.kept.clear()
     patch = pytest.MonkeyPatch()
     patch.setattr(ftrace_source, "ReadRing", KeepingRing)
@@ -125,7 +125,7 @@ def record(place, pings, datagrams):
 
 
 async def recorded(lab, target, pings, datagrams):
-    """Live capture of some traffic into a file; the formats of its events."""
+    """Capture some traffic live to a file; returns the formats of its events."""
     follower = DeviceFollower(
         host_netns=str(lab.netns_path(HOST)), outer=(lab.outer_device,), remote_netns=(lab.netns_path("remote").name,)
     )
@@ -155,7 +155,7 @@ def traffic(lab, pings, datagrams):
 
 
 def replayed(one):
-    """All rows of a recording, and the last results."""
+    """Replay a recording; returns all rows, and the last results."""
     with one.reader() as reader:
         engine = Engine(reader.header.clock.offset_ns, EngineConfig())
         results = []
@@ -200,7 +200,7 @@ def close(run_rows, live_rows, within, worst):
     for way, count in ((Direction.EGRESS, PINGS + DATAGRAMS), (Direction.INGRESS, PINGS)):
         utc, delay = overheads(run_rows, way)
         live_utc, live_delay = overheads(live_rows, way)
-        # The other tool was running a little longer.
+        # The other tool ran a little longer.
         near = np.abs(utc[:, None] - live_utc[None, :]).argmin(axis=0)
         assert len(live_utc) >= count
         assert len(np.unique(near)) == len(near)

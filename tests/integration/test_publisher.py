@@ -85,7 +85,7 @@ class Ingesting:
 
 
 def balanced(sink):
-    """Each record that was there is in one category."""
+    """Check that each record is in exactly one category."""
     state = sink.state()
     assert sink.left_before + state.records == state.arrived + state.waiting + state.discarded + state.set_aside
     return state
@@ -120,12 +120,12 @@ def test_two_hosts_of_one_name_are_told_and_do_not_fight(tmp_path, monkeypatch, 
     warnings = [r.getMessage() for r in caplog.records if "another client took over the session" in r.getMessage()]
     assert len(warnings) == 3
     assert all("0x8E" in told and "[run] host" in told and "measured.example" in told for told in warnings)
-    assert sum("[run] host" in each for each in told) == 1  # the other is connected
+    assert sum("[run] host" in each for each in told) == 1  # the other host is connected
     assert balanced(sinks[0]).waiting == 2_000
 
 
 def test_connections_that_break_at_once_are_made_ever_more_rarely(tmp_path, monkeypatch):
-    """Also where a broker ends them without a reason."""
+    """The pauses between connections grow, also if a broker ends connections without a reason."""
     pauses = []
 
     async def served(self, client):
@@ -216,7 +216,7 @@ def test_a_message_beyond_the_deployed_limit_reaches_nobody(tmp_path):
 
 
 def test_an_acknowledgement_is_believed_up_to_what_was_sent(tmp_path, caplog):
-    """Nobody listens to the stream, and somebody says that all of it has arrived."""
+    """A false acknowledgement of the whole stream, without an ingest, removes sent frames only."""
     items = [TOPOLOGY, *batches(traffic(6_000, 1), 100)]
     tag = parse_head(Encoder().header(header())).stream
 
@@ -330,7 +330,7 @@ def test_frames_that_cannot_be_sent_are_set_aside_and_the_others_arrive(tmp_path
 
 
 def left_in_spool(path, frames, rows):
-    """What a run that was killed has left: its frames behind the HEADER, with so many rows in each."""
+    """Fill the spool as a killed run leaves it: a HEADER, then frames with so many rows each."""
     spool = Spool(path, max_bytes=64 << 20, memory_bytes=1 << 20)
     spool.open()
     for frame, count in zip(frames[1:], rows, strict=True):
@@ -409,7 +409,7 @@ def test_a_run_that_the_ingest_refuses_does_not_keep_the_next_from_arriving(tmp_
 
 
 def test_what_only_one_of_two_clocks_refuses_waits(tmp_path, monkeypatch, caplog):
-    """An ingest whose clock stands at 1970 must not make a fleet throw away what it measures."""
+    """An ingest whose clock shows 1970 must not make a fleet discard its records."""
     monkeypatch.setattr(mqtt, "_CLOCKS_AGREE_NS", -1)
     ahead = ClockPair(HEADER.clock.monotonic_ns, 7_000_000_000_000_000_000, 1)
     frames = encode([TOPOLOGY, *batches(traffic(2_000, 1), 200)], replace(header(), clock=ahead))
@@ -424,7 +424,7 @@ def test_what_only_one_of_two_clocks_refuses_waits(tmp_path, monkeypatch, caplog
 
 
 def test_a_refusal_is_believed_up_to_what_was_sent(tmp_path):
-    """Nobody listens to the stream, and somebody says that all of it is refused."""
+    """A false refusal of the whole stream, without an ingest, sets sent frames aside only."""
     tag = parse_head(Encoder().header(header())).stream
     refusal = Refusal(0, 2**64 - 1, "for no reason")
 
@@ -450,7 +450,7 @@ def test_a_refusal_is_believed_up_to_what_was_sent(tmp_path):
 
 
 def test_a_defect_in_the_background_ends_the_run(tmp_path, monkeypatch):
-    """Never silence: who writes is told, and so is who closes."""
+    """A defect in a background task raises an error in `write` and in `aclose`."""
 
     async def defect(self, client):
         raise RuntimeError("a defect")

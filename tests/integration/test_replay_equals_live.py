@@ -1,4 +1,4 @@
-"""A recording of a live run, replayed: the same rows, windows, ledger, to the last bit, however it is cut."""
+"""A replayed recording gives the live run's rows, windows and ledger bit for bit, for any batch boundaries."""
 
 import json
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A flood, bulk TCP, pings, and a container that comes and goes, so that the topology changes on the way."""
+    """Record a flood, bulk TCP, pings, and a container that is added and removed, so that the topology changes."""
     with (
         running(Spec(name="again", containers=2)) as lab,
         measured(lab, tmp_path_factory.mktemp("again"), "--ring-mib", "32") as found,
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def again(run, tmp_path_factory):
-    """(JSON, store) of a replay of the recording."""
+    """Replay the recording; returns the command's JSON and the store."""
     store = tmp_path_factory.mktemp("replayed") / "store"
     return mace("replay", run.capture, "--store", store, "--json").stdout, store
 
@@ -55,7 +55,7 @@ def test_the_same_report_from_either_store(run, again):
 
 @pytest.mark.parametrize("table", ["delays", "windows"])
 def test_the_same_rows_in_both_stores(run, again, table):
-    """In all columns, the windows' histograms included, and each as often."""
+    """Both stores have the same rows equally often, in all columns, including the windows' histograms."""
     live, replayed = (f"(SELECT * FROM {files(store, table)})" for store in (run.store, again[1]))
     [(count,)] = query(run.store, f"SELECT count(*) FROM {live}").fetchall()
     assert count > (100_000 if table == "delays" else 50)
@@ -72,7 +72,7 @@ def test_the_last_ledger_in_both_stores_is_the_same(run, again):
 
 
 def cut_small(items, rng):
-    """The same stream in batches of other sizes, from single records to thousands."""
+    """Return the stream in batches of other sizes, from single records to thousands."""
     for item in items:
         if not isinstance(item, Batch):
             yield item
@@ -85,7 +85,7 @@ def cut_small(items, rng):
 
 
 def glued(items):
-    """The same stream with all batches between two topologies made one."""
+    """Return the stream with all batches between two topologies joined."""
     parts = []
     for item in items:
         if isinstance(item, Batch):
@@ -121,7 +121,7 @@ def test_other_cuts_change_nothing(run, cut, slice_ns):
 
 
 def sorted_rows(results):
-    """All rows as bytes, in an order that depends on nothing but the rows."""
+    """Return all rows as bytes, in an order that depends only on the rows."""
     rows = Delays.concatenate([result.delays for result in results])
     order = sorted(results[-1].devices, key=repr)
     place = {device: n for n, device in enumerate(order)}

@@ -43,7 +43,7 @@ def answering(lab, what):
 
 
 def wrapped(lab, *argv):
-    """What `mace wrap` makes of a tool in c1, while a neighbour pings."""
+    """Run a tool in c1 with `mace wrap` while a neighbour pings; returns its JSON."""
     with lab.start_ping("c2", count=2000, interval_s=0.01) as neighbour:
         done = mace("wrap", "--lab", lab.name, "--container", "c1", "--json", "--", *argv)
         neighbour.stop()

@@ -1,4 +1,4 @@
-"""Paths that are not the usual one, in the lab: each has a behaviour of its own, and this is it."""
+"""The behaviour on unusual paths, in the lab."""
 
 import subprocess
 import time
@@ -20,7 +20,7 @@ LAB = "odd"
 
 @contextmanager
 def stacked(lab):
-    """A container on a macvlan over the outer device."""
+    """Provide a container on a macvlan over the outer device."""
     name, tag = f"spec-{lab.name}", device_tag(lab.name)
     host = netns_name(lab.name, HOST)
     commands = [
@@ -70,7 +70,7 @@ def run(tmp_path_factory):
 
 
 def send(lab, member, host, port, length):
-    """Datagrams of that many bytes with their headers."""
+    """Send datagrams of that many bytes, with headers."""
     text = (
         "import socket, sys, time\n"
         f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(({host!r}, {port}))\n"
@@ -125,7 +125,7 @@ def test_from_container_to_container_on_one_bridge(run):
 
 
 def test_macvlan(run):
-    """Egress as everywhere. On ingress the inner device passes no tracepoint, and that is said."""
+    """Egress is measured as usual. On ingress the inner device has no tracepoint, and the report says so."""
     outer = f"out{run.tag}"
     found = {way: devices for way, container, devices in paths(run, STACKED) if container == run.macvlan}
     assert found["egress"][:2] == ("eth0", outer)
@@ -136,7 +136,7 @@ def test_macvlan(run):
 
 
 def test_a_dropped_packet_tells_why(run):
-    """What it crossed before is measured; it has no overhead, for it never got there."""
+    """A dropped packet has the delays before the drop, its reason, and no overhead."""
     drops = run.query(
         "SELECT outcome, drop_reason > 0, count(DISTINCT packet) FROM delays"
         f" WHERE l3_len = {DROPPED} AND container = 'c1' GROUP BY ALL"

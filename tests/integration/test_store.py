@@ -1,4 +1,4 @@
-"""The embedded store against what a machine does to it: kill -9, a second process, a full disk."""
+"""The embedded store under kill -9, a second process and a full disk."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.made_results import header, make_delays, make_results, make_windows
 from tests.places import ROOT
 from tests.unit.storage.stored import fill
 
-# Writes until it is killed; prints the rows that are acknowledged, after each flush of one packet's worth of rows.
+# Writes until it is killed, and prints the number of acknowledged rows after each flush of one packet's rows.
 WRITER = """
 import asyncio, sys
 from storage.embedded import EmbeddedStore
@@ -47,7 +47,7 @@ asyncio.run(main(sys.argv[1], sys.argv[2]))
 
 @contextmanager
 def writer(path, run):
-    """A process that writes to the store; gives out its Popen, already writing."""
+    """Start a process that writes to the store; yields its Popen when it is writing."""
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path), run], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -62,7 +62,7 @@ def writer(path, run):
 
 @pytest.mark.slow
 def test_what_was_acknowledged_survives_kill_9(tmp_path):
-    """Killed again and again at random moments, also amid merging: every row once, no half segment."""
+    """After kills at random moments, also during merging, every row is stored once and no segment is incomplete."""
     chance = random.Random(1)
     acknowledged = 0
     for n in range(6):
@@ -114,7 +114,7 @@ def test_a_reader_sees_rows_while_they_are_written(tmp_path):
 
 @contextmanager
 def small_disk(path, size):
-    """A file system of `size` bytes at `path`."""
+    """Mount a file system of `size` bytes at `path`."""
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=True)
     try:
@@ -175,7 +175,7 @@ def test_a_full_disk_at_the_start(tmp_path):
 
 
 def test_a_directory_that_may_not_be_written(tmp_path):
-    """Read-only for whoever runs the tests: a path below a file of /proc."""
+    """The path is below a file of /proc, so no user can write there, not even root."""
     with pytest.raises(StoreError, match="cannot open the store"):
         fill(Path("/proc/self/no-store"), [])
 

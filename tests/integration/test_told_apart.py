@@ -1,4 +1,4 @@
-"""Equal names and addresses everywhere, containers that come, go and take each other's name: told apart."""
+"""Containers with equal names and addresses, also ones that replace each other, are distinguished."""
 
 import json
 import subprocess
@@ -103,7 +103,7 @@ def test_churn_under_traffic_leaves_the_rest_exact(tmp_path):
 
 
 class Scraped:
-    """The endpoint's histograms at one moment."""
+    """The endpoint's histograms at one time."""
 
     def __init__(self, listen):
         with urllib.request.urlopen(f"http://{listen}/metrics", timeout=30) as answer:
@@ -117,7 +117,7 @@ class Scraped:
 
 
 def test_series_of_containers_that_came_and_went_are_gone(tmp_path):
-    """A hundred of them: what is served in the end is what was served before they came."""
+    """After a hundred containers have come and gone, the endpoint serves the same series as before."""
     listen = f"127.0.0.1:{free_port()}"
     (tmp_path / "c.toml").write_text("[sinks.prometheus]\ngone_s = 1\n")
     with (

@@ -1,4 +1,4 @@
-"""`mace verify` on this kernel: every row is of one packet, and every packet that can have one has its row."""
+"""`mace verify` on this kernel: every row is right, and every packet that can be matched has a row."""
 
 import json
 

@@ -29,7 +29,7 @@ SIZE = 1217
 
 
 def agree(ours, theirs):
-    """Both in the order of the packets, in ns."""
+    """Compare two arrays of delays in the order of the packets, ns."""
     assert len(ours) == len(theirs) == COUNT
     a, b = statistics.median(ours), statistics.median(theirs)
     bound = max(1_000, min(a, b) / 4)

@@ -1,4 +1,4 @@
-"""A store with given results in it."""
+"""Makes stores with given results."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from tests.made_results import header
 
 
 def fill(path, results, run="run-1", *, head=None, **changes):
-    """Write all results as one run; the closed sink."""
+    """Write all results as one run; returns the closed sink."""
 
     async def write():
         sink = EmbeddedStore(path, **({"fsync": False, "flush_interval_s": 60.0} | changes))

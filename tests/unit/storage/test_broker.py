@@ -1,4 +1,4 @@
-"""What is configured of a broker: clear errors, and no secret where everyone can see it."""
+"""The configuration of a broker: clear errors, and no secrets where other users can see them."""
 
 import asyncio
 import socket

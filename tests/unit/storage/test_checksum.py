@@ -1,4 +1,4 @@
-"""A flipped bit in a stored segment is an error that names the segment, and never another figure."""
+"""A flipped bit in a stored segment is an error that names the segment, never a wrong figure."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from tests.unit.storage.stored import fill
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A store with several segments of `delays` and one or more of each other table."""
+    """Provide a store with several segments of `delays` and one or more of each other table."""
     path = tmp_path_factory.mktemp("whole") / "store"
     delays = [make_delays(40, first_packet=40 * n) for n in range(3)]
     fill(path, [make_results(each, windows=make_windows(each)) for each in delays], flush_rows=1)
@@ -58,7 +58,7 @@ def test_no_flipped_bit_changes_a_figure(whole, tmp_path, table):
             assert found == right
             unchanged += 1
         victim.write_bytes(good)
-    # What is not covered are the 14 bytes of the checksum's own name in the footer.
+    # Only the 14 bytes of the checksum's name in the footer are not covered.
     assert caught + unchanged == 15
     assert caught >= 10
 
@@ -83,7 +83,7 @@ def test_every_bit_of_a_small_file_is_covered_but_the_name_of_the_checksum(tmp_p
 
 
 def test_pages_have_checksums_that_other_readers_verify(whole):
-    """With the file's checksum right, so that pyarrow alone can find it."""
+    """The damaged file gets a correct checksum, so that only pyarrow's page checksums can find the damage."""
     good = segments.listing(whole, "delays")[0].path.read_bytes()
     refused = 0
     for at in range(200, 1200, 50):
@@ -140,7 +140,7 @@ def test_damage_that_comes_after_a_first_look_is_found(whole, tmp_path):
 
 
 def merged(path, damage):
-    """The segments of a store of 40 flushes, after `damage` (of its segments of `delays`) and merging."""
+    """Return the segments of a store of 40 flushes, after `damage` to its segments of `delays` and merging."""
 
     async def run():
         sink = EmbeddedStore(path, fsync=False, flush_interval_s=60, flush_rows=1)

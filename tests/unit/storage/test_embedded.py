@@ -30,7 +30,7 @@ def store(path, **changes):
 
 
 async def flushed(sink):
-    """What was written is in segments."""
+    """Wait until all written rows are in segments."""
     await sink._submit()
     sink._encoding and await sink._encoding
 
@@ -102,7 +102,7 @@ def test_a_run_without_any_results_is_there(tmp_path):
 
 
 def test_what_observing_cost_is_kept_when_a_run_ends(tmp_path):
-    """The last that was said of it, once a run, whatever the number of flushes; runs add up."""
+    """Each run stores its last cost once, for any number of flushes; the costs of runs add up."""
     for run, times in (("first", 1), ("second", 2)):
         said = [
             replace(
@@ -249,7 +249,7 @@ def test_merging_changes_the_files_and_not_the_rows(tmp_path):
 
 
 def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch):
-    """So that merging, and reading, never holds many histograms at a time."""
+    """Small row groups keep merging and reading from holding many histograms at once."""
     monkeypatch.setattr(segments, "MERGE_BATCH_ROWS", 4 * segments.ROW_WEIGHT["windows"])
 
     async def run():
@@ -271,7 +271,7 @@ def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch)
 
 
 def test_merging_gives_back_what_it_took(tmp_path):
-    """A long run's memory is flat. In a process of its own, whose allocator has nothing at hand yet."""
+    """Merging does not grow a long run's memory; a new process measures it, whose allocator holds no memory yet."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
         before, after = own.submit(resident_around_merging, tmp_path).result(timeout=60)
     assert len(segments.listing(tmp_path, "delays")) == 1
@@ -279,7 +279,7 @@ def test_merging_gives_back_what_it_took(tmp_path):
 
 
 def resident_around_merging(path):
-    """Bytes before and after merging small segments into one that is full."""
+    """Return the resident bytes before and after merging small segments into a full one."""
 
     async def run():
         sink = store(path, flush_rows=1)
@@ -324,7 +324,7 @@ def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
 
 
 class Hours:
-    """A store of which each flush is a segment of the hour that a test says."""
+    """A store in which each flush is a segment of an hour that the test chooses."""
 
     def __init__(self, path, sink):
         self.path, self.sink, self.packets = path, sink, 0
@@ -337,7 +337,7 @@ class Hours:
             await flushed(self.sink)
 
     def segments(self):
-        """How many each hour has."""
+        """Return the number of segments of each hour."""
         return Counter(s.hour - START_NS // HOUR_NS for s in segments.listing(self.path, "delays"))
 
 
@@ -354,7 +354,7 @@ def with_hours(path, work):
 
 
 def test_merging_looks_at_past_hours_once(tmp_path, monkeypatch):
-    """A store of months has thousands of them, and is looked at every few seconds."""
+    """Merging examines a past hour once: a store of months has thousands, and merging runs every few seconds."""
     looked = []
     listing = segments.listing
 
@@ -427,7 +427,7 @@ def test_retention_runs_at_open(tmp_path):
 
 
 class FileTooLarge:
-    """No file may grow beyond `limit` bytes: what a full disk is to one file, without one."""
+    """Limit the size of files to `limit` bytes, which acts like a full disk."""
 
     def __init__(self, limit):
         self.limit = limit

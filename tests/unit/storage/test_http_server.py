@@ -1,4 +1,4 @@
-"""The bounded server: slow, silent and rude clients beside one that asks properly."""
+"""The bounded server with slow, silent and rude clients beside a proper one."""
 
 import contextlib
 import http.client

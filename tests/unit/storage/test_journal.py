@@ -1,4 +1,4 @@
-"""The journal: what was synced is read back, in order, and nothing that is half there."""
+"""The journal: synced entries are read back in order, and incomplete ones are not."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def written(path, *entries):
 
 
 def read(path):
-    """As the next process does."""
+    """Read the journal as the next process does."""
     kept = Journal(path, fsync=False)
     kept.open()
     found = list(kept.read())
@@ -46,7 +46,7 @@ def test_a_commit_says_flush_and_place(tmp_path):
     kept.close()
     (entry,) = read(tmp_path)
     assert Commit.parse(entry.payload) == Commit(7, (3, 1 << 40), 5)
-    # As it was written before commits said how streams are cut.
+    # A commit of an older version, without the slice length.
     assert Commit.parse(entry.payload[:24]) == Commit(7, (3, 1 << 40), FIRST_SLICE_NS)
 
 

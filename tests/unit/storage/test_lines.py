@@ -22,7 +22,7 @@ S = 1_000_000_000
 
 
 def naive(delays, devices):
-    """What the lines must be, without slots."""
+    """Return the expected lines, without slots."""
     for row in range(len(delays)):
         device = devices[delays.device[row]]
         whole = delays.segment[row] == Segment.OVERHEAD
@@ -55,7 +55,7 @@ def encoded(lines, delays, devices=DEVICES, most=1000):
 
 
 def identities(text):
-    """(measurement and tags, time) of each line: what a database knows it by."""
+    """Return (measurement and tags, time) of each line, which identify a row in a database."""
     return Counter((line.split(" ")[0], line.rsplit(" ", 1)[1]) for line in text)
 
 
@@ -81,7 +81,7 @@ rows = st.lists(
 
 @given(st.lists(rows, min_size=1, max_size=4))
 def test_any_rows_in_any_batches(batches):
-    """All lines come, and no two have the same series and time, however few different times there are."""
+    """Every row has a line, and no two lines have the same series and time, even with few distinct times."""
     lines = stream()
     text, expected = [], []
     for number, batch in enumerate(batches):
@@ -112,7 +112,7 @@ def test_a_replay_has_the_same_slots_however_it_is_cut():
 
 
 def test_devices_that_look_alike_keep_their_rows_apart():
-    """A container was started anew in the middle of a window: another namespace and device, the same names."""
+    """A container restarts within a window: another namespace and device have the same names."""
     first = DEVICES[0]
     again = replace(first, netns=first.netns + 100, ifindex=9)
     devices = (*DEVICES, again)

@@ -19,7 +19,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def precious(tmp_path):
-    """A file that must stay as it is."""
+    """Make a file that must not change."""
     path = tmp_path / "precious"
     path.write_text("as it was")
     yield path

@@ -1,4 +1,4 @@
-"""The Prometheus endpoint: what it serves, read by prometheus_client's own parser; health."""
+"""The Prometheus endpoint: its metrics, read by prometheus_client's own parser, and its health pages."""
 
 import asyncio
 import http.client
@@ -46,7 +46,7 @@ def get(server, path, accept="text/plain"):
 
 
 def during(server, work, *streams):
-    """Open it, write each stream's results, call `work` in a thread, close."""
+    """Open the endpoint, write each stream's results, call `work` in a thread, and close the endpoint."""
 
     async def run():
         await server.open()
@@ -186,7 +186,7 @@ BRIDGE = Device(1, 5, "br0", "bridge", netns_name="host", role=Role.HOST)
 
 
 def crossing(number, present):
-    """A packet of a container, seen at its own device and at the host's bridge, while others are there."""
+    """Return results of one packet of a container at its own device and at the bridge, with the present devices."""
     devices = (own_device(number), replace(BRIDGE, container=f"c{number}"))
     ones = np.ones(1, np.int64)
     windows = [
@@ -275,7 +275,7 @@ def test_a_container_s_id_ties_its_names():
     assert seen(_1="web") == {("web-tmp", "1" * 8), ("web", "1" * 8)}
     clock.now_s += 62
     assert seen(_1="web") == {("web", "1" * 8)}
-    # One name stands for one container: a join by it would fail.
+    # A name must belong to one container, or a join by it would fail.
     assert seen(_2="web") == {("web", "2" * 8)}
     assert seen((Sharer("agent", "f" * 8), Sharer("probe[7]")), _2="web") == {("web", "2" * 8), ("agent", "f" * 8)}
     assert ("testhost", "agent", "f" * 8, "host") in info(server)

@@ -25,7 +25,7 @@ from tests.unit.storage.stored import fill
 
 
 def naive(delays, devices):
-    """{(device, direction, segment): (count, sum, min, max, quantiles)}, the slow way."""
+    """Compute {(device, direction, segment): (count, sum, min, max, quantiles)} with a naive reference."""
     found = {}
     for key in zip(delays.device, delays.direction, delays.segment, delays.delay_ns, strict=True):
         device, direction, segment, delay = map(int, key)
@@ -230,7 +230,7 @@ def test_rows_of_one_run_and_windows_of_another(tmp_path):
 
 
 def test_devices_of_the_same_names_are_told_apart(tmp_path):
-    """A container that dies, and another that takes its name."""
+    """A container ends, and another takes its name."""
     before = topology()
     after = tuple(
         d if d.name != "eth0" else type(d)(**{f: getattr(d, f) for f in d.__slots__} | {"netns": 99}) for d in before
@@ -278,7 +278,7 @@ def test_a_damaged_segment_is_named(tmp_path, how):
 
 @pytest.mark.slow
 def test_a_reader_outlives_merging_and_retention(tmp_path):
-    """Segments are taken away under a reader's eyes, again and again; it sees all rows at every moment."""
+    """Segments are removed while a reader works; it sees all rows at every moment."""
     flushes, rows = 120, len(make_delays(2))
     seen, stop = [], threading.Event()
 
@@ -354,7 +354,7 @@ def test_a_ledger_of_before_there_were_grades(tmp_path):
 
 
 def test_a_long_query_draws_nothing_into_the_output(stored, monkeypatch):
-    """DuckDB shows its progress on stdout by itself, where JSON goes."""
+    """DuckDB must not draw its progress bar to stdout, which has the JSON."""
     store, _ = stored
     settings = []
     relation = query.relation
@@ -373,7 +373,7 @@ ID, OTHER_ID = "a" * 64, "b" * 64
 
 
 def stretch(second, name, container_id, containers=1, seed=0):
-    """A second of packets of containers, the first of them with that name and id."""
+    """Return a second of packets of several containers, the first with that name and id."""
     delays = make_delays(
         40, containers=containers, seed=seed, start_ns=START_NS + second * 10**9, first_packet=1000 * second
     )

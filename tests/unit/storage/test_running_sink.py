@@ -1,4 +1,4 @@
-"""The running sink with a server that does as it is told: order, retries, bounds, the account, the end, a kill."""
+"""The running sink with a scripted server: order, retries, bounds, the account, the end, a kill."""
 
 import asyncio
 import itertools
@@ -20,7 +20,7 @@ from tests.places import ROOT
 
 
 class Target:
-    """Items are numbers, a row each; frames are JSON lists of them. `script` says what each delivery meets."""
+    """A scripted target. Items are numbers of one row each, frames JSON lists; `script` has each delivery's outcome."""
 
     timeout_s = 0.1
 
@@ -69,7 +69,7 @@ def config(place=None, **changes):
 
 
 async def run(target, settings, count, *, patient=False, pace=0):
-    """`count` items through a sink, one by one."""
+    """Write `count` items to a sink, one by one."""
     account = Account()
     sink = RunningSink("test", target, settings, account, patient=patient)
     await sink.open()
@@ -97,7 +97,7 @@ def test_all_in_order(place):
 
 
 def test_several_under_way(place):
-    """Out of order, but all of them once, also where some fail."""
+    """Several frames in delivery arrive out of order, but each once, also if some fail."""
     target = Target([None, TryLaterError("busy", 0.02), 2, TryLaterError("busy")] * 5)
     account = Account()
 
@@ -184,7 +184,7 @@ def test_a_full_spool_drops_the_oldest_and_counts_them(tmp_path):
 
 
 def test_a_full_buffer_drops_the_newest_and_never_waits(tmp_path):
-    """The disk hangs, so nothing is encoded: `write` goes on as if nothing were the matter."""
+    """The disk hangs, so nothing is encoded: `write` returns at once and drops the newest rows."""
 
     async def work():
         account = Account()
@@ -206,7 +206,7 @@ def test_a_full_buffer_drops_the_newest_and_never_waits(tmp_path):
 
 
 def test_a_patient_sink_loses_nothing(tmp_path):
-    """A replay waits: for the buffer, and for the spool."""
+    """A patient sink waits for room in the buffer and in the spool."""
     account = Account()
     target = Target([*[TryLaterError("away")] * 5])
     settings = config(tmp_path, buffer_rows=1000)
@@ -243,7 +243,7 @@ def test_a_defect_in_the_encoding_is_no_silence(tmp_path):
 
 
 def test_many_hosts_do_not_come_back_in_step(monkeypatch):
-    """Waits double up to the longest, and no two are alike."""
+    """Pauses double up to the longest, and no two are equal."""
     slept = []
 
     async def sleep(seconds, real=asyncio.sleep):
@@ -289,7 +289,7 @@ asyncio.run(work())
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_loses_only_what_was_not_flushed(tmp_path):
-    """Killed five times and begun anew: everything older than a flush is delivered, in order, none left out."""
+    """After five kills and restarts, all items older than a flush are delivered in order, without gaps."""
     log = tmp_path / "log"
     first, begun, ends = 0, [], []
     for turn in range(5):

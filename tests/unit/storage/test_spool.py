@@ -1,4 +1,4 @@
-"""The spool: order, bounds, what a crash and a full disk leave."""
+"""The spool: order, bounds, crashes and a full disk."""
 
 import os
 import struct
@@ -30,7 +30,7 @@ def number(taken):
 
 
 def taken(some):
-    """All that is in it, in order; it is empty then."""
+    """Take all frames in order; the spool is then empty."""
     numbers = []
     while (found := some.take()) is not None:
         numbers.append(number(found))
@@ -107,7 +107,7 @@ def test_a_full_spool_drops_the_oldest_and_counts_them(tmp_path):
 
 
 def test_what_is_under_way_is_not_dropped(tmp_path):
-    """It may be stored already, and would be counted twice. So its file stays, with what else is in it."""
+    """A frame in delivery may be stored already; its file stays, with the other frames in it."""
     some = spool(tmp_path, max_bytes=100_000)
     some.append(frame(0))
     under_way = some.take()
@@ -195,7 +195,7 @@ def test_in_memory_only():
 
 
 def test_what_is_in_memory_goes_to_the_disk_at_the_end(tmp_path):
-    """Also where the spool is full: the newest stay, and what made room for them is counted."""
+    """Frames in memory are written at the end, also to a full spool: the newest stay, dropped ones are counted."""
     some = spool(tmp_path / "spool", max_bytes=20_000)
     for n in range(40):
         some.append(frame(n))
@@ -276,5 +276,5 @@ def test_a_full_disk(tmp_path):
 
 
 def left_count(place):
-    """Whole frames in the files: each is 24 + 4 bytes of head and label around 1000."""
+    """Count the whole frames in the files; each has 24 + 4 bytes of head and label around 1000 bytes."""
     return sum(p.stat().st_size // 1025 for p in place.glob("*.frames"))

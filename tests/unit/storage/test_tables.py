@@ -14,7 +14,7 @@ from tests.made_results import HEADER, make_delays, make_results, make_windows, 
 
 
 def rows_of(table):
-    """Rows as dicts, times as ns (Python's own have no nanoseconds)."""
+    """Return rows as dicts, with times in ns, because Python's times have no nanoseconds."""
     at = table.schema.get_field_index("time")
     return table.set_column(at, "time", table.column("time").cast(pa.int64())).to_pylist()
 

@@ -1,4 +1,4 @@
-"""No two slices on one lane overlap, and what does not overlap shares the first."""
+"""No two slices on one lane overlap, and slices that do not overlap share the first lane."""
 
 from itertools import pairwise
 
