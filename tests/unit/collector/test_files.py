@@ -1,4 +1,4 @@
-"""Which format a file is of, and in what order files replay."""
+"""Recognising a file's format, and the order in which files replay."""
 
 import pickle
 from dataclasses import replace

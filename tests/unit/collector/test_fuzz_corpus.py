@@ -1,4 +1,4 @@
-"""The kept corpus of hostile and damaged files: each reads as it did, within bounds, with a clear error or counted."""
+"""The kept corpus of hostile and damaged files: each gives its known records, counts or error, within bounds."""
 
 import json
 import tracemalloc
@@ -25,7 +25,7 @@ SIZE_MAX = 300_000
 
 
 def read(path, *, salvage):
-    """(records and markers, the last results with all of the ledger, source); raises what the reader raises."""
+    """Read a file; returns (records and markers, last results with the whole ledger, source); raises its errors."""
     options = FileOptions(salvage=salvage)
     if path.parent.name == "pcap":
         one = recording_of(PCAP_PAIR, (path, CORPUS / "outer.pcap"), options)
@@ -45,7 +45,7 @@ def read(path, *, salvage):
 
 
 def told(path, *, salvage):
-    """What reading a file comes to, as `expected.json` has it: the byte of an error, or where its records went."""
+    """Return the result of reading a file as in `expected.json`: the byte of an error, or the fate of its records."""
     refused = None
     try:
         batch, ledger, warnings = read(path, salvage=salvage)

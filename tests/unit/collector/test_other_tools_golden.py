@@ -1,4 +1,4 @@
-"""The golden files of one run by all means at once: what they gave when they were made, they give today."""
+"""The golden files of one run, recorded by all tools at once, give the same results as when they were made."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def test_the_same_records_have_the_same_delays(name):
 
 
 def test_the_perfetto_trace_is_made_of_the_pages(tmp_path):
-    """And of nothing else: made again, it gives the same rows."""
+    """The Perfetto trace is made of the pages only: made again, it gives the same rows."""
     for name in ("live.mace", "pages.dat", "pages.pftrace"):
         shutil.copy(FILES / name, tmp_path)
     maker().as_perfetto(tmp_path)

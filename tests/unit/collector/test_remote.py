@@ -1,4 +1,4 @@
-"""Which frames of a host are new, known, missing, or not its own."""
+"""Judging a host's frames: new, known, missing, or another host's."""
 
 import pickle
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_a_header_that_cannot_be_this_hosts_is_refused_and_changes_nothing(heade
 
 
 def test_records_of_another_century_are_refused():
-    """They would be put into an hour that no calendar has."""
+    """Their hour would be outside the calendar."""
     stream = begun(2)
     late = traffic(10)
     late = replace(late, ts_ns=late.ts_ns + np.int64(1 << 62))

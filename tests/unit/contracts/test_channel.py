@@ -1,4 +1,4 @@
-"""The channel with a slow, a gone and a closed peer."""
+"""The channel with a slow, a cancelled and a closed peer."""
 
 import asyncio
 

@@ -133,7 +133,7 @@ def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, raw):
 
 
 def test_a_byte_order_mark_before_the_text_is_no_part_of_it(tmp_path):
-    """As some editors write it."""
+    """A byte order mark, which some editors write, is not part of the text."""
     path = tmp_path / "mace.toml"
     path.write_bytes(b"\xef\xbb\xbf[run]\r\nhost = 'h1'\r\n")
     assert config.load(path).run.host == "h1"
@@ -154,7 +154,7 @@ def test_a_byte_order_mark_before_the_text_is_no_part_of_it(tmp_path):
 )
 @pytest.mark.parametrize("key", ["." * 50_000, "a" + ".a" * 32, "a" + ' . "b.c"' * 32, "a" + ".'b'" * 50_000])
 def test_a_key_of_many_parts_is_refused_before_it_is_parsed(tmp_path, monkeypatch, text, key):
-    """It would take tomllib a minute."""
+    """tomllib would take a minute to parse a key of many parts."""
     monkeypatch.setattr(config.tomllib, "loads", None)
     path = tmp_path / "mace.toml"
     path.write_text(text.format(key=key))
@@ -178,5 +178,5 @@ def test_dots_that_are_no_key_s_are_not_counted(tmp_path):
 
 @pytest.mark.parametrize("text", ['"\\' * 100_000, "'" * 200_001, '"' * 200_001, "#'" * 100_000, '"""\\"' * 50_000])
 def test_quotes_without_an_end_cost_no_more_than_others(text):
-    """Each character is looked at once: with the square of their number it would be minutes."""
+    """Each character is read once; quadratic time would be minutes."""
     config._check_depth("c.toml", text)

@@ -238,7 +238,7 @@ def test_containers_on_the_host_s_network_are_named():
 
 
 def called(name, container_id, results, containers=1):
-    """The same results with another name and id of the first container; its devices' numbers follow those of before."""
+    """Return the results with another name and id of the first container, whose device numbers follow the old ones."""
     devices = tuple(
         replace(d, container=name, container_id=container_id) if d.role is Role.INNER and d.container == "c0" else d
         for d in topology(containers)
@@ -247,7 +247,7 @@ def called(name, container_id, results, containers=1):
 
 
 def renamed(*names, containers=1, listed=None):
-    """A summary of a container that had these (name, id) one after the other, a second each."""
+    """Return a summary of a container that had these (name, id) in turn, a second each."""
     summary, devices = Summary(), ()
     for number, (name, container_id) in enumerate(names):
         delays = make_delays(20, containers=containers, start_ns=START_NS + number * 10**9)

@@ -1,4 +1,4 @@
-"""Captures of every wire version there has been are read as they always were."""
+"""Captures of every wire version are read with unchanged results."""
 
 import json
 import struct
@@ -17,7 +17,7 @@ from tests.places import GOLDEN
 
 
 def holds(found, expected):
-    """Equality; what `found` has besides (fields that came later) does not count."""
+    """Return whether `found` has the expected values; its newer fields are ignored."""
     if isinstance(expected, dict):
         return all(key in found and holds(found[key], value) for key, value in expected.items())
     if isinstance(expected, list):
@@ -54,7 +54,7 @@ CONTENT = ("packet_key", "l4_seq", "l4_src", "l4_dst", "ip_id", "vlan", "ip_vers
 
 
 def read_by_the_book(content):
-    """(message, JSON object or columns) of every frame. Shares nothing with `contracts.wire`."""
+    """Return (message, JSON object or columns) of every frame; shares no code with `contracts.wire`."""
     assert content[:8] == bytes.fromhex("4d41 4345 0d0a 1a0a")
     wire = int.from_bytes(content[8:12], "little")
     at, number, seen = 12, 0, 0

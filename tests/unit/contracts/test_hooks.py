@@ -1,4 +1,4 @@
-"""What the hook table says of kernels."""
+"""The kernel versions in the hook table."""
 
 import pytest
 

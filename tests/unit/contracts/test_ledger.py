@@ -1,4 +1,4 @@
-"""The ledger from the source to the store: whatever goes wrong at one stage, every record is somewhere."""
+"""The ledger from the source to the store: every record is counted, whichever stage fails."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ CUT = 1_000
 
 
 class Made:
-    """A source whose stream is made up, and which has thrown some records away itself."""
+    """A source with a made-up stream that has discarded some records itself."""
 
     def __init__(self, items, discarded):
         self._items, self.discarded, self.cost = items, discarded, ()
@@ -43,7 +43,7 @@ class Made:
 
 
 class Slow:
-    """A sink that takes its time, so that the channels are full most of the time."""
+    """A slow sink, which keeps the channels full most of the time."""
 
     def __init__(self):
         self.results = []
@@ -106,7 +106,7 @@ def test_nothing_is_lost_uncounted(tmp_path, read, loss, discarded, engine):
 
 
 def test_no_window_is_stored_before_the_ledger_of_its_time(tmp_path):
-    """Whoever reads a window finds a ledger that covers it."""
+    """A reader of a window finds a ledger that covers its time."""
     batch = traffic(RECORDS)
     store = tmp_path / "store"
     source = Made([TOPOLOGY, *(batch[i : i + CUT] for i in range(0, RECORDS, CUT))], 0)

@@ -1,4 +1,4 @@
-"""Sorting by digits gives what comparing does."""
+"""Sorting by digits gives the order of a comparison sort."""
 
 import numpy as np
 import pytest

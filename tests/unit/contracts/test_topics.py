@@ -1,4 +1,4 @@
-"""Names on the broker: what a host may be called, which shard it is of, what an acknowledgement says."""
+"""Names on the broker: valid host names, shards, and the content of acknowledgements."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_a_name_that_cannot_be_part_of_a_topic_is_refused(host):
 
 
 def test_buckets_are_the_same_for_ever():
-    """Published topics carry them, so these are what they were in the first version."""
+    """Published topics contain the buckets, so they equal those of the first version."""
     assert [bucket(host) for host in ("web-1", "web-2", "naïve")] == [104, 210, 102]
 
 

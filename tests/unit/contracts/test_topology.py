@@ -12,7 +12,7 @@ HOST, C1, C2, FAR, OTHER = 100, 101, 102, 103, 104
 
 
 def lab() -> list[Device]:
-    """Two containers on a bridge, a macvlan container, an outer veth to the far end, a namespace of no concern."""
+    """Return two containers on a bridge, a macvlan container, an outer veth to the far end, an unrelated namespace."""
     return [
         Device(HOST, 1, "lo", "loopback", netns_name="host"),
         Device(HOST, 2, "br0", "bridge", netns_name="host"),

@@ -36,7 +36,7 @@ def decode(frames, **how):
 
 
 def begun(gaps=False):
-    """A decoder that has the header and the topology, and the stream's tag."""
+    """Return a decoder that has read the header and the topology, and the stream's tag."""
     decoder = Decoder(gaps=gaps)
     frames = encode([TOPOLOGY], end=False)
     for frame in frames:
@@ -443,7 +443,7 @@ def test_batches_that_lie(match, raw):
 
 
 def test_the_largest_batch_takes_bounded_memory():
-    # The dearest message there is: a few bytes that stand for 2^20 records.
+    # The most expensive message: a few bytes that stand for 2^20 records.
     decoder, tag = begun()
     raw = payload(1 << 20, TIMES | 1, *[0] * 6, 1, *[0] * 10, columns=bytes(8) + bytes((1 << 20) - 1) + HOOK_OK)
     frame = forge(Message.BATCH, raw, stored=compressed(raw), stream=tag, sequence=2)
@@ -456,7 +456,7 @@ def test_the_largest_batch_takes_bounded_memory():
 
 
 def as_version_1(payload_of_2):
-    """A batch's payload as version 1 had it: eight columns, and no word about how many."""
+    """Return a batch's payload in version 1: eight columns, without their number."""
     return payload_of_2[:12] + payload_of_2[13:]
 
 

@@ -25,7 +25,7 @@ def correlate(tape, *items, **config):
 
 
 def told(rows, last, segment=None):
-    """[(container, netns, device, direction, segment, delay)] in the order of time and path."""
+    """Return [(container, netns, device, direction, segment, delay)] in the order of time and path."""
     order = sorted(range(len(rows)), key=lambda i: (rows.utc_ns[i], rows.position[i]))
     found = []
     for i in order:
@@ -190,7 +190,7 @@ def test_a_device_that_nobody_listed_is_an_unknown_one():
 
 
 def test_a_container_that_takes_a_dead_ones_name():
-    """Its devices are others; packets that were under way when it came are still the old one's."""
+    """A new container with a dead one's name has other devices; packets in flight belong to the old one."""
     tape = Tape()
     tape.packet(REQUEST, 1_000, skb=1)
     before = tape.batch()
@@ -247,7 +247,7 @@ def test_an_inode_that_was_given_out_again_is_another_namespaces():
 
 
 def test_a_namespace_that_imitates_the_hosts_devices_costs_rows_and_is_told():
-    """Any user may make one: a bridge and a veth pair of the same names, plugged together in the same way."""
+    """Any user may make a namespace with a bridge and a veth pair of the same names, connected in the same way."""
     of_host = [replace(d, role=Role.HOST if d.netns == HOST else d.role) for d in DEVICES]
     twins = [replace(d, netns=d.netns + 1_000, peer_netns=d.peer_netns and d.peer_netns + 1_000) for d in DEVICES]
     plain = [replace(d, container="") for d in twins]

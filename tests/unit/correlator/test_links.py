@@ -1,4 +1,4 @@
-"""Packets that go on in another buffer: which lives are joined by content, and which are not."""
+"""Packets that continue in another buffer: which lives are joined by content, and which are not."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_three_fragments_in_each_others_buffers():
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
 def test_two_that_could_go_on_are_not_guessed_between(order):
-    """As when a bridge floods: one came, two copies leave."""
+    """When a bridge floods, one packet arrives and two copies leave; neither is chosen."""
     tape = Tape()
     tape.packet(OUT, 0, skb=5, key=7)
     for n in order:
@@ -149,7 +149,7 @@ def test_without_content_nothing_is_linked():
 
 
 def test_what_waits_is_bounded():
-    """Packets that end on the host, without end: the oldest go, measured as they are."""
+    """With endless packets that end on the host, the oldest waiting ones are measured and removed."""
     tape = Tape()
     for i in range(4_000):
         tape.packet(OUT + " c", i * 1_000, skb=i + 1, key=i + 1)

@@ -1,4 +1,4 @@
-"""A memo answers as its function does, whatever is in one slot, and asks once."""
+"""A memo returns the values of its function, also for colliding slots, and calls the function once per value."""
 
 import pickle
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Which packet answers which: told only where nothing else can be."""
+"""Matching replies to requests, only where no other match is possible."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ MS = 1_000_000
 
 
 def seen(*packets):
-    """Packets as (time ms, direction, ...) with what is said of each."""
+    """Return packets of (time ms, direction, ...) with their properties."""
     rows = []
     for number, (at_ms, way, told) in enumerate(packets, 1):
         given = {

@@ -1,4 +1,4 @@
-"""What the stage adds to what the engine says: what the source has thrown away, and what observing cost."""
+"""The stage adds the source's discarded records and cost to the engine's results."""
 
 import asyncio
 

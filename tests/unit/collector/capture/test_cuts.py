@@ -1,4 +1,4 @@
-"""Cutting a capture in time: what lies between cuts is all of it, once."""
+"""Cutting a capture in time: the parts between cuts have every record once."""
 
 import itertools
 

@@ -31,7 +31,7 @@ def file(tmp_path):
 
 
 def start_of(frame):
-    """Where the frame of this number begins in BYTES."""
+    """Return the offset in BYTES of the frame with this number."""
     return len(FILE_HEAD) + sum(map(len, FRAMES[:frame]))
 
 
@@ -252,7 +252,7 @@ def test_a_pipe_can_be_read(tmp_path):
 
 @pytest.mark.parametrize("offset_ns", [(1 << 63) - 1, 1 << 62, -(1 << 62), -(1 << 63)])
 def test_a_batch_of_impossible_times_is_damage(tmp_path, offset_ns):
-    """Its frame is whole; UTC and what is added to it would not fit into 64 bits."""
+    """A whole frame whose times plus the UTC offset exceed 64 bits is damage."""
     path, content = tmp_path / "odd.mace", traffic(300)
     odd = content[200:]
     odd = replace(odd, ts_ns=np.clip(odd.ts_ns.astype(object) + offset_ns, -(1 << 63), (1 << 63) - 1).astype(np.int64))

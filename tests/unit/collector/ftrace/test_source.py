@@ -1,4 +1,4 @@
-"""The source over a kernel made of lists: what it does with losses, late news of devices, and trouble."""
+"""The ftrace source over a kernel made of lists: losses, late news of devices, and errors."""
 
 import asyncio
 import os
@@ -43,7 +43,7 @@ def page(*events, missed=None):
 
 
 class FakeKernel:
-    """What the source asks of tracefs, the clock and the rings."""
+    """Replaces tracefs, the clock and the rings for the source."""
 
     def __init__(self, monkeypatch):
         self.now_ns = 1000 * MS
@@ -141,7 +141,7 @@ def kernel(monkeypatch):
 
 
 def run(source, kernel, ticks):
-    """All items of a run of so many ticks, 50 ms apart; the header first."""
+    """Run the source for so many ticks, 50 ms apart; returns the header and all items."""
 
     async def main():
         header = await source.open()
@@ -228,7 +228,7 @@ def test_a_device_that_changed_has_the_rings_read_at_once(kernel):
 
 
 def rests(kernel, count, **config):
-    """The first rests of a source: how long at most, and whether a ring that fills would end them."""
+    """Return the first rests of a source: their longest duration, and whether a filling ring would end them."""
     source, found = FtraceSource(FtraceConfig(poll_interval_s=5, gather_interval_s=10, **config)), []
 
     async def pause(duration_s, readable):
@@ -277,7 +277,7 @@ def test_what_was_given_out_need_not_wait_for_the_next_tick(kernel):
 
 
 def woken(kernel, do):
-    """Whether a source that would rest for ten seconds takes records at once when `do` is done, in another thread."""
+    """Return whether a source that rests for ten seconds reads records at once after `do` in another thread."""
     kernel.filled = False
     follower = MadeFollower(())
     source = FtraceSource(FtraceConfig(poll_interval_s=0.001, gather_interval_s=10), devices=follower)

@@ -1,4 +1,4 @@
-"""/dev/mace without a module: what is asked of the kernel, and what is said when it refuses."""
+"""/dev/mace without a module: the requests to the kernel, and the errors when it refuses."""
 
 import errno
 import fcntl

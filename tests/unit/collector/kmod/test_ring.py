@@ -1,4 +1,4 @@
-"""A ring as it comes round: what is seen, what is released, and what is not believed."""
+"""A ring that wraps around: what is read, what is released, and what is refused."""
 
 import numpy as np
 import pytest

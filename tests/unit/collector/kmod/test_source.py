@@ -24,7 +24,7 @@ CONFIG = KmodConfig(ring_kib_per_cpu=64, hold_back_ms=50)
 
 
 class Kernel:
-    """The module, its clock and its CPUs; `script` says what happens before each tick."""
+    """The module, its clock and its CPUs; `script` has the events before each tick."""
 
     def __init__(self, monkeypatch):
         self.module = MadeDevice()
@@ -34,7 +34,7 @@ class Kernel:
         monkeypatch.setattr(kmod_source, "online_cpus", lambda: self.online)
 
     def run(self, *script, follower=None, config=CONFIG, last=lambda _: None):
-        """All items of a run with a tick every 50 ms."""
+        """Run the source with a tick every 50 ms; returns all items."""
         source = KmodSource(config, follower, lambda: self.module)
         steps = deque(script)
         seen = []
@@ -225,7 +225,7 @@ def test_a_cpu_that_comes_later_has_a_ring_of_its_own(kernel):
 
 
 def test_namespaces_go_by_cookie_where_kernel_and_follower_have_them(kernel):
-    """An inode that was given out again is another namespace's: its cookie tells them apart."""
+    """A reused inode belongs to another namespace, which its cookie distinguishes."""
     host = Device(HOST_NETNS, 2, "out0", "", netns_cookie=1)
     first, second = (
         Device(HOST_NETNS + 1, 2, name, "veth", netns_cookie=cookie) for name, cookie in (("a", 7), ("b", 8))

@@ -118,7 +118,7 @@ Answer = bytes | Callable[[socket.socket], None]
 
 
 class Daemon:
-    """A container daemon that says what it is told to say. `answers`: path → answer; `asked`: the paths, in order."""
+    """A scripted container daemon. `answers`: path → answer; `asked`: the requested paths, in order."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -173,7 +173,7 @@ def http(status: int, body: bytes) -> bytes:
 
 
 def names(api: ContainerApi) -> dict[int, str]:
-    """Inode of the network namespace → name."""
+    """Return the names by inode of the network namespace."""
     return {inode: called.name for inode, called in api.running() if inode}
 
 

@@ -1,4 +1,4 @@
-"""What can be known of the follower without other namespaces: its reading of the kernel's messages and tables."""
+"""The parts of the follower that need no other namespace: parsing the kernel's messages and tables."""
 
 import asyncio
 import os

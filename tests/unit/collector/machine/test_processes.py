@@ -1,4 +1,4 @@
-"""What /proc says of processes, whatever they call themselves."""
+"""Reading processes from /proc, for any name that they give themselves."""
 
 import os
 import subprocess

@@ -21,7 +21,7 @@ def decoder(page_size=4096, **kwargs):
 
 
 def decode(pages, cpu=3, skip=0, with_=None):
-    """Pages (made ones or bytes) through the real decoder."""
+    """Decode pages (made ones or bytes) with the real decoder."""
     where = pages[0].layout if isinstance(pages[0], Page) else layout(len(pages[0]))
     raw = b"".join(page.bytes() if isinstance(page, Page) else page for page in pages)
     buffer = page_buffer(where, len(pages))
@@ -47,7 +47,7 @@ def expected_length(event):
 
 
 def compare(pages):
-    """All columns against the simple decoder."""
+    """Compare all columns with the simple decoder."""
     where = pages[0].layout
     forms = list(FORMS.values())
     given_ = decoder(where.page_size)

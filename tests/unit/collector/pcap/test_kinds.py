@@ -1,4 +1,4 @@
-"""Packet captures of every kind give what the plain capture of the same packets gives, or they say why not."""
+"""Packet captures of every kind give the results of the plain capture of the same packets, or an error."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ NAT = GOLDEN / "other-tools"
 
 
 def read(inner, outer, **options):
-    """(delays of packets, last results, source)."""
+    """Read a pair of captures; returns (delays of packets, last results, source)."""
     source = PcapPairReader(inner, outer, FileOptions(**options))
     _, results = engine_results(source)
     return overheads(results), results[-1], source
@@ -98,7 +98,7 @@ def test_kuznetzov_s_pcap(plain):
 
 
 def any_packets():
-    """(time, device, cooked frame) of the capture of all devices."""
+    """Return (time, device, cooked frame) of the capture of all devices."""
     raw = (CAPTURES / "at-any.pcap").read_bytes()
     assert struct.unpack_from("<I", raw)[0] == 0xA1B23C4D
     at = 24
@@ -110,7 +110,7 @@ def any_packets():
 
 
 def sll(cooked):
-    """The first cooked format of a packet of the second: it has no device."""
+    """Convert a packet of the second cooked format to the first, which has no device."""
     protocol, arphrd, kind, size = cooked[:2], cooked[8:10], cooked[10], cooked[11]
     return struct.pack(">H", kind) + arphrd + struct.pack(">H", size) + cooked[12:20] + protocol + cooked[20:]
 
@@ -123,7 +123,7 @@ def at_outer():
 
 
 def ng_of_devices(devices=(2, 3, 4)):
-    """The same with an interface for each device, as `dumpcap -i a -i b -i c` writes it."""
+    """Return a pcapng with an interface for each device, as `dumpcap -i a -i b -i c` writes it."""
     raw = ng_section("<") + b"".join(ng_interface("<", name=f"dev{one}", link=276, tsresol=9) for one in devices)
     for utc_ns, device, data in any_packets():
         if device in devices:
@@ -241,7 +241,7 @@ def test_merged_captures_of_two_devices_never_give_the_nearer_one(replayed, seed
 
 
 def ethernet(tags, frame, protocol=None):
-    """A frame with bytes between its addresses and what it carries."""
+    """Return a frame with bytes between its addresses and its payload."""
     return frame[:12] + tags + (frame[12:14] if protocol is None else protocol) + frame[14:]
 
 
@@ -367,7 +367,7 @@ def test_compressed_captures_that_are_cut(replayed, kind, share):
     with pytest.raises(CaptureError, match=r"the file is cut: its \w+ stream has no end"):
         replayed(written(*inner), packed)
     if len(unpacked_head(packed, 24)) < 24:
-        # What packs whole blocks gives nothing of a cut one.
+        # A compressor of whole blocks gives nothing of a truncated one.
         assert kind.startswith(("bzip2", "zstd"))
         return
     found, _, source = replayed(written(*inner), packed, salvage=True)
@@ -446,7 +446,7 @@ def test_sections_of_other_byte_orders_and_interfaces(replayed):
     "tsresol", [0, 3, 6, 9, 12, 15, 19, *(0x80 | n for n in (0, 1, 10, 20, 32, 33, 40, 53, 60, 63))]
 )
 def test_clocks_of_any_resolution(tmp_path, tsresol):
-    """Times are rounded down to whole ns, exactly, with whole numbers alone."""
+    """Times are rounded down to whole ns, exactly, with integers only."""
     per_s = 2 ** (tsresol & 127) if tsresol & 128 else 10**tsresol
     rng = np.random.default_rng(tsresol)
     most = min(2**64, 4_000_000_000 * per_s)
@@ -497,7 +497,7 @@ def test_an_interface_with_much_to_say(replayed):
 
 @pytest.mark.timeout(60)
 def test_as_many_interfaces_and_kinds_as_a_file_can_have(replayed):
-    """In time that grows with the file, and told in a few lines."""
+    """Reading takes time proportional to the file, and the warnings are a few lines."""
     count = 3_000
     raw = ng_section("<") + b"".join(ng_interface("<", tsresol=9) for _ in range(count))
     raw += b"".join(ng_interface("<", link=300 + n) for n in range(count))
@@ -554,7 +554,7 @@ def test_what_packets_say_was_missed_before_them_is_said(replayed, order):
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("salvage", [False, True])
 def test_nanoseconds_in_a_file_that_says_microseconds(replayed, order, salvage):
-    """Else a delay of 10 µs is one of 10 ms."""
+    """Otherwise a delay of 10 µs would be read as 10 ms."""
     raw = bytearray(pcap([Frame(T + n * 10**9 + 1_000_001, FRAME) for n in range(3)], order=order))
     struct.pack_into(order + "I", raw, 0, 0xA1B2C3D4)
     if not salvage:

@@ -1,4 +1,4 @@
-"""The content key in numpy is that of the module: both are held against the second reading of the module's tests."""
+"""The content key in numpy equals the module's: both are compared with the reference of the module's tests."""
 
 import struct
 
@@ -15,7 +15,7 @@ PAYLOAD = bytes(range(100, 140))
 
 
 def read(*frames, cut=None):
-    """Packets of Ethernet frames, of which `cut` bytes were captured."""
+    """Return the packets of Ethernet frames of which `cut` bytes were captured."""
     raw, start = bytearray(), []
     for frame in frames:
         start.append(len(raw) + 14)
@@ -146,7 +146,7 @@ def test_in_vxlan_it_is_the_inner_packets():
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_cut_off_gives_no_key(name):
-    """Of no packet a wrong key, however short the capture's snap length was."""
+    """No packet gets a wrong key, for any snap length of the capture."""
     packet, key = CASES[name]
     for cut in range(len(packet) + 1):
         assert read(frame_of(packet), cut=cut).keys().tolist()[0] in (0, key.hashed()), cut

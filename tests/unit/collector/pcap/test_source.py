@@ -1,4 +1,4 @@
-"""Pairs of packet captures: which packet is which, how long it took, and what is not clear is left alone."""
+"""Pairs of packet captures: packets are matched with their delays, and ambiguous ones are left out."""
 
 import struct
 
@@ -18,7 +18,7 @@ T = 1_700_000_000 * 10**9
 
 
 def engine_results(source):
-    """(header, all results) of a reader."""
+    """Run the engine over a reader; returns (header, all results)."""
     with source as reader:
         engine = Engine(reader.header.clock.offset_ns, EngineConfig())
         results = []
@@ -49,7 +49,7 @@ def pair(tmp_path):
 
 
 def traffic(count=3000, seed=1):
-    """Frames at both devices with their times: two of three go out, the others come in; and the truth."""
+    """Return frames at both devices with their times, two of three outgoing, and the true delays."""
     frames, t = udp_frames(count, seed)
     delay = np.random.default_rng(seed).integers(1_000, 40_000, count)
     out = np.arange(count) % 3 > 0
@@ -153,7 +153,7 @@ def test_content_that_comes_again_later_is_paired_by_time(pair):
 
 
 def test_content_that_is_not_clear_is_left_alone(pair):
-    # Two under way at once: which came out first?
+    # Two equal packets in flight at once: their order at the outer device is unknown.
     source = pair(pcap(repeated([0, 100, 10**9], FRAME)), pcap(repeated([1000, 1100, 10**9 + 5], FRAME)))
     header, results = engine_results(source)
     assert [delay for _, _, delay in overheads(results)] == [5]

@@ -1,4 +1,4 @@
-"""Damaged and hostile Perfetto traces: a clear error with its offset, or what can be saved; in bounds of memory."""
+"""Damaged and hostile Perfetto traces give a clear error with its offset, or their good part, in bounded memory."""
 
 import re
 import tracemalloc
@@ -21,7 +21,7 @@ RAW = traces.make(GIVEN, NAMES)
 
 
 def packets_of(raw):
-    """(start, end) of each packet."""
+    """Return (start, end) of each packet."""
     found, at = [], 0
     while at < len(raw):
         size, start = perfetto_wire.varint(raw, at + 1, len(raw))
@@ -31,12 +31,12 @@ def packets_of(raw):
 
 
 def packet(field, payload):
-    """A trace of one packet with one field of bytes."""
+    """Return a trace of one packet with one field of bytes."""
     return traces._field(1, traces._field(field, payload))
 
 
 def refused(tmp_path, raw, match):
-    """The offset that the error tells."""
+    """Return the offset in the error."""
     with pytest.raises(CaptureError, match=match) as caught:
         read(write(tmp_path, raw))
     assert f"at byte {caught.value.offset}:" in str(caught.value)
@@ -44,7 +44,7 @@ def refused(tmp_path, raw, match):
 
 
 def bundle_number(which):
-    """Place of a packet of events."""
+    """Return the index of a packet of events."""
     spans = packets_of(RAW)
     events = [span for span in spans if b"net_dev_queue" in RAW[slice(*span)]]
     return events[which]
@@ -165,7 +165,7 @@ def same(one, other):
 
 
 def test_empty_packets_cost_nothing_and_change_nothing(tmp_path):
-    """Counted, not timed: a packet that is given out costs some microseconds, and ten million fit into 20 MB."""
+    """The work is counted, not timed: each yielded packet would cost microseconds, and 20 MB can have ten million."""
     empty = b"\n\0" * 100_000
     packed = zlib.compress(empty + RAW)
     _, found = read(write(tmp_path, RAW))

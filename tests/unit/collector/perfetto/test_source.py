@@ -1,4 +1,4 @@
-"""Perfetto traces of known records, in every form: the same records come back, and nothing is lost uncounted."""
+"""Perfetto traces of known records in every form give the same records, and every loss is counted."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def write(tmp_path, raw, name="made.pftrace"):
 
 
 def read(path, **options):
-    """(source, batch of all records)."""
+    """Read a trace; returns (source, batch of all records)."""
     with PerfettoReader(path, FileOptions(**options)) as reader:
         return reader, Batch.concatenate([item for item in reader.items() if isinstance(item, Batch)])
 

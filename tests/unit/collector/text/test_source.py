@@ -1,4 +1,4 @@
-"""What tracers print: every kind of line, losses, hashed addresses, and what is no event."""
+"""Text that tracers print: every kind of line, losses, hashed addresses, and lines that are no event."""
 
 import re
 import subprocess
@@ -63,7 +63,7 @@ def file(tmp_path):
 
 
 def read(path, options=None):
-    """(records, names of devices, source)."""
+    """Read a text; returns (records, names of devices, source)."""
     with recording(path, options).reader() as source:
         items = list(source.items())
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
@@ -172,14 +172,14 @@ def test_noise_among_the_lines(file):
 
 
 def told(path, options=None):
-    """All columns of the records, as lists, and the source."""
+    """Read a text; returns all columns of the records as lists, and the source."""
     batch, names, source = read(path, options)
     columns = [getattr(batch, name).tolist() for name in ("ts_ns", "skb_id", "l3_len", "cpu", "gso_segs", "hook")]
     return [*columns, [names[dev] for dev in batch.dev]], source
 
 
 def named(name, text=REAL):
-    """The lines of `text` with another task's name, in its 16 columns."""
+    """Return the lines of `text` with another task's name in its 16 columns."""
     return re.sub(rb"(?m)^ {11}<\.\.\.>-", lambda _: name.rjust(16) + b"-", text)
 
 
@@ -258,7 +258,7 @@ def test_other_columns_of_perf(file, before, after):
 
 
 def test_the_option_fields_of_ftrace(file):
-    """As printed by Linux 6.18."""
+    """The option fields of ftrace are read as Linux 6.18 prints them."""
     batch, names, source = read(
         file(
             "    ping-24969   [000] b....  3223.266379: net_dev_start_xmit: name=lo queue_mapping=0x0 (0) "
@@ -433,7 +433,7 @@ def test_times_that_are_differences(file):
 
 
 def test_texts_put_one_after_the_other(file, monkeypatch):
-    """What is read at once is put in order."""
+    """Events of concatenated texts that are read at once are sorted."""
     monkeypatch.setattr("collector.text.source._READ_BYTES", len(FTRACE))
     path = file(FTRACE + FTRACE.replace("1234.", "1200."))
     _, _, source = read(path)

@@ -26,7 +26,7 @@ MACHINES = {
 
 
 def own_file(events, *, version=7, machine=None, algorithm="none", cpus=None):
-    """Content of a file of (event's name, its values), a microsecond apart; `cpus` deals them out."""
+    """Return a file of (event's name, its values), a microsecond apart; `cpus` assigns them to CPUs."""
     machine = machine or Machine()
     told = texts(machine.long)
     pages = {}
@@ -183,7 +183,7 @@ def test_an_event_shorter_than_its_format(tmp_path):
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_marks_do_not_make_a_replay(tmp_path, version):
-    """A file without network events is refused by what it has, which is not what ftrace always has."""
+    """A file without network events is refused; the error lists its events without ftrace's own."""
     path = written(tmp_path / "trace.dat", EVENTS, version=version)
     with pytest.raises(
         CaptureError, match=r"none of the network events that are measured was recorded; it has some:kinds$"
@@ -223,7 +223,7 @@ def test_what_trace_cmd_reports_of_a_real_file(version):
 @pytest.mark.needs("trace-cmd")
 @pytest.mark.parametrize(("version", "order"), [(6, "little"), (7, "little"), (7, "big")])
 def test_trace_cmd_reads_the_made_files_too(tmp_path, version, order):
-    """So what they are compared with is a file as trace-cmd writes it."""
+    """trace-cmd reads the made files, so they are valid."""
     marks = [event for event in EVENTS if event[0] == "ftrace:print"]
     path = written(tmp_path / "trace.dat", marks, version=version, machine=MACHINES[version, order, 8])
     told = subprocess.run(["trace-cmd", "report", "-N", str(path)], capture_output=True, check=True).stdout

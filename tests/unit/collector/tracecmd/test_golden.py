@@ -25,7 +25,7 @@ STAMPED_NS = 250_000
 
 
 def stream(path, options=None):
-    """(header, items) of a file."""
+    """Return (header, items) of a file."""
     with recording(path, options).reader() as reader:
         return reader.header, list(reader.items())
 
@@ -51,7 +51,7 @@ def test_the_events_are_those_that_trace_cmd_reports(name):
 
 
 def overheads(path, options=None):
-    """(direction, ns) of each packet that crossed the whole path, in order of time."""
+    """Return (direction, ns) of each packet over the whole path, in time order."""
     header, items = stream(path, options)
     engine = Engine(header.clock.offset_ns, EngineConfig())
     results = [one for item in items for one in engine.feed(item)] + [engine.finish()]
@@ -65,7 +65,7 @@ def overheads(path, options=None):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("v7-lost.dat", "v7-some.dat", "v7-none.dat")])
 def test_delays_are_those_of_the_live_capture(name):
-    """Both recorded the same packets at once, each with stamps of its own."""
+    """Both tools recorded the same packets at once, each with its own time stamps."""
     live_file = (TRACES / name).with_suffix(".mace")
     live = overheads(live_file)
     read = overheads(TRACES / name, FileOptions(topology=live_file))

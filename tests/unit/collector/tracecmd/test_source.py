@@ -1,4 +1,4 @@
-"""trace.dat files, made by hand: what is in them comes out, whichever way they were written."""
+"""Made trace.dat files give their known events, for every way of writing them."""
 
 import struct
 
@@ -22,7 +22,7 @@ PAGES = {"": {0: traffic(0, 7), 1: traffic(1, 4), 5: traffic(5, 1)}}
 
 
 def replayed(path, options=None):
-    """(header, all records, topologies, source) of a file."""
+    """Replay a file; returns (header, all records, topologies, source)."""
     with TraceCmdReader(path, options) as reader:
         items = list(reader.items())
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
@@ -39,7 +39,7 @@ def file(tmp_path):
 
 
 def expected(pages, page_size=4096):
-    """(ts, cpu, hook's event, device, skb) of each event by the simple decoder, in order."""
+    """Return (ts, cpu, hook's event, device, skb) of each event by the simple decoder, in order."""
     found = []
     for cpu, raw in pages.items():
         for page in simple_decode(b"".join(raw), layout(page_size), list(FORMS.values())):
@@ -274,7 +274,7 @@ def test_an_instance_whose_clock_is_told_wrongly(file):
 
 
 def test_fields_in_another_order_and_events_with_other_numbers(file):
-    """As another kernel has them: nothing but the names of fields is taken for granted."""
+    """Other kernels have other numbers and orders: the reader relies only on the names of fields."""
     events = {
         "net:net_dev_queue": (17, "__data_loc char[] name, unsigned int len, void * skbaddr"),
         "net:netif_receive_skb": (903, "u16 more, void * skbaddr, u8 other, __data_loc char[] name, unsigned int len"),

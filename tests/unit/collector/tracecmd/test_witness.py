@@ -1,4 +1,4 @@
-"""Made trace.dat files are files: trace-cmd itself reads in them what we do, also in those of a big-endian machine."""
+"""trace-cmd reads the same events in made trace.dat files as we do, also in those of a big-endian machine."""
 
 import re
 import subprocess
