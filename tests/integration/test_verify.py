@@ -40,7 +40,7 @@ def test_no_row_is_wrong_and_none_is_missing(verdicts, name):
 def test_what_the_source_cannot_record_is_said():
     done = mace("verify", "--source", "ftrace", "sampling_8", "--json")
     assert done.stdout == ""
-    assert "sampling_8: not with ftrace" in done.stderr
+    assert "sampling_8: skipped, because source ftrace" in done.stderr
 
 
 @pytest.mark.parametrize(
