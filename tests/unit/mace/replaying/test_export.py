@@ -110,6 +110,7 @@ def test_the_trace_processor_has_nothing_to_complain_of(made):
     assert made[0] == []
 
 
+@pytest.mark.slow
 def test_each_delay_is_a_slice_with_its_figures(made):
     _, slices, *_ = made
     _, delays = engine_results(scene())
