@@ -1,6 +1,6 @@
 #!/bin/sh
-# The influxdb image runs this once, when it makes the database. It adds two users with few privileges: the ingest may
-# only write, Grafana may only read. Nothing needs the administrator's token afterwards.
+# The influxdb image runs this once, when the database is made. It makes two users with few rights: the ingest may only
+# write, Grafana may only read. No service needs the administrator's token afterwards.
 set -eu
 
 influx v1 dbrp create --org "$DOCKER_INFLUXDB_INIT_ORG" --bucket-id "$DOCKER_INFLUXDB_INIT_BUCKET_ID" \

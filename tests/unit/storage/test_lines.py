@@ -79,6 +79,7 @@ rows = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.lists(rows, min_size=1, max_size=4))
 def test_any_rows_in_any_batches(batches):
     """Every row has a line, and no two lines have the same series and time, even with few distinct times."""
