@@ -8,7 +8,7 @@ from typing import Final
 
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
-from collector.live.ring_source import Follower
+from collector.live.ring_source import FollowsDevices
 from contracts.config import CaptureConfig
 from contracts.interfaces import Source, Status
 
@@ -18,7 +18,7 @@ class LiveSource:
     """How to ask for a source of this machine's records, and how to get it."""
 
     check: Callable[[], Status]
-    make: Callable[[CaptureConfig, Follower, str], Source]
+    make: Callable[[CaptureConfig, FollowsDevices, str], Source]
     """From the configuration, the devices, and a name for the host (empty: the machine's own).
 
     Raises `Unavailable` where the configuration asks for what this source cannot do.

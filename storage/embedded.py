@@ -38,7 +38,7 @@ from contracts.topology import Device, newest_names
 from storage import segments, tables
 from storage.checksum import SegmentWriter, mismatch
 from storage.ownership import NO_LINK, open_new, refuse_foreign
-from storage.segments import HOUR_NS, NO_HOUR, Removed, Segment, by_hour
+from storage.segments import HOUR_NS, NO_HOUR, Removed, SegmentFile, by_hour
 
 log = logging.getLogger(__name__)
 
@@ -422,7 +422,7 @@ class EmbeddedStore:
         self.merged += gone
         return gone
 
-    def _merge(self, group: list[Segment]) -> None:
+    def _merge(self, group: list[SegmentFile]) -> None:
         first, last = group[0], group[-1]
         merged = segments.segment(
             self.path, first.table, first.hour, first.first, last.last, sum(s.rows for s in group)
@@ -431,7 +431,7 @@ class EmbeddedStore:
             merged, group, lambda temporary: self._copy(group, temporary, merged.rows), fsync=self._fsync
         )
 
-    def _copy(self, group: list[Segment], target: Path, rows: int) -> None:
+    def _copy(self, group: list[SegmentFile], target: Path, rows: int) -> None:
         """Write the rows of a group to `target`; notes a segment that cannot be read and raises."""
         schema = tables.SCHEMAS[group[0].table]
         names = [f.name for f in schema if pa.types.is_dictionary(f.type)]

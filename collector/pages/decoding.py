@@ -27,7 +27,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.pages.formats import MAX_EVENT_ID, EventFormat, Field, PageLayout
+from collector.pages.formats import MAX_EVENT_ID, EventField, EventFormat, PageLayout
 from contracts.errors import SourceError
 from contracts.hooks import BY_TRACEPOINT, HOOKS, Hook, Way
 from contracts.names import text_of
@@ -189,7 +189,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodedPages:
     """What the pages of a stretch hold, in the ring's order."""
 
     batch: Batch
@@ -239,7 +239,7 @@ class _Value:
     mask: np.uint32
 
     @classmethod
-    def of(cls, event: str, field: Field) -> _Value:
+    def of(cls, event: str, field: EventField) -> _Value:
         at = field.offset % 4
         if field.size not in (1, 2, 4) or at + field.size > 4:
             raise SourceError(
@@ -362,7 +362,7 @@ class PageDecoder:
         addresses ^= addresses >> half
         return addresses
 
-    def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[Decoded]:
+    def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[DecodedPages]:
         """The records of each stretch; they lie one after the other in a `page_buffer`, which is scribbled on.
 
         Many CPUs with a few events each cost hardly more than one of them, if they are decoded together.
@@ -382,7 +382,7 @@ class PageDecoder:
         for stretch in stretches:
             start, page_after = int(first[page]), page + stretch.pages
             gaps = tuple(Gap(int(first[p]) - start, missed[p]) for p in range(page, page_after) if p in missed)
-            decoded.append(Decoded(batch[start : int(first[page_after])], gaps))
+            decoded.append(DecodedPages(batch[start : int(first[page_after])], gaps))
             page = page_after
         return decoded
 

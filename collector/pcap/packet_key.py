@@ -75,7 +75,7 @@ class Views:
         return found
 
 
-class Packets:
+class CapturedPackets:
     """Packets in a buffer, from their network layer's header on."""
 
     def __init__(self, views: Views, start: Ints, captured: Ints, length: Ints, protocol: Ints) -> None:
@@ -353,7 +353,9 @@ class Packets:
         begin = at + np.where(frame, 14, 0)
         captured, length = self.captured[of] - begin, self.length[of] - begin
         protocol = np.where(frame, np.where(captured >= 0, self._be16(of, at + 12), 0), protocol)
-        inside = Packets(self._views, self.start[of] + begin, np.maximum(captured, 0), np.maximum(length, 0), protocol)
+        inside = CapturedPackets(
+            self._views, self.start[of] + begin, np.maximum(captured, 0), np.maximum(length, 0), protocol
+        )
         # One layer: a tunnel in a tunnel is payload.
         inside.inner[:] = 0
         inner_key = inside.keys()

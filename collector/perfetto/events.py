@@ -70,7 +70,7 @@ _U: Final = np.uint64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
+class DecodedBundle:
     """Records of one bundle, in its order; times are those of its clock."""
 
     batch: Batch
@@ -91,7 +91,7 @@ class EventDecoder:
         xor, first, second = key
         self._key = _U(xor), _U(first | 1), _U(second | 1)
 
-    def decode(self, bundles: Sequence[Bundle]) -> list[Decoded]:
+    def decode(self, bundles: Sequence[Bundle]) -> list[DecodedBundle]:
         """The records of each bundle."""
         buffer = Buffer([bundle.data for bundle in bundles])
         base = np.cumsum([0, *(len(bundle.data) for bundle in bundles)])
@@ -105,7 +105,7 @@ class EventDecoder:
         table = np.zeros((len(start), len(_COLUMNS)), np.uint64)
         names = np.zeros((len(start), 2), np.int64)
         """Start and length of the device's name."""
-        wanted = _Wanted(buffer, hook, table, names, bad)
+        wanted = _FieldFiller(buffer, hook, table, names, bad)
         for number, (what, meaning) in _TYPED.items():
             rows = np.flatnonzero((kind == number) & ~bad)
             wanted.numbered(rows, at[rows], until[rows], _XMIT_DONE if what is None else int(what), meaning)
@@ -137,7 +137,7 @@ class EventDecoder:
         names: Index,
         buffer: Buffer,
         bad: Mask,
-    ) -> list[Decoded]:
+    ) -> list[DecodedBundle]:
         mine = of[rows]
         low, high = buffer.text(names[:, 0], np.minimum(names[:, 1], _NAME_MAX))
         device = self.sightings.codes(low, high)
@@ -174,7 +174,7 @@ class EventDecoder:
         found = []
         for i, bundle in enumerate(bundles):
             why = bundle.wrong or ("an event that is no message" if damaged[i] else "")
-            found.append(Decoded(batch[edges[i] : edges[i + 1]], damaged[i] + bool(bundle.wrong), why))
+            found.append(DecodedBundle(batch[edges[i] : edges[i + 1]], damaged[i] + bool(bundle.wrong), why))
         return found
 
     def _skb_ids(self, addresses: U64) -> U64:
@@ -204,7 +204,7 @@ def _outer(buffer: Buffer, start: Index, end: Index) -> tuple[U64, Index, Index,
     return ts, kind, at, until, bad
 
 
-class _Wanted:
+class _FieldFiller:
     """Fills in what is looked for, event kind by event kind."""
 
     def __init__(self, buffer: Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Index, bad: Mask) -> None:

@@ -20,7 +20,7 @@ from contracts.ordering import GOLDEN
 from contracts.records import Batch, Content, Flag
 from contracts.schema import NOT_TOLD, Delays, Direction, Outcome, Results
 from contracts.topology import Device, Sighting, Topology
-from correlator.replies import Replies, Seen
+from correlator.replies import ExchangedPackets, Replies
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]
@@ -31,10 +31,10 @@ _IS_END: Final = np.isin(np.arange(256), [info.hook for info in BY_HOOK.values()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packets:
+class TimelinePackets:
     """Packets in the order of time. Arrays over packets."""
 
-    seen: Seen
+    seen: ExchangedPackets
     end_ns: Ints
     """UTC, when its last hop ends."""
     whole_ns: Ints
@@ -57,7 +57,7 @@ class Settled:
     """In the order of time, and of the path where times are equal."""
     of_packet: Ints
     """Row → index into `packets`."""
-    packets: Packets
+    packets: TimelinePackets
     records: Batch
     of_record: Ids
     """Record → its packet; 0 if it is of none that has rows."""
@@ -65,7 +65,7 @@ class Settled:
     devices: tuple[Device, ...]
 
 
-class Follower:
+class PacketFollower:
     """Takes a stream's items as they come and its results, in whatever step; gives out what is settled."""
 
     def __init__(self, header: StreamHeader, *, records: bool = True) -> None:
@@ -107,7 +107,7 @@ class Follower:
         self._batch, self._owner = self._batch[cut:], self._owner[cut:]
         return Settled(rows, of_packet, packets, given, owner, self._sightings, results.devices)
 
-    def _packets(self, results: Results, *, last: bool) -> tuple[Delays, Ints, Packets]:
+    def _packets(self, results: Results, *, last: bool) -> tuple[Delays, Ints, TimelinePackets]:
         rows = Delays.concatenate([self._rows, results.delays])
         ids, of_packet = np.unique(rows.packet, return_inverse=True)
         begin = np.full(len(ids), np.iinfo(np.int64).max)
@@ -146,7 +146,7 @@ class Follower:
         turned = (
             inward & (proto != 1) & (proto != 58)
         )  # an echo has its identifier and number in the same places both ways
-        seen = Seen(
+        seen = ExchangedPackets(
             packet=ids,
             container=np.where(mixed, NOT_TOLD, names[rows.device[first]] if len(ids) else NOT_TOLD),
             direction=direction,
@@ -163,7 +163,7 @@ class Follower:
         for gap in results.gaps_utc_ns:
             self._replies.lost(*gap)
         request, told_by = self._replies.match(seen)
-        packets = Packets(
+        packets = TimelinePackets(
             seen, end[in_time], whole[in_time], request, told_by, np.where(dropped, drop_reason, 0)[in_time]
         )
         return rows, rank[of_packet], packets

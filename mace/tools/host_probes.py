@@ -24,7 +24,7 @@ from contracts.topology import Role, Topology
 from correlator import intervals
 from mace.live.session import Session
 from mace.tools import host_path as hostpath
-from mace.tools.host_path import STRETCHES, Seen, Stretches
+from mace.tools.host_path import STRETCHES, ProbeCollector, Stretches
 
 ROUNDS: Final = 10
 _SEED: Final = 1
@@ -118,7 +118,7 @@ class Probing:
 
     def measure(self, session: Session) -> HostPath:
         """Send them under a capture of their own, and see. Raises `UsageError` where none is seen on its whole way."""
-        seen, last = Seen(), Topology(0, 0)
+        seen, last = ProbeCollector(), Topology(0, 0)
 
         def take(item: StreamItem) -> None:
             nonlocal last

@@ -35,8 +35,8 @@ from mace.tools.samples import (
     STAMP,
     TCP,
     UDP,
+    GrowingSamples,
     Reader,
-    Replies,
     Unknown,
     decimal_ns,
     shown,
@@ -87,7 +87,7 @@ class FpingOutput:
         self.stamps = FPING
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
-        self._replies = Replies()
+        self._replies = GrowingSamples()
         self._host = ""
         self._base = 0
         """Requests of earlier runs."""
@@ -217,7 +217,7 @@ class CsvOutput:
         self.stamps = REQUEST_RESPONSE
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
-        self._replies = Replies()
+        self._replies = GrowingSamples()
         self._columns: list[str] = []
 
     @staticmethod

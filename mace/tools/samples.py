@@ -78,7 +78,7 @@ class Unknown:
 
 
 @dataclass(slots=True)
-class Replies:
+class GrowingSamples:
     """Columns of `Samples` that grow."""
 
     columns: dict[str, list[int]] = field(default_factory=dict)

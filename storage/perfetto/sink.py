@@ -43,7 +43,7 @@ _ROWS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Told:
+class HopFacts:
     """What is known of each hop beside its row. Arrays as long as the rows."""
 
     flow: Ids
@@ -61,7 +61,7 @@ TOLD_BY: Final = ("", "echo", "ports", "turns")
 
 
 @dataclass(slots=True)
-class _Entry:
+class _DeviceTracks:
     """What is written of one entry of `Results.devices`."""
 
     group: int
@@ -81,7 +81,7 @@ class HostTracks:
         self.offset_ns = header.clock.offset_ns
         self._root = trace.track(self._key, f"host {header.host}", rank=trace.add_host(header))
         self._devices: tuple[Device, ...] = ()
-        self._entries: list[_Entry] = []
+        self._entries: list[_DeviceTracks] = []
         self._tracks: dict[str, int] = {}
         self._groups: dict[tuple[int, int, bool], int] = {}
         self._lane_of: list[tuple[str, str, int, int]] = []
@@ -113,7 +113,7 @@ class HostTracks:
             for device, rank in list(zip(devices, ranks(devices), strict=True))[known:]:
                 self._entries.append(self._entry(device, rank))
 
-    def hops(self, rows: Delays, told: Told) -> None:
+    def hops(self, rows: Delays, told: HopFacts) -> None:
         """A slice for each row, in the order of time and of the path where times are equal."""
         if not len(rows):
             return
@@ -244,7 +244,7 @@ class HostTracks:
 
     # Tracks -------------------------------------------------------------------------------------------------
 
-    def _entry(self, device: Device, rank: int) -> _Entry:
+    def _entry(self, device: Device, rank: int) -> _DeviceTracks:
         who = device.container or device.netns_name or "container"
         if device.role is Role.INNER:
             parent = self._container(device)
@@ -259,7 +259,7 @@ class HostTracks:
             self._group((*device.key, True), f"{place}: {device.name}, whole path", self._root, 200 + rank)
         slices = [self._trace.name(f"{who} {d.name.lower()}") for d in Direction]
         paths = [self._trace.name(f"{who} {d.name.lower()} overhead") for d in Direction]
-        return _Entry(group, self._trace.text(who), (*slices, *paths))
+        return _DeviceTracks(group, self._trace.text(who), (*slices, *paths))
 
     def _container(self, device: Device) -> int:
         name = f"container {device.container or device.netns_name or device.netns}"

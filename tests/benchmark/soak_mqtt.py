@@ -37,7 +37,7 @@ from contracts.vitals import process_figures
 from storage import segments
 from storage.broker import Broker
 from storage.mqtt import StreamPublisher
-from storage.query import Store
+from storage.query import StoreReader
 from tests.benchmark.figures import MACE, resident_mib
 from tests.benchmark.soaking import STEP_S, Pace, chosen, halves, plot
 from tests.brokers import Mosquitto, mosquitto
@@ -298,7 +298,7 @@ def phase(name: str, note: dict[str, Any]) -> dict[str, Any]:
 def verdict(
     store: Path, sink: StreamPublisher, feed: Feed, notes: list[Any], status: int, link: Link
 ) -> dict[str, Any]:
-    (run,) = Store(store).runs()
+    (run,) = StoreReader(store).runs()
     ledger = run.ledger
     rows = sum(each.rows for each in segments.listing(store, "delays"))
     counted = in_windows(store)

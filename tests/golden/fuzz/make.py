@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from contracts.wire import FILE_HEAD, Message
+from contracts.wire import FILE_HEAD, FrameKind
 from tests import perfetto_traces as traces
 from tests.made_capture import TOPOLOGY, batches, capture_bytes, encode, forge, stream_tag, traffic
 from tests.made_pcap import Frame, block, pcap, pcapng, through_nat, udp_frames, written
@@ -90,11 +90,11 @@ def mace() -> Iterator[tuple[str, bytes]]:
     yield from common(raw)
     yield "cut-of-version-1", (GOLDEN / "wire-1" / "capture.mace").read_bytes()[:4000]
     for name, size in (("small", 4096), ("largest", 0), ("4-gib", 2**32 - 1)):
-        bomb = forge(Message.BATCH, b"", stored=zeros(72), raw_size=size or 48 * MIB, stream=tag, sequence=3)
+        bomb = forge(FrameKind.BATCH, b"", stored=zeros(72), raw_size=size or 48 * MIB, stream=tag, sequence=3)
         yield f"bomb-that-says-{name}", with_frame(3, bomb)
     yield (
         "size-beyond-the-file",
-        with_frame(4, forge(Message.BATCH, bytes(90), stored_size=2**31, stream=tag, sequence=4)),
+        with_frame(4, forge(FrameKind.BATCH, bytes(90), stored_size=2**31, stream=tag, sequence=4)),
     )
     yield "frame-again-and-again", FILE_HEAD + b"".join([*frames[:3], *[frames[2]] * 5, *frames[3:]])
     ring = [

@@ -12,7 +12,7 @@ import pytest
 
 from collector.ftrace import source as ftrace_source
 from collector.ftrace import tracefs
-from collector.ftrace.rings import Taken
+from collector.ftrace.rings import TakenPages
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.gaps import settle
 from collector.machine.kernel import cpu_list
@@ -118,7 +118,7 @@ class FakeKernel:
                 found = kernel.rings[self.cpu].popleft() if kernel.rings[self.cpu] else []
                 for i, one in enumerate(found):
                     into.matrix[start + i] = np.frombuffer(one.bytes(), np.uint8)
-                return Taken(len(found), empty=True)
+                return TakenPages(len(found), empty=True)
 
             def fileno(self):
                 return self.fd

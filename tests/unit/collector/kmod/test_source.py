@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from collector.kmod import source as kmod_source
-from collector.kmod.device import Filter
+from collector.kmod.device import SessionFilter
 from collector.kmod.source import KmodConfig, KmodSource
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
@@ -127,8 +127,10 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
 
 def test_only_hooks_that_are_asked_for_and_there(kernel):
     kernel.module.hello = replace(kernel.module.hello, hooks=(Hook.NETIF_RX, Hook.KFREE_SKB))
-    kernel.run(nothing, config=replace(CONFIG, wanted=Filter(hooks=(Hook.NETIF_RX, Hook.CONSUME_SKB), sample_shift=3)))
-    assert kernel.module.wanted == Filter(hooks=(Hook.NETIF_RX,), sample_shift=3)
+    kernel.run(
+        nothing, config=replace(CONFIG, wanted=SessionFilter(hooks=(Hook.NETIF_RX, Hook.CONSUME_SKB), sample_shift=3))
+    )
+    assert kernel.module.wanted == SessionFilter(hooks=(Hook.NETIF_RX,), sample_shift=3)
     assert kernel.header.hooks == ("net:netif_rx",)
     kernel.module.hello = replace(kernel.module.hello, hooks=())
     with pytest.raises(Unavailable, match="none of the hooks"):

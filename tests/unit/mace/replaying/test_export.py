@@ -407,7 +407,7 @@ def test_what_waits_for_its_packets_is_bounded():
     """Batches that no result settles are given out in time, without packets."""
     from mace.shown import timeline
 
-    follower = timeline.Follower(HEADER)
+    follower = timeline.PacketFollower(HEADER)
     engine = Engine(OFFSET_NS, EngineConfig())
     (results,) = [*engine.feed(topology()), engine.finish()]
     many = Batch.of(timeline._MOST_RECORDS + 5, ts_ns=np.arange(timeline._MOST_RECORDS + 5) + START_NS)
