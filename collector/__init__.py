@@ -29,4 +29,4 @@ SOURCES: Final[dict[str, LiveSource]] = {
     "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured),
     "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured),
 }
-"""Live sources by name, the best first: `auto` takes the first that can run."""
+"""Live sources by name, in the order of `contracts.sources.LIVE`."""

@@ -13,7 +13,8 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from contracts.histogram import QUANTILES, Ints, merge, quantiles
+from contracts.arrays import Ints
+from contracts.histogram import QUANTILES, merge, quantiles
 from contracts.hooks import Hook
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, HookCost, Results, Segment

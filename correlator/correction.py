@@ -48,17 +48,17 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import Ints, Mask
+from contracts.protocols import ICMP, ICMPV6
 from contracts.schema import NOT_TOLD, Columns, Crossings, Direction
 from correlator.samples import Samples
 from correlator.stamps import LineTime, ReceiveClock, StampModel
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in UTC ns, in which records were lost."""
 SampleKey = tuple[int, ...]
 
-_ICMP: Final = (1, 58)
+_ECHOES: Final = (ICMP, ICMPV6)
 _EVER: Final = 1 << 62
 """Beyond every time, and with room for sums."""
 _FEW: Final = 64
@@ -570,7 +570,7 @@ class _Keys:
         answered = samples.rtt_ns != NOT_TOLD
         protocols = samples.l4_proto[answered]
         by_content = _all_told(protocols) and any((c.l4_proto != NOT_TOLD).any() for c in (egress, ingress))
-        icmp = by_content and bool(np.isin(protocols, _ICMP).all())
+        icmp = by_content and bool(np.isin(protocols, _ECHOES).all())
         keys, exact = [], by_content
         for crossings, length, ident in (
             (egress, samples.request_len, egress.l4_src),

@@ -16,11 +16,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints, Mask
 from contracts.records import Batch
 from contracts.schema import Grade
 from contracts.topology import Role
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
-from correlator.lives import NEVER, Gaps, Ids, Ints, Lives, Mask, Records, laid_out, spans_gap
+from correlator.lives import NEVER, Gaps, Lives, Records, laid_out, spans_gap
 from correlator.numbers import CONSUMED, DELIVERY, QUEUE, RECEIVE_SKB
 
 _ON_THE_HOST: Final = np.array([role in (Role.HOST, Role.OUTER) for role in ROLES])
@@ -39,7 +40,7 @@ class LooseEnds:
     cross: Mask
     size: Ints
     """Arrays from here on are over lives: how many records each has."""
-    key: Ids
+    key: U64
     at_ns: Ints
     """When a tail was seen last, or a head first."""
     first_ns: Ints

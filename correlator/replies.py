@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.protocols import ICMP, ICMPV6
 from contracts.schema import NOT_TOLD, Columns
 
 _WAIT_NS: Final = 1_000_000_000
@@ -32,9 +33,8 @@ _SILENCE_NS: Final = 100_000_000
 """Who speaks first after this long asks."""
 _CONVERSATIONS: Final = 1 << 16
 """So many are remembered, those that were heard last."""
-_ICMP, _ICMPV6 = 1, 58
-_ASKS: Final = {(_ICMP, 8), (_ICMPV6, 128)}
-_ANSWERS: Final = {(_ICMP, 0), (_ICMPV6, 129)}
+_ASKS: Final = {(ICMP, 8), (ICMPV6, 128)}
+_ANSWERS: Final = {(ICMP, 0), (ICMPV6, 129)}
 
 
 class ToldBy(IntEnum):

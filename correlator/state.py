@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import Ints
 from correlator.identity import ResolverState
 from correlator.links import LooseEnds
-from correlator.lives import Gaps, Ints, Open, Records
+from correlator.lives import Gaps, Open, Records
 from correlator.neighbours import Asked
 
 _Carried = TypeVar("_Carried", Open, LooseEnds)

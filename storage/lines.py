@@ -23,13 +23,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from contracts.arrays import Ints
 from contracts.interfaces import StreamHeader
 from contracts.metrics import MEASUREMENTS
 from contracts.names import spelt, text
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, Results, RoundTrips, Segment, Window
 from contracts.topology import Device, containers_of
 
-Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
 
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)

@@ -49,9 +49,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from contracts.arrays import Ints
 from contracts.config import Config, PrometheusConfig, check_host
 from contracts.errors import ConfigError, Unavailable
-from contracts.histogram import BINS, Ints, lower_bounds
+from contracts.histogram import BINS, lower_bounds
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import Status, StreamHeader
 from contracts.schema import Delays, Results, RoundTrips

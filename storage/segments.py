@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import Ints
 from contracts.errors import StoreError
 from storage.ownership import NO_LINK
-
-Ints = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +40,10 @@ PARTITIONED: Final = ("ledger", "windows", "delays")
 """In the order of writing: the ledger first, so that no reader sees rows whose losses it does not see."""
 UNFINISHED: Final = "replay"
 """Folder in a store where a replay that is not complete keeps what it needs to go on."""
+MAINTENANCE_INTERVAL_S: Final = 5.0
+"""How often whoever writes a store merges its small segments."""
+RETENTION_INTERVAL_S: Final = 60.0
+"""How often whoever writes a store removes what is too old or too much."""
 TABLES: Final = ("runs", "cost", *PARTITIONED)
 
 FULL_ROWS: Final = 1 << 17

@@ -15,8 +15,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from collector.pages.decoding import MISSED, Bytes, page_buffer
+from collector.pages.decoding import MISSED, page_buffer
 from collector.pages.formats import PageLayout
+from contracts.arrays import Bytes
 from contracts.errors import SourceError
 
 

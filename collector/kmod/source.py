@@ -36,6 +36,7 @@ from contracts.config import CaptureConfig
 from contracts.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
 from contracts.hooks import BY_HOOK, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
+from contracts.protocols import PROTOCOLS
 from contracts.records import Batch
 from contracts.schema import HookCost
 from contracts.topology import Device
@@ -374,19 +375,6 @@ def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
     return int(subbuf.records["ts_ns"][0]) if len(subbuf.records) else otherwise_ns
 
 
-_PROTOCOLS: Final = {
-    "icmp": 1,
-    "igmp": 2,
-    "tcp": 6,
-    "udp": 17,
-    "gre": 47,
-    "esp": 50,
-    "icmpv6": 58,
-    "sctp": 132,
-}
-"""IP protocol numbers by name (IANA, Assigned Internet Protocol Numbers); any other goes by its number."""
-
-
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> KmodSource:
     """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
     return KmodSource(
@@ -427,9 +415,9 @@ def _index(name: str) -> int:
 def _protocol(name: str) -> int:
     if name.isdecimal():
         return int(name)
-    if name.lower() not in _PROTOCOLS:
+    if name.lower() not in PROTOCOLS:
         raise ConfigError(
-            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(_PROTOCOLS)}"
-            f"{nearest(name.lower(), _PROTOCOLS)}"
+            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(PROTOCOLS)}"
+            f"{nearest(name.lower(), PROTOCOLS)}"
         )
-    return _PROTOCOLS[name.lower()]
+    return PROTOCOLS[name.lower()]

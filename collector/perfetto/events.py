@@ -33,13 +33,10 @@ from collector.pages.decoding import Sightings
 from collector.perfetto.bundle import Bundle
 from collector.perfetto.walk import TEXT_MASK, Buffer, walk
 from collector.perfetto.wire import BYTES, fields
+from contracts.arrays import U64, Ints, Mask
 from contracts.errors import WireError
 from contracts.hooks import BY_HOOK, HOOKS, Hook, Way
 from contracts.records import Batch
-
-Index = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 
 _TYPED: Final = {
     360: (Hook.NETIF_RECEIVE_SKB, {1: "len", 2: "name", 3: "skbaddr"}),
@@ -129,12 +126,12 @@ class EventDecoder:
     def _batches(
         self,
         bundles: Sequence[Bundle],
-        of: Index,
-        rows: Index,
+        of: Ints,
+        rows: Ints,
         ts: U64,
         hook: npt.NDArray[np.uint8],
         table: U64,
-        names: Index,
+        names: Ints,
         buffer: Buffer,
         bad: Mask,
     ) -> list[DecodedBundle]:
@@ -186,7 +183,7 @@ class EventDecoder:
         return mixed ^ mixed >> _U(32)
 
 
-def _outer(buffer: Buffer, start: Index, end: Index) -> tuple[U64, Index, Index, Index, Mask]:
+def _outer(buffer: Buffer, start: Ints, end: Ints) -> tuple[U64, Ints, Ints, Ints, Mask]:
     """Of each FtraceEvent: time, field and place of its payload, and whether it is none."""
     count = len(start)
     ts = np.zeros(count, np.uint64)
@@ -207,10 +204,10 @@ def _outer(buffer: Buffer, start: Index, end: Index) -> tuple[U64, Index, Index,
 class _FieldFiller:
     """Fills in what is looked for, event kind by event kind."""
 
-    def __init__(self, buffer: Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Index, bad: Mask) -> None:
+    def __init__(self, buffer: Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Ints, bad: Mask) -> None:
         self._buffer, self._hook, self._table, self._names, self._bad = buffer, hook, table, names, bad
 
-    def numbered(self, rows: Index, at: Index, end: Index, hook: int, meaning: dict[int, str]) -> None:
+    def numbered(self, rows: Ints, at: Ints, end: Ints, hook: int, meaning: dict[int, str]) -> None:
         """Events whose fields have numbers; `meaning` tells those that are looked for."""
         if not len(rows):
             return
@@ -226,7 +223,7 @@ class _FieldFiller:
             self._names[step.rows[text], 0] = step.at[text]
             self._names[step.rows[text], 1] = step.after[text] - step.at[text]
 
-    def generic(self, rows: Index, at: Index, end: Index) -> None:
+    def generic(self, rows: Ints, at: Ints, end: Ints) -> None:
         """Events that name themselves and their fields."""
         if not len(rows):
             return
@@ -247,7 +244,7 @@ class _FieldFiller:
         for i in np.flatnonzero(~regular).tolist():
             self._one(int(rows[i]), int(at[i]), int(end[i]))
 
-    def _named(self, rows: Index, at: Index, end: Index) -> None:
+    def _named(self, rows: Ints, at: Ints, end: Ints) -> None:
         """Fields of events of one name, `at` behind that."""
         order = self._order(int(at[0]), int(end[0]))
         buffer = self._buffer
@@ -277,7 +274,7 @@ class _FieldFiller:
             pass
         return found
 
-    def _field(self, rows: Index, at: Index, end: Index, name: str) -> Mask:
+    def _field(self, rows: Ints, at: Ints, end: Ints, name: str) -> Mask:
         """Read a field that should be the named one; where it is."""
         buffer = self._buffer
         words = np.frombuffer(name.encode().ljust(16, b"\0"), "<u8")
@@ -357,7 +354,7 @@ def _description(raw: bytes) -> tuple[int, dict[int, str]] | None:
     return hook, {number: text for number, text in meaning.items() if text in _COLUMNS}
 
 
-def _addresses(of: Index, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any], table: U64) -> U64:
+def _addresses(of: Ints, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any], table: U64) -> U64:
     """Addresses of buffers; where only a number of the bundle is there, the address that it is known to stand for."""
     address = table[:, 0].copy()
     numbers = address < _KERNEL_HALF
@@ -365,7 +362,7 @@ def _addresses(of: Index, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any],
         return address
     length = table[:, 1]
     places = (of << 32) | device
-    votes: list[tuple[Index, Index]] = []
+    votes: list[tuple[Ints, Ints]] = []
     for first, then, clean in (
         (Hook.NET_DEV_START_XMIT, _XMIT_DONE, False),
         (Hook.NETIF_RX, Hook.NETIF_RECEIVE_SKB, True),

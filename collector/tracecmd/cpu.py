@@ -10,12 +10,13 @@ from typing import Final
 import numpy as np
 
 from collector.gaps import marker, settle
-from collector.pages.decoding import MISSED, Bytes, DecodedPages, Gap, Index, PageDecoder, Stretch, page_buffer
+from collector.pages.decoding import MISSED, DecodedPages, Gap, PageDecoder, Stretch, page_buffer
 from collector.pages.formats import EventFormat
 from collector.tracecmd.clock import FileClock
 from collector.tracecmd.endian import to_little_endian
 from collector.tracecmd.file import BufferInfo, CpuData, TraceFile
 from collector.tracecmd.pages import Piece, pieces
+from contracts.arrays import Bytes, Ints
 from contracts.errors import CaptureError, SourceError
 from contracts.records import Batch
 
@@ -110,7 +111,7 @@ class CpuReader:
 
     # --- pages ----------------------------------------------------------------------------------
 
-    def _page_times(self, piece: Piece) -> Index:
+    def _page_times(self, piece: Piece) -> Ints:
         """Times of the pages that are not empty, ns; before they are turned."""
         layout, order = self._decoder.layout, ">" if self._file.frame.big_endian else "<"
         matrix = piece.buffer[: piece.pages * layout.page_size].reshape(piece.pages, layout.page_size)

@@ -35,13 +35,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.pages.decoding import Bytes, Index, Located, PageDecoder, Stretch
+from collector.pages.decoding import Located, PageDecoder, Stretch
 from collector.pages.formats import EventField, EventFormat
 from collector.reading.closing import Closing
 from collector.tracecmd.clock import clock_of
 from collector.tracecmd.endian import to_little_endian
 from collector.tracecmd.file import FTRACE, BufferInfo, CpuData, TraceFile
 from collector.tracecmd.pages import layout_of, pieces
+from contracts.arrays import Bytes, Ints
 from contracts.errors import CaptureError, SourceError, nearest
 
 EventColumns = dict[str, npt.NDArray[Any]]
@@ -177,7 +178,7 @@ class TraceDat(Closing):
             columns[name] = (_texts if kind is _ColumnKind.TEXT else _parts)(buffer, start + at, length)
         return columns
 
-    def _place(self, buffer: Bytes, start: Index, sizes: Index, field: EventField, offset: int) -> tuple[Index, Index]:
+    def _place(self, buffer: Bytes, start: Ints, sizes: Ints, field: EventField, offset: int) -> tuple[Ints, Ints]:
         """Where in each event a field of variable length begins, and how many bytes it has."""
         if not (field.is_data_loc or field.is_rel_loc):
             at = np.minimum(field.offset, sizes)
@@ -238,7 +239,7 @@ def _kind(form: EventFormat, field: EventField) -> _ColumnKind:
     return _ColumnKind.FIXED_TEXT if is_text and field.is_array else _ColumnKind.ROWS
 
 
-def _fixed(buffer: Bytes, start: Index, field: EventField, kind: _ColumnKind) -> npt.NDArray[Any]:
+def _fixed(buffer: Bytes, start: Ints, field: EventField, kind: _ColumnKind) -> npt.NDArray[Any]:
     """A field that has one size."""
     raw = buffer[(start + field.offset)[:, None] + np.arange(field.size)]
     if kind is _ColumnKind.NUMBER:
@@ -247,14 +248,14 @@ def _fixed(buffer: Bytes, start: Index, field: EventField, kind: _ColumnKind) ->
     return _strings(raw) if kind is _ColumnKind.FIXED_TEXT else raw
 
 
-def _parts(buffer: Bytes, at: Index, length: Index) -> npt.NDArray[Any]:
+def _parts(buffer: Bytes, at: Ints, length: Ints) -> npt.NDArray[Any]:
     """Bytes of each event as they are."""
     found = np.empty(len(at), object)
     found[:] = [buffer[a : a + n].tobytes() for a, n in zip(at.tolist(), length.tolist(), strict=True)]
     return found
 
 
-def _texts(buffer: Bytes, at: Index, length: Index) -> npt.NDArray[Any]:
+def _texts(buffer: Bytes, at: Ints, length: Ints) -> npt.NDArray[Any]:
     """Bytes of each event up to the first NUL."""
     width = max(int(length.max(initial=0)), 1)
     if len(at) * width > _TEXT_MAX:

@@ -88,8 +88,8 @@ class Ingest:
         self._store = FleetStore(
             store,
             fsync=kept.sync,
-            max_age_s=kept.max_age_days * 86_400 or None,
-            max_bytes=int(kept.max_size_gib * 2**30) or None,
+            max_age_s=kept.max_age_s,
+            max_bytes=kept.max_bytes,
         )
         self._journal = Journal(store / "ingest", fsync=kept.sync)
         # One thread, so that what is written is written in the order of asking, whoever is cancelled meanwhile.

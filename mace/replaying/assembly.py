@@ -407,13 +407,8 @@ class Assembly:
 
     def _retain(self) -> None:
         config = self._config
-        if self._local is not None and (config.max_age_days or config.max_size_gib):
-            segments.retain(
-                self._local,
-                time.time(),
-                config.max_age_days * 86_400 or None,
-                int(config.max_size_gib * 2**30) or None,
-            )
+        if self._local is not None and (config.max_age_s or config.max_bytes):
+            segments.retain(self._local, time.time(), config.max_age_s, config.max_bytes)
 
     def _unlock(self) -> None:
         if self._lock_fd >= 0:

@@ -22,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.files import LocalRecording
+from contracts.arrays import Mask
 from contracts.errors import UsageError, nearest
 from contracts.figures import Summary
 from contracts.interfaces import StreamHeader, StreamItem
+from contracts.protocols import ANSWERED
 from contracts.schema import NOT_TOLD, Direction, Results
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
@@ -34,9 +36,6 @@ from mace.shown.timeline import PacketFollower, Settled
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import TOLD_BY, HopFacts, HostTracks
 
-Mask = npt.NDArray[np.bool_]
-
-PROTOCOLS: Final = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58}
 FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
 MOST_CHOSEN: Final = 10_000
 """Of `--worst`: a person looks at a few, and their answers are kept in memory."""
@@ -403,10 +402,10 @@ def _flow(text: str) -> dict[str, Any]:
             if value not in ("egress", "ingress"):
                 raise UsageError(f"--flow: direction={value}: expected egress or ingress")
             found[key] = Direction[value.upper()]
-        elif key == "proto" and value in PROTOCOLS:
-            found[key] = PROTOCOLS[value]
+        elif key == "proto" and value in ANSWERED:
+            found[key] = ANSWERED[value]
         elif not value.isdecimal():
-            known = f" or one of {', '.join(PROTOCOLS)}" if key == "proto" else ""
+            known = f" or one of {', '.join(ANSWERED)}" if key == "proto" else ""
             raise UsageError(f"--flow: {key}={value}: expected a number{known}")
         else:
             found[{"len": "l3_len", "id": "port"}.get(key, key)] = int(value)

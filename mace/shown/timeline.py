@@ -14,16 +14,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints
 from contracts.hooks import BY_HOOK, Hook, Way
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.ordering import GOLDEN
+from contracts.protocols import ICMP, ICMPV6
 from contracts.records import Batch, Content, Flag
 from contracts.schema import NOT_TOLD, Delays, Direction, Outcome, Results
 from contracts.topology import Device, Sighting, Topology
 from correlator.replies import ExchangedPackets, Replies
-
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint64]
 
 _MOST_RECORDS: Final = 1 << 22
 """Records that wait at most: as many as the engine keeps open. Older ones are given out without a packet."""
@@ -39,7 +38,7 @@ class TimelinePackets:
     """UTC, when its last hop ends."""
     whole_ns: Ints
     """What the container added to it; `NOT_TOLD` where it was not seen over the whole path."""
-    request: Ids
+    request: U64
     """The packet that it answers; 0 if none is known."""
     told_by: Ints
     drop_reason: Ints
@@ -59,7 +58,7 @@ class Settled:
     """Row → index into `packets`."""
     packets: TimelinePackets
     records: Batch
-    of_record: Ids
+    of_record: U64
     """Record → its packet; 0 if it is of none that has rows."""
     sightings: tuple[Sighting, ...]
     devices: tuple[Device, ...]
@@ -73,7 +72,7 @@ class PacketFollower:
         self._keeps_records = records
         self._batch = Batch.empty()
         self._arrived: list[Batch] = []
-        self._owner: Ids = np.zeros(0, np.uint64)
+        self._owner: U64 = np.zeros(0, np.uint64)
         self._sightings: tuple[Sighting, ...] = ()
         self._rows = Delays.empty()
         self._replies: Replies | None = None
@@ -144,7 +143,7 @@ class PacketFollower:
         proto = content.l4_proto.astype(np.int64)
         source, target = content.l4_src.astype(np.int64), content.l4_dst.astype(np.int64)
         turned = (
-            inward & (proto != 1) & (proto != 58)
+            inward & (proto != ICMP) & (proto != ICMPV6)
         )  # an echo has its identifier and number in the same places both ways
         seen = ExchangedPackets(
             packet=ids,
@@ -168,7 +167,7 @@ class PacketFollower:
         )
         return rows, rank[of_packet], packets
 
-    def _attribute(self, ids: Ids, end: Ints, inward: npt.NDArray[np.bool_]) -> tuple[Ints, Content]:
+    def _attribute(self, ids: U64, end: Ints, inward: npt.NDArray[np.bool_]) -> tuple[Ints, Content]:
         """Find the records of packets (`ids` ascending). Of each the reason of its drop, and what it says of itself."""
         reason = np.zeros(len(ids), np.int64)
         batch = self._batch

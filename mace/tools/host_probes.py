@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from collector.machine.netns import path_of
+from contracts.arrays import Ints
 from contracts.errors import MaceError, UsageError
 from contracts.interfaces import StreamItem
 from contracts.records import Batch
@@ -50,7 +51,7 @@ class HostPath:
         """Of it, ns."""
         return intervals.of_rounds(self._term, ROUNDS)
 
-    def _term(self, drawn: hostpath.Ints) -> float:
+    def _term(self, drawn: Ints) -> float:
         return hostpath.term_ns([self.host[n] for n in drawn], [self.container[n] for n in drawn])
 
     def added_to(self, median: dict[str, Any] | None) -> tuple[float, float, float] | None:

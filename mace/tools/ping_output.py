@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from contracts.errors import UsageError
+from contracts.protocols import ICMP, ICMPV6
 from contracts.schema import NOT_TOLD
 from correlator.samples import Samples
 from correlator.stamps import PING, PING_BUSYBOX, PING_INETUTILS, PING_USER, StampModel
 from mace.tools.samples import (
-    ICMP,
-    ICMPV6,
     IP_HEADER,
     STAMP,
     GrowingSamples,

@@ -9,9 +9,10 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 from contracts.errors import UsageError
+from contracts.protocols import TCP, UDP
 from correlator.samples import Samples
 from correlator.stamps import CURL, DIG
-from mace.tools.samples import DECIMAL, IP_HEADER, TCP, UDP, GrowingSamples, Unknown, decimal_ns, with_unanswered
+from mace.tools.samples import DECIMAL, IP_HEADER, GrowingSamples, Unknown, decimal_ns, with_unanswered
 
 _UDP_HEADER: Final = 8
 _DIG_BEGINS: Final = re.compile(

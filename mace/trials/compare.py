@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 
 from collector import SOURCES
+from contracts.arrays import Ints
 from contracts.errors import LabError, Unavailable, UsageError, nearest
 from contracts.figures import Distribution, FigureKey, Summary, labels_of, path_order
 from contracts.histogram import middles
@@ -37,8 +37,6 @@ from mace.live.session import Session
 from mace.shown import tables
 from mace.shown.terminal import PlainTable
 from mace.trials.rounds import interval_text, machine, machine_text, median_us
-
-Ints = npt.NDArray[np.int64]
 
 NONE: Final = "none"
 KNOWN: Final = (*SOURCES, NONE)

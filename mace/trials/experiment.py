@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 
 from collector.capture.source import Capture
 from collector.files import recording
+from contracts.arrays import Floats, Ints
 from contracts.errors import LabError, Unavailable, UsageError
 from contracts.hooks import Hook
 from contracts.interfaces import Progress
@@ -49,9 +49,6 @@ from mace.tools.output import read
 from mace.tools.ping_output import PingOutput
 from mace.trials.rounds import dithered, interval_text, machine, machine_text, median_us
 from storage.capture import CaptureSink
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 PACES: Final = {"flood": 0.0, "10ms": 0.01}
 """Of ping, seconds between requests; 0: the next as soon as there is a reply, as fast as `ping -f`."""

@@ -8,9 +8,9 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from storage.perfetto.protobuf import Bytes, Template, TemplatePart, field, fixed64, hole, interleaved, message
+from contracts.arrays import Bytes, Ints
+from storage.perfetto.protobuf import Template, TemplatePart, field, fixed64, hole, interleaved, message
 
-Ints = npt.NDArray[np.int64]
 HoleColumns: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """By the names of a template's holes: integers, one for each row."""
 

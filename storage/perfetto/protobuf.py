@@ -15,8 +15,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
-U64 = npt.NDArray[np.uint64]
+from contracts.arrays import U64, Bytes
 
 VARINT: Final = 0
 FIXED64: Final = 1

@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints
 from contracts.figures import COUNTS_AS, ranks
 from contracts.hooks import BY_HOOK, Hook
 from contracts.interfaces import StreamHeader
@@ -35,9 +36,6 @@ from storage.perfetto import events as perfetto_events
 from storage.perfetto.file import UNIT_COUNT, UNIT_NS, PerfettoTrace
 from storage.perfetto.lanes import Lanes
 
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint64]
-
 _ROWS: Final = 4096
 """Slices encoded at once: less than a megabyte, which stays in the processor's cache."""
 
@@ -46,9 +44,9 @@ _ROWS: Final = 4096
 class HopFacts:
     """What is known of each hop beside its row. Arrays as long as the rows."""
 
-    flow: Ids
+    flow: U64
     """Hops with the same one are joined by arrows, in the order of time."""
-    request: Ids
+    request: U64
     """The packet that this one's packet answers; 0 if none is known."""
     told_by: npt.NDArray[np.int64]
     """Index into `TOLD_BY`: how that is known."""
@@ -152,7 +150,7 @@ class HostTracks:
                 perfetto_events.slices(variant[piece], {name: column[piece] for name, column in columns.items()})
             )
 
-    def records(self, batch: Batch, packet: Ids, sightings: Sequence[Sighting]) -> None:
+    def records(self, batch: Batch, packet: U64, sightings: Sequence[Sighting]) -> None:
         """An instant for each record; `packet` says whose it is, 0 where that is not known."""
         if not len(batch):
             return
