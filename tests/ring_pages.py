@@ -74,6 +74,9 @@ def formats(events: dict[str, tuple[int, str]] | None = None) -> list[EventForma
     return [parse_format(event, format_text(event, *what)) for event, what in (events or EVENTS).items()]
 
 
+FORMS = {form.event: form for form in formats()}
+
+
 def layout(page_size: int = 4096) -> PageLayout:
     return PageLayout(0, 8, 8, 16, page_size - 16)
 

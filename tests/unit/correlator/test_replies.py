@@ -5,9 +5,9 @@ import pytest
 
 from contracts.schema import NOT_TOLD, Direction
 from correlator.replies import ExchangedPackets, Replies, ToldBy
+from tests.durations import MS
 
 OUT, IN = Direction.EGRESS, Direction.INGRESS
-MS = 1_000_000
 
 
 def seen(*packets):

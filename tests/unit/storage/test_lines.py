@@ -15,10 +15,10 @@ from contracts.metrics import MEASUREMENTS
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTripRows, RoundTrips, Segment
 from contracts.topology import Device, Role, Sharer
 from storage.lines import Budget, StreamLines, key
+from tests.durations import S
 from tests.made_results import HEADER, START_NS, make_delays, make_results, make_windows, topology
 
 DEVICES = topology(2)
-S = 1_000_000_000
 
 
 def naive(delays, devices):

@@ -13,13 +13,13 @@ from contracts.schema import Delays, Segment, Window
 from correlator.engine import Engine, EngineConfig
 from mace.cli import main
 from tests import trace_processor
+from tests.durations import MS
 from tests.made_capture import HEADER, batches, capture_bytes
 from tests.places import GOLDEN
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
 pytestmark = pytest.mark.needs("trace_processor")
 
-MS = 1_000_000
 START_NS = 50_000 * MS
 OFFSET_NS = HEADER.clock.offset_ns
 FILES = GOLDEN / "perfetto-1"
