@@ -33,12 +33,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from contracts.hooks import Hook
+from contracts.arrays import Ints
+from contracts.hooks import ALONG, Hook, Way
 from contracts.records import Batch
 from contracts.topology import Topology
 from mace.lab import probing
-
-Ints = npt.NDArray[np.int64]
 
 PAYLOAD_BYTES: Final = 48
 """Of a probe: not the 56 of ping, so that its packets are told from the tool's by their length."""
@@ -46,7 +45,7 @@ PROBE_LEN: Final = 20 + 8 + PAYLOAD_BYTES
 """Bytes with the IPv4 header."""
 STRETCHES: Final = ("send", "device", "beyond", "answer")
 """Of the host path term."""
-_ARRIVALS: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
+_ARRIVALS: Final = ALONG[Way.RECEIVE]
 _LATEST_NS: Final = 5_000_000
 """A probe's first record comes this soon, or it is left out."""
 

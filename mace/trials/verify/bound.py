@@ -16,14 +16,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from contracts.hooks import Hook
+from contracts.arrays import Ints, Mask
+from contracts.hooks import ALONG, Hook, Way
 from contracts.records import Batch
 from contracts.topology import Device, Role, Sighting, Topology
-from correlator.lives import Ints, Mask, Records, named
+from correlator.lives import Records, named
 from mace.trials.verify.stream import CollectedStream
 from mace.trials.verify.truth import NumberedPacket, PathRow, Sight
 
-_RECEIVED = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
+_RECEIVED = ALONG[Way.RECEIVE]
 
 
 def allowed(whole: CollectedStream, gone: Mask, matched: Container[int], rows: Sequence[PathRow]) -> int:
