@@ -20,7 +20,7 @@ from mace.shown import tables as shown_tables
 from storage import query, segments, sql, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, StoreReader
-from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
+from tests.made_results import START_NS, delays_of, header, make_delays, make_results, make_windows, topology
 from tests.unit.storage.stored import fill
 
 
@@ -62,7 +62,8 @@ def stretches(draw):
     rows = draw(st.integers(1, 120))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     largest = draw(st.sampled_from([1, 200, 10**5, 10**9, 2**41]))
-    delays = Delays(
+    delays = delays_of(
+        rows,
         utc_ns=START_NS + rng.integers(0, draw(st.sampled_from([10**9, 4 * 10**12])), rows),
         packet=rng.integers(1, 40, rows).astype("<u8"),
         device=rng.integers(0, 7, rows).astype("<i4"),
@@ -73,8 +74,6 @@ def stretches(draw):
         l3_len=rng.integers(20, 1500, rows).astype("<u4"),
         grade=rng.integers(0, 4, rows).astype("u1"),
         outcome=rng.integers(0, 3, rows).astype("u1"),
-        drop_reason=np.zeros(rows, "u2"),
-        waited=np.zeros(rows, "?"),
     )
     cuts = sorted(draw(st.lists(st.integers(0, rows), max_size=4)))
     return delays, [0, *cuts, rows]
