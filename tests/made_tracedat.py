@@ -27,7 +27,7 @@ def header_page(where: PageLayout) -> str:
 
 
 @dataclass
-class Made:
+class MadeTraceDat:
     """A file in the making. `buffers`: name -> CPU -> pages."""
 
     buffers: Buffers

@@ -13,7 +13,7 @@ import yaml
 from contracts.metrics import MEASUREMENTS, FieldKind
 from dashboards.__main__ import DASHBOARDS, text
 from tests import influxql
-from tests.influxql import ALL, FILES, Asked, Parts, take_apart
+from tests.influxql import ALL, FILES, PanelQuery, Parts, take_apart
 from tests.places import ROOT
 from tests.typescript import GRAFANA, dashboards_held_to
 
@@ -89,7 +89,7 @@ def wrong_in(query: str) -> list[str]:
 
 
 @pytest.mark.parametrize("one", [one for one in ALL if not one.is_variable], ids=lambda one: one.where)
-def test_every_query_keeps_to_the_catalogue(one: Asked):
+def test_every_query_keeps_to_the_catalogue(one: PanelQuery):
     assert wrong_in(one.text) == []
 
 
@@ -110,7 +110,7 @@ def test_the_catalogue_would_notice():
 
 
 @pytest.mark.parametrize("one", [one for one in ALL if one.is_variable], ids=lambda one: one.where)
-def test_every_variable_asks_for_a_tag(one: Asked):
+def test_every_variable_asks_for_a_tag(one: PanelQuery):
     match = re.fullmatch(r'SHOW TAG VALUES FROM "(\w+)" WITH KEY = "(\w+)"(?: WHERE (.*))?', one.text)
     assert match, one.text
     tags = MEASUREMENTS[match[1]].tags

@@ -34,7 +34,7 @@ from tests.unit.storage.stored import fill
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class FuzzTarget:
     """One kind of input: how it is made from a number, and how it is read."""
 
     make: Callable[[random.Random], bytes]
@@ -42,7 +42,7 @@ class Target:
     """Gets an empty directory of its own."""
 
 
-def attempt(target: Target, data: bytes) -> None:
+def attempt(target: FuzzTarget, data: bytes) -> None:
     """Read one input. What is raised is a finding."""
     with tempfile.TemporaryDirectory(prefix="mace-fuzz-") as place:
         try:
@@ -259,18 +259,18 @@ def _read_output(data: bytes, _: Path) -> None:
 
 
 TARGETS: Final = {
-    "capture": Target(_capture, _recording("fuzzed.mace")),
-    "tracedat": Target(
+    "capture": FuzzTarget(_capture, _recording("fuzzed.mace")),
+    "tracedat": FuzzTarget(
         _mutations("fuzz/tracedat/*.bin", "tracecmd/v7-none.dat", "tracecmd/v6.dat"), _recording("f.dat")
     ),
-    "perfetto": Target(_mutations("fuzz/perfetto/*.bin", "perfetto-1/generic.pftrace"), _recording("f.pftrace")),
-    "text": Target(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
-    "pcap": Target(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap", "captures/*.pcap*"), _pcap),
-    "store": Target(_segment, _read_store),
-    "ingest": Target(lambda drawn: resealed(_evil_stream(), drawn), _read_messages),
-    "spool": Target(_spool, _read_spool),
-    "journal": Target(lambda drawn: mutated(_journalled(), drawn), _read_journal),
-    "configuration": Target(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
-    "output": Target(_output, _read_output),
+    "perfetto": FuzzTarget(_mutations("fuzz/perfetto/*.bin", "perfetto-1/generic.pftrace"), _recording("f.pftrace")),
+    "text": FuzzTarget(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
+    "pcap": FuzzTarget(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap", "captures/*.pcap*"), _pcap),
+    "store": FuzzTarget(_segment, _read_store),
+    "ingest": FuzzTarget(lambda drawn: resealed(_evil_stream(), drawn), _read_messages),
+    "spool": FuzzTarget(_spool, _read_spool),
+    "journal": FuzzTarget(lambda drawn: mutated(_journalled(), drawn), _read_journal),
+    "configuration": FuzzTarget(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
+    "output": FuzzTarget(_output, _read_output),
 }
 """By the name that `./dev fuzz` takes."""
