@@ -1,8 +1,8 @@
-"""Machines that run beside the tests which only compute: a run is shorter by what the guests' tests take.
+"""Virtual machines that run beside the tests which measure nothing, so that a whole run takes less time.
 
-integration tests      the machine is theirs: they measure
-all others             two virtual machines at a time beside them
-tests of the machines  each waits for its own
+tests on this kernel   integration tests that need its tracepoints; no virtual machine runs beside them
+all others             two virtual machines at a time run beside them, at a lower priority
+tests of the machines  each waits for its own machine
 """
 
 import pytest
@@ -10,21 +10,22 @@ import pytest
 from tests.kernel.matrix import Matrix, Task
 from tests.places import TESTS
 
-_ALONE = TESTS / "integration"
+_INTEGRATION = TESTS / "integration"
 _MACHINES = TESTS / "kernel" / "test_kernels.py"
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Put the tests into the order that this file begins with; what stands together stays together."""
+    """Sort the tests into the order at the top of this file; within a group the order stays."""
     items.sort(key=lambda item: 0 if _alone(item) else 2 if item.path == _MACHINES else 1)
 
 
 def _alone(item: pytest.Item) -> bool:
-    return item.path.is_relative_to(_ALONE)
+    needs = {name for mark in item.iter_markers("needs") for name in mark.args}
+    return item.path.is_relative_to(_INTEGRATION) and "tracefs" in needs
 
 
 class Machines:
-    """The machines of the kernels that were selected, so that -k 6.12 boots one. They start once, when they may."""
+    """The machines of the selected kernels: `-k 6.12` boots one. They start once, before the second group."""
 
     def __init__(self, items: list[pytest.Item]) -> None:
         mine = [item for item in items if isinstance(item, pytest.Function) and item.path == _MACHINES]
@@ -32,16 +33,16 @@ class Machines:
         self._matrix: Matrix | None = None
 
     def before(self, item: pytest.Item) -> bool:
-        """Whether the machines should run by now."""
+        """Whether the machines have to start before this test."""
         return self._matrix is None and bool(self._names) and not _alone(item)
 
     def started(self) -> Matrix:
-        """All of them, under way."""
+        """Start the machines unless they run; return them."""
         if self._matrix is None:
             self._matrix = Matrix(self._names, Task())
         return self._matrix
 
     def end(self) -> None:
-        """End those that still run."""
+        """End the machines that still run."""
         if self._matrix is not None:
             self._matrix.end()
