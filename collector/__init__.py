@@ -8,7 +8,7 @@ from typing import Final
 
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
-from collector.live.ring_source import Follower
+from collector.live.ring_source import FollowsDevices
 from contracts.config import CaptureConfig
 from contracts.interfaces import Source, Status
 
@@ -18,7 +18,7 @@ class LiveSource:
     """How to ask for a source of this machine's records, and how to get it."""
 
     check: Callable[[], Status]
-    make: Callable[[CaptureConfig, Follower, str], Source]
+    make: Callable[[CaptureConfig, FollowsDevices, str], Source]
     """From the configuration, the devices, and a name for the host (empty: the machine's own).
 
     Raises `Unavailable` where the configuration asks for what this source cannot do.
@@ -29,4 +29,4 @@ SOURCES: Final[dict[str, LiveSource]] = {
     "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured),
     "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured),
 }
-"""Live sources by name, the best first: `auto` takes the first that can run."""
+"""Live sources by name, in the order of `contracts.sources.LIVE`."""

@@ -1,8 +1,8 @@
 """Files that hold a stream: which format each is of, when it was captured, and what reads it.
 
 `FORMATS` is the table. A file is of the first format that knows its first bytes; from there on every format replays
-through the same engine. `Recording` is what a replay is made of: plain data, so that it can be sent to another process,
-which opens it there.
+through the same engine. `LocalRecording` is what a replay is made of: plain data, so that it can be sent to another
+process, which opens it there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "FileOptions",
     "FileReader",
     "FileSource",
-    "Recording",
+    "LocalRecording",
     "in_time_order",
     "ordered",
     "recording",
@@ -64,7 +64,7 @@ class FileFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class LocalRecording:
     """A file (or several that are one stream) whose format is known."""
 
     paths: tuple[Path, ...]
@@ -108,25 +108,25 @@ def sniff(path: Path | str) -> FileFormat:
     )
 
 
-def recording(path: Path | str, options: FileOptions | None = None) -> Recording:
+def recording(path: Path | str, options: FileOptions | None = None) -> LocalRecording:
     """One file as a recording. Raises `Unavailable` or `CaptureError`."""
     return recording_of(sniff(path), (Path(path),), options)
 
 
-def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions | None = None) -> Recording:
+def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions | None = None) -> LocalRecording:
     """Files that are one stream of a given format. Raises `Unavailable` or `CaptureError`."""
     options = options or FileOptions()
     told = form.describe(paths, options)
     size = sum(path.stat().st_size for path in paths)
-    return Recording(tuple(paths), form.name, options, told.header, told.first_utc_ns, size)
+    return LocalRecording(tuple(paths), form.name, options, told.header, told.first_utc_ns, size)
 
 
-def in_time_order(paths: Iterable[Path | str], options: FileOptions | None = None) -> list[Recording]:
+def in_time_order(paths: Iterable[Path | str], options: FileOptions | None = None) -> list[LocalRecording]:
     """Recordings by the UTC time of their first record: monotonic clocks of two boots do not compare."""
     return ordered(recording(path, options) for path in paths)
 
 
-def ordered(recordings: Iterable[Recording]) -> list[Recording]:
+def ordered(recordings: Iterable[LocalRecording]) -> list[LocalRecording]:
     """The same of recordings that are there already."""
     return sorted(recordings, key=lambda one: (one.first_utc_ns, one.name))
 

@@ -23,11 +23,12 @@ from typing import Any, Final, TypeVar, get_type_hints
 from urllib.parse import SplitResult, urlsplit
 
 from contracts.errors import ConfigError, nearest
+from contracts.sources import LIVE
 
 T = TypeVar("T")
 
 
-SOURCES: Final = ("auto", "kmod", "ftrace")
+SOURCES: Final = ("auto", *LIVE)
 """Live sources that can be asked for."""
 
 
@@ -105,6 +106,16 @@ class StoreConfig:
     sync: bool = _key(True, "Whether each segment is brought to the disk (fsync) before it counts as stored.")
     max_age_days: float = _key(0.0, "Remove what is older, days; 0: keep for ever.", low=0)
     max_size_gib: float = _key(0.0, "Remove the oldest when the store is larger, GiB; 0: no limit.", low=0)
+
+    @property
+    def max_age_s(self) -> float | None:
+        """`max_age_days` in seconds; None: keep for ever."""
+        return self.max_age_days * 86_400 or None
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_size_gib` in bytes; None: no limit."""
+        return int(self.max_size_gib * 2**30) or None
 
 
 @dataclass(frozen=True, slots=True)

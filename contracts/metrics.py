@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Final
 
 
-class Kind(StrEnum):
+class FieldKind(StrEnum):
     """How a field's values relate to each other."""
 
     SAMPLE = "sample"
@@ -34,7 +34,7 @@ class Field:
     """One value of a row: whole numbers, but for the histogram."""
 
     name: str
-    kind: Kind
+    kind: FieldKind
     meaning: str
 
     @property
@@ -85,17 +85,17 @@ TAGS: Final = {
 
 _DEVICE: Final = ("host", "container", "netns", "device", "kind")
 _PACKET: Final = (
-    Field("l3_len", Kind.SAMPLE, "Bytes of the packet without link-layer header."),
-    Field("dropped", Kind.SAMPLE, "1 if the kernel dropped the packet later on; else the row has no such field."),
+    Field("l3_len", FieldKind.SAMPLE, "Bytes of the packet without link-layer header."),
+    Field("dropped", FieldKind.SAMPLE, "1 if the kernel dropped the packet later on; else the row has no such field."),
 )
 
 
 def _counter(name: str, meaning: str) -> Field:
-    return Field(name, Kind.COUNTER, meaning)
+    return Field(name, FieldKind.COUNTER, meaning)
 
 
 def _gauge(name: str, meaning: str) -> Field:
-    return Field(name, Kind.GAUGE, meaning)
+    return Field(name, FieldKind.GAUGE, meaning)
 
 
 LEDGER_FIELDS: Final = (
@@ -144,9 +144,9 @@ MEASUREMENTS: Final = {
             "One packet's crossing of one device, or its delivery.",
             (*_DEVICE, "direction", "segment", "source", "grade", "slot"),
             (
-                Field("delay_ns", Kind.SAMPLE, "How long it took."),
+                Field("delay_ns", FieldKind.SAMPLE, "How long it took."),
                 *_PACKET,
-                Field("position", Kind.SAMPLE, "Which hop of the packet's path it is, from 0."),
+                Field("position", FieldKind.SAMPLE, "Which hop of the packet's path it is, from 0."),
             ),
             "When the packet came to the device.",
         ),
@@ -154,7 +154,7 @@ MEASUREMENTS: Final = {
             "overhead",
             "What the container path added to one packet; the device is the container's own.",
             (*_DEVICE, "direction", "source", "grade", "slot"),
-            (Field("overhead_ns", Kind.SAMPLE, "The sum of its `device` delays."), *_PACKET),
+            (Field("overhead_ns", FieldKind.SAMPLE, "The sum of its `device` delays."), *_PACKET),
             "When the packet came to the first of the devices.",
         ),
         Measurement(
@@ -162,15 +162,15 @@ MEASUREMENTS: Final = {
             "All delays of a device, direction and segment that began in a stretch of time.",
             (*_DEVICE, "role", "rank", "direction", "segment", "source", "width_s", "slot"),
             (
-                Field("count", Kind.WINDOW, "Delays in the window."),
-                Field("sum_ns", Kind.WINDOW, "Their sum."),
-                Field("min_ns", Kind.WINDOW, "The smallest."),
-                Field("max_ns", Kind.WINDOW, "The largest."),
-                Field("p50_ns", Kind.WINDOW, "Median, read from the histogram; relative error at most 0.4 %."),
-                Field("p90_ns", Kind.WINDOW, "90 % are not larger."),
-                Field("p99_ns", Kind.WINDOW, "99 % are not larger."),
-                Field("p999_ns", Kind.WINDOW, "99.9 % are not larger."),
-                Field("histogram", Kind.HISTOGRAM, "All of them, mergeable."),
+                Field("count", FieldKind.WINDOW, "Delays in the window."),
+                Field("sum_ns", FieldKind.WINDOW, "Their sum."),
+                Field("min_ns", FieldKind.WINDOW, "The smallest."),
+                Field("max_ns", FieldKind.WINDOW, "The largest."),
+                Field("p50_ns", FieldKind.WINDOW, "Median, read from the histogram; relative error at most 0.4 %."),
+                Field("p90_ns", FieldKind.WINDOW, "90 % are not larger."),
+                Field("p99_ns", FieldKind.WINDOW, "99 % are not larger."),
+                Field("p999_ns", FieldKind.WINDOW, "99.9 % are not larger."),
+                Field("histogram", FieldKind.HISTOGRAM, "All of them, mergeable."),
             ),
             "Start of the window, a multiple of its width.",
         ),
@@ -186,16 +186,16 @@ MEASUREMENTS: Final = {
             "One round trip of a tool in a container, and what of it was not spent in the container's devices.",
             ("host", "container", "netns", "tool", "source", "grade", "reason", "slot"),
             (
-                Field("seq", Kind.SAMPLE, "Number of the request in the order of sending."),
-                Field("tool_rtt_ns", Kind.SAMPLE, "What the tool says."),
+                Field("seq", FieldKind.SAMPLE, "Number of the request in the order of sending."),
+                Field("tool_rtt_ns", FieldKind.SAMPLE, "What the tool says."),
                 Field(
                     "host_rtt_ns",
-                    Kind.SAMPLE,
+                    FieldKind.SAMPLE,
                     "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: at low rates a lower bound of a host process's.",
                 ),
-                Field("nic_rtt_ns", Kind.SAMPLE, "From the outer device and back to it."),
-                Field("egress_ns", Kind.SAMPLE, "Overhead of the request."),
-                Field("ingress_ns", Kind.SAMPLE, "Overhead of the response."),
+                Field("nic_rtt_ns", FieldKind.SAMPLE, "From the outer device and back to it."),
+                Field("egress_ns", FieldKind.SAMPLE, "Overhead of the request."),
+                Field("ingress_ns", FieldKind.SAMPLE, "Overhead of the response."),
             ),
             "When the request came to the container's device; of a sample that is not paired, the tool's time.",
         ),

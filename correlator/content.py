@@ -8,23 +8,18 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import U64, Bytes, Ints, Mask
 from contracts.records import Batch, Flag
 from correlator.identity import CODE_BITS, OTHER_CONTENT
 from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
-
-Bytes = npt.NDArray[np.uint8]
-Ids = npt.NDArray[np.uint64]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 SEGMENTS: Final = 0x80
 """Bit of a record's traits: the buffer holds several segments of what will be packets, or were."""
 assert all(flag < SEGMENTS for flag in Flag)
 
 
-def keys(batch: Batch) -> Ids | None:
+def keys(batch: Batch) -> U64 | None:
     """The content keys of a batch, uint64, 0 where none is known; None if the source gives none."""
     return None if batch.content is None else batch.content.packet_key
 
@@ -39,7 +34,7 @@ def traits(batch: Batch) -> Bytes | None:
     return several
 
 
-def flows(batch: Batch) -> tuple[Ids | None, Bytes | None]:
+def flows(batch: Batch) -> tuple[U64 | None, Bytes | None]:
     """What each record says of its flow, as one number (`ports` and `sequence` read it), and its IP protocol.
 
     uint64 and uint8, 0 where nothing is known; None if the source does not read packets.
@@ -51,18 +46,18 @@ def flows(batch: Batch) -> tuple[Ids | None, Bytes | None]:
     return packed | told.l4_seq, told.l4_proto
 
 
-def ports(flow: Ids) -> tuple[Ints, Ints]:
+def ports(flow: U64) -> tuple[Ints, Ints]:
     """Source and destination: ports, or identifier and sequence number of an ICMP echo."""
     both = (flow >> np.uint64(32)).astype(np.int64)
     return both >> 16, both & 0xFFFF
 
 
-def sequence(flow: Ids) -> Ints:
+def sequence(flow: U64) -> Ints:
     """TCP sequence number."""
     return (flow & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def changes(key: Ids, joined: Mask) -> Ints:
+def changes(key: U64, joined: Mask) -> Ints:
     """Indices of the records whose key is another than the last one of their life before them.
 
     Both arrays are in buffer order; `joined` says whether a record is of one life with the one before it. Records

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints, Mask
 from contracts.ordering import GOLDEN, grouped
 from contracts.records import Batch
 from contracts.schema import Grade
@@ -35,9 +36,6 @@ from correlator.identity import (
 )
 from correlator.numbers import DROP, END, RECEIVE
 
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
 
@@ -53,16 +51,16 @@ class Records:
     """What the engine keeps of each record, in the order of time."""
 
     ts: Ints
-    skb: Ids
+    skb: U64
     place: Ints
     """Hook and sighting, as `correlator.identity.place` packs them."""
     length: npt.NDArray[np.uint32]
     """Bytes; where a packet is dropped, why (`Batch.drop_reason`): nobody asks how long it is then."""
-    key: Ids | None = None
+    key: U64 | None = None
     """Content keys, 0 where none is known; None if no record has one."""
     trait: npt.NDArray[np.uint8] | None = None
     """What else `correlator.content` asks of a record; None where `key` is."""
-    flow: Ids | None = None
+    flow: U64 | None = None
     """`correlator.content.flows`; None where it is not asked for, or `key` is None."""
     proto: npt.NDArray[np.uint8] | None = None
     """IP protocol number, 0 if none; None where `flow` is."""
@@ -179,7 +177,7 @@ class Lives(Paths):
     told_apart: int
     """Lives that their key alone ended, of those that were decided about now."""
 
-    def packet(self) -> Ids:
+    def packet(self) -> U64:
         """A name for each life that depends on nothing but its first record."""
         return named(self.records[self.order[self.starts]])
 
@@ -207,11 +205,11 @@ def laid_out(starts: Ints, size: Ints) -> Ints:
     return index
 
 
-def named(first: Records) -> Ids:
+def named(first: Records) -> U64:
     """The name of the life that begins with each of these records."""
     mixed = first.skb ^ (first.ts.view(np.uint64) * GOLDEN)
     mixed ^= mixed >> np.uint64(32)
-    names: Ids = mixed * np.uint64(0xD6E8FEB86659FD93)
+    names: U64 = mixed * np.uint64(0xD6E8FEB86659FD93)
     return names
 
 
@@ -279,7 +277,7 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
 
 
 def _part(
-    records: Records, key: Ids | None, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints
+    records: Records, key: U64 | None, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints
 ) -> tuple[int, Ints]:
     """Clear `joined` where the key says that it is another packet: how often, and where a key changed otherwise.
 
@@ -296,7 +294,7 @@ def _part(
     return len(at) - int(same_packet.sum()), at[same_packet]
 
 
-def _graded(records: Records, key: Ids | None, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
+def _graded(records: Records, key: U64 | None, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
     """Grades of the lives that begin at `starts`; in those of `other_content` the key changed, for a known reason.
 
     `key` is in buffer order.

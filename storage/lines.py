@@ -3,13 +3,12 @@
     device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,position=1i 1750000000000000000
     └────────── one of few prefixes ────────────────────────┘└──┘└──── one of few middles ┘└────── time ──────┘
 
-A packet's line has four pieces: two are looked up, two are numbers. `contracts.metrics` has the names and their order.
+A packet's line is four pieces: two are looked up, two are numbers. Names and order are those of `contracts.metrics`.
 
-**No row replaces another.** A database identifies a row by its tags and its time, so two packets that arrive at one
-device in the same nanosecond would be one row. The second gets the tag `slot=1`, a third `slot=2`. Within a batch such
-packets are found by sorting a hash of prefix and time, across batches by comparing with the hashes of the last seconds
-(`_Seen`). If a run begins within a window, the window's slot is 100 times one more than the seconds from its start, so
-that it does not replace an earlier run's row for the same window.
+**No row replaces another.** A database knows a row by its tags and its time. Two packets that came to one device in the
+same nanosecond would be one; the second gets the tag `slot=1`, a third `slot=2`. Such pairs are found in a batch by
+sorting a hash of prefix and time, and across batches among those of the last seconds (`_RecentTimes`). Windows of a run
+that began within them get the slot 100 and the seconds after their start, so that an earlier run's part of them stays.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from contracts.arrays import Ints
 from contracts.interfaces import StreamHeader
 from contracts.metrics import MEASUREMENTS
 from contracts.names import spelt, text
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, Results, RoundTrips, Segment, Window
 from contracts.topology import Device, containers_of
 
-Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
 
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -111,7 +110,7 @@ class Budget:
         return True
 
 
-class _Seen:
+class _RecentTimes:
     """Remembers recent (series, time) pairs as hashes, and gives a repeated pair its next free slot.
 
     A collision of hashes (once in 2**64 pairs) only causes a slot that is not needed.
@@ -190,7 +189,7 @@ class StreamLines:
         self._lengths = 0
         self._middle_of = np.zeros(0, np.int32)
         """Code of length (its rank), dropped and position → index of its middle."""
-        self._seen = _Seen()
+        self._seen = _RecentTimes()
         self._ranks: tuple[int, ...] = ()
         self._window_series: dict[tuple[int, int, int, int, int], str | None] = {}
         self._began_utc_ns = header.clock.utc_ns

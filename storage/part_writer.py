@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contracts.arrays import Ints
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
 from contracts.schema import Delays, Window
@@ -25,7 +26,7 @@ from contracts.topology import Device
 from storage import tables
 from storage.checksum import SegmentWriter
 from storage.places import Place
-from storage.segments import Ints, by_hour
+from storage.segments import by_hour
 
 _OPEN_FILES: Final = 32
 """Most open files. A recording's rows are nearly in time order, so they need two hours of two tables at most."""

@@ -1,6 +1,6 @@
 """Many runs of `mace`, each a fork of one process that has imported it: an import takes most of a second.
 
-    python -m tests.forked_commands < CASES > RESULTS      JSON: a list of `Case`, a list of `Done`
+    python -m tests.forked_commands < CASES > RESULTS      JSON: a list of `CommandCase`, a list of `Done`
 
 A fork begins as a process of its own would, with the streams that the case gives it, closed ones included. It ends with
 Python's flush at exit, and without the rest of that, which takes as long as many a command.
@@ -41,7 +41,7 @@ def import_all():
 
 
 @dataclass
-class Case:
+class CommandCase:
     """A command, and what of its surroundings is odd. A stream is a path, or None for one that is closed."""
 
     argv: list[str]
@@ -102,7 +102,7 @@ def _begin(case, out, err):
 
 
 def _serve():
-    cases = [Case(**each) for each in json.load(sys.stdin)]
+    cases = [CommandCase(**each) for each in json.load(sys.stdin)]
     results = []
     for case in cases:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

@@ -6,7 +6,7 @@ HOST_NETNS = 4026531840
 
 
 class MadeFollower:
-    """A `Follower` that gives one of `polls` at each call, then no news."""
+    """A `FollowsDevices` that gives one of `polls` at each call, then no news."""
 
     def __init__(self, *polls):
         self.host_netns = HOST_NETNS

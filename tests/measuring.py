@@ -43,7 +43,7 @@ def trace_instances(pid):
     return [path.name for path in TRACE_INSTANCES.glob(f"mace-{pid}-*")]
 
 
-class Measurement:
+class RunningMace:
     """A `mace run` that is running; `stop` ends it as Ctrl-C does and gives its JSON."""
 
     def __init__(self, lab, folder, *options, start=start):
@@ -113,7 +113,7 @@ FROM delays WHERE segment IN ('device', 'outside') GROUP BY packet, direction, l
 def measured(lab, folder, *options, start=start):
     """A measurement for the length of the block; what it found is in `.found` afterwards."""
     folder.mkdir(exist_ok=True)
-    measurement = Measurement(lab, folder, *options, start=start)
+    measurement = RunningMace(lab, folder, *options, start=start)
     try:
         yield measurement
         measurement.stop()

@@ -187,7 +187,7 @@ class Capture(Closing):
             raise CaptureError(self.path, self._window.offset, str(error)) from error
         return message
 
-    def _next(self) -> wire.Decoded | None:
+    def _next(self) -> wire.WireItem | None:
         """The next frame's message; None at the end. A frame that is refused stays where it is."""
         have = self._window.fill(wire.HEAD_SIZE)
         if not have:

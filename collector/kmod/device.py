@@ -43,7 +43,7 @@ class DeviceInNetns:
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class SessionFilter:
     """What to record: all that is named must hold; what is empty, holds for everything.
 
     A filter for namespaces or devices keeps only what happens there: the overhead of a path needs all of its devices.
@@ -94,7 +94,7 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class TakenSubBuffers:
     """What a TAKE told."""
 
     first: int
@@ -197,7 +197,7 @@ class MaceDevice:
         subbufs: int,
         watermark: int,
         flush_ms: int,
-        wanted: Filter = Filter(),
+        wanted: SessionFilter = SessionFilter(),
         cookies: bool = False,
     ) -> tuple[int, ...]:
         """SETUP: rings of `subbufs` times `subbuf_bytes` for the CPUs that are online; returns their numbers.
@@ -246,7 +246,7 @@ class MaceDevice:
         """STOP: nothing is written once it returns. Harmless where nothing runs."""
         self._try(Ioctl.STOP, None)
 
-    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> Taken:
+    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> TakenSubBuffers:
         """TAKE: give back the `release` oldest sub-buffers of a CPU, learn what is ready.
 
         With `flush` also the one that is being filled is handed over.
@@ -255,7 +255,7 @@ class MaceDevice:
         asked["cpu"], asked["release"] = cpu, release
         asked["flags"] = TakeFlag.FLUSH if flush else 0
         self._try(Ioctl.TAKE, asked)
-        return Taken(int(asked["first"]), int(asked["ready"]), int(asked["now_ns"]))
+        return TakenSubBuffers(int(asked["first"]), int(asked["ready"]), int(asked["now_ns"]))
 
     def stats(self, cpu: int | None = None) -> Stats:
         """STATS of one CPU; for None of all, those without a ring included."""
@@ -378,7 +378,7 @@ class MaceDevice:
 
 
 @contextmanager
-def _filled(into: npt.NDArray[Any], wanted: Filter) -> Iterator[None]:
+def _filled(into: npt.NDArray[Any], wanted: SessionFilter) -> Iterator[None]:
     """Write the filter into a struct mace_filter; namespaces are open for the length of the block."""
     opened: list[int] = []
 

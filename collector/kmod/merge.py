@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.gaps import marker_columns
-from collector.kmod.ring import Records, Subbuf
+from collector.kmod.ring import ModuleRecords, Subbuf
 from collector.watermark import Watermark
 from contracts import abi
 from contracts.errors import SourceError
@@ -44,7 +44,7 @@ _IS_HOOK: Final = np.zeros(256, np.bool_)
 _IS_HOOK[[Hook.LOST, *(info.hook for info in HOOKS)]] = True
 
 
-class Places:
+class SeenPlaces:
     """(namespace, ifindex) -> codes of sightings, in order of appearance.
 
     Found by a hash in a direct-mapped table; what is not where it is looked for, in a sorted one. `name_of` says what
@@ -134,7 +134,7 @@ class Marker(Subbuf):
 class RingMerger(Watermark):
     """Holds views of what cannot be given out yet. Raises `SourceError` for records that no ring of ours can hold."""
 
-    def __init__(self, hold_back_ns: int, places: Places, round_records: int = ROUND_RECORDS) -> None:
+    def __init__(self, hold_back_ns: int, places: SeenPlaces, round_records: int = ROUND_RECORDS) -> None:
         super().__init__(hold_back_ns)
         self._places = places
         self._round_records = round_records
@@ -200,11 +200,11 @@ class RingMerger(Watermark):
                 room -= len(subbuf.records)
         return until_ns
 
-    def _runs(self, until_ns: int) -> list[tuple[int, list[Records]]]:
+    def _runs(self, until_ns: int) -> list[tuple[int, list[ModuleRecords]]]:
         """Per CPU, in order, what is to be given out now; each CPU's is in order of time."""
         runs = []
         for cpu, waiting in self._waiting.items():
-            run: list[Records] = []
+            run: list[ModuleRecords] = []
             while waiting:
                 subbuf = waiting[0]
                 ts = subbuf.records["ts_ns"]
@@ -219,7 +219,7 @@ class RingMerger(Watermark):
                 runs.append((cpu, run))
         return runs
 
-    def _merged(self, runs: list[tuple[int, list[Records]]]) -> Batch:
+    def _merged(self, runs: list[tuple[int, list[ModuleRecords]]]) -> Batch:
         lengths = [sum(map(len, run)) for _, run in runs]
         pieces = [piece for _, run in runs for piece in run]
         ts = np.concatenate([piece["ts_ns"] for piece in pieces])

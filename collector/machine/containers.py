@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from collector.machine.netns import inode_of
+from collector.machine.unix_http import UnixConnection
 from contracts.names import text_of
 
 API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
@@ -121,23 +122,6 @@ def id_in_cgroup(text: str) -> str:
     return str(ids[-1]) if ids else ""
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_API_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(self._path)
-        except OSError:
-            self.sock.close()
-            raise
-
-
 class ApiError(Exception):
     """A container daemon did not answer, or not in a way that we understand."""
 
@@ -148,7 +132,7 @@ class ContainerApi:
     def __init__(self, path: str) -> None:
         self._path = path
         self._known: dict[str, tuple[int, int]] = {}
-        self._connection: _UnixConnection | None = None
+        self._connection: UnixConnection | None = None
 
     def running(self) -> list[tuple[int, Called]]:
         """Every container that runs, with the inode of the network namespace that it names. Raises `ApiError`.
@@ -157,7 +141,7 @@ class ContainerApi:
         another's namespace (`--network container:...`, Podman's pods) leave it to its owner: theirs is 0.
         """
         deadline = time.monotonic() + _API_TIMEOUT_S
-        connection = self._connection = _UnixConnection(self._path)
+        connection = self._connection = UnixConnection(self._path, _API_TIMEOUT_S)
         try:
             listed = self._get(connection, "/containers/json", deadline)
             if not isinstance(listed, list):
@@ -195,7 +179,7 @@ class ContainerApi:
             except OSError:
                 pass  # not connected yet, or no longer
 
-    def _get(self, connection: _UnixConnection, path: str, deadline: float) -> Any:
+    def _get(self, connection: UnixConnection, path: str, deadline: float) -> Any:
         if time.monotonic() > deadline:
             raise ApiError(f"{self._path}: no complete answer within {_API_TIMEOUT_S:g} s")
         connection.request("GET", path)

@@ -27,17 +27,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.pages.formats import MAX_EVENT_ID, EventFormat, Field, PageLayout
+from collector.pages.formats import MAX_EVENT_ID, EventField, EventFormat, PageLayout
+from contracts.arrays import U64, Bytes, Ints
 from contracts.errors import SourceError
 from contracts.hooks import BY_TRACEPOINT, HOOKS, Hook, Way
 from contracts.names import text_of
 from contracts.records import Batch
 from contracts.topology import NO_DEVICE, Sighting
 
-Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
-Index = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
 
 # `commit` of a page that was read (kernel/trace/ring_buffer.c): bytes of data, and these two.
 _MISSED_EVENTS: Final = 1 << 31
@@ -150,10 +148,10 @@ class Sightings:
             found[missing] = code_of[inverse.ravel()]
         return found
 
-    def _look_up(self, low: U64, high: U64) -> tuple[npt.NDArray[np.uint32], Index]:
+    def _look_up(self, low: U64, high: U64) -> tuple[npt.NDArray[np.uint32], Ints]:
         """Codes out of the tables, and where there was none."""
         found: npt.NDArray[np.uint32] = np.zeros(len(low), np.uint32)
-        missing: Index | None = None
+        missing: Ints | None = None
         for (lows, highs, codes), multiplier in zip(self._tables, self._multipliers, strict=True):
             slots = self._slots(low, high, multiplier).view(np.int64)
             code = codes.take(slots)
@@ -189,7 +187,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodedPages:
     """What the pages of a stretch hold, in the ring's order."""
 
     batch: Batch
@@ -202,13 +200,13 @@ class Located:
 
     words: Words
     """The buffer."""
-    at: Index
+    at: Ints
     """First word of each event's payload, ascending."""
-    ts: Index
+    ts: Ints
     """Its time, ns."""
     size: Words
     """Bytes of its payload; up to three at the end are nobody's."""
-    begin: Index
+    begin: Ints
     """Byte where each page's data begins, and one past the last page."""
     cpus: npt.NDArray[np.uint16]
     """CPU of each page."""
@@ -216,7 +214,7 @@ class Located:
     """Events lost right before a page; None where it does not say how many."""
 
     @property
-    def first(self) -> Index:
+    def first(self) -> Ints:
         """Number of the first event of each page, and of all events."""
         return np.searchsorted(self.at, self.begin >> 2)
 
@@ -224,7 +222,7 @@ class Located:
         """`common_type` of each event."""
         return self.words.take(self.at, mode="clip") & np.uint32(0xFFFF)
 
-    def __getitem__(self, index: Index) -> Located:
+    def __getitem__(self, index: Ints) -> Located:
         """Some of the events."""
         at, ts, size = self.at[index], self.ts[index], self.size[index]
         return Located(self.words, at, ts, size, self.begin, self.cpus, self.missed)
@@ -239,7 +237,7 @@ class _Value:
     mask: np.uint32
 
     @classmethod
-    def of(cls, event: str, field: Field) -> _Value:
+    def of(cls, event: str, field: EventField) -> _Value:
         at = field.offset % 4
         if field.size not in (1, 2, 4) or at + field.size > 4:
             raise SourceError(
@@ -248,7 +246,7 @@ class _Value:
             )
         return cls(field.offset // 4, np.uint32(8 * at), np.uint32((1 << 8 * field.size) - 1))
 
-    def read(self, words: Words, events: Index) -> Words:
+    def read(self, words: Words, events: Ints) -> Words:
         return (words.take(events + self.word, mode="clip") >> self.shift) & self.mask
 
 
@@ -362,7 +360,7 @@ class PageDecoder:
         addresses ^= addresses >> half
         return addresses
 
-    def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[Decoded]:
+    def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[DecodedPages]:
         """The records of each stretch; they lie one after the other in a `page_buffer`, which is scribbled on.
 
         Many CPUs with a few events each cost hardly more than one of them, if they are decoded together.
@@ -382,7 +380,7 @@ class PageDecoder:
         for stretch in stretches:
             start, page_after = int(first[page]), page + stretch.pages
             gaps = tuple(Gap(int(first[p]) - start, missed[p]) for p in range(page, page_after) if p in missed)
-            decoded.append(Decoded(batch[start : int(first[page_after])], gaps))
+            decoded.append(DecodedPages(batch[start : int(first[page_after])], gaps))
             page = page_after
         return decoded
 
@@ -434,7 +432,7 @@ class PageDecoder:
             at[long] += 1
         return Located(words, at, ts, size, np.append(begin, pages * layout.page_size), cpus, missed)
 
-    def _complain(self, cpus: npt.NDArray[np.uint16], wrong: Index, what: str) -> None:
+    def _complain(self, cpus: npt.NDArray[np.uint16], wrong: Ints, what: str) -> None:
         """Refuse the first of the pages (or events) `wrong`, indexes into `cpus`."""
         if len(wrong):
             raise SourceError(
@@ -448,9 +446,9 @@ class PageDecoder:
             return None
         return int(words[end // 4]) | (int(words[end // 4 + 1]) << 32 if size == 8 else 0)
 
-    def _walk(self, buffer: Bytes, words: Words, begin: Index, end: Index, cpus: npt.NDArray[np.uint16]) -> Index:
+    def _walk(self, buffer: Bytes, words: Words, begin: Ints, end: Ints, cpus: npt.NDArray[np.uint16]) -> Ints:
         """Word indexes of all event headers in ring order, without padding."""
-        collected: list[Index] = []
+        collected: list[Ints] = []
         longest = self.layout.data_size // 8 + 1
         current, until = begin, end
         while len(current):
@@ -479,7 +477,7 @@ class PageDecoder:
         # Each is in order, so the stable sort only merges them.
         return np.sort(np.concatenate(collected), kind="stable") if collected else np.zeros(0, np.int64)
 
-    def _lockstep(self, buffer: Bytes, start: Index, longest: int) -> Index:
+    def _lockstep(self, buffer: Bytes, start: Ints, longest: int) -> Ints:
         """Byte offsets [step, page], from `start` until no walk moves any more."""
         rows = np.empty((min(longest, 128) + 1, len(start)), np.int64)
         rows[0] = start
@@ -497,7 +495,7 @@ class PageDecoder:
             if step % 8 == 0 and not advance.any():
                 return rows[: step + 1]
 
-    def _times(self, words: Words, at: Index, head: Words, kind: Words, first: Index, page_times: Index) -> Index:
+    def _times(self, words: Words, at: Ints, head: Words, kind: Words, first: Ints, page_times: Ints) -> Ints:
         """Time of each event, ns: its page's (or the last absolute stamp's) plus all time deltas since."""
         delta = np.right_shift(head, 5, dtype=np.int64)
         if not len(at):
@@ -523,7 +521,7 @@ class PageDecoder:
         return np.cumsum(delta)
 
     def _columns(
-        self, words: Words, at: Index, ts: Index, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
+        self, words: Words, at: Ints, ts: Ints, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
     ) -> Batch:
         known = self._events
         count = len(at)
@@ -570,7 +568,7 @@ class PageDecoder:
         )
 
     def _devices(
-        self, words: Words, at: Index, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
+        self, words: Words, at: Ints, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
     ) -> npt.NDArray[np.uint32]:
         known = self._events
         address = known.name.take(hook, mode="clip")
@@ -604,7 +602,7 @@ class PageDecoder:
         return self.sightings.codes(low, high)
 
     @staticmethod
-    def _askew(words: Words, at: Index, offset: Words, length: Words) -> tuple[U64, U64]:
+    def _askew(words: Words, at: Ints, offset: Words, length: Words) -> tuple[U64, U64]:
         """Both halves of names that do not begin at a word; the high half masked."""
         start = at + (offset >> np.uint32(2))
         word: list[Any] = [words.take(start + i, mode="clip").astype(np.uint64) for i in range(5)]

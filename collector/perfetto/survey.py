@@ -14,11 +14,11 @@ from typing import Final, TypeAlias
 
 from collector.perfetto.bundle import FIRST_EVENTS, Bundle
 from collector.perfetto.clock import Clocks
-from collector.perfetto.wire import BYTES, VARINT, Packet, PacketReader, fields
+from collector.perfetto.wire import BYTES, VARINT, PacketReader, TracePacket, fields
 from contracts.errors import WireError
 from contracts.hooks import HOOKS
 
-Stream: TypeAlias = tuple[int, int]
+EventSequence: TypeAlias = tuple[int, int]
 """Sequence and CPU: its events are in the order of time, or nearly."""
 
 BUNDLE, CLOCK_SNAPSHOT, PROCESS_TREE, FTRACE_STATS, SYSTEM_INFO, TRACE_UUID, CONFIG = 1, 6, 2, 34, 45, 89, 33
@@ -33,7 +33,7 @@ class Survey:
     """What a trace says of itself."""
 
     clocks: Clocks
-    first_ns: dict[Stream, list[int]] = field(default_factory=dict)
+    first_ns: dict[EventSequence, list[int]] = field(default_factory=dict)
     """Of each packet of a stream that has events: the time of its first one, in its own clock."""
     lost: dict[int, int] = field(default_factory=dict)
     """By CPU: what the kernel says it lost while the trace was made; empty where nothing is said."""
@@ -78,7 +78,9 @@ def survey(path: Path, *, salvage: bool = False) -> Survey:
     return found
 
 
-def _take(packet: Packet, found: Survey, snapshots: list[dict[int, int]], stats: dict[int, dict[int, int]]) -> None:
+def _take(
+    packet: TracePacket, found: Survey, snapshots: list[dict[int, int]], stats: dict[int, dict[int, int]]
+) -> None:
     if (raw := packet.message(BUNDLE)) is not None:
         if packet.number(MACHINE):
             found.other_machines += 1

@@ -10,10 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.perfetto.wire import BYTES, FIXED32, FIXED64, VARINT
-
-Index = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
+from contracts.arrays import U64, Ints, Mask
 
 MOST_FIELDS: Final = 256
 """Of one message."""
@@ -31,10 +28,10 @@ class Buffer:
         # Eight bytes from anywhere: the rows overlap.
         self.words: U64 = np.ndarray((len(self.bytes) - 8,), "<u8", self.bytes, strides=(1,))
 
-    def clip(self, at: Index) -> Index:
+    def clip(self, at: Ints) -> Ints:
         return np.minimum(at, self.size + _SLACK // 2)
 
-    def varints(self, at: Index) -> tuple[U64, Index]:
+    def varints(self, at: Ints) -> tuple[U64, Ints]:
         """Numbers, and where they end; one of more than ten bytes ends beyond all bytes."""
         at = self.clip(at)
         word = self.words[at]
@@ -53,7 +50,7 @@ class Buffer:
             taken[long] = np.where(two, np.where(tenth > 127, self.size + 2 * _SLACK, 10), 9)
         return value, at + taken
 
-    def text(self, start: Index, length: Index) -> tuple[U64, U64]:
+    def text(self, start: Ints, length: Ints) -> tuple[U64, U64]:
         """The first 16 bytes as two words, little-endian; zero behind the text's end."""
         start = self.clip(start)
         low, high = self.words[start], self.words[self.clip(start + 8)]
@@ -76,18 +73,18 @@ def _packed(word: U64) -> U64:
 class Step:
     """The next field of each of some messages."""
 
-    rows: Index
-    number: Index
+    rows: Ints
+    number: Ints
     value: U64
     """Of those in `varints`."""
-    at: Index
+    at: Ints
     """Where the bytes of those in `payloads` begin."""
-    after: Index
-    varints: Index
-    payloads: Index
+    after: Ints
+    varints: Ints
+    payloads: Ints
 
 
-def walk(buffer: Buffer, rows: Index, at: Index, end: Index, bad: Mask) -> Iterator[Step]:
+def walk(buffer: Buffer, rows: Ints, at: Ints, end: Ints, bad: Mask) -> Iterator[Step]:
     """Steps through the fields of messages; `bad` is set for the rows of those that are none."""
     for _ in range(MOST_FIELDS):
         if not len(rows):

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.tracecmd.file import BufferInfo, Frame, Tsc
+from collector.tracecmd.file import BufferInfo, FileFrame, Tsc
 from contracts.errors import CaptureError, nearest
 
 MONO: Final = "mono"
@@ -67,7 +67,7 @@ class FileClock:
         return ts + self.offset_ns if self.offset_ns else ts
 
 
-def clock_of(path: Path, frame: Frame, info: BufferInfo, asked: str = "") -> FileClock:
+def clock_of(path: Path, frame: FileFrame, info: BufferInfo, asked: str = "") -> FileClock:
     """The clock of a buffer. `asked` is the user's word for a file that does not say. Raises `CaptureError`."""
     named = {one for one in (info.clock, frame.clock) if one}
     # Of an instance trace-cmd 3.1 says `local` whatever it was: there the user knows better.

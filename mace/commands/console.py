@@ -45,7 +45,7 @@ class Console:
         """Return Rich's console on standard error, for progress."""
         from mace.shown import terminal
 
-        return terminal.Console(stderr=True)
+        return terminal.PlainConsole(stderr=True)
 
     def table(self, *headings: str) -> PlainTable:
         """Return an empty table with these columns."""

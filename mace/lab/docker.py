@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tarfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from collector.machine.processes import start_ticks
+from collector.machine.unix_http import UnixConnection
 from contracts.errors import LabError, Unavailable
 from mace.lab import netns, state
 from mace.lab.plan import HOST, Placement, Spec, bridges
@@ -274,19 +274,6 @@ def _complaint(directory: Path) -> str:
     return f"no error in dockerd.log and containerd.log in {directory}"
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
 def _answers(record: State) -> bool:
     try:
         _request(record, "GET", "/_ping", limit_s=5.0)
@@ -309,7 +296,7 @@ def _request(
 
     The path has no API version, because every release answers a path without one.
     """
-    connection = _UnixConnection(record.docker_socket, limit_s)
+    connection = UnixConnection(record.docker_socket, limit_s)
     try:
         connection.request(method, path, body, {"Content-Type": content_type})
         response = connection.getresponse()

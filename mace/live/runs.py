@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from collector.files import Recording
+from collector.files import LocalRecording
 from contracts.config import Config
 from contracts.figures import Summary
 from contracts.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
@@ -106,7 +106,7 @@ async def observe(
 
 
 async def observe_recording(
-    config: Config, recording: Recording, on_results: Callable[[Results, int], None], *, stop: Stop
+    config: Config, recording: LocalRecording, on_results: Callable[[Results, int], None], *, stop: Stop
 ) -> tuple[StreamHeader, Sequence[str]]:
     """Run the correlator over a recording with crossings, and call `on_results` with each result and the bytes read.
 
@@ -165,7 +165,7 @@ async def record(
 
 async def replay(
     config: Config,
-    recording: Recording,
+    recording: LocalRecording,
     *,
     stop: Stop,
     store: Path | None = None,

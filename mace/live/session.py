@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from collector.files import Recording
+from collector.files import LocalRecording
 from collector.memory import keep_freed_memory
 from contracts.config import Config
 from contracts.figures import Summary
@@ -112,7 +112,7 @@ class Session:
         """Call `on_item` with each item of the live stream until `until` ends (`runs.watch`)."""
         self._run(lambda stop: runs.watch(self._config, until, on_item, stop=stop))
 
-    def observed(self, recording: Recording, on_results: Callable[[Results], None]) -> None:
+    def observed(self, recording: LocalRecording, on_results: Callable[[Results], None]) -> None:
         """Run the correlator over a recording, with a progress bar (`runs.observe_recording`)."""
         with bar(self._console, quiet=self._quiet) as told:
 
@@ -144,7 +144,7 @@ class Session:
                 lambda stop: runs.record(self._config, until, sink, stop=stop, on_open=self.say, on_lost=show)
             )
 
-    def replay(self, recordings: Sequence[Recording], *, store: Path | None = None) -> Summary:
+    def replay(self, recordings: Sequence[LocalRecording], *, store: Path | None = None) -> Summary:
         """Replay recordings in the given order, with a progress bar (`runs.replay`); returns the figures of all."""
         self._stop = Stop()
         whole = Summary()

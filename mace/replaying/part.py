@@ -47,13 +47,13 @@ MACE_FORMAT: Final = "mace"
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-"""Parameter numbers of mallopt(3)."""
+"""Numbers of mallopt(3)."""
 _KEPT_BYTES: Final = 32 << 20
-"""Largest mmap threshold of the C library (DEFAULT_MMAP_THRESHOLD_MAX). By itself the library sets the trim threshold
-to twice the mmap threshold."""
+"""The largest block that the C library can be told to keep (DEFAULT_MMAP_THRESHOLD_MAX); twice that is what it sets the
+other threshold to by itself."""
 
-Told = Callable[[int, int], None]
-"""Called with the bytes and records of the part read so far; an exception that it raises ends the part."""
+OnProgress = Callable[[int, int], None]
+"""Called with bytes read of the part so far and records; what it raises ends the part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class PartDone:
     """Number of lost records according to the file's END mark; None without one."""
 
 
-def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartDone:
+def run_part(task: PartTask, told: OnProgress = lambda _read, _records: None) -> PartDone:
     """Read, correlate and write one part. After an error of reading or writing, the part's folder is removed."""
     _keep_freed_memory()
     offset_ns = task.file.header.clock.offset_ns

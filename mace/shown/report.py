@@ -21,7 +21,7 @@ from contracts.schema import Direction, Segment
 from mace.shown import tables
 from mace.shown.lines import json_line
 from mace.shown.terminal import PlainTable
-from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
+from storage.query import Filter, From, PacketPath, Run, StoreReader, TypicalPath
 
 _BAR_WIDTH: Final = 22
 _MAX_PATHS: Final = 8
@@ -49,7 +49,7 @@ def instant_ns(text: str, now: datetime) -> int:
 
 
 def report(
-    store: Store,
+    store: StoreReader,
     where: Filter,
     *,
     packet: int | None = None,
@@ -103,7 +103,7 @@ def report(
 
 def print_typical_paths(path: Path, console: Console) -> None:
     """Print the typical paths of all packets in a store."""
-    _print_typical(Store(path).typical_paths(), console)
+    _print_typical(StoreReader(path).typical_paths(), console)
 
 
 def _print_typical(paths: Sequence[TypicalPath], console: Console) -> None:
@@ -115,7 +115,7 @@ def _print_typical(paths: Sequence[TypicalPath], console: Console) -> None:
         )
 
 
-def _title(store: Store, where: Filter) -> str:
+def _title(store: StoreReader, where: Filter) -> str:
     told = [f"{store.path.name}"]
     for name in ("container", "device", "run"):
         if getattr(where, name):
@@ -125,7 +125,7 @@ def _title(store: Store, where: Filter) -> str:
     return "MACE · " + " · ".join(told)
 
 
-def _check_names(store: Store, where: Filter) -> None:
+def _check_names(store: StoreReader, where: Filter) -> None:
     """Raise `UsageError` if a name in a filter without results is unknown to the store."""
     runs = [r.run for r in store.runs()]
     if where.run is not None and where.run not in runs:

@@ -13,16 +13,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints
 from contracts.hooks import BY_HOOK, Hook, Way
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.ordering import GOLDEN
+from contracts.protocols import ICMP, ICMPV6
 from contracts.records import Batch, Content, Flag
 from contracts.schema import NOT_TOLD, Delays, Direction, Outcome, Results
 from contracts.topology import Device, Sighting, Topology
-from correlator.replies import Replies, Seen
-
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint64]
+from correlator.replies import ExchangedPackets, Replies
 
 _MOST_RECORDS: Final = 1 << 22
 """Most records that wait, as many as the engine keeps open. Older records are returned without a packet."""
@@ -30,19 +29,19 @@ _IS_END: Final = np.isin(np.arange(256), [info.hook for info in BY_HOOK.values()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packets:
+class TimelinePackets:
     """Packets in time order, as arrays of equal length."""
 
-    seen: Seen
+    seen: ExchangedPackets
     end_ns: Ints
-    """End of the packet's last hop, UTC."""
+    """UTC, when its last hop ends."""
     whole_ns: Ints
-    """The container's overhead on the packet; `NOT_TOLD` if the packet was not seen over the whole path."""
-    request: Ids
-    """The packet that this packet replies to; 0 if none is known."""
+    """What the container added to it; `NOT_TOLD` where it was not seen over the whole path."""
+    request: U64
+    """The packet that it answers; 0 if none is known."""
     told_by: Ints
     drop_reason: Ints
-    """The kernel's drop reason; 0 if the packet was not dropped."""
+    """0 where it was not dropped."""
 
     def __len__(self) -> int:
         return len(self.seen)
@@ -50,21 +49,21 @@ class Packets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Settled:
-    """The packets, rows and records that have become final since the last call."""
+    """What is known for good since the last time."""
 
     rows: Delays
-    """Rows in time order, and at equal times in path order."""
+    """In the order of time, and of the path where times are equal."""
     of_packet: Ints
-    """For each row, the index of its packet in `packets`."""
-    packets: Packets
+    """Row → index into `packets`."""
+    packets: TimelinePackets
     records: Batch
-    of_record: Ids
-    """For each record, the number of its packet; 0 if no packet with rows has the record."""
+    of_record: U64
+    """Record → its packet; 0 if it is of none that has rows."""
     sightings: tuple[Sighting, ...]
     devices: tuple[Device, ...]
 
 
-class Follower:
+class PacketFollower:
     """Collects a stream's items and results, however they alternate, and returns the packets that are settled."""
 
     def __init__(self, header: StreamHeader, *, records: bool = True) -> None:
@@ -72,7 +71,7 @@ class Follower:
         self._keeps_records = records
         self._batch = Batch.empty()
         self._arrived: list[Batch] = []
-        self._owner: Ids = np.zeros(0, np.uint64)
+        self._owner: U64 = np.zeros(0, np.uint64)
         self._sightings: tuple[Sighting, ...] = ()
         self._rows = Delays.empty()
         self._replies: Replies | None = None
@@ -106,7 +105,7 @@ class Follower:
         self._batch, self._owner = self._batch[cut:], self._owner[cut:]
         return Settled(rows, of_packet, packets, given, owner, self._sightings, results.devices)
 
-    def _packets(self, results: Results, *, last: bool) -> tuple[Delays, Ints, Packets]:
+    def _packets(self, results: Results, *, last: bool) -> tuple[Delays, Ints, TimelinePackets]:
         rows = Delays.concatenate([self._rows, results.delays])
         ids, of_packet = np.unique(rows.packet, return_inverse=True)
         begin = np.full(len(ids), np.iinfo(np.int64).max)
@@ -143,9 +142,9 @@ class Follower:
         proto = content.l4_proto.astype(np.int64)
         source, target = content.l4_src.astype(np.int64), content.l4_dst.astype(np.int64)
         turned = (
-            inward & (proto != 1) & (proto != 58)
+            inward & (proto != ICMP) & (proto != ICMPV6)
         )  # an echo has its identifier and number in the same places both ways
-        seen = Seen(
+        seen = ExchangedPackets(
             packet=ids,
             container=np.where(mixed, NOT_TOLD, names[rows.device[first]] if len(ids) else NOT_TOLD),
             direction=direction,
@@ -162,12 +161,12 @@ class Follower:
         for gap in results.gaps_utc_ns:
             self._replies.lost(*gap)
         request, told_by = self._replies.match(seen)
-        packets = Packets(
+        packets = TimelinePackets(
             seen, end[in_time], whole[in_time], request, told_by, np.where(dropped, drop_reason, 0)[in_time]
         )
         return rows, rank[of_packet], packets
 
-    def _attribute(self, ids: Ids, end: Ints, inward: npt.NDArray[np.bool_]) -> tuple[Ints, Content]:
+    def _attribute(self, ids: U64, end: Ints, inward: npt.NDArray[np.bool_]) -> tuple[Ints, Content]:
         """Assign records to packets (`ids` ascending); returns each packet's drop reason and content."""
         reason = np.zeros(len(ids), np.int64)
         batch = self._batch

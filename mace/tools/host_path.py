@@ -34,12 +34,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from contracts.hooks import Hook
+from contracts.arrays import Ints
+from contracts.hooks import ALONG, Hook, Way
 from contracts.records import Batch
 from contracts.topology import Topology
 from mace.lab import probing
-
-Ints = npt.NDArray[np.int64]
 
 PAYLOAD_BYTES: Final = 48
 """Payload of a probe. It is not ping's 56, so that the packets' length distinguishes probes from ping's requests."""
@@ -47,7 +46,7 @@ PROBE_LEN: Final = 20 + 8 + PAYLOAD_BYTES
 """Length of a probe, bytes, with the IPv4 and ICMP headers."""
 STRETCHES: Final = ("send", "device", "beyond", "answer")
 """Names of the stretches of the host path term."""
-_ARRIVALS: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
+_ARRIVALS: Final = ALONG[Way.RECEIVE]
 _LATEST_NS: Final = 5_000_000
 """A probe without a record within this time after its send is left out."""
 
@@ -71,7 +70,7 @@ class Stretches:
         return len(self.send)
 
 
-class Seen:
+class ProbeCollector:
     """Collects the records of packets of one length, with the names of their devices."""
 
     def __init__(self) -> None:
@@ -89,11 +88,11 @@ class Seen:
         if len(batch):
             self._parts.append((batch, self._names[batch.dev]))
 
-    def whole(self) -> Records:
+    def whole(self) -> ProbeRecords:
         """Return all records collected so far."""
         batch = Batch.concatenate([part for part, _ in self._parts])
         names = np.concatenate([names for _, names in self._parts]) if self._parts else np.zeros(0, object)
-        return Records(batch.ts_ns, batch.hook, batch.skb_id, names)
+        return ProbeRecords(batch.ts_ns, batch.hook, batch.skb_id, names)
 
 
 def _only_name(topology: Topology, sighting: object) -> str:
@@ -102,7 +101,7 @@ def _only_name(topology: Topology, sighting: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Records:
+class ProbeRecords:
     """Records in time order, as columns of equal length."""
 
     ts_ns: Ints
@@ -110,13 +109,13 @@ class Records:
     skb_id: npt.NDArray[np.uint64]
     device: npt.NDArray[np.object_]
 
-    def between(self, start_ns: int, end_ns: int) -> Records:
+    def between(self, start_ns: int, end_ns: int) -> ProbeRecords:
         """Return the records from `start_ns` until before `end_ns`."""
         a, b = np.searchsorted(self.ts_ns, [start_ns, end_ns])
-        return Records(self.ts_ns[a:b], self.hook[a:b], self.skb_id[a:b], self.device[a:b])
+        return ProbeRecords(self.ts_ns[a:b], self.hook[a:b], self.skb_id[a:b], self.device[a:b])
 
 
-def stretches(sent_ns: Sequence[int], seen: Records, inner: str | None, outer: str) -> Stretches:
+def stretches(sent_ns: Sequence[int], seen: ProbeRecords, inner: str | None, outer: str) -> Stretches:
     """Return the probes' times over each stretch; a probe with a missing record is left out.
 
     `sent_ns` are the times of sending, CLOCK_MONOTONIC. `seen` are the records of the probes' length, from before the

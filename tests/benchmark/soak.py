@@ -49,7 +49,7 @@ BLOCKS = 64
 """Different batches that are made beforehand; each is used again and again, later in time."""
 
 
-class Faults:
+class DatabaseFaults:
     """What happens in each phase. `work` runs until the phase ends; `plan` is the proxy's."""
 
     def __init__(self, server: servers.Influx, proxy: Proxy, disk: Path) -> None:
@@ -108,7 +108,7 @@ def fill(path: Path) -> None:
             file.flush()
 
 
-class Feed(Pace):
+class ResultsFeed(Pace):
     """Results at a rate."""
 
     def __init__(self, records_per_s: int) -> None:
@@ -157,8 +157,8 @@ async def soak(args: argparse.Namespace, server: servers.Influx, proxy: Proxy, d
     for sink in sinks:
         await sink.open(HEADER)
     account = vitals.accounts["influxdb"]
-    feed, stop, notes = Feed(args.records), asyncio.Event(), []
-    faults = Faults(server, proxy, disk)
+    feed, stop, notes = ResultsFeed(args.records), asyncio.Event(), []
+    faults = DatabaseFaults(server, proxy, disk)
     begin = time.monotonic()
 
     async def note() -> None:
@@ -189,7 +189,7 @@ def phase(name: str, account: Account, note: dict[str, float]) -> dict[str, Any]
     return {"phase": name, "s": round(note["s"]), **figures, **memory}
 
 
-def verdict(server: servers.Influx, account: Account, feed: Feed, notes: list[Any]) -> dict[str, Any]:
+def verdict(server: servers.Influx, account: Account, feed: ResultsFeed, notes: list[Any]) -> dict[str, Any]:
     rows = server.rows()
     stored = sum(rows.values())
     return {

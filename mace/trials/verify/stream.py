@@ -26,7 +26,7 @@ the records of some packets, and none of others'."""
 
 
 @dataclass(slots=True)
-class Stream:
+class CollectedStream:
     """A whole stream in memory; a `StreamSink`."""
 
     offset_ns: int = 0
@@ -56,9 +56,9 @@ class Worked:
     grades: Grades
 
 
-def taken(config: Config, work: Callable[[], None]) -> Stream:
+def taken(config: Config, work: Callable[[], None]) -> CollectedStream:
     """Capture the configured source while `work` runs; returns the records from before its start to after its end."""
-    stream, stop = Stream(), Stop()
+    stream, stop = CollectedStream(), Stop()
     source = pipeline.live_source(config.capture)
 
     async def measure() -> None:
@@ -84,7 +84,7 @@ def taken(config: Config, work: Callable[[], None]) -> Stream:
     return stream
 
 
-def worked(stream: Stream, config: EngineConfig) -> Worked:
+def worked(stream: CollectedStream, config: EngineConfig) -> Worked:
     """Run the engine over a stream and return its results."""
     engine = Engine(stream.offset_ns, config)
     results = [result for item in stream.items for result in engine.feed(item)]
@@ -93,7 +93,7 @@ def worked(stream: Stream, config: EngineConfig) -> Worked:
     return Worked(Delays.concatenate([each.delays for each in results]), last.devices, last.ledger, last.grades)
 
 
-def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.NDArray[np.bool_]]:
+def thinned(stream: CollectedStream, share: float, seed: int = 1) -> tuple[CollectedStream, npt.NDArray[np.bool_]]:
     """Remove some blocks of each CPU's records, as if its ring had been full; returns the stream and a mask.
 
     Of every 1 / `share` blocks of a CPU one is removed, chosen by the seed. The mask is true for removed records, over
@@ -103,7 +103,7 @@ def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.ND
     taken_away: list[npt.NDArray[np.bool_]] = []
     counts: dict[int, int] = {}
     last_ns: dict[int, int] = {}
-    result = Stream(stream.offset_ns)
+    result = CollectedStream(stream.offset_ns)
     open_gaps: dict[int, list[int]] = {}
     markers: list[tuple[int, int, int, int]] = []
     batches = [item for item in stream.items if isinstance(item, Batch)]

@@ -28,24 +28,24 @@ from contracts.schema import Delays, Direction, Segment
 from contracts.topology import Device, Role
 
 CLOCKS_NS: Final = 500
-"""Generous bound on the error of the offset between the observer's clock (UTC) and the tracer's (monotonic)."""
+"""How exactly the observer's clock (UTC) and the tracer's (monotonic) are known from one another, with room."""
 UNBOUNDED_NS: Final = 1_000_000
-"""If the record before a stamp is missing, the stamp is at most this long before the record after it."""
+"""Where the record before a stamp is missing, the stamp is at most this long before the one behind it."""
 UNNUMBERED_BYTES: Final = 100
-"""Length of the longest IPv6 and TCP headers. Numbered packets are longer, except the last bytes of a TCP write."""
+"""IPv6 and TCP headers at their longest. Numbered packets are longer, but for the last bytes of a write to TCP."""
 
 Sight = tuple[int, bool, str]
-"""A packet at an observer: UTC in ns, whether the device sent it, its number (see `observer.py`)."""
-Packet = tuple[str, int]
-"""A number, and which of the packets with this number it is: a retransmission has the same number."""
-Span = tuple[int, int | None]
-"""Beginning and end of a time; None is unbounded, and then the first packet in it counts. (A buffer that is segmented
-ends before its segments are sent, and the first segment has the buffer's number.)"""
+"""Of an observer: UTC in ns, whether it was sent, the number (see `observer.py`)."""
+NumberedPacket = tuple[str, int]
+"""A number, and which of the packets that have it: a retransmission has it too."""
+StampBounds = tuple[int, int | None]
+"""Two times; None: nothing bounds it, and what comes first is meant (a buffer that is cut ends before its segments are
+sent, and the first of them has its number)."""
 _WAYS: Final = ((Direction.EGRESS, True), (Direction.INGRESS, False))
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PathRow:
     """One packet over the whole path, as MACE's rows describe it."""
 
     packet: int
@@ -54,29 +54,28 @@ class Row:
     l3_len: int
     delay_ns: int
     between: tuple[int, int]
-    """Beginning and end of the delay, UTC: times of records."""
-    inner: Span
-    """Bounds on the stamp at the inner device, UTC."""
-    outer: Span
-    """Bounds on the stamp at the outer device, UTC."""
+    """When the stretch that the delay is of began and ended, UTC: times of records."""
+    inner: StampBounds
+    """Between which times the stamp at the inner device must be, UTC."""
+    outer: StampBounds
 
 
 @dataclass(slots=True)
 class Score:
-    """Counts of right and wrong rows, and the errors of delays."""
+    """What became of all rows and all packets."""
 
     packets: int = 0
-    """Number of numbered packets that the observers saw at both devices."""
+    """Numbered packets that were seen at both devices."""
     right: int = 0
     wrong: int = 0
     others: int = 0
-    """Number of rows of packets without a number, which count in no figure."""
+    """Rows of packets without a number; in no figure."""
     errors_ns: list[int] = field(default_factory=list)
-    """For every right row, MACE's delay less the observers' delay."""
+    """MACE's delay less the observers', of every right row."""
     trip_errors_ns: list[int] = field(default_factory=list)
-    """For every request and echo with right rows, the sum of the errors of egress and ingress."""
-    matched: dict[int, Packet] = field(default_factory=dict)
-    """The packets of the right rows, by `Delays.packet`."""
+    """The same of egress and ingress together, of each number with a right row both ways: a request and its echo."""
+    matched: dict[int, NumberedPacket] = field(default_factory=dict)
+    """By `Delays.packet`: the right rows."""
 
     @property
     def precision(self) -> float:
@@ -101,7 +100,7 @@ def _quantile(errors_ns: Sequence[int], quantile: float) -> int:
     return int(np.quantile(np.abs(errors_ns), quantile)) if errors_ns else 0
 
 
-def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
+def rows(delays: Delays, devices: Sequence[Device]) -> list[PathRow]:
     """Return the packets with a row for the whole path, in the order of their beginnings."""
     whole = np.flatnonzero(delays.segment == Segment.OVERHEAD)
     wanted = np.isin(delays.packet, delays.packet[whole]) & (delays.segment <= Segment.OUTSIDE)
@@ -124,18 +123,20 @@ def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
             outer = _in(hops[packet], Role.OUTER, begin)
             inner = _in(hops[packet], Role.INNER, begin + delay)
         found.append(
-            Row(packet, devices[delays.device[i]].container, way, length, delay, (begin, begin + delay), inner, outer)
+            PathRow(
+                packet, devices[delays.device[i]].container, way, length, delay, (begin, begin + delay), inner, outer
+            )
         )
     return found
 
 
-def _out(hops: Mapping[int, tuple[int, int, Device]], role: Role, queued_ns: int) -> Span:
+def _out(hops: Mapping[int, tuple[int, int, Device]], role: Role, queued_ns: int) -> StampBounds:
     """Return the bounds on the stamp of a packet that was queued at the device of this role."""
     at = (hop for hop in hops.values() if hop[2].role is role and hop[0] == queued_ns)
     return next(((begin, end) for begin, end, _ in at), (queued_ns, None))
 
 
-def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: int) -> Span:
+def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: int) -> StampBounds:
     """Return the bounds on the stamp of a packet that the device of this role received.
 
     The packet is stamped on its way from the device before.
@@ -150,14 +151,14 @@ def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: in
     return received_ns - UNBOUNDED_NS, received_ns
 
 
-def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> Score:
+def score(found: Sequence[PathRow], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> Score:
     """Judge rows by the observers' packets at the inner devices (by container name) and at the outer device."""
     result = Score()
-    ways_ns: dict[tuple[str, Packet], list[int]] = defaultdict(list)
+    ways_ns: dict[tuple[str, NumberedPacket], list[int]] = defaultdict(list)
     for way, sent in _WAYS:
-        outer_places = _Places(outer, sent)
+        outer_places = _ObservedPackets(outer, sent)
         for container, sights in inner.items():
-            inner_places = _Places(sights, sent)
+            inner_places = _ObservedPackets(sights, sent)
             both = inner_places.at_ns.keys() & outer_places.at_ns.keys()
             result.packets += len(both)
             mine = [row for row in found if row.container == container and row.direction is way]
@@ -180,15 +181,15 @@ def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Seq
     return result
 
 
-class _Places:
+class _ObservedPackets:
     """The packets of one direction at one observer, for look-ups by time."""
 
     def __init__(self, sights: Sequence[Sight], sent: bool) -> None:
         seen = sorted((at_ns, number) for at_ns, out, number in sights if out is sent and number)
         times: dict[str, int] = defaultdict(int)
-        self.at_ns: dict[Packet, int] = {}
+        self.at_ns: dict[NumberedPacket, int] = {}
         self._stamps: list[int] = []
-        self._packets: list[Packet] = []
+        self._packets: list[NumberedPacket] = []
         for at_ns, number in seen:
             packet = (number, times[number])
             times[number] += 1
@@ -196,7 +197,7 @@ class _Places:
             self._stamps.append(at_ns)
             self._packets.append(packet)
 
-    def within(self, span: Span, wanted: Container[Packet]) -> set[Packet]:
+    def within(self, span: StampBounds, wanted: Container[NumberedPacket]) -> set[NumberedPacket]:
         """Return the wanted packets whose stamps are within a span."""
         begin, end = span
         first = bisect_left(self._stamps, begin - CLOCKS_NS)
@@ -206,11 +207,11 @@ class _Places:
         return {packet for packet in inside if packet in wanted}
 
 
-def assigned(fitting: Sequence[set[Packet]]) -> list[Packet | None]:
+def assigned(fitting: Sequence[set[NumberedPacket]]) -> list[NumberedPacket | None]:
     """Assign a different fitting packet to each of as many rows as possible (Kuhn's algorithm); None for the others."""
-    taker: dict[Packet, int] = {}
+    taker: dict[NumberedPacket, int] = {}
 
-    def take(row: int, tried: set[Packet]) -> bool:
+    def take(row: int, tried: set[NumberedPacket]) -> bool:
         for packet in fitting[row]:
             if packet in tried:
                 continue

@@ -106,7 +106,9 @@ def _played(scenario: Scenario, stage: Stage) -> None:
     stage.inner |= inner
 
 
-def judged(scenario: Scenario, stage: Stage, whole: stream.Stream, engine: EngineConfig, source: str) -> Verdict:
+def judged(
+    scenario: Scenario, stage: Stage, whole: stream.CollectedStream, engine: EngineConfig, source: str
+) -> Verdict:
     """Score the engine's results for the stream, or for the part of the stream that a scenario's loss leaves."""
     worked = stream.worked(whole, engine)
     rows = truth.rows(worked.delays, worked.devices)
