@@ -81,13 +81,13 @@ _CATEGORIES: Final = ("matched", "unmatched", "ambiguous", "expired", "dropped",
 _FATES: Final = ("stored", "refused", "over_budget", "dropped_buffer", "dropped_spool", "left_out")
 
 _MOST_SERIES: Final = 10_000
-"""Histograms, each of which is some thirty series for Prometheus."""
+"""Most histograms; each is some thirty series for Prometheus."""
 _FRESH_S: Final = 1.0
-"""So long several who ask get the same text: what changes it are windows of a second."""
+"""Time for which a text is reused for further requests: only windows of a second change it."""
 
 Labels = tuple[str, ...]
 HostSource = tuple[str, str]
-"""Host and source. When its next run begins, its counters begin anew, as after any restart."""
+"""Host and source. When the host's next run begins, its counters restart from 0, as after any restart."""
 
 
 class _Buckets:
@@ -110,22 +110,22 @@ class Endpoint:
         self._config, self._vitals, self._clock_s = config, vitals, clock_s
         self._address = address(config.listen)
         self._lock = threading.Lock()
-        """Around what the streams write and the requests' threads read."""
+        """Guards the data that the streams write and the requests' thread reads."""
         self._delays: dict[HostSource, dict[Labels, _Buckets]] = {}
         self._series = 0
-        """Of all streams."""
+        """Number of histograms of all streams."""
         self._dropped = 0
-        """Series whose container or device is gone."""
+        """Number of series dropped because their container or device is gone."""
         self._not_shown = 0
-        """Delays of series beyond `_MOST_SERIES`."""
+        """Number of delays of series beyond `_MOST_SERIES`."""
         self._containers: dict[HostSource, dict[tuple[str, str, str], float | None]] = {}
-        """What containers are called, by name, id and namespace; since when that is no longer so."""
+        """Containers by name, id and namespace, with the time since when that name is no longer in use."""
         self._latest: dict[HostSource, Results] = {}
         self._ended_s: dict[HostSource, float] = {}
-        """When those streams ended of which no new one has begun."""
+        """End of each stream that has ended and has not begun again."""
         self._swept_s = 0.0
         self._text: dict[str, tuple[float, bytes]] = {}
-        """By content type, when it was made and the text."""
+        """By content type, the time at which the text was made, and the text."""
         self._server: HttpServer | None = None
         self._heart: asyncio.Task[None] | None = None
         self._beat_s = time.monotonic()
@@ -149,7 +149,7 @@ class Endpoint:
         self._heart = asyncio.create_task(self._beats(), name="prometheus-heart")
 
     def stream(self) -> StreamOfSink:
-        """For one stream."""
+        """Return a sink for one stream."""
         return _EndpointStream(self)
 
     async def aclose(self) -> None:

@@ -91,25 +91,25 @@ class Ingest:
             max_bytes=kept.max_bytes,
         )
         self._journal = Journal(store / "ingest", fsync=kept.sync)
-        # One thread, so that what is written is written in the order of asking, whoever is cancelled meanwhile.
+        # One thread, so that writes keep the order of their requests even if a requester is cancelled.
         self._disk = ThreadPoolExecutor(1, "mace-journal")
         self._writing: asyncio.Future[None] | None = None
-        """The last write that was asked for; all others are done before it."""
+        """The last requested write; all others end before it."""
         self._ending = asyncio.Event()
         self._base: dict[str, int] = {}
-        """File of the journal from which on a host's entries are still needed."""
+        """First file of the journal whose entries are still needed, by host."""
         self._due: dict[str, tuple[int, bool]] = {}
-        """Hosts to be told which frame is expected next: the stream, and whether frames are missing."""
+        """Hosts that get an acknowledgement next: the stream's tag, and whether frames are missing."""
         self._asked: dict[str, float] = {}
         self._refusals: dict[str, tuple[int, Refusal]] = {}
-        """Hosts to be told which frames of a stream are refused."""
+        """Hosts that get a refusal next: the stream's tag, and the refused frames."""
         self._turned_away: dict[str, tuple[int, type[WireError], str]] = {}
-        """Each host's last stream whose HEADER was refused, and why: its other frames are refused too."""
+        """Each host's last stream whose HEADER was refused, and why; its other frames are refused likewise."""
         self._refused: dict[str, int] = {}
-        """How many of each host's messages were refused lately."""
+        """Number of each host's refused messages, for the log."""
         self._turns: Turns[MqttMessage] = Turns(config.ingest.queue_messages, QUEUE_BYTES)
         self._stirred = asyncio.Event()
-        """Something came, was worked on or stored since it was cleared."""
+        """Set when a message arrives, when one has been processed, and by each flush."""
         engine = EngineConfig(
             timeout_ns=config.correlate.timeout_ms * 1_000_000,
             open_records=config.ingest.open_records,

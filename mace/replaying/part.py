@@ -47,13 +47,13 @@ MACE_FORMAT: Final = "mace"
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-"""Numbers of mallopt(3)."""
+"""Parameter numbers of mallopt(3)."""
 _KEPT_BYTES: Final = 32 << 20
-"""The largest block that the C library can be told to keep (DEFAULT_MMAP_THRESHOLD_MAX); twice that is what it sets the
-other threshold to by itself."""
+"""Largest mmap threshold of the C library (DEFAULT_MMAP_THRESHOLD_MAX). By itself the library sets the trim threshold
+to twice the mmap threshold."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with bytes read of the part so far and records; what it raises ends the part."""
+"""Called with the bytes and records of the part read so far; an exception that it raises ends the part."""
 
 
 @dataclass(frozen=True, slots=True)

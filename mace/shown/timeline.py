@@ -34,14 +34,14 @@ class TimelinePackets:
 
     seen: ExchangedPackets
     end_ns: Ints
-    """UTC, when its last hop ends."""
+    """End of the packet's last hop, UTC."""
     whole_ns: Ints
-    """What the container added to it; `NOT_TOLD` where it was not seen over the whole path."""
+    """The container's overhead on the packet; `NOT_TOLD` if the packet was not seen over the whole path."""
     request: U64
-    """The packet that it answers; 0 if none is known."""
+    """The packet that this packet replies to; 0 if none is known."""
     told_by: Ints
     drop_reason: Ints
-    """0 where it was not dropped."""
+    """The kernel's drop reason; 0 if the packet was not dropped."""
 
     def __len__(self) -> int:
         return len(self.seen)
@@ -49,16 +49,16 @@ class TimelinePackets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Settled:
-    """What is known for good since the last time."""
+    """The packets, rows and records that have become final since the last call."""
 
     rows: Delays
-    """In the order of time, and of the path where times are equal."""
+    """Rows in time order, and at equal times in path order."""
     of_packet: Ints
-    """Row → index into `packets`."""
+    """For each row, the index of its packet in `packets`."""
     packets: TimelinePackets
     records: Batch
     of_record: U64
-    """Record → its packet; 0 if it is of none that has rows."""
+    """For each record, the number of its packet; 0 if no packet with rows has the record."""
     sightings: tuple[Sighting, ...]
     devices: tuple[Device, ...]
 

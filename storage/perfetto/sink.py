@@ -42,16 +42,16 @@ _ROWS: Final = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HopFacts:
-    """What is known of each hop beside its row. Arrays as long as the rows."""
+    """Further columns of hops, as arrays as long as the rows."""
 
     flow: U64
-    """Hops with the same one are joined by arrows, in the order of time."""
+    """Arrows join the hops with the same flow, in time order."""
     request: U64
-    """The packet that this one's packet answers; 0 if none is known."""
+    """The packet that the hop's packet replies to; 0 if none is known."""
     told_by: npt.NDArray[np.int64]
-    """Index into `TOLD_BY`: how that is known."""
+    """Index into `TOLD_BY`: the evidence for the reply."""
     drop_reason: npt.NDArray[np.int64]
-    """The kernel's number; 0 where the packet was not dropped."""
+    """The kernel's drop reason; 0 if the packet was not dropped."""
 
 
 TOLD_BY: Final = ("", "echo", "ports", "turns")

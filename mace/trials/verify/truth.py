@@ -28,19 +28,19 @@ from contracts.schema import Delays, Direction, Segment
 from contracts.topology import Device, Role
 
 CLOCKS_NS: Final = 500
-"""How exactly the observer's clock (UTC) and the tracer's (monotonic) are known from one another, with room."""
+"""Generous bound on the error of the offset between the observer's clock (UTC) and the tracer's (monotonic)."""
 UNBOUNDED_NS: Final = 1_000_000
-"""Where the record before a stamp is missing, the stamp is at most this long before the one behind it."""
+"""If the record before a stamp is missing, the stamp is at most this long before the record after it."""
 UNNUMBERED_BYTES: Final = 100
-"""IPv6 and TCP headers at their longest. Numbered packets are longer, but for the last bytes of a write to TCP."""
+"""Length of the longest IPv6 and TCP headers. Numbered packets are longer, except the last bytes of a TCP write."""
 
 Sight = tuple[int, bool, str]
-"""Of an observer: UTC in ns, whether it was sent, the number (see `observer.py`)."""
+"""A packet at an observer: UTC in ns, whether the device sent it, its number (see `observer.py`)."""
 NumberedPacket = tuple[str, int]
-"""A number, and which of the packets that have it: a retransmission has it too."""
+"""A number, and which of the packets with this number it is: a retransmission has the same number."""
 StampBounds = tuple[int, int | None]
-"""Two times; None: nothing bounds it, and what comes first is meant (a buffer that is cut ends before its segments are
-sent, and the first of them has its number)."""
+"""Beginning and end of a time; None is unbounded, and then the first packet in it counts. (A buffer that is segmented
+ends before its segments are sent, and the first segment has the buffer's number.)"""
 _WAYS: Final = ((Direction.EGRESS, True), (Direction.INGRESS, False))
 
 
