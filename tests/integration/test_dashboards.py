@@ -199,7 +199,7 @@ def test_a_loss_is_on_the_first_screen(database):
         ledger = json.loads(mace("replay", FILES / f"{source}.mace", "--json"))["ledger"]
         for name, count in ledger.items():
             expected[name] = expected.get(name, 0) + count
-    for title in ("Records that are missing", "Records without a delay"):
+    for title in ("Records missing", "Records without a delay"):
         one = next(one for one in ALL if one.where.startswith(f"overview: {title}"))
         (series,) = rows(database, one, EVERYTHING, database.then)
         found = dict(zip(series["columns"], series["values"][0], strict=True))
