@@ -1,6 +1,6 @@
-"""The recipes of CONTRIBUTING.md, followed with a toy of each kind in a copy of the tree: the checks they name pass.
+"""Follows the recipes of CONTRIBUTING.md with a toy of each kind in a copy of the tree; the named checks must pass.
 
-Each toy is put in by the steps of its recipe and no others, so a step that a recipe forgets fails here.
+Each toy is added by the steps of its recipe and no others: a step that the recipe omits makes the test fail.
 """
 
 import os
@@ -38,14 +38,14 @@ class Tree:
         path.write_text(text)
 
     def insert(self, name, before, text):
-        """Put text in front of the only place in a file that reads so."""
+        """Insert text in front of a text that occurs once in a file."""
         path = self.place / name
         there = path.read_text()
         assert there.count(before) == 1, f"{name} has {there.count(before)} of {before!r}"
         path.write_text(there.replace(before, text + before))
 
     def run(self, *argv):
-        """Exit status and output of Python in the copy."""
+        """Run Python in the copy, and return exit status and output."""
         environment = {**os.environ, "PYTHONPATH": str(self.place), "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(
             [sys.executable, *argv], cwd=self.place, env=environment, capture_output=True, text=True, check=False
@@ -53,7 +53,7 @@ class Tree:
         return done.returncode, done.stdout + done.stderr
 
     def check(self, *tests, choose):
-        """Tests pass in the copy; `choose` is pytest's -k, and each of its words chooses one at least."""
+        """Check that tests pass in the copy; `choose` is pytest's -k, and each of its words must select a test."""
         status, said = self.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", " or ".join(choose), *tests)
         assert status == 0, said
         for word in choose:

@@ -1,4 +1,4 @@
-"""Replays on Dask workers: the same store, also when a worker is killed; many hosts, every figure known beforehand."""
+"""Replays on Dask workers give the same store, even if a worker is killed; many hosts with known figures."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""Every query of every dashboard, on a real InfluxDB that the real pipeline has filled.
+"""Every query of every dashboard runs on a real InfluxDB that the real pipeline has filled.
 
-Two captures of the same traffic, by the module and by ftrace (tests/golden/both-sources), what a live run with the
-module told of its own cost, and a live run here, by ftrace: only live ones have a health to tell of.
+The data are two captures of the same traffic, by the module and by ftrace (tests/golden/both-sources); the module's own
+cost, recorded in a live run; and a live run here by ftrace, because only live runs report their health.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`mace experiment` and `mace compare`, small, on the real kernel: what they say adds up and has the right signs."""
+"""Short runs of `mace experiment` and `mace compare` on the real kernel: figures add up and have the right signs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What goes wrong on real machines: a clear error, nothing lost that was acknowledged, nothing left behind."""
+"""Faults of real machines lead to a clear error; no acknowledged row is lost, and nothing is left behind."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Ten thousand real packets of each kind, every one with its whole path in both directions."""
+"""Each of ten thousand real packets of every kind has its whole path, in both directions."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""An unprivileged user chooses the paths that namespaces are found at, and mounts what he likes on them.
+"""Mounts of an unprivileged user on the paths of namespaces cannot block or mislead the search for namespaces.
 
-Here he does: in namespaces of his own, as a user without any right on this machine.
+The tests make such mounts in namespaces of their own, as a user without any rights on this machine.
 """
 
 import asyncio

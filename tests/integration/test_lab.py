@@ -1,4 +1,4 @@
-"""The lab, for real: what it makes, what goes through it, and above all that nothing of it is ever left."""
+"""The real lab: its devices and namespaces, the traffic through it, and its complete removal."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The raw stream over a real broker into the store: what arrives is what was measured, whatever is killed meanwhile."""
+"""The raw stream over a real broker into the store: all measured records arrive, whatever process is killed."""
 
 import asyncio
 import json

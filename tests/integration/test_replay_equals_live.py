@@ -1,4 +1,4 @@
-"""A recording of a live run, replayed: the same rows, windows, ledger, to the last bit, however it is cut."""
+"""A replay of a live run's recording gives the same rows, windows and ledger, bit for bit, however it is divided."""
 
 import json
 

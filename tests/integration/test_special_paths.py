@@ -1,4 +1,4 @@
-"""Paths that are not the usual one, in the lab: each has a behaviour of its own, and this is it."""
+"""Unusual packet paths in the lab, each with its documented behaviour."""
 
 import subprocess
 import time

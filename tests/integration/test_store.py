@@ -1,4 +1,4 @@
-"""The embedded store against what a machine does to it: kill -9, a second process, a full disk."""
+"""The embedded store survives faults of the machine: kill -9, a second process, a full disk."""
 
 import asyncio
 import json

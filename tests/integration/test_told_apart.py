@@ -1,4 +1,4 @@
-"""Equal names and addresses everywhere, containers that come, go and take each other's name: told apart."""
+"""Containers with equal names and addresses, and containers that appear, end and swap names, are distinguished."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""`mace verify` on this kernel: every row is of one packet, and every packet that can have one has its row."""
+"""`mace verify` on this kernel: every row belongs to one packet, and every measurable packet has its row."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Machines that run beside the tests which only compute: a run is shorter by what the guests' tests take.
+"""Virtual machines that run beside tests which only compute, so that the guests' tests take no extra time.
 
 integration tests      the machine is theirs: they measure
 all others             two virtual machines at a time beside them
@@ -15,7 +15,7 @@ _MACHINES = TESTS / "kernel" / "test_kernels.py"
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Put the tests into the order that this file begins with; what stands together stays together."""
+    """Sort the tests into the order given at the top of this file; the sort is stable."""
     items.sort(key=lambda item: 0 if _alone(item) else 2 if item.path == _MACHINES else 1)
 
 
@@ -24,7 +24,7 @@ def _alone(item: pytest.Item) -> bool:
 
 
 class Machines:
-    """The machines of the kernels that were selected, so that -k 6.12 boots one. They start once, when they may."""
+    """The machines of the selected kernels (-k 6.12 boots one). They start once, when measuring tests are done."""
 
     def __init__(self, items: list[pytest.Item]) -> None:
         mine = [item for item in items if isinstance(item, pytest.Function) and item.path == _MACHINES]
@@ -32,16 +32,16 @@ class Machines:
         self._matrix: Matrix | None = None
 
     def before(self, item: pytest.Item) -> bool:
-        """Whether the machines should run by now."""
+        """Return whether the machines should be started before a test."""
         return self._matrix is None and bool(self._names) and not _alone(item)
 
     def started(self) -> Matrix:
-        """All of them, under way."""
+        """Return all machines, started."""
         if self._matrix is None:
             self._matrix = Matrix(self._names, Task())
         return self._matrix
 
     def end(self) -> None:
-        """End those that still run."""
+        """End the machines that still run."""
         if self._matrix is not None:
             self._matrix.end()

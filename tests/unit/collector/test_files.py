@@ -1,4 +1,4 @@
-"""Which format a file is of, and in what order files replay."""
+"""Recognition of file formats, and the order in which files are replayed."""
 
 import pickle
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The kept corpus of hostile and damaged files: each reads as it did, within bounds, with a clear error or counted."""
+"""Every file of the corpus of hostile and damaged files still gives its recorded result, within bounds."""
 
 import json
 import tracemalloc

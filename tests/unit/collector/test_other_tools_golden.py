@@ -1,4 +1,4 @@
-"""The golden files of one run by all means at once: what they gave when they were made, they give today."""
+"""The golden files of one run, recorded by all tools at once, still give their original results."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Which frames of a host are new, known, missing, or not its own."""
+"""Frames of a host are recognised as new, known, preceded by missing ones, or not the host's own."""
 
 import pickle
 from dataclasses import replace

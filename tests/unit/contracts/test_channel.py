@@ -1,4 +1,4 @@
-"""The channel with a slow, a gone and a closed peer."""
+"""The channel with a slow receiver, a receiver that has stopped, and a closed sender."""
 
 import asyncio
 

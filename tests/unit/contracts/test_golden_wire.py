@@ -1,4 +1,4 @@
-"""Captures of every wire version there has been are read as they always were."""
+"""Golden captures of every wire version still give the same items."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""What the hook table says of kernels."""
+"""Statements of the hook table about kernel releases."""
 
 import pytest
 

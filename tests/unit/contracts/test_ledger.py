@@ -1,4 +1,4 @@
-"""The ledger from the source to the store: whatever goes wrong at one stage, every record is somewhere."""
+"""The ledger from the source to the store: whatever fails at one stage, every record is in a category."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Sorting by digits gives what comparing does."""
+"""Sorting by digits gives the same order as sorting by comparison."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Names on the broker: what a host may be called, which shard it is of, what an acknowledgement says."""
+"""Topics and small messages on the broker: names of hosts, shards, acknowledgements."""
 
 import pytest
 

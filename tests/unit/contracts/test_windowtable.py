@@ -1,4 +1,4 @@
-"""A table of windows is the sequence of them."""
+"""A table of windows behaves like the sequence of its windows."""
 
 import pickle
 

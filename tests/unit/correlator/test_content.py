@@ -1,4 +1,4 @@
-"""What a change of key inside a buffer's life means, hook by hook: the essay in correlator/identity.py, by example."""
+"""Changes of the content key inside a buffer's life, hook by hook: examples for the essay in correlator/identity.py."""
 
 import pytest
 

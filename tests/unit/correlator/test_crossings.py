@@ -1,4 +1,4 @@
-"""What the correlator tells of packets that were seen over a container's whole path, and of gaps."""
+"""The correlator's crossings of packets that were seen over a container's whole path, and its gaps."""
 
 from dataclasses import replace
 

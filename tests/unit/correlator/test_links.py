@@ -1,4 +1,4 @@
-"""Packets that go on in another buffer: which lives are joined by content, and which are not."""
+"""Packets that continue in another buffer: lives joined by content, and lives that must not be joined."""
 
 import numpy as np
 import pytest

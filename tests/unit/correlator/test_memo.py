@@ -1,4 +1,4 @@
-"""A memo answers as its function does, whatever is in one slot, and asks once."""
+"""A memo gives the answers of its function, even if keys share a slot, and computes each once."""
 
 import pickle
 from collections import Counter

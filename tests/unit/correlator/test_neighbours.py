@@ -1,4 +1,4 @@
-"""Packets that wait for a neighbour's address: flagged, and averaged into nothing."""
+"""Packets that wait for a neighbour's address are flagged, and in no window."""
 
 import numpy as np
 import pytest

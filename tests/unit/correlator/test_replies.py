@@ -1,4 +1,4 @@
-"""Which packet answers which: told only where nothing else can be."""
+"""Responses are matched to requests only if no other match is possible."""
 
 import numpy as np
 import pytest

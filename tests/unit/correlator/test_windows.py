@@ -1,4 +1,4 @@
-"""Windows are exact in all but quantiles, and final when they come out."""
+"""Windows are exact except for quantiles, and final when they are returned."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What the command decides before anything else is imported; each in a process of its own."""
+"""Decisions of the command before any other module is imported; each test runs in a process of its own."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""`mace module` on machines that are folders, and on this one as far as it goes."""
+"""`mace module` on machines simulated by folders, and on this machine as far as possible."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names that are chosen to be taken for something else, through every way out: text, and nothing but text."""
+"""Malicious names appear as plain text in every output."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""A store with given results in it."""
+"""Makes a store with given results."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What is configured of a broker: clear errors, and no secret where everyone can see it."""
+"""Configuration of the broker: clear errors, and no secret in a place that everyone can read."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""The bounded server: slow, silent and rude clients beside one that asks properly."""
+"""The bounded HTTP server serves a well-behaved client beside slow, silent and abusive ones."""
 
 import contextlib
 import http.client

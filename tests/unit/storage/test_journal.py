@@ -1,4 +1,4 @@
-"""The journal: what was synced is read back, in order, and nothing that is half there."""
+"""The journal returns all synced entries in order, and no incomplete one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The running sink with a server that does as it is told: order, retries, bounds, the account, the end, a kill."""
+"""The running sink with a scripted server: order, retries, bounds, the account, the end, a kill."""
 
 import asyncio
 import itertools

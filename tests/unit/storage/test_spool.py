@@ -1,4 +1,4 @@
-"""The spool: order, bounds, what a crash and a full disk leave."""
+"""The spool: order, bounds, and its content after a crash or with a full disk."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Cutting a capture in time: what lies between cuts is all of it, once."""
+"""Cuts of a capture in time: the stretches between cuts contain every record once."""
 
 import itertools
 

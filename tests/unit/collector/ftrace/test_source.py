@@ -1,4 +1,4 @@
-"""The source over a kernel made of lists: what it does with losses, late news of devices, and trouble."""
+"""The ftrace source over a made-up kernel: losses, late notifications of devices, and errors."""
 
 import asyncio
 import os

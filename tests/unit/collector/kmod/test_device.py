@@ -1,4 +1,4 @@
-"""/dev/mace without a module: what is asked of the kernel, and what is said when it refuses."""
+"""/dev/mace without a module: the calls made to the kernel, and the messages when it refuses them."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""A ring as it comes round: what is seen, what is released, and what is not believed."""
+"""Reading a ring that wraps: the records returned, the sub-buffers released, and impossible rings refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The source over a made-up module: losses, late news of devices, full rings, and counts that do not agree."""
+"""The source over a made-up module: losses, late notifications of devices, full rings, and counts that disagree."""
 
 import asyncio
 from collections import deque

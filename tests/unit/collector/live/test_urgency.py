@@ -1,4 +1,4 @@
-"""Who reads a ring goes first while it fills, and only then."""
+"""The reader of a ring has real-time priority while the ring fills, and only then."""
 
 import os
 import threading

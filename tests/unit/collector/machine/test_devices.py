@@ -1,4 +1,4 @@
-"""What can be known of the follower without other namespaces: its reading of the kernel's messages and tables."""
+"""The follower's parsing of the kernel's messages and tables, without other namespaces."""
 
 import asyncio
 import os

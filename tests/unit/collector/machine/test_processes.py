@@ -1,4 +1,4 @@
-"""What /proc says of processes, whatever they call themselves."""
+"""State and start time of processes from /proc, whatever their names."""
 
 import os
 import subprocess

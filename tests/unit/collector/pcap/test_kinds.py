@@ -1,4 +1,4 @@
-"""Packet captures of every kind give what the plain capture of the same packets gives, or they say why not."""
+"""Packet captures of every kind give the same records as the plain capture of the same packets, or say why not."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""The content key in numpy is that of the module: both are held against the second reading of the module's tests."""
+"""The content key in numpy equals the module's: both are compared with the implementation in the module's tests."""
 
 import struct
 

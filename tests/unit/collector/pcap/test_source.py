@@ -1,4 +1,4 @@
-"""Pairs of packet captures: which packet is which, how long it took, and what is not clear is left alone."""
+"""Pairs of packet captures: packets are paired and measured; uncertain pairs are not made."""
 
 import struct
 

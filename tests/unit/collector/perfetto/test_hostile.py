@@ -1,4 +1,4 @@
-"""Damaged and hostile Perfetto traces: a clear error with its offset, or what can be saved; in bounds of memory."""
+"""Damaged and hostile Perfetto traces give an error with its offset, or their valid part, in bounded memory."""
 
 import re
 import tracemalloc

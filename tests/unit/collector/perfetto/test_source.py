@@ -1,4 +1,4 @@
-"""Perfetto traces of known records, in every form: the same records come back, and nothing is lost uncounted."""
+"""Perfetto traces of known records, in every form, give the same records; every loss is counted."""
 
 from dataclasses import replace
 

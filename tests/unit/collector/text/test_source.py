@@ -1,4 +1,4 @@
-"""What tracers print: every kind of line, losses, hashed addresses, and what is no event."""
+"""The output of tracers: every kind of line, losses, hashed addresses, and lines that are no events."""
 
 import re
 import subprocess

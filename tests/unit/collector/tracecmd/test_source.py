@@ -1,4 +1,4 @@
-"""trace.dat files, made by hand: what is in them comes out, whichever way they were written."""
+"""Hand-made trace.dat files in every form give the records that were written."""
 
 import struct
 

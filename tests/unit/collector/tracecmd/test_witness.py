@@ -1,4 +1,4 @@
-"""Made trace.dat files are files: trace-cmd itself reads in them what we do, also in those of a big-endian machine."""
+"""Hand-made trace.dat files are valid: trace-cmd reads the same events from them, even from big-endian ones."""
 
 import re
 import subprocess

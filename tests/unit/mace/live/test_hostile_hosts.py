@@ -1,4 +1,4 @@
-"""One host's client sends what it likes: the others' rows are as if it were not there."""
+"""Whatever the client of one host sends, the rows of other hosts are not affected."""
 
 import logging
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What an ingest does with what an earlier one had acknowledged, without any broker."""
+"""A restarted ingest continues from the frames that an earlier one acknowledged, tested without a broker."""
 
 import asyncio
 import threading

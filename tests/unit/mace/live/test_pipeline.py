@@ -1,4 +1,4 @@
-"""Which live source is taken, and what it is told."""
+"""The choice of the live source, and the settings that it gets."""
 
 import asyncio
 import signal

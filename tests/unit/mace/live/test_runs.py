@@ -1,4 +1,4 @@
-"""Runs are coroutines of whoever awaits them: no console, no signal, and the loop goes on meanwhile."""
+"""Runs are plain coroutines: they use no console and no signals, and do not block the event loop."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""Whose message is worked on next."""
+"""The choice of the host whose message is processed next."""
 
 from mace.live.turns import SHARE, TURN_S, Turns
 

@@ -1,4 +1,4 @@
-"""`mace export perfetto`, judged by the real trace processor: what a user finds in the Perfetto UI, asked in SQL."""
+"""`mace export perfetto`, checked with SQL in the real trace processor, which serves the Perfetto UI."""
 
 import json
 import zlib

@@ -1,4 +1,4 @@
-"""Captures of a few kilobytes whose times, or whose numbers of records, would take a reader without end."""
+"""Captures of a few kilobytes whose times or record numbers would make a naive reader run for ever."""
 
 from dataclasses import replace
 

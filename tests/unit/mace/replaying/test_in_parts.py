@@ -1,4 +1,4 @@
-"""A replay in parts leaves what one engine in one go leaves, however it is cut, stopped, killed or spread."""
+"""A replay in parts gives the store of a single engine, however it is cut, stopped, killed or distributed."""
 
 import asyncio
 import json

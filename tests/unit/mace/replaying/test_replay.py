@@ -1,4 +1,4 @@
-"""`mace replay` of other tools' files, as it is typed."""
+"""`mace replay` of other tools' files, called from the command line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Real Perfetto traces are read as they always were, and say what MACE's own capture of the same packets says."""
+"""Real Perfetto traces still give their recorded results, which equal those of MACE's capture of the same packets."""
 
 import json
 

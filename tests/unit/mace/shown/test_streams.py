@@ -1,4 +1,4 @@
-"""Every command with standard streams that are closed, full or of another encoding, and in other time zones."""
+"""Every command works with standard streams that are closed, full or in another encoding, and in other time zones."""
 
 import json
 import os

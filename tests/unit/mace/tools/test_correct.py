@@ -1,4 +1,4 @@
-"""`mace correct`: a tool's output and a capture to corrected round trips."""
+"""`mace correct`: computes corrected round trips from a tool's output and a capture."""
 
 import json
 

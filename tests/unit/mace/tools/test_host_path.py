@@ -1,4 +1,4 @@
-"""Probes from made-up records: what they take over each stretch, and what is left out."""
+"""Host probes from made-up records: their time over each stretch, and the probes left out."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What ping, fping and CSV files say, and what is said about lines that are not understood."""
+"""Parsing of the output of ping and fping and of CSV files, and the messages about lines that are not understood."""
 
 import numpy as np
 import pytest

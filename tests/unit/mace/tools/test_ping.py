@@ -1,4 +1,4 @@
-"""What of `mace ping` needs no packets: ping's arguments, the namespace, and the lines that come out."""
+"""The parts of `mace ping` that need no packets: ping's arguments, the namespace, and the lines printed."""
 
 import asyncio
 import os

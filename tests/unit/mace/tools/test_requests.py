@@ -1,4 +1,4 @@
-"""What dig and curl say, and what cannot be used of it."""
+"""Parsing of the output of dig and curl, and the lines that cannot be used."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What experiments in rounds share; and the commands' refusals, which need no kernel."""
+"""Parts shared by experiments in rounds, and the commands' refusals, which need no kernel."""
 
 import numpy as np
 import pytest

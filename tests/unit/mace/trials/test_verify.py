@@ -1,4 +1,4 @@
-"""The score of `mace verify` itself: does it tell when a row is wrong, missing, or of somebody else?"""
+"""The score of `mace verify` detects rows that are wrong, missing, or of other packets."""
 
 import asyncio
 
