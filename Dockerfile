@@ -1,4 +1,4 @@
-# One image for all that runs as a service: `mace ingest`, `mace run`, `mace replay`.
+# One image for all services: `mace ingest`, `mace run`, `mace replay`.
 #
 #   docker build -t mace .
 #
@@ -8,8 +8,8 @@ ARG BASE=python:3.13-slim-bookworm
 
 FROM ${BASE} AS build
 COPY deploy/ /build/
-# Only wheels whose hashes are in the lock. pip goes again: nothing in the image can install anything. Of Arrow a third
-# is about protocols and clouds that nobody here speaks, and headers.
+# Only wheels whose hashes are in the lock. pip is removed, so nothing in the image can install anything. A third of
+# Arrow is removed: headers, and protocols and clouds that MACE does not use.
 RUN set -eu; \
     python3 -m venv /opt/mace; \
     if ls /build/wheelhouse/*.whl >/dev/null 2>&1; then set -- --no-index --find-links /build/wheelhouse; else set --; fi; \
@@ -24,7 +24,7 @@ COPY contracts/ /opt/mace/app/contracts/
 COPY collector/ /opt/mace/app/collector/
 COPY correlator/ /opt/mace/app/correlator/
 COPY storage/ /opt/mace/app/storage/
-# The root file system is read-only later, so that a container could never keep what it compiles.
+# The root file system is read-only at run time, so a container could not keep compiled files.
 RUN python3 -m compileall -q -j 0 /opt/mace
 
 FROM ${BASE}
@@ -32,7 +32,7 @@ LABEL org.opencontainers.image.title="mace" \
       org.opencontainers.image.description="Measures what a container's virtual network devices add to each packet" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/mace /opt/mace
-# The one place that is written to; a volume takes its owner from here.
+# The only writable directory; a volume takes its owner from here.
 RUN mkdir -m 770 /var/lib/mace && chown 10001:10001 /var/lib/mace
 ENV PATH=/opt/mace/bin:$PATH \
     PYTHONPATH=/opt/mace/app \

@@ -19,6 +19,7 @@ import functools
 import os
 import platform
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -235,6 +236,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Check MACE_REQUIRE before anything runs; the marker is described here for runs with another configuration."""
     config.addinivalue_line("markers", "needs(*names): what the test needs from the machine, from NEEDS")
     _required()
+    # A shell starts its background jobs with SIGINT ignored, and the commands under test would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

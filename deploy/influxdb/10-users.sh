@@ -1,6 +1,6 @@
 #!/bin/sh
-# Run once by the influxdb image, when the database is made: two users that can do little. The ingest may only write,
-# Grafana only read; nobody needs the administrator's token after this.
+# The influxdb image runs this once, when the database is made. It makes two users with few rights: the ingest may only
+# write, Grafana may only read. No service needs the administrator's token afterwards.
 set -eu
 
 influx v1 dbrp create --org "$DOCKER_INFLUXDB_INIT_ORG" --bucket-id "$DOCKER_INFLUXDB_INIT_BUCKET_ID" \

@@ -240,6 +240,7 @@ def completed(shell, line, home):
     return {re.split(r"[\t:]", told)[0].strip() for told in done.stdout.splitlines()} - {""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shell", ["bash", *(pytest.param(name, marks=pytest.mark.needs(name)) for name in ("zsh", "fish"))]
 )

@@ -283,6 +283,7 @@ def test_systemd_has_the_powers_that_the_container_has():
     assert {name.removeprefix("CAP_") for name in allowed} == POWERS
 
 
+@pytest.mark.slow
 @pytest.mark.needs("npm")
 def test_kubernetes_takes_the_example():
     documents = {d["kind"]: d for d in yaml.safe_load_all((ROOT / "deploy/kubernetes/mace.yaml").read_text())}

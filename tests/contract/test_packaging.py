@@ -58,6 +58,7 @@ def test_import_contracts_hold() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "line", "broken"),
     [
@@ -227,6 +228,7 @@ def test_dev_refuses_unknown_commands() -> None:
 # --- the wheel ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
     """The installed wheel runs with only its own files and the locked dependencies on the path, without the tree."""
     tree, wheels, installed = (tmp_path / name for name in ("tree", "wheels", "installed"))

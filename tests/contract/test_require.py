@@ -66,6 +66,7 @@ def run_inner(folder: Path, tests: str, require: str | None) -> subprocess.Compl
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_unmet_needs_skip_and_say_why(tmp_path: Path) -> None:
     done = run_inner(tmp_path, TESTS, require=None)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,6 +74,7 @@ def test_unmet_needs_skip_and_say_why(tmp_path: Path) -> None:
     assert "needs absent: it is not there" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("require", ["all", pytest.param("other, absent", marks=pytest.mark.slow)])
 def test_required_needs_fail_and_say_why(tmp_path: Path, require: str) -> None:
     done = run_inner(tmp_path, TESTS, require)

@@ -353,6 +353,7 @@ def test_what_cannot_be_opened_leaves_nothing(maker, tmp_path):
         asyncio.run(work(made))
 
 
+@pytest.mark.slow
 @of(ALL)
 @pytest.mark.parametrize("how", ["cancelled", "failed", "left"])
 def test_a_reader_that_goes_leaves_nothing(maker, tmp_path, how):

@@ -71,6 +71,7 @@ def test_quiet_is_not_without_a_reply(capsys):
     assert "ping -q prints no line for a reply" in complaint
 
 
+@pytest.mark.slow
 def test_a_reply_without_a_time_costs_no_neighbour(capsys, tmp_path):
     """Its packets are there: were it left aside, those of 8 and 9 could be one place further on."""
     whole, _ = corrected(capsys, HERE / "ping.txt", "ftrace.mace")

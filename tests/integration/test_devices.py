@@ -224,6 +224,7 @@ def test_names_that_the_kernel_takes_are_names(machine: Machine) -> None:
     assert sorted(found) == sorted(text(name) for name in names)
 
 
+@pytest.mark.slow
 def test_lower_devices(machine: Machine) -> None:
     machine.add("host", "c")
     machine.ip("host", "link add br0 type bridge")
@@ -368,6 +369,7 @@ async def _process_only(machine: Machine) -> None:
         await seen.until(lambda: not any(d.netns == inode for d in seen.all) and not seen.get("host", "v0"), 2)
 
 
+@pytest.mark.slow
 def test_a_namespace_of_a_process_alone(machine: Machine) -> None:
     asyncio.run(_process_only(machine))
 
@@ -447,6 +449,7 @@ async def _held_by_a_file(machine: Machine) -> None:
         await seen.until(lambda: not seen.get("host", "v0"))
 
 
+@pytest.mark.slow
 def test_a_namespace_that_only_an_open_file_keeps(machine: Machine) -> None:
     asyncio.run(_held_by_a_file(machine))
 
@@ -487,6 +490,7 @@ async def _nothing_pinned(machine: Machine) -> None:
         await seen.until(lambda: not seen.get("host", "v0") and not seen.get("host", "v1"))
 
 
+@pytest.mark.slow
 def test_no_namespace_lives_longer_because_it_is_followed(machine: Machine) -> None:
     asyncio.run(_nothing_pinned(machine))
 
@@ -521,6 +525,7 @@ async def _churn(machine: Machine, count: int) -> None:
         assert open_files() <= files
 
 
+@pytest.mark.slow
 def test_a_hundred_namespaces_come_and_go(machine: Machine) -> None:
     asyncio.run(_churn(machine, 100))
 
@@ -569,6 +574,7 @@ async def _overflow(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> int:
     return lost
 
 
+@pytest.mark.slow
 def test_a_buffer_that_really_overflows(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(_overflow(machine, monkeypatch)) > 0
 
@@ -614,6 +620,7 @@ async def _open_close() -> None:
     assert await asyncio.to_thread(inode_of, "/proc/thread-self/ns/net") == own
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind() -> None:
     asyncio.run(_open_close())
     assert not own_threads()
@@ -645,6 +652,7 @@ async def _failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
             await seen.until(lambda: False)
 
 
+@pytest.mark.slow
 def test_an_end_of_following_is_said(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(_failure(machine, monkeypatch))
 

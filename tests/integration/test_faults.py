@@ -45,6 +45,7 @@ for command in sys.argv[1:]:
 """Commands as another user, who has become so once the program was loaded: only root may be able to read the tree."""
 
 
+@pytest.mark.slow
 def test_without_root(tmp_path):
     live = ["run --no-store", f"record -o {tmp_path}/f.mace", "demo --duration 1", "lab up nobody"]
     argv = [MACE[0], "-c", AS_NOBODY, *live, "check --json"]
@@ -65,6 +66,7 @@ def test_without_root(tmp_path):
         assert part["remedy"]
 
 
+@pytest.mark.slow
 def test_without_tracefs():
     """In a mount namespace in which nothing of the kind is mounted, and may not be."""
     hide = f"{UNMOUNT_TRACEFS}; mount -t tmpfs -o ro none /sys/kernel; exec "
@@ -230,6 +232,7 @@ def test_two_writers_on_one_store(tmp_path):
     assert second.stderr.count("\n") <= 2
 
 
+@pytest.mark.slow
 def test_a_lab_that_is_not_there():
     done = mace("run", "--lab", "nosuch", "--no-store", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

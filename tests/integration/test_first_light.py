@@ -65,6 +65,7 @@ def test_another_container_beside_it_is_counted_as_exactly(run):
     assert found_paths(measurement, "c2", NOISE) == {("egress", tuple(ways(lab, "c2")["egress"])): sent}
 
 
+@pytest.mark.slow
 def test_delays_of_each_packet_add_up_to_its_overhead(run):
     _, measurement, sent = run
     sums = """
@@ -87,6 +88,7 @@ def test_nothing_was_lost_and_all_is_accounted_for(run):
     assert ledger.matched >= 9 * (2 * COUNT * len(LENGTHS) + sent)
 
 
+@pytest.mark.slow
 def test_large_tcp_buffers_stay_whole(tmp_path):
     """Bulk TCP travels as buffers of up to 64 KiB (GSO); each is one packet with one path."""
     total = 20_000_000

@@ -130,6 +130,7 @@ def test_text_of_the_same_events_says_the_same():
     assert seen == expected
 
 
+@pytest.mark.slow
 def test_gaps_are_exact_in_place_and_number(reader):
     count = 60_000
     with Sender("mftc", count, cpu_choice()) as sender:
@@ -176,6 +177,7 @@ def test_a_ring_that_fills_is_read_before_its_time(reader):
         assert asyncio.run(records_before_the_next_tick(sender)) > 0
 
 
+@pytest.mark.slow
 def test_a_flood_of_all_hooks_accounts_for_every_event(reader):
     """Without a filter: whatever else happens on this machine is counted too."""
     with Sender("mftd", 40_000, 0) as one, Sender("mfte", 40_000, cpu_choice()) as two:
@@ -246,6 +248,7 @@ def start(reader, then):
     return process, process.stdout.readline().strip()
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_the_next_start_removes(reader):
     process, name = start(reader, "signal.pause()")
     try:
@@ -261,6 +264,7 @@ def test_what_a_kill_leaves_the_next_start_removes(reader):
     assert name not in instances()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["sys.exit(3)", "raise RuntimeError", "return"])
 def test_a_program_that_ends_without_closing_leaves_nothing(then):
     process, name = start("read", then)
@@ -292,6 +296,7 @@ def test_the_instance_is_as_it_must_be():
     assert not [n for n in instances() if n.startswith(f"mace-{os.getpid()}-")]
 
 
+@pytest.mark.slow
 def test_tracefs_is_mounted_where_it_is_not():
     script = f"""
         import sys

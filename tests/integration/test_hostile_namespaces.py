@@ -98,6 +98,7 @@ def test_what_lies_over_it_is_not_opened(tmp_path: Path, over: str) -> None:
         assert open_netns(found) is None
 
 
+@pytest.mark.slow
 def test_devices_are_followed_all_the_same(tmp_path: Path) -> None:
     async def followed(user: int) -> bool:
         """Whether the user's device is seen; a search for where it leads is under way then, or over."""

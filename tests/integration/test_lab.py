@@ -117,6 +117,7 @@ def test_this_machine_can():
     assert check() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [4, 6])
 def test_members_reach_each_other_from_the_first_packet_on(name, family):
     with running(Spec(name, containers=2)) as lab:
@@ -127,6 +128,7 @@ def test_members_reach_each_other_from_the_first_packet_on(name, family):
             assert result.mean_rtt_ns > 0
 
 
+@pytest.mark.slow
 def test_set_up_takes_few_commands(name, monkeypatch):
     """Which is why it is quick: a batch for each namespace, not a process for each address."""
     started = []
@@ -163,6 +165,7 @@ def test_every_containers_device_is_called_eth0_and_the_outer_one_carries_the_de
         assert netns.own_inode() not in inodes
 
 
+@pytest.mark.slow
 def test_many_containers(name):
     with running(Spec(name, containers=20, bridges=3)) as lab:
         assert all(lab.ping(container, count=1).received >= 1 for container in lab.containers)
@@ -214,6 +217,7 @@ def test_equal_addresses_with_equal_ports_get_their_own_replies(name):
 # --- traffic ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_udp_delivers_exactly_what_was_asked_for(name):
     with running(Spec(name)) as lab:
         result = lab.udp(count=10_000, rate_pps=20_000)
@@ -225,6 +229,7 @@ def test_udp_delivers_exactly_what_was_asked_for(name):
         assert empty.received == 10
 
 
+@pytest.mark.slow
 def test_udp_echo_and_tcp_requests_give_round_trips(name):
     with running(Spec(name)) as lab:
         for result in (lab.udp(count=200, echo=True, family=6), lab.tcp_requests(count=200)):
@@ -232,6 +237,7 @@ def test_udp_echo_and_tcp_requests_give_round_trips(name):
             assert min(result.rtts_ns) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_tcp_carries_every_byte(name, reverse):
     with running(Spec(name)) as lab:
@@ -245,6 +251,7 @@ def test_a_flood_is_bounded_and_has_no_single_round_trips(name):
         assert (result.sent, result.received, result.rtts_ns) == (2000, 2000, ())
 
 
+@pytest.mark.slow
 def test_a_flow_can_be_stopped_and_says_what_it_did(name):
     with running(Spec(name)) as lab:
         flows = [
@@ -263,6 +270,7 @@ def test_a_flow_can_be_stopped_and_says_what_it_did(name):
             assert not flow.running
 
 
+@pytest.mark.slow
 def test_traffic_ends_with_its_duration(name):
     with running(Spec(name)) as lab:
         result = lab.udp(count=10**9, rate_pps=1000, duration_s=0.5)
@@ -270,6 +278,7 @@ def test_traffic_ends_with_its_duration(name):
         assert result.received == result.sent <= 500
 
 
+@pytest.mark.slow
 def test_traffic_ends_with_the_process_that_asked_for_it(name):
     """And at once, not when somebody cleans up."""
     run = start_run(name)
@@ -282,6 +291,7 @@ def test_traffic_ends_with_the_process_that_asked_for_it(name):
     assert down(name)
 
 
+@pytest.mark.slow
 def test_nobody_listening_is_counted_not_hidden(name):
     with running(Spec(name)) as lab:
         flow = lab.start_udp(count=10**6, rate_pps=1000)
@@ -303,6 +313,7 @@ def test_exec_gives_the_exit_status_and_names_the_nearest_member(name):
 # --- come and go --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_containers_come_and_go_and_names_are_used_again(name):
     with running(Spec(name, containers=2)) as lab:
         old_address = lab.address("c1")
@@ -327,6 +338,7 @@ def test_containers_come_and_go_and_names_are_used_again(name):
             lab.remove_container("host")
 
 
+@pytest.mark.slow
 def test_a_container_that_cannot_be_made_leaves_the_lab_as_it_was(name, monkeypatch):
     with running(Spec(name)) as lab:
         with monkeypatch.context() as patch:
@@ -342,6 +354,7 @@ def test_a_container_that_cannot_be_made_leaves_the_lab_as_it_was(name, monkeypa
 # --- several, and again -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_labs_at_once_have_nothing_to_do_with_each_other(name):
     with running(Spec(name)) as one:
         before = machine()
@@ -361,6 +374,7 @@ def test_a_lab_that_is_up_is_not_made_again(name):
         assert lab.ping(count=1).received >= 1
 
 
+@pytest.mark.slow
 def test_a_lab_stays_until_it_is_taken_down(name):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mace.lab import *; up(Spec({name!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
@@ -377,6 +391,7 @@ def test_a_lab_stays_until_it_is_taken_down(name):
         lab.ping(count=1)
 
 
+@pytest.mark.slow
 def test_a_lab_that_another_process_holds_is_taken_down_by_force_only(name):
     run = start_run(name)
     assert run.stdout.readline() == "up\n"
@@ -421,6 +436,7 @@ def test_a_failure_at_any_step_leaves_nothing(name, monkeypatch, step):
     assert leftovers(name) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("when", ["setting up", "under traffic"])
 def test_signals_end_it_cleanly(name, number, when):
@@ -437,6 +453,7 @@ def test_signals_end_it_cleanly(name, number, when):
     assert leftovers(name) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remover", ["up", "down"])
 def test_kill_9_under_traffic_is_tidied_by_the_next(name, remover):
     run = start_run(name)
@@ -468,6 +485,7 @@ def test_kill_9_at_any_moment_of_the_set_up_is_tidied_by_the_next(name, seed):
         assert leftovers(name) == []
 
 
+@pytest.mark.slow
 def test_what_has_lost_its_state_file_is_found_by_name(name):
     up(Spec(name))
     (state.STATE_DIR / f"{name}.json").unlink()
@@ -484,6 +502,7 @@ def test_a_damaged_state_file_is_in_nobodys_way(name):
     assert leftovers(name) == []
 
 
+@pytest.mark.slow
 def test_a_lab_with_a_missing_namespace_is_broken_and_made_anew(name):
     lab = up(Spec(name))
     netns.remove(lab.netns_path("c1"))
@@ -558,6 +577,7 @@ def test_docker_killed_with_9_is_tidied_by_the_next(name, moment_s):
     assert leftovers(name) == []
 
 
+@pytest.mark.slow
 @pytest.mark.needs("docker")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("frozen", [False, True])
@@ -593,6 +613,7 @@ def test_two_docker_labs_at_once(name):
         assert one.ping("later", count=2).received == 2
 
 
+@pytest.mark.slow
 @pytest.mark.needs("docker")
 @pytest.mark.timeout(120)
 def test_a_docker_daemon_that_died_makes_the_lab_broken(name):

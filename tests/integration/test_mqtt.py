@@ -266,6 +266,7 @@ def test_an_ingest_goes_on_from_its_snapshots(tmp_path, monkeypatch):
     assert content(tmp_path / "store", HEADER.host) == direct(tmp_path / "direct", items, HEADER)
 
 
+@pytest.mark.slow
 def test_rows_for_other_subscribers_are_those_of_the_store(tmp_path):
     """With the documented access list, to a subscriber that knows nothing but Arrow."""
     items = stream(8_000)
@@ -316,6 +317,7 @@ def test_rows_for_other_subscribers_are_those_of_the_store(tmp_path):
     assert vitals.accounts["mqtt"].not_stored == 0
 
 
+@pytest.mark.slow
 @pytest.mark.needs("influxd")
 def test_the_other_sinks_get_what_the_store_gets(tmp_path):
     items = stream(8_000)
@@ -451,6 +453,7 @@ def test_tls_certificates_and_the_documented_access_list(tmp_path):
     assert [run.host for run in Store(tmp_path / "store").runs()] == ["host-a"]
 
 
+@pytest.mark.slow
 def test_passwords_and_a_stream_of_another_host_on_the_own_topic(tmp_path, monkeypatch):
     items = stream(4_000)
     users = passwords(tmp_path / "passwords", {"host-a": "first", "ingest": "second"})

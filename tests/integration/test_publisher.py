@@ -94,6 +94,7 @@ def balanced(sink):
 # Two of one name. -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hosts_of_one_name_are_told_and_do_not_fight(tmp_path, monkeypatch, caplog):
     """The second pause is a minute: what is seen within the test is all there is for a long time."""
     monkeypatch.setattr(mqtt, "_TAKEN_OVER_S", (0.2, 60.0, 600.0))
@@ -124,6 +125,7 @@ def test_two_hosts_of_one_name_are_told_and_do_not_fight(tmp_path, monkeypatch, 
     assert balanced(sinks[0]).waiting == 2_000
 
 
+@pytest.mark.slow
 def test_connections_that_break_at_once_are_made_ever_more_rarely(tmp_path, monkeypatch):
     """Also where a broker ends them without a reason."""
     pauses = []
@@ -151,6 +153,7 @@ def test_connections_that_break_at_once_are_made_ever_more_rarely(tmp_path, monk
 # What the broker is configured for. -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_host_cannot_throw_another_off(tmp_path):
     """With the configuration that is deployed: the name at the broker is the certificate's, whatever a client says."""
     authority = Authority(tmp_path / "certs")
@@ -188,6 +191,7 @@ def test_a_host_cannot_throw_another_off(tmp_path):
     assert (counts.records, counts.refused) == (4_000, 0)
 
 
+@pytest.mark.slow
 def test_a_message_beyond_the_deployed_limit_reaches_nobody(tmp_path):
     limit = next(line for line in DEPLOYED.read_text().splitlines() if line.startswith("message_size_limit"))
     most = int(limit.split()[1])
@@ -281,6 +285,7 @@ STRANGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["before", "between", "behind"])
 def test_frames_that_cannot_be_sent_are_set_aside_and_the_others_arrive(tmp_path, caplog, place):
     items = [TOPOLOGY, *batches(traffic(2_000, 1), 200)]
@@ -365,6 +370,7 @@ def refused_batch(frames, number):
     return batch(number, years_away, before=before, header=frames[0], hook=[Hook.NET_DEV_QUEUE])
 
 
+@pytest.mark.slow
 def test_a_frame_that_the_ingest_refuses_is_set_aside_and_the_others_arrive(tmp_path, caplog):
     frames = encode([TOPOLOGY, *batches(traffic(2_000, 1), 200)], header())
     frames[5] = refused_batch(frames, 5)
@@ -383,6 +389,7 @@ def test_a_frame_that_the_ingest_refuses_is_set_aside_and_the_others_arrive(tmp_
     assert (ledgers["another"].records, ledgers["another"].discarded) == (1_000, 0)
 
 
+@pytest.mark.slow
 def test_a_topology_that_the_ingest_refuses_is_not_sent_again(tmp_path):
     parts = batches(traffic(2_000, 1), 200)
     long = replace(TOPOLOGY.devices[-1], name="x" * 2_000)
@@ -394,6 +401,7 @@ def test_a_topology_that_the_ingest_refuses_is_not_sent_again(tmp_path):
     assert (counts.records, counts.missing) == (3_000, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"run": "r" * 2_000}, {"clock": ClockPair(HEADER.clock.monotonic_ns, 7_000_000_000_000_000_000, 1)}],

@@ -67,6 +67,7 @@ def pinned(instructions, path):
     os.close(fd)
 
 
+@pytest.mark.slow
 def test_ingress_that_is_hidden_is_said_to_be(tmp_path):
     tag = f"r{uuid.uuid4().hex[:6]}"
     pod, host, far = (f"{tag}-{name}" for name in ("pod", "host", "far"))

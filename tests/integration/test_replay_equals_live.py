@@ -99,6 +99,7 @@ def glued(items):
         yield Batch.concatenate(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slice_ns", [10_000_000, 1_000_000_000])
 @pytest.mark.parametrize("cut", ["small", "glued"])
 def test_other_cuts_change_nothing(run, cut, slice_ns):

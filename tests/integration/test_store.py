@@ -91,6 +91,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
     assert Store(tmp_path).delays().num_rows == acknowledged
 
 
+@pytest.mark.slow
 def test_one_writer_at_a_time_and_any_number_of_readers(tmp_path):
     with writer(tmp_path, "first") as process:
         with pytest.raises(StoreError, match=rf"process {process.pid} on .* \(run first\)"):
@@ -102,6 +103,7 @@ def test_one_writer_at_a_time_and_any_number_of_readers(tmp_path):
     assert [r.run for r in Store(tmp_path).runs()] == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_a_reader_sees_rows_while_they_are_written(tmp_path):
     with writer(tmp_path, "run"):
         seen = []
@@ -123,6 +125,7 @@ def small_disk(path, size):
         subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("root")
 def test_a_full_disk_is_told_and_takes_nothing_that_was_stored(tmp_path):
     with small_disk(tmp_path / "disk", 2_000_000) as disk:

@@ -1,8 +1,8 @@
-"""Virtual machines that run beside tests which only compute, so that the guests' tests take no extra time.
+"""Virtual machines that run beside the tests which measure nothing, so that a whole run takes less time.
 
-integration tests      the machine is theirs: they measure
-all others             two virtual machines at a time beside them
-tests of the machines  each waits for its own
+tests on this kernel   integration tests that need its tracepoints; no virtual machine runs beside them
+all others             two virtual machines at a time run beside them, at a lower priority
+tests of the machines  each waits for its own machine
 """
 
 import pytest
@@ -10,21 +10,22 @@ import pytest
 from tests.kernel.matrix import Matrix, Task
 from tests.places import TESTS
 
-_ALONE = TESTS / "integration"
+_INTEGRATION = TESTS / "integration"
 _MACHINES = TESTS / "kernel" / "test_kernels.py"
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Sort the tests into the order given at the top of this file; the sort is stable."""
+    """Sort the tests into the order at the top of this file; within a group the order stays."""
     items.sort(key=lambda item: 0 if _alone(item) else 2 if item.path == _MACHINES else 1)
 
 
 def _alone(item: pytest.Item) -> bool:
-    return item.path.is_relative_to(_ALONE)
+    needs = {name for mark in item.iter_markers("needs") for name in mark.args}
+    return item.path.is_relative_to(_INTEGRATION) and "tracefs" in needs
 
 
 class Machines:
-    """The machines of the selected kernels (-k 6.12 boots one). They start once, when measuring tests are done."""
+    """The machines of the selected kernels: `-k 6.12` boots one. They start once, before the second group."""
 
     def __init__(self, items: list[pytest.Item]) -> None:
         mine = [item for item in items if isinstance(item, pytest.Function) and item.path == _MACHINES]
@@ -32,11 +33,11 @@ class Machines:
         self._matrix: Matrix | None = None
 
     def before(self, item: pytest.Item) -> bool:
-        """Return whether the machines should be started before a test."""
+        """Whether the machines have to start before this test."""
         return self._matrix is None and bool(self._names) and not _alone(item)
 
     def started(self) -> Matrix:
-        """Return all machines, started."""
+        """Start the machines unless they run; return them."""
         if self._matrix is None:
             self._matrix = Matrix(self._names, Task())
         return self._matrix

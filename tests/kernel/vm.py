@@ -254,6 +254,8 @@ class _Machine:
         with log:
             self.qemu = self._spawn(
                 [
+                    # Whatever runs beside a machine goes first: its tests have no other limit than that of a hang.
+                    *("nice", "-n", "10"),
                     *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
                     *("-machine", "q35,memory-backend=memory", "-smp", str(POSSIBLE_CPUS)),
                     *(KVM if self.kvm else EMULATED),

@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +47,7 @@ def tried(resolver, hook_p, sources, hook_n, targets):
             yield a, b
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(topologies())
 def test_pairs_are_those_that_trying_all_finds(topology):

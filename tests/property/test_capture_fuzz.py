@@ -10,6 +10,7 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +126,7 @@ def mutations(draw):
     return bytes(content)
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(mutations())
 @example(BYTES)
@@ -134,6 +136,7 @@ def test_a_mutated_file(content):
     judge_salvage(content)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(st.integers(0, len(FRAMES) - 1), max_size=15))
 @example(list(range(len(FRAMES))))
@@ -146,6 +149,7 @@ def test_frames_shuffled_repeated_left_out(order):
         assert (capture.truncated is None) == (len(order) == len(FRAMES))
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300))
 def test_no_capture_at_all(content):
     for start in (b"", FILE_HEAD, BYTES[: STARTS[1]], BYTES[: STARTS[3]]):
@@ -206,6 +210,7 @@ def hostile_payloads(draw):
     return FILE_HEAD + b"".join([*FRAMES[:number], sealed, *FRAMES[number + 1 :]])
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(hostile_payloads())
 def test_a_hostile_writer(content):

@@ -125,6 +125,7 @@ def naive_pairs(run, stamps):
     return [(out[request[k]][1], back[response[k]][1]) if k in response else None for k in range(len(s))]
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.integers(0, 1 << 32), st.integers(1, 5), st.sampled_from([3e4, 1e6, 4e6, 3e7]), st.integers(0, 3))
 def test_as_by_trying_everything(seed, count, pace_ns, strangers):
@@ -143,6 +144,7 @@ def test_as_by_trying_everything(seed, count, pace_ns, strangers):
 # Against the truth -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e4, 3e5, 2e6, 1e7, 5e7]), st.booleans(), st.integers(0, 20))
 def test_never_a_wrong_pair(seed, pace_ns, content, strangers):
@@ -166,6 +168,7 @@ def test_all_of_a_calm_run_are_paired(pace_ns, loss, duplicates):
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
 
 
+@pytest.mark.slow
 def test_all_of_a_flood_are_paired_by_their_order():
     run = ping_run(np.random.default_rng(6), 5_000, pace_ns=150_000, rtt_ns=10_000, jitter_ns=1_000)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
@@ -177,6 +180,7 @@ def some_without_times(run, rng, share):
     return replace(run.samples, rtt_ns=np.where(chosen, NOT_TOLD, run.samples.rtt_ns), untimed=chosen), chosen
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e4, 3e5, 2e6, 1e7]), st.booleans(), st.integers(0, 5))
 def test_replies_without_a_time_make_no_pair_wrong(seed, pace_ns, content, strangers):
@@ -287,6 +291,7 @@ def test_far_from_what_was_lost_nothing_changes():
 # Piece by piece --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e5, 6e6, 2e7]), st.integers(1, 30))
 def test_what_is_settled_is_not_told_otherwise_at_the_end(seed, pace_ns, step):

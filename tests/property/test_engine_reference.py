@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -202,6 +203,7 @@ def test_the_engine_says_what_the_reference_says(batch):
     assert results[-1].packets == results[-1].grades.packets
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(
     st.one_of(tapes(), continued()),
@@ -224,6 +226,7 @@ def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, whole_batches
     assert cut[-1].grades == whole[-1].grades
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(st.one_of(tapes(), continued()), st.integers(0, 2**32), st.booleans())
 def test_cpus_and_when_they_are_read_change_nothing(batch, seed, ambiguous):
@@ -253,6 +256,7 @@ def test_cpus_and_when_they_are_read_change_nothing(batch, seed, ambiguous):
     assert found[-1].ledger == whole[-1].ledger
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(tapes())
 def test_device_delays_add_up_to_the_overhead(batch):
@@ -307,6 +311,7 @@ def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
     assert sum(len(result.delays) for result in results) == 3_000
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(tapes(), st.lists(st.integers(0, 80_000), min_size=1, max_size=4), st.booleans())
 def test_an_engine_goes_on_where_another_stopped(batch, times, ambiguous):

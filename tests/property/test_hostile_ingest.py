@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -159,5 +160,5 @@ class OneHostileAmongHosts(RuleBasedStateMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-TestOneHostileAmongHosts = OneHostileAmongHosts.TestCase
+TestOneHostileAmongHosts = pytest.mark.slow(OneHostileAmongHosts.TestCase)
 TestOneHostileAmongHosts.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)

@@ -84,6 +84,7 @@ def test_ties_and_constants():
     assert found.estimate == 2
 
 
+@pytest.mark.slow
 @given(arrays.arrays(np.int64, st.integers(0, 300), elements=st.integers(-(10**12), 10**12)))
 def test_bounds_enclose_the_estimate_and_stay_among_the_values(values):
     for of in (mean, median):

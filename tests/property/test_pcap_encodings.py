@@ -85,6 +85,7 @@ def blocks(draw, frames):
     return raw, step_ns, discarded
 
 
+@pytest.mark.slow
 @EVERY
 @given(data=st.data())
 def test_every_encoding_gives_the_same(tmp_path, data):
@@ -119,6 +120,7 @@ def seen_at(share):
     return [Frame(utc_ns + (one.utc_ns - utc_ns) * share // 1000, one.data) for utc_ns, one in begun]
 
 
+@pytest.mark.slow
 @EVERY
 @given(data=st.data(), between=devices(), form=st.sampled_from(("sll2", "ng", "sll", "merged")))
 def test_a_capture_of_several_devices_gives_the_farthest_or_nothing(tmp_path, data, between, form):

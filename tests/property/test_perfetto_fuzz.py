@@ -57,6 +57,7 @@ def changed(raw, what):
     return bytes(raw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("salvage", [False, True])
 @given(which=st.sampled_from(sorted(TRACES)), what=changes)
 @example(which="generic", what=[("insert", 0.999, 0x12, 1)])  # a packet of events without one that has a time

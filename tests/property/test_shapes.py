@@ -51,6 +51,7 @@ def told(batch, few, monkeypatch, **config):
     return columns, windows, results[-1].ledger, results[-1].grades, results[-1].devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["as they are", "all the same", "none"])
 @settings(max_examples=60)
 @given(tapes(), st.sampled_from([2_500, 1 << 40]))

@@ -185,6 +185,7 @@ def test_what_was_written_is_read(tmp_path, form, address, events):
         assert not any("left out" in line for line in source.warnings)
 
 
+@pytest.mark.slow
 @EVERY
 @given(form=st.sampled_from(sorted(NOT_READ)), events=EVENTS)
 def test_what_is_not_read_is_refused_or_counted(tmp_path, form, events):

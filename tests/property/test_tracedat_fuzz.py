@@ -85,6 +85,7 @@ def test_flipped_bits(tmp_path, base, data):
     survives(tmp_path / "trace.dat", bytes(raw))
 
 
+@pytest.mark.slow
 @EVERY
 @given(base=st.sampled_from(sorted(BASES)), data=st.data())
 def test_lying_numbers(tmp_path, base, data):
@@ -104,6 +105,7 @@ def test_cut_files(tmp_path, base, data):
     survives(tmp_path / "trace.dat", raw[: data.draw(st.integers(0, len(raw)))])
 
 
+@pytest.mark.slow
 @EVERY
 @given(base=st.sampled_from(sorted(BASES)), data=st.data())
 def test_pieces_put_together_otherwise(tmp_path, base, data):
@@ -185,6 +187,7 @@ def test_a_bomb_goes_off_in_bounded_memory(tmp_path, told):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_bomb_for_each_of_many_cpus(tmp_path):
     """Each small enough to be allowed: they must not all be in memory at once."""
     # Pages with nothing in them, and junk behind that, or it would shrink by more than is believed.

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -109,6 +110,7 @@ def test_any_header(header):
     assert Decoder().frame(encode([], header)[0]) == header
 
 
+@pytest.mark.slow
 @given(st.data(), st.integers(1, 200), st.lists(st.integers(0, 200), max_size=8))
 def test_cuts_do_not_matter(data, count, cuts):
     whole = data.draw(columns(count))

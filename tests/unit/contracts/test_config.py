@@ -121,6 +121,7 @@ def test_ports_that_are_none(listen):
         address(listen)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, raw):

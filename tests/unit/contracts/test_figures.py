@@ -58,6 +58,7 @@ def test_a_distribution_is_what_was_added():
     assert delays.as_dict()["mean_ns"] == round(values.mean(), 1)
 
 
+@pytest.mark.slow
 def test_a_distribution_holds_no_more_of_a_long_run_than_of_a_short_one():
     """Windows are parts of the arrays of all windows of a moment, and rare ones come for days."""
     delays, all_windows = Distribution(), np.arange(1000)

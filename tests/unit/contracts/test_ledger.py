@@ -59,6 +59,7 @@ class Slow:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize(
     ("loss", "discarded", "engine"),

@@ -171,6 +171,7 @@ device = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(device, unique_by=lambda d: d.key),
     st.lists(st.sampled_from(["eth0", "br0", "x"])),

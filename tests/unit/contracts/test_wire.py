@@ -248,6 +248,7 @@ def test_a_writer_refuses_what_no_reader_would_take():
 # --- frames that are not as they were written -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed():
     frames = encode([TOPOLOGY, traffic(50)])
     for number, frame in enumerate(frames):

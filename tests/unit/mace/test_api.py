@@ -32,6 +32,7 @@ def sorted_rows(table, schema):
     return plain.sort_by([("time", "ascending"), ("packet", "ascending"), ("position", "ascending")])
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_a_store(recording, tmp_path):
     store = recording.store(tmp_path / "store")
     assert isinstance(store, mace.Store)
@@ -82,6 +83,7 @@ def test_damage(capture, tmp_path):
     assert "skipped" in salvaged.warnings[0]
 
 
+@pytest.mark.slow
 def test_several_hosts_in_one_store(capture, tmp_path):
     other = tmp_path / "other.mace"
     other.write_bytes(capture_bytes([TOPOLOGY, traffic(1_000)], replace(HEADER, host="other.example")))
@@ -102,6 +104,7 @@ def test_contracts_do_not_load_the_api():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_report_over_recordings_is_the_replay(capture, capsys):
     assert cli.main(["report", str(capture), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

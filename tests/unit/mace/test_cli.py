@@ -62,6 +62,7 @@ def test_errors_are_one_line(tmp_path, capsys):
         assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path):
     done = mace("--debug", "replay", tmp_path / "no.mace", check=False)
     assert done.returncode == 1

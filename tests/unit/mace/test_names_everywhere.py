@@ -101,6 +101,7 @@ def test_a_device_and_its_sighting_have_the_same_name():
 # Ways out: what people read.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("console", [Console, terminal.Console])
 def test_tables(console, monkeypatch):
     """On whatever console of Rich's."""
@@ -151,6 +152,7 @@ def test_pictures_and_pages(store, tmp_path, capsys):
     assert "$x^$" in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["$x^$", "_hidden", "😀", "\\$a$", "<script>alert(1)</script>", "\x1b[31m", "\ufeff"])
 def test_a_picture_of_one_name(name):
     place = Place.of(replace(DEVICES[0], name=name, container=name), 0)
@@ -276,6 +278,7 @@ def test_lines_of_packets_have_the_tags_they_should():
     assert all(set(victoria_reads(line)) <= names for line in made)
 
 
+@pytest.mark.slow
 def test_prometheus():
     endpoint = Endpoint(PrometheusConfig(listen="127.0.0.1:0"), Vitals())
     endpoint.add(ODD_HEADER, RESULTS)
@@ -323,6 +326,7 @@ def test_arrow_over_mqtt(tmp_path):
 # Strict JSON.
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.recursive(

@@ -202,6 +202,7 @@ def test_a_cancelled_write_is_whole_or_not_there(tmp_path):
         assert path.read_bytes() in (capture_bytes([TOPOLOGY, traffic(50_000)]), capture_bytes([TOPOLOGY]))
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_readable_file(tmp_path):
     program = textwrap.dedent(
         """

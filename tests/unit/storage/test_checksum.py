@@ -38,6 +38,7 @@ def figures(path, source="rows"):
     return json.dumps(Store(path).summary(source=source).as_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["delays", "windows", "ledger", "runs"])
 def test_no_flipped_bit_changes_a_figure(whole, tmp_path, table):
     source = "windows" if table == "windows" else "rows"
@@ -157,6 +158,7 @@ def merged(path, damage):
     return [each for table in segments.TABLES for each in segments.listing(path, table)]
 
 
+@pytest.mark.slow
 def test_merging_does_not_give_damaged_rows_a_new_checksum(tmp_path, caplog):
     victims = []
 
@@ -170,6 +172,7 @@ def test_merging_does_not_give_damaged_rows_a_new_checksum(tmp_path, caplog):
     assert [path for one in check(tmp_path) for path in one.damaged] == victims
 
 
+@pytest.mark.slow
 def test_merged_segments_have_one_too(tmp_path):
     found = merged(tmp_path, lambda paths: None)
     assert any(each.first != each.last for each in found)
@@ -177,6 +180,7 @@ def test_merged_segments_have_one_too(tmp_path):
     assert not any(one.damaged for one in check(tmp_path))
 
 
+@pytest.mark.slow
 def test_segments_of_before_are_read_as_they_are(whole, tmp_path):
     path = tmp_path / "store"
     shutil.copytree(whole, path)

@@ -120,6 +120,7 @@ def test_what_observing_cost_is_kept_when_a_run_ends(tmp_path):
     assert store_.cost(Filter(run="second"))[0].calls == 600
 
 
+@pytest.mark.slow
 def test_a_source_that_cannot_tell_its_cost_leaves_none(tmp_path):
     asyncio.run(fill(tmp_path, [make_results(make_delays(10))]))
     assert not (tmp_path / "cost").exists()
@@ -248,6 +249,7 @@ def test_merging_changes_the_files_and_not_the_rows(tmp_path):
     assert str(schema.field("container").type).startswith("dictionary")
 
 
+@pytest.mark.slow
 def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch):
     """So that merging, and reading, never holds many histograms at a time."""
     monkeypatch.setattr(segments, "MERGE_BATCH_ROWS", 4 * segments.ROW_WEIGHT["windows"])
@@ -270,6 +272,7 @@ def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch)
     assert max(found.row_group(n).num_rows for n in range(found.num_row_groups)) <= 4
 
 
+@pytest.mark.slow
 def test_merging_gives_back_what_it_took(tmp_path):
     """A long run's memory is flat. In a process of its own, whose allocator has nothing at hand yet."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
@@ -298,6 +301,7 @@ def resident_around_merging(path):
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
     async def run():
         sink = store(tmp_path, flush_rows=1)

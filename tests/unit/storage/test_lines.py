@@ -79,6 +79,7 @@ rows = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(st.lists(rows, min_size=1, max_size=4))
 def test_any_rows_in_any_batches(batches):
     """All lines come, and no two have the same series and time, however few different times there are."""

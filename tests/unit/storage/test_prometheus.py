@@ -284,6 +284,7 @@ def test_a_container_s_id_ties_its_names():
     assert info(server) == set()
 
 
+@pytest.mark.slow
 def test_hours_of_churn_cost_what_minutes_do():
     """A container every other second for two hours, each there for four seconds: series, text, memory and the work of
     a scrape and of taking results in stay.

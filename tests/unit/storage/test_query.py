@@ -112,6 +112,7 @@ def stored(tmp_path_factory):
     return Store(path), delays
 
 
+@pytest.mark.slow
 def test_filters_choose_rows(stored):
     store, delays = stored
     middle = int(np.median(delays.utc_ns))
@@ -200,6 +201,7 @@ def test_rows_as_arrow(stored):
         store.delays(columns=["delay_nss"])
 
 
+@pytest.mark.slow
 def test_runs_and_their_ledgers_add_up(tmp_path):
     one, two = Ledger(records=10, matched=10), Ledger(records=7, matched=4, unmatched=3, lost=9)
     fill(tmp_path, [make_results(make_delays(5), ledger=one)], "a")
@@ -252,6 +254,7 @@ def test_what_is_no_store(tmp_path):
         Store(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_empty_store_has_an_empty_summary(tmp_path):
     fill(tmp_path, [])
     store = Store(tmp_path)
@@ -261,6 +264,7 @@ def test_an_empty_store_has_an_empty_summary(tmp_path):
     assert store.delays().num_rows == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "empty", "overwritten"])
 def test_a_damaged_segment_is_named(tmp_path, how):
     fill(tmp_path, [make_results(make_delays(50, first_packet=50 * n)) for n in range(3)], flush_rows=1)
@@ -328,6 +332,7 @@ def test_grades_are_stored_with_the_ledger(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_ledger_of_before_there_were_grades(tmp_path):
     """All packets were graded by the buffer: what reads such files says so, and so does what merges them."""
     fill(tmp_path, [make_results(make_delays(9))], "a")
@@ -396,6 +401,7 @@ def containers_of(summary):
     return {(k[0].container, k[0].container_id) for k, _ in summary.overhead()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["rows", "windows"])
 @pytest.mark.parametrize(
     ("names", "shown"),
@@ -422,6 +428,7 @@ def test_a_container_that_was_renamed_is_read_by_its_newest_name(tmp_path, names
     assert set(asked["container"].to_pylist()) - {""} == names_shown
 
 
+@pytest.mark.slow
 def test_a_renamed_container_is_found_by_any_name_that_it_had(tmp_path):
     store = renaming(tmp_path, ("web-tmp", ID), ("web", ID), ("c0", OTHER_ID))
     whole = told(store.summary(Filter(container="web")))
@@ -434,6 +441,7 @@ def test_a_renamed_container_is_found_by_any_name_that_it_had(tmp_path):
     assert [c.earlier for c in store.containers() if c.container == "web"] == [("web-tmp",)]
 
 
+@pytest.mark.slow
 def test_who_is_called_as_asked_goes_before_who_was(tmp_path):
     store = renaming(tmp_path, ("web", ID), ("old", ID), ("web", OTHER_ID))
     assert containers_of(store.summary(Filter(container="web"))) == {("web", OTHER_ID)}
@@ -446,6 +454,7 @@ def test_rows_are_given_as_they_are_stored(tmp_path):
     assert set(rows["container_id"].to_pylist()) == {"", ID}
 
 
+@pytest.mark.slow
 def test_a_store_of_before_there_were_ids_reads_the_same(tmp_path):
     store = renaming(tmp_path, ("web", ""), ("db", ""), containers=2)
     before = store.summary().as_dict()
@@ -489,6 +498,7 @@ def test_columns_of_today_are_made_for_rows_of_before():
         assert made.to_pylist() == [nothing] * 2
 
 
+@pytest.mark.slow
 def test_a_damaged_segment_of_windows_costs_names_and_nothing_else(tmp_path):
     store = renaming(tmp_path, ("web-tmp", ID), ("web", ID))
     [*_, last] = segments.listing(tmp_path, "windows")
@@ -500,6 +510,7 @@ def test_a_damaged_segment_of_windows_costs_names_and_nothing_else(tmp_path):
     assert told(summary).keys() == told(store.summary(source="rows")).keys()
 
 
+@pytest.mark.slow
 def test_containers_on_the_host_s_network_are_kept_with_the_ledger(tmp_path):
     agent, image = Sharer("agent", ID), Sharer("image.sif[7]")
     one = make_results(make_delays(9))

@@ -154,6 +154,7 @@ def test_without_a_spool_they_are_counted_as_dropped():
     assert account.reasons["not delivered at the end, and no spool to keep it"] == 100
 
 
+@pytest.mark.slow
 def test_a_full_spool_drops_the_oldest_and_counts_them(tmp_path):
     async def work():
         account = Account()
@@ -205,6 +206,7 @@ def test_a_full_buffer_drops_the_newest_and_never_waits(tmp_path):
     assert account.buffer_peak == 1000
 
 
+@pytest.mark.slow
 def test_a_patient_sink_loses_nothing(tmp_path):
     """A replay waits: for the buffer, and for the spool."""
     account = Account()

@@ -116,6 +116,7 @@ def rings(draw):
     return pages
 
 
+@pytest.mark.slow
 @given(rings())
 def test_every_kind_of_entry_decodes_as_one_at_a_time(pages):
     compare(pages)
@@ -213,6 +214,7 @@ def test_a_page_read_in_two_goes():
     assert second.batch.ts_ns.tolist() == [105 + (1 << 30), 110 + (1 << 30)]
 
 
+@pytest.mark.slow
 @given(rings(), rings(), st.integers(0, 200))
 def test_cpus_decoded_together_are_as_decoded_apart(one, two, skip):
     if one[0].layout != two[0].layout:
@@ -238,6 +240,7 @@ def test_nothing_in_nothing_out():
     assert (len(decoded.batch), decoded.gaps) == (0, ())
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(1, 30))
 def test_damaged_pages_are_refused_or_read_but_never_left(seed, flips):
     rng = random.Random(seed)

@@ -64,6 +64,7 @@ def test_golden_captures_give_what_the_plain_ones_give(plain, kind, suffix, disc
     assert len(said) == len(source.warnings) == discarded
 
 
+@pytest.mark.slow
 def test_a_long_block_does_not_have_to_be_in_memory(tmp_path, replayed, plain):
     inner = gzip.decompress((CAPTURES / "secrets-inner.pcapng.gz").read_bytes())
     at = 28 + struct.unpack_from("<I", inner, 32)[0] if struct.unpack_from("<I", inner, 28)[0] == 1 else 28
@@ -495,6 +496,7 @@ def test_an_interface_with_much_to_say(replayed):
     assert source.warnings == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_as_many_interfaces_and_kinds_as_a_file_can_have(replayed):
     """In time that grows with the file, and told in a few lines."""

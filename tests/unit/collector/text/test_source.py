@@ -462,6 +462,7 @@ def test_the_first_event_may_come_late(file, before):
     assert source.discarded == 0
 
 
+@pytest.mark.slow
 def test_a_late_event_costs_no_memory(file):
     path = file(LATE["no head"] * 70 + NAMED.encode())
     tracemalloc.start()

@@ -172,6 +172,7 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_every_type_at_any_depth_is_strict_json(query):
     columns = ", ".join(
         f"{sql} AS plain{n}, [{sql}, NULL] AS list{n}, {{'x': {sql}}} AS struct{n}, [{{'x': [{sql}]}}] AS deep{n},"
@@ -207,6 +208,7 @@ def test_nulls_and_slices_of_nested_values(query):
     ]
 
 
+@pytest.mark.slow
 def test_times_are_the_same_everywhere(query):
     for asked, shown in (
         ("SELECT list(time ORDER BY time) AS t FROM delays", r'\["2025-06-15T15:06:40\.\d{9}Z", "'),
@@ -234,6 +236,7 @@ def test_days_are_those_of_utc(query, monkeypatch):
 # Limits -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_nothing_is_written_where_it_runs(query, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = query("SELECT list(i) AS l FROM range(100000000) r(i)", "--json", "--memory-mib", 64)
@@ -316,6 +319,7 @@ def test_a_damaged_segment_is_named_or_skipped_and_counted(broken, damage, form,
     assert capfd.readouterr().err == f"1 damaged segments ({rows:,} rows) were skipped\n"
 
 
+@pytest.mark.slow
 def test_rows_that_mace_does_not_write_are_told(tmp_path, path, capsys):
     made = tmp_path / "foreign"
     shutil.copytree(path, made)

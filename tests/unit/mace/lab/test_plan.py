@@ -24,6 +24,7 @@ def all_places(spec: Spec) -> list[plan.Placement]:
     return [plan.place(spec, f"c{slot + 1}", slot) for slot in range(plan.capacity(spec))]
 
 
+@pytest.mark.slow
 @FEW
 @given(SPECS)
 def test_all_addresses_are_kept_for_documentation(spec):
@@ -34,6 +35,7 @@ def test_all_addresses_are_kept_for_documentation(spec):
         assert any(address.ip in net for net in DOCUMENTATION if net.version == address.version)
 
 
+@pytest.mark.slow
 @FEW
 @given(SPECS)
 def test_a_container_shares_its_bridges_subnet_and_all_are_masqueraded(spec):

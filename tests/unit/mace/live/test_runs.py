@@ -16,6 +16,7 @@ from tests.places import DOCS
 EXAMPLE = DOCS / "example.mace"
 
 
+@pytest.mark.slow
 def test_two_replays_in_one_loop_beside_something_else(tmp_path, capfd):
     ticks, read = 0, []
 

@@ -105,10 +105,12 @@ def made(tmp_path_factory):
     return trace_processor.ask(export(path), ERRORS, SLICES, FLOWS, COUNTERS, FOLLOWING)
 
 
+@pytest.mark.slow
 def test_the_trace_processor_has_nothing_to_complain_of(made):
     assert made[0] == []
 
 
+@pytest.mark.slow
 def test_each_delay_is_a_slice_with_its_figures(made):
     _, slices, *_ = made
     _, delays = engine_results(scene())
@@ -247,6 +249,7 @@ def packets_of(raw):
     return [s for s in slices if s["category"] in HOPS], [s for s in slices if s["category"] == "record"]
 
 
+@pytest.mark.slow
 def test_worst_takes_the_slowest_and_what_answers_them(tmp_path, capsys):
     tape = Tape()
     tape.packet("R:out0 c", START_NS, skb=99)
@@ -265,6 +268,7 @@ def test_worst_takes_the_slowest_and_what_answers_them(tmp_path, capsys):
     assert told["ledger"]["records"] == len(tape)  # of all, also of what is not shown
 
 
+@pytest.mark.slow
 def test_one_packet_by_its_number(tmp_path, capsys):
     path = write(tmp_path, scene())
     _, delays = engine_results(scene())
@@ -403,6 +407,7 @@ def test_the_worst_of_any_file_are_found_again_when_it_is_read_a_second_time(tmp
     assert {s["packet"] for s in instants} == packets
 
 
+@pytest.mark.slow
 def test_what_waits_for_its_packets_is_bounded():
     """Batches that no result settles are given out in time, without packets."""
     from mace.shown import timeline

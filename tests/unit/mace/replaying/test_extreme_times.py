@@ -97,6 +97,7 @@ def outcome(records, size, config):
     return len(results), rows, told, results[-1].ledger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_sparse_stream_gives_the_same_whatever_its_slices_are(busy):
     """A round trip each three seconds, for as long as slices are sparse; or with a busy stretch in their midst."""
@@ -143,6 +144,7 @@ def stored(store):
     }
 
 
+@pytest.mark.slow
 def test_many_hours_need_few_open_files_and_give_the_same_rows(tmp_path, monkeypatch):
     capture = tmp_path / "hours.mace"
     capture.write_bytes(capture_bytes([TOPOLOGY, hours_apart(60)]))

@@ -195,6 +195,7 @@ def test_an_unfinished_replay_is_not_written_over(capture, tmp_path):
         replayed(capture, store, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_is_stored_once(capture, tmp_path):
     replayed(capture, tmp_path / "store")
     for resume in (False, True):
@@ -211,6 +212,7 @@ def test_not_into_a_strange_directory(capture, tmp_path):
         replayed(capture, tmp_path)
 
 
+@pytest.mark.slow
 def test_damage_ends_it_where_it_is_and_leaves_what_came_before(capture, tmp_path):
     data = bytearray(capture.read_bytes())
     data[len(data) // 2] ^= 0xFF
@@ -328,6 +330,7 @@ def served(folder):
         loop.close()
 
 
+@pytest.mark.slow
 def test_from_a_web_server(capture, reference, tmp_path):
     """A real server, which is asked for stretches of the capture."""
     pytest.importorskip("fsspec")

@@ -51,6 +51,7 @@ def test_json_is_one_line_and_the_live_object(path, capsys):
     assert json.loads(out) == json.loads(json.dumps(live.as_dict()))
 
 
+@pytest.mark.slow
 def test_tables_and_typical_paths(path, capsys):
     run(path)
     out = capsys.readouterr().out
@@ -69,6 +70,7 @@ def test_a_loss_is_told_whatever_is_shown(lossy, capsys, options):
     assert "lost 1,234" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_one_packet(path, capsys):
     number = int(make_delays(1000, containers=2).packet[0])
     run(path, "--packet", number)
@@ -98,6 +100,7 @@ def test_runs(path, capsys):
     assert found["rows_stored"] == len(make_delays(1000, containers=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -146,6 +149,7 @@ def test_pictures(lossy, tmp_path, capsys):
     assert "@import" not in page
 
 
+@pytest.mark.slow
 def test_a_picture_of_nothing(tmp_path, capsys):
     fill(tmp_path / "store", [])
     run(tmp_path / "store", "--png", tmp_path / "x.png", "--json")
@@ -153,11 +157,13 @@ def test_a_picture_of_nothing(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["packets"] == 0
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written(path, tmp_path):
     with pytest.raises(Exception, match=r"no/x\.png: cannot write"):
         run(path, "--png", tmp_path / "no" / "x.png")
 
 
+@pytest.mark.slow
 def test_without_matplotlib_only_pictures_are_missing(path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "mace.shown.plots", raising=False)
@@ -168,6 +174,7 @@ def test_without_matplotlib_only_pictures_are_missing(path, monkeypatch, capsys)
         run(path, "--png", "x.png")
 
 
+@pytest.mark.slow
 def test_reports_without_pictures_do_not_load_matplotlib():
     code = "import sys, mace.shown.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -202,6 +202,7 @@ def test_a_process_of_its_own(streams, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_closed_output_would_have_is_not_written_into_a_file(tmp_path):
     """The first file that is opened would become standard output where there is none."""
     store = tmp_path / "store"

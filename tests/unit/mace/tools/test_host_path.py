@@ -134,6 +134,7 @@ def test_probes_that_cannot_be(shape, why):
         Probing(**{"address": "203.0.113.2", "count": 10, "interval_s": 0.01, "netns_fd": 0, "host_netns": "", **shape})
 
 
+@pytest.mark.slow
 def test_a_term_is_told_with_its_interval_and_what_it_makes_of_a_median():
     host, container = ([stretches(*_seen(way, before_us=n), inner, "out0") for n in range(20, 30)]
                        for way, inner in ((HOST_WAY, None), (WAY, "eth0")))  # fmt: skip

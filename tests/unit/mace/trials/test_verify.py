@@ -133,6 +133,7 @@ def test_what_is_taken_away_is_told(round_trips, share, seed, cut):
     assert (ledger.lost, ledger.records, ledger.imbalance) == (gone.sum(), (~gone).sum(), 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.integers(20, 60), st.sampled_from([0.05, 0.2]), st.integers(0, 99))
 def test_the_engine_matches_all_that_what_is_left_allows_and_nothing_else(round_trips, share, seed):
