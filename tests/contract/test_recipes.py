@@ -195,7 +195,7 @@ def test_a_sink(tree):
         '    with configured(SinksConfig(lines=LinesConfig(str(place / "lines")))) as made:\n        yield made\n\n\n',
     )
     tree.insert(kit, '    "prometheus": prometheus,\n    "mqtt"', '    "lines": lines,\n')
-    tree.insert(kit, '"store"}\n"""Lossless', '"lines", ')
+    tree.insert(kit, '"store"}\n"""Sinks', '"lines", ')
     tree.check(
         *(kit, "tests/contract/test_configuration_doc.py"),
         choose=("lines", "every_sink_has_its_makers", "the_table_is_the_code"),
