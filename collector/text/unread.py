@@ -20,12 +20,12 @@ _PERF_FIELDS: Final = "`perf script -F comm,tid,cpu,time,event,trace`"
 class Unread(Enum):
     """A kind of line that cannot be parsed; the value describes the lines and says what to do."""
 
-    NO_ADDRESS = f"lines do not tell the buffer's address (skbaddr=), which {_PERF_FIELDS} prints, as all tracers do"
-    NO_CPU = f"lines do not tell the CPU, as [000]: print it, with {_PERF_FIELDS}"
-    NO_TIME = f"lines do not tell the time: print it, with {_PERF_FIELDS}"
-    NO_NAME = f"lines do not tell the event's name: print it, with {_PERF_FIELDS}"
+    NO_ADDRESS = f"lines have no buffer address (skbaddr=), which {_PERF_FIELDS} prints, as all tracers do"
+    NO_CPU = f"lines have no CPU, such as [000]: print it with {_PERF_FIELDS}"
+    NO_TIME = f"lines have no time: print it with {_PERF_FIELDS}"
+    NO_NAME = f"lines have no event name: print it with {_PERF_FIELDS}"
     LATENCY = (
-        "lines are in ftrace's latency format, whose times count from when its buffer was last emptied: "
+        "lines are in ftrace's latency format, whose times count from the last time that the buffer was emptied: "
         "`echo 0 > options/latency-format` and print again"
     )
     GRAPH = (
@@ -34,10 +34,10 @@ class Unread(Enum):
     TICKS = "lines have times that are not seconds: trace with another clock, `echo mono > trace_clock`"
     NO_CONTEXT = "lines have neither task, CPU nor time: `echo 1 > options/context-info` and print again"
     RAW = "lines are numbers of ftrace's raw or hex form: `echo 0` to options/raw and options/hex and print again"
-    GARBLED = "lines begin as an event does, or name one that is measured, and are cut or garbled"
+    GARBLED = "lines begin like an event or name one that is measured, but are cut or garbled"
     NOT_EVENTS = (
-        "lines are no events, as printed texts and names of tasks have them that hold line feeds; none names an event "
-        "that is measured"
+        "lines are no events but parts of printed texts or of task names with line feeds; none names an event that "
+        "is measured"
     )
 
 
