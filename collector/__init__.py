@@ -8,7 +8,7 @@ from typing import Final
 
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
-from collector.live.ring_source import Follower
+from collector.live.ring_source import FollowsDevices
 from contracts.config import CaptureConfig
 from contracts.interfaces import Source, Status
 
@@ -19,7 +19,7 @@ class LiveSource:
 
     check: Callable[[], Status]
     """Returns whether the source can run here."""
-    make: Callable[[CaptureConfig, Follower, str], Source]
+    make: Callable[[CaptureConfig, FollowsDevices, str], Source]
     """Makes the source from the configuration, a follower of devices, and the host's name (empty: the machine's own).
 
     Raises `Unavailable` if the source cannot do what the configuration demands.
@@ -30,4 +30,4 @@ SOURCES: Final[dict[str, LiveSource]] = {
     "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured),
     "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured),
 }
-"""Live sources by name, the best first: `auto` chooses the first that can run."""
+"""Live sources by name, in the order of `contracts.sources.LIVE`."""

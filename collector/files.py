@@ -1,7 +1,7 @@
 """Files that hold a stream: the format of each, the time of its capture, and the reader for it.
 
 `FORMATS` is the table of formats. A file has the first format that recognises its first bytes; every format replays
-through the same engine. A `Recording` names one stream to replay: plain data, so that another process can open it.
+through the same engine. A `LocalRecording` names one stream to replay: plain data, so that another process can open it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "FileOptions",
     "FileReader",
     "FileSource",
-    "Recording",
+    "LocalRecording",
     "in_time_order",
     "ordered",
     "recording",
@@ -63,7 +63,7 @@ class FileFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class LocalRecording:
     """A file (or several that are one stream) whose format is known."""
 
     paths: tuple[Path, ...]
@@ -110,25 +110,25 @@ def sniff(path: Path | str) -> FileFormat:
     )
 
 
-def recording(path: Path | str, options: FileOptions | None = None) -> Recording:
+def recording(path: Path | str, options: FileOptions | None = None) -> LocalRecording:
     """Return one file as a recording; raises `Unavailable` or `CaptureError`."""
     return recording_of(sniff(path), (Path(path),), options)
 
 
-def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions | None = None) -> Recording:
+def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions | None = None) -> LocalRecording:
     """Return files of a given format that hold one stream as a recording; raises `Unavailable` or `CaptureError`."""
     options = options or FileOptions()
     told = form.describe(paths, options)
     size = sum(path.stat().st_size for path in paths)
-    return Recording(tuple(paths), form.name, options, told.header, told.first_utc_ns, size)
+    return LocalRecording(tuple(paths), form.name, options, told.header, told.first_utc_ns, size)
 
 
-def in_time_order(paths: Iterable[Path | str], options: FileOptions | None = None) -> list[Recording]:
+def in_time_order(paths: Iterable[Path | str], options: FileOptions | None = None) -> list[LocalRecording]:
     """Return files as recordings, ordered like `ordered`; raises `Unavailable` or `CaptureError`."""
     return ordered(recording(path, options) for path in paths)
 
 
-def ordered(recordings: Iterable[Recording]) -> list[Recording]:
+def ordered(recordings: Iterable[LocalRecording]) -> list[LocalRecording]:
     """Sort recordings by the UTC time of their first record: monotonic clocks of two boots cannot be compared."""
     return sorted(recordings, key=lambda one: (one.first_utc_ns, one.name))
 

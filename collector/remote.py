@@ -18,7 +18,7 @@ from contracts.interfaces import Progress, StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.timerange import LATEST_UTC_NS, check_times
 from contracts.topology import Topology
-from contracts.wire import Decoded, Decoder, End, Head, Message, parse_head
+from contracts.wire import Decoder, End, FrameKind, Head, WireItem, parse_head
 
 _EARLIEST_UTC_NS: Final = 946_684_800_000_000_000
 """The year 2000."""
@@ -28,10 +28,10 @@ AHEAD_NS: Final = 86_400 * 1_000_000_000
 """How far a host's clock may be ahead of this machine's: a day, which covers mistaken time zones. In a store of bounded
 size, rows from further ahead would displace the rows of all hosts, and would never become the oldest themselves."""
 MAX_BYTES: Final = {
-    Message.HEADER: 64 << 10,
-    Message.TOPOLOGY: 2 << 20,
-    Message.PROGRESS: 1 << 10,
-    Message.END: 1 << 10,
+    FrameKind.HEADER: 64 << 10,
+    FrameKind.TOPOLOGY: 2 << 20,
+    FrameKind.PROGRESS: 1 << 10,
+    FrameKind.END: 1 << 10,
 }
 """Largest decompressed payload of a host's message, by kind. A device takes some 200 bytes: ten thousand devices. JSON
 takes 26 times its size while it is parsed."""
@@ -48,7 +48,7 @@ _FORMER: Final = 8
 """Earlier streams of a host that are remembered, for frames sent again because their acknowledgement was lost."""
 
 
-class Verdict(Enum):
+class Arrival(Enum):
     """Relation of a frame to its host's stream."""
 
     NEW = "new"
@@ -117,15 +117,15 @@ class HostStream:
         """Return the number of the frame expected next of a stream; 0 for an unknown stream."""
         return self.next if tag == self.tag else self._former.get(tag, 0)
 
-    def judge(self, head: Head, oldest: int) -> Verdict:
+    def judge(self, head: Head, oldest: int) -> Arrival:
         """Return what a frame is to the stream, by its head. `oldest`: number of the oldest frame that the host has."""
         if head.stream != self.tag:
             if head.stream in self._former:
-                return Verdict.KNOWN
-            return Verdict.BEGIN if head.message is Message.HEADER else Verdict.UNKNOWN
+                return Arrival.KNOWN
+            return Arrival.BEGIN if head.message is FrameKind.HEADER else Arrival.UNKNOWN
         if head.sequence < self.next or self.ended:
-            return Verdict.KNOWN
-        return Verdict.GAP if head.sequence > self.next and oldest <= self.next else Verdict.NEW
+            return Arrival.KNOWN
+        return Arrival.GAP if head.sequence > self.next and oldest <= self.next else Arrival.NEW
 
     def look(self, frame: bytes, now_utc_ns: int | None = None) -> StreamHeader:
         """Decode a HEADER without taking it; raises `WireError` if it is refused.
@@ -169,7 +169,7 @@ class HostStream:
         assert not isinstance(message, StreamHeader)
         return None if isinstance(message, End) else message
 
-    def _check(self, message: Decoded, now_utc_ns: int | None) -> None:
+    def _check(self, message: WireItem, now_utc_ns: int | None) -> None:
         assert self.header is not None
         if isinstance(message, End | StreamHeader):
             return

@@ -23,11 +23,12 @@ from typing import Any, Final, TypeVar, get_type_hints
 from urllib.parse import SplitResult, urlsplit
 
 from contracts.errors import ConfigError, nearest
+from contracts.sources import LIVE
 
 T = TypeVar("T")
 
 
-SOURCES: Final = ("auto", "kmod", "ftrace")
+SOURCES: Final = ("auto", *LIVE)
 """Values of `capture.source`: the live sources, and `auto`."""
 
 
@@ -110,6 +111,16 @@ class StoreConfig:
     sync: bool = _key(True, "Whether each segment is written through to the disk (fsync) before it counts as stored.")
     max_age_days: float = _key(0.0, "Remove rows older than this, days; 0: keep all.", low=0)
     max_size_gib: float = _key(0.0, "Remove the oldest rows when the store is larger, GiB; 0: no limit.", low=0)
+
+    @property
+    def max_age_s(self) -> float | None:
+        """`max_age_days` in seconds; None: keep for ever."""
+        return self.max_age_days * 86_400 or None
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_size_gib` in bytes; None: no limit."""
+        return int(self.max_size_gib * 2**30) or None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from contracts.histogram import QUANTILES, Ints, merge, quantiles
+from contracts.arrays import Ints
+from contracts.histogram import QUANTILES, merge, quantiles
 from contracts.hooks import Hook
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, HookCost, Results, Segment
@@ -59,7 +60,7 @@ def ranks(devices: Sequence[Device]) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class DevicePlace:
     """A device as tables and stored rows name it. Two places are the same device only if all fields are equal."""
 
     rank: int
@@ -75,7 +76,7 @@ class Place:
     """As in `Device`. One container id may have had several names, and several ids may have had one name."""
 
     @classmethod
-    def of(cls, device: Device, rank: int, host: str = "") -> Place:
+    def of(cls, device: Device, rank: int, host: str = "") -> DevicePlace:
         """Return the place of a device of the topology; `rank` is the device's value from `ranks`."""
         return cls(
             rank,
@@ -163,10 +164,10 @@ class Distribution:
         }
 
 
-Key = tuple[Place, Direction, Segment]
+FigureKey = tuple[DevicePlace, Direction, Segment]
 
 
-def path_order(key: Key) -> tuple[Any, ...]:
+def path_order(key: FigureKey) -> tuple[Any, ...]:
     """Return the sort key of a row: egress before ingress, each in the order in which packets cross the devices."""
     place, direction, segment = key
     inwards = direction is Direction.INGRESS
@@ -192,7 +193,7 @@ class Names:
 
     def __init__(self) -> None:
         self._newest: dict[str, tuple[int, str]] = {}
-        self._shown: dict[Place, Place] = {}
+        self._shown: dict[DevicePlace, DevicePlace] = {}
 
     def note(self, container_id: str, name: str, utc_ns: int) -> None:
         """Note a container's name at a time. For equal times the later call wins."""
@@ -207,7 +208,7 @@ class Names:
         for container_id, (utc_ns, name) in other._newest.items():
             self.note(container_id, name, utc_ns)
 
-    def shown(self, place: Place) -> Place:
+    def shown(self, place: DevicePlace) -> DevicePlace:
         """Return the place with the container's newest name and without the container's id."""
         if not place.container_id:
             return place
@@ -244,10 +245,10 @@ class Summary:
     sinks: dict[str, Account] = field(default_factory=dict)
     """Account of each sink with a server: where the rows given to the sink went."""
     names: Names = field(default_factory=Names)
-    _by_width: dict[int, dict[Key, Distribution]] = field(default_factory=dict)
+    _by_width: dict[int, dict[FigureKey, Distribution]] = field(default_factory=dict)
     _devices: tuple[Device, ...] = ()
     _present: tuple[Device, ...] | None = None
-    _places: list[Place] = field(default_factory=list)
+    _places: list[DevicePlace] = field(default_factory=list)
 
     def add(self, results: Results) -> None:
         """Add the correlator's next results. Windows of several widths count each delay once per width."""
@@ -258,7 +259,7 @@ class Summary:
         self.sharers = newest_names((*self.sharers, *results.on_host_network))
         if results.devices != self._devices:
             self._devices = results.devices
-            self._places = [Place.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
+            self._places = [DevicePlace.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
         for w in results.windows:
             place = self._places[w.device]
             self.names.note(place.container_id, place.container, w.start_utc_ns)
@@ -274,7 +275,9 @@ class Summary:
         self._present = present
         return present
 
-    def distribution(self, place: Place, direction: Direction, segment: Segment, width_s: int = 0) -> Distribution:
+    def distribution(
+        self, place: DevicePlace, direction: Direction, segment: Segment, width_s: int = 0
+    ) -> Distribution:
         """Return the distribution of a place, direction, segment and window width, empty if it is new; add to it."""
         of_width = self._by_width.setdefault(width_s, {})
         key = (place, direction, segment)
@@ -283,7 +286,7 @@ class Summary:
             found = of_width[key] = Distribution()
         return found
 
-    def distributions(self) -> Iterator[tuple[int, Key, Distribution]]:
+    def distributions(self) -> Iterator[tuple[int, FigureKey, Distribution]]:
         """Yield (window width in s, key, distribution) of every distribution."""
         for width_s, of_width in self._by_width.items():
             for key, distribution in of_width.items():
@@ -308,7 +311,7 @@ class Summary:
             mine = self.distribution(*key, width_s)
             mine += distribution
 
-    def rows(self, *segments: Segment) -> list[tuple[Key, Distribution]]:
+    def rows(self, *segments: Segment) -> list[tuple[FigureKey, Distribution]]:
         """Return (key, distribution) of the segments named (of all if none is named), in the order of `path_order`.
 
         Among several window widths the rows are those of the width with the most delays, then of the narrowest: wide
@@ -323,10 +326,10 @@ class Summary:
             key=lambda r: path_order(r[0]),
         )
 
-    def _of_newest_names(self, rows: Iterable[tuple[Key, Distribution]]) -> list[tuple[Key, Distribution]]:
+    def _of_newest_names(self, rows: Iterable[tuple[FigureKey, Distribution]]) -> list[tuple[FigureKey, Distribution]]:
         """Return the rows under the containers' newest names; the rows of a renamed container are merged."""
-        merged: dict[Key, Distribution] = {}
-        ids: dict[Place, str] = {}
+        merged: dict[FigureKey, Distribution] = {}
+        ids: dict[DevicePlace, str] = {}
         for (place, direction, segment), distribution in rows:
             shown = self.names.shown(place)
             # Rows from before the runtime answered may have no id: the name identifies the container then.
@@ -336,12 +339,12 @@ class Summary:
             merged[key] = distribution if before is None else before + distribution
         return [((replace(p, container_id=ids[p]) if ids[p] else p, d, s), of) for (p, d, s), of in merged.items()]
 
-    def overhead(self) -> list[tuple[Key, Distribution]]:
+    def overhead(self) -> list[tuple[FigureKey, Distribution]]:
         """Return one (key, distribution) per container and direction.
 
         If a container has several inner devices, the place names the first of them.
         """
-        merged: dict[tuple[str, str, str, int, Direction], tuple[Key, Distribution]] = {}
+        merged: dict[tuple[str, str, str, int, Direction], tuple[FigureKey, Distribution]] = {}
         for key, distribution in self.rows(Segment.OVERHEAD):
             place, direction, _ = key
             group = (place.host, place.container, place.netns, place.netns_id, direction)
@@ -419,7 +422,7 @@ class Summary:
     def unseen(self) -> list[str]:
         """Return a sentence for each inner device whose ingress the kernel does not show."""
         places = {place for (place, _, _), _ in self.rows(Segment.DEVICE) if place.role == Role.INNER}
-        seen: dict[tuple[Place, Direction], int] = {}
+        seen: dict[tuple[DevicePlace, Direction], int] = {}
         for (place, direction, _), distribution in self.rows(Segment.DEVICE, Segment.DELIVERY):
             seen[place, direction] = seen.get((place, direction), 0) + distribution.count
         told, owner = [], self.owners()
@@ -442,14 +445,14 @@ class Summary:
         """Return whether the figures cover more than one host."""
         return len({place.host for of_width in self._by_width.values() for place, _, _ in of_width}) > 1
 
-    def owners(self) -> Callable[[Place], str]:
+    def owners(self) -> Callable[[DevicePlace], str]:
         """Return a function that names the owner (container or namespace) of a place.
 
         The function adds the host's name if the figures cover several hosts, which needs all rows to decide.
         """
         several = self.several_hosts()
 
-        def owner(place: Place) -> str:
+        def owner(place: DevicePlace) -> str:
             name = place.container or place.netns
             return f"{place.host}/{name}" if several else name
 
@@ -465,7 +468,7 @@ def added(first: Iterable[HookCost], second: Iterable[HookCost]) -> tuple[HookCo
     return tuple(sums[hook] for hook in sorted(sums))
 
 
-def labels_of(places: Iterable[Place]) -> dict[Place, str]:
+def labels_of(places: Iterable[DevicePlace]) -> dict[DevicePlace, str]:
     """Return a label for each place: the device's name, plus the namespace's inode and the ifindex if names collide."""
     distinct = sorted(set(places))
     named: dict[tuple[str, ...], int] = {}
@@ -474,11 +477,11 @@ def labels_of(places: Iterable[Place]) -> dict[Place, str]:
     return {p: p.device if named[_shown(p)] == 1 else f"{p.device} ({p.netns_id}:{p.ifindex})" for p in distinct}
 
 
-def _shown(place: Place) -> tuple[str, ...]:
+def _shown(place: DevicePlace) -> tuple[str, ...]:
     return place.host, place.container, place.netns, place.device
 
 
-def _entry(row: tuple[Key, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:
+def _entry(row: tuple[FigureKey, Distribution], with_host: bool, *, whole: bool = False) -> dict[str, Any]:
     (place, direction, segment), distribution = row
     found: dict[str, Any] = {"host": place.host} if with_host else {}
     found |= {"container": place.container}

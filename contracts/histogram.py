@@ -13,6 +13,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import Ints
+
 SUB_BITS: Final = 7
 _SUB: Final = 1 << SUB_BITS
 MAX_NS: Final = (1 << 40) - 1
@@ -20,8 +22,6 @@ MAX_NS: Final = (1 << 40) - 1
 BINS: Final = (40 - SUB_BITS + 1) * _SUB
 """Number of bins: 4,352."""
 QUANTILES: Final = (0.5, 0.9, 0.99, 0.999)
-
-Ints = npt.NDArray[np.int64]
 
 
 def bins_of(delay_ns: npt.NDArray[Any]) -> Ints:

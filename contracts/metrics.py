@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Final
 
 
-class Kind(StrEnum):
+class FieldKind(StrEnum):
     """What a field's value covers: one packet, a window, the run so far, or an instant."""
 
     SAMPLE = "sample"
@@ -34,7 +34,7 @@ class Field:
     """One value of a row: a whole number, or a string for the histogram."""
 
     name: str
-    kind: Kind
+    kind: FieldKind
     meaning: str
 
     @property
@@ -85,17 +85,17 @@ TAGS: Final = {
 
 _DEVICE: Final = ("host", "container", "netns", "device", "kind")
 _PACKET: Final = (
-    Field("l3_len", Kind.SAMPLE, "Bytes of the packet without link-layer header."),
-    Field("dropped", Kind.SAMPLE, "1 if the kernel dropped the packet later; otherwise absent."),
+    Field("l3_len", FieldKind.SAMPLE, "Bytes of the packet without link-layer header."),
+    Field("dropped", FieldKind.SAMPLE, "1 if the kernel dropped the packet later; otherwise absent."),
 )
 
 
 def _counter(name: str, meaning: str) -> Field:
-    return Field(name, Kind.COUNTER, meaning)
+    return Field(name, FieldKind.COUNTER, meaning)
 
 
 def _gauge(name: str, meaning: str) -> Field:
-    return Field(name, Kind.GAUGE, meaning)
+    return Field(name, FieldKind.GAUGE, meaning)
 
 
 LEDGER_FIELDS: Final = (
@@ -144,9 +144,9 @@ MEASUREMENTS: Final = {
             "One packet's crossing of one device, or its delivery.",
             (*_DEVICE, "direction", "segment", "source", "grade", "slot"),
             (
-                Field("delay_ns", Kind.SAMPLE, "Duration of the crossing or the delivery."),
+                Field("delay_ns", FieldKind.SAMPLE, "Duration of the crossing or the delivery."),
                 *_PACKET,
-                Field("position", Kind.SAMPLE, "Index of the hop in the packet's path, from 0."),
+                Field("position", FieldKind.SAMPLE, "Index of the hop in the packet's path, from 0."),
             ),
             "When the packet arrived at the device.",
         ),
@@ -154,7 +154,7 @@ MEASUREMENTS: Final = {
             "overhead",
             "Delay that the container path added to one packet; the device is the container's own.",
             (*_DEVICE, "direction", "source", "grade", "slot"),
-            (Field("overhead_ns", Kind.SAMPLE, "Sum of the packet's `device` delays."), *_PACKET),
+            (Field("overhead_ns", FieldKind.SAMPLE, "Sum of the packet's `device` delays."), *_PACKET),
             "When the packet arrived at the first of the devices.",
         ),
         Measurement(
@@ -162,15 +162,15 @@ MEASUREMENTS: Final = {
             "All delays of a device, direction and segment that began in the window.",
             (*_DEVICE, "role", "rank", "direction", "segment", "source", "width_s", "slot"),
             (
-                Field("count", Kind.WINDOW, "Delays in the window."),
-                Field("sum_ns", Kind.WINDOW, "Sum of the delays."),
-                Field("min_ns", Kind.WINDOW, "Smallest delay."),
-                Field("max_ns", Kind.WINDOW, "Largest delay."),
-                Field("p50_ns", Kind.WINDOW, "Median, read from the histogram; relative error at most 0.4 %."),
-                Field("p90_ns", Kind.WINDOW, "90 % of the delays are not larger."),
-                Field("p99_ns", Kind.WINDOW, "99 % of the delays are not larger."),
-                Field("p999_ns", Kind.WINDOW, "99.9 % of the delays are not larger."),
-                Field("histogram", Kind.HISTOGRAM, "Histogram of the delays, mergeable."),
+                Field("count", FieldKind.WINDOW, "Delays in the window."),
+                Field("sum_ns", FieldKind.WINDOW, "Sum of the delays."),
+                Field("min_ns", FieldKind.WINDOW, "Smallest delay."),
+                Field("max_ns", FieldKind.WINDOW, "Largest delay."),
+                Field("p50_ns", FieldKind.WINDOW, "Median, read from the histogram; relative error at most 0.4 %."),
+                Field("p90_ns", FieldKind.WINDOW, "90 % of the delays are not larger."),
+                Field("p99_ns", FieldKind.WINDOW, "99 % of the delays are not larger."),
+                Field("p999_ns", FieldKind.WINDOW, "99.9 % of the delays are not larger."),
+                Field("histogram", FieldKind.HISTOGRAM, "Histogram of the delays, mergeable."),
             ),
             "Start of the window, a multiple of its width.",
         ),
@@ -186,17 +186,17 @@ MEASUREMENTS: Final = {
             "One round trip of a tool in a container, as measured and without the delay of the container's devices.",
             ("host", "container", "netns", "tool", "source", "grade", "reason", "slot"),
             (
-                Field("seq", Kind.SAMPLE, "Number of the request in the order of sending."),
-                Field("tool_rtt_ns", Kind.SAMPLE, "Round-trip time that the tool reported."),
+                Field("seq", FieldKind.SAMPLE, "Number of the request in the order of sending."),
+                Field("tool_rtt_ns", FieldKind.SAMPLE, "Round-trip time that the tool reported."),
                 Field(
                     "host_rtt_ns",
-                    Kind.SAMPLE,
+                    FieldKind.SAMPLE,
                     "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: at low packet rates a lower bound of a host process's"
                     " round-trip time.",
                 ),
-                Field("nic_rtt_ns", Kind.SAMPLE, "Round-trip time from the outer device and back to it."),
-                Field("egress_ns", Kind.SAMPLE, "Overhead of the request."),
-                Field("ingress_ns", Kind.SAMPLE, "Overhead of the response."),
+                Field("nic_rtt_ns", FieldKind.SAMPLE, "Round-trip time from the outer device and back to it."),
+                Field("egress_ns", FieldKind.SAMPLE, "Overhead of the request."),
+                Field("ingress_ns", FieldKind.SAMPLE, "Overhead of the response."),
             ),
             "When the request arrived at the container's device; for an unpaired sample, the tool's own time.",
         ),

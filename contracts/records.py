@@ -22,9 +22,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import Values
 from contracts.hooks import Hook
-
-Column = npt.NDArray[Any]
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "ts_ns": np.dtype("<i8"),
@@ -105,11 +104,11 @@ class Content:
     def __len__(self) -> int:
         return len(self.packet_key)
 
-    def columns(self) -> Iterator[tuple[str, Column]]:
+    def columns(self) -> Iterator[tuple[str, Values]]:
         """Names and arrays, in the order of `CONTENT_DTYPES`."""
         return ((name, getattr(self, name)) for name in CONTENT_DTYPES)
 
-    def __getitem__(self, index: slice | Column) -> Content:
+    def __getitem__(self, index: slice | Values) -> Content:
         """Return the content of the records at `index` (a slice gives views; a mask or an index array copies)."""
         return Content(*(column[index] for _, column in self.columns()))
 
@@ -152,11 +151,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ts_ns)
 
-    def columns(self) -> Iterator[tuple[str, Column]]:
+    def columns(self) -> Iterator[tuple[str, Values]]:
         """Return (name, array) of each column, in the order of `DTYPES`; `content` is not included."""
         return ((name, getattr(self, name)) for name in DTYPES)
 
-    def __getitem__(self, index: slice | Column) -> Batch:
+    def __getitem__(self, index: slice | Values) -> Batch:
         """Return the records at `index` (a slice gives views; a mask or an index array copies)."""
         content = None if self.content is None else self.content[index]
         return Batch(*(column[index] for _, column in self.columns()), content=content)
@@ -200,7 +199,7 @@ class Batch:
         return cls(*(np.concatenate([getattr(b, name) for b in batches]) for name in DTYPES), content=content)
 
 
-def _made(dtypes: Mapping[str, np.dtype[Any]], length: int, given: Mapping[str, Any]) -> Iterator[Column]:
+def _made(dtypes: Mapping[str, np.dtype[Any]], length: int, given: Mapping[str, Any]) -> Iterator[Values]:
     unknown = given.keys() - dtypes.keys()
     if unknown:
         raise TypeError(f"no such column: {', '.join(sorted(unknown))}")

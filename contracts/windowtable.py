@@ -7,11 +7,9 @@ from operator import attrgetter
 from typing import Any, Final, Self, overload
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import Ints
 from contracts.schema import Direction, Segment, Window
-
-Ints = npt.NDArray[np.int64]
 
 FIGURES: Final = ("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns")
 """Figures of a window's delays, without the histogram."""

@@ -78,7 +78,7 @@ _LEVEL: Final = 1
 a fifth more bytes."""
 
 
-class Message(IntEnum):
+class FrameKind(IntEnum):
     """Kind of a frame's message (u8). Append only."""
 
     HEADER = 1
@@ -105,7 +105,7 @@ class Head:
 
     version: int
     """Wire version, 1 to `WIRE_VERSION`."""
-    message: Message
+    message: FrameKind
     compressed: bool
     stream: int
     """CRC-32 of the HEADER's payload, which identifies the stream of every frame."""
@@ -119,8 +119,8 @@ class Head:
     """CRC-32 of the payload as stored."""
 
 
-Decoded: TypeAlias = StreamHeader | StreamItem | End
-Accept: TypeAlias = Callable[[Decoded], None]
+WireItem: TypeAlias = StreamHeader | StreamItem | End
+Accept: TypeAlias = Callable[[WireItem], None]
 """A reader's check of a message; raises `WireError` to refuse the message."""
 
 
@@ -137,11 +137,11 @@ def parse_head(data: bytes | bytearray | memoryview) -> Head:
     if flags & ~COMPRESSED or reserved:
         raise WireError(f"unknown frame flags {flags:#04x} {reserved:#04x}")
     try:
-        kind = Message(message)
+        kind = FrameKind(message)
     except ValueError:
-        known = ", ".join(f"{m.value} {m.name}" for m in Message)
+        known = ", ".join(f"{m.value} {m.name}" for m in FrameKind)
         raise WireError(f"unknown message {message}, known are {known}") from None
-    limit = MAX_BATCH_BYTES if kind is Message.BATCH else MAX_JSON_BYTES
+    limit = MAX_BATCH_BYTES if kind is FrameKind.BATCH else MAX_JSON_BYTES
     if raw > limit:
         raise WireError(f"a {kind.name} of {raw} bytes, at most {limit} are allowed")
     compressed = bool(flags & COMPRESSED)
@@ -240,7 +240,7 @@ class Encoder:
         """Return the first frame. It is not compressed, so that `strings` and `less` show a capture's origin."""
         payload = _to_json({"wire": WIRE_VERSION} | asdict(header))
         self._stream = crc32(payload)
-        return self._frame(Message.HEADER, payload, compress=False)
+        return self._frame(FrameKind.HEADER, payload, compress=False)
 
     def item(self, item: StreamItem) -> bytes:
         """Return the frame of an item; raises `WireError` if the item breaks the order of the stream.
@@ -253,7 +253,7 @@ class Encoder:
             case Topology():
                 return self.topology(item)
             case Progress():
-                frame = self._frame(Message.PROGRESS, _to_json(asdict(item)))
+                frame = self._frame(FrameKind.PROGRESS, _to_json(asdict(item)))
                 self._order.took_progress(item)
                 return frame
 
@@ -265,7 +265,7 @@ class Encoder:
         self._order.check_topology(check(topology))
         known = self._order.sightings if self._order.topology is not None else 0
         first = known if len(topology.sightings) > _FULL_SIGHTINGS and not full else 0
-        frame = self._frame(Message.TOPOLOGY, _to_json(_topology_fields(topology, first)))
+        frame = self._frame(FrameKind.TOPOLOGY, _to_json(_topology_fields(topology, first)))
         self._order.took_topology(topology)
         return frame
 
@@ -277,7 +277,7 @@ class Encoder:
         if len(batch) > MAX_RECORDS:
             raise WireError(f"a batch of {len(batch)} records, at most {MAX_RECORDS} are allowed")
         self._order.check_batch(batch)
-        frame = self._frame(Message.BATCH, _batch_payload(batch, self.records))
+        frame = self._frame(FrameKind.BATCH, _batch_payload(batch, self.records))
         self._order.took_batch(batch)
         self.records += len(batch)
         self.lost += batch.lost
@@ -289,10 +289,10 @@ class Encoder:
 
     def end(self) -> bytes:
         """Return the last frame, with the stream's totals."""
-        return self._frame(Message.END, _to_json(asdict(End(self.records, self.lost))))
+        return self._frame(FrameKind.END, _to_json(asdict(End(self.records, self.lost))))
 
-    def _frame(self, message: Message, raw: bytes, compress: bool = True) -> bytes:
-        if len(raw) > MAX_JSON_BYTES and message is not Message.BATCH:
+    def _frame(self, message: FrameKind, raw: bytes, compress: bool = True) -> bytes:
+        if len(raw) > MAX_JSON_BYTES and message is not FrameKind.BATCH:
             raise WireError(f"a {message.name} of {len(raw)} bytes, at most {MAX_JSON_BYTES} are allowed")
         stored, flags = raw, 0
         if compress and len(packed := self._zstd.compress(raw)) < len(raw):
@@ -362,7 +362,7 @@ class Decoder:
         self.__dict__.update(state)
         self._zstd = zstandard.ZstdDecompressor()
 
-    def frame(self, frame: bytes, accept: Accept | None = None) -> Decoded:
+    def frame(self, frame: bytes, accept: Accept | None = None) -> WireItem:
         """Decode one whole frame (an MQTT payload); raises `WireError`. For `accept` see `payload`."""
         head = self.head(frame)
         return self.payload(head, frame[HEAD_SIZE:], accept)
@@ -375,7 +375,7 @@ class Decoder:
         head = parse_head(data)
         if self.end is not None:
             raise WireError(f"a {head.message.name} after the END")
-        if (head.message is Message.HEADER) != (self.header is None):
+        if (head.message is FrameKind.HEADER) != (self.header is None):
             raise WireError(f"a {head.message.name} {'before' if self.header is None else 'after'} the HEADER")
         if self.header is not None and head.stream != self._stream:
             raise WireError("a frame of another stream")
@@ -385,7 +385,7 @@ class Decoder:
             raise WireError(f"frame {head.sequence} where {self.sequence} should be: some are missing or out of order")
         return head
 
-    def payload(self, head: Head, stored: bytes, accept: Accept | None = None) -> Decoded:
+    def payload(self, head: Head, stored: bytes, accept: Accept | None = None) -> WireItem:
         """Decode the payload `stored` of a frame whose `head` was accepted; raises `WireError`.
 
         `accept` is called with the message before it takes effect. If `accept` raises, the frame is refused and the
@@ -399,24 +399,24 @@ class Decoder:
         self.sequence = head.sequence + 1
         return message
 
-    def _read(self, head: Head, raw: bytes) -> tuple[Decoded, Callable[[], None]]:
+    def _read(self, head: Head, raw: bytes) -> tuple[WireItem, Callable[[], None]]:
         """Return the verified message, and a function that makes it take effect."""
         match head.message:
-            case Message.HEADER:
+            case FrameKind.HEADER:
                 if head.stream != crc32(raw):
                     raise WireError("a HEADER that is not its own stream's")
                 header = _header(raw, head.version)
                 return header, lambda: self._took_header(header, head)
-            case Message.TOPOLOGY:
+            case FrameKind.TOPOLOGY:
                 topology = _topology(raw, self._order.topology)
                 self._order.check_topology(topology)
                 return topology, lambda: self._order.took_topology(topology)
-            case Message.BATCH:
+            case FrameKind.BATCH:
                 return self._batch(raw)
-            case Message.PROGRESS:
+            case FrameKind.PROGRESS:
                 progress = Progress(_Json(raw, "PROGRESS").number("upto_ns"))
                 return progress, lambda: self._order.took_progress(progress)
-            case Message.END:
+            case FrameKind.END:
                 end = self._end(raw)
                 return end, lambda: self._took_end(end)
 
@@ -634,15 +634,15 @@ def _times(raw: bytes, start: int, width: int, count: int) -> npt.NDArray[np.int
 # --- older versions ----------------------------------------------------------------------------------------------
 
 
-def _from_1(message: Message, raw: bytes) -> bytes:
+def _from_1(message: FrameKind, raw: bytes) -> bytes:
     """Convert a payload of wire version 1: version 2 adds the number of a batch's columns, eight in version 1."""
-    if message is not Message.BATCH:
+    if message is not FrameKind.BATCH:
         return raw
     at = _PREFIX.size - 1
     return b"".join((raw[:at], bytes([8]), raw[at:]))
 
 
-_FIXUPS: Final[dict[int, Callable[[Message, bytes], bytes]]] = {1: _from_1}
+_FIXUPS: Final[dict[int, Callable[[FrameKind, bytes], bytes]]] = {1: _from_1}
 """Wire version -> function that converts a payload of it to the next version. Append only."""
 
 

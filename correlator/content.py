@@ -9,23 +9,18 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import U64, Bytes, Ints, Mask
 from contracts.records import Batch, Flag
 from correlator.identity import CODE_BITS, OTHER_CONTENT
 from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
-
-Bytes = npt.NDArray[np.uint8]
-Ids = npt.NDArray[np.uint64]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 SEGMENTS: Final = 0x80
 """Bit of a record's traits: the buffer holds several segments, which will become packets or have been packets."""
 assert all(flag < SEGMENTS for flag in Flag)
 
 
-def keys(batch: Batch) -> Ids | None:
+def keys(batch: Batch) -> U64 | None:
     """Return the content keys of a batch, uint64, 0 for an unknown key; None if the source reads no packets."""
     return None if batch.content is None else batch.content.packet_key
 
@@ -40,7 +35,7 @@ def traits(batch: Batch) -> Bytes | None:
     return several
 
 
-def flows(batch: Batch) -> tuple[Ids | None, Bytes | None]:
+def flows(batch: Batch) -> tuple[U64 | None, Bytes | None]:
     """Return each record's ports and sequence number packed into one number, and its IP protocol.
 
     uint64 (unpacked by `ports` and `sequence`) and uint8, 0 where unknown; None if the source reads no packets.
@@ -52,18 +47,18 @@ def flows(batch: Batch) -> tuple[Ids | None, Bytes | None]:
     return packed | told.l4_seq, told.l4_proto
 
 
-def ports(flow: Ids) -> tuple[Ints, Ints]:
+def ports(flow: U64) -> tuple[Ints, Ints]:
     """Return source and destination port, or identifier and sequence number of an ICMP echo, of packed flows."""
     both = (flow >> np.uint64(32)).astype(np.int64)
     return both >> 16, both & 0xFFFF
 
 
-def sequence(flow: Ids) -> Ints:
+def sequence(flow: U64) -> Ints:
     """Return the TCP sequence number of packed flows."""
     return (flow & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def changes(key: Ids, joined: Mask) -> Ints:
+def changes(key: U64, joined: Mask) -> Ints:
     """Return the indices of records whose key differs from the last key before them in their life.
 
     Both arrays are in buffer order; `joined` marks records that belong to the life of the record before them. Records

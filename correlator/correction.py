@@ -48,17 +48,17 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import Ints, Mask
+from contracts.protocols import ICMP, ICMPV6
 from contracts.schema import NOT_TOLD, Columns, Crossings, Direction
 from correlator.samples import Samples
 from correlator.stamps import LineTime, ReceiveClock, StampModel
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in UTC ns, in which records were lost."""
-Key = tuple[int, ...]
+SampleKey = tuple[int, ...]
 
-_ICMP: Final = (1, 58)
+_ECHOES: Final = (ICMP, ICMPV6)
 _EVER: Final = 1 << 62
 """Later than every time, and small enough for sums."""
 _FEW: Final = 64
@@ -179,7 +179,7 @@ def settled(samples: Samples, stamps: StampModel, upto_utc_ns: int) -> int:
     answered = samples.rtt_ns != NOT_TOLD
     if not answered.any():
         return len(samples)
-    places = _Places.of(samples, stamps)
+    places = _TimeBounds.of(samples, stamps)
     longest = int(samples.rtt_ns.max()) + stamps.send_wait_ns + stamps.line_resolution_ns + stamps.clock_slack_ns
     to_come = upto_utc_ns - (0 if stamps.line_time is LineTime.SENT else longest + stamps.print_wait_ns)
     done_by = np.where(answered, np.maximum(places.sent_before, places.arrived_before), -_EVER)
@@ -194,7 +194,7 @@ def settled(samples: Samples, stamps: StampModel, upto_utc_ns: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Places:
+class _TimeBounds:
     """Bounds in time of each sample's packets, UTC ns, inclusive; ± `_EVER` without a bound."""
 
     sent_after: Ints
@@ -208,7 +208,7 @@ class _Places:
     longest: Ints
 
     @classmethod
-    def of(cls, samples: Samples, stamps: StampModel) -> _Places:
+    def of(cls, samples: Samples, stamps: StampModel) -> _TimeBounds:
         timed = samples.stamp_utc_ns != NOT_TOLD
         rtt, unsure = samples.rtt_ns, samples.resolution_ns + stamps.clock_slack_ns
         wake = stamps.wake_wait_ns if stamps.receive_clock is ReceiveClock.USER else 0
@@ -229,7 +229,7 @@ class _Places:
             rtt + unsure,
         )
 
-    def between(self, samples: Samples, first: Ints) -> _Places:
+    def between(self, samples: Samples, first: Ints) -> _TimeBounds:
         """Return these bounds, with replies without a time bounded by the order.
 
         Requests follow one another in the order of `first` (rows of first replies), replies in the order of the rows.
@@ -249,27 +249,27 @@ class _Places:
             before[order] = np.where(chosen, latest, before[order])
         sent_before = np.where(untimed, np.minimum(sent_before, arrived_before), sent_before)
         shortest, longest = np.where(untimed, 0, self.shortest), np.where(untimed, _EVER, self.longest)
-        return _Places(sent_after, sent_before, arrived_after, arrived_before, shortest, longest)
+        return _TimeBounds(sent_after, sent_before, arrived_after, arrived_before, shortest, longest)
 
 
-class _Packets:
+class _PacketsByKey:
     """Packets of one direction by key, in order of time within each key."""
 
-    def __init__(self, times: Ints, keys: list[Key]) -> None:
-        self.at: dict[Key, list[int]] = {}
+    def __init__(self, times: Ints, keys: list[SampleKey]) -> None:
+        self.at: dict[SampleKey, list[int]] = {}
         for index, key in enumerate(keys):
             self.at.setdefault(key, []).append(index)
         self.times = times
         self.times_of = {key: times[index].tolist() for key, index in self.at.items()}
 
-    def rank(self, keys: Iterable[Key]) -> Ints:
+    def rank(self, keys: Iterable[SampleKey]) -> Ints:
         """Return for each packet the number of packets up to it that have one of these keys."""
         ours = np.zeros(len(self.times), np.int64)
         for key in set(keys):
             ours[self.at.get(key, [])] = 1
         return np.cumsum(ours)
 
-    def between(self, key: Key, after: int, before: int) -> Span:
+    def between(self, key: SampleKey, after: int, before: int) -> Span:
         """Return the indices of a key's packets between two times, inclusive."""
         times = self.times_of.get(key)
         if times is None:
@@ -291,8 +291,8 @@ def pair(
     sees.
     """
     keys = _Keys.of(samples, egress, ingress)
-    requests = _Packets(egress.inner_utc_ns, keys.egress)
-    replies = _Packets(_arrivals(ingress, stamp=stamps.receive_clock is ReceiveClock.KERNEL), keys.ingress)
+    requests = _PacketsByKey(egress.inner_utc_ns, keys.egress)
+    replies = _PacketsByKey(_arrivals(ingress, stamp=stamps.receive_clock is ReceiveClock.KERNEL), keys.ingress)
     first, further = _by_request(samples, stamps)
     request = np.full(len(samples), -1, np.int64)
     response = request.copy()
@@ -397,13 +397,13 @@ class _Fit:
         samples: Samples,
         stamps: StampModel,
         keys: _Keys,
-        requests: _Packets,
-        replies: _Packets,
+        requests: _PacketsByKey,
+        replies: _PacketsByKey,
         egress: Crossings,
         gaps_utc_ns: Gaps,
         first: Sequence[int],
     ) -> None:
-        places = _Places.of(samples, stamps).between(samples, np.array(first, np.int64))
+        places = _TimeBounds.of(samples, stamps).between(samples, np.array(first, np.int64))
         self.missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
         """Samples whose packets may be among lost records; none if keys are exact, except samples without a time."""
         if keys.exact:
@@ -559,12 +559,12 @@ class _Keys:
     keys.
     """
 
-    request: list[Key]
+    request: list[SampleKey]
     """Key of each sample's request."""
-    response: list[Key]
-    egress: list[Key]
+    response: list[SampleKey]
+    egress: list[SampleKey]
     """Key of each packet out of the container."""
-    ingress: list[Key]
+    ingress: list[SampleKey]
     exact: bool
     """Whether a key identifies one exchange, as long as sequence numbers do not wrap."""
 
@@ -573,7 +573,7 @@ class _Keys:
         answered = samples.rtt_ns != NOT_TOLD
         protocols = samples.l4_proto[answered]
         by_content = _all_told(protocols) and any((c.l4_proto != NOT_TOLD).any() for c in (egress, ingress))
-        icmp = by_content and bool(np.isin(protocols, _ICMP).all())
+        icmp = by_content and bool(np.isin(protocols, _ECHOES).all())
         keys, exact = [], by_content
         for crossings, length, ident in (
             (egress, samples.request_len, egress.l4_src),
@@ -599,7 +599,7 @@ class _Keys:
         return cls(request, response, out, back, exact)
 
 
-def _tuples(columns: list[npt.NDArray[Any]], count: int) -> list[Key]:
+def _tuples(columns: list[npt.NDArray[Any]], count: int) -> list[SampleKey]:
     if not columns:
         return [()] * count
     return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -17,8 +17,10 @@ from typing import Final
 
 import numpy as np
 
+from contracts.arrays import Ints, Mask
 from contracts.ledger import Ledger
 from contracts.ordering import stable_order
+from contracts.protocols import TCP
 from contracts.records import Batch, Flag
 from contracts.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
 from contracts.timerange import check_from, check_times
@@ -28,7 +30,7 @@ from correlator.content import ports, sequence
 from correlator.hops import Crossed
 from correlator.identity import Resolver
 from correlator.links import Links
-from correlator.lives import NEVER, NOTHING_OPEN, Ints, Lives, Mask, Records, join
+from correlator.lives import NEVER, NOTHING_OPEN, Lives, Records, join
 from correlator.memo import Memo
 from correlator.neighbours import Asked
 from correlator.numbers import LOST
@@ -36,8 +38,6 @@ from correlator.shapes import measure_all
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 
-IPPROTO_TCP: Final = 6
-"""IANA's number of TCP."""
 _GRADES: Final = tuple(grade.name.lower() for grade in Grade)
 _DROPPED: Final = int(Outcome.DROPPED)
 """Plain number, for comparing with arrays (see `correlator.numbers`)."""
@@ -459,5 +459,5 @@ def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:
     proto = records.proto.astype(np.int64)
     read = (records.trait & Flag.FLOW) != 0
     src, dst = (np.where(read, column, NOT_TOLD) for column in ports(records.flow))
-    seq = np.where(read & (proto == IPPROTO_TCP), sequence(records.flow), NOT_TOLD)
+    seq = np.where(read & (proto == TCP), sequence(records.flow), NOT_TOLD)
     return np.where(proto == 0, NOT_TOLD, proto), src, dst, seq

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import Bytes, Ints, Mask
 from contracts.ordering import stable_order
 from contracts.schema import Direction, Outcome, Segment
 from contracts.topology import Role
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
-from correlator.lives import NEVER, Ints, Mask, Paths
+from correlator.lives import NEVER, Paths
 from correlator.numbers import COPY, DROP, QUEUE, RECEIVE, RECEIVE_SKB, RX, TRANSMIT, XMIT
-
-Bytes = npt.NDArray[np.uint8]
 
 LAST_POSITION: Final = 254
 """Largest position: positions are one byte, and 255 means the whole path."""

@@ -95,7 +95,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from contracts.hooks import HOOKS, Hook, Way
+from contracts.hooks import ALONG, HOOKS, Hook, Way
 from contracts.topology import Device, Role, Sighting, Topology
 from correlator.memo import Memo
 
@@ -140,8 +140,8 @@ _MOST_TRIED: Final = 1 << 22
 """Largest number of pairs of candidates that are tried for one topology. It is exceeded only if thousands of devices of
 one namespace have the same name, which no kernel allows; further moves between them are ambiguous."""
 
-_RECEIVE: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
-_RECEIVE_ORDER: Final = {hook: rank for rank, hook in enumerate(_RECEIVE)}
+_RANK: Final = {hook: rank for hooks in ALONG.values() for rank, hook in enumerate(hooks)}
+"""Of each hook at a device among those of its way."""
 
 
 def place(hook: npt.NDArray[np.uint8], dev: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
@@ -428,9 +428,10 @@ class Resolver:
     @staticmethod
     def _stays(hook_p: Hook, hook_n: Hook) -> bool:
         """Return whether the second hook can follow the first one on the same device, whatever the device."""
-        if hook_n is Hook.NET_DEV_START_XMIT:
-            return hook_p in (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT)
-        return hook_p in _RECEIVE_ORDER and hook_n in _RECEIVE_ORDER and _RECEIVE_ORDER[hook_p] < _RECEIVE_ORDER[hook_n]
+        if WAY[hook_p] != WAY[hook_n]:
+            return False
+        # A driver that was busy is called again with the same packet.
+        return _RANK[hook_p] < _RANK[hook_n] or hook_p is hook_n is Hook.NET_DEV_START_XMIT
 
     def _crossings(
         self, hook_p: Hook, sources: Candidates, hook_n: Hook, targets: Candidates
@@ -438,11 +439,9 @@ class Resolver:
         """Return the pairs of candidates between which a packet can go from `hook_p` to `hook_n`; None if too many."""
         way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
         found: set[tuple[int, int]] = set()
-        if way_p == Way.TRANSMIT and hook_p is not Hook.NET_DEV_START_XMIT:
+        if hook_p is not ALONG[Way(way_p)][-1]:
             return found
-        if way_p == Way.RECEIVE and hook_p is not Hook.NETIF_RECEIVE_SKB:
-            return found
-        if way_n == Way.TRANSMIT and hook_n is not Hook.NET_DEV_QUEUE:
+        if way_n == Way.TRANSMIT and hook_n is not ALONG[Way.TRANSMIT][0]:
             return found
         forward = len(sources.numbers) <= len(targets.numbers)
         few, many = (sources, targets) if forward else (targets, sources)

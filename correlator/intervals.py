@@ -32,8 +32,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from contracts.arrays import Floats, Ints
 
 FEWEST: Final = 10
 """Smallest number of values for an interval: three blocks of three show nothing."""

@@ -16,21 +16,22 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints, Mask
 from contracts.records import Batch
 from contracts.schema import Grade
 from contracts.topology import Role
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
-from correlator.lives import NEVER, Gaps, Ids, Ints, Lives, Mask, Records, laid_out, spans_gap
+from correlator.lives import NEVER, Gaps, Lives, Records, laid_out, spans_gap
 from correlator.numbers import CONSUMED, DELIVERY, QUEUE, RECEIVE_SKB
 
 _ON_THE_HOST: Final = np.array([role in (Role.HOST, Role.OUTER) for role in ROLES])
 
 _OF_RECORDS: Final = ("records", "number", "cross")
-"""The columns of `Waiting` with one element per record."""
+"""The columns of `LooseEnds` with one element per record."""
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class LooseEnds:
     """Tails and heads that wait. Records are grouped by life, in order of time within each life."""
 
     records: Records
@@ -39,7 +40,7 @@ class Waiting:
     cross: Mask
     size: Ints
     """Records of each life. This array and the following ones have one element per life."""
-    key: Ids
+    key: U64
     at_ns: Ints
     """Time of a tail's last record on a device, or of a head's first."""
     first_ns: Ints
@@ -49,23 +50,23 @@ class Waiting:
     freed: Mask
     grade: npt.NDArray[np.uint8]
 
-    def sorted(self) -> Waiting:
+    def sorted(self) -> LooseEnds:
         """Return the lives in an order that does not depend on how the stream was divided."""
         first = np.cumsum(self.size) - self.size
         return self[np.lexsort((self.records.skb[first], self.first_ns, self.at_ns, self.key))]
 
-    def __getitem__(self, lives: Ints) -> Waiting:
+    def __getitem__(self, lives: Ints) -> LooseEnds:
         """Return the lives with the given indices, in the given order."""
         starts = np.cumsum(self.size) - self.size
         size = self.size[lives]
         index = laid_out(starts[lives], size)
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Waiting(**{name: column[index if name in _OF_RECORDS else lives] for name, column in columns.items()})
+        return LooseEnds(**{name: column[index if name in _OF_RECORDS else lives] for name, column in columns.items()})
 
-    def __add__(self, other: Waiting) -> Waiting:
+    def __add__(self, other: LooseEnds) -> LooseEnds:
         names = [f.name for f in fields(self)][1:]
         both = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names}
-        return Waiting(self.records + other.records, **both)
+        return LooseEnds(self.records + other.records, **both)
 
     def lives(self) -> Lives:
         """Return the waiting lives as `Lives`, in the same order."""
@@ -89,11 +90,11 @@ class Waiting:
         )
 
 
-def _nobody() -> Waiting:
+def _nobody() -> LooseEnds:
     none, no = np.zeros(0, np.int64), np.zeros(0, np.bool_)
     grades = np.zeros(0, np.uint8)
     ids = np.zeros(0, np.uint64)
-    return Waiting(Records.of(Batch.empty()), none, no, none, ids, none, none, no, none, no, grades)
+    return LooseEnds(Records.of(Batch.empty()), none, no, none, ids, none, none, no, none, no, grades)
 
 
 class Links:
@@ -149,7 +150,7 @@ class Links:
         kept[which] = True
         size, start = lives.size[which], lives.starts[which]
         index = laid_out(start, size)
-        self.waiting += Waiting(
+        self.waiting += LooseEnds(
             records=lives.records[lives.order[index]],
             number=lives.number[index],
             cross=lives.cross[index],
@@ -222,7 +223,7 @@ class Links:
         ]
         return np.array(passes, np.bool_) & ~spans_gap(gaps, waiting.at_ns[tails], waiting.at_ns[heads])
 
-    def _joined(self, tails: Waiting, heads: Waiting) -> Waiting:
+    def _joined(self, tails: LooseEnds, heads: LooseEnds) -> LooseEnds:
         """Join each tail and its head into one life, without the tail's records behind its last device."""
         count = len(tails.size)
         rest = tails.size - tails.end - 1

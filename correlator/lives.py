@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints, Mask
 from contracts.ordering import GOLDEN, grouped
 from contracts.records import Batch
 from contracts.schema import Grade
@@ -35,9 +36,6 @@ from correlator.identity import (
 )
 from correlator.numbers import DROP, END, RECEIVE
 
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in ns, in which some CPU's ring lost records."""
 
@@ -53,16 +51,16 @@ class Records:
     """The columns that the engine keeps of records, in order of time."""
 
     ts: Ints
-    skb: Ids
+    skb: U64
     place: Ints
     """Hook and sighting, as `correlator.identity.place` packs them."""
     length: npt.NDArray[np.uint32]
     """Bytes; at a drop `Batch.drop_reason` instead, because the length at a drop is not needed."""
-    key: Ids | None = None
+    key: U64 | None = None
     """Content keys, 0 if unknown; None if no record has one."""
     trait: npt.NDArray[np.uint8] | None = None
     """`correlator.content.traits`; None if `key` is None."""
-    flow: Ids | None = None
+    flow: U64 | None = None
     """`correlator.content.flows`; None if they are not needed, or `key` is None."""
     proto: npt.NDArray[np.uint8] | None = None
     """IP protocol number, 0 if none; None if `flow` is None."""
@@ -179,7 +177,7 @@ class Lives(Paths):
     told_apart: int
     """Number of lives that the content key alone ended in this step."""
 
-    def packet(self) -> Ids:
+    def packet(self) -> U64:
         """Return an identifier for each life that depends on its first record only."""
         return named(self.records[self.order[self.starts]])
 
@@ -207,11 +205,11 @@ def laid_out(starts: Ints, size: Ints) -> Ints:
     return index
 
 
-def named(first: Records) -> Ids:
+def named(first: Records) -> U64:
     """Return the identifier of the life that begins with each of these records."""
     mixed = first.skb ^ (first.ts.view(np.uint64) * GOLDEN)
     mixed ^= mixed >> np.uint64(32)
-    names: Ids = mixed * np.uint64(0xD6E8FEB86659FD93)
+    names: U64 = mixed * np.uint64(0xD6E8FEB86659FD93)
     return names
 
 
@@ -280,7 +278,7 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
 
 
 def _part(
-    records: Records, key: Ids | None, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints
+    records: Records, key: U64 | None, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints
 ) -> tuple[int, Ints]:
     """Clear `joined` at records whose key shows another packet.
 
@@ -298,7 +296,7 @@ def _part(
     return len(at) - int(same_packet.sum()), at[same_packet]
 
 
-def _graded(records: Records, key: Ids | None, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
+def _graded(records: Records, key: U64 | None, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
     """Return the grades of the lives that begin at `starts`.
 
     `other_content` are lives in which the key changed for a known reason. `key` is in buffer order.

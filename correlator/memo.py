@@ -11,11 +11,9 @@ from collections.abc import Callable
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import Ints
 from contracts.ordering import GOLDEN
-
-Ints = npt.NDArray[np.int64]
 
 
 class Memo:

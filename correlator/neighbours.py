@@ -12,9 +12,11 @@ from typing import Final
 
 import numpy as np
 
+from contracts.arrays import Ints, Mask
+from contracts.protocols import ICMPV6
 from contracts.records import Batch
 from correlator.identity import CODE_BITS, CODES
-from correlator.lives import Ints, Lives, Mask
+from correlator.lives import Lives
 from correlator.numbers import QUEUE, RECEIVE_SKB
 
 ARP_BYTES: Final = 28
@@ -23,7 +25,6 @@ PADDED_BYTES: Final = 46
 """Length of ARP received from a wire: the smallest payload of an Ethernet frame (IEEE 802.3, 3.2.7)."""
 ND_BYTES: Final = 72
 """IPv6 header, neighbour solicitation or advertisement, and its one option (RFC 4861, 4.3 and 4.4)."""
-ICMPV6: Final = 58
 SOLICITATION: Final = 135
 ADVERTISEMENT: Final = 136
 """ICMPv6 types."""

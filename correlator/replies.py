@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.protocols import ICMP, ICMPV6
 from contracts.schema import NOT_TOLD, Columns
 
 _WAIT_NS: Final = 1_000_000_000
@@ -32,9 +33,8 @@ _SILENCE_NS: Final = 100_000_000
 """Silence after which the next packet is a request."""
 _CONVERSATIONS: Final = 1 << 16
 """Largest number of conversations remembered; the least recent are forgotten."""
-_ICMP, _ICMPV6 = 1, 58
-_ASKS: Final = {(_ICMP, 8), (_ICMPV6, 128)}
-_ANSWERS: Final = {(_ICMP, 0), (_ICMPV6, 129)}
+_ASKS: Final = {(ICMP, 8), (ICMPV6, 128)}
+_ANSWERS: Final = {(ICMP, 0), (ICMPV6, 129)}
 
 
 class ToldBy(IntEnum):
@@ -47,7 +47,7 @@ class ToldBy(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen(Columns):
+class ExchangedPackets(Columns):
     """Packets in order of time, with the columns that `Replies` needs."""
 
     packet: npt.NDArray[np.uint64]
@@ -81,7 +81,7 @@ class Seen(Columns):
 
 
 @dataclass(slots=True)
-class _Turns:
+class _Conversation:
     """State of one conversation."""
 
     asks: int
@@ -98,7 +98,7 @@ class Replies:
         self._began_ns = began_ns
         self._gaps: list[tuple[int, int]] = []
         self._echoes: OrderedDict[tuple[int, ...], tuple[int, int, int]] = OrderedDict()
-        self._turns: OrderedDict[tuple[int, ...], _Turns] = OrderedDict()
+        self._turns: OrderedDict[tuple[int, ...], _Conversation] = OrderedDict()
 
     def lost(self, after_ns: int, upto_ns: int) -> None:
         """Note that packets between two times may be missing, after which all conversations begin anew.
@@ -107,11 +107,11 @@ class Replies:
         """
         insort(self._gaps, (after_ns, upto_ns))
 
-    def match(self, seen: Seen) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    def match(self, seen: ExchangedPackets) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
         """Return for each packet the request that it answers (0: none or unknown), and the rule (`ToldBy`)."""
         request = np.zeros(len(seen), np.uint64)
         told_by = np.zeros(len(seen), np.int64)
-        columns = (getattr(seen, name).tolist() for name in Seen._DTYPES)
+        columns = (getattr(seen, name).tolist() for name in ExchangedPackets._DTYPES)
         for row, (packet, container, way, begin, length, dropped, proto, near, far, bits) in enumerate(
             zip(*columns, strict=True)
         ):
@@ -138,7 +138,7 @@ class Replies:
         """Return the request that this packet answers, or 0."""
         turns = self._turns.get(key)
         if turns is None:
-            turns = self._turns[key] = _Turns(0, self._began_ns, deque())
+            turns = self._turns[key] = _Conversation(0, self._began_ns, deque())
             _trim(self._turns)
         self._turns.move_to_end(key)
         waiting = turns.waiting

@@ -15,11 +15,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import Ints, Mask
 from contracts.ordering import GOLDEN, grouped
 from contracts.schema import Outcome
 from correlator.hops import Crossed, Measured, measure
 from correlator.identity import CODE_BITS, Resolver
-from correlator.lives import Ints, Lives, Mask, Paths, laid_out
+from correlator.lives import Lives, Paths, laid_out
 
 _FEW: Final = 256
 """Number of lives below which all are measured directly: finding their shapes would take longer."""

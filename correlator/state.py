@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import Ints
 from correlator.identity import ResolverState
-from correlator.links import Waiting
-from correlator.lives import Gaps, Ints, Open, Records
+from correlator.links import LooseEnds
+from correlator.lives import Gaps, Open, Records
 from correlator.neighbours import Asked
 
-_Carried = TypeVar("_Carried", Open, Waiting)
+_Carried = TypeVar("_Carried", Open, LooseEnds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +31,7 @@ class EngineState:
     resolver: ResolverState
     open: Open
     """Records of lives that have not ended; `number` refers to the resolver's devices."""
-    waiting: Waiting
+    waiting: LooseEnds
     """Lives that have ended and may continue in another buffer; `number` refers to the resolver's devices."""
     gaps: Gaps
     """Gaps that can still lie between two records of a packet."""

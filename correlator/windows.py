@@ -7,19 +7,18 @@ delay that belongs to it can come any more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from contracts import histogram
+from contracts.arrays import Ints, Values
 from contracts.schema import Window
 from contracts.windowtable import NUMBERS, WindowTable
 
 WIDTHS_S: Final = (1, 10)
 
-Ints = npt.NDArray[np.int64]
-Column = npt.NDArray[Any]
 
 _NS: Final = 1_000_000_000
 _DENSE: Final = 1 << 18
@@ -109,7 +108,7 @@ class Windows:
     def __init__(self) -> None:
         self._pending = [_Pending(width_s) for width_s in WIDTHS_S]
 
-    def add(self, utc_ns: Ints, device: Column, direction: Column, segment: Column, delay_ns: Ints) -> None:
+    def add(self, utc_ns: Ints, device: Values, direction: Values, segment: Values, delay_ns: Ints) -> None:
         """Count delays into their windows of one second; wider ones are made of those when they close.
 
         Columns as in `contracts.schema.Delays`.

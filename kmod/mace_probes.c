@@ -41,12 +41,37 @@
 
 #define MACE_CONTEXT_BITS 15 /* 32768 buffers under way at once, 1 MiB */
 
-static const u32 mace_device_hooks =
-	BIT(MACE_HOOK_NET_DEV_QUEUE) | BIT(MACE_HOOK_NET_DEV_START_XMIT) | BIT(MACE_HOOK_NETIF_RX) |
-	BIT(MACE_HOOK_NETIF_RECEIVE_SKB) | BIT(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY);
-static const u32 mace_placeless_hooks = BIT(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC) |
-					BIT(MACE_HOOK_CONSUME_SKB) | BIT(MACE_HOOK_KFREE_SKB);
-static const u32 mace_end_hooks = BIT(MACE_HOOK_CONSUME_SKB) | BIT(MACE_HOOK_KFREE_SKB);
+/*
+ * The table of hooks: the number's name, the tracepoint, and what is known of the packet there. It
+ * is at a device (AT_DEVICE), or it has none: it is delivered (NO_DEVICE), or its buffer is freed
+ * (AT_END). A row, and a probe of the tracepoint's name below: a hook needs no more here.
+ */
+#define MACE_HOOKS(ROW)                                                  \
+	ROW(NET_DEV_QUEUE, net_dev_queue, AT_DEVICE)                     \
+	ROW(NET_DEV_START_XMIT, net_dev_start_xmit, AT_DEVICE)           \
+	ROW(NETIF_RX, netif_rx, AT_DEVICE)                               \
+	ROW(NETIF_RECEIVE_SKB, netif_receive_skb, AT_DEVICE)             \
+	ROW(NAPI_GRO_RECEIVE_ENTRY, napi_gro_receive_entry, AT_DEVICE)   \
+	ROW(SKB_COPY_DATAGRAM_IOVEC, skb_copy_datagram_iovec, NO_DEVICE) \
+	ROW(CONSUME_SKB, consume_skb, AT_END)                            \
+	ROW(KFREE_SKB, kfree_skb, AT_END)
+
+enum mace_hook_at {
+	MACE_AT_DEVICE,
+	MACE_NO_DEVICE,
+	MACE_AT_END
+};
+
+#define MACE_BIT_AT_DEVICE(hook, tracepoint, at) \
+	| (MACE_##at == MACE_AT_DEVICE ? BIT(MACE_HOOK_##hook) : 0)
+#define MACE_BIT_AT_END(hook, tracepoint, at) \
+	| (MACE_##at == MACE_AT_END ? BIT(MACE_HOOK_##hook) : 0)
+#define MACE_BIT(hook, tracepoint, at) | BIT(MACE_HOOK_##hook)
+
+static const u32 mace_device_hooks = 0 MACE_HOOKS(MACE_BIT_AT_DEVICE);
+static const u32 mace_end_hooks = 0 MACE_HOOKS(MACE_BIT_AT_END);
+static const u32 mace_placeless_hooks = (0 MACE_HOOKS(MACE_BIT)) &
+					~(0 MACE_HOOKS(MACE_BIT_AT_DEVICE));
 
 /* --- the context of a buffer ------------------------------------------------------ */
 
@@ -517,33 +542,21 @@ struct mace_probe {
 	bool registered;
 };
 
-#define MACE_PROBE(tracepoint_name)                                                \
-	{                                                                          \
-		.name = #tracepoint_name, .function = mace_probe_##tracepoint_name \
-	}
+#define MACE_PROBE(hook, tracepoint_name, at)             \
+	[MACE_HOOK_##hook] = {                            \
+		.name = #tracepoint_name,                 \
+		.function = mace_probe_##tracepoint_name, \
+	},
 
-static struct mace_probe mace_probes[MACE_HOOK_COUNT] = {
-	[MACE_HOOK_NET_DEV_QUEUE] = MACE_PROBE(net_dev_queue),
-	[MACE_HOOK_NET_DEV_START_XMIT] = MACE_PROBE(net_dev_start_xmit),
-	[MACE_HOOK_NETIF_RX] = MACE_PROBE(netif_rx),
-	[MACE_HOOK_NETIF_RECEIVE_SKB] = MACE_PROBE(netif_receive_skb),
-	[MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY] = MACE_PROBE(napi_gro_receive_entry),
-	[MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC] = MACE_PROBE(skb_copy_datagram_iovec),
-	[MACE_HOOK_CONSUME_SKB] = MACE_PROBE(consume_skb),
-	[MACE_HOOK_KFREE_SKB] = MACE_PROBE(kfree_skb),
-};
+static struct mace_probe mace_probes[MACE_HOOK_COUNT] = { MACE_HOOKS(MACE_PROBE) };
+
+#define MACE_CHECK_PROBE(hook, tracepoint, at) \
+	check_trace_callback_type_##tracepoint(mace_probe_##tracepoint);
 
 /* The table holds void pointers; here the compiler says whether they fit their tracepoints. */
 static void __maybe_unused mace_check_probes(void)
 {
-	check_trace_callback_type_net_dev_queue(mace_probe_net_dev_queue);
-	check_trace_callback_type_net_dev_start_xmit(mace_probe_net_dev_start_xmit);
-	check_trace_callback_type_netif_rx(mace_probe_netif_rx);
-	check_trace_callback_type_netif_receive_skb(mace_probe_netif_receive_skb);
-	check_trace_callback_type_napi_gro_receive_entry(mace_probe_napi_gro_receive_entry);
-	check_trace_callback_type_skb_copy_datagram_iovec(mace_probe_skb_copy_datagram_iovec);
-	check_trace_callback_type_consume_skb(mace_probe_consume_skb);
-	check_trace_callback_type_kfree_skb(mace_probe_kfree_skb);
+	MACE_HOOKS(MACE_CHECK_PROBE)
 }
 
 static void mace_find_tracepoint(struct tracepoint *tracepoint, void *unused)

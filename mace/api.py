@@ -27,8 +27,7 @@ from correlator.engine import Engine, EngineConfig
 from mace.replaying.into_store import files_at, into_store
 from mace.replaying.part import PartTask, reading
 from storage import sql, tables
-from storage.query import Filter
-from storage.query import Store as StoreReader
+from storage.query import Filter, StoreReader
 
 TIMEOUT_MS: Final = 500
 """A packet's next record comes within this, or its life is over; as `[correlate] timeout_ms` of the configuration."""
@@ -134,7 +133,7 @@ class Recording:
 
 
 class Store(StoreReader):
-    """A store: all of `storage.query.Store`, and SQL."""
+    """A store: all of `storage.query.StoreReader`, and SQL."""
 
     def __init__(self, path: Path | str, *, skip_damaged: bool = False) -> None:
         super().__init__(Path(path), skip_damaged)

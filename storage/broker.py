@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 _LOG: Final = logging.getLogger(__name__)
 
 MqttError = aiomqtt.MqttError
-Message = aiomqtt.Message
+MqttMessage = aiomqtt.Message
 PASSWORD_VARIABLE: Final = "MACE_MQTT_PASSWORD"  # noqa: S105 (the name of a variable, not a password)
 KEEPALIVE_S: Final = 15
 """A broker that has vanished is noticed, and the last will given out, after one and a half of these."""
@@ -56,21 +56,21 @@ class Will:
     payload: bytes
 
 
-class _Queue(asyncio.Queue[Message]):
+class _Queue(asyncio.Queue[MqttMessage]):
     """Incoming messages, bounded in bytes too: what does not fit is let fall, as aiomqtt does with too many."""
 
     def __init__(self, maxsize: int = 0) -> None:
         super().__init__(maxsize)
         self._bytes = 0
 
-    def put_nowait(self, item: Message) -> None:
+    def put_nowait(self, item: MqttMessage) -> None:
         size = len(payload_of(item))
         if self._bytes + size > QUEUE_BYTES and not self.empty():
             raise asyncio.QueueFull
         super().put_nowait(item)
         self._bytes += size
 
-    def get_nowait(self) -> Message:
+    def get_nowait(self) -> MqttMessage:
         item = super().get_nowait()
         self._bytes -= len(payload_of(item))
         return item
@@ -88,7 +88,7 @@ class Connection(aiomqtt.Client):
         self.taken_over = False
         self.pending_calls_threshold = 2 * IN_FLIGHT
 
-    def at_hand(self, most: int) -> Iterator[Message]:
+    def at_hand(self, most: int) -> Iterator[MqttMessage]:
         """Messages that wait already, without the two tasks that aiomqtt makes to wait for each."""
         for _ in range(most):
             if self._queue.empty():
@@ -218,13 +218,13 @@ def is_failure(answer: Any) -> bool:
     return bool(getattr(answer, "is_failure", False))
 
 
-def payload_of(message: Message) -> bytes:
+def payload_of(message: MqttMessage) -> bytes:
     """A message's payload; aiomqtt's types allow for others than what a broker can send."""
     payload: Any = message.payload
     return payload if isinstance(payload, bytes) else b""
 
 
-def user_property(message: Message, name: str) -> str:
+def user_property(message: MqttMessage, name: str) -> str:
     """A message's user property, empty if it has none of that name."""
     given: list[tuple[str, str]] = getattr(message.properties, "UserProperty", [])
     return next((value for key, value in given if key == name), "")

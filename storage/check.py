@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from storage import checksum, segments
-from storage.query import Store
-from storage.segments import Segment
+from storage.query import StoreReader
+from storage.segments import SegmentFile
 
 
 @dataclass(slots=True)
@@ -29,11 +29,11 @@ class CheckedTable:
 
 def check(path: Path) -> list[CheckedTable]:
     """Read all live segments of a store. Raises `StoreError` for what is no store, or of another version."""
-    store = Store(path)
+    store = StoreReader(path)
     return [_checked(table, store.segments(table)) for table in segments.TABLES]
 
 
-def damage(segment: Segment) -> str:
+def damage(segment: SegmentFile) -> str:
     """Why a segment cannot be trusted; empty if it can. Reads all of it. FileNotFoundError passes."""
     if why := checksum.damage(segment.path):
         return why
@@ -41,7 +41,7 @@ def damage(segment: Segment) -> str:
     return "" if rows == segment.rows else f"it has {rows:,} rows, its name promises {segment.rows:,}"
 
 
-def _checked(table: str, found: list[Segment]) -> CheckedTable:
+def _checked(table: str, found: list[SegmentFile]) -> CheckedTable:
     told = CheckedTable(table)
     for each in found:
         try:

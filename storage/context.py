@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from contracts.errors import WireError
-from contracts.wire import HEAD_SIZE, Message, parse_head
+from contracts.wire import HEAD_SIZE, FrameKind, parse_head
 
 _LOG: Final = logging.getLogger(__name__)
 _SUFFIX: Final = ".context"
@@ -45,7 +45,7 @@ class Contexts:
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.glob(f"*{_SUFFIX}"):
             frames = _frames(path.read_bytes())
-            if frames and parse_head(frames[0]).message is Message.HEADER:
+            if frames and parse_head(frames[0]).message is FrameKind.HEADER:
                 numbered = [(parse_head(frame).sequence, frame) for frame in frames[1:]]
                 self._of[parse_head(frames[0]).stream] = Context(frames[0], numbered)
             else:

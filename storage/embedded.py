@@ -25,7 +25,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -38,12 +37,17 @@ from contracts.topology import Device, newest_names
 from storage import segments, tables
 from storage.checksum import SegmentWriter, mismatch
 from storage.ownership import NO_LINK, open_new, refuse_foreign
-from storage.segments import HOUR_NS, NO_HOUR, Removed, Segment, by_hour
+from storage.segments import (
+    HOUR_NS,
+    MAINTENANCE_INTERVAL_S,
+    NO_HOUR,
+    RETENTION_INTERVAL_S,
+    Removed,
+    SegmentFile,
+    by_hour,
+)
 
 log = logging.getLogger(__name__)
-
-_MAINTENANCE_INTERVAL_S: Final = 5.0
-_RETENTION_INTERVAL_S: Final = 60.0
 
 
 def check_schema(root: Path) -> bool:
@@ -263,11 +267,11 @@ class EmbeddedStore:
             await asyncio.sleep(self._flush_interval_s)
             await self._submit()
             now = loop.time()
-            if now - retained >= _RETENTION_INTERVAL_S and self._encoder is not None:
+            if now - retained >= RETENTION_INTERVAL_S and self._encoder is not None:
                 retained = now
                 # In the encoding thread: it may remove a directory, which must not be one about to be written to.
                 await loop.run_in_executor(self._encoder, self._retain_quietly)
-            if now - maintained >= _MAINTENANCE_INTERVAL_S and (self._merging is None or self._merging.done()):
+            if now - maintained >= MAINTENANCE_INTERVAL_S and (self._merging is None or self._merging.done()):
                 maintained = now
                 self._merging = loop.run_in_executor(self._merger, self.merge)
 
@@ -422,7 +426,7 @@ class EmbeddedStore:
         self.merged += gone
         return gone
 
-    def _merge(self, group: list[Segment]) -> None:
+    def _merge(self, group: list[SegmentFile]) -> None:
         first, last = group[0], group[-1]
         merged = segments.segment(
             self.path, first.table, first.hour, first.first, last.last, sum(s.rows for s in group)
@@ -431,7 +435,7 @@ class EmbeddedStore:
             merged, group, lambda temporary: self._copy(group, temporary, merged.rows), fsync=self._fsync
         )
 
-    def _copy(self, group: list[Segment], target: Path, rows: int) -> None:
+    def _copy(self, group: list[SegmentFile], target: Path, rows: int) -> None:
         """Write the rows of a group to `target`; notes a segment that cannot be read and raises."""
         schema = tables.SCHEMAS[group[0].table]
         names = [f.name for f in schema if pa.types.is_dictionary(f.type)]

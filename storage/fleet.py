@@ -28,11 +28,9 @@ from contracts.windowtable import WindowTable
 from storage import segments, tables
 from storage.checksum import mismatch
 from storage.embedded import EmbeddedStore
-from storage.segments import NO_HOUR, by_hour, partition
+from storage.segments import MAINTENANCE_INTERVAL_S, NO_HOUR, RETENTION_INTERVAL_S, by_hour, partition
 
 _LOG: Final = logging.getLogger(__name__)
-_MAINTENANCE_S: Final = 5.0
-_RETENTION_S: Final = 60.0
 _DEVICES: Final = 30_000
 """Of all hosts in a segment: 2^15 names at most."""
 
@@ -135,10 +133,10 @@ class FleetStore(EmbeddedStore):
         self._settled = flush
         loop = asyncio.get_running_loop()
         now = loop.time()
-        if now - self._retained >= _RETENTION_S and self._encoder is not None:
+        if now - self._retained >= RETENTION_INTERVAL_S and self._encoder is not None:
             self._retained = now
             loop.run_in_executor(self._encoder, self._retain_quietly)
-        if now - self._maintained >= _MAINTENANCE_S and (self._merging is None or self._merging.done()):
+        if now - self._maintained >= MAINTENANCE_INTERVAL_S and (self._merging is None or self._merging.done()):
             self._maintained = now
             self._merging = loop.run_in_executor(self._merger, self.merge)
 

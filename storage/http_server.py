@@ -34,7 +34,7 @@ _PIECE_BYTES: Final = 1 << 16
 """Of an answer that is given out at once, to a client that may not read it."""
 
 
-class _Connection(H11Protocol):
+class _ClientConnection(H11Protocol):
     """One client's connection."""
 
     _since_s = 0.0
@@ -42,7 +42,7 @@ class _Connection(H11Protocol):
     _between_requests = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        others = [c for c in self.connections if isinstance(c, _Connection) and not c.transport.is_closing()]
+        others = [c for c in self.connections if isinstance(c, _ClientConnection) and not c.transport.is_closing()]
         if len(others) >= MOST_CONNECTIONS:
             min(others, key=lambda other: (other._is_busy(), other._since_s)).transport.abort()
         super().connection_made(transport)
@@ -106,7 +106,7 @@ class HttpServer:
         """Why it has ended by itself."""
         config = uvicorn.Config(
             application,
-            http=_Connection,
+            http=_ClientConnection,
             loop="asyncio",
             ws="none",
             lifespan="off",

@@ -58,7 +58,7 @@ class InfluxTarget:
         self._config = config
         self._vitals = vitals
         self._budget = Budget(config.series_budget, self._over_budget)
-        self._streams: dict[StreamHeader, _Stream] = {}
+        self._streams: dict[StreamHeader, _OpenStream] = {}
         self._internal = Internal(vitals)
         self._token = _token(config)
         self._v1 = config.api == "v1"
@@ -82,7 +82,7 @@ class InfluxTarget:
             stream = self._streams.get(item.header)
             if stream is None:
                 lines = StreamLines(item.header, self._budget, sample=self._config.sample)
-                stream = self._streams[item.header] = _Stream(lines)
+                stream = self._streams[item.header] = _OpenStream(lines)
             for piece in self._pieces(stream, item):
                 packed.add(piece)
             left_out += stream.lines.left_out
@@ -95,7 +95,7 @@ class InfluxTarget:
             account.series = len(self._budget)
         return Encoded(packed.done(), left_out, over_budget)
 
-    def _pieces(self, stream: _Stream, item: HostResults) -> Iterator[Lines]:
+    def _pieces(self, stream: _OpenStream, item: HostResults) -> Iterator[Lines]:
         results = item.results
         if isinstance(results, RoundTrips):
             yield from map(_one, stream.lines.round_trips(results))
@@ -221,7 +221,7 @@ class InfluxTarget:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _OpenStream:
     lines: StreamLines
     devices: tuple[Any, ...] = ()
     ranks: list[int] = field(default_factory=list)

@@ -21,7 +21,7 @@ _S: Final = 1_000_000_000
 
 
 @dataclass(slots=True)
-class _Told:
+class _Reported:
     time_ns: int
     """Of the last row."""
     latest: Results
@@ -32,14 +32,14 @@ class Internal:
 
     def __init__(self, vitals: Vitals) -> None:
         self._vitals = vitals
-        self._told: dict[StreamHeader, _Told] = {}
+        self._told: dict[StreamHeader, _Reported] = {}
         self._own_second = 0
 
     def stream_lines(self, header: StreamHeader, results: Results) -> Iterator[str]:
         """Ledger and cost of a stream, when a second of its time has passed."""
         # Without its rows: it may be kept for long.
         latest = replace(results, delays=Delays.empty(), windows=())
-        told = self._told.setdefault(header, _Told(-_S, latest))
+        told = self._told.setdefault(header, _Reported(-_S, latest))
         told.latest = latest
         if results.upto_utc_ns // _S > told.time_ns // _S:
             told.time_ns = results.upto_utc_ns

@@ -4,8 +4,8 @@
 
     entry  = kind, length of the host's name, size of the payload, checksum | name | payload
     FRAME     a host's frame, as it was received
-    SNAPSHOT  all that the ingest knows of a host, at this place: what is before it need not be read again for this host
-    COMMIT    the store's flush F holds the results of all that is before a place P
+    SNAPSHOT  all that the ingest knows of a host, here: what is before it need not be read again for this host
+    COMMIT    the store's flush F holds the results of all that is before a position P
 
 A frame counts as taken over when the file it is in was brought to the disk. After a crash, the store is put back to the
 last COMMIT; from each host's last snapshot before P its frames are worked through again, and what comes out of those
@@ -40,11 +40,11 @@ _FIRST_COMMIT: Final = struct.Struct("<QQQ")
 _LOG: Final = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"(\d{10})\.journal")
 
-Place = tuple[int, int]
-"""Number of the file and offset in it; places compare in the order of writing."""
+JournalPosition = tuple[int, int]
+"""Number of the file and offset in it; positions compare in the order of writing."""
 
 
-class Kind(IntEnum):
+class EntryKind(IntEnum):
     """What an entry is (u8). Append only."""
 
     FRAME = 1
@@ -56,9 +56,9 @@ class Kind(IntEnum):
 class Entry:
     """One entry, read back."""
 
-    place: Place
+    position: JournalPosition
     kind: int
-    """A `Kind`, or a number that this version does not know."""
+    """An `EntryKind`, or a number that this version does not know."""
     host: str
     payload: bytes
 
@@ -68,7 +68,7 @@ class Commit:
     """The store's flush up to `flush` holds the results of all entries before `upto`."""
 
     flush: int
-    upto: Place
+    upto: JournalPosition
     slice_ns: int
     """How much of a stream its engine works on at a time: which results are of an entry before `upto` depends on it."""
 
@@ -111,21 +111,21 @@ class Journal:
         return len(numbers)
 
     @property
-    def place(self) -> Place:
+    def position(self) -> JournalPosition:
         """Of the next entry."""
         return self._file, self._offset
 
-    def append(self, kind: Kind, host: str, payload: bytes) -> Place:
-        """Add an entry, in memory until `sync`; its place."""
-        place = self.place
+    def append(self, kind: EntryKind, host: str, payload: bytes) -> JournalPosition:
+        """Add an entry, in memory until `sync`; its position."""
+        position = self.position
         entry = packed(kind, host, payload)
         self._buffer += entry
         self._offset += sum(map(len, entry))
-        return place
+        return position
 
     def commit(self, commit: Commit) -> None:
         """Note what the store holds."""
-        self.append(Kind.COMMIT, "", _COMMIT.pack(commit.flush, *commit.upto, commit.slice_ns))
+        self.append(EntryKind.COMMIT, "", _COMMIT.pack(commit.flush, *commit.upto, commit.slice_ns))
 
     def taken(self) -> list[bytes]:
         """What was appended since the last call, to be given to `sync`."""
@@ -181,7 +181,7 @@ class Journal:
 
         A journal that is read again gives the same file again.
         """
-        path = self._path(entry.place[0]).with_suffix(".aside")
+        path = self._path(entry.position[0]).with_suffix(".aside")
         mode = "ab" if path in self._aside else "wb"
         try:
             with open(path, mode, opener=_private) as file:

@@ -7,8 +7,8 @@ A packet's line is four pieces: two are looked up, two are numbers. Names and or
 
 **No row replaces another.** A database knows a row by its tags and its time. Two packets that came to one device in the
 same nanosecond would be one; the second gets the tag `slot=1`, a third `slot=2`. Such pairs are found in a batch by
-sorting a hash of prefix and time, and across batches among those of the last seconds (`_Seen`). Windows of a run that
-began within them get the slot 100 and the seconds after their start, so that an earlier run's part of them stays.
+sorting a hash of prefix and time, and across batches among those of the last seconds (`_RecentTimes`). Windows of a run
+that began within them get the slot 100 and the seconds after their start, so that an earlier run's part of them stays.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from contracts.arrays import Ints
 from contracts.interfaces import StreamHeader
 from contracts.metrics import MEASUREMENTS
 from contracts.names import spelt, text
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, Results, RoundTrips, Segment, Window
 from contracts.topology import Device, containers_of
 
-Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
 
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -110,7 +110,7 @@ class Budget:
         return True
 
 
-class _Seen:
+class _RecentTimes:
     """Which (series, time) there were lately, as hashes: one that comes again has its next free slot.
 
     A collision of hashes (once in 2**64 pairs) would only give a slot that is not needed.
@@ -189,7 +189,7 @@ class StreamLines:
         self._lengths = 0
         self._middle_of = np.zeros(0, np.int32)
         """Code of length (its rank), dropped and position → index of its middle."""
-        self._seen = _Seen()
+        self._seen = _RecentTimes()
         self._ranks: tuple[int, ...] = ()
         self._window_series: dict[tuple[int, int, int, int, int], str | None] = {}
         self._began_utc_ns = header.clock.utc_ns

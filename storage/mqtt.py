@@ -36,7 +36,7 @@ from contracts.records import Batch
 from contracts.topics import Ack, Refusal, ack_topic, status_topic, stream_topic
 from contracts.topology import Topology
 from contracts.vitals import Publishing
-from contracts.wire import Encoder, Head, Message, whole_head
+from contracts.wire import Encoder, FrameKind, Head, whole_head
 from storage.broker import (
     IN_FLIGHT,
     Broker,
@@ -91,7 +91,7 @@ class _Skipped:
 
 
 @dataclass(slots=True)
-class _Way:
+class _InFlight:
     """What is under way to the ingest."""
 
     stream: int = -1
@@ -136,7 +136,7 @@ class StreamPublisher:
         self._emptier = asyncio.Event()
         """Something has arrived."""
         self._tasks: list[asyncio.Task[None]] = []
-        self._way = _Way()
+        self._way = _InFlight()
         self._acknowledged = 0
         """Frames."""
         self._sent: dict[int, int] = {}
@@ -388,7 +388,7 @@ class StreamPublisher:
 
     async def _serve(self, client: Connection) -> None:
         """Until the connection breaks (`MqttError`) or the task is cancelled."""
-        self._way = _Way()
+        self._way = _InFlight()
         refused = self.refused
         await client.subscribe(ack_topic(self._host), qos=0)
         await client.publish(status_topic(self._host), self._status("online"), qos=1, retain=True)
@@ -462,7 +462,7 @@ class StreamPublisher:
         gone = 0
         while oldest is not None and oldest[1].stream == stream and oldest[1].sequence <= last:
             frame, head = oldest
-            if head.message is Message.TOPOLOGY:
+            if head.message is FrameKind.TOPOLOGY:
                 self._contexts.leave_out(stream, head.sequence)
             self._put_aside(frame, f"the ingest refuses it: {refusal.why}")
             gone += 1
@@ -572,7 +572,7 @@ class StreamPublisher:
         way = self._way
         if way.restart or way.stream != head.stream:
             self.restarts += way.restart
-            self._way = way = _Way(head.stream, head.sequence, head.sequence, restart=False)
+            self._way = way = _InFlight(head.stream, head.sequence, head.sequence, restart=False)
             topology = context.before(head.sequence)
             parts = [(frame, head.sequence) for frame in (context.header, topology) if frame is not None]
         index = self._index(way.next, head.sequence)

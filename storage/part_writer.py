@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contracts.arrays import Ints
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
 from contracts.schema import Delays, Window
@@ -25,7 +26,7 @@ from contracts.topology import Device
 from storage import tables
 from storage.checksum import SegmentWriter
 from storage.places import Place
-from storage.segments import Ints, by_hour
+from storage.segments import by_hour
 
 _OPEN_FILES: Final = 32
 """Files that are open at once. A recording's rows come nearly in the order of time: two hours of two tables at most."""

@@ -49,9 +49,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from contracts.arrays import Ints
 from contracts.config import Config, PrometheusConfig, check_host
 from contracts.errors import ConfigError, Unavailable
-from contracts.histogram import BINS, Ints, lower_bounds
+from contracts.histogram import BINS, lower_bounds
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import Status, StreamHeader
 from contracts.schema import Delays, Results, RoundTrips
@@ -85,11 +86,11 @@ _FRESH_S: Final = 1.0
 """So long several who ask get the same text: what changes it are windows of a second."""
 
 Labels = tuple[str, ...]
-Stream = tuple[str, str]
+HostSource = tuple[str, str]
 """Host and source. When its next run begins, its counters begin anew, as after any restart."""
 
 
-class _Distribution:
+class _Buckets:
     __slots__ = ("counts", "device", "gone_s", "sum_ns")
 
     def __init__(self, device: tuple[int, int]) -> None:
@@ -110,17 +111,17 @@ class Endpoint:
         self._address = address(config.listen)
         self._lock = threading.Lock()
         """Around what the streams write and the requests' threads read."""
-        self._delays: dict[Stream, dict[Labels, _Distribution]] = {}
+        self._delays: dict[HostSource, dict[Labels, _Buckets]] = {}
         self._series = 0
         """Of all streams."""
         self._dropped = 0
         """Series whose container or device is gone."""
         self._not_shown = 0
         """Delays of series beyond `_MOST_SERIES`."""
-        self._containers: dict[Stream, dict[tuple[str, str, str], float | None]] = {}
+        self._containers: dict[HostSource, dict[tuple[str, str, str], float | None]] = {}
         """What containers are called, by name, id and namespace; since when that is no longer so."""
-        self._latest: dict[Stream, Results] = {}
-        self._ended_s: dict[Stream, float] = {}
+        self._latest: dict[HostSource, Results] = {}
+        self._ended_s: dict[HostSource, float] = {}
         """When those streams ended of which no new one has begun."""
         self._swept_s = 0.0
         self._text: dict[str, tuple[float, bytes]] = {}
@@ -149,7 +150,7 @@ class Endpoint:
 
     def stream(self) -> StreamOfSink:
         """For one stream."""
-        return _Stream(self)
+        return _EndpointStream(self)
 
     async def aclose(self) -> None:
         """Answer no more."""
@@ -197,7 +198,7 @@ class Endpoint:
                     if self._series >= _MOST_SERIES:
                         self._not_shown += w.count
                         continue
-                    found = mine[labels] = _Distribution(device.key)
+                    found = mine[labels] = _Buckets(device.key)
                     self._series += 1
                 found.device = device.key
                 found.sum_ns += w.sum_ns
@@ -354,7 +355,7 @@ class Endpoint:
         return not why and self.health()[0], told
 
 
-class _Stream:
+class _EndpointStream:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._header: StreamHeader | None = None
@@ -378,7 +379,7 @@ def _answer(ok: bool, told: dict[str, Any]) -> Response:
     return JSONResponse({"ok": ok} | told, 200 if ok else 503)
 
 
-def _mark(series: dict[Labels, _Distribution], present: Sequence[Device], now_s: float) -> None:
+def _mark(series: dict[Labels, _Buckets], present: Sequence[Device], now_s: float) -> None:
     """Say of each series since when its device, or the container whose packets crossed it, is gone."""
     keys, containers = {d.key for d in present}, {"", *(d.container for d in present)}
     for labels, each in series.items():
@@ -436,7 +437,7 @@ def _histogram(delays: Sequence[tuple[Labels, int, Ints]]) -> Metric:
     return family
 
 
-def _ledgers(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:
+def _ledgers(latest: Sequence[tuple[HostSource, Results]]) -> Iterator[Metric]:
     records = CounterMetricFamily(
         "mace_records", "Records by category of the ledger.", labels=("host", "source", "category")
     )
@@ -460,7 +461,7 @@ def _ledgers(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:
     yield from (records, in_flight, packets, ambiguous)
 
 
-def _costs(latest: Sequence[tuple[Stream, Results]]) -> Iterator[Metric]:
+def _costs(latest: Sequence[tuple[HostSource, Results]]) -> Iterator[Metric]:
     names = ("host", "source", "hook")
     calls = CounterMetricFamily("mace_probe_calls", "Calls of a hook's probe.", labels=names)
     timed = CounterMetricFamily("mace_probe_timed_calls", "Those of them that were timed.", labels=names)

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from contracts.errors import StoreError, nearest
-from contracts.figures import Distribution, Place, Summary
+from contracts.figures import DevicePlace, Distribution, Summary
 from contracts.histogram import MAX_NS, SUB_BITS, middles
 from contracts.hooks import HOOKS
 from contracts.ledger import Ledger
@@ -32,7 +32,7 @@ from contracts.topology import Sharer, newest_names
 from storage import checksum, segments, tables
 from storage.embedded import check_schema
 from storage.naming import NAMES_SQL, TABLES, Named, by_newest_name, named, newest_of
-from storage.segments import Segment as SegmentFile
+from storage.segments import SegmentFile
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -100,7 +100,7 @@ class Run:
 class Hop:
     """One row of a packet's path."""
 
-    place: Place
+    place: DevicePlace
     direction: Direction
     segment: Segment
     position: int
@@ -136,7 +136,7 @@ class TypicalPath:
     container: str
     netns: str
     direction: Direction
-    hops: list[tuple[Place, Segment, Distribution]]
+    hops: list[tuple[DevicePlace, Segment, Distribution]]
 
 
 @dataclass(slots=True)
@@ -156,7 +156,7 @@ From = Literal["auto", "rows", "windows"]
 
 
 def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A method of `Store` that raises `StoreError` for rows that MACE does not write: nulls, names it does not know."""
+    """A reader's method that raises `StoreError` for rows that MACE does not write: nulls, names it does not know."""
 
     @wraps(method)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -164,7 +164,7 @@ def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
             return method(*args, **kwargs)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             store = args[0]
-            assert isinstance(store, Store)
+            assert isinstance(store, StoreReader)
             raise StoreError(
                 f"{store.path}: it has rows that MACE does not write ({type(error).__name__}: {error}): damaged, or"
                 " made by another program"
@@ -174,7 +174,7 @@ def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 @dataclass(slots=True)
-class Store:
+class StoreReader:
     """A reader. Raises `StoreError` for what is no store, is of another schema, or is damaged.
 
     `skip_damaged` reads on without damaged segments and counts them in `damaged`.
@@ -820,11 +820,11 @@ def _series_query(table: str, condition: str) -> str:
         """
 
 
-def _place(row: Sequence[Any]) -> Place:
+def _place(row: Sequence[Any]) -> DevicePlace:
     """From the columns of `_PLACE`."""
     host, rank, container, netns, device, device_id, kind, role = row
     inode, _, ifindex = device_id.partition(":")
-    return Place(int(rank), container, netns, int(inode), device, int(ifindex), kind, role, host)
+    return DevicePlace(int(rank), container, netns, int(inode), device, int(ifindex), kind, role, host)
 
 
 def _packet_path(key: tuple[str, str, int], rows: Sequence[tuple[Any, ...]]) -> PacketPath:

@@ -28,7 +28,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from contracts.config import RunningConfig
 from contracts.vitals import Account
-from storage.spool import Frame, Spool, Taken
+from storage.spool import Frame, FrameInDelivery, Spool
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ class RunningSink(Generic[T]):
                 continue
             await self._delivered(taken)
 
-    async def _delivered(self, taken: Taken) -> None:
+    async def _delivered(self, taken: FrameInDelivery) -> None:
         """Deliver one frame, however often it takes."""
         loop, frame, failures = asyncio.get_running_loop(), taken.frame, 0
         while True:

@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import Ints
 from contracts.errors import StoreError
 from storage.ownership import NO_LINK
-
-Ints = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +40,10 @@ PARTITIONED: Final = ("ledger", "windows", "delays")
 """In the order of writing: the ledger first, so that no reader sees rows whose losses it does not see."""
 UNFINISHED: Final = "replay"
 """Folder in a store where a replay that is not complete keeps what it needs to go on."""
+MAINTENANCE_INTERVAL_S: Final = 5.0
+"""How often whoever writes a store merges its small segments."""
+RETENTION_INTERVAL_S: Final = 60.0
+"""How often whoever writes a store removes what is too old or too much."""
 TABLES: Final = ("runs", "cost", *PARTITIONED)
 
 FULL_ROWS: Final = 1 << 17
@@ -67,7 +69,7 @@ _HOURS: Final = range(int((datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) / ti
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Segment:
+class SegmentFile:
     """One Parquet file of a store, as its name tells."""
 
     table: str
@@ -90,10 +92,10 @@ def partition(root: Path, table: str, hour: int) -> Path:
     return root / table / f"day={start:%Y-%m-%d}" / f"hour={start:%H}"
 
 
-def segment(root: Path, table: str, hour: int, first: int, last: int, rows: int) -> Segment:
+def segment(root: Path, table: str, hour: int, first: int, last: int, rows: int) -> SegmentFile:
     """The segment of that name, whether it exists or not."""
     path = partition(root, table, hour) / f"{first:012d}-{last:012d}.{rows}.parquet"
-    return Segment(table, hour, first, last, rows, path)
+    return SegmentFile(table, hour, first, last, rows, path)
 
 
 def _names(directory: Path) -> list[str]:
@@ -134,7 +136,7 @@ def _partitions(root: Path, table: str, first_hour: int, last_hour: int) -> Iter
 
 def listing(
     root: Path, table: str, since_ns: int | None = None, until_ns: int | None = None, *, covered: bool = False
-) -> list[Segment]:
+) -> list[SegmentFile]:
     """A table's live segments, oldest hour first, then in the order of writing.
 
     `since_ns` <= time < `until_ns` (UTC) leaves out hours that can hold no such row. `covered=True` gives the
@@ -142,10 +144,10 @@ def listing(
     """
     first_hour = 0 if since_ns is None else since_ns // HOUR_NS
     last_hour = _HOURS[-1] if until_ns is None else (until_ns - 1) // HOUR_NS
-    found: list[Segment] = []
+    found: list[SegmentFile] = []
     for hour, directory in _partitions(root, table, first_hour, last_hour):
         here = [
-            Segment(table, hour, int(m[1]), int(m[2]), int(m[3]), directory / name)
+            SegmentFile(table, hour, int(m[1]), int(m[2]), int(m[3]), directory / name)
             for name in _names(directory)
             if (m := _NAME.fullmatch(name))
         ]
@@ -248,7 +250,7 @@ def next_flush(root: Path) -> int:
     return 1 + max((s.last for table in TABLES for s in listing(root, table)), default=0)
 
 
-def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list[list[Segment]]:
+def mergeable(segments: Sequence[SegmentFile], damaged: Iterable[Path] = ()) -> list[list[SegmentFile]]:
     """Groups of one table's live segments (in the order of `listing`) that are better merged; each at least two.
 
     A group is consecutive, because a merged segment covers all flushes between its first and its last. The
@@ -256,8 +258,8 @@ def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list
     """
     bad = set(damaged)
     newest = segments[-1].hour if segments else NO_HOUR
-    groups: list[list[Segment]] = []
-    group: list[Segment] = []
+    groups: list[list[SegmentFile]] = []
+    group: list[SegmentFile] = []
 
     def close() -> None:
         if len(group) >= (FAN_IN if group and group[0].hour == newest else 2):
@@ -279,12 +281,12 @@ def mergeable(segments: Sequence[Segment], damaged: Iterable[Path] = ()) -> list
     return groups
 
 
-def _weight(segment: Segment) -> int:
+def _weight(segment: SegmentFile) -> int:
     return segment.rows * ROW_WEIGHT[segment.table]
 
 
 def replace_covered(
-    merged: Segment, covered: Sequence[Segment], write: Callable[[Path], object], *, fsync: bool
+    merged: SegmentFile, covered: Sequence[SegmentFile], write: Callable[[Path], object], *, fsync: bool
 ) -> None:
     """Put `merged`, made by `write`, in the place of the segments it covers.
 
@@ -321,7 +323,7 @@ def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | N
     taken first from hours that are still to come by this machine's clock, from the furthest on: rows of a host whose
     clock is wrong must not outlive those of the others. `runs` stays: one row a run.
     """
-    hours: dict[int, list[tuple[Segment, int]]] = {}
+    hours: dict[int, list[tuple[SegmentFile, int]]] = {}
     newest_s: dict[int, float] = {}
     total = 0
     for table in PARTITIONED:

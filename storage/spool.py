@@ -61,7 +61,7 @@ class Frame:
 
 
 @dataclass(slots=True)
-class _Entry:
+class _SpooledFrame:
     rows: int
     size: int
     segment: int
@@ -75,11 +75,11 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class FrameInDelivery:
     """A frame that is under way."""
 
     frame: Frame
-    entry: _Entry
+    entry: _SpooledFrame
 
 
 class Spool:
@@ -92,7 +92,7 @@ class Spool:
         self._directory = directory
         self._max_bytes, self._memory_bytes, self._sync = max_bytes, memory_bytes, sync
         self._segment_bytes = min(max_bytes // _SEGMENTS, _SEGMENT_BYTES)
-        self._entries: deque[_Entry] = deque()
+        self._entries: deque[_SpooledFrame] = deque()
         self._sizes: dict[int, int] = {}
         """Bytes of each segment file, oldest first."""
         self._next = 1
@@ -180,7 +180,7 @@ class Spool:
     def append(self, frame: Frame) -> None:
         """Keep a frame. Where there is no room the oldest go, all but one that is under way, and are counted."""
         with self._lock:
-            entry = _Entry(frame.rows, len(frame.payload), 0)
+            entry = _SpooledFrame(frame.rows, len(frame.payload), 0)
             self._entries.append(entry)
             self.rows += frame.rows
             if self._directory is not None:
@@ -191,7 +191,7 @@ class Spool:
             while self._memory > self._memory_bytes and self._drop_from_memory():
                 pass
 
-    def take(self) -> Taken | None:
+    def take(self) -> FrameInDelivery | None:
         """The oldest frame that is not under way; None if there is none. It stays until it is acknowledged.
 
         What is damaged on the disk is counted and left out.
@@ -203,7 +203,7 @@ class Spool:
                 entry.taken = True
                 found = entry.frame or self._read(entry)
                 if found is not None:
-                    return Taken(found, entry)
+                    return FrameInDelivery(found, entry)
                 self.damaged_rows += entry.rows
                 entry.delivered = True
             self._leave()
@@ -233,7 +233,7 @@ class Spool:
             entry = self._entries[index]
             return entry.frame or self._read(entry)
 
-    def acknowledge(self, taken: Taken | None = None) -> None:
+    def acknowledge(self, taken: FrameInDelivery | None = None) -> None:
         """It is delivered; without a name the one that `first` gave."""
         with self._lock:
             entry = taken.entry if taken is not None else next((e for e in self._entries if e.taken), None)
@@ -263,7 +263,7 @@ class Spool:
             # Only a crash would make a difference: some of what is delivered would be delivered once more.
             _LOG.warning("%s: the acknowledgement was not written: %s", self._directory, error.strerror)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: _SpooledFrame) -> None:
         self.rows -= entry.rows
         if entry.frame is not None:
             self._memory -= entry.size
@@ -284,14 +284,14 @@ class Spool:
                 return True
         return False
 
-    def _give_up(self, entry: _Entry) -> None:
+    def _give_up(self, entry: _SpooledFrame) -> None:
         self._entries.remove(entry)
         self._forget(entry)
         self.dropped_rows += entry.rows
 
     # Disk.
 
-    def _store(self, entry: _Entry, frame: Frame) -> None:
+    def _store(self, entry: _SpooledFrame, frame: Frame) -> None:
         """Append to the newest segment; `entry.segment` stays 0 if that cannot be done."""
         label = frame.label.encode()
         body = label + frame.payload
@@ -378,7 +378,7 @@ class Spool:
         assert self._directory is not None
         return self._directory / f"{segment:08d}.frames"
 
-    def _read(self, entry: _Entry) -> Frame | None:
+    def _read(self, entry: _SpooledFrame) -> Frame | None:
         try:
             with self._path(entry.segment).open("rb") as file:
                 file.seek(entry.offset)
@@ -451,7 +451,7 @@ def _read_position(packed: bytes) -> tuple[int, int]:
     return (segment, offset) if packed == _position(segment, offset) else (0, 0)
 
 
-def _frames_of(path: Path, segment: int) -> Iterator[_Entry]:
+def _frames_of(path: Path, segment: int) -> Iterator[_SpooledFrame]:
     """Whole frames of a segment file, by their headers. What is none is passed over up to the next one, with a word."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -468,7 +468,7 @@ def _frames_of(path: Path, segment: int) -> Iterator[_Entry]:
                 continue
             _, payload_bytes, rows, label_bytes, _ = _HEADER.unpack_from(head)
             body = payload_bytes + label_bytes
-            yield _Entry(rows, body, segment, offset)
+            yield _SpooledFrame(rows, body, segment, offset)
             offset += _HEADER_BYTES + body
 
 

@@ -21,10 +21,10 @@ import pyarrow as pa
 from contracts.errors import StoreError, UsageError, nearest
 from storage import segments, tables
 from storage.naming import TABLES, by_newest_name
-from storage.query import Store, connected, relation
+from storage.query import StoreReader, connected, relation
 
 _T = TypeVar("_T")
-Kind: TypeAlias = Any
+DuckDBType: TypeAlias = Any
 """DuckDB's DuckDBPyType, which each release has in another module."""
 _MISSING: Final = re.compile(r"(?:Table with name|Referenced column|Referenced table) \"?([\w.]+)\"?", re.IGNORECASE)
 _ATTEMPTS: Final = 10
@@ -47,7 +47,7 @@ _OF_THE_SQL: Final = ("Parser", "Syntax", "Binder", "Catalog", "Conversion", "Ou
 
 @contextmanager
 def rows(
-    store: Store, sql: str, *, memory_mib: int = MEMORY_MIB, timeout_s: float | None = None
+    store: StoreReader, sql: str, *, memory_mib: int = MEMORY_MIB, timeout_s: float | None = None
 ) -> Iterator[pa.RecordBatchReader]:
     """What a SELECT gives, batch by batch, within the block. Tables: those of `storage.tables.COLUMNS`.
 
@@ -83,7 +83,7 @@ def rows(
     raise StoreError(f"{store.path}: segments vanished {_ATTEMPTS} times while they were read; try again")
 
 
-def table(store: Store, sql: str) -> pa.Table:
+def table(store: StoreReader, sql: str) -> pa.Table:
     """All that a SELECT gives. Raises as `rows`."""
     with rows(store, sql) as reader:
         return reader.read_all()
@@ -122,7 +122,7 @@ class _Beside:
 
 
 def _asked(
-    connection: duckdb.DuckDBPyConnection, store: Store, live: dict[str, list[segments.Segment]], sql: str
+    connection: duckdb.DuckDBPyConnection, store: StoreReader, live: dict[str, list[segments.SegmentFile]], sql: str
 ) -> pa.RecordBatchReader:
     containers = store.containers()
     for table, found in live.items():
@@ -146,11 +146,11 @@ def _asked(
     return asked.to_arrow_reader(_BATCH_ROWS)
 
 
-def _is_lossy(kind: Kind) -> bool:
+def _is_lossy(kind: DuckDBType) -> bool:
     return kind.id in _LOSSY or any(_is_lossy(part) for _, part in _parts(kind))
 
 
-def _text_where_lossy(kind: Kind) -> str:
+def _text_where_lossy(kind: DuckDBType) -> str:
     """The type in SQL, with text in place of what Arrow cannot carry."""
     if kind.id in _LOSSY:
         return "VARCHAR"
@@ -167,7 +167,7 @@ def _text_where_lossy(kind: Kind) -> str:
     return str(kind)
 
 
-def _parts(kind: Kind) -> list[tuple[str, Kind]]:
+def _parts(kind: DuckDBType) -> list[tuple[str, DuckDBType]]:
     """The types that a type is made of, by name; of an array without its size, of a union without its tag."""
     if kind.id not in {"struct", "list", "map", "array", "union"}:
         return []

@@ -6,9 +6,9 @@ import time
 from contracts.config import Config, InfluxConfig, SinksConfig
 from contracts.vitals import Vitals
 from storage import wanted_sinks
+from tests.durations import S
 from tests.made_results import HEADER, START_NS, make_delays, make_results, make_windows, topology
 
-S = 1_000_000_000
 STEP_S = 0.05
 CONTAINERS = 2
 

@@ -1,6 +1,6 @@
 """Runs `mace` many times, each run a fork of one process that has imported it: an import takes most of a second.
 
-    python -m tests.forked_commands < CASES > RESULTS      JSON: a list of `Case`, a list of `Done`
+    python -m tests.forked_commands < CASES > RESULTS      JSON: a list of `CommandCase`, a list of `Done`
 
 A fork starts like a process of its own, with the streams of its case, some of which may be closed. It ends with
 Python's flush at exit, without the rest of the interpreter's shutdown, which takes as long as many commands.
@@ -41,7 +41,7 @@ def import_all():
 
 
 @dataclass
-class Case:
+class CommandCase:
     """A command and its unusual surroundings. A stream is a path, or None for a closed one."""
 
     argv: list[str]
@@ -102,7 +102,7 @@ def _begin(case, out, err):
 
 
 def _serve():
-    cases = [Case(**each) for each in json.load(sys.stdin)]
+    cases = [CommandCase(**each) for each in json.load(sys.stdin)]
     results = []
     for case in cases:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

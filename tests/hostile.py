@@ -21,7 +21,7 @@ from contracts.records import Batch
 from contracts.topics import Shard, stream_topic
 from mace.live.ingest import Ingest
 from storage.broker import Broker, properties
-from storage.query import Store
+from storage.query import StoreReader
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, forge, stream_tag, to_json, traffic
 
 HONEST, EVIL = "honest", "evil"
@@ -103,7 +103,7 @@ class Driven:
 
     def stored(self, host):
         """Return the stored run of a host, and its number of rows."""
-        found = [run for run in Store(self.path).runs() if run.host == host]
+        found = [run for run in StoreReader(self.path).runs() if run.host == host]
         return found[-1] if found else None
 
 
@@ -139,13 +139,13 @@ def topology(sequence, from_ns=0, devices=(), sightings=(("", 0, 0),), first=0, 
         "first_sighting": first,
         "sightings": [list(each) for each in sightings],
     }
-    return frame(wire.Message.TOPOLOGY, to_json(told), sequence, header)
+    return frame(wire.FrameKind.TOPOLOGY, to_json(told), sequence, header)
 
 
 def batch(sequence, ts_ns, *, before=0, header=None, **columns):
     """Return a BATCH frame with arbitrary records, in any order."""
     made = Batch.of(len(ts_ns), ts_ns=np.array(ts_ns, np.int64), **columns)
-    return frame(wire.Message.BATCH, wire._batch_payload(made, before), sequence, header)
+    return frame(wire.FrameKind.BATCH, wire._batch_payload(made, before), sequence, header)
 
 
 def constant(sequence, count, *, before=0, ts_ns=HEADER.clock.monotonic_ns, hook=Hook.NET_DEV_QUEUE, step_ns=0):
@@ -165,7 +165,7 @@ def tampered(given, at, bit):
         return forge(
             head.message, b"", stored=bytes(raw), raw_size=head.raw, stream=head.stream, sequence=head.sequence
         )
-    stream = crc32(bytes(raw)) if head.message is wire.Message.HEADER else head.stream
+    stream = crc32(bytes(raw)) if head.message is wire.FrameKind.HEADER else head.stream
     return forge(head.message, bytes(raw), stream=stream, sequence=head.sequence)
 
 

@@ -14,7 +14,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 
 
 @dataclass(frozen=True)
-class Asked:
+class PanelQuery:
     """One query of a panel, or of a variable."""
 
     where: str
@@ -23,15 +23,15 @@ class Asked:
     is_variable: bool = False
 
 
-def asked(path: Path) -> Iterator[Asked]:
+def asked(path: Path) -> Iterator[PanelQuery]:
     """Return all queries of a dashboard."""
     content = json.loads(path.read_text())
     for panel in content["panels"]:
         for target in panel["targets"]:
-            yield Asked(f"{path.stem}: {panel['title']} {target['refId']}", target["query"], panel)
+            yield PanelQuery(f"{path.stem}: {panel['title']} {target['refId']}", target["query"], panel)
     for variable in content["templating"]["list"]:
         if variable["type"] == "query":
-            yield Asked(f"{path.stem}: ${variable['name']}", variable["query"], variable, is_variable=True)
+            yield PanelQuery(f"{path.stem}: ${variable['name']}", variable["query"], variable, is_variable=True)
 
 
 ALL = [one for path in FILES for one in asked(path)]

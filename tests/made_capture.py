@@ -8,9 +8,10 @@ from zlib import crc32
 import numpy as np
 
 from contracts import wire
+from contracts.arrays import Values
 from contracts.clock import ClockPair
 from contracts.interfaces import StreamHeader, StreamItem
-from contracts.records import Batch, Column, Content, Flag
+from contracts.records import Batch, Content, Flag
 from contracts.topology import NO_DEVICE, Device, Role, Sighting, Topology
 
 HEADER = StreamHeader(
@@ -150,7 +151,7 @@ def same(one: StreamItem, other: StreamItem) -> bool:
     return one == other
 
 
-def all_columns(batch: Batch) -> Iterator[tuple[str, Column]]:
+def all_columns(batch: Batch) -> Iterator[tuple[str, Values]]:
     """Return (name, array) of all columns of a batch, those of its content last."""
     yield from batch.columns()
     if batch.content is not None:

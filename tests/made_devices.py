@@ -6,7 +6,7 @@ HOST_NETNS = 4026531840
 
 
 class MadeFollower:
-    """A `Follower` whose `poll` returns the next element of `polls` at each call, and None after the last."""
+    """A `FollowsDevices` whose `poll` returns the next element of `polls` at each call, and None after the last."""
 
     def __init__(self, *polls):
         self.host_netns = HOST_NETNS

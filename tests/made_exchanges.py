@@ -61,7 +61,7 @@ class Path:
 
 
 @dataclass
-class Run:
+class ToolRun:
     """Result of a tool's run: samples, crossings and true pairs."""
 
     samples: Samples
@@ -142,4 +142,4 @@ def ping_run(
         l4_proto=1,
         l4_id=77 if ident_told else NOT_TOLD,
     )
-    return Run(samples, path, truth)
+    return ToolRun(samples, path, truth)

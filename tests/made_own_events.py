@@ -58,7 +58,7 @@ def _product(part: str, long: int) -> int:
 
 
 @dataclass
-class Machine:
+class EventWriter:
     """Writes events as a machine of a given byte order and word size does."""
 
     big: bool = False

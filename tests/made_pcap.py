@@ -10,7 +10,7 @@ MAGIC = {"us": 0xA1B2C3D4, "ns": 0xA1B23C4D}
 
 
 @dataclass(frozen=True)
-class Frame:
+class PcapFrame:
     """One captured frame."""
 
     utc_ns: int
@@ -19,7 +19,9 @@ class Frame:
     """Bytes that the frame had on the link, if more than were captured."""
 
 
-def pcap(frames: Sequence[Frame], *, order: str = "<", unit: str = "ns", link: int = 1, snap: int = 262144) -> bytes:
+def pcap(
+    frames: Sequence[PcapFrame], *, order: str = "<", unit: str = "ns", link: int = 1, snap: int = 262144
+) -> bytes:
     per = 1 if unit == "ns" else 1000
     raw = [struct.pack(order + "IHHiIII", MAGIC[unit], 2, 4, 0, 0, snap, link)]
     for one in frames:
@@ -75,7 +77,7 @@ def ng_packet(
 
 
 def pcapng(
-    frames: Sequence[Frame],
+    frames: Sequence[PcapFrame],
     *,
     order: str = "<",
     tsresol: int | None = 9,

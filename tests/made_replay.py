@@ -15,7 +15,7 @@ from contracts.topology import Sharer
 from correlator.engine import EngineConfig
 from mace.live import pipeline
 from storage.embedded import EmbeddedStore
-from storage.query import Store
+from storage.query import StoreReader
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
 SECOND_NS = 1_000_000_000
@@ -129,7 +129,7 @@ def differences(one, other):
         runs = [
             ask(f"SELECT host, run, source, cpus FROM {rows_of(store, 'runs')} ORDER BY ALL") for store in (one, other)
         ]
-        sharers = [Store(store).sharers() for store in (one, other)]
+        sharers = [StoreReader(store).sharers() for store in (one, other)]
         found["sharers"] = [] if sharers[0] == sharers[1] else sharers
         found["runs"] = [] if runs[0] == runs[1] else runs
     return {table: rows for table, rows in found.items() if rows}

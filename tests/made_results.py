@@ -58,6 +58,14 @@ def hops(devices, container, direction):
     return [*reversed(out), (inner, Segment.DELIVERY)]
 
 
+def delays_of(rows, **columns):
+    """So many rows of these columns; 0 in all others."""
+    return Delays(
+        **{name: np.asarray(columns.pop(name, np.zeros(rows)), dtype) for name, dtype in Delays._DTYPES.items()},
+        **columns,
+    )
+
+
 def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packet=0, gap_ns=20_000, scale_ns=900.0):
     """Return the delays of `packets` packets, every second one ingress, each with its hops and its OVERHEAD."""
     rng = np.random.default_rng(seed)
@@ -77,19 +85,18 @@ def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packe
             rows = len(path) + 1
 
             parts.append(
-                Delays(
-                    utc_ns=np.c_[starts, starts[:, first]].ravel().astype("<i8"),
+                delays_of(
+                    rows * len(mine),
+                    utc_ns=np.c_[starts, starts[:, first]].ravel(),
                     packet=np.repeat((mine + first_packet + 1).astype("<u8") << np.uint64(20), rows),
-                    device=np.tile(np.array([*(d for d, _ in path), 2 * c], "<i4"), len(mine)),
-                    direction=np.full(rows * len(mine), direction, "u1"),
-                    segment=np.tile(np.array([*(s for _, s in path), Segment.OVERHEAD], "u1"), len(mine)),
-                    position=np.tile(np.array([*range(len(path)), 255], "u1"), len(mine)),
-                    delay_ns=np.c_[delay, overhead].ravel().astype("<i8"),
+                    device=np.tile([*(d for d, _ in path), 2 * c], len(mine)),
+                    direction=np.full(rows * len(mine), direction),
+                    segment=np.tile([*(s for _, s in path), Segment.OVERHEAD], len(mine)),
+                    position=np.tile([*range(len(path)), 255], len(mine)),
+                    delay_ns=np.c_[delay, overhead].ravel(),
                     l3_len=np.repeat(rng.choice(np.array([84, 46, 1500], "<u4"), len(mine)), rows),
-                    grade=np.ones(rows * len(mine), "u1"),
-                    outcome=np.ones(rows * len(mine), "u1"),
-                    drop_reason=np.zeros(rows * len(mine), "u2"),
-                    waited=np.zeros(rows * len(mine), "?"),
+                    grade=np.ones(rows * len(mine)),
+                    outcome=np.ones(rows * len(mine)),
                 )
             )
             order.append(np.repeat(mine, rows))

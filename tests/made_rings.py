@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from collector.kmod.device import Hello, Stats, Taken
+from collector.kmod.device import Hello, Stats, TakenSubBuffers
 from contracts import abi
 from contracts.errors import SourceError
 from contracts.hooks import HOOKS, Hook
@@ -68,7 +68,7 @@ class MadeRing:
         if flush and self.filling:
             self.close()
         self.handed = self.head
-        return Taken(self.tail % self.subbufs, self.handed - self.tail, self.now_ns)
+        return TakenSubBuffers(self.tail % self.subbufs, self.handed - self.tail, self.now_ns)
 
 
 def record(ts_ns, hook=Hook.NETIF_RX, netns=4026531840, ifindex=2, **more):

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import zstandard
 
 from collector.pages.formats import EventFormat, PageLayout
-from tests.ring_pages import EVENTS, Page, format_text, formats, layout, payload
+from tests.ring_pages import EVENTS, FORMS, Page, format_text, layout, payload
 
-FORMS = {form.event: form for form in formats()}
 Buffers = Mapping[str, Mapping[int, Sequence[bytes]]]
 
 UNAME = b"Linux somewhere 6.18.0 #1 SMP x86_64\0"
@@ -28,7 +27,7 @@ def header_page(where: PageLayout) -> str:
 
 
 @dataclass
-class Made:
+class MadeTraceDat:
     """A file in the making. `buffers`: name -> CPU -> pages."""
 
     buffers: Buffers

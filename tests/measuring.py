@@ -43,7 +43,7 @@ def trace_instances(pid):
     return [path.name for path in TRACE_INSTANCES.glob(f"mace-{pid}-*")]
 
 
-class Measurement:
+class RunningMace:
     """A running `mace run`; `stop` ends it like Ctrl-C and returns its JSON."""
 
     def __init__(self, lab, folder, *options, start=start):
@@ -113,7 +113,7 @@ FROM delays WHERE segment IN ('device', 'outside') GROUP BY packet, direction, l
 def measured(lab, folder, *options, start=start):
     """Run a measurement for the duration of the block; its JSON is in `.found` afterwards."""
     folder.mkdir(exist_ok=True)
-    measurement = Measurement(lab, folder, *options, start=start)
+    measurement = RunningMace(lab, folder, *options, start=start)
     try:
         yield measurement
         measurement.stop()

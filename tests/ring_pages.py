@@ -74,6 +74,9 @@ def formats(events: dict[str, tuple[int, str]] | None = None) -> list[EventForma
     return [parse_format(event, format_text(event, *what)) for event, what in (events or EVENTS).items()]
 
 
+FORMS = {form.event: form for form in formats()}
+
+
 def layout(page_size: int = 4096) -> PageLayout:
     return PageLayout(0, 8, 8, 16, page_size - 16)
 
@@ -152,7 +155,7 @@ class Page:
 
 
 @dataclass
-class Seen:
+class SeenEvents:
     """One event as the naive decoder returns it."""
 
     ts_ns: int
@@ -171,7 +174,7 @@ class Seen:
         return self.body[offset : offset + length - 1].decode()
 
 
-def simple_decode(raw: bytes, where: PageLayout, forms: list[EventFormat]) -> list[list[Seen]]:
+def simple_decode(raw: bytes, where: PageLayout, forms: list[EventFormat]) -> list[list[SeenEvents]]:
     """Decode the events of each page one at a time, following the comment in include/linux/ring_buffer.h."""
     by_id = {form.id: form for form in forms}
     pages = []
@@ -198,6 +201,6 @@ def simple_decode(raw: bytes, where: PageLayout, forms: list[EventFormat]) -> li
                 at += 4 + extra if kind == 0 else 4 + 4 * kind
                 ident = struct.unpack_from("<H", body)[0]
                 if ident in by_id:
-                    seen.append(Seen(ts, by_id[ident], body))
+                    seen.append(SeenEvents(ts, by_id[ident], body))
         pages.append(seen)
     return pages

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from contracts.hooks import Hook
+from contracts.hooks import HOOKS, Hook
 from contracts.records import Batch, Content, Flag
 from contracts.topology import NO_DEVICE, Device, Sighting, Topology, assign_roles
 
@@ -32,7 +32,7 @@ CODE = {name: code for code, name in enumerate(NAMES)}
 
 Q, X, R, G = Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB, Hook.NAPI_GRO_RECEIVE_ENTRY
 r, D, c, k = Hook.NETIF_RX, Hook.SKB_COPY_DATAGRAM_IOVEC, Hook.CONSUME_SKB, Hook.KFREE_SKB
-LETTERS = {"Q": Q, "X": X, "R": R, "G": G, "r": r, "D": D, "c": c, "k": k}
+LETTERS = {info.letter: info.hook for info in HOOKS}
 
 REQUEST = "Q:eth0 X:eth0 r:veth{n} R:veth{n} R:br0 Q:out0 X:out0 r:rem0 R:rem0 c"
 REPLY = "Q:rem0 X:rem0 r:out0 R:out0 Q:br0 X:br0 Q:veth{n} X:veth{n} r:eth0 R:eth0"

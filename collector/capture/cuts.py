@@ -89,7 +89,7 @@ class _Scan:
         """Return the next cut from here on, or None if there is none before the end."""
         at_ns: int | None = None
         while (passed := self._pass()) is not None:
-            if passed is not wire.Message.BATCH:
+            if passed is not wire.FrameKind.BATCH:
                 continue
             offset, sequence, topologies = self._batches[-1]
             try:
@@ -106,7 +106,7 @@ class _Scan:
                 return None if warm is None else Cut(at_ns, position, warm)
         return None
 
-    def _pass(self) -> wire.Message | None:
+    def _pass(self) -> wire.FrameKind | None:
         """Step over one frame and return its kind, or None at the end of the file or at a damaged frame."""
         start = self.offset
         self._file.seek(start)
@@ -116,9 +116,9 @@ class _Scan:
             return None
         if head.sequence != self._sequence:
             return None
-        if head.message is wire.Message.BATCH:
+        if head.message is wire.FrameKind.BATCH:
             self._batches.append((start, head.sequence, self._topologies))
-        elif head.message is wire.Message.TOPOLOGY:
+        elif head.message is wire.FrameKind.TOPOLOGY:
             try:
                 if self._decoder.stands_alone(head, self._file.read(head.stored)):
                     self._topologies = ()

@@ -187,7 +187,7 @@ class Capture(Closing):
             raise CaptureError(self.path, self._window.offset, str(error)) from error
         return message
 
-    def _next(self) -> wire.Decoded | None:
+    def _next(self) -> wire.WireItem | None:
         """Return the next frame's message, None at the end of the file. A refused frame stays in the window."""
         have = self._window.fill(wire.HEAD_SIZE)
         if not have:

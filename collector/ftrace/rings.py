@@ -15,8 +15,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from collector.pages.decoding import MISSED, Bytes, page_buffer
+from collector.pages.decoding import MISSED, page_buffer
 from collector.pages.formats import PageLayout
+from contracts.arrays import Bytes
 from contracts.errors import SourceError
 
 
@@ -34,7 +35,7 @@ class PageBuffer:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class TakenPages:
     """Result of one `take` from a ring."""
 
     pages: int
@@ -47,7 +48,7 @@ class Taken:
 class Ring(Protocol):
     """One CPU's ring. `close` is called once, last."""
 
-    def take(self, into: PageBuffer, start: int = 0) -> Taken:
+    def take(self, into: PageBuffer, start: int = 0) -> TakenPages:
         """Move pages out of the ring into the buffer, from the buffer's page `start` on; raises `SourceError`.
 
         The page that the kernel is writing is included as far as it is written.
@@ -76,14 +77,14 @@ class ReadRing:
         self._size = layout.page_size
         self._fd = _open(path)
 
-    def take(self, into: PageBuffer, start: int = 0) -> Taken:
+    def take(self, into: PageBuffer, start: int = 0) -> TakenPages:
         at = start
         for upto in (min(start + self._FIRST, into.pages), into.pages):
             if at < upto:
                 at += self._readv(into.views[at:upto])
             if at < upto:
-                return Taken(at - start, empty=True)
-        return Taken(at - start, empty=False)
+                return TakenPages(at - start, empty=True)
+        return TakenPages(at - start, empty=False)
 
     def _readv(self, views: list[memoryview]) -> int:
         try:
@@ -177,7 +178,7 @@ class MmapRing:
         self._page = self._meta.reader_id
         self._read = self._meta.reader_read
 
-    def take(self, into: PageBuffer, start: int = 0) -> Taken:
+    def take(self, into: PageBuffer, start: int = 0) -> TakenPages:
         at, skip = start, 0
         while at < into.pages:
             try:
@@ -187,16 +188,16 @@ class MmapRing:
             page, read = self._meta.reader_id, self._meta.reader_read
             same = page == self._page
             if same and read == self._read:
-                return Taken(at - start, empty=True, skip=skip)
+                return TakenPages(at - start, empty=True, skip=skip)
             if same and at > start:
                 # The writer has added to this page while it was being copied: it is the ring's last page.
                 self._copy(into, at - 1, page, read)
-                return Taken(at - start, empty=True, skip=skip)
+                return TakenPages(at - start, empty=True, skip=skip)
             if same:
                 skip = self._read
             self._copy(into, at, page, read)
             at += 1
-        return Taken(at - start, empty=False, skip=skip)
+        return TakenPages(at - start, empty=False, skip=skip)
 
     def _copy(self, into: PageBuffer, slot: int, page: int, read: int) -> None:
         into.matrix[slot] = self._pages[page]

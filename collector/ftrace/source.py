@@ -27,11 +27,11 @@ from typing import Final, Literal
 from collector.ftrace import tracefs
 from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing, Ring
 from collector.gaps import marker, settle
-from collector.live.ring_source import Follower, RingSource
+from collector.live.ring_source import FollowsDevices, RingSource
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
 from collector.merge import Merger
-from collector.pages.decoding import Decoded, PageDecoder, Sightings, Stretch
+from collector.pages.decoding import DecodedPages, PageDecoder, Sightings, Stretch
 from collector.pages.formats import parse_format, parse_header_page
 from contracts import clock
 from contracts.config import CaptureConfig
@@ -123,7 +123,7 @@ class _Reading:
     """Pages read from the ring."""
     caught_up: bool = False
     """Whether all events from before `began_ns` were read."""
-    parts: list[Decoded] = field(default_factory=list)
+    parts: list[DecodedPages] = field(default_factory=list)
 
     @property
     def newest_ns(self) -> int:
@@ -134,7 +134,7 @@ class _Reading:
 class FtraceSource(RingSource):
     """A `contracts.interfaces.Source` over this machine's tracepoints."""
 
-    def __init__(self, config: FtraceConfig | None = None, devices: Follower | None = None) -> None:
+    def __init__(self, config: FtraceConfig | None = None, devices: FollowsDevices | None = None) -> None:
         self.config = config or FtraceConfig()
         self._sightings = Sightings()
         self._merger = Merger(int(self.config.hold_back_ms * 1e6))
@@ -363,7 +363,7 @@ class FtraceSource(RingSource):
         self._gathered.clear()
         self._filled = 0
 
-    def _with_markers(self, cpu: _Cpu, parts: list[Decoded]) -> Iterator[Batch]:
+    def _with_markers(self, cpu: _Cpu, parts: list[DecodedPages]) -> Iterator[Batch]:
         """Yield the records of each part of one reading, with a `LOST` marker at each gap."""
         lost = iter(self._losses(cpu, [gap.lost for part in parts for gap in part.gaps]))
         for part in parts:
@@ -410,7 +410,7 @@ class FtraceSource(RingSource):
                 self._merger.push(cpu.cpu, marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
 
 
-def configured(config: CaptureConfig, devices: Follower, host: str = "") -> FtraceSource:
+def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> FtraceSource:
     """Make the source that `[capture]` describes; raises `Unavailable` if `[capture]` sets a filter."""
     asked = [name for name in ("sample_shift", "netns", "devices", "protocols") if getattr(config, name)]
     if asked:

@@ -43,7 +43,7 @@ class DeviceInNetns:
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class SessionFilter:
     """Which packets to record. Every condition must hold; an empty condition always holds. Raises `ValueError`.
 
     A filter by namespace or device drops the records of all other devices. The overhead of a path needs the records of
@@ -95,7 +95,7 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class TakenSubBuffers:
     """Result of a TAKE."""
 
     first: int
@@ -202,7 +202,7 @@ class MaceDevice:
         subbufs: int,
         watermark: int,
         flush_ms: int,
-        wanted: Filter = Filter(),
+        wanted: SessionFilter = SessionFilter(),
         cookies: bool = False,
     ) -> tuple[int, ...]:
         """Call SETUP: make rings of `subbufs` times `subbuf_bytes` for the CPUs online, and return the CPUs' numbers.
@@ -251,7 +251,7 @@ class MaceDevice:
         """Call STOP: no record is written once it returns. Harmless if the session is not recording."""
         self._try(Ioctl.STOP, None)
 
-    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> Taken:
+    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> TakenSubBuffers:
         """Call TAKE: release the `release` oldest sub-buffers of a CPU and return those that are ready.
 
         With `flush` the module also hands over the sub-buffer that it is filling. Raises `SourceError`.
@@ -260,7 +260,7 @@ class MaceDevice:
         asked["cpu"], asked["release"] = cpu, release
         asked["flags"] = TakeFlag.FLUSH if flush else 0
         self._try(Ioctl.TAKE, asked)
-        return Taken(int(asked["first"]), int(asked["ready"]), int(asked["now_ns"]))
+        return TakenSubBuffers(int(asked["first"]), int(asked["ready"]), int(asked["now_ns"]))
 
     def stats(self, cpu: int | None = None) -> Stats:
         """Call STATS for one CPU, or for all (None), including CPUs without a ring; raises `SourceError`."""
@@ -383,7 +383,7 @@ class MaceDevice:
 
 
 @contextmanager
-def _filled(into: npt.NDArray[Any], wanted: Filter) -> Iterator[None]:
+def _filled(into: npt.NDArray[Any], wanted: SessionFilter) -> Iterator[None]:
     """Write the filter into a struct mace_filter; its namespaces stay open for the duration of the block."""
     opened: list[int] = []
 

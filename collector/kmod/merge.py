@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.gaps import marker_columns
-from collector.kmod.ring import Records, Subbuf
+from collector.kmod.ring import ModuleRecords, Subbuf
 from collector.watermark import Watermark
 from contracts import abi
 from contracts.errors import SourceError
@@ -45,7 +45,7 @@ _IS_HOOK: Final = np.zeros(256, np.bool_)
 _IS_HOOK[[Hook.LOST, *(info.hook for info in HOOKS)]] = True
 
 
-class Places:
+class SeenPlaces:
     """Assigns codes of sightings to places (namespace, ifindex), in order of appearance.
 
     A lookup hashes into a direct-mapped table; a place that is not in its slot is searched in a sorted table. `name_of`
@@ -135,7 +135,7 @@ class Marker(Subbuf):
 class RingMerger(Watermark):
     """Merges sub-buffers of several CPUs, of which it keeps views; raises `SourceError` for impossible records."""
 
-    def __init__(self, hold_back_ns: int, places: Places, round_records: int = ROUND_RECORDS) -> None:
+    def __init__(self, hold_back_ns: int, places: SeenPlaces, round_records: int = ROUND_RECORDS) -> None:
         super().__init__(hold_back_ns)
         self._places = places
         self._round_records = round_records
@@ -202,11 +202,11 @@ class RingMerger(Watermark):
                 room -= len(subbuf.records)
         return until_ns
 
-    def _runs(self, until_ns: int) -> list[tuple[int, list[Records]]]:
+    def _runs(self, until_ns: int) -> list[tuple[int, list[ModuleRecords]]]:
         """Return (cpu, records before `until_ns`) by CPU; the records of each CPU are in order of time."""
         runs = []
         for cpu, waiting in self._waiting.items():
-            run: list[Records] = []
+            run: list[ModuleRecords] = []
             while waiting:
                 subbuf = waiting[0]
                 ts = subbuf.records["ts_ns"]
@@ -221,7 +221,7 @@ class RingMerger(Watermark):
                 runs.append((cpu, run))
         return runs
 
-    def _merged(self, runs: list[tuple[int, list[Records]]]) -> Batch:
+    def _merged(self, runs: list[tuple[int, list[ModuleRecords]]]) -> Batch:
         lengths = [sum(map(len, run)) for _, run in runs]
         pieces = [piece for _, run in runs for piece in run]
         ts = np.concatenate([piece["ts_ns"] for piece in pieces])

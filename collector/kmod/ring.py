@@ -18,18 +18,18 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from collector.kmod.device import Taken
+from collector.kmod.device import TakenSubBuffers
 from contracts.abi import COLUMNS, RECORD, SUBBUF, WORDS
 from contracts.errors import SourceError
 
-Records = npt.NDArray[Any]
+ModuleRecords = npt.NDArray[Any]
 """The module's records as columns of a batch: one-dimensional, of dtype `contracts.abi.COLUMNS`."""
 
 
 class Take(Protocol):
     """`MaceDevice.take` bound to one CPU."""
 
-    def __call__(self, *, release: int, flush: bool) -> Taken: ...
+    def __call__(self, *, release: int, flush: bool) -> TakenSubBuffers: ...
 
 
 class Subbuf:
@@ -37,7 +37,7 @@ class Subbuf:
 
     __slots__ = ("_held", "lost", "lost_from_ns", "records")
 
-    def __init__(self, records: Records, lost: int = 0, lost_from_ns: int = 0, *, held: bool = True) -> None:
+    def __init__(self, records: ModuleRecords, lost: int = 0, lost_from_ns: int = 0, *, held: bool = True) -> None:
         self.records = records
         """A view into the ring, or a copy; in order of time."""
         self.lost = lost
@@ -73,10 +73,10 @@ class CpuRing:
         self._subbufs = subbufs
         self._capacity = (subbuf_bytes - SUBBUF.itemsize) // RECORD.itemsize
         self._take = take
-        self._heads: Records = np.ndarray((subbufs,), SUBBUF, memory, 0, (subbuf_bytes,))
-        self._records: list[Records] = []
+        self._heads: ModuleRecords = np.ndarray((subbufs,), SUBBUF, memory, 0, (subbuf_bytes,))
+        self._records: list[ModuleRecords] = []
         for i in range(subbufs):
-            one: Records = np.ndarray((self._capacity,), COLUMNS, memory, i * subbuf_bytes + SUBBUF.itemsize)
+            one: ModuleRecords = np.ndarray((self._capacity,), COLUMNS, memory, i * subbuf_bytes + SUBBUF.itemsize)
             one.flags.writeable = False
             self._records.append(one)
         self._unreleased: deque[Subbuf] = deque()

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
 
-from collector.kmod.device import DeviceInNetns, Filter, Hello, MaceDevice, Stats, Taken
-from collector.kmod.merge import Marker, Places, RingMerger
+from collector.kmod.device import DeviceInNetns, Hello, MaceDevice, SessionFilter, Stats, TakenSubBuffers
+from collector.kmod.merge import Marker, RingMerger, SeenPlaces
 from collector.kmod.ring import CpuRing, Subbuf
-from collector.live.ring_source import Follower, RingSource
+from collector.live.ring_source import FollowsDevices, RingSource
 from collector.machine.kernel import online_cpus
 from collector.machine.netns import path_of
 from collector.memory import keep_freed_memory
@@ -36,6 +36,7 @@ from contracts.config import CaptureConfig
 from contracts.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
 from contracts.hooks import BY_HOOK, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
+from contracts.protocols import PROTOCOLS
 from contracts.records import Batch
 from contracts.schema import HookCost
 from contracts.topology import Device
@@ -64,13 +65,13 @@ class Module(Protocol):
 
     def greet(self) -> Hello: ...
     def setup(
-        self, *, subbuf_bytes: int, subbufs: int, watermark: int, flush_ms: int, wanted: Filter, cookies: bool
+        self, *, subbuf_bytes: int, subbufs: int, watermark: int, flush_ms: int, wanted: SessionFilter, cookies: bool
     ) -> tuple[int, ...]: ...
     def has_ring(self, cpu: int) -> bool: ...
     def map(self, cpu: int) -> mmap.mmap: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
-    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> Taken: ...
+    def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> TakenSubBuffers: ...
     def stats(self, cpu: int | None = None) -> Stats: ...
     def cost(self) -> tuple[HookCost, ...]: ...
     def fileno(self) -> int: ...
@@ -88,7 +89,7 @@ class KmodConfig:
     """Delay added before records are passed on, so that a topology read later can still precede them."""
     host: str = ""
     """Host name in the stream's header; empty: the machine's own name."""
-    wanted: Filter = field(default_factory=Filter)
+    wanted: SessionFilter = field(default_factory=SessionFilter)
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
@@ -130,13 +131,13 @@ class KmodSource(RingSource):
     def __init__(
         self,
         config: KmodConfig | None = None,
-        devices: Follower | None = None,
+        devices: FollowsDevices | None = None,
         open_module: Callable[[], Module] = MaceDevice,
     ) -> None:
         self.config = config or KmodConfig()
         self._names: dict[tuple[int, int], str] = {}
         self._inodes: dict[int, int] = {}
-        self._places = Places(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
+        self._places = SeenPlaces(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
         self._merger = RingMerger(int(self.config.hold_back_ms * 1e6), self._places)
         super().__init__(
             "kmod",
@@ -378,20 +379,7 @@ def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
     return int(subbuf.records["ts_ns"][0]) if len(subbuf.records) else otherwise_ns
 
 
-_PROTOCOLS: Final = {
-    "icmp": 1,
-    "igmp": 2,
-    "tcp": 6,
-    "udp": 17,
-    "gre": 47,
-    "esp": 50,
-    "icmpv6": 58,
-    "sctp": 132,
-}
-"""IP protocol numbers by name (IANA, Assigned Internet Protocol Numbers); users give other protocols by number."""
-
-
-def configured(config: CaptureConfig, devices: Follower, host: str = "") -> KmodSource:
+def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> KmodSource:
     """Make the source that `[capture]` describes; raises `ConfigError` for an unknown device or protocol."""
     return KmodSource(
         KmodConfig(
@@ -405,13 +393,13 @@ def configured(config: CaptureConfig, devices: Follower, host: str = "") -> Kmod
     )
 
 
-def wanted(config: CaptureConfig) -> Filter:
+def wanted(config: CaptureConfig) -> SessionFilter:
     """Make the filter that `[capture]` describes; raises `ConfigError` for an unknown device or protocol.
 
     Namespaces are given by name or path, devices of this network namespace by name.
     """
     try:
-        return Filter(
+        return SessionFilter(
             netns=tuple(map(path_of, config.netns)),
             devices=tuple(DeviceInNetns(_index(name)) for name in config.devices),
             l4_protocols=tuple(map(_protocol, config.protocols)),
@@ -434,9 +422,9 @@ def _index(name: str) -> int:
 def _protocol(name: str) -> int:
     if name.isdecimal():
         return int(name)
-    if name.lower() not in _PROTOCOLS:
+    if name.lower() not in PROTOCOLS:
         raise ConfigError(
-            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(_PROTOCOLS)}"
-            f"{nearest(name.lower(), _PROTOCOLS)}"
+            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(PROTOCOLS)}"
+            f"{nearest(name.lower(), PROTOCOLS)}"
         )
-    return _PROTOCOLS[name.lower()]
+    return PROTOCOLS[name.lower()]

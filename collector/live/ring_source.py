@@ -27,7 +27,7 @@ from contracts.topology import Device, Sharer, Sighting, Topology
 from contracts.version import VERSION
 
 
-class Follower(Protocol):
+class FollowsDevices(Protocol):
     """Follows the devices of this machine for a source."""
 
     host_netns: int
@@ -45,7 +45,7 @@ class Follower(Protocol):
     async def aclose(self) -> None: ...
 
 
-class Seen(Protocol):
+class SeenDevices(Protocol):
     """The sightings of a stream: devices as its records identify them, in order of appearance."""
 
     def __len__(self) -> int: ...
@@ -67,9 +67,9 @@ class RingSource(ABC):
         *,
         host: str,
         hold_back_ms: float,
-        follower: Follower | None,
+        follower: FollowsDevices | None,
         watermark: Watermark,
-        seen: Seen,
+        seen: SeenDevices,
         filling: float,
     ) -> None:
         self._name, self._host = name, host

@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from collector.machine.netns import inode_of
+from collector.machine.unix_http import UnixConnection
 from contracts.names import text_of
 
 API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
@@ -127,23 +128,6 @@ def id_in_cgroup(text: str) -> str:
     return str(ids[-1]) if ids else ""
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_API_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(self._path)
-        except OSError:
-            self.sock.close()
-            raise
-
-
 class ApiError(Exception):
     """A container daemon did not answer, or its answer is not understood."""
 
@@ -154,7 +138,7 @@ class ContainerApi:
     def __init__(self, path: str) -> None:
         self._path = path
         self._known: dict[str, tuple[int, int]] = {}
-        self._connection: _UnixConnection | None = None
+        self._connection: UnixConnection | None = None
 
     def running(self) -> list[tuple[int, Called]]:
         """Return (inode of its network namespace, name and id) of every running container; raises `ApiError`.
@@ -164,7 +148,7 @@ class ContainerApi:
         name.
         """
         deadline = time.monotonic() + _API_TIMEOUT_S
-        connection = self._connection = _UnixConnection(self._path)
+        connection = self._connection = UnixConnection(self._path, _API_TIMEOUT_S)
         try:
             listed = self._get(connection, "/containers/json", deadline)
             if not isinstance(listed, list):
@@ -202,7 +186,7 @@ class ContainerApi:
             except OSError:
                 pass  # not connected yet, or no longer
 
-    def _get(self, connection: _UnixConnection, path: str, deadline: float) -> Any:
+    def _get(self, connection: UnixConnection, path: str, deadline: float) -> Any:
         if time.monotonic() > deadline:
             raise ApiError(f"{self._path}: no complete answer within {_API_TIMEOUT_S:g} s")
         connection.request("GET", path)

@@ -118,7 +118,7 @@ class _Namespace:
         return self.found.inode or self.nsid + 1
 
 
-class _Taken(NamedTuple):
+class _Snapshot(NamedTuple):
     """A snapshot of the machine's devices."""
 
     devices: tuple[Device, ...] = ()
@@ -169,9 +169,9 @@ class _Watch:
         self._built: dict[int, tuple[tuple[object, ...], list[Device]]] = {}
         """Serial of a namespace → (the values from which its devices were last made, the devices)."""
         self._build_at_s = 0.0
-        self._taken = _Taken()
+        self._taken = _Snapshot()
 
-    def open(self) -> _Taken:
+    def open(self) -> _Snapshot:
         """Return the first snapshot; raises `Unavailable`. Called once; call `close` even after a failure."""
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._resources.callback(self._close_wake_fd)
@@ -226,7 +226,7 @@ class _Watch:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
 
-    def step(self) -> _Taken | None:
+    def step(self) -> _Snapshot | None:
         """Wait for an event or the next scan; return a new snapshot if anything changed, else None."""
         next_s = min(self._scan_at_s, self._build_at_s) if self._outdated() else self._scan_at_s
         self._wait(max(next_s - time.monotonic(), 0))
@@ -528,7 +528,7 @@ class _Watch:
         names = self._names_used[1]
         return newest_names(Sharer(names.get(one.container_id, one.name), one.container_id) for one in self._sharers)
 
-    def _devices(self) -> _Taken:
+    def _devices(self) -> _Snapshot:
         self._changed = False
         self._names_used = self._names.called, self._names.of_ids
         self._ids_by_api = {called.container_id for called in self._names_used[0].values()}
@@ -546,7 +546,7 @@ class _Watch:
             devices += made
         self._built = built
         assigned = assign_roles(devices, self.host_netns, self._outer, self._remote_netns)
-        return _Taken(assigned, self._on_host_network())
+        return _Snapshot(assigned, self._on_host_network())
 
     def _made(self, namespace: _Namespace, inodes: Mapping[int, int]) -> list[Device]:
         netns = namespace.inode
@@ -602,7 +602,7 @@ class DeviceFollower:
         self._watch = _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._newest: deque[_Taken] = deque(maxlen=1)
+        self._newest: deque[_Snapshot] = deque(maxlen=1)
         """Hands snapshots from the thread to `poll`; appending and popping are atomic."""
         self._failure: BaseException | None = None
 

@@ -28,17 +28,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.pages.formats import MAX_EVENT_ID, EventFormat, Field, PageLayout
+from collector.pages.formats import MAX_EVENT_ID, EventField, EventFormat, PageLayout
+from contracts.arrays import U64, Bytes, Ints
 from contracts.errors import SourceError
 from contracts.hooks import BY_TRACEPOINT, HOOKS, Hook, Way
 from contracts.names import text_of
 from contracts.records import Batch
 from contracts.topology import NO_DEVICE, Sighting
 
-Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
-Index = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
 
 # `commit` of a page that was read (kernel/trace/ring_buffer.c) holds the bytes of data and these two flags.
 _MISSED_EVENTS: Final = 1 << 31
@@ -151,10 +149,10 @@ class Sightings:
             found[missing] = code_of[inverse.ravel()]
         return found
 
-    def _look_up(self, low: U64, high: U64) -> tuple[npt.NDArray[np.uint32], Index]:
+    def _look_up(self, low: U64, high: U64) -> tuple[npt.NDArray[np.uint32], Ints]:
         """Return codes from the tables, and the indices of names that are in neither."""
         found: npt.NDArray[np.uint32] = np.zeros(len(low), np.uint32)
-        missing: Index | None = None
+        missing: Ints | None = None
         for (lows, highs, codes), multiplier in zip(self._tables, self._multipliers, strict=True):
             slots = self._slots(low, high, multiplier).view(np.int64)
             code = codes.take(slots)
@@ -190,7 +188,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodedPages:
     """Records and gaps of a stretch, in the ring's order."""
 
     batch: Batch
@@ -203,13 +201,13 @@ class Located:
 
     words: Words
     """The buffer of pages."""
-    at: Index
+    at: Ints
     """Index in `words` of the first word of each event's payload, ascending."""
-    ts: Index
+    ts: Ints
     """Time of each event, ns."""
     size: Words
     """Bytes of each event's payload, including up to three bytes of padding at the end."""
-    begin: Index
+    begin: Ints
     """Byte where each page's data begins, and the end of the last page."""
     cpus: npt.NDArray[np.uint16]
     """CPU of each page."""
@@ -217,7 +215,7 @@ class Located:
     """Page -> events lost right before it; None if the page has no count."""
 
     @property
-    def first(self) -> Index:
+    def first(self) -> Ints:
         """Index of the first event of each page, and the number of all events."""
         return np.searchsorted(self.at, self.begin >> 2)
 
@@ -225,7 +223,7 @@ class Located:
         """Return `common_type`, the event id, of each event."""
         return self.words.take(self.at, mode="clip") & np.uint32(0xFFFF)
 
-    def __getitem__(self, index: Index) -> Located:
+    def __getitem__(self, index: Ints) -> Located:
         """Return the events at `index`."""
         at, ts, size = self.at[index], self.ts[index], self.size[index]
         return Located(self.words, at, ts, size, self.begin, self.cpus, self.missed)
@@ -240,7 +238,7 @@ class _Value:
     mask: np.uint32
 
     @classmethod
-    def of(cls, event: str, field: Field) -> _Value:
+    def of(cls, event: str, field: EventField) -> _Value:
         at = field.offset % 4
         if field.size not in (1, 2, 4) or at + field.size > 4:
             raise SourceError(
@@ -249,7 +247,7 @@ class _Value:
             )
         return cls(field.offset // 4, np.uint32(8 * at), np.uint32((1 << 8 * field.size) - 1))
 
-    def read(self, words: Words, events: Index) -> Words:
+    def read(self, words: Words, events: Ints) -> Words:
         return (words.take(events + self.word, mode="clip") >> self.shift) & self.mask
 
 
@@ -363,7 +361,7 @@ class PageDecoder:
         addresses ^= addresses >> half
         return addresses
 
-    def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[Decoded]:
+    def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[DecodedPages]:
         """Return the records of each stretch; the stretches are contiguous in a `page_buffer`, which is overwritten.
 
         Decoding the few events of many CPUs together costs hardly more than those of one CPU. Raises `SourceError` for
@@ -383,7 +381,7 @@ class PageDecoder:
         for stretch in stretches:
             start, page_after = int(first[page]), page + stretch.pages
             gaps = tuple(Gap(int(first[p]) - start, missed[p]) for p in range(page, page_after) if p in missed)
-            decoded.append(Decoded(batch[start : int(first[page_after])], gaps))
+            decoded.append(DecodedPages(batch[start : int(first[page_after])], gaps))
             page = page_after
         return decoded
 
@@ -435,7 +433,7 @@ class PageDecoder:
             at[long] += 1
         return Located(words, at, ts, size, np.append(begin, pages * layout.page_size), cpus, missed)
 
-    def _complain(self, cpus: npt.NDArray[np.uint16], wrong: Index, what: str) -> None:
+    def _complain(self, cpus: npt.NDArray[np.uint16], wrong: Ints, what: str) -> None:
         """Raise `SourceError` for the first of the invalid pages (or events) `wrong`, given as indices into `cpus`."""
         if len(wrong):
             raise SourceError(
@@ -449,9 +447,9 @@ class PageDecoder:
             return None
         return int(words[end // 4]) | (int(words[end // 4 + 1]) << 32 if size == 8 else 0)
 
-    def _walk(self, buffer: Bytes, words: Words, begin: Index, end: Index, cpus: npt.NDArray[np.uint16]) -> Index:
+    def _walk(self, buffer: Bytes, words: Words, begin: Ints, end: Ints, cpus: npt.NDArray[np.uint16]) -> Ints:
         """Return the word indices of all event headers in ring order, without padding."""
-        collected: list[Index] = []
+        collected: list[Ints] = []
         longest = self.layout.data_size // 8 + 1
         current, until = begin, end
         while len(current):
@@ -480,7 +478,7 @@ class PageDecoder:
         # Each part is in order, so that the stable sort only merges them.
         return np.sort(np.concatenate(collected), kind="stable") if collected else np.zeros(0, np.int64)
 
-    def _lockstep(self, buffer: Bytes, start: Index, longest: int) -> Index:
+    def _lockstep(self, buffer: Bytes, start: Ints, longest: int) -> Ints:
         """Return byte offsets [step, page], from `start` until no walk moves any more."""
         rows = np.empty((min(longest, 128) + 1, len(start)), np.int64)
         rows[0] = start
@@ -498,7 +496,7 @@ class PageDecoder:
             if step % 8 == 0 and not advance.any():
                 return rows[: step + 1]
 
-    def _times(self, words: Words, at: Index, head: Words, kind: Words, first: Index, page_times: Index) -> Index:
+    def _times(self, words: Words, at: Ints, head: Words, kind: Words, first: Ints, page_times: Ints) -> Ints:
         """Return the time of each event, ns: that of its page (or of the last absolute stamp) plus all deltas since."""
         delta = np.right_shift(head, 5, dtype=np.int64)
         if not len(at):
@@ -524,7 +522,7 @@ class PageDecoder:
         return np.cumsum(delta)
 
     def _columns(
-        self, words: Words, at: Index, ts: Index, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
+        self, words: Words, at: Ints, ts: Ints, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
     ) -> Batch:
         known = self._events
         count = len(at)
@@ -571,7 +569,7 @@ class PageDecoder:
         )
 
     def _devices(
-        self, words: Words, at: Index, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
+        self, words: Words, at: Ints, size: Words, hook: Bytes, cpus: npt.NDArray[np.uint16]
     ) -> npt.NDArray[np.uint32]:
         known = self._events
         address = known.name.take(hook, mode="clip")
@@ -605,7 +603,7 @@ class PageDecoder:
         return self.sightings.codes(low, high)
 
     @staticmethod
-    def _askew(words: Words, at: Index, offset: Words, length: Words) -> tuple[U64, U64]:
+    def _askew(words: Words, at: Ints, offset: Words, length: Words) -> tuple[U64, U64]:
         """Return both halves of names that do not begin at a word boundary; the high half is masked."""
         start = at + (offset >> np.uint32(2))
         word: list[Any] = [words.take(start + i, mode="clip").astype(np.uint64) for i in range(5)]

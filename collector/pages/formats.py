@@ -24,7 +24,7 @@ MAX_EVENT_ID: Final = 0xFFFF
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class EventField:
     """One field of an event or of the page header. `offset` and `size` in bytes."""
 
     name: str
@@ -77,9 +77,9 @@ class EventFormat:
     event: str
     """`subsystem:name`, as in contracts.hooks."""
     id: int
-    fields: Mapping[str, Field]
+    fields: Mapping[str, EventField]
 
-    def field(self, name: str) -> Field:
+    def field(self, name: str) -> EventField:
         """Return the field of that name; raises `SourceError` with the event and the known fields."""
         try:
             return self.fields[name]
@@ -90,7 +90,7 @@ class EventFormat:
             ) from None
 
 
-def _parse_field(where: str, number: int, line: str) -> Field:
+def _parse_field(where: str, number: int, line: str) -> EventField:
     match = _FIELD.fullmatch(line)
     if match is None:
         raise SourceError(f"{where}: line {number} is not a field description: {line.strip()!r}")
@@ -99,7 +99,7 @@ def _parse_field(where: str, number: int, line: str) -> Field:
     type_name, _, name = bare.strip().rpartition(" ")
     if not name or not type_name:
         raise SourceError(f"{where}: line {number} declares no field: {line.strip()!r}")
-    return Field(
+    return EventField(
         name,
         type_name.strip(),
         int(match["offset"]),
@@ -131,7 +131,7 @@ def parse_format(event: str, text: str) -> EventFormat:
     """Parse the text of one event's `format` file; raises `SourceError` with the event and the line."""
     ident: int | None = None
     in_fields = False
-    fields: dict[str, Field] = {}
+    fields: dict[str, EventField] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("ID:"):
             value = line.removeprefix("ID:").strip()

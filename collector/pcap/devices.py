@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from collector.pcap.file import PacketColumns
 from collector.pcap.pairs import INNER, OUTER
+from contracts.arrays import Ints
 from contracts.ordering import grouped
-
-Ints = npt.NDArray[np.int64]
 
 _ENOUGH: Final = 1 << 20
 """Packets that are counted together: some 70 MB."""

@@ -20,14 +20,12 @@ import numpy.typing as npt
 
 from collector.pcap.interface import Interface
 from collector.pcap.link_layer import SLL, SLL2, behind, ifindex_of
-from collector.pcap.packet_key import ROOM, Packets, Views
+from collector.pcap.packet_key import ROOM, CapturedPackets, Views
 from collector.pcap.unpacked_file import UnpackedFile, foreign_compression_of, unpacked_head
 from collector.reading.closing import Closing
+from contracts.arrays import Bytes, Ints
 from contracts.errors import CaptureError
 from contracts.records import Content
-
-Bytes = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
 
 _KUZNETZOV: Final = 0xA1B2CD34
 """Magic number of a patched libpcap of the 1990s, whose record headers add the device's index and four more bytes."""
@@ -625,7 +623,7 @@ class PcapFile(Closing):
             captured = np.minimum(captured, length)
         self.has_cooked |= one.link == SLL and len(start) > 0
         found = behind(views, one.link, start, captured, length)
-        packets = Packets(views, found.start, found.captured, found.length, found.protocol)
+        packets = CapturedPackets(views, found.start, found.captured, found.length, found.protocol)
         size = np.where(
             packets.version == 4,
             packets.ip_length,

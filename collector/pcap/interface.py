@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.pcap.link_layer import is_known, link_name
+from contracts.arrays import Ints
 from contracts.timerange import LATEST_RECORDED_NS
 
-Ints = npt.NDArray[np.int64]
 Ticks = npt.NDArray[np.uint64]
 
 _SECONDS_MAX: Final = 1 << 33

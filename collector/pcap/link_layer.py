@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.pcap.packet_key import IPV4, IPV6, Ints, Mask, Views
+from collector.pcap.packet_key import IPV4, IPV6, Views
+from contracts.arrays import Ints, Mask
 
 ETHERNET, RAW, SLL, SLL2 = 1, 101, 113, 276
 _HEADER_BYTES: Final = {ETHERNET: 14, RAW: 0, 12: 0, 14: 0, 228: 0, 229: 0, SLL: 16, SLL2: 20}

@@ -12,14 +12,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import U64, Bytes, Ints
+from contracts.protocols import GRE, ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE
 from contracts.records import Content, Flag
-
-Bytes = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 
 IPV4: Final = 0x0800
 IPV6: Final = 0x86DD
@@ -36,8 +32,7 @@ _KEY: Final = (0x4D41434520706B74, 0x6B65792076312E30)
 _PAYLOAD: Final = 16
 _EXTENSIONS: Final = 6
 """MACE_EXTENSION_HEADERS_MAX."""
-_TCP, _UDP, _UDPLITE, _SCTP, _ICMP, _ICMPV6 = 6, 17, 136, 132, 1, 58
-_IPIP, _IPV6, _GRE = 4, 41, 47
+_IPIP, _IPV6 = 4, 41
 _HOP, _ROUTING, _FRAGMENT, _AUTH, _DEST = 0, 43, 44, 51, 60
 
 
@@ -75,7 +70,7 @@ class Views:
         return found
 
 
-class Packets:
+class CapturedPackets:
     """Packets in a buffer, from their network-layer header on."""
 
     def __init__(self, views: Views, start: Ints, captured: Ints, length: Ints, protocol: Ints) -> None:
@@ -208,12 +203,12 @@ class Packets:
         proto = self.proto[of]
         named = np.zeros(len(of), np.bool_)
         for protocols, read in (
-            ((_TCP,), self._read_tcp),
-            ((_UDP, _UDPLITE), self._read_udp),
-            ((_ICMP, _ICMPV6), self._read_icmp),
-            ((_SCTP,), self._read_sctp),
+            ((TCP,), self._read_tcp),
+            ((UDP, UDPLITE), self._read_udp),
+            ((ICMP, ICMPV6), self._read_icmp),
+            ((SCTP,), self._read_sctp),
             ((_IPIP, _IPV6), self._read_ip_in_ip),
-            ((_GRE,), self._read_gre),
+            ((GRE,), self._read_gre),
         ):
             which = np.isin(proto, protocols)
             named |= which
@@ -327,7 +322,7 @@ class Packets:
             | self.ident.astype(np.uint64)
         )
         second = self.l4_seq << np.uint64(32) | self.l4_ack
-        icmp = (self.proto == _ICMP) | (self.proto == _ICMPV6)
+        icmp = (self.proto == ICMP) | (self.proto == ICMPV6)
         second = np.where(icmp, self.l4_dst.astype(np.uint64), second)
         second = np.where(self.fragment, np.uint64(1 << 63) | self.fragment_offset.astype(np.uint64), second)
         words = [first, second, self.payload[0], self.payload[1]]
@@ -357,7 +352,9 @@ class Packets:
         begin = at + np.where(frame, 14, 0)
         captured, length = self.captured[of] - begin, self.length[of] - begin
         protocol = np.where(frame, np.where(captured >= 0, self._be16(of, at + 12), 0), protocol)
-        inside = Packets(self._views, self.start[of] + begin, np.maximum(captured, 0), np.maximum(length, 0), protocol)
+        inside = CapturedPackets(
+            self._views, self.start[of] + begin, np.maximum(captured, 0), np.maximum(length, 0), protocol
+        )
         # Only one layer is read: a tunnel in a tunnel is payload.
         inside.inner[:] = 0
         inner_key = inside.keys()
@@ -371,7 +368,7 @@ class Packets:
     def content(self) -> Content:
         """Return the packets' content with the columns of records."""
         key = self.keys()
-        sequenced = np.isin(self.proto, (_TCP, _SCTP)) & self.flow
+        sequenced = np.isin(self.proto, (TCP, SCTP)) & self.flow
         flags = (
             (key != 0) * np.uint8(Flag.KEY)
             | self.fragment * np.uint8(Flag.FRAGMENT)

@@ -20,10 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.pcap.file import PacketColumns
+from contracts.arrays import Ints, Mask
 from contracts.ordering import grouped
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 EVERYTHING_NS: Final = 1 << 62
 """Later than any time: marks the end of both files."""

@@ -15,11 +15,9 @@ from statistics import median_low
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import Ints
 from contracts.clock import ClockPair
-
-Index = npt.NDArray[np.int64]
 
 REALTIME, MONOTONIC, MONOTONIC_RAW, BOOTTIME = 1, 3, 5, 6
 """BuiltinClock."""
@@ -42,9 +40,9 @@ class FtraceClock(IntEnum):
 class Clocks:
     """Clock differences from the snapshots of a trace."""
 
-    boot_ns: Index
+    boot_ns: Ints
     """Boot times at which the stretches between suspends begin, ascending."""
-    to_monotonic_ns: Index
+    to_monotonic_ns: Ints
     """For each stretch, nanoseconds to add to a boot time to get CLOCK_MONOTONIC."""
     raw: tuple[tuple[int, int], ...]
     """Pairs of CLOCK_MONOTONIC_RAW and CLOCK_MONOTONIC, ascending."""
@@ -85,12 +83,12 @@ class Clocks:
         unsure = max(differences[-1] - middle, middle - differences[0], 1_000)
         return cls(clocks.boot_ns, clocks.to_monotonic_ns, clocks.raw, ClockPair(mono, mono + middle, unsure))
 
-    def monotonic(self, boot_ns: Index) -> Index:
+    def monotonic(self, boot_ns: Ints) -> Ints:
         """Convert times on the boot clock to CLOCK_MONOTONIC, ns."""
         stretch = np.maximum(np.searchsorted(self.boot_ns, boot_ns, side="right") - 1, 0)
         return boot_ns + self.to_monotonic_ns[stretch]
 
-    def from_raw(self, raw_ns: Index) -> Index:
+    def from_raw(self, raw_ns: Ints) -> Ints:
         """Convert times on CLOCK_MONOTONIC_RAW, which runs at a slightly different rate, to CLOCK_MONOTONIC, ns.
 
         The conversion interpolates between snapshots, and extrapolates beyond them, at the rate of the nearest two.

@@ -32,13 +32,10 @@ from collector.pages.decoding import Sightings
 from collector.perfetto.bundle import Bundle
 from collector.perfetto.walk import TEXT_MASK, Buffer, walk
 from collector.perfetto.wire import BYTES, fields
+from contracts.arrays import U64, Ints, Mask
 from contracts.errors import WireError
 from contracts.hooks import BY_HOOK, HOOKS, Hook, Way
 from contracts.records import Batch
-
-Index = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
 
 _TYPED: Final = {
     360: (Hook.NETIF_RECEIVE_SKB, {1: "len", 2: "name", 3: "skbaddr"}),
@@ -70,7 +67,7 @@ _U: Final = np.uint64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
+class DecodedBundle:
     """Records of one bundle, in the bundle's order and clock."""
 
     batch: Batch
@@ -91,7 +88,7 @@ class EventDecoder:
         xor, first, second = key
         self._key = _U(xor), _U(first | 1), _U(second | 1)
 
-    def decode(self, bundles: Sequence[Bundle]) -> list[Decoded]:
+    def decode(self, bundles: Sequence[Bundle]) -> list[DecodedBundle]:
         """Return the records of each bundle."""
         buffer = Buffer([bundle.data for bundle in bundles])
         base = np.cumsum([0, *(len(bundle.data) for bundle in bundles)])
@@ -105,7 +102,7 @@ class EventDecoder:
         table = np.zeros((len(start), len(_COLUMNS)), np.uint64)
         names = np.zeros((len(start), 2), np.int64)
         """Start and length of the device's name."""
-        wanted = _Wanted(buffer, hook, table, names, bad)
+        wanted = _FieldFiller(buffer, hook, table, names, bad)
         for number, (what, meaning) in _TYPED.items():
             rows = np.flatnonzero((kind == number) & ~bad)
             wanted.numbered(rows, at[rows], until[rows], _XMIT_DONE if what is None else int(what), meaning)
@@ -129,15 +126,15 @@ class EventDecoder:
     def _batches(
         self,
         bundles: Sequence[Bundle],
-        of: Index,
-        rows: Index,
+        of: Ints,
+        rows: Ints,
         ts: U64,
         hook: npt.NDArray[np.uint8],
         table: U64,
-        names: Index,
+        names: Ints,
         buffer: Buffer,
         bad: Mask,
-    ) -> list[Decoded]:
+    ) -> list[DecodedBundle]:
         mine = of[rows]
         low, high = buffer.text(names[:, 0], np.minimum(names[:, 1], _NAME_MAX))
         device = self.sightings.codes(low, high)
@@ -174,7 +171,7 @@ class EventDecoder:
         found = []
         for i, bundle in enumerate(bundles):
             why = bundle.wrong or ("an event that is no message" if damaged[i] else "")
-            found.append(Decoded(batch[edges[i] : edges[i + 1]], damaged[i] + bool(bundle.wrong), why))
+            found.append(DecodedBundle(batch[edges[i] : edges[i + 1]], damaged[i] + bool(bundle.wrong), why))
         return found
 
     def _skb_ids(self, addresses: U64) -> U64:
@@ -186,7 +183,7 @@ class EventDecoder:
         return mixed ^ mixed >> _U(32)
 
 
-def _outer(buffer: Buffer, start: Index, end: Index) -> tuple[U64, Index, Index, Index, Mask]:
+def _outer(buffer: Buffer, start: Ints, end: Ints) -> tuple[U64, Ints, Ints, Ints, Mask]:
     """Return for each FtraceEvent its time, its payload's field number, start and end, and whether it is damaged."""
     count = len(start)
     ts = np.zeros(count, np.uint64)
@@ -204,13 +201,13 @@ def _outer(buffer: Buffer, start: Index, end: Index) -> tuple[U64, Index, Index,
     return ts, kind, at, until, bad
 
 
-class _Wanted:
+class _FieldFiller:
     """Fills the columns of decoded fields, one kind of event after the other."""
 
-    def __init__(self, buffer: Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Index, bad: Mask) -> None:
+    def __init__(self, buffer: Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Ints, bad: Mask) -> None:
         self._buffer, self._hook, self._table, self._names, self._bad = buffer, hook, table, names, bad
 
-    def numbered(self, rows: Index, at: Index, end: Index, hook: int, meaning: dict[int, str]) -> None:
+    def numbered(self, rows: Ints, at: Ints, end: Ints, hook: int, meaning: dict[int, str]) -> None:
         """Decode events whose fields have numbers; `meaning` maps field numbers to columns."""
         if not len(rows):
             return
@@ -226,7 +223,7 @@ class _Wanted:
             self._names[step.rows[text], 0] = step.at[text]
             self._names[step.rows[text], 1] = step.after[text] - step.at[text]
 
-    def generic(self, rows: Index, at: Index, end: Index) -> None:
+    def generic(self, rows: Ints, at: Ints, end: Ints) -> None:
         """Decode events that contain their own name and those of their fields."""
         if not len(rows):
             return
@@ -247,7 +244,7 @@ class _Wanted:
         for i in np.flatnonzero(~regular).tolist():
             self._one(int(rows[i]), int(at[i]), int(end[i]))
 
-    def _named(self, rows: Index, at: Index, end: Index) -> None:
+    def _named(self, rows: Ints, at: Ints, end: Ints) -> None:
         """Decode the fields, from `at` on, of events of one name."""
         order = self._order(int(at[0]), int(end[0]))
         buffer = self._buffer
@@ -277,7 +274,7 @@ class _Wanted:
             pass
         return found
 
-    def _field(self, rows: Index, at: Index, end: Index, name: str) -> Mask:
+    def _field(self, rows: Ints, at: Ints, end: Ints, name: str) -> Mask:
         """Read a field that should have the given name; return where it does."""
         buffer = self._buffer
         words = np.frombuffer(name.encode().ljust(16, b"\0"), "<u8")
@@ -357,7 +354,7 @@ def _description(raw: bytes) -> tuple[int, dict[int, str]] | None:
     return hook, {number: text for number, text in meaning.items() if text in _COLUMNS}
 
 
-def _addresses(of: Index, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any], table: U64) -> U64:
+def _addresses(of: Ints, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any], table: U64) -> U64:
     """Return the addresses of buffers, with bundle-local numbers replaced by addresses where the rules resolve them."""
     address = table[:, 0].copy()
     numbers = address < _KERNEL_HALF
@@ -365,7 +362,7 @@ def _addresses(of: Index, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any],
         return address
     length = table[:, 1]
     places = (of << 32) | device
-    votes: list[tuple[Index, Index]] = []
+    votes: list[tuple[Ints, Ints]] = []
     for first, then, clean in (
         (Hook.NET_DEV_START_XMIT, _XMIT_DONE, False),
         (Hook.NETIF_RX, Hook.NETIF_RECEIVE_SKB, True),

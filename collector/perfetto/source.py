@@ -25,8 +25,8 @@ from collector.merge import Merger
 from collector.pages.decoding import Sightings, process_key
 from collector.perfetto.bundle import Bundle
 from collector.perfetto.clock import UNKNOWN_UNCERTAINTY_NS, FtraceClock
-from collector.perfetto.events import Decoded, EventDecoder
-from collector.perfetto.survey import BUNDLE, DROPPED, FIRST, MACHINE, SEQUENCE, Stream, Survey, survey
+from collector.perfetto.events import DecodedBundle, EventDecoder
+from collector.perfetto.survey import BUNDLE, DROPPED, FIRST, MACHINE, SEQUENCE, EventSequence, Survey, survey
 from collector.perfetto.wire import PacketReader
 from collector.reading.options import Description, FileOptions
 from collector.reading.reader import FileReader
@@ -231,10 +231,10 @@ class PerfettoReader(FileReader):
             self._merger.push(len(keys) + cpu, marker(cpu, end, lost, end))
         yield self._once(self._merger.flush(), several=several)
 
-    def _pieces(self) -> Iterator[list[tuple[Stream, Bundle, bool, int]]]:
+    def _pieces(self) -> Iterator[list[tuple[EventSequence, Bundle, bool, int]]]:
         """Yield lists of (stream, bundle, whether its sequence lost packets before it, holes in the file so far)."""
         assert self._packets is not None
-        piece: list[tuple[Stream, Bundle, bool, int]] = []
+        piece: list[tuple[EventSequence, Bundle, bool, int]] = []
         waiting = 0
         dropped: set[int] = set()
         cpus_told: dict[int, set[int]] = {}
@@ -259,7 +259,7 @@ class PerfettoReader(FileReader):
         yield piece
 
     def _finished(
-        self, state: _StreamState, bundle: Bundle, decoded: Decoded, losses: _Losses, *, dropped: bool
+        self, state: _StreamState, bundle: Bundle, decoded: DecodedBundle, losses: _Losses, *, dropped: bool
     ) -> Iterator[Batch]:
         """Yield the records of a bundle on CLOCK_MONOTONIC, preceded by a marker for losses before them."""
         if bundle.first_ns() is not None:
@@ -322,7 +322,7 @@ class PerfettoReader(FileReader):
 class _StreamState:
     """State of reading one stream."""
 
-    stream: Stream
+    stream: EventSequence
     times: list[int]
     seen: int = 0
     """Packets with events read so far."""

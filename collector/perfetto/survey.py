@@ -14,11 +14,11 @@ from typing import Final, TypeAlias
 
 from collector.perfetto.bundle import FIRST_EVENTS, Bundle
 from collector.perfetto.clock import Clocks
-from collector.perfetto.wire import BYTES, VARINT, Packet, PacketReader, fields
+from collector.perfetto.wire import BYTES, VARINT, PacketReader, TracePacket, fields
 from contracts.errors import WireError
 from contracts.hooks import HOOKS
 
-Stream: TypeAlias = tuple[int, int]
+EventSequence: TypeAlias = tuple[int, int]
 """(sequence, CPU): a stream of events that are in order of time, or nearly."""
 
 BUNDLE, CLOCK_SNAPSHOT, PROCESS_TREE, FTRACE_STATS, SYSTEM_INFO, TRACE_UUID, CONFIG = 1, 6, 2, 34, 45, 89, 33
@@ -33,7 +33,7 @@ class Survey:
     """Metadata of a trace."""
 
     clocks: Clocks
-    first_ns: dict[Stream, list[int]] = field(default_factory=dict)
+    first_ns: dict[EventSequence, list[int]] = field(default_factory=dict)
     """Stream -> time of the first event of each packet with events, in the packet's own clock."""
     lost: dict[int, int] = field(default_factory=dict)
     """CPU -> events that the kernel lost during the trace; empty if the trace has no counts."""
@@ -78,7 +78,9 @@ def survey(path: Path, *, salvage: bool = False) -> Survey:
     return found
 
 
-def _take(packet: Packet, found: Survey, snapshots: list[dict[int, int]], stats: dict[int, dict[int, int]]) -> None:
+def _take(
+    packet: TracePacket, found: Survey, snapshots: list[dict[int, int]], stats: dict[int, dict[int, int]]
+) -> None:
     if (raw := packet.message(BUNDLE)) is not None:
         if packet.number(MACHINE):
             found.other_machines += 1

@@ -10,10 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.perfetto.wire import BYTES, FIXED32, FIXED64, VARINT
-
-Index = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
-Mask = npt.NDArray[np.bool_]
+from contracts.arrays import U64, Ints, Mask
 
 MOST_FIELDS: Final = 256
 """Largest number of fields in one message."""
@@ -31,10 +28,10 @@ class Buffer:
         # An 8-byte word at every byte offset: a view with overlapping elements.
         self.words: U64 = np.ndarray((len(self.bytes) - 8,), "<u8", self.bytes, strides=(1,))
 
-    def clip(self, at: Index) -> Index:
+    def clip(self, at: Ints) -> Ints:
         return np.minimum(at, self.size + _SLACK // 2)
 
-    def varints(self, at: Index) -> tuple[U64, Index]:
+    def varints(self, at: Ints) -> tuple[U64, Ints]:
         """Return the varints at offsets, and where they end; a varint of more than ten bytes ends behind the buffer."""
         at = self.clip(at)
         word = self.words[at]
@@ -53,7 +50,7 @@ class Buffer:
             taken[long] = np.where(two, np.where(tenth > 127, self.size + 2 * _SLACK, 10), 9)
         return value, at + taken
 
-    def text(self, start: Index, length: Index) -> tuple[U64, U64]:
+    def text(self, start: Ints, length: Ints) -> tuple[U64, U64]:
         """Return the first 16 bytes of texts as two little-endian words, zero behind the text's end."""
         start = self.clip(start)
         low, high = self.words[start], self.words[self.clip(start + 8)]
@@ -76,18 +73,18 @@ def _packed(word: U64) -> U64:
 class Step:
     """The next field of each message; `varints` and `payloads` are indices into the other arrays."""
 
-    rows: Index
-    number: Index
+    rows: Ints
+    number: Ints
     value: U64
     """Values of the fields in `varints`."""
-    at: Index
+    at: Ints
     """Offsets of the bytes of the fields in `payloads`."""
-    after: Index
-    varints: Index
-    payloads: Index
+    after: Ints
+    varints: Ints
+    payloads: Ints
 
 
-def walk(buffer: Buffer, rows: Index, at: Index, end: Index, bad: Mask) -> Iterator[Step]:
+def walk(buffer: Buffer, rows: Ints, at: Ints, end: Ints, bad: Mask) -> Iterator[Step]:
     """Yield the fields of messages step by step; sets `bad` for the rows of invalid messages."""
     for _ in range(MOST_FIELDS):
         if not len(rows):

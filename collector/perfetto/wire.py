@@ -39,7 +39,7 @@ _LOOK_AHEAD: Final = 64
 _DAMAGE_TOLD: Final = 1000
 
 
-class Field(NamedTuple):
+class ProtoField(NamedTuple):
     """One field: a number, or the position of its bytes."""
 
     number: int
@@ -50,13 +50,13 @@ class Field(NamedTuple):
     end: int
 
 
-class Packet(NamedTuple):
+class TracePacket(NamedTuple):
     """One TracePacket. Of a repeated field the last value counts."""
 
     offset: int
     """Byte of the file at which the packet, or the compressed packet that contains it, begins."""
     data: bytes
-    fields: dict[int, Field]
+    fields: dict[int, ProtoField]
 
     def number(self, number: int, default: int = 0) -> int:
         """Return the value of a varint field."""
@@ -84,7 +84,7 @@ def varint(data: bytes | bytearray, at: int, end: int) -> tuple[int, int]:
     raise WireError("it ends inside a number")
 
 
-def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Field]:
+def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[ProtoField]:
     """Yield the fields of a message; raises `WireError`."""
     at = start
     end = len(data) if end is None else end
@@ -100,7 +100,7 @@ def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Fiel
             raise WireError("a field of number 0")
         if wire == VARINT:
             value, after = varint(data, at, end)
-            yield Field(number, wire, value, at, after)
+            yield ProtoField(number, wire, value, at, after)
             at = after
             continue
         if wire == BYTES:
@@ -113,7 +113,7 @@ def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Fiel
             raise WireError(f"field {number} of wire type {wire}, which no trace has")
         if size > end - at:
             raise WireError(f"field {number} of {size} bytes, of which {end - at} are there")
-        yield Field(number, wire, 0, at, at + size)
+        yield ProtoField(number, wire, 0, at, at + size)
         at += size
 
 
@@ -185,7 +185,7 @@ class PacketReader:
         self.refuse(offset, why)
         self.holes += 1
 
-    def __iter__(self) -> Iterator[Packet]:
+    def __iter__(self) -> Iterator[TracePacket]:
         while self._window.fill(1):
             yield from self._at_hand()
             try:
@@ -193,7 +193,7 @@ class PacketReader:
             except WireError as error:
                 self._refuse_and_skip(str(error))
 
-    def _at_hand(self) -> Iterator[Packet]:
+    def _at_hand(self) -> Iterator[TracePacket]:
         """Yield the packets that are complete in the window, up to a damaged one; the window moves once, at the end."""
         data, offset = bytes(self._window.bytes), self._window.offset
         at, end = 0, len(data)
@@ -208,7 +208,7 @@ class PacketReader:
                 if after > end or size > MAX_PACKET_BYTES:
                     break
                 inside = data[start:after]
-                packet = Packet(offset + at, inside, {field.number: field for field in fields(inside)})
+                packet = TracePacket(offset + at, inside, {field.number: field for field in fields(inside)})
             except WireError:
                 break
             if not _COMPRESSED.keys().isdisjoint(packet.fields):
@@ -235,7 +235,7 @@ class PacketReader:
         for _ in fields(bytes(window[at : at + size])):
             pass
 
-    def _inside(self, packet: Packet) -> Iterator[Packet]:
+    def _inside(self, packet: TracePacket) -> Iterator[TracePacket]:
         number = next(n for n in _COMPRESSED if n in packet.fields)
         try:
             raw = self._inflate(packet.message(number) or b"", _COMPRESSED[number])
@@ -253,7 +253,7 @@ class PacketReader:
                 if tag != _PACKET_TAG or size > len(raw) - start:
                     raise WireError("what was compressed are no packets")
                 data = raw[start : start + size]
-                inner = Packet(packet.offset, data, {field.number: field for field in fields(data)})
+                inner = TracePacket(packet.offset, data, {field.number: field for field in fields(data)})
                 if any(n in inner.fields for n in _COMPRESSED):
                     raise WireError("compressed packets inside compressed ones")
             except WireError as error:

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.tracecmd.file import BufferInfo, Frame, Tsc
+from collector.tracecmd.file import BufferInfo, FileFrame, Tsc
 from contracts.errors import CaptureError, nearest
 
 MONO: Final = "mono"
@@ -67,7 +67,7 @@ class FileClock:
         return ts + self.offset_ns if self.offset_ns else ts
 
 
-def clock_of(path: Path, frame: Frame, info: BufferInfo, asked: str = "") -> FileClock:
+def clock_of(path: Path, frame: FileFrame, info: BufferInfo, asked: str = "") -> FileClock:
     """Return the clock of a buffer; raises `CaptureError` for a clock that cannot measure delays.
 
     `asked` is the clock that the user names for a file without one.

@@ -10,12 +10,13 @@ from typing import Final
 import numpy as np
 
 from collector.gaps import marker, settle
-from collector.pages.decoding import MISSED, Bytes, Decoded, Gap, Index, PageDecoder, Stretch, page_buffer
+from collector.pages.decoding import MISSED, DecodedPages, Gap, PageDecoder, Stretch, page_buffer
 from collector.pages.formats import EventFormat
 from collector.tracecmd.clock import FileClock
 from collector.tracecmd.endian import to_little_endian
 from collector.tracecmd.file import BufferInfo, CpuData, TraceFile
 from collector.tracecmd.pages import Piece, pieces
+from contracts.arrays import Bytes, Ints
 from contracts.errors import CaptureError, SourceError
 from contracts.records import Batch
 
@@ -44,7 +45,7 @@ def losses_by_cpu(stats: Sequence[str]) -> dict[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PieceRecords:
     """The records of a piece of the file."""
 
     batch: Batch
@@ -82,7 +83,7 @@ class CpuReader:
         self._last_ns: int | None = None
         self._complete_ns = 0
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[PieceRecords]:
         """Yield all that this CPU recorded, in the ring's order; raises `CaptureError`."""
         for piece in pieces(self._file, self._info, self.data, self._pages):
             done = piece.done
@@ -93,12 +94,12 @@ class CpuReader:
             self._complete_ns = max(self._complete_ns, newest_ns, self._last_ns or 0)
             # Free the piece's memory while other CPUs are read.
             del piece
-            yield Part(batch, self._complete_ns, done)
+            yield PieceRecords(batch, self._complete_ns, done)
         rest = (self._lost_total or 0) - self._told_lost
         if rest > 0:
             # Losses without a count in any page: of a ring that kept the oldest events, or behind the last page.
             last_ns = self._complete_ns if self._last_ns is None else self._last_ns
-            yield Part(marker(self.data.cpu, last_ns, rest, last_ns), self._complete_ns, 0)
+            yield PieceRecords(marker(self.data.cpu, last_ns, rest, last_ns), self._complete_ns, 0)
 
     def first_ns(self) -> int | None:
         """Return the time of the first page that is not empty, ns; None without one."""
@@ -110,7 +111,7 @@ class CpuReader:
 
     # --- pages ----------------------------------------------------------------------------------
 
-    def _page_times(self, piece: Piece) -> Index:
+    def _page_times(self, piece: Piece) -> Ints:
         """Return the times of the pages that are not empty, ns; call before the pages' byte order is changed."""
         layout, order = self._decoder.layout, ">" if self._file.frame.big_endian else "<"
         matrix = piece.buffer[: piece.pages * layout.page_size].reshape(piece.pages, layout.page_size)
@@ -124,18 +125,18 @@ class CpuReader:
         times = self._page_times(piece)
         return int(times[-1]) if len(times) else 0
 
-    def _not_there(self, piece: Piece) -> list[Decoded]:
+    def _not_there(self, piece: Piece) -> list[DecodedPages]:
         """Return a gap for pages that salvage could not read, if there are any."""
         if not piece.missing:
             return []
         self.discarded += piece.missing * self._events_a_page
-        return [Decoded(Batch.empty(), (Gap(0, 0),))]
+        return [DecodedPages(Batch.empty(), (Gap(0, 0),))]
 
     @property
     def _events_a_page(self) -> int:
         return max(self._decoder.layout.data_size // _EVENT_BYTES, 1)
 
-    def _decoded(self, piece: Piece) -> list[Decoded]:
+    def _decoded(self, piece: Piece) -> list[DecodedPages]:
         if not piece.pages:
             return []
         size = self._decoder.layout.page_size
@@ -148,7 +149,7 @@ class CpuReader:
                 raise self._pointed(piece, error) from error
             return list(self._salvaged(piece, spare, 0, piece.pages))
 
-    def _decode(self, buffer: Bytes, count: int) -> Decoded:
+    def _decode(self, buffer: Bytes, count: int) -> DecodedPages:
         if self._file.frame.big_endian:
             to_little_endian(buffer, count, self._decoder.layout, self._formats)
         (decoded,) = self._decoder.decode(buffer, [Stretch(self.data.cpu, count)])
@@ -167,7 +168,7 @@ class CpuReader:
                 break
         return CaptureError(self._file.path, piece.offset, str(error))
 
-    def _salvaged(self, piece: Piece, spare: Bytes, first: int, after: int) -> Iterator[Decoded]:
+    def _salvaged(self, piece: Piece, spare: Bytes, first: int, after: int) -> Iterator[DecodedPages]:
         """Yield the pages that can be decoded, found by bisection, with a gap and a warning for each that cannot."""
         layout = self._decoder.layout
         size = layout.page_size
@@ -184,11 +185,11 @@ class CpuReader:
                 return
             self._file.warn(piece.offset_of(first, size), f"{error}; left out")
             self.discarded += self._events_a_page
-            yield Decoded(Batch.empty(), (Gap(0, 0),))
+            yield DecodedPages(Batch.empty(), (Gap(0, 0),))
 
     # --- what was lost --------------------------------------------------------------------------
 
-    def _with_markers(self, parts: list[Decoded]) -> Batch:
+    def _with_markers(self, parts: list[DecodedPages]) -> Batch:
         """Return all records of a piece, with a `LOST` marker at each gap."""
         lost = iter(self._losses([gap.lost for part in parts for gap in part.gaps]))
         cut: list[Batch] = []

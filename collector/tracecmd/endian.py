@@ -14,8 +14,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.pages.decoding import MISSED, Bytes, Index
+from collector.pages.decoding import MISSED
 from collector.pages.formats import EventFormat, PageLayout
+from contracts.arrays import Bytes, Ints
 from contracts.errors import SourceError
 
 _DATA_MAX: Final = 28
@@ -55,11 +56,11 @@ def to_little_endian(buffer: Bytes, pages: int, layout: PageLayout, formats: Ite
                 _turn_at(whole, of + field.offset, field.size)
 
 
-def _turn_headers(whole: Bytes, start: Index, end: Index) -> tuple[Index, npt.NDArray[np.uint32]]:
+def _turn_headers(whole: Bytes, start: Ints, end: Ints) -> tuple[Ints, npt.NDArray[np.uint32]]:
     """Swap the headers of all events; return the offset of each event's payload, and its type."""
     big = whole.view(">u4")
     little = whole.view("<u4")
-    payloads: list[Index] = []
+    payloads: list[Ints] = []
     kinds: list[npt.NDArray[np.uint32]] = []
     at = start
     while True:
@@ -98,7 +99,7 @@ def _turn(part: npt.NDArray[Any], size: int) -> None:
     part[:, :size] = part[:, :size][:, ::-1].copy()
 
 
-def _turn_at(whole: Bytes, at: Index, size: int) -> None:
+def _turn_at(whole: Bytes, at: Ints, size: int) -> None:
     """Reverse `size` bytes at each offset; offsets outside the buffer are left for the decoder to refuse."""
     at = at[at + size <= len(whole)]
     places = at[:, None] + np.arange(size)

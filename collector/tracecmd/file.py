@@ -89,7 +89,7 @@ class Tsc:
 
 
 @dataclass(slots=True)
-class Frame:
+class FileFrame:
     """The metadata of a file."""
 
     version: int
@@ -199,7 +199,7 @@ class TraceFile(Closing):
 
     # --- the frame ------------------------------------------------------------------------------
 
-    def _read(self) -> Frame:
+    def _read(self) -> FileFrame:
         head = self._window(0, min(self.size, 4096), "<")
         if head.take(min(len(MAGIC), head.left), "signature") != MAGIC:
             raise CaptureError(self.path, 0, "not a trace.dat file: it does not begin with trace-cmd's signature")
@@ -214,7 +214,7 @@ class TraceFile(Closing):
         self._order = "><"[not big_endian]
         head = self._window(head.offset, min(self.size - head.offset, 4096), self._order)
         page_size = head.number(4, "the page size")
-        frame = Frame(int(version), bool(big_endian), page_size, "none")
+        frame = FileFrame(int(version), bool(big_endian), page_size, "none")
         if version == "6":
             self._version_6(frame, head.file_offset)
         else:
@@ -225,13 +225,13 @@ class TraceFile(Closing):
             self._version_7(frame, head.number(8, "the offset of the options"))
         return frame
 
-    def _window(self, offset: int, size: int, order: str) -> _Window:
-        return _Window(self, offset, size, order)
+    def _window(self, offset: int, size: int, order: str) -> _ByteStretch:
+        return _ByteStretch(self, offset, size, order)
 
-    def _in_memory(self, offset: int, data: bytes) -> _Window:
-        return _Window(self, offset, len(data), self._order, data)
+    def _in_memory(self, offset: int, data: bytes) -> _ByteStretch:
+        return _ByteStretch(self, offset, len(data), self._order, data)
 
-    def _version_6(self, frame: Frame, offset: int) -> None:
+    def _version_6(self, frame: FileFrame, offset: int) -> None:
         parts = self._window(offset, self.size - offset, self._order)
         self._header_info(frame, parts)
         self._ftrace_events(frame, parts)
@@ -260,7 +260,7 @@ class TraceFile(Closing):
             kind = instance.take(_FLAG_BYTES, "the mark of a buffer's data")
             frame.buffers.append(self._flyrecord_6(frame, name, kind, instance, cpus))
 
-    def _flyrecord_6(self, frame: Frame, name: str, kind: bytes, parts: _Window, cpus: int) -> BufferInfo:
+    def _flyrecord_6(self, frame: FileFrame, name: str, kind: bytes, parts: _ByteStretch, cpus: int) -> BufferInfo:
         if not kind.startswith(b"flyrecord"):
             raise parts.refuse(
                 "holds the text of a latency tracer, no events"
@@ -274,7 +274,7 @@ class TraceFile(Closing):
         ]
         return BufferInfo(name, frame.clock, frame.page_size, False, tuple(one for one in where if one.size))
 
-    def _version_7(self, frame: Frame, offset: int) -> None:
+    def _version_7(self, frame: FileFrame, offset: int) -> None:
         seen: set[int] = set()
         while offset:
             if offset in seen:
@@ -282,7 +282,7 @@ class TraceFile(Closing):
             seen.add(offset)
             offset = self._options_7(frame, offset)
 
-    def _options_7(self, frame: Frame, offset: int) -> int:
+    def _options_7(self, frame: FileFrame, offset: int) -> int:
         """Read one section of options and return the offset of the next, or 0."""
         ident, _, parts = self._section(offset)
         if ident != _OPTION_DONE:
@@ -308,7 +308,7 @@ class TraceFile(Closing):
             else:
                 self._option(frame, option, data)
 
-    def _section(self, offset: int, expected: int | None = None) -> tuple[int, bool, _Window]:
+    def _section(self, offset: int, expected: int | None = None) -> tuple[int, bool, _ByteStretch]:
         """Return a section's kind, whether it is compressed, and its content."""
         head = self._window(offset, 16, self._order)
         ident, flags = head.number(2, "a section's kind"), head.number(2, "a section's flags")
@@ -324,9 +324,9 @@ class TraceFile(Closing):
         stored, whole = packed.number(4, "a size"), packed.number(4, "a size")
         self._limited(max(stored, whole), offset + 16)
         raw = self.unpack(offset + 24, self.bytes_at(offset + 24, stored, "a section"), whole)
-        return ident, True, _Window(self, offset + 24, whole, self._order, raw, packed=True)
+        return ident, True, _ByteStretch(self, offset + 24, whole, self._order, raw, packed=True)
 
-    def _buffer_7(self, data: _Window) -> BufferInfo:
+    def _buffer_7(self, data: _ByteStretch) -> BufferInfo:
         offset, name = data.number(8, "a buffer's offset"), data.string("a buffer's name")
         clock, page_size = data.string("a buffer's clock"), data.number(4, "a buffer's page size")
         cpus = data.number(4, "the number of CPUs")
@@ -343,7 +343,7 @@ class TraceFile(Closing):
 
     # --- parts of both versions -----------------------------------------------------------------
 
-    def _header_info(self, frame: Frame, parts: _Window) -> None:
+    def _header_info(self, frame: FileFrame, parts: _ByteStretch) -> None:
         for name in ("header_page", "header_event"):
             found = parts.take(len(name) + 1, f"the name {name}")
             if found != name.encode() + b"\0":
@@ -356,15 +356,15 @@ class TraceFile(Closing):
                 except SourceError as error:
                     raise CaptureError(self.path, at, str(error)) from error
 
-    def _ftrace_events(self, frame: Frame, parts: _Window) -> None:
+    def _ftrace_events(self, frame: FileFrame, parts: _ByteStretch) -> None:
         """Read the formats of ftrace's own events: marks, printed texts, functions, stacks."""
         self._formats_of(frame, FTRACE, parts)
 
-    def _event_formats(self, frame: Frame, parts: _Window) -> None:
+    def _event_formats(self, frame: FileFrame, parts: _ByteStretch) -> None:
         for _ in self._counted(parts.number(4, "the number of event systems"), parts):
             self._formats_of(frame, parts.string("a system's name"), parts)
 
-    def _formats_of(self, frame: Frame, system: str, parts: _Window) -> None:
+    def _formats_of(self, frame: FileFrame, system: str, parts: _ByteStretch) -> None:
         for _ in self._counted(parts.number(4, "the number of events"), parts):
             text = parts.text(parts.number(8, "the size of a format"), "a format")
             self._formats_size += len(text)
@@ -373,7 +373,7 @@ class TraceFile(Closing):
             name = text.partition("name:")[2].partition("\n")[0].strip()
             frame.formats[f"{system}:{name}"] = text
 
-    def _option(self, frame: Frame, option: int, data: _Window) -> None:
+    def _option(self, frame: FileFrame, option: int, data: _ByteStretch) -> None:
         at = data
         raw = data.take(data.left, "an option")
         text = raw.split(b"\0", 1)[0].decode("utf-8", "replace")
@@ -396,7 +396,7 @@ class TraceFile(Closing):
         elif option == _OPTION_TSC2NSEC and len(raw) >= 16:
             frame.tsc = Tsc(*struct.unpack(self._order + "II", raw[:8]))
 
-    def _signed(self, text: str, at: _Window, what: str) -> int:
+    def _signed(self, text: str, at: _ByteStretch, what: str) -> int:
         try:
             value = int(text.strip() or "0", 0)
         except ValueError:
@@ -411,11 +411,11 @@ class TraceFile(Closing):
             raise CaptureError(self.path, at, f"a part of {size} bytes; expected at most {METADATA_MAX}")
         return size
 
-    def _check_cpus(self, cpus: int, parts: _Window) -> None:
+    def _check_cpus(self, cpus: int, parts: _ByteStretch) -> None:
         if cpus > CPUS_MAX or cpus * 16 > parts.left:
             raise parts.refuse(f"{cpus} CPUs; expected at most {CPUS_MAX}, 16 bytes each")
 
-    def _counted(self, count: int, parts: _Window) -> Iterator[int]:
+    def _counted(self, count: int, parts: _ByteStretch) -> Iterator[int]:
         if count > EVENTS_MAX:
             raise parts.refuse(f"{count} of them; expected at most {EVENTS_MAX}")
         return iter(range(count))
@@ -436,7 +436,7 @@ class TraceFile(Closing):
             self.warn(offset, f"{why}; what is there is used")
 
 
-class _Window:
+class _ByteStretch:
     """A stretch of the file, read from front to back; `data` is its content if that is in memory.
 
     `packed`: the content was decompressed, so that its bytes have no offsets in the file.

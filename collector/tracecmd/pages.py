@@ -8,9 +8,10 @@ from typing import Final
 
 import numpy as np
 
-from collector.pages.decoding import Bytes, page_buffer
+from collector.pages.decoding import page_buffer
 from collector.pages.formats import PageLayout
 from collector.tracecmd.file import PAGE_MAX, BufferInfo, CpuData, TraceFile
+from contracts.arrays import Bytes
 from contracts.errors import CaptureError
 
 CHUNK_MAX: Final = 16 << 20

@@ -35,16 +35,17 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.pages.decoding import Bytes, Index, Located, PageDecoder, Stretch
-from collector.pages.formats import EventFormat, Field
+from collector.pages.decoding import Located, PageDecoder, Stretch
+from collector.pages.formats import EventField, EventFormat
 from collector.reading.closing import Closing
 from collector.tracecmd.clock import clock_of
 from collector.tracecmd.endian import to_little_endian
 from collector.tracecmd.file import FTRACE, BufferInfo, CpuData, TraceFile
 from collector.tracecmd.pages import layout_of, pieces
+from contracts.arrays import Bytes, Ints
 from contracts.errors import CaptureError, SourceError, nearest
 
-Columns = dict[str, npt.NDArray[Any]]
+EventColumns = dict[str, npt.NDArray[Any]]
 _PIECE_PAGES: Final = 512
 _TEXT_MAX: Final = 32 << 20
 """Largest column of strings, bytes, in which all elements are as wide as the longest string."""
@@ -121,7 +122,7 @@ class TraceDat(Closing):
             self._formats[event] = found
         return self._formats[event]
 
-    def read(self, event: str) -> Columns:
+    def read(self, event: str) -> EventColumns:
         """Return the columns of all events of one name, in time order; equal times are ordered by CPU.
 
         Raises `KeyError` or `CaptureError`.
@@ -133,7 +134,7 @@ class TraceDat(Closing):
         order = np.lexsort((whole["cpu"], whole["ts_ns"]))
         return {name: column[order] for name, column in whole.items()}
 
-    def blocks(self, event: str) -> Iterator[Columns]:
+    def blocks(self, event: str) -> Iterator[EventColumns]:
         """Yield the columns of events of one name in blocks of some ten thousand, CPU after CPU, in the ring's order.
 
         Raises `KeyError` or `CaptureError`.
@@ -150,7 +151,9 @@ class TraceDat(Closing):
     def _clock(self, info: BufferInfo) -> Any:
         return clock_of(self.path, self._file.frame, info, self._asked_clock)
 
-    def _blocks(self, info: BufferInfo, data: CpuData, decoder: PageDecoder, form: EventFormat) -> Iterator[Columns]:
+    def _blocks(
+        self, info: BufferInfo, data: CpuData, decoder: PageDecoder, form: EventFormat
+    ) -> Iterator[EventColumns]:
         clock = self._clock(info)
         for piece in pieces(self._file, info, data, _PIECE_PAGES):
             try:
@@ -167,27 +170,27 @@ class TraceDat(Closing):
                     **self._fields(piece.buffer, mine, form, piece.offset),
                 }
 
-    def _fields(self, buffer: Bytes, found: Located, form: EventFormat, offset: int) -> Columns:
+    def _fields(self, buffer: Bytes, found: Located, form: EventFormat, offset: int) -> EventColumns:
         kinds = {name: _kind(form, field) for name, field in form.fields.items()}
-        fixed = [f for name, f in form.fields.items() if not f.is_rest and kinds[name] is not _Kind.STACK]
+        fixed = [f for name, f in form.fields.items() if not f.is_rest and kinds[name] is not _ColumnKind.STACK]
         needed = max((field.offset + field.size for field in fixed), default=0)
         if (found.size < needed).any():
             raise CaptureError(self.path, offset, f"{form.event}: an event that is shorter than its format")
         start, columns = found.at << 2, {}
         for name, field in form.fields.items():
             kind = kinds[name]
-            if kind is _Kind.NUMBER or kind is _Kind.ROWS or kind is _Kind.FIXED_TEXT:
+            if kind is _ColumnKind.NUMBER or kind is _ColumnKind.ROWS or kind is _ColumnKind.FIXED_TEXT:
                 columns[name] = _fixed(buffer, start, field, kind)
                 continue
             at, length = self._place(buffer, start, found.size.astype(np.int64), field, offset)
-            if kind is _Kind.STACK:
+            if kind is _ColumnKind.STACK:
                 size = form.fields["size"]
-                told = _fixed(buffer, start, size, _Kind.NUMBER).astype(np.int64).clip(0, _STACK_MAX)
+                told = _fixed(buffer, start, size, _ColumnKind.NUMBER).astype(np.int64).clip(0, _STACK_MAX)
                 length = np.minimum(length, told * (field.size // _STACK_ENTRIES))
-            columns[name] = (_texts if kind is _Kind.TEXT else _parts)(buffer, start + at, length)
+            columns[name] = (_texts if kind is _ColumnKind.TEXT else _parts)(buffer, start + at, length)
         return columns
 
-    def _place(self, buffer: Bytes, start: Index, sizes: Index, field: Field, offset: int) -> tuple[Index, Index]:
+    def _place(self, buffer: Bytes, start: Ints, sizes: Ints, field: EventField, offset: int) -> tuple[Ints, Ints]:
         """Return offset and length, in bytes, of a field of variable length in each event."""
         if not (field.is_data_loc or field.is_rel_loc):
             at = np.minimum(field.offset, sizes)
@@ -200,21 +203,21 @@ class TraceDat(Closing):
             raise CaptureError(self.path, offset, f"field {field.name!r} lies outside its event")
         return at, length
 
-    def _columns_of_none(self, event: str) -> Columns:
-        none: Columns = {"ts_ns": np.zeros(0, np.int64), "cpu": np.zeros(0, np.uint16)}
+    def _columns_of_none(self, event: str) -> EventColumns:
+        none: EventColumns = {"ts_ns": np.zeros(0, np.int64), "cpu": np.zeros(0, np.uint16)}
         form, nowhere, nothing = self.format(event), np.zeros(0, np.int64), np.zeros(0, np.uint8)
         for name, field in form.fields.items():
             kind = _kind(form, field)
-            if kind is _Kind.TEXT:
+            if kind is _ColumnKind.TEXT:
                 none[name] = _texts(nothing, nowhere, nowhere)
-            elif kind is _Kind.PARTS or kind is _Kind.STACK:
+            elif kind is _ColumnKind.PARTS or kind is _ColumnKind.STACK:
                 none[name] = np.zeros(0, object)
             else:
                 none[name] = _fixed(nothing, nowhere, field, kind)
         return none
 
 
-class _Kind(Enum):
+class _ColumnKind(Enum):
     """Kind of column that a field becomes."""
 
     NUMBER = auto()
@@ -235,36 +238,36 @@ _STACK_ENTRIES: Final = 8
 _STACK_MAX: Final = 1 << 16
 
 
-def _kind(form: EventFormat, field: Field) -> _Kind:
+def _kind(form: EventFormat, field: EventField) -> _ColumnKind:
     if (form.event, field.name) == (f"{FTRACE}:kernel_stack", "caller") and "size" in form.fields and field.is_array:
-        return _Kind.STACK
+        return _ColumnKind.STACK
     element = _ELEMENT.fullmatch(field.type)
     # Only `char` is text: `unsigned char` is an address or another number, and may contain zeros.
     is_text = element is not None and element[1] == "char" and form.event != f"{FTRACE}:raw_data"
     if field.is_data_loc or field.is_rel_loc or field.is_rest:
-        return _Kind.TEXT if is_text else _Kind.PARTS
+        return _ColumnKind.TEXT if is_text else _ColumnKind.PARTS
     if field.size in (1, 2, 4, 8) and not field.is_array:
-        return _Kind.NUMBER
-    return _Kind.FIXED_TEXT if is_text and field.is_array else _Kind.ROWS
+        return _ColumnKind.NUMBER
+    return _ColumnKind.FIXED_TEXT if is_text and field.is_array else _ColumnKind.ROWS
 
 
-def _fixed(buffer: Bytes, start: Index, field: Field, kind: _Kind) -> npt.NDArray[Any]:
+def _fixed(buffer: Bytes, start: Ints, field: EventField, kind: _ColumnKind) -> npt.NDArray[Any]:
     """Return the column of a field of fixed size."""
     raw = buffer[(start + field.offset)[:, None] + np.arange(field.size)]
-    if kind is _Kind.NUMBER:
+    if kind is _ColumnKind.NUMBER:
         number: npt.NDArray[Any] = raw.view(f"<{'i' if field.signed else 'u'}{field.size}")[:, 0]
         return number
-    return _strings(raw) if kind is _Kind.FIXED_TEXT else raw
+    return _strings(raw) if kind is _ColumnKind.FIXED_TEXT else raw
 
 
-def _parts(buffer: Bytes, at: Index, length: Index) -> npt.NDArray[Any]:
+def _parts(buffer: Bytes, at: Ints, length: Ints) -> npt.NDArray[Any]:
     """Return the bytes of each event, unchanged, as an object array."""
     found = np.empty(len(at), object)
     found[:] = [buffer[a : a + n].tobytes() for a, n in zip(at.tolist(), length.tolist(), strict=True)]
     return found
 
 
-def _texts(buffer: Bytes, at: Index, length: Index) -> npt.NDArray[Any]:
+def _texts(buffer: Bytes, at: Ints, length: Ints) -> npt.NDArray[Any]:
     """Return the bytes of each event up to the first NUL."""
     width = max(int(length.max(initial=0)), 1)
     if len(at) * width > _TEXT_MAX:

@@ -24,8 +24,8 @@ from collector.pages.decoding import PageDecoder, Sightings, process_key
 from collector.reading.options import Description, FileOptions
 from collector.reading.reader import FileReader
 from collector.tracecmd.clock import clock_of
-from collector.tracecmd.cpu import CpuReader, Part, losses_by_cpu
-from collector.tracecmd.file import FTRACE, MAGIC, BufferInfo, Frame, TraceFile
+from collector.tracecmd.cpu import CpuReader, PieceRecords, losses_by_cpu
+from collector.tracecmd.file import FTRACE, MAGIC, BufferInfo, FileFrame, TraceFile
 from collector.tracecmd.pages import layout_of
 from contracts.clock import ClockPair
 from contracts.errors import CaptureError, SourceError, nearest
@@ -211,7 +211,7 @@ class TraceCmdReader(FileReader):
     def _merged(self) -> Iterator[Batch]:
         assert self._opened is not None
         cpus = self._opened.cpus
-        parts: dict[int, Iterator[Part]] = {}
+        parts: dict[int, Iterator[PieceRecords]] = {}
         complete: dict[int, int] = {}
         for key, cpu in enumerate(cpus):
             self._merger.add_cpu(key, -_NEVER_NS)
@@ -271,12 +271,12 @@ def _chosen(file: TraceFile, asked: str) -> list[BufferInfo]:
     return found
 
 
-def _events_told(frame: Frame) -> str:
+def _events_told(frame: FileFrame) -> str:
     names = sorted(name for name in frame.formats if not name.startswith(f"{FTRACE}:"))
     return f"it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "it has no events at all"
 
 
-def _uname(frame: Frame) -> tuple[str, str]:
+def _uname(frame: FileFrame) -> tuple[str, str]:
     """Return host and kernel release from `Linux HOST RELEASE VERSION MACHINE`."""
     words = frame.uname.split()
     return (words[1], words[2]) if len(words) >= 3 else ("", "")

@@ -1,13 +1,15 @@
 """Names and defaults that help texts have of parts that take long to import.
 
-Each stands in its part as well, and tests/contract/test_commands.py compares the two.
+Each stands in its part as well, but for the names of live sources; tests/contract/test_commands.py compares the two.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-SOURCES: Final = ("auto", "kmod", "ftrace")
+from contracts.sources import LIVE
+
+SOURCES: Final = ("auto", *LIVE)
 """Live sources that can be asked for: `contracts.config.SOURCES`."""
 RUNTIMES: Final = ("netns", "docker")
 """What makes the containers of a test network: `mace.lab.Runtime`."""
@@ -23,7 +25,7 @@ TOOLS: Final = ("ping", "ping-U", "ping-inetutils", "ping-busybox", "fping", "cs
 """Tools whose output is read: `mace.tools.output.READERS`."""
 PACES: Final = ("flood", "10ms")
 """Paces of the experiment: `mace.trials.experiment.PACES`."""
-COMPARED: Final = ("kmod", "ftrace", "none")
+COMPARED: Final = (*LIVE, "none")
 """What can be compared: `mace.trials.compare.KNOWN`."""
 SCENARIOS: Final = (
     "plain",

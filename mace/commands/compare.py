@@ -59,7 +59,7 @@ def run(options: Options, console: Console) -> int:
     from mace.commands import settings
     from mace.trials import compare
 
-    plan = compare.Plan(
+    plan = compare.ComparePlan(
         sources=options.sources,
         container=options.container,
         rounds=options.rounds,

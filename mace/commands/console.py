@@ -45,7 +45,7 @@ class Console:
         """Rich's console on standard error, for what is shown while the command works."""
         from mace.shown import terminal
 
-        return terminal.Console(stderr=True)
+        return terminal.PlainConsole(stderr=True)
 
     def table(self, *headings: str) -> PlainTable:
         """An empty table with these columns."""

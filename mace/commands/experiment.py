@@ -12,7 +12,7 @@ from mace.commands.console import Console
 from mace.commands.options import JSON, CaptureOptions, with_capture, with_config, with_format, with_runtime
 
 if TYPE_CHECKING:
-    from mace.trials.experiment import Figures, Plan
+    from mace.trials.experiment import ExperimentPlan, Figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def run(options: Options, console: Console) -> int:
     """Measure, or compute once more what was kept, and print the figures."""
     from mace.trials import experiment
 
-    plan = experiment.Plan(
+    plan = experiment.ExperimentPlan(
         paces=options.paces,
         flood=options.flood,
         rounds=options.rounds,
@@ -80,7 +80,7 @@ def run(options: Options, console: Console) -> int:
     return 0
 
 
-def _figures(options: Options, plan: Plan, console: Console) -> Figures:
+def _figures(options: Options, plan: ExperimentPlan, console: Console) -> Figures:
     from mace import lab
     from mace.commands import settings
     from mace.trials import experiment

@@ -70,13 +70,13 @@ def run(options: Options, console: Console) -> int:
     from contracts import config
     from mace.shown import rows
     from storage import sql
-    from storage.query import Store
+    from storage.query import StoreReader
 
     if options.sql is None:
         rows.list_tables(as_json=options.format == JSON)
         return 0
     path = options.store or Path(config.load(options.config).store.path)
-    store = Store(path, skip_damaged=options.skip_damaged)
+    store = StoreReader(path, skip_damaged=options.skip_damaged)
     text = _stdin() if options.sql == "-" else options.sql
     with sql.rows(store, text, memory_mib=options.memory_mib, timeout_s=options.timeout) as reader:
         if store.damaged:

@@ -14,7 +14,7 @@ from mace.commands.console import Console
 from mace.commands.options import JSON, RecordingOptions, with_config, with_format, with_recordings, with_store
 
 if TYPE_CHECKING:
-    from storage.query import Filter, Store
+    from storage.query import Filter, StoreReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def run(options: Options, console: Console) -> int:
     from contracts import config
     from mace.commands import settings
     from mace.replaying.into_store import replayed
-    from storage.query import Store
+    from storage.query import StoreReader
 
     named = options.recordings
     if options.worst is not None and options.worst < 1:
@@ -82,11 +82,11 @@ def run(options: Options, console: Console) -> int:
     quiet = options.format == JSON
     with replayed(settings.recorded_files(named), configured, quiet=quiet) if replaying else nullcontext() as made:
         path = made or options.store or Path(configured.store.path)
-        _report(Store(path, skip_damaged=options.skip_damaged), options, console)
+        _report(StoreReader(path, skip_damaged=options.skip_damaged), options, console)
     return 0
 
 
-def _report(store: Store, options: Options, console: Console) -> None:
+def _report(store: StoreReader, options: Options, console: Console) -> None:
     from mace.shown import report
 
     where = _filter(options)

@@ -30,7 +30,7 @@ from mace.shown import tables
 from storage.capture import CaptureSink
 
 if TYPE_CHECKING:
-    from collector.files import FileOptions, Recording
+    from collector.files import FileOptions, LocalRecording
     from contracts.figures import Summary
     from mace.replaying.part import RecordedFile
 
@@ -127,7 +127,7 @@ def namespace(where: Where, settings: Config) -> Iterator[int]:
         os.close(found)
 
 
-def recordings(options: RecordingOptions) -> list[Recording]:
+def recordings(options: RecordingOptions) -> list[LocalRecording]:
     """The recordings that options name, in time order; no URLs. Raises `Unavailable`, `CaptureError`, `UsageError`."""
     from mace.replaying import replay
 

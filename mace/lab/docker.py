@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tarfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from collector.machine.processes import start_ticks
+from collector.machine.unix_http import UnixConnection
 from contracts.errors import LabError, Unavailable
 from mace.lab import netns, state
 from mace.lab.plan import HOST, Placement, Spec, bridges
@@ -273,19 +273,6 @@ def _complaint(directory: Path) -> str:
     return "its log says nothing"
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: str, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
 def _answers(record: State) -> bool:
     try:
         _request(record, "GET", "/_ping", limit_s=5.0)
@@ -305,7 +292,7 @@ def _request(
     limit_s: float = 30.0,
 ) -> Any:
     """One call of the Docker Engine API. Without a version in the path, for that every release answers."""
-    connection = _UnixConnection(record.docker_socket, limit_s)
+    connection = UnixConnection(record.docker_socket, limit_s)
     try:
         connection.request(method, path, body, {"Content-Type": content_type})
         response = connection.getresponse()

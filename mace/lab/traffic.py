@@ -76,7 +76,7 @@ class TcpResult:
 
 
 R = TypeVar("R")
-Process = subprocess.Popen[str]
+ChildProcess = subprocess.Popen[str]
 
 
 def _heeds(pid: int, number: signal.Signals) -> bool:
@@ -95,8 +95,8 @@ class Flow(Generic[R]):
     def __init__(
         self,
         what: str,
-        client: Process,
-        server: Process | None,
+        client: ChildProcess,
+        server: ChildProcess | None,
         limit_s: float,
         result: Callable[[str, dict[str, Any] | None], R],
     ) -> None:
@@ -194,7 +194,7 @@ class Traffic(ABC):
     """The traffic methods of a lab. `sender` and `to` are names of members; the sender is `c1` unless told."""
 
     @abstractmethod
-    def popen(self, member: str, argv: list[str], **options: Any) -> Process:
+    def popen(self, member: str, argv: list[str], **options: Any) -> ChildProcess:
         """Start a process in a member's network namespace, in a session of its own, with text pipes."""
 
     @abstractmethod

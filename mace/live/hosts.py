@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from collector.remote import Counts, HostStream, Verdict
+from collector.remote import Arrival, Counts, HostStream
 from contracts.errors import MaceError, NotNowError, StoreError, WireError
 from contracts.interfaces import Progress, StreamHeader
 from contracts.records import Batch
@@ -132,7 +132,7 @@ class Hosts:
         """Each host's stream, by its tag."""
         return {host: known.stream.tag or 0 for host, known in self._known.items()}
 
-    def judge(self, host: str, head: Head, oldest: int) -> Verdict:
+    def judge(self, host: str, head: Head, oldest: int) -> Arrival:
         """What a frame with this head is (`HostStream.judge`); raises `WireError` where nothing more is taken."""
         known = self._known.get(host)
         if known is None and len(self._known) >= self._most:

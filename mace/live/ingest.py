@@ -31,13 +31,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from collector.memory import keep_freed_memory
-from collector.remote import Counts, Verdict
+from collector.remote import Arrival, Counts
 from contracts.config import Config
 from contracts.errors import AheadError, MaceError, NotNowError, StoreError, WireError
 from contracts.topics import MAX_SEQUENCE, OLDEST, ROOT, Ack, Refusal, Shard, ack_topic, check_host, host_of_stream
 from contracts.vitals import Vitals
-from contracts.wire import Head, parse_head
-from contracts.wire import Message as FrameKind
+from contracts.wire import FrameKind, Head, parse_head
 from correlator.engine import EngineConfig
 from mace.live.hosts import SLICE_NS, Hosts, RunKey
 from mace.live.turns import Turns
@@ -46,8 +45,8 @@ from storage.broker import (
     QUEUE_BYTES,
     Broker,
     Connection,
-    Message,
     MqttError,
+    MqttMessage,
     cancelled,
     is_failure,
     payload_of,
@@ -55,7 +54,7 @@ from storage.broker import (
     user_property,
 )
 from storage.fleet import FleetStore, RunPart
-from storage.journal import Commit, Entry, Journal, Kind, Place
+from storage.journal import Commit, Entry, EntryKind, Journal, JournalPosition
 from storage.shared import StreamOfSink
 
 _LOG: Final = logging.getLogger(__name__)
@@ -89,8 +88,8 @@ class Ingest:
         self._store = FleetStore(
             store,
             fsync=kept.sync,
-            max_age_s=kept.max_age_days * 86_400 or None,
-            max_bytes=int(kept.max_size_gib * 2**30) or None,
+            max_age_s=kept.max_age_s,
+            max_bytes=kept.max_bytes,
         )
         self._journal = Journal(store / "ingest", fsync=kept.sync)
         # One thread, so that what is written is written in the order of asking, whoever is cancelled meanwhile.
@@ -109,7 +108,7 @@ class Ingest:
         """Each host's last stream whose HEADER was refused, and why: its other frames are refused too."""
         self._refused: dict[str, int] = {}
         """How many of each host's messages were refused lately."""
-        self._turns: Turns[Message] = Turns(config.ingest.queue_messages, QUEUE_BYTES)
+        self._turns: Turns[MqttMessage] = Turns(config.ingest.queue_messages, QUEUE_BYTES)
         self._stirred = asyncio.Event()
         """Something came, was worked on or stored since it was cleared."""
         engine = EngineConfig(
@@ -199,9 +198,9 @@ class Ingest:
         gone = self._store.put_back(commit.flush)
         for entry in self._journal.read():
             base = bases.get(entry.host)
-            if entry.kind == Kind.COMMIT or (base is not None and entry.place < base):
+            if entry.kind == EntryKind.COMMIT or (base is not None and entry.position < base):
                 continue
-            stored = entry.place < commit.upto
+            stored = entry.position < commit.upto
             try:
                 self._apply(entry, base, stored=stored)
             except StoreError:
@@ -216,20 +215,20 @@ class Ingest:
             found = len(self._hosts), self.read_again, gone
             _LOG.info("%d hosts, %d frames worked through again, %d segments put back", *found)
         self._commit(commit.flush, commit.upto)
-        self._committed_in = self._journal.place[0]
+        self._committed_in = self._journal.position[0]
         await self._sync()
         self._due = {host: (stream, True) for host, stream in self._hosts.streams().items()}
 
-    def _apply(self, entry: Entry, base: Place | None, *, stored: bool) -> None:
+    def _apply(self, entry: Entry, base: JournalPosition | None, *, stored: bool) -> None:
         """Do once more what an entry says."""
-        if entry.kind == Kind.FRAME:
+        if entry.kind == EntryKind.FRAME:
             self.read_again += 1
             self._hosts.work(entry.host, entry.payload, before=True, again=stored)
-        elif entry.kind != Kind.SNAPSHOT:
+        elif entry.kind != EntryKind.SNAPSHOT:
             raise WireError(f"an entry of kind {entry.kind}, which this version does not know")
-        elif entry.place == base:
+        elif entry.position == base:
             self._hosts.restore(entry.host, entry.payload)
-        self._base.setdefault(entry.host, entry.place[0])
+        self._base.setdefault(entry.host, entry.position[0])
 
     def _set_aside(self, entry: Entry, error: Exception) -> None:
         if not isinstance(error, WireError):
@@ -291,7 +290,7 @@ class Ingest:
                     await self._stirred.wait()
                 at_hand = list(client.at_hand(_AT_A_TIME))
 
-    def _hear(self, message: Message) -> None:
+    def _hear(self, message: MqttMessage) -> None:
         """Let a message wait for its host's turn, if it is one's."""
         topic = str(message.topic)
         try:
@@ -327,7 +326,7 @@ class Ingest:
                 await asyncio.sleep(0)
                 yielded_s = clock()
 
-    def message(self, message: Message) -> None:
+    def message(self, message: MqttMessage) -> None:
         """Take a message of a host's stream."""
         topic = str(message.topic)
         host = host_of_stream(topic)
@@ -376,21 +375,21 @@ class Ingest:
 
     def _judged(self, host: str, frame: bytes, head: Head, oldest: int) -> None:
         match self._hosts.judge(host, head, oldest):
-            case Verdict.KNOWN:
+            case Arrival.KNOWN:
                 self.counts.duplicates += 1
                 self._due.setdefault(host, (head.stream, False))
-            case Verdict.UNKNOWN if (away := self._turned_away.get(host)) is not None and away[0] == head.stream:
+            case Arrival.UNKNOWN if (away := self._turned_away.get(host)) is not None and away[0] == head.stream:
                 raise away[1](away[2])
-            case Verdict.GAP | Verdict.UNKNOWN:
+            case Arrival.GAP | Arrival.UNKNOWN:
                 self.counts.repeats += 1
                 self._ask_again(host, head.stream)
-            case Verdict.NEW | Verdict.BEGIN as verdict:
+            case Arrival.NEW | Arrival.BEGIN as verdict:
                 runs = self._store.runs_of(host)
-                if verdict is Verdict.BEGIN and runs >= self._config.ingest.runs:
+                if verdict is Arrival.BEGIN and runs >= self._config.ingest.runs:
                     raise NotNowError(f"the store has {runs} runs of it, the limit ([ingest] runs)")
                 self._hosts.work(host, frame)
-                place = self._journal.append(Kind.FRAME, host, frame)
-                self._base.setdefault(host, place[0])
+                position = self._journal.append(EntryKind.FRAME, host, frame)
+                self._base.setdefault(host, position[0])
                 self._due[host] = (head.stream, False)
 
     def _greet(self, topic: str, payload: bytes) -> None:
@@ -471,7 +470,7 @@ class Ingest:
         if not parts:
             return
         snapshots = self._snapshots()
-        upto = self._journal.place
+        upto = self._journal.position
         await self._sync()
         self._stirred.set()  # hosts that were held up
         flush, unstorable = await self._store.flush(list(parts.values()))
@@ -484,7 +483,7 @@ class Ingest:
             with self._border(key[0], "sinks"):
                 await self._deliver(key, part)
         self._commit(flush, upto)
-        self._committed_in = self._journal.place[0]
+        self._committed_in = self._journal.position[0]
         await self._sync()
         self._store.settled(flush)
         self._base |= snapshots
@@ -492,7 +491,7 @@ class Ingest:
         if self._journal.is_full and not self._is_writing and not self._journal.has_unsynced:
             self._journal.rotate()
 
-    def _commit(self, flush: int, upto: Place) -> None:
+    def _commit(self, flush: int, upto: JournalPosition) -> None:
         self._journal.commit(Commit(flush, upto, self._hosts.slice_ns))
 
     @property
@@ -517,13 +516,13 @@ class Ingest:
 
     def _snapshots(self) -> dict[str, int]:
         """Of some hosts that have none in the newest file; hosts and files."""
-        newest = self._journal.place[0]
+        newest = self._journal.position[0]
         old = sorted((file, host) for host, file in self._base.items() if file < newest)
         chosen = [host for _, host in old[: len(self._hosts) // _SNAPSHOTS + 1]]
         return {host: self._snapshot(host) for host in chosen}
 
     def _snapshot(self, host: str) -> int:
-        return self._journal.append(Kind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
+        return self._journal.append(EntryKind.SNAPSHOT, host, self._hosts.put_aside(host))[0]
 
 
 def _oldest(told: str) -> int:
@@ -541,18 +540,18 @@ def _told(error: Exception) -> str:
     return text.replace("\n", " ")[:500]
 
 
-def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, Place]]:
-    """The last COMMIT, and each host's last snapshot before the place that it tells."""
+def _last_commit(journal: Journal) -> tuple[Commit | None, dict[str, JournalPosition]]:
+    """The last COMMIT, and each host's last snapshot before the position that it names."""
     commit: Commit | None = None
-    snapshots: list[tuple[str, Place]] = []
+    snapshots: list[tuple[str, JournalPosition]] = []
     for entry in journal.read():
-        if entry.kind == Kind.COMMIT:
+        if entry.kind == EntryKind.COMMIT:
             commit = Commit.parse(entry.payload)
-        elif entry.kind == Kind.SNAPSHOT:
-            snapshots.append((entry.host, entry.place))
+        elif entry.kind == EntryKind.SNAPSHOT:
+            snapshots.append((entry.host, entry.position))
     if commit is None:
         return None, {}
-    return commit, {host: place for host, place in snapshots if place < commit.upto}
+    return commit, {host: position for host, position in snapshots if position < commit.upto}
 
 
 # The command. -----------------------------------------------------------------------------------------------------

@@ -266,6 +266,6 @@ def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedSt
         rows=rows,
         flush_interval_s=config.flush_interval_s,
         fsync=config.sync,
-        max_age_s=config.max_age_days * 86_400 or None,
-        max_bytes=int(config.max_size_gib * 2**30) or None,
+        max_age_s=config.max_age_s,
+        max_bytes=config.max_bytes,
     )

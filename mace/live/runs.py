@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from collector.files import Recording
+from collector.files import LocalRecording
 from contracts.config import Config
 from contracts.figures import Summary
 from contracts.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
@@ -103,7 +103,7 @@ async def observe(
 
 
 async def observe_recording(
-    config: Config, recording: Recording, on_results: Callable[[Results, int], None], *, stop: Stop
+    config: Config, recording: LocalRecording, on_results: Callable[[Results, int], None], *, stop: Stop
 ) -> tuple[StreamHeader, Sequence[str]]:
     """As `observe`, of a recording; `on_results` is told the bytes read so far. Returns the reader's warnings too."""
     source = recording.source()
@@ -159,7 +159,7 @@ async def record(
 
 async def replay(
     config: Config,
-    recording: Recording,
+    recording: LocalRecording,
     *,
     stop: Stop,
     store: Path | None = None,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from collector.files import Recording
+from collector.files import LocalRecording
 from collector.memory import keep_freed_memory
 from contracts.config import Config
 from contracts.figures import Summary
@@ -113,7 +113,7 @@ class Session:
         """`runs.watch`."""
         self._run(lambda stop: runs.watch(self._config, until, on_item, stop=stop))
 
-    def observed(self, recording: Recording, on_results: Callable[[Results], None]) -> None:
+    def observed(self, recording: LocalRecording, on_results: Callable[[Results], None]) -> None:
         """`runs.observe_recording` with a bar on the terminal."""
         with bar(self._console, quiet=self._quiet) as told:
 
@@ -145,7 +145,7 @@ class Session:
                 lambda stop: runs.record(self._config, until, sink, stop=stop, on_open=self.say, on_lost=show)
             )
 
-    def replay(self, recordings: Sequence[Recording], *, store: Path | None = None) -> Summary:
+    def replay(self, recordings: Sequence[LocalRecording], *, store: Path | None = None) -> Summary:
         """`runs.replay` of recordings, one after the other as given, with a bar on the terminal."""
         self._stop = Stop()
         whole = Summary()

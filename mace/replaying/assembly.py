@@ -49,7 +49,7 @@ _FLUSHES_A_PART: Final = 2
 
 
 @dataclass(slots=True)
-class _Capture:
+class _RecordingParts:
     """One recording of the replay."""
 
     file: RecordedFile
@@ -98,7 +98,7 @@ class Assembly:
             Path(self._place.location) if self._place is not None and not is_url(self._place.location) else None
         )
         self._lock_fd = -1
-        self._captures: list[_Capture] = []
+        self._captures: list[_RecordingParts] = []
         self.warnings: list[str] = []
 
     def __enter__(self) -> Self:
@@ -215,7 +215,7 @@ class Assembly:
 
     def _store(
         self,
-        capture: _Capture,
+        capture: _RecordingParts,
         done: PartDone,
         now: Committed,
         final: Sequence[Window],
@@ -342,7 +342,7 @@ class Assembly:
             ) from error
         place.remove(f"{UNFINISHED}/staged")
 
-    def _planned(self, flush: int) -> list[_Capture]:
+    def _planned(self, flush: int) -> list[_RecordingParts]:
         return self._placed(flush, [self._cuts(file) for file in self._files])
 
     def _cuts(self, file: RecordedFile) -> list[Cut]:
@@ -356,10 +356,10 @@ class Assembly:
             warm_up_ns=self._warm_up_ns,
         )
 
-    def _placed(self, flush: int, found: Sequence[list[Cut]]) -> list[_Capture]:
+    def _placed(self, flush: int, found: Sequence[list[Cut]]) -> list[_RecordingParts]:
         captures = []
         for file, its_cuts in zip(self._files, found, strict=False):
-            captures.append(_Capture(file, its_cuts, flush))
+            captures.append(_RecordingParts(file, its_cuts, flush))
             flush += _FLUSHES_A_PART * (len(its_cuts) + 1)
         return captures
 
@@ -407,13 +407,8 @@ class Assembly:
 
     def _retain(self) -> None:
         config = self._config
-        if self._local is not None and (config.max_age_days or config.max_size_gib):
-            segments.retain(
-                self._local,
-                time.time(),
-                config.max_age_days * 86_400 or None,
-                int(config.max_size_gib * 2**30) or None,
-            )
+        if self._local is not None and (config.max_age_s or config.max_bytes):
+            segments.retain(self._local, time.time(), config.max_age_s, config.max_bytes)
 
     def _unlock(self) -> None:
         if self._lock_fd >= 0:

@@ -10,7 +10,7 @@ import numpy as np
 
 from contracts.topology import Device, Role, Sighting
 from correlator.identity import ResolverState
-from correlator.links import Waiting
+from correlator.links import LooseEnds
 from correlator.lives import Open, Records
 from correlator.neighbours import Asked
 from correlator.state import EngineState
@@ -76,7 +76,7 @@ def state_from_json(given: dict[str, Any]) -> EngineState:
             sightings=tuple(Sighting(*each) for each in given["sightings"]),
         ),
         Open(_records_from_json(given["records"]), unpacked(given["number"], "<i8"), unpacked(given["cross"], "?")),
-        Waiting(_records_from_json(given["waiting_records"]), **waiting),
+        LooseEnds(_records_from_json(given["waiting_records"]), **waiting),
         [(start, end) for start, end in given["gaps"]],
         asked,
         given["latest_ns"],

@@ -21,22 +21,21 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.files import Recording
+from collector.files import LocalRecording
+from contracts.arrays import Mask
 from contracts.errors import UsageError, nearest
 from contracts.figures import Summary
 from contracts.interfaces import StreamHeader, StreamItem
+from contracts.protocols import ANSWERED
 from contracts.schema import NOT_TOLD, Direction, Results
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
 from mace.live import pipeline
 from mace.shown.report import instant_ns
-from mace.shown.timeline import Follower, Settled
+from mace.shown.timeline import PacketFollower, Settled
 from storage.perfetto.file import PerfettoTrace
-from storage.perfetto.sink import TOLD_BY, HostTracks, Told
+from storage.perfetto.sink import TOLD_BY, HopFacts, HostTracks
 
-Mask = npt.NDArray[np.bool_]
-
-PROTOCOLS: Final = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58}
 FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
 MOST_CHOSEN: Final = 10_000
 """Of `--worst`: a person looks at a few, and their answers are kept in memory."""
@@ -139,7 +138,7 @@ class Wanted:
 
 
 def export(
-    recordings: Sequence[Recording],
+    recordings: Sequence[LocalRecording],
     path: Path,
     engine: EngineConfig,
     wanted: Wanted,
@@ -160,11 +159,11 @@ def export(
     try:
         chosen: npt.NDArray[np.uint64] | None = None
         twice = bool(packets or worst)
-        progress = _Progress(told, sum(each.bytes_total for each in recordings) * (1 + twice))
+        progress = _ReadSoFar(told, sum(each.bytes_total for each in recordings) * (1 + twice))
         if twice:
             choice = _Choice(wanted, set(packets or ()), worst or 0)
             for recording in recordings:
-                _follow(recording, engine, progress, Follower, choice.look)
+                _follow(recording, engine, progress, PacketFollower, choice.look)
             chosen = choice.chosen()
         for recording in recordings:
             writer = _Writer(trace, wanted, chosen, found, records=records)
@@ -178,7 +177,7 @@ def export(
 
 
 @dataclass(slots=True)
-class _Progress:
+class _ReadSoFar:
     """How much of all recordings was read; those that are behind us count whole."""
 
     told: Callable[[int, int], None]
@@ -187,17 +186,17 @@ class _Progress:
 
 
 def _follow(
-    recording: Recording,
+    recording: LocalRecording,
     engine: EngineConfig,
-    progress: _Progress,
-    begin: Callable[[StreamHeader], Follower],
+    progress: _ReadSoFar,
+    begin: Callable[[StreamHeader], PacketFollower],
     on_settled: Callable[[Settled], None],
     on_results: Callable[[Results], None] = lambda _: None,
 ) -> Sequence[str]:
     """Run a recording through the correlator; returns the source's warnings."""
     source = recording.source()
     stop = pipeline.Stop()
-    sink = _Sink(begin, on_settled, on_results)
+    sink = _FollowerSink(begin, on_settled, on_results)
 
     def show(_: Results) -> None:
         progress.told(progress.behind + source.bytes_read, progress.total)
@@ -214,18 +213,18 @@ def _follow(
     return source.warnings
 
 
-class _Sink:
-    """A `Sink` that gives results to a `Follower`, and what that settles further on."""
+class _FollowerSink:
+    """A `Sink` that gives results to a `PacketFollower`, and what that settles further on."""
 
     def __init__(
         self,
-        begin: Callable[[StreamHeader], Follower],
+        begin: Callable[[StreamHeader], PacketFollower],
         on_settled: Callable[[Settled], None],
         on_results: Callable[[Results], None],
     ) -> None:
         self._begin, self._on_settled, self._on_results = begin, on_settled, on_results
         self._last: Results | None = None
-        self.follower: Follower
+        self.follower: PacketFollower
 
     async def open(self, header: StreamHeader) -> None:
         self.follower = self._begin(header)
@@ -251,7 +250,7 @@ class _Sink:
 class _Tee:
     """The raw stream to the same follower, a `StreamSink`."""
 
-    def __init__(self, sink: _Sink) -> None:
+    def __init__(self, sink: _FollowerSink) -> None:
         self._sink = sink
 
     async def open(self, header: StreamHeader) -> None:
@@ -330,9 +329,9 @@ class _Writer:
         self._ids: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
         self._ends: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
-    def begin(self, header: StreamHeader) -> Follower:
+    def begin(self, header: StreamHeader) -> PacketFollower:
         self.tracks = HostTracks(self._trace, header)
-        return Follower(header)
+        return PacketFollower(header)
 
     def write(self, settled: Settled) -> None:
         packets, rows = settled.packets, settled.rows
@@ -347,7 +346,7 @@ class _Writer:
         at = settled.of_packet[shown]
         request = packets.request[at]
         flow = np.where(request > 0, request, packets.seen.packet[at])
-        self.tracks.hops(rows[shown], Told(flow, request, packets.told_by[at], packets.drop_reason[at]))
+        self.tracks.hops(rows[shown], HopFacts(flow, request, packets.told_by[at], packets.drop_reason[at]))
         if self._records:
             self._instants(settled)
 
@@ -403,10 +402,10 @@ def _flow(text: str) -> dict[str, Any]:
             if value not in ("egress", "ingress"):
                 raise UsageError(f"--flow: direction={value}: expected egress or ingress")
             found[key] = Direction[value.upper()]
-        elif key == "proto" and value in PROTOCOLS:
-            found[key] = PROTOCOLS[value]
+        elif key == "proto" and value in ANSWERED:
+            found[key] = ANSWERED[value]
         elif not value.isdecimal():
-            known = f" or one of {', '.join(PROTOCOLS)}" if key == "proto" else ""
+            known = f" or one of {', '.join(ANSWERED)}" if key == "proto" else ""
             raise UsageError(f"--flow: {key}={value}: expected a number{known}")
         else:
             found[{"len": "l3_len", "id": "port"}.get(key, key)] = int(value)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.text import Text
 
 from collector.capture.source import describe
-from collector.files import BY_NAME, FileOptions, Recording, recording
+from collector.files import BY_NAME, FileOptions, LocalRecording, recording
 from collector.reading.opening import open_binary
 from contracts.config import Config, StoreConfig
 from contracts.errors import Stopped
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from correlator.engine import EngineConfig
 
 
-def recorded(one: Recording) -> RecordedFile:
+def recorded(one: LocalRecording) -> RecordedFile:
     """A recording of this machine, its paths absolute: a worker is somewhere else."""
     options = one.options
     if options.topology is not None:
@@ -189,7 +189,7 @@ def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Call
 @contextmanager
 def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
     """A store of recordings for the length of the block, with a progress bar while it is made."""
-    console = terminal.Console(stderr=True)
+    console = terminal.PlainConsole(stderr=True)
     engine = replace(configured.replayed(settings.correlate), rows=True)
     with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
         with asked_to_stop() as stop, bar(console, quiet=quiet) as told:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from collector.capture.cuts import Cut
 from collector.capture.source import Position
-from contracts.figures import Place, Summary
+from contracts.figures import DevicePlace, Summary
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, Segment, Window
 from contracts.topology import Device, Sharer
@@ -155,7 +155,7 @@ def _summary_to_json(summary: Summary) -> list[Any]:
     return [
         [
             width,
-            [getattr(place, name) for name in Place.__slots__],
+            [getattr(place, name) for name in DevicePlace.__slots__],
             *(int(direction), int(segment)),
             *(one.count, one.sum_ns, one.min_ns, one.max_ns),
             *(packed(column, _HISTOGRAM) for column in one.histogram()),
@@ -167,6 +167,6 @@ def _summary_to_json(summary: Summary) -> list[Any]:
 def _summary_from_json(given: Sequence[Any]) -> Summary:
     summary = Summary()
     for width, place, direction, segment, count, sum_ns, min_ns, max_ns, bins, counts in given:
-        one = summary.distribution(Place(*place), Direction(direction), Segment(segment), width)
+        one = summary.distribution(DevicePlace(*place), Direction(direction), Segment(segment), width)
         one.add(count, sum_ns, min_ns, max_ns, unpacked(bins, _HISTOGRAM), unpacked(counts, _HISTOGRAM))
     return summary

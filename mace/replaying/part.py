@@ -51,7 +51,7 @@ _KEPT_BYTES: Final = 32 << 20
 """The largest block that the C library can be told to keep (DEFAULT_MMAP_THRESHOLD_MAX); twice that is what it sets the
 other threshold to by itself."""
 
-Told = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with bytes read of the part so far and records; what it raises ends the part."""
 
 
@@ -129,7 +129,7 @@ class PartDone:
     """Records lost, by the file's END mark, where there is one."""
 
 
-def run_part(task: PartTask, told: Told = lambda _read, _records: None) -> PartDone:
+def run_part(task: PartTask, told: OnProgress = lambda _read, _records: None) -> PartDone:
     """Read, correlate and write one part. Raises what reading and writing raise; nothing is left then."""
     _keep_freed_memory()
     offset_ns = task.file.header.clock.offset_ns

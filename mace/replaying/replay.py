@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from collector.files import PCAP_PAIR, FileOptions, Recording, ordered, recording, recording_of
+from collector.files import PCAP_PAIR, FileOptions, LocalRecording, ordered, recording, recording_of
 from contracts.errors import UsageError
 from mace.replaying import into_store
 from mace.replaying.part import RecordedFile
@@ -14,7 +14,7 @@ Pair = tuple[Path | None, Path | None]
 """Two packet captures of one host, made at the container's device and at the host's; or neither."""
 
 
-def recordings(locations: Sequence[Path | str], pair: Pair, options: FileOptions) -> list[Recording]:
+def recordings(locations: Sequence[Path | str], pair: Pair, options: FileOptions) -> list[LocalRecording]:
     """The files at these paths and the pair, in time order; URLs are left out.
 
     Raises `Unavailable` or `CaptureError`, and `UsageError` where there is nothing, or half a pair.

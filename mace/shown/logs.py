@@ -29,9 +29,9 @@ class _Shown(logging.Handler):
     def _made(self) -> logging.Handler:
         from rich.logging import RichHandler  # noqa: PLC0415 (nothing may ever be logged)
 
-        from mace.shown.terminal import Console  # noqa: PLC0415
+        from mace.shown.terminal import PlainConsole  # noqa: PLC0415
 
-        made = RichHandler(console=Console(stderr=True), show_path=self._debug, show_time=self._debug)
+        made = RichHandler(console=PlainConsole(stderr=True), show_path=self._debug, show_time=self._debug)
         made.setFormatter(_Formatter("%(message)s"))
         return made
 

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from contracts.errors import MaceError, MissingExtra
-from contracts.figures import Distribution, Key, Summary, labels_of
+from contracts.figures import Distribution, FigureKey, Summary, labels_of
 from contracts.histogram import middles
 from contracts.names import printable
 from contracts.schema import Direction, Segment
@@ -159,7 +159,7 @@ def _paths_shown(paths: Sequence[TypicalPath]) -> list[TypicalPath]:
     )
 
 
-def _rows_shown(summary: Summary, shown: Sequence[TypicalPath]) -> list[tuple[Key, Distribution]]:
+def _rows_shown(summary: Summary, shown: Sequence[TypicalPath]) -> list[tuple[FigureKey, Distribution]]:
     """What has a curve: the shown container's path if there is one, else the first devices of the tables."""
     if shown:
         return [((place, p.direction, segment), delays) for p in shown for place, segment, delays in p.hops]
@@ -202,7 +202,7 @@ def _draw_series(axes: Any, series: Sequence[Series]) -> None:
     as_text(axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=more))
 
 
-def _draw_distributions(axes: Any, rows: Sequence[tuple[Key, Distribution]]) -> None:
+def _draw_distributions(axes: Any, rows: Sequence[tuple[FigureKey, Distribution]]) -> None:
     axes.set_title("How many packets took longer, device by device")
     axes.set_xlabel("delay, µs (log)")
     axes.set_ylabel("share of packets with a longer delay (log)")

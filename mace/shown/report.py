@@ -21,7 +21,7 @@ from contracts.schema import Direction, Segment
 from mace.shown import tables
 from mace.shown.lines import json_line
 from mace.shown.terminal import PlainTable
-from storage.query import Filter, From, PacketPath, Run, Store, TypicalPath
+from storage.query import Filter, From, PacketPath, Run, StoreReader, TypicalPath
 
 _BAR_WIDTH: Final = 22
 _MAX_PATHS: Final = 8
@@ -46,7 +46,7 @@ def instant_ns(text: str, now: datetime) -> int:
 
 
 def report(
-    store: Store,
+    store: StoreReader,
     where: Filter,
     *,
     packet: int | None = None,
@@ -100,7 +100,7 @@ def report(
 
 def print_typical_paths(path: Path, console: Console) -> None:
     """The typical paths of all that a store holds."""
-    _print_typical(Store(path).typical_paths(), console)
+    _print_typical(StoreReader(path).typical_paths(), console)
 
 
 def _print_typical(paths: Sequence[TypicalPath], console: Console) -> None:
@@ -110,7 +110,7 @@ def _print_typical(paths: Sequence[TypicalPath], console: Console) -> None:
         console.print(Text(f"and {len(paths) - _MAX_PATHS} more paths: --container shows one's", style="dim"))
 
 
-def _title(store: Store, where: Filter) -> str:
+def _title(store: StoreReader, where: Filter) -> str:
     told = [f"{store.path.name}"]
     for name in ("container", "device", "run"):
         if getattr(where, name):
@@ -120,7 +120,7 @@ def _title(store: Store, where: Filter) -> str:
     return "MACE · " + " · ".join(told)
 
 
-def _check_names(store: Store, where: Filter) -> None:
+def _check_names(store: StoreReader, where: Filter) -> None:
     """Nothing was found: say so if a name in the filter is one the store has never heard."""
     runs = [r.run for r in store.runs()]
     if where.run is not None and where.run not in runs:

@@ -19,16 +19,16 @@ from contracts.names import printable
 from mace.shown.lines import WIDTH
 
 
-class Console(rich_console.Console):
+class PlainConsole(rich_console.Console):
     """Rich's console, to which strings are text."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
-def output(width: int = WIDTH) -> Console:
+def output(width: int = WIDTH) -> PlainConsole:
     """The console on standard output; `width` where that is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=width)
+    return PlainConsole() if sys.stdout.isatty() else PlainConsole(width=width)
 
 
 def styled(text: str, style: str) -> Text:

@@ -14,16 +14,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints
 from contracts.hooks import BY_HOOK, Hook, Way
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.ordering import GOLDEN
+from contracts.protocols import ICMP, ICMPV6
 from contracts.records import Batch, Content, Flag
 from contracts.schema import NOT_TOLD, Delays, Direction, Outcome, Results
 from contracts.topology import Device, Sighting, Topology
-from correlator.replies import Replies, Seen
-
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint64]
+from correlator.replies import ExchangedPackets, Replies
 
 _MOST_RECORDS: Final = 1 << 22
 """Records that wait at most: as many as the engine keeps open. Older ones are given out without a packet."""
@@ -31,15 +30,15 @@ _IS_END: Final = np.isin(np.arange(256), [info.hook for info in BY_HOOK.values()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packets:
+class TimelinePackets:
     """Packets in the order of time. Arrays over packets."""
 
-    seen: Seen
+    seen: ExchangedPackets
     end_ns: Ints
     """UTC, when its last hop ends."""
     whole_ns: Ints
     """What the container added to it; `NOT_TOLD` where it was not seen over the whole path."""
-    request: Ids
+    request: U64
     """The packet that it answers; 0 if none is known."""
     told_by: Ints
     drop_reason: Ints
@@ -57,15 +56,15 @@ class Settled:
     """In the order of time, and of the path where times are equal."""
     of_packet: Ints
     """Row → index into `packets`."""
-    packets: Packets
+    packets: TimelinePackets
     records: Batch
-    of_record: Ids
+    of_record: U64
     """Record → its packet; 0 if it is of none that has rows."""
     sightings: tuple[Sighting, ...]
     devices: tuple[Device, ...]
 
 
-class Follower:
+class PacketFollower:
     """Takes a stream's items as they come and its results, in whatever step; gives out what is settled."""
 
     def __init__(self, header: StreamHeader, *, records: bool = True) -> None:
@@ -73,7 +72,7 @@ class Follower:
         self._keeps_records = records
         self._batch = Batch.empty()
         self._arrived: list[Batch] = []
-        self._owner: Ids = np.zeros(0, np.uint64)
+        self._owner: U64 = np.zeros(0, np.uint64)
         self._sightings: tuple[Sighting, ...] = ()
         self._rows = Delays.empty()
         self._replies: Replies | None = None
@@ -107,7 +106,7 @@ class Follower:
         self._batch, self._owner = self._batch[cut:], self._owner[cut:]
         return Settled(rows, of_packet, packets, given, owner, self._sightings, results.devices)
 
-    def _packets(self, results: Results, *, last: bool) -> tuple[Delays, Ints, Packets]:
+    def _packets(self, results: Results, *, last: bool) -> tuple[Delays, Ints, TimelinePackets]:
         rows = Delays.concatenate([self._rows, results.delays])
         ids, of_packet = np.unique(rows.packet, return_inverse=True)
         begin = np.full(len(ids), np.iinfo(np.int64).max)
@@ -144,9 +143,9 @@ class Follower:
         proto = content.l4_proto.astype(np.int64)
         source, target = content.l4_src.astype(np.int64), content.l4_dst.astype(np.int64)
         turned = (
-            inward & (proto != 1) & (proto != 58)
+            inward & (proto != ICMP) & (proto != ICMPV6)
         )  # an echo has its identifier and number in the same places both ways
-        seen = Seen(
+        seen = ExchangedPackets(
             packet=ids,
             container=np.where(mixed, NOT_TOLD, names[rows.device[first]] if len(ids) else NOT_TOLD),
             direction=direction,
@@ -163,12 +162,12 @@ class Follower:
         for gap in results.gaps_utc_ns:
             self._replies.lost(*gap)
         request, told_by = self._replies.match(seen)
-        packets = Packets(
+        packets = TimelinePackets(
             seen, end[in_time], whole[in_time], request, told_by, np.where(dropped, drop_reason, 0)[in_time]
         )
         return rows, rank[of_packet], packets
 
-    def _attribute(self, ids: Ids, end: Ints, inward: npt.NDArray[np.bool_]) -> tuple[Ints, Content]:
+    def _attribute(self, ids: U64, end: Ints, inward: npt.NDArray[np.bool_]) -> tuple[Ints, Content]:
         """Find the records of packets (`ids` ascending). Of each the reason of its drop, and what it says of itself."""
         reason = np.zeros(len(ids), np.int64)
         batch = self._batch

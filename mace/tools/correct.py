@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.files import Recording, recording
+from collector.files import LocalRecording, recording
 from contracts.config import Config, load
 from contracts.errors import Unavailable, UsageError, nearest
 from correlator.correction import Corrections, correct
@@ -36,7 +36,7 @@ def printed(output: Path, reader_name: str | None) -> tuple[Samples, Reader]:
 
 
 def corrected(
-    samples: Samples, reader: Reader, captured: Recording, session: Session, container: str | None = None
+    samples: Samples, reader: Reader, captured: LocalRecording, session: Session, container: str | None = None
 ) -> Corrected:
     """Samples corrected by the packets in a recording; `container` is needed where the recording has several.
 
@@ -68,7 +68,9 @@ def arrays(
     rtt = np.asarray(rtt_ns, np.int64)
     samples = Samples.of(len(rtt), rtt_ns=rtt, **columns)
     observed = Observed()
-    Session(config or load(None), terminal.Console(stderr=True), quiet=True).observed(recording(capture), observed.add)
+    Session(config or load(None), terminal.PlainConsole(stderr=True), quiet=True).observed(
+        recording(capture), observed.add
+    )
     crossings = observed.crossings(_netns(observed, container))
     return correct(samples, crossings, stamps, observed.gaps_utc_ns)
 

@@ -33,12 +33,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from contracts.hooks import Hook
+from contracts.arrays import Ints
+from contracts.hooks import ALONG, Hook, Way
 from contracts.records import Batch
 from contracts.topology import Topology
 from mace.lab import probing
-
-Ints = npt.NDArray[np.int64]
 
 PAYLOAD_BYTES: Final = 48
 """Of a probe: not the 56 of ping, so that its packets are told from the tool's by their length."""
@@ -46,7 +45,7 @@ PROBE_LEN: Final = 20 + 8 + PAYLOAD_BYTES
 """Bytes with the IPv4 header."""
 STRETCHES: Final = ("send", "device", "beyond", "answer")
 """Of the host path term."""
-_ARRIVALS: Final = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
+_ARRIVALS: Final = ALONG[Way.RECEIVE]
 _LATEST_NS: Final = 5_000_000
 """A probe's first record comes this soon, or it is left out."""
 
@@ -70,7 +69,7 @@ class Stretches:
         return len(self.send)
 
 
-class Seen:
+class ProbeCollector:
     """The records of one length, with the names of the devices that they were seen at."""
 
     def __init__(self) -> None:
@@ -88,11 +87,11 @@ class Seen:
         if len(batch):
             self._parts.append((batch, self._names[batch.dev]))
 
-    def whole(self) -> Records:
+    def whole(self) -> ProbeRecords:
         """All of them."""
         batch = Batch.concatenate([part for part, _ in self._parts])
         names = np.concatenate([names for _, names in self._parts]) if self._parts else np.zeros(0, object)
-        return Records(batch.ts_ns, batch.hook, batch.skb_id, names)
+        return ProbeRecords(batch.ts_ns, batch.hook, batch.skb_id, names)
 
 
 def _only_name(topology: Topology, sighting: object) -> str:
@@ -101,7 +100,7 @@ def _only_name(topology: Topology, sighting: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Records:
+class ProbeRecords:
     """Columns of equal length, in the order of time."""
 
     ts_ns: Ints
@@ -109,13 +108,13 @@ class Records:
     skb_id: npt.NDArray[np.uint64]
     device: npt.NDArray[np.object_]
 
-    def between(self, start_ns: int, end_ns: int) -> Records:
+    def between(self, start_ns: int, end_ns: int) -> ProbeRecords:
         """Those of a stretch of time, the end excluded."""
         a, b = np.searchsorted(self.ts_ns, [start_ns, end_ns])
-        return Records(self.ts_ns[a:b], self.hook[a:b], self.skb_id[a:b], self.device[a:b])
+        return ProbeRecords(self.ts_ns[a:b], self.hook[a:b], self.skb_id[a:b], self.device[a:b])
 
 
-def stretches(sent_ns: Sequence[int], seen: Records, inner: str | None, outer: str) -> Stretches:
+def stretches(sent_ns: Sequence[int], seen: ProbeRecords, inner: str | None, outer: str) -> Stretches:
     """How long the probes took over each stretch; those of which a record is missing are left out.
 
     `inner`: the container's own device; None for probes of the host, which begin at `outer`. `seen`: records

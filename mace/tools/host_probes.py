@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from collector.machine.netns import path_of
+from contracts.arrays import Ints
 from contracts.errors import MaceError, UsageError
 from contracts.interfaces import StreamItem
 from contracts.records import Batch
@@ -24,7 +25,7 @@ from contracts.topology import Role, Topology
 from correlator import intervals
 from mace.live.session import Session
 from mace.tools import host_path as hostpath
-from mace.tools.host_path import STRETCHES, Seen, Stretches
+from mace.tools.host_path import STRETCHES, ProbeCollector, Stretches
 
 ROUNDS: Final = 10
 _SEED: Final = 1
@@ -50,7 +51,7 @@ class HostPath:
         """Of it, ns."""
         return intervals.of_rounds(self._term, ROUNDS)
 
-    def _term(self, drawn: hostpath.Ints) -> float:
+    def _term(self, drawn: Ints) -> float:
         return hostpath.term_ns([self.host[n] for n in drawn], [self.container[n] for n in drawn])
 
     def added_to(self, median: dict[str, Any] | None) -> tuple[float, float, float] | None:
@@ -118,7 +119,7 @@ class Probing:
 
     def measure(self, session: Session) -> HostPath:
         """Send them under a capture of their own, and see. Raises `UsageError` where none is seen on its whole way."""
-        seen, last = Seen(), Topology(0, 0)
+        seen, last = ProbeCollector(), Topology(0, 0)
 
         def take(item: StreamItem) -> None:
             nonlocal last

@@ -21,6 +21,7 @@ from ipaddress import ip_address
 from typing import Final
 
 from contracts.errors import UsageError, nearest
+from contracts.protocols import ANSWERED, ICMP, ICMPV6
 from contracts.schema import NOT_TOLD
 from correlator.samples import Samples
 from correlator.stamps import FPING, PING_BUSYBOX, PING_INETUTILS, REQUEST_RESPONSE
@@ -29,23 +30,16 @@ from mace.tools.ping_output import PingOutput
 from mace.tools.requests import CurlOutput, DigOutput
 from mace.tools.samples import (
     DECIMAL,
-    ICMP,
-    ICMPV6,
     IP_HEADER,
     STAMP,
-    TCP,
-    UDP,
+    GrowingSamples,
     Reader,
-    Replies,
     Unknown,
     decimal_ns,
     shown,
     unanswered,
     with_unanswered,
 )
-
-PROTOCOLS: Final = {"icmp": ICMP, "tcp": TCP, "udp": UDP, "icmpv6": ICMPV6}
-
 
 # fping ----------------------------------------------------------------------------------------------------
 
@@ -87,7 +81,7 @@ class FpingOutput:
         self.stamps = FPING
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
-        self._replies = Replies()
+        self._replies = GrowingSamples()
         self._host = ""
         self._base = 0
         """Requests of earlier runs."""
@@ -217,7 +211,7 @@ class CsvOutput:
         self.stamps = REQUEST_RESPONSE
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
-        self._replies = Replies()
+        self._replies = GrowingSamples()
         self._columns: list[str] = []
 
     @staticmethod
@@ -274,7 +268,7 @@ _MOST_NS: Final = 1 << 62
 def _csv_row(told: Mapping[str, str]) -> dict[str, int]:
     """Columns of `Samples`; raises what int() and `decimal_ns` do, and KeyError for an unknown name."""
     protocol = told.get("protocol", "").lower()
-    proto = NOT_TOLD if not protocol else int(protocol) if protocol.isdigit() else PROTOCOLS[protocol]
+    proto = NOT_TOLD if not protocol else int(protocol) if protocol.isdigit() else ANSWERED[protocol]
     seq = int(told.get("seq", NOT_TOLD))
     rtt_ns, unit_ns = decimal_ns(told["rtt_ms"], 1_000_000) if "rtt_ms" in told else (NOT_TOLD, 0)
     row = {

@@ -16,15 +16,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from contracts.errors import UsageError
+from contracts.protocols import ICMP, ICMPV6
 from contracts.schema import NOT_TOLD
 from correlator.samples import Samples
 from correlator.stamps import PING, PING_BUSYBOX, PING_INETUTILS, PING_USER, StampModel
 from mace.tools.samples import (
-    ICMP,
-    ICMPV6,
     IP_HEADER,
     STAMP,
-    Replies,
+    GrowingSamples,
     Unknown,
     decimal_ns,
     shown,
@@ -85,7 +84,7 @@ def begins(line: str) -> bool:
 
 
 @dataclass(slots=True)
-class _Run:
+class _PingRun:
     """One run of ping. Numbers of requests go on from run to run; `base` is what makes them of those in the packets."""
 
     base: int = 0
@@ -123,8 +122,8 @@ class PingOutput:
         """Which ping it is, as far as that is known."""
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
-        self._replies = Replies()
-        self._run = _Run()
+        self._replies = GrowingSamples()
+        self._run = _PingRun()
         self._first: int | None = None
         """The first request's number, if a first line told it."""
         self._answered: set[int] = set()
@@ -188,7 +187,7 @@ class PingOutput:
         if self._first is None:
             self._first = min(self._answered, default=first)
         payload, total = int(begins["payload"]), begins.groupdict().get("total")
-        self._run = _Run(
+        self._run = _PingRun(
             base, first, True, payload, int(total) - payload if total else 0, ident,
             last=base + first - 1, rows=len(self._replies),
         )  # fmt: skip

@@ -9,9 +9,10 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 from contracts.errors import UsageError
+from contracts.protocols import TCP, UDP
 from correlator.samples import Samples
 from correlator.stamps import CURL, DIG
-from mace.tools.samples import DECIMAL, IP_HEADER, TCP, UDP, Replies, Unknown, decimal_ns, with_unanswered
+from mace.tools.samples import DECIMAL, IP_HEADER, GrowingSamples, Unknown, decimal_ns, with_unanswered
 
 _UDP_HEADER: Final = 8
 _DIG_BEGINS: Final = re.compile(
@@ -44,7 +45,7 @@ class DigOutput:
         self.stamps = DIG
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
-        self._replies = Replies()
+        self._replies = GrowingSamples()
         self._asked = 0
         self._missing: list[int] = []
         self._errors = 0
@@ -166,7 +167,7 @@ class CurlOutput:
         self.stamps = CURL
         self.unknown = Unknown()
         self.left_out: Counter[str] = Counter()
-        self._replies = Replies()
+        self._replies = GrowingSamples()
         self._asked = 0
         self._missing: list[int] = []
 

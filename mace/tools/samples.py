@@ -9,17 +9,10 @@ from decimal import Decimal
 from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from contracts.arrays import Ints
 from correlator.samples import Samples
 from correlator.stamps import StampModel
-
-Ints = npt.NDArray[np.int64]
-
-ICMP: Final = 1
-ICMPV6: Final = 58
-TCP: Final = 6
-UDP: Final = 17
 
 IP_HEADER: Final = {4: 20, 6: 40}
 """Bytes, without options and extensions."""
@@ -78,7 +71,7 @@ class Unknown:
 
 
 @dataclass(slots=True)
-class Replies:
+class GrowingSamples:
     """Columns of `Samples` that grow."""
 
     columns: dict[str, list[int]] = field(default_factory=dict)

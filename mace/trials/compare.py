@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 
 from collector import SOURCES
+from contracts.arrays import Ints
 from contracts.errors import LabError, Unavailable, UsageError, nearest
-from contracts.figures import Distribution, Key, Summary, labels_of, path_order
+from contracts.figures import Distribution, FigureKey, Summary, labels_of, path_order
 from contracts.histogram import middles
 from contracts.schema import Direction, Segment
 from correlator import intervals
@@ -38,8 +38,6 @@ from mace.shown import tables
 from mace.shown.terminal import PlainTable
 from mace.trials.rounds import interval_text, machine, machine_text, median_us
 
-Ints = npt.NDArray[np.int64]
-
 NONE: Final = "none"
 KNOWN: Final = (*SOURCES, NONE)
 _PAYLOAD_BYTES: Final = 56
@@ -47,7 +45,7 @@ _DIRECTIONS: Final = (Direction.EGRESS, Direction.INGRESS)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourceRound:
     """One source in one round."""
 
     trips_ns: Ints
@@ -69,7 +67,7 @@ class Part:
 class Comparison:
     """What came of it: the parts of each source, by round."""
 
-    parts: dict[str, list[Part]]
+    parts: dict[str, list[SourceRound]]
     machine: dict[str, Any]
     whole: dict[str, Summary] = field(default_factory=dict)
     """All rounds of a source."""
@@ -153,7 +151,7 @@ class Comparison:
 
     def _by_device(self) -> dict[tuple[str, str, str, str], dict[str, Distribution]]:
         """Sources name devices by what they know of them, so rows meet by what people read."""
-        rows: list[tuple[Key, str, Distribution]] = [
+        rows: list[tuple[FigureKey, str, Distribution]] = [
             (key, name, distribution)
             for name, summary in self.whole.items()
             for key, distribution in summary.rows(Segment.DEVICE, Segment.OUTSIDE, Segment.DELIVERY)
@@ -212,7 +210,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ComparePlan:
     """What is to be compared, and by what traffic."""
 
     sources: str | None
@@ -228,7 +226,7 @@ class Plan:
     """Of the order."""
 
 
-def chosen(plan: Plan) -> list[str]:
+def chosen(plan: ComparePlan) -> list[str]:
     """The sources to compare, `none` the last. Raises `UsageError`, and `Unavailable` for one that cannot run here."""
     if plan.rounds < 1 or plan.count < 1 or plan.interval_s < 0:
         raise UsageError("--rounds and --count want one at least, --interval no less than 0")
@@ -251,14 +249,14 @@ def spec(runtime: Runtime) -> Spec:
     return Spec(name="compare", runtime=runtime)
 
 
-def measure(plan: Plan, lab: Lab, sessions: Callable[[str], Session]) -> Comparison:
+def measure(plan: ComparePlan, lab: Lab, sessions: Callable[[str], Session]) -> Comparison:
     """All rounds. `sessions` gives the session with a source, by the source's name."""
     names = chosen(plan)
     ready = {name: sessions(name) for name in names if name != NONE}
     order = random.Random(plan.seed)
     lab.ping(plan.container, count=3)
     _trips(plan, lab, min(plan.count, 200))
-    parts: dict[str, list[Part]] = {name: [] for name in names}
+    parts: dict[str, list[SourceRound]] = {name: [] for name in names}
     for number in range(plan.rounds):
         for name in order.sample(names, len(names)):
             next(iter(ready.values())).say(f"round {number + 1} of {plan.rounds}: {name}")
@@ -266,7 +264,7 @@ def measure(plan: Plan, lab: Lab, sessions: Callable[[str], Session]) -> Compari
     return Comparison(parts, machine())
 
 
-def _part(plan: Plan, lab: Lab, session: Session | None) -> Part:
+def _part(plan: ComparePlan, lab: Lab, session: Session | None) -> SourceRound:
     found: list[Ints] = []
 
     async def traffic() -> None:
@@ -282,10 +280,10 @@ def _part(plan: Plan, lab: Lab, session: Session | None) -> Part:
     if not found:
         raise UsageError("interrupted")
     answered = found[0] >= 0
-    return Part(found[0][answered], int((~answered).sum()), summary, cpu_s, wall_s)
+    return SourceRound(found[0][answered], int((~answered).sum()), summary, cpu_s, wall_s)
 
 
-def _trips(plan: Plan, lab: Lab, count: int) -> Ints:
+def _trips(plan: ComparePlan, lab: Lab, count: int) -> Ints:
     argv = probing.command("trips", lab.address(REMOTE), count, int(plan.interval_s * 1e9), _PAYLOAD_BYTES)
     process = lab.popen(plan.container, argv)
     said, complaints = process.communicate()

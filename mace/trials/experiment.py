@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 
 from collector.capture.source import Capture
 from collector.files import recording
+from contracts.arrays import Floats, Ints
 from contracts.errors import LabError, Unavailable, UsageError
 from contracts.hooks import Hook
 from contracts.interfaces import Progress
@@ -44,14 +44,11 @@ from mace.live.session import Session
 from mace.shown.terminal import PlainTable
 from mace.tools import host_path as hostpath
 from mace.tools.corrected import Observed
-from mace.tools.host_path import STRETCHES, Records, Seen, Stretches
+from mace.tools.host_path import STRETCHES, ProbeCollector, ProbeRecords, Stretches
 from mace.tools.output import read
 from mace.tools.ping_output import PingOutput
 from mace.trials.rounds import dithered, interval_text, machine, machine_text, median_us
 from storage.capture import CaptureSink
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 PACES: Final = {"flood": 0.0, "10ms": 0.01}
 """Of ping, seconds between requests; 0: the next as soon as there is a reply, as fast as `ping -f`."""
@@ -135,7 +132,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExperimentPlan:
     """What is to be measured."""
 
     paces: str
@@ -155,7 +152,7 @@ class Plan:
     """Directory for the capture and what the tools said."""
 
 
-def check(plan: Plan) -> list[str]:
+def check(plan: ExperimentPlan) -> list[str]:
     """The paces that are asked for. Raises `UsageError`."""
     paces = [word for word in plan.paces.split(",") if word]
     for word in paces:
@@ -168,12 +165,12 @@ def check(plan: Plan) -> list[str]:
     return paces
 
 
-def spec(plan: Plan, runtime: Runtime) -> Spec:
+def spec(plan: ExperimentPlan, runtime: Runtime) -> Spec:
     """The lab that it takes: the measured container, and those that flood."""
     return Spec(name="experiment", containers=1 + plan.flood, runtime=runtime)
 
 
-def measure(plan: Plan, lab: Lab, session: Session) -> Figures:
+def measure(plan: ExperimentPlan, lab: Lab, session: Session) -> Figures:
     """Run all blocks, then compute."""
     paces = check(plan)
     with tempfile.TemporaryDirectory(prefix="mace-experiment-") as temporary:
@@ -209,7 +206,7 @@ def again(place: Path, session: Session) -> Figures:
 class _Schedule:
     """What is sent when."""
 
-    def __init__(self, plan: Plan, lab: Lab, session: Session, place: Path) -> None:
+    def __init__(self, plan: ExperimentPlan, lab: Lab, session: Session, place: Path) -> None:
         self._plan, self._lab, self._session, self._place = plan, lab, session, place
         self._order = random.Random(plan.seed)
         self._others = os.sched_getaffinity(0) - {plan.cpu} if plan.cpu is not None else set()
@@ -324,9 +321,9 @@ def figures(
     return Figures(cells, observed.summary.ledger, facts)
 
 
-def _raw(path: Path) -> tuple[int, Records, Records]:
+def _raw(path: Path) -> tuple[int, ProbeRecords, ProbeRecords]:
     """(what to add to CLOCK_MONOTONIC for UTC, records as long as a ping, records as long as a probe)."""
-    pings, probes = Seen(), Seen()
+    pings, probes = ProbeCollector(), ProbeCollector()
     with Capture(path) as capture:
         offset_ns = capture.header.clock.offset_ns
         for item in capture:
@@ -342,7 +339,7 @@ def _answered(samples: Samples) -> Ints:
     return found
 
 
-def _from_first_record(seen: Records, inner: str | None, outer: str) -> Stretches:
+def _from_first_record(seen: ProbeRecords, inner: str | None, outer: str) -> Stretches:
     """The stretches of pings, whose stamp no record tells: `send` is 0."""
     first = seen.ts_ns[(seen.device == (inner or outer)) & (seen.hook == Hook.NET_DEV_QUEUE)]
     return hostpath.stretches(first.tolist(), seen, inner, outer)

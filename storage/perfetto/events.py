@@ -8,10 +8,10 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from storage.perfetto.protobuf import Bytes, Part, Template, field, fixed64, hole, interleaved, message
+from contracts.arrays import Bytes, Ints
+from storage.perfetto.protobuf import Template, TemplatePart, field, fixed64, hole, interleaved, message
 
-Ints = npt.NDArray[np.int64]
-Columns: TypeAlias = Mapping[str, npt.NDArray[Any]]
+HoleColumns: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """By the names of a template's holes: integers, one for each row."""
 
 # Field numbers of protos/perfetto/trace/perfetto_trace.proto, by the names that they have there.
@@ -48,31 +48,31 @@ ANNOTATIONS: Final = (
 _ARGUMENT: Final = {name: number for number, name in enumerate(ANNOTATIONS, 1)}
 
 
-def _number(name: str, bits: int = 64) -> list[Part]:
+def _number(name: str, bits: int = 64) -> list[TemplatePart]:
     return message(4, [field(1, _ARGUMENT[name]), *hole(3, name, bits)])
 
 
-def _signed(name: str, bits: int = 63) -> list[Part]:
+def _signed(name: str, bits: int = 63) -> list[TemplatePart]:
     return message(4, [field(1, _ARGUMENT[name]), *hole(4, name, bits)])
 
 
-def _text(name: str) -> list[Part]:
+def _text(name: str) -> list[TemplatePart]:
     return message(4, [field(1, _ARGUMENT[name]), *hole(17, name, 21)])
 
 
-def _identity(name: str) -> list[Part]:
+def _identity(name: str) -> list[TemplatePart]:
     """As a pointer: people see it in hexadecimal."""
     return message(4, [field(1, _ARGUMENT[name]), *hole(7, name)])
 
 
-def _event(kind: int, time: str, parts: list[Part]) -> Template:
+def _event(kind: int, time: str, parts: list[TemplatePart]) -> Template:
     event = message(_TRACK_EVENT, [field(9, kind), *hole(11, "track", 63), *parts])
-    head: list[Part] = [field(SEQUENCE_ID, SEQUENCE), field(SEQUENCE_FLAGS, NEEDS_STATE)]
+    head: list[TemplatePart] = [field(SEQUENCE_ID, SEQUENCE), field(SEQUENCE_FLAGS, NEEDS_STATE)]
     return Template(message(TRACE_PACKET, [*hole(_TIMESTAMP, time, 63), *head, *event]))
 
 
-_NAMED: Final[list[Part]] = [*hole(3, "category", 7), *hole(10, "name", 21)]
-_HOP: Final[list[Part]] = [
+_NAMED: Final[list[TemplatePart]] = [*hole(3, "category", 7), *hole(10, "name", 21)]
+_HOP: Final[list[TemplatePart]] = [
     *_NAMED,
     *_identity("packet"),
     *_signed("delay_ns"),
@@ -87,7 +87,7 @@ _HOP: Final[list[Part]] = [
 _ARROW: Final = fixed64(47, "flow")
 _DROP: Final = _number("drop_reason", 16)
 _REPLY: Final = [*_identity("request"), *_text("told_by")]
-_RECORD: Final[list[Part]] = [*_NAMED, *_text("device"), *_identity("skb_id"), *_number("l3_len", 32)]
+_RECORD: Final[list[TemplatePart]] = [*_NAMED, *_text("device"), *_identity("skb_id"), *_number("l3_len", 32)]
 _OWNED: Final = _identity("packet")
 _FLOW: Final = [
     *_number("l4_proto", 8),
@@ -121,7 +121,7 @@ _PLAIN: Final = _event(_SLICE_BEGIN, "begin", _NAMED)
 _COUNT: Final = _event(_COUNTER, "begin", hole(30, "value", 63))
 
 
-def slices(variant: Ints, columns: Columns) -> bytes:
+def slices(variant: Ints, columns: HoleColumns) -> bytes:
     """Begin and end of each slice; `variant` is the number of its template."""
     parts: list[tuple[Ints, list[Bytes]]] = []
     for number in np.unique(variant).tolist():
@@ -132,7 +132,7 @@ def slices(variant: Ints, columns: Columns) -> bytes:
     return interleaved(parts, len(variant))
 
 
-def instants(variant: Ints, columns: Columns) -> bytes:
+def instants(variant: Ints, columns: HoleColumns) -> bytes:
     """One for each record; `variant` is the number of its template."""
     parts: list[tuple[Ints, list[Bytes]]] = []
     for number in np.unique(variant).tolist():
@@ -142,13 +142,13 @@ def instants(variant: Ints, columns: Columns) -> bytes:
     return interleaved(parts, len(variant))
 
 
-def plain(columns: Columns) -> bytes:
+def plain(columns: HoleColumns) -> bytes:
     """Slices without arguments."""
     count = len(columns["begin"])
     pieces = [_PLAIN.rows(count, columns), _END.rows(count, columns)]
     return interleaved([(np.arange(count), pieces)], count)
 
 
-def counts(columns: Columns) -> bytes:
+def counts(columns: HoleColumns) -> bytes:
     """Values of counters."""
     return _COUNT.rows(len(columns["begin"]), columns).tobytes()

@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from contracts.arrays import Ints
 
 _TIME_BITS: Final = 46
 """Of a time since the first of a call: 2**46 ns is 19 hours."""

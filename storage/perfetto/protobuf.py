@@ -15,8 +15,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
-U64 = npt.NDArray[np.uint64]
+from contracts.arrays import U64, Bytes
 
 VARINT: Final = 0
 FIXED64: Final = 1
@@ -80,32 +79,32 @@ class Hole:
     """A fixed64 field instead of a varint; `size` is 8."""
 
 
-Part: TypeAlias = "bytes | Hole"
+TemplatePart: TypeAlias = "bytes | Hole"
 
 
-def hole(number: int, column: str, bits: int = 64) -> list[Part]:
+def hole(number: int, column: str, bits: int = 64) -> list[TemplatePart]:
     """A field whose varint comes from a column."""
     return [varint(number << 3 | VARINT), Hole(column, -(-bits // 7))]
 
 
-def fixed64(number: int, column: str) -> list[Part]:
+def fixed64(number: int, column: str) -> list[TemplatePart]:
     """A field of type fixed64 from a column."""
     return [varint(number << 3 | FIXED64), Hole(column, 8, fixed=True)]
 
 
-def message(number: int, parts: list[Part]) -> list[Part]:
+def message(number: int, parts: list[TemplatePart]) -> list[TemplatePart]:
     """A field that is a message of these parts."""
     return [varint(number << 3 | BYTES) + varint(_size(parts)), *parts]
 
 
-def _size(parts: list[Part]) -> int:
+def _size(parts: list[TemplatePart]) -> int:
     return sum(len(part) if isinstance(part, bytes) else part.size for part in parts)
 
 
 class Template:
     """A message of known parts; `rows` makes many of it."""
 
-    def __init__(self, parts: list[Part]) -> None:
+    def __init__(self, parts: list[TemplatePart]) -> None:
         self.size: Final = _size(parts)
         self._holes: list[tuple[int, Hole]] = []
         self._blank: Final = np.zeros(self.size, np.uint8)

@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from contracts.arrays import U64, Ints
 from contracts.figures import COUNTS_AS, ranks
 from contracts.hooks import BY_HOOK, Hook
 from contracts.interfaces import StreamHeader
@@ -35,20 +36,17 @@ from storage.perfetto import events as perfetto_events
 from storage.perfetto.file import UNIT_COUNT, UNIT_NS, PerfettoTrace
 from storage.perfetto.lanes import Lanes
 
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint64]
-
 _ROWS: Final = 4096
 """Slices encoded at once: less than a megabyte, which stays in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Told:
+class HopFacts:
     """What is known of each hop beside its row. Arrays as long as the rows."""
 
-    flow: Ids
+    flow: U64
     """Hops with the same one are joined by arrows, in the order of time."""
-    request: Ids
+    request: U64
     """The packet that this one's packet answers; 0 if none is known."""
     told_by: npt.NDArray[np.int64]
     """Index into `TOLD_BY`: how that is known."""
@@ -61,7 +59,7 @@ TOLD_BY: Final = ("", "echo", "ports", "turns")
 
 
 @dataclass(slots=True)
-class _Entry:
+class _DeviceTracks:
     """What is written of one entry of `Results.devices`."""
 
     group: int
@@ -81,7 +79,7 @@ class HostTracks:
         self.offset_ns = header.clock.offset_ns
         self._root = trace.track(self._key, f"host {header.host}", rank=trace.add_host(header))
         self._devices: tuple[Device, ...] = ()
-        self._entries: list[_Entry] = []
+        self._entries: list[_DeviceTracks] = []
         self._tracks: dict[str, int] = {}
         self._groups: dict[tuple[int, int, bool], int] = {}
         self._lane_of: list[tuple[str, str, int, int]] = []
@@ -113,7 +111,7 @@ class HostTracks:
             for device, rank in list(zip(devices, ranks(devices), strict=True))[known:]:
                 self._entries.append(self._entry(device, rank))
 
-    def hops(self, rows: Delays, told: Told) -> None:
+    def hops(self, rows: Delays, told: HopFacts) -> None:
         """A slice for each row, in the order of time and of the path where times are equal."""
         if not len(rows):
             return
@@ -152,7 +150,7 @@ class HostTracks:
                 perfetto_events.slices(variant[piece], {name: column[piece] for name, column in columns.items()})
             )
 
-    def records(self, batch: Batch, packet: Ids, sightings: Sequence[Sighting]) -> None:
+    def records(self, batch: Batch, packet: U64, sightings: Sequence[Sighting]) -> None:
         """An instant for each record; `packet` says whose it is, 0 where that is not known."""
         if not len(batch):
             return
@@ -244,7 +242,7 @@ class HostTracks:
 
     # Tracks -------------------------------------------------------------------------------------------------
 
-    def _entry(self, device: Device, rank: int) -> _Entry:
+    def _entry(self, device: Device, rank: int) -> _DeviceTracks:
         who = device.container or device.netns_name or "container"
         if device.role is Role.INNER:
             parent = self._container(device)
@@ -259,7 +257,7 @@ class HostTracks:
             self._group((*device.key, True), f"{place}: {device.name}, whole path", self._root, 200 + rank)
         slices = [self._trace.name(f"{who} {d.name.lower()}") for d in Direction]
         paths = [self._trace.name(f"{who} {d.name.lower()} overhead") for d in Direction]
-        return _Entry(group, self._trace.text(who), (*slices, *paths))
+        return _DeviceTracks(group, self._trace.text(who), (*slices, *paths))
 
     def _container(self, device: Device) -> int:
         name = f"container {device.container or device.netns_name or device.netns}"

@@ -3,7 +3,6 @@
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mace.lab import Lab, Spec, running
+from tests.measuring import MACE
 from tests.places import ROOT
-
-MACE = (sys.executable, "-m", "mace")
 
 
 def figure(

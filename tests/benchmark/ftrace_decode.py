@@ -23,8 +23,9 @@ from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing
 from collector.ftrace.source import FtraceSource
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
-from collector.pages.decoding import Bytes, PageDecoder, Stretch, page_buffer
+from collector.pages.decoding import PageDecoder, Stretch, page_buffer
 from collector.pages.formats import EventFormat, PageLayout, parse_format, parse_header_page
+from contracts.arrays import Bytes
 from contracts.errors import MaceError
 from contracts.hooks import HOOKS
 from mace.lab import Spec, running

@@ -15,7 +15,7 @@ from contracts.hooks import Hook
 from contracts.records import Batch, Content, Flag
 from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
-from mace.trials.verify.stream import Stream, thinned
+from mace.trials.verify.stream import CollectedStream, thinned
 from tests.benchmark.figures import figure, one_core, resident_mib
 from tests.made_capture import HEADER, TOPOLOGY, traffic
 
@@ -60,7 +60,7 @@ def _rate(batch: Batch) -> float:
 
 def _lossy(batch: Batch) -> list[dict[str, Any]]:
     """Yield the same traffic over and over, with a fifth of the records lost."""
-    whole = Stream(HEADER.clock.offset_ns, [batch[i : i + BATCH] for i in range(0, len(batch), BATCH)])
+    whole = CollectedStream(HEADER.clock.offset_ns, [batch[i : i + BATCH] for i in range(0, len(batch), BATCH)])
     stream, gone = thinned(whole, LOSS)
     span = int(batch.ts_ns[-1] - batch.ts_ns[0]) + 1_000_000
     engine, rates, sizes = _engine(), [], []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mace.lab import Flow, Lab, Spec, UdpResult, running
-from storage.query import Filter, Store
+from storage.query import Filter, StoreReader
 from tests.benchmark.figures import MACE, cpu_s, figure, flood, folder, peak_mib, resident_mib
 from tests.places import ROOT
 from tests.servers import Influx
@@ -136,7 +136,7 @@ def visibility() -> list[dict[str, Any]]:
         running(Spec(name="seen")) as lab,
         _measured("seen", place / "store") as run,
     ):
-        store = Store(place / "store")
+        store = StoreReader(place / "store")
         for probe in range(PROBES):
             size = 200 + probe
             sent = time.monotonic()
@@ -148,6 +148,6 @@ def visibility() -> list[dict[str, Any]]:
     return [figure("visibility", "s", waits), figure("visibility_max", "s", [max(waits)])]
 
 
-def _seen(store: Store, length: int) -> bool:
+def _seen(store: StoreReader, length: int) -> bool:
     rows = store.delays(Filter(container="c1"), columns=["l3_len"])
     return length in set(rows["l3_len"].to_pylist())

@@ -33,7 +33,7 @@ from contracts.wire import HEAD, HEAD_SIZE, Encoder, parse_head
 from storage import segments
 from storage.broker import Broker
 from storage.mqtt import StreamPublisher
-from storage.query import Store
+from storage.query import StoreReader
 from tests.benchmark.figures import MACE, cpu_s, figure, folder, peak_mib
 from tests.benchmark.mqtt_hosts import KEEPALIVE_S, PINGREQ, HostConnection, packet, publish
 from tests.brokers import Mosquitto, mosquitto
@@ -132,7 +132,7 @@ def through() -> list[dict[str, Any]]:
                     rates.append(asyncio.run(one_round(broker, where / "spool", f"{name}-{turn}", whole)))
                 size = (asyncio.run(received(broker)) - before) / RECORDS / (ROUNDS + 1)
                 peak, spent_s = usage(process)
-            ledger = Store(store).ledger()
+            ledger = StoreReader(store).ledger()
             assert (ledger.records, ledger.discarded, ledger.imbalance) == (RECORDS * (ROUNDS + 1), 0, 0), ledger
             found.append(figure(name, "records/s", rates[1:]))
             found.append(figure(f"{name}_by_cpu", "records per CPU second", [RECORDS * (ROUNDS + 1) / spent_s]))
@@ -270,7 +270,7 @@ def fleet() -> list[dict[str, Any]]:
             told = json.loads(done.stdout)
             used = [usage(process) for process in (one, two)]
             broker_peak, broker_cpu_s = usage(server.process)
-        ledgers = [Store(store).ledger() for store in stores]
+        ledgers = [StoreReader(store).ledger() for store in stores]
         waits = np.concatenate([wait_s(store) for store in stores])
     records = sum(ledger.records for ledger in ledgers)
     published = HOSTS * RATE * SECONDS

@@ -19,7 +19,7 @@ from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import EngineConfig
 from mace.replaying.export import Wanted, export
 from storage.perfetto.file import PerfettoTrace
-from storage.perfetto.sink import HostTracks, Told
+from storage.perfetto.sink import HopFacts, HostTracks
 from tests import perfetto_traces as traces
 from tests.benchmark.figures import figure, folder, one_core
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
@@ -126,7 +126,7 @@ def _write(path: Path, rows: Any) -> int:
     for start in range(0, len(rows), PIECE_ROWS):
         piece = rows[start : start + PIECE_ROWS]
         nothing = np.zeros(len(piece), np.int64)
-        host.hops(piece, Told(piece.packet, nothing.view(np.uint64), nothing, nothing))
+        host.hops(piece, HopFacts(piece.packet, nothing.view(np.uint64), nothing, nothing))
     trace.close()
     return len(rows)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from collector.kmod.device import Taken
-from collector.kmod.merge import Places, RingMerger
+from collector.kmod.device import TakenSubBuffers
+from collector.kmod.merge import RingMerger, SeenPlaces
 from collector.kmod.ring import CpuRing
 from collector.kmod.source import KmodConfig
 from collector.memory import keep_freed_memory
@@ -84,12 +84,12 @@ class _Ring:
         return CpuRing(self.cpu, self.memory, CONFIG.subbuf_bytes, CONFIG.subbufs, self.take)
 
     @staticmethod
-    def take(*, release: int, flush: bool) -> Taken:
+    def take(*, release: int, flush: bool) -> TakenSubBuffers:
         del release, flush
-        return Taken(0, CONFIG.subbufs, 0)
+        return TakenSubBuffers(0, CONFIG.subbufs, 0)
 
 
-def _drained(rings: list[_Ring], places: Places) -> tuple[int, float]:
+def _drained(rings: list[_Ring], places: SeenPlaces) -> tuple[int, float]:
     """Records and seconds of one pass."""
     readers = [ring.reader() for ring in rings]
     began = time.thread_time()
@@ -137,7 +137,7 @@ def _rates(work: Any, rounds: int) -> list[float]:
 
 def run() -> list[dict[str, Any]]:
     keep_freed_memory()  # as the source does
-    places = Places()
+    places = SeenPlaces()
     with one_core():
         rings = [_Ring(cpu, apart=False) for cpu in range(CPUS)]
         naive = _rates(lambda: _naive(rings), PEER_ROUNDS)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from storage import segments
 from storage.embedded import EmbeddedStore
-from storage.query import Store
+from storage.query import StoreReader
 from storage.tables import delays_table
 from tests.benchmark.figures import figure, folder, one_core, rounds
 from tests.made_results import HEADER, make_delays, make_results, topology
@@ -71,5 +71,5 @@ async def _store(path: Path, batches: list[Any]) -> float:
 
 def _summarize(path: Path) -> float:
     begin = time.perf_counter()
-    Store(path).summary(source="rows")
+    StoreReader(path).summary(source="rows")
     return time.perf_counter() - begin

@@ -50,7 +50,7 @@ BLOCKS = 64
 """Number of different batches made beforehand; each is used again and again at later times."""
 
 
-class Faults:
+class DatabaseFaults:
     """The faults of the phases. `work` runs until the phase ends; `plan` is the plan of the proxy."""
 
     def __init__(self, server: servers.Influx, proxy: Proxy, disk: Path) -> None:
@@ -109,7 +109,7 @@ def fill(path: Path) -> None:
             file.flush()
 
 
-class Feed(Pace):
+class ResultsFeed(Pace):
     """Feeds results at a given rate."""
 
     def __init__(self, records_per_s: int) -> None:
@@ -158,8 +158,8 @@ async def soak(args: argparse.Namespace, server: servers.Influx, proxy: Proxy, d
     for sink in sinks:
         await sink.open(HEADER)
     account = vitals.accounts["influxdb"]
-    feed, stop, notes = Feed(args.records), asyncio.Event(), []
-    faults = Faults(server, proxy, disk)
+    feed, stop, notes = ResultsFeed(args.records), asyncio.Event(), []
+    faults = DatabaseFaults(server, proxy, disk)
     begin = time.monotonic()
 
     async def note() -> None:
@@ -190,7 +190,7 @@ def phase(name: str, account: Account, note: dict[str, float]) -> dict[str, Any]
     return {"phase": name, "s": round(note["s"]), **figures, **memory}
 
 
-def verdict(server: servers.Influx, account: Account, feed: Feed, notes: list[Any]) -> dict[str, Any]:
+def verdict(server: servers.Influx, account: Account, feed: ResultsFeed, notes: list[Any]) -> dict[str, Any]:
     rows = server.rows()
     stored = sum(rows.values())
     return {

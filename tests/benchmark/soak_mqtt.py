@@ -37,7 +37,7 @@ from contracts.vitals import process_figures
 from storage import segments
 from storage.broker import Broker
 from storage.mqtt import StreamPublisher
-from storage.query import Store
+from storage.query import StoreReader
 from tests.benchmark.figures import MACE, resident_mib
 from tests.benchmark.soaking import STEP_S, Pace, chosen, halves, plot
 from tests.brokers import Mosquitto, mosquitto
@@ -53,7 +53,7 @@ EVERY_S = 5.0
 CUT_BYTES = 400_000
 
 
-class Link:
+class BrokerLink:
     """Link between host and broker: passes bytes on and, while `cutting`, closes each connection after some bytes."""
 
     def __init__(self, port: int) -> None:
@@ -139,10 +139,10 @@ class Served:
         return 0.0
 
 
-class Faults:
+class BrokerFaults:
     """The faults of the phases; each restores everything at its end."""
 
-    def __init__(self, broker: Mosquitto, served: Served, link: Link, disks: tuple[Path, Path]) -> None:
+    def __init__(self, broker: Mosquitto, served: Served, link: BrokerLink, disks: tuple[Path, Path]) -> None:
         self.broker, self.served, self.link = broker, served, link
         self.store_disk, self.host_disk = disks
         self.chance = random.Random(1)
@@ -216,7 +216,7 @@ def keep_full(filler: Path, seconds: float) -> None:
     filler.unlink()
 
 
-class Feed(Pace):
+class RecordsFeed(Pace):
     """Feeds records at a given rate."""
 
     def __init__(self, records_per_s: int) -> None:
@@ -249,7 +249,7 @@ class Feed(Pace):
 
 async def soak(args: argparse.Namespace, broker: Mosquitto, place: Path, disks: tuple[Path, Path]) -> Any:
     store, spool = disks[0] / "store", disks[1] / "spool"
-    served, link, feed = Served(broker, store, place / "ingest.log"), Link(broker.port), Feed(args.records)
+    served, link, feed = Served(broker, store, place / "ingest.log"), BrokerLink(broker.port), RecordsFeed(args.records)
     port = await link.open()
     sink = StreamPublisher(
         Broker(MqttConfig(broker=f"mqtt://127.0.0.1:{port}")), spool, max_bytes=384 << 20, drain_s=300.0
@@ -269,7 +269,7 @@ async def soak(args: argparse.Namespace, broker: Mosquitto, place: Path, disks: 
         await sink.open(HEADER)
         await sink.write(TOPOLOGY)
         feeding, noting = asyncio.create_task(feed.run(sink, stop)), asyncio.create_task(note())
-        faults = Faults(broker, served, link, disks)
+        faults = BrokerFaults(broker, served, link, disks)
         phases = chosen(faults.phases, args.fault)
         half_s = args.minutes * 60 / (2 * len(phases) * args.turns)
         for name, fault in phases * args.turns:
@@ -296,9 +296,9 @@ def phase(name: str, note: dict[str, Any]) -> dict[str, Any]:
 
 
 def verdict(
-    store: Path, sink: StreamPublisher, feed: Feed, notes: list[Any], status: int, link: Link
+    store: Path, sink: StreamPublisher, feed: RecordsFeed, notes: list[Any], status: int, link: BrokerLink
 ) -> dict[str, Any]:
-    (run,) = Store(store).runs()
+    (run,) = StoreReader(store).runs()
     ledger = run.ledger
     rows = sum(each.rows for each in segments.listing(store, "delays"))
     counted = in_windows(store)

@@ -97,7 +97,7 @@ def _encode(stream: Sequence[Batch]) -> list[bytes]:
     return [encoder.header(HEADER), encoder.topology(TOPOLOGY), *map(encoder.batch, stream), encoder.end()]
 
 
-def _decode(frames: Sequence[bytes]) -> list[wire.Decoded]:
+def _decode(frames: Sequence[bytes]) -> list[wire.WireItem]:
     decoder = wire.Decoder()
     return [decoder.frame(frame) for frame in frames]
 

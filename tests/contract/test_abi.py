@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from contracts import abi
-from contracts.hooks import Hook
+from contracts.hooks import HOOKS, Hook, Way
 from contracts.records import CONTENT_DTYPES, DTYPES
 from tests.places import ROOT
 
@@ -121,6 +121,16 @@ def test_python_has_no_constant_that_the_header_has_not():
     for name, value in vars(abi).items():
         if name.isupper() and not name.startswith("_") and isinstance(value, int | str):
             assert f"MACE_{name}" in known, name
+
+
+def test_the_modules_table_of_hooks_is_ours():
+    """Number, tracepoint and what is known of the packet there; and a probe of each, whose type the compiler checks."""
+    probes = (HEADER.parents[1] / "mace_probes.c").read_text()
+    where = {Way.TRANSMIT: "AT_DEVICE", Way.RECEIVE: "AT_DEVICE", Way.DELIVERY: "NO_DEVICE", Way.END: "AT_END"}
+    rows = re.findall(r"^\tROW\((\w+), (\w+), (\w+)\)", probes, re.MULTILINE)
+    assert rows == [(info.hook.name, info.name, where[info.way]) for info in HOOKS]
+    for info in HOOKS:
+        assert re.search(rf"^(static void |MACE_DEFINE_\w+\()mace_probe_{info.name}\b", probes, re.MULTILINE), info.name
 
 
 def test_the_view_for_batches_shows_the_records_fields():

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from contracts.metrics import MEASUREMENTS, Kind
+from contracts.metrics import MEASUREMENTS, FieldKind
 from dashboards.__main__ import DASHBOARDS, text
 from tests import influxql
-from tests.influxql import ALL, FILES, Asked, Parts, take_apart
+from tests.influxql import ALL, FILES, PanelQuery, Parts, take_apart
 from tests.places import ROOT
 from tests.typescript import GRAFANA, dashboards_held_to
 
@@ -47,10 +47,10 @@ def test_grafana_s_own_types_accept_them(tmp_path):
 
 # What may be done with a number to show one for many. A mean of quantiles is no quantile, a maximum of counts no count.
 ALLOWED = {
-    Kind.SAMPLE: {"", "percentile", "count", "max"},
-    Kind.COUNTER: {"last", "max"},
-    Kind.GAUGE: {"last", "max"},
-    Kind.HISTOGRAM: set(),
+    FieldKind.SAMPLE: {"", "percentile", "count", "max"},
+    FieldKind.COUNTER: {"last", "max"},
+    FieldKind.GAUGE: {"last", "max"},
+    FieldKind.HISTOGRAM: set(),
 }
 OF_WINDOWS = {"count": {"sum"}, "sum_ns": {"sum"}, "min_ns": {"min"}, "max_ns": {"max"}}
 
@@ -75,7 +75,7 @@ def wrong_in(query: str) -> list[str]:
         if name not in kinds:
             wrong.append(f"{core.measurement} has no field {name}")
             continue
-        may = OF_WINDOWS.get(name, {"max"}) if kinds[name] is Kind.WINDOW else ALLOWED[kinds[name]]
+        may = OF_WINDOWS.get(name, {"max"}) if kinds[name] is FieldKind.WINDOW else ALLOWED[kinds[name]]
         if function not in may:
             wrong.append(f"{function or 'nothing'} of {name}, a {kinds[name]}")
     if core.measurement == "device_window" and "width_s" not in core.fixed:
@@ -89,7 +89,7 @@ def wrong_in(query: str) -> list[str]:
 
 
 @pytest.mark.parametrize("one", [one for one in ALL if not one.is_variable], ids=lambda one: one.where)
-def test_every_query_keeps_to_the_catalogue(one: Asked):
+def test_every_query_keeps_to_the_catalogue(one: PanelQuery):
     assert wrong_in(one.text) == []
 
 
@@ -110,7 +110,7 @@ def test_the_catalogue_would_notice():
 
 
 @pytest.mark.parametrize("one", [one for one in ALL if one.is_variable], ids=lambda one: one.where)
-def test_every_variable_asks_for_a_tag(one: Asked):
+def test_every_variable_asks_for_a_tag(one: PanelQuery):
     match = re.fullmatch(r'SHOW TAG VALUES FROM "(\w+)" WITH KEY = "(\w+)"(?: WHERE (.*))?', one.text)
     assert match, one.text
     tags = MEASUREMENTS[match[1]].tags

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Final
 
-from tests.fuzz.targets import TARGETS, Target, attempt
+from tests.fuzz.targets import TARGETS, FuzzTarget, attempt
 
 _ATTEMPTS: Final = 50
 """Of one child: its start costs 10 ms."""
@@ -57,7 +57,7 @@ def main() -> int:
     return _fuzz(args.only, args.minutes * 60, first)
 
 
-def _input(target: Target, number: int) -> bytes:
+def _input(target: FuzzTarget, number: int) -> bytes:
     return target.make(random.Random(number))
 
 
@@ -87,7 +87,7 @@ def _keep(name: str, number: int, why: str) -> None:
     path.with_suffix(".txt").write_text(why)
 
 
-def _batch(target: Target, first: int) -> tuple[int, str]:
+def _batch(target: FuzzTarget, first: int) -> tuple[int, str]:
     """Inputs that were tried, and what the last of them came to if it was a finding."""
     shared = mmap.mmap(-1, 4096)
     read_end, write_end = os.pipe()
@@ -111,7 +111,7 @@ def _batch(target: Target, first: int) -> tuple[int, str]:
     return done, told or f"ended by {signal.Signals(-code).name if code < 0 else f'status {code}'}"
 
 
-def _child(target: Target, first: int, shared: mmap.mmap, told: int) -> int:
+def _child(target: FuzzTarget, first: int, shared: mmap.mmap, told: int) -> int:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import zstandard
 
-from contracts.wire import FILE_HEAD, HEAD_SIZE, Message, parse_head
+from contracts.wire import FILE_HEAD, HEAD_SIZE, FrameKind, parse_head
 from tests.made_capture import forge
 
 _NUMBERS: Final = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
@@ -63,7 +63,7 @@ def sealed(frame: bytes, raw: bytes, drawn: random.Random) -> bytes:
     head = parse_head(frame)
     packed = zstandard.compress(raw) if drawn.random() < 0.5 else None
     stored = packed if packed is not None and len(packed) < len(raw) else None
-    stream = crc32(raw) if head.message is Message.HEADER and drawn.random() < 0.5 else head.stream
+    stream = crc32(raw) if head.message is FrameKind.HEADER and drawn.random() < 0.5 else head.stream
     return forge(head.message, raw, stored=stored, stream=stream, sequence=head.sequence, version=head.version)
 
 

@@ -23,7 +23,7 @@ from mace import api
 from mace.tools.output import READERS
 from mace.tools.output import read as read_tool_output
 from storage.journal import Journal
-from storage.query import Store
+from storage.query import StoreReader
 from storage.spool import Frame, Spool
 from tests.fuzz.mutation import frames_of, mutated, resealed
 from tests.hostile import EVIL, FRAMES, HONEST, RECORDS, Driven, evil_header, of_stream
@@ -34,7 +34,7 @@ from tests.unit.storage.stored import fill
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class FuzzTarget:
     """One kind of input: how it is made from a number, and how it is read."""
 
     make: Callable[[random.Random], bytes]
@@ -42,7 +42,7 @@ class Target:
     """Gets an empty directory of its own."""
 
 
-def attempt(target: Target, data: bytes) -> None:
+def attempt(target: FuzzTarget, data: bytes) -> None:
     """Read one input. What is raised is a finding."""
     with tempfile.TemporaryDirectory(prefix="mace-fuzz-") as place:
         try:
@@ -119,7 +119,7 @@ def _stored() -> tuple[dict[str, bytes], str]:
         delays = make_delays(200, containers=2)
         fill(path, [make_results(delays, containers=2, windows=make_windows(delays))])
         files = {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}
-        return files, str(Store(path).summary().as_dict())
+        return files, str(StoreReader(path).summary().as_dict())
 
 
 def _segment(drawn: random.Random) -> bytes:
@@ -136,7 +136,7 @@ def _read_store(data: bytes, place: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if each == name.decode() else whole)
     for skip_damaged in (False, True):
-        found = str(Store(place, skip_damaged=skip_damaged).summary().as_dict())
+        found = str(StoreReader(place, skip_damaged=skip_damaged).summary().as_dict())
         assert skip_damaged or found == right, "figures of a damaged store differ without a word"
 
 
@@ -170,14 +170,14 @@ def _read_spool(data: bytes, place: Path) -> None:
 
 @functools.cache
 def _journalled() -> bytes:
-    from storage.journal import Commit, Kind
+    from storage.journal import Commit, EntryKind
 
     with tempfile.TemporaryDirectory() as made:
         journal = Journal(Path(made), fsync=False)
         journal.open()
         for number in range(20):
-            journal.append(Kind.FRAME, f"host-{number % 3}", bytes([number]) * 50)
-        journal.commit(Commit(7, journal.place, 100_000_000))
+            journal.append(EntryKind.FRAME, f"host-{number % 3}", bytes([number]) * 50)
+        journal.commit(Commit(7, journal.position, 100_000_000))
         journal.sync(journal.taken())
         journal.close()
         [path] = Path(made).glob("*.journal")
@@ -259,18 +259,18 @@ def _read_output(data: bytes, _: Path) -> None:
 
 
 TARGETS: Final = {
-    "capture": Target(_capture, _recording("fuzzed.mace")),
-    "tracedat": Target(
+    "capture": FuzzTarget(_capture, _recording("fuzzed.mace")),
+    "tracedat": FuzzTarget(
         _mutations("fuzz/tracedat/*.bin", "tracecmd/v7-none.dat", "tracecmd/v6.dat"), _recording("f.dat")
     ),
-    "perfetto": Target(_mutations("fuzz/perfetto/*.bin", "perfetto-1/generic.pftrace"), _recording("f.pftrace")),
-    "text": Target(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
-    "pcap": Target(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap", "captures/*.pcap*"), _pcap),
-    "store": Target(_segment, _read_store),
-    "ingest": Target(lambda drawn: resealed(_evil_stream(), drawn), _read_messages),
-    "spool": Target(_spool, _read_spool),
-    "journal": Target(lambda drawn: mutated(_journalled(), drawn), _read_journal),
-    "configuration": Target(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
-    "output": Target(_output, _read_output),
+    "perfetto": FuzzTarget(_mutations("fuzz/perfetto/*.bin", "perfetto-1/generic.pftrace"), _recording("f.pftrace")),
+    "text": FuzzTarget(_mutations("fuzz/text/*.bin", "other-tools/trace.txt"), _recording("f.txt")),
+    "pcap": FuzzTarget(_mutations("fuzz/pcap/*.bin", "other-tools/inner.pcap", "captures/*.pcap*"), _pcap),
+    "store": FuzzTarget(_segment, _read_store),
+    "ingest": FuzzTarget(lambda drawn: resealed(_evil_stream(), drawn), _read_messages),
+    "spool": FuzzTarget(_spool, _read_spool),
+    "journal": FuzzTarget(lambda drawn: mutated(_journalled(), drawn), _read_journal),
+    "configuration": FuzzTarget(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
+    "output": FuzzTarget(_output, _read_output),
 }
 """By the name that `./dev fuzz` takes."""

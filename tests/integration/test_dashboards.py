@@ -17,7 +17,7 @@ import duckdb
 import pytest
 
 from mace import lab
-from tests.influxql import ALL, Asked, as_grafana_would
+from tests.influxql import ALL, PanelQuery, as_grafana_would
 from tests.places import GOLDEN
 from tests.servers import Influx
 
@@ -91,7 +91,7 @@ def span(influx: Influx) -> tuple[int, int]:
 EVERYTHING = dict.fromkeys(("host", "container", "device", "direction", "source"), ".*")
 
 
-def rows(database, one: Asked, chosen: dict[str, str], when: tuple[int, int]) -> list[dict]:
+def rows(database, one: PanelQuery, chosen: dict[str, str], when: tuple[int, int]) -> list[dict]:
     step_s = STEP_S if when == database.then else LIVE_STEP_S
     text = as_grafana_would(one.text, interval_s=step_s, since_ns=when[0], until_ns=when[1], chosen=chosen)
     found = database.influx.query(text)
@@ -100,7 +100,7 @@ def rows(database, one: Asked, chosen: dict[str, str], when: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("one", ALL, ids=lambda one: one.where)
-def test_every_query_has_rows(database, one: Asked):
+def test_every_query_has_rows(database, one: PanelQuery):
     found = [series for when in (database.then, database.now) for series in rows(database, one, EVERYTHING, when)]
     assert found, one.text
     if one.is_variable:

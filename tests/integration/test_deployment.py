@@ -19,10 +19,9 @@ import pytest
 from mace import lab
 from mace.lab import Runtime, Spec
 from tests import images
-from tests.typescript import CONTRACT
+from tests.places import GOLDEN, ROOT
 
-ROOT = CONTRACT.parents[1]
-GOLDEN = ROOT / "tests/golden/both-sources"
+BOTH = GOLDEN / "both-sources"
 NAME = "measured.example"
 VISITOR = "visitor.example"
 """A host that nobody else speaks as: the broker lets each have one session."""
@@ -155,10 +154,10 @@ def test_the_image_is_small_and_needs_no_rights(deployed):
     assert "Name: pip" not in deployed.call(
         *hardened, "--entrypoint", "sh", "mace", "-c", "python -m pip show pip 2>&1 || true"
     )
-    volume = ("--volume", f"{GOLDEN}:/captures:ro")
+    volume = ("--volume", f"{BOTH}:/captures:ro")
     inside = deployed.call(*hardened, *volume, "mace", "replay", "/captures/kmod.mace", "--store", "/tmp/s", "--json")
     outside = subprocess.run(
-        [sys.executable, "-m", "mace", "replay", GOLDEN / "kmod.mace", "--json"],
+        [sys.executable, "-m", "mace", "replay", BOTH / "kmod.mace", "--json"],
         capture_output=True, text=True, timeout=60, check=True,
     ).stdout  # fmt: skip
     assert json.loads(inside)["overhead"] == json.loads(outside)["overhead"]

@@ -26,7 +26,7 @@ from storage import journal, segments, wanted_sinks
 from storage.broker import Broker
 from storage.embedded import EmbeddedStore
 from storage.mqtt import StreamPublisher
-from storage.query import Store
+from storage.query import StoreReader
 from tests import servers
 from tests.brokers import Authority, documented_acl, mosquitto, passwords
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, encode, traffic
@@ -76,7 +76,7 @@ def content(path, host):
         rows = "SELECT * REPLACE (epoch_ns(time) AS time) FROM read_parquet($paths, hive_partitioning = false)"
         mine = f"{rows} WHERE host = $host ORDER BY ALL"
         found[table] = duckdb.execute(mine, {"paths": paths, "host": host}).fetchall() if paths else []
-    runs = [run for run in Store(path).runs() if run.host == host]
+    runs = [run for run in StoreReader(path).runs() if run.host == host]
     found["ledgers"] = [(run.run, run.ledger.as_dict()) for run in runs]
     return found
 
@@ -450,7 +450,7 @@ def test_tls_certificates_and_the_documented_access_list(tmp_path):
     assert (liar.arrived, liar.waiting) == (0, 4_000)
     assert (foreign.arrived, foreign.waiting, foreign.sent_bytes) == (0, 4_000, 0)
     assert ingest.hosts == 1
-    assert [run.host for run in Store(tmp_path / "store").runs()] == ["host-a"]
+    assert [run.host for run in StoreReader(tmp_path / "store").runs()] == ["host-a"]
 
 
 @pytest.mark.slow
@@ -481,7 +481,7 @@ def test_passwords_and_a_stream_of_another_host_on_the_own_topic(tmp_path, monke
     with mosquitto(tmp_path / "broker", *lines) as broker:
         ingest, sink = asyncio.run(work(broker))
     assert (sink.arrived, ingest.counts.refused) == (4_000, len(strange))
-    assert [run.host for run in Store(tmp_path / "store").runs()] == ["host-a"]
+    assert [run.host for run in StoreReader(tmp_path / "store").runs()] == ["host-a"]
 
 
 def test_status_is_retained_and_the_last_will_says_offline(tmp_path):

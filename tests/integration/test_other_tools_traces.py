@@ -26,7 +26,7 @@ from contracts.schema import Delays, Direction, Segment
 from correlator.engine import Engine, EngineConfig
 from mace.lab import HOST, Spec, running
 from storage.capture import CaptureSink
-from tests.made_tracedat import Made
+from tests.made_tracedat import MadeTraceDat
 from tests.perfetto_from_pages import perfetto_from_pages
 
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns", "tcpdump", "trace-cmd"), pytest.mark.slow]
@@ -116,7 +116,7 @@ def record(place, pings, datagrams):
             instance.remove()
     machine = platform.uname()
     uname = f"Linux {machine.node} {machine.release} {machine.machine}\0".encode()
-    made = Made({"": KeepingRing.kept}, texts=formats, algorithm="zstd", options=((5, uname),))
+    made = MadeTraceDat({"": KeepingRing.kept}, texts=formats, algorithm="zstd", options=((5, uname),))
     (place / "pages.dat").write_bytes(made.content())
     offset_ns = recording(place / "live.mace").header.clock.offset_ns
     (place / "pages.pftrace").write_bytes(perfetto_from_pages(place / "pages.dat", offset_ns))

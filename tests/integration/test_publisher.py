@@ -29,7 +29,7 @@ from mace.live.ingest import Ingest
 from storage import mqtt
 from storage.broker import Broker, MqttError
 from storage.mqtt import StreamPublisher
-from storage.query import Store
+from storage.query import StoreReader
 from storage.spool import Frame, Spool
 from tests.brokers import Authority, documented_acl, free_port, mosquitto
 from tests.hostile import batch
@@ -384,7 +384,7 @@ def test_a_frame_that_the_ingest_refuses_is_set_aside_and_the_others_arrive(tmp_
     kept = sorted(path.read_bytes() for path in (tmp_path / "spool" / "set-aside").iterdir())
     assert kept == sorted([frames[5], frames[8]])
     assert "set aside: the ingest refuses it: a time of" in caplog.text
-    ledgers = {run.run: run.ledger for run in Store(tmp_path / "store").runs()}
+    ledgers = {run.run: run.ledger for run in StoreReader(tmp_path / "store").runs()}
     assert (ledgers[header().run].records, ledgers[header().run].discarded) == (1_600, 400)
     assert (ledgers["another"].records, ledgers["another"].discarded) == (1_000, 0)
 

@@ -17,7 +17,7 @@ import pytest
 from contracts.errors import StoreError
 from storage import segments
 from storage.embedded import EmbeddedStore
-from storage.query import Store
+from storage.query import StoreReader
 from tests.made_results import header, make_delays, make_results, make_windows
 from tests.places import ROOT
 from tests.unit.storage.stored import fill
@@ -72,7 +72,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
             told = process.stdout.read().split("\n")[:-1]
         acknowledged += int(told[-1]) if told else 0
 
-        store = Store(tmp_path)
+        store = StoreReader(tmp_path)
         live = store.segments("delays")
         assert all(pq.read_metadata(s.path).num_rows == s.rows for s in live)
         rows = store.delays(columns=["run", "packet", "position", "direction"])
@@ -82,13 +82,13 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
         assert key.column("count_all").to_pylist() == [1] * rows.num_rows
         assert store.summary().ledger.imbalance == 0
         acknowledged = rows.num_rows
-    assert not any(r.closed for r in Store(tmp_path).runs())
+    assert not any(r.closed for r in StoreReader(tmp_path).runs())
 
     fill(tmp_path, [], "last")
     assert not list(tmp_path.rglob("*.tmp"))
     for table in segments.TABLES:
         assert segments.listing(tmp_path, table, covered=True) == []
-    assert Store(tmp_path).delays().num_rows == acknowledged
+    assert StoreReader(tmp_path).delays().num_rows == acknowledged
 
 
 @pytest.mark.slow
@@ -97,10 +97,10 @@ def test_one_writer_at_a_time_and_any_number_of_readers(tmp_path):
         with pytest.raises(StoreError, match=rf"process {process.pid} on .* \(run first\)"):
             fill(tmp_path, [], "second")
         # Readers are not in its way, nor it in theirs.
-        assert Store(tmp_path).summary().packets >= 0
+        assert StoreReader(tmp_path).summary().packets >= 0
     # The kernel lets go of the lock with the process.
     fill(tmp_path, [], "second")
-    assert [r.run for r in Store(tmp_path).runs()] == ["first", "second"]
+    assert [r.run for r in StoreReader(tmp_path).runs()] == ["first", "second"]
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_a_reader_sees_rows_while_they_are_written(tmp_path):
     with writer(tmp_path, "run"):
         seen = []
         while len(seen) < 5:
-            rows = Store(tmp_path).delays(columns=["packet"]).num_rows
+            rows = StoreReader(tmp_path).delays(columns=["packet"]).num_rows
             if rows and (not seen or rows > seen[-1]):
                 seen.append(rows)
     assert seen == sorted(seen)
@@ -143,7 +143,7 @@ def test_a_full_disk_is_told_and_takes_nothing_that_was_stored(tmp_path):
         assert str(path) in told
         assert " rows not stored so far" in told
         assert sink.rows_not_stored > 0
-        store = Store(path)
+        store = StoreReader(path)
         assert store.delays().num_rows == before > 0
         assert not list(path.rglob("*.tmp"))
         assert store.summary().ledger.imbalance == 0

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mace.lab import Runtime, Spec, running
 from mace.lab.docker import IMAGE
-from storage.query import Store
+from storage.query import StoreReader
 from tests.brokers import free_port
 from tests.measuring import PATHS, balanced, mace, measured, wait_for
 
@@ -173,7 +173,7 @@ def test_a_docker_container_is_renamed_and_another_is_on_the_host_s_network(tmp_
             return told.stdout.strip()
 
         def newest_name(container_id):
-            known = Store(measurement.store).containers()
+            known = StoreReader(measurement.store).containers()
             return next((one.container for one in known if one.container_id == container_id), None)
 
         pinging = ["ping", "-i", "0.05", "-s", "117", lab.address("remote")]

@@ -34,7 +34,7 @@ class KernelUnavailable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class KernelLine:
     """A line of kernels and its place in Debian."""
 
     suites: tuple[str, ...]  # together the newest wins; if the mirror has dropped one, the others do
@@ -42,13 +42,13 @@ class Wanted:
     builds_in: str | None = None  # the Debian suite in whose chroot its module is built; None: on the host
 
 
-KERNELS: dict[str, Wanted] = {
+KERNELS: dict[str, KernelLine] = {
     # gcc 12 builds 5.10's modules although gcc 10 built the kernel.
-    "5.10": Wanted(("bullseye-security", "bullseye"), "gcc-12"),
-    "6.1": Wanted(("bookworm-security", "bookworm"), "gcc-12"),
-    "6.12": Wanted(("bookworm-backports",), "gcc-12"),
+    "5.10": KernelLine(("bullseye-security", "bullseye"), "gcc-12"),
+    "6.1": KernelLine(("bookworm-security", "bookworm"), "gcc-12"),
+    "6.12": KernelLine(("bookworm-backports",), "gcc-12"),
     # Its objtool wants glibc 2.38, its configuration gcc 14.
-    "7": Wanted(("trixie-backports",), "gcc-14", builds_in="trixie"),
+    "7": KernelLine(("trixie-backports",), "gcc-14", builds_in="trixie"),
 }
 """Kernels, oldest first: one for each Debian release, and the newest."""
 
@@ -66,7 +66,7 @@ class Kernel:
     root: Path  # what the packages were unpacked into
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> KernelLine:
         return KERNELS[self.name]
 
     @property

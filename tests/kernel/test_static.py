@@ -108,13 +108,22 @@ IGNORED = (
     # _Static_assert, of C itself: the header is compiled outside the kernel, where there is no static_assert().
     "CAMELCASE",
 )
+TABLE = ("COMPLEX_MACRO", "MACRO_ARG_REUSE", "TRAILING_SEMICOLON")
+"""Nor these of MACE_HOOKS, a macro that is a list of rows, and of what each row becomes: nothing of it can stand in
+parentheses. The kernel has such lists, too (__BPF_FUNC_MAPPER in include/uapi/linux/bpf.h)."""
 
 
 def checkpatch(folder, cwd):
     # It leaves a file behind where it is run.
     options = ["--no-tree", "--terse", "--strict", "--max-line-length=100", "--show-types"]
     script = source_scripts() / "checkpatch.pl"
-    return ran(["perl", script, *options, "--ignore", ",".join(IGNORED), "-f", *sources(folder)], cwd)
+    table = folder / "mace_probes.c"
+    others = [path for path in sources(folder) if path != table]
+    done = [
+        ran(["perl", script, *options, "--ignore", ",".join(ignored), "-f", *paths], cwd)
+        for ignored, paths in ((IGNORED, others), (IGNORED + TABLE, [table]))
+    ]
+    return max(status for status, _ in done), "".join(said for _, said in done)
 
 
 def kernel_doc(folder, cwd):

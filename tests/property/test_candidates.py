@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.hooks import Hook, Way
+from contracts.hooks import ALONG, Hook, Way
 from contracts.topology import NO_DEVICE, Device, Sighting, Topology
 from correlator import identity
 from correlator.identity import WAY, Resolver
@@ -53,7 +53,7 @@ def tried(resolver, hook_p, sources, hook_n, targets):
 def test_pairs_are_those_that_trying_all_finds(topology):
     resolver = Resolver(0)
     resolver.update(topology)
-    moves = list(product((Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB), (Hook.NET_DEV_QUEUE, *identity._RECEIVE)))
+    moves = list(product((Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB), (Hook.NET_DEV_QUEUE, *ALONG[Way.RECEIVE])))
     for (hook_p, hook_n), one, other in product(moves, resolver._candidates[1:], resolver._candidates[1:]):
         found = resolver._crossings(hook_p, one, hook_n, other)
         assert found == set(tried(resolver, hook_p, one.numbers, hook_n, other.numbers))

@@ -19,7 +19,7 @@ from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.records import Batch
 from contracts.topology import Sighting, Topology
-from contracts.wire import COMPRESSED, FILE_HEAD, HEAD_SIZE, Message
+from contracts.wire import COMPRESSED, FILE_HEAD, HEAD_SIZE, FrameKind
 from tests.made_capture import (
     HEADER,
     TOPOLOGY,
@@ -206,7 +206,7 @@ def hostile_payloads(draw):
     if stored is not None and len(stored) >= len(raw):
         stored = None
     tag = crc32(raw) if number == 0 else TAG
-    sealed = forge(Message(frame[5]), raw, stored=stored, stream=tag, sequence=number)
+    sealed = forge(FrameKind(frame[5]), raw, stored=stored, stream=tag, sequence=number)
     return FILE_HEAD + b"".join([*FRAMES[:number], sealed, *FRAMES[number + 1 :]])
 
 

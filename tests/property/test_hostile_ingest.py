@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from contracts.clock import ClockPair
 from contracts.hooks import Hook
 from contracts.topics import ROOT
-from contracts.wire import Message
+from contracts.wire import FrameKind
 from correlator.engine import Engine, EngineConfig
-from storage.query import Filter, Store
+from storage.query import Filter, StoreReader
 from tests.hostile import (
     EVIL,
     EXTREMES,
@@ -81,9 +81,9 @@ def frames(draw):
             return of_stream(draw(st.sampled_from(FRAMES[1:])), header)
         case "end":
             told = b'{"records":%d,"lost":%d}' % (draw(st.sampled_from([0, 250, (1 << 63) - 1])), 0)
-            return frame(Message.END, told, number, header)
+            return frame(FrameKind.END, told, number, header)
         case "progress":
-            return frame(Message.PROGRESS, b'{"upto_ns":%d}' % draw(TIMES), number, header)
+            return frame(FrameKind.PROGRESS, b'{"upto_ns":%d}' % draw(TIMES), number, header)
         case "known":
             return draw(st.sampled_from(FRAMES))
         case _:
@@ -155,7 +155,7 @@ class OneHostileAmongHosts(RuleBasedStateMachine):
             stored = self.driven.stored(HONEST)
             assert (stored.ledger.records, stored.ledger.discarded, stored.ledger.imbalance) == (RECORDS, 0, 0)
             assert stored.rows_stored == EXPECTED
-            assert len(Store(self.folder / "store").delays(Filter(run="its run"), ["packet"])) == EXPECTED
+            assert len(StoreReader(self.folder / "store").delays(Filter(run="its run"), ["packet"])) == EXPECTED
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from contracts.errors import CaptureError
-from tests.made_pcap import Frame, block, ng_interface, ng_packet, ng_section, option, pcap
+from tests.made_pcap import PcapFrame, block, ng_interface, ng_packet, ng_section, option, pcap
 from tests.unit.collector.pcap.test_kinds import PACKED, WRAPPED, read
 from tests.unit.collector.pcap.test_source import rows, traffic
 
@@ -36,7 +36,7 @@ def classic(draw, frames):
     link, wrapped = draw(links())
     kuznetzov, unit = draw(st.booleans()), draw(st.sampled_from(("ns", "us")))
     words = draw(st.integers(0, 7)) if link == 1 else 0
-    made = [Frame(one.utc_ns, wrapped(one.data) + bytes(2 * words)) for one in frames]
+    made = [PcapFrame(one.utc_ns, wrapped(one.data) + bytes(2 * words)) for one in frames]
     order = draw(ORDERS)
     field = link | (words << 28 | 1 << 26 if words else 0)
     if not kuznetzov:
@@ -117,7 +117,7 @@ def seen_at(share):
     """The packets at a device that is so far from the container."""
     inner_ns = {one.data[18:20]: one.utc_ns for one in SIDES[0]}
     begun = [(inner_ns[one.data[18:20]], one) for one in SIDES[1]]
-    return [Frame(utc_ns + (one.utc_ns - utc_ns) * share // 1000, one.data) for utc_ns, one in begun]
+    return [PcapFrame(utc_ns + (one.utc_ns - utc_ns) * share // 1000, one.data) for utc_ns, one in begun]
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_a_capture_of_several_devices_gives_the_farthest_or_nothing(tmp_path, da
         content = ng_section("<") + b"".join(ng_interface("<", name=f"d{n}", tsresol=9) for n in range(9))
         content += b"".join(ng_packet("<", device, utc_ns, frame) for utc_ns, device, frame in every)
     elif form == "merged":
-        content = pcap([Frame(utc_ns, frame) for utc_ns, _, frame in every])
+        content = pcap([PcapFrame(utc_ns, frame) for utc_ns, _, frame in every])
     else:
         head = {
             "sll": lambda device, frame: struct.pack(">HHH8s", 0, 1, 6, frame[6:14]) + frame[12:],
@@ -142,7 +142,7 @@ def test_a_capture_of_several_devices_gives_the_farthest_or_nothing(tmp_path, da
                 frame[12:14] + struct.pack(">HIHBB8s", 0, device, 1, 0, 6, bytes(8)) + frame[14:]
             ),
         }[form]
-        made = [Frame(utc_ns, head(device, frame)) for utc_ns, device, frame in every]
+        made = [PcapFrame(utc_ns, head(device, frame)) for utc_ns, device, frame in every]
         content = pcap(made, link={"sll": 113, "sll2": 276}[form])
     (tmp_path / "inner").write_bytes(pcap(SIDES[0]))
     (tmp_path / "outer").write_bytes(content)

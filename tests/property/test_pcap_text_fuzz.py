@@ -14,12 +14,12 @@ from collector.text.source import TextReader
 from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.records import Batch
-from tests.made_pcap import Frame, pcap, pcapng, through_nat, udp_frames, written
+from tests.made_pcap import PcapFrame, pcap, pcapng, through_nat, udp_frames, written
 from tests.unit.collector.text.test_source import FTRACE, NAMED, PERF
 from tests.unit.collector.text.test_source import TEXTS as GOLDEN_TEXTS
 
 FRAMES, TIMES = udp_frames(60)
-ROWS = [Frame(int(t), frame.tobytes()) for frame, t in zip(FRAMES, TIMES, strict=True)]
+ROWS = [PcapFrame(int(t), frame.tobytes()) for frame, t in zip(FRAMES, TIMES, strict=True)]
 OUTER = written(through_nat(FRAMES), TIMES + 9_000)
 CAPTURES = {
     "pcap": pcap(ROWS),

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.kmod.merge import Places, RingMerger
+from collector.kmod.merge import RingMerger, SeenPlaces
 from collector.kmod.ring import CpuRing
 from contracts.hooks import HOOKS, Hook
 from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Flag
@@ -65,7 +65,7 @@ def naive(rings_):
 @given(rings(), st.integers(0, 2**32), st.integers(0, 15), st.integers(1, 40))
 def test_the_merge_is_the_naive_one_whatever_the_cuts(rings_, seed, hold_back_ns, round_records):
     rng = random.Random(seed)
-    places = Places()
+    places = SeenPlaces()
     merger = RingMerger(hold_back_ns, places, round_records)
     kernels = [MadeRing(cpu, subbuf_bytes=512, subbufs=4) for cpu in range(len(rings_))]  # 7 records each
     readers = [CpuRing(k.cpu, k.memory, k.subbuf_bytes, k.subbufs, k.take) for k in kernels]

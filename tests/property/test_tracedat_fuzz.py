@@ -19,8 +19,8 @@ from collector.tracecmd.source import TraceCmdReader
 from contracts.errors import CaptureError
 from contracts.hooks import Hook
 from contracts.records import Batch
-from tests.made_own_events import Machine
-from tests.made_tracedat import FORMS, Made, to_big, traffic
+from tests.made_own_events import EventWriter
+from tests.made_tracedat import FORMS, MadeTraceDat, to_big, traffic
 from tests.places import GOLDEN
 from tests.ring_pages import layout
 from tests.unit.collector.tracecmd.test_events import EVENTS, own_file
@@ -29,13 +29,13 @@ FILES = GOLDEN / "tracecmd"
 PAGES = {0: traffic(0, 5), 1: traffic(1, 2)}
 BIG = {cpu: [to_big(page, layout(), list(FORMS.values())) for page in pages] for cpu, pages in PAGES.items()}
 BASES = {
-    "v6": Made({"": PAGES}, version=6).content(),
-    "v7": Made({"": PAGES}).content(),
-    "zstd": Made({"": PAGES}, algorithm="zstd").content(),
-    "zlib": Made({"": PAGES}, algorithm="zlib").content(),
-    "big": Made({"": BIG}, big=True).content(),
+    "v6": MadeTraceDat({"": PAGES}, version=6).content(),
+    "v7": MadeTraceDat({"": PAGES}).content(),
+    "zstd": MadeTraceDat({"": PAGES}, algorithm="zstd").content(),
+    "zlib": MadeTraceDat({"": PAGES}, algorithm="zlib").content(),
+    "big": MadeTraceDat({"": BIG}, big=True).content(),
     "own v6": own_file(EVENTS * 9, version=6),
-    "own big": own_file(EVENTS * 9, machine=Machine(big=True), algorithm="zstd"),
+    "own big": own_file(EVENTS * 9, machine=EventWriter(big=True), algorithm="zstd"),
     "golden": (FILES / "v7-buffers.dat").read_bytes(),
 }
 MEMORY_MAX = 150 << 20
@@ -171,8 +171,8 @@ def bomb():
 @pytest.mark.parametrize("told", [4096, 16 << 20, 64 << 20, 2**32 - 4096])
 def test_a_bomb_goes_off_in_bounded_memory(tmp_path, told):
     packed = bomb()
-    made = Made({"": {0: PAGES[0][:1]}}, algorithm="zstd")
-    made.packed = lambda body: packed if len(body) == 4096 else Made.packed(made, body)
+    made = MadeTraceDat({"": {0: PAGES[0][:1]}}, algorithm="zstd")
+    made.packed = lambda body: packed if len(body) == 4096 else MadeTraceDat.packed(made, body)
     raw = bytearray(made.content())
     at = raw.rfind(struct.pack("<II", len(packed), 4096))
     struct.pack_into("<I", raw, at + 4, told)
@@ -192,9 +192,9 @@ def test_a_bomb_for_each_of_many_cpus(tmp_path):
     """Each small enough to be allowed: they must not all be in memory at once."""
     # Pages with nothing in them, and junk behind that, or it would shrink by more than is believed.
     empty = bytes((2 << 20) - 1024) + np.random.default_rng(6).bytes(1024)
-    made = Made({"": {cpu: [empty] for cpu in range(300)}}, algorithm="zstd")
+    made = MadeTraceDat({"": {cpu: [empty] for cpu in range(300)}}, algorithm="zstd")
     packed = made.packed(empty)
-    made.packed = lambda body: packed if len(body) == len(empty) else Made.packed(made, body)
+    made.packed = lambda body: packed if len(body) == len(empty) else MadeTraceDat.packed(made, body)
     path = tmp_path / "trace.dat"
     path.write_bytes(made.content())
     assert path.stat().st_size < 2 << 20
@@ -220,7 +220,7 @@ def test_options_that_lead_in_a_circle(tmp_path):
 
 
 def test_pages_that_all_cpus_claim(tmp_path):
-    made = Made({"": {0: PAGES[0], 1: PAGES[0]}})
+    made = MadeTraceDat({"": {0: PAGES[0], 1: PAGES[0]}})
     raw = bytearray(made.content())
     first, second = (raw.find(struct.pack("<I", cpu) + struct.pack("<Q", raw.find(PAGES[0][0]))) for cpu in (0, 0))
     assert first == second > 0

@@ -16,17 +16,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from contracts.hooks import Hook
+from contracts.arrays import Ints, Mask
+from contracts.hooks import ALONG, Hook, Way
 from contracts.records import Batch
 from contracts.topology import Device, Role, Sighting, Topology
-from correlator.lives import Ints, Mask, Records, named
-from mace.trials.verify.stream import Stream
-from mace.trials.verify.truth import Packet, Row, Sight
+from correlator.lives import Records, named
+from mace.trials.verify.stream import CollectedStream
+from mace.trials.verify.truth import NumberedPacket, PathRow, Sight
 
-_RECEIVED = (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB)
+_RECEIVED = ALONG[Way.RECEIVE]
 
 
-def allowed(whole: Stream, gone: Mask, matched: Container[int], rows: Sequence[Row]) -> int:
+def allowed(whole: CollectedStream, gone: Mask, matched: Container[int], rows: Sequence[PathRow]) -> int:
     """How many packets, of those matched in the whole stream, can be in the one without the records that are `gone`."""
     batch = Batch.concatenate([item for item in whole.items if isinstance(item, Batch)])
     order = np.argsort(batch.skb_id, kind="stable")
@@ -65,7 +66,9 @@ def _gaps(batch: Batch, gone: Mask) -> tuple[Ints, Ints]:
     return np.concatenate(begins), np.concatenate(ends)
 
 
-def kept(whole: Stream, devices: Sequence[Device], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> int:
+def kept(
+    whole: CollectedStream, devices: Sequence[Device], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]
+) -> int:
     """How many numbered packets have a record at both ends that can be told to be of one packet."""
     batch = Batch.concatenate([item for item in whole.items if isinstance(item, Batch)])
     sightings = [item for item in whole.items if isinstance(item, Topology)][-1].sightings
@@ -80,13 +83,13 @@ def kept(whole: Stream, devices: Sequence[Device], inner: Mapping[str, Sequence[
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
+class _RowEnd:
     skb: int
     length: int
     key: int
 
 
-def _tied(a: _End, b: _End) -> bool:
+def _tied(a: _RowEnd, b: _RowEnd) -> bool:
     return a.key == b.key if a.key and b.key else (a.skb, a.length) == (b.skb, b.length)
 
 
@@ -107,7 +110,7 @@ class _Ends:
         at = np.flatnonzero(np.isin(batch.dev, codes) & np.isin(batch.hook, hooks))
         times = (batch.ts_ns[at] + offset_ns).tolist()
         stamps = sorted(ns for ns, out, _ in sights if out is sent)
-        self.of_packet: dict[Packet, _End] = {}
+        self.of_packet: dict[NumberedPacket, _RowEnd] = {}
         seen: dict[str, int] = defaultdict(int)
         for ns, out, number in sorted(sights):
             if out is not sent or not number:
@@ -121,4 +124,4 @@ class _Ends:
             if bisect_left(stamps, between[1] + (not sent)) - bisect_left(stamps, between[0]) == (0 if sent else 1):
                 record = at[i]
                 key = int(batch.content.packet_key[record]) if batch.content is not None else 0
-                self.of_packet[packet] = _End(int(batch.skb_id[record]), int(batch.l3_len[record]), key)
+                self.of_packet[packet] = _RowEnd(int(batch.skb_id[record]), int(batch.l3_len[record]), key)

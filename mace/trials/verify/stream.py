@@ -25,7 +25,7 @@ BLOCK_RECORDS = 32
 
 
 @dataclass(slots=True)
-class Stream:
+class CollectedStream:
     """A whole stream in memory; a `StreamSink`."""
 
     offset_ns: int = 0
@@ -55,9 +55,9 @@ class Worked:
     grades: Grades
 
 
-def taken(config: Config, work: Callable[[], None]) -> Stream:
+def taken(config: Config, work: Callable[[], None]) -> CollectedStream:
     """The records of the source that `config` asks for, from before `work` begins until after it has ended."""
-    stream, stop = Stream(), Stop()
+    stream, stop = CollectedStream(), Stop()
     source = pipeline.live_source(config.capture)
 
     async def measure() -> None:
@@ -83,7 +83,7 @@ def taken(config: Config, work: Callable[[], None]) -> Stream:
     return stream
 
 
-def worked(stream: Stream, config: EngineConfig) -> Worked:
+def worked(stream: CollectedStream, config: EngineConfig) -> Worked:
     """The engine's answers to it."""
     engine = Engine(stream.offset_ns, config)
     results = [result for item in stream.items for result in engine.feed(item)]
@@ -92,7 +92,7 @@ def worked(stream: Stream, config: EngineConfig) -> Worked:
     return Worked(Delays.concatenate([each.delays for each in results]), last.devices, last.ledger, last.grades)
 
 
-def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.NDArray[np.bool_]]:
+def thinned(stream: CollectedStream, share: float, seed: int = 1) -> tuple[CollectedStream, npt.NDArray[np.bool_]]:
     """The stream without some blocks of each CPU's records, as if its ring had had no room; and which were left out.
 
     Of every 1 / `share` blocks of a CPU one is left out, chosen by the seed. The second array is over all records of
@@ -102,7 +102,7 @@ def thinned(stream: Stream, share: float, seed: int = 1) -> tuple[Stream, npt.ND
     taken_away: list[npt.NDArray[np.bool_]] = []
     counts: dict[int, int] = {}
     last_ns: dict[int, int] = {}
-    result = Stream(stream.offset_ns)
+    result = CollectedStream(stream.offset_ns)
     open_gaps: dict[int, list[int]] = {}
     markers: list[tuple[int, int, int, int]] = []
     batches = [item for item in stream.items if isinstance(item, Batch)]

@@ -36,16 +36,16 @@ UNNUMBERED_BYTES: Final = 100
 
 Sight = tuple[int, bool, str]
 """Of an observer: UTC in ns, whether it was sent, the number (see `observer.py`)."""
-Packet = tuple[str, int]
+NumberedPacket = tuple[str, int]
 """A number, and which of the packets that have it: a retransmission has it too."""
-Span = tuple[int, int | None]
+StampBounds = tuple[int, int | None]
 """Two times; None: nothing bounds it, and what comes first is meant (a buffer that is cut ends before its segments are
 sent, and the first of them has its number)."""
 _WAYS: Final = ((Direction.EGRESS, True), (Direction.INGRESS, False))
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PathRow:
     """One packet over the whole path, as MACE says."""
 
     packet: int
@@ -55,9 +55,9 @@ class Row:
     delay_ns: int
     between: tuple[int, int]
     """When the stretch that the delay is of began and ended, UTC: times of records."""
-    inner: Span
+    inner: StampBounds
     """Between which times the stamp at the inner device must be, UTC."""
-    outer: Span
+    outer: StampBounds
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class Score:
     """MACE's delay less the observers', of every right row."""
     trip_errors_ns: list[int] = field(default_factory=list)
     """The same of egress and ingress together, of each number with a right row both ways: a request and its echo."""
-    matched: dict[int, Packet] = field(default_factory=dict)
+    matched: dict[int, NumberedPacket] = field(default_factory=dict)
     """By `Delays.packet`: the right rows."""
 
     @property
@@ -100,7 +100,7 @@ def _quantile(errors_ns: Sequence[int], quantile: float) -> int:
     return int(np.quantile(np.abs(errors_ns), quantile)) if errors_ns else 0
 
 
-def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
+def rows(delays: Delays, devices: Sequence[Device]) -> list[PathRow]:
     """The packets with a row for the whole path, in the order of their beginnings."""
     whole = np.flatnonzero(delays.segment == Segment.OVERHEAD)
     wanted = np.isin(delays.packet, delays.packet[whole]) & (delays.segment <= Segment.OUTSIDE)
@@ -123,18 +123,20 @@ def rows(delays: Delays, devices: Sequence[Device]) -> list[Row]:
             outer = _in(hops[packet], Role.OUTER, begin)
             inner = _in(hops[packet], Role.INNER, begin + delay)
         found.append(
-            Row(packet, devices[delays.device[i]].container, way, length, delay, (begin, begin + delay), inner, outer)
+            PathRow(
+                packet, devices[delays.device[i]].container, way, length, delay, (begin, begin + delay), inner, outer
+            )
         )
     return found
 
 
-def _out(hops: Mapping[int, tuple[int, int, Device]], role: Role, queued_ns: int) -> Span:
+def _out(hops: Mapping[int, tuple[int, int, Device]], role: Role, queued_ns: int) -> StampBounds:
     """Between which times the stamp at the device of this role is, of a packet that was queued there."""
     at = (hop for hop in hops.values() if hop[2].role is role and hop[0] == queued_ns)
     return next(((begin, end) for begin, end, _ in at), (queued_ns, None))
 
 
-def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: int) -> Span:
+def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: int) -> StampBounds:
     """The same of a packet that was received there: while it was on its way from the device before."""
     for position, (_, _, device) in hops.items():
         if device.role is role and position - 1 in hops:
@@ -146,14 +148,14 @@ def _in(hops: Mapping[int, tuple[int, int, Device]], role: Role, received_ns: in
     return received_ns - UNBOUNDED_NS, received_ns
 
 
-def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> Score:
+def score(found: Sequence[PathRow], inner: Mapping[str, Sequence[Sight]], outer: Sequence[Sight]) -> Score:
     """Judge rows by what was seen at each container's inner device, by its name, and at the outer one."""
     result = Score()
-    ways_ns: dict[tuple[str, Packet], list[int]] = defaultdict(list)
+    ways_ns: dict[tuple[str, NumberedPacket], list[int]] = defaultdict(list)
     for way, sent in _WAYS:
-        outer_places = _Places(outer, sent)
+        outer_places = _ObservedPackets(outer, sent)
         for container, sights in inner.items():
-            inner_places = _Places(sights, sent)
+            inner_places = _ObservedPackets(sights, sent)
             both = inner_places.at_ns.keys() & outer_places.at_ns.keys()
             result.packets += len(both)
             mine = [row for row in found if row.container == container and row.direction is way]
@@ -176,15 +178,15 @@ def score(found: Sequence[Row], inner: Mapping[str, Sequence[Sight]], outer: Seq
     return result
 
 
-class _Places:
+class _ObservedPackets:
     """What one observer saw of one direction, to be asked by time."""
 
     def __init__(self, sights: Sequence[Sight], sent: bool) -> None:
         seen = sorted((at_ns, number) for at_ns, out, number in sights if out is sent and number)
         times: dict[str, int] = defaultdict(int)
-        self.at_ns: dict[Packet, int] = {}
+        self.at_ns: dict[NumberedPacket, int] = {}
         self._stamps: list[int] = []
-        self._packets: list[Packet] = []
+        self._packets: list[NumberedPacket] = []
         for at_ns, number in seen:
             packet = (number, times[number])
             times[number] += 1
@@ -192,7 +194,7 @@ class _Places:
             self._stamps.append(at_ns)
             self._packets.append(packet)
 
-    def within(self, span: Span, wanted: Container[Packet]) -> set[Packet]:
+    def within(self, span: StampBounds, wanted: Container[NumberedPacket]) -> set[NumberedPacket]:
         """The wanted packets whose stamps are within it."""
         begin, end = span
         first = bisect_left(self._stamps, begin - CLOCKS_NS)
@@ -202,11 +204,11 @@ class _Places:
         return {packet for packet in inside if packet in wanted}
 
 
-def assigned(fitting: Sequence[set[Packet]]) -> list[Packet | None]:
+def assigned(fitting: Sequence[set[NumberedPacket]]) -> list[NumberedPacket | None]:
     """One packet for each row, of those that fit it, no two the same, for as many rows as can be (Kuhn's algorithm)."""
-    taker: dict[Packet, int] = {}
+    taker: dict[NumberedPacket, int] = {}
 
-    def take(row: int, tried: set[Packet]) -> bool:
+    def take(row: int, tried: set[NumberedPacket]) -> bool:
         for packet in fitting[row]:
             if packet in tried:
                 continue

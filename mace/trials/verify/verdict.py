@@ -106,7 +106,9 @@ def _played(scenario: Scenario, stage: Stage) -> None:
     stage.inner |= inner
 
 
-def judged(scenario: Scenario, stage: Stage, whole: stream.Stream, engine: EngineConfig, source: str) -> Verdict:
+def judged(
+    scenario: Scenario, stage: Stage, whole: stream.CollectedStream, engine: EngineConfig, source: str
+) -> Verdict:
     """The score of what the engine makes of the stream, or of what a scenario's loss leaves of it."""
     worked = stream.worked(whole, engine)
     rows = truth.rows(worked.delays, worked.devices)

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from contracts.wire import FILE_HEAD, Message
+from contracts.wire import FILE_HEAD, FrameKind
 from tests import perfetto_traces as traces
 from tests.made_capture import TOPOLOGY, batches, capture_bytes, encode, forge, stream_tag, traffic
-from tests.made_pcap import Frame, block, pcap, pcapng, through_nat, udp_frames, written
-from tests.made_tracedat import Made
+from tests.made_pcap import PcapFrame, block, pcap, pcapng, through_nat, udp_frames, written
+from tests.made_tracedat import MadeTraceDat
 from tests.made_tracedat import traffic as pages
 from tests.unit.collector.perfetto.test_source import NAMES, records
 from tests.unit.collector.text.test_source import FTRACE, PERF
@@ -90,11 +90,11 @@ def mace() -> Iterator[tuple[str, bytes]]:
     yield from common(raw)
     yield "cut-of-version-1", (GOLDEN / "wire-1" / "capture.mace").read_bytes()[:4000]
     for name, size in (("small", 4096), ("largest", 0), ("4-gib", 2**32 - 1)):
-        bomb = forge(Message.BATCH, b"", stored=zeros(72), raw_size=size or 48 * MIB, stream=tag, sequence=3)
+        bomb = forge(FrameKind.BATCH, b"", stored=zeros(72), raw_size=size or 48 * MIB, stream=tag, sequence=3)
         yield f"bomb-that-says-{name}", with_frame(3, bomb)
     yield (
         "size-beyond-the-file",
-        with_frame(4, forge(Message.BATCH, bytes(90), stored_size=2**31, stream=tag, sequence=4)),
+        with_frame(4, forge(FrameKind.BATCH, bytes(90), stored_size=2**31, stream=tag, sequence=4)),
     )
     yield "frame-again-and-again", FILE_HEAD + b"".join([*frames[:3], *[frames[2]] * 5, *frames[3:]])
     ring = [
@@ -107,7 +107,7 @@ def mace() -> Iterator[tuple[str, bytes]]:
 def tracedat() -> Iterator[tuple[str, bytes]]:
     size = 1024
     of_cpu = {0: pages(0, 2, page_size=size), 1: pages(1, 1, page_size=size)}
-    plain = Made({"": of_cpu}, page_size=size)
+    plain = MadeTraceDat({"": of_cpu}, page_size=size)
     packed = replace(plain, algorithm="zlib")
     raw = plain.content()
     yield from common(packed.content())
@@ -121,9 +121,9 @@ def tracedat() -> Iterator[tuple[str, bytes]]:
     yield "options-in-a-circle", patched(raw, first + 16 + length - 8, "<Q", first)
     yield "size-of-options-beyond-the-file", patched(raw, first + 8, "<Q", 2**63)
     for told in (1024, 64 * MIB, 2**32 - 4096):
-        bomb = Made({"": {0: of_cpu[0][:1]}}, algorithm="zstd", page_size=size)
+        bomb = MadeTraceDat({"": {0: of_cpu[0][:1]}}, algorithm="zstd", page_size=size)
         body = zeros(72)
-        bomb.packed = lambda page, body=body, bomb=bomb: body if len(page) == 1024 else Made.packed(bomb, page)  # type: ignore[method-assign]
+        bomb.packed = lambda page, body=body, bomb=bomb: body if len(page) == 1024 else MadeTraceDat.packed(bomb, page)  # type: ignore[method-assign]
         made = bomb.content()
         yield f"bomb-that-says-{told}", patched(made, made.rfind(struct.pack("<II", len(body), size)) + 4, "<I", told)
 
@@ -172,7 +172,7 @@ OUTER = written(through_nat(SENT), TIMES + 9_000)
 
 
 def packets() -> Iterator[tuple[str, bytes]]:
-    rows = [Frame(int(time), frame.tobytes()) for frame, time in zip(SENT, TIMES, strict=True)]
+    rows = [PcapFrame(int(time), frame.tobytes()) for frame, time in zip(SENT, TIMES, strict=True)]
     raw, ng = pcap(rows), pcapng(rows, interfaces=2)
     yield from common(raw)
     yield from ((f"ng-{name}", content) for name, content in common(ng) if "head" not in name)

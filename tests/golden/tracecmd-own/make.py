@@ -15,7 +15,7 @@ from collector.ftrace import tracefs
 from collector.tracecmd.file import TraceFile
 from collector.tracecmd.pages import layout_of, pieces
 from tests.benchmark.tracedat import extract
-from tests.made_tracedat import Made
+from tests.made_tracedat import MadeTraceDat
 
 HERE = Path(__file__).parent
 MARKS = (b"mark 1\n", "a longer mark, naïve ✓\n".encode(), b"no line feed", b"x" * 200, b"\xff\xfe not UTF-8\n")
@@ -72,7 +72,7 @@ def shortened(path: Path, version: int) -> bytes:
             ]
             for cpu in info.cpus
         }
-    return Made(
+    return MadeTraceDat(
         {"": pages},
         version=version,
         algorithm="none" if version == 6 else "zstd",

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from collector.pcap.packet_key import ROOM, Packets, Views
+from collector.pcap.packet_key import ROOM, CapturedPackets, Views
 from contracts import abi
 from contracts.hooks import Hook
 from contracts.records import Content
@@ -566,7 +566,7 @@ def read_of_captures(frames: list[bytes]) -> Content:
     length = np.array([len(frame) - 14 for frame in frames], np.int64)
     protocol = np.array([int.from_bytes(frame[12:14], "big") for frame in frames], np.int64)
     views = Views(np.frombuffer(bytes(raw) + bytes(ROOM), np.uint8))
-    return Packets(views, np.array(starts, np.int64), length, length, protocol).content()
+    return CapturedPackets(views, np.array(starts, np.int64), length, length, protocol).content()
 
 
 READ = ("packet_key", "l4_src", "l4_dst", "l4_seq", "ip_id", "ip_version", "l4_proto", "l4_bits")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from collector.files import BY_NAME, FORMATS, FileOptions, Recording, in_time_order, recording, sniff
+from collector.files import BY_NAME, FORMATS, FileOptions, LocalRecording, in_time_order, recording, sniff
 from contracts.clock import ClockPair
 from contracts.errors import CaptureError, Unavailable
 from contracts.wire import SIGNATURE
@@ -41,7 +41,7 @@ def test_files_are_sorted_by_wall_clock(file):
 
 def test_a_recording_can_be_sent_to_another_process(file):
     one = recording(file(BYTES), FileOptions(salvage=True))
-    again: Recording = pickle.loads(pickle.dumps(one))
+    again: LocalRecording = pickle.loads(pickle.dumps(one))
     assert again == one
     assert type(again.source()) is type(one.source())
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from collector.remote import HostStream, Verdict
+from collector.remote import Arrival, HostStream
 from contracts.clock import ClockPair
 from contracts.errors import WireError
 from contracts.hooks import Hook
@@ -33,26 +33,26 @@ def begun(upto):
 
 def test_a_stream_in_order():
     stream = HostStream(HOST)
-    assert verdict(stream, FRAMES[0]) is Verdict.BEGIN
+    assert verdict(stream, FRAMES[0]) is Arrival.BEGIN
     assert stream.begin(FRAMES[0]) == HEADER
     for frame, item in zip(FRAMES[1:-1], ITEMS, strict=True):
-        assert verdict(stream, frame) is Verdict.NEW
+        assert verdict(stream, frame) is Arrival.NEW
         assert same(stream.take(frame), item)
     assert not stream.ended
     assert stream.take(FRAMES[-1]) is None
     assert stream.ended
-    assert {verdict(stream, frame) for frame in FRAMES} == {Verdict.KNOWN}
+    assert {verdict(stream, frame) for frame in FRAMES} == {Arrival.KNOWN}
 
 
 def test_without_its_header_a_frame_is_of_an_unknown_stream():
-    assert verdict(HostStream(HOST), FRAMES[1]) is Verdict.UNKNOWN
+    assert verdict(HostStream(HOST), FRAMES[1]) is Arrival.UNKNOWN
 
 
 def test_what_is_missing_is_asked_for_as_long_as_the_host_has_it():
     stream = begun(3)
-    assert verdict(stream, FRAMES[2]) is Verdict.KNOWN
-    assert verdict(stream, FRAMES[5], oldest=3) is Verdict.GAP
-    assert verdict(stream, FRAMES[5], oldest=4) is Verdict.NEW
+    assert verdict(stream, FRAMES[2]) is Arrival.KNOWN
+    assert verdict(stream, FRAMES[5], oldest=3) is Arrival.GAP
+    assert verdict(stream, FRAMES[5], oldest=4) is Arrival.NEW
 
 
 def test_what_is_given_up_is_counted_and_marked():
@@ -66,9 +66,9 @@ def test_what_is_given_up_is_counted_and_marked():
 def test_a_new_run_follows_and_the_old_one_is_remembered():
     stream = begun(4)
     following = encode(ITEMS, replace(HEADER, run="another"))
-    assert verdict(stream, following[0]) is Verdict.BEGIN
+    assert verdict(stream, following[0]) is Arrival.BEGIN
     stream.begin(following[0])
-    assert verdict(stream, FRAMES[0]) is Verdict.KNOWN
+    assert verdict(stream, FRAMES[0]) is Arrival.KNOWN
     assert (stream.next_of(parse_head(FRAMES[0]).stream), stream.next, stream.next_of(7)) == (4, 1, 0)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from contracts.figures import Distribution, Place, Summary, ranks
+from contracts.figures import DevicePlace, Distribution, Summary, ranks
 from contracts.histogram import bins_of, quantiles
 from contracts.hooks import Hook
 from contracts.ledger import Ledger
@@ -208,7 +208,7 @@ def test_a_device_that_sends_and_is_not_seen_to_receive_is_named():
 
     def told(sent, received, kind="veth"):
         summary = Summary()
-        place = Place(0, "c0", "net:[7]", 7, "eth0", 2, kind, Role.INNER.value)
+        place = DevicePlace(0, "c0", "net:[7]", 7, "eth0", 2, kind, Role.INNER.value)
         for direction, count in ((Direction.EGRESS, sent), (Direction.INGRESS, received)):
             if count:
                 of = summary.distribution(place, direction, Segment.DEVICE)

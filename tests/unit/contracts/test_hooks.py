@@ -2,7 +2,7 @@
 
 import pytest
 
-from contracts.hooks import silent_on
+from contracts.hooks import ALONG, HOOKS, silent_on
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,14 @@ from contracts.hooks import silent_on
 )
 def test_kernels_that_free_read_datagrams_without_a_tracepoint(release, silent):
     assert bool(silent_on(release)) is silent
+
+
+def test_every_hook_at_a_device_has_its_place_along_the_way():
+    for way, hooks in ALONG.items():
+        assert set(hooks) == {info.hook for info in HOOKS if info.way is way}
+        assert len(set(hooks)) == len(hooks)
+    assert set(ALONG) == {info.way for info in HOOKS if info.has_device}
+
+
+def test_no_two_hooks_have_a_letter():
+    assert len({info.letter for info in HOOKS}) == len(HOOKS)

@@ -11,7 +11,7 @@ from contracts.schema import Segment
 from correlator.engine import EngineConfig
 from mace.live import pipeline
 from mace.live.pipeline import Stop
-from mace.trials.verify.stream import Stream, thinned
+from mace.trials.verify.stream import CollectedStream, thinned
 from storage.embedded import EmbeddedStore
 from tests.made_capture import HEADER, TOPOLOGY, traffic
 from tests.measuring import query
@@ -75,7 +75,7 @@ class Slow:
 )
 def test_nothing_is_lost_uncounted(tmp_path, read, loss, discarded, engine):
     batch = traffic(RECORDS, content=read)
-    whole = Stream(0, [TOPOLOGY, *(batch[i : i + CUT] for i in range(0, RECORDS, CUT))])
+    whole = CollectedStream(0, [TOPOLOGY, *(batch[i : i + CUT] for i in range(0, RECORDS, CUT))])
     stream, gone = thinned(whole, loss)
     slow, store = Slow(), tmp_path / "store"
     source = Made(stream.items, discarded)

@@ -14,7 +14,7 @@ from contracts.hooks import Hook
 from contracts.interfaces import Progress
 from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content
 from contracts.topology import Device, Sharer, Sighting
-from contracts.wire import Decoder, Encoder, Message
+from contracts.wire import Decoder, Encoder, FrameKind
 from tests.made_capture import (
     HEADER,
     TOPOLOGY,
@@ -347,7 +347,7 @@ def test_no_way_back_with_gaps_either():
         ("unknown message 9", {"message": 9}),
         ("unknown message 0", {"message": 0}),
         ("a BATCH of 4294967295 bytes, at most", {"raw_size": 0xFFFFFFFF}),
-        ("a TOPOLOGY of 8388609 bytes, at most", {"message": Message.TOPOLOGY, "raw_size": (8 << 20) + 1}),
+        ("a TOPOLOGY of 8388609 bytes, at most", {"message": FrameKind.TOPOLOGY, "raw_size": (8 << 20) + 1}),
         ("cannot be stored", {"raw_size": 100}),
         ("cannot be stored", {"flags": wire.COMPRESSED}),
         ("the head says 27", {"stored_size": 27, "raw_size": 27}),
@@ -355,7 +355,7 @@ def test_no_way_back_with_gaps_either():
 )
 def test_heads_that_lie(match, how):
     decoder, tag = begun()
-    message = how.pop("message", Message.BATCH)
+    message = how.pop("message", FrameKind.BATCH)
     with pytest.raises(WireError, match=match):
         decoder.frame(forge(message, payload(0, *[0] * 8), stream=tag, sequence=2, **how))
 
@@ -381,7 +381,7 @@ def test_payloads_that_lie(match, stored, raw_size):
     decoder, tag = begun()
     tracemalloc.start()
     with pytest.raises(WireError, match=match):
-        decoder.frame(forge(Message.BATCH, b"", stored=stored, raw_size=raw_size, stream=tag, sequence=2))
+        decoder.frame(forge(FrameKind.BATCH, b"", stored=stored, raw_size=raw_size, stream=tag, sequence=2))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -437,7 +437,7 @@ def test_batches_that_lie(match, raw):
     decoder, tag = begun()
     tracemalloc.start()
     with pytest.raises(WireError, match=match):
-        decoder.frame(forge(Message.BATCH, raw, stream=tag, sequence=2))
+        decoder.frame(forge(FrameKind.BATCH, raw, stream=tag, sequence=2))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -447,7 +447,7 @@ def test_the_largest_batch_takes_bounded_memory():
     # The dearest message there is: a few bytes that stand for 2^20 records.
     decoder, tag = begun()
     raw = payload(1 << 20, TIMES | 1, *[0] * 6, 1, *[0] * 10, columns=bytes(8) + bytes((1 << 20) - 1) + HOOK_OK)
-    frame = forge(Message.BATCH, raw, stored=compressed(raw), stream=tag, sequence=2)
+    frame = forge(FrameKind.BATCH, raw, stored=compressed(raw), stream=tag, sequence=2)
     assert len(frame) < 200
     tracemalloc.start()
     decoder.frame(frame)
@@ -463,7 +463,7 @@ def as_version_1(payload_of_2):
 
 def version_1(*payloads):
     header = to_json({"wire": 1} | asdict(HEADER))
-    frames = [(Message.HEADER, header), *((Message.BATCH, raw) for raw in payloads)]
+    frames = [(FrameKind.HEADER, header), *((FrameKind.BATCH, raw) for raw in payloads)]
     tag = crc32(header)
     return [forge(message, raw, stream=tag, sequence=n, version=1) for n, (message, raw) in enumerate(frames)]
 
@@ -475,7 +475,7 @@ def test_a_stream_of_version_1_is_read():
     assert (header, decoder.version) == (HEADER, 1)
     assert same(batch, Batch.of(1, hook=[Hook.NETIF_RX]))
     with pytest.raises(WireError, match="wire version 2 in a stream of version 1"):
-        decoder.frame(forge(Message.BATCH, one, stream=stream_tag(version_1()[0]), sequence=2))
+        decoder.frame(forge(FrameKind.BATCH, one, stream=stream_tag(version_1()[0]), sequence=2))
 
 
 @pytest.mark.parametrize("size", [0, 3, 11, 12, 13, 19])
@@ -524,7 +524,7 @@ DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
 )
 def test_headers_that_lie(match, raw):
     with pytest.raises(WireError, match=match):
-        Decoder().frame(forge(Message.HEADER, raw, stream=crc32(raw), sequence=0))
+        Decoder().frame(forge(FrameKind.HEADER, raw, stream=crc32(raw), sequence=0))
 
 
 @pytest.mark.parametrize(
@@ -556,14 +556,14 @@ def test_topologies_that_lie(match, change):
         {"from_ns": TOPOLOGY.from_ns, **{k: v for k, v in TOPOLOGY_FIELDS.items() if k != "from_ns"}} | change
     )
     with pytest.raises(WireError, match=match):
-        decoder.frame(forge(Message.TOPOLOGY, raw, stream=tag, sequence=2))
+        decoder.frame(forge(FrameKind.TOPOLOGY, raw, stream=tag, sequence=2))
 
 
 @pytest.mark.slow
 def test_the_worst_json_takes_bounded_memory():
     raw = b'{"devices":[' + b"[]," * ((wire.MAX_JSON_BYTES - 100) // 3) + b"[]]}"
     decoder, tag = begun()
-    frame = forge(Message.TOPOLOGY, raw, stored=compressed(raw), stream=tag, sequence=2)
+    frame = forge(FrameKind.TOPOLOGY, raw, stored=compressed(raw), stream=tag, sequence=2)
     tracemalloc.start()
     with pytest.raises(WireError):
         decoder.frame(frame)
@@ -576,7 +576,7 @@ def test_the_worst_json_takes_bounded_memory():
 def test_ends_that_lie(raw):
     decoder, tag = begun()
     with pytest.raises(WireError, match="END"):
-        decoder.frame(forge(Message.END, to_json(raw), stream=tag, sequence=2))
+        decoder.frame(forge(FrameKind.END, to_json(raw), stream=tag, sequence=2))
 
 
 def test_counts_whose_sum_a_store_could_not_hold():
@@ -585,12 +585,12 @@ def test_counts_whose_sum_a_store_could_not_hold():
     first = encode([])[0]
     decoder.frame(first)
     with pytest.raises(WireError, match="records"):
-        decoder.frame(forge(Message.END, to_json(raw), stream=stream_tag(first), sequence=5))
+        decoder.frame(forge(FrameKind.END, to_json(raw), stream=stream_tag(first), sequence=5))
     with pytest.raises(WireError, match="a stream has at most"):
-        decoder.frame(forge(Message.BATCH, payload(0, *[0] * 8, before=2**63), stream=stream_tag(first), sequence=5))
+        decoder.frame(forge(FrameKind.BATCH, payload(0, *[0] * 8, before=2**63), stream=stream_tag(first), sequence=5))
     assert decoder.missing == 0
 
 
 def test_keys_from_the_future_are_passed_over():
     raw = json.dumps(HEADER_FIELDS | {"colour": "blue"}).encode()
-    assert Decoder().frame(forge(Message.HEADER, raw, stream=crc32(raw), sequence=0)) == HEADER
+    assert Decoder().frame(forge(FrameKind.HEADER, raw, stream=crc32(raw), sequence=0)) == HEADER

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from contracts.schema import NOT_TOLD, Direction
-from correlator.replies import Replies, Seen, ToldBy
+from correlator.replies import ExchangedPackets, Replies, ToldBy
+from tests.durations import MS
 
 OUT, IN = Direction.EGRESS, Direction.INGRESS
-MS = 1_000_000
 
 
 def seen(*packets):
@@ -23,7 +23,9 @@ def seen(*packets):
             "far": NOT_TOLD,
         }
         rows.append({"packet": number, "direction": way, "begin_ns": at_ms * MS, "l4_bits": NOT_TOLD, **given, **told})
-    return Seen(**{name: np.array([row[name] for row in rows], dtype) for name, dtype in Seen._DTYPES.items()})
+    return ExchangedPackets(
+        **{name: np.array([row[name] for row in rows], dtype) for name, dtype in ExchangedPackets._DTYPES.items()}
+    )
 
 
 def match(*packets, began_ms=0, replies=None):

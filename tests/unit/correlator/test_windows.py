@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from contracts import histogram
 from contracts.schema import Direction, Segment
 from correlator.windows import Windows
-
-SECOND = 1_000_000_000
+from tests.durations import S
 
 
 def add(windows, utc_ns, delays, device=0):
@@ -22,7 +21,7 @@ def add(windows, utc_ns, delays, device=0):
     )
 
 
-@given(st.lists(st.tuples(st.integers(0, 25 * SECOND), st.integers(0, 1 << 41), st.integers(0, 3)), min_size=1))
+@given(st.lists(st.tuples(st.integers(0, 25 * S), st.integers(0, 1 << 41), st.integers(0, 3)), min_size=1))
 def test_every_window_against_the_definition(rows):
     windows = Windows()
     half = len(rows) // 2
@@ -31,10 +30,10 @@ def test_every_window_against_the_definition(rows):
             chosen = [row for row in part if row[2] == device]
             add(windows, [row[0] for row in chosen], [row[1] for row in chosen], device)
     found = {(w.start_utc_ns, w.width_s, w.device): w for w in windows.close(None)}
-    wanted = {(t - t % (width * SECOND), width, d) for t, _, d in rows for width in (1, 10)}
+    wanted = {(t - t % (width * S), width, d) for t, _, d in rows for width in (1, 10)}
     assert set(found) == wanted
     for (start, width, device), window in found.items():
-        values = sorted(v for t, v, d in rows if d == device and start <= t < start + width * SECOND)
+        values = sorted(v for t, v, d in rows if d == device and start <= t < start + width * S)
         assert (window.count, window.sum_ns) == (len(values), sum(values))
         assert (window.min_ns, window.max_ns) == (values[0], values[-1])
         assert window.counts.sum() == len(values)
@@ -48,12 +47,12 @@ def test_every_window_against_the_definition(rows):
 
 def test_a_window_comes_out_once_when_its_time_is_over():
     windows = Windows()
-    add(windows, [SECOND // 2, SECOND + 1], [5, 7])
-    assert windows.close(SECOND - 1) == ()
-    (first,) = windows.close(SECOND)
+    add(windows, [S // 2, S + 1], [5, 7])
+    assert windows.close(S - 1) == ()
+    (first,) = windows.close(S)
     assert (first.start_utc_ns, first.width_s, first.count) == (0, 1, 1)
-    assert windows.close(9 * SECOND)[0].count == 1
-    (wide,) = windows.close(10 * SECOND)
+    assert windows.close(9 * S)[0].count == 1
+    (wide,) = windows.close(10 * S)
     assert (wide.width_s, wide.count, wide.sum_ns) == (10, 2, 12)
     assert windows.close(None) == ()
 
@@ -69,7 +68,7 @@ def test_many_devices_at_once():
     windows = Windows()
     count = 3_000
     windows.add(
-        np.zeros(count, np.int64) + np.arange(count) % 7 * SECOND,
+        np.zeros(count, np.int64) + np.arange(count) % 7 * S,
         np.arange(count, dtype=np.int32),
         np.ones(count, np.uint8),
         np.ones(count, np.uint8),
@@ -82,8 +81,8 @@ def test_many_devices_at_once():
 def test_windows_far_apart_of_devices_with_large_numbers():
     """Time and device do not fit into one integer then."""
     windows = Windows()
-    rows = [(t * SECOND, d, delay) for delay, (t, d) in enumerate([(5, 1 << 30), (4_000_005, 3), (5, 3)] * 2)]
+    rows = [(t * S, d, delay) for delay, (t, d) in enumerate([(5, 1 << 30), (4_000_005, 3), (5, 3)] * 2)]
     for utc_ns, device, delay in rows:
         add(windows, [utc_ns], [delay], device)
-    found = [(w.start_utc_ns // SECOND, w.device, w.count, w.sum_ns) for w in windows.close(None) if w.width_s == 1]
+    found = [(w.start_utc_ns // S, w.device, w.count, w.sum_ns) for w in windows.close(None) if w.width_s == 1]
     assert found == [(5, 3, 2, 7), (5, 1 << 30, 2, 3), (4_000_005, 3, 2, 5)]

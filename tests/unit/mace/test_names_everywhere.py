@@ -22,7 +22,7 @@ from rich.console import Console
 from collector.perfetto.wire import PacketReader
 from contracts import strict_json
 from contracts.config import PrometheusConfig
-from contracts.figures import Distribution, Place, Summary
+from contracts.figures import DevicePlace, Distribution, Summary
 from contracts.names import printable, text, text_of
 from contracts.schema import Segment
 from contracts.topology import Device, Sighting, Topology
@@ -102,11 +102,11 @@ def test_a_device_and_its_sighting_have_the_same_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("console", [Console, terminal.Console])
+@pytest.mark.parametrize("console", [Console, terminal.PlainConsole])
 def test_tables(console, monkeypatch):
     """On whatever console of Rich's."""
     file = io.StringIO()
-    made = console() if console is terminal.Console else console(markup=True)
+    made = console() if console is terminal.PlainConsole else console(markup=True)
     made.file, made.width = file, 400
     summary = Summary()
     summary.add(RESULTS)
@@ -155,7 +155,7 @@ def test_pictures_and_pages(store, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["$x^$", "_hidden", "😀", "\\$a$", "<script>alert(1)</script>", "\x1b[31m", "\ufeff"])
 def test_a_picture_of_one_name(name):
-    place = Place.of(replace(DEVICES[0], name=name, container=name), 0)
+    place = DevicePlace.of(replace(DEVICES[0], name=name, container=name), 0)
     delays = Distribution()
     delays.add(1, 1000, 1000, 1000, np.array([100]), np.array([1]))
     direction = RESULTS.windows[0].direction
@@ -175,7 +175,7 @@ def test_a_picture_of_one_name(name):
 
 @pytest.mark.parametrize("name", [*NASTY, "\x1b[31m\n[/]"])
 def test_warnings_log_lines_and_errors(name, capsys):
-    terminal.warn(terminal.Console(stderr=True, width=400), [f"w{name}w"])
+    terminal.warn(terminal.PlainConsole(stderr=True, width=400), [f"w{name}w"])
     lines.line(f"l{name}l")
     lines.complaint(f"c{name}c")
     assert cli.main(["query", "--store", f"/nosuch{name.replace(chr(0), '')}", "SELECT 1"]) == 1

@@ -14,7 +14,7 @@ from mace import cli
 from storage import checksum, segments, sql, tables
 from storage.check import check
 from storage.embedded import EmbeddedStore
-from storage.query import Store
+from storage.query import StoreReader
 from tests.made_results import header, make_delays, make_results, make_windows
 from tests.unit.storage.stored import fill
 
@@ -35,7 +35,7 @@ def flip(path, bit):
 
 
 def figures(path, source="rows"):
-    return json.dumps(Store(path).summary(source=source).as_dict())
+    return json.dumps(StoreReader(path).summary(source=source).as_dict())
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_damage_of_other_kinds_is_named(whole, tmp_path, how):
     victim = segments.listing(path, "delays")[1].path
     victim.write_bytes(how(victim.read_bytes()))
     with pytest.raises(StoreError, match=f"{victim.name}: damaged"):
-        Store(path).summary()
+        StoreReader(path).summary()
 
 
 def test_sql_names_the_damaged_segment_and_goes_on_without_it(whole, tmp_path):
@@ -122,8 +122,8 @@ def test_sql_names_the_damaged_segment_and_goes_on_without_it(whole, tmp_path):
     victim = segments.listing(path, "delays")[1]
     flip(victim.path, 8 * 900)
     with pytest.raises(StoreError, match=rf"{victim.path.name}: damaged.*--skip-damaged \({victim.rows} rows\)"):
-        sql.table(Store(path), "SELECT count(*) FROM delays")
-    store = Store(path, skip_damaged=True)
+        sql.table(StoreReader(path), "SELECT count(*) FROM delays")
+    store = StoreReader(path, skip_damaged=True)
     rest = sql.table(store, "SELECT count(*) AS n FROM delays")["n"][0].as_py()
     assert rest == sum(each.rows for each in segments.listing(path, "delays")) - victim.rows
     assert store.rows_damaged() == victim.rows
@@ -132,7 +132,7 @@ def test_sql_names_the_damaged_segment_and_goes_on_without_it(whole, tmp_path):
 def test_damage_that_comes_after_a_first_look_is_found(whole, tmp_path):
     path = tmp_path / "store"
     shutil.copytree(whole, path)
-    store = Store(path)
+    store = StoreReader(path)
     store.summary()
     victim = segments.listing(path, "delays")[1].path
     flip(victim, 8 * 900)

@@ -19,7 +19,7 @@ from contracts.schema import Delays, HookCost
 from contracts.vitals import process_figures
 from storage import segments
 from storage.embedded import EmbeddedStore
-from storage.query import Filter, Store
+from storage.query import Filter, StoreReader
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
 
 HOUR_NS = segments.HOUR_NS
@@ -52,7 +52,7 @@ def test_all_that_was_written_is_there(tmp_path):
     delays = make_delays(1000, containers=2)
     parts = [delays[i : i + 700] for i in range(0, len(delays), 700)]
     sink = asyncio.run(fill(tmp_path, [make_results(p, containers=2) for p in parts], flush_rows=1000))
-    read = Store(tmp_path).delays()
+    read = StoreReader(tmp_path).delays()
     assert len(read) == len(delays) == sink.rows_stored
     order = np.lexsort((delays.position, delays.packet))
     read = read.sort_by([("packet", "ascending"), ("position", "ascending")])
@@ -80,7 +80,7 @@ def test_what_is_written_appears_within_the_flush_interval(tmp_path):
         await sink.write(make_results(make_delays(10)))
         while not segments.listing(tmp_path, "delays"):  # noqa: ASYNC110 (a directory has no event)
             await asyncio.sleep(0.01)
-        seen = Store(tmp_path).summary().packets
+        seen = StoreReader(tmp_path).summary().packets
         await sink.aclose()
         return seen
 
@@ -90,14 +90,14 @@ def test_what_is_written_appears_within_the_flush_interval(tmp_path):
 def test_results_without_rows_keep_the_ledger_going(tmp_path):
     empty = make_results(Delays.empty(), ledger=Ledger(records=7, unmatched=7), packets=0)
     asyncio.run(fill(tmp_path, [empty]))
-    [run] = Store(tmp_path).runs()
+    [run] = StoreReader(tmp_path).runs()
     assert run.ledger == Ledger(records=7, unmatched=7)
     assert run.closed
 
 
 def test_a_run_without_any_results_is_there(tmp_path):
     asyncio.run(fill(tmp_path, []))
-    [run] = Store(tmp_path).runs()
+    [run] = StoreReader(tmp_path).runs()
     assert (run.run, run.ledger, run.packets) == ("run-1", Ledger(), 0)
 
 
@@ -112,7 +112,7 @@ def test_what_observing_cost_is_kept_when_a_run_ends(tmp_path):
             for n in (1, 2, 3)
         ]
         asyncio.run(fill(tmp_path, said, run=run, flush_rows=10))
-    store_ = Store(tmp_path)
+    store_ = StoreReader(tmp_path)
     assert [s.rows for s in store_.segments("cost")] == [2, 2]
     netif_rx, kfree_skb = store_.summary().cost
     assert netif_rx == HookCost(Hook.NETIF_RX, 300 + 600, 6, 300)
@@ -124,8 +124,8 @@ def test_what_observing_cost_is_kept_when_a_run_ends(tmp_path):
 def test_a_source_that_cannot_tell_its_cost_leaves_none(tmp_path):
     asyncio.run(fill(tmp_path, [make_results(make_delays(10))]))
     assert not (tmp_path / "cost").exists()
-    assert Store(tmp_path).summary().cost == ()
-    assert "cost" not in Store(tmp_path).summary().as_dict()
+    assert StoreReader(tmp_path).summary().cost == ()
+    assert "cost" not in StoreReader(tmp_path).summary().as_dict()
 
 
 def test_windows_alone_can_be_kept(tmp_path):
@@ -160,7 +160,7 @@ def test_a_second_writer_learns_who_is_writing(tmp_path):
         await second.aclose()
 
     asyncio.run(run())
-    assert [r.run for r in Store(tmp_path).runs()] == ["first", "second"]
+    assert [r.run for r in StoreReader(tmp_path).runs()] == ["first", "second"]
 
 
 def test_the_same_run_is_not_stored_twice(tmp_path):
@@ -193,7 +193,7 @@ def test_a_store_of_another_schema_is_refused(tmp_path, text, said):
     with pytest.raises(StoreError, match=said):
         asyncio.run(fill(tmp_path, []))
     with pytest.raises(StoreError, match=said):
-        Store(tmp_path)
+        StoreReader(tmp_path)
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
@@ -213,7 +213,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     asyncio.run(fill(tmp_path, [make_results(make_delays(5))]))
     left = segments.listing(tmp_path, "delays")[0].path.with_name("000000000099-000000000099.7.parquet.tmp")
     left.write_bytes(b"PAR1 and then nothing")
-    assert Store(tmp_path).summary().packets == 5
+    assert StoreReader(tmp_path).summary().packets == 5
     asyncio.run(fill(tmp_path, [], "run-2"))
     assert not left.exists()
 
@@ -231,11 +231,11 @@ def test_merging_changes_the_files_and_not_the_rows(tmp_path):
         for each in results:
             await sink.write(each)
         await sink._submit()
-        before = {t: Store(tmp_path).segments(t) for t in segments.TABLES}
-        summaries = [Store(tmp_path).summary(source=source).as_dict() for source in ("rows", "windows")]
+        before = {t: StoreReader(tmp_path).segments(t) for t in segments.TABLES}
+        summaries = [StoreReader(tmp_path).summary(source=source).as_dict() for source in ("rows", "windows")]
         assert sink.merge() > 200
-        after = {t: Store(tmp_path).segments(t) for t in segments.TABLES}
-        assert [Store(tmp_path).summary(source=source).as_dict() for source in ("rows", "windows")] == summaries
+        after = {t: StoreReader(tmp_path).segments(t) for t in segments.TABLES}
+        assert [StoreReader(tmp_path).summary(source=source).as_dict() for source in ("rows", "windows")] == summaries
         await sink.aclose()
         return before, after
 
@@ -320,8 +320,8 @@ def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
     assert victim.exists()
     assert len(segments.listing(tmp_path, "delays")) < 60, "the others are merged around it"
     with pytest.raises(StoreError, match=victim.name):
-        Store(tmp_path).summary(source="rows")
-    read = Store(tmp_path, skip_damaged=True)
+        StoreReader(tmp_path).summary(source="rows")
+    read = StoreReader(tmp_path, skip_damaged=True)
     assert read.delays().num_rows == sum(s.rows for s in read.segments("delays"))
     assert list(read.damaged) == [victim]
     assert read.rows_damaged() > 0
@@ -471,8 +471,8 @@ def test_rows_that_cannot_be_written_are_counted_and_told(tmp_path):
     sink = asyncio.run(asyncio.wait_for(run(), 60))
     assert (sink.rows_stored, sink.rows_not_stored) == (len(small), len(large))
     assert not list(tmp_path.rglob("*.tmp"))
-    summary = Store(tmp_path).summary()
-    assert Store(tmp_path).delays().num_rows == len(small)
+    summary = StoreReader(tmp_path).summary()
+    assert StoreReader(tmp_path).delays().num_rows == len(small)
     assert summary.rows_not_stored == len(large), "a report says so, too"
     assert any("could not be written" in line for line in summary.losses())
 
@@ -492,7 +492,7 @@ def test_devices_may_be_appended_during_a_run(tmp_path):
     second.device[:] = at[second.device]
     results = [make_results(first), make_results(second, devices=grown)]
     asyncio.run(fill(tmp_path, results))
-    devices = {(k[0].container, k[0].device) for k, _ in Store(tmp_path).summary().rows()}
+    devices = {(k[0].container, k[0].device) for k, _ in StoreReader(tmp_path).summary().rows()}
     assert {("c0", "eth0"), ("c1", "eth0"), ("", "vethc1")} <= devices
 
 

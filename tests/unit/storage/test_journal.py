@@ -4,16 +4,16 @@ import pytest
 
 from contracts.errors import StoreError
 from storage import journal
-from storage.journal import FIRST_SLICE_NS, Commit, Journal, Kind
+from storage.journal import FIRST_SLICE_NS, Commit, EntryKind, Journal
 
 
 def written(path, *entries):
     kept = Journal(path, fsync=False)
     kept.open()
-    places = [kept.append(*entry) for entry in entries]
+    positions = [kept.append(*entry) for entry in entries]
     kept.sync(kept.taken())
     kept.close()
-    return places
+    return positions
 
 
 def read(path):
@@ -26,15 +26,15 @@ def read(path):
 
 
 def test_entries_come_back_in_order_over_several_files(tmp_path):
-    first = written(tmp_path, (Kind.FRAME, "a", b"1"), (Kind.SNAPSHOT, "naïve", b""))
-    second = written(tmp_path, (Kind.FRAME, "a", b"2"))
+    first = written(tmp_path, (EntryKind.FRAME, "a", b"1"), (EntryKind.SNAPSHOT, "naïve", b""))
+    second = written(tmp_path, (EntryKind.FRAME, "a", b"2"))
     found = read(tmp_path)
     assert [(e.kind, e.host, e.payload) for e in found] == [
-        (Kind.FRAME, "a", b"1"),
-        (Kind.SNAPSHOT, "naïve", b""),
-        (Kind.FRAME, "a", b"2"),
+        (EntryKind.FRAME, "a", b"1"),
+        (EntryKind.SNAPSHOT, "naïve", b""),
+        (EntryKind.FRAME, "a", b"2"),
     ]
-    assert [e.place for e in found] == [*first, *second]
+    assert [e.position for e in found] == [*first, *second]
     assert first + second == sorted(first + second)
 
 
@@ -52,17 +52,17 @@ def test_a_commit_says_flush_and_place(tmp_path):
 
 @pytest.mark.parametrize("cut", range(1, 18))
 def test_a_half_written_entry_was_never_there(tmp_path, cut):
-    written(tmp_path, (Kind.FRAME, "a", b"whole"), (Kind.FRAME, "b", b"half!"))
+    written(tmp_path, (EntryKind.FRAME, "a", b"whole"), (EntryKind.FRAME, "b", b"half!"))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-cut])
     assert [e.host for e in read(tmp_path)] == ["a"]
 
 
 def test_a_damaged_entry_ends_what_is_believed(tmp_path):
-    places = written(tmp_path, *((Kind.FRAME, name, b"payload") for name in "abc"))
+    positions = written(tmp_path, *((EntryKind.FRAME, name, b"payload") for name in "abc"))
     (path,) = tmp_path.iterdir()
     data = bytearray(path.read_bytes())
-    data[places[2][1] - 1] ^= 1
+    data[positions[2][1] - 1] ^= 1
     path.write_bytes(data)
     assert [e.host for e in read(tmp_path)] == ["a"]
 
@@ -70,7 +70,7 @@ def test_a_damaged_entry_ends_what_is_believed(tmp_path):
 def test_what_was_not_synced_is_not_there(tmp_path):
     kept = Journal(tmp_path, fsync=False)
     kept.open()
-    kept.append(Kind.FRAME, "a", b"1")
+    kept.append(EntryKind.FRAME, "a", b"1")
     kept.close()
     assert read(tmp_path) == []
 
@@ -80,11 +80,11 @@ def test_files_go_when_nobody_needs_them(tmp_path, monkeypatch):
     kept = Journal(tmp_path, fsync=False)
     kept.open()
     for n in range(6):
-        kept.append(Kind.FRAME, "a", b"%d" % n * 30)
+        kept.append(EntryKind.FRAME, "a", b"%d" % n * 30)
         kept.sync(kept.taken())
         if kept.is_full:
             kept.rotate()
-    newest = kept.place[0]
+    newest = kept.position[0]
     kept.forget_before(newest - 1)
     kept.close()
     assert [int(path.stem) for path in sorted(tmp_path.iterdir())] == [newest - 1, newest]
@@ -97,19 +97,21 @@ def test_a_journal_that_cannot_be_is_an_error_of_the_store(tmp_path):
 
 
 def test_damage_is_told_with_what_it_costs(tmp_path, caplog):
-    places = written(tmp_path, (Kind.FRAME, "a", b"one"), (Kind.FRAME, "a", b"two"), (Kind.FRAME, "a", b"three"))
+    positions = written(
+        tmp_path, (EntryKind.FRAME, "a", b"one"), (EntryKind.FRAME, "a", b"two"), (EntryKind.FRAME, "a", b"three")
+    )
     (path,) = tmp_path.iterdir()
     raw = bytearray(path.read_bytes())
-    raw[places[2][1] - 1] ^= 1
+    raw[positions[2][1] - 1] ^= 1
     path.write_bytes(raw)
     assert [e.payload for e in read(tmp_path)] == [b"one"]
-    left = len(raw) - places[1][1]
-    assert f"damaged at byte {places[1][1]}: its last {left} bytes are not read" in caplog.text
+    left = len(raw) - positions[1][1]
+    assert f"damaged at byte {positions[1][1]}: its last {left} bytes are not read" in caplog.text
 
 
 def test_an_entry_of_a_kind_that_is_not_known_is_read_and_hides_nothing_behind_it(tmp_path):
-    written(tmp_path, (9, "a", b"later"), (Kind.FRAME, "b", b"1"))
-    assert [(e.kind, e.host, e.payload) for e in read(tmp_path)] == [(9, "a", b"later"), (Kind.FRAME, "b", b"1")]
+    written(tmp_path, (9, "a", b"later"), (EntryKind.FRAME, "b", b"1"))
+    assert [(e.kind, e.host, e.payload) for e in read(tmp_path)] == [(9, "a", b"later"), (EntryKind.FRAME, "b", b"1")]
 
 
 def test_a_commit_of_another_version_is_told(tmp_path):
@@ -118,7 +120,7 @@ def test_a_commit_of_another_version_is_told(tmp_path):
 
 
 def test_entries_that_are_set_aside_are_kept_in_the_same_form_once(tmp_path):
-    written(tmp_path, (Kind.FRAME, "a", b"1"), (Kind.FRAME, "a", b"2"), (Kind.FRAME, "b", b"3"))
+    written(tmp_path, (EntryKind.FRAME, "a", b"1"), (EntryKind.FRAME, "a", b"2"), (EntryKind.FRAME, "b", b"3"))
     for _ in range(2):
         kept = Journal(tmp_path, fsync=False)
         kept.open()
@@ -128,4 +130,7 @@ def test_entries_that_are_set_aside_are_kept_in_the_same_form_once(tmp_path):
         (path,) = paths
         assert path == tmp_path / "0000000001.aside"
         found = journal._entries(1, path)
-        assert [(e.kind, e.host, e.payload) for e in found] == [(Kind.FRAME, "a", b"1"), (Kind.FRAME, "b", b"3")]
+        assert [(e.kind, e.host, e.payload) for e in found] == [
+            (EntryKind.FRAME, "a", b"1"),
+            (EntryKind.FRAME, "b", b"3"),
+        ]

@@ -15,10 +15,10 @@ from contracts.metrics import MEASUREMENTS
 from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTripRows, RoundTrips, Segment
 from contracts.topology import Device, Role, Sharer
 from storage.lines import Budget, StreamLines, key
-from tests.made_results import HEADER, START_NS, make_delays, make_results, make_windows, topology
+from tests.durations import S
+from tests.made_results import HEADER, START_NS, delays_of, make_delays, make_results, make_windows, topology
 
 DEVICES = topology(2)
-S = 1_000_000_000
 
 
 def naive(delays, devices):
@@ -89,12 +89,10 @@ def test_any_rows_in_any_batches(batches):
         time, device, direction, segment, position, delay, l3_len, grade, outcome = (
             map(np.array, zip(*batch, strict=True)) if batch else [np.zeros(0, np.int64)] * 9
         )
-        delays = Delays(
-            utc_ns=START_NS + time, packet=np.arange(len(batch), dtype=np.uint64) + np.uint64(100 * number),
-            device=device.astype("i4"), direction=direction.astype("u1"), segment=segment.astype("u1"),
-            position=np.where(segment == Segment.OVERHEAD, 255, position).astype("u1"),
-            delay_ns=delay.astype("i8"), l3_len=l3_len.astype("u4"), grade=grade.astype("u1"),
-            outcome=outcome.astype("u1"), drop_reason=np.zeros(len(batch), "u2"), waited=np.zeros(len(batch), "?"),
+        delays = delays_of(
+            len(batch), utc_ns=START_NS + time, packet=np.arange(len(batch)) + 100 * number,
+            device=device, direction=direction, segment=segment, delay_ns=delay, l3_len=l3_len, grade=grade,
+            position=np.where(segment == Segment.OVERHEAD, 255, position), outcome=outcome,
         )  # fmt: skip
         text += encoded(lines, delays, most=5)
         expected += naive(delays, DEVICES)

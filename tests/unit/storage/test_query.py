@@ -19,8 +19,8 @@ from contracts.topology import Sharer
 from mace.shown import tables as shown_tables
 from storage import query, segments, sql, tables
 from storage.embedded import EmbeddedStore
-from storage.query import Filter, Store
-from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
+from storage.query import Filter, StoreReader
+from tests.made_results import START_NS, delays_of, header, make_delays, make_results, make_windows, topology
 from tests.unit.storage.stored import fill
 
 
@@ -62,7 +62,8 @@ def stretches(draw):
     rows = draw(st.integers(1, 120))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     largest = draw(st.sampled_from([1, 200, 10**5, 10**9, 2**41]))
-    delays = Delays(
+    delays = delays_of(
+        rows,
         utc_ns=START_NS + rng.integers(0, draw(st.sampled_from([10**9, 4 * 10**12])), rows),
         packet=rng.integers(1, 40, rows).astype("<u8"),
         device=rng.integers(0, 7, rows).astype("<i4"),
@@ -73,8 +74,6 @@ def stretches(draw):
         l3_len=rng.integers(20, 1500, rows).astype("<u4"),
         grade=rng.integers(0, 4, rows).astype("u1"),
         outcome=rng.integers(0, 3, rows).astype("u1"),
-        drop_reason=np.zeros(rows, "u2"),
-        waited=np.zeros(rows, "?"),
     )
     cuts = sorted(draw(st.lists(st.integers(0, rows), max_size=4)))
     return delays, [0, *cuts, rows]
@@ -93,7 +92,7 @@ def test_what_is_stored_is_what_is_reported(tmp_path_factory, stretch, windows_o
         results.append(make_results(part, containers=2, windows=(*make_windows(part), *make_windows(part, 10))))
         live.add(results[-1])
     fill(path, results, rows=not windows_only, flush_rows=30)
-    store = Store(path)
+    store = StoreReader(path)
     expected = naive(delays, topology(2))
     summary = store.summary()
     assert told(summary) == expected
@@ -109,7 +108,7 @@ def stored(tmp_path_factory):
     path = tmp_path_factory.mktemp("store")
     delays = make_delays(2000, containers=3, seed=7)
     fill(path, [make_results(delays, containers=3, windows=make_windows(delays))], flush_rows=2000)
-    return Store(path), delays
+    return StoreReader(path), delays
 
 
 @pytest.mark.slow
@@ -207,7 +206,7 @@ def test_runs_and_their_ledgers_add_up(tmp_path):
     fill(tmp_path, [make_results(make_delays(5), ledger=one)], "a")
     later = make_delays(5, start_ns=START_NS + 10**12)
     fill(tmp_path, [make_results(later, ledger=two)], head=header("b", source="kmod"))
-    store = Store(tmp_path)
+    store = StoreReader(tmp_path)
     assert [(r.run, r.source, r.ledger, r.closed) for r in store.runs()] == [
         ("a", "synthetic", one, True),
         ("b", "kmod", two, True),
@@ -226,7 +225,7 @@ def test_rows_of_one_run_and_windows_of_another(tmp_path):
     first, second = make_delays(100), make_delays(150, seed=3, start_ns=START_NS + 10**12)
     fill(tmp_path, [make_results(first, windows=make_windows(first))], "a")
     fill(tmp_path, [make_results(second, windows=make_windows(second))], "b", rows=False)
-    summary = Store(tmp_path).summary()
+    summary = StoreReader(tmp_path).summary()
     assert told(summary) == naive(Delays.concatenate([first, second]), topology())
     assert "run b" in summary.note
 
@@ -241,7 +240,7 @@ def test_devices_of_the_same_names_are_told_apart(tmp_path):
     later = make_delays(40, first_packet=40)
     later.device[:] += len(before)
     fill(tmp_path, [make_results(delays), make_results(later, devices=before + after)])
-    summary = Store(tmp_path).summary()
+    summary = StoreReader(tmp_path).summary()
     inner = [(k[0].netns_id, d.count) for k, d in summary.rows(Segment.OVERHEAD) if k[1] is Direction.EGRESS]
     assert inner == [(99, 20), (4026532000, 20)]
     assert len([o for o in summary.as_dict()["overhead"] if o["direction"] == "egress"]) == 2
@@ -249,15 +248,15 @@ def test_devices_of_the_same_names_are_told_apart(tmp_path):
 
 def test_what_is_no_store(tmp_path):
     with pytest.raises(StoreError, match="no such directory"):
-        Store(tmp_path / "nowhere")
+        StoreReader(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="not a MACE store"):
-        Store(tmp_path)
+        StoreReader(tmp_path)
 
 
 @pytest.mark.slow
 def test_an_empty_store_has_an_empty_summary(tmp_path):
     fill(tmp_path, [])
-    store = Store(tmp_path)
+    store = StoreReader(tmp_path)
     summary = store.summary()
     assert (summary.rows(), summary.ledger, summary.packets) == ([], Ledger(), 0)
     assert store.typical_paths() == store.series() == store.worst(3) == []
@@ -273,8 +272,8 @@ def test_a_damaged_segment_is_named(tmp_path, how):
     half = len(data) // 2
     victim.path.write_bytes({"truncated": data[:half], "empty": b"", "overwritten": b"\0" * len(data)}[how])
     with pytest.raises(StoreError, match=rf"{victim.path.name}.*damaged.*{victim.rows} rows"):
-        Store(tmp_path).summary()
-    store = Store(tmp_path, skip_damaged=True)
+        StoreReader(tmp_path).summary()
+    store = StoreReader(tmp_path, skip_damaged=True)
     summary = store.summary()
     assert sum(d.count for _, d in summary.rows()) == sum(s.rows for s in store.segments("delays"))
     assert f"1 damaged segments ({victim.rows:,} rows) were skipped" in summary.note
@@ -287,7 +286,7 @@ def test_a_reader_outlives_merging_and_retention(tmp_path):
     seen, stop = [], threading.Event()
 
     def read():
-        store = Store(tmp_path)
+        store = StoreReader(tmp_path)
         while not stop.is_set():
             seen.append(store.delays(columns=["delay_ns"]).num_rows)
 
@@ -307,7 +306,7 @@ def test_a_reader_outlives_merging_and_retention(tmp_path):
     asyncio.run(write())
     assert seen == sorted(seen)
     assert all(n % rows == 0 for n in seen)
-    assert Store(tmp_path).delays().num_rows == flushes * rows
+    assert StoreReader(tmp_path).delays().num_rows == flushes * rows
 
 
 def test_grades_are_stored_with_the_ledger(tmp_path):
@@ -315,7 +314,7 @@ def test_grades_are_stored_with_the_ledger(tmp_path):
     for run, start in (("a", START_NS), ("b", START_NS + 10**12)):
         results = replace(make_results(make_delays(9, start_ns=start)), grades=graded)
         fill(tmp_path, [results], run)
-    store = Store(tmp_path)
+    store = StoreReader(tmp_path)
     assert [run.grades for run in store.runs()] == [graded, graded]
     found = store.summary()
     assert found.grades == graded + graded
@@ -339,7 +338,7 @@ def test_a_ledger_of_before_there_were_grades(tmp_path):
     for each in segments.listing(tmp_path, "ledger"):
         rows = pq.read_table(each.path, partitioning=None)
         pq.write_table(rows.drop_columns(list(tables.GRADES.values())), each.path)
-    assert [run.grades for run in Store(tmp_path).runs()] == [Grades(buffer=9)]
+    assert [run.grades for run in StoreReader(tmp_path).runs()] == [Grades(buffer=9)]
     later = [make_results(make_delays(3, start_ns=START_NS + 1_000_000 * n)) for n in range(2 * segments.FAN_IN)]
 
     async def more():
@@ -353,7 +352,7 @@ def test_a_ledger_of_before_there_were_grades(tmp_path):
         return merged
 
     assert asyncio.run(more()) > 10
-    assert [run.grades for run in Store(tmp_path).runs()] == [Grades(buffer=9), Grades(exact=3)]
+    assert [run.grades for run in StoreReader(tmp_path).runs()] == [Grades(buffer=9), Grades(exact=3)]
     assert all("packets_exact" in pq.read_schema(s.path).names for s in segments.listing(tmp_path, "ledger"))
     assert len(segments.listing(tmp_path, "ledger")) < segments.FAN_IN
 
@@ -394,7 +393,7 @@ def renaming(path, *names, containers=1):
     """A store of several flushes: its first container had these (name, id) one after the other."""
     for number, (name, container_id) in enumerate(names):
         fill(path, [stretch(number, name, container_id, containers)], f"run-{number}")
-    return Store(path)
+    return StoreReader(path)
 
 
 def containers_of(summary):
@@ -462,14 +461,14 @@ def test_a_store_of_before_there_were_ids_reads_the_same(tmp_path):
         for each in segments.listing(tmp_path, table):
             rows = pq.read_table(each.path, partitioning=None)
             pq.write_table(rows.drop_columns([column]), each.path)
-    store = Store(tmp_path)
+    store = StoreReader(tmp_path)
     assert store.summary().as_dict() == before
     for source in ("rows", "windows"):
         assert told(store.summary(source=source)) == told(store.summary())
     assert store.sharers() == ()
     # Next to rows of today, and merged with them.
     fill(tmp_path, [stretch(2, "web", ID, 2)], "now")
-    assert containers_of(Store(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
+    assert containers_of(StoreReader(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
     later = [stretch(3 + n, "web", ID, 2) for n in range(2 * segments.FAN_IN)]
 
     async def more():
@@ -480,10 +479,10 @@ def test_a_store_of_before_there_were_ids_reads_the_same(tmp_path):
         await sink.aclose()
         return EmbeddedStore.merge(sink)
 
-    count = Store(tmp_path).delays().num_rows
+    count = StoreReader(tmp_path).delays().num_rows
     asyncio.run(more())
-    assert Store(tmp_path).delays().num_rows > count
-    assert containers_of(Store(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
+    assert StoreReader(tmp_path).delays().num_rows > count
+    assert containers_of(StoreReader(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
 
 
 def test_columns_of_today_are_made_for_rows_of_before():
@@ -505,7 +504,7 @@ def test_a_damaged_segment_of_windows_costs_names_and_nothing_else(tmp_path):
     data = bytearray(last.path.read_bytes())
     data[len(data) // 2] ^= 1
     last.path.write_bytes(data)
-    summary = Store(tmp_path).summary(source="rows")
+    summary = StoreReader(tmp_path).summary(source="rows")
     assert {k[0].container for k, _ in summary.overhead()} == {"web-tmp", "web"}
     assert told(summary).keys() == told(store.summary(source="rows")).keys()
 
@@ -517,7 +516,7 @@ def test_containers_on_the_host_s_network_are_kept_with_the_ledger(tmp_path):
     fill(tmp_path, [replace(one, on_host_network=(agent, image)), replace(one, on_host_network=())], "a")
     later = make_results(make_delays(9, start_ns=START_NS + 10**12))
     fill(tmp_path, [replace(later, on_host_network=(Sharer("agent-2", ID),))], "b")
-    store = Store(tmp_path)
+    store = StoreReader(tmp_path)
     # The first was gone when its flush was written; the second had another name by then.
     assert store.sharers() == (Sharer("agent-2", ID), image)
     assert store.summary().on_host_network == ["agent-2", "image.sif[7]"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from contracts.errors import StoreError
 from storage import segments
-from storage.segments import FAN_IN, FULL_ROWS, HOUR_NS, MERGED_ROWS, Segment, listing, mergeable, partition, retain
+from storage.segments import FAN_IN, FULL_ROWS, HOUR_NS, MERGED_ROWS, SegmentFile, listing, mergeable, partition, retain
 
 HOUR = 486_111  # 2025-06-15 15:00 UTC
 
@@ -101,7 +101,7 @@ def test_flush_numbers_only_grow(tmp_path):
 
 def made(rows, hour=HOUR, first=1):
     return [
-        Segment("delays", hour, first + i, first + i, n, segments.Path(f"{hour}/{first + i}"))
+        SegmentFile("delays", hour, first + i, first + i, n, segments.Path(f"{hour}/{first + i}"))
         for i, n in enumerate(rows)
     ]
 
@@ -146,7 +146,7 @@ def test_merging_repeatedly_ends():
             break
         for g in groups:
             live = [s for s in live if s not in g]
-            live.append(Segment("delays", HOUR, g[0].first, g[-1].last, sum(s.rows for s in g), g[0].path))
+            live.append(SegmentFile("delays", HOUR, g[0].first, g[-1].last, sum(s.rows for s in g), g[0].path))
         live.sort()
     assert mergeable(live) == []
     assert sum(s.rows for s in live) == 500_001

@@ -12,7 +12,7 @@ import pytest
 
 from collector.ftrace import source as ftrace_source
 from collector.ftrace import tracefs
-from collector.ftrace.rings import Taken
+from collector.ftrace.rings import TakenPages
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.gaps import settle
 from collector.machine.kernel import cpu_list
@@ -21,15 +21,14 @@ from contracts.hooks import HOOKS, Hook
 from contracts.interfaces import Progress
 from contracts.records import Batch
 from contracts.topology import Device, Topology
+from tests.durations import MS
 from tests.made_devices import MadeFollower
-from tests.ring_pages import EVENTS, Page, format_text, formats, layout, payload
+from tests.ring_pages import EVENTS, FORMS, Page, format_text, layout, payload
 
-FORMS = {form.event: form for form in formats()}
 HEADER_PAGE = (
     "\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n\tfield: local_t commit;\toffset:8;\tsize:8;\tsigned:1;\n"
     "\tfield: char data;\toffset:16;\tsize:4080;\tsigned:0;\n"
 )
-MS = 1_000_000
 
 
 def page(*events, missed=None):
@@ -118,7 +117,7 @@ class FakeKernel:
                 found = kernel.rings[self.cpu].popleft() if kernel.rings[self.cpu] else []
                 for i, one in enumerate(found):
                     into.matrix[start + i] = np.frombuffer(one.bytes(), np.uint8)
-                return Taken(len(found), empty=True)
+                return TakenPages(len(found), empty=True)
 
             def fileno(self):
                 return self.fd

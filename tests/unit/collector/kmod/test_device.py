@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from collector.kmod import device
-from collector.kmod.device import DeviceInNetns, Filter, MaceDevice
+from collector.kmod.device import DeviceInNetns, MaceDevice, SessionFilter
 from contracts import abi
 from contracts.abi import Ioctl
 from contracts.errors import SourceError, Unavailable
@@ -142,7 +142,7 @@ def test_there_is_no_module_here(tmp_path):
 
 
 def test_setup_asks_for_what_was_wanted(module, opened):
-    wanted = Filter(
+    wanted = SessionFilter(
         netns=(None, "/proc/self/ns/net"),
         devices=(DeviceInNetns(7), DeviceInNetns(8, "/proc/self/ns/net")),
         l4_protocols=(6, 255),
@@ -192,11 +192,11 @@ def test_bounds_are_told_before_the_kernel_refuses_them(module, opened):
     with pytest.raises(Unavailable, match="max_ring_mib"):
         opened.setup(subbuf_bytes=1 << 22, subbufs=32, watermark=2, flush_ms=100)
     with pytest.raises(Unavailable, match="/nowhere/ns: No such file"):
-        set_up(opened, wanted=Filter(netns=("/nowhere/ns",)))
+        set_up(opened, wanted=SessionFilter(netns=("/nowhere/ns",)))
     assert not [name for name, _ in module.asked if name is Ioctl.SETUP]
     for wrong in ({"sample_shift": 32}, {"l4_protocols": (256,)}, {"netns": (None,) * 17}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Filter(**wrong)
+            SessionFilter(**wrong)
 
 
 def test_a_count_of_rings_that_does_not_fit(module, opened, monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from collector.kmod.device import Taken
+from collector.kmod.device import TakenSubBuffers
 from collector.kmod.ring import CpuRing
 from contracts.errors import SourceError
 from tests.made_rings import MadeRing, record
@@ -125,7 +125,7 @@ def test_heads_that_cannot_be(field, value, told):
         ring.take(flush=True)
 
 
-@pytest.mark.parametrize("taken", [Taken(0, 5, 0), Taken(1, 1, 0), Taken(7, 0, 0)])
+@pytest.mark.parametrize("taken", [TakenSubBuffers(0, 5, 0), TakenSubBuffers(1, 1, 0), TakenSubBuffers(7, 0, 0)])
 def test_answers_that_cannot_be(taken):
     made = MadeRing()
     ring = CpuRing(0, made.memory, made.subbuf_bytes, made.subbufs, lambda **_: taken)

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from collector.kmod import source as kmod_source
-from collector.kmod.device import Filter
+from collector.kmod.device import SessionFilter
 from collector.kmod.source import KmodConfig, KmodSource
+from contracts.abi import ABI_MAJOR, ABI_MINOR, HOOK_SLOTS
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
 from contracts.interfaces import Progress
 from contracts.records import Batch, Flag
 from contracts.topology import Device, Topology
+from tests.durations import MS
 from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
 
-MS = 1_000_000
 BEGAN = 1000 * MS
 CONFIG = KmodConfig(ring_kib_per_cpu=64, hold_back_ms=50)
 
@@ -127,8 +128,10 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
 
 def test_only_hooks_that_are_asked_for_and_there(kernel):
     kernel.module.hello = replace(kernel.module.hello, hooks=(Hook.NETIF_RX, Hook.KFREE_SKB))
-    kernel.run(nothing, config=replace(CONFIG, wanted=Filter(hooks=(Hook.NETIF_RX, Hook.CONSUME_SKB), sample_shift=3)))
-    assert kernel.module.wanted == Filter(hooks=(Hook.NETIF_RX,), sample_shift=3)
+    kernel.run(
+        nothing, config=replace(CONFIG, wanted=SessionFilter(hooks=(Hook.NETIF_RX, Hook.CONSUME_SKB), sample_shift=3))
+    )
+    assert kernel.module.wanted == SessionFilter(hooks=(Hook.NETIF_RX,), sample_shift=3)
     assert kernel.header.hooks == ("net:netif_rx",)
     kernel.module.hello = replace(kernel.module.hello, hooks=())
     with pytest.raises(Unavailable, match="none of the hooks"):
@@ -315,8 +318,8 @@ def test_time_that_goes_back_in_a_ring_is_not_believed(kernel):
 
 
 def test_a_hook_that_was_not_asked_for_is_not_believed(kernel):
-    with pytest.raises(SourceError, match="a record of hook 9"):
-        kernel.run(lambda m: m.write(0, BEGAN + 10, 9), nothing, nothing)
+    with pytest.raises(SourceError, match="a record of hook 15"):
+        kernel.run(lambda m: m.write(0, BEGAN + 10, HOOK_SLOTS - 1), nothing, nothing)
 
 
 def test_late_records_are_counted(kernel):
@@ -384,7 +387,10 @@ def test_the_readable_device_ends_a_pause(kernel, monkeypatch):
 def test_check_says_what_is_there_or_missing(kernel):
     status = KmodSource.check(lambda: kernel.module)
     assert status.ok
-    assert "ABI 1.1: 8 of 8 hooks; sees every network namespace" in status.detail
+    assert (
+        f"ABI {ABI_MAJOR}.{ABI_MINOR}: {len(HOOKS)} of {len(HOOKS)} hooks; sees every network namespace"
+        in status.detail
+    )
     assert "netif_rx 40 ns" in status.detail
     assert kernel.module.log == ["close"]
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from collector.pages.decoding import Gap, PageDecoder, Sightings, Stretch, page_buffer
 from contracts.errors import SourceError
 from contracts.hooks import BY_TRACEPOINT, Hook, Way
-from tests.ring_pages import EVENTS, Page, formats, layout, payload, simple_decode
+from tests.ring_pages import EVENTS, FORMS, Page, formats, layout, payload, simple_decode
 
-FORMS = {form.event: form for form in formats()}
 KEY = (1, 2, 3)
 
 

@@ -16,7 +16,7 @@ from collector.pcap.unpacked_file import unpacked_head
 from collector.reading.options import FileOptions
 from contracts.errors import CaptureError
 from contracts.schema import Direction
-from tests.made_pcap import Frame, block, ng_interface, ng_packet, ng_section, option, pcap, pcapng, written
+from tests.made_pcap import PcapFrame, block, ng_interface, ng_packet, ng_section, option, pcap, pcapng, written
 from tests.places import GOLDEN
 from tests.unit.collector.pcap.test_source import FRAME, T, engine_results, overheads, rows, traffic
 
@@ -172,7 +172,7 @@ def test_another_device_on_demand(replayed, at_outer, outer, name):
     content = (CAPTURES / "at-any.pcap").read_bytes() if outer == "any" else ng_of_devices()
     inner = (CAPTURES / "at-eth0.pcap").read_bytes()
     found, _, source = replayed(inner, content, outer_device=name)
-    bridge = pcap([Frame(utc_ns, data) for utc_ns, device, data in any_packets() if device == 3], link=276)
+    bridge = pcap([PcapFrame(utc_ns, data) for utc_ns, device, data in any_packets() if device == 3], link=276)
     assert found == replayed(inner, bridge)[0] != at_outer[0]
     assert len(source.warnings) == 1
     with pytest.raises(CaptureError, match=r"no packet of a device '7', as --outer-device names; there are: .*3"):
@@ -215,14 +215,14 @@ def test_where_the_outer_device_is_not_clear_the_user_says_it(replayed):
 
 def test_where_no_device_is_told_packets_that_are_there_several_times_have_no_delay(replayed, at_outer):
     inner = (CAPTURES / "at-eth0.pcap").read_bytes()
-    cooked = [Frame(utc_ns, sll(data)) for utc_ns, _, data in any_packets()]
+    cooked = [PcapFrame(utc_ns, sll(data)) for utc_ns, _, data in any_packets()]
     found, last, source = replayed(inner, pcap(cooked, link=113))
     assert found == []
     assert last.ledger.records == last.ledger.unmatched == 80
     (line,) = [line for line in source.warnings if "LINUX_SLL" in line]
     assert "60 packets occur several times and have no delay" in line
     # Of one device they are there once.
-    outer = [Frame(utc_ns, sll(data)) for utc_ns, device, data in any_packets() if device == 2]
+    outer = [PcapFrame(utc_ns, sll(data)) for utc_ns, device, data in any_packets() if device == 2]
     assert replayed(inner, pcap(outer, link=113))[0] == at_outer[0]
 
 
@@ -233,7 +233,7 @@ def test_merged_captures_of_two_devices_never_give_the_nearer_one(replayed, seed
     out = {utc for utc, way, _ in truth if way == Direction.EGRESS}
     near = [(t + (1 if t in out else -1), frame) for t, frame in zip(inner[1].tolist(), inner[0], strict=True)]
     both = sorted(near + list(zip(outer[1].tolist(), outer[0], strict=True)), key=lambda row: row[0])
-    found, _, source = replayed(written(*inner), pcap([Frame(t, frame.tobytes()) for t, frame in both]))
+    found, _, source = replayed(written(*inner), pcap([PcapFrame(t, frame.tobytes()) for t, frame in both]))
     assert set(found) <= set(truth)
     assert any("cannot be told from others with the same content" in line for line in source.warnings)
 
@@ -280,7 +280,7 @@ WRAPPED = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_packets_behind_tags_and_labels_are_the_same_packets(replayed, name):
     inner, outer, truth = traffic(60)
-    wrapped = [Frame(one.utc_ns, WRAPPED[name](one.data)) for one in rows(*outer)]
+    wrapped = [PcapFrame(one.utc_ns, WRAPPED[name](one.data)) for one in rows(*outer)]
     found, last, source = replayed(written(*inner), pcap(wrapped))
     assert found == truth
     assert source.warnings == []
@@ -290,8 +290,8 @@ def test_packets_behind_tags_and_labels_are_the_same_packets(replayed, name):
 @pytest.mark.parametrize("name", WRAPPED)
 @pytest.mark.parametrize("size", [13, 15, 17, 21, 40])
 def test_cut_inside_of_tags_and_labels(replayed, name, size):
-    cut = pcap([Frame(T + 9, WRAPPED[name](FRAME))], snap=size)
-    found, _, source = replayed(pcap([Frame(T, FRAME)]), cut)
+    cut = pcap([PcapFrame(T + 9, WRAPPED[name](FRAME))], snap=size)
+    found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), cut)
     assert found == []
     assert any("were cut too short" in line for line in source.warnings)
 
@@ -299,7 +299,7 @@ def test_cut_inside_of_tags_and_labels(replayed, name, size):
 def test_cooked_frames_with_a_tag(replayed):
     inner, outer, truth = traffic(60)
     cooked = [
-        Frame(one.utc_ns, struct.pack(">HHIHBB8s", 0x8100, 0, 3, 1, 4, 6, bytes(8)) + b"\0\x64" + one.data[12:])
+        PcapFrame(one.utc_ns, struct.pack(">HHIHBB8s", 0x8100, 0, 3, 1, 4, 6, bytes(8)) + b"\0\x64" + one.data[12:])
         for one in rows(*outer)
     ]
     assert replayed(written(*inner), pcap(cooked, link=276))[0] == truth
@@ -317,7 +317,7 @@ def test_what_is_beside_the_link_type(replayed, order, present, fcs_bytes):
     field = 1 | fcs_bytes // 2 << 28 | present << 26 | 0x03FF0000 | 1 << 27
     field &= 0xFFFFFFFF
     behind = bytes(fcs_bytes if present else 0)
-    frames = [Frame(one.utc_ns, one.data + behind) for one in rows(*outer)]
+    frames = [PcapFrame(one.utc_ns, one.data + behind) for one in rows(*outer)]
     found, _, source = replayed(written(*inner), pcap(frames, order=order, link=field))
     assert found == truth
     with PcapFile(source._paths[1]) as file:
@@ -397,12 +397,12 @@ def test_a_bomb_is_refused(replayed):
     bomb = zstandard.compress(pcap([]) + bytes(64 << 20))
     assert len(bomb) < 10_000
     with pytest.raises(CaptureError, match="which no capture does"):
-        replayed(pcap([Frame(T, FRAME)]), bomb)
+        replayed(pcap([PcapFrame(T, FRAME)]), bomb)
 
 
 def test_what_is_compressed_otherwise_is_said(replayed):
     with pytest.raises(CaptureError, match="compressed with lz4, which MACE does not read: unpack it first"):
-        replayed(pcap([Frame(T, FRAME)]), b"\x04\x22\x4d\x18" + bytes(60))
+        replayed(pcap([PcapFrame(T, FRAME)]), b"\x04\x22\x4d\x18" + bytes(60))
 
 
 def test_blocks_with_and_without_a_time(replayed):
@@ -468,7 +468,7 @@ def test_clocks_of_any_resolution(tmp_path, tsresol):
 def test_times_that_cannot_be_are_left_out_and_counted(replayed, tsresol, offset_s, ticks):
     good = ng_section("<") + ng_interface("<", tsresol=9) + ng_interface("<", tsresol=tsresol, offset_s=offset_s)
     bad = block(6, struct.pack("<IIIII", 1, ticks >> 32, ticks & 0xFFFFFFFF, len(FRAME), len(FRAME)) + FRAME, "<")
-    found, _, source = replayed(pcap([Frame(T, FRAME)]), good + ng_packet("<", 0, T + 7, FRAME) + bad)
+    found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), good + ng_packet("<", 0, T + 7, FRAME) + bad)
     assert [delay for _, _, delay in found] == [7]
     assert source.discarded == 1
     assert any("with a time before 1970 or after 2116: left out" in line for line in source.warnings)
@@ -480,18 +480,18 @@ def test_a_clock_too_fine_for_its_numbers(replayed, tsresol):
     raw = ng_section("<") + ng_interface("<", tsresol=9) + ng_interface("<", tsresol=tsresol)
     good = raw + ng_packet("<", 0, T + 7, FRAME)
     for content, discarded in ((good, 0), (good + ng_packet("<", 1, 5, FRAME, tsresol=0), 1)):
-        found, _, source = replayed(pcap([Frame(T, FRAME)]), content)
+        found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), content)
         assert [delay for _, _, delay in found] == [7]
         assert source.discarded == len(source.warnings) == discarded
     with pytest.raises(CaptureError, match=r"no packet in it can be read: 1 with a clock of (2|10)\^"):
-        replayed(pcap([Frame(T, FRAME)]), raw + ng_packet("<", 1, 5, FRAME, tsresol=0))
+        replayed(pcap([PcapFrame(T, FRAME)]), raw + ng_packet("<", 1, 5, FRAME, tsresol=0))
 
 
 def test_an_interface_with_much_to_say(replayed):
     """Its clock is told behind 3 MB of comments."""
     more = option(1, bytes(60_000), "<") * 50 + option(9, b"\x09", "<")
     raw = ng_section("<") + ng_interface("<", more=more) + ng_packet("<", 0, T + 7, FRAME)
-    found, _, source = replayed(pcap([Frame(T, FRAME)]), raw)
+    found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), raw)
     assert [delay for _, _, delay in found] == [7]
     assert source.warnings == []
 
@@ -505,8 +505,8 @@ def test_as_many_interfaces_and_kinds_as_a_file_can_have(replayed):
     raw += b"".join(ng_interface("<", link=300 + n) for n in range(count))
     raw += b"".join(ng_packet("<", n, T + 7, FRAME) for n in range(2 * count))
     with pytest.raises(CaptureError, match=r"outer one is not clear.* and 2980 more"):
-        replayed(pcap([Frame(T, FRAME)]), raw)
-    found, _, source = replayed(pcap([Frame(T, FRAME)]), raw, outer_device="77")
+        replayed(pcap([PcapFrame(T, FRAME)]), raw)
+    found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), raw, outer_device="77")
     assert [delay for _, _, delay in found] == [7]
     assert source.discarded == count
     assert len(source.warnings) == 10
@@ -517,12 +517,12 @@ def test_a_packet_of_another_kind_may_be_long(replayed):
     """As of USB or of D-Bus: longer than any packet of a network."""
     raw = ng_section("<") + ng_interface("<", tsresol=9) + ng_interface("<", link=220)
     raw += ng_packet("<", 1, T, bytes(3 << 20)) + ng_packet("<", 1, T, bytes(5 << 20)) + ng_packet("<", 0, T + 7, FRAME)
-    found, _, source = replayed(pcap([Frame(T, FRAME)]), raw)
+    found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), raw)
     assert [delay for _, _, delay in found] == [7]
     assert source.discarded == 2
     assert any("2 packets of link type 220 (USB): left out" in line for line in source.warnings)
     with pytest.raises(CaptureError, match="a block of 3145760 bytes; expected 32 to 1048576"):
-        replayed(pcap([Frame(T, FRAME)]), raw.replace(struct.pack("<HHI", 220, 0, 0), struct.pack("<HHI", 1, 0, 0)))
+        replayed(pcap([PcapFrame(T, FRAME)]), raw.replace(struct.pack("<HHI", 220, 0, 0), struct.pack("<HHI", 1, 0, 0)))
 
 
 def test_what_the_capture_itself_missed_is_said(replayed):
@@ -531,7 +531,7 @@ def test_what_the_capture_itself_missed_is_said(replayed):
         for n in (3, 12)
     ]
     raw = ng_section("<") + ng_interface("<", tsresol=9) + ng_packet("<", 0, T + 7, FRAME) + b"".join(statistics)
-    found, _, source = replayed(pcap([Frame(T, FRAME)]), raw + raw)
+    found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), raw + raw)
     assert len(found) == 0  # the same packet in two sections
     assert any("by its own statistics the capture missed 24 packets" in line for line in source.warnings)
 
@@ -548,7 +548,7 @@ def test_what_packets_say_was_missed_before_them_is_said(replayed, order):
     counted = block(5, struct.pack(order + "III", 0, 0, 0) + option(5, struct.pack(order + "Q", 3), order), order)
     raw = ng_section(order) + ng_interface(order, tsresol=9) + told + old + unknown
     for content, missed in ((raw, 14), (raw + counted, 14), (raw + counted.replace(bytes([3]), bytes([33])), 33)):
-        found, _, source = replayed(pcap([Frame(T, FRAME)]), content)
+        found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), content)
         assert [delay for _, _, delay in found] == [7]
         assert [f"capture missed {missed} packets" in line for line in source.warnings] == [True]
 
@@ -557,47 +557,51 @@ def test_what_packets_say_was_missed_before_them_is_said(replayed, order):
 @pytest.mark.parametrize("salvage", [False, True])
 def test_nanoseconds_in_a_file_that_says_microseconds(replayed, order, salvage):
     """Else a delay of 10 µs is one of 10 ms."""
-    raw = bytearray(pcap([Frame(T + n * 10**9 + 1_000_001, FRAME) for n in range(3)], order=order))
+    raw = bytearray(pcap([PcapFrame(T + n * 10**9 + 1_000_001, FRAME) for n in range(3)], order=order))
     struct.pack_into(order + "I", raw, 0, 0xA1B2C3D4)
     if not salvage:
         with pytest.raises(CaptureError, match="1000001 of 1000000 parts of a second; is the magic number"):
-            replayed(pcap([Frame(T, FRAME)]), bytes(raw))
+            replayed(pcap([PcapFrame(T, FRAME)]), bytes(raw))
         return
-    found, _, source = replayed(pcap([Frame(T, FRAME)]), bytes(raw), salvage=True)
+    found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), bytes(raw), salvage=True)
     assert (found, source.discarded) == ([], 1)
 
 
 def test_a_section_of_a_version_to_come(replayed):
     for major, minor in ((1, 0), (1, 2), (2, 0), (0, 9)):
-        raw = bytearray(pcapng([Frame(T + 7, FRAME)]))
+        raw = bytearray(pcapng([PcapFrame(T + 7, FRAME)]))
         struct.pack_into("<HH", raw, 12, major, minor)
         if major == 1:
-            assert len(replayed(pcap([Frame(T, FRAME)]), bytes(raw))[0]) == 1
+            assert len(replayed(pcap([PcapFrame(T, FRAME)]), bytes(raw))[0]) == 1
         else:
             with pytest.raises(CaptureError, match=f"a section of version {major}.{minor}, expected 1"):
-                replayed(pcap([Frame(T, FRAME)]), bytes(raw))
+                replayed(pcap([PcapFrame(T, FRAME)]), bytes(raw))
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
 def test_captures_behind_one_another(replayed, packed):
     """As `cat a.pcap b.pcap` makes them: the second's head is no packet of the year 2055."""
-    raw = packed(pcap([Frame(T + 7, FRAME)])) + packed(pcap([Frame(T + 10**9, FRAME)]))
+    raw = packed(pcap([PcapFrame(T + 7, FRAME)])) + packed(pcap([PcapFrame(T + 10**9, FRAME)]))
     with pytest.raises(CaptureError, match="another capture begins in the same file"):
-        replayed(pcap([Frame(T, FRAME)]), raw)
-    found, last, _ = replayed(pcap([Frame(T, FRAME)]), raw, salvage=True)
+        replayed(pcap([PcapFrame(T, FRAME)]), raw)
+    found, last, _ = replayed(pcap([PcapFrame(T, FRAME)]), raw, salvage=True)
     assert (len(found), last.ledger.unmatched) == (1, 0)
 
 
 def test_what_is_cut_names_the_remedy(replayed):
-    for raw in (pcap([Frame(T, FRAME)] * 2), pcapng([Frame(T, FRAME)] * 2), gzip.compress(pcap([Frame(T, FRAME)] * 2))):
+    for raw in (
+        pcap([PcapFrame(T, FRAME)] * 2),
+        pcapng([PcapFrame(T, FRAME)] * 2),
+        gzip.compress(pcap([PcapFrame(T, FRAME)] * 2)),
+    ):
         with pytest.raises(CaptureError, match="--salvage reads what is before it"):
-            replayed(pcap([Frame(T, FRAME)]), raw[:-5])
+            replayed(pcap([PcapFrame(T, FRAME)]), raw[:-5])
 
 
 def test_where_there_is_no_figure_at_all_the_reason_is_said(replayed):
-    one = pcap([Frame(T, FRAME)])
+    one = pcap([PcapFrame(T, FRAME)])
     for inner, outer, why in (
-        (one, pcap([Frame(T + 3600 * 10**9, FRAME)]), "no packet of one capture is in the other within 0.5 s"),
+        (one, pcap([PcapFrame(T + 3600 * 10**9, FRAME)]), "no packet of one capture is in the other within 0.5 s"),
         (one, pcap([]), "the capture contains no packet"),
         (pcapng([]), one, "the capture contains no packet"),
     ):
@@ -608,7 +612,7 @@ def test_where_there_is_no_figure_at_all_the_reason_is_said(replayed):
 
 def test_lengths_the_other_way_round(replayed):
     """Until version 2.2 the packet's length stood before what was captured of it."""
-    raw = bytearray(pcap([Frame(T + 7, FRAME[:60], 500)] * 3))
+    raw = bytearray(pcap([PcapFrame(T + 7, FRAME[:60], 500)] * 3))
     struct.pack_into("<H", raw, 6, 2)
     for at in range(24, len(raw), 76):
         struct.pack_into("<II", raw, at + 8, 500, 60)
@@ -618,5 +622,5 @@ def test_lengths_the_other_way_round(replayed):
 
 
 def _written(replayed, raw):
-    _, _, source = replayed(bytes(raw), pcap([Frame(T, FRAME)]))
+    _, _, source = replayed(bytes(raw), pcap([PcapFrame(T, FRAME)]))
     return source._paths[0]

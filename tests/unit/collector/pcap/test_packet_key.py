@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from collector.pcap.packet_key import ROOM, Packets, Views, siphash
+from collector.pcap.packet_key import ROOM, CapturedPackets, Views, siphash
 from contracts.records import Flag
 from tests.kernel.guest.test_packets import CASES as OF_THE_MODULE
 from tests.kernel.guest.test_packets import Key, ether, icmp, ipv4, ipv6, other_key, sctp, tcp, udp
@@ -24,7 +24,7 @@ def read(*frames, cut=None):
     captured = length if cut is None else np.minimum(length, cut)
     protocol = np.array([int.from_bytes(frame[12:14], "big") for frame in frames], np.int64)
     views = Views(np.frombuffer(bytes(raw) + bytes(ROOM), np.uint8))
-    return Packets(views, np.array(start, np.int64), captured, length, protocol)
+    return CapturedPackets(views, np.array(start, np.int64), captured, length, protocol)
 
 
 TCP_SECOND = 0xDEADBEEF << 32 | 0xCAFE0001

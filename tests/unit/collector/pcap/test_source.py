@@ -12,7 +12,7 @@ from collector.pcap.source import PcapPairReader
 from contracts.errors import CaptureError
 from contracts.schema import Direction, Segment
 from correlator.engine import Engine, EngineConfig
-from tests.made_pcap import Frame, pcap, pcapng, through_nat, udp_frames, written
+from tests.made_pcap import PcapFrame, pcap, pcapng, through_nat, udp_frames, written
 
 T = 1_700_000_000 * 10**9
 
@@ -80,7 +80,7 @@ def test_every_packet_is_found_with_its_delay_and_direction(pair):
 
 
 def rows(frames, utc_ns):
-    return [Frame(int(t), frame.tobytes()) for frame, t in zip(frames, utc_ns, strict=True)]
+    return [PcapFrame(int(t), frame.tobytes()) for frame, t in zip(frames, utc_ns, strict=True)]
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -118,8 +118,8 @@ def cooked(frame, outgoing):
 
 def test_cooked_and_raw_captures(pair):
     inner, outer, truth = traffic(300)
-    raw = [Frame(one.utc_ns, one.data[14:]) for one in rows(*outer)]
-    sll = [Frame(one.utc_ns, cooked(one.data, outgoing=True)) for one in rows(*inner)]
+    raw = [PcapFrame(one.utc_ns, one.data[14:]) for one in rows(*outer)]
+    sll = [PcapFrame(one.utc_ns, cooked(one.data, outgoing=True)) for one in rows(*inner)]
     source = pair(pcap(sll, link=113), pcap(raw, link=101))
     assert overheads(engine_results(source)[1]) == truth
 
@@ -137,7 +137,7 @@ def test_packets_that_are_in_one_file_only(pair):
 
 
 def repeated(times, frame):
-    return [Frame(T + t, frame) for t in times]
+    return [PcapFrame(T + t, frame) for t in times]
 
 
 FRAME = udp_frames(1)[0][0].tobytes()
@@ -238,22 +238,22 @@ def test_as_a_recording(tmp_path):
         (pcap([])[:20], "cut inside its header"),
         (pcap([], link=147), "link type 147"),
         (struct.pack("<IHHiIII", 0xA1B2C3D4, 3, 0, 0, 0, 1, 1), "version 3.0"),
-        (pcap([Frame(T, FRAME)])[:-1], "a packet is cut"),
-        (pcap([Frame(T, FRAME)]) + struct.pack("<IIII", 1, 1, 2**31, 2**31), "cut|packet of 2147483648 bytes"),
-        (pcapng([Frame(T, FRAME)])[:-3], "a block is cut"),
+        (pcap([PcapFrame(T, FRAME)])[:-1], "a packet is cut"),
+        (pcap([PcapFrame(T, FRAME)]) + struct.pack("<IIII", 1, 1, 2**31, 2**31), "cut|packet of 2147483648 bytes"),
+        (pcapng([PcapFrame(T, FRAME)])[:-3], "a block is cut"),
         (pcapng([]) + struct.pack("<III", 6, 7, 7), "a block of 7 bytes"),
-        (pcapng([Frame(T, FRAME)], interfaces=0), "a packet of interface 0"),
+        (pcapng([PcapFrame(T, FRAME)], interfaces=0), "a packet of interface 0"),
         (pcapng([], tsresol=100), r"10\^100 ticks"),
     ],
 )
 def test_damaged_captures(pair, content, why):
-    source = pair(content, pcap([Frame(T, FRAME)]))
+    source = pair(content, pcap([PcapFrame(T, FRAME)]))
     with pytest.raises(CaptureError, match=why):
         engine_results(source)
 
 
 def test_the_first_packet_is_the_damaged_one(pair):
-    source = pair(pcapng([Frame(T, FRAME)], interfaces=0), pcap([Frame(T, FRAME)]), salvage=True)
+    source = pair(pcapng([PcapFrame(T, FRAME)], interfaces=0), pcap([PcapFrame(T, FRAME)]), salvage=True)
     assert not any(overheads([one]) for one in engine_results(source)[1])
     assert any("a packet of interface 0" in line for line in source.warnings)
 

@@ -12,13 +12,13 @@ from collector.reading.options import FileOptions
 from collector.tracecmd.reader import TraceDat
 from collector.tracecmd.source import TraceCmdReader
 from contracts.errors import CaptureError
-from tests.made_own_events import Machine, texts
-from tests.made_tracedat import Made
+from tests.made_own_events import EventWriter, texts
+from tests.made_tracedat import MadeTraceDat
 from tests.places import GOLDEN
 
 IP = 0x8123_4567
 MACHINES = {
-    (version, order, long): Machine(order == "big", long)
+    (version, order, long): EventWriter(order == "big", long)
     for version in (6, 7)
     for order in ("little", "big")
     for long in (8, 4)
@@ -27,13 +27,13 @@ MACHINES = {
 
 def own_file(events, *, version=7, machine=None, algorithm="none", cpus=None):
     """Content of a file of (event's name, its values), a microsecond apart; `cpus` deals them out."""
-    machine = machine or Machine()
+    machine = machine or EventWriter()
     told = texts(machine.long)
     pages = {}
     for cpu in sorted(set(cpus or [0])):
         mine = [e for n, e in enumerate(events) if not cpus or cpus[n] == cpu]
         pages[cpu] = machine.pages([(1000, machine.event(name, **values)) for name, values in mine], 10**12)
-    made = Made(
+    made = MadeTraceDat(
         {"": pages},
         version=version,
         big=machine.big,
@@ -172,11 +172,11 @@ def test_blocks_that_are_wide_and_narrow_become_one(tmp_path, monkeypatch):
 
 
 def test_an_event_shorter_than_its_format(tmp_path):
-    machine = Machine()
+    machine = EventWriter()
     short = machine.event("ftrace:bputs", ip=IP, str=IP)[:-8]
     pages = machine.pages([(1, short)], 10**12)
     path = tmp_path / "trace.dat"
-    path.write_bytes(Made({"": {0: pages}}, own=list(texts(8).values())).content())
+    path.write_bytes(MadeTraceDat({"": {0: pages}}, own=list(texts(8).values())).content())
     with TraceDat(path) as trace, pytest.raises(CaptureError, match="ftrace:bputs: an event that is shorter"):
         trace.read("ftrace:bputs")
 

@@ -15,7 +15,7 @@ from contracts.records import DTYPES, Batch
 from contracts.topology import Topology
 from tests.made_capture import TOPOLOGY, batches, capture_bytes
 from tests.made_capture import traffic as mace_traffic
-from tests.made_tracedat import FORMS, Made, event, to_big, traffic
+from tests.made_tracedat import FORMS, MadeTraceDat, event, to_big, traffic
 from tests.ring_pages import EVENTS, Page, formats, layout, payload, simple_decode
 
 PAGES = {"": {0: traffic(0, 7), 1: traffic(1, 4), 5: traffic(5, 1)}}
@@ -32,7 +32,7 @@ def replayed(path, options=None):
 @pytest.fixture
 def file(tmp_path):
     def make(content, name="trace.dat"):
-        (tmp_path / name).write_bytes(content.content() if isinstance(content, Made) else content)
+        (tmp_path / name).write_bytes(content.content() if isinstance(content, MadeTraceDat) else content)
         return tmp_path / name
 
     return make
@@ -69,7 +69,7 @@ def check(path, pages, page_size=4096, options=None):
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_what_was_written_is_read(file, version):
-    path = file(Made(PAGES, version=version))
+    path = file(MadeTraceDat(PAGES, version=version))
     header, batch, source = check(path, PAGES[""])
     assert sniff(path).name == "trace.dat"
     assert (header.source, header.host, header.kernel, header.cpus) == ("tracecmd", "somewhere", "6.18.0", 6)
@@ -82,7 +82,7 @@ def test_what_was_written_is_read(file, version):
 @pytest.mark.parametrize("algorithm", ["zlib", "zstd"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_compressed(file, algorithm, packed):
-    check(file(Made(PAGES, algorithm=algorithm, sections_compressed=packed)), PAGES[""])
+    check(file(MadeTraceDat(PAGES, algorithm=algorithm, sections_compressed=packed)), PAGES[""])
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -90,13 +90,13 @@ def test_compressed(file, algorithm, packed):
 def test_of_a_big_endian_machine(file, version, algorithm):
     big = {cpu: [to_big(page, layout(), list(FORMS.values())) for page in raw] for cpu, raw in PAGES[""].items()}
     if version == 7 or algorithm == "none":
-        check(file(Made({"": big}, version=version, big=True, algorithm=algorithm)), PAGES[""])
+        check(file(MadeTraceDat({"": big}, version=version, big=True, algorithm=algorithm)), PAGES[""])
 
 
 @pytest.mark.parametrize("page_size", [1024, 16384, 65536])
 def test_pages_of_other_sizes(file, page_size):
     pages = {0: traffic(0, 3, page_size=page_size), 1: traffic(1, 2, page_size=page_size)}
-    check(file(Made({"": pages}, page_size=page_size, algorithm="zstd")), pages, page_size)
+    check(file(MadeTraceDat({"": pages}, page_size=page_size, algorithm="zstd")), pages, page_size)
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -106,7 +106,7 @@ def test_several_buffers_are_one_stream(file, version):
         page = Page(layout(), 10**12 + start)
         page.event(event("skb:kfree_skb", 77, reason=5), 3)
         rest.append(page.bytes())
-    path = file(Made({"": {}, "packets": {0: queue}, "drops": {0: rest}}, version=version))
+    path = file(MadeTraceDat({"": {}, "packets": {0: queue}, "drops": {0: rest}}, version=version))
     _, batch, _, _ = replayed(path)
     assert len(batch) == len(expected({0: queue})) + 3
     assert (np.diff(batch.ts_ns) >= 0).all()
@@ -117,7 +117,7 @@ def test_several_buffers_are_one_stream(file, version):
 
 
 def test_an_event_in_two_buffers_is_not_counted_twice(file):
-    path = file(Made({"": {0: traffic(0, 2)}, "again": {0: traffic(0, 2)}}))
+    path = file(MadeTraceDat({"": {0: traffic(0, 2)}, "again": {0: traffic(0, 2)}}))
     with pytest.raises(
         CaptureError, match=r"buffers '(top' and 'again|again' and 'top)' both have net_dev_queue: choose one with"
     ):
@@ -125,7 +125,7 @@ def test_an_event_in_two_buffers_is_not_counted_twice(file):
 
 
 def test_events_of_other_kinds_are_passed_over(file):
-    made = Made(PAGES, events={name: EVENTS[name] for name in ("net:net_dev_queue", "net:netif_receive_skb")})
+    made = MadeTraceDat(PAGES, events={name: EVENTS[name] for name in ("net:net_dev_queue", "net:netif_receive_skb")})
     header, batch, _, source = replayed(file(made))
     assert set(header.hooks) == {"net:net_dev_queue", "net:netif_receive_skb"}
     wanted = [one for one in expected(PAGES[""]) if one[2] in ("net_dev_queue", "netif_receive_skb")]
@@ -134,7 +134,7 @@ def test_events_of_other_kinds_are_passed_over(file):
 
 
 def test_a_file_without_network_events(file):
-    made = Made(PAGES, events={"sched:sched_switch": (300, "int prev_pid")})
+    made = MadeTraceDat(PAGES, events={"sched:sched_switch": (300, "int prev_pid")})
     with pytest.raises(CaptureError, match=r"none of the network events .*sched:sched_switch"):
         replayed(file(made))
 
@@ -153,7 +153,7 @@ def test_lost_events(file, big):
     pages = lost_pages(None, 12, None, 3)
     if big:
         pages = [to_big(page, layout(), list(FORMS.values())) for page in pages]
-    _, batch, _, source = replayed(file(Made({"": {0: pages}}, big=big)))
+    _, batch, _, source = replayed(file(MadeTraceDat({"": {0: pages}}, big=big)))
     assert batch.lost == 15
     assert batch.hook.tolist() == [Hook.CONSUME_SKB, Hook.LOST] + [Hook.CONSUME_SKB] * 2 + [Hook.LOST, Hook.CONSUME_SKB]
     assert not [line for line in source.warnings if "gaps" in line]
@@ -161,19 +161,19 @@ def test_lost_events(file, big):
 
 def test_gaps_that_do_not_say_how_many_take_the_kernels_total(file):
     stats = b"CPU: 0\nentries: 0\noverrun: 20\ncommit overrun: 1\ndropped events: 4\n\0"
-    made = Made({"": {0: lost_pages(-1, 12, -1)}}, options=((2, stats),))
+    made = MadeTraceDat({"": {0: lost_pages(-1, 12, -1)}}, options=((2, stats),))
     _, batch, _, source = replayed(file(made))
     assert batch.lost == 25
     assert any("2 gaps have no number" in line for line in source.warnings)
     # A gap at the very beginning has no time before it.
     assert int(batch.ts_ns[0]) == 10**12 + 10
-    _, batch, _, _ = replayed(file(Made({"": {0: lost_pages(-1, 12, -1)}})))
+    _, batch, _, _ = replayed(file(MadeTraceDat({"": {0: lost_pages(-1, 12, -1)}})))
     assert batch.lost == 14
 
 
 def test_what_no_page_tells_of_is_lost_at_the_end(file):
     stats = b"CPU: 0\noverrun: 0\ndropped events: 9\n\0"
-    _, batch, _, _ = replayed(file(Made({"": {0: lost_pages(None)}}, options=((2, stats),))))
+    _, batch, _, _ = replayed(file(MadeTraceDat({"": {0: lost_pages(None)}}, options=((2, stats),))))
     assert batch.hook.tolist() == [Hook.CONSUME_SKB, Hook.LOST]
     assert batch.lost == 9
 
@@ -183,26 +183,26 @@ def test_what_no_page_tells_of_is_lost_at_the_end(file):
 
 def test_the_time_of_day(file, tmp_path):
     date = (5, b"Linux a 6.1 x\0"), (1, b"0x64b0a\0")
-    header, batch, _, _ = replayed(file(Made(PAGES, options=date)))
+    header, batch, _, _ = replayed(file(MadeTraceDat(PAGES, options=date)))
     assert header.clock.offset_ns == 0x64B0A * 1000
-    found = recording(file(Made(PAGES, options=date)))
+    found = recording(file(MadeTraceDat(PAGES, options=date)))
     assert found.first_utc_ns <= int(batch.ts_ns[0]) + header.clock.offset_ns
     assert found.first_utc_ns > int(batch.ts_ns[0]) + header.clock.offset_ns - 10_000
-    _, _, _, source = replayed(file(Made(PAGES)))
+    _, _, _, source = replayed(file(MadeTraceDat(PAGES)))
     assert any("contains no time of day" in line for line in source.warnings)
 
 
 def test_an_offset_is_added(file):
-    _, plain, _, _ = replayed(file(Made(PAGES)))
-    _, moved, _, _ = replayed(file(Made(PAGES, options=((7, b"-500\0"),))))
+    _, plain, _, _ = replayed(file(MadeTraceDat(PAGES)))
+    _, moved, _, _ = replayed(file(MadeTraceDat(PAGES, options=((7, b"-500\0"),))))
     assert (moved.ts_ns == plain.ts_ns - 500).all()
 
 
 def test_cycles_become_ns(file):
-    _, plain, _, _ = replayed(file(Made(PAGES)))
+    _, plain, _, _ = replayed(file(MadeTraceDat(PAGES)))
     mult, shift = 3_355_443_200, 33  # 2.56 GHz
     tsc = struct.pack("<IIQ", mult, shift, 0)
-    _, batch, _, _ = replayed(file(Made(PAGES, clock="x86-tsc", options=((14, tsc),))))
+    _, batch, _, _ = replayed(file(MadeTraceDat(PAGES, clock="x86-tsc", options=((14, tsc),))))
     assert batch.ts_ns.tolist() == [int(ts) * mult >> shift for ts in plain.ts_ns]
 
 
@@ -218,21 +218,21 @@ def test_cycles_become_ns(file):
 )
 def test_clocks_that_tell_no_time_are_refused(file, clock, why):
     with pytest.raises(CaptureError, match=why):
-        replayed(file(Made(PAGES, clock=clock)))
+        replayed(file(MadeTraceDat(PAGES, clock=clock)))
 
 
 @pytest.mark.parametrize("clock", ["local", "boot", "mono_raw", "tai", "global", "perf"])
 def test_other_clocks_are_told_of(file, clock):
-    _, _, _, source = replayed(file(Made(PAGES, clock=clock)))
+    _, _, _, source = replayed(file(MadeTraceDat(PAGES, clock=clock)))
     assert any(f"its clock {clock} " in line for line in source.warnings)
 
 
 def test_a_file_that_does_not_say_its_clock_takes_the_users_word(file):
-    path = file(Made(PAGES, clock=""))
+    path = file(MadeTraceDat(PAGES, clock=""))
     assert any("does not say which clock" in line for line in replayed(path)[3].warnings)
     assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
     with pytest.raises(CaptureError, match="recorded with the clock 'boot', not 'mono' as asked for"):
-        replayed(file(Made(PAGES, clock="boot")), FileOptions(clock="mono"))
+        replayed(file(MadeTraceDat(PAGES, clock="boot")), FileOptions(clock="mono"))
 
 
 # Devices ------------------------------------------------------------------------------------------
@@ -240,35 +240,37 @@ def test_a_file_that_does_not_say_its_clock_takes_the_users_word(file):
 
 def test_devices_come_from_a_capture_of_the_host(file):
     capture = file(capture_bytes([TOPOLOGY, *batches(mace_traffic(500), 500)]), "host.mace")
-    header, _, topologies, source = replayed(file(Made(PAGES, options=())), FileOptions(topology=capture))
+    header, _, topologies, source = replayed(file(MadeTraceDat(PAGES, options=())), FileOptions(topology=capture))
     assert topologies[0].devices == TOPOLOGY.devices
     assert topologies[0].host_netns == TOPOLOGY.host_netns
     assert isinstance(header, StreamHeader)
     assert not any("only names devices" in line for line in source.warnings)
-    _, _, topologies, source = replayed(file(Made(PAGES)))
+    _, _, topologies, source = replayed(file(MadeTraceDat(PAGES)))
     assert topologies[0].devices == ()
     assert any("only names devices" in line for line in source.warnings)
 
 
 def test_devices_of_another_clock_are_used_from_the_start(file):
     capture = file(capture_bytes([TOPOLOGY, *batches(mace_traffic(500), 500)]), "host.mace")
-    header, _, topologies, _ = replayed(file(Made(PAGES, clock="local", options=())), FileOptions(topology=capture))
+    header, _, topologies, _ = replayed(
+        file(MadeTraceDat(PAGES, clock="local", options=())), FileOptions(topology=capture)
+    )
     assert {one.devices for one in topologies} == {TOPOLOGY.devices}
     assert header.boot_id == ""
 
 
 def test_an_empty_recording(file):
     with pytest.raises(CaptureError, match="no pages of any CPU"):
-        replayed(file(Made({"": {}})))
+        replayed(file(MadeTraceDat({"": {}})))
 
 
 def test_all_columns_have_their_types(file):
-    _, batch, _, _ = replayed(file(Made(PAGES)))
+    _, batch, _, _ = replayed(file(MadeTraceDat(PAGES)))
     assert {name: column.dtype for name, column in batch.columns()} == DTYPES
 
 
 def test_an_instance_whose_clock_is_told_wrongly(file):
-    path = file(Made({"": {}, "packets": {0: traffic(0, 2)}}, clock="local"))
+    path = file(MadeTraceDat({"": {}, "packets": {0: traffic(0, 2)}}, clock="local"))
     assert any("says local of every instance" in line for line in replayed(path)[3].warnings)
     assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
 
@@ -285,7 +287,7 @@ def test_fields_in_another_order_and_events_with_other_numbers(file):
     page.event(payload(forms["net:netif_receive_skb"], name=b"veth-of-somebody"[:15], skbaddr=256, len=84, more=7), 5)
     for big in (False, True):
         raw = to_big(page.bytes(), layout(), list(forms.values())) if big else page.bytes()
-        _, batch, topologies, _ = replayed(file(Made({"": {3: [raw]}}, events=events, big=big)))
+        _, batch, topologies, _ = replayed(file(MadeTraceDat({"": {3: [raw]}}, events=events, big=big)))
         assert batch.hook.tolist() == [Hook.NET_DEV_QUEUE, Hook.NETIF_RECEIVE_SKB]
         assert batch.l3_len.tolist() == [84, 84]
         assert batch.skb_id[0] == batch.skb_id[1]
@@ -303,13 +305,13 @@ def test_fields_in_another_order_and_events_with_other_numbers(file):
     ],
 )
 def test_frames_that_are_not_understood(file, old, new, why):
-    content = Made(PAGES, version=6).content()
+    content = MadeTraceDat(PAGES, version=6).content()
     assert old in content
     with pytest.raises(CaptureError, match=why):
         replayed(file(content.replace(old, new)))
 
 
 def test_a_compression_that_is_not_known(file):
-    content = Made(PAGES, algorithm="zstd").content().replace(b"zstd\x001", b"lzma\x001")
+    content = MadeTraceDat(PAGES, algorithm="zstd").content().replace(b"zstd\x001", b"lzma\x001")
     with pytest.raises(CaptureError, match="compressed with 'lzma'; known are none, zlib, zstd"):
         replayed(file(content))

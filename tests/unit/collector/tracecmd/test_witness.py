@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from collector.tracecmd.reader import TraceDat
-from tests.made_tracedat import FORMS, Made, to_big, traffic
+from tests.made_tracedat import FORMS, MadeTraceDat, to_big, traffic
 from tests.ring_pages import layout
 
 pytestmark = pytest.mark.needs("trace-cmd")
@@ -47,7 +47,7 @@ def ours(path):
 @pytest.mark.parametrize("big", [False, True])
 def test_trace_cmd_sees_the_same(tmp_path, version, big):
     path = tmp_path / "trace.dat"
-    path.write_bytes(Made({"": BIG if big else PAGES}, version=version, big=big).content())
+    path.write_bytes(MadeTraceDat({"": BIG if big else PAGES}, version=version, big=big).content())
     told = ours(path)
     assert len(told) > 300
     assert reported(path) == told

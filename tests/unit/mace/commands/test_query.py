@@ -16,7 +16,7 @@ import pytest
 from contracts.errors import UsageError
 from mace import cli
 from storage import sql, tables
-from storage.query import Store
+from storage.query import StoreReader
 from tests.made_results import make_delays, make_results, make_windows
 from tests.unit.storage.stored import fill
 
@@ -79,7 +79,7 @@ def test_lists_nulls_and_what_json_does_not_know(query):
 
 def test_every_table_can_be_asked_also_where_it_is_empty(path):
     for name, columns in tables.COLUMNS.items():
-        assert sql.table(Store(path), f"FROM {name} LIMIT 0").column_names == [c.name for c in columns]
+        assert sql.table(StoreReader(path), f"FROM {name} LIMIT 0").column_names == [c.name for c in columns]
 
 
 def test_tables_and_columns_are_listed(query):
@@ -109,7 +109,7 @@ def test_tables_and_columns_are_listed(query):
 )
 def test_what_is_refused_is_told_in_one_line(query, path, text, told):
     with pytest.raises(UsageError, match=told):
-        sql.table(Store(path), text)
+        sql.table(StoreReader(path), text)
     status, out, err = query(text, "--json")
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1

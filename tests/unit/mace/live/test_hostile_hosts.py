@@ -8,10 +8,10 @@ import pytest
 from contracts.clock import ClockPair
 from contracts.hooks import Hook
 from contracts.topics import ROOT, stream_topic
-from contracts.wire import Message
+from contracts.wire import FrameKind
 from mace.live import hosts
-from storage.journal import Journal, Kind
-from storage.query import Store
+from storage.journal import EntryKind, Journal
+from storage.query import StoreReader
 from tests.hostile import (
     CLOCK_AT_THE_END,
     CLOCK_OF_2191,
@@ -81,11 +81,11 @@ REFUSED = {
     "records beyond 2^62 before it": lambda: [evil_header(), batch(1, [NOW], before=(1 << 64) - 1, hook=[1])],
     "an end of records beyond 2^62": lambda: [
         evil_header(),
-        frame(Message.END, b'{"records":%d,"lost":0}' % ((1 << 63) - 1), 1),
+        frame(FrameKind.END, b'{"records":%d,"lost":0}' % ((1 << 63) - 1), 1),
     ],
     "progress to the end of time": lambda: [
         evil_header(),
-        frame(Message.PROGRESS, b'{"upto_ns":9223372036854775807}', 1),
+        frame(FrameKind.PROGRESS, b'{"upto_ns":9223372036854775807}', 1),
     ],
 }
 
@@ -115,7 +115,7 @@ TAKEN = {
     ],
     "the last number of all": lambda: [
         evil_header(),
-        (frame(Message.PROGRESS, b'{"upto_ns":%d}' % NOW, (1 << 64) - 1), str((1 << 64) - 1)),
+        (frame(FrameKind.PROGRESS, b'{"upto_ns":%d}' % NOW, (1 << 64) - 1), str((1 << 64) - 1)),
     ],
     "no devices": lambda: [evil_header(), topology(1), batch(2, [NOW, NOW + 1], hook=[4, 4])],
     "a thousand devices of one name": lambda: [
@@ -252,7 +252,7 @@ def test_counters_beyond_what_a_store_holds_cost_the_run(driven, monkeypatch):
     monkeypatch.setattr(hosts, "_LARGEST", 1_000)
     driven.send(EVIL, evil_header())
     driven.send(EVIL, batch(1, [NOW], hook=[Hook.LOST], l3_len=[5_000], skb_id=[NOW + 1]))
-    driven.send(EVIL, frame(Message.PROGRESS, b'{"upto_ns":%d}' % (NOW + HOURS), 2))
+    driven.send(EVIL, frame(FrameKind.PROGRESS, b'{"upto_ns":%d}' % (NOW + HOURS), 2))
     assert driven.ingest.counts.given_up == 1
 
 
@@ -299,7 +299,7 @@ def test_a_host_waits_for_the_flush_when_its_rows_are_of_many_hours(driven, monk
 
 
 def runs(driven):
-    return [run for run in Store(driven.path).runs() if run.host == EVIL]
+    return [run for run in StoreReader(driven.path).runs() if run.host == EVIL]
 
 
 def test_hosts_and_their_runs_have_limits(tmp_path):
@@ -322,9 +322,9 @@ def test_hosts_and_their_runs_have_limits(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "payload"),
     [
-        (Kind.FRAME, batch(1, [NOW], dev=[4], hook=[1])),
-        (Kind.FRAME, b"no frame"),
-        (Kind.FRAME, FRAMES[0]),
+        (EntryKind.FRAME, batch(1, [NOW], dev=[4], hook=[1])),
+        (EntryKind.FRAME, b"no frame"),
+        (EntryKind.FRAME, FRAMES[0]),
         (9, b"an entry of a kind that is not known"),
     ],
 )
@@ -333,11 +333,11 @@ def test_it_starts_on_a_journal_with_entries_that_cannot_be_applied(tmp_path, ki
     journal = Journal(tmp_path / "store" / "ingest", fsync=False)
     Driven(tmp_path / "store").end()
     journal.open()
-    journal.append(Kind.FRAME, HONEST, FRAMES[0])
-    journal.append(Kind.FRAME, EVIL, evil_header())
+    journal.append(EntryKind.FRAME, HONEST, FRAMES[0])
+    journal.append(EntryKind.FRAME, EVIL, evil_header())
     journal.append(kind, EVIL, payload)
     for each in FRAMES[1:4]:
-        journal.append(Kind.FRAME, HONEST, each)
+        journal.append(EntryKind.FRAME, HONEST, each)
     journal.sync(journal.taken())
     journal.close()
     with caplog.at_level(logging.ERROR):

@@ -15,8 +15,8 @@ from mace.live.hosts import SLICE_NS, Hosts
 from mace.live.ingest import Ingest
 from storage import broker, segments
 from storage.broker import Broker
-from storage.journal import FIRST_SLICE_NS, Commit, Journal, Kind
-from storage.query import Store
+from storage.journal import FIRST_SLICE_NS, Commit, EntryKind, Journal
+from storage.query import StoreReader
 from tests.made_capture import HEADER, TOPOLOGY, batches, encode, traffic
 
 RECORDS = 3_000
@@ -28,7 +28,7 @@ def acknowledged(path, frames):
     journal = Journal(path / "ingest", fsync=False)
     journal.open()
     for frame in frames:
-        journal.append(Kind.FRAME, HEADER.host, frame)
+        journal.append(EntryKind.FRAME, HEADER.host, frame)
     journal.sync(journal.taken())
     journal.close()
 
@@ -61,7 +61,7 @@ def store(tmp_path):
 def test_what_was_acknowledged_is_stored_once_however_often_it_starts(store):
     acknowledged(store, FRAMES)
     assert run(store).read_again == len(FRAMES)
-    (stored,) = Store(store).runs()
+    (stored,) = StoreReader(store).runs()
     assert (stored.ledger.records, stored.ledger.imbalance, stored.ledger.discarded) == (RECORDS, 0, 0)
     before = rows(store)
     assert sum(before) > 1_000
@@ -79,8 +79,8 @@ def test_containers_without_devices_and_ids_come_to_its_store(store):
     second = replace(first, from_ns=int(whole.ts_ns[half]), on_host_network=(Sharer("agent", "f" * 64),))
     acknowledged(store, encode([first, *batches(whole[:half], 500), second, *batches(whole[half:], 500)]))
     run(store)
-    assert Store(store).sharers() == (Sharer("agent", "f" * 64), Sharer("image.sif[7]"))
-    known = {(one.container, one.container_id) for one in Store(store).containers()}
+    assert StoreReader(store).sharers() == (Sharer("agent", "f" * 64), Sharer("image.sif[7]"))
+    known = {(one.container, one.container_id) for one in StoreReader(store).containers()}
     assert known == {(d.container, d.container_id) for d in devices if d.container}
 
 
@@ -100,8 +100,8 @@ def test_a_flush_without_its_commit_is_put_back(store):
 def test_a_journal_of_an_unreadable_snapshot_says_what_to_do(store):
     journal = Journal(store / "ingest", fsync=False)
     journal.open()
-    journal.append(Kind.SNAPSHOT, HEADER.host, b"9.9.9\nno snapshot")
-    journal.commit(Commit(0, journal.place, SLICE_NS))
+    journal.append(EntryKind.SNAPSHOT, HEADER.host, b"9.9.9\nno snapshot")
+    journal.commit(Commit(0, journal.position, SLICE_NS))
     journal.sync(journal.taken())
     journal.close()
     with pytest.raises(StoreError, match=r"written by MACE 9\.9\.9 and cannot be read"):
@@ -125,11 +125,11 @@ def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
     journal = Journal(store / "ingest", fsync=False)
     journal.open()
     for frame in frames[:7]:
-        journal.append(Kind.FRAME, HEADER.host, frame)
+        journal.append(EntryKind.FRAME, HEADER.host, frame)
     # A flush that is in the store, or so it says: only what follows is looked at.
-    journal.commit(Commit(0, journal.place, slice_ns))
+    journal.commit(Commit(0, journal.position, slice_ns))
     for frame in frames[7:]:
-        journal.append(Kind.FRAME, HEADER.host, frame)
+        journal.append(EntryKind.FRAME, HEADER.host, frame)
     journal.sync(journal.taken())
     journal.close()
     assert len(part.delays)
@@ -175,7 +175,7 @@ async def writing(place, monkeypatch, sync):
     ingest = Ingest(Broker(MqttConfig(broker="mqtt://127.0.0.1:9")), place, Config(), Shard())
     ingest._journal.open()
     monkeypatch.setattr(Journal, "sync", sync)
-    ingest._journal.append(Kind.FRAME, "a", b"1")
+    ingest._journal.append(EntryKind.FRAME, "a", b"1")
     task = asyncio.create_task(ingest._sync())
     await asyncio.sleep(0)
     return ingest, task

@@ -10,7 +10,7 @@ import pytest
 from collector import SOURCES, LiveSource
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
-from collector.kmod.device import DeviceInNetns, Filter
+from collector.kmod.device import DeviceInNetns, SessionFilter
 from contracts import config
 from contracts.config import CaptureConfig
 from contracts.errors import ConfigError, SourceError, Unavailable
@@ -49,7 +49,7 @@ def test_the_module_gets_the_filter():
     )
     source = kmod_source.configured(capture, None)
     assert source.config.ring_kib_per_cpu == 4096
-    assert source.config.wanted == Filter(
+    assert source.config.wanted == SessionFilter(
         netns=("/run/netns/blue", "/proc/1/ns/net"),
         devices=(DeviceInNetns(socket.if_nametoindex("lo")),),
         l4_protocols=(17, 255),

@@ -10,7 +10,7 @@ from contracts.config import Config
 from contracts.errors import Unavailable
 from mace.live import pipeline, runs
 from mace.live.pipeline import Stop
-from storage.query import Store
+from storage.query import StoreReader
 from tests.places import DOCS
 
 EXAMPLE = DOCS / "example.mace"
@@ -42,7 +42,7 @@ def test_two_replays_in_one_loop_beside_something_else(tmp_path, capfd):
     (first, warnings), (second, _) = asyncio.run(both())
     assert first.as_dict() == second.as_dict()
     assert not warnings
-    assert Store(tmp_path / "first").summary().packets == first.packets > 0
+    assert StoreReader(tmp_path / "first").summary().packets == first.packets > 0
     assert ticks > 10
     assert read[-1] == EXAMPLE.stat().st_size
     assert capfd.readouterr() == ("", "")

@@ -13,13 +13,13 @@ from contracts.schema import Delays, Segment, Window
 from correlator.engine import Engine, EngineConfig
 from mace.cli import main
 from tests import trace_processor
+from tests.durations import MS
 from tests.made_capture import HEADER, batches, capture_bytes
 from tests.places import GOLDEN
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
 pytestmark = pytest.mark.needs("trace_processor")
 
-MS = 1_000_000
 START_NS = 50_000 * MS
 OFFSET_NS = HEADER.clock.offset_ns
 FILES = GOLDEN / "perfetto-1"
@@ -412,7 +412,7 @@ def test_what_waits_for_its_packets_is_bounded():
     """Batches that no result settles are given out in time, without packets."""
     from mace.shown import timeline
 
-    follower = timeline.Follower(HEADER)
+    follower = timeline.PacketFollower(HEADER)
     engine = Engine(OFFSET_NS, EngineConfig())
     (results,) = [*engine.feed(topology()), engine.finish()]
     many = Batch.of(timeline._MOST_RECORDS + 5, ts_ns=np.arange(timeline._MOST_RECORDS + 5) + START_NS)

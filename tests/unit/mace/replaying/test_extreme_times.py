@@ -20,17 +20,17 @@ from correlator.engine import Engine, EngineConfig
 from mace.replaying.into_store import files_at, into_store
 from storage import part_writer, segments
 from storage.segments import HOUR_NS
+from tests.durations import S
 from tests.made_capture import HEADER, TOPOLOGY, capture_bytes, traffic
 from tests.places import GOLDEN
 
 CAPTURES = GOLDEN / "extreme-times"
-SECOND = 1_000_000_000
 OFFSET = HEADER.clock.offset_ns
 
 
 def replayed(capture, store=None):
     summary, _ = into_store(
-        files_at([capture]), store and str(store), EngineConfig(slice_ns=SECOND), StoreConfig(sync=False)
+        files_at([capture]), store and str(store), EngineConfig(slice_ns=S), StoreConfig(sync=False)
     )
     return summary
 
@@ -103,9 +103,9 @@ def test_a_sparse_stream_gives_the_same_whatever_its_slices_are(busy):
     """A round trip each three seconds, for as long as slices are sparse; or with a busy stretch in their midst."""
     records = traffic(20_000)
     trip = np.arange(len(records)) // 20
-    late = trip * 3 * SECOND
+    late = trip * 3 * S
     if busy:
-        late = np.minimum(late, 400 * 3 * SECOND) + np.maximum(trip - 800, 0) * 3 * SECOND
+        late = np.minimum(late, 400 * 3 * S) + np.maximum(trip - 800, 0) * 3 * S
     records = replace(records, ts_ns=records.ts_ns + late)
     whole = outcome(records, len(records), EngineConfig(slice_ns=1 << 61))
     sliced = outcome(records, len(records), EngineConfig())

@@ -22,7 +22,7 @@ from mace.replaying.into_store import files_at, into_store
 from mace.replaying.part import run_part
 from storage.embedded import EmbeddedStore
 from storage.places import LocalPlace
-from storage.query import Store
+from storage.query import StoreReader
 from tests.made_capture import HEADER, capture_bytes
 from tests.made_replay import ENGINE, SECOND_NS, count_rows, differences, hard_stream, one_engine, write_capture
 from tests.measuring import mace, start, wait_for
@@ -66,7 +66,7 @@ def test_parts_in_turn(capture, reference, tmp_path):
 @pytest.mark.slow
 def test_the_store_reads_like_any_other(capture, reference, tmp_path):
     replayed(capture, tmp_path / "store")
-    one, other = (Store(path) for path in (reference[0], tmp_path / "store"))
+    one, other = (StoreReader(path) for path in (reference[0], tmp_path / "store"))
     assert one.summary().as_dict() == other.summary().as_dict()
     assert [replace(run, upto_utc_ns=0) for run in one.runs()] == [replace(run, upto_utc_ns=0) for run in other.runs()]
     assert other.runs()[0].closed

@@ -11,7 +11,7 @@ import pytest
 
 from mace import cli
 from mace.commands import registry
-from tests.forked_commands import Case, run
+from tests.forked_commands import CommandCase, run
 from tests.measuring import ROOT
 
 CAPTURE = str(ROOT / "docs/example.mace")
@@ -101,7 +101,7 @@ def walked(tmp_path_factory):
     cases = {}
     for name, (argv, _) in ALL.items():
         here = [each.format(tmp=place, store=store) if "{" in each else each for each in argv]
-        case = Case(here, stdin=str(place / name) if name in STDIN else os.devnull, unprivileged=not reads(here))
+        case = CommandCase(here, stdin=str(place / name) if name in STDIN else os.devnull, unprivileged=not reads(here))
         for odd, changes in ODD.items():
             if (name, odd) in PAIRS:
                 cases[name, odd] = replace(case, **changes)
@@ -207,7 +207,9 @@ def test_what_a_closed_output_would_have_is_not_written_into_a_file(tmp_path):
     """The first file that is opened would become standard output where there is none."""
     store = tmp_path / "store"
     shutil.rmtree(store, ignore_errors=True)
-    [done] = run([Case(["replay", CAPTURE, "--store", str(store)], stdout=None)], tmp_path)
+    [done] = run([CommandCase(["replay", CAPTURE, "--store", str(store)], stdout=None)], tmp_path)
     assert (done.status, complaints(done)) == (1, ["mace: cannot write: Bad file descriptor"])
-    [found] = run([Case(["query", "--store", str(store), "SELECT count(*) AS n FROM delays", "--json"])], tmp_path)
+    [found] = run(
+        [CommandCase(["query", "--store", str(store), "SELECT count(*) AS n FROM delays", "--json"])], tmp_path
+    )
     assert json.loads(found.out)["rows"][0][0] > 0

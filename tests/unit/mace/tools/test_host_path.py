@@ -7,7 +7,7 @@ import pytest
 
 from contracts.errors import UsageError
 from contracts.hooks import Hook
-from mace.tools.host_path import PROBE_LEN, Records, Seen, Stretches, stretches, term_ns
+from mace.tools.host_path import PROBE_LEN, ProbeCollector, ProbeRecords, Stretches, stretches, term_ns
 from mace.tools.host_probes import HostPath, Probing
 from tests.traffic import Q, R, Tape, X, r, topology
 
@@ -22,7 +22,7 @@ BACK = ((40, Q, "rem0"), (41, X, "rem0"), (42, r, "out0"), (44, R, "out0"))
 
 
 def records(tape):
-    seen = Seen()
+    seen = ProbeCollector()
     seen.add(topology(), PROBE_LEN)
     seen.add(tape.batch(), PROBE_LEN)
     return seen.whole()
@@ -116,7 +116,7 @@ def test_a_probe_that_never_left_takes_no_other_ones_records():
 
 
 def test_between_is_a_stretch_of_time():
-    whole = Records(np.array([1, 2, 3]), np.array([Hook.NETIF_RX] * 3, np.uint8), np.zeros(3, np.uint64),
+    whole = ProbeRecords(np.array([1, 2, 3]), np.array([Hook.NETIF_RX] * 3, np.uint8), np.zeros(3, np.uint64),
                     np.array(["a"] * 3, object))  # fmt: skip
     assert whole.between(2, 3).ts_ns.tolist() == [2]
 

@@ -14,7 +14,7 @@ from contracts.records import Batch
 from contracts.schema import Direction
 from correlator.engine import EngineConfig
 from mace.trials.verify import bound, stream, truth
-from mace.trials.verify.truth import Row, assigned, score
+from mace.trials.verify.truth import PathRow, assigned, score
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
 OUT, IN = Direction.EGRESS, Direction.INGRESS
@@ -23,7 +23,7 @@ OUT, IN = Direction.EGRESS, Direction.INGRESS
 def out_row(packet, inner, outer, length=124):
     """One that left the inner device at `inner` and the outer one at `outer`, µs; each crossing takes 2 µs."""
     spans = [(at * 1000, at * 1000 + 2000) for at in (inner, outer)]
-    return Row(packet, "c1", OUT, length, (outer - inner) * 1000, (inner * 1000, outer * 1000), *spans)
+    return PathRow(packet, "c1", OUT, length, (outer - inner) * 1000, (inner * 1000, outer * 1000), *spans)
 
 
 def seen(*sights):
@@ -54,7 +54,7 @@ def test_errors_of_a_request_and_its_echo_add_up():
     """Seen 10.2 µs apart on the way out, told as 10; 5.3 µs apart on the way in, told as 5."""
     inner = [(100_700, True, "a"), (205_300, False, "a")]
     outer = [(110_900, True, "a"), (200_000, False, "a")]
-    back = Row(2, "c1", IN, 124, 5_000, (200_000, 205_000), (204_000, 206_000), (199_000, 201_000))
+    back = PathRow(2, "c1", IN, 124, 5_000, (200_000, 205_000), (204_000, 206_000), (199_000, 201_000))
     found = score([RIGHT[0], back], {"c1": inner}, outer)
     assert (found.right, sorted(found.errors_ns), found.trip_errors_ns) == (2, [-300, -200], [-500])
     assert score([RIGHT[0]], {"c1": inner}, outer).trip_errors_ns == []
@@ -107,7 +107,7 @@ def a_stream(round_trips, cut=64):
         tape.packet(REQUEST, i * 20_000, skb=i % 7 + 1, step=100, cpu=i % 2)
         tape.packet(REPLY + " c", i * 20_000 + 5_000, skb=i % 7 + 1, step=100, cpu=i % 2)
     batch = tape.batch()
-    made = stream.Stream()
+    made = stream.CollectedStream()
 
     async def fill():
         await made.open(HEADER)
