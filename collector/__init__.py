@@ -1,4 +1,4 @@
-"""Kernel, file or network -> batches of records. Imports only what the stages share."""
+"""Sources: they read records from the kernel, files or the network, in batches. Imports only `contracts`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from contracts.interfaces import Source, Status
 
 @dataclass(frozen=True, slots=True)
 class LiveSource:
-    """How to ask for a source of this machine's records, and how to get it."""
+    """A live source of this machine's records."""
 
     check: Callable[[], Status]
+    """Returns whether the source can run here."""
     make: Callable[[CaptureConfig, FollowsDevices, str], Source]
-    """From the configuration, the devices, and a name for the host (empty: the machine's own).
+    """Makes the source from the configuration, a follower of devices, and the host's name (empty: the machine's own).
 
-    Raises `Unavailable` where the configuration asks for what this source cannot do.
+    Raises `Unavailable` if the source cannot do what the configuration demands.
     """
 
 

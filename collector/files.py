@@ -1,8 +1,7 @@
-"""Files that hold a stream: which format each is of, when it was captured, and what reads it.
+"""Files that hold a stream: the format of each, the time of its capture, and the reader for it.
 
-`FORMATS` is the table. A file is of the first format that knows its first bytes; from there on every format replays
-through the same engine. `LocalRecording` is what a replay is made of: plain data, so that it can be sent to another
-process, which opens it there.
+`FORMATS` is the table of formats. A file has the first format that recognises its first bytes; every format replays
+through the same engine. A `LocalRecording` names one stream to replay: plain data, so that another process can open it.
 """
 
 from __future__ import annotations
@@ -44,23 +43,23 @@ __all__ = [
 ]
 
 HEAD_BYTES: Final = 1 << 16
-"""How much of a file's beginning a format is recognised by, at most. Text may begin with a long comment."""
+"""Bytes at a file's beginning by which its format is recognised. Text may begin with a long comment."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileFormat:
-    """One row of the table. All callables are functions of modules: rows are found by name in other processes."""
+    """One row of the table of formats. Other processes find the row by its name."""
 
     name: str
-    """As users say it: `mace`, `trace.dat`, ..."""
+    """Name for users: `mace`, `trace.dat`, ..."""
     meaning: str
-    """What it is, for lists and errors."""
+    """Which files these are, for lists and errors."""
     recognises: Callable[[bytes], bool]
-    """Whether the first `HEAD_BYTES` of a file (all of a shorter one) are of this format. Cheap; never raises."""
+    """Returns whether the first `HEAD_BYTES` of a file (all of a shorter one) have this format. Cheap; never raises."""
     describe: Callable[[Sequence[Path], FileOptions], Description]
-    """Reads as little as it takes. Raises `Unavailable` or `CaptureError`."""
+    """Reads header and first time, and no more than that takes. Raises `Unavailable` or `CaptureError`."""
     reader: Callable[[Sequence[Path], FileOptions], FileReader]
-    """Does not open anything yet."""
+    """Makes a reader that has not opened the files yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +76,23 @@ class LocalRecording:
 
     @property
     def name(self) -> str:
-        """For a person: the paths."""
+        """The paths, as messages name the recording."""
         return " + ".join(map(str, self.paths))
 
     def reader(self) -> FileReader:
-        """A new reader of it, not yet open."""
+        """Make a new reader of the recording, not yet open."""
         return BY_NAME[self.format].reader(self.paths, self.options)
 
     def source(self) -> FileSource:
-        """The same as a stream for the pipeline."""
+        """Make a new source of the recording for the pipeline, not yet open."""
         return FileSource(self.reader())
 
 
 def sniff(path: Path | str) -> FileFormat:
-    """The format of a file. Raises `Unavailable` where there is none and `CaptureError` where none knows it."""
+    """Return the format of a file.
+
+    Raises `Unavailable` if the file cannot be read and `CaptureError` if no format recognises it.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -109,12 +111,12 @@ def sniff(path: Path | str) -> FileFormat:
 
 
 def recording(path: Path | str, options: FileOptions | None = None) -> LocalRecording:
-    """One file as a recording. Raises `Unavailable` or `CaptureError`."""
+    """Return one file as a recording; raises `Unavailable` or `CaptureError`."""
     return recording_of(sniff(path), (Path(path),), options)
 
 
 def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions | None = None) -> LocalRecording:
-    """Files that are one stream of a given format. Raises `Unavailable` or `CaptureError`."""
+    """Return files of a given format that hold one stream as a recording; raises `Unavailable` or `CaptureError`."""
     options = options or FileOptions()
     told = form.describe(paths, options)
     size = sum(path.stat().st_size for path in paths)
@@ -122,20 +124,20 @@ def recording_of(form: FileFormat, paths: Sequence[Path], options: FileOptions |
 
 
 def in_time_order(paths: Iterable[Path | str], options: FileOptions | None = None) -> list[LocalRecording]:
-    """Recordings by the UTC time of their first record: monotonic clocks of two boots do not compare."""
+    """Return files as recordings, ordered like `ordered`; raises `Unavailable` or `CaptureError`."""
     return ordered(recording(path, options) for path in paths)
 
 
 def ordered(recordings: Iterable[LocalRecording]) -> list[LocalRecording]:
-    """The same of recordings that are there already."""
+    """Sort recordings by the UTC time of their first record: monotonic clocks of two boots cannot be compared."""
     return sorted(recordings, key=lambda one: (one.first_utc_ns, one.name))
 
 
-# The formats, each with its adapters. Order matters only where two could know the same bytes.
+# The formats and their adapters. The order matters only if two formats could recognise the same bytes.
 
 
 def _is_mace(head: bytes) -> bool:
-    # Also one that was changed or cut in transfer, and an empty one: the reader says what happened to it.
+    # A capture changed or cut in transfer counts too, and so does an empty file: the reader reports what happened.
     return head[:4] == wire.SIGNATURE[: min(len(head), 4)]
 
 
@@ -166,7 +168,7 @@ FORMATS: Final[tuple[FileFormat, ...]] = (
     ),
     FileFormat(
         "text",
-        "what ftrace's trace and trace_pipe, `trace-cmd report` and `perf script` print",
+        "output of ftrace's trace and trace_pipe, `trace-cmd report` and `perf script`",
         text_source.recognises,
         text_source.describe,
         text_source.reader,
@@ -179,11 +181,11 @@ FORMATS: Final[tuple[FileFormat, ...]] = (
         pcap_source.alone,
     ),
 )
-"""Formats that replay."""
+"""Formats that can be replayed."""
 
 PCAP_PAIR: Final = FileFormat(
     "pcap pair", "an inner and an outer packet capture", lambda _: False, pcap_source.describe, pcap_source.reader
 )
-"""Not one file, so no file is recognised as one: `recording_of(PCAP_PAIR, (inner, outer))`."""
+"""A format of two files, so that no single file is recognised: `recording_of(PCAP_PAIR, (inner, outer))`."""
 
 BY_NAME: Final[dict[str, FileFormat]] = {form.name: form for form in (*FORMATS, PCAP_PAIR)}

@@ -1,4 +1,4 @@
-"""Where a ring lost events: markers in the stream, and how many each stands for."""
+"""Gaps where a ring lost events: the markers in the stream, and the number of lost events that each reports."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from contracts.hooks import Hook
 from contracts.records import DTYPES, Batch
 
 _MOST_LOST: Final = int(np.iinfo(DTYPES["l3_len"]).max)
-"""What the column of a marker can hold."""
+"""Largest number of lost records that a marker's column can hold."""
 
 
 def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:
-    """Lost events of some gaps in order, where the kernel left some counts out.
+    """Return the number of lost events of each gap, in order, for gaps some of whose counts the kernel omitted.
 
-    `outstanding` is the kernel's total less all that was told before: never less than the gaps' sum. What the known
-    ones leave goes to the first unknown gap but for one event each for the others. A count given too high before
-    (the total ran ahead of the pages) is made up for by later ones. The sum is at most `outstanding`.
+    `outstanding` is the kernel's total minus the events already reported; it is never less than the sum of the gaps.
+    The events that the known counts leave go to the first unknown gap, except for one event for each other unknown gap.
+    If an earlier count was too high, because the total was ahead of the pages, later counts are lower. The sum is at
+    most `outstanding`.
     """
     settled = []
     unknown = sum(count is None for count in counts)
@@ -36,11 +37,11 @@ def settle(counts: Sequence[int | None], outstanding: int) -> list[int]:
 
 
 def marker(cpu: int, ts_ns: int, lost: int, until_ns: int) -> Batch:
-    """A batch of one `LOST` marker: `cpu` lost so many records after `ts_ns` and before `until_ns`."""
+    """Make a batch of one `LOST` marker: `cpu` lost `lost` records after `ts_ns` and before `until_ns`."""
     columns: dict[str, Any] = {name: [value] for name, value in marker_columns(cpu, ts_ns, lost, until_ns).items()}
     return Batch.of(1, **columns)
 
 
 def marker_columns(cpu: int, ts_ns: int, lost: int, until_ns: int) -> dict[str, int]:
-    """The columns of such a marker that say something."""
+    """Return name -> value of a `LOST` marker's columns that are not 0 (arguments as in `marker`)."""
     return {"ts_ns": ts_ns, "skb_id": until_ns, "cpu": cpu, "hook": Hook.LOST, "l3_len": min(lost, _MOST_LOST)}

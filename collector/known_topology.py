@@ -1,8 +1,8 @@
-"""Devices for files that only name them: taken from a capture of the same host, if there is one.
+"""Topologies for files that only name devices, read from a capture of the same host.
 
-A trace of somebody else's tool has device names and nothing more. `eth0` is in every container, and what is plugged
-into what is not in the file. A capture (`mace record`, for a second, on the same host) tells it, and as long as both
-carry CLOCK_MONOTONIC of one boot, also when it changed.
+The traces of other tools contain device names and nothing more. Every container has an `eth0`, and the file does not
+say which devices are connected. A capture of the same host (one second of `mace record`) has the devices and their
+connections. If both files carry CLOCK_MONOTONIC of one boot, changes of the devices apply at their times.
 """
 
 from __future__ import annotations
@@ -22,36 +22,40 @@ from contracts.records import Batch
 from contracts.topology import Device, Topology
 
 NAMES_ONLY: Final = (
-    "it only names devices, so whose they are and what is plugged into what is not known: give a capture of the same "
-    "host as --topology (`mace record --duration 1 -o host.mace`)"
+    "it only names devices, so which container owns a device, and which devices are connected, is unknown: give a "
+    "capture of the same host as --topology (`mace record --duration 1 -o host.mace`)"
 )
-"""What to tell where none is given."""
+"""Warning for a file of device names without a `--topology`."""
 
 
 NO_DATE: Final = (
-    "it does not tell the time of day, so its first record is dated by when the file was last written (`trace-cmd "
-    "record --date` would tell; so does a capture given as --topology, if both have CLOCK_MONOTONIC)"
+    "it contains no time of day, so its first record is dated by the file's modification time (record with `trace-cmd "
+    "record --date`, or give a capture as --topology if both have CLOCK_MONOTONIC)"
 )
+"""Warning for a file without UTC time; see `dated_by_file`."""
 _DAY_NS: Final = 86_400 * 10**9
 
 
 def dated_by_file(path: Path, first_ns: int) -> ClockPair:
-    """A guess where a file does not tell: its first record is from when it was last written. Say so (`NO_DATE`)."""
+    """Return a clock pair for a file without UTC time: the first record gets the file's modification time.
+
+    This is a guess, uncertain by a day; warn the user with `NO_DATE`.
+    """
     return ClockPair(first_ns, path.stat().st_mtime_ns, _DAY_NS)
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a capture knows of devices."""
+    """The devices of a capture, and their changes over time."""
 
     header: StreamHeader
     host_netns: int
     changes: tuple[tuple[int, tuple[Device, ...]], ...]
-    """All devices, from a time on, ns."""
+    """(time in ns, all devices from that time on), in order of time."""
 
 
 def read(path: Path | None) -> Known | None:
-    """The topologies of a capture; None without one. Raises `Unavailable` or `CaptureError`."""
+    """Read the topologies of a capture; None for no path. Raises `Unavailable` or `CaptureError`."""
     if path is None:
         return None
     with Capture(path) as capture:
@@ -65,24 +69,24 @@ def read(path: Path | None) -> Known | None:
 
 
 class TopologyTeller:
-    """Puts topologies into a stream of records whose devices are sightings by name."""
+    """Inserts topologies into a stream of records whose devices are sightings by name."""
 
     def __init__(self, known: Known | None, sightings: Sightings, *, same_clock: bool) -> None:
         self._host_netns: Final = known.host_netns if known else 0
         self._sightings = sightings
         changes = known.changes if known and known.changes else ((0, ()),)
-        # Without a common clock nobody can say when what was there: then it is what was known of most devices.
+        # Without a common clock the times of changes are meaningless: use the snapshot with the most devices.
         self._coming = list(changes) if same_clock else [max(changes, key=lambda one: len(one[1]))]
         self._devices: tuple[Device, ...] = self._coming[0][1]
         self._told = 0
 
     @property
     def begun(self) -> bool:
-        """Whether a topology has been given out."""
+        """Whether the stream has had its first topology."""
         return self._told > 0
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[Topology | Batch]:
-        """The batches in pieces of a bounded size, and before each the topology that it needs and has not had."""
+        """Yield the batches in pieces of bounded size, each preceded by the topology that it needs if that is new."""
         for batch in batches:
             for item in self.around(batch):
                 if isinstance(item, Batch):
@@ -91,7 +95,7 @@ class TopologyTeller:
                     yield item
 
     def around(self, batch: Batch) -> Iterator[Topology | Batch]:
-        """The batch, cut where devices change, each part after the topology that it needs."""
+        """Yield the batch, cut where devices change; the topology that a part needs precedes it if that is new."""
         while len(batch):
             first_ns, last_ns = int(batch.ts_ns[0]), int(batch.ts_ns[-1])
             changed = not self._told
@@ -108,7 +112,7 @@ class TopologyTeller:
             batch = batch[cut:]
 
     def topology(self, from_ns: int) -> Topology:
-        """What holds now."""
+        """Return the current topology, holding from `from_ns` on, with all sightings so far."""
         names = self._sightings.snapshot()
         self._told = len(names)
         return Topology(from_ns, self._host_netns, self._devices, names)

@@ -1,4 +1,4 @@
-"""Memory that the columns of a stream take, again and again."""
+"""Settings of the C library's allocator for large arrays that are allocated again and again."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Final
 import numpy as np
 
 _KEPT_BYTES: Final = 24 << 20
-"""glibc's malloc learns from the largest mapping that it saw freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
+"""Largest array that malloc then keeps: glibc raises its threshold for mappings to the size of the largest one that was
+freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory instead of giving each large array back to the kernel and asking again.
+    """Make the C library keep the memory of freed arrays instead of returning it to the kernel each time.
 
-    The columns of a tick are made anew each time. Measured on a virtual machine, where a page fault is dear: without
-    this a third of all CPU time of a capture went into page faults.
+    Every tick allocates its columns anew. Measured on a virtual machine, where page faults are expensive: without this
+    call a third of a capture's CPU time went into page faults.
     """
     np.empty(_KEPT_BYTES, np.uint8)

@@ -1,14 +1,15 @@
-"""Streams of several CPUs -> one stream in time order.
+"""Merges the streams of several CPUs into one stream in time order.
 
-Each CPU's records come in the order of its ring. A record may be given out when no CPU can still come with an earlier
-one: each CPU is told to be *complete* up to a time, and the watermark is the earliest of these, less a hold-back.
+The records of each CPU arrive in the order of its ring. A record may be passed on when no CPU can still deliver an
+earlier one: the reader declares each CPU *complete* up to a time, and the watermark is the earliest of these times,
+minus a hold-back.
 
-The hold-back has two uses. A topology that was read a moment after the records it applies to still finds its place
-before them. And a CPU that was interrupted between taking a record's time and storing it (a virtual CPU can lose its
-core for milliseconds there) is waited for; what comes later than even that is `late`: not given out, but counted.
+The hold-back has two uses. A topology that is read a moment after the records it applies to still precedes them. And
+the merge waits for a CPU that was interrupted between taking a record's time and storing the record (a virtual CPU can
+lose its core for milliseconds there). Records that arrive even later are `late`: counted, but not passed on.
 
-Given the same records the result is the same however they were cut into batches and in whatever order the CPUs were
-read: ordered by time, then CPU, then place in the ring.
+The order is time, then CPU, then place in the ring. It depends on the records alone, not on their division into batches
+or on the order in which the CPUs were read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from contracts.records import Batch
 
 
 class Merger(Watermark):
-    """Holds what cannot be given out yet: memory is the rate times hold-back and pace of reading."""
+    """Merges batches of several CPUs; holds records of about the hold-back plus the reading interval in memory."""
 
     def __init__(self, hold_back_ns: int) -> None:
         super().__init__(hold_back_ns)
@@ -39,14 +40,14 @@ class Merger(Watermark):
         self._waiting[cpu] = deque()
 
     def push(self, cpu: int, batch: Batch) -> None:
-        """Take records of one CPU, which follow those pushed before in its ring."""
+        """Add records of one CPU, which follow in its ring those pushed before."""
         if not len(batch):
             return
         batch = self._without_late(_sorted(batch))
         if not len(batch):
             return
         waiting = self._waiting[cpu]
-        # The ring's order is nearly that of time: a record can carry an earlier time than the one before it.
+        # The ring's order is nearly that of time: a record can be earlier than its predecessor.
         while waiting and waiting[-1].ts_ns[-1] > batch.ts_ns[0]:
             batch = _sorted(Batch.concatenate([waiting.pop(), batch]))
         waiting.append(batch)
@@ -54,7 +55,7 @@ class Merger(Watermark):
     def _without_late(self, batch: Batch) -> Batch:
         if self.given_ns is None or batch.ts_ns[0] >= self.given_ns:
             return batch
-        # A marker says "after this time": it stays true when the time moves up to what was given out.
+        # A marker means "after this time" and stays true when its time moves up to `given_ns`.
         marker = batch.hook == Hook.LOST
         moved = replace(batch, ts_ns=np.where(marker, np.maximum(batch.ts_ns, self.given_ns), batch.ts_ns))
         keep = moved.ts_ns >= self.given_ns
@@ -62,7 +63,10 @@ class Merger(Watermark):
         return _sorted(moved[keep])
 
     def take(self, until_ns: int) -> Batch:
-        """All records before `until_ns`, in order. `until_ns` is at most the watermark, except at the end."""
+        """Remove and return all records before `until_ns`, in order.
+
+        `until_ns` is at most the watermark, except at the end of the stream.
+        """
         chosen = []
         for cpu in sorted(self._waiting):
             waiting = self._waiting[cpu]
@@ -80,15 +84,15 @@ class Merger(Watermark):
         return merged
 
     def flush(self) -> Batch:
-        """All that is left, at the end of the stream."""
+        """Remove and return all remaining records, at the end of the stream."""
         last = max((int(w[-1].ts_ns[-1]) for w in self._waiting.values() if w), default=None)
         return Batch.empty() if last is None else self.take(last + 1)
 
 
 def _sorted(batch: Batch) -> Batch:
-    """In order of time; records of equal time stay as they are.
+    """Return the batch in order of time; records of equal time keep their order.
 
-    A stable sort of a few runs that are sorted in themselves costs about a merge (numpy's is a timsort).
+    numpy's stable sort is a timsort: for a few sorted runs it costs about as much as merging them.
     """
     if (batch.ts_ns[1:] >= batch.ts_ns[:-1]).all():
         return batch

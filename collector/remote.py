@@ -1,7 +1,7 @@
-"""A host's stream as it comes in over a broker: which frames are new, which were there already, which are missing.
+"""A host's stream as it arrives over a broker: decides which frames are new, duplicates, or preceded by missing ones.
 
-No connection and no clock in here: a message comes in, and it is said what it is. All of it can be pickled, so that an
-ingest that is started again goes on with the next frame.
+This module has no connection and reads no clock. Its state can be pickled, so that a restarted ingest continues with
+the next frame.
 """
 
 from __future__ import annotations
@@ -23,77 +23,77 @@ from contracts.wire import Decoder, End, FrameKind, Head, WireItem, parse_head
 _EARLIEST_UTC_NS: Final = 946_684_800_000_000_000
 """The year 2000."""
 _LONGEST_NS: Final = 10 * 366 * 86_400 * 1_000_000_000
-"""From the clock pair to a record: ten years."""
+"""Largest distance of a record from the header's clock pair: ten years."""
 AHEAD_NS: Final = 86_400 * 1_000_000_000
-"""A host's clock may be this much ahead of ours, a day: time zones that were mistaken are within. What is further ahead
-would take the place of everybody's rows where a store is bounded, and no time that will come could make it right."""
+"""How far a host's clock may be ahead of this machine's: a day, which covers mistaken time zones. In a store of bounded
+size, rows from further ahead would displace the rows of all hosts, and would never become the oldest themselves."""
 MAX_BYTES: Final = {
     FrameKind.HEADER: 64 << 10,
     FrameKind.TOPOLOGY: 2 << 20,
     FrameKind.PROGRESS: 1 << 10,
     FrameKind.END: 1 << 10,
 }
-"""Payload of a host's message, unpacked, by kind. A device takes some 200 bytes: ten thousand of them. JSON takes 26
-times its size while it is read."""
+"""Largest decompressed payload of a host's message, by kind. A device takes some 200 bytes: ten thousand devices. JSON
+takes 26 times its size while it is parsed."""
 MAX_RECORDS: Final = 1 << 17
-"""Records of a host's message; `mace run` publishes half as many at most. A capture's batch may have eight times as
-many, which can be seconds of work."""
+"""Largest number of records in a host's message; `mace run` publishes at most half as many. The batch of a capture may
+have eight times as many, which can be seconds of work."""
 MAX_TEXT: Final = 1 << 10
-"""Characters of a device's names."""
+"""Largest number of characters in a device's names."""
 MAX_SIGHTINGS: Final = 1 << 16
-"""Sightings of a host's stream: a month of a hundred new containers an hour."""
+"""Largest number of sightings in a host's stream: a month of a hundred new containers an hour."""
 _WIDEST_NS: Final = AHEAD_NS
-"""From the first to the last record of a message; each hour is a file of its own in a store."""
+"""Longest time from the first to the last record of a message: in a store each hour is a file of its own."""
 _FORMER: Final = 8
-"""Streams of a host that are remembered, for frames that come once more because the word of their arrival was lost."""
+"""Earlier streams of a host that are remembered, for frames sent again because their acknowledgement was lost."""
 
 
 class Arrival(Enum):
-    """What a message is to the stream."""
+    """Relation of a frame to its host's stream."""
 
     NEW = "new"
-    """The next frame: its item is to be worked on."""
+    """The next frame of the stream."""
     BEGIN = "begin"
-    """The HEADER of another stream than the one before."""
+    """The HEADER of a new stream."""
     KNOWN = "known"
-    """It was there already."""
+    """A frame that has arrived before."""
     GAP = "gap"
-    """Frames before it are missing, and the host still has them."""
+    """Frames before this one are missing, and the host still has them."""
     UNKNOWN = "unknown"
-    """Of a stream whose HEADER never came."""
+    """A frame of a stream whose HEADER never arrived."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """Of one host's messages, and of one ingest's."""
+    """Counts of the messages of one host, or of a whole ingest."""
 
     frames: int = 0
     records: int = 0
     duplicates: int = 0
-    """Messages that were there already."""
+    """Messages that had arrived before."""
     gaps: int = 0
-    """Places where the host had given up frames."""
+    """Gaps left by frames that the host had discarded."""
     missing: int = 0
-    """Records in them."""
+    """Records in these gaps."""
     repeats: int = 0
-    """Times that frames were missing and asked for again."""
+    """Times that the ingest requested missing frames again."""
     refused: int = 0
-    """Messages that were no frame of their topic's host, or none at all, or not one that can be taken."""
+    """Messages that are no frame, are a frame of another host, or are refused for their content."""
     let_fall: int = 0
-    """Messages that had no room: their host had sent more than its share of what may wait. They are asked for again."""
+    """Messages dropped because their host had used up its share of the queue; the ingest requests them again."""
     given_up: int = 0
-    """Runs that were ended because nothing more could be made of them."""
+    """Runs that were ended because no further frame of them could be used."""
     set_aside: int = 0
-    """Entries of the journal that could not be worked through again."""
+    """Entries of the journal that could not be processed again."""
 
 
 class HostStream:
-    """The streams of one host, one after the other. `host` is that of the topic."""
+    """The successive streams of one host. `host` is the host in the topic."""
 
     def __init__(self, host: str) -> None:
         self.host: Final = host
         self.tag: int | None = None
-        """Of the stream that is coming in; None before the first."""
+        """Tag of the current stream; None before the first."""
         self.header: StreamHeader | None = None
         self._decoder = Decoder(gaps=True)
         self._former: dict[int, int] = {}
@@ -105,20 +105,20 @@ class HostStream:
 
     @property
     def missing(self) -> int:
-        """Records of the stream known to be in frames that never came."""
+        """Records of the stream known to be in missing frames."""
         return self._decoder.missing
 
     @property
     def ended(self) -> bool:
-        """Whether END has come."""
+        """Whether the stream's END has arrived."""
         return self._decoder.end is not None
 
     def next_of(self, tag: int) -> int:
-        """The frame that is expected next of a stream; 0 if it is unknown."""
+        """Return the number of the frame expected next of a stream; 0 for an unknown stream."""
         return self.next if tag == self.tag else self._former.get(tag, 0)
 
     def judge(self, head: Head, oldest: int) -> Arrival:
-        """What a frame with this head is. `oldest` is the number of the oldest that can still come before it."""
+        """Return what a frame is to the stream, by its head. `oldest`: number of the oldest frame that the host has."""
         if head.stream != self.tag:
             if head.stream in self._former:
                 return Arrival.KNOWN
@@ -128,7 +128,11 @@ class HostStream:
         return Arrival.GAP if head.sequence > self.next and oldest <= self.next else Arrival.NEW
 
     def look(self, frame: bytes, now_utc_ns: int | None = None) -> StreamHeader:
-        """What a HEADER says; raises `WireError` if it is not one of this host, or by our clock its is far ahead."""
+        """Decode a HEADER without taking it; raises `WireError` if it is refused.
+
+        Refused are other frames, HEADERs of another host, and clocks out of range or, with `now_utc_ns` (this machine's
+        clock), further ahead than `AHEAD_NS`.
+        """
         _check_size(parse_head(frame))
         header = Decoder().frame(frame)
         if not isinstance(header, StreamHeader):
@@ -144,7 +148,7 @@ class HostStream:
         return header
 
     def begin(self, frame: bytes, now_utc_ns: int | None = None) -> StreamHeader:
-        """Take the HEADER of a new stream; raises `WireError`, and then goes on with the one before."""
+        """Begin a new stream with its HEADER; raises `WireError` like `look`, and then continues the current stream."""
         header = self.look(frame, now_utc_ns)
         if self.tag is not None:
             self._former[self.tag] = self.next
@@ -156,9 +160,9 @@ class HostStream:
         return header
 
     def take(self, frame: bytes, now_utc_ns: int | None = None) -> StreamItem | None:
-        """The item of the next frame, None for the END; raises `WireError`, and then nothing has changed.
+        """Return the item of the next frame, None for the END; raises `WireError` and then changes nothing.
 
-        `now_utc_ns` is our own clock; None to take what it says for right, for a frame that was taken before.
+        `now_utc_ns` is this machine's clock; None accepts any time, for a frame that was accepted before.
         """
         _check_size(parse_head(frame))
         message = self._decoder.frame(frame, lambda decoded: self._check(decoded, now_utc_ns))
@@ -180,14 +184,14 @@ class HostStream:
             check_times(time_ns, time_ns, clock.offset_ns)
             _check_ahead(time_ns + clock.offset_ns, now_utc_ns)
         if isinstance(message, Batch):
-            # Markers of a gap are as old as the record before it.
+            # The decoder's markers at a gap have the time of the record before the gap.
             ts = message.ts_ns[message.hook != Hook.LOST]
             if len(ts) and ts[-1] - ts[0] > _WIDEST_NS:
                 raise WireError(f"a message of records over {int(ts[-1] - ts[0]) // 3_600_000_000_000} hours")
 
 
 def _check_size(head: Head) -> None:
-    """Before it is unpacked."""
+    """Raise `WireError` for a frame whose payload would be too large once decompressed."""
     if head.raw > (most := MAX_BYTES.get(head.message, head.raw)):
         raise WireError(f"a {head.message.name} of {head.raw} bytes, an ingest takes {most}")
 
@@ -209,7 +213,7 @@ def _check_topology(topology: Topology, known: int) -> None:
 
 
 def _times(item: StreamItem) -> tuple[int, ...]:
-    """The first and the last time in it."""
+    """Return the first and the last time in an item; none for an empty batch."""
     if isinstance(item, Batch):
         return (int(item.ts_ns[0]), int(item.ts_ns[-1])) if len(item) else ()
     return (item.upto_ns,) if isinstance(item, Progress) else (item.from_ns,)

@@ -1,10 +1,10 @@
-"""Up to when records of several CPUs can be given out: what both mergers keep account of (see `collector.merge`)."""
+"""The watermark: the time up to which records of several CPUs can be passed on in order (see `collector.merge`)."""
 
 from __future__ import annotations
 
 
 class Watermark:
-    """Each CPU is complete up to a time; the earliest of these, less a hold-back, is the watermark."""
+    """Base class of mergers; the watermark is the earliest time up to which a CPU is complete, minus a hold-back."""
 
     def __init__(self, hold_back_ns: int) -> None:
         if hold_back_ns < 0:
@@ -12,13 +12,13 @@ class Watermark:
         self._hold_back_ns = hold_back_ns
         self._complete: dict[int, int] = {}
         self.given_ns: int | None = None
-        """All records before this time were given out; later `take`s give none before it. None at first."""
+        """All records before this time were passed on; later `take`s return none before it. None at first."""
         self.late = 0
-        """Records that came after their time was given out."""
+        """Records that arrived after records of later times had been passed on."""
 
     @property
     def watermark_ns(self) -> int | None:
-        """Up to this time, exclusively, records can be given out; None while some CPU has told nothing."""
+        """Time before which all records can be passed on; None without a CPU."""
         return min(self._complete.values()) - self._hold_back_ns if self._complete else None
 
     def add_cpu(self, cpu: int, complete_ns: int) -> None:
@@ -26,5 +26,5 @@ class Watermark:
         self._complete[cpu] = complete_ns
 
     def complete(self, cpu: int, until_ns: int) -> None:
-        """All records of `cpu` with a time before `until_ns` were pushed."""
+        """Declare that all records of `cpu` before `until_ns` were pushed."""
         self._complete[cpu] = max(self._complete[cpu], until_ns)

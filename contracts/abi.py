@@ -1,8 +1,8 @@
-"""The kernel module's ABI as numpy and Python see it: the only file of ours that knows byte offsets.
+"""The kernel module's ABI as numpy dtypes and Python constants: the only Python file that knows byte offsets.
 
-Written by hand after `kmod/uapi/mace.h`, which says what each field means; `tests/contract/test_abi.py` compiles that
-header and compares. Names are the header's without `mace_` and `MACE_`; hooks are those of `contracts.hooks`, the
-flags of records those of `contracts.records`.
+Written by hand after `kmod/uapi/mace.h`, which documents each field; `tests/contract/test_abi.py` compiles that header
+and compares sizes and offsets. Names are the header's without the prefixes `mace_` and `MACE_`. `contracts.hooks`
+defines the hook numbers, `contracts.records` the flags of records.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _SEEN: Final[dict[str, tuple[str, Any]]] = {
     "hook": ("hook", "u1"),
     **{name: (name, dtype) for name, dtype in records.CONTENT_DTYPES.items()},
 }
-"""Columns of a batch: where in a record each begins, and as what it is read."""
+"""Batch column -> (field of `RECORD` where the column begins, dtype with which it is read)."""
 COLUMNS: Final[np.dtype[Any]] = np.dtype(
     {
         "names": list(_SEEN),
@@ -99,13 +99,13 @@ COLUMNS: Final[np.dtype[Any]] = np.dtype(
         "itemsize": RECORD.itemsize,
     }
 )
-"""A record seen as the columns that a batch and its content are made of; `place` is `netns | ifindex << 32`."""
+"""View of a 64-byte record as the columns of a batch and of its content; `place` is `netns | ifindex << 32`."""
 WORDS: Final[np.dtype[Any]] = np.dtype(("<u8", (RECORD.itemsize // 8,)))
-"""A record seen as words of eight bytes: n records, contiguous, are an array of (n, 8)."""
+"""View of a record as eight uint64 words: n contiguous records form an array of shape (n, 8)."""
 
 
 def columns(words: npt.NDArray[np.uint64]) -> dict[str, npt.NDArray[Any]]:
-    """The fields of `COLUMNS` as views of records whose words stand apart.
+    """Return the fields of `COLUMNS` by name, each of shape (n,), as views of records stored word by word.
 
     `words` is (8, n) uint64 and contiguous: row i holds the i-th word of each record, as in the transpose of `WORDS`.
     """
@@ -144,10 +144,10 @@ HELLO: Final[np.dtype[Any]] = np.dtype(
         ("version", "S32"),
     ]
 )
-"""struct mace_hello: who the module is, and what this session may."""
+"""struct mace_hello: the module's version and limits, and what this session may read."""
 
 DEVICE: Final[np.dtype[Any]] = np.dtype([("netns_fd", "<i4"), ("ifindex", "<u4")])
-"""struct mace_device: a device to be let through."""
+"""struct mace_device: a device whose packets pass the filter."""
 
 FILTER: Final[np.dtype[Any]] = np.dtype(
     [
@@ -160,7 +160,7 @@ FILTER: Final[np.dtype[Any]] = np.dtype(
         ("l4_protos", "<u8", (4,)),
     ]
 )
-"""struct mace_filter: what to record."""
+"""struct mace_filter: hooks, namespaces, devices and protocols to record."""
 
 SETUP: Final[np.dtype[Any]] = np.dtype(
     [
@@ -190,12 +190,12 @@ TAKE: Final[np.dtype[Any]] = np.dtype(
         ("now_ns", "<u8"),
     ]
 )
-"""struct mace_take: release what was read of one CPU's ring, and learn what is ready."""
+"""struct mace_take: releases the sub-buffers of one CPU's ring that were read and returns those that are ready."""
 
 STATS: Final[np.dtype[Any]] = np.dtype(
     [("cpu", "<u4"), ("pad", "<u4"), ("written", "<u8", (HOOK_SLOTS,)), ("lost", "<u8", (HOOK_SLOTS,))]
 )
-"""struct mace_stats: what this session counted on one CPU, per hook."""
+"""struct mace_stats: records that this session wrote and lost on one CPU, per hook."""
 
 COST: Final[np.dtype[Any]] = np.dtype(
     [
@@ -206,7 +206,7 @@ COST: Final[np.dtype[Any]] = np.dtype(
         ("timed_ns", "<u8", (HOOK_SLOTS,)),
     ]
 )
-"""struct mace_cost: what the probes cost since the module was loaded."""
+"""struct mace_cost: calls of the probes and time spent in them since the module was loaded, per hook."""
 
 STRUCTS: Final[dict[str, np.dtype[Any]]] = {
     "mace_record": RECORD,
@@ -219,14 +219,17 @@ STRUCTS: Final[dict[str, np.dtype[Any]]] = {
     "mace_stats": STATS,
     "mace_cost": COST,
 }
-"""The header's name of each."""
+"""Name of the struct in `kmod/uapi/mace.h` -> its dtype."""
 
 IOC_MAGIC: Final = 0xBE
 _WRITE, _READ = 1, 2
 
 
 def _ioc(direction: int, number: int, size: int) -> int:
-    """_IOC() of include/uapi/asm-generic/ioctl.h; powerpc, mips, sparc, alpha and parisc have another one."""
+    """Return an ioctl request as _IOC() of include/uapi/asm-generic/ioctl.h encodes it.
+
+    powerpc, mips, sparc, alpha and parisc encode requests differently and are not supported.
+    """
     return direction << 30 | size << 16 | IOC_MAGIC << 8 | number
 
 

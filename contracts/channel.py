@@ -1,7 +1,8 @@
 """A bounded channel between two tasks that can be closed from the sending side.
 
-Small on purpose: what waits here has left the kernel's ring and costs memory; pressure must reach the ring,
-which counts what it cannot take. (`asyncio.Queue.shutdown` needs Python 3.13.)
+Channels are short on purpose: items that wait here have left the kernel's ring and take memory. A full channel holds
+the reader back, so that the pressure reaches the ring, which counts the records that it has no room for.
+(`asyncio.Queue.shutdown` needs Python 3.13.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 class ClosedError(Exception):
-    """Sending into a channel whose receiver is gone."""
+    """A task sent into a channel whose receiver has stopped, or into a closed channel."""
 
 
 class Channel(Generic[T]):
@@ -30,7 +31,7 @@ class Channel(Generic[T]):
         self._closed = False
         self._abandoned = False
         self.peak = 0
-        """The most items that ever waited."""
+        """Largest number of items that have waited at once."""
 
     async def send(self, item: T) -> None:
         """Wait for room, then append. Raises `ClosedError` once the receiver has stopped."""
@@ -43,13 +44,13 @@ class Channel(Generic[T]):
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """No more will be sent; the receiver gets what is there, then the end."""
+        """Close the sending side: the receiver gets the items that wait, then the iteration ends."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     async def __aiter__(self) -> AsyncIterator[T]:
-        """All items until the channel is closed and empty. Leaving early abandons the channel."""
+        """Yield items until the channel is closed and empty. A receiver that leaves early abandons the channel."""
         try:
             while True:
                 async with self._changed:

@@ -1,7 +1,7 @@
-"""CLOCK_MONOTONIC and UTC: one measured pair of them, and its uncertainty.
+"""Conversion from CLOCK_MONOTONIC to UTC by one measured pair of readings, with its uncertainty.
 
 Records carry CLOCK_MONOTONIC (it never steps); stored rows carry UTC. Linux disciplines both clocks with the
-same frequency, so within one boot and without a step of the wall clock one pair converts a whole run.
+same frequency. Within one boot, and unless the wall clock steps, one pair therefore converts a whole run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ClockPair:
-    """The same instant on both clocks, ns, known to ± `uncertainty_ns`."""
+    """One instant read on both clocks, ns; the pairing is known to ± `uncertainty_ns`."""
 
     monotonic_ns: int
     utc_ns: int
@@ -20,12 +20,15 @@ class ClockPair:
 
     @property
     def offset_ns(self) -> int:
-        """What to add to a monotonic time to get UTC."""
+        """Nanoseconds to add to a monotonic time to get UTC."""
         return self.utc_ns - self.monotonic_ns
 
 
 def measure(attempts: int = 16) -> ClockPair:
-    """The pair with the narrowest bracket of `attempts`: monotonic, UTC, monotonic, read back to back."""
+    """Read both clocks `attempts` times and return the pair with the smallest uncertainty.
+
+    Each attempt reads monotonic, UTC, monotonic back to back; the uncertainty is half of the bracket, rounded up.
+    """
     best: ClockPair | None = None
     for _ in range(attempts):
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)

@@ -1,4 +1,4 @@
-"""Configuration: TOML -> frozen dataclasses, each key with its meaning and its bounds.
+"""Configuration: a TOML file becomes frozen dataclasses; each key has a meaning and bounds.
 
     [capture]
     outer = ["eth1"]
@@ -9,8 +9,8 @@
     [sinks.influxdb]
     url = "http://db.example:8086"
 
-Every error names the file, the key, what was found and what was expected, and the nearest known key. The same
-dataclasses are what the command line's options change.
+Every error names the file, the key, the value found, the value expected, and the nearest known key. Options of the
+command line change the same dataclasses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 SOURCES: Final = ("auto", *LIVE)
-"""Live sources that can be asked for."""
+"""Values of `capture.source`: the live sources, and `auto`."""
 
 
 def _key(
@@ -44,41 +44,46 @@ def _key(
 class CaptureConfig:
     """`[capture]`: where records come from."""
 
-    source: str = _key("auto", "Source of live records; `auto` takes the best that can run.", choices=SOURCES)
+    source: str = _key("auto", "Source of live records; `auto` chooses the best that can run here.", choices=SOURCES)
     ring_mib: int = _key(8, "Memory of the kernel's ring, MiB per CPU.", low=1, high=4096)
     poll_ms: int = _key(
-        50, "A ring of ftrace that fills is read this often, the module's in any case, ms.", low=1, high=1000
+        50, "Interval at which the module's ring, and an ftrace ring that fills, is read, ms.", low=1, high=1000
     )
     gather_ms: int = _key(
-        500, "How long records stay in ftrace's ring if it does not fill and no device changes, ms.", low=1, high=1000
+        500,
+        "Longest stay of records in an ftrace ring that neither fills nor sees a device change, ms.",
+        low=1,
+        high=1000,
     )
     hold_back_ms: int = _key(
-        50, "How long records are held, ms, so that news of a device can still come before them.", low=0, high=1000
+        50, "How long records are held back so that a device's notification can arrive first, ms.", low=0, high=1000
     )
     host_netns: str = _key(
-        "", "Network namespace that counts as the host: a name in /run/netns or a path; empty: of process 1."
+        "", "Network namespace that counts as the host: a name in /run/netns or a path; empty: that of process 1."
     )
     outer: tuple[str, ...] = _key((), "The host's devices towards the network; empty: those of its default routes.")
     remote_netns: tuple[str, ...] = _key((), "Namespaces that are the far end of a test network, not containers.")
-    container_sockets: tuple[str, ...] = _key((), "More Docker or Podman API sockets to ask for container names.")
+    container_sockets: tuple[str, ...] = _key((), "Further Docker or Podman API sockets to query for container names.")
     sample_shift: int = _key(
-        0, "Of all packets one in 2 to the power of this, the same ones at every hook; `kmod` only.", low=0, high=31
+        0, "Record one packet in 2 to the power of this, the same packets at every hook; `kmod` only.", low=0, high=31
     )
     netns: tuple[str, ...] = _key(
-        (), "Only what happens in these namespaces (names in /run/netns or paths, at most 16); `kmod` only."
+        (), "Record only packets in these namespaces (names in /run/netns or paths, at most 16); `kmod` only."
     )
     devices: tuple[str, ...] = _key(
-        (), "Only what happens at these devices of the own namespace (at most 16); `kmod` only."
+        (), "Record only packets at these devices of MACE's own namespace (at most 16); `kmod` only."
     )
-    protocols: tuple[str, ...] = _key((), "Only these IP protocols, by name or number (`udp`, `17`); `kmod` only.")
+    protocols: tuple[str, ...] = _key(
+        (), "Record only these IP protocols, by name or number (`udp`, `17`); `kmod` only."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """`[run]`: what a live measurement is called."""
+    """`[run]`: the name under which a live measurement appears."""
 
     host: str = _key(
-        "", "Name of this host in rows, metrics and topics, unlike any other host's; empty: that of the machine."
+        "", "Name of this host in rows, metrics and topics, unique among hosts; empty: the machine's host name."
     )
 
 
@@ -87,11 +92,11 @@ class CorrelateConfig:
     """`[correlate]`: how records become delays."""
 
     timeout_ms: int = _key(
-        500, "A packet's next record comes within this, ms, or its life is over.", low=1, high=60_000
+        500, "A packet's life ends when its next record does not follow within this time, ms.", low=1, high=60_000
     )
     rows: bool = _key(True, "Whether to keep a row per packet and segment, not only windows.")
     open_records: int = _key(
-        4_194_304, "Records of unfinished packets that are kept at most.", low=1000, high=1_000_000_000
+        4_194_304, "Largest number of records of unfinished packets kept in memory.", low=1000, high=1_000_000_000
     )
 
 
@@ -101,11 +106,11 @@ class StoreConfig:
 
     path: str = _key("mace-store", "Directory of the store.")
     flush_interval_s: float = _key(
-        1.0, "Rows are in the store at most this long after they came, s.", low=0.05, high=3600
+        1.0, "Longest time from a row's arrival until it is in the store, s.", low=0.05, high=3600
     )
-    sync: bool = _key(True, "Whether each segment is brought to the disk (fsync) before it counts as stored.")
-    max_age_days: float = _key(0.0, "Remove what is older, days; 0: keep for ever.", low=0)
-    max_size_gib: float = _key(0.0, "Remove the oldest when the store is larger, GiB; 0: no limit.", low=0)
+    sync: bool = _key(True, "Whether each segment is written through to the disk (fsync) before it counts as stored.")
+    max_age_days: float = _key(0.0, "Remove rows older than this, days; 0: keep all.", low=0)
+    max_size_gib: float = _key(0.0, "Remove the oldest rows when the store is larger, GiB; 0: no limit.", low=0)
 
     @property
     def max_age_s(self) -> float | None:
@@ -120,46 +125,48 @@ class StoreConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunningConfig:
-    """What every sink with a server has: how it buffers, sends, tries again and spools (`storage.running_sink`)."""
+    """Keys that every sink with a server has: buffering, sending, retrying and spooling (`storage.running_sink`)."""
 
-    flush_interval_s: float = _key(
-        1.0, "Rows are on their way at most this long after they came, s.", low=0.05, high=3600
-    )
-    batch_rows: int = _key(20_000, "Rows in a request, at most.", low=1, high=1_000_000)
+    flush_interval_s: float = _key(1.0, "Longest time from a row's arrival until it is sent, s.", low=0.05, high=3600)
+    batch_rows: int = _key(20_000, "Largest number of rows in a request.", low=1, high=1_000_000)
     buffer_rows: int = _key(
-        2_000_000, "Rows that may wait in memory to be encoded; beyond it the newest are dropped.", low=1000
+        2_000_000, "Rows that may wait in memory to be encoded; the newest beyond this are dropped.", low=1000
     )
-    timeout_s: float = _key(30.0, "A request that takes longer has failed, s.", low=0.1, high=3600)
+    timeout_s: float = _key(30.0, "A request fails when it takes longer than this, s.", low=0.1, high=3600)
     retry_max_s: float = _key(
-        30.0, "Failed requests are made again after 0.5 s, 1 s, ... at most this.", low=0.1, high=3600
+        30.0, "A failed request is repeated after 0.5 s, 1 s, 2 s, ..., at most after this, s.", low=0.1, high=3600
     )
     close_s: float = _key(
-        5.0, "At the end the server has this long to answer; what is left stays in the spool, s.", low=0, high=3600
+        5.0, "How long the server may take at the end; undelivered rows stay in the spool, s.", low=0, high=3600
     )
     spool: str = _key(
-        "mace-spool", "Directory in which the sink keeps what is not delivered, in a folder of its name; empty: none."
+        "mace-spool", "Directory for undelivered rows; the sink uses a folder of its own name in it; empty: no spool."
     )
-    spool_mib: int = _key(1024, "Size of the spool; when it is full the oldest is dropped, MiB.", low=1)
-    spool_sync: bool = _key(False, "Whether what is spooled is brought to the disk at once (fsync).")
-    memory_mib: int = _key(64, "Memory for encoded rows where the spool takes none, MiB.", low=1)
+    spool_mib: int = _key(1024, "Size of the spool, MiB; when it is full, the oldest rows are dropped.", low=1)
+    spool_sync: bool = _key(False, "Whether spooled rows are written through to the disk at once (fsync).")
+    memory_mib: int = _key(64, "Memory for encoded rows while the spool accepts none, MiB.", low=1)
 
 
 @dataclass(frozen=True, slots=True)
 class InfluxConfig(RunningConfig):
-    """`[sinks.influxdb]`: InfluxDB, or what speaks its write API."""
+    """`[sinks.influxdb]`: InfluxDB, or another server with its write API."""
 
     url: str = _key("", "Address of the server, `http://HOST:8086`; empty: no such sink.")
-    bucket: str = _key("mace", "Bucket; a 1.x server's database, or DATABASE/POLICY.")
-    org: str = _key("", "Organization; not for 1.x.")
-    token: str = _key("", "Token; for 1.x USER:PASSWORD.")
-    token_file: str = _key("", "File with the token; without either the environment variable INFLUXDB_V2_TOKEN.")
+    bucket: str = _key("mace", "Bucket; for InfluxDB 1.x the database, or DATABASE/POLICY.")
+    org: str = _key("", "Organization; unused by InfluxDB 1.x.")
+    token: str = _key("", "Token; for InfluxDB 1.x USER:PASSWORD.")
+    token_file: str = _key(
+        "", "File with the token; without `token` and `token_file`, the environment variable INFLUXDB_V2_TOKEN."
+    )
     ca_file: str = _key("", "Certificates to trust, PEM; empty: the system's.")
     api: str = _key(
-        "auto", "Which API to write to; `auto` takes `v1` if the server has no `v2`.", choices=("auto", "v2", "v1")
+        "auto", "Write API to use; `auto` uses `v1` if the server has no `v2`.", choices=("auto", "v2", "v1")
     )
-    senders: int = _key(2, "Requests that are under way at once.", low=1, high=64)
-    sample: int = _key(1, "Of all packets one in this many gets rows of its own; 0: none, windows only.", low=0)
-    series_budget: int = _key(10_000, "Series that may be begun; rows beyond are refused and counted.", low=1)
+    senders: int = _key(2, "Requests that may be under way at once.", low=1, high=64)
+    sample: int = _key(1, "Write rows of one packet in this many; 0: windows only.", low=0)
+    series_budget: int = _key(
+        10_000, "Series that the sink may begin; rows of further series are refused and counted.", low=1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,26 +176,27 @@ class PrometheusConfig:
     listen: str = _key("", "ADDRESS:PORT for `/metrics`, `/healthz` and `/readyz`; empty: no such sink.")
     stalled_s: float = _key(
         15.0,
-        "Without results for so long it is no longer ready, and without a turn of its loop no longer alive, s.",
+        "`/readyz` fails after this long without results, `/healthz` after this long without a turn of the event"
+        " loop, s.",
         low=1,
     )
-    gone_s: float = _key(
-        120.0, "Series of a container or device that is gone are shown so long after, s; then they are dropped.", low=1
-    )
+    gone_s: float = _key(120.0, "How long `/metrics` keeps the series of a container or device that is gone, s.", low=1)
 
 
 @dataclass(frozen=True, slots=True)
 class MqttRowsConfig(RunningConfig):
-    """`[sinks.mqtt]`: results to the broker of `[mqtt]`, for whoever subscribes."""
+    """`[sinks.mqtt]`: publishes results to the broker of `[mqtt]` for any subscriber."""
 
     publish: str = _key(
-        "", "What to publish: `windows`, or `delays` for those and a row per packet.", choices=("", "windows", "delays")
+        "",
+        "What to publish: `windows`, or `delays` for windows and a row per packet; empty: nothing.",
+        choices=("", "windows", "delays"),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class SinksConfig:
-    """`[sinks.NAME]`: sinks besides the embedded store. Each key is the name of one in `storage.SINKS`."""
+    """`[sinks.NAME]`: sinks besides the embedded store. Each key is the name of a sink in `storage.SINKS`."""
 
     influxdb: InfluxConfig = InfluxConfig()
     prometheus: PrometheusConfig = PrometheusConfig()
@@ -197,49 +205,58 @@ class SinksConfig:
 
 @dataclass(frozen=True, slots=True)
 class MqttConfig:
-    """`[mqtt]`: the broker, for publishing and for the ingest alike."""
+    """`[mqtt]`: the broker that hosts publish to and the ingest subscribes at."""
 
     broker: str = _key("", "`mqtt://HOST[:PORT]`, or `mqtts://HOST[:PORT]` for TLS.")
     username: str = _key("", "User name at the broker; empty: the certificate's, or none.")
     password_file: str = _key(
-        "", "File whose first line is the password; empty: the environment's `MACE_MQTT_PASSWORD`, if set."
+        "", "File whose first line is the password; empty: the environment variable `MACE_MQTT_PASSWORD`, if set."
     )
-    ca_file: str = _key("", "Certificates that the broker's must lead to (PEM); empty: the system's.")
-    cert_file: str = _key("", "Our own certificate (PEM), where the broker asks for one.")
-    key_file: str = _key("", "Its private key (PEM).")
+    ca_file: str = _key("", "Authorities that may sign the broker's certificate (PEM); empty: the system's.")
+    cert_file: str = _key("", "MACE's own certificate (PEM), if the broker requires client certificates.")
+    key_file: str = _key("", "Private key of the certificate in `cert_file` (PEM).")
 
 
 @dataclass(frozen=True, slots=True)
 class PublishConfig:
-    """`[publish]`: the raw stream to a broker."""
+    """`[publish]`: publishing the raw stream to a broker."""
 
-    interval_s: float = _key(1.0, "Records travel at most this long after they came, s.", low=0.05, high=60)
-    spool: str = _key("mace-spool", "Directory in which what has not arrived yet is kept, in a folder `publish`.")
-    spool_mib: int = _key(1024, "Size of it, MiB; beyond, the oldest records are discarded and counted.", low=1)
-    drain_s: float = _key(5.0, "At the end of a run, how long to wait until all has arrived, s.", low=0, high=3600)
+    interval_s: float = _key(1.0, "Longest time from a record's capture until it is published, s.", low=0.05, high=60)
+    spool: str = _key(
+        "mace-spool", "Directory for records that have not arrived at the ingest yet; they are in its folder `publish`."
+    )
+    spool_mib: int = _key(
+        1024, "Size of the spool, MiB; when it is full, the oldest records are discarded and counted.", low=1
+    )
+    drain_s: float = _key(
+        5.0, "How long to wait at the end of a run until all records have arrived, s.", low=0, high=3600
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class IngestConfig:
-    """`[ingest]`: many hosts' streams from a broker into one store."""
+    """`[ingest]`: reading many hosts' streams from a broker into one store."""
 
     open_records: int = _key(
-        262_144, "Records of unfinished packets that are kept at most, per host.", low=1000, high=1_000_000_000
+        262_144,
+        "Largest number of records of unfinished packets kept in memory, per host.",
+        low=1000,
+        high=1_000_000_000,
     )
     queue_messages: int = _key(
         10_000,
-        "Messages that wait to be worked on at most, an eighth of them of one host; others are asked for again.",
+        "Messages that may wait to be read, at most an eighth of them from one host; further ones are requested again.",
         low=100,
     )
-    hosts: int = _key(10_000, "Hosts at most; messages of further ones are refused.", low=1, high=1_000_000)
+    hosts: int = _key(10_000, "Largest number of hosts; messages of further hosts are refused.", low=1, high=1_000_000)
     runs: int = _key(
-        10_000, "Runs of a host in the store at most; further ones are refused. Each `mace run` is one.", low=1
+        10_000, "Largest number of runs per host in the store; further runs are refused. Each `mace run` is one.", low=1
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All of it."""
+    """The whole configuration, one field per table."""
 
     capture: CaptureConfig = CaptureConfig()
     run: RunConfig = RunConfig()
@@ -255,21 +272,22 @@ _TYPES: Final = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 _MOST_BYTES: Final = 1 << 18
-"""Of a configuration file. One with every key that there is and what it is for has a tenth of that."""
+"""Largest configuration file. A file with every key and its meaning takes a tenth of this."""
 _MOST_PARTS: Final = 32
-"""Of a dotted key; ours have three."""
+"""Largest number of parts in a dotted key; MACE's keys have three."""
 _STRING_OR_COMMENT: Final = re.compile(
     r"""#[^\n]*"""
     r"""|"{3}(?:[^"\\]|\\[\s\S]|"(?!""))*+"{0,3}|"(?:[^"\\\n]|\\.)*+"?"""
     r"""|'{3}(?:[^']|'(?!''))*+'{0,3}|'[^'\n]*+'?"""
 )
-"""To its end, or where it has none to where it would have to be: each character is looked at once."""
+"""A comment or a string. An unterminated string matches to where it would have to end, so that the scan visits each
+character once."""
 _BETWEEN_KEYS: Final = re.compile(r"[=,{}\[\]\n]")
-"""What stands before or behind a key or a bare value."""
+"""Characters that can precede or follow a key or a bare value."""
 
 
 def load(path: Path | str | None) -> Config:
-    """The configuration in a file; the defaults for None. Raises `ConfigError`."""
+    """Return the configuration in a file, or the defaults for None; raises `ConfigError`."""
     if path is None:
         return Config()
     try:
@@ -294,7 +312,7 @@ def load(path: Path | str | None) -> Config:
 
 
 def _check_depth(path: Path | str, text: str) -> None:
-    """Raise `ConfigError` for a key of many parts: the time that tomllib takes for it grows with their square."""
+    """Raise `ConfigError` for a key of many parts: tomllib's time for a key grows with the square of its parts."""
     bare = _STRING_OR_COMMENT.sub(lambda found: "" if found[0].startswith("#") else "_", text)
     for piece in _BETWEEN_KEYS.split(bare):
         if (parts := piece.count(".") + 1) > _MOST_PARTS:
@@ -303,7 +321,10 @@ def _check_depth(path: Path | str, text: str) -> None:
 
 
 def split_url(where: str, url: str) -> SplitResult:
-    """The parts of an address. Raises `ConfigError` for what is none, or has a host as in `check_host`."""
+    """Split a URL; raises `ConfigError` for a malformed URL or a host name that `check_host` refuses.
+
+    `where` names the key or option in the error.
+    """
     try:
         parts = urlsplit(url)
         check_host(where, parts.hostname or "")
@@ -314,7 +335,7 @@ def split_url(where: str, url: str) -> SplitResult:
 
 
 def check_host(where: str, host: str) -> None:
-    """Raise `ConfigError` for a host name that no resolver can be asked for: a label that is empty or too long."""
+    """Raise `ConfigError` for a host name that no resolver accepts: one of its labels is empty or too long."""
     try:
         host.encode("idna")
     except UnicodeError as error:
@@ -322,7 +343,7 @@ def check_host(where: str, host: str) -> None:
 
 
 def tables(kind: type[Any] = Config, within: str = "") -> dict[str, type[Any]]:
-    """Every table that holds keys by its full name (`capture`, `sinks.influxdb`), in the order of the dataclasses."""
+    """Return full name (`capture`, `sinks.influxdb`) -> dataclass of every table with keys, in declaration order."""
     found: dict[str, type[Any]] = {}
     for name, of in get_type_hints(kind).items():
         found |= tables(of, f"{within}{name}.") if _holds_tables(of) else {within + name: of}
@@ -368,7 +389,7 @@ def _value(where: str, kind: str, value: Any, bounds: Any) -> Any:
         return tuple(_without_nul(where, v) for v in value)
     expected = _TYPES[kind]
     if expected is float and type(value) is int:
-        # A float ends at 10**308: what is beyond is beyond any bound of ours as well.
+        # Floats end near 10**308. Every bound here is far below 10**300, so that clipping changes no verdict.
         value = float(max(min(value, 10**300), -(10**300)))
     if type(value) is not expected:
         raise ConfigError(f"{where} = {_shown(value)}, expected {_NAMES[kind]}")
@@ -387,14 +408,14 @@ def _value(where: str, kind: str, value: Any, bounds: Any) -> Any:
 
 
 def _without_nul(where: str, value: str) -> str:
-    """The value: a path, name or address, none of which the kernel takes with a NUL in it."""
+    """Return the value, or raise `ConfigError` if it contains NUL: the kernel accepts no path or name with NUL."""
     if "\0" in value:
         raise ConfigError(f"{where} = {_shown(value)}, expected no NUL in it")
     return value
 
 
 _LARGEST: Final = 1 << 53
-"""What a number without a bound of its own may be: as a float it is still exact."""
+"""Upper bound of a number whose key declares none; up to here a float holds every integer exactly."""
 _NAMES: Final = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -405,6 +426,6 @@ def _range(low: float | None, high: float | None) -> str:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # more digits than Python writes
+    except ValueError:  # Python prints no integer of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 40 else text[:37] + "..."

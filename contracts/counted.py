@@ -1,4 +1,4 @@
-"""Numbers by name that add up: what a ledger and the grades of a run have in common."""
+"""Base class of dataclasses of counts, which add field by field: the ledger and the grades of a run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, Self
 
 
 class Counted:
-    """For a dataclass all of whose fields are counts."""
+    """Mixin for a dataclass all of whose fields are counts."""
 
     __slots__ = ()
 
     def as_dict(self) -> dict[str, int]:
-        """All counts by name, in the order of the definition."""
+        """Return the counts by name, in the order of the definition."""
         names: Any = fields(self)  # type: ignore[arg-type] # a dataclass
-        # asdict would copy each number by ten calls.
+        # dataclasses.asdict would copy each number with ten calls.
         return {each.name: getattr(self, each.name) for each in names}
 
     def __add__(self, other: Self) -> Self:

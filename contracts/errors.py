@@ -5,17 +5,17 @@
     ├── ConfigError               a TOML file or a key in it
     ├── Unavailable               a source, sink or the lab cannot run here; says why and what to do
     │   └── MissingExtra          an optional dependency is not installed
-    ├── SourceError               a source that was running can go on no longer
+    ├── SourceError               a source failed while it was running
     ├── WireError                 bytes that are not a MACE message
-    │   ├── CaptureError          the same, in a file: path and offset are part of the message
-    │   └── NotNowError           a message that may be taken at another time, or by another process
-    │       └── AheadError        a message with times that are ahead of this machine's clock
-    ├── Stopped                   a replay was asked to stop; it can be gone on with
+    │   ├── CaptureError          a damaged or foreign capture file; the message names path and offset
+    │   └── NotNowError           a message refused now that another process, or a later attempt, may accept
+    │       └── AheadError        a message with times ahead of this machine's clock
+    ├── Stopped                   a replay was stopped on request; it can be resumed
     ├── StoreError                the embedded store: locked, full, damaged, wrong schema
     ├── LabError                  the test network could not be made or removed
     └── OutputError               standard output is closed or full
 
-A message says what, where, what was found and what was expected, and what to do about it.
+A message names the thing and the place, what was found and what was expected, and the remedy.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ class MaceError(Exception):
 
 
 class UsageError(MaceError):
-    """Arguments that make no sense together."""
+    """Arguments of a command are wrong or contradict each other."""
 
 
 class ConfigError(MaceError):
-    """A configuration file that cannot be used; names the file and the key."""
+    """A configuration file cannot be used; the message names the file and the key."""
 
 
 class Unavailable(MaceError):
-    """A part that cannot run on this machine."""
+    """A part (a source, a sink, the lab) cannot run on this machine.
+
+    `what` names the part, `why` the obstacle, `remedy` what the user can do.
+    """
 
     def __init__(self, what: str, why: str, remedy: str = "") -> None:
         self.what, self.why, self.remedy = what, why, remedy
         super().__init__(f"{what}: {why}" + (f"; {remedy}" if remedy else ""))
 
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
-        # Exceptions travel between processes by their arguments, which here are not the message.
+        # pickle passes exceptions between processes by their `args`, which hold only the message.
         return type(self), (self.what, self.why, self.remedy)
 
 
@@ -61,11 +64,11 @@ class MissingExtra(Unavailable):
 
 
 class SourceError(MaceError):
-    """A source that was running can go on no longer."""
+    """A source failed while it was running."""
 
 
 class WireError(MaceError):
-    """Bytes that are not a MACE message, or not one this version reads."""
+    """Bytes are not a MACE message, or are one that this version cannot read."""
 
 
 class CaptureError(WireError):
@@ -80,11 +83,11 @@ class CaptureError(WireError):
 
 
 class NotNowError(WireError):
-    """A message that this process refuses for a reason that is not in the message."""
+    """This process refuses a message for a reason outside the message."""
 
 
 class AheadError(NotNowError):
-    """A message with times that are ahead of this machine's clock: one of two clocks is wrong."""
+    """A message has times ahead of this machine's clock: the sender's clock or this machine's is wrong."""
 
 
 class StoreError(MaceError):
@@ -92,7 +95,7 @@ class StoreError(MaceError):
 
 
 class Stopped(MaceError):
-    """A replay was asked to stop before its end; says how far it came."""
+    """A replay was stopped on request before its end; the message says how far it read."""
 
 
 class LabError(MaceError):
@@ -104,6 +107,6 @@ class OutputError(MaceError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest of `known`, or an empty string."""
+    """Return `" (did you mean 'x'?)"` for the name in `known` closest to `name`, or `""` if none is close."""
     close = get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,7 +1,7 @@
-"""The figures of a run, summed up: per device, per container, and the ledger. One place for live and stored results.
+"""Summary figures of a run: delays per device and per container, and the ledger, for live and stored results.
 
-`run`, `demo` and `replay` feed it the correlator's windows, `report` what the store holds. Either way the numbers
-come from the same histogram bins, so they are the same numbers.
+`run`, `demo` and `replay` feed the summary with the correlator's windows, `report` with the rows of the store. Both
+add up the same histogram bins, so that live and stored figures are equal.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from contracts.vitals import Account
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
 _RANK_ELSE: Final = 6
 INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
-"""Kinds of devices that receive packets past all tracepoints: the lower device's receive handler puts its packet
-on them and goes round again (`another_round` in __netif_receive_skb_core), behind `netif_receive_skb`."""
+"""Kinds of devices that receive packets past all tracepoints: the lower device's receive handler assigns the packet to
+them and repeats the receive path (`another_round` in __netif_receive_skb_core), which starts after the tracepoint
+`netif_receive_skb`."""
 _MANY_SENT: Final = 100
-"""Packets out of a device for each one in, ARP among them, that are worth a word."""
+"""Packets sent per packet received, ARP included, from which on a device's ingress is reported as unseen."""
 COUNTS_AS: Final = {
     Segment.DEVICE: "overhead",
     Segment.OUTSIDE: "outside",
     Segment.DELIVERY: "delivery",
     Segment.OVERHEAD: "whole",
 }
-"""What people read for a segment."""
+"""Name under which tables show each segment."""
 _PENDING_BYTES: Final = 1 << 15
-"""What may wait to be merged, per histogram: bounds memory, and makes merging rare."""
+"""Bytes of bins and counts that may wait to be merged, per histogram: bounds memory and keeps merges rare."""
 
 
 def ranks(devices: Sequence[Device]) -> list[int]:
-    """Where each device stands on the way out of a container: what sorts a path where no packet's own is at hand.
+    """Return each device's position on the way out of a container, which sorts a path without a packet's own order.
 
-    0 inner, 1 the host's end of its veth, 2 the bridge that is a port of, 3 other devices of the host, 4 outer,
-    5 beyond it, 6 anything else.
+    0 inner device, 1 the host's end of its veth, 2 the bridge of which that end is a port, 3 other devices of the host,
+    4 outer device, 5 devices beyond it, 6 any other device.
     """
     ends = {(d.peer_netns, d.peer_ifindex) for d in devices if d.role is Role.INNER}
     masters = {(d.netns, d.master_ifindex) for d in devices if d.key in ends and d.master_ifindex}
@@ -60,7 +61,7 @@ def ranks(devices: Sequence[Device]) -> list[int]:
 
 @dataclass(frozen=True, slots=True, order=True)
 class DevicePlace:
-    """A device as people and stored rows name it. Two devices are the same only if all of it is the same."""
+    """A device as tables and stored rows name it. Two places are the same device only if all fields are equal."""
 
     rank: int
     container: str
@@ -72,11 +73,11 @@ class DevicePlace:
     role: str
     host: str = ""
     container_id: str = ""
-    """As in `Device`. What is shown as one row may have had several names by it, and several by one name."""
+    """As in `Device`. One container id may have had several names, and several ids may have had one name."""
 
     @classmethod
     def of(cls, device: Device, rank: int, host: str = "") -> DevicePlace:
-        """The place of a device of the topology; `rank` as by `ranks`."""
+        """Return the place of a device of the topology; `rank` is the device's value from `ranks`."""
         return cls(
             rank,
             device.container,
@@ -92,7 +93,7 @@ class DevicePlace:
 
 
 class Distribution:
-    """Delays of one kind: count, sum, extremes and histogram. Adding is all that can be done to it."""
+    """Delays of one device, direction and segment: count, sum, extremes and histogram. It can only grow."""
 
     __slots__ = ("_bins", "_counts", "_pending", "count", "max_ns", "min_ns", "sum_ns")
 
@@ -113,7 +114,7 @@ class Distribution:
         self.max_ns = max(self.max_ns, max_ns) if self.count else max_ns
         self.count += count
         self.sum_ns += sum_ns
-        # Copies: what comes is a part of the arrays of many windows, which would be kept whole with it.
+        # Copies: the arguments are views into arrays of many windows, which a reference would keep in memory.
         self._bins.append(np.array(bins, np.int64))
         self._counts.append(np.array(counts, np.int64))
         self._pending += 2 * getsizeof(self._bins[-1])
@@ -131,7 +132,7 @@ class Distribution:
         return self
 
     def histogram(self) -> tuple[Ints, Ints]:
-        """Ascending distinct bins of `contracts.histogram` and their counts; int64."""
+        """Return the ascending distinct bins of `contracts.histogram` and their counts; int64."""
         if len(self._bins) != 1:
             empty = np.zeros(0, np.int64)
             bins, counts = merge(np.concatenate([*self._bins, empty]), np.concatenate([*self._counts, empty]))
@@ -139,17 +140,17 @@ class Distribution:
         return self._bins[0], self._counts[0]
 
     def quantiles(self, q: tuple[float, ...] = QUANTILES) -> list[int]:
-        """Delays, ns, at the given quantiles."""
-        # The middle of a bin may lie beyond what was ever seen.
+        """Return the delays, ns, at the given quantiles."""
+        # The middle of a bin may lie outside the range of delays that were observed.
         return [int(v) for v in quantiles(*self.histogram(), q).clip(self.min_ns, self.max_ns)]
 
     @property
     def mean_ns(self) -> float:
-        """Arithmetic mean; 0 for no delays."""
+        """Arithmetic mean of the delays, ns; 0 without delays."""
         return self.sum_ns / self.count if self.count else 0.0
 
     def as_dict(self) -> dict[str, float]:
-        """count, min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns."""
+        """Return count, min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns and max_ns by name."""
         p50, p90, p99, p999 = self.quantiles()
         return {
             "count": self.count,
@@ -167,7 +168,7 @@ FigureKey = tuple[DevicePlace, Direction, Segment]
 
 
 def path_order(key: FigureKey) -> tuple[Any, ...]:
-    """Sorts egress before ingress, and each in the order in which packets cross the devices."""
+    """Return the sort key of a row: egress before ingress, each in the order in which packets cross the devices."""
     place, direction, segment = key
     inwards = direction is Direction.INGRESS
     return (
@@ -181,21 +182,21 @@ def path_order(key: FigureKey) -> tuple[Any, ...]:
 
 
 def imitated(devices: Sequence[Device]) -> tuple[str, ...]:
-    """Names of the host's devices that devices of other namespaces have as well; loopback, which all have, left out."""
+    """Return the names that devices of the host share with devices of other namespaces, sorted; `lo` is excluded."""
     of_host = {d.name for d in devices if d.role in (Role.HOST, Role.OUTER)}
     of_others = {d.name for d in devices if d.role not in (Role.HOST, Role.OUTER)}
     return tuple(sorted((of_host & of_others) - {"lo"}))
 
 
 class Names:
-    """What containers were called last, by their ids."""
+    """The newest name of each container, by container id."""
 
     def __init__(self) -> None:
         self._newest: dict[str, tuple[int, str]] = {}
         self._shown: dict[DevicePlace, DevicePlace] = {}
 
     def note(self, container_id: str, name: str, utc_ns: int) -> None:
-        """The container was called so at that time. Of equal times the later call counts."""
+        """Note a container's name at a time. For equal times the later call wins."""
         before = self._newest.get(container_id)
         if container_id and (before is None or utc_ns >= before[0]):
             self._newest[container_id] = utc_ns, name
@@ -203,12 +204,12 @@ class Names:
                 self._shown.clear()
 
     def take(self, other: Names) -> None:
-        """Note all that another one has."""
+        """Note all names that `other` has noted."""
         for container_id, (utc_ns, name) in other._newest.items():
             self.note(container_id, name, utc_ns)
 
     def shown(self, place: DevicePlace) -> DevicePlace:
-        """The place with the container's newest name, and without its id."""
+        """Return the place with the container's newest name and without the container's id."""
         if not place.container_id:
             return place
         if place not in self._shown:
@@ -217,32 +218,32 @@ class Names:
         return self._shown[place]
 
     def as_list(self) -> list[list[Any]]:
-        """Plain values: [id, UTC in ns, name] of each."""
+        """Return a list [container id, UTC in ns, name] for each container, of plain values for JSON."""
         return [[container_id, *told] for container_id, told in self._newest.items()]
 
 
 @dataclass(slots=True)
 class Summary:
-    """What a run came to. Feed it with `add` (live) or by key (stored); read it as a dict or in `mace.shown.tables`."""
+    """The figures of a run: fed with `add` (live) or by key (stored), read as a dict or through `mace.shown.tables`."""
 
     ledger: Ledger = field(default_factory=Ledger)
     packets: int = 0
     grades: Grades = field(default_factory=Grades)
-    """What the packets' records are tied by; of whole runs, as the ledger."""
+    """Packets by grade (on what ground a packet's records belong together); counts of whole runs, like the ledger."""
     rows_not_stored: int = 0
     """Rows that the store could not write; 0 where nothing is stored."""
     cost: tuple[HookCost, ...] = ()
-    """What observing has cost, per hook; empty where the source could not tell."""
+    """Cost of observing, per hook; empty if the source cannot measure it."""
     note: str = ""
-    """What a reader must know of where the figures come from."""
+    """Sentence for the reader on where the figures come from."""
     several_devices: int | None = 0
-    """Of the ambiguous packets those that several devices fit; None in a summary of a store, which does not keep it."""
+    """Ambiguous packets that several devices fit; None in a summary of a store, which does not keep this count."""
     imitated: tuple[str, ...] = ()
-    """Names of the host's devices that devices of other namespaces have as well, where packets fit several devices."""
+    """Names that devices of the host and of other namespaces share; filled if packets fitted several devices."""
     sharers: tuple[Sharer, ...] = ()
     """Containers that share the host's network namespace, and so have no devices of their own."""
     sinks: dict[str, Account] = field(default_factory=dict)
-    """Where the rows went that were for sinks with a server."""
+    """Account of each sink with a server: where the rows given to the sink went."""
     names: Names = field(default_factory=Names)
     _by_width: dict[int, dict[FigureKey, Distribution]] = field(default_factory=dict)
     _devices: tuple[Device, ...] = ()
@@ -250,7 +251,7 @@ class Summary:
     _places: list[DevicePlace] = field(default_factory=list)
 
     def add(self, results: Results) -> None:
-        """Take in what the correlator says next. Windows of several widths count each delay once per width."""
+        """Add the correlator's next results. Windows of several widths count each delay once per width."""
         self.ledger, self.packets, self.cost = results.ledger, results.packets, results.cost
         self.grades, self.several_devices = results.grades, results.several_devices
         if results.several_devices and results.present is not None:
@@ -268,7 +269,7 @@ class Summary:
             self.names.note(device.container_id, device.container, results.upto_utc_ns)
 
     def _new(self, present: tuple[Device, ...] | None) -> tuple[Device, ...]:
-        """The devices of a list that was not seen yet."""
+        """Return the devices of `present` if that list is new, else none."""
         if present is self._present or present is None:
             return ()
         self._present = present
@@ -277,7 +278,7 @@ class Summary:
     def distribution(
         self, place: DevicePlace, direction: Direction, segment: Segment, width_s: int = 0
     ) -> Distribution:
-        """The distribution of that key, empty at first, to add to."""
+        """Return the distribution of a place, direction, segment and window width, empty if it is new; add to it."""
         of_width = self._by_width.setdefault(width_s, {})
         key = (place, direction, segment)
         found = of_width.get(key)
@@ -286,13 +287,13 @@ class Summary:
         return found
 
     def distributions(self) -> Iterator[tuple[int, FigureKey, Distribution]]:
-        """All there is, by window width."""
+        """Yield (window width in s, key, distribution) of every distribution."""
         for width_s, of_width in self._by_width.items():
             for key, distribution in of_width.items():
                 yield width_s, key, distribution
 
     def merge(self, other: Summary) -> None:
-        """Take in another run's."""
+        """Add the figures of another run."""
         self.ledger += other.ledger
         self.packets += other.packets
         self.grades += other.grades
@@ -311,9 +312,10 @@ class Summary:
             mine += distribution
 
     def rows(self, *segments: Segment) -> list[tuple[FigureKey, Distribution]]:
-        """All distributions of these segments (of all, if none is named), in the order of `path_order`.
+        """Return (key, distribution) of the segments named (of all if none is named), in the order of `path_order`.
 
-        Of several window widths the one that has seen most, then the narrowest: wide windows are final later.
+        Among several window widths the rows are those of the width with the most delays, then of the narrowest: wide
+        windows become final later.
         """
         if not self._by_width:
             return []
@@ -325,12 +327,12 @@ class Summary:
         )
 
     def _of_newest_names(self, rows: Iterable[tuple[FigureKey, Distribution]]) -> list[tuple[FigureKey, Distribution]]:
-        """The rows by what the containers are called now: one where a container had several names."""
+        """Return the rows under the containers' newest names; the rows of a renamed container are merged."""
         merged: dict[FigureKey, Distribution] = {}
         ids: dict[DevicePlace, str] = {}
         for (place, direction, segment), distribution in rows:
             shown = self.names.shown(place)
-            # Before the runtime could be asked there may have been no id: the name tells then.
+            # Rows from before the runtime answered may have no id: the name identifies the container then.
             ids[shown] = place.container_id or ids.get(shown, "")
             key = shown, direction, segment
             before = merged.get(key)
@@ -338,7 +340,10 @@ class Summary:
         return [((replace(p, container_id=ids[p]) if ids[p] else p, d, s), of) for (p, d, s), of in merged.items()]
 
     def overhead(self) -> list[tuple[FigureKey, Distribution]]:
-        """One distribution per container and direction; of several inner devices the place names the first."""
+        """Return one (key, distribution) per container and direction.
+
+        If a container has several inner devices, the place names the first of them.
+        """
         merged: dict[tuple[str, str, str, int, Direction], tuple[FigureKey, Distribution]] = {}
         for key, distribution in self.rows(Segment.OVERHEAD):
             place, direction, _ = key
@@ -355,18 +360,18 @@ class Summary:
         return sorted({sharer.container for sharer in self.sharers})
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines, one JSON object.
+        """Return the summary as values for one JSON object.
 
         `ledger`: the categories of `contracts.ledger`. `packets`. `grades`: ambiguous, buffer, content, exact, waited
         (packets) and told_apart (see `contracts.schema.Grades`). `devices`: a list in the order of the path of objects
         with container, netns, netns_id, device, ifindex, kind, role, direction, segment (`device` or `outside`), count,
         min_ns, mean_ns, p50_ns, p90_ns, p99_ns, p999_ns, max_ns. `overhead`: container, netns, netns_id,
-        direction and the same figures. `delivery`: like `devices`. `host` stands in each where several are known,
-        `container_id` where the container has one, which then is one entry by its newest name; `rows_not_stored`,
-        `unseen` (sentences), `ambiguous` (the ambiguous packets by cause: `several_devices` or `several_packets` fit,
-        and `imitated`, the names of the host's devices that others have too; a store does not keep it),
-        `on_host_network` (names of containers), `note`, `cost` (per hook: hook, calls, timed, timed_ns, ns_per_call)
-        and `sinks` (by name, the counts of `contracts.vitals.Account`) appear where there is something to say.
+        direction and the same figures. `delivery`: like `devices`. Each entry has `host` if several hosts are known,
+        and `container_id` if the container has an id; a renamed container has one entry, under its newest name.
+        Present only if not empty: `rows_not_stored`, `unseen` (sentences), `ambiguous` (ambiguous packets by cause:
+        `several_devices` or `several_packets` fit, and `imitated`, the device names that the host shares with other
+        namespaces; a store does not keep them), `on_host_network` (names of containers), `note`, `cost` (per hook:
+        hook, calls, timed, timed_ns, ns_per_call) and `sinks` (by name, the counts of `contracts.vitals.Account`).
         """
         several = self.several_hosts()
         found: dict[str, Any] = {
@@ -398,7 +403,7 @@ class Summary:
         return found
 
     def losses(self) -> list[str]:
-        """A sentence for each way in which the figures do not cover everything; none if they do."""
+        """Return a sentence for each loss that the figures do not cover; no sentence if there is none."""
         told = []
         if self.ledger.lost:
             told.append(f"{self.ledger.lost:,} records were lost in the kernel's ring: the figures are without them.")
@@ -415,7 +420,7 @@ class Summary:
         return told
 
     def unseen(self) -> list[str]:
-        """A sentence for each inner device of which the kernel shows one direction only."""
+        """Return a sentence for each inner device whose ingress the kernel does not show."""
         places = {place for (place, _, _), _ in self.rows(Segment.DEVICE) if place.role == Role.INNER}
         seen: dict[tuple[DevicePlace, Direction], int] = {}
         for (place, direction, _), distribution in self.rows(Segment.DEVICE, Segment.DELIVERY):
@@ -437,11 +442,14 @@ class Summary:
         return told
 
     def several_hosts(self) -> bool:
-        """Whether the figures are of more than one host."""
+        """Return whether the figures cover more than one host."""
         return len({place.host for of_width in self._by_width.values() for place, _, _ in of_width}) > 1
 
     def owners(self) -> Callable[[DevicePlace], str]:
-        """What tells whose a device is, for tables of all rows: whether there are several hosts takes all of them."""
+        """Return a function that names the owner (container or namespace) of a place.
+
+        The function adds the host's name if the figures cover several hosts, which needs all rows to decide.
+        """
         several = self.several_hosts()
 
         def owner(place: DevicePlace) -> str:
@@ -452,7 +460,7 @@ class Summary:
 
 
 def added(first: Iterable[HookCost], second: Iterable[HookCost]) -> tuple[HookCost, ...]:
-    """Costs of two runs, hook by hook."""
+    """Return the sum of the costs of two runs, hook by hook, in the order of the hooks."""
     sums: dict[Hook, HookCost] = {}
     for c in (*first, *second):
         s = sums.get(c.hook, HookCost(c.hook, 0, 0, 0))
@@ -461,7 +469,7 @@ def added(first: Iterable[HookCost], second: Iterable[HookCost]) -> tuple[HookCo
 
 
 def labels_of(places: Iterable[DevicePlace]) -> dict[DevicePlace, str]:
-    """The device's name, with the namespace's inode where the names alone would show two devices as one."""
+    """Return a label for each place: the device's name, plus the namespace's inode and the ifindex if names collide."""
     distinct = sorted(set(places))
     named: dict[tuple[str, ...], int] = {}
     for p in distinct:

@@ -1,8 +1,8 @@
-"""The ledger: where every record went. An invariant, printed even when all is zero.
+"""The ledger: the category of every record. Reports print the ledger even when all counts are zero.
 
     records = matched + unmatched + ambiguous + expired + dropped + in_flight
 
-`lost` and `discarded` stand beside it: records that never reached the correlator.
+`lost` and `discarded` stand outside this sum: they count records that never reached the correlator.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ class Ledger(Counted):
     """Counts of records. Each record is in exactly one of the categories."""
 
     records: int = 0
-    """Seen by the correlator."""
+    """Records that the correlator received."""
     matched: int = 0
-    """Tied to another record of the same packet, and (where it has a device) to one certain device."""
+    """Records matched to another record of the same packet and, if the hook has a device, to one certain device."""
     unmatched: int = 0
-    """No partner: nothing else was seen of this kernel buffer's life."""
+    """Records without a partner: the kernel buffer's life has no other record."""
     ambiguous: int = 0
-    """Several devices or packets fit and none can be told to be the right one."""
+    """Records that several devices or packets fit equally well."""
     expired: int = 0
-    """Waited for a partner until it was too late for one."""
+    """Records whose partner did not arrive within the timeout."""
     dropped: int = 0
-    """Of packets that the kernel dropped (what they crossed before is measured all the same)."""
+    """Records of packets that the kernel dropped (the devices that they crossed before are measured all the same)."""
     in_flight: int = 0
-    """Of packets whose life has not ended yet."""
+    """Records of packets whose life has not ended yet."""
     lost: int = 0
-    """Not stored by the ring; never seen here."""
+    """Records that the kernel's ring did not store; the correlator never receives them."""
     discarded: int = 0
-    """Discarded by a bounded buffer of our own; never seen here."""
+    """Records that a bounded buffer of MACE's discarded; the correlator never receives them."""
 
     @property
     def imbalance(self) -> int:
-        """Records that are in no category; anything but 0 is a defect."""
+        """Records in no category; any value but 0 is a defect."""
         return self.records - (
             self.matched + self.unmatched + self.ambiguous + self.expired + self.dropped + self.in_flight
         )
 
     def line(self) -> str:
-        """All of it in one line for people."""
+        """Return all counts on one line for people."""
         return "ledger: " + " · ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in self.as_dict().items())

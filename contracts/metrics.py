@@ -1,10 +1,10 @@
 """The measurement catalogue: what goes to databases, brokers and dashboards, under which names, in which units.
 
-One table for all that speak of them: sinks write these names, dashboards query them, docs/metrics.md lists them, and
-tests hold the three together. Names that end in a unit have it (`delay_ns`); all others are counts of what they name.
+One table serves all users of the names: sinks write them, dashboards query them, docs/metrics.md lists them, and tests
+compare the three. A name that ends in a unit is in that unit (`delay_ns`); every other field is a count.
 
-Tags have few values: never a packet, an address, a port or a key, and a container's id in `container_info` alone. A row
-is known by its measurement, its tags and its time; what is written again replaces itself.
+Tags have few values: never a packet, an address, a port or a key, and a container's id in `container_info` alone.
+Measurement, tags and time identify a row; a row written twice replaces itself.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Final
 
 
 class FieldKind(StrEnum):
-    """How a field's values relate to each other."""
+    """What a field's value covers: one packet, a window, the run so far, or an instant."""
 
     SAMPLE = "sample"
-    """Of one packet or round trip."""
+    """Value of one packet or round trip."""
     WINDOW = "window"
-    """Of all delays of a window, and final."""
+    """Value of all delays of a window; final."""
     COUNTER = "counter"
-    """Since the run began; goes back to 0 when another begins."""
+    """Count since the run began; the next run begins at 0."""
     GAUGE = "gauge"
-    """As it is at that time."""
+    """Value at the row's time."""
     HISTOGRAM = "histogram"
     """A string of `bin:count` pairs, separated by spaces; bins as in `contracts.histogram`. Merge by adding counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One value of a row: whole numbers, but for the histogram."""
+    """One value of a row: a whole number, or a string for the histogram."""
 
     name: str
     kind: FieldKind
@@ -46,47 +46,47 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Rows of one kind."""
+    """One kind of row: its tags, its fields and the meaning of its time."""
 
     name: str
     meaning: str
     tags: tuple[str, ...]
-    """Names in `TAGS`, in the order in which they are written. One without a value is left out of the row."""
+    """Names in `TAGS`, in the order of writing. A row omits a tag without a value."""
     fields: tuple[Field, ...]
     time: str
-    """What the row's time is the time of."""
+    """The event that the row's time refers to."""
 
 
 TAGS: Final = {
     "host": "Host that captured the packets.",
-    "container": "Container whose packets they are; none for those of no container.",
-    "container_id": "Whole id that the runtime gave the container; stays when it is renamed.",
+    "container": "Container whose packets they are; absent for packets of no container.",
+    "container_id": "Full id that the runtime gave the container; a rename does not change it.",
     "netns": "Name of the network namespace that the device is in; `host` for the host's.",
     "device": "Name of the network device.",
-    "kind": "Link kind of the device: `veth`, `bridge`, ...; none for hardware.",
+    "kind": "Link kind of the device: `veth`, `bridge`, ...; absent for hardware.",
     "role": "`inner`, `outer`, `host`, `remote`, `loopback` or `other`.",
-    "rank": "Where the device stands on the way out of a container, from 0; sorts a path.",
-    "direction": "`egress`: out of the container, `ingress`: into it, else `unknown`.",
-    "segment": "`device`: part of the overhead; `outside`: crossed by the host's own packets too; `delivery`: from the"
-    " inner device to the reader; `overhead`: the whole of a packet's.",
+    "rank": "Position of the device on the way out of a container, from 0; sorts a path.",
+    "direction": "`egress`: out of the container; `ingress`: into the container; else `unknown`.",
+    "segment": "`device`: part of the overhead; `outside`: a device that the host's own packets cross too; `delivery`:"
+    " from the inner device to the reader; `overhead`: the packet's whole overhead.",
     "source": "Source that captured the packets: `ftrace`, `kmod`, ...",
-    "grade": "On what ground a packet's records are tied: `buffer`, `content`, `exact`.",
+    "grade": "Evidence that a packet's records belong together: `buffer`, `content`, `exact`.",
     "width_s": "Width of the window, s: `1` or `10`. Each delay is in one window of each width.",
-    "tool": "Tool whose round trips they are, with how it stamps time: `ping`, `ping -U`, ...",
+    "tool": "Tool that measured the round trips, with its way of taking timestamps: `ping`, `ping -U`, ...",
     "reason": "`paired`, or why the sample could not be corrected: `no_reply`, `no_request`, `no_response`,"
     " `ambiguous`, `lost`, `no_time`.",
-    "part": "What the row tells of: `ledger`, `cost`, `queue`, `process` or `sink`.",
-    "hook": "Hook whose probe it is the cost of (`part=cost`).",
+    "part": "Subject of the row: `ledger`, `cost`, `queue`, `process` or `sink`.",
+    "hook": "Hook whose probe the cost belongs to (`part=cost`).",
     "queue": "Channel of the pipeline (`part=queue`): `items`, `results`.",
-    "sink": "Sink that it is the account of (`part=sink`).",
-    "slot": "Keeps rows apart that would else have the same tags and time; none almost always.",
+    "sink": "Sink whose account the row is (`part=sink`).",
+    "slot": "Keeps rows apart that would otherwise have the same tags and time; almost always absent.",
 }
-"""All tags, with their meaning."""
+"""Every tag and its meaning."""
 
 _DEVICE: Final = ("host", "container", "netns", "device", "kind")
 _PACKET: Final = (
     Field("l3_len", FieldKind.SAMPLE, "Bytes of the packet without link-layer header."),
-    Field("dropped", FieldKind.SAMPLE, "1 if the kernel dropped the packet later on; else the row has no such field."),
+    Field("dropped", FieldKind.SAMPLE, "1 if the kernel dropped the packet later; otherwise absent."),
 )
 
 
@@ -100,39 +100,39 @@ def _gauge(name: str, meaning: str) -> Field:
 
 LEDGER_FIELDS: Final = (
     _counter("records", "Records seen: matched + unmatched + ambiguous + expired + dropped + in_flight."),
-    _counter("matched", "Tied to another record of the same packet."),
-    _counter("unmatched", "No partner was seen."),
-    _counter("ambiguous", "Several devices or packets fit."),
-    _counter("expired", "The partner came too late."),
-    _counter("dropped", "Of packets that the kernel dropped."),
-    _gauge("in_flight", "Of packets whose life has not ended yet."),
-    _counter("lost", "Not stored by the kernel's ring."),
-    _counter("discarded", "Discarded by a bounded buffer of the source's."),
+    _counter("matched", "Records matched to another record of the same packet."),
+    _counter("unmatched", "Records without a partner."),
+    _counter("ambiguous", "Records that several devices or packets fit."),
+    _counter("expired", "Records whose partner did not arrive in time."),
+    _counter("dropped", "Records of packets that the kernel dropped."),
+    _gauge("in_flight", "Records of packets whose life has not ended yet."),
+    _counter("lost", "Records that the kernel's ring did not store."),
+    _counter("discarded", "Records that a bounded buffer of the source discarded."),
     _counter("packets", "Packets with at least one delay."),
-    _counter("packets_ambiguous", "Packets that were given up."),
-    _counter("packets_several_devices", "Of these the packets that several devices fit."),
-    _counter("packets_several_packets", "Of these the packets that fit several packets of one content."),
-    _counter("packets_buffer", "Packets that the kernel buffer alone holds together."),
-    _counter("packets_content", "Packets that their content key alone does."),
-    _counter("packets_exact", "Packets that both do."),
-    _counter("told_apart", "Times that the key alone said that a buffer had become another packet's."),
+    _counter("packets_ambiguous", "Packets without delays because several devices or packets fit."),
+    _counter("packets_several_devices", "Ambiguous packets that several devices fit."),
+    _counter("packets_several_packets", "Ambiguous packets whose content several packets share."),
+    _counter("packets_buffer", "Packets matched by the kernel buffer alone."),
+    _counter("packets_content", "Packets matched by the content key alone."),
+    _counter("packets_exact", "Packets matched by kernel buffer and content key."),
+    _counter("told_apart", "Reuses of a kernel buffer that only the content key revealed."),
     _counter("packets_waited", "Packets that waited for a neighbour's address (ARP, ND), and are in no window."),
 )
 SINK_FIELDS: Final = (
-    _counter("taken", "Rows that the sink was given, and found in its spool when it began."),
+    _counter("taken", "Rows that the sink was given, and rows in its spool at the start."),
     _counter("stored", "Rows that the server has acknowledged."),
-    _gauge("waiting", "Rows in the buffer, in the spool or under way."),
-    _counter("refused", "Rows that the server refused for what they are."),
+    _gauge("waiting", "Rows in the buffer, in the spool or in a request under way."),
+    _counter("refused", "Rows that the server refused for their content."),
     _counter("over_budget", "Rows that would have begun a series beyond the series budget."),
-    _counter("dropped_buffer", "Rows that the full buffer in memory had no room for."),
-    _counter("dropped_spool", "The oldest rows, given up because the spool was full."),
+    _counter("dropped_buffer", "Rows dropped because the buffer in memory was full."),
+    _counter("dropped_spool", "Oldest rows, dropped because the spool was full."),
     _counter("left_out", "Rows that the configuration leaves out (sampling)."),
     _counter("attempts", "Requests to the server."),
-    _counter("retries", "Those that failed and are made again."),
-    _gauge("buffer_peak", "The most rows that ever waited in the buffer."),
+    _counter("retries", "Requests that failed and are repeated."),
+    _gauge("buffer_peak", "Largest number of rows that have waited in the buffer."),
     _gauge("spool_bytes", "Bytes that the spool takes on the disk."),
     _gauge("series", "Series that the sink has begun."),
-    _gauge("delivery_ns", "How long the last successful request took."),
+    _gauge("delivery_ns", "Duration of the last successful request."),
     _gauge("connected", "1 if the last request succeeded, else 0."),
 )
 
@@ -144,78 +144,79 @@ MEASUREMENTS: Final = {
             "One packet's crossing of one device, or its delivery.",
             (*_DEVICE, "direction", "segment", "source", "grade", "slot"),
             (
-                Field("delay_ns", FieldKind.SAMPLE, "How long it took."),
+                Field("delay_ns", FieldKind.SAMPLE, "Duration of the crossing or the delivery."),
                 *_PACKET,
-                Field("position", FieldKind.SAMPLE, "Which hop of the packet's path it is, from 0."),
+                Field("position", FieldKind.SAMPLE, "Index of the hop in the packet's path, from 0."),
             ),
-            "When the packet came to the device.",
+            "When the packet arrived at the device.",
         ),
         Measurement(
             "overhead",
-            "What the container path added to one packet; the device is the container's own.",
+            "Delay that the container path added to one packet; the device is the container's own.",
             (*_DEVICE, "direction", "source", "grade", "slot"),
-            (Field("overhead_ns", FieldKind.SAMPLE, "The sum of its `device` delays."), *_PACKET),
-            "When the packet came to the first of the devices.",
+            (Field("overhead_ns", FieldKind.SAMPLE, "Sum of the packet's `device` delays."), *_PACKET),
+            "When the packet arrived at the first of the devices.",
         ),
         Measurement(
             "device_window",
-            "All delays of a device, direction and segment that began in a stretch of time.",
+            "All delays of a device, direction and segment that began in the window.",
             (*_DEVICE, "role", "rank", "direction", "segment", "source", "width_s", "slot"),
             (
                 Field("count", FieldKind.WINDOW, "Delays in the window."),
-                Field("sum_ns", FieldKind.WINDOW, "Their sum."),
-                Field("min_ns", FieldKind.WINDOW, "The smallest."),
-                Field("max_ns", FieldKind.WINDOW, "The largest."),
+                Field("sum_ns", FieldKind.WINDOW, "Sum of the delays."),
+                Field("min_ns", FieldKind.WINDOW, "Smallest delay."),
+                Field("max_ns", FieldKind.WINDOW, "Largest delay."),
                 Field("p50_ns", FieldKind.WINDOW, "Median, read from the histogram; relative error at most 0.4 %."),
-                Field("p90_ns", FieldKind.WINDOW, "90 % are not larger."),
-                Field("p99_ns", FieldKind.WINDOW, "99 % are not larger."),
-                Field("p999_ns", FieldKind.WINDOW, "99.9 % are not larger."),
-                Field("histogram", FieldKind.HISTOGRAM, "All of them, mergeable."),
+                Field("p90_ns", FieldKind.WINDOW, "90 % of the delays are not larger."),
+                Field("p99_ns", FieldKind.WINDOW, "99 % of the delays are not larger."),
+                Field("p999_ns", FieldKind.WINDOW, "99.9 % of the delays are not larger."),
+                Field("histogram", FieldKind.HISTOGRAM, "Histogram of the delays, mergeable."),
             ),
             "Start of the window, a multiple of its width.",
         ),
         Measurement(
             "container_info",
-            "Which container has which name: its id stays when it is renamed. None for containers without an id.",
+            "Name of each container by id: a rename changes the name alone. Containers without an id have no row.",
             ("host", "container", "container_id", "netns", "source"),
-            (_gauge("present", "1: it is there, and called so."),),
-            "When it was first seen under that name, then once a minute.",
+            (_gauge("present", "1: the container exists under this name."),),
+            "When the container was first seen under this name, then once a minute.",
         ),
         Measurement(
             "rtt",
-            "One round trip of a tool in a container, and what of it was not spent in the container's devices.",
+            "One round trip of a tool in a container, as measured and without the delay of the container's devices.",
             ("host", "container", "netns", "tool", "source", "grade", "reason", "slot"),
             (
                 Field("seq", FieldKind.SAMPLE, "Number of the request in the order of sending."),
-                Field("tool_rtt_ns", FieldKind.SAMPLE, "What the tool says."),
+                Field("tool_rtt_ns", FieldKind.SAMPLE, "Round-trip time that the tool reported."),
                 Field(
                     "host_rtt_ns",
                     FieldKind.SAMPLE,
-                    "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: at low rates a lower bound of a host process's.",
+                    "`tool_rtt_ns` - `egress_ns` - `ingress_ns`: at low packet rates a lower bound of a host process's"
+                    " round-trip time.",
                 ),
-                Field("nic_rtt_ns", FieldKind.SAMPLE, "From the outer device and back to it."),
+                Field("nic_rtt_ns", FieldKind.SAMPLE, "Round-trip time from the outer device and back to it."),
                 Field("egress_ns", FieldKind.SAMPLE, "Overhead of the request."),
                 Field("ingress_ns", FieldKind.SAMPLE, "Overhead of the response."),
             ),
-            "When the request came to the container's device; of a sample that is not paired, the tool's time.",
+            "When the request arrived at the container's device; for an unpaired sample, the tool's own time.",
         ),
         Measurement(
             "mace_internal",
-            "How the measurement itself is doing. Each `part` has its own fields.",
+            "Health of the measurement itself. Each `part` has its own fields.",
             ("host", "source", "part", "hook", "queue", "sink"),
             (
                 *LEDGER_FIELDS,
                 *SINK_FIELDS,
                 _counter("calls", "Calls of the hook's probe."),
-                _counter("timed", "Those of them that were timed."),
-                _counter("timed_ns", "Time spent in these."),
-                _gauge("queue_peak", "The most items that ever waited in the channel."),
+                _counter("timed", "Calls of the hook's probe that were timed."),
+                _counter("timed_ns", "Time spent in the timed calls."),
+                _gauge("queue_peak", "Largest number of items that have waited in the channel."),
                 _counter("cpu_ns", "Processor time of the process."),
                 _gauge("resident_bytes", "Memory of the process."),
                 _gauge("open_files", "File descriptors of the process."),
             ),
-            "All records before it are accounted for in this row.",
+            "All records before this time are accounted for in the row.",
         ),
     )
 }
-"""All measurements, by name."""
+"""Every measurement, by name."""

@@ -1,9 +1,8 @@
-"""Sorting integers by their digits: what the correlator does most is to bring the records of one buffer, or the rows of
-one time, together.
+"""Radix sorts of integers, for the correlator's most frequent work: grouping records by buffer and rows by time.
 
-numpy sorts 16-bit integers by radix and wider ones by comparing them, which takes ten times as long. So wider ones are
-sorted here by one digit of 16 bits after the other, the lowest first (Knuth, TAOCP 3, 5.2.5), and what only has to
-come together by a digit or two of its hash.
+numpy sorts 16-bit integers by radix and wider ones by comparison, which takes ten times as long. Wider integers are
+therefore sorted here digit by digit, 16 bits at a time, the lowest digit first (Knuth, TAOCP 3, 5.2.5). Values that
+need grouping but no order are sorted by one or two digits of their hash.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _DIGIT_BITS: Final = 16
 
 
 def stable_order(values: npt.NDArray[Any]) -> Ints:
-    """The stable argsort of `values`, int64 or uint64, one dimension: a pass for each 16 bits of their range."""
+    """Return the stable argsort of `values` (int64 or uint64, one dimension) in one pass per 16 bits of their range."""
     if not len(values):
         return np.zeros(0, np.int64)
     above = (values - values.min()).view(np.uint64)
@@ -32,21 +31,22 @@ def stable_order(values: npt.NDArray[Any]) -> Ints:
 
 
 def grouped(values: npt.NDArray[np.uint64]) -> tuple[Ints, Mask]:
-    """Indices that bring equal values together, each value's in the order in which they were given; and whether the
-    one before it there is the same.
+    """Return indices that bring equal values together, and a mask of those whose predecessor has the same value.
+
+    Equal values stay in the order in which they were given; different values are in no particular order.
     """
     hashed = values * GOLDEN
     digit = _digit(hashed, 3 * _DIGIT_BITS)
     order: Ints = digit.argsort(kind="stable")
     same, together = _as_before(values[order]), _as_before(digit[order])
     if np.count_nonzero(together & ~same) > len(values) // 8:
-        # Many different values: two digits.
+        # Too many different values share a digit: sort by two digits.
         digits = hashed >> np.uint64(2 * _DIGIT_BITS)
         order = stable_order(digits)
         same, together = _as_before(values[order]), _as_before(digits[order])
     mixed = together & ~same
     if mixed.any():
-        # Different values with the same digits: those are sorted within their places.
+        # Different values share the digits: sort these within their run.
         run = np.cumsum(~together)
         crowded = np.zeros(int(run[-1]) + 1, np.bool_)
         crowded[run[mixed]] = True

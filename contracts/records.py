@@ -1,14 +1,15 @@
 """Records and batches: what flows from a source to the correlator.
 
 A record is one packet at one hook. A batch holds the records of one stretch of time as columns of equal
-length; nothing in MACE handles single events. Columns, not an array of structs: a file or a network message
-is columns already, and a module's 64-byte records are viewed as strided columns without a copy.
+length; nothing in MACE handles single events. A batch is columns and not an array of structs, because files and
+network messages hold columns, and the module's 64-byte records can be viewed as strided columns without a copy.
 
-What the packet's own bytes say (its content key, ports, numbers) is a part of the batch by itself, which sources that
-do not read packets leave out whole.
+Values read from the packet's own bytes (content key, ports, sequence numbers) form a separate part of the batch, which
+sources that do not read packets omit.
 
 Lost records are visible in the stream: a record with hook `LOST` says that CPU `cpu` lost `l3_len` records
-(saturating) after `ts_ns` and before `skb_id` (a time, here). It stands before every record of the gap.
+(saturating) after `ts_ns` and before `skb_id`, which holds a time in this record. The marker precedes every record of
+the gap.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "gso_segs": np.dtype("<u2"),
     "hook": np.dtype("u1"),
 }
-"""Every column that each batch has and its type, in the order in which they travel."""
+"""Name and dtype of every column that each batch has, in the order of the wire format."""
 
 CONTENT_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "packet_key": np.dtype("<u8"),
@@ -48,7 +49,7 @@ CONTENT_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "l4_bits": np.dtype("u1"),
     "flags": np.dtype("u1"),
 }
-"""Every column of a batch's content and its type, in the order in which they travel, after those of `DTYPES`."""
+"""Name and dtype of every column of a batch's content, in the order of the wire format, after those of `DTYPES`."""
 
 
 class Flag(IntFlag):
@@ -59,26 +60,28 @@ class Flag(IntFlag):
     FRAGMENT = 0x02
     """A fragment of an IP packet; `l4_seq` holds its offset in bytes."""
     TUNNEL = 0x04
-    """Carries another packet (VXLAN, Geneve, GRE, IP in IP): `packet_key` is the inner one's, all else the outer's."""
+    """The packet carries another (VXLAN, Geneve, GRE, IP in IP): `packet_key` is of the inner packet, all other
+    columns are of the outer one."""
     VLAN = 0x08
     """Tagged: `vlan` holds the tag."""
     CLONED = 0x10
     """The buffer's data is shared with a clone."""
     RECALLED = 0x20
-    """The hook has no device: `Batch.dev` is where the packet was seen last."""
+    """The hook has no device: `Batch.dev` is the last device at which the packet was seen."""
     FLOW = 0x40
     """`l4_src`, `l4_dst`, `l4_seq` and `l4_bits` were read."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """What the packets' bytes say, record by record. Zero, and no flag, where a record has none (a marker).
+    """Values read from the packets' bytes, one per record; zero and without flags for a record without a packet.
 
     All columns have one length; dtypes are those of `CONTENT_DTYPES`. Numbers are in host byte order.
     """
 
     packet_key: npt.NDArray[np.uint64]
-    """Hash of what NAT, routing, bridging and tunnels leave alone (kmod/mace_packet.c says what); 0 if unknown."""
+    """Hash of the fields that NAT, routing, bridging and tunnels do not rewrite (listed in kmod/mace_packet.c); 0 if
+    unknown."""
     l4_seq: npt.NDArray[np.uint32]
     """TCP sequence number, SCTP verification tag, or the fragment's offset, bytes."""
     l4_src: npt.NDArray[np.uint16]
@@ -106,24 +109,24 @@ class Content:
         return ((name, getattr(self, name)) for name in CONTENT_DTYPES)
 
     def __getitem__(self, index: slice | Values) -> Content:
-        """That of the records at `index` (a slice gives views; a mask or an index array copies)."""
+        """Return the content of the records at `index` (a slice gives views; a mask or an index array copies)."""
         return Content(*(column[index] for _, column in self.columns()))
 
     @classmethod
     def of(cls, length: int, **given: Any) -> Content:
-        """That of `length` records from some columns; the others are zero. Casts to `CONTENT_DTYPES`."""
+        """Make the content of `length` records from some columns, cast to `CONTENT_DTYPES`; the others are zero."""
         return cls(*_made(CONTENT_DTYPES, length, given))
 
 
 PIECE_RECORDS: Final = 1 << 17
-"""Records in one batch of a source at most, so that what follows can count on it: 4.5 MB of columns."""
+"""Largest number of records in a source's batch: 4.5 MB of columns. Later stages size their memory by it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Records of one source, in non-decreasing order of `ts_ns`; equal times are ordered by CPU.
 
-    All columns have one length, that of `content` too; dtypes are those of `DTYPES`.
+    All columns and `content` have the same length; dtypes are those of `DTYPES`.
     """
 
     ts_ns: npt.NDArray[np.int64]
@@ -131,15 +134,15 @@ class Batch:
     skb_id: npt.NDArray[np.uint64]
     """Identity of the kernel buffer: equal while the same buffer lives, reused afterwards."""
     dev: npt.NDArray[np.uint32]
-    """Index into the stream's sightings (`contracts.topology.Topology.sightings`). Where the hook has no device: 0, or
-    the last device of the packet if `content` says `Flag.RECALLED`."""
+    """Index into the stream's sightings (`contracts.topology.Topology.sightings`). For a hook without a device: 0, or
+    the packet's last device if the content has `Flag.RECALLED`."""
     l3_len: npt.NDArray[np.uint32]
-    """Bytes without the link-layer header; at a copy to a reader the bytes copied; 0 where the hook does not tell."""
+    """Bytes without the link-layer header; at a copy to a reader the bytes copied; 0 if the hook does not report it."""
     cpu: npt.NDArray[np.uint16]
     drop_reason: npt.NDArray[np.uint16]
     """The kernel's `enum skb_drop_reason` at `kfree_skb`, else 0."""
     gso_segs: npt.NDArray[np.uint16]
-    """Segments this buffer will become on a wire; 0 where the hook does not tell."""
+    """Segments into which this buffer will be split on a wire; 0 if the hook does not report it."""
     hook: npt.NDArray[np.uint8]
     """A `contracts.hooks.Hook`."""
     content: Content | None = field(default=None, kw_only=True)
@@ -149,41 +152,41 @@ class Batch:
         return len(self.ts_ns)
 
     def columns(self) -> Iterator[tuple[str, Values]]:
-        """Names and arrays, in the order of `DTYPES`; `content` is apart."""
+        """Return (name, array) of each column, in the order of `DTYPES`; `content` is not included."""
         return ((name, getattr(self, name)) for name in DTYPES)
 
     def __getitem__(self, index: slice | Values) -> Batch:
-        """The records at `index` (a slice gives views; a mask or an index array copies)."""
+        """Return the records at `index` (a slice gives views; a mask or an index array copies)."""
         content = None if self.content is None else self.content[index]
         return Batch(*(column[index] for _, column in self.columns()), content=content)
 
     def pieces(self, most: int = PIECE_RECORDS) -> Iterator[Batch]:
-        """Views of `most` records each, the last of what is left; none of an empty batch."""
+        """Yield the batch in views of at most `most` records; an empty batch yields none."""
         for start in range(0, len(self), most):
             yield self[start : start + most]
 
     @property
     def lost(self) -> int:
-        """Records that the ring lost, as told by this batch's markers."""
+        """Records that the ring lost, by this batch's markers."""
         return int(self.l3_len[self.hook == Hook.LOST].sum(dtype=np.int64))
 
     @classmethod
     def of(cls, length: int, content: Content | None = None, **given: Any) -> Batch:
-        """A batch of `length` records from some columns; the others are zero. Casts to `DTYPES`."""
+        """Make a batch of `length` records from some columns, cast to `DTYPES`; the others are zero."""
         if content is not None and len(content) != length:
             raise ValueError(f"content of {len(content)} records, expected {length}")
         return cls(*_made(DTYPES, length, given), content=content)
 
     @classmethod
     def empty(cls) -> Batch:
-        """No records."""
+        """Make a batch of no records."""
         return cls.of(0)
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Batch:
-        """One batch after the other, as given; the caller answers for the order.
+        """Join batches in the given order, which the caller keeps ascending in time.
 
-        If some have content, the records of the others have zeros there.
+        If only some batches have content, the content of the others' records is zero.
         """
         if len(batches) == 1:
             return batches[0]

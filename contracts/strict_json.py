@@ -1,7 +1,6 @@
-"""JSON that every parser reads: RFC 8259 knows no NaN and no Infinity, and Unicode no lone surrogates.
+"""JSON that every parser reads: RFC 8259 has no NaN and no Infinity, Unicode text has no lone surrogates.
 
-A number that is none becomes null. The text is ASCII: nothing in it can be a terminal's command, whatever the names in
-it are.
+NaN and infinities become null. The text is ASCII, so that no name in it can act as a terminal's control sequence.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ from contracts.names import text
 
 
 def dumps(value: Any, *, spaced: bool = False) -> str:
-    """The value on one line, `spaced` for people. TypeError for what JSON has no form for, as from `json.dumps`."""
+    """Return the value as one line of JSON, with spaces for people if `spaced`.
+
+    Raises `TypeError` for a type that JSON cannot represent, like `json.dumps`.
+    """
     return json.dumps(_strict(value), separators=(", ", ": ") if spaced else (",", ":"), allow_nan=False)
 
 
@@ -29,6 +31,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(v) for v in value]
     if isinstance(value, float):
-        # A subclass, as numpy's are.
+        # A subclass of float, such as numpy.float64.
         return float(value) if isfinite(value) else None
     return value

@@ -1,4 +1,4 @@
-"""The times that can be reckoned with: what a file or a host tells may be anything that 64 bits hold."""
+"""The range of times that MACE accepts: a file or a host may state any 64-bit number as a time."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Final
 from contracts.errors import WireError
 
 LONGEST_NS: Final = 1 << 62
-"""146 years, the furthest from 0 that a monotonic time may be: sums of two such fit 64 bits. UTC is then 1824 at the
-earliest ..."""
+"""Largest distance of a monotonic time from 0: 146 years, so that the sum of two such times fits 64 bits. As UTC the
+earliest such time is in the year 1824."""
 LATEST_UTC_NS: Final = 7_258_118_400_000_000_000
-"""... and at the latest 2200, 62 years before 64 bits of nanoseconds are full."""
+"""Latest UTC time: the year 2200, 62 years before nanoseconds overflow 64 bits."""
 LATEST_RECORDED_NS: Final = 1 << 62
-"""The latest time of a recorded packet, whatever its clock: in UTC that is the year 2116. Sums of two such fit 64 bits,
-as of a window's beginning and its length; later ones are of a clock that was not set, or of damage."""
+"""Latest time of a recorded packet, on whatever clock: the year 2116 in UTC. The sum of two such times, such as a
+window's start and its width, fits 64 bits. A later time is damage, or the clock was not set."""
 
 
 def check_times(first_ns: int, last_ns: int, offset_ns: int) -> None:
-    """Raises `WireError` unless monotonic times, and what they are in UTC, are times that 64 bits can reckon with."""
+    """Raise `WireError` unless the monotonic times, and the same times in UTC, are in the accepted range."""
     if not -LONGEST_NS <= first_ns <= last_ns <= LONGEST_NS:
-        raise WireError(f"a time of {last_ns if last_ns > LONGEST_NS else first_ns} ns, beyond what any clock tells")
+        raise WireError(f"a time of {last_ns if last_ns > LONGEST_NS else first_ns} ns, which no clock can show")
     for time_ns in (first_ns, last_ns):
         if not -LONGEST_NS <= time_ns + offset_ns <= LATEST_UTC_NS:
             raise WireError(f"a time of {time_ns} ns, in UTC {time_ns + offset_ns} ns after 1970: is the clock wrong?")
 
 
 def check_from(from_ns: int, offset_ns: int) -> None:
-    """The same of a time from which something holds: however early that is, it makes no difference."""
+    """Raise `WireError` if the time from which a topology holds is too late; a time before 0 counts as 0."""
     check_times(max(from_ns, 0), max(from_ns, 0), offset_ns)

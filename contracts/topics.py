@@ -1,12 +1,13 @@
-"""Names and small messages of MACE on a MQTT broker. What travels on them is in docs/mqtt.md.
+"""Topics and small messages of MACE on an MQTT broker. docs/mqtt.md describes the whole protocol.
 
     mace/v1/HOST/stream/BUCKET   host → ingest   one wire frame a message (`contracts.wire`), QoS 1
     mace/v1/HOST/ack             ingest → host   which frame is expected next, which are refused (`Ack`), QoS 0
     mace/v1/HOST/status          host → all      who publishes, retained; the last will says `offline`
     mace/v1/HOST/delays|windows|ledger   host → all   rows as Arrow (`storage.mqtt_rows`), QoS 1
 
-A host's name is a level of its topics, so that a broker's access list can hold each host to its own. The bucket is a
-stable hash of that name: a shard of the ingest subscribes to its buckets, and the broker does the choosing.
+A host's name is a level of its topics, so that a broker's access list can restrict each host to its own topics. The
+bucket is a stable hash of the name: each shard of the ingest subscribes to its own buckets, and the broker distributes
+the messages.
 """
 
 from __future__ import annotations
@@ -21,53 +22,53 @@ from contracts.names import printable
 
 ROOT: Final = "mace/v1"
 BUCKETS: Final = 256
-"""Shards at most. Fixed for ever: host and ingest must agree on the topic."""
+"""Number of buckets, and so the largest number of shards. Fixed for ever: host and ingest must agree on the topic."""
 OLDEST: Final = "oldest"
-"""User property of a stream message: the number of the oldest frame that the host still has. What is missing before
-it will not come any more."""
+"""User property of a stream message: the number of the oldest frame that the host still has. Missing frames before it
+will never arrive."""
 _MAX_HOST_BYTES: Final = 255
-"""As much as a DNS name has; a topic may have 65,535 bytes."""
+"""Longest host name, that of DNS; a topic may have 65,535 bytes."""
 _FORBIDDEN: Final = frozenset("/+#\0")
-"""What separates levels, stands for any, or is no text at all in a topic."""
+"""The separator of topic levels, the two wildcards, and NUL, which MQTT forbids in topics."""
 MAX_SEQUENCE: Final = (1 << 64) - 1
 _MAX_WHY: Final = 300
-"""Characters of a reason that are believed to be for people."""
+"""Characters of a peer's reason that are kept: enough for a sentence, too few to flood a log."""
 
 
 def check_host(host: str) -> str:
-    """The name, if it can be a level of a topic; raises `WireError`."""
+    """Return the host name if it can be a level of a topic; raises `WireError` otherwise."""
     if not host or len(host.encode("utf-8", "replace")) > _MAX_HOST_BYTES or _FORBIDDEN & set(host):
         raise WireError(f"host {host[:80]!r} cannot be part of a topic: 1 to {_MAX_HOST_BYTES} bytes without / + # NUL")
     return host
 
 
 def bucket(host: str) -> int:
-    """0 to `BUCKETS` - 1; the same for ever and everywhere."""
+    """Return the bucket of a host, 0 to `BUCKETS` - 1: the same on every machine and in every version."""
     return crc32(host.encode()) % BUCKETS
 
 
 def stream_topic(host: str) -> str:
-    """Where a host publishes its frames."""
+    """Return the topic on which a host publishes its frames; raises `WireError` like `check_host`."""
     return f"{ROOT}/{check_host(host)}/stream/{bucket(host)}"
 
 
 def ack_topic(host: str) -> str:
-    """Where a host is told what has arrived."""
+    """Return the topic on which the ingest acknowledges a host's frames; raises `WireError` like `check_host`."""
     return f"{ROOT}/{check_host(host)}/ack"
 
 
 def results_topic(host: str, table: str) -> str:
-    """Where a host publishes rows of a table."""
+    """Return the topic on which a host publishes rows of a table; raises `WireError` like `check_host`."""
     return f"{ROOT}/{check_host(host)}/{table}"
 
 
 def status_topic(host: str) -> str:
-    """Where a host says whether it is there."""
+    """Return the topic on which a host announces that it is online; raises `WireError` like `check_host`."""
     return f"{ROOT}/{check_host(host)}/status"
 
 
 def host_of_stream(topic: str) -> str:
-    """The host of a stream topic; raises `WireError`, also for a bucket that is not the host's."""
+    """Return the host of a stream topic; raises `WireError` for another topic or a bucket that is not the host's."""
     parts = topic.split("/")
     if len(parts) != 5 or parts[:2] != ROOT.split("/") or parts[3] != "stream":
         raise WireError(f"topic {topic[:120]!r} is not {ROOT}/HOST/stream/BUCKET")
@@ -86,7 +87,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From `I/N`, I from 1 to N; raises `UsageError`."""
+        """Parse `I/N` with I from 1 to N; raises `UsageError`."""
         first, slash, second = text.partition("/")
         if not (slash and first.isascii() and first.isdigit() and second.isascii() and second.isdigit()):
             raise UsageError(f"shard {text!r}: expected I/N, as in 1/2")
@@ -96,11 +97,11 @@ class Shard:
         return cls(index - 1, count)
 
     def owns(self, host: str) -> bool:
-        """Whether the host is this shard's."""
+        """Return whether the host belongs to this shard."""
         return bucket(host) % self.count == self.index
 
     def filters(self) -> list[str]:
-        """What to subscribe to."""
+        """Return the topic filters that the shard subscribes to."""
         if self.count == 1:
             return [f"{ROOT}/+/stream/+"]
         return [f"{ROOT}/+/stream/{number}" for number in range(self.index, BUCKETS, self.count)]
@@ -111,21 +112,21 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Frames of a host's stream that the ingest refuses for what is in them, one after the other."""
+    """Consecutive frames of a host's stream, `first` to `last`, that the ingest refuses for their content."""
 
     first: int
     last: int
     why: str
     clock_utc_ns: int | None = None
-    """The ingest's clock where the frames' times are ahead of it: another clock may judge otherwise."""
+    """The ingest's clock, if the frames are refused because their times are ahead of it."""
 
     def with_next(self, other: Refusal) -> Refusal:
-        """Both, where the other's frames follow these; else the other alone."""
+        """Return one refusal of both if the frames of `other` follow directly; otherwise return `other`."""
         return replace(other, first=self.first) if other.first == self.last + 1 else other
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Refusal:
-        """From JSON; raises `ValueError`, `KeyError`, `TypeError` for what is none."""
+        """Read a refusal from a JSON object; raises `ValueError`, `KeyError` or `TypeError` for any other object."""
         first, last, why, clock = given["first"], given["last"], given["why"], given.get("clock_utc_ns")
         if not (
             type(first) is int
@@ -140,16 +141,17 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """What the ingest has of a host's stream."""
+    """The ingest's acknowledgement of a host's stream."""
 
     stream: int
     """Tag of the stream (`contracts.wire.Head.stream`)."""
     next: int
-    """All frames before this one are where a crash cannot take them. 0: nothing is known of this stream."""
+    """Number of the frame expected next: all frames before it are stored where a crash cannot lose them. 0: the ingest
+    knows nothing of this stream."""
     again: bool = False
-    """Frames are missing: send from `next` on again."""
+    """Whether frames are missing, and the host must send again from `next` on."""
     refused: Refusal | None = None
-    """Frames that have come and were not taken."""
+    """Frames that arrived and were refused."""
 
     def to_bytes(self) -> bytes:
         told: dict[str, Any] = {"stream": self.stream, "next": self.next, "again": self.again}
@@ -159,7 +161,7 @@ class Ack:
 
     @classmethod
     def parse(cls, payload: bytes) -> Ack:
-        """Raises `WireError`."""
+        """Parse an acknowledgement; raises `WireError` for any other payload."""
         try:
             given = json.loads(payload)
             stream, following, again = given["stream"], given["next"], given.get("again", False)

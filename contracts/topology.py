@@ -1,11 +1,12 @@
-"""Devices, namespaces and containers: what a device in a record is.
+"""Devices, namespaces and containers: the topology maps the device in a record to the machine's devices.
 
-The kernel's own net tracepoints name a device by name only, and `eth0` is in every container. So a record
-carries a *sighting* (what its source could see: a name, or namespace and ifindex), and the topology says which
-devices that can be. Which of several it is, the correlator finds from the path (see `correlator.identity`).
+The kernel's own net tracepoints give a device's name only, and every container has an `eth0`. A record therefore
+carries a *sighting* (whatever its source could see: a name, or namespace and ifindex), and the topology lists the
+devices that the sighting can be. Among several candidates the correlator decides by the packet's path (see
+`correlator.identity`).
 
-A topology is a whole snapshot with the time from which it holds; it travels in the stream like records do, so
-that a replay resolves exactly as the live run did.
+A topology is a whole snapshot with the time from which it holds. It travels in the stream like records do, so that a
+replay resolves devices exactly as the live run did.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from contracts.names import text
 
 
 class Role(StrEnum):
-    """What a device is to the containers of the host."""
+    """A device's part in the path between the containers and the network."""
 
     INNER = "inner"
     """The container's own device."""
@@ -30,14 +31,14 @@ class Role(StrEnum):
     HOST = "host"
     """Any other device of the host's namespace: a bridge, the host's end of a veth."""
     REMOTE = "remote"
-    """Beyond the outer device, but in this kernel: the lab's far end."""
+    """A device beyond the outer device but in this kernel: the lab's far end."""
     LOOPBACK = "loopback"
     OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Device:
-    """One network device in one network namespace. Identity is (`netns`, `ifindex`)."""
+    """One network device in one network namespace, identified by (`netns`, `ifindex`)."""
 
     netns: int
     """Inode of the network namespace."""
@@ -52,20 +53,20 @@ class Device:
     master_ifindex: int = 0
     """The bridge or bond, in the same namespace, that this device is a port of; 0 where there is none."""
     default_route: bool = False
-    """Whether a default route of its namespace leaves through it."""
+    """Whether a default route of the namespace leaves through this device."""
     netns_name: str = ""
-    """As in /run/netns, else a made-up one; `host` for the host's."""
+    """Name of the namespace in /run/netns, or one that MACE made up; `host` for the host's namespace."""
     container: str = ""
-    """Name of the container that the namespace belongs to; `""` for the host's and for the lab's far end."""
+    """Name of the container that the namespace belongs to; `""` in the host's namespace and at the lab's far end."""
     role: Role = Role.OTHER
     netns_cookie: int = 0
-    """Cookie of the network namespace (SO_NETNS_COOKIE): unlike the inode never given out again. 0: not known."""
+    """Cookie of the network namespace (SO_NETNS_COOKIE): unlike the inode the kernel never reuses it. 0: not known."""
     container_id: str = ""
-    """The container's whole id, as its runtime gave it: stays while the container lives, whatever it is called. `""`
-    where the runtime gives none (LXC, bare namespaces)."""
+    """The container's full id, as its runtime gave it: constant while the container lives, even if it is renamed. `""`
+    if the runtime gives none (LXC, bare namespaces)."""
 
     def __post_init__(self) -> None:
-        # Wherever the names come from, whatever takes them can store them.
+        # Names from any origin (kernel, runtime, file, broker) become text that every sink can store.
         for field in ("name", "kind", "netns_name", "container", "container_id"):
             given = getattr(self, field)
             if (name := text(given)) is not given:
@@ -78,35 +79,35 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A device as a source's records show it. ftrace: the name alone. Kernel module: namespace and ifindex.
+    """A device as a source's records identify it. ftrace: the name alone. Kernel module: namespace and ifindex.
 
-    Records of the module name a namespace by its cookie where the kernel has one (Linux 5.14), else by its inode.
+    Records of the module identify a namespace by its cookie (since Linux 5.14), on older kernels by its inode.
     """
 
     name: str
     netns: int = 0
-    """Inode of the namespace; 0 where records name it by cookie and nobody has listed it yet."""
+    """Inode of the namespace; 0 if records identify it by cookie and no listing has included it yet."""
     ifindex: int = 0
     netns_cookie: int = 0
-    """Cookie of the namespace; 0 where records name it by inode."""
+    """Cookie of the namespace; 0 if records identify it by inode."""
 
     def is_of(self, device: Device) -> bool:
-        """Whether it is a sighting of this device. A cookie decides alone: inodes are given out again."""
+        """Return whether this sighting can be the device. A cookie decides alone, because the kernel reuses inodes."""
         if self.netns_cookie:
             return (self.netns_cookie, self.ifindex) == (device.netns_cookie, device.ifindex)
         return (self.netns, self.ifindex) == device.key if self.ifindex else self.name == device.name
 
     def __post_init__(self) -> None:
-        # As a device's, or it would not be found among them.
+        # The same conversion as in `Device`: `is_of` compares the two names.
         object.__setattr__(self, "name", text(self.name))
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sharer:
-    """A container on the host's network: it has no device of its own, and no topology lists any."""
+    """A container on the host's network, which has no device of its own."""
 
     container: str
-    """Its name, as in `Device`."""
+    """The container's name, as in `Device`."""
     container_id: str = ""
     """As in `Device`."""
 
@@ -116,18 +117,18 @@ class Sharer:
 
     @property
     def key(self) -> str:
-        """What stays when its name changes, where anything does."""
+        """The container's id, which survives a rename, or its name if it has no id."""
         return self.container_id or self.container
 
 
 def containers_of(devices: Iterable[Device], sharers: Iterable[Sharer]) -> frozenset[tuple[str, str, str]]:
-    """(name, id, name of the network namespace) of every container with an id, the host's namespace for sharers."""
+    """Return (name, id, name of the network namespace) of each container with an id; a sharer's namespace is `host`."""
     found = {(d.container, d.container_id, d.netns_name) for d in devices if d.container_id}
     return frozenset(found | {(s.container, s.container_id, "host") for s in sharers if s.container_id})
 
 
 def newest_names(sharers: Iterable[Sharer]) -> tuple[Sharer, ...]:
-    """Each container once, by the last of its names; sorted. Of absurdly many the first `_MOST_SHARERS`."""
+    """Return each container once, under the last name given for it; sorted, at most `_MOST_SHARERS`."""
     return tuple(sorted({sharer.key: sharer for sharer in sharers}.values())[:_MOST_SHARERS])
 
 
@@ -137,10 +138,10 @@ NO_DEVICE: Final = Sighting("")
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """What is known of devices for records from `from_ns` on, until the next topology of the stream.
+    """The devices known for records from `from_ns` on, until the next topology of the stream.
 
-    In the stream it stands before every record with `ts_ns >= from_ns` and before the first record that uses
-    one of its new sightings. Sightings are only ever appended.
+    In the stream a topology precedes every record with `ts_ns >= from_ns` and the first record that uses one of its
+    new sightings. Each topology keeps all earlier sightings and appends new ones.
     """
 
     from_ns: int
@@ -149,15 +150,15 @@ class Topology:
     devices: tuple[Device, ...] = ()
     sightings: tuple[Sighting, ...] = (NO_DEVICE,)
     on_host_network: tuple[Sharer, ...] = ()
-    """Containers that share the host's network namespace, as far as the source looks for them."""
+    """Containers that share the host's network namespace; empty if the source does not look for them."""
 
     def candidates(self, sighting: Sighting) -> tuple[Device, ...]:
-        """The devices that a sighting can be. Empty for `NO_DEVICE` and for a device that nobody has listed."""
+        """Return the devices that a sighting can be; none for `NO_DEVICE` and for a device missing in the topology."""
         return tuple(d for d in self.devices if sighting.is_of(d))
 
 
 _MOST_SHARERS: Final = 10_000
-"""Ten times what the largest hosts run: so much of them is stored with each flush, whatever a stream says."""
+"""Largest number of sharers kept, ten times as many as the largest hosts run: bounds what each flush stores."""
 _KEY: Final = attrgetter("netns", "ifindex")
 _STACKED: Final = frozenset({"macvlan", "ipvlan", "vlan", "macvtap", "ipvtap"})
 
@@ -165,13 +166,14 @@ _STACKED: Final = frozenset({"macvlan", "ipvlan", "vlan", "macvtap", "ipvtap"})
 def assign_roles(
     devices: Iterable[Device], host_netns: int, outer: Iterable[str] = (), remote_netns: Iterable[str] = ()
 ) -> tuple[Device, ...]:
-    """Give each device its role (and take the container name from those beyond the outer device); sorted.
+    """Return the devices with their roles, sorted by namespace and ifindex.
 
-    `outer` names the host's devices towards the network. Without it they are those of the host's namespace that a
-    default route uses, and if there is none, its hardware. A bridge among them gives way to its hardware ports: they
-    are what bridged containers and routed ones have in common. A device of another namespace that is paired with, or
-    stacked on, a device of the host is a container's inner device, except beyond an outer device (a veth peer of
-    it) or in a namespace named in `remote_netns`: that is the far end of a test network.
+    `outer` names the host's devices towards the network. Without `outer`, these are the devices of the host's namespace
+    that a default route uses, or its hardware if there is no default route. A bridge among them is replaced by its
+    hardware ports, which bridged and routed containers have in common. A device of another namespace that is paired
+    with, or stacked on, a device of the host is a container's inner device. Two exceptions are the far end of a test
+    network: the namespace of an outer device's veth peer, and the namespaces named in `remote_netns`. Devices of the
+    host and of the far end lose their container's name and id.
     """
     given = sorted(devices, key=_KEY)
     host = [d for d in given if d.netns == host_netns and d.kind != "loopback"]
@@ -205,7 +207,7 @@ def assign_roles(
         container, container_id = ("", "") if nobodys else (d.container, d.container_id)
         if its_role is d.role and (container, container_id) == (d.container, d.container_id):
             return d
-        # Not by dataclasses.replace: that takes three times as long, and a host can have thousands of devices.
+        # dataclasses.replace would take three times as long, and a host can have thousands of devices.
         return Device(
             d.netns,
             d.ifindex,
@@ -226,7 +228,7 @@ def assign_roles(
 
 
 def _towards_network(host: Sequence[Device]) -> set[tuple[int, int]]:
-    """Keys of the host's outer devices where nobody has named them."""
+    """Return the keys of the host's outer devices if the user names none."""
     hardware = {d.key for d in host if not d.kind}
     keys = set()
     for d in host:
@@ -237,7 +239,7 @@ def _towards_network(host: Sequence[Device]) -> set[tuple[int, int]]:
 
 
 def check(topology: Topology) -> Topology:
-    """The topology, if it can be one; raises `WireError` (a file or a peer may say anything)."""
+    """Return the topology if it is valid; raises `WireError`, because a file or a peer may send anything."""
     if not topology.sightings or topology.sightings[0] != NO_DEVICE:
         raise WireError("topology: sighting 0 must be 'no device'")
     if len({d.key for d in topology.devices}) != len(topology.devices):

@@ -1,4 +1,4 @@
-"""The version of everything here, as streams and stores carry it; pyproject.toml reads it from this file."""
+"""The version of MACE, as streams and stores record it; pyproject.toml reads it from this file."""
 
 from typing import Final
 

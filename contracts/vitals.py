@@ -1,6 +1,6 @@
-"""What a running MACE knows of itself: the accounts of its sinks, its channels, and when it last got on.
+"""Health of a running MACE: the accounts of its sinks, the fill of its channels, and the time of its last results.
 
-Filled by those who do the work, read by those who tell of it (`mace_internal`, the Prometheus endpoint, health).
+The pipeline and its sinks write these values; `mace_internal`, the Prometheus endpoint and the health checks read them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Final
 from contracts.errors import UsageError
 
 _REASONS: Final = 16
-"""Different reasons that an account remembers; a server can put anything into its messages."""
+"""Largest number of different reasons in an account: a server chooses the text of its messages."""
 
 
 @dataclass(slots=True)
 class Account:
-    """Where a sink's rows went. Each row taken is in exactly one of the categories.
+    """Where a sink's rows went. Each row that the sink took is in exactly one category.
 
         taken = stored + waiting + refused + over_budget + dropped_buffer + dropped_spool + left_out
 
-    The fields are those of `contracts.metrics.SINK_FIELDS`, which tells what they mean.
+    The fields are those of `contracts.metrics.SINK_FIELDS`, which gives the meaning of each.
     """
 
     taken: int = 0
@@ -44,22 +44,22 @@ class Account:
     delivery_ns: int = 0
     connected: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    """Rows that were not stored, and failed requests, by what was said of them."""
+    """Reason -> number of rows that were not stored, and of requests that failed, for this reason."""
     trouble: str = ""
-    """Why the last request failed; empty after one that did not."""
+    """Why the last request failed; empty if it succeeded."""
 
     @property
     def imbalance(self) -> int:
-        """Rows that are in no category; anything but 0 is a defect."""
+        """Rows in no category; any value but 0 is a defect."""
         return self.taken - self.stored - self.waiting - self.not_stored - self.left_out
 
     @property
     def not_stored(self) -> int:
-        """Rows that were meant to be stored and never will be."""
+        """Rows that should have been stored and never will be."""
         return self.refused + self.over_budget + self.dropped_buffer + self.dropped_spool
 
     def note(self, reason: str, count: int = 1) -> bool:
-        """Count a reason; whether it is new, and so worth saying."""
+        """Count a reason and return whether it is new, and so worth a message."""
         new = reason not in self.reasons
         if new and len(self.reasons) >= _REASONS:
             reason = "other reasons"
@@ -68,11 +68,14 @@ class Account:
         return new
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name, without the reasons."""
+        """Return the counts by name, without the reasons."""
         return {name: getattr(self, name) for name in ACCOUNT_FIELDS}
 
     def __add__(self, other: Account) -> Account:
-        """Of one run and the next: counts add up, and the later one, which found what waited, says how it is now."""
+        """Return the account of this run and the next one, `other`.
+
+        Counts add up. Gauges are those of `other`, whose `taken` includes the rows that waited when this run ended.
+        """
         both = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Account) if f.type == "int"}
         latest = {
             name: getattr(other, name) for name in ("waiting", "spool_bytes", "series", "delivery_ns", "connected")
@@ -83,11 +86,11 @@ class Account:
         return Account(**both, reasons=self.reasons + other.reasons, trouble=other.trouble)
 
     def why(self) -> str:
-        """What was said of rows that were not stored and of requests that failed, most frequent first."""
+        """Return the reasons why rows were not stored and requests failed, most frequent first, with their counts."""
         return "; ".join(f"{reason} ({count:,})" for reason, count in self.reasons.most_common()) or "see the log"
 
     def line(self) -> str:
-        """All of it that is not 0, in one line for people."""
+        """Return on one line for people: rows taken and stored, every other category that is not 0, and the trouble."""
         told = ("taken", "stored", "waiting", "refused", "over_budget", "dropped_buffer", "dropped_spool", "left_out")
         counts = {name: getattr(self, name) for name in told}
         shown = (f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n or name in {"taken", "stored"})
@@ -99,68 +102,68 @@ ACCOUNT_FIELDS: Final = tuple(name for name in Account.__slots__ if name not in 
 
 @dataclass(frozen=True, slots=True)
 class Publishing:
-    """What became of the records that a host publishes for an ingest elsewhere.
+    """Where the records went that a host publishes to an ingest.
 
-    found in the spool + records = arrived + waiting + discarded + set_aside
+    records in the spool at the start + records = arrived + waiting + discarded + set_aside
     """
 
     records: int = 0
-    """Taken over in this run."""
+    """Records of this run given to the publisher."""
     arrived: int = 0
-    """The ingest says that it has them."""
+    """Records that the ingest has acknowledged."""
     waiting: int = 0
-    """In the spool or on the way."""
+    """Records in the spool or on the way."""
     discarded: int = 0
-    """Given up for want of room, or damaged on the disk."""
+    """Records discarded because the spool was full, or because they were damaged on the disk."""
     set_aside: int = 0
-    """In frames that cannot be sent (of another version, of a stream whose beginning is missing) or that the ingest
-    refuses for what is in them."""
+    """Records in frames that cannot be sent (another version; a stream whose beginning is missing) or that the ingest
+    refuses for their content."""
     connected: bool = False
     answered: bool = False
-    """The broker has taken us in once at least since the run began."""
+    """Whether the broker has accepted a connection since the run began."""
     taken_over: int = 0
-    """Times that another client of the same name took the session over."""
+    """Times that another client with the same name took over the session."""
     trouble: str = ""
-    """Why nothing is published now; empty if nothing is in the way."""
+    """Why nothing is being published; empty if publishing works."""
 
 
 @dataclass(slots=True)
 class Vitals:
-    """Of one process. `live`: it measures now; a replay's own health is nobody's business."""
+    """Health of one process. `live`: the process measures now; a replay does not report its health."""
 
     live: bool = True
     accounts: dict[str, Account] = field(default_factory=dict)
-    """By name of the sink."""
+    """Name of the sink → its account."""
     queues: dict[str, int] = field(default_factory=dict)
-    """Name of the channel → the most items that ever waited in it."""
+    """Name of the channel → largest number of items that have waited in it."""
     running: bool = False
-    """Source and sinks are open."""
+    """Whether source and sinks are open."""
     last_results_s: float = 0.0
     """`time.monotonic()` of the last results."""
     waits_for: str = ""
-    """What has to be there before there can be results; empty if nothing is missing."""
+    """The thing without which there can be no results (a connection, a host); empty if nothing is missing."""
     publishing: Callable[[], Publishing] | None = None
-    """Says how publishing to an ingest goes, from any thread; None where nothing is published."""
+    """Returns the state of publishing to an ingest, callable from any thread; None if nothing is published."""
 
     def account(self, sink: str) -> Account:
-        """A new account for a sink of that name; raises `UsageError` if there is one."""
+        """Make an account for the sink of this name; raises `UsageError` if the name already has one."""
         if sink in self.accounts:
             raise UsageError(f"two sinks are called {sink!r}")
         self.accounts[sink] = account = Account()
         return account
 
     def ended(self) -> None:
-        """Nothing is measured any more."""
+        """Note that the measurement has ended."""
         self.running = False
 
     def got_on(self, **peaks: int) -> None:
-        """Results came through; how full the channels have been."""
+        """Note that results arrived now, and the peaks of the channels by name."""
         self.last_results_s = time.monotonic()
         self.queues.update(peaks)
 
 
 def process_figures() -> dict[str, int]:
-    """cpu_ns, resident_bytes, open_files of this process, now."""
+    """Return cpu_ns, resident_bytes and open_files of this process, now."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - a second is not worth a Path
         pages = int(file.read().split()[1])

@@ -1,4 +1,4 @@
-"""Many windows as columns: what makes and stores them by the hundred thousand handles arrays, not objects."""
+"""Windows as columns: the correlator and the stores handle hundreds of thousands of windows as arrays, not objects."""
 
 from __future__ import annotations
 
@@ -12,34 +12,39 @@ from contracts.arrays import Ints
 from contracts.schema import Direction, Segment, Window
 
 FIGURES: Final = ("count", "sum_ns", "min_ns", "max_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns")
-"""What a window says of its delays, but for the histogram."""
+"""Figures of a window's delays, without the histogram."""
 NUMBERS: Final = ("start_utc_ns", "width_s", "device", "direction", "segment", *FIGURES)
-"""Rows of `WindowTable.numbers`: fields of `Window`."""
+"""Rows of `WindowTable.numbers`, by the name of the field of `Window`."""
 _numbers_of: Final = attrgetter(*NUMBERS)
 _DIRECTIONS: Final = {int(d): d for d in Direction}
 _SEGMENTS: Final = {int(s): s for s in Segment}
 
 
 class WindowTable(Sequence[Window]):
-    """A sequence of windows, which are made when first asked for one; equal to any sequence of equal ones."""
+    """A sequence of windows kept as columns; `Window` objects are made at the first access to one.
+
+    A table is equal to any sequence of equal windows.
+    """
 
     __slots__ = ("_made", "bins", "counts", "edges", "numbers")
 
     def __init__(self, numbers: Ints, edges: Ints, bins: Ints, counts: Ints) -> None:
-        """`numbers` is (13, n), a row for each of `NUMBERS`; `edges` (n + 1) says where in `bins` and `counts`, which
-        are those of all windows end to end, each one's begin. All int64.
+        """Make a table of n windows from int64 arrays.
+
+        `numbers` is (13, n), a row for each of `NUMBERS`. `bins` and `counts` hold the histograms of all windows end to
+        end; window i has the elements from `edges[i]` to `edges[i + 1]`, so that `edges` has n + 1 elements.
         """
         self.numbers, self.edges, self.bins, self.counts = numbers, edges, bins, counts
         self._made: tuple[Window, ...] | None = None
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> WindowTable:
-        """The same windows."""
+        """Return a table of the windows given; a table is returned as it is."""
         if isinstance(windows, WindowTable):
             return windows
         if not windows:
             return _EMPTY
-        # One pass: by the column, each window would be fetched anew a dozen times.
+        # One pass over the windows: column by column would visit each window thirteen times.
         numbers = np.array([_numbers_of(window) for window in windows], np.int64).T
         edges = np.cumsum([0, *(len(w.bins) for w in windows)])
         bins = np.concatenate([w.bins for w in windows]).astype(np.int64, copy=False)
@@ -47,7 +52,7 @@ class WindowTable(Sequence[Window]):
 
     @classmethod
     def concatenate(cls, parts: Sequence[WindowTable]) -> WindowTable:
-        """One after the other."""
+        """Join tables in the given order."""
         if len(parts) < 2:
             return parts[0] if parts else _EMPTY
         sizes = np.concatenate([np.diff(part.edges) for part in parts])
@@ -59,7 +64,7 @@ class WindowTable(Sequence[Window]):
         )
 
     def column(self, name: str) -> Ints:
-        """One of `NUMBERS`, of all windows."""
+        """Return one of `NUMBERS` for all windows; int64 of shape (n,)."""
         column: Ints = self.numbers[NUMBERS.index(name)]
         return column
 

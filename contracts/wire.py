@@ -1,17 +1,16 @@
-"""The wire format: stream items <-> bytes. Capture files hold these frames, MQTT carries them.
+"""The wire format: encodes stream items as frames, and decodes them, for capture files and MQTT.
 
 A stream is a sequence of frames, one message each:
 
     HEADER, then TOPOLOGY, BATCH and PROGRESS in stream order, then END where the stream ended cleanly
 
-    frame = head (36 bytes) | payload (`stored` bytes, zstd or as it is)
+    frame = head (36 bytes) | payload (`stored` bytes, compressed by zstd or plain)
     head  = sync mark, version, message, flags, stream tag, sizes, sequence, payload CRC, head CRC
 
-Every frame can be found, checked and read with nothing but the stream's topology before it; the two checksums
-are verified before a byte of the payload is looked at, and every size before memory is taken for it. A reader
-that believes what it gets from `Decoder` never sees records out of order, a hook that does not exist or a
-device index beyond the sightings, whatever the bytes were. docs/capture-format.md has the format byte by byte,
-docs/design/003-wire.md the reasons and the measurements.
+Every frame can be found, checked and read with the stream's topology alone. `Decoder` verifies both checksums before it
+interprets the payload, and every size before it allocates memory. Whatever bytes `Decoder` is given, its items never
+contain records out of order, unknown hooks or device indices beyond the sightings. docs/capture-format.md describes the
+format byte by byte; docs/design/003-wire.md has the reasons and the measurements.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content
 from contracts.topology import Device, Role, Sharer, Sighting, Topology, check
 
 WIRE_VERSION: Final = 2
-"""Raised when an older reader would misread a frame. JSON keys may be added without: what is unknown is ignored. All
-versions from 1 on are read (`_FIXUPS`); this one is written."""
+"""Version that is written; all versions from 1 on are read (`_FIXUPS`). A change that an older reader would misread
+raises it. New JSON keys do not: readers ignore unknown keys."""
 
 SIGNATURE: Final = b"MACE\r\n\x1a\n"
-"""First bytes of a capture file. Line ends and DOS's end of file show a transfer that took it for text, as in PNG."""
+"""First bytes of a capture file. The line ends and DOS's end-of-file byte reveal a transfer in text mode, as in PNG."""
 FILE_HEAD: Final = SIGNATURE + WIRE_VERSION.to_bytes(4, "little")
 
 SYNC: Final = b"\xffMCF"
-"""First bytes of every frame. 0xff is in no UTF-8, so that text inside a payload cannot look like it."""
+"""First bytes of every frame. UTF-8 never contains 0xff, so that text inside a payload cannot look like a frame."""
 
 HEAD: Final = struct.Struct("<4sBBBBIIQIII")
 HEAD_SIZE: Final = HEAD.size
@@ -53,77 +52,80 @@ _HEAD_CRC: Final = struct.Struct("<I")
 assert HEAD_SIZE == 36
 
 COMPRESSED: Final = 0x01
-"""Flag: the payload is one zstd frame. Without it the payload is stored as it is."""
+"""Flag: the payload is one zstd frame. Without the flag the payload is not compressed."""
 
 _COLUMNS: Final = DTYPES | CONTENT_DTYPES
-"""In the order in which they travel. A batch without content has the first ones only, those of `DTYPES`."""
+"""Columns of a batch, in the order of the payload. A batch without content has those of `DTYPES` only."""
 MAX_RECORDS: Final = 1 << 20
-"""Records in one batch: 31 MiB of columns in memory (55 with content), some 50 times what a live source hands over at
-once."""
+"""Largest number of records in one batch: 31 MiB of columns in memory (55 with content), some 50 times the largest
+batch of a live source."""
 _PREFIX: Final = struct.Struct("<IQB")
-"""Start of a BATCH payload: records, records of the stream before it, columns; then one descriptor a column."""
+"""Start of a BATCH payload: its records, the stream's records before it, its columns; a descriptor a column follows."""
 MAX_BATCH_BYTES: Final = _PREFIX.size + len(_COLUMNS) + MAX_RECORDS * sum(dtype.itemsize for dtype in _COLUMNS.values())
 MAX_JSON_BYTES: Final = 8 << 20
-"""A device takes some 200 bytes of JSON: 40,000 devices. The worst JSON parses to 26 times its size: 210 MiB."""
+"""Largest JSON payload. A device takes some 200 bytes of JSON: 40,000 devices. The worst JSON parses to 26 times its
+size: 210 MiB."""
 
 _FULL_SIGHTINGS: Final = 4096
-"""Up to here a topology repeats all its sightings (some 100 kB), so that it can be read without those before it;
-beyond, only new ones travel, or a month of short-lived veths would cost more each time one more comes."""
+"""Largest number of sightings (some 100 kB) that a topology repeats, so that it can be read without earlier topologies.
+A topology with more sightings carries new ones only: otherwise each further short-lived veth of a month would add to
+the size of every later topology."""
 
 _HOOK_IS_KNOWN: Final[npt.NDArray[np.bool_]] = np.isin(np.arange(256), [h for h in Hook if h is not Hook.INVALID])
 
 _LEVEL: Final = 1
-"""zstd: level 3 takes a fifth more time and saves 1 %; level -1 saves a tenth of it and costs a fifth more bytes."""
+"""zstd level. Level 3 takes a fifth more time and saves 1 % of the bytes; level -1 saves a tenth of the time and takes
+a fifth more bytes."""
 
 
 class FrameKind(IntEnum):
-    """What a frame holds (u8). Append only."""
+    """Kind of a frame's message (u8). Append only."""
 
     HEADER = 1
     TOPOLOGY = 2
     BATCH = 3
     END = 4
     PROGRESS = 5
-    """Only where someone waits for it: captures have none."""
+    """Sent only to readers that wait for results; captures contain none."""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The stream ended cleanly, and this is all there was."""
+    """The stream ended cleanly; totals for the reader to compare."""
 
     records: int
-    """In all batches, markers included."""
+    """Records in all batches, markers included."""
     lost: int
-    """In the ring, as told by the markers."""
+    """Records that the ring lost, by the stream's markers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A frame's head, its checksum and its limits verified."""
+    """A frame's head, with checksum and limits verified."""
 
     version: int
-    """Of the wire, 1 to `WIRE_VERSION`."""
+    """Wire version, 1 to `WIRE_VERSION`."""
     message: FrameKind
     compressed: bool
     stream: int
-    """CRC-32 of the HEADER's payload: ties every frame to its stream."""
+    """CRC-32 of the HEADER's payload, which identifies the stream of every frame."""
     stored: int
     """Bytes of payload that follow."""
     sequence: int
     """0 for the HEADER, then one more for each frame."""
     raw: int
-    """Bytes of payload when decompressed."""
+    """Bytes of the decompressed payload."""
     checksum: int
     """CRC-32 of the payload as stored."""
 
 
 WireItem: TypeAlias = StreamHeader | StreamItem | End
 Accept: TypeAlias = Callable[[WireItem], None]
-"""Raises `WireError` for a message that whoever reads does not want."""
+"""A reader's check of a message; raises `WireError` to refuse the message."""
 
 
 def parse_head(data: bytes | bytearray | memoryview) -> Head:
-    """The head in the first `HEAD_SIZE` bytes of `data`; raises `WireError`."""
+    """Return the head in the first `HEAD_SIZE` bytes of `data`; raises `WireError` for any other bytes."""
     if (found := bytes(data[: len(SYNC)])) != SYNC[: len(found)]:
         raise WireError(f"found {found.hex(' ')} where a frame should begin ({SYNC.hex(' ')})")
     if len(data) < HEAD_SIZE:
@@ -149,7 +151,10 @@ def parse_head(data: bytes | bytearray | memoryview) -> Head:
 
 
 def whole_head(frame: bytes) -> Head:
-    """The head of a frame of which nothing is missing or damaged; raises `WireError`. Its payload is not unpacked."""
+    """Return the head of a complete frame; raises `WireError` if the frame is cut or damaged.
+
+    The payload's checksum is verified, its content is not decompressed.
+    """
     head = parse_head(frame)
     payload = memoryview(frame)[HEAD_SIZE:]
     if len(payload) != head.stored:
@@ -160,7 +165,7 @@ def whole_head(frame: bytes) -> Head:
 
 
 def check_version(version: int) -> None:
-    """Raises `WireError` for a wire version that cannot be read."""
+    """Raise `WireError` for a wire version that this MACE cannot read."""
     if not 1 <= version <= WIRE_VERSION:
         raise WireError(
             f"wire version {version}, this MACE reads 1 to {WIRE_VERSION}: use the MACE that wrote it, or a newer one"
@@ -168,9 +173,9 @@ def check_version(version: int) -> None:
 
 
 class _Order:
-    """What every stream promises (`contracts.interfaces`), verified on both sides.
+    """Checks the order that every stream promises (`contracts.interfaces`), for writers and readers.
 
-    Also when writing: what a writer lets through, no reader would take, and the recording would be lost.
+    Writers check too: readers would refuse an out-of-order stream, and the recording would be lost.
     """
 
     def __init__(self) -> None:
@@ -180,7 +185,7 @@ class _Order:
         self.sightings = 1
 
     def check_batch(self, batch: Batch, ascending: bool = False) -> None:
-        """`ascending` says that the order inside the batch is known already."""
+        """Raise `WireError` if the batch breaks the stream's order; `ascending`: the order inside it is verified."""
         if not len(batch):
             return
         ts = batch.ts_ns
@@ -220,7 +225,7 @@ class _Order:
 
 
 class Encoder:
-    """Writes one stream. One frame a call, numbered; first `header`, last `end`. Not for several threads."""
+    """Encodes one stream, one numbered frame per call; `header` comes first, `end` last. Not thread-safe."""
 
     def __init__(self) -> None:
         self.records = 0
@@ -232,13 +237,13 @@ class Encoder:
         self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False, write_content_size=True)
 
     def header(self, header: StreamHeader) -> bytes:
-        """The first frame. Not compressed: a capture explains itself, also to `strings` and `less`."""
+        """Return the first frame. It is not compressed, so that `strings` and `less` show a capture's origin."""
         payload = _to_json({"wire": WIRE_VERSION} | asdict(header))
         self._stream = crc32(payload)
         return self._frame(FrameKind.HEADER, payload, compress=False)
 
     def item(self, item: StreamItem) -> bytes:
-        """The frame of an item; raises `WireError` where it breaks the order of the stream.
+        """Return the frame of an item; raises `WireError` if the item breaks the order of the stream.
 
         A batch has at most `MAX_RECORDS` records.
         """
@@ -253,7 +258,10 @@ class Encoder:
                 return frame
 
     def topology(self, topology: Topology, full: bool = False) -> bytes:
-        """`full`: with all sightings even where they are many, for a reader who has not seen those before."""
+        """Return the frame of a topology; raises `WireError` if the topology breaks the order of the stream.
+
+        `full` includes all sightings, however many, for a reader that has not read the topologies before.
+        """
         self._order.check_topology(check(topology))
         known = self._order.sightings if self._order.topology is not None else 0
         first = known if len(topology.sightings) > _FULL_SIGHTINGS and not full else 0
@@ -262,7 +270,10 @@ class Encoder:
         return frame
 
     def batch(self, batch: Batch) -> bytes:
-        """Records as columns; about 2 to 3 bytes a record on container traffic, and as much for their content."""
+        """Return the frame of a batch; raises `WireError` if it is too large or breaks the order of the stream.
+
+        On container traffic a record takes about 2 to 3 bytes, and its content as much.
+        """
         if len(batch) > MAX_RECORDS:
             raise WireError(f"a batch of {len(batch)} records, at most {MAX_RECORDS} are allowed")
         self._order.check_batch(batch)
@@ -273,11 +284,11 @@ class Encoder:
         return frame
 
     def skip(self, records: int) -> None:
-        """Records that had to be thrown away before they were encoded: a reader sees a gap of as many."""
+        """Count records that were discarded before they were encoded; a reader sees a gap of as many records."""
         self.records += records
 
     def end(self) -> bytes:
-        """The last frame: this is all there was."""
+        """Return the last frame, with the stream's totals."""
         return self._frame(FrameKind.END, _to_json(asdict(End(self.records, self.lost))))
 
     def _frame(self, message: FrameKind, raw: bytes, compress: bool = True) -> bytes:
@@ -298,26 +309,26 @@ class Encoder:
 
 
 class Decoder:
-    """Reads one stream, frame by frame, and verifies all that a stream promises.
+    """Decodes one stream, frame by frame, and verifies everything that a stream promises.
 
-    A frame that is refused changes nothing. With `gaps` frames may be missing (a damaged file, a broker that
-    dropped some): what is missing is counted, and the batch after a gap begins with one `LOST` marker for each
-    CPU, of 0 records (the ring did not lose them), so that nothing is matched across it.
+    A refused frame leaves the decoder unchanged. With `gaps`, frames may be missing (a damaged file, a broker that
+    dropped some): the decoder counts the missing records and begins the batch after a gap with one `LOST` marker for
+    each CPU, of 0 records (the ring did not lose them), so that no packet is matched across the gap.
     """
 
     def __init__(self, gaps: bool = False) -> None:
         self.header: StreamHeader | None = None
         self.version = 0
-        """Of the stream's wire; 0 before the HEADER."""
+        """Wire version of the stream; 0 before the HEADER."""
         self.end: End | None = None
         self.sequence = 0
-        """Of the frame expected next."""
+        """Number of the frame expected next."""
         self.records = 0
-        """Records of the stream up to here: decoded and missing."""
+        """Records of the stream so far, decoded and missing."""
         self.missing = 0
-        """Records known to be in frames that never came."""
+        """Records known to be in frames that are missing."""
         self._lost: int | None = 0
-        """None if it has not seen them all."""
+        """Records that the ring lost, by the markers decoded; None if `skip_to` passed over some of the stream."""
         self._gaps = gaps
         self._stream = 0
         self._order = _Order()
@@ -325,26 +336,26 @@ class Decoder:
 
     @property
     def topology(self) -> Topology | None:
-        """The last one that was decoded."""
+        """The topology decoded last."""
         return self._order.topology
 
     def skip_to(self, sequence: int, records: int) -> None:
-        """Expect the stream to go on with frame `sequence`, after `records` records. Once the HEADER is known.
+        """Continue with frame `sequence`, which follows `records` records of the stream. Call after the HEADER.
 
-        For who has seen the frames between, or knows what is in them; the END's count of lost records is then believed.
+        For a caller that has read the frames in between elsewhere. The END's count of lost records is then unverified.
         """
         self.sequence, self.records, self._lost = sequence, records, None
 
     def peek(self, head: Head, stored: bytes) -> tuple[Batch, int]:
-        """The batch of a frame by itself, and the records of the stream before it. Its order is not verified."""
+        """Return a frame's batch and the number of the stream's records before it, without verifying the order."""
         return _batch(self._raw(head, stored))
 
     def stands_alone(self, head: Head, stored: bytes) -> bool:
-        """Whether a TOPOLOGY can be read without those before it."""
+        """Return whether a TOPOLOGY has all its sightings, so that it can be read without earlier ones."""
         return _Json(self._raw(head, stored), "TOPOLOGY").number("first_sighting", 0) == 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the decompressor, which remembers nothing: a reader can be put aside and go on later."""
+        """Return the state without the decompressor, which has none of its own, so that a pickled reader can resume."""
         return {name: value for name, value in self.__dict__.items() if name != "_zstd"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -352,12 +363,15 @@ class Decoder:
         self._zstd = zstandard.ZstdDecompressor()
 
     def frame(self, frame: bytes, accept: Accept | None = None) -> WireItem:
-        """The message of one whole frame (a MQTT payload); raises `WireError`, as may `accept` (see `payload`)."""
+        """Decode one whole frame (an MQTT payload); raises `WireError`. For `accept` see `payload`."""
         head = self.head(frame)
         return self.payload(head, frame[HEAD_SIZE:], accept)
 
     def head(self, data: bytes | bytearray | memoryview) -> Head:
-        """The head at the start of `data`, if it is this stream's next (with `gaps`: or a later one's)."""
+        """Return the head at the start of `data`; raises `WireError` unless it is of the stream's next frame.
+
+        With `gaps` it may be of any later frame.
+        """
         head = parse_head(data)
         if self.end is not None:
             raise WireError(f"a {head.message.name} after the END")
@@ -372,9 +386,10 @@ class Decoder:
         return head
 
     def payload(self, head: Head, stored: bytes, accept: Accept | None = None) -> WireItem:
-        """The message, once `head` was accepted. `stored` is exactly the payload.
+        """Decode the payload `stored` of a frame whose `head` was accepted; raises `WireError`.
 
-        What `accept`, which is given the message, raises refuses the frame: then nothing of it was taken.
+        `accept` is called with the message before it takes effect. If `accept` raises, the frame is refused and the
+        decoder is unchanged.
         """
         raw = self._raw(head, stored)
         message, take = self._read(head, raw)
@@ -385,7 +400,7 @@ class Decoder:
         return message
 
     def _read(self, head: Head, raw: bytes) -> tuple[WireItem, Callable[[], None]]:
-        """The message, verified, and how to take it."""
+        """Return the verified message, and a function that makes it take effect."""
         match head.message:
             case FrameKind.HEADER:
                 if head.stream != crc32(raw):
@@ -409,7 +424,7 @@ class Decoder:
         self.header, self.version, self._stream = header, head.version, head.stream
 
     def _raw(self, head: Head, stored: bytes) -> bytes:
-        """The payload, verified and unpacked, as this version would have written it."""
+        """Return the payload verified, decompressed and converted to the current wire version."""
         if len(stored) != head.stored:
             raise WireError(f"a payload of {len(stored)} bytes, the head says {head.stored}")
         if crc32(stored) != head.checksum:
@@ -421,7 +436,7 @@ class Decoder:
 
     def _decompress(self, stored: bytes, size: int) -> bytes:
         try:
-            # The library allocates what the zstd frame says before it reads on: hold that against our own head.
+            # The library allocates the size that the zstd frame states before it decompresses: compare it first.
             if zstandard.frame_content_size(stored) != size:
                 raise WireError("the compressed payload and the frame's head disagree about its size")
             raw = self._zstd.decompress(stored, allow_extra_data=False)
@@ -484,10 +499,10 @@ class Decoder:
 
 # --- columns -----------------------------------------------------------------------------------------------------
 #
-# A descriptor is encoding << 4 | width. Widths are bytes; all integers are little-endian.
+# A descriptor is encoding << 4 | width. Widths are in bytes; all integers are little-endian.
 
 _RECORDS_MAX: Final = 1 << 60
-"""What a stream may say of its records: 10^9 a second for 36 years. Sums of several stay below 2^63."""
+"""Largest number of records that a stream may state: 10^9 a second for 36 years. Sums of several stay below 2^63."""
 
 _CONSTANT: Final = 0
 """One value of `width` bytes (0 to the column's own) for all records; width 0 is the value 0."""
@@ -495,8 +510,8 @@ _PLAIN: Final = 1
 """A value of `width` bytes (1, 2, 4 or 8, at most the column's own) for each record."""
 _DELTA: Final = 2
 """`ts_ns` only: the first time (8 bytes), then the differences between neighbours as `width` (0 to 8) planes: all
-lowest bytes, then all second bytes, and so on. The lowest is noise, the upper ones are nearly constant: apart they
-take three quarters of the bytes that they take interleaved, and a quarter of the time."""
+lowest bytes, then all second bytes, and so on. The lowest bytes are noise, the upper ones nearly constant: as planes
+they compress to three quarters of the size that they have interleaved, in a quarter of the time."""
 
 _UNSIGNED: Final[dict[int, np.dtype[Any]]] = {
     1: np.dtype("u1"),
@@ -507,12 +522,12 @@ _UNSIGNED: Final[dict[int, np.dtype[Any]]] = {
 
 
 def _width(value: int) -> int:
-    """Bytes that hold the unsigned `value`; 0 for 0."""
+    """Return the number of bytes that hold the unsigned `value`; 0 for 0."""
     return (value.bit_length() + 7) // 8
 
 
 def _room(width: int) -> int:
-    """The numpy integer size that holds `width` bytes."""
+    """Return the size of the smallest numpy integer that holds `width` bytes."""
     return 1 << (width - 1).bit_length() if width else 1
 
 
@@ -525,7 +540,7 @@ def _batch_payload(batch: Batch, before: int) -> bytes:
         if not count:
             descriptors.append(_CONSTANT << 4)
         elif name == "ts_ns":
-            # As unsigned numbers modulo 2^64: a difference may be larger than an i8 holds.
+            # Differences are unsigned modulo 2^64: they may be larger than an i8 holds.
             deltas = np.diff(column.astype("<i8", copy=False).view("<u8"))
             width = _width(int(deltas.max())) if count > 1 else 0
             descriptors.append(_DELTA << 4 | width)
@@ -548,7 +563,7 @@ def _batch_payload(batch: Batch, before: int) -> bytes:
 
 
 def _batch(raw: bytes) -> tuple[Batch, int]:
-    """The batch of a payload, and the records of the stream before it."""
+    """Return the batch of a payload, and the number of the stream's records before it."""
     if len(raw) < _PREFIX.size:
         raise WireError(f"a BATCH of {len(raw)} bytes, at least {_PREFIX.size} are needed")
     count, before, given = _PREFIX.unpack_from(raw)
@@ -560,7 +575,7 @@ def _batch(raw: bytes) -> tuple[Batch, int]:
     descriptors = raw[_PREFIX.size : at]
     if len(descriptors) < given:
         raise WireError(f"a BATCH of {len(raw)} bytes, at least {at} are needed")
-    # Sizes first, memory afterwards.
+    # Verify all sizes before allocating memory.
     plan: list[tuple[np.dtype[Any], int, int, int]] = []
     for (name, dtype), descriptor in zip(list(_COLUMNS.items())[:given], descriptors, strict=True):
         encoding, width = descriptor >> 4, descriptor & 15
@@ -609,8 +624,8 @@ def _times(raw: bytes, start: int, width: int, count: int) -> npt.NDArray[np.int
     else:
         ts[1:] = deltas
     np.cumsum(ts, out=ts)
-    # Four bytes at most: 2^20 x 2^32 = 2^52, so the sum can pass 2^63 once only, and then the last is below the
-    # first. Wider ones can pass it anywhere.
+    # Differences of up to four bytes add up to at most 2^20 x 2^32 = 2^52: the sum can pass 2^63 only once, and the
+    # last time is then below the first. Wider differences can pass 2^63 anywhere.
     if ts[-1] < first or (room == 8 and bool((ts[1:] < ts[:-1]).any())):
         raise WireError("times that do not fit 64 bits")
     return ts
@@ -620,7 +635,7 @@ def _times(raw: bytes, start: int, width: int, count: int) -> npt.NDArray[np.int
 
 
 def _from_1(message: FrameKind, raw: bytes) -> bytes:
-    """Version 2 says how many columns a batch has; there were eight."""
+    """Convert a payload of wire version 1: version 2 adds the number of a batch's columns, eight in version 1."""
     if message is not FrameKind.BATCH:
         return raw
     at = _PREFIX.size - 1
@@ -628,7 +643,7 @@ def _from_1(message: FrameKind, raw: bytes) -> bytes:
 
 
 _FIXUPS: Final[dict[int, Callable[[FrameKind, bytes], bytes]]] = {1: _from_1}
-"""From each version that there was, how a payload of it is made to look like one of the next. Append only."""
+"""Wire version -> function that converts a payload of it to the next version. Append only."""
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------
@@ -642,8 +657,8 @@ def _to_json(fields_: dict[str, Any]) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        # A device name or an argument may hold bytes that are no UTF-8, which Python has as lone surrogates. They
-        # are spelt out (as the six characters \\udc80): nothing downstream could store them.
+        # A device name or an argument may contain bytes that are not UTF-8, which Python represents as lone
+        # surrogates. They are escaped (as the six characters \\udc80): no reader could store them.
         return re.sub("[\ud800-\udfff]", lambda bad: f"\\\\u{ord(bad[0]):04x}", text).encode()
 
 
@@ -652,7 +667,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 class _Json:
-    """A JSON object's fields, each of the type that is asked for; else `WireError`."""
+    """The fields of a JSON object; each method checks the type of a field and raises `WireError` for another."""
 
     def __init__(self, raw: bytes | dict[str, Any], where: str) -> None:
         self._where = where
@@ -730,7 +745,7 @@ def _header(raw: bytes, version: int) -> StreamHeader:
     given = _Json(raw, "HEADER")
     if (told := given.number("wire")) != version:
         check_version(told)
-        raise WireError(f"a HEADER that tells of wire version {told}, in a frame of version {version}")
+        raise WireError(f"a HEADER that names wire version {told}, in a frame of version {version}")
     clock = given.object("clock")
     return StreamHeader(
         source=given.text("source"),
@@ -759,7 +774,7 @@ def _topology_fields(topology: Topology, first: int) -> dict[str, Any]:
     return {
         "from_ns": topology.from_ns,
         "host_netns": topology.host_netns,
-        # What is as by default is left out: half the bytes, a third of the time.
+        # Default values are omitted, which halves the bytes and takes a third of the time.
         "devices": [
             {key: value for key in _DEVICE_DEFAULTS if (value := getattr(device, key)) != _DEVICE_DEFAULTS[key]}
             for device in topology.devices

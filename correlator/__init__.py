@@ -1,1 +1,1 @@
-"""Batches of records -> delays, paths and windows. Imports only what the stages share."""
+"""Correlates batches of records into delays, paths and windows. Imports only `contracts`."""

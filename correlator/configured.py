@@ -1,4 +1,4 @@
-"""The engine's settings out of the configuration, for a live stream and for a recording."""
+"""Makes the engine's settings from the configuration, for a live stream and for a recording."""
 
 from dataclasses import replace
 from typing import Final
@@ -7,11 +7,11 @@ from contracts.config import CorrelateConfig
 from correlator.engine import EngineConfig
 
 REPLAY_SLICE_NS: Final = 1_000_000_000
-"""Nobody waits for a replay's next row, and a slice costs the same with few records in it as with many."""
+"""Slice of a replay: nobody waits for its next row, and a slice of few records costs as much as one of many."""
 
 
 def live(config: CorrelateConfig) -> EngineConfig:
-    """For a live stream: each batch is worked on as it comes."""
+    """Return the settings for a live stream, in which each batch is processed when it arrives."""
     return EngineConfig(
         timeout_ns=config.timeout_ms * 1_000_000,
         whole_batches=True,
@@ -21,5 +21,5 @@ def live(config: CorrelateConfig) -> EngineConfig:
 
 
 def replayed(config: CorrelateConfig) -> EngineConfig:
-    """For a recording: in slices of `REPLAY_SLICE_NS`."""
+    """Return the settings for a recording, which is processed in slices of `REPLAY_SLICE_NS`."""
     return replace(live(config), slice_ns=REPLAY_SLICE_NS, whole_batches=False)

@@ -1,6 +1,7 @@
-"""Does the buffer still carry the same packet? What the content keys of a life's records say about it.
+"""Does the buffer still carry the same packet? Decides it by the content keys of a life's records.
 
-The moves of `correlator.identity` join records into a life; here the keys may part it again. See the essay there.
+The moves of `correlator.identity` join records into a life; the content keys may divide the life again. The essay in
+that module explains the rules.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from correlator.identity import CODE_BITS, OTHER_CONTENT
 from correlator.numbers import GRO, QUEUE, RECEIVE_SKB, XMIT
 
 SEGMENTS: Final = 0x80
-"""Bit of a record's traits: the buffer holds several segments of what will be packets, or were."""
+"""Bit of a record's traits: the buffer holds several segments, which will become packets or have been packets."""
 assert all(flag < SEGMENTS for flag in Flag)
 
 
 def keys(batch: Batch) -> U64 | None:
-    """The content keys of a batch, uint64, 0 where none is known; None if the source gives none."""
+    """Return the content keys of a batch, uint64, 0 for an unknown key; None if the source reads no packets."""
     return None if batch.content is None else batch.content.packet_key
 
 
 def traits(batch: Batch) -> Bytes | None:
-    """What else counts of each record's content: `contracts.records.Flag`s and `SEGMENTS`, uint8; or None."""
+    """Return each record's `contracts.records.Flag`s and `SEGMENTS`, uint8; None if the source reads no packets."""
     if batch.content is None:
         return None
     if not batch.gso_segs.any():
@@ -35,9 +36,9 @@ def traits(batch: Batch) -> Bytes | None:
 
 
 def flows(batch: Batch) -> tuple[U64 | None, Bytes | None]:
-    """What each record says of its flow, as one number (`ports` and `sequence` read it), and its IP protocol.
+    """Return each record's ports and sequence number packed into one number, and its IP protocol.
 
-    uint64 and uint8, 0 where nothing is known; None if the source does not read packets.
+    uint64 (unpacked by `ports` and `sequence`) and uint8, 0 where unknown; None if the source reads no packets.
     """
     told = batch.content
     if told is None:
@@ -47,21 +48,21 @@ def flows(batch: Batch) -> tuple[U64 | None, Bytes | None]:
 
 
 def ports(flow: U64) -> tuple[Ints, Ints]:
-    """Source and destination: ports, or identifier and sequence number of an ICMP echo."""
+    """Return source and destination port, or identifier and sequence number of an ICMP echo, of packed flows."""
     both = (flow >> np.uint64(32)).astype(np.int64)
     return both >> 16, both & 0xFFFF
 
 
 def sequence(flow: U64) -> Ints:
-    """TCP sequence number."""
+    """Return the TCP sequence number of packed flows."""
     return (flow & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def changes(key: U64, joined: Mask) -> Ints:
-    """Indices of the records whose key is another than the last one of their life before them.
+    """Return the indices of records whose key differs from the last key before them in their life.
 
-    Both arrays are in buffer order; `joined` says whether a record is of one life with the one before it. Records
-    without a key say nothing and are passed over.
+    Both arrays are in buffer order; `joined` marks records that belong to the life of the record before them. Records
+    without a key are ignored.
     """
     at: Ints = np.flatnonzero(joined[1:] & (key[1:] != 0) & (key[1:] != key[:-1])) + 1
     passed_over = np.flatnonzero(key[at - 1] == 0)
@@ -69,21 +70,21 @@ def changes(key: U64, joined: Mask) -> Ints:
         return at
     life, keyed = np.cumsum(~joined), np.flatnonzero(key)
     here = at[passed_over]
-    # The first keyed record of all gets the last one, which is of no life before its own.
+    # The first keyed record wraps to the last one, which fails the comparison of positions below.
     before = keyed[np.searchsorted(keyed, here) - 1]
     agree = (before >= here) | (life[before] != life[here]) | (key[before] == key[here])
     return np.delete(at, passed_over[agree])
 
 
 def explained(at: Ints, places: Ints, moves: Ints, trait: Bytes) -> Mask:
-    """At which of these records the key has changed because of what the kernel does to a packet in its buffer there.
+    """Return a mask of the records in `at` whose key changed because the kernel changes the packet in its buffer there.
 
-    `places` and `moves` (the one into each record) are as of `correlator.identity`, `trait` as of `traits`, all in
+    `places` and `moves` (the move into each record) are as in `correlator.identity`, `trait` as in `traits`, all in
     buffer order.
     """
     hook, hook_before = places[at] >> CODE_BITS, places[at - 1] >> CODE_BITS
     now, then = trait[at], trait[at - 1]
-    # The highest bit, so a comparison tells.
+    # SEGMENTS is the highest bit, so that a comparison tests it.
     several, were_several = now >= SEGMENTS, then >= SEGMENTS
     joined_up = (hook_before == GRO) & (hook == RECEIVE_SKB) & several
     taken_apart = (hook_before == QUEUE) & (hook == XMIT) & were_several & ~several

@@ -1,40 +1,40 @@
-"""A tool's round trip times in a container -> what of them was not spent in the container's devices.
+"""Corrects a tool's round trip times in a container: subtracts the delay of the container's devices.
 
 For a request and its response that were both seen over the whole path (`contracts.schema.Crossings`):
 
     host RTT = tool RTT - egress - ingress
     egress   = net_dev_queue of the request, outer - inner device
-    ingress  = of the response, inner - outer device: netif_receive_skb, where the tool looks at the clock after it;
-               the kernel's stamp, where the tool takes that: what the packet waits behind it is not in the tool's RTT
+    ingress  = of the response, inner - outer device: netif_receive_skb, if the tool reads the clock after it; the
+               kernel's timestamp, if the tool uses that: the wait behind the timestamp is not part of the tool's RTT
     NIC RTT  = at the outer device, first hook of the response - net_dev_start_xmit of the request
 
-Which request and which response? A sample says little: a time, a length, a number, a round trip time. A packet's
-crossing says when it was where, how long it is and, from a source that looks into packets, whose it is. A wrong pair
-is worse than a missing one, so a sample is paired only if *everything that is known leaves one possibility*:
+Which request and which response? A sample contains little: a time, a length, a number, a round trip time. A crossing
+contains the packet's times and length and, from a source that reads packets, its flow. A wrong pair is worse than a
+missing one. A sample is therefore paired only if *all that is known leaves one possibility*:
 
-1. **Candidates.** The request is a packet out of the container with the sample's length and, where both tell, its
-   protocol, identifier and sequence number. It was queued where the tool's stamp model puts it (`correlator.stamps`),
-   and there is a packet into the container, with the response's length and content, that arrived so long after it as
-   the round trip time says, give or take what the model allows.
-2. **Order.** A tool sends its requests in the order of their numbers, so the packets of successive samples follow one
-   another; and replies are told of in the order in which they arrived. Of all assignments that keep the order (each is
-   strictly increasing, and such assignments form a lattice) the earliest and the latest are found by going through the
-   samples forwards and backwards. Where the two agree there is one possibility; where they do not, the sample is
-   *ambiguous*. Content, where there is any, only makes the sets of candidates smaller.
-3. **Waits.** A process can be interrupted anywhere, and for long. So at first long waits are allowed, and a pair that
-   they leave as the only one is kept if ordinary waits would do for it, or if it stands between such pairs with exactly
-   as many packets between them as samples. What is left is judged once more with ordinary waits, with these in their
-   places.
-4. **A reply without a time** (it was cut, or damaged on its way) is never paired, but it had a request and is a packet,
-   so it takes part: its request is somewhere between those of its neighbours, and so is its response. Where no
-   assignment has room for it, its packets were not seen, and it is left aside.
-5. **Where it cannot be done.** If no assignment exists for samples that compete for the same packets, somebody's packet
-   is missing and all of them are ambiguous. If records were lost where a sample's packets would have to be, the right
-   one may be the one that was lost: the sample is not paired.
+1. **Candidates.** The request is a packet out of the container with the sample's length and, if both have them, the
+   same protocol, identifier and sequence number. It was queued when the tool's stamp model expects it
+   (`correlator.stamps`). A packet into the container, with the response's length and content, arrived one round trip
+   time later, within the tolerance of the model.
+2. **Order.** A tool sends its requests in the order of their numbers, so that the packets of successive samples follow
+   one another; and it reports replies in the order of arrival. Among all assignments that keep this order (each is
+   strictly increasing, and such assignments form a lattice), a forward pass over the samples finds the earliest, a
+   backward pass the latest. Where the two agree there is one possibility; where they differ, the sample is *ambiguous*.
+   Content, if the source has it, only reduces the sets of candidates.
+3. **Waits.** A process can be interrupted anywhere, and for long. The first pass therefore allows long waits. A pair
+   that is then the only possibility is kept if ordinary waits suffice for it, or if it lies between two such pairs with
+   exactly as many packets between them as samples. A second pass decides the remaining samples with ordinary waits,
+   with the kept pairs in their places.
+4. **A reply without a time** (it was cut, or damaged on its way) is never paired. But it had a request and is a packet,
+   and so takes part: its request lies between the requests of its neighbours, and its response between their responses.
+   If no assignment has room for it, its packets were not seen, and it is ignored.
+5. **Failure.** If no assignment exists for samples that compete for the same packets, a packet of one of them is
+   missing, and all of them are ambiguous. If records were lost where a sample's packets must be, the right packet may
+   be among the lost ones: the sample is not paired.
 
-So lost replies, further replies, replies out of order and sequence numbers that wrap need no rules of their own. What
-cannot be seen: a sample whose own packet was missed although no record was lost (a path that is ambiguous, a buffer
-that changed), while a stranger's packet of the same length had, in the same milliseconds, the same round trip time.
+Lost replies, further replies, replies out of order and wrapping sequence numbers need no rules of their own. One error
+cannot be detected: a sample's own packet was missed although no record was lost (an ambiguous path, a changed buffer),
+while another packet of the same length had, in the same milliseconds, the same round trip time.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ SampleKey = tuple[int, ...]
 
 _ECHOES: Final = (ICMP, ICMPV6)
 _EVER: Final = 1 << 62
-"""Beyond every time, and with room for sums."""
+"""Later than every time, and small enough for sums."""
 _FEW: Final = 64
-"""So many candidates are looked at one by one; more are faster as arrays."""
+"""Number of candidates that are examined one by one; more are faster as arrays."""
 
 
 class Reason(IntEnum):
@@ -72,15 +72,15 @@ class Reason(IntEnum):
     NO_REPLY = 1
     """The tool saw no reply."""
     NO_REQUEST = 2
-    """No packet out of the container is where the request must have been."""
+    """No packet left the container when the request must have."""
     NO_RESPONSE = 3
-    """There is one, or more, but no packet into the container that fits the round trip time."""
+    """Packets left the container in time, but no packet into the container fits the round trip time."""
     AMBIGUOUS = 4
-    """Several packets fit and none can be told to be the right one."""
+    """Several packets fit equally well."""
     LOST = 5
     """The ring lost records while the sample was under way: its packets may be among them."""
     NO_TIME = 6
-    """A reply came, or may have, of which the tool's output has no round trip time."""
+    """A reply arrived, or may have, but the tool's output has no round trip time for it."""
 
 
 REASONS: Final = {
@@ -92,16 +92,16 @@ REASONS: Final = {
     Reason.LOST: "lost: the ring lost records while it was under way",
     Reason.NO_TIME: "no time: a reply came, or may have, and the tool's output has no round trip time of it",
 }
-"""What people read."""
+"""Text for people of each reason."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Corrections(Columns):
-    """One row per sample, in the same order. Where `reason` is not PAIRED all else is 0."""
+    """One row per sample, in the order of the samples. If `reason` is not PAIRED, all other columns are 0."""
 
     reason: npt.NDArray[np.uint8]
     grade: npt.NDArray[np.uint8]
-    """The lower of the two packets' (`contracts.schema.Grade`)."""
+    """The lower grade of the two packets (`contracts.schema.Grade`)."""
     request: npt.NDArray[np.uint64]
     """`Crossings.packet`."""
     response: npt.NDArray[np.uint64]
@@ -130,9 +130,10 @@ class Corrections(Columns):
 
 
 def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc_ns: Gaps = ()) -> Corrections:
-    """Pair one tool's samples with one container's packets, and take off what its devices added.
+    """Pair one tool's samples with one container's packets, and subtract the delay of the container's devices.
 
-    `crossings`: of one container, in any order, strangers' packets included. A row for every sample comes back.
+    `crossings`: packets of one container, in any order, including packets of other processes. Returns a row for every
+    sample.
     """
     egress = _sorted(crossings, Direction.EGRESS)
     ingress = _sorted(crossings, Direction.INGRESS, stamp=stamps.receive_clock is ReceiveClock.KERNEL)
@@ -148,8 +149,8 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
     tool = samples.rtt_ns[rows]
     removed = back.inner_utc_ns - back.outer_utc_ns
     if stamped:
-        # The kernel may be interrupted between its stamp and the hook. But the request was stamped before it was
-        # queued, so the response was at most a round trip after that.
+        # The kernel may be interrupted between its timestamp and the hook. But the request was stamped before it was
+        # queued, so that the response was stamped at most a round trip time after the queueing.
         latest = out.inner_utc_ns + tool + samples.resolution_ns[rows]
         removed = np.minimum(back.inner_stamp_utc_ns, latest) - back.outer_stamp_utc_ns
     found: dict[str, npt.NDArray[Any]] = {
@@ -169,11 +170,11 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
 
 
 def settled(samples: Samples, stamps: StampModel, upto_utc_ns: int) -> int:
-    """How many of the first samples can be paired for good, now that everything before `upto_utc_ns` is known.
+    """Return how many of the first samples can be paired for good.
 
-    Everything: the packets that began, and the samples with a line's time, before it. The samples that are settled
-    compete for no packet with any behind them; nor with those still to come, unless one of these has a round trip time
-    that is longer than all so far and was sent within milliseconds of a settled one.
+    All packets that began before `upto_utc_ns`, and all samples whose lines have an earlier time, must be known. The
+    settled samples compete for no packet with any later sample of `samples`. A sample still to come could compete only
+    if its round trip time is longer than all so far and it was sent within milliseconds of a settled one.
     """
     answered = samples.rtt_ns != NOT_TOLD
     if not answered.any():
@@ -194,16 +195,16 @@ def settled(samples: Samples, stamps: StampModel, upto_utc_ns: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _TimeBounds:
-    """Where in time each sample's packets can be: bounds, UTC ns, inclusive; ± `_EVER` where there is none."""
+    """Bounds in time of each sample's packets, UTC ns, inclusive; ± `_EVER` without a bound."""
 
     sent_after: Ints
-    """Of the request at the inner device."""
+    """Bounds of the request at the inner device."""
     sent_before: Ints
     arrived_after: Ints
-    """Of the response at the inner device: the kernel's stamp or `netif_receive_skb`, as the tool's clock has it."""
+    """Bounds of the response at the inner device: kernel timestamp or `netif_receive_skb`, whichever the tool uses."""
     arrived_before: Ints
     shortest: Ints
-    """From the one to the other, ns."""
+    """Bounds of the time from request to response, ns."""
     longest: Ints
 
     @classmethod
@@ -229,9 +230,9 @@ class _TimeBounds:
         )
 
     def between(self, samples: Samples, first: Ints) -> _TimeBounds:
-        """The same, where replies without a time have the bounds that order gives them.
+        """Return these bounds, with replies without a time bounded by the order.
 
-        Requests follow one another in the order of `first`, rows of first replies; replies in the order of the rows.
+        Requests follow one another in the order of `first` (rows of first replies), replies in the order of the rows.
         """
         untimed = _untimed(samples)
         if not untimed.any():
@@ -252,7 +253,7 @@ class _TimeBounds:
 
 
 class _PacketsByKey:
-    """Packets of one direction by key, each key's in the order of their times."""
+    """Packets of one direction by key, in order of time within each key."""
 
     def __init__(self, times: Ints, keys: list[SampleKey]) -> None:
         self.at: dict[SampleKey, list[int]] = {}
@@ -262,14 +263,14 @@ class _PacketsByKey:
         self.times_of = {key: times[index].tolist() for key, index in self.at.items()}
 
     def rank(self, keys: Iterable[SampleKey]) -> Ints:
-        """Of each packet, how many up to it have one of these keys."""
+        """Return for each packet the number of packets up to it that have one of these keys."""
         ours = np.zeros(len(self.times), np.int64)
         for key in set(keys):
             ours[self.at.get(key, [])] = 1
         return np.cumsum(ours)
 
     def between(self, key: SampleKey, after: int, before: int) -> Span:
-        """The key's packets between two times, inclusive; their indices."""
+        """Return the indices of a key's packets between two times, inclusive."""
         times = self.times_of.get(key)
         if times is None:
             return Span([], 0, 0)
@@ -284,10 +285,10 @@ def pair(
     gaps_utc_ns: Gaps,
     reason: npt.NDArray[np.uint8],
 ) -> tuple[Ints, Ints]:
-    """Rows of `egress` and `ingress` for each sample, valid where `reason`, which is filled in, says PAIRED.
+    """Return the rows of `egress` and `ingress` of each sample: two int64 arrays, valid where `reason` is PAIRED.
 
-    `egress` in the order of `inner_utc_ns`, `ingress` in that of the arrival that the tool's clock sees. Int64, as long
-    as the samples.
+    Fills in `reason`. `egress` is in order of `inner_utc_ns`, `ingress` in order of the arrival that the tool's clock
+    sees.
     """
     keys = _Keys.of(samples, egress, ingress)
     requests = _PacketsByKey(egress.inner_utc_ns, keys.egress)
@@ -317,7 +318,7 @@ def pair(
         rows = np.array(list(spans), np.int64)
         found = _choose(spans, request, untimed, fit)
         if fit is relaxed and not keys.exact:
-            # Any wait would do for a reply without a time: that bears out nothing.
+            # A reply without a time fits with any wait and so confirms nothing.
             fitting = [
                 j >= 0 and not untimed[k] and ordinary.accepts(k, j) for k, j in zip(spans, found.tolist(), strict=True)
             ]
@@ -326,7 +327,7 @@ def pair(
 
     for k, original in further:
         reason[k], request[k] = reason[original], request[original]
-    # A reply without a time is a packet among the replies like any other.
+    # Replies without a time count as packets among the replies.
     line = np.cumsum(answered | samples.untimed)
     for fit in (relaxed, ordinary):
         spans = {}
@@ -351,9 +352,10 @@ def pair(
 
 
 def _choose(spans: dict[int, Span], chosen: Ints, untimed: Mask, fit: _Fit | None = None) -> Ints:
-    """What `only_increasing` finds for each span; those of `fit` fit a reply, and what is chosen already does.
+    """Return the item that `only_increasing` finds for each span, -1 without one.
 
-    Spans of `untimed` samples take part where there is room for them.
+    With `fit`, an item must have a fitting reply or be chosen already. Spans of `untimed` samples take part only if
+    there is room for them.
     """
 
     def found(rows: list[int]) -> Ints:
@@ -366,18 +368,18 @@ def _choose(spans: dict[int, Span], chosen: Ints, untimed: Mask, fit: _Fit | Non
     timed = np.array([not untimed[row] for row in everyone], np.bool_)
     found_of = found(everyone)
     if not timed.all():
-        # With them there are fewer choices or none: where both find an item, it is the same.
+        # Untimed samples leave fewer choices, or none: if both searches find an item, it is the same.
         without = found([row for row in everyone if not untimed[row]])
         found_of[timed] = np.where(found_of[timed] >= 0, found_of[timed], without)
     return found_of
 
 
 def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints) -> Ints:
-    """What was found with long waits, -1 where only long waits would explain it.
+    """Return the items found with long waits, or -1 where ordinary waits do not suffice.
 
-    Unless it stands between two that fit with ordinary waits, with exactly as many packets between as there are
-    samples: then it is the only one left. `rank`: of each packet among those that could be a sample's; `number`: of
-    each sample among all, those without a packet included.
+    An item between two that fit with ordinary waits is kept, if exactly as many packets as samples lie between these:
+    then it is the only possibility. `rank`: number of each packet among those that could be a sample's; `number`:
+    number of each sample among all, including samples without a packet.
     """
     kept = np.where(fitting, found, -1)
     sure = np.flatnonzero(fitting)
@@ -388,7 +390,7 @@ def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints) -> Ints:
 
 
 class _Fit:
-    """Which packets can be a sample's, with the waits of one model."""
+    """Decides which packets can belong to a sample, with the waits of one model."""
 
     def __init__(
         self,
@@ -403,7 +405,7 @@ class _Fit:
     ) -> None:
         places = _TimeBounds.of(samples, stamps).between(samples, np.array(first, np.int64))
         self.missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
-        """Records were lost where its packets must be: they may be among them, unless a key names no others."""
+        """Samples whose packets may be among lost records; none if keys are exact, except samples without a time."""
         if keys.exact:
             self.missing &= samples.stamp_utc_ns == NOT_TOLD
         self._keys, self._requests, self._replies = keys, requests, replies
@@ -414,21 +416,21 @@ class _Fit:
         self._sent_after, self._sent_before = places.sent_after.tolist(), places.sent_before.tolist()
 
     def near(self, k: int) -> Span:
-        """Packets that are where the request of sample `k` must be."""
+        """Return the packets that were sent when the request of sample `k` must have been."""
         return self._requests.between(self._keys.request[k], self._sent_after[k], self._sent_before[k])
 
     def responses(self, k: int, j: int) -> Span:
-        """The replies that fit sample `k` if its request is packet `j`."""
+        """Return the replies that fit sample `k` if its request is packet `j`."""
         after = max(self._sent[j] + self._shortest[k], self._left[j], self._arrived_after[k])
         before = min(self._sent[j] + self._longest[k], self._arrived_before[k])
         return self._replies.between(self._keys.response[k], after, before)
 
     def accepts(self, k: int, j: int) -> bool:
-        """Whether packet `j` can be the request of sample `k`."""
+        """Return whether packet `j` can be the request of sample `k`."""
         return j in self.near(k) and bool(self.responses(k, j))
 
     def why_not(self, k: int, near: Span) -> Reason:
-        """AMBIGUOUS if one of the packets can be the request of sample `k`, else why none is."""
+        """Return AMBIGUOUS if one of the packets can be the request of sample `k`, else the reason why none can."""
         if self.missing[k]:
             return Reason.LOST
         if not near:
@@ -436,7 +438,7 @@ class _Fit:
         return Reason.AMBIGUOUS if self._any(k, near) else Reason.NO_RESPONSE
 
     def _any(self, k: int, near: Span) -> bool:
-        """Whether any of the packets has a reply that fits sample `k`."""
+        """Return whether any of the packets has a reply that fits sample `k`."""
         if any(self.responses(k, j) for j in near.first(_FEW)):
             return True
         rest = np.array(near.items[near.start + _FEW : near.stop], np.int64)
@@ -449,7 +451,7 @@ class _Fit:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of an ascending list; false if it is empty."""
+    """The items from `start` to `stop` of an ascending list; false if there is none."""
 
     items: list[int]
     start: int
@@ -463,15 +465,15 @@ class Span:
         return at < self.stop and self.items[at] == item
 
     def first(self, count: int) -> list[int]:
-        """At most so many items from its beginning."""
+        """Return the first items, at most `count`."""
         return self.items[self.start : min(self.stop, self.start + count)]
 
 
 def only_increasing(spans: Sequence[Span], fits: Callable[[int, int], bool] = lambda _n, _item: True) -> Ints:
-    """Of each span (none empty) the one item that all strictly increasing choices agree on; -1 where they do not.
+    """Return for each span the one item on which all strictly increasing choices agree; -1 if they differ.
 
-    A choice takes of each span `n` an item with `fits(n, item)`. Spans that share no stretch with any other are judged
-    by themselves, so that where there is no choice at all only those that compete are given up.
+    A choice has one item of each span `n` with `fits(n, item)`; no span may be empty. Groups of spans that do not
+    overlap are decided separately, so that spans without any choice affect only those that compete with them.
     """
     chosen = np.full(len(spans), -1, np.int64)
     if not spans:
@@ -491,7 +493,7 @@ def only_increasing(spans: Sequence[Span], fits: Callable[[int, int], bool] = la
 
 
 def _earliest(spans: Sequence[Span], start: int, stop: int, fits: Callable[[int, int], bool]) -> Ints | None:
-    """The earliest strictly increasing choice; None if there is none."""
+    """Return the earliest strictly increasing choice of the spans from `start` to `stop`; None without one."""
     taken = np.empty(stop - start, np.int64)
     before = -_EVER
     for n in range(start, stop):
@@ -506,7 +508,7 @@ def _earliest(spans: Sequence[Span], start: int, stop: int, fits: Callable[[int,
 
 
 def _latest(spans: Sequence[Span], start: int, stop: int, fits: Callable[[int, int], bool]) -> Ints:
-    """The latest strictly increasing choice, of which it is known that there is one."""
+    """Return the latest strictly increasing choice of the spans from `start` to `stop`; there must be one."""
     taken = np.empty(stop - start, np.int64)
     behind = _EVER
     for n in range(stop - 1, start - 1, -1):
@@ -519,16 +521,16 @@ def _latest(spans: Sequence[Span], start: int, stop: int, fits: Callable[[int, i
 
 
 def _untimed(samples: Samples) -> Mask:
-    """Whether a sample's reply came for certain, without a time."""
+    """Return a mask of samples whose reply certainly arrived, but without a time."""
     came: Mask = samples.untimed & (samples.reply_len != NOT_TOLD)
     return came
 
 
 def _by_request(samples: Samples, stamps: StampModel) -> tuple[list[int], list[tuple[int, int]]]:
-    """Rows of the first replies, in the order of sending, and (row, row of the first reply) of further ones.
+    """Return the rows of first replies in the order of sending, and (row, row of the first reply) of further replies.
 
-    A further reply to a request that has no first one, or that has no number, is left out of both. Replies without a
-    time are among the first ones if the samples have numbers.
+    Both omit a further reply to a request that has no first reply or no number. Replies without a time are among the
+    first replies if the samples have numbers.
     """
     answered = np.flatnonzero(samples.rtt_ns != NOT_TOLD)
     numbered = bool(len(answered)) and bool((samples.seq[answered] != NOT_TOLD).all())
@@ -551,19 +553,20 @@ def _by_request(samples: Samples, stamps: StampModel) -> tuple[list[int], list[t
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """What must be equal for a packet to be a sample's.
+    """Keys that a sample and its packets have in common.
 
-    A column that one of the samples, or one of the packets of its protocol, does not tell is left out for all.
+    A column that is unknown for one of the samples, or for one of the packets of their protocol, is omitted from all
+    keys.
     """
 
     request: list[SampleKey]
-    """Of each sample."""
+    """Key of each sample's request."""
     response: list[SampleKey]
     egress: list[SampleKey]
-    """Of each packet."""
+    """Key of each packet out of the container."""
     ingress: list[SampleKey]
     exact: bool
-    """Whether a key names one exchange, for as long as its numbers do not wrap."""
+    """Whether a key identifies one exchange, as long as sequence numbers do not wrap."""
 
     @classmethod
     def of(cls, samples: Samples, egress: Crossings, ingress: Crossings) -> _Keys:
@@ -574,7 +577,7 @@ class _Keys:
         keys, exact = [], by_content
         for crossings, length, ident in (
             (egress, samples.request_len, egress.l4_src),
-            # ICMP echo has one identifier, the same both ways; ports change sides.
+            # An ICMP echo has the same identifier in both directions; ports are swapped.
             (ingress, samples.reply_len, ingress.l4_src if icmp else ingress.l4_dst),
         ):
             ours = np.isin(crossings.l4_proto, protocols) if by_content else np.ones(len(crossings), np.bool_)

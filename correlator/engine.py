@@ -1,12 +1,12 @@
-"""Records -> delays. Pure and synchronous: no I/O, no clock, no tasks; the same records give the same answers.
+"""Computes delays from records. Synchronous, without I/O, clock or tasks: the same records give the same results.
 
     feed(item) ──► slice ──► group by buffer ──► join moves into lives ──► lives that ended ──► hops ──► delays
                      ▲                                                │
                      └──────────── lives still open, carried over ────┘
 
-Records are worked on in slices of the stream. A life that has not ended when its slice does is carried, with
-what was already decided about its records, into the next one; so where slices and batches are cut changes
-nothing but when a row comes out. All steps are whole-array ones: a slice costs a few sorts and gathers.
+The engine processes the stream in slices. A life that has not ended when its slice ends is carried into the next slice,
+with everything already decided about its records. The boundaries of slices and batches therefore change only when a row
+is returned. All steps work on whole arrays: a slice costs a few sorts and gathers.
 """
 
 from __future__ import annotations
@@ -40,44 +40,46 @@ from correlator.windows import Windows
 
 _GRADES: Final = tuple(grade.name.lower() for grade in Grade)
 _DROPPED: Final = int(Outcome.DROPPED)
-"""For comparing (see `correlator.numbers`)."""
+"""Plain number, for comparing with arrays (see `correlator.numbers`)."""
 _FEW: Final = 64
-"""Records of a slice whose fixed cost is most of what it costs."""
+"""Number of records below which a slice's cost is mostly its fixed cost."""
 _SPARSE: Final = 256
-"""After so many slices of few records in a row, slices end by `_GATHERED` records and no longer by `slice_ns`: a second
-between two records (or an hour) would else make a slice of each, and a file of a kilobyte has a million of them."""
+"""Number of consecutive slices of few records after which slices end after `_GATHERED` records instead of `slice_ns`.
+Otherwise a stream with a second (or an hour) between records would have a slice for each record, and a file of a
+kilobyte can have a million of them."""
 _GATHERED: Final = 4096
-"""Records of a slice of a stream that is sparse."""
+"""Records in a slice of a sparse stream."""
 _GAPS: Final = 4096
-"""Gaps that may part packets at one time. A ring tells one for each CPU and loss; beyond, neighbours count as one."""
+"""Largest number of gaps remembered at a time. A ring reports one gap for each CPU and loss; beyond this number
+adjacent gaps are merged."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the engine's answers depend on."""
+    """The engine's settings, on which its results depend."""
 
     timeout_ns: int = 500_000_000
-    """A packet's next record comes within this, or its life is over."""
+    """Longest time between two records of a packet; a longer pause ends its life."""
     link_ns: int = 100_000_000
-    """A packet's first record in another buffer comes within this: reassembly waits for the last fragment, which is
-    sent at once. Packets with one content key this near to one another could be confused, and are not linked."""
+    """Longest time until a packet's first record in another buffer: reassembly waits for the last fragment, which is
+    sent at once. Packets with the same content key within this time could be confused, and are not linked."""
     linger_ns: int = 100_000_000
-    """A device that is gone can still be meant by records this long after: news of it may be dated that much early."""
+    """How long records can still refer to a device that is gone: the change may be dated that much too early."""
     slice_ns: int = 100_000_000
-    """Stretch of time that is worked on at once; changes when rows come out, not what they are."""
+    """Stretch of time that is processed at once; it affects when rows are returned, not their values."""
     whole_batches: bool = False
-    """Whether a slice ends where a batch does: before a `Progress`, or before the next batch if it is as long by then.
-    Else it ends at multiples of `slice_ns`, wherever batches do: then what is ended early (`open_records`) is the same
-    too."""
+    """Whether a slice ends at the end of a batch: before a `Progress`, or before the next batch once the slice is long
+    enough. Otherwise slices end at multiples of `slice_ns`, independent of batch boundaries, so that even the lives
+    ended early (`open_records`) do not depend on the batches."""
     slice_records: int = 1 << 17
-    """A slice is cut here if it gets larger: memory."""
+    """Largest number of records in a slice; bounds memory."""
     open_records: int = 1 << 22
-    """Records of open lives that are kept at most; beyond it the oldest lives are ended early. A quarter as many
-    besides are kept of lives that have ended and wait to be linked to others (`correlator.links`)."""
+    """Largest number of records of open lives; beyond it the oldest lives are ended early. A quarter as many are kept
+    of lives that have ended and wait to be linked to others (`correlator.links`)."""
     rows: bool = True
-    """Whether to give out a row per packet and segment; windows come in any case."""
+    """Whether to return a row per packet and segment; windows are returned in any case."""
     crossings: bool = False
-    """Whether to give out `Results.crossings`, for the correction of a tool's samples."""
+    """Whether to return `Results.crossings`, for the correction of a tool's samples."""
 
 
 class Engine:
@@ -86,12 +88,12 @@ class Engine:
     _present: tuple[Device, ...] | None = None
     """Devices of the newest topology."""
     _sharers: tuple[Sharer, ...] = ()
-    """Containers on the host's network, of the same."""
+    """Containers on the host's network, by the newest topology."""
 
     def __init__(
         self, utc_offset_ns: int, config: EngineConfig = EngineConfig(), state: EngineState | None = None
     ) -> None:
-        """With `state` it goes on where another one stopped; what it counts begins at zero."""
+        """Make an engine. With `state` it continues where another engine stopped; its counts begin at zero."""
         self._config = config
         self._offset_ns = utc_offset_ns
         self._resolver = Resolver(config.linger_ns)
@@ -99,11 +101,11 @@ class Engine:
         self._waiting: list[Batch] = []
         self._waiting_records = 0
         self._slice_end = -NEVER
-        """No slice has records from then on."""
+        """Time before which all records of the current slice lie."""
         self._due_ns = -NEVER
-        """With records up to then it is worked on."""
+        """Time at which the current slice is due: with records up to here it is processed."""
         self._sparse = 0
-        """Slices of few records in a row."""
+        """Number of consecutive slices of few records."""
         self._latest = -NEVER
         self._open = NOTHING_OPEN
         self._links = Links(self._resolver, config.link_ns, config.open_records // 4)
@@ -116,10 +118,10 @@ class Engine:
         self._grades = dict.fromkeys((*_GRADES, "waited", "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
         self._left = 0
-        """Single records that were still waiting when the stream ended."""
+        """Single records without a partner that were still open when the stream ended."""
         self._began_ns: int | None = None
         self.open_peak = 0
-        """The most records of open lives that were carried."""
+        """Largest number of records of open lives that were carried."""
         if state is not None:
             self._resolver.restore(state.resolver)
             self._open, self._gaps = state.open, list(state.gaps)
@@ -127,13 +129,17 @@ class Engine:
             self._latest, self._began_ns = state.latest_ns, state.began_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
-        """Take the next item of the stream; what it completes comes back, in order. Raises as `pieces`."""
+        """Process the next item of the stream and return the results that it completes, in order.
+
+        Raises `WireError` for impossible times.
+        """
         return list(self.pieces(item))
 
     def pieces(self, item: Topology | Batch) -> Iterator[Results]:
-        """As `feed`, but piece by piece: the item is taken when all of them were asked for.
+        """Process the next item of the stream and yield the results that it completes, in order.
 
-        A batch of a million records can complete a million results. Raises `WireError` for times that no clock tells.
+        The item is processed once the iterator is exhausted. Unlike `feed`, this bounds memory: a batch of a million
+        records can complete a million results. Raises `WireError` for impossible times.
         """
         if isinstance(item, Topology):
             check_from(item.from_ns, self._offset_ns)
@@ -147,20 +153,20 @@ class Engine:
             yield from self._take(item)
 
     def advance(self, upto_ns: int, *, at_once: bool = False) -> list[Results]:
-        """Told that no record before `upto_ns` will come any more: finish what that completes.
+        """Return the results that are complete if no record before `upto_ns` will follow.
 
-        `at_once` also in the middle of a slice, for a caller who has its own measure of how much to work on at a time;
-        so it is with whole batches, where nothing else need come for a while. Raises as `pieces`.
+        `at_once` ends the current slice, for a caller that chooses the size of its own slices. With `whole_batches` the
+        slice always ends, because no other item may follow for a while. Raises `WireError` for impossible times.
         """
         check_times(upto_ns, upto_ns, self._offset_ns)
         return self._advance(upto_ns) if at_once or self._config.whole_batches or upto_ns >= self._due_ns else []
 
     def stop_at(self, upto_ns: int) -> list[Results]:
-        """As `advance`, and work on all that waits: there is a cut, and another engine goes on with `state`."""
+        """Process all waiting records before a cut at `upto_ns`, from which another engine continues with `state`."""
         return self._advance(upto_ns)
 
     def state(self, upto_ns: int) -> EngineState:
-        """What it carries at a cut. The caller has fed all records before `upto_ns`, then called `stop_at(upto_ns)`."""
+        """Return the state at a cut. The caller must have fed all records before `upto_ns` and called `stop_at`."""
         assert not self._waiting_records, "stop_at() first"
         waiting = self._links.waiting
         resolver, new = self._resolver.state(upto_ns, np.concatenate([self._open.number, waiting.number]))
@@ -176,15 +182,15 @@ class Engine:
 
     @property
     def held(self) -> tuple[int, int]:
-        """Histogram cells of open windows, and devices: what grows with what a stream tells, for who sets limits."""
+        """Histogram cells of open windows, and number of devices: both grow with the stream; callers limit them."""
         return self._windows.cells, len(self._resolver.devices)
 
     def close_windows(self) -> WindowTable:
-        """All windows that are still open, as they are at a cut: the rest of them is in the other engine's."""
+        """Return all open windows at a cut; the other engine returns the delays of the same windows after the cut."""
         return self._windows.close(None)
 
     def finish(self) -> Results:
-        """The stream has ended: all that is left. Buffers of which one record is known stay in flight."""
+        """Return the remaining results at the end of the stream. Buffers with a single record stay in flight."""
         batch = Batch.concatenate(self._waiting)
         self._waiting, self._waiting_records = [], 0
         return self._work(batch, self._latest, last=True)
@@ -194,7 +200,7 @@ class Engine:
     def _take(self, batch: Batch) -> Iterator[Results]:
         size, whole = self._config.slice_ns, self._config.whole_batches
         if whole and self._waiting_records and self._latest >= self._due_ns:
-            # Not when it came: most often a `Progress` comes right behind it, and ends the slice.
+            # Not when the batch arrived: mostly a `Progress` follows at once and ends the slice.
             yield self._slice(self._latest)
         while len(batch):
             if self._waiting_records == 0:
@@ -222,7 +228,7 @@ class Engine:
                 yield self._slice(upto_ns)
 
     def _note_pace(self, most: int) -> None:
-        """Count the slices of few records, by the records alone: wherever batches end, it is the same."""
+        """Count the slices of few records, independent of batch boundaries."""
         if self._sparse < _SPARSE:
             self._sparse = self._sparse + 1 if self._waiting_records < _FEW else 0
         elif self._waiting_records == most and self._latest - int(self._waiting[0].ts_ns[0]) < self._config.slice_ns:
@@ -247,7 +253,7 @@ class Engine:
             batch = batch[~markers]
         self._tally["records"] += len(batch)
         if self._began_ns is None and len(batch):
-            # What was under way when the capture began looks like what is left after a gap.
+            # Packets under way when the capture began look like packets after a gap.
             self._began_ns = int(batch.ts_ns[0])
             self._gaps.insert(0, (-NEVER, self._began_ns))
 
@@ -289,19 +295,19 @@ class Engine:
         )
 
     def _oldest_open(self, upto_ns: int) -> int:
-        """Time of the oldest record of a life that is open, or of the end of what was looked at."""
+        """Return the time of the oldest record of an open life, or `upto_ns` without one."""
         return int(self._open.records.ts.min()) if len(self._open) else upto_ns
 
     def _settled(self, upto_ns: int) -> int:
-        """All lives that begin before it have been given out."""
+        """Return the time before which the results of all lives that began have been returned."""
         return min(self._oldest_open(upto_ns), upto_ns, self._links.oldest_ns)
 
     def _still_parting(self, upto_ns: int) -> list[tuple[int, int]]:
-        """Gaps that can still lie between two records of one packet."""
+        """Return the gaps that can still lie between two records of one packet."""
         return [gap for gap in self._gaps if gap[1] > self._nothing_before(upto_ns)]
 
     def _nothing_before(self, upto_ns: int) -> int:
-        """What happened before it can no longer matter to any packet."""
+        """Return the time before which gaps and requests no longer matter to any packet."""
         return min(self._settled(upto_ns), upto_ns - self._config.timeout_ns)
 
     def _ledger(self) -> Ledger:
@@ -315,7 +321,7 @@ class Engine:
         self._gaps = _few(self._gaps + gaps)
 
     def _finish(self, lives: Lives, upto_ns: int, *, last: bool) -> Mask:
-        """Carry the lives that go on, count those of one record, and say which others have ended."""
+        """Carry the open lives, count lives of a single record, and return a mask of other lives that have ended."""
         last_ns, single = lives.ts[lives.ends], lives.starts == lives.ends
         idle = ~lives.reused & (last_ns < upto_ns - self._config.timeout_ns)
         ended = lives.freed | lives.reused | idle | last
@@ -326,7 +332,8 @@ class Engine:
             self._open = lives.still_open(~(ended | evicted))
             self.open_peak = max(self.open_peak, len(self._open))
 
-        # A single record has no partner. Which kind of "no partner" depends on how long one could have come.
+        # A single record has no partner: it is expired, unmatched or in flight, by whether a partner could still
+        # follow.
         expired = single & ~lives.freed & (idle | lives.late | evicted)
         left = single & ~lives.freed & ~lives.reused & ~expired & last
         unmatched = single & (ended | evicted) & ~expired & ~left
@@ -337,7 +344,7 @@ class Engine:
         return measured
 
     def _overfull(self, lives: Lives, last_ns: Ints, ended: Mask) -> Mask:
-        """The lives to end early, longest idle first, so that no more than the configured records stay open."""
+        """Return a mask of lives to end early, longest idle first, so that at most `open_records` stay open."""
         chosen = np.zeros(len(ended), np.bool_)
         waiting = np.flatnonzero(~ended)
         size = lives.size[waiting]
@@ -349,7 +356,7 @@ class Engine:
         return chosen
 
     def _measure(self, lives: Lives, ended: Mask) -> tuple[Delays, Crossings]:
-        """Count the lives in `ended`, put their delays into windows and give them out as rows."""
+        """Count the lives in `ended`, add their delays to windows, and return their rows."""
         if not ended.any():
             return Delays.empty(), Crossings.empty()
         found = measure_all(lives, ended, self._resolver, crossings=self._config.crossings)
@@ -420,11 +427,11 @@ class Engine:
         )
 
     def _new_entry(self, key: int) -> int:
-        """Index into `Results.devices` of a device and the inner device of the container whose packet crosses it."""
+        """Add (device, inner device of the container whose packets cross it) to `Results.devices`; return the index."""
         number, owner = divmod(key, 1 << 32)
         if owner not in self._owners:
-            # Where a device stands on a path is told by these two (`contracts.figures.ranks`): with them from the
-            # beginning it does not depend on which packets came first.
+            # The inner device and its peer determine the ranks of a path (`contracts.figures.ranks`). Adding both at
+            # once makes ranks independent of which packets came first.
             self._owners.add(owner)
             for other in (owner, *self._resolver.beside(owner)):
                 if other != number:
@@ -435,7 +442,7 @@ class Engine:
 
 
 def _few(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """In order, at most `_GAPS`; where they are more, each with what lies between it and its neighbours."""
+    """Return the gaps in order, at most `_GAPS`; if there are more, adjacent gaps are merged."""
     gaps.sort()
     if len(gaps) <= _GAPS:
         return gaps
@@ -445,7 +452,7 @@ def _few(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _told(records: Records) -> tuple[Ints, Ints, Ints, Ints]:
-    """What records say of their flows: IP protocol, source, destination, TCP sequence number; `NOT_TOLD` if nothing."""
+    """Return IP protocol, source, destination and TCP sequence number of records, int64; `NOT_TOLD` where unknown."""
     if records.flow is None or records.proto is None or records.trait is None:
         nothing = np.full(len(records), NOT_TOLD, np.int64)
         return nothing, nothing, nothing, nothing

@@ -1,9 +1,9 @@
-"""Lives -> hops -> delays: what a packet's records say about the devices that it crossed.
+"""Computes hops and delays from lives: which devices a packet crossed, and how long each crossing took.
 
-A *hop* is a run of records on one device. It begins with its first record and lasts until the next hop begins,
-the last one until its last record; so hops follow one another without a gap or an overlap, and their delays add
-up. For a packet to a container through the outer device the path begins, as for a host process, with that device's
-`netif_receive_skb`; so the delays of the hops from there on add up to the overhead of the packet.
+A *hop* is a run of records on one device. It lasts from its first record until the next hop begins, the last hop until
+its last record. Hops therefore follow one another without gap or overlap, and their delays add up. For a packet to a
+container through the outer device, the path begins with that device's `netif_receive_skb`, as it does for a host
+process; the delays of the hops from there on add up to the packet's overhead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from correlator.lives import NEVER, Paths
 from correlator.numbers import COPY, DROP, QUEUE, RECEIVE, RECEIVE_SKB, RX, TRANSMIT, XMIT
 
 LAST_POSITION: Final = 254
-"""Positions are one byte, and 255 means the whole path."""
+"""Largest position: positions are one byte, and 255 means the whole path."""
 WHOLE_PATH: Final = 255
 _ROLE: Final = {role: np.uint8(number) for number, role in enumerate(ROLES)}
 
@@ -33,7 +33,7 @@ _IN, _OUT = np.uint8(Direction.INGRESS), np.uint8(Direction.EGRESS)
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Rows, one per life and segment, and what became of the lives."""
+    """Rows, one per life and segment, and the outcome of the lives."""
 
     life: Ints
     ts: Ints
@@ -41,31 +41,31 @@ class Measured:
     device: Ints
     """Device number."""
     owner: Ints
-    """Number of the inner device of the container whose packet it is."""
+    """Number of the inner device of the container that the packet belongs to."""
     direction: Bytes
     segment: Bytes
     position: Bytes
     delay: Ints
 
     dropped: Mask
-    """Over all lives: the kernel dropped the packet before it had arrived anywhere."""
+    """For each life: whether the kernel dropped the packet before it had arrived anywhere."""
     unclear: Mask
-    """Over all lives: some device on the path could be several."""
+    """For each life: whether a device on the path has several candidates."""
     outcome: Bytes
-    """Over all lives."""
+    """For each life: a `contracts.schema.Outcome`."""
     packets: Ints
     """Lives that have a row."""
     crossed: Crossed | None = None
-    """Those that were seen over the whole of a container's path; None if there are no rows."""
+    """Lives that were seen over the whole path of a container; None if there are no rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crossed:
-    """One row per life with a whole path: when it was at the inner and the outer device, as in `schema.Crossings`."""
+    """One row per life with a whole path: its times at the inner and outer device, as in `schema.Crossings`."""
 
     life: Ints
     at: Ints
-    """The record at the inner device: index in buffer order."""
+    """Index, in buffer order, of the record at the inner device."""
     owner: Ints
     direction: Bytes
     inner: Ints
@@ -76,7 +76,10 @@ class Crossed:
 
 
 def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
-    """Rows of the lives in `which`, in the order of lives. Times are compared with nothing."""
+    """Return the rows of the lives in `which`, in the order of lives.
+
+    The rows depend on the lives' shapes alone: times are subtracted, but never compared.
+    """
     ts, count = lives.ts, len(lives.starts)
     hook = (lives.place >> CODE_BITS).astype(np.uint8)
     way = WAY[hook]
@@ -87,7 +90,7 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
     ended = which[of]
     if not ended.all():
         first, of = first[ended], of[ended]
-    # What comes after the last device is not on it: a copy to the reader, at most one, and the end.
+    # Records after the last device are not on it: at most one copy to the reader, and the end.
     last_placed = lives.ends - ~placed[lives.ends]
     last_placed -= ~placed[last_placed] & (last_placed >= lives.starts)
     end = np.minimum(np.append(first[1:], len(ts)) - 1, last_placed[of])
@@ -100,7 +103,8 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
         outcome[dropped] = Outcome.DROPPED
         return Measured(none, none, none, none, no_bytes, no_bytes, no_bytes, none, dropped, unclear, outcome, none)
 
-    # Paths: the hops of one life. `path` says for each hop which it is of, `head` and `tail` where one begins and ends.
+    # A path is the hops of one life: `path` is the path of each hop, `head` and `tail` are each path's first and last
+    # hop.
     changes = np.flatnonzero(of[1:] != of[:-1])
     head = np.append(0, changes + 1)
     tail = np.append(changes, len(of) - 1)
@@ -121,7 +125,7 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
     sent = way[first] == TRANSMIT
     inner = role == _INNER
 
-    # Whose packet is it? Sent by a container's own device, or last seen on the way into one.
+    # The packet's container: its own device sent the packet, or the packet was last seen on the way into it.
     origin = np.where(sent[head] == inner[head], serves[head], -1)
     target = np.where(sent[tail] != inner[tail], serves[tail], -1)
     entering = (target >= 0) & (origin < 0)
@@ -129,15 +133,15 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
     ours = clear & ((origin >= 0) | (target >= 0))
     outer = np.full(len(head), NEVER)
     gates = np.flatnonzero(role == _OUTER)[::-1]
-    outer[path[gates]] = gates  # of several the first one, which is written last
+    outer[path[gates]] = gates  # the first of several outer devices, which is written last
 
     inward = entering[path]
     between = (origin >= 0) & (target >= 0)
     if between.any():
-        # From one container to another: the way in begins where the packet is first sent on.
+        # Between two containers the way in begins where the packet is first sent on.
         turn = np.minimum.reduceat(np.where(sent & (index != head[path]), index, NEVER), head)
         inward |= between[path] & (index >= turn[path])
-    # On the way in what comes before the outer device is outside; if that was not seen, nothing is.
+    # On the way in, hops before the outer device are outside; if the outer device was not seen, none is.
     gate = outer[path]
     gate[inward & (gate == NEVER)] = -1
     outside = (index < gate) == inward
@@ -170,7 +174,7 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
     unclear[alive] = ~clear
     unclear &= ~dropped
 
-    # Of an egress packet that the outer driver was not called for, nobody knows whether it left.
+    # Without a call of the outer driver it is unknown whether an egress packet left.
     way_in = entering[total]
     near, far = np.where(way_in, tail[total], head[total]), outer[total]
     sent_on = (hook[end[near]] == XMIT) & (hook[end[far]] == XMIT)
@@ -189,7 +193,7 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
         outer_edge=np.where(way_in, ts[first[far]], ts[end[far]]),
     )
 
-    # Life by life: the devices that are shown, the whole path, and what the reader waited.
+    # Rows life by life: the devices crossed, the whole path, and the delivery to the reader.
     row_path = np.concatenate([path[shown], total, read])
     order = stable_order(row_path)
     row_path = row_path[order]
@@ -228,9 +232,10 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
 
 
 def _agreed(first: Ints, end: Ints) -> Ints:
-    """The device that a hop's first and last record name (-1 names none); -1 for none, or two.
+    """Return the device that a hop's first and last record name; -1 if they name none or two different ones.
 
-    These two are enough: what lies between was reached on the same device, and moves tell nothing there.
+    In the arguments -1 means an unnamed device. The records between were reached on the same device, so that their
+    moves add no information.
     """
     device = first.copy()
     differ = np.flatnonzero(first != end)

@@ -1,89 +1,89 @@
 """Is this the same packet? And which device is this?
 
-A packet on its way through a host is carried by a *kernel buffer* (`struct sk_buff`). From the container's
-device through veth, bridge, routing and NAT to the outer device it stays in one buffer, whose address the
-kernel's tracepoints tell (`skb_id` here, never the address itself). Two things make this less simple than it
-sounds, and this file is about both.
+A *kernel buffer* (`struct sk_buff`) carries a packet through a host. From the container's device through veth, bridge,
+routing and NAT to the outer device the packet stays in one buffer, whose address the kernel's tracepoints report
+(`skb_id` here, never the address itself). Two facts complicate this, and this file deals with both.
 
 **Buffers are reused at once.** Under load the allocator hands out the same address again within 20 µs, mostly
-to the reply of the very packet that had it. So a buffer has many *lives*, and a life must end where the packet
-does. Most ends are seen (`consume_skb`, `kfree_skb`), but not all: TCP frees what it has read, and pure
-acknowledgements, without a tracepoint (`__kfree_skb`). So every two successive records of one buffer are asked
-whether a packet can have gone *from there to here*. It can
+to the reply of the very packet that had it. A buffer thus has many *lives*, and a life must end where its packet
+ends. Most ends are seen (`consume_skb`, `kfree_skb`), but not all: TCP frees data that was read, and pure
+acknowledgements, without a tracepoint (`__kfree_skb`). The correlator therefore tests, for every two successive
+records of one buffer, whether a packet can have moved *from the first to the second*. The possible moves are
 
     Q d → X d            on the same device: from the queueing discipline to the driver
-    X d → X d            the driver was busy and is asked again
+    X d → X d            the driver was busy and is called again
     X d → r,G,R peer(d)  through a veth, or round the loopback
     X d → Q d'           from a bridge to its port, from a macvlan, VLAN or tunnel to the device below
     r,G d → R d          on the same device: from the backlog or NAPI to the stack
-    R d → R d'           from a bridge's port to the bridge (a macvlan's or VLAN's second look is not traced)
+    R d → R d'           from a bridge's port to the bridge (a second reception by a macvlan or VLAN is not traced)
     R d → r,G d'         out of a tunnel
     R d → Q d'           routed or bridged within one namespace, its length unchanged; not back out of the
-                         device it came from, except a bridge (hairpin)
+                         device that received it, except a bridge (hairpin)
     R d → D              copied to a reader, from behind the packet's headers to its end
     any → end            freed
 
-and everything else is the start of a new life. A move also ends a life if it takes longer than the engine's
-timeout, or if the ring lost records meanwhile, on whatever CPU: the missing one may be the very end that we
-wait for. A wrong pair is worse than a missing one.
+and any other record begins a new life. A life also ends if a move takes longer than the engine's timeout, or if
+the ring lost records meanwhile, on whatever CPU: the missing record may be the end of the life. A wrong pair is
+worse than a missing one.
 
-What this cannot see: a buffer that is freed untraced and comes back *on a path the old packet could have
+One reuse remains undetected: a buffer that is freed untraced and is used again *on a path the old packet could have
 taken*, with the same length (a proxy on the host whose acknowledgement leaves by another device just after it
-received one). Only content can tell those apart.
+received one). Only content can distinguish these.
 
-**The content key parts what the moves would join.** A source that reads packets gives each record a key: a hash of
-what NAT, routing and bridging leave alone (not addresses, ports, TTL or checksums; kmod/mace_packet.c has the list).
-Within a life the key does not change, because nothing between two hooks changes what it is made of. So a record whose
-key is another than the last one known in its life begins a new life, whatever the moves say, and `told_apart` counts
-it. The end of a buffer is no exception: a drop with another key is the drop of another packet, which was never seen.
-A record without a key (what is not IP, where it is freed) says nothing and is passed over.
+**The content key divides lives that the moves would join.** A source that reads packets gives each record a key: a
+hash of the fields that NAT, routing and bridging do not rewrite (not addresses, ports, TTL or checksums;
+kmod/mace_packet.c has the list). Within a life the key does not change, because nothing between two hooks changes these
+fields. A record whose key differs from the last one known in its life therefore begins a new life, whatever the moves
+allow, and is counted in `told_apart`. The end of a buffer is no exception: a drop with another key is the drop of
+another packet, which was never seen before. A record without a key (not IP, or a free without content) is ignored.
 
-There are three places where the kernel makes another packet in the same buffer and goes on with it. There the key may
-change, the life goes on, and the buffer alone vouches for it:
+In three places the kernel makes another packet in the same buffer and continues with it. There the key may change, the
+life goes on, and the buffer alone is the evidence:
 
     G d → R d, R of several segments     receive offload (GRO) has put other packets behind this one
-    Q d → X d, Q of several, X of one    a list of segments is taken apart (skb_segment_list): one keeps the buffer
-    into or out of a tunnel              the outer packet is another one. Not so where the source read the inner packet
-                                         (flag TUNNEL: VXLAN, Geneve, GRE, IP in IP): the outer packet has the inner
-                                         one's key, so the key has to stay the same
+    Q d → X d, Q of several, X of one    a list of segments is divided (skb_segment_list): one segment keeps the buffer
+    into or out of a tunnel              the outer packet is another packet. If the source reads the inner packet, too
+                                         (flag TUNNEL: VXLAN, Geneve, GRE, IP in IP), the outer packet has the inner
+                                         packet's key, and the key must not change
 
-And there are those where a packet ends although something goes on in its buffer; its life ends there too:
+In other places a packet ends although its buffer continues; its life ends there too:
 
-- *Fragments.* A reassembled packet lives on in the buffer of the fragment that came last. It is another packet: what
-  the fragments crossed before is theirs, what it crosses afterwards, and its end, are its own. Cut again, it leaves in
-  the fragments' own buffers, but the first fragment in the last one's.
-- *Software segmentation* (GSO) puts each segment into a new buffer. The large one ends where it is cut, by when its
-  overhead is known; the segments' lives begin at the driver. Large buffers that stay whole are one packet.
-- *Rewriting.* NAT helpers (FTP, SIP) change payload and, behind it, TCP sequence numbers; tc or BPF may change what
-  they like. The packet's life is cut in two, each half of which is right; what it needed between them is not measured.
-  Nothing distinguishes it from a reused buffer, and a wrong pair is worse than a missing one.
-- *Clones* have a buffer of their own and the key of their original, and pass no device of its path: what a capture
-  socket or a raw socket's reader does with one is unmatched, or matched among itself.
+- *Fragments.* A reassembled packet lives on in the buffer of the fragment that arrived last. It is a packet of its
+  own: the fragments crossed the devices before, the reassembled packet crosses those afterwards, and the end of the
+  buffer is its end. If it is fragmented again, the fragments leave in their own buffers, except that the first
+  fragment leaves in the buffer of the last one.
+- *Software segmentation* (GSO) puts each segment into a new buffer. The large packet ends where it is segmented, by
+  when its overhead is known; the segments' lives begin at the driver. A large buffer that stays whole is one packet.
+- *Rewriting.* NAT helpers (FTP, SIP) change payload and, in later packets, TCP sequence numbers; tc or BPF may change
+  anything. The packet's life is cut in two. Each half is measured correctly; the time between them is not measured.
+  Nothing distinguishes a rewritten packet from a reused buffer, and a wrong pair is worse than a missing one.
+- *Clones* have buffers of their own and the key of their original, and cross no device of its path: the records of a
+  clone for a capture socket or a raw socket's reader are unmatched, or matched with one another.
 
-**The content key also joins what buffers part** (`correlator.links`). A life that ends inside the host, received from
-a device of it, and one that begins there, queued for a device, are one packet's if they have one key: so a fragment
-that was reassembled and cut again, or a packet that was copied, has its whole path. Both must be the only ones: if
-within `link_ns` another life ends or begins there with that key (a bridge that floods, two containers' packets of equal
-content, repeated acknowledgements), nothing is joined, and each life that ended counts as *ambiguous*. Nor is anything
-joined across lost records, which may have been another candidate's, or between devices that no packet passes between.
-Where the source gives no keys, nothing is joined at all.
+**The content key also joins lives of different buffers** (`correlator.links`). A life that ends inside the host,
+received from one of its devices, and a life that begins there, queued for a device, are of one packet if they have the
+same key. A fragment that was reassembled and cut again, or a packet that was copied, thereby keeps its whole path. Both
+lives must be the only candidates: if within `link_ns` another life with that key ends or begins there (a bridge that
+floods, packets of two containers with equal content, repeated acknowledgements), nothing is joined, and each life that
+ended counts as *ambiguous*. Nor are lives joined across lost records, which may have been of another candidate, or
+between devices between which no packet passes. If the source has no keys, no lives are joined.
 
-Two packets with one key in one buffer, one right after the other on a path that one could have taken, are not told
-apart: repeated acknowledgements without payload (IPv6, or IPv4 with identification 0) can be such.
+Two packets with the same key in one buffer, in immediate succession on a path that one packet could have taken, are not
+distinguished. Repeated acknowledgements without payload (IPv6, or IPv4 with identification 0) can be such packets.
 
-**Grades.** `EXACT`: at least two records of the life have a key, and all that have one agree. `BUFFER`: the buffer
-alone holds, because there are no keys or because the key changed where it may. `CONTENT`: lives of two buffers, joined
-by their key. `AMBIGUOUS`: given up, as above and below.
+**Grades.** `EXACT`: at least two records of the life have a key, and all keys agree. `BUFFER`: the buffer is the only
+evidence, because there are no keys or because the key changed where it may. `CONTENT`: lives of two buffers, joined by
+their key. `AMBIGUOUS`: several candidates, as above and below.
 
-**Names are not devices.** The kernel's tracepoints name devices by name, and `eth0` is in every container. A
-sighting can therefore be several devices, the *candidates*, and the same table of moves decides: of all pairs of
-candidates only those are left between which the move exists (an `X eth0 → r veth7` is the peer of veth7 and no
-other eth0). Also `X → consumed` is not a veth (that would have handed the buffer on), and a life that starts
-with a reception is not on one. What is left with one candidate is resolved; two or more are *ambiguous*, and
-are counted, not guessed. A device that the topology does not list at all becomes an unknown device of that
-name: its crossings are known, where it belongs is not.
+**Names are not devices.** The kernel's tracepoints give a device's name only, and every container has an `eth0`. A
+sighting can therefore be several devices, its *candidates*. The table of moves decides between them: of all pairs of
+candidates only those remain between which the move exists (in `X eth0 → r veth7`, eth0 is the peer of veth7 and no
+other eth0). In addition, `X → consumed` is not at a veth (a veth would have handed the buffer on), and a life that
+starts with a reception does not start at a veth. A sighting with one remaining candidate is resolved; sightings with
+two or more are *ambiguous*, and counted, not guessed. A device that the topology does not list becomes an unknown
+device of that name: its crossings are measured, but its place in the path is unknown.
 
-Records that name namespace and ifindex have one candidate from the start; all else is the same for them.
+A record that names namespace and ifindex has one candidate from the start; the rest applies to it as well.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ NEVER_NS: Final = np.iinfo(np.int64).max
 UNKNOWN: Final = "unknown"
 """Kind of a device that the topology does not list."""
 ROLES: Final = tuple(Role)
-"""Roles by the number that arrays hold."""
+"""Roles, indexed by their numbers in arrays."""
 
 JOIN: Final = 1
 """Flag of a verdict: the two records are of one life."""
@@ -124,44 +124,44 @@ CROSS: Final = 2
 SAME_LENGTH: Final = 4
 """Flag of a verdict: joined only if both records have the same length."""
 WHOLE_COPY: Final = 8
-"""Flag of a verdict: joined only if the bytes copied are all of the packet's but for headers."""
+"""Flag of a verdict: joined only if the copied bytes are the whole packet without its headers."""
 OTHER_CONTENT: Final = 16
-"""Flag of a verdict: the move leads into a tunnel or out of one, so that the content may be another."""
+"""Flag of a verdict: the move leads into a tunnel or out of one, so that the content may change."""
 COPIED_BEHIND: Final = (20, 28, 40, 48, 52, 60, 72)
-"""Headers that a reader is not given, bytes: IPv4 or IPv6 (20, 40) alone for ping sockets, with UDP (8), or with TCP
-without options or with timestamps (20, 32). Sockets of all kinds copy through this hook, so a copy of any other length
-is as likely one of a local message in the same, freed buffer, and is taken for that."""
+"""Bytes of headers that a copy to a reader omits: IPv4 or IPv6 (20, 40) alone for ping sockets, with UDP (8), or with
+TCP without options or with timestamps (20, 32). Sockets of all kinds copy through this hook: a copy of any other length
+is as likely that of a local message in the same, freed buffer, and is treated as such."""
 
 CODE_BITS: Final = 20
 CODES: Final = 1 << CODE_BITS
-"""Sightings that a stream can have: a million names is far beyond what one boot of a host sees."""
+"""Largest number of sightings in a stream: a million, far more than one boot of a host sees."""
 
 _MOST_TRIED: Final = 1 << 22
-"""Pairs of candidates that are tried for one topology. Where thousands of devices of one namespace have one name, which
-no kernel has, nothing more is tried: what passes between them is ambiguous."""
+"""Largest number of pairs of candidates that are tried for one topology. It is exceeded only if thousands of devices of
+one namespace have the same name, which no kernel allows; further moves between them are ambiguous."""
 
 _RANK: Final = {hook: rank for hooks in ALONG.values() for rank, hook in enumerate(hooks)}
 """Of each hook at a device among those of its way."""
 
 
 def place(hook: npt.NDArray[np.uint8], dev: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-    """Hook and sighting of each record as one number, as `Resolver.moves` wants them. Same shape, int64."""
+    """Return hook and sighting of each record packed into one number, for `Resolver.moves`; int64, same shape."""
     places: npt.NDArray[np.int64] = (hook.astype(np.int64) << CODE_BITS) | dev
     return places
 
 
 def from_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Device number of each move's first record where the move alone tells it, else -1."""
+    """Return the device number of each move's first record if the move alone determines it, else -1."""
     return (moves >> 32) - 1
 
 
 def to_device(moves: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Device number of each move's second record where the move alone tells it, else -1."""
+    """Return the device number of each move's second record if the move alone determines it, else -1."""
     return ((moves >> 8) & 0xFFFFFF) - 1
 
 
 class Candidates:
-    """The devices, by number, that a sighting can be; found by what relates one device to another."""
+    """The devices, by number, that a sighting can be, indexed by their relations to other devices."""
 
     __slots__ = ("_by_relation", "_devices", "numbers")
 
@@ -171,10 +171,11 @@ class Candidates:
         self._by_relation: dict[tuple[int, ...], list[int]] | None = None
 
     def related(self, other: Device) -> Iterable[int]:
-        """Those between which and `other` a packet could go, and not all of them: a thousand containers have an eth0.
+        """Return the candidates that could exchange a packet with `other`.
 
-        A move stays in one namespace, or leads to a peer or between two devices on one peer; only where there is one
-        candidate, or nothing is known of `other`, the rules themselves decide.
+        The selection avoids trying all of them: a thousand containers have an eth0. A move stays in one namespace,
+        leads to a peer, or leads between two devices with the same peer. If there is one candidate, or `other` is
+        unknown, all candidates are returned.
         """
         if len(self.numbers) == 1 or other.kind == UNKNOWN:
             return self.numbers
@@ -194,21 +195,21 @@ def _peer(device: Device) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class ResolverState:
-    """What a resolver knows, by numbers from 0; nothing of devices that no record can mean any more."""
+    """State of a resolver, with devices numbered from 0; devices to which no record can refer are omitted."""
 
     devices: tuple[Device, ...]
-    """By number."""
+    """Devices by number."""
     serves: tuple[int, ...]
-    """By number: as `Resolver.serves`."""
+    """`Resolver.serves` of each device."""
     live: frozenset[int]
     gone: tuple[tuple[int, int], ...]
-    """Numbers of those that are gone, and since when, ns."""
+    """(number, time since which it is gone, ns) of devices that are gone."""
     sightings: tuple[Sighting, ...]
 
     def canonical(self) -> tuple[tuple[object, ...], npt.NDArray[np.int64]]:
-        """The same told without numbers, and each device's rank in it.
+        """Return the state in a form independent of device numbers, and each device's rank in that form.
 
-        What numbers decide is which of several devices in one place is the newest; so their order counts there alone.
+        Numbers only decide which of several devices with the same key is the newest, so that only their order matters.
         """
         order = sorted(range(len(self.devices)), key=lambda n: (self.devices[n].key, n))
         rank = np.zeros(len(order), np.int64)
@@ -227,10 +228,10 @@ class ResolverState:
 
 
 class Resolver:
-    """Knows the devices of one stream by number, and answers what moves between sightings can be.
+    """Numbers the devices of one stream, and decides which moves between sightings are possible.
 
-    Numbers are given once and for all. A device that is gone stays a candidate for `keep_ns`: its last packets are
-    still under way, and the news of its end may be dated a little too early.
+    A device keeps its number for ever. A device that is gone stays a candidate for `keep_ns`: its last packets are
+    still under way, and its end may be dated a little too early.
     """
 
     def __init__(self, keep_ns: int) -> None:
@@ -240,23 +241,24 @@ class Resolver:
         self._gone: dict[int, int] = {}
         self._live: frozenset[int] = frozenset()
         self._sightings: tuple[Sighting, ...] = ()
-        # Sighting 0 is no device, also before the first topology.
+        # Sighting 0 is no device, even before the first topology.
         self._candidates = [Candidates((), self.devices)]
         self._tried = 0
-        """Pairs of candidates that were tried for the topology of now."""
+        """Pairs of candidates tried for the current topology."""
         self._by_key: dict[tuple[int, int], list[int]] = {}
         self.only = np.full(1, -1, np.int64)
-        """Device number of each sighting; -1 where it is none or may be several."""
+        """Device number of each sighting; -1 for no device or several candidates."""
         self.serves = np.full(1, -1, np.int64)
-        """By device number (with one entry where there is no device): number of the inner device of the container whose
-        packets it carries, or -1."""
+        """By device number: number of the inner device of the container whose packets the device carries, or -1. The
+        array has one entry if there is no device."""
         self.role = np.full(1, ROLES.index(Role.OTHER), np.uint8)
-        """As `serves`: index into `ROLES`."""
+        """By device number: index into `ROLES`. The array has one entry if there is no device."""
         self._moves = Memo(self._judged)
 
     def state(self, upto_ns: int, also: npt.NDArray[np.int64]) -> tuple[ResolverState, npt.NDArray[np.int64]]:
-        """What it knows for records from `upto_ns` on, with the devices numbered `also` in any case; and the number
-        there of each one here, or -1.
+        """Return the state for records from `upto_ns` on, and an array: number here -> number in the state, or -1.
+
+        The state includes the devices numbered `also` in any case.
         """
         gone = {number: since for number, since in self._gone.items() if since + self._keep_ns > upto_ns}
         kept = self._live | gone.keys() | {int(number) for number in also if number >= 0}
@@ -274,7 +276,7 @@ class Resolver:
         return state, new
 
     def restore(self, state: ResolverState) -> None:
-        """Know what another one knew, and nothing else; numbers are those of `state`."""
+        """Replace everything known by the state of another resolver; device numbers are those of `state`."""
         self.devices = list(state.devices)
         self._number = {device: number for number, device in enumerate(self.devices)}
         self._live, self._gone, self._sightings = state.live, dict(state.gone), state.sightings
@@ -282,7 +284,7 @@ class Resolver:
         self._look_up()
 
     def beside(self, number: int) -> tuple[int, ...]:
-        """Numbers of the devices at the other end of this one's cable, where the topology lists any."""
+        """Return the numbers of a veth's peer (one per description of it); none for other devices or unknown peers."""
         device = self.devices[number]
         if device.kind != "veth":
             return ()
@@ -301,11 +303,11 @@ class Resolver:
 
     @property
     def changes_at_ns(self) -> int:
-        """When the next device that is gone is to be forgotten; records from then on need `forget`."""
+        """Time at which the next device that is gone must be forgotten; call `forget` before records from then on."""
         return min(self._gone.values(), default=NEVER_NS - self._keep_ns) + self._keep_ns
 
     def forget(self, at_ns: int) -> None:
-        """No longer count with devices that were gone `keep_ns` before."""
+        """Forget the devices that are gone for `keep_ns` at `at_ns`."""
         self._gone = {number: since for number, since in self._gone.items() if since + self._keep_ns > at_ns}
         self._look_up()
 
@@ -325,7 +327,7 @@ class Resolver:
             if not sighting.ifindex and sighting.name in of_name:
                 self._candidates.append(of_name[sighting.name])
                 continue
-            # As Sighting.is_of(), for all of them at once.
+            # The rule of Sighting.is_of(), by lookup instead of comparing all devices.
             if sighting.netns_cookie:
                 found = by_cookie.get((sighting.netns_cookie, sighting.ifindex), ())
             elif sighting.ifindex:
@@ -343,7 +345,7 @@ class Resolver:
         self._moves.forget()
 
     def _newest(self, numbers: Iterable[int]) -> tuple[int, ...]:
-        """Without what is gone, where the same device is still there under another description."""
+        """Return `numbers` without old descriptions of devices that are still present under a new one."""
         live_keys = {self.devices[n].key for n in numbers if n in self._live}
         return tuple(n for n in numbers if n in self._live or self.devices[n].key not in live_keys)
 
@@ -358,7 +360,7 @@ class Resolver:
         self.role = np.full(numbers, ROLES.index(Role.OTHER), np.uint8)
         self.role[: len(self.devices)] = [ROLES.index(d.role) for d in self.devices]
         serves = np.full(numbers, -1, np.int64)
-        serves[: len(self.serves)] = self.serves  # also of one whose peer is gone
+        serves[: len(self.serves)] = self.serves  # keep the entry of a device whose peer is gone
         for number, device in enumerate(self.devices):
             if device.role is Role.INNER:
                 serves[number] = number
@@ -375,23 +377,24 @@ class Resolver:
     def moves(
         self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64], asked: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.int64]:
-        """What each move from one `place` to another is: flags (JOIN, CROSS, ...) in the lowest bits; `from_device`
-        and `to_device` read the rest. 0 where not `asked`. Arrays of one length, int64.
+        """Return the verdict on each move from a `place` in `source` to one in `target`; int64 arrays of one length.
+
+        The lowest bits are flags (JOIN, CROSS, ...); `from_device` and `to_device` read the rest. 0 where not `asked`.
         """
-        # Places of 0 are a move that no record makes.
+        # The key 0 is a move between places of no hook, which no record makes.
         return self._moves(((source << (CODE_BITS + 4)) | target) * asked)
 
     def _judged(self, key: int) -> int:
         source, target = divmod(key, 1 << (CODE_BITS + 4))
         if not WAY[source >> CODE_BITS] or not WAY[target >> CODE_BITS]:
-            return 0  # no hook that is known
+            return 0  # an unknown hook
         flags, first, second = self._judge(
             Hook(source >> CODE_BITS), source & (CODES - 1), Hook(target >> CODE_BITS), target & (CODES - 1)
         )
         return ((first + 1) << 32) | ((second + 1) << 8) | flags
 
     def start(self, dev: int) -> int:
-        """Device number of a sighting at which a life starts with a reception, or -1: not a veth."""
+        """Return the device number of a sighting at which a life starts with a reception, which is no veth, or -1."""
         return _sole(n for n in self._candidates[dev].numbers if self.devices[n].kind != "veth")
 
     def _judge(self, hook_p: Hook, code_p: int, hook_n: Hook, code_n: int) -> tuple[int, int, int]:
@@ -409,7 +412,7 @@ class Resolver:
             return JOIN, -1, -1
         pairs = self._crossings(hook_p, self._candidates[code_p], hook_n, self._candidates[code_n])
         if pairs is None:
-            return JOIN | CROSS, -1, -1  # several, as far as anybody knows
+            return JOIN | CROSS, -1, -1  # too many pairs to try: ambiguous
         if not pairs:
             return 0, -1, -1
         across = 0 if all(a == b for a, b in pairs) else CROSS
@@ -419,12 +422,12 @@ class Resolver:
         return JOIN | across | routed, _sole(a for a, _ in pairs), _sole(b for _, b in pairs)
 
     def _is_through_tunnel(self, way_p: int, a: int, way_n: int, b: int) -> bool:
-        """Whether the move wraps the packet or unwraps it; being routed into a tunnel's device does not yet."""
+        """Return whether the move encapsulates or decapsulates the packet; routing to a tunnel's device is neither."""
         return way_p == way_n and self.devices[a if way_p == Way.TRANSMIT else b].kind in TUNNELS
 
     @staticmethod
     def _stays(hook_p: Hook, hook_n: Hook) -> bool:
-        """Whether the second hook comes after the first one on the same device, whichever device that is."""
+        """Return whether the second hook can follow the first one on the same device, whatever the device."""
         if WAY[hook_p] != WAY[hook_n]:
             return False
         # A driver that was busy is called again with the same packet.
@@ -433,7 +436,7 @@ class Resolver:
     def _crossings(
         self, hook_p: Hook, sources: Candidates, hook_n: Hook, targets: Candidates
     ) -> set[tuple[int, int]] | None:
-        """The pairs of candidates between which a packet can go from `hook_p` to `hook_n`; None for too many to try."""
+        """Return the pairs of candidates between which a packet can go from `hook_p` to `hook_n`; None if too many."""
         way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
         found: set[tuple[int, int]] = set()
         if hook_p is not ALONG[Way(way_p)][-1]:
@@ -454,7 +457,8 @@ class Resolver:
 
     def _can_cross(self, way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
         if UNKNOWN in (a.kind, b.kind):
-            # Only veths hand over from driver to receiver; and neither end's peer may be a device that is known.
+            # Only veths pass a packet from driver to receiver, and the peer of the known end must not be a known
+            # device.
             ends = [d for d in (a, b) if d.kind != UNKNOWN]
             free = all(d.kind == "veth" and (d.peer_netns, d.peer_ifindex) not in self._by_key for d in ends)
             return way_p == Way.TRANSMIT and WAY[hook_n] == Way.RECEIVE and free
@@ -472,7 +476,7 @@ def _unknown(sighting: Sighting) -> Device:
 
 
 def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
-    """Whether a packet can go from `a`, sent (X) or received (R) there, to `hook_n` on `b`."""
+    """Return whether a packet sent (X) or received (R) at `a` can go to `hook_n` on `b`."""
     way_n = int(WAY[hook_n])
     same_netns = a.netns == b.netns
     over = (b.peer_netns, b.peer_ifindex) == a.key and b.kind != "veth"

@@ -1,23 +1,24 @@
-"""How sure is a mean or a median of successive measurements? Confidence intervals that allow for autocorrelation.
+"""Confidence intervals of means and medians of successive measurements, allowing for autocorrelation.
 
-Round trip times that follow one another resemble one another: the cache is warm or cold, a neighbour is busy for a
-while. The usual interval takes them for independent and comes out too narrow, by a factor of sqrt((1 + r)/(1 - r)) for
-a correlation of r between neighbours: three times, for r = 0.8. So whole *blocks* are drawn instead of single values:
+Successive round trip times resemble one another: the cache is warm or cold, a neighbour is busy for a while. The usual
+interval assumes independent values and is too narrow, by a factor of sqrt((1 + r)/(1 - r)) for a correlation of r
+between neighbours: three times, for r = 0.8. The bootstrap here therefore draws whole *blocks* instead of single
+values:
 
-1. **How long.** The block length that makes the variance of the mean best estimated, from the series' own
+1. **Block length.** The length that gives the best estimate of the mean's variance, from the series' own
    autocovariances (Politis and White, Econometric Reviews 23 (2004) 53-70, with the correction of Patton,
-   Politis and White, ibid. 28 (2009) 372-375). It is 1 where neighbours have nothing to do with one another.
+   Politis and White, ibid. 28 (2009) 372-375). It is 1 if neighbours are uncorrelated.
 2. **Drawing.** Circular block bootstrap (Politis and Romano, in LePage and Billard, Exploring the Limits of Bootstrap,
-   1992): blocks begin anywhere, and go on at the beginning where the series ends. With a fixed seed: the same series
-   gives the same interval.
-3. **Few blocks.** Percentiles of the drawn means are too narrow when there are few blocks, by what separates Student's
-   t from the normal distribution; they are widened by that (Hesterberg, The American Statistician 69 (2015) 371-386),
-   with the number of blocks in place of the number of values.
-4. **Medians.** What the share of values below the median may be is found like a mean; the values that have these shares
-   below them bound the median (Woodruff, JASA 47 (1952) 635-646). So nothing is assumed of the distribution, ties do no
-   harm, and half a million values take no longer than their sorting.
+   1992): blocks begin anywhere and wrap at the end of the series. The seed is fixed: the same series gives the same
+   interval.
+3. **Few blocks.** With few blocks, percentiles of the drawn means are too narrow by the ratio of Student's t to the
+   normal distribution, and are widened by it (Hesterberg, The American Statistician 69 (2015) 371-386), with the number
+   of blocks in place of the number of values.
+4. **Medians.** The share of values below the median has an interval like a mean; the quantiles at its ends bound the
+   median (Woodruff, JASA 47 (1952) 635-646). This assumes nothing about the distribution, is not affected by ties, and
+   takes no longer for half a million values than sorting them.
 
-`tests/property/test_intervals.py` counts how often they cover what they should.
+`tests/property/test_intervals.py` measures how often the intervals cover the true value.
 """
 
 from __future__ import annotations
@@ -34,28 +35,28 @@ import numpy.typing as npt
 from contracts.arrays import Floats, Ints
 
 FEWEST: Final = 10
-"""With fewer values there is no interval: three blocks of three tell nothing."""
+"""Smallest number of values for an interval: three blocks of three show nothing."""
 FEWEST_ROUNDS: Final = 3
 LEVEL: Final = 0.95
 _REPLICATES: Final = 2000
-"""The 2.5 % percentile is then the 50th value: known to ± 7 of its neighbours."""
+"""Number of bootstrap replicates. The 2.5 % percentile is then the 50th value, with a standard error of 7 ranks."""
 _SEED: Final = 20190722
 _AT_ONCE: Final = 1 << 22
-"""Block sums held at a time: 32 MiB."""
+"""Largest number of block sums in memory: 32 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and the bounds between which it is, at the level asked for. Units of the values."""
+    """An estimate and the ends of its confidence interval, in the unit of the values."""
 
     estimate: float
     low: float
     high: float
     block: int
-    """Values in a block: for how long they depend on one another."""
+    """Values in a block: how far values depend on one another."""
 
     def as_dict(self) -> dict[str, float]:
-        """estimate, low, high, block; rounded to tenths of the unit."""
+        """Return estimate, low, high, rounded to tenths of the unit, and block, by name."""
         return {
             "estimate": round(self.estimate, 1),
             "low": round(self.low, 1),
@@ -65,7 +66,7 @@ class Interval:
 
 
 def mean(values: npt.NDArray[Any], level: float = LEVEL) -> Interval | None:
-    """The mean of a series (one dimension, in the order of time) and its interval; None for fewer than `FEWEST`."""
+    """Return the mean of a series (one dimension, in order of time) with its interval; None below `FEWEST` values."""
     series = np.asarray(values, np.float64)
     if len(series) < FEWEST:
         return None
@@ -75,7 +76,7 @@ def mean(values: npt.NDArray[Any], level: float = LEVEL) -> Interval | None:
 
 
 def median(values: npt.NDArray[Any], level: float = LEVEL) -> Interval | None:
-    """The median of a series (one dimension, in the order of time) and its interval; None for fewer than `FEWEST`."""
+    """Return the median of a series (one dimension, in order of time) with its interval; None below `FEWEST` values."""
     series = np.asarray(values, np.float64)
     if len(series) < FEWEST:
         return None
@@ -87,11 +88,12 @@ def median(values: npt.NDArray[Any], level: float = LEVEL) -> Interval | None:
 
 
 def of_rounds(statistic: Callable[[Ints], float], rounds: int, level: float = LEVEL) -> Interval | None:
-    """Any figure of an experiment in rounds, and its interval; None for fewer than three rounds.
+    """Return any statistic of an experiment in rounds, with its interval; None for fewer than three rounds.
 
-    Rounds are the blocks: what is measured in one shares what the machine was up to, and a comparison draws both of
-    its sides from the same ones. `statistic` gets the numbers of the rounds to be taken, some of them several times.
-    Widened as in 3. above: of eight rounds the 95 % are 1.29 times as wide as percentiles alone would have them.
+    Rounds are the blocks: all values of a round share the machine's state, and a comparison draws both of its sides
+    from the same rounds. `statistic` computes the statistic from an array of round numbers, some of which occur several
+    times. The interval is widened as in 3. above: for eight rounds the 95 % interval is 1.29 times as wide as the
+    percentiles.
     """
     if rounds < FEWEST_ROUNDS:
         return None
@@ -105,13 +107,13 @@ def of_rounds(statistic: Callable[[Ints], float], rounds: int, level: float = LE
 
 
 def block_length(series: Floats) -> int:
-    """The length of blocks for the mean of this series, at least 1, at most a third of it."""
+    """Return the block length for the mean of this series: at least 1, at most a third of the series."""
     count = len(series)
     centred = series - series.mean()
     if not centred.any():
         return 1
     most = max(1, min(int(np.ceil(3 * np.sqrt(count))), count // 3))
-    # Politis and White's rule: correlations are over where so many in a row are within chance.
+    # Politis and White's rule: the correlation ends where this many successive lags are insignificant.
     in_a_row = max(5, int(np.ceil(np.sqrt(np.log10(count)))))
     lags = min(most + in_a_row, count - 1)
     size = 1 << (2 * count - 1).bit_length()
@@ -134,7 +136,7 @@ def block_length(series: Floats) -> int:
 
 
 def _last_before(large: npt.NDArray[np.bool_], in_a_row: int) -> int:
-    """The lag (from 1) of the last large correlation before so many in a row are not; 0 if it begins with these."""
+    """Return the lag (from 1) of the last large correlation before `in_a_row` small ones; 0 if these come first."""
     small = 0
     for lag, is_large in enumerate(large.tolist(), 1):
         small = 0 if is_large else small + 1
@@ -144,7 +146,7 @@ def _last_before(large: npt.NDArray[np.bool_], in_a_row: int) -> int:
 
 
 def _deviations(series: Floats, level: float) -> tuple[float, float, int]:
-    """By how much the mean may be lower and higher, and the block length."""
+    """Return the deviations of the interval's low and high end from the mean, and the block length."""
     count, block = len(series), block_length(series)
     blocks = max(2, round(count / block))
     around = np.concatenate([[0.0], np.cumsum(np.concatenate([series, series[:block]]) - series.mean())])
@@ -163,9 +165,9 @@ def _deviations(series: Floats, level: float) -> tuple[float, float, int]:
 
 @cache
 def student_t(probability: float, freedom: int) -> float:
-    """Quantile (above the median) of Student's t; by summing its density over x = sqrt(freedom) * tan(angle).
+    """Return a quantile (above the median) of Student's t.
 
-    Off by less than 1e-4 of itself for the levels that anybody uses.
+    The density is integrated over x = sqrt(freedom) * tan(angle). The relative error is below 1e-4 for usual levels.
     """
     angle = np.linspace(0.0, np.pi / 2, 100_001)
     density = np.cos(angle) ** (freedom - 1)
@@ -174,5 +176,5 @@ def student_t(probability: float, freedom: int) -> float:
 
 
 def bounds(found: Interval | None) -> list[float] | None:
-    """The two ends of an interval for JSON: low and high; None without one."""
+    """Return the ends of an interval, [low, high], for JSON; None without an interval."""
     return None if found is None else [found.low, found.high]

@@ -1,11 +1,11 @@
-"""Lives of different buffers that are one packet's: joined by its content key.
+"""Joins lives of different buffers that are of one packet, by the packet's content key.
 
-The kernel goes on with another buffer where it reassembles fragments and cuts them again, or copies a packet. A life
-that ends inside the host (a *tail*) and one that begins there (a *head*) are of one packet if they have one key, and if
-nothing else that ends or begins there about that time has it. See the essay in `correlator.identity`.
+The kernel continues in another buffer when it reassembles fragments and cuts them again, or copies a packet. A life
+that ends inside the host (a *tail*) and a life that begins there (a *head*) are of one packet if they have the same key
+and no other life with that key ends or begins there about that time. See the essay in `correlator.identity`.
 
-Tails and heads wait here until nothing can come any more that decides about them: that depends on their records alone,
-never on how the stream is cut.
+Tails and heads wait here until no further record can affect the decision. The decision depends on the records alone,
+never on how the stream is divided.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from correlator.numbers import CONSUMED, DELIVERY, QUEUE, RECEIVE_SKB
 _ON_THE_HOST: Final = np.array([role in (Role.HOST, Role.OUTER) for role in ROLES])
 
 _OF_RECORDS: Final = ("records", "number", "cross")
-"""The columns of `LooseEnds` that are over records."""
+"""The columns of `LooseEnds` with one element per record."""
 
 
 @dataclass(frozen=True, slots=True)
 class LooseEnds:
-    """Tails and heads. Records lie life by life, each life's in the order of time."""
+    """Tails and heads that wait. Records are grouped by life, in order of time within each life."""
 
     records: Records
     number: Ints
-    """As in `Lives`."""
+    """Device numbers, as in `Lives`."""
     cross: Mask
     size: Ints
-    """Arrays from here on are over lives: how many records each has."""
+    """Records of each life. This array and the following ones have one element per life."""
     key: U64
     at_ns: Ints
-    """When a tail was seen last, or a head first."""
+    """Time of a tail's last record on a device, or of a head's first."""
     first_ns: Ints
     head: Mask
     end: Ints
-    """Index in the life of the record at which a tail is last on a device, or a head first."""
+    """Index in the life of a tail's last record on a device, or of a head's first."""
     freed: Mask
     grade: npt.NDArray[np.uint8]
 
     def sorted(self) -> LooseEnds:
-        """The same in an order that does not depend on how the stream was cut."""
+        """Return the lives in an order that does not depend on how the stream was divided."""
         first = np.cumsum(self.size) - self.size
         return self[np.lexsort((self.records.skb[first], self.first_ns, self.at_ns, self.key))]
 
     def __getitem__(self, lives: Ints) -> LooseEnds:
-        """These lives, in this order."""
+        """Return the lives with the given indices, in the given order."""
         starts = np.cumsum(self.size) - self.size
         size = self.size[lives]
         index = laid_out(starts[lives], size)
@@ -69,7 +69,7 @@ class LooseEnds:
         return LooseEnds(self.records + other.records, **both)
 
     def lives(self) -> Lives:
-        """As lives, one after the other."""
+        """Return the waiting lives as `Lives`, in the same order."""
         count, total = len(self.size), len(self.records)
         ends = np.cumsum(self.size) - 1
         return Lives(
@@ -98,10 +98,10 @@ def _nobody() -> LooseEnds:
 
 
 class Links:
-    """The tails and heads of one stream that wait.
+    """Holds the waiting tails and heads of one stream, and joins them.
 
-    A head comes at most `link_ns` after its tail, and those of one key that are as near count as candidates of one
-    another. At most `most_records` wait; beyond it the oldest go unlinked.
+    A head follows its tail within `link_ns`; tails and heads with the same key within that time are candidates. At most
+    `most_records` records wait; beyond that the oldest lives are released without being joined.
     """
 
     def __init__(self, resolver: Resolver, link_ns: int, most_records: int) -> None:
@@ -109,28 +109,28 @@ class Links:
         self._link_ns = link_ns
         self._most = most_records
         self.waiting = _nobody()
-        """Those that wait."""
+        """Tails and heads that wait."""
         self.ambiguous = 0
-        """Tails with a head of their key, where several could have been meant."""
+        """Tails with a head of the same key that have several candidates."""
         self.spare = 0
-        """Records that are in no life given out: the ends of buffers whose packet went on in another."""
+        """Records in no returned life: the ends of buffers whose packet continued in another buffer."""
 
     def __len__(self) -> int:
         return len(self.waiting.records)
 
     @property
     def oldest_ns(self) -> int:
-        """First record of all that wait; `NEVER` if none does."""
+        """Time of the first record of all waiting lives; `NEVER` without one."""
         return int(self.waiting.first_ns.min()) if len(self.waiting.size) else NEVER
 
     def take(self, lives: Lives, ended: Mask) -> Mask:
-        """Keep the tails and heads among the lives in `ended`; says which."""
+        """Keep the tails and heads among the lives in `ended`, and return a mask of those kept."""
         kept = np.zeros(len(ended), np.bool_)
         if lives.records.key is None:
             return kept
         which = np.flatnonzero(ended)
         start, last = lives.starts[which], lives.ends[which]
-        for _ in range(2):  # behind the last device come a copy to a reader and the end, at most
+        for _ in range(2):  # at most a copy to a reader and the end follow the last device
             last = last - ((WAY[lives.place[last] >> CODE_BITS] >= DELIVERY) & (last > start))
         hook = lives.place >> CODE_BITS
         head = (hook[start] == QUEUE) & self._on_the_host(lives.number[start])
@@ -171,9 +171,9 @@ class Links:
         return on
 
     def release(self, settled_ns: int | None, gaps: Gaps) -> Lives | None:
-        """The lives about which all is known, joined where they are one packet's; None if there is none.
+        """Return the lives that are decided, joined if they are of one packet; None if there is none.
 
-        No life that begins before `settled_ns` is still to come; for None none is at all.
+        No further life begins before `settled_ns`; None means that no life follows at all.
         """
         waiting = self.waiting
         count = len(waiting.size)
@@ -184,7 +184,7 @@ class Links:
             and int(waiting.at_ns.min()) + self._link_ns >= settled_ns
             and len(waiting.records) <= self._most
         ):
-            return None  # all must wait on, and may
+            return None  # all lives must wait, and there is room for them
         order = np.lexsort((waiting.head, waiting.at_ns, waiting.key))
         key, at, head = waiting.key[order], waiting.at_ns[order], waiting.head[order]
         apart = (key[1:] != key[:-1]) | (at[1:] - at[:-1] > self._link_ns)
@@ -212,7 +212,7 @@ class Links:
         return (waiting[np.flatnonzero(alone)] + self._joined(waiting[tails], waiting[successors])).lives()
 
     def _fits(self, tails: Ints, heads: Ints, gaps: Gaps) -> Mask:
-        """Whether the packet can have gone from each tail's last device to its head's first, nothing lost meanwhile."""
+        """Return whether a packet can go from each tail's last device to its head's first, without losses between."""
         waiting, devices = self.waiting, self._resolver.devices
         starts = np.cumsum(waiting.size) - waiting.size
         source = waiting.number[(starts + waiting.end)[tails]]
@@ -224,7 +224,7 @@ class Links:
         return np.array(passes, np.bool_) & ~spans_gap(gaps, waiting.at_ns[tails], waiting.at_ns[heads])
 
     def _joined(self, tails: LooseEnds, heads: LooseEnds) -> LooseEnds:
-        """Each tail and its head as one life. What the tail's buffer does behind its last device is left out."""
+        """Join each tail and its head into one life, without the tail's records behind its last device."""
         count = len(tails.size)
         rest = tails.size - tails.end - 1
         self.spare += int(rest.sum())
@@ -246,7 +246,7 @@ class Links:
         )
 
     def _overfull(self, leaving: Mask) -> Mask:
-        """Which lives to let go unlinked, oldest first, because too many records wait."""
+        """Return a mask of lives to release without joining, oldest first, because too many records wait."""
         chosen = np.zeros(len(leaving), np.bool_)
         staying = np.flatnonzero(~leaving)
         size = self.waiting.size[staying]

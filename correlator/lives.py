@@ -1,7 +1,7 @@
-"""Records -> lives of kernel buffers: which records are of one packet, by the moves of `correlator.identity`.
+"""Divides records into lives of kernel buffers, by the moves of `correlator.identity`.
 
-Records are brought into buffer order (all of one buffer together, in the order of time); a life is then a run of
-them, and everything is said by arrays over records and over lives.
+Records are brought into *buffer order*: grouped by buffer, in order of time within each. A life is then a run of
+records, described by arrays with one element per record or per life.
 """
 
 from __future__ import annotations
@@ -41,39 +41,39 @@ Gaps = Sequence[tuple[int, int]]
 
 NEVER: Final = np.iinfo(np.int64).max
 _COPIED: Final = np.isin(np.arange(max(COPIED_BEHIND) + 2), COPIED_BEHIND)
-"""Whether a number of bytes is one of COPIED_BEHIND; the last entry stands for all others, at -1 too."""
+"""Whether a number of bytes is in COPIED_BEHIND; all other numbers are clipped to the last entry (index -1)."""
 _OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8, "flow": np.uint64, "proto": np.uint8}
-"""The columns of `Records` that it may not have."""
+"""The optional columns of `Records`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What the engine keeps of each record, in the order of time."""
+    """The columns that the engine keeps of records, in order of time."""
 
     ts: Ints
     skb: U64
     place: Ints
     """Hook and sighting, as `correlator.identity.place` packs them."""
     length: npt.NDArray[np.uint32]
-    """Bytes; where a packet is dropped, why (`Batch.drop_reason`): nobody asks how long it is then."""
+    """Bytes; at a drop `Batch.drop_reason` instead, because the length at a drop is not needed."""
     key: U64 | None = None
-    """Content keys, 0 where none is known; None if no record has one."""
+    """Content keys, 0 if unknown; None if no record has one."""
     trait: npt.NDArray[np.uint8] | None = None
-    """What else `correlator.content` asks of a record; None where `key` is."""
+    """`correlator.content.traits`; None if `key` is None."""
     flow: U64 | None = None
-    """`correlator.content.flows`; None where it is not asked for, or `key` is None."""
+    """`correlator.content.flows`; None if they are not needed, or `key` is None."""
     proto: npt.NDArray[np.uint8] | None = None
-    """IP protocol number, 0 if none; None where `flow` is."""
+    """IP protocol number, 0 if none; None if `flow` is None."""
 
     def __len__(self) -> int:
         return len(self.ts)
 
     @classmethod
     def of(cls, batch: Batch, *, flows: bool = False) -> Records:
-        """The records of a batch (no markers). `flows`: with what tells one flow's packets from another's."""
+        """Make the records of a batch, which has no markers; `flows` includes the columns `flow` and `proto`."""
         dev = batch.dev
         if batch.content is not None:
-            # The device that a packet was at before it was delivered or freed is not where it is now.
+            # At a delivery or an end, `dev` may be an earlier device of the packet (RECALLED): clear it.
             dev = dev * HAS_DEVICE.take(batch.hook)
         length = batch.l3_len
         if batch.drop_reason.any():
@@ -91,25 +91,25 @@ class Records:
         )
 
     def __getitem__(self, index: Ints) -> Records:
-        """The records at `index`."""
+        """Return the records at `index`."""
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
         return Records(**{name: column[index] for name, column in given if column is not None})
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A column, zeros if it is not there."""
+        """Return a column, zeros if it is absent."""
         column = getattr(self, name)
         return np.zeros(len(self), _OF_CONTENT[name]) if column is None else column
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Records of lives that have not ended, with what was found out about them."""
+    """Records of lives that have not ended, with the results so far."""
 
     records: Records
     number: Ints
-    """As in `Lives`."""
+    """Device numbers, as in `Lives`."""
     cross: Mask
-    """As in `Lives`."""
+    """Whether each record is the first on its device, as in `Lives`."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -120,30 +120,30 @@ NOTHING_OPEN: Final = Open(Records.of(Batch.empty()), np.zeros(0, np.int64), np.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paths:
-    """Where lives went, one after the other. Arrays over records, in buffer order, then arrays over lives."""
+    """The paths of lives: arrays with one element per record, in buffer order, and arrays with one per life."""
 
     ts: Ints
     place: Ints
     number: Ints
-    """Device number; -1: none, or not known; -2: moves disagree."""
+    """Device number of each record; -1: no device or unknown; -2: moves disagree."""
     cross: Mask
-    """Whether the record is the first on its device."""
+    """Whether each record is the first on its device."""
     life: Ints
-    """Which life each record is of."""
+    """Index of each record's life."""
 
     starts: Ints
     ends: Ints
-    """Index of the last record."""
+    """Index of each life's last record."""
     freed: Mask
-    """The last record is the buffer's end."""
+    """Whether each life's last record is the buffer's end."""
 
     @property
     def size(self) -> Ints:
-        """Records of each life."""
+        """Number of records of each life."""
         return self.ends - self.starts + 1
 
     def numbered(self, which: Ints) -> Paths:
-        """These lives, with the numbers of a life's records, from 0, in place of their times."""
+        """Return the lives `which`, with each record's index in its life, from 0, in place of its time."""
         size = self.size[which]
         ends = np.cumsum(size) - 1
         starts = ends - size + 1
@@ -163,34 +163,34 @@ class Paths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lives(Paths):
-    """The same with all that is known about them."""
+    """Lives: their paths, records, and the evidence that each is of one packet."""
 
     records: Records
-    """As they came: `order` leads there."""
+    """Records in order of time; `order` is the index into them of each record in buffer order."""
     order: Ints
     reused: Mask
-    """Another life of the same buffer follows."""
+    """Whether another life of the same buffer follows."""
     late: Mask
-    """It follows after the timeout: a partner could not have come any more."""
+    """Whether that life follows after the timeout, so that no partner could have followed in time."""
     grade: npt.NDArray[np.uint8]
-    """`contracts.schema.Grade`: EXACT or BUFFER."""
+    """`contracts.schema.Grade`: EXACT, BUFFER or CONTENT."""
     told_apart: int
-    """Lives that their key alone ended, of those that were decided about now."""
+    """Number of lives that the content key alone ended in this step."""
 
     def packet(self) -> U64:
-        """A name for each life that depends on nothing but its first record."""
+        """Return an identifier for each life that depends on its first record only."""
         return named(self.records[self.order[self.starts]])
 
     def length(self) -> npt.NDArray[np.uint32]:
-        """Length at each life's first record, bytes."""
+        """Return the length at each life's first record, bytes."""
         return self.records.length[self.order[self.starts]]
 
     def drop_reason(self) -> npt.NDArray[np.uint16]:
-        """Why each life's packet was dropped at its end, if it was; else meaningless."""
+        """Return the drop reason at each life's end; meaningless for a life that does not end with a drop."""
         return self.records.length[self.order[self.ends]].astype(np.uint16)
 
     def still_open(self, which: Mask) -> Open:
-        """The records of the lives in `which`, back in the order of time."""
+        """Return the records of the lives in `which`, back in order of time."""
         first, size = self.starts[which], self.size[which]
         if not len(first):
             return NOTHING_OPEN
@@ -200,13 +200,13 @@ class Lives(Paths):
 
 
 def laid_out(starts: Ints, size: Ints) -> Ints:
-    """The indices of stretches that begin at `starts` and are `size` long, one stretch after the other."""
+    """Return the concatenated indices of stretches that begin at `starts` and are `size` long."""
     index: Ints = np.arange(int(size.sum())) + np.repeat(starts - (np.cumsum(size) - size), size)
     return index
 
 
 def named(first: Records) -> U64:
-    """The name of the life that begins with each of these records."""
+    """Return the identifier of the life that begins with each of these records."""
     mixed = first.skb ^ (first.ts.view(np.uint64) * GOLDEN)
     mixed ^= mixed >> np.uint64(32)
     names: U64 = mixed * np.uint64(0xD6E8FEB86659FD93)
@@ -214,9 +214,10 @@ def named(first: Records) -> U64:
 
 
 def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns: int) -> Lives:
-    """Cut the records of each buffer into lives.
+    """Divide the records of each buffer into lives.
 
-    The records of `carried` stay joined as they are; `new` ones come after them in time. At least one in all.
+    The records of `carried` stay joined as they are; the records of `new` follow them in time. There must be at least
+    one record.
     """
     records = carried.records + new
     order, same = grouped(records.skb)
@@ -279,32 +280,33 @@ def join(carried: Open, new: Records, resolver: Resolver, gaps: Gaps, timeout_ns
 def _part(
     records: Records, key: U64 | None, order: Ints, joined: Mask, judged: Mask, places: Ints, moves: Ints
 ) -> tuple[int, Ints]:
-    """Clear `joined` where the key says that it is another packet: how often, and where a key changed otherwise.
+    """Clear `joined` at records whose key shows another packet.
 
-    `key` is in buffer order.
+    Returns the number of such records, and the indices of records at which the key changed for a known reason. `key` is
+    in buffer order.
     """
     if key is None or records.trait is None:
         return 0, np.zeros(0, np.int64)
     at = changes(key, joined)
     if not len(at):
         return 0, at
-    # What was carried has been judged: where the key changes inside it, that was explained then.
+    # Changes of the key inside carried lives were explained in an earlier step.
     same_packet = ~judged[at] | explained(at, places, moves, records.trait[order])
     joined[at[~same_packet]] = False
     return len(at) - int(same_packet.sum()), at[same_packet]
 
 
 def _graded(records: Records, key: U64 | None, order: Ints, starts: Ints, other_content: Ints) -> npt.NDArray[np.uint8]:
-    """Grades of the lives that begin at `starts`; in those of `other_content` the key changed, for a known reason.
+    """Return the grades of the lives that begin at `starts`.
 
-    `key` is in buffer order.
+    `other_content` are lives in which the key changed for a known reason. `key` is in buffer order.
     """
     grade = np.full(len(starts), Grade.BUFFER, np.uint8)
     if key is not None:
-        # Where nothing is without a key, a life has as many as records: no need to count.
+        # If every record has a key, the number of keys is the number of records and need not be counted.
         keyed = np.diff(starts, append=len(key)) if key.all() else np.add.reduceat(key != 0, starts, dtype=np.int64)
         grade[keyed > 1] = Grade.EXACT
-        # A source that knows no buffers says so by giving the content's key for one.
+        # A source without kernel buffers uses the content key as `skb_id`.
         of_content = records.skb[order[starts]] == key[starts]
         grade[(keyed > 1) & of_content] = Grade.CONTENT
         grade[other_content] = Grade.BUFFER
@@ -312,7 +314,7 @@ def _graded(records: Records, key: U64 | None, order: Ints, starts: Ints, other_
 
 
 def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
-    """Whether records were lost somewhere between two times, element by element."""
+    """Return, for each pair of times, whether records were lost between them."""
     if not gaps:
         return np.zeros(len(after_ns), np.bool_)
     merged: list[list[int]] = []
@@ -321,7 +323,7 @@ def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
             merged[-1][1] = max(merged[-1][1], end)
         else:
             merged.append([start, end])
-    # They follow one another now, so only the first that ends later than `after_ns` is asked.
+    # The merged gaps are disjoint: only the first that ends later than `after_ns` can overlap.
     starts, ends = np.array(merged, np.int64).T
     first = np.searchsorted(ends, after_ns, "right")
     spans: Mask = (first < len(ends)) & (starts[np.minimum(first, len(ends) - 1)] < before_ns)
@@ -329,7 +331,7 @@ def spans_gap(gaps: Gaps, after_ns: Ints, before_ns: Ints) -> Mask:
 
 
 def _tell(number: Ints, at: Ints, told: Ints) -> None:
-    """Enter the devices that moves tell; -2 where two moves of one record disagree."""
+    """Enter the devices that moves determine; -2 if two moves of one record disagree."""
     news = np.flatnonzero(told >= 0)
     at, told = at[news], told[news]
     current = number[at]

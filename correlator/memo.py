@@ -1,8 +1,8 @@
-"""A function of one integer, remembered for whole arrays of them.
+"""A memoized function of one integer that is applied to whole arrays.
 
-The correlator asks the same few hundred questions millions of times (can a packet go from here to there?). A
-direct-mapped table answers those of an array at once; what it does not hold is asked one by one. It begins small, as
-each of a fleet's thousand streams has some, and grows where two of what it knows want one slot.
+The correlator evaluates the same few hundred moves millions of times (can a packet go from here to there?). A
+direct-mapped table answers all keys of an array at once; missing keys are computed one by one. The table begins small,
+because each of a fleet's thousand streams has several, and grows when two known keys share a slot.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from contracts.ordering import GOLDEN
 
 
 class Memo:
-    """`answer`, elementwise. Keys are >= 0."""
+    """Applies `answer` elementwise and remembers the results. Keys are >= 0."""
 
     _LEAST_BITS: Final = 8
     _MOST_BITS: Final = 14
-    """Slots of the table, as a power of two: 4 KiB to 256."""
+    """Bounds of the binary logarithm of the number of slots: 4 KiB to 256 KiB of table."""
     _SAMPLE: Final = 1 << 10
-    """Of many keys that are missing so many are asked first: a new table misses everything, and those few hold nearly
-    all that there is to ask, so that the others need no sort."""
+    """Number of missing keys that are computed first. In a new table all keys are missing, but the first few contain
+    nearly all distinct keys, so that the others need not be sorted."""
 
     def __init__(self, answer: Callable[[int], int]) -> None:
         self._answer = answer
@@ -32,7 +32,7 @@ class Memo:
         self._begin(self._LEAST_BITS)
 
     def _begin(self, bits: int) -> None:
-        """A table of that size, with what is known."""
+        """Make a table of 2**bits slots with all known answers."""
         self._bits = bits
         self._shift = np.uint64(64 - bits)
         self._keys = np.full(1 << bits, -1, np.int64)
@@ -42,12 +42,12 @@ class Memo:
         self._keys[slots], self._values[slots] = keys, list(self._known.values())
 
     def forget(self) -> None:
-        """The answers may have changed: ask again."""
+        """Forget all answers, because they may have changed."""
         self._known.clear()
         self._keys.fill(-1)
 
     def __getstate__(self) -> tuple[Callable[[int], int], dict[int, int]]:
-        """Without the table: it holds nothing that `_known` does not, and is mostly empty."""
+        """Return the state without the table, which can be rebuilt from `_known` and is mostly empty."""
         return self._answer, self._known
 
     def __setstate__(self, state: tuple[Callable[[int], int], dict[int, int]]) -> None:
@@ -55,7 +55,7 @@ class Memo:
         self._begin(self._LEAST_BITS)
 
     def __call__(self, keys: Ints) -> Ints:
-        """The answers, int64, same shape (one dimension)."""
+        """Return the answers for an array of keys (one dimension); int64, same shape."""
         slots = self._slots(keys)
         values = self._values[slots]
         known = self._keys[slots] == keys
@@ -64,7 +64,7 @@ class Memo:
             if len(missing) > self._SAMPLE:
                 self._ask(keys, slots, values, missing[: self._SAMPLE])
                 missing = missing[self._SAMPLE :]
-                slots = self._slots(keys)  # it may have grown
+                slots = self._slots(keys)  # the table may have grown
                 values[missing] = self._values[slots[missing]]
                 missing = missing[self._keys[slots[missing]] != keys[missing]]
             if len(missing):
@@ -72,7 +72,7 @@ class Memo:
         return values
 
     def _ask(self, keys: Ints, slots: Ints, values: Ints, missing: Ints) -> None:
-        """Fill in the values at `missing`, and the table."""
+        """Compute the values at the indices `missing`, and enter them into the table."""
         wanted = keys[missing]
         distinct, inverse = np.unique(wanted, return_inverse=True)
         asked = distinct.tolist()
@@ -85,7 +85,7 @@ class Memo:
         self._values[slots[missing]] = values[missing]
 
     def _grow(self) -> None:
-        """To the least size at which each key that is known has a slot of its own."""
+        """Grow the table to the smallest size at which every known key has a slot of its own."""
         mixed = np.array(list(self._known), np.uint64) * GOLDEN
         bits = self._bits + 1
         while bits < self._MOST_BITS and len(set((mixed >> np.uint64(64 - bits)).tolist())) < len(mixed):
@@ -97,7 +97,7 @@ class Memo:
         return slots
 
     def of(self, key: int) -> int:
-        """The answer for one key."""
+        """Return the answer for one key."""
         if key not in self._known:
             self._known[key] = self._answer(key)
         return self._known[key]

@@ -1,8 +1,9 @@
-"""Which packets waited until the kernel knew where to send them.
+"""Finds packets that waited until the kernel had resolved a neighbour's address.
 
-A packet that is routed to a neighbour whose link-layer address is not known waits for as long as an ARP exchange or a
-neighbour discovery takes. That is no cost of the container's path that a host process would be spared, but it is seen
-there: between the packet's reception and its way out, a request leaves by the device that it will leave by.
+A packet that is routed to a neighbour with an unknown link-layer address waits for an ARP exchange or a neighbour
+discovery. A host process would have the same wait, so that it is no overhead of the container's path. The wait is
+visible in the records: between the packet's reception and its queueing, a request leaves by the same device, and an
+answer arrives there.
 """
 
 from __future__ import annotations
@@ -19,38 +20,38 @@ from correlator.lives import Lives
 from correlator.numbers import QUEUE, RECEIVE_SKB
 
 ARP_BYTES: Final = 28
-"""ARP for IPv4 over Ethernet (RFC 826)."""
+"""Length of ARP for IPv4 over Ethernet (RFC 826)."""
 PADDED_BYTES: Final = 46
-"""The same as it is received from a wire: least payload of an Ethernet frame (IEEE 802.3, 3.2.7)."""
+"""Length of ARP received from a wire: the smallest payload of an Ethernet frame (IEEE 802.3, 3.2.7)."""
 ND_BYTES: Final = 72
 """IPv6 header, neighbour solicitation or advertisement, and its one option (RFC 4861, 4.3 and 4.4)."""
 SOLICITATION: Final = 135
 ADVERTISEMENT: Final = 136
 """ICMPv6 types."""
 MOST: Final = 1 << 20
-"""Requests and answers that are remembered; beyond it the oldest are forgotten, and what waited for them is like any
-other."""
+"""Largest number of requests and answers remembered; beyond it the oldest are forgotten, and packets that waited for
+them are not recognised."""
 
 
 class Asked:
-    """When requests left by which device, and when answers came in."""
+    """Times and devices of the requests that left and the answers that arrived."""
 
     def __init__(self) -> None:
         self.dev = np.zeros(0, np.int64)
         """Sightings of requests; of answers, their complement (negative)."""
         self.ts = np.zeros(0, np.int64)
-        """When, ascending."""
+        """Times of requests and answers, ascending, ns."""
 
     def note(self, batch: Batch) -> None:
         """Remember the requests and answers among these records.
 
-        Where the source does not read packets, what has their length is taken for one.
+        If the source does not read packets, any packet of the right length counts as one.
         """
         length = batch.l3_len
         arp = length == ARP_BYTES
         asks = (arp | (length == ND_BYTES)) & (batch.hook == QUEUE)
         if not len(self.ts) and not asks.any():
-            return  # an answer to no request lets nothing go
+            return  # an answer without a request releases no packet
         answer = batch.hook == RECEIVE_SKB
         arp |= answer & (length == PADDED_BYTES)
         likely = np.flatnonzero(asks | (answer & (arp | (length == ND_BYTES))))
@@ -65,14 +66,14 @@ class Asked:
         self.ts = np.append(self.ts, batch.ts_ns[likely])[-MOST:]
 
     def since(self, from_ns: int) -> Asked:
-        """The same of what was seen from that time on."""
+        """Return the requests and answers from a time on."""
         first = int(np.searchsorted(self.ts, from_ns))
         later = Asked()
         later.dev, later.ts = self.dev[first:], self.ts[first:]
         return later
 
     def forget(self, before_ns: int) -> None:
-        """Nothing that is still to be asked about waited before that time."""
+        """Forget the requests and answers before a time."""
         if len(self.ts) and self.ts[0] < before_ns:
             first = int(np.searchsorted(self.ts, before_ns))
             self.dev, self.ts = self.dev[first:], self.ts[first:]
@@ -80,7 +81,7 @@ class Asked:
                 self.dev, self.ts = self.dev[:0], self.ts[:0]
 
     def waited(self, lives: Lives, which: Mask) -> Mask:
-        """Which of these lives were routed while the device that they were sent to asked, and had an answer."""
+        """Return a mask of lives in `which` during whose routing their next device sent a request and got an answer."""
         found = np.zeros(len(which), np.bool_)
         if not len(self.ts):
             return found
@@ -98,7 +99,7 @@ class Asked:
             answered: Ints = self.ts[self.dev == ~code]
             if not len(mine) or not len(answered):
                 continue
-            # The first request behind the one record, and the last answer before the other.
+            # The first request after the reception, and the last answer before the queueing.
             request = asked[np.minimum(np.searchsorted(asked, lives.ts[mine - 1], "right"), len(asked) - 1)]
             answer = answered[np.maximum(np.searchsorted(answered, lives.ts[mine], "left") - 1, 0)]
             between = (lives.ts[mine - 1] < request) & (request < answer) & (answer < lives.ts[mine])

@@ -1,16 +1,16 @@
-"""Which packet answers which, where that can be told.
+"""Matches responses to requests, where the match is certain.
 
-Three ways to tell, the first that a packet's content allows:
+There are three rules; the first that a packet's content allows applies:
 
-    echo    ICMP and ICMPv6 echo: identifier, number and type say it
+    echo    ICMP and ICMPv6 echo: matched by identifier, number and type
     ports   TCP, UDP: packets between the same two ports that take turns
-    turns   nothing is known but the length: packets of one container and length that take turns
+    turns   only the length is known: packets of one container and length that take turns
 
-*Taking turns* means: a conversation begins after a silence, with the packet that asks; from there on packets that go
-the other way answer, as long as exactly one is waiting for an answer when one comes. If two are waiting, or none,
-nothing is known until the next silence; nor is it at the start of a stream and after records were lost. So a stream of
-data has no answers, and a flood that was under way when the recording began has none unless its content says so: no
-arrow is better than a wrong one.
+*Taking turns* means: a conversation begins after a silence, with a request. From then on a packet in the other
+direction is a response, as long as exactly one request is waiting. If two requests or none are waiting, nothing is
+matched until the next silence; the same holds at the start of a stream and after lost records. A stream of data thus
+has no responses, and a flood that was under way when the recording began has none unless its content identifies them:
+no arrow is better than a wrong one.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from contracts.protocols import ICMP, ICMPV6
 from contracts.schema import NOT_TOLD, Columns
 
 _WAIT_NS: Final = 1_000_000_000
-"""An answer comes within this. Tools wait for about a second, too."""
+"""Longest time until a response. Tools wait for about a second, too."""
 _SILENCE_NS: Final = 100_000_000
-"""Who speaks first after this long asks."""
+"""Silence after which the next packet is a request."""
 _CONVERSATIONS: Final = 1 << 16
-"""So many are remembered, those that were heard last."""
+"""Largest number of conversations remembered; the least recent are forgotten."""
 _ASKS: Final = {(ICMP, 8), (ICMPV6, 128)}
 _ANSWERS: Final = {(ICMP, 0), (ICMPV6, 129)}
 
 
 class ToldBy(IntEnum):
-    """How a reply is known."""
+    """Rule by which a response was matched."""
 
     NOTHING = 0
     ECHO = 1
@@ -48,17 +48,17 @@ class ToldBy(IntEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExchangedPackets(Columns):
-    """Packets in the order of time, as `Replies` looks at them."""
+    """Packets in order of time, with the columns that `Replies` needs."""
 
     packet: npt.NDArray[np.uint64]
     container: npt.NDArray[np.int64]
-    """Any number that tells containers apart; `NOT_TOLD` where the packet is no container's alone."""
+    """A number that identifies the container; `NOT_TOLD` if the packet does not belong to exactly one container."""
     direction: npt.NDArray[np.uint8]
     begin_ns: npt.NDArray[np.int64]
     l3_len: npt.NDArray[np.int64]
     dropped: npt.NDArray[np.bool_]
     l4_proto: npt.NDArray[np.int64]
-    """IP protocol number; this and what follows as it is at the inner device, `NOT_TOLD` where it is not known."""
+    """IP protocol number. This column and the following ones are as at the inner device, `NOT_TOLD` if unknown."""
     near: npt.NDArray[np.int64]
     """The container's port, or the echo identifier."""
     far: npt.NDArray[np.int64]
@@ -82,17 +82,17 @@ class ExchangedPackets(Columns):
 
 @dataclass(slots=True)
 class _Conversation:
-    """One conversation."""
+    """State of one conversation."""
 
     asks: int
-    """Direction of the packets that ask; 0 if it is not known."""
+    """Direction of the requests; 0 if unknown."""
     last_ns: int
     waiting: deque[tuple[int, int]]
-    """Packets that nothing has answered yet, and when they began."""
+    """(packet, time at which it began) of requests without a response."""
 
 
 class Replies:
-    """The conversations of one stream. Packets come in the order of time."""
+    """Matches the responses of one stream, whose packets are given in order of time."""
 
     def __init__(self, began_ns: int) -> None:
         self._began_ns = began_ns
@@ -101,14 +101,14 @@ class Replies:
         self._turns: OrderedDict[tuple[int, ...], _Conversation] = OrderedDict()
 
     def lost(self, after_ns: int, upto_ns: int) -> None:
-        """Packets between these times may have been missed: who asks must show itself anew.
+        """Note that packets between two times may be missing, after which all conversations begin anew.
 
-        Told before packets from `after_ns` on come to `match`.
+        Call this before `match` gets packets from `after_ns` on.
         """
         insort(self._gaps, (after_ns, upto_ns))
 
     def match(self, seen: ExchangedPackets) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        """For each packet the one that it answers (0: none is known), and how that is known (`ToldBy`)."""
+        """Return for each packet the request that it answers (0: none or unknown), and the rule (`ToldBy`)."""
         request = np.zeros(len(seen), np.uint64)
         told_by = np.zeros(len(seen), np.int64)
         columns = (getattr(seen, name).tolist() for name in ExchangedPackets._DTYPES)
@@ -135,7 +135,7 @@ class Replies:
         return request, told_by
 
     def _turn(self, key: tuple[int, ...], packet: int, way: int, begin: int, *, lost: bool) -> int:
-        """The packet that this one answers, or 0."""
+        """Return the request that this packet answers, or 0."""
         turns = self._turns.get(key)
         if turns is None:
             turns = self._turns[key] = _Conversation(0, self._began_ns, deque())
@@ -155,7 +155,7 @@ class Replies:
             return 0
         if len(waiting) == 1:
             return waiting.popleft()[0]
-        # Nobody asked, or several did and which of them is meant is not said, nor who is answered next.
+        # No request waits, or several do: it is unknown which one this packet and later ones answer.
         turns.asks = 0
         waiting.clear()
         return 0

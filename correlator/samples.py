@@ -1,4 +1,4 @@
-"""A tool's samples: what it said about each of its requests, as columns."""
+"""A tool's samples as columns: the tool's output on each of its requests."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from contracts.schema import NOT_TOLD, Columns
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples(Columns):
-    """One row per request or further reply, in the order in which the tool told of them (replies: as they arrived).
+    """One row per request or further reply, in the order of the tool's output (replies: in order of arrival).
 
-    `NOT_TOLD` wherever the tool does not say.
+    `NOT_TOLD` for values that are not in the output.
     """
 
     stamp_utc_ns: npt.NDArray[np.int64]
-    """When; what it is the time of depends on the tool (`correlator.stamps.LineTime`)."""
+    """Time in the tool's output; the tool decides of what (`correlator.stamps.LineTime`)."""
     seq: npt.NDArray[np.int64]
     """Number of the request in the order of sending, not wrapped; for people, and for order."""
     rtt_ns: npt.NDArray[np.int64]
-    """The tool's round trip time; `NOT_TOLD`: it has seen no reply, or told no time of it."""
+    """The tool's round trip time; `NOT_TOLD` if the tool saw no reply or gives no time for it."""
     resolution_ns: npt.NDArray[np.int64]
     """The round trip time is known to ± this."""
     duplicate: npt.NDArray[np.bool_]
-    """A further reply to a request that has had one."""
+    """Whether this is a further reply to a request that has already had one."""
     untimed: npt.NDArray[np.bool_]
-    """A reply came, or may have, of which the tool's output has no round trip time; then `rtt_ns` is `NOT_TOLD`.
+    """Whether a reply arrived, or may have, without a round trip time in the output; then `rtt_ns` is `NOT_TOLD`.
 
-    With a `reply_len` it came for certain, at this place among the replies.
+    With a `reply_len` the reply certainly arrived, at this place among the replies.
     """
     request_len: npt.NDArray[np.int32]
     """Bytes of the request with its IP header."""
@@ -59,9 +59,9 @@ class Samples(Columns):
 
     @classmethod
     def of(cls, length: int, **given: Any) -> Samples:
-        """`length` samples from some columns (arrays, or one value for all).
+        """Make `length` samples from some columns (arrays, or one value for all).
 
-        The others are `NOT_TOLD`, the samples no duplicates, and none `untimed`.
+        Other columns are `NOT_TOLD`, except `duplicate` and `untimed` (false) and `resolution_ns` (0).
 
         Raises `TypeError` for an unknown column, `ValueError` for one of another length.
         """

@@ -1,9 +1,9 @@
-"""Lives -> delays, by their shape: which hooks a packet passed, at which devices, in which order.
+"""Computes the delays of lives by their shape: the hooks that a packet passed, at which devices, in which order.
 
-What `correlator.hops` finds out about a life depends on nothing else; times come into it as differences only. A host
-has a few dozen shapes, and a slice thousands of lives of each. So one life of each shape is asked about, with the
-numbers of its records in place of their times: the answer says between which of its records a delay is, for all that
-are like it.
+The result of `correlator.hops` for a life depends on its shape only; times enter as differences. A host has a few dozen
+shapes, and a slice has thousands of lives of each. One life of each shape is therefore measured, with the indices of
+its records in place of their times. The result shows between which records each delay lies, for all lives of that
+shape.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from correlator.identity import CODE_BITS, Resolver
 from correlator.lives import Lives, Paths, laid_out
 
 _FEW: Final = 256
-"""So few lives are measured one by one: finding their shapes would take longer."""
+"""Number of lives below which all are measured directly: finding their shapes would take longer."""
 _NUMBER_AT: Final = 8
-"""Bits of a record's code below its device number: hook, and whether the packet came to the device there."""
+"""Bits of a record's code below its device number: hook, and whether the record is the first on its device."""
 _WEIGHTS: Final = 1 << 8
-"""Records of a life that are told apart by where they stand; what comes behind is compared all the same."""
+"""Number of positions in a life with a weight of their own; later records share a weight, but are compared as well."""
 _TIMES: Final = ("inner", "outer", "inner_stamp", "outer_stamp", "outer_edge")
 """The fields of `Crossed` that are times."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """Lives, and one of each shape."""
+    """Lives, their shapes, and one life of each shape."""
 
     lives: Ints
-    """Of which this is said."""
+    """Indices of the lives."""
     kind: Ints
-    """Which shape each of them has."""
+    """Index of each life's shape."""
     paths: Paths
     """One life of each shape."""
 
 
 def measure_all(lives: Lives, which: Mask, resolver: Resolver, *, crossings: bool) -> Measured:
-    """What `correlator.hops.measure` finds in the lives in `which`, row for row; `crossed` only if need be."""
+    """Return the result of `correlator.hops.measure` for the lives in `which`, in the same order of rows.
+
+    `crossed` may be None unless `crossings` is set.
+    """
     alike = _alike(lives, np.flatnonzero(which))
     if alike is None:
         return measure(lives, which, resolver)
@@ -54,7 +57,7 @@ def measure_all(lives: Lives, which: Mask, resolver: Resolver, *, crossings: boo
 
 
 def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
-    """The shapes of the lives in `chosen`; None if there are too few of them to look for any."""
+    """Return the shapes of the lives in `chosen`; None if there are too few lives, or if two shapes' sums collide."""
     if len(chosen) < _FEW:
         return None
     size = lives.size
@@ -66,7 +69,7 @@ def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
     kind = np.empty(len(chosen), np.int64)
     kind[order] = np.cumsum(~same) - 1
 
-    # A sum says that two lives are alike, and could be wrong about it: so they are compared.
+    # Equal sums suggest equal shapes, but can collide: compare all records.
     paths = lives.numbered(first)
     of_kind = np.zeros(len(size), np.int64)
     of_kind[chosen] = paths.starts[kind]
@@ -83,7 +86,7 @@ def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
 
 
 def _codes(paths: Paths) -> npt.NDArray[np.uint64]:
-    """All that a record tells about its packet's path, in one number."""
+    """Return everything that a record shows of its packet's path, packed into one number."""
     code = (paths.number + 2) << _NUMBER_AT
     code |= paths.place >> CODE_BITS << 1
     code |= paths.cross
@@ -92,7 +95,7 @@ def _codes(paths: Paths) -> npt.NDArray[np.uint64]:
 
 @functools.cache
 def _weights() -> npt.NDArray[np.uint64]:
-    """An odd number for each position in a life."""
+    """Return an odd random-looking weight for each position in a life."""
     weights = np.arange(1, _WEIGHTS + 1, dtype=np.uint64) * GOLDEN
     weights ^= weights >> np.uint64(29)
     weights *= np.uint64(0xBF58476D1CE4E5B9)  # SplitMix64's
@@ -101,7 +104,7 @@ def _weights() -> npt.NDArray[np.uint64]:
 
 
 def _spread(lives: Lives, alike: _Alike, told: Measured, *, crossings: bool) -> Measured:
-    """What was found of one life of each shape, for all of them."""
+    """Apply the results for one life of each shape to all lives."""
     ts, starts = lives.ts, lives.starts[alike.lives]
     rows = np.bincount(told.life, minlength=len(alike.paths.starts))
     count = rows[alike.kind]

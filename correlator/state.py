@@ -1,9 +1,9 @@
-"""What an engine carries from one record to the next, taken out of it at a cut of the stream.
+"""The state that an engine carries from one record to the next, extracted at a cut of the stream.
 
-Two engines in the same state give the same answers from there on. That is what lets a stream be worked on in parts: an
-engine that begins with the last one's state goes on as if there were no cut; and one that has begun a little before the
-cut with no state at all is as good, if the two states' digests are equal. Counts, windows and rows are no part of it:
-these add up.
+Two engines in the same state give the same results from there on, so that a stream can be processed in parts. An engine
+that begins with the state of another one continues as if there were no cut. An engine that began a little before the
+cut without any state is equivalent if the digests of the two states are equal. Counts, windows and rows are not part of
+the state: they add up.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ _Carried = TypeVar("_Carried", Open, LooseEnds)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineState:
-    """Of an engine that has worked on all records before a time."""
+    """State of an engine that has processed all records before a time."""
 
     resolver: ResolverState
     open: Open
-    """Records of lives that have not ended. `number` counts the resolver's devices."""
+    """Records of lives that have not ended; `number` refers to the resolver's devices."""
     waiting: LooseEnds
-    """Lives that have ended and may go on in another buffer. `number` as in `open`."""
+    """Lives that have ended and may continue in another buffer; `number` refers to the resolver's devices."""
     gaps: Gaps
-    """Those that can still part two records."""
+    """Gaps that can still lie between two records of a packet."""
     asked: Asked
-    """Requests for neighbours that packets can have waited for."""
+    """Neighbour requests for which packets may have waited."""
     latest_ns: int
     """Time of the last record, or marker."""
     began_ns: int | None
     """Time of the first record; None if there was none but markers."""
 
     def digest(self) -> str:
-        """The same for two states from which the same follows, whatever their devices' numbers are; SHA-256, hex.
+        """Return a SHA-256 digest (hex), equal for states that give the same results, whatever their device numbers.
 
-        `latest_ns` and when it began are left out: the one is known from the cut itself, the other asked for no more.
+        The digest omits `latest_ns`, which is known from the cut, and the value of `began_ns`, which has no further
+        use.
         """
         resolver, rank = self.resolver.canonical()
         waiting = self.waiting.sorted()
@@ -66,7 +67,7 @@ def _tell(told: hashlib._Hash, columns: list[npt.NDArray[Any]]) -> None:
 
 
 def renumbered(numbers: Ints, new: Ints) -> Ints:
-    """Device numbers by their new ones; those below 0 are none and stay."""
+    """Replace device numbers by their new ones; numbers below 0 mean no device and stay."""
     changed = numbers.copy()
     real = np.flatnonzero(numbers >= 0)
     changed[real] = new[numbers[real]]
@@ -74,5 +75,5 @@ def renumbered(numbers: Ints, new: Ints) -> Ints:
 
 
 def with_numbers(carried: _Carried, new: Ints) -> _Carried:
-    """The same lives, their devices renumbered."""
+    """Return the lives with their devices renumbered."""
     return replace(carried, number=renumbered(carried.number, new))

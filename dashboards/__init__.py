@@ -1,9 +1,9 @@
-"""Grafana dashboards as code: `python -m dashboards` writes dashboards/json/, which Grafana reads as it is.
+"""Grafana dashboards as code: `python -m dashboards` writes dashboards/json/, which Grafana provisions.
 
-    query.py     InfluxQL in the words of the catalogue (`contracts.metrics`)
-    panels.py    what all dashboards share: variables, the ledger that stands first, kinds of panels
-    the others   one dashboard each: `make()` gives it
+    query.py     InfluxQL with the names of the catalogue (`contracts.metrics`)
+    panels.py    parts that all dashboards share: variables, the ledger panels at the top, kinds of panels
+    the others   one dashboard each, returned by `make()`
 
-A test makes them anew and compares, holds every field and tag to the catalogue, and runs every query against a real
-InfluxDB. dashboards/README.md says what each number means and how two of them may be put together.
+Tests generate the JSON again and compare, check every field and tag against the catalogue, and run every query on a
+real InfluxDB. dashboards/README.md explains what each number means and how numbers may be combined.
 """

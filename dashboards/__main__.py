@@ -1,4 +1,4 @@
-"""Write every dashboard as Grafana reads it: `python -m dashboards`."""
+"""Write every dashboard as JSON for Grafana: `python -m dashboards`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DASHBOARDS: Final[dict[str, Callable[[], build.Dashboard]]] = {
 }
 
 _OF_INTERVALS: Final = ("auto", "auto_min", "auto_count")
-"""The SDK writes these into every variable; Grafana's own schema knows them in variables of type interval only."""
+"""Keys that the SDK writes into every variable, although Grafana's schema allows them in interval variables only."""
 
 
 def text(make: Callable[[], build.Dashboard]) -> str:
-    """The dashboard as JSON, the same for the same code."""
+    """Return a dashboard as JSON text; the same code gives the same text."""
     made = make().build()
     for number, panel in enumerate(made.panels or [], 1):
-        panel.id_val = number  # so that a link to a panel stays good
+        panel.id_val = number  # keeps links to a panel valid
     plain = json.loads(json.dumps(made, cls=JSONEncoder))
     for variable in plain["templating"]["list"]:
         for key in _OF_INTERVALS:

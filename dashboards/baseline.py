@@ -1,4 +1,4 @@
-"""The kernel module against ftrace: the same traffic, seen by both sources."""
+"""Dashboard that compares the kernel module with ftrace: the same traffic, captured by both sources."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _OF_A_PATH = tuple(name for name in VARIABLES if name != "device")
 
 
 def make() -> build.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = dashboard(
         "baseline",
         "module against ftrace",
-        "How the sources compare. Let one measure after the other under the same load, or both at once; at once, each"
-        " sees the cost of the other as well.",
+        "Compares the sources. Measure with one after the other under the same load, or with both at once; then each"
+        " source also measures the cost of the other.",
         VARIABLES,
     )
     for panel in ledger(VARIABLES):
@@ -26,7 +26,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Overhead by source",
-            f"Rows of one container and direction belong side by side. {EXACT}",
+            f"Compare rows of the same container and direction. {EXACT}",
             select(
                 quantiles("overhead_ns"),
                 "overhead",
@@ -75,10 +75,10 @@ def make() -> build.Dashboard:
         )
     made.with_panel(
         rows(
-            "What a probe costs",
-            "Mean time of the timed calls in each hook's probe, measured by the source itself; the reading of the clock"
-            " is in it. ftrace cannot tell its own cost, so only the module has rows here; a hook of which no call was"
-            " timed has none.",
+            "Cost of a probe",
+            "Mean time of the timed calls of each hook's probe, measured by the source itself; it includes reading"
+            " the clock. Only the module has rows: ftrace cannot measure its own cost. A hook without timed calls has"
+            " no row.",
             select(
                 {"mean": 'last("timed_ns") / last("timed")', "calls": 'last("calls")'},
                 "mace_internal",
@@ -95,7 +95,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         lines(
             "Records by source",
-            "Records that came in each step.",
+            "Records received in each step.",
             [came("records", _OF_A_RUN, chosen=_OF_A_RUN, part="ledger")],
             unit="short",
             alias="$tag_source $tag_host",
@@ -105,7 +105,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         lines(
             "Processor time by source",
-            "Of the measuring process, in cores.",
+            "Processor time of the measuring process, in cores.",
             [
                 select(
                     {"cores": 'non_negative_derivative(last("cpu_ns"), 1s) / 1000000000'},

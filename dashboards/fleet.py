@@ -1,4 +1,4 @@
-"""All hosts beside each other."""
+"""Dashboard of all hosts side by side."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _LEDGER = ("records", "matched", *NOT_TIED, "in_flight", *MISSING)
 
 
 def make() -> build.Dashboard:
-    """The dashboard."""
-    made = dashboard("fleet", "fleet", "Which host stands out, and which is silent.", _CHOSEN)
+    """Return the dashboard."""
+    made = dashboard("fleet", "fleet", "All hosts: which host stands out, and which is silent.", _CHOSEN)
     for panel in ledger(_CHOSEN):
         made.with_panel(panel)
     made.with_panel(
         rows(
             "Ledger of each host",
-            "The newest row of each: records = matched + unmatched + ambiguous + expired + dropped + in flight.",
+            "Newest row of each host: records = matched + unmatched + ambiguous + expired + dropped + in flight.",
             select(
                 {name.replace("_", " "): f'last("{name}")' for name in _LEDGER},
                 "mace_internal",
@@ -34,8 +34,8 @@ def make() -> build.Dashboard:
     )
     made.with_panel(
         rows(
-            "Last heard of",
-            "Time of the newest row of each host in the chosen time, and the records of its run until then.",
+            "Last report",
+            "Time of each host's newest row in the selected time range, and the records of its run until then.",
             select({"records": 'last("records")'}, "mace_internal", chosen=_CHOSEN, tags=_CHOSEN, part="ledger"),
             units={},
             span=6,
@@ -47,7 +47,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         lines(
             "Records of each host",
-            "Records that came in each step. A line that ends is a host that is silent.",
+            "Records received in each step. A line that ends shows a host that is silent.",
             [came("records", _CHOSEN, chosen=_CHOSEN, part="ledger")],
             unit="short",
             alias="$tag_host $tag_source",
@@ -75,7 +75,8 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Containers of the fleet",
-            "Mean, largest and count are exact; of the quantiles of the windows of 10 s the largest is shown.",
+            "Mean, largest delay and count are exact. Quantiles cannot be averaged: each is the largest of the windows"
+            " of 10 s.",
             select(
                 {
                     "mean": 'sum("sum_ns") / sum("count")',

@@ -1,4 +1,4 @@
-"""Containers and their devices: how much they add, how often, and what was not seen."""
+"""Dashboard of containers and their devices: the delay that they add, the packets, and the records missing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _OF_A_PATH = tuple(name for name in VARIABLES if name != "device")
 
 
 def make() -> build.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = dashboard(
         "overview",
         "overview",
-        "What the container path adds to packets, by container and by device, and what was missed.",
+        "Delay that the container path adds to packets, by container and by device, and the records missing.",
         VARIABLES,
     )
     for panel in ledger(VARIABLES):
         made.with_panel(panel)
     made.with_panel(
         rows(
-            "What the container path added to each packet",
-            f"Between the container's device and the host's outer device. {EXACT}",
+            "Overhead of the container path",
+            f"Delay added between the container's device and the host's outer device. {EXACT}",
             select(quantiles("overhead_ns"), "overhead", chosen=_OF_A_PATH, tags=("host", "container", "direction")),
             units=NS,
             sort_by=[("p99", True)],
@@ -52,8 +52,9 @@ def make() -> build.Dashboard:
     )
     made.with_panel(
         lines(
-            "Packets a second",
-            "Those seen over the whole of a container's path: the sum of the windows of 1 s in a step, by its length.",
+            "Packets per second",
+            "Packets seen over the whole path of a container: the sum of the windows of 1 s in a step, divided by the"
+            " step's length.",
             [
                 select(
                     {"packets": 'sum("count") / ($__interval_ms / 1000)'},
@@ -72,8 +73,8 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Device by device",
-            "Segment `device` is part of the overhead, `outside` would be crossed by a host process's packet as well,"
-            f" `delivery` is from the container's device to the reader. {EXACT}",
+            "Segment `device` is part of the overhead; `outside` is a device that a host process's packet crosses"
+            f" too; `delivery` is from the container's device to the reader. {EXACT}",
             select(
                 quantiles("delay_ns"),
                 "device_delay",

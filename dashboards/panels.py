@@ -1,4 +1,4 @@
-"""What all dashboards share: variables, the ledger that stands first, and kinds of panels."""
+"""Parts that all dashboards share: variables, the ledger panels at the top, and kinds of panels."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from dashboards.query import came, reached, tag_values
 
 DATASOURCE: Final = model.DataSourceRef(type_val="influxdb", uid="${datasource}")
 MIN_STEP: Final = "10s"
-"""Quantiles are of windows of 10 s: a finer step would only have holes."""
+"""Smallest step of graphs: quantiles are of windows of 10 s, and a finer step would have gaps."""
 
 MISSING: Final = ("lost", "discarded")
-"""Records that were never looked at."""
+"""Categories of records that never reached the correlator."""
 NOT_TIED: Final = ("unmatched", "ambiguous", "expired", "dropped")
-"""Records of which no delay came."""
+"""Categories of records that gave no delay."""
 NOT_STORED: Final = ("refused", "over_budget", "dropped_buffer", "dropped_spool")
-"""Rows that no dashboard can show."""
+"""Categories of rows that are in no database, and so in no dashboard."""
 
 LARGEST: Final = (
-    "A point that stands for several windows of 10 s shows the largest of their quantiles, which cannot be averaged."
-    " Each is read from the window's histogram, with a relative error of at most 0.4 %."
+    "Quantiles of several windows cannot be averaged: a point that covers several windows of 10 s shows the largest of"
+    " their quantiles. Each is read from the window's histogram, with a relative error of at most 0.4 %."
 )
 EXACT: Final = (
-    "Quantiles are exact, over the single packets' rows in the chosen time. If the sink samples ([sinks.influxdb]"
-    " sample), they are of the sample, and so is the count of packets."
+    "Quantiles are exact, over the rows of single packets in the selected time range. If the sink samples"
+    " ([sinks.influxdb] sample), quantiles and the count of packets are of the sample."
 )
 
 
 class _Query(variants.Dataquery):
-    """The SDK has no class for InfluxQL. The keys are those of Grafana's own editor."""
+    """An InfluxQL query, for which the SDK has no class. The keys are those of Grafana's own editor."""
 
     def __init__(self, ref_id: str, query: str, *, as_table: bool, alias: str) -> None:
         self._payload: dict[str, object] = {
@@ -50,7 +50,7 @@ class _Query(variants.Dataquery):
             self._payload["alias"] = alias
 
     def to_json(self) -> dict[str, object]:
-        """What the SDK's encoder asks for."""
+        """Return the query for the SDK's encoder."""
         return self._payload
 
 
@@ -59,7 +59,7 @@ class _Target(cog_builder.Builder[variants.Dataquery]):
         self._query = query
 
     def build(self) -> variants.Dataquery:
-        """What the SDK's panels ask for."""
+        """Return the query for the SDK's panels."""
         return self._query
 
 
@@ -71,7 +71,7 @@ def _target(query: str, *, ref_id: str = "A", as_table: bool = False, alias: str
 
 
 def dashboard(uid: str, title: str, description: str, variables: Sequence[str]) -> build.Dashboard:
-    """An empty one, with variables and links to the others."""
+    """Return an empty dashboard, with variables and links to the other dashboards."""
     made = (
         build.Dashboard(f"MACE: {title}")
         .uid(f"mace-{uid}")
@@ -98,12 +98,12 @@ def dashboard(uid: str, title: str, description: str, variables: Sequence[str]) 
 
 
 _ASKED_OF: Final = {"host": "mace_internal", "source": "mace_internal"}
-"""Where a variable's values are looked for; the rest are tags of windows, which need no single packets."""
+"""Variable -> measurement with its values. All others are in windows, which exist without rows of single packets."""
 
 
 def _variable(name: str, before: Sequence[str]) -> build.QueryVariable:
     measurement = _ASKED_OF.get(name, "device_window")
-    # `mace_internal` knows hosts and sources only.
+    # `mace_internal` has only the tags of hosts and sources.
     given = [other for other in before if measurement == "device_window" or other in _ASKED_OF]
     return (
         build.QueryVariable(name)
@@ -122,29 +122,29 @@ def _variable(name: str, before: Sequence[str]) -> build.QueryVariable:
 
 
 def ledger(chosen: Sequence[str]) -> list[Any]:
-    """Three panels that stand first in every dashboard: what the others do not show."""
+    """Return the three panels at the top of every dashboard: what the other panels do not show."""
     seen = tuple(name for name in chosen if name in _ASKED_OF)
-    runs = "Each is the largest value that a run reached in the chosen time, added up over hosts and sources."
+    runs = "Each is the largest value that a run reached in the selected time range, summed over hosts and sources."
     return [
         number(
-            "Records that are missing",
-            f"Lost: not stored by the kernel's ring. Discarded: by a bounded buffer of ours. {runs} All that is shown"
-            " below lacks these packets.",
+            "Records missing",
+            f"Lost: the kernel's ring did not store them. Discarded: a bounded buffer of MACE's discarded them. {runs}"
+            " All panels below lack these records.",
             reached(MISSING, ("host", "source"), chosen=seen, part="ledger"),
             span=6,
             red_from=1,
         ),
         number(
             "Records without a delay",
-            "Unmatched: no partner was seen. Ambiguous: several fit. Expired: the partner came too late. Dropped: of"
-            f" packets that the kernel dropped. {runs}",
+            "Unmatched: no partner was seen. Ambiguous: several devices or packets fit. Expired: the partner did not"
+            f" arrive in time. Dropped: the kernel dropped the packet. {runs}",
             reached(NOT_TIED, ("host", "source"), chosen=seen, part="ledger"),
             span=9,
         ),
         number(
-            "Rows that were not stored",
-            "Refused by the server, over the series budget, or dropped by a full buffer or spool: these were measured"
-            f" and are in no dashboard. {runs.replace('sources', 'sinks')}",
+            "Rows not stored",
+            "Rows that the server refused, that exceeded the series budget, or that a full buffer or spool dropped:"
+            f" they were measured, but are in no dashboard. {runs.replace('sources', 'sinks')}",
             reached(NOT_STORED, ("host", "sink"), chosen=tuple(name for name in seen if name == "host"), part="sink"),
             span=9,
             red_from=1,
@@ -153,11 +153,11 @@ def ledger(chosen: Sequence[str]) -> list[Any]:
 
 
 def losses(chosen: Sequence[str]) -> Any:
-    """When records went missing."""
+    """Return a panel of the records lost and discarded over time."""
     seen = tuple(name for name in chosen if name in _ASKED_OF)
     return lines(
         "Records lost and discarded",
-        "In each step. Delays of the same time lack these packets.",
+        "Records lost and discarded in each step. Delays of the same time lack these records.",
         [came(field, ("host", "source"), chosen=seen, part="ledger") for field in MISSING],
         unit="short",
         alias="$col $tag_host $tag_source",
@@ -169,7 +169,7 @@ def losses(chosen: Sequence[str]) -> Any:
 
 
 def number(title: str, meaning: str, query: str, *, span: int, red_from: float | None = None) -> stat.Panel:
-    """Large figures, one for each column of the query."""
+    """Return a panel of large figures, one for each column of the query."""
     steps = [model.Threshold(value=None, color="green")]
     if red_from is not None:
         steps.append(model.Threshold(value=red_from, color="red"))
@@ -202,7 +202,7 @@ def lines(
     stacked: bool = False,
     bars: bool = False,
 ) -> timeseries.Panel:
-    """Something over time; points without a row stay empty."""
+    """Return a graph over time; a step without a row stays empty."""
     panel = (
         timeseries.Panel()
         .title(title)
@@ -248,7 +248,7 @@ def rows(
     sort_by: Sequence[tuple[str, bool]] = (),
     time: bool = False,
 ) -> table.Panel:
-    """A table; `units` by column, `sort_by` columns and whether descending."""
+    """Return a table. `units`: column -> unit. `sort_by`: (column, whether descending)."""
     panel = (
         table.Panel()
         .title(title)
@@ -262,7 +262,7 @@ def rows(
         .with_target(_target(query, as_table=True))
     )
     if not time:
-        # Of an aggregate without steps it is the beginning of the chosen time.
+        # The time of an aggregate without steps is the beginning of the time range, which says nothing.
         panel.with_transformation(
             model.DataTransformerConfig(id_val="organize", options={"excludeByName": {"Time": True}})
         )
@@ -274,7 +274,7 @@ def rows(
 
 
 def bars(title: str, meaning: str, query: str, *, unit: str, alias: str, span: int = 12, height: int = 9) -> Any:
-    """Horizontal bars, one for each series."""
+    """Return a panel of horizontal bars, one for each series."""
     return (
         bargauge.Panel()
         .title(title)

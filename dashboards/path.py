@@ -1,4 +1,4 @@
-"""One container's packets, hop by hop."""
+"""Dashboard of one container's packets, hop by hop."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _MEAN = {"mean": 'sum("sum_ns") / sum("count")'}
 
 
 def make() -> build.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = dashboard(
         "path",
         "packet path",
-        "The devices that a container's packets cross, in their order. Choose one container and one direction.",
+        "Devices that a container's packets cross, in order. Choose one container and one direction.",
         VARIABLES,
     )
     for panel in ledger(VARIABLES):
@@ -23,8 +23,8 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Hop by hop",
-            "Rank is the device's place on the way out of the container. Mean, largest delay and count are exact over"
-            " the chosen time. Quantiles cannot be averaged: of those of the windows of 10 s the largest is shown.",
+            "Rank is the device's position on the way out of the container. Mean, largest delay and count are exact"
+            " over the selected time range. Quantiles cannot be averaged: each is the largest of the windows of 10 s.",
             select(
                 {
                     **_MEAN,
@@ -63,8 +63,8 @@ def make() -> build.Dashboard:
         made.with_panel(
             lines(
                 f"Mean of each device, stacked, {what}",
-                "The means of the devices between the container's and the outer one add up to the mean overhead."
-                " Sum of all delays by their count, so that it is exact for any step.",
+                "The means of the devices from the container's to the outer device add up to the mean overhead. A mean"
+                " is the sum of all delays divided by their count, and so exact for any step.",
                 [
                     select(
                         _MEAN,
@@ -85,8 +85,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Newest packets",
-            "The last 200 crossings that were stored, one row for each device. Position is the hop's number in that"
-            " packet's own path.",
+            "Last 200 crossings stored, one row for each device. Position is the hop's index in the packet's path.",
             'SELECT "delay_ns", "position", "l3_len", "host", "container", "device", "direction", "segment",'
             f' "grade", "source" FROM "device_delay" WHERE {where(VARIABLES)}{by(())} ORDER BY time DESC LIMIT 200',
             units={"delay_ns": "ns", "l3_len": "bytes"},

@@ -1,4 +1,4 @@
-"""How the measurement itself is doing: sinks, queues, memory."""
+"""Dashboard of the measurement's own health: sinks, queues, processor time and memory."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def _now(values: Mapping[str, str], part: str, *tags: str) -> str:
 
 
 def make() -> build.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = dashboard(
-        "pipeline", "health of the pipeline", "Whether all that is measured is stored, and what that costs.", _CHOSEN
+        "pipeline", "health of the pipeline", "Whether all measured rows are stored, and what measuring costs.", _CHOSEN
     )
     for panel in ledger(_CHOSEN):
         made.with_panel(panel)
@@ -36,8 +36,8 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Accounts of the sinks",
-            "The newest of each: taken = stored + waiting + refused + over budget + dropped (buffer, spool) + left out"
-            " by sampling.",
+            "Newest account of each sink: taken = stored + waiting + refused + over budget + dropped (buffer, spool) +"
+            " left out by sampling.",
             select(
                 {name.replace("_", " "): f'last("{name}")' for name in counted},
                 "mace_internal",
@@ -58,43 +58,43 @@ def make() -> build.Dashboard:
             "$tag_host $tag_sink",
         ),
         (
-            "Rows that wait",
-            "In buffer and spool, or under way. A line that rises is a server that is away or too slow.",
+            "Rows waiting",
+            "Rows in buffer, spool or requests under way. A rising line shows a server that is away or too slow.",
             _now({"waiting": "waiting"}, "sink", "sink"),
             "short",
             "$tag_host $tag_sink",
         ),
         (
             "Spool on the disk",
-            "When it reaches its size, the oldest rows are dropped and counted.",
+            "Size of the spool. At its limit the oldest rows are dropped and counted.",
             _now({"spool": "spool_bytes"}, "sink", "sink"),
             "bytes",
             "$tag_host $tag_sink",
         ),
         (
-            "Time of a request",
-            "How long the last successful request of a step took.",
+            "Duration of requests",
+            "Duration of the last successful request in a step.",
             _now({"request": "delivery_ns"}, "sink", "sink"),
             "ns",
             "$tag_host $tag_sink",
         ),
         (
-            "Requests that failed",
-            "In each step; each is made again.",
+            "Failed requests",
+            "Requests that failed in each step and are repeated.",
             came("retries", _SINK, chosen=_OF_A_HOST, part="sink"),
             "short",
             "$tag_host $tag_sink",
         ),
         (
-            "Fullest that each channel was",
-            "Items. A channel that is always full has a slow stage behind it.",
+            "Peak of each channel",
+            "Largest number of items that have waited. A channel that is always full precedes a slow stage.",
             _now({"peak": "queue_peak"}, "queue", "queue"),
             "short",
             "$tag_host $tag_queue",
         ),
         (
             "Processor time",
-            "Of the process, in cores.",
+            "Processor time of the process, in cores.",
             select(
                 {"cores": 'non_negative_derivative(last("cpu_ns"), 1s) / 1000000000'},
                 "mace_internal",
@@ -115,7 +115,7 @@ def make() -> build.Dashboard:
         ),
         (
             "Open files",
-            "File descriptors of the process. It does not grow.",
+            "File descriptors of the process. The number should not grow.",
             _now({"files": "open_files"}, "process", "source"),
             "short",
             "$tag_host $tag_source",

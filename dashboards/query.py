@@ -1,13 +1,13 @@
-"""InfluxQL for Grafana, which InfluxDB 1.x, 2.x and 3.x all serve.
+"""InfluxQL queries for Grafana; InfluxDB 1.x, 2.x and 3.x all serve InfluxQL.
 
-    select("percentile", {"p50": ...})
+    select({"p50": 'percentile("delay_ns", 50)'}, "device_delay", tags=("container",))
 
-Three rules that all queries keep, because numbers of a window cannot be put together in any way:
+All queries keep three rules on how numbers may be combined:
 
 - counts and sums are added;
-- a quantile of several windows is shown as the largest of theirs (`max`), never as a mean; an exact one over a longer
-  time comes from the rows of single packets (`percentile`);
-- a counter is shown as the largest value that its run reached, or as what came to it (`non_negative_difference`).
+- quantiles of several windows are combined by their maximum (`max`), never by a mean; an exact quantile over a longer
+  time is computed from the rows of single packets (`percentile`);
+- a counter is shown as the largest value that its run reached, or as its increase (`non_negative_difference`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 VARIABLES: Final = ("host", "container", "device", "direction", "source")
-"""The dashboards' variables; each is named as the tag that it chooses from."""
+"""The dashboards' variables; each has the name of the tag from whose values it chooses."""
 
 QUANTILES: Final = {"p50": 50, "p99": 99, "p99.9": 99.9}
 
 
 def where(chosen: Sequence[str] = (), **fixed: str) -> str:
-    """The condition: Grafana's time range, the variables' choice, and tags that the panel is about."""
+    """Return a condition: Grafana's time range, the choices of variables, and fixed values of tags."""
     # With "All" a variable is `.*`, which also matches rows that do not have the tag.
     parts = ["$timeFilter", *(f'"{name}" =~ /^${name}$/' for name in chosen)]
     return " AND ".join([*parts, *(f"\"{tag}\" = '{value}'" for tag, value in fixed.items())])
 
 
 def by(tags: Sequence[str], *, every: bool = False) -> str:
-    """GROUP BY; with `every` also by Grafana's step. An empty step has no row: it is not a 0."""
+    """Return a GROUP BY clause, with `every` also by Grafana's step; an empty step has no row instead of a 0."""
     groups = [*(["time($__interval)"] if every else []), *(f'"{tag}"' for tag in tags)]
     return (f" GROUP BY {', '.join(groups)}" if groups else "") + (" fill(none)" if every else "")
 
@@ -44,9 +44,9 @@ def select(
     above_0: str = "",
     **fixed: str,
 ) -> str:
-    """One query; `values` are expressions by the name that they are shown under.
+    """Return one query. `values`: displayed name -> expression.
 
-    `above_0` is a field by which is divided: InfluxQL says 0 where nothing is divided by nothing.
+    `above_0` names a field that is a divisor: its zeros are excluded, because InfluxQL evaluates 0 / 0 as 0.
     """
     shown = ", ".join(f'{expression} AS "{name}"' for name, expression in values.items())
     condition = where(chosen, **fixed) + (f' AND "{above_0}" > 0' if above_0 else "")
@@ -54,30 +54,30 @@ def select(
 
 
 def quantiles(field: str) -> dict[str, str]:
-    """Exact ones, of the rows of single packets, and how many rows these are."""
+    """Return expressions for exact quantiles, maximum and count of a field in rows of single packets."""
     found = {name: f'percentile("{field}", {percent})' for name, percent in QUANTILES.items()}
     return found | {"max": f'max("{field}")', "packets": f'count("{field}")'}
 
 
 def worst_quantiles() -> dict[str, str]:
-    """Of windows: the largest of each."""
+    """Return expressions for the largest of each quantile over windows."""
     return {"p50": 'max("p50_ns")', "p99": 'max("p99_ns")', "p99.9": 'max("p999_ns")'}
 
 
 def reached(fields: Sequence[str], tags: Sequence[str], *, chosen: Sequence[str], part: str) -> str:
-    """Counters of `mace_internal`: the largest value that each run reached, added up over `tags`."""
+    """Return a query of counters of `mace_internal`: the largest value of each, summed over `tags`."""
     outer = ", ".join(f'sum("{name}") AS "{name.replace("_", " ")}"' for name in fields)
     inner = select({name: f'max("{name}")' for name in fields}, "mace_internal", chosen=chosen, tags=tags, part=part)
     return f"SELECT {outer} FROM ({inner})"
 
 
 def came(field: str, tags: Sequence[str], *, chosen: Sequence[str], part: str) -> str:
-    """What came to a counter in each step; a new run's beginning counts as nothing."""
+    """Return a query of a counter's increase in each step; the restart of a new run counts as 0."""
     value = f'non_negative_difference(last("{field}"))'
     return select({field.replace("_", " "): value}, "mace_internal", chosen=chosen, tags=tags, every=True, part=part)
 
 
 def tag_values(tag: str, measurement: str, *given: str) -> str:
-    """A variable's query: the tag's values, among those that fit what is chosen in the variables before it."""
+    """Return a variable's query: the values of a tag that fit the choices of the variables `given`."""
     condition = " AND ".join(f'"{name}" =~ /^${name}$/' for name in given)
     return f'SHOW TAG VALUES FROM "{measurement}" WITH KEY = "{tag}"' + (f" WHERE {condition}" if given else "")

@@ -1,4 +1,4 @@
-"""Round trips of tools in containers, and what is left of them without the time in the containers' devices."""
+"""Dashboard of round trips of tools in containers, with and without the delay of the containers' devices."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from dashboards.query import select
 
 _CHOSEN = ("host", "container", "source")
 _RTTS = {"tool": "tool_rtt_ns", "host": "host_rtt_ns", "NIC": "nic_rtt_ns"}
-_SAMPLES = (
-    "Exact quantiles of the round trips in the chosen time. Only those that could be corrected (reason `paired`)."
-)
+_SAMPLES = "Exact quantiles of the round trips in the selected time range that could be corrected (reason `paired`)."
 
 
 def make() -> build.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = dashboard(
         "rtt",
         "round trips",
-        "What the tool says, what a process of the host would have said, and what passed between leaving the host's"
-        " outer device and coming back to it.",
+        "Round trip times that the tool reported, that a host process would have measured, and from the host's outer"
+        " device and back to it.",
         ("host", "source", "container"),
     )
     for panel in ledger(_CHOSEN):
@@ -49,7 +47,7 @@ def make() -> build.Dashboard:
         made.with_panel(
             lines(
                 f"{quantile} of tool, host and NIC",
-                f"{_SAMPLES} Of the round trips that began in a step.",
+                f"{_SAMPLES} Each point covers the round trips that began in the step.",
                 [
                     select(
                         {name: f'percentile("{field}", {percent})' for name, field in _RTTS.items()},
@@ -67,7 +65,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         lines(
             "Overhead of request and response",
-            "Medians of what the container's devices added on the way out and on the way in.",
+            "Medians of the delay that the container's devices added on the way out and on the way in.",
             [
                 select(
                     {"egress": 'percentile("egress_ns", 50)', "ingress": 'percentile("ingress_ns", 50)'},
@@ -85,7 +83,7 @@ def make() -> build.Dashboard:
     made.with_panel(
         rows(
             "Samples by reason",
-            "All that the tool reported: `paired`, or why a sample could not be corrected. None is left out.",
+            "All samples that the tool reported: `paired`, or the reason why a sample could not be corrected.",
             select({"samples": 'count("seq")'}, "rtt", chosen=_CHOSEN, tags=("host", "container", "tool", "reason")),
             units={},
             span=12,

@@ -1,1 +1,1 @@
-"""Tests; a regular package, so that no other distribution's `tests` can stand in its place."""
+"""Tests; a regular package, so that the `tests` of another distribution cannot shadow it."""

@@ -1,7 +1,7 @@
-"""Something to ask, in a lab's far end: answering.py dns|http ADDRESS, the standard library only.
+"""A DNS or HTTP server for a lab's far end: answering.py dns|http ADDRESS, with the standard library only.
 
-`dns` answers each question with one address record over UDP; `http` answers each request with an empty page. Says
-`ready`, and ends when its standard input does.
+`dns` answers each question with one address record over UDP; `http` answers each request with an empty page. Prints
+`ready`, and ends at the end of its standard input.
 """
 
 import socket
@@ -11,7 +11,7 @@ import threading
 
 
 def dns_answer(query: bytes) -> bytes:
-    """RFC 1035: the question again, and 192.0.2.7 for its name, without the additional records."""
+    """Return the answer to a DNS question (RFC 1035): the question and 192.0.2.7, without additional records."""
     identifier, flags, *_ = struct.unpack("!HHHHHH", query[:12])
     end = 12
     while query[end]:

@@ -1,4 +1,4 @@
-"""A real mosquitto on loopback, with whatever of TLS, passwords and access list a test asks for."""
+"""A real mosquitto on loopback, with TLS, passwords and an access list if a test needs them."""
 
 import os
 import re
@@ -17,7 +17,7 @@ PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def documented_acl():
-    """The access list that docs/mqtt.md tells people to use."""
+    """Return the access list that docs/mqtt.md recommends."""
     (block,) = re.findall(r"^```\n(# every host.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     return block
 
@@ -29,7 +29,7 @@ def free_port():
 
 
 class Mosquitto:
-    """One broker; `start`, `kill`, `stop` as often as a test wants, always on the same port."""
+    """One broker; a test may call `start`, `kill` and `stop` repeatedly, always on the same port."""
 
     def __init__(self, directory, *lines, tls=None):
         self.directory = Path(directory)
@@ -84,7 +84,7 @@ def mosquitto(directory, *lines, tls=None):
 
 
 class Authority:
-    """Certificates made by openssl: one authority, and what it signs."""
+    """Certificates made by openssl: one authority, and the certificates that it signs."""
 
     def __init__(self, directory):
         self.directory = Path(directory)
@@ -99,7 +99,7 @@ class Authority:
         return self.directory / name
 
     def sign(self, name):
-        """NAME.crt and NAME.key, for a server or a client of that name."""
+        """Write NAME.crt and NAME.key, for a server or a client of that name."""
         request, extra = self.file(f"{name}.csr"), self.file(f"{name}.ext")
         extra.write_text(f"subjectAltName=DNS:{name}\n")
         key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
@@ -116,7 +116,7 @@ def _openssl(*args):
 
 
 def passwords(path, users):
-    """A password file for mosquitto."""
+    """Write a password file for mosquitto."""
     path.write_text("".join(f"{name}:{word}\n" for name, word in users.items()))
     subprocess.run([shutil.which("mosquitto_passwd", path=PATH), "-U", str(path)], check=True, capture_output=True)
     return path

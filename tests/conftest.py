@@ -1,18 +1,18 @@
-"""What tests need from the machine, and how they say so.
+"""Declares what tests need from the machine, and skips or fails those whose needs are not met.
 
 A test that needs root, a kernel facility or a program declares it:
 
     @pytest.mark.needs("root", "tracefs")
     def test_live_capture(): ...
 
-or a whole file at once, `pytestmark = pytest.mark.needs("docker")`, or only when it comes to it, by the fixture:
+or a whole file at once, `pytestmark = pytest.mark.needs("docker")`, or in the course of a test, by the fixture:
 
     def test_all_runtimes(runtime, needs):
         needs("docker")
 
-Where something is missing the test is skipped, and says what is missing and why it cannot be used. The environment
-variable MACE_REQUIRE turns such a skip into a failure: a comma-separated list of needs, or `all`. CI sets `all`, so
-that a test which silently stopped running is noticed.
+If a need is not met, the test is skipped with the need and the reason. The environment variable MACE_REQUIRE, a
+comma-separated list of needs or `all`, turns such a skip into a failure. CI sets `all`, so that a test that silently
+stopped running is noticed.
 """
 
 import functools
@@ -51,7 +51,7 @@ GOLDEN_TRACE = GOLDEN / "tracecmd" / "v6.dat"
 
 
 def _program(name: str, *version_args: str) -> str | None:
-    """None if the program runs, else why not. Some distributions install a stub that only explains itself."""
+    """Return None if the program runs, else why not. Some distributions install a stub that prints an explanation."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
     if path is None:
         return f"the program {name} is not installed"
@@ -66,7 +66,7 @@ def _program(name: str, *version_args: str) -> str | None:
 
 
 def _installed(name: str) -> str | None:
-    """As `_program`, for those that have no argument with which they do nothing and exit 0."""
+    """Return None if the program is installed, else why not; for programs without an argument that exits 0."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
     return None if found else f"the program {name} is not installed"
 
@@ -198,17 +198,17 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     # The kernel's scripts want more than perl-base, which every Debian has.
     "perl": lambda: _program("perl", "-MTerm::ANSIColor", "-MEncode", "-e", "1"),
 }
-"""Each need and its check: None where it is met, else the reason, fit to be read after "needs NAME: "."""
+"""Need -> its check, which returns None if the need is met, else a reason that can follow "needs NAME: "."""
 
 
 @functools.cache
 def _reason(name: str) -> str | None:
-    """Whether the need is met; asked once a run, because some checks start programs."""
+    """Return None if the need is met, else why not; checked once per run, because some checks start programs."""
     return NEEDS[name]()
 
 
 def _known(names: Iterable[str], said_by: str) -> set[str]:
-    """The names as a set, all of them known; a misspelt need would otherwise never be checked."""
+    """Return the names as a set; fails for an unknown name, because a misspelt need would never be checked."""
     unknown = set(names) - NEEDS.keys()
     if unknown:
         raise pytest.UsageError(f"{said_by}: unknown need {', '.join(sorted(unknown))}; there are {', '.join(NEEDS)}")
@@ -216,13 +216,13 @@ def _known(names: Iterable[str], said_by: str) -> set[str]:
 
 
 def _required() -> set[str]:
-    """What MACE_REQUIRE insists on."""
+    """Return the needs that MACE_REQUIRE requires."""
     names = {name.strip() for name in os.environ.get("MACE_REQUIRE", "").split(",")} - {""}
     return set(NEEDS) if "all" in names else _known(names, "MACE_REQUIRE")
 
 
 def _insist(names: Iterable[str]) -> None:
-    """Skip the running test, or fail it where MACE_REQUIRE says so, if one of the needs is not met."""
+    """Skip the running test, or fail it if MACE_REQUIRE says so, if one of the needs is not met."""
     for name in names:
         reason = _reason(name)
         if reason is None:
@@ -271,13 +271,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def machines(pytestconfig: pytest.Config) -> Matrix:
-    """The virtual machines of the selected kernels, under way."""
+    """The virtual machines of the selected kernels, started."""
     return pytestconfig.stash[MACHINES].started()
 
 
 @pytest.fixture
 def needs(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`needs("docker", ...)` inside a test or fixture: skip, or fail, from here on where one is not met."""
+    """A function `needs("docker", ...)` for tests and fixtures: it skips or fails the test if a need is not met."""
 
     def need(*names: str) -> None:
         _known(names, request.node.nodeid)

@@ -1,8 +1,8 @@
-"""A reverse proxy in front of a real InfluxDB 1.x: it speaks the v2 write API, and misbehaves when it is told to.
+"""A reverse proxy in front of a real InfluxDB 1.x: it speaks the v2 write API, and misbehaves on demand.
 
     influxdb-client ──/api/v2/write──► proxy ──/write──► influxd 1.6.7
 
-What a write meets is said by `plan`, a function of the number of the request, from 0:
+`plan`, a function of the request's number from 0, decides the fate of each write:
 
     None        forwarded
     429, 500, 503, ...   answered with that status; nothing is forwarded
@@ -10,8 +10,8 @@ What a write meets is said by `plan`, a function of the number of the request, f
     "cut"       the connection is closed while the body is still coming
     "lost"      forwarded, and the answer is lost: the connection is closed instead
 
-Lines that hold one of `spoiled` (bytes) are made bad on their way, each time they pass, so that 1.x itself refuses them
-and stores the others; at the v2 API nothing of such a body is stored, as 2.x has it.
+Lines that contain one of `spoiled` (bytes) are corrupted each time they pass, so that 1.x refuses them and stores the
+others; at the v2 API no line of such a body is stored, as in 2.x.
 """
 
 import gzip
@@ -42,7 +42,7 @@ class Proxy(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
-        """Clients that went away are what this is for."""
+        """Ignore errors: clients that close their connections are part of the tests."""
 
 
 @contextmanager
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _close(self):
-        """With a reset, as a server that dies does."""
+        """Close the connection with a reset, like a server that dies."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.close_connection = True
         self.connection.close()

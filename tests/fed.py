@@ -1,4 +1,4 @@
-"""Made-up results into a configured sink, at a pace, as a live run would; what comes after looks at a real server."""
+"""Feeds made-up results into a configured sink at a given pace, as a live run would."""
 
 import asyncio
 import time
@@ -14,15 +14,13 @@ CONTAINERS = 2
 
 
 def influx(url, spool, **changes):
-    """A configuration that fails fast and flushes often."""
+    """Return a configuration of InfluxDB that fails fast and flushes often."""
     chosen = {"flush_interval_s": 0.1, "retry_max_s": 0.3, "close_s": 30.0} | changes
     return Config(sinks=SinksConfig(influxdb=InfluxConfig(url=url, spool=str(spool), **chosen)))
 
 
 def batches(rows, steps, *, start_ns=START_NS):
-    """`steps` results of about `rows / steps` rows each, one after the other in time, a window of each second among
-    them.
-    """
+    """Return `steps` successive results of about `rows / steps` rows each, with a window for each second."""
     packets = rows * 2 // 13 // steps
     second = 0
     for step in range(steps):
@@ -38,9 +36,9 @@ def batches(rows, steps, *, start_ns=START_NS):
 
 
 def feed(config, results, *, pace=True, live=True, during=None, header=HEADER):
-    """Run the sinks of `config` on the results; returns their accounts by name.
+    """Run the sinks of `config` on the results and return their accounts by name.
 
-    `pace`: a batch every `STEP_S`, whatever the sinks do. `during`: a coroutine function that runs meanwhile.
+    `pace`: write a batch every `STEP_S`, whatever the sinks do. `during`: a coroutine function that runs meanwhile.
     """
     vitals = Vitals(live=live)
 

@@ -1,4 +1,4 @@
-"""Live ftrace that sees only the datagrams that a test sends, so that they can be counted to the last one."""
+"""Live ftrace that records only the datagrams of a test, so that every one of them can be counted."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ SENDER = """
 
 
 class Sender:
-    """Numbered datagrams through a veth in a namespace of their own, from one CPU."""
+    """Sends numbered datagrams through a veth in a namespace of its own, from one CPU."""
 
     def __init__(self, name, count, cpu=0):
         self.name, self.count = name, count
@@ -52,7 +52,7 @@ class Sender:
         assert line == word, f"sender says {line!r}"
 
     async def send(self):
-        """All of them; again for as many more."""
+        """Send all datagrams; each further call sends as many again."""
         self.process.stdin.write(f"{self.count}\n")
         self.process.stdin.flush()
         await asyncio.to_thread(self._expect, "sent")
@@ -66,7 +66,7 @@ class Sender:
 
 
 class FilteredSource(FtraceSource):
-    """Sees only the devices of one sender, from the first event on."""
+    """An ftrace source that records only the devices of one sender, from the first event on."""
 
     def __init__(self, config, device, follower=None):
         super().__init__(config, follower)
@@ -84,5 +84,5 @@ def only(instance, tracepoints, device):
 
 
 def cpu_choice():
-    """A CPU to send from, preferably not the one everything else is on."""
+    """Return a CPU to send from, preferably not the one on which everything else runs."""
     return max(os.sched_getaffinity(0))

@@ -1,9 +1,9 @@
-"""Many runs of `mace`, each a fork of one process that has imported it: an import takes most of a second.
+"""Runs `mace` many times, each run a fork of one process that has imported it: an import takes most of a second.
 
     python -m tests.forked_commands < CASES > RESULTS      JSON: a list of `CommandCase`, a list of `Done`
 
-A fork begins as a process of its own would, with the streams that the case gives it, closed ones included. It ends with
-Python's flush at exit, and without the rest of that, which takes as long as many a command.
+A fork starts like a process of its own, with the streams of its case, some of which may be closed. It ends with
+Python's flush at exit, without the rest of the interpreter's shutdown, which takes as long as many commands.
 """
 
 import codecs
@@ -31,7 +31,7 @@ PARTS = (
 
 
 def import_all():
-    """Import what commands do, to the last: for forks, and for whoever may not read the tree any more."""
+    """Import every module that commands import: for forks, and for processes that will lose access to the tree."""
     from mace.commands import registry
 
     for command in registry.COMMANDS:
@@ -42,7 +42,7 @@ def import_all():
 
 @dataclass
 class CommandCase:
-    """A command, and what of its surroundings is odd. A stream is a path, or None for one that is closed."""
+    """A command and its unusual surroundings. A stream is a path, or None for a closed one."""
 
     argv: list[str]
     stdin: str | None = os.devnull
@@ -62,7 +62,7 @@ class Done:
 
 
 def run(cases, cwd):
-    """`Done` of each case, in order."""
+    """Run all cases and return a `Done` for each, in order."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.forked_commands"],
         input=json.dumps([asdict(case) for case in cases]), capture_output=True, text=True, check=False, timeout=280,
@@ -79,7 +79,7 @@ def _given(fd, path, kept, flags):
 
 
 def _begin(case, out, err):
-    """Make this fork what a process is at its start."""
+    """Bring this fork into the state of a new process."""
     _given(0, case.stdin, None, os.O_RDONLY)
     _given(1, case.stdout, out, os.O_WRONLY)
     _given(2, case.stderr, err, os.O_WRONLY)
@@ -120,7 +120,7 @@ def _serve():
 
 
 def _end():
-    """The exit status of the command, and of Python: 120 where it cannot write what is left (`flush_std_files`)."""
+    """Return the exit status: the command's, or Python's 120 if output cannot be flushed (`flush_std_files`)."""
     try:
         status = __main__.main()
     except SystemExit as asked:

@@ -1,4 +1,4 @@
-"""What a trace comes to: for the golden traces, whose answers are kept beside them."""
+"""Summarises replays of Perfetto traces, for comparison with the expected results beside the golden traces."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from correlator.engine import Engine, EngineConfig
 
 
 def replayed(path, topology=None, salvage=False):
-    """Stream and results of a file: (header, batches, last results, all delays)."""
+    """Replay a file and return (header, batches, last results, all delays)."""
     with recording(path, FileOptions(salvage=salvage, topology=topology)).reader() as reader:
         engine = Engine(reader.header.clock.offset_ns, EngineConfig())
         batches, results = [], []
@@ -26,7 +26,7 @@ def replayed(path, topology=None, salvage=False):
 
 
 def rows(delays, devices):
-    """What is said of each delay, without names that differ from one replay to the next."""
+    """Return a tuple for each delay, without identifiers that differ between replays."""
     return [
         [
             int(delays.utc_ns[i]),
@@ -44,7 +44,7 @@ def rows(delays, devices):
 
 
 def summary(trace, topology):
-    """Header, records by hook, ledger and delays of a trace, for comparison."""
+    """Return header, records by hook, ledger and delays of a trace, for comparison."""
     header, batch, last, delays, source = replayed(trace, topology)
     told = rows(delays, last.devices)
     return {

@@ -1,6 +1,7 @@
-"""An ingest that is given messages by hand, and what a host that means harm can send it.
+"""An ingest that tests feed with single messages, and messages that a malicious host can send.
 
-All of the ingest is there but the connection: what it hears, in which order, and when it is killed, the test says.
+The ingest is complete except for the connection: the test decides which messages it receives, in which order, and when
+it is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ EXTREMES = (0, 1, -1, (1 << 62), (1 << 63) - 1, -(1 << 63), HEADER.clock.monoton
 
 
 class Driven:
-    """One ingest after the other on one store."""
+    """Successive ingests on one store, driven by a test."""
 
     def __init__(self, path, **ingest):
         self.path, self.config = path, IngestConfig(**ingest)
@@ -49,18 +50,18 @@ class Driven:
         self.ingest = self.runner.run(begun())
 
     def hear(self, topic, payload, oldest="0", *, retain=False):
-        """A message from the broker: it waits."""
+        """Receive a message from the broker; the message waits to be processed."""
         told = properties(oldest=oldest) if oldest is not None else None
         message = aiomqtt.Message(topic, payload, 1, retain, 1, told)
         self.inside(lambda: self.ingest._hear(message))
 
     def send(self, host, payload, oldest="0", *, retain=False):
-        """A frame of a host, worked on at once."""
+        """Receive a frame of a host and process it at once."""
         self.hear(stream_topic(host), payload, oldest, retain=retain)
         self.work()
 
     def work(self):
-        """All that waits and is not held up."""
+        """Process all waiting messages that are not held back."""
 
         def turns():
             while (found := self.ingest._turns.take(self.ingest._hosts.is_held)) is not None:
@@ -86,7 +87,7 @@ class Driven:
         self.runner.run(self.ingest._sync())
 
     def kill(self):
-        """What was not synced is gone, and so is all that was in memory."""
+        """Kill the ingest: unsynced data and everything in memory are lost."""
 
         async def gone():
             self.ingest._disk.shutdown(wait=True)
@@ -101,7 +102,7 @@ class Driven:
         self.runner.close()
 
     def stored(self, host):
-        """The run that is stored of a host, and how many rows it has."""
+        """Return the stored run of a host, and its number of rows."""
         found = [run for run in StoreReader(self.path).runs() if run.host == host]
         return found[-1] if found else None
 
@@ -111,7 +112,7 @@ def evil_header(run="1", **changes):
 
 
 def of_stream(frame, header=None):
-    """A frame as one of the stream of `header`, which is EVIL's first run by default."""
+    """Return a frame as part of the stream of `header`, by default EVIL's first run."""
     head = wire.parse_head(frame)
     payload = frame[wire.HEAD_SIZE :]
     stored = payload if head.compressed else None
@@ -130,7 +131,7 @@ def frame(message, raw, sequence, header=None):
 
 
 def topology(sequence, from_ns=0, devices=(), sightings=(("", 0, 0),), first=0, header=None):
-    """A TOPOLOGY that says anything."""
+    """Return a TOPOLOGY frame with arbitrary content."""
     told = {
         "from_ns": from_ns,
         "host_netns": 1,
@@ -142,19 +143,19 @@ def topology(sequence, from_ns=0, devices=(), sightings=(("", 0, 0),), first=0, 
 
 
 def batch(sequence, ts_ns, *, before=0, header=None, **columns):
-    """A BATCH that says anything, its order included."""
+    """Return a BATCH frame with arbitrary records, in any order."""
     made = Batch.of(len(ts_ns), ts_ns=np.array(ts_ns, np.int64), **columns)
     return frame(wire.FrameKind.BATCH, wire._batch_payload(made, before), sequence, header)
 
 
 def constant(sequence, count, *, before=0, ts_ns=HEADER.clock.monotonic_ns, hook=Hook.NET_DEV_QUEUE, step_ns=0):
-    """A BATCH of some bytes that has as many records."""
+    """Return a BATCH frame of few bytes with `count` records."""
     ts = ts_ns + step_ns * np.arange(count)
     return batch(sequence, ts, before=before, hook=np.full(count, hook), skb_id=np.full(count, 7, np.uint64))
 
 
 def tampered(given, at, bit):
-    """The frame with a bit turned, and checksums that are right again: what only a hostile writer does."""
+    """Return the frame with a flipped bit and matching checksums, as only a hostile writer can make it."""
     head = wire.parse_head(given)
     raw = bytearray(given[wire.HEAD_SIZE :])
     if not raw:

@@ -1,13 +1,12 @@
-"""Container images without a registry: a base image out of the machine's own Debian packages, and wheels for it.
+"""Container images without a registry: a base image made of the machine's Debian packages, and wheels for it.
 
-And Docker Compose as it is today: Debian 12 has only its predecessor, which refuses files that are in order.
-
-    base_image("python3-venv")   a tar archive of the packages' files, with all that they depend on
+    base_image("python3-venv")   a tar archive of the packages' files, with all their dependencies
     wheelhouse()                 the wheels of deploy/requirements.lock, in a cache outside the repository
     compose()                    the program docker-compose of Debian 13, in the same cache
 
-The base is what `docker import` makes an image of; the Dockerfile takes it by its argument BASE. So the Dockerfile that
-users build from a registry's image is built here without one, step by step the same.
+`docker import` makes an image of the base, and the Dockerfile uses it through its argument BASE. The Dockerfile that
+users build from a registry's image is thereby built here without a registry, in the same steps. Docker Compose is
+fetched from Debian 13, because Debian 12 has only its predecessor, which refuses valid files.
 """
 
 import functools
@@ -37,7 +36,7 @@ GROUP = "root:x:0:\nnogroup:x:65534:\n"
 
 @functools.cache
 def _installed() -> tuple[dict[str, list[list[str]]], dict[str, str]]:
-    """Package → what it depends on, each with its alternatives; and virtual package → one that provides it."""
+    """Return package → its dependencies, each with alternatives, and virtual package → a package that provides it."""
     told = subprocess.run(
         ["dpkg-query", "-W", "-f", "${db:Status-Abbrev}\t${Package}\t${Pre-Depends}, ${Depends}\t${Provides}\n"],
         capture_output=True, text=True, timeout=60, check=True,
@@ -57,7 +56,7 @@ def _name(dependency: str) -> str:
 
 
 def closure(packages: Iterable[str]) -> set[str]:
-    """The packages and all that they depend on, as far as they are installed and hold what a container needs."""
+    """Return the packages and all their dependencies that are installed and needed in a container."""
     depends, provided = _installed()
     seen, asked = set[str](), list(packages)
     while asked:
@@ -73,7 +72,7 @@ def closure(packages: Iterable[str]) -> set[str]:
 
 
 def missing(*packages: str) -> str | None:
-    """None if a base image can be made of these packages here, else why not."""
+    """Return None if a base image can be made of these packages on this machine, else why not."""
     if not Path("/usr/bin/dpkg-query").exists():
         return "not a Debian: no dpkg-query"
     lacking = [name for name in packages if name not in _installed()[0]]
@@ -82,11 +81,11 @@ def missing(*packages: str) -> str | None:
 
 ALWAYS = ("base-files", "coreutils", "dash", "findutils", "grep", "libc-bin", "libstdc++6", "sed")
 MERGED = ("bin", "sbin", "lib", "lib64")
-"""Links to their namesakes in /usr; some packages still name files below them."""
+"""Directories that link to those of the same name in /usr; some packages still name files below them."""
 
 
 def base_image(*packages: str) -> bytes:
-    """A root file system as a tar archive, some 50 MB for Python."""
+    """Return a root file system as a tar archive, some 50 MB for Python."""
     listed = subprocess.run(
         ["dpkg-query", "-L", *sorted(closure([*packages, *ALWAYS]))],
         capture_output=True, text=True, timeout=60, check=True,
@@ -120,9 +119,9 @@ def _add(archive: tarfile.TarFile, name: str, text: str = "", *, link_to: str = 
 
 
 def wheelhouse(lock: Path = ROOT / "deploy/requirements.lock") -> Path:
-    """A directory with the wheels of the lock for the machine's own python3; fetched once for each lock.
+    """Return a directory with the wheels of the lock for the machine's own python3; fetched once for each lock.
 
-    Raises `kernels.KernelUnavailable` with pip's last words.
+    Raises `kernels.KernelUnavailable` with the end of pip's output.
     """
     version = subprocess.run(
         ["/usr/bin/python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
@@ -145,5 +144,5 @@ def wheelhouse(lock: Path = ROOT / "deploy/requirements.lock") -> Path:
 
 
 def compose() -> Path:
-    """Docker Compose, a single program. Raises `kernels.KernelUnavailable`."""
+    """Return the path of Docker Compose, a single program; raises `kernels.KernelUnavailable`."""
     return kernels.unpacked("docker-compose", ("trixie",)) / "usr/libexec/docker/cli-plugins/docker-compose"

@@ -1,4 +1,4 @@
-"""The queries of the dashboards, taken out of Grafana's JSON and taken apart: what a test needs to know of InfluxQL."""
+"""Extracts the dashboards' queries from Grafana's JSON, and parses as much of their InfluxQL as tests need."""
 
 import json
 import re
@@ -24,7 +24,7 @@ class PanelQuery:
 
 
 def asked(path: Path) -> Iterator[PanelQuery]:
-    """All queries of a dashboard."""
+    """Return all queries of a dashboard."""
     content = json.loads(path.read_text())
     for panel in content["panels"]:
         for target in panel["targets"]:
@@ -39,14 +39,14 @@ ALL = [one for path in FILES for one in asked(path)]
 
 @dataclass
 class Parts:
-    """A query without its subqueries: identifiers by the place where they stand."""
+    """A query without its subqueries: identifiers by the clause in which they occur."""
 
     measurement: str
     fields: list[tuple[str, str]]
-    """(function or "", name) in the SELECT."""
+    """(function or "", name) of each field in the SELECT clause."""
     aliases: list[str]
     tags: list[str]
-    """In WHERE and GROUP BY."""
+    """Names of tags in the WHERE and GROUP BY clauses."""
     fixed: dict[str, str]
     inner: "Parts | None" = None
 
@@ -58,7 +58,7 @@ _QUERY = re.compile(
 
 
 def take_apart(text: str) -> Parts:
-    """Raises `ValueError` for what does not look like our queries."""
+    """Parse a query; raises `ValueError` for text that does not look like a query of the dashboards."""
     match = _QUERY.fullmatch(text)
     if match is None:
         raise ValueError(f"not understood: {text}")
@@ -78,7 +78,7 @@ def take_apart(text: str) -> Parts:
 
 
 def as_grafana_would(text: str, *, interval_s: int, since_ns: int, until_ns: int, chosen: dict[str, str]) -> str:
-    """The query as Grafana sends it: macros and variables replaced."""
+    """Return the query as Grafana sends it, with macros and variables replaced."""
     text = text.replace("$timeFilter", f"time >= {since_ns} AND time <= {until_ns}")
     text = text.replace("$__interval_ms", str(interval_s * 1000)).replace("$__interval", f"{interval_s}s")
     for name, value in chosen.items():

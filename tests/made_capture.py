@@ -1,4 +1,4 @@
-"""Made-up streams for the tests of what travels and rests: traffic in the shape of the real one, frames by hand."""
+"""Made-up streams for the tests of wire format and captures: traffic shaped like real traffic, and forged frames."""
 
 import hashlib
 import json
@@ -74,10 +74,10 @@ _REPLY = ((1, 4), (2, 4), (3, 3), (4, 3), (1, 2), (2, 2), (1, _V), (2, _V), (3, 
 
 
 def traffic(count: int, seed: int = 1, buffers: int = 300, *, content: bool = False) -> Batch:
-    """`count` records of round trips on two CPUs at once: the columns repeat themselves as much as real ones do.
+    """Return `count` records of round trips on two CPUs at once, whose columns are as repetitive as real ones.
 
-    The shape of a ping flood in the lab: 20 records a round trip, 0.5-1.5 µs apart, with pauses; buffers come back at
-    once from a free list of a few hundred; few packet sizes; five to fifteen devices.
+    The records have the shape of a ping flood in the lab: 20 records a round trip, 0.5-1.5 µs apart, with pauses;
+    buffers that are reused at once from a free list of a few hundred; few packet sizes; five to fifteen devices.
     """
     rng = np.random.default_rng(seed)
     steps = _REQUEST + _REPLY
@@ -104,7 +104,7 @@ def traffic(count: int, seed: int = 1, buffers: int = 300, *, content: bool = Fa
 
 
 def _content(trips: int, seed: int) -> Content:
-    """What the module would read of these round trips: UDP and echo requests, from some ports in order of number."""
+    """Return the content that the module would read of these round trips: UDP and numbered echo requests."""
     rng = np.random.default_rng((seed, trips))
     steps = len(_REQUEST + _REPLY)
     packet = np.repeat(np.arange(2 * trips), np.tile([len(_REQUEST), len(_REPLY)], trips))
@@ -125,24 +125,24 @@ def _content(trips: int, seed: int) -> Content:
 
 
 def batches(records: Batch, size: int) -> list[Batch]:
-    """The records in batches of `size`."""
+    """Yield the records in batches of `size`."""
     return [records[start : start + size] for start in range(0, len(records), size)]
 
 
 def encode(items: Iterable[StreamItem], header: StreamHeader = HEADER, end: bool = True) -> list[bytes]:
-    """The frames of a stream."""
+    """Return the frames of a stream."""
     encoder = wire.Encoder()
     frames = [encoder.header(header)] + [encoder.item(item) for item in items]
     return [*frames, encoder.end()] if end else frames
 
 
 def capture_bytes(items: Iterable[StreamItem], header: StreamHeader = HEADER, end: bool = True) -> bytes:
-    """A capture file."""
+    """Return the bytes of a capture file."""
     return wire.FILE_HEAD + b"".join(encode(items, header, end))
 
 
 def same(one: StreamItem, other: StreamItem) -> bool:
-    """Equality, also of batches."""
+    """Return whether two items are equal, including batches."""
     if isinstance(one, Batch) and isinstance(other, Batch):
         mine, theirs = dict(all_columns(one)), dict(all_columns(other))
         return mine.keys() == theirs.keys() and all(
@@ -152,19 +152,19 @@ def same(one: StreamItem, other: StreamItem) -> bool:
 
 
 def all_columns(batch: Batch) -> Iterator[tuple[str, Values]]:
-    """Names and arrays, those of the content last."""
+    """Return (name, array) of all columns of a batch, those of its content last."""
     yield from batch.columns()
     if batch.content is not None:
         yield from batch.content.columns()
 
 
 def same_stream(one: Sequence[StreamItem], other: Sequence[StreamItem]) -> bool:
-    """Equality of all items, in order and number."""
+    """Return whether two streams have equal items in the same order."""
     return len(one) == len(other) and all(map(same, one, other))
 
 
 def digest(items: Iterable[StreamItem]) -> str:
-    """SHA-256 over name, type, length and little-endian bytes of every column of every batch."""
+    """Return a SHA-256 digest over name, type, length and little-endian bytes of every column of every batch."""
     sha = hashlib.sha256()
     for item in items:
         if isinstance(item, Batch):
@@ -187,7 +187,7 @@ def forge(
     flags: int | None = None,
     reserved: int = 0,
 ) -> bytes:
-    """A frame with right checksums and whatever else is asked for: what a hostile writer can do."""
+    """Return a frame with valid checksums and otherwise arbitrary fields, as a hostile writer can make it."""
     payload = raw if stored is None else stored
     head = wire.HEAD.pack(
         wire.SYNC,
@@ -206,7 +206,7 @@ def forge(
 
 
 def stream_tag(frame: bytes) -> int:
-    """The stream that a frame belongs to."""
+    """Return the tag of the stream that a frame belongs to."""
     return wire.parse_head(frame).stream
 
 

@@ -1,4 +1,4 @@
-"""Who follows the devices, made of a list: what a source over made-up records is told of them."""
+"""A follower of devices that returns devices from a list, for sources over made-up records."""
 
 from collections import deque
 
@@ -6,7 +6,7 @@ HOST_NETNS = 4026531840
 
 
 class MadeFollower:
-    """A `FollowsDevices` that gives one of `polls` at each call, then no news."""
+    """A `FollowsDevices` whose `poll` returns the next element of `polls` at each call, and None after the last."""
 
     def __init__(self, *polls):
         self.host_netns = HOST_NETNS

@@ -1,4 +1,4 @@
-"""A made-up tool that sends requests through a made-up container: its samples, the packets, and which is whose."""
+"""A made-up tool that sends requests through a made-up container: its samples, its packets, and the true pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LENGTH = 84
 
 @dataclass
 class Path:
-    """What passes the container's devices. Packets get names in the order in which they are added."""
+    """The packets that pass the container's devices; they are numbered in the order in which they are added."""
 
     rows: list[tuple[int, ...]] = field(default_factory=list)
 
     def egress(self, queued, *, length=LENGTH, overhead=10_000, content=(NOT_TOLD,) * 3):
-        """Queued at the inner device at that time; returns (name, when it left the outer device)."""
+        """Add a packet queued at the inner device at a time; return (number, time when it left the outer device)."""
         proto, ident, seq = content
         edges = queued + 1_000, queued + overhead + 2_000
         times = (queued, queued + overhead, edges[0], edges[1], edges[1])
@@ -28,7 +28,7 @@ class Path:
         return len(self.rows), edges[1]
 
     def ingress(self, arrived, *, length=LENGTH, overhead=8_000, wait=700, content=(NOT_TOLD,) * 3):
-        """Stamped at the inner device at that time; returns (name, its `netif_receive_skb` there)."""
+        """Add a packet with a kernel timestamp at the inner device; return (number, its `netif_receive_skb` there)."""
         proto, ident, seq = content
         inner = arrived + wait
         outer = arrived - overhead + 500
@@ -62,12 +62,12 @@ class Path:
 
 @dataclass
 class ToolRun:
-    """What came of a tool's run."""
+    """Result of a tool's run: samples, crossings and true pairs."""
 
     samples: Samples
     path: Path
     truth: list[tuple[int, int] | None]
-    """For each sample the names of its packets; None for one without a reply."""
+    """For each sample the numbers of its packets; None for a sample without a reply."""
     gaps: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -91,9 +91,9 @@ def ping_run(
     ident_told=False,
     held_up=-1,
 ):
-    """As iputils ping -D: microseconds, the line's time that of printing. `strangers` exchanges of others beside it.
+    """Simulate iputils ping -D: microseconds, lines with the time of printing, `strangers` other exchanges.
 
-    Sample `held_up` is queued only 4 ms after its stamp.
+    The request of sample `held_up` is queued 4 ms after its timestamp.
     """
     path = Path()
     lines = []

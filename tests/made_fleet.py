@@ -1,7 +1,7 @@
-"""Captures of many hosts whose every delay is known beforehand: by arithmetic on the times that were made up.
+"""Captures of many hosts with known delays, computed from the made-up times.
 
-Each host has two containers on a bridge, as in `tests.traffic`. A request leaves a container, a reply comes back and is
-read or not, some requests are dropped at the bridge, some records are lost while nothing is under way.
+Each host has two containers on a bridge, as in `tests.traffic`. A request leaves a container, and a reply arrives and
+is read or not. Some requests are dropped at the bridge. Some records are lost while no packet is under way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.traffic import CODE, DEVICES, HOST, LETTERS, REPLY, REQUEST, topology
 
 HOSTS = 100
 PACKETS = 120
-"""Of each container of a host."""
+"""Packets of each container of a host."""
 START_NS = 50_000_000_000
 EVERY_NS = 20_000_000
 READ = REPLY + " D c"
@@ -51,7 +51,7 @@ TRUTH[READ] = (*TRUTH[REPLY], ("eth0", "delivery", 9, 10))
 
 @dataclass
 class Fleet:
-    """What a correlator has to find."""
+    """The delays and counts that a correlator has to find."""
 
     delays: dict
     """(host, container, device, direction, segment) -> list of delays, ns."""
@@ -60,7 +60,7 @@ class Fleet:
 
 
 def make_fleet(folder, hosts=HOSTS, packets=PACKETS):
-    """Write `hosts` captures; their paths, and the truth."""
+    """Write `hosts` captures, and return their paths and the expected results."""
     fleet = Fleet({}, {})
     paths = []
     for number in range(hosts):

@@ -1,4 +1,4 @@
-"""Events of ftrace itself, and fields of all kinds, made by hand, with the formats that kernels tell."""
+"""Hand-made events of ftrace itself, with fields of all kinds, in the formats of real kernels."""
 
 import struct
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ LAYOUTS = {8: PageLayout(0, 8, 8, 16, 4080), 4: PageLayout(0, 8, 4, 12, 4084)}
 
 
 def texts(long: int) -> dict[str, str]:
-    """The `format` files by event, of a machine whose long has so many bytes."""
+    """Return event -> text of its `format` file, for a machine whose long has `long` bytes."""
     made = {}
     for event, (ident, fields) in FIELDS.items():
         lines = "".join(
@@ -59,7 +59,7 @@ def _product(part: str, long: int) -> int:
 
 @dataclass
 class EventWriter:
-    """Writes events as a machine of one byte order and word size does."""
+    """Writes events as a machine of a given byte order and word size does."""
 
     big: bool = False
     long: int = 8
@@ -72,7 +72,7 @@ class EventWriter:
         return struct.pack((">" if self.big else "<") + code.replace("L", "Q" if self.long == 8 else "I"), *values)
 
     def event(self, event: str, /, pid: int = 7, **values: Any) -> bytes:
-        """A payload; texts are `bytes` with their NUL."""
+        """Return the payload of an event; texts are `bytes` with their NUL."""
         raw = self._pack("HBBi", FIELDS[event][0], 0, 1, pid)
         pad = self._pack("I", 0) if self.long == 8 else b""
         match event:
@@ -102,7 +102,7 @@ class EventWriter:
         return raw + text + near + data
 
     def pages(self, events: list[tuple[int, bytes]], start_ns: int) -> list[bytes]:
-        """Pages of (ns since the event before, payload)."""
+        """Return ring-buffer pages of events, given as (ns since the event before, payload)."""
         made: list[bytes] = []
         data, ts, first = b"", start_ns, start_ns
         for delta, payload in events:

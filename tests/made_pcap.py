@@ -1,4 +1,4 @@
-"""Packet captures made by hand: pcap and pcapng of both byte orders and several clocks, and traffic through NAT."""
+"""Hand-made packet captures: pcap and pcapng in both byte orders and with several clocks, and traffic through NAT."""
 
 import struct
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class PcapFrame:
     utc_ns: int
     data: bytes
     length: int = 0
-    """What it had on the link, if that is more than was captured."""
+    """Bytes that the frame had on the link, if more than were captured."""
 
 
 def pcap(
@@ -48,7 +48,7 @@ def ng_section(order: str) -> bytes:
 def ng_interface(
     order: str, *, link: int = 1, name: str = "", tsresol: int | None = None, offset_s: int = 0, more: bytes = b""
 ) -> bytes:
-    """`tsresol`: as in the option; None leaves it out, which means microseconds."""
+    """Return an interface description block. `tsresol`: value of that option; None omits it (microseconds)."""
     options = option(2, name.encode(), order) if name else b""
     options += b"" if tsresol is None else option(9, bytes([tsresol]), order)
     options += option(14, struct.pack(order + "q", offset_s), order) if offset_s else b""
@@ -66,7 +66,7 @@ def ng_packet(
     offset_s: int = 0,
     old: bool = False,
 ) -> bytes:
-    """An enhanced packet block, or the obsolete one that came before it."""
+    """Return an enhanced packet block, or the obsolete packet block."""
     ticks_per_s = 10**6 if tsresol is None else 2 ** (tsresol & 127) if tsresol & 128 else 10**tsresol
     ticks = (utc_ns - offset_s * 10**9) * ticks_per_s // 10**9
     where = struct.pack(order + "HH", interface, 0xFFFF) if old else struct.pack(order + "I", interface)
@@ -85,7 +85,7 @@ def pcapng(
     link: int = 1,
     interfaces: int = 1,
 ) -> bytes:
-    """One section. Frames go round the interfaces."""
+    """Return a pcapng file of one section, with the frames distributed over its interfaces in turn."""
     clock = {"tsresol": tsresol, "offset_s": offset_s}
     raw = [ng_section(order), *([ng_interface(order, link=link, **clock)] * interfaces)]
     for number, one in enumerate(frames):
@@ -98,7 +98,7 @@ def pcapng(
 def udp_frames(
     count: int, seed: int = 1, *, size: int = 26, start_ns: int = 1_700_000_000 * 10**9
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` frames of UDP over IPv4 as rows of bytes, and their times, ns: identifications and payloads differ."""
+    """Return `count` frames of UDP over IPv4 as rows of bytes, and their times, ns; ids and payloads differ."""
     rng = np.random.default_rng(seed)
     frames = np.zeros((count, 42 + size), np.uint8)
     frames[:, 0:12] = [2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1]
@@ -112,7 +112,7 @@ def udp_frames(
 
 
 def through_nat(frames: np.ndarray) -> np.ndarray:
-    """The same frames behind masquerade: other addresses, ports, TTL and checksums, and another link."""
+    """Return the frames as after masquerading: other addresses, ports, TTL and checksums, and another link."""
     other = frames.copy()
     other[:, 0:12] = [2, 0, 0, 0, 1, 9, 2, 0, 0, 0, 1, 1]
     other[:, 22] -= 1
@@ -124,7 +124,7 @@ def through_nat(frames: np.ndarray) -> np.ndarray:
 
 
 def written(frames: np.ndarray, utc_ns: np.ndarray, *, unit: str = "ns") -> bytes:
-    """Many frames of one size as pcap, fast."""
+    """Return many frames of equal size as a pcap file, made with numpy for speed."""
     head = np.empty((len(frames), 4), "<u4")
     head[:, 0] = utc_ns // 10**9
     head[:, 1] = utc_ns % 10**9 // (1 if unit == "ns" else 1000)

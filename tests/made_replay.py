@@ -1,4 +1,4 @@
-"""A capture with all that makes cutting it hard, the store that one engine makes of it, and how to compare stores."""
+"""A capture that is hard to cut, the store that one engine makes of it, and a comparison of stores."""
 
 import asyncio
 from dataclasses import replace
@@ -20,13 +20,15 @@ from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
 SECOND_NS = 1_000_000_000
 ENGINE = EngineConfig(timeout_ns=50_000_000, slice_ns=SECOND_NS // 4)
-"""Cuts are at quarters of a second."""
+"""Cuts are at multiples of a quarter of a second."""
 SLOWER = 12
 
 
 def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HEADER):
-    """Traffic over several seconds and the turn of an hour, with losses, a container that goes and comes back, one that
-    is renamed then, one on the host's network as well, and packets that are under way for long.
+    """Return a stream over several seconds and across a full hour that is hard to cut.
+
+    It has losses, a container that disappears and returns, a container that is renamed, a container on the host's
+    network, and packets that are under way for long.
     """
     made = traffic(count, seed, content=content)
     start = TOPOLOGY.from_ns
@@ -88,7 +90,7 @@ def write_capture(path, header=HEADER, **shape):
 
 
 def one_engine(captures, store, engine=ENGINE):
-    """What the pipeline of a live run makes of captures: the reference."""
+    """Write captures into a store with the pipeline of a live run, as the reference."""
     whole = Summary()
     for capture in captures:
         summary = Summary()
@@ -104,7 +106,7 @@ def rows_of(store, table):
 
 
 def differences(one, other):
-    """Rows, over all columns, that one store has and the other has not, by table; the ledger's last rows."""
+    """Return, by table, the rows (all columns) that only one of two stores has, and the ledgers' last rows."""
     found = {}
     with duckdb.connect() as connection:
         connection.execute("SET enable_progress_bar = false")

@@ -1,4 +1,4 @@
-"""Results with known contents, for tests and benchmarks of what comes after the correlator."""
+"""Results with known contents, for tests and benchmarks of the stages after the correlator."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def header(run="run-1", **changes):
 
 
 def topology(containers=1):
-    """Per container an inner device and its host end, then a bridge, an outer device and the far end."""
+    """Return a topology: an inner device and its host end per container, a bridge, an outer device and the far end."""
     devices = []
     for n in range(containers):
         netns = 4026532000 + n
@@ -49,7 +49,7 @@ def topology(containers=1):
 
 
 def hops(devices, container, direction):
-    """(device, segment) of a packet in the order of its path, without OVERHEAD."""
+    """Return (device, segment) of a packet in the order of its path, without OVERHEAD."""
     inner, host_end = 2 * container, 2 * container + 1
     bridge, outer, far = len(devices) - 3, len(devices) - 2, len(devices) - 1
     out = [(d, Segment.DEVICE) for d in (inner, host_end, bridge)] + [(outer, Segment.OUTSIDE), (far, Segment.OUTSIDE)]
@@ -67,7 +67,7 @@ def delays_of(rows, **columns):
 
 
 def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packet=0, gap_ns=20_000, scale_ns=900.0):
-    """Rows of `packets` packets, every second one inwards, each with its hops and its OVERHEAD."""
+    """Return the delays of `packets` packets, every second one ingress, each with its hops and its OVERHEAD."""
     rng = np.random.default_rng(seed)
     devices = topology(containers)
     begin = start_ns + np.cumsum(rng.integers(gap_ns // 2, gap_ns * 2, packets))
@@ -105,7 +105,7 @@ def make_delays(packets, *, containers=1, seed=0, start_ns=START_NS, first_packe
 
 
 def make_windows(delays, width_s=1):
-    """The windows of these rows, the slow way."""
+    """Return the windows of these rows, computed in a simple loop."""
     width_ns = width_s * 1_000_000_000
     groups = {}
     starts = delays.utc_ns // width_ns * width_ns
@@ -139,7 +139,7 @@ def make_windows(delays, width_s=1):
 
 
 def make_results(delays, *, devices=None, containers=1, windows=(), ledger=None, packets=None, upto_utc_ns=None):
-    """Results around rows; a ledger that balances if none is given."""
+    """Return results with the given rows, and with a ledger that balances if none is given."""
     records = 2 * len(delays)
     packets = len(np.unique(delays.packet)) if packets is None else packets
     return Results(

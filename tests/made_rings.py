@@ -1,4 +1,4 @@
-"""A made-up module: rings in memory of ours, filled as kmod/mace_ring.c does, behind the calls of `MaceDevice`."""
+"""A made-up module with the interface of `MaceDevice`: rings in Python's memory, filled as kmod/mace_ring.c does."""
 
 import numpy as np
 
@@ -24,13 +24,13 @@ class MadeRing:
         self.now_ns = 0
 
     def subbuf(self, number):
-        """Head and records of a filling."""
+        """Return head and records of a sub-buffer."""
         at = number % self.subbufs * self.subbuf_bytes
         head = np.ndarray((), abi.SUBBUF, self.memory, at)
         return head, np.ndarray((self.capacity,), abi.RECORD, self.memory, at + abi.SUBBUF.itemsize)
 
     def write(self, record):
-        """One record (a 0-dimensional array), or one more that is lost."""
+        """Write one record (a 0-dimensional array); return False and count it as lost if the ring is full."""
         hook = int(record["hook"])
         if not self.filling:
             if self.head - self.tail == self.subbufs:
@@ -72,7 +72,7 @@ class MadeRing:
 
 
 def record(ts_ns, hook=Hook.NETIF_RX, netns=4026531840, ifindex=2, **more):
-    """A 0-dimensional record."""
+    """Return a record as a 0-dimensional array."""
     made = np.zeros((), abi.RECORD)
     for name, value in {"ts_ns": ts_ns, "hook": hook, "netns": netns, "ifindex": ifindex, **more}.items():
         made[name] = value
@@ -80,7 +80,7 @@ def record(ts_ns, hook=Hook.NETIF_RX, netns=4026531840, ifindex=2, **more):
 
 
 class MadeDevice:
-    """What `KmodSource` asks of `MaceDevice`."""
+    """The calls of `MaceDevice` that `KmodSource` uses."""
 
     def __init__(self, cpus=2, subbuf_bytes=4096, sees_all=True):
         self.hello = Hello(
@@ -105,7 +105,7 @@ class MadeDevice:
         self.now_ns = 0
 
     def write(self, cpu, *args, **more):
-        """A record on a CPU; whether there was room for it."""
+        """Write a record on a CPU, and return whether there was room for it."""
         return self.rings[cpu].write(record(*args, cpu=cpu, **more))
 
     def setup(self, *, subbuf_bytes, subbufs, watermark, flush_ms, wanted, cookies):
@@ -118,7 +118,7 @@ class MadeDevice:
         return cpu in self.rings
 
     def comes_online(self, cpu):
-        """As the module does it: with a ring before its first packet."""
+        """Bring a CPU online; like the module, this makes its ring before its first packet."""
         self.rings[cpu] = MadeRing(cpu, self.subbuf_bytes, self.rings[0].subbufs)
 
     def map(self, cpu):

@@ -1,4 +1,4 @@
-"""trace.dat files made by hand: both versions, both byte orders, compressed or not, from the pages of `ring_pages`."""
+"""Hand-made trace.dat files from the pages of `ring_pages`: both versions and byte orders, compressed or not."""
 
 import struct
 import zlib
@@ -40,11 +40,11 @@ class MadeTraceDat:
     events: Mapping[str, tuple[int, str]] = field(default_factory=lambda: EVENTS)
     sections_compressed: bool = True
     texts: Mapping[str, str] | None = None
-    """Formats as a kernel told them, instead of those of `events`."""
+    """Formats of a real kernel, in place of those of `events`."""
     own: Sequence[str] = ()
-    """Formats of ftrace's own events, which a file keeps apart."""
+    """Formats of ftrace's own events, which a file stores separately."""
     pages_like: PageLayout | None = None
-    """Layout of the pages, where it is not that of 64-bit kernels."""
+    """Layout of the pages, if it is not that of 64-bit kernels."""
 
     def number(self, code: str, value: int) -> bytes:
         return struct.pack((">" if self.big else "<") + code, value)
@@ -167,7 +167,7 @@ class MadeTraceDat:
 
 
 def to_big(page: bytes, where: PageLayout, forms: Sequence[EventFormat]) -> bytes:
-    """A page as a big-endian machine has it: one event after the other, by include/linux/ring_buffer.h."""
+    """Convert a page to that of a big-endian machine, event by event (include/linux/ring_buffer.h)."""
     by_id = {form.id: form for form in forms}
     raw = bytearray(page)
     ts, commit = struct.unpack_from("<QQ", raw)
@@ -197,14 +197,14 @@ def to_big(page: bytes, where: PageLayout, forms: Sequence[EventFormat]) -> byte
 
 
 def event(name: str, skb: int, *, dev: bytes | None = None, **values: int) -> bytes:
-    """An event's bytes; a length where it has one."""
+    """Return the bytes of an event."""
     form = FORMS[name]
     given = {"skbaddr": skb, **{key: value for key, value in values.items() if key in form.fields}}
     return payload(form, name=dev if "name" in form.fields else None, **given)
 
 
 def traffic(cpu: int, pages: int, *, page_size: int = 4096, start_ns: int = 10**12, step_ns: int = 700) -> list[bytes]:
-    """Pages of one CPU: packets from eth0 over veth0 and br0 to out0; every kind of entry between them now and then."""
+    """Return pages of one CPU: packets from eth0 over veth0 and br0 to out0, mixed with every kind of ring entry."""
     where, made = layout(page_size), []
     ts, number = start_ns + cpu * 13, 0
     path = [

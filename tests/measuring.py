@@ -1,4 +1,4 @@
-"""Measure a lab with the real command line, and look at what it stored."""
+"""Measures a lab with the real command line, and queries the rows that it stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRACE_INSTANCES = Path("/sys/kernel/tracing/instances")
 
 
 def mace(*argv, check=True, **options):
-    """Run a command to its end; returns the finished process with its output as text."""
+    """Run a command to its end, and return the finished process with its output as text."""
     settings = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 120, **options}
     done = subprocess.run([*MACE, *map(str, argv)], check=False, **settings)
     if check:
@@ -29,22 +29,22 @@ def mace(*argv, check=True, **options):
 
 
 UNMOUNT_TRACEFS = "umount --all --lazy --types tracefs,debugfs"
-"""In a mount namespace of one's own: wherever a machine has them, which differs."""
+"""Shell command for a mount namespace of its own; machines differ in where tracefs and debugfs are mounted."""
 
 
 def start(*argv, **options):
-    """Start a command; whoever starts it ends it."""
+    """Start a command, which the caller has to end."""
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
     return subprocess.Popen([*MACE, *map(str, argv)], **settings)
 
 
 def trace_instances(pid):
-    """Names of the trace instances that a process has made and not removed."""
+    """Return the names of the trace instances that a process has made and not removed."""
     return [path.name for path in TRACE_INSTANCES.glob(f"mace-{pid}-*")]
 
 
 class RunningMace:
-    """A `mace run` that is running; `stop` ends it as Ctrl-C does and gives its JSON."""
+    """A running `mace run`; `stop` ends it like Ctrl-C and returns its JSON."""
 
     def __init__(self, lab, folder, *options, start=start):
         self.store, self.capture = folder / "store", folder / "stream.mace"
@@ -70,17 +70,17 @@ class RunningMace:
         return self.found
 
     def kill(self):
-        """End it, if it still runs, whatever it is doing."""
+        """Kill the command if it still runs."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
 
     def query(self, sql):
-        """Rows as tuples, of SQL over the tables `delays`, `windows`, `ledger` and `runs`."""
+        """Return the rows of an SQL query over the tables `delays`, `windows`, `ledger` and `runs`, as tuples."""
         return query(self.store, sql).fetchall()
 
     def rows(self, **equal):
-        """Rows of `delays` as a list of dicts, those whose columns have the given values."""
+        """Return rows of `delays` as a list of dicts, filtered by the given values of columns."""
         where = " AND ".join(f"{name} = '{value}'" for name, value in equal.items()) or "true"
         # As an integer: Python's datetime has no nanoseconds.
         found = query(self.store, f"SELECT * EXCLUDE time, epoch_ns(time) AS utc_ns FROM delays WHERE {where}")
@@ -89,7 +89,7 @@ class RunningMace:
 
 
 def query(store, sql):
-    """What DuckDB says about the Parquet files of a store, with none of our own reader between."""
+    """Query the Parquet files of a store with DuckDB, independent of MACE's own reader."""
     database = duckdb.connect()
     for table in ("delays", "windows", "ledger", "runs"):
         if any((store / table).rglob("*.parquet")):
@@ -98,7 +98,7 @@ def query(store, sql):
 
 
 def files(store, table):
-    """A store's table, to be named in SQL."""
+    """Return the SQL name of a store's table."""
     return f"read_parquet('{store / table}/**/*.parquet', hive_partitioning = false)"
 
 
@@ -106,12 +106,12 @@ PATHS = """
 SELECT packet, direction, l3_len, container, list(device ORDER BY position) AS devices
 FROM delays WHERE segment IN ('device', 'outside') GROUP BY packet, direction, l3_len, container
 """
-"""Each packet's devices in order; for use inside another query."""
+"""SQL of each packet's devices in order, for use inside another query."""
 
 
 @contextmanager
 def measured(lab, folder, *options, start=start):
-    """A measurement for the length of the block; what it found is in `.found` afterwards."""
+    """Run a measurement for the duration of the block; its JSON is in `.found` afterwards."""
     folder.mkdir(exist_ok=True)
     measurement = RunningMace(lab, folder, *options, start=start)
     try:
@@ -122,7 +122,7 @@ def measured(lab, folder, *options, start=start):
 
 
 def wait_for(true, limit_s=30.0, what="it"):
-    """Poll until `true()`; fails loudly after `limit_s`."""
+    """Poll until `true()` holds; fails after `limit_s`."""
     end = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < end, f"waited {limit_s} s for {what}"
@@ -130,7 +130,7 @@ def wait_for(true, limit_s=30.0, what="it"):
 
 
 def balanced(found):
-    """The ledger of a command's JSON, once it adds up."""
+    """Return the ledger of a command's JSON, after checking that it adds up."""
     ledger = Ledger(**found["ledger"])
     assert ledger.imbalance == 0, ledger.line()
     return ledger

@@ -1,4 +1,4 @@
-"""Names that somebody chooses to be taken for something else, and what people see of them."""
+"""Malicious names that imitate markup or terminal commands, and their printable forms."""
 
 from contracts.topology import Device, Role
 from tests.made_results import HOST_NETNS, topology
@@ -28,9 +28,9 @@ NASTY = [
 
 
 def named_devices(names):
-    """A container for each name, with a device of that name too, then what they have in common; as `made_results` has.
+    """Return a topology like that of `made_results`, with a container and a device for each name.
 
-    An empty name is that of the device and of its namespace; its container is called `none`.
+    For an empty name, device and namespace have the empty name, and the container is called `none`.
     """
     made = []
     for number, name in enumerate(names):
@@ -43,7 +43,7 @@ def named_devices(names):
 
 
 def kernel_takes(name):
-    """Whether a device may be called so (dev_valid_name): 1 to 15 bytes without `/`, `:`, NUL and white space."""
+    """Return whether a device may have this name (dev_valid_name): 1 to 15 bytes, no `/`, `:`, NUL or white space."""
     raw = name.encode("utf-8", "surrogateescape")
     white = b"\t\n\v\f\r \xa0"
     return 0 < len(raw) < 16 and name not in {".", ".."} and not set(raw) & set(b"/:\0%" + white)

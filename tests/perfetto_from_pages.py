@@ -1,8 +1,8 @@
-"""The raw ftrace events of a trace.dat as the Perfetto trace that traced would have written of them.
+"""Converts the raw ftrace events of a trace.dat to the Perfetto trace that traced would have written.
 
-Each event with all fields of the kernel's own format, on ftrace's boot clock, CPU by CPU as the rings are drained: a
-message of its own where Perfetto has one, else an event that names its fields. With `numbers` addresses are numbers of
-their packet of events wherever traced makes them so: in messages of their own, and where the kernel's format says
+Each event has all fields of the kernel's format, on ftrace's boot clock, CPU by CPU as traced drains the rings. An
+event with a message of its own in Perfetto uses it; any other event names its fields. With `numbers`, addresses are
+replaced by numbers of their packet of events where traced does so: in messages of their own, and in fields declared as
 `void *`.
 """
 
@@ -13,12 +13,12 @@ from collector.tracecmd.reader import TraceDat
 from tests.perfetto_traces import BOOT_AHEAD_NS, joined, named
 
 DRAINED_NS = 100_000_000
-"""traced drains a ring every 100 ms or so."""
+"""Interval at which traced drains a ring, about 100 ms."""
 _TYPED = {field.name: field.message_type for field in protos.FtraceEvent.DESCRIPTOR.fields if field.message_type}
 
 
 def perfetto_from_pages(path, utc_offset_ns, *, numbers=False):
-    """The trace, bytes. `utc_offset_ns`: UTC less CLOCK_MONOTONIC, for its clock snapshots."""
+    """Return the trace as bytes. `utc_offset_ns`: UTC minus CLOCK_MONOTONIC, for the clock snapshots."""
     with TraceDat(path) as trace:
         assert trace.clock == "mono"
         events = [event for name in trace.events for event in _events(trace, name)]
@@ -35,7 +35,7 @@ def perfetto_from_pages(path, utc_offset_ns, *, numbers=False):
 
 
 def _events(trace, name):
-    """(time, CPU, short name, {field: value}, which fields traced makes numbers of) of each event of one name."""
+    """Return (time, CPU, short name, {field: value}, fields that traced replaces) of each event of a name."""
     columns = trace.read(name)
     fields = trace.format(name).fields
     pointers = {field: form.type for field, form in fields.items() if form.type.endswith("*")}

@@ -1,4 +1,4 @@
-"""Perfetto traces of known records, made with Perfetto's own protos in the ways that traced writes them."""
+"""Perfetto traces of known records, made with Perfetto's own protos in all forms that traced writes."""
 
 import zlib
 from collections import defaultdict
@@ -11,7 +11,7 @@ from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as protos
 from contracts.hooks import Hook
 
 BOOT_AHEAD_NS = 5_000_000_000
-"""The boot clock of these traces less the monotonic one: five seconds suspended."""
+"""Boot clock minus monotonic clock in these traces: five seconds of suspend."""
 UTC_NS = 1_750_000_000_000_000_000
 SEQUENCE = 7
 TYPED = {
@@ -57,11 +57,11 @@ def make(
     snapshots=True,
     compress=None,
 ):
-    """A trace (bytes) of a batch. `sightings`: device names by code.
+    """Return a trace (bytes) of a batch. `sightings`: device names by code.
 
-    `form`: `generic` events name their fields, `described` ones have descriptors. With `numbers` the addresses of
-    buffers are numbers of the bundle where traced makes them so; `xmit_done` puts net_dev_xmit behind each
-    net_dev_start_xmit. `lost`: numbers of bundles that say that events were lost before them. `stats`: (cpu, overrun).
+    `form`: `generic` events name their fields, `described` events have descriptors. With `numbers`, buffer addresses
+    are replaced by numbers of the bundle where traced does so. `xmit_done` adds net_dev_xmit after each
+    net_dev_start_xmit. `lost`: indices of bundles with lost events before them. `stats`: (cpu, overrun).
     """
     packets = []
     if snapshots:
@@ -83,7 +83,7 @@ def make(
 
 
 def joined(packets, compress=None):
-    """Packets as a file; compressed ones three in each."""
+    """Join packets to a file; with compression, three packets per compressed packet."""
     if compress is None:
         return b"".join(protos.Trace(packet=[packet]).SerializeToString() for packet in packets)
     found = b""
@@ -105,7 +105,7 @@ def named(field, fill):
 
 
 def snapshot(monotonic_ns, boot_ahead_ns=BOOT_AHEAD_NS, jitter_ns=0):
-    """What traced says of its clocks; UTC is that of monotonic time 0 plus `monotonic_ns`."""
+    """Return traced's snapshot of its clocks at `monotonic_ns`; UTC is `UTC_NS` at monotonic time 0."""
     packet = protos.TracePacket(trusted_packet_sequence_id=1)
     times = {1: UTC_NS + monotonic_ns, 3: monotonic_ns + jitter_ns, 6: monotonic_ns + boot_ahead_ns}
     for clock, time in times.items():
@@ -132,7 +132,7 @@ def stats_packets(stats):
 def bundles(
     batch, sightings, form="generic", *, numbers=False, xmit_done=False, size=100, lost=(), sequence=7, clock=0
 ):
-    """The packets of ftrace events, in the order in which traced drains the CPUs."""
+    """Return the packets of ftrace events, in the order in which traced drains the CPUs."""
     columns = {name: column.tolist() for name, column in batch.columns()}
     drains = defaultdict(list)
     for i in range(len(batch)):
@@ -218,5 +218,5 @@ def _varint(value):
 
 
 def names(topology):
-    """Device names by code."""
+    """Return device names by code."""
     return np.array([sighting.name for sighting in topology.sightings], object)

@@ -1,4 +1,4 @@
-"""Where the repository and its golden files are, for every test wherever it stands."""
+"""Paths of the repository and its golden files, independent of a test's own folder."""
 
 from pathlib import Path
 
@@ -14,4 +14,4 @@ GOLDEN_FILES = {
     "text": (GOLDEN / "other-tools" / "trace.txt",),
     "pcap pair": (GOLDEN / "other-tools" / "inner.pcap", GOLDEN / "other-tools" / "outer.pcap"),
 }
-"""A recording of each format that is read, by its name in `collector.files`."""
+"""Name of each format in `collector.files` -> a golden recording."""

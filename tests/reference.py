@@ -1,7 +1,7 @@
-"""What the correlator should say, worked out record by record, by someone who has read its essay and not its code.
+"""A naive reference of the correlator: processes record by record, written after the essay in `correlator.identity`.
 
-One dictionary of open lives, one Python loop. Devices have to be nameable without doubt (one candidate for each
-name): how names are resolved is tested by examples.
+It has one dictionary of open lives and one Python loop. Each device name must have one candidate: examples test how
+names are resolved.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Reference:
         life.last = record
 
     def leaves(self, before, now):
-        """X d -> r d only exists between two devices of one unknown name."""
+        """Return whether a move changes devices of one unknown name: X d -> r d leads between two of them."""
         return before[1] is X and BY_HOOK[now[1]].way is Way.RECEIVE
 
     def close(self, life, next_ts=None, at_end=False):
@@ -160,7 +160,7 @@ class Reference:
         self.closed.append(life)
 
     def linked(self, lives):
-        """The lives, those of one packet in two buffers joined."""
+        """Return the lives, with lives of one packet in two buffers joined."""
         ends = sorted(
             (end for end in map(self.inner_end, lives) if end), key=lambda end: (end[0], end[1], end[2])
         )  # (key, at, is a head, device, life)

@@ -1,6 +1,6 @@
-"""Trace ring pages made by hand, and a decoder that is too simple to be wrong.
+"""Hand-made trace ring pages, and a naive decoder to compare with.
 
-The writer knows every kind of entry that the kernel puts into a page; the decoder is a loop over them, to compare with.
+The writer supports every kind of entry that the kernel writes into a page; the decoder is a loop over the entries.
 """
 
 import struct
@@ -48,13 +48,13 @@ EVENTS = {
         "void * skbaddr, void * location, void * rx_sk, unsigned short protocol, enum skb_drop_reason reason",
     ),
 }
-"""Ids and fields as Linux 6.18 has them, in the order of the C structs."""
+"""Event ids and fields of Linux 6.18, in the order of the C structs."""
 
 COMMON = "unsigned short common_type, u8 common_flags, u8 common_preempt_count, int common_pid"
 
 
 def format_text(event: str, ident: int, declarations: str) -> str:
-    """A `format` file: offsets follow from the C types' natural alignment."""
+    """Return the text of a `format` file; offsets follow from the natural alignment of the C types."""
     lines = [f"name: {event.partition(':')[2]}", f"ID: {ident}", "format:"]
     offset = 0
     for part, tail in ((COMMON, ""), (declarations, None)):
@@ -82,7 +82,7 @@ def layout(page_size: int = 4096) -> PageLayout:
 
 
 def payload(form: EventFormat, name: bytes | None = None, **values: int) -> bytes:
-    """An event's bytes; a device name goes right behind the last field, where its __data_loc points."""
+    """Return the bytes of an event; the device name follows the last field, where its __data_loc points."""
     size = max(f.offset + f.size for f in form.fields.values())
     raw = bytearray(size)
     for key, value in {"common_type": form.id, **values}.items():
@@ -98,27 +98,27 @@ def payload(form: EventFormat, name: bytes | None = None, **values: int) -> byte
 
 @dataclass
 class Page:
-    """One page in the making."""
+    """A ring-buffer page under construction."""
 
     layout: PageLayout
     ts_ns: int
     data: bytearray = field(default_factory=bytearray)
     missed: int | None = None
-    """Events lost before this page: None for none, -1 for an unknown number."""
+    """Number of events lost before this page; None if none was lost, -1 if the number is unknown."""
 
     def _head(self, kind: int, delta: int) -> bytes:
         assert 0 <= delta < 1 << 27
         return struct.pack("<I", kind | delta << 5)
 
     def _put(self, raw: bytes) -> bool:
-        """Append, if there is room."""
+        """Append bytes if there is room, and return whether there was."""
         if len(self.data) + len(raw) > self.layout.data_size:
             return False
         self.data += raw
         return True
 
     def event(self, body: bytes, delta: int = 0, junk: bytes = b"\xee\xdd\xcc") -> bool:
-        """A data event; what pads it to whole words is whatever was in memory before."""
+        """Append a data event; its padding to whole words is arbitrary, like stale memory."""
         body += junk[: -len(body) % 4]
         if len(body) <= 28 * 4:
             return self._put(self._head(len(body) // 4, delta) + body)
@@ -131,11 +131,11 @@ class Page:
         return self._put(self._head(31, ts_ns % (1 << 27)) + struct.pack("<I", ts_ns >> 27 & 0xFFFFFFFF))
 
     def discarded(self, size: int, delta: int = 1) -> bool:
-        """An event that was reserved and taken back; `size` bytes with its header."""
+        """Append an event that was reserved and discarded, of `size` bytes with its header."""
         return self._put(self._head(29, delta) + struct.pack("<I", size - 4) + b"\xaa" * (size - 8))
 
     def pad(self, *, sized: bool) -> None:
-        """Fill to the end of the page, as the kernel does where the next event did not fit."""
+        """Pad to the end of the page, as the kernel does if the next event does not fit."""
         rest = self.layout.data_size - len(self.data)
         if sized and rest >= 8:
             self._put(self._head(29, 1) + struct.pack("<I", rest - 4) + b"\xbb" * (rest - 8))
@@ -156,7 +156,7 @@ class Page:
 
 @dataclass
 class SeenEvents:
-    """One event as the simple decoder sees it."""
+    """One event as the naive decoder returns it."""
 
     ts_ns: int
     form: EventFormat
@@ -175,7 +175,7 @@ class SeenEvents:
 
 
 def simple_decode(raw: bytes, where: PageLayout, forms: list[EventFormat]) -> list[list[SeenEvents]]:
-    """The events of each page, one at a time, by the comment in include/linux/ring_buffer.h."""
+    """Decode the events of each page one at a time, following the comment in include/linux/ring_buffer.h."""
     by_id = {form.id: form for form in forms}
     pages = []
     for start in range(0, len(raw), where.page_size):

@@ -1,8 +1,7 @@
-"""Real databases for the tests and benchmarks, on loopback and ports of their own: started, killed, started again.
+"""Real databases for tests and benchmarks, on loopback with ports of their own: started, killed, started again.
 
-InfluxDB 1.6.7 is Debian's package influxdb. VictoriaMetrics comes from Debian 13, and where a test asks for it from
-Debian 12 (1.79.5, which drops bad lines without a word), unpacked into the cache of tests/kernel/kernels.py; nothing is
-installed for it.
+InfluxDB 1.6.7 is Debian's package influxdb. VictoriaMetrics is that of Debian 13 or, for some tests, of Debian 12
+(1.79.5, which drops bad lines silently), unpacked into the cache of tests/kernel/kernels.py without being installed.
 """
 
 import json
@@ -51,7 +50,7 @@ def free_port():
 
 
 def get(url, timeout=30, **query):
-    """Status and text."""
+    """Request a URL, and return status and text."""
     if query:
         url += "?" + urllib.parse.urlencode(query)
     try:
@@ -62,7 +61,7 @@ def get(url, timeout=30, **query):
 
 
 class Server:
-    """A program in the foreground, and how to see that it answers."""
+    """A server program that runs in the foreground, with a check that it answers."""
 
     def __init__(self, argv, place, port, ready):
         self.argv, self.place, self.port, self._ready = argv, place, port, ready
@@ -84,7 +83,7 @@ class Server:
             time.sleep(0.05)
 
     def kill(self):
-        """SIGKILL: nothing is written any more."""
+        """Kill the server with SIGKILL, so that it writes nothing more."""
         self.process.kill()
         self.process.wait()
 
@@ -116,7 +115,7 @@ class Influx(Server):
         return self
 
     def query(self, text, *, database="mace", post=False):
-        """Series of the answer: a list of dicts with name, tags, columns, values."""
+        """Run a query, and return its series: a list of dicts with name, tags, columns, values."""
         login = dict(zip("up", self.credentials, strict=True)) if self.credentials else {}
         query = urllib.parse.urlencode({"q": text, "db": database, "epoch": "ns"} | login)
         request = urllib.request.Request(f"{self.url}/query?{query}", method="POST" if post else "GET")
@@ -126,7 +125,7 @@ class Influx(Server):
         return result.get("series", [])
 
     def rows(self):
-        """Rows of each measurement. Every row has the first of its fields, or is counted by the part it tells of."""
+        """Return the number of rows of each measurement, counted by its first field or, in `mace_internal`, by part."""
         firsts = {"device_delay": "delay_ns", "overhead": "overhead_ns", "device_window": "count", "rtt": "seq"}
         counts = {name: self.count(name, field) for name, field in firsts.items()}
         internal = ("records", "calls", "queue_peak", "cpu_ns", "taken")
@@ -139,7 +138,7 @@ class Influx(Server):
 
 
 class Victoria(Server):
-    """VictoriaMetrics, whose new rows can be made visible at once."""
+    """VictoriaMetrics; its new rows can be made visible at once."""
 
     suite = "trixie"
     """Of Debian."""
@@ -157,11 +156,11 @@ class Victoria(Server):
         get(f"{self.url}/internal/force_flush")
 
     def samples(self, metric):
-        """All samples of a metric, over all series."""
+        """Return all samples of a metric, over all series."""
         return sum(len(each["values"]) for each in self._exported(metric))
 
     def series(self, metric):
-        """Labels of each series of a metric."""
+        """Return the labels of each series of a metric."""
         return [each["metric"] for each in self._exported(metric)]
 
     def _exported(self, metric):
@@ -172,18 +171,21 @@ class Victoria(Server):
 
 
 class OldVictoria(Victoria):
-    """That of Debian 12."""
+    """VictoriaMetrics of Debian 12."""
 
     suite = "bookworm"
 
 
 def influxd():
-    """Path of the program; None where it is not installed."""
+    """Return the path of influxd; None if it is not installed."""
     return shutil.which("influxd", path=_PATH)
 
 
 def victoria_program(suite):
-    """Path of a suite's VictoriaMetrics in the cache; fetched once. Raises `kernels.KernelUnavailable`."""
+    """Return the path of a Debian suite's VictoriaMetrics in the cache, fetched once.
+
+    Raises `kernels.KernelUnavailable`.
+    """
     return kernels.unpacked("victoria-metrics", (suite,)) / "usr/bin/victoria-metrics"
 
 

@@ -1,9 +1,9 @@
-"""Made-up packets on a made-up host, as records with known answers.
+"""Made-up packets on a made-up host, as records with known results.
 
     c1, c2: eth0 ── veth1, veth2 on br0 ── host ── out0 ── rem0: far end
 
-`eth0` is the name of both containers' devices, and of the hardware of another namespace. Times are whatever the
-caller wants; a `Tape` collects records in any order and gives them out as one batch in the order of time.
+`eth0` is the name of both containers' devices, and of hardware in another namespace. The caller chooses all times; a
+`Tape` collects records in any order and returns them as one batch in order of time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def topology(from_ns=-(1 << 62), devices=DEVICES, names=NAMES):
 
 
 class Tape:
-    """Records to be, as (time, arrival, ...) rows."""
+    """Collects records as (time, arrival, ...) rows."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, ...]] = []
@@ -58,9 +58,9 @@ class Tape:
         self.rows.append((ts, len(self.rows), int(hook), CODE[name], skb, copied, cpu, reason, key, flags, segs))
 
     def packet(self, path, ts, *, skb=1, step=100, length=84, cpu=0, n=1, reason=0, key=0, flags=0, segs=0):
-        """Records of one packet, `step` ns apart (or at the listed offsets); returns the time of the last.
+        """Add the records of one packet, `step` ns apart (or at the listed offsets), and return the time of the last.
 
-        `key`, `flags` and `segs` are those of all its records, or a list of each one's.
+        `key`, `flags` and `segs` are one value for all records, or a list with a value for each.
         """
         words = path.format(n=n).split()
         content = [[one] * len(words) if isinstance(one, int) else one for one in (key, flags, segs)]
@@ -76,7 +76,7 @@ class Tape:
         self.rows.append((start, -1, int(Hook.LOST), 0, end, lost, cpu, 0, 0, 0, 0))
 
     def batch(self):
-        """All of it; with content if a record has some."""
+        """Return all records as one batch, with content if a record has some."""
         rows = sorted(self.rows)
         if not rows:
             return Batch.empty()

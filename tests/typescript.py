@@ -1,4 +1,4 @@
-"""Types that others publish in TypeScript, fetched once from npm: what their software takes, as they see it."""
+"""Checks data against the TypeScript types that other projects publish, fetched once from npm."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from tests.kernel import kernels
 
 CONTRACT = Path(__file__).with_name("contract")
 GRAFANA = "11.6.0"
-"""The Grafana of the SDK's schema and of the image in docker-compose.yml."""
+"""Version of Grafana: that of the SDK's schema and of the image in docker-compose.yml."""
 PACKAGES = (
     f"@grafana/schema@{GRAFANA}",
     "kubernetes-types@1.30.0",
@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def modules() -> Path:
-    """A node_modules with PACKAGES, in the cache. Raises `kernels.KernelUnavailable`."""
+    """Return a node_modules directory with PACKAGES in the cache; raises `kernels.KernelUnavailable`."""
     place = kernels.cache_dir().parent / "npm" / re.sub(r"[^\w.-]+", "-", "-".join(PACKAGES))
     with kernels.locked("npm"):
         if not (place / "node_modules").is_dir():
@@ -37,12 +37,12 @@ def modules() -> Path:
 
 
 def held_to(path: str, kind: str, values: list[object]) -> list[list[str]]:
-    """What is wrong in each of the objects, if they are to be of that type."""
+    """Return for each object the errors against a type."""
     return json.loads(_node("held_to_types.cjs", path, kind, given=json.dumps(values, default=str)))
 
 
 def dashboards_held_to(files: list[Path]) -> dict[str, list[str]]:
-    """What is wrong in each file, for Grafana's types of dashboards and of our kinds of panels."""
+    """Return for each file the errors against Grafana's types of dashboards and of the panels that MACE uses."""
     return json.loads(_node("dashboard_schema.cjs", *files))
 
 

@@ -1,14 +1,15 @@
-"""Where a capture file can be cut in time: `cuts` finds the places, `stretch` reads what lies between two of them.
+"""Cuts of a capture file in time: `cuts` finds them, `stretch` reads the records between two of them.
 
     ├─── records of part k ───┤T├─── records of part k+1 ───
                       ├ warm ─┤
 
-A cut is a time T, a multiple of `align_ns`. Who works on what follows either has the engine's state at T and begins at
-`Cut.position`, the frame with the first record from T on; or has none, begins at `Cut.warm`, and has a state by T.
+A cut is a time T, a multiple of `align_ns`. A worker that has the engine's state at T begins part k+1 at
+`Cut.position`, the frame with the first record from T on. A worker without that state begins at `Cut.warm` and has
+built up the state by T.
 
-Frames are found by their heads (36 bytes), without a look at what is in them; only where a cut shall be some batches
-are decoded, and all topologies are looked at. A file is not verified here: where its heads make no sense there are no
-more cuts, and who reads the last part meets the damage as any other reader does.
+The scan steps from frame head to frame head (36 bytes) and skips payloads. It decodes only topologies, and a few
+batches near each cut. The scan does not verify the file: it finds no cuts behind a damaged head, and the reader of the
+last part reports the damage as any other reader does.
 """
 
 from __future__ import annotations
@@ -28,22 +29,25 @@ from contracts.interfaces import StreamItem
 from contracts.records import Batch
 
 WARM_UP_FRAMES: Final = 1 << 14
-"""Frames before a cut that are kept in mind. A warm-up that would need more of them is shorter than was asked for."""
+"""Largest number of frames in a warm-up. A warm-up that needs more of them is shorter than requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A time to cut at, and where in the file to begin."""
+    """A time at which a capture can be cut, and the positions in the file at which its second part begins."""
 
     at_ns: int
     position: Position
-    """The frame that holds the first record from `at_ns` on."""
+    """The frame with the first record from `at_ns` on."""
     warm: Position
-    """A frame whose records begin at least the warm-up before it, or the capture's first one."""
+    """A frame whose records begin at least the warm-up before `at_ns`, or the capture's first batch."""
 
 
 def cuts(path: Path | str, *, part_bytes: int, align_ns: int, warm_up_ns: int) -> list[Cut]:
-    """Cuts that leave parts of about `part_bytes`, at least; none for a small file. Raises as `Capture` does."""
+    """Return cuts that divide a capture into parts of at least about `part_bytes`; none for a small file.
+
+    Raises `Unavailable` or `CaptureError`, as `Capture` does.
+    """
     with Capture(path) as capture:
         begin = capture.bytes_read
     raw, total = open_binary(path)
@@ -66,23 +70,23 @@ class _Scan:
     def __init__(self, file: BinaryIO, begin: int) -> None:
         self._file = file
         self._sequence = 1
-        """Of the next frame; the HEADER was 0."""
+        """Number of the next frame; the HEADER was 0."""
         self._decoder = wire.Decoder()
         self._topologies: tuple[tuple[int, int], ...] = ()
-        """Offset and number of those that must be read to know the last one; mostly it alone."""
+        """Offset and number of the TOPOLOGY frames needed to know the current topology; mostly the last one alone."""
         self._batches: deque[tuple[int, int, tuple[tuple[int, int], ...]]] = deque(maxlen=WARM_UP_FRAMES)
         """Offset, number and needed topologies of the batches passed last."""
         self.offset = begin
 
     def skip_to(self, offset: int) -> bool:
-        """Pass over frames until one begins at or behind `offset`; False at the end, or where no frame is."""
+        """Step to the first frame at or behind `offset`; return False at the end of the file or at a damaged frame."""
         while self.offset < offset:
             if self._pass() is None:
                 return False
         return True
 
     def cut(self, align_ns: int, warm_up_ns: int) -> Cut | None:
-        """The first cut from here on; None if there is none before the end."""
+        """Return the next cut from here on, or None if there is none before the end."""
         at_ns: int | None = None
         while (passed := self._pass()) is not None:
             if passed is not wire.FrameKind.BATCH:
@@ -103,7 +107,7 @@ class _Scan:
         return None
 
     def _pass(self) -> wire.FrameKind | None:
-        """Step over one frame; what it was."""
+        """Step over one frame and return its kind, or None at the end of the file or at a damaged frame."""
         start = self.offset
         self._file.seek(start)
         try:
@@ -131,9 +135,9 @@ class _Scan:
         return self._decoder.peek(head, self._file.read(head.stored))
 
     def _warm(self, from_ns: int) -> Position | None:
-        """A batch frame that begins no later than `from_ns`, and not much earlier.
+        """Return the position of a batch that begins at or shortly before `from_ns`.
 
-        Looked for from the end, as far back as the pace of the batches in between says, and a fifth further.
+        The search steps back from the last batch, as far as the records per frame so far suggest and a fifth further.
         """
         newest = (0, 0)
         back = 1
@@ -158,7 +162,7 @@ class _Scan:
 def stretch(
     capture: Capture, position: Position | None, from_ns: int | None, to_ns: int | None
 ) -> Iterator[StreamItem]:
-    """The items from `position` (None: from the beginning), their records cut to `from_ns` <= time < `to_ns`."""
+    """Yield the items from `position` (None: from the beginning), with records of `from_ns` <= time < `to_ns` only."""
     if position is not None:
         capture.go_to(position)
         if capture.topology is not None:

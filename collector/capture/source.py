@@ -1,10 +1,10 @@
-"""Read capture files (`.mace`): a recorded stream, exactly as it was.
+"""Read capture files (`.mace`): the recorded stream, unchanged.
 
-`Capture` reads one file, `CaptureReader` is the same behind the protocol of all formats (`collector.files`).
+`Capture` reads one file; `CaptureReader` adapts it to the protocol of all formats (`collector.files`).
 
-A capture whose writer was killed has no END mark and may end in the middle of a frame. That is told
-(`Capture.truncated`) and is no error: everything before is intact. Anything else that is not as it was written
-is a `CaptureError` at the byte where the frame begins; with `salvage` it is skipped, counted and told instead.
+A capture whose writer was killed has no END mark and may end in the middle of a frame. `Capture.truncated` reports
+this; it is no error, because all frames before are intact. Any other damage raises `CaptureError` with the byte at
+which the frame begins. With `salvage`, damage is skipped, counted and reported instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from contracts.timerange import LATEST_RECORDED_NS
 from contracts.topology import Topology
 
 _DAMAGE_TOLD: Final = 1000
-"""Places of damage that are told apart; the last one then grows. A hostile file has millions."""
+"""Places of damage that are reported one by one; further damage extends the last. A hostile file has millions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Truncated:
     offset: int
     """Where the last whole frame ends."""
     cut: int
-    """Bytes of an incomplete frame after it."""
+    """Bytes of an incomplete frame behind `offset`."""
 
     def __str__(self) -> str:
         if not self.cut:
@@ -65,20 +65,20 @@ class Position:
     """A frame inside a capture at which reading can begin."""
 
     offset: int
-    """Of the frame's first byte."""
+    """Offset of the frame's first byte."""
     sequence: int
-    """Its number."""
+    """Number of the frame."""
     records: int
-    """Records of the stream before it."""
+    """Records of the stream before the frame."""
     topologies: tuple[tuple[int, int], ...]
-    """Offset and number of the TOPOLOGY frames that must be known by then."""
+    """Offset and number of the TOPOLOGY frames that must be read before the frame."""
 
 
 class Capture(Closing):
     """One capture file, read once from front to back; a context manager.
 
-    Opening reads the header. Raises `Unavailable` where there is no such file and `CaptureError` where it is no
-    capture. Iterating gives `Topology` and `Batch` items and raises `CaptureError`.
+    The constructor opens the file and reads its header; it raises `Unavailable` if there is no such file and
+    `CaptureError` if the file is no capture. Iterating yields `Topology` and `Batch` items and raises `CaptureError`.
     """
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
@@ -88,9 +88,9 @@ class Capture(Closing):
         self.truncated: Truncated | None = None
         """Set at the end of a capture that has no END mark."""
         self.damage: list[Damage] = []
-        """What salvage skipped."""
+        """Places that salvage skipped."""
         self._refused = 0
-        """Records of batches that are whole and cannot be."""
+        """Records of undamaged batches that were refused for impossible times."""
         self._salvage = salvage
         self._decoder = wire.Decoder(gaps=salvage)
         self._file: BinaryIO
@@ -107,7 +107,7 @@ class Capture(Closing):
         self._file.close()
 
     def go_to(self, position: Position) -> None:
-        """Read on from a frame further on, as if all before it had been read. Before the first item only."""
+        """Continue at `position` as if all frames before had been read. Call before the first item is read."""
         for offset, sequence in position.topologies:
             self._window.seek(offset)
             self._decoder.skip_to(sequence, 0)
@@ -118,7 +118,7 @@ class Capture(Closing):
 
     @property
     def topology(self) -> Topology | None:
-        """The last one that was read."""
+        """The topology read last."""
         return self._decoder.topology
 
     @property
@@ -128,22 +128,22 @@ class Capture(Closing):
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come, for a progress bar."""
+        """Bytes read so far, for a progress bar."""
         return self._window.offset
 
     @property
     def records(self) -> int:
-        """Records of the stream up to here, those that salvage had to skip among them."""
+        """Records of the stream so far, including those that salvage skipped."""
         return self._decoder.records
 
     @property
     def discarded(self) -> int:
-        """Records that salvage had to skip, as far as the frames around them tell."""
+        """Records that salvage skipped, as far as the frames around the damage show."""
         return self._decoder.missing + self._refused
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know after reading: damage and a missing end, one line each."""
+        """Warnings for the user after reading: damage and a missing END mark, one line each."""
         told = [f"{self.path}: {damage}" for damage in self.damage]
         if self.truncated:
             told.append(f"{self.path}: {self.truncated}")
@@ -188,7 +188,7 @@ class Capture(Closing):
         return message
 
     def _next(self) -> wire.WireItem | None:
-        """The next frame's message; None at the end. A frame that is refused stays where it is."""
+        """Return the next frame's message, None at the end of the file. A refused frame stays in the window."""
         have = self._window.fill(wire.HEAD_SIZE)
         if not have:
             if self._decoder.end is None:
@@ -204,7 +204,7 @@ class Capture(Closing):
         size = wire.HEAD_SIZE + head.stored
         have = self._window.fill(size)
         if have < size:
-            # The head is intact (it has a checksum of its own), so this is a cut and no lie about the size.
+            # The head's own checksum is right, so the stated size is true and the file is cut.
             self.truncated = Truncated(self._window.offset, have)
             self._window.drop(have)
             return None
@@ -217,22 +217,23 @@ class Capture(Closing):
         return message
 
     def _in_time(self, batch: Batch) -> bool:
-        """Whether all that is done with its times fits into 64 bits."""
+        """Return whether arithmetic with the batch's times stays within 64 bits."""
         assert self._decoder.header is not None
         offset_ns = self._decoder.header.clock.offset_ns
         return not len(batch) or all(0 <= int(batch.ts_ns[at]) + offset_ns <= LATEST_RECORDED_NS for at in (0, -1))
 
     def _skip(self, why: str) -> None:
-        """To the next place where a frame may begin, or to the end."""
+        """Skip to the next place where a frame may begin, or to the end, and note the damage."""
         start, size = self._window.offset, 1
         with contextlib.suppress(WireError):
-            # An intact head tells the size. Looking for frames inside would let a hostile file be read over and over.
+            # An intact head gives the frame's size: skip the whole frame. A search for frames inside the payload would
+            # let a hostile file be read over and over.
             size = wire.HEAD_SIZE + wire.parse_head(self._window.bytes).stored
         self._window.drop(self._window.fill(size))
         while self._window.fill(wire.HEAD_SIZE):
             found = self._window.bytes.find(wire.SYNC)
             if found < 0:
-                # All but what may be the first part of a sync mark.
+                # Keep the last bytes: they may be the first part of a sync mark.
                 self._window.drop(max(len(self._window.bytes) - len(wire.SYNC) + 1, 1))
                 continue
             self._window.drop(found)
@@ -261,7 +262,7 @@ def _not_a_capture(head: bytes) -> str:
 
 
 def read(path: Path | str, *, salvage: bool = False) -> Iterator[StreamItem]:
-    """The items of a capture file, for scripts and benchmarks."""
+    """Yield the items of a capture file, for scripts and benchmarks; raises `Unavailable` or `CaptureError`."""
     with Capture(path, salvage=salvage) as capture:
         yield from capture
 
@@ -292,7 +293,7 @@ class CaptureReader(FileReader):
 
     @property
     def discarded(self) -> int:
-        """Records that salvage had to skip."""
+        """Records that salvage skipped."""
         return self.capture.discarded if self.capture else 0
 
     @property
@@ -302,27 +303,27 @@ class CaptureReader(FileReader):
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come."""
+        """Bytes read so far."""
         return self.capture.bytes_read if self.capture else 0
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know after reading, one line each."""
+        """Warnings for the user after reading, one line each."""
         return self.capture.warnings if self.capture else []
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureInfo:
-    """What a capture says of itself."""
+    """Origin of a capture: its header and the time of its first record."""
 
     path: Path | str
     header: StreamHeader
     first_utc_ns: int
-    """UTC of the first record; of the header where there is none."""
+    """UTC of the first record; of the header if there is no record."""
 
 
 def describe(path: Path | str, *, salvage: bool = False) -> CaptureInfo:
-    """Header and first record of a capture; raises `Unavailable` or `CaptureError`."""
+    """Read header and first record of a capture; raises `Unavailable` or `CaptureError`."""
     with Capture(path, salvage=salvage) as capture:
         first = next((int(item.ts_ns[0]) for item in capture if isinstance(item, Batch) and len(item)), None)
         clock = capture.header.clock

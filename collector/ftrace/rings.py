@@ -1,6 +1,6 @@
-"""One CPU's trace ring in user space: pages by read(2), or from the ring's own memory.
+"""Readers of one CPU's trace ring: `ReadRing` uses read(2), `MmapRing` maps the ring's memory.
 
-Both take the same pages out of the ring for good. Which is cheaper was measured (docs/design/004-ftrace.md).
+Both consume the same pages. docs/design/004-ftrace.md has their measured costs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contracts.errors import SourceError
 
 
 class PageBuffer:
-    """Pages on their way from the kernel to the decoder; one for all CPUs."""
+    """Buffer of pages between the kernel and the decoder, shared by all CPUs."""
 
     def __init__(self, layout: PageLayout, pages: int) -> None:
         self.layout, self.pages = layout, pages
@@ -36,41 +36,41 @@ class PageBuffer:
 
 @dataclass(frozen=True, slots=True)
 class TakenPages:
-    """What came out of a ring."""
+    """Result of one `take` from a ring."""
 
     pages: int
     empty: bool
-    """Whether nothing was left in it at the end; there may be more where this is false."""
+    """Whether the ring was found empty at the end; if false, there may be more pages."""
     skip: int = 0
-    """Bytes of the first page's data that were in it already the last time."""
+    """Bytes of the first page's data that the previous `take` already returned."""
 
 
 class Ring(Protocol):
     """One CPU's ring. `close` is called once, last."""
 
     def take(self, into: PageBuffer, start: int = 0) -> TakenPages:
-        """Move pages out of the ring into the buffer, from its page `start` on.
+        """Move pages out of the ring into the buffer, from the buffer's page `start` on; raises `SourceError`.
 
-        The page that is being written is taken as far as it is written. Raises `SourceError`.
+        The page that the kernel is writing is included as far as it is written.
         """
         ...
 
     def fileno(self) -> int:
-        """For poll(2), which tells when the ring is filled as far as its instance says."""
+        """Return a file descriptor that poll(2) reports readable once the ring is filled to `buffer_percent`."""
         ...
 
     def close(self) -> None: ...
 
 
 class ReadRing:
-    """By read(2), many pages at once.
+    """Reads a ring by readv(2), many pages per system call.
 
-    `trace_pipe_raw` gives one page per read, and readv(2) on a file that only has read() does one for each of its
-    buffers (fs/read_write.c, do_loop_readv_writev): one system call for hundreds of pages, or as many as there are.
+    `trace_pipe_raw` returns one page per read, and readv(2) on a file without read_iter() does one read for each of its
+    buffers (fs/read_write.c, do_loop_readv_writev). One system call thereby returns up to hundreds of pages.
     """
 
     _FIRST: Final = 4
-    """Pages asked for first: most often there are few, and each buffer of a readv costs before the call."""
+    """Pages requested first: a ring mostly holds few, and each buffer of a readv costs time before the call."""
 
     def __init__(self, path: Path, layout: PageLayout) -> None:
         self._path = path
@@ -148,11 +148,11 @@ class _Mapping:
 
 
 class MmapRing:
-    """From the ring's memory, one system call per page (since Linux 6.10, commit 117c39200d9d
-    ("ring-buffer: Introducing ring-buffer mapping functions")).
+    """Reads a ring from its mapped memory, with one system call per page.
 
-    The call takes the page that the reader may look at out of the writer's way, and orders memory: no other
-    barrier is needed. The page is copied, as the decoder writes into its pages and needs them side by side.
+    Mapping needs Linux 6.10, commit 117c39200d9d ("ring-buffer: Introducing ring-buffer mapping functions"). The call
+    detaches the reader's page from the writer and orders memory, so that no other barrier is needed. The page is
+    copied, because the decoder writes into its pages and needs them contiguous.
     """
 
     def __init__(self, path: Path, layout: PageLayout) -> None:
@@ -190,7 +190,7 @@ class MmapRing:
             if same and read == self._read:
                 return TakenPages(at - start, empty=True, skip=skip)
             if same and at > start:
-                # The writer is on this page and went on while we copied it: it has nothing behind it.
+                # The writer has added to this page while it was being copied: it is the ring's last page.
                 self._copy(into, at - 1, page, read)
                 return TakenPages(at - start, empty=True, skip=skip)
             if same:
@@ -201,8 +201,8 @@ class MmapRing:
 
     def _copy(self, into: PageBuffer, slot: int, page: int, read: int) -> None:
         into.matrix[slot] = self._pages[page]
-        # What the writer adds behind `read` belongs to the next time. Where events were lost the page is complete
-        # and its header tells of them.
+        # Data that the writer adds behind `read` belongs to the next take. A page that follows lost events is
+        # complete, and its commit word holds the MISSED flag.
         if not into.commits[slot] & MISSED:
             into.commits[slot] = read
         self._page, self._read = page, read

@@ -1,15 +1,15 @@
-"""The kernel's tracer (ftrace) as a source: its own network events, from a private trace instance.
+"""The kernel's tracer (ftrace) as a live source: the kernel's network tracepoints, read from a private trace instance.
 
     per_cpu/cpuN/trace_pipe_raw ──pages──▶ PageDecoder ──records, gaps──▶ Merger ──▶ batches, in time order
     (one ring per CPU)             tick by tick             markers            devices, as they change, between them
 
-One tick takes all that is in the rings, the page that is being written included; nothing waits for a page to be full.
-A tick costs about the same for hundreds of events as for thousands, and a third of a millisecond only to wake up for.
-So records are left in the rings for a while, unless one of them fills or a device changed: that wakes the source.
-A ring that was read at time T and found empty has given all that happened before T: that drives the merge.
+One tick empties the rings, including the pages that the kernel is still writing. A tick costs about the same for
+hundreds of events as for thousands, and a third of a millisecond for waking up alone. Records therefore stay in the
+rings until a ring fills, a device changes, or the gather interval has passed. A ring that was read at time T and found
+empty has returned all events from before T: these times drive the merge.
 
-The rings overwrite the oldest events when they are full. Of the two modes that ftrace has it is the one that tells in
-the stream where events are missing and how many (docs/design/004-ftrace.md).
+Full rings overwrite their oldest events. Of ftrace's two modes this one shows in the stream where events are missing
+and how many (docs/design/004-ftrace.md).
 """
 
 from __future__ import annotations
@@ -47,36 +47,36 @@ _log = logging.getLogger(__name__)
 CLOCK: Final = "mono"
 """CLOCK_MONOTONIC, the clock of all records."""
 _NOISE: Final = ("record-cmd", "record-tgid", "event-fork", "function-fork", "markers", "stacktrace", "userstacktrace")
-"""Options that put other things than our events into the rings, or make each event dearer."""
+"""Trace options that add other entries to the rings or make each event more expensive; switched off."""
 _CHUNK_BYTES: Final = 2 << 20
-"""Pages decoded at once. Measured: a quarter of it costs a third more per event, twice of it no less."""
+"""Bytes of pages decoded at once. Measured: a quarter of this costs a third more per event; twice this, no less."""
 _FILLED_PERCENT: Final = 10
-"""A ring so full is emptied before its time. Of 8 MiB it is 20,000 events: enough for a tick to cost little per event,
-and no more than the heaviest flood brings from one tick to the next."""
+"""Fill of a ring, %, at which it is emptied early. A tenth of 8 MiB is 20,000 events: enough for a low cost per event,
+and no more than the heaviest flood brings between two ticks."""
 _FILLING: Final = 0.25
-"""A tick that takes so much of a ring comes late: read every 50 ms, the heaviest flood leaves a tenth."""
+"""Share of a ring in one tick that shows that the tick came late: at 50 ms the heaviest flood fills a tenth."""
 _SETTLE_S: Final = 0.01
-"""Between switching the tracer off and reading for the last time: a probe that is running then still commits."""
+"""Pause between switching the tracer off and the last reading, in which probes that are running still commit, s."""
 
 
 @dataclass(frozen=True, slots=True)
 class FtraceConfig:
-    """What can be chosen; the defaults suit a busy host."""
+    """Settings of the source; the defaults suit a busy host. Raises `ValueError` for a value out of range."""
 
     ring_kib_per_cpu: int = 8192
     """Memory for each CPU's ring, KiB. 8 MiB are about 200,000 events, a third of a second of the heaviest flood."""
     subbuf_kib: int | None = None
-    """Size of a ring's pages, KiB (Linux 6.8 and later); None leaves the kernel's."""
+    """Size of a ring's pages, KiB (Linux 6.8 and later); None keeps the kernel's default."""
     poll_interval_s: float = 0.05
-    """Rings that fill are read this often at most."""
+    """Interval at which rings that fill are read."""
     gather_interval_s: float = 0.5
-    """Records stay in the rings this long if there is no reason to take them earlier."""
+    """Longest stay of records in rings that do not fill."""
     hold_back_ms: float = 50
-    """Records are given out this much later than they could be, for what is to stand before them."""
+    """Delay added before records are passed on, so that a topology read later can still precede them."""
     reader: Literal["auto", "read", "mmap"] = "auto"
-    """How pages come out of the kernel; auto is read(2), which was measured to be the cheaper."""
+    """How pages are read; `auto` is read(2), the cheaper by measurement."""
     host: str = ""
-    """Whose records the stream says they are; empty: the machine's own name."""
+    """Host name in the stream's header; empty: the machine's own name."""
     tracepoints: tuple[str, ...] = field(default_factory=lambda: tuple(info.tracepoint for info in HOOKS))
 
     def __post_init__(self) -> None:
@@ -99,18 +99,18 @@ class FtraceConfig:
 
 @dataclass(slots=True)
 class _Cpu:
-    """What we know of one CPU's ring."""
+    """State of one CPU's ring."""
 
     cpu: int
     ring: Ring
     complete_ns: int
-    """All events before this time were taken out of the ring."""
+    """All events before this time were read from the ring."""
     last_ns: int
     """Time of the last record."""
     told_lost: int = 0
-    """Lost events that markers tell of."""
+    """Lost events that markers have reported."""
     estimated: bool = False
-    """Whether a marker's count was once taken from the kernel's total, which may be ahead of the page."""
+    """Whether a marker's count was ever derived from the kernel's total, which may be ahead of the page."""
 
 
 @dataclass(slots=True)
@@ -120,14 +120,14 @@ class _Reading:
     cpu: _Cpu
     began_ns: int
     pages: int = 0
-    """Taken out of the ring."""
+    """Pages read from the ring."""
     caught_up: bool = False
-    """Whether all events from before `began_ns` were taken."""
+    """Whether all events from before `began_ns` were read."""
     parts: list[DecodedPages] = field(default_factory=list)
 
     @property
     def newest_ns(self) -> int:
-        """Time of the last record that was decoded."""
+        """Time of the last decoded record; 0 without records."""
         return next((int(part.batch.ts_ns[-1]) for part in reversed(self.parts) if len(part.batch)), 0)
 
 
@@ -157,13 +157,13 @@ class FtraceSource(RingSource):
         """When the last tick began to read."""
         self._gathered: list[tuple[_Reading, Stretch]] = []
         self._filled = 0
-        """Pages in the buffer that wait to be decoded: those of `_gathered`."""
+        """Pages in the buffer that wait for decoding: those of `_gathered`."""
 
     # --- lifecycle ------------------------------------------------------------------------------
 
     @staticmethod
     def check() -> Status:
-        """Whether this source can run here."""
+        """Return whether this source can run here, with the tracepoints found."""
         try:
             root = tracefs.find()
             events = [i.tracepoint for i in HOOKS if (root / "events" / i.tracepoint.replace(":", "/")).is_dir()]
@@ -189,7 +189,7 @@ class FtraceSource(RingSource):
         for name in tracefs.remove_leftovers(root):
             _log.warning("ftrace: removed %s, left by a run that was killed", name)
         self._instance = instance = tracefs.Instance.create(root)
-        # For a program that ends without aclose; what a kill leaves, the next start removes.
+        # For a program that exits without aclose. After a kill the next run removes the instance.
         atexit.register(self._remove)
         present = self._prepare(instance)
         await self._follow(wakes=True)
@@ -203,7 +203,7 @@ class FtraceSource(RingSource):
         return self._header(len(self._cpus), pair, present)
 
     def _prepare(self, instance: tracefs.Instance) -> list[str]:
-        """Clock, mode, ring size and formats; the tracepoints that this kernel has."""
+        """Set clock, mode and ring size, read the formats, and return the tracepoints that this kernel has."""
         instance.set_clock(CLOCK)
         instance.set_option("overwrite", on=True)
         for option in _NOISE:
@@ -242,23 +242,23 @@ class FtraceSource(RingSource):
 
     @property
     def skipped(self) -> int:
-        """Events in the rings that are none of our hooks'."""
+        """Events in the rings that belong to no hook."""
         return self._decoder.skipped
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: the kernel does not time its tracer."""
+        """Empty: the kernel does not time its tracer."""
         return ()
 
     # --- the stream -----------------------------------------------------------------------------
 
     async def items(self) -> AsyncIterator[StreamItem]:
-        """Topology and batches until `request_stop`. A slow reader is felt in the kernel's rings, not here."""
+        """Yield topologies and batches until `request_stop`. A slow consumer fills the kernel's rings, not memory."""
         yield self._topology(self._began_ns)
         while not self._stopping:
             began_ns = time.monotonic_ns()
             behind = not self._read_all()
-            # The next tick is a while away, and what was given out may be worked on; in a flood it comes soon.
+            # Progress lets the consumer finish these records before the next tick. In a flood that tick comes soon.
             for item in self._released(progress=not self._swelling):
                 yield item
             if behind:
@@ -277,16 +277,16 @@ class FtraceSource(RingSource):
             yield item
 
     async def _rest(self, began_ns: int) -> None:
-        """Until the next tick: when a ring fills, a device changed, or enough time passed since the last one began.
+        """Wait for the next tick: until a ring fills, a device changes, or the interval since `began_ns` has passed.
 
-        A tick every interval, not an interval between ticks: decoding, and what those who read us do meanwhile, must
-        not add to the latency.
+        The interval runs from the start of one tick to the start of the next: the time for decoding, and for the
+        consumer's work meanwhile, must not add to the latency.
         """
         assert self._filling is not None
         while not self._stopping and not self._devices_changed():
-            # Before Linux 6.1 a ring is readable as soon as there is anything in it.
+            # Before Linux 6.1 a ring is readable as soon as it contains an event.
             filling = bool(self._filling.poll(0))
-            # A flood is not left to a waking that may come late.
+            # In a flood the timer decides: the wake-up by poll may come late.
             rest_s = self.config.poll_interval_s if filling or self._swelling else self.config.gather_interval_s
             rest_s -= (time.monotonic_ns() - began_ns) / 1e9
             if rest_s <= 0:
@@ -294,7 +294,7 @@ class FtraceSource(RingSource):
             await self._pause(rest_s, None if filling else self._filling.fileno())
 
     def _learned(self, devices: tuple[Device, ...]) -> None:
-        """Nothing: the records carry names."""
+        """Do nothing: ftrace's records carry device names."""
 
     def _taken(self, until_ns: int | None) -> Iterator[Batch]:
         batch = self._merger.flush() if until_ns is None else self._merger.take(until_ns)
@@ -303,7 +303,7 @@ class FtraceSource(RingSource):
     # --- the rings ------------------------------------------------------------------------------
 
     def _open_cpus(self) -> None:
-        """Open the ring of each CPU that came online. One that went offline keeps its ring, and so do we."""
+        """Open the ring of each CPU that came online. A CPU that goes offline keeps its ring, which stays open."""
         assert self._instance is not None
         assert self._filling is not None
         for number in online_cpus():
@@ -317,9 +317,9 @@ class FtraceSource(RingSource):
             self._merger.add_cpu(number, since)
 
     def _read_all(self) -> bool:
-        """Take what is in the rings; whether that is all there was when it began.
+        """Read all rings and return whether all events from before the reading began were read.
 
-        Pages of all CPUs are gathered and decoded together, so that many CPUs with little to tell cost little.
+        Pages of all CPUs are gathered and decoded together, so that many CPUs with few events cost little.
         """
         self._open_cpus()
         readings = [_Reading(cpu, time.monotonic_ns()) for cpu in self._cpus.values()]
@@ -339,9 +339,9 @@ class FtraceSource(RingSource):
         return all(reading.caught_up for reading in readings)
 
     def _read(self, reading: _Reading) -> None:
-        """Take what is in one ring; decode when the buffer is full."""
+        """Read one ring; decode when the buffer is full."""
         reading.began_ns = time.monotonic_ns()
-        # A full ring at most, so that one CPU under flood cannot keep us from the others.
+        # Read at most one full ring, so that a CPU under flood cannot starve the others.
         while reading.pages < self._ring_pages and not reading.caught_up:
             taken = reading.cpu.ring.take(self._buffer, self._filled)
             if taken.pages:
@@ -351,11 +351,11 @@ class FtraceSource(RingSource):
             reading.caught_up = taken.empty
             if not taken.empty:
                 self._decode()
-                # A writer as fast as we are never lets us find the ring empty.
+                # With a writer as fast as this reader the ring is never found empty.
                 reading.caught_up = reading.newest_ns >= reading.began_ns
 
     def _decode(self) -> None:
-        """Decode what was gathered."""
+        """Decode the gathered pages."""
         if self._gathered:
             decoded = self._decoder.decode(self._buffer.bytes, [stretch for _, stretch in self._gathered])
             for (reading, _), part in zip(self._gathered, decoded, strict=True):
@@ -364,7 +364,7 @@ class FtraceSource(RingSource):
         self._filled = 0
 
     def _with_markers(self, cpu: _Cpu, parts: list[DecodedPages]) -> Iterator[Batch]:
-        """The records of each part of one reading, with a `LOST` marker at each gap."""
+        """Yield the records of each part of one reading, with a `LOST` marker at each gap."""
         lost = iter(self._losses(cpu, [gap.lost for part in parts for gap in part.gaps]))
         for part in parts:
             pieces, start = [], 0
@@ -380,11 +380,11 @@ class FtraceSource(RingSource):
             yield Batch.concatenate(pieces)
 
     def _losses(self, cpu: _Cpu, counts: list[int | None]) -> list[int]:
-        """How many events each gap lost.
+        """Return the number of events lost at each gap.
 
-        A page has no room for its count where its last event ends within 8 bytes of its end. Then the kernel's
-        total for this ring tells, as long as nothing was overwritten between that page and now; if something was, a
-        later marker tells as much less, and the sum stays the kernel's.
+        A page has no room for its count if its last event ends within 8 bytes of the page's end. The count is then
+        derived from the kernel's total for this ring. The total also counts events overwritten after that page; a later
+        marker then reports fewer, so that the sum of the markers stays the kernel's total.
         """
         if not counts:
             return []
@@ -398,9 +398,9 @@ class FtraceSource(RingSource):
         return losses
 
     def _tell_the_rest(self) -> None:
-        """At the end, with nothing left in the rings: what the kernel lost and no page told of.
+        """Report, after the last reading, the events that the kernel lost without a count in any page.
 
-        That is rare: an interrupt that filled the whole ring while it held up a writer ("commit overrun").
+        This is rare: an interrupt has filled the whole ring while it delayed a writer ("commit overrun").
         """
         assert self._instance is not None
         for cpu in self._cpus.values():
@@ -411,13 +411,13 @@ class FtraceSource(RingSource):
 
 
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> FtraceSource:
-    """The source that `[capture]` describes. Raises `Unavailable` if it asks for a filter."""
+    """Make the source that `[capture]` describes; raises `Unavailable` if `[capture]` sets a filter."""
     asked = [name for name in ("sample_shift", "netns", "devices", "protocols") if getattr(config, name)]
     if asked:
         raise Unavailable(
             "ftrace",
-            f"it records everything, and [capture] {', '.join(asked)} asks for less",
-            "leave that out, or use the kernel module (--source kmod)",
+            f"ftrace records every packet and cannot apply [capture] {', '.join(asked)}",
+            "remove these keys, or use the kernel module (--source kmod)",
         )
     return FtraceSource(
         FtraceConfig(

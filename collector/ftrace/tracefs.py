@@ -1,11 +1,11 @@
-"""tracefs: a trace instance of our own, and nothing left behind.
+"""Trace instances in tracefs: made for one run and removed afterwards.
 
 An instance (Documentation/trace/ftrace.rst, "Instances") has its own ring buffers, clock and enabled events, so that
-we neither see nor disturb another tracer of the same machine. Its name tells which process made it:
+MACE neither sees nor disturbs other tracers of the machine. The instance's name identifies the process that made it:
 
     mace-<pid>-<start time of that process>-<random>
 
-so that what a killed run left is recognised and removed by the next one.
+The next run thereby recognises and removes the instances of runs that were killed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _LOSSES: Final = ("overrun", "commit overrun", "dropped events")
 
 
 def _decode_mount_point(text: str) -> Path:
-    """/proc/mounts writes blanks and backslashes of a path as octal (fs/proc_namespace.c, `mangle`)."""
+    """Return a path of /proc/mounts, which writes blanks and backslashes in octal (fs/proc_namespace.c, `mangle`)."""
     return Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text))
 
 
 def mounted(mounts: str) -> Path | None:
-    """Where tracefs is mounted, from the text of /proc/mounts; the place every tool knows is preferred."""
+    """Return the mount point of tracefs in the text of /proc/mounts, preferably `DEFAULT_MOUNT`; None without one."""
     points = [
         _decode_mount_point(f[1]) for line in mounts.splitlines() if len(f := line.split()) > 2 and f[2] == "tracefs"
     ]
@@ -46,14 +46,14 @@ def mounted(mounts: str) -> Path | None:
 def _mount(point: Path) -> None:
     """Mount tracefs; raises `OSError`. Python has no mount(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
-    # MS_NOSUID | MS_NODEV | MS_NOEXEC (include/uapi/linux/mount.h): what systemd's unit for it uses.
+    # MS_NOSUID | MS_NODEV | MS_NOEXEC (include/uapi/linux/mount.h), as in systemd's unit for tracefs.
     if libc.mount(b"tracefs", os.fsencode(point), b"tracefs", ctypes.c_ulong(2 | 4 | 8), None):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(point))
 
 
 def find() -> Path:
-    """The root of tracefs, mounted first where it can be. Raises `Unavailable` saying what to do."""
+    """Return the root of tracefs, and mount tracefs if necessary; raises `Unavailable` with the remedy."""
     if os.geteuid() != 0:
         raise Unavailable("ftrace", "tracefs is for root only", "run as root (sudo)")
     point = mounted(Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape"))
@@ -62,7 +62,7 @@ def find() -> Path:
         try:
             _mount(DEFAULT_MOUNT)
         except OSError as error:
-            why = "this kernel has none" if error.errno in (errno.ENODEV, errno.ENOENT) else error.strerror
+            why = "this kernel has no tracefs" if error.errno in (errno.ENODEV, errno.ENOENT) else error.strerror
             raise Unavailable("ftrace", f"tracefs is not mounted and cannot be: {why}", remedy) from error
         point = DEFAULT_MOUNT
     if not (point / "instances").is_dir() or not (point / "events/header_page").is_file():
@@ -73,7 +73,7 @@ def find() -> Path:
 
 
 def read(path: Path) -> str:
-    """The text of a tracefs file. Raises `SourceError` naming it."""
+    """Return the text of a tracefs file; raises `SourceError` with its path."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
@@ -81,7 +81,7 @@ def read(path: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Set a tracefs file, in one write(2). Raises `SourceError` naming the file and the value."""
+    """Set a tracefs file, in one write(2); raises `SourceError` with the path and the value."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
         try:
@@ -93,10 +93,10 @@ def write(path: Path, text: str) -> None:
 
 
 def remove_leftovers(root: Path) -> list[str]:
-    """Remove the instances of runs that are no more; their names.
+    """Remove the instances of runs that have ended, and return their names.
 
-    A live run keeps its rings open, and the kernel does not remove an instance with an open file (EBUSY), so that a
-    process that this PID namespace cannot see is safe from us.
+    A live run keeps its rings open, and the kernel does not remove an instance with an open file (EBUSY). The instance
+    of a process that this PID namespace cannot see is thereby safe.
     """
     removed = []
     for instance in (root / "instances").iterdir():
@@ -115,13 +115,13 @@ def remove_leftovers(root: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class RingStats:
-    """What the kernel says of one CPU's ring (`per_cpu/cpuN/stats`); events since the instance was made."""
+    """The kernel's counts of one CPU's ring (`per_cpu/cpuN/stats`): events since the instance was made."""
 
     entries: int
-    """Written and not yet read."""
+    """Events written and not yet read."""
     read: int
     lost: int
-    """Overwritten before they were read, or dropped."""
+    """Events overwritten before they were read, or dropped."""
 
 
 class Instance:
@@ -132,7 +132,7 @@ class Instance:
 
     @classmethod
     def create(cls, root: Path) -> Instance:
-        """A new, stopped instance. Raises `SourceError`."""
+        """Make a new, stopped instance; raises `SourceError`."""
         pid = os.getpid()
         path = root / "instances" / f"mace-{pid}-{start_ticks(pid)}-{secrets.token_hex(4)}"
         try:
@@ -141,7 +141,7 @@ class Instance:
             raise SourceError(f"{path}: the trace instance cannot be made: {error.strerror}") from error
         instance = cls(root, path)
         try:
-            # It is born recording (trace_array_create_dir); nothing is to be in it before all is set.
+            # A new instance records at once (trace_array_create_dir). Stop it until the settings are made.
             instance.record(on=False)
         except BaseException:
             instance.remove()
@@ -149,7 +149,7 @@ class Instance:
         return instance
 
     def remove(self) -> None:
-        """Take it away, with its rings and all that was enabled in it. Its files must be closed."""
+        """Remove the instance with its rings and enabled events; raises `SourceError`. Its files must be closed."""
         try:
             self.path.rmdir()
         except FileNotFoundError:
@@ -162,7 +162,7 @@ class Instance:
         write(self.path / "tracing_on", "1" if on else "0")
 
     def set_clock(self, clock: str) -> None:
-        """Choose the clock of the time stamps, and look whether that is the one in use."""
+        """Choose the clock of the timestamps; raises `Unavailable` or `SourceError` if the kernel does not use it."""
         offered = read(self.path / "trace_clock").replace("[", "").replace("]", "").split()
         if clock not in offered:
             raise Unavailable(
@@ -174,7 +174,7 @@ class Instance:
             raise SourceError(f"{self.path}: the trace clock is {in_use and in_use[1]!r}, expected {clock!r}")
 
     def set_option(self, name: str, *, on: bool) -> None:
-        """Switch a trace option; one that this kernel does not have is off already."""
+        """Switch a trace option. Without the option in this kernel, off has no effect and on raises `SourceError`."""
         try:
             write(self.path / "trace_options", name if on else f"no{name}")
         except SourceError:
@@ -183,13 +183,13 @@ class Instance:
             _log.debug("ftrace: no option %s on this kernel", name)
 
     def set_ring_size(self, per_cpu_kib: int, subbuf_kib: int | None = None) -> None:
-        """Give each CPU a ring of this size. Raises `SourceError`, as where there is no memory for it."""
+        """Set the size of each CPU's ring; raises `SourceError`, for example if memory is short."""
         if subbuf_kib is not None:
             write(self.path / "buffer_subbuf_size_kb", str(subbuf_kib))
         write(self.path / "buffer_size_kb", str(per_cpu_kib))
 
     def set_readable_at(self, percent: int) -> None:
-        """Let poll(2) call a CPU's ring readable when so much of it is filled, where the kernel can (Linux 5.0)."""
+        """Set the fill, %, from which on poll(2) reports a CPU's ring as readable; no effect before Linux 5.0."""
         if (self.path / "buffer_percent").exists():
             write(self.path / "buffer_percent", str(percent))
 
@@ -206,7 +206,7 @@ class Instance:
         return self.path / "events" / event.replace(":", "/")
 
     def header_page(self) -> str:
-        """The page layout; the instance's own where sub-buffers can have a size of their own (Linux 6.8)."""
+        """Return the text of the page layout: the instance's own since Linux 6.8, where its page size can differ."""
         own = self.path / "events/header_page"
         return read(own if own.exists() else self.root / "events/header_page")
 
@@ -214,12 +214,12 @@ class Instance:
         return self.path / "per_cpu" / f"cpu{cpu}"
 
     def stats(self, cpu: int) -> RingStats:
-        """The kernel's own counts for one CPU's ring."""
+        """Return the kernel's counts for one CPU's ring; raises `SourceError`."""
         return parse_stats(read(self.cpu(cpu) / "stats"))
 
 
 def parse_stats(text: str) -> RingStats:
-    """What `per_cpu/cpuN/stats` says. Raises `SourceError` where a count is missing."""
+    """Parse the text of `per_cpu/cpuN/stats`; raises `SourceError` if a count is missing."""
     values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     try:
         return RingStats(

@@ -1,6 +1,6 @@
-"""/dev/mace: the module's calls, with what goes wrong said in words.
+"""The system calls of /dev/mace, with errors turned into messages that name cause and remedy.
 
-One `MaceDevice` is one session of the module; what the calls do, and in which order, stands in `kmod/uapi/mace.h`.
+One `MaceDevice` is one session of the module; `kmod/uapi/mace.h` documents the calls and their order.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ _OTHER_ABI: Final = "`mace module build` and `mace module load`, or install the 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInNetns:
-    """A device to be let through."""
+    """A device whose packets pass the filter."""
 
     ifindex: int
     netns: str | int | None = None
-    """Its namespace: a path, an open file descriptor, or None for the opener's."""
+    """The device's namespace: a path, an open file descriptor, or None for the opener's."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionFilter:
-    """What to record: all that is named must hold; what is empty, holds for everything.
+    """Which packets to record. Every condition must hold; an empty condition always holds. Raises `ValueError`.
 
-    A filter for namespaces or devices keeps only what happens there: the overhead of a path needs all of its devices.
+    A filter by namespace or device drops the records of all other devices. The overhead of a path needs the records of
+    all its devices.
     """
 
     netns: tuple[str | int | None, ...] = ()
     """Network namespaces: paths, open file descriptors, or None for the opener's. At most 16."""
     devices: tuple[DeviceInNetns, ...] = ()
-    """At most 16."""
+    """Devices, at most 16."""
     l4_protocols: tuple[int, ...] = ()
-    """IP protocol numbers, 0 to 255; 0 stands for all that is not IP, too."""
+    """IP protocol numbers, 0 to 255; 0 also passes packets that are not IP."""
     sample_shift: int = 0
-    """Of all packets one in 2**n, the same ones at every hook; 0 to 31."""
+    """Record one packet in 2**n, the same packets at every hook; 0 to 31."""
     hooks: tuple[Hook, ...] = ()
 
     def __post_init__(self) -> None:
@@ -74,18 +75,18 @@ class SessionFilter:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who the module is, and what this session may (struct mace_hello)."""
+    """The module's version and limits, and what this session may read (struct mace_hello)."""
 
     abi: tuple[int, int]
     version: str
     hooks: tuple[Hook, ...]
-    """Those that the kernel has and this MACE knows."""
+    """Hooks that the kernel has and this MACE knows."""
     sees_all: bool
-    """Every network namespace, not only the opener's."""
+    """Whether the session sees every network namespace, not only the opener's."""
     netns_gone: bool
-    """The opener's namespace has died: nothing will come any more."""
+    """Whether the opener's namespace has died, so that no record will follow."""
     cookies: bool
-    """Records can name namespaces by cookie (Linux 5.14)."""
+    """Whether records can identify namespaces by cookie (Linux 5.14)."""
     netns: int
     cpus: int
     ring_bytes_min: int
@@ -95,26 +96,30 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class TakenSubBuffers:
-    """What a TAKE told."""
+    """Result of a TAKE."""
 
     first: int
     """Index in the ring of the oldest sub-buffer that is handed over."""
     ready: int
-    """How many are, from there on, round the ring's end."""
+    """Number of sub-buffers handed over, from `first` on, wrapping at the ring's end."""
     now_ns: int
-    """CLOCK_MONOTONIC: with `flush` all records from before it are handed over."""
+    """CLOCK_MONOTONIC; with `flush` all records from before this time are handed over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Records that passed the filter so far, `written` to a ring or `lost`; each an int64 array of 16, by hook."""
+    """Records that passed the filter so far, `written` to a ring or `lost`: int64 arrays of 16, indexed by hook."""
 
     written: npt.NDArray[np.int64]
     lost: npt.NDArray[np.int64]
 
 
 class MaceDevice:
-    """A session. Raises `Unavailable` where it cannot be had, `SourceError` where module and MACE do not fit."""
+    """A session of the module.
+
+    The constructor raises `Unavailable` if the module grants no session, `SourceError` if module and MACE are
+    incompatible.
+    """
 
     def __init__(self, path: Path = PATH) -> None:
         self._path = path
@@ -131,30 +136,30 @@ class MaceDevice:
             raise
 
     def close(self) -> None:
-        """End the session. Arrays that still look into a ring keep its memory, and the session, until they go."""
+        """End the session. Arrays that are views of a ring keep its memory, and the session, until they are freed."""
         maps, self._maps = self._maps, {}
         for one in maps.values():
             try:
                 one.close()
             except BufferError:
-                pass  # somebody has a view; the last one unmaps
+                pass  # views exist; freeing the last one unmaps the ring
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def fileno(self) -> int:
-        """Readable when a ring has its watermark's sub-buffers full, or records waited for `flush_ms`."""
+        """Return the file descriptor: readable when a ring reaches its watermark, or records have waited `flush_ms`."""
         return self._fd
 
     # --- calls ------------------------------------------------------------------------------------
 
     def greet(self) -> Hello:
-        """HELLO. Raises `SourceError` for another ABI than ours."""
+        """Call HELLO; raises `SourceError` if the module speaks another ABI than this MACE."""
         got = np.zeros((), abi.HELLO)
         try:
             self._call(Ioctl.HELLO, got)
         except OSError as error:
-            # The request's number holds the size of its struct: a major that changed it does not know ours.
+            # The request's number contains the size of its struct: a module with another struct refuses the number.
             if error.errno == errno.ENOTTY:
                 raise SourceError(
                     f"{self._path}: the module ({_version_loaded()}) does not answer a HELLO of ABI"
@@ -174,7 +179,7 @@ class MaceDevice:
                 f"{self._path}: the module {version} has records and heads of {sizes} bytes, expected"
                 f" {(abi.RECORD.itemsize, abi.SUBBUF.itemsize)} in ABI {major}.{minor}: a defect of the module"
             )
-        # A newer module may say more.
+        # Ignore flags of a newer module.
         flags = HelloFlag(int(got["flags"]) & sum(HelloFlag))
         return Hello(
             abi=(major, minor),
@@ -200,11 +205,11 @@ class MaceDevice:
         wanted: SessionFilter = SessionFilter(),
         cookies: bool = False,
     ) -> tuple[int, ...]:
-        """SETUP: rings of `subbufs` times `subbuf_bytes` for the CPUs that are online; returns their numbers.
+        """Call SETUP: make rings of `subbufs` times `subbuf_bytes` for the CPUs online, and return the CPUs' numbers.
 
-        With `cookies` (where `hello` has them) records name a namespace by its cookie, else by its inode.
-        Bounds are those of struct mace_setup. Raises `Unavailable` for what this machine or these rights do not
-        allow, `SourceError` for anything else.
+        With `cookies` (if `hello` offers them) records identify a namespace by its cookie, else by its inode. Bounds
+        are those of struct mace_setup. Raises `Unavailable` if the machine or the caller's rights do not allow it,
+        `SourceError` for any other failure.
         """
         if not self.hello.ring_bytes_min <= subbuf_bytes * subbufs <= self.hello.ring_bytes_max:
             raise Unavailable(
@@ -230,7 +235,7 @@ class MaceDevice:
                 " the module"
             )
         cpus = tuple(cpu for cpu in range(self.hello.cpus) if self.has_ring(cpu))
-        # One may have come online meanwhile.
+        # Another CPU may have come online meanwhile, so that more rings than `cpu_count` are possible.
         if len(cpus) < int(asked["cpu_count"]) or not cpus:
             raise SourceError(
                 f"{self._path}: {len(cpus)} CPUs have a ring, the module says {asked['cpu_count']}: a defect of the"
@@ -239,17 +244,17 @@ class MaceDevice:
         return cpus
 
     def start(self) -> None:
-        """START: record from now on."""
+        """Call START: record from now on; raises `SourceError`."""
         self._try(Ioctl.START, None)
 
     def stop(self) -> None:
-        """STOP: nothing is written once it returns. Harmless where nothing runs."""
+        """Call STOP: no record is written once it returns. Harmless if the session is not recording."""
         self._try(Ioctl.STOP, None)
 
     def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> TakenSubBuffers:
-        """TAKE: give back the `release` oldest sub-buffers of a CPU, learn what is ready.
+        """Call TAKE: release the `release` oldest sub-buffers of a CPU and return those that are ready.
 
-        With `flush` also the one that is being filled is handed over.
+        With `flush` the module also hands over the sub-buffer that it is filling. Raises `SourceError`.
         """
         asked = np.zeros((), abi.TAKE)
         asked["cpu"], asked["release"] = cpu, release
@@ -258,16 +263,16 @@ class MaceDevice:
         return TakenSubBuffers(int(asked["first"]), int(asked["ready"]), int(asked["now_ns"]))
 
     def stats(self, cpu: int | None = None) -> Stats:
-        """STATS of one CPU; for None of all, those without a ring included."""
+        """Call STATS for one CPU, or for all (None), including CPUs without a ring; raises `SourceError`."""
         asked = np.zeros((), abi.STATS)
         asked["cpu"] = abi.ALL_CPUS if cpu is None else cpu
         self._try(Ioctl.STATS, asked)
         return Stats(asked["written"].astype(np.int64), asked["lost"].astype(np.int64))
 
     def cost(self) -> tuple[HookCost, ...]:
-        """COST: what the probes cost since the module was loaded; of each hook that the kernel has.
+        """Call COST: return the cost of each hook's probes since the module was loaded; raises `SourceError`.
 
-        Empty where this session may not know it (it sees its own namespace only).
+        Empty for a session that sees its own namespace only, which may not read the cost.
         """
         if not self.hello.sees_all:
             return ()
@@ -279,9 +284,9 @@ class MaceDevice:
         )
 
     def map(self, cpu: int) -> mmap.mmap:
-        """One CPU's ring, read-only; unmapped by `close`."""
+        """Map one CPU's ring read-only; raises `SourceError`. `close` unmaps it."""
         try:
-            # A length is given, and a character device has no size that Python would compare it with.
+            # Python checks the length against a file's size only for regular files, not for a character device.
             made = mmap.mmap(
                 self._fd,
                 self._ring_bytes,
@@ -309,7 +314,7 @@ class MaceDevice:
             raise self._failed(request.name, error) from error
 
     def has_ring(self, cpu: int) -> bool:
-        """Whether a CPU has a ring: those that were online at SETUP, and those that came online later."""
+        """Return whether a CPU has a ring: CPUs online at SETUP have one, and most that came online later."""
         asked = np.zeros((), abi.STATS)
         asked["cpu"] = cpu
         try:
@@ -340,25 +345,25 @@ class MaceDevice:
                 )
             case errno.EPERM | errno.EACCES:
                 return Unavailable(
-                    _WHAT, "this session sees only its own network namespace, and others are asked for", "run as root"
+                    _WHAT, "this session sees only its own network namespace, but others are configured", "run as root"
                 )
             case errno.EOPNOTSUPP:
                 return Unavailable(
-                    _WHAT, "this kernel has not all of the hooks", "leave out [capture] hooks, or another kernel"
+                    _WHAT, "this kernel does not have all of the hooks", "leave out [capture] hooks, or another kernel"
                 )
             case errno.EBADF | errno.EINVAL:
                 return Unavailable(
                     _WHAT,
-                    f"the module refuses what is asked for ({why}): rings of {size:g} MiB per CPU,"
+                    f"the module refuses the settings ({why}): rings of {size:g} MiB per CPU,"
                     f" {asked['filter']['netns_count']} namespaces, {asked['filter']['device_count']} devices",
-                    "other [capture] keys; a namespace is a file in /run/netns or /proc/PID/ns/net",
+                    "change the [capture] keys; a namespace is a file in /run/netns or /proc/PID/ns/net",
                 )
         return self._failed("SETUP", error)
 
     def _unavailable(self, error: OSError) -> Unavailable:
         match error.errno:
             case errno.ENOENT | errno.ENXIO | errno.ENODEV:
-                return Unavailable(_WHAT, f"{self._path} is not there: the module is not loaded", _LOAD_IT)
+                return Unavailable(_WHAT, f"{self._path} does not exist: the module is not loaded", _LOAD_IT)
             case errno.EACCES | errno.EPERM:
                 return Unavailable(
                     _WHAT,
@@ -368,18 +373,18 @@ class MaceDevice:
             case errno.EBUSY:
                 return Unavailable(
                     _WHAT,
-                    "as many sessions are open as the module allows",
+                    "the module allows no further session",
                     "end one, or write more to max_sessions (in a container: max_netns_sessions) in"
                     f" {_LOADED}/parameters",
                 )
             case errno.ENOMEM:
-                return Unavailable(_WHAT, "no memory for a session", "end something else")
+                return Unavailable(_WHAT, "no memory for a session", "end other processes")
         return Unavailable(_WHAT, f"{self._path} cannot be opened: {error.strerror}")
 
 
 @contextmanager
 def _filled(into: npt.NDArray[Any], wanted: SessionFilter) -> Iterator[None]:
-    """Write the filter into a struct mace_filter; namespaces are open for the length of the block."""
+    """Write the filter into a struct mace_filter; its namespaces stay open for the duration of the block."""
     opened: list[int] = []
 
     def fd_of(netns: str | int | None) -> int:

@@ -1,13 +1,13 @@
-"""The module's rings -> batches in time order, whole records at a time.
+"""Merges the module's rings into batches in time order, moving whole records.
 
-Of what waits only views of the rings are kept. The order is found from the times alone; then whole records are brought
-into it, a cache line each, and their words set apart: all first words, all second words, and so on. A column of a batch
-is a view of one such row of words. Batches are made of some thousand records at a time, so that all after the first
-step comes out of the processor's cache.
+Waiting records are kept as views of the rings. The merge computes the order from the times alone, then copies whole
+records into that order, a cache line each, and transposes their words: all first words, all second words, and so on. A
+column of a batch is a view of one such row of words. Each batch has some thousand records, so that all steps after the
+first read from the processor's cache.
 
-When a record may be given out, and what becomes of one that is late, is as in `collector.merge`; so is the order: time,
-then CPU, then place in the ring, however the rings were read. A ring gives its own records in order of time (the
-module sees to it), so nothing is sorted here but runs that are sorted in themselves.
+The rules are those of `collector.merge`: when a record may be passed on, what happens to late records, and the order
+(time, then CPU, then place in the ring, independent of the reading). The module writes each ring in order of time, so
+that the merge only has to combine runs that are already sorted.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Content, Flag
 from contracts.topology import NO_DEVICE, Sighting
 
 ROUND_RECORDS: Final = 1 << 14
-"""Records merged at once, about: 1 MiB in the rings. A quarter of it was a third slower, four times of it a tenth."""
+"""Approximate number of records merged at once: 1 MiB in the rings. A quarter of this was a third slower, four times
+this a tenth slower."""
 _NEVER: Final = int(np.iinfo(np.int64).max)
 _NO_REASON: Final = int(np.iinfo(DTYPES["drop_reason"]).max)
-"""Stands for a drop reason that the column cannot hold: one of a subsystem's own, with its number in the upper half
-(SKB_DROP_REASON_SUBSYS_MASK, include/net/dropreason.h). The segments of a buffer never reach it."""
+"""Value for a drop reason that the column cannot hold: a subsystem's own reason has the subsystem's number in the upper
+half (SKB_DROP_REASON_SUBSYS_MASK, include/net/dropreason.h). The segments of a buffer never reach this value."""
 
 _WHOLE: Final = np.dtype(f"V{abi.RECORD.itemsize}")
 
@@ -45,11 +46,11 @@ _IS_HOOK[[Hook.LOST, *(info.hook for info in HOOKS)]] = True
 
 
 class SeenPlaces:
-    """(namespace, ifindex) -> codes of sightings, in order of appearance.
+    """Assigns codes of sightings to places (namespace, ifindex), in order of appearance.
 
-    Found by a hash in a direct-mapped table; what is not where it is looked for, in a sorted one. `name_of` says what
-    a device is called when it is first seen, or "". Where records name namespaces by cookie, `inode_of` says the inode
-    of each, or 0.
+    A lookup hashes into a direct-mapped table; a place that is not in its slot is searched in a sorted table. `name_of`
+    returns the name of a device when it is first seen, or "". If records identify namespaces by cookie, `inode_of`
+    returns the inode of each, or 0.
     """
 
     _BITS: Final = 16
@@ -60,7 +61,7 @@ class SeenPlaces:
         self._name_of = name_of
         self.inode_of: Callable[[int], int] | None = None
         self._sightings = [NO_DEVICE]
-        # No key hashes elsewhere than 0 does, so an empty slot (0, code 0) is right about itself: no device.
+        # An empty slot holds key 0 with code 0, which is the correct entry for key 0: no device.
         self._slot_keys = np.zeros(1 << self._BITS, np.uint64)
         self._slot_codes = np.zeros(1 << self._BITS, np.uint32)
         self._keys = np.zeros(1, np.uint64)
@@ -70,11 +71,11 @@ class SeenPlaces:
         return len(self._sightings)
 
     def snapshot(self) -> tuple[Sighting, ...]:
-        """All sightings so far; index is code."""
+        """Return all sightings so far, indexed by code."""
         return tuple(self._sightings)
 
     def codes(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
-        """The codes (uint32) of places, each `netns | ifindex << 32`; 0 for 0. New ones get new codes."""
+        """Return the codes (uint32) of places, each `netns | ifindex << 32`; 0 for 0. New places get new codes."""
         slots = self._slots(keys)
         found = self._slot_codes.take(slots)
         strange = np.flatnonzero(self._slot_keys.take(slots) != keys)
@@ -96,7 +97,7 @@ class SeenPlaces:
         return found
 
     def _learn(self, fresh: npt.NDArray[np.uint64]) -> None:
-        """New keys, in order of appearance."""
+        """Add new keys, given in order of appearance."""
         codes = np.arange(len(self), len(self) + len(fresh), dtype=np.uint32)
         for key in fresh.tolist():
             netns, ifindex = key & 0xFFFFFFFF, key >> 32
@@ -109,13 +110,13 @@ class SeenPlaces:
         keys, all_codes = np.append(self._keys, fresh), np.append(self._codes, codes)
         order = np.argsort(keys)
         self._keys, self._codes = keys[order], all_codes[order]
-        # Of two that share a slot the later one gets it: what is new is what packets are of.
+        # If two places share a slot the newer one gets it: most packets are of new devices.
         slots = self._slots(fresh)
         self._slot_keys[slots], self._slot_codes[slots] = fresh, codes
 
 
 class Marker(Subbuf):
-    """Of one record: `cpu` lost so many records after `ts_ns` and before `until_ns` (see `contracts.records`)."""
+    """A sub-buffer of one `LOST` record: `cpu` lost `lost` records after `ts_ns` and before `until_ns`."""
 
     __slots__ = ()
 
@@ -126,13 +127,13 @@ class Marker(Subbuf):
         super().__init__(made, held=False)
 
     def move_to(self, ts_ns: int) -> None:
-        """Say "after this time" instead: it stays true when what was before has been given out."""
+        """Move the marker to a later time: "lost after `ts_ns`" stays true once earlier records were passed on."""
         self.records["ts_ns"] = ts_ns
         self.records["skb_id"] = np.maximum(self.records["skb_id"], np.uint64(ts_ns))
 
 
 class RingMerger(Watermark):
-    """Holds views of what cannot be given out yet. Raises `SourceError` for records that no ring of ours can hold."""
+    """Merges sub-buffers of several CPUs, of which it keeps views; raises `SourceError` for impossible records."""
 
     def __init__(self, hold_back_ns: int, places: SeenPlaces, round_records: int = ROUND_RECORDS) -> None:
         super().__init__(hold_back_ns)
@@ -147,11 +148,11 @@ class RingMerger(Watermark):
         """Wait for this CPU from now on; it has no record before `complete_ns`."""
         super().add_cpu(cpu, complete_ns)
         self._waiting[cpu] = deque()
-        # In order of CPU, as records of equal time stand.
+        # In order of CPU, which is the order of records of equal time.
         self._waiting = dict(sorted(self._waiting.items()))
 
     def push(self, cpu: int, subbuf: Subbuf) -> None:
-        """Take a sub-buffer of one CPU, which follows in its ring those pushed before."""
+        """Add a sub-buffer of one CPU, which follows in its ring those pushed before."""
         ts = subbuf.records["ts_ns"]
         if self.given_ns is not None and len(ts) and ts[0] < self.given_ns:
             if isinstance(subbuf, Marker):
@@ -164,9 +165,10 @@ class RingMerger(Watermark):
             self._waiting[cpu].append(subbuf)
 
     def take(self, until_ns: int) -> Iterator[Batch]:
-        """All records before `until_ns`, in order, in batches of at most about `ROUND_RECORDS` records.
+        """Yield all records before `until_ns`, in order, in batches of about `ROUND_RECORDS` records at most.
 
-        `until_ns` is at most the watermark, except at the end. What a batch holds was given out by its sub-buffer.
+        `until_ns` is at most the watermark, except at the end of the stream. The records of a batch are copies; its
+        sub-buffers count them as passed on.
         """
         while True:
             round_ns = self._round(until_ns)
@@ -178,30 +180,30 @@ class RingMerger(Watermark):
                 return
 
     def flush(self) -> Iterator[Batch]:
-        """All that is left, at the end of the stream."""
+        """Yield all remaining records, at the end of the stream."""
         return self.take(_NEVER)
 
     def clear(self) -> None:
-        """Forget what waits, so that nothing looks into a ring any more."""
+        """Forget all waiting records, so that no view of a ring remains."""
         self._waiting.clear()
 
     # --- one round --------------------------------------------------------------------------------
 
     def _round(self, until_ns: int) -> int:
-        """Until when to merge next, so that no CPU gives more than its share of a round."""
+        """Return the time up to which to merge next, so that no CPU exceeds its share of a round."""
         share = max(self._round_records // max(sum(map(bool, self._waiting.values())), 1), 1)
         for waiting in self._waiting.values():
             room = share
             for subbuf in waiting:
                 if len(subbuf.records) >= room:
-                    # All of this time: equal ones must not be torn apart.
+                    # Include all records of this time: records of equal time belong into one round.
                     until_ns = min(until_ns, int(subbuf.records["ts_ns"][room - 1]) + 1)
                     break
                 room -= len(subbuf.records)
         return until_ns
 
     def _runs(self, until_ns: int) -> list[tuple[int, list[ModuleRecords]]]:
-        """Per CPU, in order, what is to be given out now; each CPU's is in order of time."""
+        """Return (cpu, records before `until_ns`) by CPU; the records of each CPU are in order of time."""
         runs = []
         for cpu, waiting in self._waiting.items():
             run: list[ModuleRecords] = []
@@ -226,16 +228,16 @@ class RingMerger(Watermark):
         words = np.concatenate([piece.view(abi.WORDS) for piece in pieces])
         order = self._order(ts, [cpu for cpu, _ in runs], lengths)
         if order is not None:
-            # As items without parts: numpy takes each in one go.
+            # As opaque 64-byte items, which numpy copies in one piece.
             words = words.view(_WHOLE).reshape(-1).take(order).view(abi.WORDS)
         columns = abi.columns(np.ascontiguousarray(words.T))
         hook, flags, place = columns["hook"], columns["flags"], columns["place"]
         if not _IS_HOOK.take(hook).all():
             raise SourceError(
-                f"the module's rings: a record of hook {hook[~_IS_HOOK[hook]][0]}, which was not asked for: a defect of"
+                f"the module's rings: a record of hook {hook[~_IS_HOOK[hook]][0]}, which does not exist: a defect of"
                 " the module, please report"
             )
-        # Where there is no device a record can still name the namespace of a socket.
+        # A record without a device can still name the namespace of a socket: clear it.
         place *= _HAS_DEVICE.take(hook) | ((flags & Flag.RECALLED) != 0)
         return Batch(
             ts_ns=columns["ts_ns"],
@@ -250,7 +252,7 @@ class RingMerger(Watermark):
         )
 
     def _order(self, ts: npt.NDArray[np.int64], cpus: list[int], lengths: list[int]) -> npt.NDArray[np.int64] | None:
-        """Indices that bring runs that stand one after the other in order of time; None if they are."""
+        """Return indices that bring concatenated runs into order of time, or None if they already are in order."""
         back = ts[1:] < ts[:-1]
         steps = int(np.count_nonzero(back))
         starts = [0, *np.cumsum(lengths).tolist()]
@@ -260,12 +262,12 @@ class RingMerger(Watermark):
                 f"the module's rings: time goes back in a ring of CPUs {', '.join(map(str, cpus))}: a defect of the"
                 " module, please report"
             )
-        # Sorted runs one after the other are what a merge sort has halfway, and numpy's stable sort finds them.
+        # numpy's stable sort (timsort) detects the sorted runs and only merges them.
         return np.argsort(ts, kind="stable") if between else None
 
 
 def _reasons(told: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
-    """Drop reasons in the column's own type. Mostly there are none, and a look is cheaper than a conversion."""
+    """Return drop reasons in the column's dtype. Mostly all are 0, and checking is cheaper than converting."""
     if not np.count_nonzero(told):
         return np.zeros(len(told), DTYPES["drop_reason"])
     return np.minimum(told, _NO_REASON).astype(DTYPES["drop_reason"])

@@ -1,11 +1,12 @@
-"""One CPU's ring as the module maps it: sub-buffers in, views of their records out, nothing copied.
+"""One CPU's ring as the module maps it: returns the records of sub-buffers as views, without copying.
 
     ┌────────────┬────────────┬─────
     │head records│head records│ ...      `subbufs` times `subbuf_bytes`, written and handed over round and round
     └────────────┴────────────┴─────
 
-What TAKE has handed over stays as it is until it is released. A sub-buffer is released once all of its records were
-given out, whole and in order; a reader that has to wait for long can copy what it holds and let the ring go on.
+A sub-buffer that TAKE has handed over does not change until it is released. The reader releases a sub-buffer, in order,
+once all of its records were passed on. A reader that has to wait for long can copy the records and release the ring's
+memory.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from contracts.abi import COLUMNS, RECORD, SUBBUF, WORDS
 from contracts.errors import SourceError
 
 ModuleRecords = npt.NDArray[Any]
-"""One-dimensional, of dtype `contracts.abi.COLUMNS`: the module's records, seen as columns of a batch."""
+"""The module's records as columns of a batch: one-dimensional, of dtype `contracts.abi.COLUMNS`."""
 
 
 class Take(Protocol):
-    """`MaceDevice.take` of one CPU."""
+    """`MaceDevice.take` bound to one CPU."""
 
     def __call__(self, *, release: int, flush: bool) -> TakenSubBuffers: ...
 
 
 class Subbuf:
-    """The records of one sub-buffer that are still to be given out."""
+    """The records of one sub-buffer that were not passed on yet."""
 
     __slots__ = ("_held", "lost", "lost_from_ns", "records")
 
@@ -40,30 +41,30 @@ class Subbuf:
         self.records = records
         """A view into the ring, or a copy; in order of time."""
         self.lost = lost
-        """Records of this CPU that were lost right before the first of them."""
+        """Records of this CPU that were lost right before the first record."""
         self.lost_from_ns = lost_from_ns
-        """Time of the first of those; 0 if none was."""
+        """Time of the first lost record; 0 if none was lost."""
         self._held = held
 
     @property
     def held(self) -> bool:
-        """Whether there are records in it that are only in the ring."""
+        """Whether the sub-buffer has records whose only copy is in the ring."""
         return self._held and len(self.records) > 0
 
     def given(self, count: int) -> None:
-        """The first `count` records were given out."""
+        """Note that the first `count` records were passed on."""
         self.records = self.records[count:]
 
     def copy_out(self) -> None:
-        """Keep the records elsewhere, so that the ring can go on."""
+        """Copy the records, so that the ring's memory can be released."""
         if self._held:
-            # As whole numbers: numpy copies structs member by member, four times as slowly.
+            # Copy as uint64 words: numpy copies structs member by member, which takes four times as long.
             self.records = self.records.view(WORDS).copy().view(COLUMNS).reshape(-1)
             self._held = False
 
 
 class CpuRing:
-    """Follows one ring. `memory` is at least `subbufs` times `subbuf_bytes`, and only ever read."""
+    """Reads one CPU's ring. `memory` has at least `subbufs` times `subbuf_bytes` and is never written."""
 
     def __init__(
         self, cpu: int, memory: mmap | bytearray | memoryview, subbuf_bytes: int, subbufs: int, take: Take
@@ -80,11 +81,11 @@ class CpuRing:
             self._records.append(one)
         self._unreleased: deque[Subbuf] = deque()
         self._released = 0
-        """Sub-buffers that were released so far: the number of the oldest that is not."""
+        """Sub-buffers released so far, which is the number of the oldest unreleased one."""
         self.seen = 0
-        """Records that were handed over so far."""
+        """Records handed over so far."""
         self.was_full = False
-        """Whether the ring had no room left when TAKE was called last: then records may be missing at its end."""
+        """Whether the ring was full at the last TAKE: then records may have been lost behind its last sub-buffer."""
 
     @property
     def fill(self) -> float:
@@ -97,9 +98,10 @@ class CpuRing:
         return self._done() / self._subbufs
 
     def take(self, *, flush: bool) -> tuple[list[Subbuf], int]:
-        """Release what was given out, and learn what is new: sub-buffers in order, and until when that is all (ns).
+        """Release sub-buffers that were passed on; return new ones in order, and the time of the call (`now_ns`).
 
-        Raises `SourceError` for what no ring can hold: then nothing that is in it can be believed.
+        With `flush` all records from before that time have been returned. Raises `SourceError` for an impossible ring,
+        no part of which can be trusted.
         """
         release = self._done()
         taken = self._take(release=release, flush=flush)
@@ -118,7 +120,7 @@ class CpuRing:
         return fresh, taken.now_ns
 
     def copy_out(self) -> None:
-        """Copy all that waits in the ring; the next `take` releases it."""
+        """Copy all records that wait in the ring; the next `take` releases its sub-buffers."""
         for subbuf in self._unreleased:
             subbuf.copy_out()
 

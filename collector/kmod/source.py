@@ -1,15 +1,15 @@
-"""The kernel module as a source: records of 64 bytes, out of rings that it shares with us.
+"""The kernel module as a live source: records of 64 bytes, read from rings that the module maps into this process.
 
     mace.ko ──sub-buffers──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
     (one ring per CPU)   TAKE           markers            devices, as they change, between them
 
-One tick takes all that is in the rings, the sub-buffers that are being filled included. A tick comes every poll
-interval, and sooner when a ring has a quarter of its sub-buffers full. TAKE says until when a ring has given all it
-had; that drives the merge. What the hold-back keeps stays in the rings, unless they run short of room: then it is
-copied out.
+One tick empties the rings, including the sub-buffers that the module is still filling. A tick runs every poll interval,
+and earlier when a quarter of a ring's sub-buffers is full. TAKE returns the time up to which a ring was emptied: these
+times drive the merge. Records that the hold-back delays stay in the rings, or are copied out when the rings run short
+of room.
 
-When a ring is full, the module discards what is new and counts it. Markers tell of it in the stream, and at the end the
-counts must agree: records written are records read, records lost are records told of.
+A full ring makes the module discard new records and count them. Markers report the losses in the stream. At the end the
+counts must agree: records written equal records read, and records lost equal the records that markers report.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ from contracts.topology import Device
 _log = logging.getLogger(__name__)
 
 _SUBBUF_BYTES: Final = 256 << 10
-"""4095 records: some hundred calls of numpy for each are nothing, and its second column comes from the cache."""
+"""Largest sub-buffer: 4095 records make the cost of some hundred numpy calls negligible, and still fit the cache."""
 _SUBBUFS_MIN: Final = 16
-"""Each tick uses up one, however little is in it; the hold-back and we keep a few."""
+"""Smallest number of sub-buffers in a ring: each tick uses one, however few its records; the hold-back and the reader
+keep a few."""
 _WATERMARK_SHARE: Final = 4
-"""A ring wakes us when one in so many of its sub-buffers is full."""
+"""A ring wakes the source when one in this many of its sub-buffers is full."""
 _FILLING: Final = 0.4
-"""A tick that finds so much of a ring comes late: the watermark asks for one at a quarter."""
+"""Fill of a ring that shows that a tick came late: the watermark wakes the source at a quarter."""
 _COPY_ABOVE: Final = 0.5
-"""The share of a ring that may wait for the hold-back in place."""
+"""Share of a ring that may wait in place for the hold-back."""
 _FLUSH_MS: Final = 10_000
-"""The longest there is: our own ticks see to what is waiting."""
+"""The module's longest flush interval: the source's own ticks flush the rings."""
 
 
 class Module(Protocol):
-    """What the source needs of `MaceDevice`; see there."""
+    """The methods of `MaceDevice` that the source calls."""
 
     hello: Hello
 
@@ -79,15 +80,15 @@ class Module(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KmodConfig:
-    """What can be chosen; the defaults suit a busy host."""
+    """Settings of the source; the defaults suit a busy host. Raises `ValueError` for a value out of range."""
 
     ring_kib_per_cpu: int = 8192
     """Memory for each CPU's ring, KiB. 8 MiB are about 131,000 records."""
     poll_interval_s: float = 0.05
     hold_back_ms: float = 50
-    """Records are given out this much later than they could be, for what is to stand before them."""
+    """Delay added before records are passed on, so that a topology read later can still precede them."""
     host: str = ""
-    """Whose records the stream says they are; empty: the machine's own name."""
+    """Host name in the stream's header; empty: the machine's own name."""
     wanted: SessionFilter = field(default_factory=SessionFilter)
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class KmodConfig:
 
     @property
     def subbuf_bytes(self) -> int:
-        """Of one sub-buffer: a power of two, at least a page, so that a ring has enough of them."""
+        """Bytes of one sub-buffer: a power of two, at least a page, small enough for 16 sub-buffers in a ring."""
         most = min(_SUBBUF_BYTES, self.ring_kib_per_cpu * 1024 // _SUBBUFS_MIN)
         return max(1 << max(most, 1).bit_length() - 1, mmap.PAGESIZE)
 
@@ -113,15 +114,15 @@ class KmodConfig:
 
 @dataclass(slots=True)
 class _Cpu:
-    """What we know of one CPU's ring."""
+    """State of one CPU's ring."""
 
     ring: CpuRing
     last_ns: int
     """Time of the last record that was handed over."""
     told_lost: int = 0
-    """Lost records that markers tell of."""
+    """Lost records that markers have reported."""
     head_lost: int = 0
-    """Those that the heads of sub-buffers tell of."""
+    """Lost records that the heads of sub-buffers have reported."""
 
 
 class KmodSource(RingSource):
@@ -151,7 +152,7 @@ class KmodSource(RingSource):
         self._module: Module | None = None
         self._cpus: dict[int, _Cpu] = {}
         self._elsewhere: int | None = None
-        """A CPU that came online after the rings were made: markers of what it lost are said to be its."""
+        """CPU in the markers for losses of CPUs without a ring: one that came online after the rings were made."""
         self._elsewhere_told = 0
         self._cost_before: dict[int, HookCost] = {}
         self._cost: tuple[HookCost, ...] = ()
@@ -160,7 +161,7 @@ class KmodSource(RingSource):
 
     @staticmethod
     def check(open_module: Callable[[], Module] = MaceDevice) -> Status:
-        """Whether this source can run here."""
+        """Return whether this source can run here, with the module's version and hooks."""
         try:
             module = open_module()
         except Unavailable as error:
@@ -197,7 +198,7 @@ class KmodSource(RingSource):
         config = self.config
         wanted = replace(config.wanted, hooks=hooks)
         await self._follow(wakes=False)
-        # Where nobody says which cookie is which namespace, the inode at least can be looked up.
+        # Use cookies only if the cookies of all devices are known; otherwise namespaces are identified by inode.
         cookies = hello.cookies and bool(self._devices) and all(device.netns_cookie for device in self._devices)
         if cookies:
             self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
@@ -225,7 +226,7 @@ class KmodSource(RingSource):
         self._merger.add_cpu(cpu, since_ns)
 
     def _give_back(self) -> None:
-        # Nothing may look into a ring when it is unmapped.
+        # No view of a ring may remain when it is unmapped.
         self._merger.clear()
         self._cpus.clear()
         if self._module is not None:
@@ -237,7 +238,7 @@ class KmodSource(RingSource):
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
-        """What the module's probes cost since `open`, for all of its sessions; nothing where we may not know."""
+        """Cost of the module's probes since `open`, over all sessions; empty if this session may not read it."""
         if self._module is not None:
             self._cost = self._cost_of(self._module)
         return self._cost
@@ -252,7 +253,7 @@ class KmodSource(RingSource):
     # --- the stream -----------------------------------------------------------------------------
 
     async def items(self) -> AsyncIterator[StreamItem]:
-        """Topology and batches until `request_stop`. A slow reader is felt in the module's rings, not here."""
+        """Yield topologies and batches until `request_stop`. A slow consumer fills the module's rings, not memory."""
         assert self._module is not None
         yield self._topology(self._began_ns)
         while not self._stopping:
@@ -263,10 +264,10 @@ class KmodSource(RingSource):
             self._make_room()
             self._devices_changed()
             if not self._module.hello.sees_all and self._module.greet().netns_gone:
-                _log.warning("kmod: the network namespace of this session has died: nothing more will come")
+                _log.warning("kmod: the network namespace of this session has died: no further record will follow")
                 break
-            # A tick every interval, not an interval between ticks: merging, and what those who read us do
-            # meanwhile, must not add to the latency.
+            # The interval runs from the start of one tick to the start of the next: the time for merging, and for the
+            # consumer's work meanwhile, must not add to the latency.
             rest_s = max(began + self.config.poll_interval_s - time.monotonic(), 0)
             await self._pause(rest_s, self._module.fileno())
         self._module.stop()
@@ -276,7 +277,7 @@ class KmodSource(RingSource):
         self._balance()
 
     def _learned(self, devices: tuple[Device, ...]) -> None:
-        """By how records name namespaces."""
+        """Index the devices by the cookie or inode with which records identify namespaces."""
         by_cookie = self._places.inode_of is not None
         self._names = {(d.netns_cookie if by_cookie else d.netns, d.ifindex): d.name for d in devices}
         self._inodes = {device.netns_cookie: device.netns for device in devices}
@@ -287,7 +288,7 @@ class KmodSource(RingSource):
     # --- the rings ------------------------------------------------------------------------------
 
     def _take_all(self, *, last: bool = False) -> None:
-        """Take what is in the rings, and what they have lost."""
+        """Read all rings, and report what they have lost."""
         self._add_late_cpus()
         for number, cpu in self._cpus.items():
             complete_ns = self._take(number, cpu, flush=True)
@@ -310,26 +311,29 @@ class KmodSource(RingSource):
         return now_ns
 
     def _tell_untold(self, number: int, cpu: _Cpu) -> None:
-        """What was lost behind the last sub-buffer: the head of the next would tell, but that may be long in coming."""
+        """Report records lost behind the last sub-buffer now: the next one, whose head has the count, may take long."""
         assert self._module is not None
         self._mark(number, cpu, int(self._module.stats(number).lost.sum()), time.monotonic_ns())
 
     def _mark(self, number: int, cpu: _Cpu, lost: int, until_ns: int) -> None:
-        """A marker for those of all `lost` that no marker tells of yet."""
+        """Push a marker for the records, of `lost` in total, that no marker has reported yet."""
         if lost > cpu.told_lost:
             self._merger.push(number, Marker(number, cpu.last_ns, lost - cpu.told_lost, until_ns))
             cpu.told_lost = lost
 
     def _add_late_cpus(self) -> None:
-        """Rings of CPUs that have come online: the module has made them before their first packet."""
+        """Add the rings of CPUs that came online: the module makes a ring before the CPU's first packet."""
         assert self._module is not None
         for cpu in online_cpus():
             if cpu not in self._cpus and self._module.has_ring(cpu):
-                # What it wrote before what was already given out comes too late, and is counted so.
+                # Records that the CPU wrote before `given_ns` arrive too late; the merger counts them as late.
                 self._add_cpu(cpu, self._since_ns())
 
     def _tell_elsewhere(self, *, last: bool) -> None:
-        """What CPUs lost that have no ring, because there was no memory when they came online: all of their records."""
+        """Report the losses of CPUs without a ring, which is all of their records.
+
+        A CPU has no ring if memory was short when it came online.
+        """
         assert self._module is not None
         late = [cpu for cpu in online_cpus() if cpu not in self._cpus]
         if self._elsewhere is None and (late or last):
@@ -339,7 +343,7 @@ class KmodSource(RingSource):
             if late:
                 _log.warning("kmod: CPU %d came online without memory for a ring: its records are lost", late[0])
         if self._elsewhere is not None:
-            # In this order: what rings lose in between makes the difference too small for now, never too large.
+            # Read the total first: losses of rings in between make the difference too small for now, never too large.
             everywhere = int(self._module.stats().lost.sum())
             lost = everywhere - sum(int(self._module.stats(cpu).lost.sum()) for cpu in self._cpus)
             now_ns = time.monotonic_ns()
@@ -350,7 +354,7 @@ class KmodSource(RingSource):
             self._merger.complete(self._elsewhere, now_ns)
 
     def _make_room(self) -> None:
-        """Release what was given out; where too much waits for the hold-back, let it wait elsewhere."""
+        """Release sub-buffers that were passed on; copy waiting records out of a ring that is more than half full."""
         for number, cpu in self._cpus.items():
             if cpu.ring.fill > _COPY_ABOVE:
                 cpu.ring.copy_out()
@@ -358,7 +362,7 @@ class KmodSource(RingSource):
                 self._take(number, cpu, flush=False)
 
     def _balance(self) -> None:
-        """After the end: the module's counts and ours are the same, or something is wrong with either."""
+        """Compare the module's counts with those of this source at the end; raises `SourceError` if they differ."""
         assert self._module is not None
         stats = self._module.stats()
         written, lost = int(stats.written.sum()), int(stats.lost.sum())
@@ -366,8 +370,8 @@ class KmodSource(RingSource):
         told = sum(cpu.told_lost for cpu in self._cpus.values()) + self._elsewhere_told
         if (written, lost) != (read, told):
             raise SourceError(
-                f"kmod: the module has written {written:,} records and lost {lost:,}, we have read {read:,} and told of"
-                f" {told:,} lost: a defect, please report"
+                f"kmod: the module has written {written:,} records and lost {lost:,}, but MACE has read {read:,} and"
+                f" reported {told:,} as lost: a defect, please report"
             )
 
 
@@ -376,7 +380,7 @@ def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
 
 
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> KmodSource:
-    """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
+    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown device or protocol."""
     return KmodSource(
         KmodConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
@@ -390,7 +394,10 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
 
 
 def wanted(config: CaptureConfig) -> SessionFilter:
-    """The filter keys of `[capture]`: namespaces by name or path, devices of this one by name, protocols."""
+    """Make the filter that `[capture]` describes; raises `ConfigError` for an unknown device or protocol.
+
+    Namespaces are given by name or path, devices of this network namespace by name.
+    """
     try:
         return SessionFilter(
             netns=tuple(map(path_of, config.netns)),

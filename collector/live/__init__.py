@@ -1,1 +1,1 @@
-"""What live sources share."""
+"""Parts that the live sources share."""

@@ -1,7 +1,7 @@
-"""What sources over rings share: the kernel fills a ring for each CPU, and the source empties them tick by tick.
+"""Base class of sources over rings: the kernel fills a ring for each CPU, and the source empties the rings in ticks.
 
-The lifecycle, the devices of the machine as they change between the records, what may be given out and what must wait,
-the header, and the pause from one tick to the next. A source adds how it comes by its rings and what is in them.
+The base class has the lifecycle, the stream's header, the topologies between the records, the decision which records
+may be passed on, and the pause between ticks. A subclass acquires the rings and decodes their content.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from contracts.version import VERSION
 
 
 class FollowsDevices(Protocol):
-    """What a source needs of who follows the devices of this machine."""
+    """Follows the devices of this machine for a source."""
 
     host_netns: int
     on_host_network: tuple[Sharer, ...]
     """Containers on the host's network, as of the last `poll`."""
     on_news: Callable[[], object]
-    """Called, from any thread, when `poll` has something to tell."""
+    """Called, from any thread, when the next `poll` will return devices."""
 
     async def open(self) -> None: ...
 
     def poll(self) -> tuple[Device, ...] | None:
-        """All devices, if anything changed since the last call, else None. The first call tells all."""
+        """Return all devices if anything changed since the last call, else None; the first call returns them all."""
         ...
 
     async def aclose(self) -> None: ...
 
 
 class SeenDevices(Protocol):
-    """Devices as records name them, in order of appearance."""
+    """The sightings of a stream: devices as its records identify them, in order of appearance."""
 
     def __len__(self) -> int: ...
 
@@ -54,10 +54,11 @@ class SeenDevices(Protocol):
 
 
 class RingSource(ABC):
-    """A `contracts.interfaces.Source` but for `items` and `cost`.
+    """A `contracts.interfaces.Source` without `items` and `cost`.
 
-    `name`: of the source, in headers. `host`: whose records the stream says they are; empty: the machine's own name.
-    `watermark`: the merger's. `seen`: what records name. `filling`: as `Urgency` has it.
+    `name`: the source's name in headers. `host`: the host's name in headers; empty: the machine's own. `follower`:
+    follows devices; None for a stream without devices. `watermark`: the merger. `seen`: the stream's sightings.
+    `filling`: see `begins` of `Urgency`.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class RingSource(ABC):
         self._devices: tuple[Device, ...] = ()
         self._sharers: tuple[Sharer, ...] = ()
         self._coming: deque[tuple[int, tuple[Device, ...], tuple[Sharer, ...]]] = deque()
-        """Devices, and containers on the host's network, waiting for their place in the stream, each with its time."""
+        """Changes that wait for their place in the stream: (from_ns, devices, containers on the host's network)."""
         self._host_netns = 0
-        """Inode of the host's network namespace; 0 where nobody follows devices."""
+        """Inode of the host's network namespace; 0 without a follower."""
         self._began_ns = 0
         self._urgency = Urgency(begins=filling)
         self._stopping = False
@@ -91,7 +92,7 @@ class RingSource(ABC):
     # --- lifecycle ------------------------------------------------------------------------------
 
     async def open(self) -> StreamHeader:
-        """Acquire the rings and begin to record. Raises `Unavailable` or `SourceError`, and leaves nothing behind."""
+        """Acquire the rings and begin to record; raises `Unavailable` or `SourceError` and then leaves nothing open."""
         try:
             return await self._acquire()
         except BaseException:
@@ -99,12 +100,12 @@ class RingSource(ABC):
             raise
 
     def request_stop(self) -> None:
-        """Stop recording; `items` ends after what was recorded."""
+        """Stop recording; `items` ends after the records made so far."""
         self._stopping = True
         self._wake.set()
 
     async def aclose(self) -> None:
-        """Give back the rings, go last again, stop following devices. Safe to call again."""
+        """Release the rings and the real-time priority, and stop following devices. Safe to call again."""
         self._urgency.end()
         try:
             self._give_back()
@@ -115,7 +116,7 @@ class RingSource(ABC):
 
     @property
     def discarded(self) -> int:
-        """Records that came after later ones were given out (see `collector.merge`)."""
+        """Records that arrived too late to be passed on in order (see `collector.merge`)."""
         return self._watermark.late
 
     @abstractmethod
@@ -151,7 +152,7 @@ class RingSource(ABC):
     # --- devices --------------------------------------------------------------------------------
 
     async def _follow(self, *, wakes: bool) -> None:
-        """Begin to follow devices. `wakes`: news of them ends a pause."""
+        """Begin to follow devices. With `wakes`, a change of devices ends a pause."""
         if self._follower is None:
             return
         if wakes:
@@ -163,12 +164,12 @@ class RingSource(ABC):
         self._host_netns = self._follower.host_netns
 
     def _devices_changed(self) -> bool:
-        """Look after devices; what is new waits for its place in the stream."""
+        """Poll for devices and return whether they changed; a change waits in `_coming` for its place in the stream."""
         if self._follower is None or (devices := self._follower.poll()) is None:
             return False
         self._learned(devices)
-        # New information holds from the latest time that no record was given out for. News comes at once, and a
-        # hold-back is longer than that takes, so that packets of a new device come behind it.
+        # A change holds from the latest time up to which records were passed on. The change is reported within less
+        # than a hold-back, so that packets of a new device follow its topology.
         from_ns = time.monotonic_ns() - self._hold_back_ns
         self._coming.append((max(from_ns, self._began_ns), devices, self._follower.on_host_network))
         return True
@@ -181,13 +182,13 @@ class RingSource(ABC):
     # --- the stream -----------------------------------------------------------------------------
 
     def _since_ns(self) -> int:
-        """From when on a CPU that is added now can have records in the stream."""
+        """Return the time from which on a CPU that is added now can have records in the stream."""
         return max(self._began_ns, self._watermark.given_ns or 0)
 
     def _released(self, *, to_the_end: bool = False, progress: bool = False) -> Iterator[StreamItem]:
-        """What may be given out: records, the devices where they changed between them, and up to when that is all.
+        """Yield the records that may be passed on, topologies where devices changed, and progress up to the watermark.
 
-        The last is told where no record tells it, and with `progress` in any case.
+        Progress follows only if there is no record, or always with `progress`. `to_the_end` releases all records.
         """
         watermark_ns = self._watermark.watermark_ns
         if watermark_ns is None:
@@ -205,14 +206,14 @@ class RingSource(ABC):
             yield Progress(watermark_ns)
 
     def _named(self, batches: Iterator[Batch]) -> Iterator[StreamItem]:
-        """Batches, each after the topology that tells what it names."""
+        """Yield the batches, each preceded by a topology if it has new sightings."""
         for batch in batches:
             if len(self._seen) > self._seen_told:
                 yield self._topology(int(batch.ts_ns[0]))
             yield batch
 
     async def _pause(self, duration_s: float, readable: int | None) -> None:
-        """So long at most; ends with the stop, with news of devices that wake, and when a file is readable."""
+        """Pause for at most `duration_s`; ends early on a stop, a change of devices, or when `readable` is readable."""
         loop = asyncio.get_running_loop()
         if not self._stopping:
             self._wake.clear()

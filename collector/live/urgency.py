@@ -1,10 +1,10 @@
-"""Whoever empties a ring goes first once the ring threatens to overflow, and only then.
+"""Real-time scheduling of a ring's reader, only while a ring threatens to overflow.
 
-Under a flood a CPU's time is shared by the senders, the kernel's own work for them, and us. Beside two senders on two
-CPUs a reader that needed less than half of one was seen to get a third; nice does not change that, as the scheduler
-weighs sessions before processes (sched(7), autogroup). So the thread is scheduled in real time, at the lowest
-such priority, from a tick that found a ring filling to one that found all of them emptied again. As long as
-nothing is in danger the reader takes its turn like others, and disturbs what is measured no more than they do.
+Under a flood the senders, the kernel's work for them, and the reader share the CPUs. Beside two senders on two CPUs, a
+reader that needed less than half of a CPU was observed to get a third. nice does not help, because the scheduler
+weighs sessions before processes (sched(7), autogroup). The thread is therefore scheduled in real time, at the lowest
+such priority, from a tick that finds a ring filling until a tick that finds all rings emptied. Without such danger the
+reader is scheduled like other processes and disturbs the measured traffic no more than they do.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ _log = logging.getLogger(__name__)
 
 
 class Urgency:
-    """Of the thread that calls `felt`. Others, and those it starts, are left as they are.
+    """Scheduling class of the thread that calls `felt`; other threads, and those that it starts, keep theirs.
 
-    `begins`: the part of a ring, 0 to 1, that fills no ring in time that is read in its turn.
+    `begins`: fill of a ring, 0 to 1, at which real-time scheduling begins; a ring read in time stays below it.
     """
 
     def __init__(self, *, begins: float) -> None:
         self._begins = begins
         self._urgent = False
-        # Whoever scheduled us otherwise (chrt) had reasons.
+        # Keep the policy of a user who has chosen another one (chrt).
         self._allowed = os.sched_getscheduler(0) == os.SCHED_OTHER
 
     def felt(self, filled: float) -> None:
-        """Go first, or no longer. `filled`: of the fullest ring the part that waited to be read, 0 to 1."""
+        """Begin or end real-time scheduling. `filled`: unread share of the fullest ring, 0 to 1."""
         if self._urgent:
             if filled < self._begins / 2:
                 self.end()
         elif filled >= self._begins and self._allowed:
             try:
-                # On fork: threads and processes that we start are not to go first, too.
+                # SCHED_RESET_ON_FORK: threads and processes started from here do not inherit the priority.
                 os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
                 self._urgent = True
             except OSError as error:
@@ -42,7 +42,7 @@ class Urgency:
                 _log.info("a ring fills, and this process may not be scheduled in real time: %s", error)
 
     def end(self) -> None:
-        """Take turns like others again."""
+        """End real-time scheduling."""
         if self._urgent:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
             self._urgent = False

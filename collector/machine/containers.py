@@ -1,15 +1,15 @@
-"""What the container of a network namespace is called, and which containers have none of their own.
+"""Names of the containers of network namespaces, and the containers without a namespace of their own.
 
-From the best source that knows it:
+The name is from the first of these origins that has one:
 
 0. the lab, whose namespaces are called mace-LAB-NAME in /run/netns and whose containers NAME;
 1. the Docker or Podman API, over its unix socket: the container's own name;
-2. the namespace's name in /run/netns, unless a program has drawn it;
+2. the namespace's name in /run/netns, unless a program generated it at random;
 3. the control group of the namespace's first process: the first 12 digits of the container's id, as runtimes print it;
-4. that process: `comm[pid]`.
+4. the name of that process: `comm[pid]`.
 
-The API is asked in a thread of its own, when a namespace without a name has come and, since containers can be renamed,
-every few seconds while it names any: a daemon that hangs delays names, never a measurement.
+A thread of its own queries the API when a namespace without a name appears, and every few seconds while the API names
+any container, because containers can be renamed. A daemon that hangs delays names, but never a measurement.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from contracts.names import text_of
 
 API_SOCKETS: Final = ("/run/docker.sock", "/var/run/docker.sock", "/run/podman/podman.sock")
 YOUNG_S: Final = 2.0
-"""For so long a process may still be a runtime's that is about to become something else."""
+"""Age of a process up to which it may be a runtime's child that is still about to become the container's process, s."""
 _API_TIMEOUT_S: Final = 2.0
 _API_ANSWER_BYTES: Final = 64 << 20
-"""An inspected container is about 10 kB, a list entry 1 kB: 64 MiB is no container host, but somebody's mistake."""
+"""Largest answer that is read. An inspected container takes about 10 kB, a list entry 1 kB: an answer of 64 MiB is no
+list of containers."""
 _ASK_AGAIN_S: Final = (0.05, 0.05, 0.1, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-"""A sandbox exists before its container has a process and so a name; after 6 s it is nobody's."""
+"""Pauses between queries for missing names: a sandbox exists before its container has a process, and so a name. After
+some 6 s the namespace is considered to belong to no container."""
 _RENAMED_S: Final = 3.0
-"""A daemon is asked so often whether the containers that it has named are still called so: a list, which takes it some
-milliseconds even for hundreds of them. The stream of its events would tell at once, but is not the same everywhere, and
-its end has to be found out by asking."""
+"""Interval of queries for renamed containers: one list, which takes the daemon some milliseconds even for hundreds of
+containers. The daemon's event stream would report a rename at once, but it differs between daemons, and its end can
+only be detected by a query."""
 
 _IN_CGROUP: Final = re.compile(
     r"(?:/|docker-|libpod-|crio-|cri-containerd-|containerd-|:)([0-9a-f]{64})(?:\.scope)?(?:/|$)", re.MULTILINE
@@ -51,43 +53,46 @@ _MACHINE_IN_CGROUP: Final = re.compile(
     r"/machine\.slice/(?:machine-|systemd-nspawn@)([^/\n]+?)(?:\.scope|\.service)?(?:/|$)", re.MULTILINE
 )
 SHORT_ID: Final = 12
-"""Digits of an id that runtimes print."""
+"""Digits of a container's id that runtimes print."""
 _APPTAINER: Final = re.compile(rb"(?:Apptainer|Singularity) runtime parent: ([^\0]+)")
-"""How the process is called that waits for a container's end; the container itself is in nobody's control group."""
+"""Command line of the process that waits for an Apptainer container's end; Apptainer makes no control group."""
 _SYSTEMD_ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
-"""unit_name_escape in systemd's unit-name.c. It spells `/` as `-` besides, but no machine's name has one."""
+"""unit_name_escape in systemd's unit-name.c. It also spells `/` as `-`, but a machine's name contains no `/`."""
 _MADE_UP: Final = re.compile(r"(?:cni|netns|cnitest)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""Names in /run/netns that a program has drawn: Podman's and the CNI plugins'. Anything else names them better."""
+"""Names in /run/netns that Podman and the CNI plugins generate at random. Any other name says more."""
 
 _LABS: Final = Path("/run/mace/labs")
-"""Where the lab keeps its state, LAB.json: without such a file `mace-x-y` is just somebody's name."""
+"""Directory of the lab's state, LAB.json. Without that file a namespace `mace-LAB-NAME` is not the lab's."""
 _LAB_NETNS: Final = re.compile(r"mace-([a-z0-9-]+)-([a-z0-9]+)")
 
 
 def name_in_lab(netns_name: str) -> str:
-    """The container's name if a lab made the namespace, else ""."""
+    """Return the container's name if a lab made the namespace, else ""."""
     made = _LAB_NETNS.fullmatch(netns_name)
     return made[2] if made and (_LABS / f"{made[1]}.json").exists() else ""
 
 
 def is_made_up(netns_name: str) -> bool:
-    """Whether a name in /run/netns was drawn by a runtime and says nothing."""
+    """Return whether a runtime generated this name in /run/netns at random, so that it identifies nothing."""
     return _MADE_UP.fullmatch(netns_name) is not None
 
 
 class Called(NamedTuple):
-    """What a container is called."""
+    """Name and id of a container."""
 
     name: str
     container_id: str = ""
-    """Its whole id, where its runtime gives one."""
+    """The container's full id; "" if its runtime gives none."""
 
 
 NOBODY: Final = Called("")
 
 
 def called_by_process(pid: int) -> Called:
-    """The container's short id if the process's control group tells, else `comm[pid]`; `NOBODY` if it has ended."""
+    """Name the container of a process: its short id if the control group has one, else `comm[pid]`.
+
+    Returns `NOBODY` if the process has ended.
+    """
     try:
         cgroup = _cgroup_of(pid)
         named = name_in_cgroup(cgroup) or f"{text_of(Path(f'/proc/{pid}/comm').read_bytes().strip())}[{pid}]"
@@ -101,8 +106,9 @@ def _cgroup_of(pid: int) -> str:
 
 
 def name_in_cgroup(text: str) -> str:
-    """The short id, or the name that LXC or systemd-machined (nspawn, libvirt) knows, "" if none, in the text of
-    /proc/PID/cgroup as `os.fsdecode` makes it.
+    """Return the container's name in the text of /proc/PID/cgroup (decoded by `os.fsdecode`), "" if there is none.
+
+    The name is the short id, or the name that LXC or systemd-machined (nspawn, libvirt) gave the container.
     """
     if identity := id_in_cgroup(text):
         return identity[:SHORT_ID]
@@ -116,18 +122,18 @@ def name_in_cgroup(text: str) -> str:
 
 
 def id_in_cgroup(text: str) -> str:
-    """The whole id of the container, "" if there is none, in the text of /proc/PID/cgroup."""
+    """Return the container's full id in the text of /proc/PID/cgroup, "" if there is none."""
     ids = _IN_CGROUP.findall(text)
-    # The innermost: a container may run in a container.
+    # The last id is that of the innermost container, if containers are nested.
     return str(ids[-1]) if ids else ""
 
 
 class ApiError(Exception):
-    """A container daemon did not answer, or not in a way that we understand."""
+    """A container daemon did not answer, or its answer is not understood."""
 
 
 class ContainerApi:
-    """The two questions that Docker and Podman answer alike (Docker Engine API v1.24 and later, unversioned paths)."""
+    """The two queries that Docker and Podman answer alike (Docker Engine API v1.24 and later, unversioned paths)."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -135,10 +141,11 @@ class ContainerApi:
         self._connection: UnixConnection | None = None
 
     def running(self) -> list[tuple[int, Called]]:
-        """Every container that runs, with the inode of the network namespace that it names. Raises `ApiError`.
+        """Return (inode of its network namespace, name and id) of every running container; raises `ApiError`.
 
-        Only containers that are new, or whose process is no longer the one we know, are inspected. Those that share
-        another's namespace (`--network container:...`, Podman's pods) leave it to its owner: theirs is 0.
+        Only new containers, and those whose process has changed, are inspected. The inode is 0 for a container that
+        shares another container's namespace (`--network container:...`, Podman's pods): the namespace has the owner's
+        name.
         """
         deadline = time.monotonic() + _API_TIMEOUT_S
         connection = self._connection = UnixConnection(self._path, _API_TIMEOUT_S)
@@ -161,7 +168,7 @@ class ContainerApi:
                     known[identity] = (pid, inode)
             self._known = known
         except (OSError, http.client.HTTPException, ValueError, RecursionError, AttributeError) as failure:
-            # AttributeError: interrupt() has taken the socket from under http.client.
+            # AttributeError: interrupt() has shut down the socket while http.client was using it.
             raise ApiError(f"{self._path}: {str(failure) or type(failure).__name__}") from failure
         else:
             return found
@@ -170,7 +177,7 @@ class ContainerApi:
             connection.close()
 
     def interrupt(self) -> None:
-        """Make a `names` that is waiting in another thread fail."""
+        """Make `running` fail if it is waiting in another thread."""
         connection = self._connection
         sock = connection.sock if connection else None
         if sock is not None:
@@ -189,27 +196,27 @@ class ContainerApi:
             body += piece
             if len(body) > _API_ANSWER_BYTES or time.monotonic() > deadline:
                 raise ApiError(f"{self._path}: {path}: no end of the answer after {len(body)} bytes")
-        response.close()  # read1 leaves that to us, and the connection is good for the next question only then
+        response.close()  # read1 does not close it, and only then can the connection be reused
         if response.status == http.client.NOT_FOUND and path != "/containers/json":
-            return {}  # gone since it was listed
+            return {}  # the container has ended since it was listed
         if response.status != http.client.OK:
             raise ApiError(f"{self._path}: {path}: HTTP {response.status} {response.reason}")
         return json.loads(body)
 
 
 def _identity(entry: object) -> tuple[str, str]:
-    """(id, name) of an entry of the list; raises `ApiError`."""
+    """Return (id, name) of an entry in the list of containers; raises `ApiError`."""
     if isinstance(entry, dict):
         identity, names = entry.get("Id"), entry.get("Names")
         if isinstance(identity, str) and identity:
-            # "/web" is its own name; "/other/alias" is a link's.
+            # "/web" is the container's own name; "/other/alias" is the name of a link.
             own = [n for n in names if isinstance(n, str) and n.count("/") <= 1] if isinstance(names, list) else []
             return identity, own[0].lstrip("/") if own else ""
     raise ApiError(f"expected a container with an Id, found {str(entry)[:80]}")
 
 
 def _namespace(inspected: object) -> tuple[int, int]:
-    """(pid, inode) of an inspected container, zeros while it has no process."""
+    """Return (pid, inode of the network namespace) of an inspected container, zeros while it has no process."""
     state = inspected.get("State") if isinstance(inspected, dict) else None
     pid = state.get("Pid") if isinstance(state, dict) else None
     if not isinstance(pid, int) or pid <= 0:
@@ -224,19 +231,19 @@ def _shares(inspected: object) -> bool:
 
 
 class Sharing:
-    """Which containers have processes in a network namespace that is not their own: the host's.
+    """Finds the containers whose processes are in the host's network namespace.
 
-    With `--network host`, or as Apptainer does by default, a container has no device of its own. Each process is asked
-    once, 20 µs, and again while it is young: a runtime's child becomes the container's process only then.
+    With `--network host`, or by default in Apptainer, a container has no device of its own. Each process is examined
+    once (20 µs), and again while it is young, because a runtime's child becomes the container's process only then.
     """
 
     def __init__(self) -> None:
         self._own: Final = _container_of(os.getpid())
         self._asked: dict[int, tuple[float, Called]] = {}
-        """Process → when it was first met, and the container that it is in."""
+        """Process id → (time when the process was first seen, its container)."""
 
     def among(self, pids: Iterable[int], now_s: float) -> frozenset[Called]:
-        """The containers of these processes, by what the processes tell; our own left out."""
+        """Return the containers of these processes, without the container in which MACE runs."""
         asked: dict[int, tuple[float, Called]] = {}
         for pid in pids:
             since_s, called = self._asked.get(pid, (now_s, NOBODY))
@@ -248,7 +255,7 @@ class Sharing:
 
 
 def _container_of(pid: int) -> Called:
-    """The container that a process is in; `NOBODY` if it is in none, or has ended."""
+    """Return the container of a process; `NOBODY` if it is in none, or has ended."""
     try:
         cgroup = _cgroup_of(pid)
         if named := name_in_cgroup(cgroup):
@@ -260,10 +267,10 @@ def _container_of(pid: int) -> Called:
 
 
 class NameService:
-    """Asks every API there is, in a thread, for as long as names are missing; then whether names changed.
+    """Queries all container APIs in a thread: while names are missing, and then for renamed containers.
 
-    `want` says whose; `called` and `of_ids` are what is known (replaced, never changed); `on_change` is called in the
-    thread when one of them is replaced.
+    `want` sets the namespaces and containers to name. `called` and `of_ids` hold the names found; both are replaced,
+    never modified. `on_change` is called in the thread when one of them is replaced.
     """
 
     def __init__(self, sockets: Sequence[str], on_change: Callable[[], None]) -> None:
@@ -276,26 +283,26 @@ class NameService:
         self._asked = threading.Event()
         self._fresh = False
         self._has_named = False
-        """An API has given a name that was wanted: it knows containers, which can be renamed."""
+        """Whether an API has named a container: then renames are possible."""
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.called: Mapping[int, Called] = {}
-        """By the inode of the container's network namespace."""
+        """Inode of a network namespace → name and id of its container."""
         self.of_ids: Mapping[str, str] = {}
-        """By the container's id."""
+        """Container id → name."""
         self.errors: Mapping[str, str] = {}
-        """API socket → what is wrong with it, as of the last attempt."""
+        """API socket → error of the last query."""
 
     @property
     def names(self) -> dict[int, str]:
-        """By the inode of the container's network namespace, names alone."""
+        """Inode of a network namespace → name of its container."""
         return {inode: called.name for inode, called in self.called.items()}
 
     def want(self, wanted: Mapping[int, int], ids: frozenset[str] = frozenset()) -> None:
-        """Namespaces to find names for, inode → a serial that tells namespaces with the same inode apart; and the ids
-        of containers without a namespace of their own.
+        """Set the namespaces and containers to name; new ones start a new round of queries.
 
-        A new one among them starts a new round of questions.
+        `wanted`: inode → a serial, which distinguishes successive namespaces with the same inode. `ids`: ids of
+        containers without a namespace of their own.
         """
         with self._condition:
             new, new_ids = wanted.items() - self._wanted.items(), ids - self._wanted_ids
@@ -312,24 +319,24 @@ class NameService:
                 self._condition.notify()
 
     def wait(self, timeout_s: float) -> None:
-        """Until the APIs have been asked once since the last `want`, at most `timeout_s`; at once if there is none."""
+        """Wait until the APIs were queried since the last `want`, at most `timeout_s`; return at once without APIs."""
         if self._thread is not None:
             self._asked.wait(timeout_s)
 
     def close(self) -> None:
-        """Ends the thread, also one that waits for a daemon."""
+        """End the thread, even if it waits for a daemon."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
         if self._thread is not None:
-            # It may be about to connect just now: ask until it has heard.
+            # The thread may be about to connect, where an interrupt has no effect yet: repeat until it ends.
             while self._thread.is_alive():
                 for api in list(self._apis.values()):
                     api.interrupt()
                 self._thread.join(0.05)
 
     def _live_sockets(self) -> list[str]:
-        """Those that exist, each once: /var/run is /run nearly everywhere."""
+        """Return the sockets that exist, each once: /var/run is a link to /run nearly everywhere."""
         return list(dict.fromkeys(os.path.realpath(path) for path in self._sockets if os.path.exists(path)))  # noqa: PTH110
 
     def _run(self) -> None:
@@ -345,7 +352,7 @@ class NameService:
             self._ask()
 
     def _pause_s(self, attempt: int) -> float | None:
-        """How long to wait before asking again without being told to; None: not at all."""
+        """Return the pause until the next query, s; None to wait for the next `want`."""
         pauses = []
         if self._missing() and attempt < len(_ASK_AGAIN_S):
             pauses.append(_ASK_AGAIN_S[attempt])
@@ -365,7 +372,7 @@ class NameService:
                 running = self._apis.setdefault(path, ContainerApi(path)).running()
             except ApiError as failure:
                 errors[path] = str(failure)
-                # What it said before still holds for the containers that live.
+                # The daemon's previous answers still hold for living containers.
                 names |= {inode: called for inode, called in self.called.items() if inode in self._wanted}
                 of_ids |= self.of_ids
             else:

@@ -1,15 +1,15 @@
-"""The devices of this machine, in all its network namespaces, and how they come and go.
+"""The devices of this machine in all its network namespaces, followed as they appear, change and disappear.
 
     thread "mace-devices", in an empty network namespace of its own
       link, route and namespace events ─┐
-      mounts changed (a named netns)   ─┼→ what is dirty → ask again → snapshot ─→ poll()
+      mounts changed (a named netns)   ─┼→ mark as dirty → query again → snapshot ─→ poll()
       every second: /proc/*/ns/net     ─┤
     thread "mace-container-names"      ─┘
 
-The namespace of the thread's own has a number for every other one; that suffices to list their links and to hear
-their events, and keeps none of them alive (see `collector.machine.rtnetlink`). Only for default routes the thread
-steps into the others, for a fraction of a millisecond. Events say only *that* something changed: what it is now is
-asked, so that lost or reordered events cannot leave a wrong picture.
+The thread's namespace has a number for every other namespace. The number suffices to list the other namespace's links
+and to receive its events, and does not keep it alive (see `collector.machine.rtnetlink`). Only for default routes does
+the thread enter the other namespaces, for a fraction of a millisecond. Events only mark *that* something changed; the
+current state is queried, so that lost or reordered events cannot leave a wrong picture.
 """
 
 from __future__ import annotations
@@ -70,23 +70,23 @@ from contracts.topology import Device, Sharer, assign_roles, newest_names
 log = logging.getLogger(__name__)
 
 _QUIET_S: Final = 0.002
-"""Events come in bursts (a container start is some forty): wait for this long a pause before asking ..."""
+"""Pause without events that ends a burst: the start of a container causes some forty events, queried together."""
 _BURST_S: Final = 0.05
-"""... but at most this long, so that a machine in constant change is still followed."""
+"""Longest wait for the end of a burst, so that a machine in constant change is still followed."""
 _REST: Final = 5
-"""After a snapshot there is no other for so many times as long as it took to make: on a host of a thousand containers,
-where that is 15 ms, it costs a sixth of a core at most, and news is up to 75 ms late."""
+"""Pause after a snapshot, in multiples of the time that it took to make. On a host of a thousand containers a snapshot
+takes 15 ms: following then costs at most a sixth of a core, and a change is reported up to 75 ms late."""
 _ROUNDS: Final = 8
 _SEARCHES: Final = 3
 _SEARCH_S: Final = 0.5
-"""A namespace that the ordinary scan has not found for so long is searched for, a few times (60 ms of CPU time for 1000
-processes with 30 files)."""
+"""Age, s, at which a namespace that the ordinary scan has not found is searched for, at most `_SEARCHES` times (60 ms
+of CPU time for 1000 processes with 30 files)."""
 _ONE_BY_ONE: Final = 64
-"""More changed links than this in one namespace are asked for all at once."""
+"""Largest number of changed links in one namespace that are queried one by one; more are listed all at once."""
 _STOP_S: Final = 10.0
-"""A run's end waits so long for the thread that follows devices: 100 times what it takes on a busy machine."""
+"""How long the end of a run waits for the thread that follows devices: 100 times what it takes on a busy machine."""
 _FIRST_NAMES_S: Final = 0.5
-"""The first snapshot waits so long for container names. A daemon in good health needs some 10 ms."""
+"""How long the first snapshot waits for container names. A healthy daemon needs some 10 ms."""
 _REMEDY: Final = (
     "run as root (to see other network namespaces it needs CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_NET_ADMIN and"
     " CAP_NET_BROADCAST)"
@@ -95,23 +95,23 @@ _REMEDY: Final = (
 
 @dataclass(slots=True, eq=False)
 class _Namespace:
-    """What is known of a namespace that the kernel has given us a number for."""
+    """State of a namespace for which the thread's namespace has a number."""
 
     nsid: int
     serial: int
-    """Never used twice, unlike the number and the inode."""
+    """Unique over the run; the kernel reuses the number and the inode."""
     found: Found
     since_s: float
     cookie: int = 0
     links: dict[int, Link] = field(default_factory=dict)
     default_routes: frozenset[int] = frozenset()
     by_process: Called = NOBODY
-    """What its first process tells of the container."""
+    """Container of the namespace's first process."""
     searches: int = 0
 
     @property
     def inode(self) -> int:
-        """Its inode, or a number below any inode where nobody can tell it.
+        """The namespace's inode or, while it is unknown, a number below any inode.
 
         nsfs has its inodes from 0xF0000000 on (PROC_DYNAMIC_FIRST in fs/proc/generic.c; the first ones just below).
         """
@@ -119,15 +119,15 @@ class _Namespace:
 
 
 class _Snapshot(NamedTuple):
-    """A snapshot."""
+    """A snapshot of the machine's devices."""
 
     devices: tuple[Device, ...] = ()
-    """All, roles assigned, sorted."""
+    """All devices with their roles, sorted."""
     on_host_network: tuple[Sharer, ...] = ()
 
 
 class _Watch:
-    """The synchronous core. All of it happens in one thread, which it moves to a network namespace of its own."""
+    """Synchronous core of `DeviceFollower`; it runs in one thread, which it moves to a network namespace of its own."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Watch:
         self._by_nsid: dict[int, _Namespace] = {}
         self._serials = count(1)
         self._dirty: dict[int, set[int]] = {}
-        """nsid → ifindexes to ask for; 0 stands for all."""
+        """nsid → ifindexes to query; 0 stands for all links."""
         self._dirty_routes: set[int] = set()
         self._scan_at_s = 0.0
         self._changed = False
@@ -165,14 +165,14 @@ class _Watch:
         self._ids_by_api: set[str] = set()
         self._sharing = Sharing()
         self._sharers: frozenset[Called] = frozenset()
-        """Containers on the host's network, as their processes tell."""
+        """Containers on the host's network, found by their processes."""
         self._built: dict[int, tuple[tuple[object, ...], list[Device]]] = {}
-        """Serial of a namespace → what its devices were last made from, and they."""
+        """Serial of a namespace → (the values from which its devices were last made, the devices)."""
         self._build_at_s = 0.0
         self._taken = _Snapshot()
 
     def open(self) -> _Snapshot:
-        """Look at everything. Raises `Unavailable`. Called once; `close` also after a failure."""
+        """Return the first snapshot; raises `Unavailable`. Called once; call `close` even after a failure."""
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._resources.callback(self._close_wake_fd)
         try:
@@ -200,8 +200,8 @@ class _Watch:
             (self._namespaces.fileno(), select.POLLPRI),
         ):
             self._poll.register(fd, what)
-        # Process 1 may be hidden even from root (a security module, a process id namespace without it); whoever can
-        # see other namespaces at all is then most likely in the host's.
+        # Process 1 may be hidden even from root (by a security module, or in a PID namespace of its own). A process
+        # that sees other namespaces at all is then most likely in the host's.
         self._init_netns = inode_of("/proc/1/ns/net") or inode_of("/proc/self/ns/net") or 0
         self._catch_up()
         self.host_netns = self._find_host(self._asked_host)
@@ -212,7 +212,7 @@ class _Watch:
         return self._taken
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         self._resources.close()
 
     def _close_wake_fd(self) -> None:
@@ -221,13 +221,13 @@ class _Watch:
             self._wake_fd = -1
 
     def wake(self) -> None:
-        """From any thread, at any time: let `step` return."""
+        """Make `step` return; callable from any thread at any time."""
         with self._wake_lock:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
 
     def step(self) -> _Snapshot | None:
-        """Wait until something happens or the next scan is due; the new snapshot if anything changed."""
+        """Wait for an event or the next scan; return a new snapshot if anything changed, else None."""
         next_s = min(self._scan_at_s, self._build_at_s) if self._outdated() else self._scan_at_s
         self._wait(max(next_s - time.monotonic(), 0))
         self._catch_up()
@@ -268,8 +268,8 @@ class _Watch:
             timeout_s = _QUIET_S
 
     def _catch_up(self) -> None:
-        # Listing a veth can number its peer's namespace, which is an event, which asks for a scan. A few rounds end
-        # that; a machine in constant change goes on at the next step.
+        # Listing a veth can number its peer's namespace, which causes an event and so another scan. A few rounds
+        # suffice; on a machine in constant change the next step continues.
         for _ in range(_ROUNDS):
             self._read_events()
             if time.monotonic() >= self._scan_at_s:
@@ -279,7 +279,7 @@ class _Watch:
             self._ask_links()
             self._ask_routes()
 
-    # --- what happened -----------------------------------------------------------------------------
+    # --- events ------------------------------------------------------------------------------------
 
     def _read_events(self) -> None:
         events, lost = self._events.read()
@@ -291,24 +291,24 @@ class _Watch:
     def _note(self, event: Event) -> None:
         namespace = self._by_nsid.get(event.nsid)
         if event.type == RTM_DELNSID:
-            # It is dead. Numbers and inodes are given out again: look for its successor at once.
+            # The namespace has died. The kernel reuses numbers and inodes: scan for a successor at once.
             self._forget(event.nsid)
         elif event.type == RTM_NEWNSID:
             if namespace is None:
-                # The kernel met it as a peer's namespace before we did. Listed under its number for now.
+                # The kernel numbered it as a peer's namespace, before a scan found it. Known by its number for now.
                 self._add(event.nsid, Found(0))
         elif namespace is None:
-            pass  # an event from before its number was taken back
+            pass  # an event from before the number was removed
         elif event.type in (RTM_NEWROUTE, RTM_DELROUTE):
             self._dirty_routes.add(event.nsid)
         else:
             self._dirty.setdefault(event.nsid, set()).add(event.ifindex)
             if event.ifindex in namespace.default_routes:
-                # A device that goes down takes its IPv4 routes along without a word (fib_sync_down_dev).
+                # A device that goes down removes its IPv4 routes without an event (fib_sync_down_dev).
                 self._dirty_routes.add(event.nsid)
 
     def _start_over(self) -> None:
-        """Events were lost, so any number can mean another namespace by now: number and list them all again."""
+        """List everything again after events were lost, because any number may now be of another namespace."""
         self._by_nsid.clear()
         self._dirty.clear()
         self._dirty_routes.clear()
@@ -316,7 +316,7 @@ class _Watch:
             self._add(nsid, Found(0))
 
     def _cookie(self, netns_fd: int) -> int:
-        """The namespace's cookie; 0 where it is not told."""
+        """Return the namespace's cookie; 0 if it cannot be read."""
         try:
             with inside(netns_fd, self._home_fd):
                 return cookie_here()
@@ -337,7 +337,7 @@ class _Watch:
         self._dirty_routes.discard(nsid)
         self._scan_at_s = time.monotonic()
 
-    # --- what is there now -------------------------------------------------------------------------
+    # --- current state -----------------------------------------------------------------------------
 
     def _scan(self) -> None:
         found = self._namespaces.scan()
@@ -354,7 +354,7 @@ class _Watch:
                 namespace.by_process = namespace.by_process if called is NOBODY else called
             self._changed |= place.name != namespace.found.name
             namespace.found = place
-        # Those known but not found are held by a file somewhere, or about to be reported dead: the kernel says which.
+        # A known namespace that the scan did not find is kept by an open file, or its RTM_DELNSID is about to arrive.
         for namespace in list(self._by_nsid.values()):
             if not namespace.found.inode and namespace.searches < _SEARCHES and now_s > namespace.since_s + _SEARCH_S:
                 self._search()
@@ -363,13 +363,16 @@ class _Watch:
         self._scan_at_s = now_s + self._rescan_interval_s
 
     def _look_for_sharers(self) -> None:
-        """Of the processes of the last scan. At the first nobody knows yet which namespace is the host's."""
+        """Find the containers on the host's network among the processes of the last scan.
+
+        At the first scan the host's namespace is not known yet, so that none is found.
+        """
         found = self._sharing.among(self._namespaces.occupied.get(self.host_netns, ()), time.monotonic())
         self._changed |= found != self._sharers
         self._sharers = found
 
     def _search(self) -> None:
-        """Look in every corner for namespaces of which only the number is known."""
+        """Search open files and other mount namespaces for namespaces of which only the number is known."""
         nameless = {nsid for nsid, namespace in self._by_nsid.items() if not namespace.found.inode}
         for nsid in nameless:
             self._by_nsid[nsid].searches += 1
@@ -379,7 +382,7 @@ class _Watch:
             if fd is None:
                 continue
             try:
-                # None for those that nobody has met: another observer's, our own.
+                # None for a namespace without a number: this thread's own, or another observer's.
                 nsid_or_none = self._queries.number_if_any(fd)
                 cookie = self._cookie(fd)
             except OSError:
@@ -392,7 +395,7 @@ class _Watch:
     def _number(self, place: Found) -> None:
         fd = open_netns(place)
         if fd is None:
-            return  # it has just gone
+            return  # the namespace has just died
         try:
             nsid = self._queries.number(fd)
             cookie = self._cookie(fd)
@@ -422,7 +425,7 @@ class _Watch:
             except NamespaceGone:
                 self._forget(nsid)
                 continue
-            # A link that moves to another namespace leaves its veth peer, or what is stacked on it, without an event.
+            # When a link moves to another namespace, its veth peer and the links stacked on it get no event.
             for ifindex in namespace.links.keys() - before:
                 self._ask_peer(namespace, namespace.links[ifindex])
             gone = before - namespace.links.keys()
@@ -430,7 +433,7 @@ class _Watch:
                 self._ask_those_who_point_at(nsid, gone)
 
     def _ask_peer(self, namespace: _Namespace, link: Link) -> None:
-        """Unless it is unknown still, or points back."""
+        """Mark the veth peer of a new link as dirty, unless the peer is unknown or already points to the link."""
         peer_nsid = namespace.nsid if link.link_nsid is None else link.link_nsid
         other = self._by_nsid.get(peer_nsid)
         peer = other.links.get(link.link) if other and link.kind == "veth" else None
@@ -456,16 +459,18 @@ class _Watch:
                 with inside(fd, self._home_fd), RouteQueries() as routes:
                     namespace.default_routes = routes.default_routes()
             except PermissionError:
-                pass  # a rootless container of somebody else's user namespace; its routes matter to nobody's role
+                pass  # a rootless container in another user namespace; no role depends on its routes
             finally:
                 os.close(fd)
 
-    # --- what it means -----------------------------------------------------------------------------
+    # --- snapshot ----------------------------------------------------------------------------------
 
     def _find_host(self, asked: str | int | None) -> int:
         if asked is None:
             if not self._init_netns:
-                raise Unavailable("devices", "neither process 1's network namespace nor our own can be read in /proc")
+                raise Unavailable(
+                    "devices", "neither the network namespace of process 1 nor MACE's own can be read in /proc"
+                )
             return self._init_netns
         inodes = {namespace.inode for namespace in self._by_nsid.values()}
         names = {namespace.found.name: namespace.inode for namespace in self._by_nsid.values() if namespace.found.name}
@@ -478,7 +483,7 @@ class _Watch:
                 raise Unavailable(
                     "devices",
                     f"no network namespace {asked!r}{nearest(asked, names)}",
-                    "`ip netns list` shows those with a name; a path or an inode number does, too",
+                    "give a name that `ip netns list` shows, a path or an inode number",
                 ) from failure
         else:
             inode = asked
@@ -500,18 +505,18 @@ class _Watch:
         )
 
     def _called(self, namespace: _Namespace) -> tuple[str, str, str]:
-        """(netns_name, container, container_id)."""
+        """Return (netns_name, container, container_id) of a namespace."""
         inode, name = namespace.inode, namespace.found.name
         if inode == self.host_netns:
             return "host", "", ""
         if inode == self._init_netns:
             return name or "init", "", ""
-        # The kernel's own notation where nobody has named it.
+        # A namespace without a name is written in the kernel's own notation.
         netns_name = name or f"net:[{inode}]"
         own_name = name_in_lab(name) or ("" if is_made_up(name) else name)
         by_api = self._names_used[0].get(inode, NOBODY)
-        # An id goes with the runtime's name for it: a namespace that somebody made in a container has processes of that
-        # container too, and is not what the runtime renames.
+        # The runtime's name goes with the runtime's id. A namespace that was made inside a container has processes of
+        # that container too, but a rename of the container does not concern it.
         if by_api is not NOBODY and not name_in_lab(name):
             return netns_name, *by_api
         if own_name:
@@ -573,10 +578,10 @@ class DeviceFollower:
     """Follows the devices of all network namespaces of this machine.
 
     `host_netns` is the namespace that counts as the host: a name in /run/netns, a path, an inode, or None for that of
-    process 1 (our own, where that is hidden). `outer` and `remote_netns` are as in `contracts.topology.assign_roles`.
-    `docker_sockets` are the API sockets to ask for container names; one that does not exist is looked for again when
-    a namespace has come. A namespace with neither a mount nor a veth into a known one is found every
-    `rescan_interval_s`; any other change within milliseconds.
+    process 1 (MACE's own, if process 1 is hidden). `outer` and `remote_netns` are as in
+    `contracts.topology.assign_roles`. `docker_sockets` are the API sockets to query for container names; a missing
+    socket is looked for again when a namespace appears. A namespace with neither a mount nor a veth into a known
+    namespace is found within `rescan_interval_s`, any other change within milliseconds.
     """
 
     def __init__(
@@ -591,18 +596,18 @@ class DeviceFollower:
         self.host_netns = 0
         """Inode of the host's namespace; known after `open`."""
         self.on_host_network: tuple[Sharer, ...] = ()
-        """Containers on the host's network, of the same moment as the devices that `poll` gave last."""
+        """Containers on the host's network, of the same snapshot as the devices that `poll` returned last."""
         self.on_news: Callable[[], object] = lambda: None
-        """Called, from a thread of ours, when `poll` has something to tell."""
+        """Called, from the follower's thread, when the next `poll` will return devices or raise."""
         self._watch = _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._newest: deque[_Snapshot] = deque(maxlen=1)
-        """From the thread to `poll`: appending and popping are atomic."""
+        """Hands snapshots from the thread to `poll`; appending and popping are atomic."""
         self._failure: BaseException | None = None
 
     async def open(self) -> None:
-        """Start following; `poll` has the first, full snapshot afterwards. Raises `Unavailable`."""
+        """Start following; the next `poll` returns the first snapshot. Raises `Unavailable`."""
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="mace-devices", daemon=True)
         self._thread.start()
@@ -610,11 +615,10 @@ class DeviceFollower:
         self.host_netns = self._watch.host_netns
 
     def poll(self) -> tuple[Device, ...] | None:
-        """All devices, roles assigned, sorted, if anything changed since the last call; else None. Takes no time.
+        """Return all devices with their roles, sorted, if anything changed since the last call, else None.
 
-        Containers that came to the host's network, or left it, are a change too: `on_host_network` has them.
-
-        Raises `SourceError` if following has ended by itself.
+        The call does not wait. It updates `on_host_network`; a container that joins or leaves the host's network is a
+        change too. Raises `SourceError` if the follower's thread has failed.
         """
         if self._failure is not None:
             raise SourceError(f"devices can no longer be followed: {self._failure}") from self._failure
@@ -625,7 +629,7 @@ class DeviceFollower:
         return devices
 
     async def aclose(self) -> None:
-        """Stop following; also after a failed or cancelled `open`, and twice."""
+        """Stop following. Safe to call again, and after a failed or cancelled `open`."""
         if self._thread is not None:
             self._stopping.set()
             self._watch.wake()
@@ -660,7 +664,7 @@ def snapshot(
     remote_netns: Sequence[str] = (),
     docker_sockets: Sequence[str] = API_SOCKETS,
 ) -> tuple[Device, ...]:
-    """The devices as they are now, roles assigned, sorted. Blocks for some milliseconds. Raises `Unavailable`."""
+    """Return the current devices with their roles, sorted; blocks for some milliseconds. Raises `Unavailable`."""
 
     def look() -> tuple[Device, ...]:
         watch = _Watch(host_netns, outer, remote_netns, docker_sockets)
@@ -673,7 +677,7 @@ def snapshot(
 
 
 def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]:
-    """`work` in a thread that ends afterwards: one that has left its network namespace must not serve anybody else."""
+    """Run `work` in a thread that ends afterwards: a thread that left its network namespace must not be reused."""
     done: Future[tuple[Device, ...]] = Future()
 
     def run() -> None:
@@ -689,7 +693,7 @@ def _in_own_thread(work: Callable[[], tuple[Device, ...]]) -> tuple[Device, ...]
 
 
 def check(*, host_netns: str | int | None = None) -> Status:
-    """Whether devices can be followed here, and what was found."""
+    """Return whether devices can be followed here, with the numbers of devices and namespaces found."""
     try:
         devices = snapshot(host_netns=host_netns, docker_sockets=())
     except Unavailable as failure:

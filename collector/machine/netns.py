@@ -1,8 +1,8 @@
 """Finding the network namespaces of the machine, and entering one.
 
-A namespace is known by its inode in nsfs. Those with a process are found in /proc; those without one are bind
-mounts (`ip netns add`, Docker's sandboxes) and stand in mountinfo, of which the kernel says when it changes
-(proc_pid_mountinfo(5): a poll(2) returns POLLPRI), so nothing needs to know the directories.
+A namespace is identified by its inode in nsfs. Namespaces with a process are found in /proc. Those without one are bind
+mounts (`ip netns add`, Docker's sandboxes), which mountinfo lists; the kernel reports changes of mountinfo
+(proc_pid_mountinfo(5): poll(2) returns POLLPRI), so that no directory needs to be known or watched.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _SO_NETNS_COOKIE: Final = 71
 _MOUNTED: Final = re.compile(rb"^\S+ \S+ \S+ net:\[(\d+)\] (\S+) .* - nsfs ", re.MULTILINE)
 _NAMED: Final = re.compile(r"(?:/var)?/run(?:/user/\d+)?/netns/([^/]+)")
 _OTHERS: Final = re.compile(r"/proc/(?!1/)\d+/root(?=/)")
-"""Other users' mount namespaces; that of process 1 is root's."""
+"""Paths into other processes' mount namespaces, which any user may control; that of process 1 is root's."""
 _NSFS_MAGIC: Final = 0x6E736673
 _SYS_OPENAT2: Final = 437
-"""The same on all architectures, as all system calls since Linux 5.1 are."""
+"""Number of openat2(2): since Linux 5.1 new system calls have the same number on all architectures."""
 _RESOLVE_CACHED: Final = 0x20
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -40,19 +40,19 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A network namespace and the ways to it."""
+    """A network namespace and the ways to open it."""
 
     inode: int
     name: str = ""
-    """As `ip netns` shows it, if it does."""
+    """Name that `ip netns` shows; "" if it has none."""
     path: str = ""
-    """Where it is mounted, if it is; reachable from this process."""
+    """Path of its mount, reachable from this process; "" if it is not mounted."""
     pid: int = 0
-    """Its first process, if it has one: the longest there, not the lowest id, since ids start anew at their limit."""
+    """Its first process, 0 without one. The first is the oldest, not the lowest id, because ids wrap at their limit."""
 
 
 class Namespaces:
-    """What the machine has now. Keeps one file open, to be polled for POLLPRI: the mounts changed."""
+    """Lists the machine's network namespaces. Its file descriptor polls as POLLPRI when mounts have changed."""
 
     def __init__(self) -> None:
         self._file = Path("/proc/self/mountinfo").open("rb", buffering=0)  # noqa: SIM115 - closed by close()
@@ -60,7 +60,7 @@ class Namespaces:
         self._stale = True
         self._first: dict[int, int] = {}
         self.occupied: dict[int, list[int]] = {}
-        """What `occupied` found at the last scan."""
+        """Result of the function `occupied` at the last scan."""
 
     def close(self) -> None:
         self._file.close()
@@ -69,11 +69,11 @@ class Namespaces:
         return self._file.fileno()
 
     def mounts_changed(self) -> None:
-        """The next scan reads the mounts again."""
+        """Make the next scan read the mounts again."""
         self._stale = True
 
     def scan(self) -> dict[int, Found]:
-        """All namespaces by inode: about 5 µs for each process, and 1 ms for 1000 mounts if they changed."""
+        """Return all namespaces by inode; takes about 5 µs per process, and 1 ms for 1000 mounts if they changed."""
         if self._stale:
             self._mounts = mounted()
             self._stale = False
@@ -86,9 +86,10 @@ class Namespaces:
 
 
 def occupied() -> dict[int, list[int]]:
-    """Inode of every namespace that has a process → the ids of all of them.
+    """Return inode → ids of the processes for every namespace that has a process.
 
-    Of each process the first thread counts: the others' namespaces are passing states (a runtime at work).
+    A process counts for the namespace of its first thread: other threads change namespaces temporarily (a runtime at
+    work).
     """
     processes: dict[int, list[int]] = {}
     for pid in _processes():
@@ -99,20 +100,21 @@ def occupied() -> dict[int, list[int]]:
 
 
 def _first_of(pids: list[int], before: int) -> int:
-    """The process that was first before, for as long as it is there; else the one that started first."""
+    """Return `before` while that process is among `pids`, else the process that started first."""
     if before in pids:
         return before
     if len(pids) == 1:
         return pids[0]
     started = {pid: start_ticks(pid) for pid in pids}
-    # One that has ended since it was listed comes last.
+    # A process that has ended since it was listed sorts last.
     return min(pids, key=lambda pid: (started[pid] < 0, started[pid], pid))
 
 
 def hidden() -> dict[int, Found]:
-    """Namespaces that an open file of some process keeps, or a mount that only others see.
+    """Return, by inode, the namespaces kept by an open file of a process or by a mount in another mount namespace.
 
-    Looks at every file of every process (2 µs each): for the rare case that a veth leads to nowhere.
+    The search visits every open file of every process (2 µs each). It is meant for the rare veth whose peer's namespace
+    is not found otherwise.
     """
     found: dict[int, Found] = {}
     seen: set[str] = set()
@@ -128,7 +130,7 @@ def hidden() -> dict[int, Found]:
                 if held is not None:
                     found.setdefault(held, Found(held, path=f"/proc/{pid}/fd/{fd}"))
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
     return found
 
 
@@ -137,9 +139,9 @@ def _processes() -> list[int]:
 
 
 def mounted() -> dict[int, tuple[str, str]]:
-    """Inode of every namespace that is mounted → (name or "", path).
+    """Return inode → (name or "", path) of every mounted namespace.
 
-    Looks in our own mount namespace, then in that of process 1, which is another one where we run in a container.
+    The mounts are those of process 1, if it has another mount namespace (MACE runs in a container), and MACE's own.
     """
     found: dict[int, tuple[str, str]] = {}
     for process, root in (("1", "/proc/1/root"), ("self", "")):
@@ -153,7 +155,7 @@ def mounted() -> dict[int, tuple[str, str]]:
 
 
 def _mounted_in(process: str) -> list[tuple[int, str]]:
-    """(inode, place) of each namespace that is mounted where the process is; a place is as the process sees it."""
+    """Return (inode, path as the process sees it) of each namespace mounted in a process's mount namespace."""
     try:
         table = Path(f"/proc/{process}/mountinfo").read_bytes()
     except OSError:
@@ -172,18 +174,18 @@ def _same_mounts() -> bool:
 
 
 def _name(place: str) -> str:
-    """`x` for /run/netns/x, root's or a user's; nothing elsewhere: what Docker calls its sandboxes says nothing."""
+    """Return `x` for /run/netns/x (root's or a user's), "" for other paths: Docker's sandbox names identify nothing."""
     named = _NAMED.fullmatch(place)
     return text_of(os.fsencode(named[1])) if named else ""
 
 
 def path_of(named: str) -> str:
-    """Path of the network namespace that a person names: by a name in /run/netns, or by the path itself."""
+    """Return the path of a network namespace that a user gives by name (in /run/netns) or by path."""
     return named if "/" in named else f"/run/netns/{named}"
 
 
 def inode_of(path: str) -> int | None:
-    """Inode of the network namespace behind /proc/PID/ns/net, None if it is none or may not be known."""
+    """Return the inode of the network namespace behind a link such as /proc/PID/ns/net; None if it cannot be read."""
     try:
         target = os.readlink(path)  # noqa: PTH115 - "net:[4026531840]", not a path
     except OSError:
@@ -192,7 +194,10 @@ def inode_of(path: str) -> int | None:
 
 
 def open_netns(found: Found) -> int | None:
-    """A file descriptor on the namespace (it pins the namespace: close it soon), None if it cannot be reached."""
+    """Open the namespace and return its file descriptor, or None if the namespace cannot be reached.
+
+    The descriptor keeps the namespace alive: close it soon.
+    """
     for path in (found.path, f"/proc/{found.pid}/ns/net" if found.pid else ""):
         if not path:
             continue
@@ -200,7 +205,7 @@ def open_netns(found: Found) -> int | None:
             fd = open_nsfs(path)
         except OSError:
             continue
-        # The process or the mount may be another one by now.
+        # The process or the mount may have been replaced since the scan.
         if os.fstat(fd).st_ino == found.inode:
             return fd
         os.close(fd)
@@ -208,12 +213,12 @@ def open_netns(found: Found) -> int | None:
 
 
 def open_nsfs(path: str) -> int:
-    """A file descriptor on the network namespace at `path`, which any user may have chosen. Never blocks.
+    """Open the network namespace at `path`, which any user may have chosen, and return its descriptor. Never blocks.
 
-    Whoever has a user namespace mounts what he likes on such a path: a FIFO, a device, a file system of his own whose
-    answers never come. So the path is walked in the kernel's cache alone where another mount namespace lies on the
-    way, what it leads to is held without being opened (O_PATH), and opened only once the kernel says that it is a
-    namespace. Raises OSError: EINVAL where it is none, EAGAIN where finding out would have to wait.
+    The owner of a user namespace can mount anything on such a path: a FIFO, a device, a mute file system.
+    A path through another mount namespace is therefore resolved from the kernel's cache alone. The target is first held
+    without being opened (O_PATH), and opened only if the kernel identifies it as a namespace. Raises `OSError`: EINVAL
+    if the target is no namespace, EAGAIN if resolving the path would have to wait.
     """
     held = _held(path)
     try:
@@ -225,7 +230,7 @@ def open_nsfs(path: str) -> int:
 
 
 def _held(path: str) -> int:
-    """An O_PATH file descriptor on what `path` leads to."""
+    """Return an O_PATH file descriptor of the target of `path`."""
     flags = os.O_PATH | os.O_CLOEXEC
     other = _OTHERS.match(path)
     if other is None:
@@ -236,7 +241,7 @@ def _held(path: str) -> int:
         try:
             return _openat2(root, below, flags, _RESOLVE_CACHED)
         except OSError as error:
-            # Before Linux 5.12, which has RESOLVE_CACHED; 5.6 has the call.
+            # RESOLVE_CACHED needs Linux 5.12, openat2(2) Linux 5.6.
             if error.errno not in (errno.EINVAL, errno.ENOSYS):
                 raise
             return os.open(below, flags, dir_fd=root)
@@ -245,7 +250,7 @@ def _held(path: str) -> int:
 
 
 def _file_system_of(fd: int) -> int:
-    """The magic number of a file's file system: the first word of fstatfs(2)'s struct statfs, which has 120 bytes."""
+    """Return the magic number of a file's file system: the first word of struct statfs (120 bytes; fstatfs(2))."""
     told = ctypes.create_string_buffer(256)
     if _libc.fstatfs(fd, told):
         code = ctypes.get_errno()
@@ -254,7 +259,7 @@ def _file_system_of(fd: int) -> int:
 
 
 def _openat2(directory: int, path: str, flags: int, resolve: int) -> int:
-    """openat2(2), which Python does not have."""
+    """Call openat2(2), which Python lacks."""
     how = struct.pack("=QQQ", flags, 0, resolve)
     fd: int = _libc.syscall(_SYS_OPENAT2, directory, os.fsencode(path), how, ctypes.c_size_t(len(how)))
     if fd < 0:
@@ -264,9 +269,9 @@ def _openat2(directory: int, path: str, flags: int, resolve: int) -> int:
 
 
 def leave_for_new_netns() -> int:
-    """Move this thread alone into a new, empty network namespace; a file descriptor to return to it.
+    """Move this thread alone into a new, empty network namespace, and return a descriptor of that namespace.
 
-    Never from the main thread (/proc/self/ns is that of the main thread) nor from one that goes back to a pool.
+    Call it neither from the main thread, whose namespaces /proc/self/ns shows, nor from a thread of a pool.
     """
     _own_thread()
     if _libc.unshare(_CLONE_NEWNET):
@@ -276,7 +281,7 @@ def leave_for_new_netns() -> int:
 
 
 def cookie_here() -> int:
-    """The cookie of this thread's network namespace (SO_NETNS_COOKIE, Linux 5.14); 0 where the kernel tells none."""
+    """Return the cookie of this thread's network namespace (SO_NETNS_COOKIE, Linux 5.14); 0 on older kernels."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
             told = any_socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
@@ -287,7 +292,7 @@ def cookie_here() -> int:
 
 @contextlib.contextmanager
 def inside(netns_fd: int, home_fd: int) -> Iterator[None]:
-    """This thread in another network namespace for a moment. Stays pinned until left: be quick."""
+    """Run the block with this thread in another network namespace, which it keeps alive: the block must be short."""
     _own_thread()
     _setns(netns_fd)
     try:
@@ -297,7 +302,7 @@ def inside(netns_fd: int, home_fd: int) -> Iterator[None]:
 
 
 def _setns(fd: int) -> None:
-    # os.setns came with Python 3.12.
+    # os.setns needs Python 3.12.
     if _libc.setns(fd, _CLONE_NEWNET):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), "setns")

@@ -1,14 +1,15 @@
-"""Asking the kernel about the links of any network namespace, from one namespace of our own.
+"""Queries the links of any network namespace by rtnetlink, from one namespace.
 
-The kernel can list another namespace's links (`IFLA_TARGET_NETNSID`) and deliver another namespace's events
-(`NETLINK_LISTEN_ALL_NSID`) to a socket whose own namespace has a *number* for the other one. Such a number pins
-nothing: it is taken back, with an `RTM_DELNSID` event, when the other namespace dies (net/core/net_namespace.c,
-`unhash_nsids`). So two sockets in one otherwise unused namespace see every link of the machine, and no container
-lives a moment longer because it is watched. docs/design/005-devices.md has the reasons and the alternatives.
+The kernel lists another namespace's links (`IFLA_TARGET_NETNSID`), and delivers another namespace's events
+(`NETLINK_LISTEN_ALL_NSID`), to a socket whose own namespace has a *number* for the other one. Such a number does not
+keep a namespace alive: when the other namespace dies, the kernel removes the number with an `RTM_DELNSID` event
+(net/core/net_namespace.c, `unhash_nsids`). Two sockets in one otherwise unused namespace thereby see every link of the
+machine, and no container lives longer because it is watched. docs/design/005-devices.md has the reasons and the
+alternatives.
 
-Messages are read here with `struct` rather than by pyroute2, which knows neither `IFLA_TARGET_NETNSID` nor the control
-message that says which namespace an event is from, and takes 450 µs for a link of which five attributes are wanted
-(here 25 µs, the kernel's share included). The tests compare the two.
+This module reads messages with `struct` and not with pyroute2. pyroute2 supports neither `IFLA_TARGET_NETNSID` nor the
+control message with the namespace of an event, and takes 450 µs for a link of which five attributes are needed (here
+25 µs, the kernel's share included). The tests compare the two.
 
 Numbers are from include/uapi/linux/{netlink,rtnetlink,if_link,net_namespace}.h; they are ABI.
 """
@@ -85,18 +86,20 @@ _NESTED: Final = 0x3FFF
 
 _DUMP_TRIES: Final = 10
 _RECEIVE_BYTES: Final = 1 << 17
-"""A dump comes in pieces of at most 32 KiB (`netlink_dump`); one message with many IFLA attributes can exceed that."""
+"""Size of a receive buffer. A dump arrives in pieces of at most 32 KiB (`netlink_dump`); one message with many IFLA
+attributes can exceed that."""
 _EVENT_BUFFER_BYTES: Final = 8 << 20
-"""A link event takes about 4 KiB of it (1.5 KiB and the kernel's overhead): some 2000 events while we are away."""
+"""Socket buffer for events. A link event takes about 4 KiB of it (1.5 KiB and the kernel's overhead): room for some
+2000 events between two readings."""
 
 
 class NamespaceGone(Exception):
-    """The namespace with this number died (or refuses us)."""
+    """The namespace with this number has died, or refuses access."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What is wanted of an RTM_NEWLINK message."""
+    """The attributes of an RTM_NEWLINK message that MACE uses."""
 
     ifindex: int
     name: str
@@ -105,13 +108,13 @@ class Link:
     link: int
     """ifindex of the veth peer or of the lower device, 0 if there is none."""
     link_nsid: int | None
-    """Number of the namespace of `link`; None if it is the link's own."""
+    """Number of the namespace of `link`; None if `link` is in this link's own namespace."""
     master: int
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A change: of a link, of a default route, or of the numbering of namespaces."""
+    """A change of a link, of a default route, or of the numbering of namespaces."""
 
     type: int
     nsid: int
@@ -123,7 +126,7 @@ def _attr(kind: int, payload: bytes) -> bytes:
 
 
 def _attributes(data: bytes | memoryview, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(type, start, end) of each attribute's payload in `data[start:end]`."""
+    """Yield (type, start, end) of each attribute's payload in `data[start:end]`."""
     while start + 4 <= end:
         length, kind = _RTATTR.unpack_from(data, start)
         if length < 4 or start + length > end:
@@ -133,12 +136,12 @@ def _attributes(data: bytes | memoryview, start: int, end: int) -> Iterator[tupl
 
 
 def _text(data: bytes, start: int, end: int) -> str:
-    # Device names are any bytes but '/' and whitespace (dev_valid_name).
+    # A device name may contain any bytes but '/', ':' and white space (dev_valid_name).
     return text_of(data[start:end].rstrip(b"\0"))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """(type, flags, start, end) of each message's body."""
+    """Yield (type, flags, start, end) of each message's body."""
     offset = 0
     while offset + 16 <= len(data):
         length, kind, flags, _seq, _pid = _NLMSGHDR.unpack_from(data, offset)
@@ -149,7 +152,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 def parse_link(data: bytes, start: int, end: int) -> Link:
-    """The link of the RTM_NEWLINK body at `data[start:end]`."""
+    """Return the link of the RTM_NEWLINK body at `data[start:end]`."""
     _family, arp_type, ifindex, _flags, _change = _IFINFOMSG.unpack_from(data, start)
     name, kind, link, link_nsid, master = "", "", 0, None, 0
     for attribute, a, b in _attributes(data, start + 16, end):
@@ -166,7 +169,7 @@ def parse_link(data: bytes, start: int, end: int) -> Link:
                 if inner == _IFLA_INFO_KIND:
                     kind = _text(data, c, d)
                 elif inner == _IFLA_INFO_DATA and kind == "vxlan":
-                    # A vxlan names its lower device here only: it has no ndo_get_iflink in older kernels.
+                    # In older kernels vxlan has no ndo_get_iflink: its lower device is only in this attribute.
                     for option, e, _ in _attributes(data, c, d):
                         if option == _IFLA_VXLAN_LINK:
                             link = _U32.unpack_from(data, e)[0]
@@ -178,7 +181,10 @@ def parse_link(data: bytes, start: int, end: int) -> Link:
 
 
 def parse_default_route(data: bytes, start: int, end: int) -> frozenset[int]:
-    """ifindexes through which the RTM_NEWROUTE body sends, if it is a default route of the main table, else none."""
+    """Return the ifindexes of the devices that the RTM_NEWROUTE body's route uses; none for other than default routes.
+
+    Only routes of the main table count.
+    """
     _family, dst_len, _src_len, _tos, table, _protocol, _scope, kind, flags = _RTMSG.unpack_from(data, start)
     if dst_len or kind != _RTN_UNICAST or flags & _RTM_F_CLONED:
         return frozenset()
@@ -215,9 +221,9 @@ class _Socket:
         return self._socket.fileno()
 
     def _ask(self, kind: int, body: bytes, flags: int = 0) -> list[tuple[bytes, int, int]]:
-        """Bodies of the answers, as (data, start, end). Raises `OSError` with the kernel's errno.
+        """Send a request and return the bodies of the answers as (data, start, end); raises `OSError`.
 
-        A dump during which something changed is repeated, as netlink(7) asks for.
+        A dump during which something changed is repeated, as netlink(7) demands.
         """
         request = _NLMSGHDR.pack(16 + len(body), kind, _NLM_F_REQUEST | flags, 1, 0) + body
         answers: list[tuple[bytes, int, int]] = []
@@ -246,21 +252,24 @@ class _Socket:
 
 
 class LinkQueries(_Socket):
-    """Questions about the namespaces that this socket's namespace has numbers for."""
+    """Queries about the namespaces for which this socket's namespace has numbers."""
 
     def number(self, netns_fd: int) -> int:
-        """The nsid of the namespace behind an open nsfs file; gives it one if it has none."""
+        """Return the nsid of the namespace behind an open nsfs file; assigns one if it has none.
+
+        Raises `OSError`, or `NamespaceGone` if the namespace has died.
+        """
         try:
             self._ask(RTM_NEWNSID, _by_fd(netns_fd) + _attr(_NETNSA_NSID, _I32.pack(-1)), _NLM_F_ACK)
         except FileExistsError:
-            pass  # it has one already: the kernel numbers a veth peer's namespace when it lists the veth
+            pass  # the namespace has a number: the kernel numbers a veth peer's namespace when it lists the veth
         nsid = self.number_if_any(netns_fd)
         if nsid is None:
             raise NamespaceGone
         return nsid
 
     def number_if_any(self, netns_fd: int) -> int | None:
-        """The nsid of the namespace behind an open nsfs file, None if it has none."""
+        """Return the nsid of the namespace behind an open nsfs file, None if it has none."""
         for data, start, end in self._ask(_RTM_GETNSID, _by_fd(netns_fd)):
             for attribute, a, _ in _attributes(data, start + 4, end):
                 if attribute == _NETNSA_NSID:
@@ -269,7 +278,7 @@ class LinkQueries(_Socket):
         return None
 
     def numbers(self) -> set[int]:
-        """All nsids in use."""
+        """Return all nsids in use."""
         return {
             _I32.unpack_from(data, a)[0]
             for data, start, end in self._ask(_RTM_GETNSID, bytes(4), _NLM_F_DUMP)
@@ -278,7 +287,7 @@ class LinkQueries(_Socket):
         }
 
     def links(self, nsid: int) -> dict[int, Link]:
-        """All links of a namespace, by ifindex. Raises `NamespaceGone`."""
+        """Return all links of a namespace by ifindex; raises `NamespaceGone`."""
         try:
             answers = self._ask(_RTM_GETLINK, _link_request(nsid, 0), _NLM_F_DUMP)
         except OSError as failure:
@@ -287,7 +296,7 @@ class LinkQueries(_Socket):
         return {link.ifindex: link for link in links}
 
     def link(self, nsid: int, ifindex: int) -> Link | None:
-        """One link, None if there is no such. Raises `NamespaceGone`."""
+        """Return one link, None if it does not exist; raises `NamespaceGone`."""
         try:
             answers = self._ask(_RTM_GETLINK, _link_request(nsid, ifindex))
         except OSError as failure:
@@ -310,11 +319,11 @@ def _link_request(nsid: int, ifindex: int) -> bytes:
 
 
 class RouteQueries(_Socket):
-    """Routes of the namespace that the socket was made in: RTM_GETROUTE knows no target namespace."""
+    """Queries routes of the namespace in which the socket was made: RTM_GETROUTE has no target namespace."""
 
     def default_routes(self) -> frozenset[int]:
-        """ifindexes that the main tables' default routes, IPv4 and IPv6, leave through."""
-        # With strict checking the kernel filters by table; a full table of another kind is not copied at all.
+        """Return the ifindexes of the devices that the main tables' default routes, IPv4 and IPv6, use."""
+        # With strict checking the kernel filters by table, and does not copy a large table of another kind.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
         through: set[int] = set()
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -331,13 +340,13 @@ class RouteQueries(_Socket):
 
 
 class LinkEvents(_Socket):
-    """Events of every namespace that this socket's namespace has a number for."""
+    """Receives the events of every namespace for which this socket's namespace has a number."""
 
     def __init__(self) -> None:
         super().__init__()
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _EVENT_BUFFER_BYTES)
-            # Bound first: binding without groups would leave those joined before (netlink_bind).
+            # Bind first: binding without groups leaves all groups joined before (netlink_bind).
             self._socket.bind((0, 0))
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_LISTEN_ALL_NSID, 1)
             for group in _GROUPS.values():
@@ -348,7 +357,7 @@ class LinkEvents(_Socket):
             raise
 
     def read(self) -> tuple[list[Event], bool]:
-        """What has happened since the last call, in order, and whether events were lost (then ask for everything)."""
+        """Return the events since the last call, in order, and whether events were lost (then query everything)."""
         events: list[Event] = []
         lost = False
         while True:
@@ -361,7 +370,7 @@ class LinkEvents(_Socket):
                     raise
                 lost = True
                 continue
-            # Absent for events of the socket's own namespace: the numbering, and a lo of no interest.
+            # Events of the socket's own namespace have no nsid: the numbering, and its lo, which does not matter.
             nsid = next((_I32.unpack(value)[0] for level, _, value in ancillary if level == _SOL_NETLINK), None)
             for kind, _, start, end in _messages(data):
                 try:
@@ -374,13 +383,13 @@ class LinkEvents(_Socket):
 
 def _parse_event(data: bytes, kind: int, start: int, end: int, nsid: int | None) -> Event | None:
     if kind in (RTM_NEWLINK, RTM_DELLINK):
-        # Of any family: a bridge tells of its ports with AF_BRIDGE.
+        # Any address family counts: a bridge reports its ports with AF_BRIDGE.
         return None if nsid is None else Event(kind, nsid, _IFINFOMSG.unpack_from(data, start)[2])
     if kind in (RTM_NEWROUTE, RTM_DELROUTE):
         default = data[start + 1] == 0  # rtm_dst_len
         return Event(kind, nsid) if default and nsid is not None else None
     if kind in (RTM_NEWNSID, RTM_DELNSID) and nsid is None:
-        # With an nsid it is the numbering of another namespace.
+        # Events with an nsid concern the numbering inside another namespace.
         for attribute, a, _ in _attributes(data, start + 4, end):
             if attribute == _NETNSA_NSID:
                 return Event(kind, _I32.unpack_from(data, a)[0])

@@ -1,4 +1,4 @@
-"""Raw ring-buffer pages of the kernel's tracer -> columns of a batch.
+"""Decodes raw ring-buffer pages of the kernel's tracer into the columns of a batch.
 
 A page is a header (time stamp, bytes used), then events that each begin with a 4-byte word: 5 bits of `type_len`,
 27 bits of time since the event before (include/linux/ring_buffer.h, `enum ring_buffer_type`):
@@ -7,12 +7,13 @@ A page is a header (time stamp, bytes used), then events that each begin with a 
     0       data, of array[0] - 4 bytes after array[0]
     29      padding: with time_delta 0 to the end of the page, else of array[0] bytes, counted from array[0]
     30      time extend: array[0] is the time since the event before, from bit 27 on
-    31      time stamp: the same, but absolute; its bits 59 and up are those of the time before
+    31      time stamp: array[0] is the absolute time, from bit 27 on; bits 59 and up are those of the time before
 
-So the place of an event is known only from the event before it. Walking many pages in lockstep makes this
-vectors: step i finds event i + 1 of all pages at once, in three numpy calls. To need no test for the end of a page in
-there, the word after the last event is overwritten by a `_STOP` (padding of time_delta 0), whose advance is 0, as are
-those of types 0 and 29, that need a closer look: a walk that no longer moves has come to one of the three.
+The position of an event is known only from the event before it. The decoder therefore walks many pages in lockstep:
+step i finds event i + 1 of all pages at once, in three numpy calls. The step has no test for the end of a page.
+Instead, the word after the last event is overwritten by a `_STOP` (padding of time_delta 0), whose advance is 0. Events
+of types 0 and 29, whose length is not in the header, also have advance 0. A walk that no longer moves has reached one
+of the three.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from contracts.topology import NO_DEVICE, Sighting
 
 Words = npt.NDArray[np.uint32]
 
-# `commit` of a page that was read (kernel/trace/ring_buffer.c): bytes of data, and these two.
+# `commit` of a page that was read (kernel/trace/ring_buffer.c) holds the bytes of data and these two flags.
 _MISSED_EVENTS: Final = 1 << 31
-"""Events were lost right before this page."""
+"""Flag: events were lost right before this page."""
 _MISSED_STORED: Final = 1 << 30
-"""How many is stored as an unsigned long after the data."""
+"""Flag: the number of lost events is stored as an unsigned long after the data."""
 MISSED: Final = _MISSED_EVENTS | _MISSED_STORED
 
 _DATA_MAX: Final = 28
@@ -49,13 +50,13 @@ _PADDING: Final = 29
 _TIME_EXTEND: Final = 30
 _TIME_STAMP: Final = 31
 _STOP: Final = _PADDING
-"""The word that a walk does not leave: padding, time_delta 0."""
+"""Word at which a walk stops: padding with time_delta 0."""
 _SLACK_WORDS: Final = 32
-"""A step is at most 29 words: one from inside the last page cannot jump over this many `_STOP`s behind it."""
+"""Number of `_STOP`s behind the last page. A step is at most 29 words, so that no walk can jump over them."""
 
 _DELTA_BITS: Final = 27
 _STAMP_BITS: Final = 59
-"""A time stamp event has 32 + 27 bits; ABS_TS_MASK in ring_buffer.c."""
+"""Bits of a time stamp event: 32 + 27 (ABS_TS_MASK in ring_buffer.c)."""
 
 _ADVANCE: Final = np.array(
     [(t + 1) * 4 if 1 <= t <= _DATA_MAX else 8 if t in (_TIME_EXTEND, _TIME_STAMP) else 0 for t in range(32)] * 8,
@@ -66,22 +67,22 @@ _ADVANCE: Final = np.array(
 _NAME_MAX: Final = 16
 """IFNAMSIZ (include/uapi/linux/if.h): the longest device name with its final NUL."""
 _NAME_MASK: Final = np.array([(1 << 8 * min(max(n - 1, 0), 8)) - 1 for n in range(_NAME_MAX + 1)], np.uint64)
-"""What of a name's first 8 bytes is name, by length with NUL. Behind it lies whatever was there before."""
+"""Mask of a name's first 8 bytes, by the name's length with NUL: bytes behind the name are undefined."""
 _NAME_MASK_HIGH: Final = np.array([(1 << 8 * min(max(n - 9, 0), 8)) - 1 for n in range(_NAME_MAX + 1)], np.uint64)
-"""The same for the second 8 bytes."""
+"""Mask of a name's second 8 bytes, by the name's length with NUL."""
 
 _HEAD: Final = 256
-"""New names are looked for in so many events at a time."""
+"""Number of events with unknown names that are searched for new names at a time."""
 
 _ETH_HLEN: Final = 14
-"""Bytes of an Ethernet header (include/uapi/linux/if_ether.h): taken off where the event does not tell better."""
+"""Bytes of an Ethernet header (include/uapi/linux/if_ether.h), subtracted if the event has no `network_offset`."""
 
 
 class Sightings:
-    """Device names -> codes, in order of appearance; the names as `contracts.topology.Sighting`s.
+    """Assigns codes to device names, in order of appearance, and keeps the names as `contracts.topology.Sighting`s.
 
-    A name is two 64-bit words, found in a direct-mapped table by their hash. What is not where it is looked for
-    goes on to a second table with another hash, and from there to a dictionary.
+    A name is two 64-bit words. A lookup hashes them into a direct-mapped table, then, if the name is not in its slot,
+    into a second table with another hash, and finally searches a dictionary.
     """
 
     _BITS: Final = 16
@@ -90,8 +91,8 @@ class Sightings:
         self._names: list[Sighting] = [NO_DEVICE]
         self._codes: dict[tuple[int, int], int] = {(0, 0): 0}
         size = 1 << self._BITS
-        # Slot by slot: both words of the name that lives there, and its code. No name hashes elsewhere than (0, 0),
-        # so an empty slot (0, 0) is right about itself: no device.
+        # For each slot both words of its name, and the name's code. An empty slot holds (0, 0) with code 0, which is
+        # the correct entry for the empty name: no device.
         self._tables = [(np.zeros(size, np.uint64), np.zeros(size, np.uint64), np.zeros(size, np.uint32)) for _ in "12"]
         # Odd constants: the golden ratio's and MurmurHash3's finalizer.
         self._multipliers = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD))
@@ -101,11 +102,11 @@ class Sightings:
         return len(self._names)
 
     def snapshot(self) -> tuple[Sighting, ...]:
-        """All sightings so far; index is code."""
+        """Return all sightings so far, indexed by code."""
         return tuple(self._names)
 
     def code(self, low: int, high: int) -> int:
-        """The code of one name, given as its bytes 0..7 and 8..15, little-endian; a new one if it is new."""
+        """Return the code of one name, given as its bytes 0..7 and 8..15, little-endian; a new name gets a new code."""
         key = (low, high)
         code = self._codes.get(key)
         if code is None:
@@ -127,10 +128,10 @@ class Sightings:
         return slots
 
     def codes(self, low: U64, high: U64) -> npt.NDArray[np.uint32]:
-        """The codes of many names."""
+        """Return the codes (uint32) of many names, given as words like in `code`; new names get new codes."""
         while True:
             found, missing = self._look_up(low, high)
-            # Names that are not in the tables are new, at first; the new ones come with few events each.
+            # At first most names that are not in the tables are new, with few events each: add those of some events.
             known = len(self)
             head = missing[:_HEAD]
             for pair in zip(low[head].tolist(), high[head].tolist(), strict=True):
@@ -139,7 +140,7 @@ class Sightings:
                 break
         if len(missing):
             pairs, inverse = np.unique(np.stack([low[missing], high[missing]], axis=1), axis=0, return_inverse=True)
-            # By first appearance, not by name: codes must not depend on how the stream is cut.
+            # Assign codes by first appearance, not by name: they must not depend on the division into batches.
             first = np.full(len(pairs), len(missing))
             np.minimum.at(first, inverse.ravel(), np.arange(len(missing)))
             code_of = np.zeros(len(pairs), np.uint32)
@@ -149,7 +150,7 @@ class Sightings:
         return found
 
     def _look_up(self, low: U64, high: U64) -> tuple[npt.NDArray[np.uint32], Ints]:
-        """Codes out of the tables, and where there was none."""
+        """Return codes from the tables, and the indices of names that are in neither."""
         found: npt.NDArray[np.uint32] = np.zeros(len(low), np.uint32)
         missing: Ints | None = None
         for (lows, highs, codes), multiplier in zip(self._tables, self._multipliers, strict=True):
@@ -170,7 +171,7 @@ class Sightings:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Records that the ring lost right before record `index` of a batch; `lost` is None where the page does not say."""
+    """The ring lost `lost` events right before record `index` of a batch; None if the page has no count."""
 
     index: int
     lost: int | None
@@ -178,17 +179,17 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Pages of one CPU, one after the other in a buffer and in the ring."""
+    """Consecutive pages of one CPU's ring in a buffer."""
 
     cpu: int
     pages: int
     skip: int = 0
-    """Bytes of the first page's data that were decoded before."""
+    """Bytes of the first page's data that were decoded before and are skipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedPages:
-    """What the pages of a stretch hold, in the ring's order."""
+    """Records and gaps of a stretch, in the ring's order."""
 
     batch: Batch
     gaps: tuple[Gap, ...]
@@ -196,41 +197,41 @@ class DecodedPages:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Located:
-    """Where the events of some pages are; all arrays but those of the pages have one length."""
+    """Positions of the events of some pages; `at`, `ts` and `size` have one element per event."""
 
     words: Words
-    """The buffer."""
+    """The buffer of pages."""
     at: Ints
-    """First word of each event's payload, ascending."""
+    """Index in `words` of the first word of each event's payload, ascending."""
     ts: Ints
-    """Its time, ns."""
+    """Time of each event, ns."""
     size: Words
-    """Bytes of its payload; up to three at the end are nobody's."""
+    """Bytes of each event's payload, including up to three bytes of padding at the end."""
     begin: Ints
-    """Byte where each page's data begins, and one past the last page."""
+    """Byte where each page's data begins, and the end of the last page."""
     cpus: npt.NDArray[np.uint16]
     """CPU of each page."""
     missed: dict[int, int | None]
-    """Events lost right before a page; None where it does not say how many."""
+    """Page -> events lost right before it; None if the page has no count."""
 
     @property
     def first(self) -> Ints:
-        """Number of the first event of each page, and of all events."""
+        """Index of the first event of each page, and the number of all events."""
         return np.searchsorted(self.at, self.begin >> 2)
 
     def ids(self) -> Words:
-        """`common_type` of each event."""
+        """Return `common_type`, the event id, of each event."""
         return self.words.take(self.at, mode="clip") & np.uint32(0xFFFF)
 
     def __getitem__(self, index: Ints) -> Located:
-        """Some of the events."""
+        """Return the events at `index`."""
         at, ts, size = self.at[index], self.ts[index], self.size[index]
         return Located(self.words, at, ts, size, self.begin, self.cpus, self.missed)
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """How to get an integer field of at most 4 bytes out of the word that it lies in."""
+    """Extracts an integer field of at most 4 bytes from the word that contains it."""
 
     word: int
     shift: np.uint32
@@ -251,7 +252,7 @@ class _Value:
 
 
 class _Events:
-    """The formats of all known events as tables, indexed by hook; 0 for what an event does not have."""
+    """The formats of all known events as tables, indexed by hook; 0 for a field that an event lacks."""
 
     def __init__(self, formats: Iterable[EventFormat]) -> None:
         size = max(info.hook for info in HOOKS) + 1
@@ -262,7 +263,7 @@ class _Events:
         self.len = np.zeros(size, np.int64)
         self.len_mask = np.zeros(size, np.uint32)
         self.header = np.zeros(size, np.uint32)
-        """Bytes of link-layer header in the length."""
+        """Bytes of link-layer header that the event's length includes."""
         self.fixed_size = np.zeros(size, np.uint32)
         self.network_offset: dict[int, _Value] = {}
         self.gso_segs: dict[int, _Value] = {}
@@ -301,7 +302,7 @@ class _Events:
             used.append(length)
             if info.way is Way.TRANSMIT:
                 self.header[hook] = _ETH_HLEN
-        # Fields that not every kernel has, each with its table.
+        # Fields that only some kernels have, each with its table.
         optional = {"network_offset": self.network_offset, "gso_segs": self.gso_segs}
         if info.hook is Hook.KFREE_SKB:
             # Since Linux kernel commit c504e5c2f964 ("net: skb: introduce kfree_skb_reason()") (in v5.17).
@@ -314,7 +315,7 @@ class _Events:
 
 
 def page_buffer(layout: PageLayout, pages: int) -> Bytes:
-    """Memory for `pages` pages and what the decoder needs behind them."""
+    """Allocate memory for `pages` pages and the words that the decoder needs behind them."""
     buffer = np.zeros(pages * layout.page_size + _SLACK_WORDS * 4, np.uint8)
     buffer[-_SLACK_WORDS * 4 :].view(np.uint32)[:] = _STOP
     return buffer
@@ -322,12 +323,12 @@ def page_buffer(layout: PageLayout, pages: int) -> Bytes:
 
 @functools.cache
 def process_key() -> tuple[int, int, int]:
-    """For files: drawn once in a process, so that one that is read twice names its packets alike."""
+    """Return a random key for the buffer ids of files, constant in a process: reading a file twice gives equal ids."""
     return secrets.randbits(64), secrets.randbits(64), secrets.randbits(64)
 
 
 class PageDecoder:
-    """Decodes pages of one machine's kernel. Keeps the sightings and the key of skb_id, and no other state."""
+    """Decodes pages of one machine's kernel; its only state is the sightings, the key of skb_id, and `skipped`."""
 
     def __init__(
         self,
@@ -341,16 +342,16 @@ class PageDecoder:
         self.layout = layout
         self.sightings = Sightings() if sightings is None else sightings
         self.skipped = 0
-        """Events of other kinds than the hooks'."""
+        """Events that belong to no hook."""
         self._events = _Events(formats)
-        # A bijection on 64 bits (xor, odd multiplications, xor-shift), so that no two buffers share an id, with
-        # constants of this run, so that no kernel address leaves the machine.
+        # A bijection on 64 bits (xor, odd multiplications, xor-shift), so that no two buffers share an id. Its
+        # constants are random for each run, so that no kernel address leaves the machine.
         self.key: Final = key or (secrets.randbits(64), secrets.randbits(64), secrets.randbits(64))
         xor, first, second = self.key
         self._key = np.uint64(xor), np.uint64(first | 1), np.uint64(second | 1)
 
     def skb_ids(self, addresses: U64) -> U64:
-        """The ids of kernel buffers at these addresses; works in place and returns its argument."""
+        """Replace kernel buffer addresses by their ids, in place, and return the array."""
         xor, first, second = self._key
         half = np.uint64(32)
         addresses ^= xor
@@ -361,10 +362,10 @@ class PageDecoder:
         return addresses
 
     def decode(self, buffer: Bytes, stretches: Sequence[Stretch]) -> list[DecodedPages]:
-        """The records of each stretch; they lie one after the other in a `page_buffer`, which is scribbled on.
+        """Return the records of each stretch; the stretches are contiguous in a `page_buffer`, which is overwritten.
 
-        Many CPUs with a few events each cost hardly more than one of them, if they are decoded together.
-        Raises `SourceError` naming the page where a page is not one.
+        Decoding the few events of many CPUs together costs hardly more than those of one CPU. Raises `SourceError` for
+        an invalid page.
         """
         found = self.locate(buffer, stretches)
         hook = self._events.hook_of_id.take(found.ids(), mode="clip")
@@ -385,7 +386,7 @@ class PageDecoder:
         return decoded
 
     def locate(self, buffer: Bytes, stretches: Sequence[Stretch]) -> Located:
-        """All events of all kinds, as `decode` finds them."""
+        """Return the positions of all events of all kinds; arguments and errors as in `decode`."""
         layout = self.layout
         words: Words = buffer.view(np.uint32)
         page_words = layout.page_size // 4
@@ -433,11 +434,11 @@ class PageDecoder:
         return Located(words, at, ts, size, np.append(begin, pages * layout.page_size), cpus, missed)
 
     def _complain(self, cpus: npt.NDArray[np.uint16], wrong: Ints, what: str) -> None:
-        """Refuse the first of the pages (or events) `wrong`, indexes into `cpus`."""
+        """Raise `SourceError` for the first of the invalid pages (or events) `wrong`, given as indices into `cpus`."""
         if len(wrong):
             raise SourceError(
                 f"ring of CPU {cpus[wrong[0]]}: a page {what}; expected up to {self.layout.data_size} bytes of whole "
-                "events in the format that the kernel tells"
+                "events in the format that the kernel describes"
             )
 
     def _stored_loss(self, words: Words, end: int, commit: int, used: int) -> int | None:
@@ -447,7 +448,7 @@ class PageDecoder:
         return int(words[end // 4]) | (int(words[end // 4 + 1]) << 32 if size == 8 else 0)
 
     def _walk(self, buffer: Bytes, words: Words, begin: Ints, end: Ints, cpus: npt.NDArray[np.uint16]) -> Ints:
-        """Word indexes of all event headers in ring order, without padding."""
+        """Return the word indices of all event headers in ring order, without padding."""
         collected: list[Ints] = []
         longest = self.layout.data_size // 8 + 1
         current, until = begin, end
@@ -460,25 +461,25 @@ class PageDecoder:
             head = words.take(last >> 2, mode="clip")
             self._complain(cpus, np.flatnonzero(last > until), "has an event that reaches over its end")
             halted = np.flatnonzero((last < until) & (head != _STOP))
-            # Events that say themselves how long they are: type 0, and padding (a discarded event, or the rest of
-            # a page in its full length).
+            # Events with their length in array[0]: type 0, and padding (a discarded event, or the rest of a page in its
+            # full length).
             current, until, head, cpus = last[halted], until[halted], head[halted], cpus[halted]
             length = words.take((current >> 2) + 1, mode="clip").astype(np.int64)
             following = current + 4 + length
             wrong = (length < 4) | (length & 3 != 0) | (following > until)
             self._complain(cpus, np.flatnonzero(wrong), "has an event of no valid length")
-            # A discarded event counts as time passed; the padding that ends a page has no event after it.
+            # Keep discarded events for their time delta; the padding that ends a page has no event after it.
             kept = np.flatnonzero(((head & 31) == 0) | (following < until))
             if len(kept):
                 collected.append(current[kept] >> 2)
             current = following
         if len(collected) == 1:
             return collected[0]
-        # Each is in order, so the stable sort only merges them.
+        # Each part is in order, so that the stable sort only merges them.
         return np.sort(np.concatenate(collected), kind="stable") if collected else np.zeros(0, np.int64)
 
     def _lockstep(self, buffer: Bytes, start: Ints, longest: int) -> Ints:
-        """Byte offsets [step, page], from `start` until no walk moves any more."""
+        """Return byte offsets [step, page], from `start` until no walk moves any more."""
         rows = np.empty((min(longest, 128) + 1, len(start)), np.int64)
         rows[0] = start
         low = np.empty(len(start), np.uint8)
@@ -491,12 +492,12 @@ class PageDecoder:
             _ADVANCE.take(low, out=advance, mode="clip")
             np.add(rows[step], advance, out=rows[step + 1])
             step += 1
-            # Looked at now and then only: a step too many changes nothing.
+            # Test only every eighth step: a superfluous step changes nothing.
             if step % 8 == 0 and not advance.any():
                 return rows[: step + 1]
 
     def _times(self, words: Words, at: Ints, head: Words, kind: Words, first: Ints, page_times: Ints) -> Ints:
-        """Time of each event, ns: its page's (or the last absolute stamp's) plus all time deltas since."""
+        """Return the time of each event, ns: that of its page (or of the last absolute stamp) plus all deltas since."""
         delta = np.right_shift(head, 5, dtype=np.int64)
         if not len(at):
             return delta
@@ -507,12 +508,12 @@ class PageDecoder:
         start, base = first[occupied], page_times[occupied]
         stamps = special[kind[special] == _TIME_STAMP]
         if len(stamps):
-            # The upper bits are those of the time before (rb_fix_abs_ts); the page's own time is near enough.
+            # The upper bits are those of the time before (rb_fix_abs_ts), which the page's own time has too.
             page = np.searchsorted(start, stamps, side="right") - 1
             absolute = delta[stamps] | base[page] & ~((1 << _STAMP_BITS) - 1)
             absolute += (absolute < base[page]) * np.int64(1 << _STAMP_BITS) * (base[page] >> _STAMP_BITS != 0)
             delta[stamps] = 0
-            # Where a page begins with a stamp, the stamp has the last word.
+            # If a page begins with a stamp, the stamp's time replaces that of the page.
             start, keep = np.unique(np.concatenate([stamps, start]), return_index=True)
             base = np.concatenate([absolute, base])[keep]
         sums = np.add.reduceat(delta, start)
@@ -603,7 +604,7 @@ class PageDecoder:
 
     @staticmethod
     def _askew(words: Words, at: Ints, offset: Words, length: Words) -> tuple[U64, U64]:
-        """Both halves of names that do not begin at a word; the high half masked."""
+        """Return both halves of names that do not begin at a word boundary; the high half is masked."""
         start = at + (offset >> np.uint32(2))
         word: list[Any] = [words.take(start + i, mode="clip").astype(np.uint64) for i in range(5)]
         shift = ((offset & np.uint32(3)) << np.uint32(3)).astype(np.uint64)  # 8, 16 or 24

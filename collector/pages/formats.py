@@ -1,7 +1,7 @@
 """The kernel's own description of its trace pages and events: `header_page` and the `format` files.
 
-Event ids, field offsets and even the fields themselves differ between kernels, so nothing about them is written
-down here but their names. Documented in Documentation/trace/events.rst ("Event formats"); written by
+Event ids, field offsets and even the fields themselves differ between kernels, so that MACE fixes only their names.
+The format is documented in Documentation/trace/events.rst ("Event formats"); the kernel writes it in
 kernel/trace/trace_events.c (`f_show`) and kernel/trace/ring_buffer.c (`ring_buffer_print_page_header`).
 """
 
@@ -33,27 +33,30 @@ class EventField:
     size: int
     signed: bool
     is_array: bool = False
-    """Whether it is declared with brackets; a `__data_loc` always is."""
+    """Whether the field is declared with brackets, as a `__data_loc` always is."""
 
     @property
     def is_data_loc(self) -> bool:
-        """Whether it holds the place of the data instead: offset in the low, length in the high 16 bits."""
+        """Whether the field holds the position of its data: offset in the low 16 bits, length in the high 16 bits."""
         return self.type.startswith("__data_loc")
 
     @property
     def is_rel_loc(self) -> bool:
-        """The same, with the offset counted from its own end: Linux kernel commit 55de2c0b5610 (in v5.17)."""
+        """Whether the field holds the position of its data like a `__data_loc`, with the offset from the field's end.
+
+        Linux kernel commit 55de2c0b5610 (in v5.17).
+        """
         return self.type.startswith("__rel_loc")
 
     @property
     def is_rest(self) -> bool:
-        """Whether it is an array without a size, which reaches to the end of the event: `char buf[]`."""
+        """Whether the field is an array without a size, which extends to the end of the event: `char buf[]`."""
         return self.is_array and self.size == 0
 
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """Where the parts of a ring-buffer page lie; offsets and sizes in bytes (`events/header_page`)."""
+    """Offsets and sizes of the parts of a ring-buffer page, in bytes (`events/header_page`)."""
 
     timestamp_offset: int
     commit_offset: int
@@ -63,7 +66,7 @@ class PageLayout:
 
     @property
     def page_size(self) -> int:
-        """Header and data together: what one read of `trace_pipe_raw` gives."""
+        """Bytes of header and data together, which one read of `trace_pipe_raw` returns."""
         return self.data_offset + self.data_size
 
 
@@ -77,7 +80,7 @@ class EventFormat:
     fields: Mapping[str, EventField]
 
     def field(self, name: str) -> EventField:
-        """The field of that name; raises `SourceError` naming the event and the field."""
+        """Return the field of that name; raises `SourceError` with the event and the known fields."""
         try:
             return self.fields[name]
         except KeyError:
@@ -107,7 +110,7 @@ def _parse_field(where: str, number: int, line: str) -> EventField:
 
 
 def parse_header_page(text: str) -> PageLayout:
-    """The layout told by `events/header_page`. Raises `SourceError` with the line that makes no sense."""
+    """Parse the text of `events/header_page`; raises `SourceError` with the line that is wrong."""
     where = "events/header_page"
     fields = {
         f.name: f for f in (_parse_field(where, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
@@ -125,7 +128,7 @@ def parse_header_page(text: str) -> PageLayout:
 
 
 def parse_format(event: str, text: str) -> EventFormat:
-    """The layout told by one event's `format` file. Raises `SourceError` with the event and the line."""
+    """Parse the text of one event's `format` file; raises `SourceError` with the event and the line."""
     ident: int | None = None
     in_fields = False
     fields: dict[str, EventField] = {}

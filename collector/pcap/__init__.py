@@ -1,1 +1,1 @@
-"""Pairs of packet captures: the inner and the outer device."""
+"""Pairs of packet captures, one at the inner and one at the outer device."""

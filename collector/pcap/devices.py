@@ -1,10 +1,11 @@
-"""Which device of a capture of several is the one to measure at.
+"""Chooses the device to measure at in a capture of several devices.
 
-`tcpdump -i any` on the host has a packet at the bridge's port, at the bridge and at the outer device; a pcapng file may
-have several interfaces. All of these are the same packet as the one in the container, and the distance to the nearest
-is not what the path adds. Of a host's capture the outer device is the last one on the way out and the first one on the
-way in, of a container's capture the inner device is the first one and the last one: the device at which packets are
-always farthest from the other capture. Where there is no such device, or more than one, the user says which.
+`tcpdump -i any` on the host captures a packet at the bridge's port, at the bridge and at the outer device; a pcapng
+file may have several interfaces. All these are the packet that the container's capture has, but the distance to the
+nearest of them is not the overhead of the path. In a host's capture the outer device is the last on the way out and the
+first on the way in; in a container's capture the inner device is the first and the last. In both cases it is the device
+at which packets are always farthest, in time, from the other capture. If no device or several devices qualify, the
+user has to choose.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from contracts.arrays import Ints
 from contracts.ordering import grouped
 
 _ENOUGH: Final = 1 << 20
-"""Packets that are looked at together: some 70 MB."""
+"""Packets that are counted together: some 70 MB."""
 _NEARLY_ALWAYS: Final = 0.95
-"""Of a device's packets, how many must have been farthest there. Packets that cross the end of what is looked at
-together, and those whose content comes again, are not all seen for what they are."""
+"""Share of a device's packets that must be farthest at this device. A few packets are misjudged: those at the boundary
+of a counted group, and those whose content repeats."""
 
 
 class DeviceSurvey:
-    """Takes packets of both files in step, and says of each file which of its places is at the end of the path."""
+    """Counts, from the packets of both files in step, which place of each file is at the end of the path."""
 
     def __init__(self, within_ns: int) -> None:
         self._within_ns = within_ns
@@ -38,11 +39,11 @@ class DeviceSurvey:
         self._several = [0, 0]
 
     def push(self, file: int, packets: PacketColumns) -> None:
-        """Take packets of one file, in its order."""
+        """Add packets of one file, in the file's order."""
         self._waiting[file].append(packets)
 
     def look(self, complete_ns: int, *, ended: bool = False) -> None:
-        """Count what is there, if it is worth it: both files have given all before `complete_ns`."""
+        """Count the packets before `complete_ns`, up to which both files were pushed, once there are enough of them."""
         if not ended and sum(len(part) for parts in self._waiting for part in parts) < _ENOUGH:
             return
         kept: list[list[PacketColumns]] = [[], []]
@@ -59,9 +60,9 @@ class DeviceSurvey:
             self._count(PacketColumns.concatenate(parts), np.concatenate(files))
 
     def ends(self, file: int) -> list[int]:
-        """Places at which packets are nearly always farthest from the other file, of all that have one packet twice.
+        """Return the places of a file at which packets are nearly always farthest from the other file, sorted.
 
-        Empty as well where no packet was seen at two places: then there is nothing to choose.
+        Empty if no packet was seen at two places: then there is nothing to choose.
         """
         if not self._several[file]:
             return []
@@ -69,18 +70,18 @@ class DeviceSurvey:
         return sorted(place for place in seen if farthest[place] >= _NEARLY_ALWAYS * seen[place])
 
     def must_choose(self, file: int) -> bool:
-        """Whether packets that are in the other file too were seen at several places of this one."""
+        """Return whether packets that are also in the other file were seen at several places of this file."""
         return self._several[file] > 0
 
     def shared(self, file: int) -> Counter[int]:
-        """By place, how many packets were seen there that are in the other file too."""
+        """Return place -> number of packets seen there that are also in the other file."""
         return self._seen[file]
 
     def _count(self, packets: PacketColumns, file: npt.NDArray[np.uint8]) -> None:
         by_time = np.argsort(packets.utc_ns, kind="stable")
         together, same = grouped(packets.content.packet_key[by_time])
         order = by_time[together]
-        # One packet, as far as can be told: the same content without a long pause.
+        # Frames with the same content and without a long pause between them count as one packet.
         pause_ns = np.diff(packets.utc_ns[order], prepend=0)
         packet = np.cumsum(~same | (pause_ns > self._within_ns)) - 1
         # By packet and file, each in the order of time.
@@ -91,12 +92,12 @@ class DeviceSurvey:
         first = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
         last = np.append(first[1:], len(group)) - 1
         sides = np.full((2, 2, int(packet[-1]) + 1), -1, np.int64)
-        """[file, first or last, packet] -> where it stands."""
+        """[file, first or last, packet] -> index of the frame, -1 without one."""
         sides[file[first], 0, packet[first]] = first
         sides[file[first], 1, packet[first]] = last
         both = (sides[INNER, 0] >= 0) & (sides[OUTER, 0] >= 0)
         both[packet[packets.content.packet_key[order] == 0]] = False
-        # Where one place has the content twice it is of two packets, and which is which is not clear.
+        # If one place has the content twice, two packets share it and cannot be distinguished: ignore both.
         twice = np.lexsort((place, group))
         again = np.flatnonzero((np.diff(group[twice]) == 0) & (np.diff(place[twice]) == 0))
         both[packet[twice[again]]] = False
@@ -113,6 +114,6 @@ class DeviceSurvey:
 
 
 def _counted(values: Ints) -> dict[int, int]:
-    """How often each value is there."""
+    """Return value -> number of occurrences."""
     distinct, counts = np.unique(values, return_counts=True)
     return dict(zip(distinct.tolist(), counts.tolist(), strict=True))

@@ -1,9 +1,9 @@
-"""pcap and pcapng files -> packets as columns, piece by piece.
+"""Reads pcap and pcapng files into columns of packets, piece by piece.
 
-Both are chains: where a record begins is known only from the one before it, so the chain is walked in Python, with
-one number a step, and all else is numpy. (draft-ietf-opsawg-pcap; draft-ietf-opsawg-pcapng.)
+Both formats are chains: the position of a record is known only from the record before it. A loop in Python walks the
+chain, one number per step, and numpy does everything else. (draft-ietf-opsawg-pcap; draft-ietf-opsawg-pcapng.)
 
-A file may hold more than packets of a network with a time. What is left out is counted by its kind.
+A file may also contain packets of other kinds, or packets without a time. These are left out and counted by kind.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ from contracts.errors import CaptureError
 from contracts.records import Content
 
 _KUZNETZOV: Final = 0xA1B2CD34
-"""A patched libpcap of the 1990s: its record headers go on with the device's index, and four bytes more."""
+"""Magic number of a patched libpcap of the 1990s, whose record headers add the device's index and four more bytes."""
 _MAGIC: Final = {0xA1B2C3D4: 1000, 0xA1B23C4D: 1, _KUZNETZOV: 1000}
-"""pcap: ns in one unit of the second part of a time."""
+"""Magic number of pcap -> ns in one unit of the fractional part of a time."""
 _NG_SECTION: Final = 0x0A0D0D0A
 _NG_ORDER: Final = 0x1A2B3C4D
 _NG_INTERFACE, _NG_OLD_PACKET, _NG_SIMPLE, _NG_STATISTICS, _NG_PACKET = 1, 2, 3, 5, 6
 _NG_NAME, _NG_TSRESOL, _NG_FCSLEN, _NG_TSOFFSET = 2, 9, 13, 14
 _NG_IFDROP, _NG_OSDROP = 5, 7
 _NG_DROPCOUNT = 4
-"""Of a packet: how many were missed between it and the one before."""
+"""Option of a packet: number of packets missed between this packet and the one before."""
 _PACKET_OPTIONS_MAX: Final = 8
-"""Options of a packet among which that one is looked for."""
+"""Number of a packet's options that are searched for that option."""
 _MISSED_MAX: Final = 1 << 40
-"""More than any capture misses at once; a sum of as many as a file has packets fits into 64 bits."""
+"""Upper bound of missed packets in one option: more than any capture misses at once, and small enough that the sum over
+a file fits 64 bits."""
 _SALVAGE: Final = "; --salvage reads what is before it"
 
 PIECE_BYTES: Final = 2 << 20
-"""Read at once: what is computed of it stays in the processor's caches."""
+"""Bytes read at once: small enough for intermediate results to stay in the processor's caches."""
 RECORD_MAX: Final = 1 << 20
-"""Bytes of one packet's record: libpcap's MAXIMUM_SNAPLEN is 262144, and options come to it. Blocks of other kinds may
-be longer."""
+"""Largest record of a packet, bytes: libpcap's MAXIMUM_SNAPLEN is 262144, plus options. Blocks of other kinds may be
+longer."""
 _DESCRIPTION_MAX: Final = 1 << 24
-"""Bytes of a block whose options are read: libpcap's and Wireshark's limit of any block."""
+"""Largest block whose options are read, bytes: the limit of libpcap and Wireshark for any block."""
 INTERFACES_MAX: Final = 1 << 16
 _KINDS_TOLD: Final = 8
 
 
 def is_pcap(head: bytes) -> bool:
-    """Whether a file that begins so is a pcap or pcapng file, compressed or not."""
+    """Return whether a file with this beginning is a pcap or pcapng file, compressed or not."""
     return _is_plain(unpacked_head(head, 4))
 
 
@@ -69,16 +70,16 @@ def _is_plain(head: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PacketColumns:
-    """Packets in the order of the file."""
+    """Packets as columns of equal length, in the order of the file."""
 
     utc_ns: Ints
     length: npt.NDArray[np.uint32]
-    """Bytes without the link layer's header."""
+    """Bytes without the link-layer header."""
     content: Content
     sender: npt.NDArray[np.uint64]
-    """What tells who sent it: the source's hardware address, or that it was outgoing; 0 where nothing does."""
+    """Identifier of the sender: the source's hardware address, or whether the packet was outgoing; 0 if unknown."""
     place: Ints
-    """Where in a capture of several devices it was seen: see `PcapFile.place_name`."""
+    """Device at which a capture of several devices saw the packet: see `PcapFile.place_name`."""
 
     def __len__(self) -> int:
         return len(self.utc_ns)
@@ -90,7 +91,7 @@ class PacketColumns:
 
     @classmethod
     def concatenate(cls, parts: list[PacketColumns]) -> PacketColumns:
-        """One after the other; at least one."""
+        """Join columns in the given order; `parts` has at least one element."""
         if len(parts) == 1:
             return parts[0]
         content = Content(
@@ -106,33 +107,36 @@ class PacketColumns:
 
 
 class PcapFile(Closing):
-    """A capture file, read once from front to back; a context manager. Raises `Unavailable` or `CaptureError`."""
+    """A packet capture, read once from front to back; a context manager.
+
+    Opening raises `Unavailable` or `CaptureError`.
+    """
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
         self.path: Final = Path(path)
         self.skipped = 0
         """Bytes that salvage left out."""
         self.packets = 0
-        """That were read."""
+        """Packets read."""
         self.left_out: Counter[str] = Counter()
-        """Packets that were not, by what is the matter with them: they are of another kind, or have no time."""
+        """Reason -> number of packets left out: they are of another kind, or have no time."""
         self.cut_short = 0
-        """Packets that were read, but of which too little was captured for a content key."""
+        """Packets read of which too little was captured for a content key."""
         self.has_cooked = False
-        """Whether there are packets of Linux's first cooked format, which does not say of which device they are."""
+        """Whether there are packets of Linux's first cooked format, which does not contain the device."""
         self._told: list[str] = []
         self._salvage = salvage
         self._only_places = False
         self._places: Counter[int] = Counter()
         self._labels: list[str] = []
-        """Names of interfaces, or their numbers where they have none, by `Interface.number`."""
+        """Names of interfaces (their numbers if they have no name), by `Interface.number`."""
         self._numbers: dict[str, int] = {}
         self._missed = 0
         self._ended = self._refused = False
         self._long_block = 0
-        """Length of a block most of which is passed over unread."""
+        """Length of a block most of which is skipped unread."""
         self._to_skip = 0
-        """Bytes of it that are still to come, but its last four."""
+        """Bytes of that block still to be skipped, without its last four."""
         self._file = UnpackedFile(self.path, "name a pcap or pcapng file")
         try:
             head = self._file.read(24)
@@ -160,7 +164,7 @@ class PcapFile(Closing):
         magic, major, minor, _, _, _, link = struct.unpack(self._order + "IHHiIII", head)
         if major != 2:
             raise self._error(4, f"pcap version {major}.{minor}, expected 2")
-        # Bits 28 to 31 are a checksum's length in words of 16 bits, if bit 26 says that they are.
+        # Bits 28 to 31 are the length of the frame checksum in words of 16 bits, if bit 26 is set.
         fcs_bytes = 2 * (link >> 28) if link & 1 << 26 else 0
         one = Interface(link & 0xFFFF, fcs_bytes=fcs_bytes, exponent=9 if _MAGIC[magic] == 1 else 6)
         if one.trouble:
@@ -169,7 +173,7 @@ class PcapFile(Closing):
         self._own_head = head[:8]
         """Magic number and version."""
         self._record_head = 24 if magic == _KUZNETZOV else 16
-        # Before 2.3 the two lengths stood the other way round.
+        # Before version 2.3 the two lengths were in the opposite order.
         self._captured_at = 12 if minor < 3 else 8
 
     def _error(self, offset: int, why: str) -> CaptureError:
@@ -177,23 +181,23 @@ class PcapFile(Closing):
 
     @property
     def bytes_total(self) -> int:
-        """Of the file as it lies there."""
+        """Size of the file, compressed or not."""
         return self._file.bytes_total
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come in it."""
+        """Bytes of the file read so far, compressed or not."""
         return self._file.bytes_read
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know, one line each."""
+        """Warnings for the user, one line each."""
         told = list(self._told)
         told += [f"{self.path}: {count} packets {what}: left out" for what, count in self._kinds_left_out()]
         if self.cut_short:
             told.append(
-                f"{self.path}: of {self.cut_short} packets too little was captured to tell them from others; they are "
-                "among the unmatched. Capture 96 bytes of each or more"
+                f"{self.path}: {self.cut_short} packets were cut too short to identify them; they count as unmatched."
+                " Capture at least 96 bytes of each packet"
             )
         missed = self._missed + sum(one.missed_in_all for one in self._interfaces)
         if missed:
@@ -201,14 +205,14 @@ class PcapFile(Closing):
         return told
 
     def _kinds_left_out(self) -> list[tuple[str, int]]:
-        """The most frequent kinds, and the others together."""
+        """Return (reason, number of packets left out) for the most frequent reasons, and one sum of the others."""
         kinds = self.left_out.most_common(_KINDS_TOLD)
         others = self.left_out.total() - sum(count for _, count in kinds)
         return [*kinds, (f"of {len(self.left_out) - len(kinds)} more such kinds", others)] if others else kinds
 
     @property
     def missing(self) -> int:
-        """About how many packets salvage left out: as many as take these bytes where the others are like them."""
+        """Estimated number of packets that salvage left out, from the bytes skipped and the packets' average size."""
         if not self.skipped:
             return 0
         good = self._offset if self._file.compression else self.bytes_total - self.skipped
@@ -216,15 +220,15 @@ class PcapFile(Closing):
 
     @property
     def discarded(self) -> int:
-        """Packets that were left out, those of salvage about."""
+        """Packets that were left out, including the estimate for salvage."""
         return self.missing + self.left_out.total()
 
     # --- places ---------------------------------------------------------------------------------
 
     def places(self) -> Counter[int]:
-        """How many packets were seen at each place: reads all of the file, in a tenth of the time that `pieces` takes.
+        """Read the whole file and return place -> number of packets, in a tenth of the time that `pieces` takes.
 
-        Call it instead of `pieces`. Raises `CaptureError`.
+        Call this instead of `pieces`, not with it. Raises `CaptureError`.
         """
         self._only_places = True
         for _ in self._walked():
@@ -232,7 +236,7 @@ class PcapFile(Closing):
         return self._places
 
     def place_name(self, place: int) -> str:
-        """What a place is called: a file's interface by its name or number, a device by the kernel's index, or both."""
+        """Return the name of a place: the interface's name or number, the kernel's index of the device, or both."""
         number, ifindex = place >> 32, place & 0xFFFFFFFF
         name = self._labels[number] if self._labels else ""
         if not ifindex:
@@ -241,13 +245,16 @@ class PcapFile(Closing):
 
     @property
     def may_have_places(self) -> bool:
-        """Whether the format can tell of several places."""
+        """Whether the format can distinguish several places."""
         return self._is_ng or self._record_head > 16 or self._interfaces[0].link == SLL2
 
     # --- the chain ------------------------------------------------------------------------------
 
     def pieces(self) -> Iterator[PacketColumns]:
-        """All packets, some hundred thousand at a time. Raises `CaptureError`, also where none of them can be read."""
+        """Yield all packets, some hundred thousand at a time.
+
+        Raises `CaptureError` for damage, and if no packet of the file can be read.
+        """
         for walked in self._walked():
             self.packets += len(walked)
             yield walked
@@ -284,7 +291,7 @@ class PcapFile(Closing):
         self._window += block
 
     def _refuse(self, at: int, why: str) -> None:
-        """The chain is broken: an error, or with salvage the end, all that is behind it counted."""
+        """Report a broken chain: raise `CaptureError`, or with salvage count the bytes behind it and end."""
         if self._refused:
             return
         if not self._salvage:
@@ -308,7 +315,7 @@ class PcapFile(Closing):
         size_of = struct.Struct(order + "I").unpack_from
         append = starts.append
         last = end - head
-        # The loop knows nothing of errors: a size that cannot be leads out of the window, and is looked at then.
+        # The loop checks no sizes: an impossible size leads out of the window and is examined afterwards.
         while at <= last:
             append(at)
             at += head + size_of(window, at + captured_at)[0]
@@ -318,7 +325,7 @@ class PcapFile(Closing):
         if at <= last and (size := size_of(window, at + captured_at)[0]) > RECORD_MAX:
             broken = f"a packet of {size} bytes; expected at most {RECORD_MAX}"
             if starts and window[starts[-1] : starts[-1] + len(self._own_head)] == self._own_head:
-                # A file's head looks like a packet without a byte, and what is behind it like a long one.
+                # A second file's head looks like an empty packet followed by a very long one.
                 at, broken = starts.pop(), "another capture begins in the same file; `mergecap` makes one of several"
         found = self._columns_of_pcap(starts) if starts else None
         if broken:
@@ -334,9 +341,9 @@ class PcapFile(Closing):
         one = self._interfaces[0]
         seconds, part = self._u32(buffer, at), self._u32(buffer, at + 4)
         captured, length = self._u32(buffer, at + self._captured_at), self._u32(buffer, at + 20 - self._captured_at)
-        # A whole second is a rounded time; more is none.
+        # A fraction of exactly one second is a rounded time; a larger one is invalid.
         per_s = 10**one.exponent
-        # Of microseconds alone: no unit is finer than the other one's, so there a strange part is a strange part.
+        # In a file of microseconds a larger fraction suggests that the unit is nanoseconds.
         other_unit = part > per_s if one.exponent == 6 else np.zeros(len(part), np.bool_)
         wrong = np.flatnonzero((captured > RECORD_MAX) | other_unit)
         if len(wrong):
@@ -353,7 +360,7 @@ class PcapFile(Closing):
         return self._packets(buffer, one, at + self._record_head, captured, length, utc_ns, 0, ifindex)
 
     def _u32(self, buffer: Bytes, at: Ints) -> Ints:
-        """Numbers of 32 bits in the file's byte order at any byte."""
+        """Return the 32-bit numbers at byte offsets, in the file's byte order."""
         view: Any = np.ndarray((len(buffer) - 3,), f"{self._order}u4", buffer, strides=(1,))
         found: Ints = view[at].astype(np.int64)
         return found
@@ -394,7 +401,7 @@ class PcapFile(Closing):
                 break
             if at + size > end:
                 if self._passed_over(at, kind) and size > PIECE_BYTES:
-                    # All but the length that it ends with, which says whether the one that it begins with was true.
+                    # Skip all but the length at the block's end, which must equal the length at its beginning.
                     self._count(at, kind)
                     self._long_block, self._to_skip = size, at + size - 4 - end
                     at = end
@@ -405,7 +412,7 @@ class PcapFile(Closing):
                     broken = f"a section of version {major}.{minor}, expected 1"
                     break
             if kind == _NG_INTERFACE:
-                # Packets before it belong to the interfaces before it.
+                # The packets before this block belong to the interfaces before it.
                 self._interface(at, size)
             elif kind == _NG_STATISTICS:
                 self._statistics(at, size)
@@ -423,7 +430,7 @@ class PcapFile(Closing):
         return PacketColumns.concatenate(parts) if parts else None
 
     def _why_broken(self, at: int, kind: int, size: int) -> str:
-        """What cannot be in a block's head, or an empty string."""
+        """Return what is wrong with a block's head, or an empty string."""
         smallest = {_NG_PACKET: 32, _NG_OLD_PACKET: 32, _NG_SECTION: 28, _NG_INTERFACE: 20, _NG_SIMPLE: 16}.get(
             kind, 12
         )
@@ -432,7 +439,7 @@ class PcapFile(Closing):
             if smallest <= size <= left and not size & 3:
                 return ""
             if size > left and self._file.compression:
-                # How much there is nobody knows.
+                # The size of the decompressed file is unknown.
                 return ""
             return f"a block of {size} bytes; expected {smallest} to {left}, which are left, in whole words"
         largest = _DESCRIPTION_MAX if kind in (_NG_INTERFACE, _NG_STATISTICS) else RECORD_MAX
@@ -441,14 +448,14 @@ class PcapFile(Closing):
         return f"a block of {size} bytes; expected {smallest} to {largest}, in whole words"
 
     def _passed_over(self, at: int, kind: int) -> bool:
-        """Whether a block may be of any length, as nothing behind its head is looked at."""
+        """Return whether a block may have any length, because only its head is read."""
         if kind in (_NG_OLD_PACKET, _NG_PACKET):
             one = self._interface_at(at, kind)
             return one is not None and bool(one.trouble)
         return kind not in (_NG_INTERFACE, _NG_STATISTICS)
 
     def _count(self, at: int, kind: int) -> None:
-        """A block that is passed over: if there is a packet in it, it is left out."""
+        """Count the packet in a skipped block, if there is one, as left out."""
         if kind == _NG_SIMPLE:
             self.left_out["in simple packet blocks, which have no time"] += 1
         elif kind in (_NG_OLD_PACKET, _NG_PACKET):
@@ -456,7 +463,7 @@ class PcapFile(Closing):
             self.left_out[one.trouble if one else ""] += 1
 
     def _end_of_long_block(self) -> tuple[int, str]:
-        """Where the next block begins, and what is wrong if the last one's length was."""
+        """Return the offset of the block after a skipped one, and the error if the two lengths of that block differ."""
         size, self._long_block = self._long_block, 0
         if len(self._window) >= 4 and struct.unpack_from(self._order + "I", self._window)[0] == size:
             return 4, ""
@@ -476,13 +483,13 @@ class PcapFile(Closing):
         self._order, self._interfaces = order, []
 
     def _interface_at(self, at: int, kind: int) -> Interface | None:
-        """The interface of a packet's block."""
+        """Return the interface of a packet's block; None if the section has no such interface."""
         form = "H" if kind == _NG_OLD_PACKET else "I"
         (which,) = struct.unpack_from(self._order + form, self._window, at + 8)
         return self._interfaces[which] if which < len(self._interfaces) else None
 
     def _options(self, at: int, last: int) -> Iterator[tuple[int, bytes]]:
-        """Code and value of each option between two places of the window."""
+        """Yield code and value of each option between two offsets of the window."""
         while at + 4 <= last:
             code, length = struct.unpack_from(self._order + "HH", self._window, at)
             if not code or at + 4 + length > last:
@@ -503,7 +510,7 @@ class PcapFile(Closing):
             elif code == _NG_TSOFFSET and len(value) >= 8:
                 (one.offset_s,) = struct.unpack(self._order + "q", value[:8])
             elif code == _NG_FCSLEN and value:
-                # In bits, says the draft; its example and Wireshark have bytes. No checksum is of less than 8 bits.
+                # The draft states bits, its example and Wireshark use bytes. No checksum has less than 8 bits.
                 one.fcs_bytes = value[0] // 8 if value[0] >= 8 else value[0]
         one.number = self._numbers.setdefault(name, len(self._labels))
         if one.number == len(self._labels):
@@ -519,7 +526,7 @@ class PcapFile(Closing):
             for code, value in self._options(at + 20, at + size - 4)
             if code in (_NG_IFDROP, _NG_OSDROP)
         }
-        # Counted from the start of the capture: the last ones are all.
+        # The counts run from the start of the capture, so that the last block has the totals.
         if which < len(self._interfaces) and counts:
             self._interfaces[which].missed = sum(counts.values())
 
@@ -531,7 +538,7 @@ class PcapFile(Closing):
         kind, size, which, high, low, captured, length = (self._u32(buffer, at + 4 * word) for word in range(7))
         old, missed = kind == _NG_OLD_PACKET, np.zeros(len(at), np.int64)
         if old.any():
-            # Two numbers of 16 bits where the new block has the interface's: that, and how many packets were missed.
+            # The old block has two 16-bit numbers in place of the interface: the interface and the packets missed.
             two = (which & 0xFFFF, which >> 16) if self._order == "<" else (which >> 16, which & 0xFFFF)
             which = np.where(old, two[0], which)
             missed = np.where(old & (two[1] != 0xFFFF), two[1], 0)
@@ -555,7 +562,7 @@ class PcapFile(Closing):
             wrong = of[utc_ns[of] < 0]
             if len(wrong):
                 self.left_out[one.trouble or "with a time before 1970 or after 2116"] += len(wrong)
-        # Those whose frames are alike together, whatever interface they are of.
+        # Decode frames of the same link type and checksum together, whatever their interface.
         alike = np.array([one.link << 8 | one.fcs_bytes for one in self._interfaces], np.int64)[which]
         numbers = np.array([one.number for one in self._interfaces], np.int64)[which]
         parts, places = [], []
@@ -570,7 +577,7 @@ class PcapFile(Closing):
         return [PacketColumns.concatenate(parts)[back] if len(parts) > 1 else parts[0]]
 
     def _dropcounts(self, buffer: Bytes, at: Ints, last: Ints) -> Ints:
-        """How many packets were missed before each, by its options, which are between two places."""
+        """Return the number of packets missed before each packet, from its options between the offsets `at`, `last`."""
         found, at = np.zeros(len(at), np.int64), at.copy()
         of = np.flatnonzero(at + 4 <= last)
         for _ in range(_PACKET_OPTIONS_MAX):
@@ -609,7 +616,7 @@ class PcapFile(Closing):
         if self._only_places:
             self._places.update(dict(zip(*(a.tolist() for a in np.unique(place, return_counts=True)), strict=True)))
             return _NOTHING
-        # A record may claim more than a packet ever had.
+        # A record may state a larger packet than is possible.
         length = np.maximum(np.minimum(length, RECORD_MAX), captured)
         if one.fcs_bytes:
             length = np.maximum(length - one.fcs_bytes, 0)
@@ -629,7 +636,7 @@ class PcapFile(Closing):
 
 
 def _groups(values: Ints) -> Iterator[tuple[int, Ints]]:
-    """Each value, and where it is, in order."""
+    """Yield each distinct value, ascending, with the indices of its occurrences."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     for of in np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1):
@@ -638,10 +645,10 @@ def _groups(values: Ints) -> Iterator[tuple[int, Ints]]:
 
 
 def _beginning(head: bytes) -> str:
-    """What a foreign file begins with, for a person."""
+    """Describe the beginning of a file of another format, for an error."""
     foreign = foreign_compression_of(head)
     if foreign:
-        return f"it is compressed with {foreign}, which is not read: unpack it first"
+        return f"it is compressed with {foreign}, which MACE does not read: unpack it first"
     if not head:
         return "the file is empty"
     return f"it begins with {head[:4].hex(' ')}; Wireshark's `editcap -F pcapng` converts other formats of captures"

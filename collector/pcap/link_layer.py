@@ -1,7 +1,7 @@
-"""What is in front of the network layer's header in a captured frame: link types, and tags and labels on top of them.
+"""Headers in front of the network layer in a captured frame: link types, tags, labels and PPPoE.
 
-The content key is that of the packet behind all of it, so a packet that is tagged, labelled or in a PPPoE session at
-one of two devices is the same packet at the other.
+The content key covers the packet behind all of these. A packet that is tagged, labelled or in a PPPoE session at one of
+two devices therefore has the same key at both.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from contracts.arrays import Ints, Mask
 
 ETHERNET, RAW, SLL, SLL2 = 1, 101, 113, 276
 _HEADER_BYTES: Final = {ETHERNET: 14, RAW: 0, 12: 0, 14: 0, 228: 0, 229: 0, SLL: 16, SLL2: 20}
-"""Bytes of the header, by link type (tcpdump.org/linktypes.html; 12 and 14 are what files of some systems have for raw
-IP)."""
+"""Link type -> bytes of its header (tcpdump.org/linktypes.html; some systems use 12 and 14 for raw IP)."""
 _NAMES: Final = {
     0: "BSD loopback",
     9: "PPP",
@@ -31,32 +30,32 @@ _NAMES: Final = {
     239: "NFLOG",
     253: "netlink",
 }
-"""Of link types that are captured beside a network's and that are not read."""
+"""Names of link types that captures contain and MACE does not read."""
 _OUTGOING: Final = 4
 """PACKET_OUTGOING of Linux's cooked captures."""
 
 _VLAN: Final = (0x8100, 0x88A8, 0x9100, 0x9200, 0x9300)
-"""802.1Q, 802.1ad, and what switches had for the outer tag before that was a standard."""
+"""EtherTypes of VLAN tags: 802.1Q, 802.1ad, and those that switches used for the outer tag before 802.1ad."""
 _MPLS: Final = (0x8847, 0x8848)
 _PPPOE: Final = 0x8864
 _PPP: Final = {0x0021: IPV4, 0x0057: IPV6, 0x0281: _MPLS[0]}
-"""EtherTypes, by PPP's numbers (RFC 1332, RFC 5072, RFC 3032, section 4.1)."""
+"""PPP protocol number -> EtherType (RFC 1332, RFC 5072, RFC 3032, section 4.1)."""
 _LAYERS_MAX: Final = 16
-"""Tags and labels of one frame that are gone through; what has more of them is not told apart from what is behind."""
+"""Largest number of tags and labels of a frame that are removed; the packet behind more of them is not read."""
 
 
 def is_known(link: int) -> bool:
-    """Whether frames of a link type can be read."""
+    """Return whether frames of a link type can be read."""
     return link in _HEADER_BYTES
 
 
 def link_name(link: int) -> str:
-    """A link type for a person: its number, and its name where it is one of those that turn up."""
+    """Return a link type for a message: its number, and its name if that is known."""
     return f"link type {link} ({_NAMES[link]})" if link in _NAMES else f"link type {link}"
 
 
 def ifindex_of(views: Views, link: int, start: Ints) -> Ints:
-    """The kernel's index of the device each frame was captured at; 0 where the link type does not tell."""
+    """Return the kernel's index of each frame's device; 0 if the link type does not contain it."""
     if link != SLL2:
         return np.zeros(len(start), np.int64)
     return views.be16(start + 4) << 16 | views.be16(start + 6)
@@ -64,19 +63,22 @@ def ifindex_of(views: Views, link: int, start: Ints) -> Ints:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Behind:
-    """Packets from their network layer's header on; arrays of n."""
+    """Packets from their network-layer header on; arrays of n."""
 
     start: Ints
     captured: Ints
     length: Ints
     protocol: Ints
-    """EtherType; 0 or a number of PPP's where there is none."""
+    """EtherType; for other packets 0 or a PPP protocol number."""
     sender: npt.NDArray[np.uint64]
-    """What tells who sent it: the source's hardware address, or that it was outgoing; 0 where nothing does."""
+    """Identifier of the sender: the source's hardware address, or whether the packet was outgoing; 0 if unknown."""
 
 
 def behind(views: Views, link: int, start: Ints, captured: Ints, length: Ints) -> Behind:
-    """What frames of a known link type carry, of which so many bytes were captured and were on the link."""
+    """Return the packets that frames of a known link type carry.
+
+    `captured` and `length` are the bytes of each frame that were captured, and that it had on the link.
+    """
     header = _HEADER_BYTES[link]
     there = captured >= max(header, 1)
     if link == ETHERNET:
@@ -100,13 +102,13 @@ def behind(views: Views, link: int, start: Ints, captured: Ints, length: Ints) -
 
 
 def _by_version(views: Views, start: Ints) -> Ints:
-    """The EtherType by the first four bits of an IP header; 0 where they are of none."""
+    """Return the EtherType by the first four bits of an IP header; 0 if they are of no IP version."""
     version = views.byte(start) >> 4
     return np.where(version == 4, IPV4, np.where(version == 6, IPV6, 0))
 
 
 def _unwrap(views: Views, packets: Behind, of: Ints) -> None:
-    """Move `of` behind tags, labels and PPPoE, in place. What was cut off inside of one stays there."""
+    """Move the packets `of` behind tags, labels and PPPoE, in place; a packet cut off inside of one stays there."""
     for _ in range(_LAYERS_MAX):
         protocol, at, kept = packets.protocol[of], packets.start[of], packets.captured[of]
         vlan, mpls = _one_of(protocol, _VLAN), _one_of(protocol, _MPLS)
@@ -117,7 +119,8 @@ def _unwrap(views: Views, packets: Behind, of: Ints) -> None:
             return
         follows = views.be16(at + size - 2)
         follows[pppoe] = _of_ppp(follows[pppoe])
-        # RFC 3032, section 2.1: the last label has bit 8 set, and nothing says what is behind it (RFC 4928 looks too).
+        # RFC 3032, section 2.1: the last label has bit 8 set. No field names the protocol behind it: its first bits
+        # show it, as in RFC 4928.
         bottom = views.byte(at + 2) & 1 != 0
         label = np.where(bottom, _by_version(views, at + 4), protocol)
         of, size = of[there], size[there]
@@ -133,7 +136,7 @@ def _one_of(protocol: Ints, these: tuple[int, ...]) -> Mask:
 
 
 def _of_ppp(numbers: Ints) -> Ints:
-    """EtherTypes of PPP's numbers; those of no network layer stay as they are."""
+    """Return the EtherTypes of PPP protocol numbers; numbers of no network layer stay unchanged."""
     found = numbers.copy()
     for number, protocol in _PPP.items():
         found[numbers == number] = protocol

@@ -1,10 +1,10 @@
-"""What captured packets say, and their content key: the module's own definition (kmod/mace_packet.c), in numpy.
+"""Headers and content key of captured packets: the module's definition (kmod/mace_packet.c), in numpy.
 
-Both must give one packet one key, so that captures, the module and this reader can be compared; a test holds them
-against one third reading. All packets are looked at together; what one kind has is computed for those of that kind.
+Module and reader must compute the same key, so that their records can be compared; a test compares both with a third
+implementation. All packets are decoded together, and the headers of each protocol for the packets that have it.
 
-A capture may hold less of a packet than there was (its snap length). Where what the key is made of was cut off, there
-is no key: a wrong one would match the wrong packet, or none.
+A capture may contain only the beginning of a packet (its snap length). If a part that the key covers was cut off, the
+packet has no key: a wrong key would match a wrong packet, or none.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ IPV4: Final = 0x0800
 IPV6: Final = 0x86DD
 VLAN: Final = (0x8100, 0x88A8)
 ETHERNET: Final = 0x6558
-"""Transparent Ethernet bridging: the EtherType by which tunnels name an Ethernet frame."""
+"""EtherType of an Ethernet frame inside a tunnel (transparent Ethernet bridging)."""
 VXLAN_PORTS: Final = (4789, 8472)
 GENEVE_PORTS: Final = (6081,)
 ROOM: Final = 64
-"""Bytes that must lie behind the last packet in the buffer: what is looked at may lie behind its end."""
+"""Bytes that the buffer must have behind the last packet, because reads may extend over the packet's end."""
 
 _KEY: Final = (0x4D41434520706B74, 0x6B65792076312E30)
 """`mace_content_key`."""
@@ -37,10 +37,10 @@ _HOP, _ROUTING, _FRAGMENT, _AUTH, _DEST = 0, 43, 44, 51, 60
 
 
 class Views:
-    """Numbers at any byte of a buffer, without a copy of it: views whose elements overlap.
+    """Reads numbers at any byte of a buffer without copying it, by views with overlapping elements.
 
-    A hostile packet may point anywhere: places are kept inside the buffer, and what was read there is thrown away by
-    those who know how much of the packet there is.
+    A hostile packet may lead to any offset: offsets are clipped to the buffer. The caller, which knows how much of the
+    packet was captured, discards values from behind its end.
     """
 
     def __init__(self, buffer: Bytes) -> None:
@@ -71,19 +71,21 @@ class Views:
 
 
 class CapturedPackets:
-    """Packets in a buffer, from their network layer's header on."""
+    """Packets in a buffer, from their network-layer header on."""
 
     def __init__(self, views: Views, start: Ints, captured: Ints, length: Ints, protocol: Ints) -> None:
-        """Arrays of n, int64: where each begins, bytes that were captured of it and that it had (both from there on),
-        and its EtherType. The buffer has `ROOM` bytes behind the last packet.
+        """Decode the headers of n packets, given as int64 arrays.
+
+        `start`: offset of each packet; `captured` and `length`: its bytes from there on that were captured, and that it
+        had; `protocol`: its EtherType. The buffer has `ROOM` bytes behind the last packet.
         """
         self._views = views
         self.start, self.captured, self.length, self.protocol = start, captured, length, protocol
         n = len(start)
         self.end = length.copy()
-        """One past its last byte, counted from its start: what follows is padding of the link layer."""
+        """Offset behind each packet's last byte, from its start; padding of the link layer may follow."""
         self.known = np.ones(n, np.bool_)
-        """Whether all that the key is made of was captured."""
+        """Whether all parts that the key covers were captured."""
         self.version = np.zeros(n, np.int64)
         self.proto = np.zeros(n, np.int64)
         self.ip_length = np.zeros(n, np.int64)
@@ -99,10 +101,9 @@ class CapturedPackets:
         self.flow = np.zeros(n, np.bool_)
         self.payload = np.zeros((2, n), np.uint64)
         self.inner = np.zeros(n, np.int64)
-        """Where a packet that this one carries (VXLAN, Geneve, GRE, IP in IP) begins, counted from the start; 0 where
-        there is none."""
+        """Offset, from the start, of a packet that this one carries (VXLAN, Geneve, GRE, IP in IP); 0 without one."""
         self.inner_protocol = np.zeros(n, np.int64)
-        """Its EtherType, or `ETHERNET`."""
+        """EtherType of the carried packet, or `ETHERNET`."""
         self._skip_tags()
         self._read_ipv4(np.flatnonzero(self.protocol == IPV4))
         self._read_ipv6(np.flatnonzero(self.protocol == IPV6))
@@ -119,7 +120,7 @@ class CapturedPackets:
         return self._views.be64(self.start[of] + offset)
 
     def _has(self, of: Ints, after: Any) -> Ints:
-        """Those that have as many bytes; of those that had them and were cut no key is known."""
+        """Return the indices in `of` of packets with `after` captured bytes; a packet cut before that has no key."""
         after = np.broadcast_to(after, len(of))
         cut = (after > self.captured[of]) & (after <= self.length[of])
         self.known[of[cut]] = False
@@ -157,7 +158,7 @@ class CapturedPackets:
         flags = head & 0xFFFF
         self.fragment[of] = flags & 0x3FFF != 0  # more fragments, or an offset
         self.fragment_offset[of] = (flags & 0x1FFF) * 8
-        # A length of 0: a TCP segment too long for the field (BIG TCP).
+        # A length of 0 means a TCP segment too long for the field (BIG TCP).
         self.end[of] = np.where(total > 0, total, self.length[of])
         self._read_transport(of, header)
 
@@ -238,12 +239,12 @@ class CapturedPackets:
         self._read_payload(of, at + 8, _PAYLOAD)
 
     def _read_vxlan(self, of: Ints, at: Ints) -> None:
-        # RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set.
+        # RFC 7348, section 5: only the flag "I" (the VNI is valid) may be set, and must be.
         valid = self._byte(of, at) == 0x08
         self._carry(of[valid], at[valid] + 8, ETHERNET)
 
     def _read_geneve(self, of: Ints, at: Ints) -> None:
-        # RFC 8926, section 3.4: version 0, no control message ("O"); the length of options.
+        # RFC 8926, section 3.4: the first byte has the version, 0, and the length of options; no control message ("O").
         first, flags = self._byte(of, at), self._byte(of, at + 1)
         valid = (first < 0x40) & (flags & 0x80 == 0)
         of, at = of[valid], at[valid]
@@ -254,7 +255,7 @@ class CapturedPackets:
         there = self._has(of, at + 4)
         of, at = of[there], at[there]
         flags = self._be16(of, at)
-        # RFC 2784 and RFC 2890, section 2 each; neither routing, which is of the past, nor another version (PPTP).
+        # RFC 2784 and RFC 2890, section 2 each. Routing, which is obsolete, and other versions (PPTP) are not read.
         valid = flags & 0x4007 == 0
         of, at, flags = of[valid], at[valid], flags[valid]
         optional = sum((flags & bit != 0) * 4 for bit in (0x8000, 0x2000, 0x1000))  # checksum, key, sequence number
@@ -265,7 +266,7 @@ class CapturedPackets:
         self._carry(of, at, np.where(self.proto[of] == _IPIP, IPV4, IPV6))
 
     def _carry(self, of: Ints, at: Ints, protocol: Any) -> None:
-        """Packets that carry others at `at`, unless they are fragments or what they carry is not read."""
+        """Note that packets carry others at `at`, unless they are fragments or the carried protocol is not read."""
         protocol = np.broadcast_to(protocol, len(of))
         readable = np.isin(protocol, (IPV4, IPV6, ETHERNET)) & ~self.fragment[of]
         self.inner[of[readable]] = at[readable]
@@ -281,7 +282,7 @@ class CapturedPackets:
         self.l4_src[mine], self.l4_dst[mine] = self._be16(mine, place + 4), self._be16(mine, place + 6)
         self.flow[mine] = True
         self._read_payload(mine, place + 8, _PAYLOAD)
-        # An error quotes a packet; all but the first 8 bytes of that is rewritten by NAT.
+        # An error quotes a packet, of which NAT rewrites all but the first 8 bytes.
         self._read_payload(of[~echo], at[~echo] + 8, 8)
 
     def _read_sctp(self, of: Ints, at: Ints) -> None:
@@ -311,7 +312,7 @@ class CapturedPackets:
     # --- the key --------------------------------------------------------------------------------
 
     def keys(self) -> U64:
-        """The content keys, uint64; 0 where none is known."""
+        """Return the content keys, uint64; 0 for a packet without a key."""
         first = (
             self.version.astype(np.uint64) << np.uint64(56)
             | self.proto.astype(np.uint64) << np.uint64(48)
@@ -333,7 +334,7 @@ class CapturedPackets:
                 words[word + 1][there] = self._views.le64(self.start[there] + 8 * word)
             self.known[np.setdiff1d(other, there)] = False
         key = siphash(*words)
-        # 0 stands for "unknown".
+        # Key 0 means "unknown".
         key[key == 0] = 1
         key[~self.known] = 0
         carried = np.flatnonzero(self.inner)
@@ -342,7 +343,10 @@ class CapturedPackets:
         return key
 
     def _take_inner_keys(self, of: Ints, key: U64) -> None:
-        """Gives the packets `of` that carry others the others' keys; those whose load is no packet carry nothing."""
+        """Replace the keys of packets `of` that carry others by the carried packets' keys.
+
+        A packet whose payload turns out to be no packet carries nothing and keeps its own key.
+        """
         at, protocol = self.inner[of], self.inner_protocol[of]
         frame = protocol == ETHERNET
         begin = at + np.where(frame, 14, 0)
@@ -351,18 +355,18 @@ class CapturedPackets:
         inside = CapturedPackets(
             self._views, self.start[of] + begin, np.maximum(captured, 0), np.maximum(length, 0), protocol
         )
-        # One layer: a tunnel in a tunnel is payload.
+        # Only one layer is read: a tunnel in a tunnel is payload.
         inside.inner[:] = 0
         inner_key = inside.keys()
         is_ip = inside.version > 0
-        # Of what was cut off before the end of an IP header it is not known whether that is one.
+        # If the capture ends inside the carried IP header, it is unknown whether there is such a packet.
         cut = (captured < length) & np.where(is_ip, ~inside.known, inside.captured < 40)
         carries = (length >= 0) & (cut | is_ip | (frame & (inside.length >= 24)))
         self.inner[of[~carries]] = 0
         key[of[carries]] = np.where(cut, np.uint64(0), inner_key)[carries]
 
     def content(self) -> Content:
-        """All of it, as records have it."""
+        """Return the packets' content with the columns of records."""
         key = self.keys()
         sequenced = np.isin(self.proto, (TCP, SCTP)) & self.flow
         flags = (
@@ -389,11 +393,11 @@ _FIRST_BYTES: Final = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 """Masks of the first n bytes of a little-endian word."""
 
 _BLOCK: Final = 1 << 13
-"""Hashed at once: four words of state of so many stay in the processor's second cache."""
+"""Number of packets hashed at once: their four words of state fit the processor's second-level cache."""
 
 
 def siphash(*words: U64) -> U64:
-    """SipHash-2-4 of so many 64-bit words each, with the key that all of MACE uses; uint64.
+    """Return SipHash-2-4 (uint64) of n messages, each of `len(words)` 64-bit words, with the key that all of MACE uses.
 
     Aumasson and Bernstein, "SipHash: a fast short-input PRF" (2012), section 2.
     """

@@ -1,14 +1,14 @@
-"""Which packet of one capture is which of the other: by what they carry, as long as that is beyond doubt.
+"""Pairs the packets of two captures by their content, as long as the pair is beyond doubt.
 
-The two captures are of one host, at a container's inner and at the host's outer device. A packet that crosses is in
-both, with the same content key; which it was sent at first tells its direction. Where one content comes again and again
-(requests repeated as they are, ARP), neighbours in time decide: two are a pair if each is the other's nearest of that
-content, and they are at most `within_ns` apart. What has no such partner is left single, and what had
-others of its content so near that it was not clear is counted as ambiguous. A wrong pair is worse than none.
+The two captures are of one host, at a container's inner device and at the host's outer device. A packet that crosses
+the host is in both captures, with the same content key; the capture that has it first shows its direction. If content
+repeats (identical requests, ARP), the distance in time decides: two packets are a pair if each is the other's nearest
+packet with that content and they are at most `within_ns` apart. A packet without such a partner stays single. A packet
+with several candidates so near that none is certain is counted as ambiguous. A wrong pair is worse than none.
 
-A capture of several devices has a packet several times. The nearest of them is not the right one: it is at the first
-device on the way, not at the last. So there is no pair either where a packet of the pair has another of its own file
-beside it, with the same content and nobody of its own.
+A capture of several devices contains a packet several times. The nearest occurrence is not the right one: it is at the
+first device on the way, not at the last. A pair is therefore also refused if one of its packets has a neighbour of the
+same file and content that has no partner.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from contracts.arrays import Ints, Mask
 from contracts.ordering import grouped
 
 EVERYTHING_NS: Final = 1 << 62
-"""Later than any time: both files are at their end."""
+"""Later than any time: marks the end of both files."""
 _ENOUGH: Final = 1 << 20
-"""Packets that are enough at once: some 70 MB."""
+"""Number of packets that are paired at once: some 70 MB."""
 _STEPS: Final = 4
-"""A pair depends on packets at most so many times `within_ns` away."""
+"""Distance, in multiples of `within_ns`, of the farthest packets on which a pair depends."""
 INNER: Final = 0
 OUTER: Final = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Paired:
-    """Packets of both files, in the order of time; equal times: the inner first."""
+    """Packets of both files, in order of time; for equal times the inner packet comes first."""
 
     packets: PacketColumns
     file: npt.NDArray[np.uint8]
     """INNER or OUTER."""
     partner_ns: Ints
-    """Time of the same packet in the other file; that of its own where it has none."""
+    """Time of the partner in the other file; the packet's own time without a partner."""
     paired: Mask
 
     def __len__(self) -> int:
@@ -52,26 +52,26 @@ class Paired:
 
 
 class Pairing:
-    """Takes packets of both files in time order and gives them out with their partners, in bounded memory.
+    """Pairs the packets of both files, pushed in time order, in bounded memory.
 
-    A packet is decided when all that can be its partner, or its neighbour, has come.
+    A packet is decided when all possible partners and neighbours have been pushed.
     """
 
     def __init__(self, within_ns: int) -> None:
         self._within_ns = within_ns
         self._waiting: list[list[PacketColumns]] = [[], []]
         self._kept: Paired | None = None
-        """The last packets that were given out, and those that were decided but are too late for it."""
+        """The last packets returned, and later ones that are not decided yet."""
         self._given_ns = -EVERYTHING_NS
         self.ambiguous = 0
-        """Packets that had a partner in reach, but not one that it was clear."""
+        """Packets with candidates in reach of which none is certain."""
         self.several = [0, 0]
-        """By file: packets without a clear partner that had others of their own file beside them."""
+        """By file: packets without a certain partner that have neighbours of their own file and content."""
         self.late = 0
-        """Packets with a time before what was given out already."""
+        """Packets with a time before those already returned."""
 
     def push(self, file: int, packets: PacketColumns) -> None:
-        """Take packets of one file, in its order."""
+        """Add packets of one file, in the file's order."""
         behind = packets.utc_ns < self._given_ns
         if behind.any():
             self.late += int(behind.sum())
@@ -80,21 +80,21 @@ class Pairing:
             self._waiting[file].append(packets)
 
     def take(self, complete_ns: int) -> Paired | None:
-        """What is decided when both files have given all before `complete_ns`; None if nothing is."""
+        """Return the packets that are decided, given that all before `complete_ns` were pushed; None if none is."""
         fresh = sum(len(part) for parts in self._waiting for part in parts)
         kept = 0 if self._kept is None else len(self._kept)
-        # What is kept is gone through again each time: it has to be worth it.
+        # Kept packets are paired again each time: wait until there are enough new ones.
         enough = min(2 * kept, max(kept // 2, _ENOUGH))
         if not fresh + kept or (fresh < enough and complete_ns < EVERYTHING_NS):
             return None
-        # From a packet to its partner, to that one's twin, to the twin's partner, and to what is nearer to that.
+        # A pair depends on a chain of four steps: packet, partner, the partner's twin, the twin's partner, its nearest.
         until_ns = complete_ns - _STEPS * self._within_ns
         both = self._gathered()
         self._waiting = [[], []]
         partner, unclear, several = self._matched(both)
         ts = both.packets.utc_ns
         out = (ts >= self._given_ns) & (ts < until_ns)
-        # A packet is decided once, with its partner: what was said when the first of them was given out stays.
+        # A pair is decided when its first packet is returned, and does not change afterwards.
         decided = both.paired.copy()
         new = ~decided & (partner >= 0)
         paired = decided | new
@@ -104,7 +104,7 @@ class Pairing:
         for file in (INNER, OUTER):
             self.several[file] += int((several & out & ~paired & (both.file == file)).sum())
         whole = Paired(both.packets, both.file, partner_ns, paired)
-        # Partners of what is given out now are bound; of all others only the times are kept, to be looked at again.
+        # Partners of packets returned now are fixed; all other kept packets are paired again.
         bound = decided | (new & (out | out[np.maximum(partner, 0)]))
         self._kept = Paired(both.packets, both.file, np.where(bound, partner_ns, ts), bound)[
             ts >= until_ns - _STEPS * self._within_ns
@@ -113,7 +113,7 @@ class Pairing:
         return whole[out] if out.any() else None
 
     def _gathered(self) -> Paired:
-        """Kept and waiting, in the order of time."""
+        """Return kept and waiting packets, in order of time."""
         parts = [] if self._kept is None else [self._kept]
         for file, waiting in enumerate(self._waiting):
             for packets in waiting:
@@ -129,8 +129,10 @@ class Pairing:
         return Paired(both.packets[order], both.file[order], both.partner_ns[order], both.paired[order])
 
     def _matched(self, both: Paired) -> tuple[Ints, Mask, Mask]:
-        """Index of each packet's partner, or -1; which were in reach of one without its being clear; and which had
-        others of their file beside them.
+        """Return the index of each packet's partner (-1 without one), and two masks.
+
+        The first marks packets with a candidate in reach that is not certain, the second packets with a neighbour of
+        their own file and content.
         """
         key, ts, n = both.packets.content.packet_key, both.packets.utc_ns, len(both)
         partner = np.full(n, -1, np.int64)
@@ -158,7 +160,10 @@ class Pairing:
 
 
 def _beside_a_single(pair: Mask, twin: Mask) -> Mask:
-    """Pairs one of whose packets has one of its own file beside it that is in no pair. All are masks of neighbours."""
+    """Return a mask of pairs one of whose packets has an unpaired neighbour of its own file.
+
+    All masks are of neighbours: element i is about packets i and i + 1.
+    """
     taken = np.append(pair, False) | np.append(False, pair)
     doubtful = np.zeros(len(taken), np.bool_)
     doubtful[:-1] |= twin & taken[:-1] & ~taken[1:]

@@ -1,14 +1,14 @@
-"""Two packet captures, at a container's inner and at the host's outer device, as a source.
+"""Two packet captures, at a container's inner device and at the host's outer device, as a source.
 
-Without root on the host there is no tracer, but there may be two captures: one made in the container, one where
-somebody may capture on the host. Matched by what the packets carry they tell how long each packet took from the one
-device to the other, and nothing of what is between: the inner device stands for the whole path.
+Tracing needs root on the host; two packet captures may be possible without it, one made in the container and one on the
+host. Matched by content, they show how long each packet took from one device to the other, but nothing of the devices
+between: the inner device stands for the whole path.
 
-Records are as if the two places were hooks. tcpdump sees a packet that is sent right before the driver is called
-(dev_queue_xmit_nit, net/core/dev.c) and one that is received right after netif_receive_skb, so the path is
-from driver to driver on egress, where live capture counts from queue to queue. `skb_id` is the content key: there is
-no kernel buffer to be told, and the correlator grades such packets as CONTENT. A packet without a partner is a buffer
-that ends (`consume_skb`) and was never anywhere. Times are UTC.
+The records look as if the two devices were hooks. tcpdump sees an outgoing packet right before the driver is called
+(dev_queue_xmit_nit, net/core/dev.c), and an incoming packet right after netif_receive_skb. The egress path is therefore
+measured from driver to driver, while live capture measures from queue to queue. `skb_id` is the content key, because
+captures do not contain the kernel buffer; the correlator grades such packets as CONTENT. A packet without a partner
+becomes a buffer that ends (`consume_skb`) without having been at a device. Times are UTC.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _SIDES: Final = ("inner", "outer")
 _OPTIONS: Final = ("--inner-device", "--outer-device")
 _NAMES_TOLD: Final = 20
 WITHIN_NS: Final = 500_000_000
-"""A packet that takes longer from one device of a host to the other is not looked for."""
+"""Longest time that a packet may take from one device of a host to the other."""
 _HOST, _CONTAINER = 1, 2
-"""Made-up inodes of namespaces, and indices of devices: a capture tells none."""
+"""Made-up inodes of namespaces, and indices of devices: captures contain none."""
 _DEVICES: Final = (
-    # "Stacked" on the outer device: that a packet comes from the one to the other is all that is known.
+    # The inner device is "stacked" on the outer one: captures only show that packets pass from one to the other.
     Device(_CONTAINER, 2, "inner", "pcap", _HOST, 1, netns_name="inner", container="inner", role=Role.INNER),
     Device(_HOST, 1, "outer", "", netns_name="host", role=Role.OUTER),
 )
 _SIGHTINGS: Final = (NO_DEVICE, Sighting("inner", _CONTAINER, 2), Sighting("outer", _HOST, 1))
 _SINGLE: Final = np.uint64(0x9E3779B97F4A7C15)
-"""Makes ids of packets without a partner, which must not be anybody else's: an odd number, the golden ratio's."""
+"""Odd multiplier (the golden ratio's) for ids of packets without a partner, which must differ from all other ids."""
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
-    """Header, and the time of the first packet. Raises `Unavailable` or `CaptureError`."""
+    """Read the time of the first packet and make a header; raises `Unavailable` or `CaptureError`."""
     first: list[int] = []
     for path in paths:
         with PcapFile(path, salvage=options.salvage) as file:
@@ -63,19 +63,19 @@ def describe(paths: Sequence[Path], options: FileOptions) -> Description:
 
 
 def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
-    """The reader of a pair: inner, outer."""
+    """Make a reader of two captures, given in the order inner, outer."""
     return PcapPairReader(paths[0], paths[1], options)
 
 
 def alone(paths: Sequence[Path], _: FileOptions) -> Any:
-    """One capture tells nothing. Raises `CaptureError`."""
+    """Raise `CaptureError`: a single packet capture contains no delays."""
     raise CaptureError(
         paths[0], 0, "one packet capture has every packet once; give two: `mace replay --inner FILE --outer FILE`"
     )
 
 
 def _some(names: list[str]) -> str:
-    """Names for a person, not more than can be read."""
+    """Join names for a message, at most `_NAMES_TOLD` of them."""
     more = len(names) - _NAMES_TOLD
     return ", ".join(names[:_NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
 
@@ -101,8 +101,10 @@ def _header(paths: Sequence[Path]) -> StreamHeader:
 
 
 def _in_step(files: Sequence[PcapFile]) -> Iterator[tuple[int, PacketColumns | None, int]]:
-    """Pieces of both files, so that neither runs ahead: which file, its piece (None at its end), and the time before
-    which both files have given all, as far as packets stand in the order of time: each CPU hands its own over.
+    """Yield (file, piece or None at its end, complete_ns) of both files in turn, so that neither runs ahead.
+
+    Both files have yielded all packets before `complete_ns`, as far as the files are in order of time; a capture can be
+    slightly out of order, because each CPU hands over its own packets.
     """
     pieces = [file.pieces() for file in files]
     never = EVERYTHING_NS
@@ -117,7 +119,7 @@ def _in_step(files: Sequence[PcapFile]) -> Iterator[tuple[int, PacketColumns | N
 
 
 class PcapPairReader(FileReader):
-    """Two captures as a stream."""
+    """Reads two packet captures as a stream."""
 
     def __init__(self, inner: Path | str, outer: Path | str, options: FileOptions | None = None) -> None:
         self._paths = (Path(inner), Path(outer))
@@ -125,86 +127,86 @@ class PcapPairReader(FileReader):
         self._files: list[PcapFile] = []
         self._pairing = Pairing(WITHIN_NS)
         self._way: dict[int, int] = {}
-        """By sender at the inner device: how many more of its packets came there first than last."""
+        """Sender at the inner device -> packets seen there first minus packets seen there last."""
         self._single = 0
         self._ties = 0
         self._place: list[int | None] = [None, None]
-        """The one device of each file whose packets count, where it was made at several."""
+        """Chosen device of each file that was captured at several devices."""
         self._elsewhere = [0, 0]
-        """Packets of other devices."""
+        """By file: packets of other devices, which are left out."""
         self._told: list[str] = []
         self.packets = 0
-        """In both files."""
+        """Packets in both files together."""
         self.pairs = 0
-        """Found in both."""
+        """Packets found in both files."""
 
     def _open(self) -> StreamHeader:
-        """Open both. Raises `Unavailable` or `CaptureError`."""
+        """Open both files; raises `Unavailable` or `CaptureError`."""
         for path in self._paths:
             self._files.append(PcapFile(path, salvage=self._options.salvage))
         return _header(self._paths)
 
     def close(self) -> None:
-        """Close both."""
+        """Close both files."""
         for file in self._files:
             file.close()
 
     @property
     def discarded(self) -> int:
-        """Packets far behind younger ones in their file, those that cannot be read, and what salvage left out."""
+        """Packets too far out of order, packets that cannot be read, and packets that salvage left out."""
         return self._pairing.late + sum(file.discarded for file in self._files)
 
     @property
     def bytes_total(self) -> int:
-        """Of both files."""
+        """Size of both files together."""
         return sum(file.bytes_total for file in self._files)
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come."""
+        """Bytes of both files read so far."""
         return sum(file.bytes_read for file in self._files)
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know, one line each."""
+        """Warnings for the user, one line each."""
         told = self._told + [line for file in self._files for line in file.warnings]
         names = " and ".join(map(str, self._paths))
         for path, elsewhere in zip(self._paths, self._elsewhere, strict=True):
             if elsewhere:
                 told.append(
-                    f"{path}: {elsewhere} packets that were seen at other devices are left out, and not counted as "
-                    "discarded: what they tell of is not between the two devices"
+                    f"{path}: {elsewhere} packets seen at other devices are left out and not counted as discarded: "
+                    "they add nothing to the delay between the two devices"
                 )
         for file, several in zip(self._files, self._pairing.several, strict=True):
             if several and file.has_cooked and self._pairing.ambiguous:
                 told.append(
-                    f"{file.path}: {several} packets are in it several times and have no delay: a capture of `any` in "
-                    "the format LINUX_SLL does not say at which device it saw each. Capture at one device, or with "
+                    f"{file.path}: {several} packets occur several times and have no delay: a capture of `any` in the "
+                    "format LINUX_SLL does not contain the device. Capture at one device, or with "
                     "`tcpdump -i any -y LINUX_SLL2`"
                 )
         if self._pairing.ambiguous:
             told.append(
-                f"{names}: {self._pairing.ambiguous} packets had others with the same content so near in time that "
-                "which is which is not clear; they are among the unmatched"
+                f"{names}: {self._pairing.ambiguous} packets cannot be told from others with the same content near in "
+                "time; they count as unmatched"
             )
         if self._ties:
             told.append(
-                f"{names}: {self._ties} packets have the same time in both, and nothing tells which way they went; "
-                "they are among the unmatched"
+                f"{names}: {self._ties} packets have the same time in both captures, so that their direction is "
+                "unknown; they count as unmatched"
             )
         told += self._nothing_found(names)
         return told
 
     def _nothing_found(self, names: str) -> list[str]:
-        """Why there is no figure at all, where nothing else says it."""
+        """Return a warning if there are no figures at all and no other warning explains it."""
         empty = [file for file in self._files if not file.packets and not file.discarded]
         if empty:
-            return [f"{file.path}: there is no packet in it" for file in empty]
+            return [f"{file.path}: the capture contains no packet" for file in empty]
         whole = all(file.packets > file.cut_short for file in self._files)
         if self.pairs or self._pairing.ambiguous or self._ties or not whole:
             return []
-        told = f"{names}: no packet of the one is in the other within {WITHIN_NS / 1e9:g} s"
-        return [f"{told}: are both of one host, of the same time and by the same clock?"]
+        told = f"{names}: no packet of one capture is in the other within {WITHIN_NS / 1e9:g} s"
+        return [f"{told}: are both of the same host, time and clock?"]
 
     def items(self) -> Iterator[StreamItem]:
         """See `FileReader`."""
@@ -220,7 +222,7 @@ class PcapPairReader(FileReader):
             yield Topology(0, _HOST, _DEVICES, _SIGHTINGS)
 
     def _choose_devices(self) -> None:
-        """Find out at which device of several to measure. Raises `CaptureError` where the user has to say."""
+        """Choose the device of each capture of several devices; raises `CaptureError` if the user has to choose."""
         names: list[dict[int, str]] = []
         for path, asked in zip(self._paths, self._asked(), strict=True):
             with PcapFile(path, salvage=self._options.salvage) as capture:
@@ -241,7 +243,7 @@ class PcapPairReader(FileReader):
         return self._options.inner_device, self._options.outer_device
 
     def _named(self, file: int, asked: str, names: dict[int, str]) -> int:
-        """The place that the user named."""
+        """Return the place that the user named; raises `CaptureError` for an unknown one."""
         found = [place for place, name in names.items() if name == asked]
         if not found:
             there = _some(list(names.values())) or "none"
@@ -251,7 +253,7 @@ class PcapPairReader(FileReader):
         return found[0]
 
     def _farthest(self, file: int, survey: DeviceSurvey, names: dict[int, str]) -> int:
-        """The place at the end of the path."""
+        """Return the place at the end of the path; raises `CaptureError` if it is not certain."""
         ends, shared = survey.ends(file), survey.shared(file)
         there = _some([f"{names[place]} ({count})" for place, count in shared.most_common()])
         if len(ends) != 1:
@@ -270,7 +272,7 @@ class PcapPairReader(FileReader):
         return ends[0]
 
     def _surveyed(self) -> DeviceSurvey:
-        """Both files read once, for who saw what."""
+        """Read both files once and return the survey of their devices."""
         survey = DeviceSurvey(WITHIN_NS)
         files: list[PcapFile] = []
         try:
@@ -302,9 +304,9 @@ class PcapPairReader(FileReader):
                 yield found
 
     def _records(self, found: Paired) -> Batch:
-        """Records of the packets, those of one packet that is sent twice: at the queue and at the driver."""
+        """Return the records of the packets; a packet sent at the inner device has two, at the queue and the driver."""
         inner, ts = found.file == INNER, found.packets.utc_ns
-        # Positive: the other file saw it later.
+        # Positive if the other capture saw the packet later.
         ahead = found.partner_ns - ts
         towards_network = np.where(inner, ahead > 0, ahead < 0)
         tied = found.paired & (ahead == 0)
@@ -324,7 +326,7 @@ class PcapPairReader(FileReader):
         sent = paired & towards_network
         twice = sent & inner
         hook = np.where(sent, np.uint8(Hook.NET_DEV_QUEUE), np.uint8(Hook.NETIF_RECEIVE_SKB))
-        # Nothing more will be heard of it: so the ledger has it as unmatched at once, not as under way.
+        # The end of the buffer makes the ledger count the packet as unmatched at once, and not as in flight.
         hook[~paired] = Hook.CONSUME_SKB
         index = np.repeat(np.arange(len(found)), 1 + twice)
         again = np.append(False, index[1:] == index[:-1])
@@ -338,12 +340,12 @@ class PcapPairReader(FileReader):
         batch = Batch.of(len(index), found.packets.content[index], **columns)
         if not tied.any():
             return batch
-        # Of equal times, the one comes first that the packet came to first.
+        # For equal times the record of the device that the packet reached first comes first.
         rank = np.where(towards_network == inner, 0, 1)[index]
         return batch[np.lexsort((rank, batch.ts_ns))]
 
     def _learn(self, found: Paired, towards_network: npt.NDArray[np.bool_]) -> None:
-        """Which way packets go that a sender sends."""
+        """Learn the direction of each sender's packets."""
         of = np.flatnonzero(found.paired & (found.file == INNER) & (found.partner_ns != found.packets.utc_ns))
         senders, place = np.unique(found.packets.sender[of], return_inverse=True)
         if len(senders) > _SENDERS_MAX:
@@ -356,7 +358,10 @@ class PcapPairReader(FileReader):
     def _by_sender(
         self, found: Paired, towards_network: npt.NDArray[np.bool_], tied: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """The ways of packets that have the same time in both files: those of others of their sender."""
+        """Decide the direction of packets with equal times in both files by other packets of their sender.
+
+        Returns the direction of all packets (True: towards the network), and a mask of those that stay unknown.
+        """
         self._learn(found, towards_network)
         key, inner = found.packets.content.packet_key, found.file == INNER
         seen = np.flatnonzero(tied & inner)
@@ -376,5 +381,5 @@ class PcapPairReader(FileReader):
 
 
 _SENDERS_MAX: Final = 1 << 14
-"""Hardware addresses on one link that are remembered."""
+"""Largest number of senders (hardware addresses on one link) that are remembered."""
 assert (INNER, OUTER) == (0, 1)

@@ -1,7 +1,7 @@
-"""A file read from front to back, unpacked on the way where it is compressed: gzip, bzip2, xz or zstd.
+"""A file read from front to back, and decompressed if it is compressed with gzip, bzip2, xz or zstd.
 
-Captures are kept compressed, and Wireshark reads them so. What a compressed file comes to is bounded by its size: a
-bomb is refused where it goes off, not where the memory ends.
+Captures are often kept compressed, and Wireshark reads them so. The decompressed size is bounded by a multiple of the
+file's size: a decompression bomb is refused before it fills the memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import zstandard
 from contracts.errors import CaptureError, Unavailable
 
 _STEP_BYTES: Final = 1 << 10
-"""Given to a decompressor at once, so that what it hands back is bounded without its help: zstd makes 128 KiB of four
-bytes, which is 32 MiB of a step."""
+"""Bytes given to a decompressor at once, which bounds its output: zstd makes up to 128 KiB of four bytes, which is
+32 MiB per step."""
 _MEMORY_BYTES: Final = 1 << 28
-"""Of a decompressor: `xz -9` needs 65 MiB, `zstd --ultra -22` a window of 128 MiB."""
+"""Memory limit of a decompressor: `xz -9` needs 65 MiB, `zstd --ultra -22` a window of 128 MiB."""
 _RATIO_MAX: Final = 1100
-"""deflate cannot make more than 1032 bytes of one; a capture that packs better than that holds nothing but zeros."""
+"""Largest ratio of decompression: deflate makes at most 1032 bytes of one; a capture that shrinks more contains nothing
+but zeros."""
 _SLACK_BYTES: Final = 1 << 20
-"""Below this no ratio is looked at."""
+"""Decompressed bytes below which the ratio is not checked."""
 
 _PACKED: Final[dict[str, tuple[bytes, Callable[[], Any]]]] = {
     "gzip": (b"\x1f\x8b\x08", lambda: zlib.decompressobj(wbits=31)),
@@ -37,7 +38,7 @@ _PACKED: Final[dict[str, tuple[bytes, Callable[[], Any]]]] = {
         lambda: zstandard.ZstdDecompressor(max_window_size=_MEMORY_BYTES // 2).decompressobj(),
     ),
 }
-"""How a file of each kind begins, and what unpacks one member of it."""
+"""Kind of compression -> (first bytes of a file, function that makes a decompressor for one member)."""
 _FOREIGN: Final = {
     b"\x04\x22\x4d\x18": "lz4",
     b"\x1f\x9d": "compress",
@@ -48,17 +49,17 @@ _DAMAGE: Final = (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFE
 
 
 def compression_of(head: bytes) -> str:
-    """How a file that begins so is compressed: `gzip`, `bzip2`, `xz` or `zstd`; or an empty string."""
+    """Return the compression of a file with this beginning: `gzip`, `bzip2`, `xz`, `zstd` or an empty string."""
     return next((kind for kind, (magic, _) in _PACKED.items() if head.startswith(magic)), "")
 
 
 def foreign_compression_of(head: bytes) -> str:
-    """The kind of a compressed file that is not unpacked here, or an empty string."""
+    """Return the name of a compression that MACE does not read, or an empty string."""
     return next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), "")
 
 
 def unpacked_head(head: bytes, size: int) -> bytes:
-    """The first `size` bytes, or fewer, of what a file that begins so holds. Never raises."""
+    """Return the first `size` decompressed bytes, or fewer, of a file with this beginning. Never raises."""
     kind = compression_of(head)
     if not kind:
         return head[:size]
@@ -74,7 +75,7 @@ def unpacked_head(head: bytes, size: int) -> bytes:
 
 
 class UnpackedFile:
-    """The bytes of a file from front to back. Raises `Unavailable` where it cannot be opened."""
+    """Reads the decompressed bytes of a file from front to back; raises `Unavailable` if it cannot be opened."""
 
     def __init__(self, path: Path, remedy: str) -> None:
         self.path: Final = path
@@ -83,11 +84,11 @@ class UnpackedFile:
         except OSError as error:
             raise Unavailable(str(path), error.strerror or str(error), remedy) from error
         self.bytes_total: Final = os.fstat(self._file.fileno()).st_size
-        """Of the file as it lies there."""
+        """Size of the file, compressed or not."""
         self.bytes_read = 0
-        """Of the file as it lies there, from its front."""
+        """Bytes of the file read so far, compressed or not."""
         self.offset = 0
-        """Bytes that were given, unpacked."""
+        """Decompressed bytes returned so far."""
         try:
             head = self._file.read(8)
             self.compression: Final = compression_of(head)
@@ -105,14 +106,14 @@ class UnpackedFile:
 
     @property
     def left(self) -> int:
-        """Bytes that were not given yet; of a compressed file about as many as the given ones make likely."""
+        """Decompressed bytes not returned yet; for a compressed file an estimate from the ratio so far."""
         rest = max(self.bytes_total - self.bytes_read, 0)
         if self.compression:
             rest = rest * (self.offset + len(self._ready)) // max(self.bytes_read, 1)
         return len(self._ready) + rest
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, at least one; none at the end. Raises `CaptureError` where the file is damaged."""
+        """Return up to `size` bytes, none only at the end; raises `CaptureError` if the file is damaged."""
         if self.compression:
             while len(self._ready) < size and self._unpack():
                 pass
@@ -125,7 +126,7 @@ class UnpackedFile:
         return found
 
     def skip(self, size: int) -> int:
-        """Go on `size` bytes, or to the end; how many it was. Raises `CaptureError` where the file is damaged."""
+        """Skip `size` bytes, or to the end, and return how many; raises `CaptureError` if the file is damaged."""
         gone = 0
         if not self.compression:
             gone = min(len(self._ready), size)
@@ -151,7 +152,7 @@ class UnpackedFile:
         return block
 
     def _unpack(self) -> bool:
-        """Unpack another step; whether there is more to come."""
+        """Decompress another step, and return whether there may be more."""
         if not self._packed:
             self._packed = self._raw(_STEP_BYTES)
         if not self._packed:
@@ -160,7 +161,7 @@ class UnpackedFile:
                 raise self._damaged(f"the file is cut: its {self.compression} stream has no end")
             return False
         if self._one is None:
-            # Members may follow one another, with zeros behind the last.
+            # A file may have several members, and zeros behind the last.
             if not self._packed.strip(b"\0"):
                 self._packed = b""
                 return True

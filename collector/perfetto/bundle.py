@@ -1,6 +1,6 @@
-"""A packet of ftrace events of one CPU: where each of them begins, found one after the other.
+"""A packet of ftrace events of one CPU: finds where each event begins, one after the other.
 
-The only loop over single events; what is in them is read thousands at a time (`collector.perfetto.events`).
+This is the only loop over single events; `collector.perfetto.events` decodes their content, thousands at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collector.perfetto.wire import BYTES, VARINT, fields, varint
 from contracts.errors import WireError
 
 FIRST_EVENTS: Final = 16
-"""One of so many events of a bundle has a time, or the bundle has no place in time."""
+"""Number of a bundle's first events that are searched for a time; without one the bundle has no place in time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,18 +27,18 @@ class Bundle:
     """FtraceClock."""
     ftrace_ns: int = 0
     boot_ns: int = 0
-    """The same instant as `ftrace_ns`, where the clock is not boot time."""
+    """The instant of `ftrace_ns` on the boot clock, if the bundle's clock is another."""
     lost: bool = False
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     descriptors: dict[int, bytes] = field(default_factory=dict)
     """Field of FtraceEvent -> DescriptorProto."""
     wrong: str = ""
-    """What is wrong with it, from the last of `ends` on."""
+    """Damage behind the last of `ends`; "" if there is none."""
 
     @classmethod
     def parse(cls, offset: int, data: bytes, *, most: int = 1 << 62) -> Bundle:
-        """Find the events, or the first `most` of them. `wrong` tells of damage; those before it are good."""
+        """Find the events in a packet's data, at most `most`. `wrong` describes damage; events before it are valid."""
         bundle = cls(offset, data)
         starts, ends = bundle.starts, bundle.ends
         at, size = 0, len(data)
@@ -48,7 +48,7 @@ class Bundle:
                     length = data[at + 1]
                     start = at + 2
                     if length > 127:
-                        # Nearly all are of one byte or of two.
+                        # Nearly all lengths take one or two bytes.
                         second = data[start]
                         if second < 128:
                             length += (second - 1) * 128
@@ -71,7 +71,7 @@ class Bundle:
         return bundle
 
     def _other(self, at: int) -> int:
-        """A field that is no event; where it ends."""
+        """Read a field that is no event, and return where it ends."""
         found = next(fields(self.data, at))
         if found.wire == VARINT:
             match found.number:
@@ -96,7 +96,7 @@ class Bundle:
         return found.end
 
     def first_ns(self) -> int | None:
-        """Time of the first event, in the bundle's clock."""
+        """Return the time of the first event in the bundle's clock, ns; None without one."""
         for start, end in zip(self.starts[:FIRST_EVENTS], self.ends[:FIRST_EVENTS], strict=True):
             try:
                 for one in fields(self.data, start, end):

@@ -1,9 +1,9 @@
-"""Clocks of a Perfetto trace -> CLOCK_MONOTONIC and UTC.
+"""Converts the clocks of a Perfetto trace to CLOCK_MONOTONIC and UTC.
 
-ftrace under traced stamps with the boot clock: the monotonic clock and the time that the machine was suspended. The
-trace's snapshots tell all clocks at the same instant, or nearly: they are read one after the other. So the difference
-of two clocks is taken from all snapshots (their median), once for each stretch without a suspend, and never changes in
-between: differences of times stay what they were, to the nanosecond.
+traced lets ftrace stamp with the boot clock: the monotonic clock plus the time that the machine was suspended. The
+trace's snapshots contain all clocks at nearly the same instant, read one after the other. The difference of two clocks
+is the median over all snapshots of a stretch without a suspend, and constant in that stretch: delays stay exact to the
+nanosecond.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contracts.clock import ClockPair
 REALTIME, MONOTONIC, MONOTONIC_RAW, BOOTTIME = 1, 3, 5, 6
 """BuiltinClock."""
 _SUSPENDED_NS: Final = 1_000_000
-"""Reading two clocks one after the other takes less than this; a suspend takes more."""
+"""Change of a clock difference from which on it counts as a suspend: reading two clocks in a row takes less."""
 UNKNOWN_UNCERTAINTY_NS: Final = 86_400 * 10**9
 
 
@@ -38,20 +38,20 @@ class FtraceClock(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """What the snapshots of a trace say."""
+    """Clock differences from the snapshots of a trace."""
 
     boot_ns: Ints
-    """From each of these boot times on ..."""
+    """Boot times at which the stretches between suspends begin, ascending."""
     to_monotonic_ns: Ints
-    """... what to add to get CLOCK_MONOTONIC."""
+    """For each stretch, nanoseconds to add to a boot time to get CLOCK_MONOTONIC."""
     raw: tuple[tuple[int, int], ...]
     """Pairs of CLOCK_MONOTONIC_RAW and CLOCK_MONOTONIC, ascending."""
     pair: ClockPair | None
-    """None where no snapshot tells UTC."""
+    """Pair of CLOCK_MONOTONIC and UTC; None if no snapshot has UTC."""
 
     @classmethod
     def of(cls, snapshots: Sequence[dict[int, int]]) -> Clocks:
-        """From the clocks of each snapshot, by number."""
+        """Compute the differences from snapshots, each a dict of clock number -> ns."""
         raw = {one[MONOTONIC_RAW]: one[MONOTONIC] for one in snapshots if {MONOTONIC_RAW, MONOTONIC} <= set(one)}
         boot = [
             (one[BOOTTIME], one[MONOTONIC] - one[BOOTTIME]) for one in snapshots if {BOOTTIME, MONOTONIC} <= set(one)
@@ -84,14 +84,14 @@ class Clocks:
         return cls(clocks.boot_ns, clocks.to_monotonic_ns, clocks.raw, ClockPair(mono, mono + middle, unsure))
 
     def monotonic(self, boot_ns: Ints) -> Ints:
-        """CLOCK_MONOTONIC of times on the boot clock."""
+        """Convert times on the boot clock to CLOCK_MONOTONIC, ns."""
         stretch = np.maximum(np.searchsorted(self.boot_ns, boot_ns, side="right") - 1, 0)
         return boot_ns + self.to_monotonic_ns[stretch]
 
     def from_raw(self, raw_ns: Ints) -> Ints:
-        """CLOCK_MONOTONIC of times on CLOCK_MONOTONIC_RAW, which runs at a slightly other rate.
+        """Convert times on CLOCK_MONOTONIC_RAW, which runs at a slightly different rate, to CLOCK_MONOTONIC, ns.
 
-        Between snapshots and beyond them by the rate of the nearest two.
+        The conversion interpolates between snapshots, and extrapolates beyond them, at the rate of the nearest two.
         """
         raw = np.array([one for one, _ in self.raw], np.int64)
         ahead = np.array([mono - one for one, mono in self.raw], np.float64)

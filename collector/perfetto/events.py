@@ -1,4 +1,4 @@
-"""ftrace events in the protobuf of a Perfetto trace -> columns, thousands at a time.
+"""Decodes ftrace events in the protobuf of a Perfetto trace into columns, thousands at a time.
 
     FtraceEventBundle (one CPU)
       event: timestamp, pid, and one of
@@ -6,18 +6,17 @@
         generic                         event_name, then name and value of each field          "generic"
         field 65536 and up              fields by number; the bundle's descriptors name them   "described"
 
-Where an event begins is known only from the one before, so a loop in Python finds that (and nothing else); from there
-on all events are walked at once, field by field: step i reads the i-th field of each. Fields of generic events have
-their names with them; where the name that is looked for stands in the order of fields is found out at one event and
-verified at all.
+The position of an event is known only from the event before it: a loop in Python finds the positions (and does nothing
+else). From there on all events are walked at once, field by field: step i reads the i-th field of each. Fields of
+generic events carry their names; the order of the fields is determined at one event and verified at all others.
 
-**Whose buffer?** traced replaces kernel addresses by small numbers, which mean the same address within a bundle and
-nothing beyond it. So it does in typed events, and in fields that the kernel declares as `void *`; those declared as
-`const void *` (of `net_dev_start_xmit`, `skb_copy_datagram_iovec`) keep the address. Two things tell which address a
-number stands for: `net_dev_xmit` comes after `net_dev_start_xmit` of the same device and length, because a CPU is in
-one driver at a time; and on a backlog that was empty the packet that is put there (`netif_rx`) is the one that is
-received next. A number that they do not tell, or not all tell alike, is an identity of its own: its records are matched
-with one another, and those that name a device are counted in `unresolved`.
+**Whose buffer?** traced replaces kernel addresses by small numbers, which identify an address within a bundle only. It
+does so in typed events, and in fields that the kernel declares as `void *`; fields declared as `const void *` (of
+`net_dev_start_xmit`, `skb_copy_datagram_iovec`) keep the address. Two rules reveal the address of a number. First,
+`net_dev_xmit` follows `net_dev_start_xmit` of the same device and length, because a CPU is in one driver at a time.
+Second, a packet that is put on an empty backlog (`netif_rx`) is the next packet received. A number that the rules do
+not resolve, or resolve in different ways, is an identity of its own: its records are matched with one another, and
+those that name a device are counted in `unresolved`.
 """
 
 from __future__ import annotations
@@ -44,31 +43,32 @@ _TYPED: Final = {
     365: (Hook.NAPI_GRO_RECEIVE_ENTRY, {7: "len", 10: "name", 15: "skbaddr"}),
     367: (Hook.KFREE_SKB, {3: "skbaddr"}),
 }
-"""Field of FtraceEvent -> hook (None: net_dev_xmit, which is none but tells addresses) and what its fields are."""
+"""Field of FtraceEvent -> (hook, names of its fields). None: net_dev_xmit, which is no hook but reveals addresses."""
 _GENERIC: Final = 327
 _XMIT_DONE: Final = 254
-"""Stands for net_dev_xmit among the hooks here."""
+"""Number of net_dev_xmit among the hooks in this module."""
 
 _COLUMNS: Final = ("skbaddr", "len", "name", "network_offset", "gso_segs", "reason")
-"""Fields that are looked for; the number of a column is its place here."""
+"""Fields that are decoded; a column's number is its index here."""
 _NAME: Final = _COLUMNS.index("name")
 _NUMBERS: Final = 64
-"""Fields of a described event beyond this number are not looked at: no event has as many."""
+"""Field number of a described event up to which fields are decoded: no event has as many."""
 _BY_NAME: Final = {info.name: info.hook for info in HOOKS}
 _KNOWN: Final = {name: int(hook) for name, hook in _BY_NAME.items()} | {"net_dev_xmit": _XMIT_DONE}
 _TRANSMIT: Final = np.isin(np.arange(256), [info.hook for info in HOOKS if info.way is Way.TRANSMIT])
 _AT_DEVICE: Final = np.isin(np.arange(256), [info.hook for info in HOOKS if info.has_device])
 _NAME_MAX: Final = 15
 _ETH_HLEN: Final = 14
-"""Bytes of an Ethernet header: taken off where the event does not tell better, as in collector.pages.decoding."""
+"""Bytes of an Ethernet header, subtracted if the event has no `network_offset`, as in collector.pages.decoding."""
 _KERNEL_HALF: Final = 1 << 47
-"""Addresses of the kernel have their upper bits set, on every 64-bit machine; anything below this is a number."""
+"""Smallest kernel address: kernel addresses have their upper bits set on every 64-bit machine. Smaller values are
+numbers."""
 _U: Final = np.uint64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedBundle:
-    """Records of one bundle, in its order; times are those of its clock."""
+    """Records of one bundle, in the bundle's order and clock."""
 
     batch: Batch
     damaged: int
@@ -77,19 +77,19 @@ class DecodedBundle:
 
 
 class EventDecoder:
-    """Decodes bundles. Keeps the sightings and the key of skb_id, and no other state but counts."""
+    """Decodes bundles; its only state is the sightings, the key of skb_id, and counts."""
 
     def __init__(self, sightings: Sightings, key: tuple[int, int, int]) -> None:
         self.sightings = sightings
         self.skipped = 0
-        """Events of other kinds than the hooks'."""
+        """Events that belong to no hook."""
         self.unresolved = 0
-        """Records of which it is not known which buffer their number stands for."""
+        """Records whose number could not be resolved to a buffer's address."""
         xor, first, second = key
         self._key = _U(xor), _U(first | 1), _U(second | 1)
 
     def decode(self, bundles: Sequence[Bundle]) -> list[DecodedBundle]:
-        """The records of each bundle."""
+        """Return the records of each bundle."""
         buffer = Buffer([bundle.data for bundle in bundles])
         base = np.cumsum([0, *(len(bundle.data) for bundle in bundles)])
         counts = [len(bundle.starts) for bundle in bundles]
@@ -147,7 +147,7 @@ class EventDecoder:
             )
         numbers = address < _KERNEL_HALF
         self.unresolved += int((numbers & _AT_DEVICE[hook]).sum())
-        # No kernel address: a number, and where it holds, which makes it an identity of its own.
+        # An unresolved number is valid within its bundle: combine it with the bundle's offset into a unique identity.
         place = np.array([bundle.offset for bundle in bundles], np.uint64) if bundles else np.zeros(0, np.uint64)
         address = np.where(numbers, address | (place[mine] << _U(16)) & _U(_KERNEL_HALF - 1), address)
         length = (table[:, 1] & _U(0xFFFFFFFF)).astype(np.uint32)
@@ -184,7 +184,7 @@ class EventDecoder:
 
 
 def _outer(buffer: Buffer, start: Ints, end: Ints) -> tuple[U64, Ints, Ints, Ints, Mask]:
-    """Of each FtraceEvent: time, field and place of its payload, and whether it is none."""
+    """Return for each FtraceEvent its time, its payload's field number, start and end, and whether it is damaged."""
     count = len(start)
     ts = np.zeros(count, np.uint64)
     kind = np.zeros(count, np.int64)
@@ -202,13 +202,13 @@ def _outer(buffer: Buffer, start: Ints, end: Ints) -> tuple[U64, Ints, Ints, Int
 
 
 class _FieldFiller:
-    """Fills in what is looked for, event kind by event kind."""
+    """Fills the columns of decoded fields, one kind of event after the other."""
 
     def __init__(self, buffer: Buffer, hook: npt.NDArray[np.uint8], table: U64, names: Ints, bad: Mask) -> None:
         self._buffer, self._hook, self._table, self._names, self._bad = buffer, hook, table, names, bad
 
     def numbered(self, rows: Ints, at: Ints, end: Ints, hook: int, meaning: dict[int, str]) -> None:
-        """Events whose fields have numbers; `meaning` tells those that are looked for."""
+        """Decode events whose fields have numbers; `meaning` maps field numbers to columns."""
         if not len(rows):
             return
         self._hook[rows] = hook
@@ -224,11 +224,11 @@ class _FieldFiller:
             self._names[step.rows[text], 1] = step.after[text] - step.at[text]
 
     def generic(self, rows: Ints, at: Ints, end: Ints) -> None:
-        """Events that name themselves and their fields."""
+        """Decode events that contain their own name and those of their fields."""
         if not len(rows):
             return
         buffer = self._buffer
-        # event_name comes first, its length in one byte; what is written otherwise is read one by one.
+        # traced writes event_name first, with its length in one byte; events written otherwise are read one by one.
         length = buffer.bytes[buffer.clip(at + 1)].astype(np.int64)
         regular = (buffer.bytes[buffer.clip(at)] == 0x0A) & (length < 128) & (at + 2 + length <= end)
         start = at + 2
@@ -245,7 +245,7 @@ class _FieldFiller:
             self._one(int(rows[i]), int(at[i]), int(end[i]))
 
     def _named(self, rows: Ints, at: Ints, end: Ints) -> None:
-        """Fields of events of one name, `at` behind that."""
+        """Decode the fields, from `at` on, of events of one name."""
         order = self._order(int(at[0]), int(end[0]))
         buffer = self._buffer
         fine = np.ones(len(rows), np.bool_)
@@ -262,7 +262,7 @@ class _FieldFiller:
             self._fields(int(rows[i]), int(begun[i]), int(end[i]))
 
     def _order(self, at: int, end: int) -> dict[int, str]:
-        """Where the fields that are looked for stand, as far as this event tells."""
+        """Return the positions of the decoded fields in the event at `at`: position -> name."""
         data = self._buffer.bytes[at:end].tobytes()
         found: dict[int, str] = {}
         try:
@@ -275,7 +275,7 @@ class _FieldFiller:
         return found
 
     def _field(self, rows: Ints, at: Ints, end: Ints, name: str) -> Mask:
-        """Read a field that should be the named one; where it is."""
+        """Read a field that should have the given name; return where it does."""
         buffer = self._buffer
         words = np.frombuffer(name.encode().ljust(16, b"\0"), "<u8")
         size = np.full(len(at), len(name))
@@ -295,7 +295,7 @@ class _FieldFiller:
         return fine
 
     def _one(self, row: int, at: int, end: int) -> None:
-        """An event that is written in another way than traced does."""
+        """Decode one event that is not written the way traced writes events."""
         try:
             data = self._buffer.bytes[at:end].tobytes()
             name = next((data[f.start : f.end] for f in fields(data) if f.number == 1 and f.wire == BYTES), b"")
@@ -326,7 +326,7 @@ class _FieldFiller:
 
 
 def _described(bundles: Sequence[Bundle]) -> dict[tuple[int, bytes], list[int]]:
-    """(field of FtraceEvent, its description) -> the bundles in which it holds."""
+    """Return (field of FtraceEvent, its description) -> indices of the bundles with that description."""
     found: dict[tuple[int, bytes], list[int]] = {}
     for i, bundle in enumerate(bundles):
         for number, raw in bundle.descriptors.items():
@@ -335,7 +335,7 @@ def _described(bundles: Sequence[Bundle]) -> dict[tuple[int, bytes], list[int]]:
 
 
 def _description(raw: bytes) -> tuple[int, dict[int, str]] | None:
-    """Hook, and fields that are looked for, of a DescriptorProto; None for what is no hook's."""
+    """Return hook and decoded fields (number -> name) of a DescriptorProto; None for an event of no hook."""
     try:
         name = b""
         meaning: dict[int, str] = {}
@@ -355,7 +355,7 @@ def _description(raw: bytes) -> tuple[int, dict[int, str]] | None:
 
 
 def _addresses(of: Ints, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any], table: U64) -> U64:
-    """Addresses of buffers; where only a number of the bundle is there, the address that it is known to stand for."""
+    """Return the addresses of buffers, with bundle-local numbers replaced by addresses where the rules resolve them."""
     address = table[:, 0].copy()
     numbers = address < _KERNEL_HALF
     if not numbers.any():
@@ -372,7 +372,7 @@ def _addresses(of: Ints, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any], 
         one, two = at[:-1], at[1:]
         told = (hook[one] == first) & (hook[two] == then) & (places[one] == places[two]) & (length[one] == length[two])
         if clean:
-            # Only where nothing else was waiting: what came before, at the same device, was received.
+            # Only if the backlog was empty: the event before, at the same device, was a reception.
             told[1:] &= (hook[at[:-2]] == then) & (places[at[:-2]] == places[at[2:]])
             told[:1] = False
         told &= numbers[two] & ~numbers[one]

@@ -1,10 +1,11 @@
-"""Perfetto traces as a source: the network events that traced recorded, as if MACE had.
+"""Perfetto traces as a source: reads the network events that traced recorded.
 
-    survey: clocks, losses, where each CPU's packets lie in time
+    survey: clocks, losses, times of each CPU's packets
     packets ──▶ bundles ──▶ EventDecoder ──▶ Merger ──▶ batches, in time order
 
-A trace knows devices by name only. What they are is taken from a capture of the same host, if one is given
-(`FileOptions.topology`); else each is an unknown device of its name. docs/perfetto.md says which events to record.
+A trace contains only the names of devices. Their namespaces and connections are read from a capture of the same host,
+if one is given (`FileOptions.topology`); otherwise each is an unknown device of that name. docs/perfetto.md lists the
+events to record.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ from contracts.version import VERSION
 
 NAME: Final = "perfetto"
 _PIECE_EVENTS: Final = 1 << 16
-"""Decoded at once: a few hundred bytes each."""
+"""Events decoded at once; each takes a few hundred bytes."""
 _NEVER_NS: Final = 1 << 62
 _HOLD_BACK_NS: Final = 50_000_000
-"""As in other sources: an event may stand behind one of a later time by as long as its writer was held up."""
+"""Hold-back of the merge, as in live capture: an event can be out of order by as long as its writer was delayed."""
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
-    """Header, and the time of the first event. Raises `Unavailable` or `CaptureError`."""
+    """Read the header and the time of the first event; raises `Unavailable` or `CaptureError`."""
     opened = _Opened.of(paths[0], options)
     return Description(opened.header, opened.first_ns + opened.header.clock.offset_ns)
 
 
 def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
-    """The reader of one trace."""
+    """Make a reader of one trace."""
     return PerfettoReader(paths[0], options)
 
 
 @dataclass(slots=True)
 class _Opened:
-    """A trace that was looked through."""
+    """A surveyed trace, with its header and all else that is known before it is read."""
 
     survey: Survey
     header: StreamHeader
     first_ns: int
-    """Of the first event, CLOCK_MONOTONIC."""
+    """Time of the first event, CLOCK_MONOTONIC."""
     known: known_topology.Known | None
     same_clock: bool
     warnings: list[str] = field(default_factory=list)
@@ -91,12 +92,13 @@ class _Opened:
         if clock is None:
             clock = ClockPair(first, path.stat().st_mtime_ns, UNKNOWN_UNCERTAINTY_NS)
             warnings.append(
-                f"{path}: no clock snapshot tells the time of day, so the first event is dated by when the file was "
-                "last written"
+                f"{path}: no clock snapshot contains the time of day, so the first event is dated by the file's "
+                "modification time"
             )
         if known is not None and found.kernel and known.header.kernel != found.kernel:
             warnings.append(
-                f"{path}: of Linux {found.kernel}, but the topology is of Linux {known.header.kernel}: another host?"
+                f"{path}: recorded on Linux {found.kernel}, but the topology on Linux {known.header.kernel}: is it of"
+                " another host?"
             )
         same = known is not None and not kinds and known.header.kernel == found.kernel
         header = StreamHeader(
@@ -115,7 +117,7 @@ class _Opened:
 
 
 class PerfettoReader(FileReader):
-    """A Perfetto trace as a stream."""
+    """Reads a Perfetto trace as a stream."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
         self.path: Final = Path(path)
@@ -130,7 +132,7 @@ class PerfettoReader(FileReader):
         self.decoder: Final = EventDecoder(self.sightings, process_key())
 
     def _open(self) -> StreamHeader:
-        """Look through the trace. Raises `Unavailable` or `CaptureError`."""
+        """Survey the trace; raises `Unavailable` or `CaptureError`."""
         keep_freed_memory()
         self._opened = _Opened.of(self.path, self._options)
         self._packets = PacketReader(self.path, salvage=self._options.salvage)
@@ -143,7 +145,7 @@ class PerfettoReader(FileReader):
 
     @property
     def discarded(self) -> int:
-        """Records that salvage left out, one where they cannot be counted, and those that came too late."""
+        """Records that salvage left out (one for each uncountable hole), and those too far out of order."""
         return self._discarded + self._merger.late + (self._packets.holes if self._packets else 0)
 
     @property
@@ -153,17 +155,17 @@ class PerfettoReader(FileReader):
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come."""
+        """Bytes read so far."""
         return self._packets.bytes_read if self._packets else 0
 
     @property
     def threads(self) -> dict[int, tuple[int, str]]:
-        """Names of threads, as the trace tells them: thread -> (its process, its name)."""
+        """Thread -> (its process, its name), as recorded in the trace."""
         return self._opened.survey.threads if self._opened else {}
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know, one line each."""
+        """Warnings for the user, one line each."""
         if self._opened is None or self._packets is None:
             return []
         told = [*self._opened.warnings, *self._packets.damage]
@@ -171,13 +173,13 @@ class PerfettoReader(FileReader):
             told.append(f"{self.path}: and {self._packets.damaged - len(self._packets.damage):,} more damaged places")
         if self.decoder.unresolved:
             told.append(
-                f"{self.path}: of {self.decoder.unresolved:,} records it is not known whose buffer their number stands "
-                "for; record net/net_dev_start_xmit and net/net_dev_xmit as well, which tell it"
+                f"{self.path}: the buffers of {self.decoder.unresolved:,} records could not be resolved; also record "
+                "net/net_dev_start_xmit and net/net_dev_xmit, which reveal them"
             )
         if self._uncounted:
             told.append(
-                f"{self.path}: {self._uncounted} gaps do not say how many events were lost in them; told are as many "
-                "as the kernel's counters leave, or one each"
+                f"{self.path}: {self._uncounted} gaps have no number of lost events; each is counted as what the "
+                "kernel's counters leave, or as one event"
             )
         return told
 
@@ -209,7 +211,7 @@ class PerfettoReader(FileReader):
                 state = streams.get(stream)
                 if state is None:
                     continue  # none of its events has a time
-                # What salvage skipped may have been of any CPU: nothing is matched across it.
+                # Data that salvage skipped may be of any CPU: no packet is matched across it.
                 state.gap = state.gap or holes > state.holes
                 state.holes = holes
                 for batch in self._finished(state, bundle, decoded, losses, dropped=dropped):
@@ -230,7 +232,7 @@ class PerfettoReader(FileReader):
         yield self._once(self._merger.flush(), several=several)
 
     def _pieces(self) -> Iterator[list[tuple[EventSequence, Bundle, bool, int]]]:
-        """Bundles, whether their sequence lost some before them, and how many holes the file had up to there."""
+        """Yield lists of (stream, bundle, whether its sequence lost packets before it, holes in the file so far)."""
         assert self._packets is not None
         piece: list[tuple[EventSequence, Bundle, bool, int]] = []
         waiting = 0
@@ -245,7 +247,7 @@ class PerfettoReader(FileReader):
             if raw is None or packet.number(MACHINE):
                 continue
             bundle = Bundle.parse(packet.offset, raw)
-            # What a sequence lost may have been of any CPU: each has a gap before its next events.
+            # Packets that a sequence lost may be of any CPU: each CPU gets a gap before its next events.
             gap = sequence in dropped and bundle.cpu not in cpus_told[sequence]
             if gap:
                 cpus_told[sequence].add(bundle.cpu)
@@ -259,7 +261,7 @@ class PerfettoReader(FileReader):
     def _finished(
         self, state: _StreamState, bundle: Bundle, decoded: DecodedBundle, losses: _Losses, *, dropped: bool
     ) -> Iterator[Batch]:
-        """The records of a bundle on CLOCK_MONOTONIC, after a marker for what was lost before them."""
+        """Yield the records of a bundle on CLOCK_MONOTONIC, preceded by a marker for losses before them."""
         if bundle.first_ns() is not None:
             state.seen += 1
         if bundle.lost:
@@ -291,7 +293,10 @@ class PerfettoReader(FileReader):
         return clocks.monotonic(ts)
 
     def _boot_offset(self, bundle: Bundle) -> int:
-        """What to add to times of another clock: that of the first bundle, as long as the two run alike."""
+        """Return the nanoseconds to add to times of another clock to get boot time.
+
+        The offset of the first bundle is used as long as the two clocks stay within the hold-back.
+        """
         offset = bundle.boot_ns - bundle.ftrace_ns
         if self._offset is None or abs(offset - self._offset) > _HOLD_BACK_NS:
             self._offset = offset
@@ -301,7 +306,7 @@ class PerfettoReader(FileReader):
         return ns if abs(ns) >= _NEVER_NS else int(self._monotonic_of(bundle, np.array([ns]))[0])
 
     def _once(self, batch: Batch, *, several: bool) -> Batch:
-        """Without what two data sources of one trace both have of the same ring."""
+        """Return the batch without duplicates, which occur if two data sources of a trace read the same ring."""
         if not several or len(batch) < 2:
             return batch
         order = np.lexsort((np.arange(len(batch)), batch.l3_len, batch.dev, batch.hook, batch.cpu, batch.ts_ns))
@@ -315,34 +320,34 @@ class PerfettoReader(FileReader):
 
 @dataclass(slots=True)
 class _StreamState:
-    """How far one stream has been read."""
+    """State of reading one stream."""
 
     stream: EventSequence
     times: list[int]
     seen: int = 0
-    """Packets with events."""
+    """Packets with events read so far."""
     last_ns: int | None = None
     holes: int = 0
-    """Of the file, up to its last bundle."""
+    """Holes in the file up to the stream's last bundle."""
     gap: bool = False
-    """Something was lost, or could not be read, since the last record."""
+    """Whether events were lost, or could not be read, since the last record."""
     lost: int = 0
-    """... so many, by the ring or a buffer."""
+    """Events lost by the ring or a buffer since the last record."""
     begun: bool = False
-    """It has had a record."""
+    """Whether the stream has had a record."""
 
     def __post_init__(self) -> None:
-        # No packet from here on begins before this.
+        # times[i] becomes the earliest time of the packets from i on.
         for i in range(len(self.times) - 2, -1, -1):
             self.times[i] = min(self.times[i], self.times[i + 1])
 
     def complete_ns(self) -> int:
-        """No record before this will come any more."""
+        """Return the time before which the stream has no further record, ns."""
         return self.times[self.seen] if self.seen < len(self.times) else _NEVER_NS
 
 
 class _Losses:
-    """Shares out what the kernel says that each CPU's ring lost among the gaps of that CPU."""
+    """Distributes the kernel's count of events lost by each CPU's ring over the gaps of that CPU."""
 
     def __init__(self, found: Survey) -> None:
         self._left = dict(found.lost)
@@ -350,7 +355,10 @@ class _Losses:
         self.uncounted = 0
 
     def settle(self, cpu: int) -> int:
-        """What the next gap of a CPU lost: all that is left but one for each gap that is to come; at least one."""
+        """Return the number of events of a CPU's next gap, at least one.
+
+        It is all that is left of the count, except one event for each later gap.
+        """
         gaps = self._gaps.get(cpu, 1)
         left = self._left.get(cpu, 0)
         lost = max(settle([None] * gaps, left)[0], 1)
@@ -359,9 +367,9 @@ class _Losses:
         return lost
 
     def at_the_start(self, cpu: int) -> int:
-        """What a CPU lost of which no gap is told: before its first packet, since that may be where it was."""
+        """Return the losses of a CPU without any flagged gap; they are reported before the CPU's first packet."""
         return self._left.pop(cpu, 0) if not self._gaps.get(cpu) else 0
 
     def rest(self) -> dict[int, int]:
-        """By CPU: what was lost of which no packet tells anything."""
+        """Return CPU -> lost events that no packet reports."""
         return {cpu: left for cpu, left in self._left.items() if left}

@@ -1,8 +1,8 @@
-"""A first look at a Perfetto trace: all that must be known before the first event is given out.
+"""First pass over a Perfetto trace: collects everything that must be known before the first event is passed on.
 
-Clock snapshots come all through a trace, what the kernel lost is told at its end, and events of several CPUs are in
-time order only CPU by CPU. So a trace is read twice: here everything but the events, of which only the place in time is
-noted, one number for each packet of them.
+Clock snapshots occur throughout a trace, the kernel's counts of lost events at its end, and events are in time order
+only within a CPU. A trace is therefore read twice. This pass reads everything except the events, and notes one time for
+each packet of events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contracts.errors import WireError
 from contracts.hooks import HOOKS
 
 EventSequence: TypeAlias = tuple[int, int]
-"""Sequence and CPU: its events are in the order of time, or nearly."""
+"""(sequence, CPU): a stream of events that are in order of time, or nearly."""
 
 BUNDLE, CLOCK_SNAPSHOT, PROCESS_TREE, FTRACE_STATS, SYSTEM_INFO, TRACE_UUID, CONFIG = 1, 6, 2, 34, 45, 89, 33
 SEQUENCE, DROPPED, FIRST, MACHINE = 10, 42, 87, 98
@@ -30,20 +30,20 @@ _MOST_SNAPSHOTS: Final = 1 << 16
 
 @dataclass(slots=True)
 class Survey:
-    """What a trace says of itself."""
+    """Metadata of a trace."""
 
     clocks: Clocks
     first_ns: dict[EventSequence, list[int]] = field(default_factory=dict)
-    """Of each packet of a stream that has events: the time of its first one, in its own clock."""
+    """Stream -> time of the first event of each packet with events, in the packet's own clock."""
     lost: dict[int, int] = field(default_factory=dict)
-    """By CPU: what the kernel says it lost while the trace was made; empty where nothing is said."""
+    """CPU -> events that the kernel lost during the trace; empty if the trace has no counts."""
     flagged: dict[int, int] = field(default_factory=dict)
-    """By CPU: packets that say that events were lost before them."""
+    """CPU -> number of packets before which events were lost."""
     kernel: str = ""
     run: str = ""
     cpus: int = 0
     hooks: tuple[str, ...] = ()
-    """Tracepoints that were asked for, of those that are hooks."""
+    """Configured tracepoints that are hooks."""
     threads: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Thread -> (its process, its name)."""
     processes: dict[int, str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Survey:
 
 
 def survey(path: Path, *, salvage: bool = False) -> Survey:
-    """Read a trace once. Raises `Unavailable`, and `CaptureError` where it is damaged (without salvage)."""
+    """Read a trace once; raises `Unavailable`, and without salvage `CaptureError` for damage."""
     reader = PacketReader(path, salvage=salvage)
     found = Survey(Clocks.of([]))
     snapshots: list[dict[int, int]] = []
@@ -113,7 +113,7 @@ def _take(
 
 
 def _clocks(raw: bytes) -> dict[int, int]:
-    """Clock -> its time, ns."""
+    """Return clock -> its time, ns, of a ClockSnapshot."""
     found = {}
     for one in fields(raw):
         if one.number == 1 and one.wire == BYTES:
@@ -128,7 +128,7 @@ def _stats(raw: bytes, stats: dict[int, dict[int, int]]) -> None:
     for one in fields(raw):
         if one.number == 2 and one.wire == BYTES:
             told = {f.number: f.value for f in fields(raw, one.start, one.end) if f.wire == VARINT}
-            # Overwritten before they were read, and refused because the ring was full.
+            # Events overwritten before they were read, and events dropped because the ring was full.
             by_phase = stats.setdefault(told.get(1, 0), {})
             by_phase[phase] = by_phase.get(phase, 0) + told.get(3, 0) + told.get(8, 0)
 
@@ -152,7 +152,7 @@ def _names(raw: bytes, found: Survey) -> None:
 
 
 def _inside(raw: bytes, path: tuple[int, ...]) -> list[bytes]:
-    """All messages or texts at a path of fields."""
+    """Return all messages or texts at a path of fields."""
     found = [raw]
     for number in path:
         found = [one[f.start : f.end] for one in found for f in fields(one) if f.number == number and f.wire == BYTES]

@@ -1,4 +1,4 @@
-"""Many protobuf messages walked at once, field by field, in one buffer."""
+"""Walks many protobuf messages in one buffer at once, field by field."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from collector.perfetto.wire import BYTES, FIXED32, FIXED64, VARINT
 from contracts.arrays import U64, Ints, Mask
 
 MOST_FIELDS: Final = 256
-"""Of one message."""
+"""Largest number of fields in one message."""
 _SLACK: Final = 64
 _U: Final = np.uint64
 _MSB: Final = _U(0x8080808080808080)
 
 
 class Buffer:
-    """Bytes of many bundles, and vectors of numbers out of them."""
+    """The bytes of many bundles; reads vectors of numbers from them."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.size = sum(map(len, pieces))
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(b"".join([*pieces, bytes(_SLACK)]), np.uint8)
-        # Eight bytes from anywhere: the rows overlap.
+        # An 8-byte word at every byte offset: a view with overlapping elements.
         self.words: U64 = np.ndarray((len(self.bytes) - 8,), "<u8", self.bytes, strides=(1,))
 
     def clip(self, at: Ints) -> Ints:
         return np.minimum(at, self.size + _SLACK // 2)
 
     def varints(self, at: Ints) -> tuple[U64, Ints]:
-        """Numbers, and where they end; one of more than ten bytes ends beyond all bytes."""
+        """Return the varints at offsets, and where they end; a varint of more than ten bytes ends behind the buffer."""
         at = self.clip(at)
         word = self.words[at]
         stop = ~word & _MSB
@@ -51,7 +51,7 @@ class Buffer:
         return value, at + taken
 
     def text(self, start: Ints, length: Ints) -> tuple[U64, U64]:
-        """The first 16 bytes as two words, little-endian; zero behind the text's end."""
+        """Return the first 16 bytes of texts as two little-endian words, zero behind the text's end."""
         start = self.clip(start)
         low, high = self.words[start], self.words[self.clip(start + 8)]
         return low & TEXT_MASK.take(length, mode="clip"), high & TEXT_MASK.take(np.maximum(length - 8, 0), mode="clip")
@@ -61,7 +61,7 @@ TEXT_MASK: Final = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 
 def _packed(word: U64) -> U64:
-    """Seven bits of each byte, put together (the last step of a varint)."""
+    """Combine seven bits of each byte into a number (the last step of decoding a varint)."""
     word = word & _U(0x7F7F7F7F7F7F7F7F)
     word = (word & _U(0x007F007F007F007F)) | ((word & _U(0x7F007F007F007F00)) >> _U(1))
     word = (word & _U(0x00003FFF00003FFF)) | ((word & _U(0x3FFF00003FFF0000)) >> _U(2))
@@ -71,21 +71,21 @@ def _packed(word: U64) -> U64:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """The next field of each of some messages."""
+    """The next field of each message; `varints` and `payloads` are indices into the other arrays."""
 
     rows: Ints
     number: Ints
     value: U64
-    """Of those in `varints`."""
+    """Values of the fields in `varints`."""
     at: Ints
-    """Where the bytes of those in `payloads` begin."""
+    """Offsets of the bytes of the fields in `payloads`."""
     after: Ints
     varints: Ints
     payloads: Ints
 
 
 def walk(buffer: Buffer, rows: Ints, at: Ints, end: Ints, bad: Mask) -> Iterator[Step]:
-    """Steps through the fields of messages; `bad` is set for the rows of those that are none."""
+    """Yield the fields of messages step by step; sets `bad` for the rows of invalid messages."""
     for _ in range(MOST_FIELDS):
         if not len(rows):
             return

@@ -1,11 +1,11 @@
-"""The outer shell of a Perfetto trace: packets one after the other, some of them compressed.
+"""The packets of a Perfetto trace, some of them compressed.
 
-A trace is a protobuf message with one repeated field, `packet`; so a file is read packet by packet, and no more of it
-is in memory than one of them. What a packet holds inside is read by others; here it is only cut into its fields.
+A trace is a protobuf message with one repeated field, `packet`. The reader reads the file packet by packet, with one
+packet in memory at a time, and divides each into its fields; other modules interpret these.
 
-Nothing is believed: sizes are held against the file before memory is taken, what is compressed may become so many
-times its size and no more, and compressed packets hold no compressed ones. What is wrong is a `CaptureError` at the
-byte where the packet begins; with `salvage` reading goes on at the next place where packets follow one another.
+The reader trusts nothing in the file: it checks sizes against the file before it allocates memory, bounds the ratio of
+decompression, and refuses compressed packets inside compressed ones. Damage raises `CaptureError` with the byte at
+which the packet begins; with `salvage`, reading continues at the next place where packets follow one another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collector.reading.window import FileWindow
 from contracts.errors import CaptureError, Unavailable, WireError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-"""Wire types. 3 and 4 (groups) are in no trace."""
+"""Wire types. Traces contain no groups (3 and 4)."""
 
 _PACKET_TAG: Final = 0x0A
 _EMPTY_PACKET: Final = bytes([_PACKET_TAG, 0])
@@ -29,48 +29,48 @@ _MANY_EMPTY: Final = _EMPTY_PACKET * (1 << 12)
 _COMPRESSED: Final = {50: "deflate", 133: "zstd"}
 """compressed_packets and zstd_compressed_packets."""
 MAX_PACKET_BYTES: Final = 64 << 20
-"""traced writes packets of some hundred kilobytes; a reader must have room for two."""
+"""Largest packet. traced writes packets of some hundred kilobytes; a reader must have room for two packets."""
 _MOST_TIMES: Final = 200
-"""All that is compressed in a file becomes at most so many times the file's size: traces shrink to a tenth or so, and a
-bomb of deflate is 1,000 times as large."""
+"""Largest ratio of all decompressed bytes to the file's size: traces shrink to a tenth or so, while a deflate bomb
+grows a thousandfold."""
 _ALWAYS_ALLOWED: Final = 16 << 20
 _LOOK_AHEAD: Final = 64
-"""Fields that a packet has at most, for salvage to take it for one."""
+"""Largest number of fields that salvage accepts in a packet."""
 _DAMAGE_TOLD: Final = 1000
 
 
 class ProtoField(NamedTuple):
-    """One field: a number, or where its bytes are."""
+    """One field: a number, or the position of its bytes."""
 
     number: int
     wire: int
     value: int
-    """Of a varint; else 0."""
+    """Value of a varint; else 0."""
     start: int
     end: int
 
 
 class TracePacket(NamedTuple):
-    """One TracePacket. Of a field that is there more often the last one counts."""
+    """One TracePacket. Of a repeated field the last value counts."""
 
     offset: int
-    """Byte of the file where it begins, or the compressed one that it was in."""
+    """Byte of the file at which the packet, or the compressed packet that contains it, begins."""
     data: bytes
     fields: dict[int, ProtoField]
 
     def number(self, number: int, default: int = 0) -> int:
-        """A varint's value."""
+        """Return the value of a varint field."""
         field = self.fields.get(number)
         return field.value if field is not None and field.wire == VARINT else default
 
     def message(self, number: int) -> bytes | None:
-        """A field's bytes, or None where it is not there."""
+        """Return the bytes of a field, or None without it."""
         field = self.fields.get(number)
         return self.data[field.start : field.end] if field is not None and field.wire == BYTES else None
 
 
 def varint(data: bytes | bytearray, at: int, end: int) -> tuple[int, int]:
-    """A number of up to 64 bits, and where it ends. Raises `WireError`."""
+    """Return a varint of up to 64 bits, and where it ends; raises `WireError`."""
     value = shift = 0
     while at < end:
         byte = data[at]
@@ -85,11 +85,11 @@ def varint(data: bytes | bytearray, at: int, end: int) -> tuple[int, int]:
 
 
 def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[ProtoField]:
-    """The fields of a message. Raises `WireError`."""
+    """Yield the fields of a message; raises `WireError`."""
     at = start
     end = len(data) if end is None else end
     while at < end:
-        # Most numbers are of one byte.
+        # Most tags take one byte.
         tag = data[at]
         if tag < 128:
             at += 1
@@ -118,7 +118,7 @@ def fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Prot
 
 
 def _after_empty(data: bytes, at: int) -> int:
-    """Where the next packet begins that has something in it, or is damaged."""
+    """Return where the next packet that is not empty begins."""
     while data.startswith(_MANY_EMPTY, at):
         at += len(_MANY_EMPTY)
     while data.startswith(_EMPTY_PACKET, at):
@@ -127,7 +127,7 @@ def _after_empty(data: bytes, at: int) -> int:
 
 
 def recognises(head: bytes) -> bool:
-    """Whether a file that begins so is a Perfetto trace: a packet of whole fields, as far as they can be seen."""
+    """Return whether a file with this beginning is a Perfetto trace: a packet of valid fields, as far as visible."""
     count, whole = 0, True
     if not head or head[0] != _PACKET_TAG:
         return False
@@ -142,16 +142,16 @@ def recognises(head: bytes) -> bool:
 
 
 class PacketReader:
-    """The packets of a file, from front to back, once; a context manager is not needed: `close`."""
+    """Reads the packets of a file once, from front to back; call `close` at the end."""
 
     def __init__(self, path: Path, *, salvage: bool = False) -> None:
         self.path: Final = path
         self.damage: list[str] = []
-        """What salvage skipped, a line each."""
+        """Damage that salvage skipped, one line each."""
         self.damaged = 0
-        """Places of damage."""
+        """Number of damaged places."""
         self.holes = 0
-        """Those of them where whole packets are missing, of whatever sequence."""
+        """Number of damaged places at which whole packets, of unknown sequences, are missing."""
         self.bytes_skipped = 0
         self._salvage = salvage
         self._inflated = 0
@@ -169,7 +169,7 @@ class PacketReader:
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come."""
+        """Bytes read so far."""
         return self._window.offset
 
     def refuse(self, offset: int, why: str) -> None:
@@ -181,7 +181,7 @@ class PacketReader:
             self.damage.append(f"{self.path}: skipped at byte {offset}: {why}")
 
     def _leave_out(self, offset: int, why: str) -> None:
-        """The same, where it is not known which packets are damaged."""
+        """Raise `CaptureError`, or with salvage note damage to unknown packets."""
         self.refuse(offset, why)
         self.holes += 1
 
@@ -194,11 +194,11 @@ class PacketReader:
                 self._refuse_and_skip(str(error))
 
     def _at_hand(self) -> Iterator[TracePacket]:
-        """The packets that are in the window whole, up to one that is damaged. The window is not moved for each."""
+        """Yield the packets that are complete in the window, up to a damaged one; the window moves once, at the end."""
         data, offset = bytes(self._window.bytes), self._window.offset
         at, end = 0, len(data)
         while at < end and data[at] == _PACKET_TAG:
-            # Nothing is in them, and a file may consist of them: ten million in 20 MB.
+            # Skip empty packets quickly: a file may consist of them, ten million in 20 MB.
             if data[at + 1 : at + 2] == b"\0":
                 at = _after_empty(data, at)
                 continue
@@ -219,7 +219,7 @@ class PacketReader:
         self._window.drop(at)
 
     def _make_room(self) -> None:
-        """Have the next packet, if there is one, in the window whole. Raises `WireError` where it is none."""
+        """Fill the window until it has the whole next packet, if there is one; raises `WireError` for damage."""
         have = self._window.fill(11)
         window = self._window.bytes
         if not have:
@@ -296,7 +296,7 @@ class PacketReader:
         self.bytes_skipped += self._window.offset - start
 
     def _plausible(self) -> bool:
-        """Whether a packet begins here: few fields, which fill it, and another packet or the end behind it."""
+        """Return whether a packet begins here: few fields that fill it, followed by another packet or the end."""
         have = self._window.fill(1 << 14)
         size = at = 0
         try:
@@ -307,7 +307,7 @@ class PacketReader:
                 if count > _LOOK_AHEAD or field.number > 1024:
                     return False
         except WireError:
-            # A large packet is seen in part only; what it is too short for is its data.
+            # Only the beginning of a large packet is visible, so that its last visible field is incomplete.
             if size <= 1 << 14:
                 return False
         after = at + size

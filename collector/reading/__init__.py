@@ -1,1 +1,1 @@
-"""What readers of files share: how a file is opened, which part of it is mapped, which options there are."""
+"""Parts that the readers of files share: opening files, a moving window over a file, options, the reader's protocol."""

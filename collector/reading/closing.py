@@ -1,4 +1,4 @@
-"""What every open file of ours is: something to close, by a call or at the end of a `with` block."""
+"""Base class of open files, which are closed by a call or at the end of a `with` block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Closing(ABC):
-    """A context manager that closes."""
+    """A context manager that calls `close` at the end of its block."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Open a file for reading where it lies: on this machine, or anywhere that fsspec knows by a URL."""
+"""Open a file for reading on this machine, or at a URL that fsspec supports."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ _REMEDY: Final = "name a file that `mace record` or another tracer made"
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether a location is a URL (`s3://...`, `memory://...`, `file://...`) and not a path."""
+    """Return whether a location is a URL (`s3://...`, `memory://...`, `file://...`) and not a path."""
     return "://" in str(location)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it; raises `Unavailable`, `MissingExtra` where fsspec is not."""
+    """Return fsspec's file system for a URL, and the path in it.
+
+    Raises `MissingExtra` without fsspec, `Unavailable` for a URL that fsspec does not support.
+    """
     try:
         import fsspec  # noqa: PLC0415 (an extra, and slow to import)
     except ImportError as error:
@@ -24,14 +27,16 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise Unavailable(url, str(error), "extra `s3` is for s3://; others need fsspec's package for them") from error
+        raise Unavailable(
+            url, str(error), "s3:// needs the extra `s3`; other schemes need the package that fsspec uses for them"
+        ) from error
     return found
 
 
 def open_binary(location: str | Path) -> tuple[BinaryIO, int]:
-    """A file opened to read and seek in, unbuffered where it is local, and its size (0 if it is no regular file).
+    """Open a file for reading and seeking; return it and its size (0 if it is no regular file).
 
-    Raises `Unavailable`.
+    Local files are unbuffered. Raises `Unavailable`.
     """
     try:
         if is_url(location):

@@ -1,4 +1,4 @@
-"""What a reader of files is asked, and what a file says of itself before it is read."""
+"""Options of the readers of files, and the description of a file before it is read."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from contracts.interfaces import StreamHeader
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
-    """What can be asked of the reader of any format; each takes what concerns it."""
+    """Options of the readers of all formats; each reader ignores those that do not concern it."""
 
     salvage: bool = False
-    """Skip damaged parts, counting what they held, instead of raising `CaptureError`."""
+    """Skip damaged parts and count the records lost, instead of raising `CaptureError`."""
     topology: Path | None = None
-    """A capture file (`.mace`) of the same host, which tells what the devices are where a file only names them."""
+    """A capture file (`.mace`) of the same host; its topology describes the devices of a file that only names them."""
     buffer: str = ""
-    """Which of several trace instances of a file to read."""
+    """Name of the trace instance to read from a file with several."""
     clock: str = ""
-    """The trace clock of a file that does not say which it was."""
+    """Trace clock of a file that does not name its clock."""
     inner_device: str = ""
-    """The device of an inner packet capture that was made at several: the kernel's index, or an interface's name."""
+    """Device to read from an inner packet capture of several devices: the kernel's index, or an interface's name."""
     outer_device: str = ""
-    """The same of the outer packet capture."""
+    """Device to read from an outer packet capture of several devices: the kernel's index, or an interface's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a file says of itself."""
+    """Origin of a file: its header and the time of its first record."""
 
     header: StreamHeader
     first_utc_ns: int
-    """UTC of the first record; of the header where there is none."""
+    """UTC of the first record; of the header if there is no record."""

@@ -1,4 +1,4 @@
-"""A reader of files: plain and synchronous, the same for every format, wherever it is called from."""
+"""Protocol of the readers of files: synchronous, and the same for every format."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from contracts.schema import HookCost
 
 
 class FileReader(Closing):
-    """A file (or several that are one stream), read once from front to back; a context manager that opens and closes.
+    """Reads a file (or several that hold one stream) once from front to back; a context manager that opens and closes.
 
-    `open` is called once, first; `items` once after it; `close` at any time, also again. The properties hold from
-    `open` on, `warnings` and `discarded` at the end of `items`, and all of them stay after `close`.
+    `open` is called once, first; `items` once after it; `close` at any time, also repeatedly. The properties are valid
+    from `open` on, `warnings` and `discarded` from the end of `items` on; all remain valid after `close`.
     """
 
     _header: StreamHeader | None = None
 
     def open(self) -> StreamHeader:
-        """Open the file and read its header. Raises `Unavailable` or `CaptureError`; then nothing is left open."""
+        """Open the file and read its header; raises `Unavailable` or `CaptureError` and then leaves nothing open."""
         try:
             self._header = self._open()
         except BaseException:
@@ -35,43 +35,43 @@ class FileReader(Closing):
 
     @property
     def header(self) -> StreamHeader:
-        """How the stream came to be."""
+        """Header of the stream."""
         assert self._header is not None, "open() first"
         return self._header
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: files do not tell what observing has cost."""
+        """Empty: files do not contain the cost of observing."""
         return ()
 
     @abstractmethod
     def _open(self) -> StreamHeader:
-        """As `open`; what it has opened when it raises, `close` closes."""
+        """Open the file and read its header, for `open`, which calls `close` if this raises."""
 
     @abstractmethod
     def items(self) -> Iterator[StreamItem]:
-        """The stream, in order, read as it is asked for. Raises `CaptureError`."""
+        """Yield the stream in order, reading the file as items are requested; raises `CaptureError`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close the file. Safe to call again, and where `open` never was."""
+        """Close the file. Safe to call again, and without `open`."""
 
     @property
     @abstractmethod
     def bytes_total(self) -> int:
-        """What there is to read, for a progress bar; 0 if that is not known."""
+        """Bytes to read, for a progress bar; 0 if unknown."""
 
     @property
     @abstractmethod
     def bytes_read(self) -> int:
-        """How far reading has come, at most `bytes_total` where that is known."""
+        """Bytes read so far, at most `bytes_total` if that is known."""
 
     @property
     @abstractmethod
     def discarded(self) -> int:
-        """Records that the reader had to leave out; never those lost in the ring."""
+        """Records that the reader had to omit; never those lost in the ring."""
 
     @property
     @abstractmethod
     def warnings(self) -> Sequence[str]:
-        """What the user should know after reading, one line each: damage, a missing end, what cannot be told."""
+        """Warnings for the user after reading, one line each: damage, a missing end, missing information."""

@@ -1,4 +1,4 @@
-"""A reader of files as a stream for the pipeline: the one place where files meet asyncio."""
+"""Adapts a reader of files to the pipeline: the only module in which readers of files use asyncio."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contracts.schema import HookCost
 
 
 class FileSource:
-    """A `contracts.interfaces.Source` over a `FileReader`, at the speed of whoever reads."""
+    """A `contracts.interfaces.Source` over a `FileReader`; it reads as fast as its consumer requests items."""
 
     def __init__(self, reader: FileReader) -> None:
         self.reader = reader
@@ -22,7 +22,7 @@ class FileSource:
         return self.reader.open()
 
     async def items(self) -> AsyncIterator[StreamItem]:
-        """The reader's items; raises `CaptureError`. Gives way to other tasks after each item."""
+        """Yield the reader's items, and let other tasks run after each; raises `CaptureError`."""
         for item in self.reader.items():
             yield item
             await asyncio.sleep(0)
@@ -39,20 +39,20 @@ class FileSource:
 
     @property
     def discarded(self) -> int:
-        """Records that the reader had to leave out."""
+        """Records that the reader had to omit."""
         return self.reader.discarded
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
-        """Nothing: files do not tell."""
+        """Empty: files do not contain the cost of observing."""
         return self.reader.cost
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come."""
+        """Bytes read so far."""
         return self.reader.bytes_read
 
     @property
     def warnings(self) -> Sequence[str]:
-        """What the user should know after reading, one line each."""
+        """Warnings for the user after reading, one line each."""
         return self.reader.warnings

@@ -1,4 +1,4 @@
-"""A window that moves over a file from front to back, for readers that learn how much to read from what they read."""
+"""A window that moves over a file from front to back, for formats whose frames state their own length."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import BinaryIO, Final
 from contracts.errors import CaptureError
 
 _READ_BYTES: Final = 1 << 20
-"""One read: some 400,000 records of a capture, far more than a system call costs, far less than anyone's memory."""
+"""Bytes per read: some 400,000 records of a capture, enough to make the system call's cost negligible."""
 
 
 class FileWindow:
-    """The bytes of a file from some place on, as many as were asked for."""
+    """Bytes of a file from `offset` on, as many as `fill` has requested."""
 
     def __init__(self, path: Path | str, file: BinaryIO) -> None:
         self.path, self._file = path, file
         self.bytes = bytearray()
         self.offset = 0
-        """In the file, of the first of `bytes`."""
+        """Offset in the file of the first byte in `bytes`."""
 
     def fill(self, size: int) -> int:
-        """Read until there are `size` bytes or the file ends; how many there are, at most `size`.
+        """Read until `bytes` holds `size` bytes or the file ends; return how many it holds, at most `size`.
 
-        Raises `CaptureError` where the disk fails.
+        Raises `CaptureError` if reading fails.
         """
         while len(self.bytes) < size:
             try:
@@ -36,11 +36,11 @@ class FileWindow:
         return min(len(self.bytes), size)
 
     def drop(self, size: int) -> None:
-        """Go on `size` bytes further; there are as many."""
+        """Move `size` bytes forward; `bytes` holds at least as many."""
         del self.bytes[:size]
         self.offset += size
 
     def seek(self, offset: int) -> None:
-        """Go to another place of the file."""
+        """Move to another place of the file."""
         self.bytes.clear()
         self.offset = self._file.seek(offset)

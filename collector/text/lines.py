@@ -1,20 +1,20 @@
-"""What tracers print -> columns: ftrace's `trace` and `trace_pipe`, `trace-cmd report`, `perf script`.
+"""Parses the output of tracers into columns: ftrace's `trace` and `trace_pipe`, `trace-cmd report`, `perf script`.
 
-All print one event a line, in the order of time:
+All print one event a line, in order of time:
 
     ping-4711    [001] b.s1.  1234.567890: net_dev_queue: dev=eth0 skbaddr=00000000d6c17a4f len=98
     ping  4711 [001]  1234.567890: net:net_dev_queue: dev=eth0 skbaddr=0xffff888103a5e500 len=98
     ping-4711      1b.s1.  1234.567890: net_dev_queue:        dev=eth0 skbaddr=0xff456078fff3e040 len=98
 
-(the last is `trace-cmd report -l`) and between them what was lost: `CPU:1 [LOST 1234 EVENTS]` (kernel/trace/trace.c,
-print_trace_line and tracing_read_pipe), `CPU:1 [1234 EVENTS DROPPED]` of trace-cmd, `PERF_RECORD_LOST lost 1234` of
-perf. The first lines of `trace` tell how many events were overwritten before:
+(the last is `trace-cmd report -l`). Between the events they print losses: `CPU:1 [LOST 1234 EVENTS]`
+(kernel/trace/trace.c, print_trace_line and tracing_read_pipe), `CPU:1 [1234 EVENTS DROPPED]` of trace-cmd,
+`PERF_RECORD_LOST lost 1234` of perf. The first lines of `trace` show how many events were overwritten before:
 `entries-in-buffer/entries-written: 1000/5000`.
 
 A line begins with a task's name, which may be any 15 bytes but NUL: blanks, brackets, digits, a `#` or a line feed
-(TASK_COMM_LEN; prctl(PR_SET_NAME) checks nothing). So columns are taken from the left, the CPU, the time and the event
-each right behind the one before: in 15 bytes no name can imitate all three. Each line that is not read is of a kind of
-`collector.text.unread`, and counted.
+(TASK_COMM_LEN; prctl(PR_SET_NAME) checks nothing). The parser therefore requires CPU, time and event directly one after
+the other: a name of 15 bytes cannot imitate all three. A line that is not parsed is counted under one of the kinds of
+`collector.text.unread`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from contracts.hooks import HOOKS, Hook, Way
 from contracts.records import DTYPES, Batch
 from contracts.timerange import LATEST_RECORDED_NS
 
-# With the subsystem as perf prints it, and without as all others do: `probe:netif_rx` is somebody's kprobe.
+# perf prints the subsystem with the event, all others omit it. `probe:netif_rx` is a user's kprobe and no hook.
 _HOOK_OF: Final = {name.encode(): info.hook for info in HOOKS for name in (info.tracepoint, info.name)}
 _WITH_DEVICE: Final = frozenset(info.hook for info in HOOKS if info.has_device)
 _TRANSMIT: Final = frozenset(info.hook for info in HOOKS if info.way is Way.TRANSMIT)
 
-# Bounded everywhere: a line that is made for it would otherwise be gone through over and over. Before the CPU stand
+# All repetitions are bounded: on a hostile line an unbounded pattern would backtrack over and over. Before the CPU are
 # the task's name (that of a kernel thread has up to 63 bytes in perf), numbers, and the buffer's or file's name.
-# Between CPU and time: ftrace's flags, perf's `misc` letters and `tod`. A number there is a task's, so that what looks
-# like a CPU is a name (`perf script -F comm,tid,time,event,trace` of a task called "[000]"). Between time and event:
-# `trace-cmd report --ts-diff`, perf's `period`.
+# Between CPU and time are ftrace's flags, or perf's `misc` letters and `tod`. A number in that place is a task id, so
+# that the apparent CPU is part of a name (`perf script -F comm,tid,time,event,trace` of a task called "[000]").
+# Between time and event are the column of `trace-cmd report --ts-diff`, or perf's `period`.
 _COLUMNS: Final = rb"(?:[^\s\d\[\]][^\s\[\]]{0,15} {1,16}|\d{4}-\d\d-\d\d [\d:.]{8,18} {1,16}){0,3}"
 _LATENCY_CPU: Final = rb"-\d{1,10} {1,8}(\d{1,5})[.dDbX][^\s\[\]]{3,8} {1,24}"
 _TIMED: Final = (
@@ -51,32 +51,32 @@ _TIMED: Final = (
 )
 _EVENT: Final = re.compile(rb".{0,160}?" + _TIMED + rb"((?:[\w-]{1,64}:)?\w{1,64}):(?= |\r?$)(.*)")
 _NO_NAME: Final = re.compile(rb".{0,160}" + _TIMED + rb"(.*)")
-"""The last CPU and time of a line that has no event's name behind any."""
+"""The last CPU and time of a line in which no event's name follows a time."""
 _NAME_WIDTH: Final = 16
-"""Columns of the task's name, which stands first and to the right of them (`%16s`)."""
+"""Width of the first column, the task's name, right-aligned (`%16s`)."""
 _ADDRESS: Final = re.compile(rb"(?:0x)?([0-9a-fA-F]{1,16})(?:p?x)?")
-"""`x` behind it: the format says %px since Linux kernel commit 65875073eddd ("net: use %px to print skb address in
-trace_netif_receive_skb") (in v5.14), which older versions of libtraceevent print as a pointer and a letter."""
+"""An address. Older versions of libtraceevent print `%px` as a pointer and the letter `x`; the format uses `%px` since
+Linux kernel commit 65875073eddd ("net: use %px to print skb address in trace_netif_receive_skb") (in v5.14)."""
 _WHOLE_ADDRESS: Final = re.compile(rb" skbaddr=(?:0x)?[0-9a-fA-F]{16}(?![0-9a-fA-F])")
 _DIGITS: Final = re.compile(rb"\d{1,9}|0x[0-9a-f]{1,8}")
-"""The latter with ftrace's option `fields`, which prints `len=0x62 (98)`."""
+"""A number. ftrace's option `fields` prints hexadecimal numbers: `len=0x62 (98)`."""
 _ETH_HLEN: Final = 14
 _NAME_BYTES: Final = 15
 CPUS_MAX: Final = int(np.iinfo(DTYPES["cpu"]).max)
 LINE_MAX: Final = 1 << 16
-"""No tracer prints longer lines."""
+"""Bytes of the longest line that is read; no tracer prints longer ones."""
 
 _Row = tuple[int, int, int, int, int, int, int]
 _COLUMN_NAMES: Final = ("ts_ns", "skb_id", "dev", "l3_len", "cpu", "gso_segs", "hook")
 
 
 def is_event(line: bytes) -> bool:
-    """Whether it has the CPU and the time that all events have, or tells of a loss."""
+    """Return whether a line has the CPU and the time of an event, or reports a loss."""
     return _NO_NAME.match(line) is not None or _LOSS.fullmatch(line) is not None
 
 
 class LineReader:
-    """Turns whole lines into batches; remembers what each CPU said last."""
+    """Parses whole lines into batches; remembers the last time and pending losses of each CPU."""
 
     def __init__(self, sightings: Sightings, decoder: PageDecoder) -> None:
         self._sightings, self._decoder = sightings, decoder
@@ -84,32 +84,32 @@ class LineReader:
         self._last_ns: dict[int, int] = {}
         self._newest_ns = 0
         self._lost: dict[int, int] = {}
-        """Told of, with no event of that CPU since."""
+        """CPU -> lost events reported, but not yet in a marker because the CPU has had no event since."""
         self.lines = 0
-        """Read so far."""
+        """Lines read so far."""
         self.events = 0
-        """Of them, events that are measured."""
+        """Events of hooks read so far."""
         self.backwards = 0
-        """Of these, such as are earlier than the one before."""
+        """Events with an earlier time than the event before."""
         self.unended = b""
-        """The last line, where it has no line feed."""
+        """The last line, if it has no line feed."""
         self.unread: Counter[Unread] = Counter()
-        """Lines that are not understood, by kind."""
+        """Lines that were not parsed, by kind."""
         self.first_unread: dict[Unread, int] = {}
         """Number of the first line of each kind, from 1 on."""
         self.of_perf = False
-        """Whether events have the names that perf gives them."""
+        """Whether events have names as perf prints them."""
         self.perf_losses = False
-        """Whether perf was asked to print what was lost, and had something to print."""
+        """Whether perf has printed a loss."""
         self.uncounted = 0
-        """Losses that do not say how many events."""
+        """Losses without a number of events."""
         self.hashed = False
-        """Whether addresses are hashes of 32 bits: all above those are 0, as in no kernel's address."""
+        """Whether some addresses are hashes of 32 bits: their upper half is 0, which no kernel address has."""
         self.unhashed = False
-        """Whether some are not."""
+        """Whether some addresses are no hashes."""
 
     def read(self, text: bytes) -> Batch:
-        """All records of some lines, in their order, which is nearly that of time."""
+        """Return the records of some lines, in the order of the lines, which is nearly that of time."""
         rows: list[_Row] = []
         lines = text.split(b"\n")
         self.unended = lines.pop()
@@ -130,7 +130,7 @@ class LineReader:
         self.of_perf = self.of_perf or b":" in last
         if not rows:
             return Batch.empty()
-        # A column at a time: addresses do not go into the arrays of smaller numbers.
+        # One array per column: addresses would not fit an array of the smaller numbers' dtype.
         columns: dict[str, Any] = {
             name: np.array(values, DTYPES[name])
             for name, values in zip(_COLUMN_NAMES, zip(*rows, strict=True), strict=True)
@@ -141,7 +141,7 @@ class LineReader:
         return Batch.of(len(rows), **columns)
 
     def rest(self) -> Batch:
-        """Markers of what was lost behind the last event of a CPU."""
+        """Return markers of the losses reported behind the last event of each CPU."""
         end_ns = max(self._last_ns.values(), default=0)
         rows = [(self._last_ns.get(cpu, end_ns), cpu, lost) for cpu, lost in sorted(self._lost.items())]
         self._lost.clear()
@@ -155,7 +155,7 @@ class LineReader:
         )
 
     def _unended(self, lines: list[bytes]) -> None:
-        """The last line has no line feed: it is taken if it is an event with a whole address, else it is cut."""
+        """Keep a last line without line feed if it is an event with a whole address; count it as garbled otherwise."""
         match = _EVENT.match(self.unended)
         if match is not None and (match[5] not in _HOOK_OF or _WHOLE_ADDRESS.search(match[6])):
             lines.append(self.unended)
@@ -163,13 +163,13 @@ class LineReader:
             self._leave(Unread.GARBLED, self.lines + len(lines) + 1)
 
     def _other(self, line: bytes, number: int) -> None:
-        """A line that is no event as tracers print it."""
+        """Handle a line that is no event: a loss, a comment, or a line that cannot be parsed."""
         loss = _LOSS.fullmatch(line)
         if loss is not None and int(loss[1]) <= CPUS_MAX:
             count = loss[2] or loss[3]
             self._lose(int(loss[1]), int(count) if count and len(count) <= _COUNT_DIGITS else None)
         elif (written := _WRITTEN.match(line)) is not None:
-            # Overwritten before the first event, of whichever CPU.
+            # Events of unknown CPUs, overwritten before the first event.
             self._lose(0, max(int(written[2]) - int(written[1]), 0))
         elif (timed := _NO_NAME.match(line)) is not None and not _is_name(line, timed.start(3)):
             self._without_name(int(timed[1] or timed[2]), timed[5], number)
@@ -177,7 +177,7 @@ class LineReader:
             self._leave(kind, number)
 
     def _without_name(self, cpu: int, rest: bytes, number: int) -> None:
-        """A line with CPU and time and no event's name: what perf lost, a tracer's own line, or a name not printed."""
+        """Handle a line with CPU and time but no event's name: a loss of perf, a tracer's own line, a missing name."""
         if rest.startswith(b"PERF_RECORD_LOST"):
             self.perf_losses = True
             count = _PERF_LOST.search(rest)
@@ -215,7 +215,7 @@ class LineReader:
         self.backwards += ts_ns < self._newest_ns
         self._last_ns[cpu] = self._newest_ns = ts_ns
         digits = address[1]
-        # The kernel prints hashes with eight zeroes before them (lib/vsprintf.c, ptr_to_id); addresses have none.
+        # The kernel prints a hash with eight leading zeroes (lib/vsprintf.c, ptr_to_id); an address has none.
         if len(digits) == 16 and digits.startswith(b"00000000"):
             self.hashed = True
         else:
@@ -240,20 +240,23 @@ class LineReader:
 _LOSS: Final = re.compile(
     rb"(?:.{0,64}: {0,24})?CPU:(\d{1,5}) \[(?:LOST (?:(\d{1,40}) )?EVENTS|(?:(\d{1,40}) )?EVENTS DROPPED)\]\s{0,8}"
 )
-"""Alone on its line, so that no task's name is one: the shortest has 19 bytes."""
+"""A loss, alone on its line. The shortest has 19 bytes, so that no task's name can imitate it."""
 _COUNT_DIGITS: Final = 18
-"""Of a number of events that is believed."""
+"""Largest number of digits in a count of lost events that is believed."""
 _WRITTEN: Final = re.compile(rb"# {0,8}entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
 _PERF_LOST: Final = re.compile(rb"lost (\d{1,18})(?!\d)")
 
 
 def _is_name(line: bytes, time_at: int) -> bool:
-    """Whether all before the time is a task's name: what looks like a CPU is its end, and there is no CPU."""
+    """Return whether everything before the time is a task's name, the end of which looks like a CPU."""
     return line[_NAME_WIDTH:time_at].isspace() and line[:1] == b" " != line[_NAME_WIDTH - 1 : _NAME_WIDTH]
 
 
 def _value(fields: bytes, key: bytes) -> bytes:
-    """What stands behind ` name=` up to the next blank; a device's name has no blanks, but may be `len=1`."""
+    """Return the text behind the first `key` up to the next blank.
+
+    A key begins with a blank (` len=`): a device's name contains no blanks, but may be `len=1`.
+    """
     at = fields.find(key)
     if at < 0:
         return b""
@@ -274,7 +277,7 @@ def _limited(lost: int) -> int:
 
 
 def chunks(path_name: object, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Whole lines, as many as come at once. Raises `CaptureError` for a line that none prints."""
+    """Yield the blocks cut into whole lines; raises `CaptureError` for a line longer than any tracer prints."""
     rest, offset = b"", 0
     for block in blocks:
         text = rest + block

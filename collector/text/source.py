@@ -1,11 +1,11 @@
-"""What tracers print, as a source.
+"""The text output of tracers as a source.
 
-Text is what people have who had no better tool, and it says less: times are cut to microseconds (but for `perf script
---ns` and `trace-cmd report -t`), drop reasons are names and not kept, and addresses may be hashes: the kernel prints
-`%p` as 32 bits of a hash whose key is drawn at boot (lib/vsprintf.c, Linux kernel commit ad67b74d2469 ("printk: hash
-addresses printed with %p") (in v4.15)). One buffer has one hash as long as the machine runs, so packets can be
-followed; two buffers of some thousands that are in use at once share one now and then, and then only moves that cannot
-be part them. Binary recordings (trace.dat, live capture) and `options/hash-ptr=0` have no such doubt.
+Text contains less than a binary recording. Times are cut to microseconds (except by `perf script --ns` and `trace-cmd
+report -t`). Drop reasons are names, which are not kept. Addresses may be hashes: the kernel prints `%p` as 32 bits of a
+hash whose key is random for each boot (lib/vsprintf.c, Linux kernel commit ad67b74d2469 ("printk: hash addresses
+printed with %p") (in v4.15)). A buffer keeps its hash while the machine runs, so that packets can be followed. Among
+some thousand buffers in use at once, two occasionally share a hash; only impossible moves then separate their packets.
+Binary recordings (trace.dat, live capture) and `options/hash-ptr=0` avoid this ambiguity.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ NAME: Final = "text"
 _READ_BYTES: Final = 1 << 20
 _HOLD_BACK_NS: Final = 50_000_000
 _BACKWARDS_MIN: Final = 8
-"""Fewer are what interrupts and the merging of several CPUs make."""
+"""Number of backward steps in time that interrupts and the merging of several CPUs explain; fewer are accepted."""
 _NO_LAYOUT: Final = PageLayout(0, 8, 8, 16, 4080)
-"""Text has no pages; the decoder is there for the ids of buffers."""
+"""Dummy layout: text has no pages, but the page decoder makes the ids of buffers."""
 
 
 def recognises(head: bytes) -> bool:
-    """Whether a file that begins so is a tracer's text: of whatever events, those that are measured may come later."""
-    # Zeros are what a crash leaves in a file; what comes before them tells.
+    """Return whether a file with this beginning is a tracer's text, with events of any kind."""
+    # A crash can leave zeros in a file: decide by the text before them.
     head = head.partition(b"\0")[0]
     return begins_text(head) or any(is_event(line) or is_traced(line) for line in head.split(b"\n")[:-1])
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
-    """Header, and the time of the first event. Raises `Unavailable` or `CaptureError`."""
+    """Read the header and the time of the first event; raises `Unavailable` or `CaptureError`."""
     opened = _Opened(paths[0], options)
     opened.file.close()
     return Description(opened.header, opened.first_ns + opened.header.clock.offset_ns)
 
 
 def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
-    """The reader of one file."""
+    """Make a reader of one file."""
     return TextReader(paths[0], options)
 
 
 class _Opened:
-    """An open file, and what is known before it is read."""
+    """An open file, with its header and all else that is known before it is read."""
 
     def __init__(self, path: Path, options: FileOptions) -> None:
         try:
@@ -85,14 +85,14 @@ class _Opened:
             if known is None:
                 self.warnings.append(f"{path}: {NAMES_ONLY}")
             if not options.clock:
-                self.warnings.append(f"{path}: text does not say which clock it has (if it was mono, say --clock mono)")
+                self.warnings.append(f"{path}: text does not name its trace clock (if it was mono, give --clock mono)")
             self.header: Final = self._header(known.header if known else None, clock, boot_id)
         except BaseException:
             self.file.close()
             raise
 
     def _first_ns(self, path: Path) -> int:
-        """Time of the first event; the file is back at its beginning afterwards."""
+        """Return the time of the first event, and rewind the file."""
         reader = LineReader(self.sightings, self.decoder)
         digest = hashlib.sha256()
         for text in chunks(path, iter(lambda: self.file.read(LINE_MAX), b"")):
@@ -120,7 +120,7 @@ class _Opened:
 
 
 class TextReader(FileReader):
-    """A text as a stream."""
+    """Reads a tracer's text as a stream."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
         self.path: Final = Path(path)
@@ -130,10 +130,10 @@ class TextReader(FileReader):
         self._merger = Merger(_HOLD_BACK_NS)
         self._bytes_read = 0
         self._damage: list[int] = []
-        """Where lines have zeros in them."""
+        """Offsets of the lines that contain zeros."""
 
     def _open(self) -> StreamHeader:
-        """Open the file and find the first event. Raises `Unavailable` or `CaptureError`."""
+        """Open the file and find the first event; raises `Unavailable` or `CaptureError`."""
         self._opened = opened = _Opened(self.path, self._options)
         self._reader = LineReader(opened.sightings, opened.decoder)
         return opened.header
@@ -145,7 +145,7 @@ class TextReader(FileReader):
 
     @property
     def discarded(self) -> int:
-        """Records that stood behind ones far younger, lines that may be of an event and are not read, damaged ones."""
+        """Records too far out of order, lines that may be events but were not parsed, and damaged lines."""
         unread = sum(self._reader.unread[kind] for kind in DISCARDED) if self._reader else 0
         return self._merger.late + unread + len(self._damage)
 
@@ -156,41 +156,41 @@ class TextReader(FileReader):
 
     @property
     def bytes_read(self) -> int:
-        """How far reading has come."""
+        """Bytes read so far."""
         return self._bytes_read
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know, one line each."""
+        """Warnings for the user, one line each."""
         if self._opened is None or self._reader is None:
             return []
         lines = list(self._opened.warnings)
         if self._reader.hashed and self._reader.unhashed:
-            # With %px in the events of one template only, see `_ADDRESS` of text_lines.
+            # Only the events of one template use %px, see `_ADDRESS` of `collector.text.lines`.
             lines.append(
-                f"{self.path}: some of its addresses are hashes and some are not, as kernels from 5.14 on have printed "
-                "them: one buffer has two names, and less is matched; `echo 0 > options/hash-ptr` and print again"
+                f"{self.path}: some addresses are hashes and some are not, as kernels from 5.14 on print them, so that "
+                "fewer records are matched; `echo 0 > options/hash-ptr` and print again"
             )
         if self._reader.hashed:
-            lines.append(
-                f"{self.path}: its addresses are hashes of 32 bits: two buffers that are in use at once can share one"
-            )
+            lines.append(f"{self.path}: addresses are hashes of 32 bits: two buffers in use at once can share one")
         lines += [f"{self.path}: {line}" for line in told(self._reader.unread, self._reader.first_unread)]
         if self._reader.unended:
-            lines.append(f"{self.path}: its last line has no line feed: the file may be cut there")
+            lines.append(f"{self.path}: the last line has no line feed: the file may be cut there")
         if self._reader.of_perf and not self._reader.perf_losses:
-            lines.append(f"{self.path}: no losses are told; perf script tells them only with --show-lost-events")
+            lines.append(f"{self.path}: no losses are shown; perf script prints them only with --show-lost-events")
         if self._merger.late:
             lines.append(
-                f"{self.path}: {self._merger.late} events are more than 50 ms older than one before them, as where "
-                "texts of several CPUs or runs were put one after the other; left out: sort them by time"
+                f"{self.path}: {self._merger.late} events are left out: they are more than 50 ms older than an event "
+                "before them, as when texts of several CPUs or runs are concatenated; sort the lines by time"
             )
         if self._damage:
             lines.append(
-                f"{self.path}: {len(self._damage)} lines with zeros, the first at byte {self._damage[0]}; left out"
+                f"{self.path}: {len(self._damage)} lines with zeros are left out, the first at byte {self._damage[0]}"
             )
         if self._reader.uncounted:
-            lines.append(f"{self.path}: {self._reader.uncounted} losses do not say how many events; told as one each")
+            lines.append(
+                f"{self.path}: {self._reader.uncounted} losses have no number of events; counted as one event each"
+            )
         return lines
 
     def items(self) -> Iterator[StreamItem]:
@@ -216,23 +216,23 @@ class TextReader(FileReader):
         yield merger.flush()
 
     def _check(self) -> None:
-        """Raises `CaptureError` where most lines lack a column, or times go back as often as differences do."""
+        """Raise `CaptureError` if most lines lack a column, or times go back as often as time differences do."""
         assert self._reader is not None
         events, backwards = self._reader.events, self._reader.backwards
         lacking = {kind: count for kind in COLUMNS if (count := self._reader.unread[kind])}
         if sum(lacking.values()) > events and not self._options.salvage:
             why = "; ".join(told(lacking, self._reader.first_unread))
-            raise CaptureError(self.path, 0, f"fewer of its network events can be read than not: {why}")
+            raise CaptureError(self.path, 0, f"most of its network events cannot be read: {why}")
         if backwards >= _BACKWARDS_MIN and backwards * 4 > events:
             raise CaptureError(
                 self.path,
                 self._bytes_read,
-                f"times go back at {backwards} of {events} events: they are no times, or not in order (`perf script "
-                "--deltatime` prints what passed since the event before)",
+                f"times go back at {backwards} of {events} events: the numbers are no times or not in order (`perf "
+                "script --deltatime` prints the time since the event before)",
             )
 
     def _sound(self, text: bytes) -> bytes:
-        """The lines without zeros. Raises `CaptureError` where there are others and salvage was not asked for."""
+        """Return the text with all lines that contain zeros emptied; without salvage these raise `CaptureError`."""
         at = text.find(b"\0")
         if at < 0:
             return text

@@ -1,8 +1,8 @@
-"""Lines of a tracer's text that are not read: of which kind each is, and what to tell of it.
+"""Kinds of lines in a tracer's text that cannot be parsed, and the advice for each.
 
-An event that is measured and printed without a column that is needed, or in a form whose times mean something else, is
-not guessed at. Its line is counted, the user is told which option prints it whole, and a file that holds nothing else
-is refused with that.
+MACE does not guess at the event of a hook that is printed without a necessary column, or in a form whose times have
+another meaning. It counts the line and tells the user which option prints it completely; a file with no other lines is
+refused with the same advice.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _PERF_FIELDS: Final = "`perf script -F comm,tid,cpu,time,event,trace`"
 
 
 class Unread(Enum):
-    """A kind of lines; the value is what they are, and what to do."""
+    """A kind of line that cannot be parsed; the value describes the lines and says what to do."""
 
-    NO_ADDRESS = f"lines do not tell the buffer's address (skbaddr=), which {_PERF_FIELDS} prints, as all tracers do"
-    NO_CPU = f"lines do not tell the CPU, as [000]: print it, with {_PERF_FIELDS}"
-    NO_TIME = f"lines do not tell the time: print it, with {_PERF_FIELDS}"
-    NO_NAME = f"lines do not tell the event's name: print it, with {_PERF_FIELDS}"
+    NO_ADDRESS = f"lines have no buffer address (skbaddr=), which {_PERF_FIELDS} prints, as all tracers do"
+    NO_CPU = f"lines have no CPU, such as [000]: print it with {_PERF_FIELDS}"
+    NO_TIME = f"lines have no time: print it with {_PERF_FIELDS}"
+    NO_NAME = f"lines have no event name: print it with {_PERF_FIELDS}"
     LATENCY = (
-        "lines are in ftrace's latency format, whose times count from when its buffer was last emptied: "
+        "lines are in ftrace's latency format, whose times count from the last time that the buffer was emptied: "
         "`echo 0 > options/latency-format` and print again"
     )
     GRAPH = (
@@ -34,10 +34,10 @@ class Unread(Enum):
     TICKS = "lines have times that are not seconds: trace with another clock, `echo mono > trace_clock`"
     NO_CONTEXT = "lines have neither task, CPU nor time: `echo 1 > options/context-info` and print again"
     RAW = "lines are numbers of ftrace's raw or hex form: `echo 0` to options/raw and options/hex and print again"
-    GARBLED = "lines begin as an event does, or name one that is measured, and are cut or garbled"
+    GARBLED = "lines begin like an event or name one that is measured, but are cut or garbled"
     NOT_EVENTS = (
-        "lines are no events, as printed texts and names of tasks have them that hold line feeds; none names an event "
-        "that is measured"
+        "lines are no events but parts of printed texts or of task names with line feeds; none names an event that "
+        "is measured"
     )
 
 
@@ -45,9 +45,9 @@ COLUMNS: Final = (
     Unread.NO_ADDRESS, Unread.NO_CPU, Unread.NO_TIME, Unread.NO_NAME, Unread.LATENCY, Unread.GRAPH, Unread.TICKS,
     Unread.NO_CONTEXT, Unread.RAW,
 )  # fmt: skip
-"""Kinds of which all lines of a text are, or none but damaged ones."""
+"""Kinds caused by the printed form: either all lines of a text are of such a kind, or only damaged ones."""
 DISCARDED: Final = tuple(kind for kind in Unread if kind is not Unread.NOT_EVENTS)
-"""Kinds whose lines are, or may be, of an event that is measured."""
+"""Kinds of lines that are, or may be, events of hooks."""
 
 _NAMES: Final = rb"(?:" + b"|".join(sorted((info.name.encode() for info in HOOKS), reverse=True)) + rb")"
 _MENTION: Final = re.compile(rb"(?:^|[\s:*])" + _NAMES + rb":(?:\s|$)|(?:^|\s)skbaddr=")
@@ -60,14 +60,14 @@ _NAME_FIRST: Final = re.compile(_NAMES + rb": ")
 _RAW: Final = re.compile(rb"[0-9a-f]{1,10} [0-9a-f]{1,8} [0-9a-f]{1,20} type: \d{1,5}\s*$")
 _CPU: Final = re.compile(rb"\[\d{1,5}\] ")
 _BEGINS: Final = re.compile(rb"[ -]\d{1,10} {1,8}(?:\([ \d-]{1,12}\) )?\[\d{3,5}\](?:\s|$)")
-"""A task's number and the CPU, as before each event."""
+"""A task's number and the CPU, as they precede each event."""
 _EVENT: Final = re.compile(rb"(?<!\S)\d{1,20}(?:\.(?:\d{9}|\d{6})|us.?): {1,64}((?:[\w-]{1,64}:)?\w{1,64}):(?=\s|$)")
-"""A time and a name. A task's name can be made to look like both, so all of a line count."""
+"""A time and an event's name. A task's name can imitate both, so that all matches in a line count."""
 _UNTIMED: Final = re.compile(rb"\[\d{1,5}\] {1,64}(?:\d[\d-]{9} [\d:.]{8,18} {1,64})?[\w-]{1,64}:\w{1,64}: ")
-"""A CPU and an event of perf, and not the time between them."""
+"""A CPU and an event of perf without the time between them."""
 _MEASURED: Final = frozenset(name.encode() for info in HOOKS for name in (info.name, info.tracepoint))
 _LOOKED_AT: Final = 1 << 12
-"""Bytes of a line, at most; events that are measured have 400."""
+"""Bytes of a line that are searched; events of hooks have 400."""
 _NOTHING: Final = re.compile(
     rb"\s*$"
     rb"|#"  # comments: of ftrace, of perf, and `##### CPU 1 buffer started ####`
@@ -77,16 +77,16 @@ _NOTHING: Final = re.compile(
     rb"|\s*\d{1,5}\) "  # function_graph
 )
 _BEGINNINGS: Final = (b"# tracer:", b"# ========", b"cpus=", b"version = ")
-"""Of the text of ftrace, of `perf script --header`, and of `trace-cmd report`."""
+"""First bytes of the output of ftrace, of `perf script --header`, and of `trace-cmd report`."""
 
 
 def begins_text(head: bytes) -> bool:
-    """Whether the first bytes are those that a tracer's text begins with."""
+    """Return whether these are the first bytes of a tracer's text."""
     return head.removeprefix(b"\xef\xbb\xbf").startswith(_BEGINNINGS)
 
 
 def is_traced(line: bytes) -> bool:
-    """Whether a line that is no readable event is one in a form that is not read."""
+    """Return whether a line that cannot be parsed is an event in a form that MACE does not read."""
     return bool(_EVENT.search(line) or _UNTIMED.search(line)) or kind_of(line) not in (
         None,
         Unread.NOT_EVENTS,
@@ -95,7 +95,7 @@ def is_traced(line: bytes) -> bool:
 
 
 def kind_of(line: bytes) -> Unread | None:
-    """Of a line that is no event as tracers print it; None where nothing was to be read."""
+    """Return the kind of a line that is no readable event; None if the line contains no event of a hook."""
     line = line[:_LOOKED_AT]
     events = _EVENT.findall(line)
     if _MEASURED.intersection(events) or (not events and _MENTION.search(line)):
@@ -108,7 +108,7 @@ def kind_of(line: bytes) -> Unread | None:
 
 
 def _mentioned(line: bytes) -> Unread:
-    """Of a line that names an event that is measured, or its buffer."""
+    """Return the kind of a line that names an event of a hook, or its buffer."""
     if _LATENCY.search(line):
         return Unread.LATENCY
     if _GRAPH.search(line):
@@ -126,11 +126,11 @@ def _mentioned(line: bytes) -> Unread:
 
 
 _CPU_IN_NAME: Final = re.compile(rb".{0,15}\[\d{1,5}\] .{0,64}?\d{1,10}\.(?:\d{9}|\d{6}): ")
-"""It stands where a task's name does, and so is part of one: the CPU is behind the 16 columns of the name."""
+"""An apparent CPU inside the 16 columns of the task's name; the real CPU follows behind these columns."""
 
 
 def told(counts: Mapping[Unread, int], first: Mapping[Unread, int]) -> list[str]:
-    """A line for each kind that there is: how many, what, and the number of the first."""
+    """Return a sentence for each kind that occurred: the number of lines, their kind, and the first line's number."""
     return [
         f"{counts[kind]} {kind.value} (left out; the first is line {first[kind]})"
         for kind in Unread

@@ -1,7 +1,7 @@
-"""The clocks that a trace.dat can have been recorded with, and what its times are worth.
+"""The trace clocks of trace.dat files, and the suitability of each for delays.
 
-A delay needs one clock that goes on evenly and is the same on all CPUs; comparing with other recordings of the same
-boot needs CLOCK_MONOTONIC; a date needs an offset to UTC (Documentation/trace/ftrace.rst, "trace_clock").
+Delays need a clock that runs evenly and is the same on all CPUs. Comparing with other recordings of the same boot needs
+CLOCK_MONOTONIC. Dates need an offset to UTC (Documentation/trace/ftrace.rst, "trace_clock").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLOCKS: Final[Mapping[str, str]] = {
     "perf": "is the scheduler's clock: where the TSC is not stable, CPUs differ",
     "local": "is each CPU's own: where the TSC is not stable, delays between CPUs are off by as much as they differ",
 }
-"""Clocks in nanoseconds, and what to know of each."""
+"""Clocks in nanoseconds, each with its limitation; "" if it has none."""
 
 _CYCLES: Final = ("x86-tsc", "tsc2nsec")
 _REFUSED: Final[Mapping[str, str]] = {
@@ -42,23 +42,23 @@ _REFUSED: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class FileClock:
-    """How the times of one buffer become ns."""
+    """Converts the times of one buffer to ns."""
 
     name: str
     tsc: Tsc | None
     offset_ns: int
     warning: str
-    """What to tell the user; "" if nothing."""
+    """Warning for the user; "" if there is none."""
 
     @property
     def is_monotonic(self) -> bool:
-        """Whether times are those of CLOCK_MONOTONIC."""
+        """Whether the times are those of CLOCK_MONOTONIC."""
         return self.name == MONO and not self.offset_ns
 
     def ns(self, ts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Times in the file to ns, same shape."""
+        """Convert times in the file to ns; int64 of the same shape."""
         if self.tsc is not None:
-            # mul_u64_u32_shr of the kernel (include/linux/math64.h): 96 bits between, in two halves.
+            # As mul_u64_u32_shr of the kernel (include/linux/math64.h): a product of 96 bits, computed in two halves.
             cycles, mult, shift = ts.astype(np.uint64), np.uint64(self.tsc.mult), np.uint64(self.tsc.shift)
             low = (cycles & np.uint64(0xFFFFFFFF)) * mult >> shift
             high = (cycles >> np.uint64(32)) * mult
@@ -68,9 +68,12 @@ class FileClock:
 
 
 def clock_of(path: Path, frame: FileFrame, info: BufferInfo, asked: str = "") -> FileClock:
-    """The clock of a buffer. `asked` is the user's word for a file that does not say. Raises `CaptureError`."""
+    """Return the clock of a buffer; raises `CaptureError` for a clock that cannot measure delays.
+
+    `asked` is the clock that the user names for a file without one.
+    """
     named = {one for one in (info.clock, frame.clock) if one}
-    # Of an instance trace-cmd 3.1 says `local` whatever it was: there the user knows better.
+    # trace-cmd 3.1 stores `local` for every instance, whatever its clock: there the user's choice prevails.
     if named and asked and asked not in named and not info.name:
         raise CaptureError(path, 0, f"recorded with the clock {info.clock!r}, not {asked!r} as asked for")
     said = asked or (named.pop() if len(named) == 1 else "")

@@ -1,4 +1,4 @@
-"""One CPU of a trace.dat: its pages as records, with what was lost in the ring or cannot be read."""
+"""One CPU of a trace.dat: decodes its pages into records, with markers for lost events and unreadable pages."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from contracts.errors import CaptureError, SourceError
 from contracts.records import Batch
 
 _EVENT_BYTES: Final = 40
-"""Of a network event with its header: about how many a page held that cannot be read."""
+"""Typical bytes of a network event with its header: estimates how many events an unreadable page held."""
 _LOSSES: Final = re.compile(r"^(?:overrun|commit overrun|dropped events):\s*(\d{1,18})\s*$", re.MULTILINE)
 _CPU_NUMBER: Final = re.compile(r"^CPU:?\s*(\d{1,9})\s*$", re.MULTILINE)
 
 
 def losses_by_cpu(stats: Sequence[str]) -> dict[int, int]:
-    """Events that the kernel counted as lost, by CPU, out of its `stats` files.
+    """Return CPU -> events that the kernel counted as lost, from the texts of its `stats` files.
 
-    A file has those of all instances one after the other and without names: where a CPU is told of twice, nothing is
-    known of it.
+    A trace.dat has the stats of all instances one after the other and without names: a CPU that occurs twice is
+    omitted.
     """
     lost: dict[int, int] = {}
     twice: set[int] = set()
@@ -46,11 +46,11 @@ def losses_by_cpu(stats: Sequence[str]) -> dict[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class PieceRecords:
-    """What a piece of the file held."""
+    """The records of a piece of the file."""
 
     batch: Batch
     complete_ns: int
-    """No later piece has an event before this time."""
+    """Time before which no later piece has an event."""
     bytes_read: int
 
 
@@ -71,20 +71,20 @@ class CpuReader:
     ) -> None:
         self.data: Final = data
         self.discarded = 0
-        """Records that salvage left out, about."""
+        """Approximate number of records that salvage left out."""
         self.uncounted = 0
-        """Gaps that do not say how many events were lost."""
+        """Gaps without a number of lost events."""
         self._file, self._info, self._decoder, self._clock = file, info, decoder, clock
         self._formats = formats
         self._pages = pages
         self._lost_total = lost_total
-        """What the kernel counted; None where that is not known of this buffer."""
+        """Lost events that the kernel counted; None if the count of this buffer is not known."""
         self._told_lost = 0
         self._last_ns: int | None = None
         self._complete_ns = 0
 
     def parts(self) -> Iterator[PieceRecords]:
-        """All that this CPU recorded, in its ring's order. Raises `CaptureError`."""
+        """Yield all that this CPU recorded, in the ring's order; raises `CaptureError`."""
         for piece in pieces(self._file, self._info, self.data, self._pages):
             done = piece.done
             newest_ns = self._newest_page_ns(piece)
@@ -92,17 +92,17 @@ class CpuReader:
             if len(batch):
                 self._last_ns = max(self._last_ns or 0, int(batch.ts_ns[-1]))
             self._complete_ns = max(self._complete_ns, newest_ns, self._last_ns or 0)
-            # The piece's memory is not held while other CPUs are read.
+            # Free the piece's memory while other CPUs are read.
             del piece
             yield PieceRecords(batch, self._complete_ns, done)
         rest = (self._lost_total or 0) - self._told_lost
         if rest > 0:
-            # What was lost and no page tells of: a ring that kept the oldest events, or its very last ones.
+            # Losses without a count in any page: of a ring that kept the oldest events, or behind the last page.
             last_ns = self._complete_ns if self._last_ns is None else self._last_ns
             yield PieceRecords(marker(self.data.cpu, last_ns, rest, last_ns), self._complete_ns, 0)
 
     def first_ns(self) -> int | None:
-        """Time of the first page that holds anything."""
+        """Return the time of the first page that is not empty, ns; None without one."""
         for piece in pieces(self._file, self._info, self.data, 1):
             times = self._page_times(piece)
             if len(times):
@@ -112,7 +112,7 @@ class CpuReader:
     # --- pages ----------------------------------------------------------------------------------
 
     def _page_times(self, piece: Piece) -> Ints:
-        """Times of the pages that are not empty, ns; before they are turned."""
+        """Return the times of the pages that are not empty, ns; call before the pages' byte order is changed."""
         layout, order = self._decoder.layout, ">" if self._file.frame.big_endian else "<"
         matrix = piece.buffer[: piece.pages * layout.page_size].reshape(piece.pages, layout.page_size)
         at = layout.timestamp_offset
@@ -126,7 +126,7 @@ class CpuReader:
         return int(times[-1]) if len(times) else 0
 
     def _not_there(self, piece: Piece) -> list[DecodedPages]:
-        """A gap for pages that salvage could not read."""
+        """Return a gap for pages that salvage could not read, if there are any."""
         if not piece.missing:
             return []
         self.discarded += piece.missing * self._events_a_page
@@ -140,7 +140,7 @@ class CpuReader:
         if not piece.pages:
             return []
         size = self._decoder.layout.page_size
-        # Decoding writes into the buffer: to look for the bad page, the good ones are needed as they were.
+        # Decoding writes into the buffer. Keep a copy, so that salvage can decode the good pages again.
         spare = piece.buffer[: piece.pages * size].copy() if self._file.salvage else None
         try:
             return [self._decode(piece.buffer, piece.pages)]
@@ -156,7 +156,7 @@ class CpuReader:
         return decoded
 
     def _pointed(self, piece: Piece, error: SourceError) -> CaptureError:
-        """The error, at the page that it is about: read once more, page by page."""
+        """Return the error with the offset of its page, found by reading the piece again page by page."""
         for one in pieces(self._file, self._info, self.data, 1):
             if one.offset < piece.offset:
                 continue
@@ -169,7 +169,7 @@ class CpuReader:
         return CaptureError(self._file.path, piece.offset, str(error))
 
     def _salvaged(self, piece: Piece, spare: Bytes, first: int, after: int) -> Iterator[DecodedPages]:
-        """The pages that can be decoded, by halves; a gap and a warning for each that cannot."""
+        """Yield the pages that can be decoded, found by bisection, with a gap and a warning for each that cannot."""
         layout = self._decoder.layout
         size = layout.page_size
         buffer = page_buffer(layout, after - first)
@@ -190,7 +190,7 @@ class CpuReader:
     # --- what was lost --------------------------------------------------------------------------
 
     def _with_markers(self, parts: list[DecodedPages]) -> Batch:
-        """All records of a piece, with a `LOST` marker at each gap."""
+        """Return all records of a piece, with a `LOST` marker at each gap."""
         lost = iter(self._losses([gap.lost for part in parts for gap in part.gaps]))
         cut: list[Batch] = []
         for part in parts:
@@ -199,7 +199,7 @@ class CpuReader:
             for gap in part.gaps:
                 cut.append(batch[start : gap.index])
                 after = int(batch.ts_ns[gap.index]) if gap.index < len(batch) else self._complete_ns
-                # Where nothing came before, nothing says since when events were lost.
+                # Without a record before the gap it is unknown since when events were lost.
                 before = int(batch.ts_ns[gap.index - 1]) if gap.index else self._last_ns
                 cut.append(marker(self.data.cpu, after if before is None else min(before, after), next(lost), after))
                 start = gap.index
@@ -209,7 +209,10 @@ class CpuReader:
         return Batch.concatenate(cut)
 
     def _losses(self, counts: list[int | None]) -> list[int]:
-        """How many events each gap lost; where a page does not say, what the kernel's total leaves, at least one."""
+        """Return the number of events lost at each gap.
+
+        A gap without a count gets what the kernel's total leaves, or one event if the total is unknown.
+        """
         unknown = sum(count is None for count in counts)
         self.uncounted += unknown
         if not unknown:

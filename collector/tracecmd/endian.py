@@ -1,9 +1,9 @@
-"""Ring pages of a big-endian machine -> those of a little-endian one, so that one decoder reads both.
+"""Converts ring pages of a big-endian machine to little-endian ones, so that one decoder reads both.
 
-Where the events of a page begin is known only by walking it, and their headers differ: on a big-endian machine
-`type_len` is the upper 5 bits of the word (the order of bit fields in include/linux/ring_buffer.h), not the lower ones.
-So all pages are walked in lockstep, an event of each at a time, and headers, lengths and the fields that are read are
-turned in place. What is not read stays as it was.
+The events of a page are found only by walking the page, and their headers differ: on a big-endian machine `type_len` is
+the upper 5 bits of the word, not the lower ones (order of bit fields in include/linux/ring_buffer.h). All pages are
+therefore walked in lockstep, one event of each page at a time. Headers, lengths and the fields that MACE reads are
+swapped in place; all other bytes are left unchanged.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TYPE_SHIFT: Final = np.uint32(27)
 
 
 def to_little_endian(buffer: Bytes, pages: int, layout: PageLayout, formats: Iterable[EventFormat]) -> None:
-    """Turn the first `pages` pages in `buffer`, and of events of these formats all integer fields.
+    """Swap the byte order of the first `pages` pages in `buffer`, and of all integer fields of events of `formats`.
 
-    `common_type` is turned in every event. Raises `SourceError` where a page is not one.
+    `common_type` is swapped in every event. Raises `SourceError` for an invalid page.
     """
     whole = buffer[: pages * layout.page_size]
     matrix = whole.reshape(pages, layout.page_size)
@@ -57,7 +57,7 @@ def to_little_endian(buffer: Bytes, pages: int, layout: PageLayout, formats: Ite
 
 
 def _turn_headers(whole: Bytes, start: Ints, end: Ints) -> tuple[Ints, npt.NDArray[np.uint32]]:
-    """Turn the headers of all events; where the payload of each begins, and its type."""
+    """Swap the headers of all events; return the offset of each event's payload, and its type."""
     big = whole.view(">u4")
     little = whole.view("<u4")
     payloads: list[Ints] = []
@@ -95,12 +95,12 @@ def _turn_headers(whole: Bytes, start: Ints, end: Ints) -> tuple[Ints, npt.NDArr
 
 
 def _turn(part: npt.NDArray[Any], size: int) -> None:
-    """Turn the first `size` bytes of each row."""
+    """Reverse the first `size` bytes of each row."""
     part[:, :size] = part[:, :size][:, ::-1].copy()
 
 
 def _turn_at(whole: Bytes, at: Ints, size: int) -> None:
-    """Turn `size` bytes at each place; what does not lie in the buffer is left for the decoder to refuse."""
+    """Reverse `size` bytes at each offset; offsets outside the buffer are left for the decoder to refuse."""
     at = at[at + size <= len(whole)]
     places = at[:, None] + np.arange(size)
     whole[places] = whole[places[:, ::-1]]

@@ -1,8 +1,8 @@
-"""The frame of a trace.dat file: what trace-cmd wrote around the pages of the kernel's rings.
+"""The frame of a trace.dat file: the metadata that trace-cmd wrote around the pages of the kernel's rings.
 
-Version 6 is one sequence of parts, version 7 sections that options point to; both are described in trace-cmd's manual
-(trace-cmd.dat.v6(5), trace-cmd.dat.v7(5)). Nothing in here is believed: each size and offset is held against the file
-before it is used, nothing is read twice, and what is compressed says beforehand how large it will be.
+Version 6 is a sequence of parts; version 7 has sections to which options point. trace-cmd's manual describes both
+(trace-cmd.dat.v6(5), trace-cmd.dat.v7(5)). The reader trusts nothing in the file: it checks each size and offset
+against the file before use, reads nothing twice, and bounds decompression by the size that the file states.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ ALGORITHMS: Final = ("none", "zlib", "zstd")
 FTRACE: Final = "ftrace"
 """The subsystem of ftrace's own events, which the file keeps apart from all others."""
 METADATA_MAX: Final = 64 << 20
-"""Bytes of one part of the frame, unpacked. All event formats of a kernel are 2 MB."""
+"""Largest decompressed part of the frame, bytes. All event formats of a kernel take 2 MB."""
 _STATS_BYTES: Final = 1024
-"""Of a CPU's `stats`, which are 200."""
+"""Bytes kept of a CPU's `stats`, which takes some 200."""
 CPUS_MAX: Final = 1 << 16
-"""The kernel's NR_CPUS is at most 8192; a record's CPU is 16 bits."""
+"""Largest number of CPUs: the kernel's NR_CPUS is at most 8192, and a record's CPU has 16 bits."""
 EVENTS_MAX: Final = 1 << 16
-"""Ids of events are 16 bits."""
+"""Largest number of events: their ids have 16 bits."""
 WARNINGS_MAX: Final = 100
 PAGE_MAX: Final = 1 << 20
-"""Larger than any page of a ring: the kernel allows 64 times the machine's (`buffer_subbuf_size_kb`)."""
+"""Largest page, bytes; larger than any page of a ring, which is at most 64 machine pages (`buffer_subbuf_size_kb`)."""
 
 _OPTION_DONE: Final = 0
 _OPTION_DATE: Final = 1
@@ -61,7 +61,7 @@ _FLAG_BYTES: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class CpuData:
-    """Where the pages of one CPU lie in the file."""
+    """Offset and size of one CPU's pages in the file."""
 
     cpu: int
     offset: int
@@ -77,12 +77,12 @@ class BufferInfo:
     page_size: int
     compressed: bool
     cpus: tuple[CpuData, ...]
-    """Those with pages."""
+    """CPUs with pages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tsc:
-    """How cycles become nanoseconds: `cycles * mult >> shift`."""
+    """Conversion of cycles to nanoseconds: `cycles * mult >> shift`."""
 
     mult: int
     shift: int
@@ -90,14 +90,14 @@ class Tsc:
 
 @dataclass(slots=True)
 class FileFrame:
-    """All that a file says of itself."""
+    """The metadata of a file."""
 
     version: int
     big_endian: bool
     page_size: int
     algorithm: str
     layout: PageLayout | None = None
-    """Of the kernel's pages; None where the file does not tell."""
+    """Layout of the kernel's pages; None if the file has none."""
     formats: dict[str, str] = field(default_factory=dict)
     """Text of each event's format, by `subsystem:name`."""
     buffers: list[BufferInfo] = field(default_factory=list)
@@ -107,25 +107,25 @@ class FileFrame:
     """Version of trace-cmd."""
     trace_id: int = 0
     date_offset_ns: int | None = None
-    """What to add to a time to get UTC (`trace-cmd record --date`), in whole microseconds."""
+    """Nanoseconds to add to a time to get UTC (`trace-cmd record --date`), a multiple of 1000."""
     offset_ns: int = 0
-    """What the recorder wants added to each time (`--ts-offset`)."""
+    """Nanoseconds that the recorder adds to each time (`--ts-offset`)."""
     tsc: Tsc | None = None
     guest: bool = False
-    """Whether the file also tells how a guest's clock relates to its host's."""
+    """Whether the file has the offsets of a guest's clock to its host's."""
     stats: list[str] = field(default_factory=list)
     """The kernel's `per_cpu/cpuN/stats` at the end."""
     cmdlines: str = ""
     """Lines of `pid name`."""
 
     def format(self, event: str) -> EventFormat | None:
-        """The format of an event; None where the file has none. Raises `SourceError` if it is none."""
+        """Return the format of an event, None if the file lacks it; raises `SourceError` for an invalid format."""
         text = self.formats.get(event)
         return None if text is None else parse_format(event, text)
 
 
 class TraceFile(Closing):
-    """A trace.dat file, its frame read; a context manager. Raises `Unavailable` or `CaptureError`."""
+    """An open trace.dat file with its frame; a context manager. Opening raises `Unavailable` or `CaptureError`."""
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
         self.path: Final = Path(path)
@@ -134,7 +134,7 @@ class TraceFile(Closing):
         self._formats_size = 0
         self._zstd = zstandard.ZstdDecompressor()
         self.warnings: list[str] = []
-        """What salvage left out, one line each."""
+        """Damage that salvage skipped, one line each."""
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -156,14 +156,14 @@ class TraceFile(Closing):
             self._fd = -1
 
     def warn(self, offset: int, why: str) -> None:
-        """Tell of something that salvage passes over; a hostile file has millions of them."""
+        """Add a warning about damage that salvage skips, up to a limit: a hostile file has millions of places."""
         if len(self.warnings) < WARNINGS_MAX:
             self.warnings.append(f"{self.path}: at byte {offset}: {why}")
         elif len(self.warnings) == WARNINGS_MAX:
             self.warnings.append(f"{self.path}: and more of that kind")
 
     def bytes_at(self, offset: int, size: int, what: str) -> bytes:
-        """So many bytes of the file. Raises `CaptureError` where it has fewer."""
+        """Return `size` bytes of the file; raises `CaptureError` if it has fewer. `what` names them in the error."""
         if offset + size > self.size:
             raise CaptureError(
                 self.path, offset, f"{what} has {size} bytes, and the file {max(self.size - offset, 0)} from there on"
@@ -171,7 +171,7 @@ class TraceFile(Closing):
         return os.pread(self._fd, size, offset)
 
     def read_into(self, offset: int, target: memoryview) -> int:
-        """Bytes of the file straight into memory; how many there were."""
+        """Read bytes of the file into memory, and return how many there were."""
         done = 0
         while done < len(target):
             got = os.preadv(self._fd, [target[done:]], offset + done)
@@ -181,13 +181,13 @@ class TraceFile(Closing):
         return done
 
     def unpack(self, at: int, packed: bytes, size: int) -> bytes:
-        """What a compressed part holds, which says that it has `size` bytes. Raises `CaptureError`."""
+        """Decompress a part whose stated size is `size` bytes; raises `CaptureError`."""
         try:
             if self._algorithm == "zstd":
                 told = zstandard.get_frame_parameters(packed).content_size
                 if told not in (zstandard.CONTENTSIZE_UNKNOWN, size):
                     raise CaptureError(self.path, at, f"a part of {size} bytes whose zstd frame has {told}")
-                # Where the frame does not tell its size, this is how much it may be; the library stops there.
+                # If the zstd frame has no size, the library stops at `max_output_size`.
                 raw = self._zstd.decompress(packed, max_output_size=size)
             else:
                 raw = zlib.decompressobj().decompress(packed, size + 1)
@@ -283,7 +283,7 @@ class TraceFile(Closing):
             offset = self._options_7(frame, offset)
 
     def _options_7(self, frame: FileFrame, offset: int) -> int:
-        """One section of options; the offset of the next, or 0."""
+        """Read one section of options and return the offset of the next, or 0."""
         ident, _, parts = self._section(offset)
         if ident != _OPTION_DONE:
             raise CaptureError(self.path, offset, f"here options should begin, not a section of kind {ident}")
@@ -309,7 +309,7 @@ class TraceFile(Closing):
                 self._option(frame, option, data)
 
     def _section(self, offset: int, expected: int | None = None) -> tuple[int, bool, _ByteStretch]:
-        """A section's kind, whether it is compressed, and its content."""
+        """Return a section's kind, whether it is compressed, and its content."""
         head = self._window(offset, 16, self._order)
         ident, flags = head.number(2, "a section's kind"), head.number(2, "a section's flags")
         head.number(4, "a section's name")
@@ -341,7 +341,7 @@ class TraceFile(Closing):
         compressed = self._section(offset, _OPTION_BUFFER)[1] if filled else False
         return BufferInfo(name, clock, page_size, compressed, filled)
 
-    # --- what both versions have ----------------------------------------------------------------
+    # --- parts of both versions -----------------------------------------------------------------
 
     def _header_info(self, frame: FileFrame, parts: _ByteStretch) -> None:
         for name in ("header_page", "header_event"):
@@ -357,7 +357,7 @@ class TraceFile(Closing):
                     raise CaptureError(self.path, at, str(error)) from error
 
     def _ftrace_events(self, frame: FileFrame, parts: _ByteStretch) -> None:
-        """What ftrace itself records: marks, printed texts, functions, stacks."""
+        """Read the formats of ftrace's own events: marks, printed texts, functions, stacks."""
         self._formats_of(frame, FTRACE, parts)
 
     def _event_formats(self, frame: FileFrame, parts: _ByteStretch) -> None:
@@ -421,7 +421,7 @@ class TraceFile(Closing):
         return iter(range(count))
 
     def _check_regions(self) -> None:
-        """No byte belongs to two CPUs: a small file could be made to be read for ever."""
+        """Check that no byte belongs to two CPUs: otherwise a small file could take for ever to read."""
         regions = sorted((one.offset, one.size) for buffer in self.frame.buffers for one in buffer.cpus if one.size)
         end = 0
         for offset, size in regions:
@@ -437,9 +437,9 @@ class TraceFile(Closing):
 
 
 class _ByteStretch:
-    """A stretch of the file that is read from front to back; `data` is its content where that is in memory.
+    """A stretch of the file, read from front to back; `data` is its content if that is in memory.
 
-    `packed`: the content was decompressed, and has no places in the file of its own.
+    `packed`: the content was decompressed, so that its bytes have no offsets in the file.
     """
 
     def __init__(
@@ -453,7 +453,7 @@ class _ByteStretch:
 
     @property
     def file_offset(self) -> int:
-        """Where in the file it goes on; within a decompressed part, where that part is."""
+        """Offset in the file of the next byte; within a decompressed part, the offset of that part."""
         return self._at + (0 if self._packed else self.offset)
 
     @property
@@ -494,6 +494,6 @@ class _ByteStretch:
 
 
 def _chosen_clock(text: str) -> str:
-    """Of `local [mono] boot`, mono; a name alone is itself."""
+    """Return the chosen clock of `local [mono] boot`, which is `mono`; a single name is returned as it is."""
     inside = text.partition("[")[2].partition("]")[0]
     return inside or (text.strip() if len(text.split()) == 1 else "")

@@ -1,4 +1,4 @@
-"""The pages of one CPU in a trace.dat file, piece by piece, as the page decoder wants them."""
+"""Reads the pages of one CPU in a trace.dat file, piece by piece, into buffers for the page decoder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from contracts.arrays import Bytes
 from contracts.errors import CaptureError
 
 CHUNK_MAX: Final = 16 << 20
-"""Bytes of a compressed piece, unpacked. trace-cmd makes them of 10 pages."""
+"""Largest decompressed piece, bytes. trace-cmd compresses 10 pages at a time."""
 RATIO_MAX: Final = 4096
-"""How much smaller a piece may have become. Pages with a single event shrink to a hundredth."""
+"""Largest ratio of compression. Pages with a single event shrink to a hundredth."""
 _PIECE_HEAD: Final = 8
 _PAGES_KEPT: Final = 128
-"""Where pieces are smaller than this there are many CPUs, and their buffers are not kept from piece to piece."""
+"""Pages in a piece below which buffers are not kept from piece to piece: such pieces occur with many CPUs."""
 
 
 def layout_of(file: TraceFile, info: BufferInfo) -> PageLayout:
-    """Where the parts of this buffer's pages lie: as the kernel said, but of the size that the buffer has."""
+    """Return the layout of a buffer's pages: the kernel's layout with the buffer's page size.
+
+    Raises `CaptureError` for an impossible layout.
+    """
     said = file.frame.layout
     if said is None:
         raise CaptureError(file.path, 0, "the file does not tell how the kernel's pages are laid out")
@@ -46,24 +49,24 @@ class Piece:
     buffer: Bytes
     pages: int
     offset: int
-    """Where the first of them lies in the file; of a compressed piece, where the piece does."""
+    """Offset in the file of the first page, or of the compressed piece."""
     packed: bool
-    """Whether all of them came out of one compressed piece."""
+    """Whether the pages were compressed."""
     done: int
-    """Bytes of the file that were read for it."""
+    """Bytes of the file that were read for these pages."""
     missing: int = 0
-    """Pages right before it that are not there or could not be unpacked (with salvage)."""
+    """Pages right before these that are missing or could not be decompressed (with salvage)."""
 
     def offset_of(self, page: int, page_size: int) -> int:
-        """Where in the file a page of it lies."""
+        """Return the offset in the file of one of the pages; of a compressed piece, the offset of the piece."""
         return self.offset if self.packed else self.offset + page * page_size
 
 
 def pieces(file: TraceFile, info: BufferInfo, cpu: CpuData, pages: int) -> Iterator[Piece]:
-    """All pages of one CPU, `pages` at a time; compressed ones as they were packed, but for as many.
+    """Yield all pages of one CPU, about `pages` at a time; compressed pieces are not divided.
 
-    A piece is to be done with when the next is asked for. Raises `CaptureError`; with `file.salvage` what cannot be
-    read or unpacked is left out, told in `file.warnings` and counted in `Piece.missing`.
+    A piece is valid until the next is requested. Raises `CaptureError`. With `file.salvage`, pages that cannot be read
+    or decompressed are left out, reported in `file.warnings` and counted in `Piece.missing`.
     """
     layout = layout_of(file, info)
     if info.compressed:
@@ -93,7 +96,7 @@ def pieces(file: TraceFile, info: BufferInfo, cpu: CpuData, pages: int) -> Itera
 def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> Iterator[Piece]:
     if not cpu.size:
         return
-    # The size that is told is that of the pieces; their number stands before them.
+    # The stated size is that of the pieces, without their number, which precedes them.
     end = min(cpu.offset + 4 + cpu.size, file.size)
     order = "big" if file.frame.big_endian else "little"
     if cpu.offset + 4 > end:
@@ -149,7 +152,7 @@ def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> 
             del raw
             given = [Piece(buffer, filled // size, begun, packed=True, done=done, missing=missing)]
             if pages < _PAGES_KEPT:
-                # Of each of many CPUs a buffer would wait here, of a file that is made for it as large as can be.
+                # With many CPUs a buffer of each would wait here, which a hostile file could make very large.
                 buffer = larger = page_buffer(layout, 0)
                 room = 0
             filled, done, missing = 0, 0, 0
@@ -159,7 +162,7 @@ def _unpacked(file: TraceFile, cpu: CpuData, layout: PageLayout, pages: int) -> 
 
 
 def _lacking(file: TraceFile, offset: int, why: str) -> None:
-    """Something is not there: an error, or with salvage a warning."""
+    """Report missing data: raise `CaptureError`, or with salvage add a warning."""
     if not file.salvage:
         raise CaptureError(file.path, offset, why)
     file.warn(offset, f"{why}; what is there is used")

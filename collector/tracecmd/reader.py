@@ -7,21 +7,21 @@
         switches = trace.read("sched:sched_switch")
         print(switches["ts_ns"], switches["prev_comm"], switches["next_pid"])
 
-`read` gives one event whole, in time order; `blocks` the same piece by piece, in bounded memory. A column is an array
-with one value an event:
+`read` returns all events of one name, in time order; `blocks` yields them piece by piece, in bounded memory. A column
+is an array with one value per event:
 
     ts_ns         int64, ns of the clock that the file was recorded with (`trace.clock`)
     cpu           uint16
     the fields    integers of their size and sign; `char x[N]` as bytes (dtype S) up to the first NUL; strings of
-                  variable length (`__data_loc char[]`, `char x[]`) likewise, or as an object array of `bytes` where a
-                  long one among many would make each as wide; other arrays as rows of uint8, and those of variable
-                  length as an object array of `bytes`, both in the machine's byte order (`trace.byte_order`)
+                  variable length (`__data_loc char[]`, `char x[]`) likewise, or as an object array of `bytes` if a
+                  long string among many would make all elements as wide; other arrays as rows of uint8, and arrays of
+                  variable length as an object array of `bytes`, both in the machine's byte order (`trace.byte_order`)
 
-Fields are those of the kernel's own format, `common_pid` and the other common ones among them. The subsystem `ftrace`
-has what ftrace records by itself: `ftrace:print` (what was written to trace_marker), `bprint` and `bputs`
-(trace_printk), `function`, `funcgraph_entry` and `funcgraph_exit`, `kernel_stack` and more. `caller` of a kernel_stack
-has as many addresses as its `size` says, and `buf` of raw_data all bytes that were written, with up to three more
-behind them.
+The fields are those of the kernel's own format, including `common_pid` and the other common ones. The subsystem
+`ftrace` has the events that ftrace records by itself: `ftrace:print` (texts written to trace_marker), `bprint` and
+`bputs` (trace_printk), `function`, `funcgraph_entry` and `funcgraph_exit`, `kernel_stack` and more. `caller` of a
+kernel_stack has as many addresses as the field `size` states. `buf` of raw_data has all bytes that were written, with
+up to three bytes of padding.
 """
 
 from __future__ import annotations
@@ -48,22 +48,28 @@ from contracts.errors import CaptureError, SourceError, nearest
 EventColumns = dict[str, npt.NDArray[Any]]
 _PIECE_PAGES: Final = 512
 _TEXT_MAX: Final = 32 << 20
-"""Bytes of a column of strings that are all as wide as the longest."""
+"""Largest column of strings, bytes, in which all elements are as wide as the longest string."""
 
 
 class TraceDat(Closing):
-    """An open trace.dat file; a context manager. Raises `Unavailable` where there is none, `CaptureError` where it is
-    damaged or none of this kind, and `KeyError` with the nearest name for an event that it does not have.
+    """An open trace.dat file; a context manager.
+
+    Opening raises `Unavailable` if there is no such file and `CaptureError` if the file is damaged or no trace.dat.
+    Methods raise `KeyError`, with the nearest name, for an event that the file does not describe.
     """
 
     def __init__(self, path: Path | str, *, buffer: str = "", clock: str = "") -> None:
-        """`buffer` names one trace instance (`top`: the top one), else all are read. `clock` is as `--clock`."""
+        """Open a file and read its frame.
+
+        `buffer` names the trace instance to read (`top`: the top one); empty: all. `clock` names the trace clock of a
+        file without one, like `--clock`.
+        """
         self._file: Final = TraceFile(path)
         frame = self._file.frame
         self.path: Final = self._file.path
         self.version: Final = frame.version
         self.byte_order: Final = "big" if frame.big_endian else "little"
-        """Of the machine, and of what is inside the bytes of arrays."""
+        """Byte order of the machine, and of the bytes in columns of arrays."""
         words = frame.uname.split()
         self.host: Final = words[1] if len(words) > 2 else ""
         self.kernel: Final = words[2] if len(words) > 2 else ""
@@ -81,7 +87,7 @@ class TraceDat(Closing):
 
     @property
     def events(self) -> tuple[str, ...]:
-        """Names of the events that the file describes, `subsystem:name`; not all need to have happened."""
+        """Names of the events that the file describes, `subsystem:name`; some may have no occurrence."""
         return tuple(sorted(self._file.frame.formats))
 
     @property
@@ -96,16 +102,16 @@ class TraceDat(Closing):
 
     @property
     def utc_offset_ns(self) -> int | None:
-        """What to add to `ts_ns` to get UTC; None if it was recorded without `--date`."""
+        """Nanoseconds to add to `ts_ns` to get UTC; None if the file was recorded without `--date`."""
         return self._file.frame.date_offset_ns
 
     def processes(self) -> dict[int, str]:
-        """Names by process id, as far as trace-cmd saved them."""
+        """Return process id -> name, for the processes that trace-cmd saved."""
         lines = (line.split(None, 1) for line in self._file.frame.cmdlines.splitlines())
         return {int(line[0]): line[1] for line in lines if len(line) == 2 and line[0].isdecimal()}
 
     def format(self, event: str) -> EventFormat:
-        """Fields of an event. Raises `KeyError`."""
+        """Return the format of an event; raises `KeyError` for an unknown event, `CaptureError` for a bad format."""
         if event not in self._formats:
             try:
                 found = self._file.frame.format(event)
@@ -117,7 +123,10 @@ class TraceDat(Closing):
         return self._formats[event]
 
     def read(self, event: str) -> EventColumns:
-        """All events of one name, in time order; equal times are ordered by CPU."""
+        """Return the columns of all events of one name, in time order; equal times are ordered by CPU.
+
+        Raises `KeyError` or `CaptureError`.
+        """
         parts = list(self.blocks(event))
         if not parts:
             return self._columns_of_none(event)
@@ -126,7 +135,10 @@ class TraceDat(Closing):
         return {name: column[order] for name, column in whole.items()}
 
     def blocks(self, event: str) -> Iterator[EventColumns]:
-        """The same in blocks of some ten thousand: each of one CPU, in its order; CPU after CPU."""
+        """Yield the columns of events of one name in blocks of some ten thousand, CPU after CPU, in the ring's order.
+
+        Raises `KeyError` or `CaptureError`.
+        """
         form = self.format(event)
         for info in self._chosen:
             try:
@@ -179,7 +191,7 @@ class TraceDat(Closing):
         return columns
 
     def _place(self, buffer: Bytes, start: Ints, sizes: Ints, field: EventField, offset: int) -> tuple[Ints, Ints]:
-        """Where in each event a field of variable length begins, and how many bytes it has."""
+        """Return offset and length, in bytes, of a field of variable length in each event."""
         if not (field.is_data_loc or field.is_rel_loc):
             at = np.minimum(field.offset, sizes)
             return at, sizes - at
@@ -206,23 +218,23 @@ class TraceDat(Closing):
 
 
 class _ColumnKind(Enum):
-    """What a field becomes."""
+    """Kind of column that a field becomes."""
 
     NUMBER = auto()
     FIXED_TEXT = auto()
     ROWS = auto()
-    """Bytes, as many in each event."""
+    """Rows of bytes, equally many for each event."""
     TEXT = auto()
-    """Of variable length."""
+    """Strings of variable length."""
     PARTS = auto()
-    """Bytes, of variable length."""
+    """Bytes of variable length."""
     STACK = auto()
-    """As PARTS, and the event is as long as the stack was deep, whatever the format says."""
+    """Bytes of variable length that depends on the depth of the stack and not on the format."""
 
 
 _ELEMENT: Final = re.compile(r"(?:__data_loc |__rel_loc )?(?:const )?(.*?)(?:\[\])?")
 _STACK_ENTRIES: Final = 8
-"""Of `caller` in the format of a kernel_stack (FTRACE_STACK_ENTRIES, kernel/trace/trace.h)."""
+"""Entries of `caller` in the format of a kernel_stack (FTRACE_STACK_ENTRIES, kernel/trace/trace.h)."""
 _STACK_MAX: Final = 1 << 16
 
 
@@ -230,7 +242,7 @@ def _kind(form: EventFormat, field: EventField) -> _ColumnKind:
     if (form.event, field.name) == (f"{FTRACE}:kernel_stack", "caller") and "size" in form.fields and field.is_array:
         return _ColumnKind.STACK
     element = _ELEMENT.fullmatch(field.type)
-    # `char` alone: what is `unsigned char` is an address or another number, and may hold zeros.
+    # Only `char` is text: `unsigned char` is an address or another number, and may contain zeros.
     is_text = element is not None and element[1] == "char" and form.event != f"{FTRACE}:raw_data"
     if field.is_data_loc or field.is_rel_loc or field.is_rest:
         return _ColumnKind.TEXT if is_text else _ColumnKind.PARTS
@@ -240,7 +252,7 @@ def _kind(form: EventFormat, field: EventField) -> _ColumnKind:
 
 
 def _fixed(buffer: Bytes, start: Ints, field: EventField, kind: _ColumnKind) -> npt.NDArray[Any]:
-    """A field that has one size."""
+    """Return the column of a field of fixed size."""
     raw = buffer[(start + field.offset)[:, None] + np.arange(field.size)]
     if kind is _ColumnKind.NUMBER:
         number: npt.NDArray[Any] = raw.view(f"<{'i' if field.signed else 'u'}{field.size}")[:, 0]
@@ -249,14 +261,14 @@ def _fixed(buffer: Bytes, start: Ints, field: EventField, kind: _ColumnKind) -> 
 
 
 def _parts(buffer: Bytes, at: Ints, length: Ints) -> npt.NDArray[Any]:
-    """Bytes of each event as they are."""
+    """Return the bytes of each event, unchanged, as an object array."""
     found = np.empty(len(at), object)
     found[:] = [buffer[a : a + n].tobytes() for a, n in zip(at.tolist(), length.tolist(), strict=True)]
     return found
 
 
 def _texts(buffer: Bytes, at: Ints, length: Ints) -> npt.NDArray[Any]:
-    """Bytes of each event up to the first NUL."""
+    """Return the bytes of each event up to the first NUL."""
     width = max(int(length.max(initial=0)), 1)
     if len(at) * width > _TEXT_MAX:
         found = _parts(buffer, at, length)
@@ -267,7 +279,7 @@ def _texts(buffer: Bytes, at: Ints, length: Ints) -> npt.NDArray[Any]:
 
 
 def _strings(raw: Bytes) -> npt.NDArray[np.bytes_]:
-    """Rows of bytes as strings up to their first NUL."""
+    """Return rows of bytes as strings (dtype S) up to their first NUL."""
     ended = np.maximum.accumulate(raw == 0, axis=1)
     text = np.ascontiguousarray(np.where(ended, np.uint8(0), raw))
     return text.view(f"S{raw.shape[1]}")[:, 0]

@@ -1,10 +1,10 @@
-"""trace.dat files of trace-cmd as a source: the same pages as live ftrace, out of a file.
+"""trace.dat files of trace-cmd as a source: the same ring-buffer pages as live ftrace, read from a file.
 
     CPU 0 of a buffer ──pages──▶ PageDecoder ──records, gaps──▶ Merger ──▶ batches, in time order
-    CPU 1 ...                    (the one that is furthest behind is read next)
+    CPU 1 ...                    (the CPU that is furthest behind is read next)
 
-A file knows devices by name only. What they are is taken from a capture of the same host, if one is given
-(`FileOptions.topology`); else each is an unknown device of its name.
+A file contains only the names of devices. Their namespaces and connections are read from a capture of the same host, if
+one is given (`FileOptions.topology`); otherwise each is an unknown device of that name.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from contracts.version import VERSION
 
 NAME: Final = "tracecmd"
 _PIECE_PAGES: Final = 512
-"""Decoded at once where there are few CPUs: as many as live capture does."""
+"""Pages decoded at once for up to four CPUs, as many as in live capture."""
 _PIECE_PAGES_MIN: Final = 32
 _HOLD_BACK_NS: Final = 50_000_000
-"""As live: an event may stand behind one of a later time by as long as its writer was held up."""
+"""Hold-back of the merge, as in live capture: an event can be out of order by as long as its writer was delayed."""
 _NEVER_NS: Final = 1 << 62
 _DATE_UNCERTAINTY_NS: Final = 1_000_000
-"""`trace-cmd record --date` reads the wall clock between two marks that it writes; microseconds are all it keeps."""
+"""Uncertainty of UTC: `trace-cmd record --date` reads the wall clock between two marks, and keeps microseconds."""
 
 
 def recognises(head: bytes) -> bool:
-    """Whether a file that begins so is a trace.dat."""
+    """Return whether a file with this beginning is a trace.dat."""
     return head.startswith(MAGIC)
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
-    """Header, and the time of the first page. Raises `Unavailable` or `CaptureError`."""
+    """Read the header and the time of the first page; raises `Unavailable` or `CaptureError`."""
     opened = _Opened(paths[0], options)
     with opened.file:
         return Description(opened.header, opened.first_ns + opened.header.clock.offset_ns)
 
 
 def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
-    """The reader of one file."""
+    """Make a reader of one file."""
     return TraceCmdReader(paths[0], options)
 
 
 class _Opened:
-    """An open file, and all of its CPUs that are to be read."""
+    """An open file, with the readers of all CPUs of the chosen buffers."""
 
     def __init__(self, path: Path, options: FileOptions) -> None:
         self.file: Final = TraceFile(path, salvage=options.salvage)
@@ -102,7 +102,7 @@ class _Opened:
         key = process_key()
         decoder = PageDecoder(layout_of(file, info), formats, self.sightings, key)
         self.decoders.append(decoder)
-        # The kernel's counters are in the file without the buffer's name, so only where there is one they are clear.
+        # The file has the kernel's counters without the buffer's name: they are unambiguous only for a single buffer.
         lost = losses_by_cpu(frame.stats) if len([one for one in frame.buffers if one.cpus]) == 1 else {}
         pages = max(_PIECE_PAGES * 4 // max(len(info.cpus), 4), _PIECE_PAGES_MIN)
         for data in info.cpus:
@@ -111,7 +111,7 @@ class _Opened:
 
     @property
     def _same_clock(self) -> bool:
-        """Whether times are those of the known topology: CLOCK_MONOTONIC, and as it seems of one machine and boot."""
+        """Whether file and known topology both have CLOCK_MONOTONIC, apparently of one machine and boot."""
         known, uname = self._known, _uname(self.file.frame)
         if known is None or not self._monotonic:
             return False
@@ -146,7 +146,7 @@ class _Opened:
 
 
 class TraceCmdReader(FileReader):
-    """A trace.dat file as a stream."""
+    """Reads a trace.dat file as a stream."""
 
     def __init__(self, path: Path | str, options: FileOptions | None = None) -> None:
         self.path: Final = Path(path)
@@ -156,7 +156,7 @@ class TraceCmdReader(FileReader):
         self._bytes_read = 0
 
     def _open(self) -> StreamHeader:
-        """Read the frame. Raises `Unavailable` or `CaptureError`."""
+        """Read the frame; raises `Unavailable` or `CaptureError`."""
         keep_freed_memory()
         self._opened = _Opened(self.path, self._options)
         return self._opened.header
@@ -168,12 +168,12 @@ class TraceCmdReader(FileReader):
 
     @property
     def discarded(self) -> int:
-        """Records that salvage left out, about, and those that came later than others wait for them."""
+        """Records that salvage left out (approximately), and those too far out of order."""
         return self._merger.late + (sum(cpu.discarded for cpu in self._opened.cpus) if self._opened else 0)
 
     @property
     def skipped(self) -> int:
-        """Events of other kinds than the hooks'."""
+        """Events that belong to no hook."""
         return sum(decoder.skipped for decoder in self._opened.decoders) if self._opened else 0
 
     @property
@@ -183,20 +183,20 @@ class TraceCmdReader(FileReader):
 
     @property
     def bytes_read(self) -> int:
-        """How many of them were read."""
+        """Bytes of pages read so far."""
         return min(self._bytes_read, self.bytes_total)
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know, one line each."""
+        """Warnings for the user, one line each."""
         if self._opened is None:
             return []
         told = [*self._opened.warnings, *self._opened.file.warnings]
         uncounted = sum(cpu.uncounted for cpu in self._opened.cpus)
         if uncounted:
             told.append(
-                f"{self.path}: {uncounted} gaps do not say how many events were lost in them; told are as many as the "
-                "kernel's counters leave, or one each"
+                f"{self.path}: {uncounted} gaps have no number of lost events; each is counted as what the kernel's "
+                "counters leave, or as one event"
             )
         return told
 
@@ -237,7 +237,7 @@ class TraceCmdReader(FileReader):
 
 
 class _HooksSeen:
-    """Sees to it that no event comes twice, out of two buffers that both recorded it."""
+    """Refuses files in which two buffers have recorded the same hook, so that no event is read twice."""
 
     def __init__(self, path: Path, chosen: Sequence[BufferInfo]) -> None:
         self._path = path
@@ -257,7 +257,7 @@ class _HooksSeen:
 
 
 def _chosen(file: TraceFile, asked: str) -> list[BufferInfo]:
-    """The buffers to read. Raises `CaptureError`."""
+    """Return the buffers to read; raises `CaptureError` for an unknown buffer or a file without pages."""
     found = [info for info in file.frame.buffers if info.cpus]
     if asked:
         names = [info.name or "top" for info in found]
@@ -277,13 +277,13 @@ def _events_told(frame: FileFrame) -> str:
 
 
 def _uname(frame: FileFrame) -> tuple[str, str]:
-    """Host and kernel release of `Linux HOST RELEASE VERSION MACHINE`."""
+    """Return host and kernel release from `Linux HOST RELEASE VERSION MACHINE`."""
     words = frame.uname.split()
     return (words[1], words[2]) if len(words) >= 3 else ("", "")
 
 
 def _run_of(file: TraceFile) -> str:
-    """Identifies the recording: by what trace-cmd drew for it, else by the file's first bytes."""
+    """Return an identifier of the recording: trace-cmd's random trace id, or else a hash of the file's beginning."""
     if file.frame.trace_id:
         return f"{file.frame.trace_id:016x}"
     return hashlib.sha256(file.bytes_at(0, min(file.size, 1 << 16), "the file")).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""`./dev bench [NAME...]`: one JSON object a line on stdout; names are those of the figures or of their groups.
+"""`./dev bench [NAME...]`: runs benchmarks and prints one JSON object per line; NAME is a figure or a group of figures.
 
-Each figure has name, value, unit, peer, peer_value, ratio, n, spread. The first line is the machine. A figure that
-cannot be had here is a line with an `error`, and the exit status is 1.
+Each figure has name, value, unit, peer, peer_value, ratio, n, spread. The first line describes the machine. A figure
+that cannot be measured here is a line with an `error`, and the exit status is 1.
 """
 
 import json

@@ -1,13 +1,14 @@
-"""What a user would write who has bpftrace's text and wants what MACE gives: a script in plain Python.
+"""A script in plain Python that a user of bpftrace would write to get MACE's results from bpftrace's text.
 
-A line is `<ns> <event> <buffer> [<device> <length>]`. Per packet it gives the path in order, in either direction, the
-time between a device and the next, the overhead between inner and outer device; of them all a ledger, drops, and
-windows of a second with count, sum, min, max, four quantiles and a histogram that can be merged with others. It is
-written for speed where that costs no line: split() and not a regular expression, tuples, lists that are sorted once.
+A line is `<ns> <event> <buffer> [<device> <length>]`. For each packet the script computes the path in order, in either
+direction, the time from each device to the next, and the overhead between inner and outer device. For all packets it
+computes a ledger, drops, and windows of a second with count, sum, min, max, four quantiles and a mergeable histogram.
+It is written for speed where that costs no extra line: split() instead of a regular expression, tuples, lists that are
+sorted once.
 
-What it does not do, and MACE does: tell devices of one name in two network namespaces apart, see a buffer that was
-freed without an event and used again before it comes to a device it was at, work on a stream that does not end, and
-store what it found.
+Unlike MACE, the script does not distinguish devices of one name in two network namespaces, does not detect a buffer
+that was freed without an event and reused before it reached a device again, does not process endless streams, and
+does not store its results.
 """
 
 from collections import Counter, defaultdict
@@ -18,26 +19,26 @@ WINDOW_NS = 1_000_000_000
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 Key = tuple[str, str, str]
-"""Direction, and from which device to which."""
+"""(direction, device, next device)."""
 Row = tuple[int, str, str, str, int]
-"""ns, direction, from, to, ns."""
+"""(time in ns, direction, device, next device, delay in ns)."""
 
 
 @dataclass
 class Found:
-    """All that the script can say."""
+    """The results of the script."""
 
     rows: list[Row] = field(default_factory=list)
     windows: dict[tuple[int, Key], dict[str, object]] = field(default_factory=dict)
     overhead: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Per direction."""
+    """Direction -> overheads, ns."""
     paths: Counter[tuple[str, ...]] = field(default_factory=Counter)
     drops: int = 0
     ledger: Counter[str] = field(default_factory=Counter)
 
 
 def analyse(text: Path, inner: str, outer: str) -> Found:
-    """The delays of a file of bpftrace's text."""
+    """Compute the delays of a file of bpftrace's text."""
     found = Found()
     events = []
     with text.open() as lines:
@@ -84,7 +85,7 @@ def analyse(text: Path, inner: str, outer: str) -> Found:
 
 
 def _close(found: Found, names: list[str], times: list[int], count: int, inner: str, outer: str) -> None:
-    """A packet's path is complete: its delays."""
+    """Add the delays of a packet whose path is complete."""
     if len(names) == 1:
         found.ledger["unmatched"] += count
         return
@@ -100,7 +101,7 @@ def _close(found: Found, names: list[str], times: list[int], count: int, inner: 
 
 
 def _aggregate(found: Found) -> None:
-    """Windows of the rows."""
+    """Return the windows of the rows."""
     delays: dict[tuple[int, Key], list[int]] = defaultdict(list)
     for ts, direction, here, there, delay in found.rows:
         delays[ts // WINDOW_NS, (direction, here, there)].append(delay)

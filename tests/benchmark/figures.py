@@ -1,4 +1,4 @@
-"""How a figure is written down, and the flood that several of them are about."""
+"""Formats the figures of benchmarks, and makes the flood that several benchmarks measure."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ from tests.places import ROOT
 def figure(
     name: str, unit: str, values: Sequence[float], peer: str = "", peer_value: float | None = None
 ) -> dict[str, Any]:
-    """The median of several rounds; `spread` is the smallest and the largest of them."""
+    """Return a figure: the median of several rounds; `spread` is the smallest and the largest of them."""
     value = statistics.median(values)
     return {
         "name": name,
@@ -38,7 +38,7 @@ def _short(value: float) -> float:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """This process and what it starts run on one core, the last one."""
+    """Bind this process, and processes that it starts, to one core, the last one."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})
     try:
@@ -54,18 +54,18 @@ def folder() -> Iterator[Path]:
 
 
 def cpu_s(pid: int) -> float:
-    """Of a running process so far, of all its threads, in user space and in the kernel."""
+    """Return the CPU time of a running process so far: all threads, user space and kernel."""
     # clock_getcpuclockid(3), which Python has for threads only: ~pid and CPUCLOCK_SCHED (posix-cpu-timers.c).
     return time.clock_gettime(~pid << 3 | 2)
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a running process."""
+    """Return the resident memory of a running process."""
     return _of_memory(pid, "VmRSS")
 
 
 def peak_mib(pid: int) -> float:
-    """The most that its memory was."""
+    """Return the peak of a running process's resident memory."""
     return _of_memory(pid, "VmHWM")
 
 
@@ -75,13 +75,13 @@ def _of_memory(pid: int, name: str) -> float:
 
 
 def flood(lab: Lab, seconds: float) -> int:
-    """UDP as fast as two containers can, with 18 bytes of payload; how many datagrams were sent."""
+    """Send UDP with 18 bytes of payload from two containers as fast as they can; return the number of datagrams."""
     flows = [lab.start_udp(name, count=100_000_000, size=18, duration_s=seconds) for name in lab.containers]
     return sum(flow.wait().sent for flow in flows)
 
 
 def recorded_flood(target: Path, seconds: float) -> None:
-    """A capture of such a flood, with pings and TCP among it."""
+    """Return a capture of such a flood, mixed with pings and TCP."""
     with running(Spec(name="bench", containers=2)) as lab:
         argv = [*MACE, "record", "--lab", "bench", "-o", str(target), "--ring-mib", "64", "--json"]
         record = subprocess.Popen([*argv, "--duration", str(seconds + 2)], stdout=subprocess.PIPE, cwd=ROOT)

@@ -1,9 +1,9 @@
-"""Trace ring pages -> columns of records: how fast, on one core.
+"""Rate of decoding trace ring pages into columns of records, on one core.
 
-    ftrace_decode           events/s, pages in memory -> batch, in the pieces the source decodes
-    ftrace_decode_quiet     events/s, the same 16 pages at a time (a reading of a host with some 25,000 events/s)
-    ftrace_take_read        events/s out of the kernel by read(2)
-    ftrace_take_mmap        events/s out of the kernel from its own memory; the peer is read(2)
+    ftrace_decode           events/s, pages in memory -> batch, in pieces as large as the source decodes
+    ftrace_decode_quiet     events/s, pages in memory -> batch, 16 pages at a time (a host with some 25,000 events/s)
+    ftrace_take_read        events/s read from the kernel by read(2)
+    ftrace_take_mmap        events/s read from the kernel's mapped memory; the peer is read(2)
 
 The pages hold a flood in the lab (UDP and ping, one container on a bridge behind NAT); where there is no lab or no
 tracefs, made-up pages of the same mix, and no figures for the kernel's part.
@@ -44,7 +44,7 @@ def _flood() -> None:
 
 
 def _capture(kind: type[ReadRing] | type[MmapRing]) -> tuple[PageLayout, list[EventFormat], Bytes, float]:
-    """Pages of a flood, with their layout, and the seconds it took to take each event out of the kernel."""
+    """Return pages of a flood, their layout, and the seconds per event that reading them from the kernel took."""
     instance = tracefs.Instance.create(tracefs.find())
     try:
         instance.set_clock("mono")
@@ -132,7 +132,7 @@ def _kernel_rates(kind: Callable[[], float]) -> list[float]:
 
 
 def run() -> list[dict[str, Any]]:
-    """One row a figure; medians of rounds, `spread` is (max - min) / median."""
+    """Return one row per figure: medians of rounds; `spread` is (max - min) / median."""
     before = os.sched_getaffinity(0)
     keep_freed_memory()  # as the source does
     rows = []

@@ -1,6 +1,6 @@
-"""The correlator with grading: how fast on one core, and how much memory, also when much is lost or never ends.
+"""Rate and memory of the correlator with grading, on one core, including lossy streams and lives that never end.
 
-Records are made up and in memory; no file is read. Rates are records by CPU second, for the machine may be shared.
+Records are made up and in memory; no file is read. Rates are records per CPU second, because the machine may be shared.
 """
 
 import os
@@ -59,7 +59,7 @@ def _rate(batch: Batch) -> float:
 
 
 def _lossy(batch: Batch) -> list[dict[str, Any]]:
-    """The same traffic over and over, a fifth of it lost."""
+    """Yield the same traffic over and over, with a fifth of the records lost."""
     whole = CollectedStream(HEADER.clock.offset_ns, [batch[i : i + BATCH] for i in range(0, len(batch), BATCH)])
     stream, gone = thinned(whole, LOSS)
     span = int(batch.ts_ns[-1] - batch.ts_ns[0]) + 1_000_000
@@ -82,7 +82,7 @@ def _lossy(batch: Batch) -> list[dict[str, Any]]:
 
 
 def _flood() -> list[dict[str, Any]]:
-    """Ten minutes of packets that are seen at two hooks and never again."""
+    """Process ten minutes of packets that are seen at two hooks and never again."""
     engine, rates, sizes, seconds = _engine(), [], [], 0
     begin, since = time.process_time(), 0
     for batch in _never_completing():
@@ -104,7 +104,7 @@ def _flood() -> list[dict[str, Any]]:
 
 
 def _never_completing() -> Iterator[Batch]:
-    """A batch for each tick. Half of the packets are seen leaving a container, half received by the host."""
+    """Yield a batch for each tick. Half of the packets are seen leaving a container, half received by the host."""
     packets = FLOOD_PPS * TICK_NS // 10**9
     place = np.arange(2 * packets)
     container = place // 2 % 2 == 0

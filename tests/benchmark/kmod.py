@@ -1,10 +1,10 @@
-"""The module beside ftrace and beside nothing: what does observing add to a round trip?
+"""Delay that observing adds to a round trip: the module against ftrace and against no observer.
 
-In one lab on one kernel, pings from a container, one as soon as the one before is answered, in rounds of random order:
-nothing observes; ftrace records the eight events of the hook table; the module records the same. Nobody reads the rings
-meanwhile, so that what is seen is what a probe costs the packet, on both sides. A round's figure is the median of its
-round trips, to the nanosecond (ping itself prints microseconds). Where modules can be loaded it is done here; elsewhere
-in a virtual machine, whose times are an emulator's: there only ratios mean something.
+In one lab on one kernel a container sends pings, each as soon as the one before is answered, in rounds of random order:
+without observer; with ftrace recording the eight events of the hook table; with the module recording the same. The
+rings are not read meanwhile, so that the figure is the cost of the probes to the packet, on both sides. A round's
+figure is the median of its round trips, to the nanosecond (ping itself prints microseconds). Where modules cannot be
+loaded, the benchmark runs in a virtual machine, whose times are an emulator's: there only ratios are meaningful.
 """
 
 import json
@@ -30,11 +30,11 @@ from tests.places import ROOT
 ROUNDS = 16
 PINGS = 3_000
 WARM_UP = 500
-"""Round trips before, which are not looked at: an emulator translates code anew where tracepoints were switched."""
+"""Round trips of the warm-up, not measured: an emulator translates code anew after tracepoints are switched."""
 CPU = 1
-"""Where the client runs, and with it all of a round trip: the way to the remote and back is one softirq's."""
+"""CPU of the client, and so of the whole round trip: the way to the remote and back runs in one softirq."""
 KERNEL = "6.12"
-"""Of the virtual machine."""
+"""Kernel of the virtual machine."""
 SEED = 20
 GUEST = ("tests.benchmark.kmod", "rounds.json")
 
@@ -58,11 +58,11 @@ for request in requests:
     assert reply[20] == 0 and reply[24:28] == request[4:8], "not the reply"
 print(statistics.median(times[int(sys.argv[3]):]))
 """
-"""Sends that many echo requests to an address, and prints the median round trip in ns, of all but the first ones."""
+"""Client that sends echo requests to an address, and prints the median round trip in ns without the warm-up."""
 
 
 class Ftrace:
-    """The same events by ftrace, into rings that hold a round."""
+    """Observes with ftrace: the events of the hook table, into rings that hold a whole round."""
 
     def __enter__(self) -> Self:
         self._instance = tracefs.Instance.create(tracefs.find())
@@ -79,13 +79,13 @@ class Ftrace:
 
 
 class Module:
-    """The module, every packet at every hook; afterwards what it wrote and what that cost by its own count."""
+    """Observes with the module: every packet at every hook; afterwards it has the records written and their cost."""
 
     records = 0
     timed = 0
     timed_ns = 0
     by_hook: ClassVar[dict[str, tuple[int, int]]] = {}
-    """Calls, and ns of each that was timed."""
+    """Hook -> (calls, mean ns of a timed call), by the module's own count."""
 
     def __enter__(self) -> Self:
         self._session = Session().setup(subbufs=256, watermark=256, flush_ms=10_000)
@@ -111,7 +111,7 @@ class Module:
 
 
 def round_trip_ns(lab: Lab, count: int) -> float:
-    """Median of `count` echo requests from the container, after some that warm up."""
+    """Return the median of `count` round trips from the container, after a warm-up."""
     numbers = map(str, (WARM_UP + count, WARM_UP, CPU))
     client = lab.popen("c1", [sys.executable, "-c", CLIENT, lab.address("remote"), *numbers])
     output, errors = client.communicate()
@@ -121,7 +121,7 @@ def round_trip_ns(lab: Lab, count: int) -> float:
 
 
 def rounds() -> dict[str, Any]:
-    """Median round trip of each round, ns, by what observed; the module's own count of its cost."""
+    """Return observer -> median round trip of each round, ns, and the module's own count of its cost."""
     kinds: dict[str, type[Ftrace | Module | nullcontext[None]]] = {
         "none": nullcontext,
         "ftrace": Ftrace,
@@ -150,7 +150,7 @@ def rounds() -> dict[str, Any]:
 
 
 def in_guest(module: str, result: str, release: str = KERNEL, *, counted: bool) -> dict[str, Any]:
-    """What `python -m module` writes to a file `result`, in a virtual machine; `counted`: a ns is an instruction."""
+    """Run `python -m module` in a virtual machine and return its file `result`; `counted`: 1 ns is one instruction."""
     kernel = kernels.fetch(release)
     built = build.build(kernel)
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as place:

@@ -1,9 +1,9 @@
-"""The module beside ftrace by kind of traffic: what does a record cost where packets are not short echo requests?
+"""Cost of a record by kind of traffic, for traffic other than short echo requests: the module against ftrace.
 
-As in `tests.benchmark.kmod`, in one lab on one kernel: nothing observes, ftrace does, the module does, in turns. A
-client and a server on one CPU exchange messages, one exchange as soon as the one before is answered, so that an
-exchange takes what all its packets take, on both sides. What observing adds to the median exchange, divided by the
-records of an exchange, is the cost of a record.
+As in `tests.benchmark.kmod`, in one lab on one kernel, rounds without observer, with ftrace and with the module take
+turns. A client and a server on one CPU exchange messages, each exchange as soon as the one before is answered, so that
+the time of an exchange is that of all its packets, on both sides. The cost of a record is the time that observing adds
+to the median exchange, divided by the records of an exchange.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.benchmark.kmod import CPU, KERNEL, Ftrace, Module, in_guest
 
 EXCHANGES: Final = 60
 WARM_UP: Final = 20
-"""Exchanges before, which are not looked at. So few are enough where instructions are counted."""
+"""Exchanges of the warm-up, which are not measured. These few suffice when instructions are counted."""
 TUNNELS: Final = {
     "vxlan": "type vxlan id 7 dstport 4789 local 203.0.113.{here} remote 203.0.113.{there}",
     "geneve": "type geneve id 7 remote 203.0.113.{there}",
@@ -86,19 +86,19 @@ else:
         times.append(time.perf_counter_ns() - begin)
     print(statistics.median(times[warm_up:]))
 """
-"""`side address how size exchanges warm_up`, behind the CPU. The client prints the median exchange, ns."""
+"""Client and server; arguments: CPU, side, address, how, size, exchanges, warm_up. The client prints the median, ns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Traffic of one kind."""
+    """One kind of traffic."""
 
     name: str
     how: str = "datagram"
     size: int = 64
     member: str = "c1"
     address: str = ""
-    """Of the server; the remote's if empty."""
+    """Address of the server; empty: the remote's."""
     family: int = 4
     exchanges: int = EXCHANGES
     before: Callable[[Lab], None] = lambda _: None
@@ -151,7 +151,7 @@ KINDS: Final = (
 
 
 def exchange_ns(lab: Lab, kind: Kind) -> float:
-    """Median exchange."""
+    """Return the median time of an exchange, ns."""
     address = kind.address or lab.address("remote", kind.family)
     counts = [address, kind.how, str(kind.size), str(WARM_UP + kind.exchanges), str(WARM_UP)]
     command = [sys.executable, "-I", "-S", "-c", PEER, str(CPU)]
@@ -171,7 +171,7 @@ def exchange_ns(lab: Lab, kind: Kind) -> float:
 
 
 def measured() -> dict[str, dict[str, float]]:
-    """By kind: ns that a record of ftrace and of the module add, ns by the module's own count, records an exchange."""
+    """Return kind -> ns per record that ftrace and the module add, ns by the module's count, records per exchange."""
     observers: dict[str, type[Ftrace | Module | nullcontext[None]]] = {
         "none": nullcontext,
         "ftrace": Ftrace,

@@ -1,4 +1,4 @@
-"""The whole pipeline on live traffic: flood, soak, and how soon a packet can be seen by a reader."""
+"""The whole pipeline on live traffic: flood, soak, and the time until a reader can see a packet's row."""
 
 import json
 import os
@@ -24,7 +24,7 @@ PROBES = 40
 
 @contextmanager
 def _measured(lab: str, store: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A `mace run` that is measuring; killed if the block has not ended it."""
+    """Run `mace run` for the duration of the block; kill it if the block has not ended it."""
     argv = [*MACE, "run", "--lab", lab, "--store", str(store), "--json", *options]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT) as started:
         try:
@@ -44,14 +44,14 @@ def _end(run: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def _paced(lab: Lab, seconds: float) -> list[Flow[UdpResult]]:
-    """UDP from each container, somewhat over nine events a datagram: a little more than 100,000 events/s from two."""
+    """Send paced UDP from each container: at nine events a datagram somewhat more than 100,000 events/s from two."""
     return [
         lab.start_udp(name, count=100_000_000, rate_pps=5_600.0, duration_s=seconds, size=18) for name in lab.containers
     ]
 
 
 def under_flood() -> list[dict[str, Any]]:
-    """30 s of what the machine gives, 8 MiB per CPU; targets: nothing lost, under one core, under 300 MiB."""
+    """Flood for 30 s with rings of 8 MiB per CPU; targets: no loss, under one core, under 300 MiB."""
     with (
         folder() as place,
         running(Spec(name="flood", containers=2)) as lab,
@@ -71,7 +71,7 @@ def under_flood() -> list[dict[str, Any]]:
 
 
 def soak() -> list[dict[str, Any]]:
-    """100,000 events/s for ten minutes; target: memory is flat. The slope is of the last nine tenths."""
+    """Run at 100,000 events/s for ten minutes; target: constant memory. The slope is that of the last nine tenths."""
     with (
         folder() as place,
         running(Spec(name="soak", containers=2)) as lab,
@@ -96,8 +96,9 @@ def soak() -> list[dict[str, Any]]:
 
 
 def dead_database() -> list[dict[str, Any]]:
-    """100,000 events/s for a minute, InfluxDB away for most of it; targets: the ring loses nothing, and each row that
-    waited is in the database afterwards, once.
+    """Run at 100,000 events/s for a minute, most of it without InfluxDB.
+
+    Targets: the ring loses nothing, and every row that waited is in the database exactly once afterwards.
     """
     with folder() as place, running(Spec(name="dead", containers=2)) as lab:
         server = Influx(place / "influx").start()
@@ -128,7 +129,7 @@ def dead_database() -> list[dict[str, Any]]:
 
 
 def visibility() -> list[dict[str, Any]]:
-    """From a packet to the first reader that can see its row; target: 2 s at most. One ping at a time."""
+    """Measure the time from a packet until a reader can see its row, one ping at a time; target: at most 2 s."""
     waits = []
     with (
         folder() as place,

@@ -1,13 +1,13 @@
-"""Who pairs packets right? Ours, matching by buffer address alone, and by MACE's original key, on the same records.
+"""Share of packets paired correctly: the correlator, matching by buffer address, and by MACE's original key.
 
-bpftrace writes down what passes the hooks of the hook table, with the buffer's address and the packet's bytes, so that
-three programs can be given the same records, and a fourth knows the answer: a number in each packet that the three do
-not see. What is asked: which record at the outer device's queue is of the packet of which record at the container's?
+bpftrace records the packets at the hooks of the hook table, with the buffer's address and the packet's bytes. Three
+programs get the same records; the true pairs are known by a number in each packet that the programs do not see. The
+task is to find, for each record at the container's queue, the record of the same packet at the outer device's queue.
 
-- `address`: the buffer's address, forgotten when the buffer is freed, as perf's netdev-times.py does.
-- `original key`: the first eight bytes behind the IP header, as in MACE's prototype (ANRW '19).
-- ours: `correlator.engine` with what ftrace tells (time, hook, device name, length, address). The module's key would
-  come on top; it needs a kernel that loads modules.
+- `address`: matches by the buffer's address, forgotten when the buffer is freed, as perf's netdev-times.py does.
+- `original key`: matches by the first eight bytes behind the IP header, as in MACE's prototype (ANRW '19).
+- ours: `correlator.engine` with the values that ftrace has (time, hook, device name, length, address). The module's
+  content key, which needs a kernel that loads modules, is not used.
 """
 
 import os
@@ -52,7 +52,7 @@ END = r"""tracepoint:%s { printf("%d %%llu %%llx %%d\n", nsecs, (uint64)args->sk
 
 
 class Seen:
-    """What bpftrace wrote down, in the order of time; lists of equal length."""
+    """The records of bpftrace in order of time; lists of equal length."""
 
     def __init__(self, text: Path) -> None:
         rows = []
@@ -70,7 +70,7 @@ class Seen:
          self.ip_id) = map(list, zip(*rows, strict=True))  # fmt: skip
 
     def truth(self, i: int) -> tuple[int, ...]:
-        """What says which packet it is; NAT leaves it alone."""
+        """Return the number in each packet that identifies it; NAT does not rewrite the number."""
         if self.proto[i] == ICMP:
             return ICMP, self.length[i], self.key[i] >> 48  # its sequence number
         if self.proto[i] == UDP:
@@ -155,17 +155,17 @@ def watched(text: Path, lab: Lab) -> Iterator[None]:
 
 
 def plain(lab: Lab) -> None:
-    """One container's datagrams, as fast as they go."""
+    """One container sends datagrams as fast as it can."""
     lab.udp("c1", count=DATAGRAMS, size=64)
 
 
 def pings(lab: Lab) -> None:
-    """One container's pings, as fast as replies come."""
+    """One container pings, each request as soon as the reply before has arrived."""
     lab.ping("c1", count=PINGS, flood=True)
 
 
 def twins(lab: Lab) -> None:
-    """Two containers whose echo requests have equal identifiers and numbers (each is process 1 of its namespace)."""
+    """Two containers send echo requests with equal identifiers and numbers (each ping is process 1 of a namespace)."""
     flows = []
     for name, size in (("c1", 64), ("c2", 96)):
         argv = ["unshare", "--pid", "--fork", *probing.command("trips", lab.address(REMOTE), PINGS, 500_000, size)]
@@ -175,12 +175,12 @@ def twins(lab: Lab) -> None:
 
 
 def tcp(lab: Lab) -> None:
-    """One container's bulk transfer: large packets, which stay one buffer."""
+    """One container makes a bulk transfer: large packets that stay in one buffer."""
     lab.tcp("c1", size=LOCAL_BYTES)
 
 
 def local(lab: Lab) -> None:
-    """A container's bulk transfer to its own host, beside its datagrams and the host's own to the far end."""
+    """A container makes a bulk transfer to its own host, while it and the host send datagrams to the far end."""
     flow = lab.start_tcp("c1", HOST, size=LOCAL_BYTES)
     other = lab.start_udp(HOST, REMOTE, count=DATAGRAMS, size=80)
     lab.udp("c1", count=DATAGRAMS, size=64)
@@ -198,7 +198,7 @@ SCENARIOS: dict[str, Callable[[Lab], None]] = {
 
 
 def run() -> list[dict[str, Any]]:
-    """For each scenario and peer: the share of packets paired right, and how many pairs are wrong."""
+    """Return, for each scenario and peer, the share of packets paired correctly and the number of wrong pairs."""
     figures = []
     with folder() as place, running(Spec(name="matching", containers=2)) as lab:
         for member in (*lab.containers, HOST):

@@ -1,9 +1,9 @@
-"""The way over a broker: mosquitto, publisher and `mace ingest` as processes on one machine, over loopback.
+"""Transport over a broker: mosquitto, publisher and `mace ingest` as processes on one machine, over loopback.
 
-mqtt_ingest                records/s, written by one publisher -> worked through by the ingest, in its journal on the
+mqtt_ingest                records/s, written by one publisher -> processed by the ingest, in its journal on the
 disk, acknowledged; QoS 1, no rows
-mqtt_ingest_rows           the same, with a row per packet and segment stored
-mqtt_bytes_per_record      received by the broker, all in all: frames, topics, acknowledgements
+mqtt_ingest_rows           records/s like mqtt_ingest, with a row per packet and segment stored
+mqtt_bytes_per_record      bytes received by the broker: frames, topics, acknowledgements
 fleet_...                  1,000 simulated hosts of 1,000 records/s each, two shards, for some seconds
 """
 
@@ -44,18 +44,18 @@ RECORDS = 4_000_000
 BATCH = 50_000
 ROUNDS = 5
 AHEAD = 1_000_000
-"""Records that the publisher is given beyond what has arrived: the ring's part, which waits."""
+"""Largest number of records given to the publisher and not yet arrived; further ones wait, as they would in a ring."""
 
 HOSTS, RATE, SECONDS = 1_000, 1_000, 12
 WINDOW_LEAST, RESEND_S = 4, 3.0
 LEAD_S = 6
-"""From the first connection to the first record."""
+"""Time from the first connection to the first record."""
 BROKER = ("allow_anonymous true", "sys_interval 1", "max_queued_messages 0", "max_connections -1")
 
 
 @contextmanager
 def stopped_with_us() -> Iterator[None]:
-    """SIGTERM (of `timeout`, say) is an exception, so that servers and processes started here end with this one."""
+    """Raise an exception on SIGTERM (of `timeout`, say), so that all processes started here end with this one."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -81,12 +81,12 @@ def ingest(broker: Mosquitto, store: Path, *args: str):
 
 
 def usage(process: subprocess.Popen[Any]) -> tuple[float, float]:
-    """Peak of the memory, MiB, and CPU time so far, s."""
+    """Return peak memory, MiB, and CPU time so far, s, of a process."""
     return peak_mib(process.pid), cpu_s(process.pid)
 
 
 async def received(broker: Broker) -> int:
-    """Bytes that the broker says it has received."""
+    """Return the bytes received by the broker's own count."""
     async with broker.connection() as client:
         await client.subscribe("$SYS/broker/bytes/received")
         messages = client.messages
@@ -145,9 +145,9 @@ def through() -> list[dict[str, Any]]:
 
 
 class SimulatedHost:
-    """A host's side of the protocol with frames that are there already, each due at its time (CLOCK_MONOTONIC, s).
+    """A host's side of the protocol with prepared frames, each due at its time (CLOCK_MONOTONIC, s).
 
-    All hosts have the same records by clocks of their own: the HEADER says when a clock's time was.
+    All hosts send the same records on clocks of their own: the HEADER relates each clock to UTC.
     """
 
     def __init__(self, number: int, frames: list[bytes], start: clock.ClockPair) -> None:
@@ -167,7 +167,7 @@ class SimulatedHost:
         self.news = asyncio.Event()
 
     def frame(self, number: int) -> bytes:
-        """As this host's stream has it."""
+        """Return a frame as part of this host's stream."""
         if not number:
             return self.header
         frame = self.frames[number]
@@ -207,7 +207,7 @@ class SimulatedHost:
         return self.due_s[self.next] <= time.monotonic()
 
     def again(self, sequence: int) -> None:
-        """As `storage.mqtt` does: from there on, and few at first."""
+        """Send again from a frame on, few frames at first, as `storage.mqtt` does."""
         self.repeated += 1
         self.next, self.window = sequence, WINDOW_LEAST
 
@@ -221,7 +221,7 @@ class SimulatedHost:
 
 
 def one_second() -> Batch:
-    """`RATE` records: round trips spread over a second, times from 0."""
+    """Return `RATE` records: round trips spread over a second, with times from 0."""
     made = traffic(RATE)
     trip = np.arange(RATE) // 20
     ts_ns = trip * (20 * 1_000_000_000 // RATE) + (made.ts_ns - made.ts_ns[0]) % 20_000
@@ -236,7 +236,7 @@ def frames_of_a_host() -> list[bytes]:
 
 
 def simulate(url: str) -> None:
-    """All hosts in this process; a line of JSON when all has arrived."""
+    """Simulate all hosts in this process, and print a line of JSON when all records have arrived."""
     begun_s = time.process_time()
     frames = frames_of_a_host()
     now = clock.measure()
@@ -294,7 +294,7 @@ def fleet() -> list[dict[str, Any]]:
 
 
 def wait_s(store: Path) -> np.ndarray[Any, Any]:
-    """From each row's packet to the moment when its segment could be read."""
+    """Return for each row the time from its packet until its segment could be read."""
     found = []
     for each in segments.listing(store, "delays"):
         rows = pq.read_table(each.path, columns=["time"], partitioning=None)

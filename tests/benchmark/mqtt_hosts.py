@@ -1,8 +1,8 @@
-"""Many hosts' connections to a broker at the price of their packets: MQTT 5 as far as a publisher of QoS 1 needs it.
+"""Cheap connections of many simulated hosts to a broker: as much of MQTT 5 as a publisher with QoS 1 needs.
 
-A client library costs more for a packet than the ingest may have for the thousand records in it, and a thousand hosts
-share two cores with what is measured. Here packets are bytes that are ready before; an answer is looked at for its type
-only, but for what the ingest says.
+A client library spends more time on a packet than the ingest may spend on the thousand records in it, and a thousand
+hosts share two cores with the measured processes. Packets are therefore prepared as bytes. Of an answer only the type
+is parsed, except for acknowledgements of the ingest.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ KEEPALIVE_S = 60
 
 
 def packet(kind: int, flags: int, *parts: bytes) -> bytes:
-    """With its length, seven bits a byte."""
+    """Return an MQTT packet with its length, encoded in seven bits per byte."""
     body = b"".join(parts)
     left, length = len(body), b""
     while left > 127:
@@ -29,23 +29,23 @@ def text(value: str) -> bytes:
 
 
 def connect(identifier: str) -> bytes:
-    """A clean session without name."""
+    """Return a CONNECT packet of a clean session without name."""
     return packet(CONNECT, 0, text("MQTT"), b"\x05\x02", struct.pack(">H", KEEPALIVE_S), b"\0", text(identifier))
 
 
 def subscribe(topic: str) -> bytes:
-    """At QoS 0."""
+    """Return a SUBSCRIBE packet with QoS 0."""
     return packet(SUBSCRIBE, 2, b"\0\1", b"\0", text(topic), b"\0")
 
 
 def publish(topic: str, number: int, name: str, value: str, payload: bytes) -> bytes:
-    """QoS 1, with one user property."""
+    """Return a PUBLISH packet with QoS 1 and one user property."""
     properties = b"\x26" + text(name) + text(value)
     return packet(PUBLISH, 2, text(topic), struct.pack(">H", number), bytes([len(properties)]), properties, payload)
 
 
 class HostConnection(asyncio.Protocol):
-    """One host's. `told` gets the payload of what is published to it; `ready` is done when it is subscribed."""
+    """One host's connection. `told` gets payloads published to the host; `ready` is done once it is subscribed."""
 
     def __init__(self, identifier: str, topic: str, told: Callable[[bytes], None]) -> None:
         self.ready = asyncio.get_running_loop().create_future()

@@ -1,6 +1,6 @@
-"""What each group of benchmarks needs of the machine, asked before the first one starts.
+"""Programs and headers that each group of benchmarks needs, checked before the first benchmark starts.
 
-What provides a program (or a header) is in the table of `./dev`, which installs it; this file only says who needs it.
+The table of `./dev` lists the packages that provide them; this file only lists the needs.
 """
 
 import os
@@ -53,21 +53,21 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "replay_10gb": (),
     "dask_scaling": (),
 }
-"""By the names of the groups. Libraries of Python are in the lock; VictoriaMetrics is fetched into the cache."""
+"""Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics is fetched into the cache."""
 
 
 def packages() -> dict[str, str]:
-    """By program or header, the packages that have it, as the table of `./dev` says; the first that exists is meant."""
+    """Return program or header -> packages that provide it, from the table of `./dev`; the first that exists counts."""
     return dict(_ROW.findall(DEV.read_text(encoding="utf-8")))
 
 
 def is_there(need: str) -> bool:
-    """Whether the machine has it: a file where it is a path, else a program."""
+    """Return whether the machine has a file (a path) or a program (a name)."""
     return Path(need).exists() if need.startswith("/") else shutil.which(need, path=_PATH) is not None
 
 
 def missing(group: str) -> str:
-    """What a group misses, and which packages have it; empty where it can run."""
+    """Return what a group lacks, and the packages that provide it; empty if the group can run."""
     lacking = [need for need in NEEDS[group] if not is_there(need)]
     if not lacking:
         return ""

@@ -1,4 +1,4 @@
-"""From a capture of a real flood to windows, and to rows in the store, on one core."""
+"""Rates from a capture of a real flood to windows, and to rows in the store, on one core."""
 
 import asyncio
 import time

@@ -1,10 +1,10 @@
-"""Two packet captures -> matched records, on one core; target: 1 million packets a second of both files together.
+"""Rate of pairing two packet captures, on one core; target: 1 million packets per second of both files together.
 
     pcap_pairs          packets/s, files in the page cache -> records of pairs in time order
-    pcap_pairs_windows  the same, and the correlator's windows
+    pcap_pairs_windows  packets/s, files in the page cache -> the correlator's windows
 
-The peer is `tcpdump -r` printing the same two files to nowhere: what reading them costs a program in C that says what
-is in them, and matches nothing. All in CPU time: nothing here waits for anything.
+The peer is `tcpdump -r`, which prints the same two files to /dev/null: the cost of reading and printing in C, without
+any matching. All times are CPU times, because no part waits.
 """
 
 import resource
@@ -29,7 +29,7 @@ ROUNDS = 5
 
 
 def made(place: Path) -> tuple[Path, Path]:
-    """A flood of UDP at both devices: each packet 5 to 60 µs later at the outer one, some in another order."""
+    """Write captures of a UDP flood at both devices: each packet 5 to 60 µs later at the outer one, some reordered."""
     frames, utc_ns = udp_frames(PACKETS)
     later = utc_ns + np.random.default_rng(5).integers(5_000, 60_000, PACKETS)
     order = np.argsort(later, kind="stable")
@@ -40,7 +40,7 @@ def made(place: Path) -> tuple[Path, Path]:
 
 
 def once(inner: Path, outer: Path, *, windows: bool) -> float:
-    """Packets of both files a second."""
+    """Return packets of both files per second."""
     begin = time.process_time()
     with PcapPairReader(inner, outer) as reader:
         engine = Engine(reader.header.clock.offset_ns, EngineConfig(rows=False, slice_ns=REPLAY_SLICE_NS))

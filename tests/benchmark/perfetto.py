@@ -1,6 +1,6 @@
-"""Perfetto traces in and out, on one core, beside the `perfetto` package's own messages doing the same.
+"""Rates of reading and writing Perfetto traces, on one core; the peer uses the `perfetto` package's own messages.
 
-Times are the process's CPU time: what a core takes, whoever else uses the machine. Rounds of both are interleaved.
+Times are the process's CPU time, independent of other load. Rounds of both are interleaved.
 """
 
 import time
@@ -65,7 +65,7 @@ def _read(path: Path) -> int:
 
 
 def _read_by_protos(path: Path) -> int:
-    """The same columns, not yet merged; of described events, which the package does not know, only the times."""
+    """Read the same columns without merging; for described events, which the package does not know, only the times."""
     columns: dict[str, list[Any]] = {name: [] for name in ("ts", "cpu", "name", "device", "skb", "len")}
     for packet in protos.Trace.FromString(path.read_bytes()).packet:
         bundle = packet.ftrace_events
@@ -92,7 +92,7 @@ def _read_by_protos(path: Path) -> int:
 
 
 def write() -> list[dict[str, Any]]:
-    """hops/s, rows -> file; target: 0.2 million. And the whole way from a capture, with the raw records."""
+    """hops/s, rows -> file; target: 0.2 million. Also from a capture to a file, including the raw records."""
     keep_freed_memory()
     rows = make_delays(PACKETS, containers=2)
     rows = rows[np.argsort(rows.utc_ns, kind="stable")]
@@ -132,7 +132,7 @@ def _write(path: Path, rows: Any) -> int:
 
 
 def _write_by_protos(path: Path, rows: Any) -> int:
-    """The same slices with the same arguments by interned names; all of a device on one track, uncompressed."""
+    """Write the same slices with the same arguments by interned names; one track per device, uncompressed."""
     columns = zip(
         *(getattr(rows, name).tolist() for name in ("utc_ns", "packet", "device", "direction", "segment", "position")),
         *(getattr(rows, name).tolist() for name in ("delay_ns", "l3_len", "grade", "outcome")),

@@ -1,9 +1,9 @@
 """Replays of long captures into a store: in bounded memory, stopped and resumed, and on Dask workers.
 
-    MACE_BENCH_REPLAY_MB=10000 ./dev bench replay_10gb      the size is a parameter; the default is some seconds' work
-    MACE_BENCH_FOLDER=/where/there/is/room                  else the temporary directory; three times the size is needed
+    MACE_BENCH_REPLAY_MB=10000 ./dev bench replay_10gb      size of the capture; the default takes some seconds
+    MACE_BENCH_FOLDER=/where/there/is/room                  folder, three times the size; default: temporary folder
 
-Traffic is made up in the shape of a flood's records of the kernel module, with content: 4.9 bytes a record.
+The traffic is made up in the shape of a flood recorded by the kernel module, with content: 4.9 bytes a record.
 """
 
 import importlib
@@ -40,7 +40,7 @@ _NOTE_S = 0.5
 
 @contextmanager
 def _room(megabytes: int) -> Iterator[Path]:
-    """A folder with room for a capture of that size and the store made of it; gone afterwards."""
+    """Make a folder with room for a capture of that size and its store, and remove it afterwards."""
     with tempfile.TemporaryDirectory(prefix="mace-bench-", dir=os.environ.get("MACE_BENCH_FOLDER")) as name:
         free = shutil.disk_usage(name).free
         if free < 3 * megabytes * 1_000_000:
@@ -49,7 +49,7 @@ def _room(megabytes: int) -> Iterator[Path]:
 
 
 def grown(path: Path, size: int) -> int:
-    """Write a capture of at least `size` bytes: the same traffic again and again, later each time. Its records."""
+    """Write a capture of at least `size` bytes by repeating traffic at later times; return its number of records."""
     once = traffic(_CHUNK_RECORDS, content=True)
     span = int(once.ts_ns[-1] - once.ts_ns[0]) + 10_000
     parts = batches(once, 50_000)
@@ -66,7 +66,7 @@ def grown(path: Path, size: int) -> int:
 
 
 def replay_10gb() -> list[dict[str, Any]]:
-    """records/s, peak memory, how far off the estimate of the time left was, and what a kill costs."""
+    """records/s, peak memory, error of the estimated remaining time, and the cost of a kill."""
     with _room(REPLAY_MB) as place:
         capture = place / "long.mace"
         records = grown(capture, REPLAY_MB * 1_000_000)
@@ -87,7 +87,7 @@ def replay_10gb() -> list[dict[str, Any]]:
 
 
 def _estimate(points: list[tuple[float, int, int]], share: float) -> dict[str, Any]:
-    """At some share of the bytes: the time that was said to be left, and that which was."""
+    """Return the estimated and the actual remaining time at some share of the bytes."""
     total, end = points[0][2], points[-1][0]
     left = Remaining(total, points[0][1], points[0][0])
     for now, done, _ in points:
@@ -100,7 +100,7 @@ def _estimate(points: list[tuple[float, int, int]], share: float) -> dict[str, A
 
 
 def _killed(capture: Path, store: Path, alone_s: float) -> list[dict[str, Any]]:
-    """kill -9 at about a half, then go on: how much longer both take than one without."""
+    """Kill a replay with SIGKILL at about half, resume it, and return how much longer both take than one replay."""
     begin = time.perf_counter()
     process = subprocess.Popen(_argv(capture, store), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -119,7 +119,7 @@ def _argv(capture: Path, store: Path) -> list[str]:
 
 
 def _child(capture: Path, store: Path) -> tuple[float, list[tuple[float, int, int]]]:
-    """Replay in a process of its own: its peak memory, MiB, and (time, bytes done, bytes in all) on the way."""
+    """Replay in a process of its own; return peak memory, MiB, and progress as (time, bytes done, all bytes)."""
     process = subprocess.Popen(_argv(capture, store), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     points = [tuple(json.loads(line)) for line in process.stdout]
@@ -131,7 +131,7 @@ def _child(capture: Path, store: Path) -> tuple[float, list[tuple[float, int, in
 
 
 def dask_scaling() -> list[dict[str, Any]]:
-    """Two workers against one, on the same capture, in turns; a process alone beside them. Starting up not counted."""
+    """Compare two workers, one worker and a plain process on the same capture, in turns, without start-up time."""
     from distributed import Client, LocalCluster
 
     with _room(SCALING_MB) as place:
@@ -162,7 +162,7 @@ def dask_scaling() -> list[dict[str, Any]]:
 
 
 def _replay(capture: Path, store: Path, cluster: str | None) -> float:
-    """Seconds."""
+    """Replay once, and return the seconds that it took."""
     begin = time.perf_counter()
     engine = configured.replayed(Config().correlate)
     part = max(SCALING_MB * 1_000_000 // 10, 4 << 20)
@@ -171,7 +171,7 @@ def _replay(capture: Path, store: Path, cluster: str | None) -> float:
 
 
 def main(capture: str, store: str) -> None:
-    """The child: replays, and prints how far it is."""
+    """Entry point of the child process: replays, and prints its progress."""
     noted = 0.0
     begin = time.perf_counter()
 

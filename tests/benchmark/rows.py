@@ -1,4 +1,4 @@
-"""The store by itself: made-up rows to segments, and segments to a report.
+"""The store alone: writing made-up rows to segments, and summarising segments for a report.
 
 store_write         rows/s into synced segments, on one core; the peer is Parquet as pyarrow writes it by default
 store_row_size      bytes a row in the store; the same peer

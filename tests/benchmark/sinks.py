@@ -1,4 +1,4 @@
-"""Rows to line protocol and into databases, beside influxdb-client's own ways, round by round in turn.
+"""Rates of encoding rows as line protocol and writing them into databases, against influxdb-client, in turns.
 
 encode              rows/s to line protocol, on one core; the peer is influxdb-client's Point.to_line_protocol
 encode_compressed   the same with gzip level 1, as it is spooled and sent
@@ -39,7 +39,7 @@ from tests.made_results import HEADER, make_delays, make_results, topology
 CONTAINERS = 4
 BATCH = 65_536
 LINES = 20_000
-"""In a request."""
+"""Rows in a request."""
 ENCODED = 1_000_000
 STORED = 500_000
 POINTS = 30_000
@@ -138,7 +138,7 @@ def both(name: str, ours: list[float], raw: list[float], point: list[float]) -> 
 
 
 def in_turn(*works: Any) -> list[list[float]]:
-    """Each in turn, ROUNDS times: a slow minute of the machine is one of all."""
+    """Run all functions in turn, ROUNDS times, so that a slow minute of the machine affects all of them."""
     found: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
         for values, work in zip(found, works, strict=True):
@@ -151,7 +151,7 @@ def median(values: list[float]) -> float:
 
 
 def ours(url: str, spool: Path) -> tuple[int, float]:
-    """Rows that the server has acknowledged, and how long it took from the first to the last."""
+    """Return the rows that the server has acknowledged, and the time from the first to the last."""
     delays = make_delays(STORED * 2 // 13, containers=CONTAINERS)
     results = [
         make_results(delays[at : at + BATCH], containers=CONTAINERS, packets=1) for at in range(0, len(delays), BATCH)

@@ -1,4 +1,4 @@
-"""What a deployment takes, by the rate of one host's records: the table in docs/deploy.md.
+"""Resources of a deployment by the rate of one host's records: the table in docs/deploy.md.
 
 sizing_RATE_SAMPLE_...    RATE records/s of one host, published at that pace, through mosquitto and `mace ingest` into
 InfluxDB 1.6.7; of all packets one in SAMPLE has rows of its own (0: windows only)
@@ -41,7 +41,7 @@ STEP_S = 0.1
 DISK_CASES = tuple((rate, sample) for rate in (1_000, 10_000, 100_000) for sample in (0, 100, 1))
 DISK_S = 900
 COMPACT_S = 12
-"""Until the server has written its cache to a file: it does so when nothing has come for five seconds."""
+"""Time until the server has written its cache to a file, which it does after five seconds without writes."""
 
 
 def run() -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def one(rate: int, sample: int) -> Iterator[dict[str, Any]]:
 
 
 async def publish(broker: Broker, spool: Path, rate: int) -> None:
-    """Traffic of `SECONDS`, given out as time goes by."""
+    """Publish traffic of `SECONDS` in real time."""
     records = stretched(rate, SECONDS)
     now = clock.ClockPair(TOPOLOGY.from_ns, time.time_ns(), 0)
     sink = StreamPublisher(broker, spool, max_bytes=1 << 30, drain_s=60)
@@ -107,7 +107,7 @@ async def publish(broker: Broker, spool: Path, rate: int) -> None:
 
 
 def stretched(rate: int, seconds: int) -> Batch:
-    """Made-up traffic at that rate."""
+    """Return made-up traffic at a given rate."""
     records = traffic(rate * seconds)
     span_ns = int(records.ts_ns[-1] - records.ts_ns[0])
     relative = (records.ts_ns - records.ts_ns[0]) * (seconds * 1_000_000_000 / span_ns)

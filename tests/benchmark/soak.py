@@ -1,17 +1,18 @@
-"""`./dev soak`: hours of a deployment in half an hour, with every fault there is; the account must stay exact.
+"""`./dev soak`: half an hour of load with every kind of fault; the account of rows must stay exact.
 
     made-up results, 100,000 records/s ──► pipeline's sinks ──► faulty proxy ──► InfluxDB 1.6.7
                                                       └──► Prometheus endpoint
 
-The time is cut into phases, one fault each, in turn: none, the server away, killed by SIGKILL every 5 s, its disk full,
-429, 500, lines that it refuses, silence, cut connections, lost answers. Once a second memory, file descriptors, spool
-and account are noted; at the end the rows in the database are counted and compared. One JSON line a phase, and one with
-the verdict; the exit status is 1 if a row is missing, twice or in no category, or if the sink had to drop any.
+The time is divided into phases, each with one fault: none, the server away, killed by SIGKILL every 5 s, its disk full,
+429, 500, lines that it refuses, silence, cut connections, lost answers. Memory, file descriptors, spool and account are
+sampled once a second. At the end the rows in the database are counted and compared. The output is one JSON line per
+phase, and one with the verdict. The exit status is 1 if a row is missing, twice in the database or in no category, or
+if the sink had to drop any.
 
     ./dev soak                          30 minutes
     ./dev soak --minutes 5 --plot soak.png
-    ./dev soak --minutes 20 --fault away    ten minutes of one fault, and ten to come back
-    ./dev soak --of mqtt                the way over a broker instead: tests/benchmark/soak_mqtt.py
+    ./dev soak --minutes 20 --fault away    ten minutes of one fault, and ten to recover
+    ./dev soak --of mqtt                transport over a broker instead: tests/benchmark/soak_mqtt.py
 
 Not a test: no CI runs it. Needs root for the small disk, and influxd.
 """
@@ -44,13 +45,13 @@ from tests.made_results import HEADER, START_NS, make_delays, make_results, topo
 CONTAINERS = 2
 DISK = "1500m"
 ROWS_PER_RECORD = 0.5
-"""A packet of 14 records gives 6 or 7 rows."""
+"""Rows per record: a packet of 14 records gives 6 or 7 rows."""
 BLOCKS = 64
-"""Different batches that are made beforehand; each is used again and again, later in time."""
+"""Number of different batches made beforehand; each is used again and again at later times."""
 
 
 class DatabaseFaults:
-    """What happens in each phase. `work` runs until the phase ends; `plan` is the proxy's."""
+    """The faults of the phases. `work` runs until the phase ends; `plan` is the plan of the proxy."""
 
     def __init__(self, server: servers.Influx, proxy: Proxy, disk: Path) -> None:
         self.server, self.proxy, self.disk = server, proxy, disk
@@ -109,7 +110,7 @@ def fill(path: Path) -> None:
 
 
 class ResultsFeed(Pace):
-    """Results at a rate."""
+    """Feeds results at a given rate."""
 
     def __init__(self, records_per_s: int) -> None:
         packets = int(records_per_s * ROWS_PER_RECORD * STEP_S * 2 / 13)

@@ -1,17 +1,17 @@
-"""`./dev soak --of mqtt`: a host, a broker and an ingest for long, each away, killed, stuck or full in turn.
+"""`./dev soak --of mqtt`: a host, a broker and an ingest under load, each away, killed, stuck or full in turn.
 
     made-up records, 100,000/s ──► publisher, spool ──► faulty link ──► mosquitto ──► `mace ingest` ──► store
                                         └── small disk                                       └── small disk
 
-The time is cut into phases, one fault each: none, the broker away, killed by SIGKILL every 5 s, stopped in the middle
-(SIGSTOP); the ingest away, killed, stopped; both killed; connections cut in the middle of a message; the disk of the
-ingest full, then the host's. Half of each phase is the fault, half is without. An ingest that ends is started again a
+The time is divided into phases, each with one fault: none; the broker away, killed by SIGKILL every 5 s, suspended
+(SIGSTOP); the ingest away, killed, suspended; both killed; connections cut in the middle of a message; the disk of the
+ingest full, then the host's. The fault lasts for the first half of each phase. An ingest that ends is restarted a
 second later, as systemd would.
 
-Once a second memory, files, spool and account are noted. At the end what the store's ledger says is held against what
-was given: every record is there or counted as discarded, by host and store alike; the rows in the files are as many as
-the ledger says, and the windows count each of them once. HTTP's answers (429, 500, 400) have no like here: a broker
-takes a message or does not.
+Memory, files, spool and account are sampled once a second. At the end the store's ledger is compared with the records
+given: every record is stored or counted as discarded, by host and store alike; the files have as many rows as the
+ledger states, and the windows count each row once. There is no equivalent of HTTP's answers (429, 500, 400): a broker
+either accepts a message or does not.
 """
 
 import argparse
@@ -45,16 +45,16 @@ from tests.made_capture import HEADER, TOPOLOGY, traffic
 from tests.places import ROOT
 
 BLOCK = 1_000_000
-"""Records that are made beforehand; used again and again, later in time."""
+"""Number of records made beforehand; they are used again and again at later times."""
 STORE_DISK, HOST_DISK = "3g", "512m"
 HOST_FULL_S = 20.0
-"""A host whose disk is full keeps 16 MiB in memory: a minute of records. Less than that, so that none is given up."""
+"""How long the host's disk is full: less than a minute, because a host keeps 16 MiB of records, a minute, in memory."""
 EVERY_S = 5.0
 CUT_BYTES = 400_000
 
 
 class BrokerLink:
-    """Between host and broker: passes bytes on, and while `cutting`, closes each connection after some of them."""
+    """Link between host and broker: passes bytes on and, while `cutting`, closes each connection after some bytes."""
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -100,7 +100,7 @@ class BrokerLink:
 
 
 class Served:
-    """`mace ingest` as a process, started again when it has ended, while it is wanted."""
+    """Runs `mace ingest` as a process, and restarts it when it ends, until it is stopped."""
 
     def __init__(self, broker: Mosquitto, store: Path, log: Path) -> None:
         self._argv = [*MACE, "ingest", "--broker", broker.url, "--store", str(store)]
@@ -125,7 +125,7 @@ class Served:
             self.process.send_signal(number)
 
     async def end(self) -> int:
-        """SIGTERM, and its exit status."""
+        """End the ingest with SIGTERM, and return its exit status."""
         self.wanted = False
         self.signal(signal.SIGTERM)
         return await asyncio.to_thread(self.process.wait, 120) if self.process is not None else 0
@@ -140,7 +140,7 @@ class Served:
 
 
 class BrokerFaults:
-    """What happens in each phase; each ends with all as it was."""
+    """The faults of the phases; each restores everything at its end."""
 
     def __init__(self, broker: Mosquitto, served: Served, link: BrokerLink, disks: tuple[Path, Path]) -> None:
         self.broker, self.served, self.link = broker, served, link
@@ -201,7 +201,7 @@ class BrokerFaults:
 
 
 async def full(disk: Path, seconds: float) -> None:
-    """No room on a disk, not even that which is given back meanwhile."""
+    """Keep a disk full for some seconds, including space that is freed meanwhile."""
     await asyncio.to_thread(keep_full, disk / "filler", seconds)
 
 
@@ -217,7 +217,7 @@ def keep_full(filler: Path, seconds: float) -> None:
 
 
 class RecordsFeed(Pace):
-    """Records at a rate."""
+    """Feeds records at a given rate."""
 
     def __init__(self, records_per_s: int) -> None:
         self.whole = traffic(BLOCK)
@@ -331,7 +331,7 @@ def verdict(
 
 
 def in_windows(store: Path) -> int:
-    """Delays counted by the windows of a second, and those that are in none because they waited for an address."""
+    """Return the delays counted by windows of a second, and those in no window because they waited for an address."""
     windows, delays = ([str(e.path) for e in segments.listing(store, table)] for table in ("windows", "delays"))
     found = 0
     for sql, paths in (
@@ -353,7 +353,7 @@ PANELS = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole soak; the exit status."""
+    """Run the whole soak, and return the exit status."""
     with tempfile.TemporaryDirectory(prefix="mace-soak-") as name, ExitStack() as leaving:
         place = Path(name)
         disks = (place / "ingest", place / "host")

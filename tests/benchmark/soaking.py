@@ -1,4 +1,4 @@
-"""What both soaks have in common: the choice of faults, the pace of the feed, what is flat, the picture."""
+"""Parts that both soaks share: the choice of faults, the pace of the feed, the test for growth, the plot."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ STEP_S = 0.05
 
 
 def chosen(phases: dict[str, Any], names: list[str]) -> list[tuple[str, Any]]:
-    """The faults that were asked for, or all. Raises `UsageError`."""
+    """Return the chosen faults, or all; raises `UsageError` for an unknown one."""
     for name in names:
         if name not in phases:
             raise UsageError(f"no fault {name!r}{nearest(name, phases)}; there are {', '.join(phases)}")
@@ -20,13 +20,16 @@ def chosen(phases: dict[str, Any], names: list[str]) -> list[tuple[str, Any]]:
 
 
 class Pace:
-    """A step every `STEP_S`, never slower: how long one took, and how late one was, is noted."""
+    """Paces a feed by a step every `STEP_S`, and records the duration and lateness of steps."""
 
     longest_write_s = 0.0
     late_s = 0.0
 
     async def keep(self, stop: asyncio.Event, give: Callable[[int], Callable[[], Awaitable[None]]]) -> None:
-        """`give(step)` makes what is due, and what it returns hands it over: that alone is timed."""
+        """Run the steps. `give(step)` prepares the data that is due and returns a function that hands it over.
+
+        Only that function is timed.
+        """
         begin, step = time.monotonic(), 0
         while not stop.is_set():
             write = give(step)
@@ -42,14 +45,14 @@ class Pace:
 
 
 def halves(notes: Sequence[dict[str, Any]], name: str, scale: float = 1.0) -> dict[str, float]:
-    """The most of the first half and of the second: what is flat has two alike."""
+    """Return the maxima of the first and the second half; equal maxima show that a quantity does not grow."""
     values = [each[name] / scale for each in notes]
     half = len(values) // 2
     return {"first half": round(max(values[:half]), 1), "second half": round(max(values[half:]), 1)}
 
 
 def plot(notes: Sequence[dict[str, Any]], panels: dict[str, list[tuple[str, str, float]]], path: Path) -> None:
-    """A picture over time: by each panel's label the name, legend and scale of its lines."""
+    """Plot samples over time; for each panel's label, the name, legend and scale of its lines are given."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,6 +1,6 @@
-"""What a command costs before it does anything: its help, and `mace hooks`. Beside it `pip --help`, also in Python.
+"""Start-up cost of commands: their help, and `mace hooks`; the peer is `pip --help`, which is in Python, too.
 
-CPU time is of the whole process, user space and kernel, and memory is its peak. Everything is compiled before.
+CPU time is that of the whole process, user space and kernel; memory is its peak. All modules are compiled beforehand.
 """
 
 import os
@@ -28,11 +28,11 @@ for _ in range(rounds):
         sys.exit(f"{argv}: {status}")
     print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 """
-"""Starts a command over and over. Small itself: the peak of a process is at least that of the one that started it."""
+"""Program that starts a command repeatedly. It is small, because a process's peak is at least that of its parent."""
 
 
 def _of(argv: Sequence[str], place: Path) -> tuple[list[float], list[float]]:
-    """CPU times, s, and peaks of memory, MiB, of several rounds; one before them compiles."""
+    """Return CPU times, s, and peaks of memory, MiB, of several rounds, after one round that compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(place)
     told = subprocess.run(
@@ -44,7 +44,7 @@ def _of(argv: Sequence[str], place: Path) -> tuple[list[float], list[float]]:
 
 
 def run() -> list[dict[str, Any]]:
-    """s and MiB of each help; of all of them the slowest and the largest are the figures to be held to."""
+    """Return s and MiB of each help; the slowest and the largest help are compared with the targets."""
     names = ["", *registry.GROUPS, *(command.name for command in registry.COMMANDS)]
     calls = {f"{name} --help".strip(): [*MACE, *name.split(), "--help"] for name in names} | {"hooks": [*MACE, "hooks"]}
     with folder() as place:

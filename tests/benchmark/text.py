@@ -1,6 +1,6 @@
-"""Text of ftrace -> records, on one core: of network events alone, and with as many lines of the scheduler's between.
+"""Rate of parsing ftrace's text, on one core: network events alone, and mixed with as many scheduler events.
 
-The text is the golden one of a real run, over and over, each time a minute later.
+The text is the golden one of a real run, repeated, each time a minute later.
 """
 
 import re
@@ -25,7 +25,7 @@ OTHER = (
 
 
 def written(target: Path, *, others: bool) -> int:
-    """Number of lines."""
+    """Write the text, and return its number of lines."""
     text = TRACE.read_bytes()
     with target.open("wb") as file:
         for minute in range(TIMES):
@@ -36,7 +36,7 @@ def written(target: Path, *, others: bool) -> int:
 
 
 def reading(path: Path, lines: int) -> float:
-    """Lines a second."""
+    """Return lines per second of one reading."""
     begin, found = time.perf_counter(), 0
     with TextReader(path, FileOptions(clock="mono")) as reader:
         for item in reader.items():

@@ -1,12 +1,12 @@
-"""trace.dat -> records in time order, beside what people do today. All rounds take turns on one core.
+"""Rate of reading trace.dat into records in time order, against common alternatives. Rounds take turns on one core.
 
     tracedat_read            events/s of `collector.tracecmd.source`; the peer is a C program on libtracecmd that fills
                              the same columns (tracedat_peer.c)
-    tracedat_read_none       the same of a file that is not compressed
+    tracedat_read_none       events/s of a file that is not compressed, with the same peer
     tracedat_read_vs_report  the peer is `trace-cmd report` and a Python program that parses its text
 
-The file is a flood in the lab, recorded into a trace instance and written by `trace-cmd extract`. What is counted
-begins with opening the file, and for the peers with starting their program.
+The file is a flood in the lab, recorded into a trace instance and written by `trace-cmd extract`. The measured time
+includes opening the file and, for the peers, starting their program.
 """
 
 import re
@@ -31,12 +31,12 @@ SECONDS = 2.0
 RING_KIB = 64 * 1024
 PEER = Path(__file__).with_name("tracedat_peer.c")
 LINE = re.compile(r"\s*(.{16,}?)-(\d+) +\[(\d+)\] .*?(\d+)\.(\d+): (\w+): +(.*)")
-"""A line of the report, as one finds it in many scripts."""
+"""Regular expression of a line of the report, as in many scripts."""
 FIELD = re.compile(r"(\w+)=(\S+)")
 
 
 def recorded(target: Path, *, compression: str, seconds: float = SECONDS) -> None:
-    """A trace.dat of a flood. Raises `Unavailable`."""
+    """Record a trace.dat of a flood; raises `Unavailable`."""
     instance = tracefs.Instance.create(tracefs.find())
     try:
         instance.set_clock("mono")
@@ -53,7 +53,7 @@ def recorded(target: Path, *, compression: str, seconds: float = SECONDS) -> Non
 
 
 def extract(instance: tracefs.Instance, target: Path, *, compression: str = "zstd") -> None:
-    """What is in the instance's rings, as a trace.dat. Raises `Unavailable`."""
+    """Write the content of the instance's rings as a trace.dat; raises `Unavailable`."""
     argv = ["trace-cmd", "extract", "-B", instance.path.name, "--compression", compression, "-o", str(target)]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -64,7 +64,7 @@ def extract(instance: tracefs.Instance, target: Path, *, compression: str = "zst
 
 
 def compiled(place: Path) -> Path:
-    """The C program. Raises `Unavailable` without libtracecmd."""
+    """Compile the C program; raises `Unavailable` without libtracecmd."""
     flags = subprocess.run(
         ["pkg-config", "--cflags", "--libs", "libtracecmd"], capture_output=True, text=True, check=False
     )
@@ -76,7 +76,7 @@ def compiled(place: Path) -> Path:
 
 
 def ours(path: Path) -> tuple[int, float]:
-    """(events, seconds) of one reading."""
+    """Return (events, seconds) of one reading."""
     begin, events = time.perf_counter(), 0
     with TraceCmdReader(path) as reader:
         for item in reader.items():
@@ -92,7 +92,7 @@ def theirs(program: Path, path: Path) -> tuple[int, float]:
 
 
 def reported(path: Path) -> tuple[int, float]:
-    """`trace-cmd report` and its text to tuples."""
+    """Run `trace-cmd report`, and parse its text to tuples."""
     begin, events = time.perf_counter(), []
     with subprocess.Popen(["trace-cmd", "report", "-t", str(path)], stdout=subprocess.PIPE, text=True) as report:
         assert report.stdout is not None

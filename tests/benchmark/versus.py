@@ -1,9 +1,9 @@
-"""The same packets, by other means: perf's netdev-times.py, and bpftrace with a script that parses its text.
+"""MACE against perf's netdev-times.py, and against bpftrace with a script that parses its text, on the same packets.
 
-Each peer watches the very flood that we record, in the same run; what is compared is the time per event from its own
-recording to per-packet delays. For the peer that is `perf script` with the script (or parsing the text); for us
-`.mace` to rows. bpftrace has no recording: what it spends on making text of the kernel's events is part of its way, so
-there both ways are also compared from the kernel's ring on, by CPU time. The flood is short, since the peers are slow.
+Each peer watches the flood that MACE records, in the same run. The benchmark compares the time per event from each
+recording to per-packet delays: `perf script` with the script (or parsing the text) for the peer, `.mace` to rows for
+MACE. bpftrace makes no recording, and formatting the kernel's events as text is part of its cost: it is also compared
+by CPU time from the kernel's ring on. The flood is short, because the peers are slow.
 """
 
 import json
@@ -28,12 +28,12 @@ from tests.places import ROOT
 
 DATAGRAMS, RATE_PPS = 40_000, 10_000
 BPFTRACE_DATAGRAMS, BPFTRACE_RATE_PPS = 160_000, 20_000
-"""Two thirds of a core for bpftrace. What it cannot take it says, and is in the figures (`peer_lost`)."""
+"""Rate that takes bpftrace two thirds of a core. Events that it reports as lost are in the figures (`peer_lost`)."""
 ROUNDS = 3
 WARM_UP = 1 / 8
-"""Of the flood, before it: packets that both see and that are not counted."""
+"""Packets before the flood, as a share of it: both sides see them, but they are not counted."""
 SETTLE_S = 5
-"""Until both have begun to record, on a machine that is not busy."""
+"""Time until both have begun to record, on an idle machine."""
 EVENTS = (
     "net:net_dev_queue",
     "net:net_dev_xmit",
@@ -44,11 +44,11 @@ EVENTS = (
 IRQ = ("irq:irq_handler_entry", "irq:irq_handler_exit", "irq:softirq_entry", "irq:softirq_exit", "irq:softirq_raise")
 ENDS = ("skb:consume_skb", "skb:kfree_skb")
 COPY = "skb:skb_copy_datagram_iovec"
-"""netdev-times.py has a handler for the ends, too, but one that breaks on the fields that newer kernels add."""
+"""Delivery. netdev-times.py also handles the ends of buffers, but that handler breaks on fields of newer kernels."""
 
 
 def _ours(capture: Path, *, rows: bool = True) -> tuple[float, int]:
-    """(seconds of CPU time, records) from capture to windows, and to rows; the best of three."""
+    """Return (seconds of CPU time, records) from capture to windows, and to rows; the best of three."""
     best, records = 1e9, 0
     for _ in range(3):
         begin, records = time.process_time(), 0
@@ -70,11 +70,10 @@ def _side_by_side(
     datagrams: int = DATAGRAMS,
     rate_pps: int = RATE_PPS,
 ) -> tuple[float, float, dict[str, Any]]:
-    """One flood that both see: the CPU seconds that it took us and the peer, and what ours said.
+    """Make one flood that both see; return the CPU seconds of MACE and of the peer, and MACE's output.
 
-    What either takes to start and to stop is left out, and so is the first second of packets, with which memory and
-    code are touched for the first time (`WARM_UP` of all). A peer that writes while it records has begun when there is
-    something in `says`.
+    The times exclude starting and stopping, and the first packets (`WARM_UP`), with which memory and code are touched
+    for the first time. A peer that writes while it records has begun when `says` is not empty.
     """
     with running(Spec(name="versus")) as lab:
         lab.ping("c1", count=2)
@@ -130,12 +129,12 @@ def netdev_times() -> list[dict[str, Any]]:
 
 
 def bpftrace_text() -> list[dict[str, Any]]:
-    """ns/event of CPU time from the kernel's ring to windows of delays, ours and bpftrace with a Python script behind
-    it; target: 20 times faster. Each round is a new flood, seen by both sides.
+    """CPU time, ns/event, from the kernel's ring to windows of delays: MACE, and bpftrace with a Python script.
 
-    There are two scripts: one that gives what we give (`bpftrace_script`), and the shortest that gives any delay
-    (`..._bare`). Neither stores anything, and so nor does ours; with a capture file, and rows and windows in the store,
-    it is `..._kept`. `..._parsed` leaves out the recording: our capture file to windows, the peer's text to the same.
+    Target: 20 times faster. Each round is a new flood, seen by both sides. There are two scripts: one with MACE's
+    results (`bpftrace_script`), and the shortest that computes any delay (`..._bare`). Neither stores anything, and
+    MACE stores nothing either; in `..._kept` MACE writes a capture file, and rows and windows into the store.
+    `..._parsed` excludes the recording: MACE's capture file to windows, the peer's text to windows.
     """
     ours: dict[str, list[float]] = defaultdict(list)
     theirs: dict[str, list[float]] = defaultdict(list)
@@ -162,7 +161,7 @@ def bpftrace_text() -> list[dict[str, Any]]:
 def _bpftrace_round(
     ours: dict[str, list[float]], theirs: dict[str, list[float]], seen: dict[str, int], *, kept: bool
 ) -> None:
-    """One flood; adds to each part's list its ns/event, and to `seen` what both sides saw."""
+    """Make one flood; append each part's ns/event to its list, and the events of both sides to `seen`."""
     with folder() as place:
         text, capture = place / "bpftrace.txt", place / "ours.mace"
         with_device = ("net_dev_queue", "net_dev_start_xmit", "netif_rx", "netif_receive_skb")
@@ -199,7 +198,7 @@ def _bpftrace_round(
 
 
 def _parse(text: Path) -> tuple[int, int]:
-    """The least that a script can do: a dictionary by buffer address, a delay at each next device."""
+    """Parse with the least possible script: a dictionary by buffer address, a delay at each next device."""
     pattern = re.compile(r"(\d+) (\S+) (0x[0-9a-f]+)(?: (\S+) (\d+))?")
     seen: dict[str, tuple[int, str]] = {}
     delays: dict[tuple[str, str], list[int]] = {}

@@ -1,13 +1,13 @@
-"""The wire format: how fast, how small, next to Arrow IPC and Parquet with the same compressor on the same batches.
+"""Rate and size of the wire format, against Arrow IPC and Parquet with the same compressor on the same batches.
 
     wire_encode, wire_decode     records/s, batches <-> frames in memory, one thread
-    wire_bytes_per_record        all frames of the stream
-    wire_content_...             the same of batches with content, without a peer
+    wire_bytes_per_record        bytes of all frames of the stream per record
+    wire_content_...             these figures for batches with content, without a peer
     capture_read                 records/s, a file in the page cache -> batches
     wire_small_encode, ..._decode  frames/s, batches of 20 records (a quiet host that is flushed often)
 
-A peer's rate is that of Arrow IPC with zstd for encoding and decoding (the faster of the two peers) and of Parquet with
-zstd level 1 for the size (the smaller). Neither verifies what it reads as far as this does.
+The peer is Arrow IPC with zstd for encoding and decoding (the faster of the two), and Parquet with zstd level 1 for the
+size (the smaller). Neither verifies its input as thoroughly as the wire format.
 """
 
 import io
@@ -103,7 +103,7 @@ def _decode(frames: Sequence[bytes]) -> list[wire.WireItem]:
 
 
 def run() -> list[dict[str, Any]]:
-    """One row a figure; rates are medians of rounds, `spread` is (max - min) / median, or both if there is no peer."""
+    """Return one row per figure: medians of rounds; `spread` is (max - min) / median, or both if there is no peer."""
     whole = traffic(RECORDS)
     stream = batches(whole, BATCH)
     frames, tables = _encode(stream), _tables(stream)

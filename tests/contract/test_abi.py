@@ -1,4 +1,4 @@
-"""contracts/abi.py is what the C compiler makes of kmod/uapi/mace.h: every field, constant and request, both ways."""
+"""contracts/abi.py equals the compiler's view of kmod/uapi/mace.h: every field, constant and request, both ways."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ OF_THE_HEADER_ONLY = {"MACE_STATIC_ASSERT", "MACE_HOOK_COUNT"}
 
 
 def structs():
-    """Struct -> {field: C type}, as the header says it."""
+    """Return struct -> {field: C type} of the header."""
     found = {}
     for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", TEXT, re.MULTILINE | re.DOTALL):
         fields = re.findall(r"^\t(.+?) (\w+)(?:\[\w+\])?;$", body, re.MULTILINE)
@@ -36,14 +36,14 @@ def structs():
 
 
 def constants():
-    """Names of all that has a value: defines and enumerators."""
+    """Return the names of all defines and enumerators of the header."""
     defines = re.findall(r"^#define (MACE_\w+)(?:\(|[ \t]+\S)", TEXT, re.MULTILINE)
     enumerators = re.findall(r"^\t(MACE_\w+)(?: = \d+)?,?$", TEXT, re.MULTILINE)
     return sorted({*defines, *enumerators} - OF_THE_HEADER_ONLY)
 
 
 def compiled(tmp_path, lines):
-    """What a program prints that has the header and these statements."""
+    """Compile the header with these statements, run the program, and return its output."""
     source, program = tmp_path / "abi.c", tmp_path / "abi"
     source.write_text(
         '#include <stddef.h>\n#include <stdio.h>\n#include "mace.h"\nint main(void)\n{\n'
@@ -58,7 +58,7 @@ def compiled(tmp_path, lines):
 
 
 def mirrored(name):
-    """The value that Python has for a constant of the header."""
+    """Return the value of a constant of the header in Python."""
     if name in {"MACE_HOOK_SLOTS", "MACE_IOC_MAGIC"}:
         return getattr(abi, name.removeprefix("MACE_"))
     if name.startswith("MACE_HOOK_"):

@@ -1,4 +1,4 @@
-"""What benchmarks need is in the table of `./dev`, which installs it; what is missing is said before the first runs."""
+"""The table of `./dev` has everything that benchmarks need; `./dev bench` reports missing needs before it starts."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ def test_dev_installs_all_of_it():
 
 
 def started_by(module):
-    """Programs that a module of benchmarks starts: first words of lists that begin with one."""
+    """Return the programs that a module of benchmarks starts: the first words of its argument lists."""
     tree = ast.parse((ROOT / "tests" / "benchmark" / f"{module}.py").read_text())
     lists = [node.elts[0] for node in ast.walk(tree) if isinstance(node, ast.List) and node.elts]
     return {one.value for one in lists if isinstance(one, ast.Constant)} & set(needs.packages())
@@ -44,7 +44,7 @@ def test_programs_are_found_that_way():
 
 @pytest.mark.parametrize("lacking", sorted(PROGRAMS))
 def test_a_machine_without_one(lacking, monkeypatch, capsys):
-    """Groups that need it are left out with the package, before those that do not are run."""
+    """Groups that need a missing program are reported with its package before the other groups run."""
     ran = []
     monkeypatch.setattr(needs, "is_there", lambda need: need != lacking)
     monkeypatch.setattr(bench, "GROUPS", {name: lambda name=name: ran.append(name) or [] for name in bench.GROUPS})
@@ -62,7 +62,7 @@ def test_a_machine_without_one(lacking, monkeypatch, capsys):
 
 
 def test_dev_looks_for_files_too(tmp_path):
-    """Headers are no commands: the shell is asked with the function that `./dev` has."""
+    """`./dev` looks for headers, too, which are no commands; the test calls its shell function."""
     text = (ROOT / "dev").read_text()
     have = "have() {" + text.partition("\nhave() {")[2].partition("\n}\n")[0] + "\n}\n"
     (tmp_path / "header.h").touch()

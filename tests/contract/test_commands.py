@@ -1,4 +1,4 @@
-"""The registry of commands, their files, their help, README's table of them, and the words that their options share."""
+"""The registry of commands, their files, their help, README's table of commands, and the vocabulary of options."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ from tests.places import ROOT
 
 NAMES = [command.name for command in registry.COMMANDS]
 HEAVY = {"numpy", "pyarrow", "rich", "duckdb", "collector", "correlator", "storage", "argcomplete"}
-"""What no help text may wait for: 0.8 s of CPU time and 90 MiB between them."""
+"""Modules that no help may import: together 0.8 s of CPU time and 90 MiB."""
 IMPORTED = f"""
 import contextlib, io, json, sys
 from mace import cli
@@ -50,11 +50,11 @@ ARGUMENTS = {
     "wrap": ["--pid", "1", "dig"],
     "export perfetto": ["x.mace", "-o", "x.pftrace"],
 }
-"""The least that a command wants; others want nothing."""
+"""Required arguments of commands; other commands have none."""
 
 
 def started(*argv):
-    """What a process of its own says and has imported after `mace ARGV`."""
+    """Run `mace ARGV` in a process of its own, and return its output and imported modules."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, json.dumps(argv)], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -62,7 +62,7 @@ def started(*argv):
 
 
 def parser_of(name):
-    """The parser of one command."""
+    """Return the parser of one command."""
     parser = cli.parser_for(name.split())
     for word in name.split():
         [commands] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
@@ -71,7 +71,7 @@ def parser_of(name):
 
 
 def options_of(name):
-    """The options of a command that its help shows, by each of their spellings."""
+    """Return spelling -> option, for the options that a command's help shows."""
     shown = [each for each in parser_of(name)._actions if each.help != argparse.SUPPRESS]
     return {spelling: each for each in shown for spelling in each.option_strings}
 
@@ -110,14 +110,14 @@ def test_every_command_is_one_file_and_every_file_a_command():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_parser_of_everything_says_which_command_was_called(name):
-    """No argument of a command has the name under which that is kept."""
+    """No argument of a command has the name under which the parser keeps the command's name."""
     args, _ = cli.parser_for(name.split()).parse_known_args(["--debug", *name.split(), *ARGUMENTS.get(name, [])])
     assert (args.called, args.debug) == (name, True)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_become_the_dataclass(name):
-    """Each argument is a field, and each field one of an argument."""
+    """The arguments of a command and the fields of its dataclass have the same names."""
     command = import_module(registry.module(name))
     args = parser_of(name).parse_args(ARGUMENTS.get(name, [])[: None if name != "ping" else -1])
     args.others = ["203.0.113.2"]
@@ -134,7 +134,7 @@ def test_options_become_the_dataclass(name):
 
 
 def test_an_option_is_called_and_takes_the_same_in_every_command():
-    """What selects a container, a store, a file, a format: one name, and one kind of value behind it."""
+    """An option that selects a container, a store, a file or a format has one name and one kind of value."""
     kinds = {}
     for name in NAMES:
         for spelling, action in options_of(name).items():
@@ -223,11 +223,11 @@ complete --do-complete '{line}'
 """,
     ),
 }
-"""How to ask a shell what may follow a line, one answer a line."""
+"""Shell -> script that prints the completions of a line, one per line."""
 
 
 def completed(shell, line, home):
-    """What a shell offers, without the explanations that zsh and fish have beside it."""
+    """Return the completions that a shell offers, without the explanations of zsh and fish."""
     command, script = SHELLS[shell]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     words = " ".join(f"'{word}'" for word in line.split(" "))

@@ -1,4 +1,4 @@
-"""The table in docs/configuration.md is what contracts.config says: every key, its default, its bounds, its meaning.
+"""The table in docs/configuration.md equals contracts.config: every key, default, bounds and meaning.
 
 After a change of contracts.config, `python -m tests.contract.test_configuration_doc` writes the table anew.
 """
@@ -17,12 +17,12 @@ KINDS = {"str": "string", "int": "whole number", "float": "number", "bool": "`tr
 
 
 def keys():
-    """(table, key) of all that can be configured."""
+    """Return (table, key) of every key of the configuration."""
     return [(name, key) for name, table in config.tables().items() for key in fields(table)]
 
 
 def toml(value):
-    """A default as TOML writes it. JSON writes strings, numbers, booleans and lists of strings alike."""
+    """Return a default in TOML, in which strings, numbers, booleans and lists of strings are written as in JSON."""
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
@@ -49,7 +49,7 @@ def test_the_table_is_the_code():
 
 
 def test_the_defaults_on_the_page_are_the_defaults(tmp_path):
-    """All of them put into a file give what no file gives: the page's values are of the right type, too."""
+    """A file with all defaults of the page gives the default configuration, so that their types are right, too."""
     text = ""
     for name in dict.fromkeys(name for name, _ in keys()):
         rows = re.findall(rf"^\| `{re.escape(name)}\.(\w+)` \| `([^`]*)` \|", PAGE.read_text(), re.MULTILINE)

@@ -1,6 +1,6 @@
-"""The deployment's files: in order for those who read them, of one mind with each other, and without a secret.
+"""The deployment's files: valid for the programs that read them, consistent with each other, and without a secret.
 
-That they work together is shown by tests/integration/test_deployment.py, in real containers.
+tests/integration/test_deployment.py shows in real containers that they work together.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Pages that repeat what the code says, held to it."""
+"""Pages that repeat facts of the code agree with it."""
 
 import importlib
 import re

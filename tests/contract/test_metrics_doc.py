@@ -1,4 +1,4 @@
-"""docs/metrics.md is what contracts.metrics says: every measurement, tag and field, with its unit, kind and meaning.
+"""docs/metrics.md equals contracts.metrics: every measurement, tag and field, with unit, kind and meaning.
 
 After a change of contracts.metrics, `python -m tests.contract.test_metrics_doc` writes the page's tables anew.
 """
@@ -32,7 +32,7 @@ def test_the_page_is_the_catalogue():
 
 
 def test_names_are_good_for_every_database():
-    """Small letters, digits and underscores: no quoting in InfluxQL, SQL, PromQL or line protocol."""
+    """Names have lower-case letters, digits and underscores: no quoting in InfluxQL, SQL, PromQL or line protocol."""
     names = [*TAGS, *MEASUREMENTS, *(f.name for m in MEASUREMENTS.values() for f in m.fields)]
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in names)
 

@@ -1,4 +1,4 @@
-"""What holds the house together: arrows between modules, names, the lock, the licences, the shell script."""
+"""Structure and packaging: imports between folders, names, the lock, licences, the shell script."""
 
 import ast
 import importlib.metadata
@@ -22,7 +22,7 @@ LOCK = (ROOT / "requirements.lock").read_text()
 
 
 def normalized(name: str) -> str:
-    """The name as indexes compare it (PEP 503)."""
+    """Return a distribution's name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -92,7 +92,7 @@ def test_every_source_is_kept_from_the_others() -> None:
 
 
 def test_contracts_are_light() -> None:
-    """Whoever reads a capture on a laptop imports the contracts; they may cost numpy and zstandard, not a database."""
+    """Reading a capture on a laptop imports the contracts: they may need numpy and zstandard, but no database."""
     allowed = {"contracts", "numpy", "zstandard", *sys.stdlib_module_names}
     for path in (ROOT / "contracts").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -105,7 +105,7 @@ def test_contracts_are_light() -> None:
 
 
 def test_nobody_else_claims_our_names() -> None:
-    """Our import names are flat, so another distribution with a `collector` would shadow ours, or be shadowed."""
+    """MACE's import names are top-level: another distribution with a `collector` would shadow it, or be shadowed."""
     claims = importlib.metadata.packages_distributions()
     for name in TOP_LEVEL:
         assert set(claims.get(name, [])) <= {"mace"}, f"{name} is also claimed by {claims[name]}"
@@ -148,7 +148,7 @@ def test_every_dependency_has_both_bounds_or_a_reason() -> None:
 
 
 def test_every_dependency_is_explained() -> None:
-    """...and nothing is explained that is gone."""
+    """Every dependency is explained, and every explanation is of a dependency."""
     text = (ROOT / "docs/design/002-dependencies.md").read_text()
     explained = {normalized(name) for name in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)}
     assert explained == {requirement_name(requirement) for requirement in direct_requirements()}
@@ -173,7 +173,7 @@ def test_lock_has_hashes_and_no_addresses() -> None:
 
 
 def test_environment_is_the_locked_one() -> None:
-    """Otherwise the tests speak of other versions than users get."""
+    """The tests run with the locked versions; otherwise they would test other versions than users get."""
     for line in re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", LOCK, re.MULTILINE):
         locked = Requirement(line)
         if locked.marker is None or locked.marker.evaluate():  # some are for other interpreters only
@@ -230,7 +230,7 @@ def test_dev_refuses_unknown_commands() -> None:
 
 @pytest.mark.slow
 def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
-    """Only the files of the wheel and the locked dependencies are on the path: not the tree, not its editable line."""
+    """The installed wheel runs with only its own files and the locked dependencies on the path, without the tree."""
     tree, wheels, installed = (tmp_path / name for name in ("tree", "wheels", "installed"))
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,7 +1,7 @@
-"""The module's reading of packets, compiled for user space, is that of packet captures, wherever the bytes are.
+"""The module's packet parser, compiled for user space, agrees with the reader of packet captures.
 
-The module itself is held against both in virtual machines (tests/kernel/guest/test_packets.py); here many more packets
-are cheap.
+tests/kernel/guest/test_packets.py compares the module itself with both in virtual machines; this test can afford many
+more packets.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 KMOD = HERE.parents[1] / "kmod"
 WHOLE = 1 << 14
 SPLITS = (0, 8, 20, 28, 40, 52, 60, 80, WHOLE)
-"""Bytes of a packet in the linear part."""
+"""Numbers of a packet's bytes in the buffer's linear part."""
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,11 @@ CUT_OFF = (
     "extension header cut off",
     "vxlan with nothing inside",
 )
-"""What they are is decided by bytes that are missing, and that is not remembered."""
+"""Frames whose kind depends on missing bytes, and which are not remembered."""
 
 
 def is_recognised(module, frame, then, linear=WHOLE, buffers=(0, 0)):
-    """Whether `then`, read behind `frame`, is taken for the same packet."""
+    """Return whether `then`, parsed after `frame`, is recognised as the same packet."""
     module.forget()
     read(module, frame, linear, buffers[0])
     module.mark()
@@ -132,7 +132,7 @@ def test_what_routers_and_nat_rewrite_leaves_a_packet_the_same(module, name, at,
 
 
 def variants(seed):
-    """Frames that are cut and changed, each one followed by the frame that it was made of."""
+    """Yield frames that are cut and changed, each followed by the frame that it was made of."""
     random = np.random.default_rng(seed)
     for case in CASES.values():
         frame = case.frame[:260]

@@ -1,4 +1,4 @@
-"""The page about the Python API and the example notebook do what they show."""
+"""The examples on the page about the Python API and in the example notebook run and give the output shown."""
 
 import doctest
 import json
@@ -45,7 +45,7 @@ def test_all_that_the_page_names_exists():
 
 @pytest.mark.slow
 def test_the_notebook_shows_what_it_computes():
-    """Executed as Jupyter does; all text that cells print is as it is kept in the file."""
+    """The notebook, executed like in Jupyter, prints the text that is stored in its file."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     kept = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(kept)
@@ -80,7 +80,7 @@ print(counts)
 
 @pytest.mark.slow
 def test_every_format_opens_in_a_notebook(tmp_path):
-    """In a real kernel, whose loop runs while a cell does. It finds what the readers find here."""
+    """Every format opens in a real Jupyter kernel, whose event loop runs during a cell, and gives the same records."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     cells = [f"from pathlib import PosixPath\nfiles = {GOLDEN_FILES}\nwork = {str(tmp_path)!r}", IN_A_NOTEBOOK]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -95,7 +95,7 @@ def test_every_format_opens_in_a_notebook(tmp_path):
 
 
 def _texts(cell):
-    """Text of each output; pieces of one stream are joined, since the kernel sends what is there when it looks."""
+    """Return the text of each output; pieces of one stream are joined, because the kernel divides it at random."""
     told = []
     for output in cell.get("outputs", []):
         stream, text = output.get("name"), output.get("text", output.get("data", {}).get("text/plain", ""))

@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed with a toy of each kind in a copy of the tree: the checks they name pass.
+"""Follows the recipes of CONTRIBUTING.md with a toy of each kind in a copy of the tree; the named checks must pass.
 
 All toys go into one copy, each by the steps of its recipe and no others, and pytest runs there once. What a recipe
 forgets fails here: a step as a check of the toy, a file as one that was touched and is not named.
@@ -47,7 +47,7 @@ class Tree:
         self.touched.add(name)
 
     def insert(self, name, before, text):
-        """Put text in front of the only place in a file that reads so."""
+        """Insert text in front of a text that occurs once in a file."""
         there = (self.place / name).read_text()
         assert there.count(before) == 1, f"{name} has {there.count(before)} of {before!r}"
         self.write(name, there.replace(before, text + before))
@@ -62,7 +62,7 @@ class Tree:
         self.write(name, (self.place / name).read_text() + text)
 
     def run(self, *argv):
-        """Exit status and output of Python in the copy."""
+        """Run Python in the copy, and return exit status and output."""
         environment = {**os.environ, "PYTHONPATH": str(self.place)}
         done = subprocess.run(
             [sys.executable, *argv], cwd=self.place, env=environment, capture_output=True, text=True, check=False
@@ -483,7 +483,7 @@ def a_sink(tree):
         "        yield made\n\n\n",
     )
     tree.insert(kit, '    "prometheus": prometheus,\n    "mqtt"', '    "toylines": toylines,\n')
-    tree.insert(kit, '"store"}\n"""Lossless', '"toylines", ')
+    tree.insert(kit, '"store"}\n"""Sinks', '"toylines", ')
 
 
 # --- a command -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The mechanism of tests/conftest.py itself: needs that are not met skip a test, or fail it under MACE_REQUIRE."""
+"""Tests of tests/conftest.py: a need that is not met skips a test, or fails it under MACE_REQUIRE."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def test_fixture_order(toucher):
 
 
 def run_inner(folder: Path, tests: str, require: str | None) -> subprocess.CompletedProcess[str]:
-    """Run pytest on `tests` in a process of its own, with our conftest as a plugin."""
+    """Run pytest on `tests` in a process of its own, with tests/conftest.py as a plugin."""
     # The replaced needs must be in place before MACE_REQUIRE is read.
     (folder / "stand_ins.py").write_text(tests.split("@pytest", 1)[0])
     (folder / "test_inner.py").write_text(tests)

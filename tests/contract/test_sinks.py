@@ -1,7 +1,7 @@
-"""What `contracts.interfaces.Sink` promises, held against every sink there is.
+"""Every sink keeps the contract of `contracts.interfaces.Sink`.
 
-To add one: a maker in MAKERS, and in CLOGGED a maker of the same sink in front of something that takes nothing (a
-server that never answers, a client that never reads). A sink that may make its caller wait says so in WAITS.
+To add a sink, add a maker to MAKERS, and to CLOGGED a maker of the sink with a clogged peer (a server that never
+answers, a client that never reads). A sink that may make its caller wait is listed in WAITS.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ def prometheus(place):
 
 @contextmanager
 def silent_server():
-    """Accepts connections and reads nothing, ever."""
+    """A server that accepts connections and never reads."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(64)
@@ -75,7 +75,7 @@ def clogged_influxdb(place):
 
 @contextmanager
 def clogged_prometheus(place):
-    """Clients that connect, ask, and read nothing."""
+    """A Prometheus sink with clients that connect, send a request, and never read."""
     port = servers.free_port()
     with (
         ExitStack() as clients,
@@ -133,7 +133,7 @@ MAKERS = {
 }
 CLOGGED = {"influxdb": clogged_influxdb, "prometheus": clogged_prometheus, "mqtt": clogged_mqtt}
 WAITS = {"store"}
-"""Lossless by design: its pressure reaches the ring (docs/design/008-pipeline.md)."""
+"""Sinks that are lossless by design: their pressure reaches the ring (docs/design/008-pipeline.md)."""
 
 
 def of(makers):
@@ -148,7 +148,7 @@ def test_every_sink_has_its_makers():
 
 @of(MAKERS)
 def test_a_run(make, tmp_path):
-    """Open, write, close, and close once more; nothing of it is left behind."""
+    """A sink opens, writes, closes, closes again, and leaves nothing behind."""
 
     async def work():
         with make(tmp_path) as (sink, vitals):
@@ -192,7 +192,7 @@ def test_results_without_rows_and_with_new_devices(make, tmp_path):
 
 @of(CLOGGED)
 def test_clogged_it_neither_waits_nor_grows(make, tmp_path):
-    """What waits, waits within bounds; what is dropped is counted; the loop goes on turning."""
+    """A clogged sink buffers within bounds, counts dropped rows, and does not block the event loop."""
 
     async def work():
         with make(tmp_path) as (sink, vitals):
@@ -230,7 +230,7 @@ def test_clogged_it_neither_waits_nor_grows(make, tmp_path):
 
 
 def test_what_the_endpoint_says_while_a_database_is_away(tmp_path):
-    """Both sinks of one run: the endpoint shows the other's account, and stays healthy and ready."""
+    """In a run with both sinks the endpoint shows the account of the database, and stays healthy and ready."""
     port = servers.free_port()
 
     def page(name):
@@ -275,6 +275,6 @@ def test_what_the_endpoint_says_while_a_database_is_away(tmp_path):
 
 
 def test_they_are_sinks():
-    """The protocol's three methods, by name: static checkers do not see the table."""
+    """Every sink has the protocol's three methods; static checkers do not see the table of sinks."""
     assert all(callable(getattr(EmbeddedStore, name)) for name in ("open", "write", "aclose"))
     assert {name for name in vars(Sink) if not name.startswith("_")} == {"open", "write", "aclose"}

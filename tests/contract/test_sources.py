@@ -1,7 +1,7 @@
-"""What `contracts.interfaces.Source` promises, held against every source there is, live and file.
+"""Every source, live or file, keeps the contract of `contracts.interfaces.Source`.
 
-To add one: for a file, a recording in `tests.places.GOLDEN_FILES`; for a live source, a maker in LIVE, of one whose
-rings are small and of what makes records happen.
+To add a file format, add a recording to `tests.places.GOLDEN_FILES`. To add a live source, add a maker to LIVE, of a
+source with small rings and of the functions that cause records.
 """
 
 import asyncio
@@ -37,26 +37,26 @@ from tests.places import GOLDEN_FILES
 
 OLD, NEW = Device(HOST_NETNS, 2, "eth0", "veth"), Device(HOST_NETNS, 3, "eth1", "veth")
 STEP = 500
-"""Records that happen at once: each ring has room for them, and none for ten times as many."""
+"""Records that are caused at once: each ring has room for them, and none for ten times as many."""
 
 
 @dataclass
 class Made:
-    """A source to be, and the world that it observes."""
+    """A source under test, and the world that it observes."""
 
     make: Callable[[], Source]
     cannot_open: Callable[[], None]
-    """From now on `open` fails, as late as it can."""
+    """Makes `open` fail from now on, as late as possible."""
     happens: Callable[[], Awaitable[None]] | None = None
-    """Makes `STEP` records happen. None: all there will ever be has happened, and the source ends by itself."""
+    """Causes `STEP` records. None: the source has all its records and ends by itself."""
     news: Callable[[], None] = lambda: None
-    """A device comes."""
+    """Adds a device."""
     held: Callable[[], int] = lambda: 0
-    """How much of what was handed out to sources was not given back."""
+    """Number of objects handed out to sources and not released."""
 
 
 class Followers:
-    """Who follows devices for sources."""
+    """Makes followers of devices for the sources, and keeps them."""
 
     def __init__(self):
         self.made = []
@@ -84,7 +84,7 @@ class Followers:
 
 
 class Module(MadeDevice):
-    """A made-up module whose clock goes by itself, and that is a file to asyncio."""
+    """A made-up module with a running clock, and with a file descriptor for asyncio."""
 
     def __init__(self):
         super().__init__(cpus=max(online_cpus()) + 1)
@@ -173,7 +173,7 @@ def test_every_source_has_its_maker():
 
 
 def mine(made):
-    """What this process and the machine have of a source: its files, tasks and urgency, and what was handed out."""
+    """Return the resources of a source: open files, tasks, scheduling class, and objects handed out to it."""
     fds = Counter()
     for fd in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # that of the list itself
@@ -193,13 +193,13 @@ async def nothing_left(made):
 
 
 def records(items):
-    """Records that are no markers, and how many more the markers tell of."""
+    """Return the number of records without markers, and the number of lost records that markers report."""
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
     return batch[batch.hook != Hook.LOST], batch.lost
 
 
 def check_stream(items):
-    """In the order of time; what records name is told before them; nothing comes of a time that was called complete."""
+    """Check a stream: records are in order of time, sightings precede them, no record precedes earlier progress."""
     assert isinstance(items[0], Topology)
     at, sightings = -(1 << 63), ()
     for item in items:
@@ -388,7 +388,7 @@ def test_a_reader_that_goes_leaves_nothing(maker, tmp_path, how):
 
 @of(FILES)
 def test_clogged_a_file_waits(maker, tmp_path):
-    """Whoever does not read has nothing read for him, and misses nothing."""
+    """Without a consumer a file source reads nothing ahead, and loses nothing."""
 
     async def work(made):
         source = made.make()
@@ -422,7 +422,7 @@ def test_clogged_a_file_waits(maker, tmp_path):
 
 @of(LIVE)
 def test_clogged_a_live_source_counts_what_it_loses(maker, tmp_path):
-    """While nobody reads, rings overflow; every record comes, or a marker counts it."""
+    """Without a consumer the rings overflow; every record is delivered or counted by a marker."""
 
     async def work(made):
         source = made.make()

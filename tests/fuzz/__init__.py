@@ -1,1 +1,1 @@
-"""`./dev fuzz`: hostile and damaged input for everything that reads what others wrote, for as long as one likes."""
+"""`./dev fuzz`: feeds hostile and damaged input to every reader of foreign data, for as long as the user wants."""

@@ -1,7 +1,7 @@
-"""`./dev fuzz [MINUTES]`: hostile and damaged input, in turns over all targets.
+"""`./dev fuzz [MINUTES]`: feeds hostile and damaged input to all targets in turn.
 
 Attempts run in child processes with bounds on time, memory and files, so that a crash or a hang is a finding like any
-other. An input is made from its number alone: `--again TARGET NUMBER` runs one once more, in this process.
+other. An input depends on its number alone: `--again TARGET NUMBER` repeats one in this process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can become of bytes on their way, and frames that are changed and sealed again."""
+"""Mutations of bytes as in damaged transfers, and of frames that get valid checksums again."""
 
 from __future__ import annotations
 

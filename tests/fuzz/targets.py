@@ -1,7 +1,7 @@
-"""What is fuzzed: each target makes an input from a number, and reads it as MACE would.
+"""Targets of the fuzzer: each makes an input from a number, and reads it as MACE would.
 
-An attempt may end well or with an error of MACE's own (`MaceError`). Anything else is a finding: another exception, a
-figure that changed in silence, too much time, memory or too many files (the limits are in `__main__`).
+An attempt may succeed or raise an error of MACE's own (`MaceError`). Anything else is a finding: another exception, a
+figure that changed silently, too much time, memory or too many files (the limits are in `__main__`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every recording gives the figures and the stored rows that it gave before, bit for bit."""
+"""Every golden recording still gives its figures and stored rows, bit for bit."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is read of outputs that tools have printed, and what becomes of it with the packets of the same time."""
+"""Recorded outputs of tools are parsed as before, and are corrected with the packets captured at the same time."""
 
 import json
 import re

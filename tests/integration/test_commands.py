@@ -1,4 +1,4 @@
-"""The command line on the real kernel: the README's tour word by word, labs of both runtimes, what a terminal shows."""
+"""The command line on the real kernel: the README's tour word by word, labs of both runtimes, terminal output."""
 
 import json
 import os

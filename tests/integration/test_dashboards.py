@@ -1,7 +1,7 @@
-"""Every query of every dashboard, on a real InfluxDB that the real pipeline has filled.
+"""Every query of every dashboard runs on a real InfluxDB that the real pipeline has filled.
 
-Two captures of the same traffic, by the module and by ftrace (tests/golden/both-sources), what a live run with the
-module told of its own cost, and a live run here, by ftrace: only live ones have a health to tell of.
+The data are two captures of the same traffic, by the module and by ftrace (tests/golden/both-sources); the module's own
+cost, recorded in a live run; and a live run here by ftrace, because only live runs report their health.
 """
 
 import json
@@ -199,7 +199,7 @@ def test_a_loss_is_on_the_first_screen(database):
         ledger = json.loads(mace("replay", FILES / f"{source}.mace", "--json"))["ledger"]
         for name, count in ledger.items():
             expected[name] = expected.get(name, 0) + count
-    for title in ("Records that are missing", "Records without a delay"):
+    for title in ("Records missing", "Records without a delay"):
         one = next(one for one in ALL if one.where.startswith(f"overview: {title}"))
         (series,) = rows(database, one, EVERYTHING, database.then)
         found = dict(zip(series["columns"], series["values"][0], strict=True))

@@ -1,7 +1,7 @@
-"""The project's own image and Compose file, for real: built, started by Docker Compose on the lab's Docker, measuring.
+"""The project's image and Compose file are built, started by Docker Compose on the lab's Docker, and measure.
 
-Nothing can be pulled here, so what the file names is made of the machine's own packages under the same names: a base
-for the Dockerfile, and mosquitto. InfluxDB 2.7 and Grafana cannot be had; the rest runs as it is written.
+No image can be pulled here. Images of the same names are made of the machine's own packages: a base for the Dockerfile,
+and mosquitto. InfluxDB 2.7 and Grafana are not available; all other services run as the file defines them.
 """
 
 import functools

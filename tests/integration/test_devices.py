@@ -1,4 +1,4 @@
-"""The follower against the real kernel. Every device and route lives in namespaces that the test makes and removes."""
+"""The follower of devices on the real kernel; devices and routes are in namespaces that the tests make and remove."""
 
 import asyncio
 import contextlib

@@ -1,7 +1,7 @@
-"""The trace source on the running kernel.
+"""The ftrace source on the running kernel.
 
-Other tracers and other traffic may be about: what is counted to the last event is filtered, in the kernel, to the
-devices that a test made for itself, in a network namespace that ends with the process in it.
+Other tracers and other traffic may be active. Tests that count every event therefore filter, in the kernel, for devices
+that they made in a network namespace of their own, which ends with its process.
 """
 
 import asyncio

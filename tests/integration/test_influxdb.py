@@ -1,4 +1,4 @@
-"""The InfluxDB sink against a real server: what is stored, and that it is what the account says, whatever happens.
+"""The InfluxDB sink with a real server: the stored rows equal the sink's account, whatever faults occur.
 
 The long forms (ten minutes of each) are `./dev soak`.
 """

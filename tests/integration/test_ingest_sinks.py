@@ -1,4 +1,4 @@
-"""Many hosts' streams through the ingest into a real InfluxDB: the rows of the embedded store, each host's own."""
+"""Streams of many hosts through the ingest into a real InfluxDB: each host has the rows of the embedded store."""
 
 import asyncio
 import urllib.request

@@ -1,4 +1,4 @@
-"""Real packets of a lab all the way into real servers: round trips into InfluxDB, raw records over a broker."""
+"""Real packets of a lab reach real servers: round trips InfluxDB, raw records an ingest over a broker."""
 
 import re
 import socket

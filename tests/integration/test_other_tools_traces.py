@@ -1,8 +1,8 @@
-"""One answer: the same packets, live and out of the files of other tools.
+"""The same packets give the same results, live and from the files of other tools.
 
-One run in the lab: our own live capture, which keeps the pages that it takes out of the kernel, so that a trace.dat and
-a Perfetto trace can be made of the very same records; a second trace instance, of which `trace-cmd extract` makes a
-trace.dat and the kernel makes text; and tcpdump in the container and at the outer device.
+One run in the lab has three recordings: MACE's live capture, which keeps the kernel's pages, so that a trace.dat and a
+Perfetto trace can be made of the same records; a second trace instance, from which `trace-cmd extract` makes a
+trace.dat and the kernel prints text; and tcpdump in the container and at the outer device.
 """
 
 import asyncio

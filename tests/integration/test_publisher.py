@@ -1,4 +1,4 @@
-"""What a host publishes with a real broker between: rivals, forged acknowledgements, a spool with strange frames."""
+"""A host publishes over a real broker despite rivals, forged acknowledgements and a spool with foreign frames."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""A pod whose packets are put on its device by bpf_redirect_peer, as Cilium's host routing does."""
+"""A pod whose packets reach its device by bpf_redirect_peer, as with Cilium's host routing."""
 
 import ctypes
 import json

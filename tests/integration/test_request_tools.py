@@ -1,4 +1,4 @@
-"""fping, dig and curl, as the distribution has them, in a container: their samples are found among the packets."""
+"""Samples of the distribution's fping, dig and curl, run in a container, are paired with their packets."""
 
 import json
 import signal

@@ -1,12 +1,11 @@
 """Independent witnesses of the same packets: bpftrace and perf compute the same delays from the same tracepoints.
 
-Counts are equal. Medians are not equal to the nanosecond: the observers stamp one after the other in the list of the
-tracepoint's probes, so that at each hook the second one's time is later by what the first one's probe costs (0.2 µs for
-ftrace, 0.3 for bpftrace, 0.9 for perf). Where the costs at both ends of a delay are equal, they cancel out: ingress
-medians were found within 0.16 µs. On egress the first end is the first thing that happens to a packet, with cold
-caches if packets are rare, and there the second observer is later by more: 0.5 µs at 500 packets/s, 1.5 to
-6.2 µs, 12 % of the delay at most, at 100 packets/s. Hence the bound: 1 µs or a quarter of the delay, whichever is more.
-A wrong device or a wrong pair would be off by a whole crossing or a whole interval.
+Counts are equal. Medians are not equal to the nanosecond: the probes of a tracepoint run one after the other, so that
+at each hook the second observer's time is later by the cost of the first observer's probe (0.2 µs for ftrace, 0.3 for
+bpftrace, 0.9 for perf). If the costs at both ends of a delay are equal, they cancel out: ingress medians agreed within
+0.16 µs. On egress the first hook runs with cold caches if packets are rare, which delays the second observer more:
+0.5 µs at 500 packets/s, and 1.5 to 6.2 µs, at most 12 % of the delay, at 100 packets/s. The bound is therefore 1 µs or
+a quarter of the delay, whichever is more. A wrong device or a wrong pair would be off by a whole crossing or interval.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""`./dev test-kernel`: a command, usually the guest's tests, on every kernel."""
+"""`./dev test-kernel`: runs a command, by default the guest's tests, on every kernel."""
 
 import argparse
 import sys

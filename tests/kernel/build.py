@@ -1,8 +1,8 @@
-"""Build the module against a kernel's headers, outside the repository.
+"""Builds the module against a kernel's headers, outside the repository.
 
-A build is named by a digest of all that went in and is kept, so that an unchanged module is built once. A warning is a
-failure. The newest kernel's module is built in a chroot of Debian 13; sources and headers are copied into it, nothing
-of the host is mounted there.
+A build is named by a digest of its inputs and kept, so that an unchanged module is built once. A warning is a failure.
+The newest kernel's module is built in a chroot of Debian 13, into which sources and headers are copied; nothing of the
+host is mounted there.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ WARNING = re.compile(r"\bwarning:|\bWARNING:|\berror:", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """A module ready to be loaded into its kernel."""
+    """A module built for a kernel."""
 
     kernel: Kernel
     module: Path  # mace.ko
@@ -42,9 +42,9 @@ class Build:
 
 
 def build(kernel: Kernel, source: Path = SOURCE, extra: Mapping[str, str] | None = None) -> Build:
-    """Build what `source` holds; `extra` are more variables of make, such as C=2 and CF= for sparse.
+    """Build the module in `source`; `extra` are further variables of make, such as C=2 and CF= for sparse.
 
-    Raises KernelUnavailable, with the compiler's words, also for a warning.
+    Raises KernelUnavailable with the compiler's output, even for a warning.
     """
     variables = {
         "W": "1",
@@ -66,7 +66,7 @@ def build(kernel: Kernel, source: Path = SOURCE, extra: Mapping[str, str] | None
 
 
 def _files(source: Path) -> list[Path]:
-    """What of the folder is source, in order: not what a build in the tree has left there."""
+    """Return the source files of the folder, in order, without the output of a build in the tree."""
     made = re.compile(r"\..*|.*\.(o|ko|mod|mod\.c|cmd)|Module\.symvers|modules\.order")
     return sorted(path for path in source.rglob("*") if path.is_file() and not made.fullmatch(path.name))
 
@@ -163,7 +163,7 @@ def _make_in_chroot(kernel: Kernel, work: Path, variables: Mapping[str, str], wh
 
 
 def chroot(suite: str) -> Path:
-    """The root of a small Debian with the compiler, made on first use: half a minute."""
+    """Return the root of a small Debian with the compiler; made on first use, in half a minute."""
     place = cache_dir() / suite
     with locked(suite):
         if not place.is_dir():
@@ -180,7 +180,7 @@ def chroot(suite: str) -> Path:
 
 
 def _take_headers(root: Path, kernel: Kernel) -> None:
-    """Copy the headers and kbuild to where they would be if they were installed."""
+    """Copy the headers and kbuild to the paths at which a package would install them."""
     stamp = root / "build" / f".has-{kernel.release}"
     if stamp.exists():
         return

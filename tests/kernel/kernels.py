@@ -1,8 +1,8 @@
-"""The kernels that the module is tested on, fetched from Debian's archive into a cache outside the repository.
+"""Kernels for testing the module, fetched from Debian's archive into a cache outside the repository.
 
-Debian's cloud images, because they are small (42 MB of packages each), signed, kept current, and have as modules what
-the tests need: veth, bridge, netem, VXLAN, overlay, virtiofs. apt finds and verifies them with a configuration of its
-own; nothing is installed into the host.
+The kernels are those of Debian's cloud images: small (42 MB of packages each), signed, kept current, and with the
+modules that the tests need: veth, bridge, netem, VXLAN, overlay, virtiofs. apt finds and verifies them with a
+configuration of its own; nothing is installed on the host.
 
     <cache>/<name>.json          which release stands for the name; written last, so that it means "done"
     <cache>/releases/<release>/  the unpacked packages
@@ -30,12 +30,12 @@ ATTEMPTS = 3  # mirrors hiccup
 
 
 class KernelUnavailable(Exception):
-    """A kernel could not be fetched, or its module not be built: what failed, and the end of what was said."""
+    """A kernel could not be fetched, or its module not built; the message has the step and the end of its output."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelLine:
-    """A line of kernels and where in Debian it lives."""
+    """A line of kernels and its place in Debian."""
 
     suites: tuple[str, ...]  # together the newest wins; if the mirror has dropped one, the others do
     compiler: str  # of the host, or of the chroot where builds_in names one
@@ -50,7 +50,7 @@ KERNELS: dict[str, KernelLine] = {
     # Its objtool wants glibc 2.38, its configuration gcc 14.
     "7": KernelLine(("trixie-backports",), "gcc-14", builds_in="trixie"),
 }
-"""Oldest first: one for each Debian and the newest that there is."""
+"""Kernels, oldest first: one for each Debian release, and the newest."""
 
 # What to unpack of everything that the two metapackages lead to. linux-base, linux-compiler and initramfs-tools
 # configure the host and are of no use here; in 7 the image is split into binary, modules and base.
@@ -59,7 +59,7 @@ PARTS = re.compile(r"linux-(image|binary|modules|headers|kbuild|base)-\S*\d\S*(?
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """An unpacked kernel. Directories are inside the cache and are not written to."""
+    """An unpacked kernel. Its directories are in the cache and must not be modified."""
 
     name: str  # as in KERNELS
     release: str  # as uname -r says it
@@ -80,12 +80,12 @@ class Kernel:
 
     @property
     def headers_dir(self) -> Path:
-        """The kernel's configuration and what was generated from it: O= of its builds."""
+        """The kernel's configuration and generated headers: O= of its builds."""
         return self.root / "usr/src" / f"linux-headers-{self.release}"
 
     @property
     def common_dir(self) -> Path:
-        """The headers that all flavours share, with the Makefile: the source tree of its builds."""
+        """Headers that all flavours share, with the Makefile: the source tree of its builds."""
         return self.root / "usr/src" / f"linux-headers-{self.release.removesuffix('-cloud-amd64')}-common"
 
 
@@ -104,7 +104,7 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """One process and thread at a time; the lock goes with the process that holds it."""
+    """Let one process and thread at a time run the block; the lock ends with the process that holds it."""
     with (cache_dir() / f".{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -112,7 +112,7 @@ def locked(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(prefix: str) -> Iterator[Path]:
-    """A directory on the cache's file system: what is complete is renamed out of it, the rest goes."""
+    """Make a temporary directory on the cache's file system: complete results are renamed out of it."""
     for left in cache_dir().glob(".*-*/"):  # by who was killed
         if left.stat().st_mtime < time.time() - 86400:
             shutil.rmtree(left, ignore_errors=True)
@@ -127,7 +127,7 @@ def scratch(prefix: str) -> Iterator[Path]:
 def run(
     args: Sequence[str | Path], *, what: str, cwd: Path | None = None, timeout_s: float = 600, tail_lines: int = 20
 ) -> str:
-    """The program's output, both streams. Raises KernelUnavailable, beginning with `what`."""
+    """Run a program, and return its output, both streams; raises KernelUnavailable, beginning with `what`."""
     env = os.environ | {"LC_ALL": "C", "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
     try:
         done = subprocess.run(
@@ -153,7 +153,7 @@ def run(
 
 
 def mirror() -> str:
-    """Address of the Debian archive, ending in /debian; the one this machine's apt uses."""
+    """Return the address of the Debian archive that this machine's apt uses, ending in /debian."""
     named = os.environ.get("MACE_DEBIAN_MIRROR")
     if named:
         return named.rstrip("/")
@@ -210,7 +210,7 @@ class _Apt:
         return run([program, "-q", *self.options, *args], what=self.what, cwd=self.home)
 
     def parts_of(self, *metapackages: str) -> set[str]:
-        """Names of the packages to unpack."""
+        """Return the names of the packages to unpack."""
         seen: set[str] = set()
         asked = set(metapackages)
         while asked:
@@ -222,7 +222,7 @@ class _Apt:
 
 
 def _apt(home: Path, suites: Sequence[str]) -> _Apt:
-    """apt over all suites, or if the mirror has dropped one of them, over the first that it still has."""
+    """Return apt over all suites or, if the mirror has dropped one of them, over the first that it has."""
     try:
         return _Apt(home / "all", suites)
     except KernelUnavailable:
@@ -236,7 +236,7 @@ def _apt(home: Path, suites: Sequence[str]) -> _Apt:
 
 
 def fetched(name: str) -> Kernel | None:
-    """The kernel if it is in the cache."""
+    """Return the kernel if it is in the cache, else None."""
     try:
         release = json.loads((cache_dir() / f"{name}.json").read_text())["release"]
     except FileNotFoundError:
@@ -246,7 +246,7 @@ def fetched(name: str) -> Kernel | None:
 
 
 def fetch(name: str, *, newest: bool = False) -> Kernel:
-    """The kernel from the cache, else from Debian; with `newest` Debian is asked in any case.
+    """Return the kernel from the cache or, if it is not there or with `newest`, from Debian.
 
     Raises KernelUnavailable.
     """
@@ -294,7 +294,7 @@ def _unpack(kernel: Kernel, packages: Sequence[Path]) -> None:
 
 
 def unpacked(package: str, suites: Sequence[str]) -> Path:
-    """What a Debian package holds, without what it depends on, in the cache. Raises KernelUnavailable."""
+    """Unpack a Debian package, without its dependencies, into the cache; raises KernelUnavailable."""
     place = cache_dir() / "packages" / "-".join((package, *suites))
     with locked(package):
         if not place.is_dir():
@@ -313,9 +313,9 @@ SCRIPTS = ("checkpatch.pl", "spelling.txt", "const_structs.checkpatch", "kernel-
 
 
 def source_scripts() -> Path:
-    """A directory with SCRIPTS of the kernel's source, which no smaller package has: 130 MB to fetch, once.
+    """Return a directory with SCRIPTS of the kernel's source.
 
-    Raises KernelUnavailable.
+    No smaller package has them: 130 MB are fetched, once. Raises KernelUnavailable.
     """
     place = cache_dir() / "scripts"
     with locked("scripts"):

@@ -1,4 +1,4 @@
-"""One command on several kernels, so many at a time as there are cores: fetch, build, boot."""
+"""Runs one command on several kernels, as many at a time as there are cores: fetch, build, boot."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ PASSED_ON = ("CI", "MACE_REQUIRE")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to do on every kernel."""
+    """A command to run on every kernel."""
 
     command: Sequence[str] = PYTEST
     timeout_s: float = TIMEOUT_S
@@ -35,7 +35,7 @@ class Task:
 
 
 class Matrix:
-    """Machines under way. Leaving the context ends those that still run.
+    """Running machines. Leaving the context ends those that still run.
 
     with Matrix(["6.1", "6.12"], Task()) as matrix:
         matrix.futures["6.12"].result()   # a vm.Result; raises KernelUnavailable, MachineFailed

@@ -1,7 +1,7 @@
-"""The guest's tests, on every kernel: one test here for each.
+"""Runs the guest's tests on every kernel, one test here for each kernel.
 
-These tests come last: their machines were started when the tests began that only compute (`tests/kernel/beside.py`),
-and each test waits for its own.
+These tests run last: their machines are started before the tests that only compute (`tests/kernel/beside.py`), and each
+test waits for its own machine.
 """
 
 from collections.abc import Callable

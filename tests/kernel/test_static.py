@@ -1,6 +1,6 @@
-"""What can be said of the module's C without running it: the judgement of compilers, checkers and formatters.
+"""Static checks of the module's C: compilers, checkers and formatters.
 
-Each check is shown to fail, too, on a copy of the module that is bad in one place.
+Each check is also shown to fail, on a copy of the module with one fault.
 """
 
 import re
@@ -39,7 +39,7 @@ def sources(folder):
 
 
 def copy(tmp_path, name, old, new):
-    """A copy of the module in which `new` stands for the first `old` of one file."""
+    """Return a copy of the module in which `new` replaces the first `old` of one file."""
     folder = tmp_path / "kmod"
     shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("*.o", "*.ko", "*.mod", "*.mod.c", ".*.cmd"))
     path = folder / name
@@ -50,7 +50,7 @@ def copy(tmp_path, name, old, new):
 
 
 def ran(command, cwd):
-    """Exit status and output, both streams."""
+    """Run a program, and return exit status and output, both streams."""
     done = subprocess.run(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
     )
@@ -165,7 +165,7 @@ def test_kernel_doc_can_fail(tmp_path):
 
 
 def test_no_version_of_a_kernel_is_compared():
-    """Changes are ported back: Kbuild looks into the headers for what there is."""
+    """Distributions port changes back: Kbuild examines the headers instead of comparing versions."""
     for path in sources(SOURCE):
         assert not re.search(r"LINUX_VERSION_CODE|KERNEL_VERSION|linux/version", path.read_text()), path
 
@@ -176,7 +176,7 @@ def test_what_differs_between_kernels_is_looked_for_in_their_headers():
 
 
 def test_numbers_of_user_space_find_a_ring_in_one_place():
-    """A CPU that tries a branch before it knows must not read behind the array: array_index_nospec()."""
+    """A CPU that executes a branch speculatively must not read behind the array: array_index_nospec()."""
     assert "rings[" not in (SOURCE / "mace_chardev.c").read_text()
     text = (SOURCE / "mace_session.c").read_text()
     looked_up = re.findall(r"session->rings\[(.+?)\](?=[,;)])", text)
@@ -235,7 +235,7 @@ def test_hidden_padding_is_found(compiler, tmp_path):
 
 
 def documented(text):
-    """For each struct its fields in order, and the names that its kernel-doc explains."""
+    """Return for each struct its fields in order, and the names that its kernel-doc explains."""
     found = {}
     heads = list(re.finditer(r"^struct (\w+) \{\n(.*?)^\};", text, re.MULTILINE | re.DOTALL))
     assert heads

@@ -1,24 +1,24 @@
-"""A virtual machine that runs one command on one of the kernels, with the host's files as its own, and ends.
+"""A virtual machine that runs one command on a kernel, with a copy-on-write view of the host's files, and ends.
 
     host /    -- virtiofsd, in a mount namespace where all is read-only -->  lower half of the guest's root, an overlay
     (RAM of the guest)                                                       upper half
     exchange  -- virtiofsd, writable -->  /run/exchange: the command in, its output and results out
-    serial line  -->  the kernel's words, and the exit status at the end
+    serial line  -->  the kernel's messages, and the exit status at the end
 
-So the guest has the host's Python, its environment and its tools, and whatever it does to them is gone with it.
+The guest thus has the host's Python, environment and tools, and its changes to them end with it.
 
-QEMU emulates in software where no KVM runs the kernel: that is the same everywhere. Some of
-its arguments are not taste (measured on QEMU 7.2; without them kernels crash that have no module of ours loaded):
+QEMU emulates in software if KVM does not run the kernel; emulation works the same everywhere. Some of its arguments are
+necessary (measured on QEMU 7.2; without them kernels crash even without MACE's module):
 
 - clearcpuid=cx16: the emulation of cmpxchg16b crashes 6.12 in 11 boots of 12. The CPU model must be `max`, and keep
-  cx16, because numpy insists on what such a CPU has.
-- AVX2 is emulated since QEMU 7.2, and wrongly: numpy.isin of 64-bit numbers finds what is not there. Without it in the
-  CPU duckdb does not start, so it is the libraries that are told to leave it alone (`NO_AVX`).
+  cx16, because numpy requires the features of such a CPU.
+- AVX2 is emulated since QEMU 7.2, but incorrectly: numpy.isin of 64-bit numbers gives wrong matches. Without AVX2 in
+  the CPU duckdb does not start, so that the libraries are configured not to use it (`NO_AVX`).
 - tcg,thread=single: with a thread for each CPU, tracepoints toggled under traffic crash the guest.
 - q35: microvm hangs in one boot of three.
 
-QEMU exits with 0 whatever happened inside, so the end is a marker on the serial line, and the kernel's complaints are
-looked for there.
+QEMU always exits with 0. The guest's exit status is therefore a marker on the serial line, which is also searched for
+the kernel's complaints.
 """
 
 import lzma
@@ -50,7 +50,7 @@ MEMORY = "1G"  # pytest, numpy and the rings take 300 MB, the overlay's upper wh
 MODULES = ("virtio_pci", "virtio_rng", "virtiofs", "overlay")  # and what they depend on
 
 POSSIBLE_CPUS = 8
-"""All of them are there, and the kernel starts two: one that is missing is no possible CPU for 6.12 and later."""
+"""CPUs of the machine. All are present, but the kernel starts two: since 6.12 an absent CPU is not a possible one."""
 ALWAYS = "clearcpuid=cx16 maxcpus=2"
 
 # What finds memory misused in kernels without KASAN, and costs the tests no time that could be measured. slub_debug
@@ -64,13 +64,13 @@ NO_AVX = {
     "ARROW_USER_SIMD_LEVEL": "SSE4_2",
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2",
 }
-"""Environment of the command: see above."""
+"""Environment of the command that keeps libraries from using AVX2; see the top of this file."""
 
 EMULATED = ("-accel", "tcg,thread=single", "-cpu", "max")
 KVM = ("-accel", "kvm", "-cpu", "host")
 KVM_PROBE_S = 20
-"""A kernel boots in two or three seconds there. A /dev/kvm of a hypervisor that cannot do it ends in an internal error
-at once, or crawls."""
+"""Time limit for a boot with KVM, which takes two or three seconds. A /dev/kvm that does not work (nested in some
+hypervisors) ends in an internal error at once, or is very slow."""
 
 MARKER = re.compile(r"mace-guest: exit status (\d+)")
 
@@ -80,21 +80,21 @@ COMPLAINT = re.compile(
     r"|general protection fault|unable to handle|refcount_t:|Bad page|(list_add|list_del) corruption|DEBUG_LOCKS"
     r"|mace-guest: (no|cannot) "
 )
-"""What a kernel says when something is wrong with it, and what guest_init.sh says."""
+"""Messages of a kernel with a problem, and of guest_init.sh."""
 
 
 def complaints(serial: str) -> tuple[str, ...]:
-    """The lines of a serial log that say that something is wrong."""
+    """Return the lines of a serial log that report a problem of the kernel."""
     return tuple(line for line in serial.splitlines() if COMPLAINT.search(line))
 
 
 class MachineFailed(Exception):
-    """The machine could not be started, hung, or ended without saying how: with the end of its serial log."""
+    """The machine could not be started, hung, or ended without an exit status; the message has the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a command in a machine."""
+    """Result of a command in a machine."""
 
     release: str  # of the kernel
     exit_status: int
@@ -109,7 +109,7 @@ class Result:
         return self.exit_status == 0 and not self.complaints
 
     def report(self) -> str:
-        """All that one wants to read after a failure."""
+        """Return the output to read after a failure."""
         parts = [self.output.rstrip()]
         if self.complaints:
             first = self.serial.index(self.complaints[0])
@@ -119,7 +119,7 @@ class Result:
 
 
 def missing() -> str | None:
-    """Why no machine can be started here; None if one can."""
+    """Return why no machine can be started here, or None if one can."""
     for program in (
         "qemu-system-x86_64",
         "busybox",
@@ -156,7 +156,7 @@ _kvm: dict[str, bool] = {}
 
 
 def kvm_works(kernel: Kernel) -> bool:
-    """Whether this machine's KVM runs the kernel, unmodified: found out by doing it, once for each kernel."""
+    """Return whether this machine's KVM runs the unmodified kernel, by trying it once for each kernel."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
     with _kvm_lock:
@@ -186,10 +186,10 @@ def boot(
 ) -> Result:
     """Run `command` in a machine of its own and wait for the end of both.
 
-    `env` is added to the guest's environment; MACE_GUEST_RESULTS there names a directory whose files are kept in
-    `results`, if that is given. `stop`, when set by another thread, ends the machine. With `counted` the guest's clocks
-    count instructions, one a nanosecond, and its kernel does not look for misused memory: for benchmarks. `kvm`
-    None: where it works, and nothing is counted. Whatever happens, no process is left behind. Raises MachineFailed.
+    `env` is added to the guest's environment. Files in the guest's directory MACE_GUEST_RESULTS are copied to
+    `results`, if that is given. Another thread may end the machine by setting `stop`. With `counted`, for benchmarks,
+    the guest's clocks count instructions, one per nanosecond, and its kernel does not check for misused memory. `kvm`
+    None: use KVM if it works and nothing is counted. No process is left behind in any case. Raises MachineFailed.
     """
     if kvm is None:
         kvm = not counted and kvm_works(kernel)
@@ -277,7 +277,7 @@ class _Machine:
             )
 
     def _serve(self, name: str, folder: Path, cache: str, *, read_only: bool) -> Path:
-        """Export a folder; the address of the socket to reach it by."""
+        """Export a folder, and return the address of its socket."""
         virtiofsd = _virtiofsd()
         if virtiofsd is None:
             raise MachineFailed(missing() or "no virtiofsd")
@@ -367,7 +367,7 @@ class _Machine:
 
 
 def _initramfs(kernel: Kernel, folder: Path) -> bytes:
-    """busybox, guest_init.sh and the modules without which the guest sees no root."""
+    """Return an initramfs with busybox, guest_init.sh and the modules that the guest needs to mount its root."""
     (folder / "bin").mkdir(parents=True)
     busybox = shutil.which("busybox")
     assert busybox is not None, missing()
@@ -393,7 +393,7 @@ def _initramfs(kernel: Kernel, folder: Path) -> bytes:
 
 
 def _with_dependencies(kernel: Kernel) -> list[Path]:
-    """Files of MODULES and of what they need, each after what it needs; built-in ones have no file."""
+    """Return the files of MODULES and their dependencies, dependencies first; built-in modules have no file."""
     needs: dict[Path, list[Path]] = {}
     for line in (kernel.modules_dir / "modules.dep").read_text().splitlines():
         module, _, rest = line.partition(":")
@@ -416,7 +416,7 @@ def _name(path: Path) -> str:
 
 
 def _module(path: Path) -> tuple[str, bytes]:
-    """Name and content of the uncompressed module, because not every kernel here can unpack it by itself."""
+    """Return name and content of the uncompressed module: not every kernel here can decompress modules."""
     data = path.read_bytes()
     if path.suffix == ".xz":
         data = lzma.decompress(data)

@@ -1,4 +1,4 @@
-"""Which devices a move can be between: found by relation, and by trying each pair."""
+"""Candidates of a move found by their relations equal those found by trying each pair."""
 
 from itertools import product
 

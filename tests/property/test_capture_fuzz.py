@@ -1,8 +1,8 @@
 """Hostile and damaged capture files.
 
-Whatever happens to the bytes of a capture, reading it gives the original items, or a beginning of them that is
-said to be cut, or a `CaptureError`; never another exception, and never other data. Where the writer itself is
-hostile (right checksums, any content), what is read keeps the contract of a stream.
+Whatever bytes of a capture change, reading gives the original items, or a beginning of them reported as cut, or a
+`CaptureError`; never another exception, and never other data. If the writer itself is hostile (valid checksums, any
+content), the items read keep the contract of a stream.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""Which packets are a sample's: never wrong ones, and all that can be told; against a reference that tries all."""
+"""Samples are never paired with wrong packets, and all certain pairs are found; a reference tries all assignments."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The correlator against `tests.reference`, however the records are cut."""
+"""The correlator agrees with `tests.reference`, however the records are divided."""
 
 import itertools
 import json

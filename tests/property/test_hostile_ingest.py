@@ -1,4 +1,4 @@
-"""Whatever one host sends, in any order, and whenever the ingest is killed: the other's rows are all there, once."""
+"""Whatever one host sends, in any order, and whenever the ingest is killed, the other host's rows are stored once."""
 
 import shutil
 import tempfile

@@ -1,4 +1,4 @@
-"""How often intervals cover the truth, for series whose autocorrelation is known: AR(1), x[t] = r x[t-1] + noise."""
+"""Coverage of the confidence intervals, for series of known autocorrelation: AR(1), x[t] = r x[t-1] + noise."""
 
 import numpy as np
 import pytest

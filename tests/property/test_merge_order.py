@@ -1,4 +1,4 @@
-"""However records are cut into batches and CPUs are read, one stream comes out: by time, CPU, place in the ring."""
+"""However records are divided into batches and CPUs are read, the stream is ordered by time, CPU, place in the ring."""
 
 import random
 

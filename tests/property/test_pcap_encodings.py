@@ -1,4 +1,4 @@
-"""One traffic, written as captures in every encoding: each gives the same delays, and counts what it left out."""
+"""Captures of the same traffic in every encoding give the same delays, and count the packets left out."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""Hostile packet captures and texts: a clear error or the good part, within bounded time and memory."""
+"""Hostile packet captures and texts give a clear error or their valid part, within bounded time and memory."""
 
 import gzip
 import struct

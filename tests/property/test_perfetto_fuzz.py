@@ -1,6 +1,6 @@
-"""Perfetto traces with bytes changed, cut out, put in: an error with an offset or records, and the ledger balances.
+"""Perfetto traces with changed, removed or added bytes give an error with an offset, or records and a balanced ledger.
 
-What once went wrong stays here as an example.
+Inputs that once failed are kept here as examples.
 """
 
 import tempfile

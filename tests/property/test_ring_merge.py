@@ -1,4 +1,4 @@
-"""However rings are filled, taken and released: one stream, by time, CPU and place in the ring, nothing twice."""
+"""However rings are filled, taken and released, the stream is ordered by time, CPU, place, without duplicates."""
 
 import random
 

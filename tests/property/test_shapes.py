@@ -1,4 +1,4 @@
-"""Lives that are measured by their shape come out as if each had been measured by itself."""
+"""Measuring lives by their shape gives the same results as measuring each life alone."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""Texts of every form, written of tasks with any names: each event is read as it was, or is told not to be.
+"""Texts in every form, of tasks with any names: each event is read correctly, or reported as unread.
 
 The writers follow the tracers' own formats: kernel/trace/trace_output.c (trace_print_context, lat_print_generic,
 lat_print_timestamp), builtin-script.c of perf (perf_sample__fprintf_start) and trace-cmd's report.

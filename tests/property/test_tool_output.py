@@ -1,4 +1,4 @@
-"""Outputs of tools made from a known truth, in many forms and with other lines at any place: the truth is read."""
+"""Outputs of tools with known samples, in many forms and mixed with other lines, are parsed to these samples."""
 
 import json
 

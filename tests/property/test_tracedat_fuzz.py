@@ -1,7 +1,7 @@
-"""Hostile trace.dat files: a clear error or the good part, never a crash, within bounded time and memory.
+"""Hostile trace.dat files give a clear error or their valid part, never a crash, within bounded time and memory.
 
-Anything that is wrong ends in a `CaptureError` that names a byte of the file. With salvage the same files give what can
-be read, and what they give is a part of what the whole file gives.
+Any damage raises a `CaptureError` that names a byte of the file. With salvage, such files give their readable part,
+which is a part of the records of the undamaged file.
 """
 
 import struct

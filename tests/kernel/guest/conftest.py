@@ -1,4 +1,4 @@
-"""The module, loaded for the length of a test, and the lab."""
+"""Fixtures: the module, loaded for the duration of a test, and the lab."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def unload() -> None:
 
 
 def lab_ifindex(lab: Lab, container: str) -> int:
-    """Index of a container's device in its namespace."""
+    """Return the index of a container's device in its namespace."""
     shown = subprocess.run(
         ["ip", "-n", lab.netns_path(container).name, "-j", "link", "show", "dev", "eth0"],
         check=True,
@@ -36,7 +36,7 @@ def lab_ifindex(lab: Lab, container: str) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def in_a_memory_cgroup() -> None:
-    """Tests, and what they start, run in one, as every service of systemd and every container does."""
+    """Run tests, and processes that they start, in a memory cgroup, like services of systemd and containers."""
     group = Path("/sys/fs/cgroup")
     (group / "cgroup.subtree_control").write_text("+memory")
     (group / "tests").mkdir()
@@ -45,7 +45,7 @@ def in_a_memory_cgroup() -> None:
 
 @pytest.fixture
 def load_module() -> Iterator[Callable[..., None]]:
-    """Loads the module with parameters; unloaded afterwards."""
+    """A function that loads the module with parameters; the module is unloaded afterwards."""
     yield load
     if Path("/sys/module/mace").exists():
         unload()
@@ -53,13 +53,13 @@ def load_module() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def module(load_module: Callable[..., None]) -> None:
-    """The module as it is by default."""
+    """The module, loaded with default parameters."""
     load_module()
 
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    """Two containers; their neighbours are known, so that no packet waits for ARP or ND."""
+    """A lab of two containers whose neighbours are resolved, so that no packet waits for ARP or ND."""
     with running(Spec(name="vm", containers=2)) as made:
         for family in (4, 6):
             for container in made.containers:

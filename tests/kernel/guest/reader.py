@@ -1,4 +1,4 @@
-"""The module's ABI, call by call: what a test needs to say wrong things to it, which the collector never says."""
+"""The module's ABI, call by call, for tests that make invalid calls, which the collector never makes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def call(fd: int, request: int, argument: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """ioctl with a structure, which the kernel may change. Raises OSError."""
+    """Call ioctl with a structure, which the kernel may change; raises OSError."""
     fcntl.ioctl(fd, request, memoryview(argument).cast("B"), True)
     return argument
 
 
 class Session:
-    """An open /dev/mace. Closes by `with`."""
+    """An open /dev/mace; a context manager."""
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC) if fd is None else fd
@@ -38,7 +38,7 @@ class Session:
         self.ring_bytes = 0
         self.subbuf_bytes = 0
         self.gaps: list[tuple[int, int]] = []
-        """(cpu, records lost) of each gap that was read."""
+        """(cpu, records lost) of each gap read so far."""
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +71,7 @@ class Session:
         sample_shift: int = 0,
         **others: Any,
     ) -> Self:
-        """SETUP; `others` sets fields of the structure to what they must not be."""
+        """Call SETUP; `others` sets fields of the structure to invalid values."""
         setup = np.zeros((), abi.SETUP)
         setup["abi_major"] = abi.ABI_MAJOR
         setup["subbuf_bytes"] = subbuf_bytes
@@ -130,7 +130,7 @@ class Session:
         return any(event & select.POLLIN for _, event in poll.poll(timeout_s * 1000))
 
     def read(self) -> npt.NDArray[Any]:
-        """All records that there are now, of all CPUs one after the other, copied out and released."""
+        """Return all current records, CPU after CPU, copied and released."""
         parts = [np.zeros(0, abi.RECORD)]
         for cpu in range(os.cpu_count() or 1):
             taken = self.take(cpu)
@@ -151,7 +151,7 @@ class Session:
         return np.concatenate(parts)
 
     def read_for(self, duration_s: float) -> npt.NDArray[Any]:
-        """What comes within a time; one look at least, however late it is."""
+        """Return the records that arrive within a time; reads at least once, however late it is."""
         parts = [self.read()]
         deadline = time.monotonic() + duration_s
         while (left := deadline - time.monotonic()) > 0:
@@ -161,7 +161,7 @@ class Session:
 
 
 def refused(number: int, call: Callable[..., object], *args: object, **kwargs: object) -> None:
-    """The call fails with this errno."""
+    """Check that the call in the block fails with this errno."""
     found = 0
     try:
         call(*args, **kwargs)
@@ -171,19 +171,19 @@ def refused(number: int, call: Callable[..., object], *args: object, **kwargs: o
 
 
 def netns_fd(name: str) -> int:
-    """A file descriptor on a namespace of /run/netns."""
+    """Open a namespace of /run/netns, and return its file descriptor."""
     return os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def enter_netns(fd: int) -> None:
-    """This thread (or process) into a network namespace; for forked children only."""
+    """Move this thread (or process) into a network namespace; for forked children only."""
     if _libc.setns(fd, 0x40000000):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
 def within(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns in a namespace of /run/netns: a socket stays there, whoever uses it later."""
+    """Return the result of `make`, called in a namespace of /run/netns; a socket stays in that namespace."""
     made: list[Any] = []
 
     def work() -> None:
@@ -199,7 +199,7 @@ def within(name: str, make: Callable[[], Any]) -> Any:
 
 
 def opened_in(name: str) -> Session:
-    """A session that a process in a namespace of /run/netns has opened; the file keeps those rights. Raises OSError."""
+    """Return a session that a process in a namespace of /run/netns opened, with its rights; raises OSError."""
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     child = os.fork()
     if child == 0:

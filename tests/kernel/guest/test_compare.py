@@ -1,4 +1,4 @@
-"""`mace compare` with the module: both sources and none, on the same traffic."""
+"""`mace compare` with the module: runs with each source and without any, on the same traffic."""
 
 from __future__ import annotations
 

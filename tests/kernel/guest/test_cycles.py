@@ -1,7 +1,7 @@
-"""Coming and going, thousands of times and under load: nothing leaks and the kernel has no complaint.
+"""Loading, opening and closing, thousands of times and under load, leak nothing and cause no kernel complaint.
 
-What the kernel has to say is read from the serial line after the machine is off (tests/kernel/vm.py): any warning
-there fails the whole machine.
+The kernel's messages are read from the serial line after the machine is off (tests/kernel/vm.py): any warning fails the
+whole machine.
 """
 
 from __future__ import annotations

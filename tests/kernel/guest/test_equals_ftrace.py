@@ -1,4 +1,4 @@
-"""The module's records are those that ftrace shows of the same packets at the same time."""
+"""The module's records equal those of ftrace, of the same packets at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anything at all through ioctl and mmap, from several threads at once: an error, never harm."""
+"""Arbitrary calls of ioctl and mmap, from several threads at once, give an error and do no harm."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A session of one namespace gets what happens there and nothing else, whoever listens beside it.
+"""A session of one namespace gets the records of that namespace and no others, whatever other sessions exist.
 
-What happened is known from the test's own sockets: every datagram carries a number, every flow has a destination port
-of its own, and the numbers that arrived say where each buffer was last. All flows carry the same numbers, so that
-packets of different namespaces have equal content and, over IPv6, equal keys; and all are sent in turn from one CPU,
-so that one namespace's buffers are made of the memory that another one's have just given back.
+The expected records are known from the test's own sockets: every datagram carries a number, every flow has a
+destination port of its own, and the numbers received show where each buffer was last. All flows carry the same numbers,
+so that packets of different namespaces have equal content and, over IPv6, equal keys. All are sent in turn from one
+CPU, so that the buffers of one namespace reuse memory that another namespace has just freed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a record says of a packet, against a second reading of the same bytes; and packets that lie."""
+"""The fields of a record equal those of a second parser of the same bytes, even for packets with false headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ring: nothing is lost that is not counted, and a loss is seen where it happened."""
+"""The ring counts every lost record, and shows each loss where it happened."""
 
 from __future__ import annotations
 

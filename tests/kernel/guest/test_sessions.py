@@ -1,4 +1,4 @@
-"""Who sees what: filters of a session, several readers, and what an opener in a container may not have."""
+"""Sessions: filters, several readers at once, and the limits of an opener in a container."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The collector, the correlator and the store on the module: the main job, as on a host with ftrace."""
+"""Collector, correlator and store work with the module as they do with ftrace on a host."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One answer: the module, our live capture of ftrace and trace-cmd see the same packets at once, with the same delays;
-and so does Perfetto, whose trace is made of trace-cmd's records.
+"""The module, MACE's live capture of ftrace, and trace-cmd give the same delays for the same packets at the same time.
 
-On one kernel: it is about the three, not about the kernel.
+So does Perfetto, whose trace is made of trace-cmd's records. One kernel suffices, because the test compares the
+recorders and not kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`mace verify` on the module: what only a source that reads packets can tie, and what only it can leave out."""
+"""`mace verify` on the module: packets that only a source that reads packets can match, and those it can exclude."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error names the file, the key, what was found and what was expected."""
+"""Every error of the configuration names the file, the key, the value found and the value expected."""
 
 import pytest
 from hypothesis import given, settings

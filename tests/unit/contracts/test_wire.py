@@ -506,7 +506,7 @@ DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
         ("expected a JSON object, found int", b"1"),
         ("wire: expected int, found nothing", b"{}"),
         ("wire version 3", to_json(HEADER_FIELDS | {"wire": 3})),
-        ("tells of wire version 1, in a frame of version 2", to_json(HEADER_FIELDS | {"wire": 1})),
+        ("names wire version 1, in a frame of version 2", to_json(HEADER_FIELDS | {"wire": 1})),
         ("cpus: 0 is not in 1..65536", to_json(HEADER_FIELDS | {"cpus": 0})),
         ("cpus: 70000 is not in", to_json(HEADER_FIELDS | {"cpus": 70000})),
         ("cpus: expected int, found True", to_json(HEADER_FIELDS | {"cpus": True})),

@@ -1,4 +1,4 @@
-"""Whether records were lost between two times."""
+"""The test for lost records between two times."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Line protocol by columns, against one formatted string per row; rows that must not replace each other; the budget."""
+"""Line protocol encoded by columns equals one formatted string per row; rows stay distinct; the series budget."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Nothing is written through a link, nor into a directory whose owner could put one there."""
+"""No file is written through a link, nor into a directory whose owner could place a link there."""
 
 import os
 

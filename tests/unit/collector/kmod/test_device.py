@@ -177,7 +177,7 @@ def test_setup_asks_for_what_was_wanted(module, opened):
         (errno.EPROTO, SourceError, "mace module build"),
         (errno.ENOMEM, Unavailable, "no memory for rings of 0.015625 MiB"),
         (errno.EPERM, Unavailable, "sees only its own network namespace"),
-        (errno.EOPNOTSUPP, Unavailable, "not all of the hooks"),
+        (errno.EOPNOTSUPP, Unavailable, "does not have all of the hooks"),
         (errno.EINVAL, Unavailable, "the module refuses"),
         (errno.EIO, SourceError, "SETUP: Input/output error"),
     ],

@@ -1,4 +1,4 @@
-"""The source over a made-up module: losses, late news of devices, full rings, and counts that do not agree."""
+"""The source over a made-up module: losses, late notifications of devices, full rings, and counts that disagree."""
 
 import asyncio
 from collections import deque
@@ -303,7 +303,7 @@ def test_counts_that_do_not_agree_end_the_run_with_an_error(kernel):
         module.write(0, BEGAN + 1)
         module.rings[0].written[Hook.NETIF_RX] += 1
 
-    with pytest.raises(SourceError, match="has written 2 records and lost 0, we have read 1"):
+    with pytest.raises(SourceError, match="has written 2 records and lost 0, but MACE has read 1"):
         kernel.run(forge, nothing)
     assert kernel.module.log[-2:] == ["stop", "close"]
 

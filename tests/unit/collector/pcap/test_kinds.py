@@ -151,7 +151,7 @@ def test_of_a_capture_of_any_the_outer_device_is_found(at_outer):
     assert "at-any.pcap: made at several devices" in told
     assert "Measured at 2" in told
     assert "--outer-device" in told
-    assert "40 packets that were seen at other devices are left out" in told
+    assert "40 packets seen at other devices are left out" in told
 
 
 def test_of_several_interfaces_the_outer_one_is_found(replayed, at_outer):
@@ -220,7 +220,7 @@ def test_where_no_device_is_told_packets_that_are_there_several_times_have_no_de
     assert found == []
     assert last.ledger.records == last.ledger.unmatched == 80
     (line,) = [line for line in source.warnings if "LINUX_SLL" in line]
-    assert "60 packets are in it several times and have no delay" in line
+    assert "60 packets occur several times and have no delay" in line
     # Of one device they are there once.
     outer = [PcapFrame(utc_ns, sll(data)) for utc_ns, device, data in any_packets() if device == 2]
     assert replayed(inner, pcap(outer, link=113))[0] == at_outer[0]
@@ -235,7 +235,7 @@ def test_merged_captures_of_two_devices_never_give_the_nearer_one(replayed, seed
     both = sorted(near + list(zip(outer[1].tolist(), outer[0], strict=True)), key=lambda row: row[0])
     found, _, source = replayed(written(*inner), pcap([PcapFrame(t, frame.tobytes()) for t, frame in both]))
     assert set(found) <= set(truth)
-    assert any("had others with the same content" in line for line in source.warnings)
+    assert any("cannot be told from others with the same content" in line for line in source.warnings)
 
 
 # --- what is in front of a packet ---------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_cut_inside_of_tags_and_labels(replayed, name, size):
     cut = pcap([PcapFrame(T + 9, WRAPPED[name](FRAME))], snap=size)
     found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), cut)
     assert found == []
-    assert any("too little was captured" in line for line in source.warnings)
+    assert any("were cut too short" in line for line in source.warnings)
 
 
 def test_cooked_frames_with_a_tag(replayed):
@@ -401,7 +401,7 @@ def test_a_bomb_is_refused(replayed):
 
 
 def test_what_is_compressed_otherwise_is_said(replayed):
-    with pytest.raises(CaptureError, match="compressed with lz4, which is not read: unpack it first"):
+    with pytest.raises(CaptureError, match="compressed with lz4, which MACE does not read: unpack it first"):
         replayed(pcap([PcapFrame(T, FRAME)]), b"\x04\x22\x4d\x18" + bytes(60))
 
 
@@ -601,9 +601,9 @@ def test_what_is_cut_names_the_remedy(replayed):
 def test_where_there_is_no_figure_at_all_the_reason_is_said(replayed):
     one = pcap([PcapFrame(T, FRAME)])
     for inner, outer, why in (
-        (one, pcap([PcapFrame(T + 3600 * 10**9, FRAME)]), "no packet of the one is in the other within 0.5 s"),
-        (one, pcap([]), "there is no packet in it"),
-        (pcapng([]), one, "there is no packet in it"),
+        (one, pcap([PcapFrame(T + 3600 * 10**9, FRAME)]), "no packet of one capture is in the other within 0.5 s"),
+        (one, pcap([]), "the capture contains no packet"),
+        (pcapng([]), one, "the capture contains no packet"),
     ):
         found, _, source = replayed(inner, outer)
         assert found == []

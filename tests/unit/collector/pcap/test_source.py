@@ -157,7 +157,7 @@ def test_content_that_is_not_clear_is_left_alone(pair):
     source = pair(pcap(repeated([0, 100, 10**9], FRAME)), pcap(repeated([1000, 1100, 10**9 + 5], FRAME)))
     header, results = engine_results(source)
     assert [delay for _, _, delay in overheads(results)] == [5]
-    assert any("2 packets had others with the same content" in line for line in source.warnings)
+    assert any("2 packets cannot be told from others with the same content" in line for line in source.warnings)
     assert results[-1].ledger.unmatched == 4
     assert header.clock.offset_ns == 0
 

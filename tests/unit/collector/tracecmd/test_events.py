@@ -1,4 +1,4 @@
-"""Any event of any subsystem out of a trace.dat, with the kernel's own columns: those of ftrace itself included."""
+"""Events of any subsystem in a trace.dat are read with the kernel's own columns, including ftrace's own events."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The real trace.dat files of tests/golden/tracecmd: the same events as `trace-cmd report`, and the delays as live."""
+"""The real trace.dat files of tests/golden/tracecmd give the events of `trace-cmd report`, and the live delays."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Our protobuf encoder against Perfetto's own definitions."""
+"""MACE's protobuf encoder agrees with Perfetto's own definitions."""
 
 import numpy as np
 from hypothesis import given
