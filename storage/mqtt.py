@@ -520,20 +520,22 @@ class StreamPublisher:
 
         The log reports the 1st, 2nd, 4th, 8th, ..., because a line for each would fill it.
         """
-        self.set_aside += frame.rows
-        self.set_aside_frames += 1
-        if (count := self.set_aside_frames) & (count - 1) == 0:
+        count = self.set_aside_frames + 1
+        if count & (count - 1) == 0:
             told = f"{self._aside}: a frame of {frame.rows} records cannot be sent and is set aside"
             _LOG.warning("%s: %s (%d frames so far)", told, why, count)
         try:
             self._aside.mkdir(mode=0o700, exist_ok=True)
             kept = [path.stat().st_size for path in self._aside.iterdir()]
             if sum(kept) + len(frame.payload) <= _SET_ASIDE_BYTES:
-                (self._aside / f"{self._run}-{self.set_aside_frames}.frame").write_bytes(frame.payload)
+                (self._aside / f"{self._run}-{count}.frame").write_bytes(frame.payload)
         except OSError as error:
             _LOG.warning("%s: cannot keep a frame that was set aside: %s", self._aside, error.strerror)
+        # Together, and last: whoever reads the counts meanwhile finds the frame among the waiting ones.
         self._spool.first()
         self._spool.acknowledge()
+        self.set_aside += frame.rows
+        self.set_aside_frames = count
 
     async def _send(self, client: Connection) -> None:
         topic = stream_topic(self._host)

@@ -85,8 +85,11 @@ class Ingesting:
 
 
 def balanced(sink):
-    """Check that each record is in exactly one category."""
-    state = sink.state()
+    """Check that each record is in exactly one category, while the thread that moves records moves none."""
+    try:
+        state = sink._thread.submit(sink.state).result()
+    except RuntimeError:  # the sink is closed, and its thread has ended
+        state = sink.state()
     assert sink.left_before + state.records == state.arrived + state.waiting + state.discarded + state.set_aside
     return state
 
