@@ -103,8 +103,7 @@ class HostStream:
         """Number of the frame expected next."""
         return self._decoder.sequence
 
-    @property
-    def missing(self) -> int:
+    def discarded(self) -> int:
         """Records of the stream known to be in frames that never came."""
         return self._decoder.missing
 

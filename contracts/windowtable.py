@@ -1,10 +1,10 @@
-"""Many windows as columns: what makes and stores them by the hundred thousand handles arrays, not objects."""
+"""Many windows as columns: the correlator makes them and stores keep them by the hundred thousand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import Any, Final, Self, overload
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,25 +22,22 @@ _DIRECTIONS: Final = {int(d): d for d in Direction}
 _SEGMENTS: Final = {int(s): s for s in Segment}
 
 
-class WindowTable(Sequence[Window]):
-    """A sequence of windows, which are made when first asked for one; equal to any sequence of equal ones."""
+class WindowTable:
+    """Windows as columns. Iterating makes a `Window` of each, anew every time: for views, which want one at a time."""
 
-    __slots__ = ("_made", "bins", "counts", "edges", "numbers")
+    __slots__ = ("bins", "counts", "edges", "numbers")
 
     def __init__(self, numbers: Ints, edges: Ints, bins: Ints, counts: Ints) -> None:
         """`numbers` is (13, n), a row for each of `NUMBERS`; `edges` (n + 1) says where in `bins` and `counts`, which
         are those of all windows end to end, each one's begin. All int64.
         """
         self.numbers, self.edges, self.bins, self.counts = numbers, edges, bins, counts
-        self._made: tuple[Window, ...] | None = None
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> WindowTable:
-        """The same windows."""
-        if isinstance(windows, WindowTable):
-            return windows
+        """The table of single windows."""
         if not windows:
-            return _EMPTY
+            return cls.empty()
         # One pass: by the column, each window would be fetched anew a dozen times.
         numbers = np.array([_numbers_of(window) for window in windows], np.int64).T
         edges = np.cumsum([0, *(len(w.bins) for w in windows)])
@@ -49,9 +46,9 @@ class WindowTable(Sequence[Window]):
 
     @classmethod
     def concatenate(cls, parts: Sequence[WindowTable]) -> WindowTable:
-        """One after the other."""
+        """One after the other; no windows for no parts."""
         if len(parts) < 2:
-            return parts[0] if parts else _EMPTY
+            return parts[0] if parts else cls.empty()
         sizes = np.concatenate([np.diff(part.edges) for part in parts])
         return cls(
             np.concatenate([part.numbers for part in parts], axis=1),
@@ -60,38 +57,36 @@ class WindowTable(Sequence[Window]):
             np.concatenate([part.counts for part in parts]),
         )
 
+    @classmethod
+    def empty(cls) -> WindowTable:
+        """No windows."""
+        return _EMPTY
+
     def column(self, name: str) -> Ints:
         """One of `NUMBERS`, of all windows."""
         column: Ints = self.numbers[NUMBERS.index(name)]
         return column
 
+    def with_column(self, name: str, column: Ints) -> WindowTable:
+        """The same windows with another column for one of `NUMBERS`."""
+        numbers = self.numbers.copy()
+        numbers[NUMBERS.index(name)] = column
+        return WindowTable(numbers, self.edges, self.bins, self.counts)
+
     def __len__(self) -> int:
         return len(self.edges) - 1
 
+    def __getitem__(self, index: slice | npt.NDArray[Any]) -> WindowTable:
+        """Some of the windows, by slice, mask or positions."""
+        sizes, begins = np.diff(self.edges)[index], self.edges[:-1][index]
+        edges = np.append(0, np.cumsum(sizes))
+        at = np.repeat(begins - edges[:-1], sizes) + np.arange(edges[-1])
+        return WindowTable(self.numbers[:, index], edges, self.bins[at], self.counts[at])
+
     def __iter__(self) -> Iterator[Window]:
-        return iter(self._windows())
-
-    @overload
-    def __getitem__(self, index: int) -> Window: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Window, ...]: ...
-    def __getitem__(self, index: int | slice) -> Window | tuple[Window, ...]:
-        return self._windows()[index]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and self._windows() == tuple(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(self._windows())
-
-    def _windows(self) -> tuple[Window, ...]:
-        if self._made is None:
-            edges = self.edges.tolist()
-            rows = zip(self.numbers.T.tolist(), edges, edges[1:], strict=False)
-            self._made = tuple(self._window(*row) for row in rows)
-        return self._made
+        edges = self.edges.tolist()
+        for numbers, begin, end in zip(self.numbers.T.tolist(), edges, edges[1:], strict=False):
+            yield self._window(numbers, begin, end)
 
     def _window(self, numbers: list[int], begin: int, end: int) -> Window:
         start, width_s, device, direction, segment, count, sum_ns, low, high, p50, p90, p99, p999 = numbers
@@ -112,9 +107,6 @@ class WindowTable(Sequence[Window]):
             self.bins[begin:end],
             self.counts[begin:end],
         )
-
-    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        return type(self), (self.numbers, self.edges, self.bins, self.counts)
 
 
 _EMPTY: Final = WindowTable(

@@ -20,7 +20,8 @@ import numpy as np
 from contracts.ledger import Ledger
 from contracts.ordering import stable_order
 from contracts.records import Batch, Flag
-from contracts.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
+from contracts.results import Results, Rows, Totals
+from contracts.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome
 from contracts.timerange import check_from, check_times
 from contracts.topology import Device, Sharer, Topology
 from contracts.windowtable import WindowTable
@@ -77,7 +78,7 @@ class EngineConfig:
     rows: bool = True
     """Whether to give out a row per packet and segment; windows come in any case."""
     crossings: bool = False
-    """Whether to give out `Results.crossings`, for the correction of a tool's samples."""
+    """Whether to give out `Rows.crossings`, for the correction of a tool's samples."""
 
 
 class Engine:
@@ -127,7 +128,7 @@ class Engine:
             self._latest, self._began_ns = state.latest_ns, state.began_ns
 
     def feed(self, item: Topology | Batch) -> list[Results]:
-        """Take the next item of the stream; what it completes comes back, in order. Raises as `pieces`."""
+        """Take the next item of the stream. Returns what the item completes, in order. Raises as `pieces`."""
         return list(self.pieces(item))
 
     def pieces(self, item: Topology | Batch) -> Iterator[Results]:
@@ -178,6 +179,11 @@ class Engine:
     def held(self) -> tuple[int, int]:
         """Histogram cells of open windows, and devices: what grows with what a stream tells, for who sets limits."""
         return self._windows.cells, len(self._resolver.devices)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """What the rows' `device` points to; only ever appended to."""
+        return tuple(self._devices)
 
     def close_windows(self) -> WindowTable:
         """All windows that are still open, as they are at a cut: the rest of them is in the other engine's."""
@@ -269,18 +275,15 @@ class Engine:
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
         windows = self._windows.close(None if last else self._settled(upto_ns) + self._offset_ns)
-        return replace(self.so_far(upto_ns), delays=delays, windows=windows, crossings=crossings, gaps_utc_ns=told)
+        return Results(Rows(delays, windows, self.devices, crossings, told), self.so_far(upto_ns))
 
-    def so_far(self, upto_ns: int) -> Results:
-        """The counts of the whole run, with no rows and no windows."""
+    def so_far(self, upto_ns: int) -> Totals:
+        """The totals of the run."""
         grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
-        return Results(
+        return Totals(
             upto_ns + self._offset_ns,
-            Delays.empty(),
-            (),
             self._ledger(),
             grades.packets,
-            tuple(self._devices),
             grades=grades,
             settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
             present=self._present,
@@ -420,7 +423,7 @@ class Engine:
         )
 
     def _new_entry(self, key: int) -> int:
-        """Index into `Results.devices` of a device and the inner device of the container whose packet crosses it."""
+        """Index into `devices` of a device and the inner device of the container whose packet crosses it."""
         number, owner = divmod(key, 1 << 32)
         if owner not in self._owners:
             # Where a device stands on a path is told by these two (`contracts.figures.ranks`): with them from the

@@ -1,4 +1,4 @@
-"""Results -> InfluxDB line protocol, by columns: some six million lines a second, where a formatted string each is one.
+"""Rows and totals -> InfluxDB line protocol. By columns it is six million lines a second, by formatted strings one.
 
     device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,position=1i 1750000000000000000
     └────────── one of few prefixes ────────────────────────┘└──┘└──── one of few middles ┘└────── time ──────┘
@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 from contracts.interfaces import StreamHeader
 from contracts.metrics import MEASUREMENTS
 from contracts.names import spelt, text
-from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, Results, RoundTrips, Segment, Window
+from contracts.results import Totals
+from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
 from contracts.topology import Device, containers_of
 
 Ints = npt.NDArray[np.int64]
@@ -345,19 +346,19 @@ class StreamLines:
 
     # Containers.
 
-    def containers(self, results: Results) -> Iterator[str]:
+    def containers(self, totals: Totals) -> Iterator[str]:
         """`container_info` lines: of those that are new or renamed, and of all once a minute."""
-        minute = results.upto_utc_ns // _INFO_NS
-        if results.present is None or (results.present is self._present and minute == self._minute):
+        minute = totals.upto_utc_ns // _INFO_NS
+        if totals.present is None or (totals.present is self._present and minute == self._minute):
             return
-        here = containers_of(results.present, results.on_host_network)
+        here = containers_of(totals.present, totals.on_host_network)
         new = here if minute != self._minute else here - self._containers
-        self._present, self._minute, self._containers = results.present, minute, here
+        self._present, self._minute, self._containers = totals.present, minute, here
         for container, container_id, netns in sorted(new):
             tags = {"container": container, "container_id": container_id, "netns": netns}
             series = key("container_info", tags | {"host": self._header.host, "source": self._header.source})
             if self._budget.admits(series):
-                yield line(series, {"present": 1}, results.upto_utc_ns)
+                yield line(series, {"present": 1}, totals.upto_utc_ns)
             else:
                 self.over_budget += 1
 

@@ -25,7 +25,8 @@ from collector.files import Recording
 from contracts.errors import UsageError, nearest
 from contracts.figures import Summary
 from contracts.interfaces import StreamHeader, StreamItem
-from contracts.schema import NOT_TOLD, Direction, Results
+from contracts.results import Results
+from contracts.schema import NOT_TOLD, Direction
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
 from mace.live import pipeline
@@ -379,15 +380,15 @@ class _Writer:
         return ids
 
     def add(self, results: Results) -> None:
-        """Results in the order in which they come, for what is not about single packets."""
+        """Take results in the order in which they come, for what is not about single packets."""
         self._summary.add(results)
         if self._chosen is not None:
             return
-        inside = self._wanted.times(np.array([w.start_utc_ns for w in results.windows], np.int64))
-        self.tracks.windows(w for w, is_in in zip(results.windows, inside.tolist(), strict=True) if is_in)
-        if self._wanted.times(np.array([results.upto_utc_ns])).all():
-            self.tracks.ledger(results.upto_utc_ns, results.ledger)
-        self.tracks.gaps([gap for gap in results.gaps_utc_ns if self._wanted.times(np.array(gap)).any()])
+        rows, totals = results.rows, results.totals
+        self.tracks.windows(rows.windows[self._wanted.times(rows.windows.column("start_utc_ns"))])
+        if self._wanted.times(np.array([totals.upto_utc_ns])).all():
+            self.tracks.ledger(totals.upto_utc_ns, totals.ledger)
+        self.tracks.gaps([gap for gap in rows.gaps_utc_ns if self._wanted.times(np.array(gap)).any()])
 
 
 def _flow(text: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ TOLD_BY: Final = ("", "echo", "ports", "turns")
 
 @dataclass(slots=True)
 class _Entry:
-    """What is written of one entry of `Results.devices`."""
+    """What is written of one entry of `Rows.devices`."""
 
     group: int
     """Of lanes; that of the whole path is one more."""
@@ -106,7 +106,7 @@ class HostTracks:
             self._segment_category[segment] = self._categories[segment.name.lower()]
 
     def devices(self, devices: Sequence[Device]) -> None:
-        """What rows point to, from here on; as in `Results`, only ever appended to."""
+        """What rows point to, from here on; as in `Rows`, only ever appended to."""
         if len(devices) > len(self._entries):
             self._devices = tuple(devices)
             known = len(self._entries)

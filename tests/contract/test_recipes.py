@@ -129,7 +129,8 @@ from pathlib import Path
 
 from contracts.config import Config
 from contracts.interfaces import Status, StreamHeader
-from contracts.schema import Results, RoundTrips
+from contracts.results import Results
+from contracts.schema import RoundTrips
 from contracts.vitals import Account, Vitals
 
 
@@ -149,7 +150,7 @@ class Lines:
     async def write(self, results: Results | RoundTrips) -> None:
         """Append."""
         if isinstance(results, Results):
-            rows = len(results.delays) + len(results.windows)
+            rows = len(results.rows.delays) + len(results.rows.windows)
             with self._path.open("a") as file:
                 file.write(json.dumps({"rows": rows}) + "\\n")
             self._account.taken += rows
