@@ -103,7 +103,7 @@ class HostStream:
         """Number of the frame expected next."""
         return self._decoder.sequence
 
-    def discarded(self) -> int:
+    def count_missing(self) -> int:
         """Records of the stream known to be in frames that never came."""
         return self._decoder.missing
 

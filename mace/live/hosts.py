@@ -200,16 +200,16 @@ class Hosts:
             stream.begin(frame, now_utc_ns)
             self._known[host] = known
             engine = Engine(header.clock.offset_ns, self._engine)
-            known.feeder = Feeder(engine, stream.discarded, limit=SliceLimit(self.slice_ns, _SLICE_RECORDS))
+            known.feeder = Feeder(engine, stream.count_missing, limit=SliceLimit(self.slice_ns, _SLICE_RECORDS))
             known.rows, known.taken, known.given_up = 0, stream.next, ""
             self._part(known).begins = True
             return
-        missing = stream.discarded()
+        missing = stream.count_missing()
         item = stream.take(frame, now_utc_ns)
         self.counts.frames += 1
-        if stream.discarded() != missing:
+        if stream.count_missing() != missing:
             self.counts.gaps += 1
-            self.counts.missing += stream.discarded() - missing
+            self.counts.missing += stream.count_missing() - missing
         if item is None:
             self._finish(known, closed=True)
         elif known.feeder is not None:
