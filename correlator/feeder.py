@@ -2,8 +2,8 @@
 
     item ──► take() ──► engine ──► results, whose totals say what the source has counted by then
 
-Synchronous, and without I/O or clock, as the engine is. Who reads the stream calls `take` for each item and takes all
-results of an item before the next item; `finish` ends the stream, `stop_at` a part of one.
+The feeder is synchronous, without I/O and without a clock, like the engine. Whoever reads the stream calls `take` for
+each item, and reads all results of an item before the next item; `finish` ends a stream, `stop_at` a part of a stream.
 """
 
 from __future__ import annotations
