@@ -103,8 +103,7 @@ class HostStream:
         """Number of the frame expected next."""
         return self._decoder.sequence
 
-    @property
-    def missing(self) -> int:
+    def count_missing(self) -> int:
         """Records of the stream known to be in missing frames."""
         return self._decoder.missing
 

@@ -17,9 +17,11 @@ from contracts.arrays import Ints
 from contracts.histogram import QUANTILES, merge, quantiles
 from contracts.hooks import Hook
 from contracts.ledger import Ledger
-from contracts.schema import Direction, Grades, HookCost, Results, Segment
+from contracts.results import Results, Totals
+from contracts.schema import Direction, Grades, HookCost, Segment
 from contracts.topology import Device, Role, Sharer, newest_names
 from contracts.vitals import Account
+from contracts.windowtable import WindowTable
 
 _RANK_OF_ROLE: Final = {Role.INNER: 0, Role.HOST: 3, Role.OUTER: 4, Role.REMOTE: 5}
 _RANK_ELSE: Final = 6
@@ -251,22 +253,33 @@ class Summary:
     _places: list[DevicePlace] = field(default_factory=list)
 
     def add(self, results: Results) -> None:
-        """Add the correlator's next results. Windows of several widths count each delay once per width."""
-        self.ledger, self.packets, self.cost = results.ledger, results.packets, results.cost
-        self.grades, self.several_devices = results.grades, results.several_devices
-        if results.several_devices and results.present is not None:
-            self.imitated = imitated(results.present)
-        self.sharers = newest_names((*self.sharers, *results.on_host_network))
-        if results.devices != self._devices:
-            self._devices = results.devices
-            self._places = [DevicePlace.of(d, r) for d, r in zip(self._devices, ranks(self._devices), strict=True)]
-        for w in results.windows:
+        """Add the correlator's next results."""
+        self.count(results.rows.windows, results.rows.devices)
+        self.update(results.totals)
+
+    def count(self, windows: WindowTable, devices: tuple[Device, ...]) -> None:
+        """Add the delays of windows, whose `device` points to `devices`.
+
+        Windows of several widths count each delay once per width.
+        """
+        if devices != self._devices:
+            self._devices = devices
+            self._places = [DevicePlace.of(d, r) for d, r in zip(devices, ranks(devices), strict=True)]
+        for w in windows:
             place = self._places[w.device]
             self.names.note(place.container_id, place.container, w.start_utc_ns)
             d = self.distribution(place, w.direction, w.segment, w.width_s)
             d.add(w.count, w.sum_ns, w.min_ns, w.max_ns, w.bins, w.counts)
-        for device in self._new(results.present):
-            self.names.note(device.container_id, device.container, results.upto_utc_ns)
+
+    def update(self, totals: Totals) -> None:
+        """Replace the totals by newer ones of the same run."""
+        self.ledger, self.packets, self.cost = totals.ledger, totals.packets, totals.cost
+        self.grades, self.several_devices = totals.grades, totals.several_devices
+        if totals.several_devices and totals.present is not None:
+            self.imitated = imitated(totals.present)
+        self.sharers = newest_names((*self.sharers, *totals.on_host_network))
+        for device in self._new(totals.present):
+            self.names.note(device.container_id, device.container, totals.upto_utc_ns)
 
     def _new(self, present: tuple[Device, ...] | None) -> tuple[Device, ...]:
         """Return the devices of `present` if that list is new, else none."""

@@ -13,7 +13,8 @@ from typing import Protocol
 from contracts.clock import ClockPair
 from contracts.names import text
 from contracts.records import Batch
-from contracts.schema import HookCost, Results
+from contracts.results import Results
+from contracts.schema import HookCost
 from contracts.topology import Topology
 
 

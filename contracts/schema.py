@@ -1,4 +1,4 @@
-"""Rows after correlation: delays and windows. What sinks get and the embedded store keeps.
+"""What a row after correlation says: delays, crossings, round trips, windows. Sinks get them, and stores keep them.
 
 `SCHEMA_VERSION` changes when a column changes its meaning or goes; a new column at the end is no change.
 """
@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from contracts.counted import Counted
 from contracts.hooks import BY_HOOK, Hook
-from contracts.ledger import Ledger
-from contracts.topology import Device, Sharer
 
 SCHEMA_VERSION: Final = 1
 
@@ -127,7 +125,7 @@ class Delays(Columns):
     packet: npt.NDArray[np.uint64]
     """The same in all rows of one packet's life; says nothing else."""
     device: npt.NDArray[np.int32]
-    """Index into `Results.devices`. For OVERHEAD: the inner device."""
+    """Index into `Rows.devices`. For OVERHEAD: the inner device."""
     direction: npt.NDArray[np.uint8]
     segment: npt.NDArray[np.uint8]
     position: npt.NDArray[np.uint8]
@@ -179,7 +177,7 @@ class Crossings(Columns):
     packet: npt.NDArray[np.uint64]
     """As in `Delays`."""
     device: npt.NDArray[np.int32]
-    """The inner device: index into `Results.devices`."""
+    """The inner device: index into `Rows.devices`."""
     direction: npt.NDArray[np.uint8]
     inner_utc_ns: npt.NDArray[np.int64]
     """`net_dev_queue` (egress) or `netif_receive_skb` (ingress) at the inner device."""
@@ -270,7 +268,7 @@ class Window:
     """A multiple of the width."""
     width_s: int
     device: int
-    """Index into `Results.devices`."""
+    """Index into `Rows.devices`."""
     direction: Direction
     segment: Segment
     count: int
@@ -313,43 +311,6 @@ class HookCost:
             "timed_ns": self.timed_ns,
             "ns_per_call": round(self.ns_per_call, 1),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """What the correlator has to say about one stretch of the stream."""
-
-    upto_utc_ns: int
-    """All records before this time have been looked at."""
-    delays: Delays
-    windows: Sequence[Window]
-    ledger: Ledger
-    """Of the whole run so far, not of this stretch."""
-    packets: int
-    """Packets with at least one delay, of the whole run so far."""
-    devices: tuple[Device, ...]
-    """What the rows' `device` points to. Only ever appended during a run."""
-    cost: tuple[HookCost, ...] = ()
-    """What observing has cost so far, per hook; empty where the source cannot tell."""
-    grades: Grades = Grades()
-    """Of the whole run so far; its `packets` are these."""
-    crossings: Crossings = field(default_factory=Crossings.empty)
-    """Of the packets whose delays these are, where they were asked for."""
-    settled_utc_ns: int = 0
-    """All packets whose first record is before this time have been given out."""
-    present: tuple[Device, ...] | None = field(default=None, compare=False)
-    """The devices that there are now, as the source last listed them; None if it has not."""
-    several_devices: int = field(default=0, compare=False)
-    """Of `grades.ambiguous` the packets that several devices fit; the others fit several packets of one content."""
-    on_host_network: tuple[Sharer, ...] = field(default=(), compare=False)
-    """Containers that are on the host's network now, as the source last listed them."""
-    gaps_utc_ns: tuple[tuple[int, int], ...] = ()
-    """Stretches of time, (start, end), in which some CPU's ring lost records; those told of since the last results."""
-
-    def ambiguous_by_cause(self) -> dict[str, int]:
-        """Packets that were given up so far: `several_devices` or `several_packets` fit."""
-        copies = self.grades.ambiguous - self.several_devices
-        return {"several_devices": self.several_devices, "several_packets": copies}
 
 
 assert tuple(f.name for f in fields(Delays)) == tuple(Delays._DTYPES)

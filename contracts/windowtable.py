@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import Any, Final, Self, overload
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from contracts.arrays import Ints
 from contracts.schema import Direction, Segment, Window
@@ -20,13 +21,10 @@ _DIRECTIONS: Final = {int(d): d for d in Direction}
 _SEGMENTS: Final = {int(s): s for s in Segment}
 
 
-class WindowTable(Sequence[Window]):
-    """A sequence of windows kept as columns; `Window` objects are made at the first access to one.
+class WindowTable:
+    """Windows as columns. Iterating makes a `Window` object of each, for views, which show one at a time."""
 
-    A table is equal to any sequence of equal windows.
-    """
-
-    __slots__ = ("_made", "bins", "counts", "edges", "numbers")
+    __slots__ = ("bins", "counts", "edges", "numbers")
 
     def __init__(self, numbers: Ints, edges: Ints, bins: Ints, counts: Ints) -> None:
         """Make a table of n windows from int64 arrays.
@@ -35,15 +33,12 @@ class WindowTable(Sequence[Window]):
         end; window i has the elements from `edges[i]` to `edges[i + 1]`, so that `edges` has n + 1 elements.
         """
         self.numbers, self.edges, self.bins, self.counts = numbers, edges, bins, counts
-        self._made: tuple[Window, ...] | None = None
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> WindowTable:
-        """Return a table of the windows given; a table is returned as it is."""
-        if isinstance(windows, WindowTable):
-            return windows
+        """Return a table of the windows given."""
         if not windows:
-            return _EMPTY
+            return cls.empty()
         # One pass over the windows: column by column would visit each window thirteen times.
         numbers = np.array([_numbers_of(window) for window in windows], np.int64).T
         edges = np.cumsum([0, *(len(w.bins) for w in windows)])
@@ -52,9 +47,9 @@ class WindowTable(Sequence[Window]):
 
     @classmethod
     def concatenate(cls, parts: Sequence[WindowTable]) -> WindowTable:
-        """Join tables in the given order."""
+        """Join tables in the given order; no parts make an empty table."""
         if len(parts) < 2:
-            return parts[0] if parts else _EMPTY
+            return parts[0] if parts else cls.empty()
         sizes = np.concatenate([np.diff(part.edges) for part in parts])
         return cls(
             np.concatenate([part.numbers for part in parts], axis=1),
@@ -63,38 +58,36 @@ class WindowTable(Sequence[Window]):
             np.concatenate([part.counts for part in parts]),
         )
 
+    @classmethod
+    def empty(cls) -> WindowTable:
+        """No windows."""
+        return _EMPTY
+
     def column(self, name: str) -> Ints:
         """Return one of `NUMBERS` for all windows; int64 of shape (n,)."""
         column: Ints = self.numbers[NUMBERS.index(name)]
         return column
 
+    def with_column(self, name: str, column: Ints) -> WindowTable:
+        """The same windows with another column for one of `NUMBERS`."""
+        numbers = self.numbers.copy()
+        numbers[NUMBERS.index(name)] = column
+        return WindowTable(numbers, self.edges, self.bins, self.counts)
+
     def __len__(self) -> int:
         return len(self.edges) - 1
 
+    def __getitem__(self, index: slice | npt.NDArray[Any]) -> WindowTable:
+        """Some of the windows, by slice, mask or positions."""
+        sizes, begins = np.diff(self.edges)[index], self.edges[:-1][index]
+        edges = np.append(0, np.cumsum(sizes))
+        at = np.repeat(begins - edges[:-1], sizes) + np.arange(edges[-1])
+        return WindowTable(self.numbers[:, index], edges, self.bins[at], self.counts[at])
+
     def __iter__(self) -> Iterator[Window]:
-        return iter(self._windows())
-
-    @overload
-    def __getitem__(self, index: int) -> Window: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Window, ...]: ...
-    def __getitem__(self, index: int | slice) -> Window | tuple[Window, ...]:
-        return self._windows()[index]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and self._windows() == tuple(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(self._windows())
-
-    def _windows(self) -> tuple[Window, ...]:
-        if self._made is None:
-            edges = self.edges.tolist()
-            rows = zip(self.numbers.T.tolist(), edges, edges[1:], strict=False)
-            self._made = tuple(self._window(*row) for row in rows)
-        return self._made
+        edges = self.edges.tolist()
+        for numbers, begin, end in zip(self.numbers.T.tolist(), edges, edges[1:], strict=False):
+            yield self._window(numbers, begin, end)
 
     def _window(self, numbers: list[int], begin: int, end: int) -> Window:
         start, width_s, device, direction, segment, count, sum_ns, low, high, p50, p90, p99, p999 = numbers
@@ -115,9 +108,6 @@ class WindowTable(Sequence[Window]):
             self.bins[begin:end],
             self.counts[begin:end],
         )
-
-    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        return type(self), (self.numbers, self.edges, self.bins, self.counts)
 
 
 _EMPTY: Final = WindowTable(

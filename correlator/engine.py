@@ -22,7 +22,8 @@ from contracts.ledger import Ledger
 from contracts.ordering import stable_order
 from contracts.protocols import TCP
 from contracts.records import Batch, Flag
-from contracts.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome, Results
+from contracts.results import Results, Rows, Totals
+from contracts.schema import NOT_TOLD, Crossings, Delays, Grade, Grades, Outcome
 from contracts.timerange import check_from, check_times
 from contracts.topology import Device, Sharer, Topology
 from contracts.windowtable import WindowTable
@@ -79,7 +80,7 @@ class EngineConfig:
     rows: bool = True
     """Whether to return a row per packet and segment; windows are returned in any case."""
     crossings: bool = False
-    """Whether to return `Results.crossings`, for the correction of a tool's samples."""
+    """Whether to return `Rows.crossings`, for the correction of a tool's samples."""
 
 
 class Engine:
@@ -185,6 +186,11 @@ class Engine:
         """Histogram cells of open windows, and number of devices: both grow with the stream; callers limit them."""
         return self._windows.cells, len(self._resolver.devices)
 
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """What the rows' `device` points to; only ever appended to."""
+        return tuple(self._devices)
+
     def close_windows(self) -> WindowTable:
         """Return all open windows at a cut; the other engine returns the delays of the same windows after the cut."""
         return self._windows.close(None)
@@ -275,18 +281,15 @@ class Engine:
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
         windows = self._windows.close(None if last else self._settled(upto_ns) + self._offset_ns)
-        return replace(self.so_far(upto_ns), delays=delays, windows=windows, crossings=crossings, gaps_utc_ns=told)
+        return Results(Rows(delays, windows, self.devices, crossings, told), self.so_far(upto_ns))
 
-    def so_far(self, upto_ns: int) -> Results:
-        """The counts of the whole run, with no rows and no windows."""
+    def so_far(self, upto_ns: int) -> Totals:
+        """The totals of the run."""
         grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
-        return Results(
+        return Totals(
             upto_ns + self._offset_ns,
-            Delays.empty(),
-            (),
             self._ledger(),
             grades.packets,
-            tuple(self._devices),
             grades=grades,
             settled_utc_ns=self._settled(upto_ns) + self._offset_ns,
             present=self._present,
@@ -427,7 +430,7 @@ class Engine:
         )
 
     def _new_entry(self, key: int) -> int:
-        """Add (device, inner device of the container whose packets cross it) to `Results.devices`; return the index."""
+        """Add (device, inner device of the container whose packets cross it) to `devices`; return the index."""
         number, owner = divmod(key, 1 << 32)
         if owner not in self._owners:
             # The inner device and its peer determine the ranks of a path (`contracts.figures.ranks`). Adding both at

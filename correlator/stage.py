@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterable
 
 from contracts.channel import Channel
-from contracts.interfaces import Progress, StreamItem
-from contracts.schema import HookCost, Results
-from correlator.engine import Engine
+from contracts.interfaces import StreamItem
+from contracts.results import Results
+from correlator.feeder import Feeder
 
 
-async def correlate(
-    items: AsyncIterable[StreamItem],
-    engine: Engine,
-    results: Channel[Results],
-    discarded: Callable[[], int],
-    cost: Callable[[], tuple[HookCost, ...]] = lambda: (),
-) -> None:
-    """Feed the stream to the engine until it ends, send on what comes out, and close the channel.
-
-    `discarded` tells how many records the source has thrown away; the ledger carries it from here on.
-    `cost` tells what observing has cost; the results carry it.
-    """
-
-    async def send(result: Results) -> None:
-        await results.send(replace(result, ledger=replace(result.ledger, discarded=discarded()), cost=cost()))
-
+async def correlate(items: AsyncIterable[StreamItem], feeder: Feeder, results: Channel[Results]) -> None:
+    """Feed the stream to the engine until it ends, send on what comes out, and close the channel."""
     async for item in items:
-        for result in engine.advance(item.upto_ns) if isinstance(item, Progress) else engine.pieces(item):
-            await send(result)
+        for completed in feeder.take(item):
+            await results.send(completed)
         # The engine never waits; other tasks must get their turn also when the channels have room.
         await asyncio.sleep(0)
-    await send(engine.finish())
+    await results.send(feeder.finish())
     await results.close()

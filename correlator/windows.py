@@ -6,7 +6,6 @@ delay that belongs to it can come any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy.typing as npt
 
 from contracts import histogram
 from contracts.arrays import Ints, Values
-from contracts.schema import Window
 from contracts.windowtable import NUMBERS, WindowTable
 
 WIDTHS_S: Final = (1, 10)
@@ -164,20 +162,22 @@ class Windows:
         return WindowTable.concatenate(done)
 
 
-def joined(pieces: Sequence[Window]) -> WindowTable:
+def joined(pieces: WindowTable) -> WindowTable:
     """Windows of pieces of them: those of one time, width, device, direction and segment become one. In order."""
+    sizes = np.diff(pieces.edges)
+    code = pieces.column("device") << 5 | pieces.column("direction") << 3 | pieces.column("segment")
+    rows = [pieces.column(name) for name in ("count", "sum_ns", "min_ns", "max_ns")]
+    windows = np.stack([pieces.column("start_utc_ns"), code, *rows])
+    cells = np.stack([*(np.repeat(row, sizes) for row in windows[: _CODE + 1]), pieces.bins, pieces.counts])
+    width = pieces.column("width_s")
     found: list[WindowTable] = []
     for width_s in WIDTHS_S:
-        pending = _Pending(width_s)
-        for w in pieces:
-            if w.width_s == width_s:
-                code = w.device << 5 | w.direction << 3 | w.segment
-                cells = np.empty((4, len(w.bins)), np.int64)
-                cells[_START], cells[_CODE], cells[_BIN], cells[_CELL_COUNT] = w.start_utc_ns, code, w.bins, w.counts
-                table = np.array([w.start_utc_ns, code, w.count, w.sum_ns, w.min_ns, w.max_ns], np.int64)
-                pending.add(table[:, None], cells)
-        if (taken := pending.take(None)) is not None:
-            found.append(_final(width_s, *taken))
+        chosen = width == width_s
+        if chosen.any():
+            pending = _Pending(width_s)
+            pending.add(windows[:, chosen], cells[:, np.repeat(chosen, sizes)])
+            if (taken := pending.take(None)) is not None:
+                found.append(_final(width_s, *taken))
     return WindowTable.concatenate(found)
 
 

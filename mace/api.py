@@ -7,7 +7,6 @@ and Polars read without a copy where the column type allows it; neither library 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,10 +19,11 @@ from contracts.errors import StoreError, nearest
 from contracts.figures import Summary
 from contracts.interfaces import StreamHeader
 from contracts.records import Batch
-from contracts.schema import Results
+from contracts.results import Results
 from contracts.topology import Topology
 from correlator.configured import REPLAY_SLICE_NS
 from correlator.engine import Engine, EngineConfig
+from correlator.feeder import Feeder
 from mace.replaying.into_store import files_at, into_store
 from mace.replaying.part import PartTask, reading
 from storage import sql, tables
@@ -85,22 +85,19 @@ class Recording:
         return (item for item in self.items() if isinstance(item, Topology))
 
     def results(self, *, timeout_ms: int = TIMEOUT_MS, rows: bool = True) -> Iterator[Results]:
-        """Yield the correlator's results, one `contracts.schema.Results` per stretch; without `rows` windows only."""
+        """Yield the correlator's results, one `contracts.results.Results` per stretch; without `rows` windows only."""
         config = EngineConfig(timeout_ns=timeout_ms * 1_000_000, slice_ns=REPLAY_SLICE_NS, rows=rows)
-        engine = Engine(self.header.clock.offset_ns, config)
         task = PartTask(0, 0, self._file, config, None, None, None, None, "")
         with reading(task) as reader:
-            for item in reader.items():
-                yield from engine.pieces(item)
-            last = engine.finish()
+            feeder = Feeder(Engine(self.header.clock.offset_ns, config), lambda: reader.discarded)
+            yield from feeder.run(reader.items())
             self.warnings = list(reader.warnings)
-            yield replace(last, ledger=replace(last.ledger, discarded=reader.discarded))
 
     def delay_batches(self, *, timeout_ms: int = TIMEOUT_MS) -> Iterator[pa.Table]:
         """Yield one table of rows per stretch, in bounded memory for any length. Columns: `storage.tables.DELAYS`."""
         for results in self.results(timeout_ms=timeout_ms):
-            if len(results.delays):
-                yield tables.delays_table(self.header, results.delays, results.devices)
+            if len(results.rows.delays):
+                yield tables.delays_table(self.header, results.rows.delays, results.rows.devices)
 
     def delays(self, columns: Sequence[str] = (), *, timeout_ms: int = TIMEOUT_MS) -> pa.Table:
         """Return all rows, one per packet and segment, with the named columns or all of them.
@@ -118,9 +115,9 @@ class Recording:
     def windows(self, *, timeout_ms: int = TIMEOUT_MS) -> pa.Table:
         """Return all windows as one table. Columns: `storage.tables.WINDOWS`."""
         parts = [
-            tables.windows_table(self.header, results.windows, results.devices)
+            tables.windows_table(self.header, results.rows.windows, results.rows.devices)
             for results in self.results(timeout_ms=timeout_ms, rows=False)
-            if results.windows
+            if len(results.rows.windows)
         ]
         return _whole(parts, tables.SCHEMAS["windows"], [c.name for c in tables.WINDOWS])
 

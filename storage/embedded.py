@@ -23,17 +23,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
-from contracts.schema import SCHEMA_VERSION, Delays, Results, Window
+from contracts.results import Results, Totals
+from contracts.schema import SCHEMA_VERSION, Delays
 from contracts.topology import Device, newest_names
+from contracts.windowtable import WindowTable
 from storage import segments, tables
 from storage.checksum import SegmentWriter, mismatch
 from storage.ownership import NO_LINK, open_new, refuse_foreign
@@ -98,6 +99,22 @@ def lock_store(root: Path, who: str) -> int:
     return fd
 
 
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """What one flush writes."""
+
+    delays: list[Delays]
+    windows: list[WindowTable]
+    devices: tuple[Device, ...]
+    """What the rows' `device` points to."""
+    totals: Totals
+
+    @property
+    def rows(self) -> int:
+        """Of both tables."""
+        return sum(map(len, self.delays)) + sum(map(len, self.windows))
+
+
 class EmbeddedStore:
     """A `contracts.interfaces.Sink` that writes Parquet segments to a directory.
 
@@ -126,8 +143,9 @@ class EmbeddedStore:
         self._flush = 1
         # The buffer: write() fills it, _submit() empties it.
         self._delays: list[Delays] = []
-        self._windows: list[Window] = []
-        self._latest: Results | None = None
+        self._windows: list[WindowTable] = []
+        self._devices: tuple[Device, ...] = ()
+        self._totals: Totals | None = None
         self._buffered = 0
         self._dirty = False
         # One worker, so that segments appear in the order of writing.
@@ -170,14 +188,16 @@ class EmbeddedStore:
     async def write(self, results: Results) -> None:
         """Buffer results; waits only if the buffer is full and the previous flush is still being written."""
         self._raise_failure()
-        if self._rows and len(results.delays):
-            self._delays.append(results.delays)
-            self._buffered += len(results.delays)
-        self._windows.extend(results.windows)
-        before = self._latest.on_host_network if self._latest is not None and self._dirty else ()
-        sharers = newest_names((*before, *results.on_host_network))
-        # Kept without its rows, because it may be kept for long.
-        self._latest = replace(results, delays=Delays.empty(), windows=(), on_host_network=sharers)
+        rows, totals = results.rows, results.totals
+        if self._rows and len(rows.delays):
+            self._delays.append(rows.delays)
+            self._buffered += len(rows.delays)
+        if len(rows.windows):
+            self._windows.append(rows.windows)
+        self._devices = rows.devices
+        before = self._totals.on_host_network if self._totals is not None and self._dirty else ()
+        sharers = newest_names((*before, *totals.on_host_network))
+        self._totals = replace(totals, on_host_network=sharers)
         self._dirty = True
         while self._buffered >= self._flush_rows:
             await self._submit()
@@ -282,26 +302,25 @@ class EmbeddedStore:
             await asyncio.shield(busy)
             if self._encoding is busy:
                 self._encoding = None
-        if self._latest is None or not (self._dirty or closed) or self._encoder is None:
+        if self._totals is None or not (self._dirty or closed) or self._encoder is None:
             return
-        latest, delays, windows = self._latest, self._delays, self._windows
+        buffer = _Buffer(self._delays, self._windows, self._devices, self._totals)
         self._delays, self._windows, self._buffered, self._dirty = [], [], 0, False
         loop = asyncio.get_running_loop()
-        self._encoding = loop.run_in_executor(self._encoder, self._store, latest, delays, windows, closed)
+        self._encoding = loop.run_in_executor(self._encoder, self._store, buffer, closed)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _store(self, latest: Results, parts: list[Delays], windows: list[Window], closed: bool) -> None:
+    def _store(self, buffer: _Buffer, closed: bool) -> None:
         """Write one flush: ledger, windows, delays. Runs in the encoding thread and leaves errors in `_failure`."""
         header = self._header
         assert header is not None
         try:
-            delays = Delays.concatenate(parts)
-            devices: tuple[Device, ...] = latest.devices
-            starts = np.array([w.start_utc_ns for w in windows], np.int64)
+            delays, windows = Delays.concatenate(buffer.delays), WindowTable.concatenate(buffer.windows)
+            devices, totals = buffer.devices, buffer.totals
             not_stored: list[tuple[str, int, OSError | StoreError]] = []
 
             def put(table: str, hour: int, rows: pa.Table) -> bool:
@@ -315,18 +334,18 @@ class EmbeddedStore:
                 return True
 
             rows_stored = self.rows_stored
-            ledger_hour = latest.upto_utc_ns // HOUR_NS
+            ledger_hour = totals.upto_utc_ns // HOUR_NS
 
             def put_ledger() -> None:
                 # The ledger counts the rows of this flush, which follow; if they fail, it is written again.
                 stored = self.rows_stored if not_stored else rows_stored + len(delays)
-                put("ledger", ledger_hour, self._ledger_row(header, latest, stored, closed))
+                put("ledger", ledger_hour, self._ledger_row(header, totals, stored, closed))
 
             put_ledger()
-            if closed and latest.cost:
-                put("cost", NO_HOUR, tables.cost_table(header, latest.upto_utc_ns, latest.cost))
-            for hour, chosen in by_hour(starts):
-                here = windows if chosen is None else [windows[i] for i in chosen.tolist()]
+            if closed and totals.cost:
+                put("cost", NO_HOUR, tables.cost_table(header, totals.upto_utc_ns, totals.cost))
+            for hour, chosen in by_hour(windows.column("start_utc_ns")):
+                here = windows if chosen is None else windows[chosen]
                 put("windows", hour, tables.windows_table(header, here, devices))
             for hour, chosen in by_hour(delays.utc_ns):
                 part = delays if chosen is None else delays[chosen]
@@ -340,23 +359,23 @@ class EmbeddedStore:
         except StoreError as e:
             self._failure = e
         except Exception as e:  # noqa: BLE001 (a defect in this thread must stop the run, like one elsewhere)
-            self.rows_not_stored += sum(map(len, parts)) + len(windows)
+            self.rows_not_stored += buffer.rows
             self._failure = StoreError(f"{self.path}: cannot encode a flush: {type(e).__name__}: {e}")
             self._failure.__cause__ = e
         finally:
             self._flush += 1
 
-    def _ledger_row(self, header: StreamHeader, latest: Results, rows_stored: int, closed: bool) -> pa.Table:
+    def _ledger_row(self, header: StreamHeader, totals: Totals, rows_stored: int, closed: bool) -> pa.Table:
         row = tables.LedgerRow(
             header,
-            latest.upto_utc_ns,
-            latest.ledger,
-            packets=latest.packets,
-            grades=latest.grades,
+            totals.upto_utc_ns,
+            totals.ledger,
+            packets=totals.packets,
+            grades=totals.grades,
             rows_stored=rows_stored,
             rows_not_stored=self.rows_not_stored,
             closed=closed,
-            on_host_network=latest.on_host_network,
+            on_host_network=totals.on_host_network,
         )
         return tables.ledger_table([row], self._flush)
 

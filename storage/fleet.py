@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from contracts.errors import StoreError
 from contracts.figures import ranks
 from contracts.interfaces import StreamHeader
-from contracts.schema import Delays, Results, Window
+from contracts.results import Rows, Totals
+from contracts.schema import Delays
 from contracts.windowtable import WindowTable
 from storage import segments, tables
 from storage.checksum import mismatch
@@ -40,10 +41,9 @@ class RunPart:
     """The results of one run in a flush."""
 
     header: StreamHeader
-    delays: Delays
-    windows: Sequence[Window]
-    latest: Results | None
-    """The latest ledger, grades and devices; None if there are no results yet."""
+    rows: Rows
+    totals: Totals | None
+    """The latest totals; None if there are no results yet."""
     rows_stored: int
     """Number of rows of `delays` that the run has stored, including this part's."""
     begins: bool = False
@@ -61,8 +61,8 @@ class Unstorable:
     why: str
 
 
-_Rows = tuple[str, int, pa.Table]
-"""Table, hour, and the rows."""
+_HourRows = tuple[str, int, pa.Table]
+"""Table, hour, and the rows that become one segment."""
 
 
 class FleetStore(EmbeddedStore):
@@ -159,10 +159,12 @@ class FleetStore(EmbeddedStore):
                     self._flush += 1
         except OSError as error:
             raise self._cannot("write a flush", error) from error
-        self.rows_stored += sum(len(part.delays) for part in parts) - sum(len(each.part.delays) for each in unstorable)
+        self.rows_stored += sum(len(part.rows.delays) for part in parts) - sum(
+            len(each.part.rows.delays) for each in unstorable
+        )
         return self._flush - 1, unstorable
 
-    def _made(self, parts: Sequence[RunPart], unstorable: list[Unstorable]) -> list[list[_Rows]]:
+    def _made(self, parts: Sequence[RunPart], unstorable: list[Unstorable]) -> list[list[_HourRows]]:
         """Convert the parts to tables, in the order of writing; several lists if some part cannot be converted."""
         try:
             return [list(self._tables(parts))]
@@ -172,43 +174,43 @@ class FleetStore(EmbeddedStore):
                 return []
         return [made for part in parts for made in self._made([part], unstorable)]
 
-    def _tables(self, parts: Sequence[RunPart]) -> Iterator[_Rows]:
+    def _tables(self, parts: Sequence[RunPart]) -> Iterator[_HourRows]:
         begun = [tables.runs_table(part.header) for part in parts if part.begins]
         if begun:
             yield ("runs", NO_HOUR, pa.concat_tables(begun).unify_dictionaries().combine_chunks())
-        told = [part for part in parts if part.latest is not None]
+        told = [part for part in parts if part.totals is not None]
         if not told:
             return
         rows = [
             tables.LedgerRow(
                 part.header,
-                latest.upto_utc_ns,
-                latest.ledger,
-                packets=latest.packets,
-                grades=latest.grades,
+                totals.upto_utc_ns,
+                totals.ledger,
+                packets=totals.packets,
+                grades=totals.grades,
                 rows_stored=part.rows_stored,
                 rows_not_stored=0,
                 closed=part.closed,
-                on_host_network=latest.on_host_network,
+                on_host_network=totals.on_host_network,
             )
             for part in told
-            if (latest := part.latest) is not None
+            if (totals := part.totals) is not None
         ]
         yield from _by_hour("ledger", tables.ledger_table(rows, self._flush))
         # One table for all runs, because twenty columns for each would cost a millisecond per run.
-        of_run = [part.latest.devices if part.latest is not None else () for part in told]
+        of_run = [part.rows.devices for part in told]
         devices = [device for some in of_run for device in some]
         rank = [number for some in of_run for number in ranks(some)]
         first = np.cumsum([0, *map(len, of_run)])[:-1]
-        windows = WindowTable.concatenate([WindowTable.of(part.windows) for part in told])
+        windows = WindowTable.concatenate([part.rows.windows for part in told])
         if len(windows):
-            counts = [len(part.windows) for part in told]
+            counts = [len(part.rows.windows) for part in told]
             device = windows.column("device") + np.repeat(first, counts)
             runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
             yield from _by_hour("windows", tables.windows_table(runs, windows, devices, rank, device))
-        delays = Delays.concatenate([part.delays for part in told])
+        delays = Delays.concatenate([part.rows.delays for part in told])
         if len(delays):
-            counts = [len(part.delays) for part in told]
+            counts = [len(part.rows.delays) for part in told]
             delays = replace(delays, device=(delays.device + np.repeat(first, counts)).astype(np.int32))
             runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
             yield from _by_hour("delays", tables.delays_table(runs, delays, devices, rank))
@@ -227,7 +229,7 @@ class FleetStore(EmbeddedStore):
         return found
 
 
-def _by_hour(table: str, rows: pa.Table) -> Iterator[_Rows]:
+def _by_hour(table: str, rows: pa.Table) -> Iterator[_HourRows]:
     for hour, chosen in by_hour(rows["time"].cast(pa.int64()).to_numpy()):
         partition(Path(), table, hour)  # raises for an hour outside the calendar
         yield table, hour, rows if chosen is None else rows.take(chosen)
@@ -242,7 +244,7 @@ def _few_enough(parts: Sequence[RunPart]) -> list[Sequence[RunPart]]:
     pieces: list[Sequence[RunPart]] = []
     start = devices = 0
     for index, part in enumerate(parts):
-        of_part = len(part.latest.devices) if part.latest is not None else 0
+        of_part = len(part.rows.devices)
         devices += of_part
         if devices > _DEVICES and index > start:
             pieces.append(parts[start:index])

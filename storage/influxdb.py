@@ -31,7 +31,8 @@ from contracts.config import Config, InfluxConfig, split_url
 from contracts.errors import ConfigError
 from contracts.figures import ranks
 from contracts.interfaces import Status, StreamHeader
-from contracts.schema import Results, RoundTrips
+from contracts.results import Results
+from contracts.schema import RoundTrips
 from contracts.vitals import Vitals
 from storage.internal import Internal
 from storage.lines import Budget, Lines, StreamLines
@@ -73,7 +74,7 @@ class InfluxTarget:
         """Return the number of rows and windows, or of round trips, in an item."""
         results = item.results
         if isinstance(results, Results):
-            return len(results.delays) + len(results.windows)
+            return len(results.rows.delays) + len(results.rows.windows)
         return len(results.rows) if results is not None else 0
 
     def encode(self, items: Sequence[HostResults], *, last: bool) -> Encoded:
@@ -105,13 +106,14 @@ class InfluxTarget:
             yield from map(_one, self._internal.stream_ended(item.header))
             del self._streams[item.header]
         else:
-            if results.devices != stream.devices:
-                stream.devices, stream.ranks = results.devices, ranks(results.devices)
-            if len(results.delays):
-                yield from stream.lines.packets(results.delays, results.devices, self._config.batch_rows)
-            yield from map(_one, stream.lines.windows(results.windows, results.devices, stream.ranks))
-            yield from map(_one, stream.lines.containers(results))
-            yield from map(_one, self._internal.stream_lines(item.header, results))
+            rows, totals = results.rows, results.totals
+            if rows.devices != stream.devices:
+                stream.devices, stream.ranks = rows.devices, ranks(rows.devices)
+            if len(rows.delays):
+                yield from stream.lines.packets(rows.delays, rows.devices, self._config.batch_rows)
+            yield from map(_one, stream.lines.windows(rows.windows, rows.devices, stream.ranks))
+            yield from map(_one, stream.lines.containers(totals))
+            yield from map(_one, self._internal.stream_lines(item.header, totals))
 
     def _over_budget(self, series: str) -> None:
         account = self._vitals.accounts.get(NAME)

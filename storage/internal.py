@@ -9,12 +9,12 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import StreamHeader
-from contracts.schema import Delays, Results
+from contracts.results import Totals
 from contracts.vitals import Vitals, process_figures
 from storage.lines import key, line
 
@@ -25,7 +25,7 @@ _S: Final = 1_000_000_000
 class _Reported:
     time_ns: int
     """Time of the last row."""
-    latest: Results
+    latest: Totals
 
 
 class Internal:
@@ -36,15 +36,13 @@ class Internal:
         self._told: dict[StreamHeader, _Reported] = {}
         self._own_second = 0
 
-    def stream_lines(self, header: StreamHeader, results: Results) -> Iterator[str]:
+    def stream_lines(self, header: StreamHeader, totals: Totals) -> Iterator[str]:
         """Yield the lines of a stream's ledger and cost, if a second of its time has passed since the last."""
-        # Kept without its rows, because it may be kept for long.
-        latest = replace(results, delays=Delays.empty(), windows=())
-        told = self._told.setdefault(header, _Reported(-_S, latest))
-        told.latest = latest
-        if results.upto_utc_ns // _S > told.time_ns // _S:
-            told.time_ns = results.upto_utc_ns
-            yield from _of_stream(header, latest, told.time_ns)
+        told = self._told.setdefault(header, _Reported(-_S, totals))
+        told.latest = totals
+        if totals.upto_utc_ns // _S > told.time_ns // _S:
+            told.time_ns = totals.upto_utc_ns
+            yield from _of_stream(header, totals, told.time_ns)
 
     def stream_ended(self, header: StreamHeader) -> Iterator[str]:
         """Yield the last lines of a stream's ledger and cost."""
@@ -71,13 +69,13 @@ def _own(host: str, tags: dict[str, str], fields: dict[str, int], now_ns: int) -
     return line(key("mace_internal", {"host": host} | tags), dict(fields), now_ns)
 
 
-def _of_stream(header: StreamHeader, results: Results, time_ns: int) -> Iterator[str]:
+def _of_stream(header: StreamHeader, totals: Totals, time_ns: int) -> Iterator[str]:
     common = {"host": header.host, "source": header.source}
-    grades = {n if n == "told_apart" else f"packets_{n}": v for n, v in results.grades.as_dict().items()}
-    causes = {f"packets_{cause}": count for cause, count in results.ambiguous_by_cause().items()}
-    ledger = results.ledger.as_dict() | {"packets": results.packets} | grades | causes
+    grades = {n if n == "told_apart" else f"packets_{n}": v for n, v in totals.grades.as_dict().items()}
+    causes = {f"packets_{cause}": count for cause, count in totals.ambiguous_by_cause().items()}
+    ledger = totals.ledger.as_dict() | {"packets": totals.packets} | grades | causes
     yield line(key("mace_internal", common | {"part": "ledger"}), dict(ledger), time_ns)
-    for cost in results.cost:
+    for cost in totals.cost:
         fields = {"calls": cost.calls, "timed": cost.timed, "timed_ns": cost.timed_ns}
         series = key("mace_internal", common | {"part": "cost", "hook": BY_HOOK[cost.hook].name})
         yield line(series, dict(fields), time_ns)

@@ -1,4 +1,4 @@
-"""Encodes results as InfluxDB line protocol by columns: some six million lines a second, and not one as by f-strings.
+"""Encodes rows and totals as InfluxDB line protocol by columns: six million lines a second, f-strings reach one.
 
     device_delay,host=h,container=c1,...,grade=buffer delay_ns=2210i,l3_len=84i,position=1i 1750000000000000000
     └────────── one of few prefixes ────────────────────────┘└──┘└──── one of few middles ┘└────── time ──────┘
@@ -27,7 +27,8 @@ from contracts.arrays import Ints
 from contracts.interfaces import StreamHeader
 from contracts.metrics import MEASUREMENTS
 from contracts.names import spelt, text
-from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, Results, RoundTrips, Segment, Window
+from contracts.results import Totals
+from contracts.schema import NOT_TOLD, Delays, Direction, Grade, Outcome, RoundTrips, Segment, Window
 from contracts.topology import Device, containers_of
 
 Codes = npt.NDArray[np.int32]
@@ -345,19 +346,19 @@ class StreamLines:
 
     # Containers.
 
-    def containers(self, results: Results) -> Iterator[str]:
+    def containers(self, totals: Totals) -> Iterator[str]:
         """Yield `container_info` lines for new and renamed containers, and once a minute for all."""
-        minute = results.upto_utc_ns // _INFO_NS
-        if results.present is None or (results.present is self._present and minute == self._minute):
+        minute = totals.upto_utc_ns // _INFO_NS
+        if totals.present is None or (totals.present is self._present and minute == self._minute):
             return
-        here = containers_of(results.present, results.on_host_network)
+        here = containers_of(totals.present, totals.on_host_network)
         new = here if minute != self._minute else here - self._containers
-        self._present, self._minute, self._containers = results.present, minute, here
+        self._present, self._minute, self._containers = totals.present, minute, here
         for container, container_id, netns in sorted(new):
             tags = {"container": container, "container_id": container_id, "netns": netns}
             series = key("container_info", tags | {"host": self._header.host, "source": self._header.source})
             if self._budget.admits(series):
-                yield line(series, {"present": 1}, results.upto_utc_ns)
+                yield line(series, {"present": 1}, totals.upto_utc_ns)
             else:
                 self.over_budget += 1
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from contracts.config import Config, MqttRowsConfig
 from contracts.errors import ConfigError, WireError
 from contracts.interfaces import Status, StreamHeader
-from contracts.schema import Results
+from contracts.results import Results
 from contracts.topics import results_topic
 from contracts.vitals import Vitals
 from storage import tables
@@ -46,7 +46,9 @@ class RowsTarget:
 
     def rows(self, item: HostResults) -> int:
         """Return the number of rows and windows in an item."""
-        return len(item.results.delays) + len(item.results.windows) if isinstance(item.results, Results) else 0
+        if not isinstance(item.results, Results):
+            return 0
+        return len(item.results.rows.delays) + len(item.results.rows.windows)
 
     def encode(self, items: Sequence[HostResults], *, last: bool) -> Encoded:
         """Encode items as one message per table and `batch_rows` rows; round trips are left out."""
@@ -58,30 +60,31 @@ class RowsTarget:
                 self._numbers.pop(header, None)
             elif isinstance(results, Results):
                 frames += self._frames(header, results)
-                left_out += 0 if self._rows else len(results.delays)
+                left_out += 0 if self._rows else len(results.rows.delays)
             else:
                 left_out += len(results.rows)
         return Encoded(frames, left_out)
 
     def _frames(self, header: StreamHeader, results: Results) -> list[Frame]:
         made = []
-        if results.windows:
-            made.append(self._frame(header, "windows", tables.windows_table(header, results.windows, results.devices)))
-        for start in range(0, len(results.delays) if self._rows else 0, self._batch_rows):
-            part = results.delays[start : start + self._batch_rows]
-            made.append(self._frame(header, "delays", tables.delays_table(header, part, results.devices)))
+        rows, totals = results.rows, results.totals
+        if len(rows.windows):
+            made.append(self._frame(header, "windows", tables.windows_table(header, rows.windows, rows.devices)))
+        for start in range(0, len(rows.delays) if self._rows else 0, self._batch_rows):
+            part = rows.delays[start : start + self._batch_rows]
+            made.append(self._frame(header, "delays", tables.delays_table(header, part, rows.devices)))
         if made:
             self._flushes += 1
             row = tables.LedgerRow(
                 header,
-                results.upto_utc_ns,
-                results.ledger,
-                packets=results.packets,
-                grades=results.grades,
+                totals.upto_utc_ns,
+                totals.ledger,
+                packets=totals.packets,
+                grades=totals.grades,
                 rows_stored=0,
                 rows_not_stored=0,
                 closed=False,
-                on_host_network=results.on_host_network,
+                on_host_network=totals.on_host_network,
             )
             made.append(self._frame(header, "ledger", tables.ledger_table([row], self._flushes)))
         return made

@@ -8,21 +8,21 @@ is written to after its file was closed gets another file, and all files of an h
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contracts.arrays import Ints
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
-from contracts.schema import Delays, Window
+from contracts.schema import Delays
 from contracts.topology import Device
+from contracts.windowtable import WindowTable
 from storage import tables
 from storage.checksum import SegmentWriter
 from storage.places import Place
@@ -74,7 +74,7 @@ class PartWriter:
         """The open files; the one written to last is last."""
         self._delays: list[Delays] = []
         self._waiting_rows = 0
-        self._windows: list[Window] = []
+        self._windows: list[WindowTable] = []
         self._waiting_bins = 0
         self._devices: tuple[Device, ...] = ()
         self._encoder = ThreadPoolExecutor(1, "mace-part") if overlap else None
@@ -94,14 +94,15 @@ class PartWriter:
             finally:
                 self._place.remove(self._folder)
 
-    def add(self, delays: Delays, windows: Sequence[Window], devices: tuple[Device, ...]) -> None:
+    def add(self, delays: Delays, windows: WindowTable, devices: tuple[Device, ...]) -> None:
         """Add rows and windows, whose device indices refer to `devices`."""
         self._devices = devices
         if len(delays):
             self._delays.append(delays)
             self._waiting_rows += len(delays)
-        self._windows.extend(windows)
-        self._waiting_bins += sum(len(w.bins) for w in windows)
+        if len(windows):
+            self._windows.append(windows)
+            self._waiting_bins += len(windows.bins)
         if self._waiting_rows >= tables.ROW_GROUP_ROWS:
             self._write_delays()
         if self._waiting_bins >= _WAITING_BINS:
@@ -137,12 +138,13 @@ class PartWriter:
     def _write_windows(self) -> None:
         if not self._windows:
             return
-        windows, devices = self._windows, self._devices
+        parts, devices = self._windows, self._devices
         self._windows, self._waiting_bins = [], 0
 
         def work() -> None:
-            starts = np.array([window.start_utc_ns for window in windows], np.int64)
-            self._append_by_hour("windows", starts, tables.windows_table(self._header, windows, devices))
+            windows = WindowTable.concatenate(parts)
+            table = tables.windows_table(self._header, windows, devices)
+            self._append_by_hour("windows", windows.column("start_utc_ns"), table)
 
         self._do(work)
 

@@ -31,7 +31,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Final
 
 import numpy as np
@@ -55,7 +55,8 @@ from contracts.errors import ConfigError, Unavailable
 from contracts.histogram import BINS, lower_bounds
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import Status, StreamHeader
-from contracts.schema import Delays, Results, RoundTrips
+from contracts.results import Results, Totals
+from contracts.schema import RoundTrips
 from contracts.topology import Device, containers_of
 from contracts.vitals import Vitals, process_figures
 from storage.http_server import HttpServer, in_pieces
@@ -120,7 +121,7 @@ class Endpoint:
         """Number of delays of series beyond `_MOST_SERIES`."""
         self._containers: dict[HostSource, dict[tuple[str, str, str], float | None]] = {}
         """Containers by name, id and namespace, with the time since when that name is no longer in use."""
-        self._latest: dict[HostSource, Results] = {}
+        self._latest: dict[HostSource, Totals] = {}
         self._ended_s: dict[HostSource, float] = {}
         """End of each stream that has ended and has not begun again."""
         self._swept_s = 0.0
@@ -181,17 +182,17 @@ class Endpoint:
         if self._server is not None and self._server.failure is not None:
             raise self._server.failure
         of = header.host, header.source
+        rows, totals = results.rows, results.totals
         now_s = self._clock_s()
         with self._lock:
             mine = self._delays.setdefault(of, {})
             before = self._latest.get(of)
             series = self._series
-            # Kept without its rows, until the next results.
-            self._latest[of] = replace(results, delays=Delays.empty(), windows=())
-            for w in results.windows:
+            self._latest[of] = totals
+            for w in rows.windows:
                 if w.width_s != _WIDTH_S:
                     continue
-                device = results.devices[w.device]
+                device = rows.devices[w.device]
                 labels = _labels(header, device, w.direction.name, w.segment.name)
                 found = mine.get(labels)
                 if found is None:
@@ -203,10 +204,10 @@ class Endpoint:
                 found.device = device.key
                 found.sum_ns += w.sum_ns
                 found.counts += _bucketed(w.bins, w.counts)
-            changed = before is None or before.present is not results.present or self._series != series
-            if changed and results.present is not None:
-                _mark(mine, results.present, now_s)
-                here = containers_of(results.present, results.on_host_network)
+            changed = before is None or before.present is not totals.present or self._series != series
+            if changed and totals.present is not None:
+                _mark(mine, totals.present, now_s)
+                here = containers_of(totals.present, totals.on_host_network)
                 self._containers[of] = _called(self._containers.get(of, {}), here, now_s)
             self._sweep(now_s)
 
@@ -437,7 +438,7 @@ def _histogram(delays: Sequence[tuple[Labels, int, Ints]]) -> Metric:
     return family
 
 
-def _ledgers(latest: Sequence[tuple[HostSource, Results]]) -> Iterator[Metric]:
+def _ledgers(latest: Sequence[tuple[HostSource, Totals]]) -> Iterator[Metric]:
     records = CounterMetricFamily(
         "mace_records", "Records by category of the ledger.", labels=("host", "source", "category")
     )
@@ -450,24 +451,24 @@ def _ledgers(latest: Sequence[tuple[HostSource, Results]]) -> Iterator[Metric]:
     ambiguous = CounterMetricFamily(
         "mace_packets_ambiguous", "Packets that were given up, by what fits them.", labels=("host", "source", "cause")
     )
-    for of, results in latest:
+    for of, totals in latest:
         for category in _CATEGORIES:
-            records.add_metric((*of, category), getattr(results.ledger, category))
-        in_flight.add_metric(of, results.ledger.in_flight)
+            records.add_metric((*of, category), getattr(totals.ledger, category))
+        in_flight.add_metric(of, totals.ledger.in_flight)
         for grade in ("ambiguous", "buffer", "content", "exact"):
-            packets.add_metric((*of, grade), getattr(results.grades, grade))
-        for cause, count in results.ambiguous_by_cause().items():
+            packets.add_metric((*of, grade), getattr(totals.grades, grade))
+        for cause, count in totals.ambiguous_by_cause().items():
             ambiguous.add_metric((*of, cause), count)
     yield from (records, in_flight, packets, ambiguous)
 
 
-def _costs(latest: Sequence[tuple[HostSource, Results]]) -> Iterator[Metric]:
+def _costs(latest: Sequence[tuple[HostSource, Totals]]) -> Iterator[Metric]:
     names = ("host", "source", "hook")
     calls = CounterMetricFamily("mace_probe_calls", "Calls of a hook's probe.", labels=names)
     timed = CounterMetricFamily("mace_probe_timed_calls", "Those of them that were timed.", labels=names)
     spent = CounterMetricFamily("mace_probe_seconds", "Time spent in the timed calls.", labels=names)
-    for stream, results in latest:
-        for cost in results.cost:
+    for stream, totals in latest:
+        for cost in totals.cost:
             of = (*stream, BY_HOOK[cost.hook].name)
             calls.add_metric(of, cost.calls)
             timed.add_metric(of, cost.timed)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from contracts.interfaces import StreamHeader
-from contracts.schema import Results, RoundTrips
+from contracts.results import Results
+from contracts.schema import RoundTrips
 from storage.running_sink import RunningSink
 
 

@@ -1,4 +1,4 @@
-"""The stored tables: columns, and `Results` as Arrow tables of them.
+"""The stored tables: columns, and what the correlator gives out as Arrow tables of them.
 
 Rows are self-contained, so that DuckDB, pandas, Polars or Dask need only the files: columns have names instead of
 numbers, and each row has its host, run, container and device. These columns have few distinct values and are
@@ -20,7 +20,7 @@ from contracts.figures import ranks
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
-from contracts.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment, Window
+from contracts.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment
 from contracts.topology import Device, Sharer
 from contracts.windowtable import FIGURES, WindowTable
 from storage.checksum import SegmentWriter
@@ -295,7 +295,7 @@ def delays_table(
 
 def windows_table(
     header: Runs,
-    windows: Sequence[Window],
+    windows: WindowTable,
     devices: Sequence[Device],
     rank: Sequence[int] | None = None,
     device: npt.NDArray[np.int64] | None = None,
@@ -305,21 +305,20 @@ def windows_table(
     `rank` has the rank of each device, if devices are of several runs; `device` replaces the windows' device indices.
     """
     rows = len(windows)
-    told = WindowTable.of(windows)
     if device is None:
-        device = told.column("device")
-    offsets = pa.array(told.edges.astype(np.int32))
+        device = windows.column("device")
+    offsets = pa.array(windows.edges.astype(np.int32))
     return pa.Table.from_arrays(
         [
-            pa.array(told.column("start_utc_ns")).cast(_TIME),
-            pa.array(told.column("width_s").astype(np.uint32)),
+            pa.array(windows.column("start_utc_ns")).cast(_TIME),
+            pa.array(windows.column("width_s").astype(np.uint32)),
             *_run_columns(header, rows),
             *_device_columns(device, devices, ranks(devices) if rank is None else rank),
-            _named(told.column("direction"), _DIRECTIONS),
-            _named(told.column("segment"), _SEGMENTS),
-            *(pa.array(told.column(name)) for name in FIGURES),
-            pa.ListArray.from_arrays(offsets, pa.array(told.bins.astype(np.uint16))),
-            pa.ListArray.from_arrays(offsets, pa.array(told.counts)),
+            _named(windows.column("direction"), _DIRECTIONS),
+            _named(windows.column("segment"), _SEGMENTS),
+            *(pa.array(windows.column(name)) for name in FIGURES),
+            pa.ListArray.from_arrays(offsets, pa.array(windows.bins.astype(np.uint16))),
+            pa.ListArray.from_arrays(offsets, pa.array(windows.counts)),
             _container_ids(device, devices),
         ],
         schema=SCHEMAS["windows"],

@@ -21,7 +21,7 @@ def replayed(path, topology=None, salvage=False):
                 batches.append(item)
             results += engine.feed(item)
         results.append(engine.finish())
-    delays = Delays.concatenate([one.delays for one in results])
+    delays = Delays.concatenate([one.rows.delays for one in results])
     return reader.header, Batch.concatenate(batches), results[-1], delays, reader
 
 
@@ -46,15 +46,15 @@ def rows(delays, devices):
 def summary(trace, topology):
     """Return header, records by hook, ledger and delays of a trace, for comparison."""
     header, batch, last, delays, source = replayed(trace, topology)
-    told = rows(delays, last.devices)
+    told = rows(delays, last.rows.devices)
     return {
         "kernel": header.kernel,
         "run": header.run,
         "hooks": list(header.hooks),
         "records": {Hook(hook).name.lower(): count for hook, count in sorted(Counter(batch.hook.tolist()).items())},
         "unresolved": source.decoder.unresolved,
-        "ledger": last.ledger.as_dict(),
-        "packets": last.packets,
+        "ledger": last.totals.ledger.as_dict(),
+        "packets": last.totals.packets,
         "delays": len(told),
         "delays_sha256": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
     }

@@ -8,8 +8,10 @@ from contracts.clock import ClockPair
 from contracts.histogram import bins_of, quantiles
 from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
-from contracts.schema import Delays, Direction, Grades, Results, Segment, Window
+from contracts.results import Results, Rows, Totals
+from contracts.schema import Delays, Direction, Grades, Segment, Window
 from contracts.topology import Device, Role
+from contracts.windowtable import WindowTable
 
 START_NS = 1_750_000_000_000_000_000
 HEADER = StreamHeader(
@@ -143,11 +145,21 @@ def make_results(delays, *, devices=None, containers=1, windows=(), ledger=None,
     records = 2 * len(delays)
     packets = len(np.unique(delays.packet)) if packets is None else packets
     return Results(
-        upto_utc_ns=upto_utc_ns or (int(delays.utc_ns.max()) + 1 if len(delays) else START_NS),
-        delays=delays,
-        windows=tuple(windows),
-        ledger=ledger or Ledger(records=records, matched=records),
-        packets=packets,
-        devices=devices or topology(containers),
-        grades=Grades(buffer=packets),
+        Rows(delays, WindowTable.of(tuple(windows)), devices or topology(containers)),
+        Totals(
+            upto_utc_ns=upto_utc_ns or (int(delays.utc_ns.max()) + 1 if len(delays) else START_NS),
+            ledger=ledger or Ledger(records=records, matched=records),
+            packets=packets,
+            grades=Grades(buffer=packets),
+        ),
     )
+
+
+def with_rows(results, **changes):
+    """The same results with other columns."""
+    return replace(results, rows=replace(results.rows, **changes))
+
+
+def with_totals(results, **changes):
+    """The same results with other totals."""
+    return replace(results, totals=replace(results.totals, **changes))

@@ -18,14 +18,16 @@ import zstandard
 
 from collector.remote import Arrival, Counts, HostStream
 from contracts.errors import MaceError, NotNowError, StoreError, WireError
-from contracts.interfaces import Progress, StreamHeader
+from contracts.interfaces import StreamHeader
 from contracts.records import Batch
-from contracts.schema import Delays, Results
-from contracts.topology import Topology, newest_names
+from contracts.results import Results, Rows, Totals
+from contracts.schema import Delays
+from contracts.topology import Device, newest_names
 from contracts.version import VERSION
 from contracts.windowtable import WindowTable
 from contracts.wire import Head, parse_head
 from correlator.engine import Engine, EngineConfig
+from correlator.feeder import Feeder, SliceLimit
 from storage.fleet import RunPart
 from storage.segments import HOUR_NS
 
@@ -36,7 +38,7 @@ _SLICE_RECORDS: Final = 1 << 14
 """An engine also processes the waiting records when there are so many: a slice's fixed cost of a millisecond or two is
 then negligible."""
 
-_FORMAT: Final = f"{VERSION}/2"
+_FORMAT: Final = f"{VERSION}/3"
 """Format of a saved host; the number is raised whenever the pickled classes change."""
 _HELD_CELLS: Final = 1 << 22
 """Most histogram cells of a host's open windows, 128 MiB: a hundred times what a host of fifty containers has."""
@@ -63,12 +65,8 @@ class _Host:
     """The state of one host, which snapshots pickle."""
 
     stream: HostStream
-    engine: Engine | None = None
-    """The engine of the current run; None before the first stream and after the end of the last."""
-    sliced_ns: int = 0
-    """Time of the stream up to which the engine has processed records, ns."""
-    waiting: int = 0
-    """Records after `sliced_ns`, which the engine has not processed."""
+    feeder: Feeder | None = None
+    """Feeds the engine of the current run; None before the first stream and after the end of the last."""
     rows: int = 0
     """Rows of `delays` of this run so far."""
     given_up: str = ""
@@ -84,7 +82,8 @@ class _Waiting:
     header: StreamHeader
     delays: list[Delays] = field(default_factory=list)
     windows: list[WindowTable] = field(default_factory=list)
-    latest: Results | None = None
+    devices: tuple[Device, ...] = ()
+    totals: Totals | None = None
     rows: int = 0
     size: int = 0
     """Number of rows in `delays`."""
@@ -95,8 +94,8 @@ class _Waiting:
 
     def part(self) -> RunPart:
         flags = {"begins": self.begins, "closed": self.closed, "ended": self.ended}
-        delays = Delays.concatenate(self.delays)
-        return RunPart(self.header, delays, WindowTable.concatenate(self.windows), self.latest, self.rows, **flags)
+        rows = Rows(Delays.concatenate(self.delays), WindowTable.concatenate(self.windows), self.devices)
+        return RunPart(self.header, rows, self.totals, self.rows, **flags)
 
 
 class Hosts:
@@ -204,23 +203,23 @@ class Hosts:
             self._finish(known, closed=False)
             stream.begin(frame, now_utc_ns)
             self._known[host] = known
-            known.engine = Engine(header.clock.offset_ns, self._engine)
-            known.sliced_ns = known.waiting = known.rows = 0
-            known.taken, known.given_up = stream.next, ""
+            engine = Engine(header.clock.offset_ns, self._engine)
+            known.feeder = Feeder(engine, stream.count_missing, limit=SliceLimit(self.slice_ns, _SLICE_RECORDS))
+            known.rows, known.taken, known.given_up = 0, stream.next, ""
             self._part(known).begins = True
             return
-        missing = stream.missing
+        missing = stream.count_missing()
         item = stream.take(frame, now_utc_ns)
         self.counts.frames += 1
-        if stream.missing != missing:
+        if stream.count_missing() != missing:
             self.counts.gaps += 1
-            self.counts.missing += stream.missing - missing
+            self.counts.missing += stream.count_missing() - missing
         if item is None:
             self._finish(known, closed=True)
-        elif known.engine is not None:
+        elif known.feeder is not None:
             self.counts.records += len(item) if isinstance(item, Batch) else 0
-            found = _fed(known, known.engine, item, self.slice_ns)
-            _hold_to_limits(known.engine, found)
+            found = list(known.feeder.take(item))
+            _hold_to_limits(known.feeder.engine, found)
             for results in found:
                 self._add(known, results)
         known.taken = stream.next
@@ -234,18 +233,18 @@ class Hosts:
         if known is None or known.stream.tag is None or stream not in (None, known.stream.tag):
             return
         self.counts.given_up += 1
-        known.engine, known.given_up = None, why or "no reason is known"
+        known.feeder, known.given_up = None, why or "no reason is known"
         part = self._part(known)
         part.ended = True
 
     def _finish(self, known: _Host, *, closed: bool) -> None:
-        if known.engine is not None:
-            results = known.engine.finish()
-            _hold_to_limits(known.engine, [results])
+        if known.feeder is not None:
+            results = known.feeder.finish()
+            _hold_to_limits(known.feeder.engine, [results])
             self._add(known, results)
             self._part(known).closed = closed
             self._part(known).ended = True
-            known.engine = None
+            known.feeder = None
 
     def _part(self, known: _Host) -> _Waiting:
         assert known.stream.tag is not None
@@ -257,24 +256,21 @@ class Hosts:
         return self._parts[key]
 
     def _add(self, known: _Host, results: Results) -> None:
-        part = self._part(known)
-        known.rows += len(results.delays)
-        part.rows = known.rows
-        if len(results.delays):
-            part.delays.append(results.delays)
-            part.size += len(results.delays)
-            _note_hours(part.hours, results.delays.utc_ns)
-        if len(results.windows):
-            windows = WindowTable.of(results.windows)
-            part.windows.append(windows)
-            _note_hours(part.hours, windows.column("start_utc_ns"))
+        part, rows, totals = self._part(known), results.rows, results.totals
+        known.rows += len(rows.delays)
+        part.rows, part.devices = known.rows, rows.devices
+        if len(rows.delays):
+            part.delays.append(rows.delays)
+            part.size += len(rows.delays)
+            _note_hours(part.hours, rows.delays.utc_ns)
+        if len(rows.windows):
+            part.windows.append(rows.windows)
+            _note_hours(part.hours, rows.windows.column("start_utc_ns"))
         # An engine without records knows no time.
-        upto_ns = results.upto_utc_ns if results.upto_utc_ns > 0 else part.header.clock.utc_ns
-        ledger = replace(results.ledger, discarded=known.stream.missing)
-        before = part.latest.on_host_network if part.latest is not None else ()
-        sharers = newest_names((*before, *results.on_host_network))
-        told = replace(results, upto_utc_ns=upto_ns, ledger=ledger, on_host_network=sharers)
-        part.latest = replace(told, delays=Delays.empty(), windows=(), gaps_utc_ns=())
+        upto_ns = totals.upto_utc_ns if totals.upto_utc_ns > 0 else part.header.clock.utc_ns
+        before = part.totals.on_host_network if part.totals is not None else ()
+        sharers = newest_names((*before, *totals.on_host_network))
+        part.totals = replace(totals, upto_utc_ns=upto_ns, on_host_network=sharers)
 
 
 class _TooMuchError(MaceError):
@@ -290,12 +286,12 @@ def _hold_to_limits(engine: Engine, found: list[Results]) -> None:
             f"it has announced {devices} devices, more than the limit of {_HELD_DEVICES}: begin a new run"
         )
     for results in found[-1:]:
-        if len(results.devices) > _PASSED_DEVICES:
+        if len(results.rows.devices) > _PASSED_DEVICES:
             raise _TooMuchError(
-                f"its packets have passed {len(results.devices)} devices, more than the limit of {_PASSED_DEVICES} for"
-                " one run: begin a new run"
+                f"its packets have passed {len(results.rows.devices)} devices, more than the limit of {_PASSED_DEVICES}"
+                " for one run: begin a new run"
             )
-        if max(results.ledger.as_dict().values()) > _LARGEST:
+        if max(results.totals.ledger.as_dict().values()) > _LARGEST:
             raise _TooMuchError("a counter exceeds 2**62")
 
 
@@ -303,29 +299,6 @@ def _note_hours(hours: set[int], utc_ns: npt.NDArray[np.int64]) -> None:
     """Add the hours of these times, which are nearly in order, to `hours`."""
     first, last = int(utc_ns.min()) // HOUR_NS, int(utc_ns.max()) // HOUR_NS
     hours.update((first,) if first == last else np.unique(utc_ns // HOUR_NS).tolist())
-
-
-def _fed(known: _Host, engine: Engine, item: Topology | Batch | Progress, slice_ns: int) -> list[Results]:
-    """Feed an item to the engine and return its results.
-
-    The engine processes records only when enough are waiting, because a slice has a fixed cost.
-    """
-    if isinstance(item, Topology):
-        return engine.feed(item)
-    results: list[Results] = []
-    upto_ns = known.sliced_ns
-    if isinstance(item, Progress):
-        upto_ns = item.upto_ns
-    elif len(item):
-        if not known.sliced_ns:
-            known.sliced_ns = int(item.ts_ns[0])
-        results = engine.feed(item)
-        known.waiting += len(item)
-        upto_ns = int(item.ts_ns[-1])
-    if upto_ns - known.sliced_ns >= slice_ns or known.waiting >= _SLICE_RECORDS:
-        results += engine.advance(upto_ns, at_once=True)
-        known.sliced_ns, known.waiting = upto_ns, 0
-    return results
 
 
 def _restored(aside: bytes) -> _Host:

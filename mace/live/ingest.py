@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from collector.memory import keep_freed_memory
 from collector.remote import Arrival, Counts
 from contracts.config import Config
 from contracts.errors import AheadError, MaceError, NotNowError, StoreError, WireError
+from contracts.results import Results
 from contracts.topics import MAX_SEQUENCE, OLDEST, ROOT, Ack, Refusal, Shard, ack_topic, check_host, host_of_stream
 from contracts.vitals import Vitals
 from contracts.wire import FrameKind, Head, parse_head
@@ -507,8 +508,8 @@ class Ingest:
             self._streams[key] = [sink.stream() for sink in self._sinks]
             for stream in self._streams[key]:
                 await stream.open(part.header)
-        if part.latest is not None:
-            results = replace(part.latest, delays=part.delays, windows=part.windows)
+        if part.totals is not None:
+            results = Results(part.rows, part.totals)
             for stream in self._streams[key]:
                 await stream.write(results)
         if part.closed or part.ended:

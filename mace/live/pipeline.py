@@ -27,9 +27,10 @@ from contracts.channel import Channel, ClosedError
 from contracts.config import CaptureConfig, StoreConfig
 from contracts.errors import MaceError, SourceError
 from contracts.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
-from contracts.schema import Results
+from contracts.results import Results
 from contracts.vitals import Vitals
 from correlator.engine import Engine, EngineConfig
+from correlator.feeder import Feeder
 from correlator.stage import correlate
 from storage.embedded import EmbeddedStore
 
@@ -161,12 +162,8 @@ async def run(
                     await sink.write(result)
                 on_results(result)
 
-        correlator = Engine(header.clock.offset_ns, engine)
-        await _supervise(
-            source,
-            stop,
-            [deliver(), correlate(items, correlator, results, lambda: source.discarded, lambda: source.cost), pump()],
-        )
+        feeder = Feeder(Engine(header.clock.offset_ns, engine), lambda: source.discarded, lambda: source.cost)
+        await _supervise(source, stop, [deliver(), correlate(items, feeder, results), pump()])
         return header
 
 

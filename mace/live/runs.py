@@ -20,7 +20,8 @@ from contracts.config import Config
 from contracts.figures import Summary
 from contracts.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
 from contracts.records import Batch
-from contracts.schema import Results, RoundTrips
+from contracts.results import Results
+from contracts.schema import RoundTrips
 from contracts.vitals import Account, Publishing, Vitals
 from correlator import configured
 from mace.live import pipeline

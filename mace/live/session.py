@@ -21,7 +21,8 @@ from contracts.figures import Summary
 from contracts.hooks import silent_on
 from contracts.interfaces import StreamHeader, StreamItem, StreamSink
 from contracts.names import printable
-from contracts.schema import Results, RoundTrips
+from contracts.results import Results
+from contracts.schema import RoundTrips
 from contracts.vitals import Publishing
 from correlator import configured
 from mace.live import pipeline, runs
@@ -84,7 +85,7 @@ class Session:
         with self._live() as view:
 
             def show(results: Results, summary: Summary) -> None:
-                if results.windows and view.auto_refresh:
+                if len(results.rows.windows) and view.auto_refresh:
                     view.update(tables.renderable(summary))
 
             return self._run(

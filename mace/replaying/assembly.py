@@ -28,8 +28,9 @@ from collector.reading.opening import is_url
 from contracts.config import StoreConfig
 from contracts.errors import CaptureError, StoreError
 from contracts.figures import Summary
-from contracts.schema import SCHEMA_VERSION, Window
+from contracts.schema import SCHEMA_VERSION
 from contracts.topology import Device
+from contracts.windowtable import WindowTable
 from correlator.engine import EngineConfig
 from correlator.state import EngineState
 from mace.replaying.journal import Committed, committed_from_json, committed_to_json, cut_from_json, cut_to_json
@@ -37,7 +38,7 @@ from mace.replaying.part import MACE_FORMAT, PartDone, PartTask, RecordedFile
 from storage import segments, tables
 from storage.embedded import check_schema, lock_store
 from storage.places import Place, place_at
-from storage.segments import HOUR_NS, NO_HOUR, UNFINISHED
+from storage.segments import HOUR_NS, NO_HOUR, UNFINISHED, by_hour
 
 PART_BYTES: Final = 64 << 20
 """Size of a part: some 30 million records, a quarter of a minute's work. A kill loses no more than that, and a warm-up
@@ -225,7 +226,7 @@ class Assembly:
         capture: _RecordingParts,
         done: PartDone,
         now: Committed,
-        final: Sequence[Window],
+        final: WindowTable,
         devices: Sequence[Device],
         *,
         last: bool,
@@ -249,10 +250,8 @@ class Assembly:
             on_host_network=done.summary.sharers,
         )
         self._put("ledger", done.upto_utc_ns // HOUR_NS, flush, tables.ledger_table([entry], flush))
-        by_hour: dict[int, list[Window]] = {}
-        for window in final:
-            by_hour.setdefault(window.start_utc_ns // HOUR_NS, []).append(window)
-        for hour, windows in sorted(by_hour.items()):
+        for hour, chosen in by_hour(final.column("start_utc_ns")):
+            windows = final if chosen is None else final[chosen]
             self._put("windows", hour, flush + 1, tables.windows_table(header, windows, devices))
         for staged in sorted(done.staged, key=lambda s: segments.TABLES.index(s.table)):
             place.move(staged.name, _segment_name(staged.table, staged.hour, flush, staged.rows))

@@ -27,7 +27,8 @@ from contracts.errors import UsageError, nearest
 from contracts.figures import Summary
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.protocols import ANSWERED
-from contracts.schema import NOT_TOLD, Direction, Results
+from contracts.results import Results
+from contracts.schema import NOT_TOLD, Direction
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
 from mace.live import pipeline
@@ -383,11 +384,11 @@ class _Writer:
         self._summary.add(results)
         if self._chosen is not None:
             return
-        inside = self._wanted.times(np.array([w.start_utc_ns for w in results.windows], np.int64))
-        self.tracks.windows(w for w, is_in in zip(results.windows, inside.tolist(), strict=True) if is_in)
-        if self._wanted.times(np.array([results.upto_utc_ns])).all():
-            self.tracks.ledger(results.upto_utc_ns, results.ledger)
-        self.tracks.gaps([gap for gap in results.gaps_utc_ns if self._wanted.times(np.array(gap)).any()])
+        rows, totals = results.rows, results.totals
+        self.tracks.windows(rows.windows[self._wanted.times(rows.windows.column("start_utc_ns"))])
+        if self._wanted.times(np.array([totals.upto_utc_ns])).all():
+            self.tracks.ledger(totals.upto_utc_ns, totals.ledger)
+        self.tracks.gaps([gap for gap in rows.gaps_utc_ns if self._wanted.times(np.array(gap)).any()])
 
 
 def _flow(text: str) -> dict[str, Any]:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import numpy as np
+
 from collector.capture.cuts import Cut
 from collector.capture.source import Position
 from contracts.figures import DevicePlace, Summary
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, Segment, Window
 from contracts.topology import Device, Sharer
+from contracts.windowtable import WindowTable
 from correlator.state import EngineState
 from correlator.windows import joined
 from mace.replaying.checkpoint import device_from_json, device_to_json, packed, state_from_json, state_to_json, unpacked
@@ -32,25 +35,26 @@ class Committed:
     ledger: Ledger = field(default_factory=Ledger)
     grades: Grades = field(default_factory=Grades)
     rows: int = 0
-    pending: tuple[Window, ...] = ()
+    pending: WindowTable = field(default_factory=WindowTable.empty)
     """Windows to which the next part may add; they are not stored yet."""
     devices: tuple[Device, ...] = ()
     """The devices that the indices in `pending` refer to."""
     summary: Summary = field(default_factory=Summary)
 
-    def with_part(self, done: PartDone, *, last: bool) -> tuple[Committed, list[Window], list[Device]]:
+    def with_part(self, done: PartDone, *, last: bool) -> tuple[Committed, WindowTable, list[Device]]:
         """Return the sums with one more part, the windows that are now final, and the devices they refer to."""
         devices = list(dict.fromkeys((*self.devices, *done.devices)))
         number = {device: n for n, device in enumerate(devices)}
-        pieces = [
-            replace(window, device=number[of[window.device]])
-            for of, windows in ((self.devices, self.pending), (done.devices, done.edges))
-            for window in windows
-        ]
-        whole = joined(pieces)
-        settled = [last or w.start_utc_ns + w.width_s * 1_000_000_000 <= done.settled_utc_ns for w in whole]
+        pieces = []
+        for of, windows in ((self.devices, self.pending), (done.devices, done.edges)):
+            if len(windows):
+                new = np.array([number[device] for device in of], np.int64)
+                pieces.append(windows.with_column("device", new[windows.column("device")]))
+        whole = joined(WindowTable.concatenate(pieces))
+        ends_utc_ns = whole.column("start_utc_ns") + whole.column("width_s") * 1_000_000_000
+        settled = last | (ends_utc_ns <= done.settled_utc_ns)
         # Records that were in flight at the end of the part before are counted in another category by now.
-        ledger = replace(self.ledger, in_flight=0) + replace(done.ledger, discarded=done.discarded)
+        ledger = replace(self.ledger, in_flight=0) + done.ledger
         grades = self.grades + done.grades
         summary = Summary()
         summary.merge(self.summary)
@@ -63,11 +67,11 @@ class Committed:
             ledger=ledger,
             grades=grades,
             rows=self.rows + done.rows,
-            pending=tuple(w for w, final in zip(whole, settled, strict=True) if not final),
+            pending=whole[~settled],
             devices=tuple(devices),
             summary=summary,
         )
-        return now, [w for w, final in zip(whole, settled, strict=True) if final], devices
+        return now, whole[settled], devices
 
 
 def committed_to_json(committed: Committed) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def committed_from_json(given: dict[str, Any]) -> Committed:
         ledger=ledger,
         grades=grades,
         rows=given["rows"],
-        pending=tuple(_window_from_json(window) for window in given["pending"]),
+        pending=WindowTable.of([_window_from_json(window) for window in given["pending"]]),
         devices=tuple(device_from_json(device) for device in given["devices"]),
         summary=summary,
     )

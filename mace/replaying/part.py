@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,9 +35,12 @@ from contracts.figures import Summary
 from contracts.interfaces import Progress, StreamHeader
 from contracts.ledger import Ledger
 from contracts.records import Batch
-from contracts.schema import Grades, Results, Window
+from contracts.results import Results
+from contracts.schema import Grades
 from contracts.topology import Device, Topology
+from contracts.windowtable import WindowTable
 from correlator.engine import Engine, EngineConfig
+from correlator.feeder import Feeder
 from correlator.state import EngineState
 from storage.part_writer import PartWriter, Staged
 from storage.places import place_at
@@ -117,14 +120,13 @@ class PartDone:
     upto_utc_ns: int
     settled_utc_ns: int
     """No later part has a delay that began before this time."""
-    edges: tuple[Window, ...]
+    edges: WindowTable
     """Windows across the part's ends, to which the part before or after may add."""
     devices: tuple[Device, ...]
     """The devices that the indices in `edges` refer to."""
     staged: tuple[Staged, ...]
     folder: str
     summary: Summary
-    discarded: int
     warnings: tuple[str, ...]
     lost_told: int | None
     """Number of lost records according to the file's END mark; None without one."""
@@ -140,7 +142,7 @@ def run_part(task: PartTask, told: OnProgress = lambda _read, _records: None) ->
     began_with = state.digest() if state is not None else ""
     begin_utc_ns = task.begin.at_ns + offset_ns if task.begin is not None else None
     engine = Engine(offset_ns, task.engine, state)
-    summary, edges, rows = Summary(), list[Window](), 0
+    summary, edges, rows = Summary(), list[WindowTable](), 0
     folder = f"{task.folder}/{task.capture:05d}-{task.part:06d}-{uuid.uuid4().hex}"
 
     with ExitStack() as stack:
@@ -153,35 +155,41 @@ def run_part(task: PartTask, told: OnProgress = lambda _read, _records: None) ->
         def take(results: Results) -> None:
             nonlocal rows
             summary.add(results)
-            rows += len(results.delays)
-            inner = results.windows
-            if begin_utc_ns is not None and any(w.start_utc_ns < begin_utc_ns for w in inner):
-                edges.extend(w for w in inner if w.start_utc_ns < begin_utc_ns)
-                inner = tuple(w for w in inner if w.start_utc_ns >= begin_utc_ns)
+            given = results.rows
+            rows += len(given.delays)
+            inner = given.windows
+            if begin_utc_ns is not None and len(inner):
+                across = inner.column("start_utc_ns") < begin_utc_ns
+                if across.any():
+                    edges.append(inner[across])
+                    inner = inner[~across]
             if writer is not None:
-                writer.add(results.delays, inner, results.devices)
+                writer.add(given.delays, inner, given.devices)
 
+        feeder = Feeder(engine, lambda: reader.discarded)
         records = 0
         for item in reader.items():
             try:
-                for results in engine.pieces(item):
+                for results in feeder.take(item):
                     take(results)
             except WireError as error:
                 raise WireError(f"{task.file.name}: {error}") from error
             records += len(item) if isinstance(item, Batch) else 0
             told(reader.bytes_read, records)
         if task.end_ns is None:
-            last, after = engine.finish(), None
+            last, after = feeder.finish(), None
             take(last)
+            totals = last.totals
         else:
-            for results in engine.stop_at(task.end_ns):
+            for results in feeder.stop_at(task.end_ns):
                 take(results)
             after = engine.state(task.end_ns)
-            # There may be no results since the last ones, so the counts are read from the engine.
-            last = engine.so_far(task.end_ns)
-            across = engine.close_windows()
-            summary.add(replace(last, windows=across))
-            edges.extend(across)
+            # The last results may be older than the last record.
+            totals = feeder.totals(task.end_ns)
+            open_windows = engine.close_windows()
+            summary.count(open_windows, engine.devices)
+            summary.update(totals)
+            edges.append(open_windows)
         staged = tuple(writer.close()) if writer is not None else ()
         return PartDone(
             capture=task.capture,
@@ -189,18 +197,17 @@ def run_part(task: PartTask, told: OnProgress = lambda _read, _records: None) ->
             began_with=began_with,
             ended_with=after.digest() if after is not None else "",
             state=after,
-            ledger=last.ledger,
-            grades=last.grades,
+            ledger=totals.ledger,
+            grades=totals.grades,
             rows=rows,
             # A file without records has no other time than that of its header.
-            upto_utc_ns=last.upto_utc_ns if last.ledger.records or task.begin else task.file.header.clock.utc_ns,
-            settled_utc_ns=last.settled_utc_ns,
-            edges=tuple(edges),
-            devices=last.devices,
+            upto_utc_ns=totals.upto_utc_ns if totals.ledger.records or task.begin else task.file.header.clock.utc_ns,
+            settled_utc_ns=totals.settled_utc_ns,
+            edges=WindowTable.concatenate(edges),
+            devices=engine.devices,
             staged=staged,
             folder=folder,
             summary=summary,
-            discarded=reader.discarded,
             warnings=tuple(reader.warnings),
             lost_told=reader.lost_told,
         )
@@ -222,12 +229,19 @@ def _keep_freed_memory() -> None:
 def _supposed(task: PartTask, begin: Cut, offset_ns: int) -> EngineState:
     """Return the state at a cut as it follows from the warm-up records before the cut."""
     engine = Engine(offset_ns, replace(task.engine, rows=False, crossings=False))
+    feeder = Feeder(engine)
     with Capture(task.file.locations[0]) as capture:
         for item in stretch(capture, begin.warm, None, begin.at_ns):
             if not isinstance(item, Progress):
-                engine.feed(item)
-    engine.stop_at(begin.at_ns)
+                _work_through(feeder.take(item))
+    _work_through(feeder.stop_at(begin.at_ns))
     return engine.state(begin.at_ns)
+
+
+def _work_through(results: Iterable[Results]) -> None:
+    """Have the engine work, where only its state is wanted and nobody reads the results."""
+    for _ in results:
+        pass
 
 
 class _CapturePart:

@@ -2,7 +2,7 @@
 
 The correlator's rows say when a packet was at which device, and number it by a hash of its first record. The records
 have more: the CPU, the reason of a drop, ports. Records wait here until the packets that began before them are settled
-(`Results.settled_utc_ns`); the hash of the first record and the buffer then identify their packets.
+(`Totals.settled_utc_ns`); the hash of the first record and the buffer then identify their packets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from contracts.interfaces import StreamHeader, StreamItem
 from contracts.ordering import GOLDEN
 from contracts.protocols import ICMP, ICMPV6
 from contracts.records import Batch, Content, Flag
-from contracts.schema import NOT_TOLD, Delays, Direction, Outcome, Results
+from contracts.results import Results
+from contracts.schema import NOT_TOLD, Delays, Direction, Outcome
 from contracts.topology import Device, Sighting, Topology
 from correlator.replies import ExchangedPackets, Replies
 
@@ -97,20 +98,20 @@ class PacketFollower:
         rows, of_packet, packets = self._packets(results, last=last)
         cut = len(self._batch)
         if not last:
-            cut = int(np.searchsorted(self._batch.ts_ns, results.settled_utc_ns - self._offset_ns))
+            cut = int(np.searchsorted(self._batch.ts_ns, results.totals.settled_utc_ns - self._offset_ns))
             if len(self._batch) - cut > _MOST_RECORDS:
                 self.without_packet += len(self._batch) - _MOST_RECORDS // 2 - cut
                 cut = len(self._batch) - _MOST_RECORDS // 2
         given, owner = self._batch[:cut], self._owner[:cut]
         self._batch, self._owner = self._batch[cut:], self._owner[cut:]
-        return Settled(rows, of_packet, packets, given, owner, self._sightings, results.devices)
+        return Settled(rows, of_packet, packets, given, owner, self._sightings, results.rows.devices)
 
     def _packets(self, results: Results, *, last: bool) -> tuple[Delays, Ints, TimelinePackets]:
-        rows = Delays.concatenate([self._rows, results.delays])
+        rows = Delays.concatenate([self._rows, results.rows.delays])
         ids, of_packet = np.unique(rows.packet, return_inverse=True)
         begin = np.full(len(ids), np.iinfo(np.int64).max)
         np.minimum.at(begin, of_packet, rows.utc_ns)
-        ready = np.ones(len(ids), np.bool_) if last else begin < results.settled_utc_ns
+        ready = np.ones(len(ids), np.bool_) if last else begin < results.totals.settled_utc_ns
         self._rows = rows[~ready[of_packet]]
         # Sorting the packet numbers again would take a tenth of an export's time; the ready ones keep their order.
         rows, of_packet = rows[ready[of_packet]], of_packet[ready[of_packet]]
@@ -134,7 +135,7 @@ class PacketFollower:
         rank = np.empty(len(ids), np.int64)
         rank[in_time] = np.arange(len(ids))
         names = np.array(
-            [self._containers.setdefault(device.container, len(self._containers)) for device in results.devices],
+            [self._containers.setdefault(device.container, len(self._containers)) for device in results.rows.devices],
             np.int64,
         )
         inward = direction == Direction.INGRESS
@@ -157,8 +158,8 @@ class PacketFollower:
             l4_bits=np.where(flow, content.l4_bits.astype(np.int64), NOT_TOLD),
         )[in_time]
         if self._replies is None:
-            self._replies = Replies(results.upto_utc_ns)
-        for gap in results.gaps_utc_ns:
+            self._replies = Replies(results.totals.upto_utc_ns)
+        for gap in results.rows.gaps_utc_ns:
             self._replies.lost(*gap)
         request, told_by = self._replies.match(seen)
         packets = TimelinePackets(

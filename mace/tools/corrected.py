@@ -16,7 +16,8 @@ from rich.text import Text
 
 from contracts.figures import Summary
 from contracts.names import printable
-from contracts.schema import NOT_TOLD, Crossings, Grade, Results, RoundTripRows, RoundTrips
+from contracts.results import Results
+from contracts.schema import NOT_TOLD, Crossings, Grade, RoundTripRows, RoundTrips
 from contracts.topology import Device, Role
 from correlator import intervals
 from correlator.correction import REASONS, Corrections, Reason, correct
@@ -54,11 +55,12 @@ class Observed:
     def add(self, results: Results) -> None:
         """Add the correlator's next results."""
         self.summary.add(results)
-        self.devices = results.devices
-        self.settled_utc_ns = results.settled_utc_ns
-        self.gaps_utc_ns += results.gaps_utc_ns
-        if len(results.crossings):
-            self._parts.append(results.crossings)
+        rows = results.rows
+        self.devices = rows.devices
+        self.settled_utc_ns = results.totals.settled_utc_ns
+        self.gaps_utc_ns += rows.gaps_utc_ns
+        if len(rows.crossings):
+            self._parts.append(rows.crossings)
 
     def containers(self) -> dict[int, tuple[str, int]]:
         """Return (name, number of crossings) by the inode of each container's network namespace."""

@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 
 from contracts.errors import MaceError, UsageError
-from contracts.schema import Results
+from contracts.results import Results
 from correlator.correction import Corrections, Reason, correct, settled
 from mace.live.session import Session
 from mace.shown import lines as shown_lines

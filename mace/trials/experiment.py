@@ -35,7 +35,8 @@ from contracts.errors import LabError, Unavailable, UsageError
 from contracts.hooks import Hook
 from contracts.interfaces import Progress
 from contracts.ledger import Ledger
-from contracts.schema import NOT_TOLD, Results
+from contracts.results import Results
+from contracts.schema import NOT_TOLD
 from contracts.topology import Role
 from correlator import intervals
 from correlator.correction import Reason, correct
@@ -277,11 +278,11 @@ def figures(
 
     def ours(results: Results) -> None:
         """Keep the measured container's crossings only: the flooding containers have many."""
-        chosen = [d.netns == netns and d.role is Role.INNER for d in results.devices]
-        crossings = results.crossings
-        if len(crossings):
-            crossings = crossings[np.array(chosen, np.bool_)[crossings.device]]
-        observed.add(replace(results, crossings=crossings))
+        rows = results.rows
+        if len(rows.crossings):
+            chosen = np.array([d.netns == netns and d.role is Role.INNER for d in rows.devices], np.bool_)
+            rows = replace(rows, crossings=rows.crossings[chosen[rows.crossings.device]])
+        observed.add(Results(rows, results.totals))
 
     session.observed(recording(path), ours)
     if session.stopped:

@@ -60,7 +60,7 @@ TOLD_BY: Final = ("", "echo", "ports", "turns")
 
 @dataclass(slots=True)
 class _DeviceTracks:
-    """The numbers that are written for one entry of `Results.devices`."""
+    """The numbers that are written for one entry of `Rows.devices`."""
 
     group: int
     """Group of lanes of the device; the whole path's group is the next number."""
@@ -104,7 +104,7 @@ class HostTracks:
             self._segment_category[segment] = self._categories[segment.name.lower()]
 
     def devices(self, devices: Sequence[Device]) -> None:
-        """Set the devices that later rows refer to. As in `Results`, devices are only ever appended."""
+        """Set the devices that later rows refer to. As in `Rows`, devices are only ever appended."""
         if len(devices) > len(self._entries):
             self._devices = tuple(devices)
             known = len(self._entries)

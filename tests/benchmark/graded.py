@@ -53,7 +53,7 @@ def _rate(batch: Batch) -> float:
     engine = _engine()
     for start in range(0, len(batch), BATCH):
         engine.feed(batch[start : start + BATCH])
-    ledger = engine.finish().ledger
+    ledger = engine.finish().totals.ledger
     assert (ledger.records, ledger.imbalance) == (len(batch), 0)
     return len(batch) / (time.process_time() - begin)
 
@@ -72,7 +72,7 @@ def _lossy(batch: Batch) -> list[dict[str, Any]]:
                 engine.feed(_later(item, turn * span))
         rates.append(kept / (time.process_time() - begin))
         sizes.append(resident_mib(os.getpid()))
-    ledger = engine.finish().ledger
+    ledger = engine.finish().totals.ledger
     assert (ledger.records, ledger.lost, ledger.imbalance) == (kept * LOSSY_ROUNDS, gone.sum() * LOSSY_ROUNDS, 0)
     half = len(sizes) // 2
     return [
@@ -94,7 +94,7 @@ def _flood() -> list[dict[str, Any]]:
             rates.append(since / (now - begin))
             begin, since = now, 0
             sizes.append(resident_mib(os.getpid()))
-    ledger = engine.finish().ledger
+    ledger = engine.finish().totals.ledger
     assert (ledger.records, ledger.imbalance) == (2 * FLOOD_PPS * FLOOD_S, 0)
     return [
         figure("never_completing_flood", "records/s", rates),

@@ -127,7 +127,7 @@ def by_us(seen: Seen, outer: str, topology: Topology) -> Pairs:
     queued = {seen.ts[i]: i for name in ("eth0", outer) for i in seen.at(Hook.NET_DEV_QUEUE, name)}
     pairs = []
     for found in results:
-        out = found.crossings[found.crossings.direction == Direction.EGRESS]
+        out = found.rows.crossings[found.rows.crossings.direction == Direction.EGRESS]
         pairs += [(queued[a], queued[b]) for a, b in zip(out.inner_utc_ns.tolist(), out.outer_utc_ns.tolist(),
                                                           strict=True)]  # fmt: skip
     return pairs

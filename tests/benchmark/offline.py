@@ -68,9 +68,9 @@ async def _rows(path: Path, store: Path) -> float:
         await sink.open(capture.header)
         for item in capture:
             for results in engine.feed(item):
-                rows += len(results.delays)
+                rows += len(results.rows.delays)
                 await sink.write(results)
         last = engine.finish()
         await sink.write(last)
         await sink.aclose()
-    return (rows + len(last.delays)) / (time.perf_counter() - begin)
+    return (rows + len(last.rows.delays)) / (time.perf_counter() - begin)

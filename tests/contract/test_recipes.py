@@ -409,7 +409,8 @@ from pathlib import Path
 
 from contracts.config import Config
 from contracts.interfaces import Status, StreamHeader
-from contracts.schema import Results, RoundTrips
+from contracts.results import Results
+from contracts.schema import RoundTrips
 from contracts.vitals import Account, Vitals
 
 
@@ -429,7 +430,7 @@ class Lines:
     async def write(self, results: Results | RoundTrips) -> None:
         """Append."""
         if isinstance(results, Results):
-            rows = len(results.delays) + len(results.windows)
+            rows = len(results.rows.delays) + len(results.rows.windows)
             with self._path.open("a") as file:
                 file.write(json.dumps({"rows": rows}) + "\\n")
             self._account.taken += rows
@@ -660,7 +661,8 @@ from tests.places import DOCS
 def test_the_toycolumn_is_as_counted_by_hand():
     rows = 0
     for results in mace.open(DOCS / "example.mace").results():
-        for length, odd in zip(results.delays.l3_len.tolist(), results.delays.toy_odd.tolist(), strict=True):
+        delays = results.rows.delays
+        for length, odd in zip(delays.l3_len.tolist(), delays.toy_odd.tolist(), strict=True):
             assert odd == (length % 2 == 1)
             rows += 1
     assert rows

@@ -211,7 +211,7 @@ def test_clogged_it_neither_waits_nor_grows(make, tmp_path):
             for _ in range(10):
                 for each in MANY:
                     await sink.write(each)
-                    written += len(each.delays) + len(each.windows)
+                    written += len(each.rows.delays) + len(each.rows.windows)
                     for account in vitals.accounts.values():
                         assert account.imbalance == 0
                         assert account.buffer_peak <= 20_000

@@ -23,7 +23,7 @@ from storage.lines import key
 from tests import servers
 from tests.database_proxy import proxied
 from tests.fed import DEVICES, STEP_S, S, batches, feed, influx
-from tests.made_results import START_NS, make_delays, make_results, make_windows, topology
+from tests.made_results import START_NS, make_delays, make_results, make_windows, topology, with_rows, with_totals
 from tests.nasty_names import NASTY, named_devices
 from tests.places import GOLDEN, ROOT
 
@@ -53,7 +53,7 @@ def address(request, server):
 
 
 def delay_rows(results):
-    return sum(int((each.delays.segment != Segment.OVERHEAD).sum()) for each in results)
+    return sum(int((each.rows.delays.segment != Segment.OVERHEAD).sum()) for each in results)
 
 
 def check(server, account, results):
@@ -65,8 +65,8 @@ def check(server, account, results):
     assert account.stored == account.taken - account.not_stored - account.left_out
     if not account.not_stored + account.left_out:
         assert rows["device_delay"] == delay_rows(results)
-        assert rows["overhead"] == sum(len(each.delays) for each in results) - rows["device_delay"]
-        assert rows["device_window"] == sum(len(each.windows) for each in results)
+        assert rows["overhead"] == sum(len(each.rows.delays) for each in results) - rows["device_delay"]
+        assert rows["device_window"] == sum(len(each.rows.windows) for each in results)
     return rows
 
 
@@ -76,7 +76,7 @@ def test_every_row_arrives_with_its_tags_fields_and_time(server, address, tmp_pa
     account = feed(config, results, pace=False)["influxdb"]
     check(server, account, results)
     assert account.not_stored == 0
-    delays = results[3].delays
+    delays = results[3].rows.delays
     row = int((delays.segment == Segment.DELIVERY).argmax())
     device = DEVICES[delays.device[row]]
     where = f"time = {delays.utc_ns[row]} AND device = '{device.name}'"
@@ -92,7 +92,7 @@ def test_every_row_arrives_with_its_tags_fields_and_time(server, address, tmp_pa
     # The last row of the ledger is the final one.
     (ledger,) = server.query("SELECT last(records), matched, packets FROM mace_internal WHERE part = 'ledger'")
     last = results[-1]
-    assert ledger["values"][0][1:] == [last.ledger.records, last.ledger.matched, last.packets]
+    assert ledger["values"][0][1:] == [last.totals.ledger.records, last.totals.ledger.matched, last.totals.packets]
 
 
 def test_what_is_stored_is_in_the_catalogue(server, tmp_path):
@@ -124,10 +124,10 @@ FAULTS = [None, 429, 500, None, "cut", "lost", 503, "hang", None, "lost", None, 
 def test_all_faults_in_turn(server, tmp_path, api):
     """The faults are 429, 500, silence, cut connections, lost answers, and lines that the server refuses."""
     results = list(batches(60_000, 60))
-    bad = [str(results[n].delays.utc_ns[n]).encode() for n in (5, 30, 55)]
+    bad = [str(results[n].rows.delays.utc_ns[n]).encode() for n in (5, 30, 55)]
     with proxied(server, lambda number: FAULTS[number % len(FAULTS)] if number < 24 else None) as proxy:
         proxy.spoiled = tuple(b" " + time for time in bad)
-        spoiled = sum(int((each.delays.utc_ns == int(time)).sum()) for each in results for time in bad)
+        spoiled = sum(int((each.rows.delays.utc_ns == int(time)).sum()) for each in results for time in bad)
         account = feed(influx(proxy.url, tmp_path, timeout_s=0.7, batch_rows=2000, api=api), results)["influxdb"]
         assert {str(fault) for fault in FAULTS} == {str(what) for what in proxy.met}
     rows = check(server, account, results)
@@ -135,7 +135,7 @@ def test_all_faults_in_turn(server, tmp_path, api):
     told = sum(count for reason, count in account.reasons.items() if reason.startswith("refused: 400 "))
     assert told == spoiled
     assert all("unable to parse '…': missing fields" in r for r in account.reasons if r.startswith("refused"))
-    assert rows["device_delay"] + rows["overhead"] == sum(len(each.delays) for each in results) - spoiled
+    assert rows["device_delay"] + rows["overhead"] == sum(len(each.rows.delays) for each in results) - spoiled
     assert account.retries > 12
     assert "made up" in "".join(account.reasons)
 
@@ -306,7 +306,8 @@ def test_victoria_metrics_speaks_the_v2_api_for_real(tmp_path):
         account = feed(influx(server.url, tmp_path / "spool"), results, pace=False)["influxdb"]
         assert (account.waiting, account.not_stored, account.retries) == (0, 0, 0)
         assert server.samples("device_delay_delay_ns") == delay_rows(results)
-        assert server.samples("overhead_overhead_ns") == sum(len(each.delays) for each in results) - delay_rows(results)
+        rows = sum(len(each.rows.delays) for each in results)
+        assert server.samples("overhead_overhead_ns") == rows - delay_rows(results)
         server.kill()
         account = feed(influx(server.url, tmp_path / "spool", close_s=0.2), results[:2], pace=False)["influxdb"]
         assert account.waiting == account.taken > 0
@@ -352,9 +353,9 @@ def test_a_renamed_container_s_series_are_one_by_its_id(tmp_path):
         delays = make_delays(40, start_ns=START_NS + number * 10 * S)
         devices = tuple(replace(d, container=name, container_id="a" * 64) for d in topology())
         windows = [replace(w, device=w.device + number * len(devices)) for w in make_windows(delays)]
-        results.append(replace(make_results(delays, devices=devices, windows=windows), present=devices))
-    results[1] = replace(results[1], delays=Delays.empty(), devices=results[0].devices + results[1].devices)
-    whole = sum(w.count for each in results for w in each.windows)
+        results.append(with_totals(make_results(delays, devices=devices, windows=windows), present=devices))
+    results[1] = with_rows(results[1], delays=Delays.empty(), devices=results[0].rows.devices + results[1].rows.devices)
+    whole = sum(w.count for each in results for w in each.rows.windows)
     with servers.running(servers.Victoria(tmp_path / "victoria")) as server:
         feed(influx(server.url, tmp_path / "spool"), results, pace=False)
         assert {each["container"] for each in server.series("container_info_present")} == {"web-tmp", "web"}

@@ -162,7 +162,7 @@ def replayed(one):
         for item in reader.items():
             results += engine.feed(item)
         results.append(engine.finish())
-    return reader.header, Delays.concatenate([r.delays for r in results]), results
+    return reader.header, Delays.concatenate([r.rows.delays for r in results]), results
 
 
 def overheads(rows, way):
@@ -184,8 +184,8 @@ def test_the_very_same_records_give_the_very_same_rows(run, live, form):
     assert len(rows) == len(again) > 5 * (PINGS + DATAGRAMS)
     for name in ("utc_ns", "direction", "segment", "position", "delay_ns", "l3_len", "grade", "outcome"):
         assert np.array_equal(getattr(rows, name), getattr(again, name)), name
-    assert results_again[-1].ledger == results[-1].ledger
-    assert results[-1].ledger.lost == 0
+    assert results_again[-1].totals.ledger == results[-1].totals.ledger
+    assert results[-1].totals.ledger.lost == 0
 
 
 def in_mono(run):
@@ -222,7 +222,7 @@ def test_the_text_of_the_same_records(run):
     """Text and trace.dat of one instance: the same but for what text cuts off, and addresses that are hashes."""
     _, rows, results = replayed(recording(run.extracted, in_mono(run)))
     _, text, text_results = replayed(recording(run.text, in_mono(run)))
-    assert text_results[-1].ledger.records == results[-1].ledger.records
+    assert text_results[-1].totals.ledger.records == results[-1].totals.ledger.records
     for way in (Direction.EGRESS, Direction.INGRESS):
         delay, text_delay = overheads(rows, way)[1], overheads(text, way)[1]
         assert len(delay) == len(text_delay)
@@ -233,5 +233,5 @@ def test_the_text_of_the_same_records(run):
 def test_two_packet_captures(run, live):
     """tcpdump's stamps are the driver's and the stack's: another place, microseconds away, and the same packets."""
     _, rows, results = replayed(recording_of(PCAP_PAIR, (run.inner, run.outer)))
-    assert results[-1].grades.content == results[-1].packets > PINGS + DATAGRAMS
+    assert results[-1].totals.grades.content == results[-1].totals.packets > PINGS + DATAGRAMS
     close(rows, live[1], 1, 4)

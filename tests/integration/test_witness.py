@@ -125,4 +125,4 @@ def test_perf_script(tmp_path):
     _, batch, last, _, _ = replayed(plain)
     times = sorted(int(seconds + fraction) for seconds, fraction, *_ in line.findall(text))
     assert batch.ts_ns[batch.hook != Hook.LOST].tolist() == times
-    assert last.ledger.imbalance == 0
+    assert last.totals.ledger.imbalance == 0

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from collector.merge import Merger
 from contracts.records import Batch, Content, Flag
+from contracts.results import Results, Rows
 from contracts.schema import Delays, Direction, Grade, Segment
 from contracts.topology import Device
+from contracts.windowtable import WindowTable
 from correlator.engine import Engine, EngineConfig
 from correlator.windows import joined
 from mace.replaying.checkpoint import state_from_json, state_to_json
@@ -142,14 +144,14 @@ def correlate(batch, cuts=(), *, devices=PLAIN, **config):
         if config.get("whole_batches") and b < len(batch):
             results += engine.advance(int(batch.ts_ns[b]))
     results.append(engine.finish())
-    assert all(result.ledger.imbalance == 0 for result in results)
+    assert all(result.totals.ledger.imbalance == 0 for result in results)
     return results
 
 
 def all_rows(results):
     """Every row, as tuples that do not depend on how devices are numbered."""
-    rows = Delays.concatenate([result.delays for result in results])
-    devices = results[-1].devices
+    rows = Delays.concatenate([result.rows.delays for result in results])
+    devices = results[-1].rows.devices
     columns = [
         getattr(rows, name).tolist()
         for name in ("utc_ns", "packet", "direction", "segment", "position", "delay_ns", "l3_len", "outcome", "grade")
@@ -158,7 +160,7 @@ def all_rows(results):
 
 
 def all_windows(results):
-    devices = results[-1].devices
+    devices = results[-1].rows.devices
     return Counter(
         (
             devices[w.device],
@@ -178,7 +180,7 @@ def all_windows(results):
             tuple(w.counts),
         )
         for result in results
-        for w in result.windows
+        for w in result.rows.windows
     )
 
 
@@ -188,7 +190,7 @@ def test_the_engine_says_what_the_reference_says(batch):
     results = correlate(batch)
     wanted = Reference(resolved(), TIMEOUT_NS, LINK_NS).run(batch)
     ways = {Direction.EGRESS: "out", Direction.INGRESS: "in"}
-    rows, devices = Delays.concatenate([r.delays for r in results]), results[-1].devices
+    rows, devices = Delays.concatenate([r.rows.delays for r in results]), results[-1].rows.devices
     found = Counter(
         (devices[d].name, devices[d].container, ways[way], Segment(segment).name.lower(), begin, delay, GRADES[grade])
         for d, way, segment, begin, delay, grade in zip(
@@ -197,10 +199,10 @@ def test_the_engine_says_what_the_reference_says(batch):
         )
     )
     assert found == Counter(row[1:] for row in wanted.rows)
-    ledger = results[-1].ledger.as_dict()
+    ledger = results[-1].totals.ledger.as_dict()
     assert ledger == wanted.ledger | {"discarded": 0}
-    assert results[-1].grades.as_dict() == wanted.grades
-    assert results[-1].packets == results[-1].grades.packets
+    assert results[-1].totals.grades.as_dict() == wanted.grades
+    assert results[-1].totals.packets == results[-1].totals.grades.packets
 
 
 @pytest.mark.slow
@@ -221,9 +223,9 @@ def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, whole_batches
     )
     assert all_rows(cut) == all_rows(whole)
     assert all_windows(cut) == all_windows(whole)
-    assert cut[-1].ledger == whole[-1].ledger
-    assert cut[-1].packets == whole[-1].packets
-    assert cut[-1].grades == whole[-1].grades
+    assert cut[-1].totals.ledger == whole[-1].totals.ledger
+    assert cut[-1].totals.packets == whole[-1].totals.packets
+    assert cut[-1].totals.grades == whole[-1].totals.grades
 
 
 @pytest.mark.slow
@@ -253,7 +255,7 @@ def test_cpus_and_when_they_are_read_change_nothing(batch, seed, ambiguous):
     whole = correlate(batch, devices=devices)
     assert all_rows(found) == all_rows(whole)
     assert all_windows(found) == all_windows(whole)
-    assert found[-1].ledger == whole[-1].ledger
+    assert found[-1].totals.ledger == whole[-1].totals.ledger
 
 
 @pytest.mark.slow
@@ -264,7 +266,7 @@ def test_device_delays_add_up_to_the_overhead(batch):
     assume(len(set(zip(batch.skb_id.tolist(), batch.ts_ns.tolist(), strict=True))) == len(batch))
     parts, whole = Counter(), {}
     for result in correlate(batch):
-        rows = result.delays
+        rows = result.rows.delays
         for packet, segment, delay in zip(rows.packet.tolist(), rows.segment, rows.delay_ns.tolist(), strict=True):
             if segment == Segment.DEVICE:
                 parts[packet] += delay
@@ -294,7 +296,7 @@ def test_no_stream_is_too_wild(rows, read):
     names = dict(zip(("ts_ns", "hook", "dev", "skb_id"), columns, strict=False))
     batch = Batch.of(len(rows), content, **names, gso_segs=columns[6])
     results = correlate(batch, devices=(*DEVICES, Device(ELSEWHERE, 7, "veth1", "veth", ELSEWHERE, 8)), slice_ns=5_000)
-    assert results[-1].ledger.records == len(rows)
+    assert results[-1].totals.ledger.records == len(rows)
 
 
 def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
@@ -306,9 +308,9 @@ def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
     results = engine.feed(tape.batch())
     assert engine.open_peak <= 500
     results.append(engine.finish())
-    ledger = results[-1].ledger
+    ledger = results[-1].totals.ledger
     assert (ledger.records, ledger.matched, ledger.imbalance) == (6_000, 6_000, 0)
-    assert sum(len(result.delays) for result in results) == 3_000
+    assert sum(len(result.rows.delays) for result in results) == 3_000
 
 
 @pytest.mark.slow
@@ -334,18 +336,19 @@ def test_an_engine_goes_on_where_another_stopped(batch, times, ambiguous):
             results += engine.stop_at(end)
             whole += one.stop_at(end)
             state = engine.state(end)
-            results.append(replace(engine.so_far(end), windows=engine.close_windows()))
+            rows = Rows(Delays.empty(), engine.close_windows(), engine.devices)
+            results.append(Results(rows, engine.so_far(end)))
             assert state.digest() == one.state(end).digest()
             state = state_from_json(json.loads(json.dumps(state_to_json(state))))
         parts.append(all_rows(results))
-        devices_of = results[-1].devices
-        pieces += [(devices_of[w.device], w) for r in results for w in r.windows]
-        ledger = results[-1].ledger.as_dict()
+        devices_of = results[-1].rows.devices
+        pieces += [(devices_of[w.device], w) for r in results for w in r.rows.windows]
+        ledger = results[-1].totals.ledger.as_dict()
         if end != edges[-1]:
             ledger.pop("in_flight")
-        counts.update(ledger | results[-1].grades.as_dict())
+        counts.update(ledger | results[-1].totals.grades.as_dict())
     assert sum(parts, Counter()) == all_rows(whole)
-    assert dict(counts) == whole[-1].ledger.as_dict() | whole[-1].grades.as_dict()
+    assert dict(counts) == whole[-1].totals.ledger.as_dict() | whole[-1].totals.grades.as_dict()
     numbered = list(dict.fromkeys(device for device, _ in pieces))
-    merged = joined([replace(w, device=numbered.index(device)) for device, w in pieces])
-    assert all_windows([replace(whole[-1], windows=merged, devices=tuple(numbered))]) == all_windows(whole)
+    merged = joined(WindowTable.of([replace(w, device=numbered.index(device)) for device, w in pieces]))
+    assert all_windows([Results(Rows(Delays.empty(), merged, tuple(numbered)), whole[-1].totals)]) == all_windows(whole)

@@ -14,6 +14,7 @@ from contracts.hooks import Hook
 from contracts.topics import ROOT
 from contracts.wire import FrameKind
 from correlator.engine import Engine, EngineConfig
+from correlator.feeder import Feeder
 from storage.query import Filter, StoreReader
 from tests.hostile import (
     EVIL,
@@ -37,7 +38,7 @@ TAG = stream_tag(FRAMES[0])
 
 def expected_rows():
     engine = Engine(HEADER.clock.offset_ns, EngineConfig())
-    return sum(len(results.delays) for item in ITEMS for results in engine.feed(item)) + len(engine.finish().delays)
+    return sum(len(results.rows.delays) for results in Feeder(engine).run(ITEMS))
 
 
 EXPECTED = expected_rows()

@@ -99,7 +99,7 @@ def test_every_encoding_gives_the_same(tmp_path, data):
     assert source.discarded == discarded
     # What was left out is told by kind, and nothing else is.
     assert sum(int(line.split(": ")[1].split()[0]) for line in source.warnings) == discarded
-    assert last.ledger.imbalance == last.ledger.unmatched == 0
+    assert last.totals.ledger.imbalance == last.totals.ledger.unmatched == 0
     assert len(found) == len(TRUTH)
     for (utc, way, delay), (true_utc, true_way, true_delay) in zip(found, TRUTH, strict=True):
         assert way == true_way
@@ -150,7 +150,7 @@ def test_a_capture_of_several_devices_gives_the_farthest_or_nothing(tmp_path, da
     assert source.warnings
     if form in {"sll2", "ng"}:
         assert found == TRUTH
-        assert last.ledger.unmatched == source.discarded == 0
+        assert last.totals.ledger.unmatched == source.discarded == 0
     else:
         assert found == []
 

@@ -78,8 +78,8 @@ def test_damage_is_an_error_or_is_counted(salvage, which, what):
         assert f"at byte {refused.offset}" in str(refused)
         return
     assert (np.diff(batch.ts_ns) >= 0).all()
-    assert last.ledger.imbalance == 0
-    assert last.ledger.records == int((batch.hook != Hook.LOST).sum())
+    assert last.totals.ledger.imbalance == 0
+    assert last.totals.ledger.records == int((batch.hook != Hook.LOST).sum())
     assert set(batch.hook.tolist()) <= {int(hook) for hook in Hook if hook is not Hook.INVALID}
     assert (batch.dev < len(source.sightings)).all()
 

@@ -44,11 +44,11 @@ def told(batch, few, monkeypatch, **config):
     monkeypatch.setattr(shapes, "_FEW", few)
     engine = Engine(0, EngineConfig(crossings=True, **config))
     results = [*engine.feed(topology()), *engine.feed(batch), engine.finish()]
-    rows = Delays.concatenate([result.delays for result in results])
-    crossed = Crossings.concatenate([result.crossings for result in results])
+    rows = Delays.concatenate([result.rows.delays for result in results])
+    crossed = Crossings.concatenate([result.rows.crossings for result in results])
     columns = [getattr(part, f.name).tobytes() for part in (rows, crossed) for f in fields(part)]
-    windows = [repr(window) for result in results for window in result.windows]
-    return columns, windows, results[-1].ledger, results[-1].grades, results[-1].devices
+    windows = [repr(window) for result in results for window in result.rows.windows]
+    return columns, windows, results[-1].totals.ledger, results[-1].totals.grades, results[-1].rows.devices
 
 
 @pytest.mark.slow
@@ -79,5 +79,5 @@ def test_lives_of_one_shape_are_asked_about_once(monkeypatch):
     engine = Engine(0, EngineConfig())
     engine.feed(topology())
     engine.feed(tape.batch())
-    assert engine.finish().packets == 600
+    assert engine.finish().totals.packets == 600
     assert asked == [2]

@@ -17,6 +17,7 @@ from contracts.records import Batch
 from contracts.schema import Delays, Grades
 from contracts.topology import Device, Topology
 from correlator.engine import Engine, EngineConfig
+from correlator.feeder import Feeder
 from mace.live import pipeline
 from mace.live.pipeline import Stop
 
@@ -86,11 +87,10 @@ def taken(config: Config, work: Callable[[], None]) -> CollectedStream:
 
 def worked(stream: CollectedStream, config: EngineConfig) -> Worked:
     """Run the engine over a stream and return its results."""
-    engine = Engine(stream.offset_ns, config)
-    results = [result for item in stream.items for result in engine.feed(item)]
-    results.append(engine.finish())
+    results = list(Feeder(Engine(stream.offset_ns, config)).run(stream.items))
     last = results[-1]
-    return Worked(Delays.concatenate([each.delays for each in results]), last.devices, last.ledger, last.grades)
+    delays = Delays.concatenate([each.rows.delays for each in results])
+    return Worked(delays, last.rows.devices, last.totals.ledger, last.totals.grades)
 
 
 def thinned(stream: CollectedStream, share: float, seed: int = 1) -> tuple[CollectedStream, npt.NDArray[np.bool_]]:

@@ -57,8 +57,8 @@ def told(place: Path) -> dict[str, object]:
     ):
         _, rows, results = replayed(one)
         found[name] = {
-            "records": results[-1].ledger.records,
-            "lost": results[-1].ledger.lost,
+            "records": results[-1].totals.ledger.records,
+            "lost": results[-1].totals.ledger.lost,
             **{
                 way.name.lower(): np.asarray(overheads(rows, way)[1]).tolist()
                 for way in (Direction.EGRESS, Direction.INGRESS)

@@ -104,8 +104,8 @@ def rows(stream: Stream) -> Delays:
     engine = Engine(header.clock.offset_ns, EngineConfig())
     results = [one for item in items if not isinstance(item, Progress) for one in engine.feed(item)]
     results.append(engine.finish())
-    assert results[-1].ledger.lost == 0
-    return Delays.concatenate([one.delays for one in results])
+    assert results[-1].totals.ledger.lost == 0
+    return Delays.concatenate([one.rows.delays for one in results])
 
 
 @pytest.fixture(scope="module")

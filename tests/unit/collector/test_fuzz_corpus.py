@@ -41,7 +41,7 @@ def read(path, *, salvage):
             for _ in engine.feed(item):
                 pass
         last = engine.finish()
-        return Batch.concatenate(found), replace(last.ledger, discarded=reader.discarded), reader.warnings
+        return Batch.concatenate(found), replace(last.totals.ledger, discarded=reader.discarded), reader.warnings
 
 
 def told(path, *, salvage):

@@ -58,7 +58,7 @@ def test_what_is_missing_is_asked_for_as_long_as_the_host_has_it():
 def test_what_is_given_up_is_counted_and_marked():
     stream = begun(3)
     batch = stream.take(FRAMES[5])
-    assert stream.missing == 1_000
+    assert stream.count_missing() == 1_000
     assert int((batch.hook == Hook.LOST).sum()) == HEADER.cpus
     assert batch.lost == 0
 

@@ -14,8 +14,9 @@ from contracts.hooks import Hook
 from contracts.ledger import Ledger
 from contracts.schema import Direction, HookCost, Segment
 from contracts.topology import Device, Role, Sharer
+from contracts.windowtable import WindowTable
 from mace.shown import tables
-from tests.made_results import START_NS, make_delays, make_results, make_windows, topology
+from tests.made_results import START_NS, make_delays, make_results, make_windows, topology, with_rows, with_totals
 
 
 def live(delays, *, containers=1, widths=(1,), **changes):
@@ -124,14 +125,14 @@ def test_as_dict_has_what_is_promised():
 
 
 def test_what_observing_cost_is_told():
-    results = replace(make_results(make_delays(10)), cost=(HookCost(Hook.NETIF_RX, 1234, 10, 850),))
+    results = with_totals(make_results(make_delays(10)), cost=(HookCost(Hook.NETIF_RX, 1234, 10, 850),))
     first, second = Summary(), Summary()
     first.add(results)
     assert "cost: netif_rx 85 ns × 1,234" in tables.ledger_line(first).plain
     assert first.as_dict()["cost"] == [
         {"hook": "netif_rx", "calls": 1234, "timed": 10, "timed_ns": 850, "ns_per_call": 85.0}
     ]
-    second.add(replace(results, cost=(HookCost(Hook.NET_DEV_QUEUE, 5, 1, 9), HookCost(Hook.NETIF_RX, 6, 0, 0))))
+    second.add(with_totals(results, cost=(HookCost(Hook.NET_DEV_QUEUE, 5, 1, 9), HookCost(Hook.NETIF_RX, 6, 0, 0))))
     first.merge(second)
     assert first.cost == (HookCost(Hook.NET_DEV_QUEUE, 5, 1, 9), HookCost(Hook.NETIF_RX, 1240, 10, 850))
 
@@ -230,7 +231,7 @@ def test_containers_on_the_host_s_network_are_named():
     assert "on_host_network" not in summary.as_dict()
     assert "host's own network" not in printed(summary)
     summary.sharers = (Sharer("db"), Sharer("web-tmp", "a" * 64))
-    summary.add(replace(make_results(make_delays(0)), on_host_network=(Sharer("web", "a" * 64),)))
+    summary.add(with_totals(make_results(make_delays(0)), on_host_network=(Sharer("web", "a" * 64),)))
     assert summary.as_dict()["on_host_network"] == ["db", "web"]
     assert "on the host's own network, with no device to cross: db, web" in printed(summary)
     other = Summary(sharers=(Sharer("cache"), Sharer("db")))
@@ -244,7 +245,7 @@ def called(name, container_id, results, containers=1):
         replace(d, container=name, container_id=container_id) if d.role is Role.INNER and d.container == "c0" else d
         for d in topology(containers)
     )
-    return replace(results, devices=devices)
+    return with_rows(results, devices=devices)
 
 
 def renamed(*names, containers=1, listed=None):
@@ -254,8 +255,9 @@ def renamed(*names, containers=1, listed=None):
         delays = make_delays(20, containers=containers, start_ns=START_NS + number * 10**9)
         results = called(name, container_id, make_results(delays, containers=containers), containers)
         windows = [replace(w, device=w.device + len(devices)) for w in make_windows(delays)]
-        devices = (*devices, *results.devices)
-        summary.add(replace(results, devices=devices, windows=tuple(windows), present=listed or results.devices))
+        devices = (*devices, *results.rows.devices)
+        changed = with_rows(results, devices=devices, windows=WindowTable.of(windows))
+        summary.add(with_totals(changed, present=listed or results.rows.devices))
     return summary
 
 

@@ -81,13 +81,13 @@ def test_nothing_is_lost_uncounted(tmp_path, read, loss, discarded, engine):
     source = Made(stream.items, discarded)
     asyncio.run(pipeline.run(source, [slow, EmbeddedStore(store, flush_interval_s=0.05)], engine=engine, stop=Stop()))
 
-    assert all(results.ledger.imbalance == 0 for results in slow.results)
-    last = slow.results[-1].ledger
+    assert all(results.totals.ledger.imbalance == 0 for results in slow.results)
+    last = slow.results[-1].totals.ledger
     assert (last.records, last.lost, last.discarded) == (RECORDS - gone.sum(), gone.sum(), discarded)
     assert last.lost == 0 or loss
     # The counts only ever grow, but for what is in flight.
     for before, after in zip(slow.results, slow.results[1:], strict=False):
-        falls = {name for name, n in after.ledger.as_dict().items() if n < before.ledger.as_dict()[name]}
+        falls = {name for name, n in after.totals.ledger.as_dict().items() if n < before.totals.ledger.as_dict()[name]}
         assert falls <= {"in_flight"}
 
     names = list(Ledger().as_dict())
@@ -95,15 +95,15 @@ def test_nothing_is_lost_uncounted(tmp_path, read, loss, discarded, engine):
     assert all(Ledger(*row).imbalance == 0 for row in stored)
     assert Ledger(*stored[-1]) == last
     # Rows, windows, and the store's copies of them tell of the same packets.
-    delays = sum(len(results.delays) for results in slow.results)
-    counted = sum(w.count for results in slow.results for w in results.windows if w.width_s == 1)
+    delays = sum(len(results.rows.delays) for results in slow.results)
+    counted = sum(w.count for results in slow.results for w in results.rows.windows if w.width_s == 1)
     rows, windows = (
         query(store, sql).fetchone()[0]
         for sql in ("SELECT count(*) FROM delays", "SELECT sum(count) FROM windows WHERE width_s = 1")
     )
     assert delays == counted == rows == windows > 0
     wholes = query(store, "SELECT count(*) FROM delays WHERE segment = 'overhead'").fetchone()[0]
-    assert wholes == sum(int((r.delays.segment == Segment.OVERHEAD).sum()) for r in slow.results)
+    assert wholes == sum(int((r.rows.delays.segment == Segment.OVERHEAD).sum()) for r in slow.results)
 
 
 def test_no_window_is_stored_before_the_ledger_of_its_time(tmp_path):

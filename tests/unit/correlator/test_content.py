@@ -18,9 +18,9 @@ def correlate(*batches, devices=PLAIN, **config):
     for batch in batches:
         results += engine.feed(batch)
     results.append(engine.finish())
-    rows = Delays.concatenate([r.delays for r in results])
-    assert all(r.ledger.imbalance == 0 for r in results)
-    assert all(r.packets == r.grades.packets for r in results)
+    rows = Delays.concatenate([r.rows.delays for r in results])
+    assert all(r.totals.ledger.imbalance == 0 for r in results)
+    assert all(r.totals.packets == r.totals.grades.packets for r in results)
     return rows, results[-1]
 
 
@@ -38,7 +38,7 @@ def overheads(rows):
 def test_one_key_all_the_way_is_exact():
     rows, last = correlate(of(REQUEST, key=A))
     assert set(rows.grade) == {Grade.EXACT}
-    assert last.grades.as_dict() == {
+    assert last.totals.grades.as_dict() == {
         "ambiguous": 0,
         "buffer": 0,
         "content": 0,
@@ -58,13 +58,13 @@ def test_two_keyed_records_are_needed_and_enough():
 def test_without_keys_the_buffer_alone_holds():
     rows, last = correlate(of(REQUEST))
     assert set(rows.grade) == {Grade.BUFFER}
-    assert (last.grades.buffer, last.packets) == (1, 1)
+    assert (last.totals.grades.buffer, last.totals.packets) == (1, 1)
 
 
 def test_a_name_that_could_be_several_devices_is_counted_as_ambiguous():
     _, last = correlate(of("Q:eth0 X:eth0", key=A), devices=DEVICES)
-    assert (last.grades.ambiguous, last.grades.packets, last.ledger.ambiguous) == (1, 0, 2)
-    assert last.several_devices == 1
+    assert (last.totals.grades.ambiguous, last.totals.grades.packets, last.totals.ledger.ambiguous) == (1, 0, 2)
+    assert last.totals.several_devices == 1
 
 
 def test_a_buffer_that_is_freed_unseen_and_used_again_on_a_path_that_could_be():
@@ -74,7 +74,7 @@ def test_a_buffer_that_is_freed_unseen_and_used_again_on_a_path_that_could_be():
     assert overheads(plain) == ["EGRESS"]  # so the buffer alone says
     rows, last = correlate(of(f"{here} {there}", key=[A] * 4 + [B] * 4))
     assert overheads(rows) == []
-    assert last.grades.as_dict() == {
+    assert last.totals.grades.as_dict() == {
         "ambiguous": 0,
         "buffer": 0,
         "content": 0,
@@ -82,35 +82,35 @@ def test_a_buffer_that_is_freed_unseen_and_used_again_on_a_path_that_could_be():
         "told_apart": 1,
         "waited": 0,
     }
-    assert last.ledger.matched == 8
+    assert last.totals.ledger.matched == 8
     # The first packet's crossings are measured all the same, up to its last record.
-    assert {last.devices[d].name for d in rows.device} == {"eth0", "veth1"}
+    assert {last.rows.devices[d].name for d in rows.device} == {"eth0", "veth1"}
 
 
 def test_records_without_a_key_do_not_hide_the_change():
     path = "Q:eth0 X:eth0 r:veth1 R:veth1 Q:out0 X:out0"
     for keys in ([A, A, A, 0, B, B], [A, A, 0, 0, B, B], [A, 0, 0, 0, 0, B]):
         _, last = correlate(of(path, key=keys))
-        assert last.grades.told_apart == 1, keys
+        assert last.totals.grades.told_apart == 1, keys
     _, last = correlate(of(path, key=[A, 0, A, 0, 0, A]))
-    assert (last.grades.told_apart, last.grades.exact) == (0, 1)
+    assert (last.totals.grades.told_apart, last.totals.grades.exact) == (0, 1)
     # ... nor do those of a life before.
     before, after = of("Q:eth0 X:eth0 k", key=A), of("Q:eth0 X:eth0 r:veth1", 2_000, key=[0, 0, B])
     _, last = correlate(before, after)
-    assert (last.grades.told_apart, last.ledger.matched, last.ledger.dropped) == (0, 3, 3)
+    assert (last.totals.grades.told_apart, last.totals.ledger.matched, last.totals.ledger.dropped) == (0, 3, 3)
 
 
 def test_an_end_with_another_key_is_another_packets():
     rows, last = correlate(of("Q:eth0 X:eth0 r:veth1 R:veth1 k", key=[A] * 4 + [B], reason=5))
     assert set(rows.outcome) == {Outcome.OPEN}
-    assert (last.ledger.matched, last.ledger.unmatched, last.ledger.dropped) == (4, 1, 0)
+    assert (last.totals.ledger.matched, last.totals.ledger.unmatched, last.totals.ledger.dropped) == (4, 1, 0)
 
 
 def test_an_end_without_a_key_is_its_own():
     rows, last = correlate(of("Q:eth0 X:eth0 r:veth1 R:veth1 k", key=[A] * 4 + [0], reason=5))
     assert set(rows.outcome) == {Outcome.DROPPED}
     assert set(rows.grade) == {Grade.EXACT}
-    assert last.ledger.dropped == 5
+    assert last.totals.ledger.dropped == 5
 
 
 GRO = "G:out0 R:out0 Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0"
@@ -132,7 +132,7 @@ GSO = "Q:rem0 X:rem0 r:out0 R:out0 Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0"
 def test_offloads_change_the_packet_in_its_buffer(path, changed, segs, joined):
     count = len(path.split())
     rows, last = correlate(of(path, key=[A] * changed + [B] * (count - changed), segs=segs))
-    assert last.grades.told_apart == (not joined)
+    assert last.totals.grades.told_apart == (not joined)
     if joined:
         assert overheads(rows) == ["INGRESS"]
         assert set(rows.grade) == {Grade.BUFFER}
@@ -149,7 +149,7 @@ def test_vxlan_keeps_the_inner_packets_key(path, inside):
     assert set(rows.grade) == {Grade.EXACT}
     # A key of the inner packet that is another one is another packet's.
     _, last = correlate(of(path, key=[A if within else B for within in inside], flags=flags))
-    assert last.grades.told_apart == 1
+    assert last.totals.grades.told_apart == 1
 
 
 @pytest.mark.parametrize(("path", "change"), [(WRAPPED, 6), (UNWRAPPED, 2)])
@@ -157,18 +157,18 @@ def test_other_tunnels_change_the_key_and_the_buffer_alone_holds(path, change):
     keys = [A] * change + [B] * (len(path.split()) - change)
     for slice_ns in (1, 100, 250, 1 << 40):
         rows, last = correlate(of(path, key=keys), slice_ns=slice_ns)
-        assert (last.grades.told_apart, last.grades.buffer) == (0, 1)
+        assert (last.totals.grades.told_apart, last.totals.grades.buffer) == (0, 1)
         assert set(rows.grade) == {Grade.BUFFER}
     # But not on the way to the tunnel.
     keys = [A] * (change - 1) + [B] * (len(path.split()) - change + 1)
     _, last = correlate(of(path, key=keys))
-    assert last.grades.told_apart == 1
+    assert last.totals.grades.told_apart == 1
 
 
 def test_a_fragment_that_is_put_together_is_another_packet_from_there_on():
     path = "r:out0 R:out0 Q:br0 X:br0 Q:veth1 X:veth1"
     _, last = correlate(of(path, key=[A] * 2 + [B] * 4, flags=[Flag.FRAGMENT] * 2 + [0] * 4))
-    assert (last.grades.told_apart, last.ledger.matched) == (1, 6)
+    assert (last.totals.grades.told_apart, last.totals.ledger.matched) == (1, 6)
 
 
 def test_a_batch_without_content_among_others():
@@ -176,7 +176,7 @@ def test_a_batch_without_content_among_others():
     bare = of(REQUEST)
     for cut in range(len(whole) + 1):
         rows, last = correlate(whole[:cut], bare[cut:], slice_ns=100)
-        assert last.ledger.matched == len(whole)
+        assert last.totals.ledger.matched == len(whole)
         assert set(rows.grade) == {Grade.EXACT if cut > 1 else Grade.BUFFER}
         rows, _ = correlate(bare[:cut], whole[cut:], slice_ns=100)
         assert set(rows.grade) == {Grade.EXACT if cut < len(whole) - 1 else Grade.BUFFER}
@@ -192,4 +192,4 @@ def test_where_a_packet_was_last_is_no_place_on_its_path():
     assert tape.batch().dev[-1] == NAMES.index("eth0")
     for name in Delays._DTYPES:
         assert getattr(plain, name).tolist() == getattr(recalled, name).tolist(), name
-    assert last.ledger.matched == len(tape)
+    assert last.totals.ledger.matched == len(tape)

@@ -22,7 +22,7 @@ def correlate(batch, *, size=0, **config):
 
 
 def crossings(results):
-    return Crossings.concatenate([result.crossings for result in results])
+    return Crossings.concatenate([result.rows.crossings for result in results])
 
 
 def one_exchange():
@@ -76,7 +76,7 @@ def test_they_differ_by_the_overhead_of_the_same_packet():
         tape.packet(REQUEST, 1_000_000 * i, skb=i % 7 + 1, step=100 + i)
         tape.packet(REPLY + " c", 1_000_000 * i + 50_000, skb=i % 5 + 10, step=90 + i)
     results = correlate(tape.batch())
-    rows = Delays.concatenate([result.delays for result in results])
+    rows = Delays.concatenate([result.rows.delays for result in results])
     rows = rows[rows.segment == Segment.OVERHEAD]
     found = crossings(results)
     assert len(found) == 100
@@ -84,7 +84,7 @@ def test_they_differ_by_the_overhead_of_the_same_packet():
     assert dict(zip(found.packet.tolist(), delay.tolist(), strict=True)) == dict(
         zip(rows.packet.tolist(), rows.delay_ns.tolist(), strict=True)
     )
-    assert all(results[-1].devices[number].name == "eth0" for number in found.device)
+    assert all(results[-1].rows.devices[number].name == "eth0" for number in found.device)
 
 
 @pytest.mark.parametrize("size", [1, 3, 17])
@@ -108,9 +108,9 @@ def test_what_is_settled_comes_no_more():
         tape.packet(REQUEST, 7_000_000 * i, skb=i % 9 + 1, step=100 if i % 3 else 2_000_000)
     seen = OFFSET_NS
     for result in correlate(tape.batch(), slice_ns=20_000_000):
-        assert (result.crossings.inner_utc_ns >= seen).all()
-        assert result.settled_utc_ns >= seen or result.settled_utc_ns == 0
-        seen = result.settled_utc_ns
+        assert (result.rows.crossings.inner_utc_ns >= seen).all()
+        assert result.totals.settled_utc_ns >= seen or result.totals.settled_utc_ns == 0
+        seen = result.totals.settled_utc_ns
 
 
 def test_they_come_only_when_asked_for():
@@ -123,7 +123,7 @@ def test_gaps_are_told_once():
     tape.packet(REQUEST, 1_000)
     tape.gap(5_000, 6_000, lost=3)
     tape.packet(REQUEST, 300_000_000)
-    told = [gap for result in correlate(tape.batch()) for gap in result.gaps_utc_ns]
+    told = [gap for result in correlate(tape.batch()) for gap in result.rows.gaps_utc_ns]
     assert told == [(5_000 + OFFSET_NS, 6_000 + OFFSET_NS)]
 
 

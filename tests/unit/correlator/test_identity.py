@@ -20,7 +20,7 @@ def correlate(tape, *items, **config):
     for item in items or (topology(), tape.batch()):
         results += engine.feed(item)
     results.append(engine.finish())
-    rows = Delays.concatenate([r.delays for r in results])
+    rows = Delays.concatenate([r.rows.delays for r in results])
     return rows, results[-1]
 
 
@@ -29,7 +29,7 @@ def told(rows, last, segment=None):
     order = sorted(range(len(rows)), key=lambda i: (rows.utc_ns[i], rows.position[i]))
     found = []
     for i in order:
-        d = last.devices[rows.device[i]]
+        d = last.rows.devices[rows.device[i]]
         way, part = Direction(int(rows.direction[i])).name, Segment(int(rows.segment[i])).name
         if segment in (None, part):
             found.append((d.container, d.netns, d.name, way, part, int(rows.delay_ns[i])))
@@ -55,8 +55,8 @@ def test_a_request_and_its_reply():
         ("veth1", "INGRESS", "DEVICE", 200),
         ("eth0", "INGRESS", "DEVICE", 100),
     ]
-    assert last.packets == 2
-    assert last.ledger.matched == last.ledger.records == len(tape)
+    assert last.totals.packets == 2
+    assert last.totals.ledger.matched == last.totals.ledger.records == len(tape)
 
 
 def test_two_containers_whose_devices_have_one_name_are_told_apart():
@@ -81,18 +81,18 @@ def test_a_name_that_could_be_several_devices_is_counted_and_not_guessed():
     tape.packet("Q:eth0 X:eth0 k", 1_000)
     rows, last = correlate(tape)
     assert len(rows) == 0
-    assert last.ledger.dropped == 3
+    assert last.totals.ledger.dropped == 3
     tape = Tape()
     tape.packet("Q:eth0 X:eth0", 1_000)
     rows, last = correlate(tape)
-    assert (len(rows), last.ledger.ambiguous) == (0, 2)
+    assert (len(rows), last.totals.ledger.ambiguous) == (0, 2)
 
 
 def test_what_is_freed_after_its_transmission_was_sent_by_hardware():
     tape = Tape()
     tape.packet("Q:eth0 X:eth0 c", 1_000)
     _, last = correlate(tape)
-    assert (last.ledger.ambiguous, last.ledger.matched) == (0, 3)
+    assert (last.totals.ledger.ambiguous, last.totals.ledger.matched) == (0, 3)
 
 
 def test_what_begins_with_a_reception_was_received_by_hardware():
@@ -100,7 +100,7 @@ def test_what_begins_with_a_reception_was_received_by_hardware():
     tape.add(0, 7)  # the capture's first moments do not count: what came before them is not known
     tape.packet("G:eth0 R:eth0", 50_000)
     _, last = correlate(tape)
-    assert (last.ledger.ambiguous, last.ledger.matched) == (0, 2)
+    assert (last.totals.ledger.ambiguous, last.totals.ledger.matched) == (0, 2)
 
 
 def test_unless_its_beginning_may_have_been_lost():
@@ -109,7 +109,7 @@ def test_unless_its_beginning_may_have_been_lost():
     tape.gap(49_000, 49_500)
     tape.packet("G:eth0 R:eth0", 50_000)
     _, last = correlate(tape)
-    assert last.ledger.ambiguous == 2
+    assert last.totals.ledger.ambiguous == 2
 
 
 def test_a_buffer_that_is_freed_unseen_and_used_again_starts_a_new_life():
@@ -117,7 +117,7 @@ def test_a_buffer_that_is_freed_unseen_and_used_again_starts_a_new_life():
     end = tape.packet(REPLY, 1_000, skb=5)
     tape.packet(REQUEST, end + 10, skb=5)
     rows, last = correlate(tape)
-    assert last.packets == 2
+    assert last.totals.packets == 2
     assert [row[3] for row in told(rows, last, "OVERHEAD")] == ["INGRESS", "EGRESS"]
 
 
@@ -127,7 +127,7 @@ def test_a_forwarded_packet_keeps_its_length():
     tape.packet("Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0", 1_300, length=52)
     rows, last = correlate(tape)
     assert told(rows, last, "OVERHEAD") == []
-    assert last.packets == 1
+    assert last.totals.packets == 1
 
 
 @pytest.mark.parametrize(("late_ns", "joined"), [(TIMEOUT_NS, True), (TIMEOUT_NS + 1, False)])
@@ -136,9 +136,9 @@ def test_a_partner_that_comes_too_late_is_none(late_ns, joined):
     tape.packet("Q:br0 X:br0", 1_000, step=late_ns)
     _, last = correlate(tape)
     if joined:
-        assert last.ledger.matched == 2
+        assert last.totals.ledger.matched == 2
     else:
-        assert (last.ledger.expired, last.ledger.in_flight) == (1, 1)
+        assert (last.totals.ledger.expired, last.totals.ledger.in_flight) == (1, 1)
 
 
 def test_nothing_is_matched_across_a_gap_of_any_cpu():
@@ -147,8 +147,8 @@ def test_nothing_is_matched_across_a_gap_of_any_cpu():
     tape.gap(1_450, 1_480, lost=7, cpu=1)
     rows, last = correlate(tape)
     assert told(rows, last, "OVERHEAD") == []
-    assert last.ledger.lost == 7
-    assert last.ledger.imbalance == 0
+    assert last.totals.ledger.lost == 7
+    assert last.totals.ledger.imbalance == 0
 
 
 def test_a_drop_on_the_way_and_a_refusal_after_arrival():
@@ -156,7 +156,7 @@ def test_a_drop_on_the_way_and_a_refusal_after_arrival():
     tape.packet("Q:eth0 X:eth0 r:veth1 R:veth1 R:br0 k", 1_000, skb=1)
     tape.packet(REPLY + " k", 5_000, skb=2)
     rows, last = correlate(tape)
-    assert last.ledger.dropped == 6
+    assert last.totals.ledger.dropped == 6
     assert set(rows.outcome[rows.direction == Direction.EGRESS]) == {Outcome.DROPPED}
     assert set(rows.outcome[rows.direction == Direction.INGRESS]) == {Outcome.CONSUMED}
 
@@ -186,7 +186,7 @@ def test_a_device_that_nobody_listed_is_an_unknown_one():
     tape = Tape()
     tape.packet("Q:gone0 X:gone0", 1_000)
     rows, last = correlate(tape)
-    assert (len(rows), last.ledger.matched) == (0, 2)
+    assert (len(rows), last.totals.ledger.matched) == (0, 2)
 
 
 def test_a_container_that_takes_a_dead_ones_name():
@@ -212,7 +212,7 @@ def test_a_path_that_began_before_the_device_vanished():
     gone = topology(1_350, tuple(d for d in DEVICES if d.container != "c1" and d.name != "veth1"))
     rows, last = correlate(None, topology(), batch[batch.ts_ns < 1_350], gone, batch[batch.ts_ns >= 1_350])
     assert [row[:2] for row in told(rows, last, "OVERHEAD")] == [("c1", 11)]
-    assert last.ledger.matched == len(batch)
+    assert last.totals.ledger.matched == len(batch)
 
 
 def test_sightings_that_name_the_namespace_need_no_path():
@@ -254,14 +254,14 @@ def test_a_namespace_that_imitates_the_hosts_devices_costs_rows_and_is_told():
     tape = Tape()
     tape.packet(REQUEST, 1_000)
     rows, last = correlate(tape, replace(topology(), devices=(*of_host, *plain)), tape.batch())
-    assert (len(rows), last.grades.ambiguous, last.several_devices) == (0, 1, 1)
+    assert (len(rows), last.totals.grades.ambiguous, last.totals.several_devices) == (0, 1, 1)
     summary = Summary()
     summary.add(last)
     assert "br0" in summary.imitated
     told = summary.as_dict()["ambiguous"]
     assert (told["several_devices"], told["several_packets"]) == (1, 0)
     assert "br0" in told["imitated"]
-    assert last.ambiguous_by_cause() == {"several_devices": 1, "several_packets": 0}
+    assert last.totals.ambiguous_by_cause() == {"several_devices": 1, "several_packets": 0}
     line = str(tables.ledger_line(summary))
     assert "1 packets fit several devices, 0 fit several packets" in line
     assert "br0" in line

@@ -21,8 +21,8 @@ def correlate(tape, **config):
     for i in range(len(batch)):
         results += engine.feed(batch[i : i + 1])
     results.append(engine.finish())
-    assert all(result.ledger.imbalance == 0 for result in results)
-    return Delays.concatenate([result.delays for result in results]), results[-1]
+    assert all(result.totals.ledger.imbalance == 0 for result in results)
+    return Delays.concatenate([result.rows.delays for result in results]), results[-1]
 
 
 def path(rows, devices, packet):
@@ -41,11 +41,11 @@ def test_a_fragment_that_was_cut_again_has_its_whole_path():
     rows, last = correlate(tape)
     whole = wholes(rows)
     assert (whole.delay_ns.tolist(), whole.grade.tolist()) == ([2_000], [Grade.CONTENT])
-    assert path(rows, last.devices, whole.packet[0]) == ["eth0", "veth1", "out0", "rem0", "eth0"]
+    assert path(rows, last.rows.devices, whole.packet[0]) == ["eth0", "veth1", "out0", "rem0", "eth0"]
     parts = rows[rows.segment == Segment.DEVICE]
     assert parts.delay_ns.sum() == 2_000
     assert set(rows.outcome) == {Outcome.CONSUMED}
-    assert (last.grades.content, last.packets, last.ledger.matched) == (1, 1, 9)
+    assert (last.totals.grades.content, last.totals.packets, last.totals.ledger.matched) == (1, 1, 9)
 
 
 def test_the_same_on_the_way_in():
@@ -56,8 +56,8 @@ def test_the_same_on_the_way_in():
     whole = wholes(rows)
     assert whole.direction.tolist() == [Direction.INGRESS]
     assert whole.delay_ns.tolist() == [2_500 - 300]
-    assert last.grades.content == 1
-    assert last.ledger.matched == 11  # the end of the first buffer as well
+    assert last.totals.grades.content == 1
+    assert last.totals.ledger.matched == 11  # the end of the first buffer as well
 
 
 def test_three_fragments_in_each_others_buffers():
@@ -72,7 +72,7 @@ def test_three_fragments_in_each_others_buffers():
     assert sorted(whole.delay_ns.tolist()) == [10_000] * 3
     # The second one's stayed its own.
     assert sorted(whole.grade.tolist()) == [Grade.CONTENT, Grade.CONTENT, Grade.EXACT]
-    assert last.grades.told_apart == 1
+    assert last.totals.grades.told_apart == 1
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
@@ -84,7 +84,7 @@ def test_two_that_could_go_on_are_not_guessed_between(order):
         tape.packet(f"Q:veth{n} X:veth{n} r:eth0 R:eth0", 1_000 * n, skb=n, key=7)
     rows, last = correlate(tape)
     assert Grade.CONTENT not in rows.grade
-    assert (last.grades.content, last.grades.ambiguous) == (0, 1)
+    assert (last.totals.grades.content, last.totals.grades.ambiguous) == (0, 1)
 
 
 def test_two_that_could_have_come_are_not_guessed_between():
@@ -94,8 +94,8 @@ def test_two_that_could_have_come_are_not_guessed_between():
     tape.packet(OUT.replace("veth1", "veth2"), 500, skb=2, key=7)
     tape.packet(ON, 2_000, skb=3, key=7)
     _, last = correlate(tape)
-    assert (last.grades.content, last.grades.ambiguous) == (0, 2)
-    assert last.several_devices == 0
+    assert (last.totals.grades.content, last.totals.grades.ambiguous) == (0, 2)
+    assert last.totals.several_devices == 0
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_dropped_packet_does_not_go_on():
     tape.packet(ON, 2_000, skb=2, key=7)
     rows, last = correlate(tape)
     assert Grade.CONTENT not in rows.grade
-    assert last.ledger.dropped == 5
+    assert last.totals.ledger.dropped == 5
 
 
 def test_one_that_goes_on_and_is_dropped_there_is_dropped():
@@ -138,7 +138,7 @@ def test_one_that_goes_on_and_is_dropped_there_is_dropped():
     rows, last = correlate(tape)
     assert set(rows.outcome) == {Outcome.DROPPED}
     assert set(rows.drop_reason) == {3}
-    assert last.ledger.dropped == 6
+    assert last.totals.ledger.dropped == 6
 
 
 def test_without_content_nothing_is_linked():
@@ -156,7 +156,7 @@ def test_what_waits_is_bounded():
     engine = Engine(0, EngineConfig(link_ns=1 << 40, timeout_ns=10_000, slice_ns=50_000, open_records=2_000))
     waiting = []
     for item in (topology(), tape.batch()):
-        waiting += [result.ledger.in_flight for result in engine.feed(item)]
+        waiting += [result.totals.ledger.in_flight for result in engine.feed(item)]
     last = engine.finish()
     assert max(waiting) <= 2_000 // 4 + 300
-    assert (last.ledger.matched, last.ledger.in_flight, last.ledger.imbalance) == (20_000, 0, 0)
+    assert (last.totals.ledger.matched, last.totals.ledger.in_flight, last.totals.ledger.imbalance) == (20_000, 0, 0)

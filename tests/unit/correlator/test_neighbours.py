@@ -21,8 +21,9 @@ def correlate(tape, *, content=None, slice_ns=100_000_000):
     for i in range(len(batch)):
         results += engine.feed(batch[i : i + 1])
     results.append(engine.finish())
-    assert results[-1].ledger.imbalance == 0
-    return Delays.concatenate([r.delays for r in results]), results[-1], [w for r in results for w in r.windows]
+    assert results[-1].totals.ledger.imbalance == 0
+    windows = [w for r in results for w in r.rows.windows]
+    return Delays.concatenate([r.rows.delays for r in results]), results[-1], windows
 
 
 def a_first_packet_and_another(length=28, device="out0", at=500, answer="out0", answer_at=800_000, answer_length=None):
@@ -42,7 +43,7 @@ def test_the_first_packet_is_flagged_and_in_no_window(length, slice_ns):
     assert sorted(zip(whole.delay_ns.tolist(), whole.waited.tolist(), strict=True)) == [(50, False), (900_000, True)]
     assert len({tuple(rows.waited[rows.packet == packet]) for packet in set(rows.packet.tolist())}) == 2
     assert {w.max_ns for w in windows if w.segment is Segment.OVERHEAD} == {50}
-    assert (last.grades.waited, last.packets) == (1, 2)
+    assert (last.totals.grades.waited, last.totals.packets) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_the_first_packet_is_flagged_and_in_no_window(length, slice_ns):
 )
 def test_what_did_not_wait(why, changed):
     _, last, windows = correlate(a_first_packet_and_another(**changed))
-    assert last.grades.waited == 0, why
+    assert last.totals.grades.waited == 0, why
     assert max(w.max_ns for w in windows if w.segment is Segment.OVERHEAD) == 900_000
 
 
@@ -83,9 +84,9 @@ def test_a_source_that_reads_packets_takes_nothing_else_for_a_request(told, leng
         return Content.of(len(batch), packet_key=batch.skb_id, flags=np.full(len(batch), Flag.KEY), **columns)
 
     _, last, _ = correlate(a_first_packet_and_another(length), content=content)
-    assert last.grades.waited == waited
+    assert last.totals.grades.waited == waited
 
 
 def test_an_answer_from_a_wire_is_padded():
     _, last, _ = correlate(a_first_packet_and_another(answer_length=46))
-    assert last.grades.waited == 1
+    assert last.totals.grades.waited == 1

@@ -9,6 +9,7 @@ from contracts.records import Batch
 from contracts.schema import HookCost
 from contracts.topology import Topology
 from correlator.engine import Engine, EngineConfig
+from correlator.feeder import Feeder
 from correlator.stage import correlate
 
 
@@ -26,14 +27,12 @@ def test_every_result_carries_what_the_source_counts_at_that_time():
         results = Channel(100)
         await correlate(
             stream(),
-            Engine(0, EngineConfig()),
+            Feeder(Engine(0, EngineConfig()), lambda: 7, lambda: (HookCost(Hook.NETIF_RX, next(calls), 0, 0),)),
             results,
-            lambda: 7,
-            lambda: (HookCost(Hook.NETIF_RX, next(calls), 0, 0),),
         )
         return [result async for result in results]
 
     found = asyncio.run(main())
     assert len(found) > 1
-    assert [result.ledger.discarded for result in found] == [7] * len(found)
-    assert [result.cost[0].calls for result in found] == list(range(1, len(found) + 1))
+    assert [result.totals.ledger.discarded for result in found] == [7] * len(found)
+    assert [result.totals.cost[0].calls for result in found] == list(range(1, len(found) + 1))

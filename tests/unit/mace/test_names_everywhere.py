@@ -158,7 +158,7 @@ def test_a_picture_of_one_name(name):
     place = DevicePlace.of(replace(DEVICES[0], name=name, container=name), 0)
     delays = Distribution()
     delays.add(1, 1000, 1000, 1000, np.array([100]), np.array([1]))
-    direction = RESULTS.windows[0].direction
+    direction = next(iter(RESULTS.rows.windows)).direction
     path = TypicalPath("h", name, name, direction, [(place, Segment.DEVICE, delays)])
     series = [Series(name, direction, [1, 2], [3, 4], [5, 6], 1)]
     figure = plots.figure(Summary(), [path], series, title=name)
@@ -295,7 +295,7 @@ def test_perfetto(tmp_path):
     trace = PerfettoTrace(tmp_path / "x.pftrace")
     tracks = HostTracks(trace, ODD_HEADER)
     tracks.devices(DEVICES)
-    tracks.windows(RESULTS.windows)
+    tracks.windows(RESULTS.rows.windows)
     tracks.finish()
     trace.close()
     with closing(PacketReader(tmp_path / "x.pftrace")) as reader:

@@ -6,7 +6,6 @@ import resource
 import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from contracts.vitals import process_figures
 from storage import segments
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, StoreReader
-from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology
+from tests.made_results import START_NS, header, make_delays, make_results, make_windows, topology, with_totals
 
 HOUR_NS = segments.HOUR_NS
 
@@ -105,7 +104,7 @@ def test_what_observing_cost_is_kept_when_a_run_ends(tmp_path):
     """Each run stores its last cost once, for any number of flushes; the costs of runs add up."""
     for run, times in (("first", 1), ("second", 2)):
         said = [
-            replace(
+            with_totals(
                 make_results(make_delays(10)),
                 cost=(HookCost(Hook.NETIF_RX, n * times * 100, n, n * 50), HookCost(Hook.KFREE_SKB, n, 0, 0)),
             )

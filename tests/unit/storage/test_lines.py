@@ -248,8 +248,8 @@ def test_containers_are_told_when_they_come_when_they_are_renamed_and_once_a_min
 
     def told(second, *names, sharers=()):
         devices = tuple(Device(n, 2, "eth0", "veth", container=c, container_id=i) for n, (c, i) in enumerate(names))
-        results = replace(make_results(Delays.empty()), upto_utc_ns=minute + second * 10**9, present=devices)
-        return list(lines.containers(replace(results, on_host_network=sharers)))
+        totals = make_results(Delays.empty(), upto_utc_ns=minute + second * 10**9).totals
+        return list(lines.containers(replace(totals, present=devices, on_host_network=sharers)))
 
     series = "container_info,host=testhost,container={},container_id={}{},source=synthetic present=1i {}\n"
     assert told(1, ("no id", "")) == []
@@ -263,4 +263,4 @@ def test_containers_are_told_when_they_come_when_they_are_renamed_and_once_a_min
     ]
     assert told(62, ("db", "c3")) == []
     assert lines.over_budget == 1
-    assert list(lines.containers(make_results(Delays.empty()))) == []  # a source that lists no devices
+    assert list(lines.containers(make_results(Delays.empty()).totals)) == []  # a source that lists no devices

@@ -23,9 +23,10 @@ from contracts.ledger import Ledger
 from contracts.schema import Delays, Direction, HookCost, Segment, Window
 from contracts.topology import Device, Role, Sharer
 from contracts.vitals import Publishing, Vitals
+from contracts.windowtable import WindowTable
 from storage import SINKS
 from storage import prometheus as endpoint
-from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
+from tests.made_results import HEADER, make_delays, make_results, make_windows, topology, with_rows, with_totals
 
 DELAYS = make_delays(400, containers=2)
 LEDGER = Ledger(records=120, matched=100, unmatched=10, in_flight=10, lost=7)
@@ -69,8 +70,9 @@ def results():
     cost = (HookCost(Hook.NET_DEV_QUEUE, 1000, 100, 25_000),)
     half = len(windows) // 2
     made = make_results(DELAYS, containers=2, ledger=LEDGER)
-    made = replace(made, grades=replace(made.grades, ambiguous=7), several_devices=3)
-    return [replace(made, windows=tuple(windows[:half])), replace(made, windows=tuple(windows[half:]), cost=cost)]
+    made = with_totals(made, grades=replace(made.totals.grades, ambiguous=7), several_devices=3)
+    first, second = (with_rows(made, windows=WindowTable.of(some)) for some in (windows[:half], windows[half:]))
+    return [first, with_totals(second, cost=cost)]
 
 
 def samples(text):
@@ -181,7 +183,7 @@ def own_device(number):
     )
 
 
-NOTHING = replace(make_results(DELAYS), delays=Delays.empty())
+NOTHING = with_rows(make_results(DELAYS), delays=Delays.empty())
 BRIDGE = Device(1, 5, "br0", "bridge", netns_name="host", role=Role.HOST)
 
 
@@ -194,7 +196,7 @@ def crossing(number, present):
         for each in range(2)
     ]
     listed = (BRIDGE, *(own_device(n) for n in present))
-    return replace(NOTHING, devices=devices, windows=windows, present=listed)
+    return with_totals(with_rows(NOTHING, devices=devices, windows=WindowTable.of(windows)), present=listed)
 
 
 def shown(server):
@@ -262,7 +264,7 @@ def test_a_container_s_id_ties_its_names():
     def seen(sharers=(), **names):
         clock.now_s += 2  # those who ask within a second get the same text
         listed = [replace(own_device(n), container=name, container_id=n * 8) for n, name in ids(names)]
-        server.add(HEADER, replace(NOTHING, present=tuple(listed), on_host_network=sharers))
+        server.add(HEADER, with_totals(NOTHING, present=tuple(listed), on_host_network=sharers))
         return {(name, container_id) for _, name, container_id, _ in info(server)}
 
     def ids(names):

@@ -20,7 +20,16 @@ from mace.shown import tables as shown_tables
 from storage import query, segments, sql, tables
 from storage.embedded import EmbeddedStore
 from storage.query import Filter, StoreReader
-from tests.made_results import START_NS, delays_of, header, make_delays, make_results, make_windows, topology
+from tests.made_results import (
+    START_NS,
+    delays_of,
+    header,
+    make_delays,
+    make_results,
+    make_windows,
+    topology,
+    with_totals,
+)
 from tests.unit.storage.stored import fill
 
 
@@ -98,7 +107,7 @@ def test_what_is_stored_is_what_is_reported(tmp_path_factory, stretch, windows_o
     assert told(summary) == expected
     assert told(live) == expected
     assert summary.as_dict()["devices"] == live.as_dict()["devices"]
-    assert summary.ledger == live.ledger == results[-1].ledger
+    assert summary.ledger == live.ledger == results[-1].totals.ledger
     if not windows_only:
         assert told(store.summary(source="windows")) == expected
 
@@ -312,7 +321,7 @@ def test_a_reader_outlives_merging_and_retention(tmp_path):
 def test_grades_are_stored_with_the_ledger(tmp_path):
     graded = Grades(ambiguous=1, buffer=2, content=3, exact=4, waited=6, told_apart=5)
     for run, start in (("a", START_NS), ("b", START_NS + 10**12)):
-        results = replace(make_results(make_delays(9, start_ns=start)), grades=graded)
+        results = with_totals(make_results(make_delays(9, start_ns=start)), grades=graded)
         fill(tmp_path, [results], run)
     store = StoreReader(tmp_path)
     assert [run.grades for run in store.runs()] == [graded, graded]
@@ -345,7 +354,7 @@ def test_a_ledger_of_before_there_were_grades(tmp_path):
         sink = EmbeddedStore(tmp_path, fsync=False, flush_interval_s=60.0, flush_rows=1)
         await sink.open(header("b"))
         for each in later:
-            await sink.write(replace(each, grades=Grades(exact=3)))
+            await sink.write(with_totals(each, grades=Grades(exact=3)))
         await sink._submit()
         merged = sink.merge()
         await sink.aclose()
@@ -513,9 +522,9 @@ def test_a_damaged_segment_of_windows_costs_names_and_nothing_else(tmp_path):
 def test_containers_on_the_host_s_network_are_kept_with_the_ledger(tmp_path):
     agent, image = Sharer("agent", ID), Sharer("image.sif[7]")
     one = make_results(make_delays(9))
-    fill(tmp_path, [replace(one, on_host_network=(agent, image)), replace(one, on_host_network=())], "a")
+    fill(tmp_path, [with_totals(one, on_host_network=(agent, image)), with_totals(one, on_host_network=())], "a")
     later = make_results(make_delays(9, start_ns=START_NS + 10**12))
-    fill(tmp_path, [replace(later, on_host_network=(Sharer("agent-2", ID),))], "b")
+    fill(tmp_path, [with_totals(later, on_host_network=(Sharer("agent-2", ID),))], "b")
     store = StoreReader(tmp_path)
     # The first was gone when its flush was written; the second had another name by then.
     assert store.sharers() == (Sharer("agent-2", ID), image)

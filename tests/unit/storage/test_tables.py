@@ -9,6 +9,7 @@ import pytest
 from contracts.hooks import Hook
 from contracts.schema import Delays, Grades, HookCost
 from contracts.topology import Sharer
+from contracts.windowtable import WindowTable
 from storage import tables
 from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
 
@@ -47,11 +48,11 @@ def test_the_file_has_the_declared_types(table):
     delays = make_delays(20)
     rows = {
         "delays": lambda: tables.delays_table(HEADER, delays, topology()),
-        "windows": lambda: tables.windows_table(HEADER, make_windows(delays), topology()),
+        "windows": lambda: tables.windows_table(HEADER, WindowTable.of(make_windows(delays)), topology()),
         "ledger": lambda: tables.ledger_table(
             [
                 tables.LedgerRow(
-                    *(HEADER, 5, make_results(delays).ledger),
+                    *(HEADER, 5, make_results(delays).totals.ledger),
                     packets=1,
                     grades=Grades(exact=1),
                     rows_stored=2,
@@ -79,7 +80,7 @@ def test_only_devices_that_rows_name_are_in_the_file():
 
 def test_no_rows_are_a_table_too():
     assert len(tables.delays_table(HEADER, Delays.empty(), ())) == 0
-    assert len(tables.windows_table(HEADER, (), ())) == 0
+    assert len(tables.windows_table(HEADER, WindowTable.empty(), ())) == 0
 
 
 @pytest.mark.parametrize(("column", "value"), [("device", 99), ("direction", 7), ("segment", 200), ("outcome", 3)])

@@ -58,7 +58,7 @@ def plain():
 def test_golden_captures_give_what_the_plain_ones_give(plain, kind, suffix, discarded):
     found, last, source = read(CAPTURES / f"{kind}-inner.{suffix}", CAPTURES / f"{kind}-outer.{suffix}")
     assert found == plain[0]
-    assert last.ledger == plain[1].ledger
+    assert last.totals.ledger == plain[1].totals.ledger
     assert source.discarded == discarded
     said = [line for line in source.warnings if "link type 239 (NFLOG)" in line]
     assert len(said) == len(source.warnings) == discarded
@@ -87,7 +87,7 @@ def test_a_long_block_does_not_have_to_be_in_memory(tmp_path, replayed, plain):
 def test_kuznetzov_s_pcap(plain):
     """Written by Wireshark's editcap; times in µs."""
     found, last, source = read(CAPTURES / "kuznetzov-inner.pcap", CAPTURES / "kuznetzov-outer.pcap")
-    assert last.ledger == plain[1].ledger
+    assert last.totals.ledger == plain[1].totals.ledger
     assert source.discarded == 0
     assert [way for _, way, _ in found] == [way for _, way, _ in plain[0]]
     for (utc, _, delay), (true_utc, _, true_delay) in zip(found, plain[0], strict=True):
@@ -145,7 +145,7 @@ def kuznetzov_of_devices(order):
 def test_of_a_capture_of_any_the_outer_device_is_found(at_outer):
     found, last, source = read(CAPTURES / "at-eth0.pcap", CAPTURES / "at-any.pcap")
     assert found == at_outer[0]
-    assert last.ledger == at_outer[1].ledger
+    assert last.totals.ledger == at_outer[1].totals.ledger
     assert source.discarded == 0
     told = " ".join(source.warnings)
     assert "at-any.pcap: made at several devices" in told
@@ -218,7 +218,7 @@ def test_where_no_device_is_told_packets_that_are_there_several_times_have_no_de
     cooked = [PcapFrame(utc_ns, sll(data)) for utc_ns, _, data in any_packets()]
     found, last, source = replayed(inner, pcap(cooked, link=113))
     assert found == []
-    assert last.ledger.records == last.ledger.unmatched == 80
+    assert last.totals.ledger.records == last.totals.ledger.unmatched == 80
     (line,) = [line for line in source.warnings if "LINUX_SLL" in line]
     assert "60 packets occur several times and have no delay" in line
     # Of one device they are there once.
@@ -284,7 +284,7 @@ def test_packets_behind_tags_and_labels_are_the_same_packets(replayed, name):
     found, last, source = replayed(written(*inner), pcap(wrapped))
     assert found == truth
     assert source.warnings == []
-    assert last.ledger.unmatched == 0
+    assert last.totals.ledger.unmatched == 0
 
 
 @pytest.mark.parametrize("name", WRAPPED)
@@ -585,7 +585,7 @@ def test_captures_behind_one_another(replayed, packed):
     with pytest.raises(CaptureError, match="another capture begins in the same file"):
         replayed(pcap([PcapFrame(T, FRAME)]), raw)
     found, last, _ = replayed(pcap([PcapFrame(T, FRAME)]), raw, salvage=True)
-    assert (len(found), last.ledger.unmatched) == (1, 0)
+    assert (len(found), last.totals.ledger.unmatched) == (1, 0)
 
 
 def test_what_is_cut_names_the_remedy(replayed):

@@ -32,8 +32,8 @@ def overheads(results):
     """(UTC, direction, delay) of each packet."""
     rows = []
     for one in results:
-        whole = one.delays.segment == Segment.OVERHEAD
-        columns = (one.delays.utc_ns, one.delays.direction, one.delays.delay_ns)
+        whole = one.rows.delays.segment == Segment.OVERHEAD
+        columns = (one.rows.delays.utc_ns, one.rows.delays.direction, one.rows.delays.delay_ns)
         rows += zip(*(column[whole].tolist() for column in columns), strict=True)
     return sorted(rows)
 
@@ -71,9 +71,9 @@ def test_every_packet_is_found_with_its_delay_and_direction(pair):
     header, results = engine_results(source)
     assert overheads(results) == truth
     last = results[-1]
-    assert last.grades.content == len(truth) == source.pairs
-    assert last.grades.exact == last.grades.buffer == 0
-    assert last.ledger.unmatched == last.ledger.discarded == 0
+    assert last.totals.grades.content == len(truth) == source.pairs
+    assert last.totals.grades.exact == last.totals.grades.buffer == 0
+    assert last.totals.ledger.unmatched == last.totals.ledger.discarded == 0
     assert header.source == "pcap"
     assert source.warnings == []
     assert source.bytes_read == source.bytes_total
@@ -131,7 +131,7 @@ def test_packets_that_are_in_one_file_only(pair):
     kept = overheads(results)
     assert set(kept) < set(truth)
     assert len(kept) == source.pairs
-    ledger = results[-1].ledger
+    ledger = results[-1].totals.ledger
     assert ledger.unmatched == source.packets - 2 * source.pairs > 0
     assert ledger.records == ledger.matched + ledger.unmatched
 
@@ -158,7 +158,7 @@ def test_content_that_is_not_clear_is_left_alone(pair):
     header, results = engine_results(source)
     assert [delay for _, _, delay in overheads(results)] == [5]
     assert any("2 packets cannot be told from others with the same content" in line for line in source.warnings)
-    assert results[-1].ledger.unmatched == 4
+    assert results[-1].totals.ledger.unmatched == 4
     assert header.clock.offset_ns == 0
 
 
@@ -180,7 +180,7 @@ def test_a_packet_whose_content_was_cut_off_has_no_partner(pair):
     source = pair(pcap(rows(*inner), snap=40), pcap(rows(*outer)))
     _, results = engine_results(source)
     assert overheads(results) == []
-    assert results[-1].ledger.unmatched == 120
+    assert results[-1].totals.ledger.unmatched == 120
 
 
 def test_the_same_however_it_is_cut(tmp_path):

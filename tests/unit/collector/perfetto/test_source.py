@@ -73,8 +73,8 @@ def test_the_same_records_give_the_same_delays_as_a_capture_of_them(tmp_path, fo
     offset = int(found.utc_ns[0] - delays.utc_ns[0])  # the trace's own idea of UTC
     moved = Delays(found.utc_ns - offset, *(getattr(found, name) for name in list(Delays._DTYPES)[1:]))
     assert len(delays) > 5_000
-    assert sorted(rows(moved, last.devices)) == sorted(rows(delays, expected.devices))
-    assert last.ledger == expected.ledger
+    assert sorted(rows(moved, last.rows.devices)) == sorted(rows(delays, expected.rows.devices))
+    assert last.totals.ledger == expected.totals.ledger
     assert source.warnings == []
 
 

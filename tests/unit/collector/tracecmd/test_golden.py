@@ -57,8 +57,8 @@ def overheads(path, options=None):
     results = [one for item in items for one in engine.feed(item)] + [engine.finish()]
     rows = []
     for one in results:
-        whole = one.delays.segment == Segment.OVERHEAD
-        kept = (one.delays.utc_ns[whole], one.delays.direction[whole], one.delays.delay_ns[whole])
+        whole = one.rows.delays.segment == Segment.OVERHEAD
+        kept = (one.rows.delays.utc_ns[whole], one.rows.delays.direction[whole], one.rows.delays.delay_ns[whole])
         rows += list(zip(*(column.tolist() for column in kept), strict=True))
     return [row[1:] for row in sorted(rows)]
 

@@ -9,6 +9,7 @@ from contracts.clock import ClockPair
 from contracts.hooks import Hook
 from contracts.topics import ROOT, stream_topic
 from contracts.wire import FrameKind
+from correlator.feeder import Feeder
 from mace.live import hosts
 from storage.journal import EntryKind, Journal
 from storage.query import StoreReader
@@ -171,17 +172,15 @@ def test_an_engine_that_fails_costs_its_host_the_run_and_nobody_else_anything(dr
     """An unforeseen error in an engine ends that host's run only; the host's next run is accepted."""
     driven.send(EVIL, evil_header())
     driven.send(EVIL, of_stream(FRAMES[1]))
-    fed = hosts._fed
 
     def fails(*_):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(hosts, "_fed", fails)
-    with caplog.at_level(logging.ERROR):
+    with monkeypatch.context() as broken, caplog.at_level(logging.ERROR):
+        broken.setattr(Feeder, "take", fails)
         driven.send(EVIL, of_stream(FRAMES[2]))
     assert "host evil: its run is given up" in caplog.text
     assert "IndexError" in caplog.text
-    monkeypatch.setattr(hosts, "_fed", fed)
     driven.send(EVIL, of_stream(FRAMES[3]))
     assert (driven.ingest.counts.given_up, driven.ingest.counts.refused) == (1, 1)
     assert driven.next_of(EVIL, TAG) == 2, "what was not taken is not acknowledged"

@@ -132,8 +132,8 @@ def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
         journal.append(EntryKind.FRAME, HEADER.host, frame)
     journal.sync(journal.taken())
     journal.close()
-    assert len(part.delays)
-    assert run(store).rows_stored == len(rest.delays)
+    assert len(part.rows.delays)
+    assert run(store).rows_stored == len(rest.rows.delays)
 
 
 def later(batch, seconds):

@@ -53,7 +53,7 @@ def test_a_recording_is_observed_with_its_crossings():
 
     async def observe():
         return await runs.observe_recording(
-            Config(), recording(EXAMPLE), lambda results, _: crossings.append(len(results.crossings)), stop=Stop()
+            Config(), recording(EXAMPLE), lambda results, _: crossings.append(len(results.rows.crossings)), stop=Stop()
         )
 
     header, warnings = asyncio.run(observe())

@@ -15,6 +15,7 @@ from mace.cli import main
 from tests import trace_processor
 from tests.durations import MS
 from tests.made_capture import HEADER, batches, capture_bytes
+from tests.made_results import with_totals
 from tests.places import GOLDEN
 from tests.traffic import REPLY, REQUEST, Tape, topology
 
@@ -95,7 +96,7 @@ def export(path, *options, out=None):
 def engine_results(batch):
     engine = Engine(OFFSET_NS, EngineConfig())
     results = [*engine.feed(topology()), *engine.feed(batch), engine.finish()]
-    return results, Delays.concatenate([one.delays for one in results])
+    return results, Delays.concatenate([one.rows.delays for one in results])
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_lost_records_are_a_slice(made):
 def test_counters_have_the_windows_and_the_ledger(made):
     *_, counters, _ = made
     results, _ = engine_results(scene())
-    windows: list[Window] = [w for one in results for w in one.windows if w.width_s == 1]
+    windows: list[Window] = [w for one in results for w in one.rows.windows if w.width_s == 1]
     overheads = sorted(
         (w.start_utc_ns, w.p50_ns) for w in windows if w.segment is Segment.OVERHEAD and w.direction == 1
     )
@@ -230,7 +231,7 @@ def test_counters_have_the_windows_and_the_ledger(made):
     assert found == overheads
     zeros = [c["ts"] for c in counters if c["track"] == "overhead egress packets" and not c["value"]]
     assert zeros  # without packets, the old quantile does not continue
-    ledger = results[-1].ledger.as_dict()
+    ledger = results[-1].totals.ledger.as_dict()
     last = {c["track"]: c["value"] for c in counters if c["parent"] == "ledger"}
     assert last == {name.replace("_", " "): count for name, count in ledger.items()}
 
@@ -417,5 +418,5 @@ def test_what_waits_for_its_packets_is_bounded():
     (results,) = [*engine.feed(topology()), engine.finish()]
     many = Batch.of(timeline._MOST_RECORDS + 5, ts_ns=np.arange(timeline._MOST_RECORDS + 5) + START_NS)
     follower.take(many)
-    settled = follower.settle(replace(results, settled_utc_ns=0))
+    settled = follower.settle(with_totals(results, settled_utc_ns=0))
     assert len(settled.records) == follower.without_packet > timeline._MOST_RECORDS // 2

@@ -74,9 +74,10 @@ def test_a_million_seconds_with_a_record_each_are_few_slices():
     for item in read(CAPTURES / "a-second-apart.mace"):
         for last in engine.pieces(item) if isinstance(item, Topology | Batch) else ():
             pieces += 1
-            most = max(most, len(last.delays))
+            most = max(most, len(last.rows.delays))
     last = engine.finish()
-    assert (last.ledger.records, last.ledger.expired, last.ledger.in_flight) == (1 << 20, (1 << 20) - 1, 1)
+    ledger = last.totals.ledger
+    assert (ledger.records, ledger.expired, ledger.in_flight) == (1 << 20, (1 << 20) - 1, 1)
     assert pieces < 1_000
     assert most == 0
 
@@ -87,14 +88,14 @@ def outcome(records, size, config):
     for start in range(0, len(records), size):
         results += engine.feed(records[start : start + size])
     results.append(engine.finish())
-    delays = Delays.concatenate([each.delays for each in results])
+    delays = Delays.concatenate([each.rows.delays for each in results])
     order = np.lexsort((delays.position, delays.packet, delays.utc_ns))
     rows = [getattr(delays, name)[order].tolist() for name in ("utc_ns", "packet", "position", "delay_ns", "grade")]
-    windows = WindowTable.concatenate([WindowTable.of(each.windows) for each in results])
+    windows = WindowTable.concatenate([each.rows.windows for each in results])
     # Devices are numbered as they come.
-    name = [(device.key, device.container) for device in results[-1].devices]
+    name = [(device.key, device.container) for device in results[-1].rows.devices]
     told = sorted((start, width, name[device], *rest) for start, width, device, *rest in windows.numbers.T.tolist())
-    return len(results), rows, told, results[-1].ledger
+    return len(results), rows, told, results[-1].totals.ledger
 
 
 @pytest.mark.slow

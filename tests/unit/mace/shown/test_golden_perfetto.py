@@ -44,5 +44,5 @@ def test_trace_and_capture_agree_on_each_ping(kind):
 def test_without_a_topology_devices_are_names_only():
     _, batch, last, _, source = replayed(HERE / "generic.pftrace")
     assert len(batch) > 300
-    assert last.ledger.imbalance == 0
+    assert last.totals.ledger.imbalance == 0
     assert any("--topology" in line for line in source.warnings)

@@ -9,8 +9,10 @@ from collector.machine.netns import inode_of
 from contracts.config import CaptureConfig
 from contracts.errors import Unavailable, UsageError
 from contracts.ledger import Ledger
-from contracts.schema import Crossings, Delays, Results
+from contracts.results import Results, Rows, Totals
+from contracts.schema import Crossings, Delays
 from contracts.topology import Device, Role
+from contracts.windowtable import WindowTable
 from correlator.correction import REASONS, Reason
 from mace.tools.namespaces import open_namespace
 from mace.tools.ping import Ping, arguments
@@ -101,9 +103,8 @@ def netns_fd():
 def results(path, settled_utc_ns, netns_fd):
     inner = Device(os.fstat(netns_fd).st_ino, 2, "eth0", "veth", container="c1", role=Role.INNER)
     crossings = path.crossings() if path else Crossings.empty()
-    return Results(
-        settled_utc_ns, Delays.empty(), (), Ledger(), 0, (inner,), crossings=crossings, settled_utc_ns=settled_utc_ns
-    )
+    rows = Rows(Delays.empty(), WindowTable.empty(), (inner,), crossings)
+    return Results(rows, Totals(settled_utc_ns, Ledger(), 0, settled_utc_ns=settled_utc_ns))
 
 
 def printed_at(ns):

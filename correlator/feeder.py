@@ -1,0 +1,110 @@
+"""Feeds one stream to an engine: what a live run, a replay, an ingest and the Python API have in common.
+
+    item ──► take() ──► engine ──► results, whose totals say what the source has counted by then
+
+The feeder is synchronous, without I/O and without a clock, like the engine. Whoever reads the stream calls `take` for
+each item, and reads all results of an item before the next item; `finish` ends a stream, `stop_at` a part of a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from contracts.interfaces import Progress, StreamItem
+from contracts.records import Batch
+from contracts.results import Results, Totals
+from contracts.schema import HookCost
+from contracts.topology import Topology
+from correlator.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class SliceLimit:
+    """How much an engine gathers before it works, for a caller with a measure of its own: a slice has a fixed cost."""
+
+    span_ns: int
+    """It works once the items span this much of the stream's own time, ..."""
+    records: int
+    """... or hold so many records."""
+
+
+def _nothing_discarded() -> int:
+    return 0
+
+
+def _no_cost() -> tuple[HookCost, ...]:
+    return ()
+
+
+class Feeder:
+    """One stream's way into its engine. Can be pickled if the callables can."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        discarded: Callable[[], int] = _nothing_discarded,
+        cost: Callable[[], tuple[HookCost, ...]] = _no_cost,
+        limit: SliceLimit | None = None,
+    ) -> None:
+        """`discarded` tells how many records the source has thrown away so far, `cost` what observing has cost.
+
+        Without `limit` the engine works when its own slices end.
+        """
+        self.engine = engine
+        self._discarded, self._cost = discarded, cost
+        self._limit = limit
+        self._sliced_ns = 0
+        """With a limit: up to here, in the stream's time, the engine has worked; 0 before the first record."""
+        self._waiting = 0
+        """Records since then."""
+
+    def run(self, items: Iterable[StreamItem]) -> Iterator[Results]:
+        """All results of a whole stream, in order. Raises `WireError` for times that no clock tells."""
+        for item in items:
+            yield from self.take(item)
+        yield self.finish()
+
+    def take(self, item: StreamItem) -> Iterator[Results]:
+        """The results that the next item completes, one at a time: a batch can complete as many as it has records.
+
+        Raises `WireError` for times that no clock tells.
+        """
+        if not isinstance(item, Progress):
+            yield from map(self._completed, self.engine.pieces(item))
+        elif self._limit is None:
+            yield from map(self._completed, self.engine.advance(item.upto_ns))
+        if self._limit is not None and not isinstance(item, Topology):
+            yield from map(self._completed, self._gathered(item, self._limit))
+
+    def stop_at(self, upto_ns: int) -> Iterator[Results]:
+        """The results of all that waits: the stream is cut here, and another engine goes on with this one's state."""
+        yield from map(self._completed, self.engine.stop_at(upto_ns))
+
+    def finish(self) -> Results:
+        """The stream has ended: all that is left."""
+        return self._completed(self.engine.finish())
+
+    def totals(self, upto_ns: int) -> Totals:
+        """The totals of the run so far, where no results have come since something was counted."""
+        return self._counted(self.engine.so_far(upto_ns))
+
+    def _gathered(self, item: Batch | Progress, limit: SliceLimit) -> list[Results]:
+        if isinstance(item, Progress):
+            upto_ns = item.upto_ns
+        elif len(item):
+            self._sliced_ns = self._sliced_ns or int(item.ts_ns[0])
+            self._waiting += len(item)
+            upto_ns = int(item.ts_ns[-1])
+        else:
+            upto_ns = self._sliced_ns
+        if upto_ns - self._sliced_ns < limit.span_ns and self._waiting < limit.records:
+            return []
+        self._sliced_ns, self._waiting = upto_ns, 0
+        return self.engine.advance(upto_ns, at_once=True)
+
+    def _completed(self, results: Results) -> Results:
+        return replace(results, totals=self._counted(results.totals))
+
+    def _counted(self, totals: Totals) -> Totals:
+        return replace(totals, ledger=replace(totals.ledger, discarded=self._discarded()), cost=self._cost())
