@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.live.filter import Filter
 from collector.machine.netns import open_nsfs
 from contracts import abi
 from contracts.abi import HelloFlag, Ioctl, TakeFlag
@@ -30,46 +31,8 @@ PATH: Final = Path("/dev") / abi.DEVICE_NAME
 _LOADED: Final = Path("/sys/module") / abi.DEVICE_NAME
 _WHAT: Final = "kmod"
 _LOAD_IT: Final = "`mace module load` (and before, for this kernel, `mace module build`)"
+_EVERYTHING: Final = Filter()
 _OTHER_ABI: Final = "`mace module build` and `mace module load`, or install the MACE that goes with the module"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInNetns:
-    """A device to be let through."""
-
-    ifindex: int
-    netns: str | int | None = None
-    """Its namespace: a path, an open file descriptor, or None for the opener's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """What to record: all that is named must hold; what is empty, holds for everything.
-
-    A filter for namespaces or devices keeps only what happens there: the overhead of a path needs all of its devices.
-    """
-
-    netns: tuple[str | int | None, ...] = ()
-    """Network namespaces: paths, open file descriptors, or None for the opener's. At most 16."""
-    devices: tuple[DeviceInNetns, ...] = ()
-    """At most 16."""
-    l4_protocols: tuple[int, ...] = ()
-    """IP protocol numbers, 0 to 255; 0 stands for all that is not IP, too."""
-    sample_shift: int = 0
-    """Of all packets one in 2**n, the same ones at every hook; 0 to 31."""
-    hooks: tuple[Hook, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, ok, expected in (
-            ("netns", len(self.netns) <= abi.MAX_NETNS, f"at most {abi.MAX_NETNS}"),
-            ("devices", len(self.devices) <= abi.MAX_DEVICES, f"at most {abi.MAX_DEVICES}"),
-            ("devices", all(0 < d.ifindex < 2**32 for d in self.devices), "indexes from 1 on"),
-            ("l4_protocols", all(0 <= p <= 255 for p in self.l4_protocols), "numbers from 0 to 255"),
-            ("sample_shift", 0 <= self.sample_shift <= abi.MAX_SAMPLE_SHIFT, f"0 to {abi.MAX_SAMPLE_SHIFT}"),
-            ("hooks", all(0 < hook < abi.HOOK_SLOTS for hook in self.hooks), "observation points"),
-        ):
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +160,7 @@ class MaceDevice:
         subbufs: int,
         watermark: int,
         flush_ms: int,
-        wanted: Filter = Filter(),
+        wanted: Filter = _EVERYTHING,
         cookies: bool = False,
     ) -> tuple[int, ...]:
         """SETUP: rings of `subbufs` times `subbuf_bytes` for the CPUs that are online; returns their numbers.

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from mmap import mmap
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from collector.kmod.device import Taken
-from contracts.abi import COLUMNS, RECORD, SUBBUF, WORDS
+from collector.live.stretch import Records, Stretch
+from contracts.abi import COLUMNS, RECORD, SUBBUF
 from contracts.errors import SourceError
-
-Records = npt.NDArray[Any]
-"""One-dimensional, of dtype `contracts.abi.COLUMNS`: the module's records, seen as columns of a batch."""
 
 
 class Take(Protocol):
@@ -31,35 +28,17 @@ class Take(Protocol):
     def __call__(self, *, release: int, flush: bool) -> Taken: ...
 
 
-class Subbuf:
+class Subbuf(Stretch):
     """The records of one sub-buffer that are still to be given out."""
 
-    __slots__ = ("_held", "lost", "lost_from_ns", "records")
+    __slots__ = ("lost", "lost_from_ns")
 
-    def __init__(self, records: Records, lost: int = 0, lost_from_ns: int = 0, *, held: bool = True) -> None:
-        self.records = records
-        """A view into the ring, or a copy; in order of time."""
+    def __init__(self, records: Records, lost: int = 0, lost_from_ns: int = 0) -> None:
+        super().__init__(records)
         self.lost = lost
         """Records of this CPU that were lost right before the first of them."""
         self.lost_from_ns = lost_from_ns
         """Time of the first of those; 0 if none was."""
-        self._held = held
-
-    @property
-    def held(self) -> bool:
-        """Whether there are records in it that are only in the ring."""
-        return self._held and len(self.records) > 0
-
-    def given(self, count: int) -> None:
-        """The first `count` records were given out."""
-        self.records = self.records[count:]
-
-    def copy_out(self) -> None:
-        """Keep the records elsewhere, so that the ring can go on."""
-        if self._held:
-            # As whole numbers: numpy copies structs member by member, four times as slowly.
-            self.records = self.records.view(WORDS).copy().view(COLUMNS).reshape(-1)
-            self._held = False
 
 
 class CpuRing:

@@ -17,23 +17,22 @@ from __future__ import annotations
 import logging
 import mmap
 import platform
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
 
-from collector.kmod.device import DeviceInNetns, Filter, Hello, MaceDevice, Stats, Taken
-from collector.kmod.merge import Marker, Places, RingMerger
+from collector.kmod.device import Hello, MaceDevice, Stats, Taken
 from collector.kmod.ring import CpuRing, Subbuf
+from collector.live.filter import Filter, wanted
+from collector.live.record_merge import Marker, Places, RingMerger
 from collector.live.ring_source import Follower, RingSource
 from collector.machine.kernel import online_cpus
-from collector.machine.netns import path_of
 from collector.memory import keep_freed_memory
 from contracts import clock
 from contracts.config import CaptureConfig
-from contracts.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
+from contracts.errors import MaceError, SourceError, Unavailable
 from contracts.hooks import BY_HOOK, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
 from contracts.records import Batch
@@ -374,19 +373,6 @@ def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
     return int(subbuf.records["ts_ns"][0]) if len(subbuf.records) else otherwise_ns
 
 
-_PROTOCOLS: Final = {
-    "icmp": 1,
-    "igmp": 2,
-    "tcp": 6,
-    "udp": 17,
-    "gre": 47,
-    "esp": 50,
-    "icmpv6": 58,
-    "sctp": 132,
-}
-"""IP protocol numbers by name (IANA, Assigned Internet Protocol Numbers); any other goes by its number."""
-
-
 def configured(config: CaptureConfig, devices: Follower, host: str = "") -> KmodSource:
     """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
     return KmodSource(
@@ -399,37 +385,3 @@ def configured(config: CaptureConfig, devices: Follower, host: str = "") -> Kmod
         ),
         devices,
     )
-
-
-def wanted(config: CaptureConfig) -> Filter:
-    """The filter keys of `[capture]`: namespaces by name or path, devices of this one by name, protocols."""
-    try:
-        return Filter(
-            netns=tuple(map(path_of, config.netns)),
-            devices=tuple(DeviceInNetns(_index(name)) for name in config.devices),
-            l4_protocols=tuple(map(_protocol, config.protocols)),
-            sample_shift=config.sample_shift,
-        )
-    except ValueError as error:
-        raise ConfigError(f"[capture] {error}") from error
-
-
-def _index(name: str) -> int:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError as error:
-        known = [known for _, known in socket.if_nameindex()]
-        raise ConfigError(
-            f"[capture] devices: no device {name!r} in this network namespace{nearest(name, known)}"
-        ) from error
-
-
-def _protocol(name: str) -> int:
-    if name.isdecimal():
-        return int(name)
-    if name.lower() not in _PROTOCOLS:
-        raise ConfigError(
-            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(_PROTOCOLS)}"
-            f"{nearest(name.lower(), _PROTOCOLS)}"
-        )
-    return _PROTOCOLS[name.lower()]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from collector.kmod import device
-from collector.kmod.device import DeviceInNetns, Filter, MaceDevice
+from collector.kmod.device import MaceDevice
+from collector.live.filter import DeviceInNetns, Filter
 from contracts import abi
 from contracts.abi import Ioctl
 from contracts.errors import SourceError, Unavailable

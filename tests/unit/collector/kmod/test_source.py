@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from collector.kmod import source as kmod_source
-from collector.kmod.device import Filter
 from collector.kmod.source import KmodConfig, KmodSource
+from collector.live.filter import Filter
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
 from contracts.interfaces import Progress

@@ -10,7 +10,7 @@ import pytest
 from collector import SOURCES, LiveSource
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
-from collector.kmod.device import DeviceInNetns, Filter
+from collector.live.filter import DeviceInNetns, Filter, wanted
 from contracts import config
 from contracts.config import CaptureConfig
 from contracts.errors import ConfigError, SourceError, Unavailable
@@ -75,7 +75,7 @@ def test_the_host_is_called_as_configured(name):
 )
 def test_names_that_nobody_has(wrong, told):
     with pytest.raises(ConfigError, match=told):
-        kmod_source.wanted(CaptureConfig(**wrong))
+        wanted(CaptureConfig(**wrong))
 
 
 def test_a_filter_is_not_silently_forgotten():

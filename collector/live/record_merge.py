@@ -1,4 +1,4 @@
-"""The module's rings -> batches in time order, whole records at a time.
+"""Rings of 64-byte records -> batches in time order, whole records at a time.
 
 Of what waits only views of the rings are kept. The order is found from the times alone; then whole records are brought
 into it, a cache line each, and their words set apart: all first words, all second words, and so on. A column of a batch
@@ -6,8 +6,8 @@ is a view of one such row of words. Batches are made of some thousand records at
 step comes out of the processor's cache.
 
 When a record may be given out, and what becomes of one that is late, is as in `collector.merge`; so is the order: time,
-then CPU, then place in the ring, however the rings were read. A ring gives its own records in order of time (the
-module sees to it), so nothing is sorted here but runs that are sorted in themselves.
+then CPU, then place in the ring, however the rings were read. Whoever pushes the records of a ring
+sees to their order of time, so nothing is sorted here but runs that are sorted in themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.gaps import marker_columns
-from collector.kmod.ring import Records, Subbuf
+from collector.live.stretch import Records, Stretch
 from collector.watermark import Watermark
 from contracts import abi
 from contracts.errors import SourceError
@@ -114,7 +114,7 @@ class Places:
         self._slot_keys[slots], self._slot_codes[slots] = fresh, codes
 
 
-class Marker(Subbuf):
+class Marker(Stretch):
     """Of one record: `cpu` lost so many records after `ts_ns` and before `until_ns` (see `contracts.records`)."""
 
     __slots__ = ()
@@ -132,16 +132,22 @@ class Marker(Subbuf):
 
 
 class RingMerger(Watermark):
-    """Holds views of what cannot be given out yet. Raises `SourceError` for records that no ring of ours can hold."""
+    """Holds views of what cannot be given out yet. Raises `SourceError` for records that no ring of ours can hold.
 
-    def __init__(self, hold_back_ns: int, places: Places, round_records: int = ROUND_RECORDS) -> None:
+    `of`: who fills the rings, in such an error.
+    """
+
+    def __init__(
+        self, hold_back_ns: int, places: Places, round_records: int = ROUND_RECORDS, of: str = "the module"
+    ) -> None:
         super().__init__(hold_back_ns)
+        self._of = of
         self._places = places
         self._round_records = round_records
-        self._waiting: dict[int, deque[Subbuf]] = {}
+        self._waiting: dict[int, deque[Stretch]] = {}
 
     def __len__(self) -> int:
-        return sum(len(subbuf.records) for waiting in self._waiting.values() for subbuf in waiting)
+        return sum(len(stretch.records) for waiting in self._waiting.values() for stretch in waiting)
 
     def add_cpu(self, cpu: int, complete_ns: int) -> None:
         """Wait for this CPU from now on; it has no record before `complete_ns`."""
@@ -150,23 +156,23 @@ class RingMerger(Watermark):
         # In order of CPU, as records of equal time stand.
         self._waiting = dict(sorted(self._waiting.items()))
 
-    def push(self, cpu: int, subbuf: Subbuf) -> None:
-        """Take a sub-buffer of one CPU, which follows in its ring those pushed before."""
-        ts = subbuf.records["ts_ns"]
+    def push(self, cpu: int, stretch: Stretch) -> None:
+        """Take a stretch of one CPU, which follows in its ring those pushed before."""
+        ts = stretch.records["ts_ns"]
         if self.given_ns is not None and len(ts) and ts[0] < self.given_ns:
-            if isinstance(subbuf, Marker):
-                subbuf.move_to(self.given_ns)
+            if isinstance(stretch, Marker):
+                stretch.move_to(self.given_ns)
             else:
                 late = bisect_left(ts, self.given_ns)
                 self.late += late
-                subbuf.given(late)
-        if len(subbuf.records):
-            self._waiting[cpu].append(subbuf)
+                stretch.given(late)
+        if len(stretch.records):
+            self._waiting[cpu].append(stretch)
 
     def take(self, until_ns: int) -> Iterator[Batch]:
         """All records before `until_ns`, in order, in batches of at most about `ROUND_RECORDS` records.
 
-        `until_ns` is at most the watermark, except at the end. What a batch holds was given out by its sub-buffer.
+        `until_ns` is at most the watermark, except at the end. What a batch holds was given out by its stretch.
         """
         while True:
             round_ns = self._round(until_ns)
@@ -192,12 +198,12 @@ class RingMerger(Watermark):
         share = max(self._round_records // max(sum(map(bool, self._waiting.values())), 1), 1)
         for waiting in self._waiting.values():
             room = share
-            for subbuf in waiting:
-                if len(subbuf.records) >= room:
+            for stretch in waiting:
+                if len(stretch.records) >= room:
                     # All of this time: equal ones must not be torn apart.
-                    until_ns = min(until_ns, int(subbuf.records["ts_ns"][room - 1]) + 1)
+                    until_ns = min(until_ns, int(stretch.records["ts_ns"][room - 1]) + 1)
                     break
-                room -= len(subbuf.records)
+                room -= len(stretch.records)
         return until_ns
 
     def _runs(self, until_ns: int) -> list[tuple[int, list[Records]]]:
@@ -206,13 +212,13 @@ class RingMerger(Watermark):
         for cpu, waiting in self._waiting.items():
             run: list[Records] = []
             while waiting:
-                subbuf = waiting[0]
-                ts = subbuf.records["ts_ns"]
+                stretch = waiting[0]
+                ts = stretch.records["ts_ns"]
                 count = len(ts) if ts[-1] < until_ns else bisect_left(ts, until_ns)
                 if count:
-                    run.append(subbuf.records[:count])
-                    subbuf.given(count)
-                if len(subbuf.records):
+                    run.append(stretch.records[:count])
+                    stretch.given(count)
+                if len(stretch.records):
                     break
                 waiting.popleft()
             if run:
@@ -232,8 +238,8 @@ class RingMerger(Watermark):
         hook, flags, place = columns["hook"], columns["flags"], columns["place"]
         if not _IS_HOOK.take(hook).all():
             raise SourceError(
-                f"the module's rings: a record of hook {hook[~_IS_HOOK[hook]][0]}, which was not asked for: a defect of"
-                " the module, please report"
+                f"the rings of {self._of}: a record of hook {hook[~_IS_HOOK[hook]][0]}, which was not asked for: a"
+                f" defect of {self._of}, please report"
             )
         # Where there is no device a record can still name the namespace of a socket.
         place *= _HAS_DEVICE.take(hook) | ((flags & Flag.RECALLED) != 0)
@@ -257,8 +263,8 @@ class RingMerger(Watermark):
         between = sum(bool(back[start - 1]) for start in starts[1:-1])
         if steps > between or (self.given_ns is not None and min(ts[s] for s in starts[:-1]) < self.given_ns):
             raise SourceError(
-                f"the module's rings: time goes back in a ring of CPUs {', '.join(map(str, cpus))}: a defect of the"
-                " module, please report"
+                f"the rings of {self._of}: time goes back in a ring of CPUs {', '.join(map(str, cpus))}: a defect of"
+                f" {self._of}, please report"
             )
         # Sorted runs one after the other are what a merge sort has halfway, and numpy's stable sort finds them.
         return np.argsort(ts, kind="stable") if between else None
