@@ -27,7 +27,7 @@ from contracts.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
-SOURCES: Final = ("auto", "kmod", "ftrace")
+SOURCES: Final = ("auto", "kmod", "bpf", "ftrace")
 """Live sources that can be asked for."""
 
 
@@ -46,7 +46,7 @@ class CaptureConfig:
     source: str = _key("auto", "Source of live records; `auto` takes the best that can run.", choices=SOURCES)
     ring_mib: int = _key(8, "Memory of the kernel's ring, MiB per CPU.", low=1, high=4096)
     poll_ms: int = _key(
-        50, "A ring of ftrace that fills is read this often, the module's in any case, ms.", low=1, high=1000
+        50, "A ring of ftrace that fills is read this often, any other in any case, ms.", low=1, high=1000
     )
     gather_ms: int = _key(
         500, "How long records stay in ftrace's ring if it does not fill and no device changes, ms.", low=1, high=1000
@@ -61,15 +61,18 @@ class CaptureConfig:
     remote_netns: tuple[str, ...] = _key((), "Namespaces that are the far end of a test network, not containers.")
     container_sockets: tuple[str, ...] = _key((), "More Docker or Podman API sockets to ask for container names.")
     sample_shift: int = _key(
-        0, "Of all packets one in 2 to the power of this, the same ones at every hook; `kmod` only.", low=0, high=31
+        0,
+        "Of all packets one in 2 to the power of this, the same ones at every hook; not `ftrace`.",
+        low=0,
+        high=31,
     )
     netns: tuple[str, ...] = _key(
-        (), "Only what happens in these namespaces (names in /run/netns or paths, at most 16); `kmod` only."
+        (), "Only what happens in these namespaces (names in /run/netns or paths, at most 16); not `ftrace`."
     )
     devices: tuple[str, ...] = _key(
-        (), "Only what happens at these devices of the own namespace (at most 16); `kmod` only."
+        (), "Only what happens at these devices of the own namespace (at most 16); not `ftrace`."
     )
-    protocols: tuple[str, ...] = _key((), "Only these IP protocols, by name or number (`udp`, `17`); `kmod` only.")
+    protocols: tuple[str, ...] = _key((), "Only these IP protocols, by name or number (`udp`, `17`); not `ftrace`.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -417,7 +417,7 @@ def configured(config: CaptureConfig, devices: Follower, host: str = "") -> Ftra
         raise Unavailable(
             "ftrace",
             f"it records everything, and [capture] {', '.join(asked)} asks for less",
-            "leave that out, or use the kernel module (--source kmod)",
+            "leave that out, or use a source that can choose (--source bpf, or kmod)",
         )
     return FtraceSource(
         FtraceConfig(

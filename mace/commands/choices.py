@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SOURCES: Final = ("auto", "kmod", "ftrace")
+SOURCES: Final = ("auto", "kmod", "bpf", "ftrace")
 """Live sources that can be asked for: `contracts.config.SOURCES`."""
 RUNTIMES: Final = ("netns", "docker")
 """What makes the containers of a test network: `mace.lab.Runtime`."""
@@ -23,7 +23,7 @@ TOOLS: Final = ("ping", "ping-U", "ping-inetutils", "ping-busybox", "fping", "cs
 """Tools whose output is read: `mace.tools.output.READERS`."""
 PACES: Final = ("flood", "10ms")
 """Paces of the experiment: `mace.trials.experiment.PACES`."""
-COMPARED: Final = ("kmod", "ftrace", "none")
+COMPARED: Final = ("kmod", "bpf", "ftrace", "none")
 """What can be compared: `mace.trials.compare.KNOWN`."""
 SCENARIOS: Final = (
     "plain",

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from collector import SOURCES, LiveSource
+from collector.bpf import source as bpf_source
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
 from collector.live.filter import DeviceInNetns, Filter, wanted
@@ -25,15 +26,29 @@ def test_every_source_can_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("kmod", "ftrace", "name", "why"),
+    ("kmod", "bpf", "ftrace", "name", "why"),
     [
-        (Status(True, "x"), Status(True, "y"), "kmod", ""),
-        (Status(False, "the module is not loaded", "load it"), Status(True, "y"), "ftrace", "(load it)"),
-        (Status(False, "a"), Status(False, "b"), "ftrace", "not kmod: a; not ftrace: b"),
+        (Status(True, "x"), Status(True, "z"), Status(True, "y"), "kmod", ""),
+        (
+            Status(False, "the module is not loaded", "load it"),
+            Status(True, "z"),
+            Status(True, "y"),
+            "bpf",
+            "(load it)",
+        ),
+        (Status(False, "a"), Status(False, "no BTF", "a kernel"), Status(True, "y"), "ftrace", "(a kernel)"),
+        (
+            Status(False, "a"),
+            Status(False, "c"),
+            Status(False, "b"),
+            "ftrace",
+            "not kmod: a; not bpf: c; not ftrace: b",
+        ),
     ],
 )
-def test_auto_takes_the_best_and_says_why_not_a_better_one(monkeypatch, kmod, ftrace, name, why):
+def test_auto_takes_the_best_and_says_why_not_a_better_one(monkeypatch, kmod, bpf, ftrace, name, why):
     monkeypatch.setitem(SOURCES, "kmod", LiveSource(lambda: kmod, kmod_source.configured))
+    monkeypatch.setitem(SOURCES, "bpf", LiveSource(lambda: bpf, bpf_source.configured))
     monkeypatch.setitem(SOURCES, "ftrace", LiveSource(lambda: ftrace, ftrace_source.configured))
     found, reason = pipeline.chosen_source(CaptureConfig())
     assert found == name
