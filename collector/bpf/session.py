@@ -87,9 +87,7 @@ class Session:
     def close(self) -> None:
         """Detach and forget. Safe to call again."""
         self._set_recording(on=False)
-        links, self._links = self._links, []
-        for link in links:
-            self._library.bpf_link__destroy(link)
+        self.detach()
         rings, self._rings = self._rings, {}
         for fd in rings.values():
             os.close(fd)
@@ -164,7 +162,9 @@ class Session:
         at = pointer(self._library.bpf_map__initial_value(self._map(section), ctypes.byref(size)))
         if size.value < dtype.itemsize:
             raise SourceError(f"bpf: the programs have {size.value} bytes of {section}: they are of another MACE")
-        return np.frombuffer((ctypes.c_uint8 * dtype.itemsize).from_address(at), dtype).reshape(())
+        memory = memoryview((ctypes.c_uint8 * dtype.itemsize).from_address(at)).cast("B")
+        found: npt.NDArray[Any] = np.frombuffer(memory, dtype).reshape(())
+        return found
 
     # --- recording ------------------------------------------------------------------------------
 
@@ -185,6 +185,12 @@ class Session:
                 self._links.append(pointer(self._library.bpf_program__attach(self._program(name))))
             except OSError as error:
                 raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", _RIGHTS) from error
+
+    def detach(self) -> None:
+        """Let the programs run no more."""
+        links, self._links = self._links, []
+        for link in links:
+            self._library.bpf_link__destroy(link)
 
     def start(self) -> None:
         """Record from now on."""
