@@ -63,8 +63,11 @@ class CpuRing:
         """Unmap the ring. Nothing may look into it any more."""
         self._unreleased.clear()
         del self._consumed, self._produced
-        self._ours.close()
-        self._theirs.close()
+        for one in (self._ours, self._theirs):
+            try:
+                one.close()
+            except BufferError:
+                pass  # somebody has a view, an error's traceback for instance; the last one unmaps
 
     @property
     def fill(self) -> float:
