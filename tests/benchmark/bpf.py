@@ -6,8 +6,8 @@
     bpf_vs_ftrace           ns that a flood ping's mean round trip grows by; the peer is ftrace
     bpf_drain               records/s from rings to merged batches, on one core
 
-All but the last take turns, in a lab of their own. The kernel's statistics read the clock twice in each run, of programs
-that are switched off too.
+All but the last take turns, in a lab of their own. The kernel's statistics read the clock twice in each run, also of
+programs that are switched off.
 """
 
 import asyncio
