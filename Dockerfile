@@ -24,6 +24,26 @@ COPY contracts/ /opt/mace/app/contracts/
 COPY collector/ /opt/mace/app/collector/
 COPY correlator/ /opt/mace/app/correlator/
 COPY storage/ /opt/mace/app/storage/
+COPY bpf/ /opt/mace/app/bpf/
+COPY kmod/uapi/ /opt/mace/app/kmod/uapi/
+# The source bpf: its programs, unless ./dev setup has made them already, and the library that loads them. Where the base
+# has neither them nor an index to get them from, the image is without; all else works.
+RUN set -eu; \
+    cd /opt/mace/app; \
+    mkdir /opt/mace/lib; \
+    has_library() { ldconfig -p | grep -q 'libbpf\.so\.1 '; }; \
+    if ! { [ -e collector/bpf/mace.bpf.o ] && has_library; } && command -v apt-get >/dev/null; then \
+        packages=libbpf1; \
+        [ -e collector/bpf/mace.bpf.o ] || packages="clang libbpf-dev linux-libc-dev make"; \
+        { apt-get -qq -o Acquire::http::Timeout=10 update \
+            && apt-get -qq install --yes --no-install-recommends $packages; } >/dev/null 2>&1 || true; \
+    fi; \
+    [ -e collector/bpf/mace.bpf.o ] || make -C bpf || echo "this image is without the source bpf: no clang"; \
+    for name in libbpf.so.1 libelf.so.1; do \
+        found=$(ldconfig -p | awk -v name="$name" '$1 == name { print $NF; exit }'); \
+        [ -z "$found" ] || cp -L "$found" "/opt/mace/lib/$name"; \
+    done; \
+    rm -rf bpf kmod
 # The root file system is read-only at run time, so a container could not keep compiled files.
 RUN python3 -m compileall -q -j 0 /opt/mace
 
@@ -36,6 +56,7 @@ COPY --from=build /opt/mace /opt/mace
 RUN mkdir -m 770 /var/lib/mace && chown 10001:10001 /var/lib/mace
 ENV PATH=/opt/mace/bin:$PATH \
     PYTHONPATH=/opt/mace/app \
+    LD_LIBRARY_PATH=/opt/mace/lib \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 # A number, so that Kubernetes can see that it is not root (runAsNonRoot).

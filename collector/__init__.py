@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from collector.bpf import source as bpf_source
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
 from collector.live.ring_source import FollowsDevices
@@ -29,5 +30,6 @@ class LiveSource:
 SOURCES: Final[dict[str, LiveSource]] = {
     "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured),
     "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured),
+    "bpf": LiveSource(bpf_source.BpfSource.check, bpf_source.configured),
 }
 """Live sources by name, in the order of `contracts.sources.LIVE`."""

@@ -47,7 +47,7 @@ class CaptureConfig:
     source: str = _key("auto", "Source of live records; `auto` chooses the best that can run here.", choices=SOURCES)
     ring_mib: int = _key(8, "Memory of the kernel's ring, MiB per CPU.", low=1, high=4096)
     poll_ms: int = _key(
-        50, "Interval at which the module's ring, and an ftrace ring that fills, is read, ms.", low=1, high=1000
+        50, "Interval at which an ftrace ring that fills, and any other source's ring, is read, ms.", low=1, high=1000
     )
     gather_ms: int = _key(
         500,
@@ -65,16 +65,19 @@ class CaptureConfig:
     remote_netns: tuple[str, ...] = _key((), "Namespaces that are the far end of a test network, not containers.")
     container_sockets: tuple[str, ...] = _key((), "Further Docker or Podman API sockets to query for container names.")
     sample_shift: int = _key(
-        0, "Record one packet in 2 to the power of this, the same packets at every hook; `kmod` only.", low=0, high=31
+        0,
+        "Record one packet in 2 to the power of this, the same packets at every hook; not `ftrace`.",
+        low=0,
+        high=31,
     )
     netns: tuple[str, ...] = _key(
-        (), "Record only packets in these namespaces (names in /run/netns or paths, at most 16); `kmod` only."
+        (), "Record only packets in these namespaces (names in /run/netns or paths, at most 16); not `ftrace`."
     )
     devices: tuple[str, ...] = _key(
-        (), "Record only packets at these devices of MACE's own namespace (at most 16); `kmod` only."
+        (), "Record only packets at these devices of MACE's own namespace (at most 16); not `ftrace`."
     )
     protocols: tuple[str, ...] = _key(
-        (), "Record only these IP protocols, by name or number (`udp`, `17`); `kmod` only."
+        (), "Record only these IP protocols, by name or number (`udp`, `17`); not `ftrace`."
     )
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from collector.bpf.source import BpfSource
 from collector.ftrace import tracefs
 from contracts.errors import Unavailable
 from tests.kernel import beside
@@ -124,6 +125,11 @@ def _bpftrace() -> str | None:
     return None if Path("/sys/kernel/btf/vmlinux").exists() else f"kernel {platform.release()} has no BTF"
 
 
+def _bpf() -> str | None:
+    status = BpfSource.check()
+    return None if status.ok else f"{status.detail}: {status.remedy}"
+
+
 def _qemu() -> str | None:
     from tests.kernel import vm  # here, because only one test asks
 
@@ -169,6 +175,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "netns": _netns,
     "userns": _userns,
     "docker": _docker,
+    "bpf": _bpf,
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),
     "ns_last_pid": _ns_last_pid,

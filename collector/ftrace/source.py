@@ -417,7 +417,7 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
         raise Unavailable(
             "ftrace",
             f"ftrace records every packet and cannot apply [capture] {', '.join(asked)}",
-            "remove these keys, or use the kernel module (--source kmod)",
+            "remove these keys, or use a source that can choose (--source bpf, or kmod)",
         )
     return FtraceSource(
         FtraceConfig(

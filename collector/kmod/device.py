@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.live.filter import SessionFilter
 from collector.machine.netns import open_nsfs
 from contracts import abi
 from contracts.abi import HelloFlag, Ioctl, TakeFlag
@@ -30,47 +31,8 @@ PATH: Final = Path("/dev") / abi.DEVICE_NAME
 _LOADED: Final = Path("/sys/module") / abi.DEVICE_NAME
 _WHAT: Final = "kmod"
 _LOAD_IT: Final = "`mace module load` (and before, for this kernel, `mace module build`)"
+_EVERYTHING: Final = SessionFilter()
 _OTHER_ABI: Final = "`mace module build` and `mace module load`, or install the MACE that goes with the module"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInNetns:
-    """A device whose packets pass the filter."""
-
-    ifindex: int
-    netns: str | int | None = None
-    """The device's namespace: a path, an open file descriptor, or None for the opener's."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionFilter:
-    """Which packets to record. Every condition must hold; an empty condition always holds. Raises `ValueError`.
-
-    A filter by namespace or device drops the records of all other devices. The overhead of a path needs the records of
-    all its devices.
-    """
-
-    netns: tuple[str | int | None, ...] = ()
-    """Network namespaces: paths, open file descriptors, or None for the opener's. At most 16."""
-    devices: tuple[DeviceInNetns, ...] = ()
-    """Devices, at most 16."""
-    l4_protocols: tuple[int, ...] = ()
-    """IP protocol numbers, 0 to 255; 0 also passes packets that are not IP."""
-    sample_shift: int = 0
-    """Record one packet in 2**n, the same packets at every hook; 0 to 31."""
-    hooks: tuple[Hook, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, ok, expected in (
-            ("netns", len(self.netns) <= abi.MAX_NETNS, f"at most {abi.MAX_NETNS}"),
-            ("devices", len(self.devices) <= abi.MAX_DEVICES, f"at most {abi.MAX_DEVICES}"),
-            ("devices", all(0 < d.ifindex < 2**32 for d in self.devices), "indexes from 1 on"),
-            ("l4_protocols", all(0 <= p <= 255 for p in self.l4_protocols), "numbers from 0 to 255"),
-            ("sample_shift", 0 <= self.sample_shift <= abi.MAX_SAMPLE_SHIFT, f"0 to {abi.MAX_SAMPLE_SHIFT}"),
-            ("hooks", all(0 < hook < abi.HOOK_SLOTS for hook in self.hooks), "observation points"),
-        ):
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +164,7 @@ class MaceDevice:
         subbufs: int,
         watermark: int,
         flush_ms: int,
-        wanted: SessionFilter = SessionFilter(),
+        wanted: SessionFilter = _EVERYTHING,
         cookies: bool = False,
     ) -> tuple[int, ...]:
         """Call SETUP: make rings of `subbufs` times `subbuf_bytes` for the CPUs online, and return the CPUs' numbers.

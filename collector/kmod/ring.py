@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections import deque
 from mmap import mmap
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from collector.kmod.device import TakenSubBuffers
-from contracts.abi import COLUMNS, RECORD, SUBBUF, WORDS
+from collector.live.stretch import RingRecords, Stretch
+from contracts.abi import COLUMNS, RECORD, SUBBUF
 from contracts.errors import SourceError
-
-ModuleRecords = npt.NDArray[Any]
-"""The module's records as columns of a batch: one-dimensional, of dtype `contracts.abi.COLUMNS`."""
 
 
 class Take(Protocol):
@@ -32,35 +29,17 @@ class Take(Protocol):
     def __call__(self, *, release: int, flush: bool) -> TakenSubBuffers: ...
 
 
-class Subbuf:
+class Subbuf(Stretch):
     """The records of one sub-buffer that were not passed on yet."""
 
-    __slots__ = ("_held", "lost", "lost_from_ns", "records")
+    __slots__ = ("lost", "lost_from_ns")
 
-    def __init__(self, records: ModuleRecords, lost: int = 0, lost_from_ns: int = 0, *, held: bool = True) -> None:
-        self.records = records
-        """A view into the ring, or a copy; in order of time."""
+    def __init__(self, records: RingRecords, lost: int = 0, lost_from_ns: int = 0) -> None:
+        super().__init__(records)
         self.lost = lost
         """Records of this CPU that were lost right before the first record."""
         self.lost_from_ns = lost_from_ns
         """Time of the first lost record; 0 if none was lost."""
-        self._held = held
-
-    @property
-    def held(self) -> bool:
-        """Whether the sub-buffer has records whose only copy is in the ring."""
-        return self._held and len(self.records) > 0
-
-    def given(self, count: int) -> None:
-        """Note that the first `count` records were passed on."""
-        self.records = self.records[count:]
-
-    def copy_out(self) -> None:
-        """Copy the records, so that the ring's memory can be released."""
-        if self._held:
-            # Copy as uint64 words: numpy copies structs member by member, which takes four times as long.
-            self.records = self.records.view(WORDS).copy().view(COLUMNS).reshape(-1)
-            self._held = False
 
 
 class CpuRing:
@@ -73,10 +52,10 @@ class CpuRing:
         self._subbufs = subbufs
         self._capacity = (subbuf_bytes - SUBBUF.itemsize) // RECORD.itemsize
         self._take = take
-        self._heads: ModuleRecords = np.ndarray((subbufs,), SUBBUF, memory, 0, (subbuf_bytes,))
-        self._records: list[ModuleRecords] = []
+        self._heads: RingRecords = np.ndarray((subbufs,), SUBBUF, memory, 0, (subbuf_bytes,))
+        self._records: list[RingRecords] = []
         for i in range(subbufs):
-            one: ModuleRecords = np.ndarray((self._capacity,), COLUMNS, memory, i * subbuf_bytes + SUBBUF.itemsize)
+            one: RingRecords = np.ndarray((self._capacity,), COLUMNS, memory, i * subbuf_bytes + SUBBUF.itemsize)
             one.flags.writeable = False
             self._records.append(one)
         self._unreleased: deque[Subbuf] = deque()

@@ -17,26 +17,24 @@ from __future__ import annotations
 import logging
 import mmap
 import platform
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
 
-from collector.kmod.device import DeviceInNetns, Hello, MaceDevice, SessionFilter, Stats, TakenSubBuffers
-from collector.kmod.merge import Marker, RingMerger, SeenPlaces
+from collector.kmod.device import Hello, MaceDevice, Stats, TakenSubBuffers
 from collector.kmod.ring import CpuRing, Subbuf
+from collector.live.filter import SessionFilter, wanted
+from collector.live.record_merge import Marker, RingMerger, SeenPlaces
 from collector.live.ring_source import FollowsDevices, RingSource
 from collector.machine.kernel import online_cpus
-from collector.machine.netns import path_of
 from collector.memory import keep_freed_memory
 from contracts import clock
 from contracts.config import CaptureConfig
-from contracts.errors import ConfigError, MaceError, SourceError, Unavailable, nearest
+from contracts.errors import MaceError, SourceError, Unavailable
 from contracts.hooks import BY_HOOK, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
-from contracts.protocols import PROTOCOLS
 from contracts.records import Batch
 from contracts.schema import HookCost
 from contracts.topology import Device
@@ -391,40 +389,3 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
         ),
         devices,
     )
-
-
-def wanted(config: CaptureConfig) -> SessionFilter:
-    """Make the filter that `[capture]` describes; raises `ConfigError` for an unknown device or protocol.
-
-    Namespaces are given by name or path, devices of this network namespace by name.
-    """
-    try:
-        return SessionFilter(
-            netns=tuple(map(path_of, config.netns)),
-            devices=tuple(DeviceInNetns(_index(name)) for name in config.devices),
-            l4_protocols=tuple(map(_protocol, config.protocols)),
-            sample_shift=config.sample_shift,
-        )
-    except ValueError as error:
-        raise ConfigError(f"[capture] {error}") from error
-
-
-def _index(name: str) -> int:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError as error:
-        known = [known for _, known in socket.if_nameindex()]
-        raise ConfigError(
-            f"[capture] devices: no device {name!r} in this network namespace{nearest(name, known)}"
-        ) from error
-
-
-def _protocol(name: str) -> int:
-    if name.isdecimal():
-        return int(name)
-    if name.lower() not in PROTOCOLS:
-        raise ConfigError(
-            f"[capture] protocols: {name!r}, expected a number or one of {', '.join(PROTOCOLS)}"
-            f"{nearest(name.lower(), PROTOCOLS)}"
-        )
-    return PROTOCOLS[name.lower()]

@@ -58,7 +58,7 @@ def run(options: Options, console: Console) -> int:
     configured = replace(configured, capture=replace(configured.capture, source=source))
     verdicts = []
     for scenario in (BY_NAME[name] for name in options.scenarios or SCENARIOS):
-        if scenario.sample_shift and source != "kmod":
+        if scenario.sample_shift and source == "ftrace":
             console.complain(f"mace: {scenario.name}: skipped, because source {source} does not sample")
             continue
         verdicts.append(verdict.verdict(scenario, configured, options.packets))

@@ -239,8 +239,8 @@ def chosen_source(config: CaptureConfig) -> tuple[str, str]:
         if status.ok:
             return name, "; ".join(why_not)
         why_not.append(f"not {name}: {status.detail}" + (f" ({status.remedy})" if status.remedy else ""))
-    # No source can run. The last one needs least; opening it raises the error that says what is missing.
-    return next(reversed(SOURCES)), "; ".join(why_not)
+    # No source can run. ftrace needs least; opening it raises the error that says what is missing.
+    return "ftrace", "; ".join(why_not)
 
 
 def live_source(config: CaptureConfig, host: str = "") -> Source:

@@ -17,6 +17,7 @@ import numpy as np
 
 from contracts.errors import MaceError, nearest
 from tests.benchmark import (
+    bpf,
     ftrace_decode,
     graded,
     kmod,
@@ -56,6 +57,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "live_soak": live.soak,
     "kmod_vs_ftrace": kmod.versus_ftrace,
     "kmod_kinds": kmod_kinds.by_kind,
+    "bpf": bpf.run,
     "perfetto_read": perfetto.read,
     "perfetto_write": perfetto.write,
     "sizing": sizing.run,

@@ -37,6 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "live_soak": LAB,
     "kmod_vs_ftrace": QEMU,
     "kmod_kinds": QEMU,
+    "bpf": LAB,
     "perfetto_read": (),
     "perfetto_write": (),
     "sizing": ("influxd",),

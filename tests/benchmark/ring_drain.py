@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from collector.kmod.device import TakenSubBuffers
-from collector.kmod.merge import RingMerger, SeenPlaces
 from collector.kmod.ring import CpuRing
 from collector.kmod.source import KmodConfig
+from collector.live.record_merge import RingMerger, SeenPlaces
 from collector.memory import keep_freed_memory
 from contracts import abi
 from contracts.hooks import Hook

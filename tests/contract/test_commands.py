@@ -250,7 +250,7 @@ def completed(shell, line, home):
         ("mace re", {"record", "replay", "report"}, {"run"}),
         ("mace lab ", {"up", "down", "list", "exec", "traffic"}, {"run"}),
         ("mace run --sto", {"--store"}, {"--source"}),
-        ("mace run --source ", {"auto", "kmod", "ftrace"}, set()),
+        ("mace run --source ", {"auto", "kmod", "bpf", "ftrace"}, set()),
         ("mace export perfetto --wo", {"--worst"}, set()),
     ],
 )

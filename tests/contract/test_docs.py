@@ -54,7 +54,8 @@ def _is_module(name):
 
 
 def test_files_that_pages_name_are_there():
-    folders = "contracts|collector|correlator|storage|mace|kmod|tests|deploy|dashboards|docs"
-    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *GOLDEN.glob("*/README.md"), *ROOT.glob("kmod/*.md")]:
+    folders = "contracts|collector|correlator|storage|mace|kmod|bpf|tests|deploy|dashboards|docs"
+    kernel_sides = [*ROOT.glob("kmod/*.md"), *ROOT.glob("bpf/*.md")]
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *GOLDEN.glob("*/README.md"), *kernel_sides]:
         for name in re.findall(rf"`((?:{folders})/[\w/.-]+\.(?:py|md|toml|c|h|mace|ipynb))`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.relative_to(ROOT)} names {name}"

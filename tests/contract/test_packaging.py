@@ -184,10 +184,11 @@ def test_environment_is_the_locked_one() -> None:
 
 
 def test_licences() -> None:
-    assert PROJECT["project"]["license"] == "Apache-2.0"
+    assert PROJECT["project"]["license"] == "Apache-2.0 AND GPL-2.0-only"
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
-    # The kernel lets only GPL-compatible modules use the tracepoint interface.
+    # The kernel lets only GPL-compatible modules and programs use the tracepoint interface.
     kernel_licence = (ROOT / "kmod/LICENSE").read_text()
+    assert (ROOT / "bpf/LICENSE").read_text() == kernel_licence
     assert "GNU GENERAL PUBLIC LICENSE\n                       Version 2, June 1991" in kernel_licence
 
 
@@ -233,8 +234,9 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
     """The installed wheel runs with only its own files and the locked dependencies on the path, without the tree."""
     tree, wheels, installed = (tmp_path / name for name in ("tree", "wheels", "installed"))
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
+    (tree / "bpf").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "bpf/LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
     for package in TOP_LEVEL:
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -255,6 +257,8 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
 
     store = tmp_path / "store"
     assert "source ftrace" in json.loads(mace("check", "--json"))
+    # The programs come along, where they were made.
+    assert (installed / "collector/bpf/mace.bpf.o").exists() == (ROOT / "collector/bpf/mace.bpf.o").exists()
     replayed = json.loads(mace("replay", ROOT / "docs" / "example.mace", "--store", store, "--json"))
     assert json.loads(mace("report", "--store", store, "--json"))["packets"] == replayed["packets"] > 0
     counted = mace("query", "--store", store, "--format", "csv", "SELECT count(DISTINCT packet) AS packets FROM delays")

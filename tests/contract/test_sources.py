@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 
 from collector import SOURCES
+from collector.bpf import session
+from collector.bpf.source import BpfConfig, BpfSource
 from collector.files import BY_NAME, recording_of
 from collector.ftrace import tracefs
 from collector.ftrace.source import FtraceConfig
 from collector.kmod.source import KmodConfig, KmodSource
+from collector.live.filter import SessionFilter
 from collector.machine.kernel import online_cpus
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import BY_TRACEPOINT, Hook
@@ -142,6 +145,32 @@ def ftrace(_):
         )
 
 
+@contextmanager
+def bpf(_):
+    followers, sessions = Followers(), []
+
+    def open_session(*args, **options):
+        sessions.append(session.Session(*args, **options))
+        return sessions[-1]
+
+    def held():
+        return followers.held() + sum(one.attached for one in sessions)
+
+    with Sender("mcts", STEP, cpu_choice()) as sender:
+        wanted = SessionFilter(
+            netns=(f"/proc/{sender.process.pid}/ns/net",), l4_protocols=(17,), hooks=(Hook.NET_DEV_QUEUE,)
+        )
+        # 910 records for each CPU.
+        config = BpfConfig(ring_kib_per_cpu=64, poll_interval_s=0.01, wanted=wanted)
+        yield Made(
+            lambda: BpfSource(config, followers(), open_session),
+            followers.break_,
+            sender.send,
+            followers.news,
+            held,
+        )
+
+
 def file(name):
     @contextmanager
     def made(place):
@@ -153,7 +182,11 @@ def file(name):
     return made
 
 
-LIVE = {"kmod": kmod, "ftrace": pytest.param(ftrace, marks=pytest.mark.needs("root", "tracefs", "netns"))}
+LIVE = {
+    "kmod": kmod,
+    "bpf": pytest.param(bpf, marks=pytest.mark.needs("root", "bpf", "netns")),
+    "ftrace": pytest.param(ftrace, marks=pytest.mark.needs("root", "tracefs", "netns")),
+}
 FILES = {name: file(name) for name in GOLDEN_FILES}
 ALL = LIVE | FILES
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.kmod.merge import RingMerger, SeenPlaces
 from collector.kmod.ring import CpuRing
+from collector.live.record_merge import RingMerger, SeenPlaces
 from contracts.hooks import HOOKS, Hook
 from contracts.records import CONTENT_DTYPES, DTYPES, Batch, Flag
 from tests.made_rings import MadeRing, record

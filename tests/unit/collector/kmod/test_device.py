@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from collector.kmod import device
-from collector.kmod.device import DeviceInNetns, MaceDevice, SessionFilter
+from collector.kmod.device import MaceDevice
+from collector.live.filter import DeviceInNetns, SessionFilter
 from contracts import abi
 from contracts.abi import Ioctl
 from contracts.errors import SourceError, Unavailable

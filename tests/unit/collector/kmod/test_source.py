@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from collector.kmod import source as kmod_source
-from collector.kmod.device import SessionFilter
 from collector.kmod.source import KmodConfig, KmodSource
+from collector.live.filter import SessionFilter
 from contracts.abi import ABI_MAJOR, ABI_MINOR, HOOK_SLOTS
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from collector import SOURCES, LiveSource
+from collector.bpf import source as bpf_source
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
-from collector.kmod.device import DeviceInNetns, SessionFilter
+from collector.live.filter import DeviceInNetns, SessionFilter, wanted
 from contracts import config
 from contracts.config import CaptureConfig
 from contracts.errors import ConfigError, SourceError, Unavailable
@@ -25,15 +26,29 @@ def test_every_source_can_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("kmod", "ftrace", "name", "why"),
+    ("kmod", "bpf", "ftrace", "name", "why"),
     [
-        (Status(True, "x"), Status(True, "y"), "kmod", ""),
-        (Status(False, "the module is not loaded", "load it"), Status(True, "y"), "ftrace", "(load it)"),
-        (Status(False, "a"), Status(False, "b"), "ftrace", "not kmod: a; not ftrace: b"),
+        (Status(True, "x"), Status(True, "z"), Status(True, "y"), "kmod", ""),
+        (
+            Status(False, "the module is not loaded", "load it"),
+            Status(True, "z"),
+            Status(True, "y"),
+            "ftrace",
+            "(load it)",
+        ),
+        (Status(False, "a"), Status(True, "z"), Status(False, "no tracefs", "mount it"), "bpf", "(mount it)"),
+        (
+            Status(False, "a"),
+            Status(False, "c"),
+            Status(False, "b"),
+            "ftrace",
+            "not kmod: a; not ftrace: b; not bpf: c",
+        ),
     ],
 )
-def test_auto_takes_the_best_and_says_why_not_a_better_one(monkeypatch, kmod, ftrace, name, why):
+def test_auto_takes_the_best_and_says_why_not_a_better_one(monkeypatch, kmod, bpf, ftrace, name, why):
     monkeypatch.setitem(SOURCES, "kmod", LiveSource(lambda: kmod, kmod_source.configured))
+    monkeypatch.setitem(SOURCES, "bpf", LiveSource(lambda: bpf, bpf_source.configured))
     monkeypatch.setitem(SOURCES, "ftrace", LiveSource(lambda: ftrace, ftrace_source.configured))
     found, reason = pipeline.chosen_source(CaptureConfig())
     assert found == name
@@ -75,7 +90,7 @@ def test_the_host_is_called_as_configured(name):
 )
 def test_names_that_nobody_has(wrong, told):
     with pytest.raises(ConfigError, match=told):
-        kmod_source.wanted(CaptureConfig(**wrong))
+        wanted(CaptureConfig(**wrong))
 
 
 def test_a_filter_is_not_silently_forgotten():

@@ -1,4 +1,4 @@
-"""Merges the module's rings into batches in time order, moving whole records.
+"""Merges rings of 64-byte records into batches in time order, moving whole records.
 
 Waiting records are kept as views of the rings. The merge computes the order from the times alone, then copies whole
 records into that order, a cache line each, and transposes their words: all first words, all second words, and so on. A
@@ -6,8 +6,8 @@ column of a batch is a view of one such row of words. Each batch has some thousa
 first read from the processor's cache.
 
 The rules are those of `collector.merge`: when a record may be passed on, what happens to late records, and the order
-(time, then CPU, then place in the ring, independent of the reading). The module writes each ring in order of time, so
-that the merge only has to combine runs that are already sorted.
+(time, then CPU, then place in the ring, independent of the reading). A caller that pushes the records of a ring sorts
+them by time, so that the merge only has to combine runs that are already sorted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.gaps import marker_columns
-from collector.kmod.ring import ModuleRecords, Subbuf
+from collector.live.stretch import RingRecords, Stretch
 from collector.watermark import Watermark
 from contracts import abi
 from contracts.errors import SourceError
@@ -115,7 +115,7 @@ class SeenPlaces:
         self._slot_keys[slots], self._slot_codes[slots] = fresh, codes
 
 
-class Marker(Subbuf):
+class Marker(Stretch):
     """A sub-buffer of one `LOST` record: `cpu` lost `lost` records after `ts_ns` and before `until_ns`."""
 
     __slots__ = ()
@@ -133,16 +133,22 @@ class Marker(Subbuf):
 
 
 class RingMerger(Watermark):
-    """Merges sub-buffers of several CPUs, of which it keeps views; raises `SourceError` for impossible records."""
+    """Merges sub-buffers of several CPUs, of which it keeps views; raises `SourceError` for impossible records.
 
-    def __init__(self, hold_back_ns: int, places: SeenPlaces, round_records: int = ROUND_RECORDS) -> None:
+    `of` names in such an error who fills the rings.
+    """
+
+    def __init__(
+        self, hold_back_ns: int, places: SeenPlaces, round_records: int = ROUND_RECORDS, of: str = "the module"
+    ) -> None:
         super().__init__(hold_back_ns)
+        self._of = of
         self._places = places
         self._round_records = round_records
-        self._waiting: dict[int, deque[Subbuf]] = {}
+        self._waiting: dict[int, deque[Stretch]] = {}
 
     def __len__(self) -> int:
-        return sum(len(subbuf.records) for waiting in self._waiting.values() for subbuf in waiting)
+        return sum(len(stretch.records) for waiting in self._waiting.values() for stretch in waiting)
 
     def add_cpu(self, cpu: int, complete_ns: int) -> None:
         """Wait for this CPU from now on; it has no record before `complete_ns`."""
@@ -151,24 +157,24 @@ class RingMerger(Watermark):
         # In order of CPU, which is the order of records of equal time.
         self._waiting = dict(sorted(self._waiting.items()))
 
-    def push(self, cpu: int, subbuf: Subbuf) -> None:
-        """Add a sub-buffer of one CPU, which follows in its ring those pushed before."""
-        ts = subbuf.records["ts_ns"]
+    def push(self, cpu: int, stretch: Stretch) -> None:
+        """Add a stretch of one CPU, which follows in its ring those pushed before."""
+        ts = stretch.records["ts_ns"]
         if self.given_ns is not None and len(ts) and ts[0] < self.given_ns:
-            if isinstance(subbuf, Marker):
-                subbuf.move_to(self.given_ns)
+            if isinstance(stretch, Marker):
+                stretch.move_to(self.given_ns)
             else:
                 late = bisect_left(ts, self.given_ns)
                 self.late += late
-                subbuf.given(late)
-        if len(subbuf.records):
-            self._waiting[cpu].append(subbuf)
+                stretch.given(late)
+        if len(stretch.records):
+            self._waiting[cpu].append(stretch)
 
     def take(self, until_ns: int) -> Iterator[Batch]:
         """Yield all records before `until_ns`, in order, in batches of about `ROUND_RECORDS` records at most.
 
         `until_ns` is at most the watermark, except at the end of the stream. The records of a batch are copies; its
-        sub-buffers count them as passed on.
+        stretches count them as passed on.
         """
         while True:
             round_ns = self._round(until_ns)
@@ -194,34 +200,34 @@ class RingMerger(Watermark):
         share = max(self._round_records // max(sum(map(bool, self._waiting.values())), 1), 1)
         for waiting in self._waiting.values():
             room = share
-            for subbuf in waiting:
-                if len(subbuf.records) >= room:
+            for stretch in waiting:
+                if len(stretch.records) >= room:
                     # Include all records of this time: records of equal time belong into one round.
-                    until_ns = min(until_ns, int(subbuf.records["ts_ns"][room - 1]) + 1)
+                    until_ns = min(until_ns, int(stretch.records["ts_ns"][room - 1]) + 1)
                     break
-                room -= len(subbuf.records)
+                room -= len(stretch.records)
         return until_ns
 
-    def _runs(self, until_ns: int) -> list[tuple[int, list[ModuleRecords]]]:
+    def _runs(self, until_ns: int) -> list[tuple[int, list[RingRecords]]]:
         """Return (cpu, records before `until_ns`) by CPU; the records of each CPU are in order of time."""
         runs = []
         for cpu, waiting in self._waiting.items():
-            run: list[ModuleRecords] = []
+            run: list[RingRecords] = []
             while waiting:
-                subbuf = waiting[0]
-                ts = subbuf.records["ts_ns"]
+                stretch = waiting[0]
+                ts = stretch.records["ts_ns"]
                 count = len(ts) if ts[-1] < until_ns else bisect_left(ts, until_ns)
                 if count:
-                    run.append(subbuf.records[:count])
-                    subbuf.given(count)
-                if len(subbuf.records):
+                    run.append(stretch.records[:count])
+                    stretch.given(count)
+                if len(stretch.records):
                     break
                 waiting.popleft()
             if run:
                 runs.append((cpu, run))
         return runs
 
-    def _merged(self, runs: list[tuple[int, list[ModuleRecords]]]) -> Batch:
+    def _merged(self, runs: list[tuple[int, list[RingRecords]]]) -> Batch:
         lengths = [sum(map(len, run)) for _, run in runs]
         pieces = [piece for _, run in runs for piece in run]
         ts = np.concatenate([piece["ts_ns"] for piece in pieces])
@@ -234,8 +240,8 @@ class RingMerger(Watermark):
         hook, flags, place = columns["hook"], columns["flags"], columns["place"]
         if not _IS_HOOK.take(hook).all():
             raise SourceError(
-                f"the module's rings: a record of hook {hook[~_IS_HOOK[hook]][0]}, which does not exist: a defect of"
-                " the module, please report"
+                f"the rings of {self._of}: a record of hook {hook[~_IS_HOOK[hook]][0]}, which does not exist: a"
+                f" defect of {self._of}, please report"
             )
         # A record without a device can still name the namespace of a socket: clear it.
         place *= _HAS_DEVICE.take(hook) | ((flags & Flag.RECALLED) != 0)
@@ -259,8 +265,8 @@ class RingMerger(Watermark):
         between = sum(bool(back[start - 1]) for start in starts[1:-1])
         if steps > between or (self.given_ns is not None and min(ts[s] for s in starts[:-1]) < self.given_ns):
             raise SourceError(
-                f"the module's rings: time goes back in a ring of CPUs {', '.join(map(str, cpus))}: a defect of the"
-                " module, please report"
+                f"the rings of {self._of}: time goes back in a ring of CPUs {', '.join(map(str, cpus))}: a defect of"
+                f" {self._of}, please report"
             )
         # numpy's stable sort (timsort) detects the sorted runs and only merges them.
         return np.argsort(ts, kind="stable") if between else None

@@ -1,0 +1,427 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Programs on the tracepoints: one small function per hook, and one that does the work.
+ *
+ * A program runs wherever the kernel touches a packet, on any CPU, and on its CPU another one may
+ * run in the middle of it (an interrupt; in the newest kernels also another task). So all that is
+ * kept from packet to packet carries a check over its words, so that a torn entry is no entry, and
+ * losses are counted with atomic additions. The kernel does not run a program inside itself on one CPU; it
+ * counts such calls (recursion_misses of struct bpf_prog_info), and the reader asks for that.
+ *
+ * Where a packet is, its device says. At the hooks where it is delivered or freed skb->dev may
+ * dangle: there the namespace of its socket counts, if it has one. A session of some namespaces
+ * gets no other packet at these hooks, and a session of some devices none.
+ */
+#include <linux/bpf.h>
+#include <linux/types.h>
+#include <stdbool.h>
+
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "mace_bpf.h"
+#include "mace_kernel.h"
+#include "mace_packet.h"
+
+/* Odd, and 2^64 divided by the golden ratio the first: words that differ give other sums. */
+#define MACE_FACTOR 0x9e3779b97f4a7c15ULL
+#define MACE_FACTOR2 0xbf58476d1ce4e5b9ULL
+#define MACE_FACTOR3 0x94d049bb133111ebULL
+#define MACE_FACTOR4 0xd6e8feb86659fd93ULL
+
+#define MACE_IDENTIFIED_BITS 6
+#define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
+
+/**
+ * struct mace_hashed - the last packet_key of a CPU: its packet mostly comes to another hook next
+ *
+ * @words: what it is the hash of
+ * @key: the packet_key
+ * @check: over all of them
+ */
+struct mace_hashed {
+	struct mace_words words;
+	u64 key;
+	u64 check;
+};
+
+/**
+ * struct mace_identified - a buffer that was seen on a CPU
+ *
+ * @skb: its address
+ * @skb_id: what records call it
+ * @check: over both
+ */
+struct mace_identified {
+	u64 skb;
+	u64 skb_id;
+	u64 check;
+};
+
+/**
+ * struct mace_cpu - what is kept of one CPU
+ *
+ * @counts: for the reader
+ * @hashed: see there
+ * @identified: by the hash of the address
+ */
+struct mace_cpu {
+	struct mace_counts counts;
+	struct mace_hashed hashed;
+	struct mace_identified identified[1 << MACE_IDENTIFIED_BITS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct mace_cpu);
+} mace_cpus SEC(".maps");
+
+/* The sizes are the loader's choice. */
+struct mace_ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__array(values, struct mace_ring);
+} mace_rings SEC(".maps");
+
+const volatile struct mace_config mace_config = {};
+volatile struct mace_state mace_state = {};
+
+/*
+ * The number that a pointer is. The verifier watches what is added to a pointer, and takes the
+ * opposite of one for any number.
+ */
+static __always_inline u64 mace_number(const volatile void *pointer)
+{
+	u64 number = (u64)pointer;
+
+	asm volatile("%0 = -%0\n%0 = -%0" : "+r"(number));
+	return number;
+}
+
+static __always_inline int mace_network_offset(const struct sk_buff *skb)
+{
+	return (int)(mace_number(skb->head) - mace_number(skb->data)) + skb->network_header;
+}
+
+/* --- what is kept ----------------------------------------------------------------- */
+
+static __always_inline u64 mace_packet_key(struct mace_cpu *cpu, const struct mace_words *words)
+{
+	volatile struct mace_hashed *hashed = &cpu->hashed;
+	u64 sum = words->first * MACE_FACTOR + words->second * MACE_FACTOR2 +
+		  words->payload * MACE_FACTOR3 + words->payload2 * MACE_FACTOR4;
+	u64 key = hashed->key;
+
+	if (hashed->words.first == words->first && hashed->words.second == words->second &&
+	    hashed->words.payload == words->payload && hashed->words.payload2 == words->payload2 &&
+	    hashed->check == (sum ^ key))
+		return key;
+	key = mace_key(words);
+	hashed->words.first = words->first;
+	hashed->words.second = words->second;
+	hashed->words.payload = words->payload;
+	hashed->words.payload2 = words->payload2;
+	hashed->key = key;
+	hashed->check = sum ^ key;
+	return key;
+}
+
+static __always_inline u64 mace_skb_id(struct mace_cpu *cpu, const struct sk_buff *buffer)
+{
+	u64 skb = mace_number(buffer);
+	volatile struct mace_identified *identified =
+		&cpu->identified[skb * MACE_FACTOR >> (64 - MACE_IDENTIFIED_BITS)];
+	u64 skb_id = identified->skb_id;
+
+	if (identified->skb == skb && identified->check == (skb * MACE_FACTOR ^ skb_id))
+		return skb_id;
+	skb_id = mace_hash_of_skb(skb, mace_config.skb_key[0], mace_config.skb_key[1]);
+	identified->skb = skb;
+	identified->skb_id = skb_id;
+	identified->check = skb * MACE_FACTOR ^ skb_id;
+	return skb_id;
+}
+
+/* --- what is wanted --------------------------------------------------------------- */
+
+static __always_inline u64 mace_name_of(const struct net *net)
+{
+	return mace_config.cookies ? net->net_cookie : net->ns.inum;
+}
+
+static __always_inline bool mace_is_place_wanted(u64 netns, u32 ifindex)
+{
+	bool found;
+	u32 i;
+
+	if (mace_config.netns_count) {
+		found = false;
+		for (i = 0; i < MACE_MAX_NETNS && i < mace_config.netns_count; i++)
+			found |= mace_config.netns[i] == netns;
+		if (!found)
+			return false;
+	}
+	if (mace_config.place_count) {
+		found = false;
+		for (i = 0; i < MACE_MAX_DEVICES && i < mace_config.place_count; i++)
+			found |= mace_config.place_netns[i] == netns &&
+				 mace_config.place_ifindex[i] == ifindex;
+		if (!found)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Whether @proto is among the protocols. Each word at a place of its own: an index that depends on the
+ * packet would make the verifier look at every way to it.
+ */
+static __always_inline bool mace_is_proto_wanted(u8 proto)
+{
+	u64 first = mace_config.l4_protos[0], second = mace_config.l4_protos[1],
+	    third = mace_config.l4_protos[2], fourth = mace_config.l4_protos[3];
+	u64 word = proto < 128 ? (proto < 64 ? first : second) : (proto < 192 ? third : fourth);
+
+	return word >> (proto & 63) & 1;
+}
+
+static __always_inline bool mace_is_content_wanted(const struct mace_record *record)
+{
+	/* See MACE_FORGET(). */
+	u64 key = record->packet_key ^ mace_state.nothing;
+
+	if (mace_config.l4_filtered && !mace_is_proto_wanted(record->l4_proto))
+		return false;
+	/* What has no key belongs to no sample. */
+	return !mace_config.sample_mask || (key && !(key & mace_config.sample_mask));
+}
+
+/* --- the buffer ------------------------------------------------------------------- */
+
+static __always_inline bool mace_has_tag(const struct sk_buff *skb)
+{
+	const struct sk_buff___vlan_present *old = (const void *)skb;
+
+	if (bpf_core_field_exists(skb->vlan_all))
+		return skb->vlan_all;
+	return BPF_CORE_READ_BITFIELD(old, vlan_present);
+}
+
+static __always_inline void mace_describe_shared(const struct sk_buff *skb,
+						 struct mace_record *record)
+{
+	const struct skb_shared_info *shared = (const void *)(mace_number(skb->head) + skb->end);
+	u16 gso_size = 0, gso_segs = 0;
+	int dataref = 0;
+
+	bpf_core_read(&gso_size, sizeof(gso_size), &shared->gso_size);
+	if (gso_size) {
+		bpf_core_read(&gso_segs, sizeof(gso_segs), &shared->gso_segs);
+		record->gso_segs = gso_segs;
+	}
+	if (BPF_CORE_READ_BITFIELD(skb, cloned)) {
+		bpf_core_read(&dataref, sizeof(dataref), &shared->dataref);
+		if ((dataref & MACE_DATAREF_MASK) != 1)
+			record->flags |= MACE_FLAG_CLONED;
+	}
+}
+
+/* --- the work of a program -------------------------------------------------------- */
+
+static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook,
+				       struct mace_record *record)
+{
+	void *ring = bpf_map_lookup_elem(&mace_rings, &number);
+	struct mace_record *slot = ring ? bpf_ringbuf_reserve(ring, sizeof(*slot), 0) : NULL;
+	u64 lost;
+
+	if (!slot) {
+		__sync_fetch_and_add(&cpu->counts.lost[hook & (MACE_HOOK_SLOTS - 1)], 1);
+		__sync_fetch_and_add(&cpu->counts.lost_all, 1);
+		return;
+	}
+	lost = cpu->counts.lost_all;
+	record->pad[0] = lost;
+	record->pad[1] = lost >> 8;
+	record->pad[2] = lost >> 16;
+	*slot = *record;
+	/* An interrupt in between makes the waking a little late or early. */
+	if (++cpu->counts.since_wake < mace_config.wake_every) {
+		bpf_ringbuf_submit(slot, BPF_RB_NO_WAKEUP);
+	} else {
+		cpu->counts.since_wake = 0;
+		bpf_ringbuf_submit(slot, BPF_RB_FORCE_WAKEUP);
+	}
+}
+
+/*
+ * @dev: the device that the packet is at, or NULL
+ * @offset: where its network layer begins, from skb->data, if @dev
+ * @detail: bytes copied at MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, the reason at MACE_HOOK_KFREE_SKB
+ */
+static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, struct net_device *dev,
+					int offset, u32 detail)
+{
+	u32 zero = 0, number;
+	struct mace_record record = {};
+	struct mace_buffer buffer;
+	struct mace_words words;
+	struct mace_cpu *cpu;
+	const struct sock *sk;
+	u64 netns = 0;
+
+	if (!mace_state.recording)
+		return 0;
+	record.ts_ns = bpf_ktime_get_ns();
+	cpu = bpf_map_lookup_elem(&mace_cpus, &zero);
+	if (!cpu)
+		return 0;
+	/* Not atomic, which would cost more than all of the counting: a call may be missing. */
+	cpu->counts.calls[hook]++;
+	if (dev) {
+		netns = mace_name_of(dev->nd_net.net);
+		record.ifindex = dev->ifindex;
+	} else if (mace_config.netns_count) {
+		sk = skb->sk;
+		if (sk)
+			netns = mace_name_of(sk->__sk_common.skc_net.net);
+	}
+	if (!mace_is_place_wanted(netns, record.ifindex))
+		return 0;
+	record.netns = netns;
+	record.hook = hook;
+	number = bpf_get_smp_processor_id();
+	record.cpu = number;
+
+	buffer.data = mace_number(skb->data);
+	buffer.len = skb->len;
+	buffer.in_place = skb->len - skb->data_len;
+	buffer.protocol = BE16(skb->protocol);
+	if (dev) {
+		buffer.offset = offset;
+		/* An offset of nobody's making, as of a packet socket's frame, never parsed. */
+		if (unlikely(offset < 0 || offset > buffer.len)) {
+			buffer.offset = dev->hard_header_len;
+			if (buffer.offset > buffer.len)
+				buffer.offset = buffer.len;
+		}
+		buffer.tci = -1;
+		if (unlikely(mace_has_tag(skb)))
+			buffer.tci = skb->vlan_tci;
+		if (unlikely(mace_is_vlan(buffer.protocol)) && !mace_find_vlan(&buffer))
+			buffer.in_place = 0;
+		if (buffer.tci >= 0) {
+			record.vlan = buffer.tci;
+			record.flags |= MACE_FLAG_VLAN;
+		}
+		record.l3_len = buffer.len > buffer.offset ? buffer.len - buffer.offset : 0;
+		mace_read_buffer(&buffer, mace_state.nothing, &record, &words);
+		mace_describe_shared(skb, &record);
+	} else if (skb->head) {
+		/* Headers may have been pulled, and it may never have been a packet. */
+		buffer.offset = mace_network_offset(skb);
+		if (skb->network_header && buffer.offset <= buffer.in_place &&
+		    (buffer.protocol == MACE_ETH_P_IP || buffer.protocol == MACE_ETH_P_IPV6)) {
+			mace_read_buffer(&buffer, mace_state.nothing, &record, &words);
+			if (!record.ip_version)
+				record.flags = 0;
+		}
+		mace_describe_shared(skb, &record);
+	}
+	if (hook == MACE_HOOK_KFREE_SKB)
+		record.drop_reason = detail;
+	else if (hook == MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC)
+		record.l3_len = detail;
+	if (record.flags & MACE_FLAG_KEY)
+		record.packet_key = mace_packet_key(cpu, &words);
+	if (!mace_is_content_wanted(&record))
+		return 0;
+	record.skb_id = mace_skb_id(cpu, skb);
+	mace_write(cpu, number, hook, &record);
+	return 0;
+}
+
+/* The way down: the network header is set. The way up: it may not be, but the data begins there. */
+
+static __always_inline int mace_down(const u8 hook, struct sk_buff *skb, struct net_device *dev)
+{
+	return mace_observe(hook, skb, dev, mace_network_offset(skb), 0);
+}
+
+static __always_inline int mace_up(const u8 hook, struct sk_buff *skb)
+{
+	return mace_observe(hook, skb, skb->dev, 0, 0);
+}
+
+static __always_inline int mace_nowhere(const u8 hook, struct sk_buff *skb, u32 detail)
+{
+	return mace_observe(hook, skb, NULL, 0, detail);
+}
+
+/* --- the programs ----------------------------------------------------------------- */
+
+SEC("tp_btf/net_dev_queue")
+int BPF_PROG(net_dev_queue, struct sk_buff *skb)
+{
+	return mace_down(MACE_HOOK_NET_DEV_QUEUE, skb, skb->dev);
+}
+
+SEC("tp_btf/net_dev_start_xmit")
+int BPF_PROG(net_dev_start_xmit, struct sk_buff *skb, struct net_device *dev)
+{
+	return mace_down(MACE_HOOK_NET_DEV_START_XMIT, skb, dev);
+}
+
+SEC("tp_btf/netif_rx")
+int BPF_PROG(netif_rx, struct sk_buff *skb)
+{
+	return mace_up(MACE_HOOK_NETIF_RX, skb);
+}
+
+SEC("tp_btf/netif_receive_skb")
+int BPF_PROG(netif_receive_skb, struct sk_buff *skb)
+{
+	return mace_up(MACE_HOOK_NETIF_RECEIVE_SKB, skb);
+}
+
+SEC("tp_btf/napi_gro_receive_entry")
+int BPF_PROG(napi_gro_receive_entry, struct sk_buff *skb)
+{
+	return mace_up(MACE_HOOK_NAPI_GRO_RECEIVE_ENTRY, skb);
+}
+
+SEC("tp_btf/skb_copy_datagram_iovec")
+int BPF_PROG(skb_copy_datagram_iovec, struct sk_buff *skb, int bytes)
+{
+	return mace_nowhere(MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, skb, bytes);
+}
+
+SEC("tp_btf/consume_skb")
+int BPF_PROG(consume_skb, struct sk_buff *skb)
+{
+	return mace_nowhere(MACE_HOOK_CONSUME_SKB, skb, 0);
+}
+
+SEC("tp_btf/kfree_skb")
+int BPF_PROG(kfree_skb, struct sk_buff *skb, void *location, u32 reason)
+{
+	return mace_nowhere(MACE_HOOK_KFREE_SKB, skb, reason);
+}
+
+/* Before v5.17 (commit c504e5c2f964, "net: skb: introduce kfree_skb_reason()"). */
+SEC("tp_btf/kfree_skb")
+int BPF_PROG(kfree_skb_without_reason, struct sk_buff *skb)
+{
+	return mace_nowhere(MACE_HOOK_KFREE_SKB, skb, 0);
+}
+
+char LICENSE[] SEC("license") = "GPL";

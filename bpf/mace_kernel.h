@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * As much of the kernel's structs as the programs look at. Offsets are those of the kernel that
+ * runs: libbpf puts them in when it loads (CO-RE), by field name, so that the order here means
+ * nothing. What changed between kernels has a name of its own behind three underscores.
+ */
+#ifndef _MACE_KERNEL_H
+#define _MACE_KERNEL_H
+
+#include <linux/types.h>
+
+#define MACE_CORE __attribute__((preserve_access_index))
+
+struct ns_common {
+	unsigned int inum;
+} MACE_CORE;
+
+/* net_cookie is a plain number since v5.12; SO_NETNS_COOKIE tells it since v5.14. */
+struct net {
+	struct ns_common ns;
+	__u64 net_cookie;
+} MACE_CORE;
+
+typedef struct {
+	struct net *net;
+} MACE_CORE possible_net_t;
+
+struct net_device {
+	int ifindex;
+	unsigned short hard_header_len;
+	possible_net_t nd_net;
+} MACE_CORE;
+
+struct sock_common {
+	possible_net_t skc_net;
+} MACE_CORE;
+
+struct sock {
+	struct sock_common __sk_common;
+} MACE_CORE;
+
+struct sk_buff {
+	struct net_device *dev;
+	struct sock *sk;
+	unsigned int len;
+	unsigned int data_len;
+	__be16 protocol;
+	__u16 network_header;
+	__u16 vlan_tci;
+	__u32 vlan_all;
+	__u8 cloned : 1;
+	unsigned int end;
+	unsigned char *head;
+	unsigned char *data;
+} MACE_CORE;
+
+/* Before v6.2 (commit 354259fa73e2, "net: remove skb->vlan_present"). */
+struct sk_buff___vlan_present {
+	__u8 vlan_present : 1;
+} MACE_CORE;
+
+typedef struct {
+	int counter;
+} atomic_t;
+
+struct skb_shared_info {
+	unsigned short gso_size;
+	unsigned short gso_segs;
+	atomic_t dataref;
+} MACE_CORE;
+
+#endif

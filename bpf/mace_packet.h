@@ -1,0 +1,780 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What a packet's bytes say, and its packet_key: the definition of kmod/mace_packet.c, which says
+ * what the key is made of and why, for the verifier.
+ *
+ * Bytes of the kernel are copied before they are looked at (bpf_probe_read_kernel()), into places
+ * that are the verifier's idea of safe: on the stack, at offsets that are constants. A copy costs
+ * about as much as ten comparisons, so what mostly comes first, headers without options, is one
+ * copy: the window. All else is copied piece by piece.
+ *
+ * Only the linear part of a buffer can be read. Where the module would go on into its pages, the
+ * reading notes that something is hidden, and the packet has no key: another key than the module's
+ * would be worse than none.
+ *
+ * tests/contract/test_packet_bpf.py compiles this file for user space and holds it against the
+ * module's reading and that of packet captures.
+ */
+#ifndef _MACE_PACKET_H
+#define _MACE_PACKET_H
+
+#include "mace_bpf.h"
+
+typedef __u8 u8;
+typedef __u16 u16;
+typedef __u32 u32;
+typedef __u64 u64;
+
+#ifndef __always_inline
+#define __always_inline inline __attribute__((always_inline))
+#endif
+#define __noinline __attribute__((noinline))
+#define unlikely(condition) __builtin_expect(!!(condition), 0)
+#define likely(condition) __builtin_expect(!!(condition), 1)
+
+#define BE16(number) __builtin_bswap16(number)
+#define BE32(number) __builtin_bswap32(number)
+
+/* IPv6, UDP and MACE_PAYLOAD_BYTES are just as many. */
+#define MACE_WINDOW_BYTES 64
+#define MACE_PAYLOAD_BYTES 16
+#define MACE_EXTENSION_HEADERS_MAX 6
+
+#define MACE_ETH_HLEN 14
+#define MACE_VLAN_HLEN 4
+#define MACE_ETH_P_IP 0x0800
+#define MACE_ETH_P_IPV6 0x86dd
+#define MACE_ETH_P_8021Q 0x8100
+#define MACE_ETH_P_8021AD 0x88a8
+#define MACE_ETH_P_TEB 0x6558
+#define MACE_IP_MF 0x2000
+#define MACE_IP_OFFSET 0x1fff
+#define MACE_IP6_OFFSET 0xfff8
+
+#define MACE_VXLAN_PORT 4789
+#define MACE_VXLAN_PORT_OF_LINUX 8472
+#define MACE_GENEVE_PORT 6081
+
+/* IP protocol numbers (IANA). */
+enum mace_proto {
+	MACE_PROTO_HOP = 0,
+	MACE_PROTO_ICMP = 1,
+	MACE_PROTO_IPIP = 4,
+	MACE_PROTO_TCP = 6,
+	MACE_PROTO_UDP = 17,
+	MACE_PROTO_IPV6 = 41,
+	MACE_PROTO_ROUTING = 43,
+	MACE_PROTO_FRAGMENT = 44,
+	MACE_PROTO_GRE = 47,
+	MACE_PROTO_AUTH = 51,
+	MACE_PROTO_ICMPV6 = 58,
+	MACE_PROTO_DEST = 60,
+	MACE_PROTO_SCTP = 132,
+	MACE_PROTO_UDPLITE = 136,
+};
+
+/**
+ * struct mace_words - what a packet_key is the hash of; as in the module
+ *
+ * @first: version, protocol, l4_bits, code (8 bits each), length and identification (16 each); of
+ *	a packet that is not IP the EtherType
+ * @second: sequence number and the one acknowledged (32 bits each), or what stands in their place
+ * @payload: the first eight bytes of payload
+ * @payload2: the next eight
+ */
+struct mace_words {
+	u64 first;
+	u64 second;
+	u64 payload;
+	u64 payload2;
+};
+
+/**
+ * struct mace_reader - a packet that is being read; offsets are from its network header
+ *
+ * @window: the first bytes, and zeros
+ * @window_bytes: how many there are
+ * @at: the network header, an address of the kernel
+ * @in_place: bytes in the linear part
+ * @bytes: all that there are
+ * @hidden: something that would have to be read lies in pages
+ * @nothing: 0, which the verifier does not know: see MACE_FORGET()
+ */
+struct mace_reader {
+	u64 window[MACE_WINDOW_BYTES / 8];
+	u64 at;
+	u64 nothing;
+	int window_bytes;
+	int in_place;
+	int bytes;
+	u32 hidden;
+};
+
+/**
+ * struct mace_headers - what the headers of a packet say; as in the module
+ *
+ * @first: see struct mace_words
+ * @second: likewise
+ * @end: offset of the first byte behind the packet: what follows is the link layer's padding
+ * @payload: offset of the payload that is part of the key, or 0
+ * @payload_bytes: how many of it, at most; MACE_PAYLOAD_BYTES or less
+ * @ports: source port or ICMP identifier, and destination port or sequence number, as in the packet
+ * @inner: offset of a packet that this one carries, or 0
+ * @inner_protocol: its EtherType; MACE_ETH_P_TEB: an Ethernet frame
+ * @flags: MACE_FLAG_*
+ */
+struct mace_headers {
+	u64 first;
+	u64 second;
+	int end;
+	int payload;
+	int payload_bytes;
+	u32 ports;
+	int inner;
+	u16 inner_protocol;
+	u8 flags;
+};
+
+/*
+ * @number as it is, of which the verifier now knows nothing. It follows each way through a program
+ * by itself for as long as the ways differ in a number that decides anything. The ways to one place
+ * here multiply (kinds of headers, of tunnels, of payload); where they come together, they are to be
+ * one.
+ */
+#define MACE_FORGET(reader, number) ((number) ^= (__typeof__(number))(reader)->nothing)
+
+/* --- bytes ------------------------------------------------------------------------ */
+
+/* Whether there are @len bytes at @offset. */
+static __always_inline bool mace_has(const struct mace_reader *reader, int offset, int len)
+{
+	return offset + len <= reader->bytes;
+}
+
+/*
+ * @len bytes at @offset, which mace_has(), a constant number and a multiple of four; zeros where
+ * they are hidden.
+ */
+static __always_inline void mace_take(struct mace_reader *reader, int offset, void *to, int len)
+{
+	const u32 *window = (const u32 *)reader->window;
+	int i;
+
+	/* Without a branch: the sign of what is left. */
+	reader->hidden |= (u32)(reader->in_place - offset - len) >> 31;
+	if (offset + len > reader->in_place) {
+		/* Zeros that the verifier does not know: with what they say there would be ways, too. */
+		for (i = 0; i < len / 4; i++)
+			((u32 *)to)[i] = reader->nothing;
+		return;
+	}
+	/* Behind the headers of IPv4 and IPv6, and behind those and UDP's, which are as ICMP's. */
+	if (offset + len <= reader->window_bytes) {
+		if (offset == 0) {
+			__builtin_memcpy(to, window, len);
+			return;
+		}
+		if (offset == 20) {
+			__builtin_memcpy(to, window + 5, len);
+			return;
+		}
+		if (offset == 40) {
+			__builtin_memcpy(to, window + 10, len);
+			return;
+		}
+		if (offset == 28 && len <= 36) {
+			__builtin_memcpy(to, window + 7, len);
+			return;
+		}
+		if (offset == 48 && len <= 16) {
+			__builtin_memcpy(to, window + 12, len);
+			return;
+		}
+	}
+	bpf_probe_read_kernel(to, len, (const void *)(reader->at + offset));
+}
+
+/* --- headers ---------------------------------------------------------------------- */
+
+static __always_inline void mace_has_payload(struct mace_headers *headers, int offset, int bytes)
+{
+	int rest = headers->end - offset;
+
+	headers->payload = offset;
+	headers->payload_bytes = bytes < rest ? bytes : rest;
+}
+
+static __always_inline void mace_read_tcp(struct mace_reader *reader, int offset,
+					  struct mace_headers *headers)
+{
+	u32 tcp[4];
+
+	if (!mace_has(reader, offset, 20))
+		return;
+	mace_take(reader, offset, tcp, sizeof(tcp));
+	headers->flags |= MACE_FLAG_FLOW;
+	headers->ports = tcp[0];
+	headers->second = (u64)BE32(tcp[1]) << 32 | BE32(tcp[2]);
+	headers->first |= (u64)(tcp[3] >> 8 & 0xff) << 40;
+	mace_has_payload(headers, offset + (tcp[3] >> 4 & 0xf) * 4, MACE_PAYLOAD_BYTES);
+}
+
+static __always_inline void mace_carries(struct mace_headers *headers, int offset, u16 protocol)
+{
+	if (protocol != MACE_ETH_P_IP && protocol != MACE_ETH_P_IPV6 && protocol != MACE_ETH_P_TEB)
+		return;
+	headers->inner = offset;
+	headers->inner_protocol = protocol;
+}
+
+static __always_inline void mace_read_tunnel_in_udp(struct mace_reader *reader, int offset,
+						    u16 port, struct mace_headers *headers)
+{
+	u32 head[1];
+
+	if (!mace_has(reader, offset, 8))
+		return;
+	mace_take(reader, offset, head, sizeof(head));
+	if (port == MACE_GENEVE_PORT) {
+		/* RFC 8926, section 3.4: version 0, no control message ("O"); length of options. */
+		if (!(BE32(head[0]) & 0xc0800000))
+			mace_carries(headers, offset + 8 + (head[0] & 0x3f) * 4, BE32(head[0]));
+	} else if ((head[0] & 0xff) == 0x08) {
+		/* RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set. */
+		mace_carries(headers, offset + 8, MACE_ETH_P_TEB);
+	}
+}
+
+static __always_inline void mace_read_udp(struct mace_reader *reader, int offset,
+					  struct mace_headers *headers)
+{
+	u32 udp[2];
+	u16 port;
+
+	if (!mace_has(reader, offset, 8))
+		return;
+	mace_take(reader, offset, udp, sizeof(udp));
+	headers->flags |= MACE_FLAG_FLOW;
+	headers->ports = udp[0];
+	port = BE32(udp[0]);
+	headers->second = (u64)(BE32(udp[1]) >> 16) << 32;
+	mace_has_payload(headers, offset + 8, MACE_PAYLOAD_BYTES);
+	if (unlikely(port == MACE_VXLAN_PORT || port == MACE_VXLAN_PORT_OF_LINUX ||
+		     port == MACE_GENEVE_PORT))
+		mace_read_tunnel_in_udp(reader, offset + 8, port, headers);
+}
+
+static __always_inline void mace_read_icmp(struct mace_reader *reader, int offset,
+					   struct mace_headers *headers)
+{
+	u8 version = headers->first >> 56;
+	u32 icmp[2];
+	bool echo;
+	u8 type;
+
+	if (!mace_has(reader, offset, 8))
+		return;
+	/* Neither checksum nor identifier is part of the key. */
+	mace_take(reader, offset, icmp, sizeof(icmp));
+	type = icmp[0];
+	echo = version == 4 ? type == 8 || type == 0 : type == 128 || type == 129;
+	headers->first |= (u64)(BE32(icmp[0]) >> 16) << 32;
+	if (echo) {
+		headers->flags |= MACE_FLAG_FLOW;
+		headers->ports = icmp[1];
+		headers->second = BE32(icmp[1]) & 0xffff;
+	}
+	mace_has_payload(headers, offset + 8, echo ? MACE_PAYLOAD_BYTES : 8);
+}
+
+/* RFC 9260, section 3.1 */
+static __always_inline void mace_read_sctp(struct mace_reader *reader, int offset,
+					   struct mace_headers *headers)
+{
+	u32 sctp[2];
+
+	if (!mace_has(reader, offset, 12))
+		return;
+	mace_take(reader, offset, sctp, sizeof(sctp));
+	headers->flags |= MACE_FLAG_FLOW;
+	headers->ports = sctp[0];
+	headers->second = (u64)BE32(sctp[1]) << 32;
+	mace_has_payload(headers, offset + 12, MACE_PAYLOAD_BYTES);
+}
+
+/* RFC 2784, section 2, and RFC 2890, section 2 */
+static __always_inline void mace_read_gre(struct mace_reader *reader, int offset,
+					  struct mace_headers *headers)
+{
+	u32 gre[1], head;
+
+	mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
+	if (!mace_has(reader, offset, 4))
+		return;
+	mace_take(reader, offset, gre, sizeof(gre));
+	head = BE32(gre[0]);
+	/* Neither routing, which is of the past, nor another version, as that of PPTP. */
+	if (head & 0x40070000)
+		return;
+	offset += 4;
+	offset += head & 0x80000000 ? 4 : 0; /* checksum */
+	offset += head & 0x20000000 ? 4 : 0; /* key */
+	offset += head & 0x10000000 ? 4 : 0; /* sequence number */
+	mace_carries(headers, offset, head);
+}
+
+/* What an IP packet carries at @offset; @fragment_offset in bytes. */
+static __always_inline void mace_read_upper(struct mace_reader *reader, int offset,
+					    u32 fragment_offset, struct mace_headers *headers)
+{
+	u8 proto = headers->first >> 48;
+
+	if (fragment_offset) {
+		mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
+		return;
+	}
+	if (proto == MACE_PROTO_TCP) {
+		mace_read_tcp(reader, offset, headers);
+	} else if (proto == MACE_PROTO_UDP || proto == MACE_PROTO_UDPLITE) {
+		mace_read_udp(reader, offset, headers);
+	} else if (proto == MACE_PROTO_ICMP || proto == MACE_PROTO_ICMPV6) {
+		mace_read_icmp(reader, offset, headers);
+	} else if (proto == MACE_PROTO_SCTP) {
+		mace_read_sctp(reader, offset, headers);
+	} else if (proto == MACE_PROTO_GRE) {
+		mace_read_gre(reader, offset, headers);
+	} else {
+		mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
+		if (proto == MACE_PROTO_IPIP)
+			mace_carries(headers, offset, MACE_ETH_P_IP);
+		else if (proto == MACE_PROTO_IPV6)
+			mace_carries(headers, offset, MACE_ETH_P_IPV6);
+	}
+}
+
+/**
+ * struct mace_network - what the headers of the network layer say
+ *
+ * @offset: of what follows them
+ * @fragment_offset: in bytes
+ * @fragment: whether it is one
+ * @cut: whether the headers are not all there
+ */
+struct mace_network {
+	int offset;
+	u32 fragment_offset;
+	u32 fragment;
+	u32 cut;
+};
+
+static __always_inline void mace_read_ipv4(struct mace_reader *reader, int offset,
+					   struct mace_network *network,
+					   struct mace_headers *headers)
+{
+	u16 fragment, length;
+	u32 ip[3];
+	int ihl;
+
+	if (!mace_has(reader, offset, 20))
+		return;
+	mace_take(reader, offset, ip, sizeof(ip));
+	ihl = ip[0] & 0xf;
+	if ((ip[0] >> 4 & 0xf) != 4 || ihl < 5)
+		return;
+	length = BE32(ip[0]);
+	fragment = BE32(ip[1]);
+	headers->first = (u64)4 << 56 | (u64)(ip[2] >> 8 & 0xff) << 48 | (u64)length << 16 |
+			 BE32(ip[1]) >> 16;
+	headers->flags = MACE_FLAG_KEY;
+	/* A TCP segment too long for its header (BIG TCP) is as long as its buffer. */
+	headers->end = length ? offset + length : reader->bytes;
+	network->offset = offset + ihl * 4;
+	network->fragment = fragment & (MACE_IP_MF | MACE_IP_OFFSET);
+	network->fragment_offset = (fragment & MACE_IP_OFFSET) * 8;
+}
+
+static __always_inline bool mace_is_extension(u8 proto)
+{
+	return proto == MACE_PROTO_HOP || proto == MACE_PROTO_ROUTING ||
+	       proto == MACE_PROTO_FRAGMENT || proto == MACE_PROTO_AUTH || proto == MACE_PROTO_DEST;
+}
+
+static __always_inline void mace_read_ipv6(struct mace_reader *reader, int offset,
+					   struct mace_network *network,
+					   struct mace_headers *headers)
+{
+	u32 ip[2], extension[2], proto, octets;
+	u16 length, id = 0;
+	int i;
+
+	if (!mace_has(reader, offset, 40))
+		return;
+	mace_take(reader, offset, ip, sizeof(ip));
+	if ((ip[0] >> 4 & 0xf) != 6)
+		return;
+	length = BE32(ip[1]) >> 16;
+	proto = ip[1] >> 16 & 0xff;
+	offset += 40;
+	headers->flags = MACE_FLAG_KEY;
+	headers->end = length ? offset + length : reader->bytes;
+	for (i = 0; i < MACE_EXTENSION_HEADERS_MAX; i++) {
+		if (likely(!mace_is_extension(proto)) || network->fragment_offset)
+			break;
+		if (!mace_has(reader, offset, 8)) {
+			network->cut = 1;
+			break;
+		}
+		mace_take(reader, offset, extension, sizeof(extension));
+		octets = extension[0] >> 8 & 0xff;
+		if (proto == MACE_PROTO_FRAGMENT) {
+			network->fragment = 1;
+			network->fragment_offset = BE32(extension[0]) & MACE_IP6_OFFSET;
+			id = BE32(extension[1]);
+			offset += 8;
+		} else {
+			/* The second byte is a length: RFC 8200, 4.3, and RFC 4302, 2.2. */
+			offset += proto == MACE_PROTO_AUTH ? (octets + 2) * 4 : (octets + 1) * 8;
+		}
+		proto = extension[0] & 0xff;
+		MACE_FORGET(reader, proto);
+		MACE_FORGET(reader, offset);
+		MACE_FORGET(reader, network->fragment);
+		MACE_FORGET(reader, network->fragment_offset);
+	}
+	headers->first = (u64)6 << 56 | (u64)proto << 48 | (u64)length << 16 | id;
+	network->offset = offset;
+}
+
+static __always_inline void mace_forget_headers(const struct mace_reader *reader,
+						struct mace_headers *headers)
+{
+	MACE_FORGET(reader, headers->first);
+	MACE_FORGET(reader, headers->second);
+	MACE_FORGET(reader, headers->end);
+	MACE_FORGET(reader, headers->payload);
+	MACE_FORGET(reader, headers->payload_bytes);
+	MACE_FORGET(reader, headers->ports);
+	MACE_FORGET(reader, headers->inner);
+	MACE_FORGET(reader, headers->inner_protocol);
+	MACE_FORGET(reader, headers->flags);
+}
+
+/* The packet at @offset; no flags: it is none. */
+static __always_inline void mace_read_ip(struct mace_reader *reader, int offset, u16 protocol,
+					 struct mace_headers *headers)
+{
+	struct mace_network network = {};
+
+	__builtin_memset(headers, 0, sizeof(*headers));
+	if (protocol == MACE_ETH_P_IP)
+		mace_read_ipv4(reader, offset, &network, headers);
+	else if (protocol == MACE_ETH_P_IPV6)
+		mace_read_ipv6(reader, offset, &network, headers);
+	mace_forget_headers(reader, headers);
+	MACE_FORGET(reader, network.offset);
+	MACE_FORGET(reader, network.fragment_offset);
+	MACE_FORGET(reader, network.fragment);
+	MACE_FORGET(reader, network.cut);
+	if (!headers->flags)
+		return;
+	if (!network.cut)
+		mace_read_upper(reader, network.offset, network.fragment_offset, headers);
+	if (network.fragment) {
+		headers->flags |= MACE_FLAG_FRAGMENT;
+		headers->second = (u64)1 << 63 | network.fragment_offset;
+		headers->inner = 0;
+	}
+	mace_forget_headers(reader, headers);
+}
+
+/* --- the key's words -------------------------------------------------------------- */
+
+/*
+ * As in the module. There is a header in front of any payload, and so there are as many bytes as a
+ * full payload has that end where this one does: a copy of constant length. A length that depends on
+ * the packet would make the verifier look at every way to it.
+ */
+static __always_inline void mace_take_payload(struct mace_reader *reader,
+					      const struct mace_headers *headers,
+					      struct mace_words *words)
+{
+	int offset = headers->payload, bytes = headers->payload_bytes;
+	u64 payload[MACE_PAYLOAD_BYTES / 8];
+	u32 bits;
+
+	if (!offset || bytes <= 0 || !mace_has(reader, offset, bytes))
+		return;
+	reader->hidden |= (u32)(reader->in_place - offset - bytes) >> 31;
+	if (offset + bytes > reader->in_place)
+		return;
+	mace_take(reader, offset + bytes - MACE_PAYLOAD_BYTES, payload, sizeof(payload));
+	bits = (MACE_PAYLOAD_BYTES - bytes) * 8;
+	if (unlikely(bits)) {
+		/* The last @bytes bytes, the first of which is the lowest. */
+		if (bits >= 64) {
+			payload[0] = payload[1] >> (bits - 64);
+			payload[1] = 0;
+		} else {
+			payload[0] = payload[0] >> bits | payload[1] << (64 - bits);
+			payload[1] >>= bits;
+		}
+	}
+	words->payload = payload[0];
+	words->payload2 = payload[1];
+}
+
+static __always_inline bool mace_take_other(struct mace_reader *reader, int offset, u16 protocol,
+					    struct mace_words *words)
+{
+	u64 bytes[3];
+
+	if (!mace_has(reader, offset, sizeof(bytes)))
+		return false;
+	mace_take(reader, offset, bytes, sizeof(bytes));
+	words->first = protocol;
+	words->second = bytes[0];
+	words->payload = bytes[1];
+	words->payload2 = bytes[2];
+	return true;
+}
+
+static __always_inline bool mace_is_vlan(u16 protocol)
+{
+	return protocol == MACE_ETH_P_8021Q || protocol == MACE_ETH_P_8021AD;
+}
+
+/*
+ * The words of the packet at @offset, whose EtherType is @protocol and which @reader's packet
+ * carries, if it can be read. A function of its own: few packets pass it.
+ */
+static __noinline bool mace_take_inner(struct mace_reader *reader, int offset, u16 protocol,
+				       struct mace_words *words)
+{
+	u32 frame = protocol == MACE_ETH_P_TEB;
+	struct mace_headers headers;
+	u32 ethernet[1];
+	int i;
+
+	if (frame) {
+		if (!mace_has(reader, offset, MACE_ETH_HLEN))
+			return false;
+		mace_take(reader, offset + 10, ethernet, sizeof(ethernet));
+		protocol = BE32(ethernet[0]);
+		offset += MACE_ETH_HLEN;
+		for (i = 0; i < 2 && mace_is_vlan(protocol); i++) {
+			if (!mace_has(reader, offset, MACE_VLAN_HLEN))
+				break;
+			mace_take(reader, offset, ethernet, sizeof(ethernet));
+			protocol = BE32(ethernet[0]);
+			offset += MACE_VLAN_HLEN;
+			MACE_FORGET(reader, offset);
+			MACE_FORGET(reader, protocol);
+		}
+	}
+	MACE_FORGET(reader, offset);
+	MACE_FORGET(reader, protocol);
+	MACE_FORGET(reader, frame);
+	mace_read_ip(reader, offset, protocol, &headers);
+	if (!headers.flags)
+		return frame && mace_take_other(reader, offset, protocol, words);
+	words->first = headers.first;
+	words->second = headers.second;
+	mace_take_payload(reader, &headers, words);
+	return true;
+}
+
+/* --- the key ---------------------------------------------------------------------- */
+
+/* SipHash-2-4 (Aumasson and Bernstein, 2012, section 2), with what the kernel's has for one word. */
+#define MACE_SIP_ROTATE(word, bits) ((word) << (bits) | (word) >> (64 - (bits)))
+
+struct mace_sip {
+	u64 v0, v1, v2, v3;
+};
+
+static __always_inline void mace_sip_round(struct mace_sip *sip)
+{
+	sip->v0 += sip->v1;
+	sip->v2 += sip->v3;
+	sip->v1 = MACE_SIP_ROTATE(sip->v1, 13) ^ sip->v0;
+	sip->v3 = MACE_SIP_ROTATE(sip->v3, 16) ^ sip->v2;
+	sip->v0 = MACE_SIP_ROTATE(sip->v0, 32);
+	sip->v2 += sip->v1;
+	sip->v0 += sip->v3;
+	sip->v1 = MACE_SIP_ROTATE(sip->v1, 17) ^ sip->v2;
+	sip->v3 = MACE_SIP_ROTATE(sip->v3, 21) ^ sip->v0;
+	sip->v2 = MACE_SIP_ROTATE(sip->v2, 32);
+}
+
+static __always_inline void mace_sip_begin(struct mace_sip *sip, u64 key0, u64 key1)
+{
+	sip->v0 = key0 ^ 0x736f6d6570736575ULL;
+	sip->v1 = key1 ^ 0x646f72616e646f6dULL;
+	sip->v2 = key0 ^ 0x6c7967656e657261ULL;
+	sip->v3 = key1 ^ 0x7465646279746573ULL;
+}
+
+static __always_inline void mace_sip_word(struct mace_sip *sip, u64 word)
+{
+	sip->v3 ^= word;
+	mace_sip_round(sip);
+	mace_sip_round(sip);
+	sip->v0 ^= word;
+}
+
+static __always_inline u64 mace_sip_end(struct mace_sip *sip, u64 words)
+{
+	mace_sip_word(sip, words * 8 << 56);
+	sip->v2 ^= 0xff;
+	mace_sip_round(sip);
+	mace_sip_round(sip);
+	mace_sip_round(sip);
+	mace_sip_round(sip);
+	return sip->v0 ^ sip->v1 ^ sip->v2 ^ sip->v3;
+}
+
+/* Not 0, which stands for "unknown". */
+static __noinline u64 mace_key(const struct mace_words *words)
+{
+	struct mace_sip sip;
+	u64 key;
+
+	/* The module's mace_content_key: hosts agree, whatever their source. */
+	mace_sip_begin(&sip, 0x4d41434520706b74ULL, 0x6b65792076312e30ULL);
+	mace_sip_word(&sip, words->first);
+	mace_sip_word(&sip, words->second);
+	mace_sip_word(&sip, words->payload);
+	mace_sip_word(&sip, words->payload2);
+	key = mace_sip_end(&sip, 4);
+	return key ? key : 1;
+}
+
+static __noinline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
+{
+	struct mace_sip sip;
+
+	mace_sip_begin(&sip, key0, key1);
+	mace_sip_word(&sip, skb);
+	return mace_sip_end(&sip, 1);
+}
+
+/* --- packets ---------------------------------------------------------------------- */
+
+/**
+ * struct mace_buffer - a kernel buffer with a packet
+ *
+ * @data: struct sk_buff's data, an address of the kernel
+ * @len: bytes of the packet from there on
+ * @in_place: those of them that are in the linear part
+ * @offset: where the network layer begins, from @data
+ * @protocol: its EtherType, host byte order
+ * @tci: the VLAN tag beside the packet, or -1
+ * @hard_header_len: of the device
+ */
+struct mace_buffer {
+	u64 data;
+	int len;
+	int in_place;
+	int offset;
+	int tci;
+	u32 hard_header_len;
+	u16 protocol;
+};
+
+/*
+ * A packet whose protocol is a VLAN's. The network header of one whose tag was put into its data on
+ * the way to the driver (validate_xmit_vlan) is that behind the tag. Else the tag is what comes
+ * next. Return: whether all of that could be read.
+ */
+static __noinline bool mace_find_vlan(struct mace_buffer *buffer)
+{
+	int i, offset = buffer->offset;
+	u32 tag = 0;
+
+	if (offset >= MACE_ETH_HLEN + MACE_VLAN_HLEN && offset <= buffer->len) {
+		if (offset > buffer->in_place)
+			return false;
+		bpf_probe_read_kernel(&tag, sizeof(tag),
+				      (const void *)(buffer->data + offset - MACE_VLAN_HLEN));
+		buffer->tci = BE32(tag) >> 16;
+		buffer->protocol = BE32(tag);
+		return true;
+	}
+	for (i = 0; i < 2 && mace_is_vlan(buffer->protocol); i++) {
+		if (offset + MACE_VLAN_HLEN > buffer->len)
+			break;
+		if (offset + MACE_VLAN_HLEN > buffer->in_place)
+			return false;
+		bpf_probe_read_kernel(&tag, sizeof(tag), (const void *)(buffer->data + offset));
+		buffer->tci = BE32(tag) >> 16;
+		buffer->protocol = BE32(tag);
+		offset += MACE_VLAN_HLEN;
+		buffer->offset = offset;
+	}
+	return true;
+}
+
+/**
+ * mace_read_buffer() - read a packet
+ * @buffer: where it is
+ * @nothing: see struct mace_reader
+ * @record: set: what its bytes tell, flags included; packet_key is not. All else must be 0
+ * @words: set, if MACE_FLAG_KEY is: what packet_key is the hash of
+ */
+static __always_inline void mace_read_buffer(const struct mace_buffer *buffer, u64 nothing,
+					     struct mace_record *record, struct mace_words *words)
+{
+	struct mace_reader reader;
+	struct mace_headers headers;
+	u8 flags;
+
+	reader.at = buffer->data + buffer->offset;
+	reader.in_place = buffer->in_place - buffer->offset;
+	reader.bytes = buffer->len - buffer->offset;
+	reader.nothing = nothing;
+	reader.hidden = 0;
+	reader.window_bytes = 0;
+	MACE_FORGET(&reader, reader.at);
+	MACE_FORGET(&reader, reader.in_place);
+	MACE_FORGET(&reader, reader.bytes);
+	if (reader.in_place >= MACE_WINDOW_BYTES) {
+		bpf_probe_read_kernel(reader.window, MACE_WINDOW_BYTES, (const void *)reader.at);
+		reader.window_bytes = MACE_WINDOW_BYTES;
+	} else if (reader.in_place > 0) {
+		__builtin_memset(reader.window, 0, sizeof(reader.window));
+		bpf_probe_read_kernel(reader.window, reader.in_place, (const void *)reader.at);
+		reader.window_bytes = reader.in_place;
+	}
+	MACE_FORGET(&reader, reader.window_bytes);
+	mace_read_ip(&reader, 0, buffer->protocol, &headers);
+	flags = headers.flags;
+	words->first = headers.first;
+	words->second = headers.second;
+	words->payload = 0;
+	words->payload2 = 0;
+	if (unlikely(!flags)) {
+		if (mace_take_other(&reader, 0, buffer->protocol, words))
+			flags = MACE_FLAG_KEY;
+	} else if (unlikely(headers.inner) &&
+		   mace_take_inner(&reader, headers.inner, headers.inner_protocol, words)) {
+		flags |= MACE_FLAG_TUNNEL;
+	} else {
+		mace_take_payload(&reader, &headers, words);
+	}
+	if (reader.hidden)
+		flags &= ~MACE_FLAG_KEY;
+	record->flags |= flags;
+	record->l4_src = BE16((u16)headers.ports);
+	record->l4_dst = BE16((u16)(headers.ports >> 16));
+	record->ip_version = headers.first >> 56;
+	record->l4_proto = headers.first >> 48;
+	record->l4_bits = headers.first >> 40;
+	if (record->ip_version == 4)
+		record->ip_id = headers.first;
+	if (flags & MACE_FLAG_FRAGMENT)
+		record->l4_seq = headers.second; /* without the uppermost bit */
+	else if (record->l4_proto == MACE_PROTO_TCP || record->l4_proto == MACE_PROTO_SCTP)
+		record->l4_seq = headers.second >> 32;
+}
+
+#endif

@@ -1,0 +1,309 @@
+"""A session of the BPF programs: loaded for one filter, attached, recording, and gone with the process that has it.
+
+Nothing is pinned: programs, links and maps are file descriptors of this process, and the kernel takes them away
+with it, however it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import secrets
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.bpf import libbpf
+from collector.bpf.layout import CONFIG, COUNTS, STATE
+from collector.bpf.libbpf import Runs, check, library, pointer
+from collector.live.filter import SessionFilter
+from collector.machine.netns import cookie_here, inside, open_nsfs
+from contracts.errors import SourceError, Unavailable
+from contracts.hooks import HOOKS, Hook
+
+OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
+"""What `bpf/Makefile` makes; package data."""
+BTF: Final = Path("/sys/kernel/btf/vmlinux")
+_WHAT: Final = "bpf"
+_WITHOUT_REASON: Final = "kfree_skb_without_reason"
+_RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8 CAP_SYS_ADMIN)"
+
+
+def programs() -> dict[Hook, str]:
+    """The program of each hook that this kernel has. Raises `Unavailable` where BPF cannot be used here."""
+    if not BTF.exists():
+        raise Unavailable(_WHAT, f"this kernel has no BTF: no {BTF}", "a kernel with CONFIG_DEBUG_INFO_BTF")
+    try:
+        btf = libbpf.Btf()
+    except OSError as error:
+        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", _RIGHTS) from error
+    try:
+        arguments = {info.hook: btf.arguments_of(info.name) for info in HOOKS}
+    finally:
+        btf.close()
+    found = {info.hook: info.name for info in HOOKS if arguments[info.hook] > 0}
+    # The reason is the third; Linux 5.17 has it.
+    if 0 < arguments[Hook.KFREE_SKB] < 3:
+        found[Hook.KFREE_SKB] = _WITHOUT_REASON
+    return found
+
+
+class Session:
+    """Programs loaded for one filter. Raises `Unavailable` where they cannot be, and then leaves nothing."""
+
+    def __init__(
+        self, wanted: SessionFilter, *, ring_bytes: int, wake_every: int, cookies: bool, path: Path = OBJECT
+    ) -> None:
+        self._library = library()
+        self._ring_bytes = ring_bytes
+        self._links: list[int] = []
+        self._rings: dict[int, int] = {}
+        self._stats = -1
+        self._state: mmap.mmap | None = None
+        chosen = programs()
+        self.programs: dict[Hook, str] = {
+            h: name for h, name in chosen.items() if not wanted.hooks or h in wanted.hooks
+        }
+        if not self.programs:
+            raise Unavailable(_WHAT, "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing")
+        self.possible_cpus = check(self._library.libbpf_num_possible_cpus())
+        self._object = self._open(path)
+        try:
+            self._prepare(wanted, wake_every, cookies, {*chosen.values(), *(i.name for i in HOOKS), _WITHOUT_REASON})
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def attached(self) -> int:
+        """How many programs are."""
+        return len(self._links)
+
+    def close(self) -> None:
+        """Detach and forget. Safe to call again."""
+        self._set_recording(on=False)
+        self.detach()
+        rings, self._rings = self._rings, {}
+        for fd in rings.values():
+            os.close(fd)
+        self.time_runs(on=False)
+        opened, self._object = self._object, 0
+        if self._state is not None:
+            self._state.close()
+            self._state = None
+        if opened:
+            self._library.bpf_object__close(opened)
+
+    # --- loading --------------------------------------------------------------------------------
+
+    def _open(self, path: Path) -> int:
+        try:
+            return pointer(self._library.bpf_object__open_file(os.fsencode(path), None))
+        except OSError as error:
+            if not path.exists():
+                raise Unavailable(
+                    _WHAT, f"the programs are not there: no {path}", "`./dev setup`, with clang and libbpf-dev"
+                ) from error
+            raise Unavailable(
+                _WHAT, f"{path} is no BPF object: {error.strerror}", "make it anew: `make -C bpf clean all`"
+            ) from error
+
+    def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool, known: Iterable[str]) -> None:
+        for name in known:
+            program = pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
+            check(self._library.bpf_program__set_autoload(program, name in self.programs.values()))
+        check(self._library.bpf_map__set_max_entries(self._map("mace_rings"), self.possible_cpus))
+        config = self._memory_of(".rodata", CONFIG)
+        config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
+        config["wake_every"], config["cookies"] = wake_every, cookies
+        config["sample_mask"] = (1 << wanted.sample_shift) - 1
+        for i, path in enumerate(wanted.netns):
+            config["netns"][i] = name_of(path, cookies=cookies)
+        config["netns_count"] = len(wanted.netns)
+        for i, device in enumerate(wanted.devices):
+            config["place_netns"][i] = name_of(device.netns, cookies=cookies)
+            config["place_ifindex"][i] = device.ifindex
+        config["place_count"] = len(wanted.devices)
+        for protocol in wanted.l4_protocols:
+            config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
+        config["l4_filtered"] = bool(wanted.l4_protocols)
+
+    def _load(self) -> None:
+        try:
+            check(self._library.bpf_object__load(self._object))
+        except OSError as error:
+            raise _refused(error) from error
+        counts = self._map("mace_cpus")
+        self._counts_fd = check(self._library.bpf_map__fd(counts))
+        self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
+        self._rings_fd = check(self._library.bpf_map__fd(self._map("mace_rings")))
+        # libbpf keeps its own copy of global data, and the programs see the map's.
+        state = check(self._library.bpf_map__fd(self._map(".bss")))
+        self._state = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._fds = {hook: check(self._library.bpf_program__fd(self._program(n))) for hook, n in self.programs.items()}
+
+    def _map(self, name: str) -> int:
+        found = self._library.bpf_object__find_map_by_name(self._object, name.encode())
+        if not found:
+            raise SourceError(f"bpf: the programs have no map {name}: they are of another MACE")
+        return int(found)
+
+    def _program(self, name: str) -> int:
+        return pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
+
+    def _memory_of(self, section: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """What the section's global data begins with, in libbpf's copy: up to loading what the programs will see."""
+        size = ctypes.c_size_t()
+        at = pointer(self._library.bpf_map__initial_value(self._map(section), ctypes.byref(size)))
+        if size.value < dtype.itemsize:
+            raise SourceError(f"bpf: the programs have {size.value} bytes of {section}: they are of another MACE")
+        memory = memoryview((ctypes.c_uint8 * dtype.itemsize).from_address(at)).cast("B")
+        found: npt.NDArray[Any] = np.frombuffer(memory, dtype).reshape(())
+        return found
+
+    # --- recording ------------------------------------------------------------------------------
+
+    def add_ring(self, cpu: int) -> int:
+        """A ring for a CPU; its file descriptor, which stays ours."""
+        try:
+            fd = libbpf.create_ring(self._ring_bytes)
+        except OSError as error:
+            raise _no_ring(error, self._ring_bytes) from error
+        self._rings[cpu] = fd
+        libbpf.put(self._rings_fd, cpu, fd)
+        return fd
+
+    def attach(self) -> None:
+        """Let the programs run, which record nothing yet."""
+        for name in self.programs.values():
+            try:
+                self._links.append(pointer(self._library.bpf_program__attach(self._program(name))))
+            except OSError as error:
+                raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", _RIGHTS) from error
+
+    def detach(self) -> None:
+        """Let the programs run no more."""
+        links, self._links = self._links, []
+        for link in links:
+            self._library.bpf_link__destroy(link)
+
+    def start(self) -> None:
+        """Record from now on."""
+        self._set_recording(on=True)
+
+    def stop(self) -> None:
+        """Record no more; programs that are running end within microseconds."""
+        self._set_recording(on=False)
+
+    def _set_recording(self, *, on: bool) -> None:
+        if self._state is not None:
+            self._state[0] = on
+
+    def counts(self) -> npt.NDArray[Any]:
+        """What each possible CPU counted: `COUNTS`, a copy."""
+        key = ctypes.c_uint32(0)
+        check(self._library.bpf_map_lookup_elem(self._counts_fd, ctypes.byref(key), self._counts.ctypes.data))
+        return np.ndarray((self.possible_cpus,), COUNTS, self._counts, 0, (self._counts.shape[1],)).copy()
+
+    def runs(self) -> dict[Hook, Runs]:
+        """What the kernel counted of each program."""
+        return {hook: libbpf.runs_of(fd) for hook, fd in self._fds.items()}
+
+    def time_runs(self, *, on: bool) -> bool:
+        """Let the kernel time all programs of the machine, or no longer; whether it does for us."""
+        if on and self._stats < 0:
+            self._stats = self._library.bpf_enable_stats(0)
+        elif not on and self._stats >= 0:
+            stats, self._stats = self._stats, -1
+            os.close(stats)
+        return self._stats >= 0
+
+
+def ring_bytes_of(kib: int) -> int:
+    """The size of a ring that takes at most so much: a power of two and at least a page."""
+    return max(1 << (max(kib * 1024, 1).bit_length() - 1), mmap.PAGESIZE)
+
+
+def name_of(netns: str | int | None, *, cookies: bool) -> int:
+    """How records name a namespace: by its cookie or its inode. None: that of this process."""
+    if isinstance(netns, int):
+        return _name_of_fd(netns, cookies=cookies)
+    path = netns or "/proc/self/ns/net"
+    try:
+        fd = open_nsfs(path)
+    except OSError as error:
+        raise Unavailable(
+            _WHAT, f"network namespace {path}: {error.strerror}", "a path as /run/netns/NAME or /proc/PID/ns/net"
+        ) from error
+    try:
+        return _name_of_fd(fd, cookies=cookies)
+    finally:
+        os.close(fd)
+
+
+def _name_of_fd(fd: int, *, cookies: bool) -> int:
+    if not cookies:
+        return os.fstat(fd).st_ino
+    if os.fstat(fd).st_ino == Path("/proc/self/ns/net").stat().st_ino:
+        return cookie_here()
+    found: list[int | OSError] = []
+
+    def look() -> None:
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with inside(fd, home):
+                found.append(cookie_here())
+        except OSError as error:
+            found.append(error)
+        finally:
+            os.close(home)
+
+    # A thread of its own: the main thread stays where it is.
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], OSError):
+        raise Unavailable(
+            _WHAT, f"a network namespace cannot be entered: {found[0].strerror}", "run as root, or leave out the filter"
+        ) from found[0]
+    return found[0]
+
+
+def _refused(error: OSError) -> Unavailable:
+    match error.errno:
+        case errno.EPERM:
+            lockdown = _lockdown()
+            if lockdown:
+                return Unavailable(
+                    _WHAT, f"the kernel is locked down ({lockdown})", "start it without lockdown=confidentiality"
+                )
+            return Unavailable(_WHAT, "the kernel lets this user load no programs (EPERM)", _RIGHTS)
+        case errno.ENOMEM:
+            return Unavailable(_WHAT, "no memory for the programs", "a larger memory limit of the cgroup")
+    return Unavailable(
+        _WHAT, f"the kernel refuses the programs: {error.strerror}", "Linux 5.10 or later with CONFIG_DEBUG_INFO_BTF"
+    )
+
+
+def _no_ring(error: OSError, size: int) -> Unavailable:
+    if error.errno == errno.ENOMEM:
+        return Unavailable(
+            _WHAT, f"no memory for a ring of {size / 2**20:g} MiB", "a smaller [capture] ring_mib, or more memory"
+        )
+    return Unavailable(_WHAT, f"a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib")
+
+
+def _lockdown() -> str:
+    """The level that confines BPF, or ""."""
+    try:
+        told = Path("/sys/kernel/security/lockdown").read_text(encoding="ascii")
+    except OSError:
+        return ""
+    return "confidentiality" if "[confidentiality]" in told else ""

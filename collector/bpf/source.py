@@ -1,0 +1,422 @@
+"""BPF programs as a source: the module's records of 64 bytes, out of a ring buffer for each CPU.
+
+    programs ──slots──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
+    (a ring per CPU)    tick by tick  markers            devices, as they change, between them
+
+One tick takes all that is in the rings. A tick comes every poll interval, and sooner when a CPU has written a quarter
+of a ring. A ring that was read at time T and held no slot that was being written has given all that happened before T:
+that drives the merge. What the hold-back keeps stays in the rings, unless they run short of room: then it is copied
+out.
+
+When a ring is full, the programs discard what is new and count it, by CPU and hook; each record says how many its CPU
+had lost by then. So a marker stands exactly where records are missing. The kernel does not run a program inside itself
+on one CPU; it counts such calls, and a marker of a CPU that does not exist tells of them. At the end the counts must
+agree: records lost are records told of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import platform
+import select
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
+from collector.bpf.session import OBJECT, Session, programs, ring_bytes_of
+from collector.live.filter import SessionFilter, wanted
+from collector.live.record_merge import Marker, RingMerger, SeenPlaces
+from collector.live.ring_source import FollowsDevices, RingSource
+from collector.live.stretch import Stretch
+from collector.machine.kernel import online_cpus
+from collector.memory import keep_freed_memory
+from contracts import clock
+from contracts.config import CaptureConfig
+from contracts.errors import MaceError, SourceError, Unavailable
+from contracts.hooks import BY_HOOK, HOOKS, Hook, silent_on
+from contracts.interfaces import Status, StreamHeader, StreamItem
+from contracts.records import Batch
+from contracts.schema import HookCost
+from contracts.topology import Device
+
+_log = logging.getLogger(__name__)
+
+_WATERMARK_SHARE: Final = 4
+"""A CPU wakes us when it has written one in so many of its ring's slots."""
+_FILLING: Final = 0.4
+"""A tick that finds so much of a ring comes late: the watermark asks for one at a quarter."""
+_COPY_ABOVE: Final = 0.5
+"""The share of a ring that may wait for the hold-back in place."""
+_SETTLE_S: Final = 0.01
+"""Between stopping and reading for the last time: a program that is running then still writes its record."""
+_TIMED_EVERY: Final = 64
+"""One tick in so many has the kernel time the programs, which makes each run some 40 ns dearer."""
+_MACHINE: Final = "x86_64"
+"""The processors whose loads stay in order, so that a ring can be read without a barrier."""
+
+
+@dataclass(frozen=True, slots=True)
+class BpfConfig:
+    """What can be chosen; the defaults suit a busy host."""
+
+    ring_kib_per_cpu: int = 8192
+    """Memory for each CPU's ring, KiB; made a power of two. 8 MiB are about 116,000 records."""
+    poll_interval_s: float = 0.05
+    hold_back_ms: float = 50
+    """Records are given out this much later than they could be, for what is to stand before them."""
+    host: str = ""
+    """Whose records the stream says they are; empty: the machine's own name."""
+    wanted: SessionFilter = field(default_factory=SessionFilter)
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("ring_kib_per_cpu", self.ring_kib_per_cpu >= mmap.PAGESIZE // 1024, "a page at least"),
+            ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
+            ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of one ring: a power of two, at most as many as are asked for."""
+        return ring_bytes_of(self.ring_kib_per_cpu)
+
+
+@dataclass(slots=True)
+class _Cpu:
+    """What we know of one CPU."""
+
+    ring: CpuRing | None
+    """None where there was no memory for one: all of its records are lost."""
+    last_ns: int
+    """Time of the last record that was taken."""
+    told_lost: int = 0
+    """Lost records that markers tell of."""
+
+
+class _Merger(RingMerger):
+    """Takes stretches of which one may begin before the end of the one before: an interrupt came between the two."""
+
+    def push(self, cpu: int, stretch: Stretch) -> None:
+        before = self._waiting[cpu]
+        pieces = [stretch.records]
+        while before and len(pieces[0]) and before[-1].records["ts_ns"][-1] > stretch.records["ts_ns"][0]:
+            earlier = before.pop()
+            pieces.insert(0, earlier.records.copy())
+            earlier.given(len(earlier.records))
+        if len(pieces) > 1:
+            whole = sorted_by_time(pieces)
+            stretch.given(len(stretch.records))
+            stretch = Stretch(whole, held=False)
+        super().push(cpu, stretch)
+
+
+class BpfSource(RingSource):
+    """A `contracts.interfaces.Source` over BPF programs on this machine's tracepoints."""
+
+    def __init__(
+        self,
+        config: BpfConfig | None = None,
+        devices: FollowsDevices | None = None,
+        open_session: Callable[..., Session] = Session,
+    ) -> None:
+        self.config = config or BpfConfig()
+        self._names: dict[tuple[int, int], str] = {}
+        self._inodes: dict[int, int] = {}
+        self._places = SeenPlaces(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
+        self._merger = _Merger(int(self.config.hold_back_ms * 1e6), self._places, of="the BPF programs")
+        super().__init__(
+            "bpf",
+            host=self.config.host,
+            hold_back_ms=self.config.hold_back_ms,
+            follower=devices,
+            watermark=self._merger,
+            seen=self._places,
+            filling=_FILLING,
+        )
+        self._open_session = open_session
+        self._session: Session | None = None
+        self._cpus: dict[int, _Cpu] = {}
+        self._filling: select.epoll | None = None
+        """Rings of CPUs that have written a quarter of theirs."""
+        self._missed_told = 0
+        """Calls that the kernel skipped, and that markers tell of."""
+        self._nowhere: int | None = None
+        """The CPU that does not exist, which these markers are of."""
+        self._ticks = 0
+        self._timed_from: dict[Hook, tuple[int, int]] = {}
+        self._timed: dict[Hook, tuple[int, int]] = {}
+        """Runs that were timed, and their time, ns."""
+        self._cost: tuple[HookCost, ...] = ()
+
+    # --- lifecycle ------------------------------------------------------------------------------
+
+    @staticmethod
+    def check(open_session: Callable[..., Session] = Session) -> Status:
+        """Whether this source can run here: the programs are loaded, and let go."""
+        try:
+            _check_machine()
+            missing = [info.name for info in HOOKS if info.hook not in programs()]
+            open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT).close()
+        except Unavailable as error:
+            return Status(ok=False, detail=error.why, remedy=error.remedy)
+        except MaceError as error:
+            return Status(ok=False, detail=str(error))
+        without = f", without {', '.join(missing)}" if missing else ""
+        silent = f"; {told}" if (told := silent_on(platform.release())) else ""
+        return Status(
+            ok=True,
+            detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} tracepoints{without}; sees every network"
+            f" namespace; content key of what lies in a buffer's linear part{silent}",
+        )
+
+    async def _acquire(self) -> StreamHeader:
+        _check_machine()
+        keep_freed_memory()
+        self._began_ns = time.monotonic_ns()
+        await self._follow(wakes=False)
+        # Where nobody says which cookie is which namespace, the inode at least can be looked up.
+        cookies = bool(self._devices) and all(device.netns_cookie for device in self._devices)
+        if cookies:
+            self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
+        self._learned(self._devices)
+        config = self.config
+        self._session = session = self._open_session(
+            config.wanted,
+            ring_bytes=config.ring_bytes,
+            wake_every=max(config.ring_bytes // SLOT_BYTES // _WATERMARK_SHARE, 1),
+            cookies=cookies,
+            path=OBJECT,
+        )
+        self._filling = select.epoll()
+        for cpu in online_cpus():
+            self._cpus[cpu] = _Cpu(self._ring_of(cpu), last_ns=self._began_ns)
+            self._merger.add_cpu(cpu, self._began_ns)
+        session.attach()
+        self._missed_before = sum(runs.missed for runs in session.runs().values())
+        pair = clock.measure()
+        session.start()
+        return self._header(len(self._cpus), pair, [BY_HOOK[hook].tracepoint for hook in session.programs])
+
+    def _ring_of(self, cpu: int) -> CpuRing:
+        assert self._session is not None
+        assert self._filling is not None
+        fd = self._session.add_ring(cpu)
+        # At the edge: a ring that holds anything counts as readable, and only a program says when to come.
+        self._filling.register(fd, select.EPOLLIN | select.EPOLLET)
+        return CpuRing(cpu, fd, self.config.ring_bytes)
+
+    def _give_back(self) -> None:
+        if self._session is not None:
+            self._session.stop()
+        # Nothing may look into a ring when it is unmapped.
+        self._merger.clear()
+        rings = [cpu.ring for cpu in self._cpus.values() if cpu.ring is not None]
+        self._cpus.clear()
+        for ring in rings:
+            ring.close()
+        if self._filling is not None:
+            filling, self._filling = self._filling, None
+            filling.close()
+        if self._session is not None:
+            session, self._session = self._session, None
+            session.close()
+
+    @property
+    def cost(self) -> tuple[HookCost, ...]:
+        """What the programs cost since `open`; nothing where we may not know (CAP_SYS_ADMIN)."""
+        if self._session is not None and self._timed:
+            calls = self._session.counts()["calls"].sum(axis=0)
+            self._cost = tuple(HookCost(hook, int(calls[hook]), *timed) for hook, timed in self._timed.items())
+        return self._cost
+
+    # --- the stream -----------------------------------------------------------------------------
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        """Topology and batches until `request_stop`. A slow reader is felt in the rings, not here."""
+        assert self._session is not None
+        assert self._filling is not None
+        yield self._topology(self._began_ns)
+        while not self._stopping:
+            began = time.monotonic()
+            self._time_runs()
+            self._take_all()
+            for item in self._released():
+                yield item
+            self._make_room()
+            self._devices_changed()
+            self._filling.poll(0)
+            # A tick every interval, not an interval between ticks: merging, and what those who read us do
+            # meanwhile, must not add to the latency.
+            rest_s = max(began + self.config.poll_interval_s - time.monotonic(), 0)
+            await self._pause(rest_s, self._filling.fileno())
+        self._session.stop()
+        await self._settle()
+        self._take_all()
+        for item in self._released(to_the_end=True):
+            yield item
+        self._balance()
+
+    async def _settle(self) -> None:
+        """Until all programs that were running have written their records: each within microseconds, if it runs."""
+        for _ in range(100):
+            await asyncio.sleep(_SETTLE_S)
+            if self._take_all():
+                return
+        _log.warning("bpf: a record was still being written a second after the end: it is left out")
+
+    def _learned(self, devices: tuple[Device, ...]) -> None:
+        """By how records name namespaces."""
+        by_cookie = self._places.inode_of is not None
+        self._names = {((d.netns_cookie & 0xFFFFFFFF) if by_cookie else d.netns, d.ifindex): d.name for d in devices}
+        self._inodes = {device.netns_cookie & 0xFFFFFFFF: device.netns for device in devices}
+
+    def _taken(self, until_ns: int | None) -> Iterator[Batch]:
+        return self._merger.flush() if until_ns is None else self._merger.take(until_ns)
+
+    # --- the rings ------------------------------------------------------------------------------
+
+    def _take_all(self) -> bool:
+        """Take what is in the rings, and what was lost; whether no ring held a slot that was being written."""
+        assert self._session is not None
+        self._add_late_cpus()
+        waiting = max((cpu.ring.waiting for cpu in self._cpus.values() if cpu.ring is not None), default=0.0)
+        begun_ns = time.monotonic_ns()
+        fresh = {number: cpu.ring.take() for number, cpu in self._cpus.items() if cpu.ring is not None}
+        # Behind the rings: what a record says of losses is in these counts.
+        counts = self._session.counts()
+        for number, cpu in self._cpus.items():
+            taken, caught_up = fresh.get(number, (None, True))
+            lost = int(counts["lost_all"][number])
+            if taken is not None:
+                self._push(number, cpu, taken, lost)
+            self._mark(number, cpu, lost - cpu.told_lost, time.monotonic_ns())
+            self._merger.complete(number, begun_ns if caught_up else cpu.last_ns)
+        self._tell_missed()
+        self._urgency.felt(waiting)
+        return all(caught_up for _, caught_up in fresh.values())
+
+    def _push(self, number: int, cpu: _Cpu, taken: Stretch, lost: int) -> None:
+        records = taken.records
+        last_ns = int(records["ts_ns"][-1])
+        pieces = [(0, taken)]
+        if lost > cpu.told_lost:
+            ahead = lost_before(records, cpu.told_lost)
+            cuts = np.flatnonzero(np.diff(ahead, prepend=0)).tolist()
+            if cuts:
+                whole = np.ascontiguousarray(records)
+                edges = pairwise([0, *cuts, len(records)])
+                pieces = [(int(ahead[at]), Stretch(whole[at:to], held=False)) for at, to in edges if to > at]
+                taken.given(len(records))
+        base = cpu.told_lost
+        for ahead_of, piece in pieces:
+            self._mark(number, cpu, base + ahead_of - cpu.told_lost, int(piece.records["ts_ns"][0]))
+            cpu.last_ns = max(cpu.last_ns, int(piece.records["ts_ns"][-1]))
+            if not is_sorted(piece.records):
+                ordered = sorted_by_time([piece.records])
+                piece.given(len(piece.records))
+                piece = Stretch(ordered, held=False)
+            self._merger.push(number, piece)
+        cpu.last_ns = max(cpu.last_ns, last_ns)
+
+    def _mark(self, number: int, cpu: _Cpu, lost: int, until_ns: int) -> None:
+        """A marker for records that no marker tells of yet."""
+        if lost > 0:
+            self._merger.push(number, Marker(number, cpu.last_ns, lost, until_ns))
+            cpu.told_lost += lost
+
+    def _tell_missed(self) -> None:
+        """Calls that the kernel did not make: nobody knows of which packet, on which CPU."""
+        assert self._session is not None
+        missed = sum(runs.missed for runs in self._session.runs().values()) - self._missed_before
+        if missed and self._nowhere is None:
+            self._nowhere = self._session.possible_cpus
+            self._nowhere_ns = self._since_ns()
+            self._merger.add_cpu(self._nowhere, self._nowhere_ns)
+        if self._nowhere is None:
+            return
+        now_ns = time.monotonic_ns()
+        if missed > self._missed_told:
+            marker = Marker(self._nowhere, max(self._nowhere_ns, self._since_ns()), missed - self._missed_told, now_ns)
+            self._merger.push(self._nowhere, marker)
+            self._missed_told = missed
+        self._nowhere_ns = now_ns
+        self._merger.complete(self._nowhere, now_ns)
+
+    def _add_late_cpus(self) -> None:
+        """Rings of CPUs that have come online. Until then their records are counted as lost."""
+        for number in online_cpus():
+            if number in self._cpus:
+                continue
+            try:
+                ring = self._ring_of(number)
+            except Unavailable as error:
+                _log.warning("bpf: CPU %d came online, and its records are lost: %s", number, error)
+                ring = None
+            since_ns = self._since_ns()
+            self._cpus[number] = _Cpu(ring, last_ns=since_ns)
+            self._merger.add_cpu(number, since_ns)
+
+    def _make_room(self) -> None:
+        """Give back what was given out; where too much waits for the hold-back, let it wait elsewhere."""
+        for cpu in self._cpus.values():
+            if cpu.ring is not None:
+                if cpu.ring.fill > _COPY_ABOVE:
+                    cpu.ring.copy_out()
+                cpu.ring.release()
+
+    def _time_runs(self) -> None:
+        """Have the kernel time the programs for one tick now and then."""
+        assert self._session is not None
+        self._ticks += 1
+        if self._timed_from:
+            for hook, runs in self._session.runs().items():
+                before_runs, before_ns = self._timed_from[hook]
+                timed, timed_ns = self._timed.get(hook, (0, 0))
+                self._timed[hook] = (timed + runs.runs - before_runs, timed_ns + runs.run_ns - before_ns)
+            self._timed_from = {}
+            self._session.time_runs(on=False)
+        elif self._ticks % _TIMED_EVERY == 1 and self._session.time_runs(on=True):
+            self._timed_from = {hook: (runs.runs, runs.run_ns) for hook, runs in self._session.runs().items()}
+
+    def _balance(self) -> None:
+        """After the end: the programs' counts and ours are the same, or something is wrong with either."""
+        assert self._session is not None
+        counts: npt.NDArray[Any] = self._session.counts()
+        lost = int(counts["lost_all"].sum())
+        told = sum(cpu.told_lost for cpu in self._cpus.values())
+        if lost != told or lost != int(counts["lost"].sum()):
+            raise SourceError(
+                f"bpf: the programs have lost {int(counts['lost'].sum()):,} records by hook, {lost:,} in all, and we"
+                f" have told of {told:,}: a defect, please report"
+            )
+
+
+def _check_machine() -> None:
+    if platform.machine() != _MACHINE:
+        raise Unavailable(
+            "bpf", f"rings are read in an order that {platform.machine()} does not keep", "--source ftrace, or kmod"
+        )
+
+
+def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> BpfSource:
+    """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
+    return BpfSource(
+        BpfConfig(
+            ring_kib_per_cpu=config.ring_mib * 1024,
+            poll_interval_s=config.poll_ms / 1000,
+            hold_back_ms=config.hold_back_ms,
+            host=host,
+            wanted=wanted(config),
+        ),
+        devices,
+    )

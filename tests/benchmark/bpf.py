@@ -1,0 +1,125 @@
+"""The source bpf: what its programs cost, and how fast its rings are emptied.
+
+    bpf_record              ns a record with its key, by the kernel's own statistics, less those of programs that are
+                            attached and switched off
+    bpf_filtered            the same of a packet that is filtered out by its namespace
+    bpf_vs_ftrace           ns that a flood ping's mean round trip grows by; the peer is ftrace
+    bpf_drain               records/s from rings to merged batches, on one core
+
+All but the last take turns, in a lab of their own. The kernel's statistics read the clock twice in each run, also of
+programs that are switched off.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+
+from collector.bpf.ring import SLOT_BYTES
+from collector.bpf.session import Session
+from collector.bpf.source import BpfConfig, BpfSource
+from collector.ftrace.source import FtraceConfig, FtraceSource
+from collector.live.filter import SessionFilter
+from collector.live.record_merge import RingMerger, SeenPlaces
+from collector.live.stretch import Stretch
+from collector.machine.kernel import online_cpus
+from collector.memory import keep_freed_memory
+from contracts.abi import COLUMNS, RECORD
+from contracts.hooks import Hook
+from mace.lab import Lab, Spec, running
+from tests.benchmark.figures import figure, one_core
+
+PINGS = 2_000
+ROUNDS = 6
+DRAINED = 1 << 18
+DRAIN_ROUNDS = 20
+
+
+def run() -> list[dict[str, Any]]:
+    """All of them."""
+    keep_freed_memory()
+    with running(Spec(name="bpfb")) as lab:
+        lab.ping("c1", count=10)
+        return [*_cost(lab), _versus_ftrace(lab), _drain()]
+
+
+def _ns_a_run(lab: Lab, one: Session, *, recording: bool) -> float:
+    before = one.runs()
+    if recording:
+        one.start()
+    lab.ping("c1", count=PINGS, flood=True)
+    one.stop()
+    after = one.runs()
+    runs = sum(after[hook].runs - before[hook].runs for hook in after)
+    return sum(after[hook].run_ns - before[hook].run_ns for hook in after) / runs
+
+
+def _cost(lab: Lab) -> list[dict[str, Any]]:
+    wanted = (SessionFilter(), SessionFilter(netns=("/proc/self/ns/net",)))
+    sessions = [Session(one, ring_bytes=32 << 20, wake_every=1 << 20, cookies=True) for one in wanted]
+    found: tuple[list[float], list[float]] = ([], [])
+    try:
+        for one, costs in list(zip(sessions, found, strict=True)) * ROUNDS:
+            # Rings of their own for each round, so that none is full.
+            for cpu in online_cpus():
+                one.add_ring(cpu)
+            one.attach()
+            one.time_runs(on=True)
+            off = _ns_a_run(lab, one, recording=False)
+            costs.append(_ns_a_run(lab, one, recording=True) - off)
+            one.time_runs(on=False)
+            one.detach()
+    finally:
+        for one in sessions:
+            one.close()
+    return [figure("bpf_record", "ns", found[0]), figure("bpf_filtered", "ns", found[1])]
+
+
+async def _mean_rtt_ns(lab: Lab, source: BpfSource | FtraceSource | None) -> float:
+    if source is None:
+        return (await asyncio.to_thread(lab.ping, "c1", count=PINGS, flood=True)).mean_rtt_ns
+    await source.open()
+
+    async def read() -> None:
+        async for _ in source.items():
+            pass
+
+    reading = asyncio.create_task(read())
+    try:
+        return (await asyncio.to_thread(lab.ping, "c1", count=PINGS, flood=True)).mean_rtt_ns
+    finally:
+        source.request_stop()
+        await reading
+        await source.aclose()
+
+
+def _versus_ftrace(lab: Lab) -> dict[str, Any]:
+    grown: dict[str, list[float]] = {"bpf": [], "ftrace": []}
+    for _ in range(ROUNDS):
+        without = asyncio.run(_mean_rtt_ns(lab, None))
+        grown["bpf"].append(asyncio.run(_mean_rtt_ns(lab, BpfSource(BpfConfig()))) - without)
+        grown["ftrace"].append(asyncio.run(_mean_rtt_ns(lab, FtraceSource(FtraceConfig()))) - without)
+    return figure("bpf_vs_ftrace", "ns", grown["bpf"], "ftrace", float(np.median(grown["ftrace"])))
+
+
+def _drain() -> dict[str, Any]:
+    """Slots in memory of ours, as in a ring; two CPUs whose records come by turns."""
+    memory = [np.zeros(DRAINED * SLOT_BYTES, np.uint8) for _ in range(2)]
+    rings = [np.ndarray((DRAINED,), COLUMNS, one, SLOT_BYTES - RECORD.itemsize, (SLOT_BYTES,)) for one in memory]
+    for cpu, ring in enumerate(rings):
+        ring["ts_ns"] = 10**12 + np.arange(DRAINED) * 500 + cpu * 4_000
+        ring["hook"], ring["cpu"], ring["l3_len"] = Hook.NETIF_RX, cpu, 84
+        ring["place"] = 4026531840 | 2 << 32
+        ring["packet_key"] = ring["skb_id"] = np.arange(DRAINED) // 8 + 1
+    rates = []
+    with one_core():
+        for _ in range(DRAIN_ROUNDS):
+            merger = RingMerger(0, SeenPlaces())
+            for cpu in range(2):
+                merger.add_cpu(cpu, 0)
+                merger.push(cpu, Stretch(rings[cpu]))
+            began = time.thread_time()
+            count = sum(len(batch) for batch in merger.flush())
+            rates.append(count / (time.thread_time() - began))
+    return figure("bpf_drain", "records/s", rates)

@@ -1,0 +1,55 @@
+"""collector/bpf/layout.py is what the C compiler makes of bpf/mace_bpf.h: every struct and field, both ways."""
+
+import re
+import subprocess
+
+import pytest
+
+from collector.bpf import layout
+from collector.bpf.ring import SLOT_BYTES
+from contracts import abi
+from tests.places import ROOT
+
+HEADER = ROOT / "bpf" / "mace_bpf.h"
+TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+
+
+def structs():
+    """Struct -> its fields, as the header says it."""
+    found = {}
+    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", TEXT, re.MULTILINE | re.DOTALL):
+        found[name] = re.findall(r"^\t\w+ (\w+)(?:\[\w+\])?;$", body, re.MULTILINE)
+        assert len(found[name]) == body.count(";"), f"struct {name} is written in a way that this test does not read"
+    return found
+
+
+def test_the_structs_are_the_same():
+    assert {name: list(dtype.names) for name, dtype in layout.STRUCTS.items()} == structs()
+
+
+@pytest.mark.needs("cc")
+def test_every_field_is_where_the_compiler_puts_it(tmp_path):
+    asked = [(struct, field) for struct, fields in structs().items() for field in fields]
+    source, program = tmp_path / "layout.c", tmp_path / "layout"
+    lines = [f'printf("%zu %zu\\n", offsetof(struct {s}, {f}), sizeof(((struct {s} *)0)->{f}));' for s, f in asked]
+    lines += [f'printf("%zu\\n", sizeof(struct {s}));' for s in structs()]
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\nint main(void)\n{{\n'
+        + "\n".join(lines)
+        + "\n}\n"
+    )
+    subprocess.run(["cc", "-std=gnu11", "-Wall", "-Werror", "-o", program, source], check=True, timeout=60)
+    printed = subprocess.run([program], capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    got = [tuple(map(int, line.split())) for line in printed]
+    for (struct, field), (offset, size) in zip(asked, got, strict=False):
+        mirror, at = layout.STRUCTS[struct].fields[field]
+        assert (at, mirror.itemsize) == (offset, size), f"struct {struct}, {field}"
+    for struct, (size,) in zip(structs(), got[len(asked) :], strict=True):
+        assert layout.STRUCTS[struct].itemsize == size, f"struct {struct}"
+
+
+def test_the_pad_holds_what_was_lost():
+    """A record's pad is the upper bytes of its last word, and a slot has a head of eight bytes."""
+    _, at = abi.RECORD.fields["pad"]
+    assert (at, abi.RECORD.itemsize - at) == (64 - layout.LOST_BITS // 8, layout.LOST_BITS // 8)
+    assert SLOT_BYTES == 72

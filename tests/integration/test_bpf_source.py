@@ -1,0 +1,231 @@
+"""The BPF programs on the real kernel: the same packets as ftrace, nobody else's, nothing lost and nothing left."""
+
+import asyncio
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collector.bpf import session
+from collector.bpf.libbpf import library
+from collector.bpf.source import BpfConfig, BpfSource
+from collector.ftrace.source import FtraceConfig, FtraceSource
+from collector.live.filter import SessionFilter
+from collector.machine.devices import DeviceFollower
+from contracts.errors import Unavailable
+from contracts.hooks import BY_HOOK, Hook
+from contracts.records import Batch, Flag
+from contracts.topology import Topology
+from mace.lab import Spec, running
+from tests.filtered_ftrace import Sender, cpu_choice
+
+pytestmark = [pytest.mark.needs("root", "bpf", "netns"), pytest.mark.timeout(180)]
+
+COUNT = 300
+SIZE = 1213
+"""Payload of the pings; their length tells them from all other traffic."""
+DEVICE_HOOKS = [info.hook for info in BY_HOOK.values() if info.has_device]
+
+
+def programs_of(pid):
+    """Ids of the BPF programs that a process has."""
+    found = set()
+    for file in Path(f"/proc/{pid}/fdinfo").iterdir():
+        found |= set(map(int, re.findall(r"^prog_id:\s+(\d+)$", file.read_text(), re.MULTILINE)))
+    return found
+
+
+def is_loaded(program):
+    fd = library().bpf_prog_get_fd_by_id(ctypes.c_uint32(program))
+    if fd < 0:
+        return False
+    os.close(fd)
+    return True
+
+
+def of(sender, **more):
+    return SessionFilter(netns=(f"/proc/{sender.process.pid}/ns/net",), **more)
+
+
+async def recorded(sources, work):
+    """The items of several sources that ran while `work` was done."""
+    for source in sources:
+        await source.open()
+
+    async def read(source):
+        return [item async for item in source.items()]
+
+    reading = [asyncio.create_task(read(source)) for source in sources]
+    try:
+        await work()
+        await asyncio.sleep(0.3)
+    finally:
+        for source in sources:
+            source.request_stop()
+        items = await asyncio.gather(*reading)
+        for source in sources:
+            await source.aclose()
+    return items
+
+
+def batch_of(items):
+    return Batch.concatenate([item for item in items if isinstance(item, Batch)])
+
+
+def steps(items):
+    """(hook, device) of the pings' records, in order of time, and those of each buffer."""
+    batch, sightings = batch_of(items), [i for i in items if isinstance(i, Topology)][-1].sightings
+    mine = batch[(batch.l3_len == SIZE + 28) & np.isin(batch.hook, DEVICE_HOOKS)]
+    names = [sightings[code].name for code in mine.dev.tolist()]
+    told = list(zip(mine.hook.tolist(), names, strict=True))
+    order = np.argsort(mine.skb_id, kind="stable")
+    cuts = np.flatnonzero(np.diff(mine.skb_id[order])) + 1
+    return told, Counter(tuple(told[at] for at in one) for one in np.split(order, cuts)), mine
+
+
+@pytest.mark.slow
+@pytest.mark.needs("tracefs")
+def test_ftrace_sees_the_same_hops_in_the_same_order():
+    with running(Spec(name="bpfw")) as lab:
+        lab.ping("c1", count=2)
+        sources = (BpfSource(BpfConfig(), DeviceFollower()), FtraceSource(FtraceConfig(), DeviceFollower()))
+        bpf, ftrace = asyncio.run(
+            recorded(sources, lambda: asyncio.to_thread(lab.ping, "c1", count=COUNT, size=SIZE, interval_s=0.01))
+        )
+    ours, of_buffers, mine = steps(bpf)
+    theirs, of_their_buffers, _ = steps(ftrace)
+    assert len(ours) > 10 * COUNT
+    assert ours == theirs
+    assert of_buffers == of_their_buffers
+    assert batch_of(bpf).lost == batch_of(ftrace).lost == 0
+    # A request and its reply, each one key from the first device to the last.
+    assert len(np.unique(mine.content.packet_key)) == 2 * COUNT
+    assert (mine.content.flags & Flag.KEY).all()
+
+
+def test_a_filtered_session_has_no_other_packet_and_two_at_once_have_the_same():
+    with Sender("mbpa", 500, cpu_choice()) as mine, Sender("mbpb", 500, cpu_choice()) as other:
+        config = BpfConfig(ring_kib_per_cpu=1024, wanted=of(mine, l4_protocols=(17,)))
+        sources = (BpfSource(config), BpfSource(config))
+
+        async def both():
+            await asyncio.gather(mine.send(), other.send())
+
+        items = asyncio.run(recorded(sources, both))
+        netns = Path(f"/proc/{mine.process.pid}/ns/net").stat().st_ino
+    for one in items:
+        batch = batch_of(one)
+        sightings = [i for i in one if isinstance(i, Topology)][-1].sightings
+        queued = batch[batch.hook == Hook.NET_DEV_QUEUE]
+        # The n-th has n bytes of payload.
+        assert (queued.l3_len - 28).tolist() == list(range(500))
+        assert {sightings[code].netns for code in np.unique(batch.dev).tolist()} <= {netns, 0}
+        assert batch.lost == 0
+        assert Counter(batch.hook.tolist())[Hook.NET_DEV_START_XMIT] == 500
+
+
+def test_a_killed_collector_leaves_nothing_attached():
+    code = (
+        "import asyncio\n"
+        "from collector.bpf.source import BpfConfig, BpfSource\n"
+        "async def run():\n"
+        "    await BpfSource(BpfConfig(ring_kib_per_cpu=64)).open()\n"
+        "    print('open', flush=True)\n"
+        "    await asyncio.sleep(600)\n"
+        "asyncio.run(run())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as collector:
+        try:
+            assert collector.stdout.readline() == "open\n"
+            programs = programs_of(collector.pid)
+            assert len(programs) == 8
+            assert all(map(is_loaded, programs))
+        finally:
+            collector.send_signal(signal.SIGKILL)
+    for _ in range(300):
+        if not any(map(is_loaded, programs)):
+            return
+        time.sleep(0.1)  # the kernel frees them a moment later
+    pytest.fail("programs are left")
+
+
+@pytest.mark.slow
+def test_attached_and_detached_again_and_again_under_a_flood():
+    with Sender("mbpf", 200, cpu_choice()) as sender:
+        one = session.Session(of(sender), ring_bytes=65536, wake_every=100, cookies=False)
+        try:
+            files = len(list(Path("/proc/self/fd").iterdir()))
+
+            async def flood():
+                while True:
+                    await sender.send()
+
+            async def cycles():
+                flooding = asyncio.create_task(flood())
+                for _ in range(200):
+                    await asyncio.to_thread(one.attach)
+                    one.start()
+                    assert one.attached == 8
+                    one.stop()
+                    await asyncio.to_thread(one.detach)
+                flooding.cancel()
+                with suppress(asyncio.CancelledError):
+                    await flooding
+
+            asyncio.run(cycles())
+            assert len(list(Path("/proc/self/fd").iterdir())) == files
+            assert one.counts()["calls"].sum() > 0
+        finally:
+            one.close()
+
+
+# --- where it cannot ------------------------------------------------------------------------------
+
+
+def test_without_btf(monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "BTF", tmp_path / "vmlinux")
+    status = BpfSource.check()
+    assert not status.ok
+    assert status.detail.startswith("this kernel has no BTF")
+    assert "CONFIG_DEBUG_INFO_BTF" in status.remedy
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_truncated_object(tmp_path, kept):
+    path = tmp_path / "mace.bpf.o"
+    path.write_bytes(session.OBJECT.read_bytes()[:kept])
+    with pytest.raises(Unavailable, match=r"is no BPF object.*make -C bpf") as raised:
+        session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_object(tmp_path):
+    with pytest.raises(Unavailable, match=r"the programs are not there.*\./dev setup"):
+        session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=tmp_path / "mace.bpf.o")
+
+
+def test_without_rights():
+    code = "from collector.bpf.source import BpfSource; s = BpfSource.check(); print(s.ok, s.detail, '|', s.remedy)"
+    no_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    done = subprocess.run([*no_rights, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, _, remedy = done.stdout.partition("|")
+    assert said.startswith("False")
+    assert "EPERM" in said
+    assert "CAP_BPF and CAP_PERFMON" in remedy
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+def test_a_ring_that_is_too_small():
+    with pytest.raises(ValueError, match="a page at least"):
+        BpfConfig(ring_kib_per_cpu=1)
+    assert [session.ring_bytes_of(kib) for kib in (1, 4, 5, 64, 100)] == [4096, 4096, 4096, 65536, 65536]
