@@ -231,7 +231,7 @@ def test_what_there_is_no_room_for_is_lost():
 def a_capture_source(tree):
     tree.write("collector/toybell/__init__.py", '"""A bell, for tests of recipes."""\n')
     tree.write("collector/toybell/source.py", SOURCE)
-    tree.replace("contracts/sources.py", '"ftrace")', '"ftrace", "toybell")')
+    tree.replace("contracts/sources.py", '"bpf")', '"bpf", "toybell")')
     package = "collector/__init__.py"
     tree.insert(package, "from contracts.config", "from collector.toybell import source as toybell_source\n")
     tree.insert(
