@@ -20,7 +20,19 @@ from tests.places import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COPIED = (
-    *("contracts", "collector", "correlator", "storage", "mace", "kmod", "dashboards", "deploy", "tests", "docs"),
+    *(
+        "contracts",
+        "collector",
+        "correlator",
+        "storage",
+        "mace",
+        "kmod",
+        "bpf",
+        "dashboards",
+        "deploy",
+        "tests",
+        "docs",
+    ),
     *("README.md", "CONTRIBUTING.md", "pyproject.toml", "requirements.lock", "docker-compose.yml", ".env.example"),
 )
 
@@ -260,7 +272,7 @@ def toybell(_):
 
 """,
     )
-    tree.replace(kit, 'LIVE = {"kmod": kmod,', 'LIVE = {"toybell": toybell, "kmod": kmod,')
+    tree.replace(kit, "LIVE = {", 'LIVE = {"toybell": toybell, ')
 
 
 # --- a file format ---------------------------------------------------------------------------------
