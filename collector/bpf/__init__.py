@@ -1,1 +1,1 @@
-"""The kernel's tracepoints by BPF programs of ours, read live from a ring buffer for each CPU."""
+"""MACE's BPF programs on the kernel's tracepoints, read live from per-CPU ring buffers."""

@@ -1,7 +1,7 @@
-"""What the programs of `bpf/` and their loader agree on, as numpy sees it.
+"""numpy dtypes of the structs that the programs in `bpf/` share with their loader.
 
-Written by hand after `bpf/mace_bpf.h`, which says what each field means; `tests/contract/test_bpf_layout.py` compiles
-that header and compares. Records are those of `contracts.abi`.
+This file mirrors `bpf/mace_bpf.h` by hand; the header documents each field. `tests/contract/test_bpf_layout.py`
+compiles the header and compares the two. The record has the dtype `contracts.abi.RECORD`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ CONFIG: Final[np.dtype[Any]] = np.dtype(
         ("cookies", "<u4"),
     ]
 )
-"""struct mace_config: what a session wants."""
+"""struct mace_config: a session's filter and settings."""
 
 STATE: Final[np.dtype[Any]] = np.dtype([("recording", "<u4"), ("pad", "<u4"), ("nothing", "<u8")])
-"""struct mace_state: what changes while the programs are loaded."""
+"""struct mace_state: the variables that the loader writes while the programs are loaded."""
 
 COUNTS: Final[np.dtype[Any]] = np.dtype(
     [
@@ -40,10 +40,10 @@ COUNTS: Final[np.dtype[Any]] = np.dtype(
         ("since_wake", "<u8"),
     ]
 )
-"""struct mace_counts: what a CPU counted."""
+"""struct mace_counts: one CPU's counts."""
 
 STRUCTS: Final[dict[str, np.dtype[Any]]] = {"mace_config": CONFIG, "mace_state": STATE, "mace_counts": COUNTS}
-"""The header's name of each."""
+"""Dtype of each struct, by the struct's name in the header."""
 
 LOST_BITS: Final = 24
-"""Of the count of lost records that the pad of a record holds."""
+"""Bits of the CPU's count of lost records that the pad of a record holds, the lowest ones."""

@@ -1,7 +1,7 @@
-"""libbpf by ctypes: the calls that loading needs, and its errors as exceptions.
+"""Calls of libbpf through ctypes, with its errors turned into exceptions.
 
-Every Debian and Ubuntu with iproute2 has the library; no compiler, header or Python binding is needed
-(docs/design/022-bpf.md). Objects, programs and maps are libbpf's pointers, opaque here.
+Every Debian and Ubuntu with iproute2 has the library. The calls need no compiler, header or Python binding
+(docs/design/022-bpf.md). Objects, programs, links and maps are opaque pointers of libbpf, passed as integers.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 _MAP_TYPE_RINGBUF: Final = 27
 _KIND_TYPEDEF: Final = 8
 _INFO_BYTES: Final = 224
-"""Of struct bpf_prog_info, up to recursion_misses (Linux 5.12)."""
+"""Bytes of struct bpf_prog_info to query: recursion_misses (Linux 5.12) ends at 216."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """What the kernel counted of one program (struct bpf_prog_info)."""
+    """The kernel's counts for one program (struct bpf_prog_info)."""
 
     runs: int
-    """While statistics were on."""
+    """Number of runs while the kernel's statistics were on."""
     run_ns: int
-    """Time spent in these, ns."""
+    """Time spent in these runs, ns."""
     missed: int
-    """Calls that did not run, because the program was running on that CPU already; 0 before Linux 5.12."""
+    """Calls that the kernel skipped because the program was already running on that CPU; 0 before Linux 5.12."""
 
 
 @cache
 def library() -> Any:
-    """libbpf. Raises `Unavailable` where it is missing."""
+    """Return libbpf, with the types of its functions set; raises `Unavailable` if it is missing or too old."""
     try:
         found = ctypes.CDLL(_NAME, use_errno=True)
         for name, (result, arguments) in _CALLS.items():
@@ -74,13 +74,13 @@ def library() -> Any:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise Unavailable("bpf", f"{_NAME} cannot be used: {error}", "install libbpf 1.0 or later (libbpf1)") from error
-    # It would print its own words on standard error.
+    # Without this call libbpf prints its own messages on standard error.
     found.libbpf_set_print(None)
     return found
 
 
 def check(result: int) -> int:
-    """The result of a call that returns a negative errno, or -1 and sets errno; raises OSError."""
+    """Return the result of a libbpf call; raises `OSError` if it is negative: -errno, or -1 with errno set."""
     if result < 0:
         code = ctypes.get_errno() or -result
         raise OSError(code, os.strerror(code))
@@ -88,7 +88,7 @@ def check(result: int) -> int:
 
 
 def pointer(result: int | None) -> int:
-    """The result of a call that returns NULL and sets errno; raises OSError."""
+    """Return the pointer that a libbpf call returned; raises `OSError` by the call's errno if it is NULL."""
     if not result:
         code = ctypes.get_errno() or errno.EINVAL
         raise OSError(code, os.strerror(code))
@@ -96,18 +96,24 @@ def pointer(result: int | None) -> int:
 
 
 def create_ring(size: int) -> int:
-    """The file descriptor of a new ring buffer of `size` bytes, a power of two and at least a page."""
+    """Create a BPF ring buffer of `size` bytes and return its file descriptor; raises `OSError`.
+
+    The size is a power of two and at least one page.
+    """
     return check(library().bpf_map_create(_MAP_TYPE_RINGBUF, b"mace_ring", 0, 0, size, None))
 
 
 def put(map_fd: int, number: int, value: int) -> None:
-    """Set an element of an array of numbers or of maps (by their file descriptors)."""
+    """Set element `number` of an array map to `value`; raises `OSError`.
+
+    The value of an array of maps is the file descriptor of a map.
+    """
     key, held = _U32(number), _U32(value)
     check(library().bpf_map_update_elem(map_fd, ctypes.byref(key), ctypes.byref(held), 0))
 
 
 def runs_of(program_fd: int) -> Runs:
-    """What the kernel counted of a program."""
+    """Return the kernel's counts for the program of a file descriptor; raises `OSError`."""
     info = (ctypes.c_uint64 * (_INFO_BYTES // 8))()
     size = _U32(_INFO_BYTES)
     check(library().bpf_obj_get_info_by_fd(program_fd, info, ctypes.byref(size)))
@@ -115,22 +121,23 @@ def runs_of(program_fd: int) -> Runs:
 
 
 class Btf:
-    """The types of the kernel that runs. Raises OSError where it has none that can be read."""
+    """The type information (BTF) of the running kernel. The constructor raises `OSError` if it cannot be read."""
 
     def __init__(self) -> None:
         self._library = library()
         self._btf = pointer(self._library.btf__load_vmlinux_btf())
 
     def close(self) -> None:
+        """Free the type information."""
         self._library.btf__free(self._btf)
 
     def arguments_of(self, tracepoint: str) -> int:
-        """How many arguments a tracepoint gives to a program; -1 if the kernel has none of this name."""
+        """Return the number of arguments that a tracepoint passes to a program; -1 if the kernel lacks it."""
         number = self._library.btf__find_by_name_kind(self._btf, f"btf_trace_{tracepoint}".encode(), _KIND_TYPEDEF)
         if number < 0:
             return -1
-        # struct btf_type: name_off, info, type. A typedef of a pointer to a function, whose first argument is
-        # the probe's own data.
+        # struct btf_type is name_off, info, type. btf_trace_NAME is a typedef of a pointer to a function, whose first
+        # argument is the probe's own data.
         of_pointer = self._library.btf__type_by_id(self._btf, number)[2]
         of_function = self._library.btf__type_by_id(self._btf, of_pointer)[2]
         return int(self._library.btf__type_by_id(self._btf, of_function)[1] & 0xFFFF) - 1

@@ -1,13 +1,14 @@
-"""One CPU's BPF ring buffer: slots in, views of their records out, nothing copied.
+"""Reads one CPU's BPF ring buffer and returns views of its records, without copying them.
 
-    consumer page   position of the oldest byte that is not given back: ours to write
-    producer page   position behind the newest slot
-    data            mapped twice in a row, so that every stretch is in one piece
+    consumer page   position of the oldest byte that the reader has not released; the reader writes it
+    producer page   position behind the newest slot; the kernel writes it
+    data            mapped twice in succession, so that records which wrap at the end are contiguous
 
-A slot is a head of eight bytes and a record of 64. A slot is busy from when its place is taken until its record is
-written; interrupts take later places meanwhile. What lies behind a busy slot waits for it.
+A slot is a head of 8 bytes and a record of 64. A slot is busy from its reservation until its record is written; an
+interrupt may reserve later slots meanwhile. The reader stops at the first busy slot, and reads the slots behind it once
+that slot is complete.
 
-The pages are read without a barrier, which the loads of x86-64 do not need: it keeps them in order.
+The reader needs no barrier between the position and the records, because x86-64 keeps loads in order.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ _WRAP: Final = 1 << LOST_BITS
 
 
 class Taken(Stretch):
-    """Records of a ring in a row."""
+    """Successive records of a ring that one `CpuRing.take` returned."""
 
     __slots__ = ("end",)
 
     def __init__(self, records: RingRecords, end: int) -> None:
         super().__init__(records)
         self.end = end
-        """Position in the ring behind the last of them."""
+        """Position in the ring behind the last record."""
 
 
 class CpuRing:
-    """Follows the ring behind `fd`, whose size is `size` bytes. The file descriptor stays the caller's."""
+    """Reads the ring buffer of `fd`, which has `size` bytes of data. The file descriptor stays the caller's."""
 
     def __init__(self, cpu: int, fd: int, size: int) -> None:
         self.cpu: Final = cpu
@@ -55,34 +56,35 @@ class CpuRing:
         self._produced: npt.NDArray[np.uint64] = np.frombuffer(self._theirs, np.uint64, 1)
         self._unreleased: deque[Taken] = deque()
         self._next = 0
-        """Position of the oldest slot that was not taken."""
+        """Position of the oldest slot that `take` has not returned."""
         self.seen = 0
-        """Records that were taken so far."""
+        """Records that `take` has returned so far."""
 
     def close(self) -> None:
-        """Unmap the ring. Nothing may look into it any more."""
+        """Unmap the ring. No view of it may be read afterwards."""
         self._unreleased.clear()
         del self._consumed, self._produced
         for one in (self._ours, self._theirs):
             try:
                 one.close()
             except BufferError:
-                pass  # somebody has a view, an error's traceback for instance; the last one unmaps
+                pass  # a view exists, in the traceback of an error for instance; freeing the last view unmaps the ring
 
     @property
     def fill(self) -> float:
-        """The share of the ring that holds what was taken and not given out, 0 to 1."""
+        """The share of the ring whose records were taken and not yet passed on or copied, 0 to 1."""
         return (self._next - self._oldest()) / self._size
 
     @property
     def waiting(self) -> float:
-        """The share of the ring that the programs have filled, 0 to 1."""
+        """The share of the ring that the programs have filled and the reader has not released, 0 to 1."""
         return (int(self._produced[0]) - int(self._consumed[0])) / self._size
 
     def take(self) -> tuple[Taken | None, bool]:
-        """What is new, if anything; and whether that is all that was begun before the call.
+        """Return the new records, or None if there are none, and whether no slot is busy.
 
-        Raises `SourceError` for what no ring can hold.
+        If no slot is busy, the reader has all records whose slots were reserved before the call. Raises `SourceError`
+        for a slot of another size than a record.
         """
         count = (int(self._produced[0]) - self._next) // SLOT_BYTES
         if count == 0:
@@ -93,8 +95,8 @@ class CpuRing:
         ready = count if whole.all() else int(whole.argmin())
         if ready < count and not heads[ready] & _BUSY and heads[ready] != RECORD.itemsize:
             raise SourceError(
-                f"bpf: the ring of CPU {self.cpu}: a slot of {heads[ready]} bytes, expected {RECORD.itemsize}: the"
-                " programs are of another MACE"
+                f"bpf: the ring of CPU {self.cpu} holds a slot of {heads[ready]} bytes, expected {RECORD.itemsize}: the"
+                " programs belong to another version of MACE; rebuild them: `make -C bpf -B`"
             )
         if ready == 0:
             return None, False
@@ -106,18 +108,18 @@ class CpuRing:
         return taken, ready == count
 
     def release(self) -> None:
-        """Give back what was given out or copied, whole stretches and in order."""
+        """Release, oldest first, the part of the ring whose records were passed on or copied."""
         while self._unreleased and not self._unreleased[0].held:
             self._unreleased.popleft()
         self._consumed[0] = self._oldest()
 
     def copy_out(self) -> None:
-        """Copy all that waits in the ring; the next `release` gives it back."""
+        """Copy all records that wait in the ring; the next `release` releases their slots."""
         for taken in self._unreleased:
             taken.copy_out()
 
     def _oldest(self) -> int:
-        """Position of the oldest record that is only in the ring."""
+        """Return the position of the oldest record whose only copy is in the ring."""
         if not self._unreleased:
             return self._next
         first = self._unreleased[0]
@@ -125,10 +127,10 @@ class CpuRing:
 
 
 def lost_before(records: RingRecords, told: int) -> npt.NDArray[np.int64]:
-    """How many records of the CPU had been lost when each one was written, less `told`: never less than before.
+    """Return how many records the CPU had lost when each record was written, less `told`: int64, never decreasing.
 
-    The programs tell the lower bits only, in the pad, the upper bytes of a record's last word: what is 2**23 or more
-    ahead counts as not ahead.
+    The count is in the record's pad, the upper bytes of its last word, and has `LOST_BITS` bits. A difference of 2**23
+    or more therefore means a count below `told`, and becomes 0.
     """
     words: npt.NDArray[Any] = records.view(WORDS)
     ahead = ((words[:, -1] >> np.uint64(64 - LOST_BITS)).astype(np.int64) - told) % _WRAP
@@ -137,13 +139,17 @@ def lost_before(records: RingRecords, told: int) -> npt.NDArray[np.int64]:
 
 
 def is_sorted(records: RingRecords) -> bool:
-    """Whether they are in order of time: an interrupt's records may lie before those of what it interrupted."""
+    """Return whether records are in order of time.
+
+    They are not if an interrupt reserved its slot before the program that it interrupted, which had read the clock
+    already.
+    """
     ts = records["ts_ns"]
     return bool((ts[1:] >= ts[:-1]).all())
 
 
 def sorted_by_time(pieces: Sequence[RingRecords]) -> RingRecords:
-    """Copies of all of these records, in order of time; equal ones stay in their order."""
+    """Return copies of all records of `pieces` in order of time; records of equal time keep their order."""
     words = np.concatenate([piece.view(WORDS) for piece in pieces])
     ts = np.concatenate([piece["ts_ns"] for piece in pieces])
     return words[np.argsort(ts, kind="stable")].view(COLUMNS).reshape(-1)

@@ -1,7 +1,7 @@
-"""A session of the BPF programs: loaded for one filter, attached, recording, and gone with the process that has it.
+"""One session of the BPF programs: loads them for one filter, attaches them, and starts and stops the recording.
 
-Nothing is pinned: programs, links and maps are file descriptors of this process, and the kernel takes them away
-with it, however it ends.
+Nothing is pinned in bpffs. Programs, links and maps are file descriptors of this process, so the kernel removes them
+when the process ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
 
 OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
-"""What `bpf/Makefile` makes; package data."""
+"""The object file that `bpf/Makefile` builds; it is package data."""
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _WHAT: Final = "bpf"
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
@@ -36,9 +36,12 @@ _RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8
 
 
 def programs() -> dict[Hook, str]:
-    """The program of each hook that this kernel has. Raises `Unavailable` where BPF cannot be used here."""
+    """Return the program's name for each hook of this kernel.
+
+    Raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
+    """
     if not BTF.exists():
-        raise Unavailable(_WHAT, f"this kernel has no BTF: no {BTF}", "a kernel with CONFIG_DEBUG_INFO_BTF")
+        raise Unavailable(_WHAT, f"this kernel has no BTF: {BTF} does not exist", "a kernel with CONFIG_DEBUG_INFO_BTF")
     try:
         btf = libbpf.Btf()
     except OSError as error:
@@ -48,14 +51,20 @@ def programs() -> dict[Hook, str]:
     finally:
         btf.close()
     found = {info.hook: info.name for info in HOOKS if arguments[info.hook] > 0}
-    # The reason is the third; Linux 5.17 has it.
+    # The drop reason is the third argument, since Linux 5.17.
     if 0 < arguments[Hook.KFREE_SKB] < 3:
         found[Hook.KFREE_SKB] = _WITHOUT_REASON
     return found
 
 
 class Session:
-    """Programs loaded for one filter. Raises `Unavailable` where they cannot be, and then leaves nothing."""
+    """The BPF programs, loaded for one filter.
+
+    The constructor loads the programs and attaches none. It raises `Unavailable` if the machine or the caller's rights
+    do not allow it, `SourceError` if the object file belongs to another version of MACE; nothing stays loaded then.
+    `ring_bytes` is the size of each CPU's ring, a power of two and at least one page. A CPU wakes the reader every
+    `wake_every` records. With `cookies` records identify a namespace by its cookie, else by its inode.
+    """
 
     def __init__(
         self, wanted: SessionFilter, *, ring_bytes: int, wake_every: int, cookies: bool, path: Path = OBJECT
@@ -83,11 +92,11 @@ class Session:
 
     @property
     def attached(self) -> int:
-        """How many programs are."""
+        """Number of programs that are attached."""
         return len(self._links)
 
     def close(self) -> None:
-        """Detach and forget. Safe to call again."""
+        """Stop recording, detach the programs and release all resources; a second call has no effect."""
         self._set_recording(on=False)
         self.detach()
         rings, self._rings = self._rings, {}
@@ -109,10 +118,12 @@ class Session:
         except OSError as error:
             if not path.exists():
                 raise Unavailable(
-                    _WHAT, f"the programs are not there: no {path}", "`./dev setup`, with clang and libbpf-dev"
+                    _WHAT,
+                    f"the programs are not built: {path} does not exist",
+                    "`./dev setup`, with clang and libbpf-dev",
                 ) from error
             raise Unavailable(
-                _WHAT, f"{path} is no BPF object: {error.strerror}", "make it anew: `make -C bpf clean all`"
+                _WHAT, f"{path} is no BPF object: {error.strerror}", "rebuild it: `make -C bpf -B`"
             ) from error
 
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool, known: Iterable[str]) -> None:
@@ -144,7 +155,7 @@ class Session:
         self._counts_fd = check(self._library.bpf_map__fd(counts))
         self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
         self._rings_fd = check(self._library.bpf_map__fd(self._map("mace_rings")))
-        # libbpf keeps its own copy of global data, and the programs see the map's.
+        # libbpf's pointer leads to its own copy of the global data; the programs read the map's memory.
         state = check(self._library.bpf_map__fd(self._map(".bss")))
         self._state = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._fds = {hook: check(self._library.bpf_program__fd(self._program(n))) for hook, n in self.programs.items()}
@@ -152,18 +163,27 @@ class Session:
     def _map(self, name: str) -> int:
         found = self._library.bpf_object__find_map_by_name(self._object, name.encode())
         if not found:
-            raise SourceError(f"bpf: the programs have no map {name}: they are of another MACE")
+            raise SourceError(
+                f"bpf: the programs have no map {name}: they belong to another version of MACE; rebuild them:"
+                " `make -C bpf -B`"
+            )
         return int(found)
 
     def _program(self, name: str) -> int:
         return pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
 
     def _memory_of(self, section: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """What the section's global data begins with, in libbpf's copy: up to loading what the programs will see."""
+        """Return the start of a section's global data as `dtype`, a writable view of libbpf's copy.
+
+        Loading copies this memory into the map, so the programs see what was written here before.
+        """
         size = ctypes.c_size_t()
         at = pointer(self._library.bpf_map__initial_value(self._map(section), ctypes.byref(size)))
         if size.value < dtype.itemsize:
-            raise SourceError(f"bpf: the programs have {size.value} bytes of {section}: they are of another MACE")
+            raise SourceError(
+                f"bpf: the programs' section {section} has {size.value} bytes, expected at least {dtype.itemsize}:"
+                " they belong to another version of MACE; rebuild them: `make -C bpf -B`"
+            )
         memory = memoryview((ctypes.c_uint8 * dtype.itemsize).from_address(at)).cast("B")
         found: npt.NDArray[Any] = np.frombuffer(memory, dtype).reshape(())
         return found
@@ -171,7 +191,10 @@ class Session:
     # --- recording ------------------------------------------------------------------------------
 
     def add_ring(self, cpu: int) -> int:
-        """A ring for a CPU; its file descriptor, which stays ours."""
+        """Create the ring of a CPU and return its file descriptor, which `close` closes.
+
+        Raises `Unavailable` if the kernel refuses the memory.
+        """
         try:
             fd = libbpf.create_ring(self._ring_bytes)
         except OSError as error:
@@ -181,7 +204,7 @@ class Session:
         return fd
 
     def attach(self) -> None:
-        """Let the programs run, which record nothing yet."""
+        """Attach the programs, which record only after `start`; raises `Unavailable`."""
         for name in self.programs.values():
             try:
                 self._links.append(pointer(self._library.bpf_program__attach(self._program(name))))
@@ -189,17 +212,17 @@ class Session:
                 raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", _RIGHTS) from error
 
     def detach(self) -> None:
-        """Let the programs run no more."""
+        """Detach the programs."""
         links, self._links = self._links, []
         for link in links:
             self._library.bpf_link__destroy(link)
 
     def start(self) -> None:
-        """Record from now on."""
+        """Start recording."""
         self._set_recording(on=True)
 
     def stop(self) -> None:
-        """Record no more; programs that are running end within microseconds."""
+        """Stop recording. A program that is running may still write its record, within microseconds."""
         self._set_recording(on=False)
 
     def _set_recording(self, *, on: bool) -> None:
@@ -207,17 +230,20 @@ class Session:
             self._state[0] = on
 
     def counts(self) -> npt.NDArray[Any]:
-        """What each possible CPU counted: `COUNTS`, a copy."""
+        """Return a copy of the programs' counts, of dtype `COUNTS`, indexed by possible CPU; raises `OSError`."""
         key = ctypes.c_uint32(0)
         check(self._library.bpf_map_lookup_elem(self._counts_fd, ctypes.byref(key), self._counts.ctypes.data))
         return np.ndarray((self.possible_cpus,), COUNTS, self._counts, 0, (self._counts.shape[1],)).copy()
 
     def runs(self) -> dict[Hook, Runs]:
-        """What the kernel counted of each program."""
+        """Return the kernel's counts for the program of each hook; raises `OSError`."""
         return {hook: libbpf.runs_of(fd) for hook, fd in self._fds.items()}
 
     def time_runs(self, *, on: bool) -> bool:
-        """Let the kernel time all programs of the machine, or no longer; whether it does for us."""
+        """Switch the kernel's timing of all BPF programs on or off; return whether this session has it on.
+
+        The kernel refuses to switch it on without CAP_SYS_ADMIN.
+        """
         if on and self._stats < 0:
             self._stats = self._library.bpf_enable_stats(0)
         elif not on and self._stats >= 0:
@@ -227,12 +253,16 @@ class Session:
 
 
 def ring_bytes_of(kib: int) -> int:
-    """The size of a ring that takes at most so much: a power of two and at least a page."""
+    """Return the largest ring size that fits in `kib` KiB, in bytes: a power of two, and at least one page."""
     return max(1 << (max(kib * 1024, 1).bit_length() - 1), mmap.PAGESIZE)
 
 
 def name_of(netns: str | int | None, *, cookies: bool) -> int:
-    """How records name a namespace: by its cookie or its inode. None: that of this process."""
+    """Return the number by which records identify a namespace: its cookie with `cookies`, else its inode.
+
+    `netns` is a path, an open file descriptor, or None for the namespace of this process. Raises `Unavailable` if the
+    namespace cannot be opened, or cannot be entered to read its cookie.
+    """
     if isinstance(netns, int):
         return _name_of_fd(netns, cookies=cookies)
     path = netns or "/proc/self/ns/net"
@@ -240,7 +270,7 @@ def name_of(netns: str | int | None, *, cookies: bool) -> int:
         fd = open_nsfs(path)
     except OSError as error:
         raise Unavailable(
-            _WHAT, f"network namespace {path}: {error.strerror}", "a path as /run/netns/NAME or /proc/PID/ns/net"
+            _WHAT, f"network namespace {path}: {error.strerror}", "a path like /run/netns/NAME or /proc/PID/ns/net"
         ) from error
     try:
         return _name_of_fd(fd, cookies=cookies)
@@ -265,7 +295,7 @@ def _name_of_fd(fd: int, *, cookies: bool) -> int:
         finally:
             os.close(home)
 
-    # A thread of its own: the main thread stays where it is.
+    # A thread of its own enters the namespace, so that no other thread leaves its own.
     thread = threading.Thread(target=look)
     thread.start()
     thread.join()
@@ -282,11 +312,11 @@ def _refused(error: OSError) -> Unavailable:
             lockdown = _lockdown()
             if lockdown:
                 return Unavailable(
-                    _WHAT, f"the kernel is locked down ({lockdown})", "start it without lockdown=confidentiality"
+                    _WHAT, f"the kernel is locked down ({lockdown})", "boot it without lockdown=confidentiality"
                 )
-            return Unavailable(_WHAT, "the kernel lets this user load no programs (EPERM)", _RIGHTS)
+            return Unavailable(_WHAT, "the kernel does not allow this user to load BPF programs (EPERM)", _RIGHTS)
         case errno.ENOMEM:
-            return Unavailable(_WHAT, "no memory for the programs", "a larger memory limit of the cgroup")
+            return Unavailable(_WHAT, "no memory to load the programs", "a higher memory limit of the cgroup")
     return Unavailable(
         _WHAT, f"the kernel refuses the programs: {error.strerror}", "Linux 5.10 or later with CONFIG_DEBUG_INFO_BTF"
     )
@@ -297,11 +327,13 @@ def _no_ring(error: OSError, size: int) -> Unavailable:
         return Unavailable(
             _WHAT, f"no memory for a ring of {size / 2**20:g} MiB", "a smaller [capture] ring_mib, or more memory"
         )
-    return Unavailable(_WHAT, f"a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib")
+    return Unavailable(
+        _WHAT, f"the kernel refuses a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib"
+    )
 
 
 def _lockdown() -> str:
-    """The level that confines BPF, or ""."""
+    """Return the kernel's lockdown level if that forbids programs to read kernel memory, else ""."""
     try:
         told = Path("/sys/kernel/security/lockdown").read_text(encoding="ascii")
     except OSError:

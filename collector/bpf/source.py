@@ -1,17 +1,16 @@
-"""BPF programs as a source: the module's records of 64 bytes, out of a ring buffer for each CPU.
+"""BPF programs as a live source: records of 64 bytes, as the module's, read from a BPF ring buffer per CPU.
 
     programs ──slots──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
-    (a ring per CPU)    tick by tick  markers            devices, as they change, between them
+    (one ring per CPU)  tick by tick  markers            devices, as they change, between them
 
-One tick takes all that is in the rings. A tick comes every poll interval, and sooner when a CPU has written a quarter
-of a ring. A ring that was read at time T and held no slot that was being written has given all that happened before T:
-that drives the merge. What the hold-back keeps stays in the rings, unless they run short of room: then it is copied
-out.
+One tick reads all records in the rings. A tick runs every poll interval, and earlier when a CPU has written a quarter
+of a ring. A ring that was read at time T and had no busy slot has returned all records from before T: these times drive
+the merge. Records that the hold-back delays stay in the rings, or are copied out when the rings run short of room.
 
-When a ring is full, the programs discard what is new and count it, by CPU and hook; each record says how many its CPU
-had lost by then. So a marker stands exactly where records are missing. The kernel does not run a program inside itself
-on one CPU; it counts such calls, and a marker of a CPU that does not exist tells of them. At the end the counts must
-agree: records lost are records told of.
+A full ring makes the programs discard new records and count them by CPU and hook. Each record holds the number of
+records that its CPU had lost by then, so a marker stands exactly where records are missing. The kernel does not run a
+program inside itself on one CPU: it skips and counts such calls, and a marker of a CPU that does not exist reports
+them. At the end the counts must agree: records lost equal the records that markers report.
 """
 
 from __future__ import annotations
@@ -50,35 +49,36 @@ from contracts.topology import Device
 _log = logging.getLogger(__name__)
 
 _WATERMARK_SHARE: Final = 4
-"""A CPU wakes us when it has written one in so many of its ring's slots."""
+"""A CPU wakes the source when it has written one in this many of its ring's slots."""
 _FILLING: Final = 0.4
-"""A tick that finds so much of a ring comes late: the watermark asks for one at a quarter."""
+"""Fill of a ring that shows that a tick came late: the watermark wakes the source at a quarter."""
 _COPY_ABOVE: Final = 0.5
-"""The share of a ring that may wait for the hold-back in place."""
+"""Share of a ring that may wait in place for the hold-back."""
 _SETTLE_S: Final = 0.01
-"""Between stopping and reading for the last time: a program that is running then still writes its record."""
+"""Pause between stopping the programs and the last reading, in which a running program still writes its record, s."""
 _TIMED_EVERY: Final = 64
-"""One tick in so many has the kernel time the programs, which makes each run some 40 ns dearer."""
+"""The kernel times the programs during one tick in this many, because timing makes each run some 40 ns longer."""
 _MACHINE: Final = "x86_64"
-"""The processors whose loads stay in order, so that a ring can be read without a barrier."""
+"""Architecture that keeps loads in order, so that a ring can be read without a barrier."""
 
 
 @dataclass(frozen=True, slots=True)
 class BpfConfig:
-    """What can be chosen; the defaults suit a busy host."""
+    """Settings of the source; the defaults suit a busy host. Raises `ValueError` for a value out of range."""
 
     ring_kib_per_cpu: int = 8192
-    """Memory for each CPU's ring, KiB; made a power of two. 8 MiB are about 116,000 records."""
+    """Memory for each CPU's ring, KiB; rounded down to a power of two. 8 MiB are about 116,000 records."""
     poll_interval_s: float = 0.05
+    """Interval of the ticks."""
     hold_back_ms: float = 50
-    """Records are given out this much later than they could be, for what is to stand before them."""
+    """Delay added before records are passed on, so that a topology read later can still precede them."""
     host: str = ""
-    """Whose records the stream says they are; empty: the machine's own name."""
+    """Host name in the stream's header; empty: the machine's own name."""
     wanted: SessionFilter = field(default_factory=SessionFilter)
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
-            ("ring_kib_per_cpu", self.ring_kib_per_cpu >= mmap.PAGESIZE // 1024, "a page at least"),
+            ("ring_kib_per_cpu", self.ring_kib_per_cpu >= mmap.PAGESIZE // 1024, "at least a page"),
             ("poll_interval_s", 0 < self.poll_interval_s <= 10, "more than 0 and at most 10"),
             ("hold_back_ms", 0 <= self.hold_back_ms <= 10_000, "0 to 10000"),
         ):
@@ -87,24 +87,28 @@ class BpfConfig:
 
     @property
     def ring_bytes(self) -> int:
-        """Of one ring: a power of two, at most as many as are asked for."""
+        """Size of one ring, bytes: the largest power of two within `ring_kib_per_cpu`."""
         return ring_bytes_of(self.ring_kib_per_cpu)
 
 
 @dataclass(slots=True)
 class _Cpu:
-    """What we know of one CPU."""
+    """State of one CPU's ring."""
 
     ring: CpuRing | None
-    """None where there was no memory for one: all of its records are lost."""
+    """None if there was no memory for a ring: all records of the CPU are lost."""
     last_ns: int
-    """Time of the last record that was taken."""
+    """Time of the last record."""
     told_lost: int = 0
-    """Lost records that markers tell of."""
+    """Lost records that markers have reported."""
 
 
 class _Merger(RingMerger):
-    """Takes stretches of which one may begin before the end of the one before: an interrupt came between the two."""
+    """A `RingMerger` whose stretches of one CPU may overlap in time.
+
+    An interrupt's slot may precede that of the program that it interrupted, whose record is earlier, and a tick may
+    fall between the two. `push` sorts such a stretch together with the waiting stretches that it overlaps.
+    """
 
     def push(self, cpu: int, stretch: Stretch) -> None:
         before = self._waiting[cpu]
@@ -121,7 +125,7 @@ class _Merger(RingMerger):
 
 
 class BpfSource(RingSource):
-    """A `contracts.interfaces.Source` over BPF programs on this machine's tracepoints."""
+    """A `contracts.interfaces.Source` that reads MACE's BPF programs on this machine's tracepoints."""
 
     def __init__(
         self,
@@ -147,22 +151,22 @@ class BpfSource(RingSource):
         self._session: Session | None = None
         self._cpus: dict[int, _Cpu] = {}
         self._filling: select.epoll | None = None
-        """Rings of CPUs that have written a quarter of theirs."""
+        """Readable when a CPU has written a quarter of its ring since it last woke the source."""
         self._missed_told = 0
-        """Calls that the kernel skipped, and that markers tell of."""
+        """Skipped calls that markers have reported."""
         self._nowhere: int | None = None
-        """The CPU that does not exist, which these markers are of."""
+        """Number of the CPU that does not exist, whose markers report skipped calls; None before the first."""
         self._ticks = 0
         self._timed_from: dict[Hook, tuple[int, int]] = {}
         self._timed: dict[Hook, tuple[int, int]] = {}
-        """Runs that were timed, and their time, ns."""
+        """By hook: number of runs that were timed, and their total time, ns."""
         self._cost: tuple[HookCost, ...] = ()
 
     # --- lifecycle ------------------------------------------------------------------------------
 
     @staticmethod
     def check(open_session: Callable[..., Session] = Session) -> Status:
-        """Whether this source can run here: the programs are loaded, and let go."""
+        """Return whether this source can run here, by loading the programs and unloading them."""
         try:
             _check_machine()
             missing = [info.name for info in HOOKS if info.hook not in programs()]
@@ -176,7 +180,7 @@ class BpfSource(RingSource):
         return Status(
             ok=True,
             detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} tracepoints{without}; sees every network"
-            f" namespace; content key of what lies in a buffer's linear part{silent}",
+            f" namespace; content key for packets that lie in a buffer's linear part{silent}",
         )
 
     async def _acquire(self) -> StreamHeader:
@@ -184,7 +188,7 @@ class BpfSource(RingSource):
         keep_freed_memory()
         self._began_ns = time.monotonic_ns()
         await self._follow(wakes=False)
-        # Where nobody says which cookie is which namespace, the inode at least can be looked up.
+        # Without a follower's table of cookies, only the inode leads to a namespace.
         cookies = bool(self._devices) and all(device.netns_cookie for device in self._devices)
         if cookies:
             self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
@@ -211,14 +215,14 @@ class BpfSource(RingSource):
         assert self._session is not None
         assert self._filling is not None
         fd = self._session.add_ring(cpu)
-        # At the edge: a ring that holds anything counts as readable, and only a program says when to come.
+        # Edge-triggered: to the kernel any ring with a record is readable, but the programs choose when to wake us.
         self._filling.register(fd, select.EPOLLIN | select.EPOLLET)
         return CpuRing(cpu, fd, self.config.ring_bytes)
 
     def _give_back(self) -> None:
         if self._session is not None:
             self._session.stop()
-        # Nothing may look into a ring when it is unmapped.
+        # No view of a ring may remain when it is unmapped.
         self._merger.clear()
         rings = [cpu.ring for cpu in self._cpus.values() if cpu.ring is not None]
         self._cpus.clear()
@@ -233,7 +237,7 @@ class BpfSource(RingSource):
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
-        """What the programs cost since `open`; nothing where we may not know (CAP_SYS_ADMIN)."""
+        """Cost of the programs since `open`; empty without CAP_SYS_ADMIN, which the kernel's timing needs."""
         if self._session is not None and self._timed:
             calls = self._session.counts()["calls"].sum(axis=0)
             self._cost = tuple(HookCost(hook, int(calls[hook]), *timed) for hook, timed in self._timed.items())
@@ -242,7 +246,7 @@ class BpfSource(RingSource):
     # --- the stream -----------------------------------------------------------------------------
 
     async def items(self) -> AsyncIterator[StreamItem]:
-        """Topology and batches until `request_stop`. A slow reader is felt in the rings, not here."""
+        """Yield topologies and batches until `request_stop`. A slow consumer fills the rings, not memory."""
         assert self._session is not None
         assert self._filling is not None
         yield self._topology(self._began_ns)
@@ -255,8 +259,8 @@ class BpfSource(RingSource):
             self._make_room()
             self._devices_changed()
             self._filling.poll(0)
-            # A tick every interval, not an interval between ticks: merging, and what those who read us do
-            # meanwhile, must not add to the latency.
+            # The interval runs from the start of one tick to the start of the next: the time for merging, and for the
+            # consumer's work meanwhile, must not add to the latency.
             rest_s = max(began + self.config.poll_interval_s - time.monotonic(), 0)
             await self._pause(rest_s, self._filling.fileno())
         self._session.stop()
@@ -267,15 +271,15 @@ class BpfSource(RingSource):
         self._balance()
 
     async def _settle(self) -> None:
-        """Until all programs that were running have written their records: each within microseconds, if it runs."""
+        """Read until no slot is busy, at most a second. A running program completes its slot within microseconds."""
         for _ in range(100):
             await asyncio.sleep(_SETTLE_S)
             if self._take_all():
                 return
-        _log.warning("bpf: a record was still being written a second after the end: it is left out")
+        _log.warning("bpf: a program had not completed its record a second after the end: the stream lacks this record")
 
     def _learned(self, devices: tuple[Device, ...]) -> None:
-        """By how records name namespaces."""
+        """Index the devices by the cookie (its lower 32 bits) or inode with which records identify namespaces."""
         by_cookie = self._places.inode_of is not None
         self._names = {((d.netns_cookie & 0xFFFFFFFF) if by_cookie else d.netns, d.ifindex): d.name for d in devices}
         self._inodes = {device.netns_cookie & 0xFFFFFFFF: device.netns for device in devices}
@@ -286,13 +290,13 @@ class BpfSource(RingSource):
     # --- the rings ------------------------------------------------------------------------------
 
     def _take_all(self) -> bool:
-        """Take what is in the rings, and what was lost; whether no ring held a slot that was being written."""
+        """Read all rings, and report what they have lost; return whether no ring had a busy slot."""
         assert self._session is not None
         self._add_late_cpus()
         waiting = max((cpu.ring.waiting for cpu in self._cpus.values() if cpu.ring is not None), default=0.0)
         begun_ns = time.monotonic_ns()
         fresh = {number: cpu.ring.take() for number, cpu in self._cpus.items() if cpu.ring is not None}
-        # Behind the rings: what a record says of losses is in these counts.
+        # Read the counts after the rings: then they include every loss that a record reports.
         counts = self._session.counts()
         for number, cpu in self._cpus.items():
             taken, caught_up = fresh.get(number, (None, True))
@@ -329,13 +333,13 @@ class BpfSource(RingSource):
         cpu.last_ns = max(cpu.last_ns, last_ns)
 
     def _mark(self, number: int, cpu: _Cpu, lost: int, until_ns: int) -> None:
-        """A marker for records that no marker tells of yet."""
+        """Push a marker for `lost` records that no marker has reported yet."""
         if lost > 0:
             self._merger.push(number, Marker(number, cpu.last_ns, lost, until_ns))
             cpu.told_lost += lost
 
     def _tell_missed(self) -> None:
-        """Calls that the kernel did not make: nobody knows of which packet, on which CPU."""
+        """Report the calls that the kernel skipped since the last tick. It counts them per program, not per CPU."""
         assert self._session is not None
         missed = sum(runs.missed for runs in self._session.runs().values()) - self._missed_before
         if missed and self._nowhere is None:
@@ -353,21 +357,21 @@ class BpfSource(RingSource):
         self._merger.complete(self._nowhere, now_ns)
 
     def _add_late_cpus(self) -> None:
-        """Rings of CPUs that have come online. Until then their records are counted as lost."""
+        """Add rings for CPUs that came online. The programs count the records of a CPU without a ring as lost."""
         for number in online_cpus():
             if number in self._cpus:
                 continue
             try:
                 ring = self._ring_of(number)
             except Unavailable as error:
-                _log.warning("bpf: CPU %d came online, and its records are lost: %s", number, error)
+                _log.warning("bpf: CPU %d came online without a ring, so its records are lost: %s", number, error)
                 ring = None
             since_ns = self._since_ns()
             self._cpus[number] = _Cpu(ring, last_ns=since_ns)
             self._merger.add_cpu(number, since_ns)
 
     def _make_room(self) -> None:
-        """Give back what was given out; where too much waits for the hold-back, let it wait elsewhere."""
+        """Release records that were passed on; copy waiting records out of a ring that is more than half full."""
         for cpu in self._cpus.values():
             if cpu.ring is not None:
                 if cpu.ring.fill > _COPY_ABOVE:
@@ -375,7 +379,7 @@ class BpfSource(RingSource):
                 cpu.ring.release()
 
     def _time_runs(self) -> None:
-        """Have the kernel time the programs for one tick now and then."""
+        """Switch the kernel's timing of the programs on for one tick in `_TIMED_EVERY`, and add up what it counted."""
         assert self._session is not None
         self._ticks += 1
         if self._timed_from:
@@ -389,27 +393,27 @@ class BpfSource(RingSource):
             self._timed_from = {hook: (runs.runs, runs.run_ns) for hook, runs in self._session.runs().items()}
 
     def _balance(self) -> None:
-        """After the end: the programs' counts and ours are the same, or something is wrong with either."""
+        """Compare the programs' counts with those of this source at the end; raises `SourceError` if they differ."""
         assert self._session is not None
         counts: npt.NDArray[Any] = self._session.counts()
         lost = int(counts["lost_all"].sum())
         told = sum(cpu.told_lost for cpu in self._cpus.values())
         if lost != told or lost != int(counts["lost"].sum()):
             raise SourceError(
-                f"bpf: the programs have lost {int(counts['lost'].sum()):,} records by hook, {lost:,} in all, and we"
-                f" have told of {told:,}: a defect, please report"
+                f"bpf: the programs count {int(counts['lost'].sum()):,} lost records by hook and {lost:,} in total, but"
+                f" MACE has reported {told:,} as lost: a defect, please report"
             )
 
 
 def _check_machine() -> None:
     if platform.machine() != _MACHINE:
         raise Unavailable(
-            "bpf", f"rings are read in an order that {platform.machine()} does not keep", "--source ftrace, or kmod"
+            "bpf", f"runs on {_MACHINE} only, and this machine is {platform.machine()}", "--source ftrace, or kmod"
         )
 
 
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> BpfSource:
-    """The source that `[capture]` describes. Raises `ConfigError` for names that nobody has."""
+    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown device or protocol."""
     return BpfSource(
         BpfConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,

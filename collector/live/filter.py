@@ -1,4 +1,4 @@
-"""Which packets a live source records, for sources that filter in the kernel."""
+"""The filter of live sources that select packets in the kernel, and its making from `[capture]`."""
 
 from __future__ import annotations
 

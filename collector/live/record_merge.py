@@ -116,7 +116,7 @@ class SeenPlaces:
 
 
 class Marker(Stretch):
-    """A sub-buffer of one `LOST` record: `cpu` lost `lost` records after `ts_ns` and before `until_ns`."""
+    """A stretch of one `LOST` record: `cpu` lost `lost` records after `ts_ns` and before `until_ns`."""
 
     __slots__ = ()
 
@@ -133,9 +133,9 @@ class Marker(Stretch):
 
 
 class RingMerger(Watermark):
-    """Merges sub-buffers of several CPUs, of which it keeps views; raises `SourceError` for impossible records.
+    """Merges stretches of several CPUs, of which it keeps views; raises `SourceError` for impossible records.
 
-    `of` names in such an error who fills the rings.
+    `of` names the writer of the rings in such an error.
     """
 
     def __init__(

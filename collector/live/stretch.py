@@ -13,7 +13,7 @@ RingRecords = npt.NDArray[Any]
 
 
 class Stretch:
-    """The records of a stretch that are not passed on yet."""
+    """Successive records of one ring that were not passed on yet."""
 
     __slots__ = ("_held", "records")
 

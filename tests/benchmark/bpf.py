@@ -1,13 +1,13 @@
-"""The source bpf: what its programs cost, and how fast its rings are emptied.
+"""Cost of the BPF programs, and the rate at which their rings are emptied.
 
-    bpf_record              ns a record with its key, by the kernel's own statistics, less those of programs that are
-                            attached and switched off
-    bpf_filtered            the same of a packet that is filtered out by its namespace
-    bpf_vs_ftrace           ns that a flood ping's mean round trip grows by; the peer is ftrace
+    bpf_record              ns per run of a program that writes a record with its key
+    bpf_filtered            ns per run of a program that discards the packet by its namespace
+    bpf_vs_ftrace           ns by which a flood ping's mean round trip grows; the peer is ftrace
     bpf_drain               records/s from rings to merged batches, on one core
 
-All but the last take turns, in a lab of their own. The kernel's statistics read the clock twice in each run, also of
-programs that are switched off.
+The first two are differences of the kernel's own statistics: recording less attached and not recording. The kernel's
+statistics read the clock twice in each run, which the difference removes. The variants of the first three alternate in
+one lab.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ DRAIN_ROUNDS = 20
 
 
 def run() -> list[dict[str, Any]]:
-    """All of them."""
+    """Measure and return all four figures."""
     keep_freed_memory()
     with running(Spec(name="bpfb")) as lab:
         lab.ping("c1", count=10)
@@ -61,7 +61,7 @@ def _cost(lab: Lab) -> list[dict[str, Any]]:
     found: tuple[list[float], list[float]] = ([], [])
     try:
         for one, costs in list(zip(sessions, found, strict=True)) * ROUNDS:
-            # Rings of their own for each round, so that none is full.
+            # Each round gets new rings, so that none is full.
             for cpu in online_cpus():
                 one.add_ring(cpu)
             one.attach()
@@ -104,7 +104,7 @@ def _versus_ftrace(lab: Lab) -> dict[str, Any]:
 
 
 def _drain() -> dict[str, Any]:
-    """Slots in memory of ours, as in a ring; two CPUs whose records come by turns."""
+    """Merge records of two CPUs whose times interleave, from slots laid out in memory as in a ring."""
     memory = [np.zeros(DRAINED * SLOT_BYTES, np.uint8) for _ in range(2)]
     rings = [np.ndarray((DRAINED,), COLUMNS, one, SLOT_BYTES - RECORD.itemsize, (SLOT_BYTES,)) for one in memory]
     for cpu, ring in enumerate(rings):

@@ -1,4 +1,4 @@
-"""The BPF programs on the real kernel: the same packets as ftrace, nobody else's, nothing lost and nothing left."""
+"""The BPF programs on the running kernel: compared with ftrace, filtered, killed, attached again and again, refused."""
 
 import asyncio
 import ctypes
@@ -31,12 +31,12 @@ pytestmark = [pytest.mark.needs("root", "bpf", "netns"), pytest.mark.timeout(180
 
 COUNT = 300
 SIZE = 1213
-"""Payload of the pings; their length tells them from all other traffic."""
+"""Payload of the pings, bytes: their length distinguishes them from all other traffic."""
 DEVICE_HOOKS = [info.hook for info in BY_HOOK.values() if info.has_device]
 
 
 def programs_of(pid):
-    """Ids of the BPF programs that a process has."""
+    """Return the ids of the BPF programs of which a process has a file descriptor."""
     found = set()
     for file in Path(f"/proc/{pid}/fdinfo").iterdir():
         found |= set(map(int, re.findall(r"^prog_id:\s+(\d+)$", file.read_text(), re.MULTILINE)))
@@ -56,7 +56,7 @@ def of(sender, **more):
 
 
 async def recorded(sources, work):
-    """The items of several sources that ran while `work` was done."""
+    """Run several sources while `work` runs, and return the items of each."""
     for source in sources:
         await source.open()
 
@@ -81,7 +81,7 @@ def batch_of(items):
 
 
 def steps(items):
-    """(hook, device) of the pings' records, in order of time, and those of each buffer."""
+    """Return (hook, device) of the pings' records in time order, a count of each buffer's sequence, and the records."""
     batch, sightings = batch_of(items), [i for i in items if isinstance(i, Topology)][-1].sightings
     mine = batch[(batch.l3_len == SIZE + 28) & np.isin(batch.hook, DEVICE_HOOKS)]
     names = [sightings[code].name for code in mine.dev.tolist()]
@@ -106,7 +106,7 @@ def test_ftrace_sees_the_same_hops_in_the_same_order():
     assert ours == theirs
     assert of_buffers == of_their_buffers
     assert batch_of(bpf).lost == batch_of(ftrace).lost == 0
-    # A request and its reply, each one key from the first device to the last.
+    # Each request and each reply keeps one key from its first device to its last.
     assert len(np.unique(mine.content.packet_key)) == 2 * COUNT
     assert (mine.content.flags & Flag.KEY).all()
 
@@ -126,7 +126,7 @@ def test_a_filtered_session_has_no_other_packet_and_two_at_once_have_the_same():
         batch = batch_of(one)
         sightings = [i for i in one if isinstance(i, Topology)][-1].sightings
         queued = batch[batch.hook == Hook.NET_DEV_QUEUE]
-        # The n-th has n bytes of payload.
+        # The n-th datagram has n bytes of payload.
         assert (queued.l3_len - 28).tolist() == list(range(500))
         assert {sightings[code].netns for code in np.unique(batch.dev).tolist()} <= {netns, 0}
         assert batch.lost == 0
@@ -155,8 +155,8 @@ def test_a_killed_collector_leaves_nothing_attached():
     for _ in range(300):
         if not any(map(is_loaded, programs)):
             return
-        time.sleep(0.1)  # the kernel frees them a moment later
-    pytest.fail("programs are left")
+        time.sleep(0.1)  # the kernel frees the programs a moment after the process
+    pytest.fail("programs of the killed collector are still loaded after 30 s")
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_attached_and_detached_again_and_again_under_a_flood():
             one.close()
 
 
-# --- where it cannot ------------------------------------------------------------------------------
+# --- where the source cannot run ------------------------------------------------------------------------------
 
 
 def test_without_btf(monkeypatch, tmp_path):
@@ -203,7 +203,7 @@ def test_a_truncated_object(tmp_path, kept):
 
 
 def test_no_object(tmp_path):
-    with pytest.raises(Unavailable, match=r"the programs are not there.*\./dev setup"):
+    with pytest.raises(Unavailable, match=r"the programs are not built.*\./dev setup"):
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=tmp_path / "mace.bpf.o")
 
 
@@ -220,6 +220,6 @@ def test_without_rights():
 
 
 def test_a_ring_that_is_too_small():
-    with pytest.raises(ValueError, match="a page at least"):
+    with pytest.raises(ValueError, match="at least a page"):
         BpfConfig(ring_kib_per_cpu=1)
     assert [session.ring_bytes_of(kib) for kib in (1, 4, 5, 64, 100)] == [4096, 4096, 4096, 65536, 65536]
