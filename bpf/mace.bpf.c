@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Programs on the tracepoints: one small function per hook, and one that does the work.
+ * Programs on the tracepoints: one small function per hook, and the function that all of them call.
  *
- * A program runs wherever the kernel touches a packet, on any CPU, and on its CPU another one may
- * run in the middle of it (an interrupt; in the newest kernels also another task). So all that is
- * kept from packet to packet carries a check over its words, so that a torn entry is no entry, and
- * losses are counted with atomic additions. The kernel does not run a program inside itself on one CPU; it
- * counts such calls (recursion_misses of struct bpf_prog_info), and the reader asks for that.
+ * A program runs wherever the kernel handles a packet, on any CPU. Another program may interrupt it
+ * on the same CPU (from an interrupt; in the newest kernels also from another task). Every entry
+ * that the programs keep from packet to packet therefore holds a check over its words, which a torn
+ * entry fails, and the programs count losses with atomic additions. The kernel does not run a
+ * program inside itself on one CPU: it skips the inner call and counts it (recursion_misses of
+ * struct bpf_prog_info), and the reader queries that count.
  *
- * Where a packet is, its device says. At the hooks where it is delivered or freed skb->dev may
- * dangle: there the namespace of its socket counts, if it has one. A session of some namespaces
- * gets no other packet at these hooks, and a session of some devices none.
+ * A packet's device gives its namespace. At the hooks where a packet is delivered or freed,
+ * skb->dev may dangle, so the programs take the namespace of the packet's socket, if it has one. At
+ * these hooks a session that is limited to namespaces gets only packets with a socket in one of
+ * them, and a session that is limited to devices gets none.
  */
 #include <linux/bpf.h>
 #include <linux/types.h>
@@ -24,7 +26,7 @@
 #include "mace_kernel.h"
 #include "mace_packet.h"
 
-/* Odd, and 2^64 divided by the golden ratio the first: words that differ give other sums. */
+/* Odd, so that a change of one word changes the sum; the first is 2^64 over the golden ratio. */
 #define MACE_FACTOR 0x9e3779b97f4a7c15ULL
 #define MACE_FACTOR2 0xbf58476d1ce4e5b9ULL
 #define MACE_FACTOR3 0x94d049bb133111ebULL
@@ -34,11 +36,13 @@
 #define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
 
 /**
- * struct mace_hashed - the last packet_key of a CPU: its packet mostly comes to another hook next
+ * struct mace_hashed - the last packet_key of a CPU
  *
- * @words: what it is the hash of
+ * Usually the same packet reaches another hook next, and its key need not be computed again.
+ *
+ * @words: the words that packet_key is the hash of
  * @key: the packet_key
- * @check: over all of them
+ * @check: weighted sum of @words, XOR @key
  */
 struct mace_hashed {
 	struct mace_words words;
@@ -47,11 +51,11 @@ struct mace_hashed {
 };
 
 /**
- * struct mace_identified - a buffer that was seen on a CPU
+ * struct mace_identified - a buffer that a CPU has recorded
  *
- * @skb: its address
- * @skb_id: what records call it
- * @check: over both
+ * @skb: the buffer's address
+ * @skb_id: its identity in records
+ * @check: @skb times MACE_FACTOR, XOR @skb_id
  */
 struct mace_identified {
 	u64 skb;
@@ -60,11 +64,11 @@ struct mace_identified {
 };
 
 /**
- * struct mace_cpu - what is kept of one CPU
+ * struct mace_cpu - the state of one CPU
  *
- * @counts: for the reader
- * @hashed: see there
- * @identified: by the hash of the address
+ * @counts: counts that the reader queries
+ * @hashed: the last packet_key
+ * @identified: buffers, each in the slot of its address's hash
  */
 struct mace_cpu {
 	struct mace_counts counts;
@@ -79,7 +83,7 @@ struct {
 	__type(value, struct mace_cpu);
 } mace_cpus SEC(".maps");
 
-/* The sizes are the loader's choice. */
+/* The loader sets the sizes of rings and of the array: these are placeholders. */
 struct mace_ring {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4096);
@@ -96,8 +100,8 @@ const volatile struct mace_config mace_config = {};
 volatile struct mace_state mace_state = {};
 
 /*
- * The number that a pointer is. The verifier watches what is added to a pointer, and takes the
- * opposite of one for any number.
+ * Return a pointer as a number. The verifier restricts additions to a pointer; negating the pointer
+ * twice makes it forget that the register held one.
  */
 static __always_inline u64 mace_number(const volatile void *pointer)
 {
@@ -112,7 +116,7 @@ static __always_inline int mace_network_offset(const struct sk_buff *skb)
 	return (int)(mace_number(skb->head) - mace_number(skb->data)) + skb->network_header;
 }
 
-/* --- what is kept ----------------------------------------------------------------- */
+/* --- state from packet to packet -------------------------------------------------- */
 
 static __always_inline u64 mace_packet_key(struct mace_cpu *cpu, const struct mace_words *words)
 {
@@ -151,7 +155,7 @@ static __always_inline u64 mace_skb_id(struct mace_cpu *cpu, const struct sk_buf
 	return skb_id;
 }
 
-/* --- what is wanted --------------------------------------------------------------- */
+/* --- the filter ------------------------------------------------------------------- */
 
 static __always_inline u64 mace_name_of(const struct net *net)
 {
@@ -182,8 +186,9 @@ static __always_inline bool mace_is_place_wanted(u64 netns, u32 ifindex)
 }
 
 /*
- * Whether @proto is among the protocols. Each word at a place of its own: an index that depends on the
- * packet would make the verifier look at every way to it.
+ * Return whether @proto is among the protocols to record. The four words are read at constant
+ * indexes: an index that depends on the packet would make the verifier follow every path to it
+ * separately.
  */
 static __always_inline bool mace_is_proto_wanted(u8 proto)
 {
@@ -201,7 +206,7 @@ static __always_inline bool mace_is_content_wanted(const struct mace_record *rec
 
 	if (mace_config.l4_filtered && !mace_is_proto_wanted(record->l4_proto))
 		return false;
-	/* What has no key belongs to no sample. */
+	/* A packet without a key belongs to no sample. */
 	return !mace_config.sample_mask || (key && !(key & mace_config.sample_mask));
 }
 
@@ -235,7 +240,7 @@ static __always_inline void mace_describe_shared(const struct sk_buff *skb,
 	}
 }
 
-/* --- the work of a program -------------------------------------------------------- */
+/* --- recording -------------------------------------------------------------------- */
 
 static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook,
 				       struct mace_record *record)
@@ -254,7 +259,7 @@ static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook
 	record->pad[1] = lost >> 8;
 	record->pad[2] = lost >> 16;
 	*slot = *record;
-	/* An interrupt in between makes the waking a little late or early. */
+	/* Not atomic: an interrupt here makes the next wakeup a little late or early. */
 	if (++cpu->counts.since_wake < mace_config.wake_every) {
 		bpf_ringbuf_submit(slot, BPF_RB_NO_WAKEUP);
 	} else {
@@ -264,9 +269,11 @@ static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook
 }
 
 /*
- * @dev: the device that the packet is at, or NULL
- * @offset: where its network layer begins, from skb->data, if @dev
- * @detail: bytes copied at MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, the reason at MACE_HOOK_KFREE_SKB
+ * Filter a packet, and write its record.
+ *
+ * @dev: the packet's device, or NULL at a hook where skb->dev may dangle
+ * @offset: with @dev, start of the network layer from skb->data, bytes
+ * @detail: bytes copied at MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC, drop reason at MACE_HOOK_KFREE_SKB
  */
 static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, struct net_device *dev,
 					int offset, u32 detail)
@@ -285,7 +292,7 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 	cpu = bpf_map_lookup_elem(&mace_cpus, &zero);
 	if (!cpu)
 		return 0;
-	/* Not atomic, which would cost more than all of the counting: a call may be missing. */
+	/* Not atomic, which would cost more than all other counting: a call may be missing. */
 	cpu->counts.calls[hook]++;
 	if (dev) {
 		netns = mace_name_of(dev->nd_net.net);
@@ -308,7 +315,7 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 	buffer.protocol = BE16(skb->protocol);
 	if (dev) {
 		buffer.offset = offset;
-		/* An offset of nobody's making, as of a packet socket's frame, never parsed. */
+		/* Nobody has set the offset, for instance of a packet socket's frame. */
 		if (unlikely(offset < 0 || offset > buffer.len)) {
 			buffer.offset = dev->hard_header_len;
 			if (buffer.offset > buffer.len)
@@ -327,7 +334,7 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 		mace_read_buffer(&buffer, mace_state.nothing, &record, &words);
 		mace_describe_shared(skb, &record);
 	} else if (skb->head) {
-		/* Headers may have been pulled, and it may never have been a packet. */
+		/* Headers may have been pulled, and the buffer may never have been a packet. */
 		buffer.offset = mace_network_offset(skb);
 		if (skb->network_header && buffer.offset <= buffer.in_place &&
 		    (buffer.protocol == MACE_ETH_P_IP || buffer.protocol == MACE_ETH_P_IPV6)) {
@@ -350,7 +357,10 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 	return 0;
 }
 
-/* The way down: the network header is set. The way up: it may not be, but the data begins there. */
+/*
+ * On the way down to a device the network header is set. On the way up it may not be, but skb->data
+ * points to it. At delivery and free the device is unknown.
+ */
 
 static __always_inline int mace_down(const u8 hook, struct sk_buff *skb, struct net_device *dev)
 {
@@ -417,7 +427,7 @@ int BPF_PROG(kfree_skb, struct sk_buff *skb, void *location, u32 reason)
 	return mace_nowhere(MACE_HOOK_KFREE_SKB, skb, reason);
 }
 
-/* Before v5.17 (commit c504e5c2f964, "net: skb: introduce kfree_skb_reason()"). */
+/* Before v5.17 no reason: commit c504e5c2f964 ("net: skb: introduce kfree_skb_reason()"). */
 SEC("tp_btf/kfree_skb")
 int BPF_PROG(kfree_skb_without_reason, struct sk_buff *skb)
 {

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the programs and whoever loads them agree on. collector/bpf/layout.py mirrors it by hand
- * (tests/contract/test_bpf_layout.py compares the two).
+ * The interface between the programs and their loader. collector/bpf/layout.py mirrors this file by
+ * hand (tests/contract/test_bpf_layout.py compares the two).
  *
- * Each CPU has a BPF ring buffer of its own, an entry of the map mace_rings. Every record in it is
- * a struct mace_record of kmod/uapi/mace.h. Its pad, which has no other use, holds the lower 24
- * bits of how many records this CPU had lost by then, lowest byte first: where that number changes
- * from one record to the next, records are missing between the two.
+ * Each CPU has its own BPF ring buffer, which is its element of the map mace_rings. A ring holds
+ * records of struct mace_record (kmod/uapi/mace.h). A record's pad, which has no other use, holds
+ * the lower 24 bits of the number of records that this CPU had lost by then, lowest byte first. If
+ * that number changes from one record to the next, records are missing between the two.
  */
 #ifndef _MACE_BPF_H
 #define _MACE_BPF_H
@@ -16,21 +16,22 @@
 #include "../kmod/uapi/mace.h"
 
 /**
- * struct mace_config - what a session wants; written before the programs are loaded
+ * struct mace_config - a session's filter and settings; the loader writes them before it loads
  *
- * The verifier knows these numbers, so that a filter that is not asked for costs nothing.
+ * The verifier knows these values as constants and removes the code of unused filters, so such a
+ * filter costs nothing.
  *
- * @skb_key: key of the hash that makes skb_id of a buffer's address; random
- * @netns: namespaces to record, by name
- * @place_netns: namespace of each device to record, by name
- * @l4_protos: bit p of the 256: IP protocol number p (bit 0: also all that is not IP)
- * @place_ifindex: index of each device to record
- * @netns_count: how many namespaces there are; 0: every one
- * @place_count: how many devices; 0: every one
- * @sample_mask: bits of packet_key that are 0 in the packets to record; 0: all packets
- * @wake_every: records of a CPU after which the reader is woken
- * @l4_filtered: whether @l4_protos counts
- * @cookies: a namespace's name is its cookie, else its inode
+ * @skb_key: random key of the hash that turns a buffer's address into skb_id
+ * @netns: namespaces to record, by cookie or inode (see @cookies)
+ * @place_netns: namespace of each device to record, by cookie or inode
+ * @l4_protos: bit p of the 256 selects IP protocol number p (bit 0 also packets that are not IP)
+ * @place_ifindex: ifindex of each device to record
+ * @netns_count: number of namespaces in @netns; 0 records all namespaces
+ * @place_count: number of devices in @place_netns and @place_ifindex; 0 records all devices
+ * @sample_mask: bits of packet_key that are 0 in the packets to record; 0 records all packets
+ * @wake_every: number of records of a CPU after which it wakes the reader
+ * @l4_filtered: 1 applies @l4_protos, 0 records all protocols
+ * @cookies: 1 identifies namespaces by cookie, 0 by inode
  */
 struct mace_config {
 	__u64 skb_key[2];
@@ -47,12 +48,12 @@ struct mace_config {
 };
 
 /**
- * struct mace_state - what changes while the programs are loaded
+ * struct mace_state - variables that the loader writes while the programs are loaded
  *
- * @recording: whether they record; set when all of them are attached, cleared before they are
- *	detached
+ * @recording: 1 while the programs record. The loader sets it once all programs are attached, and
+ *	clears it before it detaches them
  * @pad: 0
- * @nothing: stays 0, which the verifier does not know: see MACE_FORGET()
+ * @nothing: always 0, but unknown to the verifier: see MACE_FORGET()
  */
 struct mace_state {
 	__u32 recording;
@@ -61,12 +62,12 @@ struct mace_state {
 };
 
 /**
- * struct mace_counts - what a CPU counted; the beginning of an entry of the map mace_cpus
+ * struct mace_counts - one CPU's counts; an element of the map mace_cpus begins with them
  *
  * @calls: runs of each hook's program while recording
- * @lost: records of each hook that found no room in the ring, or no ring
- * @lost_all: their sum
- * @since_wake: records since the reader was woken
+ * @lost: records of each hook that were lost because the ring was full or the CPU had none
+ * @lost_all: sum of @lost over all hooks
+ * @since_wake: records that the CPU has written since it last woke the reader
  */
 struct mace_counts {
 	__u64 calls[MACE_HOOK_SLOTS];

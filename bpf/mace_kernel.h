@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * As much of the kernel's structs as the programs look at. Offsets are those of the kernel that
- * runs: libbpf puts them in when it loads (CO-RE), by field name, so that the order here means
- * nothing. What changed between kernels has a name of its own behind three underscores.
+ * The members of kernel structs that the programs read. libbpf relocates each access to the running
+ * kernel's offset by the member's name when it loads the programs (CO-RE), so the order of members
+ * here has no meaning. A struct that differs between kernels has a variant whose suffix follows
+ * three underscores.
  */
 #ifndef _MACE_KERNEL_H
 #define _MACE_KERNEL_H
@@ -15,7 +16,7 @@ struct ns_common {
 	unsigned int inum;
 } MACE_CORE;
 
-/* net_cookie is a plain number since v5.12; SO_NETNS_COOKIE tells it since v5.14. */
+/* net_cookie is a plain u64 since v5.12; user space can read it (SO_NETNS_COOKIE) since v5.14. */
 struct net {
 	struct ns_common ns;
 	__u64 net_cookie;
@@ -54,7 +55,7 @@ struct sk_buff {
 	unsigned char *data;
 } MACE_CORE;
 
-/* Before v6.2 (commit 354259fa73e2, "net: remove skb->vlan_present"). */
+/* Until v6.1: commit 354259fa73e2 ("net: remove skb->vlan_present") removed the bit in v6.2. */
 struct sk_buff___vlan_present {
 	__u8 vlan_present : 1;
 } MACE_CORE;

@@ -1,19 +1,20 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What a packet's bytes say, and its packet_key: the definition of kmod/mace_packet.c, which says
- * what the key is made of and why, for the verifier.
+ * Reads a packet's bytes into the fields of a record, and computes its packet_key. The key's
+ * definition, and the reasons for it, are in kmod/mace_packet.c; this file implements the same
+ * definition in a form that the verifier accepts.
  *
- * Bytes of the kernel are copied before they are looked at (bpf_probe_read_kernel()), into places
- * that are the verifier's idea of safe: on the stack, at offsets that are constants. A copy costs
- * about as much as ten comparisons, so what mostly comes first, headers without options, is one
- * copy: the window. All else is copied piece by piece.
+ * The programs copy a packet's bytes (bpf_probe_read_kernel()) before they read them, to constant
+ * offsets on the stack, where the verifier accepts every access. A copy costs about as much as ten
+ * comparisons. The first MACE_WINDOW_BYTES, enough for headers without options, are therefore one
+ * copy, the window; all other bytes are copied piece by piece.
  *
- * Only the linear part of a buffer can be read. Where the module would go on into its pages, the
- * reading notes that something is hidden, and the packet has no key: another key than the module's
+ * The programs can read only the linear part of a buffer. If the key needs bytes in the buffer's
+ * pages, the reader sets @hidden and the packet has no key: a key that differs from the module's
  * would be worse than none.
  *
- * tests/contract/test_packet_bpf.py compiles this file for user space and holds it against the
- * module's reading and that of packet captures.
+ * tests/contract/test_packet_bpf.py compiles this file for user space and compares it with the
+ * reading of packet captures, with which the module is compared too.
  */
 #ifndef _MACE_PACKET_H
 #define _MACE_PACKET_H
@@ -35,7 +36,7 @@ typedef __u64 u64;
 #define BE16(number) __builtin_bswap16(number)
 #define BE32(number) __builtin_bswap32(number)
 
-/* IPv6, UDP and MACE_PAYLOAD_BYTES are just as many. */
+/* Headers of IPv6 (40 bytes) and UDP (8), and MACE_PAYLOAD_BYTES. */
 #define MACE_WINDOW_BYTES 64
 #define MACE_PAYLOAD_BYTES 16
 #define MACE_EXTENSION_HEADERS_MAX 6
@@ -74,13 +75,13 @@ enum mace_proto {
 };
 
 /**
- * struct mace_words - what a packet_key is the hash of; as in the module
+ * struct mace_words - the words that packet_key is the hash of; as in the module
  *
- * @first: version, protocol, l4_bits, code (8 bits each), length and identification (16 each); of
+ * @first: version, protocol, l4_bits, code (8 bits each), length and identification (16 each); for
  *	a packet that is not IP the EtherType
- * @second: sequence number and the one acknowledged (32 bits each), or what stands in their place
- * @payload: the first eight bytes of payload
- * @payload2: the next eight
+ * @second: sequence and acknowledgement number (32 bits each), or another protocol's equivalent
+ * @payload: bytes 0 to 7 of the payload
+ * @payload2: bytes 8 to 15 of the payload
  */
 struct mace_words {
 	u64 first;
@@ -90,15 +91,15 @@ struct mace_words {
 };
 
 /**
- * struct mace_reader - a packet that is being read; offsets are from its network header
+ * struct mace_reader - state of reading one packet; offsets are from its network header, in bytes
  *
- * @window: the first bytes, and zeros
- * @window_bytes: how many there are
- * @at: the network header, an address of the kernel
- * @in_place: bytes in the linear part
- * @bytes: all that there are
- * @hidden: something that would have to be read lies in pages
- * @nothing: 0, which the verifier does not know: see MACE_FORGET()
+ * @window: copy of the packet's first bytes, filled up with zeros
+ * @at: kernel address of the network header
+ * @nothing: always 0, but unknown to the verifier: see MACE_FORGET()
+ * @window_bytes: number of bytes copied to @window
+ * @in_place: number of the packet's bytes in the linear part
+ * @bytes: number of all bytes of the packet
+ * @hidden: 1 if a byte that the reading needs lies in pages
  */
 struct mace_reader {
 	u64 window[MACE_WINDOW_BYTES / 8];
@@ -111,17 +112,18 @@ struct mace_reader {
 };
 
 /**
- * struct mace_headers - what the headers of a packet say; as in the module
+ * struct mace_headers - the contents of a packet's headers; as in the module
  *
- * @first: see struct mace_words
- * @second: likewise
- * @end: offset of the first byte behind the packet: what follows is the link layer's padding
+ * @first: first word of struct mace_words
+ * @second: second word of struct mace_words
+ * @end: offset of the first byte behind the packet, where the link layer's padding begins
  * @payload: offset of the payload that is part of the key, or 0
- * @payload_bytes: how many of it, at most; MACE_PAYLOAD_BYTES or less
- * @ports: source port or ICMP identifier, and destination port or sequence number, as in the packet
- * @inner: offset of a packet that this one carries, or 0
- * @inner_protocol: its EtherType; MACE_ETH_P_TEB: an Ethernet frame
- * @flags: MACE_FLAG_*
+ * @payload_bytes: length of that payload, at most MACE_PAYLOAD_BYTES
+ * @ports: source port or ICMP identifier, then destination port or ICMP sequence number, in the
+ *	packet's byte order
+ * @inner: offset of the packet that this packet carries, or 0
+ * @inner_protocol: EtherType of the inner packet; MACE_ETH_P_TEB for an Ethernet frame
+ * @flags: MACE_FLAG_*; 0 if the bytes are no IP packet
  */
 struct mace_headers {
 	u64 first;
@@ -136,39 +138,39 @@ struct mace_headers {
 };
 
 /*
- * @number as it is, of which the verifier now knows nothing. It follows each way through a program
- * by itself for as long as the ways differ in a number that decides anything. The ways to one place
- * here multiply (kinds of headers, of tunnels, of payload); where they come together, they are to be
- * one.
+ * Make the verifier forget all that it knows of @number, whose value stays the same. The verifier
+ * follows paths through a program separately as long as they differ in a number that a decision
+ * depends on. Here the number of paths multiplies (kinds of headers, of tunnels, of payload). Where
+ * paths meet, forgetting makes their states equal, so that the verifier follows one of them.
  */
 #define MACE_FORGET(reader, number) ((number) ^= (__typeof__(number))(reader)->nothing)
 
 /* --- bytes ------------------------------------------------------------------------ */
 
-/* Whether there are @len bytes at @offset. */
+/* Return whether the packet has @len bytes at @offset, in the linear part or in pages. */
 static __always_inline bool mace_has(const struct mace_reader *reader, int offset, int len)
 {
 	return offset + len <= reader->bytes;
 }
 
 /*
- * @len bytes at @offset, which mace_has(), a constant number and a multiple of four; zeros where
- * they are hidden.
+ * Copy @len bytes at @offset to @to, or zeros if any of them lies in pages. mace_has() must be true
+ * of them; @len is a constant and a multiple of four.
  */
 static __always_inline void mace_take(struct mace_reader *reader, int offset, void *to, int len)
 {
 	const u32 *window = (const u32 *)reader->window;
 	int i;
 
-	/* Without a branch: the sign of what is left. */
+	/* The sign bit of the remaining length, computed without a branch. */
 	reader->hidden |= (u32)(reader->in_place - offset - len) >> 31;
 	if (offset + len > reader->in_place) {
-		/* Zeros that the verifier does not know: with what they say there would be ways, too. */
+		/* Zeros that the verifier does not know: known ones would add paths. */
 		for (i = 0; i < len / 4; i++)
 			((u32 *)to)[i] = reader->nothing;
 		return;
 	}
-	/* Behind the headers of IPv4 and IPv6, and behind those and UDP's, which are as ICMP's. */
+	/* Offset 0, behind IPv4 or IPv6, and behind either with UDP or ICMP, both of 8 bytes. */
 	if (offset + len <= reader->window_bytes) {
 		if (offset == 0) {
 			__builtin_memcpy(to, window, len);
@@ -236,11 +238,11 @@ static __always_inline void mace_read_tunnel_in_udp(struct mace_reader *reader, 
 		return;
 	mace_take(reader, offset, head, sizeof(head));
 	if (port == MACE_GENEVE_PORT) {
-		/* RFC 8926, section 3.4: version 0, no control message ("O"); length of options. */
+		/* RFC 8926, section 3.4: version 0, no control message ("O"), length of options. */
 		if (!(BE32(head[0]) & 0xc0800000))
 			mace_carries(headers, offset + 8 + (head[0] & 0x3f) * 4, BE32(head[0]));
 	} else if ((head[0] & 0xff) == 0x08) {
-		/* RFC 7348, section 5: of the flags only "I", a valid VNI, and that one is set. */
+		/* RFC 7348, section 5: of the flags only "I" (valid VNI) is set. */
 		mace_carries(headers, offset + 8, MACE_ETH_P_TEB);
 	}
 }
@@ -274,7 +276,7 @@ static __always_inline void mace_read_icmp(struct mace_reader *reader, int offse
 
 	if (!mace_has(reader, offset, 8))
 		return;
-	/* Neither checksum nor identifier is part of the key. */
+	/* The key contains neither checksum nor identifier. */
 	mace_take(reader, offset, icmp, sizeof(icmp));
 	type = icmp[0];
 	echo = version == 4 ? type == 8 || type == 0 : type == 128 || type == 129;
@@ -287,7 +289,7 @@ static __always_inline void mace_read_icmp(struct mace_reader *reader, int offse
 	mace_has_payload(headers, offset + 8, echo ? MACE_PAYLOAD_BYTES : 8);
 }
 
-/* RFC 9260, section 3.1 */
+/* RFC 9260, section 3.1. */
 static __always_inline void mace_read_sctp(struct mace_reader *reader, int offset,
 					   struct mace_headers *headers)
 {
@@ -302,7 +304,7 @@ static __always_inline void mace_read_sctp(struct mace_reader *reader, int offse
 	mace_has_payload(headers, offset + 12, MACE_PAYLOAD_BYTES);
 }
 
-/* RFC 2784, section 2, and RFC 2890, section 2 */
+/* RFC 2784, section 2, and RFC 2890, section 2. */
 static __always_inline void mace_read_gre(struct mace_reader *reader, int offset,
 					  struct mace_headers *headers)
 {
@@ -313,7 +315,7 @@ static __always_inline void mace_read_gre(struct mace_reader *reader, int offset
 		return;
 	mace_take(reader, offset, gre, sizeof(gre));
 	head = BE32(gre[0]);
-	/* Neither routing, which is of the past, nor another version, as that of PPTP. */
+	/* Not with source routing, which RFC 2784 removed, nor another version, such as PPTP's. */
 	if (head & 0x40070000)
 		return;
 	offset += 4;
@@ -323,7 +325,7 @@ static __always_inline void mace_read_gre(struct mace_reader *reader, int offset
 	mace_carries(headers, offset, head);
 }
 
-/* What an IP packet carries at @offset; @fragment_offset in bytes. */
+/* Read the header behind those of the network layer, at @offset; @fragment_offset is in bytes. */
 static __always_inline void mace_read_upper(struct mace_reader *reader, int offset,
 					    u32 fragment_offset, struct mace_headers *headers)
 {
@@ -353,12 +355,12 @@ static __always_inline void mace_read_upper(struct mace_reader *reader, int offs
 }
 
 /**
- * struct mace_network - what the headers of the network layer say
+ * struct mace_network - the contents of the network layer's headers
  *
- * @offset: of what follows them
- * @fragment_offset: in bytes
- * @fragment: whether it is one
- * @cut: whether the headers are not all there
+ * @offset: offset of the first byte behind these headers
+ * @fragment_offset: the fragment's offset in its datagram, bytes
+ * @fragment: not 0 if the packet is a fragment
+ * @cut: 1 if the packet ends within these headers
  */
 struct mace_network {
 	int offset;
@@ -386,7 +388,7 @@ static __always_inline void mace_read_ipv4(struct mace_reader *reader, int offse
 	headers->first = (u64)4 << 56 | (u64)(ip[2] >> 8 & 0xff) << 48 | (u64)length << 16 |
 			 BE32(ip[1]) >> 16;
 	headers->flags = MACE_FLAG_KEY;
-	/* A TCP segment too long for its header (BIG TCP) is as long as its buffer. */
+	/* Length 0: a TCP segment too long for the field (BIG TCP), which ends with its buffer. */
 	headers->end = length ? offset + length : reader->bytes;
 	network->offset = offset + ihl * 4;
 	network->fragment = fragment & (MACE_IP_MF | MACE_IP_OFFSET);
@@ -432,7 +434,7 @@ static __always_inline void mace_read_ipv6(struct mace_reader *reader, int offse
 			id = BE32(extension[1]);
 			offset += 8;
 		} else {
-			/* The second byte is a length: RFC 8200, 4.3, and RFC 4302, 2.2. */
+			/* The second byte is a length: RFC 8200, section 4.3; RFC 4302, 2.2. */
 			offset += proto == MACE_PROTO_AUTH ? (octets + 2) * 4 : (octets + 1) * 8;
 		}
 		proto = extension[0] & 0xff;
@@ -459,7 +461,7 @@ static __always_inline void mace_forget_headers(const struct mace_reader *reader
 	MACE_FORGET(reader, headers->flags);
 }
 
-/* The packet at @offset; no flags: it is none. */
+/* Read the packet at @offset, of EtherType @protocol. Flags stay 0 if it is no IP packet. */
 static __always_inline void mace_read_ip(struct mace_reader *reader, int offset, u16 protocol,
 					 struct mace_headers *headers)
 {
@@ -490,9 +492,9 @@ static __always_inline void mace_read_ip(struct mace_reader *reader, int offset,
 /* --- the key's words -------------------------------------------------------------- */
 
 /*
- * As in the module. There is a header in front of any payload, and so there are as many bytes as a
- * full payload has that end where this one does: a copy of constant length. A length that depends on
- * the packet would make the verifier look at every way to it.
+ * Set the payload's words, as the module does. A length that depends on the packet would make the
+ * verifier follow every path to it separately. The copy therefore always has MACE_PAYLOAD_BYTES and
+ * ends where the payload ends. A header precedes every payload, so these bytes exist.
  */
 static __always_inline void mace_take_payload(struct mace_reader *reader,
 					      const struct mace_headers *headers,
@@ -510,7 +512,7 @@ static __always_inline void mace_take_payload(struct mace_reader *reader,
 	mace_take(reader, offset + bytes - MACE_PAYLOAD_BYTES, payload, sizeof(payload));
 	bits = (MACE_PAYLOAD_BYTES - bytes) * 8;
 	if (unlikely(bits)) {
-		/* The last @bytes bytes, the first of which is the lowest. */
+		/* Keep the last @bytes bytes, the first of them as the lowest. */
 		if (bits >= 64) {
 			payload[0] = payload[1] >> (bits - 64);
 			payload[1] = 0;
@@ -523,6 +525,7 @@ static __always_inline void mace_take_payload(struct mace_reader *reader,
 	words->payload2 = payload[1];
 }
 
+/* Set the words of a packet that is not IP. Return: whether it has enough bytes. */
 static __always_inline bool mace_take_other(struct mace_reader *reader, int offset, u16 protocol,
 					    struct mace_words *words)
 {
@@ -544,8 +547,8 @@ static __always_inline bool mace_is_vlan(u16 protocol)
 }
 
 /*
- * The words of the packet at @offset, whose EtherType is @protocol and which @reader's packet
- * carries, if it can be read. A function of its own: few packets pass it.
+ * Set the words of the inner packet at @offset, of EtherType @protocol, which @reader's packet
+ * carries. Not inlined, because few packets are tunnelled. Return: whether it can be read.
  */
 static __noinline bool mace_take_inner(struct mace_reader *reader, int offset, u16 protocol,
 				       struct mace_words *words)
@@ -585,7 +588,7 @@ static __noinline bool mace_take_inner(struct mace_reader *reader, int offset, u
 
 /* --- the key ---------------------------------------------------------------------- */
 
-/* SipHash-2-4 (Aumasson and Bernstein, 2012, section 2), with what the kernel's has for one word. */
+/* SipHash-2-4 (Aumasson and Bernstein, 2012, section 2) of whole words, as the kernel's siphash. */
 #define MACE_SIP_ROTATE(word, bits) ((word) << (bits) | (word) >> (64 - (bits)))
 
 struct mace_sip {
@@ -633,13 +636,13 @@ static __always_inline u64 mace_sip_end(struct mace_sip *sip, u64 words)
 	return sip->v0 ^ sip->v1 ^ sip->v2 ^ sip->v3;
 }
 
-/* Not 0, which stands for "unknown". */
+/* Return the packet_key of @words. It is never 0, which means "unknown". */
 static __noinline u64 mace_key(const struct mace_words *words)
 {
 	struct mace_sip sip;
 	u64 key;
 
-	/* The module's mace_content_key: hosts agree, whatever their source. */
+	/* The module's mace_content_key, so that hosts with different sources agree. */
 	mace_sip_begin(&sip, 0x4d41434520706b74ULL, 0x6b65792076312e30ULL);
 	mace_sip_word(&sip, words->first);
 	mace_sip_word(&sip, words->second);
@@ -649,6 +652,7 @@ static __noinline u64 mace_key(const struct mace_words *words)
 	return key ? key : 1;
 }
 
+/* Return the skb_id of a buffer's address @skb. */
 static __noinline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
 {
 	struct mace_sip sip;
@@ -661,15 +665,15 @@ static __noinline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
 /* --- packets ---------------------------------------------------------------------- */
 
 /**
- * struct mace_buffer - a kernel buffer with a packet
+ * struct mace_buffer - a kernel buffer with a packet; lengths in bytes
  *
- * @data: struct sk_buff's data, an address of the kernel
- * @len: bytes of the packet from there on
- * @in_place: those of them that are in the linear part
- * @offset: where the network layer begins, from @data
- * @protocol: its EtherType, host byte order
- * @tci: the VLAN tag beside the packet, or -1
- * @hard_header_len: of the device
+ * @data: skb->data, a kernel address
+ * @len: length of the packet from @data on, linear part and pages
+ * @in_place: length of the linear part from @data on
+ * @offset: start of the network layer from @data
+ * @tci: tag control information of the VLAN tag beside the packet's data, or -1
+ * @hard_header_len: length of the device's link-layer header
+ * @protocol: EtherType, host byte order
  */
 struct mace_buffer {
 	u64 data;
@@ -682,9 +686,10 @@ struct mace_buffer {
 };
 
 /*
- * A packet whose protocol is a VLAN's. The network header of one whose tag was put into its data on
- * the way to the driver (validate_xmit_vlan) is that behind the tag. Else the tag is what comes
- * next. Return: whether all of that could be read.
+ * Find the network layer of a packet whose EtherType is a VLAN's, and set @tci, @protocol and
+ * @offset. If the kernel moved the tag into the data on the way to the driver (validate_xmit_vlan),
+ * the network header already points behind the tag. Otherwise the tag is at @offset. Return:
+ * whether the tags lie in the linear part.
  */
 static __noinline bool mace_find_vlan(struct mace_buffer *buffer)
 {
@@ -716,10 +721,11 @@ static __noinline bool mace_find_vlan(struct mace_buffer *buffer)
 
 /**
  * mace_read_buffer() - read a packet
- * @buffer: where it is
- * @nothing: see struct mace_reader
- * @record: set: what its bytes tell, flags included; packet_key is not. All else must be 0
- * @words: set, if MACE_FLAG_KEY is: what packet_key is the hash of
+ * @buffer: the packet's place
+ * @nothing: always 0, but unknown to the verifier: see MACE_FORGET()
+ * @record: receives the fields that the packet's bytes determine, except packet_key; flags are
+ *	added. These fields must be 0 before
+ * @words: receives the words that packet_key is the hash of, valid if MACE_FLAG_KEY is set
  */
 static __always_inline void mace_read_buffer(const struct mace_buffer *buffer, u64 nothing,
 					     struct mace_record *record, struct mace_words *words)
@@ -772,7 +778,7 @@ static __always_inline void mace_read_buffer(const struct mace_buffer *buffer, u
 	if (record->ip_version == 4)
 		record->ip_id = headers.first;
 	if (flags & MACE_FLAG_FRAGMENT)
-		record->l4_seq = headers.second; /* without the uppermost bit */
+		record->l4_seq = headers.second; /* without bit 63, the mark */
 	else if (record->l4_proto == MACE_PROTO_TCP || record->l4_proto == MACE_PROTO_SCTP)
 		record->l4_seq = headers.second >> 32;
 }

@@ -4,8 +4,8 @@
     (one ring per CPU)  tick by tick  markers            devices, as they change, between them
 
 One tick reads all records in the rings. A tick runs every poll interval, and earlier when a CPU has written a quarter
-of a ring. A ring that was read at time T and had no busy slot has returned all records from before T: these times drive
-the merge. Records that the hold-back delays stay in the rings, or are copied out when the rings run short of room.
+of a ring. A ring that was read at time T and had no busy slot has returned all records from before T, except those of
+programs that were running at T, for which the hold-back waits: these times drive the merge. Records that the hold-back delays stay in the rings, or are copied out when the rings run short of room.
 
 A full ring makes the programs discard new records and count them by CPU and hook. Each record holds the number of
 records that its CPU had lost by then, so a marker stands exactly where records are missing. The kernel does not run a
