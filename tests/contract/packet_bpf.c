@@ -1,4 +1,4 @@
-/* bpf/mace_packet.h in user space, for test_packet_bpf.py: an Ethernet frame in a buffer, and what is read of it. */
+/* bpf/mace_packet.h in user space, for test_packet_bpf.py: puts an Ethernet frame into a buffer and reads it. */
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -7,7 +7,7 @@
 #define FRAME_MAX 16384
 
 static const uint8_t *readable, *readable_end;
-/* Reads of bytes that are not in the buffer's linear part. */
+/* Number of reads outside the buffer's linear part. */
 int violations;
 
 static long bpf_probe_read_kernel(void *to, uint32_t len, const void *from)
@@ -24,7 +24,7 @@ static long bpf_probe_read_kernel(void *to, uint32_t len, const void *from)
 
 #include "mace_packet.h"
 
-/* The record of a frame; of what follows the Ethernet header @linear bytes are in the linear part. */
+/* Read a frame into @record. The linear part holds the Ethernet header and @linear bytes behind it. */
 void read_frame(const u8 *frame, int len, int linear, struct mace_record *record)
 {
 	static u8 head[FRAME_MAX];

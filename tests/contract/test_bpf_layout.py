@@ -1,4 +1,4 @@
-"""collector/bpf/layout.py is what the C compiler makes of bpf/mace_bpf.h: every struct and field, both ways."""
+"""collector/bpf/layout.py agrees with the C compiler on bpf/mace_bpf.h: every struct and field, in both directions."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
 
 
 def structs():
-    """Struct -> its fields, as the header says it."""
+    """Return the names of the fields of each struct in the header."""
     found = {}
     for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", TEXT, re.MULTILINE | re.DOTALL):
         found[name] = re.findall(r"^\t\w+ (\w+)(?:\[\w+\])?;$", body, re.MULTILINE)
@@ -49,7 +49,7 @@ def test_every_field_is_where_the_compiler_puts_it(tmp_path):
 
 
 def test_the_pad_holds_what_was_lost():
-    """A record's pad is the upper bytes of its last word, and a slot has a head of eight bytes."""
+    """The pad is the upper bytes of a record's last word, and a slot is 8 bytes of head and a record of 64."""
     _, at = abi.RECORD.fields["pad"]
     assert (at, abi.RECORD.itemsize - at) == (64 - layout.LOST_BITS // 8, layout.LOST_BITS // 8)
     assert SLOT_BYTES == 72

@@ -1,7 +1,7 @@
-"""The BPF programs' reading of packets, compiled for user space, is the module's: the same key, or none.
+"""The BPF programs' packet parser, compiled for user space, agrees with the reader of packet captures.
 
-Where all bytes are in the linear part it is that of packet captures, to which the module is held too. Where some are
-not, a packet whose key needs them has no key; what is said of it is what its linear part says.
+`test_packet_module.py` compares the module's parser with the same reader. If the whole packet is in the buffer's linear
+part, all fields are equal. If some bytes are in pages, the parser finds the same key, or none if the key needs them.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ def captured_of(frames):
 
 
 def check_linear(programs, frame, expected):
-    """With part of the packet in pages: the same key or none, and none only if something lay there."""
+    """Put part of the packet into pages: the parser finds the same key, or none if a part lies in pages."""
     for linear in SPLITS:
         record = told(read(programs, frame, linear))
         if record["flags"] & Flag.KEY:
@@ -84,7 +84,7 @@ def test_nothing_is_read_outside_the_linear_part(programs):
 
 
 def test_the_identity_of_a_buffer_is_siphash(programs):
-    """SipHash-2-4 of eight bytes (Aumasson and Bernstein, 2012, appendix A, and its vectors)."""
+    """Compare with the vector for the bytes 0 to 7 of the reference implementation (Aumasson and Bernstein, 2012)."""
     programs.hash_of_skb.restype = ctypes.c_uint64
     words = [ctypes.c_uint64(number) for number in (0x0706050403020100, 0x0706050403020100, 0x0F0E0D0C0B0A0908)]
     assert programs.hash_of_skb(*words) == 0x93F5F5799A932462
