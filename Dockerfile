@@ -26,8 +26,8 @@ COPY correlator/ /opt/mace/app/correlator/
 COPY storage/ /opt/mace/app/storage/
 COPY bpf/ /opt/mace/app/bpf/
 COPY kmod/uapi/ /opt/mace/app/kmod/uapi/
-# For the source bpf: build its programs, unless ./dev setup has built them, and copy the library that loads them. If the
-# base image lacks the tools and no package index is reachable, the image lacks the source bpf; all else works.
+# For the source bpf: build its programs, unless ./dev setup has built them, and copy the library that loads them. If
+# the base image lacks the tools and no package index is reachable, the image lacks the source bpf; all else works.
 RUN set -eu; \
     cd /opt/mace/app; \
     mkdir /opt/mace/lib; \
@@ -38,7 +38,7 @@ RUN set -eu; \
         { apt-get -qq -o Acquire::http::Timeout=10 update \
             && apt-get -qq install --yes --no-install-recommends $packages; } >/dev/null 2>&1 || true; \
     fi; \
-    [ -e collector/bpf/mace.bpf.o ] || make -C bpf || echo "the BPF programs could not be built: this image lacks the source bpf"; \
+    [ -e collector/bpf/mace.bpf.o ] || make -C bpf || echo "no BPF programs: this image lacks the source bpf"; \
     for name in libbpf.so.1 libelf.so.1; do \
         found=$(ldconfig -p | awk -v name="$name" '$1 == name { print $NF; exit }'); \
         [ -z "$found" ] || cp -L "$found" "/opt/mace/lib/$name"; \

@@ -4,8 +4,9 @@
     (one ring per CPU)  tick by tick  markers            devices, as they change, between them
 
 One tick reads all records in the rings. A tick runs every poll interval, and earlier when a CPU has written a quarter
-of a ring. A ring that was read at time T and had no busy slot has returned all records from before T, except those of
-programs that were running at T, for which the hold-back waits: these times drive the merge. Records that the hold-back delays stay in the rings, or are copied out when the rings run short of room.
+of a ring. A ring that was read at time T and had no busy slot has returned all records from before T: these times drive
+the merge. Only a program that was running at T may still add an earlier record, for which the hold-back waits. Records
+that the hold-back delays stay in the rings, or are copied out when the rings run short of room.
 
 A full ring makes the programs discard new records and count them by CPU and hook. Each record holds the number of
 records that its CPU had lost by then, so a marker stands exactly where records are missing. The kernel does not run a
@@ -276,7 +277,7 @@ class BpfSource(RingSource):
             await asyncio.sleep(_SETTLE_S)
             if self._take_all():
                 return
-        _log.warning("bpf: a program had not completed its record a second after the end: the stream lacks this record")
+        _log.warning("bpf: a slot was still busy a second after the end: the stream lacks its record and those behind it")
 
     def _learned(self, devices: tuple[Device, ...]) -> None:
         """Index the devices by the cookie (its lower 32 bits) or inode with which records identify namespaces."""
