@@ -277,7 +277,7 @@ class BpfSource(RingSource):
             await asyncio.sleep(_SETTLE_S)
             if self._take_all():
                 return
-        _log.warning("bpf: a slot was still busy a second after the end: the stream lacks its record and those behind it")
+        _log.warning("bpf: a slot was still busy a second after the end; the stream lacks its record and all behind it")
 
     def _learned(self, devices: tuple[Device, ...]) -> None:
         """Index the devices by the cookie (its lower 32 bits) or inode with which records identify namespaces."""
