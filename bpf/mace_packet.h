@@ -672,7 +672,6 @@ static __noinline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
  * @in_place: length of the linear part from @data on
  * @offset: start of the network layer from @data
  * @tci: tag control information of the VLAN tag beside the packet's data, or -1
- * @hard_header_len: length of the device's link-layer header
  * @protocol: EtherType, host byte order
  */
 struct mace_buffer {
@@ -681,7 +680,6 @@ struct mace_buffer {
 	int in_place;
 	int offset;
 	int tci;
-	u32 hard_header_len;
 	u16 protocol;
 };
 

@@ -23,6 +23,7 @@ from collector.bpf import libbpf
 from collector.bpf.layout import CONFIG, COUNTS, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
 from collector.live.filter import SessionFilter
+from collector.machine.kernel import highest_possible_cpu
 from collector.machine.netns import cookie_here, inside, open_nsfs
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
@@ -82,6 +83,12 @@ class Session:
         if not self.programs:
             raise Unavailable(_WHAT, "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing")
         self.possible_cpus = check(self._library.libbpf_num_possible_cpus())
+        if (highest := highest_possible_cpu()) >= self.possible_cpus:
+            raise Unavailable(
+                _WHAT,
+                f"the numbers of the possible CPUs have gaps: {self.possible_cpus} CPUs, the last is {highest}",
+                "`--source ftrace`",
+            )
         self._object = self._open(path)
         try:
             self._prepare(wanted, wake_every, cookies, {*chosen.values(), *(i.name for i in HOOKS), _WITHOUT_REASON})
@@ -128,8 +135,7 @@ class Session:
 
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool, known: Iterable[str]) -> None:
         for name in known:
-            program = pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
-            check(self._library.bpf_program__set_autoload(program, name in self.programs.values()))
+            check(self._library.bpf_program__set_autoload(self._program(name), name in self.programs.values()))
         check(self._library.bpf_map__set_max_entries(self._map("mace_rings"), self.possible_cpus))
         config = self._memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
@@ -170,7 +176,13 @@ class Session:
         return int(found)
 
     def _program(self, name: str) -> int:
-        return pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
+        try:
+            return pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
+        except OSError as error:
+            raise SourceError(
+                f"bpf: the object file has no program {name}: it belongs to another version of MACE; `make -C bpf -B`"
+                " rebuilds it"
+            ) from error
 
     def _memory_of(self, section: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """Return the start of a section's global data as `dtype`, a writable view of libbpf's copy.
@@ -199,6 +211,8 @@ class Session:
             fd = libbpf.create_ring(self._ring_bytes)
         except OSError as error:
             raise _no_ring(error, self._ring_bytes) from error
+        if cpu in self._rings:
+            os.close(self._rings[cpu])
         self._rings[cpu] = fd
         libbpf.put(self._rings_fd, cpu, fd)
         return fd

@@ -16,6 +16,11 @@ def online_cpus() -> tuple[int, ...]:
     return cpu_list(Path("/sys/devices/system/cpu/online").read_bytes())
 
 
+def highest_possible_cpu() -> int:
+    """Return the highest number that a CPU of this machine can have, whether or not it is online."""
+    return cpu_list(Path("/sys/devices/system/cpu/possible").read_bytes())[-1]
+
+
 @cache
 def cpu_list(text: bytes) -> tuple[int, ...]:
     """Return the CPU numbers of a list like `0-3,6` (Documentation/admin-guide/cputopology.rst)."""

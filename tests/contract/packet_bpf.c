@@ -35,7 +35,6 @@ void read_frame(const u8 *frame, int len, int linear, struct mace_record *record
 		.in_place = linear < len - MACE_ETH_HLEN ? MACE_ETH_HLEN + linear : len,
 		.offset = MACE_ETH_HLEN,
 		.tci = -1,
-		.hard_header_len = MACE_ETH_HLEN,
 		.protocol = frame[12] << 8 | frame[13],
 	};
 

@@ -20,7 +20,7 @@ from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.live.filter import SessionFilter
 from collector.machine.devices import DeviceFollower
-from contracts.errors import Unavailable
+from contracts.errors import SourceError, Unavailable
 from contracts.hooks import BY_HOOK, Hook
 from contracts.records import Batch, Flag
 from contracts.topology import Topology
@@ -200,6 +200,23 @@ def test_a_truncated_object(tmp_path, kept):
     with pytest.raises(Unavailable, match=r"is no BPF object.*make -C bpf") as raised:
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
     assert "\n" not in str(raised.value)
+
+
+def test_an_object_without_a_program(tmp_path):
+    """An object file of another version is an error that `mace check` reports in one line."""
+    path = tmp_path / "mace.bpf.o"
+    path.write_bytes(session.OBJECT.read_bytes().replace(b"consume_skb\0", b"consume_xyz\0"))
+    with pytest.raises(SourceError, match=r"no program consume_skb.*make -C bpf") as raised:
+        session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
+    assert "\n" not in str(raised.value)
+
+
+def test_cpus_whose_numbers_have_gaps(monkeypatch):
+    monkeypatch.setattr(session, "highest_possible_cpu", lambda: 4096)
+    status = BpfSource.check()
+    assert not status.ok
+    assert "have gaps" in status.detail
+    assert status.remedy == "`--source ftrace`"
 
 
 def test_no_object(tmp_path):

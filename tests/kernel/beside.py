@@ -1,6 +1,6 @@
 """Virtual machines that run beside the tests which measure nothing, so that a whole run takes less time.
 
-tests on this kernel   integration tests that need its tracepoints; no virtual machine runs beside them
+tests on this kernel   integration tests that need tracefs or BPF; no virtual machine runs beside them
 all others             two virtual machines at a time run beside them, at a lower priority
 tests of the machines  each waits for its own machine
 """
@@ -11,6 +11,7 @@ from tests.kernel.matrix import Matrix, Task
 from tests.places import TESTS
 
 _INTEGRATION = TESTS / "integration"
+_THIS_KERNEL = {"tracefs", "bpf"}
 _MACHINES = TESTS / "kernel" / "test_kernels.py"
 
 
@@ -21,7 +22,7 @@ def arrange(items: list[pytest.Item]) -> None:
 
 def _alone(item: pytest.Item) -> bool:
     needs = {name for mark in item.iter_markers("needs") for name in mark.args}
-    return item.path.is_relative_to(_INTEGRATION) and "tracefs" in needs
+    return item.path.is_relative_to(_INTEGRATION) and bool(needs & _THIS_KERNEL)
 
 
 class Machines:
