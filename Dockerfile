@@ -30,7 +30,7 @@ COPY kmod/uapi/ /opt/mace/app/kmod/uapi/
 # the base image lacks the tools and no package index is reachable, the image lacks the source bpf; all else works.
 RUN set -eu; \
     cd /opt/mace/app; \
-    mkdir /opt/mace/lib; \
+    mkdir /opt/mace/native; \
     has_library() { ldconfig -p | grep -q 'libbpf\.so\.1 '; }; \
     if ! { [ -e collector/bpf/mace.bpf.o ] && has_library; } && command -v apt-get >/dev/null; then \
         packages=libbpf1; \
@@ -40,8 +40,8 @@ RUN set -eu; \
     fi; \
     [ -e collector/bpf/mace.bpf.o ] || make -C bpf || echo "no BPF programs: this image lacks the source bpf"; \
     for name in libbpf.so.1 libelf.so.1; do \
-        found=$(ldconfig -p | awk -v name="$name" '$1 == name { print $NF; exit }'); \
-        [ -z "$found" ] || cp -L "$found" "/opt/mace/lib/$name"; \
+        found=$(ldconfig -p | sed -n "s|^[[:space:]]*$name (.* => ||p" | head -n 1); \
+        [ -z "$found" ] || cp -L "$found" "/opt/mace/native/$name"; \
     done; \
     rm -rf bpf kmod
 # The root file system is read-only at run time, so a container could not keep compiled files.
@@ -56,7 +56,7 @@ COPY --from=build /opt/mace /opt/mace
 RUN mkdir -m 770 /var/lib/mace && chown 10001:10001 /var/lib/mace
 ENV PATH=/opt/mace/bin:$PATH \
     PYTHONPATH=/opt/mace/app \
-    LD_LIBRARY_PATH=/opt/mace/lib \
+    LD_LIBRARY_PATH=/opt/mace/native \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 # A number, so that Kubernetes can see that it is not root (runAsNonRoot).

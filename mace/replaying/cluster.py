@@ -61,7 +61,11 @@ def _hush() -> None:
 
 
 def _local_workers(count: int) -> LocalCluster:
-    """Start workers as processes of this machine, with one thread each."""
+    """Start workers as processes of this machine, with one thread each.
+
+    Only their critical messages are logged: a part's failure arrives as an exception, and a worker whose heartbeat
+    meets a closing scheduler would log a traceback.
+    """
     return LocalCluster(
         n_workers=count,
         threads_per_worker=1,
@@ -69,7 +73,7 @@ def _local_workers(count: int) -> LocalCluster:
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
         scheduler_kwargs={"dashboard": False},
-        silence_logs=logging.ERROR,
+        silence_logs=logging.CRITICAL,
         preload=[_WORKER_STARTS_WITH],
     )
 

@@ -140,7 +140,7 @@ def test_what_is_chosen_is_what_is_shown(database, values_of_variables):
         assert rows(database, one, EVERYTHING | nobody, database.then) == []
         if rows(database, one, EVERYTHING, database.then) and "container" not in variables:
             assert rows(database, one, several, database.then), one.where
-    overview = next(one for one in ALL if one.where.startswith("overview: What the container path added"))
+    overview = next(one for one in ALL if one.where.startswith("overview: Overhead of the container path"))
     found = rows(database, overview, EVERYTHING | {"container": "c2", "source": "kmod"}, database.then)
     assert {series["tags"]["container"] for series in found} == {"c2"}
     assert {series["tags"]["direction"] for series in found} == {"egress", "ingress"}
@@ -148,7 +148,7 @@ def test_what_is_chosen_is_what_is_shown(database, values_of_variables):
 
 def test_figures_are_those_of_the_store(database):
     """The exact quantiles of the dashboards, by InfluxDB, are those of the rows in the embedded store, by sorting."""
-    overview = next(one for one in ALL if one.where.startswith("overview: What the container path added"))
+    overview = next(one for one in ALL if one.where.startswith("overview: Overhead of the container path"))
     compared = 0
     for source in ("kmod", "ftrace"):
         for series in rows(database, overview, EVERYTHING | {"source": source}, database.then):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from collector.bpf import session
 from mace import lab
 from mace.lab import Runtime, Spec
 from tests import images
@@ -53,7 +54,13 @@ def deployed(tmp_path_factory):
     copy_tree(folder)
     with lab.running(Spec("deployed", containers=1, runtime=Runtime.DOCKER)) as place:
         call = functools.partial(run, folder=folder, place=place)
-        call("docker", "import", "-", "mace-base:test", given=images.base_image("python3-venv", "ca-certificates"))
+        call(
+            "docker",
+            "import",
+            "-",
+            "mace-base:test",
+            given=images.base_image("python3-venv", "ca-certificates", "libbpf1"),
+        )
         call("docker", "build", "--network", "none", "--build-arg", "BASE=mace-base:test", "--tag", "mace", ".")
         up = SimpleNamespace(folder=folder, place=place, call=call, compose=functools.partial(call, images.compose()))
         try:
@@ -109,9 +116,11 @@ def copy_tree(folder: Path) -> None:
         cwd=ROOT, capture_output=True, timeout=60, check=True,
     ).stdout.decode()  # fmt: skip
     for name in listed.rstrip("\0").split("\0"):
-        if name.split("/")[0] not in {"tests", "kmod", "docs"} and (ROOT / name).exists():
+        if name.split("/")[0] not in {"tests", "docs"} and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    # `./dev setup` built them; the lab has no package index from which the image could get a compiler.
+    shutil.copy(session.OBJECT, folder / session.OBJECT.relative_to(ROOT))
     shutil.copytree(images.wheelhouse(), folder / "deploy/wheelhouse")
 
 
@@ -154,6 +163,10 @@ def test_the_image_is_small_and_needs_no_rights(deployed):
     assert "Name: pip" not in deployed.call(
         *hardened, "--entrypoint", "sh", "mace", "-c", "python -m pip show pip 2>&1 || true"
     )
+    listed = deployed.call(
+        *hardened, "--entrypoint", "sh", "mace", "-c", "ls /opt/mace/native /opt/mace/app/collector/bpf"
+    )
+    assert {"libbpf.so.1", "libelf.so.1", "mace.bpf.o"} <= set(listed.split())
     volume = ("--volume", f"{BOTH}:/captures:ro")
     inside = deployed.call(*hardened, *volume, "mace", "replay", "/captures/kmod.mace", "--store", "/tmp/s", "--json")
     outside = subprocess.run(
