@@ -22,8 +22,9 @@ import mmap
 import platform
 import select
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
@@ -33,8 +34,9 @@ import numpy.typing as npt
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
 from collector.bpf.session import OBJECT, Session, programs, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
-from collector.live.record_merge import Marker, RingMerger, SeenPlaces
-from collector.live.ring_source import FollowsDevices, RingSource
+from collector.live.record_merge import Marker, RingMerger
+from collector.live.record_source import RecordSource
+from collector.live.ring_source import FollowsDevices
 from collector.live.stretch import Stretch
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
@@ -43,9 +45,7 @@ from contracts.config import CaptureConfig
 from contracts.errors import MaceError, SourceError, Unavailable
 from contracts.hooks import BY_HOOK, HOOKS, Hook, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
-from contracts.records import Batch
 from contracts.schema import HookCost
-from contracts.topology import Device
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class _Merger(RingMerger):
         super().push(cpu, stretch)
 
 
-class BpfSource(RingSource):
+class BpfSource(RecordSource):
     """A `contracts.interfaces.Source` that reads MACE's BPF programs on this machine's tracepoints."""
 
     def __init__(
@@ -135,17 +135,12 @@ class BpfSource(RingSource):
         open_session: Callable[..., Session] = Session,
     ) -> None:
         self.config = config or BpfConfig()
-        self._names: dict[tuple[int, int], str] = {}
-        self._inodes: dict[int, int] = {}
-        self._places = SeenPlaces(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
-        self._merger = _Merger(int(self.config.hold_back_ms * 1e6), self._places, of="the BPF programs")
         super().__init__(
             "bpf",
+            partial(_Merger, of="the BPF programs"),
             host=self.config.host,
             hold_back_ms=self.config.hold_back_ms,
             follower=devices,
-            watermark=self._merger,
-            seen=self._places,
             filling=_FILLING,
         )
         self._open_session = open_session
@@ -189,10 +184,7 @@ class BpfSource(RingSource):
         keep_freed_memory()
         self._began_ns = time.monotonic_ns()
         await self._follow(wakes=False)
-        # Without a follower's table of cookies, only the inode leads to a namespace.
-        cookies = bool(self._devices) and all(device.netns_cookie for device in self._devices)
-        if cookies:
-            self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
+        cookies = self._identify_by_cookie()
         self._learned(self._devices)
         config = self.config
         self._session = session = self._open_session(
@@ -278,15 +270,6 @@ class BpfSource(RingSource):
             if self._take_all():
                 return
         _log.warning("bpf: a slot was still busy a second after the end; the stream lacks its record and all behind it")
-
-    def _learned(self, devices: tuple[Device, ...]) -> None:
-        """Index the devices by the cookie (its lower 32 bits) or inode with which records identify namespaces."""
-        by_cookie = self._places.inode_of is not None
-        self._names = {((d.netns_cookie & 0xFFFFFFFF) if by_cookie else d.netns, d.ifindex): d.name for d in devices}
-        self._inodes = {device.netns_cookie & 0xFFFFFFFF: device.netns for device in devices}
-
-    def _taken(self, until_ns: int | None) -> Iterator[Batch]:
-        return self._merger.flush() if until_ns is None else self._merger.take(until_ns)
 
     # --- the rings ------------------------------------------------------------------------------
 

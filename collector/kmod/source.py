@@ -18,7 +18,7 @@ import logging
 import mmap
 import platform
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
@@ -26,8 +26,9 @@ from typing import Final, Protocol
 from collector.kmod.device import Hello, MaceDevice, Stats, TakenSubBuffers
 from collector.kmod.ring import CpuRing, Subbuf
 from collector.live.filter import SessionFilter, wanted
-from collector.live.record_merge import Marker, RingMerger, SeenPlaces
-from collector.live.ring_source import FollowsDevices, RingSource
+from collector.live.record_merge import Marker, RingMerger
+from collector.live.record_source import RecordSource
+from collector.live.ring_source import FollowsDevices
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
 from contracts import clock
@@ -35,9 +36,7 @@ from contracts.config import CaptureConfig
 from contracts.errors import MaceError, SourceError, Unavailable
 from contracts.hooks import BY_HOOK, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
-from contracts.records import Batch
 from contracts.schema import HookCost
-from contracts.topology import Device
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class _Cpu:
     """Lost records that the heads of sub-buffers have reported."""
 
 
-class KmodSource(RingSource):
+class KmodSource(RecordSource):
     """A `contracts.interfaces.Source` over /dev/mace."""
 
     def __init__(
@@ -133,17 +132,12 @@ class KmodSource(RingSource):
         open_module: Callable[[], Module] = MaceDevice,
     ) -> None:
         self.config = config or KmodConfig()
-        self._names: dict[tuple[int, int], str] = {}
-        self._inodes: dict[int, int] = {}
-        self._places = SeenPlaces(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
-        self._merger = RingMerger(int(self.config.hold_back_ms * 1e6), self._places)
         super().__init__(
             "kmod",
+            RingMerger,
             host=self.config.host,
             hold_back_ms=self.config.hold_back_ms,
             follower=devices,
-            watermark=self._merger,
-            seen=self._places,
             filling=_FILLING,
         )
         self._open_module = open_module
@@ -196,10 +190,7 @@ class KmodSource(RingSource):
         config = self.config
         wanted = replace(config.wanted, hooks=hooks)
         await self._follow(wakes=False)
-        # Use cookies only if the cookies of all devices are known; otherwise namespaces are identified by inode.
-        cookies = hello.cookies and bool(self._devices) and all(device.netns_cookie for device in self._devices)
-        if cookies:
-            self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
+        cookies = hello.cookies and self._identify_by_cookie()
         self._learned(self._devices)
         cpus = module.setup(
             subbuf_bytes=config.subbuf_bytes,
@@ -273,15 +264,6 @@ class KmodSource(RingSource):
         for item in self._released(to_the_end=True):
             yield item
         self._balance()
-
-    def _learned(self, devices: tuple[Device, ...]) -> None:
-        """Index the devices by the cookie or inode with which records identify namespaces."""
-        by_cookie = self._places.inode_of is not None
-        self._names = {(d.netns_cookie if by_cookie else d.netns, d.ifindex): d.name for d in devices}
-        self._inodes = {device.netns_cookie: device.netns for device in devices}
-
-    def _taken(self, until_ns: int | None) -> Iterator[Batch]:
-        return self._merger.flush() if until_ns is None else self._merger.take(until_ns)
 
     # --- the rings ------------------------------------------------------------------------------
 
