@@ -295,7 +295,6 @@ class BpfSource(RecordSource):
 
     def _push(self, number: int, cpu: _Cpu, taken: Stretch, lost: int) -> None:
         records = taken.records
-        last_ns = int(records["ts_ns"][-1])
         pieces = [(0, taken)]
         if lost > cpu.told_lost:
             ahead = lost_before(records, cpu.told_lost)
@@ -314,7 +313,6 @@ class BpfSource(RecordSource):
                 piece.given(len(piece.records))
                 piece = Stretch(ordered, held=False)
             self._merger.push(number, piece)
-        cpu.last_ns = max(cpu.last_ns, last_ns)
 
     def _mark(self, number: int, cpu: _Cpu, lost: int, until_ns: int) -> None:
         """Push a marker for `lost` records that no marker has reported yet."""
