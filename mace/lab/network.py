@@ -72,7 +72,7 @@ def problems(env: Mapping[str, str]) -> list[Unavailable]:
         found.append(Unavailable("lab", "the kernel has no IPv6", "boot without ipv6.disable=1"))
     for kind in ("veth", "bridge"):
         try:
-            netns.run(["ip", "link", "add", f"try-{kind}", "type", kind], env=env)
+            netns.run(["ip", "link", "add", "name", f"try-{kind}", "type", kind], env=env)
         except LabError as error:
             remedy = f"modprobe {kind}, or boot a kernel with it"
             found.append(Unavailable("lab", f"the kernel makes no {kind} device ({_last_line(error)})", remedy))
@@ -103,8 +103,8 @@ def build_wire(lab: str, env: Mapping[str, str]) -> None:
         HOST,
         [
             "link set lo up",
-            f"link add {outer} type veth peer name {far} netns {netns_name(lab, REMOTE)}",
-            f"link set {outer} up",
+            f"link add name {outer} type veth peer name {far} netns {netns_name(lab, REMOTE)}",
+            f"link set dev {outer} up",
             f"addr add {host4} dev {outer}",
             f"addr add {host6} dev {outer} nodad",
             f"route add default via {remote4.ip} dev {outer}",
@@ -117,7 +117,7 @@ def build_wire(lab: str, env: Mapping[str, str]) -> None:
         REMOTE,
         [
             "link set lo up",
-            f"link set {far} up",
+            f"link set dev {far} up",
             f"addr add {remote4} dev {far}",
             f"addr add {remote6} dev {far} nodad",
         ],
@@ -132,8 +132,8 @@ def build_bridges(spec: Spec, env: Mapping[str, str]) -> None:
         # With equal addresses only the first bridge may own the main table's route, so the kernel must not add routes.
         prefix_route = "noprefixroute" if spec.same_addresses else ""
         commands += [
-            f"link add {bridge.name} address {bridge.mac} type bridge stp_state 0 forward_delay 0",
-            f"link set {bridge.name} up",
+            f"link add name {bridge.name} address {bridge.mac} type bridge stp_state 0 forward_delay 0",
+            f"link set dev {bridge.name} up",
             f"addr add {bridge.ipv4} dev {bridge.name} {prefix_route}",
             f"addr add {bridge.ipv6} dev {bridge.name} nodad {prefix_route}",
         ]
@@ -153,8 +153,8 @@ def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> Non
         spec.name,
         HOST,
         [
-            f"link add {place.veth} type veth peer name {INNER_DEVICE} address {place.mac} netns {inner}",
-            f"link set {place.veth} master {place.bridge.name} addrgenmode none up",
+            f"link add name {place.veth} type veth peer name {INNER_DEVICE} address {place.mac} netns {inner}",
+            f"link set dev {place.veth} master {place.bridge.name} addrgenmode none up",
         ],
         env,
     )
@@ -163,7 +163,7 @@ def build_container(spec: Spec, place: Placement, env: Mapping[str, str]) -> Non
         place.name,
         [
             "link set lo up",
-            f"link set {INNER_DEVICE} up",
+            f"link set dev {INNER_DEVICE} up",
             f"addr add {place.ipv4} dev {INNER_DEVICE}",
             f"addr add {place.ipv6} dev {INNER_DEVICE} nodad",
             f"route add default via {place.bridge.ipv4.ip} dev {INNER_DEVICE}",
@@ -188,7 +188,7 @@ def remove_devices(path: Path, env: Mapping[str, str]) -> None:
     with suppress(LabError):  # the user, or the end of a process, may delete a device at the same time
         listed = netns.run(netns.enter_command(path, ["ip", "-o", "link", "show"]), env=env)
         names = [line.split(": ", 2)[1].partition("@")[0] for line in listed.splitlines()]
-        commands = [f"link set {name} group {_DOOMED}\n" for name in names if name != "lo"]
+        commands = [f"link set dev {name} group {_DOOMED}\n" for name in names if name != "lo"]
         if commands:
             argv = netns.enter_command(path, ["ip", "-force", "-batch", "-"])
             netns.run(argv, stdin="".join([*commands, f"link del group {_DOOMED}\n"]), env=env)

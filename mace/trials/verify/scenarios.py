@@ -123,9 +123,9 @@ def _tunnel(lab: Lab) -> None:
         run_in(
             lab,
             member,
-            f"ip link add {device} type vxlan id 7 dstport 4789 {under}",
+            f"ip link add name {device} type vxlan id 7 dstport 4789 {under}",
             f"ip addr add 192.0.2.{here}/24 dev {device}",
-            f"ip link set {device} up",
+            f"ip link set dev {device} up",
         )
     run_in(lab, REMOTE, f"ip route add 198.51.100.0/24 via 192.0.2.1 dev {device}")
     run_in(lab, HOST, "ping -c 2 -i 0.05 192.0.2.2")
