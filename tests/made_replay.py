@@ -47,7 +47,7 @@ def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HE
         l3_len=[3, 0, 9, 1, 2],
         hook=[Hook.LOST] * 5,
     )
-    # Sent at the container, and the driver busy again and again over the cuts, then on its way.
+    # A packet is queued at the container while the driver is busy again and again, across the cuts, and then continues.
     slow = ts[0] + np.arange(1, 800) * 10_000_000
     slow = slow[slow < ts[-1]]
     queued = np.full(len(slow), 2)
@@ -119,7 +119,7 @@ def differences(one, other):
             found[table] = ask(f"{a} EXCEPT ALL {b} LIMIT 3") + ask(f"{b} EXCEPT ALL {a} LIMIT 3")
         last = [
             ask(
-                # What was there since the row before depends on when that was.
+                # The containers seen since the previous row depend on when that row was written.
                 f"SELECT * EXCLUDE (flush, time, on_host_network), epoch_ns(time) FROM {rows_of(store, 'ledger')}"
                 " QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1 ORDER BY host, run"
             )

@@ -141,7 +141,7 @@ class Victoria(Server):
     """VictoriaMetrics; its new rows can be made visible at once."""
 
     suite = "trixie"
-    """Of Debian."""
+    """Debian suite of the package."""
 
     def __init__(self, place):
         port = free_port()
@@ -166,7 +166,7 @@ class Victoria(Server):
     def _exported(self, metric):
         self.flush()
         _, text = get(f"{self.url}/api/v1/export", timeout=120, **{"match[]": f'{{__name__="{metric}"}}'})
-        # Not splitlines: a label may hold what Python takes for the end of a line.
+        # Not splitlines: a label may hold characters that Python treats as the end of a line.
         return [json.loads(each) for each in text.split("\n") if each]
 
 

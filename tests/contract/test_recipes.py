@@ -737,7 +737,7 @@ def test_the_toylast_survives_a_cut_and_is_in_the_digest():
 @recipe(
     "State of the engine.",
     tests=("tests/property/test_engine_reference.py", "tests/unit/correlator/test_toylast.py"),
-    choose=("goes_on_where_another_stopped", "survives_a_cut"),
+    choose=("resumes_from_the_state", "survives_a_cut"),
 )
 def state_of_the_engine(tree):
     engine, state, checkpoint = "correlator/engine.py", "correlator/state.py", "mace/replaying/checkpoint.py"

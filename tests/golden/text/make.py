@@ -1,6 +1,6 @@
-"""How the real texts here were made: tasks with names as the kernel allows them, one datagram to themselves each.
+"""Makes the real texts of this folder: tasks with any names that the kernel allows send themselves datagrams.
 
-Ran once, as root on Linux 6.18 with perf 6.1; it is here to be read.
+Kept as a record of a run as root on Linux 6.18 with perf 6.1; not run again.
 
 PYTHONPATH=. python tests/golden/text/make.py
 """
@@ -28,7 +28,7 @@ NAMESPACE = "mace-names"
 
 
 def send() -> None:
-    """A thread for each name, which sends one datagram over loopback."""
+    """Start a thread for each name; the thread sends one datagram over loopback."""
     libc = ctypes.CDLL(None)
 
     def work(name: bytes) -> None:
