@@ -76,7 +76,7 @@ def test_the_structs_are_the_same():
 
 
 @pytest.mark.needs("cc")
-def test_every_field_is_where_the_compiler_puts_it(tmp_path):
+def test_every_field_has_the_compilers_offset(tmp_path):
     asked = [(struct, field) for struct, fields in structs().items() for field in fields]
     got = compiled(
         tmp_path,
@@ -112,7 +112,7 @@ def test_every_constant_has_its_value(tmp_path):
     assert compiled(tmp_path, ["puts(MACE_DEVICE_NAME);"]) == [[abi.DEVICE_NAME]]
 
 
-def test_python_has_no_constant_that_the_header_has_not():
+def test_python_has_only_constants_of_the_header():
     known = set(constants())
     for prefix, enum in (*ENUMS.items(), ("MACE_HOOK_", [hook for hook in Hook if hook is not Hook.LOST])):
         for member in enum:
@@ -123,8 +123,8 @@ def test_python_has_no_constant_that_the_header_has_not():
             assert f"MACE_{name}" in known, name
 
 
-def test_the_modules_table_of_hooks_is_ours():
-    """Number, tracepoint and what is known of the packet there; and a probe of each, whose type the compiler checks."""
+def test_the_modules_table_of_hooks_equals_contracts_hooks():
+    """Both tables have number, tracepoint and kind of each hook; the compiler checks the type of the hook's probe."""
     probes = (HEADER.parents[1] / "mace_probes.c").read_text()
     where = {Way.TRANSMIT: "AT_DEVICE", Way.RECEIVE: "AT_DEVICE", Way.DELIVERY: "NO_DEVICE", Way.END: "AT_END"}
     rows = re.findall(r"^\tROW\((\w+), (\w+), (\w+)\)", probes, re.MULTILINE)

@@ -47,7 +47,7 @@ class Tree:
         for name in COPIED:
             source, target = ROOT / name, place / name
             if source.is_dir():
-                # With what Python has compiled: it is as good for the copy, whose files are of the same time.
+                # Compiled files are copied, too: they are valid for the copy, whose sources have the same times.
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.o", "*.ko", "*.cmd"))
             else:
                 shutil.copy2(source, target)
@@ -65,7 +65,7 @@ class Tree:
         self.write(name, there.replace(before, text + before))
 
     def replace(self, name, old, new):
-        """Put text in the place of the only one in a file that reads so."""
+        """Replace a text that occurs once in a file."""
         there = (self.place / name).read_text()
         assert there.count(old) == 1, f"{name} has {there.count(old)} of {old!r}"
         self.write(name, there.replace(old, new))
@@ -82,7 +82,7 @@ class Tree:
         return done.returncode, done.stdout + done.stderr
 
     def made(self, name, *argv):
-        """Have a file written by Python."""
+        """Let a Python program write a file."""
         status, said = self.run(*argv)
         assert status == 0, said
         self.touched.add(name)
@@ -96,7 +96,7 @@ class Recipe:
     tests: tuple[str, ...]
     """Files whose tests are run."""
     choose: tuple[str, ...]
-    """Words in the names of those that the toy concerns, each of one at least."""
+    """Words in the names of the tests that concern the toy; each word is in at least one name."""
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -234,8 +234,8 @@ def test_what_there_is_no_room_for_is_lost():
         "tests/unit/collector/toybell/test_source.py",
     ),
     choose=(
-        *("toybell", "every_source_has_its_maker", "every_source_is_kept", "import_contracts_hold", "what_help_says"),
-        *("the_table_is_the_code", "every_source_can_be_asked_for", "no_room_for_is_lost"),
+        *("toybell", "every_source_has_its_maker", "sources_do_not_import", "import_contracts_hold", "choices_in_help"),
+        *("the_table_is_the_code", "every_source_can_be_selected", "no_room_for_is_lost"),
     ),
 )
 def a_capture_source(tree):
@@ -388,7 +388,7 @@ def test_whatever_it_holds_it_is_read_or_refused(content):
         "tests/property/test_toyfile_fuzz.py",
     ),
     choose=(
-        *("toyfile", "every_source_has_its_maker", "every_source_is_kept", "import_contracts_hold", "what_help_says"),
+        *("toyfile", "every_source_has_its_maker", "sources_do_not_import", "import_contracts_hold", "choices_in_help"),
         "whatever_it_holds",
     ),
 )
@@ -536,7 +536,7 @@ def run(options: Options, console: Console) -> int:
 @recipe(
     "A command.",
     tests=("tests/contract/test_commands.py", "tests/unit/mace/shown/test_streams.py"),
-    choose=("toycount", "readmes_table", "every_command_is_one_file", "every_command_is_walked"),
+    choose=("toycount", "readmes_table", "every_command_is_one_file", "every_command_has_a_call"),
 )
 def a_command(tree):
     tree.write("mace/commands/toycount.py", COMMAND)
@@ -799,7 +799,7 @@ def a_deployments_file(tree):
 @recipe(
     "A page.",
     tests=("tests/contract/test_docs.py",),
-    choose=("every_page_is_in_the_index", "links_lead_somewhere", "files_that_pages_name"),
+    choose=("every_page_is_in_the_index", "links_have_a_target", "files_that_pages_name"),
 )
 def a_page(tree):
     tree.write("docs/toys.md", "# Toys\n\nThey are counted in `storage/internal.py` ([hooks](hooks.md)).\n")
@@ -811,7 +811,7 @@ def a_page(tree):
 
 @dataclass
 class Followed:
-    """What the copy has become, by recipe, and what its tests said."""
+    """Files that each recipe touched in the copy, and the results of the tests."""
 
     touched: dict[str, set[str]] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
@@ -830,7 +830,7 @@ def followed(tmp_path_factory):
         found.touched[title] = tree.touched
     tests = dict.fromkeys(name for one in RECIPES.values() for name in one.tests)
     words = dict.fromkeys(word.rpartition("/")[2] for one in RECIPES.values() for word in one.choose)
-    # To walk every command is the business of the test that is so called.
+    # TestEveryCommand runs all commands, which the recipes need not repeat.
     choice = f"({' or '.join(words)}) and not TestEveryCommand"
     _, found.said = tree.run("-m", "pytest", "-q", "-rpfE", "-p", "no:cacheprovider", "-k", choice, *tests)
     found.outcomes = {name: outcome for outcome, name in OUTCOME.findall(found.said)}

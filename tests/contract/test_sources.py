@@ -209,7 +209,7 @@ def mine(made):
     """Return the resources of a source: open files, tasks, scheduling class, and objects handed out to it."""
     fds = Counter()
     for fd in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # that of the list itself
+        with suppress(FileNotFoundError):  # descriptor of the listing itself
             fds[str(fd.readlink()).partition(":")[0]] += 1
     return fds, asyncio.all_tasks(), os.sched_getscheduler(0), made.held()
 
@@ -218,7 +218,7 @@ def mine(made):
 async def nothing_left(made):
     before = mine(made)
     yield
-    # Streams that were left in the middle are ended by the loop, in turns of its own.
+    # The event loop ends abandoned streams in later iterations.
     gc.collect()
     for _ in range(10):
         await asyncio.sleep(0)
@@ -291,7 +291,7 @@ def test_a_run(maker, tmp_path):
 
 
 @of(LIVE)
-def test_news_of_devices_find_their_place(maker, tmp_path):
+def test_device_changes_are_topologies_in_their_place(maker, tmp_path):
     async def work(made):
         source, items, step = made.make(), [], 0
         await source.open()
@@ -318,7 +318,7 @@ def test_news_of_devices_find_their_place(maker, tmp_path):
 
 
 @of(LIVE)
-def test_where_nothing_happens_it_says_so(maker, tmp_path):
+def test_a_quiet_source_yields_progress(maker, tmp_path):
     async def work(made):
         source, upto_ns = made.make(), []
         await source.open()
@@ -339,7 +339,7 @@ def test_where_nothing_happens_it_says_so(maker, tmp_path):
 
 
 @of(LIVE)
-def test_stopped_it_gives_what_has_happened(maker, tmp_path):
+def test_a_stopped_source_yields_all_recorded_items(maker, tmp_path):
     async def work(made):
         async with nothing_left(made):
             source = made.make()
@@ -356,7 +356,7 @@ def test_stopped_it_gives_what_has_happened(maker, tmp_path):
 
 
 @of(FILES)
-def test_stopped_it_ends_after_the_current_item(maker, tmp_path):
+def test_a_stopped_source_ends_after_the_current_item(maker, tmp_path):
     async def work(made):
         async with nothing_left(made):
             source, items = made.make(), []
@@ -372,7 +372,7 @@ def test_stopped_it_ends_after_the_current_item(maker, tmp_path):
 
 
 @of(ALL)
-def test_what_cannot_be_opened_leaves_nothing(maker, tmp_path):
+def test_a_failed_open_leaves_nothing(maker, tmp_path):
     async def work(made):
         made.cannot_open()
         async with nothing_left(made):
@@ -389,7 +389,7 @@ def test_what_cannot_be_opened_leaves_nothing(maker, tmp_path):
 @pytest.mark.slow
 @of(ALL)
 @pytest.mark.parametrize("how", ["cancelled", "failed", "left"])
-def test_a_reader_that_goes_leaves_nothing(maker, tmp_path, how):
+def test_an_abandoned_source_leaves_nothing(maker, tmp_path, how):
     async def work(made):
         source, begun = made.make(), asyncio.Event()
 
@@ -420,7 +420,7 @@ def test_a_reader_that_goes_leaves_nothing(maker, tmp_path, how):
 
 
 @of(FILES)
-def test_clogged_a_file_waits(maker, tmp_path):
+def test_a_clogged_file_source_waits(maker, tmp_path):
     """Without a consumer a file source reads nothing ahead, and loses nothing."""
 
     async def work(made):
@@ -454,7 +454,7 @@ def test_clogged_a_file_waits(maker, tmp_path):
 
 
 @of(LIVE)
-def test_clogged_a_live_source_counts_what_it_loses(maker, tmp_path):
+def test_a_clogged_live_source_counts_its_losses(maker, tmp_path):
     """Without a consumer the rings overflow; every record is delivered or counted by a marker."""
 
     async def work(made):
