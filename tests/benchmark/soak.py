@@ -81,7 +81,7 @@ class DatabaseFaults:
         await asyncio.to_thread(fill, self.disk / "filler")
         await asyncio.sleep(seconds)
         (self.disk / "filler").unlink()
-        # What a full disk does to its log of writes only a new start mends.
+        # InfluxDB repairs its write-ahead log after a full disk only when it starts.
         await asyncio.to_thread(self.server.stop)
         await asyncio.to_thread(self.server.start)
 
@@ -92,7 +92,7 @@ class DatabaseFaults:
 
     def answers(self, what: int | str) -> Any:
         async def work(seconds: float) -> None:
-            # Three of four requests: some get through.
+            # Three of four requests, so that some get through.
             self.proxy.plan = lambda number: what if number % 4 else None
             await asyncio.sleep(seconds)
             self.proxy.plan = lambda number: None

@@ -141,7 +141,7 @@ def test_an_option_has_one_name_and_kind_in_every_command():
             told = action.metavar or (tuple(action.choices) if action.choices else type(action).__name__)
             kinds.setdefault(spelling, {}).setdefault(str(told), []).append(name)
     one = {spelling for spelling, of in kinds.items() if len(of) == 1}
-    # Only `query` has the format CSV; `--from` names a member of a lab in one command, and a direction in another.
+    # Only `query` has the format CSV; `--from` names a lab's member in one command, the source of figures in another.
     assert {spelling: of for spelling, of in kinds.items() if spelling not in one}.keys() == {"--format", "--from"}
     for spelling, metavar in (
         *(("--container", "NAME"), ("--netns", "NAME"), ("--pid", "N"), ("--lab", "NAME")),

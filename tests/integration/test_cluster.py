@@ -139,7 +139,7 @@ def test_polars_reads_the_same(tmp_path):
     assert found == {key: (len(v), sum(v)) for key, v in fleet.delays.items()}
 
 
-def test_faults_are_told_in_one_line(tmp_path, capture):
+def test_faults_are_reported_in_one_line(tmp_path, capture):
     for address, told in (("local:none", "expected local:N"), ("tcp://127.0.0.1:1", "no Dask scheduler answers there")):
         done = mace("replay", capture, "--store", tmp_path / "store", "--cluster", address, check=False)
         assert done.returncode in {1, 2}

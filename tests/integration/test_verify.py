@@ -37,7 +37,7 @@ def test_no_row_is_wrong_and_none_is_missing(verdicts, name):
         assert found["round_trips"] == found["packets"] // 2, "each request has an echo"
 
 
-def test_what_the_source_cannot_record_is_said():
+def test_scenarios_that_the_source_cannot_record_are_reported():
     done = mace("verify", "--source", "ftrace", "sampling_8", "--json")
     assert done.stdout == ""
     assert "sampling_8: skipped, because source ftrace" in done.stderr
@@ -47,7 +47,7 @@ def test_what_the_source_cannot_record_is_said():
     ("arguments", "told"),
     [(["vlxan"], "no scenario 'vlxan' (did you mean 'vxlan'?)"), (["nat", "--packets", "0"], "expected 1 to 20000")],
 )
-def test_what_cannot_be_asked_for(arguments, told):
+def test_invalid_requests_are_refused(arguments, told):
     done = mace("verify", *arguments, check=False)
     assert done.returncode == 2
     assert told in done.stderr
