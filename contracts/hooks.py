@@ -28,16 +28,16 @@ class Hook(IntEnum):
 
 
 class Way(IntEnum):
-    """Which way a packet is going when the hook sees it."""
+    """Direction of a packet at a hook."""
 
     TRANSMIT = 1
-    """Down, into a device; the kernel's length includes the link-layer header."""
+    """From the stack into a device; the kernel's length includes the link-layer header."""
     RECEIVE = 2
-    """Up, out of a device; the kernel's length does not include the link-layer header."""
+    """From a device to the stack; the kernel's length does not include the link-layer header."""
     DELIVERY = 3
-    """Copied to a socket's reader. No device."""
+    """Copy to a socket's reader, without a device."""
     END = 4
-    """The kernel buffer is freed. No device."""
+    """Freeing of the kernel buffer, without a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class HookInfo:
 
     hook: Hook
     letter: str
-    """How a path is written in one word, as in `QX eth0 · rR vethc0`."""
+    """The hook's letter in short forms of paths, as in `QX eth0 · rR vethc0`."""
     tracepoint: str
     way: Way
     meaning: str
 
     @property
     def name(self) -> str:
-        """User name: the tracepoint's own."""
+        """Name for users: the tracepoint's name without its subsystem."""
         return self.tracepoint.partition(":")[2]
 
     @property
@@ -125,15 +125,15 @@ ALONG: Final[dict[Way, tuple[Hook, ...]]] = {
     Way.TRANSMIT: (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT),
     Way.RECEIVE: (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB),
 }
-"""The hooks at a device, in the order in which a packet passes them there. Behind the last one of a way the packet goes
-on to another device, or up."""
+"""Hooks at a device, in the order in which a packet passes them. After the last one the packet goes on to another
+device or to the stack."""
 
 BY_HOOK: Final[dict[Hook, HookInfo]] = {info.hook: info for info in HOOKS}
 BY_TRACEPOINT: Final[dict[str, HookInfo]] = {info.tracepoint: info for info in HOOKS}
 
 
 def silent_on(release: str) -> str:
-    """What happens to packets at none of these hooks on a kernel of this release (`uname -r`), or "".
+    """Return a sentence on packets' events that a kernel of this release (`uname -r`) shows at no hook, or "".
 
     Linux 6.18 frees a UDP datagram that was read by skb_attempt_defer_free(), which passes no tracepoint.
     """

@@ -111,7 +111,7 @@ class _Buffer:
 
     @property
     def rows(self) -> int:
-        """Of both tables."""
+        """Number of rows of both tables."""
         return sum(map(len, self.delays)) + sum(map(len, self.windows))
 
 
