@@ -366,16 +366,8 @@ class EmbeddedStore:
             self._flush += 1
 
     def _ledger_row(self, header: StreamHeader, totals: Totals, rows_stored: int, closed: bool) -> pa.Table:
-        row = tables.LedgerRow(
-            header,
-            totals.upto_utc_ns,
-            totals.ledger,
-            packets=totals.packets,
-            grades=totals.grades,
-            rows_stored=rows_stored,
-            rows_not_stored=self.rows_not_stored,
-            closed=closed,
-            on_host_network=totals.on_host_network,
+        row = tables.LedgerRow.of(
+            header, totals, rows_stored=rows_stored, rows_not_stored=self.rows_not_stored, closed=closed
         )
         return tables.ledger_table([row], self._flush)
 

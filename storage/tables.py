@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from contracts.figures import ranks
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
+from contracts.results import Totals
 from contracts.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment
 from contracts.topology import Device, Sharer
 from contracts.windowtable import FIGURES, WindowTable
@@ -360,6 +361,29 @@ class LedgerRow:
     rows_not_stored: int
     closed: bool
     on_host_network: tuple[Sharer, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        header: StreamHeader,
+        totals: Totals,
+        *,
+        rows_stored: int = 0,
+        rows_not_stored: int = 0,
+        closed: bool = False,
+    ) -> Self:
+        """Return the row of a run's totals."""
+        return cls(
+            header,
+            totals.upto_utc_ns,
+            totals.ledger,
+            packets=totals.packets,
+            grades=totals.grades,
+            rows_stored=rows_stored,
+            rows_not_stored=rows_not_stored,
+            closed=closed,
+            on_host_network=totals.on_host_network,
+        )
 
 
 def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:

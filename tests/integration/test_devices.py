@@ -28,8 +28,6 @@ from tests.nasty_names import NASTY, kernel_takes
 
 pytestmark = pytest.mark.needs("root", "netns")
 
-Condition = Callable[[tuple[Device, ...]], object]
-
 
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)

@@ -175,9 +175,6 @@ def keeps_the_contract(items):
             last_ns = item.ts_ns[-1]
 
 
-RAW_BATCH = FRAMES[2]
-
-
 @st.composite
 def hostile_payloads(draw):
     """Draw a frame whose decompressed payload is mutated, with matching sizes and checksums."""

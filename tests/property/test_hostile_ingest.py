@@ -53,7 +53,6 @@ TIMES = st.one_of(
 )
 OLDEST = st.sampled_from([None, "0", "1", "2", "5", "18446744073709551615", "-1", "x", "9" * 5_000])
 HOOKS = st.sampled_from([*Hook])
-COUNTS = st.sampled_from([0, 1, 3, 100])
 
 
 @st.composite

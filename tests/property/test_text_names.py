@@ -29,7 +29,6 @@ NAMES = st.one_of(
 )
 """Names of tasks: up to 15 bytes, any but NUL."""
 DEVICES = st.sampled_from([b"eth0", b"veth1-c1", b"len=1", b"skbaddr=0x1", b"\xc3\xa9th0", b"a=b[0]"])
-OTHERS = (b"sched_switch", b"sched:sched_switch")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from collector.ftrace import tracefs
 
 HERE = Path(__file__).parent
 EVENTS = ("net:net_dev_queue", "net:netif_rx")
-OPTIONS = ("latency-format", "irq-info", "record-tgid")
 NAMES = (
     b"GC Thread#0", b"[000]", b"12.345678:", b"a [001]", b"netif_rx: ", b"[0] 1.123456: ", b"x-1 [000] d..1.",
     b"\xff\xfe\xc3\x28", "naïve ✓".encode(), b"1 2 3", b"a\nb", b"# c", b"\n#x", b"net:netif_rx: a", b"(  99) [001]",
