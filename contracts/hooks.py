@@ -53,7 +53,7 @@ class HookInfo:
 
     @property
     def name(self) -> str:
-        """Name for users: the tracepoint's name without its subsystem."""
+        """User name: the tracepoint's own."""
         return self.tracepoint.partition(":")[2]
 
     @property
@@ -125,8 +125,8 @@ ALONG: Final[dict[Way, tuple[Hook, ...]]] = {
     Way.TRANSMIT: (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT),
     Way.RECEIVE: (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB),
 }
-"""Hooks at a device, in the order in which a packet passes them. After the last one the packet goes on to another
-device or to the stack."""
+"""The hooks at a device, in the order in which a packet passes them there. Behind the last one of a way the packet goes
+on to another device, or up."""
 
 BY_HOOK: Final[dict[Hook, HookInfo]] = {info.hook: info for info in HOOKS}
 BY_TRACEPOINT: Final[dict[str, HookInfo]] = {info.tracepoint: info for info in HOOKS}

@@ -123,8 +123,8 @@ def test_python_has_only_constants_of_the_header():
             assert f"MACE_{name}" in known, name
 
 
-def test_the_modules_table_of_hooks_equals_contracts_hooks():
-    """Both tables have number, tracepoint and kind of each hook; the compiler checks the type of the hook's probe."""
+def test_the_modules_table_of_hooks_is_ours():
+    """Number, tracepoint and what is known of the packet there; and a probe of each, whose type the compiler checks."""
     probes = (HEADER.parents[1] / "mace_probes.c").read_text()
     where = {Way.TRANSMIT: "AT_DEVICE", Way.RECEIVE: "AT_DEVICE", Way.DELIVERY: "NO_DEVICE", Way.END: "AT_END"}
     rows = re.findall(r"^\tROW\((\w+), (\w+), (\w+)\)", probes, re.MULTILINE)

@@ -288,7 +288,7 @@ async def _changes(machine: Machine) -> None:
         machine.ip("a", "link set v0 up")
         machine.ip("a", "route add default via 192.0.2.2")
         await seen.until(lambda: (d := seen.get("a", "v0")) and d.default_route)
-        machine.ip("a", "link set v0 down")  # removes the route without a notification
+        machine.ip("a", "link set v0 down")  # takes the route along without a word
         await seen.until(lambda: (d := seen.get("a", "v0")) and not d.default_route)
 
         machine.add("c")
@@ -547,7 +547,7 @@ async def _lost_events(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
         await seen.until(lambda: not seen.get("host", "v0"))
 
 
-def test_lost_events_cause_a_new_scan(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_events_are_made_up_for(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(_lost_events(machine, monkeypatch))
 
 
@@ -651,7 +651,7 @@ async def _failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_end_of_following_is_reported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_of_following_is_said(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(_failure(machine, monkeypatch))
 
 

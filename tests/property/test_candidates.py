@@ -36,9 +36,7 @@ def topologies(draw):
 
 
 def tried(resolver, hook_p, sources, hook_n, targets):
-    """Yield each pair of devices that the rules connect; a veth pair takes precedence over other devices of the same
-    name.
-    """
+    """Each pair, as the rules have it; a veth's peer hears what it sends, whoever else has its name."""
     for a, b in product(sources, targets):
         device = resolver.devices[a]
         if WAY[hook_p] == Way.TRANSMIT and WAY[hook_n] == Way.RECEIVE and device.kind == "veth":

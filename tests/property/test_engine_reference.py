@@ -286,8 +286,10 @@ def test_device_delays_add_up_to_the_overhead(batch):
     ),
     st.booleans(),
 )
-def test_arbitrary_records_are_accounted_for(rows, read):
-    """Any hooks (0 and 9 do not exist), ambiguous devices and any content, in any order: the ledger is balanced."""
+def test_no_stream_is_too_wild(rows, read):
+    """Any hooks (0 and 9 do not exist) on any devices in any order, with every name doubtful and any content: all is
+    accounted for.
+    """
     rows = sorted(rows)
     columns = np.array(rows).reshape(-1, 7).T
     content = Content.of(len(rows), packet_key=columns[4], flags=columns[5]) if read else None

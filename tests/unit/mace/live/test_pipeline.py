@@ -46,7 +46,7 @@ def test_every_source_can_be_selected():
         ),
     ],
 )
-def test_auto_takes_the_best_source_and_explains_the_choice(monkeypatch, kmod, bpf, ftrace, name, why):
+def test_auto_takes_the_best_and_says_why_not_a_better_one(monkeypatch, kmod, bpf, ftrace, name, why):
     monkeypatch.setitem(SOURCES, "kmod", LiveSource(lambda: kmod, kmod_source.configured))
     monkeypatch.setitem(SOURCES, "bpf", LiveSource(lambda: bpf, bpf_source.configured))
     monkeypatch.setitem(SOURCES, "ftrace", LiveSource(lambda: ftrace, ftrace_source.configured))
@@ -93,7 +93,7 @@ def test_unknown_names_are_refused(wrong, told):
         wanted(CaptureConfig(**wrong))
 
 
-def test_a_source_without_filters_refuses_a_filter():
+def test_a_filter_is_not_silently_forgotten():
     with pytest.raises(Unavailable, match=r"cannot apply \[capture\] sample_shift"):
         ftrace_source.configured(CaptureConfig(sample_shift=1), None)
 

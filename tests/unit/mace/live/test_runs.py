@@ -103,7 +103,7 @@ def test_a_live_run_ends_with_its_until(kind, monkeypatch):
         assert found == 0
 
 
-def test_the_end_of_until_ends_the_run(monkeypatch):
+def test_what_a_run_is_for_ends_it(monkeypatch):
     monkeypatch.setattr(runs, "live_source", lambda config: (recording(EXAMPLE).source(), "source made"))
     stop = Stop()
 

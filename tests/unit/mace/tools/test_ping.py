@@ -171,13 +171,13 @@ def test_json_output_has_no_lines(netns_fd, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_ping_without_any_sample_is_an_error(netns_fd):
+def test_a_ping_that_told_of_nothing_is_an_error(netns_fd):
     ping = Ping([], netns_fd, user_clock=False, stamps_shown=False, quiet=True)
     with pytest.raises(UsageError, match="its output has no request"):
         ping.measure(MadeSession(ping, []), None)
 
 
-def test_output_that_the_reader_refuses_ends_the_run(netns_fd):
+def test_what_the_reader_refuses_ends_the_run(netns_fd):
     ping = Ping([], netns_fd, user_clock=False, stamps_shown=False, quiet=True)
     with pytest.raises(UsageError, match="has no time"):
         ping.measure(MadeSession(ping, [f"16 bytes from {HOST}: icmp_seq=1 ttl=63"]), None)
