@@ -48,7 +48,7 @@ from storage.segments import (
     by_hour,
 )
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 def check_schema(root: Path) -> bool:
@@ -397,7 +397,7 @@ class EmbeddedStore:
         try:
             self._retain()
         except OSError as e:
-            log.warning("%s: retention: %s", self.path, e)
+            _LOG.warning("%s: retention: %s", self.path, e)
 
     def merge(self) -> int:
         """Merge small segments; returns the decrease in their number. Never raises, because no row depends on merging.
@@ -427,7 +427,7 @@ class EmbeddedStore:
                 except FileNotFoundError:
                     continue  # retention has removed a segment meanwhile
                 except (OSError, pa.ArrowInvalid, StoreError) as e:
-                    log.warning("%s: merging %d segments: %s", self.path, len(group), e)
+                    _LOG.warning("%s: merging %d segments: %s", self.path, len(group), e)
                     hours.add(group[0].hour)
                     continue
                 finally:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from contracts import histogram
+from tests.durations import S
 from tests.made_fleet import HOSTS, make_fleet
-from tests.made_replay import SECOND_NS, EngineConfig, count_rows, differences, one_engine, write_capture
+from tests.made_replay import EngineConfig, count_rows, differences, one_engine, write_capture
 from tests.measuring import ROOT, mace, start, wait_for
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
-LIKE_THE_COMMAND_LINE = EngineConfig(slice_ns=SECOND_NS)
+LIKE_THE_COMMAND_LINE = EngineConfig(slice_ns=S)
 PART_MIB = "0.06"
 
 

@@ -9,9 +9,9 @@ from contracts.interfaces import Progress
 from contracts.schema import HookCost
 from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder, SliceLimit
+from tests.durations import MS
 from tests.traffic import REQUEST, Tape, topology
 
-MS = 1_000_000
 PACKETS, CUT = 40, 60
 NO_SLICES = EngineConfig(slice_ns=1 << 60)
 """An engine that works only on request and at the end."""

@@ -23,8 +23,9 @@ from mace.replaying.part import run_part
 from storage.embedded import EmbeddedStore
 from storage.places import LocalPlace
 from storage.query import StoreReader
+from tests.durations import S
 from tests.made_capture import HEADER, capture_bytes
-from tests.made_replay import ENGINE, SECOND_NS, count_rows, differences, hard_stream, one_engine, write_capture
+from tests.made_replay import ENGINE, count_rows, differences, hard_stream, one_engine, write_capture
 from tests.measuring import mace, start, wait_for
 
 CONFIG = StoreConfig(sync=False)
@@ -257,7 +258,7 @@ def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
         if how is not signal.SIGKILL:
             assert "--resume continues" in told
     done = mace(*argv, "--resume")
-    one_engine([long], tmp_path / "reference", EngineConfig(slice_ns=SECOND_NS))
+    one_engine([long], tmp_path / "reference", EngineConfig(slice_ns=S))
     assert differences(tmp_path / "reference", tmp_path / "store") == {}
     assert done.stdout == mace("replay", long, "--json").stdout
 
