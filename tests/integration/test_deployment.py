@@ -206,7 +206,7 @@ def stored(running) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize(("service", "user", "powers"), [("collector", 0, set(POWERS)), ("ingest", 10001, set())])
-def test_a_container_has_only_the_rights_that_it_needs(running, service, user, powers):
+def test_a_container_has_the_rights_that_it_needs_and_no_other(running, service, user, powers):
     pid = state(running, service)["Pid"]
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
