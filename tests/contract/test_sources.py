@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from collector import SOURCES
@@ -37,6 +36,7 @@ from tests.made_capture import same_stream
 from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
 from tests.places import GOLDEN_FILES
+from tests.streams import check_stream, records
 
 OLD, NEW = Device(HOST_NETNS, 2, "eth0", "veth"), Device(HOST_NETNS, 3, "eth1", "veth")
 STEP = 500
@@ -225,33 +225,14 @@ async def nothing_left(made):
     assert mine(made) == before
 
 
-def records(items):
-    """Return the number of records without markers, and the number of lost records that markers report."""
-    batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
+def without_markers(items):
+    """Return the records without markers, and the number of lost records that markers report."""
+    batch = records(items)
     return batch[batch.hook != Hook.LOST], batch.lost
 
 
-def check_stream(items):
-    """Check a stream: records are in order of time, sightings precede them, no record precedes earlier progress."""
-    assert isinstance(items[0], Topology)
-    at, sightings = -(1 << 63), ()
-    for item in items:
-        if isinstance(item, Topology):
-            assert item.from_ns >= at
-            assert item.sightings[: len(sightings)] == sightings
-            sightings, from_ns = item.sightings, item.from_ns
-        elif isinstance(item, Progress):
-            at = max(at, item.upto_ns)
-        else:
-            assert len(item) > 0
-            assert (np.diff(item.ts_ns) >= 0).all()
-            assert item.ts_ns[0] >= max(at, from_ns)
-            assert item.dev.max() < len(sightings)
-            at = int(item.ts_ns[-1])
-
-
 def check_header(header, items, *, live):
-    batch, _ = records(items)
+    batch, _ = without_markers(items)
     assert all((header.source, header.host, header.run, header.mace_version))
     assert header.cpus > 0
     assert set(header.hooks) <= BY_TRACEPOINT.keys()
@@ -279,7 +260,7 @@ def test_a_run(maker, tmp_path):
             await source.aclose()
         check_stream(items)
         check_header(header, items, live=made.happens is not None)
-        batch, lost = records(items)
+        batch, lost = without_markers(items)
         assert len(batch) > 0
         assert source.discarded == 0
         if made.happens is not None:
@@ -311,7 +292,7 @@ def test_device_changes_are_topologies_in_their_place(maker, tmp_path):
         check_stream(items)
         devices = [item.devices for item in items if isinstance(item, Topology)]
         assert (devices[0], devices[-1]) == ((OLD,), (OLD, NEW))
-        assert len(records(items)[0]) == 2 * STEP
+        assert len(without_markers(items)[0]) == 2 * STEP
 
     with maker(tmp_path) as made:
         asyncio.run(work(made))
@@ -349,7 +330,7 @@ def test_a_stopped_source_yields_all_recorded_items(maker, tmp_path):
             items = [item async for item in source.items()]
             await source.aclose()
         check_stream(items)
-        assert len(records(items)[0]) == STEP
+        assert len(without_markers(items)[0]) == STEP
 
     with maker(tmp_path) as made:
         asyncio.run(work(made))
@@ -468,7 +449,7 @@ def test_a_clogged_live_source_counts_its_losses(maker, tmp_path):
         items += [item async for item in stream]
         await source.aclose()
         check_stream(items)
-        batch, lost = records(items)
+        batch, lost = without_markers(items)
         assert len(batch) > 0
         assert lost > 0
         assert len(batch) + lost + source.discarded == 10 * STEP

@@ -24,6 +24,7 @@ from contracts.topology import Device, Topology
 from tests.durations import MS
 from tests.made_devices import MadeFollower
 from tests.ring_pages import EVENTS, FORMS, Page, format_text, layout, payload
+from tests.streams import check_stream, records
 
 HEADER_PAGE = (
     "\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n\tfield: local_t commit;\toffset:8;\tsize:8;\tsigned:1;\n"
@@ -162,28 +163,6 @@ def run(source, kernel, ticks):
         return header, got
 
     return asyncio.run(main())
-
-
-def records(items):
-    return Batch.concatenate([item for item in items if isinstance(item, Batch)])
-
-
-def check_stream(items):
-    """Check the stream against the contract of `contracts.interfaces`."""
-    at, told, latest = 0, 0, 0
-    for item in items:
-        if isinstance(item, Topology):
-            assert item.from_ns >= latest
-            latest = item.from_ns
-            assert item.from_ns > at or item.from_ns >= at
-            told = len(item.sightings)
-        elif isinstance(item, Batch):
-            assert (np.diff(item.ts_ns) >= 0).all()
-            assert item.ts_ns[0] >= at
-            at = int(item.ts_ns[-1])
-            assert item.dev.max() < told
-        else:
-            assert item.upto_ns >= at
 
 
 def test_records_come_merged_with_their_sightings_before_them(kernel):

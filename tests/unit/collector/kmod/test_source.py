@@ -19,6 +19,7 @@ from contracts.topology import Device, Topology
 from tests.durations import MS
 from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
+from tests.streams import check_stream, records
 
 BEGAN = 1000 * MS
 CONFIG = KmodConfig(ring_kib_per_cpu=64, hold_back_ms=50)
@@ -74,26 +75,6 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     return Kernel(monkeypatch)
-
-
-def records(items):
-    return Batch.concatenate([item for item in items if isinstance(item, Batch)])
-
-
-def check_stream(items):
-    """Check the stream against the contract of `contracts.interfaces`."""
-    at, told = 0, 0
-    for item in items:
-        if isinstance(item, Topology):
-            assert item.from_ns >= at
-            told = len(item.sightings)
-        elif isinstance(item, Batch):
-            assert (np.diff(item.ts_ns) >= 0).all()
-            assert item.ts_ns[0] >= at
-            at = int(item.ts_ns[-1])
-            assert item.dev.max() < told
-        else:
-            assert item.upto_ns >= at
 
 
 def nothing(module):
