@@ -24,7 +24,7 @@ _NR_BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
 
 
 def program(ifindex, address):
-    """Return instructions (linux/bpf.h) that redirect IPv4 packets for `address` to the device's peer."""
+    """IPv4 packets to `address` go to the peer of the device; others their way. Instructions as in linux/bpf.h."""
 
     def one(code, dst=0, src=0, offset=0, number=0):
         return struct.pack("<BBhi", code, src << 4 | dst, offset, number)
@@ -68,7 +68,7 @@ def pinned(instructions, path):
 
 
 @pytest.mark.slow
-def test_hidden_ingress_is_reported(tmp_path):
+def test_ingress_that_is_hidden_is_said_to_be(tmp_path):
     tag = f"r{uuid.uuid4().hex[:6]}"
     pod, host, far = (f"{tag}-{name}" for name in ("pod", "host", "far"))
 
@@ -87,7 +87,7 @@ def test_hidden_ingress_is_reported(tmp_path):
         ):  # fmt: skip
             run(f"ip -n {name} addr add {address}/24 dev {device}")
             run(f"ip -n {name} link set {device} up")
-        # ARP, which is not redirected, arrives at the pod's device; the kernel decides how often.
+        # What is not redirected, ARP, would come at the pod's device: how often is the kernel's affair.
         run(f"ip -n {pod} neigh add {POD_ROUTER} lladdr {ROUTER_MAC} dev eth0")
         run(f"ip -n {host} neigh add {POD} lladdr {POD_MAC} dev lxc0")
         run(f"ip -n {pod} route add default via {POD_ROUTER}")
@@ -108,7 +108,7 @@ def test_hidden_ingress_is_reported(tmp_path):
         words = ("run", "--json", "--no-store", "--record", capture, "--config", tmp_path / "mace.toml")
         measuring = start(*words)
         leaving.callback(measuring.kill)
-        # The recording's header is written when the source is open.
+        # The recording's header is written once all is open.
         wait_for(lambda: capture.exists() and capture.stat().st_size, limit_s=60)
         for _ in range(3):
             run(f"ip netns exec {pod} ping -q -i 0.01 -c {COUNT} {FAR}")
