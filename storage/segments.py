@@ -41,9 +41,9 @@ PARTITIONED: Final = ("ledger", "windows", "delays")
 UNFINISHED: Final = "replay"
 """Folder in a store with the state of an incomplete replay, for its resume."""
 MAINTENANCE_INTERVAL_S: Final = 5.0
-"""How often whoever writes a store merges its small segments."""
+"""Interval at which the writer of a store merges its small segments."""
 RETENTION_INTERVAL_S: Final = 60.0
-"""How often whoever writes a store removes what is too old or too much."""
+"""Interval at which the writer of a store removes hours beyond the limits of age and size."""
 TABLES: Final = ("runs", "cost", *PARTITIONED)
 
 FULL_ROWS: Final = 1 << 17

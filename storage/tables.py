@@ -1,4 +1,4 @@
-"""The stored tables: columns, and what the correlator gives out as Arrow tables of them.
+"""The stored tables: their columns, and the correlator's results as Arrow tables with these columns.
 
 Rows are self-contained, so that DuckDB, pandas, Polars or Dask need only the files: columns have names instead of
 numbers, and each row has its host, run, container and device. These columns have few distinct values and are

@@ -112,7 +112,7 @@ def recipe(title, *, tests, choose):
 
 # --- a capture source ------------------------------------------------------------------------------
 
-SOURCE = '''"""A live source for tests of recipes: a bell, of which each stroke is a packet."""
+SOURCE = '''"""A live source for tests of recipes: a bell whose strokes are packets."""
 
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -133,14 +133,14 @@ ROOM = 1000
 
 
 class Bell:
-    """Remembers so many strokes until someone listens, and counts those beyond."""
+    """Holds at most `ROOM` strokes until they are read, and counts further ones as lost."""
 
     def __init__(self) -> None:
         self.strokes_ns: list[int] = []
         self.lost = 0
 
     def strike(self) -> None:
-        """A packet."""
+        """Strike the bell: one packet."""
         if len(self.strokes_ns) < ROOM:
             self.strokes_ns.append(time.monotonic_ns())
         else:
@@ -160,8 +160,8 @@ class BellSource(RingSource):
 
     @staticmethod
     def check() -> Status:
-        """It always can, but must be asked for."""
-        return Status(False, "there is no bell", "hang one up")
+        """Report that it cannot run, so that `auto` never takes it."""
+        return Status(False, "there is no bell", "install a bell")
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
@@ -213,12 +213,12 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
     return BellSource(devices)
 '''
 
-SOURCE_TEST = '''"""A stroke too many is counted."""
+SOURCE_TEST = '''"""Strokes beyond the room are counted as lost."""
 
 from collector.toybell.source import ROOM, Bell
 
 
-def test_what_there_is_no_room_for_is_lost():
+def test_strokes_beyond_the_room_are_lost():
     bell = Bell()
     for _ in range(ROOM + 1):
         bell.strike()
@@ -235,7 +235,7 @@ def test_what_there_is_no_room_for_is_lost():
     ),
     choose=(
         *("toybell", "every_source_has_its_maker", "sources_do_not_import", "import_contracts_hold", "choices_in_help"),
-        *("the_table_is_the_code", "every_source_can_be_selected", "no_room_for_is_lost"),
+        *("the_table_is_the_code", "every_source_can_be_selected", "beyond_the_room_are_lost"),
     ),
 )
 def a_capture_source(tree):
@@ -275,7 +275,7 @@ def toybell(_):
 
 # --- a file format ---------------------------------------------------------------------------------
 
-FORMAT = '''"""A format for tests of recipes: a line that says TOY, and a capture behind it."""
+FORMAT = '''"""A format for tests of recipes: a line TOY, then a line per packet."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -294,23 +294,23 @@ MAGIC = b"TOY\\n"
 
 
 def recognises(head: bytes) -> bool:
-    """By its first line."""
+    """Return whether the first line is TOY."""
     return head.startswith(MAGIC)
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
-    """From the header."""
+    """Return the header and the time of the first record."""
     with ToyReader(paths[0]) as reader:
         return Description(reader.header, reader.header.clock.utc_ns)
 
 
 def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
-    """Of the only file."""
+    """Return a reader of the only file."""
     return ToyReader(paths[0])
 
 
 class ToyReader(FileReader):
-    """Each line behind the first is a time in ns at which a packet was queued on eth0."""
+    """Reads the times, ns, at which packets were queued on eth0: a line each after the first."""
 
     discarded = 0
     warnings = ()
@@ -322,7 +322,7 @@ class ToyReader(FileReader):
 
     @property
     def bytes_total(self) -> int:
-        """Of the file."""
+        """Size of the file."""
         return self._path.stat().st_size
 
     def _open(self) -> StreamHeader:
@@ -335,13 +335,13 @@ class ToyReader(FileReader):
         return StreamHeader("toyfile", "a host", "a run", "6.1", "", 1, clock, ("net:net_dev_queue",), VERSION)
 
     def items(self) -> Iterator[StreamItem]:
-        """All in one batch."""
+        """Yield a topology and all records in one batch."""
         try:
             times = sorted(int(line) for line in self._file)
         except ValueError as error:
             raise CaptureError(self._path, 0, "a line that is no number") from error
         if not all(0 <= time_ns < 1 << 62 for time_ns in times):
-            raise CaptureError(self._path, 0, "a time that nobody lives to see")
+            raise CaptureError(self._path, 0, "a time out of range")
         if not times:
             return
         yield Topology(times[0], 1, (Device(1, 2, "eth0", "veth"),), (Sighting("eth0", 1, 2),))
@@ -349,14 +349,14 @@ class ToyReader(FileReader):
         yield Batch.of(len(times), **columns)
 
     def close(self) -> None:
-        """The file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 '''
 
 
-FORMAT_TEST = '''"""Toys of any content."""
+FORMAT_TEST = '''"""Toy files of any content."""
 
 import tempfile
 from pathlib import Path
@@ -369,7 +369,7 @@ from contracts.errors import CaptureError
 
 
 @given(st.binary(max_size=40))
-def test_whatever_it_holds_it_is_read_or_refused(content):
+def test_any_content_is_read_or_refused(content):
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "a.toy"
         path.write_bytes(b"TOY\\n" + content)
@@ -389,7 +389,7 @@ def test_whatever_it_holds_it_is_read_or_refused(content):
     ),
     choose=(
         *("toyfile", "every_source_has_its_maker", "sources_do_not_import", "import_contracts_hold", "choices_in_help"),
-        "whatever_it_holds",
+        "any_content_is_read",
     ),
 )
 def a_file_format(tree):
@@ -409,7 +409,7 @@ def a_file_format(tree):
     tree.write("tests/golden/toyfile/a.toy", "TOY\n" + "".join(f"{n * 1000 + 5}\n" for n in range(600)))
     tree.insert("tests/places.py", '    "pcap pair": (', '    "toyfile": (GOLDEN / "toyfile" / "a.toy",),\n')
     tree.write("tests/property/test_toyfile_fuzz.py", FORMAT_TEST)
-    tree.insert("docs/traces.md", "| `pcap` | tcpdump", "| `toyfile` | nobody | times alone |\n")
+    tree.insert("docs/traces.md", "| `pcap` | tcpdump", "| `toyfile` | no tool | times only |\n")
 
 
 SINK = '''"""A sink for tests of recipes: a line of JSON for each slice of results."""
