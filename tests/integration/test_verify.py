@@ -37,7 +37,7 @@ def test_no_row_is_wrong_and_none_is_missing(verdicts, name):
         assert found["round_trips"] == found["packets"] // 2, "each request has an echo"
 
 
-def test_scenarios_that_the_source_cannot_record_are_reported():
+def test_what_the_source_cannot_record_is_said():
     done = mace("verify", "--source", "ftrace", "sampling_8", "--json")
     assert done.stdout == ""
     assert "sampling_8: skipped, because source ftrace" in done.stderr
