@@ -37,7 +37,7 @@ def compose_config(folder: Path, text: str, *args: str) -> subprocess.CompletedP
 
 
 @pytest.mark.needs("compose")
-def test_compose_takes_the_file(tmp_path):
+def test_compose_accepts_the_file(tmp_path):
     done = compose_config(tmp_path, COMPOSE.read_text(), "--profile", "replay")
     assert done.returncode == 0, done.stderr
     assert "warn" not in done.stderr.lower()
@@ -56,7 +56,7 @@ def test_compose_takes_the_file(tmp_path):
         ("${MACE_HOST:?", "${MACE_NAME:?", "MACE_NAME"),
     ],
 )
-def test_compose_notices_what_is_misspelt(tmp_path, right, wrong, complaint):
+def test_compose_refuses_misspelt_keys(tmp_path, right, wrong, complaint):
     text = COMPOSE.read_text()
     assert right in text
     done = compose_config(tmp_path, text.replace(right, wrong, 1), "--profile", "replay")
@@ -82,14 +82,14 @@ def test_no_service_has_more_rights_than_it_needs():
     assert not any(
         service.get("cap_add") for name, service in SERVICES.items() if name not in {"collector", "influxdb"}
     )
-    # What is not asked for by 127.0.0.1 is not reachable from outside.
+    # Published ports are bound to 127.0.0.1, and so not reachable from outside.
     for name, service in SERVICES.items():
         assert all(":-127.0.0.1}:" in port for port in service.get("ports", [])), name
     assert FILE["networks"]["store"]["internal"] is True
     assert SERVICES["influxdb"]["networks"] == ["store"]
 
 
-def test_our_image_runs_as_somebody_else():
+def test_the_image_runs_as_an_unprivileged_user():
     text = (ROOT / "Dockerfile").read_text()
     assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
     assert [name for name, service in SERVICES.items() if service.get("user", "").startswith("0:")] == ["collector"]
@@ -144,7 +144,7 @@ def test_making_secrets_again_changes_nothing(secrets):
 
 @pytest.mark.needs("openssl")
 @pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "ingest", "broker", "x" * 65, "a;b", "höst"])
-def test_make_secrets_refuses_names_that_cannot_be(tmp_path, name):
+def test_make_secrets_refuses_invalid_names(tmp_path, name):
     assert "host name" in make_secrets(tmp_path / "s", "host", name, status=1)
     assert not list(tmp_path.rglob("*.key")) or not list(tmp_path.rglob("host-*"))
 
@@ -187,7 +187,7 @@ def test_configurations_load(path: Path):
         assert loaded.sinks.prometheus.listen, "no health to ask for"
 
 
-def test_what_kubernetes_is_given_loads(tmp_path):
+def test_configurations_for_kubernetes_load(tmp_path):
     documents = list(yaml.safe_load_all((ROOT / "deploy/kubernetes/mace.yaml").read_text()))
     text = next(d for d in documents if d["kind"] == "ConfigMap")["data"]["collector.toml"]
     (tmp_path / "collector.toml").write_text(text)
@@ -237,7 +237,7 @@ def test_the_image_s_lock_is_a_part_of_the_lock():
     assert not names & {"pytest", "ruff", "mypy", "matplotlib", "hypothesis"}
 
 
-def test_nothing_but_code_gets_into_the_image():
+def test_the_image_contains_only_code():
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     let_in = {line[1:] for line in ignored if line.startswith("!")}
     assert "*" in ignored
@@ -249,9 +249,9 @@ def test_nothing_but_code_gets_into_the_image():
 
 
 @pytest.mark.needs("systemd-analyze")
-def test_systemd_takes_the_units(tmp_path):
+def test_systemd_accepts_the_units(tmp_path):
     for path in (ROOT / "deploy/systemd").glob("*.service"):
-        # Where MACE is installed is the machine's affair; that the rest is in order is ours.
+        # The place of the installation depends on the machine; all other complaints count.
         text = path.read_text().replace("/opt/mace/.venv/bin/mace", shutil.which("true") or "/bin/true")
         for name in (path.name, path.name.replace("@", "@1-2")):
             (tmp_path / name).write_text(text)
@@ -285,7 +285,7 @@ def test_systemd_has_the_powers_that_the_container_has():
 
 @pytest.mark.slow
 @pytest.mark.needs("npm")
-def test_kubernetes_takes_the_example():
+def test_kubernetes_accepts_the_example():
     documents = {d["kind"]: d for d in yaml.safe_load_all((ROOT / "deploy/kubernetes/mace.yaml").read_text())}
     assert set(documents) == {"ServiceAccount", "ConfigMap", "DaemonSet"}
     daemons = documents["DaemonSet"]

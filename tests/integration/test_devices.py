@@ -28,8 +28,6 @@ from tests.nasty_names import NASTY, kernel_takes
 
 pytestmark = pytest.mark.needs("root", "netns")
 
-Condition = Callable[[tuple[Device, ...]], object]
-
 
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
@@ -65,7 +63,7 @@ class Machine:
         return Path(f"/run/netns/{self.name(short)}").stat().st_ino
 
     def ip(self, short: str, words: str) -> None:
-        """`ip -n NAME WORDS`, with `@x` for the full name of namespace x."""
+        """Run `ip -n NAME WORDS`, with `@x` for the full name of namespace x."""
         ip("-n", self.name(short), *(self.name(w[1:]) if w.startswith("@") else w for w in words.split()))
 
     def veth(self, a: str, a_name: str, b: str, b_name: str) -> None:
@@ -211,7 +209,7 @@ def test_the_host_can_be_named_in_several_ways(machine: Machine) -> None:
 
 
 def test_names_that_the_kernel_takes_are_names(machine: Machine) -> None:
-    """Markup, commands to a terminal and bytes that are not UTF-8 are names of devices to it, and stay distinct."""
+    """Devices named by markup, terminal commands and bytes that are not UTF-8 stay distinct."""
     machine.add("odd")
     names = [name for name in NASTY if kernel_takes(name)] + ["\udcff", "\udcfe"]
     assert len(names) > 35
@@ -303,12 +301,12 @@ async def _changes(machine: Machine) -> None:
 
         machine.ip("c", "link del wan0")
         await seen.until(lambda: not seen.get("a", "v0") and not seen.get("c", "wan0"))
-        # Nothing more happens, so nothing more is said.
+        # Nothing changes, so that no topology follows.
         await asyncio.sleep(0.1)
         seen.poll()
         for _ in range(30):
             await asyncio.sleep(0.05)
-            if new := seen.follower.poll():  # somebody else's doing, on a machine that is not the test's alone
+            if new := seen.follower.poll():  # caused by other processes of a shared machine
                 assert {d for d in new if machine.prefix in d.netns_name} == {
                     d for d in seen.all if machine.prefix in d.netns_name
                 }
@@ -328,7 +326,7 @@ async def _same_name(machine: Machine) -> None:
         assert old.role is Role.INNER
         machine.delete("c")
         machine.add("c")
-        # Another name: the dead one's v0 goes only when the kernel's worker comes to it.
+        # Another name: the kernel's worker removes the dead namespace's v0 later.
         machine.veth("host", "v1", "c", "eth0")
         await seen.until(lambda: (d := seen.get("c", "eth0")) and d.peer_ifindex)
         new = seen.get("c", "eth0")
@@ -351,10 +349,10 @@ async def _process_only(machine: Machine) -> None:
     async with following(machine, host_netns=machine.name("host")) as seen:
         process = machine.process()
         inode = inode_of(f"/proc/{process.pid}/ns/net")
-        # Nothing points at it: found by the scan.
+        # No device has it as a peer: the scan finds it.
         await seen.until(lambda: any(d.netns == inode for d in seen.all))
     async with following(machine, host_netns=machine.name("host"), rescan_interval_s=3600) as seen:
-        # A veth points at it: found without one, with everything about it.
+        # A veth has its peer there: the follower finds it without a scan, completely.
         second = machine.process()
         machine.ip("host", f"link add v0 type veth peer name eth0 netns {second.pid}")
         inode = inode_of(f"/proc/{second.pid}/ns/net")
@@ -413,7 +411,7 @@ async def _named_by_the_first(machine: Machine) -> None:
 
 
 @pytest.mark.needs("ns_last_pid")
-def test_a_container_is_named_by_the_process_that_was_first(machine: Machine) -> None:
+def test_the_first_process_names_a_container(machine: Machine) -> None:
     """A visiting process with a lower pid, such as the measurement itself, does not name the container."""
     asyncio.run(_named_by_the_first(machine))
 
@@ -441,7 +439,7 @@ async def _held_by_a_file(machine: Machine) -> None:
     async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.2) as seen:
         with Held() as held:
             machine.ip("host", f"link add v0 type veth peer name eth0 netns /proc/{os.getpid()}/fd/{held.fd}")
-            # First under a number, because the ordinary scan does not find it; then under its inode.
+            # First under a number, because the ordinary scan does not find the namespace; then under its inode.
             await seen.until(lambda: any(d.netns == held.inode and d.name == "eth0" for d in seen.all))
             v0 = seen.get("host", "v0")
             assert v0
@@ -471,7 +469,7 @@ async def _nothing_pinned(machine: Machine) -> None:
         process = machine.process()
         machine.ip("host", f"link add v1 type veth peer name eth0 netns {process.pid}")
         await seen.until(lambda: seen.get("host", "v1") and seen.get("c", "eth0"))
-        # Routes are asked for from inside a namespace: change them until the very end.
+        # The follower queries routes inside a namespace: change them until the end.
         machine.ip("c", "addr add 192.0.2.1/24 dev eth0")
         machine.ip("host", "link set v0 up")
         machine.ip("c", "link set eth0 up")
@@ -536,7 +534,7 @@ async def _lost_events(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def forgetful(self: LinkEvents) -> object:
         events, lost = read(self)
-        return [], lost or bool(events)  # what the kernel says of it: ENOBUFS, and the events are gone
+        return [], lost or bool(events)  # the kernel returns ENOBUFS; the events are lost
 
     monkeypatch.setattr(LinkEvents, "read", forgetful)
     async with following(machine, host_netns=machine.name("host")) as seen:
@@ -580,7 +578,7 @@ def test_a_buffer_that_really_overflows(machine: Machine, monkeypatch: pytest.Mo
 
 
 async def _inode_again(machine: Machine) -> None:
-    """nsfs gives inodes out again: that it is another namespace then shows by its number having been taken back."""
+    """nsfs reuses inodes. A reused inode is recognised because the kernel has withdrawn the old namespace's number."""
     machine.add("host")
     async with following(machine, host_netns=machine.name("host")) as seen:
         inodes: set[int] = set()
@@ -593,7 +591,7 @@ async def _inode_again(machine: Machine) -> None:
             await seen.until(lambda number=number: seen.get("c", f"gen{number}"))
             own = [d.name for d in seen.all if d.netns == machine.inode("c") and d.kind == "bridge"]
             assert own == [f"gen{number}"]
-            # The cookie is the namespace's own, on kernels that have one.
+            # On kernels that have cookies, the cookie is the new namespace's.
             told = {d.netns_cookie for d in seen.all if d.netns == machine.inode("c")}
             assert len(told) == 1
             assert told == {0} or not told & cookies
@@ -614,8 +612,8 @@ async def _open_close() -> None:
         async with following(Machine()) as seen:
             assert seen.all
             assert seen.follower.host_netns
-    assert open_files() <= files + 3  # asyncio's own, made once
-    # Neither this thread nor one of the pool is anywhere else.
+    assert open_files() <= files + 3  # descriptors of asyncio, made once
+    # This thread and the pool's threads are in their original namespace.
     assert inode_of("/proc/thread-self/ns/net") == own
     assert await asyncio.to_thread(inode_of, "/proc/thread-self/ns/net") == own
 
@@ -669,8 +667,8 @@ async def _many(machine: Machine) -> None:
         await asyncio.sleep(0.2)
         seen.poll()
         assert poll_ns(seen) < 10 * few_ns
-        # A hundredth of a core is usual. Where others make and remove namespaces all the time, each of which is a
-        # change to follow, a sixth is what the snapshots may take; the rest is for asking and for the test itself.
+        # A hundredth of a core is usual. If other processes make and remove namespaces all the time, each of which is a
+        # change to follow, snapshots may take a sixth; the rest of the bound is for queries and the test itself.
         shares = []
         for _ in range(10):
             cpu_s, began_s = time.process_time(), time.monotonic()
