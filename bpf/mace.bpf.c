@@ -324,9 +324,11 @@ static __always_inline void mace_find_at_device(const struct sk_buff *skb,
  */
 static __always_inline bool mace_find_nowhere(const struct sk_buff *skb, struct mace_buffer *buffer)
 {
+	bool is_ip = buffer->protocol == MACE_ETH_P_IP || buffer->protocol == MACE_ETH_P_IPV6;
+
+	MACE_FORGET(&mace_state, buffer->protocol);
 	buffer->offset = mace_network_offset(skb);
-	return skb->head && skb->network_header && buffer->offset <= buffer->in_place &&
-	       (buffer->protocol == MACE_ETH_P_IP || buffer->protocol == MACE_ETH_P_IPV6);
+	return is_ip && skb->head && skb->network_header && buffer->offset <= buffer->in_place;
 }
 
 /*
@@ -401,12 +403,15 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 
 static __always_inline int mace_down(const u8 hook, struct sk_buff *skb, struct net_device *dev)
 {
-	return mace_observe(hook, skb, dev, mace_network_offset(skb), 0);
+	/* Never NULL here; the check spares the code for hooks without a device. */
+	return dev ? mace_observe(hook, skb, dev, mace_network_offset(skb), 0) : 0;
 }
 
 static __always_inline int mace_up(const u8 hook, struct sk_buff *skb)
 {
-	return mace_observe(hook, skb, skb->dev, 0, 0);
+	struct net_device *dev = skb->dev;
+
+	return dev ? mace_observe(hook, skb, dev, 0, 0) : 0;
 }
 
 static __always_inline int mace_nowhere(const u8 hook, struct sk_buff *skb, u32 detail)
