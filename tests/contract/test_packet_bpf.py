@@ -190,16 +190,27 @@ def test_what_routers_rewrite_leaves_a_packet_recognised(programs, name, at, len
     assert told(record) == captured_of([bytes(then)])[0]
 
 
-@pytest.mark.parametrize("remembered", ["tcp", "udp", None])
-def test_an_interrupt_within_a_program_mixes_no_packets(programs, remembered):
+def other_payload(frame, at):
+    return frame[:at] + bytes([frame[at] ^ 1]) + frame[at + 1 :]
+
+
+TCP, UDP = CASES["tcp"].frame, CASES["udp"].frame
+
+
+@pytest.mark.parametrize("remembered", [None, TCP, UDP], ids=["nothing", "tcp", "udp"])
+@pytest.mark.parametrize(
+    ("frame", "other"),
+    [(TCP, UDP), (UDP, other_payload(UDP, 14 + 20 + 8 + 3))],
+    ids=["other protocol", "other payload"],
+)
+def test_an_interrupt_within_a_program_mixes_no_packets(programs, frame, other, remembered):
     """An interrupt reads another packet between any two reads of a program that uses the same entry."""
-    frame, other = CASES["tcp"].frame, CASES["udp"].frame
     expected, of_other = captured_of([frame, other])
     left = ctypes.c_int.in_dll(programs, "reads_until_interrupt")
     for reads in range(1, 40):
         programs.forget()
         if remembered:
-            read(programs, CASES[remembered].frame)
+            read(programs, remembered)
         programs.interrupt_with(other, len(other), reads)
         assert told(read(programs, frame)) == expected
         if left.value:
