@@ -195,13 +195,14 @@ def other_payload(frame, at):
 
 
 TCP, UDP = CASES["tcp"].frame, CASES["udp"].frame
+OTHER_UDP = other_payload(UDP, 14 + 20 + 8 + 3)
 
 
 @pytest.mark.parametrize("remembered", [None, TCP, UDP], ids=["nothing", "tcp", "udp"])
 @pytest.mark.parametrize(
     ("frame", "other"),
-    [(TCP, UDP), (UDP, other_payload(UDP, 14 + 20 + 8 + 3))],
-    ids=["other protocol", "other payload"],
+    [(TCP, UDP), (UDP, OTHER_UDP), (OTHER_UDP, OTHER_UDP)],
+    ids=["other protocol", "other payload", "equal"],
 )
 def test_an_interrupt_within_a_program_mixes_no_packets(programs, frame, other, remembered):
     """An interrupt reads another packet between any two reads of a program that uses the same entry."""
