@@ -142,9 +142,8 @@ static __always_inline u64 mace_skb_id(struct mace_cpu *cpu, const struct sk_buf
 }
 
 /* Set @fields to what the packet says. @head: address of the buffer's data */
-static __always_inline void mace_read(struct mace_cpu *cpu, u64 head,
-				      const struct mace_buffer *buffer, u64 now,
-				      struct mace_fields *fields)
+static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mace_buffer *buffer,
+				      u64 now, struct mace_fields *fields)
 {
 	/* A clone has the same data. */
 	struct mace_seen *seen = &cpu->seen[head * MACE_FACTOR >> (64 - MACE_SEEN_BITS)];
@@ -152,6 +151,10 @@ static __always_inline void mace_read(struct mace_cpu *cpu, u64 head,
 	int used;
 
 	if (unlikely(!mace_recall(buffer, seen, fields))) {
+		MACE_FORGET(&mace_state, buffer->len);
+		MACE_FORGET(&mace_state, buffer->in_place);
+		MACE_FORGET(&mace_state, buffer->offset);
+		MACE_FORGET(&mace_state, buffer->protocol);
 		used = mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
 		asm volatile("" : : "r"(used));
 	}
