@@ -3,11 +3,11 @@
  * Programs on the tracepoints: one small function per hook, and the function that all of them call.
  *
  * A program runs wherever the kernel handles a packet, on any CPU. Another program may interrupt it
- * on the same CPU (from an interrupt; in the newest kernels also from another task). Every entry
- * that the programs keep from packet to packet therefore holds a check over its words, which a torn
- * entry fails, and the programs count losses with atomic additions. The kernel does not run a
- * program inside itself on one CPU: it skips the inner call and counts it (recursion_misses of
- * struct bpf_prog_info), and the reader queries that count.
+ * on the same CPU (from an interrupt; in the newest kernels also from another task). The entries
+ * that the programs keep from packet to packet therefore show whether they are torn (struct
+ * mace_seen, struct mace_identified), and the programs count losses with atomic additions. The
+ * kernel does not run a program inside itself on one CPU: it skips the inner call and counts it
+ * (recursion_misses of struct bpf_prog_info), and the reader queries that count.
  *
  * A packet's device gives its namespace. At the hooks where a packet is delivered or freed,
  * skb->dev may dangle, so the programs take the namespace of the packet's socket, if it has one. At

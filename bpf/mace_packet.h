@@ -13,7 +13,8 @@
  * that does not exist yields 0. Older kernels have to copy bytes to the stack first, which costs
  * about as much as ten loads (bpf_probe_read_kernel()).
  *
- * The programs can read only the linear part of a buffer. If the key needs bytes in the buffer's
+ * Headers are read in the linear part of a buffer only; payload in the buffer's pages, too, where
+ * the kernel lets programs read it (mace_is_paged_readable()). If the key needs other bytes in
  * pages, the reader sets @hidden and the packet has no key: a key that differs from the module's
  * would be worse than none.
  *
