@@ -64,10 +64,29 @@ typedef struct {
 	int counter;
 } atomic_t;
 
+/* The members from gso_size to dataref lie in the struct's first MACE_SHARED_BYTES. */
+#define MACE_SHARED_BYTES 48
+
 struct skb_shared_info {
 	unsigned short gso_size;
 	unsigned short gso_segs;
 	atomic_t dataref;
 } MACE_CORE;
+
+/* Only its identity is used: a struct of at least MACE_SEEN_BYTES_MAX bytes, all in words of eight. */
+struct pt_regs {
+	unsigned long r15;
+};
+
+/* Since v6.2: commit a35b9af4ec2c ("bpf: Add a kfunc for generic type cast"). */
+extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id)
+	__attribute__((section(".ksyms"), weak));
+
+/*
+ * Since v6.11 for these programs: commit ("bpf: Allow bpf_dynptr_from_skb() for tp_btf"). The
+ * kernel's prototype has struct __sk_buff; libbpf compares only the kinds of types.
+ */
+extern int bpf_dynptr_from_skb(const struct sk_buff *skb, __u64 flags, struct bpf_dynptr *bytes)
+	__attribute__((section(".ksyms"), weak));
 
 #endif

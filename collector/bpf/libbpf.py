@@ -48,6 +48,7 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 
 _MAP_TYPE_RINGBUF: Final = 27
 _KIND_TYPEDEF: Final = 8
+_KIND_FUNC: Final = 12
 _INFO_BYTES: Final = 224
 """Bytes of struct bpf_prog_info to query: recursion_misses (Linux 5.12) ends at 216."""
 
@@ -130,6 +131,10 @@ class Btf:
     def close(self) -> None:
         """Free the type information."""
         self._library.btf__free(self._btf)
+
+    def has_function(self, name: str) -> bool:
+        """Return whether the kernel has the function, for programs to call."""
+        return bool(self._library.btf__find_by_name_kind(self._btf, name.encode(), _KIND_FUNC) > 0)
 
     def arguments_of(self, tracepoint: str) -> int:
         """Return the number of arguments that a tracepoint passes to a program; -1 if the kernel lacks it."""

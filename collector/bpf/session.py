@@ -23,7 +23,7 @@ from collector.bpf import libbpf
 from collector.bpf.layout import CONFIG, COUNTS, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
 from collector.live.filter import SessionFilter
-from collector.machine.kernel import highest_possible_cpu
+from collector.machine.kernel import highest_possible_cpu, kernel_version
 from collector.machine.netns import cookie_here, inside, open_nsfs
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
@@ -56,6 +56,20 @@ def programs() -> dict[Hook, str]:
     if 0 < arguments[Hook.KFREE_SKB] < 3:
         found[Hook.KFREE_SKB] = _WITHOUT_REASON
     return found
+
+
+def _set_abilities(config: npt.NDArray[Any]) -> None:
+    """Set `direct` and `paged`: whether this kernel has the functions by which programs read a packet in place.
+
+    Raises `OSError` if the kernel's BTF cannot be read.
+    """
+    btf = libbpf.Btf()
+    try:
+        config["direct"] = btf.has_function("bpf_rdonly_cast")
+        # The function exists since Linux 6.4, at first for other kinds of programs.
+        config["paged"] = btf.has_function("bpf_dynptr_from_skb") and kernel_version() >= (6, 11)
+    finally:
+        btf.close()
 
 
 class Session:
@@ -140,6 +154,7 @@ class Session:
         config = self._memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
+        _set_abilities(config)
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         for i, path in enumerate(wanted.netns):
             config["netns"][i] = name_of(path, cookies=cookies)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from collector.bpf import session
-from collector.bpf.libbpf import library
+from collector.bpf.libbpf import Btf, library
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.live.filter import SessionFilter
@@ -109,6 +109,49 @@ def test_ftrace_sees_the_same_hops_in_the_same_order():
     # Each request and each reply keeps one key from its first device to its last.
     assert len(np.unique(mine.content.packet_key)) == 2 * COUNT
     assert (mine.content.flags & Flag.KEY).all()
+
+
+class OlderSource(BpfSource):
+    """A source whose programs call no function that Linux 5.10 lacks."""
+
+    async def open(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Btf, "has_function", lambda *_: False)
+            await super().open()
+
+
+def packets_of(items):
+    """Return the key of each different packet at each hook of a device, by the rest of what its records say."""
+    batch = batch_of(items)
+    batch = batch[np.isin(batch.hook, DEVICE_HOOKS) & np.isin(batch.content.l4_proto, (1, 6))]
+    told = batch.content
+    rest = zip(
+        batch.hook.tolist(), batch.l3_len.tolist(), batch.gso_segs.tolist(),
+        told.l4_src.tolist(), told.l4_dst.tolist(), told.l4_seq.tolist(), told.l4_bits.tolist(), told.ip_id.tolist(),
+        (told.flags & ~np.uint8(Flag.KEY)).tolist(),
+        strict=True,
+    )  # fmt: skip
+    return dict(zip(rest, told.packet_key.tolist(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_programs_of_older_kernels_record_the_same_and_lack_keys_of_payload_in_pages_only():
+    with running(Spec(name="bpfo")) as lab:
+
+        def work():
+            lab.ping("c1", count=50, size=SIZE)
+            lab.tcp("c1", size=500_000)
+
+        config = BpfConfig(wanted=SessionFilter(netns=(str(lab.netns_path("c1")),)))
+        sources = (BpfSource(config), OlderSource(config))
+        new, old = asyncio.run(recorded(sources, lambda: asyncio.to_thread(work)))
+    keys, older = packets_of(new), packets_of(old)
+    assert keys.keys() == older.keys()
+    assert all(keys.values())
+    without = [packet for packet, key in older.items() if key == 0]
+    assert {packet: older[packet] for packet in older.keys() - set(without)}.items() <= keys.items()
+    assert 0 < len(without) < len(older)
+    assert all(packet[6] & 0x10 and packet[1] > 100 for packet in without), "only TCP segments with data"
 
 
 @pytest.mark.slow

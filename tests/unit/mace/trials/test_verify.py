@@ -50,6 +50,20 @@ def test_two_swapped_packets_are_two_wrong_rows():
     assert found.precision == pytest.approx(1 / 3)
 
 
+def test_a_segment_that_is_sent_again_is_not_the_segment_that_was_cut_out_before():
+    """The outer device sends `b` twice: cut out of the buffer that begins with `a`, and again as a packet of its own."""
+    inner = seen((100, "a"), (200, "b"))
+    outer = seen((110, "a"), (112, "b"), (210, "b"))
+    found = score(RIGHT[:2], {"c1": inner}, outer)
+    assert (found.packets, found.right, found.wrong) == (2, 2, 0)
+    assert found.errors_ns == [0, 0]
+
+
+def test_a_number_that_is_lost_behind_the_inner_device_is_no_packet():
+    found = score(RIGHT[:1], {"c1": seen((100, "a"), (200, "b"))}, seen((110, "a")))
+    assert (found.packets, found.right, found.wrong) == (1, 1, 0)
+
+
 def test_errors_of_a_request_and_its_echo_add_up():
     """10.2 µs on egress, in the row 10; 5.3 µs on ingress, in the row 5."""
     inner = [(100_700, True, "a"), (205_300, False, "a")]
