@@ -1,0 +1,82 @@
+"""Lists the devices of all network namespaces, with CAP_BPF and CAP_PERFMON alone.
+
+The program `walk_devices` (`bpf/mace_devices.h`) follows the kernel's lists of namespaces and devices. No packet runs
+it: each call of `Walk.devices` does.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.bpf import libbpf
+from collector.bpf.layout import NETDEV, WALK_DEVICES, Walked
+from collector.bpf.object import OBJECT, BpfObject
+from contracts.errors import SourceError
+
+_PROGRAM: Final = "walk_devices"
+_DESCRIBED: Final = "mace_netdevs"
+_ATTEMPTS: Final = 100
+"""How often a walk begins again because the place to continue at was removed."""
+_RUNS: Final = 1 << 16
+"""Largest number of runs of a walk: two million devices. A walk of more follows a list that does not end."""
+
+NetDevices = npt.NDArray[Any]
+"""Devices, of dtype `layout.NETDEV`, without duplicates, sorted by inode of the namespace and ifindex."""
+
+
+class Walk:
+    """The loaded program. The constructor raises `Unavailable`, or `SourceError` for another version's object file."""
+
+    def __init__(self, path: Path = OBJECT) -> None:
+        self._memory: mmap.mmap | None = None
+        self._object = BpfObject(path)
+        try:
+            self._object.select([_PROGRAM])
+            self._object.select_maps([_DESCRIBED, "mace_walks"])
+            self._object.load()
+            self._program_fd = self._object.program_fd(_PROGRAM)
+            size = WALK_DEVICES * NETDEV.itemsize
+            self._memory = mmap.mmap(self._object.map_fd(_DESCRIBED), size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unload the program; a second call has no effect."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        self._object.close()
+
+    def devices(self) -> NetDevices:
+        """Return all devices of all namespaces. Takes some 20 µs, and 0.4 µs per device.
+
+        A device that moves or is renamed meanwhile may be missing or have its old name; the next call returns it right.
+        Raises `SourceError` if the lists keep changing.
+        """
+        for _ in range(_ATTEMPTS):
+            pieces = self._walk()
+            if pieces is not None:
+                every: NetDevices = np.concatenate(pieces)
+                _, first = np.unique(every[["netns", "ifindex"]], return_index=True)
+                return every[first]
+        raise SourceError("bpf: the machine's network namespaces and devices change too fast to be listed")
+
+    def _walk(self) -> list[NetDevices] | None:
+        """Return what each run of a whole walk described; None if the place to continue at was removed."""
+        pieces: list[NetDevices] = []
+        for number in range(_RUNS):
+            walked = libbpf.run(self._program_fd, number == 0)
+            if walked == Walked.LOST:
+                return None
+            assert self._memory is not None
+            described: NetDevices = np.frombuffer(self._memory[:], NETDEV)
+            pieces.append(described[described["ifindex"] > 0])
+            if walked == Walked.DONE:
+                return pieces
+        return None
