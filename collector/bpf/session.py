@@ -25,7 +25,7 @@ from collector.bpf.object import OBJECT, RIGHTS, BpfObject
 from collector.live.filter import SessionFilter
 from collector.machine.kernel import highest_possible_cpu
 from collector.machine.netns import cookie_here, inside, open_nsfs
-from contracts.errors import SourceError, Unavailable
+from contracts.errors import Unavailable
 from contracts.hooks import HOOKS, Hook
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
@@ -271,4 +271,3 @@ def _no_ring(error: OSError, size: int) -> Unavailable:
     return Unavailable(
         _WHAT, f"the kernel refuses a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib"
     )
-

@@ -31,8 +31,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.bpf.object import OBJECT
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import OBJECT, Session, programs, ring_bytes_of
+from collector.bpf.session import Session, programs, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from collector.bpf import session
+from collector.bpf.object import OBJECT
 from mace import lab
 from mace.lab import Runtime, Spec
 from tests import images
@@ -120,7 +120,7 @@ def copy_tree(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     # `./dev setup` built them; the lab has no package index from which the image could get a compiler.
-    shutil.copy(session.OBJECT, folder / session.OBJECT.relative_to(ROOT))
+    shutil.copy(OBJECT, folder / OBJECT.relative_to(ROOT))
     shutil.copytree(images.wheelhouse(), folder / "deploy/wheelhouse")
 
 

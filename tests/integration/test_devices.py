@@ -19,7 +19,7 @@ from collector.machine import devices as under_test
 from collector.machine.devices import DeviceFollower, check, snapshot
 from collector.machine.netns import inode_of, leave_for_new_netns
 from collector.machine.rtnetlink import LinkEvents
-from contracts.errors import Unavailable
+from contracts.errors import SourceError, Unavailable
 from contracts.names import text
 from contracts.topology import Device, Role, Sharer
 from mace.lab import Lab, Runtime, Spec, running
@@ -648,7 +648,7 @@ async def _failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(under_test._Watch, "_scan", broken)
-        with pytest.raises(under_test.SourceError, match="Input/output error"):
+        with pytest.raises(SourceError, match="Input/output error"):
             await seen.until(lambda: False)
 
 
