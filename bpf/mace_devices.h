@@ -152,7 +152,7 @@ static __always_inline void mace_describe(const struct net *net, const struct ne
 	netdev->initial = mace_is_initial(net);
 	netdev->ifindex = BPF_CORE_READ(dev, ifindex);
 	netdev->type = BPF_CORE_READ(dev, type);
-	bpf_core_read(netdev->name, sizeof(netdev->name), &dev->name);
+	bpf_core_read_str(netdev->name, sizeof(netdev->name), &dev->name);
 	if (kind)
 		bpf_probe_read_kernel_str(netdev->kind, sizeof(netdev->kind), kind);
 	mace_describe_peer(dev, netdev);

@@ -184,7 +184,7 @@ class BpfSource(RecordSource):
         _check_machine()
         keep_freed_memory()
         self._began_ns = time.monotonic_ns()
-        await self._follow(wakes=False)
+        await self._follow(wakes=True)
         cookies = self._identify_by_cookie()
         self._learned(self._devices)
         config = self.config

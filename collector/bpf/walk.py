@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,26 @@ _ATTEMPTS: Final = 100
 """How often a walk begins again because the place to continue at was removed."""
 _RUNS: Final = 1 << 16
 """Largest number of runs of a walk: two million devices. A walk of more follows a list that does not end."""
+
+
+class NetDevice(NamedTuple):
+    """One element of `NetDevices`, as plain Python values; `bpf/mace_bpf.h` documents the fields."""
+
+    netns_cookie: int
+    netns: int
+    proc_stat: int
+    ifindex: int
+    peer_netns: int
+    peer_ifindex: int
+    lower_netns: int
+    lower_ifindex: int
+    master_ifindex: int
+    type: int
+    initial: int
+    pad: int
+    name: bytes
+    kind: bytes
+
 
 NetDevices = npt.NDArray[Any]
 """Devices, of dtype `layout.NETDEV`, without duplicates, sorted by inode of the namespace and ifindex."""
