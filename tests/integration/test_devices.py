@@ -292,6 +292,46 @@ def test_lower_devices(machine: Machine) -> None:
     assert (found[host, "vx1"].peer_netns, found[host, "vx1"].peer_ifindex) == (0, 0)
 
 
+@pytest.mark.needs("bpf")
+def test_both_followers_see_the_same() -> None:
+    """Devices of every kind that this kernel has, in two namespaces, with all that netlink says of them."""
+    machine = Machine()
+    try:
+        machine.add("a", "b")
+        machine.veth("a", "v0", "b", "eth0")
+        machine.ip("a", "link add br0 type bridge")
+        machine.ip("a", "link set v0 master br0")
+        machine.veth("a", "v1", "b", "eth1")
+        kinds = ["macvlan", "macvtap", "ipvlan", "vlan id 7", "vxlan id 7 dstport 4789 dev v1", "macsec"]
+        made = [f"link add link v1 name low{n} type {kind}" for n, kind in enumerate(kinds)]
+        kinds = [
+            "dummy",
+            "ifb",
+            "bond",
+            "vrf table 7",
+            "team",
+            "gretap remote 192.0.2.1 local 192.0.2.2",
+            "geneve id 7",
+        ]
+        made += [f"link add own{n} type {kind}" for n, kind in enumerate(kinds)]
+        made += ["tuntap add tap0 mode tap", "link add nk0 type netkit peer name nk1"]
+        for words in made:
+            with contextlib.suppress(subprocess.CalledProcessError):  # a kind that this kernel or ip does not have
+                machine.ip("a", words)
+        for name in ("low0", "tap0"):
+            machine.ip("a", f"link set {name} netns @b")
+        own = {machine.inode("a"), machine.inode("b")}
+        seen = []
+        for machine.follower in (DeviceFollower, BpfDeviceFollower):
+            found = machine.snapshot(host_netns=machine.name("a"), outer=("low0",))
+            seen.append([device for device in found if device.netns in own])
+    finally:
+        machine.close()
+    by_netlink, by_bpf = seen
+    assert len(by_netlink) >= 8
+    assert by_bpf == by_netlink
+
+
 def test_pyroute2_sees_the_same(machine: Machine) -> None:
     machine.add("a", "b")
     machine.ip("a", "link add br0 type bridge")
