@@ -33,6 +33,9 @@ from collector.machine.containers import API_SOCKETS, NOBODY, Called
 from collector.machine.follower import Follower, Snapshot, WakeFile
 from collector.machine.namespace_names import NamespaceNames
 from collector.machine.netns import Found, Namespaces
+from collector.machine.processes import in_initial_pid_namespace
+from contracts.errors import MaceError, Unavailable
+from contracts.interfaces import Status
 from contracts.names import text_of
 from contracts.topology import Device, assign_roles
 
@@ -45,8 +48,6 @@ _BUILD_REST: Final = 5
 """Pause after a snapshot, in multiples of the time that it took to make: a sixth of a core at most, as with netlink."""
 _FIRST_NAMES_S: Final = 0.5
 """How long the first snapshot waits for container names, as with netlink."""
-_INITIAL_PIDS: Final = 0xEFFFFFFC
-"""Inode of the initial process id namespace (PROC_PID_INIT_INO, include/linux/proc_ns.h)."""
 _ARPHRD_LOOPBACK: Final = 772
 _WITH_PEER: Final = frozenset({b"veth", b"netkit"})
 _WITH_LOWER: Final = frozenset({b"macvlan", b"macvtap", b"ipvlan", b"ipvtap", b"vlan", b"vxlan", b"macsec"})
@@ -225,9 +226,7 @@ class _Watch:
         """Return the namespace of process 1, or the one that the kernel started with if MACE sees another process 1."""
         first = self._netdevs[self._netdevs["initial"] == 1]
         initial = int(first["netns"][0]) if len(first) else 0
-        if Path("/proc/self/ns/pid").stat().st_ino != _INITIAL_PIDS:
-            return initial
-        return self._netns_of(1) or initial
+        return (self._netns_of(1) if in_initial_pid_namespace() else None) or initial
 
     # --- snapshot -----------------------------------------------------------------------------------
 
@@ -287,6 +286,20 @@ class BpfDeviceFollower(Follower):
         rescan_interval_s: float = 1.0,
     ) -> None:
         super().__init__(_Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s))
+
+
+def check(*, host_netns: str | int | None = None) -> Status:
+    """Return whether devices can be followed here with few rights, with the numbers of devices and namespaces found."""
+    watch = _Watch(host_netns, (), (), (), 1.0)
+    try:
+        devices = watch.open().devices
+    except Unavailable as failure:
+        return Status(False, failure.why, failure.remedy)
+    except MaceError as failure:
+        return Status(False, str(failure))
+    finally:
+        watch.close()
+    return Status(True, f"{len(devices)} devices in {len({device.netns for device in devices})} network namespaces")
 
 
 # --- routes ---------------------------------------------------------------------------------------------

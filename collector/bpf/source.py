@@ -167,17 +167,20 @@ class BpfSource(RecordSource):
         try:
             _check_machine()
             missing = [info.name for info in HOOKS if info.hook not in programs()]
-            open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT).close()
+            session = open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT)
+            timed = session.time_runs(on=True)
+            session.close()
         except Unavailable as error:
             return Status(ok=False, detail=error.why, remedy=error.remedy)
         except MaceError as error:
             return Status(ok=False, detail=str(error))
         without = f", without {', '.join(missing)}" if missing else ""
+        untimed = "" if timed else "; not what the programs cost, which needs CAP_SYS_ADMIN"
         silent = f"; {told}" if (told := silent_on(platform.release())) else ""
         return Status(
             ok=True,
             detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} tracepoints{without}; sees every network"
-            f" namespace; content key for packets that lie in a buffer's linear part{silent}",
+            f" namespace; content key for packets that lie in a buffer's linear part{untimed}{silent}",
         )
 
     async def _acquire(self) -> StreamHeader:
