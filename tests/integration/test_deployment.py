@@ -27,14 +27,17 @@ NAME = "measured.example"
 VISITOR = "visitor.example"
 """A host that nobody else speaks as: the broker lets each have one session."""
 PINGS = 300
-POWERS = {12: "NET_ADMIN", 11: "NET_BROADCAST", 19: "SYS_PTRACE", 21: "SYS_ADMIN"}  # capability.h
+POWERS = {38, 39}
+"""CAP_PERFMON and CAP_BPF (linux/capability.h)."""
+OLD_POWERS = {21}
+"""CAP_SYS_ADMIN, which includes both, and which a Docker before 23 gives instead: it does not know the two by name."""
 READY_S = 120
 BROKER = ["/usr/sbin/mosquitto", "-c", "/mosquitto/config/mosquitto.conf"]
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.needs("image", "compose", "tracefs", "netns", "openssl", "mosquitto"),
+    pytest.mark.needs("image", "compose", "bpf", "netns", "openssl", "mosquitto"),
 ]
 
 # Only addresses for documentation, as everywhere in the lab.
@@ -98,10 +101,15 @@ def running(deployed):
     call("./deploy/make-secrets", NAME)
     call("./deploy/make-secrets", "host", VISITOR)
     (deployed.folder / ".env").write_text(f"MACE_HOST={NAME}\n")
-    (deployed.folder / "override.yml").write_text(NETWORKS.format(port=free_port()))
+    override = NETWORKS.format(port=free_port())
+    deployed.powers = POWERS
+    if int(call("docker", "version", "--format", "{{.Server.Version}}").split(".")[0]) < 23:
+        override += "  collector: {cap_add: !override [SYS_ADMIN]}\n"
+        deployed.powers = OLD_POWERS
+    (deployed.folder / "override.yml").write_text(override)
     deployed.compose = functools.partial(deployed.compose, "-f", "docker-compose.yml", "-f", "override.yml")
-    deployed.compose("up", "--detach", "--no-deps", "--no-build", "mosquitto", "ingest", "collector")
     try:
+        deployed.compose("up", "--detach", "--no-deps", "--no-build", "mosquitto", "ingest", "collector")
         for service in ("mosquitto", "ingest", "collector"):
             wait_for(lambda service=service: state(deployed, service)["Health"]["Status"] == "healthy", deployed)
         yield deployed
@@ -205,8 +213,9 @@ def stored(running) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(("service", "user", "powers"), [("collector", 0, set(POWERS)), ("ingest", 10001, set())])
-def test_a_container_has_the_rights_that_it_needs_and_no_other(running, service, user, powers):
+@pytest.mark.parametrize(("service", "user"), [("collector", 0), ("ingest", 10001)])
+def test_a_container_has_the_rights_that_it_needs_and_no_other(running, service, user):
+    powers = running.powers if service == "collector" else set()
     pid = state(running, service)["Pid"]
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
