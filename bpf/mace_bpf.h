@@ -77,7 +77,7 @@ struct mace_counts {
 };
 
 /* Largest number of devices that one run of walk_devices describes. */
-#define MACE_WALK_DEVICES 32
+#define MACE_WALK_DEVICES 64
 
 /**
  * enum mace_walked - what walk_devices returns

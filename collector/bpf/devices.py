@@ -28,6 +28,7 @@ from typing import Final
 
 import numpy as np
 
+from collector.bpf.layout import NETDEV
 from collector.bpf.walk import NetDevice, NetDevices, Walk
 from collector.machine.containers import API_SOCKETS, NOBODY, Called
 from collector.machine.follower import Follower, Snapshot, WakeFile
@@ -94,7 +95,7 @@ class _Watch:
         self._walk: Walk
         self._mounts: Namespaces
         self._poll = select.poll()
-        self._netdevs: NetDevices
+        self._netdevs: NetDevices = np.empty(0, NETDEV)
         self._by_inode: dict[int, _Namespace] = {}
         self._by_proc_stat: Mapping[int, int] = {}
         """Inode of /proc/PID/net/stat → inode of the namespace. Replaced, never modified: another thread reads it."""
@@ -175,28 +176,27 @@ class _Watch:
 
     def _list(self) -> None:
         """Walk the devices, and note new and removed namespaces."""
-        began_s = time.monotonic()
+        now_s, began_s = time.monotonic(), time.thread_time()
         netdevs = self._walk.devices()
-        if self._by_inode and np.array_equal(netdevs, self._netdevs):
-            self._walk_again(began_s)
-            return
-        self._netdevs = netdevs
+        # The thread's own time: on a busy machine a walk takes longer, and costs no more.
+        self._walk_at_s = now_s + max(WALK_INTERVAL_S, _WALK_REST * (time.thread_time() - began_s))
+        if netdevs is not self._netdevs:
+            self._netdevs = netdevs
+            self._sort_into_namespaces(now_s)
+
+    def _sort_into_namespaces(self, now_s: float) -> None:
         self._changed = True
+        netdevs = self._netdevs
         _, first = np.unique(netdevs["netns"], return_index=True)
         before = self._by_inode
         self._by_inode = {}
         for inode, cookie in netdevs[["netns", "netns_cookie"]][first].tolist():
             known = before.get(inode)
             if known is None or known.cookie != cookie:
-                known = _Namespace(inode, cookie, next(self._serials), began_s, Found(inode))
+                known = _Namespace(inode, cookie, next(self._serials), now_s, Found(inode))
                 self._scan_at_s = 0.0
             self._by_inode[inode] = known
         self._by_proc_stat = dict(netdevs[["proc_stat", "netns"]][first].tolist())
-        self._walk_again(began_s)
-
-    def _walk_again(self, began_s: float) -> None:
-        now_s = time.monotonic()
-        self._walk_at_s = max(began_s + WALK_INTERVAL_S, now_s + _WALK_REST * (now_s - began_s))
 
     def _scan(self) -> None:
         """Find the processes and the mounts of the namespaces."""

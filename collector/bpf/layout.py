@@ -43,7 +43,7 @@ COUNTS: Final[np.dtype[Any]] = np.dtype(
 )
 """struct mace_counts: one CPU's counts."""
 
-WALK_DEVICES: Final = 32
+WALK_DEVICES: Final = 64
 """MACE_WALK_DEVICES: number of elements of the map `mace_netdevs`."""
 
 

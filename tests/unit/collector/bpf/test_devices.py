@@ -155,7 +155,7 @@ class MadeRuns:
         self.begun = []
         self.runs = deque(runs)
         self.made = Walk.__new__(Walk)
-        self.made._program_fd = 3
+        self.made._program_fd, self.made._described = 3, b""
         monkeypatch.setattr(walk.libbpf, "run", self.run)
 
     def run(self, _program_fd, argument):
@@ -172,6 +172,13 @@ def test_runs_make_one_list_without_gaps_and_repetitions(monkeypatch):
     ])  # fmt: skip
     assert runs.made.devices().tolist() == np.concatenate([LO, ETH0, INNER]).tolist()
     assert runs.begun == [1, 0]
+
+
+def test_the_same_devices_are_the_same_array(monkeypatch):
+    runs = MadeRuns(monkeypatch, [(Walked.DONE, LO), (Walked.DONE, LO), (Walked.DONE, ETH0)])
+    first = runs.made.devices()
+    assert runs.made.devices() is first
+    assert runs.made.devices() is not first
 
 
 def test_a_lost_place_begins_the_walk_again(monkeypatch):
