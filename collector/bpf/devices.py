@@ -149,7 +149,7 @@ class _Watch:
         if time.monotonic() >= self._scan_at_s:
             self._scan()
             self._look_at_host()
-        self._names.ask(self._by_inode.values())
+            self._names.ask(self._by_inode.values())
         began_s = time.monotonic()
         if not self._outdated() or began_s < self._build_at_s:
             return None
@@ -194,7 +194,7 @@ class _Watch:
             known = before.get(inode)
             if known is None or known.cookie != cookie:
                 known = _Namespace(inode, cookie, next(self._serials), now_s, Found(inode))
-                self._scan_at_s = 0.0
+                self._scan_at_s = 0.0  # at once, for its name
             self._by_inode[inode] = known
         self._by_proc_stat = dict(netdevs[["proc_stat", "netns"]][first].tolist())
 

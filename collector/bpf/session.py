@@ -29,6 +29,8 @@ from contracts.errors import Unavailable
 from contracts.hooks import HOOKS, Hook
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
+STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
+STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
 _WHAT: Final = "bpf"
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
 
@@ -199,14 +201,22 @@ class Session:
     def time_runs(self, *, on: bool) -> bool:
         """Switch the kernel's timing of all BPF programs on or off; return whether this session has it on.
 
-        The kernel refuses to switch it on without CAP_SYS_ADMIN.
+        The kernel refuses to switch it on without CAP_SYS_ADMIN, but root can have it always on (a sysctl).
         """
         if on and self._stats < 0:
             self._stats = self._library.bpf_enable_stats(0)
         elif not on and self._stats >= 0:
             stats, self._stats = self._stats, -1
             os.close(stats)
-        return self._stats >= 0
+        return self._stats >= 0 or (on and _are_runs_timed())
+
+
+def _are_runs_timed() -> bool:
+    """Return whether the kernel times all BPF programs all the time."""
+    try:
+        return STATS.read_text(encoding="ascii").strip() == "1"
+    except OSError:
+        return False
 
 
 def ring_bytes_of(kib: int) -> int:

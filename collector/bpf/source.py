@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from collector.bpf.object import OBJECT
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import Session, programs, ring_bytes_of
+from collector.bpf.session import STATS_RIGHTS, Session, programs, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
@@ -175,7 +175,7 @@ class BpfSource(RecordSource):
         except MaceError as error:
             return Status(ok=False, detail=str(error))
         without = f", without {', '.join(missing)}" if missing else ""
-        untimed = "" if timed else "; not what the programs cost, which needs CAP_SYS_ADMIN"
+        untimed = "" if timed else f"; not what the programs cost, which needs {STATS_RIGHTS}"
         silent = f"; {told}" if (told := silent_on(platform.release())) else ""
         return Status(
             ok=True,

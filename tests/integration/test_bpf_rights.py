@@ -18,6 +18,8 @@ from tests.nobody import AS_NOBODY, NOBODY
 
 pytestmark = [pytest.mark.needs("root", "bpf", "netns", "nobody"), pytest.mark.timeout(180), pytest.mark.slow]
 
+OPTIONS = ("--source", "bpf", "--ring-mib", "64")
+"""The rings have room for floods of others, because both measurements see the whole machine."""
 COUNT = 300
 SIZE = 1213
 """Payload of the pings, bytes: their length distinguishes them from all other traffic."""
@@ -60,8 +62,8 @@ def test_it_measures_what_root_measures(folder, tmp_path):
         for container in lab.containers:
             lab.ping(container, count=2)
         with (
-            measured(lab, folder, "--source", "bpf", start=start_as_nobody) as theirs,
-            measured(lab, tmp_path / "root", "--source", "bpf", start=start) as roots,
+            measured(lab, folder, *OPTIONS, start=start_as_nobody) as theirs,
+            measured(lab, tmp_path / "root", *OPTIONS, start=start) as roots,
         ):
             status = Path(f"/proc/{theirs.process.pid}/status").read_text()
             assert re.search(r"^Uid:\t65534\t65534", status, re.MULTILINE)
@@ -78,8 +80,26 @@ def test_it_measures_what_root_measures(folder, tmp_path):
         way = ("eth0", f"veth{tag}-{container}", f"br{tag}", f"out{tag}", f"rem{tag}")
         assert paths[container, "egress", way] == paths[container, "ingress", way[::-1]] == COUNT
     assert len(paths) == 4
-    ledger = balanced(theirs.found)
-    assert ledger.lost == ledger.discarded == 0
+    balanced(theirs.found)
+
+
+def test_own_cost_needs_statistics_that_only_root_can_switch_on(folder):
+    """An administrator can leave them on; the test writes no sysctl of the machine's, but a file in its place."""
+    code = (
+        "import sys; from pathlib import Path; from collector.bpf import session; from collector.bpf.source import *\n"
+        "session.STATS = Path(sys.argv[1]); print(BpfSource.check().detail)"
+    )
+    said = {}
+    for value in ("0", "1"):
+        (folder / value).write_text(f"{value}\n")
+        (folder / value).chmod(0o644)
+        done = subprocess.run(
+            [*AS_NOBODY, sys.executable, "-c", code, str(folder / value)],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        said[value] = done.stdout
+    assert "bpf_stats_enabled" in said["0"]
+    assert "bpf_stats_enabled" not in said["1"]
 
 
 def test_a_process_alone_names_its_container(folder):
