@@ -235,6 +235,20 @@ def test_a_container_has_the_rights_that_it_needs_and_no_other(running, service,
             assert secret.read_text().strip() not in text, f"{secret.name} can be read by docker inspect"
 
 
+def test_the_collector_says_what_it_can_name(running):
+    found = json.loads(running.compose("exec", "-T", "collector", "python", "-m", "mace", "check", "--json"))
+    told = {part: found[part]["ok"] for part in ("source bpf", "devices for bpf", "names by processes")}
+    assert told == dict.fromkeys(told, True), found
+    assert not found["names by runtimes"]["ok"]
+    assert "container_sockets" in found["names by runtimes"]["remedy"]
+    # In containers without the host's process ids, names are what is missing, and not devices.
+    alone = ("--rm", "--pull", "never", "--network", "none", "--read-only", "--cap-drop", "ALL", "--tmpfs", "/tmp")
+    found = json.loads(running.call("docker", "run", *alone, "mace", "check", "--json"))
+    assert not found["source bpf"]["ok"]
+    assert "CAP_BPF and CAP_PERFMON" in found["source bpf"]["remedy"] + found["source bpf"]["detail"]
+    assert "pid: host" in found["names by processes"]["remedy"]
+
+
 def test_the_broker_lets_nobody_speak_for_others(running):
     secrets = running.folder / "deploy/secrets"
 
