@@ -23,6 +23,7 @@
 #include <bpf/bpf_tracing.h>
 
 #include "mace_bpf.h"
+#include "mace_devices.h"
 #include "mace_kernel.h"
 #include "mace_packet.h"
 

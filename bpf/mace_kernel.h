@@ -16,8 +16,23 @@ struct ns_common {
 	unsigned int inum;
 } MACE_CORE;
 
+struct list_head {
+	struct list_head *next;
+	struct list_head *prev;
+} MACE_CORE;
+
+struct proc_dir_entry {
+	unsigned int low_ino;
+} MACE_CORE;
+
+struct net_device;
+
 /* net_cookie is a plain u64 since v5.12; user space can read it (SO_NETNS_COOKIE) since v5.14. */
 struct net {
+	struct list_head list;
+	struct list_head dev_base_head;
+	struct net_device *loopback_dev;
+	struct proc_dir_entry *proc_net_stat;
 	struct ns_common ns;
 	__u64 net_cookie;
 } MACE_CORE;
@@ -26,10 +41,37 @@ typedef struct {
 	struct net *net;
 } MACE_CORE possible_net_t;
 
+struct rtnl_link_ops {
+	const char *kind;
+} MACE_CORE;
+
+struct netdev_adjacent {
+	struct net_device *dev;
+	bool master;
+	struct list_head list;
+} MACE_CORE;
+
 struct net_device {
+	char name[16];
+	struct list_head dev_list;
+	struct {
+		struct list_head upper;
+		struct list_head lower;
+	} MACE_CORE adj_list;
 	int ifindex;
+	unsigned short type;
 	unsigned short hard_header_len;
 	possible_net_t nd_net;
+	const struct rtnl_link_ops *rtnl_link_ops;
+	__u8 priv[0];
+} MACE_CORE;
+
+struct nsproxy {
+	struct net *net_ns;
+} MACE_CORE;
+
+struct task_struct {
+	struct nsproxy *nsproxy;
 } MACE_CORE;
 
 struct sock_common {

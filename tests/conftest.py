@@ -130,6 +130,12 @@ def _bpf() -> str | None:
     return None if status.ok else f"{status.detail}: {status.remedy}"
 
 
+def _nobody() -> str | None:
+    from tests import nobody  # here, because few tests ask
+
+    return _root() or nobody.missing()
+
+
 def _qemu() -> str | None:
     from tests.kernel import vm  # here, because only one test asks
 
@@ -176,6 +182,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "userns": _userns,
     "docker": _docker,
     "bpf": _bpf,
+    "nobody": _nobody,
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),
     "ns_last_pid": _ns_last_pid,

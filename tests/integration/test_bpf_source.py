@@ -16,6 +16,7 @@ import pytest
 
 from collector.bpf import session
 from collector.bpf.libbpf import Btf, library
+from collector.bpf.object import OBJECT
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.live.filter import SessionFilter
@@ -239,7 +240,7 @@ def test_without_btf(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kept", [0, 100, 5000])
 def test_a_truncated_object(tmp_path, kept):
     path = tmp_path / "mace.bpf.o"
-    path.write_bytes(session.OBJECT.read_bytes()[:kept])
+    path.write_bytes(OBJECT.read_bytes()[:kept])
     with pytest.raises(Unavailable, match=r"is no BPF object.*make -C bpf") as raised:
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
     assert "\n" not in str(raised.value)
@@ -248,7 +249,7 @@ def test_a_truncated_object(tmp_path, kept):
 def test_an_object_without_a_program(tmp_path):
     """An object file of another version is an error that `mace check` reports in one line."""
     path = tmp_path / "mace.bpf.o"
-    path.write_bytes(session.OBJECT.read_bytes().replace(b"consume_skb\0", b"consume_xyz\0"))
+    path.write_bytes(OBJECT.read_bytes().replace(b"consume_skb\0", b"consume_xyz\0"))
     with pytest.raises(SourceError, match=r"no program consume_skb.*make -C bpf") as raised:
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
     assert "\n" not in str(raised.value)

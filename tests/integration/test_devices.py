@@ -9,17 +9,19 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import pytest
 from pyroute2 import NetNS
 
+from collector.bpf.devices import BpfDeviceFollower
 from collector.machine import devices as under_test
 from collector.machine.devices import DeviceFollower, check, snapshot
 from collector.machine.netns import inode_of, leave_for_new_netns
 from collector.machine.rtnetlink import LinkEvents
-from contracts.errors import Unavailable
+from contracts.errors import SourceError, Unavailable
 from contracts.names import text
 from contracts.topology import Device, Role, Sharer
 from mace.lab import Lab, Runtime, Spec, running
@@ -41,10 +43,14 @@ def own_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("mace-")]
 
 
-class Machine:
-    """Namespaces with unique names, all removed at the end."""
+Follows = type[DeviceFollower] | type[BpfDeviceFollower]
 
-    def __init__(self) -> None:
+
+class Machine:
+    """Namespaces with unique names, all removed at the end; and the follower under test."""
+
+    def __init__(self, follower: Follows = DeviceFollower) -> None:
+        self.follower = follower
         self.prefix = f"t{uuid.uuid4().hex[:8]}"
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -76,6 +82,31 @@ class Machine:
         wait_for(lambda: inode_of(f"/proc/{process.pid}/ns/net") != inode_of("/proc/self/ns/net"), 5)
         return process
 
+    def snapshot(self, **arguments: object) -> tuple[Device, ...]:
+        """Return the devices that the follower sees first."""
+
+        async def look() -> tuple[Device, ...]:
+            follower = self.follower(docker_sockets=(), **arguments)  # type: ignore[arg-type]
+            try:
+                await follower.open()
+                return follower.poll() or ()
+            finally:
+                await follower.aclose()
+
+        # A thread of its own: the caller's may run an event loop.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: asyncio.run(look())).result()
+
+    @property
+    def sees_routes(self) -> bool:
+        """Whether the follower sees the routes of every namespace; else those of the host's, if a process is there."""
+        return self.follower is DeviceFollower
+
+    def inhabit(self, short: str) -> None:
+        """Start a process in one of the test's namespaces."""
+        process = self.called("inhabitant", short)
+        wait_for(lambda: inode_of(f"/proc/{process.pid}/ns/net") == self.inode(short), 5)
+
     def called(self, title: str, short: str) -> subprocess.Popen[bytes]:
         """Start a process with that title in one of the test's namespaces."""
         argv = ["bash", "-c", f'exec -a "{title}" sleep 1000']
@@ -91,8 +122,24 @@ class Machine:
             subprocess.run(["ip", "netns", "del", place.name], check=False)
 
 
+@pytest.fixture(
+    params=[
+        pytest.param(DeviceFollower, id="netlink"),
+        pytest.param(BpfDeviceFollower, id="bpf", marks=pytest.mark.needs("bpf")),
+    ]
+)
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Provide a machine for each follower."""
+    machine = Machine(request.param)
+    try:
+        yield machine
+    finally:
+        machine.close()
+
+
 @pytest.fixture
-def machine() -> Iterator[Machine]:
+def with_netlink() -> Iterator[Machine]:
+    """Provide a machine for the follower by netlink, for tests of its events."""
     machine = Machine()
     try:
         yield machine
@@ -102,7 +149,7 @@ def machine() -> Iterator[Machine]:
 
 @contextlib.asynccontextmanager
 async def following(machine: Machine, **arguments: object) -> AsyncIterator["Watcher"]:
-    follower = DeviceFollower(docker_sockets=(), **arguments)  # type: ignore[arg-type]
+    follower = machine.follower(docker_sockets=(), **arguments)  # type: ignore[arg-type]
     try:
         await follower.open()
         yield Watcher(machine, follower)
@@ -113,7 +160,7 @@ async def following(machine: Machine, **arguments: object) -> AsyncIterator["Wat
 class Watcher:
     """Keeps the newest snapshot of the test's own namespaces."""
 
-    def __init__(self, machine: Machine, follower: DeviceFollower) -> None:
+    def __init__(self, machine: Machine, follower: DeviceFollower | BpfDeviceFollower) -> None:
         self.machine = machine
         self.follower = follower
         self.all: tuple[Device, ...] = ()
@@ -171,8 +218,10 @@ def test_the_lab_s_topology(machine: Machine) -> None:
     machine.ip("c1", "addr add 2001:db8:1::2/64 dev eth0")
     machine.ip("c1", "link set eth0 up")
     machine.ip("c1", "route add default via 2001:db8:1::1")
+    if not machine.sees_routes:
+        machine.inhabit("host")
 
-    found = snapshot(host_netns=machine.name("host"), docker_sockets=())
+    found = machine.snapshot(host_netns=machine.name("host"))
     by_name = {(d.netns, d.name): d for d in found}
     host, c1, c2, far = (machine.inode(short) for short in ("host", "c1", "c2", "far"))
     br0, out0, rem0 = by_name[host, "br0"], by_name[host, "out0"], by_name[far, "rem0"]
@@ -187,7 +236,7 @@ def test_the_lab_s_topology(machine: Machine) -> None:
     assert veth_1.master_ifindex == veth_2.master_ifindex == br0.ifindex
     assert br0.kind == "bridge"
     assert by_name[c1, "lo"].kind == "loopback"
-    assert [d.default_route for d in (out0, eth0_1, eth0_2, veth_1)] == [True, True, False, False]
+    assert [d.default_route for d in (out0, eth0_1, eth0_2, veth_1)] == [True, machine.sees_routes, False, False]
 
     assert [d.role for d in (eth0_1, eth0_2)] == [Role.INNER] * 2
     assert [d.role for d in (veth_1, veth_2, br0)] == [Role.HOST] * 3
@@ -200,12 +249,12 @@ def test_the_host_can_be_named_in_several_ways(machine: Machine) -> None:
     machine.add("host")
     inode = machine.inode("host")
     for asked in (machine.name("host"), f"/run/netns/{machine.name('host')}", inode, str(inode)):
-        host = [d for d in snapshot(host_netns=asked, docker_sockets=()) if d.netns_name == "host"]
+        host = [d for d in machine.snapshot(host_netns=asked) if d.netns_name == "host"]
         assert {d.netns for d in host} == {inode}
     with pytest.raises(Unavailable, match=rf"did you mean '{machine.name('host')}'"):
-        snapshot(host_netns=machine.name("hots"), docker_sockets=())
+        machine.snapshot(host_netns=machine.name("hots"))
     with pytest.raises(Unavailable, match="inode 12"):
-        snapshot(host_netns=12, docker_sockets=())
+        machine.snapshot(host_netns=12)
 
 
 def test_names_that_the_kernel_takes_are_names(machine: Machine) -> None:
@@ -218,7 +267,7 @@ def test_names_that_the_kernel_takes_are_names(machine: Machine) -> None:
         done = subprocess.run(argv, capture_output=True, check=False)
         assert not done.returncode, (name, done.stderr)
     inode = machine.inode("odd")
-    found = [d.name for d in snapshot(docker_sockets=()) if d.netns == inode and d.kind == "bridge"]
+    found = [d.name for d in machine.snapshot() if d.netns == inode and d.kind == "bridge"]
     assert sorted(found) == sorted(text(name) for name in names)
 
 
@@ -230,7 +279,7 @@ def test_lower_devices(machine: Machine) -> None:
     machine.ip("host", "link set mac0 netns @c name eth0")
     machine.ip("host", "link add vx0 type vxlan id 7 dstport 4789 dev br0")
     machine.ip("host", "link add vx1 type vxlan id 8 dstport 4789 remote 192.0.2.1")
-    found = {(d.netns, d.name): d for d in snapshot(host_netns=machine.name("host"), docker_sockets=())}
+    found = {(d.netns, d.name): d for d in machine.snapshot(host_netns=machine.name("host"))}
     host, c = machine.inode("host"), machine.inode("c")
     br0, mac0, vx0 = found[host, "br0"], found[c, "eth0"], found[host, "vx0"]
     assert mac0.kind == "macvlan"
@@ -241,6 +290,46 @@ def test_lower_devices(machine: Machine) -> None:
     assert (found[host, "vx1"].peer_netns, found[host, "vx1"].peer_ifindex) == (0, 0)
 
 
+@pytest.mark.needs("bpf")
+def test_both_followers_see_the_same() -> None:
+    """Devices of every kind that this kernel has, in two namespaces, with all that netlink says of them."""
+    machine = Machine()
+    try:
+        machine.add("a", "b")
+        machine.veth("a", "v0", "b", "eth0")
+        machine.ip("a", "link add br0 type bridge")
+        machine.ip("a", "link set v0 master br0")
+        machine.veth("a", "v1", "b", "eth1")
+        kinds = ["macvlan", "macvtap", "ipvlan", "vlan id 7", "vxlan id 7 dstport 4789 dev v1", "macsec"]
+        made = [f"link add link v1 name low{n} type {kind}" for n, kind in enumerate(kinds)]
+        kinds = [
+            "dummy",
+            "ifb",
+            "bond",
+            "vrf table 7",
+            "team",
+            "gretap remote 192.0.2.1 local 192.0.2.2",
+            "geneve id 7",
+        ]
+        made += [f"link add own{n} type {kind}" for n, kind in enumerate(kinds)]
+        made += ["tuntap add tap0 mode tap", "link add nk0 type netkit peer name nk1"]
+        for words in made:
+            with contextlib.suppress(subprocess.CalledProcessError):  # a kind that this kernel or ip does not have
+                machine.ip("a", words)
+        for name in ("low0", "tap0"):
+            machine.ip("a", f"link set {name} netns @b")
+        own = {machine.inode("a"), machine.inode("b")}
+        seen = []
+        for machine.follower in (DeviceFollower, BpfDeviceFollower):
+            found = machine.snapshot(host_netns=machine.name("a"), outer=("low0",))
+            seen.append([device for device in found if device.netns in own])
+    finally:
+        machine.close()
+    by_netlink, by_bpf = seen
+    assert len(by_netlink) >= 8
+    assert by_bpf == by_netlink
+
+
 def test_pyroute2_sees_the_same(machine: Machine) -> None:
     machine.add("a", "b")
     machine.ip("a", "link add br0 type bridge")
@@ -248,7 +337,7 @@ def test_pyroute2_sees_the_same(machine: Machine) -> None:
     machine.veth("a", "v1", "a", "v2")
     machine.ip("a", "link set v0 master br0")
     machine.ip("a", "link add vx0 type vxlan id 7 dstport 4789 dev br0")
-    found = [d for d in snapshot(docker_sockets=()) if d.netns == machine.inode("a")]
+    found = [d for d in machine.snapshot() if d.netns == machine.inode("a")]
     with NetNS(machine.name("a")) as witness:
         expected = sorted(
             (
@@ -284,13 +373,6 @@ async def _changes(machine: Machine) -> None:
         machine.ip("a", "link set v0 nomaster")
         await seen.until(lambda: (d := seen.get("a", "v0")) and not d.master_ifindex)
 
-        machine.ip("a", "addr add 192.0.2.1/24 dev v0")
-        machine.ip("a", "link set v0 up")
-        machine.ip("a", "route add default via 192.0.2.2")
-        await seen.until(lambda: (d := seen.get("a", "v0")) and d.default_route)
-        machine.ip("a", "link set v0 down")  # takes the route along without a word
-        await seen.until(lambda: (d := seen.get("a", "v0")) and not d.default_route)
-
         machine.add("c")
         machine.ip("b", "link set wan0 netns @c")
         await seen.until(lambda: seen.get("c", "wan0") and not seen.get("b", "wan0"))
@@ -315,6 +397,32 @@ async def _changes(machine: Machine) -> None:
 @pytest.mark.slow
 def test_devices_come_change_move_and_go(machine: Machine) -> None:
     asyncio.run(_changes(machine))
+
+
+async def _routes(machine: Machine) -> None:
+    machine.add("host", "b")
+    machine.veth("host", "v0", "b", "eth0")
+    machine.inhabit("host")
+    async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.05) as seen:
+        machine.ip("host", "addr add 192.0.2.1/24 dev v0")
+        machine.ip("host", "addr add 2001:db8::1/64 dev v0 nodad")
+        machine.ip("host", "link set v0 up")
+        machine.ip("b", "link set eth0 up")
+        machine.ip("host", "route add unreachable default metric 7")
+        for gateway in ("192.0.2.2", "2001:db8::2"):
+            machine.ip("host", f"route add default via {gateway}")
+            await seen.until(lambda: (d := seen.get("host", "v0")) and d.default_route)
+            machine.ip("host", f"route del default via {gateway}")
+            await seen.until(lambda: (d := seen.get("host", "v0")) and not d.default_route)
+        machine.ip("host", "route add default via 192.0.2.2")
+        await seen.until(lambda: (d := seen.get("host", "v0")) and d.default_route and d.role is Role.OUTER)
+        machine.ip("host", "link set v0 down")  # takes the route along without a word
+        await seen.until(lambda: (d := seen.get("host", "v0")) and not d.default_route)
+
+
+@pytest.mark.slow
+def test_default_routes_of_the_host(machine: Machine) -> None:
+    asyncio.run(_routes(machine))
 
 
 async def _same_name(machine: Machine) -> None:
@@ -395,7 +503,7 @@ async def _named_by_the_first(machine: Machine) -> None:
         return next(d.container for d in devices if d.netns == inode and d.name == "eth0")
 
     def look() -> str:
-        return name(snapshot(host_netns=machine.name("host"), docker_sockets=()))
+        return name(machine.snapshot(host_netns=machine.name("host")))
 
     async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.05) as seen:
         before = look()
@@ -547,8 +655,8 @@ async def _lost_events(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
         await seen.until(lambda: not seen.get("host", "v0"))
 
 
-def test_lost_events_are_made_up_for(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asyncio.run(_lost_events(machine, monkeypatch))
+def test_lost_events_are_made_up_for(with_netlink: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asyncio.run(_lost_events(with_netlink, monkeypatch))
 
 
 async def _overflow(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -573,8 +681,8 @@ async def _overflow(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.slow
-def test_a_buffer_that_really_overflows(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asyncio.run(_overflow(machine, monkeypatch)) > 0
+def test_a_buffer_that_really_overflows(with_netlink: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asyncio.run(_overflow(with_netlink, monkeypatch)) > 0
 
 
 async def _inode_again(machine: Machine) -> None:
@@ -646,13 +754,13 @@ async def _failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(under_test._Watch, "_scan", broken)
-        with pytest.raises(under_test.SourceError, match="Input/output error"):
+        with pytest.raises(SourceError, match="Input/output error"):
             await seen.until(lambda: False)
 
 
 @pytest.mark.slow
-def test_an_end_of_following_is_said(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asyncio.run(_failure(machine, monkeypatch))
+def test_an_end_of_following_is_said(with_netlink: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asyncio.run(_failure(with_netlink, monkeypatch))
 
 
 async def _many(machine: Machine) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from collector.machine import containers, devices, netns
 from collector.machine.containers import NOBODY, Called
-from collector.machine.devices import DeviceFollower, _Namespace, _Watch, check, snapshot
+from collector.machine.devices import DeviceFollower, _Namespace, check, snapshot
+from collector.machine.namespace_names import NamespaceNames
 from collector.machine.netns import Found, inode_of, leave_for_new_netns, open_netns, path_of
 from collector.machine.rtnetlink import Link, _messages, _parse_event, parse_default_route, parse_link
 from contracts.errors import Unavailable
@@ -255,8 +256,8 @@ def test_an_id_goes_with_the_runtime_s_name(
 ) -> None:
     monkeypatch.setattr(containers, "_LABS", tmp_path)
     (tmp_path / "lab.json").write_text("{}")
-    watch = _Watch()
-    watch._names_used = by_api, {}
-    watch._ids_by_api = {one.container_id for one in by_api.values()}
+    names = NamespaceNames((), lambda: None)
+    names._service.called = by_api
+    names.use()
     namespace = _Namespace(5, 1, Found(INODE, name), 0.0, by_process=by_process)
-    assert watch._called(namespace) == called
+    assert names.of(namespace) == called
