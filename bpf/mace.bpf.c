@@ -148,15 +148,12 @@ static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mac
 	/* A clone has the same data. */
 	struct mace_seen *seen = &cpu->seen[head * MACE_FACTOR >> (64 - MACE_SEEN_BITS)];
 
-	int used;
-
 	if (unlikely(!mace_recall(buffer, seen, fields))) {
 		MACE_FORGET(&mace_state, buffer->len);
 		MACE_FORGET(&mace_state, buffer->in_place);
 		MACE_FORGET(&mace_state, buffer->offset);
 		MACE_FORGET(&mace_state, buffer->protocol);
-		used = mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
-		asm volatile("" : : "r"(used));
+		mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
 	}
 }
 
