@@ -30,6 +30,8 @@ from contracts.hooks import HOOKS, Hook
 
 OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
 """The object file that `bpf/Makefile` builds; it is package data."""
+OLD_OBJECT: Final = OBJECT.with_name("mace_old.bpf.o")
+"""The object file for kernels before Linux 6.2, built and shipped beside `OBJECT`."""
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _WHAT: Final = "bpf"
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
@@ -58,18 +60,19 @@ def programs() -> dict[Hook, str]:
     return found
 
 
-def _set_abilities(config: npt.NDArray[Any]) -> None:
-    """Set `direct` and `paged`: whether this kernel has the functions by which programs read a packet in place.
-
-    Raises `OSError` if the kernel's BTF cannot be read.
-    """
+def has_functions(*names: str) -> bool:
+    """Return whether the running kernel has these functions for programs; raises `OSError` without its BTF."""
     btf = libbpf.Btf()
     try:
-        config["direct"] = btf.has_function("bpf_rdonly_cast")
-        # The function exists since Linux 6.4, at first for other kinds of programs.
-        config["paged"] = btf.has_function("bpf_dynptr_from_skb") and kernel_version() >= (6, 11)
+        return all(btf.has_function(name) for name in names)
     finally:
         btf.close()
+
+
+def reads_pages() -> bool:
+    """Return whether this kernel lets the programs read payload in a buffer's pages; raises `OSError`."""
+    # The second function exists since Linux 6.4, at first for other kinds of programs.
+    return has_functions("bpf_rdonly_cast", "bpf_dynptr_from_skb") and kernel_version() >= (6, 11)
 
 
 class Session:
@@ -103,7 +106,7 @@ class Session:
                 f"the numbers of the possible CPUs have gaps: {self.possible_cpus} CPUs, the last is {highest}",
                 "`--source ftrace`",
             )
-        self._object = self._open(path)
+        self._object = self._open(path if has_functions("bpf_rdonly_cast") else path.with_name(OLD_OBJECT.name))
         try:
             self._prepare(wanted, wake_every, cookies, {*chosen.values(), *(i.name for i in HOOKS), _WITHOUT_REASON})
             self._load()
@@ -154,7 +157,7 @@ class Session:
         config = self._memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
-        _set_abilities(config)
+        config["paged"] = reads_pages()
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         for i, path in enumerate(wanted.netns):
             config["netns"][i] = name_of(path, cookies=cookies)

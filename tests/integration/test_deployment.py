@@ -120,7 +120,8 @@ def copy_tree(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     # `./dev setup` built them; the lab has no package index from which the image could get a compiler.
-    shutil.copy(session.OBJECT, folder / session.OBJECT.relative_to(ROOT))
+    for file in (session.OBJECT, session.OLD_OBJECT):
+        shutil.copy(file, folder / file.relative_to(ROOT))
     shutil.copytree(images.wheelhouse(), folder / "deploy/wheelhouse")
 
 
