@@ -158,6 +158,7 @@ static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mac
 	struct mace_seen *seen = &cpu->seen[head * MACE_FACTOR >> (64 - MACE_SEEN_BITS)];
 
 	if (unlikely(!mace_recall(buffer, seen, fields))) {
+		/* So that the verifier follows the reading once, not once for each kind of buffer. */
 		MACE_FORGET(&mace_state, buffer->len);
 		MACE_FORGET(&mace_state, buffer->in_place);
 		MACE_FORGET(&mace_state, buffer->offset);

@@ -7,7 +7,7 @@
  * A packet passes many hooks, and its bytes are parsed and hashed at the first. What was read is
  * remembered (struct mace_seen), together with the bytes that decided it. If at a later hook all of
  * those bytes are equal, so is what they mean, and it is copied. The comparison leaves out the bytes
- * of the IP header that neither record nor key contains: TTL, checksum, addresses.
+ * of the IP header that neither record nor key contains: type of service, TTL, checksum, addresses.
  *
  * From Linux 6.2 on the programs load bytes in place (mace_is_direct()); a load from an address
  * that does not exist yields 0. Older kernels have to copy bytes to the stack first, which costs

@@ -72,7 +72,7 @@ def has_functions(*names: str) -> bool:
 def reads_pages() -> bool:
     """Return whether this kernel lets the programs read payload in a buffer's pages; raises `OSError`."""
     # The second function exists since Linux 6.4, at first for other kinds of programs.
-    return has_functions("bpf_rdonly_cast", "bpf_dynptr_from_skb") and kernel_version() >= (6, 11)
+    return has_functions("bpf_rdonly_cast", "bpf_dynptr_from_skb") and kernel_version() >= (6, 12)
 
 
 class Session:

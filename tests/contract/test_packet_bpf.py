@@ -43,7 +43,7 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-@pytest.fixture(params=[(1, 1), (1, 0), (0, 0)], ids=["Linux 6.11", "Linux 6.2", "Linux 5.10"])
+@pytest.fixture(params=[(1, 1), (1, 0), (0, 0)], ids=["Linux 6.12", "Linux 6.2", "Linux 5.10"])
 def programs(request, library):
     """Return the parser of a kernel that loads bytes in place and reads pages, or cannot do either."""
     for ability, value in zip(("direct", "paged"), request.param, strict=True):
