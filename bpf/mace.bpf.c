@@ -30,6 +30,15 @@
 /* 2^64 over the golden ratio: the upper bits of a product depend on all bits of the factor. */
 #define MACE_FACTOR 0x9e3779b97f4a7c15ULL
 
+/*
+ * 1 for kernels before v6.2, which lack bpf_rdonly_cast(). Before v5.16 the verifier rejects even a
+ * call of a missing function that is never reached: commit a5d827275241 ("bpf: Be conservative while
+ * processing invalid kfunc calls").
+ */
+#ifndef MACE_OLD
+#define MACE_OLD 0
+#endif
+
 #define MACE_SEEN_BITS 5
 #define MACE_IDENTIFIED_BITS 6
 #define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
@@ -102,7 +111,7 @@ static __always_inline int mace_network_offset(const struct sk_buff *skb)
 
 static __always_inline bool mace_is_direct(void)
 {
-	return mace_config.direct;
+	return !MACE_OLD;
 }
 
 static __always_inline const void *mace_in_place(u64 at, u32 len)
@@ -112,7 +121,7 @@ static __always_inline const void *mace_in_place(u64 at, u32 len)
 
 static __always_inline bool mace_is_paged_readable(void)
 {
-	return mace_config.paged;
+	return !MACE_OLD && mace_config.paged;
 }
 
 static __noinline long mace_copy_paged(const struct sk_buff *skb, int offset, void *to)
@@ -149,15 +158,13 @@ static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mac
 	/* A clone has the same data. */
 	struct mace_seen *seen = &cpu->seen[head * MACE_FACTOR >> (64 - MACE_SEEN_BITS)];
 
-	int used;
-
 	if (unlikely(!mace_recall(buffer, seen, fields))) {
+		/* So that the verifier follows the reading once, not once for each kind of buffer. */
 		MACE_FORGET(&mace_state, buffer->len);
 		MACE_FORGET(&mace_state, buffer->in_place);
 		MACE_FORGET(&mace_state, buffer->offset);
 		MACE_FORGET(&mace_state, buffer->protocol);
-		used = mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
-		asm volatile("" : : "r"(used));
+		mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
 	}
 }
 

@@ -32,8 +32,8 @@
  * @wake_every: number of records of a CPU after which it wakes the reader
  * @l4_filtered: 1 applies @l4_protos, 0 records all protocols
  * @cookies: 1 identifies namespaces by cookie, 0 by inode
- * @direct: 1 if this kernel lets programs load from any address (bpf_rdonly_cast())
  * @paged: 1 if this kernel lets programs read a buffer's pages (bpf_dynptr_from_skb())
+ * @pad: 0
  */
 struct mace_config {
 	__u64 skb_key[2];
@@ -47,8 +47,8 @@ struct mace_config {
 	__u32 wake_every;
 	__u32 l4_filtered;
 	__u32 cookies;
-	__u32 direct;
 	__u32 paged;
+	__u32 pad;
 };
 
 /**

@@ -26,8 +26,8 @@ CONFIG: Final[np.dtype[Any]] = np.dtype(
         ("wake_every", "<u4"),
         ("l4_filtered", "<u4"),
         ("cookies", "<u4"),
-        ("direct", "<u4"),
         ("paged", "<u4"),
+        ("pad", "<u4"),
     ]
 )
 """struct mace_config: a session's filter and settings."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from collector.bpf import libbpf
 from collector.bpf.layout import CONFIG, COUNTS, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
-from collector.bpf.object import OBJECT, RIGHTS, BpfObject
+from collector.bpf.object import OBJECT, RIGHTS, BpfObject, has_functions
 from collector.live.filter import SessionFilter
 from collector.machine.kernel import highest_possible_cpu, kernel_version
 from collector.machine.netns import cookie_here, inside, open_nsfs
@@ -57,18 +57,10 @@ def programs() -> dict[Hook, str]:
     return found
 
 
-def _set_abilities(config: npt.NDArray[Any]) -> None:
-    """Set `direct` and `paged`: whether this kernel has the functions by which programs read a packet in place.
-
-    Raises `OSError` if the kernel's BTF cannot be read.
-    """
-    btf = libbpf.Btf()
-    try:
-        config["direct"] = btf.has_function("bpf_rdonly_cast")
-        # The function exists since Linux 6.4, at first for other kinds of programs.
-        config["paged"] = btf.has_function("bpf_dynptr_from_skb") and kernel_version() >= (6, 11)
-    finally:
-        btf.close()
+def reads_pages() -> bool:
+    """Return whether this kernel lets the programs read payload in a buffer's pages; raises `OSError`."""
+    # The second function exists since Linux 6.4, at first for other kinds of programs.
+    return has_functions("bpf_rdonly_cast", "bpf_dynptr_from_skb") and kernel_version() >= (6, 12)
 
 
 class Session:
@@ -136,7 +128,7 @@ class Session:
         config = self._object.memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
-        _set_abilities(config)
+        config["paged"] = reads_pages()
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         for i, path in enumerate(wanted.netns):
             config["netns"][i] = name_of(path, cookies=cookies)

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from collector.bpf.object import OBJECT
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import STATS_RIGHTS, Session, programs, ring_bytes_of
+from collector.bpf.session import STATS_RIGHTS, Session, programs, reads_pages, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
@@ -180,7 +180,7 @@ class BpfSource(RecordSource):
         return Status(
             ok=True,
             detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} tracepoints{without}; sees every network"
-            f" namespace; content key for packets that lie in a buffer's linear part{untimed}{silent}",
+            f" namespace; content key{'' if reads_pages() else ' of packets without payload in pages'}{untimed}{silent}",
         )
 
     async def _acquire(self) -> StreamHeader:
