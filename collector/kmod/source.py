@@ -26,6 +26,7 @@ from typing import Final, Protocol
 from collector.kmod.device import Hello, MaceDevice, Stats, TakenSubBuffers
 from collector.kmod.ring import CpuRing, Subbuf
 from collector.live.filter import SessionFilter, wanted
+from collector.live.places import NETNS_MASK, Places
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
 from collector.live.ring_source import FollowsDevices
@@ -66,6 +67,7 @@ class Module(Protocol):
     ) -> tuple[int, ...]: ...
     def has_ring(self, cpu: int) -> bool: ...
     def map(self, cpu: int) -> mmap.mmap: ...
+    def record_at(self, places: Places) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> TakenSubBuffers: ...
@@ -189,9 +191,16 @@ class KmodSource(RecordSource):
         self._began_ns = time.monotonic_ns()
         config = self.config
         wanted = replace(config.wanted, hooks=hooks)
-        await self._follow(wakes=False)
+        await self._follow(wakes=config.wanted.by_place)
         cookies = hello.cookies and self._identify_by_cookie()
         self._learned(self._devices)
+        places = self._find_places(config.wanted, by_cookie=cookies)
+        if places is not None and not hello.sees_all:
+            own = next((n for n, inode in self._inodes.items() if inode == hello.netns), 0) if cookies else hello.netns
+            if any(netns & NETNS_MASK != own for netns in places.netns):
+                raise Unavailable(
+                    "kmod", "this session sees only its own network namespace, but others are configured", "run as root"
+                )
         cpus = module.setup(
             subbuf_bytes=config.subbuf_bytes,
             subbufs=config.subbufs,
@@ -200,12 +209,18 @@ class KmodSource(RecordSource):
             wanted=wanted,
             cookies=cookies,
         )
+        if places is not None:
+            module.record_at(places)
         for cpu in cpus:
             self._add_cpu(cpu, self._began_ns)
         self._cost_before = {cost.hook: cost for cost in module.cost()}
         pair = clock.measure()
         module.start()
         return self._header(len(cpus), pair, [BY_HOOK[hook].tracepoint for hook in hooks])
+
+    def _record_at(self, places: Places) -> None:
+        if self._module is not None:
+            self._module.record_at(places)
 
     def _add_cpu(self, cpu: int, since_ns: int) -> None:
         assert self._module is not None
@@ -360,7 +375,7 @@ def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
 
 
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> KmodSource:
-    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown device or protocol."""
+    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown protocol."""
     return KmodSource(
         KmodConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
