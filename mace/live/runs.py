@@ -98,7 +98,7 @@ async def observe(
     Nothing is stored. A delay over a whole path needs the records of all its devices, so the filter of `[capture]` is
     not applied. Returns the stream's header.
     """
-    source, chosen, _ = live_source(replace(config, capture=unfiltered(config.capture)))
+    source, chosen, _ = live_source(_unfiltered(config))
     opened = asyncio.Event()
 
     def begin(header: StreamHeader) -> None:
@@ -126,8 +126,11 @@ async def observe_recording(
 
 
 async def watch(config: Config, until: Until, on_item: Callable[[StreamItem], None], *, stop: Stop) -> StreamHeader:
-    """Call `on_item` with each item of the live stream until `until` ends; nothing is computed or kept."""
-    source, _, _ = live_source(config, raw=True)
+    """Call `on_item` with each item of the live stream until `until` ends; nothing is computed or kept.
+
+    The filter of `[capture]` is not applied, as in `observe`.
+    """
+    source, _, _ = live_source(_unfiltered(config))
     opened = asyncio.Event()
 
     def look(item: StreamItem) -> None:
@@ -231,6 +234,10 @@ def live_source(config: Config, *, raw: bool = False) -> tuple[Source, str, Call
     source = pipeline.live_source(replace(config.capture, source=name), config.run.host)
     text = f"source {name}" + (f" ({why})" if why else "") + (f"; {choice.told}" if choice.told else "")
     return source, text, chooser(config.capture, after_reading=choice.after_reading)
+
+
+def _unfiltered(config: Config) -> Config:
+    return replace(config, capture=unfiltered(config.capture))
 
 
 def _sinks(config: Config, store: Path | None, vitals: Vitals) -> list[Sink]:
