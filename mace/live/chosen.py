@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +15,14 @@ from contracts.topology import Device
 
 
 class OfContainers:
-    """Keeps the delays of packets of the configured containers, and those at the configured devices of the host.
+    """Keeps the delays of the configured containers' packets, at all devices.
 
     A container that matched once is known by its id from then on, under any name. Totals stay those of all packets: a
     delay that is left out is neither lost nor unmatched.
     """
 
     def __init__(self, config: CaptureConfig) -> None:
-        self._names, self._devices = config.containers, frozenset(config.devices)
+        self._names = config.containers
         self._ids: set[str] = set()
         self._kept: list[bool] = []
         """For each of a result's devices: whether its delays are kept."""
@@ -46,14 +45,10 @@ class OfContainers:
         return np.array(self._kept, np.bool_)
 
     def _keeps(self, device: Device) -> bool:
-        if device.container and (device.container_id in self._ids or any(is_called(n, device) for n in self._names)):
-            self._ids |= {device.container_id} - {""}
-            return True
-        return device.netns_name == _HOST and device.name in self._devices
-
-
-_HOST: Final = "host"
-"""Name of the host's namespace in `Device.netns_name`."""
+        kept = device.container_id in self._ids or any(is_called(name, device) for name in self._names)
+        if kept and device.container_id:
+            self._ids.add(device.container_id)
+        return kept
 
 
 def everything(results: Results) -> Results:

@@ -8,6 +8,7 @@ import logging
 import sys
 import textwrap
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -15,10 +16,14 @@ from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.live.filter import SessionFilter
 from collector.machine.devices import DeviceFollower
+from contracts.config import CaptureConfig, Config
 from contracts.hooks import Hook
 from contracts.records import Batch
 from contracts.topology import Topology
-from mace.lab import Spec, running
+from mace.lab import Spec, capture_of, running
+from mace.live import runs
+from mace.live.pipeline import Stop
+from tests.measuring import balanced, query
 
 pytestmark = [
     pytest.mark.slow,
@@ -215,3 +220,25 @@ def test_ftrace_chooses_devices_in_the_kernel():
         at = {name for _, name, _ in recording.hops(hook)} if hook else set()
         assert at <= {outer}
     assert [n for _, _, n in recording.hops(Hook.NET_DEV_QUEUE)] == list(range(COUNT))
+
+
+@pytest.mark.parametrize("source", ["bpf", pytest.param("ftrace", marks=pytest.mark.needs("tracefs"))])
+def test_a_run_stores_the_chosen_containers_rows_alone(tmp_path, source):
+    with running(Spec(name="flte", containers=2)) as lab:
+        capture = CaptureConfig(source=source, containers=("c1",), devices=(lab.outer_device,))
+        config = replace(Config(), capture=capture_of(capture, lab))
+
+        async def traffic():
+            for member in ("c1", "c2"):
+                await asyncio.to_thread(lab.ping, member, count=COUNT, interval_s=0.005)
+
+        async def run():
+            return await runs.measure(config, traffic, stop=Stop(), store=tmp_path)
+
+        summary = asyncio.run(run())
+    ledger = balanced(summary.as_dict())
+    assert ledger.lost == ledger.discarded == 0
+    asked = "SELECT container, direction, count(*) FROM delays WHERE segment = 'overhead' GROUP BY ALL"
+    assert sorted(query(tmp_path, asked).fetchall()) == [("c1", "egress", COUNT), ("c1", "ingress", COUNT)]
+    for table in ("delays", "windows"):
+        assert query(tmp_path, f"SELECT DISTINCT container FROM {table}").fetchall() == [("c1",)]

@@ -51,9 +51,9 @@ def test_a_containers_rows_under_all_of_its_names(name):
     assert kept(only, LATER) == [0, 3]
 
 
-def test_rows_at_a_device_of_the_host():
+def test_a_device_that_is_recorded_anyway_chooses_no_other_containers_rows():
     only = OfContainers(CaptureConfig(containers=("web",), devices=("out0",)))
-    assert kept(only, LATER) == [0, 2, 3]
+    assert kept(only, LATER) == [0, 3]
 
 
 def test_results_chosen_in_the_kernel_stay():
