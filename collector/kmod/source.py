@@ -196,11 +196,7 @@ class KmodSource(RecordSource):
         self._learned(self._devices)
         places = self._find_places(config.wanted, by_cookie=cookies)
         if places is not None and not hello.sees_all:
-            own = next((n for n, inode in self._inodes.items() if inode == hello.netns), 0) if cookies else hello.netns
-            if any(netns & NETNS_MASK != own for netns in places.netns):
-                raise Unavailable(
-                    "kmod", "this session sees only its own network namespace, but others are configured", "run as root"
-                )
+            self._refuse_others(places, hello.netns, cookies=cookies)
         cpus = module.setup(
             subbuf_bytes=config.subbuf_bytes,
             subbufs=config.subbufs,
@@ -217,6 +213,14 @@ class KmodSource(RecordSource):
         pair = clock.measure()
         module.start()
         return self._header(len(cpus), pair, [BY_HOOK[hook].tracepoint for hook in hooks])
+
+    def _refuse_others(self, places: Places, own: int, *, cookies: bool) -> None:
+        """Raise `Unavailable` for a namespace other than that of inode `own`, which the session would not see."""
+        named = [netns & NETNS_MASK for netns in places.netns]
+        if any((self._inodes.get(netns) if cookies else netns) != own for netns in named):
+            raise Unavailable(
+                "kmod", "this session sees only its own network namespace, but others are configured", "run as root"
+            )
 
     def _record_at(self, places: Places) -> None:
         if self._module is not None:
