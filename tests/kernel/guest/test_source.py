@@ -118,6 +118,7 @@ def test_a_kernel_without_headers_is_told_which_package_it_wants() -> None:
     assert f"linux-headers-{release}" in done.stderr
 
 
+@pytest.mark.timeout(900)
 def test_a_chosen_container_with_its_whole_path(lab: Lab, tmp_path: Path) -> None:
     """The module records at c1's devices and at the outer device: no delay of c2 is known, every overhead of c1 is."""
     load()
