@@ -11,8 +11,8 @@
  *
  * A packet's device gives its namespace. At the hooks where a packet is delivered or freed,
  * skb->dev may dangle, so the programs take the namespace of the packet's socket, if it has one. At
- * these hooks a session that is limited to namespaces gets only packets with a socket in one of
- * them, and a session that is limited to devices gets none.
+ * these hooks a session that is limited to namespaces and devices gets only packets with a socket
+ * in one of the namespaces.
  */
 #include <linux/bpf.h>
 #include <linux/types.h>
@@ -177,25 +177,18 @@ static __always_inline u64 mace_name_of(const struct net *net)
 
 static __always_inline bool mace_is_place_wanted(u64 netns, u32 ifindex)
 {
-	bool found;
+	u64 device = (u64)ifindex << 32 | (u32)netns;
 	u32 i;
 
-	if (mace_config.netns_count) {
-		found = false;
-		for (i = 0; i < MACE_MAX_NETNS && i < mace_config.netns_count; i++)
-			found |= mace_config.netns[i] == netns;
-		if (!found)
-			return false;
-	}
-	if (mace_config.place_count) {
-		found = false;
-		for (i = 0; i < MACE_MAX_DEVICES && i < mace_config.place_count; i++)
-			found |= mace_config.place_netns[i] == netns &&
-				 mace_config.place_ifindex[i] == ifindex;
-		if (!found)
-			return false;
-	}
-	return true;
+	if (!mace_config.place_filtered)
+		return true;
+	for (i = 0; i < MACE_MAX_NETNS && i < mace_state.netns_count; i++)
+		if (mace_state.netns[i] == netns)
+			return true;
+	for (i = 0; i < MACE_MAX_DEVICES && i < mace_state.device_count; i++)
+		if (mace_state.device[i] == device)
+			return true;
+	return false;
 }
 
 /*
@@ -370,7 +363,7 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 	if (dev) {
 		netns = mace_name_of(dev->nd_net.net);
 		record.ifindex = dev->ifindex;
-	} else if (mace_config.netns_count) {
+	} else if (mace_config.place_filtered) {
 		sk = skb->sk;
 		if (sk)
 			netns = mace_name_of(sk->__sk_common.skc_net.net);

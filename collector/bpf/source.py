@@ -35,6 +35,7 @@ from collector.bpf.object import OBJECT
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
 from collector.bpf.session import STATS_RIGHTS, Session, programs, reads_pages, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
+from collector.live.places import Places
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
 from collector.live.ring_source import FollowsDevices
@@ -180,17 +181,19 @@ class BpfSource(RecordSource):
         return Status(
             ok=True,
             detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} tracepoints{without}; sees every network"
-            f" namespace; content key{'' if reads_pages() else ' of packets without payload in pages'}{untimed}{silent}",
+            f" namespace; content key{'' if reads_pages() else ' of packets without payload in pages'}"
+            f"{untimed}{silent}",
         )
 
     async def _acquire(self) -> StreamHeader:
         _check_machine()
         keep_freed_memory()
         self._began_ns = time.monotonic_ns()
+        config = self.config
         await self._follow(wakes=True)
         cookies = self._identify_by_cookie()
         self._learned(self._devices)
-        config = self.config
+        places = self._find_places(config.wanted, by_cookie=cookies)
         self._session = session = self._open_session(
             config.wanted,
             ring_bytes=config.ring_bytes,
@@ -198,6 +201,8 @@ class BpfSource(RecordSource):
             cookies=cookies,
             path=OBJECT,
         )
+        if places is not None:
+            session.record_at(places)
         self._filling = select.epoll()
         for cpu in online_cpus():
             self._cpus[cpu] = _Cpu(self._ring_of(cpu), last_ns=self._began_ns)
@@ -207,6 +212,10 @@ class BpfSource(RecordSource):
         pair = clock.measure()
         session.start()
         return self._header(len(self._cpus), pair, [BY_HOOK[hook].tracepoint for hook in session.programs])
+
+    def _record_at(self, places: Places) -> None:
+        if self._session is not None:
+            self._session.record_at(places)
 
     def _ring_of(self, cpu: int) -> CpuRing:
         assert self._session is not None
@@ -399,7 +408,7 @@ def _check_machine() -> None:
 
 
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> BpfSource:
-    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown device or protocol."""
+    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown protocol."""
     return BpfSource(
         BpfConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
