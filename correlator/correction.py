@@ -107,6 +107,8 @@ class Corrections(Columns):
     response: npt.NDArray[np.uint64]
     sent_utc_ns: npt.NDArray[np.int64]
     """`net_dev_queue` of the request at the inner device."""
+    arrived_utc_ns: npt.NDArray[np.int64]
+    """The response at the inner device, as the tool's clock sees it: kernel timestamp or `netif_receive_skb`."""
     tool_rtt_ns: npt.NDArray[np.int64]
     host_rtt_ns: npt.NDArray[np.int64]
     nic_rtt_ns: npt.NDArray[np.int64]
@@ -121,6 +123,7 @@ class Corrections(Columns):
         "request": "<u8",
         "response": "<u8",
         "sent_utc_ns": "<i8",
+        "arrived_utc_ns": "<i8",
         "tool_rtt_ns": "<i8",
         "host_rtt_ns": "<i8",
         "nic_rtt_ns": "<i8",
@@ -147,17 +150,20 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
     stamped = stamps.receive_clock is ReceiveClock.KERNEL
     added = out.outer_utc_ns - out.inner_utc_ns
     tool = samples.rtt_ns[rows]
-    removed = back.inner_utc_ns - back.outer_utc_ns
+    arrived = back.inner_utc_ns
+    removed = arrived - back.outer_utc_ns
     if stamped:
         # The kernel may be interrupted between its timestamp and the hook. But the request was stamped before it was
         # queued, so that the response was stamped at most a round trip time after the queueing.
         latest = out.inner_utc_ns + tool + samples.resolution_ns[rows]
-        removed = np.minimum(back.inner_stamp_utc_ns, latest) - back.outer_stamp_utc_ns
+        arrived = np.minimum(back.inner_stamp_utc_ns, latest)
+        removed = arrived - back.outer_stamp_utc_ns
     found: dict[str, npt.NDArray[Any]] = {
         "grade": np.minimum(out.grade, back.grade),
         "request": out.packet,
         "response": back.packet,
         "sent_utc_ns": out.inner_utc_ns,
+        "arrived_utc_ns": arrived,
         "tool_rtt_ns": tool,
         "host_rtt_ns": tool - added - removed,
         "nic_rtt_ns": back.outer_edge_utc_ns - out.outer_edge_utc_ns,

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from contracts.errors import LabError, UsageError
+from contracts.results import Results
 from mace.live.session import Session
 from mace.tools.corrected import Corrected, Observed
+from mace.tools.following import Following
 from mace.tools.output import READERS, read
 from storage.capture import CaptureSink
 
@@ -26,6 +28,7 @@ def measure(
     argv: Sequence[str],
     netns_fd: int,
     session: Session,
+    following: Following,
     tee: CaptureSink | None,
     *,
     reader_name: str | None = None,
@@ -33,12 +36,17 @@ def measure(
 ) -> tuple[Corrected, int]:
     """Run the command in the namespace of `netns_fd`; returns the corrected samples and the command's exit status.
 
-    `reader_name` is the tool's name in `READERS`; None recognises the tool by its output. Unless `quiet`, the tool's
-    output is copied to stderr. Raises `LabError` and `UsageError`.
+    `following` is open, and follows the command. `reader_name` is the tool's name in `READERS`; None recognises the
+    tool by its output. Unless `quiet`, the tool's output is copied to stderr. Raises `LabError` and `UsageError`.
     """
-    tool = _Tool(argv, netns_fd)
+    tool = _Tool(argv, netns_fd, following)
     observed = Observed()
-    session.observe(tool.run, observed.add, tee=tee)
+
+    def take(results: Results) -> None:
+        observed.add(results)
+        following.read()
+
+    session.observe(tool.run, take, tee=tee)
     if tool.said is None:
         raise LabError(f"{argv[0]} was stopped before its end, so there is no output to correct")
     if not quiet:
@@ -46,14 +54,15 @@ def measure(
     if not tool.said.strip():
         raise UsageError(f"{argv[0]} ended with status {tool.status} and printed nothing")
     samples, reader = read(tool.said.splitlines(), READERS[reader_name]() if reader_name else None)
-    return Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino), tool.status
+    found = Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino)
+    return found.followed_by(following, reader.stamps, session.utc_offset_ns), tool.status
 
 
 class _Tool:
     """A command in a network namespace; `said` is its standard output, None until it has ended."""
 
-    def __init__(self, argv: Sequence[str], netns_fd: int) -> None:
-        self._argv, self._netns_fd = argv, netns_fd
+    def __init__(self, argv: Sequence[str], netns_fd: int, following: Following) -> None:
+        self._argv, self._netns_fd, self._following = argv, netns_fd, following
         self.said: str | None = None
         self.status = 0
 
@@ -63,6 +72,7 @@ class _Tool:
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, pass_fds=(self._netns_fd,),
             start_new_session=True, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
+        self._following.started(process.pid)
         reading = asyncio.ensure_future(process.communicate())
         try:
             said, _ = await asyncio.shield(reading)
