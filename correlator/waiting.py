@@ -14,8 +14,9 @@ A task waits for a CPU from the moment at which it is woken, or preempted, until
 - **temporal error**: the waits in the round trip time, S to R. S and R are known by their difference alone: the round
   trip time less the time from Q to the arrival is what remains for S to Q and, with the user's clock, for the arrival
   to R. With the kernel's clock this rest is all before Q, and S is known to the tool's resolution. With the user's
-  clock the wait that follows the arrival is in it as a whole. A wait counts on either side only if it fits whole into
-  the rest, so that the temporal error is never longer than the rest.
+  clock the wait that follows the arrival is in it as a whole, and beside it only preemptions count: from S to Q the
+  tool does not sleep. A wait counts only if it fits whole into the rest, so that the temporal error is never longer.
+  If more waits are near than fit, the largest sum that was found to fit is taken.
 
 **Which task?** The one that ran at Q, because a packet is queued in its sender's context. If none ran (the packet
 waited for address resolution) or several did, the sample's task is known only if no other was there. The same
@@ -83,11 +84,12 @@ def waited(
     found = Waited.unknown(len(samples))
     rows = np.flatnonzero(corrections.reason == Reason.PAIRED)
     rows = rows[np.argsort(corrections.sent_utc_ns[rows], kind="stable")]
-    exchanges = _Exchanges.of(samples, corrections, stamps, rows, offset_ns)
+    exchanges = _Exchanges.of(samples, corrections, rows, offset_ns)
+    user = stamps.receive_clock is ReceiveClock.USER
     ran = np.unique(changes.pid[changes.change == TaskChange.RUNS])
     tasks = [_Task.of(changes[changes.pid == pid]) for pid in ran]
     for task, mine in zip(tasks, _senders(tasks, exchanges), strict=True):
-        values = task.waited(exchanges[mine], gaps_ns)
+        values = task.waited(exchanges[mine], gaps_ns, user_clock=user)
         for name in Waited._DTYPES:
             getattr(found, name)[rows[mine]] = getattr(values, name)
     return found
@@ -102,20 +104,15 @@ class _Exchanges(Columns):
     arrived: Ints
     rest: Ints
     """Round trip time without the time from Q to the arrival."""
-    behind: Mask
-    """Whether the tool reads the clock after it has been woken."""
 
-    _DTYPES: ClassVar[dict[str, str]] = {"sent": "<i8", "arrived": "<i8", "rest": "<i8", "behind": "?"}
+    _DTYPES: ClassVar[dict[str, str]] = {"sent": "<i8", "arrived": "<i8", "rest": "<i8"}
 
     @classmethod
-    def of(
-        cls, samples: Samples, corrections: Corrections, stamps: StampModel, rows: Ints, offset_ns: int
-    ) -> _Exchanges:
+    def of(cls, samples: Samples, corrections: Corrections, rows: Ints, offset_ns: int) -> _Exchanges:
         sent = corrections.sent_utc_ns[rows] - offset_ns
         arrived = corrections.arrived_utc_ns[rows] - offset_ns
         rest = corrections.tool_rtt_ns[rows] + samples.resolution_ns[rows] - (arrived - sent)
-        user = stamps.receive_clock is ReceiveClock.USER
-        return cls(sent, arrived, np.maximum(rest, 0), np.full(len(rows), user, np.bool_))
+        return cls(sent, arrived, np.maximum(rest, 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,14 +137,14 @@ class _Task:
         at, change = changes.ts_ns, changes.change
         switched = np.flatnonzero(change != TaskChange.WOKEN)
         runs = np.flatnonzero(change == TaskChange.RUNS)
-        # The change before each RUNS that took the CPU away; the first RUNS of a task has none, and no wait.
+        # The change before each RUNS that took the CPU away; the first RUNS has none: it may have been woken.
         place = np.searchsorted(switched, runs) - 1
         left = switched[np.maximum(place, 0)]
         preempted = (place >= 0) & (change[left] == TaskChange.PREEMPTED)
         # Woken before its CPU had left it: the next change is RUNS at once, and the wait began when the CPU left.
         following = np.minimum(left + 1, runs)
         woken_at = np.where(change[following] == TaskChange.WOKEN, at[following], at[left])
-        start = np.where(place < 0, at[runs], np.where(preempted, at[left], woken_at))
+        start = np.where(place < 0, at[:1], np.where(preempted, at[left], woken_at))
         ended = at[change == TaskChange.ENDED]
         return cls(
             at, at[switched], change[switched] == TaskChange.RUNS, start, at[runs], ~preempted,
@@ -165,36 +162,58 @@ class _Task:
         found: Mask = (times >= self.at[0]) & (times < self.until)
         return found
 
-    def waited(self, exchanges: _Exchanges, gaps_ns: Sequence[tuple[int, int]]) -> Waited:
+    def waited(self, exchanges: _Exchanges, gaps_ns: Sequence[tuple[int, int]], *, user_clock: bool) -> Waited:
         """Return the waits of the exchanges, which are all this task's."""
-        sent, arrived = exchanges.sent, exchanges.arrived
-        total = np.append(0, np.cumsum(self.end - self.start))
-        before = np.searchsorted(self.end, sent, side="right")  # waits before Q
+        sent, arrived, rest = exchanges.sent, exchanges.arrived, exchanges.rest
+        before = np.searchsorted(self.end, sent, side="right")  # number of waits before Q
+        numbers = np.arange(len(self.end))
+        last_woken = np.append(0, np.maximum.accumulate(np.where(self.woken, numbers, 0)))[before]
+
         next_run = np.searchsorted(self.end, arrived, side="right")
         idle = ~self.runs(arrived) & (next_run < len(self.end))
-        place = np.minimum(next_run, len(self.end) - 1)
-        runs_again = np.where(idle, self.end[place], arrived)
-        receive = np.where(idle, runs_again - np.maximum(self.start[place], arrived), 0)
+        following = np.minimum(next_run, len(self.end) - 1)
+        runs_again = np.where(idle, self.end[following], arrived)
+        receive = np.where(idle, runs_again - np.maximum(self.start[following], arrived), 0)
 
         # Waits that belong to the sample before are not this one's.
         earlier = np.append(-_EVER, np.maximum.accumulate(np.maximum(sent, runs_again))[:-1])[: len(sent)]
-        last_woken = np.append(0, np.maximum.accumulate(np.where(self.woken, np.arange(len(self.woken)), 0)))[before]
-        first = np.maximum(last_woken, np.searchsorted(self.end, earlier, side="right"))
-        send = total[before] - total[np.minimum(first, before)]
+        send = self._total(np.maximum(last_woken, np.searchsorted(self.end, earlier, side="right")), before)
 
-        rest = exchanges.rest
-        behind = np.where(exchanges.behind, np.minimum(receive, rest), 0)
-        rest = rest - behind
-        first = np.searchsorted(self.start, sent - rest)
-        ahead = total[before] - total[np.minimum(first, before)]
-        rest = np.where(exchanges.behind, rest - ahead, 0)
-        first = np.searchsorted(self.start, runs_again)
-        last = np.searchsorted(self.end, runs_again + rest, side="right")
-        again = total[np.maximum(first, last)] - total[first]
-
-        unknown = self._torn(sent - exchanges.rest, np.maximum(runs_again, arrived + exchanges.rest), gaps_ns)
-        columns = {"send_ns": send, "receive_ns": receive, "temporal_error_ns": behind + ahead + again}
+        if user_clock:
+            behind = np.minimum(receive, rest)
+            error = behind + self._awake(sent, before, last_woken, runs_again, rest - behind)
+        else:
+            error = self._total(np.searchsorted(self.start, sent - rest), before)
+        unknown = self._torn(sent - rest, np.maximum(runs_again, arrived + rest), gaps_ns)
+        columns = {"send_ns": send, "receive_ns": receive, "temporal_error_ns": error}
         return Waited(**{name: np.where(unknown, UNKNOWN, values) for name, values in columns.items()})
+
+    def _awake(self, sent: Ints, before: Ints, last_woken: Ints, runs_again: Ints, rest: Ints) -> Ints:
+        """Return the preemptions from S to Q and from `runs_again` to R, as long in sum as fits into `rest`.
+
+        The tool does not sleep in either stretch. Where S and R are within `rest` is not known: what fits on one side
+        may leave no room for the other, so that both orders are tried.
+        """
+        woken = np.append(np.flatnonzero(self.woken), len(self.woken))
+        after = np.searchsorted(self.start, runs_again)
+        next_woken = woken[np.searchsorted(woken, after)]
+
+        def ahead(room: Ints) -> Ints:
+            return self._total(np.maximum(last_woken + 1, np.searchsorted(self.start, sent - room)), before)
+
+        def behind(room: Ints) -> Ints:
+            last = np.searchsorted(self.end, runs_again + room, side="right")
+            return self._total(after, np.minimum(last, next_woken))
+
+        first, second = ahead(rest), behind(rest)
+        longest: Ints = np.maximum(first + behind(rest - first), second + ahead(rest - second))
+        return longest
+
+    def _total(self, first: Ints, last: Ints) -> Ints:
+        """Return the sum of the waits numbered `first` to `last` - 1, ns; 0 if there is none."""
+        sums = np.append(0, np.cumsum(self.end - self.start))
+        total: Ints = sums[np.maximum(first, last)] - sums[first]
+        return total
 
     def _torn(self, begin: Ints, end: Ints, gaps_ns: Sequence[tuple[int, int]]) -> Mask:
         """Return where changes were lost between the last change before `begin` and the first after `end`."""

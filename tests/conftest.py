@@ -177,6 +177,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "docker": _docker,
     "bpf": _bpf,
     "bpftrace": _bpftrace,
+    "schedstat": lambda: None if Path("/proc/self/schedstat").exists() else "this kernel has no CONFIG_SCHED_INFO",
     "perf": lambda: _program("perf", "--version"),
     "ns_last_pid": _ns_last_pid,
     "tcpdump": lambda: _program("tcpdump", "--version"),

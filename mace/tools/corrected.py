@@ -40,8 +40,8 @@ FIGURES: Final = {
 WAITS: Final = {
     "temporal_error_ns": "temporal error",
     "host_rtt_without_waiting_ns": "host RTT without it",
-    "waited_send_ns": "waited to send",
-    "waited_receive_ns": "waited to receive",
+    "waited_send_ns": "CPU wait, sending",
+    "waited_receive_ns": "CPU wait, receiving",
 }
 """Figures of a tool that was followed while it ran, with statistics, and their names for people."""
 _WAITED_NS: Final = 50_000
