@@ -152,7 +152,7 @@ MEASUREMENTS: Final = {
         ),
         Measurement(
             "overhead",
-            "Delay that the container path added to one packet; the device is the container's own.",
+            "Time that one packet spent in the container's devices; the device is the container's own.",
             (*_DEVICE, "direction", "source", "grade", "slot"),
             (Field("overhead_ns", FieldKind.SAMPLE, "Sum of the packet's `device` delays."), *_PACKET),
             "When the packet arrived at the first of the devices.",

@@ -33,8 +33,8 @@ FIGURES: Final = {
     "tool_rtt_ns": "tool RTT",
     "host_rtt_ns": "host RTT",
     "nic_rtt_ns": "NIC RTT",
-    "egress_ns": "egress overhead",
-    "ingress_ns": "ingress overhead",
+    "egress_ns": "egress in devices",
+    "ingress_ns": "ingress in devices",
 }
 """Columns of `Corrections` with statistics, and their names for people."""
 WAITS: Final = {
