@@ -219,7 +219,7 @@ class Crossings(Columns):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoundTripRows(Columns):
-    """One row per sample of a tool. Of a sample that is not paired all but its time, number and tool RTT is 0."""
+    """One row per sample of a tool. If `reason` is not 0, only time, number and tool RTT have a meaning."""
 
     utc_ns: npt.NDArray[np.int64]
     """When the request came to the container's device; not paired: the tool's own time."""
@@ -234,6 +234,8 @@ class RoundTripRows(Columns):
     grade: npt.NDArray[np.uint8]
     reason: npt.NDArray[np.uint8]
     """Index into `RoundTrips.reasons`; 0 is `paired`."""
+    temporal_error_ns: npt.NDArray[np.int64]
+    """Part of `tool_rtt_ns` in which the tool waited for a CPU; `NOT_TOLD` if that is not known."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -245,6 +247,7 @@ class RoundTripRows(Columns):
         "ingress_ns": "<i8",
         "grade": "u1",
         "reason": "u1",
+        "temporal_error_ns": "<i8",
     }
 
 

@@ -159,6 +159,7 @@ class Corrected:
             ingress_ns=found.ingress_ns,
             grade=found.grade,
             reason=found.reason,
+            temporal_error_ns=np.where(self.waited.known, self.waited.temporal_error_ns, NOT_TOLD),
         )
         return RoundTrips(self.tool, self.container, self.netns, tuple(r.name.lower() for r in Reason), rows)
 

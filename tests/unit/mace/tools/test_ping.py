@@ -15,7 +15,7 @@ from contracts.errors import Unavailable, UsageError
 from contracts.ledger import Ledger
 from contracts.results import Results, Rows, Totals
 from contracts.scheduling import TaskChange, TaskChanges
-from contracts.schema import Crossings, Delays
+from contracts.schema import NOT_TOLD, Crossings, Delays
 from contracts.topology import Device, Role
 from contracts.windowtable import WindowTable
 from correlator.correction import REASONS, Reason
@@ -236,6 +236,7 @@ def test_a_line_says_how_long_ping_waited_for_a_cpu(netns_fd, capsys):
         "known": 1, "why_not": None, "throttled": None, "throttled_ns": None, "pressure_ns": None, "lasted_ns": None,
     }  # fmt: skip
     assert found.statistics()["temporal_error_ns"]["max"] == 790_000
+    assert found.round_trips().rows.temporal_error_ns.tolist() == [790_000]
 
 
 def test_a_wait_outside_the_round_trip_is_on_no_line(netns_fd, capsys):
@@ -250,6 +251,7 @@ def test_what_is_not_known_has_no_figure_and_is_said(netns_fd, capsys):
     (row,) = found.as_dict()["samples"]
     assert row["reason"] == "paired"
     assert "temporal_error_ns" not in row
+    assert found.round_trips().rows.temporal_error_ns.tolist() == [NOT_TOLD]
     assert "temporal_error_ns" not in found.statistics()
     assert "waited for CPU" not in capsys.readouterr().out
     shown = io.StringIO()
