@@ -20,6 +20,7 @@ import signal
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import PurePath
 from typing import Final
 
 import numpy as np
@@ -90,6 +91,19 @@ def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
     if "-D" not in flags:
         argv = ["-D", *argv]
     return argv, "-U" in flags, "-D" in flags
+
+
+def user_clock(command: Sequence[str]) -> bool:
+    """Return whether a command line runs ping with -U, which ping's output does not show.
+
+    The command may run ping by another program, as in `taskset -c 0 ping -U HOST`.
+    """
+    for at, word in enumerate(command):
+        if PurePath(word).name == "ping":
+            with suppress(getopt.GetoptError):
+                options, _ = getopt.gnu_getopt(list(command[at + 1 :]), _OPTIONS)
+                return "-U" in dict(options)
+    return False
 
 
 class Ping:

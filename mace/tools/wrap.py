@@ -18,6 +18,7 @@ from mace.live.session import Session
 from mace.tools.corrected import Corrected, Observed
 from mace.tools.following import Following
 from mace.tools.output import READERS, read
+from mace.tools.ping import user_clock
 from storage.capture import CaptureSink
 
 _LAST_WORDS_S = 3.0
@@ -37,7 +38,8 @@ def measure(
     """Run the command in the namespace of `netns_fd`; returns the corrected samples and the command's exit status.
 
     `following` is open, and follows the command. `reader_name` is the tool's name in `READERS`; None recognises the
-    tool by its output. Unless `quiet`, the tool's output is copied to stderr. Raises `LabError` and `UsageError`.
+    tool by its output, and ping's -U by the command line. Unless `quiet`, the tool's output is copied to stderr. Raises
+    `LabError` and `UsageError`.
     """
     tool = _Tool(argv, netns_fd, following)
     observed = Observed()
@@ -53,6 +55,8 @@ def measure(
         sys.stderr.write(tool.said)
     if not tool.said.strip():
         raise UsageError(f"{argv[0]} ended with status {tool.status} and printed nothing")
+    if reader_name is None and user_clock(argv):
+        reader_name = "ping-U"
     samples, reader = read(tool.said.splitlines(), READERS[reader_name]() if reader_name else None)
     found = Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino)
     return found.followed_by(following, reader.stamps, session.utc_offset_ns), tool.status

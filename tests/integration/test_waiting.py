@@ -113,6 +113,26 @@ def test_ping_says_where_it_waited(lab):
     assert re.search(r"^host RTT without it +5 ", done.stdout, re.MULTILINE)
 
 
+def test_a_ping_with_the_users_clock_is_known_by_its_command(lab):
+    argv = (
+        "wrap",
+        "--lab",
+        lab.name,
+        "--container",
+        "c1",
+        "--json",
+        "--",
+        "nice",
+        "ping",
+        "-U",
+        "-c",
+        "3",
+        "-i",
+        "0.05",
+    )
+    assert json.loads(mace(*argv, lab.address(REMOTE)).stdout)["tool"] == "ping -U"
+
+
 def test_where_tasks_cannot_be_followed_pings_are_corrected_all_the_same(lab, tmp_path):
     """In a PID namespace of its own, the kernel's numbers of tasks mean nothing to MACE."""
     config = tmp_path / "mace.toml"

@@ -21,7 +21,7 @@ from contracts.windowtable import WindowTable
 from correlator.correction import REASONS, Reason
 from mace.tools.following import Following
 from mace.tools.namespaces import open_namespace
-from mace.tools.ping import Ping, arguments
+from mace.tools.ping import Ping, arguments, user_clock
 from tests.made_exchanges import START, Path
 
 HOST = "203.0.113.2"
@@ -58,6 +58,23 @@ def test_arguments(given, passed, user_clock, stamps):
 def test_arguments_that_leave_nothing_to_correct(given, why):
     with pytest.raises(UsageError, match=why):
         arguments(given)
+
+
+@pytest.mark.parametrize(
+    ("command", "by_user"),
+    [
+        (["ping", "-U", HOST], True),
+        (["taskset", "-c", "0", "/usr/bin/ping", HOST, "-c5", "-U"], True),
+        (["ping", "-nUc5", HOST], True),
+        (["ping", HOST], False),
+        (["ping", "-p", "-U", HOST], False),  # an option's value
+        (["ping", "--nonsense", "-U", HOST], False),
+        (["fping", "-U", HOST], False),
+        (["sudo", "-U", "ping"], False),
+    ],
+)
+def test_pings_clock_by_its_command_line(command, by_user):
+    assert user_clock(command) == by_user
 
 
 def test_a_namespace_by_process_and_by_path():
