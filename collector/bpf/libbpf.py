@@ -25,19 +25,25 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_object__open_file": (_VOID, (ctypes.c_char_p, _VOID)),
     "bpf_object__load": (_INT, (_VOID,)),
     "bpf_object__close": (None, (_VOID,)),
+    "bpf_object__next_program": (_VOID, (_VOID, _VOID)),
+    "bpf_object__next_map": (_VOID, (_VOID, _VOID)),
     "bpf_object__find_program_by_name": (_VOID, (_VOID, ctypes.c_char_p)),
     "bpf_object__find_map_by_name": (_VOID, (_VOID, ctypes.c_char_p)),
+    "bpf_program__name": (ctypes.c_char_p, (_VOID,)),
     "bpf_program__set_autoload": (_INT, (_VOID, ctypes.c_bool)),
     "bpf_program__fd": (_INT, (_VOID,)),
     "bpf_program__attach": (_VOID, (_VOID,)),
     "bpf_link__destroy": (_INT, (_VOID,)),
     "bpf_map__fd": (_INT, (_VOID,)),
+    "bpf_map__name": (ctypes.c_char_p, (_VOID,)),
+    "bpf_map__set_autocreate": (_INT, (_VOID, ctypes.c_bool)),
     "bpf_map__set_max_entries": (_INT, (_VOID, _U32)),
     "bpf_map__value_size": (_U32, (_VOID,)),
     "bpf_map__initial_value": (_VOID, (_VOID, ctypes.POINTER(ctypes.c_size_t))),
     "bpf_map_create": (_INT, (_INT, ctypes.c_char_p, _U32, _U32, _U32, _VOID)),
     "bpf_map_update_elem": (_INT, (_INT, _VOID, _VOID, ctypes.c_uint64)),
     "bpf_map_lookup_elem": (_INT, (_INT, _VOID, _VOID)),
+    "bpf_prog_test_run_opts": (_INT, (_INT, _VOID)),
     "bpf_obj_get_info_by_fd": (_INT, (_INT, _VOID, _VOID)),
     "bpf_enable_stats": (_INT, (_INT,)),
     "btf__load_vmlinux_btf": (_VOID, ()),
@@ -48,6 +54,7 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 
 _MAP_TYPE_RINGBUF: Final = 27
 _KIND_TYPEDEF: Final = 8
+_KIND_FUNC: Final = 12
 _INFO_BYTES: Final = 224
 """Bytes of struct bpf_prog_info to query: recursion_misses (Linux 5.12) ends at 216."""
 
@@ -120,6 +127,36 @@ def runs_of(program_fd: int) -> Runs:
     return Runs(runs=info[25], run_ns=info[24], missed=info[26])
 
 
+class _TestRun(ctypes.Structure):
+    """struct bpf_test_run_opts of libbpf 1.0."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("data_in", _VOID),
+        ("data_out", _VOID),
+        ("data_size_in", _U32),
+        ("data_size_out", _U32),
+        ("ctx_in", _VOID),
+        ("ctx_out", _VOID),
+        ("ctx_size_in", _U32),
+        ("ctx_size_out", _U32),
+        ("retval", _U32),
+        ("repeat", _INT),
+        ("duration", _U32),
+        ("flags", _U32),
+        ("cpu", _U32),
+        ("batch_size", _U32),
+    )
+
+
+def run(program_fd: int, argument: int) -> int:
+    """Run a raw tracepoint's program once, with one argument, and return what it returns; raises `OSError`."""
+    context = ctypes.c_uint64(argument)
+    options = _TestRun(sz=ctypes.sizeof(_TestRun), ctx_in=ctypes.addressof(context), ctx_size_in=8)
+    check(library().bpf_prog_test_run_opts(program_fd, ctypes.byref(options)))
+    return int(options.retval)
+
+
 class Btf:
     """The type information (BTF) of the running kernel. The constructor raises `OSError` if it cannot be read."""
 
@@ -130,6 +167,10 @@ class Btf:
     def close(self) -> None:
         """Free the type information."""
         self._library.btf__free(self._btf)
+
+    def has_function(self, name: str) -> bool:
+        """Return whether the kernel has the function, for programs to call."""
+        return bool(self._library.btf__find_by_name_kind(self._btf, name.encode(), _KIND_FUNC) > 0)
 
     def arguments_of(self, tracepoint: str) -> int:
         """Return the number of arguments that a tracepoint passes to a program; -1 if the kernel lacks it."""
