@@ -23,8 +23,9 @@ missing one. A sample is therefore paired only if *all that is known leaves one 
    Content, if the source has it, only reduces the sets of candidates.
 3. **Waits.** A process can be interrupted anywhere, and for long. The first pass therefore allows long waits. A pair
    that is then the only possibility is kept if ordinary waits suffice for it, or if it lies between two such pairs with
-   exactly as many packets between them as samples. A second pass decides the remaining samples with ordinary waits,
-   with the kept pairs in their places.
+   exactly as many packets between them as samples. If it is known when the tool ran, then the beginning and the end of
+   its run take the place of such a pair before the first and after the last one. A second pass decides the remaining
+   samples with ordinary waits, with the kept pairs in their places.
 4. **A reply without a time** (it was cut, or damaged on its way) is never paired. But it had a request and is a packet,
    and so takes part: its request lies between the requests of its neighbours, and its response between their responses.
    If no assignment has room for it, its packets were not seen, and it is ignored.
@@ -41,8 +42,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -56,6 +58,8 @@ from correlator.stamps import LineTime, ReceiveClock, StampModel
 
 Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in UTC ns, in which records were lost."""
+Ran = tuple[int, int]
+"""Beginning and end of the tool's run, UTC ns: it sent and received all its packets between them."""
 SampleKey = tuple[int, ...]
 
 _ECHOES: Final = (ICMP, ICMPV6)
@@ -132,16 +136,22 @@ class Corrections(Columns):
     }
 
 
-def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc_ns: Gaps = ()) -> Corrections:
+def correct(
+    samples: Samples,
+    crossings: Crossings,
+    stamps: StampModel,
+    gaps_utc_ns: Gaps = (),
+    ran_utc_ns: Ran | None = None,
+) -> Corrections:
     """Pair one tool's samples with one container's packets, and subtract the delay of the container's devices.
 
-    `crossings`: packets of one container, in any order, including packets of other processes. Returns a row for every
-    sample.
+    `crossings`: packets of one container, in any order, including packets of other processes. `ran_utc_ns`: when the
+    tool ran, if `samples` are all of its run; None if that is not known. Returns a row for every sample.
     """
     egress = _sorted(crossings, Direction.EGRESS)
     ingress = _sorted(crossings, Direction.INGRESS, stamp=stamps.receive_clock is ReceiveClock.KERNEL)
     reason = np.where(samples.untimed, Reason.NO_TIME, Reason.NO_REPLY).astype(np.uint8)
-    request, response = pair(samples, egress, ingress, stamps, gaps_utc_ns, reason)
+    request, response = pair(samples, egress, ingress, stamps, gaps_utc_ns, ran_utc_ns, reason)
 
     rows = np.flatnonzero(reason == Reason.PAIRED)
     out, back = egress[request[rows]], ingress[response[rows]]
@@ -257,6 +267,31 @@ class _TimeBounds:
         shortest, longest = np.where(untimed, 0, self.shortest), np.where(untimed, _EVER, self.longest)
         return _TimeBounds(sent_after, sent_before, arrived_after, arrived_before, shortest, longest)
 
+    def within(self, ran: Ran | None) -> _TimeBounds:
+        """Return these bounds without the times at which the tool did not run."""
+        if ran is None:
+            return self
+        begin, end = ran
+        return replace(
+            self,
+            sent_after=np.maximum(self.sent_after, begin),
+            sent_before=np.minimum(self.sent_before, end),
+            arrived_after=np.maximum(self.arrived_after, begin),
+            arrived_before=np.minimum(self.arrived_before, end),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A certain place in the order: from one mark to the next, packets and samples can be counted."""
+
+    place: int
+    """Index among the samples in question."""
+    rank: int
+    """Number of packets up to this place that could be a sample's."""
+    number: int
+    """Number of the sample among all."""
+
 
 class _PacketsByKey:
     """Packets of one direction by key, in order of time within each key."""
@@ -275,6 +310,18 @@ class _PacketsByKey:
             ours[self.at.get(key, [])] = 1
         return np.cumsum(ours)
 
+    def outside(self, rank: Ints, number: Ints, ran: Ran | None) -> tuple[_Mark, ...]:
+        """Return the marks right before and right after the tool's run; none if it is not known when it ran.
+
+        `rank`: result of `rank`; `number`: the numbers of all samples of the run.
+        """
+        if ran is None:
+            return ()
+        ranks = np.append(0, rank)
+        before, upto = np.searchsorted(self.times, ran[0], "left"), np.searchsorted(self.times, ran[1], "right")
+        first, last = int(number.min(initial=_EVER)), int(number.max(initial=-_EVER))
+        return _Mark(-1, int(ranks[before]), first - 1), _Mark(_EVER, int(ranks[upto]) + 1, last + 1)
+
     def between(self, key: SampleKey, after: int, before: int) -> Span:
         """Return the indices of a key's packets between two times, inclusive."""
         times = self.times_of.get(key)
@@ -289,6 +336,7 @@ def pair(
     ingress: Crossings,
     stamps: StampModel,
     gaps_utc_ns: Gaps,
+    ran_utc_ns: Ran | None,
     reason: npt.NDArray[np.uint8],
 ) -> tuple[Ints, Ints]:
     """Return the rows of `egress` and `ingress` of each sample: two int64 arrays, valid where `reason` is PAIRED.
@@ -304,7 +352,7 @@ def pair(
     response = request.copy()
     untimed = _untimed(samples)
     relaxed, ordinary = (
-        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns, first)
+        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns, ran_utc_ns, first)
         for model in (stamps.patient(), stamps)
     )
     answered = samples.rtt_ns != NOT_TOLD
@@ -313,6 +361,7 @@ def pair(
     if not numbered:
         number[first] = np.arange(len(first))
     spans: dict[int, Span] = {}
+    patiently = np.zeros(len(samples), np.bool_)
 
     for fit in (relaxed, ordinary):
         spans = {}
@@ -328,17 +377,23 @@ def pair(
             fitting = [
                 j >= 0 and not untimed[k] and ordinary.accepts(k, j) for k, j in zip(spans, found.tolist(), strict=True)
             ]
-            found = _borne_out(found, np.array(fitting, np.bool_), requests.rank(keys.request), number[rows])
+            rank = requests.rank(keys.request)
+            ends = requests.outside(rank, number[number != NOT_TOLD], ran_utc_ns)
+            found = _borne_out(found, np.array(fitting, np.bool_), rank, number[rows], ends)
         request[rows] = np.where(request[rows] >= 0, request[rows], found)
+        if fit is relaxed:
+            patiently = request >= 0
 
     for k, original in further:
-        reason[k], request[k] = reason[original], request[original]
+        reason[k], request[k], patiently[k] = reason[original], request[original], patiently[original]
     # Replies without a time count as packets among the replies.
     line = np.cumsum(answered | samples.untimed)
     for fit in (relaxed, ordinary):
         spans = {}
         for k in np.flatnonzero(request >= 0).tolist():
-            near = fit.responses(k, int(request[k])) if response[k] < 0 else Span([int(response[k])], 0, 1)
+            # A request that only ordinary waits have decided has no reply that took longer.
+            bounds = fit if patiently[k] else ordinary
+            near = bounds.responses(k, int(request[k])) if response[k] < 0 else Span([int(response[k])], 0, 1)
             missing = fit.missing[k] and response[k] < 0
             reason[k] = Reason.LOST if missing else Reason.AMBIGUOUS if near else Reason.NO_RESPONSE
             if reason[k] == Reason.AMBIGUOUS:
@@ -350,7 +405,9 @@ def pair(
                 i >= 0 and not untimed[k] and i in ordinary.responses(k, int(request[k]))
                 for k, i in zip(spans, found, strict=True)
             ]
-            found = _borne_out(found, np.array(fitting, np.bool_), replies.rank(keys.response), line[rows])
+            rank = replies.rank(keys.response)
+            ends = replies.outside(rank, line[answered | samples.untimed], ran_utc_ns)
+            found = _borne_out(found, np.array(fitting, np.bool_), rank, line[rows], ends)
         response[rows] = np.where(response[rows] >= 0, response[rows], found)
     reason[response >= 0] = Reason.PAIRED
     reason[samples.untimed] = Reason.NO_TIME
@@ -380,18 +437,23 @@ def _choose(spans: dict[int, Span], chosen: Ints, untimed: Mask, fit: _Fit | Non
     return found_of
 
 
-def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints) -> Ints:
+def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints, ends: Sequence[_Mark]) -> Ints:
     """Return the items found with long waits, or -1 where ordinary waits do not suffice.
 
     An item between two that fit with ordinary waits is kept, if exactly as many packets as samples lie between these:
     then it is the only possibility. `rank`: number of each packet among those that could be a sample's; `number`:
-    number of each sample among all, including samples without a packet.
+    number of each sample among all, including samples without a packet. `ends`: marks before and after the run, if
+    known. They confirm nothing without an item that fits: a tool that reads the clock at other places has none.
     """
     kept = np.where(fitting, found, -1)
-    sure = np.flatnonzero(fitting)
-    for before, after in zip(sure[:-1].tolist(), sure[1:].tolist(), strict=True):
-        if after - before > 1 and rank[found[after]] - rank[found[before]] == number[after] - number[before]:
-            kept[before + 1 : after] = found[before + 1 : after]
+    sure = np.flatnonzero(fitting).tolist()
+    marks = [_Mark(n, int(rank[found[n]]), int(number[n])) for n in sure]
+    if marks and ends:
+        marks = [ends[0], *marks, ends[1]]
+    for before, after in pairwise(marks):
+        if after.rank - before.rank == after.number - before.number:
+            between = slice(before.place + 1, after.place)
+            kept[between] = found[between]
     return kept
 
 
@@ -407,9 +469,10 @@ class _Fit:
         replies: _PacketsByKey,
         egress: Crossings,
         gaps_utc_ns: Gaps,
+        ran_utc_ns: Ran | None,
         first: Sequence[int],
     ) -> None:
-        places = _TimeBounds.of(samples, stamps).between(samples, np.array(first, np.int64))
+        places = _TimeBounds.of(samples, stamps).between(samples, np.array(first, np.int64)).within(ran_utc_ns)
         self.missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
         """Samples whose packets may be among lost records; none if keys are exact, except samples without a time."""
         if keys.exact:

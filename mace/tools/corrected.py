@@ -20,7 +20,7 @@ from contracts.results import Results
 from contracts.schema import NOT_TOLD, Crossings, Grade, RoundTripRows, RoundTrips
 from contracts.topology import Device, Role
 from correlator import intervals
-from correlator.correction import REASONS, Corrections, Reason, correct
+from correlator.correction import REASONS, Corrections, Ran, Reason, correct
 from correlator.samples import Samples
 from correlator.stamps import StampModel
 from correlator.waiting import Waited
@@ -124,11 +124,16 @@ class Corrected:
     """How long the tool waited for a CPU; None if it was not followed while it ran."""
 
     @classmethod
-    def of(cls, samples: Samples, observed: Observed, reader: Reader, netns: int) -> Corrected:
-        """Correct `samples`, all that `reader` has found, with the packets of the namespace of inode `netns`."""
+    def of(
+        cls, samples: Samples, observed: Observed, reader: Reader, netns: int, ran_utc_ns: Ran | None = None
+    ) -> Corrected:
+        """Correct `samples`, all that `reader` has found, with the packets of the namespace of inode `netns`.
+
+        `ran_utc_ns`: when the tool ran, if MACE ran it.
+        """
         crossings = observed.crossings(netns)
         stamps, unknown = reader.stamps, reader.unknown
-        corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns)
+        corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns, ran_utc_ns)
         name = observed.containers().get(netns, ("", 0))[0]
         namespace = next((d.netns_name for d in observed.devices if d.netns == netns), "")
         return cls(

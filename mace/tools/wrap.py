@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -58,19 +59,26 @@ def measure(
     if reader_name is None and user_clock(argv):
         reader_name = "ping-U"
     samples, reader = read(tool.said.splitlines(), READERS[reader_name]() if reader_name else None)
-    found = Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino)
-    return found.followed_by(following, reader.stamps, session.utc_offset_ns), tool.status
+    offset_ns = session.utc_offset_ns
+    ran_utc_ns = tool.began_ns + offset_ns, tool.ended_ns + offset_ns
+    found = Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino, ran_utc_ns)
+    return found.followed_by(following, reader.stamps, offset_ns), tool.status
 
 
 class _Tool:
-    """A command in a network namespace; `said` is its standard output, None until it has ended."""
+    """A command in a network namespace; `said` is its standard output, None until it has ended.
+
+    It ran between `began_ns` and `ended_ns`, CLOCK_MONOTONIC.
+    """
 
     def __init__(self, argv: Sequence[str], netns_fd: int, following: Following) -> None:
         self._argv, self._netns_fd, self._following = argv, netns_fd, following
         self.said: str | None = None
         self.status = 0
+        self.began_ns = self.ended_ns = 0
 
     async def run(self) -> None:
+        self.began_ns = time.monotonic_ns()
         process = await asyncio.create_subprocess_exec(
             "nsenter", f"--net=/proc/self/fd/{self._netns_fd}", "--", *self._argv,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, pass_fds=(self._netns_fd,),
@@ -93,3 +101,4 @@ class _Tool:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await reading
+            self.ended_ns = time.monotonic_ns()
