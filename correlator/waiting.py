@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import ClassVar, Final
 
 import numpy as np
@@ -86,8 +87,11 @@ def waited(
     rows = rows[np.argsort(corrections.sent_utc_ns[rows], kind="stable")]
     exchanges = _Exchanges.of(samples, corrections, rows, offset_ns)
     user = stamps.receive_clock is ReceiveClock.USER
-    ran = np.unique(changes.pid[changes.change == TaskChange.RUNS])
-    tasks = [_Task.of(changes[changes.pid == pid]) for pid in ran]
+    by_task = changes[np.argsort(changes.pid, kind="stable")]
+    _, first = np.unique(by_task.pid, return_index=True)
+    edges = [*first.tolist(), len(by_task)]
+    parts = [by_task[begin:end] for begin, end in pairwise(edges)]
+    tasks = [_Task.of(part) for part in parts if (part.change == TaskChange.RUNS).any()]
     for task, mine in zip(tasks, _senders(tasks, exchanges), strict=True):
         values = task.waited(exchanges[mine], gaps_ns, user_clock=user)
         for name in Waited._DTYPES:
