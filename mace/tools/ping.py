@@ -140,8 +140,8 @@ class Ping:
         """Whether the remaining lines wait for the end."""
         self.status = 0
         """ping's exit status."""
-        self._began_ns = self._ended_ns = 0
-        """ping ran between these times, CLOCK_MONOTONIC."""
+        self._ran_ns: tuple[int, int] | None = None
+        """When ping ran, CLOCK_MONOTONIC; None before its end."""
         self._trouble: MaceError | None = None
 
     def measure(self, session: Session, tee: CaptureSink | None) -> Corrected:
@@ -153,7 +153,7 @@ class Ping:
         if not len(samples):
             raise UsageError(f"ping ended with status {self.status} and its output has no request")
         offset_ns = session.utc_offset_ns
-        ran_utc_ns = self._began_ns + offset_ns, self._ended_ns + offset_ns
+        ran_utc_ns = (self._ran_ns[0] + offset_ns, self._ran_ns[1] + offset_ns) if self._ran_ns else None
         found = Corrected.of(samples, self._observed, self._reader, self._netns, ran_utc_ns)
         found = found.followed_by(self._following, self._reader.stamps, offset_ns)
         changed = self._changed(found.corrections)
@@ -168,7 +168,7 @@ class Ping:
         with suppress(OSError):  # over the user's limit, the pipe keeps the default of 64 KiB
             fcntl.fcntl(writing, _F_SETPIPE_SZ, _PIPE_BYTES)
         lines = asyncio.StreamReader(limit=_PIPE_BYTES)
-        self._began_ns = time.monotonic_ns()
+        began_ns = time.monotonic_ns()
         try:
             transport, _ = await asyncio.get_running_loop().connect_read_pipe(
                 lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(reading, "rb")
@@ -197,7 +197,7 @@ class Ping:
                 with suppress(ProcessLookupError):
                     process.kill()
                 self.status = await process.wait()
-            self._ended_ns = time.monotonic_ns()
+            self._ran_ns = began_ns, time.monotonic_ns()
 
     async def _read(self, lines: asyncio.StreamReader) -> None:
         async for raw in lines:

@@ -13,6 +13,7 @@ from collector.ftrace.scheduling import TaskTrace
 from contracts.errors import Unavailable
 from contracts.scheduling import TaskChange, TaskChanges
 from tests.measuring import trace_instances
+from tests.places import ROOT
 
 pytestmark = pytest.mark.needs("root", "tracefs")
 
@@ -151,3 +152,30 @@ def test_in_a_pid_namespace_of_its_own_numbers_mean_others():
     assert done.returncode != 0
     assert f"{Unavailable.__name__}: ftrace: this process has a PID namespace of its own" in done.stderr
     assert "--pid=host" in done.stderr
+
+
+def test_a_trace_removes_the_instance_of_a_killed_one_but_not_of_a_live_one():
+    script = (
+        "import sys; from collector.ftrace.scheduling import TaskTrace; TaskTrace().open(); print(flush=True); "
+        "sys.stdin.read()"
+    )
+    live, killed = (
+        subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        for _ in range(2)
+    )
+    try:
+        for process in (live, killed):
+            assert process.stdout.readline() == b"\n"
+        killed.kill()
+        killed.communicate()
+        assert len(trace_instances(killed.pid)) == 1
+        with traced():
+            assert trace_instances(killed.pid) == []
+            assert len(trace_instances(live.pid)) == 1
+        live.communicate()
+        assert live.returncode == 0
+        assert trace_instances(live.pid) == []
+    finally:
+        for process in (live, killed):
+            process.kill()
+            process.communicate()
