@@ -25,7 +25,8 @@ missing one. A sample is therefore paired only if *all that is known leaves one 
    that is then the only possibility is kept if ordinary waits suffice for it, or if it lies between two such pairs with
    exactly as many packets between them as samples. If it is known when the tool ran, then the beginning and the end of
    its run take the place of such a pair before the first and after the last one. A second pass decides the remaining
-   samples with ordinary waits, with the kept pairs in their places.
+   samples with ordinary waits, with the kept pairs in their places. The response to a request that the second pass has
+   decided must fit with ordinary waits, too.
 4. **A reply without a time** (it was cut, or damaged on its way) is never paired. But it had a request and is a packet,
    and so takes part: its request lies between the requests of its neighbours, and its response between their responses.
    If no assignment has room for it, its packets were not seen, and it is ignored.
