@@ -184,6 +184,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "bpf": _bpf,
     "nobody": _nobody,
     "bpftrace": _bpftrace,
+    "schedstat": lambda: None if Path("/proc/self/schedstat").exists() else "this kernel has no CONFIG_SCHED_INFO",
     "perf": lambda: _program("perf", "--version"),
     "ns_last_pid": _ns_last_pid,
     "tcpdump": lambda: _program("tcpdump", "--version"),
