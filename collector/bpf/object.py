@@ -45,7 +45,9 @@ class BpfObject:
     def __init__(self, path: Path = OBJECT) -> None:
         self._library = library()
         self._object = 0
-        if not has_functions("bpf_rdonly_cast"):
+        self.old: Final = not has_functions("bpf_rdonly_cast")
+        """Whether this is the object for kernels before Linux 6.2."""
+        if self.old:
             path = path.with_name(OLD_OBJECT.name)
         try:
             self._object = pointer(self._library.bpf_object__open_file(os.fsencode(path), None))

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.bpf import libbpf
-from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, STATE
+from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, RING, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
 from collector.bpf.object import OBJECT, RIGHTS, BpfObject, has_functions
 from collector.live.filter import SessionFilter
 from collector.live.places import NETNS_MASK, Places
 from collector.machine.kernel import highest_possible_cpu, kernel_version
+from contracts.abi import RECORD
 from contracts.errors import Unavailable
 from contracts.hooks import HOOKS, Hook
 
@@ -98,6 +99,8 @@ class Session:
                 "`--source ftrace`",
             )
         self._object = BpfObject(path)
+        self.maps_rings: Final = not self._object.old
+        """Whether rings are mapped arrays (`ring.MappedRing`), else BPF ring buffers (`ring.BufferRing`)."""
         try:
             self._object.select(self.programs.values())
             self._prepare(wanted, wake_every, cookies)
@@ -128,11 +131,16 @@ class Session:
     # --- loading --------------------------------------------------------------------------------
 
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
-        check(self._library.bpf_map__set_max_entries(self._object.map("mace_rings"), self.possible_cpus))
+        rings = self._object.map("mace_rings")
+        check(self._library.bpf_map__set_max_entries(rings, self.possible_cpus))
+        if self.maps_rings:
+            inner = pointer(self._library.bpf_map__inner_map(rings))
+            check(self._library.bpf_map__set_value_size(inner, RING.itemsize + self._ring_bytes))
         config = self._object.memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
         config["paged"] = reads_pages()
+        config["ring_slots"] = self._ring_bytes // RECORD.itemsize
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         config["place_filtered"] = wanted.by_place
         for protocol in wanted.l4_protocols:
@@ -159,7 +167,10 @@ class Session:
         Raises `Unavailable` if the kernel refuses the memory.
         """
         try:
-            fd = libbpf.create_ring(self._ring_bytes)
+            if self.maps_rings:
+                fd = libbpf.create_mapped(RING.itemsize + self._ring_bytes)
+            else:
+                fd = libbpf.create_ring_buffer(self._ring_bytes)
         except OSError as error:
             raise _no_ring(error, self._ring_bytes) from error
         if cpu in self._rings:
@@ -167,6 +178,11 @@ class Session:
         self._rings[cpu] = fd
         libbpf.put(self._rings_fd, cpu, fd)
         return fd
+
+    @property
+    def wakes_fd(self) -> int:
+        """File descriptor of the BPF ring buffer that wakes the reader of mapped arrays."""
+        return self._object.map_fd("mace_wakes")
 
     def attach(self) -> None:
         """Attach the programs, which record only after `start`; raises `Unavailable`."""
