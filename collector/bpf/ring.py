@@ -55,17 +55,20 @@ class Taken(Stretch):
 
 
 class CpuRing(ABC):
-    """Reads a ring of `capacity` slots, whose maps `memory` holds. The file descriptor stays the caller's."""
+    """Reads a ring of `capacity` slots, which `memory` maps, from record number `released` on.
 
-    def __init__(self, cpu: int, capacity: int, *memory: mmap.mmap) -> None:
+    The file descriptor stays the caller's.
+    """
+
+    def __init__(self, cpu: int, capacity: int, released: int, *memory: mmap.mmap) -> None:
         self.cpu: Final = cpu
         self._capacity = capacity
         self._memory = memory
         self._unreleased: deque[Taken] = deque()
-        self.seen = 0
-        """Records that `take` has returned so far: the number of the oldest one that it has not returned."""
-        self._released = 0
-        """Records whose slots were released so far."""
+        self.seen = released
+        """Number of the oldest record that `take` has not returned, or of the next if it has returned all."""
+        self._released = released
+        """Number of the oldest record whose slot was not released."""
 
     def close(self) -> None:
         """Unmap the ring. No view of it may be read afterwards."""
@@ -145,8 +148,8 @@ class MappedRing(CpuRing):
 
     def __init__(self, cpu: int, fd: int, size: int) -> None:
         memory = mmap.mmap(fd, RING.itemsize + size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        super().__init__(cpu, size // RECORD.itemsize, memory)
         self._head: npt.NDArray[Any] = np.frombuffer(memory, RING, 1)
+        super().__init__(cpu, size // RECORD.itemsize, int(self._head["tail"][0]), memory)
         self._slots: RingRecords = np.frombuffer(memory, COLUMNS, self._capacity, RING.itemsize)
 
     def _reserved(self) -> int:
@@ -176,10 +179,10 @@ class BufferRing(CpuRing):
     def __init__(self, cpu: int, fd: int, size: int) -> None:
         ours = mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._theirs = mmap.mmap(fd, mmap.PAGESIZE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=mmap.PAGESIZE)
-        super().__init__(cpu, size // SLOT_BYTES, ours, self._theirs)
-        self._size = size
         self._consumed: npt.NDArray[np.uint64] = np.frombuffer(ours, np.uint64, 1)
         self._produced: npt.NDArray[np.uint64] = np.frombuffer(self._theirs, np.uint64, 1)
+        super().__init__(cpu, size // SLOT_BYTES, int(self._consumed[0]) // SLOT_BYTES, ours, self._theirs)
+        self._size = size
 
     def _reserved(self) -> int:
         return int(self._produced[0]) // SLOT_BYTES
