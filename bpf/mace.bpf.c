@@ -39,6 +39,10 @@
 #define MACE_OLD 0
 #endif
 
+/* The last of a record's words of 64 bits, and the shift in it of mace_record.pad. */
+#define MACE_LAST_WORD 7
+#define MACE_PAD_SHIFT 40
+
 #define MACE_SEEN_BITS 5
 #define MACE_IDENTIFIED_BITS 6
 #define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
@@ -263,14 +267,11 @@ static __always_inline void mace_describe_shared(const struct sk_buff *skb,
 
 /* --- recording -------------------------------------------------------------------- */
 
-/* Set the pad of @record to the number of records that @cpu has lost. */
-static __always_inline void mace_set_lost(const struct mace_cpu *cpu, struct mace_record *record)
+/* Return the last word of a record, with the number of records that @cpu has lost in its pad. */
+static __always_inline u64 mace_last_word(const struct mace_cpu *cpu,
+					  const struct mace_record *record)
 {
-	u64 lost = cpu->counts.lost_all;
-
-	record->pad[0] = lost;
-	record->pad[1] = lost >> 8;
-	record->pad[2] = lost >> 16;
+	return ((const u64 *)record)[MACE_LAST_WORD] | cpu->counts.lost_all << MACE_PAD_SHIFT;
 }
 
 /* Write @record to the ring of CPU @number. Return: whether the ring exists and had room. */
@@ -282,8 +283,8 @@ static __always_inline bool mace_put(struct mace_cpu *cpu, u32 number, struct ma
 
 	if (!slot)
 		return false;
-	mace_set_lost(cpu, record);
 	*slot = *record;
+	((u64 *)slot)[MACE_LAST_WORD] = mace_last_word(cpu, record);
 	/* Not atomic: an interrupt here makes the next wakeup a little late or early. */
 	if (++cpu->counts.since_wake < mace_config.wake_every) {
 		bpf_ringbuf_submit(slot, BPF_RB_NO_WAKEUP);
@@ -316,7 +317,6 @@ static __always_inline bool mace_put(struct mace_cpu *cpu, u32 number, struct ma
 	if (!ring || ring->head - ring->tail > mace_config.ring_slots - MACE_RING_MARGIN)
 		return false;
 	at = __sync_fetch_and_add(&ring->head, 1);
-	mace_set_lost(cpu, record);
 	slot = (void *)(ring + 1) + (at & (mace_config.ring_slots - 1)) * sizeof(*record);
 	slot[0] = words[0];
 	slot[1] = words[1];
@@ -326,7 +326,7 @@ static __always_inline bool mace_put(struct mace_cpu *cpu, u32 number, struct ma
 	slot[5] = words[5];
 	slot[6] = words[6];
 	/* The last store: the compiler keeps the order of volatile stores, x86-64 of all stores. */
-	slot[7] = words[7] | MACE_WRITTEN;
+	slot[MACE_LAST_WORD] = mace_last_word(cpu, record) | MACE_WRITTEN;
 	if (unlikely(!(at & (mace_config.wake_every - 1))))
 		mace_wake();
 	return true;

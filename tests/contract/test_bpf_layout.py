@@ -55,6 +55,16 @@ def test_the_pad_holds_what_was_lost():
     assert SLOT_BYTES == 72
 
 
+def test_the_programs_find_the_pad_in_the_last_word():
+    programs = (ROOT / "bpf" / "mace.bpf.c").read_text()
+    number, shift = (
+        int(re.search(rf"^#define {name} (\d+)$", programs, re.MULTILINE)[1])
+        for name in ("MACE_LAST_WORD", "MACE_PAD_SHIFT")
+    )
+    assert number * 8 + shift // 8 == abi.RECORD.fields["pad"][1]
+    assert 64 - shift == layout.LOST_BITS
+
+
 def test_a_written_slot_has_the_mark_in_the_hook_and_no_hook_has_it():
     assert int(re.search(r"^#define MACE_WRITTEN (\w+)$", TEXT, re.MULTILINE)[1], 16) == layout.WRITTEN
     assert layout.WRITTEN >= abi.HOOK_SLOTS
