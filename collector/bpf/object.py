@@ -94,7 +94,7 @@ class BpfObject:
         try:
             check(self._library.bpf_object__load(self._object))
         except OSError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
 
     def program(self, name: str) -> int:
         """Return libbpf's pointer to a program."""
@@ -135,7 +135,8 @@ class BpfObject:
         return found
 
 
-def _refused(error: OSError) -> Unavailable:
+def refused(error: OSError) -> Unavailable:
+    """Return the error to raise when the kernel refuses programs or maps with `error`."""
     match error.errno:
         case errno.EPERM:
             lockdown = _lockdown()

@@ -386,6 +386,12 @@ def test_without_rights():
     assert done.stderr == ""
 
 
+def test_a_ring_that_is_too_large():
+    with pytest.raises(Unavailable, match=r"1,024 MiB.*ring_mib of at most 512$") as raised:
+        session.Session(SessionFilter(), ring_bytes=1 << 30, wake_every=1, cookies=False)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_ring_that_is_too_small():
     with pytest.raises(ValueError, match="at least a page"):
         BpfConfig(ring_kib_per_cpu=1)
