@@ -334,7 +334,8 @@ class BpfSource(RecordSource):
             ahead = lost_before(records, cpu.told_lost)
             cuts = np.flatnonzero(np.diff(ahead, prepend=0)).tolist()
             if cuts:
-                whole = np.ascontiguousarray(records)
+                taken.copy_out()
+                whole = taken.records
                 edges = pairwise([0, *cuts, len(records)])
                 pieces = [(int(ahead[at]), Stretch(whole[at:to], held=False)) for at, to in edges if to > at]
                 taken.given(len(records))

@@ -257,6 +257,22 @@ def test_a_flood_into_tiny_rings_is_written_or_counted_and_no_record_is_torn(pro
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("programs_for")
+def test_each_datagram_is_in_the_stream_or_counted_there_as_lost():
+    """Rings that are always too small: every tick finds losses, and records that wrap."""
+    with Sender("mbpl", 20_000, cpu_choice()) as sender:
+        config = BpfConfig(ring_kib_per_cpu=4, wanted=of(sender, hooks=(Hook.NET_DEV_QUEUE,)))
+
+        async def send():
+            await sender.send()
+
+        (items,) = asyncio.run(recorded([BpfSource(config)], send))
+    batch = batch_of(items)
+    assert batch.lost > 0
+    assert np.count_nonzero(batch.hook == Hook.NET_DEV_QUEUE) + batch.lost == sender.count
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("programs_for")
 def test_programs_wake_the_reader_again_after_more_wakeups_than_fit():
     one = session.Session(SessionFilter(), ring_bytes=TINY << 4, wake_every=1, cookies=False)
     with closing(one), closing(select.epoll()) as waking, Sender("mbpw", 1000, cpu_choice()) as sender:
