@@ -45,7 +45,9 @@ class BpfObject:
     def __init__(self, path: Path = OBJECT) -> None:
         self._library = library()
         self._object = 0
-        if not has_functions("bpf_rdonly_cast"):
+        self.old: Final = not has_functions("bpf_rdonly_cast")
+        """Whether this is the object for kernels before Linux 6.2."""
+        if self.old:
             path = path.with_name(OLD_OBJECT.name)
         try:
             self._object = pointer(self._library.bpf_object__open_file(os.fsencode(path), None))
@@ -92,7 +94,7 @@ class BpfObject:
         try:
             check(self._library.bpf_object__load(self._object))
         except OSError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
 
     def program(self, name: str) -> int:
         """Return libbpf's pointer to a program."""
@@ -133,7 +135,8 @@ class BpfObject:
         return found
 
 
-def _refused(error: OSError) -> Unavailable:
+def refused(error: OSError) -> Unavailable:
+    """Return the error to raise when the kernel refuses programs or maps with `error`."""
     match error.errno:
         case errno.EPERM:
             lockdown = _lockdown()

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.bpf import libbpf
-from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, STATE
+from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, RING, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
-from collector.bpf.object import OBJECT, RIGHTS, BpfObject, has_functions
+from collector.bpf.object import OBJECT, RIGHTS, BpfObject, has_functions, refused
 from collector.live.filter import SessionFilter
 from collector.live.places import NETNS_MASK, Places
 from collector.machine.kernel import highest_possible_cpu, kernel_version
+from contracts.abi import RECORD
 from contracts.errors import Unavailable
 from contracts.hooks import HOOKS, Hook
 
@@ -32,6 +33,8 @@ BTF: Final = Path("/sys/kernel/btf/vmlinux")
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
 _WHAT: Final = "bpf"
+_MAPPED_BYTES: Final = 1 << 29
+"""Largest size of a mapped ring: the verifier's limit of an offset (BPF_MAX_VAR_OFF)."""
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
 
 
@@ -98,6 +101,8 @@ class Session:
                 "`--source ftrace`",
             )
         self._object = BpfObject(path)
+        self.maps_rings: Final = not self._object.old
+        """Whether rings are mapped arrays (`ring.MappedRing`), else BPF ring buffers (`ring.BufferRing`)."""
         try:
             self._object.select(self.programs.values())
             self._prepare(wanted, wake_every, cookies)
@@ -133,6 +138,7 @@ class Session:
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
         config["paged"] = reads_pages()
+        config["ring_slots"] = self._ring_bytes // RECORD.itemsize
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         config["place_filtered"] = wanted.by_place
         for protocol in wanted.l4_protocols:
@@ -140,7 +146,13 @@ class Session:
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
     def _load(self) -> None:
-        self._object.load()
+        # The verifier and the array of rings need a ring of the right size.
+        pattern = self._make_ring()
+        try:
+            check(self._library.bpf_map__set_inner_map_fd(self._object.map("mace_rings"), pattern))
+            self._object.load()
+        finally:
+            os.close(pattern)
         counts = self._object.map("mace_cpus")
         self._counts_fd = self._object.map_fd("mace_cpus")
         self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
@@ -158,15 +170,30 @@ class Session:
 
         Raises `Unavailable` if the kernel refuses the memory.
         """
-        try:
-            fd = libbpf.create_ring(self._ring_bytes)
-        except OSError as error:
-            raise _no_ring(error, self._ring_bytes) from error
+        fd = self._make_ring()
         if cpu in self._rings:
             os.close(self._rings[cpu])
         self._rings[cpu] = fd
         libbpf.put(self._rings_fd, cpu, fd)
         return fd
+
+    def _make_ring(self) -> int:
+        size = self._ring_bytes
+        if self.maps_rings and size > _MAPPED_BYTES:
+            raise Unavailable(
+                _WHAT,
+                f"a ring of {size >> 20:,} MiB is larger than a program can address",
+                f"[capture] ring_mib of at most {_MAPPED_BYTES >> 20}",
+            )
+        try:
+            return libbpf.create_mapped(RING.itemsize + size) if self.maps_rings else libbpf.create_ring_buffer(size)
+        except OSError as error:
+            raise _no_ring(error, size) from error
+
+    @property
+    def wakes_fd(self) -> int:
+        """File descriptor of the BPF ring buffer that wakes the reader of mapped arrays."""
+        return self._object.map_fd("mace_wakes")
 
     def attach(self) -> None:
         """Attach the programs, which record only after `start`; raises `Unavailable`."""
@@ -257,6 +284,8 @@ def _replace(slots: npt.NDArray[Any], count: npt.NDArray[Any], wanted: Sequence[
 
 
 def _no_ring(error: OSError, size: int) -> Unavailable:
+    if error.errno == errno.EPERM:
+        return refused(error)
     if error.errno == errno.ENOMEM:
         return Unavailable(
             _WHAT, f"no memory for a ring of {size / 2**20:g} MiB", "a smaller [capture] ring_mib, or more memory"
