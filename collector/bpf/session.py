@@ -7,7 +7,7 @@ when the process ends, even if it is killed.
 from __future__ import annotations
 
 import ctypes
-import errno
+import logging
 import mmap
 import os
 import secrets
@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.bpf import libbpf
+from collector.bpf import libbpf, refusal
 from collector.bpf.layout import CONFIG, COUNTS, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
 from collector.live.filter import SessionFilter
@@ -28,12 +28,15 @@ from collector.machine.netns import cookie_here, inside, open_nsfs
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
 
+_log = logging.getLogger(__name__)
+
 OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
 """The object file that `bpf/Makefile` builds; it is package data."""
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _WHAT: Final = "bpf"
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
-_RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8 CAP_SYS_ADMIN)"
+_LOG_BYTES: Final = 16 << 20
+"""Room for the verifier's log of one path: 0.1 MB is usual. Only written pages take memory."""
 
 
 def programs() -> dict[Hook, str]:
@@ -46,7 +49,7 @@ def programs() -> dict[Hook, str]:
     try:
         btf = libbpf.Btf()
     except OSError as error:
-        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", _RIGHTS) from error
+        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", refusal.RIGHTS) from error
     try:
         arguments = {info.hook: btf.arguments_of(info.name) for info in HOOKS}
     finally:
@@ -153,10 +156,7 @@ class Session:
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
     def _load(self) -> None:
-        try:
-            check(self._library.bpf_object__load(self._object))
-        except OSError as error:
-            raise _refused(error) from error
+        self._verify()
         counts = self._map("mace_cpus")
         self._counts_fd = check(self._library.bpf_map__fd(counts))
         self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
@@ -165,6 +165,21 @@ class Session:
         state = check(self._library.bpf_map__fd(self._map(".bss")))
         self._state = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._fds = {hook: check(self._library.bpf_program__fd(self._program(n))) for hook, n in self.programs.items()}
+
+    def _verify(self) -> None:
+        """Load the programs; if the kernel refuses one, libbpf loads it once more, with the verifier's log."""
+        with mmap.mmap(-1, _LOG_BYTES) as memory:
+            log = (ctypes.c_char * _LOG_BYTES).from_buffer(memory)
+            for name in self.programs.values():
+                check(self._library.bpf_program__set_log_buf(self._program(name), log, _LOG_BYTES))
+            loaded = self._library.bpf_object__load(self._object)
+            code = ctypes.get_errno() or -loaded
+            told = log.value.decode(errors="replace")
+            del log
+        if loaded < 0:
+            _log.debug("bpf: the verifier's log: %s", told or "none")
+            error = OSError(code, os.strerror(code))
+            raise refusal.of_programs(error, told) from error
 
     def _map(self, name: str) -> int:
         found = self._library.bpf_object__find_map_by_name(self._object, name.encode())
@@ -210,7 +225,7 @@ class Session:
         try:
             fd = libbpf.create_ring(self._ring_bytes)
         except OSError as error:
-            raise _no_ring(error, self._ring_bytes) from error
+            raise refusal.of_ring(error, self._ring_bytes) from error
         if cpu in self._rings:
             os.close(self._rings[cpu])
         self._rings[cpu] = fd
@@ -223,7 +238,7 @@ class Session:
             try:
                 self._links.append(pointer(self._library.bpf_program__attach(self._program(name))))
             except OSError as error:
-                raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", _RIGHTS) from error
+                raise refusal.of_attaching(name, error) from error
 
     def detach(self) -> None:
         """Detach the programs."""
@@ -318,38 +333,3 @@ def _name_of_fd(fd: int, *, cookies: bool) -> int:
             _WHAT, f"a network namespace cannot be entered: {found[0].strerror}", "run as root, or leave out the filter"
         ) from found[0]
     return found[0]
-
-
-def _refused(error: OSError) -> Unavailable:
-    match error.errno:
-        case errno.EPERM:
-            lockdown = _lockdown()
-            if lockdown:
-                return Unavailable(
-                    _WHAT, f"the kernel is locked down ({lockdown})", "boot it without lockdown=confidentiality"
-                )
-            return Unavailable(_WHAT, "the kernel does not allow this user to load BPF programs (EPERM)", _RIGHTS)
-        case errno.ENOMEM:
-            return Unavailable(_WHAT, "no memory to load the programs", "a higher memory limit of the cgroup")
-    return Unavailable(
-        _WHAT, f"the kernel refuses the programs: {error.strerror}", "Linux 5.10 or later with CONFIG_DEBUG_INFO_BTF"
-    )
-
-
-def _no_ring(error: OSError, size: int) -> Unavailable:
-    if error.errno == errno.ENOMEM:
-        return Unavailable(
-            _WHAT, f"no memory for a ring of {size / 2**20:g} MiB", "a smaller [capture] ring_mib, or more memory"
-        )
-    return Unavailable(
-        _WHAT, f"the kernel refuses a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib"
-    )
-
-
-def _lockdown() -> str:
-    """Return the kernel's lockdown level if that forbids programs to read kernel memory, else ""."""
-    try:
-        told = Path("/sys/kernel/security/lockdown").read_text(encoding="ascii")
-    except OSError:
-        return ""
-    return "confidentiality" if "[confidentiality]" in told else ""

@@ -25,6 +25,7 @@ from contracts.hooks import BY_HOOK, Hook
 from contracts.records import Batch, Flag
 from contracts.topology import Topology
 from mace.lab import Spec, running
+from tests import memory_cgroup
 from tests.filtered_ftrace import Sender, cpu_choice
 
 pytestmark = [pytest.mark.needs("root", "bpf", "netns"), pytest.mark.timeout(180)]
@@ -32,6 +33,8 @@ pytestmark = [pytest.mark.needs("root", "bpf", "netns"), pytest.mark.timeout(180
 COUNT = 300
 SIZE = 1213
 """Payload of the pings, bytes: their length distinguishes them from all other traffic."""
+CALL_OF_READ, CALL_OF_NOTHING = (b"\x85" + bytes(3) + number.to_bytes(4, "little") for number in (113, 9999))
+"""Instructions that call bpf_probe_read_kernel(), and a function that no kernel has."""
 DEVICE_HOOKS = [info.hook for info in BY_HOOK.values() if info.has_device]
 
 
@@ -224,16 +227,36 @@ def test_no_object(tmp_path):
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=tmp_path / "mace.bpf.o")
 
 
-def test_without_rights():
+@pytest.mark.parametrize(("kept", "missing"), [("", "CAP_PERFMON and CAP_BPF"), (",+bpf", "CAP_PERFMON")])
+def test_without_rights(kept, missing):
     code = "from collector.bpf.source import BpfSource; s = BpfSource.check(); print(s.ok, s.detail, '|', s.remedy)"
-    no_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
-    done = subprocess.run([*no_rights, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    few_rights = ["setpriv", f"--bounding-set=-all{kept}", "--inh-caps=-all"]
+    done = subprocess.run([*few_rights, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said, _, remedy = done.stdout.partition("|")
     assert said.startswith("False")
-    assert "EPERM" in said
+    assert said.strip().endswith(f": {missing} missing")
     assert "CAP_BPF and CAP_PERFMON" in remedy
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+def test_the_verifiers_verdict_is_told(tmp_path):
+    path = tmp_path / "mace.bpf.o"
+    path.write_bytes(session.OBJECT.read_bytes().replace(CALL_OF_READ, CALL_OF_NOTHING))
+    with pytest.raises(Unavailable, match=r"verifier.*9999") as raised:
+        session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.needs("memory_cgroup")
+def test_a_memory_limit():
+    """A cgroup that has room for the programs, and for no ring."""
+    one = session.Session(SessionFilter(), ring_bytes=512 << 20, wake_every=1, cookies=False)
+    try:
+        with memory_cgroup.limited(64), pytest.raises(Unavailable, match=r"no memory for a ring of 512 MiB; .*cgroup"):
+            one.add_ring(0)
+    finally:
+        one.close()
 
 
 def test_a_ring_that_is_too_small():
