@@ -35,7 +35,7 @@ rlimit-based memory accounting for bpf progs") and its series."""
 
 def of_programs(error: OSError, log: str) -> Unavailable:
     """Return why the kernel refuses the programs; `log` is the verifier's log, "" if the verifier was not reached."""
-    if (found := _locked_down() or _without_rights(error) or _without_memory(error) or _too_old()) is not None:
+    if (found := _locked_down() or _without_memory(error) or _without_rights(error) or _too_old()) is not None:
         return found
     if verdict := _verdict(log):
         return Unavailable(
@@ -50,7 +50,7 @@ def of_programs(error: OSError, log: str) -> Unavailable:
 
 def of_attaching(program: str, error: OSError) -> Unavailable:
     """Return why the kernel does not attach a program."""
-    if (found := _locked_down() or _without_rights(error) or _without_memory(error)) is not None:
+    if (found := _locked_down() or _without_memory(error) or _without_rights(error)) is not None:
         return found
     return Unavailable(_WHAT, f"{program} cannot be attached: {os.strerror(error.errno or 0)}", _OTHERS)
 
@@ -86,8 +86,7 @@ def _locked_down() -> Unavailable | None:
 
 
 def _without_rights(error: OSError) -> Unavailable | None:
-    if error.errno not in (errno.EPERM, errno.EACCES):
-        return None
+    """Without a capability the errno varies: EPERM, or E2BIG for more instructions than an ordinary user may load."""
     held = _capabilities()
     missing = [name for name, number in _NEEDED.items() if not held >> number & 1]
     if missing and not held >> _SYS_ADMIN & 1:
@@ -95,7 +94,7 @@ def _without_rights(error: OSError) -> Unavailable | None:
             _WHAT, f"the kernel does not let this user load BPF programs: {' and '.join(missing)} missing", RIGHTS
         )
     if error.errno != errno.EPERM:
-        return None  # the verifier's answer
+        return None
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if _version() < _UNLIMITED_SINCE and limit != resource.RLIM_INFINITY and not held >> _SYS_RESOURCE & 1:
         return Unavailable(

@@ -42,7 +42,7 @@ def of(code, log=""):
     ("capabilities", "missing"),
     [(0, "CAP_PERFMON and CAP_BPF missing"), (1 << 39, ": CAP_PERFMON missing"), (1 << 38, ": CAP_BPF missing")],
 )
-@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES])
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.E2BIG])
 def test_missing_capabilities_are_named(machine, capabilities, missing, code):
     machine(capabilities=capabilities)
     found = of(code, LOG)
