@@ -388,6 +388,11 @@ static __always_inline void mace_find_at_device(const struct sk_buff *skb,
 		record->vlan = buffer->tci;
 		record->flags |= MACE_FLAG_VLAN;
 	}
+	MACE_FORGET_OLD(&mace_state, record->vlan);
+	MACE_FORGET_OLD(&mace_state, record->flags);
+	MACE_FORGET_OLD(&mace_state, buffer->in_place);
+	MACE_FORGET_OLD(&mace_state, buffer->offset);
+	MACE_FORGET_OLD(&mace_state, buffer->protocol);
 	record->l3_len = buffer->len > buffer->offset ? buffer->len - buffer->offset : 0;
 }
 

@@ -31,6 +31,7 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_object__find_map_by_name": (_VOID, (_VOID, ctypes.c_char_p)),
     "bpf_program__name": (ctypes.c_char_p, (_VOID,)),
     "bpf_program__set_autoload": (_INT, (_VOID, ctypes.c_bool)),
+    "bpf_program__set_log_buf": (_INT, (_VOID, _VOID, ctypes.c_size_t)),
     "bpf_program__fd": (_INT, (_VOID,)),
     "bpf_program__attach": (_VOID, (_VOID,)),
     "bpf_link__destroy": (_INT, (_VOID,)),

@@ -7,7 +7,6 @@ when the process ends, even if it is killed.
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import secrets
@@ -18,10 +17,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.bpf import libbpf
+from collector.bpf import libbpf, refusal
 from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, RING, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
-from collector.bpf.object import OBJECT, RIGHTS, BpfObject, has_functions, refused
+from collector.bpf.object import OBJECT, BpfObject, has_functions
 from collector.live.filter import SessionFilter
 from collector.live.places import NETNS_MASK, Places
 from collector.machine.kernel import highest_possible_cpu, kernel_version
@@ -48,7 +47,7 @@ def programs() -> dict[Hook, str]:
     try:
         btf = libbpf.Btf()
     except OSError as error:
-        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", RIGHTS) from error
+        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", refusal.RIGHTS) from error
     try:
         arguments = {info.hook: btf.arguments_of(info.name) for info in HOOKS}
     finally:
@@ -188,7 +187,7 @@ class Session:
         try:
             return libbpf.create_mapped(RING.itemsize + size) if self.maps_rings else libbpf.create_ring_buffer(size)
         except OSError as error:
-            raise _no_ring(error, size) from error
+            raise refusal.of_ring(error, size) from error
 
     @property
     def wakes_fd(self) -> int:
@@ -201,7 +200,7 @@ class Session:
             try:
                 self._links.append(pointer(self._library.bpf_program__attach(self._object.program(name))))
             except OSError as error:
-                raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", RIGHTS) from error
+                raise refusal.of_attaching(name, error) from error
 
     def detach(self) -> None:
         """Detach the programs."""
@@ -281,15 +280,3 @@ def _replace(slots: npt.NDArray[Any], count: npt.NDArray[Any], wanted: Sequence[
             slots[at] = number
             count[...] = max(len(used), at + 1)
     count[...] = np.flatnonzero(slots[:count] != NO_PLACE).max(initial=-1) + 1
-
-
-def _no_ring(error: OSError, size: int) -> Unavailable:
-    if error.errno == errno.EPERM:
-        return refused(error)
-    if error.errno == errno.ENOMEM:
-        return Unavailable(
-            _WHAT, f"no memory for a ring of {size / 2**20:g} MiB", "a smaller [capture] ring_mib, or more memory"
-        )
-    return Unavailable(
-        _WHAT, f"the kernel refuses a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib"
-    )
