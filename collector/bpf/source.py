@@ -166,18 +166,11 @@ class BpfSource(RecordSource):
 
     @staticmethod
     def check(open_session: Callable[..., Session] = Session) -> Status:
-        """Return whether this source can run here, by loading one of its programs: all of them take seconds."""
+        """Return whether this source can run here, by loading the programs and unloading them."""
         try:
             _check_machine()
-            here = programs()
-            missing = [info.name for info in HOOKS if info.hook not in here]
-            session = open_session(
-                SessionFilter(hooks=tuple(here)[:1]),
-                ring_bytes=mmap.PAGESIZE,
-                wake_every=1,
-                cookies=False,
-                path=OBJECT,
-            )
+            missing = [info.name for info in HOOKS if info.hook not in programs()]
+            session = open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT)
             timed = session.time_runs(on=True)
             session.close()
         except Unavailable as error:
