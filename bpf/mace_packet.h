@@ -175,10 +175,10 @@ struct mace_headers {
 #define MACE_FORGET(reader, number) ((number) ^= (__typeof__(number))(reader)->nothing)
 
 /* The same for kernels before Linux 6.2 only, whose verifiers find fewer states equal. */
-#define MACE_FORGET_OLD(reader, number)                                                            \
-	do {                                                                                       \
-		if (!mace_is_direct())                                                             \
-			MACE_FORGET(reader, number);                                               \
+#define MACE_FORGET_OLD(reader, number)              \
+	do {                                         \
+		if (!mace_is_direct())               \
+			MACE_FORGET(reader, number); \
 	} while (0)
 
 /* --- bytes ------------------------------------------------------------------------ */
