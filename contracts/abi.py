@@ -18,7 +18,7 @@ import numpy.typing as npt
 from contracts import records
 
 ABI_MAJOR: Final = 1
-ABI_MINOR: Final = 1
+ABI_MINOR: Final = 2
 
 DEVICE_NAME: Final = "mace"
 HOOK_SLOTS: Final = 16
