@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Programs on the tracepoints: one small function per hook, and the function that all of them call.
+ * Programs on the tracepoints, and on the functions where IP takes a packet: one small function per
+ * hook, and the function that all of them call.
  *
  * A program runs wherever the kernel handles a packet, on any CPU. Another program may interrupt it
  * on the same CPU (from an interrupt; in the newest kernels also from another task). Every entry
@@ -155,6 +156,48 @@ static __always_inline u64 mace_skb_id(struct mace_cpu *cpu, const struct sk_buf
 	return skb_id;
 }
 
+/* --- where a packet was received -------------------------------------------------- */
+
+#define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64 */
+
+/*
+ * Of the buffers that a CPU has received, each with its device, in one word. IP is handed a packet
+ * on the CPU that has received it: if the word differs, the packet has changed devices in between,
+ * past every tracepoint. An entry may be overwritten by that of another buffer; then the packet is
+ * recorded once more. The module does the same (kmod/mace_probes.c).
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << MACE_RECEIVED_BITS);
+	__type(key, u32);
+	__type(value, u64);
+} mace_received SEC(".maps");
+
+/*
+ * Return whether IP is handed a packet that was received at its device. @hook: a constant; at
+ * MACE_HOOK_NETIF_RECEIVE_SKB the packet is noted, at any hook but MACE_HOOK_IP_RCV the answer is
+ * no.
+ */
+static __always_inline bool mace_was_received(const u8 hook, const struct sk_buff *skb,
+					      const struct net_device *dev)
+{
+	u64 head, word, *received;
+	u32 slot;
+
+	if (hook != MACE_HOOK_NETIF_RECEIVE_SKB && hook != MACE_HOOK_IP_RCV)
+		return false;
+	head = mace_number(skb->head) * MACE_FACTOR;
+	word = head ^ mace_number(dev);
+	slot = head >> (64 - MACE_RECEIVED_BITS);
+	received = bpf_map_lookup_elem(&mace_received, &slot);
+	if (!received)
+		return false;
+	if (hook == MACE_HOOK_IP_RCV)
+		return *received == word;
+	*received = word;
+	return false;
+}
+
 /* --- the filter ------------------------------------------------------------------- */
 
 static __always_inline u64 mace_name_of(const struct net *net)
@@ -294,6 +337,8 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 		return 0;
 	/* Not atomic, which would cost more than all other counting: a call may be missing. */
 	cpu->counts.calls[hook]++;
+	if (mace_was_received(hook, skb, dev))
+		return 0;
 	if (dev) {
 		netns = mace_name_of(dev->nd_net.net);
 		record.ifindex = dev->ifindex;
@@ -432,6 +477,22 @@ SEC("tp_btf/kfree_skb")
 int BPF_PROG(kfree_skb_without_reason, struct sk_buff *skb)
 {
 	return mace_nowhere(MACE_HOOK_KFREE_SKB, skb, 0);
+}
+
+/*
+ * ip_rcv() and ip_list_rcv(), the entry of packets that a driver hands over in lists, have these
+ * functions in common.
+ */
+SEC("fentry/ip_rcv_core")
+int BPF_PROG(ip_rcv, struct sk_buff *skb)
+{
+	return mace_up(MACE_HOOK_IP_RCV, skb);
+}
+
+SEC("fentry/ip6_rcv_core")
+int BPF_PROG(ipv6_rcv, struct sk_buff *skb)
+{
+	return mace_up(MACE_HOOK_IP_RCV, skb);
 }
 
 char LICENSE[] SEC("license") = "GPL";

@@ -12,7 +12,8 @@ import mmap
 import os
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ from collector.live.filter import SessionFilter
 from collector.machine.kernel import highest_possible_cpu
 from collector.machine.netns import cookie_here, inside, open_nsfs
 from contracts.errors import SourceError, Unavailable
-from contracts.hooks import HOOKS, Hook
+from contracts.hooks import TRACEPOINTS, Hook
 
 OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
 """The object file that `bpf/Makefile` builds; it is package data."""
@@ -36,11 +37,45 @@ _WITHOUT_REASON: Final = "kfree_skb_without_reason"
 _RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8 CAP_SYS_ADMIN)"
 
 
-def programs() -> dict[Hook, str]:
-    """Return the program's name for each hook of this kernel.
+_FUNCTIONS: Final = {"ip_rcv": "ip_rcv_core", "ipv6_rcv": "ip6_rcv_core"}
+"""Name of each program of `Hook.IP_RCV` -> the kernel's function that it is attached to."""
+
+
+def programs() -> dict[Hook, tuple[str, ...]]:
+    """Return the names of the programs of each hook that this kernel allows.
 
     Raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
     """
+    with _btf() as btf:
+        arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
+        at_ip = () if _refusal(btf) else tuple(name for name, at in _FUNCTIONS.items() if btf.has_function(at))
+    found = {info.hook: (info.name,) for info in TRACEPOINTS if arguments[info.hook] > 0}
+    # The drop reason is the third argument, since Linux 5.17.
+    if 0 < arguments[Hook.KFREE_SKB] < 3:
+        found[Hook.KFREE_SKB] = (_WITHOUT_REASON,)
+    return found | ({Hook.IP_RCV: at_ip} if at_ip else {})
+
+
+def function_refusal() -> str:
+    """Return why the kernel allows no program at `Hook.IP_RCV`, or ""; raises `Unavailable` as `programs` does."""
+    with _btf() as btf:
+        return _refusal(btf)
+
+
+def _refusal(btf: libbpf.Btf) -> str:
+    present = [function for function in _FUNCTIONS.values() if btf.has_function(function)]
+    if not present:
+        return f"this kernel has none of the functions {', '.join(_FUNCTIONS.values())}"
+    try:
+        btf.try_function(present[0])
+    except OSError as error:
+        return f"the kernel refuses programs on its functions ({error.strerror})"
+    return ""
+
+
+@contextmanager
+def _btf() -> Iterator[libbpf.Btf]:
+    """Open the kernel's type information; raises `Unavailable`."""
     if not BTF.exists():
         raise Unavailable(_WHAT, f"this kernel has no BTF: {BTF} does not exist", "a kernel with CONFIG_DEBUG_INFO_BTF")
     try:
@@ -48,14 +83,9 @@ def programs() -> dict[Hook, str]:
     except OSError as error:
         raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", _RIGHTS) from error
     try:
-        arguments = {info.hook: btf.arguments_of(info.name) for info in HOOKS}
+        yield btf
     finally:
         btf.close()
-    found = {info.hook: info.name for info in HOOKS if arguments[info.hook] > 0}
-    # The drop reason is the third argument, since Linux 5.17.
-    if 0 < arguments[Hook.KFREE_SKB] < 3:
-        found[Hook.KFREE_SKB] = _WITHOUT_REASON
-    return found
 
 
 class Session:
@@ -77,8 +107,8 @@ class Session:
         self._stats = -1
         self._state: mmap.mmap | None = None
         chosen = programs()
-        self.programs: dict[Hook, str] = {
-            h: name for h, name in chosen.items() if not wanted.hooks or h in wanted.hooks
+        self.programs: dict[Hook, tuple[str, ...]] = {
+            h: names for h, names in chosen.items() if not wanted.hooks or h in wanted.hooks
         }
         if not self.programs:
             raise Unavailable(_WHAT, "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing")
@@ -91,7 +121,7 @@ class Session:
             )
         self._object = self._open(path)
         try:
-            self._prepare(wanted, wake_every, cookies, {*chosen.values(), *(i.name for i in HOOKS), _WITHOUT_REASON})
+            self._prepare(wanted, wake_every, cookies)
             self._load()
         except BaseException:
             self.close()
@@ -133,9 +163,10 @@ class Session:
                 _WHAT, f"{path} is no BPF object: {error.strerror}", "rebuild it: `make -C bpf -B`"
             ) from error
 
-    def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool, known: Iterable[str]) -> None:
-        for name in known:
-            check(self._library.bpf_program__set_autoload(self._program(name), name in self.programs.values()))
+    def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
+        used = {name for names in self.programs.values() for name in names}
+        for name in (*(info.name for info in TRACEPOINTS), _WITHOUT_REASON, *_FUNCTIONS):
+            check(self._library.bpf_program__set_autoload(self._program(name), name in used))
         check(self._library.bpf_map__set_max_entries(self._map("mace_rings"), self.possible_cpus))
         config = self._memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
@@ -164,7 +195,10 @@ class Session:
         # libbpf's pointer leads to its own copy of the global data; the programs read the map's memory.
         state = check(self._library.bpf_map__fd(self._map(".bss")))
         self._state = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._fds = {hook: check(self._library.bpf_program__fd(self._program(n))) for hook, n in self.programs.items()}
+        self._fds = {
+            hook: [check(self._library.bpf_program__fd(self._program(name))) for name in names]
+            for hook, names in self.programs.items()
+        }
 
     def _map(self, name: str) -> int:
         found = self._library.bpf_object__find_map_by_name(self._object, name.encode())
@@ -219,7 +253,7 @@ class Session:
 
     def attach(self) -> None:
         """Attach the programs, which record only after `start`; raises `Unavailable`."""
-        for name in self.programs.values():
+        for name in (name for names in self.programs.values() for name in names):
             try:
                 self._links.append(pointer(self._library.bpf_program__attach(self._program(name))))
             except OSError as error:
@@ -250,8 +284,8 @@ class Session:
         return np.ndarray((self.possible_cpus,), COUNTS, self._counts, 0, (self._counts.shape[1],)).copy()
 
     def runs(self) -> dict[Hook, Runs]:
-        """Return the kernel's counts for the program of each hook; raises `OSError`."""
-        return {hook: libbpf.runs_of(fd) for hook, fd in self._fds.items()}
+        """Return the kernel's counts for the programs of each hook; raises `OSError`."""
+        return {hook: sum(map(libbpf.runs_of, fds), Runs(0, 0, 0)) for hook, fds in self._fds.items()}
 
     def time_runs(self, *, on: bool) -> bool:
         """Switch the kernel's timing of all BPF programs on or off; return whether this session has it on.

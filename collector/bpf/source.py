@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import OBJECT, Session, programs, ring_bytes_of
+from collector.bpf.session import OBJECT, Session, function_refusal, programs, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
@@ -165,18 +165,20 @@ class BpfSource(RecordSource):
         """Return whether this source can run here, by loading the programs and unloading them."""
         try:
             _check_machine()
-            missing = [info.name for info in HOOKS if info.hook not in programs()]
+            present, refusal = programs(), function_refusal()
+            missing = [info.name for info in HOOKS if info.hook not in present]
             open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT).close()
         except Unavailable as error:
             return Status(ok=False, detail=error.why, remedy=error.remedy)
         except MaceError as error:
             return Status(ok=False, detail=str(error))
         without = f", without {', '.join(missing)}" if missing else ""
+        refused = f"; {refusal}, so ingress of macvlan, ipvlan and bpf_redirect_peer is not seen" if refusal else ""
         silent = f"; {told}" if (told := silent_on(platform.release())) else ""
         return Status(
             ok=True,
-            detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} tracepoints{without}; sees every network"
-            f" namespace; content key for packets that lie in a buffer's linear part{silent}",
+            detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} hooks{without}; sees every network"
+            f" namespace; content key for packets that lie in a buffer's linear part{silent}{refused}",
         )
 
     async def _acquire(self) -> StreamHeader:
