@@ -63,6 +63,7 @@ async def measure(
         on_results(results, summary)
 
     def begin(header: StreamHeader) -> None:
+        summary.observed(header.hooks)
         on_open(header, chosen)
         opened.set()
 
@@ -189,6 +190,7 @@ async def replay(
         engine=configured.replayed(config.correlate),
         stop=stop,
         on_results=take,
+        on_open=lambda header: summary.observed(header.hooks),
         vitals=vitals,
     )
     summary.sinks = vitals.accounts
