@@ -34,6 +34,7 @@
 #define MACE_FACTOR4 0xd6e8feb86659fd93ULL
 
 #define MACE_IDENTIFIED_BITS 6
+#define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64 */
 #define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
 
 /**
@@ -70,11 +71,13 @@ struct mace_identified {
  * @counts: counts that the reader queries
  * @hashed: the last packet_key
  * @identified: buffers, each in the slot of its address's hash
+ * @received: buffer and device of receptions, one word each, in the place of the data's address
  */
 struct mace_cpu {
 	struct mace_counts counts;
 	struct mace_hashed hashed;
 	struct mace_identified identified[1 << MACE_IDENTIFIED_BITS];
+	u64 received[1 << MACE_RECEIVED_BITS];
 };
 
 struct {
@@ -158,43 +161,30 @@ static __always_inline u64 mace_skb_id(struct mace_cpu *cpu, const struct sk_buf
 
 /* --- where a packet was received -------------------------------------------------- */
 
-#define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64 */
-
 /*
- * Of the buffers that a CPU has received, each with its device, in one word. IP is handed a packet
- * on the CPU that has received it: if the word differs, the packet has changed devices in between,
- * past every tracepoint. An entry may be overwritten by that of another buffer; then the packet is
- * recorded once more. The module does the same (kmod/mace_probes.c).
+ * IP is handed a packet on the CPU that has received it. If the word of its place differs, the
+ * packet has changed devices in between, past every tracepoint. A word may be overwritten by that
+ * of another buffer; then the packet is recorded once more. The module does the same
+ * (kmod/mace_probes.c).
+ *
+ * Return whether IP is handed a packet at the device where it was received. @hook: a constant; at
+ * MACE_HOOK_NETIF_RECEIVE_SKB the packet is noted.
  */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1 << MACE_RECEIVED_BITS);
-	__type(key, u32);
-	__type(value, u64);
-} mace_received SEC(".maps");
-
-/*
- * Return whether IP is handed a packet that was received at its device. @hook: a constant; at
- * MACE_HOOK_NETIF_RECEIVE_SKB the packet is noted, at any hook but MACE_HOOK_IP_RCV the answer is
- * no.
- */
-static __always_inline bool mace_was_received(const u8 hook, const struct sk_buff *skb,
+static __always_inline bool mace_was_received(struct mace_cpu *cpu, const u8 hook,
+					      const struct sk_buff *skb,
 					      const struct net_device *dev)
 {
-	u64 head, word, *received;
-	u32 slot;
+	u64 head, word;
+	volatile u64 *place;
 
 	if (hook != MACE_HOOK_NETIF_RECEIVE_SKB && hook != MACE_HOOK_IP_RCV)
 		return false;
 	head = mace_number(skb->head) * MACE_FACTOR;
 	word = head ^ mace_number(dev);
-	slot = head >> (64 - MACE_RECEIVED_BITS);
-	received = bpf_map_lookup_elem(&mace_received, &slot);
-	if (!received)
-		return false;
+	place = &cpu->received[head >> (64 - MACE_RECEIVED_BITS)];
 	if (hook == MACE_HOOK_IP_RCV)
-		return *received == word;
-	*received = word;
+		return *place == word;
+	*place = word;
 	return false;
 }
 
@@ -337,7 +327,7 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 		return 0;
 	/* Not atomic, which would cost more than all other counting: a call may be missing. */
 	cpu->counts.calls[hook]++;
-	if (mace_was_received(hook, skb, dev))
+	if (mace_was_received(cpu, hook, skb, dev))
 		return 0;
 	if (dev) {
 		netns = mace_name_of(dev->nd_net.net);

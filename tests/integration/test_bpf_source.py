@@ -1,7 +1,9 @@
 """The BPF programs on the running kernel: compared with ftrace, filtered, killed, attached again and again, refused."""
 
 import asyncio
+import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -15,13 +17,13 @@ import numpy as np
 import pytest
 
 from collector.bpf import session
-from collector.bpf.libbpf import library
+from collector.bpf.libbpf import Btf, library
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.live.filter import SessionFilter
 from collector.machine.devices import DeviceFollower
 from contracts.errors import SourceError, Unavailable
-from contracts.hooks import BY_HOOK, Hook
+from contracts.hooks import BY_HOOK, HOOKS, TRACEPOINTS, Hook
 from contracts.records import Batch, Flag
 from contracts.topology import Topology
 from mace.lab import Spec, running
@@ -148,7 +150,7 @@ def test_a_killed_collector_leaves_nothing_attached():
         try:
             assert collector.stdout.readline() == "open\n"
             programs = programs_of(collector.pid)
-            assert len(programs) == 8
+            assert len(programs) == sum(map(len, session.programs().values()))
             assert all(map(is_loaded, programs))
         finally:
             collector.send_signal(signal.SIGKILL)
@@ -170,7 +172,7 @@ def test_attached_and_detached_again_and_again_under_a_flood():
                 for _ in range(200):
                     await asyncio.gather(sender.send(), asyncio.to_thread(one.attach))
                     one.start()
-                    assert one.attached == 8
+                    assert one.attached == sum(map(len, one.programs.values()))
                     await sender.send()
                     one.stop()
                     await asyncio.gather(sender.send(), asyncio.to_thread(one.detach))
@@ -209,6 +211,43 @@ def test_an_object_without_a_program(tmp_path):
     with pytest.raises(SourceError, match=r"no program consume_skb.*make -C bpf") as raised:
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
     assert "\n" not in str(raised.value)
+
+
+def test_the_other_programs_run_where_the_kernel_refuses_those_on_functions(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Btf, "try_function", refuse)
+    status = BpfSource.check()
+    assert status.ok
+    assert f"programs on {len(TRACEPOINTS)} of {len(HOOKS)} hooks, without ip_rcv" in status.detail
+    assert "the kernel refuses programs on its functions (Operation not permitted)" in status.detail
+    one = session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False)
+    try:
+        assert one.programs.keys() == {info.hook for info in TRACEPOINTS}
+        one.attach()
+        assert one.attached == len(TRACEPOINTS)
+    finally:
+        one.close()
+
+
+def test_what_the_kernel_allows_on_functions_is_loaded():
+    """The trial with an empty program and the real programs come to the same, whatever this kernel allows."""
+    allowed = not session.function_refusal()
+    one = session.Session(
+        SessionFilter(hooks=(Hook.NETIF_RX, Hook.IP_RCV)), ring_bytes=4096, wake_every=1, cookies=False
+    )
+    try:
+        one.attach()
+        assert one.programs.keys() == {Hook.NETIF_RX} | ({Hook.IP_RCV} if allowed else set())
+        assert one.attached == sum(map(len, one.programs.values()))
+    finally:
+        one.close()
+    with contextlib.closing(Btf()) as btf:
+        assert btf.has_function("ip_rcv_core")
+        assert not btf.has_function("no_such_function")
+        with pytest.raises(FileNotFoundError):
+            btf.try_function("no_such_function")
 
 
 def test_cpus_whose_numbers_have_gaps(monkeypatch):

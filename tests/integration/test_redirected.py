@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from collector.bpf.session import function_refusal
 from tests.measuring import start, wait_for
 from tests.redirect_peer import bpffs, redirect
 
@@ -20,7 +21,9 @@ COUNT = 200
 
 
 @pytest.mark.slow
-def test_ingress_that_is_hidden_is_said_to_be(tmp_path):
+@pytest.mark.parametrize("source", ["ftrace", pytest.param("bpf", marks=pytest.mark.needs("bpf"))])
+def test_ingress_that_is_hidden_is_said_to_be(tmp_path, source):
+    """With ftrace always, with BPF where the kernel allows no program on its functions; else it is measured."""
     tag = f"r{uuid.uuid4().hex[:6]}"
     pod, host, far = (f"{tag}-{name}" for name in ("pod", "host", "far"))
 
@@ -47,7 +50,7 @@ def test_ingress_that_is_hidden_is_said_to_be(tmp_path):
         run(f"ip -n {far} route add default via {OUTER}")
         run(f"ip netns exec {host} sysctl -qw net.ipv4.ip_forward=1")
         redirect(host, "out0", "lxc0", POD, leaving.enter_context(bpffs(tmp_path / "bpf")) / "peer")
-        (tmp_path / "mace.toml").write_text(f'[capture]\nsource = "ftrace"\nhost_netns = "{host}"\n')
+        (tmp_path / "mace.toml").write_text(f'[capture]\nsource = "{source}"\nhost_netns = "{host}"\n')
         capture = tmp_path / "run.mace"
         words = ("run", "--json", "--no-store", "--record", capture, "--config", tmp_path / "mace.toml")
         measuring = start(*words)
@@ -62,6 +65,11 @@ def test_ingress_that_is_hidden_is_said_to_be(tmp_path):
         found = json.loads(out)
     egress = [row for row in found["devices"] if row["device"] == "eth0" and row["direction"] == "egress"]
     assert egress[0]["count"] >= COUNT
+    if source == "bpf" and not function_refusal():
+        whole = {row["direction"]: row["count"] for row in found["overhead"] if row["netns"] == pod}
+        assert whole["ingress"] >= 3 * COUNT
+        assert "unseen" not in found
+        return
     assert not [row for row in found["devices"] if row["device"] == "eth0" and row["direction"] == "ingress"]
     (told,) = found["unseen"]
     assert told.startswith(f"eth0 of {pod} sent ")
