@@ -4,11 +4,11 @@
  * hook, and the function that all of them call.
  *
  * A program runs wherever the kernel handles a packet, on any CPU. Another program may interrupt it
- * on the same CPU (from an interrupt; in the newest kernels also from another task). Every entry
- * that the programs keep from packet to packet therefore holds a check over its words, which a torn
- * entry fails, and the programs count losses with atomic additions. The kernel does not run a
- * program inside itself on one CPU: it skips the inner call and counts it (recursion_misses of
- * struct bpf_prog_info), and the reader queries that count.
+ * on the same CPU (from an interrupt; in the newest kernels also from another task). The entries
+ * that the programs keep from packet to packet therefore show whether they are torn (struct
+ * mace_seen, struct mace_identified), and the programs count losses with atomic additions. The
+ * kernel does not run a program inside itself on one CPU: it skips the inner call and counts it
+ * (recursion_misses of struct bpf_prog_info), and the reader queries that count.
  *
  * A packet's device gives its namespace. At the hooks where a packet is delivered or freed,
  * skb->dev may dangle, so the programs take the namespace of the packet's socket, if it has one. At
@@ -24,40 +24,24 @@
 #include <bpf/bpf_tracing.h>
 
 #include "mace_bpf.h"
+#include "mace_devices.h"
 #include "mace_kernel.h"
 #include "mace_packet.h"
 
-/* Odd, so that a change of one word changes the sum; the first is 2^64 over the golden ratio. */
+/* 2^64 over the golden ratio: the upper bits of a product depend on all bits of the factor. */
 #define MACE_FACTOR 0x9e3779b97f4a7c15ULL
-#define MACE_FACTOR2 0xbf58476d1ce4e5b9ULL
-#define MACE_FACTOR3 0x94d049bb133111ebULL
-#define MACE_FACTOR4 0xd6e8feb86659fd93ULL
 
+#define MACE_SEEN_BITS 5
 #define MACE_IDENTIFIED_BITS 6
 #define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64 */
 #define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
-
-/**
- * struct mace_hashed - the last packet_key of a CPU
- *
- * Usually the same packet reaches another hook next, and its key need not be computed again.
- *
- * @words: the words that packet_key is the hash of
- * @key: the packet_key
- * @check: weighted sum of @words, XOR @key
- */
-struct mace_hashed {
-	struct mace_words words;
-	u64 key;
-	u64 check;
-};
 
 /**
  * struct mace_identified - a buffer that a CPU has recorded
  *
  * @skb: the buffer's address
  * @skb_id: its identity in records
- * @check: @skb times MACE_FACTOR, XOR @skb_id
+ * @check: @skb times MACE_FACTOR, XOR @skb_id; an entry that an interrupt's program tore fails it
  */
 struct mace_identified {
 	u64 skb;
@@ -69,14 +53,14 @@ struct mace_identified {
  * struct mace_cpu - the state of one CPU
  *
  * @counts: counts that the reader queries
- * @hashed: the last packet_key
  * @identified: buffers, each in the slot of its address's hash
+ * @seen: packets that were read, each in the slot of the hash of its data's address
  * @received: buffer and device of receptions, one word each, in the place of the data's address
  */
 struct mace_cpu {
 	struct mace_counts counts;
-	struct mace_hashed hashed;
 	struct mace_identified identified[1 << MACE_IDENTIFIED_BITS];
+	struct mace_seen seen[1 << MACE_SEEN_BITS];
 	u64 received[1 << MACE_RECEIVED_BITS];
 };
 
@@ -120,28 +104,31 @@ static __always_inline int mace_network_offset(const struct sk_buff *skb)
 	return (int)(mace_number(skb->head) - mace_number(skb->data)) + skb->network_header;
 }
 
-/* --- state from packet to packet -------------------------------------------------- */
-
-static __always_inline u64 mace_packet_key(struct mace_cpu *cpu, const struct mace_words *words)
+static __always_inline bool mace_is_direct(void)
 {
-	volatile struct mace_hashed *hashed = &cpu->hashed;
-	u64 sum = words->first * MACE_FACTOR + words->second * MACE_FACTOR2 +
-		  words->payload * MACE_FACTOR3 + words->payload2 * MACE_FACTOR4;
-	u64 key = hashed->key;
-
-	if (hashed->words.first == words->first && hashed->words.second == words->second &&
-	    hashed->words.payload == words->payload && hashed->words.payload2 == words->payload2 &&
-	    hashed->check == (sum ^ key))
-		return key;
-	key = mace_key(words);
-	hashed->words.first = words->first;
-	hashed->words.second = words->second;
-	hashed->words.payload = words->payload;
-	hashed->words.payload2 = words->payload2;
-	hashed->key = key;
-	hashed->check = sum ^ key;
-	return key;
+	return mace_config.direct;
 }
+
+static __always_inline const void *mace_in_place(u64 at, u32 len)
+{
+	return bpf_rdonly_cast((const void *)at, bpf_core_type_id_kernel(struct pt_regs));
+}
+
+static __always_inline bool mace_is_paged_readable(void)
+{
+	return mace_config.paged;
+}
+
+static __noinline long mace_copy_paged(const struct sk_buff *skb, int offset, void *to)
+{
+	struct bpf_dynptr bytes;
+
+	if (offset < 0 || bpf_dynptr_from_skb(skb, 0, &bytes))
+		return -1;
+	return bpf_dynptr_read(to, MACE_PAYLOAD_BYTES, &bytes, offset, 0);
+}
+
+/* --- state from packet to packet -------------------------------------------------- */
 
 static __always_inline u64 mace_skb_id(struct mace_cpu *cpu, const struct sk_buff *buffer)
 {
@@ -150,13 +137,32 @@ static __always_inline u64 mace_skb_id(struct mace_cpu *cpu, const struct sk_buf
 		&cpu->identified[skb * MACE_FACTOR >> (64 - MACE_IDENTIFIED_BITS)];
 	u64 skb_id = identified->skb_id;
 
-	if (identified->skb == skb && identified->check == (skb * MACE_FACTOR ^ skb_id))
+	if (likely(identified->skb == skb && identified->check == (skb * MACE_FACTOR ^ skb_id)))
 		return skb_id;
 	skb_id = mace_hash_of_skb(skb, mace_config.skb_key[0], mace_config.skb_key[1]);
 	identified->skb = skb;
 	identified->skb_id = skb_id;
 	identified->check = skb * MACE_FACTOR ^ skb_id;
 	return skb_id;
+}
+
+/* Set @fields to what the packet says. @head: address of the buffer's data */
+static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mace_buffer *buffer,
+				      u64 now, struct mace_fields *fields)
+{
+	/* A clone has the same data. */
+	struct mace_seen *seen = &cpu->seen[head * MACE_FACTOR >> (64 - MACE_SEEN_BITS)];
+
+	int used;
+
+	if (unlikely(!mace_recall(buffer, seen, fields))) {
+		MACE_FORGET(&mace_state, buffer->len);
+		MACE_FORGET(&mace_state, buffer->in_place);
+		MACE_FORGET(&mace_state, buffer->offset);
+		MACE_FORGET(&mace_state, buffer->protocol);
+		used = mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
+		asm volatile("" : : "r"(used));
+	}
 }
 
 /* --- where a packet was received -------------------------------------------------- */
@@ -257,20 +263,19 @@ static __always_inline bool mace_has_tag(const struct sk_buff *skb)
 static __always_inline void mace_describe_shared(const struct sk_buff *skb,
 						 struct mace_record *record)
 {
-	const struct skb_shared_info *shared = (const void *)(mace_number(skb->head) + skb->end);
-	u16 gso_size = 0, gso_segs = 0;
-	int dataref = 0;
+	u64 at = mace_number(skb->head) + skb->end, copy[MACE_SHARED_BYTES / 8];
+	const struct skb_shared_info *shared = (const void *)copy;
 
-	bpf_core_read(&gso_size, sizeof(gso_size), &shared->gso_size);
-	if (gso_size) {
-		bpf_core_read(&gso_segs, sizeof(gso_segs), &shared->gso_segs);
-		record->gso_segs = gso_segs;
-	}
-	if (BPF_CORE_READ_BITFIELD(skb, cloned)) {
-		bpf_core_read(&dataref, sizeof(dataref), &shared->dataref);
-		if ((dataref & MACE_DATAREF_MASK) != 1)
-			record->flags |= MACE_FLAG_CLONED;
-	}
+	if (mace_is_direct())
+		shared = bpf_rdonly_cast((const void *)at,
+					 bpf_core_type_id_kernel(struct skb_shared_info));
+	else
+		bpf_probe_read_kernel(copy, sizeof(copy), (const void *)at);
+	if (shared->gso_size)
+		record->gso_segs = shared->gso_segs;
+	if (BPF_CORE_READ_BITFIELD(skb, cloned) &&
+	    (shared->dataref.counter & MACE_DATAREF_MASK) != 1)
+		record->flags |= MACE_FLAG_CLONED;
 }
 
 /* --- recording -------------------------------------------------------------------- */
@@ -301,6 +306,68 @@ static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook
 	}
 }
 
+/* Set the fields of @record that the packet's bytes determine. */
+static __always_inline void mace_set_read(const struct net_device *dev,
+					  const struct mace_fields *fields,
+					  struct mace_record *record)
+{
+	/* Where headers may have been pulled, bytes that are not IP say nothing. */
+	if (!dev && !fields->ip_version)
+		return;
+	record->packet_key = fields->packet_key;
+	record->l4_src = fields->l4_src;
+	record->l4_dst = fields->l4_dst;
+	record->l4_seq = fields->l4_seq;
+	record->ip_id = fields->ip_id;
+	record->ip_version = fields->ip_version;
+	record->l4_proto = fields->l4_proto;
+	record->flags |= fields->flags;
+	record->l4_bits = fields->l4_bits;
+}
+
+/*
+ * Set @buffer to the packet of @skb at the hooks that have a device, and the fields of @record that
+ * its place in the buffer determines. @offset: start of the network layer from skb->data, bytes.
+ */
+static __always_inline void mace_find_at_device(const struct sk_buff *skb,
+						const struct net_device *dev, int offset,
+						struct mace_buffer *buffer,
+						struct mace_record *record)
+{
+	int tci = -1;
+
+	/* Nobody has set the offset, for instance of a packet socket's frame. */
+	if (unlikely(offset < 0 || offset > buffer->len)) {
+		offset = dev->hard_header_len;
+		if (offset > buffer->len)
+			offset = buffer->len;
+	}
+	buffer->offset = offset;
+	if (unlikely(mace_has_tag(skb)))
+		tci = skb->vlan_tci;
+	buffer->tci = tci;
+	if (unlikely(mace_is_vlan(buffer->protocol)) && !mace_find_vlan(buffer))
+		buffer->in_place = 0;
+	if (unlikely(buffer->tci >= 0)) {
+		record->vlan = buffer->tci;
+		record->flags |= MACE_FLAG_VLAN;
+	}
+	record->l3_len = buffer->len > buffer->offset ? buffer->len - buffer->offset : 0;
+}
+
+/*
+ * Set @buffer to the packet of @skb at the other hooks. Return: whether there is one. Headers may
+ * have been pulled, and the buffer may never have been a packet.
+ */
+static __always_inline bool mace_find_nowhere(const struct sk_buff *skb, struct mace_buffer *buffer)
+{
+	bool is_ip = buffer->protocol == MACE_ETH_P_IP || buffer->protocol == MACE_ETH_P_IPV6;
+
+	MACE_FORGET(&mace_state, buffer->protocol);
+	buffer->offset = mace_network_offset(skb);
+	return is_ip && skb->head && skb->network_header && buffer->offset <= buffer->in_place;
+}
+
 /*
  * Filter a packet, and write its record.
  *
@@ -313,15 +380,14 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 {
 	u32 zero = 0, number;
 	struct mace_record record = {};
+	struct mace_fields fields;
 	struct mace_buffer buffer;
-	struct mace_words words;
 	struct mace_cpu *cpu;
 	const struct sock *sk;
 	u64 netns = 0;
 
 	if (!mace_state.recording)
 		return 0;
-	record.ts_ns = bpf_ktime_get_ns();
 	cpu = bpf_map_lookup_elem(&mace_cpus, &zero);
 	if (!cpu)
 		return 0;
@@ -339,55 +405,32 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 	}
 	if (!mace_is_place_wanted(netns, record.ifindex))
 		return 0;
+	record.ts_ns = bpf_ktime_get_ns();
 	record.netns = netns;
 	record.hook = hook;
 	number = bpf_get_smp_processor_id();
 	record.cpu = number;
 
+	buffer.skb = skb;
 	buffer.data = mace_number(skb->data);
 	buffer.len = skb->len;
 	buffer.in_place = skb->len - skb->data_len;
 	buffer.protocol = BE16(skb->protocol);
-	if (dev) {
-		buffer.offset = offset;
-		/* Nobody has set the offset, for instance of a packet socket's frame. */
-		if (unlikely(offset < 0 || offset > buffer.len)) {
-			buffer.offset = dev->hard_header_len;
-			if (buffer.offset > buffer.len)
-				buffer.offset = buffer.len;
-		}
-		buffer.tci = -1;
-		if (unlikely(mace_has_tag(skb)))
-			buffer.tci = skb->vlan_tci;
-		if (unlikely(mace_is_vlan(buffer.protocol)) && !mace_find_vlan(&buffer))
-			buffer.in_place = 0;
-		if (buffer.tci >= 0) {
-			record.vlan = buffer.tci;
-			record.flags |= MACE_FLAG_VLAN;
-		}
-		record.l3_len = buffer.len > buffer.offset ? buffer.len - buffer.offset : 0;
-		mace_read_buffer(&buffer, mace_state.nothing, &record, &words);
-		mace_describe_shared(skb, &record);
-	} else if (skb->head) {
-		/* Headers may have been pulled, and the buffer may never have been a packet. */
-		buffer.offset = mace_network_offset(skb);
-		if (skb->network_header && buffer.offset <= buffer.in_place &&
-		    (buffer.protocol == MACE_ETH_P_IP || buffer.protocol == MACE_ETH_P_IPV6)) {
-			mace_read_buffer(&buffer, mace_state.nothing, &record, &words);
-			if (!record.ip_version)
-				record.flags = 0;
-		}
-		mace_describe_shared(skb, &record);
+	if (dev)
+		mace_find_at_device(skb, dev, offset, &buffer, &record);
+	if (dev || mace_find_nowhere(skb, &buffer)) {
+		mace_read(cpu, mace_number(skb->head), &buffer, record.ts_ns, &fields);
+		mace_set_read(dev, &fields, &record);
 	}
+	if (!mace_is_content_wanted(&record))
+		return 0;
+	record.skb_id = mace_skb_id(cpu, skb);
+	if (dev || skb->head)
+		mace_describe_shared(skb, &record);
 	if (hook == MACE_HOOK_KFREE_SKB)
 		record.drop_reason = detail;
 	else if (hook == MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC)
 		record.l3_len = detail;
-	if (record.flags & MACE_FLAG_KEY)
-		record.packet_key = mace_packet_key(cpu, &words);
-	if (!mace_is_content_wanted(&record))
-		return 0;
-	record.skb_id = mace_skb_id(cpu, skb);
 	mace_write(cpu, number, hook, &record);
 	return 0;
 }
@@ -399,12 +442,15 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 
 static __always_inline int mace_down(const u8 hook, struct sk_buff *skb, struct net_device *dev)
 {
-	return mace_observe(hook, skb, dev, mace_network_offset(skb), 0);
+	/* Never NULL here; the check spares the code for hooks without a device. */
+	return dev ? mace_observe(hook, skb, dev, mace_network_offset(skb), 0) : 0;
 }
 
 static __always_inline int mace_up(const u8 hook, struct sk_buff *skb)
 {
-	return mace_observe(hook, skb, skb->dev, 0, 0);
+	struct net_device *dev = skb->dev;
+
+	return dev ? mace_observe(hook, skb, dev, 0, 0) : 0;
 }
 
 static __always_inline int mace_nowhere(const u8 hook, struct sk_buff *skb, u32 detail)

@@ -32,6 +32,8 @@
  * @wake_every: number of records of a CPU after which it wakes the reader
  * @l4_filtered: 1 applies @l4_protos, 0 records all protocols
  * @cookies: 1 identifies namespaces by cookie, 0 by inode
+ * @direct: 1 if this kernel lets programs load from any address (bpf_rdonly_cast())
+ * @paged: 1 if this kernel lets programs read a buffer's pages (bpf_dynptr_from_skb())
  */
 struct mace_config {
 	__u64 skb_key[2];
@@ -45,6 +47,8 @@ struct mace_config {
 	__u32 wake_every;
 	__u32 l4_filtered;
 	__u32 cookies;
+	__u32 direct;
+	__u32 paged;
 };
 
 /**
@@ -74,6 +78,57 @@ struct mace_counts {
 	__u64 lost[MACE_HOOK_SLOTS];
 	__u64 lost_all;
 	__u64 since_wake;
+};
+
+/* Largest number of devices that one run of walk_devices describes. */
+#define MACE_WALK_DEVICES 64
+
+/**
+ * enum mace_walked - what walk_devices returns
+ *
+ * @MACE_WALK_DONE: all devices were described, by this run and those before
+ * @MACE_WALK_MORE: run it again for the next devices
+ * @MACE_WALK_LOST: the place to continue at has disappeared: begin again
+ */
+enum mace_walked {
+	MACE_WALK_DONE = 0,
+	MACE_WALK_MORE = 1,
+	MACE_WALK_LOST = 2,
+};
+
+/**
+ * struct mace_netdev - a device, as walk_devices describes it in the map mace_netdevs
+ *
+ * @netns_cookie: cookie of the device's namespace; 0 before Linux 5.12
+ * @netns: inode of the device's namespace
+ * @proc_stat: inode of /proc/PID/net/stat for each process PID in the namespace. Any user may query it
+ * @ifindex: the device, from 1 on; 0 if this element describes no device
+ * @peer_netns: inode of the namespace of @peer_ifindex
+ * @peer_ifindex: the other end of a veth or netkit pair, or 0
+ * @lower_netns: inode of the namespace of @lower_ifindex
+ * @lower_ifindex: the first of the devices below this one, or 0
+ * @master_ifindex: the device of the same namespace that this one is a port of, or 0
+ * @type: ARPHRD_*
+ * @initial: 1 if the namespace is the one that the kernel started with, else 0
+ * @pad: 0
+ * @name: name, filled up with zeros
+ * @kind: rtnetlink's kind, filled up with zeros; empty for hardware and loopback
+ */
+struct mace_netdev {
+	__u64 netns_cookie;
+	__u32 netns;
+	__u32 proc_stat;
+	__u32 ifindex;
+	__u32 peer_netns;
+	__u32 peer_ifindex;
+	__u32 lower_netns;
+	__u32 lower_ifindex;
+	__u32 master_ifindex;
+	__u16 type;
+	__u16 initial;
+	__u32 pad;
+	__u8 name[16];
+	__u8 kind[16];
 };
 
 #endif

@@ -16,8 +16,23 @@ struct ns_common {
 	unsigned int inum;
 } MACE_CORE;
 
+struct list_head {
+	struct list_head *next;
+	struct list_head *prev;
+} MACE_CORE;
+
+struct proc_dir_entry {
+	unsigned int low_ino;
+} MACE_CORE;
+
+struct net_device;
+
 /* net_cookie is a plain u64 since v5.12; user space can read it (SO_NETNS_COOKIE) since v5.14. */
 struct net {
+	struct list_head list;
+	struct list_head dev_base_head;
+	struct net_device *loopback_dev;
+	struct proc_dir_entry *proc_net_stat;
 	struct ns_common ns;
 	__u64 net_cookie;
 } MACE_CORE;
@@ -26,10 +41,37 @@ typedef struct {
 	struct net *net;
 } MACE_CORE possible_net_t;
 
+struct rtnl_link_ops {
+	const char *kind;
+} MACE_CORE;
+
+struct netdev_adjacent {
+	struct net_device *dev;
+	bool master;
+	struct list_head list;
+} MACE_CORE;
+
 struct net_device {
+	char name[16];
+	struct list_head dev_list;
+	struct {
+		struct list_head upper;
+		struct list_head lower;
+	} MACE_CORE adj_list;
 	int ifindex;
+	unsigned short type;
 	unsigned short hard_header_len;
 	possible_net_t nd_net;
+	const struct rtnl_link_ops *rtnl_link_ops;
+	__u8 priv[0];
+} MACE_CORE;
+
+struct nsproxy {
+	struct net *net_ns;
+} MACE_CORE;
+
+struct task_struct {
+	struct nsproxy *nsproxy;
 } MACE_CORE;
 
 struct sock_common {
@@ -64,10 +106,29 @@ typedef struct {
 	int counter;
 } atomic_t;
 
+/* The members from gso_size to dataref lie in the struct's first MACE_SHARED_BYTES. */
+#define MACE_SHARED_BYTES 48
+
 struct skb_shared_info {
 	unsigned short gso_size;
 	unsigned short gso_segs;
 	atomic_t dataref;
 } MACE_CORE;
+
+/* Only its identity is used: a struct of at least MACE_SEEN_BYTES_MAX bytes, all in words of eight. */
+struct pt_regs {
+	unsigned long r15;
+};
+
+/* Since v6.2: commit a35b9af4ec2c ("bpf: Add a kfunc for generic type cast"). */
+extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id)
+	__attribute__((section(".ksyms"), weak));
+
+/*
+ * Since v6.11 for these programs: commit ("bpf: Allow bpf_dynptr_from_skb() for tp_btf"). The
+ * kernel's prototype has struct __sk_buff; libbpf compares only the kinds of types.
+ */
+extern int bpf_dynptr_from_skb(const struct sk_buff *skb, __u64 flags, struct bpf_dynptr *bytes)
+	__attribute__((section(".ksyms"), weak));
 
 #endif

@@ -4,12 +4,17 @@
  * definition, and the reasons for it, are in kmod/mace_packet.c; this file implements the same
  * definition in a form that the verifier accepts.
  *
- * The programs copy a packet's bytes (bpf_probe_read_kernel()) before they read them, to constant
- * offsets on the stack, where the verifier accepts every access. A copy costs about as much as ten
- * comparisons. The first MACE_WINDOW_BYTES, enough for headers without options, are therefore one
- * copy, the window; all other bytes are copied piece by piece.
+ * A packet passes many hooks, and its bytes are parsed and hashed at the first. What was read is
+ * remembered (struct mace_seen), together with the bytes that decided it. If at a later hook all of
+ * those bytes are equal, so is what they mean, and it is copied. The comparison leaves out the bytes
+ * of the IP header that neither record nor key contains: TTL, checksum, addresses.
  *
- * The programs can read only the linear part of a buffer. If the key needs bytes in the buffer's
+ * From Linux 6.2 on the programs load bytes in place (mace_is_direct()); a load from an address
+ * that does not exist yields 0. Older kernels have to copy bytes to the stack first, which costs
+ * about as much as ten loads (bpf_probe_read_kernel()).
+ *
+ * Headers are read in the linear part of a buffer only; payload in the buffer's pages, too, where
+ * the kernel lets programs read it (mace_is_paged_readable()). If the key needs other bytes in
  * pages, the reader sets @hidden and the packet has no key: a key that differs from the module's
  * would be worse than none.
  *
@@ -20,6 +25,9 @@
 #define _MACE_PACKET_H
 
 #include "mace_bpf.h"
+
+/* See Linux's include/linux/compiler.h: what is read or written before the barrier stays before. */
+#define barrier() asm volatile("" ::: "memory")
 
 typedef __u8 u8;
 typedef __u16 u16;
@@ -36,9 +44,9 @@ typedef __u64 u64;
 #define BE16(number) __builtin_bswap16(number)
 #define BE32(number) __builtin_bswap32(number)
 
-/* Headers of IPv6 (40 bytes) and UDP (8), and MACE_PAYLOAD_BYTES. */
-#define MACE_WINDOW_BYTES 64
 #define MACE_PAYLOAD_BYTES 16
+/* The verifier requires of a copy on the stack that each of its words is aligned. */
+#define MACE_ALIGNED __attribute__((aligned(8)))
 #define MACE_EXTENSION_HEADERS_MAX 6
 
 #define MACE_ETH_HLEN 14
@@ -91,23 +99,44 @@ struct mace_words {
 };
 
 /**
+ * struct mace_buffer - a kernel buffer with a packet; lengths in bytes
+ *
+ * @skb: the buffer, for mace_copy_paged()
+ * @data: skb->data, a kernel address
+ * @len: length of the packet from @data on, linear part and pages
+ * @in_place: length of the linear part from @data on
+ * @offset: start of the network layer from @data
+ * @tci: tag control information of the VLAN tag beside the packet's data, or -1
+ * @protocol: EtherType, host byte order
+ */
+struct mace_buffer {
+	const struct sk_buff *skb;
+	u64 data;
+	int len;
+	int in_place;
+	int offset;
+	int tci;
+	u16 protocol;
+};
+
+/**
  * struct mace_reader - state of reading one packet; offsets are from its network header, in bytes
  *
- * @window: copy of the packet's first bytes, filled up with zeros
  * @at: kernel address of the network header
  * @nothing: always 0, but unknown to the verifier: see MACE_FORGET()
- * @window_bytes: number of bytes copied to @window
  * @in_place: number of the packet's bytes in the linear part
  * @bytes: number of all bytes of the packet
- * @hidden: 1 if a byte that the reading needs lies in pages
+ * @used: offset behind the last byte that was read in the linear part
+ * @paged: offset of the MACE_PAYLOAD_BYTES that were read from pages, or 0
+ * @hidden: 1 if a byte that the reading needs lies in pages and was not read
  */
 struct mace_reader {
-	u64 window[MACE_WINDOW_BYTES / 8];
 	u64 at;
 	u64 nothing;
-	int window_bytes;
 	int in_place;
 	int bytes;
+	int used;
+	int paged;
 	u32 hidden;
 };
 
@@ -147,6 +176,18 @@ struct mace_headers {
 
 /* --- bytes ------------------------------------------------------------------------ */
 
+/* The file that includes this one defines these four. Return whether mace_in_place() works. */
+static __always_inline bool mace_is_direct(void);
+/* Return the @len bytes at the kernel address @at. */
+static __always_inline const void *mace_in_place(u64 at, u32 len);
+/* Return whether mace_copy_paged() works. */
+static __always_inline bool mace_is_paged_readable(void);
+/*
+ * Copy MACE_PAYLOAD_BYTES of the buffer @skb to @to, wherever they lie. @offset is from skb->data.
+ * Return: 0, or less if the buffer does not have these bytes or nobody may read them.
+ */
+static __noinline long mace_copy_paged(const struct sk_buff *skb, int offset, void *to);
+
 /* Return whether the packet has @len bytes at @offset, in the linear part or in pages. */
 static __always_inline bool mace_has(const struct mace_reader *reader, int offset, int len)
 {
@@ -154,13 +195,25 @@ static __always_inline bool mace_has(const struct mace_reader *reader, int offse
 }
 
 /*
+ * Return @len bytes at the kernel address @at: where they are, or on kernels that cannot load them
+ * there, in @copy.
+ */
+static __always_inline const void *mace_look(u64 at, void *copy, u32 len)
+{
+	if (mace_is_direct())
+		return mace_in_place(at, len);
+	bpf_probe_read_kernel(copy, len, (const void *)at);
+	return copy;
+}
+
+/*
  * Copy @len bytes at @offset to @to, or zeros if any of them lies in pages. mace_has() must be true
- * of them; @len is a constant and a multiple of four.
+ * of them; @len is a constant and a multiple of four, and @to is aligned to eight bytes.
  */
 static __always_inline void mace_take(struct mace_reader *reader, int offset, void *to, int len)
 {
-	const u32 *window = (const u32 *)reader->window;
-	int i;
+	const volatile u64 *words;
+	int i, behind, sign;
 
 	/* The sign bit of the remaining length, computed without a branch. */
 	reader->hidden |= (u32)(reader->in_place - offset - len) >> 31;
@@ -170,30 +223,21 @@ static __always_inline void mace_take(struct mace_reader *reader, int offset, vo
 			((u32 *)to)[i] = reader->nothing;
 		return;
 	}
-	/* Offset 0, behind IPv4 or IPv6, and behind either with UDP or ICMP, both of 8 bytes. */
-	if (offset + len <= reader->window_bytes) {
-		if (offset == 0) {
-			__builtin_memcpy(to, window, len);
-			return;
-		}
-		if (offset == 20) {
-			__builtin_memcpy(to, window + 5, len);
-			return;
-		}
-		if (offset == 40) {
-			__builtin_memcpy(to, window + 10, len);
-			return;
-		}
-		if (offset == 28 && len <= 36) {
-			__builtin_memcpy(to, window + 7, len);
-			return;
-		}
-		if (offset == 48 && len <= 16) {
-			__builtin_memcpy(to, window + 12, len);
-			return;
-		}
+	/* The larger of the two; the compiler must not make a branch of it either. */
+	behind = offset + len - reader->used;
+	sign = behind >> 31;
+	asm volatile("" : "+r"(sign));
+	reader->used += behind & ~sign;
+	MACE_FORGET(reader, reader->used);
+	if (!mace_is_direct()) {
+		bpf_probe_read_kernel(to, len, (const void *)(reader->at + offset));
+		return;
 	}
-	bpf_probe_read_kernel(to, len, (const void *)(reader->at + offset));
+	words = mace_in_place(reader->at + offset, len);
+	for (i = 0; i < len / 8; i++)
+		((u64 *)to)[i] = words[i];
+	if (len % 8)
+		((u32 *)to)[len / 4 - 1] = ((const volatile u32 *)words)[len / 4 - 1];
 }
 
 /* --- headers ---------------------------------------------------------------------- */
@@ -209,7 +253,7 @@ static __always_inline void mace_has_payload(struct mace_headers *headers, int o
 static __always_inline void mace_read_tcp(struct mace_reader *reader, int offset,
 					  struct mace_headers *headers)
 {
-	u32 tcp[4];
+	u32 tcp[4] MACE_ALIGNED;
 
 	if (!mace_has(reader, offset, 20))
 		return;
@@ -232,7 +276,7 @@ static __always_inline void mace_carries(struct mace_headers *headers, int offse
 static __always_inline void mace_read_tunnel_in_udp(struct mace_reader *reader, int offset,
 						    u16 port, struct mace_headers *headers)
 {
-	u32 head[1];
+	u32 head[1] MACE_ALIGNED;
 
 	if (!mace_has(reader, offset, 8))
 		return;
@@ -250,7 +294,7 @@ static __always_inline void mace_read_tunnel_in_udp(struct mace_reader *reader, 
 static __always_inline void mace_read_udp(struct mace_reader *reader, int offset,
 					  struct mace_headers *headers)
 {
-	u32 udp[2];
+	u32 udp[2] MACE_ALIGNED;
 	u16 port;
 
 	if (!mace_has(reader, offset, 8))
@@ -270,7 +314,7 @@ static __always_inline void mace_read_icmp(struct mace_reader *reader, int offse
 					   struct mace_headers *headers)
 {
 	u8 version = headers->first >> 56;
-	u32 icmp[2];
+	u32 icmp[2] MACE_ALIGNED;
 	bool echo;
 	u8 type;
 
@@ -293,7 +337,7 @@ static __always_inline void mace_read_icmp(struct mace_reader *reader, int offse
 static __always_inline void mace_read_sctp(struct mace_reader *reader, int offset,
 					   struct mace_headers *headers)
 {
-	u32 sctp[2];
+	u32 sctp[2] MACE_ALIGNED;
 
 	if (!mace_has(reader, offset, 12))
 		return;
@@ -308,7 +352,7 @@ static __always_inline void mace_read_sctp(struct mace_reader *reader, int offse
 static __always_inline void mace_read_gre(struct mace_reader *reader, int offset,
 					  struct mace_headers *headers)
 {
-	u32 gre[1], head;
+	u32 gre[1] MACE_ALIGNED, head;
 
 	mace_has_payload(headers, offset, MACE_PAYLOAD_BYTES);
 	if (!mace_has(reader, offset, 4))
@@ -374,7 +418,7 @@ static __always_inline void mace_read_ipv4(struct mace_reader *reader, int offse
 					   struct mace_headers *headers)
 {
 	u16 fragment, length;
-	u32 ip[3];
+	u32 ip[4] MACE_ALIGNED;
 	int ihl;
 
 	if (!mace_has(reader, offset, 20))
@@ -405,7 +449,7 @@ static __always_inline void mace_read_ipv6(struct mace_reader *reader, int offse
 					   struct mace_network *network,
 					   struct mace_headers *headers)
 {
-	u32 ip[2], extension[2], proto, octets;
+	u32 ip[2] MACE_ALIGNED, extension[2] MACE_ALIGNED, proto, octets;
 	u16 length, id = 0;
 	int i;
 
@@ -497,19 +541,26 @@ static __always_inline void mace_read_ip(struct mace_reader *reader, int offset,
  * ends where the payload ends. A header precedes every payload, so these bytes exist.
  */
 static __always_inline void mace_take_payload(struct mace_reader *reader,
+					      const struct mace_buffer *buffer,
 					      const struct mace_headers *headers,
 					      struct mace_words *words)
 {
-	int offset = headers->payload, bytes = headers->payload_bytes;
+	int offset = headers->payload, bytes = headers->payload_bytes, from;
 	u64 payload[MACE_PAYLOAD_BYTES / 8];
 	u32 bits;
 
 	if (!offset || bytes <= 0 || !mace_has(reader, offset, bytes))
 		return;
-	reader->hidden |= (u32)(reader->in_place - offset - bytes) >> 31;
-	if (offset + bytes > reader->in_place)
+	from = offset + bytes - MACE_PAYLOAD_BYTES;
+	if (likely(offset + bytes <= reader->in_place)) {
+		mace_take(reader, from, payload, sizeof(payload));
+	} else if (mace_is_paged_readable() &&
+		   !mace_copy_paged(buffer->skb, buffer->offset + from, payload)) {
+		reader->paged = from;
+	} else {
+		reader->hidden = 1;
 		return;
-	mace_take(reader, offset + bytes - MACE_PAYLOAD_BYTES, payload, sizeof(payload));
+	}
 	bits = (MACE_PAYLOAD_BYTES - bytes) * 8;
 	if (unlikely(bits)) {
 		/* Keep the last @bytes bytes, the first of them as the lowest. */
@@ -550,12 +601,12 @@ static __always_inline bool mace_is_vlan(u16 protocol)
  * Set the words of the inner packet at @offset, of EtherType @protocol, which @reader's packet
  * carries. Not inlined, because few packets are tunnelled. Return: whether it can be read.
  */
-static __noinline bool mace_take_inner(struct mace_reader *reader, int offset, u16 protocol,
-				       struct mace_words *words)
+static __noinline bool mace_take_inner(struct mace_reader *reader, const struct mace_buffer *buffer,
+				       int offset, u16 protocol, struct mace_words *words)
 {
 	u32 frame = protocol == MACE_ETH_P_TEB;
 	struct mace_headers headers;
-	u32 ethernet[1];
+	u32 ethernet[1] MACE_ALIGNED;
 	int i;
 
 	if (frame) {
@@ -582,7 +633,7 @@ static __noinline bool mace_take_inner(struct mace_reader *reader, int offset, u
 		return frame && mace_take_other(reader, offset, protocol, words);
 	words->first = headers.first;
 	words->second = headers.second;
-	mace_take_payload(reader, &headers, words);
+	mace_take_payload(reader, buffer, &headers, words);
 	return true;
 }
 
@@ -637,7 +688,7 @@ static __always_inline u64 mace_sip_end(struct mace_sip *sip, u64 words)
 }
 
 /* Return the packet_key of @words. It is never 0, which means "unknown". */
-static __noinline u64 mace_key(const struct mace_words *words)
+static __always_inline u64 mace_key(const struct mace_words *words)
 {
 	struct mace_sip sip;
 	u64 key;
@@ -663,25 +714,6 @@ static __noinline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
 }
 
 /* --- packets ---------------------------------------------------------------------- */
-
-/**
- * struct mace_buffer - a kernel buffer with a packet; lengths in bytes
- *
- * @data: skb->data, a kernel address
- * @len: length of the packet from @data on, linear part and pages
- * @in_place: length of the linear part from @data on
- * @offset: start of the network layer from @data
- * @tci: tag control information of the VLAN tag beside the packet's data, or -1
- * @protocol: EtherType, host byte order
- */
-struct mace_buffer {
-	u64 data;
-	int len;
-	int in_place;
-	int offset;
-	int tci;
-	u16 protocol;
-};
 
 /*
  * Find the network layer of a packet whose EtherType is a VLAN's, and set @tci, @protocol and
@@ -718,67 +750,291 @@ static __noinline bool mace_find_vlan(struct mace_buffer *buffer)
 }
 
 /**
+ * struct mace_fields - the part of a record that the packet's bytes determine
+ *
+ * The members have their meaning in struct mace_record.
+ *
+ * @packet_key: 0 if the key needs a byte that the packet does not have or that lies in pages
+ */
+struct mace_fields {
+	u64 packet_key;
+	u16 l4_src;
+	u16 l4_dst;
+	u32 l4_seq;
+	u16 ip_id;
+	u8 ip_version;
+	u8 l4_proto;
+	u8 flags;
+	u8 l4_bits;
+	u8 pad[2];
+};
+
+static __always_inline void mace_set_fields(const struct mace_headers *headers,
+					    struct mace_fields *fields)
+{
+	fields->l4_src = BE16((u16)headers->ports);
+	fields->l4_dst = BE16((u16)(headers->ports >> 16));
+	fields->l4_seq = 0;
+	fields->ip_id = 0;
+	fields->ip_version = headers->first >> 56;
+	fields->l4_proto = headers->first >> 48;
+	fields->l4_bits = headers->first >> 40;
+	if (fields->ip_version == 4)
+		fields->ip_id = headers->first;
+	if (headers->flags & MACE_FLAG_FRAGMENT)
+		fields->l4_seq = headers->second; /* without bit 63, the mark */
+	else if (fields->l4_proto == MACE_PROTO_TCP || fields->l4_proto == MACE_PROTO_SCTP)
+		fields->l4_seq = headers->second >> 32;
+}
+
+/**
  * mace_read_buffer() - read a packet
  * @buffer: the packet's place
  * @nothing: always 0, but unknown to the verifier: see MACE_FORGET()
- * @record: receives the fields that the packet's bytes determine, except packet_key; flags are
- *	added. These fields must be 0 before
- * @words: receives the words that packet_key is the hash of, valid if MACE_FLAG_KEY is set
+ * @fields: receives what the packet says
+ * @paged: receives the offset of MACE_PAYLOAD_BYTES in pages that decided @fields too, or 0
+ *
+ * Return: number of the packet's first bytes that decided @fields, or -1 if these are unknown.
  */
-static __always_inline void mace_read_buffer(const struct mace_buffer *buffer, u64 nothing,
-					     struct mace_record *record, struct mace_words *words)
+static __always_inline int mace_read_buffer(const struct mace_buffer *buffer, u64 nothing,
+					    struct mace_fields *fields, int *paged)
 {
-	struct mace_reader reader;
 	struct mace_headers headers;
+	struct mace_reader reader;
+	struct mace_words words;
 	u8 flags;
 
 	reader.at = buffer->data + buffer->offset;
 	reader.in_place = buffer->in_place - buffer->offset;
 	reader.bytes = buffer->len - buffer->offset;
 	reader.nothing = nothing;
+	reader.used = 0;
+	reader.paged = 0;
 	reader.hidden = 0;
-	reader.window_bytes = 0;
 	MACE_FORGET(&reader, reader.at);
 	MACE_FORGET(&reader, reader.in_place);
 	MACE_FORGET(&reader, reader.bytes);
-	if (reader.in_place >= MACE_WINDOW_BYTES) {
-		bpf_probe_read_kernel(reader.window, MACE_WINDOW_BYTES, (const void *)reader.at);
-		reader.window_bytes = MACE_WINDOW_BYTES;
-	} else if (reader.in_place > 0) {
-		__builtin_memset(reader.window, 0, sizeof(reader.window));
-		bpf_probe_read_kernel(reader.window, reader.in_place, (const void *)reader.at);
-		reader.window_bytes = reader.in_place;
-	}
-	MACE_FORGET(&reader, reader.window_bytes);
 	mace_read_ip(&reader, 0, buffer->protocol, &headers);
 	flags = headers.flags;
-	words->first = headers.first;
-	words->second = headers.second;
-	words->payload = 0;
-	words->payload2 = 0;
+	words.first = headers.first;
+	words.second = headers.second;
+	words.payload = 0;
+	words.payload2 = 0;
 	if (unlikely(!flags)) {
-		if (mace_take_other(&reader, 0, buffer->protocol, words))
+		if (mace_take_other(&reader, 0, buffer->protocol, &words))
 			flags = MACE_FLAG_KEY;
-	} else if (unlikely(headers.inner) &&
-		   mace_take_inner(&reader, headers.inner, headers.inner_protocol, words)) {
+	} else if (unlikely(headers.inner) && mace_take_inner(&reader, buffer, headers.inner,
+							      headers.inner_protocol, &words)) {
 		flags |= MACE_FLAG_TUNNEL;
 	} else {
-		mace_take_payload(&reader, &headers, words);
+		mace_take_payload(&reader, buffer, &headers, &words);
 	}
 	if (reader.hidden)
 		flags &= ~MACE_FLAG_KEY;
-	record->flags |= flags;
-	record->l4_src = BE16((u16)headers.ports);
-	record->l4_dst = BE16((u16)(headers.ports >> 16));
-	record->ip_version = headers.first >> 56;
-	record->l4_proto = headers.first >> 48;
-	record->l4_bits = headers.first >> 40;
-	if (record->ip_version == 4)
-		record->ip_id = headers.first;
-	if (flags & MACE_FLAG_FRAGMENT)
-		record->l4_seq = headers.second; /* without bit 63, the mark */
-	else if (record->l4_proto == MACE_PROTO_TCP || record->l4_proto == MACE_PROTO_SCTP)
-		record->l4_seq = headers.second >> 32;
+	*paged = reader.paged;
+	mace_set_fields(&headers, fields);
+	fields->flags = flags;
+	fields->packet_key = flags & MACE_FLAG_KEY ? mace_key(&words) : 0;
+	return headers.flags ? reader.used : -1;
+}
+
+/* --- packets that were read before ------------------------------------------------ */
+
+/* Type of service, TTL, checksum and addresses of IPv4 may differ between hooks, and in IPv6: */
+#define MACE_IPV4_FIRST 0xffffffffffff00ffULL /* version, length, identification, fragment */
+#define MACE_IPV4_SECOND 0x000000000000ff00ULL /* protocol */
+#define MACE_IPV6_FIRST 0x00ffffff000000f0ULL /* version, length, next header */
+
+/* No EtherType: an entry that no packet equals. */
+#define MACE_NO_KIND 0xffffffff00000000ULL
+
+#define MACE_TAIL_BYTES 16
+#define MACE_PIECE_BYTES 16
+#define MACE_PIECES 5
+/* A packet whose reading needs more bytes behind the IP header is read anew at each hook. */
+#define MACE_SEEN_BYTES_MAX (8 + MACE_PIECES * MACE_PIECE_BYTES + MACE_TAIL_BYTES)
+
+/**
+ * struct mace_seen - a packet that was read, and the bytes that decided what was read
+ *
+ * Several programs of one CPU may have an entry in hand at once: an interrupt's program inside
+ * another, and where the kernel preempts programs, those of several tasks. A program writes only
+ * while it is the only one that does (@writers), and @version changes with every writing, so that a
+ * reader notices it.
+ *
+ * @version: time of the last writing, 0 before the first and while one is under way
+ * @shape: bytes of the packet (upper half), and how many of them are in the linear part
+ * @kind: EtherType (upper half) and number of bytes that decided @fields
+ * @fields: what the packet says
+ * @first: the first 16 bytes
+ * @upper: 8 bytes behind the IP header without options
+ * @tail: the last bytes of those that decided @fields
+ * @pieces: the bytes from @upper to @tail, as far as these two do not meet
+ * @paged_at: offset of bytes in pages that decided @fields too, or 0
+ * @paged: these bytes
+ * @writers: programs that are about to write
+ */
+struct mace_seen {
+	u64 version;
+	u64 shape;
+	u64 kind;
+	struct mace_fields fields;
+	u64 first[2];
+	u64 upper;
+	u64 tail[MACE_TAIL_BYTES / 8];
+	u64 pieces[MACE_PIECES][MACE_PIECE_BYTES / 8];
+	u64 paged_at;
+	u64 paged[MACE_PAYLOAD_BYTES / 8];
+	u64 writers;
+};
+
+static __always_inline u64 mace_shape(const struct mace_buffer *buffer)
+{
+	return (u64)(buffer->len - buffer->offset) << 32 | (u32)(buffer->in_place - buffer->offset);
+}
+
+static __always_inline u64 mace_kind(const struct mace_buffer *buffer, int used)
+{
+	return (u64)buffer->protocol << 32 | (u32)used;
+}
+
+/* Return the length of the IP header without options, bytes. */
+static __always_inline int mace_ip_bytes(const struct mace_buffer *buffer)
+{
+	return buffer->protocol == MACE_ETH_P_IP ? 20 : 40;
+}
+
+/* Whether the packet's bytes are equal to those of @seen, as far as they decided its fields. */
+static __always_inline bool mace_is_equal(const struct mace_buffer *buffer,
+					  const struct mace_seen *seen)
+{
+	u64 at = buffer->data + buffer->offset;
+	int i, used = seen->kind;
+	u64 copy[3], changed;
+	const u64 *bytes;
+
+	if (seen->shape != mace_shape(buffer) || seen->kind != mace_kind(buffer, used))
+		return false;
+	bytes = mace_look(at, copy, 16);
+	if (buffer->protocol == MACE_ETH_P_IP)
+		changed = ((bytes[0] ^ seen->first[0]) & MACE_IPV4_FIRST) |
+			  ((bytes[1] ^ seen->first[1]) & MACE_IPV4_SECOND);
+	else
+		changed = (bytes[0] ^ seen->first[0]) & MACE_IPV6_FIRST;
+	at += mace_ip_bytes(buffer);
+	used -= mace_ip_bytes(buffer);
+	/* UDP and echoes: one copy instead of two. */
+	if (!mace_is_direct() && likely(used == 8 + MACE_TAIL_BYTES)) {
+		bpf_probe_read_kernel(copy, 8 + MACE_TAIL_BYTES, (const void *)at);
+		return !(changed | (copy[0] ^ seen->upper) | (copy[1] ^ seen->tail[0]) |
+			 (copy[2] ^ seen->tail[1]));
+	}
+	bytes = mace_look(at, copy, 8);
+	changed |= bytes[0] ^ seen->upper;
+	for (i = 0; i < MACE_PIECES; i++) {
+		if (likely(used <= 8 + i * MACE_PIECE_BYTES + MACE_TAIL_BYTES))
+			break;
+		bytes = mace_look(at + 8 + i * MACE_PIECE_BYTES, copy, MACE_PIECE_BYTES);
+		changed |= (bytes[0] ^ seen->pieces[i][0]) | (bytes[1] ^ seen->pieces[i][1]);
+	}
+	bytes = mace_look(at + used - MACE_TAIL_BYTES, copy, MACE_TAIL_BYTES);
+	changed |= (bytes[0] ^ seen->tail[0]) | (bytes[1] ^ seen->tail[1]);
+	if (mace_is_paged_readable() && unlikely(seen->paged_at)) {
+		if (mace_copy_paged(buffer->skb, buffer->offset + (int)seen->paged_at, copy))
+			return false;
+		changed |= (copy[0] ^ seen->paged[0]) | (copy[1] ^ seen->paged[1]);
+	}
+	return !changed;
+}
+
+/* Set @fields to those of @seen. Return: whether they are the packet's, else @fields is undefined. */
+static __always_inline bool mace_recall(const struct mace_buffer *buffer,
+					const struct mace_seen *seen, struct mace_fields *fields)
+{
+	u64 version = *(const volatile u64 *)&seen->version;
+	bool equal;
+
+	barrier();
+	*fields = seen->fields;
+	equal = mace_is_equal(buffer, seen);
+	barrier();
+	return likely(equal && version && *(const volatile u64 *)&seen->version == version);
+}
+
+/* Write @seen. See mace_read_buffer(). */
+static __always_inline void mace_write_seen(const struct mace_buffer *buffer,
+					    struct mace_seen *seen,
+					    const struct mace_fields *fields, int used, int paged)
+{
+	u64 at = buffer->data + buffer->offset, copy[2];
+	const u64 *bytes;
+	int i;
+
+	seen->fields = *fields;
+	seen->shape = mace_shape(buffer);
+	seen->kind = mace_kind(buffer, used);
+	seen->paged_at = 0;
+	bytes = mace_look(at, copy, sizeof(copy));
+	seen->first[0] = bytes[0];
+	seen->first[1] = bytes[1];
+	at += mace_ip_bytes(buffer);
+	used -= mace_ip_bytes(buffer);
+	bytes = mace_look(at, copy, 8);
+	seen->upper = bytes[0];
+	for (i = 0; i < MACE_PIECES; i++) {
+		if (used <= 8 + i * MACE_PIECE_BYTES + MACE_TAIL_BYTES)
+			break;
+		bytes = mace_look(at + 8 + i * MACE_PIECE_BYTES, copy, MACE_PIECE_BYTES);
+		seen->pieces[i][0] = bytes[0];
+		seen->pieces[i][1] = bytes[1];
+	}
+	bytes = mace_look(at + used - MACE_TAIL_BYTES, copy, MACE_TAIL_BYTES);
+	seen->tail[0] = bytes[0];
+	seen->tail[1] = bytes[1];
+	if (likely(!paged))
+		return;
+	if (mace_is_paged_readable() &&
+	    !mace_copy_paged(buffer->skb, buffer->offset + paged, copy)) {
+		seen->paged_at = paged;
+		seen->paged[0] = copy[0];
+		seen->paged[1] = copy[1];
+	} else {
+		seen->kind = MACE_NO_KIND;
+	}
+}
+
+/*
+ * Read the packet, and remember it in @seen.
+ *
+ * @fields: receives what the packet says
+ * @now: not 0, and different at each call of a CPU
+ *
+ * Return: any number. Callers have to use it: the verifier rejects a function that returns nothing if
+ * the register of return values happens to hold a pointer to the stack.
+ */
+static __noinline int mace_read_anew(const struct mace_buffer *buffer, struct mace_seen *seen,
+				     struct mace_fields *fields, u64 nothing, u64 now)
+{
+	int paged, used = mace_read_buffer(buffer, nothing, fields, &paged);
+	int least = mace_ip_bytes(buffer) + MACE_TAIL_BYTES;
+
+	if (used < 0 || used > mace_ip_bytes(buffer) + MACE_SEEN_BYTES_MAX)
+		return used;
+	/* Bytes that decided nothing do no harm. */
+	if (used < least)
+		used = least;
+	if (used > buffer->in_place - buffer->offset)
+		return used;
+	__sync_fetch_and_add(&seen->writers, 1);
+	if (likely(*(volatile u64 *)&seen->writers == 1)) {
+		*(volatile u64 *)&seen->version = 0;
+		barrier();
+		mace_write_seen(buffer, seen, fields, used, paged);
+		barrier();
+		*(volatile u64 *)&seen->version = now;
+	}
+	__sync_fetch_and_add(&seen->writers, -1);
+	return used;
 }
 
 #endif

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from collector.bpf import source as bpf_source
+from collector.bpf.devices import BpfDeviceFollower
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
 from collector.live.ring_source import FollowsDevices
+from collector.machine.devices import DeviceFollower
 from contracts.config import CaptureConfig
 from contracts.interfaces import Source, Status
 
@@ -25,11 +27,13 @@ class LiveSource:
 
     Raises `Unavailable` if the source cannot do what the configuration demands.
     """
+    follow: Callable[..., FollowsDevices] = DeviceFollower
+    """Makes the follower of devices that needs no more rights than the source; arguments as of `DeviceFollower`."""
 
 
 SOURCES: Final[dict[str, LiveSource]] = {
     "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured),
     "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured),
-    "bpf": LiveSource(bpf_source.BpfSource.check, bpf_source.configured),
+    "bpf": LiveSource(bpf_source.BpfSource.check, bpf_source.configured, BpfDeviceFollower),
 }
 """Live sources by name, in the order of `contracts.sources.LIVE`."""

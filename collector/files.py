@@ -57,7 +57,7 @@ class FileFormat:
     recognises: Callable[[bytes], bool]
     """Returns whether the first `HEAD_BYTES` of a file (all of a shorter one) have this format. Cheap; never raises."""
     describe: Callable[[Sequence[Path], FileOptions], Description]
-    """Reads header and first time, and no more than that takes. Raises `Unavailable` or `CaptureError`."""
+    """Reads header and first time, and as little else as possible. Raises `Unavailable` or `CaptureError`."""
     reader: Callable[[Sequence[Path], FileOptions], FileReader]
     """Makes a reader that has not opened the files yet."""
 

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
 from collector.watermark import Watermark
 from contracts.hooks import Hook
 from contracts.records import Batch
+
+HOLD_BACK_NS: Final = 50_000_000
+"""Hold-back for files, as in live capture: an event can be out of order by as long as its writer was delayed."""
 
 
 class Merger(Watermark):

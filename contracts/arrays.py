@@ -1,4 +1,4 @@
-"""What kinds of arrays there are, by what an element is. None says a shape: that is the docstring's to say."""
+"""Types of arrays, by the type of their elements; docstrings state shapes."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ U64 = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Values = npt.NDArray[Any]
-"""Of any kind: columns whose kind the table that they are of says."""
+"""Array of any element type: a column whose type its table defines."""

@@ -29,16 +29,16 @@ class Hook(IntEnum):
 
 
 class Way(IntEnum):
-    """Which way a packet is going when the hook sees it."""
+    """Direction of a packet at a hook."""
 
     TRANSMIT = 1
-    """Down, into a device; the kernel's length includes the link-layer header."""
+    """From the stack into a device; the kernel's length includes the link-layer header."""
     RECEIVE = 2
-    """Up, out of a device; the kernel's length does not include the link-layer header."""
+    """From a device to the stack; the kernel's length does not include the link-layer header."""
     DELIVERY = 3
-    """Copied to a socket's reader. No device."""
+    """Copy to a socket's reader, without a device."""
     END = 4
-    """The kernel buffer is freed. No device."""
+    """Freeing of the kernel buffer, without a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class HookInfo:
 
     hook: Hook
     letter: str
-    """How a path is written in one word, as in `QX eth0 · rR vethc0`."""
+    """The hook's letter in short forms of paths, as in `QX eth0 · rR vethc0`."""
     tracepoint: str
     """`subsystem:name` of the kernel's tracepoint, or `function:name` where the kernel has no tracepoint."""
     way: Way
@@ -152,7 +152,7 @@ BY_TRACEPOINT: Final[dict[str, HookInfo]] = {info.tracepoint: info for info in H
 
 
 def silent_on(release: str) -> str:
-    """What happens to packets at none of these hooks on a kernel of this release (`uname -r`), or "".
+    """Return a sentence on packets' events that a kernel of this release (`uname -r`) shows at no hook, or "".
 
     Linux 6.18 frees a UDP datagram that was read by skb_attempt_defer_free(), which passes no tracepoint.
     """

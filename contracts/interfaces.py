@@ -1,4 +1,4 @@
-"""What a source and a sink promise. Small on purpose; the lifecycle is part of the contract.
+"""The contracts of sources and sinks: few methods, and the order in which they are called.
 
 A stream is one `StreamHeader`, then `Topology`, `Batch` and `Progress` items in time order: records never go back
 in time from one batch to the next, and a topology precedes every record it applies to.
@@ -20,10 +20,10 @@ from contracts.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class StreamHeader:
-    """How a stream came to be: all that is needed to read it later and elsewhere."""
+    """Origin of a stream: everything needed to read it later on another machine."""
 
     source: str
-    """Name of the source that captured it (`ftrace`, `kmod`, ...); a replay keeps it."""
+    """Name of the source that captured the stream (`ftrace`, `kmod`, ...); a replay keeps it."""
     host: str
     run: str
     """Identifies the capture among those of its host; a replay keeps it."""
@@ -37,17 +37,17 @@ class StreamHeader:
     command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # As in `Device`: an argument may be a path in any bytes.
+        # As in `Device`: an argument may be a path of arbitrary bytes.
         object.__setattr__(self, "host", text(self.host))
         object.__setattr__(self, "command", tuple(map(text, self.command)))
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Nothing to report: no record before `upto_ns` (CLOCK_MONOTONIC) will come any more.
+    """States that no further record before `upto_ns` (CLOCK_MONOTONIC) will follow.
 
-    Given out where no batch says so, so that what is ready does not wait for the next packet. It changes when
-    results come out, not what they are, and is not kept in captures.
+    A source yields it when no batch implies it, so that completed results need not wait for the next packet. It changes
+    when results are returned, not their values, and captures do not keep it.
     """
 
     upto_ns: int
@@ -58,7 +58,7 @@ StreamItem = Topology | Batch | Progress
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Whether a part can run here; if not, why and what to do. `detail` says what was found."""
+    """Whether a part can run here; `detail` has the finding or the reason, `remedy` what the user can do."""
 
     ok: bool
     detail: str
@@ -66,46 +66,46 @@ class Status:
 
 
 class Source(Protocol):
-    """Kernel, file or network -> stream.
+    """Makes a stream of records from the kernel, a file or the network.
 
-    `open` is called once, first; `items` once after it; `request_stop` at any time from the event loop: the
-    source then gives out what the kernel still holds and ends. `aclose` is called once, last, also after an
-    error or a cancelled `items`, and leaves nothing behind on the machine.
+    `open` is called once, first; `items` once after it; `request_stop` at any time from the event loop: the source then
+    yields what the kernel still holds, and ends. `aclose` is called once, last, also after an error or a cancelled
+    `items`, and leaves nothing behind on the machine.
     """
 
     async def open(self) -> StreamHeader:
-        """Acquire everything; raises `Unavailable` if it cannot run here."""
+        """Acquire all resources and return the header; raises `Unavailable` if the source cannot run here."""
         ...
 
     def items(self) -> AsyncIterator[StreamItem]:
-        """The stream, in order, until it ends or is stopped."""
+        """Yield the stream in order until it ends or is stopped."""
         ...
 
     def request_stop(self) -> None:
-        """Ask the stream to end after what has already happened."""
+        """Let the stream end after the records made so far."""
         ...
 
     async def aclose(self) -> None:
-        """Release everything."""
+        """Release all resources."""
         ...
 
     @property
     def discarded(self) -> int:
-        """Records that the source itself had to throw away; never those lost in the ring."""
+        """Records that the source itself discarded; never those lost in the ring."""
         ...
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
-        """What observing has cost the machine since `open`, per hook; empty where the source cannot tell."""
+        """Cost of observing since `open`, per hook; empty if the source cannot measure it."""
         ...
 
 
 class Sink(Protocol):
-    """Results -> somewhere. Single caller: `open`, `write`..., `aclose`, never at the same time.
+    """Stores or forwards results. One caller calls `open`, `write` repeatedly, then `aclose`, never at the same time.
 
-    When `write` returns the results are the sink's to keep: a store has them where a crash cannot take them, or
-    has them in a buffer that it flushes at most `flush_interval_s` later. No retry, no queue: that is the
-    caller's (or the running sink's) business. `aclose` flushes.
+    When `write` returns, the sink is responsible for the results: they are stored where a crash cannot lose them, or in
+    a buffer that the sink flushes at most `flush_interval_s` later. A sink has no retries and no queue, which are the
+    task of the caller or the running sink. `aclose` flushes.
     """
 
     async def open(self, header: StreamHeader) -> None: ...
@@ -116,7 +116,7 @@ class Sink(Protocol):
 
 
 class StreamSink(Protocol):
-    """The raw stream -> somewhere (a capture file, a broker). Same lifecycle as `Sink`."""
+    """Stores or forwards the raw stream (a capture file, a broker). Its methods are called like those of `Sink`."""
 
     async def open(self, header: StreamHeader) -> None: ...
 

@@ -24,6 +24,6 @@ PROTOCOLS: Final = {
     "icmpv6": ICMPV6,
     "sctp": SCTP,
 }
-"""The protocols that people may name in options, configuration and tools' output; any other goes by its number."""
+"""Protocols with a name in options, configuration and tools' output; all others are given by number."""
 ANSWERED: Final = {name: PROTOCOLS[name] for name in ("icmp", "tcp", "udp", "icmpv6")}
-"""Those whose round trips are looked at, by what they are called in a tool's output and in the choice of a flow."""
+"""Protocols whose round trips are corrected, by their names in tools' output and flow selections."""

@@ -1,7 +1,7 @@
-"""What the correlator gives out piece by piece: the rows of a stretch of the stream, and the totals of the run so far.
+"""The correlator's results: rows of a stretch of the stream, and totals of the run so far.
 
-Each row is given out once, and belongs to whoever takes it. Totals replace the totals before them: who keeps them for
-long keeps no row with them.
+The correlator returns each row once. Totals replace the totals before them; they hold no reference to rows, so that
+keeping them takes little memory.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from contracts.windowtable import WindowTable
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one stretch of the stream has completed. All are columns, and any of them may be empty."""
+    """The rows that one stretch of the stream has completed, as columns; each of them may be empty."""
 
     delays: Delays
     windows: WindowTable
-    """Final: no later stretch has more of one of them."""
+    """Final windows: no later stretch adds to them."""
     devices: tuple[Device, ...]
-    """What the `device` columns point to. Only ever appended to during a run."""
+    """Devices to which the `device` columns refer by index; a run only appends to them."""
     crossings: Crossings = field(default_factory=Crossings.empty)
-    """Of the packets whose delays these are, where crossings were asked for."""
+    """Crossings of the packets in `delays`, if the engine's configuration asks for them."""
     gaps_utc_ns: tuple[tuple[int, int], ...] = ()
-    """Stretches of time, (start, end), in which the ring of some CPU lost records: those found in this stretch."""
+    """Times (start, end) between which the ring of a CPU lost records, as far as this stretch shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What the whole run has come to so far."""
+    """Totals of the run so far."""
 
     upto_utc_ns: int
-    """All records before this time have been looked at."""
+    """Time before which all records have been processed."""
     ledger: Ledger
     packets: int
-    """Packets with at least one delay; those of `grades`."""
+    """Packets with at least one delay, equal to `grades.packets`."""
     cost: tuple[HookCost, ...] = ()
-    """What observing has cost, per hook; empty where the source cannot tell."""
+    """Cost of observing, per hook; empty if the source cannot measure it."""
     grades: Grades = field(default_factory=Grades)
     settled_utc_ns: int = 0
-    """All packets whose first record is before this time have been given out."""
+    """Time before which the results of all packets that began have been returned."""
     present: tuple[Device, ...] | None = field(default=None, compare=False)
-    """The devices that there are now, as the source last listed them; None if it has not."""
+    """Present devices by the source's newest topology; None without a topology."""
     several_devices: int = field(default=0, compare=False)
-    """Of `grades.ambiguous` the packets that several devices fit; the others fit several packets of one content."""
+    """Packets of `grades.ambiguous` that several devices fit; the others fit several packets of equal content."""
     on_host_network: tuple[Sharer, ...] = field(default=(), compare=False)
-    """Containers that are on the host's network now, as the source last listed them."""
+    """Containers on the host's network by the source's newest topology."""
 
     def ambiguous_by_cause(self) -> dict[str, int]:
-        """Packets that were given up: `several_devices` or `several_packets` fit."""
+        """Return the number of ambiguous packets by cause: `several_devices` or `several_packets` fit."""
         copies = self.grades.ambiguous - self.several_devices
         return {"several_devices": self.several_devices, "several_packets": copies}
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What the correlator hands over at one time: the rows of a stretch, and the totals with these rows counted."""
+    """Rows of a stretch, and the totals that include these rows."""
 
     rows: Rows
     totals: Totals

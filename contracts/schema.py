@@ -1,6 +1,6 @@
-"""What a row after correlation says: delays, crossings, round trips, windows. Sinks get them, and stores keep them.
+"""Rows after correlation: delays, crossings, round trips, windows. Sinks receive them, stores keep them.
 
-`SCHEMA_VERSION` changes when a column changes its meaning or goes; a new column at the end is no change.
+`SCHEMA_VERSION` changes when a column changes its meaning or is removed; a new column at the end does not change it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCHEMA_VERSION: Final = 1
 
 
 class Direction(IntEnum):
-    """Which way the packet goes, seen from the container."""
+    """Direction of a packet, seen from the container."""
 
     UNKNOWN = 0
     EGRESS = 1
@@ -30,7 +30,7 @@ class Direction(IntEnum):
 
 
 class Segment(IntEnum):
-    """Which stretch of a packet's way a delay is of."""
+    """Part of a packet's path to which a delay belongs."""
 
     DEVICE = 1
     """Crossing of one device between the inner and the outer device: part of the overhead."""
@@ -39,21 +39,22 @@ class Segment(IntEnum):
     DELIVERY = 3
     """From the inner device's `netif_receive_skb` to the copy to the reader."""
     OVERHEAD = 4
-    """The whole of it. Egress: `net_dev_queue` inner to outer. Ingress: `netif_receive_skb` outer to inner.
-    To the nanosecond the sum of the packet's `DEVICE` delays."""
+    """The whole overhead. Egress: from `net_dev_queue` at the inner device to that at the outer one. Ingress: from
+    `netif_receive_skb` at the outer device to that at the inner one. Exactly the sum of the packet's `DEVICE`
+    delays."""
 
 
 class Grade(IntEnum):
-    """On what ground the records of a packet are said to be of one packet."""
+    """Evidence that a packet's records belong together."""
 
     AMBIGUOUS = 0
-    """Several devices or packets fit: given up, and without delays."""
+    """Several devices or packets fit: the packet has no delays."""
     BUFFER = 1
-    """Same kernel buffer in one life, devices in an order that can be; content says nothing, or cannot."""
+    """One life of one kernel buffer, with devices in a possible order; content gives no evidence."""
     CONTENT = 2
-    """Same content key in two buffers. Needs a source that gives one."""
+    """Equal content key in two buffers; requires a source that reads keys."""
     EXACT = 3
-    """Both: all records that have a key agree, and two at least have one."""
+    """Buffer and key: at least two records have a key, and all keys are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +66,27 @@ class Grades(Counted):
     content: int = 0
     exact: int = 0
     told_apart: int = 0
-    """Times that the key alone said that a buffer had become another packet's. Not packets, and in no other count."""
+    """How often only the key showed that a buffer had been reused for another packet. These are not packets, and no
+    other count includes them."""
     waited: int = 0
-    """Of the packets those that waited for a neighbour (`Delays.waited`): a flow's first, and in no window."""
+    """Packets of `packets` that waited for a neighbour (`Delays.waited`), mostly a flow's first; no window counts
+    them."""
 
     @property
     def packets(self) -> int:
-        """Those with at least one delay."""
+        """Number of packets with at least one delay."""
         return self.buffer + self.content + self.exact
 
     def line(self) -> str:
-        """All of it in one line for people."""
+        """Return all counts in one line for people."""
         return "grades: " + " · ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in self.as_dict().items())
 
 
 class Outcome(IntEnum):
-    """How the packet's life ended, as far as it was seen."""
+    """End of a packet's life, as far as records show it."""
 
     OPEN = 0
-    """No end was seen: its buffer was used again, or nothing more came."""
+    """No record of an end: the buffer was reused, or no further record followed."""
     CONSUMED = 1
     DROPPED = 2
 
@@ -100,7 +103,7 @@ class Columns:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """One after the other; no rows for no parts."""
+        """Join parts in the given order; no parts give no rows."""
         if len(parts) == 1:
             return parts[0]
         if not parts:
@@ -109,7 +112,7 @@ class Columns:
 
     @classmethod
     def empty(cls) -> Self:
-        """No rows."""
+        """Return no rows."""
         return cls(**{name: np.zeros(0, dtype) for name, dtype in cls._DTYPES.items()})
 
     def __getitem__(self, index: slice | npt.NDArray[Any]) -> Self:
@@ -121,15 +124,15 @@ class Delays(Columns):
     """One row per packet and segment. Enumerations are stored as their numbers (u1)."""
 
     utc_ns: npt.NDArray[np.int64]
-    """When the segment began."""
+    """Time at which the segment began."""
     packet: npt.NDArray[np.uint64]
-    """The same in all rows of one packet's life; says nothing else."""
+    """Number of the packet, equal in all rows of its life, without further meaning."""
     device: npt.NDArray[np.int32]
     """Index into `Rows.devices`. For OVERHEAD: the inner device."""
     direction: npt.NDArray[np.uint8]
     segment: npt.NDArray[np.uint8]
     position: npt.NDArray[np.uint8]
-    """Which hop of the packet's path it is, from 0; 255 for OVERHEAD."""
+    """Index of the hop along the packet's path, from 0; 255 for OVERHEAD."""
     delay_ns: npt.NDArray[np.int64]
     l3_len: npt.NDArray[np.uint32]
     """Bytes without link-layer header at the packet's first record."""
@@ -138,8 +141,8 @@ class Delays(Columns):
     drop_reason: npt.NDArray[np.uint16]
     """The running kernel's `enum skb_drop_reason` where the outcome is DROPPED, else 0."""
     waited: npt.NDArray[np.bool_]
-    """The packet was routed while an ARP request or a neighbour solicitation left by the device that it was sent to.
-    Its delays are not like those of others, and are in no window."""
+    """Whether an ARP exchange or neighbour discovery on the packet's next device delayed its routing. Windows leave
+    such delays out."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -158,20 +161,20 @@ class Delays(Columns):
 
 
 NOT_TOLD: Final = -1
-"""In columns of what a packet or a sample says about itself: it does not say."""
+"""Value of an unknown field of a packet or a sample."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Crossings(Columns):
-    """One row per packet that was seen over the whole of a container's path: what a tool's sample is corrected with.
+    """One row per packet with records over a container's whole path; tools' samples are corrected with them.
 
     `inner` is the container's own device, `outer` the host's towards the network. A packet passes inner before outer on
     egress, outer before inner on ingress. A device's *stamp* is where the kernel takes software time stamps of packets:
     at `net_dev_start_xmit` on egress (the last, if the driver was busy), at `netif_rx` on ingress, or, if the device
     does without, at `netif_receive_skb`.
 
-    The `l4_` columns are what tells one packet from another, as it is at the inner device (NAT rewrites some of it);
-    `NOT_TOLD` where the source does not look into packets.
+    The `l4_` columns identify the packet by its values at the inner device (NAT rewrites some of them); `NOT_TOLD` if
+    the source does not read packets.
     """
 
     packet: npt.NDArray[np.uint64]
@@ -182,7 +185,7 @@ class Crossings(Columns):
     inner_utc_ns: npt.NDArray[np.int64]
     """`net_dev_queue` (egress) or `netif_receive_skb` (ingress) at the inner device."""
     outer_utc_ns: npt.NDArray[np.int64]
-    """The same hook at the outer device. The two differ by the packet's overhead."""
+    """The same hook at the outer device; the two times differ by the packet's overhead."""
     inner_stamp_utc_ns: npt.NDArray[np.int64]
     outer_stamp_utc_ns: npt.NDArray[np.int64]
     outer_edge_utc_ns: npt.NDArray[np.int64]
@@ -219,14 +222,14 @@ class Crossings(Columns):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoundTripRows(Columns):
-    """One row per sample of a tool. Of a sample that is not paired all but its time, number and tool RTT is 0."""
+    """One row per sample of a tool. All values of an unpaired sample but time, number and tool RTT are 0."""
 
     utc_ns: npt.NDArray[np.int64]
-    """When the request came to the container's device; not paired: the tool's own time."""
+    """Time at which the request reached the container's device; if unpaired, the tool's time."""
     seq: npt.NDArray[np.int64]
-    """Number of the request; `NOT_TOLD` where the tool has none."""
+    """Number of the request; `NOT_TOLD` if the tool has none."""
     tool_rtt_ns: npt.NDArray[np.int64]
-    """`NOT_TOLD`: it saw no reply."""
+    """Round trip by the tool; `NOT_TOLD` without a reply."""
     host_rtt_ns: npt.NDArray[np.int64]
     nic_rtt_ns: npt.NDArray[np.int64]
     egress_ns: npt.NDArray[np.int64]
@@ -256,16 +259,16 @@ class RoundTrips:
     container: str
     netns: str
     reasons: tuple[str, ...]
-    """Names, in small letters: `paired`, then why a sample is not."""
+    """Lower-case names: `paired`, then the reasons why samples are unpaired."""
     rows: RoundTripRows
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """All delays of one device, direction and segment that began in one stretch of UTC time. Final when given out."""
+    """All delays of one device, direction and segment that began in one interval of UTC. Final when returned."""
 
     start_utc_ns: int
-    """A multiple of the width."""
+    """Start of the interval, a multiple of the width."""
     width_s: int
     device: int
     """Index into `Rows.devices`."""
@@ -282,20 +285,20 @@ class Window:
     bins: npt.NDArray[np.int64] = field(compare=False)
     """Ascending bins of `contracts.histogram`."""
     counts: npt.NDArray[np.int64] = field(compare=False)
-    """How many delays are in each; adds up to `count`."""
+    """Number of delays in each of `bins`; the sum is `count`."""
 
 
 @dataclass(frozen=True, slots=True)
 class HookCost:
-    """What observing packets at one hook cost the machine, as measured by the source itself."""
+    """Cost of observing packets at one hook, measured by the source itself."""
 
     hook: Hook
     calls: int
-    """Calls of the probe, of all packets: those that were not recorded cost as well."""
+    """Calls of the probe, including those for unrecorded packets."""
     timed: int
-    """Those of them that were timed."""
+    """Timed calls."""
     timed_ns: int
-    """Time spent in these, ns, the reading of the clock included."""
+    """Time spent in the timed calls, ns, including the readings of the clock."""
 
     @property
     def ns_per_call(self) -> float:
@@ -303,7 +306,7 @@ class HookCost:
         return self.timed_ns / self.timed if self.timed else 0.0
 
     def as_dict(self) -> dict[str, str | int | float]:
-        """hook (its name), calls, timed, timed_ns, ns_per_call."""
+        """Return hook (its name), calls, timed, timed_ns, ns_per_call."""
         return {
             "hook": BY_HOOK[self.hook].name,
             "calls": self.calls,

@@ -1,4 +1,4 @@
-"""What live sources are called, for whoever only names them; `collector.SOURCES` has the sources themselves."""
+"""Names of live sources, for modules that need only names; `collector.SOURCES` has the sources themselves."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Device:
     master_ifindex: int = 0
     """The bridge or bond, in the same namespace, that this device is a port of; 0 where there is none."""
     default_route: bool = False
-    """Whether a default route of the namespace leaves through this device."""
+    """Whether a default route of the namespace leaves through this device; the source bpf knows only the host's."""
     netns_name: str = ""
     """Name of the namespace in /run/netns, or one that MACE made up; `host` for the host's namespace."""
     container: str = ""

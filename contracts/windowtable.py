@@ -60,7 +60,7 @@ class WindowTable:
 
     @classmethod
     def empty(cls) -> WindowTable:
-        """No windows."""
+        """Return a table without windows."""
         return _EMPTY
 
     def column(self, name: str) -> Ints:
@@ -69,7 +69,7 @@ class WindowTable:
         return column
 
     def with_column(self, name: str, column: Ints) -> WindowTable:
-        """The same windows with another column for one of `NUMBERS`."""
+        """Return the windows with another column for one of `NUMBERS`."""
         numbers = self.numbers.copy()
         numbers[NUMBERS.index(name)] = column
         return WindowTable(numbers, self.edges, self.bins, self.counts)
@@ -78,7 +78,7 @@ class WindowTable:
         return len(self.edges) - 1
 
     def __getitem__(self, index: slice | npt.NDArray[Any]) -> WindowTable:
-        """Some of the windows, by slice, mask or positions."""
+        """Return the windows at `index`: a slice, a mask or positions."""
         sizes, begins = np.diff(self.edges)[index], self.edges[:-1][index]
         edges = np.append(0, np.cumsum(sizes))
         at = np.repeat(begins - edges[:-1], sizes) + np.arange(edges[-1])

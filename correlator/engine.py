@@ -188,7 +188,7 @@ class Engine:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """What the rows' `device` points to; only ever appended to."""
+        """Devices to which the rows' `device` refers by index; only appended to."""
         return tuple(self._devices)
 
     def close_windows(self) -> WindowTable:
@@ -284,7 +284,7 @@ class Engine:
         return Results(Rows(delays, windows, self.devices, crossings, told), self.so_far(upto_ns))
 
     def so_far(self, upto_ns: int) -> Totals:
-        """The totals of the run."""
+        """Return the totals of the run."""
         grades = Grades(**self._grades | {"ambiguous": self._grades["ambiguous"] + self._links.ambiguous})
         return Totals(
             upto_ns + self._offset_ns,

@@ -1,9 +1,9 @@
-"""Feeds one stream to an engine: what a live run, a replay, an ingest and the Python API have in common.
+"""Feeds one stream to an engine, for live runs, replays, the ingest and the Python API.
 
     item ──► take() ──► engine ──► results, whose totals say what the source has counted by then
 
-The feeder is synchronous, without I/O and without a clock, like the engine. Whoever reads the stream calls `take` for
-each item, and reads all results of an item before the next item; `finish` ends a stream, `stop_at` a part of a stream.
+The feeder is synchronous, without I/O and without a clock, like the engine. The caller calls `take` for each item of
+the stream, and reads all results of an item before the next item. `finish` ends a stream, `stop_at` a part of a stream.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from correlator.engine import Engine
 
 @dataclass(frozen=True, slots=True)
 class SliceLimit:
-    """How much an engine gathers before it works, for a caller with a measure of its own: a slice has a fixed cost."""
+    """How much an engine gathers before it works, for a caller that chooses its own slices: each slice has a fixed
+    cost.
+    """
 
     span_ns: int
-    """It works once the items span this much of the stream's own time, ..."""
+    """The engine works once the items span this time of the stream, ns, ..."""
     records: int
-    """... or hold so many records."""
+    """... or hold this number of records."""
 
 
 def _nothing_discarded() -> int:
@@ -38,7 +40,7 @@ def _no_cost() -> tuple[HookCost, ...]:
 
 
 class Feeder:
-    """One stream's way into its engine. Can be pickled if the callables can."""
+    """Feeds one stream to one engine. Can be pickled if the callables can."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Feeder:
         cost: Callable[[], tuple[HookCost, ...]] = _no_cost,
         limit: SliceLimit | None = None,
     ) -> None:
-        """`discarded` tells how many records the source has thrown away so far, `cost` what observing has cost.
+        """`discarded` returns the number of records that the source has discarded so far, `cost` the cost of observing.
 
         Without `limit` the engine works when its own slices end.
         """
@@ -55,20 +57,20 @@ class Feeder:
         self._discarded, self._cost = discarded, cost
         self._limit = limit
         self._sliced_ns = 0
-        """With a limit: up to here, in the stream's time, the engine has worked; 0 before the first record."""
+        """With a limit: time of the stream up to which the engine has worked; 0 before the first record."""
         self._waiting = 0
-        """Records since then."""
+        """Records gathered since then."""
 
     def run(self, items: Iterable[StreamItem]) -> Iterator[Results]:
-        """All results of a whole stream, in order. Raises `WireError` for times that no clock tells."""
+        """Yield all results of a stream, in order. Raises `WireError` for impossible times."""
         for item in items:
             yield from self.take(item)
         yield self.finish()
 
     def take(self, item: StreamItem) -> Iterator[Results]:
-        """The results that the next item completes, one at a time: a batch can complete as many as it has records.
+        """Yield the results that the next item completes, one at a time: a batch can complete one per record.
 
-        Raises `WireError` for times that no clock tells.
+        Raises `WireError` for impossible times.
         """
         if not isinstance(item, Progress):
             yield from map(self._completed, self.engine.pieces(item))
@@ -78,15 +80,17 @@ class Feeder:
             yield from map(self._completed, self._gathered(item, self._limit))
 
     def stop_at(self, upto_ns: int) -> Iterator[Results]:
-        """The results of all that waits: the stream is cut here, and another engine goes on with this one's state."""
+        """Yield the results of all waiting records before a cut, from which another engine continues with this one's
+        state.
+        """
         yield from map(self._completed, self.engine.stop_at(upto_ns))
 
     def finish(self) -> Results:
-        """The stream has ended: all that is left."""
+        """Return the remaining results at the end of the stream."""
         return self._completed(self.engine.finish())
 
     def totals(self, upto_ns: int) -> Totals:
-        """The totals of the run so far, where no results have come since something was counted."""
+        """Return the totals of the run so far, for counts that are newer than the last results."""
         return self._counted(self.engine.so_far(upto_ns))
 
     def _gathered(self, item: Batch | Progress, limit: SliceLimit) -> list[Results]:

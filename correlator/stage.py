@@ -12,7 +12,7 @@ from correlator.feeder import Feeder
 
 
 async def correlate(items: AsyncIterable[StreamItem], feeder: Feeder, results: Channel[Results]) -> None:
-    """Feed the stream to the engine until it ends, send on what comes out, and close the channel."""
+    """Feed the stream to the engine until it ends, send the results on, and close the channel."""
     async for item in items:
         for completed in feeder.take(item):
             await results.send(completed)

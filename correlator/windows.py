@@ -1,7 +1,6 @@
-"""Delays -> windows: per device, direction, segment and stretch of UTC time a mergeable histogram.
+"""Counts delays in windows: a mergeable histogram per device, direction, segment and interval of UTC.
 
-Nothing here knows about batches: a window's content depends on its delays alone. It is given out once, when no
-delay that belongs to it can come any more.
+The contents of windows do not depend on batches. A window is returned once, when no further delay can belong to it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _NS: Final = 1_000_000_000
 _DENSE: Final = 1 << 18
 """Codes below this are counted in a table (2 MiB, in the cache); others are sorted."""
 _SPARSE: Final = 32
-"""Few codes are sorted, too, before a table of so many times their number is gone through."""
+"""Few codes are sorted, too, if the table would have more than this many elements per code."""
 
 
 _START, _CODE, _COUNT, _SUM, _LOW, _HIGH = range(6)
@@ -35,14 +34,14 @@ _UNMERGED: Final = 1 << 18
 
 
 class _Pending:
-    """Windows of one width to which delays still come. All at once, as tables: a host has some hundred a second."""
+    """Open windows of one width, as tables: a host has some hundred windows a second."""
 
     def __init__(self, width_s: int) -> None:
         self.width_s = width_s
         self.windows: list[Ints] = []
-        """(6, n) each; the same window can be in several."""
+        """Tables of shape (6, n); a window may be in several of them."""
         self.cells: list[Ints] = []
-        """(4, n) each; those of one window in the order of `windows`."""
+        """Tables of shape (4, n); the cells are in the order of their windows."""
         self.first_ns: int | None = None
         self._unmerged = 0
 
@@ -56,12 +55,12 @@ class _Pending:
             self._keep(*self._merged())
 
     def take(self, before_ns: int | None) -> tuple[Ints, Ints] | None:
-        """Those that end at or before this time (all for None), each once and in order; None if there are none."""
+        """Return the windows that end at or before a time (None: all), merged and in order; None if there are none."""
         width_ns = self.width_s * _NS
         if self.first_ns is None or (before_ns is not None and self.first_ns + width_ns > before_ns):
             return None
         windows, cells = self._merged()
-        # Ordered by start, so the ready ones come first.
+        # Windows are ordered by start, so that the ready ones come first.
         ready = (
             len(windows[0])
             if before_ns is None
@@ -80,7 +79,7 @@ class _Pending:
         self._unmerged = 0
 
     def _merged(self) -> tuple[Ints, Ints]:
-        """Each window, and each of its cells, once; by start, device, direction, segment and bin."""
+        """Return the merged windows and cells, ordered by start, device, direction, segment and bin."""
         windows, cells = _laid_together(self.windows), _laid_together(self.cells)
         if (found := _groups(windows[_START], windows[_CODE])) is not None:
             order, first = found
@@ -101,13 +100,13 @@ class _Pending:
 
 
 class Windows:
-    """All open windows of one run. `utc_ns` of the delays may go back, but never before `close`'s last time."""
+    """All open windows of one run. Times of delays may descend, but not below the last time given to `close`."""
 
     def __init__(self) -> None:
         self._pending = [_Pending(width_s) for width_s in WIDTHS_S]
 
     def add(self, utc_ns: Ints, device: Values, direction: Values, segment: Values, delay_ns: Ints) -> None:
-        """Count delays into their windows of one second; wider ones are made of those when they close.
+        """Count delays in their windows of one second; wider windows are computed from those when they close.
 
         Columns as in `contracts.schema.Delays`.
         """
@@ -146,11 +145,11 @@ class Windows:
 
     @property
     def cells(self) -> int:
-        """Histogram cells that wait, 32 bytes each."""
+        """Number of waiting histogram cells, 32 bytes each."""
         return sum(cells.shape[1] for pending in self._pending for cells in pending.cells)
 
     def close(self, before_utc_ns: int | None) -> WindowTable:
-        """Final windows that end at or before the given time, in order; all of them for None."""
+        """Return the final windows that end at or before a time (None: all), in order."""
         done: list[WindowTable] = []
         for pending, wider in zip(self._pending, [*self._pending[1:], None], strict=True):
             taken = pending.take(before_utc_ns)
@@ -163,7 +162,7 @@ class Windows:
 
 
 def joined(pieces: WindowTable) -> WindowTable:
-    """Windows of pieces of them: those of one time, width, device, direction and segment become one. In order."""
+    """Join parts of windows: parts of equal time, width, device, direction and segment become one window. In order."""
     sizes = np.diff(pieces.edges)
     code = pieces.column("device") << 5 | pieces.column("direction") << 3 | pieces.column("segment")
     rows = [pieces.column(name) for name in ("count", "sum_ns", "min_ns", "max_ns")]
@@ -186,11 +185,11 @@ def _laid_together(tables: list[Ints]) -> Ints:
 
 
 def _groups(start: Ints, code: Ints) -> tuple[Ints, Ints] | None:
-    """Order by start (of whole seconds), then code (>= 0), and where in it each pair of both is first; None where each
-    comes once and they are in order.
+    """Return the order by start (whole seconds) and code (>= 0), and the first index of each pair in it; None if
+    ascending.
 
-    Most tables are laid end to end, each in order already: of one integer the stable sort finds these runs and only
-    merges them, where a lexsort goes over all of it once for each column.
+    Most tables are concatenations of ordered tables. A stable sort of one integer finds these runs and only merges
+    them; a lexsort would sort all of it once per column.
     """
     second = (start - start.min()) // _NS
     codes = int(code.max()) + 1
@@ -205,7 +204,7 @@ def _groups(start: Ints, code: Ints) -> tuple[Ints, Ints] | None:
 
 
 def _changes(*columns: Ints) -> npt.NDArray[np.bool_]:
-    """Whether any column differs from the one before; the first one always."""
+    """Return a mask of rows of which a column differs from the row before; the first row always does."""
     differs = np.ones(len(columns[0]), np.bool_)
     np.not_equal(columns[0][1:], columns[0][:-1], out=differs[1:])
     for column in columns[1:]:
@@ -214,17 +213,17 @@ def _changes(*columns: Ints) -> npt.NDArray[np.bool_]:
 
 
 def _started(table: Ints, width_s: int) -> Ints:
-    """The table with the starts of windows of that width."""
+    """Return the table with the starts of windows of that width."""
     moved = table.copy()
     moved[_START] -= moved[_START] % (width_s * _NS)
     return moved
 
 
 def _final(width_s: int, windows: Ints, cells: Ints) -> WindowTable:
-    """The windows of merged tables, which have each once, in one order."""
+    """Return the windows of merged tables, whose windows and cells have the same order."""
     bins, counts = cells[_BIN].copy(), cells[_CELL_COUNT].copy()
     edges = np.append(np.flatnonzero(_changes(cells[_START], cells[_CODE])), len(bins))
-    # As `histogram.quantiles`, for all windows at once: ranks go on from one to the next.
+    # As in `histogram.quantiles`, for all windows at once: ranks continue from one window to the next.
     ranks = np.cumsum(counts)
     count = windows[_COUNT]
     before = ranks[edges[1:] - 1] - count
@@ -234,14 +233,14 @@ def _final(width_s: int, windows: Ints, cells: Ints) -> WindowTable:
     numbers[0], numbers[1], numbers[2] = windows[_START], width_s, windows[_CODE] >> 5
     numbers[3], numbers[4] = (windows[_CODE] >> 3) & 3, windows[_CODE] & 7
     numbers[5:9] = windows[_COUNT : _HIGH + 1]
-    # The middle of a bin may lie beyond what was ever seen.
+    # The middle of a bin may lie outside the range of observed delays.
     np.maximum(found, windows[_LOW], out=found)
     np.minimum(found, windows[_HIGH], out=numbers[9:])
     return WindowTable(numbers, edges, bins, counts)
 
 
 def _ranked(codes: Ints) -> tuple[Ints, Ints]:
-    """Distinct codes (>= 0), ascending, and each element's rank among them."""
+    """Return the distinct codes (>= 0), ascending, and each element's rank among them."""
     top = int(codes.max()) + 1
     if top > _DENSE:
         groups, member = np.unique(codes, return_inverse=True)
@@ -253,7 +252,7 @@ def _ranked(codes: Ints) -> tuple[Ints, Ints]:
 
 
 def _counted(codes: Ints, top: int) -> tuple[Ints, Ints]:
-    """Distinct codes (in [0, top)), ascending, and how often each occurs."""
+    """Return the distinct codes (in [0, top)), ascending, and the number of occurrences of each."""
     if top > min(_DENSE, _SPARSE * len(codes)):
         distinct, counts = np.unique(codes, return_counts=True)
         return distinct, counts.astype(np.int64, copy=False)
@@ -263,7 +262,7 @@ def _counted(codes: Ints, top: int) -> tuple[Ints, Ints]:
 
 
 def _sums(member: Ints, values: Ints, groups: int, highest: int) -> list[int]:
-    """Exact sums of values (>= 0) by group: bincount adds doubles, which hold every integer below 2**53."""
+    """Return exact sums of values (>= 0) by group: bincount adds doubles, which hold every integer below 2**53."""
     if highest * len(values) < 1 << 53:
         return [int(total) for total in np.bincount(member, weights=values, minlength=groups).tolist()]
     sums = [0] * groups

@@ -48,7 +48,7 @@ from storage.segments import (
     by_hour,
 )
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 def check_schema(root: Path) -> bool:
@@ -111,7 +111,7 @@ class _Buffer:
 
     @property
     def rows(self) -> int:
-        """Of both tables."""
+        """Number of rows of both tables."""
         return sum(map(len, self.delays)) + sum(map(len, self.windows))
 
 
@@ -366,16 +366,8 @@ class EmbeddedStore:
             self._flush += 1
 
     def _ledger_row(self, header: StreamHeader, totals: Totals, rows_stored: int, closed: bool) -> pa.Table:
-        row = tables.LedgerRow(
-            header,
-            totals.upto_utc_ns,
-            totals.ledger,
-            packets=totals.packets,
-            grades=totals.grades,
-            rows_stored=rows_stored,
-            rows_not_stored=self.rows_not_stored,
-            closed=closed,
-            on_host_network=totals.on_host_network,
+        row = tables.LedgerRow.of(
+            header, totals, rows_stored=rows_stored, rows_not_stored=self.rows_not_stored, closed=closed
         )
         return tables.ledger_table([row], self._flush)
 
@@ -405,7 +397,7 @@ class EmbeddedStore:
         try:
             self._retain()
         except OSError as e:
-            log.warning("%s: retention: %s", self.path, e)
+            _LOG.warning("%s: retention: %s", self.path, e)
 
     def merge(self) -> int:
         """Merge small segments; returns the decrease in their number. Never raises, because no row depends on merging.
@@ -435,7 +427,7 @@ class EmbeddedStore:
                 except FileNotFoundError:
                     continue  # retention has removed a segment meanwhile
                 except (OSError, pa.ArrowInvalid, StoreError) as e:
-                    log.warning("%s: merging %d segments: %s", self.path, len(group), e)
+                    _LOG.warning("%s: merging %d segments: %s", self.path, len(group), e)
                     hours.add(group[0].hour)
                     continue
                 finally:

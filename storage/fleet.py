@@ -182,17 +182,7 @@ class FleetStore(EmbeddedStore):
         if not told:
             return
         rows = [
-            tables.LedgerRow(
-                part.header,
-                totals.upto_utc_ns,
-                totals.ledger,
-                packets=totals.packets,
-                grades=totals.grades,
-                rows_stored=part.rows_stored,
-                rows_not_stored=0,
-                closed=part.closed,
-                on_host_network=totals.on_host_network,
-            )
+            tables.LedgerRow.of(part.header, totals, rows_stored=part.rows_stored, closed=part.closed)
             for part in told
             if (totals := part.totals) is not None
         ]

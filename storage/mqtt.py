@@ -531,7 +531,7 @@ class StreamPublisher:
                 (self._aside / f"{self._run}-{count}.frame").write_bytes(frame.payload)
         except OSError as error:
             _LOG.warning("%s: cannot keep a frame that was set aside: %s", self._aside, error.strerror)
-        # Together, and last: whoever reads the counts meanwhile finds the frame among the waiting ones.
+        # Together, and last: until then the counts show the frame among the waiting ones.
         self._spool.first()
         self._spool.acknowledge()
         self.set_aside += frame.rows

@@ -75,17 +75,7 @@ class RowsTarget:
             made.append(self._frame(header, "delays", tables.delays_table(header, part, rows.devices)))
         if made:
             self._flushes += 1
-            row = tables.LedgerRow(
-                header,
-                totals.upto_utc_ns,
-                totals.ledger,
-                packets=totals.packets,
-                grades=totals.grades,
-                rows_stored=0,
-                rows_not_stored=0,
-                closed=False,
-                on_host_network=totals.on_host_network,
-            )
+            row = tables.LedgerRow.of(header, totals)
             made.append(self._frame(header, "ledger", tables.ledger_table([row], self._flushes)))
         return made
 

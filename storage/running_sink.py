@@ -133,7 +133,7 @@ class RunningSink(Generic[T]):
         """Number of rows given up by the spool that the account already has."""
         self._success_s = 0.0
         self._too_late = False
-        """Whether the server's time at the end is over, so that nothing waits for it any more."""
+        """Whether the server's time at the end is over, so that no task waits for it."""
         self._told_s: dict[str, float] = {}
         """Time at which each kind of problem was last logged."""
 

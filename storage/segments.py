@@ -31,7 +31,7 @@ from contracts.arrays import Ints
 from contracts.errors import StoreError
 from storage.ownership import NO_LINK
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 HOUR_NS: Final = 3_600_000_000_000
 NO_HOUR: Final = -1
@@ -41,9 +41,9 @@ PARTITIONED: Final = ("ledger", "windows", "delays")
 UNFINISHED: Final = "replay"
 """Folder in a store with the state of an incomplete replay, for its resume."""
 MAINTENANCE_INTERVAL_S: Final = 5.0
-"""How often whoever writes a store merges its small segments."""
+"""Interval at which the writer of a store merges its small segments."""
 RETENTION_INTERVAL_S: Final = 60.0
-"""How often whoever writes a store removes what is too old or too much."""
+"""Interval at which the writer of a store removes hours beyond the limits of age and size."""
 TABLES: Final = ("runs", "cost", *PARTITIONED)
 
 FULL_ROWS: Final = 1 << 17
@@ -244,7 +244,7 @@ def remove_leftovers(root: Path) -> int:
     for path in left:
         path.unlink(missing_ok=True)
     if left:
-        log.info("%s: removed %d files that an interrupted writer left", root, len(left))
+        _LOG.info("%s: removed %d files that an interrupted writer left", root, len(left))
     return len(left)
 
 
@@ -360,7 +360,7 @@ def retain(root: Path, now_s: float, max_age_s: float | None, max_bytes: int | N
             _remove_empty(partition(root, table, hour))
         total -= here.bytes
         removed += here
-        log.info(
+        _LOG.info(
             "%s: retention (%s) removed %s: %d segments, %d rows, %d bytes",
             root,
             "age" if old else "size",

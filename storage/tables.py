@@ -1,4 +1,4 @@
-"""The stored tables: columns, and what the correlator gives out as Arrow tables of them.
+"""The stored tables: their columns, and the correlator's results as Arrow tables with these columns.
 
 Rows are self-contained, so that DuckDB, pandas, Polars or Dask need only the files: columns have names instead of
 numbers, and each row has its host, run, container and device. These columns have few distinct values and are
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from contracts.figures import ranks
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
+from contracts.results import Totals
 from contracts.schema import Delays, Direction, Grade, Grades, HookCost, Outcome, Segment
 from contracts.topology import Device, Sharer
 from contracts.windowtable import FIGURES, WindowTable
@@ -44,22 +45,26 @@ _SHARER: Final = pa.struct([pa.field("container", pa.string()), pa.field("contai
 _RUN: Final = (
     Column("host", _NAME, "Host that captured the packets."),
     Column("run", _NAME, "Capture run, unique on its host."),
-    Column("source", _NAME, "Source that captured them: `ftrace`, `kmod`, ..."),
+    Column("source", _NAME, "Source of the records: `ftrace`, `kmod`, ..."),
 )
 _DEVICE: Final = (
-    Column("container", _NAME, "Container whose packet it is, at each device of its path: as it was called then."),
+    Column("container", _NAME, "Name, at that time, of the container whose packet crossed the device."),
     Column("netns", _NAME, "Name of the network namespace; `host` for the host's."),
     Column("device", _NAME, "Name of the network device."),
-    Column("device_id", _NAME, "`INODE:IFINDEX`, of the namespace and in it: tells apart devices of the same names."),
+    Column(
+        "device_id",
+        _NAME,
+        "`INODE:IFINDEX`: the namespace's inode and the index in it, which distinguish devices of equal names.",
+    ),
     Column("kind", _NAME, "Link kind: `veth`, `bridge`, ...; empty for hardware."),
     Column("role", _NAME, "`inner`, `outer`, `host`, `remote`, `loopback` or `other`."),
-    Column("rank", pa.uint8(), "Where the device stands on the way out of a container, from 0; sorts a path."),
-    Column("direction", _NAME, "`egress`: out of the container, `ingress`: into it, else `unknown`."),
+    Column("rank", pa.uint8(), "Place of the device on the way out of a container, from 0; sorts a path."),
+    Column("direction", _NAME, "`egress`: out of the container; `ingress`: into the container; otherwise `unknown`."),
     Column(
         "segment",
         _NAME,
-        "`device`: crossing of a device that only the container's packets cross; `outside`: of one that the host's"
-        " own cross too; `delivery`: from the inner device to the reader; `overhead`: the sum of a packet's"
+        "`device`: crossing of a device that only the container's packets cross; `outside`: of a device that the"
+        " host's own packets cross, too; `delivery`: from the inner device to the reader; `overhead`: sum of a packet's"
         " `device` rows, with the inner device's name.",
     ),
 )
@@ -67,62 +72,80 @@ _DEVICE: Final = (
 _CONTAINER_ID: Final = Column(
     "container_id",
     _NAME,
-    "The whole id that the runtime gave the container, the same whatever its name is; empty where there is none.",
+    "The container's full id from its runtime, which a rename does not change; empty without an id.",
 )
 
 DELAYS: Final = (
     Column("time", _TIME, "When the segment began."),
-    Column("packet", pa.uint64(), "The same in all rows of one packet of a run; says nothing else."),
+    Column(
+        "packet",
+        pa.uint64(),
+        "Number of the packet, equal in all rows of one packet of a run, without further meaning.",
+    ),
     *_RUN,
     *_DEVICE,
-    Column("position", pa.uint8(), "Which hop of the packet's path it is, from 0; 255 for `overhead`."),
-    Column("delay_ns", pa.int64(), "How long it took."),
+    Column("position", pa.uint8(), "Index of the hop along the packet's path, from 0; 255 for `overhead`."),
+    Column("delay_ns", pa.int64(), "Duration of the segment."),
     Column("l3_len", pa.uint32(), "Bytes of the packet without link-layer header."),
-    Column("grade", _NAME, "On what ground its records are tied: `ambiguous`, `buffer`, `content`, `exact`."),
+    Column("grade", _NAME, "Evidence that ties the packet's records: `ambiguous`, `buffer`, `content`, `exact`."),
     Column("outcome", _NAME, "How the packet's life ended: `consumed`, `dropped`, `open` (no end seen)."),
-    Column("drop_reason", pa.uint16(), "If it was dropped: the kernel's `enum skb_drop_reason`, else 0."),
-    Column("waited", pa.bool_(), "It waited for a neighbour's address (ARP, ND); such rows are in no window."),
+    Column("drop_reason", pa.uint16(), "The kernel's `enum skb_drop_reason` of a dropped packet, else 0."),
+    Column(
+        "waited",
+        pa.bool_(),
+        "Whether the packet waited for a neighbour's address (ARP, ND); windows leave such rows out.",
+    ),
     _CONTAINER_ID,
 )
 WINDOWS: Final = (
     Column("time", _TIME, "Start of the window, a multiple of its width."),
-    Column("width_s", pa.uint32(), "Its width, s. Each delay is counted once in each width."),
+    Column("width_s", pa.uint32(), "Width of the window, s. Windows of each width count each delay once."),
     *_RUN,
     *_DEVICE,
     Column("count", pa.int64(), "Delays that began in the window."),
-    Column("sum_ns", pa.int64(), "Their sum."),
-    Column("min_ns", pa.int64(), "The smallest."),
-    Column("max_ns", pa.int64(), "The largest."),
-    Column("p50_ns", pa.int64(), "Quantile, read from the histogram; relative error at most 0.4 %."),
-    Column("p90_ns", pa.int64(), "The same."),
-    Column("p99_ns", pa.int64(), "The same."),
-    Column("p999_ns", pa.int64(), "The same."),
-    Column("bins", pa.list_(pa.uint16()), "Bins of `contracts.histogram` that are not empty, ascending."),
-    Column("counts", pa.list_(pa.int64()), "Delays in each of them; histograms merge by adding these."),
+    Column("sum_ns", pa.int64(), "Sum of these delays."),
+    Column("min_ns", pa.int64(), "Smallest delay."),
+    Column("max_ns", pa.int64(), "Largest delay."),
+    Column("p50_ns", pa.int64(), "Median, from the histogram; relative error at most 0.4 %."),
+    Column("p90_ns", pa.int64(), "90 % quantile, like `p50_ns`."),
+    Column("p99_ns", pa.int64(), "99 % quantile, like `p50_ns`."),
+    Column("p999_ns", pa.int64(), "99.9 % quantile, like `p50_ns`."),
+    Column("bins", pa.list_(pa.uint16()), "Non-empty bins of `contracts.histogram`, ascending."),
+    Column(
+        "counts", pa.list_(pa.int64()), "Delays in each of these bins; to merge histograms, add the counts per bin."
+    ),
     _CONTAINER_ID,
 )
 LEDGER: Final = (
-    Column("time", _TIME, "All records before it are accounted for in this row."),
-    Column("flush", pa.uint64(), "Grows with each row of a run: the largest is the newest."),
+    Column("time", _TIME, "Time before which this row accounts for all records."),
+    Column("flush", pa.uint64(), "Number that grows with each row of a run: the largest is the newest."),
     *_RUN,
     *(
         Column(f.name, pa.int64(), "Records so far in this category of the ledger (`contracts.ledger`).")
         for f in fields(Ledger)
     ),
     Column("packets", pa.int64(), "Packets so far with at least one delay."),
-    Column("rows_stored", pa.int64(), "Rows of `delays` so far that are in the store."),
+    Column("rows_stored", pa.int64(), "Rows of `delays` stored so far."),
     Column("rows_not_stored", pa.int64(), "Rows of all tables so far that could not be written (disk full, ...)."),
-    Column("closed", pa.bool_(), "The run's last row: it ended in an orderly way."),
-    Column("packets_ambiguous", pa.int64(), "Packets so far that were given up: several devices or packets fit."),
-    Column("packets_buffer", pa.int64(), "Of `packets` those that the kernel buffer alone holds together."),
-    Column("packets_content", pa.int64(), "Those that their content key alone does."),
-    Column("packets_exact", pa.int64(), "Those that both do."),
-    Column("told_apart", pa.int64(), "Times that the key alone said that a buffer had become another packet's."),
-    Column("packets_waited", pa.int64(), "Of `packets` those that waited for a neighbour's address (ARP, ND)."),
+    Column("closed", pa.bool_(), "Whether this is the run's last row, written at an orderly end."),
+    Column(
+        "packets_ambiguous",
+        pa.int64(),
+        "Packets so far without delays, because several devices or packets fit their records.",
+    ),
+    Column("packets_buffer", pa.int64(), "Packets of `packets` that the kernel buffer alone identifies."),
+    Column("packets_content", pa.int64(), "Packets of `packets` that the content key alone identifies."),
+    Column("packets_exact", pa.int64(), "Packets of `packets` that buffer and content key identify."),
+    Column(
+        "told_apart",
+        pa.int64(),
+        "How often only the content key showed that a buffer had been reused for another packet.",
+    ),
+    Column("packets_waited", pa.int64(), "Packets of `packets` that waited for a neighbour's address (ARP, ND)."),
     Column(
         "on_host_network",
         pa.list_(_SHARER),
-        "Containers seen on the host's network since the row before: they have no device, and no other row.",
+        "Containers seen on the host's network since the previous row; without a device, they are in no other table.",
     ),
 )
 GRADES: Final = {f.name: f.name if f.name == "told_apart" else f"packets_{f.name}" for f in fields(Grades)}
@@ -134,18 +157,18 @@ RUNS: Final = (
     Column("boot_id", pa.string(), "Identifies the boot of the host."),
     Column("cpus", pa.uint32(), "CPUs of the host."),
     Column("monotonic_ns", pa.int64(), "CLOCK_MONOTONIC of the clock pair."),
-    Column("uncertainty_ns", pa.int64(), "How far off the pair may be."),
+    Column("uncertainty_ns", pa.int64(), "Largest error of the clock pair, ns."),
     Column("hooks", pa.list_(pa.string()), "Tracepoints that were enabled."),
     Column("mace_version", pa.string(), "Version of MACE that captured."),
-    Column("command", pa.list_(pa.string()), "Its command line."),
+    Column("command", pa.list_(pa.string()), "Command line of the capture."),
 )
 COST: Final = (
-    Column("time", _TIME, "All calls before it are counted, those of a whole run."),
+    Column("time", _TIME, "Time up to which the row counts the run's calls."),
     *_RUN,
     Column("hook", _NAME, "Observation point."),
-    Column("calls", pa.int64(), "Calls of its probe, for packets that were not recorded too."),
-    Column("timed", pa.int64(), "Those that were timed."),
-    Column("timed_ns", pa.int64(), "Time spent in these; a call costs `timed_ns / timed`."),
+    Column("calls", pa.int64(), "Calls of the hook's probe, including those for unrecorded packets."),
+    Column("timed", pa.int64(), "Timed calls."),
+    Column("timed_ns", pa.int64(), "Time spent in the timed calls; a call costs `timed_ns / timed`."),
 )
 COLUMNS: Final = {"delays": DELAYS, "windows": WINDOWS, "ledger": LEDGER, "runs": RUNS, "cost": COST}
 
@@ -338,6 +361,29 @@ class LedgerRow:
     rows_not_stored: int
     closed: bool
     on_host_network: tuple[Sharer, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        header: StreamHeader,
+        totals: Totals,
+        *,
+        rows_stored: int = 0,
+        rows_not_stored: int = 0,
+        closed: bool = False,
+    ) -> Self:
+        """Return the row of a run's totals."""
+        return cls(
+            header,
+            totals.upto_utc_ns,
+            totals.ledger,
+            packets=totals.packets,
+            grades=totals.grades,
+            rows_stored=rows_stored,
+            rows_not_stored=rows_not_stored,
+            closed=closed,
+            on_host_network=totals.on_host_network,
+        )
 
 
 def ledger_table(entries: Sequence[LedgerRow], flush: int) -> pa.Table:

@@ -1,6 +1,5 @@
 """A real mosquitto on loopback, with TLS, passwords and an access list if a test needs them."""
 
-import os
 import re
 import shutil
 import signal
@@ -10,10 +9,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.places import DOCS
+from tests.places import DOCS, PROGRAM_PATH
 
 PAGE = DOCS / "mqtt.md"
-PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def documented_acl():
@@ -51,7 +49,7 @@ class Mosquitto:
     def start(self):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [shutil.which("mosquitto", path=PATH), "-c", str(self.conf)], stdout=log, stderr=log
+                [shutil.which("mosquitto", path=PROGRAM_PATH), "-c", str(self.conf)], stdout=log, stderr=log
             )
         deadline = time.monotonic() + 20
         while True:
@@ -118,5 +116,7 @@ def _openssl(*args):
 def passwords(path, users):
     """Write a password file for mosquitto."""
     path.write_text("".join(f"{name}:{word}\n" for name, word in users.items()))
-    subprocess.run([shutil.which("mosquitto_passwd", path=PATH), "-U", str(path)], check=True, capture_output=True)
+    subprocess.run(
+        [shutil.which("mosquitto_passwd", path=PROGRAM_PATH), "-U", str(path)], check=True, capture_output=True
+    )
     return path

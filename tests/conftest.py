@@ -82,12 +82,12 @@ def _root() -> str | None:
 
 def _tracefs() -> str | None:
     try:
-        root = tracefs.find()  # mounts it where nothing has yet, as MACE itself does
+        root = tracefs.find()  # mounts tracefs if it is not mounted, like MACE itself
     except Unavailable as error:
         return f"{error.why}: {error.remedy}"
     if not (root / "events/net/net_dev_queue/format").exists():
         return f"{root} has no events/net"
-    # A container often has it read-only.
+    # Containers often mount it read-only.
     if not os.access(root / "instances", os.W_OK):
         return f"{root}/instances is not writable"
     return None
@@ -128,6 +128,12 @@ def _bpftrace() -> str | None:
 def _bpf() -> str | None:
     status = BpfSource.check()
     return None if status.ok else f"{status.detail}: {status.remedy}"
+
+
+def _nobody() -> str | None:
+    from tests import nobody  # here, because few tests ask
+
+    return _root() or nobody.missing()
 
 
 def _qemu() -> str | None:
@@ -176,11 +182,12 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "userns": _userns,
     "docker": _docker,
     "bpf": _bpf,
+    "nobody": _nobody,
     "bpftrace": _bpftrace,
     "perf": lambda: _program("perf", "--version"),
     "ns_last_pid": _ns_last_pid,
     "tcpdump": lambda: _program("tcpdump", "--version"),
-    # It says its version, and then exits as if it had been misused.
+    # The program prints its version and exits with the status of a usage error.
     "trace-cmd": lambda: _program("trace-cmd", "report", str(GOLDEN_TRACE)),
     "fping": lambda: _program("fping", "--version"),
     "busybox": lambda: _program("busybox", "true"),
@@ -255,7 +262,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     beside.arrange(items)
 
 
-# Last: by then other hooks have left out what was not selected.
+# Last, when other hooks have removed the tests that were not selected.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[MACHINES] = beside.Machines(session.items)

@@ -24,7 +24,7 @@ from itertools import count
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 NO_API = "404 page not found\n"
-"""What InfluxDB 1.6.7 says of `/api/v2/write`."""
+"""Answer of InfluxDB 1.6.7 to `/api/v2/write`."""
 
 
 class Proxy(ThreadingHTTPServer):
@@ -38,7 +38,7 @@ class Proxy(ThreadingHTTPServer):
         self.numbers = count()
         self.writes = 0
         self.met = []
-        """What each write met, in order."""
+        """Fate of each write, in order."""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             response = upstream.getresponse()
             text = response.read()
         except OSError:
-            self._close()  # the server is dead; a proxy could say 502, but a direct client sees this
+            self._close()  # the server is dead: a client without proxy sees a closed connection, not 502
             return
         finally:
             upstream.close()

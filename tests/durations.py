@@ -1,4 +1,4 @@
-"""Nanoseconds in what tests say their times in."""
+"""Units of time in nanoseconds."""
 
 MS = 1_000_000
 S = 1_000_000_000

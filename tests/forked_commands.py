@@ -27,7 +27,7 @@ PARTS = (
     *("mace.tools.correct", "mace.tools.namespaces", "mace.tools.ping", "mace.tools.wrap", "storage.check"),
     *("mace.trials.compare", "mace.trials.experiment", "mace.trials.verify.verdict", "mace.commands.settings"),
 )
-"""What commands import when they run, and what takes most of their time; extras are left to those that use them."""
+"""Modules that commands import when they run; imports take most of a command's time. Extras are not among them."""
 
 
 def import_all():
@@ -51,7 +51,7 @@ class CommandCase:
     encoding: str = "utf-8"
     environment: dict = field(default_factory=dict)
     unprivileged: bool = False
-    """For what would touch the machine if it could."""
+    """Whether the command runs without privileges, because it would change the machine."""
 
 
 @dataclass
@@ -142,6 +142,6 @@ if __name__ == "__main__":
 
     import_all()
     for name in ("ascii", "latin-1"):
-        codecs.lookup(name)  # read now: nobody may not be let to Python's files
-    gc.freeze()  # so that forks share what they do not change
+        codecs.lookup(name)  # read now: the user nobody may have no access to Python's files
+    gc.freeze()  # so that forks share unchanged memory
     json.dump(_serve(), sys.stdout)

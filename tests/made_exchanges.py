@@ -56,7 +56,7 @@ class Path:
             l4_dst=seq.astype(np.int32),
             l4_seq=np.full(count, NOT_TOLD, np.int64),
         )
-        # In no order that anything could rely on.
+        # In an order without meaning.
         return found[np.random.default_rng(1).permutation(count)]
 
 
@@ -111,7 +111,7 @@ def ping_run(
                 lines.append((arrived, sent, first_seq + number, copy, name, reply))
         else:
             lines.append((sent + 1_000_000, sent, first_seq + number, -1, name, 0))
-        # One process: it sends the next when the call that sent this one has returned.
+        # One process sends the next request when the call that sent this one has returned.
         sent = max(sent + int(pace_ns * rng.uniform(0.9, 1.1)), queued + 500)
     for _ in range(strangers):
         queued = int(rng.integers(START, sent + 1))

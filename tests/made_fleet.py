@@ -26,7 +26,7 @@ READ = REPLY + " D c"
 DROPPED = "Q:eth0 X:eth0 r:veth{n} R:veth{n} R:br0 k"
 PATHS = (REQUEST, REPLY, READ, DROPPED)
 
-# From which to which record of its path a packet's stay at a device is, and what it counts as.
+# First and last record of each stay at a device along the path, and the segment that the stay counts as.
 TRUTH = {
     REQUEST: (
         ("eth0", "device", 0, 2),
@@ -108,7 +108,7 @@ def _capture(number, packets, fleet):
             dropped += len(words) if path is DROPPED else 0
     matched = len(rows) - dropped
     lost = int(rng.integers(0, 50))
-    # After all packets, so that nothing was under way.
+    # After all packets, when none is under way.
     end = START_NS + (packets + 5) * EVERY_NS
     rows.append((end, int(Hook.LOST), 0, end + 1_000, lost))
     rows.sort(key=lambda row: row[0])

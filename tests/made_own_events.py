@@ -12,7 +12,7 @@ COMMON = """\
 \tfield:unsigned char common_preempt_count;\toffset:3;\tsize:1;\tsigned:0;
 \tfield:int common_pid;\toffset:4;\tsize:4;\tsigned:1;
 """
-# Those of Linux 6.18, with `L` for the size of a long; the last is made up, of kinds that few events have.
+# Formats of Linux 6.18, with `L` for the size of a long; the last one is made up of kinds that few events have.
 FIELDS = {
     "ftrace:function": (1, [("unsigned long ip", 8, "L"), ("unsigned long parent_ip", "8+L", "L"),
                             ("unsigned long args[]", "8+2*L", 0)]),
@@ -86,7 +86,7 @@ class EventWriter:
             case "ftrace:bprint":
                 return raw + self._pack("LL", values["ip"], values["fmt"]) + values["buf"]
             case "ftrace:funcgraph_entry":
-                # Packed: without arguments it ends before where its format says that these begin.
+                # The struct is packed: without arguments it ends before the offset of the arguments in its format.
                 return raw + self._pack("L", values["func"]) + self._pack("I", values["depth"])
             case "ftrace:bputs":
                 return raw + self._pack("LL", values["ip"], values["str"])

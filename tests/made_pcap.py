@@ -91,7 +91,7 @@ def pcapng(
     for number, one in enumerate(frames):
         raw.append(ng_packet(order, number % max(interfaces, 1), one.utc_ns, one.data, length=one.length, **clock))
         if number % 7 == 3:
-            raw.append(block(5, b"\0" * 12, order))  # statistics of an interface, which nobody asked for
+            raw.append(block(5, b"\0" * 12, order))  # statistics of an interface, which the reader skips
     return b"".join(raw)
 
 

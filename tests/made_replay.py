@@ -16,10 +16,10 @@ from correlator.engine import EngineConfig
 from mace.live import pipeline
 from storage.embedded import EmbeddedStore
 from storage.query import StoreReader
+from tests.durations import S
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
-SECOND_NS = 1_000_000_000
-ENGINE = EngineConfig(timeout_ns=50_000_000, slice_ns=SECOND_NS // 4)
+ENGINE = EngineConfig(timeout_ns=50_000_000, slice_ns=S // 4)
 """Cuts are at multiples of a quarter of a second."""
 SLOWER = 12
 
@@ -33,8 +33,8 @@ def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HE
     made = traffic(count, seed, content=content)
     start = TOPOLOGY.from_ns
     # 3 s before the hour, by the header's clock.
-    hour = 3600 * SECOND_NS
-    start += -(start + header.clock.offset_ns) % hour - 3 * SECOND_NS
+    hour = 3600 * S
+    start += -(start + header.clock.offset_ns) % hour - 3 * S
     ts = start + (made.ts_ns - TOPOLOGY.from_ns) * slower
     made = replace(made, ts_ns=ts)
     rng = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HE
         l3_len=[3, 0, 9, 1, 2],
         hook=[Hook.LOST] * 5,
     )
-    # Sent at the container, and the driver busy again and again over the cuts, then on its way.
+    # A packet is queued at the container while the driver is busy again and again, across the cuts, and then continues.
     slow = ts[0] + np.arange(1, 800) * 10_000_000
     slow = slow[slow < ts[-1]]
     queued = np.full(len(slow), 2)
@@ -72,7 +72,7 @@ def hard_stream(count=240_000, seed=3, *, content=True, slower=SLOWER, header=HE
         replace(TOPOLOGY, from_ns=int(third), devices=tuple(gone)),
         replace(
             TOPOLOGY,
-            from_ns=int(third) + 2 * SECOND_NS,
+            from_ns=int(third) + 2 * S,
             devices=tuple(renamed),
             on_host_network=(Sharer("agent", "f" * 64), Sharer("image.sif[7]")),
         ),
@@ -119,7 +119,7 @@ def differences(one, other):
             found[table] = ask(f"{a} EXCEPT ALL {b} LIMIT 3") + ask(f"{b} EXCEPT ALL {a} LIMIT 3")
         last = [
             ask(
-                # What was there since the row before depends on when that was.
+                # The containers seen since the previous row depend on when that row was written.
                 f"SELECT * EXCLUDE (flush, time, on_host_network), epoch_ns(time) FROM {rows_of(store, 'ledger')}"
                 " QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1 ORDER BY host, run"
             )

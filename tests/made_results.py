@@ -61,7 +61,7 @@ def hops(devices, container, direction):
 
 
 def delays_of(rows, **columns):
-    """So many rows of these columns; 0 in all others."""
+    """Return `rows` delays with these columns; all other columns are 0."""
     return Delays(
         **{name: np.asarray(columns.pop(name, np.zeros(rows)), dtype) for name, dtype in Delays._DTYPES.items()},
         **columns,
@@ -156,10 +156,10 @@ def make_results(delays, *, devices=None, containers=1, windows=(), ledger=None,
 
 
 def with_rows(results, **changes):
-    """The same results with other columns."""
+    """Return the results with some fields of their rows replaced."""
     return replace(results, rows=replace(results.rows, **changes))
 
 
 def with_totals(results, **changes):
-    """The same results with other totals."""
+    """Return the results with some fields of their totals replaced."""
     return replace(results, totals=replace(results.totals, **changes))

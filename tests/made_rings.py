@@ -60,7 +60,7 @@ class MadeRing:
     def take(self, *, release=0, flush=False):
         if release > self.handed - self.tail:
             raise SourceError("TAKE: Invalid argument")
-        # What is released may be written over at once: whoever still looks at it sees nonsense.
+        # Released records may be overwritten at once: a view of them then shows nonsense.
         for number in range(self.tail, self.tail + release):
             at = number % self.subbufs * self.subbuf_bytes
             self.memory[at : at + self.subbuf_bytes] = b"\xee" * self.subbuf_bytes

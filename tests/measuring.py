@@ -52,7 +52,7 @@ class RunningMace:
             "run", "--lab", lab.name, "--store", self.store, "--record", self.capture, "--json", *options
         )
         self.found = None
-        # The capture's header is written when all is open, so the tracer is on by then. An emulator takes its time.
+        # The capture's header is written when the source is open, so that the tracer is on. An emulator needs long.
         try:
             wait_for(lambda: self._begun() or self.process.poll() is not None, limit_s=120)
         except AssertionError:

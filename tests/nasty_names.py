@@ -8,7 +8,7 @@ BYTES_255 = "n" * 255
 NASTY = [
     # Rich's markup, emoji, links.
     "[red]x", "[/]", "[/red]", "[bold]b[/bold]", "\\[red]", "[link=https://x.example]l[/link]", ":warning:", "[[]]",
-    # matplotlib's formulas, its labels that are none.
+    # Formulas of matplotlib, and labels that it hides.
     "$x^$", "$", "$$", "\\$a$", "_hidden", "$\\frac{1}{0}$", "__",
     # Commands to a terminal.
     "\x1b[31mred", "\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "a\rb", "a\nb", "a\tb", "\x7f", "\x08\x08",

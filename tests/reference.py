@@ -21,12 +21,12 @@ class Life:
     first_ts: int
     length: int
     hops: list = field(default_factory=list)  # [device, [(ts, hook), ...]]
-    rest: list = field(default_factory=list)  # copies and the end
+    rest: list = field(default_factory=list)  # copies to sockets and the end of the buffer
     last: tuple = ()
-    key: int = 0  # the last one known
+    key: int = 0  # the last known key
     keyed: int = 0
     other_content: bool = False
-    no_buffer: bool = False  # the source gave the key for one
+    no_buffer: bool = False  # the source has no buffer addresses: the key stands for the buffer
     placed: list = field(default_factory=list)  # (ts, hook, dev, key) of the records on a device
     grade: str = ""
     repeats: int = 0  # records in no hop, which repeat the one before

@@ -5,7 +5,6 @@ InfluxDB 1.6.7 is Debian's package influxdb. VictoriaMetrics is that of Debian 1
 """
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -17,10 +16,9 @@ import urllib.request
 from contextlib import contextmanager
 
 from tests.kernel import kernels
+from tests.places import PROGRAM_PATH
 
 READY_S = 60
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
-
 INFLUX_CONFIG = """
 reporting-disabled = true
 bind-address = "127.0.0.1:{rpc}"
@@ -141,7 +139,7 @@ class Victoria(Server):
     """VictoriaMetrics; its new rows can be made visible at once."""
 
     suite = "trixie"
-    """Of Debian."""
+    """Debian suite of the package."""
 
     def __init__(self, place):
         port = free_port()
@@ -166,7 +164,7 @@ class Victoria(Server):
     def _exported(self, metric):
         self.flush()
         _, text = get(f"{self.url}/api/v1/export", timeout=120, **{"match[]": f'{{__name__="{metric}"}}'})
-        # Not splitlines: a label may hold what Python takes for the end of a line.
+        # Not splitlines: a label may hold characters that Python treats as the end of a line.
         return [json.loads(each) for each in text.split("\n") if each]
 
 
@@ -178,7 +176,7 @@ class OldVictoria(Victoria):
 
 def influxd():
     """Return the path of influxd; None if it is not installed."""
-    return shutil.which("influxd", path=_PATH)
+    return shutil.which("influxd", path=PROGRAM_PATH)
 
 
 def victoria_program(suite):

@@ -6,6 +6,7 @@ compiles the header and compares the two. The record has the dtype `contracts.ab
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,8 @@ CONFIG: Final[np.dtype[Any]] = np.dtype(
         ("wake_every", "<u4"),
         ("l4_filtered", "<u4"),
         ("cookies", "<u4"),
+        ("direct", "<u4"),
+        ("paged", "<u4"),
     ]
 )
 """struct mace_config: a session's filter and settings."""
@@ -42,7 +45,44 @@ COUNTS: Final[np.dtype[Any]] = np.dtype(
 )
 """struct mace_counts: one CPU's counts."""
 
-STRUCTS: Final[dict[str, np.dtype[Any]]] = {"mace_config": CONFIG, "mace_state": STATE, "mace_counts": COUNTS}
+WALK_DEVICES: Final = 64
+"""MACE_WALK_DEVICES: number of elements of the map `mace_netdevs`."""
+
+
+class Walked(IntEnum):
+    """enum mace_walked: what the program `walk_devices` returns."""
+
+    DONE = 0
+    MORE = 1
+    LOST = 2
+
+
+NETDEV: Final[np.dtype[Any]] = np.dtype(
+    [
+        ("netns_cookie", "<u8"),
+        ("netns", "<u4"),
+        ("proc_stat", "<u4"),
+        ("ifindex", "<u4"),
+        ("peer_netns", "<u4"),
+        ("peer_ifindex", "<u4"),
+        ("lower_netns", "<u4"),
+        ("lower_ifindex", "<u4"),
+        ("master_ifindex", "<u4"),
+        ("type", "<u2"),
+        ("initial", "<u2"),
+        ("pad", "<u4"),
+        ("name", "S16"),
+        ("kind", "S16"),
+    ]
+)
+"""struct mace_netdev: a device."""
+
+STRUCTS: Final[dict[str, np.dtype[Any]]] = {
+    "mace_config": CONFIG,
+    "mace_state": STATE,
+    "mace_counts": COUNTS,
+    "mace_netdev": NETDEV,
+}
 """Dtype of each struct, by the struct's name in the header."""
 
 LOST_BITS: Final = 24

@@ -25,13 +25,18 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_object__open_file": (_VOID, (ctypes.c_char_p, _VOID)),
     "bpf_object__load": (_INT, (_VOID,)),
     "bpf_object__close": (None, (_VOID,)),
+    "bpf_object__next_program": (_VOID, (_VOID, _VOID)),
+    "bpf_object__next_map": (_VOID, (_VOID, _VOID)),
     "bpf_object__find_program_by_name": (_VOID, (_VOID, ctypes.c_char_p)),
     "bpf_object__find_map_by_name": (_VOID, (_VOID, ctypes.c_char_p)),
+    "bpf_program__name": (ctypes.c_char_p, (_VOID,)),
     "bpf_program__set_autoload": (_INT, (_VOID, ctypes.c_bool)),
     "bpf_program__fd": (_INT, (_VOID,)),
     "bpf_program__attach": (_VOID, (_VOID,)),
     "bpf_link__destroy": (_INT, (_VOID,)),
     "bpf_map__fd": (_INT, (_VOID,)),
+    "bpf_map__name": (ctypes.c_char_p, (_VOID,)),
+    "bpf_map__set_autocreate": (_INT, (_VOID, ctypes.c_bool)),
     "bpf_map__set_max_entries": (_INT, (_VOID, _U32)),
     "bpf_map__value_size": (_U32, (_VOID,)),
     "bpf_map__initial_value": (_VOID, (_VOID, ctypes.POINTER(ctypes.c_size_t))),
@@ -40,6 +45,7 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map_lookup_elem": (_INT, (_INT, _VOID, _VOID)),
     "bpf_prog_load": (_INT, (_INT, ctypes.c_char_p, ctypes.c_char_p, _VOID, ctypes.c_size_t, _VOID)),
     "bpf_raw_tracepoint_open": (_INT, (ctypes.c_char_p, _INT)),
+    "bpf_prog_test_run_opts": (_INT, (_INT, _VOID)),
     "bpf_obj_get_info_by_fd": (_INT, (_INT, _VOID, _VOID)),
     "bpf_enable_stats": (_INT, (_INT,)),
     "btf__load_vmlinux_btf": (_VOID, ()),
@@ -146,6 +152,36 @@ def runs_of(program_fd: int) -> Runs:
     size = _U32(_INFO_BYTES)
     check(library().bpf_obj_get_info_by_fd(program_fd, info, ctypes.byref(size)))
     return Runs(runs=info[25], run_ns=info[24], missed=info[26])
+
+
+class _TestRun(ctypes.Structure):
+    """struct bpf_test_run_opts of libbpf 1.0."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("data_in", _VOID),
+        ("data_out", _VOID),
+        ("data_size_in", _U32),
+        ("data_size_out", _U32),
+        ("ctx_in", _VOID),
+        ("ctx_out", _VOID),
+        ("ctx_size_in", _U32),
+        ("ctx_size_out", _U32),
+        ("retval", _U32),
+        ("repeat", _INT),
+        ("duration", _U32),
+        ("flags", _U32),
+        ("cpu", _U32),
+        ("batch_size", _U32),
+    )
+
+
+def run(program_fd: int, argument: int) -> int:
+    """Run a raw tracepoint's program once, with one argument, and return what it returns; raises `OSError`."""
+    context = ctypes.c_uint64(argument)
+    options = _TestRun(sz=ctypes.sizeof(_TestRun), ctx_in=ctypes.addressof(context), ctx_size_in=8)
+    check(library().bpf_prog_test_run_opts(program_fd, ctypes.byref(options)))
+    return int(options.retval)
 
 
 class Btf:

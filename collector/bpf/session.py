@@ -23,18 +23,18 @@ import numpy.typing as npt
 from collector.bpf import libbpf
 from collector.bpf.layout import CONFIG, COUNTS, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
+from collector.bpf.object import OBJECT, RIGHTS, BpfObject
 from collector.live.filter import SessionFilter
-from collector.machine.kernel import highest_possible_cpu
+from collector.machine.kernel import highest_possible_cpu, kernel_version
 from collector.machine.netns import cookie_here, inside, open_nsfs
-from contracts.errors import SourceError, Unavailable
+from contracts.errors import Unavailable
 from contracts.hooks import TRACEPOINTS, Hook
 
-OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
-"""The object file that `bpf/Makefile` builds; it is package data."""
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
+STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
+STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
 _WHAT: Final = "bpf"
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
-_RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8 CAP_SYS_ADMIN)"
 
 
 _FUNCTIONS: Final = {"ip_rcv": "ip_rcv_core", "ipv6_rcv": "ip6_rcv_core"}
@@ -81,9 +81,23 @@ def _btf() -> Iterator[libbpf.Btf]:
     try:
         btf = libbpf.Btf()
     except OSError as error:
-        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", _RIGHTS) from error
+        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", RIGHTS) from error
     try:
         yield btf
+    finally:
+        btf.close()
+
+
+def _set_abilities(config: npt.NDArray[Any]) -> None:
+    """Set `direct` and `paged`: whether this kernel has the functions by which programs read a packet in place.
+
+    Raises `OSError` if the kernel's BTF cannot be read.
+    """
+    btf = libbpf.Btf()
+    try:
+        config["direct"] = btf.has_function("bpf_rdonly_cast")
+        # The function exists since Linux 6.4, at first for other kinds of programs.
+        config["paged"] = btf.has_function("bpf_dynptr_from_skb") and kernel_version() >= (6, 11)
     finally:
         btf.close()
 
@@ -119,8 +133,9 @@ class Session:
                 f"the numbers of the possible CPUs have gaps: {self.possible_cpus} CPUs, the last is {highest}",
                 "`--source ftrace`",
             )
-        self._object = self._open(path)
+        self._object = BpfObject(path)
         try:
+            self._object.select([name for names in self.programs.values() for name in names])
             self._prepare(wanted, wake_every, cookies)
             self._load()
         except BaseException:
@@ -140,37 +155,19 @@ class Session:
         for fd in rings.values():
             os.close(fd)
         self.time_runs(on=False)
-        opened, self._object = self._object, 0
         if self._state is not None:
             self._state.close()
             self._state = None
-        if opened:
-            self._library.bpf_object__close(opened)
+        self._object.close()
 
     # --- loading --------------------------------------------------------------------------------
 
-    def _open(self, path: Path) -> int:
-        try:
-            return pointer(self._library.bpf_object__open_file(os.fsencode(path), None))
-        except OSError as error:
-            if not path.exists():
-                raise Unavailable(
-                    _WHAT,
-                    f"the programs are not built: {path} does not exist",
-                    "`./dev setup`, with clang and libbpf-dev",
-                ) from error
-            raise Unavailable(
-                _WHAT, f"{path} is no BPF object: {error.strerror}", "rebuild it: `make -C bpf -B`"
-            ) from error
-
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
-        used = {name for names in self.programs.values() for name in names}
-        for name in (*(info.name for info in TRACEPOINTS), _WITHOUT_REASON, *_FUNCTIONS):
-            check(self._library.bpf_program__set_autoload(self._program(name), name in used))
-        check(self._library.bpf_map__set_max_entries(self._map("mace_rings"), self.possible_cpus))
-        config = self._memory_of(".rodata", CONFIG)
+        check(self._library.bpf_map__set_max_entries(self._object.map("mace_rings"), self.possible_cpus))
+        config = self._object.memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
+        _set_abilities(config)
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         for i, path in enumerate(wanted.netns):
             config["netns"][i] = name_of(path, cookies=cookies)
@@ -184,55 +181,15 @@ class Session:
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
     def _load(self) -> None:
-        try:
-            check(self._library.bpf_object__load(self._object))
-        except OSError as error:
-            raise _refused(error) from error
-        counts = self._map("mace_cpus")
-        self._counts_fd = check(self._library.bpf_map__fd(counts))
+        self._object.load()
+        counts = self._object.map("mace_cpus")
+        self._counts_fd = self._object.map_fd("mace_cpus")
         self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
-        self._rings_fd = check(self._library.bpf_map__fd(self._map("mace_rings")))
+        self._rings_fd = self._object.map_fd("mace_rings")
         # libbpf's pointer leads to its own copy of the global data; the programs read the map's memory.
-        state = check(self._library.bpf_map__fd(self._map(".bss")))
+        state = self._object.map_fd(".bss")
         self._state = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._fds = {
-            hook: [check(self._library.bpf_program__fd(self._program(name))) for name in names]
-            for hook, names in self.programs.items()
-        }
-
-    def _map(self, name: str) -> int:
-        found = self._library.bpf_object__find_map_by_name(self._object, name.encode())
-        if not found:
-            raise SourceError(
-                f"bpf: the programs have no map {name}: they belong to another version of MACE; rebuild them:"
-                " `make -C bpf -B`"
-            )
-        return int(found)
-
-    def _program(self, name: str) -> int:
-        try:
-            return pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
-        except OSError as error:
-            raise SourceError(
-                f"bpf: the object file has no program {name}: it belongs to another version of MACE; `make -C bpf -B`"
-                " rebuilds it"
-            ) from error
-
-    def _memory_of(self, section: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return the start of a section's global data as `dtype`, a writable view of libbpf's copy.
-
-        Loading copies this memory into the map, so the programs see what was written here before.
-        """
-        size = ctypes.c_size_t()
-        at = pointer(self._library.bpf_map__initial_value(self._map(section), ctypes.byref(size)))
-        if size.value < dtype.itemsize:
-            raise SourceError(
-                f"bpf: the programs' section {section} has {size.value} bytes, expected at least {dtype.itemsize}:"
-                " they belong to another version of MACE; rebuild them: `make -C bpf -B`"
-            )
-        memory = memoryview((ctypes.c_uint8 * dtype.itemsize).from_address(at)).cast("B")
-        found: npt.NDArray[Any] = np.frombuffer(memory, dtype).reshape(())
-        return found
+        self._fds = {hook: [self._object.program_fd(name) for name in names] for hook, names in self.programs.items()}
 
     # --- recording ------------------------------------------------------------------------------
 
@@ -255,9 +212,9 @@ class Session:
         """Attach the programs, which record only after `start`; raises `Unavailable`."""
         for name in (name for names in self.programs.values() for name in names):
             try:
-                self._links.append(pointer(self._library.bpf_program__attach(self._program(name))))
+                self._links.append(pointer(self._library.bpf_program__attach(self._object.program(name))))
             except OSError as error:
-                raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", _RIGHTS) from error
+                raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", RIGHTS) from error
 
     def detach(self) -> None:
         """Detach the programs."""
@@ -290,14 +247,22 @@ class Session:
     def time_runs(self, *, on: bool) -> bool:
         """Switch the kernel's timing of all BPF programs on or off; return whether this session has it on.
 
-        The kernel refuses to switch it on without CAP_SYS_ADMIN.
+        The kernel refuses to switch it on without CAP_SYS_ADMIN, but root can have it always on (a sysctl).
         """
         if on and self._stats < 0:
             self._stats = self._library.bpf_enable_stats(0)
         elif not on and self._stats >= 0:
             stats, self._stats = self._stats, -1
             os.close(stats)
-        return self._stats >= 0
+        return self._stats >= 0 or (on and _are_runs_timed())
+
+
+def _are_runs_timed() -> bool:
+    """Return whether the kernel times all BPF programs all the time."""
+    try:
+        return STATS.read_text(encoding="ascii").strip() == "1"
+    except OSError:
+        return False
 
 
 def ring_bytes_of(kib: int) -> int:
@@ -354,22 +319,6 @@ def _name_of_fd(fd: int, *, cookies: bool) -> int:
     return found[0]
 
 
-def _refused(error: OSError) -> Unavailable:
-    match error.errno:
-        case errno.EPERM:
-            lockdown = _lockdown()
-            if lockdown:
-                return Unavailable(
-                    _WHAT, f"the kernel is locked down ({lockdown})", "boot it without lockdown=confidentiality"
-                )
-            return Unavailable(_WHAT, "the kernel does not allow this user to load BPF programs (EPERM)", _RIGHTS)
-        case errno.ENOMEM:
-            return Unavailable(_WHAT, "no memory to load the programs", "a higher memory limit of the cgroup")
-    return Unavailable(
-        _WHAT, f"the kernel refuses the programs: {error.strerror}", "Linux 5.10 or later with CONFIG_DEBUG_INFO_BTF"
-    )
-
-
 def _no_ring(error: OSError, size: int) -> Unavailable:
     if error.errno == errno.ENOMEM:
         return Unavailable(
@@ -378,12 +327,3 @@ def _no_ring(error: OSError, size: int) -> Unavailable:
     return Unavailable(
         _WHAT, f"the kernel refuses a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib"
     )
-
-
-def _lockdown() -> str:
-    """Return the kernel's lockdown level if that forbids programs to read kernel memory, else ""."""
-    try:
-        told = Path("/sys/kernel/security/lockdown").read_text(encoding="ascii")
-    except OSError:
-        return ""
-    return "confidentiality" if "[confidentiality]" in told else ""

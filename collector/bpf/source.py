@@ -31,8 +31,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.bpf.object import OBJECT
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import OBJECT, Session, function_refusal, programs, ring_bytes_of
+from collector.bpf.session import STATS_RIGHTS, Session, function_refusal, programs, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
@@ -167,25 +168,28 @@ class BpfSource(RecordSource):
             _check_machine()
             present, refusal = programs(), function_refusal()
             missing = [info.name for info in HOOKS if info.hook not in present]
-            open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT).close()
+            session = open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT)
+            timed = session.time_runs(on=True)
+            session.close()
         except Unavailable as error:
             return Status(ok=False, detail=error.why, remedy=error.remedy)
         except MaceError as error:
             return Status(ok=False, detail=str(error))
         without = f", without {', '.join(missing)}" if missing else ""
         refused = f"; {refusal}, so ingress of macvlan, ipvlan and bpf_redirect_peer is not seen" if refusal else ""
+        untimed = "" if timed else f"; not what the programs cost, which needs {STATS_RIGHTS}"
         silent = f"; {told}" if (told := silent_on(platform.release())) else ""
         return Status(
             ok=True,
             detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} hooks{without}; sees every network"
-            f" namespace; content key for packets that lie in a buffer's linear part{silent}{refused}",
+            f" namespace; content key for packets that lie in a buffer's linear part{untimed}{silent}{refused}",
         )
 
     async def _acquire(self) -> StreamHeader:
         _check_machine()
         keep_freed_memory()
         self._began_ns = time.monotonic_ns()
-        await self._follow(wakes=False)
+        await self._follow(wakes=True)
         cookies = self._identify_by_cookie()
         self._learned(self._devices)
         config = self.config

@@ -121,19 +121,19 @@ class RingSource(ABC):
 
     @abstractmethod
     async def _acquire(self) -> StreamHeader:
-        """As `open`; what it has acquired when it raises, `_give_back` gives back."""
+        """Acquire the source's resources, as in `open`; if it raises, `_give_back` releases them."""
 
     @abstractmethod
     def _give_back(self) -> None:
-        """Whatever of the kernel's is held, as far as it was acquired. Called again it does nothing."""
+        """Release the acquired resources. Safe to call again."""
 
     @abstractmethod
     def _taken(self, until_ns: int | None) -> Iterator[Batch]:
-        """Merged records before `until_ns`, or all that are left; none of the batches is empty."""
+        """Yield the merged records before `until_ns`, or all remaining ones for None; no batch is empty."""
 
     @abstractmethod
     def _learned(self, devices: tuple[Device, ...]) -> None:
-        """Called with news of devices when they come, before their place in the stream has."""
+        """Note a change of devices, before its place in the stream is reached."""
 
     def _header(self, cpus: int, pair: ClockPair, hooks: Sequence[str]) -> StreamHeader:
         return StreamHeader(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 class Urgency:
@@ -39,7 +39,7 @@ class Urgency:
                 self._urgent = True
             except OSError as error:
                 self._allowed = False
-                _log.info("a ring fills, and this process may not be scheduled in real time: %s", error)
+                _LOG.info("a ring fills, and this process may not be scheduled in real time: %s", error)
 
     def end(self) -> None:
         """End real-time scheduling."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-from collector.machine.netns import inode_of
+from collector.machine.netns import NetnsOf, netns_of
 from collector.machine.unix_http import UnixConnection
 from contracts.names import text_of
 
@@ -135,8 +135,9 @@ class ApiError(Exception):
 class ContainerApi:
     """The two queries that Docker and Podman answer alike (Docker Engine API v1.24 and later, unversioned paths)."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, of_process: NetnsOf = netns_of) -> None:
         self._path = path
+        self._of_process = of_process
         self._known: dict[str, tuple[int, int]] = {}
         self._connection: UnixConnection | None = None
 
@@ -158,9 +159,10 @@ class ContainerApi:
             for entry in listed:
                 identity, name = _identity(entry)
                 pid, inode = self._known.get(identity, (0, 0))
-                if not pid or inode_of(f"/proc/{pid}/ns/net") != inode:
+                if not pid or self._of_process(pid) != inode:
                     inspected = self._get(connection, f"/containers/{quote(identity, safe='')}/json", deadline)
-                    pid, inode = _namespace(inspected)
+                    pid = _pid(inspected)
+                    inode = (self._of_process(pid) if pid else None) or 0
                     if _shares(inspected):
                         inode = 0
                 if pid:
@@ -215,13 +217,11 @@ def _identity(entry: object) -> tuple[str, str]:
     raise ApiError(f"expected a container with an Id, found {str(entry)[:80]}")
 
 
-def _namespace(inspected: object) -> tuple[int, int]:
-    """Return (pid, inode of the network namespace) of an inspected container, zeros while it has no process."""
+def _pid(inspected: object) -> int:
+    """Return the process of an inspected container, 0 while it has none."""
     state = inspected.get("State") if isinstance(inspected, dict) else None
     pid = state.get("Pid") if isinstance(state, dict) else None
-    if not isinstance(pid, int) or pid <= 0:
-        return 0, 0
-    return pid, inode_of(f"/proc/{pid}/ns/net") or 0
+    return pid if isinstance(pid, int) and pid > 0 else 0
 
 
 def _shares(inspected: object) -> bool:
@@ -273,8 +273,9 @@ class NameService:
     never modified. `on_change` is called in the thread when one of them is replaced.
     """
 
-    def __init__(self, sockets: Sequence[str], on_change: Callable[[], None]) -> None:
+    def __init__(self, sockets: Sequence[str], on_change: Callable[[], None], of_process: NetnsOf = netns_of) -> None:
         self._sockets = sockets
+        self._of_process = of_process
         self._on_change = on_change
         self._apis: dict[str, ContainerApi] = {}
         self._condition = threading.Condition()
@@ -369,7 +370,7 @@ class NameService:
         errors: dict[str, str] = {}
         for path in self._live_sockets():
             try:
-                running = self._apis.setdefault(path, ContainerApi(path)).running()
+                running = self._apis.setdefault(path, ContainerApi(path, self._of_process)).running()
             except ApiError as failure:
                 errors[path] = str(failure)
                 # The daemon's previous answers still hold for living containers.

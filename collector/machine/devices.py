@@ -14,33 +14,26 @@ current state is queried, so that lost or reordered events cannot leave a wrong 
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import logging
 import os
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from collector.machine.containers import (
     API_SOCKETS,
     NOBODY,
-    YOUNG_S,
     Called,
-    NameService,
-    Sharing,
     called_by_process,
-    is_made_up,
-    name_in_lab,
 )
+from collector.machine.follower import Follower, Snapshot, WakeFile
+from collector.machine.namespace_names import NamespaceNames
 from collector.machine.netns import (
     Found,
     Namespaces,
@@ -63,11 +56,9 @@ from collector.machine.rtnetlink import (
     NamespaceGone,
     RouteQueries,
 )
-from contracts.errors import SourceError, Unavailable, nearest
+from contracts.errors import Unavailable
 from contracts.interfaces import Status
-from contracts.topology import PAIRS, Device, Sharer, assign_roles, newest_names
-
-log = logging.getLogger(__name__)
+from contracts.topology import PAIRS, Device, assign_roles
 
 _QUIET_S: Final = 0.002
 """Pause without events that ends a burst: the start of a container causes some forty events, queried together."""
@@ -83,8 +74,6 @@ _SEARCH_S: Final = 0.5
 of CPU time for 1000 processes with 30 files)."""
 _ONE_BY_ONE: Final = 64
 """Largest number of changed links in one namespace that are queried one by one; more are listed all at once."""
-_STOP_S: Final = 10.0
-"""How long the end of a run waits for the thread that follows devices: 100 times what it takes on a busy machine."""
 _FIRST_NAMES_S: Final = 0.5
 """How long the first snapshot waits for container names. A healthy daemon needs some 10 ms."""
 _REMEDY: Final = (
@@ -118,14 +107,6 @@ class _Namespace:
         return self.found.inode or self.nsid + 1
 
 
-class _Snapshot(NamedTuple):
-    """A snapshot of the machine's devices."""
-
-    devices: tuple[Device, ...] = ()
-    """All devices with their roles, sorted."""
-    on_host_network: tuple[Sharer, ...] = ()
-
-
 class _Watch:
     """Synchronous core of `DeviceFollower`; it runs in one thread, which it moves to a network namespace of its own."""
 
@@ -143,15 +124,13 @@ class _Watch:
         self._docker_sockets = tuple(docker_sockets)
         self._rescan_interval_s = rescan_interval_s
         self.host_netns = 0
-        self._init_netns = 0
         self._resources = ExitStack()
-        self._wake_lock = threading.Lock()
-        self._wake_fd = -1
+        self._wake_file = WakeFile()
         self._home_fd = -1
         self._events: LinkEvents
         self._queries: LinkQueries
         self._namespaces: Namespaces
-        self._names: NameService
+        self._names: NamespaceNames
         self._poll = select.poll()
         self._by_nsid: dict[int, _Namespace] = {}
         self._serials = count(1)
@@ -161,20 +140,15 @@ class _Watch:
         self._scan_at_s = 0.0
         self._changed = False
         """Whether a new snapshot could differ from the last."""
-        self._names_used: tuple[Mapping[int, Called], Mapping[str, str]] = {}, {}
-        self._ids_by_api: set[str] = set()
-        self._sharing = Sharing()
-        self._sharers: frozenset[Called] = frozenset()
-        """Containers on the host's network, found by their processes."""
         self._built: dict[int, tuple[tuple[object, ...], list[Device]]] = {}
         """Serial of a namespace → (the values from which its devices were last made, the devices)."""
         self._build_at_s = 0.0
-        self._taken = _Snapshot()
+        self._taken = Snapshot()
 
-    def open(self) -> _Snapshot:
+    def open(self) -> Snapshot:
         """Return the first snapshot; raises `Unavailable`. Called once; call `close` even after a failure."""
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._resources.callback(self._close_wake_fd)
+        self._wake_file.open()
+        self._resources.callback(self._wake_file.close)
         try:
             self._home_fd = leave_for_new_netns()
             self._resources.callback(os.close, self._home_fd)
@@ -192,21 +166,22 @@ class _Watch:
             raise Unavailable(
                 "devices", "no room for one more network namespace", "raise sysctl user.max_net_namespaces"
             ) from failure
-        self._names = NameService(self._docker_sockets, self.wake)
+        self._names = NamespaceNames(self._docker_sockets, self.wake)
         self._resources.callback(self._names.close)
         for fd, what in (
             (self._events.fileno(), select.POLLIN),
-            (self._wake_fd, select.POLLIN),
+            (self._wake_file.fileno(), select.POLLIN),
             (self._namespaces.fileno(), select.POLLPRI),
         ):
             self._poll.register(fd, what)
         # Process 1 may be hidden even from root (by a security module, or in a PID namespace of its own). A process
         # that sees other namespaces at all is then most likely in the host's.
-        self._init_netns = inode_of("/proc/1/ns/net") or inode_of("/proc/self/ns/net") or 0
+        self._names.init_netns = inode_of("/proc/1/ns/net") or inode_of("/proc/self/ns/net") or 0
         self._catch_up()
-        self.host_netns = self._find_host(self._asked_host)
+        self.host_netns = self._names.find_host(self._asked_host, self._by_nsid.values())
+        self._names.host_netns = self.host_netns
         self._look_for_sharers()
-        self._ask_for_names()
+        self._names.ask(self._by_nsid.values())
         self._names.wait(_FIRST_NAMES_S)
         self._taken = self._devices()
         return self._taken
@@ -215,23 +190,16 @@ class _Watch:
         """Release all resources."""
         self._resources.close()
 
-    def _close_wake_fd(self) -> None:
-        with self._wake_lock:
-            os.close(self._wake_fd)
-            self._wake_fd = -1
-
     def wake(self) -> None:
         """Make `step` return; callable from any thread at any time."""
-        with self._wake_lock:
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
+        self._wake_file.wake()
 
-    def step(self) -> _Snapshot | None:
+    def step(self) -> Snapshot | None:
         """Wait for an event or the next scan; return a new snapshot if anything changed, else None."""
         next_s = min(self._scan_at_s, self._build_at_s) if self._outdated() else self._scan_at_s
         self._wait(max(next_s - time.monotonic(), 0))
         self._catch_up()
-        self._ask_for_names()
+        self._names.ask(self._by_nsid.values())
         started_s = time.monotonic()
         if not self._outdated() or started_s < self._build_at_s:
             return None
@@ -244,8 +212,7 @@ class _Watch:
         return taken
 
     def _outdated(self) -> bool:
-        names, of_ids = self._names_used
-        return self._changed or self._names.called is not names or self._names.of_ids is not of_ids
+        return self._changed or self._names.outdated
 
     def _wait(self, timeout_s: float) -> None:
         burst_ends_s = 0.0
@@ -255,8 +222,8 @@ class _Watch:
             if self._namespaces.fileno() in ready:
                 self._namespaces.mounts_changed()
                 self._scan_at_s = now_s
-            if self._wake_fd in ready:
-                os.eventfd_read(self._wake_fd)
+            if self._wake_file.fileno() in ready:
+                self._wake_file.rest()
                 return
             if self._events.fileno() in ready:
                 self._read_events()
@@ -348,12 +315,7 @@ class _Watch:
             if namespace is None:
                 self._number(place)
                 continue
-            if place.pid != namespace.found.pid or now_s - namespace.since_s < YOUNG_S:
-                called = called_by_process(place.pid) if place.pid else NOBODY
-                self._changed |= called not in (NOBODY, namespace.by_process)
-                namespace.by_process = namespace.by_process if called is NOBODY else called
-            self._changed |= place.name != namespace.found.name
-            namespace.found = place
+            self._changed |= self._names.renew(namespace, place)
         # A known namespace that the scan did not find is kept by an open file, or its RTM_DELNSID is about to arrive.
         for namespace in list(self._by_nsid.values()):
             if not namespace.found.inode and namespace.searches < _SEARCHES and now_s > namespace.since_s + _SEARCH_S:
@@ -367,9 +329,7 @@ class _Watch:
 
         At the first scan the host's namespace is not known yet, so that none is found.
         """
-        found = self._sharing.among(self._namespaces.occupied.get(self.host_netns, ()), time.monotonic())
-        self._changed |= found != self._sharers
-        self._sharers = found
+        self._changed |= self._names.look_for_sharers(self._namespaces.occupied.get(self.host_netns, ()))
 
     def _search(self) -> None:
         """Search open files and other mount namespaces for namespaces of which only the number is known."""
@@ -465,78 +425,14 @@ class _Watch:
 
     # --- snapshot ----------------------------------------------------------------------------------
 
-    def _find_host(self, asked: str | int | None) -> int:
-        if asked is None:
-            if not self._init_netns:
-                raise Unavailable(
-                    "devices", "neither the network namespace of process 1 nor MACE's own can be read in /proc"
-                )
-            return self._init_netns
-        inodes = {namespace.inode for namespace in self._by_nsid.values()}
-        names = {namespace.found.name: namespace.inode for namespace in self._by_nsid.values() if namespace.found.name}
-        if isinstance(asked, str):
-            if asked in names:
-                return names[asked]
-            try:
-                inode = int(asked) if asked.isdigit() else Path(asked).stat().st_ino
-            except OSError as failure:
-                raise Unavailable(
-                    "devices",
-                    f"no network namespace {asked!r}{nearest(asked, names)}",
-                    "give a name that `ip netns list` shows, a path or an inode number",
-                ) from failure
-        else:
-            inode = asked
-        if inode not in inodes:
-            raise Unavailable(
-                "devices", f"no network namespace has inode {inode} (asked for: {asked!r})", "`lsns -t net` lists them"
-            )
-        return inode
-
-    def _ask_for_names(self) -> None:
-        self._names.want(
-            {
-                namespace.inode: namespace.serial
-                for namespace in self._by_nsid.values()
-                if namespace.inode not in (self.host_netns, self._init_netns)
-                and (not namespace.found.name or is_made_up(namespace.found.name))
-            },
-            frozenset(called.container_id for called in self._sharers if called.container_id),
-        )
-
-    def _called(self, namespace: _Namespace) -> tuple[str, str, str]:
-        """Return (netns_name, container, container_id) of a namespace."""
-        inode, name = namespace.inode, namespace.found.name
-        if inode == self.host_netns:
-            return "host", "", ""
-        if inode == self._init_netns:
-            return name or "init", "", ""
-        # A namespace without a name is written in the kernel's own notation.
-        netns_name = name or f"net:[{inode}]"
-        own_name = name_in_lab(name) or ("" if is_made_up(name) else name)
-        by_api = self._names_used[0].get(inode, NOBODY)
-        # The runtime's name goes with the runtime's id. A namespace that was made inside a container has processes of
-        # that container too, but a rename of the container does not concern it.
-        if by_api is not NOBODY and not name_in_lab(name):
-            return netns_name, *by_api
-        if own_name:
-            return netns_name, own_name, ""
-        named, container_id = namespace.by_process
-        return netns_name, named or name, "" if container_id in self._ids_by_api else container_id
-
-    def _on_host_network(self) -> tuple[Sharer, ...]:
-        names = self._names_used[1]
-        return newest_names(Sharer(names.get(one.container_id, one.name), one.container_id) for one in self._sharers)
-
-    def _devices(self) -> _Snapshot:
+    def _devices(self) -> Snapshot:
         self._changed = False
-        self._names_used = self._names.called, self._names.of_ids
-        self._ids_by_api = {called.container_id for called in self._names_used[0].values()}
+        self._names.use()
         devices: list[Device] = []
         inodes = {namespace.nsid: namespace.inode for namespace in self._by_nsid.values()}
         built = {}
         for namespace in self._by_nsid.values():
-            made_from: tuple[object, ...] = (namespace.inode, namespace.cookie, *self._called(namespace))
+            made_from: tuple[object, ...] = (namespace.inode, namespace.cookie, *self._names.of(namespace))
             made_from += (namespace.default_routes, *namespace.links.values())
             others = {link.link_nsid for link in namespace.links.values()}
             made_from += tuple(inodes.get(nsid, 0) for nsid in others if nsid is not None)
@@ -546,11 +442,11 @@ class _Watch:
             devices += made
         self._built = built
         assigned = assign_roles(devices, self.host_netns, self._outer, self._remote_netns)
-        return _Snapshot(assigned, self._on_host_network())
+        return Snapshot(assigned, self._names.on_host_network())
 
     def _made(self, namespace: _Namespace, inodes: Mapping[int, int]) -> list[Device]:
         netns = namespace.inode
-        netns_name, container, container_id = self._called(namespace)
+        netns_name, container, container_id = self._names.of(namespace)
         devices = []
         for link in namespace.links.values():
             peer_netns = netns if link.link_nsid is None else inodes.get(link.link_nsid, 0)
@@ -574,8 +470,8 @@ class _Watch:
         return devices
 
 
-class DeviceFollower:
-    """Follows the devices of all network namespaces of this machine.
+class DeviceFollower(Follower):
+    """Follows the devices of all network namespaces of this machine, by netlink.
 
     `host_netns` is the namespace that counts as the host: a name in /run/netns, a path, an inode, or None for that of
     process 1 (MACE's own, if process 1 is hidden). `outer` and `remote_netns` are as in
@@ -593,68 +489,7 @@ class DeviceFollower:
         docker_sockets: Sequence[str] = API_SOCKETS,
         rescan_interval_s: float = 1.0,
     ) -> None:
-        self.host_netns = 0
-        """Inode of the host's namespace; known after `open`."""
-        self.on_host_network: tuple[Sharer, ...] = ()
-        """Containers on the host's network, of the same snapshot as the devices that `poll` returned last."""
-        self.on_news: Callable[[], object] = lambda: None
-        """Called, from the follower's thread, when the next `poll` will return devices or raise."""
-        self._watch = _Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s)
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._newest: deque[_Snapshot] = deque(maxlen=1)
-        """Hands snapshots from the thread to `poll`; appending and popping are atomic."""
-        self._failure: BaseException | None = None
-
-    async def open(self) -> None:
-        """Start following; the next `poll` returns the first snapshot. Raises `Unavailable`."""
-        opened: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(opened,), name="mace-devices", daemon=True)
-        self._thread.start()
-        await asyncio.shield(asyncio.wrap_future(opened))
-        self.host_netns = self._watch.host_netns
-
-    def poll(self) -> tuple[Device, ...] | None:
-        """Return all devices with their roles, sorted, if anything changed since the last call, else None.
-
-        The call does not wait. It updates `on_host_network`; a container that joins or leaves the host's network is a
-        change too. Raises `SourceError` if the follower's thread has failed.
-        """
-        if self._failure is not None:
-            raise SourceError(f"devices can no longer be followed: {self._failure}") from self._failure
-        try:
-            devices, self.on_host_network = self._newest.popleft()
-        except IndexError:
-            return None
-        return devices
-
-    async def aclose(self) -> None:
-        """Stop following. Safe to call again, and after a failed or cancelled `open`."""
-        if self._thread is not None:
-            self._stopping.set()
-            self._watch.wake()
-            await asyncio.to_thread(self._thread.join, _STOP_S)
-            if self._thread.is_alive():
-                log.warning("devices: the thread that follows them does not end; the run ends without it")
-            self._thread = None
-
-    def _run(self, opened: Future[None]) -> None:
-        try:
-            self._newest.append(self._watch.open())
-            opened.set_result(None)
-            while not self._stopping.is_set():
-                taken = self._watch.step()
-                if taken is not None:
-                    self._newest.append(taken)
-                    self.on_news()
-        except BaseException as failure:  # noqa: BLE001 - handed to open() or poll(), which raise it
-            if opened.done():
-                self._failure = failure
-                self.on_news()
-            else:
-                opened.set_exception(failure)
-        finally:
-            self._watch.close()
+        super().__init__(_Watch(host_netns, outer, remote_netns, docker_sockets, rescan_interval_s))
 
 
 def snapshot(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +11,13 @@ from pathlib import Path
 def boot_id() -> str:
     """Return the id of this boot; no process and no namespace outlives the boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def kernel_version() -> tuple[int, int]:
+    """Return the first two numbers of the running kernel's version."""
+    # For instance 6.18.44-fc or 7.0-rc3.
+    major, minor, *_ = re.findall(r"\d+", os.uname().release)
+    return int(major), int(minor)
 
 
 def online_cpus() -> tuple[int, ...]:

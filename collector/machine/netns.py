@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,10 +51,18 @@ class Found:
     """Its first process, 0 without one. The first is the oldest, not the lowest id, because ids wrap at their limit."""
 
 
-class Namespaces:
-    """Lists the machine's network namespaces. Its file descriptor polls as POLLPRI when mounts have changed."""
+NetnsOf = Callable[[int], int | None]
+"""Returns the inode of the network namespace of the process with that id; None if it cannot be found out."""
 
-    def __init__(self) -> None:
+
+class Namespaces:
+    """Lists the machine's network namespaces. Its file descriptor polls as POLLPRI when mounts have changed.
+
+    `of_process` returns the inode of a process's namespace.
+    """
+
+    def __init__(self, of_process: NetnsOf | None = None) -> None:
+        self._of_process = of_process or netns_of
         self._file = Path("/proc/self/mountinfo").open("rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._mounts: dict[int, tuple[str, str]] = {}
         self._stale = True
@@ -77,7 +85,7 @@ class Namespaces:
         if self._stale:
             self._mounts = mounted()
             self._stale = False
-        self.occupied = occupied()
+        self.occupied = occupied(self._of_process)
         self._first = {inode: _first_of(pids, self._first.get(inode, 0)) for inode, pids in self.occupied.items()}
         return {
             inode: Found(inode, *self._mounts.get(inode, ("", "")), self._first.get(inode, 0))
@@ -85,7 +93,12 @@ class Namespaces:
         }
 
 
-def occupied() -> dict[int, list[int]]:
+def netns_of(pid: int) -> int | None:
+    """Return the inode of a process's namespace; None without the right to trace the process (ptrace(2))."""
+    return inode_of(f"/proc/{pid}/ns/net")
+
+
+def occupied(of_process: NetnsOf = netns_of) -> dict[int, list[int]]:
     """Return inode → ids of the processes for every namespace that has a process.
 
     A process counts for the namespace of its first thread: other threads change namespaces temporarily (a runtime at
@@ -93,7 +106,7 @@ def occupied() -> dict[int, list[int]]:
     """
     processes: dict[int, list[int]] = {}
     for pid in _processes():
-        inode = inode_of(f"/proc/{pid}/ns/net")
+        inode = of_process(pid)
         if inode is not None:
             processes.setdefault(inode, []).append(pid)
     return processes
@@ -139,19 +152,26 @@ def _processes() -> list[int]:
 
 
 def mounted() -> dict[int, tuple[str, str]]:
-    """Return inode → (name or "", path) of every mounted namespace.
+    """Return inode → (name or "", path or "") of every mounted namespace.
 
-    The mounts are those of process 1, if it has another mount namespace (MACE runs in a container), and MACE's own.
+    The mounts are those of process 1, if it has another mount namespace (MACE runs in a container), and MACE's own. A
+    mount of process 1 has no path if this process may not enter its root directory.
     """
     found: dict[int, tuple[str, str]] = {}
-    for process, root in (("1", "/proc/1/root"), ("self", "")):
-        if root and (_same_mounts() or not os.access(root, os.R_OK)):
-            continue
-        for inode, place in _mounted_in(process):
-            name = _name(place)
-            if name or inode not in found:
-                found[inode] = (name, root + place)
+    if not _same_mounts():
+        reachable = os.access("/proc/1/root", os.R_OK)
+        for inode, place in _mounted_in("1"):
+            _prefer(found, inode, _name(place), f"/proc/1/root{place}" if reachable else "")
+    for inode, place in _mounted_in("self"):
+        _prefer(found, inode, _name(place), place)
     return found
+
+
+def _prefer(found: dict[int, tuple[str, str]], inode: int, name: str, path: str) -> None:
+    """Enter a mount of a namespace, unless another mount says more: a name first, then a path."""
+    before = found.get(inode, ("", ""))
+    if name or not before[0]:
+        found[inode] = (name, path) if path else (name, before[1])
 
 
 def _mounted_in(process: str) -> list[tuple[int, str]]:
@@ -170,7 +190,7 @@ def _same_mounts() -> bool:
     try:
         return os.readlink("/proc/1/ns/mnt") == os.readlink("/proc/self/ns/mnt")  # noqa: PTH115 - not a path
     except OSError:
-        return True
+        return False
 
 
 def _name(place: str) -> str:

@@ -21,7 +21,7 @@ from collector import known_topology
 from collector.gaps import marker, settle
 from collector.known_topology import NAMES_ONLY, TopologyTeller
 from collector.memory import keep_freed_memory
-from collector.merge import Merger
+from collector.merge import HOLD_BACK_NS, Merger
 from collector.pages.decoding import Sightings, process_key
 from collector.perfetto.bundle import Bundle
 from collector.perfetto.clock import UNKNOWN_UNCERTAINTY_NS, FtraceClock
@@ -41,8 +41,6 @@ NAME: Final = "perfetto"
 _PIECE_EVENTS: Final = 1 << 16
 """Events decoded at once; each takes a few hundred bytes."""
 _NEVER_NS: Final = 1 << 62
-_HOLD_BACK_NS: Final = 50_000_000
-"""Hold-back of the merge, as in live capture: an event can be out of order by as long as its writer was delayed."""
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
@@ -124,7 +122,7 @@ class PerfettoReader(FileReader):
         self._options = options or FileOptions()
         self._opened: _Opened | None = None
         self._packets: PacketReader | None = None
-        self._merger = Merger(_HOLD_BACK_NS)
+        self._merger = Merger(HOLD_BACK_NS)
         self._discarded = 0
         self._uncounted = 0
         self._offset: int | None = None
@@ -218,7 +216,7 @@ class PerfettoReader(FileReader):
                     self._merger.push(keys[stream], batch)
                 self._merger.complete(keys[stream], self._monotonic(bundle, state.complete_ns()))
             watermark = self._merger.watermark_ns
-            if watermark is not None and watermark > -_HOLD_BACK_NS:
+            if watermark is not None and watermark > -HOLD_BACK_NS:
                 yield self._once(self._merger.take(watermark), several=several)
         self._uncounted = losses.uncounted
         for stream, state in streams.items():
@@ -298,7 +296,7 @@ class PerfettoReader(FileReader):
         The offset of the first bundle is used as long as the two clocks stay within the hold-back.
         """
         offset = bundle.boot_ns - bundle.ftrace_ns
-        if self._offset is None or abs(offset - self._offset) > _HOLD_BACK_NS:
+        if self._offset is None or abs(offset - self._offset) > HOLD_BACK_NS:
             self._offset = offset
         return self._offset
 

@@ -18,7 +18,7 @@ from typing import BinaryIO, Final
 
 from collector import known_topology
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
-from collector.merge import Merger
+from collector.merge import HOLD_BACK_NS, Merger
 from collector.pages.decoding import PageDecoder, Sightings, process_key
 from collector.pages.formats import PageLayout
 from collector.reading.options import Description, FileOptions
@@ -34,7 +34,6 @@ from contracts.version import VERSION
 
 NAME: Final = "text"
 _READ_BYTES: Final = 1 << 20
-_HOLD_BACK_NS: Final = 50_000_000
 _BACKWARDS_MIN: Final = 8
 """Number of backward steps in time that interrupts and the merging of several CPUs explain; fewer are accepted."""
 _NO_LAYOUT: Final = PageLayout(0, 8, 8, 16, 4080)
@@ -127,7 +126,7 @@ class TextReader(FileReader):
         self._options = options or FileOptions()
         self._opened: _Opened | None = None
         self._reader: LineReader | None = None
-        self._merger = Merger(_HOLD_BACK_NS)
+        self._merger = Merger(HOLD_BACK_NS)
         self._bytes_read = 0
         self._damage: list[int] = []
         """Offsets of the lines that contain zeros."""
@@ -211,7 +210,7 @@ class TextReader(FileReader):
                 merger.push(0, batch)
                 newest = max(newest, int(batch.ts_ns.max()))
                 merger.complete(0, newest)
-                yield merger.take(newest - _HOLD_BACK_NS)
+                yield merger.take(newest - HOLD_BACK_NS)
         merger.push(0, self._reader.rest())
         yield merger.flush()
 

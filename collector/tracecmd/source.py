@@ -19,7 +19,7 @@ import numpy as np
 from collector import known_topology
 from collector.known_topology import NAMES_ONLY, NO_DATE, TopologyTeller, dated_by_file
 from collector.memory import keep_freed_memory
-from collector.merge import Merger
+from collector.merge import HOLD_BACK_NS, Merger
 from collector.pages.decoding import PageDecoder, Sightings, process_key
 from collector.reading.options import Description, FileOptions
 from collector.reading.reader import FileReader
@@ -38,8 +38,6 @@ NAME: Final = "tracecmd"
 _PIECE_PAGES: Final = 512
 """Pages decoded at once for up to four CPUs, as many as in live capture."""
 _PIECE_PAGES_MIN: Final = 32
-_HOLD_BACK_NS: Final = 50_000_000
-"""Hold-back of the merge, as in live capture: an event can be out of order by as long as its writer was delayed."""
 _NEVER_NS: Final = 1 << 62
 _DATE_UNCERTAINTY_NS: Final = 1_000_000
 """Uncertainty of UTC: `trace-cmd record --date` reads the wall clock between two marks, and keeps microseconds."""
@@ -152,7 +150,7 @@ class TraceCmdReader(FileReader):
         self.path: Final = Path(path)
         self._options = options or FileOptions()
         self._opened: _Opened | None = None
-        self._merger = Merger(_HOLD_BACK_NS)
+        self._merger = Merger(HOLD_BACK_NS)
         self._bytes_read = 0
 
     def _open(self) -> StreamHeader:
@@ -231,7 +229,7 @@ class TraceCmdReader(FileReader):
                 self._merger.push(key, part.batch)
             self._merger.complete(key, complete[key])
             watermark = self._merger.watermark_ns
-            if watermark is not None and watermark > -_HOLD_BACK_NS and parts:
+            if watermark is not None and watermark > -HOLD_BACK_NS and parts:
                 yield self._merger.take(watermark)
         yield self._merger.flush()
 

@@ -26,7 +26,7 @@ from mace.lab.plan import HOST, REMOTE, Family, Runtime, Spec
 from mace.lab.state import Member, State
 from mace.lab.traffic import Traffic
 
-log: Final = logging.getLogger(__name__)
+_LOG: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
             if not why:
                 held = f", held by process {old.owner.pid}" if old.owner else ""
                 raise LabError(f"lab {spec.name!r} is up already{held}; `mace lab down {spec.name}` removes it")
-            log.warning("lab %r: removing what is left of it (%s)", spec.name, why)
+            _LOG.warning("lab %r: removing what is left of it (%s)", spec.name, why)
             _clean(old)
         _remove_strays(spec.name)
 
@@ -441,7 +441,7 @@ def _load_or_forget(name: str) -> State | None:
     try:
         return state.load(name)
     except LabError as error:
-        log.warning("%s", error)
+        _LOG.warning("%s", error)
         State(Spec(name=name)).forget()
         return None
 

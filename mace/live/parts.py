@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 from collector import SOURCES
+from collector.bpf import devices as bpf_devices
 from collector.machine import devices
+from collector.machine.containers import API_SOCKETS
+from collector.machine.name_checks import check_processes, check_runtimes
 from contracts.config import Config
 from contracts.interfaces import Status
 from mace import lab
@@ -19,7 +22,10 @@ def statuses(config: Config) -> dict[str, Status]:
     return {
         **{f"source {name}": source.check() for name, source in SOURCES.items()},
         "source capture": Status(True, "reads .mace files"),
-        "device names": devices.check(host_netns=config.capture.host_netns or None),
+        "devices for kmod and ftrace": devices.check(host_netns=config.capture.host_netns or None),
+        "devices for bpf": bpf_devices.check(host_netns=config.capture.host_netns or None),
+        "names by processes": check_processes(),
+        "names by runtimes": check_runtimes((*API_SOCKETS, *config.capture.container_sockets)),
         "sink capture": Status(True, "writes .mace files"),
         "sink store": _store(Path(config.store.path)),
         **{f"sink {name}": kind.check(config) for name, kind in SINKS.items()},

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from collector import SOURCES
 from collector.machine.containers import API_SOCKETS
-from collector.machine.devices import DeviceFollower
 from contracts.channel import Channel, ClosedError
 from contracts.config import CaptureConfig, StoreConfig
 from contracts.errors import MaceError, SourceError
@@ -249,7 +248,7 @@ def live_source(config: CaptureConfig, host: str = "") -> Source:
     `host` is the stream's host name; "" is the machine's own name.
     """
     name, _ = chosen_source(config)
-    devices = DeviceFollower(
+    devices = SOURCES[name].follow(
         host_netns=config.host_netns or None,
         outer=config.outer,
         remote_netns=config.remote_netns,

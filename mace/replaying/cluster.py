@@ -26,7 +26,7 @@ try:
 except ImportError as _error:
     raise MissingExtra("cluster", _error.name or "distributed") from _error
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 LOCAL: Final = "local:"
 _AHEAD: Final = 4
@@ -50,7 +50,7 @@ def replay(assembly: Assembly, address: str, told: Callable[[int, int], None], s
     with _client(address) as client:
         work = _Replay(assembly, client, told, stop)
         work.run()
-        log.info("%d of %d parts were done again with the state before them", work.repeated, assembly.parts_total)
+        _LOG.info("%d of %d parts were done again with the state before them", work.repeated, assembly.parts_total)
 
 
 def _hush() -> None:

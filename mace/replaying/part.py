@@ -239,7 +239,7 @@ def _supposed(task: PartTask, begin: Cut, offset_ns: int) -> EngineState:
 
 
 def _work_through(results: Iterable[Results]) -> None:
-    """Have the engine work, where only its state is wanted and nobody reads the results."""
+    """Let the engine work where only its state is needed, and drop the results."""
     for _ in results:
         pass
 

@@ -20,8 +20,6 @@ from contracts.arrays import U64, Bytes
 VARINT: Final = 0
 FIXED64: Final = 1
 BYTES: Final = 2
-MAX_VARINT: Final = 10
-"""Number of bytes for 64 bits, 7 in each."""
 
 
 _WORD_BYTES: Final = 8
@@ -61,11 +59,6 @@ def field(number: int, value: int | bytes | str) -> bytes:
         return varint(number << 3 | VARINT) + varint(value)
     raw = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
     return varint(number << 3 | BYTES) + varint(len(raw)) + raw
-
-
-def packed_double(number: int, value: float) -> bytes:
-    """Return one field of type double."""
-    return varint(number << 3 | FIXED64) + np.float64(value).tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def main(names: list[str]) -> int:
         return 2
     print(json.dumps(machine()), flush=True)
     status = 0
-    # Before the first one, or who waits an hour for the others learns of it then.
+    # Before the first benchmark: after an hour of others the message would come late.
     lacking = {name: why for name in names or GROUPS if (why := needs.missing(name))}
     for name, why in lacking.items():
         print(f"bench: {name} is left out: {why}", file=sys.stderr)

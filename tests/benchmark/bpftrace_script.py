@@ -50,7 +50,7 @@ def analyse(text: Path, inner: str, outer: str) -> Found:
                 events.append((int(words[0]), words[1], words[2], ""))
             elif words and words[0] == "Lost":
                 found.ledger["lost"] += int(words[1])
-    # Each CPU has a buffer of its own: what comes out of them is not in order of time.
+    # Each CPU has its own buffer, so that the lines are not in order of time.
     events.sort()
     found.ledger["records"] = len(events)
 
@@ -65,7 +65,7 @@ def analyse(text: Path, inner: str, outer: str) -> Found:
             elif path[0][-1] == device:
                 counts[skb] += 1
             elif device in path[0]:
-                # Freed without an event, and used for the next packet.
+                # The buffer was freed without an event and reused for the next packet.
                 _close(found, *path, counts[skb], inner, outer)
                 open_paths[skb], counts[skb] = ([device], [ts]), 1
             else:

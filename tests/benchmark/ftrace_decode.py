@@ -109,7 +109,7 @@ def _decode_rates(
             events += len(decoder.decode(buffer, [Stretch(0, chunk)])[0].batch)
             spent += time.perf_counter() - start
         rates.append(events / spent)
-    return rates[1:], events  # the first touches memory and code for the first time
+    return rates[1:], events  # the first round touches memory and code for the first time
 
 
 def _row(name: str, rates: Sequence[float], n: int, peer: str = "", peer_rates: Sequence[float] = ()) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _kernel_rates(kind: Callable[[], float]) -> list[float]:
 def run() -> list[dict[str, Any]]:
     """Return one row per figure: medians of rounds; `spread` is (max - min) / median."""
     before = os.sched_getaffinity(0)
-    keep_freed_memory()  # as the source does
+    keep_freed_memory()  # like the source
     rows = []
     try:
         if FtraceSource.check().ok:
@@ -153,7 +153,7 @@ def run() -> list[dict[str, Any]]:
             try:
                 by_mmap = _kernel_rates(lambda: _capture(MmapRing)[3])
             except MaceError:
-                return rows  # before Linux 6.10 there is nothing to map
+                return rows  # Linux before 6.10 cannot map the ring
             rows.append(_row("ftrace_take_mmap", by_mmap, len(by_mmap), "read(2)", by_read))
     finally:
         os.sched_setaffinity(0, before)

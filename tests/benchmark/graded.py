@@ -36,7 +36,7 @@ def run() -> list[dict[str, Any]]:
         graded, plain = [], []
         batches = {read: traffic(RECORDS, content=read) for read in (True, False)}
         for turn in range(ROUNDS + 1):
-            # In turns, so that a busy neighbour slows both; the first is for warming up.
+            # In turns, so that other load slows both; the first turn is a warm-up.
             rates = {read: _rate(batches[read]) for read in (True, False)}
             if turn:
                 graded.append(rates[True])

@@ -172,7 +172,7 @@ def versus_ftrace() -> list[dict[str, Any]]:
         raise Unavailable("kmod", why, "./dev test-kernel installs it")
     return [
         *_figures("kmod", "ns", "emulated", in_guest(*GUEST, counted=False)),
-        # The emulator's clock counts instructions: no noise, and what they would take on a processor is left out.
+        # The emulator's clock counts instructions: there is no noise, but no cost of caches and branches either.
         *_figures("kmod_counted", "instructions", "emulated", in_guest(*GUEST, counted=True)),
     ]
 

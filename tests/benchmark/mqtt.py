@@ -90,12 +90,12 @@ async def received(broker: Broker) -> int:
     async with broker.connection() as client:
         await client.subscribe("$SYS/broker/bytes/received")
         messages = client.messages
-        # The first is the last one's count; the next is of now.
+        # The first message is the previous count; the next one is current.
         await anext(messages)
         return int((await anext(messages)).payload)
 
 
-# One host, as fast as it goes. -------------------------------------------------------------------------------------
+# One host, at full speed -------------------------------------------------------------------------------------------
 
 
 async def one_round(broker: Broker, spool: Path, run: str, whole: Batch) -> float:
@@ -141,7 +141,7 @@ def through() -> list[dict[str, Any]]:
     return found
 
 
-# A fleet. ----------------------------------------------------------------------------------------------------------
+# A fleet -----------------------------------------------------------------------------------------------------------
 
 
 class SimulatedHost:
@@ -152,7 +152,7 @@ class SimulatedHost:
 
     def __init__(self, number: int, frames: list[bytes], start: clock.ClockPair) -> None:
         self.name = f"host-{number:04d}"
-        # Hosts do not publish all at the same moment.
+        # Not all hosts publish at the same moment.
         phase_ns = (number * 618_033_989) % 1_000_000_000
         pair = clock.ClockPair(TOPOLOGY.from_ns, start.utc_ns + phase_ns, start.uncertainty_ns)
         header = replace(HEADER, host=self.name, run=f"fleet-{start.utc_ns}", clock=pair)
@@ -259,7 +259,7 @@ def simulate(url: str) -> None:
 
 
 def fleet() -> list[dict[str, Any]]:
-    # A descriptor a host, here and in the broker; what is started here inherits it.
+    # Each host needs a descriptor, here and in the broker; child processes inherit the limit.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with stopped_with_us(), folder() as where, mosquitto(where / "broker", *BROKER) as server:
@@ -298,7 +298,7 @@ def wait_s(store: Path) -> np.ndarray[Any, Any]:
     found = []
     for each in segments.listing(store, "delays"):
         rows = pq.read_table(each.path, columns=["time"], partitioning=None)
-        # A rename changes the inode: that is when readers see it.
+        # A rename changes the inode: from then on readers see the segment.
         found.append((each.path.stat().st_ctime_ns - rows["time"].cast("int64").to_numpy()) / 1e9)
     return np.concatenate(found)
 

@@ -84,7 +84,7 @@ class HostConnection(asyncio.Protocol):
                 at = 2 + int.from_bytes(body[:2], "big")
                 self._told(body[at + 1 + body[at] :])
             elif kind == PUBACK:
-                # 0x10: nobody subscribed, before the ingest does.
+                # 0x10: the topic has no subscriber until the ingest subscribes.
                 assert len(body) < 3 or body[2] in (0, 0x10), f"a publish was refused: {body[2]:#04x}"
 
     def _next(self) -> tuple[int, bytes] | None:

@@ -3,15 +3,13 @@
 The table of `./dev` lists the packages that provide them; this file only lists the needs.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
 
-from tests.places import ROOT
+from tests.places import PROGRAM_PATH, ROOT
 
 DEV = ROOT / "dev"
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 _ROW = re.compile(r"^(?:run|test|bench|kernel)\|([^|]+)\|([^|]+)\|", re.MULTILINE)
 
 LAB = ("ip", "nft", "sysctl", "ping")
@@ -64,7 +62,7 @@ def packages() -> dict[str, str]:
 
 def is_there(need: str) -> bool:
     """Return whether the machine has a file (a path) or a program (a name)."""
-    return Path(need).exists() if need.startswith("/") else shutil.which(need, path=_PATH) is not None
+    return Path(need).exists() if need.startswith("/") else shutil.which(need, path=PROGRAM_PATH) is not None
 
 
 def missing(group: str) -> str:

@@ -81,7 +81,7 @@ def replay_10gb() -> list[dict[str, Any]]:
         ]
         found += [_estimate(points, share) for share in (0.1, 0.25, 0.5, 0.75)]
         shutil.rmtree(place / "store")
-        if REPLAY_MB <= 2_000:  # the same again takes as long again
+        if REPLAY_MB <= 2_000:  # a second replay takes equally long
             found += _killed(capture, place / "store", seconds)
         return found
 

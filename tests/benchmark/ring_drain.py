@@ -29,10 +29,10 @@ CPUS = 2
 RING_KIB = 16 * 1024
 CONFIG = KmodConfig(ring_kib_per_cpu=RING_KIB)
 ROUNDS = 64
-"""32 MiB each: 2 GiB."""
+"""Passes of 32 MiB each: 2 GiB."""
 PEER_ROUNDS = 8
 TICK_RECORDS = 10_000
-"""Of each CPU in a tick of 50 ms: 200,000 records/s."""
+"""Records of each CPU in a tick of 50 ms: 200,000 records/s."""
 
 _HOOKS = np.array(
     [
@@ -51,7 +51,7 @@ _IFINDEX = np.array([2, 2, 7, 7, 3, 3, 0, 0], np.uint32)
 
 
 class _Ring:
-    """A full ring; TAKE hands all of it over."""
+    """A full ring, all of which TAKE hands over."""
 
     def __init__(self, cpu: int, *, apart: bool) -> None:
         size, count = CONFIG.subbuf_bytes, CONFIG.subbufs
@@ -90,7 +90,7 @@ class _Ring:
 
 
 def _drained(rings: list[_Ring], places: SeenPlaces) -> tuple[int, float]:
-    """Records and seconds of one pass."""
+    """Return records and seconds of one pass."""
     readers = [ring.reader() for ring in rings]
     began = time.thread_time()
     merger = RingMerger(0, places)
@@ -98,7 +98,7 @@ def _drained(rings: list[_Ring], places: SeenPlaces) -> tuple[int, float]:
         merger.add_cpu(reader.cpu, 0)
         for subbuf in reader.take(flush=True)[0]:
             merger.push(reader.cpu, subbuf)
-    # The batches of a tick live together, as in the source; the columns of the tick before are gone by then.
+    # As in the source, all batches of a tick exist at once, and the columns of the tick before are freed.
     records, tick = 0, []
     for batch in merger.flush():
         records += len(batch)
@@ -109,7 +109,8 @@ def _drained(rings: list[_Ring], places: SeenPlaces) -> tuple[int, float]:
 
 
 def _naive(rings: list[_Ring]) -> tuple[int, float]:
-    """The plain way, a tick at a time: all 64 bytes side by side, an argsort, each column by name.
+    """Merge naively, a tick at a time: concatenate the records, argsort them by time, pick each column by name. It
+    leaves out the codes of devices, which makes the comparison favour the peer.
 
     It leaves out the codes of devices, which is less work than ours.
     """
@@ -136,7 +137,7 @@ def _rates(work: Any, rounds: int) -> list[float]:
 
 
 def run() -> list[dict[str, Any]]:
-    keep_freed_memory()  # as the source does
+    keep_freed_memory()  # like the source
     places = SeenPlaces()
     with one_core():
         rings = [_Ring(cpu, apart=False) for cpu in range(CPUS)]

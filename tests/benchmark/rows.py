@@ -28,7 +28,7 @@ SUMMARY_ROWS = 10_000_000
 
 
 def run() -> list[dict[str, Any]]:
-    delays = make_delays(ROWS * 2 // 13, containers=CONTAINERS)  # 6 rows outwards, 7 inwards
+    delays = make_delays(ROWS * 2 // 13, containers=CONTAINERS)  # 6 rows on egress, 7 on ingress
     batches = [delays[at : at + BATCH_ROWS] for at in range(0, len(delays), BATCH_ROWS)]
     with folder() as place:
         turn = count()

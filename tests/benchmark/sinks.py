@@ -39,7 +39,7 @@ from tests.made_results import HEADER, make_delays, make_results, topology
 CONTAINERS = 4
 BATCH = 65_536
 LINES = 20_000
-"""Rows in a request."""
+"""Rows per request."""
 ENCODED = 1_000_000
 STORED = 500_000
 POINTS = 30_000
@@ -116,7 +116,7 @@ def victoria_write() -> list[dict[str, Any]]:
             rows, seconds = work(server.url, folder)
             server_us[who].append((cpu_s(server.process.pid) - before_s) / rows * 1e6)
             samples = sum(server.samples(name) for name in ("device_delay_delay_ns", "overhead_overhead_ns"))
-            # Of the sink's own rows none has these names.
+            # None of the sink's own measurements has these names.
             assert rows - 100 < samples <= rows, (samples, rows)
             return rows / seconds
 
@@ -175,7 +175,7 @@ def raw_bytes(url: str) -> tuple[int, float]:
 
 
 def point_objects(url: str) -> tuple[int, float]:
-    delays = make_delays(POINTS * 2 // 13, containers=CONTAINERS, gap_ns=2_000_000)  # none at the same time as another
+    delays = make_delays(POINTS * 2 // 13, containers=CONTAINERS, gap_ns=2_000_000)  # no two rows have equal times
     with InfluxDBClient(url, "", org="-", timeout=60_000) as client, client.write_api(SYNCHRONOUS) as api:
         begin = time.perf_counter()
         for at in range(0, len(delays), LINES):

@@ -38,9 +38,9 @@ from storage import wanted_sinks
 from tests import servers
 from tests.benchmark import soak_mqtt
 from tests.benchmark.soaking import STEP_S, Pace, chosen, halves, plot
-from tests.brokers import PATH
 from tests.database_proxy import Proxy, proxied
 from tests.made_results import HEADER, START_NS, make_delays, make_results, topology
+from tests.places import PROGRAM_PATH
 
 CONTAINERS = 2
 DISK = "1500m"
@@ -81,7 +81,7 @@ class DatabaseFaults:
         await asyncio.to_thread(fill, self.disk / "filler")
         await asyncio.sleep(seconds)
         (self.disk / "filler").unlink()
-        # What a full disk does to its log of writes only a new start mends.
+        # InfluxDB repairs its write-ahead log after a full disk only when it starts.
         await asyncio.to_thread(self.server.stop)
         await asyncio.to_thread(self.server.start)
 
@@ -92,7 +92,7 @@ class DatabaseFaults:
 
     def answers(self, what: int | str) -> Any:
         async def work(seconds: float) -> None:
-            # Three of four requests: some get through.
+            # Three of four requests, so that some get through.
             self.proxy.plan = lambda number: what if number % 4 else None
             await asyncio.sleep(seconds)
             self.proxy.plan = lambda number: None
@@ -228,7 +228,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of it")
     args = parser.parse_args()
     if args.of == "mqtt":
-        if os.geteuid() != 0 or shutil.which("mosquitto", path=PATH) is None:
+        if os.geteuid() != 0 or shutil.which("mosquitto", path=PROGRAM_PATH) is None:
             print("soak: needs root and mosquitto", file=sys.stderr)
             return 2
         return soak_mqtt.run(args)

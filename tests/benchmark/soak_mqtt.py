@@ -133,7 +133,7 @@ class Served:
     def resident_mib(self) -> float:
         if self.process is None or self.process.poll() is not None:
             return 0.0
-        # One that has just ended has no memory any more.
+        # A process that has just ended has no memory.
         with contextlib.suppress(OSError, StopIteration):
             return resident_mib(self.process.pid)
         return 0.0
@@ -279,7 +279,7 @@ async def soak(args: argparse.Namespace, broker: Mosquitto, place: Path, disks: 
         stop.set()
         await asyncio.gather(feeding, noting)
         await sink.aclose()
-        # It may be between two starts: what it has acknowledged is in the store once it was told to end in order.
+        # The ingest may be between two starts; acknowledged frames are in the store once it has ended in order.
         status = await served.end()
     finally:
         supervising.cancel()

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def _side_by_side(
     ours: list[str],
     peer: list[str],
     *,
+    source: str,
     says: Path | None = None,
     datagrams: int = DATAGRAMS,
     rate_pps: int = RATE_PPS,
@@ -77,12 +79,16 @@ def _side_by_side(
     """
     with running(Spec(name="versus")) as lab:
         lab.ping("c1", count=2)
-        argv = [*MACE, *ours, "--lab", "versus", "--ring-mib", "64", "--json", "--duration", "60"]
+        argv = [*MACE, *ours, "--source", source, "--lab", "versus", "--ring-mib", "64", "--json", "--duration", "60"]
         mine = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=ROOT)
         other = subprocess.Popen(peer, stderr=subprocess.PIPE)
         try:
-            time.sleep(SETTLE_S)
             deadline = time.monotonic() + 60
+            while source == "bpf" and not _has_attached(mine.pid):
+                if time.monotonic() > deadline:
+                    raise Unavailable("bpf", "it has not attached its programs within a minute")
+                time.sleep(0.1)
+            time.sleep(SETTLE_S)
             while says is not None and not (says.exists() and says.stat().st_size):
                 if time.monotonic() > deadline:
                     raise Unavailable(peer[0], "it has not begun to write within a minute")
@@ -101,17 +107,32 @@ def _side_by_side(
     return mine_s, other_s, json.loads(said)
 
 
+def _has_attached(pid: int) -> bool:
+    """Return whether the process holds a BPF link; loading the programs takes seconds."""
+    return any("link_type" in path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
+
+
 def netdev_times() -> list[dict[str, Any]]:
-    """ns/event, ours and perf script with netdev-times.py; target: 20 times faster."""
+    """ns/event, ours from ftrace's and from BPF's records, and perf script with netdev-times.py.
+
+    Target: 20 times faster.
+    """
+    return [
+        _netdev_times("vs_netdev_times", "ftrace"),
+        _netdev_times("vs_netdev_times_bpf", "bpf"),
+    ]
+
+
+def _netdev_times(name: str, source: str) -> dict[str, Any]:
     found = sorted(Path("/usr").glob("l*/**/netdev-times.py")) or sorted(Path("/usr").glob("share/**/netdev-times.py"))
     if not found:
-        raise Unavailable("vs_netdev_times", "perf's netdev-times.py is not installed", "apt-get install linux-perf")
+        raise Unavailable(name, "perf's netdev-times.py is not installed", "apt-get install linux-perf")
     with folder() as place:
         data = place / "perf.data"
         argv = ["perf", "record", "-q", "-k", "mono", "-m", "8M", "-a", "-o", str(data)]
         argv += [word for event in (*EVENTS, *IRQ, COPY) for word in ("-e", event)]
         capture = place / "ours.mace"
-        _side_by_side(["record", "-o", str(capture)], argv)
+        _side_by_side(["record", "-o", str(capture)], argv, source=source)
         with one_core():
             begin = time.perf_counter()
             done = subprocess.run(
@@ -119,29 +140,49 @@ def netdev_times() -> list[dict[str, Any]]:
             )
             theirs_s = time.perf_counter() - begin
             if done.returncode:
-                raise Unavailable("vs_netdev_times", done.stderr.decode(errors="replace").strip()[-300:])
+                raise Unavailable(name, done.stderr.decode(errors="replace").strip()[-300:])
             count = subprocess.run(["perf", "script", "-i", str(data), "-F", "event"], capture_output=True, check=True)
             events = count.stdout.count(b"\n")
             ours_s, records = _ours(capture)
     ours, theirs = ours_s / records * 1e9, theirs_s / events * 1e9
-    made = figure("vs_netdev_times", "ns/event", [ours], "perf script + netdev-times.py", theirs)
-    return [made | {"ratio": float(f"{theirs / ours:.3g}"), "n": records, "peer_events": events}]
+    made = figure(name, "ns/event", [ours], "perf script + netdev-times.py", theirs)
+    return made | {"ratio": float(f"{theirs / ours:.3g}"), "n": records, "peer_events": events}
 
 
 def bpftrace_text() -> list[dict[str, Any]]:
     """CPU time, ns/event, from the kernel's ring to windows of delays: MACE, and bpftrace with a Python script.
 
-    Target: 20 times faster. Each round is a new flood, seen by both sides. There are two scripts: one with MACE's
-    results (`bpftrace_script`), and the shortest that computes any delay (`..._bare`). Neither stores anything, and
-    MACE stores nothing either; in `..._kept` MACE writes a capture file, and rows and windows into the store.
-    `..._parsed` excludes the recording: MACE's capture file to windows, the peer's text to windows.
+    Target: 20 times faster, with ftrace and with BPF. Each round is a new flood, seen by both sides. There are two
+    scripts: one with MACE's results (`bpftrace_script`), and the shortest that computes any delay (`..._bare`).
+    Neither stores anything, and MACE stores nothing either; in `..._kept` MACE writes a capture file, and rows and
+    windows into the store. `..._parsed` excludes the recording: MACE's capture file to windows, the peer's text to
+    windows.
     """
-    ours: dict[str, list[float]] = defaultdict(list)
-    theirs: dict[str, list[float]] = defaultdict(list)
-    seen: dict[str, int] = Counter()
+    suffixes = {"ftrace": "", "bpf": "_bpf"}
+    rounds = {source: _BpftraceRounds() for source in suffixes}
     for _ in range(ROUNDS):
-        for kept in (False, True):
-            _bpftrace_round(ours, theirs, seen, kept=kept)
+        for source, done in rounds.items():
+            for kept in (False, True):
+                _bpftrace_round(done, source, kept=kept)
+    return [made for source, done in rounds.items() for made in _bpftrace_figures(done, suffixes[source])]
+
+
+@dataclass(frozen=True, slots=True)
+class _BpftraceRounds:
+    """What the rounds with one source measured.
+
+    Attributes:
+        ours: part of MACE's work -> ns/event of each round.
+        theirs: part of the peer's work -> ns/event of each round.
+        seen: count of events, of both sides and all rounds.
+    """
+
+    ours: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    theirs: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    seen: Counter[str] = field(default_factory=Counter)
+
+
+def _bpftrace_figures(rounds: _BpftraceRounds, suffix: str) -> list[dict[str, Any]]:
     found = []
     for name, mine, peer in (
         ("vs_bpftrace_text", "run", ("print", "script")),
@@ -149,19 +190,18 @@ def bpftrace_text() -> list[dict[str, Any]]:
         ("vs_bpftrace_text_kept", "kept", ("print_beside_kept", "script")),
         ("vs_bpftrace_text_parsed", "windows", ("script",)),
     ):
-        peer_ns = [sum(each) for each in zip(*(theirs[part] for part in peer), strict=True)]
-        ratios = sorted(b / a for a, b in zip(ours[mine], peer_ns, strict=True))
-        made = figure(name, "ns/event", ours[mine], "bpftrace's text + Python", statistics.median(peer_ns))
+        ours = rounds.ours[mine]
+        peer_ns = [sum(each) for each in zip(*(rounds.theirs[part] for part in peer), strict=True)]
+        ratios = sorted(b / a for a, b in zip(ours, peer_ns, strict=True))
+        made = figure(name + suffix, "ns/event", ours, "bpftrace's text + Python", statistics.median(peer_ns))
         told = [float(f"{value:.3g}") for value in (statistics.median(ratios), ratios[0], ratios[-1])]
-        parts = {part: round(statistics.median(theirs[part])) for part in peer}
-        found.append(made | {"ratio": told[0], "ratio_spread": told[1:], "peer_parts_ns": parts} | seen)
+        parts = {part: round(statistics.median(rounds.theirs[part])) for part in peer}
+        found.append(made | {"ratio": told[0], "ratio_spread": told[1:], "peer_parts_ns": parts} | rounds.seen)
     return found
 
 
-def _bpftrace_round(
-    ours: dict[str, list[float]], theirs: dict[str, list[float]], seen: dict[str, int], *, kept: bool
-) -> None:
-    """Make one flood; append each part's ns/event to its list, and the events of both sides to `seen`."""
+def _bpftrace_round(rounds: _BpftraceRounds, source: str, *, kept: bool) -> None:
+    """Make one flood, and add what both sides measured to `rounds`."""
     with folder() as place:
         text, capture = place / "bpftrace.txt", place / "ours.mace"
         with_device = ("net_dev_queue", "net_dev_start_xmit", "netif_rx", "netif_receive_skb")
@@ -172,7 +212,7 @@ def _bpftrace_round(
         peer = ["env", "BPFTRACE_PERF_RB_PAGES=4096", "bpftrace", "-B", "full", "-o", str(text), "-e", program]
         how = ["--store", str(place / "store"), "--record", str(capture)] if kept else ["--no-store", "--no-rows"]
         run_s, print_s, said = _side_by_side(
-            ["run", *how], peer, says=text, datagrams=BPFTRACE_DATAGRAMS, rate_pps=BPFTRACE_RATE_PPS
+            ["run", *how], peer, source=source, says=text, datagrams=BPFTRACE_DATAGRAMS, rate_pps=BPFTRACE_RATE_PPS
         )
         with one_core():
             begin = time.process_time()
@@ -183,18 +223,18 @@ def _bpftrace_round(
             bare_s = time.process_time() - begin
             windows_s, records = _ours(capture, rows=False) if kept else (0.0, 0)
     ledger, counted = said["ledger"], 1 / (1 + WARM_UP)
-    seen["records"] += ledger["records"]
-    seen["lost"] += ledger["lost"] + ledger["discarded"]
-    seen["peer_events"] += events
-    seen["peer_lost"] += full.ledger["lost"]
-    seen["peer_packets"] += sum(map(len, full.overhead.values()))
-    ours["kept" if kept else "run"].append(run_s / (ledger["records"] * counted) * 1e9)
-    theirs["print_beside_kept" if kept else "print"].append(print_s / max(events * counted, 1) * 1e9)
+    rounds.seen["records"] += ledger["records"]
+    rounds.seen["lost"] += ledger["lost"] + ledger["discarded"]
+    rounds.seen["peer_events"] += events
+    rounds.seen["peer_lost"] += full.ledger["lost"]
+    rounds.seen["peer_packets"] += sum(map(len, full.overhead.values()))
+    rounds.ours["kept" if kept else "run"].append(run_s / (ledger["records"] * counted) * 1e9)
+    rounds.theirs["print_beside_kept" if kept else "print"].append(print_s / max(events * counted, 1) * 1e9)
     if kept:
-        ours["windows"].append(windows_s / records * 1e9)
+        rounds.ours["windows"].append(windows_s / records * 1e9)
     else:
-        theirs["script"].append(script_s / max(events, 1) * 1e9)
-        theirs["bare"].append(bare_s / max(events, 1) * 1e9)
+        rounds.theirs["script"].append(script_s / max(events, 1) * 1e9)
+        rounds.theirs["bare"].append(bare_s / max(events, 1) * 1e9)
 
 
 def _parse(text: Path) -> tuple[int, int]:

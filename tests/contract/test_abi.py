@@ -76,7 +76,7 @@ def test_the_structs_are_the_same():
 
 
 @pytest.mark.needs("cc")
-def test_every_field_is_where_the_compiler_puts_it(tmp_path):
+def test_every_field_has_the_compilers_offset(tmp_path):
     asked = [(struct, field) for struct, fields in structs().items() for field in fields]
     got = compiled(
         tmp_path,
@@ -112,7 +112,7 @@ def test_every_constant_has_its_value(tmp_path):
     assert compiled(tmp_path, ["puts(MACE_DEVICE_NAME);"]) == [[abi.DEVICE_NAME]]
 
 
-def test_python_has_no_constant_that_the_header_has_not():
+def test_python_has_only_constants_of_the_header():
     known = set(constants())
     for prefix, enum in (*ENUMS.items(), ("MACE_HOOK_", [hook for hook in Hook if hook is not Hook.LOST])):
         for member in enum:

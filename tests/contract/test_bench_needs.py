@@ -19,7 +19,7 @@ def test_every_group_says_what_it_needs():
 
 def test_dev_installs_all_of_it():
     assert set(needs.packages()) >= PROGRAMS
-    # `./dev bench` goes through all rows but those of another command.
+    # `./dev bench` installs all rows but those of another command.
     body = (ROOT / "dev").read_text().partition("\n    bench)")[2].partition(";;")[0]
     assert [line.split()[1] for line in body.splitlines() if "ensure_commands" in line] == ["test", "bench", "kernel"]
 
@@ -32,13 +32,13 @@ def started_by(module):
 
 
 @pytest.mark.parametrize("group", bench.GROUPS)
-def test_what_its_module_starts_is_needed(group):
+def test_programs_that_a_module_starts_are_among_its_needs(group):
     module = bench.GROUPS[group].__module__.rpartition(".")[2]
     groups = [name for name, run in bench.GROUPS.items() if run.__module__ == bench.GROUPS[group].__module__]
     assert started_by(module) <= {need for name in groups for need in needs.NEEDS[name]}
 
 
-def test_programs_are_found_that_way():
+def test_started_programs_are_found():
     assert started_by("tracedat") == {"trace-cmd", "pkg-config", "gcc"}
 
 

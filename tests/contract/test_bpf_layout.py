@@ -53,3 +53,10 @@ def test_the_pad_holds_what_was_lost():
     _, at = abi.RECORD.fields["pad"]
     assert (at, abi.RECORD.itemsize - at) == (64 - layout.LOST_BITS // 8, layout.LOST_BITS // 8)
     assert SLOT_BYTES == 72
+
+
+def test_the_numbers_of_the_walk_are_the_same():
+    described = re.search(r"^#define MACE_WALK_DEVICES (\d+)$", TEXT, re.MULTILINE)[1]
+    assert int(described) == layout.WALK_DEVICES
+    walked = re.findall(r"^\tMACE_WALK_(\w+) = (\d+),$", TEXT, re.MULTILINE)
+    assert {name: int(number) for name, number in walked} == dict(layout.Walked.__members__)

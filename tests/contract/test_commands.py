@@ -95,7 +95,7 @@ def test_the_help_of_a_group_lists_its_commands(group):
     assert listed == list(registry.within(group))
 
 
-def test_the_hooks_are_listed_without_any_of_the_parts():
+def test_mace_hooks_imports_no_part():
     found = started("hooks")
     assert (found["status"], found["heavy"]) == (0, [])
     assert "net:net_dev_queue" in found["out"]
@@ -133,7 +133,7 @@ def test_options_become_the_dataclass(name):
     assert set(leaves(command.Options)) - {"others"} == arguments
 
 
-def test_an_option_is_called_and_takes_the_same_in_every_command():
+def test_an_option_has_one_name_and_kind_in_every_command():
     """An option that selects a container, a store, a file or a format has one name and one kind of value."""
     kinds = {}
     for name in NAMES:
@@ -141,7 +141,7 @@ def test_an_option_is_called_and_takes_the_same_in_every_command():
             told = action.metavar or (tuple(action.choices) if action.choices else type(action).__name__)
             kinds.setdefault(spelling, {}).setdefault(str(told), []).append(name)
     one = {spelling for spelling, of in kinds.items() if len(of) == 1}
-    # CSV is a format of `query` alone; the ends of traffic and what a report counts have a word in common.
+    # Only `query` has the format CSV; `--from` names a lab's member in one command, the source of figures in another.
     assert {spelling: of for spelling, of in kinds.items() if spelling not in one}.keys() == {"--format", "--from"}
     for spelling, metavar in (
         *(("--container", "NAME"), ("--netns", "NAME"), ("--pid", "N"), ("--lab", "NAME")),
@@ -165,7 +165,7 @@ def test_an_option_that_was_renamed_says_so(name, old, new, capsys):
     assert capsys.readouterr().err.endswith(f"mace {name}: error: {old} is now {new}\n")
 
 
-def test_what_help_says_of_the_parts_is_so():
+def test_choices_in_help_equal_those_of_the_parts():
     assert config.SOURCES == choices.SOURCES
     assert tuple(each.value for each in lab.Runtime) == choices.RUNTIMES
     assert lab.REMOTE == choices.REMOTE
@@ -204,7 +204,7 @@ _python_argcomplete mace
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """,
     ),
-    # zsh completes only in its line editor: what that sets is set, and what is offered to it is printed.
+    # zsh completes only in its line editor: the script sets the editor's variables and prints the offered words.
     "zsh": (
         ["zsh", "-f", "-c"],
         """

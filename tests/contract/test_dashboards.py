@@ -29,7 +29,7 @@ def test_committed_json_is_what_the_code_makes():
 @pytest.mark.needs("npm")
 def test_grafana_s_own_types_accept_them(tmp_path):
     content = json.loads(FILES[0].read_text())
-    # Each of these is a mistake of the kind that Grafana passes over in silence.
+    # Grafana ignores each of these mistakes silently.
     broken = {
         "key": {**content, "panles": []},
         "panel": {**content, "panels": [{**content["panels"][0], "gridPos": {"x": 0, "y": 0, "w": "wide", "h": 4}}]},
@@ -45,7 +45,8 @@ def test_grafana_s_own_types_accept_them(tmp_path):
 
 # --- the catalogue ------------------------------------------------------------------------------
 
-# What may be done with a number to show one for many. A mean of quantiles is no quantile, a maximum of counts no count.
+# Functions that may combine several values of a field. A mean of quantiles is no quantile, a maximum of counts no
+# count.
 ALLOWED = {
     FieldKind.SAMPLE: {"", "percentile", "count", "max"},
     FieldKind.COUNTER: {"last", "max"},
@@ -93,7 +94,7 @@ def test_every_query_keeps_to_the_catalogue(one: PanelQuery):
     assert wrong_in(one.text) == []
 
 
-def test_the_catalogue_would_notice():
+def test_wrong_queries_are_found():
     def query(values, measurement="device_window", where="$timeFilter AND \"width_s\" = '10'", by='"host"'):
         return f'SELECT {values} AS "x" FROM "{measurement}" WHERE {where} GROUP BY {by}'
 
@@ -110,7 +111,7 @@ def test_the_catalogue_would_notice():
 
 
 @pytest.mark.parametrize("one", [one for one in ALL if one.is_variable], ids=lambda one: one.where)
-def test_every_variable_asks_for_a_tag(one: PanelQuery):
+def test_every_variable_queries_a_tag(one: PanelQuery):
     match = re.fullmatch(r'SHOW TAG VALUES FROM "(\w+)" WITH KEY = "(\w+)"(?: WHERE (.*))?', one.text)
     assert match, one.text
     tags = MEASUREMENTS[match[1]].tags
@@ -124,7 +125,7 @@ def test_every_variable_asks_for_a_tag(one: PanelQuery):
 # --- what a reader relies on --------------------------------------------------------------------
 
 
-def test_variables_that_were_promised():
+def test_promised_variables_exist():
     names = {path.stem: {one.panel["name"] for one in influxql.asked(path) if one.is_variable} for path in FILES}
     for name in ("overview", "path", "baseline"):
         assert names[name] == {"host", "container", "device", "direction", "source"}
@@ -132,7 +133,7 @@ def test_variables_that_were_promised():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_query_chooses_by_every_variable_that_its_measurement_knows(path: Path):
+def test_a_query_filters_by_every_variable_of_its_measurement(path: Path):
     """Otherwise a panel would ignore a choice although it appears to follow it."""
     variables = {one.panel["name"] for one in influxql.asked(path) if one.is_variable}
     of_rows = {"device_window", "device_delay", "overhead", "rtt"}
@@ -144,13 +145,13 @@ def test_a_query_chooses_by_every_variable_that_its_measurement_knows(path: Path
             continue
         expected = variables & set(MEASUREMENTS[core.measurement].tags)
         if core.measurement == "overhead" or core.fixed.get("segment") == "overhead":
-            expected -= {"device"}  # of a whole path; its device is the container's own
+            expected -= {"device"}  # of a whole path; its device is the container's inner device
         missing = expected - set(core.tags)
         assert not missing, f"{one.where}: does not choose by {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_losses_stand_first(path: Path):
+def test_panels_of_losses_come_first(path: Path):
     panels = json.loads(path.read_text())["panels"]
     top = [panel for panel in panels if panel["gridPos"]["y"] == 0]
     shown = {name for panel in top for target in panel["targets"] for _, name in take_apart(target["query"]).fields}
@@ -183,7 +184,7 @@ def test_every_panel_says_what_its_numbers_are(path: Path):
             assert target["datasource"] == {"type": "influxdb", "uid": "${datasource}"}
 
 
-def test_provisioning_points_at_what_is_there():
+def test_provisioning_names_existing_files():
     folder = ROOT / "dashboards/provisioning"
     provider = yaml.safe_load((folder / "dashboards/mace.yaml").read_text())["providers"][0]
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())

@@ -23,7 +23,7 @@ def test_every_stored_column_is_on_its_page():
         assert rows == [(column.name, column.meaning) for column in getattr(tables, name.upper())]
 
 
-def test_links_lead_somewhere():
+def test_links_have_a_target():
     for page in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
@@ -36,7 +36,7 @@ def test_every_page_is_in_the_index():
     }
 
 
-def test_what_the_life_of_a_packet_names_is_there():
+def test_functions_that_the_life_of_a_packet_names_exist():
     page = (DOCS / "architecture.md").read_text()
     names = re.findall(r"`((?:contracts|collector|correlator|storage|mace)\.[\w.]+)`", page)
     assert len(names) > 20
@@ -53,7 +53,7 @@ def _is_module(name):
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def test_files_that_pages_name_are_there():
+def test_files_that_pages_name_exist():
     folders = "contracts|collector|correlator|storage|mace|kmod|bpf|tests|deploy|dashboards|docs"
     kernel_sides = [*ROOT.glob("kmod/*.md"), *ROOT.glob("bpf/*.md")]
     for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *GOLDEN.glob("*/README.md"), *kernel_sides]:

@@ -42,12 +42,12 @@ def test_each_name_has_one_meaning():
         names = [f.name for f in m.fields]
         assert len(set(names)) == len(names), m.name
         assert set(m.tags) <= set(TAGS), m.name
-        # InfluxQL cannot tell a field from a tag of the same name.
+        # InfluxQL cannot distinguish a field and a tag of equal names.
         assert not set(m.tags) & set(names), m.name
     assert set(TAGS) == {tag for m in MEASUREMENTS.values() for tag in m.tags}
 
 
-def test_the_whole_ledger_is_in_it():
+def test_the_catalogue_has_the_whole_ledger():
     names = {f.name for f in MEASUREMENTS["mace_internal"].fields}
     assert set(Ledger().as_dict()) <= names
     assert {n if n == "told_apart" else f"packets_{n}" for n in Grades().as_dict()} <= names

@@ -74,7 +74,7 @@ def test_import_contracts_hold() -> None:
         ("collector/planted.py", "import pyarrow", "only storage and the composition know databases and pictures"),
     ],
 )
-def test_import_contracts_notice(tmp_path: Path, module: str, line: str, broken: str) -> None:
+def test_import_contracts_can_fail(tmp_path: Path, module: str, line: str, broken: str) -> None:
     for package in TOP_LEVEL:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -85,13 +85,13 @@ def test_import_contracts_notice(tmp_path: Path, module: str, line: str, broken:
     assert f"{broken} BROKEN" in " ".join(done.stdout.split())
 
 
-def test_every_source_is_kept_from_the_others() -> None:
+def test_sources_do_not_import_each_other() -> None:
     (kept_apart,) = [c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["id"] == "sources"]
     folders = {f"collector.{path.parent.name}" for path in (ROOT / "collector").glob("*/source.py")}
     assert set(kept_apart["modules"]) == folders
 
 
-def test_contracts_are_light() -> None:
+def test_contracts_import_few_libraries() -> None:
     """Reading a capture on a laptop imports the contracts: they may need numpy and zstandard, but no database."""
     allowed = {"contracts", "numpy", "zstandard", *sys.stdlib_module_names}
     for path in (ROOT / "contracts").rglob("*.py"):
@@ -113,7 +113,7 @@ def test_nobody_else_claims_our_names() -> None:
 
 def test_imports_come_from_this_tree() -> None:
     code = "import sys; [__import__(n) for n in sys.argv[1:]]; print(*(sys.modules[n].__file__ for n in sys.argv[1:]))"
-    # Isolated and elsewhere: only what is installed counts, not the folder we happen to stand in.
+    # Isolated and in another folder, so that only the installation counts, not the working directory.
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, *TOP_LEVEL], cwd="/", capture_output=True, text=True, timeout=60, check=True
     )
@@ -176,7 +176,7 @@ def test_environment_is_the_locked_one() -> None:
     """The tests run with the locked versions; otherwise they would test other versions than users get."""
     for line in re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", LOCK, re.MULTILINE):
         locked = Requirement(line)
-        if locked.marker is None or locked.marker.evaluate():  # some are for other interpreters only
+        if locked.marker is None or locked.marker.evaluate():  # some are only for other interpreters
             assert importlib.metadata.version(locked.name) in locked.specifier, f"{locked.name}: run ./dev setup"
 
 
@@ -257,7 +257,7 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
 
     store = tmp_path / "store"
     assert "source ftrace" in json.loads(mace("check", "--json"))
-    # The programs come along, where they were made.
+    # The wheel has the BPF programs if they were built.
     assert (installed / "collector/bpf/mace.bpf.o").exists() == (ROOT / "collector/bpf/mace.bpf.o").exists()
     replayed = json.loads(mace("replay", ROOT / "docs" / "example.mace", "--store", store, "--json"))
     assert json.loads(mace("report", "--store", store, "--json"))["packets"] == replayed["packets"] > 0

@@ -14,7 +14,7 @@ import pytest
 from contracts import abi
 from contracts.abi import Flag
 from tests.contract.test_packet_module import SPLITS, WHOLE, variants
-from tests.kernel.guest.test_packets import CASES, READ, read_of_captures
+from tests.kernel.guest.test_packets import CASES, READ, ether, ipv4, ipv6, read_of_captures, tcp
 
 pytestmark = pytest.mark.needs("cc")
 HERE = Path(__file__).parent
@@ -22,9 +22,20 @@ BPF = HERE.parents[1] / "bpf"
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
+def library(tmp_path_factory):
     library = tmp_path_factory.mktemp("bpf") / "packet.so"
-    options = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{BPF}"]
+    options = [
+        "-std=gnu11",
+        "-O1",
+        "-g",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-I{BPF}",
+    ]
     done = subprocess.run(
         ["cc", *options, "-o", library, HERE / "packet_bpf.c"], capture_output=True, text=True, check=False
     )
@@ -32,10 +43,24 @@ def programs(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
+@pytest.fixture(params=[(1, 1), (1, 0), (0, 0)], ids=["Linux 6.11", "Linux 6.2", "Linux 5.10"])
+def programs(request, library):
+    """Return the parser of a kernel that loads bytes in place and reads pages, or cannot do either."""
+    for ability, value in zip(("direct", "paged"), request.param, strict=True):
+        ctypes.c_int.in_dll(library, ability).value = value
+    library.forget()
+    return library
+
+
 def read(programs, frame, linear=WHOLE):
+    return recognise(programs, frame, linear)[0]
+
+
+def recognise(programs, frame, linear=WHOLE):
+    """Return the record of a frame, and whether the parser recognised it as the frame before."""
     record = np.zeros((), abi.RECORD)
-    programs.read_frame(frame, len(frame), linear, ctypes.c_void_p(record.ctypes.data))
-    return record
+    recognised = programs.read_frame(frame, len(frame), linear, ctypes.c_void_p(record.ctypes.data))
+    return record, bool(recognised)
 
 
 def told(record):
@@ -81,6 +106,120 @@ def test_nothing_is_read_outside_the_linear_part(programs):
         for linear in SPLITS:
             read(programs, frame, linear)
     assert ctypes.c_int.in_dll(programs, "violations").value == 0
+
+
+READ_ANEW = {
+    "geneve with options",
+    "arp",
+    "unknown ethertype",
+    "ip header longer than the packet",
+    "ip header too short",
+    "ipv6 called ipv4",
+    "length that lies upwards",
+    "extension header cut off",
+}
+"""Frames whose key needs more bytes than an entry holds, that have too few bytes, or that are not IP."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_packet_is_recognised_at_the_next_hook(programs, name):
+    frame = CASES[name].frame
+    first, recognised = recognise(programs, frame)
+    assert not recognised
+    again, recognised = recognise(programs, frame)
+    assert recognised is (name not in READ_ANEW)
+    assert again == first
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_changed_byte_is_taken_for_the_packet_before(programs, name):
+    frame = CASES[name].frame[:200]
+    changed = []
+    for at in range(14, len(frame)):
+        for bit in (0, 5):
+            other = bytearray(frame)
+            other[at] ^= 1 << bit
+            changed.append(bytes(other))
+    for other, expected in zip(changed, captured_of(changed), strict=True):
+        read(programs, frame)
+        assert told(read(programs, other)) == expected, other.hex()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_packet_of_another_length_is_taken_for_the_packet_before(programs, seed):
+    random = np.random.default_rng(seed)
+    frames = list(variants(seed))
+    for frame, expected in zip(frames, captured_of(frames), strict=True):
+        for linear in random.choice(SPLITS, 3).tolist():
+            record = told(read(programs, frame, linear))
+            assert record == expected or not record["flags"] & Flag.KEY, (frame.hex(), linear)
+
+
+@pytest.mark.parametrize("bytes_of_payload", [1, 7, 8, 15, 16, 40])
+@pytest.mark.parametrize(("protocol", "ip", "headers"), [(0x0800, ipv4, 52), (0x86DD, ipv6, 72)])
+def test_payload_in_pages_is_part_of_the_key_where_the_kernel_can_read_it(
+    programs, protocol, ip, headers, bytes_of_payload
+):
+    payload = b"abcdefghijklmnopqrst" * 2
+    frames = [
+        ether(protocol, ip(6, tcp(bytes(byte ^ change for byte in payload[:bytes_of_payload])))) for change in (0, 1)
+    ]
+    can_read = bool(ctypes.c_int.in_dll(programs, "paged").value)
+    for frame, expected in zip(frames, captured_of(frames), strict=True):
+        first, recognised = recognise(programs, frame, headers)
+        assert not recognised or not can_read
+        assert bool(first["flags"] & Flag.KEY) is can_read
+        assert told(first) == expected or not can_read
+        assert recognise(programs, frame, headers) == (first, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "length"),
+    [
+        *((name, *place) for name in ("tcp", "udp") for place in ((15, 1), (22, 1), (24, 2), (26, 8))),
+        *(("ipv6 udp", *place) for place in ((15, 3), (21, 1), (22, 32))),
+    ],
+)
+def test_what_routers_rewrite_leaves_a_packet_recognised(programs, name, at, length):
+    frame = CASES[name].frame
+    then = bytearray(frame)
+    then[at : at + length] = bytes(byte ^ 0x05 for byte in frame[at : at + length])
+    read(programs, frame)
+    record, recognised = recognise(programs, bytes(then))
+    assert recognised
+    assert told(record) == captured_of([bytes(then)])[0]
+
+
+def other_payload(frame, at):
+    return frame[:at] + bytes([frame[at] ^ 1]) + frame[at + 1 :]
+
+
+TCP, UDP = CASES["tcp"].frame, CASES["udp"].frame
+OTHER_UDP = other_payload(UDP, 14 + 20 + 8 + 3)
+
+
+@pytest.mark.parametrize("remembered", [None, TCP, UDP], ids=["nothing", "tcp", "udp"])
+@pytest.mark.parametrize(
+    ("frame", "other"),
+    [(TCP, UDP), (UDP, OTHER_UDP), (OTHER_UDP, OTHER_UDP)],
+    ids=["other protocol", "other payload", "equal"],
+)
+def test_an_interrupt_within_a_program_mixes_no_packets(programs, frame, other, remembered):
+    """An interrupt reads another packet between any two reads of a program that uses the same entry."""
+    expected, of_other = captured_of([frame, other])
+    left = ctypes.c_int.in_dll(programs, "reads_until_interrupt")
+    for reads in range(1, 40):
+        programs.forget()
+        if remembered:
+            read(programs, remembered)
+        programs.interrupt_with(other, len(other), reads)
+        assert told(read(programs, frame)) == expected
+        if left.value:
+            break
+        assert told(read(programs, frame)) == expected
+        assert told(read(programs, other)) == of_other
+    left.value = 0
+    assert 3 < reads < 39
 
 
 def test_the_identity_of_a_buffer_is_siphash(programs):

@@ -99,7 +99,7 @@ def test_each_case_is_recognised(module, name, buffers):
 
 @pytest.mark.parametrize("bytes_of_payload", range(20))
 @pytest.mark.parametrize(("protocol", "headers"), [(0x0800, 52), (0x86DD, 72)])
-def test_a_stream_is_recognised_however_short_its_payload_in_a_page(module, protocol, headers, bytes_of_payload):
+def test_a_stream_is_recognised_with_a_short_payload_in_pages(module, protocol, headers, bytes_of_payload):
     ip = {0x0800: ipv4, 0x86DD: ipv6}[protocol]
     frame = ether(protocol, ip(6, tcp(b"abcdefghijklmnopqrst"[:bytes_of_payload])))
     assert is_recognised(module, frame, frame, linear=headers)

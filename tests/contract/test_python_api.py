@@ -19,7 +19,7 @@ def test_examples_of_the_page(tmp_path, monkeypatch):
         pytest.importorskip(module)
     monkeypatch.chdir(ROOT)
     examples = doctest.DocTestParser().get_doctest(
-        # An example ends where its fence does.
+        # An example ends with its fence.
         PAGE.read_text().replace("\n```\n", "\n\n\n"),
         {"work": tmp_path},
         PAGE.name,

@@ -47,7 +47,7 @@ class Tree:
         for name in COPIED:
             source, target = ROOT / name, place / name
             if source.is_dir():
-                # With what Python has compiled: it is as good for the copy, whose files are of the same time.
+                # Compiled files are copied, too: they are valid for the copy, whose sources have the same times.
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.o", "*.ko", "*.cmd"))
             else:
                 shutil.copy2(source, target)
@@ -65,7 +65,7 @@ class Tree:
         self.write(name, there.replace(before, text + before))
 
     def replace(self, name, old, new):
-        """Put text in the place of the only one in a file that reads so."""
+        """Replace a text that occurs once in a file."""
         there = (self.place / name).read_text()
         assert there.count(old) == 1, f"{name} has {there.count(old)} of {old!r}"
         self.write(name, there.replace(old, new))
@@ -82,7 +82,7 @@ class Tree:
         return done.returncode, done.stdout + done.stderr
 
     def made(self, name, *argv):
-        """Have a file written by Python."""
+        """Let a Python program write a file."""
         status, said = self.run(*argv)
         assert status == 0, said
         self.touched.add(name)
@@ -96,12 +96,10 @@ class Recipe:
     tests: tuple[str, ...]
     """Files whose tests are run."""
     choose: tuple[str, ...]
-    """Words in the names of those that the toy concerns, each of one at least."""
+    """Words in the names of the tests that concern the toy; each word is in at least one name."""
 
 
 RECIPES: dict[str, Recipe] = {}
-NOT_FOLLOWED = {"State of the engine."}
-"""What is carried from one record to the next cuts through the engine: no toy could be put in without a reason."""
 
 
 def recipe(title, *, tests, choose):
@@ -114,7 +112,7 @@ def recipe(title, *, tests, choose):
 
 # --- a capture source ------------------------------------------------------------------------------
 
-SOURCE = '''"""A live source for tests of recipes: a bell, of which each stroke is a packet."""
+SOURCE = '''"""A live source for tests of recipes: a bell whose strokes are packets."""
 
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -135,14 +133,14 @@ ROOM = 1000
 
 
 class Bell:
-    """Remembers so many strokes until someone listens, and counts those beyond."""
+    """Holds at most `ROOM` strokes until they are read, and counts further ones as lost."""
 
     def __init__(self) -> None:
         self.strokes_ns: list[int] = []
         self.lost = 0
 
     def strike(self) -> None:
-        """A packet."""
+        """Strike the bell: one packet."""
         if len(self.strokes_ns) < ROOM:
             self.strokes_ns.append(time.monotonic_ns())
         else:
@@ -162,8 +160,8 @@ class BellSource(RingSource):
 
     @staticmethod
     def check() -> Status:
-        """It always can, but must be asked for."""
-        return Status(False, "there is no bell", "hang one up")
+        """Report that it cannot run, so that `auto` never takes it."""
+        return Status(False, "there is no bell", "install a bell")
 
     @property
     def cost(self) -> tuple[HookCost, ...]:
@@ -215,12 +213,12 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
     return BellSource(devices)
 '''
 
-SOURCE_TEST = '''"""A stroke too many is counted."""
+SOURCE_TEST = '''"""Strokes beyond the room are counted as lost."""
 
 from collector.toybell.source import ROOM, Bell
 
 
-def test_what_there_is_no_room_for_is_lost():
+def test_strokes_beyond_the_room_are_lost():
     bell = Bell()
     for _ in range(ROOM + 1):
         bell.strike()
@@ -236,8 +234,8 @@ def test_what_there_is_no_room_for_is_lost():
         "tests/unit/collector/toybell/test_source.py",
     ),
     choose=(
-        *("toybell", "every_source_has_its_maker", "every_source_is_kept", "import_contracts_hold", "what_help_says"),
-        *("the_table_is_the_code", "every_source_can_be_asked_for", "no_room_for_is_lost"),
+        *("toybell", "every_source_has_its_maker", "sources_do_not_import", "import_contracts_hold", "choices_in_help"),
+        *("the_table_is_the_code", "every_source_can_be_selected", "beyond_the_room_are_lost"),
     ),
 )
 def a_capture_source(tree):
@@ -277,7 +275,7 @@ def toybell(_):
 
 # --- a file format ---------------------------------------------------------------------------------
 
-FORMAT = '''"""A format for tests of recipes: a line that says TOY, and a capture behind it."""
+FORMAT = '''"""A format for tests of recipes: a line TOY, then a line per packet."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -296,23 +294,23 @@ MAGIC = b"TOY\\n"
 
 
 def recognises(head: bytes) -> bool:
-    """By its first line."""
+    """Return whether the first line is TOY."""
     return head.startswith(MAGIC)
 
 
 def describe(paths: Sequence[Path], options: FileOptions) -> Description:
-    """From the header."""
+    """Return the header and the time of the first record."""
     with ToyReader(paths[0]) as reader:
         return Description(reader.header, reader.header.clock.utc_ns)
 
 
 def reader(paths: Sequence[Path], options: FileOptions) -> FileReader:
-    """Of the only file."""
+    """Return a reader of the only file."""
     return ToyReader(paths[0])
 
 
 class ToyReader(FileReader):
-    """Each line behind the first is a time in ns at which a packet was queued on eth0."""
+    """Reads the times, ns, at which packets were queued on eth0: a line each after the first."""
 
     discarded = 0
     warnings = ()
@@ -324,7 +322,7 @@ class ToyReader(FileReader):
 
     @property
     def bytes_total(self) -> int:
-        """Of the file."""
+        """Size of the file."""
         return self._path.stat().st_size
 
     def _open(self) -> StreamHeader:
@@ -337,13 +335,13 @@ class ToyReader(FileReader):
         return StreamHeader("toyfile", "a host", "a run", "6.1", "", 1, clock, ("net:net_dev_queue",), VERSION)
 
     def items(self) -> Iterator[StreamItem]:
-        """All in one batch."""
+        """Yield a topology and all records in one batch."""
         try:
             times = sorted(int(line) for line in self._file)
         except ValueError as error:
             raise CaptureError(self._path, 0, "a line that is no number") from error
         if not all(0 <= time_ns < 1 << 62 for time_ns in times):
-            raise CaptureError(self._path, 0, "a time that nobody lives to see")
+            raise CaptureError(self._path, 0, "a time out of range")
         if not times:
             return
         yield Topology(times[0], 1, (Device(1, 2, "eth0", "veth"),), (Sighting("eth0", 1, 2),))
@@ -351,14 +349,14 @@ class ToyReader(FileReader):
         yield Batch.of(len(times), **columns)
 
     def close(self) -> None:
-        """The file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 '''
 
 
-FORMAT_TEST = '''"""Toys of any content."""
+FORMAT_TEST = '''"""Toy files of any content."""
 
 import tempfile
 from pathlib import Path
@@ -371,7 +369,7 @@ from contracts.errors import CaptureError
 
 
 @given(st.binary(max_size=40))
-def test_whatever_it_holds_it_is_read_or_refused(content):
+def test_any_content_is_read_or_refused(content):
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "a.toy"
         path.write_bytes(b"TOY\\n" + content)
@@ -390,8 +388,8 @@ def test_whatever_it_holds_it_is_read_or_refused(content):
         "tests/property/test_toyfile_fuzz.py",
     ),
     choose=(
-        *("toyfile", "every_source_has_its_maker", "every_source_is_kept", "import_contracts_hold", "what_help_says"),
-        "whatever_it_holds",
+        *("toyfile", "every_source_has_its_maker", "sources_do_not_import", "import_contracts_hold", "choices_in_help"),
+        "any_content_is_read",
     ),
 )
 def a_file_format(tree):
@@ -411,7 +409,7 @@ def a_file_format(tree):
     tree.write("tests/golden/toyfile/a.toy", "TOY\n" + "".join(f"{n * 1000 + 5}\n" for n in range(600)))
     tree.insert("tests/places.py", '    "pcap pair": (', '    "toyfile": (GOLDEN / "toyfile" / "a.toy",),\n')
     tree.write("tests/property/test_toyfile_fuzz.py", FORMAT_TEST)
-    tree.insert("docs/traces.md", "| `pcap` | tcpdump", "| `toyfile` | nobody | times alone |\n")
+    tree.insert("docs/traces.md", "| `pcap` | tcpdump", "| `toyfile` | no tool | times only |\n")
 
 
 SINK = '''"""A sink for tests of recipes: a line of JSON for each slice of results."""
@@ -538,7 +536,7 @@ def run(options: Options, console: Console) -> int:
 @recipe(
     "A command.",
     tests=("tests/contract/test_commands.py", "tests/unit/mace/shown/test_streams.py"),
-    choose=("toycount", "readmes_table", "every_command_is_one_file", "every_command_is_walked"),
+    choose=("toycount", "readmes_table", "every_command_is_one_file", "every_command_has_a_call"),
 )
 def a_command(tree):
     tree.write("mace/commands/toycount.py", COMMAND)
@@ -710,6 +708,69 @@ def a_column(tree):
     tree.write("tests/property/test_toycolumn.py", COLUMN_TEST)
 
 
+STATE_TEST = '''"""An engine that continues from a state knows the hook of the last record before the cut."""
+
+import json
+from dataclasses import replace
+
+from contracts.hooks import Hook
+from correlator.engine import Engine
+from mace.replaying.checkpoint import state_from_json, state_to_json
+from tests.traffic import Tape, topology
+
+
+def test_the_toylast_survives_a_cut_and_is_in_the_digest():
+    tape = Tape()
+    tape.packet("Q:eth0 X:eth0", 100, skb=1, step=10)
+    engine = Engine(0)
+    engine.feed(topology())
+    engine.feed(tape.batch())
+    engine.stop_at(1_000)
+    state = engine.state(1_000)
+    assert state.toy_last == Hook.NET_DEV_START_XMIT
+    resumed = Engine(0, state=state_from_json(json.loads(json.dumps(state_to_json(state))))).state(1_000)
+    assert (resumed.toy_last, resumed.digest()) == (state.toy_last, state.digest())
+    assert replace(state, toy_last=-1).digest() != state.digest()
+'''
+
+
+@recipe(
+    "State of the engine.",
+    tests=("tests/property/test_engine_reference.py", "tests/unit/correlator/test_toylast.py"),
+    choose=("resumes_from_the_state", "survives_a_cut"),
+)
+def state_of_the_engine(tree):
+    engine, state, checkpoint = "correlator/engine.py", "correlator/state.py", "mace/replaying/checkpoint.py"
+    tree.insert(engine, "        self._open = NOTHING_OPEN\n        self._links", "        self._toy_last = -1\n")
+    tree.replace(
+        engine,
+        "= state.latest_ns, state.began_ns\n",
+        "= state.latest_ns, state.began_ns\n            self._toy_last = state.toy_last\n",
+    )
+    tree.insert(
+        engine,
+        "        self._asked.note(batch)\n",
+        "        if len(batch):\n            self._toy_last = int(batch.hook[-1])\n",
+    )
+    tree.replace(
+        engine,
+        "            self._began_ns,\n        )",
+        "            self._began_ns,\n            self._toy_last,\n        )",
+    )
+    tree.insert(
+        state, "\n    def digest", '    toy_last: int\n    """Hook of the last record; -1 if there was none."""\n'
+    )
+    tree.replace(state, "self.began_ns is None)", "self.began_ns is None, self.toy_last)")
+    tree.replace(
+        checkpoint,
+        '"began_ns": state.began_ns,\n',
+        '"began_ns": state.began_ns,\n        "toy_last": state.toy_last,\n',
+    )
+    tree.replace(checkpoint, 'given["began_ns"],\n', 'given["began_ns"],\n        given["toy_last"],\n')
+    tree.replace("mace/replaying/assembly.py", "_NOTES: Final = 2\n", "_NOTES: Final = 3\n")
+    tree.write("tests/unit/correlator/test_toylast.py", STATE_TEST)
+
+
 @recipe(
     "A deployment's file.",
     tests=("tests/contract/test_deployment.py",),
@@ -738,7 +799,7 @@ def a_deployments_file(tree):
 @recipe(
     "A page.",
     tests=("tests/contract/test_docs.py",),
-    choose=("every_page_is_in_the_index", "links_lead_somewhere", "files_that_pages_name"),
+    choose=("every_page_is_in_the_index", "links_have_a_target", "files_that_pages_name"),
 )
 def a_page(tree):
     tree.write("docs/toys.md", "# Toys\n\nThey are counted in `storage/internal.py` ([hooks](hooks.md)).\n")
@@ -750,7 +811,7 @@ def a_page(tree):
 
 @dataclass
 class Followed:
-    """What the copy has become, by recipe, and what its tests said."""
+    """Files that each recipe touched in the copy, and the results of the tests."""
 
     touched: dict[str, set[str]] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
@@ -769,7 +830,7 @@ def followed(tmp_path_factory):
         found.touched[title] = tree.touched
     tests = dict.fromkeys(name for one in RECIPES.values() for name in one.tests)
     words = dict.fromkeys(word.rpartition("/")[2] for one in RECIPES.values() for word in one.choose)
-    # To walk every command is the business of the test that is so called.
+    # TestEveryCommand runs all commands, which the recipes need not repeat.
     choice = f"({' or '.join(words)}) and not TestEveryCommand"
     _, found.said = tree.run("-m", "pytest", "-q", "-rpfE", "-p", "no:cacheprovider", "-k", choice, *tests)
     found.outcomes = {name: outcome for outcome, name in OUTCOME.findall(found.said)}
@@ -800,4 +861,4 @@ def test_it_names_every_file(title, followed):
 
 def test_every_recipe_is_followed():
     text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE)) == RECIPES.keys() | NOT_FOLLOWED
+    assert set(re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE)) == RECIPES.keys()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.places import ROOT
 
-# The needs are replaced, so that the outcome does not hang on the machine.
+# The needs are replaced, so that the outcome does not depend on the machine.
 TESTS = """
 import pytest
 from tests import conftest

@@ -87,7 +87,7 @@ def clogged_prometheus(place):
             while not stop.wait(0.05):
                 client = clients.enter_context(socket.socket())
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-                with suppress(OSError):  # it is not there yet, or no longer
+                with suppress(OSError):  # the peer is not there yet, or is gone
                     client.connect(("127.0.0.1", port))
                     client.send(b"GET /metrics HTTP/1.0\r\n\r\n")
 
@@ -207,7 +207,7 @@ def test_clogged_it_neither_waits_nor_grows(make, tmp_path):
             turning = asyncio.create_task(turn())
             await sink.open(header())
             written = 0
-            # 20 times what buffer and spool hold, while nobody takes anything.
+            # 20 times the room of buffer and spool, while nothing is delivered.
             for _ in range(10):
                 for each in MANY:
                     await sink.write(each)
@@ -224,12 +224,12 @@ def test_clogged_it_neither_waits_nor_grows(make, tmp_path):
                 assert account.taken == account.waiting + account.not_stored >= written
                 assert account.dropped_spool + account.dropped_buffer > 0
                 assert account.reasons
-            assert turns >= 10  # once for each of the pauses above
+            assert turns >= 10  # once per pause above
 
     asyncio.run(work())
 
 
-def test_what_the_endpoint_says_while_a_database_is_away(tmp_path):
+def test_the_endpoint_shows_a_database_that_is_away(tmp_path):
     """In a run with both sinks the endpoint shows the account of the database, and stays healthy and ready."""
     port = servers.free_port()
 
@@ -274,7 +274,7 @@ def test_what_the_endpoint_says_while_a_database_is_away(tmp_path):
     asyncio.run(work())
 
 
-def test_they_are_sinks():
+def test_sinks_have_the_protocols_methods():
     """Every sink has the protocol's three methods; static checkers do not see the table of sinks."""
     assert all(callable(getattr(EmbeddedStore, name)) for name in ("open", "write", "aclose"))
     assert {name for name in vars(Sink) if not name.startswith("_")} == {"open", "write", "aclose"}

@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from collector import SOURCES
@@ -37,6 +36,7 @@ from tests.made_capture import same_stream
 from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
 from tests.places import GOLDEN_FILES
+from tests.streams import check_stream, records
 
 OLD, NEW = Device(HOST_NETNS, 2, "eth0", "veth"), Device(HOST_NETNS, 3, "eth1", "veth")
 STEP = 500
@@ -209,7 +209,7 @@ def mine(made):
     """Return the resources of a source: open files, tasks, scheduling class, and objects handed out to it."""
     fds = Counter()
     for fd in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # that of the list itself
+        with suppress(FileNotFoundError):  # descriptor of the listing itself
             fds[str(fd.readlink()).partition(":")[0]] += 1
     return fds, asyncio.all_tasks(), os.sched_getscheduler(0), made.held()
 
@@ -218,40 +218,21 @@ def mine(made):
 async def nothing_left(made):
     before = mine(made)
     yield
-    # Streams that were left in the middle are ended by the loop, in turns of its own.
+    # The event loop ends abandoned streams in later iterations.
     gc.collect()
     for _ in range(10):
         await asyncio.sleep(0)
     assert mine(made) == before
 
 
-def records(items):
-    """Return the number of records without markers, and the number of lost records that markers report."""
-    batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
+def without_markers(items):
+    """Return the records without markers, and the number of lost records that markers report."""
+    batch = records(items)
     return batch[batch.hook != Hook.LOST], batch.lost
 
 
-def check_stream(items):
-    """Check a stream: records are in order of time, sightings precede them, no record precedes earlier progress."""
-    assert isinstance(items[0], Topology)
-    at, sightings = -(1 << 63), ()
-    for item in items:
-        if isinstance(item, Topology):
-            assert item.from_ns >= at
-            assert item.sightings[: len(sightings)] == sightings
-            sightings, from_ns = item.sightings, item.from_ns
-        elif isinstance(item, Progress):
-            at = max(at, item.upto_ns)
-        else:
-            assert len(item) > 0
-            assert (np.diff(item.ts_ns) >= 0).all()
-            assert item.ts_ns[0] >= max(at, from_ns)
-            assert item.dev.max() < len(sightings)
-            at = int(item.ts_ns[-1])
-
-
 def check_header(header, items, *, live):
-    batch, _ = records(items)
+    batch, _ = without_markers(items)
     assert all((header.source, header.host, header.run, header.mace_version))
     assert header.cpus > 0
     assert set(header.hooks) <= BY_TRACEPOINT.keys()
@@ -279,7 +260,7 @@ def test_a_run(maker, tmp_path):
             await source.aclose()
         check_stream(items)
         check_header(header, items, live=made.happens is not None)
-        batch, lost = records(items)
+        batch, lost = without_markers(items)
         assert len(batch) > 0
         assert source.discarded == 0
         if made.happens is not None:
@@ -291,7 +272,7 @@ def test_a_run(maker, tmp_path):
 
 
 @of(LIVE)
-def test_news_of_devices_find_their_place(maker, tmp_path):
+def test_device_changes_are_topologies_in_their_place(maker, tmp_path):
     async def work(made):
         source, items, step = made.make(), [], 0
         await source.open()
@@ -311,14 +292,14 @@ def test_news_of_devices_find_their_place(maker, tmp_path):
         check_stream(items)
         devices = [item.devices for item in items if isinstance(item, Topology)]
         assert (devices[0], devices[-1]) == ((OLD,), (OLD, NEW))
-        assert len(records(items)[0]) == 2 * STEP
+        assert len(without_markers(items)[0]) == 2 * STEP
 
     with maker(tmp_path) as made:
         asyncio.run(work(made))
 
 
 @of(LIVE)
-def test_where_nothing_happens_it_says_so(maker, tmp_path):
+def test_a_quiet_source_yields_progress(maker, tmp_path):
     async def work(made):
         source, upto_ns = made.make(), []
         await source.open()
@@ -339,7 +320,7 @@ def test_where_nothing_happens_it_says_so(maker, tmp_path):
 
 
 @of(LIVE)
-def test_stopped_it_gives_what_has_happened(maker, tmp_path):
+def test_a_stopped_source_yields_all_recorded_items(maker, tmp_path):
     async def work(made):
         async with nothing_left(made):
             source = made.make()
@@ -349,14 +330,14 @@ def test_stopped_it_gives_what_has_happened(maker, tmp_path):
             items = [item async for item in source.items()]
             await source.aclose()
         check_stream(items)
-        assert len(records(items)[0]) == STEP
+        assert len(without_markers(items)[0]) == STEP
 
     with maker(tmp_path) as made:
         asyncio.run(work(made))
 
 
 @of(FILES)
-def test_stopped_it_ends_after_the_current_item(maker, tmp_path):
+def test_a_stopped_source_ends_after_the_current_item(maker, tmp_path):
     async def work(made):
         async with nothing_left(made):
             source, items = made.make(), []
@@ -372,7 +353,7 @@ def test_stopped_it_ends_after_the_current_item(maker, tmp_path):
 
 
 @of(ALL)
-def test_what_cannot_be_opened_leaves_nothing(maker, tmp_path):
+def test_a_failed_open_leaves_nothing(maker, tmp_path):
     async def work(made):
         made.cannot_open()
         async with nothing_left(made):
@@ -389,7 +370,7 @@ def test_what_cannot_be_opened_leaves_nothing(maker, tmp_path):
 @pytest.mark.slow
 @of(ALL)
 @pytest.mark.parametrize("how", ["cancelled", "failed", "left"])
-def test_a_reader_that_goes_leaves_nothing(maker, tmp_path, how):
+def test_an_abandoned_source_leaves_nothing(maker, tmp_path, how):
     async def work(made):
         source, begun = made.make(), asyncio.Event()
 
@@ -420,7 +401,7 @@ def test_a_reader_that_goes_leaves_nothing(maker, tmp_path, how):
 
 
 @of(FILES)
-def test_clogged_a_file_waits(maker, tmp_path):
+def test_a_clogged_file_source_waits(maker, tmp_path):
     """Without a consumer a file source reads nothing ahead, and loses nothing."""
 
     async def work(made):
@@ -454,7 +435,7 @@ def test_clogged_a_file_waits(maker, tmp_path):
 
 
 @of(LIVE)
-def test_clogged_a_live_source_counts_what_it_loses(maker, tmp_path):
+def test_a_clogged_live_source_counts_its_losses(maker, tmp_path):
     """Without a consumer the rings overflow; every record is delivered or counted by a marker."""
 
     async def work(made):
@@ -468,7 +449,7 @@ def test_clogged_a_live_source_counts_what_it_loses(maker, tmp_path):
         items += [item async for item in stream]
         await source.aclose()
         check_stream(items)
-        batch, lost = records(items)
+        batch, lost = without_markers(items)
         assert len(batch) > 0
         assert lost > 0
         assert len(batch) + lost + source.discarded == 10 * STEP

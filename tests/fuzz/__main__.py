@@ -23,17 +23,17 @@ from typing import Final
 from tests.fuzz.targets import TARGETS, FuzzTarget, attempt
 
 _ATTEMPTS: Final = 50
-"""Of one child: its start costs 10 ms."""
+"""Attempts of one child process, whose start costs 10 ms."""
 _SECONDS: Final = 60
-"""CPU time of one attempt, a hundred times what the largest takes."""
+"""CPU time that one attempt may take: a hundred times that of the largest input."""
 _MEMORY: Final = 2 << 30
-"""Address space that a child may take beyond what it begins with."""
+"""Address space that a child may take beyond its size at the start."""
 _FILES: Final = 256
 _KEPT: Final = Path("fuzz-found")
 
 
 def main() -> int:
-    """Exit status: 1 if something was found."""
+    """Run the fuzzer, and return its exit status: 1 if there was a finding."""
     parser = argparse.ArgumentParser(prog="./dev fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "minutes", nargs="?", type=float, default=5.0, metavar="MINUTES", help="all targets together; 5"
@@ -88,7 +88,7 @@ def _keep(name: str, number: int, why: str) -> None:
 
 
 def _batch(target: FuzzTarget, first: int) -> tuple[int, str]:
-    """Inputs that were tried, and what the last of them came to if it was a finding."""
+    """Return the number of inputs tried, and the finding at the last one; empty if there is none."""
     shared = mmap.mmap(-1, 4096)
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -120,7 +120,7 @@ def _child(target: FuzzTarget, first: int, shared: mmap.mmap, told: int) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
     for index in range(_ATTEMPTS):
         struct.pack_into("<Q", shared, 0, index + 1)
-        # Counted by the attempt: SIGPROF, which Python does not catch here, ends the child.
+        # The limit is per attempt. Python does not catch SIGPROF here, so that the signal ends the child.
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         try:
             attempt(target, _input(target, first + index))

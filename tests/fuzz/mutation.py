@@ -33,7 +33,7 @@ _MOST_BYTES: Final = 1 << 20
 
 
 def mutated(data: bytes, drawn: random.Random, others: Sequence[bytes] = ()) -> bytes:
-    """`data` after one to eight accidents; `others` are what it may be spliced with."""
+    """Return `data` with one to eight mutations; `others` are data that may be spliced into it."""
     out = bytearray(data)
     for _ in range(drawn.choice((1, 1, 2, 3, 8))):
         _ACCIDENTS[drawn.randrange(len(_ACCIDENTS))](out, drawn, others)
@@ -42,7 +42,7 @@ def mutated(data: bytes, drawn: random.Random, others: Sequence[bytes] = ()) -> 
 
 
 def resealed(capture: bytes, drawn: random.Random) -> bytes:
-    """A capture of which one or two frames have another payload or place, with right sizes and checksums again."""
+    """Return a capture with one or two mutated payloads or moved frames, whose sizes and checksums match again."""
     frames = frames_of(capture)
     for _ in range(drawn.choice((1, 1, 2))):
         at = drawn.randrange(len(frames))
@@ -59,7 +59,7 @@ def resealed(capture: bytes, drawn: random.Random) -> bytes:
 
 
 def sealed(frame: bytes, raw: bytes, drawn: random.Random) -> bytes:
-    """The frame with another payload. A HEADER's names the stream, so that of one is another stream's."""
+    """Return the frame with another payload; another HEADER may begin another stream, whose tag is derived from it."""
     head = parse_head(frame)
     packed = zstandard.compress(raw) if drawn.random() < 0.5 else None
     stored = packed if packed is not None and len(packed) < len(raw) else None
@@ -68,7 +68,7 @@ def sealed(frame: bytes, raw: bytes, drawn: random.Random) -> bytes:
 
 
 def frames_of(capture: bytes) -> list[bytes]:
-    """The frames of a sound capture."""
+    """Return the frames of a sound capture."""
     found, at = [], len(FILE_HEAD)
     while at < len(capture):
         size = HEAD_SIZE + parse_head(capture[at:]).stored
@@ -78,13 +78,13 @@ def frames_of(capture: bytes) -> list[bytes]:
 
 
 def payload_of(frame: bytes) -> bytes:
-    """A frame's payload, decompressed."""
+    """Return the decompressed payload of a frame."""
     head = parse_head(frame)
     stored = frame[HEAD_SIZE:]
     return zstandard.ZstdDecompressor().decompress(stored, max_output_size=head.raw) if head.compressed else stored
 
 
-# What can happen. Places near the beginning come more often: they say how the rest is read.
+# The mutations. They prefer the beginning, which describes how the rest is read.
 
 
 def _place(out: bytearray, drawn: random.Random) -> int:

@@ -35,20 +35,20 @@ from tests.unit.storage.stored import fill
 
 @dataclass(frozen=True, slots=True)
 class FuzzTarget:
-    """One kind of input: how it is made from a number, and how it is read."""
+    """One kind of input: a function that makes it from a number, and a function that reads it."""
 
     make: Callable[[random.Random], bytes]
     read: Callable[[bytes, Path], None]
-    """Gets an empty directory of its own."""
+    """Reads an input; gets an empty directory of its own."""
 
 
 def attempt(target: FuzzTarget, data: bytes) -> None:
-    """Read one input. What is raised is a finding."""
+    """Read one input; any exception raised is a finding."""
     with tempfile.TemporaryDirectory(prefix="mace-fuzz-") as place:
         try:
             target.read(data, Path(place))
         except MaceError as error:
-            # The command line prints it: it has to be one line of text.
+            # The command line prints the message, which must be one line of text.
             str(error).encode("utf-8", "surrogateescape")
 
 
@@ -108,12 +108,12 @@ def _pcap(data: bytes, place: Path) -> None:
             pass
 
 
-# What MACE keeps on a disk ------------------------------------------------------------------------------------------
+# Files that MACE stores ---------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _stored() -> tuple[dict[str, bytes], str]:
-    """A store's files, and the figures in it."""
+    """Return the files of a store, and its figures."""
     with tempfile.TemporaryDirectory() as made:
         path = Path(made) / "store"
         delays = make_delays(200, containers=2)
@@ -204,7 +204,7 @@ def _evil_stream() -> bytes:
 
 
 def _read_messages(data: bytes, place: Path) -> None:
-    """Frames of one host to an ingest, between those of another, whose rows must all be there."""
+    """Send the frames to an ingest among those of an honest host, all of whose rows must be stored."""
     frames, driven = frames_of(data), Driven(place / "store")
     for index, honest in enumerate(FRAMES):
         for each in frames[index :: len(FRAMES)]:
@@ -220,7 +220,7 @@ def _read_messages(data: bytes, place: Path) -> None:
     assert driven.stored(HONEST).ledger.records == RECORDS
 
 
-# Text of people and of tools ----------------------------------------------------------------------------------------
+# Text from users and tools ------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -246,7 +246,7 @@ def _output(drawn: random.Random) -> bytes:
 
 
 def _read_output(data: bytes, _: Path) -> None:
-    """As the command does, told which tool it is and not."""
+    """Read the output like the command, with and without the name of the tool."""
     lines = data.decode("utf-8", "replace").splitlines()
     for reader in (None, *READERS.values()):
         try:
@@ -273,4 +273,4 @@ TARGETS: Final = {
     "configuration": FuzzTarget(lambda drawn: mutated(drawn.choice(_configurations()), drawn), _read_configuration),
     "output": FuzzTarget(_output, _read_output),
 }
-"""By the name that `./dev fuzz` takes."""
+"""Targets by their names for `./dev fuzz`."""

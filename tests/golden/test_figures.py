@@ -14,7 +14,7 @@ def test_every_recording_is_known():
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_figures_stay(name):
+def test_figures_are_unchanged(name):
     expected, found = KNOWN[name], figures(inputs()[name])
     assert (found["status"], found["packets"]) == (expected["status"], expected["packets"])
     for part in ("figures", "delays", "windows", "ledger"):

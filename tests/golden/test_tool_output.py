@@ -32,7 +32,7 @@ def test_forms(form):
 
 
 def corrected(capsys, output, capture, *options):
-    """The JSON of `mace correct`; None and what it complains of where it refuses."""
+    """Run `mace correct`; returns its JSON (None if it refuses) and its standard error."""
     argv = ["correct", "--container", "c1", "--json", str(output), str(HERE / capture), *options]
     status = cli.main(argv)
     told = capsys.readouterr()
@@ -52,7 +52,7 @@ def reasons(found):
     ("name", "wanted"),
     [("p", [81_000, 87_000, 90_000]), ("v", [78_000, 84_000, 93_000]), ("R", [78_000, 85_000])],
 )
-def test_what_surrounds_a_reply_does_not_matter(capsys, name, wanted):
+def test_other_lines_around_a_reply_change_nothing(capsys, name, wanted):
     found, _ = corrected(capsys, HERE / f"{name}.txt", "tools.mace")
     assert (rtts(found), found["paired"], found["not_understood"]) == (wanted, len(wanted), 0)
     assert found == corrected(capsys, HERE / f"{name}.txt", "tools.mace", "--tool", "ping")[0]
@@ -65,15 +65,15 @@ def test_lines_of_stderr_may_come_first(capsys, tmp_path):
     assert (found["paired"], found["not_understood"]) == (3, 1)
 
 
-def test_quiet_is_not_without_a_reply(capsys):
+def test_quiet_output_is_refused_with_the_reason(capsys):
     found, complaint = corrected(capsys, HERE / "q.txt", "tools.mace")
     assert found is None
     assert "ping -q prints no line for a reply" in complaint
 
 
 @pytest.mark.slow
-def test_a_reply_without_a_time_costs_no_neighbour(capsys, tmp_path):
-    """Its packets are there: were it left aside, those of 8 and 9 could be one place further on."""
+def test_an_untimed_reply_leaves_its_neighbours_paired(capsys, tmp_path):
+    """A reader that ignored the untimed reply could shift the packets of replies 8 and 9 by one."""
     whole, _ = corrected(capsys, HERE / "ping.txt", "ftrace.mace")
     assert reasons(whole) == {n: "no_request" if n == 1 else "paired" for n in range(1, 121)}
     text = (HERE / "ping.txt").read_text()
@@ -117,7 +117,7 @@ def test_names_and_addresses_of_fping(capsys):
     assert set(samples.request_len) == {84}
 
 
-def test_an_answer_over_tcp_among_those_over_udp(capsys):
+def test_dig_with_one_answer_over_tcp(capsys):
     found, _ = corrected(capsys, HERE / "digall.txt", "dig.mace")
     assert rtts(found) == [448_000, 237_000]
     assert [row["seq"] for row in found["samples"]] == [0, 2]
@@ -134,7 +134,7 @@ def test_an_answer_over_tcp_among_those_over_udp(capsys):
         ("inetutils", "ping of inetutils", {}, 0),
         ("busybox", "ping of busybox", {}, 0),
         ("fping", "fping", {}, 0),
-        # The truncated answer and dig's first are alike in all that ftrace tells.
+        # ftrace's records cannot distinguish the truncated answer from dig's first answer.
         ("dig", "dig", {"ambiguous": 1}, 1),
         ("curl", "curl connect", {"no_reply": 1}, 2),
     ],
@@ -149,21 +149,21 @@ def test_in_a_lab(capsys, name, tool, unpaired, left_out):
             assert row["host_rtt_ns"] + row["egress_ns"] + row["ingress_ns"] == row["tool_rtt_ns"]
 
 
-def test_what_is_left_out_is_said(capsys):
+def test_left_out_exchanges_are_reported(capsys):
     assert cli.main(["correct", str(HERE / "lab" / "curl.txt"), str(HERE / "lab" / "curl.mace")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "left out 1 · a transfer with redirects (-L), of whose connections curl tells the sum" in said
     assert "left out 1 · a transfer over a connection that was there already, so nothing was measured" in said
 
 
-def test_every_reader_has_a_form_that_it_reads():
+def test_every_reader_has_a_golden_form():
     tools = {READERS[name]().stamps.name for name in READERS} - {"request and response", "ping -U"}
     assert tools == {form["read"]["tool"] for form in FORMS if "tool" in form["read"]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark(capsys, tmp_path, encoding):
-    """As PowerShell redirects what `docker exec` prints."""
+    """PowerShell begins redirected output of `docker exec` with a byte order mark."""
     changed = tmp_path / "p.txt"
     changed.write_text((HERE / "p.txt").read_text(), encoding, newline="\r\n")
     assert corrected(capsys, changed, "tools.mace") == corrected(capsys, HERE / "p.txt", "tools.mace")

@@ -18,6 +18,7 @@ import pytest
 
 from collector.bpf import session
 from collector.bpf.libbpf import Btf, library
+from collector.bpf.object import OBJECT
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.live.filter import SessionFilter
@@ -113,6 +114,49 @@ def test_ftrace_sees_the_same_hops_in_the_same_order():
     assert (mine.content.flags & Flag.KEY).all()
 
 
+class OlderSource(BpfSource):
+    """A source whose programs call no function that Linux 5.10 lacks."""
+
+    async def open(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Btf, "has_function", lambda *_: False)
+            await super().open()
+
+
+def packets_of(items):
+    """Return the key of each different packet at each hook of a device, by the rest of what its records say."""
+    batch = batch_of(items)
+    batch = batch[np.isin(batch.hook, DEVICE_HOOKS) & np.isin(batch.content.l4_proto, (1, 6))]
+    told = batch.content
+    rest = zip(
+        batch.hook.tolist(), batch.l3_len.tolist(), batch.gso_segs.tolist(),
+        told.l4_src.tolist(), told.l4_dst.tolist(), told.l4_seq.tolist(), told.l4_bits.tolist(), told.ip_id.tolist(),
+        (told.flags & ~np.uint8(Flag.KEY)).tolist(),
+        strict=True,
+    )  # fmt: skip
+    return dict(zip(rest, told.packet_key.tolist(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_programs_of_older_kernels_record_the_same_and_lack_keys_of_payload_in_pages_only():
+    with running(Spec(name="bpfo")) as lab:
+
+        def work():
+            lab.ping("c1", count=50, size=SIZE)
+            lab.tcp("c1", size=500_000)
+
+        config = BpfConfig(wanted=SessionFilter(netns=(str(lab.netns_path("c1")),)))
+        sources = (BpfSource(config), OlderSource(config))
+        new, old = asyncio.run(recorded(sources, lambda: asyncio.to_thread(work)))
+    keys, older = packets_of(new), packets_of(old)
+    assert keys.keys() == older.keys()
+    assert all(keys.values())
+    without = [packet for packet, key in older.items() if key == 0]
+    assert {packet: older[packet] for packet in older.keys() - set(without)}.items() <= keys.items()
+    assert 0 < len(without) < len(older)
+    assert all(packet[6] & 0x10 and packet[1] > 100 for packet in without), "only TCP segments with data"
+
+
 @pytest.mark.slow
 def test_a_filtered_session_has_no_other_packet_and_two_at_once_have_the_same():
     with Sender("mbpa", 500, cpu_choice()) as mine, Sender("mbpb", 500, cpu_choice()) as other:
@@ -198,7 +242,7 @@ def test_without_btf(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kept", [0, 100, 5000])
 def test_a_truncated_object(tmp_path, kept):
     path = tmp_path / "mace.bpf.o"
-    path.write_bytes(session.OBJECT.read_bytes()[:kept])
+    path.write_bytes(OBJECT.read_bytes()[:kept])
     with pytest.raises(Unavailable, match=r"is no BPF object.*make -C bpf") as raised:
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
     assert "\n" not in str(raised.value)
@@ -207,7 +251,7 @@ def test_a_truncated_object(tmp_path, kept):
 def test_an_object_without_a_program(tmp_path):
     """An object file of another version is an error that `mace check` reports in one line."""
     path = tmp_path / "mace.bpf.o"
-    path.write_bytes(session.OBJECT.read_bytes().replace(b"consume_skb\0", b"consume_xyz\0"))
+    path.write_bytes(OBJECT.read_bytes().replace(b"consume_skb\0", b"consume_xyz\0"))
     with pytest.raises(SourceError, match=r"no program consume_skb.*make -C bpf") as raised:
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
     assert "\n" not in str(raised.value)

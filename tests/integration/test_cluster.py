@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from contracts import histogram
+from tests.durations import S
 from tests.made_fleet import HOSTS, make_fleet
-from tests.made_replay import SECOND_NS, EngineConfig, count_rows, differences, one_engine, write_capture
+from tests.made_replay import EngineConfig, count_rows, differences, one_engine, write_capture
 from tests.measuring import ROOT, mace, start, wait_for
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
-LIKE_THE_COMMAND_LINE = EngineConfig(slice_ns=SECOND_NS)
+LIKE_THE_COMMAND_LINE = EngineConfig(slice_ns=S)
 PART_MIB = "0.06"
 
 
@@ -139,7 +140,7 @@ def test_polars_reads_the_same(tmp_path):
     assert found == {key: (len(v), sum(v)) for key, v in fleet.delays.items()}
 
 
-def test_faults_are_told_in_one_line(tmp_path, capture):
+def test_faults_are_reported_in_one_line(tmp_path, capture):
     for address, told in (("local:none", "expected local:N"), ("tcp://127.0.0.1:1", "no Dask scheduler answers there")):
         done = mace("replay", capture, "--store", tmp_path / "store", "--cluster", address, check=False)
         assert done.returncode in {1, 2}

@@ -97,7 +97,7 @@ def terminal():
             while found := os.read(ours, 65536):
                 said.extend(found)
         except OSError:
-            # EIO: no process has the other end open any more.
+            # EIO: no process has the other end open.
             return
 
     reader = threading.Thread(target=read, daemon=True)
@@ -148,7 +148,7 @@ GOLDEN = "tests/golden/both-sources"
         (f"correct {GOLDEN}/ping.txt {{file}} --container c1", f"{GOLDEN}/ftrace.mace", 1),
     ],
 )
-def test_a_terminal_shows_how_far_long_work_is(tmp_path, command, file, times):
+def test_a_terminal_shows_the_progress_of_long_work(tmp_path, command, file, times):
     argv = [*MACE, *command.format(file=file, new=tmp_path / "new").split()]
     with terminal() as (stderr, told):
         subprocess.run(argv, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT, env=os.environ | TERMINAL, check=True)

@@ -47,7 +47,7 @@ def run(lab, tmp_path_factory):
 
 
 def as_ping_said(shown):
-    """ping's own lines."""
+    """Return the lines in the format of ping."""
     return re.sub(r" · .*", "", shown.split("\nc1: ", 1)[0]) + "\n"
 
 
@@ -71,7 +71,7 @@ def test_figures_add_up(run):
             assert 0 < nic < host
 
 
-def test_a_recording_says_the_same(run, tmp_path):
+def test_a_recording_gives_the_same_corrections(run, tmp_path):
     shown, capture = run
     said = tmp_path / "said.txt"
     said.write_text(as_ping_said(shown))
@@ -84,7 +84,7 @@ def test_a_recording_says_the_same(run, tmp_path):
     balanced(found)
 
 
-def test_without_times_order_is_enough(run, tmp_path):
+def test_without_times_the_order_pairs_samples(run, tmp_path):
     shown, capture = run
     said = tmp_path / "said.txt"
     said.write_text(re.sub(r"^\[[0-9.]+\] ", "", as_ping_said(shown), flags=re.MULTILINE))
@@ -95,7 +95,7 @@ def test_without_times_order_is_enough(run, tmp_path):
     assert other["paired"] == 0
 
 
-def test_corrected_is_nearer_to_the_host_than_the_container_is(lab, tmp_path):
+def test_corrected_round_trips_are_closer_to_the_hosts(lab, tmp_path):
     """Host and container ping alternately in one capture, so that tracing costs the same; each when a reply arrives."""
     remote, capture, text = lab.address("remote"), tmp_path / "run.mace", tmp_path / "said.txt"
     recording = start("record", "--lab", lab.name, "-o", capture, "--ring-mib", "32")
@@ -120,7 +120,7 @@ def test_corrected_is_nearer_to_the_host_than_the_container_is(lab, tmp_path):
         round_ = [samples[number * 2 * COUNT + seq] for seq in range(1, 2 * COUNT + 1)]
         added_ns.append(median_ns(row["tool_rtt_ns"] for row in round_) - bare_ns)
         left_ns.append(statistics.median(row["host_rtt_ns"] for row in round_) - bare_ns)
-    # A machine that changes its pace between two pings of a round does so in few of the rounds.
+    # Few rounds are affected by a change of the machine's speed between their pings.
     added = statistics.median(added_ns)
     assert added > 0
     assert abs(statistics.median(left_ns)) < added / 2
@@ -139,14 +139,14 @@ def test_other_ways_to_ping(lab):
     assert (found["container"], found["paired"]) == ("c1", 20)
 
 
-def test_no_reply_is_said_and_pings_status_is_ours(lab):
+def test_missing_replies_are_reported_with_pings_exit_status(lab):
     done = mace("ping", "--lab", lab.name, "--container", "c1", "-c", "2", "-i", "0.1", "-W", "0.3",
                 lab.address("remote").rsplit(".", 1)[0] + ".77", check=False)  # fmt: skip
     assert done.returncode == 1
     assert "unpaired 2 · no reply: the tool saw none (seq 1, 2)" in done.stdout
 
 
-def test_interrupted_it_says_what_it_has(lab):
+def test_an_interrupted_run_prints_its_result(lab):
     process = start("ping", "--lab", lab.name, "--container", "c1", "-i", "0.02", lab.address("remote"))
     lines = [process.stdout.readline() for _ in range(6)]
     assert SHOWN.search(lines[5].rstrip())

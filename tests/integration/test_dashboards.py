@@ -121,7 +121,7 @@ def values_of_variables(database) -> dict[str, list[str]]:
     return {name: sorted(values) for name, values in found.items()}
 
 
-def test_variables_offer_what_there_is(values_of_variables):
+def test_variables_offer_the_stored_values(values_of_variables):
     assert values_of_variables["direction"] == ["egress", "ingress"]
     assert values_of_variables["source"] == ["ftrace", "kmod"]
     assert {"c1", "c2"} <= set(values_of_variables["container"])
@@ -129,8 +129,8 @@ def test_variables_offer_what_there_is(values_of_variables):
     assert len(values_of_variables["host"]) == 2, "the machine of the captures, and this one"
 
 
-def test_what_is_chosen_is_what_is_shown(database, values_of_variables):
-    """Queries show what is chosen; Grafana writes one value literally, several as (a|b), both escaped."""
+def test_queries_show_the_chosen_values(database, values_of_variables):
+    """Grafana inserts one chosen value literally, several as (a|b), both escaped."""
     several = {name: f"({'|'.join(map(re.escape, values))})" for name, values in values_of_variables.items()}
     nobody = dict.fromkeys(EVERYTHING, "nobody")
     for one in ALL:
@@ -147,7 +147,7 @@ def test_what_is_chosen_is_what_is_shown(database, values_of_variables):
 
 
 def test_figures_are_those_of_the_store(database):
-    """The exact quantiles of the dashboards, by InfluxDB, are those of the rows in the embedded store, by sorting."""
+    """InfluxDB's quantiles for the dashboards equal those of the sorted rows of the embedded store."""
     overview = next(one for one in ALL if one.where.startswith("overview: Overhead of the container path"))
     compared = 0
     for source in ("kmod", "ftrace"):

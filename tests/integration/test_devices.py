@@ -9,17 +9,19 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import pytest
 from pyroute2 import NetNS
 
+from collector.bpf.devices import BpfDeviceFollower
 from collector.machine import devices as under_test
 from collector.machine.devices import DeviceFollower, check, snapshot
 from collector.machine.netns import inode_of, leave_for_new_netns
 from collector.machine.rtnetlink import LinkEvents
-from contracts.errors import Unavailable
+from contracts.errors import SourceError, Unavailable
 from contracts.names import text
 from contracts.topology import Device, Role, Sharer
 from mace.lab import Lab, Runtime, Spec, running
@@ -27,8 +29,6 @@ from tests.measuring import wait_for
 from tests.nasty_names import NASTY, kernel_takes
 
 pytestmark = pytest.mark.needs("root", "netns")
-
-Condition = Callable[[tuple[Device, ...]], object]
 
 
 def ip(*words: str) -> None:
@@ -43,10 +43,14 @@ def own_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("mace-")]
 
 
-class Machine:
-    """Namespaces with unique names, all removed at the end."""
+Follows = type[DeviceFollower] | type[BpfDeviceFollower]
 
-    def __init__(self) -> None:
+
+class Machine:
+    """Namespaces with unique names, all removed at the end; and the follower under test."""
+
+    def __init__(self, follower: Follows = DeviceFollower) -> None:
+        self.follower = follower
         self.prefix = f"t{uuid.uuid4().hex[:8]}"
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -65,7 +69,7 @@ class Machine:
         return Path(f"/run/netns/{self.name(short)}").stat().st_ino
 
     def ip(self, short: str, words: str) -> None:
-        """`ip -n NAME WORDS`, with `@x` for the full name of namespace x."""
+        """Run `ip -n NAME WORDS`, with `@x` for the full name of namespace x."""
         ip("-n", self.name(short), *(self.name(w[1:]) if w.startswith("@") else w for w in words.split()))
 
     def veth(self, a: str, a_name: str, b: str, b_name: str) -> None:
@@ -77,6 +81,31 @@ class Machine:
         self.processes.append(process)
         wait_for(lambda: inode_of(f"/proc/{process.pid}/ns/net") != inode_of("/proc/self/ns/net"), 5)
         return process
+
+    def snapshot(self, **arguments: object) -> tuple[Device, ...]:
+        """Return the devices that the follower sees first."""
+
+        async def look() -> tuple[Device, ...]:
+            follower = self.follower(docker_sockets=(), **arguments)  # type: ignore[arg-type]
+            try:
+                await follower.open()
+                return follower.poll() or ()
+            finally:
+                await follower.aclose()
+
+        # A thread of its own: the caller's may run an event loop.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: asyncio.run(look())).result()
+
+    @property
+    def sees_routes(self) -> bool:
+        """Whether the follower sees the routes of every namespace; else those of the host's, if a process is there."""
+        return self.follower is DeviceFollower
+
+    def inhabit(self, short: str) -> None:
+        """Start a process in one of the test's namespaces."""
+        process = self.called("inhabitant", short)
+        wait_for(lambda: inode_of(f"/proc/{process.pid}/ns/net") == self.inode(short), 5)
 
     def called(self, title: str, short: str) -> subprocess.Popen[bytes]:
         """Start a process with that title in one of the test's namespaces."""
@@ -93,8 +122,24 @@ class Machine:
             subprocess.run(["ip", "netns", "del", place.name], check=False)
 
 
+@pytest.fixture(
+    params=[
+        pytest.param(DeviceFollower, id="netlink"),
+        pytest.param(BpfDeviceFollower, id="bpf", marks=pytest.mark.needs("bpf")),
+    ]
+)
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Provide a machine for each follower."""
+    machine = Machine(request.param)
+    try:
+        yield machine
+    finally:
+        machine.close()
+
+
 @pytest.fixture
-def machine() -> Iterator[Machine]:
+def with_netlink() -> Iterator[Machine]:
+    """Provide a machine for the follower by netlink, for tests of its events."""
     machine = Machine()
     try:
         yield machine
@@ -104,7 +149,7 @@ def machine() -> Iterator[Machine]:
 
 @contextlib.asynccontextmanager
 async def following(machine: Machine, **arguments: object) -> AsyncIterator["Watcher"]:
-    follower = DeviceFollower(docker_sockets=(), **arguments)  # type: ignore[arg-type]
+    follower = machine.follower(docker_sockets=(), **arguments)  # type: ignore[arg-type]
     try:
         await follower.open()
         yield Watcher(machine, follower)
@@ -115,7 +160,7 @@ async def following(machine: Machine, **arguments: object) -> AsyncIterator["Wat
 class Watcher:
     """Keeps the newest snapshot of the test's own namespaces."""
 
-    def __init__(self, machine: Machine, follower: DeviceFollower) -> None:
+    def __init__(self, machine: Machine, follower: DeviceFollower | BpfDeviceFollower) -> None:
         self.machine = machine
         self.follower = follower
         self.all: tuple[Device, ...] = ()
@@ -173,8 +218,10 @@ def test_the_lab_s_topology(machine: Machine) -> None:
     machine.ip("c1", "addr add 2001:db8:1::2/64 dev eth0")
     machine.ip("c1", "link set eth0 up")
     machine.ip("c1", "route add default via 2001:db8:1::1")
+    if not machine.sees_routes:
+        machine.inhabit("host")
 
-    found = snapshot(host_netns=machine.name("host"), docker_sockets=())
+    found = machine.snapshot(host_netns=machine.name("host"))
     by_name = {(d.netns, d.name): d for d in found}
     host, c1, c2, far = (machine.inode(short) for short in ("host", "c1", "c2", "far"))
     br0, out0, rem0 = by_name[host, "br0"], by_name[host, "out0"], by_name[far, "rem0"]
@@ -189,7 +236,7 @@ def test_the_lab_s_topology(machine: Machine) -> None:
     assert veth_1.master_ifindex == veth_2.master_ifindex == br0.ifindex
     assert br0.kind == "bridge"
     assert by_name[c1, "lo"].kind == "loopback"
-    assert [d.default_route for d in (out0, eth0_1, eth0_2, veth_1)] == [True, True, False, False]
+    assert [d.default_route for d in (out0, eth0_1, eth0_2, veth_1)] == [True, machine.sees_routes, False, False]
 
     assert [d.role for d in (eth0_1, eth0_2)] == [Role.INNER] * 2
     assert [d.role for d in (veth_1, veth_2, br0)] == [Role.HOST] * 3
@@ -202,16 +249,16 @@ def test_the_host_can_be_named_in_several_ways(machine: Machine) -> None:
     machine.add("host")
     inode = machine.inode("host")
     for asked in (machine.name("host"), f"/run/netns/{machine.name('host')}", inode, str(inode)):
-        host = [d for d in snapshot(host_netns=asked, docker_sockets=()) if d.netns_name == "host"]
+        host = [d for d in machine.snapshot(host_netns=asked) if d.netns_name == "host"]
         assert {d.netns for d in host} == {inode}
     with pytest.raises(Unavailable, match=rf"did you mean '{machine.name('host')}'"):
-        snapshot(host_netns=machine.name("hots"), docker_sockets=())
+        machine.snapshot(host_netns=machine.name("hots"))
     with pytest.raises(Unavailable, match="inode 12"):
-        snapshot(host_netns=12, docker_sockets=())
+        machine.snapshot(host_netns=12)
 
 
 def test_names_that_the_kernel_takes_are_names(machine: Machine) -> None:
-    """Markup, commands to a terminal and bytes that are not UTF-8 are names of devices to it, and stay distinct."""
+    """Devices named by markup, terminal commands and bytes that are not UTF-8 stay distinct."""
     machine.add("odd")
     names = [name for name in NASTY if kernel_takes(name)] + ["\udcff", "\udcfe"]
     assert len(names) > 35
@@ -220,7 +267,7 @@ def test_names_that_the_kernel_takes_are_names(machine: Machine) -> None:
         done = subprocess.run(argv, capture_output=True, check=False)
         assert not done.returncode, (name, done.stderr)
     inode = machine.inode("odd")
-    found = [d.name for d in snapshot(docker_sockets=()) if d.netns == inode and d.kind == "bridge"]
+    found = [d.name for d in machine.snapshot() if d.netns == inode and d.kind == "bridge"]
     assert sorted(found) == sorted(text(name) for name in names)
 
 
@@ -232,7 +279,7 @@ def test_lower_devices(machine: Machine) -> None:
     machine.ip("host", "link set mac0 netns @c name eth0")
     machine.ip("host", "link add vx0 type vxlan id 7 dstport 4789 dev br0")
     machine.ip("host", "link add vx1 type vxlan id 8 dstport 4789 remote 192.0.2.1")
-    found = {(d.netns, d.name): d for d in snapshot(host_netns=machine.name("host"), docker_sockets=())}
+    found = {(d.netns, d.name): d for d in machine.snapshot(host_netns=machine.name("host"))}
     host, c = machine.inode("host"), machine.inode("c")
     br0, mac0, vx0 = found[host, "br0"], found[c, "eth0"], found[host, "vx0"]
     assert mac0.kind == "macvlan"
@@ -243,6 +290,46 @@ def test_lower_devices(machine: Machine) -> None:
     assert (found[host, "vx1"].peer_netns, found[host, "vx1"].peer_ifindex) == (0, 0)
 
 
+@pytest.mark.needs("bpf")
+def test_both_followers_see_the_same() -> None:
+    """Devices of every kind that this kernel has, in two namespaces, with all that netlink says of them."""
+    machine = Machine()
+    try:
+        machine.add("a", "b")
+        machine.veth("a", "v0", "b", "eth0")
+        machine.ip("a", "link add br0 type bridge")
+        machine.ip("a", "link set v0 master br0")
+        machine.veth("a", "v1", "b", "eth1")
+        kinds = ["macvlan", "macvtap", "ipvlan", "vlan id 7", "vxlan id 7 dstport 4789 dev v1", "macsec"]
+        made = [f"link add link v1 name low{n} type {kind}" for n, kind in enumerate(kinds)]
+        kinds = [
+            "dummy",
+            "ifb",
+            "bond",
+            "vrf table 7",
+            "team",
+            "gretap remote 192.0.2.1 local 192.0.2.2",
+            "geneve id 7",
+        ]
+        made += [f"link add own{n} type {kind}" for n, kind in enumerate(kinds)]
+        made += ["tuntap add tap0 mode tap", "link add nk0 type netkit peer name nk1"]
+        for words in made:
+            with contextlib.suppress(subprocess.CalledProcessError):  # a kind that this kernel or ip does not have
+                machine.ip("a", words)
+        for name in ("low0", "tap0"):
+            machine.ip("a", f"link set {name} netns @b")
+        own = {machine.inode("a"), machine.inode("b")}
+        seen = []
+        for machine.follower in (DeviceFollower, BpfDeviceFollower):
+            found = machine.snapshot(host_netns=machine.name("a"), outer=("low0",))
+            seen.append([device for device in found if device.netns in own])
+    finally:
+        machine.close()
+    by_netlink, by_bpf = seen
+    assert len(by_netlink) >= 8
+    assert by_bpf == by_netlink
+
+
 def test_pyroute2_sees_the_same(machine: Machine) -> None:
     machine.add("a", "b")
     machine.ip("a", "link add br0 type bridge")
@@ -250,7 +337,7 @@ def test_pyroute2_sees_the_same(machine: Machine) -> None:
     machine.veth("a", "v1", "a", "v2")
     machine.ip("a", "link set v0 master br0")
     machine.ip("a", "link add vx0 type vxlan id 7 dstport 4789 dev br0")
-    found = [d for d in snapshot(docker_sockets=()) if d.netns == machine.inode("a")]
+    found = [d for d in machine.snapshot() if d.netns == machine.inode("a")]
     with NetNS(machine.name("a")) as witness:
         expected = sorted(
             (
@@ -286,13 +373,6 @@ async def _changes(machine: Machine) -> None:
         machine.ip("a", "link set v0 nomaster")
         await seen.until(lambda: (d := seen.get("a", "v0")) and not d.master_ifindex)
 
-        machine.ip("a", "addr add 192.0.2.1/24 dev v0")
-        machine.ip("a", "link set v0 up")
-        machine.ip("a", "route add default via 192.0.2.2")
-        await seen.until(lambda: (d := seen.get("a", "v0")) and d.default_route)
-        machine.ip("a", "link set v0 down")  # takes the route along without a word
-        await seen.until(lambda: (d := seen.get("a", "v0")) and not d.default_route)
-
         machine.add("c")
         machine.ip("b", "link set wan0 netns @c")
         await seen.until(lambda: seen.get("c", "wan0") and not seen.get("b", "wan0"))
@@ -303,12 +383,12 @@ async def _changes(machine: Machine) -> None:
 
         machine.ip("c", "link del wan0")
         await seen.until(lambda: not seen.get("a", "v0") and not seen.get("c", "wan0"))
-        # Nothing more happens, so nothing more is said.
+        # Nothing changes, so that no topology follows.
         await asyncio.sleep(0.1)
         seen.poll()
         for _ in range(30):
             await asyncio.sleep(0.05)
-            if new := seen.follower.poll():  # somebody else's doing, on a machine that is not the test's alone
+            if new := seen.follower.poll():  # caused by other processes of a shared machine
                 assert {d for d in new if machine.prefix in d.netns_name} == {
                     d for d in seen.all if machine.prefix in d.netns_name
                 }
@@ -317,6 +397,32 @@ async def _changes(machine: Machine) -> None:
 @pytest.mark.slow
 def test_devices_come_change_move_and_go(machine: Machine) -> None:
     asyncio.run(_changes(machine))
+
+
+async def _routes(machine: Machine) -> None:
+    machine.add("host", "b")
+    machine.veth("host", "v0", "b", "eth0")
+    machine.inhabit("host")
+    async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.05) as seen:
+        machine.ip("host", "addr add 192.0.2.1/24 dev v0")
+        machine.ip("host", "addr add 2001:db8::1/64 dev v0 nodad")
+        machine.ip("host", "link set v0 up")
+        machine.ip("b", "link set eth0 up")
+        machine.ip("host", "route add unreachable default metric 7")
+        for gateway in ("192.0.2.2", "2001:db8::2"):
+            machine.ip("host", f"route add default via {gateway}")
+            await seen.until(lambda: (d := seen.get("host", "v0")) and d.default_route)
+            machine.ip("host", f"route del default via {gateway}")
+            await seen.until(lambda: (d := seen.get("host", "v0")) and not d.default_route)
+        machine.ip("host", "route add default via 192.0.2.2")
+        await seen.until(lambda: (d := seen.get("host", "v0")) and d.default_route and d.role is Role.OUTER)
+        machine.ip("host", "link set v0 down")  # takes the route along without a word
+        await seen.until(lambda: (d := seen.get("host", "v0")) and not d.default_route)
+
+
+@pytest.mark.slow
+def test_default_routes_of_the_host(machine: Machine) -> None:
+    asyncio.run(_routes(machine))
 
 
 async def _same_name(machine: Machine) -> None:
@@ -328,7 +434,7 @@ async def _same_name(machine: Machine) -> None:
         assert old.role is Role.INNER
         machine.delete("c")
         machine.add("c")
-        # Another name: the dead one's v0 goes only when the kernel's worker comes to it.
+        # Another name: the kernel's worker removes the dead namespace's v0 later.
         machine.veth("host", "v1", "c", "eth0")
         await seen.until(lambda: (d := seen.get("c", "eth0")) and d.peer_ifindex)
         new = seen.get("c", "eth0")
@@ -351,10 +457,10 @@ async def _process_only(machine: Machine) -> None:
     async with following(machine, host_netns=machine.name("host")) as seen:
         process = machine.process()
         inode = inode_of(f"/proc/{process.pid}/ns/net")
-        # Nothing points at it: found by the scan.
+        # No device has it as a peer: the scan finds it.
         await seen.until(lambda: any(d.netns == inode for d in seen.all))
     async with following(machine, host_netns=machine.name("host"), rescan_interval_s=3600) as seen:
-        # A veth points at it: found without one, with everything about it.
+        # A veth has its peer there: the follower finds it without a scan, completely.
         second = machine.process()
         machine.ip("host", f"link add v0 type veth peer name eth0 netns {second.pid}")
         inode = inode_of(f"/proc/{second.pid}/ns/net")
@@ -397,7 +503,7 @@ async def _named_by_the_first(machine: Machine) -> None:
         return next(d.container for d in devices if d.netns == inode and d.name == "eth0")
 
     def look() -> str:
-        return name(snapshot(host_netns=machine.name("host"), docker_sockets=()))
+        return name(machine.snapshot(host_netns=machine.name("host")))
 
     async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.05) as seen:
         before = look()
@@ -413,7 +519,7 @@ async def _named_by_the_first(machine: Machine) -> None:
 
 
 @pytest.mark.needs("ns_last_pid")
-def test_a_container_is_named_by_the_process_that_was_first(machine: Machine) -> None:
+def test_the_first_process_names_a_container(machine: Machine) -> None:
     """A visiting process with a lower pid, such as the measurement itself, does not name the container."""
     asyncio.run(_named_by_the_first(machine))
 
@@ -441,7 +547,7 @@ async def _held_by_a_file(machine: Machine) -> None:
     async with following(machine, host_netns=machine.name("host"), rescan_interval_s=0.2) as seen:
         with Held() as held:
             machine.ip("host", f"link add v0 type veth peer name eth0 netns /proc/{os.getpid()}/fd/{held.fd}")
-            # First under a number, because the ordinary scan does not find it; then under its inode.
+            # First under a number, because the ordinary scan does not find the namespace; then under its inode.
             await seen.until(lambda: any(d.netns == held.inode and d.name == "eth0" for d in seen.all))
             v0 = seen.get("host", "v0")
             assert v0
@@ -471,7 +577,7 @@ async def _nothing_pinned(machine: Machine) -> None:
         process = machine.process()
         machine.ip("host", f"link add v1 type veth peer name eth0 netns {process.pid}")
         await seen.until(lambda: seen.get("host", "v1") and seen.get("c", "eth0"))
-        # Routes are asked for from inside a namespace: change them until the very end.
+        # The follower queries routes inside a namespace: change them until the end.
         machine.ip("c", "addr add 192.0.2.1/24 dev eth0")
         machine.ip("host", "link set v0 up")
         machine.ip("c", "link set eth0 up")
@@ -536,7 +642,7 @@ async def _lost_events(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def forgetful(self: LinkEvents) -> object:
         events, lost = read(self)
-        return [], lost or bool(events)  # what the kernel says of it: ENOBUFS, and the events are gone
+        return [], lost or bool(events)  # the kernel returns ENOBUFS; the events are lost
 
     monkeypatch.setattr(LinkEvents, "read", forgetful)
     async with following(machine, host_netns=machine.name("host")) as seen:
@@ -549,8 +655,8 @@ async def _lost_events(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
         await seen.until(lambda: not seen.get("host", "v0"))
 
 
-def test_lost_events_are_made_up_for(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asyncio.run(_lost_events(machine, monkeypatch))
+def test_lost_events_are_made_up_for(with_netlink: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asyncio.run(_lost_events(with_netlink, monkeypatch))
 
 
 async def _overflow(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -575,12 +681,12 @@ async def _overflow(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.slow
-def test_a_buffer_that_really_overflows(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asyncio.run(_overflow(machine, monkeypatch)) > 0
+def test_a_buffer_that_really_overflows(with_netlink: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asyncio.run(_overflow(with_netlink, monkeypatch)) > 0
 
 
 async def _inode_again(machine: Machine) -> None:
-    """nsfs gives inodes out again: that it is another namespace then shows by its number having been taken back."""
+    """nsfs reuses inodes. A reused inode is recognised because the kernel has withdrawn the old namespace's number."""
     machine.add("host")
     async with following(machine, host_netns=machine.name("host")) as seen:
         inodes: set[int] = set()
@@ -593,7 +699,7 @@ async def _inode_again(machine: Machine) -> None:
             await seen.until(lambda number=number: seen.get("c", f"gen{number}"))
             own = [d.name for d in seen.all if d.netns == machine.inode("c") and d.kind == "bridge"]
             assert own == [f"gen{number}"]
-            # The cookie is the namespace's own, on kernels that have one.
+            # On kernels that have cookies, the cookie is the new namespace's.
             told = {d.netns_cookie for d in seen.all if d.netns == machine.inode("c")}
             assert len(told) == 1
             assert told == {0} or not told & cookies
@@ -614,8 +720,8 @@ async def _open_close() -> None:
         async with following(Machine()) as seen:
             assert seen.all
             assert seen.follower.host_netns
-    assert open_files() <= files + 3  # asyncio's own, made once
-    # Neither this thread nor one of the pool is anywhere else.
+    assert open_files() <= files + 3  # descriptors of asyncio, made once
+    # This thread and the pool's threads are in their original namespace.
     assert inode_of("/proc/thread-self/ns/net") == own
     assert await asyncio.to_thread(inode_of, "/proc/thread-self/ns/net") == own
 
@@ -648,13 +754,13 @@ async def _failure(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(under_test._Watch, "_scan", broken)
-        with pytest.raises(under_test.SourceError, match="Input/output error"):
+        with pytest.raises(SourceError, match="Input/output error"):
             await seen.until(lambda: False)
 
 
 @pytest.mark.slow
-def test_an_end_of_following_is_said(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    asyncio.run(_failure(machine, monkeypatch))
+def test_an_end_of_following_is_said(with_netlink: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asyncio.run(_failure(with_netlink, monkeypatch))
 
 
 async def _many(machine: Machine) -> None:
@@ -669,8 +775,8 @@ async def _many(machine: Machine) -> None:
         await asyncio.sleep(0.2)
         seen.poll()
         assert poll_ns(seen) < 10 * few_ns
-        # A hundredth of a core is usual. Where others make and remove namespaces all the time, each of which is a
-        # change to follow, a sixth is what the snapshots may take; the rest is for asking and for the test itself.
+        # A hundredth of a core is usual. If other processes make and remove namespaces all the time, each of which is a
+        # change to follow, snapshots may take a sixth; the rest of the bound is for queries and the test itself.
         shares = []
         for _ in range(10):
             cpu_s, began_s = time.process_time(), time.monotonic()

@@ -30,7 +30,7 @@ def test_an_experiment(tmp_path):
         assert (row["rounds"], row["sent"]) == (ROUNDS, count)
         assert row["paired"] + sum(row["unpaired"].values()) == row["sent"]
         assert row["paired"] > 0.8 * count
-        assert row["probes"] > 1.6 * count  # of the host's and the container's together
+        assert row["probes"] > 1.6 * count  # of host and container together
         assert row["ci95_us"][0] <= row["diff_p50_us"] <= row["ci95_us"][1]
         term = sum(row["host_path_us"].values())
         # Each is rounded to 0.01 µs.
@@ -80,7 +80,7 @@ def test_ping_with_the_host_path_term():
     assert abs(sum(term[f"{name}_ns"] for name in STRETCHES) - term["term_ns"]) <= 2
     assert abs(term["host_rtt_p50_ns"] - median["estimate"] - term["term_ns"]) <= 1
     low, high = term["host_rtt_ci95_ns"]
-    # Wider than that of the samples alone.
+    # The interval is wider than that of the samples alone.
     assert high - low >= median["high"] - median["low"]
     assert refused.returncode == 2
     assert "probes need an IPv4 address" in refused.stderr

@@ -42,7 +42,7 @@ for command in sys.argv[1:]:
         status = main(command.split())
     print(json.dumps([status, out.getvalue(), err.getvalue()]))
 """
-"""Commands as another user, who has become so once the program was loaded: only root may be able to read the tree."""
+"""Runs a command as another user, after loading the program as root: other users may not be able to read the tree."""
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_without_root(tmp_path):
         assert err.startswith("mace: ")
         assert err.count("\n") == 1
         assert "root" in err
-    # Who asks what can run here is told, and that is no error.
+    # `mace check` reports what can run here, which is no error.
     assert status == 0
     parts = json.loads(checked)
     for part in (parts["source ftrace"], parts["lab netns"]):
@@ -68,7 +68,7 @@ def test_without_root(tmp_path):
 
 @pytest.mark.slow
 def test_without_tracefs():
-    """A mount namespace has no tracefs, and may not mount one."""
+    """The mount namespace has no tracefs, and may not mount one."""
     hide = f"{UNMOUNT_TRACEFS}; mount -t tmpfs -o ro none /sys/kernel; exec "
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-ec", hide + " ".join(MACE) + " run --no-store --duration 1"],
@@ -98,7 +98,7 @@ def test_signals_end_a_run_in_order(tmp_path, number):
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_kill_at_any_moment_loses_nothing_acknowledged_and_the_next_start_tidies_up(tmp_path):
+def test_a_kill_loses_no_acknowledged_row_and_the_next_start_cleans_up(tmp_path):
     dice = random.Random(7)
     with running(Spec(name="axe")) as lab:
         traffic = lab.start_udp("c1", count=10_000_000, rate_pps=3_000, duration_s=200)
@@ -123,7 +123,7 @@ def test_kill_at_any_moment_loses_nothing_acknowledged_and_the_next_start_tidies
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_killed_demo_is_tidied_up_by_the_next(tmp_path):
+def test_the_next_demo_cleans_up_after_a_killed_one(tmp_path):
     dice = random.Random(11)
     for _ in range(3):
         run = start("demo", "--duration", "3", "--json")
@@ -159,7 +159,7 @@ def test_a_disk_that_fills_up(tmp_path):
         with running(Spec(name="full")) as lab:
             run = start("run", "--lab", "full", "--store", disk / "store", "--duration", "60", "--json")
             wait_for(lambda: instances(run.pid), what="the trace instance")
-            # So few that some flushes, a second apart, go in before one does not.
+            # At this rate some flushes, a second apart, succeed before one fails.
             flow = lab.start_udp("c1", count=10_000_000, rate_pps=5_000, duration_s=40)
             _, err = run.communicate(timeout=60)
             flow.close()
@@ -189,7 +189,7 @@ def test_a_recording_that_is_ended_or_killed_can_be_replayed(tmp_path):
             wait_for(lambda file=file: file.exists() and file.stat().st_size > 0, what="the recording")
             assert killed is None or not instances(killed), "the next start removes what a kill left"
             lab.ping("c1", count=50)
-            # Each is seen some twenty times, requests and replies; what others send now and then only adds to it.
+            # Each request and reply has some twenty records; other traffic only adds to them.
             wait_for(lambda file=file: records_in(file) >= 50 * 18, what="the pings' records")
             run.send_signal(number)
             out, err = run.communicate(timeout=60)
@@ -233,7 +233,7 @@ def test_two_writers_on_one_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lab_that_is_not_there():
+def test_a_missing_lab():
     done = mace("run", "--lab", "nosuch", "--no-store", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "nosuch" in done.stderr

@@ -10,7 +10,7 @@ from tests.measuring import PATHS, balanced, mace, measured
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 
 COUNT = 10_000
-# Length of each kind's packets, by which its rows are found: payload and headers.
+# Length of each kind's packets, payload and headers, which selects its rows.
 LENGTHS = {"ping": 101 + 28, "ping6": 102 + 48, "udp": 203 + 28, "tcp": 157 + 52}
 NOISE = 333 + 28
 
@@ -19,7 +19,7 @@ NOISE = 333 + 28
 def run(tmp_path_factory):
     """Measure all kinds of traffic beside a second container's traffic."""
     with running(Spec(name="light", containers=2)) as lab:
-        # Neighbours are known from here on, so that no packet waits for an answer to ARP or ND.
+        # From here on all neighbours are resolved, so that no packet waits for ARP or ND.
         for family in (4, 6):
             for container in lab.containers:
                 lab.ping(container, count=2, family=family)
@@ -60,7 +60,7 @@ def test_every_packet_has_its_whole_path_in_both_directions(run, kind):
     }
 
 
-def test_another_container_beside_it_is_counted_as_exactly(run):
+def test_a_second_container_is_counted_exactly(run):
     lab, measurement, sent = run
     assert found_paths(measurement, "c2", NOISE) == {("egress", tuple(ways(lab, "c2")["egress"])): sent}
 
@@ -76,7 +76,7 @@ def test_delays_of_each_packet_add_up_to_its_overhead(run):
     lengths = f"l3_len IN ({', '.join(map(str, (*LENGTHS.values(), NOISE)))})"
     [(packets,)] = measurement.query(f"SELECT count(*) FROM ({sums}) WHERE n = 1 AND parts = whole AND {lengths}")
     assert packets == 2 * COUNT * len(LENGTHS) + sent
-    # Of any other packet that was seen at both ends, too.
+    # The same holds for all other packets that were seen at both ends.
     assert measurement.query(f"SELECT * FROM ({sums}) WHERE n > 1 OR (n = 1 AND parts <> whole)") == []
 
 
@@ -84,7 +84,7 @@ def test_nothing_was_lost_and_all_is_accounted_for(run):
     _, measurement, sent = run
     ledger = balanced(measurement.found)
     assert ledger.lost == ledger.discarded == 0
-    # Nine moves of a packet or more; a record that is doubtful would be missing in its path above.
+    # A packet has nine moves or more; an ambiguous record would be missing in its path above.
     assert ledger.matched >= 9 * (2 * COUNT * len(LENGTHS) + sent)
 
 
@@ -100,8 +100,8 @@ def test_large_tcp_buffers_stay_whole(tmp_path):
             f"SELECT devices, sum(l3_len - 52) FROM ({PATHS})"
             " WHERE container = 'c1' AND direction = 'egress' AND l3_len > 100 GROUP BY ALL"
         )
-        # Without the handshake and a new interface's report of multicast groups (96 bytes, when the kernel likes),
-        # every byte was seen, on the same way; the kernel may have sent some twice.
+        # Without the handshake and the multicast report of a new interface (96 bytes, sent at any time), every byte was
+        # seen on one path; the kernel may have retransmitted some.
         [(devices, payload)] = bytes_by_path
         assert devices == ways(lab, "c1")["egress"]
         assert total <= payload < 1.01 * total
@@ -110,7 +110,7 @@ def test_large_tcp_buffers_stay_whole(tmp_path):
         assert balanced(measurement.found).lost == 0
 
 
-def test_one_command_shows_it_all():
+def test_demo_prints_the_documented_figures():
     """`mace demo --json` prints what the README promises."""
     done = mace("demo", "--duration", "1", "--json")
     assert done.stdout.count("\n") == 1
@@ -124,6 +124,6 @@ def test_one_command_shows_it_all():
     ours = {(row["container"], row["direction"]): row for row in found["overhead"]}
     for key in ((container, way) for container in ("c1", "c2") for way in ("egress", "ingress")):
         assert ours[key].keys() >= figures - {"max_ns"}
-        # Hundreds of pings over IPv4 and IPv6, datagrams, requests a second.
+        # Hundreds of pings over IPv4 and IPv6, of datagrams and of requests per second.
         assert ours[key]["count"] > 200
     assert "demo" not in {info.name for info in list_labs()}

@@ -29,7 +29,7 @@ from tests.places import ROOT
 pytestmark = pytest.mark.needs("root", "tracefs", "netns")
 
 STEP = 1400
-"""Datagram n carries n modulo this many bytes: its length tells which it is."""
+"""Datagram n carries n modulo this many bytes, so that its length identifies it."""
 ETH, IP_UDP = 14, 28
 DEVICES = ("net:net_dev_queue", "net:net_dev_start_xmit", "net:netif_rx", "net:netif_receive_skb")
 
@@ -85,7 +85,7 @@ def test_every_event_is_read_once(reader, subbuf_kib):
     names = [s.name for s in topology.sightings]
     queued = batch[(batch.hook == Hook.NET_DEV_QUEUE) & (batch.dev == names.index("mftaa"))]
     assert queued.l3_len.tolist() == [IP_UDP + n % STEP for n in range(count)]
-    # The same packets at the hooks behind it: same buffer, same length, one each.
+    # The later hooks have one record of each packet, with equal buffer and length.
     for hook, device in (
         (Hook.NET_DEV_START_XMIT, "mftaa"),
         (Hook.NETIF_RX, "mftab"),
@@ -101,7 +101,7 @@ LINE = re.compile(
 )
 
 
-def test_text_of_the_same_events_says_the_same():
+def test_the_kernels_text_has_the_same_events():
     root = tracefs.find()
     witness = tracefs.Instance.create(root)
     try:
@@ -121,7 +121,8 @@ def test_text_of_the_same_events_says_the_same():
     for cpu, event, device, length in LINE.findall(text):
         taken = ETH if event in ("net_dev_queue", "net_dev_start_xmit") else 0
         expected.setdefault(int(cpu), []).append((event, device, int(length) - taken))
-    # The witness may have begun before and ended after us, but the sender did not: the same events, CPU by CPU.
+    # The witness may begin earlier and end later than the source, but not than the sender: the events per CPU are
+    # equal.
     names = [s.name for s in topology.sightings]
     seen = {}
     for cpu, hook, dev, length in zip(batch.cpu, batch.hook, batch.dev, batch.l3_len, strict=True):
@@ -134,7 +135,7 @@ def test_text_of_the_same_events_says_the_same():
 def test_gaps_are_exact_in_place_and_number(reader):
     count = 60_000
     with Sender("mftc", count, cpu_choice()) as sender:
-        # A ring of a few pages that is emptied far too seldom.
+        # A ring of a few pages that is read far too rarely.
         tiny = config(reader=reader, ring_kib_per_cpu=32, poll_interval_s=0.03, tracepoints=("net:net_dev_queue",))
         batch, _, stats = asyncio.run(capture(FilteredSource(tiny, "mftc"), sender.send()))
     assert batch.lost == sum(s.lost for s in stats.values()) > 0
@@ -151,7 +152,7 @@ def test_gaps_are_exact_in_place_and_number(reader):
         pending = 0
         previous_ns = batch.ts_ns[i]
         assert batch.l3_len[i] == IP_UDP + at % STEP
-    # The last is never lost: what a full ring overwrites is the oldest.
+    # The last event is never lost, because a full ring overwrites the oldest.
     assert at == count - 1
 
 
@@ -220,7 +221,7 @@ def test_both_readers_give_the_same():
     assert len(first) == len(second) >= 20_000
     for column in ("hook", "dev", "l3_len", "cpu", "gso_segs", "drop_reason"):
         assert (getattr(first, column) == getattr(second, column)).all(), column
-    # Each run has its own key for skb_id: the same buffers under other numbers.
+    # Each run has its own key for skb_id, so that equal buffers have different ids.
     pairs = set(zip(first.skb_id.tolist(), second.skb_id.tolist(), strict=True))
     assert len(pairs) == len(np.unique(first.skb_id)) == len(np.unique(second.skb_id))
 
@@ -249,11 +250,11 @@ def start(reader, then):
 
 
 @pytest.mark.slow
-def test_what_a_kill_leaves_the_next_start_removes(reader):
+def test_the_next_start_removes_the_instance_of_a_killed_run(reader):
     process, name = start(reader, "signal.pause()")
     try:
         assert name in instances()
-        # A live run's instance is safe from a start beside it.
+        # A second start does not remove the instance of a live run.
         asyncio.run(capture(FtraceSource(config()), asyncio.sleep(0)))
         assert name in instances()
     finally:
@@ -273,7 +274,7 @@ def test_a_program_that_ends_without_closing_leaves_nothing(then):
     assert name not in instances()
 
 
-def test_the_instance_is_as_it_must_be():
+def test_the_settings_of_the_instance():
     async def look():
         source = FtraceSource()
         before_ns = time.time_ns()
@@ -297,7 +298,7 @@ def test_the_instance_is_as_it_must_be():
 
 
 @pytest.mark.slow
-def test_tracefs_is_mounted_where_it_is_not():
+def test_tracefs_is_mounted_if_it_is_not():
     script = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})

@@ -20,7 +20,8 @@ from collector.machine.netns import hidden, inode_of, open_netns, open_nsfs
 
 pytestmark = pytest.mark.needs("root", "netns", "userns")
 
-# A veth leads from his namespace into one that only a mount keeps, in his own mount namespace; $1 then lies over it.
+# A veth leads from the user's namespace into one that only a mount in the user's mount namespace keeps; $1 then hides
+# the mount.
 SCRIPT = """
 set -e
 mount -t tmpfs none "$PLACE"
@@ -89,7 +90,7 @@ def test_a_hidden_namespace_is_reached(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("over", ["fifo", "device"])
-def test_what_lies_over_it_is_not_opened(tmp_path: Path, over: str) -> None:
+def test_the_file_mounted_over_a_namespace_is_not_opened(tmp_path: Path, over: str) -> None:
     with hostile(over, tmp_path) as process:
         found = hidden_of(process)
         with pytest.raises(OSError, match="no namespace") as refused:
@@ -99,9 +100,9 @@ def test_what_lies_over_it_is_not_opened(tmp_path: Path, over: str) -> None:
 
 
 @pytest.mark.slow
-def test_devices_are_followed_all_the_same(tmp_path: Path) -> None:
+def test_other_devices_are_still_followed(tmp_path: Path) -> None:
     async def followed(user: int) -> bool:
-        """Whether the user's device is seen; a search for where it leads is under way then, or over."""
+        """Whether the user's device is seen, so that the search for its peer has begun or ended."""
         there = False
         follower = DeviceFollower(docker_sockets=())
         try:

@@ -82,7 +82,7 @@ def test_every_row_arrives_with_its_tags_fields_and_time(server, address, tmp_pa
     where = f"time = {delays.utc_ns[row]} AND device = '{device.name}'"
     (found,) = server.query(f"SELECT * FROM device_delay WHERE {where}")
     stored = dict(zip(found["columns"], found["values"][0], strict=True))
-    assert stored.pop("slot", None) is None  # the column is there if any row has one
+    assert stored.pop("slot", None) is None  # the column exists if any row has the field
     assert stored == {
         "time": int(delays.utc_ns[row]), "host": "testhost", "container": device.container, "netns": device.netns_name,
         "device": device.name, "kind": "veth", "direction": "ingress", "segment": "delivery", "source": "synthetic",
@@ -95,7 +95,7 @@ def test_every_row_arrives_with_its_tags_fields_and_time(server, address, tmp_pa
     assert ledger["values"][0][1:] == [last.totals.ledger.records, last.totals.ledger.matched, last.totals.packets]
 
 
-def test_what_is_stored_is_in_the_catalogue(server, tmp_path):
+def test_stored_names_are_in_the_catalogue(server, tmp_path):
     feed(influx(server.url, tmp_path), batches(3000, 3), pace=False)
     for series in server.query("SHOW FIELD KEYS"):
         known = {f.name: f for f in MEASUREMENTS[series["name"]].fields}
@@ -107,7 +107,7 @@ def test_what_is_stored_is_in_the_catalogue(server, tmp_path):
         assert {name for (name,) in series["values"]} <= set(MEASUREMENTS[series["name"]].tags)
 
 
-def test_written_again_changes_nothing(server, tmp_path):
+def test_writing_again_changes_nothing(server, tmp_path):
     """Writing rows again changes nothing, as after a repeated replay or a crash that lost acknowledgements."""
     results = list(batches(20_000, 20))
     first = feed(influx(server.url, tmp_path / "a"), results, pace=False, live=False)["influxdb"]
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full(tmp_path):
             await asyncio.to_thread(until_full, place / "filler")
             await asyncio.sleep(80 * STEP_S)
             (place / "filler").unlink()
-            # What a full disk does to its log of writes only a new start mends.
+            # InfluxDB repairs its write-ahead log after a full disk only when it starts.
             await asyncio.to_thread(server.stop)
             await asyncio.to_thread(server.start)
 
@@ -201,7 +201,7 @@ def tmpfs(place, size):
         subprocess.run(["umount", place], check=True)
 
 
-def test_a_sink_that_is_away_is_no_reason_to_lose_or_to_wait(server, tmp_path):
+def test_an_absent_server_loses_no_row_and_delays_no_run(server, tmp_path):
     """The run ends while the server is away; the next run delivers what is in the spool, then its own."""
     results = list(batches(20_000, 20))
     dead = f"http://127.0.0.1:{servers.free_port()}"
@@ -251,7 +251,7 @@ def test_names_and_passwords_of_a_1x_server(tmp_path):
         assert "401" in SINKS["influxdb"].check(none).detail
 
 
-def test_what_check_says(server, tmp_path):
+def test_the_output_of_check(server, tmp_path):
     def said(url, **changes):
         status = SINKS["influxdb"].check(influx(url, tmp_path, **changes))
         return status.ok, status.detail
@@ -280,7 +280,7 @@ def mace(*argv, **environment):
 
 
 def test_the_command_line_replays_into_it(server, tmp_path):
-    """The same answers as the tables: windows in the database add up to what the replay says, and twice is once."""
+    """Windows in the database add up to the replay's figures, also after a second replay."""
     config = tmp_path / "mace.toml"
     config.write_text(f'[sinks.influxdb]\nspool = "{tmp_path}/spool"\n')
     argv = ("replay", CAPTURE, "--influxdb", server.url, "--config", config, "--json")
@@ -291,7 +291,7 @@ def test_the_command_line_replays_into_it(server, tmp_path):
     packets = server.query("SELECT sum(count) FROM device_window WHERE segment = 'overhead' AND width_s = '1'")
     assert packets[0]["values"][0][1] == sum(each["count"] for each in said["overhead"])
     assert before["overhead"] == sum(each["count"] for each in said["overhead"])
-    # How much is encoded at a time depends on how fast it goes, and so do the frames.
+    # The number of frames depends on the speed of encoding.
     of_the_moment = dict.fromkeys(("delivery_ns", "spool_bytes", "buffer_peak", "attempts"), 0)
     assert json.loads(mace(*argv).stdout)["sinks"]["influxdb"] | of_the_moment == account | of_the_moment
     assert server.rows() == before
@@ -299,8 +299,8 @@ def test_the_command_line_replays_into_it(server, tmp_path):
 
 
 @pytest.mark.needs("victoria-metrics")
-def test_victoria_metrics_speaks_the_v2_api_for_real(tmp_path):
-    """Written by influxdb-client, all of it; times are cut to milliseconds there."""
+def test_victoria_metrics_has_the_v2_api(tmp_path):
+    """influxdb-client writes all rows; VictoriaMetrics truncates times to milliseconds."""
     with servers.running(servers.Victoria(tmp_path / "victoria")) as server:
         results = list(batches(20_000, 20))
         account = feed(influx(server.url, tmp_path / "spool"), results, pace=False)["influxdb"]

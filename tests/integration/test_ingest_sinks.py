@@ -36,7 +36,7 @@ def rows(influx, measurement, field, host):
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["in one go", "ingest stopped and started"])
-def test_the_database_has_what_the_store_has(tmp_path, restarted):
+def test_the_database_has_the_rows_of_the_store(tmp_path, restarted):
     influx = Influx(tmp_path / "influx").start()
     listen = f"127.0.0.1:{free_port()}"
 

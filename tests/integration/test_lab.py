@@ -20,7 +20,7 @@ from tests.places import ROOT
 pytestmark = pytest.mark.needs("root", "netns")
 
 PREFIX = f"t{os.getpid()}"
-"""Names of our own, for tests of somebody else may run on the same machine."""
+"""A prefix of this process, because other tests may run on the same machine."""
 
 
 def output(*argv):
@@ -68,7 +68,7 @@ def leftovers(name):
 
 @pytest.fixture
 def name(request):
-    """A lab name of this test's own; the test must leave nothing behind, whether it passed or failed."""
+    """Provide a lab name of this test alone; the test must leave nothing behind, whether it passed or failed."""
     before = machine()
     chosen = f"{PREFIX}-{crc32(request.node.name.encode()) % 10_000}"
     yield chosen
@@ -120,7 +120,7 @@ def test_this_machine_can():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [4, 6])
-def test_members_reach_each_other_from_the_first_packet_on(name, family):
+def test_members_reach_each_other_from_the_first_packet(name, family):
     with running(Spec(name, containers=2)) as lab:
         assert lab.members == ("host", "remote", "c1", "c2")
         for sender, to in [("c1", "remote"), ("c2", "remote"), ("c1", "c2"), ("c1", "host"), ("host", "remote")]:
@@ -191,7 +191,7 @@ def test_containers_with_equal_addresses_talk_at_the_same_time(name, family):
 
 @pytest.mark.slow
 def test_equal_addresses_with_equal_ports_get_their_own_replies(name):
-    """NAT must keep two flows apart whose five words are all the same."""
+    """NAT must distinguish two flows with equal 5-tuples."""
     server = (
         "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 7))\n"
         "print('ready', flush=True)\n"
@@ -208,7 +208,7 @@ def test_equal_addresses_with_equal_ports_get_their_own_replies(name):
         echo = lab.popen("remote", [sys.executable, "-c", server])
         assert echo.stdout.readline() == "ready\n"
         first = lab.popen("c1", [sys.executable, "-c", client, "c1"])
-        # Not in the same microsecond: there the kernel's NAT itself may drop one of two first packets (docs/lab.md).
+        # Not in the same microsecond, in which the kernel's NAT may drop one of two first packets (docs/lab.md).
         time.sleep(0.2)
         second = lab.popen("c2", [sys.executable, "-c", client, "c2"])
         assert [p.communicate(timeout=20)[1] for p in (first, second)] == ["", ""]
@@ -219,11 +219,11 @@ def test_equal_addresses_with_equal_ports_get_their_own_replies(name):
 
 
 @pytest.mark.slow
-def test_udp_delivers_exactly_what_was_asked_for(name):
+def test_udp_delivers_the_requested_number_of_datagrams(name):
     with running(Spec(name)) as lab:
         result = lab.udp(count=10_000, rate_pps=20_000)
         assert (result.sent, result.received, result.errors) == (10_000, 10_000, 0)
-        assert result.duration_s > 0.49  # as slowly as was asked for
+        assert result.duration_s > 0.49  # at the requested rate
         fast = lab.udp(count=20_000, size=18)
         assert (fast.sent, fast.received) == (20_000, 20_000)
         empty = lab.udp(count=10, size=0)
@@ -253,7 +253,7 @@ def test_a_flood_is_bounded_and_has_no_single_round_trips(name):
 
 
 @pytest.mark.slow
-def test_a_flow_can_be_stopped_and_says_what_it_did(name):
+def test_a_stopped_flow_reports_its_counts(name):
     with running(Spec(name)) as lab:
         flows = [
             lab.start_udp(count=10**6, rate_pps=2000),
@@ -275,7 +275,7 @@ def test_a_flow_can_be_stopped_and_says_what_it_did(name):
 def test_traffic_ends_with_its_duration(name):
     with running(Spec(name)) as lab:
         result = lab.udp(count=10**9, rate_pps=1000, duration_s=0.5)
-        assert result.duration_s >= 0.45  # and not 11 days
+        assert result.duration_s >= 0.45  # not 11 days
         assert result.received == result.sent <= 500
 
 
@@ -293,7 +293,7 @@ def test_traffic_ends_with_the_process_that_asked_for_it(name):
 
 
 @pytest.mark.slow
-def test_nobody_listening_is_counted_not_hidden(name):
+def test_packets_without_a_listener_are_counted(name):
     with running(Spec(name)) as lab:
         flow = lab.start_udp(count=10**6, rate_pps=1000)
         flow._server.kill()
@@ -315,7 +315,7 @@ def test_exec_gives_the_exit_status_and_names_the_nearest_member(name):
 
 
 @pytest.mark.slow
-def test_containers_come_and_go_and_names_are_used_again(name):
+def test_containers_are_removed_and_names_reused(name):
     with running(Spec(name, containers=2)) as lab:
         old_address = lab.address("c1")
         sleeper = lab.popen("c1", ["sleep", "60"])
@@ -326,7 +326,7 @@ def test_containers_come_and_go_and_names_are_used_again(name):
             lab.ping("c1")
         lab.add_container("c1")
         assert lab.address("c1") == old_address
-        # At once: the host's neighbour cache must not hold the old MAC.
+        # Immediately: the host's neighbour cache must not hold the old MAC.
         assert lab.ping("c1", count=3).received == 3
         lab.add_container("web")
         assert lab.ping("web", count=3).received == 3
@@ -340,7 +340,7 @@ def test_containers_come_and_go_and_names_are_used_again(name):
 
 
 @pytest.mark.slow
-def test_a_container_that_cannot_be_made_leaves_the_lab_as_it_was(name, monkeypatch):
+def test_a_container_that_cannot_be_made_leaves_the_lab_unchanged(name, monkeypatch):
     with running(Spec(name)) as lab:
         with monkeypatch.context() as patch:
             patch.setattr(network, "build_container", lambda *_: (_ for _ in ()).throw(LabError("no luck")))
@@ -356,7 +356,7 @@ def test_a_container_that_cannot_be_made_leaves_the_lab_as_it_was(name, monkeypa
 
 
 @pytest.mark.slow
-def test_two_labs_at_once_have_nothing_to_do_with_each_other(name):
+def test_two_labs_at_once_are_independent(name):
     with running(Spec(name)) as one:
         before = machine()
         with running(Spec(f"{name}-2")) as two:
@@ -403,7 +403,7 @@ def test_a_lab_that_another_process_holds_is_taken_down_by_force_only(name):
     run.communicate(timeout=20)
 
 
-def test_of_many_that_start_at_once_one_wins(name):
+def test_one_of_several_simultaneous_starts_succeeds(name):
     results = []
 
     def attempt():
@@ -456,7 +456,7 @@ def test_signals_end_it_cleanly(name, number, when):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remover", ["up", "down"])
-def test_kill_9_under_traffic_is_tidied_by_the_next(name, remover):
+def test_the_next_start_cleans_up_after_kill_9_under_traffic(name, remover):
     run = start_run(name)
     assert run.stdout.readline() == "up\n"
     run.kill()
@@ -471,7 +471,7 @@ def test_kill_9_under_traffic_is_tidied_by_the_next(name, remover):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_kill_9_at_any_moment_of_the_set_up_is_tidied_by_the_next(name, seed):
+def test_the_next_start_cleans_up_after_kill_9_during_set_up(name, seed):
     moments = random.Random(seed)
     for turn in range(6 if seed == 1 else 40):
         run = start_run(name, "bridges=2, same_addresses=True")
@@ -494,7 +494,7 @@ def test_a_bridge_may_have_a_name_that_abbreviates_a_keyword_of_ip(name, monkeyp
 
 
 @pytest.mark.slow
-def test_what_has_lost_its_state_file_is_found_by_name(name):
+def test_a_lab_without_state_file_is_found_by_name(name):
     up(Spec(name))
     (state.STATE_DIR / f"{name}.json").unlink()
     assert status(name) == "broken"
@@ -502,7 +502,7 @@ def test_what_has_lost_its_state_file_is_found_by_name(name):
         assert lab.ping(count=1).received >= 1
 
 
-def test_a_damaged_state_file_is_in_nobodys_way(name):
+def test_a_damaged_state_file_does_not_prevent_removal(name):
     up(Spec(name))
     (state.STATE_DIR / f"{name}.json").write_text("{")
     assert status(name) == "broken"
@@ -521,7 +521,7 @@ def test_a_lab_with_a_missing_namespace_is_broken_and_made_anew(name):
         assert again.ping(count=1).received >= 1
 
 
-def test_somebody_elses_process_in_a_member_is_spared_but_keeps_no_device(name):
+def test_a_foreign_process_in_a_member_survives_and_keeps_no_device(name):
     with running(Spec(name)) as lab:
         env = {"PATH": os.environ["PATH"]}
         stranger = subprocess.Popen(lab.command("c1", ["sleep", "60"]), env=env)
@@ -535,7 +535,7 @@ def test_somebody_elses_process_in_a_member_is_spared_but_keeps_no_device(name):
         stranger.wait()
 
 
-def test_nothing_can_be_done_in_the_machines_own_namespace():
+def test_sysctls_of_the_machines_own_namespace_are_refused():
     with pytest.raises(LabError, match="our own"):
         netns.write_sysctls(Path("/proc/self/ns/net"), {"ipv4/ip_forward": 1})
 
@@ -552,7 +552,7 @@ def test_docker_containers_reach_the_remote_and_leave_nothing(name):
         assert [lab.ping(c, count=2, family=f).received for c in ("c1", "c2") for f in (4, 6)] == [2] * 4
         assert lab.udp("c2", count=2000, rate_pps=10_000).received == 2000
         assert lab.tcp("c1", size=5_000_000).received == 5_000_000
-        # MACE finds the lab's containers as it finds those of any Docker.
+        # MACE finds the lab's containers like those of any Docker daemon.
         with socket.socket(socket.AF_UNIX) as api:
             api.connect(str(lab.docker_socket))
             api.sendall(b"GET /containers/json HTTP/1.0\r\n\r\n")
@@ -572,7 +572,7 @@ def test_docker_containers_reach_the_remote_and_leave_nothing(name):
 @pytest.mark.needs("docker")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("moment_s", [0.3, 0.8, None])
-def test_docker_killed_with_9_is_tidied_by_the_next(name, moment_s):
+def test_the_next_start_cleans_up_after_a_killed_docker(name, moment_s):
     run = start_run(name, "runtime=Runtime.DOCKER")
     if moment_s is None:
         assert run.stdout.readline() == "up\n"
@@ -589,8 +589,8 @@ def test_docker_killed_with_9_is_tidied_by_the_next(name, moment_s):
 @pytest.mark.needs("docker")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_process_of_a_container_in_the_making_ends_with_the_lab(name, frozen):
-    # `runc init`, whose parent was killed: no mark in its environment, and in the container's cgroup.
+def test_a_process_of_an_unfinished_container_ends_with_the_lab(name, frozen):
+    # `runc init` whose parent was killed: its environment has no mark, but it is in the container's cgroup.
     up(Spec(name, runtime=Runtime.DOCKER))
     cgroup, control, word = next(
         (path, control, word)

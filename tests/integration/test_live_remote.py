@@ -32,8 +32,8 @@ def round_trips(server):
 
 
 @pytest.mark.needs("influxd")
-def test_round_trips_are_in_the_database_as_they_were_shown(lab, tmp_path):
-    """From ping's line to InfluxDB 1.6.7, live and once more from the recording: the same rows, and no more."""
+def test_the_database_has_the_printed_round_trips(lab, tmp_path):
+    """A live run and a replay of its recording store exactly the printed round trips in InfluxDB 1.6.7."""
     config, capture, said = tmp_path / "mace.toml", tmp_path / "run.mace", tmp_path / "said"
     config.write_text(f'[sinks.influxdb]\nspool = "{tmp_path}/spool"\n')
     with servers.running(servers.Influx(tmp_path / "influx")) as server:
@@ -43,7 +43,7 @@ def test_round_trips_are_in_the_database_as_they_were_shown(lab, tmp_path):
         live = round_trips(server)
         shown = [match.groups() for match in SHOWN.finditer(done.stdout)]
         assert [int(seq) for seq, *_ in shown] == list(range(1, COUNT + 1))
-        # ping tells its own time to a microsecond, or three digits; we tell ours to a tenth.
+        # ping prints microseconds or three digits, MACE tenths of a microsecond.
         assert [(seq, tool / 1e6) for seq, tool, _, _ in live] == [(int(seq), float(ms)) for seq, ms, _, _ in shown]
         for (_, _, host, nic), (_, _, host_us, nic_us) in zip(live, shown, strict=True):
             assert (f"{host / 1e3:.1f}", f"{nic / 1e3:.1f}") == (host_us, nic_us)
@@ -54,8 +54,8 @@ def test_round_trips_are_in_the_database_as_they_were_shown(lab, tmp_path):
 
 
 @pytest.mark.needs("mosquitto", "openssl")
-def test_what_is_published_live_is_stored_elsewhere_as_here(lab, tmp_path):
-    """Real packets, real broker, two processes: the ingest stores what the run itself has stored, to the bit."""
+def test_the_ingest_stores_the_rows_of_the_run(lab, tmp_path):
+    """The ingest and the run store the same rows bit for bit, over a real broker."""
     with mosquitto(tmp_path / "broker") as broker:
         served = Served(broker, tmp_path / "elsewhere").start()
         try:

@@ -83,7 +83,7 @@ def content(path, host):
 
 @asynccontextmanager
 async def ingesting(broker, store, shard=ALL, config=None):
-    """An ingest in this process for the length of the block."""
+    """Run an ingest in this process for the duration of the block."""
     config = config or settings(broker=broker.url)
     ingest = Ingest(Broker(config.mqtt), store, config, shard)
     stop = asyncio.Event()
@@ -117,7 +117,7 @@ async def until(condition):
 
 
 @pytest.mark.slow
-def test_what_arrives_gives_the_same_answers_to_the_bit(tmp_path):
+def test_the_broker_changes_no_row(tmp_path):
     items = stream()
     hosts = [header(f"host-{n}", f"run-{n}") for n in range(3)]
 
@@ -139,7 +139,7 @@ def test_what_arrives_gives_the_same_answers_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_shards_share_the_hosts_and_nothing_else(tmp_path):
+def test_two_shards_divide_the_hosts(tmp_path):
     items = stream(8_000)
     hosts = [header(f"host-{n}", f"run-{n}") for n in range(6)]
     shards = [Shard(0, 2), Shard(1, 2)]
@@ -235,8 +235,8 @@ def test_ingest_killed_again_and_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_ingest_goes_on_from_its_snapshots(tmp_path, monkeypatch):
-    """Journal files of a few frames, so that each start finds snapshots, and most frames are never read again."""
+def test_an_ingest_continues_from_its_snapshots(tmp_path, monkeypatch):
+    """Journal files hold a few frames, so that each start finds snapshots and rereads few frames."""
     monkeypatch.setattr(journal, "FILE_BYTES", 20_000)
     items = stream(80_000)
 
@@ -248,7 +248,7 @@ def test_an_ingest_goes_on_from_its_snapshots(tmp_path, monkeypatch):
             ingest = Ingest(Broker(settings(broker=broker.url).mqtt), tmp_path / "store", settings(), ALL)
             running = asyncio.create_task(ingest.run(asyncio.Event()))
             await until(lambda round_=round_: sink.arrived > round_ * 15_000)
-            # Of the last records nothing may be left to be stored.
+            # The last records may leave nothing to store.
             await until(lambda ingest=ingest: ingest.rows_stored > 0 or sink.arrived == 80_000)
             read_again.append(ingest.read_again)
             # As if killed: nothing more is stored.
@@ -319,7 +319,7 @@ def test_rows_for_other_subscribers_are_those_of_the_store(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.needs("influxd")
-def test_the_other_sinks_get_what_the_store_gets(tmp_path):
+def test_all_sinks_get_the_same_results(tmp_path):
     items = stream(8_000)
     hosts = [header(f"host-{n}", f"run-{n}") for n in range(2)]
 
@@ -338,7 +338,7 @@ def test_the_other_sinks_get_what_the_store_gets(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_ingest_that_comes_late_gets_all_that_waited(tmp_path):
+def test_a_late_ingest_gets_all_waiting_frames(tmp_path):
     """No ingest ran during the measurement, and the publisher was killed meanwhile."""
     items = stream()
 
@@ -365,7 +365,7 @@ def test_an_ingest_that_comes_late_gets_all_that_waited(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_spool_discards_the_oldest_and_the_ledger_says_how_many(tmp_path):
+def test_a_full_spool_discards_the_oldest_and_the_ledger_counts_them(tmp_path):
     items = stream(300_000)
 
     async def measure(broker):
@@ -388,7 +388,7 @@ def test_a_full_spool_discards_the_oldest_and_the_ledger_says_how_many(tmp_path)
 
 
 @pytest.mark.slow
-def test_frames_that_the_ingest_lets_fall_are_asked_for_again(tmp_path):
+def test_dropped_frames_are_requested_again(tmp_path):
     """Frames beyond the bound of the ingest's or the broker's queue are dropped, and are sent again."""
     items = stream(20_000, size=50)
 
@@ -435,10 +435,10 @@ def test_tls_certificates_and_the_documented_access_list(tmp_path):
         async with ingesting(broker, tmp_path / "store", config=known_as(broker, "ingest")) as ingest:
             honest = publisher(broker, tmp_path / "a", known_as(broker, "host-a"))
             await publish(honest, items, header("host-a"))
-            # Host a says that it is b: the broker takes none of it.
+            # Host a publishes as b: the broker refuses.
             liar = publisher(broker, tmp_path / "b", known_as(broker, "host-a"), drain_s=1)
             await publish(liar, items, header("host-b"))
-            # Not signed by our authority: no connection.
+            # A certificate of another authority gets no connection.
             foreign = publisher(broker, tmp_path / "c", known_as(broker, "host-a", stranger), drain_s=1)
             await publish(foreign, items, header("host-a", "another"))
             return ingest, honest, liar, foreign
@@ -467,7 +467,7 @@ def test_passwords_and_a_stream_of_another_host_on_the_own_topic(tmp_path, monke
         host = settings(broker=broker.url, username="host-a")
         async with ingesting(broker, tmp_path / "store", config=served) as ingest:
             await ingest.listening.wait()
-            # The topic is its own, the HEADER is not.
+            # The topic is the host's own, the HEADER names another host.
             async with Broker(host.mqtt).connection() as client:
                 for frame in strange:
                     await client.publish(stream_topic("host-a"), frame, qos=1)

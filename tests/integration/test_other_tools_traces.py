@@ -63,7 +63,7 @@ class KeepingRing(ReadRing):
 
 
 def tcpdump(lab, member, device, target):
-    # At once: else what came in the last second is not in the file when it is ended.
+    # Unbuffered: otherwise the file lacks the last second when tcpdump is ended.
     argv = ["tcpdump", "-i", device, "-w", str(target), "-U", "--immediate-mode", "--time-stamp-precision=nano", "ip"]
     process = lab.popen(member, argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stderr:
@@ -177,8 +177,8 @@ def live(run):
 
 
 @pytest.mark.parametrize("form", ["pages", "perfetto"])
-def test_the_very_same_records_give_the_very_same_rows(run, live, form):
-    """Pages of the live capture's own ring, as a trace.dat and as Perfetto: identical, to the nanosecond."""
+def test_the_same_records_give_the_same_rows(run, live, form):
+    """Pages of the live capture's ring give identical rows as a trace.dat and as a Perfetto trace."""
     _, rows, results = live
     _, again, results_again = replayed(recording(getattr(run, form), FileOptions(topology=run.live)))
     assert len(rows) == len(again) > 5 * (PINGS + DATAGRAMS)
@@ -189,18 +189,18 @@ def test_the_very_same_records_give_the_very_same_rows(run, live, form):
 
 
 def in_mono(run):
-    """Neither text nor what is extracted of an instance tells that this was its clock."""
+    """Return options with clock mono, which neither text nor extracted files record."""
     return FileOptions(topology=run.live, clock="mono")
 
 
 def close(run_rows, live_rows, within, worst):
-    """Whether the packets are the same and their delays differ by no more than such shares of the median delay, in the
-    median and in four of five.
+    """Check that the packets are equal and that their delays differ by at most `within` of the median delay in the
+    median, and by at most `worst` in four of five packets.
     """
     for way, count in ((Direction.EGRESS, PINGS + DATAGRAMS), (Direction.INGRESS, PINGS)):
         utc, delay = overheads(run_rows, way)
         live_utc, live_delay = overheads(live_rows, way)
-        # The other tool ran a little longer.
+        # The other tool recorded a little longer.
         near = np.abs(utc[:, None] - live_utc[None, :]).argmin(axis=0)
         assert len(live_utc) >= count
         assert len(np.unique(near)) == len(near)
@@ -211,27 +211,27 @@ def close(run_rows, live_rows, within, worst):
         assert np.percentile(apart, 80) <= worst * usual_ns
 
 
-def test_what_trace_cmd_extracted(run, live):
-    """Another instance: each event has a stamp of its own, some events' cost from ours."""
+def test_a_file_extracted_by_trace_cmd(run, live):
+    """Another instance has its own stamps, which differ by the cost of some events."""
     header, rows, _ = replayed(recording(run.extracted, in_mono(run)))
     assert header.clock == live[0].clock
     close(rows, live[1], 0.25, 1)
 
 
 def test_the_text_of_the_same_records(run):
-    """Text and trace.dat of one instance: the same but for what text cuts off, and addresses that are hashes."""
+    """Text and trace.dat of one instance differ only in truncated times and hashed addresses."""
     _, rows, results = replayed(recording(run.extracted, in_mono(run)))
     _, text, text_results = replayed(recording(run.text, in_mono(run)))
     assert text_results[-1].totals.ledger.records == results[-1].totals.ledger.records
     for way in (Direction.EGRESS, Direction.INGRESS):
         delay, text_delay = overheads(rows, way)[1], overheads(text, way)[1]
         assert len(delay) == len(text_delay)
-        # Both ends of a delay are cut to 1 us.
+        # Both ends of a delay are truncated to 1 µs.
         assert np.abs(delay - text_delay).max() <= 1_000
 
 
 def test_two_packet_captures(run, live):
-    """tcpdump's stamps are the driver's and the stack's: another place, microseconds away, and the same packets."""
+    """tcpdump has the same packets, stamped in the driver and the stack, microseconds from MACE's hooks."""
     _, rows, results = replayed(recording_of(PCAP_PAIR, (run.inner, run.outer)))
     assert results[-1].totals.grades.content == results[-1].totals.packets > PINGS + DATAGRAMS
     close(rows, live[1], 1, 4)

@@ -67,7 +67,7 @@ async def until(condition):
 
 
 class Ingesting:
-    """An ingest in this process for the length of the block."""
+    """Run an ingest in this process for the duration of the block."""
 
     def __init__(self, url, store, config=None):
         config = config or settings(url)
@@ -94,12 +94,12 @@ def balanced(sink):
     return state
 
 
-# Two of one name. -------------------------------------------------------------------------------------------------
+# Two hosts of one name --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_two_hosts_of_one_name_are_told_and_do_not_fight(tmp_path, monkeypatch, caplog):
-    """The second pause is a minute: what is seen within the test is all there is for a long time."""
+def test_two_hosts_of_one_name_are_reported_and_do_not_reconnect_in_turns(tmp_path, monkeypatch, caplog):
+    """The second pause takes a minute, so that the test sees the behaviour of a long time."""
     monkeypatch.setattr(mqtt, "_TAKEN_OVER_S", (0.2, 60.0, 600.0))
     items = [TOPOLOGY, *batches(traffic(2_000, 1), 100)]
 
@@ -129,7 +129,7 @@ def test_two_hosts_of_one_name_are_told_and_do_not_fight(tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_connections_that_break_at_once_are_made_ever_more_rarely(tmp_path, monkeypatch):
+def test_pauses_between_broken_connections_grow(tmp_path, monkeypatch):
     """The pauses between connections grow, also if a broker ends connections without a reason."""
     pauses = []
 
@@ -153,12 +153,12 @@ def test_connections_that_break_at_once_are_made_ever_more_rarely(tmp_path, monk
     assert pauses[7] == 5
 
 
-# What the broker is configured for. -------------------------------------------------------------------------------
+# The deployed broker configuration --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_host_cannot_throw_another_off(tmp_path):
-    """With the configuration that is deployed: the name at the broker is the certificate's, whatever a client says."""
+def test_a_host_cannot_disconnect_another(tmp_path):
+    """In the deployed configuration the name at the broker is the certificate's, whatever the client claims."""
     authority = Authority(tmp_path / "certs")
     for name in ("localhost", "host-a", "host-b", "ingest"):
         authority.sign(name)
@@ -195,10 +195,10 @@ def test_a_host_cannot_throw_another_off(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_message_beyond_the_deployed_limit_reaches_nobody(tmp_path):
+def test_a_message_beyond_the_deployed_limit_is_refused(tmp_path):
     limit = next(line for line in DEPLOYED.read_text().splitlines() if line.startswith("message_size_limit"))
     most = int(limit.split()[1])
-    # A topology is the largest frame, and a batch is cut at so many records.
+    # A topology is the largest frame, because batches are cut at a number of records.
     assert most >= MAX_JSON_BYTES + HEAD_SIZE
     assert most >= mqtt.BATCH_RECORDS * MAX_BATCH_BYTES // MAX_RECORDS + HEAD_SIZE
 
@@ -222,7 +222,7 @@ def test_a_message_beyond_the_deployed_limit_reaches_nobody(tmp_path):
 # Acknowledgements. ------------------------------------------------------------------------------------------------
 
 
-def test_an_acknowledgement_is_believed_up_to_what_was_sent(tmp_path, caplog):
+def test_a_false_acknowledgement_covers_sent_frames_only(tmp_path, caplog):
     """A false acknowledgement of the whole stream, without an ingest, removes sent frames only."""
     items = [TOPOLOGY, *batches(traffic(6_000, 1), 100)]
     tag = parse_head(Encoder().header(header())).stream
@@ -299,7 +299,7 @@ def test_frames_that_cannot_be_sent_are_set_aside_and_the_others_arrive(tmp_path
         for make in STRANGE:
             spool.append(Frame(make(frames[3]), 7))
 
-    # What a run that was killed has left, with strange frames in it.
+    # The spool of a killed run, with foreign frames in it.
     spool.open()
     if place == "before":
         strange()
@@ -338,7 +338,7 @@ def test_frames_that_cannot_be_sent_are_set_aside_and_the_others_arrive(tmp_path
 
 
 def left_in_spool(path, frames, rows):
-    """Fill the spool as a killed run leaves it: a HEADER, then frames with so many rows each."""
+    """Fill the spool like a killed run: a HEADER, then frames with these numbers of rows."""
     spool = Spool(path, max_bytes=64 << 20, memory_bytes=1 << 20)
     spool.open()
     for frame, count in zip(frames[1:], rows, strict=True):
@@ -350,7 +350,7 @@ def left_in_spool(path, frames, rows):
 
 
 def published_after(tmp_path, frames, rows, within=lambda sink: True, **options):
-    """A further run of 1,000 records behind what was left; the publisher and the ingest's counts."""
+    """Publish a run of 1,000 records after the remaining frames; return the publisher and the ingest's counts."""
     left_in_spool(tmp_path / "spool", frames, rows)
 
     async def work(broker):
@@ -367,7 +367,7 @@ def published_after(tmp_path, frames, rows, within=lambda sink: True, **options)
 
 
 def refused_batch(frames, number):
-    """A frame of this number in the place of a batch of 200, of a time that is years away."""
+    """Return a frame with this number that replaces a batch of 200; its time is years away."""
     before = (number - 2) * 200
     years_away = [HEADER.clock.monotonic_ns + (1 << 62)]
     return batch(number, years_away, before=before, header=frames[0], hook=[Hook.NET_DEV_QUEUE])
@@ -410,8 +410,8 @@ def test_a_topology_that_the_ingest_refuses_is_not_sent_again(tmp_path):
     [{"run": "r" * 2_000}, {"clock": ClockPair(HEADER.clock.monotonic_ns, 7_000_000_000_000_000_000, 1)}],
     ids=["name", "clock"],
 )
-def test_a_run_that_the_ingest_refuses_does_not_keep_the_next_from_arriving(tmp_path, changes):
-    """Its name is too long; or its time is in 2191, as this host's own clock, put right meanwhile, knows too."""
+def test_a_refused_run_does_not_block_the_next(tmp_path, changes):
+    """The run's name is too long, or its time is in 2191, although the host's clock is right by now."""
     frames = encode([TOPOLOGY, *batches(traffic(2_000, 1), 200)], replace(header(), **changes))
     sink, counts = published_after(tmp_path, frames, [0, *[200] * 10, 0])
     state = balanced(sink)
@@ -419,7 +419,7 @@ def test_a_run_that_the_ingest_refuses_does_not_keep_the_next_from_arriving(tmp_
     assert counts.records == 1_000
 
 
-def test_what_only_one_of_two_clocks_refuses_waits(tmp_path, monkeypatch, caplog):
+def test_frames_refused_by_one_of_two_clocks_wait(tmp_path, monkeypatch, caplog):
     """An ingest whose clock shows 1970 must not make a fleet discard its records."""
     monkeypatch.setattr(mqtt, "_CLOCKS_AGREE_NS", -1)
     ahead = ClockPair(HEADER.clock.monotonic_ns, 7_000_000_000_000_000_000, 1)
@@ -434,7 +434,7 @@ def test_what_only_one_of_two_clocks_refuses_waits(tmp_path, monkeypatch, caplog
     assert caplog.text.count(told) == 1
 
 
-def test_a_refusal_is_believed_up_to_what_was_sent(tmp_path):
+def test_a_false_refusal_covers_sent_frames_only(tmp_path):
     """A false refusal of the whole stream, without an ingest, sets sent frames aside only."""
     tag = parse_head(Encoder().header(header())).stream
     refusal = Refusal(0, 2**64 - 1, "for no reason")
@@ -506,7 +506,8 @@ def test_after_a_full_disk_each_record_is_counted_once(tmp_path, monkeypatch):
         assert (state.records, state.arrived) == (200_000, 0)
         assert state.discarded > 0
         assert state.waiting > 0
-        # The next run finds what this one said, and cannot begin its own stream there: it says so and holds nothing.
+        # The next run finds this run's account and cannot begin its own stream on the full disk: it reports that and
+        # holds nothing.
         with pytest.raises(StoreError, match="No space left on device"):
             asyncio.run(publisher("mqtt://127.0.0.1:1", place / "spool").open(header(run="another")))
         found = Spool(place / "spool", max_bytes=64 << 20, memory_bytes=60_000)
@@ -516,7 +517,7 @@ def test_after_a_full_disk_each_record_is_counted_once(tmp_path, monkeypatch):
         subprocess.run(["umount", place], check=True)
 
 
-def test_the_state_is_told_as_it_is(tmp_path):
+def test_the_state_has_the_account_of_waiting_records(tmp_path):
     async def work():
         sink = publisher(f"mqtt://127.0.0.1:{free_port()}", tmp_path / "spool", drain_s=0)
         await sink.open(header())

@@ -64,7 +64,7 @@ def test_the_same_rows_in_both_stores(run, again, table):
 
 
 def test_the_last_ledger_in_both_stores_is_the_same(run, again):
-    # Which flush it came with, and up to when, is a matter of the clock on the wall.
+    # The number and time of the last flush depend on the wall clock.
     last = "SELECT * EXCLUDE (time, flush) FROM ledger WHERE closed"
     live, replayed = (query(store, last).fetchall() for store in (run.store, again[1]))
     assert live == replayed
@@ -102,7 +102,7 @@ def glued(items):
 @pytest.mark.slow
 @pytest.mark.parametrize("slice_ns", [10_000_000, 1_000_000_000])
 @pytest.mark.parametrize("cut", ["small", "glued"])
-def test_other_cuts_change_nothing(run, cut, slice_ns):
+def test_batch_boundaries_change_nothing(run, cut, slice_ns):
     def correlate(items, slice_ns):
         engine = Engine(0, EngineConfig(slice_ns=slice_ns))
         results = [result for item in items for result in engine.feed(item)]

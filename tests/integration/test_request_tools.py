@@ -54,7 +54,7 @@ def wrapped(lab, *argv):
         assert row["nic_rtt_ns"] > 0
         assert 0 < row["host_rtt_ns"] < row["tool_rtt_ns"]
         assert row["host_rtt_ns"] + row["egress_ns"] + row["ingress_ns"] == row["tool_rtt_ns"]
-    # Of one sample it need not hold: a kernel's stamp is of netif_rx, and netif_receive_skb may wait for its softirq.
+    # A single sample may differ: the kernel stamps at netif_rx, and netif_receive_skb may wait for its softirq.
     assert median_of(paired, "nic_rtt_ns") < median_of(paired, "host_rtt_ns")
     return found
 
@@ -71,14 +71,14 @@ def test_fping(lab):
 
 @pytest.mark.needs("busybox")
 def test_ping_of_busybox(lab):
-    """It reads the clock itself, and gives its lines no time: order and length find its packets."""
+    """busybox reads the clock itself and prints no times: order and length identify its packets."""
     found = wrapped(lab, "busybox", "ping", "-c", str(COUNT), "-i", "0.05", "-s", "100", lab.address(REMOTE))
     assert (found["tool"], found["paired"], found["not_understood"]) == ("ping of busybox", COUNT, 0)
 
 
 @pytest.mark.needs("dig")
 def test_dig(lab):
-    """All questions of one run, one after the other; each answer is as long as its question's name makes it."""
+    """One run asks its questions in sequence; the length of each answer follows from the name."""
     names = [f"host{'x' * (n % 7)}.example" for n in range(COUNT)]
     with answering(lab, "dns"):
         found = wrapped(lab, "dig", "-u", "+noedns", f"@{lab.address(REMOTE)}", *names)
@@ -92,7 +92,7 @@ def test_the_connect_times_of_curl(lab):
     with answering(lab, "http"):
         found = wrapped(lab, "sh", "-c", command)
     assert (found["tool"], found["paired"], found["not_understood"]) == ("curl connect", COUNT, 0)
-    # Nobody listens any more: there is no connection, so there is no time to correct.
+    # No server listens: without a connection there is no time to correct.
     done = mace(
         "wrap", "--lab", lab.name, "--container", "c1", "--", "curl", "-s", "-w", "%{json}\\n", url, check=False
     )
@@ -101,7 +101,7 @@ def test_the_connect_times_of_curl(lab):
 
 
 def test_arrays_of_a_program(lab, tmp_path):
-    """The library call says the same as the command line: here of what ping said, with ping's stamp model."""
+    """The library call gives the results of the command line, here for ping's output and stamp model."""
     capture = tmp_path / "run.mace"
     argv = ("ping", "--lab", lab.name, "--container", "c1", "--record", capture, "--json")
     found = json.loads(mace(*argv, "-c", COUNT, "-i", "0.01", lab.address(REMOTE)).stdout)
@@ -123,20 +123,20 @@ def test_arrays_of_a_program(lab, tmp_path):
     assert statistics.median(made.host_rtt_ns.tolist()) < statistics.median(tool_ns.tolist())
 
 
-def test_a_tool_that_nobody_knows_is_an_error(lab):
+def test_an_unknown_tool_is_an_error(lab):
     done = mace("wrap", "--lab", lab.name, "--container", "c1", "--", "echo", "hello", check=False)
     assert done.returncode == 2
     assert "'hello' is what no known tool prints first" in done.stderr
 
 
 @pytest.mark.needs("fping")
-def test_interrupted_the_tool_says_what_it_has(lab, tmp_path):
+def test_an_interrupted_tool_prints_its_result(lab, tmp_path):
     capture = tmp_path / "run.mace"
     argv = ("wrap", "--lab", lab.name, "--container", "c1", "--record", capture, "--")
     process = start(*argv, "fping", "-D", "-l", "-p", "20", lab.address(REMOTE))
     try:
         wait_for(lambda: capture.exists() and capture.stat().st_size > 0)
-        time.sleep(2)  # for some pings; how many does not matter
+        time.sleep(2)  # for some pings, whose number does not matter
         process.send_signal(signal.SIGINT)
         said, complaints = process.communicate(timeout=60)
     finally:

@@ -1,4 +1,4 @@
-"""The behaviour on unusual paths, in the lab."""
+"""Delays on unusual paths, in the lab."""
 
 import subprocess
 import time
@@ -13,7 +13,7 @@ from tests.measuring import PATHS, balanced, measured
 pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow, pytest.mark.timeout(120)]
 
 COUNT = 60
-# Lengths by which their rows are found: UDP over IPv4, and pings.
+# Lengths that select the rows: UDP over IPv4, and pings.
 HAIRPIN, AROUND, STACKED, DROPPED = 301, 302, 303, 304
 LAB = "odd"
 
@@ -70,7 +70,7 @@ def run(tmp_path_factory):
 
 
 def send(lab, member, host, port, length):
-    """Send datagrams of that many bytes, with headers."""
+    """Send datagrams of `length` bytes, including headers."""
     text = (
         "import socket, sys, time\n"
         f"s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(({host!r}, {port}))\n"
@@ -97,7 +97,9 @@ def wholes(run, length):
 
 
 def test_hairpin(run):
-    """To another container through the host's address: out of one, into the other, and no outer device between.
+    """A packet to another container by the host's address leaves one container and enters the other, without an outer
+    device. Whether it also crosses the bridge device depends on the kernel: if netfilter sees bridged packets, the
+    bridge hands packets with a resolved neighbour from port to port.
 
     Whether the bridge is on the way, too, is up to the kernel: where netfilter sees bridged packets, those whose
     neighbour it is sure of are handed from port to port.
@@ -116,7 +118,7 @@ def test_hairpin(run):
 
 
 def test_from_container_to_container_on_one_bridge(run):
-    """Bridged, not routed: the host is not asked, and the bridge itself is a device of neither."""
+    """The bridge forwards such packets without routing, so that the bridge device is on neither path."""
     tag = run.tag
     there = {(way, container): devices for way, container, devices in paths(run, AROUND)}
     assert there["egress", "c1"] == ("eth0", f"veth{tag}-c1")
@@ -135,7 +137,7 @@ def test_macvlan(run):
     assert "its ingress is not measured" in told
 
 
-def test_a_dropped_packet_tells_why(run):
+def test_a_dropped_packet_has_its_reason(run):
     """A dropped packet has the delays before the drop, its reason, and no overhead."""
     drops = run.query(
         "SELECT outcome, drop_reason > 0, count(DISTINCT packet) FROM delays"

@@ -77,7 +77,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
         assert all(pq.read_metadata(s.path).num_rows == s.rows for s in live)
         rows = store.delays(columns=["run", "packet", "position", "direction"])
         assert rows.num_rows == sum(s.rows for s in live) >= acknowledged
-        # Packets are numbered from 1 in each run: nothing twice, nothing missing in between.
+        # Each run numbers its packets from 1: no packet is stored twice, and none is missing in between.
         key = rows.group_by(["run", "packet", "position", "direction"]).aggregate([([], "count_all")])
         assert key.column("count_all").to_pylist() == [1] * rows.num_rows
         assert store.summary().ledger.imbalance == 0
@@ -96,9 +96,9 @@ def test_one_writer_at_a_time_and_any_number_of_readers(tmp_path):
     with writer(tmp_path, "first") as process:
         with pytest.raises(StoreError, match=rf"process {process.pid} on .* \(run first\)"):
             fill(tmp_path, [], "second")
-        # Readers are not in its way, nor it in theirs.
+        # Readers and the writer do not block each other.
         assert StoreReader(tmp_path).summary().packets >= 0
-    # The kernel lets go of the lock with the process.
+    # The kernel releases the lock when the process ends.
     fill(tmp_path, [], "second")
     assert [r.run for r in StoreReader(tmp_path).runs()] == ["first", "second"]
 
@@ -127,7 +127,7 @@ def small_disk(path, size):
 
 @pytest.mark.slow
 @pytest.mark.needs("root")
-def test_a_full_disk_is_told_and_takes_nothing_that_was_stored(tmp_path):
+def test_a_full_disk_is_reported_and_keeps_stored_rows(tmp_path):
     with small_disk(tmp_path / "disk", 2_000_000) as disk:
         path = disk / "store"
 
@@ -162,7 +162,7 @@ async def run_and_close(write):
     try:
         await sink.aclose()
     except StoreError as e:
-        # Still full: it must say so once more, not pretend.
+        # The disk is still full: closing must report it again.
         assert "No space" in str(e)  # noqa: PT017
     return sink, before, told
 
@@ -177,13 +177,13 @@ def test_a_full_disk_at_the_start(tmp_path):
             fill(disk / "store", [])
 
 
-def test_a_directory_that_may_not_be_written(tmp_path):
+def test_a_directory_without_write_permission(tmp_path):
     """The path is below a file of /proc, so no user can write there, not even root."""
     with pytest.raises(StoreError, match="cannot open the store"):
         fill(Path("/proc/self/no-store"), [])
 
 
-def test_the_files_are_what_the_documentation_says(tmp_path):
+def test_the_files_have_the_documented_layout(tmp_path):
     delays = make_delays(50)
     fill(tmp_path, [make_results(delays, windows=make_windows(delays))])
     names = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())

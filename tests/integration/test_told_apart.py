@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
 
 
 def by_netns(measurement, length):
-    """{(container, netns inode of its eth0): packets sent} of echo requests of one length."""
+    """Return {(container, netns inode of its eth0): packets sent} of echo requests of one length."""
     found = measurement.query(
         "SELECT container, CAST(split_part(device_id, ':', 1) AS BIGINT), count(*) FROM delays"
         f" WHERE device = 'eth0' AND direction = 'egress' AND segment = 'device' AND l3_len = {length} GROUP BY ALL"
@@ -48,7 +48,8 @@ def test_two_labs_at_once(tmp_path):
         with measured(one, tmp_path) as measurement:
             flows = [lab.start_ping("c1", count=200, size=112) for lab in (one, two)]
             assert [flow.wait().received for flow in flows] == [200, 200]
-        # The other's packets cross no container device of this lab's host, and share no name with its path but eth0.
+        # The other lab's packets cross no container device of this lab's host, and only the name eth0 is common to both
+        # paths.
         assert by_netns(measurement, 140) == {("c1", one.netns_inode("c1")): 200}
         paths = measurement.query(f"SELECT direction, devices, count(*) FROM ({PATHS}) WHERE l3_len = 140 GROUP BY ALL")
     tag = one.outer_device[3:]
@@ -64,13 +65,14 @@ def test_a_container_dies_and_a_new_one_takes_its_name(tmp_path):
         with measured(lab, tmp_path) as measurement:
             assert lab.ping("c1", count=100, size=113).received == 100
             lab.remove_container("c1")
-            # The kernel gives a free inode to the next namespace; this one takes it, so that ours is a new one.
+            # The kernel gives a free inode to the next namespace. This process takes it, so that the container gets a
+            # new one.
             time.sleep(1)
             lab.add_container("spare")
             lab.add_container("c1")
             second = lab.netns_inode("c1")
             assert first != second
-            # Two seconds are more than a container's own start takes; then all is known of it.
+            # Two seconds suffice for a container's start, after which its devices are known.
             time.sleep(2)
             assert lab.ping("c1", count=150, size=113).received == 150
         assert by_netns(measurement, 141) == {("c1", first): 100, ("c1", second): 150}
@@ -85,7 +87,7 @@ def test_a_container_that_comes_while_measuring_is_followed(tmp_path):
         assert by_netns(measurement, 142) == {("late", lab.netns_inode("late")): 100}
 
 
-def test_churn_under_traffic_leaves_the_rest_exact(tmp_path):
+def test_churn_under_traffic_leaves_other_containers_exact(tmp_path):
     with running(Spec(name="churn", containers=2)) as lab:
         lab.ping("c1", count=2)
         with measured(lab, tmp_path) as measurement:
@@ -94,7 +96,7 @@ def test_churn_under_traffic_leaves_the_rest_exact(tmp_path):
                 lab.add_container("guest")
                 flow = lab.start_udp("guest", count=100_000, rate_pps=2_000, duration_s=0.3, size=99)
                 time.sleep(0.2)
-                # Its devices vanish in the middle of its packets' way.
+                # The devices vanish while packets cross them.
                 flow.close()
                 lab.remove_container("guest")
             assert steady.wait().received == 500
@@ -140,7 +142,7 @@ def test_series_of_containers_that_came_and_went_are_gone(tmp_path):
         wait_for(lambda: Scraped(listen).containers == {"c1"}, what="the series of what has gone to go")
         last = Scraped(listen)
         assert last.places == before.places
-        # Each way through a device, and of the container's own also the whole of it.
+        # Each direction through a device and, at the container's own device, also the whole path.
         assert len(last.series) <= 4 * len(last.places)
         assert last.dropped >= 100
 
@@ -162,7 +164,9 @@ def test_real_docker_containers(tmp_path):
 
 @pytest.mark.needs("docker")
 def test_a_docker_container_is_renamed_and_another_is_on_the_host_s_network(tmp_path):
-    """Live, in the store and in the recording's replay: one container by its new name; the other is named, not lost."""
+    """In the live run, the store and a replay, one container has its new name, and the other is listed as on the host's
+    network.
+    """
     with running(Spec(name="named", containers=1, runtime=Runtime.DOCKER)) as lab:
 
         def docker(*argv):

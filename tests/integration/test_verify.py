@@ -47,7 +47,7 @@ def test_what_the_source_cannot_record_is_said():
     ("arguments", "told"),
     [(["vlxan"], "no scenario 'vlxan' (did you mean 'vxlan'?)"), (["nat", "--packets", "0"], "expected 1 to 20000")],
 )
-def test_what_cannot_be_asked_for(arguments, told):
+def test_invalid_requests_are_refused(arguments, told):
     done = mace("verify", *arguments, check=False)
     assert done.returncode == 2
     assert told in done.stderr

@@ -33,7 +33,7 @@ def agree(ours, theirs):
     a, b = statistics.median(ours), statistics.median(theirs)
     bound = max(1_000, min(a, b) / 4)
     assert abs(a - b) <= bound, f"medians: ours {a} ns, theirs {b} ns"
-    # The same packet by packet, which a median of other packets would not be.
+    # Packet by packet, so that medians of different packets cannot agree by chance.
     assert statistics.median(abs(x - y) for x, y in zip(ours, theirs, strict=True)) <= bound
 
 
@@ -60,11 +60,12 @@ interval:ms:100 {{ printf("on\\n"); }}
 """
         said = tmp_path / "bpftrace.txt"
         with measured(lab, tmp_path) as measurement:
-            # Not with -o, which keeps it all until the end.
+            # Without -o, which would buffer all output until the end.
             with said.open("wb") as file:
                 witness = subprocess.Popen(["bpftrace", "-B", "line", "-e", program], stdout=file)
             try:
-                # "Attaching N probes..." comes before they are on; what the last of them says, after.
+                # bpftrace prints "Attaching N probes..." before they are on, and the output of the last probe
+                # afterwards.
                 wait_for(lambda: said.exists() and "\non\n" in said.read_text(), what="bpftrace")
                 assert lab.ping("c1", count=COUNT, size=SIZE, interval_s=interval_s).received == COUNT
                 time.sleep(0.5)
@@ -77,7 +78,7 @@ interval:ms:100 {{ printf("on\\n"); }}
 
 
 def _name_argument():
-    """How this bpftrace spells the string behind the tracepoint's __data_loc `name`."""
+    """Return the expression of this bpftrace version for the string of the tracepoint's __data_loc `name`."""
     listed = subprocess.run(
         ["bpftrace", "-lv", "tracepoint:net:net_dev_queue"], capture_output=True, text=True, check=True
     ).stdout
@@ -118,7 +119,7 @@ def test_perf_script(tmp_path):
             found[direction].append(ts - began.pop(skb))
     for direction, theirs in found.items():
         agree(overheads(measurement, direction), theirs)
-    # What perf prints unasked replays as it is: the same events at the same times.
+    # The default output of perf script replays to the same events at the same times.
     plain = tmp_path / "perf.txt"
     with plain.open("wb") as file:
         subprocess.run(["perf", "script", "--ns", "-i", data], stdout=file, check=True)

@@ -19,15 +19,15 @@ from tests.places import ROOT
 
 REPOSITORY = ROOT
 SOURCE = REPOSITORY / "kmod"
-KEPT_S = 7 * 86400  # a build that nobody asked for in a week goes
+KEPT_S = 7 * 86400  # builds unused for a week are removed
 
 # Debian's kbuild programs are linked with libelf and, for signing, libssl; minbase with these takes 450 MB.
 TOOLCHAIN = ("gcc-14", "make", "libelf1t64", "libssl3t64")
 
-# A /proc of its own, because objtool asks there for its limits, and no way to the host's processes or network.
+# Its own /proc, where objtool reads its limits; no access to the host's processes or network.
 INTO_CHROOT = ("unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc")
 
-# Differences that are meant: 5.10 was built by gcc 10, and there is no pahole because there is no BTF.
+# Expected warnings: gcc 10 built 5.10, and pahole is missing because there is no BTF.
 HARMLESS = re.compile(r"warning: (the compiler|pahole version) differs from the one used to build the kernel")
 WARNING = re.compile(r"\bwarning:|\bWARNING:|\berror:", re.IGNORECASE)
 
@@ -50,11 +50,11 @@ def build(kernel: Kernel, source: Path = SOURCE, extra: Mapping[str, str] | None
         "W": "1",
         "CC": kernel.wanted.compiler,
         "ARCH": "x86",
-        "CONFIG_DEBUG_INFO_BTF_MODULES": "",  # wants pahole and the kernel's own BTF, for BPF programs only
+        "CONFIG_DEBUG_INFO_BTF_MODULES": "",  # would need pahole and the kernel's BTF, which only BPF programs use
         **(extra or {}),
     }
     if kernel.wanted.builds_in is None and shutil.which(kernel.wanted.compiler) is None:
-        variables["CC"] = "gcc"  # on another distribution than Debian 12; extra may have said otherwise
+        variables["CC"] = "gcc"  # on distributions other than Debian 12; `extra` may override it
         variables |= extra or {}
     place = cache_dir() / "builds" / _digest(kernel, source, variables)
     with locked(f"build-{kernel.release}"):
@@ -82,7 +82,7 @@ def _digest(kernel: Kernel, source: Path, variables: Mapping[str, str]) -> str:
 def _prune(builds: Path) -> None:
     for old in builds.iterdir():
         if old.stat().st_mtime < time.time() - KEPT_S:
-            shutil.rmtree(old, ignore_errors=True)  # another process may be at it
+            shutil.rmtree(old, ignore_errors=True)  # another process may remove it, too
 
 
 def _build(kernel: Kernel, source: Path, variables: Mapping[str, str], place: Path) -> None:
@@ -142,7 +142,7 @@ def _make_in_chroot(kernel: Kernel, work: Path, variables: Mapping[str, str], wh
         inside = root / "build" / work.parent.name
         _take_headers(root, kernel)
         shutil.copytree(work, inside)
-    # Here they are as if installed, and Debian's Makefile finds its way.
+    # In the chroot the headers are at their installed paths, which Debian's Makefile expects.
     headers = Path("/") / kernel.headers_dir.relative_to(kernel.root)
     make: list[str | Path] = [
         "make",

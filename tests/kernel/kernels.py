@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-ATTEMPTS = 3  # mirrors hiccup
+ATTEMPTS = 3  # mirrors fail now and then
 
 
 class KernelUnavailable(Exception):
@@ -37,7 +37,7 @@ class KernelUnavailable(Exception):
 class KernelLine:
     """A line of kernels and its place in Debian."""
 
-    suites: tuple[str, ...]  # together the newest wins; if the mirror has dropped one, the others do
+    suites: tuple[str, ...]  # the newest version of all suites; a suite that the mirror has dropped is skipped
     compiler: str  # of the host, or of the chroot where builds_in names one
     builds_in: str | None = None  # the Debian suite in whose chroot its module is built; None: on the host
 
@@ -47,7 +47,7 @@ KERNELS: dict[str, KernelLine] = {
     "5.10": KernelLine(("bullseye-security", "bullseye"), "gcc-12"),
     "6.1": KernelLine(("bookworm-security", "bookworm"), "gcc-12"),
     "6.12": KernelLine(("bookworm-backports",), "gcc-12"),
-    # Its objtool wants glibc 2.38, its configuration gcc 14.
+    # Its objtool needs glibc 2.38, its configuration gcc 14.
     "7": KernelLine(("trixie-backports",), "gcc-14", builds_in="trixie"),
 }
 """Kernels, oldest first: one for each Debian release, and the newest."""
@@ -61,8 +61,8 @@ PARTS = re.compile(r"linux-(image|binary|modules|headers|kbuild|base)-\S*\d\S*(?
 class Kernel:
     """An unpacked kernel. Its directories are in the cache and must not be modified."""
 
-    name: str  # as in KERNELS
-    release: str  # as uname -r says it
+    name: str  # name in KERNELS
+    release: str  # output of uname -r
     root: Path  # what the packages were unpacked into
 
     @property
@@ -71,7 +71,7 @@ class Kernel:
 
     @property
     def vmlinuz(self) -> Path:
-        inside = self.modules_dir / "vmlinuz"  # 7.3's packages have no /boot
+        inside = self.modules_dir / "vmlinuz"  # the packages of 7.3 have no /boot
         return inside if inside.exists() else self.root / "boot" / f"vmlinuz-{self.release}"
 
     @property
@@ -113,7 +113,7 @@ def locked(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def scratch(prefix: str) -> Iterator[Path]:
     """Make a temporary directory on the cache's file system: complete results are renamed out of it."""
-    for left in cache_dir().glob(".*-*/"):  # by who was killed
+    for left in cache_dir().glob(".*-*/"):  # left by killed processes
         if left.stat().st_mtime < time.time() - 86400:
             shutil.rmtree(left, ignore_errors=True)
     path = Path(tempfile.mkdtemp(prefix=f".{prefix}-", dir=cache_dir()))
@@ -186,13 +186,13 @@ class _Apt:
             "Dir::Etc::Preferences": "/dev/null",
             "Dir::Etc::PreferencesParts": "/dev/null",
             "Dir::State::Lists": home / "lists",
-            "Dir::State::Status": "/dev/null",  # as if nothing were installed
+            "Dir::State::Status": "/dev/null",  # ignore the host's installed packages
             "Dir::Cache": home,
             "Acquire::Languages": "none",
             "Acquire::Retries": ATTEMPTS,
-            "Acquire::Check-Valid-Until": "false",  # a suite that is no longer maintained is no longer re-signed
-            "APT::Sandbox::User": "root",  # its user may not enter the cache of ours
-            "APT::Update::Error-Mode": "any",  # a suite that was not reached would go unnoticed
+            "Acquire::Check-Valid-Until": "false",  # signatures of unmaintained suites expire
+            "APT::Sandbox::User": "root",  # apt's own user may not enter this user's cache
+            "APT::Update::Error-Mode": "any",  # otherwise apt ignores a suite that it cannot reach
         }
         self.options = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
         self.home = home

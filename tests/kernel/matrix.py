@@ -14,13 +14,13 @@ from tests.kernel import vm
 from tests.kernel.build import REPOSITORY, build
 from tests.kernel.kernels import fetch
 
-# Of the interpreter that runs us, so that the guest has the same environment.
+# The path of this interpreter, so that the guest has the same environment.
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernel/guest")
 
 JOBS = 2  # QEMU keeps one core busy each
-TIMEOUT_S = 1500  # far more than the guest's tests take on a busy machine; a test of them has its own limit
+TIMEOUT_S = 1500  # far more than the guest's tests take on a busy machine; each test has its own limit
 
-# What a run says to the tests, it says to those in the guest too.
+# Environment variables for tests, which tests in the guest need, too.
 PASSED_ON = ("CI", "MACE_REQUIRE")
 
 

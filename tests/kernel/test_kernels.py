@@ -14,7 +14,7 @@ from tests.kernel.matrix import TIMEOUT_S, Matrix
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.needs("root", "qemu"),
-    # Whichever test comes first waits for the fetching, too, and any for a machine that was started before its own.
+    # The first test also waits for fetching, and each test for machines that were started before its own.
     pytest.mark.timeout(3 * TIMEOUT_S),
 ]
 

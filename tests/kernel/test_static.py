@@ -14,9 +14,9 @@ from tests.kernel.kernels import KERNELS, KernelUnavailable, fetch, source_scrip
 
 HEADER = SOURCE / "uapi/mace.h"
 
-# A first fetch and build of a kernel, and whoever builds beside us.
+# For the first fetch and build of a kernel, and for other builds at the same time.
 BUILDS = [pytest.mark.slow, pytest.mark.needs("root", "qemu"), pytest.mark.timeout(900)]
-# The scripts come out of 130 MB of kernel source, once.
+# The scripts are extracted once from 130 MB of kernel source.
 SCRIPTS = [pytest.mark.slow, pytest.mark.needs("root", "qemu", "perl"), pytest.mark.timeout(900)]
 
 
@@ -81,7 +81,7 @@ def test_a_warning_fails(tmp_path):
         build(fetch("6.1"), copy(tmp_path, "mace_main.c", AFTER_INCLUDES, A_WARNING))
 
 
-# Not the newest: its chroot has no sparse, and of what Debian 12's can read it says nothing that 6.12 does not.
+# Not the newest kernel: its chroot has no sparse, and Debian 12's sparse finds nothing there that it misses in 6.12.
 @builds
 @pytest.mark.needs("sparse")
 @pytest.mark.parametrize("name", [name for name, wanted in KERNELS.items() if wanted.builds_in is None])
@@ -101,7 +101,7 @@ def test_sparse_sees_user_memory_touched(tmp_path):
 
 # --- the kernel's own scripts --------------------------------------------------------------------
 
-# Not asked, because they cannot hold here:
+# Ignored checks, which cannot hold here:
 IGNORED = (
     # A macro that begins a function's definition has a parameter's name as argument, which cannot stand in parentheses.
     "MACRO_ARG_PRECEDENCE",
@@ -109,12 +109,12 @@ IGNORED = (
     "CAMELCASE",
 )
 TABLE = ("COMPLEX_MACRO", "MACRO_ARG_REUSE", "TRAILING_SEMICOLON")
-"""Nor these of MACE_HOOKS, a macro that is a list of rows, and of what each row becomes: nothing of it can stand in
-parentheses. The kernel has such lists, too (__BPF_FUNC_MAPPER in include/uapi/linux/bpf.h)."""
+"""Ignored checks of MACE_HOOKS, a macro that is a list of rows, and of the macros for its rows: nothing there can stand
+in parentheses. The kernel has such lists, too (__BPF_FUNC_MAPPER in include/uapi/linux/bpf.h)."""
 
 
 def checkpatch(folder, cwd):
-    # It leaves a file behind where it is run.
+    # checkpatch leaves a file in its working directory.
     options = ["--no-tree", "--terse", "--strict", "--max-line-length=100", "--show-types"]
     script = source_scripts() / "checkpatch.pl"
     table = folder / "mace_probes.c"
@@ -161,7 +161,7 @@ def test_kernel_doc_can_fail(tmp_path):
     assert "'ip_id' not described" in said
 
 
-# --- what no tool looks for ----------------------------------------------------------------------
+# --- checks without a tool -----------------------------------------------------------------------
 
 
 def test_no_version_of_a_kernel_is_compared():
@@ -170,12 +170,12 @@ def test_no_version_of_a_kernel_is_compared():
         assert not re.search(r"LINUX_VERSION_CODE|KERNEL_VERSION|linux/version", path.read_text()), path
 
 
-def test_what_differs_between_kernels_is_looked_for_in_their_headers():
+def test_differences_between_kernels_are_found_in_their_headers():
     asked = set(re.findall(r"MACE_HAVE_(\w+)", (SOURCE / "mace_compat.h").read_text()))
     assert asked == set(re.findall(r"call mace-have, (\w+),", (SOURCE / "Kbuild").read_text()))
 
 
-def test_numbers_of_user_space_find_a_ring_in_one_place():
+def test_numbers_from_user_space_index_rings_in_one_place():
     """A CPU that executes a branch speculatively must not read behind the array: array_index_nospec()."""
     assert "rings[" not in (SOURCE / "mace_chardev.c").read_text()
     text = (SOURCE / "mace_session.c").read_text()
@@ -214,7 +214,7 @@ COMPILERS = [
 
 def compiled(compiler, folder, cwd):
     source = cwd / "alone"
-    source.write_text('#include "mace.h"\n')  # as main file it would be told of what is unused
+    source.write_text('#include "mace.h"\n')  # as the main file it would cause warnings about unused constants
     options = ["-Wall", "-Wextra", "-Wpadded", "-Werror", "-fsyntax-only", f"-I{folder / 'uapi'}"]
     return ran([*compiler, *options, source], cwd)
 
@@ -227,7 +227,7 @@ def test_the_header_compiles_alone_and_hides_no_padding(compiler, tmp_path):
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_hidden_padding_is_found(compiler, tmp_path):
-    # The size stays the same, so that the header's own assertion holds.
+    # The size is unchanged, so that the header's own assertion holds.
     worse = copy(tmp_path, "uapi/mace.h", "\t__u32 ready;\n\t__u32 pad;\n", "\t__u32 ready;\n")
     status, said = compiled(compiler, worse, tmp_path)
     assert status != 0

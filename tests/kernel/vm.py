@@ -43,11 +43,11 @@ import zstandard
 from tests.kernel.kernels import KERNELS, KEYRING, Kernel, KernelUnavailable, fetched, mirror
 
 GUEST_INIT = Path(__file__).with_name("guest_init.sh")
-EXCHANGE = Path("/run/exchange")  # where the guest sees its exchange directory
-VIRTIOFSD = (Path("/usr/lib/qemu/virtiofsd"),)  # the C one of QEMU 7; Rust's, elsewhere, takes other options
+EXCHANGE = Path("/run/exchange")  # the exchange directory in the guest
+VIRTIOFSD = (Path("/usr/lib/qemu/virtiofsd"),)  # virtiofsd in C, of QEMU 7; the one in Rust has other options
 
-MEMORY = "1G"  # pytest, numpy and the rings take 300 MB, the overlay's upper what is left
-MODULES = ("virtio_pci", "virtio_rng", "virtiofs", "overlay")  # and what they depend on
+MEMORY = "1G"  # pytest, numpy and the rings take 300 MB, the overlay's upper half the rest
+MODULES = ("virtio_pci", "virtio_rng", "virtiofs", "overlay")  # and their dependencies
 
 POSSIBLE_CPUS = 8
 """CPUs of the machine. All are present, but the kernel starts two: since 6.12 an absent CPU is not a possible one."""
@@ -160,7 +160,7 @@ def kvm_works(kernel: Kernel) -> bool:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
     with _kvm_lock:
-        # One kernel that does not run is enough to leave it alone.
+        # One kernel that does not run suffices to avoid KVM.
         if not all(_kvm.values()):
             return False
         if kernel.release not in _kvm:
@@ -227,7 +227,7 @@ def _command(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> str:
         **env,
     }
     lines = [f"export {name}={shlex.quote(value)}" for name, value in told.items()]
-    # When the command began, for the host: a file's time would be the guest's clock.
+    # When the command began, by the host's clock: a file's time would be by the guest's clock.
     return "\n".join([*lines, f": >{EXCHANGE}/started", f"cd {shlex.quote(str(cwd))} || exit", shlex.join(command), ""])
 
 
@@ -247,14 +247,14 @@ class _Machine:
     def start(self) -> None:
         initramfs = self.work / "initramfs.cpio"
         initramfs.write_bytes(_initramfs(self.kernel, self.work / "initramfs"))
-        # Files are not looked at again once they are known: nobody changes them during a test.
+        # Attributes of files are cached without expiry, because files do not change during a test.
         host = self._serve("host", Path("/"), "always", read_only=True)
         exchange = self._serve("exchange", self.exchange, "none", read_only=False)
         log = (self.work / "qemu.log").open("wb")
         with log:
             self.qemu = self._spawn(
                 [
-                    # Whatever runs beside a machine goes first: its tests have no other limit than that of a hang.
+                    # Other processes have priority: the guest's tests have no limits but those against hanging.
                     *("nice", "-n", "10"),
                     *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
                     *("-machine", "q35,memory-backend=memory", "-smp", str(POSSIBLE_CPUS)),
@@ -270,7 +270,7 @@ class _Machine:
                     # Warnings and worse on the console. A panic ends QEMU, an oops does not: what comes after it is
                     # worth reading.
                     *("-append", f"console=ttyS0 loglevel=5 panic=-1 {ALWAYS} {'' if self.counted else CHECKS}"),
-                    # A nanosecond of the guest's clock is an instruction then, whatever the host is busy with.
+                    # A nanosecond of the guest's clock is one instruction then, whatever the host's load.
                     *(("-icount", "shift=0,sleep=off") if self.counted else ()),
                 ],
                 log=log,
@@ -286,14 +286,15 @@ class _Machine:
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening,
             (self.work / f"{name}.log").open("wb") as log,
         ):
-            # We listen, not virtiofsd: so QEMU never comes too early, and virtiofsd needs no place to write.
+            # This process listens instead of virtiofsd, so that QEMU never connects too early and virtiofsd needs no
+            # writable folder.
             listening.bind(str(path))
             listening.listen(1)
             options = f"source={folder},sandbox=chroot,cache={cache},log_level=warn"
             command = [str(virtiofsd), f"--fd={listening.fileno()}", "-f", "-o", options]
             if read_only:
-                # The guest's root could mount it writable; here even virtiofsd cannot write. Mounts that refuse
-                # (some of the kernel's own) are not files of anybody's.
+                # The guest's root could remount a share writable, but here even virtiofsd cannot write. Mounts that
+                # refuse (some of the kernel's own) have no files of users.
                 remount = "mount -o remount,bind,ro / && cut -d' ' -f5 /proc/self/mountinfo | while read -r place; do"
                 remount += ' mount -o remount,bind,ro "$place" 2>/dev/null || :; done; exec "$@"'
                 command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", remount, "sh", *command]
@@ -301,7 +302,8 @@ class _Machine:
         return path
 
     def _spawn(self, command: Sequence[str], *, log: IO[bytes], keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-        # setpriv: also when we are killed, nobody stays behind. A group of its own: Ctrl-C is ours to handle.
+        # setpriv ends the servers if this process is killed. In a process group of their own they get no Ctrl-C, which
+        # this process handles.
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],
             stdin=subprocess.DEVNULL,
@@ -375,7 +377,7 @@ def _initramfs(kernel: Kernel, folder: Path) -> bytes:
         raise MachineFailed(f"{busybox} is linked with libraries, which the initramfs has not: install busybox-static")
     shutil.copy(busybox, folder / "bin/busybox")
     shutil.copy(GUEST_INIT, folder / "init")
-    # The kernel starts /init through its first line, so there is a /bin/sh.
+    # The kernel runs /init by its first line, which needs /bin/sh.
     (folder / "bin/sh").symlink_to("busybox")
     names = []
     for module in _with_dependencies(kernel):
@@ -397,7 +399,7 @@ def _with_dependencies(kernel: Kernel) -> list[Path]:
     needs: dict[Path, list[Path]] = {}
     for line in (kernel.modules_dir / "modules.dep").read_text().splitlines():
         module, _, rest = line.partition(":")
-        # modules.dep names the one to be loaded first last.
+        # modules.dep lists the module to load first last.
         needs[Path(module)] = [Path(word) for word in reversed(rest.split())]
     builtin = {_name(Path(line)) for line in (kernel.modules_dir / "modules.builtin").read_text().split()}
     by_name = {_name(path): path for path in needs}
@@ -411,7 +413,7 @@ def _with_dependencies(kernel: Kernel) -> list[Path]:
 
 
 def _name(path: Path) -> str:
-    # virtio-rng.ko.xz is the module virtio_rng.
+    # The file virtio-rng.ko.xz has the module virtio_rng.
     return path.name.split(".")[0].replace("-", "_")
 
 

@@ -17,7 +17,7 @@ SMALL = st.integers(0, 3)
 
 @st.composite
 def topologies(draw):
-    """Few namespaces, numbers and names, so that much is related to much."""
+    """Draw a topology of few namespaces, indices and names, so that many devices are related."""
     keys = draw(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=10, unique=True))
     devices = tuple(
         Device(
@@ -50,7 +50,7 @@ def tried(resolver, hook_p, sources, hook_n, targets):
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(topologies())
-def test_pairs_are_those_that_trying_all_finds(topology):
+def test_pairs_equal_those_of_an_exhaustive_search(topology):
     resolver = Resolver(0)
     resolver.update(topology)
     # Records of ip_rcv come from sources that name one device.
@@ -61,7 +61,7 @@ def test_pairs_are_those_that_trying_all_finds(topology):
         assert found == set(tried(resolver, hook_p, one.numbers, hook_n, other.numbers))
 
 
-def test_a_thousand_containers_are_not_tried_with_each_other():
+def test_a_thousand_containers_are_searched_in_linear_time():
     inner = [Device(netns, 2, "eth0", "veth", 1, netns) for netns in range(2, 1_002)]
     resolver = Resolver(0)
     resolver.update(Topology(0, 1, tuple(inner), (NO_DEVICE, Sighting("eth0"))))
@@ -70,7 +70,7 @@ def test_a_thousand_containers_are_not_tried_with_each_other():
     assert resolver._tried <= 2_000
 
 
-def test_devices_that_no_kernel_has_are_not_tried_without_end(monkeypatch):
+def test_impossible_topologies_have_a_bounded_search(monkeypatch):
     monkeypatch.setattr(identity, "_MOST_TRIED", 10_000)
     alike = tuple(Device(1, index, "eth0", "veth") for index in range(1, 1_000))
     resolver = Resolver(0)

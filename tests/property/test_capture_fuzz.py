@@ -53,7 +53,7 @@ _FILE = Path(_DIRECTORY.name) / "fuzzed.mace"
 
 
 def read(content, salvage=False):
-    """Items, the capture, and the error that ended it."""
+    """Read a capture; returns its items, the reader, and the error that ended the reading."""
     _FILE.write_bytes(content)
     items = []
     try:
@@ -74,12 +74,12 @@ def judge(content):
         assert same_stream(items, ITEMS) or (capture.truncated and same_stream(items, ITEMS[: len(items)]))
         assert same_stream(items, ITEMS) or len(content) < len(BYTES)
     else:
-        # What came before the error was right.
+        # The items before the error are the original ones.
         assert same_stream(items, ITEMS[: len(items)])
 
 
 def judge_salvage(content):
-    """Nothing is read that was not written; every record is read, discarded, or beyond the known end."""
+    """Check salvage: only written records are read, and each record is read, discarded, or beyond the known end."""
     items, capture, error = read(content, salvage=True)
     if error is not None:
         return
@@ -93,7 +93,7 @@ def judge_salvage(content):
 
 def positions():
     size = len(BYTES)
-    # Half of them near a frame's head, where the structure is.
+    # Half of the mutations are near a frame's head, which describes the rest.
     near = st.builds(
         lambda start, off: min(max(start + off, 0), size - 1), st.sampled_from(STARTS), st.integers(-8, 60)
     )
@@ -151,7 +151,7 @@ def test_frames_shuffled_repeated_left_out(order):
 
 @pytest.mark.slow
 @given(st.binary(max_size=300))
-def test_no_capture_at_all(content):
+def test_arbitrary_bytes(content):
     for start in (b"", FILE_HEAD, BYTES[: STARTS[1]], BYTES[: STARTS[3]]):
         read(start + content)
         read(start + content, salvage=True)
@@ -175,12 +175,9 @@ def keeps_the_contract(items):
             last_ns = item.ts_ns[-1]
 
 
-RAW_BATCH = FRAMES[2]
-
-
 @st.composite
 def hostile_payloads(draw):
-    """A frame's decompressed payload, mutated and sealed again with right sizes and checksums."""
+    """Draw a frame whose decompressed payload is mutated, with matching sizes and checksums."""
     import zstandard
 
     number = draw(st.integers(0, len(FRAMES) - 1))
@@ -190,7 +187,7 @@ def hostile_payloads(draw):
         raw = zstandard.ZstdDecompressor().decompress(raw)
     raw = bytearray(raw)
     for _ in range(draw(st.integers(1, 4))):
-        # The first bytes of a batch say how the others are read.
+        # The first bytes of a batch describe the encoding of the others.
         at = draw(st.integers(0, min(len(raw), 40)) | st.integers(0, len(raw)))
         match draw(st.sampled_from(["set", "flip", "delete", "insert"])):
             case "set" if at < len(raw):
@@ -220,7 +217,7 @@ def test_a_hostile_writer(content):
     keeps_the_contract(items)
 
 
-def test_the_example_is_what_it_seems():
+def test_the_example_is_sound():
     items, capture, error = read(BYTES)
     assert error is None
     assert same_stream(items, ITEMS)

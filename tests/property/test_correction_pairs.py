@@ -16,7 +16,7 @@ from tests.made_exchanges import LENGTH, START, Path, ping_run
 
 
 def pairs(found):
-    """(request, response) of each sample, None where it is not paired."""
+    """Return (request, response) of each sample; None for a sample without a pair."""
     rows = zip(found.reason, found.request.tolist(), found.response.tolist(), strict=True)
     return [(request, response) if reason == Reason.PAIRED else None for reason, request, response in rows]
 
@@ -29,7 +29,7 @@ def wrong(run, found):
 
 
 def naive_increasing(sets):
-    """By trying every choice; sets that all of those before them lie below are judged apart from these."""
+    """Try every choice. A set whose members all exceed those of the earlier sets begins a stretch judged separately."""
     chosen, start = [], 0
     for stop in range(1, len(sets) + 1):
         before, after = sets[start:stop], sets[stop:]
@@ -43,18 +43,18 @@ def naive_increasing(sets):
 
 
 @given(st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), max_size=6))
-def test_what_all_increasing_choices_agree_on(sets):
+def test_only_increasing_equals_an_exhaustive_search(sets):
     spans = [Span(sorted(s), 0, len(s)) for s in sets]
     assert only_increasing(spans).tolist() == naive_increasing(sets)
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 5), st.integers(0, 7)), max_size=6))
-def test_the_same_where_some_items_do_not_fit(windows):
+def test_only_increasing_with_unfit_items_equals_an_exhaustive_search(windows):
     items = list(range(12))
     spans = [Span(items, start, start + size) for start, size, _ in windows]
     fitting = [[i for i in items[s : s + n] if i == s or i % 3 != unfit % 3] for s, n, unfit in windows]
     found = only_increasing(spans, lambda n, item: item in fitting[n])
-    # Stretches are told apart by the spans, not by what fits in them: the reference must see the same ones.
+    # The spans separate the stretches, whatever fits in them: the reference must use the same stretches.
     apart, start = [], 0
     for stop in range(1, len(spans) + 1):
         if stop == len(spans) or max(s.stop - 1 for s in spans[start:stop]) < min(s.start for s in spans[stop:]):
@@ -71,9 +71,10 @@ def test_the_same_where_some_items_do_not_fit(windows):
 
 
 def naive_pairs(run, stamps):
-    """Requests, then replies, each by trying all orders, with long waits and then with ordinary ones.
+    """Pair requests, then replies, by trying all orders, with the long waiting times first and then with the ordinary
+    ones.
 
-    For a few samples with times and without further replies.
+    For few samples, all with times and none with duplicate replies.
     """
     c = run.crossings
     packets = list(zip(c.packet.tolist(), c.direction.tolist(), c.inner_utc_ns.tolist(),
@@ -98,7 +99,7 @@ def naive_pairs(run, stamps):
         return [i for i, (queued, _, _) in enumerate(out) if early <= queued <= late and replies(k, i, waits)]
 
     def tried(rows, candidates, number):
-        """Row -> the item that is certain."""
+        """Return row -> the one item that fits it."""
         certain = {}
         for waits in (stamps.patient(), stamps):
             sets = {k: [certain[k]] if k in certain else candidates(k, waits) for k in rows}
@@ -128,12 +129,13 @@ def naive_pairs(run, stamps):
 @pytest.mark.slow
 @settings(max_examples=150)
 @given(st.integers(0, 1 << 32), st.integers(1, 5), st.sampled_from([3e4, 1e6, 4e6, 3e7]), st.integers(0, 3))
-def test_as_by_trying_everything(seed, count, pace_ns, strangers):
+def test_pairs_agree_with_an_exhaustive_search(seed, count, pace_ns, strangers):
     rng = np.random.default_rng(seed)
     jitter_ns = int(rng.choice([10_000, 10**7]))
     run = ping_run(rng, count, pace_ns=pace_ns, loss=0.2, strangers=strangers, jitter_ns=jitter_ns)
     found = correct(run.samples, run.crossings, PING)
-    # Stretches are told apart by what fits in them there, here by a wider look: more may be given up, nothing else.
+    # The reference separates stretches by fitting items, the code by a wider range: the code may leave more samples
+    # unpaired, but must not pair any differently.
     by_trial = naive_pairs(run, PING)
     assert all(mine in (None, other) for mine, other in zip(pairs(found), by_trial, strict=True))
     if strangers == 0 and (found.reason != Reason.NO_RESPONSE).all():
@@ -163,19 +165,19 @@ def test_never_a_wrong_pair(seed, pace_ns, content, strangers):
 @pytest.mark.parametrize("duplicates", [0.0, 0.3])
 @pytest.mark.parametrize("loss", [0.0, 0.3])
 @pytest.mark.parametrize("pace_ns", [10_000_000, 100_000_000])
-def test_all_of_a_calm_run_are_paired(pace_ns, loss, duplicates):
+def test_all_samples_at_a_slow_pace_are_paired(pace_ns, loss, duplicates):
     run = ping_run(np.random.default_rng(5), 200, pace_ns=pace_ns, loss=loss, duplicates=duplicates, first_seq=65_450)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
 
 
 @pytest.mark.slow
-def test_all_of_a_flood_are_paired_by_their_order():
+def test_order_pairs_all_samples_of_a_flood():
     run = ping_run(np.random.default_rng(6), 5_000, pace_ns=150_000, rtt_ns=10_000, jitter_ns=1_000)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
 
 
 def some_without_times(run, rng, share):
-    """The run's samples, of whose replies some have no time; which ones."""
+    """Return the run's samples, some of them with replies without a time, and the mask of these."""
     chosen = (run.samples.rtt_ns != NOT_TOLD) & (rng.random(len(run.samples)) < share)
     return replace(run.samples, rtt_ns=np.where(chosen, NOT_TOLD, run.samples.rtt_ns), untimed=chosen), chosen
 
@@ -183,7 +185,7 @@ def some_without_times(run, rng, share):
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e4, 3e5, 2e6, 1e7]), st.booleans(), st.integers(0, 5))
-def test_replies_without_a_time_make_no_pair_wrong(seed, pace_ns, content, strangers):
+def test_untimed_replies_cause_no_wrong_pair(seed, pace_ns, content, strangers):
     rng = np.random.default_rng(seed)
     run = ping_run(
         rng, 60, pace_ns=pace_ns, loss=rng.choice([0, 0.1]), duplicates=rng.choice([0, 0.2]), strangers=strangers,
@@ -198,8 +200,8 @@ def test_replies_without_a_time_make_no_pair_wrong(seed, pace_ns, content, stran
 @pytest.mark.parametrize(
     ("pace_ns", "count", "seen"), [(10_000_000, 200, True), (10_000_000, 200, False), (150_000, 1_000, True)]
 )
-def test_replies_without_a_time_cost_no_other(pace_ns, count, seen):
-    """Neither where their packets are there, nor, at a calm pace, where these were not seen."""
+def test_untimed_replies_leave_other_samples_paired(pace_ns, count, seen):
+    """The other samples stay paired, whether or not the packets of untimed replies were captured."""
     rng = np.random.default_rng(6)
     run = ping_run(rng, count, pace_ns=pace_ns, rtt_ns=10_000, jitter_ns=1_000)
     samples, chosen = some_without_times(run, rng, 0.1)
@@ -211,17 +213,17 @@ def test_replies_without_a_time_cost_no_other(pace_ns, count, seen):
     assert pairs(correct(samples, crossings, PING)) == wanted
 
 
-def test_one_sample_of_a_flood_that_waited_for_long_spoils_nothing():
+def test_one_delayed_sample_of_a_flood_leaves_the_others_paired():
     run = ping_run(np.random.default_rng(6), 500, pace_ns=150_000, rtt_ns=10_000, jitter_ns=1_000, held_up=250)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
 
 
-def test_times_are_not_needed_where_every_request_has_its_reply():
+def test_samples_without_times_are_paired_if_every_request_has_a_reply():
     run = ping_run(np.random.default_rng(7), 2_000, pace_ns=10_000_000, stamped=False)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
 
 
-def test_without_times_one_stranger_leaves_nothing_certain_around_it():
+def test_without_times_a_foreign_packet_makes_samples_ambiguous():
     run = ping_run(np.random.default_rng(8), 50, pace_ns=10_000_000, stamped=False, strangers=1, jitter_ns=0)
     found = correct(run.samples, run.crossings, PING)
     assert wrong(run, found) == []
@@ -230,7 +232,7 @@ def test_without_times_one_stranger_leaves_nothing_certain_around_it():
 
 @settings(max_examples=10)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e5, 1e7]))
-def test_content_finds_all_whatever_is_beside_it(seed, pace_ns):
+def test_content_pairs_all_samples_among_foreign_traffic(seed, pace_ns):
     run = ping_run(
         np.random.default_rng(seed), 100, pace_ns=pace_ns, loss=0.2, duplicates=0.2, first_seq=65_480, strangers=50,
         jitter_ns=30_000_000, content=True, ident_told=True,
@@ -239,17 +241,17 @@ def test_content_finds_all_whatever_is_beside_it(seed, pace_ns):
 
 
 @pytest.mark.slow
-def test_wrapped_numbers_are_told_apart_by_order():
+def test_order_distinguishes_wrapped_sequence_numbers():
     run = ping_run(np.random.default_rng(9), 70_000, pace_ns=100_000, rtt_ns=10_000, content=True, stamped=False)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
 
 
-# What is lost ----------------------------------------------------------------------------------------------
+# Losses ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e5, 3e6, 1e7]), st.booleans())
-def test_records_that_were_lost_make_no_wrong_pairs(seed, pace_ns, ident_told):
+def test_lost_records_cause_no_wrong_pairs(seed, pace_ns, ident_told):
     rng = np.random.default_rng(seed)
     run = ping_run(
         rng, 80, pace_ns=pace_ns, loss=0.2, strangers=20, content=ident_told, ident_told=ident_told, jitter_ns=100_000
@@ -272,15 +274,15 @@ def test_records_that_were_lost_make_no_wrong_pairs(seed, pace_ns, ident_told):
 
 @settings(max_examples=40)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e5, 3e6, 1e7, 1e8]), st.booleans())
-def test_anothers_packets_are_no_pairs(seed, pace_ns, stamped):
-    """The right times, the right length, nearly the right round trips; but not in the same milliseconds."""
+def test_foreign_packets_are_not_paired(seed, pace_ns, stamped):
+    """Packets of equal length and similar round trips, 20 ms away from the samples."""
     run = ping_run(np.random.default_rng(seed), 80, pace_ns=pace_ns, loss=0.1, stamped=True)
     late = Path([(row[0], *(t + 20_000_000 for t in row[1:6]), *row[6:]) for row in run.path.rows])
     found = correct(run.samples, late.crossings(), PING)
     assert (found.reason != Reason.PAIRED).all() or pace_ns < 2e7
 
 
-def test_far_from_what_was_lost_nothing_changes():
+def test_a_gap_affects_only_samples_near_it():
     run = ping_run(np.random.default_rng(3), 100, pace_ns=10_000_000)
     gap = (START + 500_000_000, START + 501_000_000)
     found = correct(run.samples, run.crossings, PING, [gap])
@@ -288,13 +290,13 @@ def test_far_from_what_was_lost_nothing_changes():
     assert (found.reason == Reason.PAIRED).sum() == 100 - (found.reason == Reason.LOST).sum()
 
 
-# Piece by piece --------------------------------------------------------------------------------------------
+# Settled samples -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(st.integers(0, 1 << 32), st.sampled_from([2e5, 6e6, 2e7]), st.integers(1, 30))
-def test_what_is_settled_is_not_told_otherwise_at_the_end(seed, pace_ns, step):
+def test_settled_samples_keep_their_pairs(seed, pace_ns, step):
     run = ping_run(np.random.default_rng(seed), 60, pace_ns=pace_ns, loss=0.2, strangers=5)
     whole = correct(run.samples, run.crossings, PING)
     done, crossings = 0, run.crossings
@@ -303,14 +305,14 @@ def test_what_is_settled_is_not_told_otherwise_at_the_end(seed, pace_ns, step):
         upto = int(known.stamp_utc_ns.max(initial=0))
         ready = settled(known, PING, upto)
         early = correct(known[:ready], crossings[crossings.inner_stamp_utc_ns < upto], PING)
-        # With what comes later more may become certain, but nothing else.
+        # Later packets may pair further samples, but change no pair.
         shown, last = pairs(early), pairs(whole)[done : done + ready]
         assert all(now in (None, then) for now, then in zip(shown, last, strict=True))
         assert (early.reason == Reason.NO_REPLY).tolist() == (whole.reason[done : done + ready] == 1).tolist()
         done += ready
 
 
-def test_a_calm_run_is_settled_as_it_goes():
+def test_samples_at_a_slow_pace_settle_during_the_run():
     run = ping_run(np.random.default_rng(4), 60, pace_ns=20_000_000)
     assert settled(run.samples, PING, START + 600_000_000) in range(25, 31)
 
@@ -327,7 +329,8 @@ def test_figures_of_one_exchange():
     assert pairs(found) == [(request, response)]
     assert found.tool_rtt_ns == 90_000
     assert found.egress_ns == 20_000
-    # From stamp to stamp: outer at 90 - 9 + 0.5 µs, its stamp 0.4 before that, what is nearest to the wire 0.5.
+    # From stamp to stamp: the outer device's record is at 90 - 9 + 0.5 µs, its stamp 0.4 µs before that, and the time
+    # nearest to the wire 0.5 µs before it.
     assert found.ingress_ns == 8_900
     assert found.host_rtt_ns == 61_100
     assert found.nic_rtt_ns == START + 81_000 - left
@@ -342,17 +345,17 @@ def test_figures_of_one_exchange():
     [
         (PING, 150_000, 90_000, True),
         (PING, -15_000, 90_000, False),  # printed before it arrived
-        (PING, 5_200_000, 90_000, False),  # printed late: not without neighbours that bear it out
-        (PING, 150_000, 78_000, False),  # over before the reply was there
+        (PING, 5_200_000, 90_000, False),  # printed late: paired only if neighbours confirm it
+        (PING, 150_000, 78_000, False),  # ended before the reply arrived
         (PING, 150_000, 1_200_000, False),  # queued late
         (PING_USER, 150_000, 130_000, True),
         (FPING, 90_000, 90_000, True),
-        (FPING, 300_000, 90_000, False),  # the line has the reply's own time
+        (FPING, 300_000, 90_000, False),  # the line has the time of the reply itself
         (REQUEST_RESPONSE, 0, 130_000, True),
-        (REQUEST_RESPONSE, 120_000, 130_000, False),  # sent after its packet was
+        (REQUEST_RESPONSE, 120_000, 130_000, False),  # sent after its packet
     ],
 )
-def test_what_each_tool_means_by_its_times(model, stamp_ns, rtt_ns, paired):
+def test_the_stamp_model_of_each_tool(model, stamp_ns, rtt_ns, paired):
     path = Path()
     path.egress(START + 5_000)
     path.ingress(START + 90_000)
@@ -361,7 +364,9 @@ def test_what_each_tool_means_by_its_times(model, stamp_ns, rtt_ns, paired):
 
 
 def three(between, **columns):
-    """Exchanges 10 ms apart, of which the second is `between(path, begin)`; its `columns` are as given."""
+    """Return three exchanges 10 ms apart. `between(path, begin)` makes the second, `columns` replace those of its
+    sample.
+    """
     path = Path()
     for n in range(3):
         begin = START + 10_000_000 * n
@@ -383,21 +388,21 @@ def ordinary(path, begin):
     ("columns", "paired"),
     [
         ({"stamp_utc_ns": [START + 150_000, START + 16_000_000, START + 20_150_000]}, True),  # printed late
-        ({"stamp_utc_ns": [START + 150_000, START + 900_000_000, START + 900_150_000]}, False),  # and the next one, too
+        ({"stamp_utc_ns": [START + 150_000, START + 900_000_000, START + 900_150_000]}, False),  # so is the next one
         ({"rtt_ns": [90_000, 3_000_000, 90_000]}, True),  # queued late
-        ({"rtt_ns": [90_000, 60_000, 90_000]}, True),  # interrupted behind the kernel's stamp
+        ({"rtt_ns": [90_000, 60_000, 90_000]}, True),  # interrupted after the kernel's stamp
         ({"rtt_ns": [90_000, -20_000, 90_000]}, False),
-        ({"seq": [1, 3, 4], "rtt_ns": [90_000, 3_000_000, 90_000]}, False),  # then a packet is missing
+        ({"seq": [1, 3, 4], "rtt_ns": [90_000, 3_000_000, 90_000]}, False),  # a packet is missing
     ],
 )
-def test_long_waits_are_borne_out_by_neighbours(columns, paired):
+def test_neighbours_confirm_long_waits(columns, paired):
     path, samples = three(ordinary, **columns)
     found = correct(samples, path.crossings(), PING)
     assert pairs(found)[0] == (1, 2)
     assert pairs(found)[1] == ((3, 4) if paired else None)
 
 
-def test_what_was_interrupted_behind_the_kernels_stamp_is_not_taken_off():
+def test_an_interrupt_after_the_kernels_stamp_is_not_subtracted():
     def interrupted(path, begin):
         path.egress(begin + 5_000, overhead=20_000)
         path.ingress(begin + 170_000, overhead=90_000)
@@ -409,7 +414,7 @@ def test_what_was_interrupted_behind_the_kernels_stamp_is_not_taken_off():
     assert found.host_rtt_ns[1] == 90_000 - 20_000 - found.ingress_ns[1]
 
 
-def test_packets_of_another_length_are_nobodys():
+def test_packets_of_another_length_are_not_paired():
     path = Path()
     path.egress(START + 5_000, length=LENGTH + 4)
     path.ingress(START + 90_000)
@@ -421,7 +426,7 @@ def test_packets_of_another_length_are_nobodys():
     assert correct(other, path.crossings(), PING).reason == Reason.NO_RESPONSE
 
 
-def test_ports_change_sides():
+def test_a_reply_has_the_requests_ports_swapped():
     path = Path()
     for port in (40_001, 40_002):
         path.egress(START + 5_000, content=(17, port, 53))
@@ -430,7 +435,7 @@ def test_ports_change_sides():
     assert pairs(correct(samples, path.crossings(), REQUEST_RESPONSE)) == [(1, 2), (3, 4)]
 
 
-def test_requests_without_a_reply_tell_nothing_and_need_not():
+def test_requests_without_a_reply():
     run = ping_run(np.random.default_rng(2), 20, pace_ns=10_000_000, content=True, ident_told=True, strangers=5)
     samples = Samples.concatenate([run.samples, Samples.of(2, seq=[21, 22])])
     found = correct(samples, run.crossings, PING)
@@ -438,7 +443,7 @@ def test_requests_without_a_reply_tell_nothing_and_need_not():
     assert found.reason[-2:].tolist() == [Reason.NO_REPLY, Reason.NO_REPLY]
 
 
-def test_nothing_at_all():
+def test_no_samples():
     none = Samples.of(0)
     assert len(correct(none, Path().crossings(), PING)) == 0
     assert settled(none, PING, START) == 0

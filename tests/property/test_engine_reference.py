@@ -22,7 +22,7 @@ from mace.replaying.checkpoint import state_from_json, state_to_json
 from tests.reference import Reference
 from tests.traffic import ACROSS, DEVICES, ELSEWHERE, NAMES, REPLY, REQUEST, Tape, topology
 
-# Names that one device each has: c1's eth0 alone.
+# Each name belongs to one device: only c1 has an eth0.
 PLAIN = tuple(d for d in DEVICES if d.name != "eth0" or d.container == "c1")
 TIMEOUT_NS = 10_000
 LINK_NS = 4_000
@@ -61,7 +61,7 @@ PARTS = [
     "Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0 D c",
     "r:out0 R:out0 i:br0 c",
 ]
-"""Of packets that the kernel goes on with in another buffer."""
+"""Paths of packets that continue in another buffer."""
 
 
 def resolved():
@@ -71,9 +71,9 @@ def resolved():
 
 @st.composite
 def tapes(draw):
-    """Packets that overlap, in few buffers, some cut short or with records missing, and gaps; with content or without.
+    """Draw overlapping packets in few buffers, some of them cut short or with missing records, and gaps.
 
-    Keys are few; on the way some change for good, some for a record, and some are missing.
+    Some have content. Keys are few; on the way some change for good, some for a record, and some are missing.
     """
     tape = Tape()
     read = draw(st.booleans())
@@ -124,7 +124,7 @@ def tapes(draw):
 
 @st.composite
 def continued(draw):
-    """Packets that end or begin on the host, in buffers of their own, with few keys and near one another."""
+    """Draw packets that end or begin on the host, each in its own buffer, with few keys and close in time."""
     tape = Tape()
     for skb in range(1, draw(st.integers(2, 9))):
         words = draw(st.sampled_from(PARTS)).split()
@@ -153,7 +153,7 @@ def correlate(batch, cuts=(), *, devices=PLAIN, **config):
 
 
 def all_rows(results):
-    """Every row, as tuples that do not depend on how devices are numbered."""
+    """Count all rows as tuples that do not depend on device numbers."""
     rows = Delays.concatenate([result.rows.delays for result in results])
     devices = results[-1].rows.devices
     columns = [
@@ -190,7 +190,7 @@ def all_windows(results):
 
 @settings(max_examples=200)
 @given(st.one_of(tapes(), continued()))
-def test_the_engine_says_what_the_reference_says(batch):
+def test_the_engine_agrees_with_the_reference(batch):
     results = correlate(batch)
     wanted = Reference(resolved(), TIMEOUT_NS, LINK_NS).run(batch)
     ways = {Direction.EGRESS: "out", Direction.INGRESS: "in"}
@@ -219,7 +219,7 @@ def test_the_engine_says_what_the_reference_says(batch):
     st.booleans(),
     st.booleans(),
 )
-def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, whole_batches, ambiguous):
+def test_batch_and_slice_boundaries_change_nothing(batch, cuts, slice_ns, slice_records, whole_batches, ambiguous):
     devices = DEVICES if ambiguous else PLAIN
     whole = correlate(batch, devices=devices, slice_ns=1 << 40)
     cut = correlate(
@@ -235,11 +235,11 @@ def test_cuts_change_nothing(batch, cuts, slice_ns, slice_records, whole_batches
 @pytest.mark.slow
 @settings(max_examples=80)
 @given(st.one_of(tapes(), continued()), st.integers(0, 2**32), st.booleans())
-def test_cpus_and_when_they_are_read_change_nothing(batch, seed, ambiguous):
-    """The same records from up to four rings, read in any order and in pieces of any size."""
+def test_the_division_over_rings_changes_nothing(batch, seed, ambiguous):
+    """The records may come from up to four rings, read in any order and in pieces of any size."""
     devices = DEVICES if ambiguous else PLAIN
     rng = np.random.default_rng(seed)
-    # What happens at one instant keeps its order on one CPU only.
+    # Records of equal times keep their order on one CPU only.
     instants, instant = np.unique(batch.ts_ns, return_inverse=True)
     spread = replace(batch, cpu=rng.integers(0, 4, len(instants)).astype(batch.cpu.dtype)[instant])
     rings = [spread[spread.cpu == cpu] for cpu in range(4)]
@@ -266,7 +266,7 @@ def test_cpus_and_when_they_are_read_change_nothing(batch, seed, ambiguous):
 @settings(max_examples=60)
 @given(tapes())
 def test_device_delays_add_up_to_the_overhead(batch):
-    # A packet's name is its first record's buffer and time: two with one name cannot be told apart here.
+    # A packet is identified by the buffer and time of its first record; the test skips packets that share both.
     assume(len(set(zip(batch.skb_id.tolist(), batch.ts_ns.tolist(), strict=True))) == len(batch))
     parts, whole = Counter(), {}
     for result in correlate(batch):
@@ -303,7 +303,7 @@ def test_no_stream_is_too_wild(rows, read):
     assert results[-1].totals.ledger.records == len(rows)
 
 
-def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
+def test_the_bound_on_open_lives_holds_and_every_packet_is_counted():
     tape = Tape()
     for i in range(3_000):
         tape.packet("Q:eth0 X:eth0", i * 10, skb=i + 1, step=1)
@@ -320,8 +320,8 @@ def test_a_bound_on_open_lives_is_kept_and_nothing_goes_missing():
 @pytest.mark.slow
 @settings(max_examples=80)
 @given(tapes(), st.lists(st.integers(0, 80_000), min_size=1, max_size=4), st.booleans())
-def test_an_engine_goes_on_where_another_stopped(batch, times, ambiguous):
-    """Engines that hand on their state give together what one gives that works on the same stretches, and end alike."""
+def test_an_engine_resumes_from_the_state_of_another(batch, times, ambiguous):
+    """A chain of engines, each resumed from the state before, gives the results and the final state of one engine."""
     devices = DEVICES if ambiguous else PLAIN
     config = EngineConfig(timeout_ns=TIMEOUT_NS)
     one = Engine(0, config)

@@ -53,12 +53,11 @@ TIMES = st.one_of(
 )
 OLDEST = st.sampled_from([None, "0", "1", "2", "5", "18446744073709551615", "-1", "x", "9" * 5_000])
 HOOKS = st.sampled_from([*Hook])
-COUNTS = st.sampled_from([0, 1, 3, 100])
 
 
 @st.composite
 def frames(draw):
-    """One of the stream of some HEADER: of its right number as a rule."""
+    """Draw a frame of one HEADER's stream, mostly with a plausible number."""
     header = draw(st.shared(HEADERS, key="header"))
     number = draw(st.one_of(st.integers(0, 6), st.sampled_from([1 << 32, (1 << 64) - 1])))
     match draw(st.sampled_from(["header", "topology", "batch", "made", "end", "progress", "bytes", "known"])):
@@ -138,7 +137,7 @@ class OneHostileAmongHosts(RuleBasedStateMachine):
             self.driven.sync()
         self.driven.kill()
         self.driven.start()
-        # As the acknowledgement says.
+        # The host continues after the acknowledged frame.
         self.sent = self.driven.next_of(HONEST, TAG)
 
     @invariant()

@@ -13,7 +13,7 @@ LENGTH = 400
 
 
 def ar1(random, correlation, *, skewed=False):
-    """A series of mean and median 0; skewed: of median 1, and a long tail above."""
+    """Return a series with mean and median 0; if `skewed`, with median 1 and a long upper tail."""
     noise = random.normal(size=LENGTH + 200)
     series = np.zeros(LENGTH + 200)
     for t in range(1, len(series)):
@@ -29,21 +29,21 @@ def coverage(of, correlation, truth, **shape):
 
 
 def naive(series):
-    """As if all values were independent."""
+    """Return the interval for independent values."""
     error = series.std() / np.sqrt(len(series))
     return -1.96 * error <= series.mean() <= 1.96 * error
 
 
-# 95 % of 300 is 285 ± 3.8. Where values depend on one another for long, any interval from 400 of them falls a little
-# short (Politis and White's own tables do), but not as the naive one does.
+# 95 % of 300 is 285 ± 3.8. With long correlation every interval from 400 values covers a little too seldom (see the
+# tables of Politis and White), the naive interval far too seldom.
 @pytest.mark.slow
 @pytest.mark.parametrize(("correlation", "least"), [(0.0, 0.92), (0.5, 0.91), (0.8, 0.88), (-0.4, 0.92)])
 @pytest.mark.parametrize("of", [mean, median])
-def test_they_cover_what_they_should(of, correlation, least):
+def test_intervals_have_the_nominal_coverage(of, correlation, least):
     assert least <= coverage(of, correlation, 0.0) <= 0.99
 
 
-def test_taking_them_for_independent_would_not():
+def test_the_naive_interval_lacks_the_nominal_coverage():
     random = np.random.default_rng(11)
     assert np.mean([naive(ar1(random, 0.8)) for _ in range(SERIES)]) < 0.65
 
@@ -54,7 +54,7 @@ def test_medians_of_skewed_series(correlation):
     assert 0.89 <= coverage(median, correlation, 1.0, skewed=True) <= 0.99
 
 
-def test_blocks_are_as_long_as_values_depend_on_one_another():
+def test_block_length_follows_the_correlation():
     random = np.random.default_rng(3)
     lengths = [np.median([block_length(ar1(random, r)) for _ in range(30)]) for r in (0.0, 0.5, 0.8, 0.95)]
     assert lengths == sorted(lengths)
@@ -99,7 +99,7 @@ def test_bounds_enclose_the_estimate_and_stay_among_the_values(values):
         assert median(values).high <= values.max()
 
 
-# From tables.
+# From published tables.
 @pytest.mark.parametrize(
     ("probability", "freedom", "expected"),
     [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 10, 2.22814), (0.995, 5, 4.03214), (0.95, 120, 1.65765)],
@@ -109,8 +109,8 @@ def test_students_t(probability, freedom, expected):
 
 
 @pytest.mark.slow
-def test_of_rounds_covers_a_difference_of_medians():
-    """Rounds that share a common shift, larger than the difference: both sides are drawn from the same ones."""
+def test_an_interval_of_rounds_covers_the_difference_of_medians():
+    """Both sides of a round share a shift that exceeds the difference, so that rounds are resampled as pairs."""
     random = np.random.default_rng(5)
     rounds, hits, tries = 8, 0, 60
     for _ in range(tries):
@@ -130,7 +130,7 @@ def test_of_rounds_covers_a_difference_of_medians():
     assert hits >= 0.9 * tries
 
 
-def test_of_rounds_takes_three():
+def test_an_interval_of_rounds_needs_three_rounds():
     assert of_rounds(lambda drawn: float(drawn.sum()), FEWEST_ROUNDS - 1) is None
     same = of_rounds(lambda drawn: 7.0, FEWEST_ROUNDS)
     assert (same.low, same.estimate, same.high) == (7.0, 7.0, 7.0)

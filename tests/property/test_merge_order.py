@@ -11,7 +11,7 @@ from contracts.records import Batch
 
 @st.composite
 def rings(draw):
-    """Per CPU the times of its records, in order but for some neighbours that changed places."""
+    """Draw the times of records per CPU, ascending except for some swapped neighbours."""
     made = []
     for _ in range(draw(st.integers(1, 5))):
         ring = sorted(draw(st.lists(st.integers(0, 60), max_size=25)))
@@ -23,7 +23,7 @@ def rings(draw):
 
 
 @given(rings(), st.integers(0, 2**32), st.integers(0, 20))
-def test_the_merge_is_sorted_whatever_the_cuts(rings_, seed, hold_back_ns):
+def test_the_merge_is_sorted_for_any_boundaries(rings_, seed, hold_back_ns):
     rng = random.Random(seed)
     expected = sorted((ts, cpu, i) for cpu, ring in enumerate(rings_) for i, ts in enumerate(ring))
     merger = Merger(hold_back_ns)

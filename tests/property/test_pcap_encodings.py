@@ -19,7 +19,7 @@ ORDERS = st.sampled_from("<>")
 
 @st.composite
 def links(draw):
-    """(link type, what makes its frames of those of Ethernet)."""
+    """Draw a link type, and a function from an Ethernet frame to a frame of that type."""
     kind = draw(st.sampled_from(("ethernet", "raw", "sll", "sll2")))
     if kind == "raw":
         return 101, lambda frame: frame[14:]
@@ -32,7 +32,7 @@ def links(draw):
 
 @st.composite
 def classic(draw, frames):
-    """(content, ns of its clock, packets that are left out)."""
+    """Draw (content of a pcap file, resolution of its clock in ns, number of packets left out)."""
     link, wrapped = draw(links())
     kuznetzov, unit = draw(st.booleans()), draw(st.sampled_from(("ns", "us")))
     words = draw(st.integers(0, 7)) if link == 1 else 0
@@ -50,7 +50,9 @@ def classic(draw, frames):
 
 @st.composite
 def blocks(draw, frames):
-    """The same of pcapng: in sections, with interfaces of many kinds."""
+    """Draw (content, clock resolution, packets left out) of a pcapng file with several sections and kinds of
+    interfaces.
+    """
     raw, discarded, step_ns = b"", 0, 1
     cut = sorted(draw(st.lists(st.integers(0, len(frames)), max_size=2)))
     for start, end in zip([0, *cut], [*cut, len(frames)], strict=True):
@@ -88,7 +90,7 @@ def blocks(draw, frames):
 @pytest.mark.slow
 @EVERY
 @given(data=st.data())
-def test_every_encoding_gives_the_same(tmp_path, data):
+def test_every_encoding_gives_the_same_delays(tmp_path, data):
     step_ns, discarded = 1, 0
     for name, frames in zip(("inner", "outer"), SIDES, strict=True):
         content, step, left_out = data.draw(st.one_of(classic(frames), blocks(frames)))
@@ -97,7 +99,7 @@ def test_every_encoding_gives_the_same(tmp_path, data):
         step_ns, discarded = max(step_ns, step), discarded + left_out
     found, last, source = read(tmp_path / "inner", tmp_path / "outer")
     assert source.discarded == discarded
-    # What was left out is told by kind, and nothing else is.
+    # The warnings count the packets left out, by kind, and nothing else.
     assert sum(int(line.split(": ")[1].split()[0]) for line in source.warnings) == discarded
     assert last.totals.ledger.imbalance == last.totals.ledger.unmatched == 0
     assert len(found) == len(TRUTH)
@@ -109,12 +111,12 @@ def test_every_encoding_gives_the_same(tmp_path, data):
 
 @st.composite
 def devices(draw):
-    """Devices between the two, by how far each is from the container, in a thousandth of the way."""
+    """Draw devices between inner and outer device, each by its share of the way from the container, in thousandths."""
     return sorted(draw(st.sets(st.integers(1, 999), min_size=1, max_size=3)))
 
 
 def seen_at(share):
-    """The packets at a device that is so far from the container."""
+    """Return the packets as seen at a device at that share of the way."""
     inner_ns = {one.data[18:20]: one.utc_ns for one in SIDES[0]}
     begun = [(inner_ns[one.data[18:20]], one) for one in SIDES[1]]
     return [PcapFrame(utc_ns + (one.utc_ns - utc_ns) * share // 1000, one.data) for utc_ns, one in begun]
@@ -123,7 +125,7 @@ def seen_at(share):
 @pytest.mark.slow
 @EVERY
 @given(data=st.data(), between=devices(), form=st.sampled_from(("sll2", "ng", "sll", "merged")))
-def test_a_capture_of_several_devices_gives_the_farthest_or_nothing(tmp_path, data, between, form):
+def test_a_capture_of_several_devices_uses_the_farthest_or_is_refused(tmp_path, data, between, form):
     shares = [*between, 1000]
     index = data.draw(st.permutations(range(2, 2 + len(shares))))
     every = sorted(
@@ -156,7 +158,7 @@ def test_a_capture_of_several_devices_gives_the_farthest_or_nothing(tmp_path, da
 
 
 @pytest.mark.parametrize("name", ["inner", "outer"])
-def test_nothing_that_can_be_read(tmp_path, name):
+def test_a_capture_without_readable_packets(tmp_path, name):
     for one, side in zip(("inner", "outer"), SIDES, strict=True):
         (tmp_path / one).write_bytes(pcap(side))
     only = ng_section("<") + ng_interface("<", link=239) + ng_packet("<", 0, 5, bytes(60))

@@ -43,7 +43,7 @@ def records(source):
 
 
 def survives(make):
-    """Only the error that is meant for users comes out; what is read with salvage is all that was read without."""
+    """Read with and without salvage: only errors for users are raised, and salvage reads at least the same records."""
     whole = None
     try:
         whole = records(make(FileOptions()))
@@ -57,7 +57,7 @@ def survives(make):
 
 
 def mutated(data, raw):
-    """Bytes flipped, numbers replaced, parts cut out or moved."""
+    """Draw the data with flipped bytes, replaced numbers, and parts removed or moved."""
     raw = bytearray(raw)
     for _ in range(data.draw(st.integers(1, 4))):
         kind = data.draw(st.sampled_from(("flip", "number", "cut", "move")))
@@ -93,8 +93,8 @@ def test_texts(tmp_path, base, data):
 
 
 @pytest.mark.parametrize("line", [b"[0] 1.000000: " * 4000, b"CPU:0 [LOST " * 5000, b"-1 [001] " * 7000])
-def test_lines_that_could_be_read_for_ever(tmp_path, line):
-    """A pattern that backtracks would take hours over some of these."""
+def test_lines_against_backtracking_patterns(tmp_path, line):
+    """A backtracking pattern would take hours for some of these lines."""
     path = tmp_path / "trace"
     path.write_bytes(FTRACE.encode() + line + b"\n" + PERF.encode())
     kept = records(TextReader(path, FileOptions()))

@@ -60,10 +60,10 @@ def changed(raw, what):
 @pytest.mark.slow
 @pytest.mark.parametrize("salvage", [False, True])
 @given(which=st.sampled_from(sorted(TRACES)), what=changes)
-@example(which="generic", what=[("insert", 0.999, 0x12, 1)])  # a packet of events without one that has a time
+@example(which="generic", what=[("insert", 0.999, 0x12, 1)])  # a packet of events, none of which has a time
 @example(which="deflate", what=[("length", 0.0, 0, 1)])
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damage_is_an_error_or_is_counted(salvage, which, what):
+def test_damage_is_an_error_or_counted(salvage, which, what):
     raw = changed(TRACES[which], what)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "changed.pftrace")
@@ -86,7 +86,7 @@ def test_damage_is_an_error_or_is_counted(salvage, which, what):
 
 @given(raw=st.binary(max_size=2_000))
 @settings(max_examples=200)
-def test_any_bytes_are_read_to_their_end(raw):
+def test_arbitrary_bytes(raw):
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "any.pftrace")
         path.write_bytes(b"\n" + raw)

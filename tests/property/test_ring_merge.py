@@ -18,7 +18,7 @@ DEVICES = [(NETNS, 2), (NETNS, 3), (NETNS + 1, 2), (0, 0)]
 
 @st.composite
 def rings(draw):
-    """Per CPU records in order of time, of few different times so that many are equal."""
+    """Draw records per CPU in order of time; few distinct times make many equal."""
     made = []
     for cpu in range(draw(st.integers(1, 4))):
         times = sorted(draw(st.lists(st.integers(0, 40), max_size=60)))
@@ -48,7 +48,7 @@ def rings(draw):
 
 
 def naive(rings_):
-    """One row a record, in the columns of a batch, with the place in place of its code."""
+    """Return one row per record with the columns of a batch; places are not encoded."""
     with_device = {info.hook for info in HOOKS if info.has_device}
     rows = []
     for cpu, ring in enumerate(rings_):
@@ -63,7 +63,7 @@ def naive(rings_):
 
 
 @given(rings(), st.integers(0, 2**32), st.integers(0, 15), st.integers(1, 40))
-def test_the_merge_is_the_naive_one_whatever_the_cuts(rings_, seed, hold_back_ns, round_records):
+def test_the_merge_equals_the_naive_one_for_any_boundaries(rings_, seed, hold_back_ns, round_records):
     rng = random.Random(seed)
     places = SeenPlaces()
     merger = RingMerger(hold_back_ns, places, round_records)
@@ -98,7 +98,7 @@ def test_the_merge_is_the_naive_one_whatever_the_cuts(rings_, seed, hold_back_ns
         tick()
         if rng.random() < 0.2:
             readers[0].copy_out()
-        # What cannot be given out must not keep the rings full for ever.
+        # Records that cannot be released must not fill the rings for ever.
         for reader in readers:
             if reader.fill > 0.5:
                 reader.copy_out()
@@ -120,7 +120,7 @@ def test_the_merge_is_the_naive_one_whatever_the_cuts(rings_, seed, hold_back_ns
     assert merger.late == 0
     assert len(merger) == 0
     assert sum(reader.seen for reader in readers) == len(got)
-    # Codes are given in order of appearance in the merged stream, whatever the cuts.
+    # Codes follow the order of appearance in the merged stream, whatever the boundaries.
     seen = whole.dev[whole.dev > 0]
     _, first = np.unique(seen, return_index=True)
     assert seen[np.sort(first)].tolist() == list(range(1, len(sightings)))

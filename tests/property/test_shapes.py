@@ -29,7 +29,7 @@ PATHS = [
 
 @st.composite
 def tapes(draw):
-    """Packets of few kinds, some with a record missing or all at one time, in buffers that are used again."""
+    """Draw packets of few kinds in reused buffers, some with a missing record or with equal times."""
     tape = Tape()
     for number in range(draw(st.integers(1, 40))):
         words = draw(st.sampled_from(PATHS)).format(n=1).split()
@@ -55,8 +55,8 @@ def told(batch, few, monkeypatch, **config):
 @pytest.mark.parametrize("weights", ["as they are", "all the same", "none"])
 @settings(max_examples=60)
 @given(tapes(), st.sampled_from([2_500, 1 << 40]))
-def test_like_one_by_one(weights, batch, slice_ns):
-    """With weights of 0 all lives have one sum, and nothing but the comparison tells them apart."""
+def test_shapes_give_the_results_of_single_lives(weights, batch, slice_ns):
+    """With weights of 0 all lives have the same sum, so that only the comparison distinguishes them."""
     with pytest.MonkeyPatch.context() as patch:
         one_by_one = told(batch, 1 << 40, patch, slice_ns=slice_ns)
         if weights != "as they are":
@@ -64,7 +64,7 @@ def test_like_one_by_one(weights, batch, slice_ns):
         assert told(batch, 1, patch, slice_ns=slice_ns) == one_by_one
 
 
-def test_lives_of_one_shape_are_asked_about_once(monkeypatch):
+def test_each_shape_is_measured_once(monkeypatch):
     tape = Tape()
     for number in range(300):
         tape.packet(REQUEST, 1_000 * number, skb=number + 1, step=number % 90)

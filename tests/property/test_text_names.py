@@ -27,9 +27,8 @@ NAMES = st.one_of(
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map(lambda parts: b"".join(parts)[:15]),
     st.binary(min_size=1, max_size=15).map(lambda raw: raw.replace(b"\0", b"?")),
 )
-"""A task's: 15 bytes, anything but NUL."""
+"""Names of tasks: up to 15 bytes, any but NUL."""
 DEVICES = st.sampled_from([b"eth0", b"veth1-c1", b"len=1", b"skbaddr=0x1", b"\xc3\xa9th0", b"a=b[0]"])
-OTHERS = (b"sched_switch", b"sched:sched_switch")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Event:
     ts_us: int
     buffer: int
     device: bytes | None
-    """None: another event, which tells the name of a task."""
+    """None: another event, whose text contains the name of a task."""
     other: bytes
 
     def fields(self, address):
@@ -138,7 +137,7 @@ ADDRESSES = {
 
 
 def in_order(events):
-    """With times one after the other: `ts_us` was the distance."""
+    """Return the events with ascending times; `ts_us` was the distance to the event before."""
     ts, made = 1_857_097_000_000, []
     for event in events:
         ts += event.ts_us
@@ -147,7 +146,7 @@ def in_order(events):
 
 
 def read(path):
-    """(records, device of each, source)."""
+    """Read a text; returns (records, device of each, source)."""
     with TextReader(path, FileOptions(clock="mono")) as source:
         items = list(source.items())
     batch = Batch.concatenate([item for item in items if isinstance(item, Batch)])
@@ -164,7 +163,7 @@ def rows(batch, devices):
 @example(
     form="perf", address="%px", events=[Event(b"[0] 1.123456: ", 31901, 0, 5, 0xFFFF_8880_0000_0000, b"eth0", b"")]
 )
-def test_what_was_written_is_read(tmp_path, form, address, events):
+def test_written_events_are_read(tmp_path, form, address, events):
     events = in_order(events)
     path = tmp_path / "trace"
     raw = b"".join(READ[form](event, ADDRESSES[address]) for event in events)
@@ -188,8 +187,8 @@ def test_what_was_written_is_read(tmp_path, form, address, events):
 @pytest.mark.slow
 @EVERY
 @given(form=st.sampled_from(sorted(NOT_READ)), events=EVENTS)
-def test_what_is_not_read_is_refused_or_counted(tmp_path, form, events):
-    """However a task is called: reading less than there is says so, with what there is to do."""
+def test_unread_events_are_refused_or_counted(tmp_path, form, events):
+    """For any name of a task, unread events are reported with a remedy."""
     events = in_order(events)
     path = tmp_path / "trace"
     path.write_bytes(b"".join(NOT_READ[form](event, ADDRESSES["%px"]) for event in events))
@@ -200,7 +199,7 @@ def test_what_is_not_read_is_refused_or_counted(tmp_path, form, events):
     except CaptureError as error:
         refused = str(error)
     if refused:
-        # A name may imitate the column that is missing, and so hide which one it was.
+        # A name may imitate the missing column, so that the message names another one.
         told = ("-F comm,tid,cpu,time,event,trace", "echo ", "garbled") if measured else ("no line of it",)
         assert any(words in refused for words in told)
         return
@@ -212,7 +211,7 @@ def test_what_is_not_read_is_refused_or_counted(tmp_path, form, events):
 @EVERY
 @given(events=EVENTS, noise=st.lists(st.binary(max_size=60), max_size=6), data=st.data())
 def test_other_lines_change_nothing(tmp_path, events, noise, data):
-    """Lines that are no events may stand anywhere; they are told."""
+    """Lines that are no events may stand anywhere; they are reported."""
     events = in_order(events)
     lines = [READ["ftrace"](event, ADDRESSES["hash"]) for event in events]
     for line in noise:

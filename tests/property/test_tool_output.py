@@ -24,7 +24,7 @@ def rtt_us(n):
 
 
 def mixed(lines, strange):
-    """The lines with strange ones anywhere among them, before the first and after the last too."""
+    """Return the lines with foreign lines at any place, also before the first and after the last."""
     lines = list(lines)
     for at, text in strange:
         lines.insert(min(at, len(lines)), text)
@@ -32,13 +32,13 @@ def mixed(lines, strange):
 
 
 def truth(fates):
-    """Index → round trip time, and the indices of requests that have had a reply without one."""
+    """Return index → round trip time, ns, and the indices of requests whose reply has no time."""
     timed = {n: rtt_us(n) * 1_000 for n, fate in enumerate(fates) if fate == TIMED}
     return timed, {n for n, fate in enumerate(fates) if fate == UNTIMED}
 
 
 def check_ping(lines, strange, runs):
-    """Runs of iputils ping: lists of fates, numbered on from 1."""
+    """Check successive runs of iputils ping (`runs`: lists of fates), numbered on from 1."""
     samples, reader = read(mixed(lines, strange))
     timed, untimed, base = {}, set(), 1
     for fates in runs:
@@ -56,7 +56,7 @@ def check_ping(lines, strange, runs):
 
 @st.composite
 def iputils(draw):
-    """Lines of one run of iputils ping, and the fate of each request."""
+    """Draw the lines of one run of iputils ping, and the fate of each request."""
     fates = draw(FATES)
     fates[0] = TIMED
     stamp = draw(st.booleans())
@@ -107,15 +107,15 @@ def iputils(draw):
 @given(st.lists(iputils(), min_size=1, max_size=3), STRANGE)
 @settings(max_examples=50)
 def test_ping(runs, strange):
-    """Several runs are numbered on; one that was interrupted is known as far as it told."""
+    """Several runs are numbered on; an interrupted run has the samples that it printed."""
     lines = [line for run, _ in runs for line in run]
     check_ping(lines, strange, [fates for _, fates in runs])
 
 
 @given(st.integers(1, 200))
 @settings(max_examples=60)
-def test_a_line_that_is_cut_tells_nothing_wrong(length):
-    """As the last one of a run that was killed: its reply has the number and the time that it had, or none."""
+def test_a_cut_line_gives_no_wrong_sample(length):
+    """The last line of a killed run may be cut: its sample has the printed number and time, or is missing."""
     whole = ["PING x (x) 56(84) bytes of data.", f"64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.100 ms"]
     line = f"[1790000000.123456] 64 bytes from {HOST}: icmp_seq=123 ident=4711 ttl=63 time=12.345 ms (DUP!)"
     samples, reader = read([*whole, line[:length]])
@@ -169,8 +169,8 @@ def test_pings_that_count_from_zero(fates, runs, busybox, strange):
 
 @given(iputils(), st.integers(0, 11))
 @settings(max_examples=60)
-def test_a_reply_that_is_counted_and_has_no_line_is_not_lost(run, which):
-    """As `-q`, `head` and `grep` leave it: where the summary counts more replies than there are lines."""
+def test_a_counted_reply_without_a_line_is_no_lost_packet(run, which):
+    """With `-q`, `head` or `grep` the summary counts more replies than there are lines."""
     lines, fates = run
     shown = [n for n, fate in enumerate(fates) if fate == TIMED]
     gone = f"q={shown[which % len(shown)] + 1} "  # not `ident=7`
@@ -224,7 +224,7 @@ def test_fping(fates, runs, summary, strange):
 )
 @settings(max_examples=60)
 def test_dig(answers, stats_only, strange):
-    """Each answer is a sample, or left out, or known to be missing; none costs another."""
+    """Each answer is a sample, left out, or reported missing, and none of them affects another."""
     answers = ["UDP", *answers]
     lines = []
     for n, answer in enumerate(answers):

@@ -43,13 +43,13 @@ EVERY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 
 
 def read(path, *, salvage=False):
-    """(records, lines of warning) of a file; raises what the source raises."""
+    """Return (records, warnings) of a file; raises the source's errors."""
     with TraceCmdReader(path, FileOptions(salvage=salvage)) as reader:
         return Batch.concatenate([item for item in reader.items() if isinstance(item, Batch)]), reader
 
 
 def survives(path, content):
-    """Read it both ways and by the other interface; only the errors that are meant for users come out."""
+    """Read the file with and without salvage, and as columns of events: only errors for users are raised."""
     path.write_bytes(content)
     whole = None
     try:
@@ -64,7 +64,7 @@ def survives(path, content):
         assert whole is None
     try:
         with TraceDat(path) as trace:
-            # Of ftrace's own, and of others.
+            # Events of ftrace itself and of other subsystems.
             own = [event for event in trace.events if event.startswith("ftrace:")]
             for event in (*own[:8], *[event for event in trace.events if event not in own][:8]):
                 for _ in trace.blocks(event):
@@ -77,7 +77,7 @@ def survives(path, content):
 @given(base=st.sampled_from(sorted(BASES)), data=st.data())
 def test_flipped_bits(tmp_path, base, data):
     raw = bytearray(BASES[base])
-    # Half of the places are in the frame, which is small beside the pages.
+    # Half of the places are in the frame, which is much smaller than the pages.
     for _ in range(data.draw(st.integers(1, 8))):
         limit = data.draw(st.sampled_from((2500, len(raw))))
         at = data.draw(st.integers(0, min(limit, len(raw)) - 1))
@@ -88,7 +88,7 @@ def test_flipped_bits(tmp_path, base, data):
 @pytest.mark.slow
 @EVERY
 @given(base=st.sampled_from(sorted(BASES)), data=st.data())
-def test_lying_numbers(tmp_path, base, data):
+def test_replaced_numbers(tmp_path, base, data):
     raw = bytearray(BASES[base])
     code, values = data.draw(
         st.sampled_from([("I", (0, 1, 2**31, 2**32 - 1, 4095)), ("Q", (0, 2**32, 2**63, 2**64 - 1, len(raw)))])
@@ -108,13 +108,13 @@ def test_cut_files(tmp_path, base, data):
 @pytest.mark.slow
 @EVERY
 @given(base=st.sampled_from(sorted(BASES)), data=st.data())
-def test_pieces_put_together_otherwise(tmp_path, base, data):
+def test_rearranged_pieces(tmp_path, base, data):
     raw = BASES[base]
     first, second = sorted(data.draw(st.tuples(*[st.integers(0, len(raw))] * 2)))
     survives(tmp_path / "trace.dat", raw[:first] + raw[second:] + raw[first:second])
 
 
-def test_the_good_part_is_salvaged_and_the_rest_counted(tmp_path):
+def test_salvage_reads_the_sound_part_and_counts_the_rest(tmp_path):
     path = tmp_path / "trace.dat"
     path.write_bytes(BASES["v7"])
     whole, _ = read(path)
@@ -130,7 +130,7 @@ def test_the_good_part_is_salvaged_and_the_rest_counted(tmp_path):
     assert len(whole) - len(kept) < 120
     assert len(whole) > len(kept) > len(whole) * 0.8
     assert abs(source.discarded - (len(whole) - len(kept))) < 60
-    # Matching begins anew where it is.
+    # Matching begins anew at the gap.
     assert (kept.hook == Hook.LOST).sum() == 1
     assert any(f"at byte {at}: " in line and "left out" in line for line in source.warnings)
 
@@ -164,12 +164,12 @@ def test_a_cut_file(tmp_path):
 
 
 def bomb():
-    """A part of 60 KB that says it will be 2 GB, and is."""
+    """Return 60 KB that announce 2 GB and decompress to 2 GB."""
     return zstandard.ZstdCompressor(write_content_size=False).compress(bytes(64 << 20))
 
 
 @pytest.mark.parametrize("told", [4096, 16 << 20, 64 << 20, 2**32 - 4096])
-def test_a_bomb_goes_off_in_bounded_memory(tmp_path, told):
+def test_a_decompression_bomb_takes_bounded_memory(tmp_path, told):
     packed = bomb()
     made = MadeTraceDat({"": {0: PAGES[0][:1]}}, algorithm="zstd")
     made.packed = lambda body: packed if len(body) == 4096 else MadeTraceDat.packed(made, body)
@@ -188,9 +188,9 @@ def test_a_bomb_goes_off_in_bounded_memory(tmp_path, told):
 
 
 @pytest.mark.slow
-def test_a_bomb_for_each_of_many_cpus(tmp_path):
-    """Each small enough to be allowed: they must not all be in memory at once."""
-    # Pages with nothing in them, and junk behind that, or it would shrink by more than is believed.
+def test_decompression_bombs_of_many_cpus(tmp_path):
+    """Each is small enough to be allowed, but all of them must not be in memory at once."""
+    # Empty pages with junk behind their end; without junk the compression ratio would exceed the limit.
     empty = bytes((2 << 20) - 1024) + np.random.default_rng(6).bytes(1024)
     made = MadeTraceDat({"": {cpu: [empty] for cpu in range(300)}}, algorithm="zstd")
     packed = made.packed(empty)
@@ -207,10 +207,10 @@ def test_a_bomb_for_each_of_many_cpus(tmp_path):
         tracemalloc.stop()
 
 
-def test_options_that_lead_in_a_circle(tmp_path):
+def test_options_in_a_cycle(tmp_path):
     raw = bytearray(BASES["v7"])
     (first,) = struct.unpack_from("<Q", raw, raw.find(b"none\x001\0") + 7)
-    # The first section's last option tells where the next is.
+    # The last option of the first section has the next section's place.
     size = struct.unpack_from("<Q", raw, first + 8)[0]
     struct.pack_into("<Q", raw, first + 16 + size - 8, first)
     path = tmp_path / "trace.dat"
@@ -219,7 +219,7 @@ def test_options_that_lead_in_a_circle(tmp_path):
         read(path)
 
 
-def test_pages_that_all_cpus_claim(tmp_path):
+def test_pages_claimed_by_all_cpus(tmp_path):
     made = MadeTraceDat({"": {0: PAGES[0], 1: PAGES[0]}})
     raw = bytearray(made.content())
     first, second = (raw.find(struct.pack("<I", cpu) + struct.pack("<Q", raw.find(PAGES[0][0]))) for cpu in (0, 0))

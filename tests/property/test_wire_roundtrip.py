@@ -25,7 +25,7 @@ signed64 = st.integers(int(I64.min), int(I64.max))
 
 @st.composite
 def columns(draw, count, sightings=1):
-    """Columns of random, narrow, constant and extreme values, with content or without; times in order."""
+    """Draw columns of random, narrow, constant and extreme values, with or without content; times ascend."""
 
     def column(name, dtype):
         if name == "hook":
@@ -112,7 +112,7 @@ def test_any_header(header):
 
 @pytest.mark.slow
 @given(st.data(), st.integers(1, 200), st.lists(st.integers(0, 200), max_size=8))
-def test_cuts_do_not_matter(data, count, cuts):
+def test_batch_boundaries_do_not_matter(data, count, cuts):
     whole = data.draw(columns(count))
     bounds = [0, *sorted(min(cut, count) for cut in cuts), count]
     pieces = [whole[low:high] for low, high in pairwise(bounds)]

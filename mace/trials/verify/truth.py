@@ -156,9 +156,13 @@ def score(found: Sequence[PathRow], inner: Mapping[str, Sequence[Sight]], outer:
     result = Score()
     ways_ns: dict[tuple[str, NumberedPacket], list[int]] = defaultdict(list)
     for way, sent in _WAYS:
-        outer_places = _ObservedPackets(outer, sent)
         for container, sights in inner.items():
-            inner_places = _ObservedPackets(sights, sent)
+            if sent:
+                inner_places = _ObservedPackets(sights, sent)
+                outer_places = _ObservedPackets(outer, sent, inner_places)
+            else:
+                outer_places = _ObservedPackets(outer, sent)
+                inner_places = _ObservedPackets(sights, sent, outer_places)
             both = inner_places.at_ns.keys() & outer_places.at_ns.keys()
             result.packets += len(both)
             mine = [row for row in found if row.container == container and row.direction is way]
@@ -182,9 +186,14 @@ def score(found: Sequence[PathRow], inner: Mapping[str, Sequence[Sight]], outer:
 
 
 class _ObservedPackets:
-    """The packets of one direction at one observer, for look-ups by time."""
+    """The packets of one direction at one observer, for look-ups by time.
 
-    def __init__(self, sights: Sequence[Sight], sent: bool) -> None:
+    `before` are the packets at the other observer, if packets pass that one first. A sight of a number that is not
+    preceded by a sight there is left out: it is a segment that was cut out of a larger packet on the way, and TCP may
+    later send this segment again as a packet of its own.
+    """
+
+    def __init__(self, sights: Sequence[Sight], sent: bool, before: _ObservedPackets | None = None) -> None:
         seen = sorted((at_ns, number) for at_ns, out, number in sights if out is sent and number)
         times: dict[str, int] = defaultdict(int)
         self.at_ns: dict[NumberedPacket, int] = {}
@@ -192,6 +201,8 @@ class _ObservedPackets:
         self._packets: list[NumberedPacket] = []
         for at_ns, number in seen:
             packet = (number, times[number])
+            if before is not None and before.at_ns.get(packet, at_ns + 1) > at_ns:
+                continue
             times[number] += 1
             self.at_ns[packet] = at_ns
             self._stamps.append(at_ns)

@@ -29,7 +29,7 @@ _PAIRS = {"inner": "outer", "at-eth0": "at-outer"}
 
 
 def inputs() -> dict[str, list[str | Path]]:
-    """Name of an input → the arguments of `mace replay` that select it, its files as paths."""
+    """Return name of an input → arguments of `mace replay` that select it, its files as paths."""
     files = [DOCS / "example.mace", *sorted(GOLDEN.rglob("*"))]
     found: dict[str, list[str | Path]] = {}
     for path in files:
@@ -45,7 +45,7 @@ def inputs() -> dict[str, list[str | Path]]:
 
 
 def figures(arguments: list[str | Path]) -> dict[str, Any]:
-    """Exit status and number of packets of a replay, and a digest of each of its figures and stored columns."""
+    """Return exit status and number of packets of a replay, and a digest of each of its figures and stored columns."""
     shown = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
@@ -59,7 +59,7 @@ def figures(arguments: list[str | Path]) -> dict[str, Any]:
 
 
 def _dated(path: Path, folder: Path) -> str:
-    """A copy that was last written at a known time, which dates the formats that do not tell theirs."""
+    """Return a copy with a known modification time, which dates the formats that have no time of day."""
     copy = Path(shutil.copy(path, folder))
     os.utime(copy, (_WRITTEN_S, _WRITTEN_S))
     return str(copy)

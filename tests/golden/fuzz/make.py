@@ -1,6 +1,6 @@
-"""Make the corpus: `PYTHONPATH=. python tests/golden/fuzz/make.py` writes the files and what each of them comes to.
+"""Makes the corpus: `PYTHONPATH=. python tests/golden/fuzz/make.py` writes the files and the result of reading each.
 
-Files that are here stay for ever, with the answers they have; new ones go into `CASES`. Mutations have fixed seeds.
+Existing files stay for ever with their results; new files go into `CASES`. Mutations have fixed seeds.
 """
 
 import json
@@ -29,7 +29,7 @@ MIB = 1 << 20
 
 
 def flipped(raw: bytes, seed: int, bits: int = 3) -> bytes:
-    """Some bits turned."""
+    """Flip some bits."""
     out = bytearray(raw)
     rng = np.random.default_rng((seed, len(raw)))
     for at, bit in zip(rng.integers(16, len(raw), bits).tolist(), rng.integers(0, 8, bits).tolist(), strict=True):
@@ -38,37 +38,37 @@ def flipped(raw: bytes, seed: int, bits: int = 3) -> bytes:
 
 
 def holed(raw: bytes, seed: int, size: int = 64) -> bytes:
-    """Zeros in the place of what was there, as a disk leaves them."""
+    """Replace some bytes by zeros, as a disk may after a crash."""
     at = int(np.random.default_rng((seed, 1)).integers(len(raw) // 3, len(raw) * 4 // 5))
     return raw[:at] + bytes(size) + raw[at + size :]
 
 
 def without(raw: bytes, seed: int, size: int = 37) -> bytes:
-    """Bytes are missing, so that all behind them has moved."""
+    """Remove some bytes, so that all later bytes move."""
     at = int(np.random.default_rng((seed, 2)).integers(len(raw) // 3, len(raw) - size))
     return raw[:at] + raw[at + size :]
 
 
 def flipped_in(raw: bytes, mark: bytes, which: int) -> bytes:
-    """A bit turned in one of the places that begin with a mark."""
+    """Flip a bit behind one of the occurrences of a mark."""
     starts = [at for at in range(len(raw)) if raw.startswith(mark, at)]
     return patched(raw, starts[which] + 2, "<B", raw[starts[which] + 2] ^ 4)
 
 
 def patched(raw: bytes, at: int, code: str, value: int) -> bytes:
-    """One number replaced by another."""
+    """Replace a number."""
     out = bytearray(raw)
     struct.pack_into(code, out, at, value)
     return bytes(out)
 
 
 def zeros(mib: int) -> bytes:
-    """Very many zeros in few bytes of zstd."""
+    """Return zeros, compressed by zstd to few bytes."""
     return zstandard.ZstdCompressor(write_content_size=False).compress(bytes(mib * MIB))
 
 
 def common(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """What happens to a file of any format."""
+    """Yield (name, damaged file) for damage of files of any format."""
     yield "cut-in-its-head", raw[:21]
     yield "cut-in-the-middle", raw[: len(raw) // 2]
     yield "cut-before-the-end", raw[:-3]
@@ -168,7 +168,7 @@ def perfetto() -> Iterator[tuple[str, bytes]]:
 
 SENT, TIMES = udp_frames(20)
 OUTER = written(through_nat(SENT), TIMES + 9_000)
-"""The sound half of each pair of packet captures."""
+"""Capture at the outer device: the undamaged half of each pair."""
 
 
 def packets() -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""How the files here were made: one run in the lab, by all means at once. Ran once; it is here to be read.
+"""Records the files of this folder: one run in the lab, recorded by all tools at once. Kept as a record; not run again.
 
 PYTHONPATH=. python tests/golden/other-tools/make.py      (root)
 """
@@ -31,13 +31,13 @@ def main() -> None:
 
 
 def as_perfetto(place: Path) -> None:
-    """The records of pages.dat once more, as traced would have written them."""
+    """Write the records of pages.dat as traced would have written them."""
     offset_ns = recording(place / "live.mace").header.clock.offset_ns
     (place / "pages.pftrace").write_bytes(perfetto_from_pages(place / "pages.dat", offset_ns))
 
 
 def shorten(path: Path) -> None:
-    """Leave out the lines of buffers that were never at one of the lab's devices: the machine's own traffic."""
+    """Remove the lines of buffers that were never at a device of the lab: the machine's own traffic."""
     lines = path.read_text().splitlines(keepends=True)
     buffers = [re.search(r"skbaddr=(\w+)", line) for line in lines]
     ours = {b[1] for b, line in zip(buffers, lines, strict=True) if b and re.search(r"dev=(?!lo\b)", line)}
@@ -45,7 +45,7 @@ def shorten(path: Path) -> None:
 
 
 def told(place: Path) -> dict[str, object]:
-    """What must come out of each: packets by direction with their delays, and the ledger's records."""
+    """Return the expected results of each file: delays of packets by direction, and the ledger's records."""
     topology = place / "live.mace"
     found: dict[str, object] = {}
     for name, one in (

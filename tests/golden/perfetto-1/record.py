@@ -1,5 +1,5 @@
-"""How the golden Perfetto traces were recorded: by traced, in the lab, with `mace record` beside it. Needs root and
-Debian's package `perfetto`; ran once, and is here to be read.
+"""Records the golden Perfetto traces by traced, in the lab, while `mace record` captures the same packets. Needs root
+and Debian's package `perfetto`. Kept as a record; not run again.
 
 PYTHONPATH=. python tests/golden/perfetto-1/record.py
 """
@@ -44,7 +44,7 @@ def config(kind):
 
 
 def record(place, kind, scratch):
-    """A trace and a capture of the same pings."""
+    """Record a trace and a capture of the same pings."""
     trace, capture = scratch / f"{kind}.pftrace", scratch / f"{kind}.mace"
     mace = subprocess.Popen(
         [*MACE, "record", "--lab", place.name, "--source", "ftrace", "--duration", "2.5", "-o", capture], cwd=ROOT

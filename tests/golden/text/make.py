@@ -1,6 +1,6 @@
-"""How the real texts here were made: tasks with names as the kernel allows them, one datagram to themselves each.
+"""Makes the real texts of this folder: tasks with any names that the kernel allows send themselves datagrams.
 
-Ran once, as root on Linux 6.18 with perf 6.1; it is here to be read.
+Kept as a record of a run as root on Linux 6.18 with perf 6.1; not run again.
 
 PYTHONPATH=. python tests/golden/text/make.py
 """
@@ -18,7 +18,6 @@ from collector.ftrace import tracefs
 
 HERE = Path(__file__).parent
 EVENTS = ("net:net_dev_queue", "net:netif_rx")
-OPTIONS = ("latency-format", "irq-info", "record-tgid")
 NAMES = (
     b"GC Thread#0", b"[000]", b"12.345678:", b"a [001]", b"netif_rx: ", b"[0] 1.123456: ", b"x-1 [000] d..1.",
     b"\xff\xfe\xc3\x28", "naïve ✓".encode(), b"1 2 3", b"a\nb", b"# c", b"\n#x", b"net:netif_rx: a", b"(  99) [001]",
@@ -28,7 +27,7 @@ NAMESPACE = "mace-names"
 
 
 def send() -> None:
-    """A thread for each name, which sends one datagram over loopback."""
+    """Start a thread for each name; the thread sends one datagram over loopback."""
     libc = ctypes.CDLL(None)
 
     def work(name: bytes) -> None:

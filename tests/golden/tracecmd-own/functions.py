@@ -1,9 +1,9 @@
-"""How `v6-functions.dat` and `v7-functions.dat` were made, in a guest. Ran once; it is here to be read.
+"""Makes `v6-functions.dat` and `v7-functions.dat` in a guest. Kept as a record; not run again.
 
     ./dev test-kernel --kernel 6.12 --results /tmp/made -- .venv/bin/python tests/golden/tracecmd-own/functions.py
 
-Some functions of loopback's way by the tracer function (version 6) and function_graph (version 7), and a mark.
-`shortened` of make.py left the kernel's symbols out.
+The files have some functions of the loopback path by the tracers function (version 6) and function_graph (version 7),
+and a mark. `shortened` of make.py removed the kernel's symbols.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""How the files here were made: what ftrace records by itself, on the host, in a trace instance of its own.
+"""Makes the files of this folder: events of ftrace itself, recorded on the host in a trace instance of its own.
 
-Ran once, as root on Linux 6.18 with trace-cmd 3.1.6; it is here to be read.
+Kept as a record of a run as root on Linux 6.18 with trace-cmd 3.1.6; not run again.
 
 PYTHONPATH=. python tests/golden/tracecmd-own/make.py
 """
@@ -21,12 +21,12 @@ HERE = Path(__file__).parent
 MARKS = (b"mark 1\n", "a longer mark, naïve ✓\n".encode(), b"no line feed", b"x" * 200, b"\xff\xfe not UTF-8\n")
 RAW = (7, b"\0\x01\0\x02\0\x03")
 KEPT = ("sched:sched_process_exec",)
-"""Formats of other subsystems that are kept; the file has those of all, which are 2 MB."""
+"""Subsystems whose formats stay in the file; the formats of all subsystems take 2 MB."""
 LINE = re.compile(r"\[(\d+)\] +(\d+)\.(\d{9}): (\w+): +(.*)$")
 
 
 def recorded(target: Path) -> None:
-    """Marks, raw marks, and the stacks of a few programs' beginnings, as trace-cmd writes them."""
+    """Record marks, raw marks, and the stacks at the start of a few programs, by trace-cmd."""
     instance = tracefs.Instance.create(tracefs.find())
     try:
         instance.set_clock("mono")
@@ -45,7 +45,7 @@ def recorded(target: Path) -> None:
 
 
 def reported(path: Path) -> dict[str, list[list[object]]]:
-    """By event, what `trace-cmd report` says: time, CPU, its text, and the lines that follow."""
+    """Return event → (time, CPU, text, following lines) according to `trace-cmd report`."""
     argv = ["trace-cmd", "report", "-t", "-N", str(path)]
     text = subprocess.run(argv, capture_output=True, check=True).stdout.decode("utf-8", "surrogateescape")
     found: dict[str, list[list[object]]] = {}
@@ -59,7 +59,7 @@ def reported(path: Path) -> dict[str, list[list[object]]]:
 
 
 def shortened(path: Path, version: int) -> bytes:
-    """The pages of a file with the formats of what is in them."""
+    """Return the file with its pages, and only the formats of the events in them."""
     with TraceFile(path) as file:
         texts = file.frame.formats
         (info,) = (one for one in file.frame.buffers if one.cpus)

@@ -1,4 +1,4 @@
-"""Writes expected.json: what `trace-cmd report` says is in the files here. Ran once, beside make.py.
+"""Writes expected.json: the events of the files of this folder according to `trace-cmd report`. Kept like make.py.
 
 PYTHONPATH=. python tests/golden/tracecmd/expect.py
 """
@@ -19,8 +19,8 @@ OURS = {
 
 
 def events(path: Path) -> list[tuple[int, int, str, str, int]]:
-    """(time, CPU, event, device, buffer) of each network event, in order of time and CPU."""
-    # Not --date: the times as they are in the rings.
+    """Return (time, CPU, event, device, buffer) of each network event, in order of time and CPU."""
+    # Without --date, the times are those of the rings.
     text = subprocess.run(
         ["trace-cmd", "report", "-t", "--nodate", str(path)], capture_output=True, text=True, check=True
     ).stdout
@@ -35,7 +35,7 @@ def events(path: Path) -> list[tuple[int, int, str, str, int]]:
 
 
 def digest(rows: list[tuple[int, int, str, str, int]]) -> str:
-    """Of all of them; buffers by the order in which they appear, since our source does not give their addresses."""
+    """Return a digest of all events; buffers are numbered in order of appearance, as MACE's source hides addresses."""
     order: dict[int, int] = {}
     told = [(*row[:4], order.setdefault(row[4], len(order))) for row in rows]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

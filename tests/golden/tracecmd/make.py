@@ -1,10 +1,10 @@
-"""How the trace.dat files here were made. Ran once; it is here to be read, and to make others for a look.
+"""Makes the trace.dat files of this folder. Kept as a record, and for further files to look at.
 
     ./dev test-kernel --kernel 6.12 --show --results /tmp/made -- .venv/bin/python tests/golden/tracecmd/make.py OLD
 
-In the guest: a lab of one container, and the same few packets for each way of recording, with our own live capture of
-ftrace running at the same time. OLD is trace-cmd 2.9.1 (the program out of Debian 11's package), which writes version 6
-and knows no other. /proc/kallsyms is empty here, or each file would have 8 MB of it.
+The guest has a lab of one container. For each way of recording, the same few packets are sent while MACE captures from
+ftrace. OLD is trace-cmd 2.9.1 (the program of Debian 11's package), which writes version 6 and knows no other.
+/proc/kallsyms is empty here; otherwise each file would have 8 MB of symbols.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ NEW = "trace-cmd"
 
 
 def recordings(old: str) -> dict[str, list[str]]:
-    """File name -> command, without `-o`. More events than ours, and fewer; several buffers, clocks and versions."""
+    """Return file name -> command without `-o`; they differ in events, buffers, clocks and versions."""
     some = ["-e", "net:net_dev_queue", "-e", "sched:sched_switch", "-e", "net:netif_receive_skb"]
     return {
         "v6-old": [old, "record", "-C", "mono", *EVENTS],
@@ -59,14 +59,14 @@ def traffic(lab: Lab, name: str) -> None:
 
 
 def started(command: list[str], work: str) -> subprocess.Popen[str]:
-    """A recording that has begun."""
+    """Start a recording, and return its process when it has begun."""
     process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(4)
     return process
 
 
 async def record(lab: Lab, name: str, command: list[str], own: bool) -> None:
-    """One file, and beside it what our own source saw of the same packets."""
+    """Record one file, and beside it a capture of the same packets by MACE's own source."""
     followed = DeviceFollower(
         host_netns=str(lab.netns_path(HOST)), outer=(lab.outer_device,), remote_netns=(lab.netns_path("remote").name,)
     )

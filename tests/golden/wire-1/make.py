@@ -1,4 +1,4 @@
-"""How the golden capture of wire version 1 was made. Ran once; it is here to be read, not to be run again.
+"""Makes the golden capture of wire version 1. Kept as a record; not run again.
 
 PYTHONPATH=. python tests/golden/wire-1/make.py
 """
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def stream() -> tuple[StreamHeader, list[StreamItem]]:
-    """Every message, every column encoding and width, both topologies' forms, and a gap."""
+    """Return a stream with every message, column encoding and width, both forms of topology, and a gap."""
     first, last = traffic(2_000)[:1_500], traffic(2_000)[1_500:]
     end_ns = int(last.ts_ns[-1])
     later = replace(

@@ -1,4 +1,4 @@
-"""How the golden capture of wire version 2 was made. Ran once; it is here to be read, not to be run again.
+"""Makes the golden capture of wire version 2. Kept as a record; not run again.
 
 PYTHONPATH=. python tests/golden/wire-2/make.py
 """
@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 
 
 def stream() -> tuple[StreamHeader, list[StreamItem]]:
-    """Every message, every column encoding and width, content and none, both topologies' forms, and a gap."""
+    """Return a stream with every message, column encoding and width, content and none, both topologies' forms, and a
+    gap.
+    """
     whole = traffic(2_000, content=True)
     first, last = whole[:1_500], whole[1_500:]
     bare = replace(last[:200], content=None)

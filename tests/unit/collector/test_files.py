@@ -50,16 +50,16 @@ def test_the_names_of_formats_are_distinct():
     assert len(BY_NAME) == len(FORMATS) + 1
 
 
-def test_what_no_format_knows_is_refused_with_the_formats_that_are_read(file):
+def test_an_unknown_format_is_refused_with_the_known_formats(file):
     with pytest.raises(CaptureError, match=r"begins with 50 41 52 31.*mace"):
         sniff(file(b"PAR1" + bytes(100)))
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(Unavailable, match="No such file"):
         sniff(tmp_path / "no.mace")
 
 
 @pytest.mark.parametrize("content", [b"", SIGNATURE[:2], SIGNATURE.replace(b"\r\n", b"\n") + bytes(9)])
-def test_a_capture_that_came_to_harm_is_left_to_its_reader(file, content):
+def test_the_reader_reports_a_damaged_capture(file, content):
     assert sniff(file(content)).name == "mace"

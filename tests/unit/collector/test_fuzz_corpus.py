@@ -19,7 +19,7 @@ FILES = sorted(CORPUS.glob("*/*.bin"))
 EXPECTED = json.loads((CORPUS / "expected.json").read_text())
 FORMATS = {path.parent.name for path in FILES}
 MEMORY_MAX = 200 << 20
-"""The largest packet of Perfetto that is believed is 64 MiB, and is there three times while it is taken apart."""
+"""The largest accepted packet of Perfetto has 64 MiB; parsing holds three copies of it."""
 RECORDS_MAX = 20_000
 SIZE_MAX = 300_000
 
@@ -76,8 +76,8 @@ def test_each_file_reads_as_it_did(path, salvage):
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
-def test_of_each_format_there_are_files_whose_good_part_is_kept(form):
-    """Damage that is refused without salvage gives records with it, and what was left out is counted or told."""
+def test_each_format_has_files_with_a_salvaged_part(form):
+    """Salvage reads records of files that are otherwise refused, and counts or reports the omitted parts."""
     mine = [one for name, one in EXPECTED.items() if name.startswith(f"{form}/")]
     kept = [one["salvaged"] for one in mine if "error_at" in one["read"] and one["salvaged"].get("records")]
     assert kept

@@ -17,7 +17,7 @@ def merger(cpus=2, hold_back_ns=0):
     return m
 
 
-def test_nothing_before_every_cpu_is_complete():
+def test_records_wait_for_every_cpu():
     m = merger(hold_back_ns=10)
     m.push(0, records(1, 5, 100))
     m.complete(0, 100)
@@ -28,7 +28,7 @@ def test_nothing_before_every_cpu_is_complete():
     assert len(m) == 1
 
 
-def test_complete_is_exclusive():
+def test_the_time_of_complete_is_exclusive():
     m = merger(cpus=2)
     m.push(0, records(7))
     m.complete(0, 7)

@@ -24,7 +24,7 @@ def maker():
 
 
 def rows_of(one):
-    """Rows as a sorted list, all that a packet is told by."""
+    """Return rows as a sorted list of all columns that identify a packet."""
     _, rows, _ = replayed(one)
     names = ("utc_ns", "direction", "segment", "position", "delay_ns", "l3_len", "outcome", "grade")
     return sorted(zip(*(getattr(rows, name).tolist() for name in names), strict=True))
@@ -36,7 +36,7 @@ def told():
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_what_it_gave_it_gives(told, name):
+def test_each_file_gives_its_golden_results(told, name):
     assert told[name] == EXPECTED[name]
 
 
@@ -56,8 +56,8 @@ def test_the_perfetto_trace_is_made_of_the_pages(tmp_path):
     assert made == kept == rows_of(recording(FILES / "live.mace"))
 
 
-def test_numbers_in_the_place_of_addresses_never_give_another_delay(tmp_path):
-    """Without net_dev_xmit many buffers stay unknown, and so does where a path began. What is told is right."""
+def test_numbers_in_place_of_addresses_give_no_wrong_delay(tmp_path):
+    """Without net_dev_xmit many buffers and many beginnings of paths stay unknown; the remaining delays are right."""
     live = recording(FILES / "live.mace")
     path = tmp_path / "numbers.pftrace"
     path.write_bytes(perfetto_from_pages(FILES / "pages.dat", live.header.clock.offset_ns, numbers=True))
@@ -68,7 +68,7 @@ def test_numbers_in_the_place_of_addresses_never_give_another_delay(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "within_ns"), [("trace.txt", 5_000), ("pcap", 40_000)])
-def test_others_differ_by_where_they_stamp(name, within_ns):
+def test_other_tools_differ_by_their_stamping_points(name, within_ns):
     for way in ("egress", "ingress"):
         live, other = np.array(EXPECTED["live.mace"][way]), np.array(EXPECTED[name][way])
         assert len(live) > 4

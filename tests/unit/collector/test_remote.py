@@ -44,18 +44,18 @@ def test_a_stream_in_order():
     assert {verdict(stream, frame) for frame in FRAMES} == {Arrival.KNOWN}
 
 
-def test_without_its_header_a_frame_is_of_an_unknown_stream():
+def test_a_frame_before_its_header_has_an_unknown_stream():
     assert verdict(HostStream(HOST), FRAMES[1]) is Arrival.UNKNOWN
 
 
-def test_what_is_missing_is_asked_for_as_long_as_the_host_has_it():
+def test_missing_frames_are_requested_while_the_host_has_them():
     stream = begun(3)
     assert verdict(stream, FRAMES[2]) is Arrival.KNOWN
     assert verdict(stream, FRAMES[5], oldest=3) is Arrival.GAP
     assert verdict(stream, FRAMES[5], oldest=4) is Arrival.NEW
 
 
-def test_what_is_given_up_is_counted_and_marked():
+def test_frames_given_up_are_counted_and_marked():
     stream = begun(3)
     batch = stream.take(FRAMES[5])
     assert stream.count_missing() == 1_000
@@ -72,7 +72,7 @@ def test_a_new_run_follows_and_the_old_one_is_remembered():
     assert (stream.next_of(parse_head(FRAMES[0]).stream), stream.next, stream.next_of(7)) == (4, 1, 0)
 
 
-def test_a_stream_goes_on_after_it_was_put_aside():
+def test_a_suspended_stream_continues():
     stream = pickle.loads(pickle.dumps(begun(4)))
     assert same(stream.take(FRAMES[4]), ITEMS[3])
 
@@ -92,8 +92,8 @@ def test_a_header_that_cannot_be_this_hosts_is_refused_and_changes_nothing(heade
     assert (stream.header, stream.next) == (HEADER, 4)
 
 
-def test_records_of_another_century_are_refused():
-    """Their hour would be outside the calendar."""
+def test_times_outside_the_calendar_are_refused():
+    """Segments have an hour of the calendar, which such records exceed."""
     stream = begun(2)
     late = traffic(10)
     late = replace(late, ts_ns=late.ts_ns + np.int64(1 << 62))

@@ -24,7 +24,7 @@ def test_order_and_end():
     assert asyncio.run(work()) == (list(range(10)), 2)
 
 
-def test_a_clogged_receiver_holds_the_sender_up():
+def test_a_clogged_receiver_blocks_the_sender():
     async def work():
         channel = Channel(3)
         sender = asyncio.create_task(_fill(channel, 100))
@@ -36,13 +36,13 @@ def test_a_clogged_receiver_holds_the_sender_up():
     assert asyncio.run(work()) == (True, 3)
 
 
-def test_a_sender_learns_that_nobody_receives_any_more():
+def test_a_sender_gets_an_error_when_the_receiver_is_gone():
     async def work():
         channel = Channel(1)
         sender = asyncio.create_task(_fill(channel, 100))
         async for _ in channel:
             break
-        # The generator's clean-up runs when it is dropped; the sender is told by the next wake-up.
+        # The generator's clean-up runs when the generator is dropped; the sender's next wake-up raises the error.
         await asyncio.sleep(0)
         with pytest.raises(ClosedError):
             await asyncio.wait_for(sender, 5)
@@ -60,7 +60,7 @@ def test_a_closed_channel_takes_nothing():
     asyncio.run(work())
 
 
-def test_no_room_is_no_channel():
+def test_a_channel_without_room_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         Channel(0)
 

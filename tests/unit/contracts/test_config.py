@@ -18,7 +18,7 @@ def test_defaults_without_a_file_and_from_an_empty_one(tmp_path):
     assert config.load(None) == load(tmp_path, "") == config.Config()
 
 
-def test_all_of_it(tmp_path):
+def test_every_key(tmp_path):
     found = load(tmp_path, '[capture]\nouter = ["eth1"]\nring_mib = 64\n[store]\nflush_interval_s = 2\nsync = false\n')
     assert found.capture.outer == ("eth1",)
     assert found.capture.ring_mib == 64
@@ -58,12 +58,12 @@ def test_errors(tmp_path, text, said):
     assert str(tmp_path / "mace.toml") in str(error.value)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         config.load(tmp_path / "no.toml")
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_bytes_that_are_not_utf_8(tmp_path):
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not TOML"):
         config.load(tmp_path / "x.toml")
@@ -86,7 +86,7 @@ def test_bytes_that_are_no_text(tmp_path):
         ('[capture]\nouter = ["eth0\\u0000"]\n', "[capture] outer = 'eth0\\x00', expected no NUL in it"),
     ],
 )
-def test_values_that_python_cannot_take_are_told_too(tmp_path, text, said):
+def test_values_that_python_cannot_parse_are_reported(tmp_path, text, said):
     with pytest.raises(ConfigError) as error:
         load(tmp_path, text)
     assert str(error.value).startswith(str(tmp_path))
@@ -98,7 +98,7 @@ HOSTS = ["[::1", "é..x", "a..b", "a" * 64 + ".example", "x]"]
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_hosts_that_are_none(host):
+def test_invalid_hosts(host):
     from storage.broker import Broker
     from storage.influxdb import checked
     from storage.prometheus import address
@@ -114,7 +114,7 @@ def test_hosts_that_are_none(host):
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:²", "127.0.0.1:" + "9" * 5000, "127.0.0.1:65536", "127.0.0.1:-1", ":80"])
-def test_ports_that_are_none(listen):
+def test_invalid_ports(listen):
     from storage.prometheus import address
 
     with pytest.raises(ConfigError, match="expected ADDRESS:PORT"):
@@ -124,7 +124,7 @@ def test_ports_that_are_none(listen):
 @pytest.mark.slow
 @settings(max_examples=100)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, raw):
+def test_any_file_is_a_configuration_or_an_error_of_one_line(tmp_path_factory, raw):
     path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_bytes(raw)
     try:
@@ -133,7 +133,7 @@ def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, raw):
         assert str(path) in str(error)  # noqa: PT017 (most files are none, some are)
 
 
-def test_a_byte_order_mark_before_the_text_is_no_part_of_it(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     """A byte order mark, which some editors write, is not part of the text."""
     path = tmp_path / "mace.toml"
     path.write_bytes(b"\xef\xbb\xbf[run]\r\nhost = 'h1'\r\n")
@@ -163,7 +163,7 @@ def test_a_key_of_many_parts_is_refused_before_it_is_parsed(tmp_path, monkeypatc
         config.load(path)
 
 
-def test_a_file_that_is_no_configuration_for_its_size_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+def test_a_large_file_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
     monkeypatch.setattr(config.tomllib, "loads", None)
     path = tmp_path / "mace.toml"
     path.write_text("#" * ((1 << 18) + 1))
@@ -171,13 +171,13 @@ def test_a_file_that_is_no_configuration_for_its_size_is_refused_before_it_is_pa
         config.load(path)
 
 
-def test_dots_that_are_no_key_s_are_not_counted(tmp_path):
+def test_dots_outside_keys_are_not_counted(tmp_path):
     path = tmp_path / "mace.toml"
     path.write_text("# " + "." * 500 + '\n#"""' + '\n[run]\nhost = "' + "a." * 100 + '" # ' + "." * 100 + "\n")
     assert config.load(path).run.host == "a." * 100
 
 
 @pytest.mark.parametrize("text", ['"\\' * 100_000, "'" * 200_001, '"' * 200_001, "#'" * 100_000, '"""\\"' * 50_000])
-def test_quotes_without_an_end_cost_no_more_than_others(text):
-    """Each character is read once; quadratic time would be minutes."""
+def test_unclosed_quotes_take_linear_time(text):
+    """Each character is read once; quadratic time would take minutes."""
     config._check_depth("c.toml", text)

@@ -38,11 +38,11 @@ def test_ranks_follow_the_way_out():
     assert by_name == {"c0eth0": 0, "vethc0": 1, "c1eth0": 0, "vethc1": 1, "br0": 2, "out0": 4, "rem0": 5}
 
 
-def test_a_host_device_with_nothing_to_do_with_containers_ranks_between():
+def test_an_unrelated_host_device_ranks_between_bridge_and_outer():
     assert ranks([Device(1, 9, "tun0", "tun", role=Role.HOST), Device(1, 1, "lo", "loopback")]) == [3, 6]
 
 
-def test_a_distribution_is_what_was_added():
+def test_a_distribution_counts_the_added_windows():
     values = np.random.default_rng(1).integers(0, 10**7, 5000)
     delays = Distribution()
     for part in np.array_split(values, 300):
@@ -60,8 +60,8 @@ def test_a_distribution_is_what_was_added():
 
 
 @pytest.mark.slow
-def test_a_distribution_holds_no_more_of_a_long_run_than_of_a_short_one():
-    """Windows are parts of the arrays of all windows of a moment, and rare ones come for days."""
+def test_a_distribution_of_a_long_run_takes_bounded_memory():
+    """A distribution does not keep the windows that it adds, which are views into arrays of many windows."""
     delays, all_windows = Distribution(), np.arange(1000)
     kept = weakref.ref(all_windows)
     delays.add(10, 45, 0, 9, all_windows[:10], np.ones(10, np.int64))
@@ -87,7 +87,7 @@ def test_windows_of_two_widths_count_once():
     assert both.as_dict() == one.as_dict()
 
 
-def test_a_wide_window_that_is_not_final_yet_is_not_waited_for():
+def test_figures_do_not_wait_for_open_wide_windows():
     delays = make_delays(100)
     summary = live(delays, widths=(10,))
     later = make_delays(100, seed=1, start_ns=START_NS + 10**9)
@@ -95,7 +95,7 @@ def test_a_wide_window_that_is_not_final_yet_is_not_waited_for():
     assert sum(d.count for _, d in summary.rows()) == 2 * len(delays)
 
 
-def test_as_dict_has_what_is_promised():
+def test_as_dict_has_the_documented_keys():
     delays = make_delays(400, containers=2)
     found = json.loads(json.dumps(live(delays, containers=2).as_dict()))
     assert list(found["ledger"]) == [
@@ -124,7 +124,7 @@ def test_as_dict_has_what_is_promised():
     assert "rows_not_stored" not in found
 
 
-def test_what_observing_cost_is_told():
+def test_the_cost_of_observing_is_shown():
     results = with_totals(make_results(make_delays(10)), cost=(HookCost(Hook.NETIF_RX, 1234, 10, 850),))
     first, second = Summary(), Summary()
     first.add(results)
@@ -156,7 +156,7 @@ def test_summaries_of_several_runs_merge():
     assert whole.packets == sum(p.packets for p in parts)
 
 
-def test_merging_does_not_touch_what_is_merged():
+def test_merging_leaves_the_merged_summary_unchanged():
     one, two = live(make_delays(50)), live(make_delays(70, seed=2))
     before = two.as_dict()
     one.merge(two)
@@ -170,7 +170,7 @@ def test_the_ledger_is_printed_even_when_all_is_zero():
         assert f"{name.replace('_', ' ')} 0" in text
 
 
-def test_a_loss_cannot_be_overlooked():
+def test_a_loss_is_in_the_first_line():
     quiet = printed(live(make_delays(10)))
     assert "not everything was seen" not in quiet
     for ledger in (Ledger(lost=5), Ledger(discarded=5)):
@@ -179,17 +179,17 @@ def test_a_loss_cannot_be_overlooked():
         assert "5 records were" in loud
 
 
-def test_records_in_no_category_are_a_defect_that_shows():
+def test_records_in_no_category_are_shown_as_a_defect():
     assert "defect" in printed(live(make_delays(10), ledger=Ledger(records=3, matched=1)))
 
 
-def test_eighty_columns_do_for_all_figures():
+def test_tables_fit_into_eighty_columns():
     text = printed(live(make_delays(3000, containers=3), containers=3), width=80)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_devices_that_look_alike_are_told_apart():
+def test_devices_of_equal_names_are_distinguished():
     before = topology()
     after = (Device(77, 2, "eth0", "veth", 1, 1, 0, True, "c0", "c0", Role.INNER), *before[1:])
     delays, later = make_delays(20), make_delays(20)
@@ -204,8 +204,8 @@ def test_devices_that_look_alike_are_told_apart():
     assert len(summary.rows(Segment.OVERHEAD)) == 4
 
 
-def test_a_device_that_sends_and_is_not_seen_to_receive_is_named():
-    """100 packets out for each one in: those of ARP pass a tracepoint where all others are put past it."""
+def test_a_device_without_recorded_receptions_is_named():
+    """100 packets leave per received packet: only ARP passes the tracepoint, all other packets bypass it."""
 
     def told(sent, received, kind="veth", hooks=None):
         summary = Summary()
@@ -286,8 +286,8 @@ ID, OTHER_ID = "a" * 64, "b" * 64
     [
         ([("web-tmp", ID), ("web", ID)], [("web", ID)]),
         ([("a", ID), ("b", ID), ("a", ID)], [("a", ID)]),
-        ([("web", ""), ("web", ID)], [("web", ID)]),  # it ran before the runtime was asked
-        ([("web", ID), ("web", OTHER_ID)], [("web", OTHER_ID)]),  # made anew, as before there were ids
+        ([("web", ""), ("web", ID)], [("web", ID)]),  # it ran before the runtime was queried
+        ([("web", ID), ("web", OTHER_ID)], [("web", OTHER_ID)]),  # a container without id
         ([("web-tmp", ""), ("web", "")], [("web", ""), ("web-tmp", "")]),
         ([("web-tmp", ID), ("web", OTHER_ID)], [("web", OTHER_ID), ("web-tmp", ID)]),
     ],
@@ -311,6 +311,6 @@ def test_a_renamed_container_without_packets_has_its_new_name():
     assert "web-tmp" not in printed(summary)
 
 
-def test_what_is_merged_does_not_change_what_it_was_merged_from():
+def test_merged_names_leave_the_original_summary_unchanged():
     summary = renamed(("web-tmp", ID), ("web", ID))
     assert summary.as_dict() == summary.as_dict()

@@ -26,7 +26,7 @@ def holds(found, expected):
 
 
 @pytest.mark.parametrize("version", range(1, WIRE_VERSION + 1))
-def test_a_golden_capture_is_read_as_ever(version):
+def test_a_golden_capture_is_read_unchanged(version):
     here = GOLDEN / f"wire-{version}"
     expected = json.loads((here / "expected.json").read_text())
     with Capture(here / "capture.mace") as capture:
@@ -42,7 +42,7 @@ def test_a_golden_capture_is_read_as_ever(version):
     assert sum(len(item) for item in items if isinstance(item, Batch)) == expected["records"]
     assert sum(item.lost for item in items if isinstance(item, Batch)) == expected["lost"]
     with_content = [isinstance(item, Batch) and item.content is not None for item in items]
-    assert with_content == expected.get("with_content", [False] * len(items))  # version 1 had none
+    assert with_content == expected.get("with_content", [False] * len(items))  # version 1 has no content
     assert {name: column.tolist() for name, column in all_columns(items[-1])} == expected["last_batch"]
     assert digest(items) == expected["columns_sha256"]
 
@@ -106,7 +106,7 @@ def columns_by_the_book(payload, seen, wire):
 
 
 @pytest.mark.parametrize("version", range(1, WIRE_VERSION + 1))
-def test_the_format_is_as_its_description_says(version):
+def test_the_format_equals_its_description(version):
     content = (GOLDEN / f"wire-{version}" / "capture.mace").read_bytes()
     with Capture(GOLDEN / f"wire-{version}" / "capture.mace") as capture:
         items = list(capture)
@@ -136,7 +136,7 @@ def payloads(content):
 
 
 def test_the_writer_still_writes_this_version():
-    # A change here is a change of the format: it needs a new WIRE_VERSION and a golden capture of its own.
+    # A failure here means a changed format, which needs a new WIRE_VERSION and its own golden capture.
     here = GOLDEN / f"wire-{WIRE_VERSION}"
     content = (here / "capture.mace").read_bytes()
     with Capture(here / "capture.mace") as capture:

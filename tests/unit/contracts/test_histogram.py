@@ -8,7 +8,7 @@ DELAYS = st.lists(st.integers(-5, 1 << 42), min_size=1)
 
 
 @given(DELAYS)
-def test_bins_hold_their_values_and_are_as_narrow_as_promised(values):
+def test_bins_hold_their_values_and_have_the_documented_width(values):
     v = np.array(values)
     bins, kept = h.bins_of(v), v.clip(0, h.MAX_NS)
     assert ((bins >= 0) & (bins < h.BINS)).all()
@@ -17,14 +17,14 @@ def test_bins_hold_their_values_and_are_as_narrow_as_promised(values):
     assert (np.abs(h.middles(bins) - kept) <= kept / 256).all()
 
 
-def test_every_bin_is_found_again_from_its_bounds():
+def test_the_bounds_of_a_bin_lie_in_it():
     bins = np.arange(h.BINS)
     assert (h.bins_of(h.lower_bounds(bins)) == bins).all()
     assert (h.bins_of(h.lower_bounds(bins + 1) - 1) == bins).all()
 
 
 @given(DELAYS, DELAYS, DELAYS)
-def test_merging_is_counting_all_at_once(a, b, c):
+def test_merged_histograms_equal_one_of_all_values(a, b, c):
     def counted(values):
         bins, counts = np.unique(h.bins_of(np.array(values)), return_counts=True)
         return bins, counts
@@ -38,7 +38,7 @@ def test_merging_is_counting_all_at_once(a, b, c):
         assert (found[1] == whole[1]).all()
 
 
-def test_nothing_has_no_quantile():
+def test_an_empty_histogram_has_no_quantile():
     empty = np.zeros(0, np.int64)
     assert h.quantiles(empty, empty).tolist() == [0, 0, 0, 0]
     assert [part.tolist() for part in h.merge(empty, empty)] == [[], []]

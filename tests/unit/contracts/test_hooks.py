@@ -30,5 +30,5 @@ def test_every_hook_at_a_device_has_its_place_along_the_way():
     assert set(ALONG) == {info.way for info in HOOKS if info.has_device}
 
 
-def test_no_two_hooks_have_a_letter():
+def test_letters_of_hooks_are_distinct():
     assert len({info.letter for info in HOOKS}) == len(HOOKS)

@@ -73,7 +73,7 @@ class Slow:
     ],
     ids=["nothing", "ring", "source", "engine full", "engine too late", "all at once"],
 )
-def test_nothing_is_lost_uncounted(tmp_path, read, loss, discarded, engine):
+def test_every_record_is_counted(tmp_path, read, loss, discarded, engine):
     batch = traffic(RECORDS, content=read)
     whole = CollectedStream(0, [TOPOLOGY, *(batch[i : i + CUT] for i in range(0, RECORDS, CUT))])
     stream, gone = thinned(whole, loss)
@@ -85,7 +85,7 @@ def test_nothing_is_lost_uncounted(tmp_path, read, loss, discarded, engine):
     last = slow.results[-1].totals.ledger
     assert (last.records, last.lost, last.discarded) == (RECORDS - gone.sum(), gone.sum(), discarded)
     assert last.lost == 0 or loss
-    # The counts only ever grow, but for what is in flight.
+    # All counts only grow, except `in_flight`.
     for before, after in zip(slow.results, slow.results[1:], strict=False):
         falls = {name for name, n in after.totals.ledger.as_dict().items() if n < before.totals.ledger.as_dict()[name]}
         assert falls <= {"in_flight"}
@@ -94,7 +94,7 @@ def test_nothing_is_lost_uncounted(tmp_path, read, loss, discarded, engine):
     stored = query(store, f"SELECT {', '.join(names)} FROM ledger ORDER BY time, records").fetchall()
     assert all(Ledger(*row).imbalance == 0 for row in stored)
     assert Ledger(*stored[-1]) == last
-    # Rows, windows, and the store's copies of them tell of the same packets.
+    # Rows, windows and their stored copies cover the same packets.
     delays = sum(len(results.rows.delays) for results in slow.results)
     counted = sum(w.count for results in slow.results for w in results.rows.windows if w.width_s == 1)
     rows, windows = (

@@ -15,7 +15,7 @@ from contracts.names import bytes_of, text_of
         ("größe".encode(), "größe"),
         ("größe".encode("latin-1"), r"gr\xf6\xdfe"),
         (b"\xff", r"\xff"),
-        (b"\xed\xb2\x80", r"\xed\xb2\x80"),  # a surrogate in UTF-8's form is no UTF-8
+        (b"\xed\xb2\x80", r"\xed\xb2\x80"),  # an encoded surrogate is not UTF-8
         (rb"a\b", r"a\b"),
         (rb"web\x2d1", r"web\x2d1"),
         (rb"\xff", r"\x5cxff"),

@@ -22,7 +22,7 @@ def test_columns_are_of_their_types_and_others_are_zero():
     assert Batch.of(3).content is None
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_columns_are_refused():
     with pytest.raises(ValueError, match="content of 2 records, expected 3"):
         Batch.of(3, Content.of(2))
     with pytest.raises(TypeError, match="no such column: packet_key"):

@@ -29,7 +29,7 @@ def test_a_topic_that_is_not_a_hosts_is_refused(topic):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, BUCKETS])
-def test_each_host_is_of_one_shard_which_subscribes_to_it(count):
+def test_each_host_belongs_to_one_shard(count):
     shards = [Shard(index, count) for index in range(count)]
     for host in (f"host-{n}" for n in range(50)):
         owners = [shard for shard in shards if shard.owns(host)]
@@ -42,18 +42,18 @@ def _fits(pattern, topic):
     return all(p in ("+", t) for p, t in zip(pattern.split("/"), topic.split("/"), strict=True))
 
 
-def test_a_shard_says_itself_from_one():
+def test_shards_are_shown_counted_from_one():
     assert str(Shard.parse("2/3")) == "2/3"
     assert Shard.parse("2/3") == Shard(1, 3)
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/257", "a/b", "-1/2", "1/2/3", "²/3"])
-def test_a_shard_that_cannot_be_is_wrong_usage(text):
+def test_an_impossible_shard_is_a_usage_error(text):
     with pytest.raises(UsageError, match="shard"):
         Shard.parse(text)
 
 
-def test_an_acknowledgement_survives_the_way():
+def test_an_acknowledgement_is_decoded_unchanged():
     refusals = Refusal(3, 9, "a reason"), Refusal(0, (1 << 64) - 1, "", clock_utc_ns=-5)
     for ack in (Ack(0, 0, again=True), Ack(0xFFFFFFFF, (1 << 64) - 1), *(Ack(1, 3, refused=each) for each in refusals)):
         assert Ack.parse(ack.to_bytes()) == ack
@@ -81,7 +81,7 @@ def test_an_acknowledgement_survives_the_way():
         b"[" * 100000,
     ],
 )
-def test_what_is_none_is_refused(payload):
+def test_invalid_acknowledgements_are_refused(payload):
     with pytest.raises(WireError, match="not an acknowledgement"):
         Ack.parse(payload)
 
@@ -93,6 +93,6 @@ def test_a_reason_is_text_of_a_bounded_length():
     assert refused.why.startswith("\\x1b[31mxx")
 
 
-def test_frames_that_are_refused_one_after_the_other_are_told_of_together():
+def test_consecutive_refused_frames_are_reported_together():
     assert Refusal(3, 4, "a").with_next(Refusal(5, 5, "b")) == Refusal(3, 5, "b")
     assert Refusal(3, 4, "a").with_next(Refusal(7, 7, "b")) == Refusal(7, 7, "b")

@@ -55,12 +55,12 @@ def test_the_lab() -> None:
     }
 
 
-def test_container_names_are_only_of_containers() -> None:
+def test_only_containers_have_container_names() -> None:
     named = {(d.netns, d.container) for d in assign_roles(lab(), HOST)}
     assert named == {(HOST, ""), (C1, "c1"), (C2, "c2"), (FAR, ""), (OTHER, "o")}
 
 
-def test_order_of_what_is_given_is_of_no_matter_and_roles_can_be_assigned_again() -> None:
+def test_roles_depend_on_no_order_and_can_be_reassigned() -> None:
     shuffled = lab()
     random.Random(7).shuffle(shuffled)
     found = assign_roles(shuffled, HOST)
@@ -72,12 +72,12 @@ def test_named_outer_devices_beat_the_default_route() -> None:
     found = roles(assign_roles(lab(), HOST, outer=["veth-c2"]))
     assert found[HOST, "veth-c2"] is Role.OUTER
     assert found[HOST, "out0"] is Role.HOST
-    # Now c2 is what lies beyond the outer device.
+    # c2 then lies beyond the outer device.
     assert found[C2, "eth0"] is Role.REMOTE
     assert found[FAR, "rem0"] is Role.INNER
 
 
-def test_an_outer_device_that_is_not_there_leaves_none() -> None:
+def test_a_missing_outer_device_gives_no_outer_role() -> None:
     found = assign_roles(lab(), HOST, outer=["nope"])
     assert Role.OUTER not in {d.role for d in found}
 
@@ -120,7 +120,7 @@ def test_a_bridge_with_the_default_route_gives_way_to_its_hardware() -> None:
         (HOST, "veth1"): Role.HOST,
         (C1, "eth0"): Role.INNER,
     }
-    # Without hardware in it there is nothing beyond it.
+    # A bridge without hardware has nothing beyond it.
     assert roles(assign_roles(devices[1:], HOST))[HOST, "br0"] is Role.OUTER
 
 
@@ -177,9 +177,7 @@ device = st.builds(
     st.lists(st.sampled_from(["eth0", "br0", "x"])),
     st.lists(st.sampled_from(["a", "b", "host"])),
 )
-def test_whatever_is_given_only_role_and_container_change(
-    devices: list[Device], outer: list[str], far: list[str]
-) -> None:
+def test_only_role_and_container_change(devices: list[Device], outer: list[str], far: list[str]) -> None:
     found = assign_roles(devices, HOST, outer, far)
 
     def bare(d: Device) -> Device:
@@ -205,7 +203,7 @@ def test_candidates() -> None:
     assert topology.candidates(NO_DEVICE) == ()
 
 
-def test_check_refuses_what_cannot_be() -> None:
+def test_check_refuses_impossible_topologies() -> None:
     assert check(Topology(0, HOST)) == Topology(0, HOST)
     with pytest.raises(WireError, match="sighting 0"):
         check(Topology(0, HOST, sightings=()))

@@ -42,12 +42,12 @@ def test_a_table_gives_the_windows_that_it_was_made_of():
     ],
     ids=["slice", "empty slice", "mask", "empty mask", "positions"],
 )
-def test_some_of_a_table_are_the_windows_of_these_positions(index):
+def test_selected_rows_are_the_windows_of_their_positions(index):
     positions = np.arange(len(WINDOWS))[index]
     assert same(WindowTable.of(WINDOWS)[index], [WINDOWS[at] for at in positions])
 
 
-def test_another_column_changes_nothing_else():
+def test_replacing_a_column_keeps_the_others():
     table = WindowTable.of(WINDOWS)
     moved = table.with_column("device", table.column("device") + 7)
     for name in NUMBERS:
@@ -56,7 +56,7 @@ def test_another_column_changes_nothing_else():
     assert moved.bins.tolist() == table.bins.tolist()
 
 
-def test_tables_end_to_end_and_elsewhere():
+def test_tables_are_concatenated_and_pickled():
     whole = WindowTable.of(WINDOWS)
     parts = [WindowTable.of(WINDOWS[:1]), WindowTable.of(()), WindowTable.of(WINDOWS[1:])]
     joined = WindowTable.concatenate(parts)

@@ -48,10 +48,10 @@ def payload(count, *descriptors, before=0, columns=b""):
     return struct.pack("<IQB", count, before, len(descriptors)) + bytes(descriptors) + columns
 
 
-# --- what goes in comes out -----------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 
-def test_a_stream_comes_back_as_it_was():
+def test_a_stream_is_decoded_unchanged():
     items = [TOPOLOGY, *batches(traffic(5_000), 1_000)]
     header, *middle, end = decode(encode(items))
     assert header == HEADER
@@ -84,7 +84,7 @@ def test_extremes_of_every_column():
             if name != "ts_ns":
                 values = values[::-1]
             batch = Batch.of(len(values), hook=np.full(len(values), Hook.NETIF_RX), **{name: np.array(values, dtype)})
-            # No topology: one that holds for a record at the smallest time there is would have to come before it.
+            # No topology: a topology for a record at the smallest possible time would have to precede that time.
             assert same(decode(encode([batch]))[1], batch), (name, values)
 
 
@@ -97,7 +97,7 @@ def test_extremes_of_every_column_of_content():
             assert same(decode(encode([batch]))[1], batch), (name, values)
 
 
-def test_strided_columns_of_a_ring_are_taken():
+def test_strided_columns_of_a_ring_are_encoded():
     ring = np.zeros(100, dtype=[*DTYPES.items(), *CONTENT_DTYPES.items(), ("pad", "V9")])
     ring["ts_ns"] = np.arange(100) ** 2
     ring["hook"] = Hook.NETIF_RX
@@ -200,7 +200,7 @@ def test_progress_is_a_promise():
 
 def test_bytes_per_record_of_container_traffic():
     frames = encode([TOPOLOGY, *batches(traffic(200_000), 50_000)])
-    assert sum(map(len, frames)) / 200_000 <= 16 / 4  # the limit for MQTT is 16; this is 2.7 today
+    assert sum(map(len, frames)) / 200_000 <= 16 / 4  # the limit for MQTT is 16; such traffic takes 2.7
 
 
 def test_a_tiny_batch_is_a_small_message():
@@ -208,21 +208,22 @@ def test_a_tiny_batch_is_a_small_message():
         assert len(encode([TOPOLOGY, traffic(5, seed)])[2]) <= 150
 
 
-def test_content_that_is_not_there_takes_a_byte():
+def test_missing_content_takes_a_byte():
     frames = [encode([TOPOLOGY, traffic(2_000, content=content)]) for content in (False, True)]
     assert len(frames[1][2]) > len(frames[0][2]) + 1_000
     empty = replace(traffic(2_000), content=Content.of(2_000))
-    assert len(encode([TOPOLOGY, empty])[2]) <= len(frames[0][2]) + 20  # and if it is all zero, one more a column
+    # Content that is all zero takes one more byte per column.
+    assert len(encode([TOPOLOGY, empty])[2]) <= len(frames[0][2]) + 20
 
 
 def test_the_header_can_be_read_without_mace():
     assert b'"command":["mace","record","-o","run.mace"]' in encode([])[0]
 
 
-# --- the writer's promises ------------------------------------------------------------------------
+# --- the writer's checks --------------------------------------------------------------------------
 
 
-def test_a_writer_refuses_what_no_reader_would_take():
+def test_a_writer_refuses_items_that_readers_refuse():
     def at(*times, **columns):
         return Batch.of(len(times), ts_ns=times, hook=np.full(len(times), Hook.NETIF_RX), **columns)
 
@@ -245,7 +246,7 @@ def test_a_writer_refuses_what_no_reader_would_take():
     refuses("a TOPOLOGY of .* at most 8388608", replace(zero, devices=(Device(1, 1, "x" * (8 << 20), ""),)))
 
 
-# --- frames that are not as they were written -----------------------------------------------------
+# --- damaged frames -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -311,12 +312,12 @@ def test_missing_frames_are_counted_and_marked():
     assert markers.cpu.tolist() == list(range(HEADER.cpus))
     assert markers.ts_ns.tolist() == [whole.ts_ns[9]] * HEADER.cpus
     assert markers.skb_id.tolist() == [whole.ts_ns[20]] * HEADER.cpus
-    assert after.lost == 0  # not by the ring
+    assert after.lost == 0  # missing frames, not losses of the ring
     decoder.frame(end)
     assert (decoder.records, decoder.missing) == (30, 10)
 
 
-def test_the_end_tells_what_is_missing_at_the_end():
+def test_the_end_mark_reveals_missing_last_frames():
     frames = encode([TOPOLOGY, *batches(traffic(30), 10)])
     decoder = Decoder(gaps=True)
     for frame in (*frames[:3], frames[-1]):
@@ -324,7 +325,7 @@ def test_the_end_tells_what_is_missing_at_the_end():
     assert decoder.missing == 20
 
 
-def test_no_way_back_with_gaps_either():
+def test_gaps_do_not_allow_descending_times():
     frames = encode([TOPOLOGY, *batches(traffic(30), 10)])
     decoder = Decoder(gaps=True)
     for frame in (*frames[:2], frames[3]):
@@ -333,7 +334,7 @@ def test_no_way_back_with_gaps_either():
         decoder.frame(frames[2])
 
 
-# --- frames that were made to do harm -------------------------------------------------------------
+# --- hostile frames -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_no_way_back_with_gaps_either():
         ("the head says 27", {"stored_size": 27, "raw_size": 27}),
     ],
 )
-def test_heads_that_lie(match, how):
+def test_hostile_heads(match, how):
     decoder, tag = begun()
     message = how.pop("message", FrameKind.BATCH)
     with pytest.raises(WireError, match=match):
@@ -369,7 +370,7 @@ def compressed(raw, **how):
     [
         ("disagree about its size", compressed(bytes(1 << 20)), 1 << 19),
         ("disagree about its size", compressed(bytes(1 << 20), write_content_size=False), 1 << 20),
-        # A bomb: 1 TiB, says the zstd frame (magic, single segment with 8 bytes of size).
+        # A decompression bomb: the zstd frame announces 1 TiB (magic, single segment with 8 bytes of size).
         ("disagree about its size", b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\0\0", 1000),
         ("does not decompress", b"\x28\xb5\x2f\xfd\xe0" + (1000).to_bytes(8, "little") + b"\x07\0\0", 1000),
         ("does not decompress", b"no zstd at all", 1000),
@@ -377,7 +378,7 @@ def compressed(raw, **how):
         ("does not decompress", compressed(bytes(1000))[:-1], 1000),
     ],
 )
-def test_payloads_that_lie(match, stored, raw_size):
+def test_hostile_payloads(match, stored, raw_size):
     decoder, tag = begun()
     tracemalloc.start()
     with pytest.raises(WireError, match=match):
@@ -427,13 +428,13 @@ TIMES, PLAIN = 2 << 4, 1 << 4
             payload(2, TIMES | 1, *[0] * 6, 1, columns=(2**63 - 1).to_bytes(8, "little") + b"\1" + HOOK_OK),
         ),
         (
-            "do not fit 64 bits",  # twice around: the last is not below the first
+            "do not fit 64 bits",  # two overflows: the last time is not below the first
             payload(4, TIMES | 8, *[0] * 6, 1, columns=bytes(8) + bytes(21) + b"\x7f" * 3 + HOOK_OK),
         ),
         ("follows record 7 after record 0", payload(0, *[0] * 8, before=7)),
     ],
 )
-def test_batches_that_lie(match, raw):
+def test_hostile_batches(match, raw):
     decoder, tag = begun()
     tracemalloc.start()
     with pytest.raises(WireError, match=match):
@@ -444,7 +445,7 @@ def test_batches_that_lie(match, raw):
 
 
 def test_the_largest_batch_takes_bounded_memory():
-    # The most expensive message: a few bytes that stand for 2^20 records.
+    # The most expensive message: a few bytes that encode 2^20 records.
     decoder, tag = begun()
     raw = payload(1 << 20, TIMES | 1, *[0] * 6, 1, *[0] * 10, columns=bytes(8) + bytes((1 << 20) - 1) + HOOK_OK)
     frame = forge(FrameKind.BATCH, raw, stored=compressed(raw), stream=tag, sequence=2)
@@ -522,7 +523,7 @@ DEVICE = {"netns": 1, "ifindex": 1, "name": "a", "kind": ""}
         ),
     ],
 )
-def test_headers_that_lie(match, raw):
+def test_hostile_headers(match, raw):
     with pytest.raises(WireError, match=match):
         Decoder().frame(forge(FrameKind.HEADER, raw, stream=crc32(raw), sequence=0))
 
@@ -550,7 +551,7 @@ def test_headers_that_lie(match, raw):
         ("changes the sightings", {}),
     ],
 )
-def test_topologies_that_lie(match, change):
+def test_hostile_topologies(match, change):
     decoder, tag = begun()
     raw = to_json(
         {"from_ns": TOPOLOGY.from_ns, **{k: v for k, v in TOPOLOGY_FIELDS.items() if k != "from_ns"}} | change
@@ -573,13 +574,13 @@ def test_the_worst_json_takes_bounded_memory():
 
 
 @pytest.mark.parametrize("raw", [{"records": 1, "lost": 0}, {"records": 0, "lost": 1}, {"records": -1, "lost": 0}, {}])
-def test_ends_that_lie(raw):
+def test_hostile_end_marks(raw):
     decoder, tag = begun()
     with pytest.raises(WireError, match="END"):
         decoder.frame(forge(FrameKind.END, to_json(raw), stream=tag, sequence=2))
 
 
-def test_counts_whose_sum_a_store_could_not_hold():
+def test_counts_whose_sum_exceeds_64_bits():
     raw = {"records": 2**63 - 1, "lost": 0}
     decoder = Decoder(gaps=True)
     first = encode([])[0]
@@ -591,6 +592,6 @@ def test_counts_whose_sum_a_store_could_not_hold():
     assert decoder.missing == 0
 
 
-def test_keys_from_the_future_are_passed_over():
+def test_unknown_keys_are_ignored():
     raw = json.dumps(HEADER_FIELDS | {"colour": "blue"}).encode()
     assert Decoder().frame(forge(FrameKind.HEADER, raw, stream=crc32(raw), sequence=0)) == HEADER

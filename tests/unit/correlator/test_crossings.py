@@ -48,7 +48,7 @@ def test_times_at_both_devices_and_where_the_kernel_stamps():
     assert all((getattr(found, name) == -1).all() for name in ("l4_proto", "l4_src", "l4_dst", "l4_seq"))
 
 
-def test_a_driver_that_was_busy_sent_it_when_it_was_asked_last():
+def test_a_busy_driver_sends_at_its_last_call():
     tape = Tape()
     tape.packet("Q:eth0 X:eth0 r:veth1 R:veth1 R:br0 Q:out0 X:out0 X:out0 r:rem0 R:rem0 c", 0, step=10)
     found = crossings(correlate(tape.batch()))
@@ -64,13 +64,13 @@ def test_devices_that_offer_packets_to_gro_have_them_stamped_afterwards():
     assert found.inner_stamp_utc_ns == found.inner_utc_ns == OFFSET_NS + 1_070
 
 
-def test_a_packet_that_the_outer_driver_never_got_has_not_crossed():
+def test_a_packet_that_never_reached_the_outer_driver_has_no_crossing():
     tape = Tape()
     tape.packet("Q:eth0 X:eth0 r:veth1 R:veth1 R:br0 Q:out0 k", 0)
     assert len(crossings(correlate(tape.batch()))) == 0
 
 
-def test_they_differ_by_the_overhead_of_the_same_packet():
+def test_the_times_of_a_crossing_differ_by_its_overhead():
     tape = Tape()
     for i in range(50):
         tape.packet(REQUEST, 1_000_000 * i, skb=i % 7 + 1, step=100 + i)
@@ -88,7 +88,7 @@ def test_they_differ_by_the_overhead_of_the_same_packet():
 
 
 @pytest.mark.parametrize("size", [1, 3, 17])
-def test_cuts_change_nothing(size):
+def test_batch_and_slice_boundaries_change_nothing(size):
     tape = Tape()
     for i in range(20):
         tape.packet(REQUEST, 1_000_000 * i, skb=1)
@@ -102,7 +102,7 @@ def test_cuts_change_nothing(size):
         assert getattr(whole, name)[order].tolist() == getattr(cut, name)[other].tolist()
 
 
-def test_what_is_settled_comes_no_more():
+def test_no_crossing_is_older_than_the_settled_time():
     tape = Tape()
     for i in range(200):
         tape.packet(REQUEST, 7_000_000 * i, skb=i % 9 + 1, step=100 if i % 3 else 2_000_000)
@@ -113,12 +113,12 @@ def test_what_is_settled_comes_no_more():
         seen = result.totals.settled_utc_ns
 
 
-def test_they_come_only_when_asked_for():
+def test_crossings_are_returned_on_request_only():
     assert len(crossings(correlate(one_exchange(), crossings=False))) == 0
     assert len(crossings(correlate(one_exchange(), rows=False))) == 2
 
 
-def test_gaps_are_told_once():
+def test_gaps_are_reported_once():
     tape = Tape()
     tape.packet(REQUEST, 1_000)
     tape.gap(5_000, 6_000, lost=3)
@@ -128,13 +128,13 @@ def test_gaps_are_told_once():
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_what_the_packet_says_of_itself_at_the_inner_device(size):
+def test_crossings_have_the_packets_fields_at_the_inner_device(size):
     tape = Tape()
     tape.packet(REQUEST, 10_000, skb=1, key=7, flags=Flag.FLOW)
     tape.packet(REPLY + " c", 20_000, skb=1, key=8, flags=Flag.FLOW)
     batch = tape.batch()
     n = np.arange(len(batch))
-    # NAT gives the request another source port behind its fourth record, and the reply its own before its ninth.
+    # NAT changes the request's source port after its fourth record, and the reply's destination port before its ninth.
     ports = np.where((n < 4) | (n >= 18), 40_000, 1_024)
     told = Content.of(
         len(batch),
@@ -152,7 +152,7 @@ def test_what_the_packet_says_of_itself_at_the_inner_device(size):
     assert (reply.l4_proto, reply.l4_src, reply.l4_dst, reply.l4_seq) == (6, 53, 40_000, 1 << 31)
 
 
-def test_what_was_not_read_is_not_told():
+def test_fields_that_were_not_read_are_unknown():
     tape = Tape()
     tape.packet(REQUEST, 10_000, skb=1, key=7)
     batch = tape.batch()

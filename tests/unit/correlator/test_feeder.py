@@ -1,4 +1,4 @@
-"""What all who feed an engine share: the end of a stream, what totals carry, how much an engine gathers."""
+"""Feeding an engine: the end of a stream, the contents of totals, and how much an engine gathers."""
 
 import pickle
 
@@ -9,16 +9,16 @@ from contracts.interfaces import Progress
 from contracts.schema import HookCost
 from correlator.engine import Engine, EngineConfig
 from correlator.feeder import Feeder, SliceLimit
+from tests.durations import MS
 from tests.traffic import REQUEST, Tape, topology
 
-MS = 1_000_000
 PACKETS, CUT = 40, 60
 NO_SLICES = EngineConfig(slice_ns=1 << 60)
-"""An engine that works when it is told to, and at the end."""
+"""An engine that works only on request and at the end."""
 
 
 class Broken:
-    """A source that throws one more record away each time that it is asked."""
+    """A source that discards one more record each time it is queried."""
 
     def __init__(self):
         self.count = 0
@@ -32,7 +32,7 @@ class Broken:
 
 
 def stream():
-    """A packet each 10 ms, several of them in each batch."""
+    """Return a packet every 10 ms, several in each batch."""
     tape = Tape()
     for number in range(PACKETS):
         tape.packet(REQUEST, 1_000 * MS + 10 * MS * number, skb=number + 1)
@@ -54,7 +54,7 @@ def test_a_whole_stream_ends_with_what_is_left():
     assert rows(fed) == rows(by_hand) != []
 
 
-def test_totals_carry_what_the_source_counts_by_then():
+def test_totals_carry_the_sources_counts():
     source = Broken()
     feeder = Feeder(Engine(0, EngineConfig(slice_ns=100 * MS)), source.discarded, source.cost)
     fed = list(feeder.run(stream()))
@@ -96,7 +96,7 @@ def test_an_engine_works_once_as_many_records_wait_as_the_limit():
     assert [len(list(feeder.take(batch))) for batch in batches] == [number % 2 for number in range(len(batches))]
 
 
-def test_a_feeder_goes_on_where_it_was_pickled():
+def test_an_unpickled_feeder_continues():
     feeder = Feeder(Engine(0, NO_SLICES), Broken().discarded, limit=SliceLimit(1 << 60, 2 * CUT))
     fed = []
     for item in stream():

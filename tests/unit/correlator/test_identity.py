@@ -59,7 +59,7 @@ def test_a_request_and_its_reply():
     assert last.totals.ledger.matched == last.totals.ledger.records == len(tape)
 
 
-def test_two_containers_whose_devices_have_one_name_are_told_apart():
+def test_two_containers_with_equal_device_names_are_distinguished():
     tape = Tape()
     tape.packet(REQUEST, 1_000, skb=1, n=1)
     tape.packet(REQUEST, 1_050, skb=2, n=2)
@@ -76,7 +76,7 @@ def test_the_bridge_counts_for_the_container_whose_packet_crosses_it():
     assert ("c2", HOST, "br0", "EGRESS", "DEVICE", 100) in told(rows, last)
 
 
-def test_a_name_that_could_be_several_devices_is_counted_and_not_guessed():
+def test_an_ambiguous_device_name_is_counted_and_not_resolved():
     tape = Tape()
     tape.packet("Q:eth0 X:eth0 k", 1_000)
     rows, last = correlate(tape)
@@ -88,22 +88,22 @@ def test_a_name_that_could_be_several_devices_is_counted_and_not_guessed():
     assert (len(rows), last.totals.ledger.ambiguous) == (0, 2)
 
 
-def test_what_is_freed_after_its_transmission_was_sent_by_hardware():
+def test_a_packet_freed_after_transmission_was_sent_by_hardware():
     tape = Tape()
     tape.packet("Q:eth0 X:eth0 c", 1_000)
     _, last = correlate(tape)
     assert (last.totals.ledger.ambiguous, last.totals.ledger.matched) == (0, 3)
 
 
-def test_what_begins_with_a_reception_was_received_by_hardware():
+def test_a_path_that_begins_with_a_reception_began_at_hardware():
     tape = Tape()
-    tape.add(0, 7)  # the capture's first moments do not count: what came before them is not known
+    tape.add(0, 7)  # the capture's first moments do not count, because earlier records are unknown
     tape.packet("G:eth0 R:eth0", 50_000)
     _, last = correlate(tape)
     assert (last.totals.ledger.ambiguous, last.totals.ledger.matched) == (0, 2)
 
 
-def test_unless_its_beginning_may_have_been_lost():
+def test_a_path_whose_beginning_may_be_lost_is_ambiguous():
     tape = Tape()
     tape.add(0, 7)
     tape.gap(49_000, 49_500)
@@ -112,7 +112,7 @@ def test_unless_its_beginning_may_have_been_lost():
     assert last.totals.ledger.ambiguous == 2
 
 
-def test_a_buffer_that_is_freed_unseen_and_used_again_starts_a_new_life():
+def test_a_buffer_reused_after_an_unseen_free_starts_a_new_life():
     tape = Tape()
     end = tape.packet(REPLY, 1_000, skb=5)
     tape.packet(REQUEST, end + 10, skb=5)
@@ -131,7 +131,7 @@ def test_a_forwarded_packet_keeps_its_length():
 
 
 @pytest.mark.parametrize(("late_ns", "joined"), [(TIMEOUT_NS, True), (TIMEOUT_NS + 1, False)])
-def test_a_partner_that_comes_too_late_is_none(late_ns, joined):
+def test_a_late_record_is_no_partner(late_ns, joined):
     tape = Tape()
     tape.packet("Q:br0 X:br0", 1_000, step=late_ns)
     _, last = correlate(tape)
@@ -182,7 +182,7 @@ def test_from_one_container_to_another():
     ]
 
 
-def test_a_device_that_nobody_listed_is_an_unknown_one():
+def test_a_device_missing_from_the_topology_is_unknown():
     tape = Tape()
     tape.packet("Q:gone0 X:gone0", 1_000)
     rows, last = correlate(tape)
@@ -228,7 +228,7 @@ def test_sightings_that_name_the_namespace_need_no_path():
     assert [row[:3] for row in told(rows, last)] == [("c2", 12, "eth0")]
 
 
-def test_an_inode_that_was_given_out_again_is_another_namespaces():
+def test_a_reused_inode_is_another_namespace():
     """Records of a namespace that died, handed over after its successor was listed, are not the successor's."""
     from dataclasses import replace
 
@@ -246,7 +246,7 @@ def test_an_inode_that_was_given_out_again_is_another_namespaces():
     assert [d.container for d in place.candidates(sightings[2])] == ["c2"]
 
 
-def test_a_namespace_that_imitates_the_hosts_devices_costs_rows_and_is_told():
+def test_a_namespace_that_imitates_the_hosts_devices_is_reported():
     """Any user may make a namespace with a bridge and a veth pair of the same names, connected in the same way."""
     of_host = [replace(d, role=Role.HOST if d.netns == HOST else d.role) for d in DEVICES]
     twins = [replace(d, netns=d.netns + 1_000, peer_netns=d.peer_netns and d.peer_netns + 1_000) for d in DEVICES]

@@ -48,7 +48,7 @@ def test_a_fragment_that_was_cut_again_has_its_whole_path():
     assert (last.totals.grades.content, last.totals.packets, last.totals.ledger.matched) == (1, 1, 9)
 
 
-def test_the_same_on_the_way_in():
+def test_a_fragment_cut_again_on_ingress_has_its_whole_path():
     tape = Tape()
     tape.packet(IN + " c", 0, skb=1, key=7)
     tape.packet(HOME, 2_000, skb=2, key=7)
@@ -57,11 +57,11 @@ def test_the_same_on_the_way_in():
     assert whole.direction.tolist() == [Direction.INGRESS]
     assert whole.delay_ns.tolist() == [2_500 - 300]
     assert last.totals.grades.content == 1
-    assert last.totals.ledger.matched == 11  # the end of the first buffer as well
+    assert last.totals.ledger.matched == 11  # also the end of the first buffer
 
 
 def test_three_fragments_in_each_others_buffers():
-    """What connection tracking does: the last one's buffer goes on with the first one's content."""
+    """Connection tracking reassembles: the last fragment's buffer continues with the first one's content."""
     tape = Tape()
     for i, (key, length) in enumerate(((7, 1500), (8, 1500), (9, 1500))):
         tape.packet(OUT, i * 1_000, skb=i + 1, key=key, length=length)
@@ -70,13 +70,13 @@ def test_three_fragments_in_each_others_buffers():
     rows, last = correlate(tape)
     whole = wholes(rows)
     assert sorted(whole.delay_ns.tolist()) == [10_000] * 3
-    # The second one's stayed its own.
+    # The second fragment stayed in its buffer.
     assert sorted(whole.grade.tolist()) == [Grade.CONTENT, Grade.CONTENT, Grade.EXACT]
     assert last.totals.grades.told_apart == 1
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
-def test_two_that_could_go_on_are_not_guessed_between(order):
+def test_two_possible_continuations_are_not_linked(order):
     """When a bridge floods, one packet arrives and two copies leave; neither is chosen."""
     tape = Tape()
     tape.packet(OUT, 0, skb=5, key=7)
@@ -87,7 +87,7 @@ def test_two_that_could_go_on_are_not_guessed_between(order):
     assert (last.totals.grades.content, last.totals.grades.ambiguous) == (0, 1)
 
 
-def test_two_that_could_have_come_are_not_guessed_between():
+def test_two_possible_predecessors_are_not_linked():
     """Two containers' packets of equal content at the same time."""
     tape = Tape()
     tape.packet(OUT, 0, skb=1, key=7)
@@ -107,7 +107,7 @@ def test_two_that_could_have_come_are_not_guessed_between():
         ("from another namespace", IN, 7, 2_000),
     ],
 )
-def test_what_is_not_its_continuation(what, path, key, after):
+def test_lives_that_are_no_continuation(what, path, key, after):
     tape = Tape()
     tape.packet(OUT, 10_000, skb=1, key=7)
     tape.packet(path, 10_000 + after, skb=2, key=key)
@@ -122,7 +122,7 @@ def test_nothing_is_linked_across_lost_records():
     assert Grade.CONTENT not in correlate(tape)[0].grade
 
 
-def test_a_dropped_packet_does_not_go_on():
+def test_a_dropped_packet_has_no_continuation():
     tape = Tape()
     tape.packet(OUT + " k", 0, skb=1, key=7, reason=3)
     tape.packet(ON, 2_000, skb=2, key=7)
@@ -131,7 +131,7 @@ def test_a_dropped_packet_does_not_go_on():
     assert last.totals.ledger.dropped == 5
 
 
-def test_one_that_goes_on_and_is_dropped_there_is_dropped():
+def test_a_continuation_that_is_dropped_is_counted_as_dropped():
     tape = Tape()
     tape.packet(OUT, 0, skb=1, key=7)
     tape.packet("Q:out0 k", 2_000, skb=2, key=7, reason=3)
@@ -148,7 +148,7 @@ def test_without_content_nothing_is_linked():
     assert len(wholes(correlate(tape)[0])) == 0
 
 
-def test_what_waits_is_bounded():
+def test_waiting_lives_are_bounded():
     """With endless packets that end on the host, the oldest waiting ones are measured and removed."""
     tape = Tape()
     for i in range(4_000):

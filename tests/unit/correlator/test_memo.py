@@ -15,7 +15,7 @@ def answer(key):
     return key * 3 + 1
 
 
-def test_answers_are_those_of_the_function_and_it_is_asked_once():
+def test_a_memo_calls_the_function_once_per_value():
     ASKED.clear()
     memo = Memo(answer)
     random = np.random.default_rng(1)
@@ -29,7 +29,7 @@ def test_answers_are_those_of_the_function_and_it_is_asked_once():
     assert set(ASKED.values()) == {1}
 
 
-def test_what_is_forgotten_is_asked_again():
+def test_forgotten_values_are_computed_again():
     ASKED.clear()
     memo = Memo(answer)
     keys = np.arange(1_000)

@@ -1,4 +1,4 @@
-"""Packets that wait for a neighbour's address are flagged, and count in no average."""
+"""Packets that wait for a neighbour's address are flagged, and no window counts them."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_the_first_packet_is_flagged_and_in_no_window(length, slice_ns):
         ("answered on another device", {"answer": "rem0"}),
     ],
 )
-def test_what_did_not_wait(why, changed):
+def test_packets_that_did_not_wait(why, changed):
     _, last, windows = correlate(a_first_packet_and_another(**changed))
     assert last.totals.grades.waited == 0, why
     assert max(w.max_ns for w in windows if w.segment is Segment.OVERHEAD) == 900_000
@@ -75,7 +75,7 @@ def test_what_did_not_wait(why, changed):
     ],
     ids=["arp", "udp without payload", "solicitation", "echo request"],
 )
-def test_a_source_that_reads_packets_takes_nothing_else_for_a_request(told, length, waited):
+def test_content_distinguishes_requests_from_packets_of_equal_length(told, length, waited):
     def content(batch):
         mine = batch.l3_len == length
         columns = {name: np.where(mine, value, 4) for name, value in told.items()}

@@ -41,7 +41,7 @@ def test_echo_replies_have_the_number_of_their_requests():
     request, told_by = match(
         (0, OUT, echo(8, 1)), (1, OUT, echo(8, 2)), (2, IN, echo(0, 2)), (3, IN, echo(0, 1)), (4, IN, echo(0, 1))
     )
-    assert request == [0, 0, 2, 1, 0]  # a second reply to the same request is nobody's
+    assert request == [0, 0, 2, 1, 0]  # a second reply to a request is not matched
     assert told_by[2:4] == [ToldBy.ECHO, ToldBy.ECHO]
 
 
@@ -57,15 +57,15 @@ def test_turns_after_a_silence(told, how):
     request, told_by = match(
         (200, OUT, told), (201, IN, told), (202, OUT, told), (203, IN, told), (500, IN, told), (501, OUT, told)
     )
-    assert request == [0, 1, 0, 3, 0, 5]  # after another silence the other side asks
+    assert request == [0, 1, 0, 3, 0, 5]  # after another silence the other side sends requests
     assert {told_by[1], told_by[3], told_by[5]} == {how}
 
 
-def test_nothing_is_told_from_the_middle_of_a_conversation():
+def test_packets_within_a_conversation_are_not_matched():
     assert match((1, IN, {}), (2, OUT, {}), (3, IN, {}), (4, OUT, {}))[0] == [0, 0, 0, 0]
 
 
-def test_two_that_wait_end_it_until_the_next_silence():
+def test_two_waiting_requests_end_matching_until_the_next_silence():
     request, _ = match(
         (200, OUT, {}),
         (201, OUT, {}),
@@ -79,7 +79,7 @@ def test_two_that_wait_end_it_until_the_next_silence():
     assert request == [0, 0, 0, 0, 0, 0, 0, 7]
 
 
-def test_a_request_that_was_dropped_or_that_is_old_waits_no_longer():
+def test_dropped_and_old_requests_do_not_wait():
     dropped = {"dropped": True}
     assert match((200, OUT, dropped), (210, OUT, {}), (211, IN, {}))[0] == [0, 0, 2]
     assert match((200, OUT, {}), (1_500, OUT, {}), (1_501, IN, {}))[0] == [0, 0, 2]
@@ -97,14 +97,14 @@ def test_other_lengths_containers_and_ports_are_other_conversations():
     assert match((200, OUT, {"container": NOT_TOLD}), (201, IN, {"container": NOT_TOLD}))[0] == [0, 0]
 
 
-def test_after_a_loss_who_asks_must_show_itself_anew():
+def test_after_a_loss_the_asking_side_is_determined_anew():
     replies = Replies(0)
     replies.lost(250 * MS, 260 * MS)
     packets = [(200, OUT), (201, IN), (210, OUT), (255, IN), (262, OUT), (263, IN), (400, OUT), (401, IN)]
     assert match(*((at, way, {}) for at, way in packets), replies=replies)[0] == [0, 1, 0, 0, 0, 0, 0, 7]
 
 
-def test_what_is_told_does_not_depend_on_how_packets_are_cut():
+def test_batch_boundaries_change_nothing():
     rng = np.random.default_rng(3)
     packets = [
         (int(at), int(way), {"l3_len": int(length)})

@@ -13,7 +13,7 @@ from correlator.feeder import Feeder
 from correlator.stage import correlate
 
 
-def test_every_result_carries_what_the_source_counts_at_that_time():
+def test_every_result_carries_the_sources_counts():
     calls = iter(range(1, 100))
 
     async def stream():

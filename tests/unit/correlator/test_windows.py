@@ -45,7 +45,7 @@ def test_every_window_against_the_definition(rows):
             assert abs(said - min(true, histogram.MAX_NS)) <= max(true / 250, 0) or true > histogram.MAX_NS
 
 
-def test_a_window_comes_out_once_when_its_time_is_over():
+def test_a_window_is_returned_once_after_its_end():
     windows = Windows()
     add(windows, [S // 2, S + 1], [5, 7])
     assert len(windows.close(S - 1)) == 0

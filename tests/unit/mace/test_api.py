@@ -50,12 +50,12 @@ def test_batches_and_topologies(recording):
     assert list(recording.topologies()) == [TOPOLOGY]
 
 
-def test_stretch_by_stretch_is_all_of_it(recording):
+def test_stretches_together_are_all_results(recording):
     parts = list(recording.delay_batches())
     assert sum(map(len, parts)) == recording.delays(["packet"]).num_rows
 
 
-def test_a_wrong_name_and_no_file(recording, tmp_path):
+def test_a_wrong_name_and_a_missing_file(recording, tmp_path):
     with pytest.raises(StoreError, match=r"did you mean 'delay_ns'"):
         recording.delays(["delay"])
     with pytest.raises(Unavailable):
@@ -64,7 +64,7 @@ def test_a_wrong_name_and_no_file(recording, tmp_path):
         mace.opne  # noqa: B018
 
 
-def test_nothing_in_it(tmp_path):
+def test_a_capture_without_packets(tmp_path):
     (tmp_path / "empty.mace").write_bytes(capture_bytes([TOPOLOGY]))
     recording = mace.open(tmp_path / "empty.mace")
     assert recording.delays(["delay_ns", "packet"]).column_names == ["delay_ns", "packet"]
@@ -110,7 +110,7 @@ def test_a_report_over_recordings_is_the_replay(capture, capsys):
     report = json.loads(capsys.readouterr().out)
     assert cli.main(["replay", str(capture), "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)
-    # A report reads a store, which does not keep why packets are ambiguous.
+    # A store, which `mace report` reads, does not keep the reason why packets are ambiguous.
     assert replayed.pop("ambiguous")["several_devices"] == report["grades"]["ambiguous"]
     assert replayed == report
     assert cli.main(["report", str(capture), "--worst", "1"]) == 0

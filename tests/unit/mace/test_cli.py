@@ -28,7 +28,7 @@ def test_wrong_usage(argv):
     assert end.value.code == 2
 
 
-def test_usage_that_only_the_parts_can_judge(capsys):
+def test_usage_errors_found_by_the_parts(capsys):
     assert main(["lab", "up", "../x"]) == 2
     assert capsys.readouterr().err.startswith("mace: ")
 
@@ -44,7 +44,7 @@ def test_hooks(capsys):
 def test_check_names_every_part(capsys):
     assert main(["check", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"source ftrace", "sink store", "lab netns", "lab docker", "device names"} <= set(found)
+    assert {"source ftrace", "sink store", "lab netns", "lab docker", "devices for bpf"} <= set(found)
     assert all(part["ok"] or (part["detail"] and part["remedy"]) for part in found.values())
 
 
@@ -69,7 +69,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
-def test_a_reader_that_leaves_early():
+def test_a_closed_pipe_ends_the_output():
     with subprocess.Popen(
         [sys.executable, "-m", "mace", "hooks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as done:
@@ -77,7 +77,7 @@ def test_a_reader_that_leaves_early():
         assert b"Traceback" not in done.stderr.read()
 
 
-def test_replay_says_what_is_promised_on_its_last_line(capsys):
+def test_the_last_line_of_replay_has_the_ledger(capsys):
     assert main(["replay", str(ROOT / "docs/example.mace"), "--json"]) == 0
     out = capsys.readouterr().out
     assert out.endswith("}\n")

@@ -30,5 +30,5 @@ def test_arrow_takes_the_allocator_that_holds_least():
 
 
 @pytest.mark.parametrize("chosen", ["system", "mimalloc"])
-def test_who_has_chosen_an_allocator_keeps_it(chosen):
+def test_an_allocator_that_the_user_chose_is_kept(chosen):
     assert told(**{VARIABLE: chosen}) == [chosen, chosen]

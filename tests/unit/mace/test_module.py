@@ -120,7 +120,7 @@ def test_no_sources(made):
         module.build(made.machine)
 
 
-def test_dkms_where_it_is_installed(made):
+def test_dkms_if_it_is_installed(made):
     made.programs.add("dkms")
     (made.sources / "dkms.conf").write_text('PACKAGE_NAME="mace"\nPACKAGE_VERSION="9.8"\n')
     assert module.build(made.machine) == f"mace/9.8, installed by DKMS for {RELEASE}"
@@ -135,7 +135,7 @@ def test_dkms_where_it_is_installed(made):
     assert made.ran[0][0] == "make"
 
 
-def test_dkms_conf_of_this_tree_is_understood():
+def test_dkms_parses_the_dkms_conf_of_this_tree():
     text = (module.SOURCES / "dkms.conf").read_text()
     assert 'PACKAGE_NAME="mace"' in text
     assert "PACKAGE_VERSION=" in text
@@ -144,12 +144,12 @@ def test_dkms_conf_of_this_tree_is_understood():
 # --- load and unload ------------------------------------------------------------------------------
 
 
-def test_load_takes_the_installed_module_first(made):
+def test_load_prefers_the_installed_module(made):
     assert module.load(["max_ring_mib=128"], made.machine) == "loaded (modprobe)"
     assert made.ran == [["modprobe", "mace", "max_ring_mib=128"]]
 
 
-def test_load_takes_the_built_one_next(made):
+def test_load_falls_back_to_the_built_module(made):
     made.answers["modprobe"] = (1, "", "modprobe: FATAL: Module mace not found in directory /lib/modules/x\n")
     with pytest.raises(Unavailable, match=r"is not built; `mace module build`"):
         module.load((), made.machine)
@@ -176,7 +176,7 @@ def test_load_takes_the_built_one_next(made):
         ("Cannot allocate memory", "Cannot allocate memory", "dmesg"),
     ],
 )
-def test_what_is_said_when_it_cannot_be_loaded(made, said, why, remedy):
+def test_errors_of_loading_have_a_remedy(made, said, why, remedy):
     made.programs.remove("modprobe")
     (made.sources / "mace.ko").write_bytes(b"\x7fELF\0license=GPL\0vermagic=5.4.0-old SMP mod_unload \0x")
     made.answers["insmod"] = (1, "", f"insmod: ERROR: could not insert module mace.ko: {said}\n")
@@ -186,7 +186,7 @@ def test_what_is_said_when_it_cannot_be_loaded(made, said, why, remedy):
     assert remedy in caught.value.remedy
 
 
-def test_lockdown_and_a_closed_door_are_told_apart_from_missing_rights(made):
+def test_lockdown_and_disabled_loading_are_distinguished_from_missing_rights(made):
     made.answers["modprobe"] = (1, "", "modprobe: ERROR: could not insert 'mace': Operation not permitted\n")
     made.put("sys/kernel/security/lockdown", "none [integrity] confidentiality\n")
     with pytest.raises(Unavailable, match=r"locked down \(integrity: Secure Boot\); sign it"):
@@ -198,14 +198,14 @@ def test_lockdown_and_a_closed_door_are_told_apart_from_missing_rights(made):
 
 
 @pytest.mark.parametrize("what", ["load", "unload"])
-def test_only_root_may(made, what):
+def test_only_root_may_load_and_unload(made, what):
     made.uid = 1000
     with pytest.raises(Unavailable, match=f"sudo mace module {what}"):
         getattr(module, what)(machine=made.machine)
     assert made.ran == []
 
 
-def test_unload_says_who_holds_it(made):
+def test_unload_names_the_processes_that_use_the_module(made):
     assert module.unload(made.machine) == "not loaded"
     made.loaded(refcnt=2)
     made.answers["rmmod"] = (1, "", "rmmod: ERROR: Module mace is in use\n")
@@ -222,7 +222,7 @@ def test_unload_says_who_holds_it(made):
 # --- status ---------------------------------------------------------------------------------------
 
 
-def test_status_of_what_is_loaded(made):
+def test_status_of_a_loaded_module(made):
     made.loaded(refcnt=1)
     device = MadeDevice()
     found = module.status(made.machine, lambda: device)
@@ -242,7 +242,7 @@ def test_status_of_what_is_loaded(made):
     assert device.log == ["close"]
 
 
-def test_status_of_what_cannot_be_asked(made):
+def test_status_of_a_module_that_cannot_be_opened(made):
     made.loaded()
 
     def refuse():
@@ -253,7 +253,7 @@ def test_status_of_what_cannot_be_asked(made):
     assert "speaks ABI 2.0" in found.detail
 
 
-def test_status_of_what_is_not_loaded(made):
+def test_status_without_the_module(made):
     assert "mace module build" in module.status(made.machine).remedy
     (made.sources / "mace.ko").touch()
     assert module.status(made.machine).remedy == "`mace module load`"
@@ -261,7 +261,7 @@ def test_status_of_what_is_not_loaded(made):
     assert "CONFIG_MODULES" in module.status(made.machine).detail
 
 
-def test_on_a_kernel_without_modules_the_command_line_says_so(capsys):
+def test_a_kernel_without_modules_is_reported(capsys):
     from mace.cli import main
 
     if Path("/proc/modules").exists():

@@ -63,7 +63,7 @@ def is_safe(shown):
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_what_people_see_is_printable_and_tells_names_apart(name):
+def test_shown_names_are_printable_and_distinct(name):
     shown = printable(name)
     assert shown.isprintable()
     assert shown == name or not name.isprintable()
@@ -71,7 +71,7 @@ def test_what_people_see_is_printable_and_tells_names_apart(name):
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_what_is_stored_is_the_name_in_unicode(name):
+def test_stored_names_are_unicode(name):
     assert text(name).encode().decode() == text(name)
     assert "\0" not in text(name)
     assert text(name) == name or "\0" in name or re.search("[\ud800-\udfff]", name)
@@ -88,7 +88,7 @@ def test_any_text_is_shown_safely(name):
 
 @settings(max_examples=200)
 @given(st.binary(max_size=15), st.binary(max_size=15))
-def test_names_of_other_bytes_are_other_names(one, other):
+def test_names_of_different_bytes_stay_different(one, other):
     if b"\\" not in one + other:
         assert (text_of(one) == text_of(other)) == (one == other)
 
@@ -127,7 +127,7 @@ def test_reports(store, capsys):
         shown = capsys.readouterr().out
         assert is_safe(shown)
     for name in filter(None, NASTY):
-        assert printable(name)[:20] in shown  # cells are folded
+        assert printable(name)[:20] in shown  # the table folds its cells
 
 
 def test_a_query_as_a_table(store, capsys):
@@ -140,7 +140,7 @@ def test_a_query_as_a_table(store, capsys):
 
 
 @pytest.mark.slow
-def test_pictures_and_pages(store, tmp_path, capsys):
+def test_plots_and_web_pages(store, tmp_path, capsys):
     page, picture = tmp_path / "x.html", tmp_path / "x.png"
     argv = ["report", "--store", str(store), "--html", str(page), "--png", str(picture)]
     assert cli.main(argv) == 0, capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_pictures_and_pages(store, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["$x^$", "_hidden", "😀", "\\$a$", "<script>alert(1)</script>", "\x1b[31m", "\ufeff"])
-def test_a_picture_of_one_name(name):
+def test_a_plot_of_one_name(name):
     place = DevicePlace.of(replace(DEVICES[0], name=name, container=name), 0)
     delays = Distribution()
     delays.add(1, 1000, 1000, 1000, np.array([100]), np.array([1]))
@@ -238,7 +238,7 @@ def influx_reads(line):
 
 
 def victoria_reads(line):
-    """The same as VictoriaMetrics does: a backslash escapes itself, too."""
+    """Tags of a line as VictoriaMetrics reads them: a backslash escapes itself, too."""
     tags, part, at = [], "", 0
     while line[at] != " ":
         if line[at] == "\\" and line[at + 1] in ",= \\":

@@ -34,13 +34,13 @@ def test_the_address_has_a_port_of_its_own_or_the_usual_one():
         ({"broker": "mqtt://b.example", "username": "a", "password_file": "/nowhere"}, "password_file /nowhere"),
     ],
 )
-def test_what_cannot_be_says_why(config, message):
+def test_invalid_configurations_have_a_reason(config, message):
     with pytest.raises(ConfigError, match=message) as raised:
         Broker(MqttConfig(**config))
     assert "secret" not in str(raised.value)
 
 
-def test_a_password_comes_with_a_name(monkeypatch):
+def test_a_password_needs_a_user_name(monkeypatch):
     monkeypatch.setenv("MACE_MQTT_PASSWORD", "word")
     with pytest.raises(ConfigError, match="without a user name"):
         Broker(MqttConfig(broker="mqtt://b.example"))
@@ -53,7 +53,7 @@ def test_retries_wait_longer_each_time_and_not_all_at_once():
     assert retry_after_s(3, 1.0) == retry_after_s(3, 0.0) / 2
 
 
-def test_what_waits_is_bounded_in_bytes_and_in_number(monkeypatch):
+def test_the_queue_is_bounded_in_bytes_and_number(monkeypatch):
     monkeypatch.setattr(broker, "QUEUE_BYTES", 100)
 
     async def fill(count, size):
@@ -90,7 +90,7 @@ def test_check_says_whether_the_broker_answers():
         (["run", "--publish", "--no-store", "--duration", "1"], 2, "no broker"),
     ],
 )
-def test_the_command_line_says_what_is_missing(argv, status, message, capsys, tmp_path, monkeypatch):
+def test_the_command_line_names_missing_settings(argv, status, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == status
     assert message in capsys.readouterr().err

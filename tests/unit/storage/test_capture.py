@@ -92,7 +92,7 @@ def test_two_recordings_into_one_file(tmp_path):
     assert (tmp_path / "a.mace").read_bytes() == capture_bytes(ITEMS)
 
 
-def test_a_place_where_no_file_can_be(tmp_path):
+def test_a_path_that_cannot_be_created(tmp_path):
     with pytest.raises(StoreError, match=r"no-such/a.mace: cannot be created: No such file or directory"):
         record(tmp_path / "no-such" / "a.mace")
     with pytest.raises(StoreError, match="Is a directory"):
@@ -102,7 +102,7 @@ def test_a_place_where_no_file_can_be(tmp_path):
 def test_a_disk_that_is_full_from_the_start():
     with pytest.raises(StoreError, match="/dev/full: No space left on device after 0 bytes") as kept:
         record("/dev/full", overwrite=True)
-    # Whoever keeps the error, and with it the recording, keeps nobody else from the file.
+    # A caller that keeps the error, and with it the recording, does not keep the file locked.
     assert kept.traceback
     with pytest.raises(StoreError, match="/dev/full: No space left on device after 0 bytes"):
         record("/dev/full", overwrite=True)
@@ -259,6 +259,6 @@ def test_pipes_are_taken(tmp_path):
         assert reader.communicate()[0] == capture_bytes(ITEMS)
 
 
-def test_progress_is_not_kept(tmp_path):
+def test_progress_is_not_recorded(tmp_path):
     record(tmp_path / "a.mace", [*ITEMS, Progress(2**62)])
     assert (tmp_path / "a.mace").read_bytes() == capture_bytes(ITEMS)

@@ -59,12 +59,12 @@ def test_no_flipped_bit_changes_a_figure(whole, tmp_path, table):
             assert found == right
             unchanged += 1
         victim.write_bytes(good)
-    # Only the 14 bytes of the checksum's name in the footer are not covered.
+    # The checksum covers all but the 14 bytes of its own name in the footer.
     assert caught + unchanged == 15
     assert caught >= 10
 
 
-def test_every_bit_of_a_small_file_is_covered_but_the_name_of_the_checksum(tmp_path):
+def test_the_checksum_covers_every_bit_but_its_name(tmp_path):
     path = tmp_path / "segment.parquet"
     rows = pa.table({"n": pa.array(range(100), pa.int64())})
     with path.open("wb") as sink, checksum.SegmentWriter(sink, rows.schema, compression="zstd") as writer:
@@ -129,7 +129,7 @@ def test_sql_names_the_damaged_segment_and_goes_on_without_it(whole, tmp_path):
     assert store.rows_damaged() == victim.rows
 
 
-def test_damage_that_comes_after_a_first_look_is_found(whole, tmp_path):
+def test_damage_after_a_first_check_is_found(whole, tmp_path):
     path = tmp_path / "store"
     shutil.copytree(whole, path)
     store = StoreReader(path)
@@ -173,7 +173,7 @@ def test_merging_does_not_give_damaged_rows_a_new_checksum(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_merged_segments_have_one_too(tmp_path):
+def test_merged_segments_have_checksums(tmp_path):
     found = merged(tmp_path, lambda paths: None)
     assert any(each.first != each.last for each in found)
     assert all(checksum.bears_sum(each.path) for each in found)
@@ -181,7 +181,7 @@ def test_merged_segments_have_one_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_segments_of_before_are_read_as_they_are(whole, tmp_path):
+def test_segments_without_checksum_are_read(whole, tmp_path):
     path = tmp_path / "store"
     shutil.copytree(whole, path)
     for each in segments.listing(path, "delays"):
@@ -212,6 +212,6 @@ def test_store_check_counts_and_names(whole, tmp_path, capsys):
     assert f"{fewer}: damaged: it has" in out
 
 
-def test_store_check_refuses_what_is_no_store(tmp_path, capsys):
+def test_store_check_refuses_other_directories(tmp_path, capsys):
     assert cli.main(["store", "check", "--store", str(tmp_path)]) == 1
     assert "not a MACE store" in capsys.readouterr().err

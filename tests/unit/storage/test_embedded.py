@@ -47,7 +47,7 @@ def rows_in(path, table="delays"):
     return sum(pq.read_metadata(s.path).num_rows for s in segments.listing(path, table))
 
 
-def test_all_that_was_written_is_there(tmp_path):
+def test_all_written_rows_are_stored(tmp_path):
     delays = make_delays(1000, containers=2)
     parts = [delays[i : i + 700] for i in range(0, len(delays), 700)]
     sink = asyncio.run(fill(tmp_path, [make_results(p, containers=2) for p in parts], flush_rows=1000))
@@ -72,7 +72,7 @@ def test_rows_go_to_their_own_hours(tmp_path):
     assert rows_in(tmp_path) == len(delays)
 
 
-def test_what_is_written_appears_within_the_flush_interval(tmp_path):
+def test_rows_appear_within_the_flush_interval(tmp_path):
     async def run():
         sink = store(tmp_path, flush_interval_s=0.05)
         await sink.open(header())
@@ -100,7 +100,7 @@ def test_a_run_without_any_results_is_there(tmp_path):
     assert (run.run, run.ledger, run.packets) == ("run-1", Ledger(), 0)
 
 
-def test_what_observing_cost_is_kept_when_a_run_ends(tmp_path):
+def test_the_cost_of_observing_is_stored_at_the_end(tmp_path):
     """Each run stores its last cost once, for any number of flushes; the costs of runs add up."""
     for run, times in (("first", 1), ("second", 2)):
         said = [
@@ -148,7 +148,7 @@ def test_the_buffer_is_bounded(tmp_path):
     assert asyncio.run(run()) < 1000
 
 
-def test_a_second_writer_learns_who_is_writing(tmp_path):
+def test_a_second_writer_is_refused_with_the_first_ones_process(tmp_path):
     async def run():
         first, second = store(tmp_path), store(tmp_path)
         await first.open(header("first"))
@@ -166,7 +166,7 @@ def test_the_same_run_is_not_stored_twice(tmp_path):
     asyncio.run(fill(tmp_path, [make_results(make_delays(5))]))
     with pytest.raises(StoreError, match="twice"):
         asyncio.run(fill(tmp_path, [make_results(make_delays(5))]))
-    # The same name on another host is another run.
+    # A run of equal name on another host is another run.
     sink = store(tmp_path)
 
     async def other():
@@ -195,7 +195,7 @@ def test_a_store_of_another_schema_is_refused(tmp_path, text, said):
         StoreReader(tmp_path)
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path):
+def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(StoreError, match=r"not empty.*thesis\.tex"):
         asyncio.run(fill(tmp_path, []))
@@ -218,7 +218,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
 
 
 @pytest.mark.slow
-def test_merging_changes_the_files_and_not_the_rows(tmp_path):
+def test_merging_keeps_the_rows(tmp_path):
     delays = make_delays(3000, containers=3)
     parts = [delays[i : i + 100] for i in range(0, len(delays), 100)]
     windows = make_windows(delays)
@@ -272,7 +272,7 @@ def test_a_merged_segment_of_windows_has_small_row_groups(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_merging_gives_back_what_it_took(tmp_path):
+def test_merging_frees_its_memory(tmp_path):
     """Merging does not grow a long run's memory; a new process measures it, whose allocator holds no memory yet."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
         before, after = own.submit(resident_around_merging, tmp_path).result(timeout=60)
@@ -301,7 +301,7 @@ def resident_around_merging(path):
 
 
 @pytest.mark.slow
-def test_merging_leaves_a_damaged_segment_to_be_found(tmp_path):
+def test_merging_keeps_a_damaged_segment(tmp_path):
     async def run():
         sink = store(tmp_path, flush_rows=1)
         await sink.open(header())
@@ -384,7 +384,7 @@ def test_merging_looks_at_past_hours_once(tmp_path, monkeypatch):
     assert looked == ["all", 2, 2, 3, 1, 3]
 
 
-def test_an_hour_that_could_not_be_merged_is_looked_at_again(tmp_path, monkeypatch, caplog):
+def test_an_hour_whose_merge_failed_is_examined_again(tmp_path, monkeypatch, caplog):
     async def work(hours):
         await hours.write(0, 0, 1, 1, 2)
 
@@ -404,7 +404,7 @@ def test_an_hour_that_could_not_be_merged_is_looked_at_again(tmp_path, monkeypat
     assert "No space left on device" in caplog.text
 
 
-def test_what_is_not_settled_is_merged_once_it_is(tmp_path):
+def test_unsettled_segments_are_merged_later(tmp_path):
     async def work(hours):
         await hours.write(0, 0)
         hours.sink._settled = hours.sink._flush - 1
@@ -451,7 +451,7 @@ async def keep_writing(sink):
         await sink._submit()
 
 
-def test_rows_that_cannot_be_written_are_counted_and_told(tmp_path):
+def test_rows_that_cannot_be_written_are_counted_and_reported(tmp_path):
     small, large = make_delays(20), make_delays(5000, seed=2, first_packet=100)
 
     async def run():
@@ -476,7 +476,7 @@ def test_rows_that_cannot_be_written_are_counted_and_told(tmp_path):
     assert any("could not be written" in line for line in summary.losses())
 
 
-def test_a_row_that_makes_no_sense_stops_the_run(tmp_path):
+def test_an_invalid_row_ends_the_run(tmp_path):
     broken = make_delays(5)
     broken.device[0] = 99
     with pytest.raises(StoreError, match="99"):

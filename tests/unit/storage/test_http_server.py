@@ -19,7 +19,7 @@ from storage import http_server
 from storage.http_server import MOST_CONNECTIONS, HttpServer, in_pieces
 
 LARGE = 64 << 20
-"""More than the sockets' buffers take."""
+"""A size that exceeds the sockets' buffers."""
 
 
 def application():
@@ -98,8 +98,9 @@ def test_a_thousand_slow_clients_cost_no_files_and_leave_room_for_others():
                     most = max(most, open_files())
             finally:
                 clients.kill()
-    # Those that are served; as many as asyncio takes on in a step of its loop, of which some wait for their first step,
-    # some have just been taken on, and some are turned away and closed in the next; and the one that asks.
+    # Bound of open files: the clients being served, those that asyncio accepts in one step of its loop (some wait for
+    # their first step, some are accepted, some are turned away and closed in the next step), and the client of this
+    # test.
     assert most - before <= MOST_CONNECTIONS + 3 * http_server._BACKLOG + 8
 
 
@@ -118,13 +119,13 @@ def test_an_answer_that_nobody_reads_is_ended(monkeypatch):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert client.recv(10) == b"HTTP/1.1 2"  # it is being answered
+            assert client.recv(10) == b"HTTP/1.1 2"  # the server is answering the request
             while server._server.server_state.connections:
                 time.sleep(0.05)
         assert get(server)[2] == b"here"
 
 
-def test_a_connection_serves_many_requests_over_more_time_than_one_may_take(monkeypatch):
+def test_a_connection_outlives_the_time_limit_of_one_request(monkeypatch):
     monkeypatch.setattr(http_server, "REQUEST_S", 0.4)
     with serving() as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
@@ -168,7 +169,7 @@ def test_head_has_the_headers_of_get():
         assert get(server, method="POST")[0] == 405
 
 
-def test_nothing_is_left_of_it():
+def test_closing_leaves_nothing():
     before = open_files()
     with serving() as server:
         clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]

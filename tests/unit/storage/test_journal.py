@@ -46,19 +46,19 @@ def test_a_commit_says_flush_and_place(tmp_path):
     kept.close()
     (entry,) = read(tmp_path)
     assert Commit.parse(entry.payload) == Commit(7, (3, 1 << 40), 5)
-    # A commit of an older version, without the slice length.
+    # A commit of version 1, which has no slice length.
     assert Commit.parse(entry.payload[:24]) == Commit(7, (3, 1 << 40), FIRST_SLICE_NS)
 
 
 @pytest.mark.parametrize("cut", range(1, 18))
-def test_a_half_written_entry_was_never_there(tmp_path, cut):
+def test_an_incomplete_entry_is_ignored(tmp_path, cut):
     written(tmp_path, (EntryKind.FRAME, "a", b"whole"), (EntryKind.FRAME, "b", b"half!"))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-cut])
     assert [e.host for e in read(tmp_path)] == ["a"]
 
 
-def test_a_damaged_entry_ends_what_is_believed(tmp_path):
+def test_entries_after_a_damaged_one_are_ignored(tmp_path):
     positions = written(tmp_path, *((EntryKind.FRAME, name, b"payload") for name in "abc"))
     (path,) = tmp_path.iterdir()
     data = bytearray(path.read_bytes())
@@ -67,7 +67,7 @@ def test_a_damaged_entry_ends_what_is_believed(tmp_path):
     assert [e.host for e in read(tmp_path)] == ["a"]
 
 
-def test_what_was_not_synced_is_not_there(tmp_path):
+def test_unsynced_entries_are_lost_at_a_kill(tmp_path):
     kept = Journal(tmp_path, fsync=False)
     kept.open()
     kept.append(EntryKind.FRAME, "a", b"1")
@@ -75,7 +75,7 @@ def test_what_was_not_synced_is_not_there(tmp_path):
     assert read(tmp_path) == []
 
 
-def test_files_go_when_nobody_needs_them(tmp_path, monkeypatch):
+def test_files_are_removed_when_they_are_no_longer_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "FILE_BYTES", 50)
     kept = Journal(tmp_path, fsync=False)
     kept.open()
@@ -90,13 +90,13 @@ def test_files_go_when_nobody_needs_them(tmp_path, monkeypatch):
     assert [int(path.stem) for path in sorted(tmp_path.iterdir())] == [newest - 1, newest]
 
 
-def test_a_journal_that_cannot_be_is_an_error_of_the_store(tmp_path):
+def test_an_impossible_journal_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write the journal"):
         Journal(tmp_path / "file" / "ingest").open()
 
 
-def test_damage_is_told_with_what_it_costs(tmp_path, caplog):
+def test_damage_is_reported_with_its_loss(tmp_path, caplog):
     positions = written(
         tmp_path, (EntryKind.FRAME, "a", b"one"), (EntryKind.FRAME, "a", b"two"), (EntryKind.FRAME, "a", b"three")
     )
@@ -109,12 +109,12 @@ def test_damage_is_told_with_what_it_costs(tmp_path, caplog):
     assert f"damaged at byte {positions[1][1]}: its last {left} bytes are not read" in caplog.text
 
 
-def test_an_entry_of_a_kind_that_is_not_known_is_read_and_hides_nothing_behind_it(tmp_path):
+def test_an_entry_of_unknown_kind_does_not_hide_later_ones(tmp_path):
     written(tmp_path, (9, "a", b"later"), (EntryKind.FRAME, "b", b"1"))
     assert [(e.kind, e.host, e.payload) for e in read(tmp_path)] == [(9, "a", b"later"), (EntryKind.FRAME, "b", b"1")]
 
 
-def test_a_commit_of_another_version_is_told(tmp_path):
+def test_a_commit_of_another_version_is_an_error(tmp_path):
     with pytest.raises(StoreError, match="commit of 40 bytes, of another version"):
         Commit.parse(bytes(40))
 

@@ -100,9 +100,9 @@ def test_any_rows_in_any_batches(batches):
     assert all(n == 1 for n in identities(text).values())
 
 
-def test_a_replay_has_the_same_slots_however_it_is_cut():
+def test_batch_boundaries_do_not_change_slots():
     delays = make_delays(500)
-    delays = replace(delays, utc_ns=delays.utc_ns // 100_000 * 100_000)  # many fall together
+    delays = replace(delays, utc_ns=delays.utc_ns // 100_000 * 100_000)  # many rows share a time
     whole = encoded(stream(), delays)
     assert any(",slot=" in line for line in whole)
     lines = stream()
@@ -110,7 +110,7 @@ def test_a_replay_has_the_same_slots_however_it_is_cut():
     assert cut == whole
 
 
-def test_devices_that_look_alike_keep_their_rows_apart():
+def test_devices_of_equal_names_keep_separate_rows():
     """A container restarts within a window: another namespace and device have the same names."""
     first = DEVICES[0]
     again = replace(first, netns=first.netns + 100, ifindex=9)
@@ -175,7 +175,7 @@ def test_sampling_takes_whole_packets():
     assert none.left_out == len(delays)
 
 
-def test_the_budget_refuses_new_series_and_says_so():
+def test_the_budget_refuses_new_series_and_reports_it():
     said = []
     lines = StreamLines(HEADER, Budget(5, said.append))
     delays = make_delays(100, containers=2)
@@ -222,7 +222,8 @@ def test_round_trips():
         ("a\nb\x1b", "a\\nb\\x1b"),
         ("a\\b", "a\\b"),
         ("ü→", "ü→"),
-        # Before what is escaped, before another one and at the end a backslash would not be its own to VictoriaMetrics.
+        # VictoriaMetrics reads a backslash as an escape before an escaped character, before another backslash and at
+        # the end.
         ("end\\", "end\\x5c"),
         ("a\\,host\\=b\\ \\\\", "a\\x5c\\,host\\x5c\\=b\\x5c\\ \\x5c\\x5c"),
         ("a\\\nb", "a\\x5c\\nb"),
@@ -242,7 +243,7 @@ def test_series_have_the_catalogues_tags():
         key("rtt", {"port": "80"})
 
 
-def test_containers_are_told_when_they_come_when_they_are_renamed_and_once_a_minute():
+def test_containers_are_written_at_start_at_renaming_and_once_a_minute():
     lines = StreamLines(HEADER, Budget(3))
     minute = START_NS // 60_000_000_000 * 60_000_000_000
 

@@ -105,5 +105,5 @@ def test_a_link_of_another_user(tmp_path):
         refuse_foreign(link)
 
 
-def test_a_directory_of_ours_is_taken(tmp_path):
+def test_an_own_directory_is_accepted(tmp_path):
     refuse_foreign(tmp_path)

@@ -138,7 +138,7 @@ def test_the_ledger_and_the_cost_are_counters():
     assert found["process_resident_memory_bytes", ()] > 1 << 20
 
 
-def test_openmetrics_is_served_to_those_who_ask_for_it():
+def test_openmetrics_is_served_on_request():
     server = serving()
     accept = "application/openmetrics-text; version=1.0.0"
     _, content_type, text = during(server, lambda: get(server, "/metrics", accept), (HEADER, results()))
@@ -148,7 +148,7 @@ def test_openmetrics_is_served_to_those_who_ask_for_it():
     assert families["mace_records"] == "counter"
 
 
-def test_hosts_stand_side_by_side_and_a_new_run_begins_anew():
+def test_hosts_have_separate_series_and_a_new_run_resets_its_own():
     server = serving()
     other = replace(HEADER, host="other", run="x")
     again = replace(HEADER, run="run-2")
@@ -204,7 +204,7 @@ def shown(server):
     return {(dict(k[1])["container"], dict(k[1])["device"]) for k in found if k[0] == "mace_device_delay_seconds_count"}
 
 
-def test_series_of_what_is_gone_are_dropped_and_those_of_what_is_there_stay():
+def test_series_of_removed_devices_are_dropped():
     clock = Clock()
     server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0", gone_s=60), Vitals(), clock)
     server.begin(HEADER)
@@ -212,10 +212,10 @@ def test_series_of_what_is_gone_are_dropped_and_those_of_what_is_there_stay():
     server.add(HEADER, crossing(2, [1, 2]))
     both = {(c, d) for c in ("c1", "c2") for d in ("eth0", "br0")}
     assert shown(server) == both
-    clock.now_s += 10_000  # silent, and there
+    clock.now_s += 10_000  # without packets, but present
     server.add(HEADER, crossing(2, [1, 2]))
     assert shown(server) == both
-    server.add(HEADER, crossing(2, [2]))  # the first is gone, from the bridge too
+    server.add(HEADER, crossing(2, [2]))  # the first container is gone, from the bridge, too
     clock.now_s += 59
     server.add(HEADER, crossing(2, [2]))
     assert shown(server) == both
@@ -235,7 +235,9 @@ def test_series_of_what_is_gone_are_dropped_and_those_of_what_is_there_stay():
 
 
 def calls_of(work):
-    """How many functions are called while it is done, in Python and in C: work, whatever else the machine does."""
+    """Return the number of function calls of `work`, in Python and in C: a measure of work that other load does not
+    change.
+    """
     count = 0
 
     def profile(_frame, event, _argument):
@@ -256,13 +258,13 @@ def info(server):
     return {(one["host"], one["container"], one["container_id"], one["netns"]) for one in labels}
 
 
-def test_a_container_s_id_ties_its_names():
+def test_a_containers_id_joins_its_names():
     clock = Clock()
     server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0", gone_s=60), Vitals(), clock)
     server.begin(HEADER)
 
     def seen(sharers=(), **names):
-        clock.now_s += 2  # those who ask within a second get the same text
+        clock.now_s += 2  # scrapes within a second get the same text
         listed = [replace(own_device(n), container=name, container_id=n * 8) for n, name in ids(names)]
         server.add(HEADER, with_totals(NOTHING, present=tuple(listed), on_host_network=sharers))
         return {(name, container_id) for _, name, container_id, _ in info(server)}
@@ -273,11 +275,11 @@ def test_a_container_s_id_ties_its_names():
     assert seen() == set()
     assert seen(_1="web-tmp") == {("web-tmp", "1" * 8)}
     assert info(server) == {("testhost", "web-tmp", "1" * 8, "net:[1]")}
-    # Series of the old name are still shown, and of this container.
+    # Series of the old name are still shown, with this container's id.
     assert seen(_1="web") == {("web-tmp", "1" * 8), ("web", "1" * 8)}
     clock.now_s += 62
     assert seen(_1="web") == {("web", "1" * 8)}
-    # A name must belong to one container, or a join by it would fail.
+    # A join by name requires that a name belongs to one container.
     assert seen(_2="web") == {("web", "2" * 8)}
     assert seen((Sharer("agent", "f" * 8), Sharer("probe[7]")), _2="web") == {("web", "2" * 8), ("agent", "f" * 8)}
     assert ("testhost", "agent", "f" * 8, "host") in info(server)
@@ -287,9 +289,9 @@ def test_a_container_s_id_ties_its_names():
 
 
 @pytest.mark.slow
-def test_hours_of_churn_cost_what_minutes_do():
-    """A container every other second for two hours, each there for four seconds: series, text, memory and the work of
-    a scrape and of taking results in stay.
+def test_hours_of_churn_take_bounded_memory_and_work():
+    """For two hours a container starts every two seconds and lives for four: series, text, memory and the work of a
+    scrape and of each result stay bounded.
     """
     clock = Clock()
     server = endpoint.Endpoint(PrometheusConfig("127.0.0.1:0", gone_s=60), Vitals(), clock)
@@ -317,7 +319,7 @@ def test_hours_of_churn_cost_what_minutes_do():
     assert server._series == sum(map(len, server._delays.values()))
 
 
-def test_publishing_is_told():
+def test_the_account_of_publishing_is_shown():
     server = serving()
     vitals = server._vitals
     state = Publishing(arrived=5, waiting=7, set_aside=2, discarded=1, trouble="mqtt://b:1883: refused")
@@ -346,7 +348,7 @@ def test_publishing_is_told():
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/"])
-def test_head_is_answered_as_get_without_the_text(path):
+def test_head_has_the_headers_of_get(path):
     server = serving()
 
     def ask(method):
@@ -365,7 +367,7 @@ def test_head_is_answered_as_get_without_the_text(path):
     assert nothing == b""
 
 
-def test_ready_while_results_come_out():
+def test_ready_while_results_arrive():
     server = serving(stalled_s=1.0)
     vitals = server._vitals
 
@@ -388,7 +390,7 @@ def test_ready_while_results_come_out():
 
 
 @pytest.mark.slow
-def test_alive_while_the_loop_turns():
+def test_alive_while_the_event_loop_runs():
     server, seen = serving(stalled_s=1.0), threading.Event()
 
     async def run():
@@ -396,7 +398,7 @@ def test_alive_while_the_loop_turns():
         try:
             first = await asyncio.to_thread(get, server, "/healthz")
             asked = asyncio.get_running_loop().run_in_executor(None, later)
-            assert seen.wait(60)  # in the loop: that is the fault
+            assert seen.wait(60)  # in the event loop: the simulated defect
             return first[0], await asked
         finally:
             await server.aclose()
@@ -420,7 +422,7 @@ def test_other_pages():
 
 
 @pytest.mark.parametrize("listen", ["9464", ":9464", "host:", "host:http", "h:70000"])
-def test_addresses_that_are_none(listen):
+def test_invalid_addresses(listen):
     with pytest.raises(ConfigError, match="expected ADDRESS:PORT such as"):
         endpoint.address(listen)
     assert endpoint.address("[::1]:80") == ("::1", 80)

@@ -54,7 +54,7 @@ def told(summary):
     }
 
 
-def test_sql_bins_as_python_does():
+def test_sql_bins_like_python():
     edges = lower_bounds(np.arange(BINS))
     values = np.unique(np.concatenate([edges, edges - 1, edges + 1, [-5, MAX_NS, MAX_NS + 1, 2**62], [-(2**62)]]))
     powers = np.array([2**n + d for n in range(41) for d in (-1, 0, 1)])
@@ -67,7 +67,7 @@ def test_sql_bins_as_python_does():
 
 @st.composite
 def stretches(draw):
-    """Rows in several flushes, of extreme delays, some devices, one or two hours; and where they are cut."""
+    """Draw rows with extreme delays, of some devices and one or two hours, and the boundaries of their flushes."""
     rows = draw(st.integers(1, 120))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     largest = draw(st.sampled_from([1, 200, 10**5, 10**9, 2**41]))
@@ -91,7 +91,7 @@ def stretches(draw):
 @pytest.mark.slow
 @settings(max_examples=25)
 @given(stretches(), st.booleans())
-def test_what_is_stored_is_what_is_reported(tmp_path_factory, stretch, windows_only):
+def test_stored_rows_give_the_reported_figures(tmp_path_factory, stretch, windows_only):
     delays, cuts = stretch
     path = tmp_path_factory.mktemp("store")
     live = Summary()
@@ -135,7 +135,7 @@ def test_filters_choose_rows(stored):
     assert told(store.summary(Filter(device="br0"))) == naive(bridge, devices)
 
 
-def test_a_container_means_its_packets_at_all_devices(stored):
+def test_a_container_selects_its_packets_at_all_devices(stored):
     store, delays = stored
     mine = delays.packet[(delays.device == 2) & (delays.segment == Segment.OVERHEAD)]
     chosen = delays[np.isin(delays.packet, mine)]
@@ -145,7 +145,7 @@ def test_a_container_means_its_packets_at_all_devices(stored):
     assert {k[0].device for k, _ in found.rows()} == {"eth0", "vethc1", "br0", "out0", "rem0"}
 
 
-def test_a_filter_by_time_leaves_the_ledger_whole_and_says_so(stored):
+def test_a_filter_by_time_keeps_the_whole_ledger_and_reports_it(stored):
     store, delays = stored
     found = store.summary(Filter(since_ns=int(delays.utc_ns.max())))
     assert found.ledger.records == 2 * len(delays)
@@ -223,7 +223,7 @@ def test_runs_and_their_ledgers_add_up(tmp_path):
     assert store.ledger() == one + two
     assert store.ledger(Filter(run="b")) == two
     assert store.summary().packets == 10
-    # Packet numbers are those of a run: the same number in two runs is two packets.
+    # Packet numbers are unique within a run: equal numbers of two runs are two packets.
     assert store.summary(Filter(direction=Direction.EGRESS)).packets == 6
     assert store.summary(Filter(run="b")).packets == 5
     assert len(store.packet(1 << 20)) == 2
@@ -239,7 +239,7 @@ def test_rows_of_one_run_and_windows_of_another(tmp_path):
     assert "run b" in summary.note
 
 
-def test_devices_of_the_same_names_are_told_apart(tmp_path):
+def test_devices_of_equal_names_are_distinguished(tmp_path):
     """A container ends, and another takes its name."""
     before = topology()
     after = tuple(
@@ -255,7 +255,7 @@ def test_devices_of_the_same_names_are_told_apart(tmp_path):
     assert len([o for o in summary.as_dict()["overhead"] if o["direction"] == "egress"]) == 2
 
 
-def test_what_is_no_store(tmp_path):
+def test_other_directories_are_refused(tmp_path):
     with pytest.raises(StoreError, match="no such directory"):
         StoreReader(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="not a MACE store"):
@@ -341,8 +341,8 @@ def test_grades_are_stored_with_the_ledger(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_ledger_of_before_there_were_grades(tmp_path):
-    """All packets were graded by the buffer: what reads such files says so, and so does what merges them."""
+def test_a_ledger_without_grades(tmp_path):
+    """Reading and merging such files grades all packets by the buffer."""
     fill(tmp_path, [make_results(make_delays(9))], "a")
     for each in segments.listing(tmp_path, "ledger"):
         rows = pq.read_table(each.path, partitioning=None)
@@ -366,7 +366,7 @@ def test_a_ledger_of_before_there_were_grades(tmp_path):
     assert len(segments.listing(tmp_path, "ledger")) < segments.FAN_IN
 
 
-def test_a_long_query_draws_nothing_into_the_output(stored, monkeypatch):
+def test_a_long_query_writes_no_progress_bar(stored, monkeypatch):
     """DuckDB must not draw its progress bar to stdout, which has the JSON."""
     store, _ = stored
     settings = []
@@ -391,7 +391,7 @@ def stretch(second, name, container_id, containers=1, seed=0):
         40, containers=containers, seed=seed, start_ns=START_NS + second * 10**9, first_packet=1000 * second
     )
     devices = tuple(
-        # A host's device has the container whose packets crossed it.
+        # The row of a host's device names the container whose packets crossed the device.
         replace(d, container=name, container_id=container_id) if d.container == "c0" or d.name == "vethc0" else d
         for d in topology(containers)
     )
@@ -399,7 +399,7 @@ def stretch(second, name, container_id, containers=1, seed=0):
 
 
 def renaming(path, *names, containers=1):
-    """A store of several flushes: its first container had these (name, id) one after the other."""
+    """Make a store of several flushes; its first container had these (name, id) in turn."""
     for number, (name, container_id) in enumerate(names):
         fill(path, [stretch(number, name, container_id, containers)], f"run-{number}")
     return StoreReader(path)
@@ -443,14 +443,14 @@ def test_a_renamed_container_is_found_by_any_name_that_it_had(tmp_path):
     assert whole
     assert told(store.summary(Filter(container="web-tmp"))) == whole
     assert store.summary(Filter(container="c0")).packets == 40
-    # In a stretch of time it has the newest name of that time.
+    # Within a time range the container has its newest name of that range.
     before = Filter(until_ns=START_NS + 10**9)
     assert store.summary(before).packets == 40
     assert [c.earlier for c in store.containers() if c.container == "web"] == [("web-tmp",)]
 
 
 @pytest.mark.slow
-def test_who_is_called_as_asked_goes_before_who_was(tmp_path):
+def test_a_present_name_takes_precedence_over_a_past_one(tmp_path):
     store = renaming(tmp_path, ("web", ID), ("old", ID), ("web", OTHER_ID))
     assert containers_of(store.summary(Filter(container="web"))) == {("web", OTHER_ID)}
     assert containers_of(store.summary(Filter(container="old"))) == {("old", ID)}
@@ -463,7 +463,7 @@ def test_rows_are_given_as_they_are_stored(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_store_of_before_there_were_ids_reads_the_same(tmp_path):
+def test_a_store_without_ids_is_read(tmp_path):
     store = renaming(tmp_path, ("web", ""), ("db", ""), containers=2)
     before = store.summary().as_dict()
     for table, column in (("delays", "container_id"), ("windows", "container_id"), ("ledger", "on_host_network")):
@@ -475,7 +475,7 @@ def test_a_store_of_before_there_were_ids_reads_the_same(tmp_path):
     for source in ("rows", "windows"):
         assert told(store.summary(source=source)) == told(store.summary())
     assert store.sharers() == ()
-    # Next to rows of today, and merged with them.
+    # Beside rows with all columns, and merged with them.
     fill(tmp_path, [stretch(2, "web", ID, 2)], "now")
     assert containers_of(StoreReader(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
     later = [stretch(3 + n, "web", ID, 2) for n in range(2 * segments.FAN_IN)]
@@ -494,7 +494,7 @@ def test_a_store_of_before_there_were_ids_reads_the_same(tmp_path):
     assert containers_of(StoreReader(tmp_path).summary()) == {("web", ID), ("db", ""), ("c1", "")}
 
 
-def test_columns_of_today_are_made_for_rows_of_before():
+def test_missing_columns_of_old_rows_get_defaults():
     for table, column, nothing in (
         ("delays", "container_id", ""),
         ("windows", "container_id", ""),
@@ -507,7 +507,7 @@ def test_columns_of_today_are_made_for_rows_of_before():
 
 
 @pytest.mark.slow
-def test_a_damaged_segment_of_windows_costs_names_and_nothing_else(tmp_path):
+def test_a_damaged_segment_of_windows_affects_names_only(tmp_path):
     store = renaming(tmp_path, ("web-tmp", ID), ("web", ID))
     [*_, last] = segments.listing(tmp_path, "windows")
     data = bytearray(last.path.read_bytes())
@@ -526,7 +526,7 @@ def test_containers_on_the_host_s_network_are_kept_with_the_ledger(tmp_path):
     later = make_results(make_delays(9, start_ns=START_NS + 10**12))
     fill(tmp_path, [with_totals(later, on_host_network=(Sharer("agent-2", ID),))], "b")
     store = StoreReader(tmp_path)
-    # The first was gone when its flush was written; the second had another name by then.
+    # At the time of the flush the first container was gone, and the second had another name.
     assert store.sharers() == (Sharer("agent-2", ID), image)
     assert store.summary().on_host_network == ["agent-2", "image.sif[7]"]
     assert store.sharers(Filter(run="a")) == (agent, image)

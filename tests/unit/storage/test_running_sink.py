@@ -29,7 +29,7 @@ class Target:
         self.stored = []
         self.encoded_last = False
         self.release = asyncio.Event()
-        """Ends a delivery that hangs, else after `timeout_s`."""
+        """Event that ends a hanging delivery before `timeout_s`."""
 
     async def open(self): ...
 
@@ -114,7 +114,7 @@ def test_several_under_way(place):
     assert account.retries == 10
 
 
-def test_failures_are_tried_again_and_told(place, caplog):
+def test_failures_are_retried_and_reported(place, caplog):
     script = [TryLaterError("busy", 0.01), TryLaterError("away"), RuntimeError("a defect"), "hang", None]
     target = Target(script)
     account = asyncio.run(run(target, config(place, timeout_s=0.1), 30))
@@ -124,7 +124,7 @@ def test_failures_are_tried_again_and_told(place, caplog):
         "retried: busy": 1, "retried: away": 1, "retried: RuntimeError('a defect')": 1,
         "retried: no answer within 0.1 s": 1,
     }  # fmt: skip
-    # How many rows wait by then is a matter of how soon they were given.
+    # The number of waiting rows depends on timing.
     assert [r.message.partition(";")[0] for r in caplog.records] == ["sink test: busy", "sink test: delivers again"]
 
 
@@ -136,7 +136,7 @@ def test_refused_rows_are_counted_with_the_reason(place):
     assert len(target.stored) == 25
 
 
-def test_what_a_dead_server_left_is_delivered_by_the_next_run(tmp_path):
+def test_the_next_run_delivers_rows_that_a_dead_server_refused(tmp_path):
     dead = Target(itertools.repeat(TryLaterError("away")))
     account = asyncio.run(run(dead, config(tmp_path, close_s=0.1), 100))
     assert (account.taken, account.stored, account.waiting, account.dropped_spool) == (100, 0, 100, 0)
@@ -148,7 +148,7 @@ def test_what_a_dead_server_left_is_delivered_by_the_next_run(tmp_path):
     assert (both.taken, both.stored, both.waiting, both.imbalance) == (105, 105, 0, 0)
 
 
-def test_without_a_spool_they_are_counted_as_dropped():
+def test_without_a_spool_undelivered_rows_are_dropped_and_counted():
     account = asyncio.run(run(Target(itertools.repeat(TryLaterError("away"))), config(close_s=0.1), 100))
     assert (account.taken, account.stored, account.waiting, account.dropped_spool) == (100, 0, 0, 100)
     assert account.reasons["not delivered at the end, and no spool to keep it"] == 100
@@ -195,7 +195,7 @@ def test_a_full_buffer_drops_the_newest_and_never_waits(tmp_path):
             for number in range(5000):
                 await sink.write(number)
                 if number == 10:
-                    await asyncio.sleep(0.3)  # until it hangs in the spool
+                    await asyncio.sleep(0.3)  # until the sink hangs in the spool
             assert account.imbalance == 0
             assert account.dropped_buffer == 4000
         await sink.aclose()
@@ -226,7 +226,7 @@ def test_a_patient_sink_loses_nothing(tmp_path):
     assert (account.stored, account.not_stored, account.imbalance) == (10_000, 0, 0)
 
 
-def test_a_defect_in_the_encoding_is_no_silence(tmp_path):
+def test_a_defect_in_the_encoding_is_an_error(tmp_path):
     class Broken(Target):
         def encode(self, items, *, last):
             raise ValueError("a defect")
@@ -244,7 +244,7 @@ def test_a_defect_in_the_encoding_is_no_silence(tmp_path):
     asyncio.run(work())
 
 
-def test_many_hosts_do_not_come_back_in_step(monkeypatch):
+def test_pauses_of_many_hosts_differ(monkeypatch):
     """Pauses double up to the longest, and no two are equal."""
     slept = []
 
@@ -312,8 +312,8 @@ def test_sigkill_at_any_moment_loses_only_what_was_not_flushed(tmp_path):
     found = set(numbers)
     for start, end in zip(begun, ends, strict=True):
         run_of = sorted(n for n in found if start <= n < end)
-        # Whatever is missing is the end of a run: what was in memory only.
+        # Only the end of a run is missing, which was in memory only.
         assert run_of == list(range(start, start + len(run_of)))
         assert len(run_of) > 0.2 * (end - start)
-    # A frame may have been under way when the process was killed: then it is delivered twice, whole.
+    # A frame in delivery at the kill is delivered twice, complete.
     assert len(numbers) - len(found) <= 10 * len(ends)

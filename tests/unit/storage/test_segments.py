@@ -23,7 +23,7 @@ def put(root, table, hour, first, last, rows=1, *, size=1, mtime=None):
     return found
 
 
-def test_partitions_read_as_hive_does(tmp_path):
+def test_partitions_are_hives(tmp_path):
     assert partition(tmp_path, "delays", HOUR) == tmp_path / "delays" / "day=2025-06-15" / "hour=15"
     assert partition(tmp_path, "runs", segments.NO_HOUR) == tmp_path / "runs"
 
@@ -66,7 +66,7 @@ def test_leftovers_go_and_live_segments_stay(tmp_path):
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(s.path for s in live)
 
 
-def test_strange_names_are_left_alone(tmp_path):
+def test_foreign_files_are_ignored(tmp_path):
     put(tmp_path, "delays", HOUR, 1, 1)
     strange = [
         tmp_path / "delays" / "day=nonsense" / "hour=01" / "x.parquet",
@@ -117,7 +117,7 @@ def test_a_past_hour_is_merged_at_once():
     assert mergeable([*made([10]), *newest]) == []
 
 
-def test_large_segments_are_left_as_they_are():
+def test_large_segments_are_not_merged():
     assert mergeable([*made([FULL_ROWS] * 100), *made([1], HOUR + 1, 101)]) == []
     mixed = made([5, 5, FULL_ROWS, 5, 5])
     assert mergeable([*mixed, *made([1], HOUR + 1, 10)]) == [mixed[:2], mixed[3:]]
@@ -128,11 +128,11 @@ def test_a_group_is_no_larger_than_a_merged_segment_may_be():
     groups = mergeable([*made(rows), *made([1], HOUR + 1, 100)])
     assert sum(map(len, groups)) == 20
     assert all(sum(s.rows for s in g) <= MERGED_ROWS for g in groups)
-    # While the hour may still grow, a group that is full need not wait for more.
+    # In an hour that may still grow, a full group is merged at once.
     assert mergeable(made(rows))[0] == made(rows)[:8]
 
 
-def test_a_damaged_segment_is_not_merged_over():
+def test_a_damaged_segment_is_not_merged():
     five = made([1] * 5)
     assert mergeable([*five, *made([1], HOUR + 1, 9)], [five[2].path]) == [five[:2], five[3:]]
 
@@ -179,7 +179,8 @@ def test_retention_by_size_takes_the_oldest_hours_of_all_tables(tmp_path):
 
 @pytest.mark.slow
 def test_a_reader_sees_every_row_once_while_segments_are_merged(tmp_path):
-    """The listing against a writer that merges all the time: flushes 1 to n, each exactly once.
+    """While a writer merges continuously, each listing has flushes 1 to n once. The test makes a few hundred changes a
+    second, a hundred times as many as a store: at much higher rates a listing gives up.
 
     A few hundred changes a second, a hundred times what a store makes: a listing gives up on many more.
     """
@@ -208,8 +209,8 @@ def test_a_reader_sees_every_row_once_while_segments_are_merged(tmp_path):
     assert wrong == []
 
 
-def test_windows_are_merged_by_what_they_weigh():
-    """An hour's windows in one segment would be a gigabyte to merge, again with each minute of that hour."""
+def test_windows_are_merged_by_size():
+    """One segment of an hour's windows could take a gigabyte, merged again with each minute of the hour."""
     weight = segments.ROW_WEIGHT["windows"]
     heavy = [replace(each, table="windows") for each in made([FULL_ROWS // weight] * 100)]
     assert mergeable([*heavy, *(replace(each, table="windows") for each in made([1], HOUR + 1, 101))]) == []
@@ -224,7 +225,7 @@ def kept(root):
 
 
 @pytest.mark.parametrize("ahead", [2, 30 * 24, 166 * 8_766])
-def test_hours_that_are_still_to_come_go_before_those_of_hosts_whose_clock_is_right(tmp_path, ahead):
+def test_future_hours_are_removed_first(tmp_path, ahead):
     honest = [put(tmp_path, "delays", HOUR - n, n + 1, n + 1, size=100, mtime=NOW_S) for n in range(5)]
     for n in range(20):
         put(tmp_path, "delays", HOUR + ahead + n, 10 + n, 10 + n, size=100, mtime=NOW_S)
@@ -236,14 +237,14 @@ def test_hours_that_are_still_to_come_go_before_those_of_hosts_whose_clock_is_ri
     assert kept(tmp_path) == [HOUR], "the hour of this machine's clock stays"
 
 
-def test_hours_of_a_host_whose_clock_is_behind_go_first(tmp_path):
+def test_hours_of_a_slow_clock_are_removed_first(tmp_path):
     honest = [put(tmp_path, "delays", HOUR - n, n + 1, n + 1, size=100, mtime=NOW_S - 3_600 * n) for n in range(5)]
     put(tmp_path, "delays", 300_000, 20, 20, size=10_000, mtime=NOW_S)
     retain(tmp_path, NOW_S, None, 500)
     assert kept(tmp_path) == sorted(s.hour for s in honest)
 
 
-def test_a_clock_that_was_set_back_takes_nothing_that_was_of_the_present(tmp_path):
+def test_a_clock_set_back_removes_no_present_hour(tmp_path):
     for n in range(5):
         put(tmp_path, "delays", HOUR - n, n + 1, n + 1, size=100, mtime=NOW_S - 3_600 * n)
     retain(tmp_path, 0, None, 200)

@@ -39,7 +39,7 @@ def taken(some):
 
 
 def left(place):
-    """What a process that was killed, and so did not close, leaves for the next: read from a copy of the files."""
+    """Return the frames that a killed process leaves for the next, read from a copy of the files."""
     copy = place.with_name("copy")
     subprocess.run(["rm", "-rf", copy], check=True)
     subprocess.run(["cp", "-r", place, copy], check=True)
@@ -66,7 +66,7 @@ def test_first_in_first_out(tmp_path, memory_bytes):
     some.close()
 
 
-def test_what_is_not_acknowledged_is_there_after_a_crash(tmp_path):
+def test_unacknowledged_frames_survive_a_crash(tmp_path):
     place = tmp_path / "spool"
     some = spool(place)
     for n in range(20):
@@ -84,7 +84,7 @@ def test_what_is_not_acknowledged_is_there_after_a_crash(tmp_path):
     assert left(place) == []
 
 
-def test_what_is_delivered_takes_no_room(tmp_path):
+def test_delivered_frames_free_their_room(tmp_path):
     some = spool(tmp_path, max_bytes=64 * MIB)
     for n in range(40):
         some.append(frame(n, 300_000))
@@ -106,7 +106,7 @@ def test_a_full_spool_drops_the_oldest_and_counts_them(tmp_path):
     some.close()
 
 
-def test_what_is_under_way_is_not_dropped(tmp_path):
+def test_a_frame_in_delivery_is_not_dropped(tmp_path):
     """A frame in delivery may be stored already; its file stays, with the other frames in it."""
     some = spool(tmp_path, max_bytes=100_000)
     some.append(frame(0))
@@ -125,7 +125,7 @@ def test_what_is_under_way_is_not_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 500, 1000, 1030])
-def test_half_a_frame_at_the_end_is_cut_off(tmp_path, cut):
+def test_an_incomplete_frame_at_the_end_is_removed(tmp_path, cut):
     some = spool(tmp_path)
     for n in range(3):
         some.append(frame(n))
@@ -145,7 +145,7 @@ def test_a_damaged_frame_is_skipped_and_counted(tmp_path):
     some.close()
     (path,) = tmp_path.glob("*.frames")
     data = bytearray(path.read_bytes())
-    data[1500] ^= 1  # in the payload of the second
+    data[1500] ^= 1  # in the second frame's payload
     path.write_bytes(data)
     again = spool(tmp_path)
     assert taken(again) == [0, 2]
@@ -173,7 +173,7 @@ def test_one_process_at_a_time(tmp_path):
     spool(tmp_path).close()
 
 
-def test_where_it_cannot_be(tmp_path):
+def test_a_path_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="the spool cannot be used: Not a directory"):
         spool(tmp_path / "file" / "spool")
@@ -187,19 +187,19 @@ def test_in_memory_only():
     assert number(under_way) == 15
     for n in range(25, 30):
         some.append(frame(n))
-    # 15 is under way, so 16 to 20 had to go.
+    # Frame 15 is in delivery, so that 16 to 20 were dropped.
     some.acknowledge(under_way)
     assert some.dropped_rows == 200
     assert number(some.take()) == 21
     assert some.close() == 90
 
 
-def test_what_is_in_memory_goes_to_the_disk_at_the_end(tmp_path):
+def test_frames_in_memory_are_written_at_the_end(tmp_path):
     """Frames in memory are written at the end, also to a full spool: the newest stay, dropped ones are counted."""
     some = spool(tmp_path / "spool", max_bytes=20_000)
     for n in range(40):
         some.append(frame(n))
-        # The disk was full at some moments, so that every third is in memory only.
+        # The disk is full now and then, so that every third frame is in memory only.
         entry = some._entries[-1]
         entry.segment = 0 if n % 3 == 0 else entry.segment
     before = some.rows + some.dropped_rows
@@ -211,11 +211,11 @@ def test_what_is_in_memory_goes_to_the_disk_at_the_end(tmp_path):
     again.close()
 
 
-def test_what_was_in_memory_only_waits_no_more_once_it_is_closed(tmp_path):
+def test_closing_drops_frames_that_cannot_be_written(tmp_path):
     some = spool(tmp_path / "spool")
     for n in range(5):
         some.append(frame(n))
-    (tmp_path / "spool").rename(tmp_path / "away")  # the disk is gone, and no file can be begun
+    (tmp_path / "spool").rename(tmp_path / "away")  # the disk is gone: no file can be created
     some._end_segment()
     for n in range(5, 8):
         some.append(frame(n))
@@ -224,7 +224,7 @@ def test_what_was_in_memory_only_waits_no_more_once_it_is_closed(tmp_path):
     assert (some.rows, some.frames) == (50, 5)
 
 
-def test_frames_behind_what_is_none_are_found(tmp_path):
+def test_frames_behind_damage_are_found(tmp_path):
     some = spool(tmp_path / "spool")
     for n in range(6):
         some.append(frame(n))
@@ -232,14 +232,14 @@ def test_frames_behind_what_is_none_are_found(tmp_path):
     (path,) = (tmp_path / "spool").glob("*.frames")
     raw = bytearray(path.read_bytes())
     size = len(raw) // 6
-    raw[2 * size + 5] ^= 0x40  # in the header of the third: its length
+    raw[2 * size + 5] ^= 0x40  # the length in the third frame's header
     path.write_bytes(bytes(raw[: 4 * size]) + b"MSP1, but no frame" + bytes(raw[4 * size :]))
     again = spool(tmp_path / "spool")
     assert taken(again) == [0, 1, 3, 4, 5]
     again.close()
 
 
-def test_files_that_are_not_its_own_are_left_alone(tmp_path):
+def test_foreign_files_are_kept(tmp_path):
     (tmp_path / "spool").mkdir()
     for name in ("notes.frames", "-1.frames", "99999999999999999999.frames", "1.frames"):
         (tmp_path / "spool" / name).write_bytes(b"whatever")

@@ -20,7 +20,7 @@ def rows_of(table):
     return table.set_column(at, "time", table.column("time").cast(pa.int64())).to_pylist()
 
 
-def test_a_row_says_all_there_is_to_say_of_it():
+def test_a_row_has_all_its_columns():
     delays = make_delays(50, containers=2)
     stored = rows_of(tables.delays_table(HEADER, delays, topology(2)))
     devices = topology(2)
@@ -78,7 +78,7 @@ def test_only_devices_that_rows_name_are_in_the_file():
     assert sorted(names) == ["br0", "eth0", "out0", "rem0", "vethc0"]
 
 
-def test_no_rows_are_a_table_too():
+def test_no_rows_give_an_empty_table():
     assert len(tables.delays_table(HEADER, Delays.empty(), ())) == 0
     assert len(tables.windows_table(HEADER, WindowTable.empty(), ())) == 0
 

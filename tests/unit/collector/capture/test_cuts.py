@@ -28,7 +28,7 @@ def capture(tmp_path):
     return path
 
 
-def test_parts_are_the_whole(capture):
+def test_parts_together_have_every_record(capture):
     found = cuts(capture, part_bytes=20_000, align_ns=ALIGN_NS, warm_up_ns=3_000_000)
     assert len(found) > 3
     edges = [None, *found, None]
@@ -40,7 +40,7 @@ def test_parts_are_the_whole(capture):
     assert same(Batch.concatenate(parts), traffic(RECORDS))
 
 
-def test_a_cut_is_aligned_and_is_warmed_up_from_before_it(capture):
+def test_a_cut_is_aligned_and_has_a_warm_up(capture):
     times = traffic(RECORDS).ts_ns
     for cut in cuts(capture, part_bytes=20_000, align_ns=ALIGN_NS, warm_up_ns=3_000_000):
         assert cut.at_ns % ALIGN_NS == 0
@@ -66,7 +66,7 @@ def test_the_end_is_still_verified(capture):
         assert reader.end.records == reader.records == RECORDS
 
 
-def test_no_cuts_in_a_small_file_and_none_behind_damage(capture):
+def test_no_cuts_in_a_small_file_or_behind_damage(capture):
     assert cuts(capture, part_bytes=1 << 30, align_ns=ALIGN_NS, warm_up_ns=0) == []
     data = bytearray(capture.read_bytes())
     middle = data.index(b"\xffMCF", len(data) // 2)
@@ -77,14 +77,14 @@ def test_no_cuts_in_a_small_file_and_none_behind_damage(capture):
     assert all(cut.position.offset < middle for cut in found)
 
 
-def test_a_file_that_changed_is_noticed(capture):
+def test_a_changed_file_is_an_error(capture):
     cut = cuts(capture, part_bytes=20_000, align_ns=ALIGN_NS, warm_up_ns=0)[-1]
     capture.write_bytes(capture_bytes([TOPOLOGY, *batches(traffic(RECORDS, seed=2), 997)]))
     with Capture(capture) as reader, pytest.raises(CaptureError):
         list(stretch(reader, cut.position, cut.at_ns, None))
 
 
-def test_urls_are_read_where_they_lie(capture):
+def test_urls_are_read_by_ranges(capture):
     fsspec = pytest.importorskip("fsspec")
     fsspec.filesystem("memory").pipe("/cuts/made.mace", capture.read_bytes())
     there = cuts("memory://cuts/made.mace", part_bytes=20_000, align_ns=ALIGN_NS, warm_up_ns=0)

@@ -46,7 +46,7 @@ def test_reads_what_was_written(file):
         assert capture.discarded == 0
 
 
-def test_behind_the_protocol_of_all_formats(file):
+def test_the_reader_has_the_protocol_of_all_formats(file):
     with CaptureReader(file(BYTES)) as reader:
         assert reader.header == HEADER
         progress, got = [], []
@@ -60,7 +60,7 @@ def test_behind_the_protocol_of_all_formats(file):
         assert reader.warnings == []
 
 
-def test_a_stream_gives_way_to_other_tasks(file):
+def test_a_stream_lets_other_tasks_run(file):
     async def run():
         source = FileSource(CaptureReader(file(BYTES)))
         turns = 0
@@ -98,7 +98,7 @@ def test_a_cut_file_is_read_up_to_the_cut(file):
                 assert not cut or f"{cut} bytes of an incomplete frame" in warning
 
 
-def test_a_file_that_is_cut_in_its_header_is_none(file):
+def test_a_file_cut_in_its_header_is_refused(file):
     for size in range(start_of(1)):
         with pytest.raises(CaptureError, match=r"is empty|is cut inside its (signature|header)"):
             Capture(file(BYTES[:size]))
@@ -137,12 +137,12 @@ def test_damage_is_an_error_at_its_frame(file):
         ("where a frame should begin", BYTES[: start_of(3)] + bytes(1000)),
     ],
 )
-def test_what_is_no_capture(file, match, content):
+def test_other_files_are_refused(file, match, content):
     with pytest.raises(CaptureError, match=match):
         list(read(file(content)))
 
 
-def test_what_cannot_be_opened(tmp_path):
+def test_files_that_cannot_be_opened(tmp_path):
     with pytest.raises(Unavailable, match="No such file"):
         Capture(tmp_path / "none")
     with pytest.raises(Unavailable, match="Is a directory"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_opened(tmp_path):
 
 
 @pytest.mark.parametrize("salvage", [False, True])
-def test_a_disk_that_fails_is_an_error_and_no_damage(file, salvage, monkeypatch):
+def test_an_error_of_the_disk_is_not_reported_as_damage(file, salvage, monkeypatch):
     with Capture(file(BYTES), salvage=salvage) as capture:
         capture._window.bytes.clear()
         capture._file.close()
@@ -200,16 +200,14 @@ def test_salvage_skips_a_damaged_frame(file, at):
 @pytest.mark.parametrize(
     ("broken", "lost"),
     [
-        (
-            BYTES[: start_of(3) + 50] + BYTES[start_of(3) + 150 :],
-            1000,
-        ),  # bytes are missing: the frame after it goes too
-        (BYTES[: start_of(3)] + bytes(5_000_000) + BYTES[start_of(3) :], 0),  # a hole
-        (BYTES[: start_of(3)] + BYTES[start_of(4) :], 500),  # a frame is missing
-        (BYTES[: start_of(3)] + BYTES[start_of(2) :], 0),  # a frame twice
-        (BYTES[: start_of(1)] + bytes(len(FRAMES[1])) + BYTES[start_of(2) :], 2000),  # the topology: no device is known
+        # Missing bytes, so that the next frame is lost, too.
+        (BYTES[: start_of(3) + 50] + BYTES[start_of(3) + 150 :], 1000),
+        (BYTES[: start_of(3)] + bytes(5_000_000) + BYTES[start_of(3) :], 0),  # zeros
+        (BYTES[: start_of(3)] + BYTES[start_of(4) :], 500),  # a missing frame
+        (BYTES[: start_of(3)] + BYTES[start_of(2) :], 0),  # a repeated frame
+        (BYTES[: start_of(1)] + bytes(len(FRAMES[1])) + BYTES[start_of(2) :], 2000),  # a missing topology
         (BYTES + BYTES, 0),
-        (BYTES[: start_of(5)] + bytes(len(FRAMES[5])) + FRAMES[6], 500),  # told by the END mark alone
+        (BYTES[: start_of(5)] + bytes(len(FRAMES[5])) + FRAMES[6], 500),  # a loss that only the END mark reports
     ],
 )
 def test_salvage_accounts_for_every_record(file, broken, lost):
@@ -220,7 +218,7 @@ def test_salvage_accounts_for_every_record(file, broken, lost):
     assert capture.damage or b"".join(FRAMES[3:4]) not in broken
 
 
-def test_salvage_cannot_do_without_the_header(file):
+def test_salvage_needs_the_header(file):
     broken = bytearray(BYTES)
     broken[start_of(0) + 50] ^= 1
     with pytest.raises(CaptureError):
@@ -228,7 +226,7 @@ def test_salvage_cannot_do_without_the_header(file):
 
 
 def test_salvage_of_a_hostile_file_takes_linear_time_and_little_memory(file):
-    # 100,000 sync marks, each in the middle of nothing; then as many intact heads of frames that are refused.
+    # 100,000 sync marks without a frame, then as many intact heads of frames that are refused.
     content = BYTES[: start_of(3)] + wire.SYNC * 100_000 + FRAMES[2] * 2_000 + BYTES[start_of(3) :]
     got, capture = salvaged(file(content))
     assert same_stream(got, ITEMS)

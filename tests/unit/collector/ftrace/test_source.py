@@ -24,6 +24,7 @@ from contracts.topology import Device, Topology
 from tests.durations import MS
 from tests.made_devices import MadeFollower
 from tests.ring_pages import EVENTS, FORMS, Page, format_text, layout, payload
+from tests.streams import check_stream, records
 
 HEADER_PAGE = (
     "\tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;\n\tfield: local_t commit;\toffset:8;\tsize:8;\tsigned:1;\n"
@@ -32,7 +33,7 @@ HEADER_PAGE = (
 
 
 def page(*events, missed=None):
-    """Events as (time, device)."""
+    """Return a page of events, given as (time, device)."""
     made = Page(layout(), events[0][0] if events else 0, missed=missed)
     before = made.ts_ns
     for ts, name in events:
@@ -48,9 +49,9 @@ class FakeKernel:
         self.now_ns = 1000 * MS
         self.cpus = [0, 1]
         self.rings = {cpu: deque() for cpu in range(8)}
-        """Per CPU: what each reading finds, as lists of pages."""
+        """Per CPU, the pages that each reading finds."""
         self.filled = True
-        """Whether poll(2) calls the rings readable: then the source takes what is in them at each look."""
+        """Whether poll(2) reports the rings as readable, so that the source reads them at each tick."""
         self.taken = []
         """CPU and time of each reading."""
         self.lost = dict.fromkeys(range(8), 0)
@@ -164,28 +165,6 @@ def run(source, kernel, ticks):
     return asyncio.run(main())
 
 
-def records(items):
-    return Batch.concatenate([item for item in items if isinstance(item, Batch)])
-
-
-def check_stream(items):
-    """The promises of contracts.interfaces."""
-    at, told, latest = 0, 0, 0
-    for item in items:
-        if isinstance(item, Topology):
-            assert item.from_ns >= latest
-            latest = item.from_ns
-            assert item.from_ns > at or item.from_ns >= at
-            told = len(item.sightings)
-        elif isinstance(item, Batch):
-            assert (np.diff(item.ts_ns) >= 0).all()
-            assert item.ts_ns[0] >= at
-            at = int(item.ts_ns[-1])
-            assert item.dev.max() < told
-        else:
-            assert item.upto_ns >= at
-
-
 def test_records_come_merged_with_their_sightings_before_them(kernel):
     t = kernel.now_ns
     kernel.rings[0].extend([[], [page((t + 10, "eth0"), (t + 30, "vethc0"))]])
@@ -206,14 +185,14 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
     assert source.discarded == source.skipped == 0
 
 
-def test_rings_that_do_not_fill_are_left_alone(kernel):
+def test_rings_that_do_not_fill_are_not_read(kernel):
     kernel.filled, t = False, kernel.now_ns
     run(FtraceSource(FtraceConfig(gather_interval_s=10)), kernel, 6)
-    # At the beginning, and what is left at the end.
+    # Once at the beginning, and the rest at the end.
     assert kernel.taken == [(0, t), (1, t), (0, t + 300 * MS), (1, t + 300 * MS)]
 
 
-def test_a_device_that_changed_has_the_rings_read_at_once(kernel):
+def test_a_changed_device_makes_the_source_read_at_once(kernel):
     kernel.filled, t = False, kernel.now_ns
     old, new = Device(1, 2, "eth0", "veth"), Device(7, 2, "eth0", "veth")
     kernel.rings[0].extend([[], [page((t + 20 * MS, "eth0"), (t + 80 * MS, "eth0"), (t + 90 * MS, "eth0"))]])
@@ -248,23 +227,23 @@ def rests(kernel, count, **config):
     return found
 
 
-def test_a_ring_that_has_filled_meanwhile_is_read_soon_but_not_at_once(kernel):
+def test_a_ring_that_fills_during_a_reading_is_read_after_the_poll_interval(kernel):
     assert rests(kernel, 2) == [(5, False)] * 2
 
 
-def test_a_quiet_ring_may_wait_and_is_watched(kernel):
+def test_a_quiet_ring_can_end_a_long_pause(kernel):
     kernel.filled = False
     assert rests(kernel, 2) == [(10, True)] * 2
 
 
-def test_a_flood_is_not_left_to_the_kernel_s_waking(kernel):
+def test_a_ring_that_fills_quickly_is_read_after_the_poll_interval(kernel):
     kernel.filled, t = False, kernel.now_ns
-    # Two of four pages, and one: from one reading to the next that is half of the ring, and a quarter.
+    # Two of four pages, and one: half of the ring between two readings, and a quarter.
     kernel.rings[0].extend([[], [page((t + i, "eth0")) for i in (1, 2, 3)], [page((t + 4, "eth0"))]])
     assert rests(kernel, 3, ring_kib_per_cpu=16) == [(10, True), (5, True), (10, True)]
 
 
-def test_what_was_given_out_need_not_wait_for_the_next_tick(kernel):
+def test_released_records_need_no_further_tick(kernel):
     t = kernel.now_ns
     kernel.filled = False
     kernel.rings[0].extend([[], [page((t + 1, "eth0"))]])
@@ -324,10 +303,10 @@ def test_records_wait_for_the_hold_back(kernel):
     assert before == [t - 120 * MS, t - 70 * MS, t - 20 * MS]
 
 
-def test_news_of_devices_holds_for_what_was_held_back(kernel):
+def test_a_device_change_applies_to_held_back_records(kernel):
     t = kernel.now_ns
     old, new = Device(1, 2, "eth0", "veth"), Device(7, 2, "eth0", "veth")
-    # Before the second tick, t + 50 ms, the follower has news; they hold from t on (50 ms back).
+    # Before the second tick, at t + 50 ms, the follower reports a change, which applies from t on (50 ms back).
     kernel.rings[0].extend([[], [page((t + 5 * MS, "eth0"), (t + 20 * MS, "eth0"))], [page((t + 60 * MS, "eth0"))]])
     follower = MadeFollower((old,), None, (new,))
     _, items = run(FtraceSource(devices=follower), kernel, 6)
@@ -345,7 +324,7 @@ def test_news_of_devices_holds_for_what_was_held_back(kernel):
     assert news.from_ns == t
 
 
-def test_news_right_after_the_start_holds_from_the_start(kernel):
+def test_a_device_change_after_the_start_applies_from_the_start(kernel):
     new = Device(7, 2, "eth0", "veth")
     _, items = run(FtraceSource(devices=MadeFollower((), (new,))), kernel, 4)
     check_stream(items)
@@ -355,7 +334,7 @@ def test_news_right_after_the_start_holds_from_the_start(kernel):
     ]
 
 
-def test_a_batch_is_cut_where_news_begin(kernel):
+def test_a_batch_is_cut_where_a_device_change_applies(kernel):
     t = kernel.now_ns
     new = Device(7, 2, "eth0", "veth")
     kernel.rings[0].extend([[], [], [page((t + 40 * MS, "eth0"), (t + 60 * MS, "eth0"))], [], []])
@@ -366,9 +345,9 @@ def test_a_batch_is_cut_where_news_begin(kernel):
     assert order == [(), (), [t + 40 * MS], (new,), [t + 60 * MS]]
 
 
-def test_a_gap_stands_in_the_stream(kernel):
+def test_a_gap_is_a_marker_in_the_stream(kernel):
     t = kernel.now_ns
-    # The ring was last seen empty at the first tick, t; then events were lost; the next seen is at t + 30 ms.
+    # The ring was empty at the first tick, t. Events were lost after it; the next event is at t + 30 ms.
     kernel.rings[0].extend([[page((t, "eth0"))], [page((t + 30 * MS, "eth0"), missed=41)]])
     kernel.rings[1].extend([[], [page((t + 1 * MS, "eth0"))]])
     kernel.lost[0] = 41
@@ -390,7 +369,7 @@ def test_the_kernels_total_fills_in_a_missing_count(kernel):
     assert batch.l3_len[batch.hook == Hook.LOST].tolist() == [7, 5]
 
 
-def test_losses_that_no_page_tells_come_at_the_end(kernel):
+def test_losses_without_a_page_are_reported_at_the_end(kernel):
     t = kernel.now_ns
     kernel.rings[0].extend([[page((t, "eth0"))]])
     kernel.lost[1] = 3
@@ -408,7 +387,7 @@ def test_losses_that_no_page_tells_come_at_the_end(kernel):
         ([None, 4], 7, [3, 4]),
         ([None, 4, None], 10, [5, 4, 1]),
         ([None, None, None], 2, [1, 1, 0]),
-        ([5, 4], 6, [5, 1]),  # three too many were told before
+        ([5, 4], 6, [5, 1]),  # pages have reported three too many
         ([5], 0, [0]),
         ([None], 0, [0]),
         ([None, 5], 3, [0, 3]),
@@ -437,7 +416,7 @@ def test_a_cpu_that_comes_online_is_read(kernel):
     assert kernel.log.count("close 5") == 1
 
 
-def test_tracepoints_that_this_kernel_lacks_are_told(kernel, caplog):
+def test_tracepoints_that_the_kernel_lacks_are_reported(kernel, caplog):
     kernel.absent = {"skb:skb_copy_datagram_iovec"}
     header, _ = run(FtraceSource(), kernel, 1)
     assert "skb:skb_copy_datagram_iovec" not in header.hooks
@@ -453,7 +432,7 @@ def test_no_tracepoint_at_all(kernel):
     assert follower.state == "new"
 
 
-def test_what_fails_to_open_leaves_nothing(kernel):
+def test_a_failed_open_leaves_nothing(kernel):
     kernel.refuse = "clock"
     with pytest.raises(SourceError, match="clock"):
         run(FtraceSource(), kernel, 1)
@@ -493,7 +472,7 @@ def test_a_cancelled_stream_leaves_nothing(kernel):
         {"subbuf_kib": 1},
     ],
 )
-def test_configuration_that_makes_no_sense(wrong):
+def test_invalid_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         FtraceConfig(**wrong)
 

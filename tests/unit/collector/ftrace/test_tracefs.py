@@ -38,7 +38,7 @@ def test_not_root(monkeypatch):
         tracefs.find()
 
 
-def test_not_mounted_and_not_to_be(monkeypatch):
+def test_tracefs_that_cannot_be_mounted(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(tracefs, "mounted", lambda mounts: None)
 
@@ -50,12 +50,12 @@ def test_not_mounted_and_not_to_be(monkeypatch):
         tracefs.find()
 
 
-def test_only_what_dead_runs_left_is_removed(tmp_path):
+def test_only_instances_of_dead_runs_are_removed(tmp_path):
     instances = tmp_path / "instances"
     start = start_ticks(os.getpid())
     mine = f"mace-{os.getpid()}-{start}-00ff"
     reused_pid = f"mace-{os.getpid()}-{start - 1}-00ff"
-    gone = "mace-4194304-17-00ff"  # above the largest PID there can be
+    gone = "mace-4194304-17-00ff"  # above the largest possible PID
     for name in (mine, reused_pid, gone, "mace-mine", "other"):
         (instances / name).mkdir(parents=True)
     assert sorted(tracefs.remove_leftovers(tmp_path)) == sorted([reused_pid, gone])
@@ -63,7 +63,7 @@ def test_only_what_dead_runs_left_is_removed(tmp_path):
 
 
 def test_an_instance_in_use_is_left_alone(tmp_path):
-    # As the kernel refuses to remove an instance with an open file, a directory refuses with a file in it.
+    # The kernel refuses to remove an instance with an open file; here a directory that is not empty stands for it.
     busy = tmp_path / "instances/mace-4194304-17-00ff"
     busy.mkdir(parents=True)
     (busy / "file").touch()
@@ -81,7 +81,7 @@ def test_clock_of_the_wrong_kind(tmp_path):
     (instance.path / "trace_clock").write_text("[local] global counter")
     with pytest.raises(Unavailable, match="no trace clock 'mono', only local, global, counter"):
         instance.set_clock("mono")
-    # A kernel that takes the word and does something else.
+    # A kernel that accepts the name and chooses another clock.
     (instance.path / "trace_clock").write_text("[local] mono")
     with pytest.raises(SourceError, match="expected 'mono'"):
         instance.set_clock("mono")
@@ -94,7 +94,7 @@ def test_refused_writes_say_where_and_what(tmp_path):
         tracefs.read(tmp_path / "absent")
 
 
-def test_a_kernel_that_cannot_say_when_a_ring_fills_is_left_as_it_is(tmp_path):
+def test_a_kernel_without_buffer_percent_is_left_unchanged(tmp_path):
     made = fake_instance(tmp_path)
     made.set_readable_at(12)
     assert list(made.path.iterdir()) == []

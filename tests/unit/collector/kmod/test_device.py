@@ -88,7 +88,7 @@ def test_hello(module, opened):
     hello = opened.hello
     assert (hello.abi, hello.version, hello.cpus) == ((abi.ABI_MAJOR, abi.ABI_MINOR), "9.9", 4)
     assert (hello.sees_all, hello.netns_gone, hello.cookies) == (True, False, False)
-    # A later minor may say what we do not know.
+    # A later minor version may have unknown fields.
     module.hello["flags"] = abi.HelloFlag.COOKIES | 1 << 31
     hello = opened.greet()
     assert (hello.sees_all, hello.netns_gone, hello.cookies) == (False, False, True)
@@ -128,7 +128,7 @@ def test_a_record_of_another_size_is_refused(module):
         (errno.EIO, "cannot be opened"),
     ],
 )
-def test_what_is_said_when_it_cannot_be_opened(module, monkeypatch, number, told):
+def test_errors_of_open_have_a_remedy(module, monkeypatch, number, told):
     def refuse(*args):
         raise OSError(number, os.strerror(number))
 
@@ -137,12 +137,12 @@ def test_what_is_said_when_it_cannot_be_opened(module, monkeypatch, number, told
         MaceDevice()
 
 
-def test_there_is_no_module_here(tmp_path):
+def test_a_machine_without_the_module(tmp_path):
     with pytest.raises(Unavailable, match="is not loaded"):
         MaceDevice(tmp_path / "mace")
 
 
-def test_setup_asks_for_what_was_wanted(module, opened):
+def test_setup_passes_the_configuration(module, opened):
     wanted = SessionFilter(
         netns=(None, "/proc/self/ns/net"),
         devices=(DeviceInNetns(7), DeviceInNetns(8, "/proc/self/ns/net")),
@@ -183,13 +183,13 @@ def test_setup_asks_for_what_was_wanted(module, opened):
         (errno.EIO, SourceError, "SETUP: Input/output error"),
     ],
 )
-def test_what_is_said_when_setup_fails(module, opened, number, kind, told):
+def test_errors_of_setup_have_a_remedy(module, opened, number, kind, told):
     module.refuse[Ioctl.SETUP] = number
     with pytest.raises(kind, match=told):
         set_up(opened)
 
 
-def test_bounds_are_told_before_the_kernel_refuses_them(module, opened):
+def test_bounds_are_checked_before_the_kernel_refuses_them(module, opened):
     with pytest.raises(Unavailable, match="max_ring_mib"):
         opened.setup(subbuf_bytes=1 << 22, subbufs=32, watermark=2, flush_ms=100)
     with pytest.raises(Unavailable, match="/nowhere/ns: No such file"):
@@ -200,7 +200,7 @@ def test_bounds_are_told_before_the_kernel_refuses_them(module, opened):
             SessionFilter(**wrong)
 
 
-def test_a_count_of_rings_that_does_not_fit(module, opened, monkeypatch):
+def test_a_wrong_count_of_rings_is_refused(module, opened, monkeypatch):
     monkeypatch.setattr(opened, "has_ring", lambda cpu: cpu == 0)
     with pytest.raises(SourceError, match="1 CPUs have a ring, the module says 2"):
         set_up(opened)
@@ -223,7 +223,7 @@ def test_take_stats_cost(module, opened):
     assert [name for name, _ in module.asked[-2:]] == [Ioctl.START, Ioctl.STOP]
 
 
-def test_who_sees_one_namespace_is_not_told_the_cost(module):
+def test_a_session_of_one_namespace_has_no_cost(module):
     module.hello["flags"] = 0
     one = MaceDevice(Path("/dev/zero"))
     assert one.cost() == ()
@@ -246,7 +246,7 @@ def test_a_ring_is_mapped_read_only_and_unmapped(module, opened):
     opened.close()
 
 
-def test_a_view_that_lives_on_does_not_crash(module, opened):
+def test_a_view_that_outlives_the_mapping_does_not_crash(module, opened):
     set_up(opened)
     view = np.frombuffer(opened.map(0), np.uint8)
     opened.close()

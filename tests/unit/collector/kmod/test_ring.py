@@ -29,7 +29,7 @@ def test_records_are_views_of_the_rings_memory():
         subbuf.records["l3_len"] = 1
 
 
-def test_the_sub_buffer_being_filled_comes_with_flush_only():
+def test_only_flush_returns_the_sub_buffer_being_filled():
     made, ring = pair()
     for ts in range(made.capacity + 3):
         made.write(record(ts))
@@ -55,7 +55,7 @@ def test_only_whole_sub_buffers_are_released_and_in_order():
     assert ring.fill == 0
 
 
-def test_round_and_round_the_same_records_come_out():
+def test_records_survive_many_rounds_of_the_ring():
     made, ring = pair()
     rng = np.random.default_rng(1)
     written, got, held = [], [], []
@@ -76,7 +76,7 @@ def test_round_and_round_the_same_records_come_out():
     assert 0 < made.lost.sum() == 3000 - len(written)
 
 
-def test_what_was_lost_stands_in_the_next_sub_buffer():
+def test_the_next_sub_buffer_reports_lost_records():
     made, ring = pair(subbufs=2)
     for ts in range(2 * made.capacity + 5):
         made.write(record(ts))
@@ -92,7 +92,7 @@ def test_what_was_lost_stands_in_the_next_sub_buffer():
     assert not ring.was_full
 
 
-def test_copies_let_the_ring_go_on():
+def test_copies_free_the_ring():
     made, ring = pair()
     for ts in range(made.capacity + 1):
         made.write(record(ts, skb_id=ts * 7))
@@ -102,7 +102,7 @@ def test_copies_let_the_ring_go_on():
     ring.copy_out()
     assert ring.fill == 0
     assert ring.take(flush=True)[0] == []
-    assert made.tail == 2  # and MadeRing has overwritten both
+    assert made.tail == 2  # MadeRing has overwritten both
     assert times(subbufs) == [list(range(10, made.capacity)), [made.capacity]]
     assert subbufs[1].records["skb_id"].tolist() == [made.capacity * 7]
 
@@ -116,7 +116,7 @@ def test_copies_let_the_ring_go_on():
         ("sequence", 4, "holds filling 4, expected 0"),
     ],
 )
-def test_heads_that_cannot_be(field, value, told):
+def test_impossible_heads_are_refused(field, value, told):
     made, ring = pair()
     made.write(record(1))
     made.close()
@@ -126,14 +126,14 @@ def test_heads_that_cannot_be(field, value, told):
 
 
 @pytest.mark.parametrize("taken", [TakenSubBuffers(0, 5, 0), TakenSubBuffers(1, 1, 0), TakenSubBuffers(7, 0, 0)])
-def test_answers_that_cannot_be(taken):
+def test_impossible_answers_are_refused(taken):
     made = MadeRing()
     ring = CpuRing(0, made.memory, made.subbuf_bytes, made.subbufs, lambda **_: taken)
     with pytest.raises(SourceError, match=f"{taken.ready} sub-buffers are ready from {taken.first} on"):
         ring.take(flush=True)
 
 
-def test_handed_over_cannot_be_taken_back():
+def test_a_shrinking_count_of_handed_over_sub_buffers_is_refused():
     made, ring = pair()
     made.write(record(1))
     ring.take(flush=True)

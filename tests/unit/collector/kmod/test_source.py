@@ -19,6 +19,7 @@ from contracts.topology import Device, Topology
 from tests.durations import MS
 from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
+from tests.streams import check_stream, records
 
 BEGAN = 1000 * MS
 CONFIG = KmodConfig(ring_kib_per_cpu=64, hold_back_ms=50)
@@ -76,26 +77,6 @@ def kernel(monkeypatch):
     return Kernel(monkeypatch)
 
 
-def records(items):
-    return Batch.concatenate([item for item in items if isinstance(item, Batch)])
-
-
-def check_stream(items):
-    """The promises of contracts.interfaces."""
-    at, told = 0, 0
-    for item in items:
-        if isinstance(item, Topology):
-            assert item.from_ns >= at
-            told = len(item.sightings)
-        elif isinstance(item, Batch):
-            assert (np.diff(item.ts_ns) >= 0).all()
-            assert item.ts_ns[0] >= at
-            at = int(item.ts_ns[-1])
-            assert item.dev.max() < told
-        else:
-            assert item.upto_ns >= at
-
-
 def nothing(module):
     pass
 
@@ -116,7 +97,7 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
     assert (batch.skb_id[0], batch.l3_len[0], batch.gso_segs[0], batch.drop_reason[2]) == (7, 84, 2, 77)
     last = [i for i in items if isinstance(i, Topology)][-1]
     seen = [last.sightings[c] for c in batch.dev]
-    # The dropped packet's last device; a socket's namespace alone is no device.
+    # The last device of the dropped packet. A record with only a socket's namespace has no device.
     br0 = ("br0", HOST_NETNS, 5)
     assert [(s.name, s.netns, s.ifindex) for s in seen] == [("", HOST_NETNS + 1, 2), br0, br0, ("", 0, 0)]
     header = kernel.header
@@ -126,7 +107,7 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
     assert kernel.source.discarded == 0
 
 
-def test_only_hooks_that_are_asked_for_and_there(kernel):
+def test_hooks_that_the_module_lacks_are_left_out(kernel):
     kernel.module.hello = replace(kernel.module.hello, hooks=(Hook.NETIF_RX, Hook.KFREE_SKB))
     kernel.run(
         nothing, config=replace(CONFIG, wanted=SessionFilter(hooks=(Hook.NETIF_RX, Hook.CONSUME_SKB), sample_shift=3))
@@ -148,9 +129,9 @@ def test_records_wait_for_the_hold_back(kernel):
     assert before == [BEGAN - 120 * MS, BEGAN - 70 * MS, BEGAN - 20 * MS]
 
 
-def test_a_batch_is_cut_where_news_of_devices_begin(kernel):
+def test_a_batch_is_cut_where_a_device_change_applies(kernel):
     new = Device(HOST_NETNS, 2, "eth0", "veth")
-    follower = MadeFollower((), None, None, (new,))  # the third tick, at 100 ms: from 50 ms on
+    follower = MadeFollower((), None, None, (new,))  # the third tick, at 100 ms; the change applies from 50 ms on
 
     def traffic(module):
         module.write(0, BEGAN + 40 * MS, Hook.NETIF_RX, HOST_NETNS, 2)
@@ -163,7 +144,7 @@ def test_a_batch_is_cut_where_news_of_devices_begin(kernel):
     assert follower.state == "closed"
 
 
-def test_a_full_ring_loses_and_the_stream_says_so(kernel):
+def test_losses_of_a_full_ring_are_reported(kernel):
     room = 16 * 63
 
     def flood(module):
@@ -176,15 +157,15 @@ def test_a_full_ring_loses_and_the_stream_says_so(kernel):
     assert len(batch) == room + 1
     (at,) = np.flatnonzero(batch.hook == Hook.LOST)
     marker = batch[at : at + 1]
-    assert at == room  # told in the tick that found the ring full: no record came after it
+    assert at == room  # reported by the tick that found the ring full, because no record followed
     assert (marker.ts_ns[0], marker.l3_len[0], marker.cpu[0]) == (BEGAN + room - 1, 5, 0)
     assert marker.skb_id[0] == BEGAN + 50 * MS
     assert batch.l3_len[:room].tolist() == list(range(room))
     assert batch.lost == 5
 
 
-def test_a_loss_between_records_is_told_once(kernel):
-    """TAKE found the ring with room, records were lost and stored after it: the next head tells."""
+def test_a_loss_between_records_is_reported_once(kernel):
+    """TAKE finds room in the ring; then records are lost and others stored, and the next head reports the loss."""
 
     def direct(module):
         ring = module.rings[1]
@@ -200,7 +181,7 @@ def test_a_loss_between_records_is_told_once(kernel):
     assert BEGAN + 1 <= batch.ts_ns[1] <= BEGAN + 61 * MS
 
 
-def test_what_is_lost_after_the_last_record_is_told_at_the_end(kernel):
+def test_a_loss_after_the_last_record_is_reported_at_the_end(kernel):
     def lose(module):
         module.rings[0].pending = 9
         module.rings[0].lost[Hook.KFREE_SKB] += 9
@@ -210,7 +191,7 @@ def test_what_is_lost_after_the_last_record_is_told_at_the_end(kernel):
     assert (batch.lost, batch.hook.tolist()) == (9, [Hook.NETIF_RX, Hook.LOST])
 
 
-def test_a_cpu_that_comes_later_has_a_ring_of_its_own(kernel):
+def test_a_cpu_that_comes_online_has_its_own_ring(kernel):
     def comes(module):
         kernel.online = [0, 1, 2]
         module.comes_online(2)
@@ -227,7 +208,7 @@ def test_a_cpu_that_comes_later_has_a_ring_of_its_own(kernel):
     assert kernel.source.discarded == 0
 
 
-def test_namespaces_go_by_cookie_where_kernel_and_follower_have_them(kernel):
+def test_cookies_identify_namespaces_if_kernel_and_follower_have_them(kernel):
     """A reused inode belongs to another namespace, which its cookie distinguishes."""
     host = Device(HOST_NETNS, 2, "out0", "", netns_cookie=1)
     first, second = (
@@ -259,7 +240,7 @@ def test_namespaces_go_by_cookie_where_kernel_and_follower_have_them(kernel):
         (True, ()),
     ],
 )
-def test_namespaces_go_by_inode_otherwise(kernel, kernel_has, devices):
+def test_inodes_identify_namespaces_without_cookies(kernel, kernel_has, devices):
     kernel.module.hello = replace(kernel.module.hello, cookies=kernel_has)
     items = kernel.run(lambda module: module.write(0, BEGAN + 1), follower=MadeFollower(devices))
     assert not kernel.module.cookies
@@ -268,7 +249,7 @@ def test_namespaces_go_by_inode_otherwise(kernel, kernel_has, devices):
     assert (sighting.netns, sighting.netns_cookie) == (HOST_NETNS, 0)
 
 
-def test_a_cpu_that_no_memory_was_left_for_loses_all_and_the_stream_says_when(kernel):
+def test_losses_of_a_cpu_without_a_ring_are_reported(kernel):
     def comes(module):
         kernel.online = [0, 1, 2]
         module.lost_elsewhere = 3
@@ -285,7 +266,7 @@ def test_a_cpu_that_no_memory_was_left_for_loses_all_and_the_stream_says_when(ke
 
 
 def test_the_hold_back_never_costs_records(kernel):
-    """Three quarters of a ring a tick, held back for ten ticks: without copying the second tick would lose."""
+    """Each tick brings three quarters of a ring, held back for ten ticks: copies free the ring before the second."""
     count = 12 * 63
 
     def traffic(module):
@@ -298,7 +279,7 @@ def test_the_hold_back_never_costs_records(kernel):
     assert batch.l3_len.tolist() == [*range(count)] * 8
 
 
-def test_counts_that_do_not_agree_end_the_run_with_an_error(kernel):
+def test_inconsistent_counts_end_the_run_with_an_error(kernel):
     def forge(module):
         module.write(0, BEGAN + 1)
         module.rings[0].written[Hook.NETIF_RX] += 1
@@ -308,7 +289,7 @@ def test_counts_that_do_not_agree_end_the_run_with_an_error(kernel):
     assert kernel.module.log[-2:] == ["stop", "close"]
 
 
-def test_time_that_goes_back_in_a_ring_is_not_believed(kernel):
+def test_descending_times_in_a_ring_are_an_error(kernel):
     def forge(module):
         module.write(0, BEGAN + 10)
         module.write(0, BEGAN + 9)
@@ -317,7 +298,7 @@ def test_time_that_goes_back_in_a_ring_is_not_believed(kernel):
         kernel.run(forge, nothing, nothing)
 
 
-def test_a_hook_that_was_not_asked_for_is_not_believed(kernel):
+def test_a_record_of_a_disabled_hook_is_an_error(kernel):
     with pytest.raises(SourceError, match="a record of hook 15"):
         kernel.run(lambda m: m.write(0, BEGAN + 10, HOOK_SLOTS - 1), nothing, nothing)
 
@@ -346,7 +327,7 @@ def test_the_end_of_the_own_namespace_ends_the_stream(kernel):
 def test_cost_is_of_this_run(kernel):
     kernel.module.calls = 5000
     kernel.run(nothing)
-    assert kernel.source.cost == ()  # it was never asked for while the session was open
+    assert kernel.source.cost == ()  # the session was never queried while it was open
     source = KmodSource(CONFIG, None, lambda: kernel.module)
 
     async def main():
@@ -361,7 +342,7 @@ def test_cost_is_of_this_run(kernel):
 
 
 def test_the_readable_device_ends_a_pause(kernel, monkeypatch):
-    """A real one, as far as asyncio is concerned: a pipe."""
+    """A pipe stands for the device: asyncio polls a real file descriptor."""
     import os
 
     read, write = os.pipe()
@@ -415,6 +396,6 @@ def test_a_ring_is_cut_into_enough_sub_buffers(kib, expected):
 
 
 @pytest.mark.parametrize("wrong", [{"ring_kib_per_cpu": 1}, {"poll_interval_s": 0}, {"hold_back_ms": -1}])
-def test_what_makes_no_sense_is_refused(wrong):
+def test_invalid_configuration_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         KmodConfig(**wrong)

@@ -18,11 +18,11 @@ def urgency():
 
 
 def policy():
-    """Of this thread, without the flag that keeps it from those that it starts."""
+    """Return the scheduling policy of this thread, without the flag SCHED_RESET_ON_FORK."""
     return os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK
 
 
-def test_from_a_filling_ring_to_an_emptied_one(urgency):
+def test_priority_lasts_from_a_filling_ring_to_an_empty_one(urgency):
     seen = []
     for filled in (0.0, 0.39, 0.4, 0.3, 0.2, 0.19, 0.3, 1.0, 0.0):
         urgency.felt(filled)
@@ -30,7 +30,7 @@ def test_from_a_filling_ring_to_an_emptied_one(urgency):
     assert seen == [False, False, True, True, True, False, False, True, False]
 
 
-def test_threads_that_it_starts_take_their_turn(urgency):
+def test_started_threads_have_the_ordinary_policy(urgency):
     urgency.felt(1.0)
     seen = []
     thread = threading.Thread(target=lambda: seen.append(os.sched_getscheduler(0)))
@@ -39,7 +39,7 @@ def test_threads_that_it_starts_take_their_turn(urgency):
     assert (policy(), seen) == (os.SCHED_RR, [os.SCHED_OTHER])
 
 
-def test_what_somebody_chose_is_left_as_it_is():
+def test_a_policy_that_the_user_chose_stays():
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         urgency = Urgency(begins=0.4)
@@ -50,7 +50,7 @@ def test_what_somebody_chose_is_left_as_it_is():
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def test_without_the_right_to_it_only_the_log_tells(monkeypatch, caplog):
+def test_a_missing_privilege_is_only_logged(monkeypatch, caplog):
     def refused(*_):
         raise PermissionError(1, "Operation not permitted")
 

@@ -62,11 +62,11 @@ OWN_NETNS = inode_of("/proc/self/ns/net")
 )  # fmt: skip
 def test_name_in_cgroup(text: str, name: str) -> None:
     assert name_in_cgroup(text) == name
-    # The whole id, where the name is the beginning of one.
+    # The name is the beginning of the whole id.
     assert id_in_cgroup(text) == next((one for one in (ID, OTHER_ID) if name and one.startswith(name)), "")
 
 
-def test_name_of_a_process_that_is_in_no_container(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_outside_containers_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "name_in_cgroup", lambda _text: "")
     comm = Path("/proc/self/comm").read_text().strip()
     assert called_by_process(os.getpid()) == Called(f"{comm}[{os.getpid()}]")
@@ -199,7 +199,7 @@ def test_a_container_that_shares_a_namespace_does_not_name_it(daemon: Daemon) ->
     assert names(ContainerApi(daemon.path)) == {OWN_NETNS: "web"}
 
 
-def test_a_container_without_a_process_is_asked_for_again(daemon: Daemon) -> None:
+def test_a_container_without_a_process_is_inspected_again(daemon: Daemon) -> None:
     daemon.runs(ID, "web", 0)
     api = ContainerApi(daemon.path)
     assert names(api) == {}
@@ -207,7 +207,7 @@ def test_a_container_without_a_process_is_asked_for_again(daemon: Daemon) -> Non
     assert names(api) == {OWN_NETNS: "web"}
 
 
-def test_a_container_that_goes_between_list_and_inspection(daemon: Daemon) -> None:
+def test_a_container_that_ends_between_list_and_inspection(daemon: Daemon) -> None:
     daemon.runs(ID, "web", os.getpid())
     daemon.answers[f"/containers/{ID}/json"] = http(404, b'{"message": "No such container"}')
     assert names(ContainerApi(daemon.path)) == {}
@@ -240,7 +240,7 @@ def test_a_container_without_a_name_has_its_short_id(daemon: Daemon) -> None:
         lambda connection: connection.close(),
     ],
 )
-def test_an_api_that_talks_nonsense(daemon: Daemon, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_api_with_invalid_answers(daemon: Daemon, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "_API_TIMEOUT_S", 0.3)
     daemon.answers["/containers/json"] = answer
     with pytest.raises(ApiError):
@@ -250,13 +250,13 @@ def test_an_api_that_talks_nonsense(daemon: Daemon, answer: Answer, monkeypatch:
 @pytest.mark.parametrize(
     "state", ["null", "[]", '{"State": 5}', '{"State": {"Pid": "many"}}', '{"State": {"Pid": -1}}']
 )
-def test_an_inspection_that_says_nothing(daemon: Daemon, state: str) -> None:
+def test_an_inspection_without_content(daemon: Daemon, state: str) -> None:
     daemon.runs(ID, "web", os.getpid())
     daemon.answers[f"/containers/{ID}/json"] = http(200, state.encode())
     assert names(ContainerApi(daemon.path)) == {}
 
 
-def test_an_api_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_api(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="No such file"):
         ContainerApi(str(tmp_path / "nothing")).running()
     (tmp_path / "file").touch()
@@ -265,7 +265,7 @@ def test_an_api_that_is_not_there(tmp_path: Path) -> None:
 
 
 def trickle(connection: socket.socket) -> None:
-    """Never silent for long, never done."""
+    """Send a few bytes from time to time, without end."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
     with contextlib.suppress(OSError):
         while True:
@@ -279,10 +279,10 @@ def hang(connection: socket.socket) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("answer", [hang, trickle])
-def test_an_api_that_does_not_come_to_an_end(daemon: Daemon, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_without_end_is_cut_off(daemon: Daemon, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "_API_TIMEOUT_S", 0.2)
     daemon.answers["/containers/json"] = answer
-    # The one says nothing, the other would go on for hours: neither does anybody wait for.
+    # One answer never begins, the other would take hours: both are given up.
     with pytest.raises(ApiError):
         ContainerApi(daemon.path).running()
 
@@ -305,7 +305,7 @@ def eventually(condition: Callable[[], bool], limit_s: float = 5) -> None:
 
 
 def test_containers_that_share_a_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apptainer's by the process that waits for it, others by their control group; a process is asked while young."""
+    """The parent process names Apptainer's containers, the control group all others."""
     with contextlib.ExitStack() as running:
 
         def process(title: str) -> subprocess.Popen[bytes]:
@@ -329,9 +329,9 @@ def test_containers_that_share_a_namespace(monkeypatch: pytest.MonkeyPatch) -> N
         cgroups[plain] = cgroups.pop(other)
         assert sharing.among(pids, 1.9) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}
         cgroups.clear()
-        assert sharing.among(pids, 2.1) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}  # asked no more
+        assert sharing.among(pids, 2.1) == {docker, Called(OTHER_ID[:12], OTHER_ID), probe}  # not asked again
         assert sharing.among([plain, apptainer], 2.2) == {Called(OTHER_ID[:12], OTHER_ID), probe}
-        assert sharing.among([web], 2.3) == set()  # another process by that number
+        assert sharing.among([web], 2.3) == set()  # another process with that number
         assert sharing.among([], 2.4) == set()
 
 
@@ -348,13 +348,13 @@ def test_a_container_without_a_namespace_of_its_own_is_named(
         del daemon.answers["/containers/json"]
         daemon.runs(ID, answer, os.getpid(), "host")
         eventually(lambda answer=answer: service.of_ids == {ID: answer})  # type: ignore[misc]
-    # What it is called does not go with the daemon.
+    # The name outlives the daemon.
     daemon.answers["/containers/json"] = http(503, b"")
     eventually(lambda: bool(service.errors))
     assert service.of_ids == {ID: "web-2"}
 
 
-def test_the_service_finds_names_and_then_leaves_the_daemon_alone(daemon: Daemon, service: NameService) -> None:
+def test_the_service_asks_the_daemon_only_until_it_has_the_names(daemon: Daemon, service: NameService) -> None:
     assert OWN_NETNS is not None
     daemon.runs(ID, "web", os.getpid())
     service.want({OWN_NETNS: 1})
@@ -381,11 +381,11 @@ def test_a_container_that_is_renamed_has_its_new_name(
         del daemon.answers["/containers/json"]
         daemon.runs(ID, name, os.getpid())
         eventually(lambda name=name: service.names == {OWN_NETNS: name})  # type: ignore[misc]
-    # To learn that, the container was not inspected again.
+    # The service learns the name without another inspection.
     assert daemon.asked.count(f"/containers/{ID}/json") == 1
 
 
-def test_a_daemon_that_restarts_costs_no_name(
+def test_names_survive_a_restart_of_the_daemon(
     daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(containers, "_RENAMED_S", 0.05)
@@ -397,13 +397,13 @@ def test_a_daemon_that_restarts_costs_no_name(
     daemon.answers["/containers/json"] = http(503, b"")
     eventually(lambda: bool(service.errors))
     assert service.names == {OWN_NETNS: "web"}
-    daemon.answers["/containers/json"] = http(200, b"[]")  # it lists containers only once it has found them again
+    daemon.answers["/containers/json"] = http(200, b"[]")  # a daemon first has to find them again
     eventually(lambda: not service.names)
     daemon.answers["/containers/json"] = listed
     eventually(lambda: service.names == {OWN_NETNS: "web"})
 
 
-def test_a_daemon_that_names_nobody_is_left_alone(
+def test_a_daemon_without_names_is_asked_a_few_times_only(
     daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(containers, "_RENAMED_S", 0.001)
@@ -416,7 +416,7 @@ def test_a_daemon_that_names_nobody_is_left_alone(
 
 
 def test_the_new_name_is_there_within_five_seconds() -> None:
-    # The pause, and an answer that takes as long as it may.
+    # The pause plus the longest answer.
     assert containers._RENAMED_S + containers._API_TIMEOUT_S <= 5
 
 
@@ -443,9 +443,7 @@ def test_a_new_namespace_with_an_old_inode_does_not_keep_the_name(daemon: Daemon
 
 
 @pytest.mark.timeout(60)
-def test_a_daemon_that_hangs_holds_up_nobody(
-    daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_daemon_delays_nothing(daemon: Daemon, service: NameService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "_API_TIMEOUT_S", 3600)
     daemon.answers["/containers/json"] = hang
     service.want({1: 1})
@@ -454,7 +452,7 @@ def test_a_daemon_that_hangs_holds_up_nobody(
     service.close()
 
 
-def test_what_is_wrong_with_an_api_is_remembered(daemon: Daemon, service: NameService) -> None:
+def test_the_error_of_an_api_is_kept(daemon: Daemon, service: NameService) -> None:
     daemon.answers["/containers/json"] = http(500, b"")
     service.want({1: 1})
     service.wait(5)

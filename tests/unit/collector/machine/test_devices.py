@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from collector.machine import containers, devices, netns
 from collector.machine.containers import NOBODY, Called
-from collector.machine.devices import DeviceFollower, _Namespace, _Watch, check, snapshot
+from collector.machine.devices import DeviceFollower, _Namespace, check, snapshot
+from collector.machine.namespace_names import NamespaceNames
 from collector.machine.netns import Found, inode_of, leave_for_new_netns, open_netns, path_of
 from collector.machine.rtnetlink import Link, _messages, _parse_event, parse_default_route, parse_link
 from contracts.errors import Unavailable
@@ -55,11 +56,11 @@ def test_veth_across_namespaces() -> None:
     assert parsed(message) == Link(7, "eth0", "veth", 7, 3, 2)
 
 
-def test_a_peer_in_a_namespace_that_got_no_number() -> None:
+def test_a_peer_in_a_namespace_without_a_number() -> None:
     assert parsed(link_message(attribute(5, u32(9)), attribute(37, u32(0xFFFFFFFF)))).link_nsid == -1
 
 
-def test_a_link_to_itself_is_none() -> None:
+def test_a_link_to_itself_is_ignored() -> None:
     assert parsed(link_message(attribute(5, u32(7)))).link == 0
 
 
@@ -99,7 +100,7 @@ def test_a_default_route_over_two_devices() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_are_too_strange(data: bytes) -> None:
+def test_arbitrary_messages_are_parsed_or_refused(data: bytes) -> None:
     for kind, _, start, end in _messages(data):
         assert 16 <= start <= end <= len(data)
         try:
@@ -141,13 +142,13 @@ def test_mounted_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
 
 
-def test_our_own_namespace_is_occupied() -> None:
+def test_the_own_namespace_is_found_among_processes() -> None:
     own = inode_of("/proc/self/ns/net")
     assert own is not None
     assert os.getpid() in netns.occupied()[own]
 
 
-def test_inode_of_what_is_no_network_namespace(tmp_path: Path) -> None:
+def test_other_files_have_no_namespace_inode(tmp_path: Path) -> None:
     assert inode_of("/proc/self/ns/mnt") is None
     assert inode_of("/proc/self/exe") is None
     assert inode_of(str(tmp_path / "nothing")) is None
@@ -164,7 +165,7 @@ def test_a_namespace_is_opened_only_if_it_is_still_the_same() -> None:
     assert open_netns(Found(own)) is None
 
 
-def test_the_main_thread_stays_where_it_is() -> None:
+def test_the_main_thread_stays_in_its_namespace() -> None:
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(RuntimeError, match="main thread"):
         leave_for_new_netns()
@@ -236,7 +237,7 @@ INODE = 4026532000
         ("", {}, NOBODY, ("net:[4026532000]", "", "")),
         (DRAWN, {INODE: Called("web", ID)}, NOBODY, (DRAWN, "web", ID)),
         (DRAWN, {}, Called(ID[:12], ID), (DRAWN, ID[:12], ID)),
-        # Made by hand, maybe inside a container: the runtime does not rename these.
+        # Namespaces made by hand, perhaps inside a container: the runtime does not rename them.
         ("blue", {}, Called(ID[:12], ID), ("blue", "blue", "")),
         ("mace-lab-c1", {}, Called(ID[:12], ID), ("mace-lab-c1", "c1", "")),
         ("mace-lab-c1", {INODE: Called("web", ID)}, NOBODY, ("mace-lab-c1", "c1", "")),
@@ -255,8 +256,8 @@ def test_an_id_goes_with_the_runtime_s_name(
 ) -> None:
     monkeypatch.setattr(containers, "_LABS", tmp_path)
     (tmp_path / "lab.json").write_text("{}")
-    watch = _Watch()
-    watch._names_used = by_api, {}
-    watch._ids_by_api = {one.container_id for one in by_api.values()}
+    names = NamespaceNames((), lambda: None)
+    names._service.called = by_api
+    names.use()
     namespace = _Namespace(5, 1, Found(INODE, name), 0.0, by_process=by_process)
-    assert watch._called(namespace) == called
+    assert names.of(namespace) == called

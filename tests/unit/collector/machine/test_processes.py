@@ -1,4 +1,4 @@
-"""Reading processes from /proc, for any name that they give themselves."""
+"""Reading processes from /proc, whatever their names."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 from collector.machine.processes import start_ticks, stat_fields
 
 NOBODY = 4194305
-"""Above the largest process id that there can be."""
+"""A number above the largest possible process id."""
 
 
 def test_a_name_may_hold_blanks_and_parentheses():
@@ -21,7 +21,7 @@ def test_a_name_may_hold_blanks_and_parentheses():
         odd.communicate(b"\n")
 
 
-def test_there_is_none_or_only_its_exit_status():
+def test_a_missing_process_and_a_zombie():
     assert stat_fields(NOBODY) == []
     assert start_ticks(NOBODY) == -1
     with subprocess.Popen(["true"]) as ended:

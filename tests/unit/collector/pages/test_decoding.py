@@ -63,7 +63,7 @@ def compare(pages):
     segments = [e.value("gso_segs") if "gso_segs" in e.form.fields else 0 for e in seen]
     assert batch.gso_segs.tolist() == segments
     assert batch.cpu.tolist() == [3] * len(seen)
-    # In order of first appearance, whatever the batches.
+    # Devices are in order of first appearance, whatever the batches.
     assert [s.name for s in names[1:]] == list(dict.fromkeys(e.name for e in seen if e.name))
     return decoded
 
@@ -72,7 +72,7 @@ NAMES = [b"lo", b"eth0", b"vethc0", b"12345678", b"123456789", b"1234567890abcde
 
 
 def fill(page, rng, entries):
-    """Random entries of all kinds, till the page is full or `entries` are in it."""
+    """Add random entries of all kinds until the page is full or has `entries`."""
     for _ in range(entries):
         delta = rng.choice([0, rng.randrange(2000), rng.randrange(1 << 27)])
         kind = rng.random()
@@ -93,7 +93,7 @@ def fill(page, rng, entries):
             if "network_offset" in values and rng.random() < 0.3:
                 values["network_offset"] = -rng.randrange(20)
             body = payload(form, name=rng.choice(NAMES) if "name" in form.fields else None, **values)
-            # Longer than a short event can be: its length then stands in front of it.
+            # Longer than a short event can be: a word before the event has its length.
             body += bytes(rng.choice([0, 0, 0, 120]))
             room = page.event(body, delta)
         if not room:
@@ -117,7 +117,7 @@ def rings(draw):
 
 @pytest.mark.slow
 @given(rings())
-def test_every_kind_of_entry_decodes_as_one_at_a_time(pages):
+def test_every_kind_of_entry_equals_the_naive_decoder(pages):
     compare(pages)
 
 
@@ -159,7 +159,7 @@ def test_old_kernels_lack_fields():
     page.event(payload(forms["skb:kfree_skb"], skbaddr=1))
     batch = decode([page], with_=PageDecoder(layout(), forms.values())).batch
     assert batch.drop_reason.tolist() == [0, 0]
-    assert batch.l3_len.tolist() == [0, 0]  # shorter than its link-layer header: not below zero
+    assert batch.l3_len.tolist() == [0, 0]  # shorter than the link-layer header: the length is not below zero
 
 
 @pytest.mark.parametrize("event", ["net:netif_rx", "skb:consume_skb"])
@@ -179,7 +179,7 @@ def test_other_events_are_skipped_and_counted():
     assert real.skipped == 2
 
 
-def test_gaps_stand_before_the_page_that_tells_them():
+def test_gaps_precede_the_page_that_reports_them():
     pages = []
     for missed, count in ((None, 2), (7, 1), (3, 0), (-1, 2)):
         page = Page(layout(), 100, missed=missed)
@@ -215,7 +215,7 @@ def test_a_page_read_in_two_goes():
 
 @pytest.mark.slow
 @given(rings(), rings(), st.integers(0, 200))
-def test_cpus_decoded_together_are_as_decoded_apart(one, two, skip):
+def test_cpus_decoded_together_equal_cpus_decoded_apart(one, two, skip):
     if one[0].layout != two[0].layout:
         return
     skip = min(4 * skip, len(two[0].data))
@@ -234,14 +234,14 @@ def test_cpus_decoded_together_are_as_decoded_apart(one, two, skip):
                 assert column.tolist() == getattr(expected.batch, name).tolist(), name
 
 
-def test_nothing_in_nothing_out():
+def test_no_pages():
     decoded = decode([Page(layout(), 100), Page(layout(), 200)])
     assert (len(decoded.batch), decoded.gaps) == (0, ())
 
 
 @pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(1, 30))
-def test_damaged_pages_are_refused_or_read_but_never_left(seed, flips):
+def test_damaged_pages_are_refused_or_read_within_their_bounds(seed, flips):
     rng = random.Random(seed)
     page, after = Page(layout(), 10**12), Page(layout(), 10**12)
     fill(page, rng, 5000)
@@ -258,7 +258,7 @@ def test_damaged_pages_are_refused_or_read_but_never_left(seed, flips):
 
 
 @given(st.integers(0, 2**32), st.integers(0, 4080))
-def test_noise_is_no_page(seed, commit):
+def test_random_bytes_as_a_page(seed, commit):
     noise = random.Random(seed).randbytes(4080)
     with contextlib.suppress(SourceError):
         decode([struct.pack("<QQ", 1 << 62, commit & ~3) + noise])
@@ -277,7 +277,7 @@ def test_noise_is_no_page(seed, commit):
         (struct.pack("<QQIH", 0, 8, 1, 2303), "shorter than its format"),
     ],
 )
-def test_what_is_wrong_with_a_page(head, why):
+def test_errors_name_the_fault_of_a_page(head, why):
     with pytest.raises(SourceError, match=why):
         decode([head.ljust(4096, b"\0")])
 
@@ -296,7 +296,7 @@ class TestSightings:
         raw = np.frombuffer(b"".join(n.ljust(16, b"\0") for n in names), np.uint64).reshape(-1, 2)
         return raw[:, 0].copy(), raw[:, 1].copy()
 
-    def test_thousands_of_names_however_they_hash(self):
+    def test_thousands_of_names_with_colliding_hashes(self):
         names = [f"veth{i:x}".encode() for i in range(3000)] + [f"br-{i:012d}".encode() for i in range(2000)]
         sightings = Sightings()
         codes = sightings.codes(*self.words(names))
@@ -305,11 +305,11 @@ class TestSightings:
         again = [*reversed(names), b"", b"new"]
         assert sightings.codes(*self.words(again)).tolist() == [*range(5000, 0, -1), 0, 5001]
 
-    def test_a_name_that_is_the_beginning_of_another(self):
+    def test_a_name_that_is_a_prefix_of_another(self):
         sightings = Sightings()
         assert sightings.codes(*self.words([b"abcdefgh", b"abcdefghi", b"abcdefgh"])).tolist() == [1, 2, 1]
 
-    def test_a_name_that_is_no_text(self):
+    def test_a_name_that_is_not_utf_8(self):
         sightings = Sightings()
         sightings.codes(*self.words([b"\xff\xfe"]))
         assert sightings.snapshot()[1].name == r"\xff\xfe"

@@ -28,7 +28,7 @@ def test_header_page():
         ("size:4080;", "", "line 4 is not a field description"),
     ],
 )
-def test_header_page_that_is_none(old, new, why):
+def test_invalid_header_pages_are_refused(old, new, why):
     with pytest.raises(SourceError, match=why):
         parse_header_page(HEADER_PAGE.replace(old, new))
 
@@ -37,7 +37,7 @@ def test_formats_of_all_hooks():
     parsed = {f.event: f for f in formats()}
     xmit = parsed["net:net_dev_start_xmit"]
     assert xmit.id == 2307
-    # As the format file of Linux 6.18 on x86-64 says.
+    # Offsets of the format file of Linux 6.18 on x86-64.
     assert [
         (n, xmit.field(n).offset, xmit.field(n).size) for n in ("skbaddr", "len", "network_offset", "gso_segs")
     ] == [
@@ -72,7 +72,7 @@ def test_a_kernel_without_the_signed_column():
         ("format:", "fields:", "format has no fields"),
     ],
 )
-def test_a_format_that_is_not_understood(old, new, why):
+def test_an_unknown_format_is_refused(old, new, why):
     event = "net:netif_receive_skb"
     text = format_text(event, *EVENTS[event])
     assert old in text

@@ -33,7 +33,7 @@ def read(inner, outer, **options):
 
 @pytest.fixture
 def replayed(tmp_path):
-    """The same of the content of two files."""
+    """Read a pair of captures given as content; returns the same as `read`."""
 
     def run(inner, outer, **options):
         for name, content in (("inner", inner), ("outer", outer)):
@@ -55,7 +55,7 @@ def plain():
     ("kind", "suffix", "discarded"),
     [("fcs", "pcap", 0), ("unused", "pcapng", 0), ("mixed", "pcapng", 2), ("secrets", "pcapng.gz", 0)],
 )
-def test_golden_captures_give_what_the_plain_ones_give(plain, kind, suffix, discarded):
+def test_golden_captures_equal_the_plain_ones(plain, kind, suffix, discarded):
     found, last, source = read(CAPTURES / f"{kind}-inner.{suffix}", CAPTURES / f"{kind}-outer.{suffix}")
     assert found == plain[0]
     assert last.totals.ledger == plain[1].totals.ledger
@@ -65,7 +65,7 @@ def test_golden_captures_give_what_the_plain_ones_give(plain, kind, suffix, disc
 
 
 @pytest.mark.slow
-def test_a_long_block_does_not_have_to_be_in_memory(tmp_path, replayed, plain):
+def test_a_long_block_is_not_read_into_memory(tmp_path, replayed, plain):
     inner = gzip.decompress((CAPTURES / "secrets-inner.pcapng.gz").read_bytes())
     at = 28 + struct.unpack_from("<I", inner, 32)[0] if struct.unpack_from("<I", inner, 28)[0] == 1 else 28
     long = block(0x0BAD, bytes(9 << 20), "<")
@@ -73,7 +73,7 @@ def test_a_long_block_does_not_have_to_be_in_memory(tmp_path, replayed, plain):
     for wrap in (bytes, gzip.compress):
         found, _, source = replayed(wrap(inner[:at] + long + inner[at:] + long), outer)
         assert (found, source.discarded, source.warnings) == (plain[0], 0, [])
-    # A wrong length leads somewhere, but not to a block's end.
+    # A wrong length leads to a place that is no block's end.
     wrong = inner[:at] + struct.pack("<II", 0x0BAD, 5 << 20) + long[8:] + inner[at:]
     with pytest.raises(CaptureError, match="ends without its length"):
         replayed(wrong, outer)
@@ -128,7 +128,7 @@ def ng_of_devices(devices=(2, 3, 4)):
     raw = ng_section("<") + b"".join(ng_interface("<", name=f"dev{one}", link=276, tsresol=9) for one in devices)
     for utc_ns, device, data in any_packets():
         if device in devices:
-            # Which device it was is told by the block alone.
+            # Only the block tells the device.
             data = data[:4] + bytes(4) + data[8:]
             raw += ng_packet("<", devices.index(device), utc_ns, data)
     return raw
@@ -142,7 +142,7 @@ def kuznetzov_of_devices(order):
     return raw
 
 
-def test_of_a_capture_of_any_the_outer_device_is_found(at_outer):
+def test_the_outer_device_is_found_in_a_capture_of_any(at_outer):
     found, last, source = read(CAPTURES / "at-eth0.pcap", CAPTURES / "at-any.pcap")
     assert found == at_outer[0]
     assert last.totals.ledger == at_outer[1].totals.ledger
@@ -154,14 +154,14 @@ def test_of_a_capture_of_any_the_outer_device_is_found(at_outer):
     assert "40 packets seen at other devices are left out" in told
 
 
-def test_of_several_interfaces_the_outer_one_is_found(replayed, at_outer):
+def test_the_outer_device_is_found_among_interfaces(replayed, at_outer):
     found, _, source = replayed((CAPTURES / "at-eth0.pcap").read_bytes(), ng_of_devices())
     assert found == at_outer[0]
     assert any("Measured at dev2" in line for line in source.warnings)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_of_kuznetzov_s_devices_the_outer_one_is_found(replayed, at_outer, order):
+def test_the_outer_device_is_found_in_kuznetzovs_format(replayed, at_outer, order):
     found, _, _ = replayed((CAPTURES / "at-eth0.pcap").read_bytes(), kuznetzov_of_devices(order))
     assert [way for _, way, _ in found] == [way for _, way, _ in at_outer[0]]
     assert all(abs(a[2] - b[2]) < 1000 for a, b in zip(found, at_outer[0], strict=True))
@@ -179,8 +179,8 @@ def test_another_device_on_demand(replayed, at_outer, outer, name):
         replayed(inner, content, outer_device="7")
 
 
-def test_the_container_s_capture_may_be_of_several_devices_as_well(replayed):
-    """There the first one on the way out is the right one: the other way round gives the delays turned round."""
+def test_the_containers_capture_may_have_several_devices(replayed):
+    """Of several devices the first on the way out is the inner one, so that swapped files give the same delays."""
     whole = (CAPTURES / "at-any.pcap").read_bytes()
     eth0 = (CAPTURES / "at-eth0.pcap").read_bytes()
     straight = replayed(eth0, whole)[0]
@@ -189,7 +189,7 @@ def test_the_container_s_capture_may_be_of_several_devices_as_well(replayed):
     assert any("Measured at 2" in line and "--inner-device" in line for line in source.warnings)
 
 
-def test_where_the_outer_device_is_not_clear_the_user_says_it(replayed):
+def test_an_unclear_outer_device_must_be_named(replayed):
     """Half of the packets go out by one device and half by another."""
     inner, outer, truth = traffic(400)
     one = [(t, 7, frame) for t, frame in zip(outer[1].tolist(), outer[0], strict=True)]
@@ -199,7 +199,7 @@ def test_where_the_outer_device_is_not_clear_the_user_says_it(replayed):
     for (t, device, frame), (own_t, _, _) in zip(one, one, strict=True):
         shared.append((t, device if order[frame[18:20].tobytes()] % 2 else 8, frame))
         assert own_t == t
-    # The port is between: at the container's time, a little towards the other end.
+    # The bridge port is between the devices, close to the container.
     egress = {utc for utc, way, _ in truth if way == Direction.EGRESS}
     port = [(t + (1 if t in egress else -1), device, frame) for t, device, frame in port]
     raw = ng_section("<") + b"".join(ng_interface("<", name=str(n), tsresol=9) for n in range(9))
@@ -213,7 +213,7 @@ def test_where_the_outer_device_is_not_clear_the_user_says_it(replayed):
     assert set(found) < set(truth)
 
 
-def test_where_no_device_is_told_packets_that_are_there_several_times_have_no_delay(replayed, at_outer):
+def test_repeated_packets_without_device_names_have_no_delay(replayed, at_outer):
     inner = (CAPTURES / "at-eth0.pcap").read_bytes()
     cooked = [PcapFrame(utc_ns, sll(data)) for utc_ns, _, data in any_packets()]
     found, last, source = replayed(inner, pcap(cooked, link=113))
@@ -221,7 +221,7 @@ def test_where_no_device_is_told_packets_that_are_there_several_times_have_no_de
     assert last.totals.ledger.records == last.totals.ledger.unmatched == 80
     (line,) = [line for line in source.warnings if "LINUX_SLL" in line]
     assert "60 packets occur several times and have no delay" in line
-    # Of one device they are there once.
+    # One device has each packet once.
     outer = [PcapFrame(utc_ns, sll(data)) for utc_ns, device, data in any_packets() if device == 2]
     assert replayed(inner, pcap(outer, link=113))[0] == at_outer[0]
 
@@ -238,7 +238,7 @@ def test_merged_captures_of_two_devices_never_give_the_nearer_one(replayed, seed
     assert any("cannot be told from others with the same content" in line for line in source.warnings)
 
 
-# --- what is in front of a packet ---------------------------------------------------------------
+# --- link-layer headers -------------------------------------------------------------------------
 
 
 def ethernet(tags, frame, protocol=None):
@@ -311,8 +311,8 @@ def test_cooked_frames_with_a_tag(replayed):
 @pytest.mark.parametrize("fcs_bytes", [0, 2, 4, 30])
 @pytest.mark.parametrize("present", [False, True])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_what_is_beside_the_link_type(replayed, order, present, fcs_bytes):
-    """Bits that are reserved, and a length that counts only where it is said to be there."""
+def test_other_bits_of_the_link_type_field(replayed, order, present, fcs_bytes):
+    """Reserved bits, and the length of a checksum, which counts only if the flag says so."""
     inner, outer, truth = traffic(30)
     field = 1 | fcs_bytes // 2 << 28 | present << 26 | 0x03FF0000 | 1 << 27
     field &= 0xFFFFFFFF
@@ -326,8 +326,8 @@ def test_what_is_beside_the_link_type(replayed, order, present, fcs_bytes):
 
 
 @pytest.mark.parametrize("told", [2, 4, 16, 32])
-def test_a_checksum_does_not_count_as_the_packet_s(tmp_path, told):
-    """Of ARP, whose length is in no header. The option counts bits, or bytes as in its own example."""
+def test_a_frame_checksum_is_not_part_of_the_packet(tmp_path, told):
+    """ARP has no length field. The option counts in bits, or in bytes as in the specification's example."""
     arp = FRAME[:12] + b"\x08\x06" + bytes(range(28))
     size = told if told < 8 else told // 8
     raw = ng_section("<") + ng_interface("<", tsresol=9, more=option(13, bytes([told]), "<"))
@@ -368,7 +368,7 @@ def test_compressed_captures_that_are_cut(replayed, kind, share):
     with pytest.raises(CaptureError, match=r"the file is cut: its \w+ stream has no end"):
         replayed(written(*inner), packed)
     if len(unpacked_head(packed, 24)) < 24:
-        # A compressor of whole blocks gives nothing of a truncated one.
+        # A compressor of whole blocks returns nothing from a truncated block.
         assert kind.startswith(("bzip2", "zstd"))
         return
     found, _, source = replayed(written(*inner), packed, salvage=True)
@@ -400,13 +400,13 @@ def test_a_bomb_is_refused(replayed):
         replayed(pcap([PcapFrame(T, FRAME)]), bomb)
 
 
-def test_what_is_compressed_otherwise_is_said(replayed):
+def test_other_compressions_are_refused_by_name(replayed):
     with pytest.raises(CaptureError, match="compressed with lz4, which MACE does not read: unpack it first"):
         replayed(pcap([PcapFrame(T, FRAME)]), b"\x04\x22\x4d\x18" + bytes(60))
 
 
 def test_blocks_with_and_without_a_time(replayed):
-    """The obsolete packet block is read; what has no time is left out and counted."""
+    """The obsolete packet block is read; packets without a time are left out and counted."""
     inner, outer, truth = traffic(60)
     raw = ng_section(">") + ng_interface(">", tsresol=9)
     for number, one in enumerate(rows(*outer)):
@@ -426,7 +426,7 @@ def test_sections_of_other_byte_orders_and_interfaces(replayed):
     inner, outer, truth = traffic(90)
     raw, frames = b"", rows(*outer)
     for part, (order, tsresol) in enumerate((("<", 9), (">", 0x80 | 40), ("<", 12), (">", 9))):
-        # Numbers of interfaces begin anew, and the first one is of another kind now and then.
+        # Each section numbers its interfaces from 0, and its first interface may have another kind.
         raw += ng_section(order)
         first = part % 2
         offset_s = 1_699_999_990
@@ -437,7 +437,7 @@ def test_sections_of_other_byte_orders_and_interfaces(replayed):
         raw += ng_packet(order, 0, T, b"\0" * 40) * first
     found, _, source = replayed(written(*inner), raw)
     assert [way for _, way, _ in found] == [way for _, way, _ in truth]
-    # Of a clock of 2^40 ticks a time may be up to one ns earlier.
+    # With a clock of 2^40 ticks a time may be up to 1 ns early.
     assert all(abs(one[0] - true[0]) <= 1 >= abs(one[2] - true[2]) for one, true in zip(found, truth, strict=True))
     assert source.discarded == 2
     assert source.pairs == 90
@@ -465,7 +465,7 @@ def test_clocks_of_any_resolution(tmp_path, tsresol):
     ("tsresol", "offset_s", "ticks"),
     [(9, -(2**62), 5), (9, 2**62, 5), (9, -1, 5), (0, 0, 2**64 - 1), (6, 0, 2**63), (9, 2**33, 2**63), (0, -5, 2**63)],
 )
-def test_times_that_cannot_be_are_left_out_and_counted(replayed, tsresol, offset_s, ticks):
+def test_impossible_times_are_left_out_and_counted(replayed, tsresol, offset_s, ticks):
     good = ng_section("<") + ng_interface("<", tsresol=9) + ng_interface("<", tsresol=tsresol, offset_s=offset_s)
     bad = block(6, struct.pack("<IIIII", 1, ticks >> 32, ticks & 0xFFFFFFFF, len(FRAME), len(FRAME)) + FRAME, "<")
     found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), good + ng_packet("<", 0, T + 7, FRAME) + bad)
@@ -476,7 +476,7 @@ def test_times_that_cannot_be_are_left_out_and_counted(replayed, tsresol, offset
 
 @pytest.mark.parametrize("tsresol", [20, 100, 127, 0x80 | 64, 0xFF])
 def test_a_clock_too_fine_for_its_numbers(replayed, tsresol):
-    """Only where a packet has it: then it is left out."""
+    """Only packets of such an interface are left out."""
     raw = ng_section("<") + ng_interface("<", tsresol=9) + ng_interface("<", tsresol=tsresol)
     good = raw + ng_packet("<", 0, T + 7, FRAME)
     for content, discarded in ((good, 0), (good + ng_packet("<", 1, 5, FRAME, tsresol=0), 1)):
@@ -487,8 +487,8 @@ def test_a_clock_too_fine_for_its_numbers(replayed, tsresol):
         replayed(pcap([PcapFrame(T, FRAME)]), raw + ng_packet("<", 1, 5, FRAME, tsresol=0))
 
 
-def test_an_interface_with_much_to_say(replayed):
-    """Its clock is told behind 3 MB of comments."""
+def test_an_interface_with_long_options(replayed):
+    """The option with its clock follows 3 MB of comments."""
     more = option(1, bytes(60_000), "<") * 50 + option(9, b"\x09", "<")
     raw = ng_section("<") + ng_interface("<", more=more) + ng_packet("<", 0, T + 7, FRAME)
     found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), raw)
@@ -514,7 +514,7 @@ def test_as_many_interfaces_and_kinds_as_a_file_can_have(replayed):
 
 
 def test_a_packet_of_another_kind_may_be_long(replayed):
-    """As of USB or of D-Bus: longer than any packet of a network."""
+    """Frames of USB or D-Bus may be longer than any packet of a network."""
     raw = ng_section("<") + ng_interface("<", tsresol=9) + ng_interface("<", link=220)
     raw += ng_packet("<", 1, T, bytes(3 << 20)) + ng_packet("<", 1, T, bytes(5 << 20)) + ng_packet("<", 0, T + 7, FRAME)
     found, _, source = replayed(pcap([PcapFrame(T, FRAME)]), raw)
@@ -525,7 +525,7 @@ def test_a_packet_of_another_kind_may_be_long(replayed):
         replayed(pcap([PcapFrame(T, FRAME)]), raw.replace(struct.pack("<HHI", 220, 0, 0), struct.pack("<HHI", 1, 0, 0)))
 
 
-def test_what_the_capture_itself_missed_is_said(replayed):
+def test_losses_of_the_capture_program_are_reported(replayed):
     statistics = [
         block(5, struct.pack("<III", 0, 0, 0) + option(5, struct.pack("<Q", n), "<") + option(0, b"", "<"), "<")
         for n in (3, 12)
@@ -537,8 +537,8 @@ def test_what_the_capture_itself_missed_is_said(replayed):
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_what_packets_say_was_missed_before_them_is_said(replayed, order):
-    """As an option of the packet, in the obsolete block as a number; 0xFFFF is not known."""
+def test_losses_counted_by_packets_are_reported(replayed, order):
+    """Packets have the count as an option, the obsolete block as a number, of which 0xFFFF means unknown."""
     packet = ng_packet(order, 0, T + 7, FRAME)
     more = option(2, struct.pack(order + "I", 1), order) + option(4, struct.pack(order + "Q", 9), order)
     told = block(6, packet[8:-4] + more + option(0, b"", order), order)
@@ -567,7 +567,7 @@ def test_nanoseconds_in_a_file_that_says_microseconds(replayed, order, salvage):
     assert (found, source.discarded) == ([], 1)
 
 
-def test_a_section_of_a_version_to_come(replayed):
+def test_a_section_of_a_future_version(replayed):
     for major, minor in ((1, 0), (1, 2), (2, 0), (0, 9)):
         raw = bytearray(pcapng([PcapFrame(T + 7, FRAME)]))
         struct.pack_into("<HH", raw, 12, major, minor)
@@ -579,8 +579,8 @@ def test_a_section_of_a_version_to_come(replayed):
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
-def test_captures_behind_one_another(replayed, packed):
-    """As `cat a.pcap b.pcap` makes them: the second's head is no packet of the year 2055."""
+def test_concatenated_captures(replayed, packed):
+    """`cat a.pcap b.pcap` makes such a file: the second header must not be read as a packet of the year 2055."""
     raw = packed(pcap([PcapFrame(T + 7, FRAME)])) + packed(pcap([PcapFrame(T + 10**9, FRAME)]))
     with pytest.raises(CaptureError, match="another capture begins in the same file"):
         replayed(pcap([PcapFrame(T, FRAME)]), raw)
@@ -588,7 +588,7 @@ def test_captures_behind_one_another(replayed, packed):
     assert (len(found), last.totals.ledger.unmatched) == (1, 0)
 
 
-def test_what_is_cut_names_the_remedy(replayed):
+def test_a_cut_capture_names_the_remedy(replayed):
     for raw in (
         pcap([PcapFrame(T, FRAME)] * 2),
         pcapng([PcapFrame(T, FRAME)] * 2),
@@ -598,7 +598,7 @@ def test_what_is_cut_names_the_remedy(replayed):
             replayed(pcap([PcapFrame(T, FRAME)]), raw[:-5])
 
 
-def test_where_there_is_no_figure_at_all_the_reason_is_said(replayed):
+def test_a_result_without_figures_has_the_reason(replayed):
     one = pcap([PcapFrame(T, FRAME)])
     for inner, outer, why in (
         (one, pcap([PcapFrame(T + 3600 * 10**9, FRAME)]), "no packet of one capture is in the other within 0.5 s"),
@@ -610,8 +610,8 @@ def test_where_there_is_no_figure_at_all_the_reason_is_said(replayed):
         assert [why in line for line in source.warnings] == [True]
 
 
-def test_lengths_the_other_way_round(replayed):
-    """Until version 2.2 the packet's length stood before what was captured of it."""
+def test_swapped_lengths_of_old_versions(replayed):
+    """Until version 2.2 the packet's length stood before the captured length."""
     raw = bytearray(pcap([PcapFrame(T + 7, FRAME[:60], 500)] * 3))
     struct.pack_into("<H", raw, 6, 2)
     for at in range(24, len(raw), 76):

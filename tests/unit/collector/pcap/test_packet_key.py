@@ -88,17 +88,17 @@ def frame_of(packet, tags=0):
 def test_keys_are_the_modules(name, tags):
     packet, key = CASES[name]
     assert read(frame_of(packet, tags)).keys().tolist() == [key.hashed()]
-    # The link layer's padding is nobody's.
+    # Padding of the link layer is not part of the packet.
     assert read(frame_of(packet, tags) + bytes(20)).keys().tolist() == [key.hashed()]
 
 
 @pytest.mark.parametrize("name", OF_THE_MODULE)
-def test_what_the_module_reads_is_read_alike(name):
-    """The frames that the module is given in virtual machines, with the records that it has to make of them."""
+def test_the_modules_cases_are_read_alike(name):
+    """The frames and expected records of the module's tests in virtual machines."""
     expected = OF_THE_MODULE[name]
     content = read(expected.frame).content()
     assert [f"{key:016x}" for key in content.packet_key.tolist()] == [f"{expected.key:016x}"]
-    # The length and the tag are the link layer's, not of what this reader is given.
+    # This reader does not see the link layer's length and tag.
     fields = {field: int(value) for field, value in expected.fields.items() if field not in ("l3_len", "vlan")}
     if "flags" in fields:
         fields["flags"] &= ~Flag.VLAN
@@ -106,7 +106,7 @@ def test_what_the_module_reads_is_read_alike(name):
 
 
 @pytest.mark.parametrize("name", OF_THE_MODULE)
-def test_what_was_cut_off_of_it_gives_no_wrong_key(name):
+def test_cut_cases_get_no_wrong_key(name):
     expected = OF_THE_MODULE[name]
     cuts = np.arange(min(len(expected.frame) - 14, 250) + 1)
     assert set(read(*[expected.frame] * len(cuts), cut=cuts).keys().tolist()) <= {0, expected.key}
@@ -117,7 +117,7 @@ def test_all_of_them_at_once():
     assert read(*frames * 3).keys().tolist() == [key.hashed() for _, key in CASES.values()] * 3
 
 
-def test_what_nat_rewrites_is_not_in_it():
+def test_the_key_ignores_fields_that_nat_rewrites():
     before = [ipv4(17, udp(PAYLOAD)), ipv4(6, tcp(PAYLOAD)), ipv4(1, icmp(8, PAYLOAD)), ipv6(17, udp(PAYLOAD))]
     after = [
         ipv4(17, udp(PAYLOAD, nat=3), nat=3),
@@ -135,7 +135,7 @@ def test_not_ip():
     assert read(ether(0x0806, PAYLOAD[:20])).keys().tolist() == [0]
 
 
-def test_in_vxlan_it_is_the_inner_packets():
+def test_the_key_of_vxlan_is_the_inner_packets():
     inner = ether(0x0800, ipv4(6, tcp(PAYLOAD)))
     frame = frame_of(ipv4(17, udp(struct.pack("!II", 0x08000000, 5 << 8) + inner, target=4789)))
     content = read(frame).content()
@@ -145,7 +145,7 @@ def test_in_vxlan_it_is_the_inner_packets():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_cut_off_gives_no_key(name):
+def test_a_packet_without_its_key_bytes_has_no_key(name):
     """No packet gets a wrong key, for any snap length of the capture."""
     packet, key = CASES[name]
     for cut in range(len(packet) + 1):
@@ -153,7 +153,7 @@ def test_what_was_cut_off_gives_no_key(name):
     assert read(frame_of(packet), cut=len(packet)).keys().tolist() == [key.hashed()]
 
 
-def test_what_records_say():
+def test_the_fields_of_records():
     content = read(frame_of(ipv4(6, tcp(PAYLOAD))), frame_of(ipv4(1, icmp(8, PAYLOAD)))).content()
     assert content.l4_src.tolist() == [4001, 321]
     assert content.l4_dst.tolist() == [5001, 7]
@@ -172,7 +172,7 @@ def test_siphash_of_many():
         assert int(hashed[at]) == slow_siphash(tuple(words[:, at].tolist()))
 
 
-def test_noise_is_read_without_harm():
+def test_random_frames():
     rng = np.random.default_rng(4)
     frames = [rng.integers(0, 256, rng.integers(14, 120), np.uint8).tobytes() for _ in range(3_000)]
     heads = [b"\x08\x00\x45\x00", b"\x86\xdd\x60\x00", b"\x08\x00\x4f\x00", b"\x81\x00\x00\x01\x86\xdd\x60"]

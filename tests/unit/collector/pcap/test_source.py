@@ -29,7 +29,7 @@ def engine_results(source):
 
 
 def overheads(results):
-    """(UTC, direction, delay) of each packet."""
+    """Return (UTC, direction, delay) of each packet."""
     rows = []
     for one in results:
         whole = one.rows.delays.segment == Segment.OVERHEAD
@@ -56,7 +56,7 @@ def traffic(count=3000, seed=1):
     t_inner = np.where(out, t, t + delay)
     t_outer = np.where(out, t + delay, t)
     inner_frames, outer_frames = frames.copy(), through_nat(frames)
-    # What comes in was sent by somebody else.
+    # Another host sent the incoming packets.
     inner_frames[~out, 6:12] = [2, 0, 0, 0, 0, 9]
     truth = sorted(
         zip(t.tolist(), np.where(out, Direction.EGRESS, Direction.INGRESS).tolist(), delay.tolist(), strict=True)
@@ -143,8 +143,8 @@ def repeated(times, frame):
 FRAME = udp_frames(1)[0][0].tobytes()
 
 
-def test_content_that_comes_again_later_is_paired_by_time(pair):
-    # As in a request that is sent again as it was.
+def test_repeated_content_is_paired_by_time(pair):
+    # A retransmitted request has unchanged content.
     source = pair(
         pcap(repeated([0, 10**6, 2 * 10**6], FRAME)), pcap(repeated([900, 10**6 + 500, 2 * 10**6 + 700], FRAME))
     )
@@ -152,7 +152,7 @@ def test_content_that_comes_again_later_is_paired_by_time(pair):
     assert [delay for _, _, delay in found] == [900, 500, 700]
 
 
-def test_content_that_is_not_clear_is_left_alone(pair):
+def test_ambiguous_content_is_left_out(pair):
     # Two equal packets in flight at once: their order at the outer device is unknown.
     source = pair(pcap(repeated([0, 100, 10**9], FRAME)), pcap(repeated([1000, 1100, 10**9 + 5], FRAME)))
     header, results = engine_results(source)
@@ -183,7 +183,7 @@ def test_a_packet_whose_content_was_cut_off_has_no_partner(pair):
     assert results[-1].totals.ledger.unmatched == 120
 
 
-def test_the_same_however_it_is_cut(tmp_path):
+def test_batch_boundaries_change_nothing(tmp_path):
     inner, outer, _ = traffic(2000)
     found = []
     for step in (50, 313, 2000):
@@ -208,7 +208,7 @@ def test_the_same_however_it_is_cut(tmp_path):
 
 
 def columns(path, frames, utc_ns):
-    """The packets of a made file."""
+    """Return the packets of a made file as columns."""
     path.write_bytes(written(frames, utc_ns))
     with PcapFile(path) as file:
         (found,) = file.pieces()
@@ -259,7 +259,7 @@ def test_the_first_packet_is_the_damaged_one(pair):
 
 
 @pytest.mark.parametrize("write", [pcap, pcapng])
-def test_the_good_part_of_a_damaged_capture(pair, write):
+def test_salvage_reads_the_sound_part(pair, write):
     inner, outer, truth = traffic(300)
     content = write(rows(*inner))
     source = pair(content[: len(content) * 2 // 3], write(rows(*outer)), salvage=True)

@@ -59,14 +59,14 @@ def test_a_cut_trace_is_refused_where_its_last_packet_begins_and_salvaged(tmp_pa
     assert any(f"skipped at byte {start}" in line for line in source.warnings)
 
 
-def test_bytes_in_between_are_skipped_up_to_the_next_packet(tmp_path):
+def test_salvage_skips_foreign_bytes_up_to_the_next_packet(tmp_path):
     start, end = bundle_number(4)
     noise = RAW[:start] + bytes([0xFF, 0x13, 0x0A, 0x05, 0xEE]) * 40 + RAW[end:]
     assert refused(tmp_path, noise, "where a packet begins") == start
     source, found = read(write(tmp_path, noise), salvage=True)
     kept = found[found.hook != Hook.LOST]
     assert 900 <= len(kept) < 1_000
-    # It counts as one, and on each CPU nothing is matched across it.
+    # The gap counts as one lost event, and no CPU's records are matched across it.
     assert source.discarded == 1
     assert set(found.cpu[found.hook == Hook.LOST].tolist()) == set(kept.cpu.tolist())
     assert len([line for line in source.warnings if "skipped" in line]) == 1
@@ -76,13 +76,13 @@ def test_a_damaged_event_is_left_out_and_makes_a_gap(tmp_path):
     start, _ = bundle_number(3)
     at = RAW.index(b"netif_rx", start)
     bad = bytearray(RAW)
-    bad[at - 1] = 0x7F  # the length of the event's name: beyond the event
+    bad[at - 1] = 0x7F  # the length of the event's name exceeds the event
     assert refused(tmp_path, bytes(bad), "no message|events of CPU") == start
     source, found = read(write(tmp_path, bytes(bad)), salvage=True)
     assert source.discarded == 1
     markers = found[found.hook == Hook.LOST]
     assert len(markers) == 1
-    assert markers.l3_len.tolist() == [0]  # the ring did not lose it
+    assert markers.l3_len.tolist() == [0]  # the ring did not lose the event
     assert len(found) == 1_000
 
 
@@ -97,7 +97,7 @@ def test_a_damaged_event_is_left_out_and_makes_a_gap(tmp_path):
         (traces._field(1, b"\x00\x00"), "field of number 0"),
     ],
 )
-def test_lying_sizes(tmp_path, raw, match):
+def test_wrong_sizes_are_refused(tmp_path, raw, match):
     assert refused(tmp_path, RAW + raw, match) == len(RAW)
 
 
@@ -113,7 +113,7 @@ def test_lying_sizes(tmp_path, raw, match):
         (50, zlib.compress(b"no packets"), "are no packets"),
     ],
 )
-def test_compressed_packets_that_are_traps(tmp_path, field, packed, match):
+def test_hostile_compressed_packets_are_refused(tmp_path, field, packed, match):
     raw = RAW + packet(field, packed)
     tracemalloc.start()
     try:
@@ -123,12 +123,12 @@ def test_compressed_packets_that_are_traps(tmp_path, field, packed, match):
         tracemalloc.stop()
 
 
-def test_many_small_bombs_together_are_bounded_too(tmp_path):
+def test_many_small_decompression_bombs_take_bounded_memory(tmp_path):
     bomb = packet(50, zlib.compress(traces._field(1, traces._field(900, bytes(8 << 20)))))
     refused(tmp_path, RAW + bomb * 40, "become more than")
 
 
-def test_deep_nesting_is_only_bytes(tmp_path):
+def test_deep_nesting_is_not_parsed(tmp_path):
     nested = b""
     for _ in range(2_000):
         nested = traces._field(8, nested)
@@ -153,7 +153,7 @@ def test_names_longer_than_the_kernel_allows_are_cut(tmp_path):
 @pytest.mark.parametrize(
     "raw", [b"", b"\x0a", b"\x0a\x00", b"PK\x03\x04" * 10, b"\x0a\x01\xff", b"\x0a\x05hello world"]
 )
-def test_what_is_no_trace_is_no_trace(tmp_path, raw):
+def test_other_files_are_refused(tmp_path, raw):
     path = write(tmp_path, raw)
     with pytest.raises(CaptureError) as caught:
         recording(path)
@@ -164,7 +164,7 @@ def same(one, other):
     return all(np.array_equal(a, b) for (_, a), (_, b) in zip(one.columns(), other.columns(), strict=True))
 
 
-def test_empty_packets_cost_nothing_and_change_nothing(tmp_path):
+def test_empty_packets_change_nothing(tmp_path):
     """The work is counted, not timed: each yielded packet would cost microseconds, and 20 MB can have ten million."""
     empty = b"\n\0" * 100_000
     packed = zlib.compress(empty + RAW)
@@ -177,7 +177,7 @@ def test_empty_packets_cost_nothing_and_change_nothing(tmp_path):
             assert sum(1 for _ in reader) == len(packets_of(RAW))
 
 
-def test_packets_over_the_edges_of_what_is_read_at_a_time(tmp_path, monkeypatch):
+def test_packets_across_blocks_of_the_file(tmp_path, monkeypatch):
     _, found = read(write(tmp_path, RAW))
     for size in (1, 7, 100, 4096):
         monkeypatch.setattr("collector.reading.window._READ_BYTES", size)

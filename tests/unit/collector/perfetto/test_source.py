@@ -23,7 +23,7 @@ KERNEL = replace(HEADER, kernel="6.1.0-test")
 
 
 def records(count=3_000, seed=1):
-    """Traffic whose addresses are those of kernel buffers, seen from the lower half of the address."""
+    """Return traffic whose skb ids have the lower half of a kernel address."""
     found = traffic(count, seed)
     return replace(found, skb_id=found.skb_id & np.uint64(0x0000_00FF_FFFF_FFC0))
 
@@ -41,7 +41,7 @@ def read(path, **options):
 
 
 def same_records(source, found, given):
-    """All columns; buffers have other names, the same for the same."""
+    """Compare all columns; buffers may have other ids, one id per buffer."""
     names = np.array([sighting.name for sighting in source.sightings.snapshot()], object)
     assert len(found) == len(given)
     assert found.ts_ns.tolist() == given.ts_ns.tolist()
@@ -70,7 +70,7 @@ def test_the_same_records_give_the_same_delays_as_a_capture_of_them(tmp_path, fo
     trace = write(tmp_path, traces.make(given, NAMES, form=form))
     _, _, expected, delays, _ = replayed(capture)
     _, _, last, found, source = replayed(trace, capture)
-    offset = int(found.utc_ns[0] - delays.utc_ns[0])  # the trace's own idea of UTC
+    offset = int(found.utc_ns[0] - delays.utc_ns[0])  # UTC according to the trace
     moved = Delays(found.utc_ns - offset, *(getattr(found, name) for name in list(Delays._DTYPES)[1:]))
     assert len(delays) > 5_000
     assert sorted(rows(moved, last.rows.devices)) == sorted(rows(delays, expected.rows.devices))
@@ -78,13 +78,13 @@ def test_the_same_records_give_the_same_delays_as_a_capture_of_them(tmp_path, fo
     assert source.warnings == []
 
 
-def test_numbers_in_the_place_of_addresses_are_found_out(tmp_path):
-    """As traced writes them: numbers of a bundle, but for the two events whose addresses it leaves alone."""
+def test_numbers_in_place_of_addresses_are_resolved(tmp_path):
+    """traced replaces addresses by numbers of a bundle, except in two events."""
     given = records(6_000)
     whole = given[np.isin(given.hook, [*traces.KEEPS_ADDRESS, 1, 3, 4])]
     path = write(tmp_path, traces.make(whole, NAMES, numbers=True, xmit_done=True, per_bundle=600))
     source, found = read(path)
-    assert source.decoder.unresolved < len(whole) // 50  # trips that the end of a bundle cuts
+    assert source.decoder.unresolved < len(whole) // 50  # round trips cut by the end of a bundle
     addresses = {}
     for mine, theirs in zip(found.skb_id.tolist(), whole.skb_id.tolist(), strict=True):
         addresses.setdefault(theirs, set()).add(mine)
@@ -92,7 +92,7 @@ def test_numbers_in_the_place_of_addresses_are_found_out(tmp_path):
     assert alike > len(addresses) * 0.8
 
 
-def test_numbers_that_nothing_tells_are_counted_and_never_joined_across_packets(tmp_path):
+def test_unresolved_numbers_are_counted_and_never_joined_across_bundles(tmp_path):
     given = records(2_000)
     received = given[given.hook == Hook.NETIF_RECEIVE_SKB]
     source, found = read(write(tmp_path, traces.make(received, NAMES, numbers=True, per_bundle=100)))
@@ -103,7 +103,7 @@ def test_numbers_that_nothing_tells_are_counted_and_never_joined_across_packets(
         assert ids.isdisjoint(set(found.skb_id[where == 2].tolist()))
 
 
-def test_two_cpus_are_merged_in_time_order_whatever_the_drains(tmp_path):
+def test_two_cpus_are_merged_in_time_order(tmp_path):
     given = records(4_000)
     for size in (10, 333, 4_000):
         source, found = read(write(tmp_path, traces.make(given, NAMES, per_bundle=size)))
@@ -124,7 +124,7 @@ def test_lost_events_are_gaps_and_count_what_the_kernel_says(tmp_path):
     path = write(tmp_path, traces.make(given, NAMES, lost=(4,), stats=((0, 17), (1, 17))))
     source, found = read(path)
     markers = found[found.hook == Hook.LOST]
-    # One is said, and the other CPU's losses are known from the counters alone: they came before its first event.
+    # A bundle reports one loss. Only the counters have the other CPU's losses, which came before its first event.
     assert sorted(markers.l3_len.tolist()) == [17, 17]
     assert found.lost == 34
     assert len(found) == len(given) + 2
@@ -153,7 +153,7 @@ def test_a_gap_without_counters_counts_one(tmp_path):
 def test_packets_that_a_sequence_lost_are_gaps_of_its_cpus(tmp_path):
     given = records(1_000)
     packets = traces.bundles(given, NAMES)
-    packets[0].previous_packet_dropped = 1  # of the first packet it says nothing
+    packets[0].previous_packet_dropped = 1  # the first packet has no such flag
     packets[0].first_packet_on_sequence = True
     packets[6].previous_packet_dropped = 1
     raw = traces.joined([traces.snapshot(int(given.ts_ns[0])), *packets])
@@ -181,7 +181,7 @@ def test_utc_comes_from_the_snapshots(tmp_path):
     assert (info.header.kernel, info.header.cpus) == ("6.1.0-test", 2)
 
 
-def test_without_a_snapshot_that_is_told(tmp_path):
+def test_a_missing_clock_snapshot_is_reported(tmp_path):
     source, found = read(write(tmp_path, traces.make(records(500), NAMES, snapshots=False)))
     assert len(found) == 500
     assert any("time of day" in line for line in source.warnings)
@@ -216,7 +216,7 @@ def test_a_trace_without_events_says_what_to_record(tmp_path):
         read(write(tmp_path, traces.joined([traces.process_tree()])))
 
 
-def test_a_file_that_is_not_there():
+def test_a_missing_file():
     with pytest.raises(Unavailable, match="nowhere"):
         PerfettoReader("nowhere.pftrace").open()
 

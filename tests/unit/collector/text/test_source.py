@@ -83,14 +83,14 @@ def test_ftraces_own_text(file):
     assert told.l3_len.tolist() == [84, 80, 84, 84, 0]
     assert told.gso_segs.tolist() == [0, 3, 0, 0, 0]
     assert told.skb_id[0] == told.skb_id[1] == told.skb_id[2] != told.skb_id[3] == told.skb_id[4]
-    # 7 overwritten before the beginning, 7 between, and some at the end.
+    # 7 events overwritten before the beginning, 7 in between, and some at the end.
     assert batch[lost].l3_len.tolist() == [7, 7, 1]
     assert any("hashes of 32 bits" in line for line in source.warnings)
     assert any("1 losses have no number" in line for line in source.warnings)
     assert source.bytes_read == source.bytes_total
 
 
-def test_a_loss_is_between_what_its_cpu_told(file):
+def test_a_loss_lies_between_events_of_its_cpu(file):
     batch, _, _ = read(file(FTRACE))
     (at,) = [i for i in range(len(batch)) if batch.hook[i] == Hook.LOST and batch.cpu[i] == 1]
     assert (int(batch.ts_ns[at]), int(batch.skb_id[at])) == (1_234_500_003_000, 1_234_500_009_000)
@@ -106,7 +106,7 @@ def test_perf_script(file):
     assert source.discarded == 0
 
 
-def test_perf_without_losses_may_not_have_been_asked(file):
+def test_a_text_of_perf_without_losses_warns_of_its_option(file):
     without = "".join(line for line in PERF.splitlines(keepends=True) if "LOST" not in line)
     assert any("--show-lost-events" in line for line in read(file(without))[2].warnings)
     for text in (PERF, FTRACE, NAMED):
@@ -121,7 +121,7 @@ def test_the_report_of_trace_cmd(file):
 
 
 @pytest.mark.parametrize("block", [1, 7, 4096])
-def test_however_it_is_cut(file, block, monkeypatch):
+def test_block_boundaries_change_nothing(file, block, monkeypatch):
     whole, _, _ = read(file(FTRACE + PERF.replace("77.000000", "1234.900000")))
     monkeypatch.setattr("collector.text.source._READ_BYTES", block)
     cut, _, _ = read(file(FTRACE + PERF.replace("77.000000", "1234.900000")))
@@ -138,7 +138,7 @@ def test_lines_without_an_address_are_counted(file):
     assert any("2 lines have no buffer address" in line for line in source.warnings)
 
 
-def test_the_clock_is_the_users_word(file):
+def test_the_clock_is_the_users_option(file):
     assert any("--clock mono" in line for line in read(file(PERF))[2].warnings)
     assert not any("--clock mono" in line for line in read(file(PERF), FileOptions(clock="mono"))[2].warnings)
 
@@ -212,12 +212,12 @@ def test_real_texts_of_tasks_with_odd_names(name):
     assert {names[dev] for dev in batch.dev} == {"lo"}
     assert len(set(batch.cpu.tolist())) == 1
     assert source.discarded == 0
-    # What stands before the line feed of a name is told of; no event is in it.
+    # The part before the line feed of a name is reported; no event is in it.
     (line,) = [line for line in source.warnings if "left out" in line]
     assert ": 2 lines are no events" in line
 
 
-def test_both_texts_of_one_ring_are_the_same():
+def test_both_texts_of_one_ring_give_the_same_records():
     assert told(TEXTS / "names-ftrace.txt")[0] == told(TEXTS / "names-ftrace-no-irq-info.txt")[0]
 
 
@@ -231,7 +231,7 @@ def test_addresses_of_px(file, suffix):
     plain = re.sub(rb"(skbaddr=0x[0-9a-f]{16})x", rb"\1", raw)
     found, source = told(file(re.sub(rb"(skbaddr=0x[0-9a-f]{16})x?", rb"\1" + suffix, raw)))
     assert found == told(file(plain))[0] == told(TEXTS / "perf-px.txt")[0]
-    # Also those of netif_rx, whose name stands behind more blanks than others.
+    # Also events of netif_rx, whose name follows more blanks.
     assert [found[5].count(hook) for hook in (1, 2, 3, 4)] == [12, 12, 12, 12]
     assert source.discarded == 0
 
@@ -289,7 +289,7 @@ def test_the_forms_of_a_report(file, form):
     assert source.discarded == 0
 
 
-def test_hashes_beside_addresses_are_told(file):
+def test_hashes_beside_addresses_are_reported(file):
     """Linux 5.14 prints the addresses of some events, and the hashes of the others."""
     mixed = FTRACE.replace("eth0 skbaddr=00000000d6c17a4f", "eth0 skbaddr=ffff888103a5e500")
     assert any("some addresses are hashes and some are not" in line for line in read(file(mixed))[2].warnings)
@@ -324,8 +324,8 @@ def test_latency_format_is_refused_with_the_option():
         ),
     ],
 )
-def test_a_form_that_is_not_read(file, line, why):
-    """Alone it is refused with the option to change; beside others it is counted and told."""
+def test_an_unsupported_form(file, line, why):
+    """A text of this form alone is refused with the option to change; among other lines it is counted and reported."""
     with pytest.raises(CaptureError, match=why):
         recording(file((line + "\n") * 3))
     whole, _ = told(file(FTRACE))
@@ -336,14 +336,14 @@ def test_a_form_that_is_not_read(file, line, why):
 
 
 def test_most_lines_without_a_column_are_an_error(file):
-    """A task called "[000]" would lend its name as a CPU."""
+    """The name of a task "[000]" could be read as a CPU."""
     line = "{:>16}  77.00000{}: net:netif_rx: dev=e skbaddr=0xffff8881003a5e00 len=8\n"
     path = file("".join(line.format(name, n) for n, name in enumerate(["[000] ", "ping", "ping", "ping"])))
     with pytest.raises(CaptureError, match="most of its network events cannot be read: 3 lines have no CPU"):
         read(path)
 
 
-# --- every line ---------------------------------------------------------------------------------
+# --- single lines -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -371,14 +371,14 @@ def test_lines_that_are_cut_are_counted(file, cut):
         "  ping 4711 77.000001: net:net_dev_xmit: dev=e skbaddr=000000005d6c94a8 len=8 rc=0",
     ],
 )  # fmt: skip
-def test_lines_of_which_nothing_is_to_be_read(file, line):
+def test_lines_without_an_event_are_counted(file, line):
     found, source = told(file(FTRACE + line + "\n"))
     assert found == told(file(FTRACE))[0]
     assert source.discarded == 0
     assert not any("left out" in line for line in source.warnings)
 
 
-def test_lines_of_printed_texts_are_told(file):
+def test_lines_of_trace_printk_are_reported(file):
     marks = "  sh-1 [000] .....  1234.500011: tracing_mark_write: first\nsecond\nthird\n"
     _, _, source = read(file(FTRACE + marks))
     assert source.discarded == 0
@@ -390,7 +390,7 @@ def test_the_last_line_without_an_end(file):
     found, source = told(file(PERF.rstrip("\n")))
     assert found == whole
     assert any("no line feed" in line for line in source.warnings)
-    # Another buffer's address may begin so.
+    # The address of another buffer may begin with these digits.
     found, source = told(file(PERF[: PERF.rindex("5e00") + 2]))
     assert found[5] == whole[5][:-1]
     assert source.discarded == 1
@@ -412,13 +412,13 @@ def test_a_device_may_be_named_like_a_field(file, device):
         "  ping-1 [001] ....  9999999999.000000: netif_rx: skbaddr=1",
     ],
 )
-def test_numbers_that_cannot_be(file, text):
+def test_impossible_numbers(file, text):
     found, source = told(file(FTRACE + text + "\n"))
     assert found == told(file(FTRACE))[0]
     assert any("left out" in line for line in source.warnings)
 
 
-def test_a_loss_beyond_counting_is_a_loss(file):
+def test_an_overlong_count_of_losses(file):
     _, _, source = read(file(FTRACE.replace("LOST 7 ", f"LOST {10**30} ")))
     assert any("2 losses have no number" in line for line in source.warnings)
 
@@ -430,7 +430,7 @@ def test_times_that_are_differences(file):
         read(path)
 
 
-def test_texts_put_one_after_the_other(file, monkeypatch):
+def test_concatenated_texts(file, monkeypatch):
     """Events of concatenated texts that are read at once are sorted."""
     monkeypatch.setattr("collector.text.source._READ_BYTES", len(FTRACE))
     path = file(FTRACE + FTRACE.replace("1234.", "1200."))

@@ -71,7 +71,7 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("kind", MACHINES, ids=lambda kind: "-".join(map(str, kind)))
-def test_what_was_written(tmp_path, kind):
+def test_written_events_are_read(tmp_path, kind):
     version, order, long = kind
     path = written(tmp_path / "trace.dat", EVENTS, version=version, machine=MACHINES[kind])
     with TraceDat(path) as trace:
@@ -99,7 +99,7 @@ def test_what_was_written(tmp_path, kind):
         raw = trace.read("ftrace:raw_data")
         assert (raw["id"].tolist(), raw["buf"].tolist()) == ([9], [b"\0\1\0\2"])
         others = trace.read("some:kinds")
-        # Zeros inside an address are part of it.
+        # Zero bytes inside an address are part of the address.
         assert others["addr"].tolist() == [[2, 0, 0, 7, 0, 1]]
         assert (others["name"].tolist(), others["text"].tolist(), others["near"].tolist()) == (
             [b"eth0"],
@@ -111,7 +111,7 @@ def test_what_was_written(tmp_path, kind):
 
 
 @pytest.mark.parametrize("event", texts(8))
-def test_columns_of_no_event_are_those_of_some(tmp_path, event):
+def test_a_file_without_an_event_has_its_columns(tmp_path, event):
     with TraceDat(written(tmp_path / "some.dat", EVENTS)) as some, TraceDat(written(tmp_path / "none.dat", [])) as none:
         there, not_there = some.read(event), none.read(event)
     assert list(there) == list(not_there)
@@ -144,14 +144,14 @@ def test_any_marks(tmp_path, marks, kind, algorithm):
     with TraceDat(path) as trace:
         found = trace.read("ftrace:print")
         blocks = [text for block in trace.blocks("ftrace:print") for text in block["buf"].tolist()]
-    # By CPU, and in each as they were written.
+    # By CPU, and per CPU in the order of writing.
     for cpu in range(4):
         mine = found["buf"][found["cpu"] == cpu].tolist()
         assert mine == [text for text, one in marks if one == cpu]
     assert blocks == [text for cpu in range(4) for text, one in marks if one == cpu]
 
 
-def test_a_long_text_among_many_does_not_make_all_as_wide(tmp_path, monkeypatch):
+def test_one_long_text_does_not_widen_all_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr("collector.tracecmd.reader._TEXT_MAX", 50_000)
     buffers = [b"short\0"] * 500 + [b"x" * 3000 + b"\0"] + [b"\0"]
     path = written(tmp_path / "trace.dat", [("ftrace:print", {"ip": IP, "buf": raw}) for raw in buffers])
@@ -161,7 +161,7 @@ def test_a_long_text_among_many_does_not_make_all_as_wide(tmp_path, monkeypatch)
     assert found.tolist() == [raw[:-1] for raw in buffers]
 
 
-def test_blocks_that_are_wide_and_narrow_become_one(tmp_path, monkeypatch):
+def test_blocks_of_different_widths_are_joined(tmp_path, monkeypatch):
     monkeypatch.setattr("collector.tracecmd.reader._TEXT_MAX", 200_000)
     monkeypatch.setattr("collector.tracecmd.reader._PIECE_PAGES", 1)
     buffers = [b"short\0"] * 2000 + [b"x" * 3000 + b"\0"]
@@ -198,7 +198,7 @@ EXPECTED = json.loads((FILES / "expected.json").read_text())
 
 
 @pytest.mark.parametrize("version", [6, 7])
-def test_what_trace_cmd_reports_of_a_real_file(version):
+def test_a_real_file_equals_trace_cmds_report(version):
     with TraceDat(FILES / f"v{version}.dat") as trace:
         assert trace.version == version
         marks, raw = trace.read("ftrace:print"), trace.read("ftrace:raw_data")
@@ -214,7 +214,7 @@ def test_what_trace_cmd_reports_of_a_real_file(version):
     assert set(ran["filename"].tolist()) == {b"/usr/bin/true"}
     for callers, row in zip(stacks["caller"], EXPECTED["kernel_stack"], strict=True):
         told = [int(one.removeprefix("\t=> "), 16) for one in (row[2], *row[3:])]
-        # The report always prints eight.
+        # The report always prints eight bytes.
         mine = np.frombuffer(callers, "<u8").tolist()
         assert len(mine) > 4
         assert mine + [0] * (8 - len(mine)) == told
@@ -222,7 +222,7 @@ def test_what_trace_cmd_reports_of_a_real_file(version):
 
 @pytest.mark.needs("trace-cmd")
 @pytest.mark.parametrize(("version", "order"), [(6, "little"), (7, "little"), (7, "big")])
-def test_trace_cmd_reads_the_made_files_too(tmp_path, version, order):
+def test_trace_cmd_reads_the_made_files(tmp_path, version, order):
     """trace-cmd reads the made files, so they are valid."""
     marks = [event for event in EVENTS if event[0] == "ftrace:print"]
     path = written(tmp_path / "trace.dat", marks, version=version, machine=MACHINES[version, order, 8])
@@ -243,7 +243,7 @@ def test_functions_of_a_real_file(name):
             assert len(told) == (1 if event == "print" else 12)
         if name == "v6-functions.dat":
             called = trace.read("ftrace:function")
-            # Two functions take turns.
+            # Two functions alternate.
             assert called["ip"].tolist() == called["ip"][:2].tolist() * 6
         else:
             left = trace.read("ftrace:funcgraph_exit")

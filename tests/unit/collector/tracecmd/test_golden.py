@@ -21,7 +21,7 @@ TRACES = GOLDEN / "tracecmd"
 EXPECTED = json.loads((TRACES / "expected.json").read_text())
 FILES = sorted(EXPECTED)
 STAMPED_NS = 250_000
-"""Two tracers stamp one event one after the other; the emulator of the guest may run something in between."""
+"""Two tracers stamp an event in sequence; the emulator of the guest may run other code in between."""
 
 
 def stream(path, options=None):
@@ -79,7 +79,7 @@ def test_delays_are_those_of_the_live_capture(name):
 
 @pytest.mark.parametrize("name", ["v6.dat", "v7-zstd.dat", "v7-date.dat", "v7-buffers.dat"])
 def test_events_as_columns(name):
-    """The public API and the source see the same."""
+    """The public API and the source give the same events."""
     with TraceDat(TRACES / name) as trace:
         assert trace.kernel.startswith("6.12.")
         for event, count in EXPECTED[name]["events"].items():

@@ -61,14 +61,14 @@ def check(path, pages, page_size=4096, options=None):
         )
     )
     assert found == [one[:4] for one in wanted]
-    # One to one: the same buffer here is the same buffer there.
+    # Buffers correspond one to one.
     pairs = set(zip(batch.skb_id.tolist(), [one[4] for one in wanted], strict=True))
     assert len(pairs) == len({one[4] for one in wanted}) == len(np.unique(batch.skb_id))
     return header, batch, source
 
 
 @pytest.mark.parametrize("version", [6, 7])
-def test_what_was_written_is_read(file, version):
+def test_written_events_are_read(file, version):
     path = file(MadeTraceDat(PAGES, version=version))
     header, batch, source = check(path, PAGES[""])
     assert sniff(path).name == "trace.dat"
@@ -159,19 +159,19 @@ def test_lost_events(file, big):
     assert not [line for line in source.warnings if "gaps" in line]
 
 
-def test_gaps_that_do_not_say_how_many_take_the_kernels_total(file):
+def test_gaps_without_a_count_take_the_kernels_total(file):
     stats = b"CPU: 0\nentries: 0\noverrun: 20\ncommit overrun: 1\ndropped events: 4\n\0"
     made = MadeTraceDat({"": {0: lost_pages(-1, 12, -1)}}, options=((2, stats),))
     _, batch, _, source = replayed(file(made))
     assert batch.lost == 25
     assert any("2 gaps have no number" in line for line in source.warnings)
-    # A gap at the very beginning has no time before it.
+    # A gap at the beginning has no earlier time.
     assert int(batch.ts_ns[0]) == 10**12 + 10
     _, batch, _, _ = replayed(file(MadeTraceDat({"": {0: lost_pages(-1, 12, -1)}})))
     assert batch.lost == 14
 
 
-def test_what_no_page_tells_of_is_lost_at_the_end(file):
+def test_losses_without_a_page_are_reported_at_the_end(file):
     stats = b"CPU: 0\noverrun: 0\ndropped events: 9\n\0"
     _, batch, _, _ = replayed(file(MadeTraceDat({"": {0: lost_pages(None)}}, options=((2, stats),))))
     assert batch.hook.tolist() == [Hook.CONSUME_SKB, Hook.LOST]
@@ -216,18 +216,18 @@ def test_cycles_become_ns(file):
         ("mnoo", r"did you mean 'mono'\?"),
     ],
 )
-def test_clocks_that_tell_no_time_are_refused(file, clock, why):
+def test_clocks_without_time_are_refused(file, clock, why):
     with pytest.raises(CaptureError, match=why):
         replayed(file(MadeTraceDat(PAGES, clock=clock)))
 
 
 @pytest.mark.parametrize("clock", ["local", "boot", "mono_raw", "tai", "global", "perf"])
-def test_other_clocks_are_told_of(file, clock):
+def test_other_clocks_are_reported(file, clock):
     _, _, _, source = replayed(file(MadeTraceDat(PAGES, clock=clock)))
     assert any(f"its clock {clock} " in line for line in source.warnings)
 
 
-def test_a_file_that_does_not_say_its_clock_takes_the_users_word(file):
+def test_a_file_without_a_clock_takes_the_users_option(file):
     path = file(MadeTraceDat(PAGES, clock=""))
     assert any("does not say which clock" in line for line in replayed(path)[3].warnings)
     assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
@@ -269,7 +269,7 @@ def test_all_columns_have_their_types(file):
     assert {name: column.dtype for name, column in batch.columns()} == DTYPES
 
 
-def test_an_instance_whose_clock_is_told_wrongly(file):
+def test_an_instance_with_a_wrong_clock(file):
     path = file(MadeTraceDat({"": {}, "packets": {0: traffic(0, 2)}}, clock="local"))
     assert any("says local of every instance" in line for line in replayed(path)[3].warnings)
     assert not any("its clock" in line for line in replayed(path, FileOptions(clock="mono"))[3].warnings)
@@ -304,14 +304,14 @@ def test_fields_in_another_order_and_events_with_other_numbers(file):
         (b"field: u64 timestamp", b"field: u64 timestimp", "no field 'timestamp'"),
     ],
 )
-def test_frames_that_are_not_understood(file, old, new, why):
+def test_unknown_frames(file, old, new, why):
     content = MadeTraceDat(PAGES, version=6).content()
     assert old in content
     with pytest.raises(CaptureError, match=why):
         replayed(file(content.replace(old, new)))
 
 
-def test_a_compression_that_is_not_known(file):
+def test_an_unknown_compression(file):
     content = MadeTraceDat(PAGES, algorithm="zstd").content().replace(b"zstd\x001", b"lzma\x001")
     with pytest.raises(CaptureError, match="compressed with 'lzma'; known are none, zlib, zstd"):
         replayed(file(content))

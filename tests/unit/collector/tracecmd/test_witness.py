@@ -1,4 +1,4 @@
-"""trace-cmd reads the same events in made trace.dat files as we do, also in those of a big-endian machine."""
+"""trace-cmd and MACE read the same events in made trace.dat files, also in those of a big-endian machine."""
 
 import re
 import subprocess
@@ -45,7 +45,7 @@ def ours(path):
 
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("big", [False, True])
-def test_trace_cmd_sees_the_same(tmp_path, version, big):
+def test_trace_cmd_reads_the_same_events(tmp_path, version, big):
     path = tmp_path / "trace.dat"
     path.write_bytes(MadeTraceDat({"": BIG if big else PAGES}, version=version, big=big).content())
     told = ours(path)

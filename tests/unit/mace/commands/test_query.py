@@ -58,7 +58,7 @@ def test_json_csv_and_parquet_hold_the_same(query, path, tmp_path):
     assert pq.read_table(tmp_path / "out.parquet")["n"].to_pylist() == [row[1] for row in found["rows"]]
 
 
-def test_a_table_for_people_and_its_end(query):
+def test_the_table_and_its_last_line(query):
     _, out, _ = query("SELECT packet, delay_ns FROM delays")
     assert "rows" in out.splitlines()[-1]
     assert len(out.splitlines()) <= 1003
@@ -69,7 +69,7 @@ def test_sql_from_stdin(query, monkeypatch):
     assert json.loads(query("-", "--json")[1]) == {"columns": ["seven"], "rows": [[7]]}
 
 
-def test_lists_nulls_and_what_json_does_not_know(query):
+def test_lists_nulls_and_types_without_json_form(query):
     _, out, _ = query(
         "SELECT [1, 2] AS l, NULL AS n, 'nan'::DOUBLE AS f, DATE '2025-01-02' AS d, 5::HUGEINT AS h", "--json"
     )
@@ -77,7 +77,7 @@ def test_lists_nulls_and_what_json_does_not_know(query):
     assert '"[1, 2]"' in query("SELECT [1, 2] AS l", "--format=csv")[1]
 
 
-def test_every_table_can_be_asked_also_where_it_is_empty(path):
+def test_every_table_can_be_queried_even_if_empty(path):
     for name, columns in tables.COLUMNS.items():
         assert sql.table(StoreReader(path), f"FROM {name} LIMIT 0").column_names == [c.name for c in columns]
 
@@ -107,7 +107,7 @@ def test_tables_and_columns_are_listed(query):
         ("SELECT 1 / (SELECT count(*) FROM delays WHERE delay_ns = 'x')", "Conversion"),
     ],
 )
-def test_what_is_refused_is_told_in_one_line(query, path, text, told):
+def test_refusals_have_one_line(query, path, text, told):
     with pytest.raises(UsageError, match=told):
         sql.table(StoreReader(path), text)
     status, out, err = query(text, "--json")
@@ -237,12 +237,12 @@ def test_days_are_those_of_utc(query, monkeypatch):
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_and_nothing_is_written_where_it_runs(query, tmp_path, monkeypatch):
+def test_memory_is_bounded_and_the_working_directory_unchanged(query, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = query("SELECT list(i) AS l FROM range(100000000) r(i)", "--json", "--memory-mib", 64)
     assert (status, out) == (1, "")
     assert err == "mace: the query needs more than its memory limit of 64 MiB; raise it with --memory-mib\n"
-    # A sort of more than its memory goes to the disk, and not into this directory.
+    # A sort that exceeds the memory limit spills to the disk, but not into the working directory.
     sql = "SELECT count(*) AS n FROM (SELECT * FROM range(5000000) r(i) ORDER BY hash(i))"
     assert strict(query(sql, "--json", "--memory-mib", 64)[1])["rows"] == [[5000000]]
     assert not list(tmp_path.iterdir())
@@ -256,7 +256,7 @@ def test_a_query_ends_at_its_time_limit(query):
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "nan", "x"])
-def test_limits_that_are_none(query, wrong):
+def test_invalid_limits(query, wrong):
     for option in ("--timeout", "--memory-mib"):
         with pytest.raises(SystemExit):
             query("SELECT 1", option, wrong)
@@ -320,12 +320,12 @@ def test_a_damaged_segment_is_named_or_skipped_and_counted(broken, damage, form,
 
 
 @pytest.mark.slow
-def test_rows_that_mace_does_not_write_are_told(tmp_path, path, capsys):
+def test_foreign_rows_are_reported(tmp_path, path, capsys):
     made = tmp_path / "foreign"
     shutil.copytree(path, made)
     for change in (lambda rows, n: pa.nulls(n, pa.int64()), None):
         segment = next((made / "delays").rglob("*.parquet"))
-        rows = pq.ParquetFile(segment).read().replace_schema_metadata(None)  # and so without a checksum
+        rows = pq.ParquetFile(segment).read().replace_schema_metadata(None)  # without a checksum
         column = "delay_ns" if change else "direction"
         values = change(rows, len(rows)) if change else pa.array(["sideways"] * len(rows))
         pq.write_table(rows.set_column(rows.column_names.index(column), column, values), segment)
@@ -336,7 +336,7 @@ def test_rows_that_mace_does_not_write_are_told(tmp_path, path, capsys):
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"{", b"[]", b"[" * 100_000, b'{"schema": "1"}', b'{"schema": 99}'])
-def test_a_store_json_that_is_none(tmp_path, raw, capsys):
+def test_an_invalid_store_json(tmp_path, raw, capsys):
     (tmp_path / "store.json").write_bytes(raw)
     assert cli.main(["query", "--store", str(tmp_path), "SELECT 1"]) == 1
     err = capsys.readouterr().err
@@ -344,7 +344,7 @@ def test_a_store_json_that_is_none(tmp_path, raw, capsys):
     assert err.count("\n") == 1
 
 
-def test_what_parquet_has_no_type_for_is_told(query, tmp_path):
+def test_types_unknown_to_parquet_are_reported(query, tmp_path):
     file = tmp_path / "x.parquet"
     assert query("SELECT INTERVAL 1 day AS i, '1'::BIT AS b, '01:00:00+02'::TIMETZ AS t", "--parquet", file)[0] == 0
     assert pq.read_table(file).to_pylist() == [{"i": "1 day", "b": "1", "t": "01:00:00+02"}]

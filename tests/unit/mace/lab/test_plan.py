@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from contracts.errors import LabError, UsageError
 from mace.lab import Runtime, Spec, plan, state, traffic
 
-# Each example walks through all places of a lab, so that few examples cover much.
+# Each example covers all places of a lab, so that few examples suffice.
 FEW = settings(max_examples=20)
 SPECS = st.builds(
     Spec,
@@ -27,7 +27,7 @@ def all_places(spec: Spec) -> list[plan.Placement]:
 @pytest.mark.slow
 @FEW
 @given(SPECS)
-def test_all_addresses_are_kept_for_documentation(spec):
+def test_all_addresses_are_reserved_for_documentation(spec):
     addresses = [a for p in all_places(spec) for a in (p.ipv4, p.ipv6)]
     addresses += [a for b in plan.bridges(spec) for a in (b.ipv4, b.ipv6)]
     addresses += [*plan.wire("host"), *plan.wire("remote")]
@@ -102,13 +102,13 @@ def test_devices_of_two_labs_have_different_names():
         {"runtime": Runtime.DOCKER, "bridges": 2, "containers": 2},
     ],
 )
-def test_what_cannot_be_is_refused(wrong):
+def test_impossible_labs_are_refused(wrong):
     with pytest.raises(UsageError):
         Spec(**wrong)
 
 
 @pytest.mark.parametrize("name", ["host", "remote", "", "C1", "1c", "a-b", "a" * 8, "c1\n"])
-def test_names_that_no_container_may_have(name):
+def test_invalid_container_names(name):
     with pytest.raises(UsageError):
         plan.check_container_name(name)
 
@@ -119,12 +119,12 @@ def test_namespace_names_say_which_lab_and_member(spec, member):
 
 
 @pytest.mark.parametrize("name", ["mace", "mace-", "mace-c1", "mace--c1", "x-lab-c1", "mace-lab-", "mace-lab-C1", "c1"])
-def test_other_peoples_namespaces_are_not_taken_for_ours(name):
+def test_foreign_namespaces_are_not_recognised(name):
     assert plan.parse_netns_name(name) is None
 
 
 @given(SPECS)
-def test_one_labs_namespaces_are_never_anothers(spec):
+def test_namespaces_of_two_labs_are_distinct(spec):
     assume(spec.name != "lab")
     ours = {plan.netns_name("lab", member) for member in ("host", "remote", "c1", "c2")}
     assert not ours & {plan.netns_name(spec.name, member) for member in ("host", "remote", "c1", "c2")}
@@ -187,7 +187,7 @@ def test_the_lock_is_exclusive_and_leaves_no_file(state_dir, monkeypatch):
     assert list(state_dir.iterdir()) == []
 
 
-def test_ping_output_is_understood():
+def test_ping_output_is_parsed():
     text = (
         "PING 203.0.113.2 (203.0.113.2) 56(84) bytes of data.\n"
         "64 bytes from 203.0.113.2: icmp_seq=1 ttl=63 time=0.095 ms\n"
@@ -216,7 +216,7 @@ def test_a_flood_has_a_mean_but_no_single_round_trips():
     ("count", "rate_pps", "duration_s"),
     [(10_000, 0, 0), (10_000, 1000, 0), (1_000_000, 100_000, 0), (10**9, 0, 30), (10, 0.1, 0), (1000, 0, 3600)],
 )
-def test_the_time_limit_leaves_room_for_what_was_asked(count, rate_pps, duration_s):
+def test_the_time_limit_exceeds_the_requested_duration(count, rate_pps, duration_s):
     limit_s = traffic._limit_s(count, rate_pps, duration_s)
     asked_s = count / (rate_pps or 60_000)
     assert limit_s > min(asked_s, duration_s or asked_s)

@@ -92,7 +92,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_it_is_refused_told_and_counted_and_the_others_go_on(driven, what, caplog):
+def test_a_hostile_message_is_refused_and_the_other_hosts_continue(driven, what, caplog):
     messages = [each if isinstance(each, tuple) else (each, "0") for each in REFUSED[what]()]
     with caplog.at_level(logging.WARNING):
         for payload, oldest in messages:
@@ -132,7 +132,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("what", TAKEN)
-def test_what_is_valid_is_worked_on_and_the_others_go_on(driven, what):
+def test_an_odd_valid_message_is_processed_and_the_other_hosts_continue(driven, what):
     for each in TAKEN[what]():
         payload, oldest = each if isinstance(each, tuple) else (each, "0")
         driven.send(EVIL, payload, oldest)
@@ -151,7 +151,7 @@ def test_frames_of_a_stream_are_not_retained(driven):
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "", "naïve" * 60])
-def test_a_status_of_a_host_that_cannot_be_answered_is_refused(driven, name):
+def test_a_status_of_a_host_with_an_invalid_name_is_refused(driven, name):
     driven.hear(f"{ROOT}/{name}/status", b'{"state":"online"}', retain=True)
     assert (driven.ingest.counts.refused, driven.ingest._due) == (1, {})
 
@@ -168,7 +168,7 @@ def test_a_refused_frame_changes_nothing(driven):
     assert (driven.ingest.counts.refused, driven.next_of(EVIL, TAG)) == (2, 3)
 
 
-def test_an_engine_that_fails_costs_its_host_the_run_and_nobody_else_anything(driven, monkeypatch, caplog):
+def test_a_failing_engine_ends_its_hosts_run_only(driven, monkeypatch, caplog):
     """An unforeseen error in an engine ends that host's run only; the host's next run is accepted."""
     driven.send(EVIL, evil_header())
     driven.send(EVIL, of_stream(FRAMES[1]))
@@ -207,7 +207,7 @@ def test_a_host_is_told_which_frame_is_refused(driven):
     driven.send(EVIL, topology(1, sightings=SIGHTINGS))
     driven.send(EVIL, constant(2, 1, ts_ns=NOW + (1 << 62)))
     assert told(driven) == [(TAG, 2, 2, 2, False)]
-    driven.send(EVIL, constant(3, 1))  # announces that the frame before may still arrive
+    driven.send(EVIL, constant(3, 1))  # the host announces that the frame before may still arrive
     assert told(driven) == []
     driven.send(EVIL, constant(3, 1), oldest="3")
     assert told(driven) == []
@@ -229,11 +229,11 @@ def test_a_host_is_told_that_its_run_was_given_up(driven):
     driven.inside(lambda: driven.ingest._give_up(EVIL, ValueError("a defect")))
     for number in (2, 3, 4):
         driven.send(EVIL, constant(number, 1))
-    # Frames accepted before are acknowledged, so that the host does not count them again.
+    # Earlier frames are acknowledged, so that the host does not count them again.
     assert told(driven) == [(TAG, 2, 2, 4, False)]
 
 
-def test_a_host_that_may_be_taken_later_is_told_of_no_refusal(tmp_path):
+def test_a_host_beyond_the_limit_gets_no_refusal(tmp_path):
     driven = Driven(tmp_path / "store", hosts=1, runs=1)
     try:
         driven.send(HONEST, FRAMES[0])
@@ -247,7 +247,7 @@ def test_a_host_that_may_be_taken_later_is_told_of_no_refusal(tmp_path):
         driven.end()
 
 
-def test_counters_beyond_what_a_store_holds_cost_the_run(driven, monkeypatch):
+def test_counters_beyond_64_bits_end_the_run(driven, monkeypatch):
     monkeypatch.setattr(hosts, "_LARGEST", 1_000)
     driven.send(EVIL, evil_header())
     driven.send(EVIL, batch(1, [NOW], hook=[Hook.LOST], l3_len=[5_000], skb_id=[NOW + 1]))
@@ -255,7 +255,7 @@ def test_counters_beyond_what_a_store_holds_cost_the_run(driven, monkeypatch):
     assert driven.ingest.counts.given_up == 1
 
 
-def test_rows_that_no_table_can_hold_are_left_out_and_the_others_are_stored(driven, monkeypatch, caplog):
+def test_rows_that_no_table_can_hold_are_left_out(driven, monkeypatch, caplog):
     """One flush has the rows of all hosts; one host's rows that cannot be stored must not affect the others'."""
     driven.send(EVIL, evil_header())
     for each in FRAMES[1:]:

@@ -54,11 +54,11 @@ def rows(path):
 
 @pytest.fixture
 def store(tmp_path):
-    run(tmp_path / "store")  # makes it
+    run(tmp_path / "store")  # creates the store
     return tmp_path / "store"
 
 
-def test_what_was_acknowledged_is_stored_once_however_often_it_starts(store):
+def test_acknowledged_frames_are_stored_once_over_several_starts(store):
     acknowledged(store, FRAMES)
     assert run(store).read_again == len(FRAMES)
     (stored,) = StoreReader(store).runs()
@@ -70,7 +70,7 @@ def test_what_was_acknowledged_is_stored_once_however_often_it_starts(store):
         assert (again.rows_stored, rows(store)) == (0, before)
 
 
-def test_containers_without_devices_and_ids_come_to_its_store(store):
+def test_containers_without_devices_are_stored(store):
     """A flush has all containers that were present during it, by their newest names."""
     devices = tuple(replace(d, container_id=d.container and f"{d.netns:064x}") for d in TOPOLOGY.devices)
     first = replace(TOPOLOGY, devices=devices, on_host_network=(Sharer("tmp", "f" * 64), Sharer("image.sif[7]")))
@@ -84,11 +84,11 @@ def test_containers_without_devices_and_ids_come_to_its_store(store):
     assert known == {(d.container, d.container_id) for d in devices if d.container}
 
 
-def test_a_flush_without_its_commit_is_put_back(store):
+def test_a_flush_without_its_commit_is_undone(store):
     acknowledged(store, FRAMES)
     run(store)
     before = rows(store)
-    # The last segment of a killed process, of a flush that the journal does not have.
+    # The last segment of a killed process; the journal has no commit of its flush.
     (kept,) = segments.listing(store, "delays")
     newer = segments.segment(store, "delays", kept.hour, kept.last + 5, kept.last + 5, kept.rows)
     newer.path.write_bytes(kept.path.read_bytes())
@@ -97,7 +97,7 @@ def test_a_flush_without_its_commit_is_put_back(store):
     assert rows(store) == before
 
 
-def test_a_journal_of_an_unreadable_snapshot_says_what_to_do(store):
+def test_an_unreadable_snapshot_is_an_error_with_a_remedy(store):
     journal = Journal(store / "ingest", fsync=False)
     journal.open()
     journal.append(EntryKind.SNAPSHOT, HEADER.host, b"9.9.9\nno snapshot")
@@ -109,7 +109,7 @@ def test_a_journal_of_an_unreadable_snapshot_says_what_to_do(store):
 
 
 @pytest.mark.parametrize("slice_ns", [FIRST_SLICE_NS, SLICE_NS])
-def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
+def test_a_restart_cuts_the_stream_where_stored_rows_end(store, slice_ns):
     """After a kill behind a commit, only the results of frames after that commit are stored again."""
     seconds = [batch for n in range(8) for batch in batches(later(traffic(RECORDS), n), RECORDS)]
     frames = encode([TOPOLOGY, *seconds])
@@ -126,7 +126,7 @@ def test_a_stream_is_cut_as_it_was_when_its_rows_were_stored(store, slice_ns):
     journal.open()
     for frame in frames[:7]:
         journal.append(EntryKind.FRAME, HEADER.host, frame)
-    # The journal says that this flush is stored: only the frames after it are examined.
+    # According to the journal this flush is stored: only later frames are examined.
     journal.commit(Commit(0, journal.position, slice_ns))
     for frame in frames[7:]:
         journal.append(EntryKind.FRAME, HEADER.host, frame)
@@ -140,7 +140,7 @@ def later(batch, seconds):
     return replace(batch, ts_ns=batch.ts_ns + seconds * 1_000_000_000)
 
 
-def test_a_connection_that_forgets_that_it_was_cancelled_does_not_keep_it_from_ending(tmp_path, monkeypatch):
+def test_a_connection_that_swallows_cancellation_lets_the_ingest_end(tmp_path, monkeypatch):
     """A connection that breaks while it is closed raises its own error instead of the cancellation."""
     forgotten, begun = 0, asyncio.Event()
 
@@ -186,7 +186,7 @@ def ended(ingest):
     ingest._journal.close()
 
 
-def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
+def test_an_acknowledgement_waits_for_writes_in_progress(tmp_path, monkeypatch):
     """An acknowledgement waits for the disk, also for frames that are in another task's write."""
     may_end, written = threading.Event(), []
     sync = Journal.sync
@@ -210,7 +210,7 @@ def test_who_asks_later_waits_for_what_is_being_written(tmp_path, monkeypatch):
     asyncio.run(work())
 
 
-def test_a_write_that_fails_is_told_though_its_caller_was_cancelled(tmp_path, monkeypatch):
+def test_a_failed_write_is_reported_after_its_caller_was_cancelled(tmp_path, monkeypatch):
     def full(self, buffer):
         raise StoreError("no space")
 

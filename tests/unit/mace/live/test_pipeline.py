@@ -21,7 +21,7 @@ from mace.live import pipeline
 from tests.made_capture import HEADER
 
 
-def test_every_source_can_be_asked_for():
+def test_every_source_can_be_selected():
     assert list(config.SOURCES) == ["auto", *SOURCES]
 
 
@@ -73,7 +73,7 @@ def test_the_module_gets_the_filter():
 
 
 @pytest.mark.parametrize("name", ["kmod", "ftrace"])
-def test_the_host_is_called_as_configured(name):
+def test_the_host_has_its_configured_name(name):
     source = pipeline.live_source(CaptureConfig(source=name), config.RunConfig(host="edge-7").host)
     assert source.config.host == "edge-7"
     assert pipeline.live_source(CaptureConfig(source=name)).config.host == ""
@@ -88,7 +88,7 @@ def test_the_host_is_called_as_configured(name):
         ({"netns": ("x",) * 17}, "at most 16"),
     ],
 )
-def test_names_that_nobody_has(wrong, told):
+def test_unknown_names_are_refused(wrong, told):
     with pytest.raises(ConfigError, match=told):
         wanted(CaptureConfig(**wrong))
 
@@ -98,7 +98,7 @@ def test_a_filter_is_not_silently_forgotten():
         ftrace_source.configured(CaptureConfig(sample_shift=1), None)
 
 
-def test_signals_do_afterwards_what_they_did_before():
+def test_signal_handlers_are_restored():
     """SIGTERM removes a lab around a measurement, also after the measurement has ended."""
     told = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -146,7 +146,7 @@ class Draining:
 
 
 @pytest.mark.parametrize(("signals", "cut_off"), [(0, False), (1, False), (2, True)])
-def test_the_second_signal_ends_a_run_at_once_and_not_the_first_after_its_time_was_up(signals, cut_off):
+def test_only_the_second_signal_ends_a_run_at_once(signals, cut_off):
     async def measure():
         source, stop = Draining(), pipeline.Stop()
         work = asyncio.create_task(pipeline.run(source, [], engine=EngineConfig(), stop=stop))

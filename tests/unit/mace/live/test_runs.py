@@ -17,7 +17,7 @@ EXAMPLE = DOCS / "example.mace"
 
 
 @pytest.mark.slow
-def test_two_replays_in_one_loop_beside_something_else(tmp_path, capfd):
+def test_two_replays_share_a_loop_with_another_task(tmp_path, capfd):
     ticks, read = 0, []
 
     async def tick():
@@ -63,7 +63,7 @@ def test_a_recording_is_observed_with_its_crossings():
 
 
 @pytest.mark.parametrize("kind", ["measure", "observe", "watch", "record"])
-def test_a_live_run_lasts_as_long_as_what_it_is_for(kind, monkeypatch):
+def test_a_live_run_ends_with_its_until(kind, monkeypatch):
     """A live run ends with its `until`. A recording replaces the live source; it ends by itself or on request."""
     source = recording(EXAMPLE).source()
     monkeypatch.setattr(runs, "live_source", lambda config: (source, "source made"))
@@ -114,7 +114,7 @@ def test_what_a_run_is_for_ends_it(monkeypatch):
     assert stop.requested
 
 
-def test_an_error_reaches_who_awaits(monkeypatch):
+def test_an_error_reaches_the_awaiting_task(monkeypatch):
     class Absent:
         async def open(self):
             raise Unavailable("source made", "it is not there", "make it")

@@ -19,12 +19,12 @@ def filled(**messages):
     return turns
 
 
-def test_a_host_with_a_thousand_messages_has_its_turn_and_no_more():
+def test_a_host_with_a_thousand_messages_gets_one_turn_per_round():
     found = order(filled(loud=1_000, quiet=3), {"loud": TURN_S, "quiet": TURN_S})
     assert found[:6] == ["loud", "quiet"] * 3
 
 
-def test_who_takes_long_waits_for_as_many_rounds_of_the_others():
+def test_a_long_turn_is_followed_by_rounds_of_the_others():
     found = order(filled(slow=100, a=200, b=200), {"slow": 10 * TURN_S, "a": TURN_S, "b": TURN_S})
     assert found[:220].count("slow") in range(9, 12)
 
@@ -40,7 +40,7 @@ def test_small_messages_share_a_turn_and_come_in_their_order():
     assert [n for host, n in numbers if host == "a"] == list(range(20))
 
 
-def test_what_a_host_owes_is_forgotten_once_nobody_waits():
+def test_debts_end_when_no_host_waits():
     turns = filled(a=1)
     assert order(turns, {"a": 1_000 * TURN_S}) == ["a"]
     assert len(turns) == 0
@@ -49,14 +49,14 @@ def test_what_a_host_owes_is_forgotten_once_nobody_waits():
     assert order(turns, {"a": 0, "b": 0}) == ["a", "b"]
 
 
-def test_a_host_that_is_held_up_waits_and_the_others_do_not():
+def test_a_blocked_host_does_not_block_the_others():
     turns = filled(full=5, free=5)
     assert order(turns, {"free": TURN_S}, held={"full"}) == ["free"] * 5
     assert len(turns) == 5
     assert order(turns, {"full": TURN_S}) == ["full"] * 5
 
 
-def test_a_host_has_its_share_of_what_may_wait():
+def test_a_host_may_fill_only_its_share_of_the_queue():
     turns = Turns(800, 8_000)
     for number in range(500):
         turns.put("many", number, 1)
@@ -67,7 +67,7 @@ def test_a_host_has_its_share_of_what_may_wait():
     assert not turns.is_full
 
 
-def test_all_hosts_together_fill_it():
+def test_all_hosts_together_may_fill_the_queue():
     turns = Turns(80, 1 << 20)
     for host in range(8):
         for number in range(10):

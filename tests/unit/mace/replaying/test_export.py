@@ -68,7 +68,7 @@ def exchange(tape, at, n=1, length=84, skb=None):
 def scene():
     """Write a capture: two containers ping, one packet is dropped, two cross at once, and there is a gap."""
     tape = Tape()
-    tape.packet("R:out0 c", START_NS, skb=99)  # the stream begins before anyone asks
+    tape.packet("R:out0 c", START_NS, skb=99)  # the stream begins before the first packet
     for i in range(10):
         exchange(tape, 200 * MS + i * 10 * MS)
     exchange(tape, 1_300 * MS, n=2)
@@ -101,13 +101,15 @@ def engine_results(batch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Errors, slices, flows, counters of the whole scene, and how many slices follow each packet's first."""
+    """Provide errors, slices, flows and counters of the whole scene, and the number of slices after each packet's
+    first.
+    """
     path = write(tmp_path_factory.mktemp("export"), scene())
     return trace_processor.ask(export(path), ERRORS, SLICES, FLOWS, COUNTERS, FOLLOWING)
 
 
 @pytest.mark.slow
-def test_the_trace_processor_has_nothing_to_complain_of(made):
+def test_the_trace_processor_reports_no_errors(made):
     assert made[0] == []
 
 
@@ -155,7 +157,7 @@ def test_slices_on_one_track_never_overlap(made):
     assert all(s["dur"] >= 0 for s in slices)  # -1: the slice has no end, because it was nested as a parent
 
 
-def test_an_arrow_follows_each_packet_and_comes_back_with_the_reply(made):
+def test_an_arrow_follows_each_packet_and_its_reply(made):
     _, slices, flows, _, following = made
     by_id = {s["id"]: s for s in slices}
     after = {f["slice_out"]: f["slice_in"] for f in flows}
@@ -171,9 +173,9 @@ def test_an_arrow_follows_each_packet_and_comes_back_with_the_reply(made):
     out = [("egress", name) for name in ("eth0", "{}", "br0", "out0", "far: rem0")]
     back = [("ingress", name) for name in ("far: rem0", "out0", "br0", "{}", "eth0")]
     expected = [[(d, name.format(v)) for d, name in out + back] for v in ["veth1"] * 11 + ["veth2"] * 2]
-    expected.append([("egress", "eth0"), ("egress", "veth2")])  # the one that was dropped
+    expected.append([("egress", "eth0"), ("egress", "veth2")])  # the dropped packet
     assert sorted(ways) == sorted(expected)
-    # What the UI asks for a slice that is selected.
+    # The UI's query for a selected slice.
     assert sorted(row["following"] for row in following) == sorted(len(way) - 1 for way in expected)
 
 
@@ -205,7 +207,7 @@ def test_every_record_is_an_instant_of_its_cpu_and_packet(made):
     of_hops = {s["packet"] for s in slices if s["category"] in HOPS}
     owned = [s for s in instants if s["packet"] is not None]
     assert {s["packet"] for s in owned} == of_hops
-    # All but the packet that came before and the marker of the gap.
+    # All records but those of an earlier packet and the gap's marker.
     assert len(owned) == len(batch) - 3
     by_packet = {}
     for one in owned:
@@ -236,7 +238,7 @@ def test_counters_have_the_windows_and_the_ledger(made):
     assert last == {name.replace("_", " "): count for name, count in ledger.items()}
 
 
-def test_the_file_is_the_same_however_the_stream_was_cut(tmp_path):
+def test_batch_boundaries_change_no_byte(tmp_path):
     batch = scene()
     first = export(write(tmp_path, batch, "a.mace"), out=tmp_path / "a.pftrace")
     path = tmp_path / "b.mace"
@@ -251,7 +253,7 @@ def packets_of(raw):
 
 
 @pytest.mark.slow
-def test_worst_takes_the_slowest_and_what_answers_them(tmp_path, capsys):
+def test_worst_takes_the_slowest_packets_and_their_replies(tmp_path, capsys):
     tape = Tape()
     tape.packet("R:out0 c", START_NS, skb=99)
     for i in range(8):
@@ -266,7 +268,7 @@ def test_worst_takes_the_slowest_and_what_answers_them(tmp_path, capsys):
     assert min(s["ts"] for s in hops) == slow + OFFSET_NS
     assert {s["direction"] for s in hops} == {"egress", "ingress"}
     assert {s["packet"] for s in instants} == {s["packet"] for s in hops}
-    assert told["ledger"]["records"] == len(tape)  # over all packets, including those that are not shown
+    assert told["ledger"]["records"] == len(tape)  # counters cover all packets, also those that are not shown
 
 
 @pytest.mark.slow
@@ -283,7 +285,7 @@ def test_one_packet_by_its_number(tmp_path, capsys):
 
 
 def content(batch):
-    """The scene's packets as UDP of two ports, egress and ingress."""
+    """Return the content of the scene's packets: UDP of two ports, egress and ingress."""
     out = np.isin(batch.skb_id % 2, [0])
     return replace(
         batch,
@@ -298,7 +300,7 @@ def content(batch):
 
 
 def read_by_protos(raw):
-    """The arguments of hops and of records, without a trace processor."""
+    """Return the arguments of hops and records, read without a trace processor."""
     names, texts, hops, instants = {}, {}, [], []
     packets = [
         inner
@@ -320,7 +322,7 @@ def read_by_protos(raw):
     return hops, instants
 
 
-def test_flow_and_between_choose(tmp_path):
+def test_flow_and_between_select_packets(tmp_path):
     given = scene()
     path = write(tmp_path, content(given[given.hook != 255]))
     cases = {
@@ -352,7 +354,7 @@ def test_wrong_choices(tmp_path, capsys, options, said):
     assert said in capsys.readouterr().err
 
 
-def test_an_output_that_is_there_stays_unless_forced(tmp_path, capsys):
+def test_an_existing_output_is_kept_without_force(tmp_path, capsys):
     path = write(tmp_path, scene())
     out = tmp_path / "there.pftrace"
     out.write_text("mine")
@@ -387,7 +389,7 @@ def test_two_hosts_stand_side_by_side_in_utc(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trace_of_traced_goes_in_and_a_timeline_comes_out(tmp_path):
+def test_a_trace_of_traced_can_be_exported(tmp_path):
     out = tmp_path / "golden.pftrace"
     raw = export(FILES / "generic.pftrace", "--topology", str(FILES / "generic.mace"), out=out)
     hops, instants = packets_of(raw)
@@ -399,7 +401,7 @@ def test_a_trace_of_traced_goes_in_and_a_timeline_comes_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["perfetto-1/generic.pftrace", "perfetto-1/generic.mace"])
-def test_the_worst_of_any_file_are_found_again_when_it_is_read_a_second_time(tmp_path, name):
+def test_the_second_reading_finds_the_worst_packets_of_any_file(tmp_path, name):
     path = FILES.parent / name
     topology = [] if path.suffix == ".mace" else ["--topology", str(path.with_suffix(".mace"))]
     hops, instants = read_by_protos(export(path, "--worst", "2", *topology, out=tmp_path / "worst.pftrace"))
@@ -409,7 +411,7 @@ def test_the_worst_of_any_file_are_found_again_when_it_is_read_a_second_time(tmp
 
 
 @pytest.mark.slow
-def test_what_waits_for_its_packets_is_bounded():
+def test_waiting_batches_are_bounded():
     """Batches that no result settles are returned before memory runs out, without packets."""
     from mace.shown import timeline
 

@@ -35,12 +35,12 @@ def replayed(capture, store=None):
     return summary
 
 
-def test_records_before_any_topology_are_of_no_device():
+def test_records_before_any_topology_have_no_device():
     ledger = replayed(CAPTURES / "no-topology.mace").ledger
     assert (ledger.records, ledger.unmatched, ledger.in_flight, ledger.imbalance) == (1_000, 999, 1, 0)
 
 
-def test_a_time_that_no_clock_tells_is_refused():
+def test_a_time_outside_the_clock_is_refused():
     with pytest.raises(
         WireError, match=r"end-of-time\.mace: at byte 315: a batch with times before 1970 or after 2116"
     ):
@@ -50,13 +50,13 @@ def test_a_time_that_no_clock_tells_is_refused():
 @pytest.mark.parametrize("item", ["batch", "topology", "progress", "latest"])
 @pytest.mark.parametrize("time_ns", [(1 << 63) - 1, (1 << 62) + 1, LATEST_UTC_NS - OFFSET + 1, -(1 << 63)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_whatever_tells_such_a_time_is_refused(item, time_ns, whole):
+def test_such_a_time_is_refused_in_every_message(item, time_ns, whole):
     engine = Engine(OFFSET, EngineConfig(whole_batches=whole))
     engine.feed(TOPOLOGY)
     batch = traffic(2)
     ts = np.array([time_ns, time_ns] if time_ns < 0 else [batch.ts_ns[0], time_ns], np.int64)
     if item == "topology" and time_ns < 0:
-        assert engine.feed(replace(TOPOLOGY, from_ns=time_ns)) == []  # holds from ever
+        assert engine.feed(replace(TOPOLOGY, from_ns=time_ns)) == []  # applies from the earliest time
         return
     told = {
         "batch": lambda: engine.feed(replace(batch, ts_ns=ts)),
@@ -92,7 +92,7 @@ def outcome(records, size, config):
     order = np.lexsort((delays.position, delays.packet, delays.utc_ns))
     rows = [getattr(delays, name)[order].tolist() for name in ("utc_ns", "packet", "position", "delay_ns", "grade")]
     windows = WindowTable.concatenate([each.rows.windows for each in results])
-    # Devices are numbered as they come.
+    # Devices are numbered in order of appearance.
     name = [(device.key, device.container) for device in results[-1].rows.devices]
     told = sorted((start, width, name[device], *rest) for start, width, device, *rest in windows.numbers.T.tolist())
     return len(results), rows, told, results[-1].totals.ledger
@@ -100,8 +100,8 @@ def outcome(records, size, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_sparse_stream_gives_the_same_whatever_its_slices_are(busy):
-    """A round trip each three seconds, for as long as slices are sparse; or with a busy stretch in their midst."""
+def test_slice_boundaries_do_not_change_a_sparse_stream(busy):
+    """A round trip every three seconds, so that slices are sparse throughout or up to a busy stretch."""
     records = traffic(20_000)
     trip = np.arange(len(records)) // 20
     late = trip * 3 * S
@@ -112,13 +112,13 @@ def test_a_sparse_stream_gives_the_same_whatever_its_slices_are(busy):
     sliced = outcome(records, len(records), EngineConfig())
     assert sliced[1:] == whole[1:]
     assert 256 < sliced[0] < 500
-    # The same slices too, wherever batches end.
+    # The slices are equal, too, for any batch boundaries.
     assert outcome(records, 777, EngineConfig()) == sliced
     assert outcome(records, 1, EngineConfig()) == sliced
 
 
-def test_gaps_without_number_are_kept_as_few():
-    """A hundred bytes can have 2^20 markers of a ring, each of which could separate packets."""
+def test_the_number_of_kept_gaps_is_bounded():
+    """A hundred bytes can encode 2^20 gap markers, each of which could separate packets."""
     count = 50_000
     engine = Engine(OFFSET, EngineConfig())
     engine.feed(TOPOLOGY)
@@ -146,7 +146,7 @@ def stored(store):
 
 
 @pytest.mark.slow
-def test_many_hours_need_few_open_files_and_give_the_same_rows(tmp_path, monkeypatch):
+def test_many_hours_need_few_open_files(tmp_path, monkeypatch):
     capture = tmp_path / "hours.mace"
     capture.write_bytes(capture_bytes([TOPOLOGY, hours_apart(60)]))
     most = 0
@@ -167,8 +167,8 @@ def test_many_hours_need_few_open_files_and_give_the_same_rows(tmp_path, monkeyp
     assert len(stored(tmp_path / "free")) > 100
 
 
-def test_an_hour_that_comes_again_after_its_file_was_closed_is_one_file(tmp_path, monkeypatch):
-    """Rows go out by row groups; with one open file, windows and delays close each other's."""
+def test_an_hour_written_again_after_its_file_was_closed_is_one_file(tmp_path, monkeypatch):
+    """Rows are written by row groups. With one open file, windows and delays close each other's file."""
     capture = tmp_path / "hours.mace"
     capture.write_bytes(capture_bytes([TOPOLOGY, traffic(8_000), Progress(TOPOLOGY.from_ns + HOUR_NS)]))
     monkeypatch.setattr(part_writer.tables, "ROW_GROUP_ROWS", 500)

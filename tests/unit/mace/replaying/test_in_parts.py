@@ -23,13 +23,14 @@ from mace.replaying.part import run_part
 from storage.embedded import EmbeddedStore
 from storage.places import LocalPlace
 from storage.query import StoreReader
+from tests.durations import S
 from tests.made_capture import HEADER, capture_bytes
-from tests.made_replay import ENGINE, SECOND_NS, count_rows, differences, hard_stream, one_engine, write_capture
+from tests.made_replay import ENGINE, count_rows, differences, hard_stream, one_engine, write_capture
 from tests.measuring import mace, start, wait_for
 
 CONFIG = StoreConfig(sync=False)
 PART = 40_000
-"""Bytes: the capture is cut into a dozen parts or more."""
+"""Bytes of a part: the capture is cut into a dozen parts or more."""
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +71,14 @@ def test_the_store_reads_like_any_other(capture, reference, tmp_path):
     assert one.summary().as_dict() == other.summary().as_dict()
     assert [replace(run, upto_utc_ns=0) for run in one.runs()] == [replace(run, upto_utc_ns=0) for run in other.runs()]
     assert other.runs()[0].closed
-    # By the newest names, also of what was in flight or in an open window when the name changed.
+    # The newest names apply, also to packets in flight and open windows at the change of name.
     assert {key[0].container for key, _ in other.summary().overhead()} == {"naïve-0", "naïve-1", "renamed", "naïve-3"}
     assert other.summary().on_host_network == ["agent", "image.sif[7]"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("warm_up_ns", [0, 100_000_000, 10**12])
-def test_parts_that_suppose_their_state(capture, reference, tmp_path, warm_up_ns):
+def test_parts_with_a_supposed_state(capture, reference, tmp_path, warm_up_ns):
     """Without warm-up most parts suppose a wrong state and are done again; after a full warm-up none does."""
     again = Counter()
     with Assembly(
@@ -111,7 +112,7 @@ def test_no_rows_and_no_store(capture, reference, tmp_path):
 
 
 def stop_after(parts):
-    """A `stop` and a `told` for `into_store`: some parts are committed by then, and another one is in the making."""
+    """Return `stop` and `told` for `into_store` that stop after some committed parts, during another part."""
     asked = []
 
     def told(done, total):
@@ -206,14 +207,14 @@ def test_a_run_is_stored_once(capture, tmp_path):
         into_store(files(capture, copy), str(tmp_path / "both"), ENGINE, CONFIG)
 
 
-def test_not_into_a_strange_directory(capture, tmp_path):
+def test_a_foreign_directory_is_refused(capture, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match="not a MACE store"):
         replayed(capture, tmp_path)
 
 
 @pytest.mark.slow
-def test_damage_ends_it_where_it_is_and_leaves_what_came_before(capture, tmp_path):
+def test_damage_ends_the_replay_after_the_sound_part(capture, tmp_path):
     data = bytearray(capture.read_bytes())
     data[len(data) // 2] ^= 0xFF
     (tmp_path / "bad.mace").write_bytes(data)
@@ -229,7 +230,7 @@ def test_damage_ends_it_where_it_is_and_leaves_what_came_before(capture, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_capture_without_an_end_is_told_of(capture, tmp_path):
+def test_a_capture_without_an_end_is_reported(capture, tmp_path):
     (tmp_path / "cut.mace").write_bytes(capture_bytes(hard_stream(), end=False)[:-10])
     store = tmp_path / "store"
     _, warnings = into_store(files(tmp_path / "cut.mace"), str(store), ENGINE, CONFIG, part_bytes=PART)
@@ -257,7 +258,7 @@ def test_the_command_line_killed_at_any_time(capture, reference, tmp_path):
         if how is not signal.SIGKILL:
             assert "--resume continues" in told
     done = mace(*argv, "--resume")
-    one_engine([long], tmp_path / "reference", EngineConfig(slice_ns=SECOND_NS))
+    one_engine([long], tmp_path / "reference", EngineConfig(slice_ns=S))
     assert differences(tmp_path / "reference", tmp_path / "store") == {}
     assert done.stdout == mace("replay", long, "--json").stdout
 
@@ -301,7 +302,7 @@ def test_from_a_url_into_a_url(capture, reference, tmp_path, memory):
 
 @contextmanager
 def served(folder):
-    """The URL of a web server on loopback that gives out a folder, parts of files too, and what it was asked for."""
+    """Provide the URL of a web server on loopback that serves a folder with ranges, and the list of its requests."""
     web = pytest.importorskip("aiohttp.web")
     loop, asked = asyncio.new_event_loop(), []
 
@@ -343,13 +344,13 @@ def test_from_a_web_server(capture, reference, tmp_path):
 
 
 @pytest.mark.slow
-def test_file_urls_are_this_machine(capture, reference, tmp_path):
+def test_file_urls_are_local_paths(capture, reference, tmp_path):
     pytest.importorskip("fsspec")
     into_store(files(f"file://{capture}"), f"file://{tmp_path}/store", ENGINE, CONFIG, part_bytes=PART)
     assert differences(reference[0], tmp_path / "store") == {}
 
 
-def test_a_url_that_nobody_knows():
+def test_an_unknown_scheme_is_refused():
     for url, told in (("nosuch://a/b.mace", "nosuch"), ("memory://nothing/here.mace", "here.mace")):
         with pytest.raises(Unavailable, match=told):
             files(url)

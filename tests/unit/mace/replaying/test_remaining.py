@@ -10,7 +10,7 @@ from mace.replaying.remaining import KNOWN_AFTER_S, WINDOW_S, Remaining, told
 
 
 @given(st.floats(1e3, 1e9), st.integers(0, 10**9), st.integers(1, 600))
-def test_at_an_even_pace_it_is_right(pace, begun_at, seconds):
+def test_the_estimate_is_right_at_an_even_pace(pace, begun_at, seconds):
     """A resumed replay does not count the bytes done before for its pace."""
     total = begun_at + int(pace * 1000)
     left = Remaining(total, begun_at, 50.0)
@@ -23,7 +23,7 @@ def test_at_an_even_pace_it_is_right(pace, begun_at, seconds):
         assert abs(said - (1000 - seconds)) < 1.5
 
 
-def test_nothing_is_promised_before_anything_is_known():
+def test_there_is_no_estimate_before_any_progress():
     left = Remaining(100, 0, 0.0)
     assert left.seconds(0.0) is None
     left.update(0, 30.0)
@@ -51,11 +51,11 @@ def test_time_that_passes_between_two_updates_counts():
     assert left.seconds(500.0) == 0.0
 
 
-def test_for_people():
+def test_the_estimate_in_words():
     assert [told(s) for s in (None, 0.4, 65, 3725)] == ["-:--", "0:00", "1:05", "1:02:05"]
 
 
-def test_the_bar_shows_bytes_and_what_is_left():
+def test_the_bar_shows_bytes_and_remaining_time():
     shown = io.StringIO()
     with bar(Console(file=shown, force_terminal=True, width=100), quiet=False) as told:
         told(0, 80_000_000)
@@ -66,7 +66,7 @@ def test_the_bar_shows_bytes_and_what_is_left():
     assert re.search(r"80\.0/80\.0 MB.*0:00 left", lines[-1] or lines[-2])
 
 
-def test_a_quiet_bar_and_one_that_nobody_sees_write_nothing():
+def test_a_bar_writes_nothing_if_quiet_or_without_terminal():
     for terminal, quiet in ((True, True), (False, False)):
         shown = io.StringIO()
         with bar(Console(file=shown, force_terminal=terminal, width=100), quiet=quiet) as told:

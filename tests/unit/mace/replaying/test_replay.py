@@ -41,6 +41,6 @@ def test_two_packet_captures(capsys, tmp_path):
         (["--topology", "no.mace", str(FILES / "v6.dat")], 1, "no.mace"),
     ],
 )
-def test_what_cannot_be_replayed(capsys, argv, status, why):
+def test_files_that_cannot_be_replayed(capsys, argv, status, why):
     assert main(["replay", *argv]) == status
     assert why in " ".join(capsys.readouterr().err.split())

@@ -14,14 +14,14 @@ KINDS = ("generic", "described")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_golden_trace_is_read_as_ever(kind):
+def test_a_golden_trace_is_read_unchanged(kind):
     expected = json.loads((HERE / "expected.json").read_text())[kind]
     found = summary(HERE / f"{kind}.pftrace", HERE / f"{kind}.mace")
     assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_in_the_place_of_addresses_are_all_resolved(kind):
+def test_all_numbers_in_place_of_addresses_are_resolved(kind):
     *_, source = replayed(HERE / f"{kind}.pftrace", HERE / f"{kind}.mace")
     assert source.decoder.unresolved == 0
     assert source.warnings == []
@@ -29,7 +29,7 @@ def test_numbers_in_the_place_of_addresses_are_all_resolved(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trace_and_capture_agree_on_each_ping(kind):
-    """Two trace instances stamp an event one after the other, 0.2 µs apart, and both cost time in between."""
+    """Two trace instances stamp an event in sequence, 0.2 µs apart."""
     overheads = []
     for path in (HERE / f"{kind}.pftrace", HERE / f"{kind}.mace"):
         _, _, _, delays, _ = replayed(path, HERE / f"{kind}.mace" if path.suffix == ".pftrace" else None)

@@ -63,7 +63,7 @@ def test_tables_and_typical_paths(path, capsys):
 
 
 @pytest.mark.parametrize("options", [(), ("--worst", 2), ("--container", "c0"), ("--direction", "egress")])
-def test_a_loss_is_told_whatever_is_shown(lossy, capsys, options):
+def test_every_view_reports_a_loss(lossy, capsys, options):
     run(lossy, *options)
     out = capsys.readouterr().out
     assert out.index("1,234 records were lost") < out.index("eth0")
@@ -112,12 +112,12 @@ def test_runs(path, capsys):
         (("--since", "yesterday"), "'yesterday' is no time"),
     ],
 )
-def test_what_is_not_there_is_said(path, options, said):
+def test_missing_names_are_errors(path, options, said):
     with pytest.raises(UsageError, match=said):
         run(path, *options)
 
 
-def test_a_time_without_packets_is_empty_and_no_error(path, capsys):
+def test_a_time_without_packets_gives_an_empty_report(path, capsys):
     run(path, "--until", "1999-01-01", "--json")
     assert json.loads(capsys.readouterr().out)["devices"] == []
 
@@ -127,7 +127,7 @@ def test_no_store(tmp_path):
         run(tmp_path / "none")
 
 
-def test_times_are_utc_unless_they_say_otherwise():
+def test_times_without_a_zone_are_utc():
     now = datetime(2025, 6, 15, 12, tzinfo=UTC)
     assert report.instant_ns("2025-06-15T11:00:00", now) == report.instant_ns("1h", now)
     assert report.instant_ns("2025-06-15T13:00:00+02:00", now) == report.instant_ns("60m", now)
@@ -144,13 +144,13 @@ def test_pictures(lossy, tmp_path, capsys):
     assert "<svg" in page
     assert "1,234 records were lost" in page
     assert "ledger: records" in page
-    # Nothing is fetched from anywhere; namespaces of SVG are names, not addresses to load.
+    # The page fetches nothing; namespaces of SVG are names, not addresses to load.
     assert not re.search(r'(src|href)="(?!#)', page)
     assert "@import" not in page
 
 
 @pytest.mark.slow
-def test_a_picture_of_nothing(tmp_path, capsys):
+def test_a_picture_without_packets(tmp_path, capsys):
     fill(tmp_path / "store", [])
     run(tmp_path / "store", "--png", tmp_path / "x.png", "--json")
     assert (tmp_path / "x.png").stat().st_size > 1000
@@ -164,7 +164,7 @@ def test_a_picture_that_cannot_be_written(path, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_matplotlib_only_pictures_are_missing(path, monkeypatch, capsys):
+def test_without_matplotlib_only_pictures_fail(path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "mace.shown.plots", raising=False)
     monkeypatch.delattr(mace.shown, "plots", raising=False)

@@ -48,7 +48,7 @@ COMMANDS = {
     "store check": (["store", "check", "--store", "{store}"], 0),
     "hooks": (["hooks"], 0),
 }
-"""Of each command one that ends soon, and its status where nothing is odd; None where that is up to the machine."""
+"""Command -> a call of it that ends soon, and its ordinary exit status; None if the status depends on the machine."""
 MORE = {
     "query --json": (["query", "--store", "{store}", SQL, "--json"], 0),
     "query csv": (["query", "--store", "{store}", SQL, "--format=csv"], 0),
@@ -87,7 +87,7 @@ PAIRS = [
 ]
 
 
-def test_every_command_is_walked():
+def test_every_command_has_a_call():
     assert {command.name for command in registry.COMMANDS} == set(COMMANDS)
 
 
@@ -124,7 +124,7 @@ def cases(*odd):
 @pytest.mark.slow
 class TestEveryCommand:
     @cases("plain")
-    def test_as_it_is(self, walked, name, odd):
+    def test_ordinary_streams(self, walked, name, odd):
         done, expected = walked[name, odd], ALL[name][1]
         assert done.status in ({0, 1} if expected is None else {expected}), done
         if name != "usage":
@@ -138,7 +138,7 @@ class TestEveryCommand:
         assert done.status in {0, 1, 2}, done
 
     @cases("stdout closed", "stdout full")
-    def test_results_that_cannot_be_written_are_told_in_one_line(self, walked, name, odd):
+    def test_a_failed_write_of_results_is_reported_in_one_line(self, walked, name, odd):
         plain, done = walked[name, "plain"], walked[name, odd]
         if not plain.out:
             assert (done.status, done.err) == (plain.status, plain.err)
@@ -148,15 +148,15 @@ class TestEveryCommand:
         assert complaints(done) == [f"mace: cannot write: {why}"]
 
     @cases("stderr closed", "stderr full")
-    def test_without_standard_error_the_status_tells(self, walked, name, odd):
+    def test_without_standard_error_the_exit_status_is_unchanged(self, walked, name, odd):
         plain, done = walked[name, "plain"], walked[name, odd]
         assert done.out == plain.out
-        # A closed stream is the user's wish and no failure; a failed write is one.
+        # A stream that the user has closed is no failure; a failed write is.
         unsaid = odd == "stderr full" and plain.err
         assert done.status == (plain.status or int(bool(unsaid)))
 
     @cases("stdin closed")
-    def test_without_standard_input_only_its_reader_complains(self, walked, name, odd):
+    def test_without_standard_input_only_its_reader_fails(self, walked, name, odd):
         plain, done = walked[name, "plain"], walked[name, odd]
         if name in STDIN:
             assert done.status == 1
@@ -165,7 +165,7 @@ class TestEveryCommand:
             assert (done.status, done.out) == (plain.status, plain.out)
 
     @cases("latin-1", "ascii")
-    def test_what_an_encoding_lacks_has_a_substitute(self, walked, name, odd):
+    def test_characters_that_the_encoding_lacks_are_substituted(self, walked, name, odd):
         plain, done = walked[name, "plain"], walked[name, odd]
         assert done.status == plain.status, done
         assert len(done.out.splitlines()) == len(plain.out.splitlines())
@@ -190,7 +190,7 @@ def test_tables_keep_their_columns_in_ascii(walked):
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [">&-", "> /dev/full", "2>&-", "2> /dev/full", "<&-", ">&- 2>&- <&-"])
 def test_a_process_of_its_own(streams, tmp_path):
-    """The same checks in a new process, in which Python itself starts with a closed stream."""
+    """Python itself starts with a closed stream in a new process."""
     done = subprocess.run(
         ["sh", "-c", f'"$0" -m mace hooks --json {streams}', sys.executable],
         capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -203,8 +203,8 @@ def test_a_process_of_its_own(streams, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_closed_output_would_have_is_not_written_into_a_file(tmp_path):
-    """The first file that is opened would become standard output where there is none."""
+def test_output_to_a_closed_stream_reaches_no_file(tmp_path):
+    """Without standard output the first opened file would get its descriptor."""
     store = tmp_path / "store"
     shutil.rmtree(store, ignore_errors=True)
     [done] = run([CommandCase(["replay", CAPTURE, "--store", str(store)], stdout=None)], tmp_path)

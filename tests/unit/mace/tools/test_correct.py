@@ -14,7 +14,7 @@ COUNT = 20
 
 
 def said(count=COUNT, stamped=True):
-    """ping's lines: printed 50 µs after the reply, 0.1 s apart."""
+    """Return ping's lines, printed 50 µs after each reply, 0.1 s apart."""
     lines = ["PING 203.0.113.2 (203.0.113.2) 56(84) bytes of data."]
     for n in range(count):
         printed_ns = BEGIN_NS + OFFSET_NS + n * 100_000_000 + 150_000
@@ -26,7 +26,7 @@ def said(count=COUNT, stamped=True):
 
 
 def capture(path, containers=(1,)):
-    """Their packets: the request's egress takes 50 µs, the reply's ingress 5."""
+    """Return the packets of these lines: a request's egress takes 50 µs, a reply's ingress 5 µs."""
     tape = Tape()
     for n in range(COUNT):
         begin = BEGIN_NS + n * 100_000_000
@@ -65,7 +65,7 @@ def test_all_are_corrected(tmp_path, capsys, stamped):
     assert found["statistics"]["egress_ns"]["mean"]["estimate"] == 50_000
 
 
-def test_for_people(tmp_path, capsys):
+def test_the_table(tmp_path, capsys):
     status, told = correct(tmp_path, capsys, said() + "something else\n")
     assert status == 0
     lines = told.out.splitlines()
@@ -112,12 +112,12 @@ def test_a_csv(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "why"), [("", "empty"), ("a\nb\n", "no known tool"), ("PING a (a) 56(84) bytes of data.\n..\n", "-i 0")]
 )
-def test_what_cannot_be_read(tmp_path, capsys, text, why):
+def test_unreadable_output_is_refused(tmp_path, capsys, text, why):
     status, told = correct(tmp_path, capsys, text)
     assert status == 2
     assert why in told.err
 
 
-def test_files_that_are_not_there(tmp_path, capsys):
+def test_missing_files(tmp_path, capsys):
     assert cli.main(["correct", str(tmp_path / "none"), str(tmp_path / "c.mace")]) == 1
     assert "none: No such file" in capsys.readouterr().err

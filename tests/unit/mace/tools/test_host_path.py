@@ -16,7 +16,7 @@ WAY = (
     *((0, Q, "eth0"), (3, X, "eth0"), (5, r, "veth1"), (9, R, "veth1"), (20, R, "br0")),
     *((30, Q, "out0"), (31, X, "out0"), (33, r, "rem0"), (34, R, "rem0")),
 )
-"""Of a container's probe: µs since the first record."""
+"""Times of the records of a container's probe, µs since the first."""
 HOST_WAY = ((0, Q, "out0"), (2, X, "out0"), (5, r, "rem0"), (8, R, "rem0"))
 BACK = ((40, Q, "rem0"), (41, X, "rem0"), (42, r, "out0"), (44, R, "out0"))
 
@@ -50,7 +50,7 @@ def test_a_containers_probes():
     assert found.answer.tolist() == [8_000] * 5
 
 
-def test_the_term_is_what_the_host_spends_more():
+def test_the_term_is_the_hosts_additional_time():
     host = stretches(*_seen(HOST_WAY, before_us=28), None, "out0")
     container = stretches(*_seen(WAY), "eth0", "out0")
     assert term_ns([host], [container]) == (28 - 20 + 2 - 1 + 6 - 3 + 34 - 8) * 1000
@@ -67,7 +67,7 @@ def _none():
     return Stretches(*(np.zeros(0, np.int64) for _ in range(4)))
 
 
-def test_a_far_end_that_is_elsewhere_and_says_nothing():
+def test_a_remote_far_end_that_does_not_answer():
     way = [step for step in HOST_WAY if step[2] != "rem0"]
     sent, tape = probes(way, 3, back=())
     found = stretches(sent, records(tape), None, "out0")
@@ -76,7 +76,7 @@ def test_a_far_end_that_is_elsewhere_and_says_nothing():
     assert term_ns([found], [found]) == 0
 
 
-def test_a_far_end_that_is_elsewhere_and_answers():
+def test_a_remote_far_end_that_answers():
     """The network's time is not part of the host path term."""
     way, back = ([step for step in steps if step[2] != "rem0"] for steps in (HOST_WAY, BACK))
     sent, tape = probes(way, 3, back=back)
@@ -102,20 +102,20 @@ def test_devices_may_have_one_name_inside_and_outside():
     assert (found.send.tolist(), found.device.tolist()) == ([20_000] * 3, [1_000] * 3)
 
 
-def test_packets_of_other_lengths_are_not_looked_at():
+def test_packets_of_other_lengths_are_ignored():
     sent, tape = probes(WAY, 2)
     for n in range(200):
         tape.add(sent[0] + n * 100, Q, "eth0", skb=7, length=PROBE_LEN + 8)
     assert stretches(sent, records(tape), "eth0", "out0").send.tolist() == [20_000] * 2
 
 
-def test_a_probe_that_never_left_takes_no_other_ones_records():
+def test_an_unsent_probe_takes_no_records_of_another():
     sent, tape = probes(WAY, 2)
     found = stretches([sent[0] - 3 * GAP, *sent], records(tape), "eth0", "out0")
     assert len(found) == 2
 
 
-def test_between_is_a_stretch_of_time():
+def test_between_limits_the_time():
     whole = ProbeRecords(np.array([1, 2, 3]), np.array([Hook.NETIF_RX] * 3, np.uint8), np.zeros(3, np.uint64),
                     np.array(["a"] * 3, object))  # fmt: skip
     assert whole.between(2, 3).ts_ns.tolist() == [2]
@@ -129,17 +129,17 @@ def test_between_is_a_stretch_of_time():
         ({"count": 9}, "expected at least 10"),
     ],
 )
-def test_probes_that_cannot_be(shape, why):
+def test_impossible_probes(shape, why):
     with pytest.raises(UsageError, match=why):
         Probing(**{"address": "203.0.113.2", "count": 10, "interval_s": 0.01, "netns_fd": 0, "host_netns": "", **shape})
 
 
 @pytest.mark.slow
-def test_a_term_is_told_with_its_interval_and_what_it_makes_of_a_median():
+def test_a_term_is_shown_with_its_interval_and_the_corrected_median():
     host, container = ([stretches(*_seen(way, before_us=n), inner, "out0") for n in range(20, 30)]
                        for way, inner in ((HOST_WAY, None), (WAY, "eth0")))  # fmt: skip
     term = HostPath(host, container)
-    assert term.term_ns == 30_000  # of device, beyond and answer: both sides wait as long before the first record
+    assert term.term_ns == 30_000  # of device, beyond and answer: before the first record both sides wait equally long
     told = term.as_dict({"estimate": 50_000.0, "low": 49_000.0, "high": 52_000.0})
     assert told["host_rtt_p50_ns"] == 80_000
     low, high = told["host_rtt_ci95_ns"]

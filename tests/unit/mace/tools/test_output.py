@@ -87,7 +87,7 @@ def test_a_run_that_was_killed_has_no_summary():
     assert samples.seq.tolist() == [1, 2, 2, 5, 3, 4]
 
 
-def test_a_part_of_the_output_begins_where_it_begins():
+def test_a_part_of_the_output_is_numbered_from_its_first_line():
     samples, _ = told("\n".join(PING4.splitlines()[2:4]))
     assert samples.seq.tolist() == [2, 2]
     assert set(samples.request_len) == {84}
@@ -134,12 +134,12 @@ def test_numbers_go_on_beyond_16_bits(steps, first):
         ("PING a (a) 56(84) bytes of data.\n99999999999 packets transmitted, 0 received\n", "99,999,999,999"),
     ],
 )
-def test_what_cannot_be_corrected_is_said(text, why):
+def test_samples_that_cannot_be_corrected_are_reported(text, why):
     with pytest.raises(UsageError, match=why):
         told(text)
 
 
-def test_what_is_not_understood_is_counted_and_kept():
+def test_unknown_lines_are_counted_and_kept():
     strange = ["ping: sendmsg: Operation not permitted", "64 bytes from 203.0.113.2: icmp_seq=99999 ttl=1 time=1 ms"]
     strange += ["64 bytes from 203.0.113.2: icmp_seq=", *"abcdef"]
     samples, reader = told(PING4 + "\n".join(strange))
@@ -156,7 +156,7 @@ def test_fping():
     assert samples.resolution_ns.tolist()[:2] == [500, 5_000]
     assert samples.stamp_utc_ns[0] == 1_760_000_000_123_460_000
     assert samples.request_len[0] == 84
-    # What it prints is not the sequence number in the packet.
+    # fping does not print the sequence number of the packet.
     assert set(samples.l4_seq) == {NOT_TOLD}
 
 
@@ -231,7 +231,7 @@ def test_rows_from_one_on():
 
 
 @given(st.text(max_size=80))
-def test_any_line_is_taken_or_counted(text):
+def test_every_line_is_parsed_or_counted(text):
     for reader in (PingOutput(), FpingOutput()):
         try:
             reader.line(text)
@@ -240,21 +240,21 @@ def test_any_line_is_taken_or_counted(text):
         assert len(reader.samples()) + reader.unknown.count <= 2
 
 
-def test_a_reply_that_goes_on_is_a_reply_and_the_line_is_counted():
+def test_a_reply_with_trailing_text_is_a_sample_and_counted():
     line = "64 bytes from 203.0.113.2: icmp_seq=6 ttl=63 time=0.5 ms (WHO KNOWS)"
     samples, reader = told(PING4.replace("\n\n---", f"\n{line}\n\n---"))
     assert samples.rtt_ns[samples.seq == 6].tolist() == [500_000]
     assert reader.unknown.first == [line]
 
 
-def test_a_time_that_is_none():
-    """ping prints 0 after its clock was set back."""
+def test_a_time_of_zero():
+    """ping prints 0 if its clock was set back."""
     text = PING4.replace("time=5.32 ms", "time=0.000 ms")
     samples, _ = told(text)
     assert samples.untimed.tolist() == [False, True, *[False] * 5]
 
 
-def test_a_number_below_the_first_is_one_that_wrapped():
+def test_a_number_below_the_first_has_wrapped():
     """Of 40,000 requests after the first none had a reply."""
     text = "PING a (a) 56(84) bytes of data.\n"
     text += "".join(
@@ -277,20 +277,20 @@ def test_runs_of_fping_in_a_loop():
 
 
 @pytest.mark.parametrize("stamp", ["Sun Nov 29 12:00:00 2026", "2026-11-29T12:00:00+0000", "2026-11-29 12:00:00"])
-def test_stamps_of_fping_in_whole_seconds_are_no_use(stamp):
+def test_stamps_of_fping_in_whole_seconds_are_ignored(stamp):
     samples, reader = told(f"[{stamp}] 203.0.113.2 : [0], 64 bytes, 0.094 ms (0.094 avg, 0% loss)\n")
     assert (samples.stamp_utc_ns.tolist(), reader.unknown.count) == ([NOT_TOLD], 0)
 
 
 @pytest.mark.parametrize("huge", ["9" * 30, "1e30", "1.2.3"])
-def test_numbers_that_do_not_fit_are_not_understood(huge):
+def test_overlong_numbers_are_unknown_lines(huge):
     _, reader = told(PING4 + f"64 bytes from 203.0.113.2: icmp_seq=6 ttl=63 time={huge} ms\n")
     assert reader.unknown.count == 1
     _, reader = told(CSV + f"1,1,1,{huge},udp,60\n" + f"{huge},1,1,1,udp,60\n")
     assert reader.unknown.count == 2
 
 
-def test_a_stamp_that_does_not_fit_is_no_stamp():
+def test_an_overlong_stamp_is_ignored():
     _, reader = told(PING4 + "[9999999999.123456] 64 bytes from 203.0.113.2: icmp_seq=6 ttl=63 time=0.1 ms\n")
     assert reader.unknown.count == 1
     _, reader = told(PING4 + "9" * 5000 + " packets transmitted, 3 received\n")
@@ -311,7 +311,7 @@ def test_a_decimal_comma_of_inetutils():
 
 
 @pytest.mark.parametrize("loss", ["0.0%", "33.3%", "100.0%"])
-def test_ping_of_bsd_is_known_by_its_percentage(loss):
+def test_ping_of_bsd_is_recognised_by_its_percentage(loss):
     with pytest.raises(UsageError, match="macOS or BSD"):
         read([FROM_ZERO, reply(0), f"3 packets transmitted, 1 packets received, {loss} packet loss"])
 
@@ -331,7 +331,7 @@ def test_outputs_that_are_mixed_are_refused(lines):
         read(lines)
 
 
-def test_colours_and_what_a_terminal_adds():
+def test_colours_and_terminal_sequences_are_removed():
     plain = [FROM_ONE, reply(1), reply(2), "^C", "^C--- 203.0.113.2 ping statistics ---"]
     samples, reader = read([f"\x1b[1;32m{line}\x1b[0m\x1b[K" for line in plain])
     assert (samples.rtt_ns.tolist(), reader.unknown.count) == ([85_000, 85_000], 0)
@@ -341,12 +341,12 @@ def test_colours_and_what_a_terminal_adds():
 @pytest.mark.parametrize(
     "line", [FROM_ONE, reply(1), "203.0.113.2 : [0], 64 bytes, 0.05 ms (0.05 avg, 0% loss)", ";; Query time: 237 usec"]
 )
-def test_something_in_front_of_every_line(before, line):
+def test_a_prefix_of_every_line(before, line):
     with pytest.raises(UsageError, match="has a prefix that the tool does not print"):
         read([before + line])
 
 
-def test_no_message_is_longer_than_a_person_reads():
+def test_messages_have_a_bounded_length():
     for line in ("PING ", "64 bytes from ", "x"):
         with pytest.raises(UsageError) as error:
             read([line + "y" * 100_000])
@@ -376,7 +376,7 @@ def test_old_versions_of_fping_count_the_ip_header(told_bytes, length):
         ["{", '  "time_connect": 0.001234', "}"],
     ],
 )
-def test_curl_in_another_form_is_told_the_one_that_is_read(lines):
+def test_another_form_of_curl_is_refused_with_the_supported_one(lines):
     with pytest.raises(UsageError, match="of curl -w in another form"):
         read(lines)
 
@@ -389,7 +389,7 @@ def test_numbers_of_csv_in_scientific_notation_and_quotes():
 
 
 @pytest.mark.parametrize("time", ["time=85 usec", "time=1.085 msec", "time<1 ms"])
-def test_a_time_in_another_unit_is_not_said_to_be_missing(time):
+def test_a_time_in_another_unit_has_its_own_message(time):
     line = f"64 bytes from 203.0.113.2: icmp_seq=1 ttl=63 {time}"
     with pytest.raises(UsageError, match="is not understood, nor is any other reply's"):
         read([FROM_ONE, line])

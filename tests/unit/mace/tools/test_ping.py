@@ -28,7 +28,7 @@ HOST = "203.0.113.2"
         (["--", "-c", "5", HOST], ["-D", "-c", "5", HOST], False, False),
         (["-nDc5", HOST], ["-nDc5", HOST], False, True),
         ([HOST, "-U", "-i", "0.01"], ["-D", HOST, "-U", "-i", "0.01"], True, False),
-        # An option's value is no flag.
+        # The value of an option is not a flag.
         (["-p", "ff", "-I", "qf", HOST], ["-D", "-p", "ff", "-I", "qf", HOST], False, False),
     ],
 )
@@ -60,7 +60,7 @@ def test_a_namespace_by_process_and_by_path():
         os.close(fd)
 
 
-def test_what_is_no_namespace():
+def test_other_files_are_no_namespace():
     with pytest.raises(Unavailable, match="no-such-namespace"):
         open_namespace(CaptureConfig(), netns="no-such-namespace")
     with pytest.raises(UsageError, match="is no network namespace"):
@@ -112,7 +112,7 @@ def printed_at(ns):
 
 
 def run(netns_fd, *, stamps_shown=False, quiet=False):
-    """Two pings 0.1 s apart, the second without a packet in; a third without a reply."""
+    """Two pings 0.1 s apart, the second without a received packet; a third without a reply."""
     first, second = Path(), Path()
     first.egress(START + 5_000, overhead=20_000)
     first.ingress(START + 90_000, overhead=9_000)
@@ -161,12 +161,12 @@ def test_lines_come_in_order_and_with_what_is_known(netns_fd, capsys):
     assert found.statistics()["host_rtt_ns"] == {"count": 1, "min": 61_100, "median": None, "mean": None, "max": 61_100}
 
 
-def test_stamps_are_shown_to_who_asked_for_them(netns_fd, capsys):
+def test_stamps_are_shown_with_option_d(netns_fd, capsys):
     run(netns_fd, stamps_shown=True)
     assert capsys.readouterr().out.splitlines()[1].startswith(printed_at(START + 150_000))
 
 
-def test_nothing_is_shown_where_json_is_wanted(netns_fd, capsys):
+def test_json_output_has_no_lines(netns_fd, capsys):
     run(netns_fd, quiet=True)
     assert capsys.readouterr().out == ""
 

@@ -53,7 +53,7 @@ def test_dig():
     assert samples.seq.tolist() == [0, 2, 1]
     assert samples.rtt_ns.tolist() == [187_000, 2_004_000, NOT_TOLD]
     assert samples.reply_len.tolist() == [43 + 28, 50 + 48, NOT_TOLD]
-    # It says neither when it sent nor how much.
+    # dig prints neither the time of sending nor the size of its request.
     assert set(samples.stamp_utc_ns) == set(samples.request_len) == {NOT_TOLD}
     assert samples.l4_proto.tolist()[:2] == [17, 17]
 
@@ -67,7 +67,7 @@ def test_dig():
         (DIG9.replace("187 usec", "0 usec").replace("rcvd: 43", ""), "statistics"),
     ],
 )
-def test_what_dig_cannot_tell_is_left_out(text, why):
+def test_untimed_exchanges_of_dig_are_left_out(text, why):
     """Exchanges that dig does not time are left out; an output with no others is refused."""
     samples, reader = told(text)
     assert samples.seq.tolist() == [2, 1]
@@ -85,7 +85,7 @@ def test_dig_of_a_version_that_does_not_name_the_protocol():
     assert told(unanswered)[0].rtt_ns.tolist() == [NOT_TOLD]
 
 
-def test_a_size_without_a_time_is_not_understood():
+def test_a_size_without_a_time_is_an_unknown_line():
     reader = DigOutput()
     assert reader.line(";; MSG SIZE  rcvd: 43") is None
     assert reader.unknown.count == 1
@@ -118,7 +118,7 @@ def test_lines_of_curl_that_are_cut_are_counted():
 
 
 @given(st.sampled_from([DigOutput, CurlOutput]), st.text(max_size=120))
-def test_any_line_is_taken_or_counted(reader, text):
+def test_every_line_is_parsed_or_counted(reader, text):
     made = reader()
     try:
         made.line(text)
@@ -129,7 +129,7 @@ def test_any_line_is_taken_or_counted(reader, text):
 
 @pytest.mark.parametrize("deep", ['{"time_connect":' * 100_000, '{"x":' + "[" * 100_000 + '{"time_connect":1}'])
 def test_objects_too_deep_to_read(deep):
-    """A page on the same line may have deeply nested objects."""
+    """A page in the same line may have deeply nested objects."""
     reader = CurlOutput()
     assert reader.line(deep) is None
     assert reader.unknown.count == 1

@@ -11,11 +11,11 @@ from mace.trials.rounds import dithered, interval_text, machine, machine_text, m
 
 
 @given(st.floats(5_300, 9_700), st.integers(400, 2_000))
-def test_a_median_of_cut_stamps_comes_out_between_the_units(true_ns, count):
-    """Two stamps cut to µs, a constant true round trip between them: the median is right to a few per cent of a µs."""
+def test_a_median_of_truncated_stamps_is_interpolated(true_ns, count):
+    """With two stamps truncated to µs and a constant true round trip, the median's error is a few per cent of a µs."""
     begin = np.random.default_rng(3).uniform(0, 1e6, count)
     told = ((begin + true_ns) // 1000 - begin // 1000).astype(np.int64) * 1000
-    # 0.5/sqrt(n) of a unit is the scatter of the share of either value, and the grid itself has a corner at halves.
+    # The share of either value scatters by 0.5/sqrt(n) of a unit, and the interpolation has a kink at halves.
     assert abs(median_us([dithered(told)]) * 1000 - true_ns) < 4 * 500 / np.sqrt(count) + 150
 
 
@@ -26,14 +26,14 @@ def test_dithering_keeps_the_order_and_moves_by_less_than_half_a_unit():
     assert abs((moved - values).mean()) < 20
 
 
-def test_nothing_has_no_median():
+def test_no_values_have_no_median():
     assert np.isnan(median_us([np.zeros(0, np.int64)]))
     assert bounds(None) is None
     assert interval_text(None) == "-"
     assert interval_text([-1.25, 0.5]) == "-1.2 … +0.5"
 
 
-def test_the_machine_is_told():
+def test_the_machine_is_described():
     found = machine()
     assert found["cores"] >= 1
     assert found["kernel"] in machine_text(found)
@@ -51,11 +51,11 @@ def test_the_machine_is_told():
         (("compare", "--count", "0"), "expected at least 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused_at_once(argv, why, capsys):
+def test_invalid_options_are_refused_at_once(argv, why, capsys):
     assert main(argv) == 2
     assert why in capsys.readouterr().err
 
 
-def test_an_experiment_that_nobody_kept(tmp_path, capsys):
+def test_a_missing_experiment(tmp_path, capsys):
     assert main(["experiment", "--again", str(tmp_path)]) == 1
     assert "a directory that --keep has filled" in capsys.readouterr().err

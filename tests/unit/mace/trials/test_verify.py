@@ -21,13 +21,13 @@ OUT, IN = Direction.EGRESS, Direction.INGRESS
 
 
 def out_row(packet, inner, outer, length=124):
-    """One that left the inner device at `inner` and the outer one at `outer`, µs; each crossing takes 2 µs."""
+    """Return the row of a packet that left the inner device at `inner` and the outer one at `outer`, µs."""
     spans = [(at * 1000, at * 1000 + 2000) for at in (inner, outer)]
     return PathRow(packet, "c1", OUT, length, (outer - inner) * 1000, (inner * 1000, outer * 1000), *spans)
 
 
 def seen(*sights):
-    """(µs, number), sent."""
+    """Return sent packets, given as (µs, number)."""
     return [(at * 1000 + 700, True, number) for at, number in sights]
 
 
@@ -43,15 +43,29 @@ def test_right_rows():
     assert found.matched == {1: ("a", 0), 2: ("b", 0), 3: ("c", 0)}
 
 
-def test_two_packets_taken_for_one_another_are_two_wrong_rows():
+def test_two_swapped_packets_are_two_wrong_rows():
     crossed = [out_row(1, 100, 210), out_row(2, 200, 110), RIGHT[2]]
     found = score(crossed, {"c1": INNER}, OUTER)
     assert (found.right, found.wrong, found.packets) == (1, 2, 3)
     assert found.precision == pytest.approx(1 / 3)
 
 
+def test_a_segment_that_is_sent_again_is_not_the_segment_that_was_cut_out_before():
+    """The outer device sends `b` twice: cut out of the buffer that begins with `a`, and again as a packet of its own."""
+    inner = seen((100, "a"), (200, "b"))
+    outer = seen((110, "a"), (112, "b"), (210, "b"))
+    found = score(RIGHT[:2], {"c1": inner}, outer)
+    assert (found.packets, found.right, found.wrong) == (2, 2, 0)
+    assert found.errors_ns == [0, 0]
+
+
+def test_a_number_that_is_lost_behind_the_inner_device_is_no_packet():
+    found = score(RIGHT[:1], {"c1": seen((100, "a"), (200, "b"))}, seen((110, "a")))
+    assert (found.packets, found.right, found.wrong) == (1, 1, 0)
+
+
 def test_errors_of_a_request_and_its_echo_add_up():
-    """Seen 10.2 µs apart on the way out, told as 10; 5.3 µs apart on the way in, told as 5."""
+    """10.2 µs on egress, in the row 10; 5.3 µs on ingress, in the row 5."""
     inner = [(100_700, True, "a"), (205_300, False, "a")]
     outer = [(110_900, True, "a"), (200_000, False, "a")]
     back = PathRow(2, "c1", IN, 124, 5_000, (200_000, 205_000), (204_000, 206_000), (199_000, 201_000))
@@ -60,7 +74,7 @@ def test_errors_of_a_request_and_its_echo_add_up():
     assert score([RIGHT[0]], {"c1": inner}, outer).trip_errors_ns == []
 
 
-def test_a_row_at_a_time_when_nothing_was_seen_is_wrong():
+def test_a_row_without_a_packet_at_its_time_is_wrong():
     assert score([*RIGHT, out_row(4, 250, 260)], {"c1": INNER}, OUTER).wrong == 1
 
 
@@ -69,12 +83,12 @@ def test_a_second_row_of_one_packet_is_wrong():
     assert (found.right, found.wrong) == (3, 1)
 
 
-def test_a_missing_row_is_missed():
+def test_a_missing_row_is_counted():
     found = score(RIGHT[:2], {"c1": INNER}, OUTER)
     assert (found.precision, found.recall) == (1.0, pytest.approx(2 / 3))
 
 
-def test_what_is_too_short_for_a_number_is_somebody_elses():
+def test_packets_too_short_for_a_number_are_ignored():
     found = score([*RIGHT, out_row(4, 250, 260, length=52)], {"c1": INNER}, OUTER)
     assert (found.others, found.wrong) == (1, 0)
 
@@ -90,7 +104,7 @@ def test_another_containers_packet_does_not_count():
     assert (found.packets, found.right) == (3, 0)
 
 
-def test_each_row_gets_a_packet_of_its_own_where_there_is_one():
+def test_each_row_is_compared_with_its_own_packet():
     a, b, c = (("a", 0), ("b", 0), ("c", 0))
     assert assigned([{a}, {b, a}, {b, c}]) == [a, b, c]
     assert assigned([{a}, {a}]).count(None) == 1
@@ -120,7 +134,7 @@ def a_stream(round_trips, cut=64):
 
 @settings(max_examples=30)
 @given(st.integers(1, 60), st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]), st.integers(0, 99), st.integers(1, 200))
-def test_what_is_taken_away_is_told(round_trips, share, seed, cut):
+def test_removed_records_are_reported(round_trips, share, seed, cut):
     whole = a_stream(round_trips, cut)
     thin, gone = stream.thinned(whole, share, seed)
     batches = [item for item in thin.items if isinstance(item, Batch)]
@@ -136,7 +150,7 @@ def test_what_is_taken_away_is_told(round_trips, share, seed, cut):
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(st.integers(20, 60), st.sampled_from([0.05, 0.2]), st.integers(0, 99))
-def test_the_engine_matches_all_that_what_is_left_allows_and_nothing_else(round_trips, share, seed):
+def test_the_engine_matches_exactly_what_the_remaining_records_allow(round_trips, share, seed):
     whole = a_stream(round_trips)
     before = stream.worked(whole, EngineConfig())
     rows = truth.rows(before.delays, before.devices)

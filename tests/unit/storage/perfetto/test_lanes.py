@@ -25,7 +25,7 @@ def test_slices_on_a_lane_follow_one_another(calls):
 
 
 @given(slices)
-def test_a_slice_gets_the_first_lane_that_is_free(call):
+def test_a_slice_gets_the_first_free_lane(call):
     call = sorted(call, key=lambda one: one[1])
     group, begin, length = (np.array([one[i] for one in call], np.int64) for i in range(3))
     until, expected = {}, []

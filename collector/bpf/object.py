@@ -1,0 +1,143 @@
+"""The object file of the BPF programs: opens it, and loads some of its programs and maps into the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.bpf.libbpf import check, library, pointer
+from contracts.errors import SourceError, Unavailable
+
+OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
+"""The object file that `bpf/Makefile` builds; it is package data."""
+RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8 CAP_SYS_ADMIN)"
+_WHAT: Final = "bpf"
+_OTHER_VERSION: Final = "they belong to another version of MACE; rebuild them: `make -C bpf -B`"
+
+
+class BpfObject:
+    """An opened object file, whose programs and maps are addressed by name.
+
+    The constructor raises `Unavailable` if the file is missing or no BPF object. A name that the object lacks raises
+    `SourceError`, because the file then belongs to another version of MACE.
+    """
+
+    def __init__(self, path: Path = OBJECT) -> None:
+        self._library = library()
+        self._object = 0
+        try:
+            self._object = pointer(self._library.bpf_object__open_file(os.fsencode(path), None))
+        except OSError as error:
+            if not path.exists():
+                raise Unavailable(
+                    _WHAT,
+                    f"the programs are not built: {path} does not exist",
+                    "`./dev setup`, with clang and libbpf-dev",
+                ) from error
+            raise Unavailable(
+                _WHAT, f"{path} is no BPF object: {error.strerror}", "rebuild it: `make -C bpf -B`"
+            ) from error
+
+    def close(self) -> None:
+        """Unload the programs and free the maps; a second call has no effect."""
+        opened, self._object = self._object, 0
+        if opened:
+            self._library.bpf_object__close(opened)
+
+    def select(self, programs: Collection[str]) -> None:
+        """Let `load` load these programs and no other; raises `SourceError` for a missing one, and `OSError`."""
+        for name in programs:
+            self.program(name)
+        for program in self._all(self._library.bpf_object__next_program):
+            name = self._library.bpf_program__name(program).decode()
+            check(self._library.bpf_program__set_autoload(program, name in programs))
+
+    def select_maps(self, maps: Collection[str]) -> None:
+        """Let `load` create these maps and no other; raises `SourceError` for a missing one, and `OSError`."""
+        for name in maps:
+            self.map(name)
+        for one in self._all(self._library.bpf_object__next_map):
+            check(self._library.bpf_map__set_autocreate(one, self._library.bpf_map__name(one).decode() in maps))
+
+    def _all(self, following: Any) -> Iterator[int]:
+        one = following(self._object, None)
+        while one:
+            yield one
+            one = following(self._object, one)
+
+    def load(self) -> None:
+        """Load the selected programs, and create the selected maps; raises `Unavailable`."""
+        try:
+            check(self._library.bpf_object__load(self._object))
+        except OSError as error:
+            raise _refused(error) from error
+
+    def program(self, name: str) -> int:
+        """Return libbpf's pointer to a program."""
+        try:
+            return pointer(self._library.bpf_object__find_program_by_name(self._object, name.encode()))
+        except OSError as error:
+            raise SourceError(f"bpf: the object file has no program {name}: {_OTHER_VERSION}") from error
+
+    def program_fd(self, name: str) -> int:
+        """Return the file descriptor of a loaded program; raises `OSError`."""
+        return check(self._library.bpf_program__fd(self.program(name)))
+
+    def map(self, name: str) -> int:
+        """Return libbpf's pointer to a map."""
+        found = self._library.bpf_object__find_map_by_name(self._object, name.encode())
+        if not found:
+            raise SourceError(f"bpf: the programs have no map {name}: {_OTHER_VERSION}")
+        return int(found)
+
+    def map_fd(self, name: str) -> int:
+        """Return the file descriptor of a created map; raises `OSError`."""
+        return check(self._library.bpf_map__fd(self.map(name)))
+
+    def memory_of(self, section: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return the start of a section's global data as `dtype`, a writable view of libbpf's copy.
+
+        Loading copies this memory into the map, so the programs see what was written here before.
+        """
+        size = ctypes.c_size_t()
+        at = pointer(self._library.bpf_map__initial_value(self.map(section), ctypes.byref(size)))
+        if size.value < dtype.itemsize:
+            raise SourceError(
+                f"bpf: the programs' section {section} has {size.value} bytes, expected at least {dtype.itemsize}:"
+                f" {_OTHER_VERSION}"
+            )
+        memory = memoryview((ctypes.c_uint8 * dtype.itemsize).from_address(at)).cast("B")
+        found: npt.NDArray[Any] = np.frombuffer(memory, dtype).reshape(())
+        return found
+
+
+def _refused(error: OSError) -> Unavailable:
+    match error.errno:
+        case errno.EPERM:
+            lockdown = _lockdown()
+            if lockdown:
+                return Unavailable(
+                    _WHAT, f"the kernel is locked down ({lockdown})", "boot it without lockdown=confidentiality"
+                )
+            return Unavailable(_WHAT, "the kernel does not allow this user to load BPF programs (EPERM)", RIGHTS)
+        case errno.ENOMEM:
+            return Unavailable(_WHAT, "no memory to load the programs", "a higher memory limit of the cgroup")
+    return Unavailable(
+        _WHAT, f"the kernel refuses the programs: {error.strerror}", "Linux 5.10 or later with CONFIG_DEBUG_INFO_BTF"
+    )
+
+
+def _lockdown() -> str:
+    """Return the kernel's lockdown level if that forbids programs to read kernel memory, else ""."""
+    try:
+        told = Path("/sys/kernel/security/lockdown").read_text(encoding="ascii")
+    except OSError:
+        return ""
+    return "confidentiality" if "[confidentiality]" in told else ""

@@ -1,0 +1,59 @@
+"""Whether containers can get names here: from the control groups of processes, and from a runtime's API.
+
+Both are optional. A namespace without a name is shown by its number (`net:[4026532000]`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from collector.machine.containers import ApiError, ContainerApi
+from collector.machine.processes import in_initial_pid_namespace
+from contracts.interfaces import Status
+
+
+def check_processes(proc: Path = Path("/proc")) -> Status:
+    """Return whether the processes of containers can be seen, whose control groups have the containers' ids."""
+    if not in_initial_pid_namespace(proc):
+        return Status(
+            False,
+            "MACE sees only the processes of its own process id namespace, so other containers have numbers for names",
+            "`pid: host` in Compose, `hostPID: true` in Kubernetes",
+        )
+    try:
+        (proc / "1/cgroup").read_bytes()
+        (proc / "1/net/stat").stat()
+    except OSError as error:
+        return Status(
+            False,
+            f"other users' processes are hidden ({error.strerror}: {error.filename}), so containers have numbers for"
+            " names",
+            "mount /proc without hidepid=, or add MACE's user to the group of its option gid=",
+        )
+    return Status(True, "short ids, from the control groups of the containers' processes")
+
+
+def check_runtimes(sockets: Sequence[str]) -> Status:
+    """Return whether a container runtime's API at one of `sockets` gives containers their own names."""
+    paths = dict.fromkeys(os.path.realpath(path) for path in sockets)
+    there = [path for path in paths if os.path.exists(path)]  # noqa: PTH110 - Path.exists raises without rights
+    if not there:
+        return Status(
+            False,
+            f"none of {', '.join(sockets)} exists, so containers are called by their ids",
+            "if a runtime's socket is elsewhere, name it in [capture] container_sockets",
+        )
+    closed = [path for path in there if not os.access(path, os.R_OK | os.W_OK)]
+    if closed == there:
+        return Status(
+            False,
+            f"{', '.join(closed)} cannot be opened by this user, so containers are called by their ids",
+            "add the user to the socket's group, which has the rights of root (docs/deploy.md)",
+        )
+    try:
+        counts = {path: len(ContainerApi(path).running()) for path in there if path not in closed}
+    except ApiError as error:
+        return Status(False, str(error), "is the runtime running?")
+    return Status(True, ", ".join(f"{count} containers at {path}" for path, count in counts.items()))
