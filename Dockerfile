@@ -32,13 +32,13 @@ RUN set -eu; \
     cd /opt/mace/app; \
     mkdir /opt/mace/native; \
     has_library() { ldconfig -p | grep -q 'libbpf\.so\.1 '; }; \
-    if ! { [ -e collector/bpf/mace.bpf.o ] && has_library; } && command -v apt-get >/dev/null; then \
+    if ! { [ -e collector/bpf/mace_old.bpf.o ] && has_library; } && command -v apt-get >/dev/null; then \
         packages=libbpf1; \
-        [ -e collector/bpf/mace.bpf.o ] || packages="clang libbpf-dev linux-libc-dev make"; \
+        [ -e collector/bpf/mace_old.bpf.o ] || packages="clang libbpf-dev linux-libc-dev make"; \
         { apt-get -qq -o Acquire::http::Timeout=10 update \
             && apt-get -qq install --yes --no-install-recommends $packages; } >/dev/null 2>&1 || true; \
     fi; \
-    [ -e collector/bpf/mace.bpf.o ] || make -C bpf || echo "no BPF programs: this image lacks the source bpf"; \
+    [ -e collector/bpf/mace_old.bpf.o ] || make -C bpf || echo "no BPF programs: this image lacks the source bpf"; \
     for name in libbpf.so.1 libelf.so.1; do \
         found=$(ldconfig -p | sed -n "s|^[[:space:]]*$name (.* => ||p" | head -n 1); \
         [ -z "$found" ] || cp -L "$found" "/opt/mace/native/$name"; \

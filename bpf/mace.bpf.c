@@ -12,8 +12,8 @@
  *
  * A packet's device gives its namespace. At the hooks where a packet is delivered or freed,
  * skb->dev may dangle, so the programs take the namespace of the packet's socket, if it has one. At
- * these hooks a session that is limited to namespaces gets only packets with a socket in one of
- * them, and a session that is limited to devices gets none.
+ * these hooks a session that is limited to namespaces and devices gets only packets with a socket
+ * in one of the namespaces.
  */
 #include <linux/bpf.h>
 #include <linux/types.h>
@@ -30,6 +30,15 @@
 
 /* 2^64 over the golden ratio: the upper bits of a product depend on all bits of the factor. */
 #define MACE_FACTOR 0x9e3779b97f4a7c15ULL
+
+/*
+ * 1 for kernels before v6.2, which lack bpf_rdonly_cast(). Before v5.16 the verifier rejects even a
+ * call of a missing function that is never reached: commit a5d827275241 ("bpf: Be conservative while
+ * processing invalid kfunc calls").
+ */
+#ifndef MACE_OLD
+#define MACE_OLD 0
+#endif
 
 #define MACE_SEEN_BITS 5
 #define MACE_IDENTIFIED_BITS 6
@@ -106,7 +115,7 @@ static __always_inline int mace_network_offset(const struct sk_buff *skb)
 
 static __always_inline bool mace_is_direct(void)
 {
-	return mace_config.direct;
+	return !MACE_OLD;
 }
 
 static __always_inline const void *mace_in_place(u64 at, u32 len)
@@ -116,7 +125,7 @@ static __always_inline const void *mace_in_place(u64 at, u32 len)
 
 static __always_inline bool mace_is_paged_readable(void)
 {
-	return mace_config.paged;
+	return !MACE_OLD && mace_config.paged;
 }
 
 static __noinline long mace_copy_paged(const struct sk_buff *skb, int offset, void *to)
@@ -153,15 +162,13 @@ static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mac
 	/* A clone has the same data. */
 	struct mace_seen *seen = &cpu->seen[head * MACE_FACTOR >> (64 - MACE_SEEN_BITS)];
 
-	int used;
-
 	if (unlikely(!mace_recall(buffer, seen, fields))) {
+		/* So that the verifier follows the reading once, not once for each kind of buffer. */
 		MACE_FORGET(&mace_state, buffer->len);
 		MACE_FORGET(&mace_state, buffer->in_place);
 		MACE_FORGET(&mace_state, buffer->offset);
 		MACE_FORGET(&mace_state, buffer->protocol);
-		used = mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
-		asm volatile("" : : "r"(used));
+		mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
 	}
 }
 
@@ -203,25 +210,18 @@ static __always_inline u64 mace_name_of(const struct net *net)
 
 static __always_inline bool mace_is_place_wanted(u64 netns, u32 ifindex)
 {
-	bool found;
+	u64 device = (u64)ifindex << 32 | (u32)netns;
 	u32 i;
 
-	if (mace_config.netns_count) {
-		found = false;
-		for (i = 0; i < MACE_MAX_NETNS && i < mace_config.netns_count; i++)
-			found |= mace_config.netns[i] == netns;
-		if (!found)
-			return false;
-	}
-	if (mace_config.place_count) {
-		found = false;
-		for (i = 0; i < MACE_MAX_DEVICES && i < mace_config.place_count; i++)
-			found |= mace_config.place_netns[i] == netns &&
-				 mace_config.place_ifindex[i] == ifindex;
-		if (!found)
-			return false;
-	}
-	return true;
+	if (!mace_config.place_filtered)
+		return true;
+	for (i = 0; i < MACE_MAX_NETNS && i < mace_state.netns_count; i++)
+		if (mace_state.netns[i] == netns)
+			return true;
+	for (i = 0; i < MACE_MAX_DEVICES && i < mace_state.device_count; i++)
+		if (mace_state.device[i] == device)
+			return true;
+	return false;
 }
 
 /*
@@ -398,7 +398,7 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 	if (dev) {
 		netns = mace_name_of(dev->nd_net.net);
 		record.ifindex = dev->ifindex;
-	} else if (mace_config.netns_count) {
+	} else if (mace_config.place_filtered) {
 		sk = skb->sk;
 		if (sk)
 			netns = mace_name_of(sk->__sk_common.skc_net.net);

@@ -22,34 +22,27 @@
  * filter costs nothing.
  *
  * @skb_key: random key of the hash that turns a buffer's address into skb_id
- * @netns: namespaces to record, by cookie or inode (see @cookies)
- * @place_netns: namespace of each device to record, by cookie or inode
  * @l4_protos: bit p of the 256 selects IP protocol number p (bit 0 also packets that are not IP)
- * @place_ifindex: ifindex of each device to record
- * @netns_count: number of namespaces in @netns; 0 records all namespaces
- * @place_count: number of devices in @place_netns and @place_ifindex; 0 records all devices
  * @sample_mask: bits of packet_key that are 0 in the packets to record; 0 records all packets
  * @wake_every: number of records of a CPU after which it wakes the reader
  * @l4_filtered: 1 applies @l4_protos, 0 records all protocols
+ * @place_filtered: 1 applies the places of struct mace_state, 0 records packets everywhere
  * @cookies: 1 identifies namespaces by cookie, 0 by inode
- * @direct: 1 if this kernel lets programs load from any address (bpf_rdonly_cast())
  * @paged: 1 if this kernel lets programs read a buffer's pages (bpf_dynptr_from_skb())
  */
 struct mace_config {
 	__u64 skb_key[2];
-	__u64 netns[MACE_MAX_NETNS];
-	__u64 place_netns[MACE_MAX_DEVICES];
 	__u64 l4_protos[4];
-	__u32 place_ifindex[MACE_MAX_DEVICES];
-	__u32 netns_count;
-	__u32 place_count;
 	__u32 sample_mask;
 	__u32 wake_every;
 	__u32 l4_filtered;
+	__u32 place_filtered;
 	__u32 cookies;
-	__u32 direct;
 	__u32 paged;
 };
+
+/* A place of struct mace_state that no packet is at; no namespace and no device has this number. */
+#define MACE_NO_PLACE 0xffffffffffffffffULL
 
 /**
  * struct mace_state - variables that the loader writes while the programs are loaded
@@ -58,11 +51,23 @@ struct mace_config {
  *	clears it before it detaches them
  * @pad: 0
  * @nothing: always 0, but unknown to the verifier: see MACE_FORGET()
+ * @netns: namespaces to record, by cookie or inode (see mace_config.cookies)
+ * @device: devices to record: ifindex in the upper half, in the lower half that of the namespace's
+ *	cookie or inode
+ * @netns_count: number of elements of @netns in use; the loader writes an element first
+ * @device_count: the same for @device
+ *
+ * A packet is recorded if its namespace or its device is among them. Each element is written at
+ * once and may be MACE_NO_PLACE, so a change affects no packet at the places that stay.
  */
 struct mace_state {
 	__u32 recording;
 	__u32 pad;
 	__u64 nothing;
+	__u64 netns[MACE_MAX_NETNS];
+	__u64 device[MACE_MAX_DEVICES];
+	__u32 netns_count;
+	__u32 device_count;
 };
 
 /**

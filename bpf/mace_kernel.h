@@ -115,7 +115,7 @@ struct skb_shared_info {
 	atomic_t dataref;
 } MACE_CORE;
 
-/* Only its identity is used: a struct of at least MACE_SEEN_BYTES_MAX bytes, all in words of eight. */
+/* Only the type is used: a kernel's struct whose first 24 bytes are words of eight. */
 struct pt_regs {
 	unsigned long r15;
 };
@@ -125,8 +125,8 @@ extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id)
 	__attribute__((section(".ksyms"), weak));
 
 /*
- * Since v6.11 for these programs: commit ("bpf: Allow bpf_dynptr_from_skb() for tp_btf"). The
- * kernel's prototype has struct __sk_buff; libbpf compares only the kinds of types.
+ * Since v6.12 for these programs: commit ffc83860d8c0 ("bpf: Allow bpf_dynptr_from_skb() for
+ * tp_btf"). The kernel's prototype has struct __sk_buff; libbpf compares only the kinds of types.
  */
 extern int bpf_dynptr_from_skb(const struct sk_buff *skb, __u64 flags, struct bpf_dynptr *bytes)
 	__attribute__((section(".ksyms"), weak));

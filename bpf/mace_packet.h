@@ -7,7 +7,7 @@
  * A packet passes many hooks, and its bytes are parsed and hashed at the first. What was read is
  * remembered (struct mace_seen), together with the bytes that decided it. If at a later hook all of
  * those bytes are equal, so is what they mean, and it is copied. The comparison leaves out the bytes
- * of the IP header that neither record nor key contains: TTL, checksum, addresses.
+ * of the IP header that neither record nor key contains: type of service, TTL, checksum, addresses.
  *
  * From Linux 6.2 on the programs load bytes in place (mace_is_direct()); a load from an address
  * that does not exist yields 0. Older kernels have to copy bytes to the stack first, which costs
@@ -862,6 +862,8 @@ static __always_inline int mace_read_buffer(const struct mace_buffer *buffer, u6
  * while it is the only one that does (@writers), and @version changes with every writing, so that a
  * reader notices it.
  *
+ * The members up to @paged_at are all that a datagram or an echo needs: two cache lines.
+ *
  * @version: time of the last writing, 0 before the first and while one is under way
  * @shape: bytes of the packet (upper half), and how many of them are in the linear part
  * @kind: EtherType (upper half) and number of bytes that decided @fields
@@ -869,9 +871,9 @@ static __always_inline int mace_read_buffer(const struct mace_buffer *buffer, u6
  * @first: the first 16 bytes
  * @upper: 8 bytes behind the IP header without options
  * @tail: the last bytes of those that decided @fields
+ * @paged_at: offset of @paged, or 0
  * @pieces: the bytes from @upper to @tail, as far as these two do not meet
- * @paged_at: offset of bytes in pages that decided @fields too, or 0
- * @paged: these bytes
+ * @paged: bytes in pages that decided @fields too
  * @writers: programs that are about to write
  */
 struct mace_seen {
@@ -882,8 +884,8 @@ struct mace_seen {
 	u64 first[2];
 	u64 upper;
 	u64 tail[MACE_TAIL_BYTES / 8];
-	u64 pieces[MACE_PIECES][MACE_PIECE_BYTES / 8];
 	u64 paged_at;
+	u64 pieces[MACE_PIECES][MACE_PIECE_BYTES / 8];
 	u64 paged[MACE_PAYLOAD_BYTES / 8];
 	u64 writers;
 };
@@ -1008,23 +1010,20 @@ static __always_inline void mace_write_seen(const struct mace_buffer *buffer,
  *
  * @fields: receives what the packet says
  * @now: not 0, and different at each call of a CPU
- *
- * Return: any number. Callers have to use it: the verifier rejects a function that returns nothing if
- * the register of return values happens to hold a pointer to the stack.
  */
-static __noinline int mace_read_anew(const struct mace_buffer *buffer, struct mace_seen *seen,
-				     struct mace_fields *fields, u64 nothing, u64 now)
+static __always_inline void mace_read_anew(const struct mace_buffer *buffer, struct mace_seen *seen,
+					   struct mace_fields *fields, u64 nothing, u64 now)
 {
 	int paged, used = mace_read_buffer(buffer, nothing, fields, &paged);
 	int least = mace_ip_bytes(buffer) + MACE_TAIL_BYTES;
 
 	if (used < 0 || used > mace_ip_bytes(buffer) + MACE_SEEN_BYTES_MAX)
-		return used;
+		return;
 	/* Bytes that decided nothing do no harm. */
 	if (used < least)
 		used = least;
 	if (used > buffer->in_place - buffer->offset)
-		return used;
+		return;
 	__sync_fetch_and_add(&seen->writers, 1);
 	if (likely(*(volatile u64 *)&seen->writers == 1)) {
 		*(volatile u64 *)&seen->version = 0;
@@ -1034,7 +1033,6 @@ static __noinline int mace_read_anew(const struct mace_buffer *buffer, struct ma
 		*(volatile u64 *)&seen->version = now;
 	}
 	__sync_fetch_and_add(&seen->writers, -1);
-	return used;
 }
 
 #endif

@@ -10,6 +10,7 @@ from collector.bpf import source as bpf_source
 from collector.bpf.devices import BpfDeviceFollower
 from collector.ftrace import source as ftrace_source
 from collector.kmod import source as kmod_source
+from collector.live.filter import Choice, in_kernel
 from collector.live.ring_source import FollowsDevices
 from collector.machine.devices import DeviceFollower
 from contracts.config import CaptureConfig
@@ -25,15 +26,20 @@ class LiveSource:
     make: Callable[[CaptureConfig, FollowsDevices, str], Source]
     """Makes the source from the configuration, a follower of devices, and the host's name (empty: the machine's own).
 
-    Raises `Unavailable` if the source cannot do what the configuration demands.
+    Raises as `choice`.
+    """
+    choice: Callable[[CaptureConfig], Choice]
+    """Returns which packets the source chooses where, by the configuration.
+
+    Raises `Unavailable` if the source cannot choose them, `ConfigError` for an unknown protocol.
     """
     follow: Callable[..., FollowsDevices] = DeviceFollower
     """Makes the follower of devices that needs no more rights than the source; arguments as of `DeviceFollower`."""
 
 
 SOURCES: Final[dict[str, LiveSource]] = {
-    "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured),
-    "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured),
-    "bpf": LiveSource(bpf_source.BpfSource.check, bpf_source.configured, BpfDeviceFollower),
+    "kmod": LiveSource(kmod_source.KmodSource.check, kmod_source.configured, in_kernel),
+    "ftrace": LiveSource(ftrace_source.FtraceSource.check, ftrace_source.configured, ftrace_source.choice),
+    "bpf": LiveSource(bpf_source.BpfSource.check, bpf_source.configured, in_kernel, BpfDeviceFollower),
 }
 """Live sources by name, in the order of `contracts.sources.LIVE`."""

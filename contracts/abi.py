@@ -179,6 +179,19 @@ SETUP: Final[np.dtype[Any]] = np.dtype(
 )
 """struct mace_setup: the session's rings."""
 
+PLACE_NAME: Final[np.dtype[Any]] = np.dtype([("netns", "<u4"), ("ifindex", "<u4")])
+"""struct mace_place_name: a device, as records name it."""
+
+PLACES: Final[np.dtype[Any]] = np.dtype(
+    [
+        ("netns_count", "<u4"),
+        ("device_count", "<u4"),
+        ("netns", "<u4", (MAX_NETNS,)),
+        ("device", PLACE_NAME, (MAX_DEVICES,)),
+    ]
+)
+"""struct mace_places: namespaces and devices at which a session records."""
+
 TAKE: Final[np.dtype[Any]] = np.dtype(
     [
         ("cpu", "<u4"),
@@ -215,6 +228,8 @@ STRUCTS: Final[dict[str, np.dtype[Any]]] = {
     "mace_device": DEVICE,
     "mace_filter": FILTER,
     "mace_setup": SETUP,
+    "mace_place_name": PLACE_NAME,
+    "mace_places": PLACES,
     "mace_take": TAKE,
     "mace_stats": STATS,
     "mace_cost": COST,
@@ -243,6 +258,7 @@ class Ioctl(IntEnum):
     TAKE = _ioc(_READ | _WRITE, 4, TAKE.itemsize)
     STATS = _ioc(_READ | _WRITE, 5, STATS.itemsize)
     COST = _ioc(_READ, 6, COST.itemsize)
+    PLACES = _ioc(_WRITE, 7, PLACES.itemsize)
 
 
 assert sys.byteorder == "little", "the module's memory is viewed as it is: MACE runs on little-endian machines"

@@ -70,11 +70,18 @@ class CaptureConfig:
         low=0,
         high=31,
     )
+    containers: tuple[str, ...] = _key(
+        (),
+        "Record only packets at the devices of these containers (names or ids) and at the host's ends of their veth"
+        " pairs; they may start later. `ftrace` records everything and leaves out other containers' delays.",
+    )
     netns: tuple[str, ...] = _key(
         (), "Record only packets in these namespaces (names in /run/netns or paths, at most 16); not `ftrace`."
     )
     devices: tuple[str, ...] = _key(
-        (), "Record only packets at these devices of MACE's own namespace (at most 16); not `ftrace`."
+        (),
+        "Record only packets at these devices of the host's namespace (at most 16). With `containers` or `netns`: at"
+        " these devices too.",
     )
     protocols: tuple[str, ...] = _key(
         (), "Record only these IP protocols, by name or number (`udp`, `17`); not `ftrace`."

@@ -130,6 +130,15 @@ static int mace_ioctl_setup(struct mace_session *session, void __user *argument)
 	return error;
 }
 
+static int mace_ioctl_places(struct mace_session *session, const void __user *argument)
+{
+	struct mace_places places;
+
+	if (copy_from_user(&places, argument, sizeof(places)))
+		return -EFAULT;
+	return mace_session_list(session, &places);
+}
+
 /* One who is not the host's root may have a CPU called so often and no more: it may be isolated. */
 static int mace_wait_for_turn(const struct mace_session *session, const struct mace_ring *ring)
 {
@@ -215,6 +224,9 @@ static long mace_ioctl(struct file *file, unsigned int command, unsigned long va
 		break;
 	case MACE_IOC_SETUP:
 		result = mace_ioctl_setup(session, argument);
+		break;
+	case MACE_IOC_PLACES:
+		result = mace_ioctl_places(session, argument);
 		break;
 	case MACE_IOC_START:
 		result = mace_session_start(session);

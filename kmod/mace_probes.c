@@ -314,8 +314,31 @@ static DEFINE_PER_CPU(struct mace_cost_cpu, mace_costs);
 unsigned int mace_cost_every = 64;
 static u64 mace_cost_mask __read_mostly;
 
-static noinline bool mace_is_among(const struct mace_session *session, struct mace_place at)
+/* Whether the place is one of those that MACE_IOC_PLACES has listed. */
+static bool mace_is_listed(const struct mace_session *session, const struct mace_where *where)
 {
+	const struct mace_listed *listed = rcu_dereference_raw(session->listed);
+	u32 netns = where->names >> session->name_shift;
+	u32 i;
+
+	if (!listed)
+		return true;
+	if (!where->at.serial)
+		return false;
+	for (i = 0; i < listed->places.netns_count; i++)
+		if (listed->places.netns[i] == netns)
+			return true;
+	for (i = 0; i < listed->places.device_count; i++)
+		if (listed->places.device[i].netns == netns &&
+		    listed->places.device[i].ifindex == where->at.ifindex)
+			return true;
+	return false;
+}
+
+static noinline bool mace_is_among(const struct mace_session *session,
+				   const struct mace_where *where)
+{
+	struct mace_place at = where->at;
 	u32 i;
 
 	if (session->serial_count) {
@@ -333,12 +356,13 @@ static noinline bool mace_is_among(const struct mace_session *session, struct ma
 		if (i == session->place_count)
 			return false;
 	}
-	return true;
+	return mace_is_listed(session, where);
 }
 
-static __always_inline bool mace_is_at(const struct mace_session *session, struct mace_place at)
+static __always_inline bool mace_is_at(const struct mace_session *session,
+				       const struct mace_where *where)
 {
-	return !(session->filters & MACE_FILTER_PLACE) || mace_is_among(session, at);
+	return !(READ_ONCE(session->filters) & MACE_FILTER_PLACE) || mace_is_among(session, where);
 }
 
 static noinline bool mace_is_content_wanted(const struct mace_session *session,
@@ -434,13 +458,13 @@ static __always_inline struct mace_record *mace_describe_elsewhere(enum mace_hoo
 
 /* The first session from @node on that watches this hook, and this place if that is known. */
 static __always_inline struct mace_session *
-mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mace_place *at)
+mace_next_session(struct hlist_node *node, enum mace_hook hook, const struct mace_where *where)
 {
 	struct mace_session *session;
 
 	for (; node; node = rcu_dereference_raw(hlist_next_rcu(node))) {
 		session = hlist_entry(node, struct mace_session, node);
-		if ((session->watched & BIT(hook)) && (!at || mace_is_at(session, *at)))
+		if ((session->watched & BIT(hook)) && (!where || mace_is_at(session, where)))
 			return session;
 	}
 	return NULL;
@@ -458,7 +482,7 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 					 const struct net_device *dev, int l3_offset, u32 detail)
 {
 	struct mace_where where = {};
-	const struct mace_place *place = dev ? &where.at : NULL;
+	const struct mace_where *place = dev ? &where : NULL;
 	struct mace_record *record = NULL;
 	struct mace_session *session;
 	struct hlist_node *node;
@@ -482,7 +506,7 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 						       now_ns) :
 			       mace_describe_elsewhere(hook, skb, detail, now_ns, &where);
 		do {
-			if ((dev || mace_is_at(session, where.at)) &&
+			if ((dev || mace_is_at(session, &where)) &&
 			    mace_is_wanted(session, record)) {
 				followed = true;
 				record->netns = where.names >> session->name_shift;

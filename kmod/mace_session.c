@@ -364,6 +364,7 @@ void mace_session_close(struct mace_session *session)
 
 	mace_session_unmake_rings(session);
 	mem_cgroup_put(session->memcg);
+	kfree(rcu_dereference_protected(session->listed, true));
 	kfree(session->rings);
 	mutex_destroy(&session->lock);
 	kfree(session);
@@ -515,6 +516,41 @@ void mace_session_commit(struct mace_session *session, bool told)
 	}
 	/* Pairs with mace_session_ready(). */
 	smp_store_release(&session->ready, true);
+}
+
+/**
+ * mace_session_list() - record at these places only, from now on
+ * @session: @session->lock is held
+ * @places: the caller's
+ *
+ * A session that may see its own namespace only still does: its filter of SETUP holds too.
+ *
+ * Context: may sleep. Return: 0, -EINVAL (before SETUP, or no places), -ENOMEM.
+ */
+int mace_session_list(struct mace_session *session, const struct mace_places *places)
+{
+	struct mace_listed *listed, *before;
+	u32 i;
+
+	if (!session->ready || places->netns_count > MACE_MAX_NETNS ||
+	    places->device_count > MACE_MAX_DEVICES)
+		return -EINVAL;
+	for (i = 0; i < places->netns_count; i++)
+		if (!places->netns[i])
+			return -EINVAL;
+	for (i = 0; i < places->device_count; i++)
+		if (!places->device[i].netns || !places->device[i].ifindex)
+			return -EINVAL;
+	listed = kzalloc(sizeof(*listed), GFP_KERNEL_ACCOUNT);
+	if (!listed)
+		return -ENOMEM;
+	listed->places = *places;
+	before = rcu_dereference_protected(session->listed, lockdep_is_held(&session->lock));
+	rcu_assign_pointer(session->listed, listed);
+	WRITE_ONCE(session->filters, session->filters | MACE_FILTER_PLACE);
+	if (before)
+		kfree_rcu(before, rcu);
+	return 0;
 }
 
 /* --- running ---------------------------------------------------------------------- */

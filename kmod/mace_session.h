@@ -7,6 +7,7 @@
 #include <linux/list.h>
 #include <linux/memcontrol.h>
 #include <linux/mutex.h>
+#include <linux/rcupdate.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 #include <net/net_namespace.h>
@@ -40,6 +41,17 @@ struct mace_place {
 	u32 ifindex;
 };
 
+/**
+ * struct mace_listed - the places of a MACE_IOC_PLACES, until the next one
+ *
+ * @places: the call's
+ * @rcu: frees it when no probe reads it any more
+ */
+struct mace_listed {
+	struct mace_places places;
+	struct rcu_head rcu;
+};
+
 /* Bits of mace_session.filters. */
 #define MACE_FILTER_PLACE 0x1 /* namespaces or devices */
 #define MACE_FILTER_CONTENT 0x2 /* protocols or a sample */
@@ -48,7 +60,7 @@ struct mace_place {
  * struct mace_session - one reader
  *
  * What probes read (@hooks to @rings) does not change while the session is in the list of running
- * ones.
+ * ones, but for @listed and the bit of @filters that it sets.
  *
  * @node: in the list of running sessions; RCU
  * @link: in the list of open sessions
@@ -68,6 +80,7 @@ struct mace_place {
  * @serials: namespaces to be seen
  * @place_count: devices in @places; 0: all
  * @places: devices to be seen
+ * @listed: places of which one must hold too; NULL: all. Replaced under @lock, read under RCU
  * @l4_filtered: whether @l4_protos counts
  * @l4_protos: bit map of IP protocols
  * @subbuf_bytes: size of a sub-buffer
@@ -104,6 +117,7 @@ struct mace_session {
 	u32 serials[MACE_MAX_NETNS];
 	u32 place_count;
 	struct mace_place places[MACE_MAX_DEVICES];
+	struct mace_listed __rcu *listed;
 	bool l4_filtered;
 	u64 l4_protos[4];
 	u32 subbuf_bytes;
@@ -158,6 +172,7 @@ struct mace_session *mace_session_open(void);
 void mace_session_close(struct mace_session *session);
 int mace_session_setup(struct mace_session *session, struct mace_setup *setup);
 void mace_session_commit(struct mace_session *session, bool told);
+int mace_session_list(struct mace_session *session, const struct mace_places *places);
 int mace_session_start(struct mace_session *session);
 void mace_session_stop(struct mace_session *session);
 int mace_session_stats(struct mace_session *session, struct mace_stats *stats);

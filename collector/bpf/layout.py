@@ -16,23 +16,28 @@ from contracts.abi import HOOK_SLOTS, MAX_DEVICES, MAX_NETNS
 CONFIG: Final[np.dtype[Any]] = np.dtype(
     [
         ("skb_key", "<u8", (2,)),
-        ("netns", "<u8", (MAX_NETNS,)),
-        ("place_netns", "<u8", (MAX_DEVICES,)),
         ("l4_protos", "<u8", (4,)),
-        ("place_ifindex", "<u4", (MAX_DEVICES,)),
-        ("netns_count", "<u4"),
-        ("place_count", "<u4"),
         ("sample_mask", "<u4"),
         ("wake_every", "<u4"),
         ("l4_filtered", "<u4"),
+        ("place_filtered", "<u4"),
         ("cookies", "<u4"),
-        ("direct", "<u4"),
         ("paged", "<u4"),
     ]
 )
 """struct mace_config: a session's filter and settings."""
 
-STATE: Final[np.dtype[Any]] = np.dtype([("recording", "<u4"), ("pad", "<u4"), ("nothing", "<u8")])
+STATE: Final[np.dtype[Any]] = np.dtype(
+    [
+        ("recording", "<u4"),
+        ("pad", "<u4"),
+        ("nothing", "<u8"),
+        ("netns", "<u8", (MAX_NETNS,)),
+        ("device", "<u8", (MAX_DEVICES,)),
+        ("netns_count", "<u4"),
+        ("device_count", "<u4"),
+    ]
+)
 """struct mace_state: the variables that the loader writes while the programs are loaded."""
 
 COUNTS: Final[np.dtype[Any]] = np.dtype(
@@ -84,6 +89,9 @@ STRUCTS: Final[dict[str, np.dtype[Any]]] = {
     "mace_netdev": NETDEV,
 }
 """Dtype of each struct, by the struct's name in the header."""
+
+NO_PLACE: Final = (1 << 64) - 1
+"""MACE_NO_PLACE: an element of `netns` or `device` that is not in use."""
 
 LOST_BITS: Final = 24
 """Bits of the CPU's count of lost records that the pad of a record holds, the lowest ones."""

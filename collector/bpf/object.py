@@ -12,18 +12,31 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.bpf.libbpf import check, library, pointer
+from collector.bpf.libbpf import Btf, check, library, pointer
 from contracts.errors import SourceError, Unavailable
 
 OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
 """The object file that `bpf/Makefile` builds; it is package data."""
+OLD_OBJECT: Final = OBJECT.with_name("mace_old.bpf.o")
+"""The object file for kernels before Linux 6.2, built and shipped beside `OBJECT`."""
 RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8 CAP_SYS_ADMIN)"
 _WHAT: Final = "bpf"
 _OTHER_VERSION: Final = "they belong to another version of MACE; rebuild them: `make -C bpf -B`"
 
 
+def has_functions(*names: str) -> bool:
+    """Return whether the running kernel has these functions for programs; raises `OSError` without its BTF."""
+    btf = Btf()
+    try:
+        return all(btf.has_function(name) for name in names)
+    finally:
+        btf.close()
+
+
 class BpfObject:
     """An opened object file, whose programs and maps are addressed by name.
+
+    On a kernel before Linux 6.2 it is the file `OLD_OBJECT` in the folder of `path`, else the file at `path`.
 
     The constructor raises `Unavailable` if the file is missing or no BPF object. A name that the object lacks raises
     `SourceError`, because the file then belongs to another version of MACE.
@@ -32,6 +45,8 @@ class BpfObject:
     def __init__(self, path: Path = OBJECT) -> None:
         self._library = library()
         self._object = 0
+        if not has_functions("bpf_rdonly_cast"):
+            path = path.with_name(OLD_OBJECT.name)
         try:
             self._object = pointer(self._library.bpf_object__open_file(os.fsencode(path), None))
         except OSError as error:

@@ -11,8 +11,7 @@ import errno
 import mmap
 import os
 import secrets
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -21,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.bpf import libbpf
-from collector.bpf.layout import CONFIG, COUNTS, STATE
+from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
-from collector.bpf.object import OBJECT, RIGHTS, BpfObject
+from collector.bpf.object import OBJECT, RIGHTS, BpfObject, has_functions
 from collector.live.filter import SessionFilter
+from collector.live.places import NETNS_MASK, Places
 from collector.machine.kernel import highest_possible_cpu, kernel_version
-from collector.machine.netns import cookie_here, inside, open_nsfs
 from contracts.errors import Unavailable
 from contracts.hooks import TRACEPOINTS, Hook
 
@@ -88,18 +87,10 @@ def _btf() -> Iterator[libbpf.Btf]:
         btf.close()
 
 
-def _set_abilities(config: npt.NDArray[Any]) -> None:
-    """Set `direct` and `paged`: whether this kernel has the functions by which programs read a packet in place.
-
-    Raises `OSError` if the kernel's BTF cannot be read.
-    """
-    btf = libbpf.Btf()
-    try:
-        config["direct"] = btf.has_function("bpf_rdonly_cast")
-        # The function exists since Linux 6.4, at first for other kinds of programs.
-        config["paged"] = btf.has_function("bpf_dynptr_from_skb") and kernel_version() >= (6, 11)
-    finally:
-        btf.close()
+def reads_pages() -> bool:
+    """Return whether this kernel lets the programs read payload in a buffer's pages; raises `OSError`."""
+    # The second function exists since Linux 6.4, at first for other kinds of programs.
+    return has_functions("bpf_rdonly_cast", "bpf_dynptr_from_skb") and kernel_version() >= (6, 12)
 
 
 class Session:
@@ -108,7 +99,8 @@ class Session:
     The constructor loads the programs and attaches none. It raises `Unavailable` if the machine or the caller's rights
     do not allow it, `SourceError` if the object file belongs to another version of MACE; nothing stays loaded then.
     `ring_bytes` is the size of each CPU's ring, a power of two and at least one page. A CPU wakes the reader every
-    `wake_every` records. With `cookies` records identify a namespace by its cookie, else by its inode.
+    `wake_every` records. With `cookies` records identify a namespace by its cookie, else by its inode. `wanted` gives
+    hooks, protocols and the sample; a filter by place records nothing before `record_at`.
     """
 
     def __init__(
@@ -119,7 +111,9 @@ class Session:
         self._links: list[int] = []
         self._rings: dict[int, int] = {}
         self._stats = -1
-        self._state: mmap.mmap | None = None
+        self._state: npt.NDArray[Any] | None = None
+        """struct mace_state in the programs' memory, of dtype `STATE` and shape (); None while nothing is loaded."""
+        self._state_memory: mmap.mmap | None = None
         chosen = programs()
         self.programs: dict[Hook, tuple[str, ...]] = {
             h: names for h, names in chosen.items() if not wanted.hooks or h in wanted.hooks
@@ -155,9 +149,10 @@ class Session:
         for fd in rings.values():
             os.close(fd)
         self.time_runs(on=False)
-        if self._state is not None:
-            self._state.close()
-            self._state = None
+        self._state = None
+        if self._state_memory is not None:
+            self._state_memory.close()
+            self._state_memory = None
         self._object.close()
 
     # --- loading --------------------------------------------------------------------------------
@@ -167,15 +162,9 @@ class Session:
         config = self._object.memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
-        _set_abilities(config)
+        config["paged"] = reads_pages()
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
-        for i, path in enumerate(wanted.netns):
-            config["netns"][i] = name_of(path, cookies=cookies)
-        config["netns_count"] = len(wanted.netns)
-        for i, device in enumerate(wanted.devices):
-            config["place_netns"][i] = name_of(device.netns, cookies=cookies)
-            config["place_ifindex"][i] = device.ifindex
-        config["place_count"] = len(wanted.devices)
+        config["place_filtered"] = wanted.by_place
         for protocol in wanted.l4_protocols:
             config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
         config["l4_filtered"] = bool(wanted.l4_protocols)
@@ -188,7 +177,8 @@ class Session:
         self._rings_fd = self._object.map_fd("mace_rings")
         # libbpf's pointer leads to its own copy of the global data; the programs read the map's memory.
         state = self._object.map_fd(".bss")
-        self._state = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._state_memory = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._state = np.frombuffer(self._state_memory, STATE).reshape(())
         self._fds = {hook: [self._object.program_fd(name) for name in names] for hook, names in self.programs.items()}
 
     # --- recording ------------------------------------------------------------------------------
@@ -232,7 +222,17 @@ class Session:
 
     def _set_recording(self, *, on: bool) -> None:
         if self._state is not None:
-            self._state[0] = on
+            self._state["recording"] = on
+
+    def record_at(self, places: Places) -> None:
+        """Record packets at these places only, from now on. The session's filter must be one by place.
+
+        Packets at a place that stays pass the filter throughout.
+        """
+        assert self._state is not None
+        _replace(self._state["netns"], self._state["netns_count"], places.netns)
+        devices = [ifindex << 32 | netns & NETNS_MASK for netns, ifindex in places.devices]
+        _replace(self._state["device"], self._state["device_count"], devices)
 
     def counts(self) -> npt.NDArray[Any]:
         """Return a copy of the programs' counts, of dtype `COUNTS`, indexed by possible CPU; raises `OSError`."""
@@ -270,53 +270,20 @@ def ring_bytes_of(kib: int) -> int:
     return max(1 << (max(kib * 1024, 1).bit_length() - 1), mmap.PAGESIZE)
 
 
-def name_of(netns: str | int | None, *, cookies: bool) -> int:
-    """Return the number by which records identify a namespace: its cookie with `cookies`, else its inode.
+def _replace(slots: npt.NDArray[Any], count: npt.NDArray[Any], wanted: Sequence[int]) -> None:
+    """Make `wanted` the elements of `slots` in use, while the programs read both.
 
-    `netns` is a path, an open file descriptor, or None for the namespace of this process. Raises `Unavailable` if the
-    namespace cannot be opened, or cannot be entered to read its cookie.
+    An element is one store of 64 bits, and the count follows it: x86-64 keeps stores in order.
     """
-    if isinstance(netns, int):
-        return _name_of_fd(netns, cookies=cookies)
-    path = netns or "/proc/self/ns/net"
-    try:
-        fd = open_nsfs(path)
-    except OSError as error:
-        raise Unavailable(
-            _WHAT, f"network namespace {path}: {error.strerror}", "a path like /run/netns/NAME or /proc/PID/ns/net"
-        ) from error
-    try:
-        return _name_of_fd(fd, cookies=cookies)
-    finally:
-        os.close(fd)
-
-
-def _name_of_fd(fd: int, *, cookies: bool) -> int:
-    if not cookies:
-        return os.fstat(fd).st_ino
-    if os.fstat(fd).st_ino == Path("/proc/self/ns/net").stat().st_ino:
-        return cookie_here()
-    found: list[int | OSError] = []
-
-    def look() -> None:
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with inside(fd, home):
-                found.append(cookie_here())
-        except OSError as error:
-            found.append(error)
-        finally:
-            os.close(home)
-
-    # A thread of its own enters the namespace, so that no other thread leaves its own.
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    if isinstance(found[0], OSError):
-        raise Unavailable(
-            _WHAT, f"a network namespace cannot be entered: {found[0].strerror}", "run as root, or leave out the filter"
-        ) from found[0]
-    return found[0]
+    for i in np.flatnonzero(~np.isin(slots[:count], np.array(wanted, np.uint64))).tolist():
+        slots[i] = NO_PLACE
+    for number in wanted:
+        used = slots[:count].tolist()
+        if number not in used:
+            at = used.index(NO_PLACE) if NO_PLACE in used else len(used)
+            slots[at] = number
+            count[...] = max(len(used), at + 1)
+    count[...] = np.flatnonzero(slots[:count] != NO_PLACE).max(initial=-1) + 1
 
 
 def _no_ring(error: OSError, size: int) -> Unavailable:

@@ -33,8 +33,9 @@ import numpy.typing as npt
 
 from collector.bpf.object import OBJECT
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import STATS_RIGHTS, Session, function_refusal, programs, ring_bytes_of
+from collector.bpf.session import STATS_RIGHTS, Session, function_refusal, programs, reads_pages, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
+from collector.live.places import Places
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
 from collector.live.ring_source import FollowsDevices
@@ -182,17 +183,19 @@ class BpfSource(RecordSource):
         return Status(
             ok=True,
             detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} hooks{without}; sees every network"
-            f" namespace; content key for packets that lie in a buffer's linear part{untimed}{silent}{refused}",
+            f" namespace; content key{'' if reads_pages() else ' of packets without payload in pages'}"
+            f"{untimed}{silent}{refused}",
         )
 
     async def _acquire(self) -> StreamHeader:
         _check_machine()
         keep_freed_memory()
         self._began_ns = time.monotonic_ns()
+        config = self.config
         await self._follow(wakes=True)
         cookies = self._identify_by_cookie()
         self._learned(self._devices)
-        config = self.config
+        places = self._find_places(config.wanted, by_cookie=cookies)
         self._session = session = self._open_session(
             config.wanted,
             ring_bytes=config.ring_bytes,
@@ -200,6 +203,8 @@ class BpfSource(RecordSource):
             cookies=cookies,
             path=OBJECT,
         )
+        if places is not None:
+            session.record_at(places)
         self._filling = select.epoll()
         for cpu in online_cpus():
             self._cpus[cpu] = _Cpu(self._ring_of(cpu), last_ns=self._began_ns)
@@ -209,6 +214,10 @@ class BpfSource(RecordSource):
         pair = clock.measure()
         session.start()
         return self._header(len(self._cpus), pair, [BY_HOOK[hook].tracepoint for hook in session.programs])
+
+    def _record_at(self, places: Places) -> None:
+        if self._session is not None:
+            self._session.record_at(places)
 
     def _ring_of(self, cpu: int) -> CpuRing:
         assert self._session is not None
@@ -401,7 +410,7 @@ def _check_machine() -> None:
 
 
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> BpfSource:
-    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown device or protocol."""
+    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown protocol."""
     return BpfSource(
         BpfConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,

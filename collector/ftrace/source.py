@@ -27,6 +27,7 @@ from typing import Final, Literal
 from collector.ftrace import tracefs
 from collector.ftrace.rings import MmapRing, PageBuffer, ReadRing, Ring
 from collector.gaps import marker, settle
+from collector.live.filter import Choice, told
 from collector.live.ring_source import FollowsDevices, RingSource
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
@@ -78,6 +79,8 @@ class FtraceConfig:
     host: str = ""
     """Host name in the stream's header; empty: the machine's own name."""
     tracepoints: tuple[str, ...] = field(default_factory=lambda: tuple(info.tracepoint for info in TRACEPOINTS))
+    devices: tuple[str, ...] = ()
+    """Record only events at devices of these names, and none of the tracepoints without a device; empty: all."""
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
@@ -219,6 +222,11 @@ class FtraceSource(RingSource):
             raise Unavailable(
                 "ftrace", "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing"
             )
+        if self.config.devices:
+            present = [t for t in present if BY_TRACEPOINT[t].has_device]
+            names = " || ".join(f"name == {_quoted(name)}" for name in self.config.devices)
+            for tracepoint in present:
+                instance.set_filter(tracepoint, names)
         formats = [parse_format(t, instance.event_format(t)) for t in present]
         self._decoder = PageDecoder(self._layout, formats, self._sightings)
         self._buffer = PageBuffer(self._layout, max(_CHUNK_BYTES // self._layout.page_size, 8))
@@ -410,15 +418,32 @@ class FtraceSource(RingSource):
                 self._merger.push(cpu.cpu, marker(cpu.cpu, cpu.last_ns, rest, cpu.complete_ns))
 
 
-def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> FtraceSource:
-    """Make the source that `[capture]` describes; raises `Unavailable` if `[capture]` sets a filter."""
-    asked = [name for name in ("sample_shift", "netns", "devices", "protocols") if getattr(config, name)]
-    if asked:
+def choice(config: CaptureConfig) -> Choice:
+    """Return where the packets that `[capture]` names are chosen.
+
+    The kernel chooses devices, by name, in all namespaces. ftrace's events have no namespace, so containers are chosen
+    after reading, once the correlator knows each packet's path. Raises `Unavailable` for any other choice.
+    """
+    cannot = [name for name in ("sample_shift", "netns", "protocols") if getattr(config, name)]
+    if cannot:
         raise Unavailable(
             "ftrace",
-            f"ftrace records every packet and cannot apply [capture] {', '.join(asked)}",
-            "remove these keys, or use a source that can choose (--source bpf, or kmod)",
+            f"ftrace's events have no namespace, protocol or content, so that [capture] {', '.join(cannot)} cannot"
+            " be applied",
+            "leave out --protocol, --sample and these keys, or use a source that can choose (--source bpf, or kmod)",
         )
+    if config.containers:
+        return Choice(f"{told(config)}, chosen after reading: ftrace records every packet", after_reading=True)
+    if config.devices:
+        for name in config.devices:
+            _quoted(name)
+        return Choice(f"{told(config)}, chosen in the kernel: by name, in every network namespace")
+    return Choice()
+
+
+def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> FtraceSource:
+    """Make the source that `[capture]` describes; raises `Unavailable` if it cannot choose what `[capture]` names."""
+    chosen = choice(config)
     return FtraceSource(
         FtraceConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,
@@ -426,6 +451,15 @@ def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -
             gather_interval_s=config.gather_ms / 1000,
             hold_back_ms=config.hold_back_ms,
             host=host,
+            devices=() if chosen.after_reading else config.devices,
         ),
         devices,
     )
+
+
+def _quoted(name: str) -> str:
+    """Return a device's name as a string of the kernel's event filter; raises `Unavailable` if no quote can hold it."""
+    for quote in ('"', "'"):
+        if quote not in name:
+            return quote + name + quote
+    raise Unavailable("ftrace", f"the kernel's event filter cannot hold the name {name!r}", "--source bpf, or kmod")

@@ -202,6 +202,13 @@ class Instance:
     def enable(self, event: str) -> None:
         write(self._event(event) / "enable", "1")
 
+    def set_filter(self, event: str, condition: str) -> None:
+        """Record an event only if its fields fulfil a condition (Documentation/trace/events.rst, 5. Event filtering).
+
+        Raises `SourceError` if the kernel refuses the condition.
+        """
+        write(self._event(event) / "filter", condition)
+
     def _event(self, event: str) -> Path:
         return self.path / "events" / event.replace(":", "/")
 

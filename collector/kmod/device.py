@@ -9,8 +9,6 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.live.filter import SessionFilter
-from collector.machine.netns import open_nsfs
+from collector.live.places import NETNS_MASK, Places
 from contracts import abi
 from contracts.abi import HelloFlag, Ioctl, TakeFlag
 from contracts.errors import SourceError, Unavailable
@@ -32,6 +30,8 @@ _LOADED: Final = Path("/sys/module") / abi.DEVICE_NAME
 _WHAT: Final = "kmod"
 _LOAD_IT: Final = "`mace module load` (and before, for this kernel, `mace module build`)"
 _EVERYTHING: Final = SessionFilter()
+_PLACES_SINCE: Final = (1, 2)
+"""ABI that has PLACES."""
 _OTHER_ABI: Final = "`mace module build` and `mace module load`, or install the MACE that goes with the module"
 
 
@@ -169,9 +169,9 @@ class MaceDevice:
     ) -> tuple[int, ...]:
         """Call SETUP: make rings of `subbufs` times `subbuf_bytes` for the CPUs online, and return the CPUs' numbers.
 
-        With `cookies` (if `hello` offers them) records identify a namespace by its cookie, else by its inode. Bounds
-        are those of struct mace_setup. Raises `Unavailable` if the machine or the caller's rights do not allow it,
-        `SourceError` for any other failure.
+        With `cookies` (if `hello` offers them) records identify a namespace by its cookie, else by its inode. The
+        places of `wanted` are left to `record_at`. Bounds are those of struct mace_setup. Raises `Unavailable` if the
+        machine or the caller's rights do not allow it, `SourceError` for any other failure.
         """
         if not self.hello.ring_bytes_min <= subbuf_bytes * subbufs <= self.hello.ring_bytes_max:
             raise Unavailable(
@@ -185,11 +185,11 @@ class MaceDevice:
         asked["flags"] = abi.SetupFlag.COOKIES if cookies else 0
         asked["subbuf_bytes"], asked["subbufs"] = subbuf_bytes, subbufs
         asked["watermark"], asked["flush_ms"] = watermark, flush_ms
-        with _filled(asked["filter"], wanted):
-            try:
-                self._call(Ioctl.SETUP, asked)
-            except OSError as error:
-                raise self._failed_setup(error, asked) from error
+        _fill(asked["filter"], wanted)
+        try:
+            self._call(Ioctl.SETUP, asked)
+        except OSError as error:
+            raise self._failed_setup(error, asked) from error
         self._ring_bytes = int(asked["ring_bytes"])
         if self._ring_bytes != subbuf_bytes * subbufs:
             raise SourceError(
@@ -204,6 +204,24 @@ class MaceDevice:
                 " module"
             )
         return cpus
+
+    def record_at(self, places: Places) -> None:
+        """Call PLACES: record packets at these places only, from now on. Needs SETUP first; raises `SourceError`.
+
+        The places name namespaces as the session's records do: by cookie with `cookies` of `setup`, else by inode.
+        """
+        if self.hello.abi < _PLACES_SINCE:
+            raise SourceError(
+                f"{self._path}: the module {self.hello.version} speaks ABI {'.'.join(map(str, self.hello.abi))}, and"
+                f" chooses containers, namespaces and devices from {'.'.join(map(str, _PLACES_SINCE))} on; {_OTHER_ABI}"
+            )
+        asked = np.zeros((), abi.PLACES)
+        asked["netns_count"], asked["device_count"] = len(places.netns), len(places.devices)
+        for i, netns in enumerate(places.netns):
+            asked["netns"][i] = netns & NETNS_MASK
+        for i, (netns, ifindex) in enumerate(places.devices):
+            asked["device"][i] = (netns & NETNS_MASK, ifindex)
+        self._try(Ioctl.PLACES, asked)
 
     def start(self) -> None:
         """Call START: record from now on; raises `SourceError`."""
@@ -305,20 +323,15 @@ class MaceDevice:
                     f"a smaller [capture] ring_mib, or write more to max_total_mib (in a container: max_netns_mib) in"
                     f" {_LOADED}/parameters",
                 )
-            case errno.EPERM | errno.EACCES:
-                return Unavailable(
-                    _WHAT, "this session sees only its own network namespace, but others are configured", "run as root"
-                )
             case errno.EOPNOTSUPP:
                 return Unavailable(
                     _WHAT, "this kernel does not have all of the hooks", "leave out [capture] hooks, or another kernel"
                 )
-            case errno.EBADF | errno.EINVAL:
+            case errno.EINVAL:
                 return Unavailable(
                     _WHAT,
-                    f"the module refuses the settings ({why}): rings of {size:g} MiB per CPU,"
-                    f" {asked['filter']['netns_count']} namespaces, {asked['filter']['device_count']} devices",
-                    "change the [capture] keys; a namespace is a file in /run/netns or /proc/PID/ns/net",
+                    f"the module refuses the settings ({why}): rings of {size:g} MiB per CPU",
+                    "change the [capture] keys",
                 )
         return self._failed("SETUP", error)
 
@@ -344,41 +357,12 @@ class MaceDevice:
         return Unavailable(_WHAT, f"{self._path} cannot be opened: {error.strerror}")
 
 
-@contextmanager
-def _filled(into: npt.NDArray[Any], wanted: SessionFilter) -> Iterator[None]:
-    """Write the filter into a struct mace_filter; its namespaces stay open for the duration of the block."""
-    opened: list[int] = []
-
-    def fd_of(netns: str | int | None) -> int:
-        if netns is None:
-            return -1
-        if isinstance(netns, int):
-            return netns
-        try:
-            fd = open_nsfs(netns)
-        except OSError as error:
-            raise Unavailable(
-                _WHAT,
-                f"network namespace {netns}: {error.strerror}",
-                "a path as /run/netns/NAME or /proc/PID/ns/net",
-            ) from error
-        opened.append(fd)
-        return fd
-
-    try:
-        into["hooks"] = sum(1 << hook for hook in set(wanted.hooks))
-        into["sample_shift"] = wanted.sample_shift
-        into["netns_count"], into["device_count"] = len(wanted.netns), len(wanted.devices)
-        for i, netns in enumerate(wanted.netns):
-            into["netns_fd"][i] = fd_of(netns)
-        for i, device in enumerate(wanted.devices):
-            into["device"][i] = (fd_of(device.netns), device.ifindex)
-        for protocol in wanted.l4_protocols:
-            into["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
-        yield
-    finally:
-        for fd in opened:
-            os.close(fd)
+def _fill(into: npt.NDArray[Any], wanted: SessionFilter) -> None:
+    """Write hooks, sample and protocols into a struct mace_filter. `record_at` sets the places."""
+    into["hooks"] = sum(1 << hook for hook in set(wanted.hooks))
+    into["sample_shift"] = wanted.sample_shift
+    for protocol in wanted.l4_protocols:
+        into["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
 
 
 def _version_loaded() -> str:

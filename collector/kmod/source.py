@@ -26,6 +26,7 @@ from typing import Final, Protocol
 from collector.kmod.device import Hello, MaceDevice, Stats, TakenSubBuffers
 from collector.kmod.ring import CpuRing, Subbuf
 from collector.live.filter import SessionFilter, wanted
+from collector.live.places import NETNS_MASK, Places
 from collector.live.record_merge import Marker, RingMerger
 from collector.live.record_source import RecordSource
 from collector.live.ring_source import FollowsDevices
@@ -66,6 +67,7 @@ class Module(Protocol):
     ) -> tuple[int, ...]: ...
     def has_ring(self, cpu: int) -> bool: ...
     def map(self, cpu: int) -> mmap.mmap: ...
+    def record_at(self, places: Places) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def take(self, cpu: int, *, release: int = 0, flush: bool = False) -> TakenSubBuffers: ...
@@ -189,9 +191,12 @@ class KmodSource(RecordSource):
         self._began_ns = time.monotonic_ns()
         config = self.config
         wanted = replace(config.wanted, hooks=hooks)
-        await self._follow(wakes=False)
+        await self._follow(wakes=config.wanted.by_place)
         cookies = hello.cookies and self._identify_by_cookie()
         self._learned(self._devices)
+        places = self._find_places(config.wanted, by_cookie=cookies)
+        if places is not None and not hello.sees_all:
+            self._refuse_others(places, hello.netns, cookies=cookies)
         cpus = module.setup(
             subbuf_bytes=config.subbuf_bytes,
             subbufs=config.subbufs,
@@ -200,12 +205,26 @@ class KmodSource(RecordSource):
             wanted=wanted,
             cookies=cookies,
         )
+        if places is not None:
+            module.record_at(places)
         for cpu in cpus:
             self._add_cpu(cpu, self._began_ns)
         self._cost_before = {cost.hook: cost for cost in module.cost()}
         pair = clock.measure()
         module.start()
         return self._header(len(cpus), pair, [BY_HOOK[hook].tracepoint for hook in hooks])
+
+    def _refuse_others(self, places: Places, own: int, *, cookies: bool) -> None:
+        """Raise `Unavailable` for a namespace other than that of inode `own`, which the session would not see."""
+        named = [netns & NETNS_MASK for netns in places.netns]
+        if any((self._inodes.get(netns) if cookies else netns) != own for netns in named):
+            raise Unavailable(
+                "kmod", "this session sees only its own network namespace, but others are configured", "run as root"
+            )
+
+    def _record_at(self, places: Places) -> None:
+        if self._module is not None:
+            self._module.record_at(places)
 
     def _add_cpu(self, cpu: int, since_ns: int) -> None:
         assert self._module is not None
@@ -360,7 +379,7 @@ def _first_ns(subbuf: Subbuf, otherwise_ns: int) -> int:
 
 
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> KmodSource:
-    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown device or protocol."""
+    """Make the source that `[capture]` describes; raises `ConfigError` for an unknown protocol."""
     return KmodSource(
         KmodConfig(
             ring_kib_per_cpu=config.ring_mib * 1024,

@@ -1,16 +1,16 @@
-"""What live sources share whose rings hold the module's records of 64 bytes: the merge, and the names of places."""
+"""What live sources share whose rings hold the module's records of 64 bytes: the merge, names of places, the filter."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 
+from collector.live.filter import SessionFilter
+from collector.live.places import NETNS_MASK, PlaceFinder, Places
 from collector.live.record_merge import RingMerger, SeenPlaces
 from collector.live.ring_source import FollowsDevices, RingSource
 from contracts.records import Batch
 from contracts.topology import Device
-
-_NETNS_MASK = (1 << 32) - 1
-"""A record has 32 bits for a namespace: its inode, or the lower half of its cookie."""
 
 
 class RecordSource(RingSource):
@@ -31,6 +31,9 @@ class RecordSource(RingSource):
         self._inodes: dict[int, int] = {}
         self._places = SeenPlaces(lambda netns, ifindex: self._names.get((netns, ifindex), ""))
         self._merger = make_merger(int(hold_back_ms * 1e6), self._places)
+        self._finder: PlaceFinder | None = None
+        self._chosen: Places | None = None
+        """Where the session records; None: everywhere."""
         super().__init__(
             name,
             host=host,
@@ -51,11 +54,32 @@ class RecordSource(RingSource):
             self._places.inode_of = lambda cookie: self._inodes.get(cookie, 0)
         return known
 
+    def _find_places(self, wanted: SessionFilter, *, by_cookie: bool) -> Places | None:
+        """Return the places at which the filter records, None for everywhere; from then on devices update them.
+
+        Raises `Unavailable` or `ConfigError` for a place that cannot be found.
+        """
+        if wanted.by_place:
+            self._finder = PlaceFinder(
+                self._name, wanted, self._devices, host_netns=self._host_netns, by_cookie=by_cookie
+            )
+            self._chosen = self._finder.find(self._devices, self._sharers)
+        return self._chosen
+
+    @abstractmethod
+    def _record_at(self, places: Places) -> None:
+        """Record at these places, in place of the places before."""
+
     def _learned(self, devices: tuple[Device, ...]) -> None:
-        """Index the devices by the cookie or inode with which records identify namespaces."""
+        """Index the devices by the cookie or inode with which records identify namespaces, and update the places."""
         by_cookie = self._places.inode_of is not None
-        self._names = {(d.netns_cookie & _NETNS_MASK if by_cookie else d.netns, d.ifindex): d.name for d in devices}
-        self._inodes = {device.netns_cookie & _NETNS_MASK: device.netns for device in devices}
+        self._names = {(d.netns_cookie & NETNS_MASK if by_cookie else d.netns, d.ifindex): d.name for d in devices}
+        self._inodes = {device.netns_cookie & NETNS_MASK: device.netns for device in devices}
+        if self._finder is not None and self._follower is not None:
+            places = self._finder.find(devices, self._follower.on_host_network)
+            if places != self._chosen:
+                self._chosen = places
+                self._record_at(places)
 
     def _taken(self, until_ns: int | None) -> Iterator[Batch]:
         return self._merger.flush() if until_ns is None else self._merger.take(until_ns)

@@ -9,6 +9,7 @@
  *	fd = open("/dev/mace")
  *	ioctl(fd, MACE_IOC_HELLO)	compare abi_major: another one is another ABI
  *	ioctl(fd, MACE_IOC_SETUP)	filter, and rings for every online CPU
+ *	ioctl(fd, MACE_IOC_PLACES)	where to record, if not everywhere; at any time from here on
  *	mmap(fd, cpu * ring_bytes)	read-only, one mapping per CPU
  *	ioctl(fd, MACE_IOC_START)
  *	poll(fd), ioctl(fd, MACE_IOC_TAKE) per CPU: release what was read, learn what is ready
@@ -269,6 +270,37 @@ struct mace_setup {
 	__u32 pad3;
 };
 
+/**
+ * struct mace_place_name - a device, as records name it
+ *
+ * @netns: as mace_record.netns of this session
+ * @ifindex: as mace_record.ifindex
+ */
+struct mace_place_name {
+	__u32 netns;
+	__u32 ifindex;
+};
+
+/**
+ * struct mace_places - where to record from now on; since ABI 1.2
+ *
+ * A packet passes if its namespace or its device is listed, so without either none does. The
+ * filter of SETUP must hold too. Replaces the places of the call before; a packet at a place that
+ * is in both passes throughout. The names are those of records, so that no namespace has to be
+ * opened. Only a cookie (MACE_SETUP_COOKIES) is never another namespace's later.
+ *
+ * @netns_count: namespaces in @netns
+ * @device_count: devices in @device
+ * @netns: namespaces, as mace_record.netns of this session; not 0
+ * @device: devices; neither number is 0
+ */
+struct mace_places {
+	__u32 netns_count;
+	__u32 device_count;
+	__u32 netns[MACE_MAX_NETNS];
+	struct mace_place_name device[MACE_MAX_DEVICES];
+};
+
 /* Bits of mace_take.flags. */
 #define MACE_TAKE_FLUSH \
 	0x1 /* also hand over the sub-buffer that is being filled, if it holds a record */
@@ -341,6 +373,7 @@ struct mace_cost {
 #define MACE_IOC_TAKE _IOWR(MACE_IOC_MAGIC, 4, struct mace_take)
 #define MACE_IOC_STATS _IOWR(MACE_IOC_MAGIC, 5, struct mace_stats)
 #define MACE_IOC_COST _IOR(MACE_IOC_MAGIC, 6, struct mace_cost)
+#define MACE_IOC_PLACES _IOW(MACE_IOC_MAGIC, 7, struct mace_places)
 
 #ifdef __cplusplus
 #define MACE_STATIC_ASSERT static_assert
@@ -353,6 +386,7 @@ MACE_STATIC_ASSERT(sizeof(struct mace_subbuf) == 64, "records stay aligned to ca
 MACE_STATIC_ASSERT(sizeof(struct mace_hello) == 80, "no hidden padding");
 MACE_STATIC_ASSERT(sizeof(struct mace_filter) == 240, "no hidden padding");
 MACE_STATIC_ASSERT(sizeof(struct mace_setup) == 280, "no hidden padding");
+MACE_STATIC_ASSERT(sizeof(struct mace_places) == 200, "no hidden padding");
 MACE_STATIC_ASSERT(sizeof(struct mace_take) == 32, "no hidden padding");
 MACE_STATIC_ASSERT(sizeof(struct mace_stats) == 264, "no hidden padding");
 MACE_STATIC_ASSERT(sizeof(struct mace_cost) == 392, "no hidden padding");

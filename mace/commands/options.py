@@ -3,6 +3,7 @@
 An option's name means the same in every command:
 
     --container, --netns, --pid     the container, its network namespace by name or path, a process in it
+    --device, --protocol, --sample  the packets to record
     --lab                           the test network to measure, instead of the machine
     --store                         the directory of the store, to read or to write
     -o, --output · --record         the file to write · a capture file to write as well
@@ -13,6 +14,7 @@ An option's name means the same in every command:
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -131,6 +133,54 @@ def with_capture(parser: argparse.ArgumentParser) -> None:
 def with_source(parser: argparse.ArgumentParser) -> None:
     """Add `source`, the name of a live source."""
     parser.add_argument("--source", choices=SOURCES, help="the live source of records")
+
+
+@dataclass(frozen=True, slots=True)
+class FilterOptions:
+    """Options that choose the packets to record."""
+
+    containers: tuple[str, ...]
+    devices: tuple[str, ...]
+    protocols: tuple[str, ...]
+    sample_shift: int | None
+
+
+def with_filter(parser: argparse.ArgumentParser) -> None:
+    """Add the fields of `FilterOptions`."""
+    group = parser.add_argument_group(
+        "which packets to record",
+        "The sources kmod and bpf choose in the kernel. Without --container and --device they record at every device.",
+    )
+    _with_names(
+        group,
+        "--container",
+        "containers",
+        "NAME",
+        "packets at the devices of these containers (name or id), which may start later",
+    )
+    _with_names(group, "--device", "devices", "NAME", "packets at these devices of the host; with --container, at both")
+    _with_names(group, "--protocol", "protocols", "NAME", "packets of these IP protocols (tcp, udp, icmp, or a number)")
+    group.add_argument(
+        "--sample",
+        type=_one_in,
+        default=None,
+        dest="sample_shift",
+        metavar="1/N",
+        help="one packet in N, a power of two; the same packets at every device",
+    )
+
+
+def _with_names(group: argparse._ArgumentGroup, option: str, field: str, metavar: str, meaning: str) -> None:
+    group.add_argument(option, dest=field, nargs="+", action="extend", default=[], metavar=metavar, help=meaning)
+
+
+def _one_in(text: str) -> int:
+    """Return n for `1/2**n`."""
+    given = re.fullmatch(r"1/([0-9]{1,10})", text)
+    number = int(given[1]) if given else 0
+    if number not in (1 << shift for shift in range(32)):
+        raise argparse.ArgumentTypeError(f"{text}: expected 1/N, N a power of two up to {1 << 31}: 1/8, for example")
+    return number.bit_length() - 1
 
 
 def with_lab(

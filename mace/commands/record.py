@@ -10,9 +10,11 @@ from mace.commands.console import Console
 from mace.commands.options import (
     JSON,
     CaptureOptions,
+    FilterOptions,
     with_capture,
     with_config,
     with_duration,
+    with_filter,
     with_format,
     with_lab,
     with_output,
@@ -28,6 +30,7 @@ class Options:
     lab: str | None
     duration: float | None
     capture: CaptureOptions
+    filter: FilterOptions
     config: Path | None
     format: str
 
@@ -38,6 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_lab(parser)
     with_duration(parser)
     with_capture(parser)
+    with_filter(parser)
     with_config(parser)
     with_format(parser)
 
@@ -49,7 +53,7 @@ def run(options: Options, console: Console) -> int:
 
     sink = CaptureSink(options.output, overwrite=options.force)
     place = settings.lab_of(options.lab)
-    configured = settings.configured(options.config, capture=options.capture, place=place)
+    configured = settings.configured(options.config, capture=options.capture, chosen=options.filter, place=place)
     session = settings.session(configured, options.format, console)
     lost = session.record(settings.lasting(options.duration), sink)
     if options.format == JSON:

@@ -11,11 +11,13 @@ from mace.commands.console import Console
 from mace.commands.options import (
     BrokerOptions,
     CaptureOptions,
+    FilterOptions,
     SinkOptions,
     with_broker,
     with_capture,
     with_config,
     with_duration,
+    with_filter,
     with_format,
     with_lab,
     with_no_rows,
@@ -45,6 +47,7 @@ class Options:
     lab: str | None
     duration: float | None
     capture: CaptureOptions
+    filter: FilterOptions
     record: Path | None
     no_rows: bool
     config: Path | None
@@ -77,6 +80,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_lab(parser)
     with_duration(parser)
     with_capture(parser)
+    with_filter(parser)
     with_record(parser)
     with_no_rows(parser)
     with_config(parser)
@@ -112,6 +116,7 @@ def _configured(options: Options) -> Config:
     made = settings.configured(
         options.config,
         capture=options.capture,
+        chosen=options.filter,
         store=options.store,
         no_rows=options.no_rows,
         sinks=options.sinks,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contracts import config
-from contracts.config import Config, SinksConfig
+from contracts.config import CaptureConfig, Config, SinksConfig
 from contracts.errors import UsageError
 from mace import lab
 from mace.commands.console import Console
@@ -19,6 +19,7 @@ from mace.commands.options import (
     JSON,
     BrokerOptions,
     CaptureOptions,
+    FilterOptions,
     LabShape,
     RecordingOptions,
     SinkOptions,
@@ -39,6 +40,7 @@ def configured(
     file: Path | None,
     *,
     capture: CaptureOptions | None = None,
+    chosen: FilterOptions | None = None,
     store: Path | str | None = None,
     no_rows: bool = False,
     sinks: SinkOptions | None = None,
@@ -52,6 +54,8 @@ def configured(
         taken = replace(taken, source=capture.source)
     if capture is not None and capture.ring_mib:
         taken = replace(taken, ring_mib=capture.ring_mib)
+    if chosen is not None:
+        taken = _filtered(taken, chosen)
     if place is not None:
         taken = lab.capture_of(taken, place)
     settings = replace(settings, capture=taken, sinks=_sinks(settings.sinks, sinks, prometheus))
@@ -60,6 +64,21 @@ def configured(
     if store:
         settings = replace(settings, store=replace(settings.store, path=str(store)))
     return settings
+
+
+def _filtered(configured: CaptureConfig, options: FilterOptions) -> CaptureConfig:
+    """Return the configuration with the options' filter.
+
+    Each option replaces its key. `--container` and `--device` replace all keys that name places, so that the command
+    line alone says where packets are recorded.
+    """
+    if options.containers or options.devices:
+        configured = replace(configured, containers=options.containers, devices=options.devices, netns=())
+    if options.protocols:
+        configured = replace(configured, protocols=options.protocols)
+    if options.sample_shift is not None:
+        configured = replace(configured, sample_shift=options.sample_shift)
+    return configured
 
 
 def _sinks(configured: SinksConfig, options: SinkOptions | None, prometheus: str | None) -> SinksConfig:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from collector import SOURCES
+from collector import SOURCES, LiveSource
 from collector.bpf import devices as bpf_devices
 from collector.machine import devices
 from collector.machine.containers import API_SOCKETS
 from collector.machine.name_checks import check_processes, check_runtimes
-from contracts.config import Config
+from contracts.config import CaptureConfig, Config
+from contracts.errors import Unavailable
 from contracts.interfaces import Status
 from mace import lab
 from mace.live import publish
@@ -20,7 +22,7 @@ from storage import SINKS
 def statuses(config: Config) -> dict[str, Status]:
     """Return the status of each source, sink and helper by name, in the order of the pipeline."""
     return {
-        **{f"source {name}": source.check() for name, source in SOURCES.items()},
+        **{f"source {name}": _source(source, config.capture) for name, source in SOURCES.items()},
         "source capture": Status(True, "reads .mace files"),
         "devices for kmod and ftrace": devices.check(host_netns=config.capture.host_netns or None),
         "devices for bpf": bpf_devices.check(host_netns=config.capture.host_netns or None),
@@ -33,6 +35,18 @@ def statuses(config: Config) -> dict[str, Status]:
         "lab netns": _lab(lab.Runtime.NETNS, "containers are bare network namespaces"),
         "lab docker": _lab(lab.Runtime.DOCKER, "containers of the lab's own Docker daemon"),
     }
+
+
+def _source(source: LiveSource, config: CaptureConfig) -> Status:
+    """Return whether the source can run here, and where it would choose the packets that the configuration names."""
+    status = source.check()
+    if not status.ok:
+        return status
+    try:
+        choice = source.choice(config)
+    except Unavailable as error:
+        return Status(False, error.why, error.remedy)
+    return replace(status, detail=f"{status.detail}; {choice.told}") if choice.told else status
 
 
 def _lab(runtime: lab.Runtime, detail: str) -> Status:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collector import SOURCES
+from collector.live.filter import Choice
 from collector.machine.containers import API_SOCKETS
 from contracts.channel import Channel, ClosedError
 from contracts.config import CaptureConfig, StoreConfig
-from contracts.errors import MaceError, SourceError
-from contracts.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
+from contracts.errors import MaceError, SourceError, Unavailable
+from contracts.interfaces import Progress, Sink, Source, Status, StreamHeader, StreamItem, StreamSink
 from contracts.results import Results
 from contracts.vitals import Vitals
 from correlator.engine import Engine, EngineConfig
@@ -123,11 +124,12 @@ async def run(
     on_results: Callable[[Results], None] = lambda _: None,
     on_open: Callable[[StreamHeader], None] = lambda _: None,
     vitals: Vitals | None = None,
+    only: Callable[[Results], Results] = lambda results: results,
 ) -> StreamHeader:
     """Run source -> correlator -> sinks until the source ends or `stop` is requested; returns the stream's header.
 
     `on_results` is called with each result after all sinks have accepted it. The run notes its progress in `vitals`;
-    sinks that report it have to be made with the same object.
+    sinks that report it have to be made with the same object. `only` returns the part of each result to deliver.
     """
     vitals = vitals or Vitals()
     items: Channel[StreamItem] = Channel(_CHANNEL_ITEMS)
@@ -157,9 +159,10 @@ async def run(
         async def deliver() -> None:
             async for result in results:
                 vitals.got_on(items=items.peak, results=results.peak)
+                chosen = only(result)
                 for sink in sinks:
-                    await sink.write(result)
-                on_results(result)
+                    await sink.write(chosen)
+                on_results(chosen)
 
         feeder = Feeder(Engine(header.clock.offset_ns, engine), lambda: source.discarded, lambda: source.cost)
         await _supervise(source, stop, [deliver(), correlate(items, feeder, results), pump()])
@@ -228,18 +231,41 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
             signal.signal(number, handler)
 
 
-def chosen_source(config: CaptureConfig) -> tuple[str, str]:
-    """Return the name of the live source to use, and for `auto` why better ones cannot run ("" if none is better)."""
+def chosen_source(config: CaptureConfig, *, raw: bool = False) -> tuple[str, str]:
+    """Return the name of the live source to use, and for `auto` why better ones cannot run ("" if none is better).
+
+    `raw`: the raw stream is kept, so that its packets have to be chosen in the kernel.
+    """
     if config.source != "auto":
         return config.source, ""
     why_not: list[str] = []
     for name, source in SOURCES.items():
         status = source.check()
         if status.ok:
-            return name, "; ".join(why_not)
+            try:
+                choice_of(config, name, raw=raw)
+            except Unavailable as error:
+                status = Status(False, error.why)
+            else:
+                return name, "; ".join(why_not)
         why_not.append(f"not {name}: {status.detail}" + (f" ({status.remedy})" if status.remedy else ""))
     # No source can run. ftrace needs least; opening it raises the error that says what is missing.
     return "ftrace", "; ".join(why_not)
+
+
+def choice_of(config: CaptureConfig, name: str, *, raw: bool = False) -> Choice:
+    """Return which packets the live source `name` chooses where; `raw` as in `chosen_source`.
+
+    Raises `Unavailable` if the source cannot choose them, `ConfigError` for an unknown protocol.
+    """
+    choice = SOURCES[name].choice(config)
+    if raw and choice.after_reading:
+        raise Unavailable(
+            name,
+            f"{name} records every packet, so that a recording cannot be limited to containers",
+            "--source bpf, or kmod; or leave out --container, and choose with `mace report --container`",
+        )
+    return choice
 
 
 def live_source(config: CaptureConfig, host: str = "") -> Source:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from collector.files import LocalRecording
+from collector.live.filter import unfiltered
 from contracts.config import Config
 from contracts.figures import Summary
 from contracts.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
@@ -25,6 +26,7 @@ from contracts.schema import RoundTrips
 from contracts.vitals import Account, Publishing, Vitals
 from correlator import configured
 from mace.live import pipeline
+from mace.live.chosen import chooser
 from mace.live.pipeline import Stop
 from storage import SINKS, wanted_sinks
 from storage.shared import Alone
@@ -55,7 +57,7 @@ async def measure(
     `tee` also gets the raw stream; `publishing` returns its state if it publishes to a broker. `on_results` is called
     with each result and with the figures so far, the same `Summary` that is returned at the end.
     """
-    source, chosen = live_source(config)
+    source, chosen, only = live_source(config, raw=tee is not None)
     summary, vitals, opened = Summary(), Vitals(publishing=publishing), asyncio.Event()
 
     def take(results: Results) -> None:
@@ -77,6 +79,7 @@ async def measure(
             on_results=take,
             on_open=begin,
             vitals=vitals,
+            only=only,
         )
     summary.sinks = vitals.accounts
     return summary
@@ -93,9 +96,10 @@ async def observe(
 ) -> StreamHeader:
     """Run the correlator live with crossings until `until` ends, and call `on_results` with each result.
 
-    Nothing is stored. Returns the stream's header.
+    Nothing is stored. A delay over a whole path needs the records of all its devices, so the filter of `[capture]` is
+    not applied. Returns the stream's header.
     """
-    source, chosen = live_source(config)
+    source, chosen, _ = live_source(_unfiltered(config))
     opened = asyncio.Event()
 
     def begin(header: StreamHeader) -> None:
@@ -123,8 +127,11 @@ async def observe_recording(
 
 
 async def watch(config: Config, until: Until, on_item: Callable[[StreamItem], None], *, stop: Stop) -> StreamHeader:
-    """Call `on_item` with each item of the live stream until `until` ends; nothing is computed or kept."""
-    source, _ = live_source(config)
+    """Call `on_item` with each item of the live stream until `until` ends; nothing is computed or kept.
+
+    The filter of `[capture]` is not applied, as in `observe`.
+    """
+    source, _, _ = live_source(_unfiltered(config))
     opened = asyncio.Event()
 
     def look(item: StreamItem) -> None:
@@ -148,7 +155,7 @@ async def record(
 
     `on_open` is called with the chosen source and the reason, `on_lost` after each batch with the lost records so far.
     """
-    source, chosen = live_source(config)
+    source, chosen, _ = live_source(config, raw=True)
     lost, opened = 0, asyncio.Event()
 
     def count(item: StreamItem) -> None:
@@ -218,14 +225,21 @@ def has_servers(config: Config) -> bool:
     return any(sink.wanted(config) for sink in SINKS.values())
 
 
-def live_source(config: Config) -> tuple[Source, str]:
-    """Return the live source, and a text that names it and the reason for the choice.
+def live_source(config: Config, *, raw: bool = False) -> tuple[Source, str, Callable[[Results], Results]]:
+    """Return the live source, a text that names it with the reason for the choice, and what chooses among its results.
 
-    The text is to be printed when the source is open, so that an error of opening is printed alone.
+    The text is to be printed when the source is open, so that an error of opening is printed alone. It also says which
+    packets are chosen where. `raw`: the caller keeps the raw stream. Raises as `pipeline.choice_of`.
     """
-    name, why = pipeline.chosen_source(config.capture)
+    name, why = pipeline.chosen_source(config.capture, raw=raw)
+    choice = pipeline.choice_of(config.capture, name, raw=raw)
     source = pipeline.live_source(replace(config.capture, source=name), config.run.host)
-    return source, f"source {name}" + (f" ({why})" if why else "")
+    text = f"source {name}" + (f" ({why})" if why else "") + (f"; {choice.told}" if choice.told else "")
+    return source, text, chooser(config.capture, after_reading=choice.after_reading)
+
+
+def _unfiltered(config: Config) -> Config:
+    return replace(config, capture=unfiltered(config.capture))
 
 
 def _sinks(config: Config, store: Path | None, vitals: Vitals) -> list[Sink]:

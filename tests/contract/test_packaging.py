@@ -258,7 +258,8 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert "source ftrace" in json.loads(mace("check", "--json"))
     # The wheel has the BPF programs if they were built.
-    assert (installed / "collector/bpf/mace.bpf.o").exists() == (ROOT / "collector/bpf/mace.bpf.o").exists()
+    for name in ("mace.bpf.o", "mace_old.bpf.o"):
+        assert (installed / "collector/bpf" / name).exists() == (ROOT / "collector/bpf" / name).exists()
     replayed = json.loads(mace("replay", ROOT / "docs" / "example.mace", "--store", store, "--json"))
     assert json.loads(mace("report", "--store", store, "--json"))["packets"] == replayed["packets"] > 0
     counted = mace("query", "--store", store, "--format", "csv", "SELECT count(DISTINCT packet) AS packets FROM delays")

@@ -118,6 +118,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 from collector.gaps import marker
+from collector.live.filter import Choice
 from collector.live.ring_source import FollowsDevices, RingSource
 from collector.merge import Merger
 from collector.pages.decoding import Sightings
@@ -208,6 +209,11 @@ class BellSource(RingSource):
             yield item
 
 
+def choice(config: CaptureConfig) -> Choice:
+    """Every stroke is recorded."""
+    return Choice()
+
+
 def configured(config: CaptureConfig, devices: FollowsDevices, host: str = "") -> BellSource:
     """The source."""
     return BellSource(devices)
@@ -243,11 +249,11 @@ def a_capture_source(tree):
     tree.write("collector/toybell/source.py", SOURCE)
     tree.replace("contracts/sources.py", '"bpf")', '"bpf", "toybell")')
     package = "collector/__init__.py"
-    tree.insert(package, "from contracts.config", "from collector.toybell import source as toybell_source\n")
+    tree.insert(package, "from contracts.config", "from collector.toybell import source as bell\n")
     tree.insert(
         package,
         '}\n"""Live sources by name',
-        '    "toybell": LiveSource(toybell_source.BellSource.check, toybell_source.configured),\n',
+        '    "toybell": LiveSource(bell.BellSource.check, bell.configured, bell.choice),\n',
     )
     tree.insert("pyproject.toml", '    "collector.tracecmd",\n', '    "collector.toybell",\n')
     tree.made("docs/configuration.md", "-m", "tests.contract.test_configuration_doc")

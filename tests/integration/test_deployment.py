@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from collector.bpf.object import OBJECT
+from collector.bpf.object import OBJECT, OLD_OBJECT
 from mace import lab
 from mace.lab import Runtime, Spec
 from tests import images
@@ -128,7 +128,8 @@ def copy_tree(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     # `./dev setup` built them; the lab has no package index from which the image could get a compiler.
-    shutil.copy(OBJECT, folder / OBJECT.relative_to(ROOT))
+    for file in (OBJECT, OLD_OBJECT):
+        shutil.copy(file, folder / file.relative_to(ROOT))
     shutil.copytree(images.wheelhouse(), folder / "deploy/wheelhouse")
 
 

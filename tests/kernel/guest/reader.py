@@ -95,6 +95,16 @@ class Session:
         self.subbuf_bytes = subbuf_bytes
         return self
 
+    def places(self, netns: Sequence[int] = (), devices: Sequence[tuple[int, int]] = ()) -> Self:
+        """Call PLACES with namespaces as records name them, and devices in them; raises OSError."""
+        asked = np.zeros((), abi.PLACES)
+        asked["netns_count"], asked["device_count"] = len(netns), len(devices)
+        asked["netns"][: len(netns)] = netns
+        for index, device in enumerate(devices):
+            asked["device"][index] = device
+        call(self.fd, abi.Ioctl.PLACES, asked)
+        return self
+
     def start(self) -> Self:
         fcntl.ioctl(self.fd, abi.Ioctl.START)
         return self

@@ -17,7 +17,7 @@ from mace.lab import Lab
 from tests.kernel.guest.reader import Session
 
 CALLS = 3_000
-OFTEN = (abi.Ioctl.HELLO, abi.Ioctl.SETUP, abi.Ioctl.TAKE, abi.Ioctl.STATS, abi.Ioctl.COST)
+OFTEN = (abi.Ioctl.HELLO, abi.Ioctl.SETUP, abi.Ioctl.TAKE, abi.Ioctl.STATS, abi.Ioctl.COST, abi.Ioctl.PLACES)
 REQUESTS = (*OFTEN * 8, abi.Ioctl.START, abi.Ioctl.STOP)
 """Putting probes on tracepoints and taking them off is slow, so it is a twentieth of the calls."""
 libc = ctypes.CDLL(None, use_errno=True)
@@ -48,7 +48,7 @@ def hurt(session: Session, random: np.random.Generator) -> None:
     """One call with arguments that mostly cannot be."""
     match int(random.integers(0, 8)):
         case 0 | 1:  # a structure of random words, some of them nearly right
-            structure = random.choice(np.array([abi.SETUP, abi.TAKE, abi.STATS, abi.FILTER], object))
+            structure = random.choice(np.array([abi.SETUP, abi.TAKE, abi.STATS, abi.FILTER, abi.PLACES], object))
             words = np.zeros(512, "<u4")
             words[:] = random.choice(np.array(SIZES, "<u4"), 512)
             argument = words.view(np.uint8)[: structure.itemsize].copy()
@@ -170,7 +170,14 @@ def test_structures_at_the_edge_of_a_page(module: None, size: int) -> None:
     assert libc.mprotect(ctypes.c_void_p(base + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     with Session() as session:
         session.setup(subbufs=4).start()
-        for request in (abi.Ioctl.HELLO, abi.Ioctl.SETUP, abi.Ioctl.TAKE, abi.Ioctl.STATS, abi.Ioctl.COST):
+        for request in (
+            abi.Ioctl.HELLO,
+            abi.Ioctl.SETUP,
+            abi.Ioctl.TAKE,
+            abi.Ioctl.STATS,
+            abi.Ioctl.COST,
+            abi.Ioctl.PLACES,
+        ):
             address = ctypes.c_void_p(base + mmap.PAGESIZE - size)
             assert libc.ioctl(session.fd, ctypes.c_ulong(request), address) == -1
             assert ctypes.get_errno() == errno.EFAULT

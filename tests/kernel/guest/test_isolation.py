@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from contracts import abi
 from contracts.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.conftest import lab_ifindex, load, unload
-from tests.kernel.guest.reader import Session, netns_fd, opened_in, within
+from tests.kernel.guest.reader import Session, call, netns_fd, opened_in, within
 
 pytestmark = pytest.mark.usefixtures("module")
 
@@ -251,7 +252,7 @@ def assert_same(found: dict[str, dict[int, dict[Hook, int]]], wanted: dict[int, 
 
 @contextlib.contextmanager
 def sessions_of_c1(network: Network, **setup: Any) -> Iterator[dict[str, Session]]:
-    """c1's own session, and two of the host that want the same."""
+    """c1's own session, and four of the host that want the same."""
     name = network.names["c1"]
     fd = netns_fd(name)
     with contextlib.ExitStack() as stack:
@@ -261,7 +262,17 @@ def sessions_of_c1(network: Network, **setup: Any) -> Iterator[dict[str, Session
         namespace = stack.enter_context(Session()).setup(subbufs=64, netns_fds=[fd], **setup)
         place = (fd, lab_ifindex(network.lab, "c1"))
         device = stack.enter_context(Session()).setup(subbufs=64, devices=[place], **setup)
-        found = {"c1's own": own, "of its namespace": namespace, "of its device": device}
+        inode = network.lab.netns_inode("c1")
+        listed = stack.enter_context(Session()).setup(subbufs=64, **setup).places([inode])
+        at = (inode, lab_ifindex(network.lab, "c1"))
+        device_listed = stack.enter_context(Session()).setup(subbufs=64, **setup).places(devices=[at])
+        found = {
+            "c1's own": own,
+            "of its namespace": namespace,
+            "of its device": device,
+            "of its namespace, listed": listed,
+            "of its device, listed": device_listed,
+        }
         for session in found.values():
             session.start()
         yield found
@@ -354,7 +365,7 @@ def test_an_overlays_outer_packets_are_the_hosts(network: Network) -> None:
             session.stop()
         found = {name: session.read() for name, session in sessions.items()}
     index = int(within(network.names["c1"], lambda: socket.if_nametoindex(OVERLAY)))
-    for name in ("c1's own", "of its namespace"):
+    for name in ("c1's own", "of its namespace", "of its namespace, listed"):
         records = found[name]
         assert (
             (records["hook"] == QUEUE) & (records["ifindex"] == index) & (records["l4_dst"] == 7031)
@@ -397,6 +408,64 @@ def test_connections_of_others_are_not_seen(network: Network) -> None:
             }  # fmt: skip
             assert ports[7041] >= 4 * PACKETS
             assert ports[7042] == ports[7043] == 0, ports
+
+
+def test_places_change_while_the_session_runs(network: Network) -> None:
+    """A place that stays misses no packet, one that comes or goes is recorded from then on or no more."""
+    flow, other = (flow for flow in FLOWS if flow.port in (7001, 7002))
+    c1, c2 = (network.lab.netns_inode(name) for name in ("c1", "c2"))
+    done = threading.Event()
+
+    def change(session: Session) -> None:
+        while not done.is_set():
+            for count in range(abi.MAX_NETNS):
+                session.places([*range(1, count + 1), c1], [(number, 1) for number in range(1, count + 1)])
+
+    with Session() as session:
+        session.setup(subbufs=256, hooks=[QUEUE, XMIT]).places().start()
+        sent(network, [flow, other], socket.AF_INET)
+        assert not len(session.read())
+        session.places([c1])
+        thread = threading.Thread(target=change, args=(session,))
+        thread.start()
+        try:
+            for _ in range(8):
+                sent(network, [flow, other], socket.AF_INET)
+        finally:
+            done.set()
+            thread.join()
+        records = session.read()
+        assert counted(records, flow) == {QUEUE: 8 * PACKETS, XMIT: 8 * PACKETS}
+        assert counted(records, other) == {}
+        session.places([c2])
+        sent(network, [flow, other], socket.AF_INET)
+        records = session.read()
+        assert (counted(records, flow), counted(records, other)) == ({}, SENT)
+        session.stop()
+
+
+def test_places_that_cannot_be(network: Network) -> None:
+    with Session() as session:
+        with pytest.raises(OSError, match="Invalid argument"):  # before SETUP
+            session.places([1])
+        session.setup()
+        for wrong in ({"netns": [0]}, {"devices": [(0, 1)]}, {"devices": [(1, 0)]}):
+            with pytest.raises(OSError, match="Invalid argument"):
+                session.places(**wrong)  # type: ignore[arg-type]
+        for count in ("netns_count", "device_count"):
+            asked = np.ones((), abi.PLACES)
+            asked[count] = abi.MAX_NETNS + 1
+            with pytest.raises(OSError, match="Invalid argument"):
+                call(session.fd, abi.Ioctl.PLACES, asked)
+
+
+def test_a_session_of_a_namespace_lists_no_other(network: Network) -> None:
+    c2 = network.lab.netns_inode("c2")
+    with opened_in(network.names["c1"]).setup(subbufs=64).places([c2]) as session:
+        session.start()
+        sent(network, FLOWS, socket.AF_INET)
+        session.stop()
+        assert not len(session.read())
 
 
 def test_a_session_that_begins_does_not_know_what_was_before(network: Network) -> None:

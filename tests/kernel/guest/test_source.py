@@ -117,3 +117,24 @@ def test_a_kernel_without_headers_is_told_which_package_it_wants() -> None:
     done = mace("module", "build", check=False)
     assert done.returncode == 1
     assert f"linux-headers-{release}" in done.stderr
+
+
+@pytest.mark.timeout(900)
+def test_a_chosen_container_with_its_whole_path(lab: Lab, tmp_path: Path) -> None:
+    """The module records at c1's devices and at the outer device: no delay of c2 is known, every overhead of c1 is."""
+    load()
+    try:
+        chosen = ("--container", "c1", "--device", lab.outer_device, "--protocol", "icmp")
+        with measured(lab, tmp_path, "--source", "kmod", *chosen, start=start) as measurement:
+            for container in ("c1", "c2"):
+                lab.ping(container, count=PACKETS, interval_s=0.01, size=101)
+                lab.udp(container, count=PACKETS, echo=True, size=203)
+    finally:
+        unload()
+    ledger = balanced(measurement.found)
+    assert ledger.lost == ledger.discarded == 0
+    found = measurement.query(
+        "SELECT container, direction, l3_len, count(*) FROM delays WHERE segment = 'overhead' GROUP BY ALL"
+    )
+    assert sorted(found) == [("c1", way, LENGTHS["ping"], PACKETS) for way in ("egress", "ingress")]
+    assert measurement.query("SELECT DISTINCT container FROM delays") == [("c1",)]

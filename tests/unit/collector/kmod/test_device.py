@@ -10,7 +10,8 @@ import pytest
 
 from collector.kmod import device
 from collector.kmod.device import MaceDevice
-from collector.live.filter import DeviceInNetns, SessionFilter
+from collector.live.filter import SessionFilter
+from collector.live.places import Places
 from contracts import abi
 from contracts.abi import Ioctl
 from contracts.errors import SourceError, Unavailable
@@ -97,6 +98,27 @@ def test_hello(module, opened):
     assert opened.greet().hooks == (Hook.KFREE_SKB,)
 
 
+def test_places_are_named_as_records_name_them(module, opened):
+    opened.record_at(Places((1 << 33 | 7, 8), ((1 << 33 | 9, 3),)))
+    asked = module.last(Ioctl.PLACES)[0]
+    assert (asked["netns_count"], asked["device_count"]) == (2, 1)
+    assert asked["netns"].tolist() == [7, 8, *[0] * 14]
+    assert asked["device"][0].tolist() == (9, 3)
+    module.refuse[Ioctl.PLACES] = errno.ENOMEM
+    with pytest.raises(SourceError, match="PLACES: Cannot allocate memory"):
+        opened.record_at(Places())
+
+
+def test_a_module_that_cannot_choose_places(module):
+    module.hello["abi_minor"] = 1
+    opened = MaceDevice(Path("/dev/zero"))
+    try:
+        with pytest.raises(SourceError, match=rf"speaks ABI {abi.ABI_MAJOR}\.1, .* from 1\.2 on; `mace module build`"):
+            opened.record_at(Places((7,)))
+    finally:
+        opened.close()
+
+
 def test_another_abi_is_refused_with_both_versions_and_the_remedy(module):
     module.hello["abi_major"] = abi.ABI_MAJOR + 1
     with pytest.raises(SourceError) as caught:
@@ -144,15 +166,9 @@ def test_a_machine_without_the_module(tmp_path):
 
 def test_setup_passes_the_configuration(module, opened):
     wanted = SessionFilter(
-        netns=(None, "/proc/self/ns/net"),
-        devices=(DeviceInNetns(7), DeviceInNetns(8, "/proc/self/ns/net")),
-        l4_protocols=(6, 255),
-        sample_shift=4,
-        hooks=(Hook.NETIF_RX, Hook.KFREE_SKB),
+        netns=("/proc/self/ns/net",), l4_protocols=(6, 255), sample_shift=4, hooks=(Hook.NETIF_RX, Hook.KFREE_SKB)
     )
-    before = open_files()
     assert set_up(opened, wanted=wanted) == module.online
-    assert open_files() == before
     asked = module.last(Ioctl.SETUP)[0]
     assert [int(asked[n]) for n in ("abi_major", "subbuf_bytes", "subbufs", "watermark", "flush_ms")] == [
         abi.ABI_MAJOR,
@@ -162,10 +178,7 @@ def test_setup_passes_the_configuration(module, opened):
         100,
     ]
     given = asked["filter"]
-    assert (given["hooks"], given["sample_shift"], given["netns_count"], given["device_count"]) == (0x108, 4, 2, 2)
-    assert given["netns_fd"][0] == -1 < 3 <= given["netns_fd"][1]
-    assert given["device"][0].tolist() == (-1, 7)
-    assert given["device"][1]["ifindex"] == 8
+    assert (given["hooks"], given["sample_shift"], given["netns_count"], given["device_count"]) == (0x108, 4, 0, 0)
     assert given["l4_protos"].tolist() == [1 << 6, 0, 0, 1 << 63]
     assert not any(int(asked[n]) for n in ("flags", "pad2", "pad3", "ring_bytes", "cpu_count"))
     set_up(opened, cookies=True)
@@ -177,7 +190,6 @@ def test_setup_passes_the_configuration(module, opened):
     [
         (errno.EPROTO, SourceError, "mace module build"),
         (errno.ENOMEM, Unavailable, "no memory for rings of 0.015625 MiB"),
-        (errno.EPERM, Unavailable, "sees only its own network namespace"),
         (errno.EOPNOTSUPP, Unavailable, "does not have all of the hooks"),
         (errno.EINVAL, Unavailable, "the module refuses"),
         (errno.EIO, SourceError, "SETUP: Input/output error"),
@@ -192,8 +204,6 @@ def test_errors_of_setup_have_a_remedy(module, opened, number, kind, told):
 def test_bounds_are_checked_before_the_kernel_refuses_them(module, opened):
     with pytest.raises(Unavailable, match="max_ring_mib"):
         opened.setup(subbuf_bytes=1 << 22, subbufs=32, watermark=2, flush_ms=100)
-    with pytest.raises(Unavailable, match="/nowhere/ns: No such file"):
-        set_up(opened, wanted=SessionFilter(netns=("/nowhere/ns",)))
     assert not [name for name, _ in module.asked if name is Ioctl.SETUP]
     for wrong in ({"sample_shift": 32}, {"l4_protocols": (256,)}, {"netns": (None,) * 17}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import pytest
 from collector.kmod import source as kmod_source
 from collector.kmod.source import KmodConfig, KmodSource
 from collector.live.filter import SessionFilter
+from collector.live.places import Places
 from contracts.abi import ABI_MAJOR, ABI_MINOR, HOOK_SLOTS
 from contracts.errors import SourceError, Unavailable
 from contracts.hooks import HOOKS, Hook
 from contracts.interfaces import Progress
 from contracts.records import Batch, Flag
-from contracts.topology import Device, Topology
+from contracts.topology import Device, Role, Topology
 from tests.durations import MS
 from tests.made_devices import HOST_NETNS, MadeFollower
 from tests.made_rings import MadeDevice
@@ -118,6 +120,31 @@ def test_hooks_that_the_module_lacks_are_left_out(kernel):
     with pytest.raises(Unavailable, match="none of the hooks"):
         kernel.run(nothing)
     assert kernel.module.log[-1] == "close"
+
+
+def test_places_follow_the_devices(kernel):
+    def web(netns):
+        return Device(netns, 5, "eth0", "macvlan", role=Role.INNER, container="web")
+
+    follower = MadeFollower((), None, (web(77),), (web(78),))
+    seen = []
+    kernel.run(
+        *[lambda module: seen.append(module.places)] * 5,
+        follower=follower,
+        config=replace(CONFIG, wanted=SessionFilter(containers=("web",))),
+    )
+    assert seen == [Places(), Places(), Places((77,)), Places((78,)), Places((78,))]
+
+
+def test_a_session_of_one_namespace_is_not_given_others(kernel):
+    kernel.module = MadeDevice(sees_all=False)
+    mine = Path("/proc/self/ns/net").stat().st_ino
+    config = replace(CONFIG, wanted=SessionFilter(netns=(None,)))
+    with pytest.raises(Unavailable, match="sees only its own network namespace"):
+        kernel.run(nothing, config=config)
+    kernel.module.hello = replace(kernel.module.hello, netns=mine)
+    kernel.run(nothing, config=config)
+    assert kernel.module.places == Places((mine,))
 
 
 def test_records_wait_for_the_hold_back(kernel):

@@ -66,7 +66,7 @@ def test_a_recording_is_observed_with_its_crossings():
 def test_a_live_run_ends_with_its_until(kind, monkeypatch):
     """A live run ends with its `until`. A recording replaces the live source; it ends by itself or on request."""
     source = recording(EXAMPLE).source()
-    monkeypatch.setattr(runs, "live_source", lambda config: (source, "source made"))
+    monkeypatch.setattr(runs, "live_source", lambda config, **_: (source, "source made", lambda results: results))
     stop, opened, lasted = Stop(), [], []
 
     async def until():
@@ -104,7 +104,9 @@ def test_a_live_run_ends_with_its_until(kind, monkeypatch):
 
 
 def test_what_a_run_is_for_ends_it(monkeypatch):
-    monkeypatch.setattr(runs, "live_source", lambda config: (recording(EXAMPLE).source(), "source made"))
+    monkeypatch.setattr(
+        runs, "live_source", lambda config, **_: (recording(EXAMPLE).source(), "source made", lambda results: results)
+    )
     stop = Stop()
 
     async def nothing():

@@ -51,7 +51,7 @@ def test_two_swapped_packets_are_two_wrong_rows():
 
 
 def test_a_segment_that_is_sent_again_is_not_the_segment_that_was_cut_out_before():
-    """The outer device sends `b` twice: cut out of the buffer that begins with `a`, and again as a packet of its own."""
+    """The outer device sends `b` twice: cut out of the buffer that begins with `a`, and as a packet of its own."""
     inner = seen((100, "a"), (200, "b"))
     outer = seen((110, "a"), (112, "b"), (210, "b"))
     found = score(RIGHT[:2], {"c1": inner}, outer)
