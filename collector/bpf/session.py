@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import secrets
@@ -29,44 +30,42 @@ from collector.machine.kernel import highest_possible_cpu, kernel_version
 from contracts.errors import Unavailable
 from contracts.hooks import TRACEPOINTS, Hook
 
+_log = logging.getLogger(__name__)
+
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
 _WHAT: Final = "bpf"
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
-
-
 _FUNCTIONS: Final = {"ip_rcv": "ip_rcv_core", "ipv6_rcv": "ip6_rcv_core"}
 """Name of each program of `Hook.IP_RCV` -> the kernel's function that it is attached to."""
 
 
-def programs() -> dict[Hook, tuple[str, ...]]:
-    """Return the names of the programs of each hook that this kernel allows.
+def programs() -> tuple[dict[Hook, tuple[str, ...]], str]:
+    """Return the names of the programs of each hook, and why `Hook.IP_RCV` is not among the hooks ("" if it is).
 
-    Raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
+    These are hooks that the kernel has and, as far as an empty program shows, allows. Raises `Unavailable` if libbpf is
+    missing, or the kernel's BTF is missing or unreadable.
     """
     with _btf() as btf:
         arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
-        at_ip = () if _refusal(btf) else tuple(name for name, at in _FUNCTIONS.items() if btf.has_function(at))
+        at_ip = tuple(name for name, function in _FUNCTIONS.items() if btf.has_function(function))
+        refusal = _refusal(btf, at_ip)
     found = {info.hook: (info.name,) for info in TRACEPOINTS if arguments[info.hook] > 0}
     # The drop reason is the third argument, since Linux 5.17.
     if 0 < arguments[Hook.KFREE_SKB] < 3:
         found[Hook.KFREE_SKB] = (_WITHOUT_REASON,)
-    return found | ({Hook.IP_RCV: at_ip} if at_ip else {})
+    if not refusal:
+        found[Hook.IP_RCV] = at_ip
+    return found, refusal
 
 
-def function_refusal() -> str:
-    """Return why the kernel allows no program at `Hook.IP_RCV`, or ""; raises `Unavailable` as `programs` does."""
-    with _btf() as btf:
-        return _refusal(btf)
-
-
-def _refusal(btf: libbpf.Btf) -> str:
-    present = [function for function in _FUNCTIONS.values() if btf.has_function(function)]
-    if not present:
+def _refusal(btf: libbpf.Btf, at_ip: Sequence[str]) -> str:
+    """Return why the kernel allows none of the programs `at_ip`, or ""."""
+    if not at_ip:
         return f"this kernel has none of the functions {', '.join(_FUNCTIONS.values())}"
     try:
-        btf.try_function(present[0])
+        btf.try_function(_FUNCTIONS[at_ip[0]])
     except OSError as error:
         return f"the kernel refuses programs on its functions ({error.strerror})"
     return ""
@@ -101,6 +100,8 @@ class Session:
     `ring_bytes` is the size of each CPU's ring, a power of two and at least one page. A CPU wakes the reader every
     `wake_every` records. With `cookies` records identify a namespace by its cookie, else by its inode. `wanted` gives
     hooks, protocols and the sample; a filter by place records nothing before `record_at`.
+
+    If the kernel refuses the programs of `Hook.IP_RCV`, the session has the other hooks, and `refusal` says why.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Session:
         self._state: npt.NDArray[Any] | None = None
         """struct mace_state in the programs' memory, of dtype `STATE` and shape (); None while nothing is loaded."""
         self._state_memory: mmap.mmap | None = None
-        chosen = programs()
+        chosen, self.refusal = programs()
         self.programs: dict[Hook, tuple[str, ...]] = {
             h: names for h, names in chosen.items() if not wanted.hooks or h in wanted.hooks
         }
@@ -129,9 +130,8 @@ class Session:
             )
         self._object = BpfObject(path)
         try:
-            self._object.select([name for names in self.programs.values() for name in names])
-            self._prepare(wanted, wake_every, cookies)
-            self._load()
+            self._load(path, wanted, wake_every, cookies)
+            self._map_loaded()
         except BaseException:
             self.close()
             raise
@@ -157,7 +157,22 @@ class Session:
 
     # --- loading --------------------------------------------------------------------------------
 
+    def _load(self, path: Path, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
+        """Load the programs, without those of `Hook.IP_RCV` if the kernel refuses them with those."""
+        try:
+            self._prepare(wanted, wake_every, cookies)
+            self._object.load()
+        except Unavailable as error:
+            if self.programs.pop(Hook.IP_RCV, None) is None or not self.programs:
+                raise
+            self._object.close()
+            self._object = BpfObject(path)
+            self._load(path, wanted, wake_every, cookies)
+            self.refusal = f"the kernel refuses the programs of ip_rcv ({error.why})"
+            _log.warning("bpf: %s, so ingress of macvlan, ipvlan and bpf_redirect_peer is not seen", self.refusal)
+
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
+        self._object.select([name for names in self.programs.values() for name in names])
         check(self._library.bpf_map__set_max_entries(self._object.map("mace_rings"), self.possible_cpus))
         config = self._object.memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
@@ -169,8 +184,7 @@ class Session:
             config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
-    def _load(self) -> None:
-        self._object.load()
+    def _map_loaded(self) -> None:
         counts = self._object.map("mace_cpus")
         self._counts_fd = self._object.map_fd("mace_cpus")
         self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from collector.bpf.object import OBJECT
 from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import STATS_RIGHTS, Session, function_refusal, programs, reads_pages, ring_bytes_of
+from collector.bpf.session import STATS_RIGHTS, Session, reads_pages, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.places import Places
 from collector.live.record_merge import Marker, RingMerger
@@ -167,10 +167,10 @@ class BpfSource(RecordSource):
         """Return whether this source can run here, by loading the programs and unloading them."""
         try:
             _check_machine()
-            present, refusal = programs(), function_refusal()
-            missing = [info.name for info in HOOKS if info.hook not in present]
             session = open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT)
             timed = session.time_runs(on=True)
+            missing = [info.name for info in HOOKS if info.hook not in session.programs]
+            refusal = session.refusal
             session.close()
         except Unavailable as error:
             return Status(ok=False, detail=error.why, remedy=error.remedy)

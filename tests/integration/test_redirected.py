@@ -8,7 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from collector.bpf.session import function_refusal
+from collector.bpf.session import programs
+from contracts.hooks import Hook
 from tests.measuring import start, wait_for
 from tests.redirect_peer import bpffs, redirect
 
@@ -65,7 +66,7 @@ def test_ingress_that_is_hidden_is_said_to_be(tmp_path, source):
         found = json.loads(out)
     egress = [row for row in found["devices"] if row["device"] == "eth0" and row["direction"] == "egress"]
     assert egress[0]["count"] >= COUNT
-    if source == "bpf" and not function_refusal():
+    if source == "bpf" and Hook.IP_RCV in programs()[0]:
         whole = {row["direction"]: row["count"] for row in found["overhead"] if row["netns"] == pod}
         assert whole["ingress"] >= 3 * COUNT
         assert "unseen" not in found
