@@ -15,7 +15,7 @@ import numpy as np
 
 from contracts.arrays import Ints
 from contracts.histogram import QUANTILES, merge, quantiles
-from contracts.hooks import Hook
+from contracts.hooks import BY_HOOK, Hook
 from contracts.ledger import Ledger
 from contracts.results import Results, Totals
 from contracts.schema import Direction, Grades, HookCost, Segment
@@ -28,7 +28,9 @@ _RANK_ELSE: Final = 6
 INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
 """Kinds of devices that receive packets past all tracepoints: the lower device's receive handler assigns the packet to
 them and repeats the receive path (`another_round` in __netif_receive_skb_core), which starts after the tracepoint
-`netif_receive_skb`."""
+`netif_receive_skb`. The hook `ip_rcv` sees these packets."""
+_IP_RCV: Final = BY_HOOK[Hook.IP_RCV].tracepoint
+_REMEDY: Final = "The kernel module measures it, and BPF does unless `mace check` says `without ip_rcv`."
 _MANY_SENT: Final = 100
 """Packets sent per packet received, ARP included, from which on a device's ingress is reported as unseen."""
 COUNTS_AS: Final = {
@@ -247,6 +249,8 @@ class Summary:
     sinks: dict[str, Account] = field(default_factory=dict)
     """Account of each sink with a server: where the rows given to the sink went."""
     names: Names = field(default_factory=Names)
+    sees_past_tracepoints: bool | None = None
+    """Whether the sources of all runs recorded the hook `ip_rcv`; None as long as no run's hooks are known."""
     _by_width: dict[int, dict[FigureKey, Distribution]] = field(default_factory=dict)
     _devices: tuple[Device, ...] = ()
     _present: tuple[Device, ...] | None = None
@@ -256,6 +260,14 @@ class Summary:
         """Add the correlator's next results."""
         self.count(results.rows.windows, results.rows.devices)
         self.update(results.totals)
+
+    def observed(self, hooks: Iterable[str]) -> None:
+        """Note the hooks of a run (`StreamHeader.hooks`), which decide what `unseen` returns."""
+        self._observed(_IP_RCV in hooks)
+
+    def _observed(self, seen: bool | None) -> None:
+        if seen is not None:
+            self.sees_past_tracepoints = seen and self.sees_past_tracepoints is not False
 
     def count(self, windows: WindowTable, devices: tuple[Device, ...]) -> None:
         """Add the delays of windows, whose `device` points to `devices`.
@@ -314,6 +326,7 @@ class Summary:
         self.several_devices = (self.several_devices or 0) + (other.several_devices or 0) if known else None
         self.imitated = tuple(sorted({*self.imitated, *other.imitated}))
         self.rows_not_stored += other.rows_not_stored
+        self._observed(other.sees_past_tracepoints)
         self.cost = added(self.cost, other.cost)
         self.sharers = newest_names((*self.sharers, *other.sharers))
         self.names.take(other.names)
@@ -433,7 +446,9 @@ class Summary:
         return told
 
     def unseen(self) -> list[str]:
-        """Return a sentence for each inner device whose ingress the kernel does not show."""
+        """Return a sentence for each inner device whose ingress the source does not show; none if it shows `ip_rcv`."""
+        if self.sees_past_tracepoints:
+            return []
         places = {place for (place, _, _), _ in self.rows(Segment.DEVICE) if place.role == Role.INNER}
         seen: dict[tuple[DevicePlace, Direction], int] = {}
         for (place, direction, _), distribution in self.rows(Segment.DEVICE, Segment.DELIVERY):
@@ -444,13 +459,14 @@ class Summary:
             if place.kind in INGRESS_UNSEEN:
                 told.append(
                     f"{place.device} of {owner(place)} is a {place.kind}: what it receives passes no tracepoint"
-                    " there, so its ingress is not measured."
+                    f" there, so its ingress is not measured. {_REMEDY}"
                 )
             elif sent >= _MANY_SENT * (1 + (received := seen.get((place, Direction.INGRESS), 0))):
                 told.append(
                     f"{place.device} of {owner(place)} sent {sent:,} packets and was seen to receive"
                     f" {received:,}: either no more came, or what it receives is put on it past its tracepoints"
                     " (bpf_redirect_peer, as Cilium's host routing does), and its ingress is not measured."
+                    f" {_REMEDY}"
                 )
         return told
 

@@ -24,6 +24,7 @@ class Hook(IntEnum):
     SKB_COPY_DATAGRAM_IOVEC = 6
     CONSUME_SKB = 7
     KFREE_SKB = 8
+    IP_RCV = 9
     LOST = 255
 
 
@@ -48,13 +49,19 @@ class HookInfo:
     letter: str
     """The hook's letter in short forms of paths, as in `QX eth0 · rR vethc0`."""
     tracepoint: str
+    """`subsystem:name` of the kernel's tracepoint, or `function:name` where the kernel has no tracepoint."""
     way: Way
     meaning: str
 
     @property
     def name(self) -> str:
-        """User name: the tracepoint's own."""
+        """User name: that of the tracepoint or function."""
         return self.tracepoint.partition(":")[2]
+
+    @property
+    def is_tracepoint(self) -> bool:
+        """Whether the kernel has a tracepoint there, which ftrace and other tools record."""
+        return not self.tracepoint.startswith("function:")
 
     @property
     def has_device(self) -> bool:
@@ -119,16 +126,28 @@ HOOKS: Final[tuple[HookInfo, ...]] = (
         Way.END,
         "The kernel buffer is freed because the packet is dropped; the record has the reason.",
     ),
+    HookInfo(
+        Hook.IP_RCV,
+        "i",
+        "function:ip_rcv",
+        Way.RECEIVE,
+        "IPv4 or IPv6 takes the packet from a device whose `netif_receive_skb` it did not pass.",
+    ),
 )
 
 ALONG: Final[dict[Way, tuple[Hook, ...]]] = {
     Way.TRANSMIT: (Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT),
-    Way.RECEIVE: (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB),
+    Way.RECEIVE: (Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, Hook.NETIF_RECEIVE_SKB, Hook.IP_RCV),
 }
-"""The hooks at a device, in the order in which a packet passes them there. Behind the last one of a way the packet goes
-on to another device, or up."""
+"""The hooks at a device, in the order in which a packet passes them there."""
+
+LEAVING: Final[frozenset[Hook]] = frozenset({Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB, Hook.IP_RCV})
+"""The hooks behind which a packet can leave the device, to another device or up. `IP_RCV` stands in for
+`NETIF_RECEIVE_SKB` where a packet changed devices behind that tracepoint."""
 
 BY_HOOK: Final[dict[Hook, HookInfo]] = {info.hook: info for info in HOOKS}
+TRACEPOINTS: Final[tuple[HookInfo, ...]] = tuple(info for info in HOOKS if info.is_tracepoint)
+"""The hooks that are tracepoints of the kernel."""
 BY_TRACEPOINT: Final[dict[str, HookInfo]] = {info.tracepoint: info for info in HOOKS}
 
 

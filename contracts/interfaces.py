@@ -32,7 +32,7 @@ class StreamHeader:
     cpus: int
     clock: ClockPair
     hooks: tuple[str, ...]
-    """Tracepoints that were enabled."""
+    """`HookInfo.tracepoint` of each hook that was observed."""
     mace_version: str
     command: tuple[str, ...] = ()
 

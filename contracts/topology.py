@@ -47,9 +47,9 @@ class Device:
     kind: str
     """rtnetlink's link kind (`veth`, `bridge`, `macvlan`, ...); `""` for hardware, `loopback` for lo."""
     peer_netns: int = 0
-    """veth: the peer's namespace inode. macvlan, ipvlan, vlan, vxlan: the namespace of the lower device."""
+    """veth, netkit: the peer's namespace inode. macvlan, ipvlan, vlan, vxlan: the namespace of the lower device."""
     peer_ifindex: int = 0
-    """veth: the peer. macvlan, ipvlan, vlan, vxlan: the lower device. 0 where there is none."""
+    """veth, netkit: the peer. macvlan, ipvlan, vlan, vxlan: the lower device. 0 where there is none."""
     master_ifindex: int = 0
     """The bridge or bond, in the same namespace, that this device is a port of; 0 where there is none."""
     default_route: bool = False
@@ -160,6 +160,8 @@ class Topology:
 _MOST_SHARERS: Final = 10_000
 """Largest number of sharers kept, ten times as many as the largest hosts run: bounds what each flush stores."""
 _KEY: Final = attrgetter("netns", "ifindex")
+PAIRS: Final = frozenset({"veth", "netkit"})
+"""Kinds of devices that come in pairs: one end receives what the other (`peer_netns`, `peer_ifindex`) transmits."""
 _STACKED: Final = frozenset({"macvlan", "ipvlan", "vlan", "macvtap", "ipvtap"})
 
 
@@ -172,7 +174,7 @@ def assign_roles(
     that a default route uses, or its hardware if there is no default route. A bridge among them is replaced by its
     hardware ports, which bridged and routed containers have in common. A device of another namespace that is paired
     with, or stacked on, a device of the host is a container's inner device. Two exceptions are the far end of a test
-    network: the namespace of an outer device's veth peer, and the namespaces named in `remote_netns`. Devices of the
+    network: the namespace of an outer device's peer, and the namespaces named in `remote_netns`. Devices of the
     host and of the far end lose their container's name and id.
     """
     given = sorted(devices, key=_KEY)
@@ -185,7 +187,7 @@ def assign_roles(
     remote = {d.netns for d in given if d.netns_name in far and d.netns != host_netns} | {
         d.netns
         for d in given
-        if d.netns != host_netns and d.kind == "veth" and (d.peer_netns, d.peer_ifindex) in outer_keys
+        if d.netns != host_netns and d.kind in PAIRS and (d.peer_netns, d.peer_ifindex) in outer_keys
     }
 
     def role(d: Device) -> Role:
@@ -197,7 +199,7 @@ def assign_roles(
             return Role.HOST
         if d.netns in remote:
             return Role.REMOTE
-        if (d.peer_netns, d.peer_ifindex) in host_keys and (d.kind == "veth" or d.kind in _STACKED):
+        if (d.peer_netns, d.peer_ifindex) in host_keys and d.kind in PAIRS | _STACKED:
             return Role.INNER
         return Role.OTHER
 

@@ -19,7 +19,7 @@ from contracts.schema import Direction, Outcome, Segment
 from contracts.topology import Role
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
 from correlator.lives import NEVER, Paths
-from correlator.numbers import COPY, DROP, QUEUE, RECEIVE, RECEIVE_SKB, RX, TRANSMIT, XMIT
+from correlator.numbers import COPY, DROP, IP_RCV, QUEUE, RECEIVE, RECEIVE_SKB, RX, TRANSMIT, XMIT
 
 LAST_POSITION: Final = 254
 """Largest position: positions are one byte, and 255 means the whole path."""
@@ -93,7 +93,9 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
     # Records after the last device are not on it: at most one copy to the reader, and the end.
     last_placed = lives.ends - ~placed[lives.ends]
     last_placed -= ~placed[last_placed] & (last_placed >= lives.starts)
-    end = np.minimum(np.append(first[1:], len(ts)) - 1, last_placed[of])
+    last = np.minimum(np.append(first[1:], len(ts)) - 1, last_placed[of])
+    # IP_RCV behind NETIF_RECEIVE_SKB on one device repeats that record.
+    end = last - ((hook[last] == IP_RCV) & (last > first) & (hook[last - 1] == RECEIVE_SKB))
 
     dropped = (hook[lives.ends] == DROP) & which
     unclear = np.zeros(count, np.bool_)
@@ -147,7 +149,7 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
     outside = (index < gate) == inward
     outside |= (role == _REMOTE) | (role == _OTHER) | (role == _LOOPBACK)
     queued = hook[first] == QUEUE
-    received = hook[end] == RECEIVE_SKB
+    received = (hook[end] == RECEIVE_SKB) | (hook[end] == IP_RCV)
     entry = outer[entering & (outer != NEVER)]
     entry = entry[received[entry]]
     begin[entry] = ts[end[entry]]
@@ -163,7 +165,7 @@ def measure(lives: Paths, which: Mask, resolver: Resolver) -> Measured:
     total = np.flatnonzero(whole >= 0)
     total_begin = begin[np.where(entering[total], outer[total], head[total])]
 
-    after = np.minimum(end[tail] + 1, len(ts) - 1)
+    after = np.minimum(last[tail] + 1, len(ts) - 1)
     read = np.flatnonzero(
         entering & ours & (inner & received)[tail] & (hook[after] == COPY) & (lives.life[after] == alive)
     )

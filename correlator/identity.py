@@ -15,11 +15,14 @@ records of one buffer, whether a packet can have moved *from the first to the se
     X d → r,G,R peer(d)  through a veth, or round the loopback
     X d → Q d'           from a bridge to its port, from a macvlan, VLAN or tunnel to the device below
     r,G d → R d          on the same device: from the backlog or NAPI to the stack
-    R d → R d'           from a bridge's port to the bridge (a second reception by a macvlan or VLAN is not traced)
+    R d → i d            on the same device: a record that repeats R, where the source could not tell (adds nothing)
+    R d → R d'           from a bridge's port to the bridge
+    R d → i d'           up to a macvlan, ipvlan, VLAN or bond, or past all tracepoints into a container
+                         (bpf_redirect_peer); i is recorded only where R was not recorded at the same device
     R d → r,G d'         out of a tunnel
-    R d → Q d'           routed or bridged within one namespace, its length unchanged; not back out of the
+    R,i d → Q d'         routed or bridged within one namespace, its length unchanged; not back out of the
                          device that received it, except a bridge (hairpin)
-    R d → D              copied to a reader, from behind the packet's headers to its end
+    R,i d → D            copied to a reader, from behind the packet's headers to its end
     any → end            freed
 
 and any other record begins a new life. A life also ends if a move takes longer than the engine's timeout, or if
@@ -95,8 +98,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from contracts.hooks import ALONG, HOOKS, Hook, Way
-from contracts.topology import Device, Role, Sighting, Topology
+from contracts.hooks import ALONG, HOOKS, LEAVING, Hook, Way
+from contracts.topology import PAIRS, Device, Role, Sighting, Topology
 from correlator.memo import Memo
 
 WAY: Final = np.zeros(256, np.uint8)
@@ -174,8 +177,8 @@ class Candidates:
         """Return the candidates that could exchange a packet with `other`.
 
         The selection avoids trying all of them: a thousand containers have an eth0. A move stays in one namespace,
-        leads to a peer, or leads between two devices with the same peer. If there is one candidate, or `other` is
-        unknown, all candidates are returned.
+        leads to a peer, or leads between two devices with the same peer (moves to `ip_rcv` excepted, whose records
+        have one candidate). If there is one candidate, or `other` is unknown, all candidates are returned.
         """
         if len(self.numbers) == 1 or other.kind == UNKNOWN:
             return self.numbers
@@ -284,9 +287,9 @@ class Resolver:
         self._look_up()
 
     def beside(self, number: int) -> tuple[int, ...]:
-        """Return the numbers of a veth's peer (one per description of it); none for other devices or unknown peers."""
+        """Return the numbers of a pair's other end (one per description of it); none for other devices."""
         device = self.devices[number]
-        if device.kind != "veth":
+        if device.kind not in PAIRS:
             return ()
         return tuple(self._by_key.get((device.peer_netns, device.peer_ifindex), ()))
 
@@ -364,7 +367,7 @@ class Resolver:
         for number, device in enumerate(self.devices):
             if device.role is Role.INNER:
                 serves[number] = number
-            elif device.role is Role.HOST and device.kind == "veth":
+            elif device.role is Role.HOST and device.kind in PAIRS:
                 inner = [
                     n
                     for n in self._by_key.get((device.peer_netns, device.peer_ifindex), ())
@@ -394,8 +397,8 @@ class Resolver:
         return ((first + 1) << 32) | ((second + 1) << 8) | flags
 
     def start(self, dev: int) -> int:
-        """Return the device number of a sighting at which a life starts with a reception, which is no veth, or -1."""
-        return _sole(n for n in self._candidates[dev].numbers if self.devices[n].kind != "veth")
+        """Return the device number of a sighting at which a life starts with a reception, or -1; not one of a pair."""
+        return _sole(n for n in self._candidates[dev].numbers if self.devices[n].kind not in PAIRS)
 
     def _judge(self, hook_p: Hook, code_p: int, hook_n: Hook, code_n: int) -> tuple[int, int, int]:
         way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
@@ -405,7 +408,7 @@ class Resolver:
             sent = hook_p is Hook.NET_DEV_START_XMIT and hook_n is Hook.CONSUME_SKB
             return JOIN, self.start(code_p) if sent else -1, -1
         if way_n == Way.DELIVERY:
-            return JOIN | WHOLE_COPY if hook_p is Hook.NETIF_RECEIVE_SKB else 0, -1, -1
+            return JOIN | WHOLE_COPY if way_p == Way.RECEIVE and hook_p in LEAVING else 0, -1, -1
         if way_p == Way.DELIVERY:
             return 0, -1, -1
         if code_p == code_n and self._stays(hook_p, hook_n):
@@ -439,7 +442,7 @@ class Resolver:
         """Return the pairs of candidates between which a packet can go from `hook_p` to `hook_n`; None if too many."""
         way_p, way_n = int(WAY[hook_p]), int(WAY[hook_n])
         found: set[tuple[int, int]] = set()
-        if hook_p is not ALONG[Way(way_p)][-1]:
+        if hook_p not in LEAVING:
             return found
         if way_n == Way.TRANSMIT and hook_n is not ALONG[Way.TRANSMIT][0]:
             return found
@@ -457,10 +460,10 @@ class Resolver:
 
     def _can_cross(self, way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
         if UNKNOWN in (a.kind, b.kind):
-            # Only veths pass a packet from driver to receiver, and the peer of the known end must not be a known
+            # Only pairs pass a packet from driver to receiver, and the peer of the known end must not be a known
             # device.
             ends = [d for d in (a, b) if d.kind != UNKNOWN]
-            free = all(d.kind == "veth" and (d.peer_netns, d.peer_ifindex) not in self._by_key for d in ends)
+            free = all(d.kind in PAIRS and (d.peer_netns, d.peer_ifindex) not in self._by_key for d in ends)
             return way_p == Way.TRANSMIT and WAY[hook_n] == Way.RECEIVE and free
         return _can_cross(way_p, a, hook_n, b)
 
@@ -479,11 +482,11 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
     """Return whether a packet sent (X) or received (R) at `a` can go to `hook_n` on `b`."""
     way_n = int(WAY[hook_n])
     same_netns = a.netns == b.netns
-    over = (b.peer_netns, b.peer_ifindex) == a.key and b.kind != "veth"
-    under = (a.peer_netns, a.peer_ifindex) == b.key and a.kind != "veth"
+    over = (b.peer_netns, b.peer_ifindex) == a.key and b.kind not in PAIRS
+    under = (a.peer_netns, a.peer_ifindex) == b.key and a.kind not in PAIRS
     if way_p == Way.TRANSMIT:
         if way_n == Way.RECEIVE:
-            if a.kind == "veth":
+            if a.kind in PAIRS:
                 return (a.peer_netns, a.peer_ifindex) == b.key
             siblings = (
                 a.kind == b.kind
@@ -498,4 +501,7 @@ def _can_cross(way_p: int, a: Device, hook_n: Hook, b: Device) -> bool:
         return same_netns and (a != b or a.kind == "bridge")
     if hook_n is Hook.NETIF_RECEIVE_SKB:
         return a != b and ((same_netns and a.master_ifindex == b.ifindex) or over)
+    if hook_n is Hook.IP_RCV:
+        # tc can put a packet on the inner end of any pair whose outer end is in the packet's namespace.
+        return a != b and (same_netns or over or (b.kind in PAIRS and b.peer_netns == a.netns))
     return a != b and same_netns and b.kind in TUNNELS

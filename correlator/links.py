@@ -22,7 +22,7 @@ from contracts.schema import Grade
 from contracts.topology import Role
 from correlator.identity import CODE_BITS, ROLES, WAY, Resolver
 from correlator.lives import NEVER, Gaps, Lives, Records, laid_out, spans_gap
-from correlator.numbers import CONSUMED, DELIVERY, QUEUE, RECEIVE_SKB
+from correlator.numbers import CONSUMED, DELIVERY, IP_RCV, QUEUE, RECEIVE_SKB
 
 _ON_THE_HOST: Final = np.array([role in (Role.HOST, Role.OUTER) for role in ROLES])
 
@@ -136,7 +136,7 @@ class Links:
         head = (hook[start] == QUEUE) & self._on_the_host(lives.number[start])
         tail = (
             ~head
-            & (hook[last] == RECEIVE_SKB)
+            & ((hook[last] == RECEIVE_SKB) | (hook[last] == IP_RCV))
             & self._on_the_host(lives.number[last])
             & ((last == lives.ends[which]) | (hook[lives.ends[which]] == CONSUMED))
             & (lives.ends[which] - last < 2)  # not delivered

@@ -17,7 +17,7 @@ from contracts.protocols import ICMPV6
 from contracts.records import Batch
 from correlator.identity import CODE_BITS, CODES
 from correlator.lives import Lives
-from correlator.numbers import QUEUE, RECEIVE_SKB
+from correlator.numbers import IP_RCV, QUEUE, RECEIVE_SKB
 
 ARP_BYTES: Final = 28
 """Length of ARP for IPv4 over Ethernet (RFC 826)."""
@@ -88,7 +88,7 @@ class Asked:
         hook = lives.place >> CODE_BITS
         at = 1 + np.flatnonzero(
             (hook[1:] == QUEUE)
-            & (hook[:-1] == RECEIVE_SKB)
+            & ((hook[:-1] == RECEIVE_SKB) | (hook[:-1] == IP_RCV))
             & (lives.life[1:] == lives.life[:-1])
             & which[lives.life[1:]]
         )

@@ -18,6 +18,7 @@ GRO: Final = int(Hook.NAPI_GRO_RECEIVE_ENTRY)
 COPY: Final = int(Hook.SKB_COPY_DATAGRAM_IOVEC)
 CONSUMED: Final = int(Hook.CONSUME_SKB)
 DROP: Final = int(Hook.KFREE_SKB)
+IP_RCV: Final = int(Hook.IP_RCV)
 LOST: Final = int(Hook.LOST)
 
 TRANSMIT: Final = int(Way.TRANSMIT)

@@ -22,6 +22,8 @@
 #include <linux/irqflags.h>
 #include <linux/log2.h>
 #include <linux/netdevice.h>
+#include <linux/netfilter.h>
+#include <linux/netfilter_bridge.h>
 #include <linux/percpu.h>
 #include <linux/rculist.h>
 #include <linux/skbuff.h>
@@ -30,6 +32,7 @@
 #include <linux/tracepoint.h>
 #include <linux/vmalloc.h>
 #include <net/dst.h>
+#include <net/net_namespace.h>
 #include <net/sock.h>
 #include <trace/events/net.h>
 #include <trace/events/skb.h>
@@ -40,13 +43,15 @@
 #include "mace_session.h"
 
 #define MACE_CONTEXT_BITS 15 /* 32768 buffers under way at once, 1 MiB */
+#define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64; 2 KiB for each CPU */
 
 /*
  * The table of hooks: the number's name, the tracepoint, and what is known of the packet there. It
  * is at a device (AT_DEVICE), or it has none: it is delivered (NO_DEVICE), or its buffer is freed
  * (AT_END). A row, and a probe of the tracepoint's name below: a hook needs no more here.
+ * MACE_OTHER_HOOKS are no tracepoints.
  */
-#define MACE_HOOKS(ROW)                                                  \
+#define MACE_TRACEPOINTS(ROW)                                            \
 	ROW(NET_DEV_QUEUE, net_dev_queue, AT_DEVICE)                     \
 	ROW(NET_DEV_START_XMIT, net_dev_start_xmit, AT_DEVICE)           \
 	ROW(NETIF_RX, netif_rx, AT_DEVICE)                               \
@@ -55,6 +60,8 @@
 	ROW(SKB_COPY_DATAGRAM_IOVEC, skb_copy_datagram_iovec, NO_DEVICE) \
 	ROW(CONSUME_SKB, consume_skb, AT_END)                            \
 	ROW(KFREE_SKB, kfree_skb, AT_END)
+#define MACE_OTHER_HOOKS(ROW) ROW(IP_RCV, ip_rcv, AT_DEVICE)
+#define MACE_HOOKS(ROW) MACE_TRACEPOINTS(ROW) MACE_OTHER_HOOKS(ROW)
 
 enum mace_hook_at {
 	MACE_AT_DEVICE,
@@ -209,7 +216,7 @@ static __always_inline void mace_context_set(const struct sk_buff *skb, enum mac
 	u32 via = (unsigned long)dev;
 	u64 buffer;
 
-	if (hook == MACE_HOOK_NETIF_RECEIVE_SKB) {
+	if (hook == MACE_HOOK_NETIF_RECEIVE_SKB || hook == MACE_HOOK_IP_RCV) {
 		via = mace_is_handed_up(skb, dev) ? mace_upper_index(skb, dev) : dev->ifindex;
 		place |= MACE_CONTEXT_RECEIVED;
 	}
@@ -263,6 +270,36 @@ static bool mace_context_get(const struct sk_buff *skb, u64 packet_key, struct m
 			!mace_is_routed_elsewhere(skb, serial);
 	where->at.serial = there ? serial : 0;
 	return true;
+}
+
+/* --- where a packet was received -------------------------------------------------- */
+
+/*
+ * Of the buffers that a CPU has received, each with its device, in one word. IP is handed a packet
+ * on the CPU that has received it: if the word differs, the packet has changed devices in between,
+ * past every tracepoint. A clone, which IP makes of a shared buffer, has the same head. An entry
+ * may be overwritten by that of another buffer; then the packet is recorded once more.
+ */
+static DEFINE_PER_CPU(u64, mace_received[1 << MACE_RECEIVED_BITS]);
+
+static __always_inline u64 mace_received_word(const struct sk_buff *skb,
+					      const struct net_device *dev)
+{
+	return (u64)(unsigned long)skb->head * GOLDEN_RATIO_64 ^ (unsigned long)dev;
+}
+
+static __always_inline void mace_received_set(const struct sk_buff *skb,
+					      const struct net_device *dev)
+{
+	this_cpu_write(mace_received[hash_ptr(skb->head, MACE_RECEIVED_BITS)],
+		       mace_received_word(skb, dev));
+}
+
+static __always_inline bool mace_was_received(const struct sk_buff *skb,
+					      const struct net_device *dev)
+{
+	return this_cpu_read(mace_received[hash_ptr(skb->head, MACE_RECEIVED_BITS)]) ==
+	       mace_received_word(skb, dev);
 }
 
 /* --- the work of a probe ---------------------------------------------------------- */
@@ -456,6 +493,10 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 	/* With interrupts off we are a reader of RCU's as well (since v5.0, whatisRCU.rst). */
 	local_irq_save(irq);
 	now_ns = ktime_get_mono_fast_ns();
+	if (hook == MACE_HOOK_NETIF_RECEIVE_SKB && dev)
+		mace_received_set(skb, dev);
+	else if (hook == MACE_HOOK_IP_RCV && likely(mace_was_received(skb, dev)))
+		goto counted;
 	if (dev)
 		mace_where_is(dev_net(dev), dev->ifindex, &where);
 	node = rcu_dereference_raw(hlist_first_rcu(&mace_running));
@@ -484,6 +525,7 @@ static __always_inline void mace_observe(enum mace_hook hook, const struct sk_bu
 	} else if (BIT(hook) & mace_end_hooks) {
 		mace_context_forget(skb);
 	}
+counted:
 	if (unlikely(!(__this_cpu_inc_return(mace_costs.calls[hook]) & mace_cost_mask))) {
 		__this_cpu_inc(mace_costs.timed[hook]);
 		__this_cpu_add(mace_costs.timed_ns[hook], ktime_get_mono_fast_ns() - now_ns);
@@ -550,11 +592,78 @@ MACE_DEFINE_KFREE_SKB(mace_probe_kfree_skb, skb)
 	mace_observe(MACE_HOOK_KFREE_SKB, skb, NULL, 0, MACE_DROP_REASON());
 }
 
+static void mace_probe_ip_rcv(struct sk_buff *skb)
+{
+	/*
+	 * A bridge calls with its ports' packets, before it receives them itself, and a VRF with
+	 * packets that IP was handed before.
+	 */
+	if (!nf_bridge_in_prerouting(skb) && !netif_is_l3_master(skb->dev))
+		mace_observe(MACE_HOOK_IP_RCV, skb, skb->dev, 0, 0);
+}
+
+/* --- ip_rcv(), by netfilter --------------------------------------------------------- */
+
+#ifdef CONFIG_NETFILTER
+static unsigned int mace_prerouting(void *unused, struct sk_buff *skb,
+				    const struct nf_hook_state *state)
+{
+	mace_probe_ip_rcv(skb);
+	return NF_ACCEPT;
+}
+
+/* Before all others: they may drop the packet or take it. NFPROTO_INET is IPv4 and IPv6. */
+static const struct nf_hook_ops mace_prerouting_ops = {
+	.hook = mace_prerouting,
+	.pf = NFPROTO_INET,
+	.hooknum = NF_INET_PRE_ROUTING,
+	.priority = INT_MIN,
+};
+
+static int __net_init mace_prerouting_init(struct net *net)
+{
+	return nf_register_net_hook(net, &mace_prerouting_ops);
+}
+
+static void __net_exit mace_prerouting_exit(struct net *net)
+{
+	nf_unregister_net_hook(net, &mace_prerouting_ops);
+}
+
+/* In every namespace, those to come included, as tracepoints are; each session filters. */
+static struct pernet_operations mace_prerouting_everywhere = {
+	.init = mace_prerouting_init,
+	.exit = mace_prerouting_exit,
+};
+
+static int mace_ip_rcv_register(void)
+{
+	return register_pernet_subsys(&mace_prerouting_everywhere);
+}
+
+static void mace_ip_rcv_unregister(void)
+{
+	unregister_pernet_subsys(&mace_prerouting_everywhere);
+}
+#else
+static int mace_ip_rcv_register(void)
+{
+	return -EOPNOTSUPP;
+}
+
+static void mace_ip_rcv_unregister(void)
+{
+}
+#endif
+
+/* --- the table of probes ------------------------------------------------------------ */
+
 /**
  * struct mace_probe - a row of the table of probes
  * @name: the tracepoint's
- * @function: our function on it
+ * @function: our function on it; NULL at ip_rcv()
  * @tracepoint: found when the module is loaded; NULL if this kernel has none of that name
+ * @available: whether this kernel has the hook
  * @users: running sessions that watch it; mace_running_lock
  * @registered: whether our function is on it; mace_running_lock
  */
@@ -562,6 +671,7 @@ struct mace_probe {
 	const char *name;
 	void *function;
 	struct tracepoint *tracepoint;
+	bool available;
 	unsigned int users;
 	bool registered;
 };
@@ -572,7 +682,10 @@ struct mace_probe {
 		.function = mace_probe_##tracepoint_name, \
 	},
 
-static struct mace_probe mace_probes[MACE_HOOK_COUNT] = { MACE_HOOKS(MACE_PROBE) };
+static struct mace_probe mace_probes[MACE_HOOK_COUNT] = {
+	MACE_TRACEPOINTS(MACE_PROBE)[MACE_HOOK_IP_RCV] = { .available =
+								   IS_ENABLED(CONFIG_NETFILTER) },
+};
 
 #define MACE_CHECK_PROBE(hook, tracepoint, at) \
 	check_trace_callback_type_##tracepoint(mace_probe_##tracepoint);
@@ -580,16 +693,19 @@ static struct mace_probe mace_probes[MACE_HOOK_COUNT] = { MACE_HOOKS(MACE_PROBE)
 /* The table holds void pointers; here the compiler says whether they fit their tracepoints. */
 static void __maybe_unused mace_check_probes(void)
 {
-	MACE_HOOKS(MACE_CHECK_PROBE)
+	MACE_TRACEPOINTS(MACE_CHECK_PROBE)
 }
 
 static void mace_find_tracepoint(struct tracepoint *tracepoint, void *unused)
 {
 	int hook;
 
-	for (hook = 0; hook < MACE_HOOK_COUNT; hook++)
-		if (mace_probes[hook].name && !strcmp(mace_probes[hook].name, tracepoint->name))
+	for (hook = 0; hook < MACE_HOOK_COUNT; hook++) {
+		if (mace_probes[hook].name && !strcmp(mace_probes[hook].name, tracepoint->name)) {
 			mace_probes[hook].tracepoint = tracepoint;
+			mace_probes[hook].available = true;
+		}
+	}
 }
 
 /**
@@ -603,7 +719,7 @@ u32 mace_probes_available(void)
 	int hook;
 
 	for (hook = 0; hook < MACE_HOOK_COUNT; hook++)
-		if (mace_probes[hook].tracepoint)
+		if (mace_probes[hook].available)
 			hooks |= BIT(hook);
 	return hooks;
 }
@@ -613,13 +729,22 @@ u32 mace_probes_available(void)
  * @hooks: bit n: hook n
  *
  * Return: @hooks, and every device hook if one of @hooks has no device: its records say where the
- * buffer was last.
+ * buffer was last. With ip_rcv() also the hook that says where the packet was received.
  */
 u32 mace_probes_watched(u32 hooks)
 {
 	if (hooks & mace_placeless_hooks)
 		hooks |= mace_device_hooks & mace_probes_available();
+	if (hooks & BIT(MACE_HOOK_IP_RCV))
+		hooks |= BIT(MACE_HOOK_NETIF_RECEIVE_SKB) & mace_probes_available();
 	return hooks;
+}
+
+static int mace_probe_register(const struct mace_probe *probe)
+{
+	if (!probe->tracepoint)
+		return mace_ip_rcv_register();
+	return tracepoint_probe_register(probe->tracepoint, probe->function, NULL);
 }
 
 static int mace_probe_get(struct mace_probe *probe)
@@ -627,7 +752,7 @@ static int mace_probe_get(struct mace_probe *probe)
 	int error = 0;
 
 	if (!probe->registered)
-		error = tracepoint_probe_register(probe->tracepoint, probe->function, NULL);
+		error = mace_probe_register(probe);
 	if (error)
 		return error;
 	probe->registered = true;
@@ -638,8 +763,12 @@ static int mace_probe_get(struct mace_probe *probe)
 /* Before v5.11 it needs memory, and may have none: then it stays registered. */
 static void mace_probe_unregister(struct mace_probe *probe)
 {
-	if (!tracepoint_probe_unregister(probe->tracepoint, probe->function, NULL))
+	if (!probe->tracepoint) {
+		mace_ip_rcv_unregister();
 		probe->registered = false;
+	} else if (!tracepoint_probe_unregister(probe->tracepoint, probe->function, NULL)) {
+		probe->registered = false;
+	}
 }
 
 static void mace_probe_put(struct mace_probe *probe)

@@ -124,6 +124,7 @@ class Recording:
     def summary(self, *, timeout_ms: int = TIMEOUT_MS) -> Summary:
         """Return the figures per device and container, and the ledger, which `mace replay` prints."""
         found = Summary()
+        found.observed(self.header.hooks)
         for results in self.results(timeout_ms=timeout_ms, rows=False):
             found.add(results)
         return found

@@ -94,6 +94,8 @@ class Run:
     rows_not_stored: int
     closed: bool
     """Whether the run has ended properly; otherwise it is running or was killed."""
+    hooks: tuple[str, ...] = ()
+    """The hooks that its source recorded, as in `StreamHeader`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +259,8 @@ class StoreReader:
                 SELECT *, epoch_ns(time) AS upto FROM {{ledger}}
                 QUALIFY row_number() OVER (PARTITION BY host, run ORDER BY flush DESC) = 1
             )
-            SELECT r.host, r.run, r.source, epoch_ns(r.time), r.kernel, coalesce(l.upto, epoch_ns(r.time)),
+            SELECT r.host, r.run, r.source, epoch_ns(r.time), r.kernel, r.hooks,
+                   coalesce(l.upto, epoch_ns(r.time)),
                    l.packets, l.rows_stored, l.rows_not_stored, l.closed, {graded}, {names}
             FROM {{runs}} r LEFT JOIN l USING (host, run)
             WHERE ($run IS NULL OR r.run = $run)
@@ -267,7 +270,7 @@ class StoreReader:
             {"run": where.run},
         )
         found = []
-        for host, run, source, start, kernel, upto, packets, stored, not_stored, closed, *counts in rows:
+        for host, run, source, start, kernel, hooks, upto, packets, stored, not_stored, closed, *counts in rows:
             if where.until_ns is not None and start >= where.until_ns:
                 continue
             if where.since_ns is not None and upto < where.since_ns:
@@ -287,6 +290,7 @@ class StoreReader:
                     stored or 0,
                     not_stored or 0,
                     bool(closed),
+                    tuple(hooks or ()),
                 )
             )
         return found
@@ -374,6 +378,8 @@ class StoreReader:
             cost=self.cost(where),
             sharers=self.sharers(where),
         )
+        for run in runs:
+            found.observed(run.hooks)
         ids = {(one.host, one.container): one.container_id for one in self.containers(where)}
         parts: list[tuple[Any, ...]] = []
         if from_rows:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from contracts.hooks import BY_HOOK, Hook, Way
 from contracts.records import Flag
 from contracts.topology import Role
-from tests.traffic import G, Q, R, X, c, k
+from tests.traffic import IP, G, Q, R, X, c, k
 
 BEHIND = (20, 28, 40, 48, 52, 60, 72)
 
@@ -29,10 +29,11 @@ class Life:
     no_buffer: bool = False  # the source has no buffer addresses: the key stands for the buffer
     placed: list = field(default_factory=list)  # (ts, hook, dev, key) of the records on a device
     grade: str = ""
+    repeats: int = 0  # records in no hop, which repeat the one before
 
     @property
     def size(self):
-        return sum(len(records) for _, records in self.hops) + len(self.rest)
+        return sum(len(records) for _, records in self.hops) + len(self.rest) + self.repeats
 
 
 class Reference:
@@ -81,10 +82,10 @@ class Reference:
         if way2 is Way.END:
             return True
         if way2 is Way.DELIVERY:
-            return hook is R and length - length2 in BEHIND
+            return hook in (R, IP) and length - length2 in BEHIND
         if way is Way.DELIVERY:
             return False
-        order = [Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, R]
+        order = [Hook.NETIF_RX, Hook.NAPI_GRO_RECEIVE_ENTRY, R, IP]
         if dev == dev2 and hook2 is X and hook in (Q, X):
             return True
         if dev == dev2 and hook in order and hook2 in order and order.index(hook) < order.index(hook2):
@@ -101,11 +102,13 @@ class Reference:
         if hook is X and hook2 is Q:
             port = b.master_ifindex == a.ifindex
             return a != b and a.netns == b.netns and (port or a.kind == "vxlan")
-        if hook is R and hook2 is Q:
+        if hook in (R, IP) and hook2 is Q:
             return a.netns == b.netns and (a != b or a.kind == "bridge") and length == length2
-        if hook is R and hook2 is R:
+        if hook in (R, IP) and hook2 is R:
             return a.netns == b.netns and a.master_ifindex == b.ifindex
-        return hook is R and way2 is Way.RECEIVE and a.netns == b.netns and a != b and b.kind == "vxlan"
+        if hook in (R, IP) and hook2 is IP:
+            return a != b and (a.netns == b.netns or (b.kind == "veth" and b.peer_netns == a.netns))
+        return hook in (R, IP) and way2 is Way.RECEIVE and a.netns == b.netns and a != b and b.kind == "vxlan"
 
     def same_packet(self, life, now):
         if not life.key or not now[4] or life.key == now[4]:
@@ -124,7 +127,7 @@ class Reference:
             return True
         if hook is X and hook2 is Q:
             tunnel, outer, inner = self.devices[dev], flags2, flags
-        elif hook is R and BY_HOOK[hook2].way is Way.RECEIVE:
+        elif hook in (R, IP) and BY_HOOK[hook2].way is Way.RECEIVE:
             tunnel, outer, inner = self.devices[dev2], flags, flags2
         else:
             return False
@@ -134,10 +137,13 @@ class Reference:
         ts, hook, dev, _, key, *_ = record
         life.key, life.keyed = key or life.key, life.keyed + bool(key)
         if BY_HOOK[hook].has_device:
-            same = life.hops and life.last[2] == dev and not self.leaves(life.last, record)
+            same = bool(life.hops) and life.last[2] == dev and not self.leaves(life.last, record)
             if not same:
                 life.hops.append([self.devices[dev], []])
-            life.hops[-1][1].append((ts, hook))
+            repeats = same and hook is IP and life.last[1] is R
+            life.repeats += repeats
+            if not repeats:
+                life.hops[-1][1].append((ts, hook))
             life.placed.append((ts, hook, dev, key))
         else:
             life.rest.append((ts, hook))
@@ -180,6 +186,7 @@ class Reference:
                     gone |= {id(tail), id(head)}
                     self.ledger["matched"] += len(tail.rest)
                     both = Life(tail.first_ts, tail.length, tail.hops + head.hops, head.rest, grade="content")
+                    both.repeats = tail.repeats + head.repeats
                     lives = [*lives, both]
             elif len(group) > 2 and True in heads:
                 self.grades["ambiguous"] += heads.count(False)
@@ -193,14 +200,14 @@ class Reference:
         on_host = (Role.HOST, Role.OUTER)
         if life.hops[0][1][0] == (life.first_ts, Q) and first_hook is Q and first.role in on_host:
             return (first_key, first_ts, True, first, life) if first_key else None
-        if hook is R and last.role in on_host and [each[1] for each in life.rest] in ([], [c]) and key:
+        if hook in (R, IP) and last.role in on_host and [each[1] for each in life.rest] in ([], [c]) and key:
             return key, ts, False, last, life
         return None
 
     def count(self, life):
         ended = bool(life.rest) and life.rest[-1][1] in (c, k)
         last_role = life.hops[-1][0].role if life.hops else None
-        arrived = last_role in (Role.INNER, Role.REMOTE) and life.hops[-1][1][-1][1] is R
+        arrived = last_role in (Role.INNER, Role.REMOTE) and life.hops[-1][1][-1][1] in (R, IP)
         dropped = ended and life.rest[-1][1] is k and not arrived
         self.ledger["dropped" if dropped else "matched"] += life.size
         rows = self.measure(life)
@@ -228,7 +235,7 @@ class Reference:
         for i, (d, records) in enumerate(hops):
             into = bool(target) and (not origin or i >= turn)
             begin = records[0][0]
-            if target and not origin and i == outer and records[-1][1] is R:
+            if target and not origin and i == outer and records[-1][1] in (R, IP):
                 begin = records[-1][0]
             if i + 1 < len(hops):
                 leave = hops[i + 1][1][0][0]
@@ -253,15 +260,15 @@ class Reference:
             gate = hops[outer][1][0]
             if gate[1] is Q:
                 rows.append((first[0].name, origin, "out", "overhead", first[1][0][0], gate[0] - first[1][0][0]))
-        if outer is not None and target and not origin and inner[-1] and last[1][-1][1] is R:
+        if outer is not None and target and not origin and inner[-1] and last[1][-1][1] in (R, IP):
             gate = hops[outer][1][-1]
-            if gate[1] is R:
+            if gate[1] in (R, IP):
                 rows.append((last[0].name, target, "in", "overhead", gate[0], last[1][-1][0] - gate[0]))
         if (
             target
             and not origin
             and inner[-1]
-            and last[1][-1][1] is R
+            and last[1][-1][1] in (R, IP)
             and life.rest
             and life.rest[0][1] is Hook.SKB_COPY_DATAGRAM_IOVEC
         ):

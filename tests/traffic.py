@@ -32,6 +32,7 @@ CODE = {name: code for code, name in enumerate(NAMES)}
 
 Q, X, R, G = Hook.NET_DEV_QUEUE, Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB, Hook.NAPI_GRO_RECEIVE_ENTRY
 r, D, c, k = Hook.NETIF_RX, Hook.SKB_COPY_DATAGRAM_IOVEC, Hook.CONSUME_SKB, Hook.KFREE_SKB
+IP = Hook.IP_RCV
 LETTERS = {info.letter: info.hook for info in HOOKS}
 
 REQUEST = "Q:eth0 X:eth0 r:veth{n} R:veth{n} R:br0 Q:out0 X:out0 r:rem0 R:rem0 c"

@@ -37,7 +37,7 @@ from collector.pages.formats import parse_format, parse_header_page
 from contracts import clock
 from contracts.config import CaptureConfig
 from contracts.errors import SourceError, Unavailable
-from contracts.hooks import BY_TRACEPOINT, HOOKS, silent_on
+from contracts.hooks import BY_TRACEPOINT, TRACEPOINTS, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.schema import HookCost
@@ -78,7 +78,7 @@ class FtraceConfig:
     """How pages are read; `auto` is read(2), the cheaper by measurement."""
     host: str = ""
     """Host name in the stream's header; empty: the machine's own name."""
-    tracepoints: tuple[str, ...] = field(default_factory=lambda: tuple(info.tracepoint for info in HOOKS))
+    tracepoints: tuple[str, ...] = field(default_factory=lambda: tuple(info.tracepoint for info in TRACEPOINTS))
     devices: tuple[str, ...] = ()
     """Record only events at devices of these names, and none of the tracepoints without a device; empty: all."""
 
@@ -169,7 +169,7 @@ class FtraceSource(RingSource):
         """Return whether this source can run here, with the tracepoints found."""
         try:
             root = tracefs.find()
-            events = [i.tracepoint for i in HOOKS if (root / "events" / i.tracepoint.replace(":", "/")).is_dir()]
+            events = [i.tracepoint for i in TRACEPOINTS if (root / "events" / i.tracepoint.replace(":", "/")).is_dir()]
             clocks = tracefs.read(root / "trace_clock").replace("[", "").replace("]", "").split()
         except Unavailable as error:
             return Status(ok=False, detail=error.why, remedy=error.remedy)
@@ -181,10 +181,10 @@ class FtraceSource(RingSource):
             )
         if CLOCK not in clocks:
             return Status(ok=False, detail=f"no trace clock {CLOCK!r}", remedy="Linux 4.2 or later")
-        missing = [info.tracepoint for info in HOOKS if info.tracepoint not in events]
+        missing = [info.tracepoint for info in TRACEPOINTS if info.tracepoint not in events]
         without = f", without {', '.join(missing)}" if missing else ""
         silent = f"; {told}" if (told := silent_on(platform.release())) else ""
-        return Status(ok=True, detail=f"{root}: {len(events)} of {len(HOOKS)} tracepoints{without}{silent}")
+        return Status(ok=True, detail=f"{root}: {len(events)} of {len(TRACEPOINTS)} tracepoints{without}{silent}")
 
     async def _acquire(self) -> StreamHeader:
         keep_freed_memory()

@@ -58,7 +58,7 @@ from collector.machine.rtnetlink import (
 )
 from contracts.errors import Unavailable
 from contracts.interfaces import Status
-from contracts.topology import Device, assign_roles
+from contracts.topology import PAIRS, Device, assign_roles
 
 _QUIET_S: Final = 0.002
 """Pause without events that ends a burst: the start of a container causes some forty events, queried together."""
@@ -396,7 +396,7 @@ class _Watch:
         """Mark the veth peer of a new link as dirty, unless the peer is unknown or already points to the link."""
         peer_nsid = namespace.nsid if link.link_nsid is None else link.link_nsid
         other = self._by_nsid.get(peer_nsid)
-        peer = other.links.get(link.link) if other and link.kind == "veth" else None
+        peer = other.links.get(link.link) if other and link.kind in PAIRS else None
         if peer is None:
             return
         if (peer_nsid if peer.link_nsid is None else peer.link_nsid, peer.link) != (namespace.nsid, link.ifindex):

@@ -34,7 +34,7 @@ from collector.perfetto.walk import TEXT_MASK, Buffer, walk
 from collector.perfetto.wire import BYTES, fields
 from contracts.arrays import U64, Ints, Mask
 from contracts.errors import WireError
-from contracts.hooks import BY_HOOK, HOOKS, Hook, Way
+from contracts.hooks import HOOKS, TRACEPOINTS, Hook, Way
 from contracts.records import Batch
 
 _TYPED: Final = {
@@ -53,7 +53,7 @@ _COLUMNS: Final = ("skbaddr", "len", "name", "network_offset", "gso_segs", "reas
 _NAME: Final = _COLUMNS.index("name")
 _NUMBERS: Final = 64
 """Field number of a described event up to which fields are decoded: no event has as many."""
-_BY_NAME: Final = {info.name: info.hook for info in HOOKS}
+_BY_NAME: Final = {info.name: info.hook for info in TRACEPOINTS}
 _KNOWN: Final = {name: int(hook) for name, hook in _BY_NAME.items()} | {"net_dev_xmit": _XMIT_DONE}
 _TRANSMIT: Final = np.isin(np.arange(256), [info.hook for info in HOOKS if info.way is Way.TRANSMIT])
 _AT_DEVICE: Final = np.isin(np.arange(256), [info.hook for info in HOOKS if info.has_device])
@@ -393,4 +393,4 @@ def _addresses(of: Ints, hook: npt.NDArray[np.uint8], device: npt.NDArray[Any], 
     return address
 
 
-assert {info.name for info in BY_HOOK.values()} <= _KNOWN.keys()
+assert {info.name for info in TRACEPOINTS} <= _KNOWN.keys()

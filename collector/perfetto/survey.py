@@ -16,7 +16,7 @@ from collector.perfetto.bundle import FIRST_EVENTS, Bundle
 from collector.perfetto.clock import Clocks
 from collector.perfetto.wire import BYTES, VARINT, PacketReader, TracePacket, fields
 from contracts.errors import WireError
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 
 EventSequence: TypeAlias = tuple[int, int]
 """(sequence, CPU): a stream of events that are in order of time, or nearly."""
@@ -106,7 +106,9 @@ def _take(
     elif (raw := packet.message(CONFIG)) is not None:
         # data_sources, config, ftrace_config, ftrace_events
         asked = {one.decode("utf-8", "replace").replace("/", ":") for one in _inside(raw, (2, 1, 100, 1))}
-        known = [i.tracepoint for i in HOOKS if asked & {i.tracepoint, i.name, i.tracepoint.partition(":")[0] + ":*"}]
+        known = [
+            i.tracepoint for i in TRACEPOINTS if asked & {i.tracepoint, i.name, i.tracepoint.partition(":")[0] + ":*"}
+        ]
         found.hooks = tuple(dict.fromkeys((*found.hooks, *known)))
     elif (raw := packet.message(PROCESS_TREE)) is not None:
         _names(raw, found)

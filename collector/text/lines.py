@@ -29,14 +29,14 @@ import numpy as np
 from collector.pages.decoding import PageDecoder, Sightings
 from collector.text.unread import Unread, kind_of
 from contracts.errors import CaptureError
-from contracts.hooks import HOOKS, Hook, Way
+from contracts.hooks import TRACEPOINTS, Hook, Way
 from contracts.records import DTYPES, Batch
 from contracts.timerange import LATEST_RECORDED_NS
 
 # perf prints the subsystem with the event, all others omit it. `probe:netif_rx` is a user's kprobe and no hook.
-_HOOK_OF: Final = {name.encode(): info.hook for info in HOOKS for name in (info.tracepoint, info.name)}
-_WITH_DEVICE: Final = frozenset(info.hook for info in HOOKS if info.has_device)
-_TRANSMIT: Final = frozenset(info.hook for info in HOOKS if info.way is Way.TRANSMIT)
+_HOOK_OF: Final = {name.encode(): info.hook for info in TRACEPOINTS for name in (info.tracepoint, info.name)}
+_WITH_DEVICE: Final = frozenset(info.hook for info in TRACEPOINTS if info.has_device)
+_TRANSMIT: Final = frozenset(info.hook for info in TRACEPOINTS if info.way is Way.TRANSMIT)
 
 # All repetitions are bounded: on a hostile line an unbounded pattern would backtrack over and over. Before the CPU are
 # the task's name (that of a kernel thread has up to 63 bytes in perf), numbers, and the buffer's or file's name.

@@ -27,7 +27,7 @@ from collector.text.lines import LINE_MAX, LineReader, chunks, is_event
 from collector.text.unread import COLUMNS, DISCARDED, begins_text, is_traced, told
 from contracts.clock import ClockPair
 from contracts.errors import CaptureError, Unavailable
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.version import VERSION
@@ -113,7 +113,7 @@ class _Opened:
             boot_id=boot_id,
             cpus=1,
             clock=clock,
-            hooks=tuple(info.tracepoint for info in HOOKS),
+            hooks=tuple(info.tracepoint for info in TRACEPOINTS),
             mace_version=VERSION,
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Final
 
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 
 _PERF_FIELDS: Final = "`perf script -F comm,tid,cpu,time,event,trace`"
 
@@ -49,7 +49,7 @@ COLUMNS: Final = (
 DISCARDED: Final = tuple(kind for kind in Unread if kind is not Unread.NOT_EVENTS)
 """Kinds of lines that are, or may be, events of hooks."""
 
-_NAMES: Final = rb"(?:" + b"|".join(sorted((info.name.encode() for info in HOOKS), reverse=True)) + rb")"
+_NAMES: Final = rb"(?:" + b"|".join(sorted((info.name.encode() for info in TRACEPOINTS), reverse=True)) + rb")"
 _MENTION: Final = re.compile(rb"(?:^|[\s:*])" + _NAMES + rb":(?:\s|$)|(?:^|\s)skbaddr=")
 _TIME: Final = re.compile(rb"(?:^|\s)\d{1,10}\.(?:\d{9}|\d{6}): ")
 _NAMED_BY_PERF: Final = re.compile(rb"(?:net|skb):" + _NAMES + rb":(?:\s|$)")
@@ -65,7 +65,7 @@ _EVENT: Final = re.compile(rb"(?<!\S)\d{1,20}(?:\.(?:\d{9}|\d{6})|us.?): {1,64}(
 """A time and an event's name. A task's name can imitate both, so that all matches in a line count."""
 _UNTIMED: Final = re.compile(rb"\[\d{1,5}\] {1,64}(?:\d[\d-]{9} [\d:.]{8,18} {1,64})?[\w-]{1,64}:\w{1,64}: ")
 """A CPU and an event of perf without the time between them."""
-_MEASURED: Final = frozenset(name.encode() for info in HOOKS for name in (info.name, info.tracepoint))
+_MEASURED: Final = frozenset(name.encode() for info in TRACEPOINTS for name in (info.name, info.tracepoint))
 _LOOKED_AT: Final = 1 << 12
 """Bytes of a line that are searched; events of hooks have 400."""
 _NOTHING: Final = re.compile(

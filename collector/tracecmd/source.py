@@ -29,7 +29,7 @@ from collector.tracecmd.file import FTRACE, MAGIC, BufferInfo, FileFrame, TraceF
 from collector.tracecmd.pages import layout_of
 from contracts.clock import ClockPair
 from contracts.errors import CaptureError, SourceError, nearest
-from contracts.hooks import HOOKS, Hook
+from contracts.hooks import TRACEPOINTS, Hook
 from contracts.interfaces import StreamHeader, StreamItem
 from contracts.records import Batch
 from contracts.version import VERSION
@@ -88,7 +88,7 @@ class _Opened:
 
     def _add(self, info: BufferInfo, asked_clock: str) -> None:
         file, frame = self.file, self.file.frame
-        formats = [form for one in HOOKS if (form := frame.format(one.tracepoint)) is not None]
+        formats = [form for one in TRACEPOINTS if (form := frame.format(one.tracepoint)) is not None]
         if not formats:
             raise CaptureError(
                 file.path, 0, f"none of the network events that are measured was recorded; {_events_told(frame)}"
@@ -118,7 +118,7 @@ class _Opened:
     def _header(self) -> StreamHeader:
         frame, path = self.file.frame, self.file.path
         host, kernel = _uname(frame)
-        events = [one.tracepoint for one in HOOKS if one.tracepoint in frame.formats]
+        events = [one.tracepoint for one in TRACEPOINTS if one.tracepoint in frame.formats]
         boot_id = ""
         if self._known is None:
             self.warnings.append(f"{path}: {NAMES_ONLY}")

@@ -52,6 +52,8 @@
  * @MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC: skb:skb_copy_datagram_iovec
  * @MACE_HOOK_CONSUME_SKB: skb:consume_skb
  * @MACE_HOOK_KFREE_SKB: skb:kfree_skb
+ * @MACE_HOOK_IP_RCV: ip_rcv() or ipv6_rcv(), of packets whose last net:netif_receive_skb was at
+ *	another device
  * @MACE_HOOK_COUNT: one more than the last
  */
 enum mace_hook {
@@ -64,6 +66,7 @@ enum mace_hook {
 	MACE_HOOK_SKB_COPY_DATAGRAM_IOVEC = 6,
 	MACE_HOOK_CONSUME_SKB = 7,
 	MACE_HOOK_KFREE_SKB = 8,
+	MACE_HOOK_IP_RCV = 9,
 	MACE_HOOK_COUNT
 };
 

@@ -65,6 +65,7 @@ async def measure(
         on_results(results, summary)
 
     def begin(header: StreamHeader) -> None:
+        summary.observed(header.hooks)
         on_open(header, chosen)
         opened.set()
 
@@ -196,6 +197,7 @@ async def replay(
         engine=configured.replayed(config.correlate),
         stop=stop,
         on_results=take,
+        on_open=lambda header: summary.observed(header.hooks),
         vitals=vitals,
     )
     summary.sinks = vitals.accounts

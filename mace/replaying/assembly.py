@@ -154,6 +154,7 @@ class Assembly:
         whole = Summary()
         for capture in self._captures:
             whole.merge(capture.committed.summary)
+            whole.observed(capture.file.header.hooks)
         return whole
 
     # Tasks --------------------------------------------------------------------------------------------

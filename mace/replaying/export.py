@@ -333,6 +333,7 @@ class _Writer:
 
     def begin(self, header: StreamHeader) -> PacketFollower:
         self.tracks = HostTracks(self._trace, header)
+        self._summary.observed(header.hooks)
         return PacketFollower(header)
 
     def write(self, settled: Settled) -> None:

@@ -27,7 +27,7 @@ from collector.pages.decoding import PageDecoder, Stretch, page_buffer
 from collector.pages.formats import EventFormat, PageLayout, parse_format, parse_header_page
 from contracts.arrays import Bytes
 from contracts.errors import MaceError
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 from mace.lab import Spec, running
 from tests import ring_pages
 
@@ -51,11 +51,11 @@ def _capture(kind: type[ReadRing] | type[MmapRing]) -> tuple[PageLayout, list[Ev
         instance.set_option("record-cmd", on=False)
         instance.set_ring_size(RING_KIB)
         layout = parse_header_page(instance.header_page())
-        formats = [parse_format(h.tracepoint, instance.event_format(h.tracepoint)) for h in HOOKS]
+        formats = [parse_format(h.tracepoint, instance.event_format(h.tracepoint)) for h in TRACEPOINTS]
         cpus = online_cpus()
         rings = [kind(instance.cpu(cpu) / "trace_pipe_raw", layout) for cpu in cpus]
         try:
-            for hook in HOOKS:
+            for hook in TRACEPOINTS:
                 instance.enable(hook.tracepoint)
             instance.record(on=True)
             _flood()

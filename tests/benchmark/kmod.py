@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 
 from collector.ftrace import tracefs
 from contracts.errors import Unavailable
-from contracts.hooks import HOOKS, Hook
+from contracts.hooks import TRACEPOINTS, Hook
 from mace.lab import Lab, Spec, running
 from tests.benchmark.figures import figure
 from tests.kernel import build, kernels, vm
@@ -68,7 +68,7 @@ class Ftrace:
         self._instance = tracefs.Instance.create(tracefs.find())
         self._instance.set_clock("mono")
         self._instance.set_ring_size(16 * 1024, None)
-        for info in HOOKS:
+        for info in TRACEPOINTS:
             self._instance.enable(info.tracepoint)
         self._instance.record(on=True)
         return self

@@ -23,7 +23,7 @@ import numpy as np
 
 from collector.machine import devices
 from contracts.errors import Unavailable
-from contracts.hooks import HOOKS, Hook, Way
+from contracts.hooks import HOOKS, TRACEPOINTS, Hook, Way
 from contracts.records import Batch
 from contracts.schema import Direction
 from contracts.topology import NO_DEVICE, Sighting, Topology
@@ -135,7 +135,7 @@ def by_us(seen: Seen, outer: str, topology: Topology) -> Pairs:
 
 @contextmanager
 def watched(text: Path, lab: Lab) -> Iterator[None]:
-    parts = [(PLACED if info.has_device else END) % (info.tracepoint, info.hook) for info in HOOKS
+    parts = [(PLACED if info.has_device else END) % (info.tracepoint, info.hook) for info in TRACEPOINTS
              if info.way is not Way.DELIVERY and info.hook != Hook.NAPI_GRO_RECEIVE_ENTRY]  # fmt: skip
     program = 'BEGIN { printf("ready\\n"); }\n' + "\n".join(parts)
     env = {**os.environ, "BPFTRACE_PERF_RB_PAGES": "8192"}

@@ -20,7 +20,7 @@ from typing import Any
 from collector.ftrace import tracefs
 from collector.tracecmd.source import TraceCmdReader
 from contracts.errors import Unavailable
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 from contracts.records import Batch
 from mace.lab import Spec, running
 from tests.benchmark.figures import figure, flood, folder, one_core
@@ -41,7 +41,7 @@ def recorded(target: Path, *, compression: str, seconds: float = SECONDS) -> Non
     try:
         instance.set_clock("mono")
         instance.set_ring_size(RING_KIB)
-        for info in HOOKS:
+        for info in TRACEPOINTS:
             instance.enable(info.tracepoint)
         instance.record(on=True)
         with running(Spec(name="tdat", containers=2)) as lab:

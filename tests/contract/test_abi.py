@@ -124,11 +124,14 @@ def test_python_has_only_constants_of_the_header():
 
 
 def test_the_modules_table_of_hooks_is_ours():
-    """Number, tracepoint and what is known of the packet there; and a probe of each, whose type the compiler checks."""
+    """Number, name and what is known of the packet there; and a probe of each, whose type the compiler checks."""
     probes = (HEADER.parents[1] / "mace_probes.c").read_text()
     where = {Way.TRANSMIT: "AT_DEVICE", Way.RECEIVE: "AT_DEVICE", Way.DELIVERY: "NO_DEVICE", Way.END: "AT_END"}
-    rows = re.findall(r"^\tROW\((\w+), (\w+), (\w+)\)", probes, re.MULTILINE)
-    assert rows == [(info.hook.name, info.name, where[info.way]) for info in HOOKS]
+    tables = dict(re.findall(r"^#define MACE_(TRACEPOINTS|OTHER_HOOKS)\(ROW\)((?:.*\\\n)*.*)$", probes, re.MULTILINE))
+    for name, wanted in (("TRACEPOINTS", True), ("OTHER_HOOKS", False)):
+        rows = re.findall(r"\bROW\((\w+), (\w+), (\w+)\)", tables[name])
+        infos = [info for info in HOOKS if info.is_tracepoint is wanted]
+        assert rows == [(info.hook.name, info.name, where[info.way]) for info in infos]
     for info in HOOKS:
         assert re.search(rf"^(static void |MACE_DEFINE_\w+\()mace_probe_{info.name}\b", probes, re.MULTILINE), info.name
 

@@ -622,7 +622,7 @@ Path("tests/golden/toyhook/expected.json").write_text(str([int(hook) for hook in
 )
 def a_hook(tree):
     table = "contracts/hooks.py"
-    tree.insert(table, "    LOST = 255\n", "    NETIF_RX_ENTRY = 9\n")
+    tree.insert(table, "    LOST = 255\n", "    NETIF_RX_ENTRY = 10\n")
     tree.insert(
         table,
         ")\n\nALONG: Final",
@@ -631,7 +631,7 @@ def a_hook(tree):
     tree.insert(table, "Hook.NETIF_RX, Hook.NAPI", "Hook.NETIF_RX_ENTRY, ")
     header = "kmod/uapi/mace.h"
     tree.insert(header, " * @MACE_HOOK_COUNT:", " * @MACE_HOOK_NETIF_RX_ENTRY: net:netif_rx_entry\n")
-    tree.insert(header, "\tMACE_HOOK_COUNT\n", "\tMACE_HOOK_NETIF_RX_ENTRY = 9,\n")
+    tree.insert(header, "\tMACE_HOOK_COUNT\n", "\tMACE_HOOK_NETIF_RX_ENTRY = 10,\n")
     tree.replace(header, "#define MACE_ABI_MINOR 2\n", "#define MACE_ABI_MINOR 3\n")
     tree.replace("contracts/abi.py", "ABI_MINOR: Final = 2\n", "ABI_MINOR: Final = 3\n")
     probes = "kmod/mace_probes.c"
@@ -644,7 +644,7 @@ def a_hook(tree):
     tree.insert(
         "docs/hooks.md",
         "\nOne echo request from a container",
-        "| 9 | E | `net:netif_rx_entry` | receive | A toy. |\n",
+        "| 10 | E | `net:netif_rx_entry` | receive | A toy. |\n",
     )
     tree.insert(
         "tests/ring_pages.py",

@@ -20,7 +20,7 @@ from collector.ftrace import tracefs
 from collector.ftrace.rings import ReadRing
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.machine.devices import DeviceFollower
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 from contracts.interfaces import Progress
 from contracts.schema import Delays, Direction, Segment
 from correlator.engine import Engine, EngineConfig
@@ -76,7 +76,7 @@ def second_instance():
     instance = tracefs.Instance.create(tracefs.find())
     instance.set_clock("mono")
     instance.set_ring_size(8192)
-    for info in HOOKS:
+    for info in TRACEPOINTS:
         instance.enable(info.tracepoint)
     instance.record(on=True)
     return instance
@@ -139,7 +139,7 @@ async def recorded(lab, target, pings, datagrams):
 
     reading = asyncio.create_task(read())
     await asyncio.sleep(0.3)
-    formats = {info.tracepoint: source._instance.event_format(info.tracepoint) for info in HOOKS}
+    formats = {info.tracepoint: source._instance.event_format(info.tracepoint) for info in TRACEPOINTS}
     await asyncio.to_thread(traffic, lab, pings, datagrams)
     await asyncio.sleep(0.3)
     source.request_stop()

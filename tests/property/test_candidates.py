@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.hooks import ALONG, Hook, Way
-from contracts.topology import NO_DEVICE, Device, Sighting, Topology
+from contracts.topology import NO_DEVICE, PAIRS, Device, Sighting, Topology
 from correlator import identity
 from correlator.identity import WAY, Resolver
 
-KINDS = ("veth", "bridge", "macvlan", "vxlan", "loopback", "gre", "", "vlan")
+KINDS = ("veth", "netkit", "bridge", "macvlan", "vxlan", "loopback", "gre", "", "vlan")
 SMALL = st.integers(0, 3)
 
 
@@ -36,10 +36,10 @@ def topologies(draw):
 
 
 def tried(resolver, hook_p, sources, hook_n, targets):
-    """Each pair, as the rules have it; a veth's peer hears what it sends, whoever else has its name."""
+    """Each pair, as the rules have it; a pair's other end hears what it sends, whoever else has its name."""
     for a, b in product(sources, targets):
         device = resolver.devices[a]
-        if WAY[hook_p] == Way.TRANSMIT and WAY[hook_n] == Way.RECEIVE and device.kind == "veth":
+        if WAY[hook_p] == Way.TRANSMIT and WAY[hook_n] == Way.RECEIVE and device.kind in PAIRS:
             peers = resolver._by_key.get((device.peer_netns, device.peer_ifindex))
             if peers is not None and b not in peers:
                 continue
@@ -53,7 +53,9 @@ def tried(resolver, hook_p, sources, hook_n, targets):
 def test_pairs_equal_those_of_an_exhaustive_search(topology):
     resolver = Resolver(0)
     resolver.update(topology)
-    moves = list(product((Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB), (Hook.NET_DEV_QUEUE, *ALONG[Way.RECEIVE])))
+    # Records of ip_rcv come from sources that name one device.
+    received = [hook for hook in ALONG[Way.RECEIVE] if hook is not Hook.IP_RCV]
+    moves = list(product((Hook.NET_DEV_START_XMIT, Hook.NETIF_RECEIVE_SKB), (Hook.NET_DEV_QUEUE, *received)))
     for (hook_p, hook_n), one, other in product(moves, resolver._candidates[1:], resolver._candidates[1:]):
         found = resolver._crossings(hook_p, one, hook_n, other)
         assert found == set(tried(resolver, hook_p, one.numbers, hook_n, other.numbers))

@@ -42,6 +42,9 @@ PATHS = [
     "X:gone0 r:gone0 R:gone0",
     "Q:vx0 X:vx0 Q:out0 X:out0 r:rem0",
     "G:out0 R:out0 r:vx0 R:vx0 Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0 c",
+    "r:out0 R:out0 i:eth0 D c",
+    "R:out0 i:br0 Q:veth1 X:veth1 r:eth0 R:eth0 i:eth0 c",
+    "Q:rem0 X:rem0 r:out0 R:out0 i:out0 Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0 i:eth0 D c",
     "c",
     "k",
     "D",
@@ -56,6 +59,7 @@ PARTS = [
     "Q:rem0 X:rem0 r:out0 R:out0",
     "Q:rem0 X:rem0 r:out0 R:out0 D c",
     "Q:br0 X:br0 Q:veth1 X:veth1 r:eth0 R:eth0 D c",
+    "r:out0 R:out0 i:br0 c",
 ]
 """Paths of packets that continue in another buffer."""
 
@@ -106,7 +110,7 @@ def tapes(draw):
     for _ in range(draw(st.integers(0, 30)) if draw(st.booleans()) else 0):
         tape.add(
             draw(st.integers(0, 60_000)),
-            draw(st.integers(1, 8)),
+            draw(st.integers(1, 9)),
             draw(st.sampled_from(NAMES[1:])),
             draw(st.integers(1, 4)),
             draw(st.sampled_from([0, 52, 56, 84])),
@@ -279,7 +283,7 @@ def test_device_delays_add_up_to_the_overhead(batch):
 @given(
     st.lists(
         st.tuples(
-            *(st.integers(0, 40_000), st.integers(0, 9), st.integers(0, 8), st.integers(1, 5)),
+            *(st.integers(0, 40_000), st.integers(0, 10), st.integers(0, 8), st.integers(1, 5)),
             *(st.integers(0, 3), st.integers(0, 255), st.integers(0, 3)),
         ),
         max_size=60,
@@ -287,7 +291,7 @@ def test_device_delays_add_up_to_the_overhead(batch):
     st.booleans(),
 )
 def test_no_stream_is_too_wild(rows, read):
-    """Any hooks (0 and 9 do not exist) on any devices in any order, with every name doubtful and any content: all is
+    """Any hooks (0 and 10 do not exist) on any devices in any order, with every name doubtful and any content: all is
     accounted for.
     """
     rows = sorted(rows)

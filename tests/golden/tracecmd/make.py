@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.machine.devices import DeviceFollower
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 from contracts.interfaces import Progress
 from mace.lab import HOST, Lab, Spec, running
 from storage.capture import CaptureSink
 
 RESULTS = Path(os.environ.get("MACE_GUEST_RESULTS", "."))
-EVENTS = [word for info in HOOKS for word in ("-e", info.tracepoint)]
+EVENTS = [word for info in TRACEPOINTS for word in ("-e", info.tracepoint)]
 NEW = "trace-cmd"
 
 

@@ -22,7 +22,7 @@ from collector.files import FileOptions, recording
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.kmod.source import KmodSource
 from collector.machine.devices import DeviceFollower
-from contracts.hooks import HOOKS
+from contracts.hooks import TRACEPOINTS
 from contracts.interfaces import Progress, Source, StreamHeader, StreamItem
 from contracts.schema import Delays, Direction, Grade, Segment
 from correlator.engine import Engine, EngineConfig
@@ -40,7 +40,7 @@ APART_NS = 60_000
 """Delays of four in five packets differ by less: in the emulator the stamps of two tracers in one event are a few µs
 apart, and the other CPU may run in between."""
 
-LAST_EVENT = Path("/sys/kernel/tracing/events") / HOOKS[-1].tracepoint.replace(":", "/") / "enable"
+LAST_EVENT = Path("/sys/kernel/tracing/events") / TRACEPOINTS[-1].tracepoint.replace(":", "/") / "enable"
 Stream = tuple[StreamHeader, list[StreamItem]]
 
 
@@ -112,7 +112,7 @@ def rows(stream: Stream) -> Delays:
 def seen(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Delays]:
     place = tmp_path_factory.mktemp("trace-cmd")
     load()
-    events = [word for info in HOOKS for word in ("-e", info.tracepoint)]
+    events = [word for info in TRACEPOINTS for word in ("-e", info.tracepoint)]
     argv = ["trace-cmd", "record", "-C", "mono", *events, "-o", str(place / "trace.dat")]
     process = subprocess.Popen(argv, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from contracts.figures import DevicePlace, Distribution, Summary, ranks
 from contracts.histogram import bins_of, quantiles
-from contracts.hooks import Hook
+from contracts.hooks import TRACEPOINTS, Hook
 from contracts.ledger import Ledger
 from contracts.schema import Direction, HookCost, Segment
 from contracts.topology import Device, Role, Sharer
@@ -207,8 +207,10 @@ def test_devices_of_equal_names_are_distinguished():
 def test_a_device_without_recorded_receptions_is_named():
     """100 packets leave per received packet: only ARP passes the tracepoint, all other packets bypass it."""
 
-    def told(sent, received, kind="veth"):
+    def told(sent, received, kind="veth", hooks=None):
         summary = Summary()
+        if hooks is not None:
+            summary.observed(hooks)
         place = DevicePlace(0, "c0", "net:[7]", 7, "eth0", 2, kind, Role.INNER.value)
         for direction, count in ((Direction.EGRESS, sent), (Direction.INGRESS, received)):
             if count:
@@ -224,6 +226,21 @@ def test_a_device_without_recorded_receptions_is_named():
     assert len(told(100, 0)) == 1
     (other,) = told(480, 0, "macvlan")
     assert other.startswith("eth0 of c0 is a macvlan")
+    assert "kernel module" in other
+    tracepoints = [info.tracepoint for info in TRACEPOINTS]
+    for kind in ("veth", "macvlan"):
+        assert len(told(480, 0, kind, tracepoints)) == 1
+        assert told(480, 0, kind, [*tracepoints, "function:ip_rcv"]) == []
+
+
+def test_one_run_without_the_hook_is_enough_to_name_devices():
+    seeing, blind, unknown = Summary(), Summary(), Summary()
+    seeing.observed(["function:ip_rcv"])
+    blind.observed([])
+    whole = Summary()
+    for one, known in ((unknown, None), (seeing, True), (unknown, True), (blind, False), (seeing, False)):
+        whole.merge(one)
+        assert whole.sees_past_tracepoints is known
 
 
 def test_containers_on_the_host_s_network_are_named():

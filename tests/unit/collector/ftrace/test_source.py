@@ -17,7 +17,7 @@ from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.gaps import settle
 from collector.machine.kernel import cpu_list
 from contracts.errors import SourceError, Unavailable
-from contracts.hooks import HOOKS, Hook
+from contracts.hooks import TRACEPOINTS, Hook
 from contracts.interfaces import Progress
 from contracts.records import Batch
 from contracts.topology import Device, Topology
@@ -178,7 +178,7 @@ def test_records_come_merged_with_their_sightings_before_them(kernel):
     assert batch.ts_ns.tolist() == [t + 10, t + 20, t + 30]
     last = [i for i in items if isinstance(i, Topology)][-1]
     assert [last.sightings[c].name for c in batch.dev] == ["eth0", "br0", "vethc0"]
-    assert header.hooks == tuple(h.tracepoint for h in HOOKS)
+    assert header.hooks == tuple(h.tracepoint for h in TRACEPOINTS)
     assert (header.source, header.cpus) == ("ftrace", 2)
     assert kernel.log[-1] == "remove"
     assert kernel.log.index("off") < kernel.log.index("close 0") < kernel.log.index("remove")
@@ -424,7 +424,7 @@ def test_tracepoints_that_the_kernel_lacks_are_reported(kernel, caplog):
 
 
 def test_no_tracepoint_at_all(kernel):
-    kernel.absent = {h.tracepoint for h in HOOKS}
+    kernel.absent = {h.tracepoint for h in TRACEPOINTS}
     follower = MadeFollower()
     with pytest.raises(Unavailable, match="none of the tracepoints"):
         run(FtraceSource(devices=follower), kernel, 1)
