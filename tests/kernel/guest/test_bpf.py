@@ -33,6 +33,8 @@ from tests.kernel.guest.test_cycles import flood
 from tests.kernel.guest.test_ring import on_one_cpu
 from tests.kernel.guest.test_sessions import udp_echo
 
+pytestmark = programs.LOADING
+
 CYCLES = 20
 """A thousand take an emulator four minutes; the host's tests attach a thousand times."""
 LATE = 2
