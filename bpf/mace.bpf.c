@@ -6,8 +6,9 @@
  * A program runs wherever the kernel handles a packet, on any CPU. Another program may interrupt it
  * on the same CPU (from an interrupt; in the newest kernels also from another task). The entries
  * that the programs keep from packet to packet therefore show whether they are torn (struct
- * mace_seen, struct mace_identified), and the programs count losses with atomic additions. The
- * kernel does not run a program inside itself on one CPU: it skips the inner call and counts it
+ * mace_seen, struct mace_identified), and the programs count losses with atomic additions. From v6.1
+ * on the kernel does not run a program inside itself on one CPU (commit 05b24ff9b2cf ("bpf: Prevent
+ * bpf program recursion for raw tracepoint probes")): it skips the inner call and counts it
  * (recursion_misses of struct bpf_prog_info), and the reader queries that count.
  *
  * A packet's device gives its namespace. At the hooks where a packet is delivered or freed,
