@@ -40,6 +40,10 @@
 #define MACE_OLD 0
 #endif
 
+/* The last of a record's words of 64 bits, and the shift in it of mace_record.pad. */
+#define MACE_LAST_WORD 7
+#define MACE_PAD_SHIFT 40
+
 #define MACE_SEEN_BITS 5
 #define MACE_IDENTIFIED_BITS 6
 #define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64 */
@@ -81,16 +85,32 @@ struct {
 } mace_cpus SEC(".maps");
 
 /* The loader sets the sizes of rings and of the array: these are placeholders. */
-struct mace_ring {
+#if MACE_OLD
+struct mace_ring_map {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4096);
 };
+#else
+struct mace_ring_map {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(u32));
+	__uint(value_size, sizeof(struct mace_ring));
+};
+
+/* Only wakes the reader: an entry has no content, and the reader empties the buffer unread. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} mace_wakes SEC(".maps");
+#endif
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 1);
 	__type(key, u32);
-	__array(values, struct mace_ring);
+	__array(values, struct mace_ring_map);
 } mace_rings SEC(".maps");
 
 const volatile struct mace_config mace_config = {};
@@ -280,23 +300,24 @@ static __always_inline void mace_describe_shared(const struct sk_buff *skb,
 
 /* --- recording -------------------------------------------------------------------- */
 
-static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook,
-				       struct mace_record *record)
+/* Return the last word of a record, with the number of records that @cpu has lost in its pad. */
+static __always_inline u64 mace_last_word(const struct mace_cpu *cpu,
+					  const struct mace_record *record)
+{
+	return ((const u64 *)record)[MACE_LAST_WORD] | cpu->counts.lost_all << MACE_PAD_SHIFT;
+}
+
+/* Write @record to the ring of CPU @number. Return: whether the ring exists and had room. */
+#if MACE_OLD
+static __always_inline bool mace_put(struct mace_cpu *cpu, u32 number, struct mace_record *record)
 {
 	void *ring = bpf_map_lookup_elem(&mace_rings, &number);
 	struct mace_record *slot = ring ? bpf_ringbuf_reserve(ring, sizeof(*slot), 0) : NULL;
-	u64 lost;
 
-	if (!slot) {
-		__sync_fetch_and_add(&cpu->counts.lost[hook & (MACE_HOOK_SLOTS - 1)], 1);
-		__sync_fetch_and_add(&cpu->counts.lost_all, 1);
-		return;
-	}
-	lost = cpu->counts.lost_all;
-	record->pad[0] = lost;
-	record->pad[1] = lost >> 8;
-	record->pad[2] = lost >> 16;
+	if (!slot)
+		return false;
 	*slot = *record;
+	((u64 *)slot)[MACE_LAST_WORD] = mace_last_word(cpu, record);
 	/* Not atomic: an interrupt here makes the next wakeup a little late or early. */
 	if (++cpu->counts.since_wake < mace_config.wake_every) {
 		bpf_ringbuf_submit(slot, BPF_RB_NO_WAKEUP);
@@ -304,6 +325,54 @@ static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook
 		cpu->counts.since_wake = 0;
 		bpf_ringbuf_submit(slot, BPF_RB_FORCE_WAKEUP);
 	}
+	return true;
+}
+#else
+static __noinline int mace_wake(void)
+{
+	/* The buffer is full only if the reader has been woken and has not emptied it yet. */
+	void *wake = bpf_ringbuf_reserve(&mace_wakes, sizeof(u64), 0);
+
+	if (wake)
+		bpf_ringbuf_discard(wake, BPF_RB_FORCE_WAKEUP);
+	return 0;
+}
+
+static __always_inline bool mace_put(struct mace_cpu *cpu, u32 number, struct mace_record *record)
+{
+	u32 zero = 0;
+	void *map = bpf_map_lookup_elem(&mace_rings, &number);
+	volatile struct mace_ring *ring = map ? bpf_map_lookup_elem(map, &zero) : NULL;
+	const u64 *words = (const void *)record;
+	volatile u64 *slot;
+	u64 at;
+
+	if (!ring || ring->head - ring->tail > mace_config.ring_slots - MACE_RING_MARGIN)
+		return false;
+	at = __sync_fetch_and_add(&ring->head, 1);
+	slot = (void *)(ring + 1) + (at & (mace_config.ring_slots - 1)) * sizeof(*record);
+	slot[0] = words[0];
+	slot[1] = words[1];
+	slot[2] = words[2];
+	slot[3] = words[3];
+	slot[4] = words[4];
+	slot[5] = words[5];
+	slot[6] = words[6];
+	/* The last store: the compiler keeps the order of volatile stores, x86-64 of all stores. */
+	slot[MACE_LAST_WORD] = mace_last_word(cpu, record) | MACE_WRITTEN;
+	if (unlikely(!(at & (mace_config.wake_every - 1))))
+		mace_wake();
+	return true;
+}
+#endif
+
+static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook,
+				       struct mace_record *record)
+{
+	if (likely(mace_put(cpu, number, record)))
+		return;
+	__sync_fetch_and_add(&cpu->counts.lost[hook & (MACE_HOOK_SLOTS - 1)], 1);
+	__sync_fetch_and_add(&cpu->counts.lost_all, 1);
 }
 
 /* Set the fields of @record that the packet's bytes determine. */
@@ -352,6 +421,11 @@ static __always_inline void mace_find_at_device(const struct sk_buff *skb,
 		record->vlan = buffer->tci;
 		record->flags |= MACE_FLAG_VLAN;
 	}
+	MACE_FORGET_OLD(&mace_state, record->vlan);
+	MACE_FORGET_OLD(&mace_state, record->flags);
+	MACE_FORGET_OLD(&mace_state, buffer->in_place);
+	MACE_FORGET_OLD(&mace_state, buffer->offset);
+	MACE_FORGET_OLD(&mace_state, buffer->protocol);
 	record->l3_len = buffer->len > buffer->offset ? buffer->len - buffer->offset : 0;
 }
 

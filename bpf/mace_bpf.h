@@ -3,9 +3,10 @@
  * The interface between the programs and their loader. collector/bpf/layout.py mirrors this file by
  * hand (tests/contract/test_bpf_layout.py compares the two).
  *
- * Each CPU has its own BPF ring buffer, which is its element of the map mace_rings. A ring holds
- * records of struct mace_record (kmod/uapi/mace.h). A record's pad, which has no other use, holds
- * the lower 24 bits of the number of records that this CPU had lost by then, lowest byte first. If
+ * Each CPU has its own ring, which is its element of the map mace_rings: in the object for kernels
+ * before v6.2 a BPF ring buffer, in the other object an array that the reader maps (struct
+ * mace_ring). A ring holds records of struct mace_record (kmod/uapi/mace.h). A record's pad, which
+ * has no other use, holds the lower 24 bits of the number of records that this CPU had lost by then, lowest byte first. If
  * that number changes from one record to the next, records are missing between the two.
  */
 #ifndef _MACE_BPF_H
@@ -24,11 +25,13 @@
  * @skb_key: random key of the hash that turns a buffer's address into skb_id
  * @l4_protos: bit p of the 256 selects IP protocol number p (bit 0 also packets that are not IP)
  * @sample_mask: bits of packet_key that are 0 in the packets to record; 0 records all packets
- * @wake_every: number of records of a CPU after which it wakes the reader
+ * @wake_every: number of records of a CPU after which it wakes the reader, a power of two
  * @l4_filtered: 1 applies @l4_protos, 0 records all protocols
  * @place_filtered: 1 applies the places of struct mace_state, 0 records packets everywhere
  * @cookies: 1 identifies namespaces by cookie, 0 by inode
  * @paged: 1 if this kernel lets programs read a buffer's pages (bpf_dynptr_from_skb())
+ * @ring_slots: number of slots of each struct mace_ring, a power of two above MACE_RING_MARGIN
+ * @pad: 0
  */
 struct mace_config {
 	__u64 skb_key[2];
@@ -39,6 +42,8 @@ struct mace_config {
 	__u32 place_filtered;
 	__u32 cookies;
 	__u32 paged;
+	__u32 ring_slots;
+	__u32 pad;
 };
 
 /* A place of struct mace_state that no packet is at; no namespace and no device has this number. */
@@ -76,7 +81,7 @@ struct mace_state {
  * @calls: runs of each hook's program while recording
  * @lost: records of each hook that were lost because the ring was full or the CPU had none
  * @lost_all: sum of @lost over all hooks
- * @since_wake: records that the CPU has written since it last woke the reader
+ * @since_wake: records that the CPU has written to a BPF ring buffer since it last woke the reader
  */
 struct mace_counts {
 	__u64 calls[MACE_HOOK_SLOTS];
@@ -84,6 +89,34 @@ struct mace_counts {
 	__u64 lost_all;
 	__u64 since_wake;
 };
+
+/**
+ * struct mace_ring - head of a CPU's ring; mace_config.ring_slots slots of 64 bytes follow it
+ *
+ * @head: number of slots that programs have reserved so far; the next is @head modulo the slots
+ * @tail: number of slots that the reader has released so far; only the reader writes it
+ * @pad: 0
+ *
+ * A program reserves a slot by an atomic addition to @head, and then writes a record to it with
+ * MACE_WRITTEN in the last store. A program that interrupts it does the same with a slot behind. The
+ * reader takes slots in order up to the first without MACE_WRITTEN, clears the bit in each, and
+ * later adds their number to @tail.
+ */
+struct mace_ring {
+	__u64 head;
+	__u64 tail;
+	__u64 pad[6];
+};
+
+/* Bit of mace_record.hook in a slot of struct mace_ring that is completely written. */
+#define MACE_WRITTEN 0x80
+
+/*
+ * Slots that the programs leave free. A program that is interrupted between its look at @head and
+ * its addition adds to a @head that has moved. The kernel does not run a program inside itself on a
+ * CPU, so at most one run per hook is between the two.
+ */
+#define MACE_RING_MARGIN MACE_HOOK_SLOTS
 
 /* Largest number of devices that one run of walk_devices describes. */
 #define MACE_WALK_DEVICES 64

@@ -174,6 +174,13 @@ struct mace_headers {
  */
 #define MACE_FORGET(reader, number) ((number) ^= (__typeof__(number))(reader)->nothing)
 
+/* The same for kernels before Linux 6.2 only, whose verifiers find fewer states equal. */
+#define MACE_FORGET_OLD(reader, number)              \
+	do {                                         \
+		if (!mace_is_direct())               \
+			MACE_FORGET(reader, number); \
+	} while (0)
+
 /* --- bytes ------------------------------------------------------------------------ */
 
 /* The file that includes this one defines these four. Return whether mace_in_place() works. */
@@ -184,6 +191,7 @@ static __always_inline const void *mace_in_place(u64 at, u32 len);
 static __always_inline bool mace_is_paged_readable(void);
 /*
  * Copy MACE_PAYLOAD_BYTES of the buffer @skb to @to, wherever they lie. @offset is from skb->data.
+ * Not inlined: the compiler would put other variables where the verifier still sees a dynptr.
  * Return: 0, or less if the buffer does not have these bytes or nobody may read them.
  */
 static __noinline long mace_copy_paged(const struct sk_buff *skb, int offset, void *to);
@@ -486,12 +494,13 @@ static __always_inline void mace_read_ipv6(struct mace_reader *reader, int offse
 		MACE_FORGET(reader, offset);
 		MACE_FORGET(reader, network->fragment);
 		MACE_FORGET(reader, network->fragment_offset);
+		MACE_FORGET_OLD(reader, reader->hidden);
 	}
 	headers->first = (u64)6 << 56 | (u64)proto << 48 | (u64)length << 16 | id;
 	network->offset = offset;
 }
 
-static __always_inline void mace_forget_headers(const struct mace_reader *reader,
+static __always_inline void mace_forget_headers(struct mace_reader *reader,
 						struct mace_headers *headers)
 {
 	MACE_FORGET(reader, headers->first);
@@ -503,6 +512,7 @@ static __always_inline void mace_forget_headers(const struct mace_reader *reader
 	MACE_FORGET(reader, headers->inner);
 	MACE_FORGET(reader, headers->inner_protocol);
 	MACE_FORGET(reader, headers->flags);
+	MACE_FORGET_OLD(reader, reader->hidden);
 }
 
 /* Read the packet at @offset, of EtherType @protocol. Flags stay 0 if it is no IP packet. */
@@ -599,10 +609,11 @@ static __always_inline bool mace_is_vlan(u16 protocol)
 
 /*
  * Set the words of the inner packet at @offset, of EtherType @protocol, which @reader's packet
- * carries. Not inlined, because few packets are tunnelled. Return: whether it can be read.
+ * carries. Return: whether it can be read.
  */
-static __noinline bool mace_take_inner(struct mace_reader *reader, const struct mace_buffer *buffer,
-				       int offset, u16 protocol, struct mace_words *words)
+static __always_inline bool mace_take_inner(struct mace_reader *reader,
+					    const struct mace_buffer *buffer, int offset,
+					    u16 protocol, struct mace_words *words)
 {
 	u32 frame = protocol == MACE_ETH_P_TEB;
 	struct mace_headers headers;
@@ -704,7 +715,7 @@ static __always_inline u64 mace_key(const struct mace_words *words)
 }
 
 /* Return the skb_id of a buffer's address @skb. */
-static __noinline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
+static __always_inline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
 {
 	struct mace_sip sip;
 
@@ -721,7 +732,7 @@ static __noinline u64 mace_hash_of_skb(u64 skb, u64 key0, u64 key1)
  * the network header already points behind the tag. Otherwise the tag is at @offset. Return:
  * whether the tags lie in the linear part.
  */
-static __noinline bool mace_find_vlan(struct mace_buffer *buffer)
+static __always_inline bool mace_find_vlan(struct mace_buffer *buffer)
 {
 	int i, offset = buffer->offset;
 	u32 tag = 0;
@@ -831,6 +842,17 @@ static __always_inline int mace_read_buffer(const struct mace_buffer *buffer, u6
 	}
 	if (reader.hidden)
 		flags &= ~MACE_FLAG_KEY;
+	/* All kinds of packets meet here. */
+	MACE_FORGET_OLD(&reader, flags);
+	MACE_FORGET_OLD(&reader, reader.used);
+	MACE_FORGET_OLD(&reader, words.first);
+	MACE_FORGET_OLD(&reader, words.second);
+	MACE_FORGET_OLD(&reader, words.payload);
+	MACE_FORGET_OLD(&reader, words.payload2);
+	MACE_FORGET_OLD(&reader, headers.first);
+	MACE_FORGET_OLD(&reader, headers.second);
+	MACE_FORGET_OLD(&reader, headers.ports);
+	MACE_FORGET_OLD(&reader, headers.flags);
 	*paged = reader.paged;
 	mace_set_fields(&headers, fields);
 	fields->flags = flags;

@@ -152,7 +152,7 @@ MEASUREMENTS: Final = {
         ),
         Measurement(
             "overhead",
-            "Delay that the container path added to one packet; the device is the container's own.",
+            "Time that one packet spent in the container's devices; the device is the container's own.",
             (*_DEVICE, "direction", "source", "grade", "slot"),
             (Field("overhead_ns", FieldKind.SAMPLE, "Sum of the packet's `device` delays."), *_PACKET),
             "When the packet arrived at the first of the devices.",
@@ -197,6 +197,12 @@ MEASUREMENTS: Final = {
                 Field("nic_rtt_ns", FieldKind.SAMPLE, "Round-trip time from the outer device and back to it."),
                 Field("egress_ns", FieldKind.SAMPLE, "Overhead of the request."),
                 Field("ingress_ns", FieldKind.SAMPLE, "Overhead of the response."),
+                Field(
+                    "temporal_error_ns",
+                    FieldKind.SAMPLE,
+                    "Part of `tool_rtt_ns` in which the tool was ready but no CPU ran it; absent where it is not known."
+                    " `host_rtt_ns` - `temporal_error_ns` is the host RTT without waiting.",
+                ),
             ),
             "When the request arrived at the container's device; for an unpaired sample, the tool's own time.",
         ),

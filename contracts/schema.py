@@ -222,7 +222,7 @@ class Crossings(Columns):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoundTripRows(Columns):
-    """One row per sample of a tool. All values of an unpaired sample but time, number and tool RTT are 0."""
+    """One row per sample of a tool. If `reason` is not 0, only time, number and tool RTT have a meaning."""
 
     utc_ns: npt.NDArray[np.int64]
     """Time at which the request reached the container's device; if unpaired, the tool's time."""
@@ -237,6 +237,8 @@ class RoundTripRows(Columns):
     grade: npt.NDArray[np.uint8]
     reason: npt.NDArray[np.uint8]
     """Index into `RoundTrips.reasons`; 0 is `paired`."""
+    temporal_error_ns: npt.NDArray[np.int64]
+    """Part of `tool_rtt_ns` in which the tool waited for a CPU; `NOT_TOLD` if that is not known."""
 
     _DTYPES: ClassVar[dict[str, str]] = {
         "utc_ns": "<i8",
@@ -248,6 +250,7 @@ class RoundTripRows(Columns):
         "ingress_ns": "<i8",
         "grade": "u1",
         "reason": "u1",
+        "temporal_error_ns": "<i8",
     }
 
 

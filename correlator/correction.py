@@ -23,8 +23,10 @@ missing one. A sample is therefore paired only if *all that is known leaves one 
    Content, if the source has it, only reduces the sets of candidates.
 3. **Waits.** A process can be interrupted anywhere, and for long. The first pass therefore allows long waits. A pair
    that is then the only possibility is kept if ordinary waits suffice for it, or if it lies between two such pairs with
-   exactly as many packets between them as samples. A second pass decides the remaining samples with ordinary waits,
-   with the kept pairs in their places.
+   exactly as many packets between them as samples. If it is known when the tool ran, then the beginning and the end of
+   its run take the place of such a pair before the first and after the last one. A second pass decides the remaining
+   samples with ordinary waits, with the kept pairs in their places. The response to a request that the second pass has
+   decided must fit with ordinary waits, too.
 4. **A reply without a time** (it was cut, or damaged on its way) is never paired. But it had a request and is a packet,
    and so takes part: its request lies between the requests of its neighbours, and its response between their responses.
    If no assignment has room for it, its packets were not seen, and it is ignored.
@@ -41,8 +43,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -56,6 +59,8 @@ from correlator.stamps import LineTime, ReceiveClock, StampModel
 
 Gaps = Sequence[tuple[int, int]]
 """Stretches of time, (start, end) in UTC ns, in which records were lost."""
+Ran = tuple[int, int]
+"""Beginning and end of the tool's run, UTC ns: it sent and received all its packets between them."""
 SampleKey = tuple[int, ...]
 
 _ECHOES: Final = (ICMP, ICMPV6)
@@ -107,6 +112,8 @@ class Corrections(Columns):
     response: npt.NDArray[np.uint64]
     sent_utc_ns: npt.NDArray[np.int64]
     """`net_dev_queue` of the request at the inner device."""
+    arrived_utc_ns: npt.NDArray[np.int64]
+    """The response at the inner device, as the tool's clock sees it: kernel timestamp or `netif_receive_skb`."""
     tool_rtt_ns: npt.NDArray[np.int64]
     host_rtt_ns: npt.NDArray[np.int64]
     nic_rtt_ns: npt.NDArray[np.int64]
@@ -121,6 +128,7 @@ class Corrections(Columns):
         "request": "<u8",
         "response": "<u8",
         "sent_utc_ns": "<i8",
+        "arrived_utc_ns": "<i8",
         "tool_rtt_ns": "<i8",
         "host_rtt_ns": "<i8",
         "nic_rtt_ns": "<i8",
@@ -129,16 +137,22 @@ class Corrections(Columns):
     }
 
 
-def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc_ns: Gaps = ()) -> Corrections:
+def correct(
+    samples: Samples,
+    crossings: Crossings,
+    stamps: StampModel,
+    gaps_utc_ns: Gaps = (),
+    ran_utc_ns: Ran | None = None,
+) -> Corrections:
     """Pair one tool's samples with one container's packets, and subtract the delay of the container's devices.
 
-    `crossings`: packets of one container, in any order, including packets of other processes. Returns a row for every
-    sample.
+    `crossings`: packets of one container, in any order, including packets of other processes. `ran_utc_ns`: when the
+    tool ran, if `samples` are all of its run; None if that is not known. Returns a row for every sample.
     """
     egress = _sorted(crossings, Direction.EGRESS)
     ingress = _sorted(crossings, Direction.INGRESS, stamp=stamps.receive_clock is ReceiveClock.KERNEL)
     reason = np.where(samples.untimed, Reason.NO_TIME, Reason.NO_REPLY).astype(np.uint8)
-    request, response = pair(samples, egress, ingress, stamps, gaps_utc_ns, reason)
+    request, response = pair(samples, egress, ingress, stamps, gaps_utc_ns, ran_utc_ns, reason)
 
     rows = np.flatnonzero(reason == Reason.PAIRED)
     out, back = egress[request[rows]], ingress[response[rows]]
@@ -147,17 +161,20 @@ def correct(samples: Samples, crossings: Crossings, stamps: StampModel, gaps_utc
     stamped = stamps.receive_clock is ReceiveClock.KERNEL
     added = out.outer_utc_ns - out.inner_utc_ns
     tool = samples.rtt_ns[rows]
-    removed = back.inner_utc_ns - back.outer_utc_ns
+    arrived = back.inner_utc_ns
+    removed = arrived - back.outer_utc_ns
     if stamped:
         # The kernel may be interrupted between its timestamp and the hook. But the request was stamped before it was
         # queued, so that the response was stamped at most a round trip time after the queueing.
         latest = out.inner_utc_ns + tool + samples.resolution_ns[rows]
-        removed = np.minimum(back.inner_stamp_utc_ns, latest) - back.outer_stamp_utc_ns
+        arrived = np.minimum(back.inner_stamp_utc_ns, latest)
+        removed = arrived - back.outer_stamp_utc_ns
     found: dict[str, npt.NDArray[Any]] = {
         "grade": np.minimum(out.grade, back.grade),
         "request": out.packet,
         "response": back.packet,
         "sent_utc_ns": out.inner_utc_ns,
+        "arrived_utc_ns": arrived,
         "tool_rtt_ns": tool,
         "host_rtt_ns": tool - added - removed,
         "nic_rtt_ns": back.outer_edge_utc_ns - out.outer_edge_utc_ns,
@@ -251,6 +268,31 @@ class _TimeBounds:
         shortest, longest = np.where(untimed, 0, self.shortest), np.where(untimed, _EVER, self.longest)
         return _TimeBounds(sent_after, sent_before, arrived_after, arrived_before, shortest, longest)
 
+    def within(self, ran: Ran | None) -> _TimeBounds:
+        """Return these bounds without the times at which the tool did not run."""
+        if ran is None:
+            return self
+        begin, end = ran
+        return replace(
+            self,
+            sent_after=np.maximum(self.sent_after, begin),
+            sent_before=np.minimum(self.sent_before, end),
+            arrived_after=np.maximum(self.arrived_after, begin),
+            arrived_before=np.minimum(self.arrived_before, end),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A certain place in the order: from one mark to the next, packets and samples can be counted."""
+
+    place: int
+    """Index among the samples in question."""
+    rank: int
+    """Number of packets up to this place that could be a sample's."""
+    number: int
+    """Number of the sample among all."""
+
 
 class _PacketsByKey:
     """Packets of one direction by key, in order of time within each key."""
@@ -269,6 +311,18 @@ class _PacketsByKey:
             ours[self.at.get(key, [])] = 1
         return np.cumsum(ours)
 
+    def outside(self, rank: Ints, number: Ints, ran: Ran | None) -> tuple[_Mark, ...]:
+        """Return the marks right before and right after the tool's run; none if it is not known when it ran.
+
+        `rank`: result of `rank`; `number`: the numbers of all samples of the run.
+        """
+        if ran is None:
+            return ()
+        ranks = np.append(0, rank)
+        before, upto = np.searchsorted(self.times, ran[0], "left"), np.searchsorted(self.times, ran[1], "right")
+        first, last = int(number.min(initial=_EVER)), int(number.max(initial=-_EVER))
+        return _Mark(-1, int(ranks[before]), first - 1), _Mark(_EVER, int(ranks[upto]) + 1, last + 1)
+
     def between(self, key: SampleKey, after: int, before: int) -> Span:
         """Return the indices of a key's packets between two times, inclusive."""
         times = self.times_of.get(key)
@@ -283,6 +337,7 @@ def pair(
     ingress: Crossings,
     stamps: StampModel,
     gaps_utc_ns: Gaps,
+    ran_utc_ns: Ran | None,
     reason: npt.NDArray[np.uint8],
 ) -> tuple[Ints, Ints]:
     """Return the rows of `egress` and `ingress` of each sample: two int64 arrays, valid where `reason` is PAIRED.
@@ -298,7 +353,7 @@ def pair(
     response = request.copy()
     untimed = _untimed(samples)
     relaxed, ordinary = (
-        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns, first)
+        _Fit(samples, model, keys, requests, replies, egress, gaps_utc_ns, ran_utc_ns, first)
         for model in (stamps.patient(), stamps)
     )
     answered = samples.rtt_ns != NOT_TOLD
@@ -307,6 +362,7 @@ def pair(
     if not numbered:
         number[first] = np.arange(len(first))
     spans: dict[int, Span] = {}
+    patiently = np.zeros(len(samples), np.bool_)
 
     for fit in (relaxed, ordinary):
         spans = {}
@@ -322,17 +378,23 @@ def pair(
             fitting = [
                 j >= 0 and not untimed[k] and ordinary.accepts(k, j) for k, j in zip(spans, found.tolist(), strict=True)
             ]
-            found = _borne_out(found, np.array(fitting, np.bool_), requests.rank(keys.request), number[rows])
+            rank = requests.rank(keys.request)
+            ends = requests.outside(rank, number[number != NOT_TOLD], ran_utc_ns)
+            found = _borne_out(found, np.array(fitting, np.bool_), rank, number[rows], ends)
         request[rows] = np.where(request[rows] >= 0, request[rows], found)
+        if fit is relaxed:
+            patiently = request >= 0
 
     for k, original in further:
-        reason[k], request[k] = reason[original], request[original]
+        reason[k], request[k], patiently[k] = reason[original], request[original], patiently[original]
     # Replies without a time count as packets among the replies.
     line = np.cumsum(answered | samples.untimed)
     for fit in (relaxed, ordinary):
         spans = {}
         for k in np.flatnonzero(request >= 0).tolist():
-            near = fit.responses(k, int(request[k])) if response[k] < 0 else Span([int(response[k])], 0, 1)
+            # A request that only ordinary waits have decided has no reply that took longer.
+            bounds = fit if patiently[k] else ordinary
+            near = bounds.responses(k, int(request[k])) if response[k] < 0 else Span([int(response[k])], 0, 1)
             missing = fit.missing[k] and response[k] < 0
             reason[k] = Reason.LOST if missing else Reason.AMBIGUOUS if near else Reason.NO_RESPONSE
             if reason[k] == Reason.AMBIGUOUS:
@@ -344,7 +406,9 @@ def pair(
                 i >= 0 and not untimed[k] and i in ordinary.responses(k, int(request[k]))
                 for k, i in zip(spans, found, strict=True)
             ]
-            found = _borne_out(found, np.array(fitting, np.bool_), replies.rank(keys.response), line[rows])
+            rank = replies.rank(keys.response)
+            ends = replies.outside(rank, line[answered | samples.untimed], ran_utc_ns)
+            found = _borne_out(found, np.array(fitting, np.bool_), rank, line[rows], ends)
         response[rows] = np.where(response[rows] >= 0, response[rows], found)
     reason[response >= 0] = Reason.PAIRED
     reason[samples.untimed] = Reason.NO_TIME
@@ -374,18 +438,23 @@ def _choose(spans: dict[int, Span], chosen: Ints, untimed: Mask, fit: _Fit | Non
     return found_of
 
 
-def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints) -> Ints:
+def _borne_out(found: Ints, fitting: Mask, rank: Ints, number: Ints, ends: Sequence[_Mark]) -> Ints:
     """Return the items found with long waits, or -1 where ordinary waits do not suffice.
 
     An item between two that fit with ordinary waits is kept, if exactly as many packets as samples lie between these:
     then it is the only possibility. `rank`: number of each packet among those that could be a sample's; `number`:
-    number of each sample among all, including samples without a packet.
+    number of each sample among all, including samples without a packet. `ends`: marks before and after the run, if
+    known. They confirm nothing without an item that fits: a tool that reads the clock at other places has none.
     """
     kept = np.where(fitting, found, -1)
-    sure = np.flatnonzero(fitting)
-    for before, after in zip(sure[:-1].tolist(), sure[1:].tolist(), strict=True):
-        if after - before > 1 and rank[found[after]] - rank[found[before]] == number[after] - number[before]:
-            kept[before + 1 : after] = found[before + 1 : after]
+    sure = np.flatnonzero(fitting).tolist()
+    marks = [_Mark(n, int(rank[found[n]]), int(number[n])) for n in sure]
+    if marks and ends:
+        marks = [ends[0], *marks, ends[1]]
+    for before, after in pairwise(marks):
+        if after.rank - before.rank == after.number - before.number:
+            between = slice(before.place + 1, after.place)
+            kept[between] = found[between]
     return kept
 
 
@@ -401,9 +470,10 @@ class _Fit:
         replies: _PacketsByKey,
         egress: Crossings,
         gaps_utc_ns: Gaps,
+        ran_utc_ns: Ran | None,
         first: Sequence[int],
     ) -> None:
-        places = _TimeBounds.of(samples, stamps).between(samples, np.array(first, np.int64))
+        places = _TimeBounds.of(samples, stamps).between(samples, np.array(first, np.int64)).within(ran_utc_ns)
         self.missing = _overlap(gaps_utc_ns, places.sent_after, places.arrived_before)
         """Samples whose packets may be among lost records; none if keys are exact, except samples without a time."""
         if keys.exact:

@@ -30,6 +30,7 @@ from hypothesis import settings
 from collector.bpf.source import BpfSource
 from collector.ftrace import tracefs
 from contracts.errors import Unavailable
+from tests import memory_cgroup
 from tests.kernel import beside
 from tests.kernel.matrix import Matrix
 from tests.places import GOLDEN
@@ -175,6 +176,10 @@ def _ns_last_pid() -> str | None:
     return None if found else "the kernel lets nobody choose process ids (CONFIG_CHECKPOINT_RESTORE)"
 
 
+def _memory_cgroup() -> str | None:
+    return _first([_root(), memory_cgroup.missing()])
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "tracefs": _tracefs,
@@ -183,7 +188,9 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "docker": _docker,
     "bpf": _bpf,
     "nobody": _nobody,
+    "memory_cgroup": _memory_cgroup,
     "bpftrace": _bpftrace,
+    "schedstat": lambda: None if Path("/proc/self/schedstat").exists() else "this kernel has no CONFIG_SCHED_INFO",
     "perf": lambda: _program("perf", "--version"),
     "ns_last_pid": _ns_last_pid,
     "tcpdump": lambda: _program("tcpdump", "--version"),

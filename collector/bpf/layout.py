@@ -23,6 +23,8 @@ CONFIG: Final[np.dtype[Any]] = np.dtype(
         ("place_filtered", "<u4"),
         ("cookies", "<u4"),
         ("paged", "<u4"),
+        ("ring_slots", "<u4"),
+        ("pad", "<u4"),
     ]
 )
 """struct mace_config: a session's filter and settings."""
@@ -82,13 +84,20 @@ NETDEV: Final[np.dtype[Any]] = np.dtype(
 )
 """struct mace_netdev: a device."""
 
+RING: Final[np.dtype[Any]] = np.dtype([("head", "<u8"), ("tail", "<u8"), ("pad", "<u8", (6,))])
+"""struct mace_ring: the head of a CPU's ring, in an array that the reader maps."""
+
 STRUCTS: Final[dict[str, np.dtype[Any]]] = {
     "mace_config": CONFIG,
     "mace_state": STATE,
     "mace_counts": COUNTS,
     "mace_netdev": NETDEV,
+    "mace_ring": RING,
 }
 """Dtype of each struct, by the struct's name in the header."""
+
+WRITTEN: Final = 0x80
+"""MACE_WRITTEN: bit of a record's field `hook` in a slot of struct mace_ring that is completely written."""
 
 NO_PLACE: Final = (1 << 64) - 1
 """MACE_NO_PLACE: an element of `netns` or `device` that is not in use."""

@@ -31,6 +31,7 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_object__find_map_by_name": (_VOID, (_VOID, ctypes.c_char_p)),
     "bpf_program__name": (ctypes.c_char_p, (_VOID,)),
     "bpf_program__set_autoload": (_INT, (_VOID, ctypes.c_bool)),
+    "bpf_program__set_log_buf": (_INT, (_VOID, _VOID, ctypes.c_size_t)),
     "bpf_program__fd": (_INT, (_VOID,)),
     "bpf_program__attach": (_VOID, (_VOID,)),
     "bpf_link__destroy": (_INT, (_VOID,)),
@@ -38,6 +39,7 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map__name": (ctypes.c_char_p, (_VOID,)),
     "bpf_map__set_autocreate": (_INT, (_VOID, ctypes.c_bool)),
     "bpf_map__set_max_entries": (_INT, (_VOID, _U32)),
+    "bpf_map__set_inner_map_fd": (_INT, (_VOID, _INT)),
     "bpf_map__value_size": (_U32, (_VOID,)),
     "bpf_map__initial_value": (_VOID, (_VOID, ctypes.POINTER(ctypes.c_size_t))),
     "bpf_map_create": (_INT, (_INT, ctypes.c_char_p, _U32, _U32, _U32, _VOID)),
@@ -54,7 +56,9 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "btf__type_by_id": (ctypes.POINTER(_U32), (_VOID, _U32)),
 }
 
+_MAP_TYPE_ARRAY: Final = 2
 _MAP_TYPE_RINGBUF: Final = 27
+_MMAPABLE: Final = 1 << 10
 _KIND_TYPEDEF: Final = 8
 _KIND_FUNC: Final = 12
 _PROG_TYPE_TRACING: Final = 26
@@ -129,12 +133,39 @@ def pointer(result: int | None) -> int:
     return result
 
 
-def create_ring(size: int) -> int:
+class _MapOptions(ctypes.Structure):
+    """struct bpf_map_create_opts of libbpf 1.0."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("btf_fd", _U32),
+        ("btf_key_type_id", _U32),
+        ("btf_value_type_id", _U32),
+        ("btf_vmlinux_value_type_id", _U32),
+        ("inner_map_fd", _U32),
+        ("map_flags", _U32),
+        ("map_extra", ctypes.c_uint64),
+        ("numa_node", _U32),
+        ("map_ifindex", _U32),
+    )
+
+
+def create_ring_buffer(size: int) -> int:
     """Create a BPF ring buffer of `size` bytes and return its file descriptor; raises `OSError`.
 
     The size is a power of two and at least one page.
     """
     return check(library().bpf_map_create(_MAP_TYPE_RINGBUF, b"mace_ring", 0, 0, size, None))
+
+
+def create_mapped(size: int) -> int:
+    """Create an array of one element of `size` bytes that can be mapped, and return its file descriptor.
+
+    Raises `OSError`.
+    """
+    options = _MapOptions(sz=ctypes.sizeof(_MapOptions), map_flags=_MMAPABLE)
+    create = library().bpf_map_create
+    return check(create(_MAP_TYPE_ARRAY, b"mace_ring", ctypes.sizeof(_U32), size, 1, ctypes.byref(options)))
 
 
 def put(map_fd: int, number: int, value: int) -> None:

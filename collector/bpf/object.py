@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import errno
+import logging
+import mmap
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,15 +13,19 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from collector.bpf import refusal
 from collector.bpf.libbpf import Btf, check, library, pointer
 from contracts.errors import SourceError, Unavailable
+
+_LOG = logging.getLogger(__name__)
 
 OBJECT: Final = Path(__file__).parent / "mace.bpf.o"
 """The object file that `bpf/Makefile` builds; it is package data."""
 OLD_OBJECT: Final = OBJECT.with_name("mace_old.bpf.o")
 """The object file for kernels before Linux 6.2, built and shipped beside `OBJECT`."""
-RIGHTS: Final = "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8 CAP_SYS_ADMIN)"
 _WHAT: Final = "bpf"
+_LOG_BYTES: Final = 16 << 20
+"""Room for the verifier's log of one path: 0.1 MB is usual. Only written pages take memory."""
 _OTHER_VERSION: Final = "they belong to another version of MACE; rebuild them: `make -C bpf -B`"
 
 
@@ -45,7 +50,10 @@ class BpfObject:
     def __init__(self, path: Path = OBJECT) -> None:
         self._library = library()
         self._object = 0
-        if not has_functions("bpf_rdonly_cast"):
+        self._selected: tuple[str, ...] = ()
+        self.old: Final = not has_functions("bpf_rdonly_cast")
+        """Whether this is the object for kernels before Linux 6.2."""
+        if self.old:
             path = path.with_name(OLD_OBJECT.name)
         try:
             self._object = pointer(self._library.bpf_object__open_file(os.fsencode(path), None))
@@ -68,6 +76,7 @@ class BpfObject:
 
     def select(self, programs: Collection[str]) -> None:
         """Let `load` load these programs and no other; raises `SourceError` for a missing one, and `OSError`."""
+        self._selected = tuple(programs)
         for name in programs:
             self.program(name)
         for program in self._all(self._library.bpf_object__next_program):
@@ -88,11 +97,22 @@ class BpfObject:
             one = following(self._object, one)
 
     def load(self) -> None:
-        """Load the selected programs, and create the selected maps; raises `Unavailable`."""
-        try:
-            check(self._library.bpf_object__load(self._object))
-        except OSError as error:
-            raise _refused(error) from error
+        """Load the selected programs, and create the selected maps; raises `Unavailable`.
+
+        If the kernel refuses a program, libbpf loads it once more, with the verifier's log.
+        """
+        with mmap.mmap(-1, _LOG_BYTES) as memory:
+            log = (ctypes.c_char * _LOG_BYTES).from_buffer(memory)
+            for name in self._selected:
+                check(self._library.bpf_program__set_log_buf(self.program(name), log, _LOG_BYTES))
+            loaded = self._library.bpf_object__load(self._object)
+            code = ctypes.get_errno() or -loaded
+            told = log.value.decode(errors="replace")
+            del log
+        if loaded < 0:
+            _LOG.debug("bpf: the verifier's log: %s", told or "none")
+            error = OSError(code, os.strerror(code))
+            raise refusal.of_programs(error, told) from error
 
     def program(self, name: str) -> int:
         """Return libbpf's pointer to a program."""
@@ -131,28 +151,3 @@ class BpfObject:
         memory = memoryview((ctypes.c_uint8 * dtype.itemsize).from_address(at)).cast("B")
         found: npt.NDArray[Any] = np.frombuffer(memory, dtype).reshape(())
         return found
-
-
-def _refused(error: OSError) -> Unavailable:
-    match error.errno:
-        case errno.EPERM:
-            lockdown = _lockdown()
-            if lockdown:
-                return Unavailable(
-                    _WHAT, f"the kernel is locked down ({lockdown})", "boot it without lockdown=confidentiality"
-                )
-            return Unavailable(_WHAT, "the kernel does not allow this user to load BPF programs (EPERM)", RIGHTS)
-        case errno.ENOMEM:
-            return Unavailable(_WHAT, "no memory to load the programs", "a higher memory limit of the cgroup")
-    return Unavailable(
-        _WHAT, f"the kernel refuses the programs: {error.strerror}", "Linux 5.10 or later with CONFIG_DEBUG_INFO_BTF"
-    )
-
-
-def _lockdown() -> str:
-    """Return the kernel's lockdown level if that forbids programs to read kernel memory, else ""."""
-    try:
-        told = Path("/sys/kernel/security/lockdown").read_text(encoding="ascii")
-    except OSError:
-        return ""
-    return "confidentiality" if "[confidentiality]" in told else ""

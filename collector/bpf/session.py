@@ -7,7 +7,6 @@ when the process ends, even if it is killed.
 from __future__ import annotations
 
 import ctypes
-import errno
 import logging
 import mmap
 import os
@@ -20,13 +19,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from collector.bpf import libbpf
-from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, STATE
+from collector.bpf import libbpf, refusal
+from collector.bpf.layout import CONFIG, COUNTS, NO_PLACE, RING, STATE
 from collector.bpf.libbpf import Runs, check, library, pointer
-from collector.bpf.object import OBJECT, RIGHTS, BpfObject, has_functions
+from collector.bpf.object import OBJECT, BpfObject, has_functions
 from collector.live.filter import SessionFilter
 from collector.live.places import NETNS_MASK, Places
 from collector.machine.kernel import highest_possible_cpu, kernel_version
+from contracts.abi import RECORD
 from contracts.errors import Unavailable
 from contracts.hooks import TRACEPOINTS, Hook
 
@@ -36,6 +36,8 @@ BTF: Final = Path("/sys/kernel/btf/vmlinux")
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
 _WHAT: Final = "bpf"
+_MAPPED_BYTES: Final = 1 << 29
+"""Largest size of a mapped ring: the verifier's limit of an offset (BPF_MAX_VAR_OFF)."""
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
 _FUNCTIONS: Final = {"ip_rcv": "ip_rcv_core", "ipv6_rcv": "ip6_rcv_core"}
 """Name of each program of `Hook.IP_RCV` -> the kernel's function that it is attached to."""
@@ -50,17 +52,17 @@ def programs() -> tuple[dict[Hook, tuple[str, ...]], str]:
     with _btf() as btf:
         arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
         at_ip = tuple(name for name, function in _FUNCTIONS.items() if btf.has_function(function))
-        refusal = _refusal(btf, at_ip)
-    found = {info.hook: (info.name,) for info in TRACEPOINTS if arguments[info.hook] > 0}
+        why_not = _why_not(btf, at_ip)
+    found: dict[Hook, tuple[str, ...]] = {info.hook: (info.name,) for info in TRACEPOINTS if arguments[info.hook] > 0}
     # The drop reason is the third argument, since Linux 5.17.
     if 0 < arguments[Hook.KFREE_SKB] < 3:
         found[Hook.KFREE_SKB] = (_WITHOUT_REASON,)
-    if not refusal:
+    if not why_not:
         found[Hook.IP_RCV] = at_ip
-    return found, refusal
+    return found, why_not
 
 
-def _refusal(btf: libbpf.Btf, at_ip: Sequence[str]) -> str:
+def _why_not(btf: libbpf.Btf, at_ip: Sequence[str]) -> str:
     """Return why the kernel allows none of the programs `at_ip`, or ""."""
     if not at_ip:
         return f"this kernel has none of the functions {', '.join(_FUNCTIONS.values())}"
@@ -79,7 +81,7 @@ def _btf() -> Iterator[libbpf.Btf]:
     try:
         btf = libbpf.Btf()
     except OSError as error:
-        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", RIGHTS) from error
+        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", refusal.RIGHTS) from error
     try:
         yield btf
     finally:
@@ -129,6 +131,8 @@ class Session:
                 "`--source ftrace`",
             )
         self._object = BpfObject(path)
+        self.maps_rings: Final = not self._object.old
+        """Whether rings are mapped arrays (`ring.MappedRing`), else BPF ring buffers (`ring.BufferRing`)."""
         try:
             self._load(path, wanted, wake_every, cookies)
             self._map_loaded()
@@ -161,7 +165,7 @@ class Session:
         """Load the programs, without those of `Hook.IP_RCV` if the kernel refuses them with those."""
         try:
             self._prepare(wanted, wake_every, cookies)
-            self._object.load()
+            self._load_prepared()
         except Unavailable as error:
             if self.programs.pop(Hook.IP_RCV, None) is None or not self.programs:
                 raise
@@ -178,11 +182,21 @@ class Session:
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
         config["paged"] = reads_pages()
+        config["ring_slots"] = self._ring_bytes // RECORD.itemsize
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         config["place_filtered"] = wanted.by_place
         for protocol in wanted.l4_protocols:
             config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
         config["l4_filtered"] = bool(wanted.l4_protocols)
+
+    def _load_prepared(self) -> None:
+        # The verifier and the array of rings need a ring of the right size.
+        pattern = self._make_ring()
+        try:
+            check(self._library.bpf_map__set_inner_map_fd(self._object.map("mace_rings"), pattern))
+            self._object.load()
+        finally:
+            os.close(pattern)
 
     def _map_loaded(self) -> None:
         counts = self._object.map("mace_cpus")
@@ -202,15 +216,30 @@ class Session:
 
         Raises `Unavailable` if the kernel refuses the memory.
         """
-        try:
-            fd = libbpf.create_ring(self._ring_bytes)
-        except OSError as error:
-            raise _no_ring(error, self._ring_bytes) from error
+        fd = self._make_ring()
         if cpu in self._rings:
             os.close(self._rings[cpu])
         self._rings[cpu] = fd
         libbpf.put(self._rings_fd, cpu, fd)
         return fd
+
+    def _make_ring(self) -> int:
+        size = self._ring_bytes
+        if self.maps_rings and size > _MAPPED_BYTES:
+            raise Unavailable(
+                _WHAT,
+                f"a ring of {size >> 20:,} MiB is larger than a program can address",
+                f"[capture] ring_mib of at most {_MAPPED_BYTES >> 20}",
+            )
+        try:
+            return libbpf.create_mapped(RING.itemsize + size) if self.maps_rings else libbpf.create_ring_buffer(size)
+        except OSError as error:
+            raise refusal.of_ring(error, size) from error
+
+    @property
+    def wakes_fd(self) -> int:
+        """File descriptor of the BPF ring buffer that wakes the reader of mapped arrays."""
+        return self._object.map_fd("mace_wakes")
 
     def attach(self) -> None:
         """Attach the programs, which record only after `start`; raises `Unavailable`."""
@@ -218,7 +247,7 @@ class Session:
             try:
                 self._links.append(pointer(self._library.bpf_program__attach(self._object.program(name))))
             except OSError as error:
-                raise Unavailable(_WHAT, f"{name} cannot be attached: {error.strerror}", RIGHTS) from error
+                raise refusal.of_attaching(name, error) from error
 
     def detach(self) -> None:
         """Detach the programs."""
@@ -298,13 +327,3 @@ def _replace(slots: npt.NDArray[Any], count: npt.NDArray[Any], wanted: Sequence[
             slots[at] = number
             count[...] = max(len(used), at + 1)
     count[...] = np.flatnonzero(slots[:count] != NO_PLACE).max(initial=-1) + 1
-
-
-def _no_ring(error: OSError, size: int) -> Unavailable:
-    if error.errno == errno.ENOMEM:
-        return Unavailable(
-            _WHAT, f"no memory for a ring of {size / 2**20:g} MiB", "a smaller [capture] ring_mib, or more memory"
-        )
-    return Unavailable(
-        _WHAT, f"the kernel refuses a ring of {size:,} bytes: {error.strerror}", "another [capture] ring_mib"
-    )

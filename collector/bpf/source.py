@@ -1,4 +1,4 @@
-"""BPF programs as a live source: records of 64 bytes, as the module's, read from a BPF ring buffer per CPU.
+"""BPF programs as a live source: records of 64 bytes, as the module's, read from a ring per CPU.
 
     programs ──slots──▶ CpuRing ──views──▶ RingMerger ──▶ batches, in time order
     (one ring per CPU)  tick by tick  markers            devices, as they change, between them
@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from collector.bpf.object import OBJECT
-from collector.bpf.ring import SLOT_BYTES, CpuRing, is_sorted, lost_before, sorted_by_time
+from collector.bpf.ring import BufferRing, CpuRing, MappedRing, Wakes, is_sorted, lost_before, sorted_by_time
 from collector.bpf.session import STATS_RIGHTS, Session, reads_pages, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.places import Places
@@ -43,6 +43,7 @@ from collector.live.stretch import Stretch
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
 from contracts import clock
+from contracts.abi import RECORD
 from contracts.config import CaptureConfig
 from contracts.errors import MaceError, SourceError, Unavailable
 from contracts.hooks import BY_HOOK, HOOKS, Hook, silent_on
@@ -70,7 +71,7 @@ class BpfConfig:
     """Settings of the source; the defaults suit a busy host. Raises `ValueError` for a value out of range."""
 
     ring_kib_per_cpu: int = 8192
-    """Memory for each CPU's ring, KiB; rounded down to a power of two. 8 MiB are about 116,000 records."""
+    """Memory for each CPU's ring, KiB; rounded down to a power of two. 8 MiB are 131,072 records."""
     poll_interval_s: float = 0.05
     """Interval of the ticks."""
     hold_back_ms: float = 50
@@ -148,6 +149,7 @@ class BpfSource(RecordSource):
         self._open_session = open_session
         self._session: Session | None = None
         self._cpus: dict[int, _Cpu] = {}
+        self._wakes: Wakes | None = None
         self._filling: select.epoll | None = None
         """Readable when a CPU has written a quarter of its ring since it last woke the source."""
         self._missed_told = 0
@@ -199,13 +201,16 @@ class BpfSource(RecordSource):
         self._session = session = self._open_session(
             config.wanted,
             ring_bytes=config.ring_bytes,
-            wake_every=max(config.ring_bytes // SLOT_BYTES // _WATERMARK_SHARE, 1),
+            wake_every=max(config.ring_bytes // RECORD.itemsize // _WATERMARK_SHARE, 1),
             cookies=cookies,
             path=OBJECT,
         )
         if places is not None:
             session.record_at(places)
         self._filling = select.epoll()
+        if session.maps_rings:
+            self._wakes = Wakes(session.wakes_fd)
+            self._wakes_up(session.wakes_fd)
         for cpu in online_cpus():
             self._cpus[cpu] = _Cpu(self._ring_of(cpu), last_ns=self._began_ns)
             self._merger.add_cpu(cpu, self._began_ns)
@@ -221,11 +226,17 @@ class BpfSource(RecordSource):
 
     def _ring_of(self, cpu: int) -> CpuRing:
         assert self._session is not None
-        assert self._filling is not None
         fd = self._session.add_ring(cpu)
-        # Edge-triggered: to the kernel any ring with a record is readable, but the programs choose when to wake us.
+        if self._session.maps_rings:
+            return MappedRing(cpu, fd, self.config.ring_bytes)
+        self._wakes_up(fd)
+        return BufferRing(cpu, fd, self.config.ring_bytes)
+
+    def _wakes_up(self, fd: int) -> None:
+        """Let the programs wake the source through the BPF ring buffer `fd`."""
+        assert self._filling is not None
+        # Edge-triggered: to the kernel any buffer with an entry is readable, but the programs choose when to wake us.
         self._filling.register(fd, select.EPOLLIN | select.EPOLLET)
-        return CpuRing(cpu, fd, self.config.ring_bytes)
 
     def _give_back(self) -> None:
         if self._session is not None:
@@ -236,6 +247,9 @@ class BpfSource(RecordSource):
         self._cpus.clear()
         for ring in rings:
             ring.close()
+        if self._wakes is not None:
+            wakes, self._wakes = self._wakes, None
+            wakes.close()
         if self._filling is not None:
             filling, self._filling = self._filling, None
             filling.close()
@@ -266,7 +280,7 @@ class BpfSource(RecordSource):
                 yield item
             self._make_room()
             self._devices_changed()
-            self._filling.poll(0)
+            self._take_wakes()
             # The interval runs from the start of one tick to the start of the next: the time for merging, and for the
             # consumer's work meanwhile, must not add to the latency.
             rest_s = max(began + self.config.poll_interval_s - time.monotonic(), 0)
@@ -277,6 +291,13 @@ class BpfSource(RecordSource):
         for item in self._released(to_the_end=True):
             yield item
         self._balance()
+
+    def _take_wakes(self) -> None:
+        """Forget the wakeups until now, so that only a later one ends the pause."""
+        assert self._filling is not None
+        if self._wakes is not None:
+            self._wakes.empty()
+        self._filling.poll(0)
 
     async def _settle(self) -> None:
         """Read until no slot is busy, at most a second. A running program completes its slot within microseconds."""
@@ -298,9 +319,9 @@ class BpfSource(RecordSource):
         # Read the counts after the rings: then they include every loss that a record reports.
         counts = self._session.counts()
         for number, cpu in self._cpus.items():
-            taken, caught_up = fresh.get(number, (None, True))
+            stretches, caught_up = fresh.get(number, ([], True))
             lost = int(counts["lost_all"][number])
-            if taken is not None:
+            for taken in stretches:
                 self._push(number, cpu, taken, lost)
             self._mark(number, cpu, lost - cpu.told_lost, time.monotonic_ns())
             self._merger.complete(number, begun_ns if caught_up else cpu.last_ns)
@@ -315,7 +336,8 @@ class BpfSource(RecordSource):
             ahead = lost_before(records, cpu.told_lost)
             cuts = np.flatnonzero(np.diff(ahead, prepend=0)).tolist()
             if cuts:
-                whole = np.ascontiguousarray(records)
+                taken.copy_out()
+                whole = taken.records
                 edges = pairwise([0, *cuts, len(records)])
                 pieces = [(int(ahead[at]), Stretch(whole[at:to], held=False)) for at, to in edges if to > at]
                 taken.given(len(records))

@@ -56,6 +56,7 @@ def run(options: Options, console: Console) -> int:
     """Run ping under a capture and print its corrected lines; returns ping's exit status."""
     from mace.commands import settings
     from mace.tools import ping
+    from mace.tools.following import Following
 
     argv, user_clock, stamps_shown = ping.arguments(options.others)
     configured = settings.configured(
@@ -66,9 +67,10 @@ def run(options: Options, console: Console) -> int:
         if options.host_path:
             probing = ping.probing(options.host_path, argv, netns_fd, configured.capture.host_netns)
             term = probing.measure(settings.session(configured, options.format, console))
-        one = ping.Ping(argv, netns_fd, user_clock=user_clock, stamps_shown=stamps_shown, quiet=as_json)
         session = settings.session(configured, options.format, console)
-        found = one.measure(session, settings.tee(options.record))
+        with Following.opened() as following:
+            one = ping.Ping(argv, netns_fd, following, user_clock=user_clock, stamps_shown=stamps_shown, quiet=as_json)
+            found = one.measure(session, settings.tee(options.record))
     session.deliver(found.round_trips())
     host_rtt = found.statistics()["host_rtt_ns"]["median"]
     if as_json:

@@ -68,4 +68,6 @@ def run(options: Options, console: Console) -> int:
             console.complain(f"{scenario.name}: {scenario.meaning}")
     if options.format != JSON:
         console.out(_WIDTH).print(verdict.table(verdicts))
+        for text in verdict.limits(verdicts):
+            console.line(text)
     return 0 if all(v.wrong == 0 and v.recall >= v.recall_bound for v in verdicts) else 1

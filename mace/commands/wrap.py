@@ -52,17 +52,19 @@ def run(options: Options, console: Console) -> int:
     """Run the tool and print its corrected samples; returns the tool's exit status."""
     from mace.commands import settings
     from mace.tools import correct, wrap
+    from mace.tools.following import Following
 
     configured = settings.configured(
         options.config, capture=options.capture, sinks=options.sinks, place=settings.lab_of(options.where.lab)
     )
     as_json = options.format == JSON
-    with settings.namespace(options.where, configured) as netns_fd:
+    with settings.namespace(options.where, configured) as netns_fd, Following.opened() as following:
         session = settings.session(configured, options.format, console)
         found, status = wrap.measure(
             options.command,
             netns_fd,
             session,
+            following,
             settings.tee(options.record),
             reader_name=options.tool,
             quiet=as_json,

@@ -58,6 +58,11 @@ class Session:
         return self._stop.requested
 
     @property
+    def utc_offset_ns(self) -> int:
+        """Nanoseconds to add to CLOCK_MONOTONIC to get UTC, in the stream that was observed last."""
+        return self._header.clock.offset_ns if self._header else 0
+
+    @property
     def has_servers(self) -> bool:
         """Whether sinks other than the embedded store are configured."""
         return runs.has_servers(self._config)
@@ -103,11 +108,12 @@ class Session:
 
     def observe(self, until: Until, on_results: Callable[[Results], None], *, tee: CaptureSink | None) -> None:
         """Run the correlator live with crossings until `until` ends (`runs.observe`)."""
-        self._header = self._run(
-            lambda stop: runs.observe(
-                self._config, until, on_results, stop=stop, tee=tee, on_open=lambda _, chosen: self.say(chosen)
-            )
-        )
+
+        def begin(header: StreamHeader, chosen: str) -> None:
+            self._header = header
+            self.say(chosen)
+
+        self._run(lambda stop: runs.observe(self._config, until, on_results, stop=stop, tee=tee, on_open=begin))
 
     def watch(self, until: Until, on_item: Callable[[StreamItem], None]) -> None:
         """Call `on_item` with each item of the live stream until `until` ends (`runs.watch`)."""

@@ -36,8 +36,8 @@ def losses_panel(summary: Summary) -> list[Panel]:
 
 
 def overhead_table(summary: Summary) -> PlainTable:
-    """Return a table of the overhead per container and direction."""
-    table = _table("What the container path added to each packet, µs", ("container", "direction"), "packets", "mean")
+    """Return a table of the overhead, the time in the container's devices, per container and direction."""
+    table = _table("Time of each packet in the container's devices, µs", ("container", "direction"), "packets", "mean")
     owner = summary.owners()
     for (place, direction, _), distribution in summary.overhead():
         table.add_row(owner(place), direction.name.lower(), *cells(distribution))

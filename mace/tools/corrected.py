@@ -6,34 +6,46 @@ The result says what is missing from its figures: it lists samples without a pai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
+from contracts.arrays import Ints
 from contracts.figures import Summary
 from contracts.names import printable
 from contracts.results import Results
 from contracts.schema import NOT_TOLD, Crossings, Grade, RoundTripRows, RoundTrips
 from contracts.topology import Device, Role
 from correlator import intervals
-from correlator.correction import REASONS, Corrections, Reason, correct
+from correlator.correction import REASONS, Corrections, Ran, Reason, correct
 from correlator.samples import Samples
+from correlator.stamps import StampModel
+from correlator.waiting import Waited
 from mace.shown import tables
 from mace.shown.terminal import PlainTable
+from mace.tools.following import Followed, Following
 from mace.tools.samples import Reader
 
 FIGURES: Final = {
     "tool_rtt_ns": "tool RTT",
     "host_rtt_ns": "host RTT",
     "nic_rtt_ns": "NIC RTT",
-    "egress_ns": "egress overhead",
-    "ingress_ns": "ingress overhead",
+    "egress_ns": "egress in devices",
+    "ingress_ns": "ingress in devices",
 }
 """Columns of `Corrections` with statistics, and their names for people."""
+WAITS: Final = {
+    "temporal_error_ns": "temporal error",
+    "host_rtt_without_waiting_ns": "host RTT without it",
+    "waited_send_ns": "CPU wait, sending",
+    "waited_receive_ns": "CPU wait, receiving",
+}
+"""Figures of a tool that was followed while it ran, with statistics, and their names for people."""
+_WAITED_NS: Final = 50_000
+"""Smallest temporal error that a line mentions: more than a wake-up on an idle machine (`correlator.stamps`)."""
 _LOWER_BOUND: Final = (
     "host RTT is a lower bound where requests are rare: egress and ingress are the time spent in the container's "
     "devices, and a host process does a part of that work too (mace ping --host-path N measures how much)"
@@ -108,19 +120,35 @@ class Corrected:
     """The container's packets with records over the whole path, in both directions."""
     netns: str = ""
     """Name of the container's network namespace."""
+    followed: Followed | None = None
+    """How long the tool waited for a CPU; None if it was not followed while it ran."""
 
     @classmethod
-    def of(cls, samples: Samples, observed: Observed, reader: Reader, netns: int) -> Corrected:
-        """Correct `samples`, all that `reader` has found, with the packets of the namespace of inode `netns`."""
+    def of(
+        cls, samples: Samples, observed: Observed, reader: Reader, netns: int, ran_utc_ns: Ran | None = None
+    ) -> Corrected:
+        """Correct `samples`, all that `reader` has found, with the packets of the namespace of inode `netns`.
+
+        `ran_utc_ns`: when the tool ran, if MACE ran it.
+        """
         crossings = observed.crossings(netns)
         stamps, unknown = reader.stamps, reader.unknown
-        corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns)
+        corrections = correct(samples, crossings, stamps, observed.gaps_utc_ns, ran_utc_ns)
         name = observed.containers().get(netns, ("", 0))[0]
         namespace = next((d.netns_name for d in observed.devices if d.netns == netns), "")
         return cls(
             stamps.name, name, samples, corrections, unknown.count, unknown.first, dict(reader.left_out),
             observed.summary, len(crossings), namespace,
         )  # fmt: skip
+
+    def followed_by(self, following: Following, stamps: StampModel, utc_offset_ns: int) -> Corrected:
+        """Return the result with the waits of the tool, which has ended; `stamps` is its model."""
+        return replace(self, followed=following.finished(self.samples, self.corrections, stamps, utc_offset_ns))
+
+    @property
+    def waited(self) -> Waited:
+        """How long the tool waited for a CPU, one row per sample; unknown if it was not followed."""
+        return self.followed.waited if self.followed else Waited.unknown(len(self.samples))
 
     def round_trips(self) -> RoundTrips:
         """Return all samples as rows for a database."""
@@ -136,20 +164,25 @@ class Corrected:
             ingress_ns=found.ingress_ns,
             grade=found.grade,
             reason=found.reason,
+            temporal_error_ns=np.where(self.waited.known, self.waited.temporal_error_ns, NOT_TOLD),
         )
         return RoundTrips(self.tool, self.container, self.netns, tuple(r.name.lower() for r in Reason), rows)
 
     def statistics(self) -> dict[str, dict[str, Any]]:
-        """Return count, min, median, mean and max in ns, by the names in `FIGURES`.
+        """Return count, min, median, mean and max in ns, by the names in `FIGURES` and, if known for any, in `WAITS`.
 
         Median and mean have intervals, and are None if there are too few samples. The statistics are over the paired
-        samples without duplicate replies, in the order of sending.
+        samples without duplicate replies, in the order of sending. Those in `WAITS` are over the samples whose waits
+        are known.
         """
         chosen = np.flatnonzero((self.corrections.reason == Reason.PAIRED) & ~self.samples.duplicate)
         chosen = chosen[np.argsort(self.corrections.sent_utc_ns[chosen], kind="stable")]
+        followed = chosen[self.waited.known[chosen]]
+        columns = {name: getattr(self.corrections, name)[chosen] for name in FIGURES}
+        if len(followed):
+            columns |= {name: values[followed] for name, values in self._waits().items()}
         found = {}
-        for name in FIGURES:
-            values: npt.NDArray[np.int64] = getattr(self.corrections, name)[chosen]
+        for name, values in columns.items():
             median, mean = intervals.median(values), intervals.mean(values)
             found[name] = {
                 "count": len(values),
@@ -159,6 +192,17 @@ class Corrected:
                 "max": int(values.max()) if len(values) else None,
             }
         return found
+
+    def _waits(self) -> dict[str, Ints]:
+        """Return the columns in `WAITS`, one element per sample."""
+        waited = self.waited
+        columns = (
+            waited.temporal_error_ns,
+            self.corrections.host_rtt_ns - waited.temporal_error_ns,
+            waited.send_ns,
+            waited.receive_ns,
+        )
+        return dict(zip(WAITS, columns, strict=True))
 
     def unpaired(self) -> dict[Reason, list[int]]:
         """Return the rows of the samples without a pair, by reason."""
@@ -173,7 +217,9 @@ class Corrected:
         The keys are `tool`, `container`, `samples` (a list of objects: seq, stamp_utc_ns, duplicate, reason,
         tool_rtt_ns, and for paired samples host_rtt_ns, nic_rtt_ns, egress_ns, ingress_ns, grade), `paired`, `unpaired`
         (count by reason), `statistics` (the result of `statistics`), `not_understood` (lines), `left_out` (count by
-        reason), `packets`, `ledger`, and `cost` if it is known.
+        reason), `packets`, `ledger`, `cost` if it is known, and `waiting` (`Followed.as_dict`) if the tool was followed
+        while it ran. Then samples whose waits are known also have temporal_error_ns, host_rtt_without_waiting_ns,
+        waited_send_ns, waited_receive_ns.
         """
         found: dict[str, Any] = {
             "tool": self.tool,
@@ -189,9 +235,12 @@ class Corrected:
         }
         if self.summary.cost:
             found["cost"] = [cost.as_dict() for cost in self.summary.cost]
+        if self.followed:
+            found["waiting"] = self.followed.as_dict()
         return found
 
     def _rows(self) -> Iterator[dict[str, Any]]:
+        known, waits = self.waited.known, self._waits()
         for i in range(len(self.samples)):
             reason = Reason(int(self.corrections.reason[i]))
             row: dict[str, Any] = {
@@ -205,6 +254,8 @@ class Corrected:
                 for name in ("host_rtt_ns", "nic_rtt_ns", "egress_ns", "ingress_ns"):
                     row[name] = int(getattr(self.corrections, name)[i])
                 row["grade"] = Grade(int(self.corrections.grade[i])).name.lower()
+            if known[i]:
+                row |= {name: int(values[i]) for name, values in waits.items()}
             yield row
 
     def tables(self, console: Console, *, lower_bound: bool = True) -> None:
@@ -237,7 +288,7 @@ class Corrected:
                     if interval
                     else "-"
                 )
-            table.add_row(FIGURES[name], *cells, _microseconds(figures["max"]))
+            table.add_row((FIGURES | WAITS)[name], *cells, _microseconds(figures["max"]))
         return table
 
     def _remarks(self) -> Iterator[str]:
@@ -245,6 +296,7 @@ class Corrected:
             yield f"unpaired {len(rows):,} · {REASONS[reason]}{self._named(rows)}"
         for why, count in self.left_out.items():
             yield f"left out {count:,} · {why}"
+        yield from self._waiting_remarks()
         if not self.packets:
             yield (
                 "no packet of this container has records over the whole path: check that the container runs on this "
@@ -254,6 +306,18 @@ class Corrected:
             lines = "; ".join(repr(line) for line in self.first_not_understood)
             yield f"not understood: {self.not_understood:,} lines of the tool's output: {lines}"
 
+    def _waiting_remarks(self) -> Iterator[str]:
+        if self.followed is None:
+            return
+        yield from self.followed.remarks()
+        paired = self.corrections.reason == Reason.PAIRED
+        unknown = int((paired & ~self.waited.known).sum())
+        if unknown and not self.followed.why_not:
+            yield (
+                f"waiting for a CPU is not known of {unknown:,} paired samples: several of the tool's tasks may have "
+                "sent them, or the kernel's ring lost events of the scheduler"
+            )
+
     def _named(self, rows: list[int]) -> str:
         numbers = [int(seq) for seq in self.samples.seq[rows[:_SHOWN]] if seq != NOT_TOLD]
         if not numbers:
@@ -262,8 +326,11 @@ class Corrected:
         return f" (seq {', '.join(map(str, numbers))}{more})"
 
 
-def line(corrections: Corrections, row: int) -> str:
-    """Return one line with a sample's correction, or the reason why it has none."""
+def line(corrections: Corrections, row: int, waited: Waited | None = None) -> str:
+    """Return one line with a sample's correction, or the reason why it has none.
+
+    A temporal error that is longer than a wake-up on an idle machine is part of the line.
+    """
     reason = Reason(int(corrections.reason[row]))
     if reason is not Reason.PAIRED:
         return f"not corrected · {REASONS[reason]}"
@@ -276,7 +343,9 @@ def line(corrections: Corrections, row: int) -> str:
             ("ingress", "ingress_ns"),
         )
     )
-    return f"{' '.join(told)} µs {Grade(int(corrections.grade[row])).name.lower()}"
+    late_ns = int(waited.temporal_error_ns[row]) if waited is not None else 0
+    more = f" · waited for CPU {tables.microseconds(late_ns)} µs" if late_ns >= _WAITED_NS else ""
+    return f"{' '.join(told)} µs {Grade(int(corrections.grade[row])).name.lower()}{more}"
 
 
 def _told(value: np.integer[Any]) -> int | None:

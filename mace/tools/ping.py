@@ -17,9 +17,11 @@ import getopt
 import os
 import re
 import signal
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import PurePath
 from typing import Final
 
 import numpy as np
@@ -27,9 +29,11 @@ import numpy as np
 from contracts.errors import MaceError, UsageError
 from contracts.results import Results
 from correlator.correction import Corrections, Reason, correct, settled
+from correlator.waiting import Waited
 from mace.live.session import Session
 from mace.shown import lines as shown_lines
 from mace.tools.corrected import Corrected, Observed, line
+from mace.tools.following import Following
 from mace.tools.host_probes import Probing
 from mace.tools.ping_output import PingOutput
 from storage.capture import CaptureSink
@@ -90,15 +94,36 @@ def arguments(given: Sequence[str]) -> tuple[list[str], bool, bool]:
     return argv, "-U" in flags, "-D" in flags
 
 
+def user_clock(command: Sequence[str]) -> bool:
+    """Return whether a command line runs ping with -U, which ping's output does not show.
+
+    The command may run ping by another program, as in `taskset -c 0 ping -U HOST`.
+    """
+    for at, word in enumerate(command):
+        if PurePath(word).name == "ping":
+            with suppress(getopt.GetoptError):
+                options, _ = getopt.gnu_getopt(list(command[at + 1 :]), _OPTIONS)
+                return "-U" in dict(options)
+    return False
+
+
 class Ping:
-    """One run of ping in the namespace of `netns_fd`, which the caller closes.
+    """One run of ping in the namespace of `netns_fd`, which the caller closes, as `following`, which is open.
 
     `quiet`: nothing is printed. `stamps_shown`: printed lines keep the times that `-D` adds.
     """
 
     def __init__(
-        self, argv: Sequence[str], netns_fd: int, *, user_clock: bool, stamps_shown: bool, quiet: bool
+        self,
+        argv: Sequence[str],
+        netns_fd: int,
+        following: Following,
+        *,
+        user_clock: bool,
+        stamps_shown: bool,
+        quiet: bool,
     ) -> None:
+        self._following = following
         self._argv = list(argv)
         self._netns_fd = netns_fd
         self._netns = os.fstat(netns_fd).st_ino
@@ -115,19 +140,24 @@ class Ping:
         """Whether the remaining lines wait for the end."""
         self.status = 0
         """ping's exit status."""
+        self._ran_ns: tuple[int, int] | None = None
+        """When ping ran, CLOCK_MONOTONIC; None before its end."""
         self._trouble: MaceError | None = None
 
     def measure(self, session: Session, tee: CaptureSink | None) -> Corrected:
         """Run ping under a capture, print its corrected lines as they are settled, and return all corrections."""
-        session.observe(self._run, self._take, tee=tee)
+        session.observe(self._run, lambda results: self._take(results, session.utc_offset_ns), tee=tee)
         if self._trouble is not None:
             raise self._trouble
         samples = self._reader.finish()
         if not len(samples):
             raise UsageError(f"ping ended with status {self.status} and its output has no request")
-        found = Corrected.of(samples, self._observed, self._reader, self._netns)
+        offset_ns = session.utc_offset_ns
+        ran_utc_ns = (self._ran_ns[0] + offset_ns, self._ran_ns[1] + offset_ns) if self._ran_ns else None
+        found = Corrected.of(samples, self._observed, self._reader, self._netns, ran_utc_ns)
+        found = found.followed_by(self._following, self._reader.stamps, offset_ns)
         changed = self._changed(found.corrections)
-        self._show(found.corrections[self._done :])
+        self._show(found.corrections[self._done :], found.waited[self._done :])
         if changed:
             session.say(f"{changed} of the lines above differ from the final pairing, which the figures below use")
         return found
@@ -138,6 +168,7 @@ class Ping:
         with suppress(OSError):  # over the user's limit, the pipe keeps the default of 64 KiB
             fcntl.fcntl(writing, _F_SETPIPE_SZ, _PIPE_BYTES)
         lines = asyncio.StreamReader(limit=_PIPE_BYTES)
+        began_ns = time.monotonic_ns()
         try:
             transport, _ = await asyncio.get_running_loop().connect_read_pipe(
                 lambda: asyncio.StreamReaderProtocol(lines), os.fdopen(reading, "rb")
@@ -149,6 +180,7 @@ class Ping:
             )  # fmt: skip
         finally:
             os.close(writing)
+        self._following.started(process.pid)
         try:
             await self._read(lines)
             self.status = await process.wait()
@@ -165,6 +197,7 @@ class Ping:
                 with suppress(ProcessLookupError):
                     process.kill()
                 self.status = await process.wait()
+            self._ran_ns = began_ns, time.monotonic_ns()
 
     async def _read(self, lines: asyncio.StreamReader) -> None:
         async for raw in lines:
@@ -177,9 +210,10 @@ class Ping:
             self._lines.append((text, row))
             self._print_lines(None)
 
-    def _take(self, results: Results) -> None:
+    def _take(self, results: Results, utc_offset_ns: int) -> None:
         observed, stamps = self._observed, self._reader.stamps
         observed.add(results)
+        self._following.read()
         if self._held:
             return
         pending = self._reader.samples(self._done)
@@ -193,14 +227,14 @@ class Ping:
                 self._held = True
                 return
             self._shown.append(found)
-            self._show(found)
+            self._show(found, self._following.so_far(pending[:ready], found, stamps, utc_offset_ns))
 
-    def _show(self, corrections: Corrections) -> None:
+    def _show(self, corrections: Corrections, waited: Waited) -> None:
         """Print the lines of these samples, which follow the printed ones, and ping's other lines between them."""
-        self._print_lines(corrections)
+        self._print_lines(corrections, waited)
         self._done += len(corrections)
 
-    def _print_lines(self, corrections: Corrections | None) -> None:
+    def _print_lines(self, corrections: Corrections | None, waited: Waited | None = None) -> None:
         while self._lines:
             text, row = self._lines[0]
             at = -1 if row is None else row - self._done
@@ -209,7 +243,7 @@ class Ping:
             self._lines.popleft()
             if not self._quiet:
                 shown = text if self._stamps_shown else _STAMP.sub("", text)
-                more = f" · {line(corrections, at)}" if corrections is not None and row is not None else ""
+                more = f" · {line(corrections, at, waited)}" if corrections is not None and row is not None else ""
                 shown_lines.line(shown + more, flush=True)
 
     def _changed(self, final: Corrections) -> int:

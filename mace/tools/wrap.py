@@ -9,13 +9,17 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 from contracts.errors import LabError, UsageError
+from contracts.results import Results
 from mace.live.session import Session
 from mace.tools.corrected import Corrected, Observed
+from mace.tools.following import Following
 from mace.tools.output import READERS, read
+from mace.tools.ping import user_clock
 from storage.capture import CaptureSink
 
 _LAST_WORDS_S = 3.0
@@ -26,6 +30,7 @@ def measure(
     argv: Sequence[str],
     netns_fd: int,
     session: Session,
+    following: Following,
     tee: CaptureSink | None,
     *,
     reader_name: str | None = None,
@@ -33,36 +38,53 @@ def measure(
 ) -> tuple[Corrected, int]:
     """Run the command in the namespace of `netns_fd`; returns the corrected samples and the command's exit status.
 
-    `reader_name` is the tool's name in `READERS`; None recognises the tool by its output. Unless `quiet`, the tool's
-    output is copied to stderr. Raises `LabError` and `UsageError`.
+    `following` is open, and follows the command. `reader_name` is the tool's name in `READERS`; None recognises the
+    tool by its output, and ping's -U by the command line. Unless `quiet`, the tool's output is copied to stderr. Raises
+    `LabError` and `UsageError`.
     """
-    tool = _Tool(argv, netns_fd)
+    tool = _Tool(argv, netns_fd, following)
     observed = Observed()
-    session.observe(tool.run, observed.add, tee=tee)
+
+    def take(results: Results) -> None:
+        observed.add(results)
+        following.read()
+
+    session.observe(tool.run, take, tee=tee)
     if tool.said is None:
         raise LabError(f"{argv[0]} was stopped before its end, so there is no output to correct")
     if not quiet:
         sys.stderr.write(tool.said)
     if not tool.said.strip():
         raise UsageError(f"{argv[0]} ended with status {tool.status} and printed nothing")
+    if reader_name is None and user_clock(argv):
+        reader_name = "ping-U"
     samples, reader = read(tool.said.splitlines(), READERS[reader_name]() if reader_name else None)
-    return Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino), tool.status
+    offset_ns = session.utc_offset_ns
+    ran_utc_ns = tool.began_ns + offset_ns, tool.ended_ns + offset_ns
+    found = Corrected.of(samples, observed, reader, os.fstat(netns_fd).st_ino, ran_utc_ns)
+    return found.followed_by(following, reader.stamps, offset_ns), tool.status
 
 
 class _Tool:
-    """A command in a network namespace; `said` is its standard output, None until it has ended."""
+    """A command in a network namespace; `said` is its standard output, None until it has ended.
 
-    def __init__(self, argv: Sequence[str], netns_fd: int) -> None:
-        self._argv, self._netns_fd = argv, netns_fd
+    It ran between `began_ns` and `ended_ns`, CLOCK_MONOTONIC.
+    """
+
+    def __init__(self, argv: Sequence[str], netns_fd: int, following: Following) -> None:
+        self._argv, self._netns_fd, self._following = argv, netns_fd, following
         self.said: str | None = None
         self.status = 0
+        self.began_ns = self.ended_ns = 0
 
     async def run(self) -> None:
+        self.began_ns = time.monotonic_ns()
         process = await asyncio.create_subprocess_exec(
             "nsenter", f"--net=/proc/self/fd/{self._netns_fd}", "--", *self._argv,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, pass_fds=(self._netns_fd,),
             start_new_session=True, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
+        self._following.started(process.pid)
         reading = asyncio.ensure_future(process.communicate())
         try:
             said, _ = await asyncio.shield(reading)
@@ -79,3 +101,4 @@ class _Tool:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await reading
+            self.ended_ns = time.monotonic_ns()

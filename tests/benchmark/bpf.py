@@ -12,20 +12,22 @@ one lab.
 """
 
 import asyncio
+import mmap
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from collector.bpf.ring import SLOT_BYTES
+from collector.bpf.layout import RING, WRITTEN
+from collector.bpf.ring import MappedRing
 from collector.bpf.session import Session
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
 from collector.live.filter import SessionFilter
 from collector.live.places import Places
 from collector.live.record_merge import RingMerger, SeenPlaces
-from collector.live.stretch import Stretch
 from collector.machine.kernel import online_cpus
 from collector.memory import keep_freed_memory
 from contracts.abi import COLUMNS, RECORD
@@ -133,22 +135,44 @@ def _versus_ftrace(lab: Lab) -> list[dict[str, Any]]:
 
 
 def _drain() -> dict[str, Any]:
-    """Merge records of two CPUs whose times interleave, from slots laid out in memory as in a ring."""
-    memory = [np.zeros(DRAINED * SLOT_BYTES, np.uint8) for _ in range(2)]
-    rings = [np.ndarray((DRAINED,), COLUMNS, one, SLOT_BYTES - RECORD.itemsize, (SLOT_BYTES,)) for one in memory]
-    for cpu, ring in enumerate(rings):
-        ring["ts_ns"] = 10**12 + np.arange(DRAINED) * 500 + cpu * 4_000
-        ring["hook"], ring["cpu"], ring["l3_len"] = Hook.NETIF_RX, cpu, 84
-        ring["place"] = 4026531840 | 2 << 32
-        ring["packet_key"] = ring["skb_id"] = np.arange(DRAINED) // 8 + 1
+    """Read and merge records of two CPUs whose times interleave, from full rings in files in memory."""
+    made = [_FullRing(cpu) for cpu in range(2)]
     rates = []
     with one_core():
         for _ in range(DRAIN_ROUNDS):
             merger = RingMerger(0, SeenPlaces())
-            for cpu in range(2):
-                merger.add_cpu(cpu, 0)
-                merger.push(cpu, Stretch(rings[cpu]))
+            for one in made:
+                merger.add_cpu(one.ring.cpu, 0)
+                one.refill()
             began = time.thread_time()
+            for one in made:
+                for taken in one.ring.take()[0]:
+                    merger.push(one.ring.cpu, taken)
             count = sum(len(batch) for batch in merger.flush())
             rates.append(count / (time.thread_time() - began))
+            for one in made:
+                one.ring.release()
     return figure("bpf_drain", "records/s", rates)
+
+
+class _FullRing:
+    """A ring that the programs have filled up."""
+
+    def __init__(self, cpu: int) -> None:
+        size = DRAINED * RECORD.itemsize
+        fd = os.memfd_create("ring")
+        os.ftruncate(fd, RING.itemsize + size)
+        self._memory = mmap.mmap(fd, RING.itemsize + size)
+        self.ring = MappedRing(cpu, fd, size)
+        os.close(fd)
+        records = np.frombuffer(self._memory, COLUMNS, DRAINED, RING.itemsize)
+        records["ts_ns"] = 10**12 + np.arange(DRAINED) * 500 + cpu * 4_000
+        records["cpu"], records["l3_len"] = cpu, 84
+        records["place"] = 4026531840 | 2 << 32
+        records["packet_key"] = records["skb_id"] = np.arange(DRAINED) // 8 + 1
+        self._hooks = records["hook"]
+
+    def refill(self) -> None:
+        """Let the reader find all records as if they were new."""
+        self._hooks[:] = Hook.NETIF_RX | WRITTEN
+        np.frombuffer(self._memory, RING, 1)["head"] += np.uint64(DRAINED)

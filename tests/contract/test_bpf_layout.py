@@ -55,6 +55,25 @@ def test_the_pad_holds_what_was_lost():
     assert SLOT_BYTES == 72
 
 
+def test_the_programs_find_the_pad_in_the_last_word():
+    programs = (ROOT / "bpf" / "mace.bpf.c").read_text()
+    number, shift = (
+        int(re.search(rf"^#define {name} (\d+)$", programs, re.MULTILINE)[1])
+        for name in ("MACE_LAST_WORD", "MACE_PAD_SHIFT")
+    )
+    assert number * 8 + shift // 8 == abi.RECORD.fields["pad"][1]
+    assert 64 - shift == layout.LOST_BITS
+
+
+def test_a_written_slot_has_the_mark_in_the_hook_and_no_hook_has_it():
+    assert int(re.search(r"^#define MACE_WRITTEN (\w+)$", TEXT, re.MULTILINE)[1], 16) == layout.WRITTEN
+    assert layout.WRITTEN >= abi.HOOK_SLOTS
+    _, at = abi.RECORD.fields["hook"]
+    assert at // 8 == abi.RECORD.itemsize // 8 - 1, "the mark is in the last word"
+    assert at % 8 == 0, "the mark is in the word's lowest byte"
+    assert layout.RING.itemsize % 64 == 0, "no slot is in two cache lines"
+
+
 def test_the_numbers_of_the_walk_are_the_same():
     described = re.search(r"^#define MACE_WALK_DEVICES (\d+)$", TEXT, re.MULTILINE)[1]
     assert int(described) == layout.WALK_DEVICES

@@ -1,4 +1,4 @@
-"""A capture with the hook `ip_rcv` gives each pod its ingress, which the capture without these records does not have."""
+"""A capture with the hook `ip_rcv` gives each pod its ingress; without the hook's records it does not."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from correlator.engine import Engine, EngineConfig
 from tests.places import GOLDEN
 
 PAST = {"past-macvlan": 23, "past-ipvlan": 22, "past-vlan": 24, "past-peer": 10, "past-list": 10}
-"""Name of a pod that needs the hook -> packets that reach it: ten replies of each family, and of neighbour discovery."""
+"""Name of a pod that needs the hook -> packets that reach it: ten replies of each family, and neighbour discovery."""
 PAIRED = {"past-netkit2": 10, "past-netkit3": 10}
 
 

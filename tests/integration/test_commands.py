@@ -133,7 +133,7 @@ def test_a_terminal_shows_a_table_while_it_runs():
                 out, _ = run.communicate(timeout=60)
     assert run.returncode == 0
     # The result is on stdout, once.
-    assert out.decode().count("What the container path added") == 1
+    assert out.decode().count("Time of each packet in the container's devices") == 1
 
 
 GOLDEN = "tests/golden/both-sources"

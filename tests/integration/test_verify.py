@@ -33,8 +33,17 @@ def test_no_row_is_wrong_and_none_is_missing(verdicts, name):
         assert 0 < found["recall"] < 1
     elif not BY_NAME[name].partial:
         assert (found["recall"], found["lost"]) == (1.0, 0)
+    assert (found["why_bound"] is None) == (found["recall_bound"] == 1.0)
     if name in ("plain", "nat", "ipv6"):
         assert found["round_trips"] == found["packets"] // 2, "each request has an echo"
+
+
+def test_below_the_table_it_says_what_the_source_allows_and_which_allows_more():
+    done = mace("verify", "--source", "ftrace", "--packets", PACKETS, "fragments", "plain")
+    *_, last = done.stdout.splitlines()
+    assert last.startswith("fragments: the recall can be at most 0.33")
+    assert "source ftrace records buffers alone; kmod and bpf record the packets' content" in last
+    assert "plain: " not in done.stdout
 
 
 def test_what_the_source_cannot_record_is_said():

@@ -25,6 +25,12 @@ def wrong(run, found):
     return [(row, pair) for row, pair in enumerate(pairs(found)) if pair is not None and pair != run.truth[row]]
 
 
+def ran(run):
+    """Return the shortest run of the tool that has all packets in it."""
+    times = np.concatenate([run.crossings.inner_utc_ns, run.crossings.inner_stamp_utc_ns])
+    return START, int(times.max(initial=START))
+
+
 # One choice out of many ------------------------------------------------------------------------------------
 
 
@@ -70,12 +76,13 @@ def test_only_increasing_with_unfit_items_equals_an_exhaustive_search(windows):
 # The whole of it against a reference -----------------------------------------------------------------------
 
 
-def naive_pairs(run, stamps):
+def naive_pairs(run, stamps, ends=None):
     """Pair requests, then replies, by trying all orders, with the long waiting times first and then with the ordinary
-    ones.
+    ones. `ends`: beginning and end of the run, if known.
 
     For few samples, all with times and none with duplicate replies.
     """
+    begin, end = ends or (-(1 << 62), 1 << 62)
     c = run.crossings
     packets = list(zip(c.packet.tolist(), c.direction.tolist(), c.inner_utc_ns.tolist(),
                        c.inner_stamp_utc_ns.tolist(), c.outer_edge_utc_ns.tolist(), strict=True))  # fmt: skip
@@ -90,16 +97,18 @@ def naive_pairs(run, stamps):
         return [
             n for n, (arrived, _) in enumerate(back)
             if -unsure <= rtt - (arrived - queued) <= waits.send_wait_ns + unsure and arrived >= left
-            and -unsure - 1_000 <= stamp - arrived <= waits.print_wait_ns + 1_000 + unsure
+            and -unsure - 1_000 <= stamp - arrived <= waits.print_wait_ns + 1_000 + unsure and begin <= arrived <= end
         ]  # fmt: skip
 
     def requests(k, waits):
         begun, unsure = int(s.stamp_utc_ns[k] - s.rtt_ns[k]), 1_000 + waits.clock_slack_ns
         early, late = begun - waits.print_wait_ns - 1_000 - unsure, begun + 1_000 + unsure + waits.send_wait_ns
+        early, late = max(early, begin), min(late, end)
         return [i for i, (queued, _, _) in enumerate(out) if early <= queued <= late and replies(k, i, waits)]
 
-    def tried(rows, candidates, number):
-        """Return row -> the one item that fits it."""
+    def tried(rows, candidates, number, times, last):
+        """Return row -> the one item that fits it. The samples are numbered from 0 to `last`."""
+        inside = [n for n, at in enumerate(times) if begin <= at <= end]
         certain = {}
         for waits in (stamps.patient(), stamps):
             sets = {k: [certain[k]] if k in certain else candidates(k, waits) for k in rows}
@@ -107,36 +116,43 @@ def naive_pairs(run, stamps):
             chosen = dict(zip(sets, naive_increasing(list(sets.values())), strict=True))
             if waits is not stamps:
                 ordinary = {k: item for k, item in chosen.items() if item in candidates(k, stamps)}
+                marks = [(number[k], item) for k, item in ordinary.items()]
+                if ends and marks:
+                    marks += [(-1, inside[0] - 1), (last + 1, inside[-1] + 1)]
                 for k in list(chosen):
-                    before = [o for o in ordinary if number[o] <= number[k]]
-                    after = [o for o in ordinary if number[o] >= number[k]]
-                    between = before and after and (max(before, key=number.get), min(after, key=number.get))
-                    if (
-                        not between
-                        or chosen[between[1]] - chosen[between[0]] != number[between[1]] - number[between[0]]
-                    ):
+                    before = [mark for mark in marks if mark[0] <= number[k]]
+                    after = [mark for mark in marks if mark[0] >= number[k]]
+                    if not before or not after or len({item - n for n, item in (max(before), min(after))}) > 1:
                         del chosen[k]
             certain |= {k: item for k, item in chosen.items() if item >= 0 and k not in certain}
         return certain
 
     answered = [k for k in np.argsort(s.seq, kind="stable").tolist() if s.rtt_ns[k] != NOT_TOLD]
-    request = tried(answered, requests, {k: int(s.seq[k]) for k in answered})
+    sent = [queued for queued, _, _ in out]
+    request = tried(answered, requests, {k: int(s.seq[k] - s.seq.min()) for k in answered}, sent, len(s) - 1)
     lines = {k: n for n, k in enumerate(sorted(answered))}
-    response = tried(sorted(request), lambda k, waits: replies(k, request[k], waits), lines)
+    arrivals = [arrived for arrived, _ in back]
+    chosen = {k: request[k] for k in sorted(request)}
+    response = tried(chosen, lambda k, waits: replies(k, chosen[k], waits), lines, arrivals, len(lines) - 1)
     return [(out[request[k]][1], back[response[k]][1]) if k in response else None for k in range(len(s))]
 
 
 @pytest.mark.slow
 @settings(max_examples=150)
-@given(st.integers(0, 1 << 32), st.integers(1, 5), st.sampled_from([3e4, 1e6, 4e6, 3e7]), st.integers(0, 3))
-def test_pairs_agree_with_an_exhaustive_search(seed, count, pace_ns, strangers):
+@given(st.integers(0, 1 << 32), st.integers(1, 5), st.sampled_from([3e4, 1e6, 4e6, 3e7]), st.integers(0, 3),
+       st.booleans(), st.integers(-1, 4))  # fmt: skip
+def test_pairs_agree_with_an_exhaustive_search(seed, count, pace_ns, strangers, ends_known, held_up):
     rng = np.random.default_rng(seed)
     jitter_ns = int(rng.choice([10_000, 10**7]))
-    run = ping_run(rng, count, pace_ns=pace_ns, loss=0.2, strangers=strangers, jitter_ns=jitter_ns)
-    found = correct(run.samples, run.crossings, PING)
+    run = ping_run(
+        rng, count, pace_ns=pace_ns, loss=0.2, strangers=strangers, jitter_ns=jitter_ns,
+        held_up=-1 if strangers else held_up,  # a foreign packet with ordinary waits is preferred to a delayed one
+    )  # fmt: skip
+    ends = ran(run) if ends_known else None
+    found = correct(run.samples, run.crossings, PING, ran_utc_ns=ends)
     # The reference separates stretches by fitting items, the code by a wider range: the code may leave more samples
     # unpaired, but must not pair any differently.
-    by_trial = naive_pairs(run, PING)
+    by_trial = naive_pairs(run, PING, ends)
     assert all(mine in (None, other) for mine, other in zip(pairs(found), by_trial, strict=True))
     if strangers == 0 and (found.reason != Reason.NO_RESPONSE).all():
         assert pairs(found) == by_trial
@@ -155,8 +171,13 @@ def test_never_a_wrong_pair(seed, pace_ns, content, strangers):
         rng, 60, pace_ns=pace_ns, loss=rng.choice([0, 0.1, 0.5]), duplicates=rng.choice([0, 0.2]),
         first_seq=int(rng.choice([1, 65_500])), jitter_ns=int(rng.choice([10_000, 30_000_000])),
         strangers=strangers, content=content, stamped=bool(rng.integers(0, 2)), ident_told=bool(rng.integers(0, 2)),
+        # Among packets that are as close as that delay, one with ordinary waits is preferred.
+        held_up=int(rng.choice([0, 30, 59])) if pace_ns >= 1e7 and not strangers else -1,
     )  # fmt: skip
-    found = correct(run.samples, run.crossings, PING)
+    begin, end = ran(run)
+    longer_ns = int(rng.choice([0, 10**7, 10**10]))
+    ends = None if rng.integers(0, 2) else (begin - longer_ns, end + longer_ns)
+    found = correct(run.samples, run.crossings, PING, ran_utc_ns=ends)
     assert wrong(run, found) == []
     unanswered = np.array([pair is None for pair in run.truth])
     assert ((found.reason == Reason.NO_REPLY) == unanswered).all()
@@ -216,6 +237,79 @@ def test_untimed_replies_leave_other_samples_paired(pace_ns, count, seen):
 def test_one_delayed_sample_of_a_flood_leaves_the_others_paired():
     run = ping_run(np.random.default_rng(6), 500, pace_ns=150_000, rtt_ns=10_000, jitter_ns=1_000, held_up=250)
     assert pairs(correct(run.samples, run.crossings, PING)) == run.truth
+
+
+@pytest.mark.parametrize("stamped", [False, True])
+@pytest.mark.parametrize("held_up", [0, 19])
+def test_the_ends_of_a_run_confirm_long_waits(held_up, stamped):
+    """The first and the last sample have a neighbour on one side only. Foreign packets were there before and after."""
+    run = ping_run(np.random.default_rng(6), 20, pace_ns=10_000_000, stamped=stamped, held_up=held_up)
+    begin, end = ran(run)
+    alone = correct(run.samples, run.crossings, PING)
+    assert pairs(alone) == [None if row == held_up else pair for row, pair in enumerate(run.truth)]
+    for at in (begin - 2_000_000, end + 2_000_000):
+        run.path.egress(at)
+        run.path.ingress(at + 90_000)
+    assert pairs(correct(run.samples, run.crossings, PING, ran_utc_ns=(begin, end))) == run.truth
+
+
+@pytest.mark.parametrize("held_up", [0, 19])
+@pytest.mark.parametrize("direction", [Direction.EGRESS, Direction.INGRESS])
+def test_a_foreign_packet_within_the_run_leaves_a_delayed_end_unpaired(held_up, direction):
+    run = ping_run(np.random.default_rng(6), 20, pace_ns=10_000_000, held_up=held_up)
+    begin, end = ran(run)
+    begin, end = begin - 2_000_000_000, end + 2_000_000_000
+    at = begin + 1_000_000 if held_up == 0 else end - 1_000_000
+    add = run.path.egress if direction is Direction.EGRESS else run.path.ingress
+    add(at)
+    found = correct(run.samples, run.crossings, PING, ran_utc_ns=(begin, end))
+    assert pairs(found) == [None if row == held_up else pair for row, pair in enumerate(run.truth)]
+
+
+def test_the_ends_of_a_run_confirm_nothing_without_an_ordinary_sample():
+    """All samples of such a tool are late: it reads the clock elsewhere than its model says."""
+    path = Path()
+    for n in range(3):
+        path.egress(START + 10_000_000 * n)
+        path.ingress(START + 10_000_000 * n + 90_000)
+    samples = Samples.of(3, seq=[1, 2, 3], rtt_ns=4_000_000, request_len=LENGTH, reply_len=LENGTH)
+    found = correct(samples, path.crossings(), PING, ran_utc_ns=(START - 1_000_000, START + 30_000_000))
+    assert pairs(found) == [None] * 3
+
+
+def test_an_unanswered_request_at_the_end_of_a_run_counts():
+    run = ping_run(np.random.default_rng(6), 20, pace_ns=10_000_000, held_up=18, loss=0)
+    last = run.samples.seq == 20
+    samples = replace(
+        run.samples,
+        rtt_ns=np.where(last, NOT_TOLD, run.samples.rtt_ns),
+        stamp_utc_ns=np.where(last, NOT_TOLD, run.samples.stamp_utc_ns),
+    )
+    reply = run.truth[-1][1]
+    crossings = run.crossings[run.crossings.packet != reply]
+    expected = [*run.truth[:-1], None]
+    assert pairs(correct(samples, crossings, PING, ran_utc_ns=ran(run))) == expected
+    # If the last request were not the run's, its packet would be foreign.
+    shorter = pairs(correct(samples[:-1], crossings, PING, ran_utc_ns=ran(run)))
+    assert shorter == [*run.truth[:-2], None]
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 1 << 32), st.sampled_from([3e6, 1e8, 3e8]), st.sampled_from([0, 39]), st.booleans())
+def test_lost_records_of_a_run_with_known_ends_cause_no_wrong_pairs(seed, pace_ns, held_up, stamped):
+    rng = np.random.default_rng(seed)
+    run = ping_run(rng, 40, pace_ns=pace_ns, stamped=stamped, held_up=held_up)
+    begin, end = ran(run)
+    first = int(rng.integers(begin, end))
+    last = min(end, first + int(rng.integers(0, int(10 * pace_ns))))
+    crossings = run.crossings
+    gone = (crossings.inner_utc_ns >= first) & (crossings.inner_stamp_utc_ns <= last)
+    gone &= rng.random(len(gone)) < 0.7
+    found = correct(run.samples, crossings[~gone], PING, [(first, last)], (begin, end))
+    assert wrong(run, found) == []
+    missing = set(crossings.packet[gone].tolist())
+    for reason, truth in zip(found.reason, run.truth, strict=True):
+        assert reason != Reason.PAIRED or not missing & set(truth)
 
 
 def test_samples_without_times_are_paired_if_every_request_has_a_reply():

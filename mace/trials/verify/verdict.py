@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
 
 from contracts.config import Config
+from contracts.records import Batch
 from correlator import configured
 from correlator.engine import EngineConfig
 from mace import lab as labs
@@ -44,6 +46,15 @@ class Verdict:
     grades: dict[str, int]
     ledger: dict[str, int]
     source: str
+    why_bound: str | None
+    """Why the recall cannot be 1, and, where another source allows more, which; None if it can."""
+
+
+def limits(verdicts: Iterable[Verdict]) -> Iterator[str]:
+    """Yield a line for people about each verdict whose records allow no recall of 1."""
+    for v in verdicts:
+        if v.why_bound:
+            yield f"{v.scenario}: the recall can be at most {v.recall_bound:.3f}: {v.why_bound}"
 
 
 def table(verdicts: list[Verdict]) -> PlainTable:
@@ -122,6 +133,8 @@ def judged(
         possible = 1.0
     else:
         possible = kept(whole, worked.devices, stage.inner, stage.outer) / max(score.packets, 1)
+    bound = round(possible, 6)
+    keyed = any(isinstance(item, Batch) and item.content is not None for item in whole.items)
     return Verdict(
         scenario=scenario.name,
         packets=score.packets,
@@ -131,11 +144,25 @@ def judged(
         delay_error_p99_ns=score.error_ns(0.99),
         round_trips=len(score.trip_errors_ns),
         round_trip_error_p50_ns=score.trip_error_ns(0.5),
-        recall_bound=round(possible, 6),
+        recall_bound=bound,
         wrong=score.wrong,
         records=worked.ledger.records,
         lost=worked.ledger.lost,
         grades=worked.grades.as_dict(),
         ledger=worked.ledger.as_dict(),
         source=source,
+        why_bound=None if bound >= 1 else _why_bound(scenario, source, keyed=keyed),
     )
+
+
+def _why_bound(scenario: Scenario, source: str, *, keyed: bool) -> str:
+    if scenario.loss:
+        return f"{scenario.loss:.0%} of the records were removed on purpose"
+    if scenario.sample_shift:
+        return f"the source was to record one packet in {1 << scenario.sample_shift}"
+    if not keyed:
+        return (
+            f"packets change their buffer on the way, and source {source} records buffers alone; kmod and bpf record "
+            "the packets' content, too (--source)"
+        )
+    return "some packets have neither one content key nor one buffer and length in their records of both ends"

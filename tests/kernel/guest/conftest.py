@@ -13,6 +13,15 @@ import pytest
 from mace.lab import Lab, Spec, running
 
 KO = os.environ.get("MACE_KO", "")
+SECURITYFS = Path("/sys/kernel/security")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "last: changes the machine for good, so it runs after all other tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 def load(*parameters: str) -> None:
@@ -21,6 +30,13 @@ def load(*parameters: str) -> None:
 
 def unload() -> None:
     subprocess.run(["rmmod", "mace"], check=True, capture_output=True, text=True)
+
+
+def lockdown(level: str) -> None:
+    """Lock the kernel down, until the machine ends."""
+    if not (SECURITYFS / "lockdown").exists():
+        subprocess.run(["mount", "-t", "securityfs", "securityfs", SECURITYFS], check=True)
+    (SECURITYFS / "lockdown").write_text(level)
 
 
 def lab_ifindex(lab: Lab, container: str) -> int:

@@ -1,9 +1,11 @@
-"""The module's records equal those of ftrace, of the same packets at the same time."""
+"""The records of the module, of the BPF programs and of ftrace are equal, of the same packets at the same time."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from contracts.hooks import Hook
 from contracts.records import Batch
 from contracts.topology import Topology
 from mace.lab import Lab
+from tests.kernel.guest import programs
 from tests.kernel.guest.conftest import load, unload
 from tests.kernel.guest.reader import Session
 
@@ -32,12 +35,17 @@ EQUAL = 4242
 
 
 class Both:
-    """Records of a stretch of time, from both sources."""
+    """Records of a stretch of time, from all sources: `bpf` has the dtype of `module`."""
 
-    def __init__(self, ftrace: Batch, names: tuple[str, ...], module: npt.NDArray[Any]) -> None:
+    def __init__(
+        self, ftrace: Batch, names: tuple[str, ...], module: npt.NDArray[Any], bpf: npt.NDArray[Any], skipped: int
+    ) -> None:
         self.ftrace = ftrace
         self.names = names
         self.module = module
+        self.bpf = bpf
+        self.skipped = skipped
+        """Calls of BPF programs that the kernel skipped, as the programs were running on that CPU."""
 
 
 async def capture(lab: Lab, seconds: list[float]) -> Both:
@@ -45,6 +53,8 @@ async def capture(lab: Lab, seconds: list[float]) -> Both:
     batches: list[Batch] = []
     names: tuple[str, ...] = ()
     parts: list[npt.NDArray[Any]] = []
+    of_bpf: list[npt.NDArray[Any]] = []
+    loaded = programs.unfiltered()
     with Session() as session:
         session.setup(subbufs=512, watermark=64).start()
         await source.open()
@@ -57,22 +67,29 @@ async def capture(lab: Lab, seconds: list[float]) -> Both:
                 elif isinstance(item, Topology):
                     names = tuple(sighting.name for sighting in item.sightings)
 
-        async def read_module() -> None:
+        async def read_rings() -> None:
             while True:
                 parts.append(session.read())
+                of_bpf.append(programs_read.read())
                 await asyncio.sleep(0.2)
 
-        reading = asyncio.create_task(read())
-        reading_module = asyncio.create_task(read_module())
-        try:
-            await asyncio.to_thread(traffic, lab, seconds)
-        finally:
-            reading_module.cancel()
-            source.request_stop()
-            await reading
-            await source.aclose()
-        session.stop()
-        parts.append(session.read())
+        before = skipped_of(loaded)
+        # Last, so that ftrace's probe and the module's run next to each other.
+        with programs.recording(loaded) as programs_read:
+            reading = asyncio.create_task(read())
+            reading_rings = asyncio.create_task(read_rings())
+            try:
+                await asyncio.to_thread(traffic, lab, seconds)
+            finally:
+                reading_rings.cancel()
+                source.request_stop()
+                await reading
+                await source.aclose()
+            session.stop()
+            loaded.stop()
+            parts.append(session.read())
+            of_bpf.append(programs_read.read())
+            assert programs_read.lost == 0
         stats = session.stats()
         assert stats["lost"].sum() == 0
         assert not session.gaps
@@ -80,7 +97,11 @@ async def capture(lab: Lab, seconds: list[float]) -> Both:
     batch = Batch.concatenate(batches)
     assert batch.lost == 0
     assert source.discarded == 0  # a machine that is held up may bring records later than others wait for them
-    return Both(batch, names, np.concatenate(parts))
+    return Both(batch, names, np.concatenate(parts), np.concatenate(of_bpf), skipped_of(loaded) - before)
+
+
+def skipped_of(loaded: programs.Loaded) -> int:
+    return sum(runs.missed for runs in loaded.runs().values())
 
 
 def traffic(lab: Lab, seconds: list[float]) -> None:
@@ -163,31 +184,34 @@ def both(lab: Lab) -> Any:
         quiet_moment(both, end, end + int(QUIET_S * 1e9)),
     )
     kept = (both.ftrace.ts_ns > first) & (both.ftrace.ts_ns < last)
-    module = both.module[(both.module["ts_ns"] > first) & (both.module["ts_ns"] < last)]
-    return Both(both.ftrace[kept], both.names, module)
+    module, bpf = (side[(side["ts_ns"] > first) & (side["ts_ns"] < last)] for side in (both.module, both.bpf))
+    return Both(both.ftrace[kept], both.names, module, bpf, both.skipped)
 
 
 def quiet_moment(both: Both, begin: int, end: int) -> int:
     """The middle of the longest time in which nothing happened."""
-    times = np.concatenate([both.ftrace.ts_ns, both.module["ts_ns"].astype(np.int64)])
+    times = np.concatenate([both.ftrace.ts_ns, *(side["ts_ns"].astype(np.int64) for side in (both.module, both.bpf))])
     times = np.sort(times[(times > begin) & (times < end)])
     times = np.concatenate([[begin], times, [end]])
     longest = int(np.argmax(np.diff(times)))
     return int(times[longest] + times[longest + 1]) // 2
 
 
-def tuples(both: Both) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def tuples(both: Both) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
     """(CPU, hook, device by name, time, position) of the records of each source, as sorted structures."""
     by_index = device_names(both)
     sides = []
     ftrace_names = np.array([code_of(name) for name in both.names], np.int64)
     for cpu, hook, name, ts in (
         (both.ftrace.cpu, both.ftrace.hook, ftrace_names[both.ftrace.dev], both.ftrace.ts_ns),
-        (
-            both.module["cpu"],
-            both.module["hook"],
-            np.array([code_of(by_index.get(key, "")) for key in both.module[["netns", "ifindex"]].tolist()]),
-            both.module["ts_ns"],
+        *(
+            (
+                records["cpu"],
+                records["hook"],
+                np.array([code_of(by_index.get(key, "")) for key in records[["netns", "ifindex"]].tolist()]),
+                records["ts_ns"],
+            )
+            for records in (both.module, both.bpf)
         ),
     ):
         side = np.zeros(len(cpu), [("cpu", "i8"), ("hook", "i8"), ("name", "i8"), ("ts", "i8"), ("at", "i8")])
@@ -195,7 +219,7 @@ def tuples(both: Both) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         side["cpu"], side["hook"], side["ts"], side["at"] = cpu, hook, ts, np.arange(len(cpu))
         side["name"] = np.where(placeless, 0, name)
         sides.append(np.sort(side, order=["cpu", "hook", "name", "ts", "at"]))
-    return sides[0], sides[1]
+    return sides[0], sides[1], sides[2]
 
 
 _codes: dict[str, int] = {}
@@ -211,7 +235,7 @@ def device_names(both: Both) -> dict[tuple[int, int], str]:
 
 
 def test_no_record_is_missing_and_none_is_more(both: Both) -> None:
-    ftrace, module = tuples(both)
+    ftrace, module, _ = tuples(both)
     counted = []
     for side in (ftrace, module):
         keys, counts = np.unique(side[["cpu", "hook", "name"]], return_counts=True)
@@ -236,7 +260,7 @@ def test_no_record_is_missing_and_none_is_more(both: Both) -> None:
 
 
 def test_same_times_lengths_and_buffers(both: Both) -> None:
-    ftrace, module = tuples(both)
+    ftrace, module, _ = tuples(both)
     apart = module["ts"] - ftrace["ts"]
     print(
         f"module less ftrace: median {np.median(apart):,.0f} ns, 5 to 95 %"
@@ -271,16 +295,8 @@ def is_told_apart(ftrace: npt.NDArray[Any], module: npt.NDArray[Any]) -> npt.NDA
 
 def test_same_hops_in_the_same_order(both: Both) -> None:
     """Of each kernel buffer the two tell the same sequence of hooks and devices."""
-    ftrace, module = tuples(both)
-    sequences = []
-    for side, skb in ((ftrace, both.ftrace.skb_id), (module, both.module["skb_id"])):
-        order = np.lexsort((side["at"], side["ts"], skb[side["at"]]))
-        one = side[order]
-        ids = skb[one["at"]]
-        cuts = np.flatnonzero(np.diff(ids)) + 1
-        steps = np.split(one["hook"] * 1000 + one["name"], cuts)
-        sequences.append(sorted(tuple(step.tolist()) for step in steps))
-    assert sequences[0] == sequences[1]
+    ftrace, module, _ = tuples(both)
+    assert sequences(ftrace, both.ftrace.skb_id) == sequences(module, both.module["skb_id"])
 
 
 def test_no_address_of_the_kernel_leaves_it(both: Both) -> None:
@@ -323,3 +339,67 @@ def test_equal_numbers_of_two_containers_are_told_apart(both: Both, lab: Lab) ->
         } == {lab.netns_inode(container): 10 for container in lab.containers}
         outer = mine[(mine["netns"] == lab.netns_inode("host")) & np.isin(mine["packet_key"], inner["packet_key"])]
         assert len(np.unique(outer["l4_src"])) == 2
+
+
+# --- BPF ----------------------------------------------------------------------------------------------
+
+
+def test_bpf_has_the_modules_records_but_for_skipped_calls(both: Both) -> None:
+    """The kernel counts the calls that it skipped; on Linux 5.10 it skips none."""
+    _, module, bpf = tuples(both)
+    (counted, of_bpf) = (Counter(side[["cpu", "hook", "name"]].tolist()) for side in (module, bpf))
+    assert not of_bpf - counted
+    assert (counted - of_bpf).total() <= both.skipped
+    assert both.skipped < len(module) // 1000
+
+
+def test_bpf_has_the_same_keys_buffers_and_times(both: Both) -> None:
+    module, bpf, _ = same_events(both)
+    apart = bpf["ts_ns"].astype(np.int64) - module["ts_ns"].astype(np.int64)
+    print(f"bpf less module: median {np.median(apart):,.0f} ns, {len(apart):,} records")
+    assert np.percentile(np.abs(apart), 95) < APART_NS
+    for field in ("l3_len", "drop_reason"):
+        assert np.array_equal(module[field], bpf[field]), field
+    pairs = np.unique(np.stack([module["skb_id"], bpf["skb_id"]], axis=1), axis=0)
+    assert len(pairs) == len(np.unique(module["skb_id"])) == len(np.unique(bpf["skb_id"]))
+    at_device = bpf[bpf["ifindex"] > 0]
+    whole = module[bpf["ifindex"] > 0]
+    keyed = at_device["flags"] & abi.Flag.KEY > 0
+    assert keyed.mean() > 0.9
+    for field in ("packet_key", "l4_src", "l4_dst", "l4_seq", "ip_id", "ip_version", "l4_proto", "l4_bits", "vlan"):
+        assert np.array_equal(whole[field][keyed], at_device[field][keyed]), field
+    # Without a key are the packets whose payload lies in pages, which this test's TCP sends.
+    assert set(at_device["l4_proto"][~keyed].tolist()) <= {socket.IPPROTO_TCP}
+
+
+def test_bpf_has_the_same_hops_in_the_same_order(both: Both) -> None:
+    if both.skipped:
+        pytest.skip(f"the kernel skipped {both.skipped} calls, so that sequences lack a hop")
+    _, module, bpf = tuples(both)
+    assert sequences(module, both.module["skb_id"]) == sequences(bpf, both.bpf["skb_id"])
+
+
+def same_events(both: Both) -> tuple[npt.NDArray[Any], npt.NDArray[Any], int]:
+    """Return the records of module and BPF whose events are told apart in both, one row for each event."""
+    _, module, bpf = tuples(both)
+    if both.skipped:
+        kept = [np.isin(side[["cpu", "hook", "name"]], common(module, bpf)) for side in (module, bpf)]
+        module, bpf = module[kept[0]], bpf[kept[1]]
+    told_apart = is_told_apart(bpf["ts"], module["ts"])
+    assert told_apart.mean() > 0.99
+    return both.module[module["at"][told_apart]], both.bpf[bpf["at"][told_apart]], len(module)
+
+
+def common(module: npt.NDArray[Any], bpf: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the (CPU, hook, device) of which both have as many records."""
+    counted, of_bpf = (Counter(side[["cpu", "hook", "name"]].tolist()) for side in (module, bpf))
+    equal = [key for key, count in counted.items() if of_bpf[key] == count]
+    return np.array(equal, [("cpu", "i8"), ("hook", "i8"), ("name", "i8")])
+
+
+def sequences(side: npt.NDArray[Any], skb_ids: npt.NDArray[Any]) -> Counter[tuple[int, ...]]:
+    """Return how many buffers had each sequence of hooks and devices."""
+    order = np.lexsort((side["at"], side["ts"], skb_ids[side["at"]]))
+    one = side[order]
+    cuts = np.flatnonzero(np.diff(skb_ids[one["at"]])) + 1
+    return Counter(tuple(part.tolist()) for part in np.split(one["hook"] * 1000 + one["name"], cuts))

@@ -22,11 +22,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from collector.live.filter import SessionFilter
+from collector.live.places import NETNS_MASK, Places
+from collector.machine.netns import cookie_here
 from contracts import abi
 from contracts.hooks import Hook
 from mace.lab import Lab
+from tests.kernel.guest import programs
 from tests.kernel.guest.conftest import lab_ifindex, load, unload
 from tests.kernel.guest.reader import Session, call, netns_fd, opened_in, within
+from tests.kernel.guest.test_sessions import in_child, loopback_traffic, namespace
 
 pytestmark = pytest.mark.usefixtures("module")
 
@@ -486,3 +491,70 @@ def test_a_session_that_begins_does_not_know_what_was_before(network: Network) -
                 assert receiver.recv(100) == b"number %04d" % number
             second.stop()
             assert counted(second.read(), flow) == {}
+
+
+# --- BPF ----------------------------------------------------------------------------------------------
+
+AT_DEVICES = (QUEUE, XMIT, RECEIVE)
+
+
+class Filtered:
+    """The BPF programs, limited to c1 and to a namespace that is dead by then."""
+
+    def __init__(self, network: Network) -> None:
+        with namespace("mace-dies") as name:
+            self.dead_inode = Path(f"/run/netns/{name}").stat().st_ino
+            self.session = programs.loaded(
+                SessionFilter(netns=(f"/run/netns/{network.names['c1']}", f"/run/netns/{name}"))
+            )
+            self.cookies = cookie_here() > 0
+            places = [self.number_of(of) for of in (network.names["c1"], name)]
+            self.session.record_at(Places(netns=tuple(places)))
+            self.c1 = places[0] & NETNS_MASK
+
+    def number_of(self, name: str) -> int:
+        """Return the number by which records identify a namespace of /run/netns."""
+        if self.cookies:
+            return int(within(name, cookie_here))
+        return Path(f"/run/netns/{name}").stat().st_ino
+
+
+@pytest.fixture(scope="module")
+def filtered(network: Network) -> Iterator[Filtered]:
+    made = Filtered(network)
+    yield made
+    made.session.unload()
+
+
+def test_bpf_programs_of_a_namespace_write_no_other_packet(network: Network, filtered: Filtered) -> None:
+    """At devices they see what the module sees; where packets end, only packets of c1's own sockets."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        flows = FLOWS + (NESTED_FLOWS if family == socket.AF_INET else ())
+        with programs.recording(filtered.session) as made:
+            sent(network, flows, family)
+            records = made.read()
+            assert made.lost == 0
+        found = {flow.port: counted(records, flow) for flow in flows}
+        at_devices = {port: {hook: n for hook, n in of.items() if hook in AT_DEVICES} for port, of in found.items()}
+        assert_same({"bpf": at_devices}, of_c1(network, flows, AT_DEVICES))
+        for flow in flows:
+            if "c1" not in (flow.sender, flow.to):
+                assert not found[flow.port].keys() - set(AT_DEVICES), flow
+        assert set(records["netns"].tolist()) == {filtered.c1}
+
+
+def test_bpf_programs_of_a_dead_namespace_see_no_other_of_its_inode(network: Network, filtered: Filtered) -> None:
+    if not filtered.cookies:
+        pytest.skip("before Linux 5.14 a namespace has no cookie that MACE can read")
+    with programs.recording(filtered.session) as made:
+        for number in range(400):
+            with namespace(f"mace-new{number}") as name:
+                if Path(f"/run/netns/{name}").stat().st_ino != filtered.dead_inode:
+                    continue
+                fd = netns_fd(name)
+                in_child(loopback_traffic, netns=fd)
+                os.close(fd)
+                break
+        else:
+            pytest.fail("no new namespace got the inode of the dead one")
+        assert set(made.read()["netns"].tolist()) <= {filtered.c1}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from contracts.abi import ABI_MAJOR, ABI_MINOR
+from contracts import abi
 from mace.lab import Lab
 from tests.kernel.guest.commands import mace, start
 from tests.kernel.guest.conftest import KO, load, unload
@@ -92,7 +92,7 @@ def test_auto_takes_the_module_where_it_is(lab: Lab, tmp_path: Path) -> None:
     assert query(tmp_path / "without", "SELECT source FROM runs").fetchall() == [("ftrace",)]
     assert query(tmp_path / "with", "SELECT source FROM runs").fetchall() == [("kmod",)]
     assert check["ok"], check
-    assert f"ABI {ABI_MAJOR}.{ABI_MINOR}" in check["detail"]
+    assert f"ABI {abi.ABI_MAJOR}.{abi.ABI_MINOR}" in check["detail"]
 
 
 def test_module_commands() -> None:
@@ -101,7 +101,7 @@ def test_module_commands() -> None:
     mace("module", "load", "max_sessions=2")
     try:
         assert Path("/sys/module/mace/parameters/max_sessions").read_text() == "2\n"
-        assert f"{ABI_MAJOR}.{ABI_MINOR}" in mace("module", "status").stdout
+        assert f"ABI {abi.ABI_MAJOR}.{abi.ABI_MINOR}" in mace("module", "status").stdout
         with Path("/dev/mace").open("rb"):
             busy = mace("module", "unload", check=False)
             assert busy.returncode == 1

@@ -198,7 +198,7 @@ def test_round_trips():
             tool_rtt_ns=np.array([90_000, 95_000, NOT_TOLD, NOT_TOLD]), host_rtt_ns=np.array([70_000, 75_000, 0, 0]),
             nic_rtt_ns=np.array([50_000, 55_000, 0, 0]), egress_ns=np.array([12_000, 12_000, 0, 0]),
             ingress_ns=np.array([8_000, 8_000, 0, 0]), grade=np.array([3, 3, 0, 0], "u1"),
-            reason=np.array([0, 0, 1, 1], "u1"),
+            reason=np.array([0, 0, 1, 1], "u1"), temporal_error_ns=np.array([0, NOT_TOLD, NOT_TOLD, NOT_TOLD]),
         ),
     )  # fmt: skip
     lines = stream()
@@ -207,7 +207,7 @@ def test_round_trips():
     first = "seq=1i,tool_rtt_ns=90000i,host_rtt_ns=70000i,nic_rtt_ns=50000i,egress_ns=12000i,ingress_ns=8000i"
     further = "seq=1i,tool_rtt_ns=95000i,host_rtt_ns=75000i,nic_rtt_ns=55000i,egress_ns=12000i,ingress_ns=8000i"
     assert list(lines.round_trips(trips)) == [
-        f"{paired} {first} {START_NS}\n",
+        f"{paired} {first},temporal_error_ns=0i {START_NS}\n",
         f"{paired},slot=1 {further} {START_NS}\n",
         f"{common},reason=no_reply seq=2i {START_NS + 5}\n",
     ]

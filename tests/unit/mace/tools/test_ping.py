@@ -1,24 +1,31 @@
 """The parts of `mace ping` that need no packets: ping's arguments, the namespace, and the printed lines."""
 
 import asyncio
+import io
 import os
 
+import numpy as np
 import pytest
+from rich.console import Console
 
+from collector.ftrace.scheduling import TaskTrace
 from collector.machine.netns import inode_of
 from contracts.config import CaptureConfig
 from contracts.errors import Unavailable, UsageError
 from contracts.ledger import Ledger
 from contracts.results import Results, Rows, Totals
-from contracts.schema import Crossings, Delays
+from contracts.scheduling import TaskChange, TaskChanges
+from contracts.schema import NOT_TOLD, Crossings, Delays
 from contracts.topology import Device, Role
 from contracts.windowtable import WindowTable
 from correlator.correction import REASONS, Reason
+from mace.tools.following import Following
 from mace.tools.namespaces import open_namespace
-from mace.tools.ping import Ping, arguments
+from mace.tools.ping import Ping, arguments, user_clock
 from tests.made_exchanges import START, Path
 
 HOST = "203.0.113.2"
+OFFSET_NS = 1_000_000_000_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,23 @@ def test_arguments_that_leave_nothing_to_correct(given, why):
         arguments(given)
 
 
+@pytest.mark.parametrize(
+    ("command", "by_user"),
+    [
+        (["ping", "-U", HOST], True),
+        (["taskset", "-c", "0", "/usr/bin/ping", HOST, "-c5", "-U"], True),
+        (["ping", "-nUc5", HOST], True),
+        (["ping", HOST], False),
+        (["ping", "-p", "-U", HOST], False),  # an option's value
+        (["ping", "--nonsense", "-U", HOST], False),
+        (["fping", "-U", HOST], False),
+        (["sudo", "-U", "ping"], False),
+    ],
+)
+def test_pings_clock_by_its_command_line(command, by_user):
+    assert user_clock(command) == by_user
+
+
 def test_a_namespace_by_process_and_by_path():
     for given in ({"pid": os.getpid()}, {"netns": "/proc/self/ns/net"}):
         fd = open_namespace(CaptureConfig(), **given)
@@ -67,11 +91,17 @@ def test_other_files_are_no_namespace():
         open_namespace(CaptureConfig(), netns="/dev/null")
 
 
+def unfollowed():
+    return Following(TaskTrace())
+
+
 # Lines -----------------------------------------------------------------------------------------------------
 
 
 class MadeSession:
     """A session whose capture is a list of events: lines of ping, and results of the correlator."""
+
+    utc_offset_ns = OFFSET_NS
 
     def __init__(self, ping, events):
         self.ping, self.events, self.said = ping, events, []
@@ -117,7 +147,7 @@ def run(netns_fd, *, stamps_shown=False, quiet=False):
     first.egress(START + 5_000, overhead=20_000)
     first.ingress(START + 90_000, overhead=9_000)
     second.egress(START + 100_005_000)
-    ping = Ping([], netns_fd, user_clock=False, stamps_shown=stamps_shown, quiet=quiet)
+    ping = Ping([], netns_fd, unfollowed(), user_clock=False, stamps_shown=stamps_shown, quiet=quiet)
     session = MadeSession(
         ping,
         [
@@ -172,12 +202,76 @@ def test_json_output_has_no_lines(netns_fd, capsys):
 
 
 def test_a_ping_that_told_of_nothing_is_an_error(netns_fd):
-    ping = Ping([], netns_fd, user_clock=False, stamps_shown=False, quiet=True)
+    ping = Ping([], netns_fd, unfollowed(), user_clock=False, stamps_shown=False, quiet=True)
     with pytest.raises(UsageError, match="its output has no request"):
         ping.measure(MadeSession(ping, []), None)
 
 
 def test_what_the_reader_refuses_ends_the_run(netns_fd):
-    ping = Ping([], netns_fd, user_clock=False, stamps_shown=False, quiet=True)
+    ping = Ping([], netns_fd, unfollowed(), user_clock=False, stamps_shown=False, quiet=True)
     with pytest.raises(UsageError, match="has no time"):
         ping.measure(MadeSession(ping, [f"16 bytes from {HOST}: icmp_seq=1 ttl=63"]), None)
+
+
+# Waiting ----------------------------------------------------------------------------------------------------
+
+
+def late(netns_fd, *changes, gaps=()):
+    """One ping that took 0.89 ms, of which 85 µs passed between its request at the inner device and its reply.
+
+    `changes`: times in µs after it had read the clock, and what happened to ping's task then.
+    """
+    trace = TaskTrace()
+    ts, kind = zip(*changes, strict=True)
+    at = START - OFFSET_NS + np.array(ts) * 1000
+    trace.changes.append(TaskChanges(at, np.full(len(at), 4711, np.int32), np.array(kind, np.uint8)))
+    trace.gaps += [(START - OFFSET_NS + a * 1000, START - OFFSET_NS + b * 1000) for a, b in gaps]
+    path = Path()
+    path.egress(START + 805_000, overhead=20_000)
+    path.ingress(START + 890_000, overhead=9_000)
+    ping = Ping([], netns_fd, Following(trace), user_clock=False, stamps_shown=False, quiet=False)
+    line = f"{printed_at(START + 950_000)} 64 bytes from {HOST}: icmp_seq=1 ttl=63 time=0.890 ms"
+    settled = results(path, START + 5_000_000_000, netns_fd)
+    return ping.measure(MadeSession(ping, [line, "", f"--- {HOST} ping statistics ---", settled]), None)
+
+
+ASLEEP = [(-400, TaskChange.WOKEN), (-100, TaskChange.RUNS)]
+HELD_UP = [(10, TaskChange.PREEMPTED), (800, TaskChange.RUNS)]
+READ = [(810, TaskChange.SLEEPS), (891, TaskChange.WOKEN), (921, TaskChange.RUNS)]
+
+
+def test_a_line_says_how_long_ping_waited_for_a_cpu(netns_fd, capsys):
+    found = late(netns_fd, *ASLEEP, *HELD_UP, *READ)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.endswith("host=861.1 nic=54.0 egress=20.0 ingress=8.9 µs buffer · waited for CPU 790.0 µs")
+    (row,) = found.as_dict()["samples"]
+    assert row["temporal_error_ns"] == 790_000
+    assert row["host_rtt_without_waiting_ns"] == row["host_rtt_ns"] - 790_000
+    assert row["waited_send_ns"] == 300_000 + 790_000
+    assert row["waited_receive_ns"] == 30_000
+    assert found.as_dict()["waiting"] == {
+        "known": 1, "why_not": None, "throttled": None, "throttled_ns": None, "pressure_ns": None, "lasted_ns": None,
+    }  # fmt: skip
+    assert found.statistics()["temporal_error_ns"]["max"] == 790_000
+    assert found.round_trips().rows.temporal_error_ns.tolist() == [790_000]
+
+
+def test_a_wait_outside_the_round_trip_is_on_no_line(netns_fd, capsys):
+    found = late(netns_fd, *ASLEEP, *READ)
+    assert capsys.readouterr().out.splitlines()[0].endswith("µs buffer")
+    (row,) = found.as_dict()["samples"]
+    assert (row["temporal_error_ns"], row["waited_send_ns"], row["waited_receive_ns"]) == (0, 300_000, 30_000)
+
+
+def test_what_is_not_known_has_no_figure_and_is_said(netns_fd, capsys):
+    found = late(netns_fd, *ASLEEP, *HELD_UP, *READ, gaps=[(0, 5)])
+    (row,) = found.as_dict()["samples"]
+    assert row["reason"] == "paired"
+    assert "temporal_error_ns" not in row
+    assert found.round_trips().rows.temporal_error_ns.tolist() == [NOT_TOLD]
+    assert "temporal_error_ns" not in found.statistics()
+    assert "waited for CPU" not in capsys.readouterr().out
+    shown = io.StringIO()
+    found.tables(Console(file=shown, width=200))
+    assert "waiting for a CPU is not known of 1 paired samples" in shown.getvalue()
+    assert "temporal error" not in shown.getvalue()

@@ -1,0 +1,45 @@
+"""When tasks became ready, ran and stopped: the scheduler's events, as columns.
+
+A *task* is a thread, as in the kernel. Times are CLOCK_MONOTONIC, ns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from contracts.schema import Columns
+
+
+class TaskChange(IntEnum):
+    """What happened to a task."""
+
+    WOKEN = 1
+    """`sched_waking`: another task or an interrupt has made it ready."""
+    RUNS = 2
+    """`sched_switch` to it: a CPU runs it."""
+    PREEMPTED = 3
+    """`sched_switch` away from it, though it is ready."""
+    SLEEPS = 4
+    """`sched_switch` away from it, because it waits for something else than a CPU, or has been stopped."""
+    ENDED = 5
+    """`sched_switch` away from it for the last time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskChanges(Columns):
+    """One row per change of a task, in order of time."""
+
+    ts_ns: npt.NDArray[np.int64]
+    pid: npt.NDArray[np.int32]
+    """The kernel's number of the task, as in the initial PID namespace."""
+    change: npt.NDArray[np.uint8]
+
+    _DTYPES: ClassVar[dict[str, str]] = {"ts_ns": "<i8", "pid": "<i4", "change": "u1"}
+
+
+assert tuple(f.name for f in fields(TaskChanges)) == tuple(TaskChanges._DTYPES)

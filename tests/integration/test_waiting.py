@@ -1,0 +1,150 @@
+"""A tool that has to wait for a CPU in a real container: the waits are found, and come out of the host RTT."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from mace.lab import HOST, REMOTE, Spec, running
+from tests.measuring import MACE, mace
+from tests.places import ROOT
+
+pytestmark = [pytest.mark.needs("root", "tracefs", "netns"), pytest.mark.slow]
+
+COUNT = 40
+CPU = str(min(os.sched_getaffinity(0)))
+THERE = ("taskset", "-c", CPU)
+HOG = (
+    "import time\n"
+    "while True:\n"
+    "    until = time.monotonic() + 0.006\n"
+    "    while time.monotonic() < until: pass\n"
+    "    time.sleep(0.004)\n"
+)
+"""It takes a CPU from everything else for 6 ms of 10, as a process with a real-time priority."""
+CLIENT = f"""
+import socket, struct, sys, time
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.connect((sys.argv[1], 53))
+sock.settimeout(60)
+question = struct.pack("!HHHHHH", 7, 0, 1, 0, 0, 0) + b"\\1x\\7example\\0" + struct.pack("!HH", 1, 1)
+print("sent_utc_s,rtt_ms,protocol,id")
+for n in range({COUNT}):
+    time.sleep(0.005)
+    wall, begin = time.time_ns(), time.perf_counter_ns()
+    sock.send(question)
+    sock.recv(512)
+    took = time.perf_counter_ns() - begin
+    print(f"{{wall // 10**9}}.{{wall % 10**9:09d}},{{took / 1e6:.6f}},udp,{{sock.getsockname()[1]}}")
+"""
+"""A tool that nobody knows, with the user's clock."""
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with running(Spec(name="waiting")) as place:
+        place.ping("c1", count=2)
+        yield place
+
+
+@contextmanager
+def ended(process):
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def in_the_way():
+    return ended(subprocess.Popen([*THERE, "chrt", "--fifo", "1", sys.executable, "-c", HOG]))
+
+
+def answering(lab):
+    script = ROOT / "tests" / "answering.py"
+    server = lab.popen(REMOTE, [sys.executable, str(script), "dns", lab.address(REMOTE)])
+    assert server.stdout.readline() == "ready\n"
+    return ended(server)
+
+
+def test_waiting_for_a_cpu_comes_out_of_the_host_rtt(lab):
+    with answering(lab), in_the_way():
+        argv = ("wrap", "--lab", lab.name, "--container", "c1", "--tool", "csv", "--json", "--", *THERE)
+        found = json.loads(mace(*argv, sys.executable, "-c", CLIENT, lab.address(REMOTE)).stdout)
+    rows = [row for row in found["samples"] if row["reason"] == "paired"]
+    assert len(rows) > COUNT // 2  # a request held up for long is not always told from another
+    assert found["waiting"]["known"] == len(rows)
+    for row in rows:
+        assert 0 <= row["temporal_error_ns"] <= row["tool_rtt_ns"]
+        assert row["host_rtt_without_waiting_ns"] == row["host_rtt_ns"] - row["temporal_error_ns"]
+    # The tool slept when its answer arrived, so that all its waiting to receive is in its round trip.
+    received = sum(row["waited_receive_ns"] for row in rows)
+    assert 0 < received <= sum(row["temporal_error_ns"] for row in rows) + len(rows) * 1_000
+    held_up = [row for row in rows if row["temporal_error_ns"] > 1_000_000]
+    assert held_up
+    # Without the far end, which waits as well: its waits are in the NIC RTT.
+    with_it, without = (
+        sum(row[name] - row["nic_rtt_ns"] for row in held_up) for name in ("host_rtt_ns", "host_rtt_without_waiting_ns")
+    )
+    assert 0 < 2 * without < with_it
+
+
+@pytest.mark.needs("curl")
+def test_each_child_of_a_shell_is_followed(lab):
+    url = f"http://{lab.address(REMOTE)}/"
+    script = ROOT / "tests" / "answering.py"
+    server = lab.popen(REMOTE, [sys.executable, str(script), "http", lab.address(REMOTE)])
+    command = f"for n in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{json}}\\n' {url}; done"
+    with ended(server):
+        assert server.stdout.readline() == "ready\n"
+        argv = ("wrap", "--lab", lab.name, "--container", "c1", "--json", "--", "sh", "-c", command)
+        found = json.loads(mace(*argv).stdout)
+    assert found["paired"] > 0
+    assert found["waiting"]["known"] == found["paired"]
+
+
+def test_ping_says_where_it_waited(lab):
+    done = mace("ping", "--lab", lab.name, "--container", "c1", "-c", "5", "-i", "0.05", lab.address(REMOTE))
+    assert re.search(r"^temporal error +5 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^host RTT without it +5 ", done.stdout, re.MULTILINE)
+
+
+def test_a_ping_with_the_users_clock_is_known_by_its_command(lab):
+    argv = (
+        "wrap",
+        "--lab",
+        lab.name,
+        "--container",
+        "c1",
+        "--json",
+        "--",
+        "nice",
+        "ping",
+        "-U",
+        "-c",
+        "3",
+        "-i",
+        "0.05",
+    )
+    assert json.loads(mace(*argv, lab.address(REMOTE)).stdout)["tool"] == "ping -U"
+
+
+def test_where_tasks_cannot_be_followed_pings_are_corrected_all_the_same(lab, tmp_path):
+    """In a PID namespace of its own, the kernel's numbers of tasks mean nothing to MACE."""
+    config = tmp_path / "mace.toml"
+    config.write_text(f'[capture]\nhost_netns = "{lab.netns_path(HOST)}"\nouter = ["{lab.outer_device}"]\n')
+    where = ("--config", config, "--netns", lab.netns_path("c1"))
+    argv = ["ping", *map(str, where), "-c", "3", "-i", "0.05", lab.address(REMOTE)]
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", *MACE, *argv],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 samples paired" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "waiting for a CPU is not known: ftrace: this process has a PID namespace of its own; give" in said
+    assert "temporal error" not in said

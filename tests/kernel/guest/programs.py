@@ -1,0 +1,91 @@
+"""The BPF programs, loaded once for several tests: in an emulator their verification takes as long as many tests."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from collector.bpf.ring import BufferRing, MappedRing
+from collector.bpf.session import Session
+from collector.bpf.source import BpfConfig, BpfSource
+from collector.live.filter import SessionFilter
+from collector.machine.kernel import online_cpus
+from collector.machine.netns import cookie_here
+from contracts.abi import RECORD, WORDS
+
+RING_BYTES = 8 << 20
+
+
+class Loaded(Session):
+    """A session that stays loaded when its user closes it."""
+
+    def close(self) -> None:
+        self.stop()
+        self.detach()
+
+    def unload(self) -> None:
+        super().close()
+
+
+def loaded(wanted: SessionFilter) -> Loaded:
+    """Load the programs for a filter. Namespaces are identified by cookie where this kernel has cookies."""
+    return Loaded(wanted, ring_bytes=RING_BYTES, wake_every=1024, cookies=bool(wanted.netns) and cookie_here() > 0)
+
+
+@cache
+def unfiltered() -> Loaded:
+    """Return the programs without a filter; they stay loaded until the machine ends."""
+    return loaded(SessionFilter())
+
+
+def source(session: Loaded, **config: Any) -> BpfSource:
+    """Return a source that reads an already loaded session, without following devices."""
+    return BpfSource(BpfConfig(ring_kib_per_cpu=RING_BYTES >> 10, **config), open_session=lambda *_, **__: session)
+
+
+class Recording:
+    """Rings of a session that records."""
+
+    def __init__(self, session: Loaded) -> None:
+        self.session = session
+        self._before = session.counts()
+        ring_of = MappedRing if session.maps_rings else BufferRing
+        self._rings = [ring_of(cpu, session.add_ring(cpu), RING_BYTES) for cpu in online_cpus()]
+
+    def read(self) -> npt.NDArray[Any]:
+        """Return copies of the records since the last call, CPU after CPU, of dtype `RECORD`."""
+        parts = [np.zeros(0, RECORD)]
+        for ring in self._rings:
+            for taken in ring.take()[0]:
+                parts.append(taken.records.view(WORDS).copy().view(RECORD).reshape(-1))
+                taken.given(len(taken.records))
+            ring.release()
+        return np.concatenate(parts)
+
+    @property
+    def lost(self) -> int:
+        """Records lost since the recording began."""
+        return int((self.session.counts()["lost_all"] - self._before["lost_all"]).sum())
+
+    def close(self) -> None:
+        for ring in self._rings:
+            ring.close()
+
+
+@contextlib.contextmanager
+def recording(session: Loaded) -> Iterator[Recording]:
+    """Attach the programs, and record within the block."""
+    made = Recording(session)
+    session.attach()
+    try:
+        session.start()
+        yield made
+    finally:
+        session.stop()
+        session.detach()
+        made.close()
