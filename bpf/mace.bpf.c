@@ -523,8 +523,11 @@ static __always_inline int mace_down(const u8 hook, struct sk_buff *skb, struct 
 static __always_inline int mace_up(const u8 hook, struct sk_buff *skb)
 {
 	struct net_device *dev = skb->dev;
+	int offset = 0;
 
-	return dev ? mace_observe(hook, skb, dev, 0, 0) : 0;
+	/* A known offset makes old verifiers follow each number of tags separately. */
+	MACE_FORGET_OLD(&mace_state, offset);
+	return dev ? mace_observe(hook, skb, dev, offset, 0) : 0;
 }
 
 static __always_inline int mace_nowhere(const u8 hook, struct sk_buff *skb, u32 detail)

@@ -30,7 +30,7 @@ from contracts.abi import RECORD
 from contracts.errors import Unavailable
 from contracts.hooks import TRACEPOINTS, Hook
 
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
@@ -52,7 +52,7 @@ def programs() -> tuple[dict[Hook, tuple[str, ...]], str]:
     with _btf() as btf:
         arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
         at_ip = tuple(name for name, function in _FUNCTIONS.items() if btf.has_function(function))
-        why_not = _why_not(btf, at_ip)
+        why_not = _refusal(btf, at_ip)
     found: dict[Hook, tuple[str, ...]] = {info.hook: (info.name,) for info in TRACEPOINTS if arguments[info.hook] > 0}
     # The drop reason is the third argument, since Linux 5.17.
     if 0 < arguments[Hook.KFREE_SKB] < 3:
@@ -62,7 +62,7 @@ def programs() -> tuple[dict[Hook, tuple[str, ...]], str]:
     return found, why_not
 
 
-def _why_not(btf: libbpf.Btf, at_ip: Sequence[str]) -> str:
+def _refusal(btf: libbpf.Btf, at_ip: Sequence[str]) -> str:
     """Return why the kernel allows none of the programs `at_ip`, or ""."""
     if not at_ip:
         return f"this kernel has none of the functions {', '.join(_FUNCTIONS.values())}"
@@ -165,7 +165,7 @@ class Session:
         """Load the programs, without those of `Hook.IP_RCV` if the kernel refuses them with those."""
         try:
             self._prepare(wanted, wake_every, cookies)
-            self._load_prepared()
+            self._load_object()
         except Unavailable as error:
             if self.programs.pop(Hook.IP_RCV, None) is None or not self.programs:
                 raise
@@ -173,7 +173,7 @@ class Session:
             self._object = BpfObject(path)
             self._load(path, wanted, wake_every, cookies)
             self.refusal = f"the kernel refuses the programs of ip_rcv ({error.why})"
-            _log.warning("bpf: %s, so ingress of macvlan, ipvlan and bpf_redirect_peer is not seen", self.refusal)
+            _LOG.warning("bpf: %s, so ingress of macvlan, ipvlan and bpf_redirect_peer is not seen", self.refusal)
 
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
         self._object.select([name for names in self.programs.values() for name in names])
@@ -189,7 +189,7 @@ class Session:
             config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
-    def _load_prepared(self) -> None:
+    def _load_object(self) -> None:
         # The verifier and the array of rings need a ring of the right size.
         pattern = self._make_ring()
         try:

@@ -1,4 +1,4 @@
-"""A capture with the hook `ip_rcv` gives each pod its ingress; without the hook's records it does not."""
+"""A capture with the hook `ip_rcv` gives each pod its ingress, which the capture without these records lacks."""
 
 from collections import Counter
 

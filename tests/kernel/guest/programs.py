@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from collector.bpf.ring import BufferRing, MappedRing
 from collector.bpf.session import Session
@@ -19,6 +20,8 @@ from collector.machine.netns import cookie_here
 from contracts.abi import RECORD, WORDS
 
 RING_BYTES = 8 << 20
+LOADING = pytest.mark.timeout(1200)
+"""Of tests that may be the first to load: the verifier of Linux 5.10 and 6.1 takes minutes in an emulator."""
 
 
 class Loaded(Session):

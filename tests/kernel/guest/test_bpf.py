@@ -12,12 +12,11 @@ import os
 import platform
 import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from collector.bpf.libbpf import library
@@ -34,7 +33,9 @@ from tests.kernel.guest.test_cycles import flood
 from tests.kernel.guest.test_ring import on_one_cpu
 from tests.kernel.guest.test_sessions import udp_echo
 
-CYCLES = 60
+pytestmark = programs.LOADING
+
+CYCLES = 20
 """A thousand take an emulator four minutes; the host's tests attach a thousand times."""
 LATE = 2
 """A CPU that is present and was not started."""
@@ -165,42 +166,56 @@ def links_of_the_kernel() -> int:
 # --- refusals ---------------------------------------------------------------------------------------
 
 
-def checked(*few_rights: str) -> str:
-    """Return what `BpfSource.check` says in a process that setpriv starts with few rights."""
-    code = "from collector.bpf.source import BpfSource; s = BpfSource.check(); print(s.ok, s.detail, '|', s.remedy)"
-    done = subprocess.run(
-        ["setpriv", "--inh-caps=-all", *few_rights, sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.count("\n") == 1
-    assert done.stderr == ""
-    return done.stdout
+CAP_PERFMON, CAP_BPF = 38, 39
 
 
-@pytest.mark.parametrize("value", [0, 2])
-def test_without_rights_whatever_the_kernel_allows_to_everybody(value: int) -> None:
+def checked(*kept: int, locked_bytes: int | None = None) -> str:
+    """Return what `BpfSource.check` says in a child that has only these capabilities, and a limit of locked memory."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if locked_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (locked_bytes, locked_bytes))
+            only(kept)
+            os.write(theirs, str(BpfSource.check()).encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as told:
+        found = told.read()
+    os.waitpid(child, 0)
+    assert "ok=False" in found
+    assert "\n" not in found
+    return found
+
+
+def only(kept: Iterable[int]) -> None:
+    """Give up all capabilities but these (capset(2))."""
+    low, high = np.array([sum(1 << number for number in kept)], np.uint64).view(np.uint32).tolist()
+    version, own_pid = 0x20080522, 0
+    head = (ctypes.c_uint32 * 2)(version, own_pid)
+    # Effective, permitted and inheritable, of the lower and of the upper 32.
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    assert ctypes.CDLL(None).capset(head, data) == 0
+
+
+def test_without_rights_whatever_the_kernel_allows_to_everybody() -> None:
     """`unprivileged_bpf_disabled` concerns programs of other kinds, so its value is no remedy."""
     setting = Path("/proc/sys/kernel/unprivileged_bpf_disabled")
     before = setting.read_text()
-    setting.write_text(str(value))
-    try:
-        told = checked("--bounding-set=-all")
-    finally:
-        setting.write_text(before)
-    assert told.startswith("False the kernel does not let this user load BPF programs: CAP_PERFMON and CAP_BPF missing")
+    for value in (0, 2):
+        setting.write_text(str(value))
+        try:
+            assert "CAP_PERFMON and CAP_BPF missing" in checked()
+        finally:
+            setting.write_text(before)
+    assert ": CAP_PERFMON missing" in checked(CAP_BPF)
 
 
 @pytest.mark.skipif(not platform.release().startswith("5.10"), reason="Linux 5.11 and later charge the cgroup")
 def test_too_little_locked_memory() -> None:
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, limit[1]))
-    try:
-        told = checked("--bounding-set=-all,+bpf,+perfmon")
-    finally:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, limit)
-    assert "more locked memory than the limit of 64 KiB" in told
+    assert "more locked memory than the limit of 64 KiB" in checked(CAP_BPF, CAP_PERFMON, locked_bytes=64 << 10)
 
 
 @pytest.mark.skipif(platform.release().startswith("5.10"), reason="Linux 5.10 charges no cgroup")

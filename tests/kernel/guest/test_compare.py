@@ -20,7 +20,18 @@ TRIPS = 40
 def test_the_module_beside_ftrace_and_beside_nothing(lab: Lab) -> None:
     load()
     try:
-        argv = ("compare", "--lab", lab.name, "--rounds", "1", "--count", TRIPS, "--json")
+        argv = (
+            "compare",
+            "--lab",
+            lab.name,
+            "--sources",
+            "kmod,ftrace,none",
+            "--rounds",
+            "1",
+            "--count",
+            TRIPS,
+            "--json",
+        )
         found = json.loads(mace(*argv).stdout)
     finally:
         unload()

@@ -23,6 +23,8 @@ from tests.kernel.guest import programs
 from tests.kernel.guest.conftest import load, unload
 from tests.kernel.guest.reader import Session
 
+pytestmark = programs.LOADING
+
 QUIET_S = 0.6
 """Before the traffic and after it: somewhere in it is a moment when no packet is between two hooks."""
 APART_NS = 50_000

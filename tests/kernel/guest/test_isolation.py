@@ -526,6 +526,7 @@ def filtered(network: Network) -> Iterator[Filtered]:
     made.session.unload()
 
 
+@programs.LOADING
 def test_bpf_programs_of_a_namespace_write_no_other_packet(network: Network, filtered: Filtered) -> None:
     """At devices they see what the module sees; where packets end, only packets of c1's own sockets."""
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -543,6 +544,7 @@ def test_bpf_programs_of_a_namespace_write_no_other_packet(network: Network, fil
         assert set(records["netns"].tolist()) == {filtered.c1}
 
 
+@programs.LOADING
 def test_bpf_programs_of_a_dead_namespace_see_no_other_of_its_inode(network: Network, filtered: Filtered) -> None:
     if not filtered.cookies:
         pytest.skip("before Linux 5.14 a namespace has no cookie that MACE can read")
