@@ -1,13 +1,14 @@
-"""A DNS or HTTP server for a lab's far end: answering.py dns|http ADDRESS, with the standard library only.
+"""A DNS or HTTP server for a lab's far end: answering.py dns|http ADDRESS [DELAY_S], with the standard library only.
 
-`dns` answers each question with one address record over UDP; `http` answers each request with an empty page. Prints
-`ready`, and ends at the end of its standard input.
+`dns` answers each question with one address record over UDP, DELAY_S after it came; `http` answers each request with an
+empty page at once. Prints `ready`, and ends at the end of its standard input.
 """
 
 import socket
 import struct
 import sys
 import threading
+import time
 
 
 def dns_answer(query: bytes) -> bytes:
@@ -21,12 +22,13 @@ def dns_answer(query: bytes) -> bytes:
     return head + question + struct.pack("!HHHIH", 0xC00C, 1, 1, 60, 4) + socket.inet_aton("192.0.2.7")
 
 
-def dns(address: str) -> None:
+def dns(address: str, delay_s: str = "0") -> None:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((address, 53))
     print("ready", flush=True)
     while True:
         query, sender = sock.recvfrom(4096)
+        time.sleep(float(delay_s))
         sock.sendto(dns_answer(query), sender)
 
 
@@ -41,5 +43,5 @@ def http(address: str) -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target={"dns": dns, "http": http}[sys.argv[1]], args=(sys.argv[2],), daemon=True).start()
+    threading.Thread(target={"dns": dns, "http": http}[sys.argv[1]], args=sys.argv[2:], daemon=True).start()
     sys.stdin.read()

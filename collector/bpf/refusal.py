@@ -75,7 +75,7 @@ def of_ring(error: OSError, size: int) -> Unavailable:
 def _locked_down() -> Unavailable | None:
     """In confidentiality mode the kernel hides the functions that read its memory from programs, with any errno."""
     try:
-        told = _LOCKDOWN.read_text(encoding="ascii")
+        told = _LOCKDOWN.read_text(encoding="utf-8")
     except OSError:
         return None
     if "[confidentiality]" not in told:
@@ -132,7 +132,7 @@ def _verdict(log: str) -> str:
 
 def _capabilities() -> int:
     """Return the effective capabilities of this process as bits; 0 if they cannot be read."""
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", _STATUS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", _STATUS.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     return int(found[1], 16) if found else 0
 
 

@@ -303,7 +303,7 @@ class Session:
 def _are_runs_timed() -> bool:
     """Return whether the kernel times all BPF programs all the time."""
     try:
-        return STATS.read_text(encoding="ascii").strip() == "1"
+        return STATS.read_text(encoding="utf-8").strip() == "1"
     except OSError:
         return False
 
