@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Programs on the tracepoints, and on the functions where IP takes a packet: one small function per
- * hook, and the function that all of them call.
+ * Programs on the tracepoints: one small function per hook, and the function that all of them call.
  *
  * A program runs wherever the kernel handles a packet, on any CPU. Another program may interrupt it
  * on the same CPU (from an interrupt; in the newest kernels also from another task). The entries
@@ -47,7 +46,6 @@
 
 #define MACE_SEEN_BITS 5
 #define MACE_IDENTIFIED_BITS 6
-#define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64 */
 #define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
 
 /**
@@ -69,13 +67,11 @@ struct mace_identified {
  * @counts: counts that the reader queries
  * @identified: buffers, each in the slot of its address's hash
  * @seen: packets that were read, each in the slot of the hash of its data's address
- * @received: buffer and device of receptions, one word each, in the place of the data's address
  */
 struct mace_cpu {
 	struct mace_counts counts;
 	struct mace_identified identified[1 << MACE_IDENTIFIED_BITS];
 	struct mace_seen seen[1 << MACE_SEEN_BITS];
-	u64 received[1 << MACE_RECEIVED_BITS];
 };
 
 struct {
@@ -191,35 +187,6 @@ static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mac
 		MACE_FORGET(&mace_state, buffer->protocol);
 		mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
 	}
-}
-
-/* --- where a packet was received -------------------------------------------------- */
-
-/*
- * IP is handed a packet on the CPU that has received it. If the word of its place differs, the
- * packet has changed devices in between, past every tracepoint. A word may be overwritten by that
- * of another buffer; then the packet is recorded once more. The module does the same
- * (kmod/mace_probes.c).
- *
- * Return whether IP is handed a packet at the device where it was received. @hook: a constant; at
- * MACE_HOOK_NETIF_RECEIVE_SKB the packet is noted.
- */
-static __always_inline bool mace_was_received(struct mace_cpu *cpu, const u8 hook,
-					      const struct sk_buff *skb,
-					      const struct net_device *dev)
-{
-	u64 head, word;
-	volatile u64 *place;
-
-	if (hook != MACE_HOOK_NETIF_RECEIVE_SKB && hook != MACE_HOOK_IP_RCV)
-		return false;
-	head = mace_number(skb->head) * MACE_FACTOR;
-	word = head ^ mace_number(dev);
-	place = &cpu->received[head >> (64 - MACE_RECEIVED_BITS)];
-	if (hook == MACE_HOOK_IP_RCV)
-		return *place == word;
-	*place = word;
-	return false;
 }
 
 /* --- the filter ------------------------------------------------------------------- */
@@ -468,8 +435,6 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 		return 0;
 	/* Not atomic, which would cost more than all other counting: a call may be missing. */
 	cpu->counts.calls[hook]++;
-	if (mace_was_received(cpu, hook, skb, dev))
-		return 0;
 	if (dev) {
 		netns = mace_name_of(dev->nd_net.net);
 		record.ifindex = dev->ifindex;
@@ -591,22 +556,6 @@ SEC("tp_btf/kfree_skb")
 int BPF_PROG(kfree_skb_without_reason, struct sk_buff *skb)
 {
 	return mace_nowhere(MACE_HOOK_KFREE_SKB, skb, 0);
-}
-
-/*
- * ip_rcv() and ip_list_rcv(), the entry of packets that a driver hands over in lists, have these
- * functions in common.
- */
-SEC("fentry/ip_rcv_core")
-int BPF_PROG(ip_rcv, struct sk_buff *skb)
-{
-	return mace_up(MACE_HOOK_IP_RCV, skb);
-}
-
-SEC("fentry/ip6_rcv_core")
-int BPF_PROG(ipv6_rcv, struct sk_buff *skb)
-{
-	return mace_up(MACE_HOOK_IP_RCV, skb);
 }
 
 char LICENSE[] SEC("license") = "GPL";

@@ -7,12 +7,10 @@ when the process ends, even if it is killed.
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,8 +28,6 @@ from contracts.abi import RECORD
 from contracts.errors import Unavailable
 from contracts.hooks import TRACEPOINTS, Hook
 
-_LOG = logging.getLogger(__name__)
-
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
@@ -39,43 +35,13 @@ _WHAT: Final = "bpf"
 _MAPPED_BYTES: Final = 1 << 29
 """Largest size of a mapped ring: the verifier's limit of an offset (BPF_MAX_VAR_OFF)."""
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
-_FUNCTIONS: Final = {"ip_rcv": "ip_rcv_core", "ipv6_rcv": "ip6_rcv_core"}
-"""Name of each program of `Hook.IP_RCV` -> the kernel's function that it is attached to."""
 
 
-def programs() -> tuple[dict[Hook, tuple[str, ...]], str]:
-    """Return the names of the programs of each hook, and why `Hook.IP_RCV` is not among the hooks ("" if it is).
+def programs() -> dict[Hook, str]:
+    """Return the program's name for each hook of this kernel.
 
-    These are hooks that the kernel has and, as far as an empty program shows, allows. Raises `Unavailable` if libbpf is
-    missing, or the kernel's BTF is missing or unreadable.
+    Raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
     """
-    with _btf() as btf:
-        arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
-        at_ip = tuple(name for name, function in _FUNCTIONS.items() if btf.has_function(function))
-        why_not = _refusal(btf, at_ip)
-    found: dict[Hook, tuple[str, ...]] = {info.hook: (info.name,) for info in TRACEPOINTS if arguments[info.hook] > 0}
-    # The drop reason is the third argument, since Linux 5.17.
-    if 0 < arguments[Hook.KFREE_SKB] < 3:
-        found[Hook.KFREE_SKB] = (_WITHOUT_REASON,)
-    if not why_not:
-        found[Hook.IP_RCV] = at_ip
-    return found, why_not
-
-
-def _refusal(btf: libbpf.Btf, at_ip: Sequence[str]) -> str:
-    """Return why the kernel allows none of the programs `at_ip`, or ""."""
-    if not at_ip:
-        return f"this kernel has none of the functions {', '.join(_FUNCTIONS.values())}"
-    try:
-        btf.try_function(_FUNCTIONS[at_ip[0]])
-    except OSError as error:
-        return f"the kernel refuses programs on its functions ({error.strerror})"
-    return ""
-
-
-@contextmanager
-def _btf() -> Iterator[libbpf.Btf]:
-    """Open the kernel's type information; raises `Unavailable`."""
     if not BTF.exists():
         raise Unavailable(_WHAT, f"this kernel has no BTF: {BTF} does not exist", "a kernel with CONFIG_DEBUG_INFO_BTF")
     try:
@@ -83,9 +49,14 @@ def _btf() -> Iterator[libbpf.Btf]:
     except OSError as error:
         raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", refusal.RIGHTS) from error
     try:
-        yield btf
+        arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
     finally:
         btf.close()
+    found = {info.hook: info.name for info in TRACEPOINTS if arguments[info.hook] > 0}
+    # The drop reason is the third argument, since Linux 5.17.
+    if 0 < arguments[Hook.KFREE_SKB] < 3:
+        found[Hook.KFREE_SKB] = _WITHOUT_REASON
+    return found
 
 
 def reads_pages() -> bool:
@@ -102,8 +73,6 @@ class Session:
     `ring_bytes` is the size of each CPU's ring, a power of two and at least one page. A CPU wakes the reader every
     `wake_every` records. With `cookies` records identify a namespace by its cookie, else by its inode. `wanted` gives
     hooks, protocols and the sample; a filter by place records nothing before `record_at`.
-
-    If the kernel refuses the programs of `Hook.IP_RCV`, the session has the other hooks, and `refusal` says why.
     """
 
     def __init__(
@@ -117,9 +86,9 @@ class Session:
         self._state: npt.NDArray[Any] | None = None
         """struct mace_state in the programs' memory, of dtype `STATE` and shape (); None while nothing is loaded."""
         self._state_memory: mmap.mmap | None = None
-        chosen, self.refusal = programs()
-        self.programs: dict[Hook, tuple[str, ...]] = {
-            h: names for h, names in chosen.items() if not wanted.hooks or h in wanted.hooks
+        chosen = programs()
+        self.programs: dict[Hook, str] = {
+            h: name for h, name in chosen.items() if not wanted.hooks or h in wanted.hooks
         }
         if not self.programs:
             raise Unavailable(_WHAT, "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing")
@@ -134,8 +103,9 @@ class Session:
         self.maps_rings: Final = not self._object.old
         """Whether rings are mapped arrays (`ring.MappedRing`), else BPF ring buffers (`ring.BufferRing`)."""
         try:
-            self._load(path, wanted, wake_every, cookies)
-            self._map_loaded()
+            self._object.select(self.programs.values())
+            self._prepare(wanted, wake_every, cookies)
+            self._load()
         except BaseException:
             self.close()
             raise
@@ -161,22 +131,7 @@ class Session:
 
     # --- loading --------------------------------------------------------------------------------
 
-    def _load(self, path: Path, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
-        """Load the programs, without those of `Hook.IP_RCV` if the kernel refuses them with those."""
-        try:
-            self._prepare(wanted, wake_every, cookies)
-            self._load_object()
-        except Unavailable as error:
-            if self.programs.pop(Hook.IP_RCV, None) is None or not self.programs:
-                raise
-            self._object.close()
-            self._object = BpfObject(path)
-            self._load(path, wanted, wake_every, cookies)
-            self.refusal = f"the kernel refuses the programs of ip_rcv ({error.why})"
-            _LOG.warning("bpf: %s, so ingress of macvlan, ipvlan and bpf_redirect_peer is not seen", self.refusal)
-
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
-        self._object.select([name for names in self.programs.values() for name in names])
         check(self._library.bpf_map__set_max_entries(self._object.map("mace_rings"), self.possible_cpus))
         config = self._object.memory_of(".rodata", CONFIG)
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
@@ -189,7 +144,7 @@ class Session:
             config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
-    def _load_object(self) -> None:
+    def _load(self) -> None:
         # The verifier and the array of rings need a ring of the right size.
         pattern = self._make_ring()
         try:
@@ -197,8 +152,6 @@ class Session:
             self._object.load()
         finally:
             os.close(pattern)
-
-    def _map_loaded(self) -> None:
         counts = self._object.map("mace_cpus")
         self._counts_fd = self._object.map_fd("mace_cpus")
         self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
@@ -207,7 +160,7 @@ class Session:
         state = self._object.map_fd(".bss")
         self._state_memory = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._state = np.frombuffer(self._state_memory, STATE).reshape(())
-        self._fds = {hook: [self._object.program_fd(name) for name in names] for hook, names in self.programs.items()}
+        self._fds = {hook: self._object.program_fd(n) for hook, n in self.programs.items()}
 
     # --- recording ------------------------------------------------------------------------------
 
@@ -243,7 +196,7 @@ class Session:
 
     def attach(self) -> None:
         """Attach the programs, which record only after `start`; raises `Unavailable`."""
-        for name in (name for names in self.programs.values() for name in names):
+        for name in self.programs.values():
             try:
                 self._links.append(pointer(self._library.bpf_program__attach(self._object.program(name))))
             except OSError as error:
@@ -284,8 +237,8 @@ class Session:
         return np.ndarray((self.possible_cpus,), COUNTS, self._counts, 0, (self._counts.shape[1],)).copy()
 
     def runs(self) -> dict[Hook, Runs]:
-        """Return the kernel's counts for the programs of each hook; raises `OSError`."""
-        return {hook: sum(map(libbpf.runs_of, fds), Runs(0, 0, 0)) for hook, fds in self._fds.items()}
+        """Return the kernel's counts for the program of each hook; raises `OSError`."""
+        return {hook: libbpf.runs_of(fd) for hook, fd in self._fds.items()}
 
     def time_runs(self, *, on: bool) -> bool:
         """Switch the kernel's timing of all BPF programs on or off; return whether this session has it on.

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ctypes
-import errno
 import os
 import re
 import select
@@ -20,7 +19,7 @@ import pytest
 
 from collector.bpf import session
 from collector.bpf.libbpf import Btf, library
-from collector.bpf.object import OBJECT, OLD_OBJECT
+from collector.bpf.object import OBJECT
 from collector.bpf.ring import BufferRing, MappedRing, Wakes, lost_before
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
@@ -30,7 +29,7 @@ from collector.machine.devices import DeviceFollower
 from collector.machine.kernel import online_cpus
 from contracts.abi import COLUMNS, HOOK_SLOTS, RECORD, WORDS
 from contracts.errors import SourceError, Unavailable
-from contracts.hooks import BY_HOOK, HOOKS, TRACEPOINTS, Hook
+from contracts.hooks import BY_HOOK, Hook
 from contracts.records import Batch, Flag
 from contracts.topology import Topology
 from mace.lab import Spec, running
@@ -321,7 +320,7 @@ def test_a_killed_collector_leaves_nothing_attached():
         try:
             assert collector.stdout.readline() == "open\n"
             programs = programs_of(collector.pid)
-            assert len(programs) == sum(map(len, session.programs()[0].values()))
+            assert len(programs) == 8
             assert all(map(is_loaded, programs))
         finally:
             collector.send_signal(signal.SIGKILL)
@@ -346,7 +345,6 @@ def test_attached_and_detached_a_thousand_times_under_a_flood():
                 for _ in range(1000):
                     one.attach()
                     one.start()
-                    assert one.attached == sum(map(len, one.programs.values()))
                     one.stop()
                     one.detach()
 
@@ -399,93 +397,6 @@ def test_an_object_without_a_program(tmp_path):
     with pytest.raises(SourceError, match=r"no program consume_skb.*make -C bpf") as raised:
         session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False, path=path)
     assert "\n" not in str(raised.value)
-
-
-def test_the_other_programs_run_where_the_kernel_refuses_those_on_functions(monkeypatch):
-    def refuse(*_):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(Btf, "try_function", refuse)
-    status = BpfSource.check()
-    assert status.ok
-    assert f"programs on {len(TRACEPOINTS)} of {len(HOOKS)} hooks, without ip_rcv" in status.detail
-    assert "the kernel refuses programs on its functions (Operation not permitted)" in status.detail
-    one = session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False)
-    try:
-        assert one.programs.keys() == {info.hook for info in TRACEPOINTS}
-        one.attach()
-        assert one.attached == len(TRACEPOINTS)
-    finally:
-        one.close()
-
-
-def without_function(folder):
-    """Put the objects in a folder, with a program on a function that no kernel has."""
-    for path in (OBJECT, OLD_OBJECT):
-        (folder / path.name).write_bytes(path.read_bytes().replace(b"/ip_rcv_core\0", b"/ip_rcv_none\0"))
-
-
-def test_the_other_programs_run_where_only_the_real_ones_on_functions_are_refused(monkeypatch, tmp_path, caplog):
-    """libbpf gives up a whole object with a program on a function that the kernel lacks."""
-    without_function(tmp_path)
-    monkeypatch.setattr(Btf, "try_function", lambda *_: None)
-    monkeypatch.setattr("collector.bpf.source.OBJECT", tmp_path / OBJECT.name)
-    status = BpfSource.check()
-    assert status.ok
-    assert f"programs on {len(TRACEPOINTS)} of {len(HOOKS)} hooks, without ip_rcv" in status.detail
-    assert "the kernel refuses the programs of ip_rcv" in status.detail
-    assert [record.getMessage().count("refuses the programs of ip_rcv") for record in caplog.records] == [1]
-    caplog.clear()
-    one = session.Session(
-        SessionFilter(hooks=(Hook.NETIF_RX, Hook.IP_RCV)),
-        ring_bytes=4096,
-        wake_every=1,
-        cookies=False,
-        path=tmp_path / OBJECT.name,
-    )
-    try:
-        one.attach()
-        assert one.programs.keys() == {Hook.NETIF_RX}
-        assert one.attached == 1
-    finally:
-        one.close()
-
-
-def test_programs_that_are_refused_altogether_are_an_error(monkeypatch, tmp_path, caplog):
-    """One line, and none that says that the others run."""
-    without_function(tmp_path)
-    monkeypatch.setattr(Btf, "try_function", lambda *_: None)
-    with pytest.raises(Unavailable) as raised:
-        session.Session(
-            SessionFilter(hooks=(Hook.IP_RCV,)),
-            ring_bytes=4096,
-            wake_every=1,
-            cookies=False,
-            path=tmp_path / OBJECT.name,
-        )
-    assert "\n" not in str(raised.value)
-    assert not caplog.records
-
-
-def test_what_the_kernel_allows_on_functions_is_loaded():
-    """The trial with an empty program and the real programs come to the same, whatever this kernel allows."""
-    chosen, refusal = session.programs()
-    one = session.Session(
-        SessionFilter(hooks=(Hook.NETIF_RX, Hook.IP_RCV)), ring_bytes=4096, wake_every=1, cookies=False
-    )
-    try:
-        one.attach()
-        assert one.refusal == refusal
-        assert (Hook.IP_RCV in one.programs) == (not refusal)
-        assert one.programs == {hook: chosen[hook] for hook in (Hook.NETIF_RX, Hook.IP_RCV) if hook in chosen}
-        assert one.attached == sum(map(len, one.programs.values()))
-    finally:
-        one.close()
-    with contextlib.closing(Btf()) as btf:
-        assert btf.has_function("ip_rcv_core")
-        assert not btf.has_function("no_such_function")
-        with pytest.raises(FileNotFoundError):
-            btf.try_function("no_such_function")
 
 
 def test_cpus_whose_numbers_have_gaps(monkeypatch):

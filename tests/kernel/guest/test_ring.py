@@ -512,7 +512,10 @@ def test_own_cost_is_counted(lab: Lab) -> None:
         written = session.stats()["written"]
     calls = after["calls"] - before["calls"]
     assert after["every"] == 64
-    assert np.array_equal(calls[: len(written)], written)  # no filter: every call is a record
+    # No filter: every call is a record, except where IP takes a packet from the device that received it.
+    filtered = np.arange(len(written)) == Hook.IP_RCV
+    assert np.array_equal(calls[: len(written)][~filtered], written[~filtered])
+    assert (calls[: len(written)] >= written).all()
     timed = after["timed"] - before["timed"]
     assert (timed <= calls // 64 + 2).all()  # of each of two CPUs one may be over
     assert timed[Hook.NETIF_RECEIVE_SKB] > 0
