@@ -96,7 +96,8 @@ def test_waiting_for_a_cpu_comes_out_of_the_host_rtt(lab):
 
 
 @pytest.mark.needs("curl")
-def test_each_child_of_a_shell_is_followed(lab):
+def test_the_children_of_a_shell_are_followed(lab):
+    """A packet that waits for an address resolution leaves no task at its queue: that sample is unknown."""
     url = f"http://{lab.address(REMOTE)}/"
     script = ROOT / "tests" / "answering.py"
     server = lab.popen(REMOTE, [sys.executable, str(script), "http", lab.address(REMOTE)])
@@ -106,8 +107,7 @@ def test_each_child_of_a_shell_is_followed(lab):
         # On one CPU: where the shell and its child run at once, MACE does not say which of them sent.
         argv = ("wrap", "--lab", lab.name, "--container", "c1", "--json", "--", *THERE, "sh", "-c", command)
         found = json.loads(mace(*argv).stdout)
-    assert found["paired"] > 0
-    assert found["waiting"]["known"] == found["paired"]
+    assert 0 < found["waiting"]["known"] <= found["paired"]
 
 
 def test_ping_says_where_it_waited(lab):
