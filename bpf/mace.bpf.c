@@ -343,25 +343,6 @@ static __always_inline void mace_write(struct mace_cpu *cpu, u32 number, u8 hook
 	__sync_fetch_and_add(&cpu->counts.lost_all, 1);
 }
 
-/* Set the fields of @record that the packet's bytes determine. */
-static __always_inline void mace_set_read(const struct net_device *dev,
-					  const struct mace_fields *fields,
-					  struct mace_record *record)
-{
-	/* Where headers may have been pulled, bytes that are not IP say nothing. */
-	if (!dev && !fields->ip_version)
-		return;
-	record->packet_key = fields->packet_key;
-	record->l4_src = fields->l4_src;
-	record->l4_dst = fields->l4_dst;
-	record->l4_seq = fields->l4_seq;
-	record->ip_id = fields->ip_id;
-	record->ip_version = fields->ip_version;
-	record->l4_proto = fields->l4_proto;
-	record->flags |= fields->flags;
-	record->l4_bits = fields->l4_bits;
-}
-
 /*
  * Set @buffer to the packet of @skb at the hooks that have a device, and the fields of @record that
  * its place in the buffer determines. @offset: start of the network layer from skb->data, bytes.
@@ -460,7 +441,9 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 		mace_find_at_device(skb, dev, offset, &buffer, &record);
 	if (dev || mace_find_nowhere(skb, &buffer)) {
 		mace_read(cpu, mace_number(skb->head), &buffer, record.ts_ns, &fields);
-		mace_set_read(dev, &fields, &record);
+		/* Where headers may have been pulled, bytes that are not IP say nothing. */
+		if (dev || fields.ip_version)
+			mace_set_record(&fields, &record);
 	}
 	if (!mace_is_content_wanted(&record))
 		return 0;

@@ -1057,4 +1057,19 @@ static __always_inline void mace_read_anew(const struct mace_buffer *buffer, str
 	__sync_fetch_and_add(&seen->writers, -1);
 }
 
+/* Set the fields of @record that the packet's bytes determine; flags are added. */
+static __always_inline void mace_set_record(const struct mace_fields *fields,
+					    struct mace_record *record)
+{
+	record->packet_key = fields->packet_key;
+	record->l4_src = fields->l4_src;
+	record->l4_dst = fields->l4_dst;
+	record->l4_seq = fields->l4_seq;
+	record->ip_id = fields->ip_id;
+	record->ip_version = fields->ip_version;
+	record->l4_proto = fields->l4_proto;
+	record->flags |= fields->flags;
+	record->l4_bits = fields->l4_bits;
+}
+
 #endif

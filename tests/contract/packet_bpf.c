@@ -100,19 +100,6 @@ static void set_buffer(const struct sk_buff *frame, u8 *head, struct mace_buffer
 	record->l3_len = buffer->len - buffer->offset;
 }
 
-static void set_record(const struct mace_fields *fields, struct mace_record *record)
-{
-	record->packet_key = fields->packet_key;
-	record->l4_src = fields->l4_src;
-	record->l4_dst = fields->l4_dst;
-	record->l4_seq = fields->l4_seq;
-	record->ip_id = fields->ip_id;
-	record->ip_version = fields->ip_version;
-	record->l4_proto = fields->l4_proto;
-	record->flags |= fields->flags;
-	record->l4_bits = fields->l4_bits;
-}
-
 /* What the CPU has seen; each frame is in the same buffer. */
 static struct mace_seen seen;
 static u64 now;
@@ -128,7 +115,7 @@ static bool see(struct sk_buff frame, u8 *head, struct mace_record *record)
 	recognised = mace_recall(&buffer, &seen, &fields);
 	if (!recognised)
 		mace_read_anew(&buffer, &seen, &fields, 0, ++now);
-	set_record(&fields, record);
+	mace_set_record(&fields, record);
 	return recognised;
 }
 
