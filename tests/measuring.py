@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,6 +31,17 @@ def mace(*argv, check=True, **options):
 
 UNMOUNT_TRACEFS = "umount --all --lazy --types tracefs,debugfs"
 """Shell command for a mount namespace of its own; machines differ in where tracefs and debugfs are mounted."""
+
+
+@contextmanager
+def on_one_cpu(cpu=0):
+    """What is started here, and with it what its packets pass through, runs on one CPU."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def start(*argv, **options):

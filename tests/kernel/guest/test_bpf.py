@@ -30,8 +30,8 @@ from tests.kernel.guest import programs
 from tests.kernel.guest.conftest import lockdown
 from tests.kernel.guest.programs import recording
 from tests.kernel.guest.test_cycles import flood
-from tests.kernel.guest.test_ring import on_one_cpu
 from tests.kernel.guest.test_sessions import udp_echo
+from tests.measuring import on_one_cpu
 
 pytestmark = programs.LOADING
 

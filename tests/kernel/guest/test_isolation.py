@@ -32,6 +32,7 @@ from tests.kernel.guest import programs
 from tests.kernel.guest.conftest import lab_ifindex, load, unload
 from tests.kernel.guest.reader import Session, call, netns_fd, opened_in, within
 from tests.kernel.guest.test_sessions import in_child, loopback_traffic, namespace
+from tests.measuring import on_one_cpu
 
 pytestmark = pytest.mark.usefixtures("module")
 
@@ -195,9 +196,7 @@ def network(lab: Lab) -> Iterator[Network]:
 def sent(network: Network, flows: Sequence[Flow], family: int) -> None:
     """Send them in turn and read what arrives: all of each flow that is to arrive, nothing of another."""
     with contextlib.ExitStack() as stack:
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {0})
-        stack.callback(os.sched_setaffinity, 0, before)
+        stack.enter_context(on_one_cpu())
         senders, receivers = {}, {}
         for flow in flows:
             receivers[flow] = stack.enter_context(network.datagram(flow.to, family))
@@ -382,9 +381,7 @@ def test_an_overlays_outer_packets_are_the_hosts(network: Network) -> None:
 def test_connections_of_others_are_not_seen(network: Network) -> None:
     """TCP frees its buffers where no tracepoint is; those of c2 and c1 carry the same bytes, at the same time."""
     with contextlib.ExitStack() as stack:
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {0})
-        stack.callback(os.sched_setaffinity, 0, before)
+        stack.enter_context(on_one_cpu())
         sessions = stack.enter_context(sessions_of_c1(network))
         ends: dict[int, tuple[socket.socket, socket.socket]] = {}
         for port, member in ((7041, "c1"), (7042, "c2"), (7043, "host")):

@@ -22,6 +22,7 @@ from contracts.records import Content
 from mace.lab import Lab
 from tests.kernel.guest.conftest import load, unload
 from tests.kernel.guest.reader import Session, enter_netns, netns_fd
+from tests.measuring import on_one_cpu
 
 KEY = (0x4D41434520706B74, 0x6B65792076312E30)
 MASK = (1 << 64) - 1
@@ -526,7 +527,8 @@ def wire() -> Iterator[tuple[socket.socket, list[int]]]:
 def sent(wire: tuple[socket.socket, list[int]], frames: list[bytes]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Records of the frames, in order: as they are queued, and as they are received."""
     sender, fds = wire
-    with Session() as session:
+    # On one CPU, since frames sent on two may overtake one another in their backlogs.
+    with Session() as session, on_one_cpu():
         session.setup(netns_fds=fds, subbufs=256).start()
         for frame in frames:
             sender.send(frame)

@@ -24,19 +24,9 @@ from contracts.hooks import Hook
 from mace.lab import Lab
 from tests.kernel.guest.reader import SUBBUF_BYTES, Session, opened_in, refused
 from tests.kernel.vm import POSSIBLE_CPUS
+from tests.measuring import on_one_cpu
 
 PAGE = mmap.PAGESIZE
-
-
-@contextlib.contextmanager
-def on_one_cpu(cpu: int = 0) -> Iterator[None]:
-    """What is started here, and with it what its packets pass through, runs on one CPU."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {cpu})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.usefixtures("module")
