@@ -165,7 +165,7 @@ class Watched:
             return _told(await self._there(kept.end_recording()))
         path = _new_file("mace")
         await self._there(kept.begin_recording(path))
-        return f"recording to {path.resolve()}; r ends it"
+        return f"recording to {_located(path)}; r ends it"
 
     async def trace(self) -> str:
         """Write the kept seconds as a Perfetto trace in the working directory."""
@@ -182,7 +182,7 @@ class Watched:
             finally:
                 await sink.aclose()
             await _exported(sink.path, path)
-        told = f"wrote the last {seconds:.1f} s to {path.resolve()}"
+        told = f"wrote the last {seconds:.1f} s to {_located(path)}"
         self._traces.append(told)
         return told
 
@@ -258,7 +258,12 @@ async def _kept(kept: KeptStream) -> tuple[StreamHeader, tuple[Any, ...]]:
 
 
 def _told(sink: CaptureSink) -> str:
-    return f"recorded {sink.records:,} records to {sink.path.resolve()}"
+    return f"recorded {sink.records:,} records to {_located(sink.path)}"
+
+
+def _located(path: Path) -> str:
+    """Return a file's name and folder; the name first, because a narrow screen cuts the folder."""
+    return f"{path.name} in {path.resolve().parent}"
 
 
 def _new_file(suffix: str) -> Path:

@@ -280,7 +280,8 @@ class TopScreen(Widget, can_focus=True):
     def _go(self, windows: int | None, to_end: bool) -> None:
         self.feed.move(None if windows is None else windows * self.view.window_s, to_end=to_end)
         self._stale, self.frozen = True, False
-        self._begin("a look", self.tick)
+        if "a look" not in self._busy:
+            self._begin("a look", self.tick)
 
     def _begin(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Start work that takes a while, unless such work is being done."""

@@ -301,6 +301,7 @@ def test_the_end_of_the_feed_closes_the_screen():
     assert piloted(work, feed=feed).return_code == 0
 
 
+@pytest.mark.slow
 def test_names_are_text_in_every_view():
     devices = named_devices(NASTY)
     _, _, results = make_minute(seconds=2, containers=len(NASTY), packets_per_s=300, devices=devices)
@@ -337,6 +338,7 @@ def test_without_colour(monkeypatch):
     assert app.no_color
 
 
+@pytest.mark.slow
 def test_two_hundred_containers():
     _, _, results = make_minute(seconds=3, containers=200, packets_per_s=1_600)
     feed = MadeFeed(newest=replace(LOOK, moment=moment_after(results)))
