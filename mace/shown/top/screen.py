@@ -1,7 +1,8 @@
 """The screen of `mace top`, with Textual: keys, and one widget that draws everything twice a second.
 
-Textual is an extra: importing this module without it raises `MissingExtra`. A `DataTable` of 150 rows takes a tenth of
-a core at this pace; one widget that makes its own lines takes a hundredth (docs/benchmarks.md, `top_cost`).
+Textual is an extra: importing this module without it raises `MissingExtra`. With 50 containers, Textual's
+`DataTable` takes a tenth of a core at this pace; one widget that makes its own lines takes a seventh of that
+(docs/benchmarks.md, `top_cost`).
 """
 
 from __future__ import annotations
