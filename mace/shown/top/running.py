@@ -22,6 +22,8 @@ from mace.shown.top.feed import Feed
 
 _STUCK_S: Final = 2
 """Seconds that a terminal may take to accept the last output; then that output is discarded."""
+_WRITER: Final = "textual-output"
+"""Name of Textual's thread that writes to the terminal."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -115,9 +117,9 @@ def _unstuck(feed: Feed) -> Iterator[None]:
         while not closed.wait(1):
             over_s = over_s + 1 if feed.is_over else 0
             if over_s >= _STUCK_S:
-                with contextlib.suppress(termios.error):
-                    termios.tcflush(2, termios.TCOFLUSH)
+                _discard_output()
 
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
     thread = threading.Thread(target=watch, name="terminal", daemon=True)
     thread.start()
     try:
@@ -125,3 +127,14 @@ def _unstuck(feed: Feed) -> Iterator[None]:
     finally:
         closed.set()
         thread.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _discard_output() -> None:
+    """Discard what the terminal has not taken, and let the thread that writes to it go on."""
+    with contextlib.suppress(termios.error):
+        termios.tcflush(2, termios.TCOFLUSH)
+    # A pseudo-terminal that is flushed does not wake who waits for room in it (pty_flush_buffer); a signal does.
+    for thread in threading.enumerate():
+        if thread.name == _WRITER and thread.ident is not None:
+            signal.pthread_kill(thread.ident, signal.SIGUSR1)
