@@ -16,6 +16,7 @@ from mace.commands.options import (
     with_broker,
     with_capture,
     with_config,
+    with_cpus,
     with_duration,
     with_filter,
     with_format,
@@ -50,6 +51,7 @@ class Options:
     filter: FilterOptions
     record: Path | None
     no_rows: bool
+    cpus: bool
     config: Path | None
     format: str
 
@@ -83,6 +85,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_filter(parser)
     with_record(parser)
     with_no_rows(parser)
+    with_cpus(parser)
     with_config(parser)
     with_format(parser)
 
@@ -119,6 +122,7 @@ def _configured(options: Options) -> Config:
         chosen=options.filter,
         store=options.store,
         no_rows=options.no_rows,
+        cpus=options.cpus,
         sinks=options.sinks,
         prometheus=options.prometheus,
         place=settings.lab_of(options.lab),

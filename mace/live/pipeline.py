@@ -22,6 +22,7 @@ from pathlib import Path
 
 from collector import SOURCES
 from collector.live.filter import Choice
+from collector.machine import softnet
 from collector.machine.containers import API_SOCKETS
 from contracts.channel import Channel, ClosedError
 from contracts.config import CaptureConfig, StoreConfig
@@ -283,8 +284,11 @@ def live_source(config: CaptureConfig, host: str = "") -> Source:
     return SOURCES[name].make(config, devices, host)
 
 
-def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedStore:
-    """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention."""
+def embedded_store(config: StoreConfig, path: Path, *, rows: bool, cpus: bool) -> EmbeddedStore:
+    """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention.
+
+    `cpus` stores this machine's counters of packet work, too.
+    """
     return EmbeddedStore(
         path,
         rows=rows,
@@ -292,4 +296,5 @@ def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedSt
         fsync=config.sync,
         max_age_s=config.max_age_s,
         max_bytes=config.max_bytes,
+        cpus=softnet.counters if cpus else None,
     )

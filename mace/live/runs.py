@@ -72,7 +72,7 @@ async def measure(
     async with _lasting(until, opened, stop):
         await pipeline.run(
             source,
-            _sinks(config, store, vitals),
+            _sinks(config, store, vitals, cpus=config.correlate.cpus),
             engine=configured.live(config.correlate),
             stop=stop,
             tee=tee,
@@ -106,7 +106,7 @@ async def observe(
         on_open(header, chosen)
         opened.set()
 
-    engine = replace(configured.live(config.correlate), crossings=True, rows=False)
+    engine = replace(configured.live(config.correlate), crossings=True, rows=False, stages=False)
     async with _lasting(until, opened, stop):
         return await pipeline.run(source, [], engine=engine, stop=stop, tee=tee, on_results=on_results, on_open=begin)
 
@@ -119,7 +119,7 @@ async def observe_recording(
     Returns the stream's header and the reader's warnings.
     """
     source = recording.source()
-    engine = replace(configured.replayed(config.correlate), crossings=True, rows=False)
+    engine = replace(configured.replayed(config.correlate), crossings=True, rows=False, stages=False)
     header = await pipeline.run(
         source, [], engine=engine, stop=stop, on_results=lambda results: on_results(results, source.bytes_read)
     )
@@ -242,11 +242,14 @@ def _unfiltered(config: Config) -> Config:
     return replace(config, capture=unfiltered(config.capture))
 
 
-def _sinks(config: Config, store: Path | None, vitals: Vitals) -> list[Sink]:
-    """Return the embedded store, if `store` is given, and the configured sinks."""
+def _sinks(config: Config, store: Path | None, vitals: Vitals, *, cpus: bool = False) -> list[Sink]:
+    """Return the embedded store, if `store` is given, and the configured sinks.
+
+    `cpus` stores this machine's counters of packet work, too.
+    """
     embedded: list[Sink] = []
     if store:
-        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows)]
+        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows, cpus=cpus)]
     return [*embedded, *wanted_sinks(config, vitals)]
 
 

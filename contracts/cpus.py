@@ -1,0 +1,61 @@
+"""Which CPU worked on packets: what is measured of stages, and where.
+
+A *stage* is a packet's passage of one device: the packet may wait on a CPU's queue (from `netif_rx` to
+`netif_receive_skb`), and a CPU then works on it until the packet's next record at another device (`correlator.stages`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+STAGES_WIDTH_S: Final = 10
+"""Width of the intervals in which stages are counted, s."""
+
+
+class Measure(IntEnum):
+    """What a histogram of stages or packets counts."""
+
+    RUN = 1
+    """Duration of a CPU's work in one stage."""
+    WAIT = 2
+    """Time on the CPU's queue before that work."""
+    LAST_WAIT = 3
+    """Like `WAIT`, of a stage whose work has no known end, because the packet reached no further device."""
+    WORK = 4
+    """Sum of a packet's `RUN`, of a packet that was seen over its whole path."""
+    SERIAL = 5
+    """The part of `WORK` on the CPU that worked most on the packet."""
+    PARTIAL = 6
+    """Like `WORK`, of a packet that was not seen over its whole path; its stages are not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlace:
+    """Where a stage was: a device, and two CPUs. For `WORK`, `SERIAL` and `PARTIAL`: the container's own device."""
+
+    device: int
+    """Index into `Rows.devices`."""
+    cpu_queued: int
+    """CPU that passed the packet to the device; -1: none, or too many pairs of CPUs to tell them apart."""
+    cpu: int
+    """CPU that worked on the packet; -1 as for `cpu_queued`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuCounters:
+    """A CPU's counters of /proc/net/softnet_stat at one time. Each counts from the boot and wraps at 2**32."""
+
+    utc_ns: int
+    cpu: int
+    processed: int
+    """Packets that the CPU took from its queue and from drivers."""
+    dropped: int
+    """Packets dropped because the CPU's queue was full (net.core.netdev_max_backlog)."""
+    squeezed: int
+    """How often the softirq ended with work left, by net.core.netdev_budget or its time limit."""
+
+
+MOST_PLACES: Final = 1 << 16
+"""Most places of a stream with CPUs of their own; the stages of further places are counted without CPUs."""
