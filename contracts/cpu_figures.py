@@ -38,6 +38,23 @@ class CpuGrowth:
     squeezed: int
 
 
+@dataclass(frozen=True, slots=True)
+class SoftirqFigures:
+    """The receive softirqs of one CPU."""
+
+    host: str
+    cpu: int
+    count: int
+    by_ksoftirqd: int
+    """Of `count`, those in the task ksoftirqd."""
+    run_ns: int
+    """Sum of their runs."""
+    lost: int
+    """Events that the trace lost: some softirqs are in no count."""
+    waits: Distribution
+    """From raise to entry, where the raise was seen."""
+
+
 @dataclass(slots=True)
 class StageFigures:
     """One device's stages in one direction, passed on by one CPU and run by one CPU."""
@@ -58,7 +75,7 @@ class StageFigures:
 
 @dataclass(frozen=True, slots=True)
 class CpuFigures:
-    """One CPU's packet work. `growth` is None where the machine's counters were not stored."""
+    """One CPU's packet work. `growth` and `softirqs` are None where the machine's counters were not stored."""
 
     host: str
     cpu: int
@@ -67,6 +84,7 @@ class CpuFigures:
     busy_ns: int
     """Sum of their runs."""
     growth: CpuGrowth | None
+    softirqs: SoftirqFigures | None
 
 
 @dataclass(slots=True)
@@ -206,10 +224,16 @@ class CpuReport:
             "packets_per_s": packets_per_s(growth),
             "squeezed": None if growth is None else growth.squeezed,
             "dropped": None if growth is None else growth.dropped,
+            "softirqs": _softirq_dict(one.softirqs),
         }
 
 
-def report(counts: Iterable[StageCount], growth: Sequence[CpuGrowth], span_ns: dict[str, int]) -> CpuReport:
+def report(
+    counts: Iterable[StageCount],
+    growth: Sequence[CpuGrowth],
+    softirqs: Sequence[SoftirqFigures],
+    span_ns: dict[str, int],
+) -> CpuReport:
     """Compute the figures from counts in path order. `span_ns` is the time measured on each host."""
     stages: dict[tuple[DevicePlace, Direction, int, int], StageFigures] = {}
     containers: dict[tuple[str, str, str, Direction], ContainerFigures] = {}
@@ -229,7 +253,8 @@ def report(counts: Iterable[StageCount], growth: Sequence[CpuGrowth], span_ns: d
                 stages[key] = StageFigures(*key)
                 of.stages.append(stages[key])
             _count(stages[key], one.measure, durations)
-    return CpuReport(list(stages.values()), _cpus(stages.values(), growth), list(containers.values()), span_ns)
+    cpus = _cpus(stages.values(), growth, softirqs)
+    return CpuReport(list(stages.values()), cpus, list(containers.values()), span_ns)
 
 
 def _count(stage: StageFigures, measure: Measure, durations: Distribution) -> None:
@@ -241,14 +266,17 @@ def _count(stage: StageFigures, measure: Measure, durations: Distribution) -> No
         stage.packets += durations.count
 
 
-def _cpus(stages: Iterable[StageFigures], growth: Sequence[CpuGrowth]) -> list[CpuFigures]:
+def _cpus(
+    stages: Iterable[StageFigures], growth: Sequence[CpuGrowth], softirqs: Sequence[SoftirqFigures]
+) -> list[CpuFigures]:
     grown = {(one.host, one.cpu): one for one in growth}
-    busy: dict[tuple[str, int], tuple[int, int]] = dict.fromkeys(grown, (0, 0))
+    softirqs_of = {(one.host, one.cpu): one for one in softirqs}
+    busy: dict[tuple[str, int], tuple[int, int]] = dict.fromkeys([*grown, *softirqs_of], (0, 0))
     for stage in stages:
         key = (stage.place.host, stage.cpu)
         count, total = busy.get(key, (0, 0))
         busy[key] = count + stage.run.count, total + stage.run.sum_ns
-    return [CpuFigures(*key, *busy[key], grown.get(key)) for key in sorted(busy) if key[1] >= 0]
+    return [CpuFigures(*key, *busy[key], grown.get(key), softirqs_of.get(key)) for key in sorted(busy) if key[1] >= 0]
 
 
 def packets_per_s(growth: CpuGrowth | None) -> float | None:
@@ -258,6 +286,18 @@ def packets_per_s(growth: CpuGrowth | None) -> float | None:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
+
+
+def _softirq_dict(one: SoftirqFigures | None) -> dict[str, Any] | None:
+    if one is None:
+        return None
+    return {
+        "count": one.count,
+        "by_ksoftirqd": one.by_ksoftirqd,
+        "run_ns": one.run_ns,
+        "lost": one.lost,
+        "wait": _durations(one.waits),
+    }
 
 
 def _stage_dict(one: StageFigures) -> dict[str, Any]:

@@ -6,9 +6,12 @@ A *stage* is a packet's passage of one device: the packet may wait on a CPU's qu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
+
+from contracts.arrays import Ints
 
 STAGES_WIDTH_S: Final = 10
 """Width of the intervals in which stages are counted, s."""
@@ -55,6 +58,37 @@ class CpuCounters:
     """Packets dropped because the CPU's queue was full (net.core.netdev_max_backlog)."""
     squeezed: int
     """How often the softirq ended with work left, by net.core.netdev_budget or its time limit."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SoftirqCounts:
+    """What was counted of one CPU's receive softirq since the reading before."""
+
+    utc_ns: int
+    cpu: int
+    count: int
+    """Runs of the softirq."""
+    by_ksoftirqd: int
+    """Of these in the task ksoftirqd."""
+    run_ns: int
+    """Sum of the runs."""
+    wait_ns: int
+    """Sum of the known waits from raise to entry."""
+    wait_max_ns: int
+    lost: int
+    """Events that the trace's ring lost, or 1 where the kernel has no number."""
+    bins: Ints
+    """Bins of `contracts.histogram` of the known waits, ascending; `counts` of the same shape."""
+    counts: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class CpuReadings:
+    """One reading of all CPUs of a machine."""
+
+    counters: Sequence[CpuCounters]
+    softirqs: Sequence[SoftirqCounts] = ()
+    """Empty if the softirqs are not followed."""
 
 
 MOST_PLACES: Final = 1 << 16

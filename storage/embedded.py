@@ -21,17 +21,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from contracts.cpus import CpuCounters, StagePlace
+from contracts.cpus import CpuCounters, CpuReadings, SoftirqCounts, StagePlace
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
 from contracts.results import Results, Totals
@@ -104,6 +104,14 @@ def lock_store(root: Path, who: str) -> int:
     return fd
 
 
+_Reading = TypeVar("_Reading", CpuCounters, SoftirqCounts)
+
+
+def _each_hour(readings: Sequence[_Reading]) -> Iterator[tuple[int, Sequence[_Reading]]]:
+    for hour, chosen in by_hour(np.array([each.utc_ns for each in readings], np.int64)):
+        yield hour, readings if chosen is None else [readings[i] for i in chosen]
+
+
 @dataclass(frozen=True, slots=True)
 class _Buffer:
     """What one flush writes."""
@@ -111,7 +119,7 @@ class _Buffer:
     delays: list[Delays]
     windows: list[WindowTable]
     stages: list[WindowTable]
-    cpus: list[CpuCounters]
+    cpus: list[CpuReadings]
     places: tuple[StagePlace, ...]
     """What the `device` of `stages` points to."""
     devices: tuple[Device, ...]
@@ -121,7 +129,11 @@ class _Buffer:
     @property
     def rows(self) -> int:
         """Number of rows of all tables."""
-        return sum(map(len, self.delays)) + sum(map(len, (*self.windows, *self.stages))) + len(self.cpus)
+        return (
+            sum(map(len, self.delays))
+            + sum(map(len, (*self.windows, *self.stages)))
+            + sum(len(each.counters) + len(each.softirqs) for each in self.cpus)
+        )
 
 
 class EmbeddedStore:
@@ -142,11 +154,11 @@ class EmbeddedStore:
         max_age_s: float | None = None,
         max_bytes: int | None = None,
         clock: Callable[[], float] = time.time,
-        cpus: Callable[[], Sequence[CpuCounters]] | None = None,
+        cpus: Callable[[], CpuReadings] | None = None,
     ) -> None:
         """`rows=False` keeps windows and ledger only. `clock` gives UTC seconds, for retention.
 
-        `cpus` reads the CPUs' counters, which are stored when a run begins, each `CPUS_INTERVAL_S`, and at its end.
+        `cpus` reads the machine's CPUs; readings are stored when a run begins, each `CPUS_INTERVAL_S`, and at its end.
         """
         self.path = Path(path)
         self._rows, self._flush_interval_s, self._flush_rows, self._fsync = rows, flush_interval_s, flush_rows, fsync
@@ -159,7 +171,7 @@ class EmbeddedStore:
         self._windows: list[WindowTable] = []
         self._stages: list[WindowTable] = []
         self._places: tuple[StagePlace, ...] = ()
-        self._read_cpus, self._cpus = cpus, list[CpuCounters]()
+        self._read_cpus, self._cpus = cpus, list[CpuReadings]()
         self._devices: tuple[Device, ...] = ()
         self._totals: Totals | None = None
         self._buffered = 0
@@ -339,7 +351,7 @@ class EmbeddedStore:
 
     def _note_cpus(self) -> None:
         if self._read_cpus is not None:
-            self._cpus += self._read_cpus()
+            self._cpus.append(self._read_cpus())
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -383,9 +395,10 @@ class EmbeddedStore:
             for hour, chosen in by_hour(stages.column("start_utc_ns")):
                 here = stages if chosen is None else stages[chosen]
                 put("stages", hour, tables.stages_table(header, tables.StageRows(here, buffer.places, devices)))
-            for hour, chosen in by_hour(np.array([each.utc_ns for each in buffer.cpus], np.int64)):
-                readings = buffer.cpus if chosen is None else [buffer.cpus[i] for i in chosen]
-                put("cpus", hour, tables.cpus_table(header, readings))
+            for hour, counters in _each_hour([one for each in buffer.cpus for one in each.counters]):
+                put("cpus", hour, tables.cpus_table(header, counters))
+            for hour, softirqs in _each_hour([one for each in buffer.cpus for one in each.softirqs]):
+                put("softirqs", hour, tables.softirqs_table(header, softirqs))
             for hour, chosen in by_hour(delays.utc_ns):
                 part = delays if chosen is None else delays[chosen]
                 if put("delays", hour, tables.delays_table(header, part, devices)):

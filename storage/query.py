@@ -22,7 +22,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from contracts.cpu_figures import CpuGrowth, StageCount
+from contracts.cpu_figures import CpuGrowth, SoftirqFigures, StageCount
 from contracts.cpus import Measure
 from contracts.errors import StoreError, nearest
 from contracts.figures import DevicePlace, Distribution, Summary
@@ -533,6 +533,39 @@ class StoreReader:
             values,
         )
         return [CpuGrowth(host, cpu, *map(int, numbers)) for host, cpu, *numbers in rows]
+
+    @_written_by_mace
+    def softirqs(self, where: Filter = Filter()) -> list[SoftirqFigures]:
+        """Return each CPU's receive softirqs in the filter's runs and time, by host and CPU; none if not stored."""
+        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run), [])
+        rows = self._fetch(
+            f"""
+            WITH s AS (SELECT * FROM {{softirqs}} WHERE {condition}),
+            u AS (SELECT host, cpu, unnest(bins) AS bin, unnest(counts) AS n FROM s),
+            b AS (SELECT host, cpu, bin, sum(n) AS n FROM u GROUP BY ALL),
+            h AS (SELECT host, cpu, list(bin ORDER BY bin) AS bins, list(n ORDER BY bin) AS counts FROM b GROUP BY ALL),
+            a AS (
+                SELECT host, cpu, sum(count) AS runs, sum(by_ksoftirqd) AS by_ksoftirqd, sum(run_ns) AS run_ns,
+                       sum(lost) AS lost, sum(wait_ns) AS wait_ns, max(wait_max_ns) AS longest
+                FROM s GROUP BY ALL
+            )
+            SELECT host, cpu, runs, by_ksoftirqd, run_ns, lost, wait_ns, longest, bins, counts
+            FROM a LEFT JOIN h USING (host, cpu) ORDER BY host, cpu
+            """,
+            where,
+            values,
+        )
+        found = []
+        for host, cpu, runs, by_ksoftirqd, run_ns, lost, wait_ns, longest, bins, counts in rows:
+            waits = Distribution()
+            if bins:
+                # The smallest wait is not stored: its bin's middle stands for it.
+                low = int(middles(np.array(bins[:1], np.int64))[0])
+                waits.add(
+                    int(sum(counts)), int(wait_ns), low, longest, np.array(bins, np.int64), np.array(counts, np.int64)
+                )
+            found.append(SoftirqFigures(host, cpu, int(runs), int(by_ksoftirqd), int(run_ns), int(lost), waits))
+        return found
 
     # Single packets.
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from contracts.cpus import CpuCounters, Measure, StagePlace
+from contracts.cpus import CpuCounters, Measure, SoftirqCounts, StagePlace
 from contracts.figures import ranks
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import StreamHeader
@@ -202,6 +202,19 @@ CPUS: Final = (
     Column("dropped", pa.int64(), "Packets dropped since the boot because the CPU's queue was full."),
     Column("squeezed", pa.int64(), "How often since the boot the softirq ended with work left."),
 )
+SOFTIRQS: Final = (
+    Column("time", _TIME, "End of the stretch that the row counts, which begins at the CPU's row before."),
+    *_RUN,
+    Column("cpu", pa.int32(), "Number of the CPU."),
+    Column("count", pa.int64(), "Runs of the receive softirq (NET_RX)."),
+    Column("by_ksoftirqd", pa.int64(), "Of these, runs in the task ksoftirqd."),
+    Column("run_ns", pa.int64(), "Sum of the runs, from `softirq_entry` to `softirq_exit`."),
+    Column("wait_ns", pa.int64(), "Sum of the known waits, from `softirq_raise` to `softirq_entry`."),
+    Column("wait_max_ns", pa.int64(), "Longest of these waits."),
+    Column("lost", pa.int64(), "Events that the tracer's ring lost."),
+    Column("bins", pa.list_(pa.uint16()), "Non-empty bins of `contracts.histogram` of the waits, ascending."),
+    Column("counts", pa.list_(pa.int64()), "Waits in each of these bins."),
+)
 COLUMNS: Final = {
     "delays": DELAYS,
     "windows": WINDOWS,
@@ -210,6 +223,7 @@ COLUMNS: Final = {
     "cost": COST,
     "stages": STAGES,
     "cpus": CPUS,
+    "softirqs": SOFTIRQS,
 }
 
 SCHEMAS: Final = {
@@ -439,6 +453,22 @@ def cpus_table(header: StreamHeader, readings: Sequence[CpuCounters]) -> pa.Tabl
             ),
         ],
         schema=SCHEMAS["cpus"],
+    )
+
+
+def softirqs_table(header: StreamHeader, readings: Sequence[SoftirqCounts]) -> pa.Table:
+    """Return one row of `softirqs` (columns `SOFTIRQS`) per reading."""
+    names = ("count", "by_ksoftirqd", "run_ns", "wait_ns", "wait_max_ns", "lost")
+    return pa.Table.from_arrays(
+        [
+            pa.array([each.utc_ns for each in readings], pa.int64()).cast(_TIME),
+            *_run_columns(header, len(readings)),
+            pa.array([each.cpu for each in readings], pa.int32()),
+            *(pa.array([getattr(each, name) for each in readings], pa.int64()) for name in names),
+            pa.array([each.bins.tolist() for each in readings], pa.list_(pa.uint16())),
+            pa.array([each.counts.tolist() for each in readings], pa.list_(pa.int64())),
+        ],
+        schema=SCHEMAS["softirqs"],
     )
 
 

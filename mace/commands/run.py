@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contracts.errors import UsageError
 from mace.commands.console import Console
 from mace.commands.options import (
     BrokerOptions,
@@ -52,6 +53,7 @@ class Options:
     record: Path | None
     no_rows: bool
     cpus: bool
+    softirqs: bool
     config: Path | None
     format: str
 
@@ -86,6 +88,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_record(parser)
     with_no_rows(parser)
     with_cpus(parser)
+    parser.add_argument(
+        "--softirqs",
+        action="store_true",
+        help="--cpus, and how long receive softirqs wait and whether ksoftirqd runs them (by ftrace; needs root)",
+    )
     with_config(parser)
     with_format(parser)
 
@@ -95,6 +102,8 @@ def run(options: Options, console: Console) -> int:
     from mace.commands import settings
     from mace.live import publish
 
+    if options.no_store and (options.cpus or options.softirqs):
+        raise UsageError("--cpus and --softirqs write to the store: leave out --no-store")
     configured = _configured(options)
     tee = settings.tee(options.record)
     publisher = None
@@ -122,7 +131,8 @@ def _configured(options: Options) -> Config:
         chosen=options.filter,
         store=options.store,
         no_rows=options.no_rows,
-        cpus=options.cpus,
+        cpus=options.cpus or options.softirqs,
+        softirqs=options.softirqs,
         sinks=options.sinks,
         prometheus=options.prometheus,
         place=settings.lab_of(options.lab),

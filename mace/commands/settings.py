@@ -44,6 +44,7 @@ def configured(
     store: Path | str | None = None,
     no_rows: bool = False,
     cpus: bool = False,
+    softirqs: bool = False,
     sinks: SinkOptions | None = None,
     prometheus: str | None = None,
     place: lab.Lab | None = None,
@@ -63,7 +64,8 @@ def configured(
     if no_rows:
         settings = replace(settings, correlate=replace(settings.correlate, rows=False))
     if cpus:
-        settings = replace(settings, correlate=replace(settings.correlate, cpus=True))
+        correlate = replace(settings.correlate, cpus=True, softirqs=softirqs or settings.correlate.softirqs)
+        settings = replace(settings, correlate=correlate)
     if store:
         settings = replace(settings, store=replace(settings.store, path=str(store)))
     return settings

@@ -18,6 +18,7 @@ from pathlib import Path
 from collector.files import LocalRecording
 from collector.live.filter import unfiltered
 from contracts.config import Config
+from contracts.cpus import CpuReadings
 from contracts.figures import Summary
 from contracts.interfaces import Sink, Source, StreamHeader, StreamItem, StreamSink
 from contracts.records import Batch
@@ -27,6 +28,7 @@ from contracts.vitals import Account, Publishing, Vitals
 from correlator import configured
 from mace.live import pipeline
 from mace.live.chosen import chooser
+from mace.live.cpu_readings import cpu_readings
 from mace.live.pipeline import Stop
 from storage import SINKS, wanted_sinks
 from storage.shared import Alone
@@ -69,10 +71,10 @@ async def measure(
         on_open(header, chosen)
         opened.set()
 
-    async with _lasting(until, opened, stop):
+    async with cpu_readings(config.correlate) as cpus, _lasting(until, opened, stop):
         await pipeline.run(
             source,
-            _sinks(config, store, vitals, cpus=config.correlate.cpus),
+            _sinks(config, store, vitals, cpus),
             engine=configured.live(config.correlate),
             stop=stop,
             tee=tee,
@@ -242,10 +244,12 @@ def _unfiltered(config: Config) -> Config:
     return replace(config, capture=unfiltered(config.capture))
 
 
-def _sinks(config: Config, store: Path | None, vitals: Vitals, *, cpus: bool = False) -> list[Sink]:
+def _sinks(
+    config: Config, store: Path | None, vitals: Vitals, cpus: Callable[[], CpuReadings] | None = None
+) -> list[Sink]:
     """Return the embedded store, if `store` is given, and the configured sinks.
 
-    `cpus` stores this machine's counters of packet work, too.
+    `cpus` reads this machine's CPUs, whose readings are stored, too.
     """
     embedded: list[Sink] = []
     if store:

@@ -37,7 +37,7 @@ def show(store: StoreReader, where: Filter, console: Console, *, form: str) -> N
             f"{store.path}: the store does not have which CPU worked on packets: measure or replay with --cpus, or name"
             " a recording in place of the store"
         )
-    found = cpu_figures.report(counts, store.cpu_growth(where), _spans(runs, where))
+    found = cpu_figures.report(counts, store.cpu_growth(where), store.softirqs(where), _spans(runs, where))
     if form == "csv":
         rows.write_csv(_stages(found).to_reader())
         return
@@ -48,6 +48,11 @@ def show(store: StoreReader, where: Filter, console: Console, *, form: str) -> N
     console.print(*tables.losses_panel(summary), _stage_table(found.stages), "", _cpu_table(found))
     if any(one.growth is None for one in found.cpus):
         console.print(styled(_NOT_KNOWN, "dim"))
+    softirqs = [one.softirqs for one in found.cpus if one.softirqs is not None]
+    if softirqs:
+        console.print("", _softirq_table(found))
+        if lost := sum(one.lost for one in softirqs):
+            console.print(styled(f"The tracer lost {lost:,} events of softirqs: some are in no count.", "dim"))
     console.print("", _container_table(found), "")
     for one in found.containers:
         console.print(one.sentence(), soft_wrap=True)
@@ -166,6 +171,25 @@ def _container_table(found: CpuReport) -> PlainTable:
             _number(one.bound_pipelined()),
             _UNKNOWN if gain is None else f"{gain:.2f}",
             _UNKNOWN if price is None else f"{price / 1000:.1f}",
+        )
+    return table
+
+
+def _softirq_table(found: CpuReport) -> PlainTable:
+    names = ("softirqs", "by ksoftirqd %", "wait p50", "wait p99", "wait max", "run mean")
+    table = _table("Receive softirqs, µs", ("CPU", "host"), names)
+    for cpu in found.cpus:
+        one = cpu.softirqs
+        if one is None:
+            continue
+        table.add_row(
+            str(one.cpu),
+            one.host,
+            f"{one.count:,}",
+            f"{100 * one.by_ksoftirqd / one.count:.1f}" if one.count else _UNKNOWN,
+            *_quantiles(one.waits),
+            tables.microseconds(one.waits.max_ns) if one.waits.count else _UNKNOWN,
+            f"{one.run_ns / one.count / 1000:.1f}" if one.count else _UNKNOWN,
         )
     return table
 

@@ -60,7 +60,7 @@ def test_bpftrace(tmp_path, cpus, moves):
     with running(Spec(name="cpu")) as lab, on_one_cpu(0):
         spread(lab, VETH, cpus)
         lab.ping("c1", count=2)
-        with measured(lab, tmp_path, "--source", "ftrace", "--cpus") as measurement:
+        with measured(lab, tmp_path, "--source", "ftrace", "--softirqs") as measurement:
             with said.open("wb") as file:
                 witness = subprocess.Popen(["bpftrace", "-B", "line", "-e", program()], stdout=file)
             try:
@@ -91,9 +91,10 @@ def test_bpftrace(tmp_path, cpus, moves):
     else:
         assert egress["price_ns"] == 0
     balanced(found)
-    counters = {one["cpu"]: one["packets_per_s"] for one in found["cpus"]}
-    assert counters[1 if moves else 0] > 0
-    # A recording has the same stages; it does not have the CPUs' counters.
+    [cpu] = [one for one in found["cpus"] if one["cpu"] == int(moves)]
+    assert cpu["packets_per_s"] > 0
+    assert cpu["softirqs"]["count"] + cpu["softirqs"]["lost"] >= COUNT
+    # A recording has the same stages; it does not have the CPUs' counters and softirqs.
     replayed = report(measurement.capture)
     assert (replayed["stages"], replayed["containers"]) == (found["stages"], found["containers"])
-    assert {one["packets_per_s"] for one in replayed["cpus"]} == {None}
+    assert {(one["packets_per_s"], one["softirqs"]) for one in replayed["cpus"]} == {(None, None)}

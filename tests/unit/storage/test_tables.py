@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from contracts.cpus import CpuCounters, Measure, StagePlace
+from contracts.cpus import CpuCounters, Measure, SoftirqCounts, StagePlace
 from contracts.hooks import Hook
 from contracts.schema import Delays, Direction, Grades, HookCost
 from contracts.topology import Sharer
@@ -79,6 +79,9 @@ def test_the_file_has_the_declared_types(table):
             ),
         ),
         "cpus": lambda: tables.cpus_table(HEADER, [CpuCounters(5, 3, 1 << 32, 2, 1), CpuCounters(6, 4, 0, 0, 0)]),
+        "softirqs": lambda: tables.softirqs_table(
+            HEADER, [SoftirqCounts(5, 3, 7, 6, 5, 4, 3, 2, np.array([1, 4351]), np.array([1, 1 << 40]))]
+        ),
     }[table]()
     read = pq.read_table(io.BytesIO(tables.encode(rows, table)))
     assert read.schema.names == [c.name for c in tables.COLUMNS[table]]

@@ -5,9 +5,10 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from contracts.cpus import CpuCounters, Measure, StagePlace
+from contracts.cpus import CpuCounters, CpuReadings, Measure, SoftirqCounts, StagePlace
 from contracts.errors import UsageError
 from contracts.schema import Direction
 from mace.commands import report as command
@@ -36,17 +37,19 @@ ROWS = [
 ]
 
 
-def readings():
+WAITS = np.array([20, 40]), np.array([1, 1])
+
+
+def readings(*, softirqs=False):
     """Return a function that reads counters: 10 s later each time; CPU 1's number of packets has wrapped."""
     turns = iter(range(10))
 
     def read():
         at = next(turns)
         packets = ((1 << 32) - 100 + 300 * at) % (1 << 32)
-        return [
-            CpuCounters(START_NS + at * 10 * S, 0, 5000 * at, 0, 2 * at),
-            CpuCounters(START_NS + at * 10 * S, 1, packets, at, 0),
-        ]
+        utc_ns = START_NS + at * 10 * S
+        counters = [CpuCounters(utc_ns, 0, 5000 * at, 0, 2 * at), CpuCounters(utc_ns, 1, packets, at, 0)]
+        return CpuReadings(counters, [SoftirqCounts(utc_ns, 1, 4, at, 4000, 60, 40, 3, *WAITS)] if softirqs else ())
 
     return read
 
@@ -117,6 +120,19 @@ def test_cpus(store, capsys):
     assert (one["packets_per_s"], one["squeezed"], one["dropped"]) == (30, 0, 1)
 
 
+def test_softirqs(tmp_path, capsys):
+    path = made(tmp_path / "store", cpus=readings(softirqs=True))
+    zero, one = found(path, capsys)["cpus"]
+    assert zero["softirqs"] is None
+    told = one["softirqs"]
+    assert (told["count"], told["by_ksoftirqd"], told["run_ns"], told["lost"]) == (8, 1, 8000, 6)
+    assert told["wait"] == {"count": 4, "sum_ns": 120, "p50_ns": 20, "p99_ns": 40, "max_ns": 40}
+    run(path)
+    out = capsys.readouterr().out
+    assert re.search(r"^1 +testhost +8 +12\.5 +0\.0 +0\.0 +0\.0 +1\.0$", out, re.M)
+    assert "The tracer lost 6 events of softirqs" in out
+
+
 def test_tables(store, capsys):
     run(store)
     out = capsys.readouterr().out
@@ -127,6 +143,7 @@ def test_tables(store, capsys):
     assert "spreading it over CPUs would allow at most 1.5 times the rate" in out
     assert "not known" not in out.split("Containers", 1)[0]
     assert "ledger: records" in out
+    assert "softirq" not in out
 
 
 def test_csv_has_the_stages(store, capfdbinary):
