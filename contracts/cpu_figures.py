@@ -18,6 +18,8 @@ class StageCount:
     """What was counted of one measure at one device, in one direction, for one pair of CPUs."""
 
     place: DevicePlace
+    owner_netns: str
+    """Name of the network namespace of the container's own device."""
     direction: Direction
     measure: Measure
     cpu_queued: int
@@ -57,8 +59,10 @@ class SoftirqFigures:
 
 @dataclass(slots=True)
 class StageFigures:
-    """One device's stages in one direction, passed on by one CPU and run by one CPU."""
+    """One container's stages at one device in one direction, passed on by one CPU and run by one CPU."""
 
+    owner: str
+    """The container's name, or if it has none that of its network namespace."""
     place: DevicePlace
     direction: Direction
     cpu_queued: int
@@ -94,6 +98,7 @@ class ContainerFigures:
     host: str
     container: str
     netns: str
+    """Name of the network namespace of a container without a name; else empty."""
     direction: Direction
     work: Distribution = field(default_factory=Distribution)
     """Each packet's time in all stages."""
@@ -235,11 +240,11 @@ def report(
     span_ns: dict[str, int],
 ) -> CpuReport:
     """Compute the figures from counts in path order. `span_ns` is the time measured on each host."""
-    stages: dict[tuple[DevicePlace, Direction, int, int], StageFigures] = {}
+    stages: dict[tuple[str, DevicePlace, Direction, int, int], StageFigures] = {}
     containers: dict[tuple[str, str, str, Direction], ContainerFigures] = {}
     for one in counts:
         place, durations = one.place, one.durations
-        owner = (place.host, place.container, "" if place.container else place.netns, one.direction)
+        owner = (place.host, place.container, "" if place.container else one.owner_netns, one.direction)
         of = containers.setdefault(owner, ContainerFigures(*owner))
         if one.measure is Measure.WORK:
             of.work += durations
@@ -248,7 +253,7 @@ def report(
         elif one.measure is Measure.PARTIAL:
             of.partial += durations.count
         else:
-            key = (place, one.direction, one.cpu_queued, one.cpu)
+            key = (place.container or one.owner_netns, place, one.direction, one.cpu_queued, one.cpu)
             if key not in stages:
                 stages[key] = StageFigures(*key)
                 of.stages.append(stages[key])
@@ -303,6 +308,7 @@ def _softirq_dict(one: SoftirqFigures | None) -> dict[str, Any] | None:
 def _stage_dict(one: StageFigures) -> dict[str, Any]:
     return {
         "host": one.place.host,
+        "owner": one.owner,
         "container": one.place.container,
         "netns": one.place.netns,
         "device": one.place.device,

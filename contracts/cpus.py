@@ -36,10 +36,15 @@ class Measure(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """Where a stage was: a device, and two CPUs. For `WORK`, `SERIAL` and `PARTIAL`: the container's own device."""
+    """Where a stage was: a device on a container's path, and two CPUs.
+
+    For `WORK`, `SERIAL` and `PARTIAL` the device is the container's own.
+    """
 
     device: int
     """Index into `Rows.devices`."""
+    owner: int
+    """Index of the container's own device into `Rows.devices`."""
     cpu_queued: int
     """CPU that passed the packet to the device; -1: none, or too many pairs of CPUs to tell them apart."""
     cpu: int

@@ -119,7 +119,9 @@ class Engine:
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
-        self._stages = StageCounts(self._entries)
+        self._own: list[int] = []
+        """For each of `_devices`, the index of the container's own device."""
+        self._stages = StageCounts(self._entries, self._own)
         self._owners: set[int] = set()
         self._grades = dict.fromkeys((*_GRADES, "waited", "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
@@ -455,6 +457,7 @@ class Engine:
             for other in (owner, *self._resolver.beside(owner)):
                 if other != number:
                     self._entries.of((other << 32) | owner)
+        self._own.append(len(self._devices) if number == owner else self._entries.of((owner << 32) | owner))
         device, owning = self._resolver.devices[number], self._resolver.devices[owner]
         self._devices.append(replace(device, container=owning.container, container_id=owning.container_id))
         return len(self._devices) - 1

@@ -19,7 +19,7 @@ sums would be too small. Packets that waited for a neighbour's address are in no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -111,9 +111,12 @@ class StageCounts:
     Rows of equal time and place add up: a cut of the stream gives two rows in place of one.
     """
 
-    def __init__(self, entry: Callable[[Ints], Ints]) -> None:
-        """`entry` returns the index into `Rows.devices` of each (device, owner), packed as the engine packs them."""
-        self._entry = entry
+    def __init__(self, entry: Callable[[Ints], Ints], own: Sequence[int]) -> None:
+        """`entry` returns the index into `Rows.devices` of each (device, owner), packed as the engine packs them.
+
+        `own` has for each of these devices the index of the container's own device; it grows with the devices.
+        """
+        self._entry, self._own = entry, own
         self._places = Memo(self._new_place)
         self.places: list[StagePlace] = []
         self._windows = Windows()
@@ -174,7 +177,7 @@ class StageCounts:
         cpu_queued, cpu = ((key >> shift & (1 << _CPU_BITS) - 1) - 1 for shift in (_CPU_BITS, 0))
         if len(self.places) >= MOST_PLACES and (cpu_queued, cpu) != (_NO_CPU, _NO_CPU):
             return self._places.of(device << 2 * _CPU_BITS)
-        self.places.append(StagePlace(device, cpu_queued, cpu))
+        self.places.append(StagePlace(device, self._own[device], cpu_queued, cpu))
         return len(self.places) - 1
 
 

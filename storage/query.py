@@ -480,7 +480,7 @@ class StoreReader:
         """
         where = replace(self._by_newest_name(where), device=None)
         condition, values = _condition(where, [], windows=True)
-        key = f"{_PLACE}, direction, measure, cpu_queued, cpu"
+        key = f"{_PLACE}, owner_netns, direction, measure, cpu_queued, cpu"
         rows = self._fetch(
             f"""
             WITH s AS (SELECT * FROM {{stages}} WHERE {condition}),
@@ -492,19 +492,19 @@ class StoreReader:
                 FROM s GROUP BY ALL
             )
             SELECT {key}, n, s, lo, hi, bins, counts FROM a JOIN h USING ({key})
-            ORDER BY host, container, direction, if(direction = 'ingress', -1, 1) * rank, netns, device_id, measure,
-                     cpu_queued, cpu
+            ORDER BY host, container, owner_netns, direction, if(direction = 'ingress', -1, 1) * rank, netns, device_id,
+                     measure, cpu_queued, cpu
             """,
             where,
             values,
         )
         found = []
         for row in rows:
-            direction, measure, cpu_queued, cpu, count, sum_ns, low, high, bins, counts = row[8:]
+            netns, direction, measure, cpu_queued, cpu, count, sum_ns, low, high, bins, counts = row[8:]
             durations = Distribution()
             durations.add(int(count), int(sum_ns), low, high, np.array(bins, np.int64), np.array(counts, np.int64))
             way = Direction[direction.upper()]
-            found.append(StageCount(_place(row[:8]), way, Measure[measure.upper()], cpu_queued, cpu, durations))
+            found.append(StageCount(_place(row[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
         return found
 
     @_written_by_mace

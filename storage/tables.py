@@ -193,6 +193,7 @@ STAGES: Final = (
     Column("bins", pa.list_(pa.uint16()), "Non-empty bins of `contracts.histogram`, ascending."),
     Column("counts", pa.list_(pa.int64()), "Durations in each of these bins."),
     _CONTAINER_ID,
+    Column("owner_netns", _NAME, "Name of the network namespace of the container's own device."),
 )
 CPUS: Final = (
     Column("time", _TIME, "When the counters were read."),
@@ -325,6 +326,12 @@ def _container_ids(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Ar
     return _told(code, [d.container_id for d in here])
 
 
+def _owner_netns(owner: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
+    """Return the column `owner_netns`."""
+    code, here, _ = _used(owner, devices)
+    return _told(code, [d.netns_name for d in here])
+
+
 def _used(device: npt.NDArray[Any], devices: Sequence[Device]) -> tuple[npt.NDArray[np.int16], list[Device], list[int]]:
     """Return the index of each row's device, the devices that rows name, and these devices' indices in `devices`."""
     used = np.flatnonzero(np.bincount(device, minlength=len(devices)))
@@ -416,9 +423,9 @@ def stages_table(header: StreamHeader, stages: StageRows) -> pa.Table:
     """Return rows of `stages` (columns `STAGES`)."""
     counts, rows = stages.counts, len(stages.counts)
     at = counts.column("device")
-    device, cpu_queued, cpu = (
+    device, owner, cpu_queued, cpu = (
         np.array([getattr(place, name) for place in stages.places], np.int64)[at]
-        for name in ("device", "cpu_queued", "cpu")
+        for name in ("device", "owner", "cpu_queued", "cpu")
     )
     offsets = pa.array(counts.edges.astype(np.int32))
     return pa.Table.from_arrays(
@@ -435,6 +442,7 @@ def stages_table(header: StreamHeader, stages: StageRows) -> pa.Table:
             pa.ListArray.from_arrays(offsets, pa.array(counts.bins.astype(np.uint16))),
             pa.ListArray.from_arrays(offsets, pa.array(counts.counts)),
             _container_ids(device, stages.devices),
+            _owner_netns(owner, stages.devices),
         ],
         schema=SCHEMAS["stages"],
     )

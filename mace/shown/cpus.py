@@ -99,14 +99,14 @@ def _stage_table(stages: Sequence[StageFigures]) -> PlainTable:
     packets: dict[object, int] = {}
     moved: dict[object, int] = {}
     for one in stages:
-        key = one.place, one.direction
+        key = one.owner, one.place, one.direction
         packets[key] = packets.get(key, 0) + one.packets
         moved[key] = moved.get(key, 0) + one.packets * one.moved
     for one in stages:
-        key = one.place, one.direction
+        key = one.owner, one.place, one.direction
         table.add_row(
             one.place.device,
-            one.place.container or one.place.netns,
+            one.owner,
             one.direction.name.lower(),
             f"{_cpu(one.cpu_queued)} → {_cpu(one.cpu)}",
             f"{one.packets:,}",
@@ -207,7 +207,7 @@ def _stages(found: CpuReport) -> pa.Table:
         for kind in ("wait", "run"):
             row |= {f"{kind}_{name}": (one[kind] or {}).get(name) for name in names}
         flat.append(row)
-    columns = ("host", "container", "netns", "device", "kind", "direction")
+    columns = ("host", "owner", "container", "netns", "device", "kind", "direction")
     integers = ("packets", *(f"{kind}_{name}" for kind in ("wait", "run") for name in names))
     schema = pa.schema(
         [

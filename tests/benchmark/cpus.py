@@ -31,7 +31,7 @@ ROWS = 10_000_000
 HOUR_NS = 3_600_000_000_000
 BATCH_ROWS = 65_536
 PLACES = tuple(
-    StagePlace(device, cpu, cpu) for device in range(len(topology(CONTAINERS))) for cpu in (*range(4 * CPUS), -1)
+    StagePlace(device, 0, cpu, cpu) for device in range(len(topology(CONTAINERS))) for cpu in (*range(4 * CPUS), -1)
 )
 
 

@@ -74,6 +74,7 @@ def counted(items, **config):
         for window in range(len(table)):
             place = result.rows.places[table.column("device")[window]]
             device = devices[place.device]
+            assert (devices[place.owner].name, devices[place.owner].container) == ("eth0", device.container)
             measure, direction = Measure(table.column("segment")[window]), Direction(table.column("direction")[window])
             key = (measure, device.name, device.container, direction, place.cpu_queued, place.cpu)
             found[0][key] += int(table.column("count")[window])

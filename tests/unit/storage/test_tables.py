@@ -71,8 +71,8 @@ def test_the_file_has_the_declared_types(table):
             tables.StageRows(
                 *make_stages(
                     [
-                        (StagePlace(1, 0, 65_535), Direction.EGRESS, Measure.WAIT, [5, 7_000, 7_001]),
-                        (StagePlace(0, -1, -1), Direction.INGRESS, Measure.PARTIAL, [0]),
+                        (StagePlace(1, 0, 0, 65_535), Direction.EGRESS, Measure.WAIT, [5, 7_000, 7_001]),
+                        (StagePlace(0, 0, -1, -1), Direction.INGRESS, Measure.PARTIAL, [0]),
                     ]
                 ),
                 topology(),

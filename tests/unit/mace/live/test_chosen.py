@@ -59,12 +59,12 @@ def test_a_device_that_is_recorded_anyway_chooses_no_other_containers_rows():
 
 
 def test_stages_at_a_containers_places():
-    places = tuple(StagePlace(device, 0, cpu) for cpu in (0, 1) for device in range(len(DEVICES)))
+    places = tuple(StagePlace(device, device, 0, cpu) for cpu in (0, 1) for device in range(len(DEVICES)))
     rows = [(place, Direction.EGRESS, Measure.RUN, [5]) for place in places]
     stages, places = make_stages(rows)
     given = with_rows(results(DEVICES), stages=stages, places=places)
     found = OfContainers(CaptureConfig(containers=("web",)))(given).rows
-    assert [places[at] for at in found.stages.column("device")] == [StagePlace(0, 0, 0), StagePlace(0, 0, 1)]
+    assert [places[at] for at in found.stages.column("device")] == [StagePlace(0, 0, 0, 0), StagePlace(0, 0, 0, 1)]
     assert found.places == places
 
 

@@ -22,18 +22,18 @@ OUT, IN = Direction.EGRESS, Direction.INGRESS
 INNER, HOST_END, BRIDGE = 0, 1, 2  # devices of a topology with one container
 RUN, WAIT, LAST_WAIT = Measure.RUN, Measure.WAIT, Measure.LAST_WAIT
 ROWS = [
-    (StagePlace(INNER, 0, 0), OUT, RUN, [100] * 4),
-    (StagePlace(HOST_END, 0, 0), OUT, RUN, [200] * 3),
-    (StagePlace(HOST_END, 0, 0), OUT, WAIT, [10] * 3),
-    (StagePlace(HOST_END, 0, 1), OUT, RUN, [200]),
-    (StagePlace(HOST_END, 0, 1), OUT, WAIT, [90]),
-    (StagePlace(INNER, -1, -1), OUT, Measure.WORK, [300] * 4),
-    (StagePlace(INNER, -1, -1), OUT, Measure.SERIAL, [300] * 3 + [200]),
-    (StagePlace(INNER, -1, -1), OUT, Measure.PARTIAL, [0, 50]),
-    (StagePlace(BRIDGE, 1, 1), IN, RUN, [40, 40]),
-    (StagePlace(INNER, 1, 1), IN, LAST_WAIT, [7, 9]),
-    (StagePlace(INNER, -1, -1), IN, Measure.WORK, [40, 40]),
-    (StagePlace(INNER, -1, -1), IN, Measure.SERIAL, [40, 40]),
+    (StagePlace(INNER, INNER, 0, 0), OUT, RUN, [100] * 4),
+    (StagePlace(HOST_END, INNER, 0, 0), OUT, RUN, [200] * 3),
+    (StagePlace(HOST_END, INNER, 0, 0), OUT, WAIT, [10] * 3),
+    (StagePlace(HOST_END, INNER, 0, 1), OUT, RUN, [200]),
+    (StagePlace(HOST_END, INNER, 0, 1), OUT, WAIT, [90]),
+    (StagePlace(INNER, INNER, -1, -1), OUT, Measure.WORK, [300] * 4),
+    (StagePlace(INNER, INNER, -1, -1), OUT, Measure.SERIAL, [300] * 3 + [200]),
+    (StagePlace(INNER, INNER, -1, -1), OUT, Measure.PARTIAL, [0, 50]),
+    (StagePlace(BRIDGE, INNER, 1, 1), IN, RUN, [40, 40]),
+    (StagePlace(INNER, INNER, 1, 1), IN, LAST_WAIT, [7, 9]),
+    (StagePlace(INNER, INNER, -1, -1), IN, Measure.WORK, [40, 40]),
+    (StagePlace(INNER, INNER, -1, -1), IN, Measure.SERIAL, [40, 40]),
 ]
 
 
@@ -149,7 +149,9 @@ def test_tables(store, capsys):
 def test_csv_has_the_stages(store, capfdbinary):
     run(store, "--format", "csv")
     heading, *lines = capfdbinary.readouterr().out.decode().splitlines()
-    assert heading.startswith('"host","container","netns","device","kind","direction","cpu_queued","cpu","moved"')
+    assert heading.startswith(
+        '"host","owner","container","netns","device","kind","direction","cpu_queued","cpu","moved"'
+    )
     assert len(lines) == 5
 
 
@@ -184,3 +186,21 @@ def test_csv_without_cpus_is_refused(store):
     options = typed(command.Options, parser.parse_args(["--store", str(store), "--format", "csv"]))
     with pytest.raises(UsageError, match="mace query --format csv"):
         command.run(options, Console())
+
+
+def test_containers_without_a_name_are_named_by_their_namespace(tmp_path, capsys):
+    counts, places = make_stages(ROWS)
+    results = make_results(make_delays(20), upto_utc_ns=START_NS + 10 * S)
+    devices = tuple(replace(device, container="") for device in results.rows.devices)
+    fill(tmp_path / "store", [with_rows(results, stages=counts, places=places, devices=devices)])
+    told = found(tmp_path / "store", capsys)
+    assert [(one["container"], one["netns"], one["packets"]) for one in told["containers"]] == [
+        ("", "c0", 4),
+        ("", "c0", 2),
+    ]
+    assert told["containers"][0]["gain"] == pytest.approx(1.5)
+    assert {(one["device"], one["netns"], one["owner"]) for one in told["stages"]} == {
+        ("eth0", "c0", "c0"),
+        ("vethc0", "host", "c0"),
+        ("br0", "host", "c0"),
+    }
