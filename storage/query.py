@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, ParamSpec, TypeVar
 import duckdb
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute
 
 from contracts.cpu_figures import CpuGrowth, SoftirqFigures, StageCount
 from contracts.cpus import Measure
@@ -31,6 +32,7 @@ from contracts.hooks import HOOKS
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, HookCost, Segment
 from contracts.topology import Sharer, newest_names
+from contracts.windowtable import FIGURES, NUMBERS, WindowTable
 from storage import checksum, segments, tables
 from storage.embedded import check_schema
 from storage.naming import NAMES_SQL, TABLES, Named, by_newest_name, named, newest_of
@@ -400,6 +402,28 @@ class StoreReader:
             found.packets = self._count_packets(where, from_rows)
         found.note = self._note(where, from_windows)
         return found
+
+    @_written_by_mace
+    def windows(self, where: Filter = Filter()) -> tuple[WindowTable, tuple[DevicePlace, ...]]:
+        """Return the windows of 1 s that lie within the filter, in time order, as columns.
+
+        The column `device` has indices of the places returned, which have the containers' newest names and ids.
+        """
+        where = self._by_newest_name(where)
+        condition, values = _condition(where, self.runs(where), windows=True)
+        figures = ", ".join(FIGURES)
+        found: pa.Table = self._query(
+            f"""
+            SELECT {_PLACE}, coalesce(container_id, '') AS container_id, direction, segment, epoch_ns(time) AS start,
+                   {figures}, bins, counts
+            FROM {{windows}} WHERE {condition} AND width_s = 1 ORDER BY time
+            """,
+            where,
+            values,
+            None,
+            lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+        )
+        return _window_table(found)
 
     def _split(self, runs: Sequence[Run], source: From, where: Filter) -> tuple[list[Run], list[Run]]:
         if source == "rows":
@@ -938,6 +962,26 @@ def _place(row: Sequence[Any]) -> DevicePlace:
     host, rank, container, netns, device, device_id, kind, role = row
     inode, _, ifindex = device_id.partition(":")
     return DevicePlace(int(rank), container, netns, int(inode), device, int(ifindex), kind, role, host)
+
+
+def _window_table(found: pa.Table) -> tuple[WindowTable, tuple[DevicePlace, ...]]:
+    """Return the windows in these columns: `_PLACE`, container_id, direction, segment, start, figures, bins, counts."""
+    listed = {name: found.column(name).to_pylist() for name in [*_PLACE.split(", "), "container_id"]}
+    number: dict[tuple[Any, ...], int] = {}
+    device = [number.setdefault(row, len(number)) for row in zip(*listed.values(), strict=True)]
+    columns = {
+        "start_utc_ns": found.column("start").to_pylist(),
+        "width_s": np.ones(len(found), np.int64),
+        "device": device,
+        "direction": [Direction[name.upper()] for name in found.column("direction").to_pylist()],
+        "segment": [Segment[name.upper()] for name in found.column("segment").to_pylist()],
+    } | {name: found.column(name).to_numpy() for name in FIGURES}
+    numbers = np.array([np.asarray(columns[name], np.int64) for name in NUMBERS], np.int64).reshape(len(NUMBERS), -1)
+    bins, counts = found.column("bins").combine_chunks(), found.column("counts").combine_chunks()
+    edges = np.append(0, np.cumsum(compute.list_value_length(bins).to_numpy(zero_copy_only=False))).astype(np.int64)
+    flat = [compute.list_flatten(each).to_numpy(zero_copy_only=False).astype(np.int64) for each in (bins, counts)]
+    places = tuple(replace(_place(row[:-1]), container_id=row[-1]) for row in number)
+    return WindowTable(numbers, edges, *flat), places
 
 
 def _packet_path(key: tuple[str, str, int], rows: Sequence[tuple[Any, ...]]) -> PacketPath:

@@ -213,6 +213,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "qemu": _qemu,
     "trace_processor": _trace_processor,
     "mosquitto": lambda: _first([_installed("mosquitto"), _installed("mosquitto_passwd")]),
+    "tmux": lambda: _program("tmux", "-V"),
     "openssl": lambda: _program("openssl", "version"),
     "cc": lambda: _program("cc", "--version"),
     "c++": lambda: _program("c++", "--version"),

@@ -39,6 +39,7 @@ COMMANDS: Final = (
     Command("module unload", "unload the kernel module (root)"),
     Command("module status", "show whether the kernel module is loaded, its version, parameters and cost"),
     Command("run", "measure live: print a table, write rows and windows to the store (root)"),
+    Command("top", "watch containers and devices live, or a store or recording: sort, filter, expand, freeze"),
     Command("record", "write live records to a capture file, to replay later or elsewhere (root)"),
     Command("ingest", "receive many hosts' streams from an MQTT broker and write their delays to one store"),
     Command("replay", "compute delays from recordings, with the same results as live"),

@@ -37,6 +37,7 @@ from tests.benchmark import (
     sizing,
     starting,
     text,
+    top,
     tracedat,
     versus,
     wire,
@@ -44,6 +45,7 @@ from tests.benchmark import (
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "cli_start": starting.run,
+    "top_cost": top.run,
     "wire": wire.run,
     "ftrace_decode": ftrace_decode.run,
     "ring_drain": ring_drain.run,

@@ -21,6 +21,7 @@ LIBTRACECMD = (
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "cli_start": (),
+    "top_cost": (),
     "wire": (),
     "ftrace_decode": LAB,
     "ring_drain": (),

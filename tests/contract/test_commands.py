@@ -27,7 +27,7 @@ from storage import sql
 from tests.places import ROOT
 
 NAMES = [command.name for command in registry.COMMANDS]
-HEAVY = {"numpy", "pyarrow", "rich", "duckdb", "collector", "correlator", "storage", "argcomplete"}
+HEAVY = {"numpy", "pyarrow", "rich", "textual", "duckdb", "collector", "correlator", "storage", "argcomplete"}
 """Modules that no help may import: together 0.8 s of CPU time and 90 MiB."""
 IMPORTED = f"""
 import contextlib, io, json, sys

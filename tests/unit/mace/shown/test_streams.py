@@ -33,6 +33,7 @@ COMMANDS = {
     "module unload": (["module", "unload"], None),
     "module status": (["module", "status"], 0),
     "run": (["run", "--duration", "0.1", "--no-store"], 1),
+    "top": (["top"], 1),
     "record": (["record", "-o", "{tmp}/x.mace", "--duration", "0.1"], 1),
     "ingest": (["ingest", "--broker", "mqtt://127.0.0.1:1", "--duration", "0.1", "--store", "{tmp}/ingested"], 0),
     "replay": (["replay", CAPTURE], 0),
