@@ -41,6 +41,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _ATTEMPTS: Final = 10
 _SUB: Final = 1 << SUB_BITS
+_LONG_NS: Final = 3 * 3_600_000_000_000
+"""Above this range of time the store's wide windows are read, which have a tenth of the rows and the same delays."""
 _MOST_WHOLE: Final = 100_000
 """Segments that a reader remembers as whole: those of a store of years, in 30 MB. A server reads one for months."""
 TYPICAL_ROWS: Final = 2_000_000
@@ -199,6 +201,8 @@ class _Part:
     table: str
     rows_sql: str
     values: dict[str, Any]
+    unit_ns: int
+    """Stretches of time are multiples of it, so that they have whole windows; 1 for rows."""
 
 
 From = Literal["auto", "rows", "windows"]
@@ -655,11 +659,13 @@ class StoreReader:
         segments: tuple[Segment, ...] = (Segment.OVERHEAD,),
         points: int = 240,
         source: From = "auto",
+        coarse_bits: int = 0,
     ) -> OverTime:
         """Return the distributions per group and stretch of time, in about `points` stretches of equal width.
 
-        `by` are columns of `GROUPED_BY`. The stretches together have exactly the delays of `grouped`. Where figures
-        come from windows, stretches are whole seconds.
+        `by` are columns of `GROUPED_BY`. With `coarse_bits` n, 2**n neighbouring bins count as the one in their middle,
+        which is quicker where a picture shows no more. The stretches together have exactly the delays of `grouped`.
+        Where figures come from windows, stretches are whole seconds, or, of more than `_LONG_NS`, tens of seconds.
         """
         parts = self._parts(where, segments, source)
         spans = [
@@ -671,12 +677,11 @@ class StoreReader:
             return OverTime(where.since_ns or 0, 1, {})
         first = min(a for a, _ in known)
         width_ns = (max(b for _, b in known) - first) // points + 1
-        if any(part.table == "windows" for part in parts):
-            # Stretches of whole windows.
-            width_ns = -(-width_ns // 1_000_000_000) * 1_000_000_000
-            first -= first % 1_000_000_000
+        unit_ns = max(part.unit_ns for part in parts)
+        width_ns = -(-width_ns // unit_ns) * unit_ns
+        first -= first % unit_ns
         found: dict[tuple[str, ...], dict[int, Distribution]] = {}
-        for (*group, at), delays in self._grouped(where, parts, (*by, "stretch"), first, width_ns):
+        for (*group, at), delays in self._grouped(where, parts, (*by, "stretch"), first, width_ns, coarse_bits):
             found.setdefault(tuple(group), {})[int(at)] = delays
         return OverTime(first, width_ns, dict(sorted(found.items())))
 
@@ -712,23 +717,32 @@ class StoreReader:
             if direct:
                 condition, values = f"{condition} AND container = $container", values | {"container": where.container}
             condition = f"segment IN ({names}) AND {condition}"
+            if table == "delays":
+                rows = f"(SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED})"
+                found.append(_Part(table, rows, values, 1))
+                continue
+            long = _span_ns(where, part) > _LONG_NS
             rows = (
-                f"(SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED})"
-                if table == "delays"
-                else f"(SELECT * FROM {{windows}} WHERE {condition}"
-                " QUALIFY width_s = min(width_s) OVER (PARTITION BY host, run))"
+                f"(SELECT * FROM {{windows}} WHERE {condition}"
+                f" QUALIFY width_s = {'max' if long else 'min'}(width_s) OVER (PARTITION BY host, run))"
             )
-            found.append(_Part(table, rows, values))
+            found.append(_Part(table, rows, values, 10_000_000_000 if long else 1_000_000_000))
         return found
 
     @_written_by_mace
     def _grouped(
-        self, where: Filter, parts: Sequence[_Part], by: tuple[str, ...], first_ns: int = 0, width_ns: int = 1
+        self,
+        where: Filter,
+        parts: Sequence[_Part],
+        by: tuple[str, ...],
+        first_ns: int = 0,
+        width_ns: int = 1,
+        coarse_bits: int = 0,
     ) -> list[tuple[tuple[Any, ...], Distribution]]:
         merged: dict[tuple[Any, ...], Distribution] = {}
         for part in parts:
             cells = self._query(
-                _grouped_query(part, by),
+                _grouped_query(part, by, coarse_bits),
                 where,
                 part.values | {"first": first_ns, "width": width_ns},
                 None,
@@ -1003,7 +1017,16 @@ def _condition(
     return " AND ".join(told) or "true", values
 
 
-def _grouped_query(part: _Part, by: tuple[str, ...]) -> str:
+def _span_ns(where: Filter, runs: Sequence[Run]) -> int:
+    since, until = min(r.started_utc_ns for r in runs), max(r.upto_utc_ns for r in runs)
+    if where.since_ns is not None:
+        since = max(since, where.since_ns)
+    if where.until_ns is not None:
+        until = min(until, where.until_ns)
+    return until - since
+
+
+def _grouped_query(part: _Part, by: tuple[str, ...], coarse_bits: int = 0) -> str:
     """Return SQL for a row per group and bin, sorted: the columns of `by`, bin, n, s, lo, hi.
 
     n are the delays in the bin. s, lo and hi are the sum and the extremes of the bin's delays; of windows, which do not
@@ -1013,15 +1036,20 @@ def _grouped_query(part: _Part, by: tuple[str, ...]) -> str:
     assert not unknown, unknown
     at = ", (epoch_ns(time) - $first) // $width AS stretch" if "stretch" in by else ""
     keys = ", ".join(by)
+
+    def coarse(bin_sql: str) -> str:
+        return f"(({bin_sql} >> {coarse_bits} << {coarse_bits}) + {1 << coarse_bits >> 1})" if coarse_bits else bin_sql
+
     if part.table == "delays":
         return f"""
-            SELECT {keys}, {BIN_SQL} AS bin, count(*) AS n, sum(delay_ns) AS s, min(delay_ns) AS lo, max(delay_ns) AS hi
+            SELECT {keys}, {coarse(BIN_SQL)} AS bin, count(*) AS n, sum(delay_ns) AS s, min(delay_ns) AS lo,
+                   max(delay_ns) AS hi
             FROM (SELECT *{at} FROM {part.rows_sql}) GROUP BY ALL ORDER BY {keys}, bin
             """
     return f"""
         WITH w AS (SELECT *{at} FROM {part.rows_sql}),
-        u AS (SELECT {keys}, unnest(bins) AS bin, unnest(counts) AS n FROM w),
-        b AS (SELECT {keys}, bin, sum(n) AS n FROM u GROUP BY ALL),
+        u AS (SELECT {keys}, unnest(bins)::BIGINT AS bin, unnest(counts) AS n FROM w),
+        b AS (SELECT {keys}, {coarse("bin")} AS bin, sum(n) AS n FROM u GROUP BY {keys}, {coarse("bin")}),
         a AS (SELECT {keys}, sum(sum_ns) AS s, min(min_ns) AS lo, max(max_ns) AS hi FROM w GROUP BY {keys})
         SELECT {keys}, bin, n, s, lo, hi FROM b JOIN a USING ({keys}) ORDER BY {keys}, bin
         """

@@ -28,6 +28,7 @@ MOST_POINTS: Final = 2_000
 """Most stretches of time in a view, more than a screen has columns."""
 MOST_PACKETS: Final = 1_000
 _HEAT_BITS: Final = 3
+_COARSE_BITS: Final = SUB_BITS - _HEAT_BITS
 """Rows of the heat map per power of two, as a power of two: eight, merged from 16 bins each."""
 _SPARK_POINTS: Final = 60
 _FIGURES: Final = ("count", "min_ns", "mean_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")
@@ -258,18 +259,21 @@ def _noted(store: StoreReader, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def overview(store: StoreReader, asked: Asked) -> View:
-    """Return one row per container and direction with its overhead; `spark` has its p99 over time."""
+    """Return one row per container and direction with its overhead.
+
+    `spark` has for each row a list of [stretch, p50, p99], of the stretches of time with packets. They are for drawing
+    only: their quantiles are those of coarse bins, 6 % wide.
+    """
     base = _base(store, asked)
     by = ("host", "container", "netns", "direction")
-    over = store.over_time(base.where, by, points=_SPARK_POINTS, source=asked.source)
+    found = store.grouped(base.where, by, source=asked.source)
+    over = store.over_time(base.where, by, points=_SPARK_POINTS, source=asked.source, coarse_bits=_COARSE_BITS)
     columns: dict[str, list[Any]] = {name: [] for name in (*by, "rate_per_s", *_FIGURES)}
     spark = []
     filled = {at for stretches in over.groups.values() for at in stretches}
     seconds = (max(filled, default=0) - min(filled, default=0) + 1) * over.width_ns / 1e9
-    for group, stretches in over.groups.items():
-        whole = Distribution()
-        for part in stretches.values():
-            whole += part
+    for group, whole in found.items():
+        stretches = over.groups.get(group, {})
         values = dict(zip(by, group, strict=True))
         _append(columns, values | {"rate_per_s": round(whole.count / seconds, 1)} | whole.as_dict())
         spark.append([[at, *stretches[at].quantiles((0.5, 0.99))] for at in sorted(stretches)])
@@ -307,8 +311,8 @@ def curve(delays: Distribution, most: int = 120) -> tuple[list[int], list[float]
     """Return delays, ns, ascending, and the share of packets that took longer than each; at most `most` points."""
     bins, counts = delays.histogram()
     if len(bins) > most:
-        coarse, counts = merge(bins >> (SUB_BITS - _HEAT_BITS), counts)
-        bins = coarse << (SUB_BITS - _HEAT_BITS)
+        coarse, counts = merge(bins >> _COARSE_BITS, counts)
+        bins = coarse << _COARSE_BITS
     longer = 1 - np.cumsum(counts) / max(int(counts.sum()), 1)
     at = middles(bins).clip(delays.min_ns, delays.max_ns)
     return at.tolist(), [round(share, 9) for share in longer.tolist()]
@@ -360,7 +364,7 @@ def time(store: StoreReader, asked: Asked) -> View:
 def heat(store: StoreReader, asked: Asked) -> View:
     """Return the merged histograms per stretch of time, with eight rows per power of two."""
     base = _base(store, asked)
-    over = _over_time(store, asked, base)
+    over = _over_time(store, asked, base, _COARSE_BITS)
     columns: dict[str, list[Any]] = {name: [] for name in ("utc_ns", "direction", "low_ns", "high_ns", "count")}
     for (direction,), stretches in over.groups.items():
         for at in sorted(stretches):
@@ -376,15 +380,20 @@ def heat(store: StoreReader, asked: Asked) -> View:
 def heat_rows(delays: Distribution) -> tuple[list[int], list[int], list[int]]:
     """Return lower and upper bounds, ns, and counts of the heat map's rows that hold a distribution."""
     bins, counts = delays.histogram()
-    rows, counts = merge(bins >> (SUB_BITS - _HEAT_BITS), counts)
-    low = lower_bounds(rows << (SUB_BITS - _HEAT_BITS))
-    high = lower_bounds((rows + 1) << (SUB_BITS - _HEAT_BITS))
+    rows, counts = merge(bins >> _COARSE_BITS, counts)
+    low = lower_bounds(rows << _COARSE_BITS)
+    high = lower_bounds((rows + 1) << _COARSE_BITS)
     return low.tolist(), high.tolist(), counts.tolist()
 
 
-def _over_time(store: StoreReader, asked: Asked, base: _Base) -> OverTime:
+def _over_time(store: StoreReader, asked: Asked, base: _Base, coarse_bits: int = 0) -> OverTime:
     return store.over_time(
-        base.where, ("direction",), segments=asked.segments(), points=asked.points, source=asked.source
+        base.where,
+        ("direction",),
+        segments=asked.segments(),
+        points=asked.points,
+        source=asked.source,
+        coarse_bits=coarse_bits,
     )
 
 

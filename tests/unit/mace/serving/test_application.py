@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from urllib.parse import urlencode
 
@@ -229,6 +230,21 @@ def test_a_change_of_the_store_is_an_event(tmp_path):
         fill(tmp_path, [make_results(make_delays(30, start_ns=START_NS + 10**9, first_packet=100))], "run-2")
         assert state(stream)["number"] > first["number"]
         assert (before, json.loads(ask(page.port, "/api/overview")[2])["packets"]) == (20, 50)
+
+
+def test_ten_viewers_get_the_same_beside_some_that_do_not_read(port):
+    stuck = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(10)]
+    try:
+        for number, each in enumerate(stuck):
+            target = "/api/events" if number % 2 else "/api/distributions"
+            each.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        with ThreadPoolExecutor(10) as viewers:
+            answers = list(viewers.map(lambda _: ask(port, "/api/time?container=c1&points=50"), range(10)))
+    finally:
+        for each in stuck:
+            each.close()
+    assert {status for status, _, _ in answers} == {200}
+    assert len({body for _, _, body in answers}) == 1
 
 
 def test_views_are_read_once_for_many_viewers(path, monkeypatch):

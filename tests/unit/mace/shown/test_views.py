@@ -12,6 +12,7 @@ from mace.shown import packet_trace, views
 from mace.shown.views import Asked, view
 from storage import sql
 from storage.query import Filter, StoreReader
+from tests import trace_processor
 from tests.made_results import START_NS, header, make_delays, make_results, make_windows
 from tests.unit.storage.stored import fill
 
@@ -80,6 +81,39 @@ def test_time_and_heat_count_each_packet_once(store):
     assert set(heat.columns["utc_ns"]) == set(time.columns["utc_ns"])
     for row in rows(heat):
         assert row["low_ns"] < row["high_ns"] <= max(2 * row["low_ns"], 16)
+
+
+def test_long_ranges_are_read_from_wide_windows_with_the_same_figures(tmp_path):
+    """Over four hours; the narrow windows lack one delay, so that a figure tells which of the two were read."""
+    delays = make_delays(600, gap_ns=24 * 10**9)
+    narrow, wide = make_windows(delays[:-20]), make_windows(delays, 10)
+    fill(tmp_path, [make_results(delays, windows=(*narrow, *wide))], rows=False)
+    reader = StoreReader(tmp_path)
+    count = int((delays.segment == Segment.OVERHEAD).sum())
+    whole = reader.grouped(Filter(), ("direction",))
+    assert sum(each.count for each in whole.values()) == count
+    over = reader.over_time(Filter(), ("direction",), points=50)
+    assert over.width_ns % (10 * 10**9) == over.first_utc_ns % (10 * 10**9) == 0
+    for group, stretches in over.groups.items():
+        parts = list(stretches.values())
+        assert sum(parts[1:], parts[0]).as_dict() == whole[group].as_dict()
+    short = Filter(until_ns=START_NS + 3600 * 10**9)
+    inside = (delays.segment == Segment.OVERHEAD) & (delays.utc_ns < short.until_ns)
+    assert sum(each.count for each in reader.grouped(short, ("direction",)).values()) == int(inside.sum())
+
+
+@pytest.mark.parametrize("source", ["rows", "windows"])
+def test_the_heat_maps_rows_are_whole_bins(store, source):
+    """The heat map merges bins while it reads: the counts are those of the full histograms, row by row."""
+    asked = Asked(container="c1", run="run-1", points=5, figures=source)
+    full = store.over_time(asked.filter(0), ("direction",), points=5, source=source)
+    expected = [
+        (full.first_utc_ns + at * full.width_ns, direction, *row)
+        for (direction,), stretches in full.groups.items()
+        for at, delays in sorted(stretches.items())
+        for row in zip(*views.heat_rows(delays), strict=True)
+    ]
+    assert [tuple(row.values()) for row in rows(view(store, "heat", asked))] == expected
 
 
 def test_a_device_of_a_container(store):
@@ -200,3 +234,21 @@ def test_a_trace_has_the_packet_and_its_neighbours(store, tmp_path):
     assert packets == len(near["packet"].unique()) > 1
     assert (tmp_path / "x.pftrace").stat().st_size > 1000
     assert list(tmp_path.glob("*.part")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.needs("trace_processor")
+def test_perfettos_own_reader_finds_each_row_of_the_trace(store, tmp_path):
+    [found] = store.worst(1, Filter(run="run-1"))
+    file, around = tmp_path / "x.pftrace", packet_trace.AROUND_NS
+    packet_trace.write(store, found, file)
+    errors, slices = trace_processor.ask(
+        file.read_bytes(),
+        "select name, value from stats where value > 0 and severity in ('error', 'data_loss')",
+        "select s.ts, extract_arg(s.arg_set_id, 'debug.packet') as packet,"
+        " extract_arg(s.arg_set_id, 'debug.delay_ns') as delay_ns from slice s",
+    )
+    near = store.delays(Filter(found.utc_ns - around, found.utc_ns + around, run="run-1"))
+    expected = zip(near["time"].cast(pa.int64()).to_pylist(), near["delay_ns"].to_pylist(), strict=True)
+    assert errors == []
+    assert sorted((each["ts"], each["delay_ns"]) for each in slices) == sorted(expected)
