@@ -21,8 +21,9 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -34,6 +35,9 @@ from tests import memory_cgroup
 from tests.kernel import beside
 from tests.kernel.matrix import Matrix
 from tests.places import GOLDEN
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
 
 # --- hypothesis ---------------------------------------------------------------------------------
 
@@ -172,6 +176,12 @@ def _image() -> str | None:
     return _first([_docker(), images.missing("python3-venv", "ca-certificates", "mosquitto", "mosquitto-clients")])
 
 
+def _chromium() -> str | None:
+    from tests import browser  # here, because few tests ask
+
+    return browser.missing()
+
+
 def _victoria() -> str | None:
     from tests import servers  # here, because only few tests ask
 
@@ -220,6 +230,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
     "npm": lambda: _first([_program("npm", "--version"), _program("node", "--version")]),
+    "chromium": _chromium,
     "systemd-analyze": lambda: _program("systemd-analyze", "--version"),
     "compose": _compose,
     "image": _image,
@@ -314,3 +325,13 @@ def needs(request: pytest.FixtureRequest) -> Callable[..., None]:
         _insist(names)
 
     return need
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    """A Chromium for all tests, which need `chromium`; each test makes pages of its own."""
+    from tests.browser import Browser
+
+    made = Browser(tmp_path_factory.mktemp("browser"))
+    yield made
+    made.close()

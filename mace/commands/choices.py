@@ -49,3 +49,5 @@ PACKETS: Final = 2000
 """Packets of each flow in a scenario: `mace.trials.verify.verdict.PACKETS`."""
 FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
 """Keys of `mace export perfetto --flow`: `mace.replaying.export.FLOW_KEYS`."""
+SERVE_AT: Final = "127.0.0.1:8300"
+"""Address of the page that `mace serve` serves."""

@@ -309,6 +309,33 @@ def with_prometheus(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class ReaderOptions:
+    """Options that say who may read a page."""
+
+    token_file: Path | None
+    allow_host: tuple[str, ...]
+
+
+def with_readers(parser: argparse.ArgumentParser) -> None:
+    """Add the fields of `ReaderOptions`."""
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file whose first line is the token that readers of the page need (default: the variable"
+        " MACE_SERVE_TOKEN); required on an address that other machines reach",
+    )
+    parser.add_argument(
+        "--allow-host",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="names, besides this machine's and IP addresses, under which the page is opened",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class BrokerOptions:
     """Credentials for the MQTT broker, and the certificates that verify it."""
 

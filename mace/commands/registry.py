@@ -49,6 +49,7 @@ COMMANDS: Final = (
     Command("experiment", "compare ping on the host, in a container, and corrected (root)"),
     Command("compare", "compare the sources' figures and costs on the same traffic (root)"),
     Command("report", "show a store or a recording as tables, paths and pictures"),
+    Command("serve", "show a store or a recording in the browser, also beside a live run"),
     Command("query", "run SQL over a store"),
     Command("store check", "compare every segment of a store with its checksum, and read all rows"),
     Command("export perfetto", "write recordings as a Perfetto trace, a timeline of packets"),

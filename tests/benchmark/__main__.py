@@ -28,6 +28,7 @@ from tests.benchmark import (
     mqtt,
     needs,
     offline,
+    page,
     pcap_pairs,
     perfetto,
     replaying,
@@ -77,6 +78,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pcap_pairs": pcap_pairs.read,
     "replay_10gb": replaying.replay_10gb,
     "dask_scaling": replaying.dask_scaling,
+    "serve": page.run,
 }
 
 

@@ -184,7 +184,8 @@ def test_environment_is_the_locked_one() -> None:
 
 
 def test_licences() -> None:
-    assert PROJECT["project"]["license"] == "Apache-2.0 AND GPL-2.0-only"
+    assert PROJECT["project"]["license"] == "Apache-2.0 AND GPL-2.0-only AND MIT"
+    assert "MIT License" in (ROOT / "mace/shown/page/uPlot.LICENSE").read_text()[:100]
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
     # The kernel lets only GPL-compatible modules and programs use the tracepoint interface.
     kernel_licence = (ROOT / "kmod/LICENSE").read_text()
@@ -262,5 +263,7 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
         assert (installed / "collector/bpf" / name).exists() == (ROOT / "collector/bpf" / name).exists()
     replayed = json.loads(mace("replay", ROOT / "docs" / "example.mace", "--store", store, "--json"))
     assert json.loads(mace("report", "--store", store, "--json"))["packets"] == replayed["packets"] > 0
+    mace("report", "--store", store, "--html", tmp_path / "page.html")  # the page's files are in the wheel
+    assert "mace-data" in (tmp_path / "page.html").read_text()
     counted = mace("query", "--store", store, "--format", "csv", "SELECT count(DISTINCT packet) AS packets FROM delays")
     assert int(counted.split()[1]) > 0
