@@ -119,6 +119,7 @@ PyObject *loops_distinct(PyObject *Py_UNUSED(module), PyObject *args)
 	Py_buffer low, high, index;
 	struct names names = { 0 };
 	PyObject *result = NULL;
+	PyThreadState *thread;
 	int status;
 
 	if (!PyArg_ParseTuple(args, "y*y*w*:distinct", &low, &high, &index))
@@ -127,10 +128,14 @@ PyObject *loops_distinct(PyObject *Py_UNUSED(module), PyObject *args)
 		PyErr_SetString(PyExc_IndexError, "arrays of different lengths");
 		goto out;
 	}
-	Py_BEGIN_ALLOW_THREADS status = number(&names, &low, &high, index.buf);
-	Py_END_ALLOW_THREADS if (status) PyErr_NoMemory();
-	else result = PyBytes_FromStringAndSize((const char *)names.names,
-						names.count * (Py_ssize_t)sizeof(struct name));
+	thread = PyEval_SaveThread();
+	status = number(&names, &low, &high, index.buf);
+	PyEval_RestoreThread(thread);
+	if (status)
+		PyErr_NoMemory();
+	else
+		result = PyBytes_FromStringAndSize((const char *)names.names,
+						   names.count * (Py_ssize_t)sizeof(struct name));
 	names_deinit(&names);
 out:
 	PyBuffer_Release(&low);

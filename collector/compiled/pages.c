@@ -61,8 +61,7 @@ struct format {
 	int32_t name; /* word of the name's place (__data_loc), or -1 */
 	int32_t len; /* word, or -1 */
 	uint32_t size; /* bytes that an event has at least, up to the end of its last used field */
-	uint32_t
-		header; /* bytes of link-layer header that `len` includes, unless the event says it */
+	uint32_t header; /* bytes of link-layer header in `len`, unless `network_offset` says */
 	struct value network_offset;
 	struct value gso_segs;
 	struct value reason;
@@ -205,10 +204,10 @@ static bool walk_next(struct walk *walk, struct event *event)
 	return false;
 }
 
-/* Read all pages; `read_page` adds the events of one, and returns their number so far or a fault. */
+/* What is done with the events of a page: the first member of a struct that has its results. */
 struct reader {
 	enum fault (*read_page)(struct reader *reader, struct walk *walk);
-	size_t events;
+	size_t events; /* so far */
 };
 
 static enum fault read_pages(struct pages *pages, struct reader *reader)
@@ -336,6 +335,7 @@ PyObject *loops_locate(PyObject *Py_UNUSED(module), PyObject *args)
 	struct locating to = { .reader = { .read_page = locate_page } };
 	Py_buffer at, ts_ns, size;
 	PyObject *result = NULL;
+	PyThreadState *thread;
 	enum fault fault;
 
 	if (!PyArg_ParseTuple(args, "y*(nnnn)y*w*(w*w*w*):locate", &pages.buffer,
@@ -353,9 +353,13 @@ PyObject *loops_locate(PyObject *Py_UNUSED(module), PyObject *args)
 	to.ts_ns = ts_ns.buf;
 	to.size = size.buf;
 	to.room = (size_t)at.len / sizeof(*to.at);
-	Py_BEGIN_ALLOW_THREADS fault = read_pages(&pages, &to.reader);
-	Py_END_ALLOW_THREADS if (fault) raise_fault(&pages, fault);
-	else result = PyLong_FromSize_t(to.reader.events);
+	thread = PyEval_SaveThread();
+	fault = read_pages(&pages, &to.reader);
+	PyEval_RestoreThread(thread);
+	if (fault)
+		raise_fault(&pages, fault);
+	else
+		result = PyLong_FromSize_t(to.reader.events);
 out:
 	pages_release(&pages);
 	PyBuffer_Release(&at);
@@ -586,6 +590,7 @@ PyObject *loops_decode(PyObject *Py_UNUSED(module), PyObject *args)
 	unsigned long long key[3];
 	Py_buffer hook_of_id, formats;
 	PyObject *result = NULL;
+	PyThreadState *thread;
 	enum fault fault;
 
 	if (!PyArg_ParseTuple(args, "y*(nnnn)y*w*y*y*(KKK)(w*w*w*w*w*w*w*w*):decode", &pages.buffer,
@@ -601,10 +606,13 @@ PyObject *loops_decode(PyObject *Py_UNUSED(module), PyObject *args)
 	to.formats = formats.buf;
 	for (int i = 0; i < 3; i++)
 		to.key[i] = key[i];
-	Py_BEGIN_ALLOW_THREADS fault = names_init(&to.names) ? FAULT_MEMORY :
-							       read_pages(&pages, &to.reader);
-	Py_END_ALLOW_THREADS if (fault) raise_fault(&pages, fault);
-	else result = decoded(&to);
+	thread = PyEval_SaveThread();
+	fault = names_init(&to.names) ? FAULT_MEMORY : read_pages(&pages, &to.reader);
+	PyEval_RestoreThread(thread);
+	if (fault)
+		raise_fault(&pages, fault);
+	else
+		result = decoded(&to);
 	names_deinit(&to.names);
 out:
 	pages_release(&pages);
