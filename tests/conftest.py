@@ -88,6 +88,11 @@ def _first(reasons: Iterable[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def _arm64_headers() -> str | None:
+    header = Path("/usr/aarch64-linux-gnu/include/stdio.h")
+    return None if header.exists() else f"the C library's headers for arm64 are not installed: no {header}"
+
+
 def _root() -> str | None:
     return None if os.geteuid() == 0 else f"not root (effective user id {os.geteuid()})"
 
@@ -227,6 +232,9 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "openssl": lambda: _program("openssl", "version"),
     "cc": lambda: _program("cc", "--version"),
     "c++": lambda: _program("c++", "--version"),
+    "gcc": lambda: _program("gcc", "--version"),
+    "arm64": lambda: _first([_program("clang", "--version"), _arm64_headers()]),
+    "cppcheck": lambda: _program("cppcheck", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
     "npm": lambda: _first([_program("npm", "--version"), _program("node", "--version")]),

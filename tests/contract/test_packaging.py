@@ -236,14 +236,16 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
     tree, wheels, installed = (tmp_path / name for name in ("tree", "wheels", "installed"))
     tree.mkdir()
     (tree / "bpf").mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "bpf/LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "bpf/LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for package in TOP_LEVEL:
-        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, tree]
     subprocess.run(build, capture_output=True, text=True, timeout=200, check=True)
     (wheel,) = wheels.iterdir()
+    # The oldest supported Python: the compiled extension uses the stable ABI alone, so that later ones can load it.
+    assert "-cp311-abi3-linux_" in wheel.name
     install = [*pip, "install", "--no-deps", "--no-index", "--target", installed, wheel]
     subprocess.run(install, capture_output=True, text=True, timeout=200, check=True)
     # -S: no .pth file is read, so the editable install is not found.
@@ -258,6 +260,11 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
 
     store = tmp_path / "store"
     assert "source ftrace" in json.loads(mace("check", "--json"))
+    assert {path.name for path in (installed / "collector/compiled").iterdir()} - {"__pycache__"} == {
+        "__init__.py",
+        "loops.abi3.so",
+        "loops.pyi",
+    }
     # The wheel has the BPF programs if they were built.
     for name in ("mace.bpf.o", "mace_old.bpf.o"):
         assert (installed / "collector/bpf" / name).exists() == (ROOT / "collector/bpf" / name).exists()
