@@ -53,9 +53,8 @@ def test_an_experiment_that_is_interrupted_continues(tmp_path):
         assert row["paired"] + sum(row["unpaired"].values()) == row["sent"]
         assert row["bare"] == row["sent"] * (1 if row["traced"] else 2)
         assert row["coverage"] is None or 0 <= row["coverage"] <= 1
-    calm = found["rows"][0]
-    # The time in the container's devices is taken out.
-    assert calm["plain_p50_us"] < found["rows"][1]["container_p50_us"]
+        if row["traced"] and row["paired"] and row["repetitions"] == 1:  # each less its time in the container's devices
+            assert row["plain_p50_us"] < row["container_p50_us"]
 
 
 @pytest.mark.timeout(200)
@@ -66,7 +65,8 @@ def test_an_experiment_beside_a_load(load, tmp_path):
     for row in (truth, traced):
         assert row["load"] == load
         assert row["starved_p50_us"] > 0
-        assert row["paired"] == 0 or row["without_waiting_p50_us"] <= row["corrected_p50_us"]
+        if 0 < row["paired"] == row["waits_known"]:  # of the same samples, each less its wait
+            assert row["without_waiting_p50_us"] <= row["corrected_p50_us"]
     assert (truth["throttled"] is None) == (load != "quota")
     if load == "quota":
         # The busy loop alone uses up the quota of each period.

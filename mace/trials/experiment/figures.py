@@ -115,7 +115,7 @@ def _counts(parts: Sequence[Repetition], kind: str) -> dict[str, Any]:
     return {
         "repetitions": len(parts),
         "bare": sum(len(each.bare[kind]) for each in parts),
-        **{name: sum(each.counts[name] for each in parts) for name in ("sent", "paired", "probes")},
+        **{name: sum(each.counts[name] for each in parts) for name in ("sent", "paired", "waits_known", "probes")},
         "unpaired": dict(unpaired),
         "lost": sum(each.ledger["lost"] for each in parts),
         **{name: _total(each.wants[name] for each in parts) for name in parts[0].wants},

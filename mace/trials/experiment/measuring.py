@@ -22,7 +22,6 @@ from contracts.errors import LabError
 from correlator.samples import Samples
 from mace.lab import HOST, REMOTE, Lab
 from mace.live.session import Session
-from mace.tools.host_path import STRETCHES
 from mace.tools.output import read
 from mace.tools.ping_output import PingOutput
 from mace.trials.experiment import load
@@ -31,6 +30,11 @@ from mace.trials.experiment.plan import Cell, Plan
 from mace.trials.experiment.results import Repetition, Results
 
 MEASURED: Final = "c1"
+STRETCHES: Final = ("send", "device", "far_end")
+"""Parts of the host path term. `far_end` exists only if the far end is on this machine, and shares its caches."""
+_HOST, _BOUND = "host_rtt_ns", "host_rtt_lower_bound_ns"
+"""Keys of `mace ping --json`: its host RTT, and the lower bound, which may be all that is known."""
+_WITHOUT: Final = ("host_rtt_without_waiting_ns", "host_rtt_lower_bound_without_waiting_ns")
 RING_MIB: Final = 64
 """Default size of the ring per CPU: two floods and the measured ping together write 60 MB a second."""
 _FLOOD_PAYLOAD: Final = 24
@@ -123,11 +127,10 @@ class _Blocks:
 
     def _corrected(self) -> None:
         self._untraced_host()
-        lab, plan = self.bench.lab, self.bench.plan
-        count = plan.count_of(self.cell)
+        lab = self.bench.lab
         argv = [
             *(sys.executable, "-m", "mace", "ping", "--lab", lab.name, "--container", MEASURED, "--json"),
-            *("--source", self.cell.source, "--host-path", str(count), *self.bench.ping_options),
+            *("--source", self.cell.source, *self.bench.ping_options),
             *self._ping_arguments(),
         ]
         before = self.load.wants()
@@ -219,43 +222,38 @@ def repetition(
 ) -> Repetition:
     """Return a repetition with the figures of `found`, the JSON of `mace ping`."""
     statistics = found["statistics"]
-    plain = statistics["host_rtt_ns"]["median"]
-    median, shift, term = _printed(found, plain)
+    plain = _estimate(statistics, "median", _BOUND, _HOST)
+    median = (statistics.get(_HOST) or statistics[_BOUND])["median"]
     rows = [row for row in found["samples"] if row["reason"] == "paired" and not row["duplicate"]]
-    without = (statistics.get("host_rtt_without_waiting_ns") or {}).get("median")
-    error = (statistics.get("temporal_error_ns") or {}).get("mean")
+    term = found.get("host_path") or {}
     return Repetition(
         number=number,
         cell=cell,
         bare=bare,
         container={**container, "traced": [row["tool_rtt_ns"] for row in rows]},
-        corrected=[round(row["host_rtt_ns"] + shift) for row in rows],
-        median=median,
-        plain=plain["estimate"] if plain else None,
-        without_waiting=without["estimate"] + shift if without else None,
-        temporal_error=error["estimate"] if error else None,
-        stretches=term,
-        tracer_cost=found.get("tracer_cost_ns"),
+        corrected=[row.get(_HOST, row.get(_BOUND)) for row in rows],
+        median=[median[name] for name in ("estimate", "low", "high")] if median else None,
+        plain=plain,
+        without_waiting=_estimate(statistics, "median", *_WITHOUT),
+        temporal_error=_estimate(statistics, "mean", "temporal_error_ns"),
+        stretches={name: term[f"{name}_ns"] for name in STRETCHES} if term else None,
+        tracer_cost=term.get("tracer_cost_ns"),
         counts={
             "sent": len(found["samples"]),
             "paired": found["paired"],
             "unpaired": found["unpaired"],
-            "probes": sum((found.get("host_path") or {}).get("probes", ())),
+            "waits_known": (statistics.get("temporal_error_ns") or {"count": 0})["count"],
+            "probes": sum(term.get("probes", ())),
         },
         ledger=found["ledger"],
         wants=wants,
     )
 
 
-def _printed(
-    found: Mapping[str, Any], plain: Mapping[str, float] | None
-) -> tuple[list[float] | None, float, dict[str, float] | None]:
-    """Return the host RTT that `mace ping` prints ([median, low, high]), what it adds to `plain`, and the term."""
-    told = found.get("host_path")
-    if plain is None:
-        return None, 0.0, None
-    if told is None or told["host_rtt_p50_ns"] is None:
-        return [plain["estimate"], plain["low"], plain["high"]], 0.0, None
-    value = float(told["host_rtt_p50_ns"])
-    stretches = {name: float(told[f"{name}_ns"]) for name in STRETCHES}
-    return [value, *map(float, told["host_rtt_ci95_ns"])], value - plain["estimate"], stretches
+def _estimate(statistics: Mapping[str, Any], of: str, *names: str) -> float | None:
+    """Return the median or mean of the first of these figures that is there; None without a figure or an interval."""
+    for name in names:
+        if name in statistics:
+            interval = statistics[name][of]
+            return float(interval["estimate"]) if interval else None
+    return None

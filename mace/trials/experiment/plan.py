@@ -23,10 +23,10 @@ QUICK_REPETITIONS: Final = 4
 QUICK_S: Final = 570.0
 """Time of a quick run, seconds, so that the command ends within ten minutes."""
 _MOST_FLOODS: Final = 16
-_BLOCKS_OF_PINGS: Final = 7
-"""Blocks of a repetition, in pings: two of the host, three others, and the probes of both sides."""
+_BLOCKS_OF_PINGS: Final = 5
+"""Blocks of a repetition that every load has: two of the host's pings around `mace ping`, and two others."""
 _STARTS_S: Final = 6.0
-"""Time to start what a repetition runs, seconds: `mace ping` and the source twice, probes in rounds."""
+"""Time to start what a repetition runs, seconds: `mace ping`, and the source twice."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -38,7 +38,7 @@ class Repetition:
     container: dict[str, list[int]]
     """Round trips of ping in the container: `untraced`, and of the pings that were corrected, `traced`."""
     corrected: list[int]
-    """Host RTT of the paired samples, with everything that `mace ping` adds to its median."""
+    """Host RTT of the paired samples; the lower bound where `mace ping` knows no more."""
     median: list[float] | None
     """Host RTT that `mace ping` prints: its median, and the ends of the 95 % interval; None if it prints none."""
     plain: float | None
@@ -52,7 +52,7 @@ class Repetition:
     tracer_cost: float | None
     """What `mace ping` has taken out for its own tracing; None if it prints none."""
     counts: dict[str, Any]
-    """`sent`, `paired`, `unpaired` (by reason), `probes`."""
+    """`sent`, `paired`, `unpaired` (by reason), `waits_known` (of the paired ones), `probes`."""
     ledger: dict[str, int]
     wants: dict[str, int | None]
     """During `mace ping`: `throttled` (periods), `throttled_ns`, `cpu_pressure_ns`, `io_pressure_ns`; None: unknown."""

@@ -36,9 +36,9 @@ def made(number=0, cell=CELL, **changed):
             "plain": 45_000.0,
             "without_waiting": 61_000.0,
             "temporal_error": 1_000.0,
-            "stretches": {"send": 9_000.0, "device": 2_000.0, "beyond": 4_000.0, "answer": 2_000.0},
+            "stretches": {"send": 9_000.0, "device": 2_000.0, "far_end": 6_000.0},
             "tracer_cost": None,
-            "counts": {"sent": 21, "paired": 20, "unpaired": {"no_reply": 1}, "probes": 40},
+            "counts": {"sent": 21, "paired": 20, "unpaired": {"no_reply": 1}, "waits_known": 20, "probes": 40},
             "ledger": Ledger(records=10, matched=10).as_dict(),
             "wants": WANTS,
             **changed,
@@ -197,18 +197,16 @@ def test_repetitions_without_figures():
         assert row[name] is None
 
 
-def told(**more):
+MEDIAN = {"estimate": 40_000.0, "low": 38_000.0, "high": 42_000.0, "block": 1}
+
+
+def told(*, samples=(), statistics=(), **more):
     """Return the JSON of `mace ping` for two samples, of which one is paired."""
-    median = {"estimate": 40_000.0, "low": 38_000.0, "high": 42_000.0, "block": 1}
-    rows = [{"reason": "paired", "duplicate": False, "tool_rtt_ns": 70_000, "host_rtt_ns": 40_000}]
+    rows = [{"reason": "paired", "duplicate": False, "tool_rtt_ns": 70_000, **dict(samples)}]
     rows += [{"reason": "no_reply", "duplicate": False, "tool_rtt_ns": None}]
     return {
         "samples": rows,
-        "statistics": {
-            "host_rtt_ns": {"median": median},
-            "host_rtt_without_waiting_ns": {"median": {**median, "estimate": 37_000.0}},
-            "temporal_error_ns": {"mean": {"estimate": 3_000.0}},
-        },
+        "statistics": {"temporal_error_ns": {"count": 1, "mean": {"estimate": 3_000.0}}, **dict(statistics)},
         "paired": 1,
         "unpaired": {"no_reply": 1},
         "ledger": Ledger().as_dict(),
@@ -220,17 +218,35 @@ def of(found):
     return repetition(0, CELL, found, {"untraced": [60_000]}, {"untraced": [90_000]}, WANTS)
 
 
-def test_a_correction_without_a_term():
-    one = of(told())
+def test_a_lower_bound_is_what_it_is():
+    """Without probes `mace ping` knows no more, so that this is what it prints."""
+    statistics = {
+        "host_rtt_lower_bound_ns": {"median": MEDIAN},
+        "host_rtt_lower_bound_without_waiting_ns": {"median": {**MEDIAN, "estimate": 37_000.0}},
+    }
+    one = of(told(samples={"host_rtt_lower_bound_ns": 40_000}, statistics=statistics, host_path=None))
     assert one.median == [40_000.0, 38_000.0, 42_000.0]
     assert (one.plain, one.without_waiting, one.stretches, one.corrected) == (40_000.0, 37_000.0, None, [40_000])
     assert one.container["traced"] == [70_000]
+    assert (one.counts["waits_known"], one.counts["unpaired"]) == (1, {"no_reply": 1})
 
 
-def test_a_correction_with_the_host_path_term():
-    term = {"send_ns": 9_000, "device_ns": 1_000, "beyond_ns": 2_000, "answer_ns": 3_000, "probes": [10, 9]}
-    one = of(told(host_path={"host_rtt_p50_ns": 55_000, "host_rtt_ci95_ns": [50_000, 60_000], **term}))
+def test_a_host_rtt_with_the_host_path_term():
+    higher = {"estimate": 55_000.0, "low": 50_000.0, "high": 60_000.0, "block": 1}
+    statistics = {
+        "host_rtt_ns": {"median": higher},
+        "host_rtt_lower_bound_ns": {"median": MEDIAN},
+        "host_rtt_without_waiting_ns": {"median": {**higher, "estimate": 52_000.0}},
+    }
+    term = {"send_ns": 9_000, "device_ns": 3_000, "far_end_ns": 7_000, "tracer_cost_ns": 4_000, "probes": [10, 9]}
+    samples = {"host_rtt_ns": 55_000, "host_rtt_lower_bound_ns": 40_000}
+    one = of(told(samples=samples, statistics=statistics, host_path=term))
     assert one.median == [55_000.0, 50_000.0, 60_000.0]
     assert (one.plain, one.without_waiting, one.corrected) == (40_000.0, 52_000.0, [55_000])
-    assert sum(one.stretches.values()) == 15_000
-    assert one.counts["probes"] == 19
+    assert one.stretches == {"send": 9_000, "device": 3_000, "far_end": 7_000}
+    assert (one.tracer_cost, one.counts["probes"]) == (4_000, 19)
+
+
+def test_too_few_samples_have_no_median():
+    one = of(told(samples={"host_rtt_ns": 40_000}, statistics={"host_rtt_ns": {"median": None}}))
+    assert (one.median, one.plain, one.without_waiting, one.corrected) == (None, None, None, [40_000])
