@@ -20,7 +20,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
-from mace.commands.choices import FILE_FORMATS, RUNTIMES, SOURCES
+from mace.commands.choices import FAR_ENDS, FILE_FORMATS, RUNTIMES, SOURCES
 
 T = TypeVar("T")
 
@@ -263,6 +263,30 @@ def with_runtime(parser: argparse.ArgumentParser) -> None:
     """Add `runtime`, which makes the containers of a test network."""
     parser.add_argument(
         "--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="container runtime of the lab (default %(default)s)"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FarEndOptions:
+    """Options of the far end of a test network."""
+
+    far_end: str
+    guest_kernel: Path | None
+
+
+def with_far_end(parser: argparse.ArgumentParser) -> None:
+    """Add the fields of `FarEndOptions`."""
+    parser.add_argument(
+        "--far-end",
+        choices=FAR_ENDS,
+        default=FAR_ENDS[0],
+        help="the far end: a network namespace, or a virtual machine behind a tap device (default %(default)s)",
+    )
+    parser.add_argument(
+        "--guest-kernel",
+        type=Path,
+        metavar="FILE",
+        help="kernel for --far-end guest (default: the newest in /boot, or one fetched by ./dev test-kernel)",
     )
 
 
