@@ -21,6 +21,7 @@ from tests.benchmark import (
     cpus,
     ftrace_decode,
     graded,
+    host_rtt,
     kmod,
     kmod_kinds,
     live,
@@ -28,6 +29,7 @@ from tests.benchmark import (
     mqtt,
     needs,
     offline,
+    page,
     pcap_pairs,
     perfetto,
     replaying,
@@ -59,6 +61,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "live_dead_database": live.dead_database,
     "visibility": live.visibility,
     "live_soak": live.soak,
+    "host_rtt_bias": host_rtt.run,
     "kmod_vs_ftrace": kmod.versus_ftrace,
     "kmod_kinds": kmod_kinds.by_kind,
     "bpf": bpf.run,
@@ -77,6 +80,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pcap_pairs": pcap_pairs.read,
     "replay_10gb": replaying.replay_10gb,
     "dask_scaling": replaying.dask_scaling,
+    "serve": page.run,
 }
 
 

@@ -43,6 +43,7 @@ COMMANDS = {
     "experiment": (["experiment"], 1),
     "compare": (["compare"], 1),
     "report": (["report", "--store", "{store}"], 0),
+    "serve": (["serve", "--store", "{tmp}/nosuch"], 1),
     "query": (["query", "--store", "{store}", SQL], 0),
     "export perfetto": (["export", "perfetto", CAPTURE, "--force", "-o", "{tmp}/x.pftrace"], 0),
     "verify": (["verify", "plain"], 1),
