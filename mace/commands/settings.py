@@ -19,6 +19,7 @@ from mace.commands.options import (
     JSON,
     BrokerOptions,
     CaptureOptions,
+    FarEndOptions,
     FilterOptions,
     LabShape,
     RecordingOptions,
@@ -43,6 +44,8 @@ def configured(
     chosen: FilterOptions | None = None,
     store: Path | str | None = None,
     no_rows: bool = False,
+    cpus: bool = False,
+    softirqs: bool = False,
     sinks: SinkOptions | None = None,
     prometheus: str | None = None,
     place: lab.Lab | None = None,
@@ -61,6 +64,9 @@ def configured(
     settings = replace(settings, capture=taken, sinks=_sinks(settings.sinks, sinks, prometheus))
     if no_rows:
         settings = replace(settings, correlate=replace(settings.correlate, rows=False))
+    if cpus:
+        correlate = replace(settings.correlate, cpus=True, softirqs=softirqs or settings.correlate.softirqs)
+        settings = replace(settings, correlate=correlate)
     if store:
         settings = replace(settings, store=replace(settings.store, path=str(store)))
     return settings
@@ -121,14 +127,16 @@ def lab_of(name: str | None) -> lab.Lab | None:
     return lab.attach(name) if name else None
 
 
-def spec(shape: LabShape, name: str) -> lab.Spec:
-    """Return the specification of a lab with that name and shape."""
+def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None) -> lab.Spec:
+    """Return the specification of a lab with that name, shape and far end."""
     return lab.Spec(
         name=name,
         containers=shape.containers,
         bridges=shape.bridges,
         same_addresses=shape.same_addresses,
         runtime=lab.Runtime(shape.runtime),
+        far_end=lab.FarEnd(far_end.far_end) if far_end else lab.FarEnd.NAMESPACE,
+        guest_kernel=str(far_end.guest_kernel.absolute()) if far_end and far_end.guest_kernel else "",
     )
 
 

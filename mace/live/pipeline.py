@@ -25,6 +25,7 @@ from collector.live.filter import Choice
 from collector.machine.containers import API_SOCKETS
 from contracts.channel import Channel, ClosedError
 from contracts.config import CaptureConfig, StoreConfig
+from contracts.cpus import CpuReadings
 from contracts.errors import MaceError, SourceError, Unavailable
 from contracts.interfaces import Progress, Sink, Source, Status, StreamHeader, StreamItem, StreamSink
 from contracts.results import Results
@@ -283,8 +284,13 @@ def live_source(config: CaptureConfig, host: str = "") -> Source:
     return SOURCES[name].make(config, devices, host)
 
 
-def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedStore:
-    """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention."""
+def embedded_store(
+    config: StoreConfig, path: Path, *, rows: bool, cpus: Callable[[], CpuReadings] | None
+) -> EmbeddedStore:
+    """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention.
+
+    `cpus` reads this machine's CPUs, whose readings are stored, too.
+    """
     return EmbeddedStore(
         path,
         rows=rows,
@@ -292,4 +298,5 @@ def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedSt
         fsync=config.sync,
         max_age_s=config.max_age_s,
         max_bytes=config.max_bytes,
+        cpus=cpus,
     )

@@ -18,6 +18,7 @@ import numpy as np
 from contracts.errors import MaceError, nearest
 from tests.benchmark import (
     bpf,
+    cpus,
     ftrace_decode,
     graded,
     host_rtt,
@@ -28,6 +29,7 @@ from tests.benchmark import (
     mqtt,
     needs,
     offline,
+    page,
     pcap_pairs,
     perfetto,
     replaying,
@@ -37,6 +39,7 @@ from tests.benchmark import (
     sizing,
     starting,
     text,
+    top,
     tracedat,
     versus,
     wire,
@@ -44,12 +47,14 @@ from tests.benchmark import (
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "cli_start": starting.run,
+    "top_cost": top.run,
     "wire": wire.run,
     "ftrace_decode": ftrace_decode.run,
     "ring_drain": ring_drain.run,
     "capture_to_windows": offline.capture_to_windows,
     "capture_to_rows": offline.capture_to_rows,
     "store": rows.run,
+    "report_cpus": cpus.run,
     "vs_netdev_times": versus.netdev_times,
     "vs_bpftrace_text": versus.bpftrace_text,
     "live_flood": live.under_flood,
@@ -75,6 +80,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pcap_pairs": pcap_pairs.read,
     "replay_10gb": replaying.replay_10gb,
     "dask_scaling": replaying.dask_scaling,
+    "serve": page.run,
 }
 
 

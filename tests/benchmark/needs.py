@@ -21,12 +21,14 @@ LIBTRACECMD = (
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "cli_start": (),
+    "top_cost": (),
     "wire": (),
     "ftrace_decode": LAB,
     "ring_drain": (),
     "capture_to_windows": LAB,
     "capture_to_rows": LAB,
     "store": (),
+    "report_cpus": (),
     "vs_netdev_times": (*LAB, "perf"),
     "vs_bpftrace_text": (*LAB, "bpftrace"),
     "live_flood": LAB,
@@ -52,6 +54,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "pcap_pairs": ("tcpdump",),
     "replay_10gb": (),
     "dask_scaling": (),
+    "serve": ("chromium",),
 }
 """Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics is fetched into the cache."""
 
