@@ -54,7 +54,7 @@ class Beside:
         while len(self._times) > 1 and sum(map(len, self._times)) - len(self._times[0]) >= _LATEST:
             self._times.popleft()
         return added_ns(
-            ToolTimes.concatenate(self._times), self.probes.probes, self._cost_now(costs), bursts=self.probes.in_bursts
+            ToolTimes.concatenate(self._times), self.probes.probes, self._cost_now(costs), alone=self.probes.rarer
         )
 
     def finished(self, found: Corrected) -> Corrected:

@@ -41,6 +41,8 @@ _BURST: Final = 5
 """Probes in a burst; the first two of them warm the caches."""
 _FLOOD_NS: Final = 2_000_000
 """A tool with a shorter pace keeps its caches warm: probes follow in bursts."""
+_DENSE_NS: Final = 20_000_000
+"""With a shorter pace the limit of ten a second makes probes ten or more times rarer than the tool's packets."""
 _PACES: Final = 9
 """Number of the last requests whose distances give the pace: their median."""
 _AHEAD_NS: Final = 3_000_000
@@ -192,9 +194,9 @@ class HostProbes:
         return distances[len(distances) // 2] / 1e9 if distances else 0.0
 
     @property
-    def in_bursts(self) -> bool:
-        """Whether the tool's pace is such that probes come in bursts."""
-        return 0 < self.pace_s < _FLOOD_NS / 1e9
+    def rarer(self) -> bool:
+        """Whether the probes are so much rarer than the tool's packets that they find other caches than these."""
+        return 0 < self.pace_s < _DENSE_NS / 1e9
 
     def requested(self, times_ns: Iterable[int]) -> None:
         """Note requests of the tool, or their replies, CLOCK_MONOTONIC in order, and ask for probes that are due."""

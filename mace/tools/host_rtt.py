@@ -11,8 +11,8 @@ for a run. The stretches of the term come from here:
     send           probes of the host    probes of the container: the tool's clock is read outside the kernel
     device, far    probes of the host    the tool's own packets, which have the same records
 
-In a flood probes come in bursts, with caches that are as warm as a flood's only in part. There the container's side of
-each stretch is its probes.
+Below a pace of 20 ms probes are many times rarer than the tool's packets, and find caches that are as warm as the
+tool's only in part. There the container's side of each stretch is its probes.
 
 The interval of the median is a bootstrap of all three: each draw draws samples (in blocks, `correlator.intervals`),
 probes of the host, probes of the container, and the cost. It is widened by Student's t for few probes.
@@ -204,26 +204,26 @@ def _ends(found: intervals.Interval) -> str:
     return f"{_signed(found.low)} … {_signed(found.high)}"
 
 
-def added_ns(tool: ToolTimes, probes: Sequence[Probe], cost: Cost | None, *, bursts: bool = False) -> float | None:
+def added_ns(tool: ToolTimes, probes: Sequence[Probe], cost: Cost | None, *, alone: bool = False) -> float | None:
     """Return what to add to lower bounds, ns, by what is known so far; None with fewer than `FEWEST` probes a side.
 
-    `bursts`: the probes were sent in bursts.
+    `alone`: probes are compared with one another alone.
     """
-    sides = _Sides.of(probes, bursts=bursts)
+    sides = _Sides.of(probes, alone=alone)
     if sides is None or not len(tool):
         return None
     return sum(sides.term(tool)) - (cost.of(sides.records)[0] if cost else 0.0)
 
 
 def estimate(
-    tool: ToolTimes, probes: Sequence[Probe], cost: Cost | None, warm: Cost | None = None, *, bursts: bool = False
+    tool: ToolTimes, probes: Sequence[Probe], cost: Cost | None, warm: Cost | None = None, *, alone: bool = False
 ) -> HostRtt | None:
     """Return term and cost; None with fewer than `FEWEST` probes a side, or fewer than `intervals.FEWEST` samples.
 
-    `warm` is the cost of records that follow others, such as those within the overheads. `bursts`: the probes were sent
-    in bursts.
+    `warm` is the cost of records that follow others, such as those within the overheads. `alone`: probes are compared
+    with one another alone.
     """
-    sides = _Sides.of(probes, bursts=bursts)
+    sides = _Sides.of(probes, alone=alone)
     if sides is None or len(tool) < intervals.FEWEST:
         return None
     send, device, far = sides.term(tool)
@@ -234,9 +234,9 @@ def estimate(
     wider = _wider(few)
     # Columns of the draws: send, device, far, as deviations from the medians.
     columns = np.array([1, 1, sides.far_here])
-    probe_draws = (host @ columns - container @ (columns * [1, bursts, bursts])) * wider
+    probe_draws = (host @ columns - container @ (columns * [1, alone, alone])) * wider
     tool_draws, bound_draws = _tool_draws(random, tool, far_here=sides.far_here)
-    if bursts:
+    if alone:
         tool_draws, bound_draws = np.zeros(_DRAWS), bound_draws - tool_draws
     cost_draws = random.standard_normal(_DRAWS) * cost_error_ns
     term_ns = send + device + far
@@ -261,13 +261,13 @@ class _Sides:
     container: Floats
     far_here: bool
     """Whether the far end is on this machine."""
-    bursts: bool
-    """Whether the probes came in bursts: then they are compared with one another alone."""
+    alone: bool
+    """Whether probes are compared with one another alone, on every stretch."""
     records: list[tuple[int, ...]]
     """Hooks of the records within each host probe's round trip."""
 
     @classmethod
-    def of(cls, probes: Sequence[Probe], *, bursts: bool) -> _Sides | None:
+    def of(cls, probes: Sequence[Probe], *, alone: bool) -> _Sides | None:
         outside = [p for p in probes if not p.inside]
         inside = [p for p in probes if p.inside]
         if min(len(outside), len(inside)) < FEWEST:
@@ -280,12 +280,12 @@ class _Sides:
         )
         if min(len(host), len(container)) < FEWEST:
             return None
-        return cls(host, container, far_here, bursts, [p.hooks for p in outside])
+        return cls(host, container, far_here, alone, [p.hooks for p in outside])
 
     def term(self, tool: ToolTimes) -> tuple[float, float, float]:
         """Return the stretches of the term: send, device, far."""
         container = np.median(self.container, axis=0)
-        if not self.bursts:
+        if not self.alone:
             container[1:] = np.median(tool.device), np.median(tool.nic)
         send, device, far = (np.median(self.host, axis=0) - container).tolist()
         return send, device, far if self.far_here else 0.0

@@ -53,11 +53,11 @@ def test_a_far_end_on_another_machine_is_not_in_the_term():
     assert "far end" not in found.line()
 
 
-def test_probes_in_bursts_are_compared_with_one_another():
+def test_rare_probes_are_compared_with_one_another():
     sides = [*probes(4), *probes(4, send=27_000, inside=True, far=20_000)]
-    found = estimate(samples(), sides, cost(), bursts=True)
+    found = estimate(samples(), sides, cost(), alone=True)
     assert (found.send_ns, found.device_ns, found.far_ns) == (5_000, 0, 5_000)
-    assert added_ns(samples(), sides, cost(), bursts=True) == found.added_ns
+    assert added_ns(samples(), sides, cost(), alone=True) == found.added_ns
 
 
 def test_an_unknown_cost_is_said_and_not_subtracted():
