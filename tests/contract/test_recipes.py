@@ -773,7 +773,7 @@ def state_of_the_engine(tree):
         '"began_ns": state.began_ns,\n        "toy_last": state.toy_last,\n',
     )
     tree.replace(checkpoint, 'given["began_ns"],\n', 'given["began_ns"],\n        given["toy_last"],\n')
-    tree.replace("mace/replaying/assembly.py", "_NOTES: Final = 2\n", "_NOTES: Final = 3\n")
+    tree.replace("mace/replaying/assembly.py", "_NOTES: Final = 3\n", "_NOTES: Final = 4\n")
     tree.write("tests/unit/correlator/test_toylast.py", STATE_TEST)
 
 
