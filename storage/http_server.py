@@ -139,6 +139,8 @@ class HttpServer:
 
     def close(self) -> None:
         """Stop the server and wait for its thread, some 0.1 s."""
+        # A request that is cut off now is no error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
 

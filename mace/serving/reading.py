@@ -37,6 +37,7 @@ class Reading:
         self._skip_damaged = skip_damaged
         self._reader = None if made_later else self._opened()
         self._lock = threading.Lock()
+        self._closed = False
         self._waiting = threading.BoundedSemaphore(_MOST_WAITING)
         self._kept: OrderedDict[tuple[int, str, Asked], tuple[int, View]] = OrderedDict()
 
@@ -61,11 +62,21 @@ class Reading:
             raise Busy("too many requests at once; try again in a few seconds")
         try:
             with self._lock:
+                if self._closed:
+                    raise Busy("the page is closing")
                 if self._reader is None:
                     self._reader = self._opened()
                 yield self._reader
         finally:
             self._waiting.release()
+
+    def close(self) -> None:
+        """Wait for the query that runs, and refuse all others.
+
+        The process may end afterwards: ending a thread inside DuckDB would abort it (C++ cannot unwind there).
+        """
+        with self._lock:
+            self._closed = True
 
     def _keep(self, key: tuple[int, str, Asked], found: View) -> None:
         values = sum(map(len, found.columns.values()))

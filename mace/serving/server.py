@@ -56,6 +56,7 @@ def serving(
         yield Page(f"http://{_told(host, server.port)}/", server.port, server)
     finally:
         server.close()
+        reading.close()
 
 
 _ANY: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not listened at)

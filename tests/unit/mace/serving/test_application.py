@@ -305,3 +305,27 @@ def test_a_thousand_connections_leave_the_page_working(port):
     finally:
         for each in opened:
             each.close()
+
+
+def test_closing_waits_for_the_query_that_runs(path):
+    reader = Reading(path)
+    entered, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+    def hold():
+        with reader.reader():
+            entered.set()
+            leave.wait()
+        left.set()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait()
+    closer = threading.Thread(target=reader.close)
+    closer.start()
+    assert closer.is_alive()
+    leave.set()
+    closer.join()
+    holder.join()
+    assert left.is_set()
+    with pytest.raises(Busy, match="closing"):
+        reader.view("runs", Asked())
