@@ -41,6 +41,7 @@ COMMANDS = {
     "correct": (["correct", "-", CAPTURE, "--container", "c1", "--tool", "ping"], 0),
     "wrap": (["wrap", "--netns", "nosuch", "true"], 1),
     "experiment": (["experiment"], 1),
+    "calibrate": (["calibrate"], 1),
     "compare": (["compare"], 1),
     "report": (["report", "--store", "{store}"], 0),
     "serve": (["serve", "--store", "{tmp}/nosuch"], 1),
