@@ -11,6 +11,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,6 @@ from contracts.abi import RECORD
 from contracts.errors import Unavailable
 from contracts.hooks import TRACEPOINTS, Hook
 
-BTF: Final = Path("/sys/kernel/btf/vmlinux")
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
 _WHAT: Final = "bpf"
@@ -42,12 +42,7 @@ def programs() -> dict[Hook, str]:
 
     Raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
     """
-    if not BTF.exists():
-        raise Unavailable(_WHAT, f"this kernel has no BTF: {BTF} does not exist", "a kernel with CONFIG_DEBUG_INFO_BTF")
-    try:
-        btf = libbpf.Btf()
-    except OSError as error:
-        raise Unavailable(_WHAT, f"{BTF} cannot be read: {error.strerror}", refusal.RIGHTS) from error
+    btf = libbpf.Btf()
     try:
         arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
     finally:
@@ -60,7 +55,7 @@ def programs() -> dict[Hook, str]:
 
 
 def reads_pages() -> bool:
-    """Return whether this kernel lets the programs read payload in a buffer's pages; raises `OSError`."""
+    """Return whether this kernel lets the programs read payload in a buffer's pages; raises `Unavailable`."""
     # The second function exists since Linux 6.4, at first for other kinds of programs.
     return has_functions("bpf_rdonly_cast", "bpf_dynptr_from_skb") and kernel_version() >= (6, 12)
 
@@ -100,12 +95,18 @@ class Session:
                 "`--source ftrace`",
             )
         self._object = BpfObject(path)
+        """Its maps are those of all programs."""
+        self._parts: list[BpfObject] = []
+        """The same file, opened once for each thread that loads some of the programs."""
+        self._loaded: dict[str, BpfObject] = {}
+        """The part that has a program, by the program's name."""
         self.maps_rings: Final = not self._object.old
         """Whether rings are mapped arrays (`ring.MappedRing`), else BPF ring buffers (`ring.BufferRing`)."""
         try:
-            self._object.select(self.programs.values())
+            self._object.select(())
             self._prepare(wanted, wake_every, cookies)
-            self._load()
+            self._create_maps()
+            self._load_programs(path)
         except BaseException:
             self.close()
             raise
@@ -127,7 +128,8 @@ class Session:
         if self._state_memory is not None:
             self._state_memory.close()
             self._state_memory = None
-        self._object.close()
+        for part in (*self._parts, self._object):
+            part.close()
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class Session:
             config["l4_protos"][protocol // 64] |= np.uint64(1 << protocol % 64)
         config["l4_filtered"] = bool(wanted.l4_protocols)
 
-    def _load(self) -> None:
+    def _create_maps(self) -> None:
         # The verifier and the array of rings need a ring of the right size.
         pattern = self._make_ring()
         try:
@@ -160,7 +162,23 @@ class Session:
         state = self._object.map_fd(".bss")
         self._state_memory = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._state = np.frombuffer(self._state_memory, STATE).reshape(())
-        self._fds = {hook: self._object.program_fd(n) for hook, n in self.programs.items()}
+
+    def _load_programs(self, path: Path) -> None:
+        """Load the programs in as many threads as CPUs may run: most of the time is the verifier's.
+
+        With CAP_BPF the kernel verifies several programs at once.
+        """
+        names = list(self.programs.values())
+        cpus = min(len(os.sched_getaffinity(0)), len(names))
+        for share in (names[i::cpus] for i in range(cpus)):
+            part = BpfObject(path, old=self._object.old)
+            self._parts.append(part)
+            part.select(share)
+            part.share_maps(self._object)
+            self._loaded |= dict.fromkeys(share, part)
+        with ThreadPoolExecutor(len(self._parts)) as threads:
+            list(threads.map(BpfObject.load, self._parts))
+        self._fds = {hook: self._loaded[name].program_fd(name) for hook, name in self.programs.items()}
 
     # --- recording ------------------------------------------------------------------------------
 
@@ -198,7 +216,8 @@ class Session:
         """Attach the programs, which record only after `start`; raises `Unavailable`."""
         for name in self.programs.values():
             try:
-                self._links.append(pointer(self._library.bpf_program__attach(self._object.program(name))))
+                program = self._loaded[name].program(name)
+                self._links.append(pointer(self._library.bpf_program__attach(program)))
             except OSError as error:
                 raise refusal.of_attaching(name, error) from error
 

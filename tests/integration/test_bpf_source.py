@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collector.bpf import session
+from collector.bpf import libbpf, session
 from collector.bpf.libbpf import Btf, library
-from collector.bpf.object import OBJECT
+from collector.bpf.object import OBJECT, BpfObject
 from collector.bpf.ring import BufferRing, MappedRing, Wakes, lost_before
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.ftrace.source import FtraceConfig, FtraceSource
@@ -374,7 +374,7 @@ def test_attached_and_detached_a_thousand_times_under_a_flood():
 
 
 def test_without_btf(monkeypatch, tmp_path):
-    monkeypatch.setattr(session, "BTF", tmp_path / "vmlinux")
+    monkeypatch.setattr(libbpf, "BTF", tmp_path / "vmlinux")
     status = BpfSource.check()
     assert not status.ok
     assert status.detail.startswith("this kernel has no BTF")
@@ -423,6 +423,21 @@ def test_without_rights(kept, missing):
     assert "CAP_BPF and CAP_PERFMON" in remedy
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("cpus", [1, 3, 64])
+def test_each_program_is_loaded_once_by_as_many_threads_as_cpus(monkeypatch, cpus):
+    shares = []
+    select = BpfObject.select
+    monkeypatch.setattr(session.os, "sched_getaffinity", lambda _: range(cpus))
+    monkeypatch.setattr(BpfObject, "select", lambda self, names: shares.append(names) or select(self, names))
+    with closing(session.Session(SessionFilter(), ring_bytes=4096, wake_every=1, cookies=False)) as one:
+        of_maps, *parts = shares
+        assert not of_maps
+        assert len(parts) == min(cpus, len(one.programs))
+        assert sorted(name for part in parts for name in part) == sorted(one.programs.values())
+        one.attach()
+        assert one.attached == len(one.programs)
 
 
 def test_a_ring_that_is_too_large():
