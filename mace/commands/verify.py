@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,7 +54,7 @@ def run(options: Options, console: Console) -> int:
     from mace.trials.verify.scenarios import BY_NAME
 
     configured = settings.configured(options.config, capture=CaptureOptions(options.source, None))
-    source = asyncio.run(first.name_of(configured.capture))
+    source = first.name_of(configured.capture)
     configured = replace(configured, capture=replace(configured.capture, source=source))
     verdicts = []
     for scenario in (BY_NAME[name] for name in options.scenarios or SCENARIOS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from collector import SOURCES
@@ -101,15 +102,20 @@ class FirstThatOpens:
         return self._opened.cost if self._opened is not None else ()
 
 
-async def name_of(config: CaptureConfig) -> str:
-    """Return the name of the configured live source; for `auto` the source is opened and closed. Raises as `open`."""
-    if config.source != AUTO:
-        return config.source
-    source = FirstThatOpens(config)
-    try:
-        return (await source.open()).source
-    finally:
-        await source.aclose()
+def name_of(config: CaptureConfig) -> str:
+    """Return the name of the configured live source; for `auto` the source is opened and closed.
+
+    Raises as `FirstThatOpens.open`. Not to be called in an event loop.
+    """
+
+    async def opened() -> str:
+        source = FirstThatOpens(config)
+        try:
+            return (await source.open()).source
+        finally:
+            await source.aclose()
+
+    return asyncio.run(opened()) if config.source == AUTO else config.source
 
 
 def choice_of(config: CaptureConfig, name: str, *, raw: bool = False) -> Choice:

@@ -94,9 +94,9 @@ def test_auto_takes_bpf_and_where_it_cannot_run_ftrace():
         done = subprocess.run([*prefix, *argv], capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         said.append(" ".join(done.stderr.split()))
-    assert "source bpf (not kmod: the module is not loaded" in said[0]
+    assert "source bpf (not kmod: /dev/mace does not exist: the module is not loaded" in said[0]
     assert "not bpf" not in said[0]
-    assert "source ftrace (not kmod: the module is not loaded" in said[1]
+    assert "source ftrace (not kmod: /dev/mace does not exist: the module is not loaded" in said[1]
     assert "; not bpf: this kernel has no BTF: /sys/kernel/btf/vmlinux does not exist (a kernel with" in said[1]
 
 

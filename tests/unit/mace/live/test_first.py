@@ -95,7 +95,7 @@ def test_auto_takes_the_best_that_opens_and_says_why_not_a_better_one(monkeypatc
     assert opened(CaptureConfig()) == (name, told)
     assert list(made) == list(SOURCES)[: list(SOURCES).index(name) + 1]
     assert {source.closed for source in made.values()} == {1}
-    assert asyncio.run(name_of(CaptureConfig())) == name
+    assert name_of(CaptureConfig()) == name
 
 
 def test_auto_says_of_every_source_why_it_cannot_run(monkeypatch):
@@ -114,7 +114,7 @@ def test_a_named_source_is_the_only_one_that_is_tried(monkeypatch):
     with pytest.raises(Unavailable, match="ftrace: no tracefs; mount it"):
         opened(CaptureConfig(source="ftrace"))
     assert list(made) == ["bpf", "ftrace"]
-    assert asyncio.run(name_of(CaptureConfig(source="ftrace"))) == "ftrace"
+    assert name_of(CaptureConfig(source="ftrace")) == "ftrace"
 
 
 def test_a_wrong_setting_is_no_reason_to_try_another_source(monkeypatch):
