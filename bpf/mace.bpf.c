@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Programs on the tracepoints: one small function per hook, and the function that all of them call.
+ * Programs on the tracepoints, and on the functions where IP takes a packet: one small function per
+ * hook, and the function that all of them call.
  *
  * A program runs wherever the kernel handles a packet, on any CPU. Another program may interrupt it
  * on the same CPU (from an interrupt; in the newest kernels also from another task). The entries
@@ -46,6 +47,7 @@
 
 #define MACE_SEEN_BITS 5
 #define MACE_IDENTIFIED_BITS 6
+#define MACE_RECEIVED_BITS 8 /* a list of received buffers has up to 64 */
 #define MACE_DATAREF_MASK 0xffff /* SKB_DATAREF_MASK */
 
 /**
@@ -67,11 +69,13 @@ struct mace_identified {
  * @counts: counts that the reader queries
  * @identified: buffers, each in the slot of its address's hash
  * @seen: packets that were read, each in the slot of the hash of its data's address
+ * @received: buffer and device of receptions, one word each, in the place of the data's address
  */
 struct mace_cpu {
 	struct mace_counts counts;
 	struct mace_identified identified[1 << MACE_IDENTIFIED_BITS];
 	struct mace_seen seen[1 << MACE_SEEN_BITS];
+	u64 received[1 << MACE_RECEIVED_BITS];
 };
 
 struct {
@@ -187,6 +191,51 @@ static __always_inline void mace_read(struct mace_cpu *cpu, u64 head, struct mac
 		MACE_FORGET(&mace_state, buffer->protocol);
 		mace_read_anew(buffer, seen, fields, mace_state.nothing, now);
 	}
+}
+
+/* --- where a packet was received -------------------------------------------------- */
+
+/*
+ * IP is handed a packet on the CPU that has received it. If the word of its place differs, the
+ * packet has changed devices in between, past every tracepoint. A word may be overwritten by that
+ * of another buffer; then the packet is recorded once more. The module does the same
+ * (kmod/mace_probes.c).
+ */
+static __always_inline volatile u64 *mace_received_at(struct mace_cpu *cpu,
+						      const struct sk_buff *skb,
+						      const struct net_device *dev, u64 *word)
+{
+	u64 head = mace_number(skb->head) * MACE_FACTOR;
+
+	*word = head ^ mace_number(dev);
+	return &cpu->received[head >> (64 - MACE_RECEIVED_BITS)];
+}
+
+/* Return whether a session records @hook, a constant. The verifier knows the answer. */
+static __always_inline bool mace_is_hook_wanted(const u8 hook)
+{
+	return mace_config.hooks >> hook & 1;
+}
+
+/*
+ * Note where a packet is received, and return whether @hook, a constant, has a record of it. IP's
+ * hook has none if the packet was received at the device where IP is handed it.
+ */
+static __always_inline bool mace_is_at_hook(struct mace_cpu *cpu, const u8 hook,
+					    const struct sk_buff *skb, const struct net_device *dev)
+{
+	volatile u64 *place;
+	u64 word;
+
+	if (hook == MACE_HOOK_NETIF_RECEIVE_SKB && mace_is_hook_wanted(MACE_HOOK_IP_RCV)) {
+		place = mace_received_at(cpu, skb, dev, &word);
+		*place = word;
+	} else if (hook == MACE_HOOK_IP_RCV) {
+		place = mace_received_at(cpu, skb, dev, &word);
+		if (*place == word)
+			return false;
+	}
+	return mace_is_hook_wanted(hook);
 }
 
 /* --- the filter ------------------------------------------------------------------- */
@@ -416,6 +465,8 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 		return 0;
 	/* Not atomic, which would cost more than all other counting: a call may be missing. */
 	cpu->counts.calls[hook]++;
+	if (!mace_is_at_hook(cpu, hook, skb, dev))
+		return 0;
 	if (dev) {
 		netns = mace_name_of(dev->nd_net.net);
 		record.ifindex = dev->ifindex;
@@ -437,6 +488,8 @@ static __always_inline int mace_observe(const u8 hook, struct sk_buff *skb, stru
 	buffer.len = skb->len;
 	buffer.in_place = skb->len - skb->data_len;
 	buffer.protocol = BE16(skb->protocol);
+	/* bpf_dynptr_from_skb() takes a tracepoint's buffer, but not the argument of a function. */
+	buffer.pages = hook != MACE_HOOK_IP_RCV;
 	if (dev)
 		mace_find_at_device(skb, dev, offset, &buffer, &record);
 	if (dev || mace_find_nowhere(skb, &buffer)) {
@@ -539,6 +592,22 @@ SEC("tp_btf/kfree_skb")
 int BPF_PROG(kfree_skb_without_reason, struct sk_buff *skb)
 {
 	return mace_nowhere(MACE_HOOK_KFREE_SKB, skb, 0);
+}
+
+/*
+ * What ip_rcv() and ip_list_rcv(), the entry of packets that a driver hands over in lists, call for
+ * each packet.
+ */
+SEC("fentry/ip_rcv_core")
+int BPF_PROG(ip_rcv, struct sk_buff *skb)
+{
+	return mace_up(MACE_HOOK_IP_RCV, skb);
+}
+
+SEC("fentry/ip6_rcv_core")
+int BPF_PROG(ipv6_rcv, struct sk_buff *skb)
+{
+	return mace_up(MACE_HOOK_IP_RCV, skb);
 }
 
 char LICENSE[] SEC("license") = "GPL";

@@ -31,7 +31,7 @@
  * @cookies: 1 identifies namespaces by cookie, 0 by inode
  * @paged: 1 if this kernel lets programs read a buffer's pages (bpf_dynptr_from_skb())
  * @ring_slots: number of slots of each struct mace_ring, a power of two above MACE_RING_MARGIN
- * @pad: 0
+ * @hooks: bit n: the programs of hook n record. With MACE_HOOK_IP_RCV, receptions are noted
  */
 struct mace_config {
 	__u64 skb_key[2];
@@ -43,7 +43,7 @@ struct mace_config {
 	__u32 cookies;
 	__u32 paged;
 	__u32 ring_slots;
-	__u32 pad;
+	__u32 hooks;
 };
 
 /* A place of struct mace_state that no packet is at; no namespace and no device has this number. */

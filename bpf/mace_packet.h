@@ -108,6 +108,7 @@ struct mace_words {
  * @offset: start of the network layer from @data
  * @tci: tag control information of the VLAN tag beside the packet's data, or -1
  * @protocol: EtherType, host byte order
+ * @pages: whether the program may call mace_copy_paged() with @skb; a constant in each program
  */
 struct mace_buffer {
 	const struct sk_buff *skb;
@@ -117,6 +118,7 @@ struct mace_buffer {
 	int offset;
 	int tci;
 	u16 protocol;
+	bool pages;
 };
 
 /**
@@ -127,7 +129,8 @@ struct mace_buffer {
  * @in_place: number of the packet's bytes in the linear part
  * @bytes: number of all bytes of the packet
  * @used: offset behind the last byte that was read in the linear part
- * @paged: offset of the MACE_PAYLOAD_BYTES that were read from pages, or 0
+ * @paged: offset of the MACE_PAYLOAD_BYTES in pages that the reading needs, or 0. They were read,
+ *	or only other programs can read them
  * @hidden: 1 if a byte that the reading needs lies in pages and was not read
  */
 struct mace_reader {
@@ -195,6 +198,12 @@ static __always_inline bool mace_is_paged_readable(void);
  * Return: 0, or less if the buffer does not have these bytes or nobody may read them.
  */
 static __noinline long mace_copy_paged(const struct sk_buff *skb, int offset, void *to);
+
+/* Return whether this program can read payload in the pages of @buffer. */
+static __always_inline bool mace_reads_pages(const struct mace_buffer *buffer)
+{
+	return mace_is_paged_readable() && buffer->pages;
+}
 
 /* Return whether the packet has @len bytes at @offset, in the linear part or in pages. */
 static __always_inline bool mace_has(const struct mace_reader *reader, int offset, int len)
@@ -564,11 +573,14 @@ static __always_inline void mace_take_payload(struct mace_reader *reader,
 	from = offset + bytes - MACE_PAYLOAD_BYTES;
 	if (likely(offset + bytes <= reader->in_place)) {
 		mace_take(reader, from, payload, sizeof(payload));
-	} else if (mace_is_paged_readable() &&
+	} else if (mace_reads_pages(buffer) &&
 		   !mace_copy_paged(buffer->skb, buffer->offset + from, payload)) {
 		reader->paged = from;
 	} else {
 		reader->hidden = 1;
+		/* Other programs can read these bytes: the packet must not be remembered without. */
+		if (mace_is_paged_readable() && !buffer->pages)
+			reader->paged = from;
 		return;
 	}
 	bits = (MACE_PAYLOAD_BYTES - bytes) * 8;
@@ -963,7 +975,8 @@ static __always_inline bool mace_is_equal(const struct mace_buffer *buffer,
 	}
 	bytes = mace_look(at + used - MACE_TAIL_BYTES, copy, MACE_TAIL_BYTES);
 	changed |= (bytes[0] ^ seen->tail[0]) | (bytes[1] ^ seen->tail[1]);
-	if (mace_is_paged_readable() && unlikely(seen->paged_at)) {
+	/* A program that reads no pages relies on the one at the reception, which compared them. */
+	if (mace_reads_pages(buffer) && unlikely(seen->paged_at)) {
 		if (mace_copy_paged(buffer->skb, buffer->offset + (int)seen->paged_at, copy))
 			return false;
 		changed |= (copy[0] ^ seen->paged[0]) | (copy[1] ^ seen->paged[1]);
@@ -1017,7 +1030,7 @@ static __always_inline void mace_write_seen(const struct mace_buffer *buffer,
 	seen->tail[1] = bytes[1];
 	if (likely(!paged))
 		return;
-	if (mace_is_paged_readable() &&
+	if (mace_reads_pages(buffer) &&
 	    !mace_copy_paged(buffer->skb, buffer->offset + paged, copy)) {
 		seen->paged_at = paged;
 		seen->paged[0] = copy[0];

@@ -106,6 +106,10 @@ class CorrelateConfig:
         500, "A packet's life ends when its next record does not follow within this time, ms.", low=1, high=60_000
     )
     rows: bool = _key(True, "Whether to keep a row per packet and segment, not only windows.")
+    cpus: bool = _key(False, "Whether to store which CPU worked on packets, for `mace report --cpus`.")
+    softirqs: bool = _key(
+        False, "With `cpus`: whether a live run also stores how long receive softirqs wait, by ftrace; needs root."
+    )
     open_records: int = _key(
         4_194_304, "Largest number of records of unfinished packets kept in memory.", low=1000, high=1_000_000_000
     )

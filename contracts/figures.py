@@ -30,7 +30,7 @@ INGRESS_UNSEEN: Final = ("macvlan", "macvtap", "ipvlan", "ipvtap")
 them and repeats the receive path (`another_round` in __netif_receive_skb_core), which starts after the tracepoint
 `netif_receive_skb`. The hook `ip_rcv` sees these packets."""
 _IP_RCV: Final = BY_HOOK[Hook.IP_RCV].tracepoint
-_REMEDY: Final = "The kernel module measures it."
+_REMEDY: Final = "The kernel module measures it, and BPF does unless `mace check` says `without ip_rcv`."
 _MANY_SENT: Final = 100
 """Packets sent per packet received, ARP included, from which on a device's ingress is reported as unseen."""
 COUNTS_AS: Final = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from contracts.cpus import StagePlace
 from contracts.ledger import Ledger
 from contracts.schema import Crossings, Delays, Grades, HookCost
 from contracts.topology import Device, Sharer
@@ -27,6 +28,11 @@ class Rows:
     """Crossings of the packets in `delays`, if the engine's configuration asks for them."""
     gaps_utc_ns: tuple[tuple[int, int], ...] = ()
     """Times (start, end) between which the ring of a CPU lost records, as far as this stretch shows."""
+    stages: WindowTable = field(default_factory=WindowTable.empty)
+    """Counts of stages, if the engine's configuration asks for them: `device` is an index into `places`, `segment` a
+    `contracts.cpus.Measure`. Counts of equal time and place add up; a later stretch may add to them."""
+    places: tuple[StagePlace, ...] = ()
+    """Places to which `stages` refers by index; a run only appends to them."""
 
 
 @dataclass(frozen=True, slots=True)

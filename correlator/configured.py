@@ -17,6 +17,7 @@ def live(config: CorrelateConfig) -> EngineConfig:
         whole_batches=True,
         open_records=config.open_records,
         rows=config.rows,
+        stages=config.cpus,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 
 from contracts.arrays import Ints, Mask
+from contracts.cpus import StagePlace
 from contracts.ledger import Ledger
 from contracts.ordering import stable_order
 from contracts.protocols import TCP
@@ -35,7 +36,8 @@ from correlator.lives import NEVER, NOTHING_OPEN, Lives, Records, join
 from correlator.memo import Memo
 from correlator.neighbours import Asked
 from correlator.numbers import LOST
-from correlator.shapes import measure_all
+from correlator.shapes import measure_all, measure_stages
+from correlator.stages import StageCounts
 from correlator.state import EngineState, with_numbers
 from correlator.windows import Windows
 
@@ -81,6 +83,8 @@ class EngineConfig:
     """Whether to return a row per packet and segment; windows are returned in any case."""
     crossings: bool = False
     """Whether to return `Rows.crossings`, for the correction of a tool's samples."""
+    stages: bool = False
+    """Whether to return `Rows.stages`: which CPU worked on packets."""
 
 
 class Engine:
@@ -115,6 +119,9 @@ class Engine:
         self._gaps_to_tell: list[tuple[int, int]] = []
         self._entries = Memo(self._new_entry)
         self._devices: list[Device] = []
+        self._own: list[int] = []
+        """For each of `_devices`, the index of the container's own device."""
+        self._stages = StageCounts(self._entries, self._own)
         self._owners: set[int] = set()
         self._grades = dict.fromkeys((*_GRADES, "waited", "told_apart"), 0)
         self._tally = dict.fromkeys(("records", "matched", "unmatched", "ambiguous", "expired", "dropped", "lost"), 0)
@@ -184,7 +191,7 @@ class Engine:
     @property
     def held(self) -> tuple[int, int]:
         """Histogram cells of open windows, and number of devices: both grow with the stream; callers limit them."""
-        return self._windows.cells, len(self._resolver.devices)
+        return self._windows.cells + self._stages.cells, len(self._resolver.devices)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -194,6 +201,10 @@ class Engine:
     def close_windows(self) -> WindowTable:
         """Return all open windows at a cut; the other engine returns the delays of the same windows after the cut."""
         return self._windows.close(None)
+
+    def close_stages(self) -> tuple[WindowTable, tuple[StagePlace, ...]]:
+        """Return all open counts of stages at a cut, and the places that they refer to."""
+        return self._stages.close(None), tuple(self._stages.places)
 
     def finish(self) -> Results:
         """Return the remaining results at the end of the stream. Buffers with a single record stay in flight."""
@@ -266,7 +277,7 @@ class Engine:
         self._asked.note(batch)
         found: list[tuple[Delays, Crossings]] = []
         if len(batch) or len(self._open):
-            new = Records.of(batch, flows=self._config.crossings)
+            new = Records.of(batch, flows=self._config.crossings, cpus=self._config.stages)
             lives = join(self._open, new, self._resolver, self._gaps, self._config.timeout_ns)
             self._grades["told_apart"] += lives.told_apart
             ended = self._finish(lives, upto_ns, last=last)
@@ -280,8 +291,11 @@ class Engine:
         self._asked.forget(self._nothing_before(upto_ns))
         told = tuple((start + self._offset_ns, end + self._offset_ns) for start, end in self._gaps_to_tell)
         self._gaps_to_tell = []
-        windows = self._windows.close(None if last else self._settled(upto_ns) + self._offset_ns)
-        return Results(Rows(delays, windows, self.devices, crossings, told), self.so_far(upto_ns))
+        settled_utc_ns = None if last else self._settled(upto_ns) + self._offset_ns
+        windows, stages = self._windows.close(settled_utc_ns), self._stages.close(settled_utc_ns)
+        places = tuple(self._stages.places) if len(stages) else ()
+        rows = Rows(delays, windows, self.devices, crossings, told, stages, places)
+        return Results(rows, self.so_far(upto_ns))
 
     def so_far(self, upto_ns: int) -> Totals:
         """Return the totals of the run."""
@@ -362,14 +376,18 @@ class Engine:
         """Count the lives in `ended`, add their delays to windows, and return their rows."""
         if not ended.any():
             return Delays.empty(), Crossings.empty()
-        found = measure_all(lives, ended, self._resolver, crossings=self._config.crossings)
+        waited = self._asked.waited(lives, ended)
+        if self._config.stages:
+            found, stages = measure_stages(lives, ended, self._resolver, crossings=self._config.crossings)
+            self._stages.add(lives, stages, waited, self._offset_ns)
+        else:
+            found = measure_all(lives, ended, self._resolver, crossings=self._config.crossings)
         size = lives.size
         dropped, unclear = found.dropped & ended, found.unclear & ended
         self._tally["dropped"] += int(size[dropped].sum())
         self._tally["ambiguous"] += int(size[unclear].sum())
         self._tally["matched"] += int(size[ended & ~dropped & ~unclear].sum())
         self._grades["ambiguous"] += int(unclear.sum())
-        waited = self._asked.waited(lives, ended)
         self._grades["waited"] += int(waited[found.packets].sum())
         counts = np.bincount(lives.grade[found.packets], minlength=len(_GRADES)).tolist()
         for grade, count in zip(_GRADES, counts, strict=True):
@@ -439,6 +457,7 @@ class Engine:
             for other in (owner, *self._resolver.beside(owner)):
                 if other != number:
                     self._entries.of((other << 32) | owner)
+        self._own.append(len(self._devices) if number == owner else self._entries.of((owner << 32) | owner))
         device, owning = self._resolver.devices[number], self._resolver.devices[owner]
         self._devices.append(replace(device, container=owning.container, container_id=owning.container_id))
         return len(self._devices) - 1

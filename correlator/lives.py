@@ -42,7 +42,13 @@ Gaps = Sequence[tuple[int, int]]
 NEVER: Final = np.iinfo(np.int64).max
 _COPIED: Final = np.isin(np.arange(max(COPIED_BEHIND) + 2), COPIED_BEHIND)
 """Whether a number of bytes is in COPIED_BEHIND; all other numbers are clipped to the last entry (index -1)."""
-_OF_CONTENT: Final[dict[str, Any]] = {"key": np.uint64, "trait": np.uint8, "flow": np.uint64, "proto": np.uint8}
+_OPTIONAL: Final[dict[str, Any]] = {
+    "key": np.uint64,
+    "trait": np.uint8,
+    "flow": np.uint64,
+    "proto": np.uint8,
+    "cpu": np.uint16,
+}
 """The optional columns of `Records`."""
 
 
@@ -64,13 +70,18 @@ class Records:
     """`correlator.content.flows`; None if they are not needed, or `key` is None."""
     proto: npt.NDArray[np.uint8] | None = None
     """IP protocol number, 0 if none; None if `flow` is None."""
+    cpu: npt.NDArray[np.uint16] | None = None
+    """CPU of each record; None if it is not needed."""
 
     def __len__(self) -> int:
         return len(self.ts)
 
     @classmethod
-    def of(cls, batch: Batch, *, flows: bool = False) -> Records:
-        """Make the records of a batch, which has no markers; `flows` includes the columns `flow` and `proto`."""
+    def of(cls, batch: Batch, *, flows: bool = False, cpus: bool = False) -> Records:
+        """Make the records of a batch, which has no markers.
+
+        `flows` includes the columns `flow` and `proto`, `cpus` the column `cpu`.
+        """
         dev = batch.dev
         if batch.content is not None:
             # At a delivery or an end, `dev` may be an earlier device of the packet (RECALLED): clear it.
@@ -78,14 +89,24 @@ class Records:
         length = batch.l3_len
         if batch.drop_reason.any():
             length = np.where(batch.hook == DROP, batch.drop_reason, length)
-        told = (keys(batch), traits(batch), *(content.flows(batch) if flows else ()))
-        return cls(batch.ts_ns, batch.skb_id, place(batch.hook, dev), length, *told)
+        flow, proto = content.flows(batch) if flows else (None, None)
+        return cls(
+            batch.ts_ns,
+            batch.skb_id,
+            place(batch.hook, dev),
+            length,
+            keys(batch),
+            traits(batch),
+            flow,
+            proto,
+            batch.cpu if cpus else None,
+        )
 
     def __add__(self, later: Records) -> Records:
         if not len(self):
             return later
         names = [f.name for f in fields(self)]
-        absent = [name for name in _OF_CONTENT if getattr(self, name) is None and getattr(later, name) is None]
+        absent = [name for name in _OPTIONAL if getattr(self, name) is None and getattr(later, name) is None]
         return Records(
             **{name: np.concatenate([self.column(name), later.column(name)]) for name in names if name not in absent}
         )
@@ -98,7 +119,7 @@ class Records:
     def column(self, name: str) -> npt.NDArray[Any]:
         """Return a column, zeros if it is absent."""
         column = getattr(self, name)
-        return np.zeros(len(self), _OF_CONTENT[name]) if column is None else column
+        return np.zeros(len(self), _OPTIONAL[name]) if column is None else column
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ shape.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
@@ -21,6 +21,7 @@ from contracts.schema import Outcome
 from correlator.hops import Crossed, Measured, measure
 from correlator.identity import CODE_BITS, Resolver
 from correlator.lives import Lives, Paths, laid_out
+from correlator.stages import Stages, stages
 
 _FEW: Final = 256
 """Number of lives below which all are measured directly: finding their shapes would take longer."""
@@ -52,8 +53,21 @@ def measure_all(lives: Lives, which: Mask, resolver: Resolver, *, crossings: boo
     alike = _alike(lives, np.flatnonzero(which))
     if alike is None:
         return measure(lives, which, resolver)
-    told = measure(alike.paths, np.ones(len(alike.paths.starts), np.bool_), resolver)
-    return _spread(lives, alike, told, crossings=crossings)
+    return _spread(lives, alike, _measured(alike, resolver), crossings=crossings)
+
+
+def measure_stages(lives: Lives, which: Mask, resolver: Resolver, *, crossings: bool) -> tuple[Measured, Stages]:
+    """Return the result of `measure_all`, and the stages of the same lives, with positions in each life."""
+    chosen = np.flatnonzero(which)
+    alike = _alike(lives, chosen)
+    if alike is None:
+        alike = _Alike(chosen, np.arange(len(chosen)), lives.numbered(chosen))
+    told = _measured(alike, resolver)
+    return _spread(lives, alike, told, crossings=crossings), _spread_stages(alike, stages(alike.paths, told, resolver))
+
+
+def _measured(alike: _Alike, resolver: Resolver) -> Measured:
+    return measure(alike.paths, np.ones(len(alike.paths.starts), np.bool_), resolver)
 
 
 def _alike(lives: Lives, chosen: Ints) -> _Alike | None:
@@ -129,6 +143,15 @@ def _spread(lives: Lives, alike: _Alike, told: Measured, *, crossings: bool) -> 
         packets=alike.lives[rows[alike.kind] > 0],
         crossed=_crossed(lives, alike, told.crossed) if crossings and told.crossed is not None else None,
     )
+
+
+def _spread_stages(alike: _Alike, told: Stages) -> Stages:
+    """Apply the stages of one life of each shape to all lives."""
+    rows = np.bincount(told.life, minlength=len(alike.paths.starts))
+    count = rows[alike.kind]
+    row = laid_out((np.cumsum(rows) - rows)[alike.kind], count)
+    columns = {f.name: getattr(told, f.name)[row] for f in fields(Stages)}
+    return Stages(**columns | {"life": np.repeat(alike.lives, count)})
 
 
 def _crossed(lives: Lives, alike: _Alike, told: Crossed) -> Crossed:

@@ -143,7 +143,7 @@ class Store(StoreReader):
         super().__init__(Path(path), skip_damaged)
 
     def sql(self, query: str) -> pa.Table:
-        """Run one SELECT over `delays`, `windows`, `ledger`, `runs`, `cost`. Raises `UsageError` or `StoreError`."""
+        """Run one SELECT over the tables of `storage.tables.COLUMNS`. Raises `UsageError` or `StoreError`."""
         return sql.table(self, query)
 
 

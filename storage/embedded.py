@@ -21,14 +21,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contracts.cpus import CpuCounters, CpuReadings, SoftirqCounts, StagePlace
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
 from contracts.results import Results, Totals
@@ -49,6 +52,8 @@ from storage.segments import (
 )
 
 _LOG = logging.getLogger(__name__)
+CPUS_INTERVAL_S: Final = 10.0
+"""Interval at which the CPUs' counters are stored: 1,000 rows a CPU in three hours."""
 
 
 def check_schema(root: Path) -> bool:
@@ -99,20 +104,36 @@ def lock_store(root: Path, who: str) -> int:
     return fd
 
 
+_Reading = TypeVar("_Reading", CpuCounters, SoftirqCounts)
+
+
+def _each_hour(readings: Sequence[_Reading]) -> Iterator[tuple[int, Sequence[_Reading]]]:
+    for hour, chosen in by_hour(np.array([each.utc_ns for each in readings], np.int64)):
+        yield hour, readings if chosen is None else [readings[i] for i in chosen]
+
+
 @dataclass(frozen=True, slots=True)
 class _Buffer:
     """What one flush writes."""
 
     delays: list[Delays]
     windows: list[WindowTable]
+    stages: list[WindowTable]
+    cpus: list[CpuReadings]
+    places: tuple[StagePlace, ...]
+    """What the `device` of `stages` points to."""
     devices: tuple[Device, ...]
-    """What the rows' `device` points to."""
+    """What the rows' and places' `device` points to."""
     totals: Totals
 
     @property
     def rows(self) -> int:
-        """Number of rows of both tables."""
-        return sum(map(len, self.delays)) + sum(map(len, self.windows))
+        """Number of rows of all tables."""
+        return (
+            sum(map(len, self.delays))
+            + sum(map(len, (*self.windows, *self.stages)))
+            + sum(len(each.counters) + len(each.softirqs) for each in self.cpus)
+        )
 
 
 class EmbeddedStore:
@@ -133,8 +154,12 @@ class EmbeddedStore:
         max_age_s: float | None = None,
         max_bytes: int | None = None,
         clock: Callable[[], float] = time.time,
+        cpus: Callable[[], CpuReadings] | None = None,
     ) -> None:
-        """`rows=False` keeps windows and ledger only. `clock` gives UTC seconds, for retention."""
+        """`rows=False` keeps windows and ledger only. `clock` gives UTC seconds, for retention.
+
+        `cpus` reads the machine's CPUs; readings are stored when a run begins, each `CPUS_INTERVAL_S`, and at its end.
+        """
         self.path = Path(path)
         self._rows, self._flush_interval_s, self._flush_rows, self._fsync = rows, flush_interval_s, flush_rows, fsync
         self._max_age_s, self._max_bytes, self._clock = max_age_s, max_bytes, clock
@@ -144,6 +169,9 @@ class EmbeddedStore:
         # The buffer: write() fills it, _submit() empties it.
         self._delays: list[Delays] = []
         self._windows: list[WindowTable] = []
+        self._stages: list[WindowTable] = []
+        self._places: tuple[StagePlace, ...] = ()
+        self._read_cpus, self._cpus = cpus, list[CpuReadings]()
         self._devices: tuple[Device, ...] = ()
         self._totals: Totals | None = None
         self._buffered = 0
@@ -183,6 +211,7 @@ class EmbeddedStore:
         except BaseException:
             self._release()
             raise
+        self._note_cpus()
         self._ticker = asyncio.create_task(self._tick(), name="store-flush")
 
     async def write(self, results: Results) -> None:
@@ -194,6 +223,9 @@ class EmbeddedStore:
             self._buffered += len(rows.delays)
         if len(rows.windows):
             self._windows.append(rows.windows)
+        if len(rows.stages):
+            self._stages.append(rows.stages)
+            self._places = rows.places
         self._devices = rows.devices
         before = self._totals.on_host_network if self._totals is not None and self._dirty else ()
         sharers = newest_names((*before, *totals.on_host_network))
@@ -282,9 +314,12 @@ class EmbeddedStore:
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        maintained = retained = loop.time()
+        maintained = retained = told = loop.time()
         while True:
             await asyncio.sleep(self._flush_interval_s)
+            if loop.time() - told >= CPUS_INTERVAL_S:
+                told = loop.time()
+                self._note_cpus()
             await self._submit()
             now = loop.time()
             if now - retained >= RETENTION_INTERVAL_S and self._encoder is not None:
@@ -304,10 +339,19 @@ class EmbeddedStore:
                 self._encoding = None
         if self._totals is None or not (self._dirty or closed) or self._encoder is None:
             return
-        buffer = _Buffer(self._delays, self._windows, self._devices, self._totals)
-        self._delays, self._windows, self._buffered, self._dirty = [], [], 0, False
+        if closed:
+            self._note_cpus()
+        buffer = _Buffer(
+            self._delays, self._windows, self._stages, self._cpus, self._places, self._devices, self._totals
+        )
+        self._delays, self._windows, self._stages, self._cpus = [], [], [], []
+        self._buffered, self._dirty = 0, False
         loop = asyncio.get_running_loop()
         self._encoding = loop.run_in_executor(self._encoder, self._store, buffer, closed)
+
+    def _note_cpus(self) -> None:
+        if self._read_cpus is not None:
+            self._cpus.append(self._read_cpus())
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -347,6 +391,14 @@ class EmbeddedStore:
             for hour, chosen in by_hour(windows.column("start_utc_ns")):
                 here = windows if chosen is None else windows[chosen]
                 put("windows", hour, tables.windows_table(header, here, devices))
+            stages = WindowTable.concatenate(buffer.stages)
+            for hour, chosen in by_hour(stages.column("start_utc_ns")):
+                here = stages if chosen is None else stages[chosen]
+                put("stages", hour, tables.stages_table(header, tables.StageRows(here, buffer.places, devices)))
+            for hour, counters in _each_hour([one for each in buffer.cpus for one in each.counters]):
+                put("cpus", hour, tables.cpus_table(header, counters))
+            for hour, softirqs in _each_hour([one for each in buffer.cpus for one in each.softirqs]):
+                put("softirqs", hour, tables.softirqs_table(header, softirqs))
             for hour, chosen in by_hour(delays.utc_ns):
                 part = delays if chosen is None else delays[chosen]
                 if put("delays", hour, tables.delays_table(header, part, devices)):

@@ -198,6 +198,13 @@ class FleetStore(EmbeddedStore):
             device = windows.column("device") + np.repeat(first, counts)
             runs = [(part.header, count) for part, count in zip(told, counts, strict=True)]
             yield from _by_hour("windows", tables.windows_table(runs, windows, devices, rank, device))
+        stages = [
+            tables.stages_table(part.header, tables.StageRows(part.rows.stages, part.rows.places, part.rows.devices))
+            for part in told
+            if len(part.rows.stages)
+        ]
+        if stages:
+            yield from _by_hour("stages", pa.concat_tables(stages).unify_dictionaries().combine_chunks())
         delays = Delays.concatenate([part.rows.delays for part in told])
         if len(delays):
             counts = [len(part.rows.delays) for part in told]

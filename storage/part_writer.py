@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contracts.arrays import Ints
+from contracts.cpus import StagePlace
 from contracts.errors import StoreError
 from contracts.interfaces import StreamHeader
 from contracts.schema import Delays
@@ -29,7 +30,7 @@ from storage.places import Place
 from storage.segments import by_hour
 
 _OPEN_FILES: Final = 32
-"""Most open files. A recording's rows are nearly in time order, so they need two hours of two tables at most."""
+"""Most open files. A recording's rows are nearly in time order, so they need two hours of three tables at most."""
 MOST_HOURS: Final = 10_000
 """Most hours with rows in one part: more than a year. Each hour has its own files, and a capture of some kilobytes can
 claim one packet per hour for a century."""
@@ -76,6 +77,8 @@ class PartWriter:
         self._waiting_rows = 0
         self._windows: list[WindowTable] = []
         self._waiting_bins = 0
+        self._stages: list[WindowTable] = []
+        self._places: tuple[StagePlace, ...] = ()
         self._devices: tuple[Device, ...] = ()
         self._encoder = ThreadPoolExecutor(1, "mace-part") if overlap else None
         self._encoding: Future[None] | None = None
@@ -108,6 +111,16 @@ class PartWriter:
         if self._waiting_bins >= _WAITING_BINS:
             self._write_windows()
 
+    def add_stages(self, stages: WindowTable, places: tuple[StagePlace, ...], devices: tuple[Device, ...]) -> None:
+        """Add counts of stages, whose indices refer to `places`, and these to `devices`."""
+        if not len(stages):
+            return
+        self._places, self._devices = places, devices
+        self._stages.append(stages)
+        self._waiting_bins += len(stages.bins)
+        if self._waiting_bins >= _WAITING_BINS:
+            self._write_windows()
+
     def close(self) -> list[Staged]:
         """Write the waiting rows and complete all files; returns the files."""
         self._write_delays()
@@ -136,15 +149,17 @@ class PartWriter:
         self._do(work)
 
     def _write_windows(self) -> None:
-        if not self._windows:
-            return
-        parts, devices = self._windows, self._devices
-        self._windows, self._waiting_bins = [], 0
+        windows, stages = WindowTable.concatenate(self._windows), WindowTable.concatenate(self._stages)
+        places, devices = self._places, self._devices
+        self._windows, self._stages, self._waiting_bins = [], [], 0
 
         def work() -> None:
-            windows = WindowTable.concatenate(parts)
-            table = tables.windows_table(self._header, windows, devices)
-            self._append_by_hour("windows", windows.column("start_utc_ns"), table)
+            if len(windows):
+                table = tables.windows_table(self._header, windows, devices)
+                self._append_by_hour("windows", windows.column("start_utc_ns"), table)
+            if len(stages):
+                table = tables.stages_table(self._header, tables.StageRows(stages, places, devices))
+                self._append_by_hour("stages", stages.column("start_utc_ns"), table)
 
         self._do(work)
 
@@ -166,7 +181,7 @@ class PartWriter:
 
     def _append(self, table: str, hour: int, rows: pa.Table) -> None:
         key = (table, hour)
-        if key not in self._files and len(self._files) >= 2 * MOST_HOURS:
+        if key not in self._files and len(self._files) >= 3 * MOST_HOURS:
             raise StoreError(
                 f"{self._place.location}: one recording has rows of more than {MOST_HOURS:,} hours: check its clock"
             )

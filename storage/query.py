@@ -22,6 +22,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from contracts.cpu_figures import CpuGrowth, SoftirqFigures, StageCount
+from contracts.cpus import Measure
 from contracts.errors import StoreError, nearest
 from contracts.figures import DevicePlace, Distribution, Summary
 from contracts.histogram import MAX_NS, SUB_BITS, middles
@@ -468,6 +470,103 @@ class StoreReader:
         [(count,)] = self._fetch(f"SELECT count(DISTINCT {key}) FROM {{delays}} WHERE {condition}", where, values)
         return int(count)
 
+    # CPUs.
+
+    @_written_by_mace
+    def stages(self, where: Filter = Filter()) -> list[StageCount]:
+        """Return what was counted of stages and packets, in intervals wholly within the filter's time, in path order.
+
+        The filter's device is ignored, because packets are counted at one device and their stages at others.
+        """
+        where = replace(self._by_newest_name(where), device=None)
+        condition, values = _condition(where, [], windows=True)
+        key = f"{_PLACE}, owner_netns, direction, measure, cpu_queued, cpu"
+        rows = self._fetch(
+            f"""
+            WITH s AS (SELECT * FROM {{stages}} WHERE {condition}),
+            u AS (SELECT {key}, unnest(bins) AS bin, unnest(counts) AS n FROM s),
+            b AS (SELECT {key}, bin, sum(n) AS n FROM u GROUP BY ALL),
+            h AS (SELECT {key}, list(bin ORDER BY bin) AS bins, list(n ORDER BY bin) AS counts FROM b GROUP BY {key}),
+            a AS (
+                SELECT {key}, sum(count) AS n, sum(sum_ns) AS s, min(min_ns) AS lo, max(max_ns) AS hi
+                FROM s GROUP BY ALL
+            )
+            SELECT {key}, n, s, lo, hi, bins, counts FROM a JOIN h USING ({key})
+            ORDER BY host, container, owner_netns, direction, if(direction = 'ingress', -1, 1) * rank, netns, device_id,
+                     measure, cpu_queued, cpu
+            """,
+            where,
+            values,
+        )
+        found = []
+        for row in rows:
+            netns, direction, measure, cpu_queued, cpu, count, sum_ns, low, high, bins, counts = row[8:]
+            durations = Distribution()
+            durations.add(int(count), int(sum_ns), low, high, np.array(bins, np.int64), np.array(counts, np.int64))
+            way = Direction[direction.upper()]
+            found.append(StageCount(_place(row[:8]), netns, way, Measure[measure.upper()], cpu_queued, cpu, durations))
+        return found
+
+    @_written_by_mace
+    def cpu_growth(self, where: Filter = Filter()) -> list[CpuGrowth]:
+        """Return by how much each CPU's counters grew in the filter's runs and time, by host and CPU.
+
+        A CPU with fewer than two readings of a run is left out.
+        """
+        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run), [])
+        # The kernel's counters have 32 bits.
+        grown = ", ".join(
+            f"({name} - lag({name}) OVER w + {1 << 32}) % {1 << 32} AS {name}"
+            for name in ("processed", "dropped", "squeezed")
+        )
+        rows = self._fetch(
+            f"""
+            WITH d AS (
+                SELECT host, cpu, epoch_ns(time) - lag(epoch_ns(time)) OVER w AS span, {grown}
+                FROM {{cpus}} WHERE {condition}
+                WINDOW w AS (PARTITION BY host, run, cpu ORDER BY time)
+            )
+            SELECT host, cpu, sum(span), sum(processed), sum(dropped), sum(squeezed)
+            FROM d WHERE span IS NOT NULL GROUP BY ALL ORDER BY ALL
+            """,
+            where,
+            values,
+        )
+        return [CpuGrowth(host, cpu, *map(int, numbers)) for host, cpu, *numbers in rows]
+
+    @_written_by_mace
+    def softirqs(self, where: Filter = Filter()) -> list[SoftirqFigures]:
+        """Return each CPU's receive softirqs in the filter's runs and time, by host and CPU; none if not stored."""
+        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run), [])
+        rows = self._fetch(
+            f"""
+            WITH s AS (SELECT * FROM {{softirqs}} WHERE {condition}),
+            u AS (SELECT host, cpu, unnest(bins) AS bin, unnest(counts) AS n FROM s),
+            b AS (SELECT host, cpu, bin, sum(n) AS n FROM u GROUP BY ALL),
+            h AS (SELECT host, cpu, list(bin ORDER BY bin) AS bins, list(n ORDER BY bin) AS counts FROM b GROUP BY ALL),
+            a AS (
+                SELECT host, cpu, sum(count) AS runs, sum(by_ksoftirqd) AS by_ksoftirqd, sum(run_ns) AS run_ns,
+                       sum(lost) AS lost, sum(wait_ns) AS wait_ns, max(wait_max_ns) AS longest
+                FROM s GROUP BY ALL
+            )
+            SELECT host, cpu, runs, by_ksoftirqd, run_ns, lost, wait_ns, longest, bins, counts
+            FROM a LEFT JOIN h USING (host, cpu) ORDER BY host, cpu
+            """,
+            where,
+            values,
+        )
+        found = []
+        for host, cpu, runs, by_ksoftirqd, run_ns, lost, wait_ns, longest, bins, counts in rows:
+            waits = Distribution()
+            if bins:
+                # The smallest wait is not stored: its bin's middle stands for it.
+                low = int(middles(np.array(bins[:1], np.int64))[0])
+                waits.add(
+                    int(sum(counts)), int(wait_ns), low, longest, np.array(bins, np.int64), np.array(counts, np.int64)
+                )
+            found.append(SoftirqFigures(host, cpu, int(runs), int(by_ksoftirqd), int(run_ns), int(lost), waits))
+        return found
+
     # Single packets.
 
     def packet(self, number: int, where: Filter = Filter()) -> list[PacketPath]:
@@ -734,7 +833,7 @@ def relation(connection: duckdb.DuckDBPyConnection, table: str, found: Sequence[
         return _nothing(connection, table)
     quoted = ", ".join("'" + str(s.path).replace("'", "''") + "'" for s in found)
     stored = f"read_parquet([{quoted}], union_by_name=true, hive_partitioning=false)"
-    if table not in {"ledger", "delays", "windows"}:
+    if table not in segments.PARTITIONED:
         return stored
     # Files of older versions lack newer columns.
     return f"(FROM {stored} UNION ALL BY NAME FROM {_nothing(connection, table)})"

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from contracts.cpus import CpuCounters, Measure, SoftirqCounts, StagePlace
 from contracts.figures import ranks
 from contracts.hooks import BY_HOOK
 from contracts.interfaces import StreamHeader
@@ -170,7 +171,61 @@ COST: Final = (
     Column("timed", pa.int64(), "Timed calls."),
     Column("timed_ns", pa.int64(), "Time spent in the timed calls; a call costs `timed_ns / timed`."),
 )
-COLUMNS: Final = {"delays": DELAYS, "windows": WINDOWS, "ledger": LEDGER, "runs": RUNS, "cost": COST}
+STAGES: Final = (
+    Column("time", _TIME, "Start of the interval, a multiple of its width."),
+    Column("width_s", pa.uint32(), "Width of the interval, s."),
+    *_RUN,
+    *(column for column in _DEVICE if column.name != "segment"),
+    Column(
+        "measure",
+        _NAME,
+        "`run`: a CPU's work on a packet in one stage; `wait`: the packet's time on the CPU's queue before that;"
+        " `last_wait`: the same at the last device, whose work has no known end; `work`: sum of a packet's `run`, of a"
+        " packet seen over its whole path; `serial`: the part of `work` on the CPU that worked most; `partial`: like"
+        " `work`, of other packets.",
+    ),
+    Column("cpu_queued", pa.int32(), "CPU that passed the packets to the device; -1 for whole packets."),
+    Column("cpu", pa.int32(), "CPU that worked on the packets; -1 for whole packets."),
+    Column("count", pa.int64(), "Stages or packets, of packets that began in the interval."),
+    Column("sum_ns", pa.int64(), "Sum of their durations."),
+    Column("min_ns", pa.int64(), "Smallest duration."),
+    Column("max_ns", pa.int64(), "Largest duration."),
+    Column("bins", pa.list_(pa.uint16()), "Non-empty bins of `contracts.histogram`, ascending."),
+    Column("counts", pa.list_(pa.int64()), "Durations in each of these bins."),
+    _CONTAINER_ID,
+    Column("owner_netns", _NAME, "Name of the network namespace of the container's own device."),
+)
+CPUS: Final = (
+    Column("time", _TIME, "When the counters were read."),
+    *_RUN,
+    Column("cpu", pa.int32(), "Number of the CPU."),
+    Column("processed", pa.int64(), "Packets that the CPU took from its queue and from drivers, since the boot."),
+    Column("dropped", pa.int64(), "Packets dropped since the boot because the CPU's queue was full."),
+    Column("squeezed", pa.int64(), "How often since the boot the softirq ended with work left."),
+)
+SOFTIRQS: Final = (
+    Column("time", _TIME, "End of the stretch that the row counts, which begins at the CPU's row before."),
+    *_RUN,
+    Column("cpu", pa.int32(), "Number of the CPU."),
+    Column("count", pa.int64(), "Runs of the receive softirq (NET_RX)."),
+    Column("by_ksoftirqd", pa.int64(), "Of these, runs in the task ksoftirqd."),
+    Column("run_ns", pa.int64(), "Sum of the runs, from `softirq_entry` to `softirq_exit`."),
+    Column("wait_ns", pa.int64(), "Sum of the known waits, from `softirq_raise` to `softirq_entry`."),
+    Column("wait_max_ns", pa.int64(), "Longest of these waits."),
+    Column("lost", pa.int64(), "Events that the tracer's ring lost."),
+    Column("bins", pa.list_(pa.uint16()), "Non-empty bins of `contracts.histogram` of the waits, ascending."),
+    Column("counts", pa.list_(pa.int64()), "Waits in each of these bins."),
+)
+COLUMNS: Final = {
+    "delays": DELAYS,
+    "windows": WINDOWS,
+    "ledger": LEDGER,
+    "runs": RUNS,
+    "cost": COST,
+    "stages": STAGES,
+    "cpus": CPUS,
+    "softirqs": SOFTIRQS,
+}
 
 SCHEMAS: Final = {
     table: pa.schema([pa.field(c.name, c.type, nullable=False) for c in columns]) for table, columns in COLUMNS.items()
@@ -217,6 +272,7 @@ def _names(enum: type[IntEnum]) -> list[str]:
 
 
 _DIRECTIONS: Final = _names(Direction)
+_MEASURES: Final = _names(Measure)
 _SEGMENTS: Final = _names(Segment)
 _GRADES: Final = _names(Grade)
 _OUTCOMES: Final = _names(Outcome)
@@ -268,6 +324,12 @@ def _container_ids(device: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Ar
     """Return the column `container_id`."""
     code, here, _ = _used(device, devices)
     return _told(code, [d.container_id for d in here])
+
+
+def _owner_netns(owner: npt.NDArray[Any], devices: Sequence[Device]) -> pa.Array:
+    """Return the column `owner_netns`."""
+    code, here, _ = _used(owner, devices)
+    return _told(code, [d.netns_name for d in here])
 
 
 def _used(device: npt.NDArray[Any], devices: Sequence[Device]) -> tuple[npt.NDArray[np.int16], list[Device], list[int]]:
@@ -345,6 +407,76 @@ def windows_table(
             _container_ids(device, devices),
         ],
         schema=SCHEMAS["windows"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StageRows:
+    """Counts of stages as `Rows.stages` has them, with the places and devices that they refer to."""
+
+    counts: WindowTable
+    places: Sequence[StagePlace]
+    devices: Sequence[Device]
+
+
+def stages_table(header: StreamHeader, stages: StageRows) -> pa.Table:
+    """Return rows of `stages` (columns `STAGES`)."""
+    counts, rows = stages.counts, len(stages.counts)
+    at = counts.column("device")
+    device, owner, cpu_queued, cpu = (
+        np.array([getattr(place, name) for place in stages.places], np.int64)[at]
+        for name in ("device", "owner", "cpu_queued", "cpu")
+    )
+    offsets = pa.array(counts.edges.astype(np.int32))
+    return pa.Table.from_arrays(
+        [
+            pa.array(counts.column("start_utc_ns")).cast(_TIME),
+            pa.array(counts.column("width_s").astype(np.uint32)),
+            *_run_columns(header, rows),
+            *_device_columns(device, stages.devices, ranks(stages.devices)),
+            _named(counts.column("direction"), _DIRECTIONS),
+            _named(counts.column("segment"), _MEASURES),
+            pa.array(cpu_queued.astype(np.int32)),
+            pa.array(cpu.astype(np.int32)),
+            *(pa.array(counts.column(name)) for name in ("count", "sum_ns", "min_ns", "max_ns")),
+            pa.ListArray.from_arrays(offsets, pa.array(counts.bins.astype(np.uint16))),
+            pa.ListArray.from_arrays(offsets, pa.array(counts.counts)),
+            _container_ids(device, stages.devices),
+            _owner_netns(owner, stages.devices),
+        ],
+        schema=SCHEMAS["stages"],
+    )
+
+
+def cpus_table(header: StreamHeader, readings: Sequence[CpuCounters]) -> pa.Table:
+    """Return one row of `cpus` (columns `CPUS`) per reading."""
+    return pa.Table.from_arrays(
+        [
+            pa.array([each.utc_ns for each in readings], pa.int64()).cast(_TIME),
+            *_run_columns(header, len(readings)),
+            pa.array([each.cpu for each in readings], pa.int32()),
+            *(
+                pa.array([getattr(each, name) for each in readings], pa.int64())
+                for name in ("processed", "dropped", "squeezed")
+            ),
+        ],
+        schema=SCHEMAS["cpus"],
+    )
+
+
+def softirqs_table(header: StreamHeader, readings: Sequence[SoftirqCounts]) -> pa.Table:
+    """Return one row of `softirqs` (columns `SOFTIRQS`) per reading."""
+    names = ("count", "by_ksoftirqd", "run_ns", "wait_ns", "wait_max_ns", "lost")
+    return pa.Table.from_arrays(
+        [
+            pa.array([each.utc_ns for each in readings], pa.int64()).cast(_TIME),
+            *_run_columns(header, len(readings)),
+            pa.array([each.cpu for each in readings], pa.int32()),
+            *(pa.array([getattr(each, name) for each in readings], pa.int64()) for name in names),
+            pa.array([each.bins.tolist() for each in readings], pa.list_(pa.uint16())),
+            pa.array([each.counts.tolist() for each in readings], pa.list_(pa.int64())),
+        ],
+        schema=SCHEMAS["softirqs"],
     )
 
 

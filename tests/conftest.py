@@ -52,6 +52,13 @@ GOLDEN_TRACE = GOLDEN / "tracecmd" / "v6.dat"
 # --- needs --------------------------------------------------------------------------------------
 
 
+def _rps() -> str | None:
+    """Return None if packets can be passed to another CPU (RPS), else why not."""
+    if len(os.sched_getaffinity(0)) < 2 or not {0, 1} <= os.sched_getaffinity(0):
+        return "RPS needs CPUs 0 and 1"
+    return None if Path("/proc/sys/net/core/rps_sock_flow_entries").exists() else "this kernel has no CONFIG_RPS"
+
+
 def _program(name: str, *version_args: str) -> str | None:
     """Return None if the program runs, else why not. Some distributions install a stub that prints an explanation."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
@@ -190,6 +197,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "nobody": _nobody,
     "memory_cgroup": _memory_cgroup,
     "bpftrace": _bpftrace,
+    "rps": _rps,
     "schedstat": lambda: None if Path("/proc/self/schedstat").exists() else "this kernel has no CONFIG_SCHED_INFO",
     "perf": lambda: _program("perf", "--version"),
     "ns_last_pid": _ns_last_pid,

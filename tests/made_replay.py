@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -19,7 +20,7 @@ from storage.query import StoreReader
 from tests.durations import S
 from tests.made_capture import HEADER, TOPOLOGY, batches, capture_bytes, traffic
 
-ENGINE = EngineConfig(timeout_ns=50_000_000, slice_ns=S // 4)
+ENGINE = EngineConfig(timeout_ns=50_000_000, slice_ns=S // 4, stages=True)
 """Cuts are at multiples of a quarter of a second."""
 SLOWER = 12
 
@@ -117,6 +118,7 @@ def differences(one, other):
         for table in ("delays", "windows"):
             a, b = (f"(SELECT * FROM {rows_of(store, table)})" for store in (one, other))
             found[table] = ask(f"{a} EXCEPT ALL {b} LIMIT 3") + ask(f"{b} EXCEPT ALL {a} LIMIT 3")
+        found["stages"] = _different_stages(connection, one, other)
         last = [
             ask(
                 # The containers seen since the previous row depend on when that row was written.
@@ -133,6 +135,27 @@ def differences(one, other):
         found["sharers"] = [] if sharers[0] == sharers[1] else sharers
         found["runs"] = [] if runs[0] == runs[1] else runs
     return {table: rows for table, rows in found.items() if rows}
+
+
+def _different_stages(connection, *stores):
+    """Return the counts of stages that differ, summed over rows of equal time and place; none without that table."""
+    found = []
+    for store in stores:
+        if not (Path(store) / "stages").exists():
+            found.append([])
+            continue
+        key = "time, host, run, container, device_id, direction, measure, cpu_queued, cpu"
+        found.append(
+            connection.execute(
+                f"WITH u AS (SELECT {key}, unnest(bins) AS bin, unnest(counts) AS n FROM {rows_of(store, 'stages')})"
+                f" SELECT {key}, bin, sum(n) FROM u GROUP BY ALL ORDER BY ALL"
+            ).fetchall()
+            + connection.execute(
+                f"SELECT {key}, sum(count), sum(sum_ns), min(min_ns), max(max_ns) FROM {rows_of(store, 'stages')}"
+                " GROUP BY ALL ORDER BY ALL"
+            ).fetchall()
+        )
+    return [row for row in found[0] if row not in found[1]][:3] + [row for row in found[1] if row not in found[0]][:3]
 
 
 def count_rows(store, table):

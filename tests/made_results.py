@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from contracts.clock import ClockPair
+from contracts.cpus import STAGES_WIDTH_S
 from contracts.histogram import bins_of, quantiles
 from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
@@ -12,6 +13,7 @@ from contracts.results import Results, Rows, Totals
 from contracts.schema import Delays, Direction, Grades, Segment, Window
 from contracts.topology import Device, Role
 from contracts.windowtable import WindowTable
+from correlator.windows import Windows
 
 START_NS = 1_750_000_000_000_000_000
 HEADER = StreamHeader(
@@ -138,6 +140,17 @@ def make_windows(delays, width_s=1):
             )
         )
     return tuple(windows)
+
+
+def make_stages(rows, start_ns=START_NS):
+    """Return counts and places of rows (place, direction, measure, durations), all in one interval."""
+    windows, places = Windows(), tuple(dict.fromkeys(place for place, *_ in rows))
+    for place, direction, measure, durations in rows:
+        count, ns = len(durations), np.array(durations, np.int64)
+        columns = (np.full(count, value) for value in (start_ns, places.index(place), direction, measure))
+        windows.add(*columns, ns)
+    table = windows.close(None)
+    return table[table.column("width_s") == STAGES_WIDTH_S], places
 
 
 def make_results(delays, *, devices=None, containers=1, windows=(), ledger=None, packets=None, upto_utc_ns=None):

@@ -24,7 +24,7 @@ CONFIG: Final[np.dtype[Any]] = np.dtype(
         ("cookies", "<u4"),
         ("paged", "<u4"),
         ("ring_slots", "<u4"),
-        ("pad", "<u4"),
+        ("hooks", "<u4"),
     ]
 )
 """struct mace_config: a session's filter and settings."""

@@ -49,6 +49,8 @@ _CALLS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map_create": (_INT, (_INT, ctypes.c_char_p, _U32, _U32, _U32, _VOID)),
     "bpf_map_update_elem": (_INT, (_INT, _VOID, _VOID, ctypes.c_uint64)),
     "bpf_map_lookup_elem": (_INT, (_INT, _VOID, _VOID)),
+    "bpf_prog_load": (_INT, (_INT, ctypes.c_char_p, ctypes.c_char_p, _VOID, ctypes.c_size_t, _VOID)),
+    "bpf_raw_tracepoint_open": (_INT, (ctypes.c_char_p, _INT)),
     "bpf_prog_test_run_opts": (_INT, (_INT, _VOID)),
     "bpf_obj_get_info_by_fd": (_INT, (_INT, _VOID, _VOID)),
     "bpf_enable_stats": (_INT, (_INT,)),
@@ -63,8 +65,29 @@ _MAP_TYPE_RINGBUF: Final = 27
 _MMAPABLE: Final = 1 << 10
 _KIND_TYPEDEF: Final = 8
 _KIND_FUNC: Final = 12
+_PROG_TYPE_TRACING: Final = 26
+_TRACE_FENTRY: Final = 24
+_RETURN_0: Final = bytes.fromhex("b7000000000000009500000000000000")
+"""Instructions of a program that does nothing: r0 = 0; exit."""
 _INFO_BYTES: Final = 224
 """Bytes of struct bpf_prog_info to query: recursion_misses (Linux 5.12) ends at 216."""
+
+
+class _LoadOptions(ctypes.Structure):
+    """The start of struct bpf_prog_load_opts; libbpf takes the rest to be 0."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("attempts", _INT),
+        ("expected_attach_type", _U32),
+        ("prog_btf_fd", _U32),
+        ("prog_flags", _U32),
+        ("prog_ifindex", _U32),
+        ("kern_version", _U32),
+        ("attach_btf_id", _U32),
+        ("attach_prog_fd", _U32),
+        ("attach_btf_obj_fd", _U32),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +100,10 @@ class Runs:
     """Time spent in these runs, ns."""
     missed: int
     """Calls that the kernel skipped because the program was already running on that CPU; 0 before Linux 5.12."""
+
+    def __add__(self, other: Runs) -> Runs:
+        """Return the counts of two programs together."""
+        return Runs(self.runs + other.runs, self.run_ns + other.run_ns, self.missed + other.missed)
 
 
 @cache
@@ -216,6 +243,24 @@ class Btf:
     def has_function(self, name: str) -> bool:
         """Return whether the kernel has the function, for programs to call."""
         return bool(self._library.btf__find_by_name_kind(self._btf, name.encode(), _KIND_FUNC) > 0)
+
+    def try_function(self, name: str) -> None:
+        """Attach an empty program to the start of a function of the kernel, and detach it; raises `OSError`.
+
+        The kernel can refuse to load such a program (a security policy), or to attach it (no ftrace, or an architecture
+        without direct calls).
+        """
+        number = check(self._library.btf__find_by_name_kind(self._btf, name.encode(), _KIND_FUNC))
+        options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=_TRACE_FENTRY, attach_btf_id=number)
+        fd = check(
+            self._library.bpf_prog_load(
+                _PROG_TYPE_TRACING, b"mace_try", b"GPL", _RETURN_0, len(_RETURN_0) // 8, ctypes.byref(options)
+            )
+        )
+        try:
+            os.close(check(self._library.bpf_raw_tracepoint_open(None, fd)))
+        finally:
+            os.close(fd)
 
     def arguments_of(self, tracepoint: str) -> int:
         """Return the number of arguments that a tracepoint passes to a program; -1 if the kernel lacks it."""

@@ -7,11 +7,13 @@ when the process ends, even if it is killed.
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +29,9 @@ from collector.live.places import NETNS_MASK, Places
 from collector.machine.kernel import highest_possible_cpu, kernel_version
 from contracts.abi import RECORD
 from contracts.errors import Unavailable
-from contracts.hooks import TRACEPOINTS, Hook
+from contracts.hooks import BY_HOOK, TRACEPOINTS, Hook
+
+_LOG = logging.getLogger(__name__)
 
 STATS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 STATS_RIGHTS: Final = "CAP_SYS_ADMIN, or `sysctl kernel.bpf_stats_enabled=1`"
@@ -35,23 +39,50 @@ _WHAT: Final = "bpf"
 _MAPPED_BYTES: Final = 1 << 29
 """Largest size of a mapped ring: the verifier's limit of an offset (BPF_MAX_VAR_OFF)."""
 _WITHOUT_REASON: Final = "kfree_skb_without_reason"
+_FUNCTIONS: Final = {"ip_rcv": "ip_rcv_core", "ipv6_rcv": "ip6_rcv_core"}
+"""Name of each program of `Hook.IP_RCV` -> the kernel's function that it is attached to; docs/design/024 says why."""
+UNSEEN: Final = "ingress of macvlan, ipvlan and bpf_redirect_peer is not seen"
+"""What a session without `Hook.IP_RCV` lacks."""
 
 
-def programs() -> dict[Hook, str]:
-    """Return the program's name for each hook of this kernel.
+def programs() -> tuple[dict[Hook, tuple[str, ...]], str]:
+    """Return the names of the programs of each hook, and why `Hook.IP_RCV` is not among the hooks ("" if it is).
 
-    Raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
+    The kernel has these hooks. `Hook.IP_RCV` is among them if the kernel attaches an empty program to each of its
+    functions. Raises `Unavailable` if libbpf is missing, or the kernel's BTF is missing or unreadable.
     """
-    btf = libbpf.Btf()
-    try:
+    with _btf() as btf:
         arguments = {info.hook: btf.arguments_of(info.name) for info in TRACEPOINTS}
-    finally:
-        btf.close()
-    found = {info.hook: info.name for info in TRACEPOINTS if arguments[info.hook] > 0}
+        why_not = _refusal_of_functions(btf)
+    found: dict[Hook, tuple[str, ...]] = {info.hook: (info.name,) for info in TRACEPOINTS if arguments[info.hook] > 0}
     # The drop reason is the third argument, since Linux 5.17.
     if 0 < arguments[Hook.KFREE_SKB] < 3:
-        found[Hook.KFREE_SKB] = _WITHOUT_REASON
-    return found
+        found[Hook.KFREE_SKB] = (_WITHOUT_REASON,)
+    if not why_not:
+        found[Hook.IP_RCV] = tuple(_FUNCTIONS)
+    return found, why_not
+
+
+def _refusal_of_functions(btf: libbpf.Btf) -> str:
+    """Return why the kernel attaches no program to one of the functions of `Hook.IP_RCV`, or ""."""
+    for function in _FUNCTIONS.values():
+        if not btf.has_function(function):
+            return f"this kernel's BTF has no function {function}"
+        try:
+            btf.try_function(function)
+        except OSError as error:
+            return f"the kernel refuses programs on its function {function} ({error.strerror})"
+    return ""
+
+
+@contextmanager
+def _btf() -> Iterator[libbpf.Btf]:
+    """Open the kernel's type information; raises `Unavailable`."""
+    btf = libbpf.Btf()
+    try:
+        yield btf
+    finally:
+        btf.close()
 
 
 def reads_pages() -> bool:
@@ -68,6 +99,9 @@ class Session:
     `ring_bytes` is the size of each CPU's ring, a power of two and at least one page. A CPU wakes the reader every
     `wake_every` records. With `cookies` records identify a namespace by its cookie, else by its inode. `wanted` gives
     hooks, protocols and the sample; a filter by place records nothing before `record_at`.
+
+    If the kernel refuses the programs of `Hook.IP_RCV`, at loading or at attaching, the session has the other hooks,
+    and `refusal` says why.
     """
 
     def __init__(
@@ -75,15 +109,15 @@ class Session:
     ) -> None:
         self._library = library()
         self._ring_bytes = ring_bytes
-        self._links: list[int] = []
+        self._links: dict[str, int] = {}
         self._rings: dict[int, int] = {}
         self._stats = -1
         self._state: npt.NDArray[Any] | None = None
         """struct mace_state in the programs' memory, of dtype `STATE` and shape (); None while nothing is loaded."""
         self._state_memory: mmap.mmap | None = None
-        chosen = programs()
-        self.programs: dict[Hook, str] = {
-            h: name for h, name in chosen.items() if not wanted.hooks or h in wanted.hooks
+        chosen, self.refusal = programs()
+        self.programs: dict[Hook, tuple[str, ...]] = {
+            h: names for h, names in chosen.items() if not wanted.hooks or h in wanted.hooks
         }
         if not self.programs:
             raise Unavailable(_WHAT, "this kernel has none of the tracepoints", "a kernel with CONFIG_NET and tracing")
@@ -103,10 +137,8 @@ class Session:
         self.maps_rings: Final = not self._object.old
         """Whether rings are mapped arrays (`ring.MappedRing`), else BPF ring buffers (`ring.BufferRing`)."""
         try:
-            self._object.select(())
-            self._prepare(wanted, wake_every, cookies)
-            self._create_maps()
-            self._load_programs(path)
+            self._load(path, wanted, wake_every, cookies)
+            self._map_loaded()
         except BaseException:
             self.close()
             raise
@@ -128,10 +160,39 @@ class Session:
         if self._state_memory is not None:
             self._state_memory.close()
             self._state_memory = None
-        for part in (*self._parts, self._object):
-            part.close()
+        self._unload()
 
     # --- loading --------------------------------------------------------------------------------
+
+    def _load(self, path: Path, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
+        """Load the programs. If the kernel refuses them with those of `Hook.IP_RCV`, load the others alone."""
+        try:
+            self._object.select(())
+            self._prepare(wanted, wake_every, cookies)
+            self._create_maps()
+            self._load_programs(path)
+        except Unavailable as error:
+            if not self._has_others():
+                raise
+            self._unload()
+            self._object = BpfObject(path)
+            del self.programs[Hook.IP_RCV]
+            self._load(path, wanted, wake_every, cookies)
+            self._lacks_ip_rcv(error.why)
+
+    def _has_others(self) -> bool:
+        """Return whether the session has programs of `Hook.IP_RCV`, and can do without them."""
+        return Hook.IP_RCV in self.programs and len(self.programs) > 1
+
+    def _lacks_ip_rcv(self, why: str) -> None:
+        self.refusal = f"the kernel refuses the programs of ip_rcv ({why})"
+        _LOG.warning("bpf: %s, so %s", self.refusal, UNSEEN)
+
+    def _names(self) -> list[str]:
+        """Return the names of the programs to load. Those of `Hook.IP_RCV` need the one that notes receptions."""
+        names = [name for names in self.programs.values() for name in names]
+        noting = BY_HOOK[Hook.NETIF_RECEIVE_SKB].name
+        return [*names, *([noting] if Hook.IP_RCV in self.programs and noting not in names else [])]
 
     def _prepare(self, wanted: SessionFilter, wake_every: int, cookies: bool) -> None:
         check(self._library.bpf_map__set_max_entries(self._object.map("mace_rings"), self.possible_cpus))
@@ -139,6 +200,7 @@ class Session:
         config["skb_key"] = np.frombuffer(secrets.token_bytes(16), np.uint64)
         config["wake_every"], config["cookies"] = wake_every, cookies
         config["paged"] = reads_pages()
+        config["hooks"] = sum(1 << hook for hook in self.programs)
         config["ring_slots"] = self._ring_bytes // RECORD.itemsize
         config["sample_mask"] = (1 << wanted.sample_shift) - 1
         config["place_filtered"] = wanted.by_place
@@ -154,21 +216,13 @@ class Session:
             self._object.load()
         finally:
             os.close(pattern)
-        counts = self._object.map("mace_cpus")
-        self._counts_fd = self._object.map_fd("mace_cpus")
-        self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
-        self._rings_fd = self._object.map_fd("mace_rings")
-        # libbpf's pointer leads to its own copy of the global data; the programs read the map's memory.
-        state = self._object.map_fd(".bss")
-        self._state_memory = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._state = np.frombuffer(self._state_memory, STATE).reshape(())
 
     def _load_programs(self, path: Path) -> None:
         """Load the programs in as many threads as CPUs may run: most of the time is the verifier's.
 
         With CAP_BPF the kernel verifies several programs at once.
         """
-        names = list(self.programs.values())
+        names = self._names()
         cpus = min(len(os.sched_getaffinity(0)), len(names))
         for share in (names[i::cpus] for i in range(cpus)):
             part = BpfObject(path, old=self._object.old)
@@ -178,7 +232,25 @@ class Session:
             self._loaded |= dict.fromkeys(share, part)
         with ThreadPoolExecutor(len(self._parts)) as threads:
             list(threads.map(BpfObject.load, self._parts))
-        self._fds = {hook: self._loaded[name].program_fd(name) for hook, name in self.programs.items()}
+
+    def _unload(self) -> None:
+        """Unload the programs and free the maps."""
+        parts, self._parts, self._loaded = self._parts, [], {}
+        for part in (*parts, self._object):
+            part.close()
+
+    def _map_loaded(self) -> None:
+        counts = self._object.map("mace_cpus")
+        self._counts_fd = self._object.map_fd("mace_cpus")
+        self._counts = np.zeros((self.possible_cpus, self._library.bpf_map__value_size(counts)), np.uint8)
+        self._rings_fd = self._object.map_fd("mace_rings")
+        # libbpf's pointer leads to its own copy of the global data; the programs read the map's memory.
+        state = self._object.map_fd(".bss")
+        self._state_memory = mmap.mmap(state, STATE.itemsize, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._state = np.frombuffer(self._state_memory, STATE).reshape(())
+        self._fds = {
+            hook: [self._loaded[name].program_fd(name) for name in names] for hook, names in self.programs.items()
+        }
 
     # --- recording ------------------------------------------------------------------------------
 
@@ -213,19 +285,43 @@ class Session:
         return self._object.map_fd("mace_wakes")
 
     def attach(self) -> None:
-        """Attach the programs, which record only after `start`; raises `Unavailable`."""
-        for name in self.programs.values():
-            try:
-                program = self._loaded[name].program(name)
-                self._links.append(pointer(self._library.bpf_program__attach(program)))
-            except OSError as error:
-                raise refusal.of_attaching(name, error) from error
+        """Attach the programs, which record only after `start`; raises `Unavailable`.
+
+        If the kernel does not attach those of `Hook.IP_RCV`, the session continues without them.
+        """
+        at_ip = self.programs.get(Hook.IP_RCV, ())
+        self._attach([name for name in self._names() if name not in at_ip])
+        try:
+            self._attach(at_ip)
+        except Unavailable as error:
+            if not self._has_others():
+                raise
+            self._detach(at_ip)
+            del self.programs[Hook.IP_RCV], self._fds[Hook.IP_RCV]
+            self._lacks_ip_rcv(error.why)
+
+    def _attach(self, names: Sequence[str]) -> None:
+        """Attach those programs that are not attached."""
+        for name in names:
+            if name not in self._links:
+                try:
+                    self._links[name] = pointer(self._library.bpf_program__attach(self._loaded[name].program(name)))
+                except OSError as error:
+                    raise refusal.of_attaching(name, error) from error
 
     def detach(self) -> None:
-        """Detach the programs."""
-        links, self._links = self._links, []
-        for link in links:
-            self._library.bpf_link__destroy(link)
+        """Detach the programs.
+
+        Before Linux 5.13 those of `Hook.IP_RCV` cannot be attached again: commit f3a95075549e ("bpf: Allow trampoline
+        re-attach for tracing and lsm programs").
+        """
+        self._detach(tuple(self._links))
+
+    def _detach(self, names: Sequence[str]) -> None:
+        """Detach those programs that are attached."""
+        for name in names:
+            if name in self._links:
+                self._library.bpf_link__destroy(self._links.pop(name))
 
     def start(self) -> None:
         """Start recording."""
@@ -256,8 +352,8 @@ class Session:
         return np.ndarray((self.possible_cpus,), COUNTS, self._counts, 0, (self._counts.shape[1],)).copy()
 
     def runs(self) -> dict[Hook, Runs]:
-        """Return the kernel's counts for the program of each hook; raises `OSError`."""
-        return {hook: libbpf.runs_of(fd) for hook, fd in self._fds.items()}
+        """Return the kernel's counts for the programs of each hook; raises `OSError`."""
+        return {hook: sum(map(libbpf.runs_of, fds), Runs(0, 0, 0)) for hook, fds in self._fds.items()}
 
     def time_runs(self, *, on: bool) -> bool:
         """Switch the kernel's timing of all BPF programs on or off; return whether this session has it on.

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from collector.bpf.object import OBJECT
 from collector.bpf.ring import BufferRing, CpuRing, MappedRing, Wakes, is_sorted, lost_before, sorted_by_time
-from collector.bpf.session import STATS_RIGHTS, Session, programs, reads_pages, ring_bytes_of
+from collector.bpf.session import STATS_RIGHTS, UNSEEN, Session, reads_pages, ring_bytes_of
 from collector.live.filter import SessionFilter, wanted
 from collector.live.places import Places
 from collector.live.record_merge import Marker, RingMerger
@@ -46,7 +46,7 @@ from contracts import clock
 from contracts.abi import RECORD
 from contracts.config import CaptureConfig
 from contracts.errors import MaceError, SourceError, Unavailable
-from contracts.hooks import BY_HOOK, TRACEPOINTS, Hook, silent_on
+from contracts.hooks import BY_HOOK, HOOKS, Hook, silent_on
 from contracts.interfaces import Status, StreamHeader, StreamItem
 from contracts.schema import HookCost
 
@@ -169,23 +169,24 @@ class BpfSource(RecordSource):
         """Return whether this source can run here, by loading the programs and unloading them."""
         try:
             _check_machine()
-            here = programs()
-            missing = [info.name for info in TRACEPOINTS if info.hook not in here]
             session = open_session(SessionFilter(), ring_bytes=mmap.PAGESIZE, wake_every=1, cookies=False, path=OBJECT)
             timed = session.time_runs(on=True)
+            missing = [info.name for info in HOOKS if info.hook not in session.programs]
+            refusal = session.refusal
             session.close()
         except Unavailable as error:
             return Status(ok=False, detail=error.why, remedy=error.remedy)
         except MaceError as error:
             return Status(ok=False, detail=str(error))
         without = f", without {', '.join(missing)}" if missing else ""
+        refused = f"; {refusal}, so {UNSEEN}" if refusal else ""
         untimed = "" if timed else f"; not what the programs cost, which needs {STATS_RIGHTS}"
         silent = f"; {told}" if (told := silent_on(platform.release())) else ""
         return Status(
             ok=True,
-            detail=f"programs on {len(here)} of {len(TRACEPOINTS)} tracepoints{without}; sees every network"
+            detail=f"programs on {len(HOOKS) - len(missing)} of {len(HOOKS)} hooks{without}; sees every network"
             f" namespace; content key{'' if reads_pages() else ' of packets without payload in pages'}"
-            f"{untimed}{silent}",
+            f"{untimed}{silent}{refused}",
         )
 
     async def _acquire(self) -> StreamHeader:

@@ -14,7 +14,6 @@ import atexit
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -25,7 +24,7 @@ from collector.machine.kernel import online_cpus
 from collector.pages.decoding import Located, PageDecoder, Stretch
 from collector.pages.formats import EventFormat, parse_format, parse_header_page
 from contracts.arrays import Ints
-from contracts.errors import SourceError, Unavailable
+from contracts.errors import SourceError
 from contracts.scheduling import TaskChange, TaskChanges
 
 _SWITCH: Final = "sched:sched_switch"
@@ -41,8 +40,6 @@ _READY: Final = 0xFF
 TASK_REPORT_MAX; include/trace/events/sched.h, `__trace_sched_switch_state`)."""
 _GONE: Final = 0x30
 """EXIT_DEAD | EXIT_ZOMBIE (include/linux/sched.h)."""
-_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
-"""PROC_PID_INIT_INO (include/linux/proc_ns.h): inode of the PID namespace whose numbers the events have."""
 _SETTLE_S: Final = 0.01
 """Pause between switching the tracer off and the last reading, in which probes that are running still commit, s."""
 _NEVER: Final = 1 << 62
@@ -79,10 +76,7 @@ class TaskTrace:
 
     def open(self) -> None:
         """Begin to follow the calling thread and whatever it starts."""
-        if Path("/proc/self/ns/pid").stat().st_ino != _FIRST_PID_NAMESPACE:
-            raise Unavailable(
-                "ftrace", "this process has a PID namespace of its own", "give the container the host's: --pid=host"
-            )
+        tracefs.refuse_pid_namespace()
         root = tracefs.find()
         tracefs.remove_leftovers(root)
         self._instance = instance = tracefs.Instance.create(root)

@@ -26,6 +26,8 @@ from contracts.errors import SourceError, Unavailable
 _log = logging.getLogger(__name__)
 
 DEFAULT_MOUNT: Final = Path("/sys/kernel/tracing")
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC
+"""PROC_PID_INIT_INO (include/linux/proc_ns.h): inode of the PID namespace whose numbers the events have."""
 _NAME: Final = re.compile(r"mace-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
 _LOSSES: Final = ("overrun", "commit overrun", "dropped events")
 
@@ -111,6 +113,14 @@ def remove_leftovers(root: Path) -> list[str]:
             continue
         removed.append(instance.name)
     return removed
+
+
+def refuse_pid_namespace() -> None:
+    """Raise `Unavailable` in a PID namespace of its own, because events have the host's task numbers."""
+    if Path("/proc/self/ns/pid").stat().st_ino != _FIRST_PID_NAMESPACE:
+        raise Unavailable(
+            "ftrace", "this process has a PID namespace of its own", "give the container the host's: --pid=host"
+        )
 
 
 @dataclass(frozen=True, slots=True)

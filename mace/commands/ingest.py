@@ -13,6 +13,7 @@ from mace.commands.options import (
     SinkOptions,
     with_broker,
     with_config,
+    with_cpus,
     with_duration,
     with_format,
     with_no_rows,
@@ -30,6 +31,7 @@ class Options:
     store: Path | None
     shard: str
     no_rows: bool
+    cpus: bool
     sinks: SinkOptions
     prometheus: str | None
     broker: BrokerOptions
@@ -48,6 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--shard", metavar="I/N", default="1/1", help="serve only the I-th of N parts of the hosts (default 1/1: all)"
     )
     with_no_rows(parser)
+    with_cpus(parser)
     with_sinks(parser)
     with_prometheus(parser)
     with_broker(parser)
@@ -65,6 +68,7 @@ def run(options: Options, console: Console) -> int:
         options.config,
         store=options.store,
         no_rows=options.no_rows,
+        cpus=options.cpus,
         sinks=options.sinks,
         prometheus=options.prometheus,
     )

@@ -220,6 +220,13 @@ def with_no_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-rows", action="store_true", help="keep windows only, no row per packet")
 
 
+def with_cpus(parser: argparse.ArgumentParser) -> None:
+    """Add `cpus`, which stores which CPU worked on packets."""
+    parser.add_argument(
+        "--cpus", action="store_true", help="also store which CPU worked on packets, for `mace report --cpus`"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class LabShape:
     """Options that describe a test network."""

@@ -16,6 +16,7 @@ from mace.commands.options import (
     SinkOptions,
     location,
     with_config,
+    with_cpus,
     with_format,
     with_recordings,
     with_sinks,
@@ -36,6 +37,7 @@ class Options:
     resume: bool
     cluster: str | None
     part_mib: float
+    cpus: bool
     sinks: SinkOptions
     config: Path | None
     format: str
@@ -63,6 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="size of the parts that recordings are divided into, MiB (default %(default)g)",
     )
+    with_cpus(parser)
     with_sinks(parser)
     with_config(parser)
     with_format(parser)
@@ -79,7 +82,7 @@ def run(options: Options, console: Console) -> int:
     """Replay the recordings and print the figures; in parts where a store, a cluster or a URL is named."""
     from mace.commands import settings
 
-    configured = settings.configured(options.config, store=options.store, sinks=options.sinks)
+    configured = settings.configured(options.config, cpus=options.cpus, store=options.store, sinks=options.sinks)
     session = settings.session(configured, options.format, console)
     settings.show(_replayed(options, session), options.format, console)
     return 0

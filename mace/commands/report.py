@@ -1,4 +1,4 @@
-"""`mace report`: shows a store or a recording as tables, as one JSON object, or as pictures."""
+"""`mace report`: shows a store or a recording as tables, as JSON or CSV, or as pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Literal
 
 from contracts.errors import UsageError
 from mace.commands.console import Console
-from mace.commands.options import JSON, RecordingOptions, with_config, with_format, with_recordings, with_store
+from mace.commands.options import (
+    CSV,
+    JSON,
+    TABLE,
+    RecordingOptions,
+    with_config,
+    with_format,
+    with_recordings,
+    with_store,
+)
 
 if TYPE_CHECKING:
     from storage.query import Filter, StoreReader
@@ -30,6 +39,7 @@ class Options:
     direction: str | None
     run: str | None
     runs: bool
+    cpus: bool
     packet: int | None
     worst: int | None
     counted: Literal["auto", "rows", "windows"]
@@ -57,6 +67,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run", metavar="ID", help="this run only")
     parser.add_argument("--runs", action="store_true", help="list the runs instead of the figures")
+    parser.add_argument(
+        "--cpus", action="store_true", help="show which CPU works on packets, and what spreading the work could give"
+    )
     parser.add_argument("--packet", type=int, metavar="ID", help="show one packet's path, hop by hop")
     parser.add_argument(
         "--worst", type=int, metavar="N", help="show the paths of the N packets with the largest overhead"
@@ -72,7 +85,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures to this file")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write figures and tables to one self-contained page")
     with_config(parser)
-    with_format(parser)
+    with_format(parser, CSV)
 
 
 def run(options: Options, console: Console) -> int:
@@ -85,21 +98,51 @@ def run(options: Options, console: Console) -> int:
     named = options.recordings
     if options.worst is not None and options.worst < 1:
         raise UsageError(f"--worst {options.worst}: expected at least 1")
+    _check(options)
     replaying = bool(named.files or named.inner or named.outer)
     if replaying and options.store:
         raise UsageError("expected a store or recordings, found both; leave out --store or the files")
     configured = config.load(options.config)
-    quiet = options.format == JSON
-    with replayed(settings.recorded_files(named), configured, quiet=quiet) if replaying else nullcontext() as made:
+    quiet = options.format != TABLE
+    recorded = (
+        replayed(settings.recorded_files(named), configured, quiet=quiet, stages=options.cpus) if replaying else None
+    )
+    with recorded or nullcontext() as made:
         path = made or options.store or Path(configured.store.path)
         _report(StoreReader(path, skip_damaged=options.skip_damaged), options, console)
     return 0
+
+
+def _check(options: Options) -> None:
+    """Raise `UsageError` for options that do not go together."""
+    if not options.cpus:
+        if options.format == CSV:
+            raise UsageError(
+                "--format csv: only `mace report --cpus` prints CSV; `mace query --format csv` prints rows"
+            )
+        return
+    others = {
+        "--device": options.device,
+        "--runs": options.runs,
+        "--packet": options.packet,
+        "--worst": options.worst,
+        "--png": options.png,
+        "--html": options.html,
+    }
+    for name, value in others.items():
+        if value is not None and value is not False:
+            raise UsageError(f"--cpus and {name} do not go together: leave out one of them")
 
 
 def _report(store: StoreReader, options: Options, console: Console) -> None:
     from mace.shown import report
 
     where = _filter(options)
+    if options.cpus:
+        from mace.shown import cpus
+
+        cpus.show(store, where, console.out(), form=options.format)
+        return
     if options.runs:
         report.print_runs(store.runs(where), console.out(), as_json=options.format == JSON)
         return

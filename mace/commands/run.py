@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contracts.errors import UsageError
 from mace.commands.console import Console
 from mace.commands.options import (
     BrokerOptions,
@@ -16,6 +17,7 @@ from mace.commands.options import (
     with_broker,
     with_capture,
     with_config,
+    with_cpus,
     with_duration,
     with_filter,
     with_format,
@@ -50,6 +52,8 @@ class Options:
     filter: FilterOptions
     record: Path | None
     no_rows: bool
+    cpus: bool
+    softirqs: bool
     config: Path | None
     format: str
 
@@ -83,6 +87,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     with_filter(parser)
     with_record(parser)
     with_no_rows(parser)
+    with_cpus(parser)
+    parser.add_argument(
+        "--softirqs",
+        action="store_true",
+        help="--cpus, and how long receive softirqs wait and whether ksoftirqd runs them (by ftrace; needs root)",
+    )
     with_config(parser)
     with_format(parser)
 
@@ -92,6 +102,8 @@ def run(options: Options, console: Console) -> int:
     from mace.commands import settings
     from mace.live import publish
 
+    if options.no_store and (options.cpus or options.softirqs):
+        raise UsageError("--cpus and --softirqs write to the store: leave out --no-store")
     configured = _configured(options)
     tee = settings.tee(options.record)
     publisher = None
@@ -119,6 +131,8 @@ def _configured(options: Options) -> Config:
         chosen=options.filter,
         store=options.store,
         no_rows=options.no_rows,
+        cpus=options.cpus or options.softirqs,
+        softirqs=options.softirqs,
         sinks=options.sinks,
         prometheus=options.prometheus,
         place=settings.lab_of(options.lab),

@@ -43,6 +43,8 @@ def configured(
     chosen: FilterOptions | None = None,
     store: Path | str | None = None,
     no_rows: bool = False,
+    cpus: bool = False,
+    softirqs: bool = False,
     sinks: SinkOptions | None = None,
     prometheus: str | None = None,
     place: lab.Lab | None = None,
@@ -61,6 +63,9 @@ def configured(
     settings = replace(settings, capture=taken, sinks=_sinks(settings.sinks, sinks, prometheus))
     if no_rows:
         settings = replace(settings, correlate=replace(settings.correlate, rows=False))
+    if cpus:
+        correlate = replace(settings.correlate, cpus=True, softirqs=softirqs or settings.correlate.softirqs)
+        settings = replace(settings, correlate=correlate)
     if store:
         settings = replace(settings, store=replace(settings.store, path=str(store)))
     return settings

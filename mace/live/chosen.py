@@ -32,8 +32,10 @@ class OfContainers:
         rows = results.rows
         kept = self._mask(rows.devices)
         delays, windows, crossings = rows.delays, rows.windows, rows.crossings
+        of_place = np.array([kept[place.device] for place in rows.places], np.bool_)
         chosen = replace(
             rows,
+            stages=rows.stages[of_place[rows.stages.column("device")]] if len(rows.stages) else rows.stages,
             delays=delays[kept[delays.device]],
             windows=windows[kept[windows.column("device")]],
             crossings=crossings[kept[crossings.device]],

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import zstandard
 
 from collector.remote import Arrival, Counts, HostStream
+from contracts.cpus import StagePlace
 from contracts.errors import MaceError, NotNowError, StoreError, WireError
 from contracts.interfaces import StreamHeader
 from contracts.records import Batch
@@ -38,7 +39,7 @@ _SLICE_RECORDS: Final = 1 << 14
 """An engine also processes the waiting records when there are so many: a slice's fixed cost of a millisecond or two is
 then negligible."""
 
-_FORMAT: Final = f"{VERSION}/3"
+_FORMAT: Final = f"{VERSION}/4"
 """Format of a saved host; the number is raised whenever the pickled classes change."""
 _HELD_CELLS: Final = 1 << 22
 """Most histogram cells of a host's open windows, 128 MiB: a hundred times what a host of fifty containers has."""
@@ -82,6 +83,8 @@ class _Waiting:
     header: StreamHeader
     delays: list[Delays] = field(default_factory=list)
     windows: list[WindowTable] = field(default_factory=list)
+    stages: list[WindowTable] = field(default_factory=list)
+    places: tuple[StagePlace, ...] = ()
     devices: tuple[Device, ...] = ()
     totals: Totals | None = None
     rows: int = 0
@@ -94,7 +97,13 @@ class _Waiting:
 
     def part(self) -> RunPart:
         flags = {"begins": self.begins, "closed": self.closed, "ended": self.ended}
-        rows = Rows(Delays.concatenate(self.delays), WindowTable.concatenate(self.windows), self.devices)
+        rows = Rows(
+            Delays.concatenate(self.delays),
+            WindowTable.concatenate(self.windows),
+            self.devices,
+            stages=WindowTable.concatenate(self.stages),
+            places=self.places,
+        )
         return RunPart(self.header, rows, self.totals, self.rows, **flags)
 
 
@@ -266,6 +275,10 @@ class Hosts:
         if len(rows.windows):
             part.windows.append(rows.windows)
             _note_hours(part.hours, rows.windows.column("start_utc_ns"))
+        if len(rows.stages):
+            part.stages.append(rows.stages)
+            part.places = rows.places
+            _note_hours(part.hours, rows.stages.column("start_utc_ns"))
         # An engine without records knows no time.
         upto_ns = totals.upto_utc_ns if totals.upto_utc_ns > 0 else part.header.clock.utc_ns
         before = part.totals.on_host_network if part.totals is not None else ()

@@ -115,6 +115,7 @@ class Ingest:
             timeout_ns=config.correlate.timeout_ms * 1_000_000,
             open_records=config.ingest.open_records,
             rows=config.correlate.rows,
+            stages=config.correlate.cpus,
         )
         self._hosts = Hosts(engine, self._store.knows, config.ingest.hosts)
         self.vitals = Vitals()

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from contracts.channel import Channel, ClosedError
 from contracts.config import StoreConfig
+from contracts.cpus import CpuReadings
 from contracts.errors import MaceError, SourceError
 from contracts.interfaces import Progress, Sink, Source, StreamHeader, StreamItem, StreamSink
 from contracts.results import Results
@@ -228,8 +229,13 @@ async def stopped_by_signals(stop: Stop) -> AsyncIterator[None]:
             signal.signal(number, handler)
 
 
-def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedStore:
-    """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention."""
+def embedded_store(
+    config: StoreConfig, path: Path, *, rows: bool, cpus: Callable[[], CpuReadings] | None
+) -> EmbeddedStore:
+    """Return the embedded store at `path`, with the configured flush interval, synchronisation and retention.
+
+    `cpus` reads this machine's CPUs, whose readings are stored, too.
+    """
     return EmbeddedStore(
         path,
         rows=rows,
@@ -237,4 +243,5 @@ def embedded_store(config: StoreConfig, path: Path, *, rows: bool) -> EmbeddedSt
         fsync=config.sync,
         max_age_s=config.max_age_s,
         max_bytes=config.max_bytes,
+        cpus=cpus,
     )

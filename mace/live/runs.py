@@ -18,6 +18,7 @@ from pathlib import Path
 from collector.files import LocalRecording
 from collector.live.filter import unfiltered
 from contracts.config import Config
+from contracts.cpus import CpuReadings
 from contracts.figures import Summary
 from contracts.interfaces import Sink, StreamHeader, StreamItem, StreamSink
 from contracts.records import Batch
@@ -26,6 +27,7 @@ from contracts.schema import RoundTrips
 from contracts.vitals import Account, Publishing, Vitals
 from correlator import configured
 from mace.live import pipeline
+from mace.live.cpu_readings import cpu_readings
 from mace.live.first import FirstThatOpens
 from mace.live.pipeline import Stop
 from storage import SINKS, wanted_sinks
@@ -69,10 +71,10 @@ async def measure(
         on_open(header, source.told)
         opened.set()
 
-    async with _lasting(until, opened, stop):
+    async with cpu_readings(config.correlate) as cpus, _lasting(until, opened, stop):
         await pipeline.run(
             source,
-            _sinks(config, store, vitals),
+            _sinks(config, store, vitals, cpus),
             engine=configured.live(config.correlate),
             stop=stop,
             tee=tee,
@@ -106,7 +108,7 @@ async def observe(
         on_open(header, source.told)
         opened.set()
 
-    engine = replace(configured.live(config.correlate), crossings=True, rows=False)
+    engine = replace(configured.live(config.correlate), crossings=True, rows=False, stages=False)
     async with _lasting(until, opened, stop):
         return await pipeline.run(source, [], engine=engine, stop=stop, tee=tee, on_results=on_results, on_open=begin)
 
@@ -119,7 +121,7 @@ async def observe_recording(
     Returns the stream's header and the reader's warnings.
     """
     source = recording.source()
-    engine = replace(configured.replayed(config.correlate), crossings=True, rows=False)
+    engine = replace(configured.replayed(config.correlate), crossings=True, rows=False, stages=False)
     header = await pipeline.run(
         source, [], engine=engine, stop=stop, on_results=lambda results: on_results(results, source.bytes_read)
     )
@@ -234,11 +236,16 @@ def _unfiltered(config: Config) -> Config:
     return replace(config, capture=unfiltered(config.capture))
 
 
-def _sinks(config: Config, store: Path | None, vitals: Vitals) -> list[Sink]:
-    """Return the embedded store, if `store` is given, and the configured sinks."""
+def _sinks(
+    config: Config, store: Path | None, vitals: Vitals, cpus: Callable[[], CpuReadings] | None = None
+) -> list[Sink]:
+    """Return the embedded store, if `store` is given, and the configured sinks.
+
+    `cpus` reads this machine's CPUs, whose readings are stored, too.
+    """
     embedded: list[Sink] = []
     if store:
-        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows)]
+        embedded = [pipeline.embedded_store(config.store, store, rows=config.correlate.rows, cpus=cpus)]
     return [*embedded, *wanted_sinks(config, vitals)]
 
 

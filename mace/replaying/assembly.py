@@ -44,7 +44,7 @@ PART_BYTES: Final = 64 << 20
 """Size of a part: some 30 million records, a quarter of a minute's work. A kill loses no more than that, and a warm-up
 is short compared with it."""
 _PLAN: Final = f"{UNFINISHED}/plan.json"
-_NOTES: Final = 2
+_NOTES: Final = 3
 """Version of the notes. A replay with notes of another version cannot be resumed."""
 _FLUSHES_A_PART: Final = 2
 """Flush numbers of a part: one for its own segments, one for the windows across its beginning."""

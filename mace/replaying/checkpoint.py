@@ -24,6 +24,7 @@ _COLUMNS = {
     "trait": "u1",
     "flow": "<u8",
     "proto": "u1",
+    "cpu": "<u2",
 }
 
 _DEVICE = tuple(each.name for each in fields(Device))

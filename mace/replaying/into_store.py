@@ -191,10 +191,13 @@ def bar(console: Console, *, quiet: bool, what: str = "replay") -> Iterator[Call
 
 
 @contextmanager
-def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool) -> Iterator[Path]:
-    """Replay recordings into a temporary store, with a progress bar; yields its path and removes it after the block."""
+def replayed(files: Sequence[RecordedFile], settings: Config, *, quiet: bool, stages: bool = False) -> Iterator[Path]:
+    """Replay recordings into a temporary store, with a progress bar; yields its path and removes it after the block.
+
+    With `stages` the store has which CPU worked on packets, and no rows.
+    """
     console = terminal.PlainConsole(stderr=True)
-    engine = replace(configured.replayed(settings.correlate), rows=True)
+    engine = replace(configured.replayed(settings.correlate), rows=not stages, stages=stages)
     with tempfile.TemporaryDirectory(prefix="mace-replayed-") as folder:
         with asked_to_stop() as stop, bar(console, quiet=quiet) as told:
             # Named after the first recording, because a report prints the store's name as its heading.

@@ -165,6 +165,7 @@ def run_part(task: PartTask, told: OnProgress = lambda _read, _records: None) ->
                     inner = inner[~across]
             if writer is not None:
                 writer.add(given.delays, inner, given.devices)
+                writer.add_stages(given.stages, given.places, given.devices)
 
         feeder = Feeder(engine, lambda: reader.discarded)
         records = 0
@@ -190,6 +191,8 @@ def run_part(task: PartTask, told: OnProgress = lambda _read, _records: None) ->
             summary.count(open_windows, engine.devices)
             summary.update(totals)
             edges.append(open_windows)
+            if writer is not None:
+                writer.add_stages(*engine.close_stages(), engine.devices)
         staged = tuple(writer.close()) if writer is not None else ()
         return PartDone(
             capture=task.capture,

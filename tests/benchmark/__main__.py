@@ -18,6 +18,7 @@ import numpy as np
 from contracts.errors import MaceError, nearest
 from tests.benchmark import (
     bpf,
+    cpus,
     ftrace_decode,
     graded,
     kmod,
@@ -49,6 +50,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "capture_to_windows": offline.capture_to_windows,
     "capture_to_rows": offline.capture_to_rows,
     "store": rows.run,
+    "report_cpus": cpus.run,
     "vs_netdev_times": versus.netdev_times,
     "vs_bpftrace_text": versus.bpftrace_text,
     "live_flood": live.under_flood,

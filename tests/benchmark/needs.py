@@ -27,6 +27,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "capture_to_windows": LAB,
     "capture_to_rows": LAB,
     "store": (),
+    "report_cpus": (),
     "vs_netdev_times": (*LAB, "perf"),
     "vs_bpftrace_text": (*LAB, "bpftrace"),
     "live_flood": LAB,

@@ -18,6 +18,8 @@ static const uint8_t *readable, *readable_end;
 int direct;
 /* Whether the kernel can read a buffer's pages. */
 int paged;
+/* Whether the program that reads may use that. */
+int pages = 1;
 /* Number of reads outside the buffer's linear part. */
 int violations;
 /* After that many reads another program interrupts the one that reads, and reads @interrupting. */
@@ -87,6 +89,7 @@ static void set_buffer(const struct sk_buff *frame, u8 *head, struct mace_buffer
 		.offset = MACE_ETH_HLEN,
 		.tci = -1,
 		.protocol = frame->bytes[12] << 8 | frame->bytes[13],
+		.pages = pages,
 	};
 	readable = head;
 	readable_end = head + buffer->in_place;

@@ -173,6 +173,26 @@ def test_payload_in_pages_is_part_of_the_key_where_the_kernel_can_read_it(
         assert recognise(programs, frame, headers) == (first, True)
 
 
+def test_a_program_that_reads_no_pages_has_the_key_that_another_has_read(programs):
+    """As at the hook `ip_rcv`, which follows a reception on its CPU. What it reads itself, others do not recognise."""
+    frame = ether(0x0800, ipv4(6, tcp(b"abcdefghijklmnopqrst")))
+    reads = ctypes.c_int.in_dll(programs, "pages")
+    can_read = bool(ctypes.c_int.in_dll(programs, "paged").value)
+    try:
+        reads.value = 0
+        alone = read(programs, frame, 52)
+        assert not alone["flags"] & Flag.KEY
+        reads.value = 1
+        first, recognised = recognise(programs, frame, 52)
+        assert recognised is not can_read
+        assert bool(first["flags"] & Flag.KEY) is can_read
+        reads.value = 0
+        assert recognise(programs, frame, 52) == (first, True)
+        assert not recognise(programs, other_payload(frame, 14 + 20 + 4), 52)[1]
+    finally:
+        reads.value = 1
+
+
 @pytest.mark.parametrize(
     ("name", "at", "length"),
     [

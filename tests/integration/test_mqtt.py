@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import aiomqtt
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from collector.capture.source import CaptureReader
 from collector.reading.streaming import FileSource
-from contracts.config import Config, InfluxConfig, MqttConfig, MqttRowsConfig, SinksConfig, StoreConfig
+from contracts.config import Config, CorrelateConfig, InfluxConfig, MqttConfig, MqttRowsConfig, SinksConfig, StoreConfig
 from contracts.topics import Shard, bucket, stream_topic
 from contracts.vitals import Vitals
 from correlator import configured
@@ -47,7 +48,11 @@ def stream(records=RECORDS, size=1500, seed=1):
 
 
 def settings(**mqtt):
-    return Config(store=StoreConfig(flush_interval_s=0.2, sync=False), mqtt=MqttConfig(**mqtt))
+    return Config(
+        correlate=CorrelateConfig(cpus=True),
+        store=StoreConfig(flush_interval_s=0.2, sync=False),
+        mqtt=MqttConfig(**mqtt),
+    )
 
 
 def header(host="measured.example", run="5f2b7c9e"):
@@ -61,7 +66,7 @@ def direct(path, items, of):
 
     async def work():
         store = EmbeddedStore(path, fsync=False)
-        engine = configured.live(Config().correlate)
+        engine = configured.live(settings().correlate)
         await pipeline.run(FileSource(CaptureReader(capture)), [store], engine=engine, stop=pipeline.Stop())
 
     asyncio.run(work())
@@ -69,13 +74,25 @@ def direct(path, items, of):
 
 
 def content(path, host):
-    """Return a host's stored delays and windows, sorted, with all columns, and its ledgers."""
+    """Return a host's stored delays and windows, sorted, with all columns, its counts of stages, and its ledgers."""
     found = {}
     for table in ("delays", "windows"):
         paths = [str(each.path) for each in segments.listing(path, table)]
         rows = "SELECT * REPLACE (epoch_ns(time) AS time) FROM read_parquet($paths, hive_partitioning = false)"
         mine = f"{rows} WHERE host = $host ORDER BY ALL"
         found[table] = duckdb.execute(mine, {"paths": paths, "host": host}).fetchall() if paths else []
+    found["stages"] = [
+        (
+            one.place,
+            one.direction,
+            one.measure,
+            one.cpu_queued,
+            one.cpu,
+            *map(np.ndarray.tolist, one.durations.histogram()),
+        )
+        for one in StoreReader(path).stages()
+        if one.place.host == host
+    ]
     runs = [run for run in StoreReader(path).runs() if run.host == host]
     found["ledgers"] = [(run.run, run.ledger.as_dict()) for run in runs]
     return found
@@ -212,7 +229,7 @@ class Served:
 def test_ingest_killed_again_and_again(tmp_path):
     """After kills at any moment each row is stored once, and the ledger equals that of a run without kills."""
     items = stream()
-    (tmp_path / "c.toml").write_text("[store]\nflush_interval_s = 0.1\n")
+    (tmp_path / "c.toml").write_text("[correlate]\ncpus = true\n[store]\nflush_interval_s = 0.1\n")
     chance = random.Random(7)
 
     async def work(broker):

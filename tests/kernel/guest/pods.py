@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,7 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.guest.commands import start
+from collector.bpf.devices import BpfDeviceFollower
+from storage.capture import CaptureSink
+from tests.kernel.guest import programs
+from tests.kernel.guest.commands import mace, start
 from tests.kernel.guest.conftest import load, unload
 from tests.kernel.guest.reader import within
 from tests.measuring import wait_for
@@ -167,3 +171,34 @@ def measured(source: str, ways: dict[str, Way], count: int, folder: Path) -> tup
             unload()
     assert measuring.returncode == 0, err
     return json.loads(out), capture
+
+
+def measured_by_loaded(ways: dict[str, Way], count: int, folder: Path) -> tuple[dict[str, Any], Path]:
+    """Ping from each pod while the loaded BPF programs record; return the replay's JSON, and the recording.
+
+    The verifier takes an emulator a minute, so `mace run` would be too slow.
+    """
+    outer = [way.outer for way in ways.values()]
+    source = programs.source(programs.unfiltered(), BpfDeviceFollower(host_netns=HOST, outer=outer, docker_sockets=()))
+    capture = folder / "run.mace"
+
+    async def record() -> None:
+        sink = CaptureSink(capture)
+
+        async def read() -> None:
+            async for item in source.items():
+                await sink.write(item)
+
+        try:
+            await sink.open(await source.open())
+            reading = asyncio.create_task(read())
+            for way in ways.values():
+                await asyncio.to_thread(way.ping, count)
+            source.request_stop()
+            await reading
+        finally:
+            await sink.aclose()
+            await source.aclose()
+
+    asyncio.run(record())
+    return json.loads(mace("replay", "--json", capture, timeout=300).stdout), capture

@@ -15,9 +15,11 @@ from collector.bpf.ring import BufferRing, MappedRing
 from collector.bpf.session import Session
 from collector.bpf.source import BpfConfig, BpfSource
 from collector.live.filter import SessionFilter
-from collector.machine.kernel import online_cpus
+from collector.live.ring_source import FollowsDevices
+from collector.machine.kernel import kernel_version, online_cpus
 from collector.machine.netns import cookie_here
 from contracts.abi import RECORD, WORDS
+from contracts.hooks import Hook
 
 RING_BYTES = 8 << 20
 LOADING = pytest.mark.timeout(1200)
@@ -27,11 +29,25 @@ LOADING = pytest.mark.timeout(1200)
 class Loaded(Session):
     """A session that stays loaded when its user closes it."""
 
+    kept: tuple[str, ...] = ()
+    """Programs that stay attached from the beginning, because the kernel attaches them only once."""
+
+    def __init__(self, wanted: SessionFilter, **options: Any) -> None:
+        super().__init__(wanted, **options)
+        self.attach()
+        if kernel_version() < (5, 13):
+            self.kept = self.programs.get(Hook.IP_RCV, ())
+        self.detach()
+
     def close(self) -> None:
         self.stop()
         self.detach()
 
+    def detach(self) -> None:
+        self._detach([name for name in self._links if name not in self.kept])
+
     def unload(self) -> None:
+        super().detach()
         super().close()
 
 
@@ -46,9 +62,17 @@ def unfiltered() -> Loaded:
     return loaded(SessionFilter())
 
 
-def source(session: Loaded, **config: Any) -> BpfSource:
-    """Return a source that reads an already loaded session, without following devices."""
-    return BpfSource(BpfConfig(ring_kib_per_cpu=RING_BYTES >> 10, **config), open_session=lambda *_, **__: session)
+class _SourceByInode(BpfSource):
+    """A source whose session identifies namespaces by inode, as one without a filter by namespaces does here."""
+
+    def _identify_by_cookie(self) -> bool:
+        return False
+
+
+def source(session: Loaded, follower: FollowsDevices | None = None, **config: Any) -> BpfSource:
+    """Return a source that reads an already loaded session."""
+    settings = BpfConfig(ring_kib_per_cpu=RING_BYTES >> 10, **config)
+    return _SourceByInode(settings, follower, open_session=lambda *_, **__: session)
 
 
 class Recording:

@@ -13,7 +13,10 @@ from collector.files import recording
 from contracts.hooks import Hook
 from contracts.records import Batch
 from contracts.topology import Topology
-from tests.kernel.guest.pods import COUNT, FAR, LENGTHS, ROUTED, Way, made, measured
+from tests.kernel.guest import programs
+from tests.kernel.guest.pods import COUNT, FAR, LENGTHS, ROUTED, Way, made, measured, measured_by_loaded
+
+pytestmark = programs.LOADING
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +52,12 @@ class Found:
         return {tuple(row[name] for name in names): row["count"] for row in self.told[part]}
 
 
-@pytest.fixture(scope="module")
-def found(ways: dict[str, Way], tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return Found(*measured("kmod", ways, COUNT, tmp_path_factory.mktemp("kmod")))
+@pytest.fixture(scope="module", params=["kmod", "bpf"])
+def found(request: pytest.FixtureRequest, ways: dict[str, Way], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "bpf":
+        return Found(*measured_by_loaded(ways, COUNT, folder))
+    return Found(*measured(request.param, ways, COUNT, folder))
 
 
 def test_every_reply_has_its_whole_path(found: Found, ways: dict[str, Way]) -> None:

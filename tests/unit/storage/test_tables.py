@@ -6,12 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from contracts.cpus import CpuCounters, Measure, SoftirqCounts, StagePlace
 from contracts.hooks import Hook
-from contracts.schema import Delays, Grades, HookCost
+from contracts.schema import Delays, Direction, Grades, HookCost
 from contracts.topology import Sharer
 from contracts.windowtable import WindowTable
 from storage import tables
-from tests.made_results import HEADER, make_delays, make_results, make_windows, topology
+from tests.made_results import HEADER, make_delays, make_results, make_stages, make_windows, topology
 
 
 def rows_of(table):
@@ -65,6 +66,22 @@ def test_the_file_has_the_declared_types(table):
         ),
         "runs": lambda: tables.runs_table(HEADER),
         "cost": lambda: tables.cost_table(HEADER, 5, [HookCost(Hook.NETIF_RX, 9, 3, 700)]),
+        "stages": lambda: tables.stages_table(
+            HEADER,
+            tables.StageRows(
+                *make_stages(
+                    [
+                        (StagePlace(1, 0, 0, 65_535), Direction.EGRESS, Measure.WAIT, [5, 7_000, 7_001]),
+                        (StagePlace(0, 0, -1, -1), Direction.INGRESS, Measure.PARTIAL, [0]),
+                    ]
+                ),
+                topology(),
+            ),
+        ),
+        "cpus": lambda: tables.cpus_table(HEADER, [CpuCounters(5, 3, 1 << 32, 2, 1), CpuCounters(6, 4, 0, 0, 0)]),
+        "softirqs": lambda: tables.softirqs_table(
+            HEADER, [SoftirqCounts(5, 3, 7, 6, 5, 4, 3, 2, np.array([1, 4351]), np.array([1, 1 << 40]))]
+        ),
     }[table]()
     read = pq.read_table(io.BytesIO(tables.encode(rows, table)))
     assert read.schema.names == [c.name for c in tables.COLUMNS[table]]

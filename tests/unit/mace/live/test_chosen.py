@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from contracts.config import CaptureConfig
+from contracts.cpus import Measure, StagePlace
 from contracts.ledger import Ledger
 from contracts.results import Results, Rows, Totals
 from contracts.schema import Delays, Direction, Segment, Window
 from contracts.topology import Device
 from contracts.windowtable import WindowTable
 from mace.live.chosen import OfContainers, chooser, everything
+from tests.made_results import make_stages, with_rows
 
 ID = "ab" * 32
 
@@ -54,6 +56,16 @@ def test_a_containers_rows_under_all_of_its_names(name):
 def test_a_device_that_is_recorded_anyway_chooses_no_other_containers_rows():
     only = OfContainers(CaptureConfig(containers=("web",), devices=("out0",)))
     assert kept(only, LATER) == [0, 3]
+
+
+def test_stages_at_a_containers_places():
+    places = tuple(StagePlace(device, device, 0, cpu) for cpu in (0, 1) for device in range(len(DEVICES)))
+    rows = [(place, Direction.EGRESS, Measure.RUN, [5]) for place in places]
+    stages, places = make_stages(rows)
+    given = with_rows(results(DEVICES), stages=stages, places=places)
+    found = OfContainers(CaptureConfig(containers=("web",)))(given).rows
+    assert [places[at] for at in found.stages.column("device")] == [StagePlace(0, 0, 0, 0), StagePlace(0, 0, 0, 1)]
+    assert found.places == places
 
 
 def test_results_chosen_in_the_kernel_stay():
