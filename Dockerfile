@@ -8,14 +8,13 @@ ARG BASE=python:3.13-slim-bookworm
 
 FROM ${BASE} AS build
 COPY deploy/ /build/
-# Only wheels whose hashes are in the lock. pip is removed, so nothing in the image can install anything. A third of
-# Arrow is removed: headers, and protocols and clouds that MACE does not use.
+# Only wheels whose hashes are in the lock. A third of Arrow is removed: headers, and protocols and clouds that MACE does
+# not use.
 RUN set -eu; \
     python3 -m venv /opt/mace; \
     if ls /build/wheelhouse/*.whl >/dev/null 2>&1; then set -- --no-index --find-links /build/wheelhouse; else set --; fi; \
     /opt/mace/bin/python -m pip install --disable-pip-version-check --no-cache-dir --no-compile \
         --only-binary :all: --require-hashes --requirement /build/requirements.lock "$@"; \
-    /opt/mace/bin/python -m pip uninstall --yes --quiet pip setuptools; \
     cd /opt/mace/lib/python3*/site-packages; \
     rm -rf pyarrow/include pyarrow/src pyarrow/tests pyarrow/*flight* pyarrow/*s3* numpy/tests numpy/*/tests; \
     find . -name '*.pyi' -delete
@@ -26,6 +25,23 @@ COPY correlator/ /opt/mace/app/correlator/
 COPY storage/ /opt/mace/app/storage/
 COPY bpf/ /opt/mace/app/bpf/
 COPY kmod/uapi/ /opt/mace/app/kmod/uapi/
+COPY setup.py /opt/mace/app/
+# Compile the extension, unless ./dev setup has compiled one that runs here. pip is removed afterwards, so nothing in the
+# image can install anything.
+RUN set -eu; \
+    cd /opt/mace/app; \
+    runs() { /opt/mace/bin/python -c 'from collector.compiled import loops'; }; \
+    if ! runs 2>/dev/null; then \
+        packages="gcc libc6-dev"; \
+        [ -e "$(/opt/mace/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
+            || packages="$packages python3-dev"; \
+        command -v gcc >/dev/null || { apt-get -qq -o Acquire::http::Timeout=10 update \
+            && apt-get -qq install --yes --no-install-recommends $packages >/dev/null; }; \
+        /opt/mace/bin/python setup.py --quiet build_ext --inplace --force; \
+        runs; \
+    fi; \
+    rm -rf setup.py build collector/compiled/*.c collector/compiled/*.h; \
+    /opt/mace/bin/python -m pip uninstall --yes --quiet pip setuptools
 # For the source bpf: build its programs, unless ./dev setup has built them, and copy the library that loads them. If
 # the base image lacks the tools and no package index is reachable, the image lacks the source bpf; all else works.
 RUN set -eu; \

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 _LOG: Final = logging.getLogger(__name__)
@@ -37,13 +37,15 @@ _PIECE_BYTES: Final = 1 << 16
 class _ClientConnection(H11Protocol):
     """One client's connection."""
 
+    most_connections = MOST_CONNECTIONS
+    request_s = REQUEST_S
     _since_s = 0.0
     _deadline: asyncio.TimerHandle | None = None
     _between_requests = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         others = [c for c in self.connections if isinstance(c, _ClientConnection) and not c.transport.is_closing()]
-        if len(others) >= MOST_CONNECTIONS:
+        if len(others) >= self.most_connections:
             min(others, key=lambda other: (other._is_busy(), other._since_s)).transport.abort()
         super().connection_made(transport)
         self._begin()
@@ -75,7 +77,7 @@ class _ClientConnection(H11Protocol):
         self._end()
         self._between_requests = False
         self._since_s = self.loop.time()
-        self._deadline = self.loop.call_later(REQUEST_S, self.transport.abort)
+        self._deadline = self.loop.call_later(self.request_s, self.transport.abort)
 
     def _end(self) -> None:
         if self._deadline is not None:
@@ -95,18 +97,29 @@ async def in_pieces(text: bytes) -> AsyncIterator[bytes]:
 
 
 class HttpServer:
-    """Serves an application from its construction until `close`. Raises `OSError` if it cannot listen."""
+    """Serves an application from its construction until `close`. Raises `OSError` if it cannot listen.
 
-    def __init__(self, where: tuple[str, int], application: Starlette) -> None:
+    A connection beyond `most_connections` ends an idle one, and one whose request takes longer than `request_s` ends.
+    """
+
+    def __init__(
+        self,
+        where: tuple[str, int],
+        application: ASGIApp,
+        *,
+        most_connections: int = MOST_CONNECTIONS,
+        request_s: float = REQUEST_S,
+    ) -> None:
         listening = socket.create_server(
             where, family=socket.AF_INET6 if ":" in where[0] else socket.AF_INET, backlog=_BACKLOG
         )
         self.port: Final = int(listening.getsockname()[1])
         self.failure: BaseException | None = None
         """The error that has ended the server; None while it serves."""
+        limits = {"most_connections": most_connections, "request_s": request_s}
         config = uvicorn.Config(
             application,
-            http=_ClientConnection,
+            http=type("_LimitedConnection", (_ClientConnection,), limits),
             loop="asyncio",
             ws="none",
             lifespan="off",

@@ -21,16 +21,21 @@ from typing import Any, Final, Literal, ParamSpec, TypeVar
 import duckdb
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute
 
+from contracts.arrays import Ints
+from contracts.clock import ClockPair
 from contracts.cpu_figures import CpuGrowth, SoftirqFigures, StageCount
 from contracts.cpus import Measure
 from contracts.errors import StoreError, nearest
 from contracts.figures import DevicePlace, Distribution, Summary
 from contracts.histogram import MAX_NS, SUB_BITS, middles
 from contracts.hooks import HOOKS
+from contracts.interfaces import StreamHeader
 from contracts.ledger import Ledger
 from contracts.schema import Direction, Grades, HookCost, Segment
 from contracts.topology import Sharer, newest_names
+from contracts.windowtable import FIGURES, NUMBERS, WindowTable
 from storage import checksum, segments, tables
 from storage.embedded import check_schema
 from storage.naming import NAMES_SQL, TABLES, Named, by_newest_name, named, newest_of
@@ -40,10 +45,16 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _ATTEMPTS: Final = 10
 _SUB: Final = 1 << SUB_BITS
+_LONG_NS: Final = 3 * 3_600_000_000_000
+"""Above this range of time the store's wide windows are read, which have a tenth of the rows and the same delays."""
+_MOST_WHOLE: Final = 100_000
+"""Segments that a reader remembers as whole: those of a store of years, in 30 MB. A server reads one for months."""
 TYPICAL_ROWS: Final = 2_000_000
 """Typical paths are computed from so many of the newest rows (whole segments): enough for a p99, in a second."""
 SPILL_GIB: Final = 16
 """Largest temporary file of a query whose memory does not suffice: a sort of some hundred million rows."""
+_NEAR_NS: Final = 60_000_000_000
+"""Longer than any packet's way through a host: what waits longer has expired."""
 WINDOWS_FROM_ROWS: Final = 200_000_000
 """With more rows, `auto` reads windows instead: at once, and with the same numbers except for the last seconds."""
 
@@ -71,6 +82,7 @@ class Filter:
     device: str | None = None
     direction: Direction | None = None
     run: str | None = None
+    host: str | None = None
 
     @property
     def narrows(self) -> bool:
@@ -156,7 +168,61 @@ class Series:
     width_ns: int
 
 
+@dataclass(slots=True)
+class OverTime:
+    """Distributions per group and stretch of time."""
+
+    first_utc_ns: int
+    """Start of stretch 0."""
+    width_ns: int
+    """Width of each stretch; stretch i begins at `first_utc_ns + i * width_ns`."""
+    groups: dict[tuple[str, ...], dict[int, Distribution]]
+    """By group, sorted; then by stretch, of those that have delays."""
+
+
+@dataclass(frozen=True, slots=True)
+class PacketRow:
+    """One row of `delays`, as a table of packets shows it."""
+
+    host: str
+    run: str
+    packet: int
+    utc_ns: int
+    container: str
+    device: str
+    direction: str
+    delay_ns: int
+    l3_len: int
+    grade: str
+    outcome: str
+    waited: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of one table, as SQL that stands in a FROM, with its parameters."""
+
+    table: str
+    rows_sql: str
+    values: dict[str, Any]
+    unit_ns: int
+    """Stretches of time are multiples of it, so that they have whole windows; 1 for rows."""
+
+
 From = Literal["auto", "rows", "windows"]
+GROUPED_BY: Final = (
+    "host",
+    "container",
+    "netns",
+    "device",
+    "device_id",
+    "kind",
+    "role",
+    "source",
+    "direction",
+    "segment",
+)
+"""Columns by which `StoreReader.grouped` groups rows."""
 
 
 def _written_by_mace(method: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -187,6 +253,8 @@ class StoreReader:
     path: Path
     skip_damaged: bool = False
     threads: int | None = None
+    memory_mib: int | None = None
+    """Memory limit of a query; by default DuckDB's own."""
     damaged: dict[Path, str] = field(default_factory=dict)
     """Skipped segments, with a description of the damage."""
     _whole: set[tuple[Path, int, int]] = field(default_factory=set, init=False, repr=False)
@@ -237,6 +305,8 @@ class StoreReader:
         # The checksum releases the GIL, so as many threads as CPUs read files.
         with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
             bad = {path: why for path, why in zip(new, pool.map(_changed, new), strict=True) if why}
+        if len(self._whole) > _MOST_WHOLE:
+            self._whole.clear()
         self._whole.update(key for path, key in new.items() if path not in bad)
         return bad
 
@@ -265,11 +335,11 @@ class StoreReader:
                    coalesce(l.upto, epoch_ns(r.time)),
                    l.packets, l.rows_stored, l.rows_not_stored, l.closed, {graded}, {names}
             FROM {{runs}} r LEFT JOIN l USING (host, run)
-            WHERE ($run IS NULL OR r.run = $run)
+            WHERE ($run IS NULL OR r.run = $run) AND ($host IS NULL OR r.host = $host)
             ORDER BY r.time, r.host, r.run
             """,
-            Filter(run=where.run),
-            {"run": where.run},
+            Filter(),
+            {"run": where.run, "host": where.host},
         )
         found = []
         for host, run, source, start, kernel, hooks, upto, packets, stored, not_stored, closed, *counts in rows:
@@ -319,7 +389,7 @@ class StoreReader:
     @_written_by_mace
     def sharers(self, where: Filter = Filter()) -> tuple[Sharer, ...]:
         """Return the containers seen on the host's network in the filter's runs and time, each by its newest name."""
-        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run), [])
+        condition, values = _condition(Filter(where.since_ns, where.until_ns, run=where.run, host=where.host), [])
         rows = self._fetch(
             f"""
             SELECT each.container, each.container_id, max(told)
@@ -400,6 +470,28 @@ class StoreReader:
             found.packets = self._count_packets(where, from_rows)
         found.note = self._note(where, from_windows)
         return found
+
+    @_written_by_mace
+    def windows(self, where: Filter = Filter()) -> tuple[WindowTable, tuple[DevicePlace, ...]]:
+        """Return the windows of 1 s that lie within the filter, in time order, as columns.
+
+        The column `device` has indices of the places returned, which have the containers' newest names and ids.
+        """
+        where = self._by_newest_name(where)
+        condition, values = _condition(where, self.runs(where), windows=True)
+        figures = ", ".join(FIGURES)
+        found: pa.Table = self._query(
+            f"""
+            SELECT {_PLACE}, coalesce(container_id, '') AS container_id, direction, segment, epoch_ns(time) AS start,
+                   {figures}, bins, counts
+            FROM {{windows}} WHERE {condition} AND width_s = 1 ORDER BY time
+            """,
+            where,
+            values,
+            None,
+            lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+        )
+        return _window_table(found)
 
     def _split(self, runs: Sequence[Run], source: From, where: Filter) -> tuple[list[Run], list[Run]]:
         if source == "rows":
@@ -569,9 +661,13 @@ class StoreReader:
 
     # Single packets.
 
-    def packet(self, number: int, where: Filter = Filter()) -> list[PacketPath]:
-        """Return the packets with this number: none, one, or one per run that has the number."""
-        return self._paths("packet = $packet", {"packet": number}, where)
+    def packet(self, number: int, where: Filter = Filter(), near_utc_ns: int | None = None) -> list[PacketPath]:
+        """Return the packets with this number: none, one, or one per run that has the number.
+
+        With `near_utc_ns` only the hours around that time are searched.
+        """
+        near = None if near_utc_ns is None else Filter(near_utc_ns - _NEAR_NS, near_utc_ns + _NEAR_NS)
+        return self._paths("packet = $packet", {"packet": number}, where, near)
 
     def worst(self, limit: int, where: Filter = Filter()) -> list[PacketPath]:
         """Return the packets with the largest overhead, worst first; a packet with two overheads counts once."""
@@ -595,16 +691,18 @@ class StoreReader:
         return sorted(found, key=lambda p: order[p.host, p.run, p.packet])
 
     @_written_by_mace
-    def _paths(self, condition: str, values: dict[str, Any], where: Filter) -> list[PacketPath]:
-        # No filter by time, so that a packet at its edge is shown whole.
+    def _paths(
+        self, condition: str, values: dict[str, Any], where: Filter, near: Filter | None = None
+    ) -> list[PacketPath]:
+        # No filter by time, so that a packet at its edge is shown whole; `near` only chooses the hours that are read.
         rows = self._fetch(
             f"""
             SELECT {_PLACE}, run, packet, epoch_ns(time), direction, segment, position, delay_ns, l3_len, grade, outcome
-            FROM {{delays}} WHERE {condition} AND ($run IS NULL OR run = $run)
+            FROM {{delays}} WHERE {condition} AND ($run IS NULL OR run = $run) AND ($host IS NULL OR host = $host)
             ORDER BY host, run, packet, position, epoch_ns(time)
             """,
-            Filter(),
-            values | {"run": where.run},
+            near or Filter(),
+            values | {"run": where.run, "host": where.host},
         )
         grouped: dict[tuple[str, str, int], list[tuple[Any, ...]]] = {}
         for row in rows:
@@ -657,60 +755,183 @@ class StoreReader:
             path.hops.append((place, segment, delays))
         return list(found.values())
 
-    @_written_by_mace
     def series(self, where: Filter = Filter(), points: int = 240, source: From = "auto") -> list[Series]:
         """Return the overhead over time per container and direction, in about `points` stretches of equal width."""
-        where = self._by_newest_name(where)
-        runs = self.runs(where)
-        from_rows, from_windows = self._split(runs, source, where)
-        chosen = [
-            (table, *_condition(where, part, windows=table == "windows", part=len(part) < len(runs)))
-            for table, part in (("delays", from_rows), ("windows", from_windows))
-            if part
-        ]
-        spans = [
-            self._fetch(
-                f"SELECT epoch_ns(min(time)), epoch_ns(max(time)) FROM {{{table}}}"
-                f" WHERE segment = 'overhead' AND {condition}",
-                where,
-                values,
-            )[0]
-            for table, condition, values in chosen
-        ]
-        known = [span for span in spans if span[0] is not None]
-        if not known:
-            return []
-        first = min(a for a, _ in known)
-        width_ns = (max(b for _, b in known) - first) // points + 1
-        if from_windows:
-            # Stretches of whole windows.
-            width_ns = -(-width_ns // 1_000_000_000) * 1_000_000_000
-            first -= first % 1_000_000_000
-        merged: dict[tuple[str, Direction], dict[int, Distribution]] = {}
-        for table, condition, values in chosen:
-            for row in self._fetch(
-                _series_query(table, condition), where, values | {"first": first, "width": width_ns}
-            ):
-                container, direction, at, count = row[:4]
-                bins, counts = np.array(row[4], np.int64), np.array(row[5], np.int64)
-                low, high = middles(bins[[0, -1]]).tolist()
-                stretches = merged.setdefault((container, Direction[direction.upper()]), {})
-                stretches.setdefault(int(at), Distribution()).add(int(count), 0, low, high, bins, counts)
         found = []
-        for (container, direction), stretches in sorted(merged.items()):
+        over = self.over_time(where, ("container", "direction"), points=points, source=source)
+        for (container, direction), stretches in over.groups.items():
             ats = sorted(stretches)
             quantiles_of = [stretches[at].quantiles((0.5, 0.99)) for at in ats]
             found.append(
                 Series(
                     container,
-                    direction,
-                    [first + at * width_ns for at in ats],
+                    Direction[direction.upper()],
+                    [over.first_utc_ns + at * over.width_ns for at in ats],
                     [q[0] for q in quantiles_of],
                     [q[1] for q in quantiles_of],
-                    width_ns,
+                    over.width_ns,
                 )
             )
         return found
+
+    def over_time(
+        self,
+        where: Filter = Filter(),
+        by: tuple[str, ...] = ("host", "container", "direction"),
+        *,
+        segments: tuple[Segment, ...] = (Segment.OVERHEAD,),
+        points: int = 240,
+        source: From = "auto",
+        coarse_bits: int = 0,
+    ) -> OverTime:
+        """Return the distributions per group and stretch of time, in about `points` stretches of equal width.
+
+        `by` are columns of `GROUPED_BY`. With `coarse_bits` n, 2**n neighbouring bins count as the one in their middle,
+        which is quicker where a picture shows no more. The stretches together have exactly the delays of `grouped`.
+        Where figures come from windows, stretches are whole seconds, or, of more than `_LONG_NS`, tens of seconds.
+        """
+        parts = self._parts(where, segments, source)
+        spans = [
+            self._fetch(f"SELECT epoch_ns(min(time)), epoch_ns(max(time)) FROM {part.rows_sql}", where, part.values)[0]
+            for part in parts
+        ]
+        known = [span for span in spans if span[0] is not None]
+        if not known:
+            return OverTime(where.since_ns or 0, 1, {})
+        first = min(a for a, _ in known)
+        width_ns = (max(b for _, b in known) - first) // points + 1
+        unit_ns = max(part.unit_ns for part in parts)
+        width_ns = -(-width_ns // unit_ns) * unit_ns
+        first -= first % unit_ns
+        found: dict[tuple[str, ...], dict[int, Distribution]] = {}
+        for (*group, at), delays in self._grouped(where, parts, (*by, "stretch"), first, width_ns, coarse_bits):
+            found.setdefault(tuple(group), {})[int(at)] = delays
+        return OverTime(first, width_ns, dict(sorted(found.items())))
+
+    def grouped(
+        self,
+        where: Filter = Filter(),
+        by: tuple[str, ...] = ("host", "container", "direction"),
+        *,
+        segments: tuple[Segment, ...] = (Segment.OVERHEAD,),
+        source: From = "auto",
+    ) -> dict[tuple[str, ...], Distribution]:
+        """Return the distribution of each group of rows; `by` are columns of `GROUPED_BY`. Sorted by group."""
+        return dict(sorted(self._grouped(where, self._parts(where, segments, source), by)))
+
+    @_written_by_mace
+    def _parts(self, where: Filter, of: tuple[Segment, ...], source: From) -> list[_Part]:
+        """Return what `grouped` reads: rows, and windows of the runs without rows."""
+        where = self._by_newest_name(where)
+        runs = self.runs(where)
+        names = ", ".join(f"'{segment.name.lower()}'" for segment in of)
+        found = []
+        for table, part in zip(("delays", "windows"), self._split(runs, source, where), strict=True):
+            if not part:
+                continue
+            # Overhead rows have their packet's container: no need to look for the packets of a container.
+            direct = of == (Segment.OVERHEAD,) and table == "delays" and where.container is not None
+            condition, values = _condition(
+                replace(where, container=None) if direct else where,
+                part,
+                windows=table == "windows",
+                part=len(part) < len(runs),
+            )
+            if direct:
+                condition, values = f"{condition} AND container = $container", values | {"container": where.container}
+            condition = f"segment IN ({names}) AND {condition}"
+            if table == "delays":
+                rows = f"(SELECT * FROM {{delays}} WHERE {condition} AND {_COUNTED})"
+                found.append(_Part(table, rows, values, 1))
+                continue
+            long = _span_ns(where, part) > _LONG_NS
+            rows = (
+                f"(SELECT * FROM {{windows}} WHERE {condition}"
+                f" QUALIFY width_s = {'max' if long else 'min'}(width_s) OVER (PARTITION BY host, run))"
+            )
+            found.append(_Part(table, rows, values, 10_000_000_000 if long else 1_000_000_000))
+        return found
+
+    @_written_by_mace
+    def _grouped(
+        self,
+        where: Filter,
+        parts: Sequence[_Part],
+        by: tuple[str, ...],
+        first_ns: int = 0,
+        width_ns: int = 1,
+        coarse_bits: int = 0,
+    ) -> list[tuple[tuple[Any, ...], Distribution]]:
+        merged: dict[tuple[Any, ...], Distribution] = {}
+        for part in parts:
+            cells = self._query(
+                _grouped_query(part, by, coarse_bits),
+                where,
+                part.values | {"first": first_ns, "width": width_ns},
+                None,
+                lambda connection, sql, values: connection.sql(sql, params=values).to_arrow_table(),
+            )
+            for key, figures in _groups(cells, by, repeated=part.table == "windows"):
+                merged.setdefault(key, Distribution()).add(*figures)
+        return list(merged.items())
+
+    @_written_by_mace
+    def packets(
+        self,
+        where: Filter = Filter(),
+        *,
+        low_ns: int = 0,
+        high_ns: int | None = None,
+        segment: Segment = Segment.OVERHEAD,
+        limit: int = 100,
+    ) -> tuple[int, list[PacketRow]]:
+        """Return how many rows of `segment` have a delay from `low_ns` to `high_ns`, and the slowest `limit` of them.
+
+        Packets that waited for a neighbour, which no figure counts, are among them.
+        """
+        where = self._by_newest_name(where)
+        runs = self.runs(where)
+        condition, values = _condition(replace(where, container=None), runs)
+        if where.container is not None:
+            if segment is Segment.OVERHEAD:
+                condition, values = f"{condition} AND container = $container", values | {"container": where.container}
+            else:
+                condition, values = _condition(where, runs)
+        condition = f"""
+            segment = $segment AND {condition} AND delay_ns >= $low AND ($high IS NULL OR delay_ns <= $high)
+            """
+        values |= {"segment": segment.name.lower(), "low": low_ns, "high": high_ns, "limit": limit}
+        [(found,)] = self._fetch(f"SELECT count(*) FROM {{delays}} WHERE {condition}", where, values)
+        rows = self._fetch(
+            f"""
+            SELECT host, run, packet, epoch_ns(time), container, device, direction, delay_ns, l3_len, grade, outcome,
+                   coalesce(waited, false)
+            FROM {{delays}} WHERE {condition} ORDER BY delay_ns DESC, host, run, packet LIMIT $limit
+            """,
+            where,
+            values,
+        )
+        return int(found), [PacketRow(*row) for row in rows]
+
+    @_written_by_mace
+    def header(self, host: str, run: str) -> StreamHeader:
+        """Return the header of a run's stream. Raises `StoreError` for an unknown run."""
+        rows = self._fetch(
+            """
+            SELECT source, kernel, boot_id, cpus, monotonic_ns, epoch_ns(time), uncertainty_ns, hooks, mace_version,
+                   command
+            FROM {runs} WHERE host = $host AND run = $run
+            """,
+            Filter(),
+            {"host": host, "run": run},
+        )
+        if not rows:
+            raise StoreError(f"{self.path}: no run {run!r} of {host!r}")
+        source, kernel, boot_id, cpus, *clock, hooks, version, command = rows[0]
+        pair = ClockPair(*map(int, clock))
+        return StreamHeader(
+            source, host, run, kernel, boot_id, int(cpus), pair, tuple(hooks or ()), version, tuple(command or ())
+        )
 
     def delays(self, where: Filter = Filter(), columns: Sequence[str] = ()) -> pa.Table:
         """Return rows of `delays` as they are stored, with the named columns or all (`storage.tables.DELAYS`).
@@ -759,7 +980,7 @@ class StoreReader:
         containers = self.containers(where) if naming else []
         for _ in range(_ATTEMPTS):
             live = {table: self.whole_segments(table, where, newest_rows) for table in used}
-            with connected(self.threads) as connection:
+            with connected(self.threads, self.memory_mib) as connection:
                 names = {table: relation(connection, table, found) for table, found in live.items()}
                 names |= {table: by_newest_name(names[table], containers) for table in naming}
                 try:
@@ -910,27 +1131,78 @@ def _condition(
     if where.run is not None:
         told.append("run = $run")
         values["run"] = where.run
+    if where.host is not None:
+        told.append("host = $host")
+        values["host"] = where.host
     if windows and part:
         told.append("list_contains($runs, host || '/' || run)")
         values["runs"] = [f"{r.host}/{r.run}" for r in runs]
     return " AND ".join(told) or "true", values
 
 
-def _series_query(table: str, condition: str) -> str:
-    at = "(epoch_ns(time) - $first) // $width"
-    counted = (
-        f"SELECT container, direction, {at} AS stretch, {BIN_SQL} AS bin, 1 AS n FROM"
-        f" (FROM {{delays}} WHERE {_COUNTED})"
-        if table == "delays"
-        else f"SELECT container, direction, {at} AS stretch, unnest(bins) AS bin, unnest(counts) AS n FROM"
-        " (SELECT * FROM {windows} QUALIFY width_s = min(width_s) OVER (PARTITION BY host, run))"
-    )
+def _span_ns(where: Filter, runs: Sequence[Run]) -> int:
+    since, until = min(r.started_utc_ns for r in runs), max(r.upto_utc_ns for r in runs)
+    if where.since_ns is not None:
+        since = max(since, where.since_ns)
+    if where.until_ns is not None:
+        until = min(until, where.until_ns)
+    return until - since
+
+
+def _grouped_query(part: _Part, by: tuple[str, ...], coarse_bits: int = 0) -> str:
+    """Return SQL for a row per group and bin, sorted: the columns of `by`, bin, n, s, lo, hi.
+
+    n are the delays in the bin. s, lo and hi are the sum and the extremes of the bin's delays; of windows, which do not
+    know them, those of the whole group.
+    """
+    unknown = set(by) - {*GROUPED_BY, "stretch"}
+    assert not unknown, unknown
+    at = ", (epoch_ns(time) - $first) // $width AS stretch" if "stretch" in by else ""
+    keys = ", ".join(by)
+
+    def coarse(bin_sql: str) -> str:
+        return f"(({bin_sql} >> {coarse_bits} << {coarse_bits}) + {1 << coarse_bits >> 1})" if coarse_bits else bin_sql
+
+    if part.table == "delays":
+        return f"""
+            SELECT {keys}, {coarse(BIN_SQL)} AS bin, count(*) AS n, sum(delay_ns) AS s, min(delay_ns) AS lo,
+                   max(delay_ns) AS hi
+            FROM (SELECT *{at} FROM {part.rows_sql}) GROUP BY ALL ORDER BY {keys}, bin
+            """
     return f"""
-        WITH c AS ({counted} WHERE segment = 'overhead' AND {condition}),
-        b AS (SELECT container, direction, stretch, bin, sum(n) AS n FROM c GROUP BY ALL)
-        SELECT container, direction, stretch, sum(n), list(bin ORDER BY bin), list(n ORDER BY bin)
-        FROM b GROUP BY container, direction, stretch
+        WITH w AS (SELECT *{at} FROM {part.rows_sql}),
+        u AS (SELECT {keys}, unnest(bins)::BIGINT AS bin, unnest(counts) AS n FROM w),
+        b AS (SELECT {keys}, {coarse("bin")} AS bin, sum(n) AS n FROM u GROUP BY {keys}, {coarse("bin")}),
+        a AS (SELECT {keys}, sum(sum_ns) AS s, min(min_ns) AS lo, max(max_ns) AS hi FROM w GROUP BY {keys})
+        SELECT {keys}, bin, n, s, lo, hi FROM b JOIN a USING ({keys}) ORDER BY {keys}, bin
         """
+
+
+def _groups(
+    cells: pa.Table, by: tuple[str, ...], *, repeated: bool
+) -> Iterator[tuple[tuple[Any, ...], tuple[int, int, int, int, Ints, Ints]]]:
+    """Yield (key, arguments of `Distribution.add`) of each group in the result of `_grouped_query`.
+
+    `repeated`: s is the sum of the group, repeated in each of its rows.
+    """
+    if not len(cells):
+        return
+    bins, counts, sums, low, high = (
+        cells[name].cast(pa.int64()).to_numpy().astype(np.int64) for name in ("bin", "n", "s", "lo", "hi")
+    )
+    codes = [cells[name].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False) for name in by]
+    begins = np.flatnonzero(np.r_[True, np.any([code[1:] != code[:-1] for code in codes], axis=0)])
+    keys = zip(*(cells[name].take(begins).to_pylist() for name in by), strict=True)
+    figures = (
+        np.add.reduceat(counts, begins),
+        sums[begins] if repeated else np.add.reduceat(sums, begins),
+        np.minimum.reduceat(low, begins),
+        np.maximum.reduceat(high, begins),
+    )
+    edges = [*begins.tolist(), len(bins)]
+    for i, (key, *numbers) in enumerate(zip(keys, *(each.tolist() for each in figures), strict=True)):
+        piece = slice(edges[i], edges[i + 1])
+        yield key, (*numbers, bins[piece], counts[piece])
 
 
 def _place(row: Sequence[Any]) -> DevicePlace:
@@ -938,6 +1210,26 @@ def _place(row: Sequence[Any]) -> DevicePlace:
     host, rank, container, netns, device, device_id, kind, role = row
     inode, _, ifindex = device_id.partition(":")
     return DevicePlace(int(rank), container, netns, int(inode), device, int(ifindex), kind, role, host)
+
+
+def _window_table(found: pa.Table) -> tuple[WindowTable, tuple[DevicePlace, ...]]:
+    """Return the windows in these columns: `_PLACE`, container_id, direction, segment, start, figures, bins, counts."""
+    listed = {name: found.column(name).to_pylist() for name in [*_PLACE.split(", "), "container_id"]}
+    number: dict[tuple[Any, ...], int] = {}
+    device = [number.setdefault(row, len(number)) for row in zip(*listed.values(), strict=True)]
+    columns = {
+        "start_utc_ns": found.column("start").to_pylist(),
+        "width_s": np.ones(len(found), np.int64),
+        "device": device,
+        "direction": [Direction[name.upper()] for name in found.column("direction").to_pylist()],
+        "segment": [Segment[name.upper()] for name in found.column("segment").to_pylist()],
+    } | {name: found.column(name).to_numpy() for name in FIGURES}
+    numbers = np.array([np.asarray(columns[name], np.int64) for name in NUMBERS], np.int64).reshape(len(NUMBERS), -1)
+    bins, counts = found.column("bins").combine_chunks(), found.column("counts").combine_chunks()
+    edges = np.append(0, np.cumsum(compute.list_value_length(bins).to_numpy(zero_copy_only=False))).astype(np.int64)
+    flat = [compute.list_flatten(each).to_numpy(zero_copy_only=False).astype(np.int64) for each in (bins, counts)]
+    places = tuple(replace(_place(row[:-1]), container_id=row[-1]) for row in number)
+    return WindowTable(numbers, edges, *flat), places
 
 
 def _packet_path(key: tuple[str, str, int], rows: Sequence[tuple[Any, ...]]) -> PacketPath:

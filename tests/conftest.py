@@ -21,8 +21,9 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -34,6 +35,9 @@ from tests import memory_cgroup
 from tests.kernel import beside
 from tests.kernel.matrix import Matrix
 from tests.places import GOLDEN
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
 
 # --- hypothesis ---------------------------------------------------------------------------------
 
@@ -82,6 +86,11 @@ def _installed(name: str) -> str | None:
 
 def _first(reasons: Iterable[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _arm64_headers() -> str | None:
+    header = Path("/usr/aarch64-linux-gnu/include/stdio.h")
+    return None if header.exists() else f"the C library's headers for arm64 are not installed: no {header}"
 
 
 def _root() -> str | None:
@@ -172,6 +181,12 @@ def _image() -> str | None:
     return _first([_docker(), images.missing("python3-venv", "ca-certificates", "mosquitto", "mosquitto-clients")])
 
 
+def _chromium() -> str | None:
+    from tests import browser  # here, because few tests ask
+
+    return browser.missing()
+
+
 def _victoria() -> str | None:
     from tests import servers  # here, because only few tests ask
 
@@ -213,12 +228,17 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "qemu": _qemu,
     "trace_processor": _trace_processor,
     "mosquitto": lambda: _first([_installed("mosquitto"), _installed("mosquitto_passwd")]),
+    "tmux": lambda: _program("tmux", "-V"),
     "openssl": lambda: _program("openssl", "version"),
     "cc": lambda: _program("cc", "--version"),
     "c++": lambda: _program("c++", "--version"),
+    "gcc": lambda: _program("gcc", "--version"),
+    "arm64": lambda: _first([_program("clang", "--version"), _arm64_headers()]),
+    "cppcheck": lambda: _program("cppcheck", "--version"),
     "clang-format": lambda: _program("clang-format", "--version"),
     "sparse": lambda: _program("sparse", "--version"),
     "npm": lambda: _first([_program("npm", "--version"), _program("node", "--version")]),
+    "chromium": _chromium,
     "systemd-analyze": lambda: _program("systemd-analyze", "--version"),
     "compose": _compose,
     "image": _image,
@@ -313,3 +333,13 @@ def needs(request: pytest.FixtureRequest) -> Callable[..., None]:
         _insist(names)
 
     return need
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
+    """A Chromium for all tests, which need `chromium`; each test makes pages of its own."""
+    from tests.browser import Browser
+
+    made = Browser(tmp_path_factory.mktemp("browser"))
+    yield made
+    made.close()

@@ -23,9 +23,11 @@ from tests.places import ROOT
 NOBODY = 65534
 PARTS = (
     *("mace.lab.demo", "mace.live.parts", "mace.live.publish", "mace.live.session", "mace.module"),
+    *("mace.live.watching", "mace.shown.top.running", "mace.shown.top.stored"),
     *("mace.replaying.export", "mace.replaying.replay", "mace.shown.report", "mace.shown.rows", "rich.logging"),
     *("mace.tools.correct", "mace.tools.namespaces", "mace.tools.ping", "mace.tools.wrap", "storage.check"),
-    *("mace.trials.compare", "mace.trials.experiment", "mace.trials.verify.verdict", "mace.commands.settings"),
+    *("mace.trials.compare", "mace.trials.verify.verdict", "mace.commands.settings"),
+    *("mace.trials.experiment.figures", "mace.trials.experiment.measuring", "mace.trials.experiment.results"),
 )
 """Modules that commands import when they run; imports take most of a command's time. Extras are not among them."""
 

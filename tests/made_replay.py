@@ -1,6 +1,7 @@
 """A capture that is hard to cut, the store that one engine makes of it, and a comparison of stores."""
 
 import asyncio
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,7 +156,8 @@ def _different_stages(connection, *stores):
                 " GROUP BY ALL ORDER BY ALL"
             ).fetchall()
         )
-    return [row for row in found[0] if row not in found[1]][:3] + [row for row in found[1] if row not in found[0]][:3]
+    one, other = map(Counter, found)
+    return [*(one - other), *(other - one)][:6]
 
 
 def count_rows(store, table):

@@ -11,7 +11,7 @@ import logging
 import mmap
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -296,8 +296,8 @@ class Session:
         except Unavailable as error:
             if not self._has_others():
                 raise
-            self._detach(at_ip)
             del self.programs[Hook.IP_RCV], self._fds[Hook.IP_RCV]
+            self._detach(self._links.keys() - set(self._names()))
             self._lacks_ip_rcv(error.why)
 
     def _attach(self, names: Sequence[str]) -> None:
@@ -317,11 +317,9 @@ class Session:
         """
         self._detach(tuple(self._links))
 
-    def _detach(self, names: Sequence[str]) -> None:
-        """Detach those programs that are attached."""
+    def _detach(self, names: Collection[str]) -> None:
         for name in names:
-            if name in self._links:
-                self._library.bpf_link__destroy(self._links.pop(name))
+            self._library.bpf_link__destroy(self._links.pop(name))
 
     def start(self) -> None:
         """Start recording."""

@@ -152,7 +152,7 @@ class MmapRing:
 
     Mapping needs Linux 6.10, commit 117c39200d9d ("ring-buffer: Introducing ring-buffer mapping functions"). The call
     detaches the reader's page from the writer and orders memory, so that no other barrier is needed. The page is
-    copied, because the decoder writes into its pages and needs them contiguous.
+    copied, because the kernel takes it back at the next call, and the decoder needs its pages contiguous.
     """
 
     def __init__(self, path: Path, layout: PageLayout) -> None:

@@ -15,7 +15,8 @@ from typing import Final
 from contracts.errors import SourceError, nearest
 
 _FIELD: Final = re.compile(
-    r"\s*field:(?P<declaration>[^;]*);\s*offset:(?P<offset>\d+);\s*size:(?P<size>\d+);(?:\s*signed:(?P<signed>\d+);)?\s*"
+    r"\s*field:(?P<declaration>[^;]*);\s*offset:(?P<offset>\d{1,9});\s*size:(?P<size>\d{1,9});"
+    r"(?:\s*signed:(?P<signed>\d+);)?\s*"
 )
 _ARRAY: Final = re.compile(r"\s*\[[^\]]*\]\s*$")
 

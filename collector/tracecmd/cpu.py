@@ -140,7 +140,7 @@ class CpuReader:
         if not piece.pages:
             return []
         size = self._decoder.layout.page_size
-        # Decoding writes into the buffer. Keep a copy, so that salvage can decode the good pages again.
+        # Pages of a big-endian machine are converted in place. Keep a copy, so that salvage can decode them again.
         spare = piece.buffer[: piece.pages * size].copy() if self._file.salvage else None
         try:
             return [self._decode(piece.buffer, piece.pages)]

@@ -13,6 +13,8 @@ SOURCES: Final = ("auto", *LIVE)
 """Names of the live sources: `contracts.config.SOURCES`."""
 RUNTIMES: Final = ("netns", "docker")
 """Runtimes for the containers of a test network: `mace.lab.Runtime`."""
+FAR_ENDS: Final = ("namespace", "guest")
+"""Where the far end of a test network is: `mace.lab.FarEnd`."""
 REMOTE: Final = "remote"
 """The far end of a test network: `mace.lab.REMOTE`."""
 FILE_FORMATS: Final = ("mace", "trace.dat", "perfetto", "text", "pcap")
@@ -23,8 +25,10 @@ QUERY_MEMORY_MIB: Final = 2048
 """Memory limit of a query, MiB: `storage.sql.MEMORY_MIB`."""
 TOOLS: Final = ("ping", "ping-U", "ping-inetutils", "ping-busybox", "fping", "csv", "dig", "curl")
 """Tools whose output can be parsed: `mace.tools.output.READERS`."""
-PACES: Final = ("flood", "10ms")
-"""Paces of the experiment: `mace.trials.experiment.PACES`."""
+PACES: Final = ("flood", "10ms", "50ms", "200ms", "1s")
+"""Paces of the experiment: `mace.trials.experiment.plan.PACES`."""
+LOADS: Final = ("none", "cpu", "io", "quota")
+"""Loads of the experiment: `mace.trials.experiment.load.LOADS`."""
 COMPARED: Final = (*LIVE, "none")
 """Sources of `mace compare`: `mace.trials.compare.KNOWN`."""
 SCENARIOS: Final = (
@@ -49,3 +53,5 @@ PACKETS: Final = 2000
 """Packets of each flow in a scenario: `mace.trials.verify.verdict.PACKETS`."""
 FLOW_KEYS: Final = ("container", "direction", "proto", "port", "id", "len")
 """Keys of `mace export perfetto --flow`: `mace.replaying.export.FLOW_KEYS`."""
+SERVE_AT: Final = "127.0.0.1:8300"
+"""Address of the page that `mace serve` serves."""

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Console:
     """The standard streams of one command."""
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, *, flush: bool = False) -> None:
         """Print one line of the result."""
-        lines.line(text)
+        lines.line(text, flush=flush)
 
     def json(self, value: Any, *, flush: bool = False) -> None:
         """Print the result, or a self-contained part of it, as JSON on one line."""

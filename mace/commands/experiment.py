@@ -1,18 +1,33 @@
-"""`mace experiment`: compares ping on the host, ping in a container, and the container's ping corrected."""
+"""`mace experiment`: compares ping on the host, ping in a container, and what `mace ping` prints."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mace.commands.choices import PACES
+from mace.commands.choices import LOADS, PACES
 from mace.commands.console import Console
-from mace.commands.options import JSON, CaptureOptions, with_capture, with_config, with_format, with_runtime
+from mace.commands.options import (
+    JSON,
+    CaptureOptions,
+    FarEndOptions,
+    at_least,
+    renamed,
+    whole_at_least,
+    with_capture,
+    with_config,
+    with_far_end,
+    with_format,
+    with_runtime,
+)
 
 if TYPE_CHECKING:
-    from mace.trials.experiment import ExperimentPlan, Figures
+    from contracts.config import Config
+    from mace.trials.experiment.plan import Plan
+    from mace.trials.experiment.results import Results
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +35,16 @@ class Options:
     """Options and arguments of `mace experiment`."""
 
     runtime: str
-    flood: int
-    rounds: int
-    count: int
-    flood_count: int
+    far_end: FarEndOptions
+    load: str
+    flood: int | None
+    repetitions: int | None
+    count: int | None
     paces: str
-    cpu: int | None
     seed: int
-    keep: Path | None
-    again: Path | None
+    duration: float | None
+    quick: bool
+    results: Path | None
     png: Path | None
     capture: CaptureOptions
     config: Path | None
@@ -38,23 +54,16 @@ class Options:
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mace experiment` to the parser."""
     with_runtime(parser)
+    with_far_end(parser)
     parser.add_argument(
-        "--flood", type=int, default=2, metavar="N", help="measure beside 0 to N flooding containers (default 2)"
+        "--load", choices=LOADS, default=LOADS[0], help="contention beside the measurement (default %(default)s)"
     )
     parser.add_argument(
-        "--rounds",
+        "--flood",
         type=int,
-        default=20,
+        default=None,
         metavar="N",
-        help="rounds; each has all combinations in random order (default 20)",
-    )
-    parser.add_argument("--count", type=int, default=30, metavar="N", help="pings per round at 10 ms (default 30)")
-    parser.add_argument(
-        "--flood-count",
-        type=int,
-        default=300,
-        metavar="N",
-        help="pings per round at the flood pace, each sent when a reply arrives (default 300)",
+        help="measure beside 0 to N flooding containers (default 2; with --quick 0)",
     )
     parser.add_argument(
         "--paces",
@@ -63,14 +72,32 @@ def add(parser: argparse.ArgumentParser) -> None:
         help=f"paces to measure, of {', '.join(PACES)} (default all)",
     )
     parser.add_argument(
-        "--cpu", type=int, metavar="N", help="pin the measured processes to this CPU, and floods to the others"
+        "--repetitions",
+        type=int,
+        default=None,
+        metavar="N",
+        help="repetitions of each combination, mixed (default 20; with --quick 4)",
+    )
+    renamed(parser, "--rounds", "--repetitions")
+    parser.add_argument(
+        "--count",
+        type=whole_at_least(1),
+        default=None,
+        metavar="N",
+        help="pings of each kind per repetition (default: 300 in a flood to 10 at 1 s)",
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random order (default 1)")
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep the capture and the tools' output in this directory"
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="keep finished repetitions in this file; if it has some, continue there",
     )
     parser.add_argument(
-        "--again", type=Path, metavar="DIR", help="measure nothing; compute the figures of a kept experiment"
+        "--duration", type=at_least(1), metavar="S", help="begin no repetition that would end later than S seconds"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="within ten minutes: no flooding containers, 4 repetitions"
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures to this file")
     with_capture(parser)
@@ -79,39 +106,91 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options, console: Console) -> int:
-    """Measure, or read a kept experiment, and print the figures."""
-    from mace.trials import experiment
+    """Measure the repetitions that are missing, and print the figures of all that are finished."""
+    from mace.commands import settings
+    from mace.live import first
+    from mace.trials.experiment import figures, load, results
+    from mace.trials.rounds import machine
 
-    plan = experiment.ExperimentPlan(
-        paces=options.paces,
-        flood=options.flood,
-        rounds=options.rounds,
-        count=options.count,
-        flood_count=options.flood_count,
-        cpu=options.cpu,
-        seed=options.seed,
-        keep=options.keep,
-    )
-    experiment.check(plan)
-    found = _figures(options, plan, console)
+    began_s = time.monotonic()
+    configured = settings.configured(options.config, capture=options.capture)
+    _plan(options, "")  # refuses what is impossible before anything is looked for
+    load.check(options.load)
+    source = first.name_of(configured.capture)
+    plan, facts = _plan(options, source), machine()
+    with results.opened(options.results, plan.settings(facts), facts) as found:
+        for remark in found.remarks:
+            console.complain(f"mace: {remark}")
+        _measure(options, plan, found, console, began_s)
+        if not found.finished:
+            console.complain("mace: no repetition was finished, so there are no figures")
+            return 1
+        done = figures.Figures(found.finished, found.machine)
     if options.png:
-        experiment.draw(found, options.png)
+        figures.draw(done, options.png)
     if options.format == JSON:
-        console.json(found.as_dict())
+        console.json(done.as_dict())
     else:
-        found.tables(console.out())
+        done.tables(console.out())
     return 0
 
 
-def _figures(options: Options, plan: ExperimentPlan, console: Console) -> Figures:
+def _plan(options: Options, source: str) -> Plan:
+    from mace.trials.experiment import plan
+
+    return plan.Plan(
+        paces=tuple(word for word in options.paces.split(",") if word),
+        flood=_given(options.flood, 0 if options.quick else plan.FLOODS),
+        repetitions=_given(options.repetitions, plan.QUICK_REPETITIONS if options.quick else plan.REPETITIONS),
+        count=options.count,
+        runtime=options.runtime,
+        source=source,
+        far_end=options.far_end.far_end,
+        guest_kernel=str(options.far_end.guest_kernel.absolute()) if options.far_end.guest_kernel else "",
+        load=options.load,
+        seed=options.seed,
+    )
+
+
+def _given(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
+def _measure(options: Options, plan: Plan, found: Results, console: Console, began_s: float) -> None:
+    """Measure what is missing, and say what is left out."""
     from mace import lab
     from mace.commands import settings
-    from mace.trials import experiment
+    from mace.trials.experiment import measuring
+    from mace.trials.experiment.plan import QUICK_S
 
-    capture = replace(options.capture, ring_mib=options.capture.ring_mib or experiment.RING_MIB)
-    if options.again:
-        configured = settings.configured(options.config, capture=capture)
-        return experiment.again(options.again, settings.session(configured, options.format, console))
-    with lab.running(experiment.spec(plan, lab.Runtime(options.runtime))) as place:
-        configured = settings.configured(options.config, capture=capture, place=place)
-        return experiment.measure(plan, place, settings.session(configured, options.format, console))
+    limits = [s for s in (options.duration, QUICK_S if options.quick else None) if s is not None]
+    until_s = began_s + min(limits) if limits else None
+    complete = True
+    if any(not found.has(number, cell) for number, cell in plan.order()):
+        ring_mib = options.capture.ring_mib or measuring.RING_MIB
+        capture = replace(options.capture, source=plan.source, ring_mib=ring_mib)
+        more = ("--ring-mib", str(ring_mib), *(("--config", str(options.config)) if options.config else ()))
+        with lab.running(plan.spec()) as place:
+            configured: Config = settings.configured(options.config, capture=capture, place=place)
+            session = settings.session(configured, options.format, console)
+            complete = measuring.Bench(plan, place, session, more).run(found, until_s)
+    for text in _left_out(options, plan, found, interrupted=not complete):
+        console.complain(f"mace: {text}")
+
+
+def _left_out(options: Options, plan: Plan, found: Results, *, interrupted: bool) -> list[str]:
+    """Return what the figures lack, in words."""
+    said = []
+    missing = [cell for number, cell in plan.order() if not found.has(number, cell)]
+    if missing:
+        why = "interrupted" if interrupted else "the time is over"
+        remedy = "the same command continues" if options.results else "--results FILE would keep the others for it"
+        paces = ", ".join(sorted({cell.pace for cell in missing}))
+        of = plan.repetitions * len(plan.cells())
+        said.append(f"{why}: {len(missing)} of {of} repetitions are missing ({paces}); {remedy}")
+    if options.quick:
+        said.append(
+            f"--quick leaves out flooding containers (--flood) and most repetitions: {plan.repetitions} of each pace "
+            "say little about the coverage; other runtimes, sources, far ends and loads are runs of their own"
+        )
+    return said

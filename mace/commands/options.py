@@ -20,7 +20,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
-from mace.commands.choices import FILE_FORMATS, RUNTIMES, SOURCES
+from mace.commands.choices import FAR_ENDS, FILE_FORMATS, RUNTIMES, SOURCES
 
 T = TypeVar("T")
 
@@ -269,6 +269,30 @@ def with_runtime(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class FarEndOptions:
+    """Options of the far end of a test network."""
+
+    far_end: str
+    guest_kernel: Path | None
+
+
+def with_far_end(parser: argparse.ArgumentParser) -> None:
+    """Add the fields of `FarEndOptions`."""
+    parser.add_argument(
+        "--far-end",
+        choices=FAR_ENDS,
+        default=FAR_ENDS[0],
+        help="the far end: a network namespace, or a virtual machine behind a tap device (default %(default)s)",
+    )
+    parser.add_argument(
+        "--guest-kernel",
+        type=Path,
+        metavar="FILE",
+        help="kernel for --far-end guest (default: the newest in /boot, or one fetched by ./dev test-kernel)",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Where:
     """Options that select a container's network namespace: one of `container`, `netns` and `pid` is set."""
 
@@ -307,6 +331,33 @@ def with_prometheus(parser: argparse.ArgumentParser) -> None:
     """Add `prometheus`, the address of a metrics endpoint."""
     parser.add_argument(
         "--prometheus", metavar="HOST:PORT", help="serve /metrics, /healthz and /readyz at this address"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderOptions:
+    """Options that say who may read a page."""
+
+    token_file: Path | None
+    allow_host: tuple[str, ...]
+
+
+def with_readers(parser: argparse.ArgumentParser) -> None:
+    """Add the fields of `ReaderOptions`."""
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file whose first line is the token that readers of the page need (default: the variable"
+        " MACE_SERVE_TOKEN); required on an address that other machines reach",
+    )
+    parser.add_argument(
+        "--allow-host",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="names, besides this machine's and IP addresses, under which the page is opened",
     )
 
 

@@ -83,7 +83,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged segments, and say how many")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the figures to this file")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write figures and tables to one self-contained page")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the page of `mace serve` with its data inside, one file"
+    )
     with_config(parser)
     with_format(parser, CSV)
 
@@ -161,7 +163,7 @@ def _report(store: StoreReader, options: Options, console: Console) -> None:
 
 def _filter(options: Options) -> Filter:
     from contracts.schema import Direction
-    from mace.shown.report import instant_ns
+    from mace.shown.instants import instant_ns
     from storage.query import Filter
 
     now = datetime.now(UTC)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contracts.errors import UsageError
+from mace.commands.choices import SERVE_AT
 from mace.commands.console import Console
 from mace.commands.options import (
     BrokerOptions,
     CaptureOptions,
     FilterOptions,
+    ReaderOptions,
     SinkOptions,
     with_broker,
     with_capture,
@@ -24,6 +28,7 @@ from mace.commands.options import (
     with_lab,
     with_no_rows,
     with_prometheus,
+    with_readers,
     with_record,
     with_sinks,
     with_store,
@@ -41,6 +46,9 @@ class Options:
     no_store: bool
     sinks: SinkOptions
     prometheus: str | None
+    serve: str | None
+    """Address of the page; None for no page."""
+    readers: ReaderOptions
     publish: str | None
     """Address of the broker; "" for the configured one."""
     publish_as: str
@@ -64,6 +72,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-store", action="store_true", help="only print the figures; write no store")
     with_sinks(parser)
     with_prometheus(parser)
+    parser.add_argument(
+        "--serve",
+        nargs="?",
+        const=SERVE_AT,
+        metavar="ADDRESS",
+        help=f"serve the page of `mace serve` beside the measurement, at HOST:PORT (default {SERVE_AT})",
+    )
+    with_readers(parser)
     parser.add_argument(
         "--publish",
         nargs="?",
@@ -110,16 +126,34 @@ def run(options: Options, console: Console) -> int:
     if options.publish is not None and options.publish_as == "records":
         publisher = publish.publisher(configured)
     session = settings.session(configured, options.format, console)
-    summary = session.measure(
-        settings.lasting(options.duration),
-        store=None if options.no_store else Path(configured.store.path),
-        tee=publish.both(tee, publisher),
-        publishing=publisher.state if publisher is not None else None,
-    )
+    with _page(options, Path(configured.store.path), console):
+        summary = session.measure(
+            settings.lasting(options.duration),
+            store=None if options.no_store else Path(configured.store.path),
+            tee=publish.both(tee, publisher),
+            publishing=publisher.state if publisher is not None else None,
+        )
     settings.show(summary, options.format, console)
     if publisher is not None:
         console.complain(publish.line(publisher))
     return 0
+
+
+@contextmanager
+def _page(options: Options, store: Path, console: Console) -> Iterator[None]:
+    """Serve the page of the run's store for the block, if the options ask for it."""
+    if options.serve is None:
+        yield
+        return
+    if options.no_store:
+        raise UsageError("--serve shows the store: leave out --no-store")
+    from mace.serving import access, server
+
+    where = access.address(options.serve)
+    readers = access.access(where[0], options.readers.token_file, options.readers.allow_host)
+    with server.serving(store, where, readers, made_later=True) as page:
+        console.complain(f"the page is at {page.url}{access.warning(where[0])}")
+        yield
 
 
 def _configured(options: Options) -> Config:

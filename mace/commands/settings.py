@@ -19,6 +19,7 @@ from mace.commands.options import (
     JSON,
     BrokerOptions,
     CaptureOptions,
+    FarEndOptions,
     FilterOptions,
     LabShape,
     RecordingOptions,
@@ -126,14 +127,16 @@ def lab_of(name: str | None) -> lab.Lab | None:
     return lab.attach(name) if name else None
 
 
-def spec(shape: LabShape, name: str) -> lab.Spec:
-    """Return the specification of a lab with that name and shape."""
+def spec(shape: LabShape, name: str, far_end: FarEndOptions | None = None) -> lab.Spec:
+    """Return the specification of a lab with that name, shape and far end."""
     return lab.Spec(
         name=name,
         containers=shape.containers,
         bridges=shape.bridges,
         same_addresses=shape.same_addresses,
         runtime=lab.Runtime(shape.runtime),
+        far_end=lab.FarEnd(far_end.far_end) if far_end else lab.FarEnd.NAMESPACE,
+        guest_kernel=str(far_end.guest_kernel.absolute()) if far_end and far_end.guest_kernel else "",
     )
 
 

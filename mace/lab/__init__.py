@@ -8,12 +8,13 @@ docs/lab.md has a picture of it.
 """
 
 from mace.lab.lifecycle import Lab, LabInfo, attach, capture_of, check, down, list_labs, running, up
-from mace.lab.plan import HOST, REMOTE, Runtime, Spec
+from mace.lab.plan import HOST, REMOTE, FarEnd, Runtime, Spec
 from mace.lab.traffic import Flow, PingResult, TcpResult, UdpResult
 
 __all__ = [
     "HOST",
     "REMOTE",
+    "FarEnd",
     "Flow",
     "Lab",
     "LabInfo",

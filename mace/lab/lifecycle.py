@@ -21,8 +21,8 @@ from typing import IO, Any, Final
 from collector.machine.kernel import boot_id
 from contracts.config import CaptureConfig
 from contracts.errors import LabError, Unavailable, UsageError, nearest
-from mace.lab import docker, netns, network, plan, state
-from mace.lab.plan import HOST, REMOTE, Family, Runtime, Spec
+from mace.lab import docker, guest, netns, network, plan, state
+from mace.lab.plan import HOST, REMOTE, Family, FarEnd, Runtime, Spec
 from mace.lab.state import Member, State
 from mace.lab.traffic import Traffic
 
@@ -84,7 +84,18 @@ class Lab(Traffic):
     def netns_inode(self, member: str) -> int:
         return self._member(member).inode
 
+    @property
+    def far_end(self) -> str:
+        """Description of a far end in a virtual machine, with its kernel; "" for one in a namespace."""
+        found = self._state.guest
+        if found is None:
+            return ""
+        how = "emulated" if found.accelerator == "tcg" else "with KVM"
+        return f"far end {plan.wire(REMOTE)[0].ip}: a virtual machine, {how}, Linux {found.release}"
+
     def address(self, member: str, family: Family = 4) -> str:
+        if member == REMOTE:
+            return str(plan.wire(REMOTE)[family == 6].ip)
         found = self._member(member)
         return found.ipv4 if family == 4 else found.ipv6
 
@@ -180,6 +191,10 @@ class Lab(Traffic):
         try:
             return self._state.members[name]
         except KeyError:
+            if name == REMOTE:
+                raise UsageError(
+                    f"lab {self.name!r}: its far end is a virtual machine, which only answers ping"
+                ) from None
             raise UsageError(
                 f"lab {self.name!r} has no member {name!r}{nearest(name, self.members)}: {', '.join(self.members)}"
             ) from None
@@ -194,8 +209,8 @@ class Lab(Traffic):
             yield
 
 
-def check(runtime: Runtime = Runtime.NETNS) -> list[Unavailable]:
-    """Return the reasons why no lab can be made here; empty if one can.
+def check(spec: Spec | None = None) -> list[Unavailable]:
+    """Return the reasons why the lab, by default the usual one, cannot be made here; empty if it can.
 
     It makes each kind of device once, in a nameless namespace that is removed.
     """
@@ -206,8 +221,10 @@ def check(runtime: Runtime = Runtime.NETNS) -> list[Unavailable]:
         for program in ("ip", "nft", "nsenter", "ping")
         if netns.find_program(program) is None
     ]
-    if runtime is Runtime.DOCKER:
+    if spec is not None and spec.runtime is Runtime.DOCKER:
         found += docker.problems()
+    if spec is not None and spec.far_end is FarEnd.GUEST:
+        found += guest.problems(spec)
     if found:
         return found
     env = {**os.environ, "PATH": netns.search_path(), "LC_ALL": "C"}
@@ -223,7 +240,7 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
     A `detached` lab stays until `down`; any other counts as left over when this process has ended.
     Raises `Unavailable`, or `LabError` when a lab of that name is up or cannot be made.
     """
-    if found := check(spec.runtime):
+    if found := check(spec):
         raise found[0]
     with _terminable(), state.locked(spec.name):
         old = _load_or_forget(spec.name)
@@ -237,7 +254,7 @@ def up(spec: Spec, *, detached: bool = True) -> Lab:
         _remove_strays(spec.name)
 
         record = State(spec, owner=None if detached else state.this_process())
-        for member in (HOST, REMOTE):
+        for member in _ends(spec):
             ipv4, ipv6 = plan.wire(member)
             path = netns.NETNS_DIR / plan.netns_name(spec.name, member)
             record.members[member] = Member(str(path), ipv4=str(ipv4.ip), ipv6=str(ipv6.ip))
@@ -267,7 +284,7 @@ def capture_of(capture: CaptureConfig, place: Lab) -> CaptureConfig:
         capture,
         host_netns=str(place.netns_path(plan.HOST)),
         outer=(place.outer_device,),
-        remote_netns=(place.netns_path(plan.REMOTE).name,),
+        remote_netns=(place.netns_path(REMOTE).name,) if REMOTE in place.members else (),
         container_sockets=(*capture.container_sockets, *sockets),
     )
 
@@ -353,12 +370,20 @@ def _planned(record: State, place: plan.Placement) -> Member:
     return Member(str(path), slot=place.slot, ipv4=str(place.ipv4.ip), ipv6=str(place.ipv6.ip))
 
 
+def _ends(spec: Spec) -> tuple[str, ...]:
+    """Return the members at the ends of the wire that are namespaces of this machine."""
+    return (HOST,) if spec.far_end is FarEnd.GUEST else (HOST, REMOTE)
+
+
 def _create_host(record: State) -> None:
     env = record.environment()
-    names = [plan.netns_name(record.spec.name, member) for member in (HOST, REMOTE)]
+    ends = _ends(record.spec)
+    names = [plan.netns_name(record.spec.name, member) for member in ends]
     network.add_namespaces(names, env)
-    _note_inodes(record, (HOST, REMOTE))
-    network.build_wire(record.spec.name, env)
+    _note_inodes(record, ends)
+    network.build_wire(record.spec.name, record.spec.far_end, env)
+    if record.spec.far_end is FarEnd.GUEST:
+        guest.start(record)
     if record.spec.runtime is Runtime.DOCKER:
         docker.start(record)
     else:
@@ -400,7 +425,7 @@ def _remove_member(record: State, name: str) -> None:
 def _clean(record: State) -> None:
     """Remove a lab's processes, devices, namespaces and files, and the state file last."""
     if record.boot_id != boot_id():  # only files survived the reboot: no process, no mount
-        record.boot_id, record.id, record.daemon = boot_id(), State(record.spec).id, None
+        record.boot_id, record.id, record.daemon, record.guest = boot_id(), State(record.spec).id, None, None
     record.phase = state.STOPPING
     record.save()
     env = record.environment()
@@ -409,6 +434,7 @@ def _clean(record: State) -> None:
     # Again, because an `ip netns add` may have finished after its parent was killed and before it was killed itself.
     state.kill(record.id)
     _remove_namespaces(record.spec.name, env)
+    guest.clean(record)
     docker.clean(record)
     record.forget()
 
@@ -456,6 +482,8 @@ def _trouble(record: State) -> str:
         return f"its process {record.owner.pid} has ended"
     if record.daemon is not None and not record.daemon.alive():
         return "its Docker daemon has ended"
+    if record.guest is not None and not record.guest.process.alive():
+        return "its far end, a virtual machine, has ended"
     for name, member in record.members.items():
         if not member.inode or netns.inode(Path(member.path)) != member.inode:
             return f"the namespace of {name} is missing"

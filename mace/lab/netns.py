@@ -146,6 +146,7 @@ _PACKAGES: Final = {
     "iptables": "iptables",
     "busybox": "busybox-static",
     "ldd": "libc-bin",
+    "qemu-system-x86_64": "qemu-system-x86",
 }
 
 

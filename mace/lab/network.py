@@ -24,6 +24,7 @@ from mace.lab.plan import (
     HOST,
     INNER_DEVICE,
     REMOTE,
+    FarEnd,
     Placement,
     Spec,
     bridge_networks,
@@ -88,22 +89,26 @@ def problems(env: Mapping[str, str]) -> list[Unavailable]:
     return found
 
 
-def build_wire(lab: str, env: Mapping[str, str]) -> None:
-    """Connect the existing namespaces of host and remote by a veth pair, the host's default route."""
-    host, remote = _path(lab, HOST), _path(lab, REMOTE)
+def build_wire(lab: str, far_end: FarEnd, env: Mapping[str, str]) -> None:
+    """Make the host's outer device, its default route: one end of a veth pair to the remote, or a tap device.
+
+    The namespaces exist; a guest opens the tap device.
+    """
+    host = _path(lab, HOST)
     outer, far = outer_device(lab), remote_device(lab)
     host_sysctls = dict(_HOST_SYSCTLS)
     if netns.enter(host, lambda: Path("/proc/sys/net/bridge").is_dir()):
         host_sysctls |= _BRIDGE_NETFILTER
     netns.write_sysctls(host, host_sysctls)
-    netns.write_sysctls(remote, _MEMBER_SYSCTLS)
+    guest = far_end is FarEnd.GUEST
+    pair = f"link add name {outer} type veth peer name {far} netns {netns_name(lab, REMOTE)}"
     (host4, host6), (remote4, remote6) = wire(HOST), wire(REMOTE)
     _batch(
         lab,
         HOST,
         [
             "link set lo up",
-            f"link add name {outer} type veth peer name {far} netns {netns_name(lab, REMOTE)}",
+            f"tuntap add dev {outer} mode tap" if guest else pair,
             f"link set dev {outer} up",
             f"addr add {host4} dev {outer}",
             f"addr add {host6} dev {outer} nodad",
@@ -112,6 +117,9 @@ def build_wire(lab: str, env: Mapping[str, str]) -> None:
         ],
         env,
     )
+    if guest:
+        return
+    netns.write_sysctls(_path(lab, REMOTE), _MEMBER_SYSCTLS)
     _batch(
         lab,
         REMOTE,

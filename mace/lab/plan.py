@@ -57,6 +57,15 @@ class Runtime(StrEnum):
     """Real containers of a Docker daemon that runs inside the lab's host namespace."""
 
 
+class FarEnd(StrEnum):
+    """Where a lab's far end is."""
+
+    NAMESPACE = "namespace"
+    """A network namespace, on this kernel."""
+    GUEST = "guest"
+    """A virtual machine with a kernel and caches of its own, behind a tap device."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """The specification of a lab. Raises `UsageError` for an impossible one."""
@@ -69,6 +78,9 @@ class Spec:
     same_addresses: bool = False
     """Give every bridge the same subnet, so that containers on different bridges have equal addresses."""
     runtime: Runtime = Runtime.NETNS
+    far_end: FarEnd = FarEnd.NAMESPACE
+    guest_kernel: str = ""
+    """Path of the kernel that a far end in a virtual machine boots; "" is one that is found (`mace.lab.guest`)."""
 
     def __post_init__(self) -> None:
         if not _LAB_NAME.fullmatch(self.name):
@@ -81,6 +93,8 @@ class Spec:
             raise UsageError("same addresses need two bridges or more (two containers of one bridge must differ)")
         if self.runtime is Runtime.DOCKER and self.bridges > 1:
             raise UsageError("the docker runtime has one bridge, docker0; more need the netns runtime")
+        if self.guest_kernel and self.far_end is not FarEnd.GUEST:
+            raise UsageError("a guest's kernel is for a far end in a guest (--far-end guest)")
 
 
 @dataclass(frozen=True, slots=True)

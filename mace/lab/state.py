@@ -19,7 +19,7 @@ import re
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from collector.machine.kernel import boot_id
 from collector.machine.processes import start_ticks, stat_fields
 from contracts.errors import LabError, MaceError
 from mace.lab.netns import search_path
-from mace.lab.plan import Runtime, Spec
+from mace.lab.plan import FarEnd, Runtime, Spec
 
 STATE_DIR: Final = Path("/run/mace/labs")
 VERSION: Final = 1
@@ -57,6 +57,17 @@ class Process:
 
     def alive(self) -> bool:
         return start_ticks(self.pid) == self.start_ticks
+
+
+@dataclass(frozen=True, slots=True)
+class GuestProcess:
+    """The virtual machine of a lab's far end."""
+
+    process: Process
+    accelerator: str
+    """`kvm`, or `tcg` for an emulated CPU."""
+    release: str
+    """Of its kernel."""
 
 
 @dataclass(slots=True)
@@ -88,6 +99,8 @@ class State:
     docker_socket: str = ""
     daemon: Process | None = None
     """The Docker daemon; its end makes the lab broken."""
+    guest: GuestProcess | None = None
+    """The far end's virtual machine; its end makes the lab broken."""
     made_directories: list[str] = field(default_factory=list)
     """Directories outside `directory` that a lab has made, and that the last lab removes if they are empty."""
 
@@ -133,7 +146,9 @@ def load(name: str) -> State | None:
     try:
         if raw["version"] != VERSION:
             raise LabError(f"{path}: version {raw['version']}, expected {VERSION}; use the MACE that made it")
-        spec = Spec(**{**raw["spec"], "runtime": Runtime(raw["spec"]["runtime"])})
+        told = raw["spec"]
+        far_end = FarEnd(told.get("far_end", FarEnd.NAMESPACE))  # older files have none
+        spec = Spec(**{**told, "runtime": Runtime(told["runtime"]), "far_end": far_end})
         if spec.name != name or not re.fullmatch(r"[0-9a-f]{32}", raw["id"]):
             raise LabError(f"{path}: expected the state of lab {name!r}")
         return State(
@@ -145,12 +160,17 @@ def load(name: str) -> State | None:
             members={member: Member(**values) for member, values in raw["members"].items()},
             docker_socket=raw["docker_socket"],
             daemon=Process(**raw["daemon"]) if raw["daemon"] else None,
+            guest=_guest(raw["guest"]) if raw.get("guest") else None,
             made_directories=raw["made_directories"],
         )
     except MaceError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LabError(f"{path}: not the state of a lab ({error!r})") from error
+
+
+def _guest(raw: Mapping[str, Any]) -> GuestProcess:
+    return GuestProcess(Process(**raw["process"]), raw["accelerator"], raw["release"])
 
 
 def names() -> list[str]:

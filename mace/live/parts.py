@@ -32,8 +32,9 @@ def statuses(config: Config) -> dict[str, Status]:
         "sink store": _store(Path(config.store.path)),
         **{f"sink {name}": kind.check(config) for name, kind in SINKS.items()},
         "broker": publish.check(config),
-        "lab netns": _lab(lab.Runtime.NETNS, "containers are bare network namespaces"),
-        "lab docker": _lab(lab.Runtime.DOCKER, "containers of the lab's own Docker daemon"),
+        "lab netns": _lab(lab.Spec(), "containers are bare network namespaces"),
+        "lab docker": _lab(lab.Spec(runtime=lab.Runtime.DOCKER), "containers of the lab's own Docker daemon"),
+        "lab guest": _lab(lab.Spec(far_end=lab.FarEnd.GUEST), "the far end is a virtual machine"),
     }
 
 
@@ -49,8 +50,8 @@ def _source(source: LiveSource, config: CaptureConfig) -> Status:
     return replace(status, detail=f"{status.detail}; {choice.told}") if choice.told else status
 
 
-def _lab(runtime: lab.Runtime, detail: str) -> Status:
-    problems = lab.check(runtime)
+def _lab(spec: lab.Spec, detail: str) -> Status:
+    problems = lab.check(spec)
     if not problems:
         return Status(True, detail)
     return Status(False, "; ".join(p.why for p in problems), "; ".join(dict.fromkeys(p.remedy for p in problems)))

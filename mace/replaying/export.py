@@ -32,7 +32,7 @@ from contracts.schema import NOT_TOLD, Direction
 from correlator.engine import EngineConfig
 from correlator.replies import ToldBy
 from mace.live import pipeline
-from mace.shown.report import instant_ns
+from mace.shown.instants import instant_ns
 from mace.shown.timeline import PacketFollower, Settled
 from storage.perfetto.file import PerfettoTrace
 from storage.perfetto.sink import TOLD_BY, HopFacts, HostTracks

@@ -5,7 +5,6 @@ matplotlib is an extra: importing this module without it raises `MissingExtra`.
 
 from __future__ import annotations
 
-import html as html_escape
 import io
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from rich.console import Console
 
 from contracts.errors import MaceError, MissingExtra
 from contracts.figures import Distribution, FigureKey, Summary, labels_of
@@ -92,33 +90,6 @@ def write_png(drawn: Figure, path: Path) -> None:
     with drawing():
         drawn.savefig(data, format="png", dpi=150)
     _write(path, data.getvalue())
-
-
-def write_html(drawn: Figure, summary: Summary, path: Path, *, title: str) -> None:
-    """Write one self-contained page with the figure as SVG and the tables. Raises `MaceError` as `write_png` does."""
-    data = io.StringIO()
-    with drawing():
-        drawn.savefig(data, format="svg", metadata={"Date": None})
-    svg = data.getvalue()
-    console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    tables.show(summary, console)
-    shown = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    page = f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{html_escape.escape(printable(title))}</title>
-<style>
-body {{ font-family: sans-serif; margin: 1.5rem; color: #222; background: #fff; }}
-svg {{ max-width: 100%; height: auto; }}
-pre {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.8rem; line-height: 1.2;
-  overflow-x: auto; }}
-</style>
-{svg[svg.index("<svg") :]}
-{shown}
-</html>
-"""
-    _write(path, page.encode())
 
 
 def shown(label: str) -> str:

@@ -5,47 +5,28 @@ Every form includes the ledger, so that no figure is shown without the counts of
 
 from __future__ import annotations
 
-import re
+import io
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 from rich.text import Text
 
 from contracts.errors import UsageError, nearest
-from contracts.figures import COUNTS_AS
+from contracts.figures import COUNTS_AS, Summary
 from contracts.schema import Direction, Segment
 from mace.shown import tables
 from mace.shown.lines import json_line
-from mace.shown.terminal import PlainTable
+from mace.shown.terminal import PlainConsole, PlainTable
+from mace.shown.views import path_dict
 from storage.query import Filter, From, PacketPath, Run, StoreReader, TypicalPath
 
 _BAR_WIDTH: Final = 22
 _MAX_PATHS: Final = 8
 """Most typical paths that are printed; a host may have hundreds of containers."""
-_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-def instant_ns(text: str, now: datetime) -> int:
-    """Parse an ISO 8601 time (UTC if it has no zone) or an age (`90s`, `5m`, `2h`, `1d`, `1w`); returns UTC, ns.
-
-    Raises `UsageError`.
-    """
-    if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text):
-        when = now - timedelta(seconds=float(age[1]) * _UNITS_S[age[2]])
-    else:
-        try:
-            when = datetime.fromisoformat(text)
-        except ValueError:
-            raise UsageError(
-                f"{text!r} is no time: expected a time like 2025-06-15T15:04:05, or an age like 90s, 5m, 2h, 1d"
-            ) from None
-        when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    since_epoch = when - datetime(1970, 1, 1, tzinfo=UTC)
-    return (since_epoch // timedelta(microseconds=1)) * 1000
 
 
 def report(
@@ -74,20 +55,21 @@ def report(
     if packet is not None and not paths:
         raise UsageError(f"{store.path}: no rows of a packet {packet}")
     # Read before printing: the note counts skipped damaged segments.
-    typical = [] if asked or (as_json and not (png or html)) else store.typical_paths(where)
-    if png or html:
+    typical = [] if asked or (as_json and not png) else store.typical_paths(where)
+    if png:
         from mace.shown import plots  # noqa: PLC0415 (matplotlib takes half a second, and is an extra)
 
         typical = typical or store.typical_paths(where)
         figure = plots.figure(summary, typical, store.series(where, source=source), title=_title(store, where))
-        if png:
-            plots.write_png(figure, png)
-        if html:
-            plots.write_html(figure, summary, html, title=_title(store, where))
+        plots.write_png(figure, png)
+    if html:
+        from mace.shown.page import one_file  # noqa: PLC0415 (not for the other forms)
+
+        one_file.write(store, where, source, html, title=_title(store, where), tables=_as_text(summary))
     if as_json:
         found = summary.as_dict()
         if asked:
-            found["packet_paths"] = [_path_dict(p) for p in paths]
+            found["packet_paths"] = [path_dict(p) for p in paths]
         json_line(found)
         return
     if asked:
@@ -99,6 +81,12 @@ def report(
     console.print(*tables.losses_panel(summary), tables.overhead_table(summary), "", tables.device_table(summary), "")
     _print_typical(typical, console)
     console.print(tables.ledger_line(summary))
+
+
+def _as_text(summary: Summary) -> str:
+    text = io.StringIO()
+    tables.show(summary, PlainConsole(file=text, width=140))
+    return text.getvalue()
 
 
 def print_typical_paths(path: Path, console: Console) -> None:
@@ -248,31 +236,3 @@ def _bar(start: int, length: int, total: int, segment: Segment) -> Text:
     last = max(first + 1, -(-(start + length) * _BAR_WIDTH // total))
     style = {Segment.DEVICE: "cyan", Segment.DELIVERY: "magenta"}.get(segment, "dim")
     return Text(" " * first) + Text("█" * (min(last, _BAR_WIDTH) - first), style=style)
-
-
-def _path_dict(path: PacketPath) -> dict[str, Any]:
-    return {
-        "host": path.host,
-        "run": path.run,
-        "packet": path.packet,
-        "utc_ns": path.utc_ns,
-        "container": path.container,
-        "l3_len": path.l3_len,
-        "grade": path.grade,
-        "outcome": path.outcome,
-        "overhead_ns": {d.name.lower(): ns for d, ns in path.overhead_ns.items()},
-        "hops": [
-            {
-                "device": h.place.device,
-                "netns": h.place.netns,
-                "container": h.place.container,
-                "kind": h.place.kind,
-                "direction": h.direction.name.lower(),
-                "segment": h.segment.name.lower(),
-                "position": h.position,
-                "start_ns": h.start_ns,
-                "delay_ns": h.delay_ns,
-            }
-            for h in path.hops
-        ],
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.csv as pc
@@ -28,8 +28,8 @@ def json_rows(found: pa.Table) -> list[tuple[Any, ...]]:
     return list(json_values.rows(found))
 
 
-def write_csv(reader: pa.RecordBatchReader) -> None:
-    """Write the rows to standard output as CSV, one line per row.
+def write_csv(reader: pa.RecordBatchReader, file: BinaryIO | None = None) -> None:
+    """Write the rows to a file, by default standard output, as CSV, one line per row.
 
     Numbers are written unchanged, other values as in JSON, and control characters in names are escaped. A cell that
     begins with an equals sign is written so, although a spreadsheet may take it for a formula: a character before it
@@ -39,14 +39,15 @@ def write_csv(reader: pa.RecordBatchReader) -> None:
     kinds = [field.type if plain else pa.string() for field, plain in zip(reader.schema, numbers, strict=True)]
     headings = map(names.printable, reader.schema.names)
     schema = pa.schema([pa.field(name, kind) for name, kind in zip(headings, kinds, strict=True)])
-    with pc.CSVWriter(pa.PythonFile(sys.stdout.buffer, mode="w"), schema) as writer:
+    to = sys.stdout.buffer if file is None else file
+    with pc.CSVWriter(pa.PythonFile(to, mode="w"), schema) as writer:
         for batch in reader:
             columns = [
                 _finite(column) if plain else pa.array(map(_cell, json_values.column(column)), pa.string())
                 for column, plain in zip(batch.columns, numbers, strict=True)
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-    sys.stdout.buffer.flush()
+    to.flush()
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 from rich import console as rich_console
 from rich.console import RenderableType
@@ -22,8 +22,8 @@ from mace.shown.lines import WIDTH
 class PlainConsole(rich_console.Console):
     """Rich's console, which prints strings literally."""
 
-    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
-        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    def __init__(self, *, stderr: bool = False, width: int | None = None, file: IO[str] | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, file=file, markup=False, emoji=False, highlight=False)
 
 
 def output(width: int = WIDTH) -> PlainConsole:

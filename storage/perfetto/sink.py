@@ -103,12 +103,15 @@ class HostTracks:
             self._counts_as[segment] = trace.text(COUNTS_AS[segment])
             self._segment_category[segment] = self._categories[segment.name.lower()]
 
-    def devices(self, devices: Sequence[Device]) -> None:
-        """Set the devices that later rows refer to. As in `Rows`, devices are only ever appended."""
+    def devices(self, devices: Sequence[Device], ranked: Sequence[int] | None = None) -> None:
+        """Set the devices that later rows refer to. As in `Rows`, devices are only ever appended.
+
+        `ranked` are their places on the way out, where `contracts.figures.ranks` cannot tell them: a store keeps them.
+        """
         if len(devices) > len(self._entries):
             self._devices = tuple(devices)
             known = len(self._entries)
-            for device, rank in list(zip(devices, ranks(devices), strict=True))[known:]:
+            for device, rank in list(zip(devices, ranked or ranks(devices), strict=True))[known:]:
                 self._entries.append(self._entry(device, rank))
 
     def hops(self, rows: Delays, told: HopFacts) -> None:

@@ -28,6 +28,7 @@ from tests.benchmark import (
     mqtt,
     needs,
     offline,
+    page,
     pcap_pairs,
     perfetto,
     replaying,
@@ -37,6 +38,7 @@ from tests.benchmark import (
     sizing,
     starting,
     text,
+    top,
     tracedat,
     versus,
     wire,
@@ -44,6 +46,7 @@ from tests.benchmark import (
 
 GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "cli_start": starting.run,
+    "top_cost": top.run,
     "wire": wire.run,
     "ftrace_decode": ftrace_decode.run,
     "ring_drain": ring_drain.run,
@@ -75,6 +78,7 @@ GROUPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pcap_pairs": pcap_pairs.read,
     "replay_10gb": replaying.replay_10gb,
     "dask_scaling": replaying.dask_scaling,
+    "serve": page.run,
 }
 
 

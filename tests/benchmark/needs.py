@@ -21,6 +21,7 @@ LIBTRACECMD = (
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "cli_start": (),
+    "top_cost": (),
     "wire": (),
     "ftrace_decode": LAB,
     "ring_drain": (),
@@ -52,6 +53,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "pcap_pairs": ("tcpdump",),
     "replay_10gb": (),
     "dask_scaling": (),
+    "serve": ("chromium",),
 }
 """Group -> programs and headers. Python libraries are in the lock; VictoriaMetrics is fetched into the cache."""
 

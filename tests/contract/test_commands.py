@@ -21,13 +21,14 @@ from mace.commands import choices, registry
 from mace.commands.options import typed
 from mace.replaying import assembly, export
 from mace.tools import output
-from mace.trials import compare, experiment
+from mace.trials import compare
+from mace.trials.experiment import load, plan
 from mace.trials.verify import scenarios
 from storage import sql
 from tests.places import ROOT
 
 NAMES = [command.name for command in registry.COMMANDS]
-HEAVY = {"numpy", "pyarrow", "rich", "duckdb", "collector", "correlator", "storage", "argcomplete"}
+HEAVY = {"numpy", "pyarrow", "rich", "textual", "duckdb", "collector", "correlator", "storage", "argcomplete"}
 """Modules that no help may import: together 0.8 s of CPU time and 90 MiB."""
 IMPORTED = f"""
 import contextlib, io, json, sys
@@ -129,7 +130,7 @@ def test_options_become_the_dataclass(name):
         for field, of in typing.get_type_hints(kind).items():
             yield from leaves(of) if dataclasses.is_dataclass(of) else [field]
 
-    arguments = {each.dest for each in parser_of(name)._actions} - {"help", argparse.SUPPRESS, "csv"}
+    arguments = {each.dest for each in parser_of(name)._actions} - {"help", argparse.SUPPRESS, "csv", "rounds"}
     assert set(leaves(command.Options)) - {"others"} == arguments
 
 
@@ -157,7 +158,9 @@ def test_json_is_short_for_a_format(name):
     assert options["--json"].const in options["--format"].choices
 
 
-@pytest.mark.parametrize(("name", "old", "new"), [("query", "--csv", "--format csv")])
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [("query", "--csv", "--format csv"), ("experiment", "--rounds", "--repetitions")]
+)
 def test_an_option_that_was_renamed_says_so(name, old, new, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*name.split(), old])
@@ -168,12 +171,14 @@ def test_an_option_that_was_renamed_says_so(name, old, new, capsys):
 def test_choices_in_help_equal_those_of_the_parts():
     assert config.SOURCES == choices.SOURCES
     assert tuple(each.value for each in lab.Runtime) == choices.RUNTIMES
+    assert tuple(each.value for each in lab.FarEnd) == choices.FAR_ENDS
     assert lab.REMOTE == choices.REMOTE
     assert tuple(each.name for each in files.FORMATS) == choices.FILE_FORMATS
     assert choices.PART_MIB << 20 == assembly.PART_BYTES
     assert sql.MEMORY_MIB == choices.QUERY_MEMORY_MIB
     assert tuple(output.READERS) == choices.TOOLS
-    assert tuple(experiment.PACES) == choices.PACES
+    assert tuple(plan.PACES) == choices.PACES
+    assert load.LOADS == choices.LOADS
     assert compare.KNOWN == choices.COMPARED
     assert tuple(scenarios.BY_NAME) == choices.SCENARIOS
     assert export.FLOW_KEYS == choices.FLOW_KEYS

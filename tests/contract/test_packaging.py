@@ -184,7 +184,8 @@ def test_environment_is_the_locked_one() -> None:
 
 
 def test_licences() -> None:
-    assert PROJECT["project"]["license"] == "Apache-2.0 AND GPL-2.0-only"
+    assert PROJECT["project"]["license"] == "Apache-2.0 AND GPL-2.0-only AND MIT"
+    assert "MIT License" in (ROOT / "mace/shown/page/uPlot.LICENSE").read_text()[:100]
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
     # The kernel lets only GPL-compatible modules and programs use the tracepoint interface.
     kernel_licence = (ROOT / "kmod/LICENSE").read_text()
@@ -235,14 +236,16 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
     tree, wheels, installed = (tmp_path / name for name in ("tree", "wheels", "installed"))
     tree.mkdir()
     (tree / "bpf").mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "bpf/LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "bpf/LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for package in TOP_LEVEL:
-        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, tree]
     subprocess.run(build, capture_output=True, text=True, timeout=200, check=True)
     (wheel,) = wheels.iterdir()
+    # The oldest supported Python: the compiled extension uses the stable ABI alone, so that later ones can load it.
+    assert "-cp311-abi3-linux_" in wheel.name
     install = [*pip, "install", "--no-deps", "--no-index", "--target", installed, wheel]
     subprocess.run(install, capture_output=True, text=True, timeout=200, check=True)
     # -S: no .pth file is read, so the editable install is not found.
@@ -257,10 +260,17 @@ def test_what_the_wheel_installs_runs_by_itself(tmp_path: Path) -> None:
 
     store = tmp_path / "store"
     assert "source ftrace" in json.loads(mace("check", "--json"))
+    assert {path.name for path in (installed / "collector/compiled").iterdir()} - {"__pycache__"} == {
+        "__init__.py",
+        "loops.abi3.so",
+        "loops.pyi",
+    }
     # The wheel has the BPF programs if they were built.
     for name in ("mace.bpf.o", "mace_old.bpf.o"):
         assert (installed / "collector/bpf" / name).exists() == (ROOT / "collector/bpf" / name).exists()
     replayed = json.loads(mace("replay", ROOT / "docs" / "example.mace", "--store", store, "--json"))
     assert json.loads(mace("report", "--store", store, "--json"))["packets"] == replayed["packets"] > 0
+    mace("report", "--store", store, "--html", tmp_path / "page.html")  # the page's files are in the wheel
+    assert "mace-data" in (tmp_path / "page.html").read_text()
     counted = mace("query", "--store", store, "--format", "csv", "SELECT count(DISTINCT packet) AS packets FROM delays")
     assert int(counted.split()[1]) > 0

@@ -802,6 +802,42 @@ def a_deployments_file(tree):
     tree.append(".env.example", "\n# Of the toy.\nTOY_MEMORY=1g\n")
 
 
+VIEW = '''def toyview(store: StoreReader, asked: Asked) -> View:
+    """Return the number of packets of each direction."""
+    base = _base(store, asked)
+    found = store.grouped(base.where, ("direction",), segments=asked.segments(), source=asked.source)
+    columns = {"direction": [way for (way,) in found], "count": [delays.count for delays in found.values()]}
+    return View(columns, _noted(store, base.about()))
+
+
+'''
+
+VIEW_TEST = """
+
+def test_toyview_counts_packets(store):
+    assert sum(view(store, "toyview", Asked(run="run-1")).columns["count"]) == PACKETS
+"""
+
+
+@recipe(
+    "A view of the web page.",
+    tests=("tests/unit/mace/shown/test_views.py",),
+    choose=("toyview",),
+)
+def a_view_of_the_web_page(tree):
+    views, page = "mace/shown/views.py", "mace/shown/page/page.js"
+    tree.insert(views, "VIEWS: Final", VIEW)
+    tree.insert(views, '    "runs": Kind(', '    "toyview": Kind(toyview, "packets by direction"),\n')
+    section = '      { title: "Slowest packets"'
+    tree.insert(page, section, '      { title: "Toys", view: "toyview", asked: its, draw: mace.drawToys },\n')
+    tree.insert(
+        "mace/shown/page/charts.js",
+        "  mace.drawSpark",
+        "  mace.drawToys = (place, view) => place.append(view.packets);\n",
+    )
+    tree.append("tests/unit/mace/shown/test_views.py", VIEW_TEST)
+
+
 @recipe(
     "A page.",
     tests=("tests/contract/test_docs.py",),

@@ -521,6 +521,7 @@ def test_the_other_programs_run_where_those_on_functions_cannot_be_attached(monk
         assert "napi_gro_receive_entry cannot be attached: No such file or directory" in one.refusal
         assert [record.getMessage().count("ingress of macvlan") for record in caplog.records] == [1]
         one.detach()
+        assert one.attached == 0
         one.attach()
         assert one.attached == 1
     del chosen[Hook.NETIF_RX]

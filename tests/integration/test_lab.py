@@ -547,7 +547,7 @@ def test_sysctls_of_the_machines_own_namespace_are_refused():
 @pytest.mark.timeout(120)
 @pytest.mark.slow
 def test_docker_containers_reach_the_remote_and_leave_nothing(name):
-    assert check(Runtime.DOCKER) == []
+    assert check(Spec(runtime=Runtime.DOCKER)) == []
     with running(Spec(name, containers=2, runtime=Runtime.DOCKER)) as lab:
         assert [lab.ping(c, count=2, family=f).received for c in ("c1", "c2") for f in (4, 6)] == [2] * 4
         assert lab.udp("c2", count=2000, rate_pps=10_000).received == 2000

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from mace.commands.console import Console
-from mace.commands.options import LabShape, with_lab_shape
+from mace.commands.options import FarEndOptions, LabShape, with_far_end, with_lab_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +15,14 @@ class Options:
 
     name: str
     shape: LabShape
+    far_end: FarEndOptions
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mace lab up` to the parser."""
     parser.add_argument("name", nargs="?", default="lab", metavar="NAME", help="name of the lab (default lab)")
     with_lab_shape(parser, containers=1)
+    with_far_end(parser)
 
 
 def run(options: Options, console: Console) -> int:
@@ -28,6 +30,8 @@ def run(options: Options, console: Console) -> int:
     from mace import lab
     from mace.commands import settings
 
-    made = lab.up(settings.spec(options.shape, options.name))
+    made = lab.up(settings.spec(options.shape, options.name, options.far_end))
     console.line(f"lab {made.name} is up: {', '.join(made.members)}")
+    if made.far_end:
+        console.line(made.far_end)
     return 0

@@ -367,11 +367,14 @@ def test_bpf_has_the_same_keys_buffers_and_times(both: Both) -> None:
     at_device = bpf[bpf["ifindex"] > 0]
     whole = module[bpf["ifindex"] > 0]
     keyed = at_device["flags"] & abi.Flag.KEY > 0
-    assert keyed.mean() > 0.9
+    tcp = at_device["l4_proto"] == socket.IPPROTO_TCP
+    print(f"without a key: {(~keyed).sum():,} of {tcp.sum():,} records of TCP, of {len(tcp):,} of all")
+    # Without a key are packets whose payload lies in pages, which this test's TCP sends. How many these are depends on
+    # the lengths of its segments.
+    assert keyed[~tcp].all()
+    assert keyed[tcp].any()
     for field in ("packet_key", "l4_src", "l4_dst", "l4_seq", "ip_id", "ip_version", "l4_proto", "l4_bits", "vlan"):
         assert np.array_equal(whole[field][keyed], at_device[field][keyed]), field
-    # Without a key are the packets whose payload lies in pages, which this test's TCP sends.
-    assert set(at_device["l4_proto"][~keyed].tolist()) <= {socket.IPPROTO_TCP}
 
 
 def test_bpf_has_the_same_hops_in_the_same_order(both: Both) -> None:

@@ -44,7 +44,7 @@ def test_hooks(capsys):
 def test_check_names_every_part(capsys):
     assert main(["check", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"source ftrace", "sink store", "lab netns", "lab docker", "devices for bpf"} <= set(found)
+    assert {"source ftrace", "sink store", "lab netns", "lab docker", "lab guest", "devices for bpf"} <= set(found)
     assert all(part["ok"] or (part["detail"] and part["remedy"]) for part in found.values())
 
 

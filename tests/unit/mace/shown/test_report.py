@@ -14,7 +14,9 @@ from contracts.ledger import Ledger
 from mace.commands import report as command
 from mace.commands.console import Console
 from mace.commands.options import typed
-from mace.shown import report
+from mace.shown import instants
+from mace.shown.page import one_file
+from storage.query import Filter, StoreReader
 from tests.made_results import make_delays, make_results, make_windows
 from tests.unit.storage.stored import fill
 
@@ -129,10 +131,10 @@ def test_no_store(tmp_path):
 
 def test_times_without_a_zone_are_utc():
     now = datetime(2025, 6, 15, 12, tzinfo=UTC)
-    assert report.instant_ns("2025-06-15T11:00:00", now) == report.instant_ns("1h", now)
-    assert report.instant_ns("2025-06-15T13:00:00+02:00", now) == report.instant_ns("60m", now)
-    assert report.instant_ns("1970-01-01T00:00:00.000001", now) == 1000
-    assert report.instant_ns("0.5s", now) == int(now.timestamp()) * 10**9 - 500_000_000
+    assert instants.instant_ns("2025-06-15T11:00:00", now) == instants.instant_ns("1h", now)
+    assert instants.instant_ns("2025-06-15T13:00:00+02:00", now) == instants.instant_ns("60m", now)
+    assert instants.instant_ns("1970-01-01T00:00:00.000001", now) == 1000
+    assert instants.instant_ns("0.5s", now) == int(now.timestamp()) * 10**9 - 500_000_000
 
 
 @pytest.mark.slow
@@ -141,12 +143,21 @@ def test_pictures(lossy, tmp_path, capsys):
     run(lossy, "--png", png, "--html", html)
     assert png.read_bytes().startswith(b"\x89PNG")
     page = html.read_text()
-    assert "<svg" in page
-    assert "1,234 records were lost" in page
-    assert "ledger: records" in page
-    # The page fetches nothing; namespaces of SVG are names, not addresses to load.
-    assert not re.search(r'(src|href)="(?!#)', page)
-    assert "@import" not in page
+    # Without scripts a reader sees the tables.
+    tables = re.search("<noscript>(.*?)</noscript>", page, re.DOTALL)[1]
+    assert "1,234 records were lost" in tables
+    assert "ledger: records" in tables
+    # tests/integration/test_page.py opens the page; it may only run its own scripts and load nothing.
+    assert "default-src 'none'" in page
+
+
+def test_a_page_holds_the_busiest_containers_and_says_so(path, tmp_path):
+    one_file.write(StoreReader(path), Filter(), "auto", tmp_path / "x.html", title="t", tables="", most=1)
+    data = json.loads(re.search('id="mace-data">(.*?)</script>', (tmp_path / "x.html").read_text())[1])["views"]
+    assert "the 1 busiest of 2 containers" in data[one_file.key("overview")]["note"]
+    busiest = max(("c0", "c1"), key=lambda c: len(StoreReader(path).delays(Filter(container=c))))
+    held = {name for name in data if name.startswith("heat ")}
+    assert held == {one_file.key("heat", container=busiest, host="testhost")}
 
 
 @pytest.mark.slow

@@ -1,0 +1,52 @@
+"""Whether a store has changed, for pages that follow a live run, without reading any row.
+
+A store changes when a segment of its ledger appears, at most once a second. While nobody asks, nobody looks: a page
+that is stuck or closed costs nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from storage import segments
+
+_LOOK_S: Final = 1.0
+"""Least time between two looks at the directory, however many pages ask; the writer flushes once a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The state of a store."""
+
+    number: int
+    """Grows with every change that was seen."""
+    flush: int
+    """Number of the newest flush."""
+
+
+class Changes:
+    """The newest state of a store; thread-safe."""
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._looked_s = float("-inf")
+        self._seen: frozenset[str] = frozenset()
+        self._state = State(0, 0)
+
+    def state(self) -> State:
+        """Return the present state; looks at the directory at most once a second. Raises `StoreError`."""
+        with self._lock:
+            if time.monotonic() - self._looked_s < _LOOK_S:
+                return self._state
+            live = [each for table in ("ledger", "runs") for each in segments.listing(self._store, table)]
+            seen = frozenset(each.path.name for each in live)
+            if seen != self._seen:
+                self._state = State(self._state.number + 1, max((each.last for each in live), default=0))
+                self._seen = seen
+            self._looked_s = time.monotonic()
+            return self._state

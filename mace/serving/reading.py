@@ -1,0 +1,76 @@
+"""Reads views for many viewers with bounded memory: one query at a time, its answer kept for whoever asks the same."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from contracts.errors import MaceError
+from mace.serving.changes import Changes
+from mace.shown import views
+from mace.shown.views import Asked, View
+from storage.query import StoreReader
+
+MEMORY_MIB: Final = 1024
+"""Memory limit of a query; a sort beyond it uses the disk."""
+_MOST_WAITING: Final = 16
+"""Requests that wait for their turn; DuckDB itself uses all CPUs, so that more at once would not be faster."""
+_MOST_KEPT: Final = 64
+_MOST_VALUES: Final = 4_000_000
+"""Values of all kept views: 250 MB at most, a few MB in practice."""
+
+
+class Busy(MaceError):
+    """Too many requests wait for the store."""
+
+
+class Reading:
+    """A store's reader for several threads. Raises `StoreError` if there is no store, unless it is `made_later`."""
+
+    def __init__(self, store: Path, *, skip_damaged: bool = False, made_later: bool = False) -> None:
+        self.path: Final = store
+        self.changes: Final = Changes(store)
+        self._skip_damaged = skip_damaged
+        self._reader = None if made_later else self._opened()
+        self._lock = threading.Lock()
+        self._waiting = threading.BoundedSemaphore(_MOST_WAITING)
+        self._kept: OrderedDict[tuple[int, str, Asked], tuple[int, View]] = OrderedDict()
+
+    def _opened(self) -> StoreReader:
+        return StoreReader(self.path, skip_damaged=self._skip_damaged, memory_mib=MEMORY_MIB)
+
+    def view(self, name: str, asked: Asked) -> View:
+        """Return a view (`mace.shown.views.view`). Raises its errors, and `Busy`."""
+        with self.reader() as reader:
+            key = (self.changes.state().number, name, asked)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key][1]
+            found = views.view(reader, name, asked)
+            self._keep(key, found)
+            return found
+
+    @contextmanager
+    def reader(self) -> Iterator[StoreReader]:
+        """Yield the reader for the block, to one thread at a time. Raises `Busy`."""
+        if not self._waiting.acquire(blocking=False):
+            raise Busy("too many requests at once; try again in a few seconds")
+        try:
+            with self._lock:
+                if self._reader is None:
+                    self._reader = self._opened()
+                yield self._reader
+        finally:
+            self._waiting.release()
+
+    def _keep(self, key: tuple[int, str, Asked], found: View) -> None:
+        values = sum(map(len, found.columns.values()))
+        # An age counts from the newest data, and views of an earlier state are of no use to anybody.
+        self._kept = OrderedDict((k, v) for k, v in self._kept.items() if k[0] == key[0])
+        self._kept[key] = values, found
+        while len(self._kept) > _MOST_KEPT or sum(v for v, _ in self._kept.values()) > _MOST_VALUES:
+            self._kept.popitem(last=False)

@@ -1,0 +1,134 @@
+"""The plan of an experiment: its cells, how many pings a block has, and how long a repetition takes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from contracts.errors import UsageError
+from correlator.intervals import FEWEST
+from mace.lab import FarEnd, Runtime, Spec
+from mace.trials.experiment.load import LOADS, NO_LOAD
+
+PACES: Final = {"flood": 0.0, "10ms": 0.01, "50ms": 0.05, "200ms": 0.2, "1s": 1.0}
+"""Seconds between ping's requests; 0 sends the next when the reply has arrived, as fast as `ping -f`."""
+COUNTS: Final = {"flood": 300, "10ms": 40, "50ms": 30, "200ms": 20, "1s": 10}
+"""Pings per block. A block of seconds, because the machine changes by 20 µs within longer ones; 10 are the fewest
+whose median has an interval."""
+REPETITIONS: Final = 20
+FLOODS: Final = 2
+QUICK_REPETITIONS: Final = 4
+QUICK_S: Final = 570.0
+"""Time of a quick run, seconds, so that the command ends within ten minutes."""
+_MOST_FLOODS: Final = 16
+_BLOCKS_OF_PINGS: Final = 5
+"""Blocks of a repetition that every load has: two of the host's pings around `mace ping`, and two others."""
+_STARTS_S: Final = 6.0
+"""Time to start what a repetition runs, seconds: `mace ping`, and the source twice."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    """One combination of conditions."""
+
+    runtime: str
+    source: str
+    far_end: str
+    load: str
+    pace: str
+    flood_containers: int
+
+    @property
+    def interval_s(self) -> float:
+        return PACES[self.pace]
+
+    def key(self) -> tuple[object, ...]:
+        """Return the order in which cells are shown: paces from flood on."""
+        return (self.runtime, self.source, self.far_end, self.load, list(PACES).index(self.pace), self.flood_containers)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of one run. Raises `UsageError` for an impossible one."""
+
+    paces: tuple[str, ...]
+    flood: int
+    """Largest number of flooding containers; all numbers from 0 are measured."""
+    repetitions: int
+    count: int | None
+    """Pings per block; None is the pace's own (`COUNTS`)."""
+    runtime: str
+    source: str
+    far_end: str
+    guest_kernel: str
+    """Kernel of a far end in a guest; "" is one that is found."""
+    load: str
+    seed: int
+    """Seed of the random order."""
+
+    def __post_init__(self) -> None:
+        for word in self.paces:
+            if word not in PACES:
+                raise UsageError(f"--paces: no {word!r}; there are {', '.join(PACES)}")
+        if not self.paces or self.repetitions < 1:
+            raise UsageError("--paces and --repetitions: expected at least 1")
+        if not 0 <= self.flood <= _MOST_FLOODS:
+            raise UsageError(f"--flood {self.flood}: expected 0 to {_MOST_FLOODS}")
+        if self.count is not None and self.count < FEWEST:
+            raise UsageError(f"--count {self.count}: expected at least {FEWEST}, the fewest that have an interval")
+        if self.load not in LOADS:
+            raise UsageError(f"--load: no {self.load!r}; there are {', '.join(LOADS)}")
+        self.spec()  # refuses a lab that cannot be
+
+    def cells(self) -> list[Cell]:
+        """Return all cells."""
+        return [
+            Cell(self.runtime, self.source, self.far_end, self.load, pace, flood)
+            for pace in self.paces
+            for flood in range(self.flood + 1)
+        ]
+
+    def order(self) -> Iterator[tuple[int, Cell]]:
+        """Yield (number from 0, cell) of each repetition, in the order of measurement, which depends on the seed."""
+        for number in range(self.repetitions):
+            cells = self.cells()
+            random.Random(f"{self.seed} {number}").shuffle(cells)
+            yield from ((number, cell) for cell in cells)
+
+    def count_of(self, cell: Cell) -> int:
+        """Return the number of pings per block."""
+        return self.count or COUNTS[cell.pace]
+
+    def seconds(self, cell: Cell) -> float:
+        """Return about how long a repetition takes, in seconds, on a machine that is not busy."""
+        blocks = _BLOCKS_OF_PINGS + (self.load != NO_LOAD)
+        return blocks * self.count_of(cell) * cell.interval_s + _STARTS_S
+
+    def spec(self) -> Spec:
+        """Return the specification of the lab: the measured container, and those that flood."""
+        return Spec(
+            name="experiment",
+            containers=1 + self.flood,
+            runtime=Runtime(self.runtime),
+            far_end=FarEnd(self.far_end),
+            guest_kernel=self.guest_kernel,
+        )
+
+    def settings(self, machine: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what must be equal in all parts of a run that was interrupted."""
+        return {"count": self.count, **{name: machine[name] for name in ("cpu", "cores", "kernel")}}
+
+
+def cell_of(values: Mapping[str, Any]) -> Cell:
+    """Return the cell of a line of a results file. Raises `TypeError`, `ValueError` for anything else."""
+    cell = Cell(**values)
+    if cell.pace not in PACES:
+        raise ValueError(f"no pace {cell.pace!r}")
+    return cell
+
+
+def as_values(cell: Cell) -> dict[str, Any]:
+    """Return the cell for a line of a results file."""
+    return asdict(cell)
